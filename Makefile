@@ -1,0 +1,64 @@
+# `make quickstart` and `make test` start from a bare clone; both make the environment first.
+# PYTHON=/path/to/python3.11 chooses the interpreter, SLOW=1 runs the slow tests too. pip finds
+# its packages by its own settings: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, … are passed through.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint clean
+
+VENV := .venv
+INSTALLED := $(VENV)/installed
+PYTHON ?=
+SLOW ?=
+# ninja comes from the environment, and torch looks for it on the path.
+ACTIVATE := export PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; unset PYTHONPATH PYTHONHOME
+
+help:
+	@echo 'make install     the environment alone, in $(VENV)'
+	echo 'make quickstart  distil a student on the embedded corpus: two CPU ranks, some minutes'
+	echo 'make test        the whole test suite (SLOW=1: the slow tests too)'
+	echo 'make lint        ruff and pyright'
+	echo 'make clean       remove the environment and all caches; keeps runs/'
+
+install: $(INSTALLED)
+
+# The mark is removed first and written last: an environment without one is made anew.
+$(INSTALLED): pyproject.toml constraints.txt
+	@missing=0
+	complain() { echo "missing: $$1" >&2; missing=1; }
+	serves() { "$$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; }
+	python=
+	for candidate in $(or $(PYTHON),python3 python3.12 python3.11); do
+		if serves "$$candidate" 2>/dev/null; then python=$$candidate; break; fi
+	done
+	if [ -z "$$python" ]; then
+		complain 'python 3.11 or 3.12 (tried: $(or $(PYTHON),python3 python3.12 python3.11)); choose one with make PYTHON=…'
+	else
+		"$$python" -c 'import venv, ensurepip' 2>/dev/null ||
+			complain "the venv module of $$python (Debian and Ubuntu: the package python3-venv)"
+		"$$python" -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())' ||
+			complain "the headers of $$python, Python.h (Debian and Ubuntu: the package python3-dev)"
+	fi
+	command -v "$${CXX:-g++}" >/dev/null || complain "$${CXX:-g++}, the C++ compiler (Debian and Ubuntu: the package g++)"
+	[ $$missing = 0 ] || exit 1
+	if [ -e $@ ]; then rm $@; else "$$python" -m venv --clear $(VENV); fi
+	$(ACTIVATE)
+	python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: install
+	@$(ACTIVATE)
+	python launch/quickstart.py
+
+test: install
+	@$(ACTIVATE)
+	pytest $(if $(SLOW),,-m 'not slow')
+
+lint: install
+	@$(ACTIVATE)
+	ruff check .
+	pyright --warnings
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

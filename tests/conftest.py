@@ -1,0 +1,50 @@
+"""Settings of every test run: CPU ranks, no network, and caches of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# Kept between runs and built once; compiled for one interpreter, so each has its own.
+EXTENSIONS = ROOT / ".cache" / "torch_extensions" / str(sys.implementation.cache_tag)
+ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_EXTENSIONS_DIR": str(EXTENSIONS),
+}
+# Set while this file is imported: the libraries read these when they are imported.
+os.environ.update(ENVIRONMENT)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the run caches that start empty and go away with it."""
+    # The interpreter's own scripts: torch starts ninja by name.
+    scripts = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    EXTENSIONS.mkdir(parents=True, exist_ok=True)
+    cache = tempfile.TemporaryDirectory(prefix="megakd-tests-", ignore_cleanup_errors=True)
+    config.add_cleanup(cache.cleanup)
+    os.environ["MEGAKD_CACHE"] = str(Path(cache.name) / "megakd")
+    os.environ["HF_HOME"] = str(Path(cache.name) / "huggingface")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the checkout; skips where there is none."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the real data in ../shared/data, which is not part of the repository")
+    return folder

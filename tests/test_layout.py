@@ -1,0 +1,222 @@
+"""What the repository's shape promises: packages, import directions, file sizes, pins."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE_FOLDERS = ("megakd", "kernels", "launch", "tests", "benchmarks")
+SOURCES = sorted(p for folder in SOURCE_FOLDERS for p in (ROOT / folder).rglob("*.py"))
+# importer -> what it may not import at run time (imports for type checking are free).
+FORBIDDEN = {
+    "megakd.stage": ("megakd.engine", "megakd.lab", "megakd.methods", "megakd.models"),
+    "megakd.objective": ("megakd.engine", "megakd.lab", "megakd.methods", "megakd.trainer"),
+    "megakd.losses": ("megakd.engine", "megakd.lab", "megakd.methods", "megakd.trainer"),
+    "megakd.models": ("megakd.lab", "megakd.methods", "megakd.teachers", "megakd.trainer"),
+    "megakd.data": ("megakd.engine", "megakd.lab", "megakd.methods", "megakd.trainer"),
+    "megakd.engine": ("megakd.lab", "megakd.methods", "megakd.teachers", "megakd.trainer"),
+    "megakd.teachers": ("megakd.lab", "megakd.methods", "megakd.trainer"),
+    "megakd.methods": ("megakd.engine", "megakd.lab", "megakd.report", "megakd.trainer"),
+    "megakd.trainer": (
+        "megakd.knowledge",
+        "megakd.lab",
+        "megakd.losses",
+        "megakd.methods",
+        "megakd.models",
+        "megakd.objective",
+        "megakd.teachers",
+        "megakd_kernels",
+        "transformers",
+    ),
+    "megakd": ("launch",),
+}
+MACHINE_PATH = re.compile(r"(?<![\w.$}~/-])/(?:home|root|Users|tmp|work)/\w")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def is_for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def runtime_imports(node: ast.AST) -> Iterator[str]:
+    """Every module imported below `node`, also inside functions, but not for types only."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        elif not is_for_types_only(child):
+            yield from runtime_imports(child)
+
+
+def imports_of(path: Path) -> list[str]:
+    return list(runtime_imports(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def package_sources() -> list[Path]:
+    return [p for p in SOURCES if is_within(module_name(p), "megakd")]
+
+
+def kernel_sources() -> list[Path]:
+    return [p for p in SOURCES if is_within(module_name(p), "megakd_kernels")]
+
+
+def wrong_imports(path: Path, forbidden: tuple[str, ...]) -> list[str]:
+    return [f for f in imports_of(path) if any(is_within(f, package) for package in forbidden)]
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {canonical(name): version for name, version in pairs}
+
+
+def canonical(requirement: str) -> str:
+    name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_kernels_folder_is_no_package() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_every_package_folder_is_listed_for_the_wheel(project: dict[str, Any]) -> None:
+    folders = {p.parent for p in [*package_sources(), *kernel_sources()]}
+    found = {module_name(folder / "__init__.py") for folder in folders}
+
+    listed = set(project["tool"]["setuptools"]["packages"])
+
+    # The presets are a folder of JSON, found inside the package once it is installed.
+    assert listed == found | {"megakd.ds_configs"}
+
+
+def test_every_package_folder_has_an_init_file() -> None:
+    folders = {p.parent for p in [*package_sources(), *kernel_sources()]}
+
+    assert [f for f in sorted(folders) if not (f / "__init__.py").is_file()] == []
+
+
+def test_the_installed_package_does_not_put_the_repository_on_the_path(tmp_path: Path) -> None:
+    program = (
+        "from importlib.util import find_spec; import megakd, megakd_kernels;"
+        "spec = find_spec('kernels'); print(list(spec.submodule_search_locations) if spec else [])"
+    )
+
+    shown = subprocess.run(
+        [sys.executable, "-I", "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+
+    assert str(ROOT) not in shown.stdout
+
+
+@pytest.mark.parametrize("importer", FORBIDDEN)
+def test_imports_go_downwards_only(importer: str) -> None:
+    paths = [p for p in package_sources() if is_within(module_name(p), importer)]
+
+    wrong = {module_name(p): wrong_imports(p, FORBIDDEN[importer]) for p in paths}
+
+    assert paths
+    assert {name: found for name, found in wrong.items() if found} == {}
+
+
+def test_only_the_command_line_and_the_run_import_the_lab() -> None:
+    importers = {module_name(p) for p in package_sources() if wrong_imports(p, ("megakd.lab",))}
+
+    assert importers <= {"megakd.cli", "megakd.run"}
+
+
+def test_nothing_in_the_package_imports_the_command_line() -> None:
+    importers = {module_name(p) for p in package_sources() if wrong_imports(p, ("megakd.cli",))}
+
+    assert importers == set()
+
+
+def test_only_the_engine_imports_deepspeed() -> None:
+    importers = {module_name(p) for p in package_sources() if wrong_imports(p, ("deepspeed",))}
+
+    assert {name for name in importers if not is_within(name, "megakd.engine")} == set()
+
+
+def test_the_kernels_import_torch_and_triton_alone() -> None:
+    allowed = {"megakd_kernels", "torch", "triton", *sys.stdlib_module_names}
+
+    found = {name.split(".")[0] for p in kernel_sources() for name in imports_of(p)}
+
+    assert found - allowed == set()
+
+
+def test_imports_inside_functions_count_and_imports_for_types_do_not() -> None:
+    source = (
+        "if TYPE_CHECKING:\n    import a\n"
+        "def f():\n    from b.c import d\n"
+        "try:\n    import e\nexcept ImportError:\n    import g\n"
+    )
+
+    assert list(runtime_imports(ast.parse(source))) == ["b.c.d", "e", "g"]
+
+
+def test_source_files_stay_under_400_lines() -> None:
+    lengths = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in SOURCES}
+
+    assert {p.name: length for p, length in lengths.items() if length >= 400} == {}
+
+
+def test_no_file_names_a_path_of_the_machine_it_was_written_on() -> None:
+    shown = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    if shown.returncode != 0:
+        pytest.skip("needs a git checkout: the files to read are those that git tracks")
+    tracked = [ROOT / name for name in shown.stdout.splitlines()]
+    texts = [p for p in tracked if p.is_file() and p.suffix not in {".png", ".pdf"}]
+
+    found = [p.name for p in texts if MACHINE_PATH.search(p.read_text(encoding="utf-8"))]
+
+    assert texts
+    assert found == []
+
+
+def test_every_dependency_is_pinned(project: dict[str, Any], pins: dict[str, str]) -> None:
+    extras = project["project"]["optional-dependencies"]
+    wanted = [*project["project"]["dependencies"], *extras["dev"]]
+
+    assert [r for r in wanted if canonical(r) not in pins] == []
+
+
+def test_pins_leave_the_build_of_torch_open(pins: dict[str, str]) -> None:
+    cuda = [name for name in pins if name == "triton" or name.startswith("nvidia-")]
+
+    assert cuda == []
+    assert [f"{name}=={version}" for name, version in pins.items() if "+" in version] == []
