@@ -1,0 +1,16 @@
+"""Trains what a run config says: `deepspeed launch/train.py --config F [key=value ...]`.
+
+Also starts under torchrun, srun and plain python; `--print-config` shows the resolved config.
+"""
+
+import sys
+
+try:
+    from megakd.cli import train_main
+except ModuleNotFoundError as error:
+    if error.name != "megakd":
+        raise
+    sys.exit("megakd is not installed in this Python: run `make install`, or `pip install -e .`")
+
+if __name__ == "__main__":
+    sys.exit(train_main())

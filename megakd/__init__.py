@@ -1,0 +1,1 @@
+"""Distil Hugging Face teachers into smaller students under DeepSpeed."""

@@ -1,0 +1,229 @@
+"""The command line: `launch/train.py` and `megakd train | evaluate | export | methods`.
+
+A mistake of the user is one clear message on stderr, from rank 0 alone, and exit code 2. Torch is
+imported only once a command has work for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+import os
+import shlex
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megakd.config import RunConfig
+from megakd.config_file import dump_config, load_config
+from megakd.config_messages import suggestion
+from megakd.config_schema import defaults, paths_ending_in, variants
+from megakd.errors import ConfigError, MegakdError
+from megakd.methods import MethodConfig
+from megakd.terms import TermConfig
+
+_USER_ERROR = 2
+
+
+def train_main(argv: Sequence[str] | None = None) -> int:
+    """Trains what a run config says; the whole of `launch/train.py`.
+
+    Args:
+        argv: arguments without the program; None takes those of the process.
+
+    Returns:
+        The exit code: 0 when the run is complete, 2 when the user has to change something.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    return _guarded(lambda: _run_command("train", words, prog="launch/train.py"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `megakd` command.
+
+    Args:
+        argv: arguments without the program; None takes those of the process.
+
+    Returns:
+        The exit code: 0 for success, 2 when the user has to change something.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    return _guarded(lambda: _dispatch(words))
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its errors in the form of all others."""
+
+    def __init__(self, *, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} ({self.prog} --help lists the options)")
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """Options and settings in any order; refuses options that do not exist."""
+        arguments, unknown = self.parse_known_intermixed_args(words)
+        if unknown:
+            self.error(f"unknown option {unknown[0]}{self._nearest(unknown[0])}")
+        launched = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]
+        arguments.prog, arguments.command = self.prog, shlex.join([self.prog, *launched])
+        return arguments
+
+    def _nearest(self, word: str) -> str:
+        name = word.lstrip("-").partition("=")[0].replace("-", "_")
+        settings = paths_ending_in(name)
+        if settings:
+            return f"; settings are written {settings[0]}=value"
+        return suggestion(word, self._option_string_actions)
+
+
+def _dispatch(words: Sequence[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        _say(_overview())
+        return 0 if words else _USER_ERROR
+    name, *rest = words
+    if name not in _COMMANDS:
+        near = suggestion(name, _COMMANDS)
+        raise ConfigError(f'unknown command "{name}"{near or ";"} known: {", ".join(_COMMANDS)}')
+    return _run_command(name, rest, prog=f"megakd {name}")
+
+
+def _run_command(name: str, words: Sequence[str], *, prog: str) -> int:
+    add_arguments, command, description = _COMMANDS[name]
+    parser = _Parser(prog=prog, description=description)
+    add_arguments(parser)
+    return command(parser.parse(words))
+
+
+def _overview() -> str:
+    lines = [f"  {name:10}{description}" for name, (_, _, description) in _COMMANDS.items()]
+    usage = "usage: megakd {" + ",".join(_COMMANDS) + "} ...\n"
+    return "\n".join([usage, *lines, "\nmegakd COMMAND --help says more."])
+
+
+def _guarded(command: Callable[[], int]) -> int:
+    try:
+        return command()
+    except MegakdError as error:
+        if _is_rank_0():
+            sys.stderr.write(f"megakd: error: {error}\n")
+        return _USER_ERROR
+
+
+def _is_rank_0() -> bool:
+    """Whether this process speaks for the run, told from what launchers leave behind."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def _say(text: str) -> None:
+    if _is_rank_0():
+        sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+
+
+def _add_config(parser: _Parser) -> None:
+    parser.add_argument("--config", metavar="F", type=Path, help="the run's YAML file")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings that win over the file's, such as train.learning_rate=3e-4; "
+        "a first word without = is taken for F",
+    )
+    # Launchers add it; the rank comes from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def _add_train(parser: _Parser) -> None:
+    _add_config(parser)
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved config and stop"
+    )
+
+
+def _add_evaluate(parser: _Parser) -> None:
+    _add_config(parser)
+    parser.add_argument("--model", metavar="FOLDER", help="score this one, not the run's final/")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+
+
+def _add_export(parser: _Parser) -> None:
+    _add_config(parser)
+    parser.add_argument("--stage", metavar="NAME", help="a stage of the run; default: its last")
+    parser.add_argument("--to", metavar="FOLDER", type=Path, help="where the model goes")
+
+
+def _add_methods(parser: _Parser) -> None:
+    parser.add_argument("--losses", action="store_true", help="list the loss terms instead")
+
+
+def _config(arguments: argparse.Namespace) -> RunConfig:
+    path, overrides = arguments.config, list(arguments.overrides)
+    if path is None and overrides and "=" not in overrides[0]:
+        path = Path(overrides.pop(0))
+    if path is None:
+        raise ConfigError(
+            f"--config is missing: {arguments.prog} --config F names the run's YAML file"
+        )
+    return load_config(path, overrides)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    if arguments.print_config:
+        _say(dump_config(config))
+        return 0
+    from megakd import run
+
+    _say(run.run(config, command=arguments.command))
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    from megakd import run
+
+    metrics = run.evaluate_model(config, arguments.model)
+    _say(json.dumps(dict(metrics), indent=2) if arguments.json else _table(metrics))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    if arguments.to is None:
+        raise ConfigError("--to is missing: it names the folder that the model is written to")
+    from megakd import run
+
+    _say(str(run.export_run(config, arguments.stage, arguments.to)))
+    return 0
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    kinds = variants(TermConfig, "loss") if arguments.losses else variants(MethodConfig, "name")
+    _say("\n\n".join(_entry(name, kind) for name, kind in kinds.items()))
+    return 0
+
+
+def _entry(name: str, kind: type) -> str:
+    """A variant's name, what it is, and its options with their defaults."""
+    lines = [name, textwrap.indent(inspect.getdoc(kind) or "", "  ")]
+    for option, default in defaults(kind).items():
+        is_required = default is dataclasses.MISSING
+        lines.append(f"    {option}: {'required' if is_required else json.dumps(default)}")
+    return "\n".join(lines)
+
+
+def _table(metrics: Mapping[str, float]) -> str:
+    width = max((len(name) for name in metrics), default=0)
+    return "\n".join(f"{name:{width}}  {value:.4f}" for name, value in metrics.items())
+
+
+_COMMANDS: dict[str, tuple[Callable[[_Parser], None], Callable[[argparse.Namespace], int], str]] = {
+    "train": (_add_train, _train, "Distil a teacher into a student, as a run config says."),
+    "evaluate": (_add_evaluate, _evaluate, "Score a model on the held-out split of a run config."),
+    "export": (_add_export, _export, "Write a finished stage as a Hugging Face folder."),
+    "methods": (_add_methods, _methods, "List the methods, or the loss terms, with their options."),
+}

@@ -1,0 +1,169 @@
+"""The run config: typed, strict, and free of torch, so that `--print-config` answers at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from megakd.methods import MethodConfig
+from megakd.terms import STRICT, Fraction, Positive, TermConfig, Weight
+
+Count = Annotated[int, Field(ge=1)]
+Dtype = Literal["fp32", "bf16", "fp16"]
+TaskType = Literal["classification", "regression", "causal_lm"]
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class TokenizerConfig:
+    """A tokenizer trained on the training text."""
+
+    type: Literal["wordpiece", "bpe", "unigram"]
+    vocab_size: Annotated[int, Field(ge=300)] = 8000
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class TaskConfig:
+    """What is learned, and from which data."""
+
+    type: TaskType
+    dataset: str
+    dataset_config: str | None = None
+    """The Hub configuration of `dataset`, where it has several."""
+    data_dir: Path | None = None
+    text_columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)] | None = None
+    label_column: str | None = None
+    max_length: Annotated[int, Field(ge=2)] = 128
+    """In tokens; longer texts are cut (causal_lm: packed to this length)."""
+    tokenizer: str | TokenizerConfig | None = None
+    labelled_examples: Count | None = None
+    """Keep the labels of this many training rows, chosen by hash; the others stay unlabelled."""
+    max_eval_examples: Count | None = None
+    """Score at most this many rows of each held-out split, chosen by hash."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class ScratchModel:
+    """A model that starts from random weights: the keys of its Hugging Face config."""
+
+    config: dict[str, Any]
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class TrainConfig:
+    """How a stage is trained; names and defaults are Hugging Face's."""
+
+    per_device_train_batch_size: Count = 8
+    gradient_accumulation_steps: Count = 1
+    num_train_epochs: Positive = 3.0
+    max_steps: Count | None = None
+    """In optimiser steps; wins over num_train_epochs."""
+    learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-5
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: Fraction = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """In optimiser steps; wins over warmup_ratio when above 0."""
+    weight_decay: Weight = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_epsilon: Positive = 1e-8
+    max_grad_norm: Weight = 1.0
+    """Clips the global gradient norm; 0 switches clipping off."""
+    bf16: bool = False
+    fp16: bool = False
+    gradient_checkpointing: bool = False
+    resume_from_checkpoint: bool | str = True
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class FinetuneOverrides:
+    """`teacher.finetune`: every key of `train`; those left out are inherited."""
+
+    deepspeed: str | dict[str, Any] = "zero2"
+    per_device_train_batch_size: Count | None = None
+    gradient_accumulation_steps: Count | None = None
+    num_train_epochs: Positive | None = None
+    max_steps: Count | None = None
+    learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] | None = None
+    warmup_ratio: Fraction | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    weight_decay: Weight | None = None
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] | None = None
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] | None = None
+    adam_epsilon: Positive | None = None
+    max_grad_norm: Weight | None = None
+    bf16: bool | None = None
+    fp16: bool | None = None
+    gradient_checkpointing: bool | None = None
+    resume_from_checkpoint: bool | str | None = None
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class TeacherConfig:
+    """The frozen model that is learned from, and its own DeepSpeed engine."""
+
+    model: str | ScratchModel
+    deepspeed: str | dict[str, Any] = "teacher_zero3"
+    """Preset name, path or inline; a frozen model is at ZeRO 0 (replicated) or 3 (sharded)."""
+    dtype: Dtype | None = None
+    """None: as stored on a GPU, fp32 on a CPU."""
+    finetune: FinetuneOverrides | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class StudentConfig:
+    """The model that learns."""
+
+    model: str | ScratchModel
+    deepspeed: str | dict[str, Any] = "zero2"
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class EvalConfig:
+    """When and how the validation split is scored."""
+
+    eval_steps: Count | None = None
+    per_device_eval_batch_size: Count = 32
+    keep_best: bool | None = None
+    """Export the best evaluation instead of the last step; None: yes when eval_steps is set."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class SaveConfig:
+    """When checkpoints are written and how many are kept."""
+
+    save_steps: Count = 500
+    save_total_limit: Count | None = 2
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class LogConfig:
+    """What is reported while training."""
+
+    logging_steps: Count = 10
+    tensorboard: bool = True
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class RunConfig:
+    """One run, from the teacher to the exported student."""
+
+    output_dir: Path
+    task: TaskConfig
+    student: StudentConfig
+    method: MethodConfig
+    seed: Annotated[int, Field(ge=0)] = 42
+    teacher: TeacherConfig | None = None
+    objective: Annotated[tuple[TermConfig, ...], Field(min_length=1)] | None = None
+    baselines: tuple[Literal["alone"], ...] = ()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    save: SaveConfig = SaveConfig()
+    log: LogConfig = LogConfig()

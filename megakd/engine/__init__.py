@@ -1,0 +1,1 @@
+"""The only room that imports deepspeed: engines, sharding, ranks."""

@@ -1,0 +1,255 @@
+"""What a DeepSpeed config may say, and which knobs belong to the run config instead."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megakd.errors import ConfigError
+
+# DeepSpeed's own key -> the field of `train` that decides it.
+_OWNED = {
+    "train_batch_size": "per_device_train_batch_size",
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "elasticity": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "managed_gradient_accumulation": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "lr": "learning_rate",
+    "learning_rate": "learning_rate",
+    "optimizer": "learning_rate",
+    "scheduler": "lr_scheduler_type",
+    "bf16": "bf16",
+    "bfloat16": "bf16",
+    "fp16": "fp16",
+    "amp": "bf16",
+    "torch_autocast": "bf16",
+}
+_PRECISION = ("bf16", "fp16")
+# Of the top level only what people mistype: DeepSpeed ignores keys there that it does not know.
+_SECTIONS = (
+    "zero_optimization",
+    "activation_checkpointing",
+    "aio",
+    "checkpoint",
+    "comms_logger",
+    "communication_data_type",
+    "compile",
+    "csv_monitor",
+    "data_types",
+    "flops_profiler",
+    "steps_per_print",
+    "tensorboard",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+)
+# Elsewhere DeepSpeed refuses unknown keys, but only once the models are loaded. Deprecated keys
+# are left out; a test compares with the installed DeepSpeed.
+_ZERO_KEYS = frozenset(
+    [
+        "allgather_bucket_size",
+        "allgather_partitions",
+        "allgather_sequential",
+        "compute_grad_norm",
+        "contiguous_gradients",
+        "elastic_checkpoint",
+        "enable_sanity_checks",
+        "gather_16bit_weights_on_model_save",
+        "ignore_unused_parameters",
+        "leaf_module",
+        "legacy_stage1",
+        "load_from_fp32_weights",
+        "log_trace_cache_warnings",
+        "max_live_parameters",
+        "max_reuse_distance",
+        "memory_efficient_linear",
+        "model_persistence_threshold",
+        "module_granularity_threshold",
+        "offload_optimizer",
+        "offload_param",
+        "overlap_comm",
+        "override_module_apply",
+        "param_persistence_threshold",
+        "parameter_alignment",
+        "pipeline_loading_checkpoint",
+        "prefetch_bucket_size",
+        "reduce_bucket_size",
+        "reduce_scatter",
+        "round_robin_gradients",
+        "save_muon_momentum_buffer_in_memory",
+        "stage",
+        "stage3_allgather_sequential",
+        "stage3_gather_16bit_weights_on_model_save",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_model_persistence_threshold",
+        "stage3_module_granularity_threshold",
+        "stage3_param_persistence_threshold",
+        "stage3_prefetch_bucket_size",
+        "stage3_use_all_reduce_for_fetch_params",
+        "sub_group_size",
+        "use_all_reduce_for_fetch_params",
+        "use_multi_rank_bucket_allreduce",
+        "zenflow",
+        "zero_hpz_partition_size",
+        "zero_quantized_gradients",
+        "zero_quantized_nontrainable_weights",
+        "zero_quantized_weights",
+    ]
+)
+_OFFLOAD_KEYS = {
+    "offload_param": frozenset(
+        ("buffer_count", "buffer_size", "device", "max_in_cpu", "nvme_path", "pin_memory")
+    ),
+    "offload_optimizer": frozenset(
+        [
+            "buffer_count",
+            "cpuadam_cores_perc",
+            "device",
+            "fast_init",
+            "nvme_path",
+            "pin_memory",
+            "pipeline_read",
+            "pipeline_write",
+            "ratio",
+            "super_offload",
+        ]
+    ),
+}
+_OFFLOAD_FROM_STAGE = {"offload_optimizer": 1, "offload_param": 3}
+_DEVICES = ("none", "cpu", "nvme")
+
+
+def refuse_dotted_keys(ds: Mapping[str, Any], source: str) -> None:
+    """Refuses `zero_optimization.stage` as a key.
+
+    Raises:
+        ConfigError: naming the key and its nested form.
+    """
+    for key in _keys(ds):
+        outer, dot, inner = key.partition(".")
+        if dot:
+            nested = f'{{"{outer}": {{"{inner}": …}}}}'
+            raise ConfigError(f'{source}: DeepSpeed knows no dotted key "{key}"; nest it: {nested}')
+
+
+def without_owned_keys(ds: Mapping[str, Any], source: str, *, where: str) -> dict[str, Any]:
+    """The config without the knobs that leave the choice to the run config (`"auto"`).
+
+    Args:
+        ds: a DeepSpeed config.
+        source: file or key that `ds` comes from, for messages.
+        where: the run config's key that holds it; it decides which field owns a knob.
+
+    Raises:
+        ConfigError: `ds` sets a knob; names the field that owns it.
+    """
+    for key, value in ds.items():
+        if key in _OWNED and not _is_auto(value):
+            raise ConfigError(_owned_elsewhere(key, _owner(_OWNED[key], where), source))
+    data_types = ds.get("data_types")
+    if isinstance(data_types, Mapping) and "param_dtype" in data_types:
+        raise ConfigError(_owned_elsewhere("data_types.param_dtype", _owner("bf16", where), source))
+    return {key: value for key, value in ds.items() if key not in _OWNED}
+
+
+def check_sections(ds: Mapping[str, Any], source: str) -> None:
+    """Checks the top level.
+
+    Raises:
+        ConfigError: a key is misspelt, undecided, or changes what a gradient means.
+    """
+    for key, value in ds.items():
+        near = difflib.get_close_matches(key, (*_SECTIONS, *_OWNED), n=1, cutoff=0.85)
+        if near and key not in _SECTIONS:
+            raise ConfigError(f'{source}: unknown key "{key}"; did you mean "{near[0]}"?')
+        if value == "auto":
+            raise ConfigError(f'{source}: {key} cannot be "auto"; give a value or remove it')
+    reduction = ds.get("gradient_allreduce_op", "mean")
+    if reduction != "mean":
+        raise ConfigError(
+            f"{source}: gradient_allreduce_op is {json.dumps(reduction)}, and the losses are "
+            "scaled for the mean over ranks; remove it"
+        )
+
+
+def check_zero(ds: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The config with DeepSpeed's default wherever `zero_optimization` says `"auto"`.
+
+    Raises:
+        ConfigError: the stage is none of 0 to 3, a key is unknown, or offload asks too much.
+    """
+    if "zero_optimization" not in ds:
+        return dict(ds)
+    zero = ds["zero_optimization"]
+    if not isinstance(zero, Mapping):
+        raise ConfigError(f"{source}: zero_optimization must be a mapping (got {json.dumps(zero)})")
+    _refuse_unknown(zero, _ZERO_KEYS, f"{source}: zero_optimization")
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ConfigError(
+            f"{source}: zero_optimization.stage must be 0, 1, 2 or 3 (got {json.dumps(stage)})"
+        )
+    for key in _OFFLOAD_KEYS:
+        _check_offload(key, zero.get(key), int(stage), source)
+    return {**ds, "zero_optimization": {k: v for k, v in zero.items() if v != "auto"}}
+
+
+def _check_offload(key: str, offload: Any, stage: int, source: str) -> None:
+    where = f"{source}: zero_optimization.{key}"
+    if offload is None or offload == "auto":
+        return
+    if not isinstance(offload, Mapping):
+        raise ConfigError(f"{where} must be a mapping (got {json.dumps(offload)})")
+    _refuse_unknown(offload, _OFFLOAD_KEYS[key], where)
+    device = offload.get("device", "none")
+    if device not in _DEVICES:
+        raise ConfigError(
+            f'{where}.device must be "none", "cpu" or "nvme" (got {json.dumps(device)})'
+        )
+    if device != "none" and stage < _OFFLOAD_FROM_STAGE[key]:
+        raise ConfigError(
+            f"{where} needs ZeRO stage {_OFFLOAD_FROM_STAGE[key]} or above, and the stage "
+            f"is {stage}"
+        )
+
+
+def _refuse_unknown(section: Mapping[str, Any], known: frozenset[str], where: str) -> None:
+    for key in section:
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = (
+                f'; did you mean "{near[0]}"?' if near else f"; known: {', '.join(sorted(known))}"
+            )
+            raise ConfigError(f'{where}: unknown key "{key}"{hint}')
+
+
+def _keys(node: Any) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield str(key)
+            yield from _keys(value)
+
+
+def _is_auto(value: Any) -> bool:
+    """Whether every value inside leaves the choice to the trainer."""
+    if isinstance(value, Mapping):
+        return bool(value) and all(_is_auto(inner) for inner in value.values())
+    return value == "auto"
+
+
+def _owner(field: str, where: str) -> str:
+    """The run config's key for a field of `train`, seen from the section `where` stands in."""
+    section = where.rpartition(".")[0]
+    if section.endswith("finetune"):
+        return f"{section}.{field}"
+    if section.startswith("teacher") and field in _PRECISION:
+        return f"{section}.dtype"
+    return f"train.{field}"
+
+
+def _owned_elsewhere(key: str, owner: str, source: str) -> str:
+    return f'{source} sets "{key}", which belongs to {owner}; remove it there and set {owner}'

@@ -1,0 +1,29 @@
+"""The errors a person can cause: one clear message each, printed without a traceback."""
+
+
+class MegakdError(Exception):
+    """What is wrong, both values, which key or file, what to do."""
+
+
+class ConfigError(MegakdError):
+    """The run config, its overrides or a `ds_configs` file cannot be used."""
+
+
+class DataError(MegakdError):
+    """A data file, column, label or tokenizer cannot be used."""
+
+
+class ModelError(MegakdError):
+    """A model's weights, config, tokenizer or head cannot be used."""
+
+
+class TeacherError(ModelError):
+    """The teacher cannot teach this student with the chosen losses."""
+
+
+class TrainingError(MegakdError):
+    """Training cannot go on: a loss that is not finite."""
+
+
+class CheckpointError(MegakdError):
+    """A checkpoint cannot be written, read or continued."""

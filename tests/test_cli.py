@@ -1,0 +1,284 @@
+"""The command line: what each word leads to, and what mistakes are answered with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import megakd
+from megakd import cli
+from megakd.config import RunConfig
+from megakd.config_file import load_config
+from megakd.errors import MegakdError, ModelError
+
+RUN = """
+output_dir: runs/x
+task: {type: classification, dataset: pydocs}
+teacher: {model: teacher}
+student: {model: student}
+method: {name: single}
+"""
+
+
+class Runs(types.ModuleType):
+    """Stands in for megakd.run and notes what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__("megakd.run")
+        self.asked: list[tuple[object, ...]] = []
+        self.failure: MegakdError | None = None
+
+    def run(self, config: RunConfig, *, command: str) -> str:
+        if self.failure:
+            raise self.failure
+        self.asked.append(("run", config.train.max_steps, command))
+        return "the result table"
+
+    def evaluate_model(self, config: RunConfig, model: str | None) -> dict[str, float]:
+        self.asked.append(("evaluate", config.train.max_steps, model))
+        return {"accuracy": 0.5, "f1": 0.25}
+
+    def export_run(self, config: RunConfig, stage: str | None, to: Path) -> Path:
+        self.asked.append(("export", config.output_dir, stage, to))
+        return to
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    fake = Runs()
+    monkeypatch.setitem(sys.modules, "megakd.run", fake)
+    monkeypatch.setattr(megakd, "run", fake, raising=False)
+    return fake
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN, encoding="utf-8")
+    return str(path)
+
+
+def test_training_gets_the_config_with_overrides_and_the_command(run_file: str, runs: Runs) -> None:
+    code = cli.train_main(["--local_rank=1", "--config", run_file, "train.max_steps=3"])
+
+    command = f"launch/train.py --config {run_file} train.max_steps=3"
+    assert (code, runs.asked) == (0, [("run", 3, command)])
+
+
+def test_training_ends_with_the_result_table(
+    run_file: str, runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.train_main(["--config", run_file])
+
+    assert runs.asked
+    assert capsys.readouterr().out == "the result table\n"
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option(
+    run_file: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["train.max_steps=3", "--config", run_file, "--print-config", "seed=7"]
+
+    assert cli.train_main(words) == 0
+
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert load_config(printed) == load_config(Path(run_file), ["train.max_steps=3", "seed=7"])
+
+
+def test_printing_the_config_trains_nothing(run_file: str, runs: Runs) -> None:
+    cli.train_main(["--config", run_file, "--print-config"])
+
+    assert runs.asked == []
+
+
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
+@pytest.mark.parametrize(
+    "words", [["--print-config"], ["train.lr=1"]], ids=["print-config", "error"]
+)
+def test_only_rank_0_writes(
+    words: list[str],
+    variable: str,
+    run_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    written = {}
+    for rank in ("0", "1"):
+        monkeypatch.setenv(variable, rank)
+        cli.train_main(["--config", run_file, *words])
+        written[rank] = "".join(capfd.readouterr())
+
+    assert written["0"]
+    assert not written["1"]
+
+
+def test_another_rank_fails_silently_with_the_same_code(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+
+    assert cli.train_main(["--config", "nowhere.yaml"]) == 2
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--config is missing: launch/train.py --config F names the run's YAML file"),
+        (["train.max_steps=1"], "--config is missing"),
+        (["--config"], "argument --config: expected one argument"),
+        (["--config", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
+        (
+            ["--learning_rate", "3e-4"],
+            "unknown option --learning_rate; settings are written train.learning_rate=value",
+        ),
+        (["--max-steps=3"], "unknown option --max-steps=3; settings are written train.max_steps="),
+        (["--print_config"], 'unknown option --print_config; did you mean "--print-config"?'),
+        (["--conf", "x"], 'unknown option --conf; did you mean "--config"?'),
+        (["--zzz"], "unknown option --zzz (launch/train.py --help lists the options)"),
+    ],
+)
+def test_a_wrong_command_line_gets_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = cli.train_main(words)
+
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.startswith(f"megakd: error: {message}")
+    assert error.count("\n") == 1
+
+
+def test_an_override_error_names_the_override(
+    run_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.train_main(["--config", run_file, "train.max_steps"]) == 2
+    assert 'override "train.max_steps" is not of the form key=value' in capsys.readouterr().err
+
+
+def test_a_failure_of_the_run_is_one_line_without_traceback(
+    run_file: str, runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs.failure = ModelError("teacher has no head")
+
+    assert cli.train_main(["--config", run_file]) == 2
+    assert capsys.readouterr().err == "megakd: error: teacher has no head\n"
+
+
+def test_a_bug_keeps_its_traceback(
+    run_file: str, monkeypatch: pytest.MonkeyPatch, runs: Runs
+) -> None:
+    monkeypatch.setattr(runs, "run", None)
+
+    with pytest.raises(TypeError):
+        cli.train_main(["--config", run_file])
+
+
+@pytest.mark.parametrize("form", ["option", "first word"])
+def test_a_command_takes_the_config_as_option_or_first_word(
+    form: str, run_file: str, runs: Runs
+) -> None:
+    config = ["--config", run_file] if form == "option" else [run_file]
+
+    assert cli.main(["train", *config, "train.max_steps=3"]) == 0
+    assert runs.asked[0][:2] == ("run", 3)
+
+
+def test_evaluate_prints_a_table(
+    run_file: str, runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", run_file, "--model", "folder", "train.max_steps=3"]) == 0
+
+    assert capsys.readouterr().out == "accuracy  0.5000\nf1        0.2500\n"
+    assert runs.asked == [("evaluate", 3, "folder")]
+
+
+def test_evaluate_prints_json_on_request(
+    run_file: str, runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", run_file, "--json"]) == 0
+
+    assert capsys.readouterr().out == '{\n  "accuracy": 0.5,\n  "f1": 0.25\n}\n'
+    assert runs.asked == [("evaluate", None, None)]
+
+
+def test_export_prints_the_folder_it_wrote(
+    run_file: str, runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["export", run_file, "--stage", "teacher", "--to", "out"]) == 0
+
+    assert capsys.readouterr().out == "out\n"
+    assert runs.asked == [("export", Path("runs/x"), "teacher", Path("out"))]
+
+
+def test_export_without_a_target_is_refused(
+    run_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["export", run_file]) == 2
+    assert "--to is missing: it names the folder" in capsys.readouterr().err
+
+
+def test_methods_lists_every_method_with_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods"]) == 0
+
+    listed = capsys.readouterr().out
+    assert "single\n  Distil one teacher into the student." in listed
+    assert "finetune\n  Train the student on the labels alone." in listed
+
+
+def test_methods_lists_losses_with_options_and_defaults(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["methods", "--losses"]) == 0
+
+    listed = capsys.readouterr().out
+    assert "soft_target_jsd\n  beta·KL(teacher || m)" in listed
+    assert "    temperature: 1.0\n    t_squared: true\n    beta: 0.5\n" in listed
+    assert '    layer_mapping: "uniform"\n' in listed
+    assert "    loss:" not in listed
+
+
+def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evalute"]) == 2
+    assert 'unknown command "evalute"; did you mean "evaluate"?' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "code"), [([], 2), (["--help"], 0)], ids=["nothing", "help"])
+def test_the_commands_are_listed(
+    words: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words) == code
+    assert capsys.readouterr().out.startswith("usage: megakd {train,evaluate,export,methods}")
+
+
+LAUNCH = Path(__file__).resolve().parents[1] / "launch" / "train.py"
+
+
+def test_the_launch_file_prints_the_config(run_file: str) -> None:
+    command = [sys.executable, str(LAUNCH), "--config", run_file, "--print-config"]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert "output_dir: runs/x\n" in done.stdout
+
+
+def test_the_launch_file_says_when_megakd_is_not_installed(tmp_path: Path) -> None:
+    # -I leaves out PYTHONPATH, -S the site-packages that may hold megakd.
+    command = [sys.executable, "-I", "-S", str(LAUNCH)]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("megakd is not installed in this Python: run `make install`")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,118 @@
+"""Settings that contradict each other, found before any data or model is touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megakd.config_file import load_config
+from megakd.errors import ConfigError
+
+RUN = """
+output_dir: runs/x
+task: {type: classification, dataset: pydocs}
+teacher: {model: teacher}
+student: {model: student}
+method: {name: single}
+objective:
+  - {loss: hard_cross_entropy}
+  - {loss: soft_target_kl, weight: 0.5}
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN, encoding="utf-8")
+    return path
+
+
+def message_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teacher=null"], 'teacher: method "single" learns from a teacher and there is none'),
+        (
+            ["method.name=finetune", "objective=null"],
+            'teacher: method "finetune" learns from the labels alone and has no use for a teacher',
+        ),
+        (
+            ["method.name=finetune", "teacher=null", "objective=[{loss: soft_target_kl}]"],
+            'objective[0].loss: soft_target_kl compares with a teacher, and method "finetune"',
+        ),
+        (
+            ["method.name=finetune", "teacher=null", "objective=[{loss: hidden_cosine}]"],
+            'objective[0].loss: hidden_cosine compares with a teacher, and method "finetune"',
+        ),
+        (["train.bf16=true", "train.fp16=true"], "train: bf16 and fp16 are both true; keep one"),
+        (
+            ["train.bf16=true", "teacher.finetune.fp16=true"],
+            "teacher.finetune: bf16 and fp16 are both true, one of them taken over from train",
+        ),
+        (
+            ["objective.1={loss: hard_mse}"],
+            "objective[1].loss: hard_mse is for regression, and task.type is classification",
+        ),
+        (
+            ["objective.1={loss: soft_target_mse}", "task.type=causal_lm"],
+            "objective[1].loss: soft_target_mse is for regression, and task.type is causal_lm",
+        ),
+        (
+            [
+                "task.type=regression",
+                "task.dataset=glue/stsb",
+                "objective=[{loss: soft_target_kl}]",
+            ],
+            "objective[0].loss: soft_target_kl is for classification, causal_lm, and task.type is "
+            "regression",
+        ),
+        (
+            ["objective.1={loss: hard_cross_entropy}"],
+            'objective: "hard_cross_entropy" is listed twice',
+        ),
+        (["objective.0.weight=0", "objective.1.weight=0"], "objective: every weight is 0"),
+        (["eval.keep_best=true"], "eval.keep_best: true needs evaluations to choose from"),
+        (["task.text_columns=[a]"], "task.text_columns: the dataset pydocs takes none"),
+        (["task.label_column=a"], "task.label_column: the dataset pydocs takes none"),
+        (
+            ["task.type=causal_lm", "task.labelled_examples=5"],
+            "task.labelled_examples: only classification and regression have labels to keep",
+        ),
+        (["baselines=[alone, alone]"], 'baselines: "alone" is listed twice'),
+        (["student.deepspeed=zero22"], 'student.deepspeed: unknown preset "zero22"; did you mean'),
+        (["teacher.deepspeed=zero2"], "teacher.deepspeed: ZeRO stage 2 shards gradients and opti"),
+        (
+            ["teacher.finetune.deepspeed={gradient_clipping: 1}"],
+            'teacher.finetune.deepspeed sets "gradient_clipping", which belongs to '
+            "teacher.finetune.max_grad_norm",
+        ),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(
+    run_file: Path, overrides: list[str], message: str
+) -> None:
+    text = message_of(run_file, *overrides)
+
+    assert message in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["eval.keep_best=true", "eval.eval_steps=5"],
+        ["train.bf16=true", "teacher.finetune={bf16: false, fp16: true}"],
+        ["task.type=causal_lm", "objective=[{loss: soft_target_jsd}, {loss: hidden_mse}]"],
+        ["task={type: regression, dataset: x.csv}", "objective=[{loss: soft_target_mse}]"],
+        ["task.labelled_examples=5", "objective.0.weight=0"],
+        ["teacher.deepspeed=zero3", "student.deepspeed=teacher_zero0"],
+    ],
+)
+def test_settings_near_those_refusals_are_accepted(run_file: Path, overrides: list[str]) -> None:
+    assert load_config(run_file, overrides)
