@@ -1,0 +1,78 @@
+"""Rows on disk: Arrow files in folders that are built once, whole or not at all.
+
+A folder is named by what its content depends on, so it is never stale. The ranks of a node may
+ask for the same folder at once: the first one builds it, the others wait for its lock, which the
+system releases when a process dies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+from datasets import Dataset, Features
+from datasets.arrow_writer import ArrowWriter
+from filelock import FileLock
+
+from megakd.data.whole import is_whole, whole_folder
+from megakd.errors import DataError
+
+ROWS_PER_BATCH = 1000
+# A string column of one record batch may hold 2 GiB.
+CHARACTERS_PER_BATCH = 64_000_000
+
+Row = Mapping[str, object]
+
+
+def key_of(*parts: object) -> str:
+    """Sha256 of a JSON-able description, the same in every process."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """`folder`, filled by `fill` unless it is there already; other processes wait meanwhile.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    if is_whole(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder.with_name(f"{folder.name}.lock")).acquire()
+    except OSError as error:
+        raise DataError(
+            f"cannot write the data cache {folder}: {error.strerror or error}; "
+            "make the folder writable or choose another output_dir"
+        ) from error
+    with held:
+        return whole_folder(folder, fill)
+
+
+def write_rows(rows: Iterable[Row], features: Features, path: Path) -> None:
+    """Streams rows into an Arrow file that `read_rows` maps into memory."""
+    with ArrowWriter(features=features, path=str(path)) as writer:
+        for batch in _batches(rows, tuple(features)):
+            writer.write_batch(batch)
+        writer.finalize()
+
+
+def read_rows(path: Path) -> Dataset:
+    """The rows of an Arrow file, memory-mapped."""
+    return Dataset.from_file(str(path))
+
+
+def _batches(rows: Iterable[Row], columns: tuple[str, ...]) -> Iterator[dict[str, list[object]]]:
+    pending: list[Row] = []
+    characters = 0
+    for row in rows:
+        pending.append(row)
+        characters += sum(len(value) for value in row.values() if isinstance(value, str))
+        if len(pending) == ROWS_PER_BATCH or characters > CHARACTERS_PER_BATCH:
+            yield {name: [row[name] for row in pending] for name in columns}
+            pending, characters = [], 0
+    # An empty last batch gives an empty file its columns.
+    yield {name: [row[name] for row in pending] for name in columns}

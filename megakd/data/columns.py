@@ -1,0 +1,195 @@
+"""Which columns of a table are text and label, and the rows they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets import Dataset, Features, Value
+
+from megakd.config import TaskConfig
+from megakd.data.cache import cached_folder, key_of, read_rows, write_rows
+from megakd.data.labels import Classes, Labeller, find_classes, score
+from megakd.data.tables import SPLIT_NAMES, Found, Record, SplitName, Table
+from megakd.errors import DataError
+
+# Goes up when the same source gives other rows.
+VERSION = 1
+PAIR_DEFAULTS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+    ("text", "text_pair"),
+)
+TEXT_DEFAULTS = (("text",), ("sentence",), ("content",), ("document",))
+LABEL_DEFAULTS = {"classification": ("label", "labels"), "regression": ("label", "score", "labels")}
+DEFAULT_METRICS: Mapping[str, tuple[str, ...]] = {
+    "classification": ("accuracy",),
+    "regression": ("pearson", "spearman"),
+    "causal_lm": ("perplexity",),
+}
+
+
+class Fields(NamedTuple):
+    """The columns a task reads; label is None where the rows carry none."""
+
+    text: tuple[str, ...]
+    label: str | None
+
+
+def rows_of_tables(
+    tables: Mapping[SplitName, Table],
+    task: TaskConfig,
+    *,
+    name: str,
+    cache_dir: Path,
+    classes: Classes | None = None,
+    metrics: tuple[str, ...] | None = None,
+) -> Found:
+    """Text and labels of every split, in Arrow files.
+
+    Args:
+        tables: at least `train`.
+        task: names the columns, or leaves them to the defaults.
+        name: what messages call the data set.
+        cache_dir: the rows are kept in it, by content.
+        classes: the classes where they are known; None reads them from the training split.
+        metrics: the official metrics; None takes the usual ones of the task type.
+
+    Raises:
+        DataError: a column does not exist, a value is wrong, or a split has no rows.
+    """
+    for table in tables.values():
+        if next(table.records(), None) is None:
+            raise DataError(f"{table.name} has no rows")
+    train = choose_fields(tables["train"], task)
+    if train.label is not None and task.type == "classification" and classes is None:
+        classes = find_classes(tables["train"], train.label)
+    splits: dict[SplitName, Dataset] = {}
+    digests: list[object] = [VERSION, task.type, classes.names if classes else None]
+    for split in SPLIT_NAMES:
+        if split not in tables:
+            continue
+        fields = _fields_of(tables[split], split, train)
+        splits[split] = _rows_of(tables[split], fields, task, classes, cache_dir=cache_dir)
+        digests.append((split, tables[split].digest, fields))
+    return Found(
+        name=name,
+        splits=splits,
+        label_names=classes.names if classes else (),
+        metrics=metrics or DEFAULT_METRICS[task.type],
+        source_hash=key_of(digests),
+    )
+
+
+def choose_fields(table: Table, task: TaskConfig) -> Fields:
+    """The columns of the training split.
+
+    Raises:
+        DataError: a column that is named does not exist, or none of the usual ones does.
+    """
+    text = task.text_columns or _usual_text(table, task)
+    for column in text:
+        _require(table, column, "task.text_columns")
+    if task.type == "causal_lm":
+        return Fields(text, None)
+    if task.label_column is not None:
+        _require(table, task.label_column, "task.label_column")
+        return Fields(text, task.label_column)
+    usual = LABEL_DEFAULTS[task.type]
+    label = next((column for column in usual if column in table.columns), None)
+    if label is None:
+        raise DataError(
+            f"{table.name}: column {usual[0]!r} does not exist; the columns there are "
+            f"{', '.join(table.columns)}; name the one with the labels in task.label_column"
+        )
+    return Fields(text, label)
+
+
+def _usual_text(table: Table, task: TaskConfig) -> tuple[str, ...]:
+    pairs = () if task.type == "causal_lm" else PAIR_DEFAULTS
+    for columns in (*pairs, *TEXT_DEFAULTS):
+        if all(column in table.columns for column in columns):
+            return columns
+    raise DataError(
+        f"{table.name}: column 'text' does not exist; the columns there are "
+        f"{', '.join(table.columns)}; name those with the text in task.text_columns"
+    )
+
+
+def _require(table: Table, column: str, key: str) -> None:
+    if column not in table.columns:
+        raise DataError(
+            f"{table.name}: column {column!r} ({key}) does not exist; "
+            f"the columns there are {', '.join(table.columns)}"
+        )
+
+
+def _fields_of(table: Table, split: SplitName, train: Fields) -> Fields:
+    """The same columns as in training; a test split may come without labels."""
+    for column in train.text:
+        _require(table, column, "task.text_columns")
+    if train.label is None or (split == "test" and train.label not in table.columns):
+        return Fields(train.text, None)
+    _require(table, train.label, "task.label_column")
+    return train
+
+
+def _features(fields: Fields, task: TaskConfig) -> Features:
+    columns = {"text": Value("string")}
+    if len(fields.text) == 2 and task.type != "causal_lm":
+        columns["text_pair"] = Value("string")
+    if task.type != "causal_lm":
+        columns["label"] = Value("int64" if task.type == "classification" else "float32")
+    return Features(columns)
+
+
+def _rows_of(
+    table: Table, fields: Fields, task: TaskConfig, classes: Classes | None, *, cache_dir: Path
+) -> Dataset:
+    names = None if classes is None else (classes.names, classes.numbered)
+    key = key_of(VERSION, table.digest, fields, task.type, names)
+    rows = partial(_rows, table, fields, task.type, classes.label if classes else score)
+    features = _features(fields, task)
+    folder = cached_folder(
+        cache_dir / "rows" / key[:32],
+        lambda fresh: write_rows(rows(), features, fresh / "rows.arrow"),
+    )
+    dataset = read_rows(folder / "rows.arrow")
+    if len(dataset) == 0:
+        raise DataError(f"{table.name} has no rows")
+    return dataset
+
+
+def _rows(
+    table: Table, fields: Fields, task_type: str, labeller: Labeller
+) -> Iterator[dict[str, object]]:
+    for record in table.records():
+        texts = [_text(table, column, record) for column in fields.text]
+        if task_type == "causal_lm":
+            # A blank document has no tokens; two columns (question, answer) make one document.
+            if any(text.strip() for text in texts):
+                yield {"text": "\n".join(texts)}
+            continue
+        row: dict[str, object] = dict(zip(("text", "text_pair"), texts, strict=False))
+        row["label"] = labeller(table, fields.label or "", record)
+        yield row
+
+
+def _text(table: Table, column: str, record: Record) -> str:
+    text = record.values.get(column)
+    if not isinstance(text, str):
+        problem = "is missing" if text is None else f"is no text: {text!r}"
+        raise DataError(f"{table.name}, {record.place}: column {column!r} {problem}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{table.name}, {record.place}: column {column!r} is not UTF-8: it holds half of a "
+            f"surrogate pair at character {error.start}"
+        ) from error
+    return text

@@ -1,0 +1,367 @@
+"""Texts as token numbers: encoded once, kept on disk, memory-mapped, padded per micro-batch.
+
+Shapes: B rows of a micro-batch, T positions.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+
+from megakd.data.cache import key_of, read_rows
+from megakd.data.packing import pack
+from megakd.data.rows import LABELS_AT_ONCE, arrow_batches, rows_key
+from megakd.data.whole import whole_folder
+from megakd.errors import DataError
+from megakd.stage import IGNORE, Batch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    from megakd.config import TaskConfig
+    from megakd.data.splits import Splits
+
+logger = logging.getLogger(__name__)
+
+# Part of every key: raise it when the encoded rows would come out differently.
+VERSION = 1
+TEXTS_AT_ONCE = 1000
+LENGTH_MULTIPLE = 8
+_IDS = pa.list_(pa.int32())
+_FILL = {"labels": IGNORE, "token_type_ids": 0}
+
+
+class Encoded(NamedTuple):
+    """The splits as token numbers, memory-mapped.
+
+    Columns: `input_ids`, for pairs `token_type_ids` where the tokenizer makes them, and
+    `label`; for causal_lm `input_ids`, `position_ids` and `labels` (see `packing`).
+    tokens_per_row: mean number of tokens of a training row, without padding.
+    """
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset | None
+    content_hash: str
+    tokens_per_row: float
+
+
+def encode_splits(
+    splits: Splits, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, *, cache_dir: Path
+) -> Encoded:
+    """Encodes all splits, or takes what an earlier call with the same content left.
+
+    Args:
+        splits: texts and labels.
+        tokenizer: its content, not its name, is part of the key.
+        task: `type` and `max_length` count.
+        cache_dir: the arrow files go into a folder of it named by a content key, written
+            whole or not at all; ranks may call at the same time, but it is cheaper to let
+            one go first.
+
+    Raises:
+        DataError: `max_length` leaves no room for text, a split holds no tokens, or the
+            cache cannot be written.
+    """
+    _check_room_for_text(splits, tokenizer, task)
+    present = {name: rows for name, rows in _named(splits) if rows is not None}
+    key = key_of(
+        {
+            "version": VERSION,
+            "content": splits.content_hash,
+            "rows": {name: rows_key(rows) for name, rows in present.items()},
+            "tokenizer": tokenizer_content(tokenizer),
+            "max_length": task.max_length,
+            "type": task.type,
+        }
+    )
+
+    def build(folder: Path) -> None:
+        logger.info("encoding %s rows", {name: len(rows) for name, rows in present.items()})
+        for name, rows in present.items():
+            _write(folder / f"{name}.arrow", _encoded(rows, tokenizer, task, split=name))
+
+    folder = whole_folder(cache_dir / "encoded" / key, build)
+    made = {name: read_rows(folder / f"{name}.arrow") for name in present}
+    tokens = _token_count(made["train"])
+    return Encoded(
+        made["train"], made["validation"], made.get("test"), key, tokens / len(made["train"])
+    )
+
+
+def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of what decides which tokens a text gets; the same in every process."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        content = json.loads(backend.to_str())
+        # Left behind by whoever called the tokenizer last; no property of it.
+        content.update(truncation=None, padding=None)
+    return key_of(
+        {
+            "class": type(tokenizer).__name__,
+            "content": content,
+            "inputs": list(tokenizer.model_input_names),
+            "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        }
+    )
+
+
+def labelled_only(rows: Dataset) -> Dataset:
+    """The rows that carry a label, still memory-mapped; all of them where text is its own.
+
+    Raises:
+        DataError: no row carries one.
+    """
+    if "label" not in rows.column_names:
+        return rows
+    tables = arrow_batches(rows.select_columns("label"), LABELS_AT_ONCE)
+    labels = np.concatenate([table.column("label").to_numpy() for table in tables])
+    carries = ~np.isnan(labels) if labels.dtype.kind == "f" else labels != IGNORE
+    if not carries.any():
+        raise DataError(
+            f"none of the {len(rows)} training rows carries a label, and this stage learns from "
+            f"labels only; check task.label_column, or train without this stage"
+        )
+    return rows if carries.all() else rows.select(np.flatnonzero(carries))
+
+
+class Collator:
+    """Rows to one padded micro-batch.
+
+    For causal_lm `inputs` is `input_ids` and `position_ids`, and the model has to be called
+    with `use_cache=False`; see `packing`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:
+        # Padding is a document of its own and counts nowhere, so any token serves.
+        pad_id = tokenizer.pad_token_id
+        self._pad_id = pad_id if isinstance(pad_id, int) else 0
+        self._max_length = task.max_length
+        self._type = task.type
+
+    def __call__(
+        self, rows: Sequence[Mapping[str, object]] | object, *, dummy_rows: int = 0
+    ) -> Batch:
+        """Pads to the longest row, to a multiple of 8, to at most `max_length`.
+
+        Args:
+            rows: an arrow table or another slice of an encoded data set (column -> values),
+                or a sequence of rows; may be empty.
+            dummy_rows: rows to add at the end that keep the ranks in step: nothing in them is
+                valid or labelled, and what a model makes of them is finite.
+        """
+        columns = _columns(rows) or {"input_ids": _NOTHING}
+        lengths = np.concatenate([columns["input_ids"][1], np.zeros(dummy_rows, dtype=np.int64)])
+        if not len(lengths):
+            raise ValueError("a micro-batch needs at least one row, be it a dummy")
+        width = self._width(int(lengths.max()))
+        valid = np.arange(width) < lengths[:, None]  # [B, T]
+        padded = {
+            name: self._padded(name, values, valid)
+            for name, (values, _) in columns.items()
+            if name != "label"
+        }
+        if self._type == "causal_lm":
+            return _language_batch(padded, valid, lengths)
+        return self._text_batch(padded, columns, valid)
+
+    def _width(self, longest: int) -> int:
+        rounded = -(-max(longest, 1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        return min(rounded, self._max_length)
+
+    def _padded(self, name: str, values: NDArray, valid: NDArray) -> NDArray[np.int64]:
+        padded = np.full(valid.shape, _FILL.get(name, self._pad_id), dtype=np.int64)
+        padded[valid] = values
+        return padded
+
+    def _text_batch(self, padded: dict[str, NDArray], columns: _Columns, valid: NDArray) -> Batch:
+        """[B] labels; a dummy attends to its first position, or its attention would be NaN."""
+        attention = valid.astype(np.int64)
+        attention[~valid.any(axis=1), 0] = 1
+        if self._type == "regression":
+            labels = np.full(len(valid), np.nan, dtype=np.float32)
+        else:
+            labels = np.full(len(valid), IGNORE, dtype=np.int64)
+        given, _ = columns.get("label", _NOTHING)
+        labels[: len(given)] = given
+        inputs = {"attention_mask": torch.from_numpy(attention)}
+        inputs |= {name: torch.from_numpy(values) for name, values in padded.items()}
+        return Batch(inputs, torch.from_numpy(labels), torch.from_numpy(valid))
+
+
+def _language_batch(padded: dict[str, NDArray], valid: NDArray, lengths: NDArray) -> Batch:
+    """[B, T] labels; positions restart at the padding, which nothing before or after sees."""
+    after_end = np.arange(valid.shape[1]) - lengths[:, None]  # [B, T]
+    positions = np.where(valid, padded.get("position_ids", after_end), after_end)
+    labels = padded.get("labels", np.full(valid.shape, IGNORE, dtype=np.int64))
+    inputs = {
+        "input_ids": torch.from_numpy(padded["input_ids"]),
+        "position_ids": torch.from_numpy(positions),
+    }
+    return Batch(inputs, torch.from_numpy(labels), torch.from_numpy(valid))
+
+
+# Column name -> (all values one after the other, values per row).
+_Columns = dict[str, "tuple[NDArray, NDArray]"]
+_NOTHING = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+
+
+def _columns(rows: object) -> _Columns:
+    """The columns of rows in any of the forms in which a data set gives them."""
+    if isinstance(rows, pa.Table):
+        table = cast("Any", rows)  # pyarrow carries no types
+        return {name: _from_arrow(table.column(name)) for name in table.column_names}
+    if not isinstance(rows, Mapping):
+        listed = cast("Sequence[Mapping[str, object]]", rows)
+        rows = {name: [row[name] for row in listed] for name in listed[0]} if listed else {}
+    by_name = cast("Mapping[str, Sequence[object]]", rows)
+    return {name: _from_values(values) for name, values in by_name.items() if len(values)}
+
+
+def _from_arrow(column: pa.ChunkedArray) -> tuple[NDArray, NDArray]:
+    array = column.combine_chunks()
+    if pa.types.is_list(array.type):
+        return array.flatten().to_numpy(), array.value_lengths().to_numpy()
+    return array.to_numpy(zero_copy_only=False), np.ones(len(array), dtype=np.int64)
+
+
+def _from_values(values: Sequence[object]) -> tuple[NDArray, NDArray]:
+    arrays = [np.atleast_1d(np.asarray(value)) for value in values]
+    return np.concatenate(arrays), np.array([len(array) for array in arrays])
+
+
+def _named(splits: Splits) -> tuple[tuple[str, Dataset | None], ...]:
+    return (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
+
+
+def _check_room_for_text(
+    splits: Splits, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
+) -> None:
+    if task.type == "causal_lm":
+        return
+    is_pair = "text_pair" in splits.train.column_names
+    special = tokenizer.num_special_tokens_to_add(pair=is_pair)
+    if task.max_length <= special:
+        raise DataError(
+            f"task.max_length is {task.max_length}, but the tokenizer adds {special} special "
+            f"tokens to every {'pair' if is_pair else 'text'}, which leaves no room for text; "
+            f"raise task.max_length above {special}"
+        )
+
+
+def _encoded(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, *, split: str
+) -> Iterator[pa.Table]:
+    """Tables of encoded rows, at least one."""
+    make = _packed_tables if task.type == "causal_lm" else _text_tables
+    empty = True
+    for table in make(rows, tokenizer, task):
+        empty = False
+        yield table
+    if empty:
+        raise DataError(
+            f"the {split} split has {len(rows)} rows and no tokens; check that "
+            f"task.text_columns names the text and that the text is not blank"
+        )
+
+
+def _text_tables(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
+) -> Iterator[pa.Table]:
+    has_pair = "text_pair" in rows.column_names
+    label_type = pa.float32() if task.type == "regression" else pa.int64()
+    columns = ["input_ids"]
+    if has_pair and "token_type_ids" in tokenizer.model_input_names:
+        columns.append("token_type_ids")
+    for batch in arrow_batches(rows, TEXTS_AT_ONCE):
+        encoded = tokenizer(
+            batch.column("text").to_pylist(),
+            batch.column("text_pair").to_pylist() if has_pair else None,
+            truncation=True,
+            max_length=task.max_length,
+            return_token_type_ids="token_type_ids" in columns,
+            return_attention_mask=False,
+        )
+        made = {name: pa.array(encoded[name], type=_IDS) for name in columns}
+        labels = batch.column("label").combine_chunks().cast(label_type)
+        yield pa.table({**made, "label": labels})
+
+
+def _packed_tables(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
+) -> Iterator[pa.Table]:
+    batch = []
+    for row in pack(_documents(rows, tokenizer), task.max_length):
+        batch.append(row)
+        if len(batch) == TEXTS_AT_ONCE:
+            yield _packed_table(batch)
+            batch = []
+    if batch:
+        yield _packed_table(batch)
+
+
+def _packed_table(rows: Sequence[tuple[NDArray, ...]]) -> pa.Table:
+    names = ("input_ids", "position_ids", "labels")
+    columns = zip(*rows, strict=True)
+    return pa.table(
+        {
+            name: pa.array(list(arrays), type=_IDS)
+            for name, arrays in zip(names, columns, strict=True)
+        }
+    )
+
+
+def _documents(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """The tokens of each text that has any, begun and ended as the tokenizer does it."""
+    prefix, suffix = document_ends(tokenizer)
+    for batch in arrow_batches(rows, TEXTS_AT_ONCE):
+        encoded = tokenizer(
+            batch.column("text").to_pylist(),
+            add_special_tokens=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        yield from (prefix + ids + suffix for ids in encoded["input_ids"] if ids)
+
+
+def document_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What stands before and after a document: the tokenizer's own, and always its eos."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    starts = range(len(whole) - len(plain) + 1)
+    start = next((i for i in starts if whole[i : i + len(plain)] == plain), 0)
+    prefix, suffix = whole[:start], whole[start + len(plain) :]
+    eos = tokenizer.eos_token_id
+    if eos is not None and suffix[-1:] != [eos]:
+        suffix = [*suffix, eos]
+    return prefix, suffix
+
+
+def _write(path: Path, tables: Iterable[pa.Table]) -> None:
+    """Arrow's stream format, which `datasets` memory-maps as it is."""
+    writer = None
+    with pa.OSFile(str(path), "wb") as sink:
+        for table in tables:
+            writer = writer or pa.ipc.new_stream(sink, table.schema)
+            writer.write_table(table)
+        if writer is not None:
+            writer.close()
+
+
+def _token_count(rows: Dataset) -> int:
+    column = rows.data.column("input_ids")
+    return sum(len(chunk.flatten()) for chunk in column.chunks)

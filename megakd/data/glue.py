@@ -1,0 +1,205 @@
+"""The GLUE tasks (Wang et al. 2019), from their TSV folders or from the Hub.
+
+Each folder is read as GLUE ships it: without quoting, CoLA without a header, MRPC with a byte
+order mark, labels as numbers or words. `test.tsv` has no labels and is left alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megakd.config import TaskConfig
+from megakd.data.columns import rows_of_tables
+from megakd.data.hub import hub_table, load_hub
+from megakd.data.labels import Classes
+from megakd.data.readers import read_tsv
+from megakd.data.tables import Found, SplitName, Table
+from megakd.errors import ConfigError, DataError
+
+HUB_NAME = "nyu-mll/glue"
+HUB_UNLABELLED = -1
+ENTAILMENT = ("entailment", "not_entailment")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueTask:
+    """What GLUE says about one task, and how its files say it.
+
+    text, label: the columns of the TSV files; hub_text those of the Hub where they differ.
+    classes: in GLUE's order; empty for regression.
+    numbered: the files write class numbers, not names.
+    header: the columns where the files have no first line that names them.
+    validation: the stem of the validation file.
+    """
+
+    text: tuple[str, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
+    classes: tuple[str, ...] = ENTAILMENT
+    label: str = "label"
+    hub_text: tuple[str, ...] | None = None
+    folder: str | None = None
+    numbered: bool = True
+    header: tuple[str, ...] | None = None
+    validation: str = "dev"
+    hub_validation: str = "validation"
+    skip_broken: bool = False
+
+
+def _mnli(which: str) -> GlueTask:
+    return GlueTask(
+        text=("sentence1", "sentence2"),
+        hub_text=("premise", "hypothesis"),
+        classes=("entailment", "neutral", "contradiction"),
+        label="gold_label",
+        numbered=False,
+        folder="mnli",
+        validation=f"dev_{which}",
+        hub_validation=f"validation_{which}",
+    )
+
+
+TASKS: Mapping[str, GlueTask] = {
+    "cola": GlueTask(
+        text=("sentence",),
+        metrics=("matthews_correlation",),
+        classes=("unacceptable", "acceptable"),
+        header=("source", "label", "star", "sentence"),
+    ),
+    "sst2": GlueTask(text=("sentence",), classes=("negative", "positive")),
+    "mrpc": GlueTask(
+        text=("#1 String", "#2 String"),
+        hub_text=("sentence1", "sentence2"),
+        metrics=("accuracy", "f1"),
+        classes=("not_equivalent", "equivalent"),
+        label="Quality",
+    ),
+    "stsb": GlueTask(
+        text=("sentence1", "sentence2"),
+        metrics=("pearson", "spearman"),
+        classes=(),
+        label="score",
+    ),
+    # A few lines of the published train.tsv are broken; every reader of GLUE leaves them out.
+    "qqp": GlueTask(
+        text=("question1", "question2"),
+        metrics=("accuracy", "f1"),
+        classes=("not_duplicate", "duplicate"),
+        label="is_duplicate",
+        skip_broken=True,
+    ),
+    "mnli": _mnli("matched"),
+    "mnli_matched": _mnli("matched"),
+    "mnli_mismatched": _mnli("mismatched"),
+    "qnli": GlueTask(text=("question", "sentence"), numbered=False),
+    "rte": GlueTask(text=("sentence1", "sentence2"), numbered=False),
+    "wnli": GlueTask(text=("sentence1", "sentence2"), classes=ENTAILMENT[::-1]),
+}
+
+
+def glue_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
+    """The rows of `glue/<task>`.
+
+    Raises:
+        ConfigError: there is no such task, or a key does not fit it.
+        DataError: its files or the Hub cannot be read.
+    """
+    name = glue_name(task.dataset)
+    glue = TASKS[name]
+    _check(task, glue)
+    on_disk = task.data_dir is not None
+    tables = _local(task.data_dir, name, glue) if task.data_dir is not None else _hub(name, glue)
+    columns = TaskConfig(
+        type=task.type,
+        dataset=task.dataset,
+        text_columns=glue.text if on_disk else glue.hub_text or glue.text,
+        label_column=glue.label if on_disk else "label",
+    )
+    classes = Classes(
+        glue.classes,
+        numbered=glue.numbered or not on_disk,
+        unlabelled=frozenset() if on_disk else frozenset({HUB_UNLABELLED}),
+    )
+    return rows_of_tables(
+        tables,
+        columns,
+        name=task.dataset,
+        cache_dir=cache_dir,
+        classes=classes if glue.classes else None,
+        metrics=glue.metrics,
+    )
+
+
+def glue_name(dataset: str) -> str:
+    """The task of `glue/<task>`, however it is written (SST-2, sst2).
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    written = dataset.partition("/")[2]
+    names = {_plain(name): name for name in TASKS}
+    if _plain(written) in names:
+        return names[_plain(written)]
+    close = difflib.get_close_matches(_plain(written), names, n=1, cutoff=0.5)
+    hint = f"did you mean glue/{names[close[0]]}? " if close else ""
+    raise ConfigError(
+        f"task.dataset: there is no GLUE task {written!r}; {hint}the tasks are {', '.join(TASKS)}"
+    )
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def _check(task: TaskConfig, glue: GlueTask) -> None:
+    fitting = "classification" if glue.classes else "regression"
+    if task.type != fitting:
+        raise ConfigError(f"task.type: {task.dataset} is a {fitting} task, got {task.type}")
+    for key in ("text_columns", "label_column", "dataset_config"):
+        if getattr(task, key) is not None:
+            raise ConfigError(
+                f"task.{key}: {task.dataset} has its own columns; leave this key out, "
+                f"got {getattr(task, key)!r}"
+            )
+
+
+def _local(data_dir: Path, name: str, glue: GlueTask) -> dict[SplitName, Table]:
+    folder = _folder(data_dir.expanduser(), glue.folder or name)
+    files: dict[SplitName, str] = {"train": "train.tsv", "validation": f"{glue.validation}.tsv"}
+    return {
+        split: read_tsv(folder / file, header=glue.header, skip_broken=glue.skip_broken)
+        for split, file in files.items()
+    }
+
+
+def _folder(data_dir: Path, name: str) -> Path:
+    if not data_dir.is_dir():
+        raise DataError(f"task.data_dir: the folder {data_dir} does not exist")
+    if (data_dir / "train.tsv").exists():
+        return data_dir
+    for folder in sorted(data_dir.iterdir()):
+        if folder.is_dir() and _plain(folder.name) == _plain(name):
+            return folder
+    raise DataError(
+        f"task.data_dir: {data_dir / 'train.tsv'} does not exist, and {data_dir} has no folder "
+        f"for the GLUE task {name}"
+    )
+
+
+def _hub(name: str, glue: GlueTask) -> dict[SplitName, Table]:
+    advice = (
+        "set task.data_dir to a folder with GLUE's own TSV files (train.tsv, "
+        f"{glue.validation}.tsv) to do without the Hub"
+    )
+    configuration = glue.folder or name
+    found = load_hub(HUB_NAME, configuration, advice=advice)
+    splits: dict[SplitName, str] = {"train": "train", "validation": glue.hub_validation}
+    missing = [key for key in splits.values() if key not in found]
+    if missing:
+        raise DataError(f"{HUB_NAME} ({configuration}) has no split {missing[0]!r}; {advice}")
+    return {
+        split: hub_table(f"{HUB_NAME} {configuration} ({key})", found[key])
+        for split, key in splits.items()
+    }

@@ -1,0 +1,111 @@
+"""A data set of the Hugging Face Hub, through `datasets` and its own cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import datasets
+from datasets import ClassLabel, Dataset, DatasetDict, Value
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from megakd.config import TaskConfig
+from megakd.data.columns import rows_of_tables
+from megakd.data.readers import class_names_of
+from megakd.data.tables import SPLIT_ALIASES, Found, Record, SplitName, Table
+from megakd.errors import DataError
+
+ROWS_PER_READ = 1000
+
+
+def hub_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
+    """The rows of the Hub data set `task.dataset`.
+
+    Raises:
+        DataError: the Hub cannot be reached or has no such data set, or its columns do not fit.
+    """
+    advice = (
+        "task.dataset may also be pydocs, glue/<task>, or a local file or folder, "
+        f"but {task.dataset!r} is none on this machine"
+    )
+    tables = hub_tables(task.dataset, task.dataset_config, advice=advice)
+    if "train" not in tables:
+        raise DataError(f"the Hub data set {task.dataset} has no split named 'train'")
+    return rows_of_tables(tables, task, name=task.dataset, cache_dir=cache_dir)
+
+
+def hub_tables(name: str, configuration: str | None, *, advice: str) -> dict[SplitName, Table]:
+    """The splits of a Hub data set that have a usual name.
+
+    Raises:
+        DataError: it cannot be loaded; the message ends with `advice`.
+    """
+    found = load_hub(name, configuration, advice=advice)
+    return {
+        split: hub_table(f"{name} ({key})", rows)
+        for key, rows in found.items()
+        if (split := SPLIT_ALIASES.get(str(key)))
+    }
+
+
+def load_hub(name: str, configuration: str | None, *, advice: str) -> DatasetDict:
+    """All splits of a Hub data set, downloaded or from the cache of `datasets`.
+
+    Raises:
+        DataError: it cannot be loaded; the message ends with `advice`.
+    """
+    label = f"{name} ({configuration})" if configuration else name
+    try:
+        found = datasets.load_dataset(name, configuration)
+    except ConnectionError as error:
+        raise DataError(
+            f"the Hub cannot be reached to load the data set {label}, and it is not in the "
+            f"local cache ({_first_line(error)}); {advice}"
+        ) from error
+    except (DatasetsError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise DataError(
+            f"the data set {label} cannot be loaded from the Hub: {_first_line(error)}; {advice}"
+        ) from error
+    if not isinstance(found, DatasetDict):
+        raise DataError(f"the Hub data set {label} has no splits; {advice}")
+    return found
+
+
+def hub_table(name: str, rows: Dataset) -> Table:
+    """One Hub split; only columns of texts, numbers and classes are read."""
+    plain = [
+        column
+        for column, feature in rows.features.items()
+        if isinstance(feature, Value | ClassLabel)
+    ]
+    rows = rows.select_columns(plain)
+    return Table(
+        name=name,
+        columns=tuple(plain),
+        records=partial(_records, rows),
+        digest=_digest(rows),
+        class_names=class_names_of(rows.features),
+    )
+
+
+def _records(rows: Dataset) -> Iterator[Record]:
+    for start in range(0, len(rows), ROWS_PER_READ):
+        columns = rows[start : start + ROWS_PER_READ]
+        for offset, values in enumerate(zip(*columns.values(), strict=True)):
+            yield Record(f"row {start + offset + 1}", dict(zip(columns, values, strict=True)))
+
+
+def _digest(rows: Dataset) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, len(rows), ROWS_PER_READ):
+        columns = rows[start : start + ROWS_PER_READ]
+        digest.update(json.dumps(columns, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

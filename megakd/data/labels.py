@@ -1,0 +1,186 @@
+"""What a label column says: class numbers, class names or scores; nothing is guessed silently."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from megakd.data.tables import Record, Table
+from megakd.errors import DataError
+from megakd.stage import IGNORE
+
+INTEGER = re.compile(r"[+-]?\d+(\.0*)?")
+MAX_NAMES_SHOWN = 8
+
+Labeller = Callable[[Table, str, Record], "int | float"]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a data set, in the order of their numbers.
+
+    numbered: the data writes numbers, not names.
+    unlabelled: numbers that stand for "no label".
+    """
+
+    names: tuple[str, ...]
+    numbered: bool
+    unlabelled: frozenset[int] = frozenset({IGNORE})
+    number_of: Mapping[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "number_of", {name: n for n, name in enumerate(self.names)})
+
+    def label(self, table: Table, column: str, record: Record) -> int:
+        """The class number of a row, -100 without a label.
+
+        Raises:
+            DataError: the value is no class of this data set.
+        """
+        value = class_value(table, column, record)
+        if value is None:
+            return IGNORE
+        if isinstance(value, str) and value in self.number_of and not self.numbered:
+            return self.number_of[value]
+        if self.numbered and (number := _integer(value)) is not None:
+            return self._checked(number, table, record)
+        raise DataError(f"{table.name}, {record.place}: label {value!r} {self._unknown(value)}")
+
+    def _checked(self, number: int, table: Table, record: Record) -> int:
+        if number in self.unlabelled:
+            return IGNORE
+        if 0 <= number < len(self.names):
+            return number
+        raise DataError(
+            f"{table.name}, {record.place}: label {number} is outside 0..{len(self.names) - 1}, "
+            f"the {len(self.names)} classes of this data set; a row without a label has "
+            f"an empty label or {IGNORE}"
+        )
+
+    def _unknown(self, value: int | str) -> str:
+        close = difflib.get_close_matches(str(value), self.names, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        shown = ", ".join(self.names[:MAX_NAMES_SHOWN])
+        more = ", …" if len(self.names) > MAX_NAMES_SHOWN else ""
+        return f"is none of the {len(self.names)} classes of this data set ({shown}{more}){hint}"
+
+
+def find_classes(table: Table, column: str) -> Classes:
+    """The classes of the training split: its own names, else 0..n-1, else the words, sorted.
+
+    Raises:
+        DataError: numbers and names are mixed, numbers leave gaps, or fewer than two classes.
+    """
+    if column in table.class_names:
+        # `datasets` writes -1 where a row has no class.
+        return Classes(table.class_names[column], numbered=True, unlabelled=frozenset({-1, IGNORE}))
+    first_seen: dict[int | str, str] = {}
+    for record in table.records():
+        value = class_value(table, column, record)
+        if value is not None:
+            first_seen.setdefault(value, record.place)
+    if not first_seen:
+        raise DataError(
+            f"{table.name}: column {column!r} holds no label in any row; "
+            "at least the training rows that name the classes need one"
+        )
+    numbers = _all_integers(table, first_seen)
+    if len(first_seen if numbers is None else numbers) < 2:
+        raise DataError(
+            f"{table.name}: all labels in column {column!r} are {next(iter(first_seen))!r}; "
+            "classification needs at least 2 classes"
+        )
+    return _named(first_seen) if numbers is None else _numbered(table, numbers)
+
+
+def class_value(table: Table, column: str, record: Record) -> int | str | None:
+    """A label as the data writes it: a number, a word, or None for "no label".
+
+    Raises:
+        DataError: the value can be no class.
+    """
+    value = record.values.get(column)
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return value if value != IGNORE else None
+    if isinstance(value, float) and (math.isnan(value) or value.is_integer()):
+        return None if math.isnan(value) or value == IGNORE else int(value)
+    if isinstance(value, str):
+        word = value.strip()
+        return word if word and _integer(word) != IGNORE else None
+    raise DataError(
+        f"{table.name}, {record.place}: label {value!r} in column {column!r} is no class; "
+        "a class is a whole number or a word (scores need task.type: regression)"
+    )
+
+
+def score(table: Table, column: str, record: Record) -> float:
+    """The score of a row, NaN without one.
+
+    Raises:
+        DataError: the value is no finite number.
+    """
+    value = record.values.get(column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return math.nan
+    number = _finite_or_nan(value)
+    if number is None:
+        raise DataError(
+            f"{table.name}, {record.place}: {value!r} in column {column!r} is not a finite number; "
+            "task.type regression needs scores"
+        )
+    return number
+
+
+def _finite_or_nan(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return None if math.isinf(number) else number
+
+
+def _integer(value: int | str) -> int | None:
+    if isinstance(value, int):
+        return value
+    return int(float(value)) if INTEGER.fullmatch(value) and len(value) < 16 else None
+
+
+def _all_integers(table: Table, first_seen: Mapping[int | str, str]) -> dict[int, str] | None:
+    """Number -> where it is first; None if the labels are words."""
+    # Backwards, so that of "1" and "1.0" the first one gives the place.
+    numbers = {_integer(value): place for value, place in reversed(list(first_seen.items()))}
+    words = [value for value in first_seen if _integer(value) is None]
+    if not words:
+        return {number: place for number, place in numbers.items() if number is not None}
+    if len(words) < len(first_seen):
+        number = next(value for value in first_seen if _integer(value) is not None)
+        raise DataError(
+            f"{table.name}: labels are numbers and words at once: {number!r} "
+            f"({first_seen[number]}) and {words[0]!r} ({first_seen[words[0]]}); use one kind"
+        )
+    return None
+
+
+def _numbered(table: Table, numbers: Mapping[int, str]) -> Classes:
+    count = len(numbers)
+    for number, place in sorted(numbers.items()):
+        if not 0 <= number < count:
+            raise DataError(
+                f"{table.name}, {place}: label {number} is outside 0..{count - 1}, although there "
+                f"are {count} different labels: classes are numbered from 0 without gaps; "
+                "renumber them or use words for names"
+            )
+    return Classes(tuple(str(number) for number in range(count)), numbered=True)
+
+
+def _named(first_seen: Mapping[int | str, str]) -> Classes:
+    return Classes(tuple(sorted(str(value) for value in first_seen)), numbered=False)

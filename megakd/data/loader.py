@@ -1,0 +1,169 @@
+"""Which rows a rank sees at which step: a function of (seed, step), with nothing to restore."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from megakd.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from datasets import Dataset
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from megakd.stage import Batch
+
+STEPS_AHEAD = 2
+
+
+class Collate(Protocol):
+    """Makes a padded micro-batch of rows; `dummy_rows` more at the end count nowhere."""
+
+    def __call__(self, rows: object, *, dummy_rows: int = 0) -> Batch:
+        """Pads and joins."""
+        ...
+
+
+class StepShape(NamedTuple):
+    """How the rows of an optimiser step are dealt out.
+
+    per_device: rows of a micro-batch; accumulation: micro-batches of a rank per step.
+    """
+
+    per_device: int
+    accumulation: int
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def rows_per_step(self) -> int:
+        """Over all ranks and micro-batches."""
+        return self.per_device * self.accumulation * self.world
+
+
+class StepLoader:
+    """The training rows, an optimiser step at a time.
+
+    Every epoch is a fresh permutation of the rows, cut into steps of `rows_per_step`. Which
+    rows form a step does not depend on how they are dealt to micro-batches and ranks. The last
+    step of an epoch has what is left, dealt evenly and filled up with dummy rows: no row comes
+    twice, and every rank has the same number of micro-batches in every step.
+    """
+
+    def __init__(self, rows: Dataset, collate: Collate, *, shape: StepShape, seed: int) -> None:
+        if not len(rows):
+            raise DataError("the training split has no rows")
+        # Arrow tables: no Python object per token is made.
+        self._rows = rows.with_format("arrow")
+        self._collate = collate
+        self._shape = shape
+        self.steps_per_epoch = -(-len(rows) // shape.rows_per_step)
+        self.waited_s = 0.0
+        """Seconds that the consumers of `iterate` spent waiting for data."""
+        self._seed = seed
+        self._latest: tuple[int, NDArray[np.int64]] | None = None
+
+    def step(self, index: int) -> tuple[Batch, ...]:
+        """This rank's micro-batches of optimiser step `index`, counted from 0 over all epochs."""
+        shares = self._shape.accumulation
+        numbers = range(self._shape.rank, shares * self._shape.world, self._shape.world)
+        return tuple(self._micro_batch(self.step_rows(index), number) for number in numbers)
+
+    def step_rows(self, index: int) -> NDArray[np.int64]:
+        """The rows of optimiser step `index` over all ranks."""
+        epoch, position = divmod(index, self.steps_per_epoch)
+        start = position * self._shape.rows_per_step
+        return self._order(epoch)[start : start + self._shape.rows_per_step]
+
+    def iterate(self, start: int, stop: int) -> Iterator[tuple[Batch, ...]]:
+        """The steps from `start` up to `stop`, fetched ahead in one background thread.
+
+        The thread ends when the iterator does, also when the consumer leaves early; an error in
+        it is raised here.
+        """
+        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step-loader")
+        ahead: deque[Future[tuple[Batch, ...]]] = deque()
+        try:
+            for index in range(start, stop + STEPS_AHEAD):
+                if index < stop:
+                    ahead.append(executor.submit(self.step, index))
+                if index >= start + STEPS_AHEAD:
+                    yield self._awaited(ahead.popleft())
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        # Kept for the epoch; replaced in one assignment, since two threads may be here.
+        latest = self._latest
+        if latest is None or latest[0] != epoch:
+            generator = np.random.default_rng([self._seed, epoch])
+            self._latest = latest = (epoch, generator.permutation(len(self._rows)))
+        return latest[1]
+
+    def _micro_batch(self, step_rows: NDArray[np.int64], number: int) -> Batch:
+        shape = self._shape
+        mine = step_rows[number :: shape.accumulation * shape.world]
+        return _collated(self._rows, mine, self._collate, size=shape.per_device)
+
+    def _awaited(self, step: Future[tuple[Batch, ...]]) -> tuple[Batch, ...]:
+        began = time.perf_counter()
+        try:
+            return step.result()
+        finally:
+            self.waited_s += time.perf_counter() - began
+
+
+def evaluation_batches(
+    rows: Dataset, collate: Collate, *, batch_size: int, rank: int, world: int
+) -> Iterator[Batch]:
+    """This rank's share of all rows, each row once, as many batches on every rank.
+
+    Global batch k holds rows k·batch_size and on, in order, and goes to rank k modulo world;
+    dummy rows fill the last ones. `evaluation_order` puts outputs back in order.
+
+    Raises:
+        DataError: there are no rows.
+    """
+    if not len(rows):
+        raise DataError("cannot evaluate on a split that has no rows")
+    table = rows.with_format("arrow")
+    for turn in range(evaluation_turns(len(rows), batch_size=batch_size, world=world)):
+        start = (turn * world + rank) * batch_size
+        end = min(start + batch_size, len(rows))
+        yield _collated(table, np.arange(start, end), collate, size=batch_size)
+
+
+def _collated(table: Dataset, rows: NDArray[np.int64], collate: Collate, *, size: int) -> Batch:
+    return collate(table[rows] if len(rows) else {}, dummy_rows=size - len(rows))
+
+
+def evaluation_turns(count: int, *, batch_size: int, world: int) -> int:
+    """How many batches every rank gets for `count` rows."""
+    return -(-count // (batch_size * world))
+
+
+def evaluation_order(count: int, *, batch_size: int, world: int) -> Tensor:
+    """Where each row's output lies when the ranks' outputs are joined, rank 0 first.
+
+    Args:
+        count: rows of the split.
+        batch_size: as given to `evaluation_batches`.
+        world: number of ranks.
+
+    Returns:
+        [count] int64, so that `torch.cat(outputs_of_ranks)[order]` has the rows in the order of
+        the split and no dummies, where a rank's outputs are those of its batches joined.
+    """
+    turns = evaluation_turns(count, batch_size=batch_size, world=world)
+    row = torch.arange(count)
+    batch, place = row // batch_size, row % batch_size
+    turn, rank = batch // world, batch % world
+    return (rank * turns + turn) * batch_size + place

@@ -1,0 +1,99 @@
+"""Documents of any length in rows of one length, nothing lost: [length] tokens a row.
+
+Documents lie one after the other; where a row ends the document goes on in the next one.
+Positions restart at 0 at the start of every document and of every row. Decoders of
+transformers read the restarts as document boundaries and let no token see another document,
+provided that no attention mask and no cache is given (`use_cache=False`): with a cache they do
+not look.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from megakd.stage import IGNORE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from numpy.typing import ArrayLike, NDArray
+
+
+class PackedRow(NamedTuple):
+    """One row, int32; the last row of a data set is shorter than the others.
+
+    input_ids: [T] tokens.
+    position_ids: [T] counted from the start of the document, or of the row if later.
+    labels: [T] the next token of the same document, be it in the next row; -100 at the end
+        of a document. So every token but a document's first is a target exactly once.
+    """
+
+    input_ids: NDArray[np.int32]
+    position_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+
+
+class _Row:
+    """A row that is being filled."""
+
+    def __init__(self, length: int) -> None:
+        self._tokens = np.empty((3, length), dtype=np.int32)
+        self.used = 0
+
+    @property
+    def free(self) -> int:
+        return self._tokens.shape[1] - self.used
+
+    def add(self, ids: NDArray[np.int32], labels: NDArray[np.int32]) -> int:
+        """Takes as many tokens as fit and says how many."""
+        count = min(len(ids), self.free)
+        end = self.used + count
+        self._tokens[0, self.used : end] = ids[:count]
+        self._tokens[1, self.used : end] = np.arange(count)
+        self._tokens[2, self.used : end] = labels[:count]
+        self.used = end
+        return count
+
+    def take(self) -> PackedRow:
+        """Gives the row away and starts an empty one."""
+        row = self._tokens[:, : self.used].copy()
+        self.used = 0
+        return PackedRow(row[0], row[1], row[2])
+
+
+def pack(documents: Iterable[ArrayLike], length: int) -> Iterator[PackedRow]:
+    """Packs documents in their order.
+
+    Args:
+        documents: token numbers of each; empty ones leave no trace.
+        length: tokens of a row, at least 1.
+
+    Yields:
+        Full rows, then what is left as one shorter row.
+    """
+    if length < 1:
+        raise ValueError(f"a packed row has at least 1 token, got length {length}")
+    row = _Row(length)
+    for document in documents:
+        ids = np.asarray(document, dtype=np.int32)
+        labels = np.append(ids[1:], np.int32(IGNORE))
+        start = 0
+        while start < len(ids):
+            start += row.add(ids[start:], labels[start:])
+            if row.free == 0:
+                yield row.take()
+    if row.used:
+        yield row.take()
+
+
+def unpack(rows: Iterable[PackedRow]) -> Iterator[list[int]]:
+    """The documents again: the inverse of `pack`, but for empty documents."""
+    document: list[int] = []
+    for row in rows:
+        for token, label in zip(row.input_ids.tolist(), row.labels.tolist(), strict=True):
+            document.append(token)
+            if label == IGNORE:
+                yield document
+                document = []

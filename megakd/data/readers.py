@@ -1,0 +1,298 @@
+"""Strict, streaming readers of local files: csv, tsv, jsonl, json, parquet and txt.
+
+A file is read as UTF-8 or refused with the line that is not. A csv knows quotes (RFC 4180), a tsv
+has none: a `"` there is a character of the text, as in GLUE's files.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Features
+
+from megakd.atomic import sha256_of
+from megakd.data.tables import SPLIT_ALIASES, Record, SplitName, Table
+from megakd.errors import DataError
+
+BOM = b"\xef\xbb\xbf"
+PARQUET_BATCH_ROWS = 1000
+
+
+def read_csv(path: Path) -> Table:
+    """A csv file with a header; fields may be quoted and hold line breaks."""
+    return _with_header(path, _csv_fields)
+
+
+def read_tsv(
+    path: Path, *, header: Sequence[str] | None = None, skip_broken: bool = False
+) -> Table:
+    """A tsv file without quoting.
+
+    Args:
+        path: the file.
+        header: the names of the columns where the file does not begin with them.
+        skip_broken: leave out lines with another number of fields instead of refusing them.
+    """
+    return _with_header(path, _tsv_fields, header=header, skip_broken=skip_broken)
+
+
+def read_jsonl(path: Path) -> Table:
+    """A file with one JSON object (or one string) per line."""
+    columns: dict[str, None] = {}
+    for record in _jsonl_records(path):
+        columns.update(dict.fromkeys(record.values))
+    return Table(
+        name=str(path),
+        columns=tuple(columns),
+        records=partial(_jsonl_records, path),
+        digest=digest_of(path),
+    )
+
+
+def read_json(path: Path) -> dict[SplitName, Table]:
+    """A JSON list of strings, objects or [text, label], or an object of such lists by split."""
+    tree = parse_json("".join(text_lines(path)), str(path))
+    digest = digest_of(path)
+    if isinstance(tree, list):
+        return {"train": _listed(str(path), cast("list[object]", tree), digest)}
+    if isinstance(tree, dict):
+        lists: dict[SplitName, Table] = {
+            split: _listed(f"{path} ({name})", cast("list[object]", rows), f"{digest}:{name}")
+            for name, rows in cast("dict[str, object]", tree).items()
+            if (split := SPLIT_ALIASES.get(name)) and isinstance(rows, list)
+        }
+        if "train" in lists:
+            return lists
+    raise DataError(
+        f"{path} is neither a JSON list of rows nor an object with a list named 'train'; "
+        "one object per line is what a .jsonl file holds"
+    )
+
+
+def read_parquet(path: Path) -> Table:
+    """A parquet file; class names that `datasets` left in its schema are used."""
+    with _parquet_errors(path):
+        schema = pq.read_schema(path)
+        features = Features.from_arrow_schema(schema)
+    return Table(
+        name=str(path),
+        columns=tuple(schema.names),
+        records=partial(_parquet_records, path),
+        digest=digest_of(path),
+        class_names=class_names_of(features),
+    )
+
+
+def joined(tables: Sequence[Table], name: str) -> Table:
+    """The tables one after the other, as the shards of one split."""
+    if len(tables) == 1:
+        return tables[0]
+    first = tables[0]
+    for table in tables[1:]:
+        if set(table.columns) != set(first.columns):
+            raise DataError(
+                f"{table.name} has the columns {', '.join(table.columns)}, "
+                f"but {first.name} has {', '.join(first.columns)}"
+            )
+
+    def records() -> Iterator[Record]:
+        for table in tables:
+            for record in table.records():
+                yield Record(f"{Path(table.name).name} {record.place}", record.values)
+
+    return Table(
+        name=name,
+        columns=first.columns,
+        records=records,
+        digest=":".join(table.digest for table in tables),
+        class_names=first.class_names,
+    )
+
+
+def class_names_of(features: Features) -> dict[str, tuple[str, ...]]:
+    """The class names of those columns that have some."""
+    return {
+        name: tuple(feature.names)
+        for name, feature in features.items()
+        if isinstance(feature, ClassLabel) and feature.names
+    }
+
+
+def digest_of(path: Path) -> str:
+    """Sha256 of a file.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with readable(path):
+        return sha256_of(path)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns what the system says about a file into one message."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, with their line ends and without a byte order mark.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not UTF-8.
+    """
+    with readable(path), path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            raw = line.removeprefix(BOM) if number == 1 else line
+            try:
+                yield raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}: text is not UTF-8 (byte 0x{raw[error.start]:02x} at "
+                    f"position {error.start}); convert the file to UTF-8"
+                ) from error
+
+
+def parse_json(text: str, place: str) -> object:
+    """A JSON text.
+
+    Raises:
+        DataError: it is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place} is not JSON: {error}") from error
+
+
+def _with_header(
+    path: Path,
+    fields_of: Callable[[Path], Iterator[tuple[int, list[str]]]],
+    *,
+    header: Sequence[str] | None = None,
+    skip_broken: bool = False,
+) -> Table:
+    _, first = next(fields_of(path), (0, []))
+    columns = tuple(header or first)
+    doubled = sorted({name for name in columns if columns.count(name) > 1})
+    if doubled:
+        raise DataError(f"{path}: column {doubled[0]!r} is there more than once")
+
+    def records() -> Iterator[Record]:
+        rows = fields_of(path)
+        if header is None:
+            next(rows, None)
+        for number, values in rows:
+            if len(values) == len(columns):
+                yield Record(f"line {number}", dict(zip(columns, values, strict=True)))
+            elif not skip_broken:
+                raise DataError(
+                    f"{path}, line {number}: {len(values)} fields, but there are {len(columns)} "
+                    f"columns ({', '.join(columns)})"
+                )
+
+    return Table(name=str(path), columns=columns, records=records, digest=digest_of(path))
+
+
+def _csv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
+    with _long_csv_fields():
+        reader = csv.reader(text_lines(path), strict=True)
+        while True:
+            first_line = reader.line_num + 1
+            try:
+                values = next(reader, None)
+            except csv.Error as error:
+                raise DataError(f"{path}, line {first_line}: not csv: {error}") from error
+            if values is None:
+                return
+            if values:
+                yield first_line, values
+
+
+@contextmanager
+def _long_csv_fields() -> Iterator[None]:
+    # A document may be longer than the 131072 characters that `csv` takes for a broken quote.
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _tsv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
+    for number, line in enumerate(text_lines(path), start=1):
+        if content := line.rstrip("\r\n"):
+            yield number, content.split("\t")
+
+
+def _jsonl_records(path: Path) -> Iterator[Record]:
+    for number, line in enumerate(text_lines(path), start=1):
+        if not line.strip():
+            continue
+        place = f"line {number}"
+        row = parse_json(line, f"{path}, {place}")
+        if isinstance(row, str):
+            row = {"text": row}
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, {place} is no JSON object: {line.strip()[:60]!r}")
+        yield Record(place, cast("Mapping[str, object]", row))
+
+
+def _listed(name: str, rows: list[object], digest: str) -> Table:
+    columns: dict[str, None] = {}
+    for record in _listed_records(name, rows):
+        columns.update(dict.fromkeys(record.values))
+    return Table(
+        name=name,
+        columns=tuple(columns),
+        records=partial(_listed_records, name, rows),
+        digest=digest,
+    )
+
+
+def _listed_records(name: str, rows: list[object]) -> Iterator[Record]:
+    for number, row in enumerate(rows, start=1):
+        place = f"row {number}"
+        if isinstance(row, dict):
+            yield Record(place, cast("Mapping[str, object]", row))
+        elif isinstance(row, str):
+            yield Record(place, {"text": row})
+        elif isinstance(row, list) and len(row) == 2:
+            yield Record(place, dict(zip(("text", "label"), row, strict=True)))
+        else:
+            raise DataError(
+                f"{name}, {place} is neither a text, an object nor [text, label]: {row!r:.60}"
+            )
+
+
+def _parquet_records(path: Path) -> Iterator[Record]:
+    number = 0
+    with _parquet_errors(path), pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
+            for row in batch.to_pylist():
+                number += 1
+                yield Record(f"row {number}", row)
+
+
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    try:
+        with readable(path):
+            yield
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: text is not UTF-8 ({error})") from error
+    except pa.ArrowException as error:
+        raise DataError(f"{path} is not a readable parquet file: {error}") from error

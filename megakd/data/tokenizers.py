@@ -1,0 +1,297 @@
+"""The tokenizer of a run: given by name, found beside a model, or trained on the run's text."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    AlbertTokenizer,
+    AutoTokenizer,
+    BertTokenizer,
+    GPT2Tokenizer,
+    PreTrainedTokenizerFast,
+)
+from transformers.convert_slow_tokenizer import SentencePieceExtractor
+
+from megakd.config import TokenizerConfig
+from megakd.data.cache import key_of
+from megakd.data.rows import arrow_batches, rows_key
+from megakd.data.vocabularies import VERSION, encoder_template, train_tokenizer
+from megakd.data.whole import whole_folder
+from megakd.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from megakd.config import TaskConfig, TaskType
+    from megakd.data.splits import Splits
+
+logger = logging.getLogger(__name__)
+
+LOOKED_FOR = "tokenizer.json, vocab.txt, vocab.json with merges.txt, or one *.model"
+DEFAULT_VOCAB_SIZE = 8000
+_STOCK_MODEL_NAMES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+_SENTENCEPIECE_BPE = 2
+# What special tokens are called, for files that do not say which token is which.
+_USUAL_NAMES = {
+    "pad_token": ("[PAD]", "<pad>", "<|pad|>"),
+    "unk_token": ("[UNK]", "<unk>"),
+    "cls_token": ("[CLS]", "<s>"),
+    "sep_token": ("[SEP]", "</s>"),
+    "mask_token": ("[MASK]", "<mask>"),
+    "bos_token": ("<s>", "<|begin_of_text|>", "<|endoftext|>"),
+    "eos_token": ("</s>", "<|end_of_text|>", "<|endoftext|>"),
+}
+
+
+def load_tokenizer(
+    task: TaskConfig, splits: Splits, *, model_folders: Sequence[Path], cache_dir: Path
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of all data and all models of a run.
+
+    Args:
+        task: `tokenizer` is a folder, a Hub id, a recipe, or None: the first of
+            `model_folders` that holds one, else one of at most 8000 tokens trained on the
+            training text (WordPiece for encoders, byte-level BPE for causal_lm).
+        splits: the training text, and its content hash.
+        model_folders: the teacher's, then the student's, those that are folders.
+        cache_dir: trained tokenizers are kept below it.
+
+    Raises:
+        DataError: the folder, Hub id or tokenizer files cannot be used, or there is no pad
+            token for an encoder.
+    """
+    tokenizer, origin = _resolved(task, splits, model_folders, cache_dir)
+    if tokenizer.pad_token_id is None:
+        _give_pad_token(tokenizer, task.type, origin)
+    logger.info("tokenizer: %s, %d tokens", origin, len(tokenizer))
+    return tokenizer
+
+
+def has_tokenizer_files(folder: Path) -> bool:
+    """Whether the folder holds files that a tokenizer can be read from."""
+    names = ("tokenizer.json", "vocab.txt")
+    has_bpe = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    return (
+        any((folder / name).is_file() for name in names)
+        or has_bpe
+        or _sentencepiece_file(folder) is not None
+    )
+
+
+def _resolved(
+    task: TaskConfig, splits: Splits, model_folders: Sequence[Path], cache_dir: Path
+) -> tuple[PreTrainedTokenizerBase, str]:
+    """The tokenizer and where it comes from, in words."""
+    spec = task.tokenizer
+    if isinstance(spec, str):
+        return _named(spec, task.type), f'task.tokenizer "{spec}"'
+    if spec is None:
+        found = next((folder for folder in model_folders if has_tokenizer_files(folder)), None)
+        if found is not None:
+            return from_folder(found, task.type), f"the tokenizer in {found}"
+        kind = "bpe" if task.type == "causal_lm" else "wordpiece"
+        spec = TokenizerConfig(type=kind, vocab_size=DEFAULT_VOCAB_SIZE)
+    return _trained(spec, task.type, splits, cache_dir), f"{spec.type} trained on the training text"
+
+
+def _named(spec: str, task_type: TaskType) -> PreTrainedTokenizerBase:
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        if not has_tokenizer_files(folder):
+            raise DataError(
+                f'task.tokenizer "{spec}" holds no tokenizer files: looked for {LOOKED_FOR}'
+            )
+        return from_folder(folder, task_type)
+    if folder.is_file():
+        raise DataError(
+            f'task.tokenizer "{spec}" is a file; give the folder that holds it: "{folder.parent}"'
+        )
+    if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+        raise DataError(
+            f'task.tokenizer "{spec}": the folder does not exist; give a folder that holds '
+            f"{LOOKED_FOR}, or a Hub id"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
+    except Exception as error:
+        raise DataError(
+            f'task.tokenizer "{spec}" is no folder here, and the Hub does not give it: '
+            f"{_first_line(error)}. Check the name; without a network, download it before or "
+            f"give a folder that holds {LOOKED_FOR}"
+        ) from error
+
+
+def from_folder(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
+    """The tokenizer whose files a folder holds.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    try:
+        return _read(folder, task_type)
+    except Exception as error:
+        # Broken files come back as KeyError, JSONDecodeError or a bare Exception, as it happens.
+        raise DataError(
+            f"the tokenizer files in {folder} cannot be read: {_first_line(error)}. Fetch them "
+            f"again, or give another tokenizer as task.tokenizer"
+        ) from error
+
+
+def _read(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
+    says_its_class = any(
+        (folder / name).is_file() for name in ("tokenizer_config.json", "config.json")
+    )
+    model = _sentencepiece_file(folder)
+    has_others = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
+    is_bare_model = not has_others and not (folder / "vocab.json").is_file()
+    if is_bare_model and model and not (says_its_class and model.name in _STOCK_MODEL_NAMES):
+        return _from_sentencepiece(model, task_type)
+    if says_its_class:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if (folder / "tokenizer.json").is_file():
+        return _from_json(folder / "tokenizer.json", task_type)
+    if (folder / "vocab.txt").is_file():
+        return BertTokenizer.from_pretrained(folder, local_files_only=True)
+    return GPT2Tokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _from_json(path: Path, task_type: TaskType) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer.from_file(str(path))
+    roles = _special_roles(tokenizer, task_type)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
+
+
+def _from_sentencepiece(path: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
+    extractor = SentencePieceExtractor(str(path))
+    # Generated at run time: the checker knows no fields of it.
+    proto: Any = extractor.proto
+    if any(piece.piece == "[CLS]" for piece in proto.pieces):
+        # transformers finds a SentencePiece file by its name only.
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copyfile(path, Path(folder, "spiece.model"))
+            return AlbertTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = Tokenizer(_sentencepiece_model(extractor, proto))
+    _read_texts_as(proto, tokenizer)
+    roles = _special_roles(tokenizer, task_type)
+    if "cls_token" in roles and "sep_token" in roles:
+        tokenizer.post_processor = encoder_template(
+            tokenizer, cls=roles["cls_token"], sep=roles["sep_token"]
+        )
+    elif proto.trainer_spec.model_type == _SENTENCEPIECE_BPE and "bos_token" in roles:
+        # Llama's models are of this kind, and saw this token before every text.
+        bos = roles["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos} $B",
+            special_tokens=[(bos, tokenizer.token_to_id(bos))],
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
+
+
+def _sentencepiece_model(extractor: SentencePieceExtractor, proto: Any) -> models.Model:
+    trained = proto.trainer_spec
+    if trained.model_type == _SENTENCEPIECE_BPE:
+        made: Any = extractor.extract(models.BPE)
+        return models.BPE(
+            made["vocab"],
+            made["merges"],
+            unk_token=proto.pieces[trained.unk_id].piece,
+            fuse_unk=True,
+            byte_fallback=trained.byte_fallback,
+        )
+    vocabulary = [(piece.piece, piece.score) for piece in proto.pieces]
+    return models.Unigram(vocabulary, unk_id=trained.unk_id, byte_fallback=trained.byte_fallback)
+
+
+def _read_texts_as(proto: Any, tokenizer: Tokenizer) -> None:
+    """Characters and spaces as SentencePiece treats them before it looks for pieces."""
+    spec, trained = proto.normalizer_spec, proto.trainer_spec
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    scheme = "always" if spec.add_dummy_prefix else "never"
+    has_words = trained.split_by_whitespace and not trained.allow_whitespace_only_pieces
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=has_words)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+
+
+def _special_roles(tokenizer: Tokenizer, task_type: TaskType) -> dict[str, str]:
+    """Which tokens of the vocabulary are special, by their usual names."""
+    unused = {"cls_token", "sep_token", "mask_token"} if task_type == "causal_lm" else {"bos_token"}
+    found = {
+        role: next((name for name in names if tokenizer.token_to_id(name) is not None), None)
+        for role, names in _USUAL_NAMES.items()
+        if role not in unused
+    }
+    return {role: name for role, name in found.items() if name is not None}
+
+
+def _sentencepiece_file(folder: Path) -> Path | None:
+    """The only *.model file, or the one with a stock name."""
+    files = sorted(folder.glob("*.model"))
+    stock = [file for file in files if file.name in _STOCK_MODEL_NAMES]
+    return files[0] if len(files) == 1 else next(iter(stock), None)
+
+
+def _give_pad_token(tokenizer: PreTrainedTokenizerBase, task_type: TaskType, origin: str) -> None:
+    if task_type != "causal_lm":
+        raise DataError(
+            f"{origin} has no pad token, which {task_type} needs to put texts of different "
+            f"length into one batch; name one in its tokenizer_config.json (pad_token), or use "
+            f"another tokenizer"
+        )
+    # A packed row is padded at its end only, and padding is a document of its own.
+    if tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _trained(
+    recipe: TokenizerConfig, task_type: TaskType, splits: Splits, cache_dir: Path
+) -> PreTrainedTokenizerBase:
+    for_encoder = task_type != "causal_lm"
+    key = key_of(
+        {
+            "version": VERSION,
+            "content": splits.content_hash,
+            "rows": rows_key(splits.train),
+            "type": recipe.type,
+            "vocab_size": recipe.vocab_size,
+            "for_encoder": for_encoder,
+        }
+    )
+
+    def build(folder: Path) -> None:
+        logger.info("training a %s of %d tokens", recipe.type, recipe.vocab_size)
+        tokenizer = train_tokenizer(
+            lambda: _texts(splits),
+            kind=recipe.type,
+            vocab_size=recipe.vocab_size,
+            for_encoder=for_encoder,
+        )
+        tokenizer.save_pretrained(folder)
+
+    folder = whole_folder(cache_dir / "tokenizers" / key, build)
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+def _texts(splits: Splits) -> Iterator[str]:
+    columns = [name for name in ("text", "text_pair") if name in splits.train.column_names]
+    for table in arrow_batches(splits.train.select_columns(columns), 1000):
+        for name in columns:
+            yield from table.column(name).to_pylist()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")

@@ -1,0 +1,180 @@
+"""Tokenizers trained on the run's own text; the same text gives the same tokenizer, bit for bit."""
+
+from __future__ import annotations
+
+import io
+import unicodedata
+from collections import Counter
+from typing import TYPE_CHECKING, Literal
+
+import sentencepiece
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
+
+from megakd.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+# Part of every key: raise it when the trained tokenizers would come out differently.
+VERSION = 1
+Kind = Literal["wordpiece", "bpe", "unigram"]
+UNKNOWN = "[UNK]"
+ENCODER_ROLES = {
+    "pad_token": "[PAD]",
+    "unk_token": UNKNOWN,
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+END_OF_TEXT = "<|endoftext|>"
+DECODER_ROLES = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": UNKNOWN}
+# Rarer pairs are chance; also what keeps a vocabulary for a short text short.
+MIN_FREQUENCY = 2
+_WORDS_PER_SENTENCE = 200
+
+
+def train_tokenizer(
+    texts: Callable[[], Iterable[str]], *, kind: Kind, vocab_size: int, for_encoder: bool
+) -> PreTrainedTokenizerFast:
+    """Trains a tokenizer with at most `vocab_size` tokens, special ones included.
+
+    Args:
+        texts: gives the training text; may be called more than once.
+        kind: `wordpiece` is lower-cased as BERT's, `bpe` works on bytes as GPT-2's, `unigram`
+            is SentencePiece's (lower-cased for encoders).
+        vocab_size: in tokens.
+        for_encoder: with [CLS], [SEP], [PAD], [MASK] around and between texts; else with
+            <|endoftext|> alone, which whoever packs documents appends.
+    """
+    train = {"wordpiece": _wordpiece, "bpe": _byte_bpe, "unigram": _unigram}[kind]
+    roles = dict(ENCODER_ROLES if for_encoder else DECODER_ROLES)
+    if kind == "bpe" and not for_encoder:
+        # Every byte is a token: nothing is unknown.
+        roles["unk_token"] = END_OF_TEXT
+    tokenizer = train(texts, vocab_size, list(dict.fromkeys(roles.values())))
+    names = ["input_ids", "attention_mask"]
+    if for_encoder:
+        tokenizer.post_processor = encoder_template(tokenizer, cls="[CLS]", sep="[SEP]")
+        names.insert(1, "token_type_ids")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **roles)
+
+
+def encoder_template(tokenizer: Tokenizer, *, cls: str, sep: str) -> processors.TemplateProcessing:
+    """BERT's frame: cls text sep, and for pairs cls text sep text sep."""
+    numbers = [(token, tokenizer.token_to_id(token)) for token in (cls, sep)]
+    return processors.TemplateProcessing(
+        single=f"{cls}:0 $A:0 {sep}:0",
+        pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+        special_tokens=numbers,
+    )
+
+
+def _wordpiece(texts: Callable[[], Iterable[str]], size: int, special: list[str]) -> Tokenizer:
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    scaffold = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    scaffold.normalizer = normalizer
+    scaffold.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    characters = _frequent_characters(texts(), normalizer, limit=max(100, size // 10))
+    # The trainer numbers "##x" in the order of a randomly seeded hash map, and breaks ties
+    # between merges by number; as special tokens they are numbered in the order given.
+    inside = [f"##{c}" for c in characters if not unicodedata.category(c).startswith("P")]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size,
+        min_frequency=MIN_FREQUENCY,
+        special_tokens=[*special, *characters, *inside],
+        initial_alphabet=characters,
+        limit_alphabet=len(characters),
+        show_progress=False,
+    )
+    scaffold.train_from_iterator(texts(), trainer)
+    tokenizer = Tokenizer(models.WordPiece(scaffold.get_vocab(), unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = scaffold.pre_tokenizer
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    return tokenizer
+
+
+def _frequent_characters(
+    texts: Iterable[str], normalizer: normalizers.Normalizer, *, limit: int
+) -> list[str]:
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(normalizer.normalize_str(text))
+    ranked = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
+    return sorted(ranked[:limit])
+
+
+def _byte_bpe(texts: Callable[[], Iterable[str]], size: int, special: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=MIN_FREQUENCY,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    return tokenizer
+
+
+def _unigram(texts: Callable[[], Iterable[str]], size: int, special: list[str]) -> Tokenizer:
+    """Trained by SentencePiece: the trainer of `tokenizers` depends on its threads' order."""
+    steps = [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    if "[CLS]" in special:
+        steps.append(normalizers.Lowercase())
+    normalizer = normalizers.Sequence(steps)
+    pieces = _unigram_pieces(_sentences(texts(), normalizer), size - len(special))
+    vocabulary = [(token, 0.0) for token in special] + pieces
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=special.index(UNKNOWN)))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
+def _sentences(texts: Iterable[str], normalizer: normalizers.Normalizer) -> Iterator[str]:
+    """Short enough for SentencePiece, which leaves out what is long."""
+    for text in texts:
+        words = normalizer.normalize_str(text).split(" ")
+        for start in range(0, len(words), _WORDS_PER_SENTENCE):
+            yield " ".join(words[start : start + _WORDS_PER_SENTENCE])
+
+
+def _unigram_pieces(sentences: Iterator[str], size: int) -> list[tuple[str, float]]:
+    """At most `size` pieces with their log probabilities, without the unknown piece."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences,
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=size + 1,
+            hard_vocab_limit=False,
+            normalization_rule_name="identity",
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            # The result depends on the number of threads.
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(
+            f"no unigram tokenizer of {size} pieces can be trained on the training text: {error}; "
+            f"change task.tokenizer.vocab_size or use task.tokenizer.type wordpiece or bpe"
+        ) from error
+    trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    return [(trained.IdToPiece(i), trained.GetScore(i)) for i in range(1, len(trained))][:size]

@@ -1,0 +1,399 @@
+"""Encoding: what is on disk, when it is reused, and the micro-batches made of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from megakd.config import TaskConfig
+from megakd.data import encoding
+from megakd.data.encoding import (
+    Collator,
+    document_ends,
+    encode_splits,
+    labelled_only,
+    tokenizer_content,
+)
+from megakd.data.packing import PackedRow, unpack
+from megakd.data.rows import rows_key
+from megakd.errors import DataError
+
+SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+WORDS = [*SPECIAL.values(), *"abcdefghijklmnopqrstuvwxyz"]
+MARKER = "<|endoftext|>"
+
+
+class _Splits(NamedTuple):
+    train: Any
+    validation: Any
+    test: Any
+    label_names: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    content_hash: str = "content"
+
+
+def _bert(words=WORDS) -> PreTrainedTokenizerFast:
+    made = Tokenizer(
+        models.WordPiece({w: i for i, w in enumerate(words)}, unk_token=SPECIAL["unk_token"])
+    )
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=names, **SPECIAL)
+
+
+def _gpt() -> PreTrainedTokenizerFast:
+    vocabulary = {MARKER: 0} | {w: i + 1 for i, w in enumerate("abcdefghijklmnopqrstuvwxyz")}
+    made = Tokenizer(models.BPE(vocabulary, []))
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    made.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=MARKER, pad_token=MARKER)
+
+
+def _task(kind="classification", **keys) -> TaskConfig:
+    return TaskConfig(type=kind, dataset="none", **({"max_length": 8} | keys))
+
+
+def _pairs() -> _Splits:
+    rows = Dataset.from_dict(
+        {"text": ["a b", "c", "d e f"], "text_pair": ["x", "y z", "q"], "label": [0, -100, 1]}
+    )
+    return _Splits(rows, rows.select([0]), rows.select([1, 2]))
+
+
+def _texts(count=30) -> _Splits:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    texts = [" ".join(letters[: 1 + n % 9]) for n in range(count)]
+    rows = Dataset.from_dict({"text": texts, "label": [n % 3 for n in range(count)]})
+    return _Splits(rows, rows.select(range(5)), None)
+
+
+def _documents() -> _Splits:
+    rows = Dataset.from_dict({"text": ["a b c", "d", "e f g h i j k l m n", "", "o p"]})
+    return _Splits(rows, rows.select([0, 1]), None)
+
+
+def test_pairs_get_token_types_and_single_texts_do_not(tmp_path):
+    pairs = encode_splits(_pairs(), _bert(), _task(), cache_dir=tmp_path)
+    texts = encode_splits(_texts(), _bert(), _task(), cache_dir=tmp_path)
+
+    assert pairs.train[0] == {
+        "input_ids": [2, 4, 5, 3, 27, 3],
+        "token_type_ids": [0, 0, 0, 0, 1, 1],
+        "label": 0,
+    }
+    assert texts.train.column_names == ["input_ids", "label"]
+    assert pairs.train["label"][:] == [0, -100, 1]
+    assert pairs.test is not None
+    assert len(pairs.test) == 2
+    assert texts.test is None
+    assert pairs.tokens_per_row == pytest.approx((6 + 6 + 7) / 3)
+
+
+def test_pairs_have_no_token_types_where_the_tokenizer_makes_none(tmp_path):
+    tokenizer = _bert()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+
+    assert "token_type_ids" not in (
+        encode_splits(_pairs(), tokenizer, _task(), cache_dir=tmp_path).train.column_names
+    )
+
+
+def test_texts_are_cut_to_the_longest_allowed(tmp_path):
+    encoded = encode_splits(_texts(), _bert(), _task(max_length=5), cache_dir=tmp_path)
+
+    assert max(len(ids) for ids in encoded.train["input_ids"]) == 5
+
+
+def test_encoded_rows_are_mapped_from_disk_in_int32(tmp_path):
+    encoded = encode_splits(_texts(), _bert(), _task(), cache_dir=tmp_path)
+
+    assert encoded.train.features["input_ids"].feature.dtype == "int32"
+    assert [file["filename"] for file in encoded.train.cache_files]
+
+
+def test_documents_come_back_with_the_end_marker(tmp_path):
+    encoded = encode_splits(_documents(), _gpt(), _task("causal_lm"), cache_dir=tmp_path)
+    rows = encoded.train.with_format("numpy")
+
+    packed = [PackedRow(r["input_ids"], r["position_ids"], r["labels"]) for r in rows]
+
+    assert list(unpack(packed)) == [[1, 2, 3, 0], [4, 0], [*range(5, 15), 0], [15, 16, 0]]
+    assert encoded.train.column_names == ["input_ids", "position_ids", "labels"]
+    assert encoded.tokens_per_row == pytest.approx(20 / 3)
+
+
+def test_what_the_tokenizer_puts_around_a_text_is_kept_around_a_document():
+    plain = document_ends(_gpt())
+    framed = document_ends(_bert())
+    begins = _gpt()
+    begins.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{MARKER} $A", special_tokens=[(MARKER, 0)]
+    )
+
+    assert (plain, framed, document_ends(begins)) == (([], [0]), ([2], [3]), ([0], [0]))
+
+
+def test_encoding_again_reads_what_is_there(tmp_path, monkeypatch):
+    first = encode_splits(_texts(), _bert(), _task(), cache_dir=tmp_path)
+    monkeypatch.setattr(encoding, "_write", None)
+
+    again = encode_splits(_texts(), _bert(), _task(), cache_dir=tmp_path)
+
+    assert again.train.to_dict() == first.train.to_dict()
+    assert again.content_hash == first.content_hash
+
+
+# The last one: other labels on the same texts, under the same content hash.
+CHANGES = {
+    "content": (_texts()._replace(content_hash="other"), _bert(), _task()),
+    "tokenizer": (_texts(), _bert([*WORDS, "##b"]), _task()),
+    "length": (_texts(), _bert(), _task(max_length=7)),
+    "type": (_texts(), _bert(), _task("regression")),
+    "rows": (_texts(29), _bert(), _task()),
+    "labels": (
+        _texts()._replace(
+            train=_texts().train.remove_columns("label").add_column("label", [1] * 30)
+        ),
+        _bert(),
+        _task(),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_the_rows_changes_the_key(tmp_path, change):
+    first = encode_splits(_texts(), _bert(), _task(), cache_dir=tmp_path)
+    splits, tokenizer, task = CHANGES[change]
+
+    other = encode_splits(splits, tokenizer, task, cache_dir=tmp_path)
+
+    assert other.content_hash != first.content_hash
+
+
+def test_calling_a_tokenizer_does_not_change_its_content():
+    tokenizer = _bert()
+    before = tokenizer_content(tokenizer)
+
+    tokenizer(["a", "b c d"], truncation=True, max_length=3, padding=True)
+
+    assert tokenizer_content(tokenizer) == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "no manifest"])
+def test_a_damaged_cache_is_built_again(tmp_path, damage):
+    first = encode_splits(_texts(), _bert(), _task(), cache_dir=tmp_path)
+    wanted = first.train.to_dict()
+    folder = tmp_path / "encoded" / first.content_hash
+    file = folder / "train.arrow"
+    content = file.read_bytes()
+    middle = len(content) // 2
+    spoil = {
+        "truncated": lambda: file.write_bytes(content[:middle]),
+        "changed": lambda: file.write_bytes(content[:middle] + b"\xff" + content[middle + 1 :]),
+        "missing": file.unlink,
+        "no manifest": (folder / "manifest.json").unlink,
+    }
+    # A copy in its place: the mapped file itself must stay as it is.
+    file.unlink()
+    file.write_bytes(content)
+    spoil[damage]()
+
+    again = encode_splits(_texts(), _bert(), _task(), cache_dir=tmp_path)
+
+    assert again.train.to_dict() == wanted
+    assert sorted(path.name for path in (tmp_path / "encoded").iterdir()) == [first.content_hash]
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def broken(path, tables):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(encoding, "_write", broken)
+
+    with pytest.raises(DataError, match=r"cannot write prepared data to .*No space left on device"):
+        encode_splits(_texts(), _bert(), _task(), cache_dir=tmp_path)
+    assert list((tmp_path / "encoded").iterdir()) == []
+
+
+def test_builders_at_the_same_time_do_not_disturb_each_other(tmp_path):
+    def build(_):
+        return encode_splits(_texts(300), _bert(), _task(), cache_dir=tmp_path).train.to_dict()
+
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(build, range(4)))
+
+    assert all(rows == made[0] for rows in made)
+    assert len(list((tmp_path / "encoded").iterdir())) == 1
+
+
+def test_no_room_for_text_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=r"task.max_length is 3, but the tokenizer adds 3 special"):
+        encode_splits(_pairs(), _bert(), _task(max_length=3), cache_dir=tmp_path)
+
+
+def test_a_split_without_tokens_is_an_error(tmp_path):
+    splits = _documents()._replace(validation=Dataset.from_dict({"text": ["", ""]}))
+
+    with pytest.raises(DataError, match="validation split has 2 rows and no tokens"):
+        encode_splits(splits, _gpt(), _task("causal_lm"), cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("labels", [[0, -100, 2], [0.5, math.nan, 2.5]], ids=["class", "score"])
+def test_only_rows_with_a_label_are_kept(labels):
+    rows = Dataset.from_dict({"text": ["a", "b", "c"], "label": labels})
+
+    assert labelled_only(rows)["text"][:] == ["a", "c"]
+    assert labelled_only(labelled_only(rows))["text"][:] == ["a", "c"]
+
+
+def test_text_without_labels_teaches_itself():
+    rows = _documents().train
+
+    assert labelled_only(rows) is rows
+
+
+def test_no_labels_at_all_is_an_error():
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [-100, -100]})
+
+    with pytest.raises(DataError, match="none of the 2 training rows carries a label"):
+        labelled_only(rows)
+
+
+ROWS = st.lists(st.integers(1, 20), min_size=0, max_size=6)
+
+
+@given(lengths=ROWS, dummies=st.integers(0, 3), max_length=st.sampled_from([20, 24, 64]))
+@settings(max_examples=100, deadline=None)
+def test_batches_are_padded_to_the_longest_row_and_no_more(lengths, dummies, max_length):
+    collator = Collator(_bert(), _task(max_length=max_length))
+    rows = [{"input_ids": [9] * n, "label": n % 3} for n in lengths]
+    if not lengths and not dummies:
+        return
+
+    batch = collator(rows, dummy_rows=dummies)
+
+    width = min(-(-max([1, *lengths]) // 8) * 8, max_length)
+    assert batch.inputs["input_ids"].shape == batch.valid.shape == (len(lengths) + dummies, width)
+    assert batch.valid.sum(dim=1).tolist() == [*lengths, *[0] * dummies]
+    assert batch.inputs["attention_mask"].sum(dim=1).tolist() == [*lengths, *[1] * dummies]
+    assert batch.labels.tolist() == [*[n % 3 for n in lengths], *[-100] * dummies]
+
+
+def test_every_form_of_rows_gives_the_same_batch(tmp_path):
+    rows = encode_splits(_pairs(), _bert(), _task(), cache_dir=tmp_path).train
+    collator = Collator(_bert(), _task())
+    forms = [rows[:2], [rows[0], rows[1]], rows.with_format("arrow")[[0, 1]]]
+    forms.append(rows.with_format("numpy")[:2])
+
+    batches = [collator(form, dummy_rows=1) for form in forms]
+
+    for batch in batches[1:]:
+        assert batch.inputs.keys() == batches[0].inputs.keys()
+        for name, values in batch.inputs.items():
+            assert torch.equal(values, batches[0].inputs[name])
+        assert torch.equal(batch.labels, batches[0].labels)
+    assert batches[0].labels.tolist() == [0, -100, -100]
+    assert batches[0].inputs["token_type_ids"].tolist()[2] == [0] * 8
+
+
+def test_scores_stay_fractions_and_dummies_have_none():
+    collator = Collator(_bert(), _task("regression"))
+
+    labels = collator([{"input_ids": [4], "label": 2.5}], dummy_rows=1).labels
+
+    assert labels.dtype == torch.float32
+    assert labels[0] == 2.5
+    assert labels[1].isnan()
+
+
+def test_a_batch_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="at least one row"):
+        Collator(_bert(), _task())([])
+
+
+def test_labels_and_validity_end_where_the_text_ends():
+    row = {"input_ids": [5, 6, 7], "position_ids": [0, 1, 2], "labels": [6, 7, -100]}
+    batch = Collator(_gpt(), _task("causal_lm", max_length=20))([row], dummy_rows=1)
+
+    assert set(batch.inputs) == {"input_ids", "position_ids"}
+    assert batch.labels.tolist() == [[6, 7, *[-100] * 6], [-100] * 8]
+    assert batch.valid.tolist() == [[True] * 3 + [False] * 5, [False] * 8]
+    assert all(values.dtype == torch.int64 for values in [batch.labels, *batch.inputs.values()])
+
+
+def test_a_micro_batch_of_dummies_gives_finite_outputs():
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+    bert = BertForSequenceClassification(BertConfig(**small, intermediate_size=8)).eval()
+    llama = LlamaForCausalLM(LlamaConfig(**small, intermediate_size=8, use_cache=False)).eval()
+
+    classified = bert(**Collator(_bert(), _task())({}, dummy_rows=2).inputs).logits
+    continued = llama(**Collator(_gpt(), _task("causal_lm"))({}, dummy_rows=2).inputs).logits
+
+    assert classified.isfinite().all()
+    assert continued.isfinite().all()
+
+
+def test_padding_is_right_without_a_pad_token():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_gpt().backend_tokenizer)
+
+    batch = Collator(tokenizer, _task("causal_lm"))({}, dummy_rows=1)
+
+    assert batch.inputs["input_ids"].tolist() == [[0] * 8]
+
+
+def test_keys_do_not_depend_on_the_process(tmp_path):
+    folder = tmp_path / "tokenizer"
+    _bert().save_pretrained(folder)
+    code = (
+        "import sys, json\n"
+        "from transformers import PreTrainedTokenizerFast\n"
+        "from datasets import Dataset\n"
+        "from megakd.data.encoding import tokenizer_content\n"
+        "from megakd.data.rows import rows_key\n"
+        f"tokenizer = PreTrainedTokenizerFast.from_pretrained({str(folder)!r})\n"
+        "rows = Dataset.from_dict({'text': ['a', 'b'], 'label': [0, 1]})\n"
+        "print(json.dumps([tokenizer_content(tokenizer), rows_key(rows)]))\n"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={"PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path), "HF_HUB_OFFLINE": "1"},
+    ).stdout
+
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
+    assert json.loads(printed) == [tokenizer_content(_bert()), rows_key(rows)]
+
+
+def test_max_length_is_the_tasks(tmp_path):
+    task = replace(_task("causal_lm"), max_length=5)
+
+    rows = encode_splits(_documents(), _gpt(), task, cache_dir=tmp_path).train
+
+    assert [len(ids) for ids in rows["input_ids"]] == [5, 5, 5, 5]

@@ -1,0 +1,203 @@
+"""The step loader: the same rows a step, however they are dealt out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megakd.data.loader import StepLoader, StepShape, evaluation_batches, evaluation_order
+from megakd.errors import DataError
+from megakd.stage import Batch
+
+COUNTS = st.integers(1, 40)
+SMALL = st.integers(1, 4)
+
+
+def _numbered(count: int) -> Dataset:
+    return Dataset.from_dict({"input_ids": [[n] for n in range(count)], "label": range(count)})
+
+
+def _collate(rows, *, dummy_rows=0) -> Batch:
+    """Row numbers as labels, -1 for dummies."""
+    numbers = [*(rows.column("label").to_pylist() if rows else []), *[-1] * dummy_rows]
+    labels = torch.tensor(numbers)
+    return Batch({}, labels, (labels >= 0)[:, None])
+
+
+def _numbers(batches) -> list[int]:
+    return [n for batch in batches for n in batch.labels.tolist() if n >= 0]
+
+
+def _loader(count: int, shape: StepShape, seed: int = 3) -> StepLoader:
+    return StepLoader(_numbered(count), _collate, shape=shape, seed=seed)
+
+
+@given(count=COUNTS, per_device=SMALL, accumulation=SMALL, world=SMALL, index=st.integers(0, 20))
+@settings(max_examples=100, deadline=None)
+def test_a_step_has_the_same_rows_however_it_is_dealt(
+    count, per_device, accumulation, world, index
+):
+    whole = _loader(count, StepShape(per_device * accumulation * world, 1))
+    dealt = [
+        _loader(count, StepShape(per_device, accumulation, rank, world)) for rank in range(world)
+    ]
+
+    rows = [n for loader in dealt for n in _numbers(loader.step(index))]
+
+    assert sorted(rows) == sorted(_numbers(whole.step(index)))
+    assert {loader.steps_per_epoch for loader in dealt} == {whole.steps_per_epoch}
+
+
+@given(count=COUNTS, per_device=SMALL, accumulation=SMALL, world=SMALL)
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_has_every_row_once_in_batches_of_one_size(count, per_device, accumulation, world):
+    seen: Counter[int] = Counter()
+    for rank in range(world):
+        loader = _loader(count, StepShape(per_device, accumulation, rank, world))
+        for index in range(loader.steps_per_epoch):
+            batches = loader.step(index)
+            assert [len(batch.labels) for batch in batches] == [per_device] * accumulation
+            seen.update(_numbers(batches))
+
+    assert seen == Counter(range(count))
+
+
+def test_a_ragged_last_step_is_dealt_evenly():
+    shares = [
+        [len(_numbers([batch])) for batch in _loader(7, StepShape(4, 2, rank, 2)).step(0)]
+        for rank in range(2)
+    ]
+
+    assert shares == [[2, 2], [2, 1]]
+
+
+def test_epochs_and_seeds_differ_and_a_step_is_always_the_same():
+    loader = _loader(32, StepShape(8, 2))
+    again = _loader(32, StepShape(8, 2))
+    backwards = [_numbers(again.step(index)) for index in reversed(range(6))][::-1]
+
+    assert [_numbers(loader.step(index)) for index in range(6)] == backwards
+    assert _numbers(loader.step(0)) + _numbers(loader.step(1)) != _numbers(
+        loader.step(2)
+    ) + _numbers(loader.step(3))
+    assert _numbers(loader.step(0)) != _numbers(_loader(32, StepShape(8, 2), seed=4).step(0))
+
+
+def test_the_order_does_not_depend_on_the_process():
+    code = (
+        "from megakd.data.loader import StepLoader, StepShape; from datasets import Dataset;"
+        "rows = Dataset.from_dict({'label': range(50)});"
+        "loader = StepLoader(rows, None, shape=StepShape(5, 1), seed=3);"
+        "print(loader.step_rows(13).tolist())"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={"PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path)},
+    ).stdout
+
+    assert printed.strip() == str(_loader(50, StepShape(5, 1)).step_rows(13).tolist())
+
+
+def test_iterating_gives_the_steps_in_order():
+    loader = _loader(10, StepShape(2, 2))
+
+    iterated = [_numbers(batches) for batches in loader.iterate(1, 9)]
+
+    assert iterated == [_numbers(loader.step(index)) for index in range(1, 9)]
+    assert loader.waited_s >= 0
+    assert list(loader.iterate(4, 4)) == []
+
+
+def test_the_thread_ends_when_the_consumer_leaves_early():
+    before = set(threading.enumerate())
+    steps = _loader(10, StepShape(2, 2)).iterate(0, 1000)
+
+    next(steps)
+    steps.close()
+
+    assert set(threading.enumerate()) == before
+
+
+def test_only_a_few_steps_are_fetched_ahead_and_in_one_thread():
+    made: list[str] = []
+
+    def counted(rows, *, dummy_rows=0):
+        made.append(threading.current_thread().name)
+        return _collate(rows, dummy_rows=dummy_rows)
+
+    steps = StepLoader(_numbered(100), counted, shape=StepShape(1, 1), seed=0).iterate(0, 90)
+    next(steps)
+    time.sleep(0.2)
+    steps.close()
+
+    assert 1 <= len(made) <= 4
+    assert len(set(made)) == 1
+    assert threading.current_thread().name not in made
+
+
+def test_an_error_in_the_thread_is_raised_where_the_step_is_wanted():
+    def broken(rows, *, dummy_rows=0):
+        raise DataError(f"row cannot be read, {dummy_rows}")
+
+    loader = StepLoader(_numbered(4), broken, shape=StepShape(4, 1), seed=0)
+
+    with pytest.raises(DataError, match="row cannot be read"):
+        list(loader.iterate(0, 3))
+
+
+def test_time_spent_waiting_is_counted():
+    def slow(rows, *, dummy_rows=0):
+        time.sleep(0.05)
+        return _collate(rows, dummy_rows=dummy_rows)
+
+    loader = StepLoader(_numbered(4), slow, shape=StepShape(4, 1), seed=0)
+    list(loader.iterate(0, 2))
+
+    assert loader.waited_s > 0.05
+
+
+def test_training_without_rows_is_an_error():
+    with pytest.raises(DataError, match="training split has no rows"):
+        _loader(0, StepShape(1, 1))
+
+
+@given(count=COUNTS, batch_size=SMALL, world=SMALL)
+@settings(max_examples=80, deadline=None)
+def test_outputs_of_the_ranks_go_back_into_the_order_of_the_rows(count, batch_size, world):
+    rows = _numbered(count)
+    ranks = [
+        list(evaluation_batches(rows, _collate, batch_size=batch_size, rank=rank, world=world))
+        for rank in range(world)
+    ]
+    outputs = torch.cat([batch.labels for batches in ranks for batch in batches])
+
+    order = evaluation_order(count, batch_size=batch_size, world=world)
+
+    assert outputs[order].tolist() == list(range(count))
+    assert len({len(batches) for batches in ranks}) == 1
+    assert {len(batch.labels) for batches in ranks for batch in batches} == {batch_size}
+
+
+def test_evaluating_without_rows_is_an_error():
+    with pytest.raises(DataError, match="cannot evaluate on a split that has no rows"):
+        next(evaluation_batches(_numbered(0), _collate, batch_size=2, rank=0, world=1))
+
+
+def test_rows_chosen_from_a_split_are_read_as_chosen():
+    chosen = _numbered(20).select(np.array([3, 17, 4, 11]))
+    loader = StepLoader(chosen, _collate, shape=StepShape(4, 1), seed=0)
+
+    assert sorted(_numbers(loader.step(0))) == [3, 4, 11, 17]

@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megakd.config import TaskConfig
+from megakd.data import pydocs
+from megakd.data.docstrings import read_docstrings, source_files, source_roots
+from megakd.data.pydocs import (
+    ALIASES,
+    PACKAGES,
+    classification_rows,
+    first_sentence,
+    masked,
+    pydocs_rows,
+    split_of,
+)
+from megakd.data.splits import load_splits
+from megakd.errors import ConfigError, DataError
+
+CLASSIFICATION = TaskConfig(type="classification", dataset="pydocs")
+TEXT = TaskConfig(type="causal_lm", dataset="pydocs")
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
+
+
+def module(package: str, count: int) -> str:
+    functions = (
+        f'def f{n}():\n    """Return the {WORDS[n % 8]} of {package} thing {n}.\n\n    More."""\n'
+        for n in range(count)
+    )
+    return f'"""Things of {package} about {WORDS[len(package) % 8]}."""\n' + "".join(functions)
+
+
+def write_packages(root: Path, counts: dict[str, int]) -> Path:
+    for package, count in counts.items():
+        (root / package).mkdir(parents=True)
+        # The package's name is masked, so the noise word keeps the texts of packages apart.
+        (root / package / "__init__.py").write_text(module(f"{package} {package[::-1]}", count))
+    return root
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_packages(tmp_path / "site-packages", {"torch": 150, "sympy": 90, "other": 40})
+
+
+def docstrings_of(root: Path) -> list[tuple[str, str]]:
+    found = read_docstrings(source_files([root]))
+    return [(doc.package, doc.text) for doc in found if doc is not None]
+
+
+def test_docstrings_come_in_source_order_and_without_import(tmp_path: Path):
+    source = '''"""Module."""
+raise SystemExit("imported")
+class A:
+    """Class
+        indented."""
+    def b(self):
+        """Method."""
+        def c():
+            \'\'\'Inner.\'\'\'
+if True:
+    async def d():
+        """Conditional."""
+else:
+    def e():
+        x = """No docstring."""
+try:
+    pass
+except ValueError:
+    def f():
+        """In a handler."""
+'''
+    (tmp_path / "m.py").write_text(source)
+
+    texts = [text for _, text in docstrings_of(tmp_path)]
+
+    assert texts == [
+        "Module.",
+        "Class\nindented.",
+        "Method.",
+        "Inner.",
+        "Conditional.",
+        "In a handler.",
+    ]
+
+
+def test_files_that_are_no_python_are_counted_and_left_out(tmp_path: Path):
+    (tmp_path / "a.py").write_text('print "python 2" """x"""')
+    (tmp_path / "b.py").write_bytes(b'"""\xff\xfe not UTF-8"""')
+    (tmp_path / "c.py").write_bytes('# coding: latin-1\n"""Café."""'.encode("latin-1"))
+    (tmp_path / "d.py").write_text('"""An \\d old escape."""')
+    (tmp_path / "e.py").write_text('"""Half \\ud800 a pair."""')
+
+    found = list(read_docstrings(source_files([tmp_path])))
+
+    assert [doc and doc.text for doc in found] == [
+        None,
+        None,
+        "Café.",
+        "An \\d old escape.",
+        "Half  a pair.",
+    ]
+
+
+def test_tests_vendored_copies_and_megakd_itself_are_left_out(tmp_path: Path):
+    for name in ("a", "a/tests", "a/_vendor/b", "megakd", "a/__pycache__"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "m.py").write_text('"""A text."""')
+    (tmp_path / "a" / "gone.py").symlink_to(tmp_path / "nowhere.py")
+
+    assert [file.name for file in source_files([tmp_path])] == ["a/m.py"]
+
+
+def test_a_package_in_two_places_is_read_where_python_would_find_it(tmp_path: Path):
+    for place in ("one", "two"):
+        (tmp_path / place / "torch").mkdir(parents=True)
+        (tmp_path / place / "torch" / "m.py").write_text(f'"""From {place}."""')
+    (tmp_path / "two" / "numpy.py").write_text('"""Only here."""')
+
+    files = source_files([tmp_path / "one", tmp_path / "two"])
+
+    assert [(f.package, f.path.parent) for f in files] == [
+        ("torch", tmp_path / "one" / "torch"),
+        ("numpy", tmp_path / "two"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("docstring", "sentence"),
+    [
+        ("One. Two.", "One."),
+        ("A line\n   broken in two\n\nMore.", "A line broken in two"),
+        ("See e.g. this, i.e. that. Then more.", "See e.g. this, i.e. that."),
+        ("Uses torch.nn.Linear v1.2 inside! `So` it is.", "Uses torch.nn.Linear v1.2 inside!"),
+    ],
+)
+def test_the_first_sentence_ends_where_a_new_one_begins(docstring: str, sentence: str):
+    assert first_sentence(docstring) == sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A torch.Tensor of PyTorch", "A package.Tensor of package"),
+        ("is_torch_available and torch_dtype", "is_package_available and package_dtype"),
+        ("NumPy's np.array", "package's package.array"),
+        ("huggingface_hub or Hugging Face", "package or package"),
+        ("torchlight and pandemonium stay", "torchlight and pandemonium stay"),
+    ],
+)
+def test_names_of_packages_are_masked(text: str, expected: str):
+    assert masked(text) == expected
+
+
+@given(
+    st.sampled_from([*PACKAGES, *ALIASES]),
+    st.sampled_from([str.upper, str.title, str]),
+    st.sampled_from(["", " ", ".", "_", "`", "(", "-"]),
+    st.sampled_from(["", " ", ".nn", "_x", "`", ")", "'s", ":"]),
+)
+def test_no_name_survives_in_any_surrounding(name: str, case, before: str, after: str):
+    text = masked(f"the{before or ' '}{case(name)}{after or ' '} here")
+
+    words = re.split(r"[\W_]+", text.lower())
+    assert not {"torch", "numpy", "pandas", name.lower()} & set(words)
+    assert "package" in words
+
+
+def test_a_text_of_two_packages_belongs_to_none():
+    corpus = [
+        ("torch", "Return a new array."),
+        ("numpy", "Return a  NEW array"),
+        ("numpy", "Sort the torch array."),
+        ("numpy", "Sort the numpy array."),
+        ("other", "Not one of the classes."),
+        ("numpy", "Too short"),
+    ]
+
+    assert classification_rows(corpus) == [("numpy", "Sort the package array.")]
+
+
+@settings(max_examples=50)
+@given(st.text(alphabet="abc ABC.,", min_size=1), st.sampled_from(["classification", "causal_lm"]))
+def test_case_and_punctuation_do_not_move_a_text_to_another_split(text: str, view: str):
+    assert split_of(text, view) == split_of(f" {text.upper()}!", view)
+
+
+def test_the_classification_view_names_its_classes(root: Path, tmp_path: Path):
+    found = pydocs_rows(CLASSIFICATION, cache_dir=tmp_path / "cache", roots=[root])
+
+    assert found.label_names == ("torch", "sympy")
+    assert found.metrics == ("accuracy",)
+    texts = {name: rows["text"][:] for name, rows in found.splits.items()}
+    assert sum(map(len, texts.values())) == 150 + 90 + 2
+    assert not set(texts["train"]) & {*texts["validation"], *texts["test"]}
+    assert "torch" not in " ".join(texts["train"])
+    for row in found.splits["train"]:
+        assert ("hcrot" in row["text"]) == (row["label"] == 0)
+
+
+def test_the_text_view_has_every_docstring_once(root: Path, tmp_path: Path):
+    (root / "other" / "copy.py").write_text((root / "other" / "__init__.py").read_text())
+
+    found = pydocs_rows(TEXT, cache_dir=tmp_path / "cache", roots=[root])
+
+    texts = [text for rows in found.splits.values() for text in rows["text"]]
+    assert len(texts) == len(set(texts)) == 150 + 90 + 40 + 3
+    assert "Return the alpha of torch hcrot thing 0.\n\nMore." in texts
+    assert found.splits["train"].column_names == ["text"]
+
+
+def test_missing_packages_are_warned_about_and_leave_the_classes(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level(logging.WARNING):
+        pydocs_rows(CLASSIFICATION, cache_dir=tmp_path / "cache", roots=[root])
+
+    assert "pydocs: transformers, pandas, networkx" in caplog.text
+    assert "tkinter" in caplog.text
+
+
+def test_fewer_than_two_packages_are_refused(tmp_path: Path):
+    root = write_packages(tmp_path / "site-packages", {"torch": 100, "sympy": 3})
+
+    with pytest.raises(DataError, match=r"pydocs: only 1 of its packages .* needs at least 2"):
+        pydocs_rows(CLASSIFICATION, cache_dir=tmp_path / "cache", roots=[root])
+
+
+def test_the_corpus_is_built_once_and_anew_when_a_module_changes(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    calls = []
+    read = pydocs.read_docstrings
+    monkeypatch.setattr(pydocs, "read_docstrings", lambda files: calls.append(1) or read(files))
+
+    hashes = [
+        pydocs_rows(task, cache_dir=tmp_path / "cache", roots=[root]).source_hash
+        for task in (CLASSIFICATION, TEXT, CLASSIFICATION)
+    ]
+    (root / "torch" / "new.py").write_text('"""Return something that is new here."""')
+    fresh = pydocs_rows(CLASSIFICATION, cache_dir=tmp_path / "cache", roots=[root]).source_hash
+
+    assert len(calls) == 2
+    assert hashes[0] == hashes[2] != hashes[1]
+    assert fresh != hashes[0]
+
+
+def test_neither_hash_seed_nor_place_changes_the_rows(root: Path, tmp_path: Path):
+    program = (
+        "import sys; from pathlib import Path; from megakd.config import TaskConfig\n"
+        "from megakd.data.pydocs import pydocs_rows\n"
+        "task = TaskConfig(type='classification', dataset='pydocs')\n"
+        "root, cache = map(Path, sys.argv[1:])\n"
+        "print(pydocs_rows(task, cache_dir=cache, roots=[root]).source_hash)"
+    )
+    moved = tmp_path / "moved"
+    write_packages(moved, {"other": 40, "sympy": 90, "torch": 150})
+
+    hashes = [
+        subprocess.run(
+            [sys.executable, "-c", program, str(place), str(tmp_path / f"cache{seed}")],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            cwd=Path(pydocs.__file__).parents[2],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed, place in (("0", root), ("1", moved))
+    ]
+
+    assert hashes[0] == hashes[1] != ""
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"type": "regression"}, r"task\.type: pydocs has the views classification and causal_lm"),
+        ({"data_dir": Path("x")}, r"task\.data_dir: pydocs is built in"),
+        ({"label_column": "x"}, r"task\.label_column: pydocs is built in"),
+    ],
+    ids=["type", "data_dir", "label_column"],
+)
+def test_keys_that_do_not_fit_are_refused(keys: dict, message: str, tmp_path: Path):
+    task = TaskConfig(**{"type": "classification", "dataset": "pydocs", **keys})
+
+    with pytest.raises(ConfigError, match=message):
+        load_splits(task, seed=1, cache_dir=tmp_path)
+
+
+def test_the_standard_library_is_read_in_this_interpreter():
+    roots = source_roots()
+    asyncio = [file for file in source_files(roots[:1]) if file.package == "asyncio"]
+
+    texts = [doc.text for doc in read_docstrings(asyncio) if doc is not None]
+
+    assert len(texts) > 100
+    assert any("event loop" in text for text in texts)

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megakd.config import TaskConfig
+from megakd.data.readers import read_csv
+from megakd.data.splits import Splits, load_splits
+from megakd.errors import DataError
+
+ROWS = [("one fine day", 0), ("two, she said", 1), ("three", 0), ("vier für alle", 1)]
+
+
+def load(path: Path, cache_dir: Path, **keys) -> Splits:
+    task = TaskConfig(**{"type": "classification", "dataset": str(path), **keys})
+    return load_splits(task, seed=1, cache_dir=cache_dir / "cache")
+
+
+def as_csv(path: Path, rows: list[tuple], header: tuple[str, ...] = ("text", "label")) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def as_tsv(path: Path, rows: list[tuple]) -> Path:
+    lines = ["text\tlabel", *(f"{text}\t{label}" for text, label in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def everything(splits: Splits) -> set[tuple[str, int]]:
+    return {(row["text"], row["label"]) for part in splits[:2] for row in part}
+
+
+def test_a_tsv_has_no_quoting_and_a_csv_has(tmp_path: Path):
+    rows = [('" half a quote', 0), ('he said "no"', 1), ("x", 0)]
+    tsv = as_tsv(tmp_path / "a.tsv", rows)
+    table = as_csv(tmp_path / "a.csv", [*rows, ("two\nlines", 1)])
+
+    assert everything(load(tsv, tmp_path)) == set(rows)
+    assert everything(load(table, tmp_path)) == {*rows, ("two\nlines", 1)}
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path):
+    path = as_csv(tmp_path / "x.csv", ROWS)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+    assert everything(load(path, tmp_path)) == set(ROWS)
+
+
+def test_a_field_may_be_longer_than_python_reads_by_default(tmp_path: Path):
+    limit = csv.field_size_limit()
+    path = as_csv(tmp_path / "x.csv", [*ROWS, ("word " * 40_000, 1)])
+
+    splits = load(path, tmp_path)
+
+    assert max(len(text) for text, _ in everything(splits)) == 200_000
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize("content", [b"", b"text,label\n"], ids=["no byte", "header only"])
+def test_a_file_without_rows_is_refused(content: bytes, tmp_path: Path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(content)
+
+    with pytest.raises(DataError, match=r"x\.csv has no rows"):
+        load(path, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["tsv", "jsonl", "txt"])
+def test_an_empty_file_of_any_kind_has_no_rows(kind: str, tmp_path: Path):
+    path = tmp_path / f"x.{kind}"
+    path.write_bytes(b"")
+
+    with pytest.raises(DataError, match=rf"x\.{kind} has no rows"):
+        load(path, tmp_path, type="causal_lm")
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "txt"])
+def test_text_that_is_not_utf8_is_refused_with_its_line(kind: str, tmp_path: Path):
+    lines = {
+        "csv": (b"text,label", b"ok,1", b"caf\xe9,0"),
+        "tsv": (b"text\tlabel", b"ok\t1", b"caf\xe9\t0"),
+        "jsonl": (b'{"text": "a"}', b'{"text": "b"}', b'{"text": "caf\xe9"}'),
+        "json": (b"[", b'"ok",', b'"caf\xe9"]'),
+        "txt": (b"one", b"two", b"caf\xe9"),
+    }[kind]
+    path = tmp_path / f"x.{kind}"
+    path.write_bytes(b"\n".join(lines))
+
+    message = rf"x\.{kind}, line 3: text is not UTF-8 \(byte 0xe9 at position \d+\)"
+    with pytest.raises(DataError, match=message):
+        load(path, tmp_path, type="causal_lm")
+
+
+def test_parquet_text_that_is_not_utf8_is_refused(tmp_path: Path):
+    text = pa.StringArray.from_buffers(
+        1, pa.py_buffer(b"\x00\x00\x00\x00\x04\x00\x00\x00"), pa.py_buffer(b"caf\xe9")
+    )
+    pq.write_table(pa.table({"text": text}), tmp_path / "x.parquet")
+
+    with pytest.raises(DataError, match=r"x\.parquet: text is not UTF-8"):
+        load(tmp_path / "x.parquet", tmp_path, type="causal_lm")
+
+
+def test_half_a_surrogate_pair_is_refused(tmp_path: Path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a \\ud800"}\n{"text": "b"}\n')
+
+    with pytest.raises(DataError, match=r"x\.jsonl, line 1: column 'text' is not UTF-8"):
+        load(path, tmp_path, type="causal_lm")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", "text,label\na,1,2\n", r"x\.csv, line 2: 3 fields, but there are 2 columns"),
+        ("x.csv", 'text,label\n"a,1\n', r"x\.csv, line 2: not csv: unexpected end of data"),
+        ("x.csv", "text,text\na,b\n", r"x\.csv: column 'text' is there more than once"),
+        ("x.tsv", "text\tlabel\na\n", r"x\.tsv, line 2: 1 fields, but there are 2 columns"),
+        ("x.jsonl", '{"text": "a"}\n{"text"\n', r"x\.jsonl, line 2 is not JSON"),
+        ("x.jsonl", "7\n", r"x\.jsonl, line 1 is no JSON object"),
+        ("x.jsonl", '{"text": 7}\n', r"line 1: column 'text' is no text: 7"),
+        ("x.jsonl", '{"text": "a"}\n{"b": 1}\n', r"line 2: column 'text' is missing"),
+        ("x.json", "{}", r"x\.json is neither a JSON list of rows nor"),
+        ("x.json", "[[1, 2, 3]]", r"row 1 is neither a text, an object nor \[text, label\]"),
+        ("x.parquet", "PAR1", r"x\.parquet is not a readable parquet file"),
+    ],
+    ids=lambda value: value if str(value).startswith("x.") else "",
+)
+def test_a_broken_file_is_refused_with_its_place(
+    name: str, content: str, message: str, tmp_path: Path
+):
+    (tmp_path / name).write_text(content)
+
+    with pytest.raises(DataError, match=message):
+        load(tmp_path / name, tmp_path, type="causal_lm")
+
+
+FIELD = st.text(st.characters(codec="utf-8", exclude_characters="\r\x00"), min_size=1)
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(FIELD))
+def test_csv_gives_back_what_was_written(tmp_path: Path, texts: list[str]):
+    path = as_csv(tmp_path / "x.csv", [(text, 1) for text in texts])
+
+    assert [record.values["text"] for record in read_csv(path).records()] == texts
