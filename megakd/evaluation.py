@@ -1,0 +1,178 @@
+"""Official metrics from a model's outputs, and the one number that ranks evaluations."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megakd.errors import DataError, TrainingError
+from megakd.stage import IGNORE
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    Numbers = NDArray[np.float64]
+
+logger = logging.getLogger(__name__)
+LOWER_IS_BETTER = ("perplexity", "loss")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One number out of an evaluation, and which of two is better."""
+
+    name: str
+    parts: tuple[str, ...]
+    higher_is_better: bool
+
+    def of(self, values: Mapping[str, float]) -> float:
+        """The mean of the official metrics this number stands for."""
+        return sum(values[part] for part in self.parts) / len(self.parts)
+
+    def better(self, new: float, old: float | None) -> bool:
+        """True if `new` is strictly better than `old`: a tie keeps the earlier one.
+
+        A number that is not one (NaN) never wins; anything wins against none.
+        """
+        if math.isnan(new):
+            return False
+        if old is None or math.isnan(old):
+            return True
+        return new > old if self.higher_is_better else new < old
+
+
+def headline(metrics: Sequence[str]) -> Metric:
+    """The number that stands for a task: the mean where it has several official metrics."""
+    parts = tuple(metrics)
+    name = parts[0] if len(parts) == 1 else "mean_" + "_".join(parts)
+    return Metric(name=name, parts=parts, higher_is_better=parts[0] not in LOWER_IS_BETTER)
+
+
+def task_metrics(metrics: Sequence[str], outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    """The official metrics of a classification or regression task.
+
+    Args:
+        metrics: names, see `METRICS`.
+        outputs: [N, C] logits, or [N, 1] or [N] scores.
+        labels: [N] class numbers (-100 = none) or scores (NaN = none).
+
+    Returns:
+        One value per name, a fraction (or a correlation from -1 to 1); where there are several,
+        also their mean under the name of `headline(metrics)`.
+
+    Raises:
+        DataError: no row carries a label.
+        TrainingError: an output is not finite.
+    """
+    predicted, truth = _scored_rows(outputs, labels)
+    values = {name: METRICS[name](predicted, truth) for name in metrics}
+    main = headline(metrics)
+    return {**values, main.name: main.of(values)}
+
+
+def language_model_metrics(sums: Tensor) -> dict[str, float]:
+    """The loss in nats per target, its perplexity, and the share of targets that are right.
+
+    Args:
+        sums: [3], see `Predictions.sums`: cross-entropy in nats, right tokens, targets.
+
+    Raises:
+        DataError: there is no target.
+    """
+    nats, right, targets = (float(value) for value in sums.tolist())
+    if targets == 0:
+        raise DataError("the held-out text has no target to score: it is empty or one token long")
+    loss = nats / targets
+    # Past 700 nats the exponential leaves fp64; a loss like that has no perplexity to speak of.
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return {"perplexity": perplexity, "loss": loss, "accuracy": right / targets}
+
+
+def _scored_rows(outputs: Tensor, labels: Tensor) -> tuple[Numbers, Numbers]:
+    truth = labels.detach().cpu().double().numpy().reshape(-1)
+    has_label = np.isfinite(truth) if labels.is_floating_point() else truth != IGNORE
+    predicted = outputs.detach().cpu().double().numpy().reshape(len(truth), -1)
+    if not has_label.any():
+        raise DataError(
+            f"none of the {len(truth)} held-out rows carries a label, so nothing can be scored"
+        )
+    bad = int((~np.isfinite(predicted[has_label])).any(axis=1).sum())
+    if bad:
+        raise TrainingError(
+            f"the model's outputs are not finite for {bad} of {int(has_label.sum())} held-out "
+            "rows: training has diverged; lower train.learning_rate"
+        )
+    return predicted[has_label], truth[has_label]
+
+
+def _classes(predicted: Numbers) -> Numbers:
+    return predicted.argmax(axis=1).astype(np.float64)
+
+
+def _accuracy(predicted: Numbers, truth: Numbers) -> float:
+    return float((_classes(predicted) == truth).mean())
+
+
+def _f1(predicted: Numbers, truth: Numbers) -> float:
+    from sklearn.metrics import f1_score
+
+    if predicted.shape[1] > 2:
+        raise DataError(
+            f"f1 is the score of class 1 against class 0, and there are {predicted.shape[1]} "
+            "classes; use accuracy"
+        )
+    classes = _classes(predicted)
+    if not (truth == 1).any() and not (classes == 1).any():
+        logger.info("f1 is undefined, no label and no prediction is class 1: counted as 0")
+        return 0.0
+    return float(f1_score(truth, classes, pos_label=1))
+
+
+def _matthews(predicted: Numbers, truth: Numbers) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return _correlation("matthews_correlation", matthews_corrcoef, _classes(predicted), truth)
+
+
+def _pearson(predicted: Numbers, truth: Numbers) -> float:
+    from scipy.stats import pearsonr
+
+    return _correlation("pearson", lambda a, b: pearsonr(a, b)[0], predicted[:, 0], truth)
+
+
+def _spearman(predicted: Numbers, truth: Numbers) -> float:
+    from scipy.stats import spearmanr
+
+    return _correlation("spearman", lambda a, b: spearmanr(a, b)[0], predicted[:, 0], truth)
+
+
+def _correlation(
+    name: str, of: Callable[[Numbers, Numbers], Any], predicted: Numbers, truth: Numbers
+) -> float:
+    for what, values in (("predictions", predicted), ("labels", truth)):
+        if np.ptp(values) == 0:
+            logger.info("%s is undefined, all %s are %g: counted as 0", name, what, values[0])
+            return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy doubts its digits for nearly constant values
+        value = float(of(truth, predicted))
+    if math.isnan(value):
+        logger.info("%s is undefined for these %d rows: counted as 0", name, len(truth))
+        return 0.0
+    return value
+
+
+METRICS: Mapping[str, Callable[[Numbers, Numbers], float]] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "matthews_correlation": _matthews,
+    "pearson": _pearson,
+    "spearman": _spearman,
+}

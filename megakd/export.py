@@ -1,0 +1,265 @@
+"""A finished model as a Hugging Face folder that transformers loads with nothing of megakd."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from safetensors.torch import save_file
+from transformers import GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from megakd.atomic import replaced_folder
+from megakd.report import Report, result_table
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from megakd.config import TaskType
+
+SHARD_BYTES = 5_000_000_000
+INDEX_NAME = "model.safetensors.index.json"
+AUTO_CLASSES: Mapping[TaskType, tuple[str, str]] = {
+    "classification": ("AutoModelForSequenceClassification", "text-classification"),
+    "regression": ("AutoModelForSequenceClassification", "text-classification"),
+    "causal_lm": ("AutoModelForCausalLM", "text-generation"),
+}
+
+
+def write_model_folder(
+    folder: Path,
+    *,
+    config: PretrainedConfig,
+    state: Iterable[tuple[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    architecture: str | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a model's folder whole or not at all; for the rank that writes.
+
+    Args:
+        folder: replaced as a whole when everything is written and synced.
+        config: of the model; not changed.
+        state: names and tensors, each needed only until its shard of 5 GB is written. It is
+            taken to its end even when writing fails, for there may be collectives behind it.
+        tokenizer: saved beside the weights.
+        architecture: the class of the model, for config.json.
+        extra: small text files that belong to the folder, by name: README.md, result.json.
+
+    Raises:
+        MegakdError: the disk is full; the old folder is as it was.
+    """
+    tensors = iter(state)
+    try:
+        with replaced_folder(folder) as temporary:
+            dtype = write_weights(temporary, tensors)
+            _write_config(temporary, _exported(config, dtype, architecture), tokenizer)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(temporary))
+            for name, text in (extra or {}).items():
+                (temporary / name).write_text(text, encoding="utf-8")
+    finally:
+        deque(tensors, maxlen=0)
+
+
+def write_weights(folder: Path, state: Iterable[tuple[str, Tensor]]) -> torch.dtype:
+    """Streams tensors into model.safetensors, or into shards with an index.
+
+    Two names of one memory (tied weights) are written once, if they come in the same shard.
+
+    Returns:
+        The dtype of most floating-point weights.
+
+    Raises:
+        ValueError: there is no tensor.
+    """
+    shards: list[dict[str, int]] = []
+    dtypes: Counter[torch.dtype] = Counter()
+    for number, shard in enumerate(_shards(state)):
+        # The final name holds the number of shards, which is not known yet.
+        save_file(shard, folder / f"{number}.part", metadata={"format": "pt"})
+        shards.append({name: tensor.nbytes for name, tensor in shard.items()})
+        _count_dtypes(shard, dtypes)
+        shard.clear()  # or it would live on while the next one fills
+    if not shards:
+        raise ValueError(f"the model to be written to {folder} has no tensors")
+    _name_shards(folder, shards)
+    return dtypes.most_common(1)[0][0]
+
+
+def weight_bytes(folder: Path) -> int:
+    """The size on disk of a folder's safetensors files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def hub_id(spec: str) -> str | None:
+    """`spec` if it names a model on the Hub, None if it is a folder of this machine."""
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", spec) is not None
+    return spec if is_id and not Path(spec).exists() else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What a model card says beside the numbers of the report.
+
+    student, teacher: Hub id or folder; None where the model started from random weights, or
+        there is no teacher.
+    objective: one readable line per loss term.
+    command: what was typed to make this model.
+    """
+
+    title: str
+    task_type: TaskType
+    student: str | None
+    teacher: str | None
+    objective: tuple[str, ...]
+    command: str
+
+
+def model_card(facts: CardFacts, report: Report) -> str:
+    """README.md: what the model is, how it was made, what it scores, how to load it."""
+    auto_class, _ = AUTO_CLASSES[facts.task_type]
+    front = yaml.safe_dump(_front_matter(facts, report), sort_keys=False, allow_unicode=True)
+    versions = report["environment"].get("versions", {})
+    sections = [
+        f"---\n{front}---\n",
+        f"# {facts.title}\n",
+        f"{_origin(facts, report)}\n",
+        _bullets("Losses", facts.objective),
+        f"## Results\n\n```text\n{result_table(report)}\n```\n",
+        f"## Use\n\n```python\n{_usage(auto_class)}\n```\n",
+        f"## How it was made\n\n```\n{facts.command}\n```\n",
+        _bullets("Versions", [f"{name} {version}" for name, version in versions.items()]),
+        "## Licence\n\nNo licence is claimed here. The weights derive from the models and the "
+        "data named above;\ntheir licences say what may be done with this model.\n",
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def _exported(
+    config: PretrainedConfig, dtype: torch.dtype, architecture: str | None
+) -> PretrainedConfig:
+    exported = copy.deepcopy(config)
+    exported.dtype = dtype
+    if architecture is not None:
+        exported.architectures = [architecture]
+    return exported
+
+
+def _write_config(
+    folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    # Not save_pretrained: it refuses the generation keys that older configs on the Hub carry.
+    config.to_json_file(str(folder / "config.json"))
+    generates = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if generates in (config.architectures or ()):
+        _generation(config, tokenizer).to_json_file(folder / "generation_config.json")
+
+
+def _generation(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> GenerationConfig:
+    """The model's own settings, with the tokenizer's ids where the two disagree.
+
+    A Llama config says bos 1 and eos 2 unless told otherwise, whatever the tokenizer says, and
+    a text would never end.
+    """
+    generation = GenerationConfig.from_model_config(config)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        known: Any = getattr(generation, key)
+        wanted = getattr(tokenizer, key, None)
+        if wanted is not None and wanted not in (known if isinstance(known, list) else [known]):
+            setattr(generation, key, wanted)
+    return generation
+
+
+def _shards(state: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Groups of tensors that fit a shard; the same memory under a second name is left out."""
+    shard: dict[str, Tensor] = {}
+    size = 0
+    seen: set[tuple[Any, ...]] = set()
+    for name, given in state:
+        tensor = _plain(given)
+        # The pointer identifies memory only while `shard` keeps it from being used again.
+        identity = (tensor.data_ptr(), tensor.dtype, tensor.shape)
+        if identity in seen and tensor.numel():
+            continue
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size, seen = {}, 0, set()
+        shard[name] = tensor
+        size += tensor.nbytes
+        seen.add(identity)
+    if shard:
+        yield shard
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A dense CPU tensor that is alone in its memory, copied only if it has to be."""
+    plain = tensor.detach().to("cpu").contiguous()
+    return plain.clone() if plain.untyped_storage().nbytes() > plain.nbytes else plain
+
+
+def _count_dtypes(shard: Mapping[str, Tensor], dtypes: Counter[torch.dtype]) -> None:
+    for tensor in shard.values():
+        dtypes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
+
+
+def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
+    if len(shards) == 1:
+        (folder / "0.part").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.part").rename(folder / file_name)
+        weight_map |= dict.fromkeys(names, file_name)
+    total = sum(size for names in shards for size in names.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _front_matter(facts: CardFacts, report: Report) -> dict[str, Any]:
+    front: dict[str, Any] = {"library_name": "transformers"}
+    front["pipeline_tag"] = AUTO_CLASSES[facts.task_type][1]
+    front["tags"] = ["megakd", "knowledge-distillation", report["method"]]
+    specs = (facts.student, facts.teacher)
+    # A folder of this machine is no base model that anyone could look up.
+    base = next((name for spec in specs if spec and (name := hub_id(spec))), None)
+    return front if base is None else {**front, "base_model": base}
+
+
+def _origin(facts: CardFacts, report: Report) -> str:
+    start = f"`{_shown(facts.student)}`" if facts.student else "random weights"
+    taught = f" by distilling `{_shown(facts.teacher)}`" if facts.teacher else ""
+    return (
+        f"Trained by megakd with the method `{report['method']}` on `{report['task']}`{taught}, "
+        f"starting from {start}."
+    )
+
+
+def _shown(spec: str) -> str:
+    return hub_id(spec) or Path(spec).name
+
+
+def _usage(auto_class: str) -> str:
+    return (
+        f"from transformers import {auto_class}, AutoTokenizer\n\n"
+        'folder = "path/to/this/folder"\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        f"model = {auto_class}.from_pretrained(folder)"
+    )
+
+
+def _bullets(title: str, lines: Iterable[str]) -> str:
+    items = "".join(f"- {line}\n" for line in lines)
+    return f"## {title}\n\n{items}" if items else ""

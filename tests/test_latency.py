@@ -1,0 +1,111 @@
+"""Forward times: what is timed, in which order, and that models are left as they were."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig
+from transformers import RobertaForSequenceClassification as Roberta
+
+from megakd import latency
+from megakd.errors import ModelError
+from megakd.latency import compare_latency, measure_latency
+
+
+def llama(layers: int = 1, width: int = 8) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=20,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=2 * width,
+    )
+    return LlamaForCausalLM(config)
+
+
+def seen_by(model: torch.nn.Module) -> list[dict]:
+    calls: list[dict] = []
+
+    def record(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        calls.append({"training": module.training, "gradient": torch.is_grad_enabled(), **kwargs})
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    return calls
+
+
+def test_the_percentiles_are_those_of_the_times(monkeypatch) -> None:
+    ticks = iter(number for time in [0, 0, 0, *range(1, 12)] for number in (0.0, time / 1000))
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+
+    found = measure_latency(llama(), batch=1, length=4, repeats=11)
+
+    assert found == pytest.approx((6.0, 2.0, 10.0))
+
+
+def test_the_forward_has_the_given_shape_without_dropout_or_gradient() -> None:
+    model = llama().train()
+    calls = seen_by(model)
+
+    measure_latency(model, batch=3, length=7, repeats=2)
+
+    assert len(calls) == latency.WARM_UP_FORWARDS + 2
+    assert calls[-1]["input_ids"].shape == (3, 7)
+    assert calls[-1]["attention_mask"].all()
+    assert not calls[-1]["training"]
+    assert not calls[-1]["gradient"]
+    assert model.training
+
+
+def test_the_random_state_of_the_run_is_untouched() -> None:
+    model = llama()
+    before = torch.get_rng_state()
+
+    measure_latency(model, batch=1, length=4, repeats=1)
+
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_two_models_are_timed_by_turns_that_swap_places() -> None:
+    order: list[str] = []
+    teacher, student = llama(), llama()
+    teacher.register_forward_pre_hook(lambda *_: order.append("t"))
+    student.register_forward_pre_hook(lambda *_: order.append("s"))
+
+    compare_latency(teacher, student, batch=1, length=4, repeats=3)
+
+    assert "".join(order[-6:]) == "tsstts"
+
+
+def test_the_larger_model_takes_longer() -> None:
+    speedup = compare_latency(llama(8, 128), llama(1, 8), batch=4, length=16, repeats=5)
+
+    assert speedup["teacher_ms"] > speedup["student_ms"] > 0
+    assert speedup["batch"] == 4
+
+
+def test_a_folder_is_loaded_and_timed(tmp_path: Path) -> None:
+    config = RobertaConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+    )
+    Roberta(config).save_pretrained(tmp_path)
+
+    assert measure_latency(tmp_path, batch=2, length=8, repeats=1).median_ms > 0
+
+
+def test_a_folder_of_an_unknown_architecture_is_named(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(tree | {"architectures": ["Novel"]}))
+
+    with pytest.raises(ModelError, match=r"config\.json names the architecture 'Novel'"):
+        measure_latency(tmp_path, batch=1, length=4)
