@@ -1,0 +1,126 @@
+"""The losses as plain eager torch: what the other code paths are tested against.
+
+Every function forms the full logits and leaves the gradient to autograd. Computed in fp32,
+or in fp64 where an input is. Shapes: N rows, V vocabulary, H width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megakd_kernels.settings import (
+    KDOutput,
+    Objective,
+    Rows,
+    compute_dtype,
+    reduction_scale,
+    weighted_total,
+)
+
+
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The product hidden [N, H] @ weight [V, H].T + bias [V] in `dtype`."""
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    return logits if bias is None else logits + bias.to(dtype)
+
+
+def kd_loss(
+    student: Tensor, teacher: Tensor | None, rows: Rows, objective: Objective, shared: int
+) -> KDOutput:
+    """The distillation loss of logits [N, V]; `rows` say which count.
+
+    Rows that do not count are cut out, so that whatever stands there has no part in the graph.
+    """
+    dtype = compute_dtype(student, teacher)
+    valid = rows.valid
+    student = student[valid].to(dtype)
+    values = student.new_zeros(0, len(student))
+    agrees = torch.zeros_like(valid[valid])
+    if teacher is not None:
+        teacher = teacher[valid].detach().to(dtype)
+        values = divergence_rows(student[:, :shared], teacher[:, :shared], objective)
+        agrees = _share_a_maximum(student[:, :shared], teacher[:, :shared])
+    ce = _cross_entropy_rows(student, rows, objective)
+    weighted = values * rows.weight[valid]
+    n_valid = valid.sum()
+    total = weighted_total(objective, weighted, ce)
+    if objective.reduction == "none":
+        loss = torch.zeros_like(rows.weight).masked_scatter(valid, total)
+    else:
+        # Without a valid row the sum over none of the logits keeps the graph connected.
+        loss = (total.sum() + student[:0].sum()) * reduction_scale(objective, n_valid, total)
+    return KDOutput(
+        loss, weighted.detach().sum(1), ce.detach().sum(), n_valid, agrees.sum().detach()
+    )
+
+
+def divergence_rows(student: Tensor, teacher: Tensor, objective: Objective) -> Tensor:
+    """Each divergence of the mixture per row, [n_div, N], T^2 included when asked for."""
+    log_q = F.log_softmax(student / objective.temperature, dim=-1)
+    log_p = F.log_softmax(teacher / objective.temperature, dim=-1)
+    values = [_divergence(name, log_p, log_q, objective.beta) for name, _ in objective.mixture]
+    if not values:
+        return student.new_zeros(0, len(student))
+    return torch.stack(values) * objective.value_scale
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) = sum p log(p / q) over the last dimension; 0 log 0 = 0."""
+    return _expectation(log_p, log_p, log_q)
+
+
+def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """GKD, equation 1: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q."""
+    mixed = beta * log_p.exp() + (1 - beta) * log_q.exp()
+    log_m = torch.where(mixed > 0, mixed, 1).log()
+    student_part = _expectation(log_q, log_q, log_m)
+    return beta * _expectation(log_p, log_p, log_m) + (1 - beta) * student_part
+
+
+def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error per row, mean over the width; [N, H] twice -> [N]."""
+    return (student - teacher).square().mean(-1)
+
+
+def hidden_cosine(student: Tensor, teacher: Tensor, smallest: float) -> Tensor:
+    """1 - cosine per row; a vector shorter than `smallest` has cosine 0 with every other."""
+    unit_student, unit_teacher = _unit(student, smallest), _unit(teacher, smallest)
+    return 1 - (unit_student * unit_teacher).sum(-1)
+
+
+def _divergence(name: str, log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    if name == "forward_kl":
+        return forward_kl(log_p, log_q)
+    if name == "reverse_kl":
+        return forward_kl(log_q, log_p)
+    return jsd(log_p, log_q, beta)
+
+
+def _expectation(log_weight: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Sums w (log a - log b); ids of weight 0 are left out before the difference can be NaN."""
+    weight = log_weight.exp()
+    present = weight > 0
+    difference = torch.where(present, log_a, 0) - torch.where(present, log_b, 0)
+    return (weight * difference).sum(-1)
+
+
+def _cross_entropy_rows(student: Tensor, rows: Rows, objective: Objective) -> Tensor:
+    if not objective.wants_ce or rows.labels is None or rows.hard_weight is None:
+        return student.new_zeros(len(student))
+    weight = rows.hard_weight[rows.valid]
+    # An unlabelled row has no loss, even where its placeholder id has the logit -inf.
+    labels = torch.where(weight != 0, rows.labels[rows.valid], -100)
+    return F.cross_entropy(student, labels, ignore_index=-100, reduction="none") * weight
+
+
+def _share_a_maximum(student: Tensor, teacher: Tensor) -> Tensor:
+    is_top = student == student.amax(-1, keepdim=True)
+    return (is_top & (teacher == teacher.amax(-1, keepdim=True))).any(-1)
+
+
+def _unit(vectors: Tensor, smallest: float) -> Tensor:
+    square = vectors.square().sum(-1, keepdim=True)
+    is_long = square > smallest**2
+    return torch.where(is_long, vectors * torch.where(is_long, square, 1).rsqrt(), 0)

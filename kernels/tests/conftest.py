@@ -1,0 +1,72 @@
+"""Small problems for the losses, and how far two results are apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+import megakd_kernels as mk
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Two LM heads over a few rows; two rows are ignored."""
+
+    student_hidden: torch.Tensor
+    student_weight: torch.Tensor
+    teacher_hidden: torch.Tensor
+    teacher_weight: torch.Tensor
+    labels: torch.Tensor
+    student_bias: torch.Tensor | None = None
+
+    def to(self, dtype):
+        tensors = {
+            name: None if value is None else value.to(dtype)
+            for name, value in vars(self).items()
+            if name != "labels"
+        }
+        return replace(self, **tensors)
+
+    def solve(self, *, upstream=1.0, **options):
+        """The output, and the gradients of hidden states, weight and bias."""
+        options = {"t_squared": True, **options}
+        leaves = [self.student_hidden, self.student_weight, self.student_bias]
+        leaves = [None if leaf is None else leaf.detach().requires_grad_() for leaf in leaves]
+        output = mk.linear_kd_loss(
+            *leaves[:2], self.teacher_hidden, self.teacher_weight,
+            options.pop("labels", self.labels), student_bias=leaves[2], **options,
+        )  # fmt: skip
+        present = [leaf for leaf in leaves if leaf is not None]
+        return output, torch.autograd.grad(output.loss * upstream, present)
+
+
+@pytest.fixture
+def make_problem():
+    def make(n=13, vs=37, vt=37, hs=6, ht=9, *, dtype=torch.float32, seed=0, bias=False):
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        labels = torch.randint(0, min(vs, vt), (n,), generator=generator)
+        labels[2::7] = -100
+        problem = Problem(
+            random(n, hs), random(vs, hs), random(n, ht), random(vt, ht) * 0.8, labels,
+            random(vs) if bias else None,
+        )  # fmt: skip
+        return problem.to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def distance():
+    """Norm of the difference over the norm of `expected`, 0 where both are zero."""
+
+    def relative(got, expected):
+        difference = (got.double() - expected.double()).norm()
+        return (difference / expected.double().norm().clamp(min=1e-300)).item()
+
+    return relative

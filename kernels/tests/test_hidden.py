@@ -1,0 +1,212 @@
+"""Hidden-state losses through a projection, against hand values, autograd and NaN padding."""
+
+import math
+
+import pytest
+import torch
+
+import megakd_kernels as mk
+from megakd_kernels import hidden
+
+IMPLS = pytest.mark.parametrize("impl", ["chunked", "reference"])
+LOSSES = pytest.mark.parametrize(
+    "loss",
+    [mk.hidden_mse_projection_loss, mk.hidden_cosine_projection_loss],
+    ids=["mse", "cosine"],
+)
+
+
+@pytest.fixture
+def states():
+    """student [2, 4, 3], projection [5, 3], teacher [2, 4, 5], valid [2, 4]."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 3), (5, 3), (2, 4, 5)]
+    tensors = [torch.randn(*s, generator=generator, dtype=torch.float64) for s in shapes]
+    valid = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    return (*tensors, valid)
+
+
+@IMPLS
+def test_mse_is_a_sum_over_positions_of_means_over_the_width(impl):
+    student, teacher = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 0], [0, 0]])
+
+    loss = mk.hidden_mse_projection_loss(student, None, teacher, valid=None, impl=impl)
+
+    assert loss.item() == pytest.approx(4 / 2 + 25 / 2)
+
+
+@IMPLS
+def test_cosine_is_a_sum_over_positions_of_one_minus_cosine(impl):
+    student = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
+    teacher = torch.tensor([[3.0, 0.0], [5.0, 0.0], [0.0, -1.0]])
+
+    loss = mk.hidden_cosine_projection_loss(student, None, teacher, valid=None, impl=impl)
+
+    assert loss.item() == pytest.approx(0 + (1 - math.sqrt(0.5)) + 2)
+
+
+@IMPLS
+def test_projection_has_the_layout_of_a_linear_layer(states, impl):
+    student, projection, teacher, valid = states
+    layer = torch.nn.Linear(3, 5, bias=False, dtype=torch.float64)
+
+    loss = mk.hidden_mse_projection_loss(student, layer.weight, teacher, valid=valid, impl=impl)
+
+    expected = (layer(student) - teacher).square().mean(-1)[valid].sum()
+    torch.testing.assert_close(loss, expected)
+    del projection
+
+
+@IMPLS
+@LOSSES
+@pytest.mark.parametrize("scale", [1.0, 7.0])
+def test_equal_states_have_no_loss_and_no_gradient(states, impl, loss, scale):
+    teacher = states[2] * scale
+    student = teacher.clone().requires_grad_()
+
+    value = loss(student, None, teacher, valid=None, impl=impl)
+
+    assert value.item() == pytest.approx(0, abs=1e-12)
+    assert torch.autograd.grad(value, student)[0].abs().max() < 1e-12
+
+
+@IMPLS
+@LOSSES
+@pytest.mark.parametrize("projected", [True, False])
+def test_gradients_are_the_derivatives_of_the_loss(states, impl, loss, projected, monkeypatch):
+    student, projection, teacher, valid = states
+    monkeypatch.setattr(hidden, "_CHUNK_MB", 0.0003)
+    leaves = [student.requires_grad_()]
+    if projected:
+        leaves.append(projection.requires_grad_())
+    target = teacher if projected else teacher[..., :3]
+
+    def value(student, projection=None):
+        return loss(student, projection, target, valid=valid, impl=impl)
+
+    assert torch.autograd.gradcheck(value, leaves)
+
+
+@IMPLS
+@LOSSES
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e300])
+def test_invalid_positions_may_hold_anything(states, impl, loss, garbage):
+    student, projection, teacher, valid = states
+    spoiled = [tensor.clone() for tensor in (student, teacher)]
+    for tensor in spoiled:
+        tensor[~valid] = garbage
+    results = []
+    for hidden_states, target in ((student, teacher), spoiled):
+        leaves = [hidden_states.clone().requires_grad_(), projection.clone().requires_grad_()]
+        value = loss(*leaves, target, valid=valid, impl=impl)
+        results.append((value.detach(), *torch.autograd.grad(value, leaves)))
+
+    clean, dirty = results
+
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    assert dirty[1][~valid].eq(0).all()
+
+
+@IMPLS
+@LOSSES
+def test_without_a_valid_position_loss_and_gradients_are_zero(states, impl, loss):
+    student, projection, teacher, valid = states
+    leaves = [student.requires_grad_(), projection.requires_grad_()]
+
+    value = loss(*leaves, teacher, valid=torch.zeros_like(valid), impl=impl)
+
+    assert value.item() == 0
+    assert all(g.eq(0).all() for g in torch.autograd.grad(value, leaves))
+
+
+@IMPLS
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_a_zero_vector_has_cosine_loss_one_and_no_gradient(impl, who):
+    vectors = {"student": torch.ones(2, 3), "teacher": torch.full((2, 3), 2.0)}
+    vectors[who][0] = 0
+    student = vectors["student"].requires_grad_()
+
+    loss = mk.hidden_cosine_projection_loss(
+        student, None, vectors["teacher"], valid=None, impl=impl
+    )
+
+    assert loss.item() == pytest.approx(1)
+    assert torch.autograd.grad(loss, student)[0][0].eq(0).all()
+
+
+@LOSSES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_chunks_match_the_double_precision_reference(states, loss, dtype, distance, monkeypatch):
+    monkeypatch.setattr(hidden, "_CHUNK_MB", 0.0003)
+    student, projection, teacher = (tensor.to(dtype) for tensor in states[:3])
+    leaves = [student.requires_grad_(), projection.requires_grad_()]
+    truth = [leaf.detach().double().requires_grad_() for leaf in leaves]
+
+    value = loss(*leaves, teacher, valid=states[3])
+    expected = loss(*truth, teacher.double(), valid=states[3], impl="reference")
+
+    assert value.dtype == torch.float32
+    assert distance(value.detach(), expected.detach()) < 1e-5
+    pairs = zip(
+        torch.autograd.grad(value, leaves), torch.autograd.grad(expected, truth), strict=True
+    )
+    for gradient, true_gradient in pairs:
+        assert gradient.dtype == dtype
+        assert distance(gradient, true_gradient) < (2e-5 if dtype == torch.float32 else 5e-3)
+
+
+@IMPLS
+@LOSSES
+def test_the_teacher_carries_no_gradient_and_nothing_is_overwritten(states, impl, loss):
+    student, _, teacher, _ = states
+    student, teacher = student.requires_grad_(), teacher[..., :3].clone().requires_grad_()
+    before = student.detach().clone(), teacher.detach().clone()
+
+    loss(student, None, teacher, valid=None, impl=impl).backward()
+
+    assert teacher.grad is None
+    assert torch.equal(student, before[0])
+    assert torch.equal(teacher, before[1])
+
+
+@LOSSES
+def test_a_second_backward_gives_the_same_and_upstream_scales(states, loss):
+    student, projection, teacher, valid = states
+    leaves = [student.requires_grad_(), projection.requires_grad_()]
+    value = loss(*leaves, teacher, valid=valid)
+
+    once = torch.autograd.grad(value, leaves, retain_graph=True)
+    thrice = torch.autograd.grad(3 * value, leaves, retain_graph=True)
+    again = torch.autograd.grad(value, leaves)
+
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    torch.testing.assert_close(thrice, tuple(3 * gradient for gradient in once))
+
+
+@LOSSES
+@pytest.mark.parametrize("needs", ["student", "projection"])
+def test_only_the_gradients_asked_for_are_formed(states, loss, needs):
+    student, projection, teacher, valid = states
+    leaf = {"student": student, "projection": projection}[needs].requires_grad_()
+
+    loss(student, projection, teacher, valid=valid).backward()
+
+    assert leaf.grad is not None
+    assert (student.grad is None) != (projection.grad is None)
+
+
+def test_different_widths_need_a_projection(states):
+    with pytest.raises(ValueError, match="student is 3 wide and the teacher 5: a projection"):
+        mk.hidden_mse_projection_loss(states[0], None, states[2], valid=None)
+
+
+def test_a_transposed_projection_is_refused_with_the_shape_it_needs(states):
+    with pytest.raises(ValueError, match=r"projection is \[3, 5\].* need \[5, 3\]"):
+        mk.hidden_mse_projection_loss(states[0], states[1].T, states[2], valid=None)
+
+
+def test_positions_that_do_not_match_are_refused(states):
+    with pytest.raises(ValueError, match="only the last dimension may differ"):
+        mk.hidden_mse_projection_loss(states[0][:1], states[1], states[2], valid=None)
+    with pytest.raises(ValueError, match="valid has 3 entries for 8 positions"):
+        mk.hidden_mse_projection_loss(*states[:3], valid=torch.ones(3, dtype=torch.bool))

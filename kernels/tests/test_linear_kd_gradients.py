@@ -1,0 +1,187 @@
+"""Gradients formed in the forward, and chunks: when, from what, and in how much memory."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import megakd_kernels as mk
+
+ALL = {"forward_kl": 0.5, "reverse_kl": 0.3, "jsd": 0.2}
+IMPLS = pytest.mark.parametrize("impl", ["chunked", "reference"])
+# A chunk of two or three rows, so that 13 rows make several and a ragged last one.
+TINY_CHUNK_MB = 0.0008
+
+
+@pytest.mark.parametrize("cuts", [(13,), (1, 12), (5, 4, 4)], ids=str)
+def test_cutting_the_step_differently_gives_the_same_gradient(make_problem, cuts):
+    problem = make_problem(dtype=torch.float64)
+    options = {"divergence": ALL, "ce_weight": 1.0, "reduction": "num_items", "num_items": 11}
+    whole, gradients = problem.solve(**options)
+
+    loss, weight_gradient, start = 0, 0, 0
+    for size in cuts:
+        part = slice(start, start + size)
+        micro_batch = replace(
+            problem,
+            student_hidden=problem.student_hidden[part],
+            teacher_hidden=problem.teacher_hidden[part],
+            labels=problem.labels[part],
+        )
+        output, (hidden_gradient, gradient) = micro_batch.solve(**options)
+        torch.testing.assert_close(hidden_gradient, gradients[0][part])
+        loss, weight_gradient, start = loss + output.loss, weight_gradient + gradient, part.stop
+
+    torch.testing.assert_close(loss, whole.loss)
+    torch.testing.assert_close(weight_gradient, gradients[1])
+
+
+@pytest.mark.parametrize("chunk_mb", [1e-9, TINY_CHUNK_MB, 0.002, 1024])
+def test_the_chunk_size_changes_nothing(make_problem, chunk_mb):
+    problem = make_problem(dtype=torch.float64, bias=True, vs=41)
+    options = {"divergence": ALL, "ce_weight": 1.0, "temperature": 2.0}
+
+    output, gradients = problem.solve(chunk_mb=chunk_mb, **options)
+    expected, expected_gradients = problem.solve(impl="reference", **options)
+
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+def test_upstream_gradient_scales_the_formed_ones(make_problem):
+    problem = make_problem(bias=True)
+
+    _, gradients = problem.solve(divergence=ALL)
+    _, scaled = problem.solve(divergence=ALL, upstream=-3.5)
+
+    torch.testing.assert_close(scaled, tuple(-3.5 * gradient for gradient in gradients))
+
+
+def test_a_loss_scale_beyond_fp16_and_a_tiny_weight_lose_nothing(make_problem, distance):
+    problem = make_problem(dtype=torch.float16)
+
+    _, gradients = problem.solve(kd_weight=1e-9, upstream=2.0**20)
+    _, expected = problem.to(torch.float64).solve(kd_weight=1e-9 * 2.0**20)
+
+    for gradient, truth in zip(gradients, expected, strict=True):
+        assert distance(gradient, truth) < 5e-3
+
+
+@IMPLS
+def test_a_second_backward_over_the_retained_graph_gives_the_same(make_problem, impl):
+    problem = make_problem(bias=True)
+    hidden = problem.student_hidden.requires_grad_()
+    weight = problem.student_weight.requires_grad_()
+    loss = mk.linear_kd_loss(
+        hidden, weight, problem.teacher_hidden, problem.teacher_weight, problem.labels,
+        t_squared=True, divergence=ALL, impl=impl,
+    ).loss  # fmt: skip
+
+    first = torch.autograd.grad(2 * loss, [hidden, weight], retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    second = torch.autograd.grad(2 * loss, [hidden, weight])
+
+    assert all(torch.equal(a, b) for a, b in zip(kept, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_backward_reads_neither_weights_nor_hidden_states(make_problem):
+    problem = make_problem(bias=True)
+    _, expected = problem.solve(divergence=ALL, ce_weight=1.0)
+    leaves = [problem.student_hidden, problem.student_weight, problem.student_bias]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    loss = mk.linear_kd_loss(
+        *leaves[:2], problem.teacher_hidden, problem.teacher_weight, problem.labels,
+        t_squared=True, divergence=ALL, ce_weight=1.0, student_bias=leaves[2],
+    ).loss  # fmt: skip
+
+    # As when ZeRO-3 takes a gathered weight away again after the forward.
+    for tensor in (*leaves, problem.teacher_hidden, problem.teacher_weight):
+        tensor.data.fill_(math.nan)
+
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), expected)
+
+
+@pytest.mark.parametrize("needed", ["100", "010", "001", "110", "101", "011"])
+def test_only_the_gradients_asked_for_are_formed(make_problem, needed):
+    problem = make_problem(bias=True)
+    _, everything = problem.solve(divergence=ALL, ce_weight=1.0)
+    leaves = [problem.student_hidden, problem.student_weight, problem.student_bias]
+    for leaf, flag in zip(leaves, needed, strict=True):
+        leaf.requires_grad_(flag == "1")
+
+    loss = mk.linear_kd_loss(
+        *leaves[:2], problem.teacher_hidden, problem.teacher_weight, problem.labels,
+        t_squared=True, divergence=ALL, ce_weight=1.0, student_bias=leaves[2],
+    ).loss  # fmt: skip
+    loss.backward()
+
+    for leaf, flag, expected in zip(leaves, needed, everything, strict=True):
+        if flag == "1":
+            torch.testing.assert_close(leaf.grad, expected)
+        else:
+            assert leaf.grad is None
+
+
+@IMPLS
+def test_the_teacher_carries_no_gradient(make_problem, impl):
+    problem = make_problem()
+    teacher = [problem.teacher_hidden.requires_grad_(), problem.teacher_weight.requires_grad_()]
+    hidden = problem.student_hidden.requires_grad_()
+
+    mk.linear_kd_loss(
+        hidden, problem.student_weight, *teacher, t_squared=True, impl=impl
+    ).loss.backward()
+
+    assert hidden.grad is not None
+    assert teacher[0].grad is None
+    assert teacher[1].grad is None
+
+
+@IMPLS
+@pytest.mark.parametrize("divergence", [*mk.DIVERGENCES, ALL], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_gradients_are_the_derivatives_of_the_loss(make_problem, impl, divergence, temperature):
+    problem = make_problem(n=4, vs=6, vt=5, hs=3, ht=2, dtype=torch.float64, bias=True)
+    leaves = [problem.student_hidden, problem.student_weight, problem.student_bias]
+
+    def loss(hidden, weight, bias):
+        return mk.linear_kd_loss(
+            hidden, weight, problem.teacher_hidden, problem.teacher_weight, problem.labels,
+            divergence=divergence, temperature=temperature, t_squared=True, ce_weight=0.4,
+            student_bias=bias, impl=impl, chunk_mb=0.0002,
+        ).loss  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, [leaf.requires_grad_() for leaf in leaves])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_of_all_rows_never_exist(make_problem, dtype):
+    n, v = 600, 500
+    problem = make_problem(n=n, vs=v, vt=v, dtype=dtype)
+    options = {"divergence": ALL, "ce_weight": 1.0, "temperature": 2.0}
+
+    with LargestTensor() as chunked:
+        problem.solve(chunk_mb=0.1, **options)
+    with LargestTensor() as reference:
+        problem.solve(impl="reference", **options)
+
+    assert chunked.numel <= n * v / 10
+    assert reference.numel >= n * v

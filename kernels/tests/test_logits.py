@@ -1,0 +1,158 @@
+"""`kd_loss_from_logits`: the classifier's entry to the same losses."""
+
+import math
+
+import pytest
+import torch
+
+import megakd_kernels as mk
+
+IMPLS = pytest.mark.parametrize("impl", ["chunked", "reference"])
+ALL = {"jsd": 0.2, "forward_kl": 0.5, "reverse_kl": 0.3}
+
+
+@pytest.fixture
+def logits():
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(6, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    return student, teacher, torch.tensor([0, 4, -100, 2, -100, 1])
+
+
+@IMPLS
+def test_unlabelled_rows_learn_from_the_teacher_where_valid_says_so(logits, impl):
+    student, teacher, labels = logits
+    valid = torch.tensor([True, True, True, True, True, False])
+
+    output = mk.kd_loss_from_logits(
+        student, teacher, labels, t_squared=True, ce_weight=1.0, valid=valid, impl=impl
+    )
+
+    soft = mk.kd_loss_from_logits(student[:5], teacher[:5], t_squared=True)
+    hard = torch.nn.functional.cross_entropy(student[:4], labels[:4], reduction="sum")
+    torch.testing.assert_close(output.divergence_sums[0], soft.loss.detach())
+    torch.testing.assert_close(output.ce_sum, hard.detach())
+    assert output.n_valid.item() == 5
+    gradient = torch.autograd.grad(output.loss, student)[0]
+    expected = torch.autograd.grad(soft.loss + hard, student)[0]
+    torch.testing.assert_close(gradient, expected)
+
+
+@IMPLS
+def test_an_unlabelled_row_may_exclude_any_id(impl):
+    student = torch.tensor([[-math.inf, 1.0], [0.5, 1.0]], requires_grad=True)
+    teacher = torch.tensor([[-math.inf, 2.0], [1.0, 0.0]])
+
+    output = mk.kd_loss_from_logits(
+        student, teacher, torch.tensor([-100, 1]), t_squared=True, ce_weight=1.0,
+        valid=torch.tensor([True, True]), impl=impl,
+    )  # fmt: skip
+
+    assert output.loss.isfinite()
+    assert output.ce_sum.item() == pytest.approx(math.log(1 + math.exp(-0.5)))
+    assert torch.autograd.grad(output.loss, student)[0].isfinite().all()
+
+
+@IMPLS
+def test_invalid_rows_may_hold_anything(logits, impl):
+    student, teacher, labels = logits
+    valid = torch.tensor([True, True, False, True, True, True])
+    spoiled = [tensor.detach().clone() for tensor in (student, teacher)]
+    for tensor in spoiled:
+        tensor[2] = math.nan
+    spoiled[0].requires_grad_()
+    options = {
+        "t_squared": True, "ce_weight": 1.0, "valid": valid, "impl": impl, "divergence": ALL,
+    }  # fmt: skip
+
+    clean = mk.kd_loss_from_logits(student, teacher, labels, **options)
+    output = mk.kd_loss_from_logits(*spoiled, labels, **options)
+
+    assert all(torch.equal(a, b) for a, b in zip(output, clean, strict=True))
+    gradient = torch.autograd.grad(output.loss, spoiled[0])[0]
+    assert torch.equal(gradient, torch.autograd.grad(clean.loss, student)[0])
+    assert gradient[2].eq(0).all()
+
+
+@IMPLS
+def test_sums_follow_the_order_of_the_mapping(logits, impl):
+    student, teacher, _ = logits
+
+    output = mk.kd_loss_from_logits(student, teacher, divergence=ALL, t_squared=True, impl=impl)
+
+    alone = [
+        mk.kd_loss_from_logits(student, teacher, divergence=name, t_squared=True).loss.item()
+        for name in ALL
+    ]
+    assert output.divergence_sums.tolist() == pytest.approx(alone)
+
+
+@IMPLS
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("classes", [5, 4])
+def test_gradients_are_the_derivatives_of_the_loss(logits, impl, temperature, classes):
+    student, teacher, labels = logits
+
+    def loss(leaf):
+        return mk.kd_loss_from_logits(
+            leaf, teacher[:, :classes], labels, divergence=ALL, temperature=temperature,
+            t_squared=True, ce_weight=0.5, impl=impl, chunk_mb=0.0002,
+        ).loss  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, [student])
+
+
+@IMPLS
+def test_token_logits_keep_their_shape(impl):
+    student = torch.randn(2, 3, 7, requires_grad=True)
+    teacher = torch.randn(2, 3, 9)
+    labels = torch.randint(0, 7, (2, 3))
+    options = {"t_squared": True, "impl": impl, "ce_weight": 1.0}
+
+    output = mk.kd_loss_from_logits(student, teacher, labels, **options)
+    output.loss.backward()
+    with torch.no_grad():
+        rows = mk.kd_loss_from_logits(student, teacher, labels, reduction="none", **options).loss
+
+    assert student.grad.shape == student.shape
+    assert rows.shape == (2, 3)
+    torch.testing.assert_close(rows.sum(), output.loss.detach())
+
+
+@IMPLS
+def test_without_a_teacher_the_loss_is_cross_entropy(logits, impl):
+    student, _, labels = logits
+
+    output = mk.kd_loss_from_logits(student, None, labels, t_squared=True, ce_weight=2, impl=impl)
+
+    expected = 2 * torch.nn.functional.cross_entropy(student, labels, reduction="sum")
+    torch.testing.assert_close(output.loss, expected)
+    assert output.n_valid.item() == 4
+
+
+@IMPLS
+def test_the_logits_given_are_not_overwritten(logits, impl):
+    before = [tensor.detach().clone() for tensor in logits]
+
+    mk.kd_loss_from_logits(*logits, t_squared=True, ce_weight=1.0, impl=impl).loss.backward()
+
+    assert all(torch.equal(a, b) for a, b in zip(before, logits, strict=True))
+    with torch.no_grad():
+        mk.kd_loss_from_logits(*logits, t_squared=True, ce_weight=1.0, impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(before, logits, strict=True))
+
+
+@IMPLS
+def test_low_precision_logits_are_computed_in_fp32(logits, impl, distance):
+    student, teacher, labels = (t.detach() for t in logits)
+    student, teacher = student.bfloat16().requires_grad_(), teacher.bfloat16()
+    truth = student.detach().double().requires_grad_()
+    options = {"t_squared": True, "divergence": ALL, "ce_weight": 1.0}
+
+    loss = mk.kd_loss_from_logits(student, teacher, labels, impl=impl, **options).loss
+    expected = mk.kd_loss_from_logits(truth, teacher.double(), labels, **options).loss
+
+    assert loss.dtype == torch.float32
+    assert distance(loss.detach(), expected.detach()) < 1e-5
+    gradients = torch.autograd.grad(loss, student)[0], torch.autograd.grad(expected, truth)[0]
+    assert distance(*gradients) < 5e-3

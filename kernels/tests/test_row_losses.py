@@ -1,0 +1,221 @@
+"""What the divergences are: by hand, by their properties, at the edges of arithmetic."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+import megakd_kernels as mk
+
+INF = math.inf
+IMPLS = pytest.mark.parametrize("impl", ["chunked", "reference"])
+NAMES = pytest.mark.parametrize("name", mk.DIVERGENCES)
+
+
+def loss_of(student, teacher, name="forward_kl", impl="chunked", **options):
+    options = {"t_squared": True, **options}
+    return mk.kd_loss_from_logits(student, teacher, divergence=name, impl=impl, **options).loss
+
+
+def logits_of(*probabilities):
+    return torch.tensor([probabilities], dtype=torch.float64).log()
+
+
+@IMPLS
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # p = (1/2, 1/2) is the teacher, q = (1/4, 3/4) the student.
+        ("forward_kl", 0.5 * math.log(2) + 0.5 * math.log(2 / 3)),
+        ("reverse_kl", 0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2)),
+        (
+            "jsd",  # m = (3/8, 5/8)
+            0.5 * (0.5 * math.log(4 / 3) + 0.5 * math.log(4 / 5))
+            + 0.5 * (0.25 * math.log(2 / 3) + 0.75 * math.log(6 / 5)),
+        ),
+    ],
+)
+def test_divergence_has_the_value_worked_out_by_hand(impl, name, expected):
+    loss = loss_of(logits_of(0.25, 0.75), logits_of(0.5, 0.5), name, impl)
+
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+@IMPLS
+def test_jsd_weighs_the_teacher_by_beta(impl):
+    p, q, beta = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75]), 0.2
+    m = beta * p + (1 - beta) * q
+
+    loss = loss_of(q.log()[None], p.log()[None], "jsd", impl, beta=beta)
+
+    expected = beta * (p * (p / m).log()).sum() + (1 - beta) * (q * (q / m).log()).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@IMPLS
+@pytest.mark.parametrize(("beta", "limit"), [(0.0, "forward_kl"), (1.0, "reverse_kl")])
+def test_jsd_at_its_ends_is_the_kl_of_that_end(impl, beta, limit):
+    student, teacher = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(1))
+
+    loss = loss_of(student, teacher, "jsd", impl, beta=beta)
+
+    assert loss == loss_of(student, teacher, limit, impl)
+    assert loss > 0.1
+
+
+@IMPLS
+def test_forward_kl_is_that_of_torch(impl):
+    student, teacher = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(1))
+
+    loss = loss_of(student, teacher, impl=impl, temperature=2.0)
+
+    soft = functional.softmax(teacher / 2, -1)
+    expected = functional.kl_div(functional.log_softmax(student / 2, -1), soft, reduction="sum")
+    assert loss.item() == pytest.approx(4 * expected.item(), rel=1e-5)
+
+
+@IMPLS
+def test_temperature_squared_applies_to_loss_and_gradient(impl):
+    student, teacher = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(1))
+    results = []
+    for t_squared in (False, True):
+        leaf = student.clone().requires_grad_()
+        output = mk.kd_loss_from_logits(
+            leaf, teacher, temperature=3.0, t_squared=t_squared, impl=impl
+        )
+        gradient = torch.autograd.grad(output.loss, leaf)[0]
+        results.append((output.loss.detach(), gradient, output.divergence_sums))
+
+    plain, squared = results
+
+    for without, with_ in zip(plain, squared, strict=True):
+        torch.testing.assert_close(with_, without * 9)
+
+
+@IMPLS
+@NAMES
+def test_equal_models_have_no_loss_and_no_gradient(impl, name):
+    teacher = torch.randn(5, 9, generator=torch.Generator().manual_seed(1)) * 4
+    student = teacher.clone().requires_grad_()
+
+    loss = loss_of(student, teacher, name, impl, temperature=1.5)
+
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+    assert torch.autograd.grad(loss, student)[0].abs().max() < 1e-6
+
+
+ROW = st.lists(st.floats(-80, 80, width=32), min_size=4, max_size=4)
+
+
+@NAMES
+@settings(max_examples=60, deadline=None)
+@given(student=ROW, teacher=ROW, temperature=st.floats(0.25, 8))
+def test_divergence_is_never_negative_and_always_finite(name, student, teacher, temperature):
+    loss = loss_of(torch.tensor([student]), torch.tensor([teacher]), name, temperature=temperature)
+
+    assert 0 <= loss.item() < INF
+
+
+@NAMES
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_extreme_logits_match_double_precision(name, temperature, distance):
+    signs = torch.tensor([[80.0, -80, 0, 3], [-80, 80, 80, -80], [1, 2, 3, 80]])
+    teacher = signs.flip(1)
+    student = signs.clone().requires_grad_()
+    truth = signs.double().requires_grad_()
+
+    loss = loss_of(student, teacher, name, temperature=temperature)
+    expected = loss_of(truth, teacher.double(), name, "reference", temperature=temperature)
+
+    assert distance(loss.detach(), expected.detach()) < 1e-5
+    gradient, true_gradient = (
+        torch.autograd.grad(loss, student)[0], torch.autograd.grad(expected, truth)[0]
+    )  # fmt: skip
+    # Saturated softmaxes have gradients of 1e-12, the difference of values of order 1.
+    torch.testing.assert_close(gradient.double(), true_gradient, rtol=2e-5, atol=1e-6)
+
+
+@NAMES
+@IMPLS
+def test_ids_that_both_models_exclude_play_no_part(name, impl):
+    student = torch.tensor([[1.0, -INF, 2.0, -INF, 0.5]], requires_grad=True)
+    teacher = torch.tensor([[0.3, -INF, 1.0, -INF, 2.0]])
+    kept = student.detach()[:, [0, 2, 4]].requires_grad_()
+
+    loss = loss_of(student, teacher, name, impl)
+    expected = loss_of(kept, teacher[:, [0, 2, 4]], name, impl)
+
+    torch.testing.assert_close(loss, expected)
+    gradient = torch.autograd.grad(loss, student)[0]
+    torch.testing.assert_close(gradient[:, [0, 2, 4]], torch.autograd.grad(expected, kept)[0])
+    assert gradient[0, [1, 3]].tolist() == [0, 0]
+
+
+@IMPLS
+@pytest.mark.parametrize(
+    ("name", "who", "is_infinite"),
+    [
+        ("forward_kl", "student", True),
+        ("forward_kl", "teacher", False),
+        ("reverse_kl", "student", False),
+        ("reverse_kl", "teacher", True),
+        ("jsd", "student", False),
+        ("jsd", "teacher", False),
+    ],
+)
+def test_an_id_one_model_excludes_is_infinite_only_where_mathematics_says_so(
+    impl, name, who, is_infinite
+):
+    logits = {"student": [[1.0, 0.2, 2.0]], "teacher": [[0.4, 1.0, 0.1]]}
+    logits[who][0][1] = -INF
+    student = torch.tensor(logits["student"], requires_grad=True)
+
+    loss = loss_of(student, torch.tensor(logits["teacher"]), name, impl)
+
+    assert loss.isinf().item() == is_infinite
+    assert not loss.isnan()
+    if not is_infinite:
+        assert torch.autograd.grad(loss, student)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("excluding", ["student", "teacher"])
+@pytest.mark.parametrize("row_weight", [1.0, 1000.0])
+def test_infinite_exclusion_of_an_id_without_mass_is_harmless(excluding, row_weight):
+    student, teacher = torch.tensor([[300.0, -300, 0]]), torch.tensor([[250.0, -250, 1]])
+    {"student": student, "teacher": teacher}[excluding][0, 1] = -INF
+    student.requires_grad_()
+
+    everything = dict.fromkeys(mk.DIVERGENCES, 1.0)
+    loss = loss_of(student, teacher, everything, token_weight=torch.tensor([row_weight]))
+
+    assert loss.isfinite()
+    assert torch.autograd.grad(loss, student)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+@NAMES
+def test_a_nan_in_a_row_that_counts_is_not_hidden(who, name):
+    logits = {"student": torch.ones(2, 3), "teacher": torch.ones(2, 3)}
+    logits[who][1, 2] = torch.nan
+
+    assert loss_of(logits["student"], logits["teacher"], name).isnan()
+
+
+@NAMES
+@pytest.mark.parametrize("gap", [1.0, 0.1, 0.01])
+def test_gradient_keeps_its_digits_when_the_student_is_close(name, gap, distance):
+    generator = torch.Generator().manual_seed(3)
+    teacher = torch.randn(4, 2000, generator=generator) * 3
+    student = (teacher + gap * torch.randn(4, 2000, generator=generator)).requires_grad_()
+    truth = student.detach().double().requires_grad_()
+
+    loss = loss_of(student, teacher, name)
+    expected = loss_of(truth, teacher.double(), name, "reference")
+
+    # The logits themselves are rounded to 2^-23: 1e-6 of a gap of 0.1.
+    assert distance(loss.detach(), expected.detach()) < 2e-6 / min(gap, 0.2)
+    gradients = torch.autograd.grad(loss, student)[0], torch.autograd.grad(expected, truth)[0]
+    assert distance(*gradients) < 2e-6 / min(gap, 0.1)

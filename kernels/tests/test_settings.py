@@ -1,0 +1,111 @@
+"""Arguments that cannot be used are refused by name, and the implementation is chosen."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import megakd_kernels as mk
+from megakd_kernels import linear_kd
+from megakd_kernels.settings import resolve_implementation
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"divergence": "tvd2"}, "unknown divergence 'tvd2'; known: forward_kl, reverse_kl, jsd"),
+        ({"divergence": {"kl": 1.0}}, "unknown divergence 'kl'"),
+        ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
+        ({"temperature": float("nan")}, "temperature must be above 0 and finite, got nan"),
+        ({"beta": 1.5}, r"beta must lie in \[0, 1\], got 1.5"),
+        ({"chunk_mb": 0}, "chunk_mb must be above 0, got 0"),
+        ({"reduction": "batchmean"}, "unknown reduction 'batchmean'; known: sum, mean"),
+        ({"reduction": "num_items"}, "num_items is needed by reduction 'num_items'"),
+        ({"num_items": 3}, "reduction 'sum' with num_items 3"),
+        ({"reduction": "num_items", "num_items": 0}, "num_items must be above 0, got 0"),
+        ({"reduction": "none"}, "reduction 'none' has no gradient"),
+        ({"logits_dtype": "fp8"}, "unknown logits_dtype 'fp8'; known: fp32, bf16"),
+        ({"impl": "cuda"}, "unknown impl 'cuda'; known: auto, chunked, reference"),
+        ({"vocab_size": 6}, "vocab_size 6 must lie in 1..5: the student has 7 ids and the te"),
+        ({"vocab_size": 0}, "vocab_size 0 must lie in 1..5"),
+        ({"ce_weight": 1.0}, "ce_weight is 1.0 but labels is None"),
+        ({"labels": torch.zeros(3)}, "labels has 3 entries for 4 rows"),
+        ({"token_weight": torch.ones(5)}, "token_weight has 5 entries for 4 rows"),
+        ({"student_bias": torch.ones(5)}, r"student_bias is \[5\] for 7 ids"),
+        ({"teacher_bias": torch.ones(7)}, r"teacher_bias is \[7\] for 5 ids"),
+        ({"teacher_hidden": None}, "teacher_hidden and teacher_weight must be given together"),
+        ({"teacher_hidden": torch.ones(3, 2)}, "student has 4 rows and the teacher 3"),
+        ({"teacher_hidden": torch.ones(4, 3)}, r"teacher_hidden is \[4, 3\] and teacher_weight"),
+        ({"student_weight": torch.ones(7, 2)}, r"student_hidden is \[4, 3\] and student_weight"),
+        ({"teacher_hidden": None, "teacher_weight": None}, "without a teacher cross-entropy"),
+    ],
+)  # fmt: skip
+def test_unusable_arguments_are_refused_with_both_values(options, message):
+    arguments = {
+        "student_hidden": torch.ones(4, 3, requires_grad=True),
+        "student_weight": torch.ones(7, 3),
+        "teacher_hidden": torch.ones(4, 2),
+        "teacher_weight": torch.ones(5, 2),
+    }
+
+    with pytest.raises(ValueError, match=message):
+        mk.linear_kd_loss(**(arguments | {"t_squared": True} | options))
+
+
+def test_logits_that_do_not_match_are_refused():
+    with pytest.raises(ValueError, match="only the last dimension may differ"):
+        mk.kd_loss_from_logits(torch.ones(3, 2), torch.ones(4, 2), t_squared=True)
+
+
+def test_t_squared_must_be_said():
+    with pytest.raises(TypeError, match="t_squared"):
+        mk.kd_loss_from_logits(torch.ones(3, 2), torch.ones(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("impl", "environment", "expected"),
+    [
+        ("auto", None, "chunked"),
+        ("auto", "", "chunked"),
+        ("auto", "reference", "reference"),
+        ("chunked", "reference", "chunked"),
+        ("reference", None, "reference"),
+    ],
+)
+def test_the_environment_overrides_auto_alone(monkeypatch, impl, environment, expected):
+    monkeypatch.delenv("MEGAKD_KERNELS", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("MEGAKD_KERNELS", environment)
+
+    assert resolve_implementation(impl) == expected
+
+
+def test_an_unknown_name_in_the_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("MEGAKD_KERNELS", "fused")
+
+    with pytest.raises(ValueError, match="unknown MEGAKD_KERNELS 'fused'; known: auto, chunked"):
+        resolve_implementation("auto")
+
+
+def test_the_environment_decides_which_path_runs(monkeypatch):
+    monkeypatch.setenv("MEGAKD_KERNELS", "reference")
+    monkeypatch.setattr(linear_kd, "_chunked", None)
+
+    one = torch.ones(2, 2)
+
+    assert mk.linear_kd_loss(one, one, one, one, t_squared=True).loss.item() == 0
+
+
+def test_the_package_needs_torch_alone():
+    # A module that is None in sys.modules cannot be imported.
+    program = (
+        "import sys, torch; sys.modules.update(dict.fromkeys(['megakd', 'deepspeed', 'triton',"
+        " 'transformers'])); import megakd_kernels"
+    )
+
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+
+    assert run.returncode == 0, run.stderr
