@@ -1,0 +1,1 @@
+"""Loading, the bundle, and what differs between model families."""

@@ -1,0 +1,108 @@
+"""Whether a model fits the run, decided from configs, headers and a model without memory."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import initialization
+
+from megakd.engine.sharding import sharded_construction
+from megakd.errors import ModelError
+from megakd.models.architectures import AUTO_CLASSES
+from megakd.models.labels import label_order, labels_agree, set_labels
+from megakd.models.matching import (
+    Match,
+    check_backbone,
+    check_head,
+    check_shapes,
+    check_ties,
+    match_names,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from megakd.config import TaskConfig
+    from megakd.models.loading import ModelSource
+
+
+def plan_loading(
+    source: ModelSource,
+    task: TaskConfig,
+    label_names: Sequence[str],
+    *,
+    tokenizer_size: int,
+    need_head: bool,
+) -> tuple[PretrainedConfig, Match]:
+    """The config to build with and what the checkpoint gives; everything is checked.
+
+    Args and errors are those of `megakd.models.loading.check_model`.
+    """
+    _check_sizes(source, task, tokenizer_size)
+    config = copy.deepcopy(source.config)
+    is_classifier = task.type != "causal_lm"
+    keeps_head = need_head or not is_classifier or labels_agree(config, label_names)
+    if is_classifier and not need_head:
+        set_labels(config, label_names)
+    with torch.device("meta"), sharded_construction(None, torch.float32):
+        empty = build_empty(source, task, config, torch.float32)
+    leave_out = () if keeps_head else (source.architecture.head,)
+    match = match_names(empty, source.stored, leave_out=leave_out)
+    if source.folder is not None:
+        if need_head:
+            check_head(match, source, task=task.type)
+            _check_labels(source, task, label_names)
+        check_backbone(match, source)
+        check_shapes(match, empty, where=source.where)
+        check_ties(empty, source.stored, where=source.where)
+    return config, match
+
+
+def _check_sizes(source: ModelSource, task: TaskConfig, tokenizer_size: int) -> None:
+    if tokenizer_size > source.config.vocab_size:
+        raise ModelError(
+            f"{source.where}: the tokenizer has {tokenizer_size} tokens and the model's embedding"
+            f" {source.config.vocab_size}; set task.tokenizer to the model's own"
+        )
+    longest = source.architecture.longest_input(source.config)
+    if task.max_length > longest:
+        raise ModelError(
+            f"{source.where}: task.max_length is {task.max_length} and the model takes at most"
+            f" {longest} tokens; lower task.max_length"
+        )
+
+
+def _check_labels(source: ModelSource, task: TaskConfig, label_names: Sequence[str]) -> None:
+    if task.type == "regression" and source.config.num_labels != 1:
+        raise ModelError(
+            f"{source.where}: {source.folder} has {source.config.num_labels} outputs and regression"
+            " needs 1; set teacher.finetune or give a model that was fine-tuned on scores"
+        )
+    label_order(source.config, label_names, where=source.where)
+
+
+def build_empty(
+    source: ModelSource, task: TaskConfig, config: PretrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model without values; its buffers, such as rotary tables, are right."""
+    try:
+        with initialization.no_init_weights():
+            model = AUTO_CLASSES[task.type].from_config(
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=source.trust_remote_code
+            )
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ModelError(
+            f"{source.where}: no {config.model_type} model can be built from this config:"
+            f" {one_line(error)}"
+        ) from error
+    model.tie_weights()
+    return model
+
+
+def one_line(error: Exception) -> str:
+    """The text of an error without its line breaks."""
+    return " ".join(str(error).split())

@@ -1,0 +1,80 @@
+"""Labels are matched between data, teacher and student by name, never by number alone."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from megakd.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PretrainedConfig
+
+GENERIC = re.compile(r"LABEL_\d+")
+
+
+def label_order(
+    model_config: PretrainedConfig, label_names: Sequence[str], *, where: str
+) -> tuple[int, ...] | None:
+    """The index that brings a model's logits into the data's order of labels.
+
+    Args:
+        model_config: Its `id2label` names the columns of the logits.
+        label_names: The data's names, in the data's order; empty where a task has none.
+        where: The key of the run config that names the model, for the message.
+
+    Returns:
+        `order` such that `logits[:, order]` is in the data's order; None where it is already.
+
+    Raises:
+        ModelError: Another number of labels, or names that do not match.
+    """
+    if not label_names:
+        return None
+    names = model_label_names(model_config)
+    if len(names) != len(label_names):
+        raise ModelError(
+            f"{where}: the model has {len(names)} labels ({_listed(names)}) and the data"
+            f" {len(label_names)} ({_listed(label_names)}); set teacher.finetune or give a model"
+            " that was fine-tuned on these labels"
+        )
+    if all(GENERIC.fullmatch(name) for name in names):
+        return None
+    columns = {name.casefold(): column for column, name in enumerate(names)}
+    order = tuple(columns.get(name.casefold(), -1) for name in label_names)
+    if sorted(order) != list(range(len(names))):
+        raise ModelError(
+            f"{where}: the model's labels ({_listed(names)}) are not those of the data"
+            f" ({_listed(label_names)}); correct id2label in the model's config.json or set"
+            " teacher.finetune"
+        )
+    return None if order == tuple(range(len(names))) else order
+
+
+def labels_agree(model_config: PretrainedConfig, label_names: Sequence[str]) -> bool:
+    """Whether a stored head has the data's labels in the data's order, or one score for none."""
+    names = model_label_names(model_config)
+    if not label_names:
+        return len(names) == 1
+    same = [name.casefold() for name in names] == [name.casefold() for name in label_names]
+    generic = all(GENERIC.fullmatch(name) for name in names)
+    return same or (generic and len(names) == len(label_names))
+
+
+def model_label_names(model_config: PretrainedConfig) -> tuple[str, ...]:
+    """The names of a model's labels in the order of its logits."""
+    return tuple(str(name) for _, name in sorted((model_config.id2label or {}).items()))
+
+
+def set_labels(model_config: PretrainedConfig, label_names: Sequence[str]) -> None:
+    """Writes the data's labels into a config; none at all means one score (regression)."""
+    names = tuple(label_names) or ("LABEL_0",)
+    model_config.id2label = dict(enumerate(names))
+    model_config.label2id = {name: number for number, name in enumerate(names)}
+    model_config.problem_type = "single_label_classification" if label_names else "regression"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

@@ -1,0 +1,336 @@
+"""From a model's name in the run config to a model in memory, sharded or not, in one way.
+
+`resolve_model` finds it and reads its config, `check_model` says whether it fits the run before
+anything large is touched, `load_model` builds it empty and fills it tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig
+
+from megakd.config import ScratchModel
+from megakd.engine.sharding import (
+    gathered,
+    is_first_rank,
+    is_sharded,
+    sharded_construction,
+    writes_here,
+)
+from megakd.errors import ModelError
+from megakd.models.architectures import architecture_named
+from megakd.models.fitting import build_empty, one_line, plan_loading
+from megakd.models.fresh import initialize_parameters
+from megakd.models.weights import StoredTensor, WeightReader, check_weight_files
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from megakd.config import TaskConfig
+    from megakd.models.architectures import Architecture
+    from megakd.models.matching import Match
+
+logger = logging.getLogger(__name__)
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+# Keys of older config files that transformers still reads, beside those its classes list.
+LEGACY_KEYS = frozenset(
+    {"num_labels", "torch_dtype", "rope_theta", "rope_scaling", "pretraining_tp"}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model that was found and whose files are whole; no weights are in memory.
+
+    name: For messages and the report.
+    folder: None for a model that starts from random weights.
+    where: The key of the run config, such as `teacher.model`.
+    stored: The tensors of its weight files.
+    wants_vocabulary: Starts from random weights and takes the tokenizer's size.
+    """
+
+    name: str
+    folder: Path | None
+    config: PretrainedConfig = field(repr=False)
+    architecture: Architecture
+    where: str
+    stored: Mapping[str, StoredTensor] = field(default_factory=dict, repr=False)
+    wants_vocabulary: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """The dtype of the largest stored tensor; None for a model from scratch."""
+        largest = max(self.stored.values(), key=lambda s: torch.Size(s.shape).numel(), default=None)
+        return largest.dtype if largest else None
+
+
+def resolve_model(
+    spec: str | ScratchModel,
+    task: TaskConfig,
+    *,
+    where: str,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> ModelSource:
+    """Finds a model and reads its config; weight files are checked before all else.
+
+    Args:
+        spec: A folder, a Hub id, or a config to start from random weights.
+        task: What the model is for.
+        where: The key of the run config, such as `teacher.model`, for messages.
+        trust_remote_code: Whether code that comes with a model may be run.
+        allow_pickle: Whether pickle weights may be read.
+
+    Raises:
+        ModelError: It is not there, damaged, or no model for the task.
+    """
+    if isinstance(spec, ScratchModel):
+        return _scratch_source(spec.config, task, where)
+    folder = _folder_of(spec, where, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    stored = check_weight_files(folder, where, allow_pickle=allow_pickle)
+    keys = _read_config(folder, where, trust_remote_code=trust_remote_code)
+    architecture = _architecture(keys["model_type"], task, where)
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (StrictDataclassError, OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{where}: {folder / 'config.json'}: {one_line(error)}") from error
+    return ModelSource(
+        name=spec,
+        folder=folder,
+        config=config,
+        architecture=architecture,
+        where=where,
+        stored=stored,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def with_vocabulary(
+    source: ModelSource, size: int, *, pad_token_id: int | None = None
+) -> ModelSource:
+    """Gives a model from scratch the tokenizer's vocabulary where its config names none.
+
+    Args:
+        source: Any source; one with a vocabulary of its own comes back as it is.
+        size: Number of tokens of the tokenizer.
+        pad_token_id: The tokenizer's, whose embedding row stays zero; None keeps the config's.
+    """
+    if not source.wants_vocabulary:
+        return source
+    config = copy.deepcopy(source.config)
+    config.vocab_size = size
+    if pad_token_id is not None:
+        config.pad_token_id = pad_token_id
+    return replace(source, config=config, wants_vocabulary=False)
+
+
+def check_model(
+    source: ModelSource,
+    *,
+    task: TaskConfig,
+    label_names: Sequence[str],
+    tokenizer_size: int,
+    need_head: bool,
+) -> None:
+    """Whether the model fits the run, from headers and configs alone.
+
+    Args:
+        source: From `resolve_model`.
+        task: What the model is for.
+        label_names: The data's labels in the data's order; empty for regression and causal_lm.
+        tokenizer_size: Number of tokens of the tokenizer.
+        need_head: Whether the head must come with the weights (a teacher that is not trained).
+
+    Raises:
+        ModelError: Tokenizer, length, head, labels or weights do not fit, in this order.
+    """
+    source = with_vocabulary(source, tokenizer_size)
+    plan_loading(source, task, label_names, tokenizer_size=tokenizer_size, need_head=need_head)
+
+
+def load_model(  # noqa: PLR0913  (each is another fact about the run)
+    source: ModelSource,
+    *,
+    task: TaskConfig,
+    label_names: Sequence[str],
+    tokenizer_size: int,
+    ds: Mapping[str, Any] | None,
+    dtype: torch.dtype,
+    seed: int,
+    need_head: bool,
+) -> PreTrainedModel:
+    """Builds the model and fills it, in the same way at every ZeRO stage; a collective at 3.
+
+    The model is built empty, sharded module by module if `ds` says ZeRO 3. Then tensor by tensor:
+    rank 0 reads, all ranks keep their shard. What the checkpoint does not have is drawn from
+    (seed, module name), the same whatever the stage and the number of ranks.
+
+    Args:
+        source: From `resolve_model`.
+        task: What the model is for.
+        label_names: The data's labels in the data's order; empty for regression and causal_lm.
+        tokenizer_size: Number of tokens of the tokenizer.
+        ds: A loaded `ds_configs` file; None for a model without an engine.
+        dtype: Of the parameters.
+        seed: The run's seed.
+        need_head: Whether the head must come with the weights; otherwise a head that is missing
+            or was made for other labels is replaced by a new one.
+
+    Returns:
+        The model in training mode. With `need_head` the outputs are in the order of the
+        checkpoint's labels (see `label_order`), otherwise in the data's.
+
+    Raises:
+        ModelError: As `check_model`.
+    """
+    source = with_vocabulary(source, tokenizer_size)
+    config, match = plan_loading(
+        source, task, label_names, tokenizer_size=tokenizer_size, need_head=need_head
+    )
+    with sharded_construction(ds, dtype):
+        model = build_empty(source, task, config, dtype)
+    _fill(model, match, source.where)
+    parameters = dict(model.named_parameters())
+    initialize_parameters(model, [parameters[name] for name in match.missing], seed=seed)
+    _check_sharded(model)
+    _log_match(source, match)
+    return model
+
+
+def _scratch_source(keys: Mapping[str, Any], task: TaskConfig, where: str) -> ModelSource:
+    model_type = keys.get("model_type")
+    if not isinstance(model_type, str):
+        raise ModelError(f"{where}.config has no model_type; give one, such as model_type: bert")
+    architecture = _architecture(model_type, task, f"{where}.config")
+    rest = {key: value for key, value in keys.items() if key != "model_type"}
+    _check_config_keys(model_type, rest, where)
+    try:
+        config = CONFIG_MAPPING[model_type](**rest)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ModelError(f"{where}.config: {one_line(error)}") from error
+    if getattr(config, "sinusoidal_pos_embds", False):
+        raise ModelError(
+            f"{where}.config: sinusoidal_pos_embds: true is not supported for a model from scratch;"
+            " leave it out, and positions are learned"
+        )
+    return ModelSource(
+        name=f"new {model_type}",
+        folder=None,
+        config=config,
+        architecture=architecture,
+        where=where,
+        wants_vocabulary="vocab_size" not in keys,
+    )
+
+
+def _check_config_keys(model_type: str, keys: Mapping[str, Any], where: str) -> None:
+    """Refuses a misspelled key: transformers takes any, and would silently use a default."""
+    default = CONFIG_MAPPING[model_type]()
+    known = {*default.to_dict(), *default.attribute_map, *LEGACY_KEYS}
+    for key in keys:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)[0]
+            raise ModelError(
+                f"{where}.config.{key}: no such key in a {model_type} config;"
+                f" did you mean {nearest}?"
+            )
+
+
+def _architecture(model_type: str, task: TaskConfig, where: str) -> Architecture:
+    try:
+        return architecture_named(model_type, task.type)
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from None
+
+
+def _folder_of(spec: str, where: str, *, trust_remote_code: bool, allow_pickle: bool) -> Path:
+    """The folder that holds the model, fetched from the Hub if it is not one itself."""
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{where}: {path} is a file; give the folder that holds the model")
+    if path.is_absolute() or spec.startswith((".", "~")) or len(path.parts) > 2:
+        raise ModelError(f"{where}: {path} does not exist")
+    patterns = [*HUB_FILES, *(["*.bin"] if allow_pickle else [])]
+    patterns += ["*.py"] if trust_remote_code else []
+    try:
+        return Path(
+            snapshot_download(spec, allow_patterns=patterns, ignore_patterns=["*/*", "*.msgpack"])
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{where}: {spec} is neither a folder nor can it be fetched from the Hub"
+            f" ({one_line(error)}); check the name and the network, or give a folder"
+        ) from error
+
+
+def _read_config(folder: Path, where: str, *, trust_remote_code: bool) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        keys = json.loads(file.read_text(encoding="utf-8"))
+        model_type = keys["model_type"]
+    except FileNotFoundError:
+        raise ModelError(f"{where}: {file} does not exist") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{where}: {file} is no model config: {error!r}") from error
+    if "auto_map" in keys and model_type not in CONFIG_MAPPING and not trust_remote_code:
+        raise ModelError(
+            f"{where}: {folder} is a {model_type!r} model, which runs code of its own; set"
+            f" {where.partition('.')[0]}.trust_remote_code: true if you trust it"
+        )
+    if "quantization_config" in keys:
+        raise ModelError(
+            f"{where}: {folder} is quantized; give the model in fp32, bf16 or fp16 instead"
+        )
+    return keys
+
+
+def _fill(model: PreTrainedModel, match: Match, where: str) -> None:
+    """Copies the stored tensors in, in the order of the disk; one whole tensor at a time."""
+    tensors = model.state_dict(keep_vars=True)
+    reader = WeightReader(where)
+    in_disk_order = sorted(match.stored.items(), key=lambda item: (item[1].file, item[1].offset))
+    for name, stored in in_disk_order:
+        with gathered([tensors[name]], modify=True), torch.no_grad():
+            if writes_here(tensors[name]):
+                tensors[name].copy_(reader.read(stored))
+
+
+def _check_sharded(model: PreTrainedModel) -> None:
+    whole = [
+        name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_id")
+    ]
+    if is_sharded(model) and whole:
+        raise RuntimeError(f"{len(whole)} parameters escaped sharding, among them {whole[0]}")
+
+
+def _log_match(source: ModelSource, match: Match) -> None:
+    if source.folder is None or not is_first_rank():
+        return
+    if match.missing:
+        logger.info(
+            "%s: %d weights start new: %s", source.where, len(match.missing), match.missing[0]
+        )
+    if match.unused:
+        logger.info(
+            "%s: %d stored weights are not used: %s",
+            source.where,
+            len(match.unused),
+            match.unused[0],
+        )

@@ -1,0 +1,127 @@
+"""Which stored tensor goes into which parameter, decided from names and shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from megakd.errors import ModelError
+from megakd.models.weights import WeightReader
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
+    from transformers import PreTrainedModel
+
+    from megakd.models.loading import ModelSource
+    from megakd.models.weights import StoredTensor
+
+LEGACY_ENDINGS = {".gamma": ".weight", ".beta": ".bias"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """What a checkpoint gives to a model.
+
+    stored: the model's tensors that the checkpoint has; tied ones under their first name.
+    missing: parameters it lacks.
+    unused: keys that no parameter takes.
+    """
+
+    stored: Mapping[str, StoredTensor]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def match_names(
+    model: PreTrainedModel, stored: Mapping[str, StoredTensor], *, leave_out: Iterable[str] = ()
+) -> Match:
+    """Pairs stored tensors with a model's, whichever head the checkpoint was saved with.
+
+    The prefix of the backbone is added where a bare backbone was stored, and the names of old
+    TensorFlow checkpoints (gamma, beta) are read.
+
+    Args:
+        model: The model, on any device; its names and ties are read.
+        stored: The checkpoint's tensors.
+        leave_out: Modules that are not to be loaded.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first.setdefault(id(tensor), name)
+    skipped = tuple(f"{module}." for module in leave_out)
+    taken: dict[str, StoredTensor] = {}
+    used: set[str] = set()
+    for key, value in stored.items():
+        name = _model_name(key, tensors, model.base_model_prefix)
+        if name is None or name.startswith(skipped):
+            continue
+        used.add(key)
+        taken[first[id(tensors[name])]] = value
+    missing = tuple(
+        name for name, _ in model.named_parameters() if first[id(tensors[name])] not in taken
+    )
+    unused = tuple(key for key in stored if key not in used)
+    return Match(stored=taken, missing=missing, unused=unused)
+
+
+def _model_name(key: str, names: Collection[str], prefix: str) -> str | None:
+    """The model's name for a stored key."""
+    ending = next((old for old in LEGACY_ENDINGS if key.endswith(old)), "")
+    modern = key.removesuffix(ending) + LEGACY_ENDINGS.get(ending, "")
+    for name in (key, modern, f"{prefix}.{modern}"):
+        if name in names:
+            return name
+    return None
+
+
+def check_head(match: Match, source: ModelSource, *, task: str) -> None:
+    """Raises if the checkpoint lacks any part that belongs to the task."""
+    lacking = [name for name in match.missing if source.architecture.of_the_task(name)]
+    if lacking:
+        raise ModelError(
+            f"{source.where}: {source.folder} has no head for {task} ({_some(lacking)} missing);"
+            " set teacher.finetune or give a folder that was fine-tuned for the task"
+        )
+
+
+def check_backbone(match: Match, source: ModelSource) -> None:
+    """Raises if the checkpoint lacks any part that no training could replace."""
+    lacking = [name for name in match.missing if not source.architecture.of_the_task(name)]
+    if lacking:
+        raise ModelError(
+            f"{source.where}: {source.folder} lacks {len(lacking)} weights of a"
+            f" {source.config.model_type} model ({_some(lacking)}); do its config.json and its"
+            " weights belong together?"
+        )
+
+
+def check_shapes(match: Match, model: PreTrainedModel, *, where: str) -> None:
+    """Raises if a stored tensor has another shape than its parameter."""
+    tensors = model.state_dict(keep_vars=True)
+    for name, stored in match.stored.items():
+        expected = tuple(tensors[name].shape)
+        if stored.shape != expected:
+            raise ModelError(
+                f"{where}: {stored.file} holds {stored.key} of shape {list(stored.shape)} and the"
+                f" config asks for {list(expected)}; do config.json and weights belong together?"
+            )
+
+
+def check_ties(model: PreTrainedModel, stored: Mapping[str, StoredTensor], *, where: str) -> None:
+    """Raises if the config ties two tensors and the checkpoint holds different values for them."""
+    for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if target in stored and source in stored:
+            reader = WeightReader(where)
+            if not torch.equal(reader.read(stored[target]), reader.read(stored[source])):
+                raise ModelError(
+                    f"{where}: config.json ties {target} to {source}, and the weights hold"
+                    " different values for them; set tie_word_embeddings to false in config.json"
+                )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

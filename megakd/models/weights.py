@@ -1,0 +1,284 @@
+"""Weight files of a Hugging Face folder: checked by header and length, read tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from megakd.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from io import RawIOBase
+    from pathlib import Path
+
+    from torch import Tensor
+
+SAFETENSORS = "model.safetensors"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """Where one tensor lies: its file, its key there, and its first byte (pickle: its position)."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+
+class _Entry(NamedTuple):
+    """One tensor as a safetensors header describes it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def check_weight_files(
+    folder: Path, where: str, *, allow_pickle: bool = False
+) -> dict[str, StoredTensor]:
+    """What a model folder stores, once its weight files are known to be whole.
+
+    Headers and lengths are compared; no tensor is read.
+
+    Args:
+        folder: A Hugging Face model folder.
+        where: The key of the run config that names it, such as `teacher.model`.
+        allow_pickle: Whether a folder that holds nothing but pickle files may be used.
+
+    Returns:
+        The stored tensors by their names in the checkpoint.
+
+    Raises:
+        ModelError: A file is missing, cut short, damaged, or a pickle that was not asked for.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"{where}: {folder} does not exist or is not a folder")
+    for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (PICKLE, PICKLE_INDEX)):
+        files = _files_of(folder, single, index, where)
+        if not files:
+            continue
+        if single == PICKLE and not allow_pickle:
+            raise ModelError(_pickle_refused(folder, files[0].name, where))
+        stored: dict[str, StoredTensor] = {}
+        for file in files:
+            stored.update(_read_keys(file, where))
+        _check_index(folder / index, stored, where, used=files[0].name != single)
+        return stored
+    raise ModelError(
+        f"{where}: {folder} has no weights: neither {SAFETENSORS} nor {SAFETENSORS_INDEX} is there"
+        f" (pickle files are read only with {where.partition('.')[0]}.allow_pickle: true)"
+    )
+
+
+def _files_of(folder: Path, single: str, index: str, where: str) -> list[Path]:
+    """The weight files of one format, in a fixed order; a single file goes before shards."""
+    if (folder / single).is_file():
+        return [folder / single]
+    if not (folder / index).is_file():
+        return []
+    names = sorted(set(_weight_map(folder / index, where).values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{where}: {folder / index} lists {len(names)} weight files and {len(missing)} of them"
+            f" do not exist ({', '.join(missing[:3])}); fetch the model again"
+        )
+    return [folder / name for name in names]
+
+
+def _weight_map(index: Path, where: str) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{where}: {index} is not a weight index: {error!r}") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{where}: {index} lists no weights")
+    return weight_map
+
+
+def _check_index(
+    index: Path, stored: Mapping[str, StoredTensor], where: str, *, used: bool
+) -> None:
+    """Every tensor the index promises must be in the files."""
+    if not used:
+        return
+    expected = _weight_map(index, where)
+    absent = [key for key, name in expected.items() if _file_name(stored, key) != name]
+    if absent:
+        raise ModelError(
+            f"{where}: {index} lists {len(expected)} tensors and {len(absent)} of them are not in"
+            f" the files it names ({', '.join(absent[:3])}); fetch the model again"
+        )
+
+
+def _file_name(stored: Mapping[str, StoredTensor], key: str) -> str | None:
+    return stored[key].file.name if key in stored else None
+
+
+def _pickle_refused(folder: Path, name: str, where: str) -> str:
+    return (
+        f"{where}: {folder} has only pickle weights ({name}), which may run code when they are"
+        " read; convert them to safetensors or set"
+        f" {where.partition('.')[0]}.allow_pickle: true"
+    )
+
+
+def _read_keys(file: Path, where: str) -> dict[str, StoredTensor]:
+    if file.suffix == ".safetensors":
+        return _read_header(file, where)
+    return {
+        key: StoredTensor(
+            file=file, key=key, shape=tuple(tensor.shape), dtype=tensor.dtype, offset=position
+        )
+        for position, (key, tensor) in enumerate(_load_pickle(file, where).items())
+    }
+
+
+def _load_pickle(file: Path, where: str) -> dict[str, Tensor]:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ModelError(f"{where}: {file} is damaged or no weight file: {error}") from error
+    return {key: tensor for key, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _read_header(file: Path, where: str) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file; its length must be what its header says."""
+    actual = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        header_bytes = int.from_bytes(start, "little")
+        if start[:7] == b"version":
+            raise ModelError(f"{where}: {file} is a Git LFS pointer, not weights: run git lfs pull")
+        if actual < 8 + header_bytes:
+            raise ModelError(
+                f"{where}: {file} is cut short or damaged: its header takes {8 + header_bytes}"
+                f" bytes and the file has {actual}; fetch the file again"
+            )
+        text = stream.read(header_bytes)
+    entries = _parse_header(text, file, where)
+    data = 8 + header_bytes
+    expected = data + _data_bytes(entries, file, where)
+    if actual != expected:
+        raise ModelError(
+            f"{where}: {file} is cut short or damaged: its header says {expected} bytes and the"
+            f" file has {actual}; fetch the file again"
+        )
+    return {key: _stored(file, key, entry, data, where) for key, entry in entries.items()}
+
+
+def _parse_header(text: bytes, file: Path, where: str) -> dict[str, _Entry]:
+    try:
+        header = json.loads(text)
+        return {
+            key: _Entry(
+                dtype=str(entry["dtype"]),
+                shape=tuple(int(size) for size in entry["shape"]),
+                start=int(entry["data_offsets"][0]),
+                stop=int(entry["data_offsets"][1]),
+            )
+            for key, entry in header.items()
+            if key != "__metadata__"
+        }
+    except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
+        raise ModelError(
+            f"{where}: {file} is damaged: its header cannot be read ({error}); fetch the file again"
+        ) from error
+
+
+def _data_bytes(entries: Mapping[str, _Entry], file: Path, where: str) -> int:
+    """The bytes behind the header; the tensors must follow one another without a gap."""
+    end = 0
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end or entry.stop < end:
+            raise ModelError(
+                f"{where}: {file} is damaged: {key} lies at bytes {entry.start} to"
+                f" {entry.stop} where byte {end} was expected; fetch the file again"
+            )
+        end = entry.stop
+    return end
+
+
+def _stored(file: Path, key: str, entry: _Entry, data: int, where: str) -> StoredTensor:
+    dtype = DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise ModelError(
+            f"{where}: {file} holds {key} as {entry.dtype}, which cannot be loaded; store it as"
+            " F32, BF16 or F16"
+        )
+    expected = math.prod(entry.shape) * dtype.itemsize
+    actual = entry.stop - entry.start
+    if actual != expected:
+        raise ModelError(
+            f"{where}: {file} is damaged: {key} needs {expected} bytes and has"
+            f" {actual}; fetch the file again"
+        )
+    return StoredTensor(
+        file=file, key=key, shape=entry.shape, dtype=dtype, offset=data + entry.start
+    )
+
+
+@dataclass
+class WeightReader:
+    """Reads one tensor at a time into memory of its own.
+
+    A safetensors file is read, not mapped: pages of a mapped file stay resident, and the rank
+    that reads a model would come to hold all of it.
+    """
+
+    where: str
+    _pickle: tuple[Path, dict[str, Tensor]] | None = field(default=None, repr=False)
+
+    def read(self, stored: StoredTensor) -> Tensor:
+        """The tensor as stored, on the CPU."""
+        if stored.file.suffix != ".safetensors":
+            return self._unpickled(stored.file)[stored.key]
+        data = torch.empty(math.prod(stored.shape) * stored.dtype.itemsize, dtype=torch.uint8)
+        with stored.file.open("rb", buffering=0) as stream:
+            stream.seek(stored.offset)
+            _read_into(stream, data.numpy().data, stored, self.where)
+        return data.view(stored.dtype).reshape(stored.shape)
+
+    def _unpickled(self, file: Path) -> dict[str, Tensor]:
+        if self._pickle is None or self._pickle[0] != file:
+            self._pickle = (file, _load_pickle(file, self.where))
+        return self._pickle[1]
+
+
+def _read_into(stream: RawIOBase, buffer: memoryview, stored: StoredTensor, where: str) -> None:
+    """Fills the buffer; one read gives at most 2 GB."""
+    done = 0
+    while done < len(buffer):
+        count = stream.readinto(buffer[done:])
+        if not count:
+            raise ModelError(
+                f"{where}: {stored.file} ended after {done} of the {len(buffer)} bytes of"
+                f" {stored.key}; was it changed while it was read?"
+            )
+        done += count

@@ -1,0 +1,95 @@
+"""Tiny models of every family, saved as transformers saves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from megakd.config import ScratchModel, TaskConfig
+from megakd.models.loading import ModelSource, load_model, resolve_model
+
+DECODERS = ("llama", "mistral", "qwen2")
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+    "vocab_size": 300,
+}
+DISTILBERT = {
+    "dim": 16,
+    "n_layers": 2,
+    "n_heads": 2,
+    "hidden_dim": 32,
+    "max_position_embeddings": 64,
+    "vocab_size": 300,
+}
+
+
+class TinyModels:
+    """Saves and loads two-layer models under one temporary folder."""
+
+    vocabulary = 300
+    input_ids = torch.arange(2, 26).reshape(2, 12)
+
+    def __init__(self, root: Path) -> None:
+        self.folder = root / "model"
+
+    def keys(self, model_type: str) -> dict:
+        if model_type == "distilbert":
+            return dict(DISTILBERT)
+        grouped = {"num_key_value_heads": 1} if model_type in DECODERS else {}
+        return {**TINY, **grouped}
+
+    def save(self, model_type: str, auto=None, **changes) -> Path:
+        """Random values everywhere, biases and norms included, so that no default passes."""
+        config = CONFIG_MAPPING[model_type](**{**self.keys(model_type), **changes})
+        stock = AutoModelForSequenceClassification
+        stock = AutoModelForCausalLM if model_type in DECODERS else stock
+        model = (auto or stock).from_config(config)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        model.save_pretrained(self.folder)
+        return self.folder
+
+    def scratch(self, model_type: str, **changes) -> ScratchModel:
+        return ScratchModel(config={"model_type": model_type, **self.keys(model_type), **changes})
+
+    def task(self, kind: str = "classification", **changes) -> TaskConfig:
+        return TaskConfig(type=kind, dataset="d", **{"max_length": 32, **changes})
+
+    def task_for(self, model_type: str) -> TaskConfig:
+        return self.task("causal_lm" if model_type in DECODERS else "classification")
+
+    def resolve(self, spec, task: TaskConfig, where: str = "teacher.model", **flags) -> ModelSource:
+        spec = str(spec) if isinstance(spec, Path) else spec
+        return resolve_model(spec, task, where=where, **flags)
+
+    def load(self, spec, task: TaskConfig, **changes) -> PreTrainedModel:
+        """Loads for evaluation what `spec` names, in fp32 unless told otherwise."""
+        facts = {
+            "label_names": (),
+            "tokenizer_size": self.vocabulary,
+            "ds": None,
+            "dtype": torch.float32,
+            "seed": 1,
+            "need_head": True,
+        }
+        source = spec if isinstance(spec, ModelSource) else self.resolve(spec, task)
+        return load_model(source, task=task, **{**facts, **changes}).eval()
+
+
+@pytest.fixture
+def tiny(tmp_path) -> TinyModels:
+    return TinyModels(tmp_path)

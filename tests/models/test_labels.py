@@ -1,0 +1,63 @@
+import pytest
+from transformers import BertConfig
+
+from megakd.errors import ModelError
+from megakd.models.labels import label_order, labels_agree, set_labels
+
+
+def named(*names):
+    return BertConfig(id2label=dict(enumerate(names)))
+
+
+def test_names_in_another_order_give_the_index_that_restores_the_datas_order():
+    order = label_order(named("c", "a", "b"), ("a", "b", "c"), where="teacher.model")
+
+    assert order == (1, 2, 0)
+    assert [("c", "a", "b")[column] for column in order] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "data"),
+    [
+        (("a", "b"), ("a", "b")),
+        (("NEGATIVE", "Positive"), ("negative", "positive")),
+        (("LABEL_0", "LABEL_1"), ("negative", "positive")),
+        (("LABEL_0",), ()),
+    ],
+    ids=["same", "case", "generic", "no labels"],
+)
+def test_nothing_is_to_be_done_where_the_order_is_right(stored, data):
+    assert label_order(named(*stored), data, where="teacher.model") is None
+    assert labels_agree(named(*stored), data)
+
+
+def test_another_number_of_labels_is_an_error_with_both_numbers():
+    with pytest.raises(ModelError, match=r"teacher.model: the model has 2 labels .* the data 3"):
+        label_order(named("a", "b"), ("a", "b", "c"), where="teacher.model")
+    assert not labels_agree(named("a", "b"), ("a", "b", "c"))
+
+
+# A name that is repeated may hide that another is missing.
+@pytest.mark.parametrize("stored", [("a", "x"), ("a", "A")])
+def test_names_that_do_not_match_are_an_error_with_both_lists(stored):
+    with pytest.raises(ModelError, match=r"the model's labels \(a, .\) are not those of the data"):
+        label_order(named(*stored), ("a", "b"), where="teacher.model")
+
+
+def test_long_lists_of_labels_are_cut_in_messages():
+    with pytest.raises(ModelError, match=r"data 7 \(0, 1, 2, 3, 4, …\)"):
+        label_order(named("a", "b"), tuple("0123456"), where="teacher.model")
+
+
+def test_a_head_with_the_same_names_in_another_order_does_not_agree():
+    assert not labels_agree(named("b", "a"), ("a", "b"))
+
+
+def test_labels_are_written_into_a_config():
+    classifier, regressor = BertConfig(), BertConfig()
+
+    set_labels(classifier, ("x", "y", "z"))
+    set_labels(regressor, ())
+
+    assert (classifier.num_labels, classifier.label2id) == (3, {"x": 0, "y": 1, "z": 2})
+    assert (regressor.num_labels, regressor.problem_type) == (1, "regression")

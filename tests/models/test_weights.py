@@ -1,0 +1,179 @@
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megakd.errors import ModelError
+from megakd.models.weights import WeightReader, check_weight_files
+
+
+def write(file, header, data=b""):
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def refusal(folder, **flags):
+    with pytest.raises(ModelError) as caught:
+        check_weight_files(folder, "teacher.model", **flags)
+    return str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_file({"a": torch.ones(4), "b": torch.zeros(2, 3)}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+@pytest.fixture
+def shards(tmp_path):
+    names = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    for key, name in names.items():
+        save_file({key: torch.full((2,), ord(key))}, tmp_path / name)
+    index = {"metadata": {}, "weight_map": names}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+def test_a_whole_file_gives_its_tensors_with_shape_and_dtype(folder):
+    stored = check_weight_files(folder, "teacher.model")
+
+    assert {key: (s.shape, s.dtype) for key, s in stored.items()} == {
+        "a": ((4,), torch.float32),
+        "b": ((2, 3), torch.float32),
+    }
+    assert torch.equal(WeightReader("teacher.model").read(stored["a"]), torch.ones(4))
+
+
+def test_shards_are_read_as_one_checkpoint(shards):
+    stored = check_weight_files(shards, "teacher.model")
+
+    reader = WeightReader("teacher.model")
+    assert [int(reader.read(stored[key])[0]) for key in "aba"] == [97, 98, 97]
+
+
+# In the header's length, in the header, and in the data.
+@pytest.mark.parametrize("kept", [4, 40, -1])
+def test_a_cut_file_is_named_with_expected_and_actual_bytes(folder, kept):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:kept])
+
+    text = refusal(folder)
+
+    assert f"teacher.model: {file} is cut short or damaged: its header" in text
+    assert f" {len(whole[:kept])};" in text
+    assert kept == 4 or str(len(whole) if kept == -1 else len(whole) - 40) in text
+
+
+def test_a_file_with_bytes_to_spare_is_refused(folder):
+    file = folder / "model.safetensors"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes() + b"more")
+
+    assert f"its header says {size} bytes and the file has {size + 4}" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ({"a": {"dtype": "F32", "shape": [2]}}, "its header cannot be read ('data_offsets')"),
+        ([1], "its header cannot be read"),
+        (
+            {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}},
+            "a needs 12 bytes and has 8",
+        ),
+        (
+            {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
+            "a lies at bytes 4 to 8 where byte 0 was expected",
+        ),
+        (
+            {"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 8]}},
+            "holds a as F4, which cannot be loaded",
+        ),
+    ],
+    ids=["no offsets", "no mapping", "wrong size", "gap", "dtype"],
+)
+def test_a_header_that_contradicts_itself_is_refused(tmp_path, header, expected):
+    write(tmp_path / "model.safetensors", header, bytes(8))
+
+    assert expected in refusal(tmp_path)
+
+
+def test_a_git_lfs_pointer_is_recognised(tmp_path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+    assert "is a Git LFS pointer, not weights: run git lfs pull" in refusal(tmp_path)
+
+
+def test_a_missing_shard_is_named(shards):
+    (shards / "model-2.safetensors").unlink()
+
+    assert "1 of them do not exist (model-2.safetensors)" in refusal(shards)
+
+
+def test_a_damaged_shard_is_named(shards):
+    file = shards / "model-2.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+    assert f"{file} is cut short or damaged" in refusal(shards)
+
+
+def test_a_shard_without_what_the_index_promises_is_refused(shards):
+    save_file({"c": torch.ones(1)}, shards / "model-2.safetensors")
+
+    assert "lists 2 tensors and 1 of them are not in the files it names (b)" in refusal(shards)
+
+
+def test_an_index_that_cannot_be_read_is_named(shards):
+    (shards / "model.safetensors.index.json").write_text("[]")
+
+    assert "model.safetensors.index.json is not a weight index" in refusal(shards)
+
+
+def test_a_folder_that_does_not_exist_and_one_without_weights_are_told_apart(tmp_path):
+    assert "absent does not exist" in refusal(tmp_path / "absent")
+    assert "has no weights: neither model.safetensors nor" in refusal(tmp_path)
+
+
+def test_pickle_is_refused_unless_asked_for_by_name(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+
+    text = refusal(tmp_path)
+    stored = check_weight_files(tmp_path, "teacher.model", allow_pickle=True)
+
+    assert "has only pickle weights (pytorch_model.bin)" in text
+    assert "set teacher.allow_pickle: true" in text
+    assert torch.equal(WeightReader("teacher.model").read(stored["a"]), torch.ones(2))
+
+
+def test_a_pickle_that_runs_code_or_is_cut_short_is_refused_even_when_allowed(tmp_path):
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(2)}, file)
+
+    file.write_bytes(file.read_bytes()[:100])
+    cut = refusal(tmp_path, allow_pickle=True)
+    torch.save({"a": print}, file)
+    code = refusal(tmp_path, allow_pickle=True)
+
+    assert "is damaged or no weight file" in cut
+    assert "is damaged or no weight file" in code
+
+
+def test_a_file_that_shrinks_after_the_check_is_named(folder):
+    stored = check_weight_files(folder, "teacher.model")["b"]
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+
+    with pytest.raises(ModelError, match=r"safetensors ended after 19 of the 24 bytes of b"):
+        WeightReader("teacher.model").read(stored)
+
+
+def test_scalars_and_empty_tensors_are_read(tmp_path):
+    values = {"scalar": torch.tensor(3.0), "empty": torch.ones(0, 2), "half": torch.ones(3).half()}
+    save_file(values, tmp_path / "model.safetensors")
+    stored, reader = check_weight_files(tmp_path, "teacher.model"), WeightReader("teacher.model")
+
+    for key, value in values.items():
+        assert torch.equal(reader.read(stored[key]), value)
