@@ -1,0 +1,135 @@
+"""Builds the engines of a stage from what was prepared: the learner, and each frozen model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megakd.config import Dtype, RunConfig, TrainConfig
+from megakd.engine.distributed import Ranks, supported_dtypes
+from megakd.engine.ds_config import load_ds_config
+from megakd.engine.initialize import training_engine
+from megakd.engine.student import StudentEngine
+from megakd.errors import ConfigError
+from megakd.knowledge import Needs
+from megakd.models.bundle import StudentBundle
+from megakd.models.labels import label_order
+from megakd.models.loading import ModelSource, load_model
+from megakd.objective import Objective, build_objective
+from megakd.preparation import Prepared
+from megakd.stage import Stage
+from megakd.teachers.frozen import FrozenModel, FrozenTeacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TORCH_DTYPE: dict[Dtype, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+STORED_DTYPE: dict[torch.dtype | None, Dtype] = {
+    stored: name for name, stored in TORCH_DTYPE.items()
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """What engines are built from."""
+
+    config: RunConfig
+    prepared: Prepared
+    ranks: Ranks
+
+    def student(self, stage: Stage) -> tuple[StudentEngine, Objective]:
+        """The engine of the model that learns in this stage, with its objective.
+
+        Raises:
+            MegakdError: the model or its DeepSpeed config cannot be used.
+        """
+        objective = self._objective(stage)
+        where = "student.deepspeed" if stage.role == "student" else "teacher.finetune.deepspeed"
+        ds = load_ds_config(stage.deepspeed, where=where)
+        dtype = training_dtype(stage.train)
+        check_dtype(dtype, self.ranks, "train")
+        model = self._load(self.prepared.sources[stage.role], ds, dtype, need_head=False)
+        if stage.train.gradient_checkpointing:
+            # Hooks that read a block's parts would run twice under the reentrant kind.
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        bundle = StudentBundle(model, objective, world_size=self.ranks.world_size)
+        engine = training_engine(
+            bundle, ds=ds, train=stage.train, dtype=dtype, world_size=self.ranks.world_size
+        )
+        return StudentEngine(engine), objective
+
+    def _objective(self, stage: Stage) -> Objective:
+        # Projections start alike on every rank and leave the stage's random numbers alone.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            return build_objective(
+                stage.objective,
+                self.config.task.type,
+                self.prepared.shape(stage.role),
+                self.prepared.shape("teacher") if stage.teachers else None,
+            )
+
+    def frozen(
+        self, source: ModelSource, spec: str | Mapping[str, Any], *, dtype: Dtype, needs: Needs
+    ) -> FrozenTeacher:
+        """A model that only answers, in an engine of its own.
+
+        Raises:
+            MegakdError: the model or its DeepSpeed config cannot be used.
+        """
+        ds = load_ds_config(spec, where="teacher.deepspeed")
+        check_dtype(dtype, self.ranks, "teacher.dtype")
+        model = self._load(source, ds, dtype, need_head=True)
+        order = label_order(model.config, self.prepared.splits.label_names, where=source.where)
+        module = FrozenModel(model, needs=needs, label_order=order)
+        rows = self.config.train.per_device_train_batch_size
+        return FrozenTeacher(module, ds=ds, dtype=dtype, rows=rows)
+
+    def teacher_dtype(self, source: ModelSource) -> Dtype:
+        """`teacher.dtype`, else as stored on a GPU and fp32 on a CPU."""
+        teacher = self.config.teacher
+        if teacher is not None and teacher.dtype is not None:
+            return teacher.dtype
+        if self.ranks.device.type == "cpu":
+            return "fp32"
+        return STORED_DTYPE.get(source.stored_dtype, "fp32")
+
+    def _load(
+        self, source: ModelSource, ds: Mapping[str, Any], dtype: Dtype, *, need_head: bool
+    ) -> PreTrainedModel:
+        model = load_model(
+            source,
+            task=self.config.task,
+            label_names=self.prepared.splits.label_names,
+            tokenizer_size=len(self.prepared.tokenizer),
+            ds=ds,
+            dtype=TORCH_DTYPE[dtype],
+            seed=self.config.seed,
+            need_head=need_head,
+        )
+        torch.nn.Module.to(model, self.ranks.device)  # transformers' own `to` is typed wrongly
+        return model
+
+
+def training_dtype(train: TrainConfig) -> Dtype:
+    """What `train.bf16` and `train.fp16` say."""
+    return "bf16" if train.bf16 else "fp16" if train.fp16 else "fp32"
+
+
+def check_dtype(dtype: Dtype, ranks: Ranks, where: str) -> None:
+    """Refuses what the device cannot compute in, before anything is loaded.
+
+    Raises:
+        ConfigError: the dtype is not to be had there.
+    """
+    known = supported_dtypes()
+    if TORCH_DTYPE[dtype] not in known:
+        has = ", ".join(name for name, t in TORCH_DTYPE.items() if t in known)
+        raise ConfigError(f"{where}: {dtype} is not to be had on {ranks.device.type}; it has {has}")

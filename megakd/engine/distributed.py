@@ -1,0 +1,282 @@
+"""Ranks, collectives and start-up: the same under deepspeed, torchrun, srun and plain python."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from megakd.errors import MegakdError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """The one process that speaks and writes."""
+        return self.rank == 0
+
+
+def start() -> Ranks:
+    """Joins the process group of whatever launched this process; alone, it makes its own.
+
+    Raises:
+        MegakdError: the launcher's variables are incomplete.
+    """
+    adopt_slurm_variables()
+    _complete_environment()
+    _share_cores()
+    _put_ninja_on_path()
+    extensions = use_own_extensions_folder()
+    if os.environ["LOCAL_RANK"] == "0":
+        remove_dead_locks(extensions)
+    _init_process_group()
+    return ranks()
+
+
+def ranks() -> Ranks:
+    """This process's place in the running group."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    name = _accelerator().device_name(local_rank)
+    device = torch.device("cpu" if name.startswith("cpu") else name)
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def supported_dtypes() -> list[torch.dtype]:
+    """What this rank's device can compute in."""
+    return _accelerator().supported_dtypes()
+
+
+def _accelerator() -> Any:
+    """DeepSpeed's view of the device; imported late, for it looks for hardware at once."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator()
+
+
+def _init_process_group() -> None:
+    if dist.is_initialized():
+        return
+    # DeepSpeed's groups take torch's default whatever its own timeout says.
+    torch.distributed.distributed_c10d.default_pg_timeout = COLLECTIVE_TIMEOUT
+    import deepspeed
+    from deepspeed.utils import logger as deepspeed_logger
+
+    deepspeed_logger.setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "warning").upper())
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT)
+    if _accelerator().device_name() != "cpu":
+        _accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def adopt_slurm_variables() -> None:
+    """Lets `srun python launch/train.py` start without another launcher."""
+    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
+        return
+    if os.environ.get("SLURM_NTASKS", "1") == "1":
+        return
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+    os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = _first_slurm_host()
+    # One port per job: two jobs on a node must not meet.
+    port = 20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000
+    os.environ.setdefault("MASTER_PORT", str(port))
+
+
+def _first_slurm_host() -> str:
+    hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "localhost")
+    if "[" not in hosts:
+        return hosts.split(",")[0]
+    try:
+        found = subprocess.run(  # noqa: S603 - the program that Slurm itself documents for this
+            ["scontrol", "show", "hostnames", hosts],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise MegakdError(
+            f"cannot tell the first host of SLURM_NODELIST={hosts!r} ({error}); set MASTER_ADDR"
+        ) from error
+    return found.stdout.split()[0]
+
+
+def _complete_environment() -> None:
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+        os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
+        return
+    os.environ.setdefault("LOCAL_RANK", "0")
+    needed = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if missing:
+        raise MegakdError(
+            f"RANK is set but {', '.join(missing)} not: start with `deepspeed`, `torchrun` or "
+            f"`srun`, or unset RANK for one process"
+        )
+
+
+def free_port() -> int:
+    """A TCP port that nothing on this host listens to now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _share_cores() -> None:
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    if "OMP_NUM_THREADS" not in os.environ and local_world > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+
+
+def _put_ninja_on_path() -> None:
+    """DeepSpeed compiles with ninja, which lies beside python where nobody activated anything."""
+    if shutil.which("ninja") is None:
+        scripts = str(Path(sys.executable).parent)
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+
+
+def use_own_extensions_folder() -> Path:
+    """Keeps DeepSpeed's compiled parts in a folder of megakd's own, one per host."""
+    # What is compiled depends on the interpreter, and a home may be shared between hosts.
+    build = f"{socket.gethostname()}-{sys.implementation.cache_tag}"
+    default = Path.home() / ".cache" / "megakd" / "torch_extensions" / build
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def remove_dead_locks(folder: Path) -> list[Path]:
+    """Removes build locks that no living process of this host holds open.
+
+    torch takes the lock at every load; a start that was killed leaves it behind and all
+    later ones would wait for it without a word.
+    """
+    locks = sorted(folder.glob("**/lock"))
+    dead = [lock for lock in locks if not _held_open(lock)] if locks else []
+    for lock in dead:
+        lock.unlink(missing_ok=True)
+        logger.warning("removed %s: left by a start that was killed", lock)
+    return dead
+
+
+def _held_open(path: Path) -> bool:
+    for process in psutil.process_iter():
+        try:
+            if any(Path(file.path) == path.resolve() for file in process.open_files()):
+                return True
+        except psutil.Error:
+            continue  # gone meanwhile, or another user's: it cannot hold a lock of ours
+    return False
+
+
+def agree(value: T) -> T:
+    """Rank 0's value on every rank: what decides control flow goes through here."""
+    if dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Runs `action` on rank 0 and gives every rank its result, or every rank its error.
+
+    Raises:
+        MegakdError: what rank 0 raised, on all ranks alike, so that none waits for another.
+    """
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if dist.get_rank() == 0:
+        try:
+            outcome = (action(), None)
+        except (MegakdError, OSError) as error:
+            outcome = (None, error)
+    result, error = agree(outcome)
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def main_first(action: Callable[[], T]) -> T:
+    """Runs `action` on rank 0, then on the others, which find what it has built."""
+    first: T | None = None
+
+    def run() -> None:
+        nonlocal first
+        first = action()
+
+    on_main(run)
+    return first if dist.get_rank() == 0 else action()  # type: ignore[return-value]
+
+
+def together(action: Callable[[], T]) -> T:
+    """Runs a rank's own, collective-free work; if it fails anywhere, every rank raises.
+
+    Raises:
+        MegakdError: the first failing rank's error.
+    """
+    result: T | None = None
+    error: Exception | None = None
+    try:
+        result = action()
+    except (MegakdError, OSError) as raised:
+        error = raised
+    errors = gather(error)
+    first = next((e for e in errors if e is not None), None)
+    if first is not None:
+        raise first
+    return result  # type: ignore[return-value]
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, by rank."""
+    if dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def all_reduce_(tensor: torch.Tensor, *, largest: bool = False) -> torch.Tensor:
+    """Sums (or takes the largest of) `tensor` over the ranks, in place."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    return tensor
+
+
+def stop(*, failed: bool = False) -> None:
+    """Leaves the process group; without this a gloo run aborts at exit.
+
+    Args:
+        failed: this rank leaves by an error: the others may not be on their way here.
+    """
+    gc.collect()
+    if dist.is_initialized():
+        if not failed:
+            dist.barrier()
+        dist.destroy_process_group()

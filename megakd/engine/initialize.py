@@ -1,0 +1,81 @@
+"""`deepspeed.initialize` for the model that learns and for the one that is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from megakd.config import Dtype, TrainConfig
+from megakd.engine.ds_config import frozen_ds_config, merged_ds_config
+
+Engine = Any  # deepspeed.DeepSpeedEngine carries no types
+
+
+def training_engine(
+    model: nn.Module, *, ds: Mapping[str, Any], train: TrainConfig, dtype: Dtype, world_size: int
+) -> Engine:
+    """An engine that learns: AdamW, explicit clipping, one micro-batch per backward.
+
+    Args:
+        model: the bundle; its parameters may be sharded already.
+        ds: a loaded `ds_configs` file.
+        train: owns learning rate, clipping and batch size.
+        dtype: of the weights the forward sees.
+        world_size: number of ranks.
+    """
+    config = merged_ds_config(ds, train, dtype=dtype, world_size=world_size)
+    optimizer = _adamw(model, train, offloaded=_offloads_optimizer(ds))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+def frozen_engine(model: nn.Module, *, ds: Mapping[str, Any], dtype: Dtype, rows: int) -> Engine:
+    """An engine that only answers: no optimizer, no gradient, ZeRO 0 or 3.
+
+    Args:
+        model: the teacher; its parameters may be sharded already.
+        ds: a loaded `ds_configs` file.
+        dtype: of the weights.
+        rows: micro-batch size, which DeepSpeed asks for.
+    """
+    model.requires_grad_(requires_grad=False)
+    config = frozen_ds_config(ds, dtype=dtype, micro_batch=rows)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()
+    return engine
+
+
+def _adamw(model: nn.Module, train: TrainConfig, *, offloaded: bool) -> torch.optim.Optimizer:
+    groups = _decay_groups(model, train.weight_decay)
+    betas = (train.adam_beta1, train.adam_beta2)
+    if offloaded:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(
+            groups, lr=train.learning_rate, betas=betas, eps=train.adam_epsilon, adamw_mode=True
+        )
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=train.adam_epsilon)
+
+
+def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases and norms do not, as in Hugging Face's Trainer."""
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            (matrices if len(shape) > 1 else vectors).append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _offloads_optimizer(ds: Mapping[str, Any]) -> bool:
+    target = ds.get("zero_optimization", {}).get("offload_optimizer", {})
+    return target.get("device", "none") != "none"

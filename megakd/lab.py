@@ -1,0 +1,273 @@
+"""Where a method's stages are run: engines, data, evaluation, and what is finished already."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from megakd.assembly import Assembly
+from megakd.config import Dtype, FinetuneOverrides, RunConfig, TrainConfig
+from megakd.config_file import config_tree
+from megakd.data.encoding import Collator
+from megakd.engine.distributed import Ranks, main_first
+from megakd.engine.ds_config import check_frozen_stage, load_ds_config, zero_stage
+from megakd.errors import CheckpointError
+from megakd.fingerprint import Fingerprint, files_identity, flatten
+from megakd.knowledge import Needs
+from megakd.models.loading import ModelSource, check_model, resolve_model
+from megakd.objective import check_terms, objective_needs
+from megakd.preparation import Prepared
+from megakd.progress import Reporter
+from megakd.report import ModelReport, named_shapes, parameter_counts
+from megakd.scoring import Scorer
+from megakd.stage import Stage, StageResult
+from megakd.stage_run import StageRun, read_result
+from megakd.teachers.frozen import FrozenTeacher
+from megakd.terms import (
+    HardCrossEntropy,
+    HardMse,
+    SoftTargetKl,
+    SoftTargetMse,
+    TermConfig,
+)
+
+logger = logging.getLogger(__name__)
+TEACHER_STAGE = "teacher-finetune"
+
+
+class Lab:
+    """Runs the stages of one run config, each once.
+
+    config: the run.
+    results: the stages that have finished, in order.
+    """
+
+    def __init__(
+        self, config: RunConfig, prepared: Prepared, ranks: Ranks, reporter: Reporter
+    ) -> None:
+        self.config = config
+        self.results: list[StageResult] = []
+        self._prepared, self._ranks, self._reporter = prepared, ranks, reporter
+        self._assembly = Assembly(config=config, prepared=prepared, ranks=ranks)
+        self._teachers: dict[str, ModelSource] = {}
+
+    def hard_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
+        """The loss on labels that fits the task."""
+        if self.config.task.type == "regression":
+            return (HardMse(loss="hard_mse", weight=weight),)
+        return (HardCrossEntropy(loss="hard_cross_entropy", weight=weight),)
+
+    def soft_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
+        """The loss on the teacher's outputs that fits the task."""
+        if self.config.task.type == "regression":
+            return (SoftTargetMse(loss="soft_target_mse", weight=weight),)
+        return (SoftTargetKl(loss="soft_target_kl", weight=weight),)
+
+    def teacher(self) -> str:
+        """The teacher's name, after fine-tuning it if the config says so."""
+        if "teacher" not in self._teachers:
+            self._teachers["teacher"] = self._ready_teacher()
+        return "teacher"
+
+    def _ready_teacher(self) -> ModelSource:
+        spec = self.config.teacher
+        if spec is None or spec.finetune is None:
+            return self._prepared.sources["teacher"]
+        train = inherit(self.config.train, spec.finetune)
+        result = self.train(
+            Stage(
+                name=TEACHER_STAGE,
+                role="teacher",
+                objective=self.hard_terms(),
+                train=train,
+                deepspeed=spec.finetune.deepspeed,
+                labelled_only=True,
+            )
+        )
+        return self._source(result.folder, "teacher")
+
+    def train(self, stage: Stage) -> StageResult:
+        """Runs a stage, or takes its result if it has finished before; a collective.
+
+        Raises:
+            MegakdError: bad input, a loss that is not finite, or a checkpoint of another config.
+        """
+        stage = self._completed(stage)
+        fingerprint = self._fingerprint(stage)
+        folder = self.config.output_dir / "stages" / stage.name
+        result = read_result(folder, fingerprint)
+        if result is not None:
+            logger.info("%s: finished before, taken from %s", stage.name, folder)
+        else:
+            result = self._run(stage, fingerprint, folder)
+        self.results.append(result)
+        return result
+
+    def _completed(self, stage: Stage) -> Stage:
+        defaults = {
+            "train": stage.train or self.config.train,
+            "deepspeed": stage.deepspeed or self.config.student.deepspeed,
+        }
+        return dataclasses.replace(stage, **defaults)
+
+    def _run(self, stage: Stage, fingerprint: Fingerprint, folder: Path) -> StageResult:
+        needs = objective_needs(stage.objective)
+        teachers = {name: self._frozen(name, needs) for name in stage.teachers}
+        run = StageRun(
+            stage,
+            self._assembly,
+            teachers=teachers,
+            reporter=self._reporter,
+            fingerprint=fingerprint,
+        )
+        try:
+            return run.run(folder)
+        finally:
+            run.close()
+            for teacher in teachers.values():
+                teacher.destroy()
+
+    def _frozen(self, name: str, needs: Needs) -> FrozenTeacher:
+        spec, source = self.config.teacher, self._teachers[name]
+        if spec is None:
+            raise TypeError(f"{name} is planned and the config has no teacher")
+        dtype = self._assembly.teacher_dtype(source)
+        return self._assembly.frozen(source, spec.deepspeed, dtype=dtype, needs=needs)
+
+    def _fingerprint(self, stage: Stage) -> Fingerprint:
+        """All that the stage's weights depend on, except the number of ranks."""
+        tree: dict[str, Any] = {
+            "seed": self.config.seed,
+            "task": config_tree(self.config)["task"],
+            "data": self._prepared.encoded.content_hash,
+            "model": _identity(self._prepared.sources[stage.role]),
+            "train": asdict(stage.train) | {"resume_from_checkpoint": None},
+            "objective": [asdict(term) for term in stage.objective],
+            "deepspeed": load_ds_config(stage.deepspeed, where=f"{stage.role}.deepspeed"),
+            "labelled_only": stage.labelled_only,
+            "eval": {k: v for k, v in asdict(self.config.eval).items() if "batch" not in k},
+        }
+        for name in stage.teachers:
+            source = self._teachers[name]
+            dtype = self._assembly.teacher_dtype(source)
+            tree[name] = {"model": _identity(source), "dtype": dtype}
+        return flatten(tree)
+
+    def source(self, folder: Path) -> ModelSource:
+        """A finished folder as a model to load."""
+        return self._source(folder, "student")
+
+    def _source(self, folder: Path, role: str) -> ModelSource:
+        return main_first(
+            lambda: resolve_model(str(folder), self.config.task, where=f"{role}.model")
+        )
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a method has asked for the teacher."""
+        return "teacher" in self._teachers
+
+    @property
+    def teacher_folder(self) -> Path | None:
+        """Where the teacher's weights are, fine-tuned or given."""
+        return self._teachers["teacher"].folder if self.has_teacher else None
+
+    def score_teacher(self) -> ModelReport:
+        """The teacher's size and its metrics on the split that the report is about."""
+        spec = self.config.teacher
+        source = self._teachers["teacher"]
+        preset = spec.deepspeed if spec else "teacher_zero3"
+        return self.score(source, preset, self._assembly.teacher_dtype(source))
+
+    def score(
+        self, source: ModelSource, deepspeed: str | Mapping[str, Any], dtype: Dtype = "fp32"
+    ) -> ModelReport:
+        """Size and metrics of a model on `held_out`; a collective."""
+        model = self._assembly.frozen(source, deepspeed, dtype=dtype, needs=Needs())
+        try:
+            metrics = self._scorer().score(model.predict, self.held_out)
+            counts = parameter_counts(named_shapes(model.model))
+        finally:
+            model.destroy()
+        return {
+            "parameters": counts.parameters,
+            "encoder_parameters": counts.encoder_parameters,
+            "metrics": metrics,
+        }
+
+    @property
+    def held_out(self) -> Dataset:
+        """The split that the report's metrics are about."""
+        encoded = self._prepared.encoded
+        return encoded.test if encoded.test is not None else encoded.validation
+
+    def _scorer(self) -> Scorer:
+        return Scorer(
+            metrics=self._prepared.splits.metrics,
+            collate=Collator(self._prepared.tokenizer, self.config.task),
+            batch_size=self.config.eval.per_device_eval_batch_size,
+            ranks=self._ranks,
+        )
+
+
+def inherit(train: TrainConfig, overrides: FinetuneOverrides) -> TrainConfig:
+    """`teacher.finetune`: the keys it sets, and `train`'s for the rest.
+
+    `max_steps` and `num_train_epochs` displace each other: whoever is set there decides alone.
+    """
+    given = {k: v for k, v in asdict(overrides).items() if v is not None and k != "deepspeed"}
+    if "num_train_epochs" in given and "max_steps" not in given:
+        given["max_steps"] = None
+    return dataclasses.replace(train, **given)
+
+
+def scoring_preset(deepspeed: str | Mapping[str, Any]) -> str:
+    """How a finished student is held while it is scored: sharded if it was trained so."""
+    ds = load_ds_config(deepspeed, where="student.deepspeed")
+    return "teacher_zero3" if zero_stage(ds) == 3 else "teacher_zero0"
+
+
+def check_run(config: RunConfig, prepared: Prepared) -> None:
+    """Everything that can be said of models and losses before any weights are loaded.
+
+    Raises:
+        MegakdError: naming the key and both values.
+    """
+    teacher = prepared.shape("teacher") if "teacher" in prepared.sources else None
+    if config.teacher is not None:
+        ds = load_ds_config(config.teacher.deepspeed, where="teacher.deepspeed")
+        check_frozen_stage(ds, where="teacher.deepspeed")
+    load_ds_config(config.student.deepspeed, where="student.deepspeed")
+    for role, source in prepared.sources.items():
+        check_model(
+            source,
+            task=config.task,
+            label_names=prepared.splits.label_names,
+            tokenizer_size=len(prepared.tokenizer),
+            need_head=role == "teacher" and not (config.teacher and config.teacher.finetune),
+        )
+    check_terms(config.objective or (), config.task.type, prepared.shape("student"), teacher)
+
+
+def check_checkpoint_given(where: str, path: bool | str | None) -> None:  # noqa: FBT001
+    """Refuses a checkpoint path that is not there.
+
+    Raises:
+        CheckpointError: it does not exist.
+    """
+    if isinstance(path, str) and not Path(path).is_dir():
+        raise CheckpointError(
+            f"{where}: {path} does not exist; give a folder such as "
+            f"checkpoints/<stage>/step-<n>, or true for the newest"
+        )
+
+
+def _identity(source: ModelSource) -> Mapping[str, Any]:
+    files = sorted({stored.file for stored in source.stored.values()})
+    return {"config": source.config.to_diff_dict(), "weights": files_identity(files)}

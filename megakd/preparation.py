@@ -1,0 +1,125 @@
+"""Everything a run needs before a model's weights are loaded: data, tokenizer, model configs.
+
+Checks go from cheap to dear: weight files, then data and tokenizer, then heads and labels.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megakd.config import RunConfig, StudentConfig, TaskType, TeacherConfig
+from megakd.data.encoding import Encoded, encode_splits
+from megakd.data.splits import Splits, load_splits
+from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
+from megakd.engine.distributed import main_first
+from megakd.errors import TeacherError
+from megakd.evaluation import Metric, headline
+from megakd.models.architectures import architecture_of
+from megakd.models.labels import label_order
+from megakd.models.loading import ModelSource, resolve_model, with_vocabulary
+from megakd.objective import Shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What is known before any weights are in memory.
+
+    sources: `student`, and `teacher` where there is one.
+    """
+
+    splits: Splits
+    encoded: Encoded
+    tokenizer: PreTrainedTokenizerBase
+    sources: Mapping[str, ModelSource]
+
+    @property
+    def metric(self) -> Metric:
+        """The number that ranks evaluations of this task."""
+        return headline(self.splits.metrics)
+
+    def shape(self, role: str) -> Shape:
+        """The shape a loss must know; a classifier's head will be the data's."""
+        source = self.sources[role]
+        architecture = architecture_of(source.config)
+        outputs = len(self.splits.label_names) or getattr(source.config, "vocab_size", 0)
+        return Shape(
+            architecture.number_of_layers(source.config),
+            architecture.hidden_width(source.config),
+            outputs or len(self.tokenizer),
+        )
+
+
+def cache_folder() -> Path:
+    """Where encoded data and built corpora live; `MEGAKD_CACHE` moves it."""
+    return Path(os.environ.get("MEGAKD_CACHE", Path.home() / ".cache" / "megakd"))
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Resolves models, data and tokenizer of a run; a collective.
+
+    Raises:
+        MegakdError: bad input, named; no model's weights have been loaded.
+    """
+    task, cache = config.task, cache_folder()
+    sources = on_main_resolved(config)
+    splits = main_first(lambda: load_splits(task, seed=config.seed, cache_dir=cache))
+    folders = [s.folder for s in (sources.get("teacher"), sources["student"]) if s and s.folder]
+    tokenizer = main_first(
+        lambda: load_tokenizer(task, splits, model_folders=folders, cache_dir=cache)
+    )
+    if task.tokenizer is None:
+        _check_vocabularies(task.type, tokenizer, sources)
+    sources = {
+        role: with_vocabulary(source, len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+        for role, source in sources.items()
+    }
+    if config.teacher is not None and config.teacher.finetune is None:
+        label_order(sources["teacher"].config, splits.label_names, where="teacher.model")
+    encoded = main_first(lambda: encode_splits(splits, tokenizer, task, cache_dir=cache))
+    return Prepared(splits=splits, encoded=encoded, tokenizer=tokenizer, sources=sources)
+
+
+def _check_vocabularies(
+    task: TaskType, tokenizer: PreTrainedTokenizerBase, sources: Mapping[str, ModelSource]
+) -> None:
+    """One tokenizer feeds both models, so a model that brings another one cannot take part."""
+    vocabulary = tokenizer.get_vocab()
+    for role, source in sources.items():
+        if source.folder is None or not has_tokenizer_files(source.folder):
+            continue
+        own = from_folder(source.folder, task)
+        if own.get_vocab() != vocabulary:
+            raise TeacherError(
+                f"{role}.model {source.name} comes with a tokenizer of {len(own)} tokens, and the "
+                f"run's has {len(tokenizer)} others: soft targets need one vocabulary; choose "
+                f"models of one tokenizer, or set task.tokenizer if they really share it"
+            )
+
+
+def on_main_resolved(config: RunConfig) -> dict[str, ModelSource]:
+    """The models of the config by role, checked; rank 0 downloads before the others look."""
+    specs: dict[str, TeacherConfig | StudentConfig] = {"student": config.student}
+    if config.teacher is not None:
+        specs = {"teacher": config.teacher, **specs}
+    return {
+        role: main_first(functools.partial(_resolve, spec, config, role))
+        for role, spec in specs.items()
+    }
+
+
+def _resolve(spec: TeacherConfig | StudentConfig, config: RunConfig, role: str) -> ModelSource:
+    return resolve_model(
+        spec.model,
+        config.task,
+        where=f"{role}.model",
+        trust_remote_code=spec.trust_remote_code,
+        allow_pickle=spec.allow_pickle,
+    )

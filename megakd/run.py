@@ -1,0 +1,273 @@
+"""A whole run: checks, the method's stages, baselines, the exported student and the report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+
+from megakd import atomic
+from megakd.best import RECORD
+from megakd.config import RunConfig
+from megakd.config_file import config_tree, dump_config
+from megakd.engine import distributed
+from megakd.engine.distributed import Ranks, on_main
+from megakd.engine.sharding import return_freed_memory
+from megakd.errors import CheckpointError, ConfigError, MegakdError
+from megakd.export import CardFacts, model_card, weight_bytes
+from megakd.fingerprint import differences, flatten
+from megakd.lab import Lab, check_checkpoint_given, check_run, scoring_preset
+from megakd.latency import compare_latency
+from megakd.methods import METHODS
+from megakd.preparation import Prepared, prepare
+from megakd.progress import Reporter
+from megakd.report import Report, Speedup, environment, result_table, write_report
+from megakd.stage import Stage, StageResult
+from megakd.stage_run import RESULT
+from megakd.yaml12 import parse_yaml
+
+logger = logging.getLogger(__name__)
+REPORT = "report.json"
+CONFIG = "config.yaml"
+FINAL = "final"
+
+
+def run(config: RunConfig, *, command: str) -> str:
+    """Does everything the config says and gives the result table.
+
+    Args:
+        config: the run.
+        command: what was typed, for the model card.
+
+    Raises:
+        MegakdError: bad input or a run that cannot go on, on all ranks alike.
+    """
+    table = finished_table(config)
+    if table is not None:
+        return table
+    check_output_folder(config)
+    with started() as ranks:
+        return _run(config, command, ranks)
+
+
+class started:  # noqa: N801 - a context manager that reads like one
+    """The process group for the length of a run, and the log of rank 0."""
+
+    def __enter__(self) -> Ranks:
+        return_freed_memory()
+        ranks = distributed.start()
+        level = logging.INFO if ranks.is_main else logging.ERROR
+        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        logging.getLogger("megakd").setLevel(level)
+        transformers.utils.logging.disable_progress_bar()
+        # DeepSpeed calls torch by names that torch is about to rename; no user can mend that.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        return ranks
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        distributed.stop(failed=failure is not None)
+
+
+def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
+    prepared = prepare(config)
+    check_run(config, prepared)
+    on_main(lambda: atomic.write_text(config.output_dir / CONFIG, dump_config(config)))
+    reporter = Reporter(
+        config.output_dir, is_main=ranks.is_main, tensorboard=config.log.tensorboard
+    )
+    try:
+        lab = Lab(config, prepared, ranks, reporter)
+        student = METHODS[config.method.name].run(config.method, lab)  # type: ignore[arg-type]
+        baselines = {name: _baseline(lab, name) for name in config.baselines}
+        report = _report(lab, prepared, ranks, student, baselines)
+    finally:
+        reporter.close()
+    return on_main(lambda: _publish(config, student, report, command))
+
+
+def _baseline(lab: Lab, name: str) -> StageResult:
+    """The same student, trained on the labels alone with the same `train` section."""
+    return lab.train(Stage(name=name, objective=lab.hard_terms(), labelled_only=True))
+
+
+def _report(
+    lab: Lab,
+    prepared: Prepared,
+    ranks: Ranks,
+    student: StageResult,
+    baselines: Mapping[str, StageResult],
+) -> Report:
+    config = lab.config
+    preset = scoring_preset(config.student.deepspeed)
+    scored = {
+        name: lab.score(lab.source(result.folder), preset)
+        for name, result in {"student": student, **baselines}.items()
+    }
+    return Report(
+        method=config.method.name,
+        task=config.task.dataset,
+        metric_name=prepared.metric.name,
+        evaluated_on="test" if prepared.encoded.test is not None else "validation",
+        teacher=lab.score_teacher() if lab.has_teacher else None,
+        student={**scored["student"], "bytes": weight_bytes(student.folder)},
+        baselines={name: scored[name]["metrics"] for name in baselines},
+        candidates=[],
+        stages=[_stage_entry(result) for result in lab.results],
+        speedup=on_main(lambda: _speedup(lab, student.folder, ranks.device)),
+        environment=environment(
+            ranks=ranks.world_size,
+            device=ranks.device,
+            corpus_content_hash=prepared.splits.content_hash,
+        ),
+    )
+
+
+def _stage_entry(result: StageResult) -> Any:
+    return {
+        "name": result.name,
+        "steps": result.steps,
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "metrics": dict(result.metrics),
+    }
+
+
+def _speedup(lab: Lab, student: Path, device: torch.device) -> Speedup | None:
+    """Teacher and student side by side on rank 0, where the whole teacher fits beside it."""
+    teacher = lab.teacher_folder
+    if teacher is None:
+        return None
+    if 2 * weight_bytes(teacher) > psutil.virtual_memory().available:
+        logger.warning("the teacher is too large to time on one rank: no latency in the report")
+        return None
+    try:
+        length = lab.config.task.max_length
+        return compare_latency(teacher, student, batch=1, length=length, device=device)
+    except (MegakdError, OSError, ValueError) as error:
+        # The run is over and its student is good: a stopwatch must not spoil it.
+        logger.warning("latency could not be measured: %s", error)
+        return None
+
+
+def _publish(config: RunConfig, student: StageResult, report: Report, command: str) -> str:
+    """final/, then report.json: a run with a report is finished."""
+    teacher = config.teacher.model if config.teacher else None
+    facts = CardFacts(
+        title=f"{config.output_dir.name}: a student distilled by megakd",
+        task_type=config.task.type,
+        student=config.student.model if isinstance(config.student.model, str) else None,
+        teacher=teacher if isinstance(teacher, str) else None,
+        objective=tuple(_line(term) for term in config_tree(config)["objective"] or ()),
+        command=command,
+    )
+    final = config.output_dir / FINAL
+    card = model_card(facts, report)
+    atomic.copy_folder(
+        student.folder, final, changes={"README.md": card, RESULT: None, RECORD: None}
+    )
+    write_report(config.output_dir / REPORT, report)
+    return result_table(report, final=final)
+
+
+def _line(term: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{key} {value}" for key, value in term.items() if key != "loss")
+    return f"{term['loss']} ({options})"
+
+
+def finished_table(config: RunConfig) -> str | None:
+    """The table of a run that has finished; None where there is something left to do.
+
+    Raises:
+        CheckpointError: the folder holds another config's finished run.
+    """
+    report = config.output_dir / REPORT
+    if not report.is_file() or config.train.resume_from_checkpoint is False:
+        return None
+    differing = config_differences(config)
+    if differing:
+        raise CheckpointError(
+            f"{config.output_dir} holds a finished run of another config ({differing}); use "
+            f"another output_dir, or go back to that config"
+        )
+    content = json.loads(report.read_text(encoding="utf-8"))
+    return result_table(content, final=config.output_dir / FINAL)
+
+
+def config_differences(config: RunConfig) -> str:
+    """How the config that is in the output folder differs in what a result depends on."""
+    path = config.output_dir / CONFIG
+    text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
+    there = flatten(parse_yaml(text, source=str(path)))
+    here = flatten(config_tree(config))
+    free = ("output_dir", "log.", "save.", "train.resume", "teacher.finetune.resume")
+    return differences(
+        {k: v for k, v in there.items() if not k.startswith(free)},
+        {k: v for k, v in here.items() if not k.startswith(free)},
+    )
+
+
+def check_output_folder(config: RunConfig) -> None:
+    """Refuses to overwrite a run, and a checkpoint path that is not there.
+
+    Raises:
+        CheckpointError: the folder holds a run that may not be resumed, or the path is wrong.
+    """
+    out, resume = config.output_dir, config.train.resume_from_checkpoint
+    if resume is False and any((out / name).exists() for name in (CONFIG, "checkpoints", "stages")):
+        raise CheckpointError(
+            f"{out} holds a run and train.resume_from_checkpoint is false; use another "
+            f"output_dir, remove that folder, or set it to true"
+        )
+    check_checkpoint_given("train.resume_from_checkpoint", resume)
+    finetune = config.teacher.finetune if config.teacher else None
+    if finetune is not None:
+        check_checkpoint_given(
+            "teacher.finetune.resume_from_checkpoint", finetune.resume_from_checkpoint
+        )
+    if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
+        raise ConfigError(f"output_dir: {out} is not a folder that can be written to")
+
+
+def evaluate_model(config: RunConfig, model: str | None) -> Mapping[str, float]:
+    """The metrics of a model folder, by default the run's `final/`, on the held-out split.
+
+    Raises:
+        MegakdError: there is no such model, or it does not fit the task.
+    """
+    folder = Path(model) if model else config.output_dir / FINAL
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} does not exist; train first, or give --model FOLDER")
+    with started() as ranks:
+        prepared = prepare(config)
+        reporter = Reporter(config.output_dir, is_main=False)
+        lab = Lab(config, prepared, ranks, reporter)
+        return lab.score(lab.source(folder), scoring_preset(config.student.deepspeed))["metrics"]
+
+
+def export_run(config: RunConfig, stage: str | None, to: Path) -> Path:
+    """Copies a finished stage's model, by default the student's, to a folder of its own.
+
+    Raises:
+        CheckpointError: the stage has not finished, or the folder exists.
+    """
+    stages = config.output_dir / "stages"
+    name = stage or "student"
+    if not (stages / name / RESULT).is_file():
+        finished = sorted(path.parent.name for path in stages.glob(f"*/{RESULT}"))
+        raise CheckpointError(
+            f"stage {name!r} of {config.output_dir} has not finished; finished: "
+            f"{', '.join(finished) or 'none'}"
+        )
+    if to.exists():
+        raise CheckpointError(f"{to} exists already; give a folder that does not")
+    atomic.copy_folder(stages / name, to, changes={RESULT: None, RECORD: None})
+    return to

@@ -1,0 +1,201 @@
+"""What the rooms say to each other: values that cross a seam, and the protocols behind it.
+
+Shapes: B rows of a micro-batch, T positions, V vocabulary or classes, D width, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+Unit = Literal["examples", "targets", "tokens"]
+UNITS: tuple[Unit, ...] = ("examples", "targets", "tokens")
+IGNORE = -100
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one rank, aligned so that no loss shifts anything.
+
+    inputs: what the model's forward takes (`input_ids` [B, T], `attention_mask`, …).
+    labels: [B] class numbers, [B] scores (float, NaN = none) or [B, T] next tokens,
+        already shifted; -100 = no label.
+    valid: [B, T] bool, False at padding and in rows that only keep the ranks in step.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    valid: Tensor
+
+
+class Head(Protocol):
+    """The output matrix of a causal LM, [V, D], perhaps sharded until it is opened."""
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """(weight [V, D], bias [V] or None), readable while the head is open."""
+        ...
+
+    def open(self) -> AbstractContextManager[object]:
+        """Keeps the whole weight readable while the context lasts."""
+        ...
+
+
+class Knowledge(NamedTuple):
+    """What was read from one model on one micro-batch; a teacher's carries no gradient.
+
+    logits: [B, C] of a classifier or regressor, None for a causal LM.
+    hidden: [B, T, D] input of the LM head, None for a classifier.
+    head: the LM head; with `hidden` it stands for logits that are never formed.
+    hidden_states: L + 1 tensors [B, T, D] (0 is the embedding output), or empty.
+    """
+
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+    head: Head | None = None
+    hidden_states: tuple[Tensor, ...] = ()
+
+
+class Losses(NamedTuple):
+    """What the student's forward returns; a NamedTuple, or ZeRO-3 does not see the tensors.
+
+    total: scalar with gradient, the sum over passes of scale * weight * sum / count * world.
+    parts: detached scalars, sum / count without weight and world size, keyed `[view/]loss`.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class Predictions(NamedTuple):
+    """What the student's or teacher's forward returns without a plan.
+
+    outputs: [B, C] fp32 logits or scores; None for a causal LM.
+    sums: for a causal LM `[3]` fp64: summed cross-entropy in nats, right tokens, targets.
+    """
+
+    outputs: Tensor | None
+    sums: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """Who teaches, which sub-network learns, which terms count, in one pass of a step.
+
+    weights: term name -> weight in place of the objective's own; None keeps them.
+    """
+
+    teacher: str | None = None
+    view: str | None = None
+    weights: Mapping[str, float] | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One optimiser step, as device tensors: reading them costs a sync, so read seldom."""
+
+    step: int
+    parts: Mapping[str, Tensor]
+    gradient_norm: Tensor | None
+    counts: Tensor
+
+
+class Teacher(Protocol):
+    """A frozen model that answers one micro-batch; a collective under ZeRO-3."""
+
+    def __call__(self, batch: Batch) -> Knowledge:
+        """What the student's losses need of this micro-batch, detached."""
+        ...
+
+
+class Strategy(Protocol):
+    """The three places where a method steers the loop; control flow may not differ by rank."""
+
+    def plan(self, step: int) -> tuple[Pass, ...]:
+        """The passes of this step: a function of (config, seed, step), or broadcast."""
+        ...
+
+    def before_update(self, step: int, student: Any) -> None:
+        """Gradients are complete and not yet applied."""
+        ...
+
+    def after_update(self, report: StepReport) -> None:
+        """The step is taken."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs, the same on every rank."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave."""
+        ...
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The strategy that plans the same passes at every step."""
+
+    passes: tuple[Pass, ...] = (Pass(),)
+
+    def plan(self, step: int) -> tuple[Pass, ...]:
+        """The same passes, whatever the step."""
+        del step
+        return self.passes
+
+    def before_update(self, step: int, student: Any) -> None:
+        """Nothing to do."""
+
+    def after_update(self, report: StepReport) -> None:
+        """Nothing to do."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One training: who learns, from whom, with which losses. `lab.train` runs it.
+
+    name: names the folders `checkpoints/<name>` and `stages/<name>`.
+    role: whose model spec the learner comes from, and whose `ds_configs` it uses.
+    teachers: names of the teachers that may be planned; empty for supervised training.
+    labelled_only: train on the rows that carry a label.
+    """
+
+    name: str
+    role: Literal["student", "teacher"] = "student"
+    teachers: tuple[str, ...] = ()
+    objective: tuple[Any, ...] = ()
+    strategy: Strategy = field(default_factory=Constant)
+    train: Any = None
+    deepspeed: Any = None
+    labelled_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """A finished stage: its Hugging Face folder and what its training came to."""
+
+    name: str
+    folder: Path
+    metrics: Mapping[str, float]
+    steps: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+
+
+def teacher_names(plan: Sequence[Pass]) -> tuple[str, ...]:
+    """The teachers a plan needs, each once, in the plan's order (the same on all ranks)."""
+    return tuple(dict.fromkeys(p.teacher for p in plan if p.teacher is not None))

@@ -1,0 +1,283 @@
+"""Runs one stage around the loop: resume, log, evaluate, save, and the finished model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megakd import atomic
+from megakd.assembly import Assembly
+from megakd.best import RECORD, Best
+from megakd.checkpoint import Checkpoints, seed_everything
+from megakd.data.encoding import Collator, labelled_only
+from megakd.data.loader import StepLoader, StepShape
+from megakd.engine.distributed import all_reduce_, gather, on_main, together
+from megakd.engine.student import StudentEngine, device_batch
+from megakd.errors import CheckpointError
+from megakd.export import write_model_folder
+from megakd.fingerprint import Fingerprint, differences
+from megakd.health import Health
+from megakd.objective import Objective, count_units
+from megakd.progress import Reporter
+from megakd.report import peak_memory_bytes
+from megakd.schedules import learning_rate_schedule
+from megakd.scoring import Scorer
+from megakd.stage import Batch, Stage, StageResult, StepReport, Teacher
+from megakd.trainer import Trainer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+RESULT = "result.json"
+
+
+class StageRun:
+    """One stage, from its engines to its finished model folder.
+
+    Engines are built on entering and freed on leaving the context.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        assembly: Assembly,
+        *,
+        teachers: Mapping[str, Teacher],
+        reporter: Reporter,
+        fingerprint: Fingerprint,
+    ) -> None:
+        self.stage, self.assembly, self.reporter = stage, assembly, reporter
+        self.config, self.prepared, self.ranks = assembly.config, assembly.prepared, assembly.ranks
+        seed_everything(self.config.seed, self.ranks.rank)
+        self.student: StudentEngine
+        self.objective: Objective
+        self.student, self.objective = assembly.student(stage)
+        self.collate = Collator(self.prepared.tokenizer, self.config.task)
+        self.loader = self._loader()
+        train = stage.train
+        self.steps = train.max_steps or math.ceil(
+            train.num_train_epochs * self.loader.steps_per_epoch
+        )
+        self.trainer = Trainer(
+            student=self.student,
+            teachers=teachers,
+            strategy=stage.strategy,
+            count_units=self._count_units,
+            learning_rate=learning_rate_schedule(train, self.steps),
+        )
+        folder = self.config.output_dir / "checkpoints" / stage.name
+        self.checkpoints = Checkpoints(
+            folder=folder,
+            fingerprint=fingerprint,
+            keep=self.config.save.save_total_limit,
+            ranks=self.ranks,
+        )
+        self.best = Best(
+            folder=folder / "best", metric=self.prepared.metric, write=self._write_best
+        )
+        self.metrics: dict[str, float] = {}
+        self.health = Health(self.objective, self.trainer, stage, self.ranks)
+
+    def _loader(self) -> StepLoader:
+        rows, train = self.prepared.encoded.train, self.stage.train
+        shape = StepShape(
+            train.per_device_train_batch_size,
+            train.gradient_accumulation_steps,
+            self.ranks.rank,
+            self.ranks.world_size,
+        )
+        rows = labelled_only(rows) if self.stage.labelled_only else rows
+        return StepLoader(rows, self.collate, shape=shape, seed=self.config.seed)
+
+    def _count_units(self, batches: Sequence[Batch]) -> Tensor:
+        return all_reduce_(count_units(batches))
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best evaluation, not the last step, is what the stage gives."""
+        wanted = self.config.eval.keep_best
+        return self.config.eval.eval_steps is not None if wanted is None else wanted
+
+    def run(self, folder: Path) -> StageResult:
+        """Trains what is left to train and writes the model folder; a collective.
+
+        Raises:
+            MegakdError: the loss is not finite, or a checkpoint cannot be read or written.
+        """
+        start = self._resume()
+        # On rank 0, and its full disk is everybody's error.
+        on_main(
+            lambda: self.reporter.begin(self.stage.name, step=start, total_steps=self.steps)
+        )
+        self.health.begin()
+        for report in self.trainer.fit(self._on_device(start)):
+            self._after_step(report)
+        record = on_main(self.best.record) if self.keeps_best else None
+        result = StageResult(
+            name=self.stage.name,
+            folder=folder,
+            metrics=record["metrics"] if record else self.metrics,
+            steps=self.steps,
+            seconds=self.health.elapsed_seconds(),
+            tokens_per_second=self.health.tokens_per_second(),
+            peak_memory_bytes=max(gather(peak_memory_bytes(self.ranks.device))),
+        )
+        self._write_result(result, from_best=record is not None)
+        return result
+
+    def _on_device(self, start: int) -> Iterator[Sequence[Batch]]:
+        for batches in self.loader.iterate(start, self.steps):
+            yield [device_batch(batch, self.ranks.device) for batch in batches]
+
+    def _resume(self) -> int:
+        wanted = self.stage.train.resume_from_checkpoint
+        checkpoint = self.checkpoints.given(Path(wanted)) if isinstance(wanted, str) else None
+        checkpoint = checkpoint or self.checkpoints.newest_good()
+        if checkpoint is None:
+            if wanted is True:
+                self._say(f"{self.stage.name}: no checkpoint to resume from, starts at step 0")
+            self.best.resume(0, None)
+            return 0
+        if wanted is False:
+            raise CheckpointError(
+                f"{checkpoint} is there and resume_from_checkpoint is false; use another "
+                f"output_dir, remove {self.checkpoints.folder}, or set it to true"
+            )
+        state, own = self.checkpoints.load(checkpoint, self.student.load)
+        self.trainer.load_state_dict(state["trainer"])
+        self.health.load_state_dict(state["health"])
+        self.health.load_window_state(own["window"])
+        self.metrics = state["metrics"]
+        step = self.trainer.step
+        self._say(f"{self.stage.name}: resumed at step {step} from {checkpoint}")
+        self.best.resume(step, state["best_step"])
+        return step
+
+    def _after_step(self, report: StepReport) -> None:
+        step = self.trainer.step
+        self.health.add(report)
+        self.reporter.advance(step)
+        last = step == self.steps
+        if last or step % self.config.log.logging_steps == 0:
+            self._log(step)
+        if last or _due(step, self.config.eval.eval_steps):
+            self._evaluate(step)
+        if last or _due(step, self.config.save.save_steps):
+            self._save(step)
+
+    def _log(self, step: int) -> None:
+        newest = self.checkpoints.newest() if self.ranks.is_main else None
+        self.health.check_finite(newest)
+        scalars = self.health.scalars(waited_s=self.loader.waited_s)
+        self._report(step, scalars)
+
+    def _report(self, step: int, scalars: Mapping[str, float]) -> None:
+        on_main(lambda: self.reporter.log(step, scalars, stage=self.stage.name))
+
+    def _evaluate(self, step: int) -> None:
+        self.health.check_finite(self.checkpoints.newest() if self.ranks.is_main else None)
+        with self.health.paused():
+            self.metrics = self.scorer.score(self.student.predict, self.prepared.encoded.validation)
+            scalars = {f"eval/{name}": value for name, value in self.metrics.items()}
+            self._report(step, scalars)
+            if self.keeps_best:
+                self.best.consider(step, self.metrics)
+
+    @property
+    def scorer(self) -> Scorer:
+        """Scores the validation split."""
+        return Scorer(
+            metrics=self.prepared.splits.metrics,
+            collate=self.collate,
+            batch_size=self.config.eval.per_device_eval_batch_size,
+            ranks=self.ranks,
+        )
+
+    def _save(self, step: int) -> None:
+        self.health.check_finite(self.checkpoints.newest() if self.ranks.is_main else None)
+        with self.health.paused():
+            state = {
+                "trainer": self.trainer.state_dict(),
+                "health": self.health.state_dict(),
+                "metrics": self.metrics,
+                "best_step": self.best.step,
+            }
+            own = {"window": self.health.window_state()}
+            self.checkpoints.save(step, self.student.save, state, own)
+
+    def _write_result(self, result: StageResult, *, from_best: bool) -> None:
+        """The finished stage's folder; its result.json makes it finished."""
+        record = {RESULT: result_text(result, self.checkpoints.fingerprint)}
+        if not from_best:
+            self._write_model(result.folder, record)
+        else:
+            on_main(lambda: atomic.copy_folder(self.best.folder, result.folder, changes=record))
+
+    def _write_best(self, folder: Path, record: Mapping[str, Any]) -> None:
+        self._write_model(folder, {RECORD: atomic.json_text(record, indent=2)})
+
+    def _write_model(self, folder: Path, extra: Mapping[str, str]) -> None:
+        """The learner as a Hugging Face folder, with small files beside; a collective."""
+        state = self.student.student_state()
+
+        def write() -> None:
+            if not self.ranks.is_main:
+                deque(state, maxlen=0)
+                return
+            model = self.student.student
+            write_model_folder(
+                folder,
+                config=model.config,
+                state=state,
+                tokenizer=self.prepared.tokenizer,
+                architecture=type(model).__name__,
+                extra=extra,
+            )
+
+        together(write)
+
+    def _say(self, text: str) -> None:
+        if self.ranks.is_main:
+            logger.info(text)
+
+    def close(self) -> None:
+        """Frees the engine."""
+        self.student.destroy()
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def result_text(result: StageResult, fingerprint: Fingerprint) -> str:
+    """result.json of a stage: what it came to, and what that depends on."""
+    record = asdict(result) | {"folder": None, "fingerprint": fingerprint}
+    return atomic.json_text(record, indent=2)
+
+
+def read_result(folder: Path, fingerprint: Fingerprint) -> StageResult | None:
+    """A finished stage's result; None where the stage has not finished; a collective.
+
+    Raises:
+        CheckpointError: the folder holds the result of another config, the fields named.
+    """
+    path = folder / RESULT
+    # Rank 0 looks: on a network disk the others may not see yet what it sees.
+    text = on_main(lambda: path.read_text(encoding="utf-8") if path.is_file() else None)
+    if text is None:
+        return None
+    record = json.loads(text)
+    differing = differences(record.pop("fingerprint"), json.loads(atomic.json_text(fingerprint)))
+    if differing:
+        raise CheckpointError(
+            f"{folder} holds the result of another config ({differing}); use another output_dir, "
+            f"go back to that config, or remove the folder"
+        )
+    return StageResult(**{**record, "folder": folder})

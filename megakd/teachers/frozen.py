@@ -1,0 +1,75 @@
+"""A frozen teacher: an inference engine of its own, with its own DeepSpeed config and dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from megakd.config import Dtype
+from megakd.engine.initialize import frozen_engine
+from megakd.knowledge import Needs, language_model_head, read_knowledge
+from megakd.models.bundle import predict
+from megakd.stage import Batch, Knowledge, Predictions
+
+
+class FrozenModel(nn.Module):
+    """What the teacher's engine owns: the model, and how its answers are read.
+
+    label_order puts the teacher's classes into the data's order; None keeps them.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, needs: Needs, label_order: Sequence[int] | None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.needs = needs
+        self.label_order = None if label_order is None else list(label_order)
+
+    def forward(self, batch: Batch, *, scoring: bool = False) -> Knowledge | Predictions:
+        """Knowledge for the student's losses, or predictions to score the teacher itself."""
+        if scoring:
+            said = predict(self.model, batch)
+            return said._replace(outputs=self._ordered(said.outputs))
+        read = read_knowledge(self.model, batch, self.needs)
+        # The student's engine reads the head; a module in an output would puzzle DeepSpeed.
+        return read._replace(logits=self._ordered(read.logits), head=None)
+
+    def _ordered(self, logits: torch.Tensor | None) -> torch.Tensor | None:
+        if logits is None or self.label_order is None:
+            return logits
+        return logits[:, self.label_order]
+
+
+class FrozenTeacher:
+    """Answers one micro-batch at a time; under ZeRO-3 all ranks must ask together."""
+
+    def __init__(
+        self, module: FrozenModel, *, ds: Mapping[str, Any], dtype: Dtype, rows: int
+    ) -> None:
+        self._engine = frozen_engine(module, ds=ds, dtype=dtype, rows=rows)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Knowledge:
+        """What the student's losses need of this micro-batch, detached."""
+        read: Knowledge = self._engine(batch)
+        if read.hidden is None:
+            return read
+        return read._replace(head=language_model_head(self.model))
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Predictions:
+        """Outputs of one micro-batch, for the teacher's own metrics."""
+        return self._engine(batch, scoring=True)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself, perhaps sharded."""
+        return self._engine.module.model
+
+    def destroy(self) -> None:
+        """Frees the engine's memory and hooks."""
+        self._engine.destroy()

@@ -1,0 +1,121 @@
+"""What the gloo ranks run: real stages over the documented rooms, weights and gradients out."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+from megakd.assembly import Assembly
+from megakd.config_file import load_config
+from megakd.engine import distributed
+from megakd.engine.sharding import gathered_state
+from megakd.lab import Lab
+from megakd.preparation import prepare
+from megakd.progress import Reporter
+from megakd.stage import Constant, Pass, Stage
+from megakd.stage_run import StageRun
+
+
+class Watching(Constant):
+    """Keeps the whole gradient of every step, as it is before the update."""
+
+    gradients: list = []  # noqa: RUF012 - emptied by every case
+
+    def before_update(self, step, student):
+        from deepspeed.utils import safe_get_full_grad
+
+        found = {}
+        for name, parameter in student.bundle.named_parameters():
+            full = safe_get_full_grad(parameter)
+            full = parameter.grad if full is None else full
+            if full is not None:
+                found[name] = full.detach().float().cpu().clone()
+        self.gradients.append(found)
+
+
+def train(config_path: str, overrides: list[str], steps: int) -> dict:
+    """Trains `steps` steps of a run config's student; initial and final weights, gradients."""
+    config = load_config(Path(config_path), overrides)
+    ranks = distributed.ranks()
+    prepared = prepare(config)
+    lab = Lab(config, prepared, ranks, Reporter(config.output_dir, is_main=False))
+    assembly = Assembly(config=config, prepared=prepared, ranks=ranks)
+    teachers = (lab.teacher(),) if config.teacher else ()
+    watching = Watching((Pass(teacher=teachers[0] if teachers else None),))
+    Watching.gradients.clear()
+    stage = Stage(
+        name="student",
+        teachers=teachers,
+        objective=config.objective,
+        strategy=watching,
+        train=config.train,
+        deepspeed=config.student.deepspeed,
+    )
+    frozen = {name: lab._frozen(name, _needs(stage)) for name in teachers}
+    run = StageRun(
+        stage,
+        assembly,
+        teachers=frozen,
+        reporter=Reporter(config.output_dir, is_main=False),
+        fingerprint={},
+    )
+    initial = dict(gathered_state(run.student.bundle))
+    losses = []
+    for index in range(steps):
+        report = run.trainer.train_step(run.loader.step(index))
+        parts = {n: distributed.all_reduce_(v.clone().float()) for n, v in report.parts.items()}
+        losses.append({name: float(value) for name, value in parts.items()})
+    norm = run.student.gradient_norm()
+    result = {
+        "initial": initial,
+        "final": dict(gathered_state(run.student.bundle)),
+        "gradients": list(Watching.gradients),
+        "losses": losses,
+        "gradient_norm": None if norm is None else float(norm),
+        "scores": run.scorer.score(run.student.predict, prepared.encoded.validation),
+        "local_elements": sum(
+            getattr(p, "ds_tensor", p).numel() for p in run.student.bundle.parameters()
+        ),
+    }
+    run.close()
+    for teacher in frozen.values():
+        teacher.destroy()
+    del run, frozen
+    gc.collect()
+    return result
+
+
+def _needs(stage):
+    from megakd.objective import objective_needs
+
+    return objective_needs(stage.objective)
+
+
+def different_rank_errors() -> str:
+    """Rank 1 alone fails; every rank must learn of it instead of waiting."""
+    from megakd.errors import DataError
+
+    def action():
+        if distributed.ranks().rank == 1:
+            raise DataError("rank 1 has no such file")
+
+    try:
+        distributed.together(action)
+    except DataError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def main_rank_errors() -> str:
+    """Rank 0 alone fails inside `main_first`; the others must not go on."""
+    from megakd.errors import DataError
+
+    def action():
+        if distributed.ranks().rank == 0:
+            raise DataError("rank 0 cannot download it")
+        return "went on"
+
+    try:
+        return distributed.main_first(action)
+    except DataError as error:
+        return str(error)

@@ -1,0 +1,156 @@
+"""Starts ranks as processes of their own, watches them and kills them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from gloo_workers import GlooWorkers
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ROOT / "launch" / "train.py"
+# A start takes seconds; many times that on a busy machine.
+TIMEOUT_S = 240
+# The first start with new caches compiles DeepSpeed's shared-memory operator.
+BUILD_TIMEOUT_S = 600
+START_AND_STOP = "from megakd.engine import distributed as d; d.start(); d.stop()"
+
+
+class Group:
+    """The ranks of one start, each in a process group of its own, as a launcher has them."""
+
+    def __init__(self, command: Sequence[str], *, world: int, logs: Path) -> None:
+        self.started = time.time()
+        self.port = free_port()
+        logs.mkdir(parents=True, exist_ok=True)
+        self.logs = [logs / f"rank-{rank}.txt" for rank in range(world)]
+        self.processes = [self._start(rank, command) for rank in range(world)]
+
+    def _start(self, rank: int, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank}
+        ranks |= {"WORLD_SIZE": len(self.logs), "LOCAL_SIZE": len(self.logs)}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.port}
+        search = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+        environment = {key: str(value) for key, value in {**ranks, **meeting, **search}.items()}
+        with self.logs[rank].open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, *command],
+                env={**os.environ, **environment},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def text(self) -> str:
+        """What all ranks have said, rank 0 first."""
+        return "\n".join(log.read_text(errors="replace") for log in self.logs)
+
+    def running(self) -> bool:
+        """Whether any rank is alive."""
+        return any(process.poll() is None for process in self.processes)
+
+    def wait(self, timeout_s: float = TIMEOUT_S) -> list[int]:
+        """The exit codes of all ranks."""
+        self.wait_until(lambda: False, timeout_s=timeout_s)
+        self._remove_buffers()
+        return [process.wait() for process in self.processes]
+
+    def wait_until(self, condition: Callable[[], bool], *, timeout_s: float = TIMEOUT_S) -> bool:
+        """Waits until the condition holds (True) or all ranks have ended (False)."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if not self.running():
+                return False
+            if time.monotonic() > deadline:
+                self.kill()
+                pytest.fail(f"no end after {timeout_s:.0f} s; {_locks()}{self.text[-3000:]}")
+            time.sleep(0.001)
+        return True
+
+    def kill(self, rank: int | None = None) -> None:
+        """SIGKILL to one rank, then, as a launcher does, to the others; or to all at once."""
+        if rank is not None:
+            _kill(self.processes[rank])
+            time.sleep(0.3)
+        for process in self.processes:
+            _kill(process)
+        for process in self.processes:
+            process.wait()
+        self._remove_buffers()
+
+    def _remove_buffers(self) -> None:
+        # DeepSpeed leaves 69 MB of memory per rank behind, under the number of the port.
+        for buffer in Path("/dev/shm").glob(f"deepspeed_*_{self.port}_*"):  # noqa: S108
+            buffer.unlink(missing_ok=True)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _locks() -> str:
+    held = sorted(Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("**/lock"))
+    if not held:
+        return ""
+    return f"every start waits for these locks, remove them if no start is running: {held}; "
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def _built_extensions(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """DeepSpeed's operator, compiled once, so that no test's start takes minutes."""
+    if any(Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("**/*.so")):
+        return
+    group = Group(["-c", START_AND_STOP], world=1, logs=tmp_path_factory.mktemp("build"))
+    assert group.wait(BUILD_TIMEOUT_S) == [0], group.text
+
+
+@pytest.fixture(scope="session")
+def launch(
+    _built_extensions: None, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Group]:
+    """Starts `launch/train.py` on two ranks: `launch("--config", path)`."""
+
+    def start(*arguments: str, world: int = 2, program: Path = TRAIN) -> Group:
+        logs = tmp_path_factory.mktemp("logs")
+        return Group([str(program), *arguments], world=world, logs=logs)
+
+    return start
+
+
+# Worker processes import the cases by name, from wherever this process could.
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def workers(_built_extensions: None) -> Iterator[Callable[[int], GlooWorkers]]:
+    """World size -> its long-lived ranks, started when first asked for."""
+    from gloo_workers import GlooWorkers
+
+    groups: dict[int, GlooWorkers] = {}
+
+    def of(world: int) -> GlooWorkers:
+        if world not in groups:
+            groups[world] = GlooWorkers(world)
+        return groups[world]
+
+    yield of
+    for group in groups.values():
+        group.stop()

@@ -1,0 +1,96 @@
+"""Long-lived gloo ranks that run functions of `cases.py` and send back what they return.
+
+Starting DeepSpeed costs seconds; every test of a session shares one group per world size.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+START_TIMEOUT_S = 300  # the first start on a machine compiles DeepSpeed's shared-memory operator
+CALL_TIMEOUT_S = 180
+
+
+class GlooWorkers:
+    """`world` ranks; `run` calls the same function on all of them."""
+
+    def __init__(self, world: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        port = _free_port()
+        pipes = [context.Pipe() for _ in range(world)]
+        self._ends = [mine for mine, _ in pipes]
+        self._ranks = [
+            context.Process(target=_serve, args=(theirs, rank, world, port), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for rank in self._ranks:
+            rank.start()
+        self._collect(START_TIMEOUT_S, "start")
+
+    def run(self, case: str, *arguments, timeout_s: float = CALL_TIMEOUT_S) -> list:
+        """What `cases.<case>(*arguments)` returned on each rank."""
+        for end in self._ends:
+            end.send((case, arguments))
+        return self._collect(timeout_s, case)
+
+    def _collect(self, timeout_s: float, what: str) -> list:
+        answers = []
+        for rank, end in enumerate(self._ends):
+            if not end.poll(timeout_s):
+                self.stop()
+                lock = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+                raise TimeoutError(
+                    f"rank {rank} did not finish {what} in {timeout_s} s: the ranks disagree, or "
+                    f"a killed start left a lock in {lock}"
+                )
+            answers.append(end.recv())
+        failures = [answer for ok, answer in answers if not ok]
+        if failures:
+            raise AssertionError(f"{what} failed:\n" + "\n".join(failures))
+        return [answer for _, answer in answers]
+
+    def stop(self) -> None:
+        """Ends the ranks."""
+        for rank in self._ranks:
+            rank.kill()
+        for rank in self._ranks:
+            rank.join()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(requests: Connection, rank: int, world: int, port: int) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_SIZE": world}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    _answer(requests, _start)
+    import cases
+
+    while True:
+        try:
+            name, arguments = requests.recv()
+        except EOFError:
+            return
+        _answer(requests, getattr(cases, name), *arguments)
+
+
+def _start() -> None:
+    from megakd.engine import distributed
+
+    distributed.start()
+
+
+def _answer(requests: Connection, action, *arguments) -> None:
+    try:
+        requests.send((True, action(*arguments)))
+    except Exception:  # noqa: BLE001 - whatever it is, the test has to show it
+        requests.send((False, traceback.format_exc()))

@@ -1,0 +1,264 @@
+"""Losses, gradients and weights at any ranks, ZeRO stages and cuts equal one plain process."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+)
+
+STEPS = 3
+ROWS = 12  # per optimiser step, however they are cut
+WORDS = "the a red green dog cat runs sees eats over under house tree and then slowly".split()
+ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+SETTINGS = {
+    "learning_rate": 0.05,
+    "adam_epsilon": 0.01,  # large: Adam would blow rounding of tiny gradients up to whole steps
+    "max_grad_norm": 0.5,
+    "temperature": 2.0,
+    "total_steps": 100,
+}
+CLASSIFICATION = {
+    "hard_cross_entropy": 0.3,
+    "soft_target_kl": 0.7,
+    "hidden_mse": 0.2,
+    "hidden_cosine": 0.4,
+}
+LANGUAGE = {
+    "hard_cross_entropy": 0.3,
+    "soft_target_kl": 0.5,
+    "soft_target_reverse_kl": 0.2,
+    "hidden_mse": 0.2,
+}
+
+
+def bert(layers, width):
+    return BertConfig(
+        vocab_size=320,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=2 * width,
+        max_position_embeddings=32,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        classifier_dropout=0.0,
+    )
+
+
+def llama(layers, width, *, vocabulary, tied):
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=2 * width,
+        max_position_embeddings=32,
+        tie_word_embeddings=tied,
+    )
+
+
+def rows(count, seed):
+    rng = random.Random(seed)
+    for number in range(count):
+        text = " ".join(rng.choices(WORDS, k=rng.randint(1, 20)))
+        yield {"text": text, "label": None if number % 5 == 4 else number % 3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Data and models that both sides read."""
+    folder = tmp_path_factory.mktemp("equivalence")
+    data = folder / "data"
+    data.mkdir()
+    for split, count in {"train": 40, "validation": 13}.items():
+        lines = [json.dumps(row) for row in rows(count, seed=count)]
+        (data / f"{split}.jsonl").write_text("\n".join(lines))
+    torch.manual_seed(0)
+    models = {
+        "bert-teacher": AutoModelForSequenceClassification.from_config(bert(4, 32)),
+        "bert-student": AutoModelForSequenceClassification.from_config(bert(2, 16)),
+        "llama-teacher": AutoModelForCausalLM.from_config(llama(4, 32, vocabulary=328, tied=False)),
+        "llama-tied": AutoModelForCausalLM.from_config(llama(2, 16, vocabulary=320, tied=True)),
+        "llama-untied": AutoModelForCausalLM.from_config(llama(2, 16, vocabulary=336, tied=False)),
+    }
+    for name, model in models.items():
+        # Larger than usual, so that teacher and student really disagree.
+        for parameter in model.parameters():
+            parameter.data.mul_(3 if parameter.dim() > 1 else 1)
+        model.save_pretrained(folder / name)
+    return folder
+
+
+def config_tree(folder, student, weights, *, student_zero, teacher_zero):
+    is_language = student.startswith("llama")
+    teacher = "llama-teacher" if is_language else "bert-teacher"
+    soft = {"temperature": SETTINGS["temperature"]}
+    hidden = {"layer_mapping": ["1:2", "2:4"]}
+    terms = [
+        {"loss": name, "weight": weight}
+        | (soft if name.startswith("soft") else hidden if name.startswith("hidden") else {})
+        for name, weight in weights.items()
+    ]
+    return {
+        "output_dir": str(folder / "out"),
+        "task": {
+            "type": "causal_lm" if is_language else "classification",
+            "dataset": str(folder / "data"),
+            "max_length": 16,
+            "tokenizer": {"type": "bpe" if is_language else "wordpiece", "vocab_size": 300},
+        },
+        "teacher": {"model": str(folder / teacher), "deepspeed": zero(teacher_zero)},
+        "student": {"model": str(folder / student), "deepspeed": zero(student_zero)},
+        "method": {"name": "single"},
+        "objective": terms,
+        "train": {
+            "per_device_train_batch_size": 3,
+            "gradient_accumulation_steps": 2,
+            "max_steps": SETTINGS["total_steps"],
+            "learning_rate": SETTINGS["learning_rate"],
+            "adam_epsilon": SETTINGS["adam_epsilon"],
+            "max_grad_norm": SETTINGS["max_grad_norm"],
+            "weight_decay": 0.01,
+        },
+    }
+
+
+def zero(stage):
+    return ZERO3 if stage == 3 else {"zero_optimization": {"stage": stage}}
+
+
+def write(tree, path: Path) -> str:
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+def plain_run(config_path, weights, initial):
+    """The same steps by `reference.train`, from the same weights and rows."""
+    import reference
+
+    from megakd.config_file import load_config
+    from megakd.data.encoding import Collator, encode_splits
+    from megakd.data.loader import StepLoader, StepShape
+    from megakd.data.splits import load_splits
+    from megakd.data.tokenizers import load_tokenizer
+    from megakd.preparation import cache_folder
+
+    config = load_config(Path(config_path), [])
+    cache, task = cache_folder(), config.task
+    splits = load_splits(task, seed=config.seed, cache_dir=cache)
+    tokenizer = load_tokenizer(task, splits, model_folders=[], cache_dir=cache)
+    encoded = encode_splits(splits, tokenizer, task, cache_dir=cache)
+    collate = Collator(tokenizer, task)
+    loader = StepLoader(encoded.train, collate, shape=StepShape(ROWS, 1), seed=config.seed)
+    kind = AutoModelForCausalLM if task.type == "causal_lm" else AutoModelForSequenceClassification
+    hidden = [name for name in weights if name.startswith("hidden")]
+    settings = SETTINGS | {
+        "weights": weights,
+        "pairs": ((1, 2), (2, 4)),
+        "offset": {name: 2 * index for index, name in enumerate(hidden)},
+    }
+    projections = {n: v for n, v in initial.items() if not n.startswith("student.")}
+    return reference.train(
+        kind.from_pretrained(config.student.model),
+        kind.from_pretrained(config.teacher.model).eval(),
+        projections,
+        [loader.step(index)[0] for index in range(STEPS)],
+        settings,
+    )
+
+
+def assert_same(found, expected):
+    """Losses and gradients to 1e-6, and the weights after AdamW and clipping."""
+    for step in range(STEPS):
+        for name, value in expected["losses"][step].items():
+            assert found["losses"][step][name] == pytest.approx(value, rel=2e-6, abs=1e-6), name
+        assert found["gradients"][step].keys() == expected["gradients"][step].keys()
+        for name, gradient in expected["gradients"][step].items():
+            error = (found["gradients"][step][name] - gradient).abs().max().item()
+            assert error <= 1e-6 * max(1.0, gradient.abs().max().item()), (step, name, error)
+    for name, weight in expected["final"].items():
+        assert torch.allclose(found["final"][name], weight, atol=3e-6), name
+
+
+@pytest.mark.parametrize("teacher_zero", [0, 3])
+@pytest.mark.parametrize("student_zero", [0, 1, 2, 3])
+def test_a_classifier_distils_as_in_one_plain_process(
+    workers, folder, tmp_path, student_zero, teacher_zero
+):
+    tree = config_tree(
+        folder, "bert-student", CLASSIFICATION, student_zero=student_zero, teacher_zero=teacher_zero
+    )
+    path = write(tree, tmp_path / "config.yaml")
+
+    found = workers(2).run("train", path, [], STEPS)[0]
+
+    assert_same(found, plain_run(path, CLASSIFICATION, found["initial"]))
+
+
+@pytest.mark.parametrize("student", ["llama-tied", "llama-untied"])
+@pytest.mark.parametrize(
+    ("student_zero", "teacher_zero"), [(0, 0), (1, 3), (2, 0), (2, 3), (3, 0), (3, 3)]
+)
+def test_a_language_model_distils_as_in_one_plain_process(
+    workers, folder, tmp_path, student, student_zero, teacher_zero
+):
+    tree = config_tree(
+        folder, student, LANGUAGE, student_zero=student_zero, teacher_zero=teacher_zero
+    )
+    path = write(tree, tmp_path / "config.yaml")
+
+    found = workers(2).run("train", path, [], STEPS)[0]
+
+    assert_same(found, plain_run(path, LANGUAGE, found["initial"]))
+
+
+# (ranks, rows per micro-batch, micro-batches): each makes the same 12 rows a step.
+CUTS = [(1, 12, 1), (1, 2, 6), (2, 6, 1), (2, 1, 6), (3, 4, 1), (3, 2, 2)]
+
+
+@pytest.mark.parametrize("student", ["bert-student", "llama-tied"])
+@pytest.mark.parametrize(("ranks", "size", "accumulation"), CUTS)
+def test_the_cut_of_a_step_into_ranks_and_micro_batches_changes_nothing(
+    workers, folder, tmp_path, student, ranks, size, accumulation
+):
+    weights = LANGUAGE if student.startswith("llama") else CLASSIFICATION
+    tree = config_tree(folder, student, weights, student_zero=2, teacher_zero=3)
+    tree["train"] |= {
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": accumulation,
+    }
+    path = write(tree, tmp_path / "config.yaml")
+
+    found = workers(ranks).run("train", path, [], STEPS)[0]
+
+    assert_same(found, plain_run(path, weights, found["initial"]))
+
+
+def test_a_sharded_student_is_really_sharded(workers, folder, tmp_path):
+    tree = config_tree(folder, "bert-student", CLASSIFICATION, student_zero=3, teacher_zero=3)
+    path = write(tree, tmp_path / "config.yaml")
+
+    shares = workers(2).run("train", path, [], 1)
+
+    whole = sum(tensor.numel() for tensor in shares[0]["initial"].values())
+    assert all(share["local_elements"] <= 0.51 * whole for share in shares)
+
+
+def test_every_rank_learns_of_an_error_on_one_rank(workers):
+    assert workers(2).run("different_rank_errors") == ["rank 1 has no such file"] * 2
+
+
+def test_an_error_of_the_first_rank_keeps_the_others_from_going_on(workers):
+    assert workers(2).run("main_rank_errors") == ["rank 0 cannot download it"] * 2
