@@ -1,0 +1,29 @@
+"""The run configs that ship with megakd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megakd.config_file import load_config
+from megakd.engine.ds_config import load_ds_config
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "launch" / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_a_valid_run_config_with_known_presets(path: Path) -> None:
+    config = load_config(path)
+
+    assert load_ds_config(config.student.deepspeed, where="student.deepspeed")
+    assert config.output_dir == Path("runs") / path.stem
+
+
+def test_the_quickstart_distils_with_an_undistilled_baseline_on_a_batch_of_32(
+    repository: Path,
+) -> None:
+    config = load_config(repository / "launch" / "examples" / "quickstart.yaml")
+
+    assert config.baselines == ("alone",)
+    assert config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps == 16

