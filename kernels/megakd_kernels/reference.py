@@ -37,8 +37,9 @@ def kd_loss(
     valid = rows.valid
     student = student[valid].to(dtype)
     values = student.new_zeros(0, len(student))
-    agrees = torch.zeros_like(valid[valid])
-    if teacher is not None:
+    if teacher is None:
+        agrees = _is_right(student, rows)
+    else:
         teacher = teacher[valid].detach().to(dtype)
         values = divergence_rows(student[:, :shared], teacher[:, :shared], objective)
         agrees = _share_a_maximum(student[:, :shared], teacher[:, :shared])
@@ -113,6 +114,14 @@ def _cross_entropy_rows(student: Tensor, rows: Rows, objective: Objective) -> Te
     # An unlabelled row has no loss, even where its placeholder id has the logit -inf.
     labels = torch.where(weight != 0, rows.labels[rows.valid], -100)
     return F.cross_entropy(student, labels, ignore_index=-100, reduction="none") * weight
+
+
+def _is_right(student: Tensor, rows: Rows) -> Tensor:
+    """[n] bool: whether the label is a most likely id."""
+    if rows.labels is None:
+        raise ValueError("cross-entropy needs labels")
+    target = student.gather(1, rows.labels[rows.valid][:, None])
+    return (target == student.amax(-1, keepdim=True)).squeeze(1)
 
 
 def _share_a_maximum(student: Tensor, teacher: Tensor) -> Tensor:

@@ -141,21 +141,22 @@ def rows_without_teacher_(student: Tensor, inputs: RowInputs, plan: RowPlan) -> 
     if plan.with_gradient:
         student.mul_(inputs.ce_factor[:, None] / hard.total)
         _subtract_target_(student, inputs.labels, inputs.ce_factor)
-    nothing = torch.zeros_like(inputs.labels, dtype=torch.bool)
-    return RowTerms(student.new_empty(0, len(student)), hard.loss.squeeze(1), nothing)
+    return RowTerms(student.new_empty(0, len(student)), hard.loss.squeeze(1), hard.is_right)
 
 
 class _HardSoftmax(NamedTuple):
     loss: Tensor  # [R, 1] nats
     exponentials: Tensor  # [R, V]
     total: Tensor  # [R, 1]
+    is_right: Tensor  # [R] bool, whether the target is a most likely id
 
 
 def _hard_softmax(student: Tensor, target: Tensor, out: Tensor) -> _HardSoftmax:
     peak = student.amax(-1, keepdim=True)
     torch.sub(student, peak, out=out).mul_(1 / LOG2).exp2_()
     total = out.sum(-1, keepdim=True)
-    return _HardSoftmax((peak - target) + total.log(), out, total)
+    is_right = (target == peak).squeeze(1)
+    return _HardSoftmax((peak - target) + total.log(), out, total, is_right)
 
 
 def _compare_(

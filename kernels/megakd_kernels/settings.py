@@ -33,7 +33,8 @@ class KDOutput(NamedTuple):
     ce_sum: token_weight times hard-label cross-entropy, summed; 0 where it was not asked for.
     n_valid: number of rows that count, int64.
     agreement: number of valid rows whose most likely shared id is the same for both models
-        (of several equal maxima one in common is enough), int64.
+        (of several equal maxima one in common is enough); without a teacher, where the label
+        is a most likely id. int64.
     """
 
     loss: Tensor

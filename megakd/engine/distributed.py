@@ -15,10 +15,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 
+from megakd.engine import leftovers
 from megakd.errors import MegakdError
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,8 @@ def start() -> Ranks:
     _put_ninja_on_path()
     extensions = use_own_extensions_folder()
     if os.environ["LOCAL_RANK"] == "0":
-        remove_dead_locks(extensions)
+        leftovers.remove_dead_locks(extensions)
+        leftovers.remove_dead_buffers()
     _init_process_group()
     return ranks()
 
@@ -87,8 +88,14 @@ def _init_process_group() -> None:
     from deepspeed.utils import logger as deepspeed_logger
 
     deepspeed_logger.setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "warning").upper())
+    on_cpu = _accelerator().device_name() == "cpu"
+    if on_cpu:
+        leftovers.check_shared_memory(_local_world())
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT)
-    if _accelerator().device_name() != "cpu":
+    if on_cpu:
+        dist.barrier()
+        leftovers.release_own_buffer()
+    else:
         _accelerator().set_device(int(os.environ["LOCAL_RANK"]))
 
 
@@ -132,6 +139,7 @@ def _complete_environment() -> None:
         os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
         return
     os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("LOCAL_SIZE", str(_local_world()))
     needed = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in os.environ]
     if missing:
@@ -148,8 +156,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _local_world() -> int:
+    """Ranks of this host, by torchrun's, DeepSpeed's or Slurm's variable."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+    return next((int(os.environ[n]) for n in names if os.environ.get(n, "").isdigit()), 1)
+
+
 def _share_cores() -> None:
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    local_world = _local_world()
     if "OMP_NUM_THREADS" not in os.environ and local_world > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
 
@@ -169,30 +183,6 @@ def use_own_extensions_folder() -> Path:
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def remove_dead_locks(folder: Path) -> list[Path]:
-    """Removes build locks that no living process of this host holds open.
-
-    torch takes the lock at every load; a start that was killed leaves it behind and all
-    later ones would wait for it without a word.
-    """
-    locks = sorted(folder.glob("**/lock"))
-    dead = [lock for lock in locks if not _held_open(lock)] if locks else []
-    for lock in dead:
-        lock.unlink(missing_ok=True)
-        logger.warning("removed %s: left by a start that was killed", lock)
-    return dead
-
-
-def _held_open(path: Path) -> bool:
-    for process in psutil.process_iter():
-        try:
-            if any(Path(file.path) == path.resolve() for file in process.open_files()):
-                return True
-        except psutil.Error:
-            continue  # gone meanwhile, or another user's: it cannot hold a lock of ours
-    return False
 
 
 def agree(value: T) -> T:

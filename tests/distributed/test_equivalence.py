@@ -18,7 +18,7 @@ from transformers import (
 
 STEPS = 3
 ROWS = 12  # per optimiser step, however they are cut
-WORDS = "the a red green dog cat runs sees eats over under house tree and then slowly".split()
+WORDS = ("the", "red", "green", "dog", "cat", "runs", "sees", "over", "house", "slowly")
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 SETTINGS = {
     "learning_rate": 0.05,
