@@ -96,9 +96,7 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, f"no space left on the device: {lacking}")
         partial.mkdir()
 
-    def _write_state(
-        self, folder: Path, state: Mapping[str, Any], own: Mapping[str, Any]
-    ) -> None:
+    def _write_state(self, folder: Path, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         mine = {"random": _random_state(), "own": dict(own)}
         write_tensors(folder / f"rank-{self.ranks.rank}.pt", mine)
         if self.ranks.is_main:

@@ -13,7 +13,7 @@ import torch
 
 from megakd.engine.distributed import Ranks, agree, all_reduce_
 from megakd.errors import TrainingError
-from megakd.objective import Objective
+from megakd.objective import WEIGHTED_LOSS, Objective
 from megakd.progress import LEARNING_RATE, LOSS, MEMORY_BYTES, TOKENS_PER_SECOND
 from megakd.report import peak_memory_bytes
 from megakd.stage import UNITS, Stage, StepReport
@@ -84,7 +84,7 @@ class Health:
         self._warn_of_empty_steps()
         teacher_s = self._trainer.meter.teacher_seconds
         scalars = {
-            LOSS: self._weighted(parts),
+            LOSS: parts.pop(WEIGHTED_LOSS, 0.0),
             **{f"train/{name}": value for name, value in parts.items()},
             LEARNING_RATE: self._trainer.learning_rate(self._trainer.step - 1),
             TOKENS_PER_SECOND: tokens / seconds,
@@ -98,10 +98,6 @@ class Health:
         self._teacher_s, self._waited_s = teacher_s, waited_s
         self._start_window()
         return scalars
-
-    def _weighted(self, parts: Mapping[str, float]) -> float:
-        weights = self._objective.weights
-        return sum(weights.get(name.split("/")[-1], 0.0) * part for name, part in parts.items())
 
     def _start_window(self) -> None:
         self._parts, self._steps, self._tokens, self._without_targets = {}, 0, None, None

@@ -113,9 +113,7 @@ class StageRun:
         """
         start = self._resume()
         # On rank 0, and its full disk is everybody's error.
-        on_main(
-            lambda: self.reporter.begin(self.stage.name, step=start, total_steps=self.steps)
-        )
+        on_main(lambda: self.reporter.begin(self.stage.name, step=start, total_steps=self.steps))
         self.health.begin()
         for report in self.trainer.fit(self._on_device(start)):
             self._after_step(report)

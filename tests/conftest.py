@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from one_rank import OneRank
+
 ROOT = Path(__file__).resolve().parents[1]
-# Kept between runs and built once; compiled for one interpreter, so each has its own.
-EXTENSIONS = ROOT / ".cache" / "torch_extensions" / str(sys.implementation.cache_tag)
+# Kept between runs and built once; compiled against one environment's torch, so each has its own.
+BUILD = f"{sys.implementation.cache_tag}-{hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]}"
+EXTENSIONS = ROOT / ".cache" / "torch_extensions" / BUILD
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "HF_HUB_OFFLINE": "1",
@@ -21,6 +28,8 @@ ENVIRONMENT = {
 }
 # Set while this file is imported: the libraries read these when they are imported.
 os.environ.update(ENVIRONMENT)
+# What several test files share; worker processes import it from there too.
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -48,3 +57,13 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the real data in ../shared/data, which is not part of the repository")
     return folder
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[OneRank]:
+    """Runs whole commands in one long-lived process."""
+    from one_rank import OneRank
+
+    rank = OneRank()
+    yield rank
+    rank.stop()

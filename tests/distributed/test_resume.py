@@ -1,0 +1,335 @@
+"""A run that is killed, damaged or out of space and started again is the run that never was."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+STAGES = ("teacher-finetune", "student")
+STEPS, SAVE_STEPS = 12, 4
+WORLD = 2
+# How long things take is no part of a run's result.
+TIMES = (
+    "time",
+    "train/tokens_per_s",
+    "train/step_seconds",
+    "train/teacher_share",
+    "train/data_share",
+    "train/memory_bytes",
+)
+OUT_OF_SPACE = Path(__file__).with_name("out_of_space.py")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A config file and the folder that it writes."""
+
+    config: Path
+    out: Path
+
+    def arguments(self) -> tuple[str, ...]:
+        return ("--config", str(self.config), f"output_dir={self.out}")
+
+    def elsewhere(self, out: Path) -> Run:
+        return Run(self.config, out)
+
+    def checkpoint(self, stage: str, step: int) -> Path:
+        return self.out / "checkpoints" / stage / f"step-{step}"
+
+    def records(self) -> list[dict[str, Any]]:
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        # The last line may be half written while the run is watched.
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def rows(count: int, rng: random.Random) -> Iterator[tuple[str, float]]:
+    words = {"good": 1.0, "fine": 0.5, "fair": 0.2, "bad": -1.0, "poor": -0.6, "ugly": -0.3}
+    for _ in range(count):
+        chosen = rng.choices(list(words), k=rng.randint(3, 9))
+        yield " ".join(chosen), round(sum(words[word] for word in chosen), 2)
+
+
+def write_data(folder: Path) -> None:
+    folder.mkdir()
+    for name, count in (("train", 60), ("validation", 24)):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("text", "score"), *rows(count, random.Random(name))])
+
+
+def bert(layers: int) -> dict[str, Any]:
+    # Dropout is left on: without it a run could lose its random numbers and nobody would see.
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 32}
+    shape = {"num_hidden_layers": layers, "num_attention_heads": 2}
+    return {"config": {"model_type": "bert", **sizes, **shape}}
+
+
+def write_config(folder: Path, preset: str) -> Path:
+    """Logging, evaluation and saving fall on different steps, so that each is resumed midway."""
+    finetune = {"max_steps": STEPS, "learning_rate": 0.003, "deepspeed": preset}
+    tree = {
+        "output_dir": "unused",
+        "task": {
+            "type": "regression",
+            "dataset": str(folder / "data"),
+            "text_columns": ["text"],
+            "label_column": "score",
+            "max_length": 16,
+        },
+        "teacher": {"model": bert(2), "deepspeed": "teacher_zero3", "finetune": finetune},
+        "student": {"model": bert(1), "deepspeed": preset},
+        "method": {"name": "single"},
+        "objective": [
+            {"loss": "hard_mse", "weight": 0.5},
+            {"loss": "soft_target_mse", "weight": 0.5},
+            {"loss": "hidden_mse", "weight": 0.1, "layer_mapping": ["1:2"]},
+        ],
+        "train": {
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "max_steps": STEPS,
+            "learning_rate": 0.005,
+        },
+        "eval": {"eval_steps": 3},
+        "save": {"save_steps": SAVE_STEPS},
+        "log": {"logging_steps": 3, "tensorboard": False},
+    }
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(tree))
+    return path
+
+
+@pytest.fixture(scope="module", params=["zero2", "zero3"])
+def truth(request, launch, tmp_path_factory) -> Run:
+    """The run that nobody interrupts."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_data(folder / "data")
+    run = Run(write_config(folder, request.param), folder / "truth")
+    finish(launch, run)
+    assert [record for record in run.records() if "eval/pearson" in record]
+    return run
+
+
+def finish(launch: Callable[..., Any], run: Run) -> str:
+    group = launch(*run.arguments())
+    assert group.wait() == [0] * WORLD, group.text
+    return group.text
+
+
+def assert_same_run(run: Run, truth: Run) -> None:
+    """Weights to the last bit, the best evaluations, and every logged number, once and in order."""
+    for name in ("final", *(f"stages/{stage}" for stage in STAGES)):
+        weights = f"{name}/model.safetensors"
+        assert (run.out / weights).read_bytes() == (truth.out / weights).read_bytes(), weights
+    assert logged(run) == logged(truth)
+    for stage in STAGES:
+        best = f"checkpoints/{stage}/best/best.json"
+        assert json.loads((run.out / best).read_text()) == json.loads(
+            (truth.out / best).read_text()
+        )
+        last, wanted = (r.checkpoint(stage, STEPS) for r in (run, truth))
+        assert_same_tensors(last, wanted)
+
+
+def logged(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """What each stage has logged, in order."""
+    records = [{k: v for k, v in record.items() if k not in TIMES} for record in run.records()]
+    return {stage: [r for r in records if r["stage"] == stage] for stage in STAGES}
+
+
+def assert_same_tensors(folder: Path, wanted: Path) -> None:
+    """The last weights, Adam's moments and the random numbers: the best may be older."""
+    shards = [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(WORLD)]
+    for name in [*shards, *(f"rank-{rank}.pt" for rank in range(WORLD))]:
+        found, there = tensors_of(folder / name), tensors_of(wanted / name)
+        assert there
+        assert found.keys() == there.keys()
+        # A shard ends in padding that nobody has written to, where it does not come out even.
+        padding = WORLD - 1 if name in shards else 0
+        found, there = ({k: without(padding, t) for k, t in f.items()} for f in (found, there))
+        assert [key for key in there if not torch.equal(found[key], there[key])] == []
+
+
+def without(padding: int, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flatten()[: tensor.numel() - padding]
+
+
+def tensors_of(file: Path) -> dict[str, torch.Tensor]:
+    return dict(tensors(torch.load(file, weights_only=False), file.name))
+
+
+def tensors(tree: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(tree, torch.Tensor):
+        yield path, tree
+    elif isinstance(tree, dict | list | tuple):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for key, value in items:
+            yield from tensors(value, f"{path}/{key}")
+
+
+class Killer:
+    """Starts a run again and again, and kills it at a chosen kind of moment."""
+
+    def __init__(self, launch: Callable[..., Any], run: Run, rng: random.Random) -> None:
+        self.launch, self.run, self.rng = launch, run, rng
+        self.story: list[str] = []
+
+    def start_until(
+        self,
+        what: str,
+        moment: Callable[[float], bool],
+        *,
+        delay_s: float = 0.0,
+        rank: int | None = None,
+    ) -> None:
+        """Kills a random while of at most `delay_s` after `moment(start time)` holds."""
+        delay = self.rng.uniform(0, delay_s)
+        group = self.launch(*self.run.arguments())
+        reached = group.wait_until(lambda: moment(group.started))
+        time.sleep(delay)
+        group.kill(rank)
+        killed = "all ranks" if rank is None else f"rank {rank}"
+        self.story.append(f"{what} + {delay:.3f} s, {killed}: {_last_line(group.text)}")
+        # A run that has ended before is no failure of resuming, unless it ended badly.
+        assert reached or [p.returncode for p in group.processes] == [0] * WORLD, group.text
+
+    def logged(self, stage: str, count: int) -> Callable[[float], bool]:
+        """When this start has logged `count` times in a stage."""
+
+        def moment(started: float) -> bool:
+            records = [r for r in self.run.records() if r["stage"] == stage]
+            return sum(r["time"] > started for r in records) >= count
+
+        return moment
+
+    def saving(self, stage: str) -> Callable[[float], bool]:
+        """When this start writes a checkpoint; one that was killed may have left its own."""
+        folder = self.run.out / "checkpoints" / stage
+        left = set(folder.glob("*.partial"))
+        return lambda _: bool(set(folder.glob("*.partial")) - left)
+
+    def exists(self, *names: str) -> Callable[[float], bool]:
+        return lambda _: any((self.run.out / name).exists() for name in names)
+
+
+def _last_line(text: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "nothing said")[:80]
+
+
+def test_a_run_killed_again_and_again_ends_as_if_it_had_never_been(truth, launch, tmp_path):
+    seed = random.randrange(10**6)
+    rng = random.Random(seed)
+    run = truth.elsewhere(tmp_path / "killed")
+    killer = Killer(launch, run, rng)
+    teacher, student = STAGES
+    # Starts are dear: what does not depend on how the student is sharded is done once.
+    is_zero2 = "zero2" in str(run.config)
+
+    try:
+        killer.start_until("start-up", lambda _: True, delay_s=5)
+        killer.start_until("teacher", killer.logged(teacher, rng.randint(1, 5)), delay_s=0.1)
+        killer.start_until("teacher saves", killer.saving(teacher), delay_s=0.02)
+        if is_zero2:
+            killer.start_until("between", killer.exists(f"stages/{teacher}"), delay_s=0.3)
+        moment = killer.logged(student, rng.randint(1, 5))
+        killer.start_until("student", moment, delay_s=0.1, rank=rng.randrange(WORLD))
+        killer.start_until("student saves", killer.saving(student), delay_s=0.02)
+        if not is_zero2:
+            killer.start_until("final", killer.exists(".final.new", "final"))
+        finish(launch, run)
+        assert_same_run(run, truth)
+    except BaseException:
+        print(f"seed {seed}", *killer.story, sep="\n")  # noqa: T201 - shown with the failure
+        raise
+    assert not [path.name for path in run.out.rglob("*.partial")]
+    assert not [path.name for path in run.out.rglob(".*.new")]
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.fixture
+def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The lock of a start that was killed, in an extensions folder of the test's own."""
+    folder = tmp_path / "extensions"
+    shutil.copytree(os.environ["TORCH_EXTENSIONS_DIR"], folder)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+    lock = next(folder.glob("**/*.so")).with_name("lock")
+    lock.touch()
+    return lock
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(truth, launch, lock, tmp_path):
+    out = tmp_path / "damaged"
+    shutil.copytree(truth.out, out)
+    run = truth.elsewhere(out)
+    for name in ("report.json", "final/README.md", "stages/teacher-finetune/result.json"):
+        (out / name).unlink()
+    shutil.rmtree(out / "stages" / "student")
+    shard = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    flip_a_byte(run.checkpoint("teacher-finetune", STEPS) / shard)
+    cut_short(run.checkpoint("student", STEPS) / "rank-1.pt")
+
+    said = finish(launch, run)
+
+    for stage, damage in (
+        ("teacher-finetune", f"the checksum of {shard} differs"),
+        ("student", "rank-1.pt has"),
+    ):
+        newest, before = run.checkpoint(stage, STEPS), run.checkpoint(stage, STEPS - SAVE_STEPS)
+        assert f"{newest} is damaged ({damage}" in said
+        assert "using the one before it" in said
+        assert f"{stage}: resumed at step {STEPS - SAVE_STEPS} from {before}" in said
+    assert said.count(f"removed {lock}: left by a start that was killed") == 1
+    assert_same_run(run, truth)
+
+
+def test_a_finished_run_started_again_prints_its_table_without_waiting_for_ranks(truth, launch):
+    report = (truth.out / "report.json").read_bytes()
+    before = logged(truth)
+
+    group = launch(*truth.arguments())
+    group.processes[1].kill()
+    code = group.wait()[0]
+
+    assert code == 0, group.text
+    assert "student" in group.text
+    assert f"the student is in {truth.out / 'final'}" in group.text
+    assert "resumed" not in group.text
+    assert (truth.out / "report.json").read_bytes() == report
+    assert logged(truth) == before
+
+
+@pytest.mark.parametrize("truth", ["zero3"], indirect=True)
+def test_a_disk_that_is_full_on_one_rank_stops_all_with_one_message(truth, launch, tmp_path):
+    run = truth.elsewhere(tmp_path / "full")
+
+    group = launch(*run.arguments(), program=OUT_OF_SPACE)
+    codes = group.wait()
+
+    folder = run.out / "checkpoints" / "teacher-finetune"
+    assert codes == [2] * WORLD, group.text
+    assert group.text.count("megakd: error:") == 1
+    assert f"the checkpoint of step 8 could not be written to {folder}: " in group.text
+    assert f"the last good one is {folder / 'step-4'}; free some space" in group.text
+    assert "Traceback" not in group.text
+    assert {path.name for path in folder.iterdir()} >= {"step-4", "latest"}
+    assert not [path.name for path in folder.iterdir() if "step-8" in path.name]

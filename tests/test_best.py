@@ -1,0 +1,143 @@
+"""The best evaluation's weights belong to the state that a run is resumed from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megakd.atomic import replaced_folder
+from megakd.best import Best
+from megakd.engine import distributed
+from megakd.errors import MegakdError
+from megakd.evaluation import headline
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank without a process group."""
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
+
+
+def best_of(tmp_path: Path, metric: str = "accuracy") -> Best:
+    def write(folder: Path, record: Mapping[str, Any]) -> None:
+        values = {k: None if math.isinf(v) else v for k, v in record["metrics"].items()}
+        with replaced_folder(folder) as temporary:
+            (temporary / "weights").write_text(str(record["step"]))
+            (temporary / "best.json").write_text(json.dumps({**record, "metrics": values}))
+
+    return Best(folder=tmp_path / "best", metric=headline([metric]), write=write)
+
+
+def evaluated(best: Best, scores: Mapping[int, float]) -> Best:
+    for step, score in scores.items():
+        best.consider(step, {best.metric.name: score})
+    return best
+
+
+def weights(tmp_path: Path) -> str | None:
+    path = tmp_path / "best" / "weights"
+    return path.read_text() if path.exists() else None
+
+
+def test_the_best_evaluation_is_kept_and_a_tie_keeps_the_earlier(tmp_path):
+    best = evaluated(best_of(tmp_path), {3: 0.5, 6: 0.7, 9: 0.7, 12: 0.6})
+
+    assert (best.step, weights(tmp_path)) == (6, "6")
+    assert best.record() == {"step": 6, "metrics": {"accuracy": 0.7}}
+
+
+def test_a_metric_of_which_less_is_better_is_kept_at_its_least(tmp_path):
+    best = evaluated(best_of(tmp_path, "perplexity"), {3: 9.0, 6: 7.0, 9: 8.0})
+
+    assert best.step == 6
+
+
+def test_a_resumed_run_goes_on_with_the_best_it_had(tmp_path):
+    evaluated(best_of(tmp_path), {3: 0.7})
+    best = best_of(tmp_path)
+
+    best.resume(4, best_step=3)
+
+    assert (best.step, best.score) == (3, 0.7)
+    assert not best.consider(6, {"accuracy": 0.6})
+    assert not best.consider(9, {"accuracy": 0.7})
+    assert weights(tmp_path) == "3"
+
+
+def test_an_evaluation_at_the_very_step_of_the_checkpoint_counts(tmp_path):
+    evaluated(best_of(tmp_path), {4: 0.7})
+    best = best_of(tmp_path)
+
+    best.resume(4, best_step=4)
+
+    assert best.step == 4
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_a_resume_from_before_the_best_forgets_it_and_finds_it_again(tmp_path, caplog, step):
+    evaluated(best_of(tmp_path), {3: 0.5, 6: 0.7})
+    best = best_of(tmp_path)
+
+    best.resume(step, best_step=3 if step else None)
+
+    assert (best.step, best.score, weights(tmp_path)) == (None, None, None)
+    assert evaluated(best, {6: 0.7, 9: 0.6}).step == 6
+    assert not caplog.text
+
+
+def test_a_kill_while_the_best_is_replaced_brings_the_old_one_back(tmp_path):
+    evaluated(best_of(tmp_path), {3: 0.5})
+    os.replace(tmp_path / "best", tmp_path / ".best.old")  # noqa: PTH105
+    (tmp_path / ".best.new").mkdir()
+    best = best_of(tmp_path)
+
+    best.resume(4, best_step=3)
+
+    assert (best.step, weights(tmp_path)) == (3, "3")
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"step": 3, "metrics": [1]}'])
+def test_a_best_that_is_lost_is_said_and_later_ones_count(tmp_path, caplog, content):
+    evaluated(best_of(tmp_path), {3: 0.9})
+    record = tmp_path / "best" / "best.json"
+    if content is None:
+        record.unlink()
+    else:
+        record.write_text(content)
+    best = best_of(tmp_path)
+
+    best.resume(4, best_step=3)
+
+    assert "best is missing or damaged: the best evaluation, of step 3, is lost" in caplog.text
+    assert best.step is None
+    assert best.consider(6, {"accuracy": 0.1})
+
+
+def test_a_number_that_is_not_finite_does_not_stop_a_resume(tmp_path):
+    evaluated(best_of(tmp_path, "perplexity"), {3: math.inf})
+    best = best_of(tmp_path, "perplexity")
+
+    best.resume(4, best_step=3)
+
+    assert best.consider(6, {"perplexity": 100.0})
+
+
+def test_a_failed_write_keeps_the_old_best(tmp_path):
+    best = evaluated(best_of(tmp_path), {3: 0.5})
+
+    def full(folder: Path, record: Mapping[str, Any]) -> None:
+        raise MegakdError("no space left")
+
+    best.write = full
+    with pytest.raises(MegakdError):
+        best.consider(6, {"accuracy": 0.9})
+
+    assert (best.step, best.score, weights(tmp_path)) == (3, 0.5, "3")
