@@ -59,6 +59,8 @@ class Assembly:
         if stage.train.gradient_checkpointing:
             # Hooks that read a block's parts would run twice under the reentrant kind.
             model.activation_checkpointing_enable({"use_reentrant": False})
+        # ZeRO 3 lays all parameters of a model into one buffer, which has one dtype.
+        objective.to(TORCH_DTYPE[dtype])
         bundle = StudentBundle(model, objective, world_size=self.ranks.world_size)
         engine = training_engine(
             bundle, ds=ds, train=stage.train, dtype=dtype, world_size=self.ranks.world_size

@@ -82,7 +82,7 @@ class Health:
         self._total_tokens += tokens
         self._total_seconds += seconds
         self._warn_of_empty_steps()
-        teacher_s = self._trainer.meter.teacher_seconds
+        teacher_s = self._trainer.meter.teacher.seconds()
         scalars = {
             LOSS: parts.pop(WEIGHTED_LOSS, 0.0),
             **{f"train/{name}": value for name, value in parts.items()},

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from megakd.assembly import Assembly
+from megakd.assembly import Assembly, check_dtype, training_dtype
 from megakd.config import Dtype, FinetuneOverrides, RunConfig, TrainConfig
 from megakd.config_file import config_tree
 from megakd.data.encoding import Collator
@@ -219,11 +219,14 @@ class Lab:
 def inherit(train: TrainConfig, overrides: FinetuneOverrides) -> TrainConfig:
     """`teacher.finetune`: the keys it sets, and `train`'s for the rest.
 
-    `max_steps` and `num_train_epochs` displace each other: whoever is set there decides alone.
+    `max_steps` and `num_train_epochs` displace each other, and so do `warmup_steps` and
+    `warmup_ratio`: whoever is set there decides alone.
     """
     given = {k: v for k, v in asdict(overrides).items() if v is not None and k != "deepspeed"}
     if "num_train_epochs" in given and "max_steps" not in given:
         given["max_steps"] = None
+    if "warmup_ratio" in given and "warmup_steps" not in given:
+        given["warmup_steps"] = 0
     return dataclasses.replace(train, **given)
 
 
@@ -231,6 +234,21 @@ def scoring_preset(deepspeed: str | Mapping[str, Any]) -> str:
     """How a finished student is held while it is scored: sharded if it was trained so."""
     ds = load_ds_config(deepspeed, where="student.deepspeed")
     return "teacher_zero3" if zero_stage(ds) == 3 else "teacher_zero0"
+
+
+def check_dtypes(config: RunConfig, ranks: Ranks) -> None:
+    """Refuses what the device cannot compute in, before a teacher is trained for nothing.
+
+    Raises:
+        ConfigError: naming the dtype and those the device has.
+    """
+    check_dtype(training_dtype(config.train), ranks, "train")
+    teacher = config.teacher
+    if teacher is not None and teacher.dtype is not None:
+        check_dtype(teacher.dtype, ranks, "teacher.dtype")
+    if teacher is not None and teacher.finetune is not None:
+        train = inherit(config.train, teacher.finetune)
+        check_dtype(training_dtype(train), ranks, "teacher.finetune")
 
 
 def check_run(config: RunConfig, prepared: Prepared) -> None:

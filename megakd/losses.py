@@ -143,7 +143,7 @@ class LanguageModelTargets(TermGroup):
             beta=jsd.beta if jsd else 0.5,
             temperature=shared.temperature,
             t_squared=shared.t_squared,
-            ce_weight=reading.weights["hard_cross_entropy"] if self.hard else 0.0,
+            ce_weight=self._hard_weight(reading),
             ignore_index=IGNORE,
             num_items=1.0 / reading.per_unit["targets"],
             reduction="num_items",
@@ -156,6 +156,12 @@ class LanguageModelTargets(TermGroup):
         if self.soft:
             sums[AGREEMENT] = out.agreement
         return Evaluated(out.loss, sums)
+
+    def _hard_weight(self, reading: Reading) -> float | Tensor:
+        """As a tensor, for the number 0 would leave the term out of the report too."""
+        if not self.hard:
+            return 0.0
+        return reading.per_unit["targets"].new_full((), reading.weights["hard_cross_entropy"])
 
     def _teacher_head(self, reading: Reading) -> tuple[Tensor | None, Tensor | None]:
         return _head(_teacher(reading)) if self.soft else (None, None)
@@ -174,8 +180,9 @@ class Scores(TermGroup):
         """Squared error, summed over the rows that count."""
         scores = _logits(reading.student).float().squeeze(-1)
         target, counts = self._target(reading)
-        error = (scores - target.where(counts, scores.detach())).square()
-        total = error.where(counts, torch.zeros_like(error)).sum()
+        # Before the square: its gradient at NaN is NaN, even times 0.
+        error = (scores - target).where(counts, torch.zeros_like(scores))
+        total = error.square().sum()
         scale = reading.weights[self.name] * reading.per_unit[self.units[self.name]]
         return Evaluated(total * scale, {self.name: total.detach()})
 

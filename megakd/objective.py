@@ -24,6 +24,9 @@ from megakd.losses import (
 from megakd.stage import IGNORE, UNITS, Batch, Unit
 from megakd.terms import HIDDEN_TERMS, SOFT_TARGET_DIVERGENCES, HiddenCosine, HiddenMse, TermConfig
 
+WEIGHTED_LOSS = "loss"
+"""Among the terms of a report: what was minimised, all passes, scales and weights in it."""
+
 
 class Shape(NamedTuple):
     """What a loss must know of a model: layers, hidden width, rows of the output."""

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from megakd.config import RunConfig, StudentConfig, TaskType, TeacherConfig
 from megakd.data.encoding import Encoded, encode_splits
@@ -76,9 +76,10 @@ def prepare(config: RunConfig) -> Prepared:
         lambda: load_tokenizer(task, splits, model_folders=folders, cache_dir=cache)
     )
     if task.tokenizer is None:
-        _check_vocabularies(task.type, tokenizer, sources)
+        check_vocabularies(task.type, tokenizer, sources.values())
+    pad = cast("int | None", tokenizer.pad_token_id)  # transformers' own type allows several
     sources = {
-        role: with_vocabulary(source, len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+        role: with_vocabulary(source, len(tokenizer), pad_token_id=pad)
         for role, source in sources.items()
     }
     if config.teacher is not None and config.teacher.finetune is None:
@@ -87,18 +88,22 @@ def prepare(config: RunConfig) -> Prepared:
     return Prepared(splits=splits, encoded=encoded, tokenizer=tokenizer, sources=sources)
 
 
-def _check_vocabularies(
-    task: TaskType, tokenizer: PreTrainedTokenizerBase, sources: Mapping[str, ModelSource]
+def check_vocabularies(
+    task: TaskType, tokenizer: PreTrainedTokenizerBase, sources: Iterable[ModelSource]
 ) -> None:
-    """One tokenizer feeds both models, so a model that brings another one cannot take part."""
+    """One tokenizer feeds all models, so a model that brings another one cannot take part.
+
+    Raises:
+        TeacherError: naming the model and both sizes.
+    """
     vocabulary = tokenizer.get_vocab()
-    for role, source in sources.items():
+    for source in sources:
         if source.folder is None or not has_tokenizer_files(source.folder):
             continue
         own = from_folder(source.folder, task)
         if own.get_vocab() != vocabulary:
             raise TeacherError(
-                f"{role}.model {source.name} comes with a tokenizer of {len(own)} tokens, and the "
+                f"{source.where} {source.name} comes with a tokenizer of {len(own)} tokens, and the "
                 f"run's has {len(tokenizer)} others: soft targets need one vocabulary; choose "
                 f"models of one tokenizer, or set task.tokenizer if they really share it"
             )

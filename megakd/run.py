@@ -24,10 +24,10 @@ from megakd.engine.sharding import return_freed_memory
 from megakd.errors import CheckpointError, ConfigError, MegakdError
 from megakd.export import CardFacts, model_card, weight_bytes
 from megakd.fingerprint import differences, flatten
-from megakd.lab import Lab, check_checkpoint_given, check_run, scoring_preset
+from megakd.lab import Lab, check_checkpoint_given, check_dtypes, check_run, scoring_preset
 from megakd.latency import compare_latency
 from megakd.methods import METHODS
-from megakd.preparation import Prepared, prepare
+from megakd.preparation import Prepared, check_vocabularies, prepare
 from megakd.progress import Reporter
 from megakd.report import Report, Speedup, environment, result_table, write_report
 from megakd.stage import Stage, StageResult
@@ -77,9 +77,10 @@ class started:  # noqa: N801 - a context manager that reads like one
 
 
 def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
+    check_dtypes(config, ranks)
     prepared = prepare(config)
     check_run(config, prepared)
-    on_main(lambda: atomic.write_text(config.output_dir / CONFIG, dump_config(config)))
+    on_main(lambda: _record_config(config))
     reporter = Reporter(
         config.output_dir, is_main=ranks.is_main, tensorboard=config.log.tensorboard
     )
@@ -91,6 +92,16 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     finally:
         reporter.close()
     return on_main(lambda: _publish(config, student, report, command))
+
+
+def _record_config(config: RunConfig) -> None:
+    """config.yaml of a new run; one that is there is replaced when the run has finished.
+
+    So a start that is refused, because it would go on with another config, changes nothing.
+    """
+    path = config.output_dir / CONFIG
+    if not path.exists():
+        atomic.write_text(path, dump_config(config))
 
 
 def _baseline(lab: Lab, name: str) -> StageResult:
@@ -174,6 +185,7 @@ def _publish(config: RunConfig, student: StageResult, report: Report, command: s
     atomic.copy_folder(
         student.folder, final, changes={"README.md": card, RESULT: None, RECORD: None}
     )
+    atomic.write_text(config.output_dir / CONFIG, dump_config(config))
     write_report(config.output_dir / REPORT, report)
     return result_table(report, final=final)
 
@@ -233,8 +245,9 @@ def check_output_folder(config: RunConfig) -> None:
         check_checkpoint_given(
             "teacher.finetune.resume_from_checkpoint", finetune.resume_from_checkpoint
         )
-    if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
-        raise ConfigError(f"output_dir: {out} is not a folder that can be written to")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ConfigError(f"output_dir: {there} is not a folder that can be written to")
 
 
 def evaluate_model(config: RunConfig, model: str | None) -> Mapping[str, float]:
@@ -250,7 +263,10 @@ def evaluate_model(config: RunConfig, model: str | None) -> Mapping[str, float]:
         prepared = prepare(config)
         reporter = Reporter(config.output_dir, is_main=False)
         lab = Lab(config, prepared, ranks, reporter)
-        return lab.score(lab.source(folder), scoring_preset(config.student.deepspeed))["metrics"]
+        source = lab.source(folder)
+        if config.task.tokenizer is None:
+            check_vocabularies(config.task.type, prepared.tokenizer, [source])
+        return lab.score(source, scoring_preset(config.student.deepspeed))["metrics"]
 
 
 def export_run(config: RunConfig, stage: str | None, to: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,6 +20,7 @@ from megakd.stage import (
     Teacher,
     teacher_names,
 )
+from megakd.stopwatch import Stopwatch
 
 
 class Learner(Protocol):
@@ -52,7 +52,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.first_bad_step: Tensor | None = None
-        self.teacher_seconds = 0.0
+        self.teacher = Stopwatch()
         self._parts: dict[str, Tensor] = {}
 
     def add(self, step: int, losses: Losses) -> None:
@@ -120,10 +120,8 @@ class Trainer:
         return report
 
     def _ask_teachers(self, plan: Sequence[Pass], batch: Batch) -> dict[str, Knowledge]:
-        began = time.perf_counter()
-        knowledge = {name: self.teachers[name](batch) for name in teacher_names(plan)}
-        self.meter.teacher_seconds += time.perf_counter() - began
-        return knowledge
+        with self.meter.teacher.running():
+            return {name: self.teachers[name](batch) for name in teacher_names(plan)}
 
     def state_dict(self) -> dict[str, Any]:
         """What the loop must resume, the same on every rank."""

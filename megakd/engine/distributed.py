@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
 import os
 import shutil
@@ -169,16 +170,21 @@ def _share_cores() -> None:
 
 
 def _put_ninja_on_path() -> None:
-    """DeepSpeed compiles with ninja, which lies beside python where nobody activated anything."""
-    if shutil.which("ninja") is None:
-        scripts = str(Path(sys.executable).parent)
-        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    """DeepSpeed compiles with ninja: this python's own, whether it was activated or not.
+
+    Another version of ninja, such as the system's, would compile all anew, and so would this one
+    at the next start.
+    """
+    scripts, path = Path(sys.executable).parent, os.environ.get("PATH", "")
+    if (scripts / "ninja").exists() and shutil.which("ninja") != str(scripts / "ninja"):
+        os.environ["PATH"] = os.pathsep.join([str(scripts), path])
 
 
 def use_own_extensions_folder() -> Path:
     """Keeps DeepSpeed's compiled parts in a folder of megakd's own, one per host."""
-    # What is compiled depends on the interpreter, and a home may be shared between hosts.
-    build = f"{socket.gethostname()}-{sys.implementation.cache_tag}"
+    # What is compiled depends on the environment's torch, and a home may be shared between hosts.
+    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+    build = f"{socket.gethostname()}-{sys.implementation.cache_tag}-{environment}"
     default = Path.home() / ".cache" / "megakd" / "torch_extensions" / build
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
     folder.mkdir(parents=True, exist_ok=True)

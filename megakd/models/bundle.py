@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 import megakd_kernels
 from megakd.knowledge import Needs, read_knowledge
 from megakd.losses import Reading
-from megakd.objective import Objective, unit_weights
+from megakd.objective import WEIGHTED_LOSS, Objective, unit_weights
 from megakd.stage import IGNORE, UNITS, Batch, Knowledge, Losses, Pass, Predictions
 
 
@@ -44,6 +45,7 @@ class StudentBundle(nn.Module):
         read = read_knowledge(self.student, batch, self.objective.needs)
         total = torch.zeros((), device=counts.device)
         parts: dict[str, Tensor] = {}
+        passes = Counter(planned.view for planned in plan)
         for planned in plan:
             teacher = (knowledge or {}).get(planned.teacher) if planned.teacher else None
             weights = self.objective.weights | dict(planned.weights or {})
@@ -53,7 +55,8 @@ class StudentBundle(nn.Module):
             prefix = f"{planned.view}/" if planned.view else ""
             for name, value in evaluated.sums.items():
                 part = value.float() / counts[UNITS.index(self.objective.units[name])].clamp(min=1)
-                parts[prefix + name] = parts.get(prefix + name, 0.0) + part / len(plan)
+                parts[prefix + name] = parts.get(prefix + name, 0.0) + part / passes[planned.view]
+        parts[WEIGHTED_LOSS] = total.detach() / self.world_size
         return Losses(total, parts)
 
 

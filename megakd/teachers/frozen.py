@@ -27,7 +27,7 @@ class FrozenModel(nn.Module):
         super().__init__()
         self.model = model
         self.needs = needs
-        self.label_order = None if label_order is None else list(label_order)
+        self.label_order = None if label_order is None else torch.tensor(list(label_order))
 
     def forward(self, batch: Batch, *, scoring: bool = False) -> Knowledge | Predictions:
         """Knowledge for the student's losses, or predictions to score the teacher itself."""
@@ -41,6 +41,8 @@ class FrozenModel(nn.Module):
     def _ordered(self, logits: torch.Tensor | None) -> torch.Tensor | None:
         if logits is None or self.label_order is None:
             return logits
+        # Moved once: a list, or an index elsewhere, would be copied at every micro-batch.
+        self.label_order = self.label_order.to(logits.device)
         return logits[:, self.label_order]
 
 

@@ -1,0 +1,77 @@
+"""A frozen model's answers, without an engine around it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megakd.knowledge import Needs
+from megakd.stage import Batch, Knowledge, Predictions
+from megakd.teachers.frozen import FrozenModel
+
+LOGITS = torch.tensor([[1.0, 2.0, 3.0], [6.0, 5.0, 4.0]])
+BATCH = Batch({"logits": LOGITS}, torch.tensor([0, 1]), torch.ones(2, 1, dtype=torch.bool))
+
+
+class Echo(nn.Module):
+    """Says the logits it is given."""
+
+    config = SimpleNamespace(type_vocab_size=2)
+
+    def forward(self, logits: Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=logits, hidden_states=(logits[:, None],))
+
+
+def frozen(order: tuple[int, ...] | None) -> FrozenModel:
+    return FrozenModel(Echo(), needs=Needs(hidden_states=True), label_order=order)
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [(None, [[1, 2, 3], [6, 5, 4]]), ((2, 0, 1), [[3, 1, 2], [4, 6, 5]])],
+    ids=["same order", "another order"],
+)
+def test_a_teachers_classes_are_put_into_the_order_of_the_data(order, expected):
+    module = frozen(order)
+
+    taught, scored = module(BATCH), module(BATCH, scoring=True)
+
+    assert isinstance(taught, Knowledge)
+    assert isinstance(scored, Predictions)
+    assert taught.logits is not None
+    assert scored.outputs is not None
+    assert taught.logits.tolist() == scored.outputs.tolist() == expected
+
+
+def test_hidden_states_are_handed_on():
+    assert len(frozen(None)(BATCH).hidden_states) == 1
+
+
+def test_an_order_is_no_part_of_the_teachers_weights():
+    assert frozen((2, 0, 1)).state_dict() == {}
+
+
+def test_a_causal_lms_answer_leaves_its_head_to_the_engine():
+    config = LlamaConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=16,
+    )
+    module = FrozenModel(LlamaForCausalLM(config), needs=Needs(), label_order=None)
+    ids = torch.tensor([[5, 6, 7]])
+    batch = Batch({"input_ids": ids}, ids, torch.ones(1, 3, dtype=torch.bool))
+
+    taught, scored = module(batch), module(batch, scoring=True)
+
+    assert (taught.logits, taught.head) == (None, None)
+    assert list(taught.hidden.shape) == [1, 3, 8]
+    assert scored.outputs is None
+    assert scored.sums[2] == 3

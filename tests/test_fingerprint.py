@@ -1,0 +1,72 @@
+"""What a result depends on, and how two of them differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megakd.fingerprint import differences, files_identity, flatten
+
+MEGABYTE = 1 << 20
+
+
+def test_a_tree_becomes_dotted_keys_with_list_items_by_position():
+    tree = {"train": {"max_steps": 3}, "objective": [{"weight": 0.5}, {"weight": None}], "seed": 1}
+
+    assert flatten(tree) == {
+        "train.max_steps": 3,
+        "objective.0.weight": 0.5,
+        "objective.1.weight": None,
+        "seed": 1,
+    }
+
+
+def test_a_tuple_and_a_list_of_the_same_items_are_alike():
+    assert flatten({"pairs": ("1:2", "2:4")}) == flatten({"pairs": ["1:2", "2:4"]})
+
+
+def test_equal_fingerprints_do_not_differ():
+    assert differences({"a": 1, "b": None}, {"b": None, "a": 1}) == ""
+
+
+def test_differing_fields_are_named_with_both_values_also_where_one_side_has_none():
+    text = differences({"a": 1, "b": "x", "c": 0}, {"a": 2, "b": "x", "d": None})
+
+    assert text == "a: 1 there, 2 here; c: 0 there, 'absent' here; d: 'absent' there, None here"
+
+
+def test_many_differing_fields_are_cut_short_with_their_number():
+    text = differences(dict.fromkeys("abcdefgh", 1), dict.fromkeys("abcdefgh", 2))
+
+    assert text.count("there") == 5
+    assert text.endswith("; and 3 more")
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def test_the_same_files_in_another_folder_have_the_same_identity(tmp_path):
+    here, there = (write(tmp_path / folder / "w.bin", b"abc") for folder in ("a", "b"))
+
+    assert files_identity([here]) == files_identity([there])
+
+
+def test_another_name_size_first_or_last_byte_is_another_identity(tmp_path):
+    content = bytes(3 * MEGABYTE)
+    variants = {
+        "w.bin": content,
+        "v.bin": content,
+        "size/w.bin": content + b"\0",
+        "first/w.bin": b"x" + content[1:],
+        "last/w.bin": content[:-1] + b"x",
+    }
+
+    found = [files_identity([write(tmp_path / name, c)]) for name, c in variants.items()]
+
+    assert len(set(found)) == len(variants)
+
+
+def test_no_files_have_an_identity_too():
+    assert files_identity([]) == files_identity(())

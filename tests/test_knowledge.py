@@ -1,0 +1,118 @@
+"""What is read from a model is what the model itself says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from megakd.knowledge import Needs, language_model_head, read_knowledge
+from megakd.stage import Batch
+
+STATES = Needs(hidden_states=True)
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 3, 3]])
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+SIZE = {
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "max_position_embeddings": 16,
+}
+DISTILBERT = {"vocab_size": 20, "dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 8}
+
+
+def encoder(family: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if family == "bert":
+        return BertForSequenceClassification(BertConfig(**SIZE)).eval()
+    if family == "roberta":
+        config = RobertaConfig(**{**SIZE, "type_vocab_size": 1}, pad_token_id=3)
+        return RobertaForSequenceClassification(config).eval()
+    return DistilBertForSequenceClassification(DistilBertConfig(**DISTILBERT)).eval()
+
+
+def decoder(*, tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZE, num_key_value_heads=1, tie_word_embeddings=tied)
+    return LlamaForCausalLM(config).eval()
+
+
+def batch(labels: torch.Tensor, **inputs: torch.Tensor) -> Batch:
+    return Batch({"input_ids": IDS, "attention_mask": MASK, **inputs}, labels, MASK.bool())
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_a_classifier_is_read_as_its_logits_and_its_hidden_states(family):
+    model = encoder(family)
+    theirs = model(input_ids=IDS, attention_mask=MASK, output_hidden_states=True)
+
+    read = read_knowledge(model, batch(torch.tensor([0, 1])), STATES)
+
+    torch.testing.assert_close(read.logits, theirs.logits)
+    torch.testing.assert_close(read.hidden_states, tuple(theirs.hidden_states))
+    assert len(read.hidden_states) == 3  # 0 is the embedding output
+    assert (read.hidden, read.head) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("family", "reads_them"), [("bert", True), ("roberta", False), ("distilbert", False)]
+)
+def test_the_second_texts_type_reaches_only_models_that_know_one(family, reads_them):
+    model, labels = encoder(family), torch.tensor([0, 1])
+
+    plain = read_knowledge(model, batch(labels), Needs())
+    typed = read_knowledge(model, batch(labels, token_type_ids=MASK), Needs())
+
+    assert torch.equal(plain.logits, typed.logits) != reads_them
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_causal_lm_is_read_as_hidden_states_and_a_head_that_stand_for_its_logits(tied):
+    model = decoder(tied=tied)
+    theirs = model(input_ids=IDS, attention_mask=MASK).logits
+
+    read = read_knowledge(model, batch(IDS), STATES)
+
+    assert read.logits is None
+    assert read.hidden is not None
+    assert read.head is not None
+    with read.head.open():
+        weight, bias = read.head.read()
+    torch.testing.assert_close(read.hidden @ weight.T, theirs)
+    assert bias is None
+    assert len(read.hidden_states) == 3
+
+
+def test_a_tied_head_is_the_embedding_itself():
+    model = decoder(tied=True)
+
+    weight, _ = language_model_head(model).read()
+
+    assert weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("is_language", [False, True], ids=["classifier", "causal lm"])
+def test_hidden_states_are_kept_only_where_they_are_needed(is_language):
+    model = decoder(tied=True) if is_language else encoder("bert")
+    labels = IDS if is_language else torch.tensor([0, 1])
+
+    assert read_knowledge(model, batch(labels), Needs()).hidden_states == ()
+
+
+def test_the_logits_of_a_causal_lm_are_never_formed(monkeypatch):
+    model = decoder(tied=False)
+    monkeypatch.setattr(model.lm_head, "forward", None)
+
+    assert read_knowledge(model, batch(IDS), Needs()).hidden is not None

@@ -1,0 +1,357 @@
+"""What a stage inherits, what its result depends on, and what is refused before models load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from megakd import lab as lab_module
+from megakd.config import (
+    EvalConfig,
+    FinetuneOverrides,
+    LogConfig,
+    RunConfig,
+    SaveConfig,
+    ScratchModel,
+    StudentConfig,
+    TaskConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from megakd.data.encoding import Encoded
+from megakd.data.splits import Splits
+from megakd.engine import distributed
+from megakd.engine.distributed import Ranks
+from megakd.errors import CheckpointError, ConfigError, TeacherError
+from megakd.fingerprint import differences
+from megakd.lab import (
+    TEACHER_STAGE,
+    Lab,
+    check_checkpoint_given,
+    check_run,
+    inherit,
+    scoring_preset,
+)
+from megakd.methods.single import SingleConfig
+from megakd.models.loading import resolve_model
+from megakd.preparation import Prepared
+from megakd.stage import Stage, StageResult
+from megakd.stage_run import result_text
+from megakd.terms import HiddenMse, SoftTargetKl
+
+SIZE = {
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "max_position_embeddings": 40,
+}
+ONE_RANK = Ranks(0, 1, 0, torch.device("cpu"))
+Build = Callable[..., Lab]
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank without a process group."""
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path / "teacher"
+    BertForSequenceClassification(BertConfig(**SIZE)).save_pretrained(folder)
+    return folder
+
+
+def config_of(tmp_path: Path, **sections: Any) -> RunConfig:
+    config = {"model_type": "bert", **SIZE, "num_hidden_layers": 1}
+    defaults: dict[str, Any] = {
+        "output_dir": tmp_path / "run",
+        "task": TaskConfig(type="classification", dataset="d", max_length=32),
+        "student": StudentConfig(model=ScratchModel(config=config)),
+        "teacher": TeacherConfig(model=str(tmp_path / "teacher")),
+        "method": SingleConfig(name="single"),
+    }
+    return RunConfig(**(defaults | sections))
+
+
+def prepared_of(config: RunConfig, content: str = "rows") -> Prepared:
+    nothing: Any = None
+    specs = {"teacher": config.teacher, "student": config.student}
+    tokenizer: Any = range(20)  # all that is asked of it here is its size
+    return Prepared(
+        splits=Splits(nothing, nothing, None, ("no", "yes"), ("accuracy",), content),
+        encoded=Encoded(nothing, nothing, None, content, 8.0),
+        tokenizer=tokenizer,
+        sources={
+            role: resolve_model(spec.model, config.task, where=f"{role}.model")
+            for role, spec in specs.items()
+            if spec is not None
+        },
+    )
+
+
+def lab_of(config: RunConfig, content: str = "rows") -> Lab:
+    reporter: Any = None
+    return Lab(config, prepared_of(config, content), ONE_RANK, reporter)
+
+
+def stage_of(**changes: Any) -> Stage:
+    kl = SoftTargetKl(loss="soft_target_kl")
+    return Stage(**{"name": "student", "teachers": ("teacher",), "objective": (kl,), **changes})
+
+
+def fingerprint(config: RunConfig, content: str = "rows", **changes: Any) -> dict[str, Any]:
+    lab = lab_of(config, content)
+    lab.teacher()
+    return lab._fingerprint(lab._completed(stage_of(**changes)))
+
+
+def test_finetune_takes_the_keys_of_train_that_it_does_not_set():
+    train = TrainConfig(per_device_train_batch_size=3, learning_rate=1.0, bf16=True, max_steps=9)
+
+    found = inherit(train, FinetuneOverrides(learning_rate=2.0, bf16=False, deepspeed="zero3"))
+
+    expected = {"per_device_train_batch_size": 3, "learning_rate": 2.0, "bf16": False}
+    assert {key: getattr(found, key) for key in expected} == expected
+    assert found.max_steps == 9
+
+
+@pytest.mark.parametrize(
+    ("train", "overrides", "decides"),
+    [
+        ({"max_steps": 9}, {"num_train_epochs": 2.0}, (None, 2.0)),
+        ({"num_train_epochs": 5.0}, {"max_steps": 7}, (7, 5.0)),  # max_steps wins in a section
+        ({"max_steps": 9}, {"max_steps": 7}, (7, 3.0)),
+        ({"max_steps": 9}, {"max_steps": 7, "num_train_epochs": 2.0}, (7, 2.0)),
+    ],
+    ids=["epochs there", "steps there", "steps in both", "both there"],
+)
+def test_max_steps_and_num_train_epochs_displace_each_other(train, overrides, decides):
+    found = inherit(TrainConfig(**train), FinetuneOverrides(**overrides))
+
+    assert (found.max_steps, found.num_train_epochs) == decides
+
+
+@pytest.mark.parametrize(
+    ("overrides", "decides"),
+    [
+        ({"warmup_ratio": 0.1}, (0, 0.1)),
+        ({"warmup_steps": 3}, (3, 0.5)),
+        ({}, (9, 0.5)),
+    ],
+    ids=["ratio there", "steps there", "neither"],
+)
+def test_a_warm_up_of_its_own_displaces_that_of_train(overrides, decides):
+    train = TrainConfig(warmup_steps=9, warmup_ratio=0.5)
+
+    found = inherit(train, FinetuneOverrides(**overrides))
+
+    assert (found.warmup_steps, found.warmup_ratio) == decides
+
+
+def test_a_teacher_is_finetuned_on_its_labels_before_it_teaches(tmp_path, teacher, monkeypatch):
+    overrides = FinetuneOverrides(max_steps=7, deepspeed="zero0")
+    spec = TeacherConfig(model=str(teacher), finetune=overrides)
+    lab = lab_of(config_of(tmp_path, teacher=spec))
+    stages: list[Stage] = []
+
+    def train(stage: Stage) -> StageResult:
+        stages.append(stage)
+        return result(teacher)
+
+    monkeypatch.setattr(lab, "train", train)
+
+    names = (lab.teacher(), lab.teacher())
+
+    assert names == ("teacher", "teacher")
+    (stage,) = stages  # once
+    assert (stage.name, stage.role, stage.teachers) == (TEACHER_STAGE, "teacher", ())
+    assert (stage.labelled_only, stage.deepspeed, stage.train.max_steps) == (True, "zero0", 7)
+    assert [term.loss for term in stage.objective] == ["hard_cross_entropy"]
+    assert lab.teacher_folder == teacher
+
+
+@pytest.mark.parametrize(
+    ("task", "losses"),
+    [
+        ("classification", ["hard_cross_entropy", "soft_target_kl"]),
+        ("regression", ["hard_mse", "soft_target_mse"]),
+    ],
+)
+def test_the_default_terms_fit_the_task(tmp_path, teacher, task, losses):
+    lab = lab_of(config_of(tmp_path, task=TaskConfig(type=task, dataset="d", max_length=32)))
+
+    assert [term.loss for term in (*lab.hard_terms(0.5), *lab.soft_terms(0.5))] == losses
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"log": LogConfig(logging_steps=1, tensorboard=False)},
+        {"save": SaveConfig(save_steps=1, save_total_limit=None)},
+        {"eval": EvalConfig(per_device_eval_batch_size=1)},
+        {"train": TrainConfig(resume_from_checkpoint=False)},
+        {"baselines": ("alone",)},
+        {"output_dir": Path("elsewhere")},
+    ],
+    ids=lambda sections: next(iter(sections)),
+)
+def test_what_weights_do_not_depend_on_changes_no_fingerprint(tmp_path, teacher, sections):
+    base, other = config_of(tmp_path), config_of(tmp_path, **sections)
+
+    assert differences(fingerprint(base), fingerprint(other)) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"seed": 7}, "seed"),
+        ({"train": TrainConfig(learning_rate=1.0)}, "train.learning_rate"),
+        ({"train": TrainConfig(gradient_accumulation_steps=2)}, "train.gradient_accumulation"),
+        ({"eval": EvalConfig(eval_steps=3)}, "eval.eval_steps"),
+        ({"task": TaskConfig(type="classification", dataset="e", max_length=32)}, "task.dataset"),
+    ],
+    ids=["seed", "rate", "accumulation", "best evaluation", "data"],
+)
+def test_what_weights_depend_on_in_the_config_is_named(tmp_path, teacher, changes, field):
+    base, other = config_of(tmp_path), config_of(tmp_path, **changes)
+
+    assert differences(fingerprint(base), fingerprint(other)).startswith(field)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"objective": (SoftTargetKl(loss="soft_target_kl", weight=2.0),)}, "objective.0.weight"),
+        ({"labelled_only": True}, "labelled_only"),
+        ({"deepspeed": "zero3"}, "deepspeed.zero_optimization.stage"),
+        ({"role": "teacher"}, "model."),
+        ({"teachers": ()}, "teacher."),
+    ],
+    ids=["objective", "rows", "zero stage", "learner", "teacher"],
+)
+def test_what_weights_depend_on_in_the_stage_is_named(tmp_path, teacher, changes, field):
+    config = config_of(tmp_path)
+
+    assert field in differences(fingerprint(config), fingerprint(config, **changes))
+
+
+def test_other_rows_are_another_fingerprint(tmp_path, teacher):
+    config = config_of(tmp_path)
+
+    assert differences(fingerprint(config), fingerprint(config, "others")).startswith("data: ")
+
+
+def test_other_weights_of_a_teacher_are_another_fingerprint(tmp_path, teacher):
+    config = config_of(tmp_path)
+    before = fingerprint(config)
+    weights = teacher / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+
+    assert differences(before, fingerprint(config)).startswith("teacher.model.weights: ")
+
+
+def test_a_teacher_that_was_only_moved_is_the_same(tmp_path, teacher):
+    before = fingerprint(config_of(tmp_path))
+    moved = teacher.rename(tmp_path / "moved")
+
+    after = fingerprint(config_of(tmp_path, teacher=TeacherConfig(model=str(moved))))
+
+    assert differences(before, after) == ""
+
+
+def test_a_fingerprint_survives_json(tmp_path, teacher):
+    found = fingerprint(config_of(tmp_path))
+
+    assert json.loads(json.dumps(found)) == found
+
+
+def result(folder: Path) -> StageResult:
+    return StageResult(
+        name="student",
+        folder=folder,
+        metrics={"accuracy": 0.5},
+        steps=3,
+        seconds=1.0,
+        tokens_per_second=2.0,
+        peak_memory_bytes=4,
+    )
+
+
+def finished(lab: Lab, stage: Stage) -> StageResult:
+    """Leaves the stage's result where a finished stage has it."""
+    folder = lab.config.output_dir / "stages" / stage.name
+    folder.mkdir(parents=True)
+    text = result_text(result(folder), lab._fingerprint(lab._completed(stage)))
+    (folder / "result.json").write_text(text)
+    return result(folder)
+
+
+def test_a_finished_stage_is_taken_and_not_run_again(tmp_path, teacher, monkeypatch):
+    lab = lab_of(config_of(tmp_path))
+    lab.teacher()
+    left = finished(lab, stage_of())
+    monkeypatch.setattr(lab_module, "StageRun", None)
+
+    found = lab.train(stage_of())
+
+    assert found == left
+    assert lab.results == [left]
+
+
+def test_a_result_of_another_config_is_refused_with_the_fields_that_differ(tmp_path, teacher):
+    lab = lab_of(config_of(tmp_path))
+    lab.teacher()
+    finished(lab, stage_of())
+
+    with pytest.raises(CheckpointError, match=r"another config \(labelled_only: False there, True"):
+        lab.train(stage_of(labelled_only=True))
+
+
+def test_a_layer_mapping_beyond_a_model_is_refused_before_anything_loads(tmp_path, teacher):
+    term = HiddenMse(loss="hidden_mse", layer_mapping=("7:1",))
+    config = config_of(tmp_path, objective=(term,))
+
+    with pytest.raises(
+        TeacherError, match="layer_mapping 7:1: the student has 1 layers, the teach"
+    ):
+        check_run(config, prepared_of(config))
+
+
+def test_a_frozen_teacher_at_zero_2_is_refused(tmp_path, teacher):
+    config = config_of(tmp_path, teacher=TeacherConfig(model=str(teacher), deepspeed="zero2"))
+
+    with pytest.raises(ConfigError, match=r"teacher\.deepspeed"):
+        check_run(config, prepared_of(config))
+
+
+def test_a_run_that_fits_is_not_refused(tmp_path, teacher):
+    config = config_of(tmp_path, objective=(HiddenMse(loss="hidden_mse"),))
+
+    check_run(config, prepared_of(config))
+
+
+def test_a_checkpoint_path_that_is_not_there_is_refused_with_its_key(tmp_path):
+    with pytest.raises(CheckpointError, match=r"train\.resume.*: nowhere does not exist; give"):
+        check_checkpoint_given("train.resume_from_checkpoint", "nowhere")
+
+    for fine in (str(tmp_path), True, None):
+        check_checkpoint_given("train.resume_from_checkpoint", fine)
+
+
+@pytest.mark.parametrize(
+    ("trained", "scored"),
+    [("zero0", "teacher_zero0"), ("zero2", "teacher_zero0"), ("zero3", "teacher_zero3")],
+)
+def test_a_student_is_scored_sharded_only_if_it_was_trained_so(trained, scored):
+    assert scoring_preset(trained) == scored
