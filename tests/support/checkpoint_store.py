@@ -1,0 +1,44 @@
+"""A stage's checkpoints without an engine, for tests of what is on the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megakd.checkpoint import Checkpoints, write_tensors
+from megakd.engine.distributed import Ranks
+
+ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+SHARD = "shard.pt"
+FILES = (SHARD, "state.pt", "rank-0.pt")
+
+
+def checkpoints(folder: Path, *, keep: int | None = 2, ranks: Ranks = ALONE, **fields: Any) -> Any:
+    fingerprint = {"train.learning_rate": 0.1, "seed": 1} | fields
+    return Checkpoints(folder=folder / "student", fingerprint=fingerprint, keep=keep, ranks=ranks)
+
+
+def write_engine(folder: Path, tag: str) -> None:
+    write_tensors(folder / tag / SHARD, {"weight": torch.arange(1000.0)})
+
+
+def save(store: Checkpoints, *steps: int) -> Path:
+    for step in steps:
+        written = store.save(step, write_engine, {"step": step}, {"window": step * 10})
+    return written
+
+
+def names(store: Checkpoints) -> list[str]:
+    return sorted(path.name for path in store.folder.iterdir())
+
+
+def read_nothing(folder: Path, tag: str) -> None:
+    del folder, tag
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
