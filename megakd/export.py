@@ -240,7 +240,8 @@ def _front_matter(facts: CardFacts, report: Report) -> dict[str, Any]:
 
 def _origin(facts: CardFacts, report: Report) -> str:
     start = f"`{_shown(facts.student)}`" if facts.student else "random weights"
-    taught = f" by distilling `{_shown(facts.teacher)}`" if facts.teacher else ""
+    teacher = f"`{_shown(facts.teacher)}`" if facts.teacher else "a teacher from random weights"
+    taught = f" by distilling {teacher}" if report["teacher"] is not None else ""
     return (
         f"Trained by megakd with the method `{report['method']}` on `{report['task']}`{taught}, "
         f"starting from {start}."

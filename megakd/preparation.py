@@ -103,8 +103,8 @@ def check_vocabularies(
         own = from_folder(source.folder, task)
         if own.get_vocab() != vocabulary:
             raise TeacherError(
-                f"{source.where} {source.name} comes with a tokenizer of {len(own)} tokens, and the "
-                f"run's has {len(tokenizer)} others: soft targets need one vocabulary; choose "
+                f"{source.where} {source.name} comes with a tokenizer of {len(own)} tokens, and "
+                f"the run's has {len(tokenizer)} others: soft targets need one vocabulary; choose "
                 f"models of one tokenizer, or set task.tokenizer if they really share it"
             )
 

@@ -14,6 +14,7 @@ import pytest
 
 if TYPE_CHECKING:
     from one_rank import OneRank
+    from whole_run import WholeRun
 
 ROOT = Path(__file__).resolve().parents[1]
 # Kept between runs and built once; compiled against one environment's torch, so each has its own.
@@ -67,3 +68,11 @@ def one_rank() -> Iterator[OneRank]:
     rank = OneRank()
     yield rank
     rank.stop()
+
+
+@pytest.fixture(scope="session")
+def whole_run(one_rank: OneRank, tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
+    """A run with everything in it, finished."""
+    from whole_run import start_whole_run
+
+    return start_whole_run(one_rank, tmp_path_factory.mktemp("whole-run"))

@@ -5,6 +5,7 @@ Starting DeepSpeed costs seconds; every test of a session shares one group per w
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import socket
@@ -33,7 +34,7 @@ class GlooWorkers:
         self._collect(START_TIMEOUT_S, "start")
 
     def run(self, case: str, *arguments, timeout_s: float = CALL_TIMEOUT_S) -> list:
-        """What `cases.<case>(*arguments)` returned on each rank."""
+        """What `cases.<case>(*arguments)`, or a `module.case`, returned on each rank."""
         for end in self._ends:
             end.send((case, arguments))
         return self._collect(timeout_s, case)
@@ -73,14 +74,13 @@ def _serve(requests: Connection, rank: int, world: int, port: int) -> None:
     os.environ.update({key: str(value) for key, value in place.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     _answer(requests, _start)
-    import cases
-
     while True:
         try:
             name, arguments = requests.recv()
         except EOFError:
             return
-        _answer(requests, getattr(cases, name), *arguments)
+        module, _, function = name.rpartition(".")
+        _answer(requests, getattr(importlib.import_module(module or "cases"), function), *arguments)
 
 
 def _start() -> None:

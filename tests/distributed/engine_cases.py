@@ -1,0 +1,90 @@
+"""What the gloo ranks tell of the two engines of a run, beside weights and gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megakd.assembly import Assembly
+from megakd.config_file import load_config
+from megakd.engine import distributed
+from megakd.lab import Lab
+from megakd.preparation import prepare
+from megakd.progress import Reporter
+from megakd.stage import UNITS, Constant, Pass, Stage
+from megakd.stage_run import StageRun
+
+
+def two_engines(config_path: str, folder: str) -> dict:
+    """One step of student and teacher, then a checkpoint: what each engine holds."""
+    run, teacher = _started(config_path)
+    whole = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in _weights(teacher))
+    before = [_local(p).clone() for p in _weights(teacher)]
+    run.trainer.train_step(run.loader.step(0))
+    after = [_local(p) for p in _weights(teacher)]
+    run.student.save(Path(folder), "saved")
+    facts = {
+        "teacher_elements": whole,
+        "teacher_local": sum(_local(p).numel() for p in _weights(teacher)),
+        "teacher_devices": sorted({str(_local(p).device) for p in _weights(teacher)}),
+        "teacher_optimizer": type(teacher._engine.optimizer).__name__,
+        "teacher_trains": any(p.requires_grad for p in _weights(teacher)),
+        "teacher_gradients": sum(p.grad is not None for p in _weights(teacher)),
+        "teacher_changed": any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)),
+        "student_optimizer": type(run.student._engine.basic_optimizer).__name__,
+        "student_elements": sum(
+            p.ds_numel if hasattr(p, "ds_numel") else p.numel()
+            for p in run.student.bundle.parameters()
+        ),
+    }
+    run.close()
+    teacher.destroy()
+    return facts
+
+
+def _started(config_path: str):
+    config = load_config(Path(config_path))
+    ranks, prepared = distributed.ranks(), prepare(config)
+    reporter = Reporter(config.output_dir, is_main=False)
+    lab = Lab(config, prepared, ranks, reporter)
+    name = lab.teacher()
+    stage = Stage(
+        name="student",
+        teachers=(name,),
+        objective=config.objective,
+        strategy=Constant((Pass(teacher=name),)),
+        train=config.train,
+        deepspeed=config.student.deepspeed,
+    )
+    from megakd.objective import objective_needs
+
+    teacher = lab._frozen(name, objective_needs(stage.objective))
+    run = StageRun(
+        stage,
+        Assembly(config=config, prepared=prepared, ranks=ranks),
+        teachers={name: teacher},
+        reporter=reporter,
+        fingerprint={},
+    )
+    return run, teacher
+
+
+def _weights(teacher):
+    return list(teacher.model.parameters())
+
+
+def _local(parameter) -> torch.Tensor:
+    """This rank's share of a parameter."""
+    return getattr(parameter, "ds_tensor", parameter).detach()
+
+
+def epoch(config_path: str) -> dict:
+    """How many examples each step of one epoch counts over all ranks, and what this rank has."""
+    run, teacher = _started(config_path)
+    steps = [run.loader.step(index) for index in range(run.loader.steps_per_epoch)]
+    counted = [run._count_units(batches)[UNITS.index("examples")].item() for batches in steps]
+    mine = [sum(int(b.valid.any(1).sum()) for b in batches) for batches in steps]
+    run.close()
+    teacher.destroy()
+    return {"counted": counted, "mine": mine}

@@ -1,0 +1,226 @@
+"""Two engines under one launcher: precision, offload, sharding, checkpointing, ragged ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import bert, config_tree, llama, write_config, write_reviews, write_text
+
+ROWS = 41  # no number of ranks or rows per step divides it
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# Large, so that the size of a gradient shows in the step that Adam takes.
+EPSILON = 0.01
+TERMS = [
+    {"loss": "soft_target_kl", "weight": 0.5, "temperature": 2.0},
+    {"loss": "hard_cross_entropy", "weight": 0.5},
+    {"loss": "hidden_mse", "weight": 0.2, "layer_mapping": ["1:2"]},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("engines")
+    write_reviews(folder / "reviews", train=ROWS, validation=9)
+    write_text(folder / "text.txt")
+    return folder
+
+
+@pytest.fixture
+def write(folder, tmp_path):
+    """A config with the engines and settings of one test: `write(student=..., teacher=...)`."""
+
+    def written(*, language=False, student="zero2", teacher="teacher_zero3", models=None, **train):
+        task = {"type": "classification", "dataset": str(folder / "reviews")}
+        if language:
+            task = {"type": "causal_lm", "dataset": str(folder / "text.txt")}
+            task["tokenizer"] = {"type": "bpe", "vocab_size": 320}
+        make, keys = (llama, {}) if language else (bert, NO_DROPOUT)
+        big, small = models or (make(2, width=24, **keys), make(2, **keys))
+        tree = config_tree(
+            tmp_path / "out",
+            task,
+            teacher={"model": big, "deepspeed": teacher},
+            student={"model": small, "deepspeed": student},
+            method={"name": "single"},
+            objective=TERMS,
+        )
+        usual = {"max_steps": 100, "adam_epsilon": EPSILON, "gradient_accumulation_steps": 2}
+        tree["train"] |= {**usual, **train}
+        count = len(list(tmp_path.glob("*.yaml")))
+        return str(write_config(tmp_path / f"{count}.yaml", tree))
+
+    return written
+
+
+@pytest.fixture
+def train(workers, write):
+    """Trains on two ranks and gives rank 0's findings."""
+
+    def trained(steps=3, *, ranks=2, **settings):
+        return workers(ranks).run("train", write(**settings), [], steps)[0]
+
+    return trained
+
+
+def largest_difference(found, expected) -> float:
+    assert found.keys() == expected.keys()
+    return max((found[name].float() - expected[name].float()).abs().max().item() for name in found)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        ("zero0", "teacher_zero0"),
+        ("zero1", "teacher_zero3"),
+        ("zero2", "teacher_zero3"),
+        ("zero3", "teacher_zero3"),
+        ("zero3", "teacher_zero0"),
+    ],
+)
+def test_both_models_in_bf16_bring_the_loss_down(workers, write, student, teacher):
+    path = write(student=student, teacher=teacher, bf16=True, learning_rate=0.01, adam_epsilon=1e-8)
+
+    found = workers(2).run("train", path, ["teacher.dtype=bf16"], 16)[0]
+
+    assert {weight.dtype for weight in found["final"].values()} == {torch.bfloat16}
+    assert found["gradient_norm"] > 0
+    total = [sum(term["weight"] * step[term["loss"]] for term in TERMS) for step in found["losses"]]
+    assert sum(total[-4:]) < 0.8 * sum(total[:4])
+
+
+@pytest.mark.parametrize("language", [False, True], ids=["bert", "llama"])
+@pytest.mark.parametrize("student", ["zero2", "zero3"])
+def test_recomputing_activations_changes_no_gradient(train, student, language):
+    kept = train(1, student=student, language=language)
+    recomputed = train(1, student=student, language=language, gradient_checkpointing=True)
+
+    assert largest_difference(recomputed["gradients"][0], kept["gradients"][0]) <= 1e-7
+    assert recomputed["losses"] == kept["losses"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "like", "teacher"),
+    [
+        ("zero2_offload", "zero2", "teacher_zero3_offload"),
+        ("zero3_offload", "zero3", "teacher_zero3_offload"),
+        ("zero3_offload", "zero3", "teacher_zero0"),
+    ],
+)
+def test_offloading_to_the_cpu_changes_no_weight(train, workers, write, preset, like, teacher):
+    # The first use of DeepSpeed's CPU Adam compiles it.
+    path = write(student=preset, teacher=teacher, weight_decay=0.01)
+    offloaded = workers(2).run("train", path, [], 3, timeout_s=400)[0]
+    kept = train(3, student=like, weight_decay=0.01)
+
+    assert largest_difference(offloaded["final"], kept["final"]) <= 1e-5
+    assert largest_difference(offloaded["final"], offloaded["initial"]) > 1e-3
+
+
+def test_offloaded_optimizers_are_deepspeeds_own(workers, write, tmp_path):
+    path = write(student="zero2_offload", teacher="teacher_zero3_offload")
+
+    facts = workers(2).run("engine_cases.two_engines", path, str(tmp_path / "saved"))[0]
+
+    assert facts["student_optimizer"] == "DeepSpeedCPUAdam"
+    assert facts["teacher_devices"] == ["cpu"]
+
+
+@pytest.fixture(scope="module")
+def unclipped() -> dict[str, torch.Tensor]:
+    """The weights that no clipping gives, from the first test that has trained them."""
+    return {}
+
+
+@pytest.mark.parametrize("student", ["zero0", "zero1", "zero2", "zero3"])
+def test_gradients_are_clipped_by_their_true_norm_and_by_0_not_at_all(train, unclipped, student):
+    low = train(2, student=student, max_grad_norm=0.05)
+    off = train(2, student=student, max_grad_norm=0.0)
+    unclipped.update(unclipped or train(2, student="zero0", max_grad_norm=1e6)["final"])
+
+    for found in (low, off):
+        squares = sum(g.double().square().sum() for g in found["gradients"][-1].values())
+        assert found["gradient_norm"] == pytest.approx(float(squares.sqrt()), rel=1e-5)
+        assert found["gradient_norm"] > 0.05
+    assert largest_difference(off["final"], unclipped) <= 1e-6
+    assert largest_difference(low["final"], unclipped) > 1e-3
+
+
+@pytest.mark.parametrize("student", ["zero1", "zero2", "zero3"])
+def test_parameters_that_ranks_cannot_halve_are_trained_alike(train, student):
+    odd = {"hidden_size": 6, "intermediate_size": 7, "max_position_embeddings": 33}
+    models = (bert(2, width=10, **NO_DROPOUT), bert(1, **{**NO_DROPOUT, **odd}))
+
+    halved = train(3, student=student, models=models)
+    whole = train(3, student="zero0", models=models)
+
+    assert any(weight.numel() % 2 for weight in whole["final"].values())
+    assert largest_difference(halved["final"], whole["final"]) <= 1e-6
+
+
+@pytest.mark.parametrize("teacher", ["teacher_zero0", "teacher_zero3", "teacher_zero3_offload"])
+@pytest.mark.parametrize("student", ["zero2", "zero3"])
+def test_a_teacher_has_no_optimizer_no_gradient_and_no_place_in_a_checkpoint(
+    workers, write, tmp_path, student, teacher
+):
+    path = write(student=student, teacher=teacher)
+
+    for facts in workers(2).run("engine_cases.two_engines", path, str(tmp_path / "saved")):
+        assert not facts["teacher_trains"]
+        assert facts["teacher_gradients"] == 0
+        assert not facts["teacher_changed"]
+        assert facts["teacher_optimizer"] in ("NoneType", "DeepSpeedZeRoOffload")
+        share = facts["teacher_local"] / facts["teacher_elements"]
+        assert share == 1 if teacher == "teacher_zero0" else share <= 0.51
+    files = sorted((tmp_path / "saved" / "saved").glob("*.pt"))
+    names, elements = saved(files)
+    assert {name.split(".")[0] for name in names} <= {"student", "objective"}
+    # Weight and two moments of each element, and at ZeRO-2 the weights once more.
+    assert elements <= 4.2 * facts["student_elements"]
+
+
+def saved(files) -> tuple[set[str], int]:
+    """The names of modules in a checkpoint, and how many floating-point numbers it holds."""
+    names: set[str] = set()
+    elements = 0
+    for file in files:
+        content = torch.load(file, weights_only=False)
+        names |= set(content.get("module") or ())
+        elements += sum(t.numel() for t in tensors(content) if t.is_floating_point())
+    return names, elements
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors(item)
+
+
+# With one micro-batch of 4 the last step has one row, and the other rank only keeps in step.
+@pytest.mark.parametrize(("accumulation", "last"), [(1, {0, 1}), (2, {4, 5})])
+def test_an_epoch_that_ends_raggedly_counts_every_row_once(workers, write, accumulation, last):
+    path = write(gradient_accumulation_steps=accumulation)
+
+    first, second = workers(2).run("engine_cases.epoch", path)
+
+    assert first["counted"] == second["counted"]
+    assert sum(first["counted"]) == ROWS
+    assert [a + b for a, b in zip(first["mine"], second["mine"], strict=True)] == first["counted"]
+    assert {first["mine"][-1], second["mine"][-1]} == last
+
+
+@pytest.mark.parametrize("student", ["zero0", "zero2", "zero3"])
+def test_a_ragged_end_trains_two_ranks_as_one(train, student):
+    steps = ROWS // 16 + 2  # over the end, into the second epoch
+
+    two = train(steps, student=student)
+    one = train(steps, ranks=1, student=student, per_device_train_batch_size=8)
+
+    assert largest_difference(two["final"], one["final"]) <= 3e-6
+    assert two["scores"] == one["scores"]

@@ -1,0 +1,50 @@
+"""A run that works, to be spoiled in one place, and what has to be said about it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from one_rank import OneRank, Said
+from tiny_runs import bert, config_tree, write_config
+
+# A teacher that is fine-tuned first would make a late message cost hours.
+LATE = {"model": bert(2), "finetune": {}}
+
+
+class Bench:
+    """A run that works, to be spoiled in one place."""
+
+    def __init__(self, folder: Path, reviews: Path, teacher: Path, one_rank: OneRank) -> None:
+        self.folder, self.reviews = folder, reviews
+        self.teacher, self.one_rank = teacher, one_rank
+
+    def tree(self, task: Mapping[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
+        """A run config of classes, with a teacher; `sections` and the task replace its parts."""
+        data = {"type": "classification", "dataset": str(self.reviews)}
+        usual = {"teacher": {"model": str(self.teacher)}, "method": {"name": "single"}}
+        return config_tree(self.folder / "out", {**data, **(task or {})}, **{**usual, **sections})
+
+    def start(self, tree: Mapping[str, Any], *overrides: str) -> Said:
+        """`launch/train.py` with the config."""
+        config = write_config(self.folder / "run.yaml", tree)
+        return self.one_rank.train("--config", config, *overrides)
+
+    def copied(self, name: str = "copy") -> Path:
+        """The teacher's folder, to be damaged."""
+        return Path(shutil.copytree(self.teacher, self.folder / name))
+
+
+def assert_refused(said: Said, bench: Bench, *fragments: object) -> None:
+    """One message on standard error that holds the fragments, and nothing loaded or begun."""
+    message = said.err[said.err.index("megakd: error: ") :] if "megakd: error" in said.err else ""
+    assert said.code == 2, said.err
+    for fragment in fragments:
+        assert str(fragment) in message, message
+    assert len(message.splitlines()) == 1, message
+    assert "Traceback" not in said.err + said.out
+    assert said.out == ""
+    assert said.loaded == ()
+    assert not (bench.folder / "out" / "config.yaml").exists()

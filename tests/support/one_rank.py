@@ -1,0 +1,102 @@
+"""One rank in a process of its own that runs whole commands one after the other.
+
+A start costs seconds, and DeepSpeed can join a process group only once in a process: here the
+group outlives the commands. All else is what `launch/train.py` and `megakd` do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import multiprocessing
+import os
+import traceback
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+TIMEOUT_S = 300  # the first start with new caches compiles DeepSpeed's shared-memory operator
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Said(NamedTuple):
+    """What a command came to; `loaded` names the models whose weights it has loaded."""
+
+    code: int
+    out: str
+    err: str
+    loaded: tuple[str, ...]
+
+
+class OneRank:
+    """Runs commands as a user would, without the seconds of a start."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._end, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
+
+    def train(self, *arguments: object) -> Said:
+        """`launch/train.py ARGUMENTS`."""
+        return self._run("train_main", *arguments)
+
+    def megakd(self, *arguments: object) -> Said:
+        """`megakd ARGUMENTS`."""
+        return self._run("main", *arguments)
+
+    def _run(self, entry: str, *arguments: object) -> Said:
+        self._end.send((entry, [str(argument) for argument in arguments]))
+        if not self._end.poll(TIMEOUT_S):
+            self.stop()
+            raise TimeoutError(f"no answer to {arguments} in {TIMEOUT_S} s")
+        said, failure = self._end.recv()
+        if failure:
+            raise AssertionError(f"{entry} {arguments} failed:\n{failure}")
+        return said
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(requests: Connection) -> None:
+    import megakd.assembly
+    from megakd import cli
+    from megakd.engine import distributed
+
+    loaded: list[str] = []
+    _note_loads(megakd.assembly, loaded)
+    distributed.stop = lambda **_: None
+    while True:
+        try:
+            entry, arguments = requests.recv()
+        except EOFError:
+            return
+        loaded.clear()
+        requests.send(_answer(getattr(cli, entry), arguments, loaded))
+
+
+def _note_loads(assembly, loaded: list[str]) -> None:
+    load_model = assembly.load_model
+
+    def noting(source, **facts):
+        loaded.append(source.name)
+        return load_model(source, **facts)
+
+    assembly.load_model = noting
+
+
+def _answer(command, arguments: list[str], loaded: list[str]) -> tuple[Said | None, str]:
+    out, err = io.StringIO(), io.StringIO()
+    place = {name: os.environ.pop(name) for name in LAUNCHERS if name in os.environ}
+    logging.getLogger().handlers.clear()  # the last command's standard error
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = command(arguments)
+    except BaseException:  # noqa: BLE001 - whatever it is, the test has to show it
+        return None, f"{err.getvalue()}\n{traceback.format_exc()}"
+    finally:
+        os.environ.update(place)
+    return Said(code, out.getvalue(), err.getvalue(), tuple(loaded)), ""

@@ -1,0 +1,84 @@
+"""One run with everything in it, done once for all tests that look at what it left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from one_rank import OneRank, Said
+from tiny_runs import bert, config_tree, write_config, write_reviews
+
+ROWS, LABELLED, ROWS_PER_STEP, EPOCHS = 64, 32, 8, 4
+STEPS = EPOCHS * ROWS // ROWS_PER_STEP
+CLASSES = {"type": "classification"}
+
+
+class WholeRun(NamedTuple):
+    """`teacher` is the model that the run fine-tunes first; `said` is what the run printed."""
+
+    folder: Path
+    teacher: Path
+    config: Path
+    said: Said
+
+    @property
+    def out(self) -> Path:
+        """The output folder."""
+        return self.folder / "out"
+
+    @property
+    def reviews(self) -> Path:
+        """The data."""
+        return self.folder / "reviews"
+
+
+def read(out: Path) -> dict[str, Any]:
+    """report.json."""
+    return json.loads((out / "report.json").read_text())
+
+
+def records(out: Path, stage: str) -> list[dict[str, Any]]:
+    """What a stage has logged."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["stage"] == stage]
+
+
+def finish(one_rank: OneRank, config: Path, *overrides: str) -> Said:
+    """Runs to the end."""
+    said = one_rank.train("--config", config, *overrides)
+    assert said.code == 0, said.err
+    return said
+
+
+def start_whole_run(one_rank: OneRank, folder: Path) -> WholeRun:
+    """A teacher to fine-tune, unlabelled rows, projections, evaluations, saves, a baseline."""
+    reviews = write_reviews(folder / "reviews", train=ROWS)
+    teacher = _teacher(one_rank, folder, reviews)
+    tree = config_tree(
+        folder / "out",
+        {**CLASSES, "dataset": str(reviews), "labelled_examples": LABELLED},
+        teacher={"model": str(teacher), "finetune": {"learning_rate": 0.003}},
+        method={"name": "single"},
+        objective=[
+            {"loss": "soft_target_kl", "weight": 0.5, "temperature": 2.0},
+            {"loss": "hard_cross_entropy", "weight": 0.5},
+            {"loss": "hidden_mse", "weight": 0.1, "layer_mapping": ["1:2"]},
+        ],
+        baselines=["alone"],
+        eval={"eval_steps": 6},
+        save={"save_steps": 16},
+    )
+    steps = {"gradient_accumulation_steps": 2, "max_steps": None, "num_train_epochs": EPOCHS}
+    tree["train"] |= steps
+    config = write_config(folder / "run.yaml", tree)
+    return WholeRun(folder, teacher, config, finish(one_rank, config))
+
+
+def _teacher(one_rank: OneRank, folder: Path, reviews: Path) -> Path:
+    """A classifier that method finetune makes from random weights."""
+    task = {**CLASSES, "dataset": str(reviews)}
+    tree = config_tree(folder / "teacher", task, student={"model": bert(2, width=24)})
+    tree["train"] |= {"per_device_train_batch_size": 8, "max_steps": 40}
+    finish(one_rank, write_config(folder / "teacher.yaml", tree))
+    return folder / "teacher" / "final"

@@ -1,0 +1,175 @@
+"""What models that cannot be used get from the whole command: one message, nothing loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench import LATE, Bench, assert_refused
+from safetensors.torch import load_file, save_file
+from tiny_runs import config_tree, write_config, write_jsonl, write_scored_pairs, write_text
+
+WEIGHTS = "model.safetensors"
+PAIRS = {
+    "type": "regression",
+    "text_columns": ["first", "second"],
+    "label_column": "similarity",
+}
+
+
+@pytest.fixture
+def bench(whole_run, tmp_path, one_rank) -> Bench:
+    return Bench(tmp_path, whole_run.reviews, whole_run.teacher, one_rank)
+
+
+def cut_short(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-50])
+
+
+def damage_header(folder: Path) -> None:
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[10:20] = bytes(10)
+    (folder / WEIGHTS).write_bytes(content)
+
+
+def break_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+
+
+def remove_head(folder: Path) -> None:
+    kept = {k: v for k, v in load_file(folder / WEIGHTS).items() if "classifier" not in k}
+    save_file(kept, folder / WEIGHTS)
+
+
+def rename_labels(folder: Path) -> None:
+    change_config(folder, id2label={"0": "cat", "1": "dog"}, label2id={"cat": 0, "dog": 1})
+
+
+def into_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def into_own_code(folder: Path) -> None:
+    change_config(folder, model_type="mine", auto_map={"AutoConfig": "mine.Config"})
+
+
+def into_other_family(folder: Path) -> None:
+    change_config(folder, model_type="t5")
+
+
+def change_config(folder: Path, **keys: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **keys}))
+
+
+TEACHERS: dict[str, tuple[tuple[Callable[[Path], None], ...], tuple[str, ...]]] = {
+    "cut short": ((cut_short,), (WEIGHTS, "is cut short or damaged", "bytes and the file has")),
+    "header": ((damage_header,), (WEIGHTS, "is damaged: its header cannot be read")),
+    "tokenizer": ((break_tokenizer,), ("the tokenizer files in", "cannot be read")),
+    "no head": ((remove_head,), ("teacher.model", "has no head for classification")),
+    "labels": ((rename_labels,), ("labels (cat, dog)", "of the data (negative, positive)")),
+    "pickle": ((into_pickle,), ("only pickle weights", "set teacher.allow_pickle: true")),
+    "own code": ((into_own_code,), ("code of its own", "teacher.trust_remote_code: true")),
+    "family": ((into_other_family,), ("model_type 't5' is not known", "bert, roberta")),
+    # Several faults at once: weight files, then the tokenizer, then head and labels.
+    "all": ((remove_head, break_tokenizer, cut_short), ("is cut short or damaged",)),
+    "two": ((remove_head, break_tokenizer), ("the tokenizer files in",)),
+}
+
+
+@pytest.mark.parametrize("case", TEACHERS)
+def test_a_teacher_folder_that_cannot_be_used(bench, case):
+    faults, fragments = TEACHERS[case]
+    folder = bench.copied()
+    for fault in faults:
+        fault(folder)
+
+    said = bench.start(bench.tree(teacher={"model": str(folder)}))
+
+    assert_refused(said, bench, folder if case not in ("labels", "family") else "", *fragments)
+
+
+def test_a_student_that_is_cut_short_is_found_before_a_teacher_is_trained(bench):
+    folder = bench.copied()
+    cut_short(folder)
+
+    said = bench.start(bench.tree(teacher=LATE, student={"model": str(folder)}))
+
+    assert_refused(said, bench, f"student.model: {folder / WEIGHTS} is cut short")
+
+
+def test_a_teacher_of_other_classes(bench):
+    rows = [{"text": f"word{i} x", "label": "abc"[i % 3]} for i in range(30)]
+    data = write_jsonl(bench.folder / "data" / "train.jsonl", rows).parent
+
+    said = bench.start(bench.tree({"dataset": str(data)}))
+
+    assert_refused(said, bench, "teacher.model: the model has 2 labels", "the data 3 (a, b, c)")
+
+
+def test_a_classifier_as_teacher_of_scores(bench):
+    data = write_scored_pairs(bench.folder / "pairs")
+
+    said = bench.start(bench.tree({**PAIRS, "dataset": str(data)}))
+
+    assert_refused(said, bench, "teacher.model", "has 2 outputs and regression needs 1")
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer(one_rank, tmp_path_factory) -> Path:
+    """A language model whose tokenizer is not that of the text it will be asked about."""
+    folder = tmp_path_factory.mktemp("language")
+    task = {"type": "causal_lm", "dataset": str(write_text(folder / "text.txt"))}
+    tree = config_tree(folder / "out", task)
+    tree["train"] |= {"max_steps": 1}
+    said = one_rank.train("--config", write_config(folder / "run.yaml", tree))
+    assert said.code == 0, said.err
+    return folder / "out" / "final"
+
+
+def without_a_token(folder: Path, copy: Path) -> Path:
+    shutil.copytree(folder, copy)
+    tree = json.loads((copy / "tokenizer.json").read_text())
+    vocabulary = tree["model"]["vocab"]
+    vocabulary.pop(max(vocabulary, key=vocabulary.get))
+    tree["model"]["merges"].pop()
+    (copy / "tokenizer.json").write_text(json.dumps(tree))
+    return copy
+
+
+def test_a_student_with_a_tokenizer_of_its_own(bench, other_tokenizer):
+    student = without_a_token(other_tokenizer, bench.folder / "student")
+    text = other_tokenizer.parents[1] / "text.txt"
+    tree = bench.tree(
+        {"type": "causal_lm", "dataset": str(text)},
+        teacher={"model": str(other_tokenizer)},
+        student={"model": str(student)},
+    )
+
+    said = bench.start(tree)
+
+    assert_refused(said, bench, f"student.model {student} comes with a tokenizer of", "others")
+
+
+def test_a_model_with_another_tokenizer_is_not_scored(bench, other_tokenizer):
+    other = without_a_token(other_tokenizer, bench.folder / "other")
+    config = other_tokenizer.parents[1] / "run.yaml"
+    override = f"student.model={other_tokenizer}"
+
+    said = bench.one_rank.megakd("evaluate", config, override, "--model", other)
+
+    assert_refused(said, bench, f"{other} comes with a tokenizer of")
+
+
+def test_a_model_to_score_that_is_not_there(bench):
+    said = bench.one_rank.megakd(
+        "evaluate", write_config(bench.folder / "run.yaml", bench.tree()), "--model", "nowhere"
+    )
+
+    assert_refused(said, bench, "nowhere does not exist; train first, or give --model FOLDER")

@@ -1,0 +1,135 @@
+"""A run that is there already: started again, changed, scored, exported."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+from whole_run import finish, read
+
+
+@pytest.fixture
+def out(whole_run) -> Path:
+    return whole_run.out
+
+
+@pytest.fixture
+def config(whole_run) -> Path:
+    return whole_run.config
+
+
+def test_a_finished_run_started_again_prints_its_table_and_loads_nothing(
+    one_rank, whole_run, out, config
+):
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+
+    again = finish(one_rank, config, "save.save_steps=3", "log.logging_steps=7")
+
+    assert again.out.splitlines() == whole_run.said.out.splitlines()[-len(again.out.splitlines()) :]
+    assert again.loaded == ()
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+def test_a_run_that_may_not_be_resumed_is_not_overwritten(one_rank, out, config):
+    said = one_rank.train("--config", config, "train.resume_from_checkpoint=false")
+
+    assert said.code == 2
+    assert f"{out} holds a run and train.resume_from_checkpoint is false" in said.err
+    assert said.loaded == ()
+
+
+def test_another_config_in_a_finished_folder_is_refused_naming_what_differs(one_rank, out, config):
+    said = one_rank.train("--config", config, "train.learning_rate=0.5", "seed=7")
+
+    assert said.code == 2
+    assert f"{out} holds a finished run of another config" in said.err
+    assert "train.learning_rate" in said.err
+    assert "0.01" in said.err
+    assert "0.5" in said.err
+    assert "seed" in said.err
+    assert "weight_decay" not in said.err
+
+
+@pytest.fixture
+def unfinished(out, tmp_path) -> Path:
+    """The run as a kill before its last stages would have left it, the teacher being done."""
+    copy = tmp_path / "unfinished"
+    shutil.copytree(out, copy)
+    (copy / "report.json").unlink()
+    for name in ("final", "stages/student", "stages/alone", "checkpoints/student"):
+        shutil.rmtree(copy / name)
+    return copy
+
+
+def test_a_fine_tuned_teacher_is_used_again_when_only_the_student_changes(
+    one_rank, out, config, unfinished
+):
+    said = finish(
+        one_rank,
+        config,
+        f"output_dir={unfinished}",
+        "student.model.config.hidden_size=8",
+        "objective.0.temperature=4.0",
+        "baselines=[]",
+    )
+
+    assert "teacher-finetune: finished before" in said.err
+    assert "teacher-finetune: no checkpoint" not in said.err
+    assert read(unfinished)["teacher"]["metrics"] == read(out)["teacher"]["metrics"]
+    assert read(unfinished)["student"]["parameters"] < read(out)["student"]["parameters"]
+    stages = {stage["name"]: stage for stage in read(unfinished)["stages"]}
+    assert stages["teacher-finetune"] == read(out)["stages"][0]
+
+
+def test_a_fine_tuned_teacher_is_not_used_for_another_config(one_rank, config, unfinished):
+    said = one_rank.train(
+        "--config", config, f"output_dir={unfinished}", "teacher.finetune.learning_rate=0.5"
+    )
+
+    assert said.code == 2
+    assert f"{unfinished / 'stages' / 'teacher-finetune'} holds the result of another" in said.err
+    assert "train.learning_rate" in said.err
+    assert said.loaded == ()
+
+
+def test_checkpoints_of_another_config_are_refused_naming_what_differs(
+    one_rank, out, config, unfinished
+):
+    shutil.copytree(out / "checkpoints" / "student", unfinished / "checkpoints" / "student")
+
+    said = one_rank.train("--config", config, f"output_dir={unfinished}", "train.max_steps=99")
+
+    assert said.code == 2
+    assert "train.max_steps" in said.err
+    assert "99" in said.err
+
+
+def test_a_stage_is_exported_once(one_rank, out, config, tmp_path):
+    target = tmp_path / "deep" / "teacher"
+
+    said = one_rank.megakd("export", config, "--stage", "teacher-finetune", "--to", target)
+
+    assert (said.code, said.out.strip()) == (0, str(target)), said.err
+    weights = "model.safetensors"
+    stage = out / "stages" / "teacher-finetune"
+    assert (target / weights).read_bytes() == (stage / weights).read_bytes()
+    assert not (target / "result.json").exists()
+    AutoTokenizer.from_pretrained(target)
+    again = one_rank.megakd("export", config, "--stage", "teacher-finetune", "--to", target)
+    assert again.code == 2
+    assert f"{target} exists already" in again.err
+
+
+def test_a_stage_that_has_not_finished_is_not_exported(one_rank, config, tmp_path):
+    said = one_rank.megakd("export", config, "--stage", "assistant", "--to", tmp_path / "x")
+
+    assert said.code == 2
+    assert "stage 'assistant'" in said.err
+    assert "finished: alone, student, teacher-finetune" in said.err
+
+
+def test_methods_and_losses_are_listed_without_a_run(one_rank):
+    assert one_rank.megakd("methods").out.startswith("finetune")
+    assert "soft_target_jsd" in one_rank.megakd("methods", "--losses").out
