@@ -12,6 +12,7 @@ from megakd.config import Dtype, RunConfig, TrainConfig
 from megakd.engine.distributed import Ranks, supported_dtypes
 from megakd.engine.ds_config import load_ds_config
 from megakd.engine.initialize import training_engine
+from megakd.engine.memory import freed_memory_returned
 from megakd.engine.student import StudentEngine
 from megakd.errors import ConfigError
 from megakd.knowledge import Needs
@@ -106,16 +107,17 @@ class Assembly:
     def _load(
         self, source: ModelSource, ds: Mapping[str, Any], dtype: Dtype, *, need_head: bool
     ) -> PreTrainedModel:
-        model = load_model(
-            source,
-            task=self.config.task,
-            label_names=self.prepared.splits.label_names,
-            tokenizer_size=len(self.prepared.tokenizer),
-            ds=ds,
-            dtype=TORCH_DTYPE[dtype],
-            seed=self.config.seed,
-            need_head=need_head,
-        )
+        with freed_memory_returned():
+            model = load_model(
+                source,
+                task=self.config.task,
+                label_names=self.prepared.splits.label_names,
+                tokenizer_size=len(self.prepared.tokenizer),
+                ds=ds,
+                dtype=TORCH_DTYPE[dtype],
+                seed=self.config.seed,
+                need_head=need_head,
+            )
         torch.nn.Module.to(model, self.ranks.device)  # transformers' own `to` is typed wrongly
         return model
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Fingerprint = dict[str, Any]
-ABSENT = "absent"
+ABSENT = object()
 _ENDS_BYTES = 1 << 20
 
 
@@ -28,11 +28,18 @@ def flatten(tree: Any, prefix: str = "") -> Fingerprint:
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], *, most: int = 5) -> str:
     """`key: 3 there, 4 here; …` for the fields that differ, or an empty string."""
-    pairs = {k: (there.get(k, ABSENT), here.get(k, ABSENT)) for k in [*there, *here]}
-    shown = [f"{k}: {a!r} there, {b!r} here" for k, (a, b) in pairs.items() if a != b]
+    shown = [
+        f"{key}: {_shown(there, key)} there, {_shown(here, key)} here"
+        for key in dict.fromkeys([*there, *here])
+        if there.get(key, ABSENT) != here.get(key, ABSENT)
+    ]
     if len(shown) > most:
         shown = [*shown[:most], f"and {len(shown) - most} more"]
     return "; ".join(shown)
+
+
+def _shown(fields: Mapping[str, Any], key: str) -> str:
+    return repr(fields[key]) if key in fields else "absent"
 
 
 def files_identity(files: Iterable[Path]) -> str:

@@ -16,12 +16,12 @@ from megakd.config import Dtype, FinetuneOverrides, RunConfig, TrainConfig
 from megakd.config_file import config_tree
 from megakd.data.encoding import Collator
 from megakd.engine.distributed import Ranks, main_first
-from megakd.engine.ds_config import check_frozen_stage, load_ds_config, zero_stage
+from megakd.engine.ds_config import load_ds_config, zero_stage
 from megakd.errors import CheckpointError
 from megakd.fingerprint import Fingerprint, files_identity, flatten
 from megakd.knowledge import Needs
-from megakd.models.loading import ModelSource, check_model, resolve_model
-from megakd.objective import check_terms, objective_needs
+from megakd.models.loading import ModelSource, resolve_model
+from megakd.objective import objective_needs
 from megakd.preparation import Prepared
 from megakd.progress import Reporter
 from megakd.report import ModelReport, named_shapes, parameter_counts
@@ -249,28 +249,6 @@ def check_dtypes(config: RunConfig, ranks: Ranks) -> None:
     if teacher is not None and teacher.finetune is not None:
         train = inherit(config.train, teacher.finetune)
         check_dtype(training_dtype(train), ranks, "teacher.finetune")
-
-
-def check_run(config: RunConfig, prepared: Prepared) -> None:
-    """Everything that can be said of models and losses before any weights are loaded.
-
-    Raises:
-        MegakdError: naming the key and both values.
-    """
-    teacher = prepared.shape("teacher") if "teacher" in prepared.sources else None
-    if config.teacher is not None:
-        ds = load_ds_config(config.teacher.deepspeed, where="teacher.deepspeed")
-        check_frozen_stage(ds, where="teacher.deepspeed")
-    load_ds_config(config.student.deepspeed, where="student.deepspeed")
-    for role, source in prepared.sources.items():
-        check_model(
-            source,
-            task=config.task,
-            label_names=prepared.splits.label_names,
-            tokenizer_size=len(prepared.tokenizer),
-            need_head=role == "teacher" and not (config.teacher and config.teacher.finetune),
-        )
-    check_terms(config.objective or (), config.task.type, prepared.shape("student"), teacher)
 
 
 def check_checkpoint_given(where: str, path: bool | str | None) -> None:  # noqa: FBT001

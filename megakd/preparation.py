@@ -17,26 +17,26 @@ from megakd.data.encoding import Encoded, encode_splits
 from megakd.data.splits import Splits, load_splits
 from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
 from megakd.engine.distributed import main_first
+from megakd.engine.ds_config import check_frozen_stage, load_ds_config
 from megakd.errors import TeacherError
 from megakd.evaluation import Metric, headline
 from megakd.models.architectures import architecture_of
 from megakd.models.labels import label_order
-from megakd.models.loading import ModelSource, resolve_model, with_vocabulary
-from megakd.objective import Shape
+from megakd.models.loading import ModelSource, check_model, resolve_model, with_vocabulary
+from megakd.objective import Shape, check_terms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """What is known before any weights are in memory.
+class Materials:
+    """What a run is made of, before anything large is touched.
 
     sources: `student`, and `teacher` where there is one.
     """
 
     splits: Splits
-    encoded: Encoded
     tokenizer: PreTrainedTokenizerBase
     sources: Mapping[str, ModelSource]
 
@@ -57,16 +57,40 @@ class Prepared:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Materials):
+    """The same with the encoded data: all that is known before any weights are in memory."""
+
+    encoded: Encoded
+
+
 def cache_folder() -> Path:
     """Where encoded data and built corpora live; `MEGAKD_CACHE` moves it."""
     return Path(os.environ.get("MEGAKD_CACHE", Path.home() / ".cache" / "megakd"))
 
 
 def prepare(config: RunConfig) -> Prepared:
-    """Resolves models, data and tokenizer of a run; a collective.
+    """Finds, checks and encodes what a run is made of; a collective.
 
     Raises:
-        MegakdError: bad input, named; no model's weights have been loaded.
+        MegakdError: bad input, named; no model's weights have been loaded, and nothing that
+            configs, labels and vocabularies can tell is found out after a long encoding.
+    """
+    found = materials(config)
+    check_run(config, found)
+    encoded = main_first(
+        lambda: encode_splits(found.splits, found.tokenizer, config.task, cache_dir=cache_folder())
+    )
+    return Prepared(
+        splits=found.splits, tokenizer=found.tokenizer, sources=found.sources, encoded=encoded
+    )
+
+
+def materials(config: RunConfig) -> Materials:
+    """Models, data and tokenizer of a run; a collective.
+
+    Raises:
+        MegakdError: bad input, named.
     """
     task, cache = config.task, cache_folder()
     sources = on_main_resolved(config)
@@ -84,8 +108,29 @@ def prepare(config: RunConfig) -> Prepared:
     }
     if config.teacher is not None and config.teacher.finetune is None:
         label_order(sources["teacher"].config, splits.label_names, where="teacher.model")
-    encoded = main_first(lambda: encode_splits(splits, tokenizer, task, cache_dir=cache))
-    return Prepared(splits=splits, encoded=encoded, tokenizer=tokenizer, sources=sources)
+    return Materials(splits=splits, tokenizer=tokenizer, sources=sources)
+
+
+def check_run(config: RunConfig, materials: Materials) -> None:
+    """Everything that can be said of models and losses before any weights are loaded.
+
+    Raises:
+        MegakdError: naming the key and both values.
+    """
+    teacher = materials.shape("teacher") if "teacher" in materials.sources else None
+    if config.teacher is not None:
+        ds = load_ds_config(config.teacher.deepspeed, where="teacher.deepspeed")
+        check_frozen_stage(ds, where="teacher.deepspeed")
+    load_ds_config(config.student.deepspeed, where="student.deepspeed")
+    for role, source in materials.sources.items():
+        check_model(
+            source,
+            task=config.task,
+            label_names=materials.splits.label_names,
+            tokenizer_size=len(materials.tokenizer),
+            need_head=role == "teacher" and not (config.teacher and config.teacher.finetune),
+        )
+    check_terms(config.objective or (), config.task.type, materials.shape("student"), teacher)
 
 
 def check_vocabularies(

@@ -20,11 +20,11 @@ from megakd.config import RunConfig
 from megakd.config_file import config_tree, dump_config
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks, on_main
-from megakd.engine.sharding import return_freed_memory
+from megakd.engine.memory import keep_freed_memory
 from megakd.errors import CheckpointError, ConfigError, MegakdError
 from megakd.export import CardFacts, model_card, weight_bytes
 from megakd.fingerprint import differences, flatten
-from megakd.lab import Lab, check_checkpoint_given, check_dtypes, check_run, scoring_preset
+from megakd.lab import Lab, check_checkpoint_given, check_dtypes, scoring_preset
 from megakd.latency import compare_latency
 from megakd.methods import METHODS
 from megakd.preparation import Prepared, check_vocabularies, prepare
@@ -62,7 +62,7 @@ class started:  # noqa: N801 - a context manager that reads like one
     """The process group for the length of a run, and the log of rank 0."""
 
     def __enter__(self) -> Ranks:
-        return_freed_memory()
+        keep_freed_memory()
         ranks = distributed.start()
         level = logging.INFO if ranks.is_main else logging.ERROR
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -79,7 +79,6 @@ class started:  # noqa: N801 - a context manager that reads like one
 def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     check_dtypes(config, ranks)
     prepared = prepare(config)
-    check_run(config, prepared)
     on_main(lambda: _record_config(config))
     reporter = Reporter(
         config.output_dir, is_main=ranks.is_main, tensorboard=config.log.tensorboard

@@ -31,7 +31,7 @@ def test_equal_fingerprints_do_not_differ():
 def test_differing_fields_are_named_with_both_values_also_where_one_side_has_none():
     text = differences({"a": 1, "b": "x", "c": 0}, {"a": 2, "b": "x", "d": None})
 
-    assert text == "a: 1 there, 2 here; c: 0 there, 'absent' here; d: 'absent' there, None here"
+    assert text == "a: 1 there, 2 here; c: 0 there, absent here; d: absent there, None here"
 
 
 def test_many_differing_fields_are_cut_short_with_their_number():

@@ -34,13 +34,12 @@ from megakd.lab import (
     TEACHER_STAGE,
     Lab,
     check_checkpoint_given,
-    check_run,
     inherit,
     scoring_preset,
 )
 from megakd.methods.single import SingleConfig
 from megakd.models.loading import resolve_model
-from megakd.preparation import Prepared
+from megakd.preparation import Prepared, check_run
 from megakd.stage import Stage, StageResult
 from megakd.stage_run import result_text
 from megakd.terms import HiddenMse, SoftTargetKl

@@ -6,7 +6,6 @@ Everything that opens a sharded parameter is a collective: every rank calls, in 
 
 from __future__ import annotations
 
-import ctypes
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
-
-MALLOC_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
-FREED_AT_ONCE_BYTES = 128 * 1024
 
 
 @contextmanager
@@ -136,20 +132,3 @@ def tied_names(module: nn.Module) -> dict[str, str]:
     for name, tensor in names:
         first.setdefault(id(tensor), name)
     return {name: first[id(tensor)] for name, tensor in names if first[id(tensor)] != name}
-
-
-def return_freed_memory() -> bool:
-    """Makes the C allocator give memory back to the system as soon as a tensor is freed.
-
-    glibc keeps freed blocks of up to 32 MB in its heap. A sharded model is built by making each
-    tensor whole and freeing it, so the heap would come to hold nearly the model that no rank
-    needs. Call it once, before the first model is built.
-
-    Returns:
-        Whether the allocator took the setting; only glibc's has it.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return False
-    return bool(mallopt(MALLOC_MMAP_THRESHOLD, FREED_AT_ONCE_BYTES))
