@@ -20,10 +20,10 @@ def test_an_example_is_a_valid_run_config_with_known_presets(path: Path) -> None
     assert config.output_dir == Path("runs") / path.stem
 
 
-def test_the_quickstart_distils_with_an_undistilled_baseline_on_a_batch_of_32(
+def test_the_quickstart_distils_with_an_undistilled_baseline_on_a_batch_of_64(
     repository: Path,
 ) -> None:
     config = load_config(repository / "launch" / "examples" / "quickstart.yaml")
 
     assert config.baselines == ("alone",)
-    assert config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps == 16
+    assert config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps == 32

@@ -1,0 +1,83 @@
+"""What the README shows is what there is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megakd.cli import main, train_main
+from megakd.config_file import load_config
+from megakd.config_schema import variants
+from megakd.methods import MethodConfig
+from megakd.models.architectures import ARCHITECTURES
+from megakd.terms import TermConfig
+
+
+@pytest.fixture(scope="module")
+def readme(repository: Path) -> str:
+    return (repository / "README.md").read_text(encoding="utf-8")
+
+
+def block(readme: str, language: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)```", readme, re.DOTALL)
+    assert found, f"the README has no {language} block"
+    return found[1]
+
+
+def test_the_run_config_it_shows_is_valid(readme, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(block(readme, "yaml"))
+
+    assert load_config(path).method.name == "single"
+
+
+def test_the_command_it_starts_with_runs_as_far_as_the_config(repository, capsys):
+    config = repository / "launch" / "examples" / "quickstart.yaml"
+
+    assert train_main(["--config", str(config), "train.learning_rate=3e-4", "--print-config"]) == 0
+    assert "learning_rate: 0.0003" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["methods", "losses"])
+def test_it_names_every_method_and_loss(readme, kind):
+    names = variants(MethodConfig, "name") if kind == "methods" else variants(TermConfig, "loss")
+
+    assert [name for name in names if f"`{name}`" not in readme] == []
+
+
+def test_it_names_every_model_family(readme):
+    named = re.sub(r"[^a-z0-9]", "", readme.lower())
+
+    assert [name for name in ARCHITECTURES if name not in named] == []
+
+
+def test_the_commands_it_lists_exist(readme, capsys):
+    for command in re.findall(r"`megakd (\w+)[^`]*`", readme):
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--help"])
+        assert stopped.value.code == 0, command
+        assert capsys.readouterr().out
+
+
+def test_the_make_targets_it_names_exist(readme, repository):
+    makefile = (repository / "Makefile").read_text(encoding="utf-8")
+
+    for target in set(re.findall(r"make (quickstart|test|lint|install)", readme)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_files_it_links_to_exist(readme, repository):
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", readme)
+
+    assert [link for link in links if not (repository / link).exists()] == []
+    assert links
+
+
+def test_the_result_table_is_a_real_one(readme):
+    table = block(readme, "text")
+
+    assert re.search(r"^teacher +[\d.]+M .*%", table, re.MULTILINE)
+    assert re.search(r"^student +[\d.]+M .*%", table, re.MULTILINE)
+    assert re.search(r"^alone +[\d.]+M .*%", table, re.MULTILINE)
