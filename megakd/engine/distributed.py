@@ -101,8 +101,12 @@ def _init_process_group() -> None:
 
 
 def adopt_slurm_variables() -> None:
-    """Lets `srun python launch/train.py` start without another launcher."""
-    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
+    """Lets `srun python launch/train.py` start without another launcher.
+
+    Only a step of srun is taken for one: the batch script itself is task 0 of a job too, and a
+    plain python there is one process, whatever the job was given.
+    """
+    if "RANK" in os.environ or "SLURM_STEP_ID" not in os.environ:
         return
     if os.environ.get("SLURM_NTASKS", "1") == "1":
         return

@@ -106,6 +106,7 @@ def slurm(rank: int, ranks: int, job: int = 1) -> dict[str, object]:
     """What srun sets."""
     place = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": ranks}
     nodes = {"SLURM_NODELIST": "localhost", "SLURM_STEP_NODELIST": "localhost"}
+    nodes |= {"SLURM_STEP_ID": 0}
     return {"SLURM_JOB_ID": job, "SLURM_NTASKS_PER_NODE": ranks, **place, **nodes}
 
 

@@ -1,0 +1,82 @@
+import os
+
+import pytest
+
+from megakd.engine import distributed
+from megakd.errors import MegakdError
+
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch):
+    """An environment without a launcher, put back afterwards."""
+    slurm = [name for name in os.environ if name.startswith("SLURM_")]
+    for name in (*PLACE, "LOCAL_WORLD_SIZE", *slurm):
+        monkeypatch.setenv(name, "")  # remembered, so that it is restored
+        monkeypatch.delenv(name)
+
+
+def test_one_process_without_a_launcher_is_its_own_group():
+    distributed._complete_environment()
+
+    assert [os.environ[name] for name in PLACE[:5]] == ["0", "1", "0", "1", "127.0.0.1"]
+    assert int(os.environ["MASTER_PORT"]) > 0
+
+
+def test_half_a_launcher_is_refused_naming_what_is_missing(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    with pytest.raises(MegakdError, match="RANK is set but MASTER_ADDR, MASTER_PORT not"):
+        distributed._complete_environment()
+
+
+def slurm_step(monkeypatch, **changes):
+    variables = {
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": "3",
+        "SLURM_NTASKS": "4",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_ID": "41",
+        "SLURM_STEP_NODELIST": "node-1,node-2",
+    }
+    for name, value in (variables | changes).items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_step_of_srun_gives_rank_and_meeting_point(monkeypatch):
+    slurm_step(monkeypatch)
+
+    distributed.adopt_slurm_variables()
+
+    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["3", "4", "1"]
+    assert os.environ["MASTER_ADDR"] == "node-1"
+    assert os.environ["MASTER_PORT"] == "20041"
+
+
+def test_a_batch_script_alone_is_not_taken_for_a_rank(monkeypatch):
+    slurm_step(monkeypatch)
+    monkeypatch.delenv("SLURM_STEP_ID")
+
+    distributed.adopt_slurm_variables()
+
+    assert "RANK" not in os.environ
+
+
+def test_a_launchers_own_rank_wins_over_slurms(monkeypatch):
+    slurm_step(monkeypatch)
+    monkeypatch.setenv("RANK", "7")
+
+    distributed.adopt_slurm_variables()
+
+    assert os.environ["RANK"] == "7"
+    assert "WORLD_SIZE" not in os.environ
+
+
+def test_a_compressed_host_list_without_scontrol_says_what_to_set(monkeypatch, tmp_path):
+    slurm_step(monkeypatch, SLURM_STEP_NODELIST="node-[1-2]")
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    with pytest.raises(MegakdError, match=r"SLURM_NODELIST='node-\[1-2\]'.*set MASTER_ADDR"):
+        distributed.adopt_slurm_variables()
