@@ -21,7 +21,7 @@ TRIMMED_BYTES = 1 << 30
 @contextmanager
 def freed_memory_returned() -> Iterator[None]:
     """Freed tensors go back to the system inside, and stay with the process afterwards."""
-    _set_thresholds(mapped=RETURNED_BYTES, trimmed=RETURNED_BYTES)
+    set_thresholds(mapped=RETURNED_BYTES, trimmed=RETURNED_BYTES)
     try:
         yield
     finally:
@@ -34,10 +34,11 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether the allocator took the setting; only glibc's has it.
     """
-    return _set_thresholds(mapped=KEPT_BYTES, trimmed=TRIMMED_BYTES)
+    return set_thresholds(mapped=KEPT_BYTES, trimmed=TRIMMED_BYTES)
 
 
-def _set_thresholds(*, mapped: int, trimmed: int) -> bool:
+def set_thresholds(*, mapped: int, trimmed: int) -> bool:
+    """Freed blocks above `mapped` bytes, and heaps with `trimmed` bytes to spare, go back."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
