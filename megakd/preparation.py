@@ -6,6 +6,7 @@ Checks go from cheap to dear: weight files, then data and tokenizer, then heads 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from megakd.objective import Shape, check_terms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +124,11 @@ def check_run(config: RunConfig, materials: Materials) -> None:
     if config.teacher is not None:
         ds = load_ds_config(config.teacher.deepspeed, where="teacher.deepspeed")
         check_frozen_stage(ds, where="teacher.deepspeed")
+        if config.teacher.finetune is None and materials.sources["teacher"].folder is None:
+            logger.warning(
+                "teacher.model starts from random weights and teacher.finetune is not set: there "
+                "is nothing to learn from it"
+            )
     load_ds_config(config.student.deepspeed, where="student.deepspeed")
     for role, source in materials.sources.items():
         check_model(

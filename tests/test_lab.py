@@ -334,6 +334,15 @@ def test_a_frozen_teacher_at_zero_2_is_refused(tmp_path, teacher):
         check_run(config, prepared_of(config))
 
 
+def test_a_teacher_of_random_weights_that_is_not_trained_is_warned_about(tmp_path, caplog):
+    scratch = ScratchModel(config={"model_type": "bert", **SIZE, "num_hidden_layers": 2})
+    config = config_of(tmp_path, teacher=TeacherConfig(model=scratch))
+
+    check_run(config, prepared_of(config))
+
+    assert "teacher.model starts from random weights" in caplog.text
+
+
 def test_a_run_that_fits_is_not_refused(tmp_path, teacher):
     config = config_of(tmp_path, objective=(HiddenMse(loss="hidden_mse"),))
 
