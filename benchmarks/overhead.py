@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import dataclasses
 import itertools
 import os
 import pstats
@@ -144,8 +145,8 @@ class MeasuredStage(StageRun):
     """A stage whose loop hands over after every step."""
 
     def _loader(self) -> StepLoader:
-        self.watched = WatchedCollate(self.collate)
-        self.collate = self.watched  # type: ignore[assignment]
+        self.watched = WatchedCollate(self.scorer.collate)
+        self.scorer = dataclasses.replace(self.scorer, collate=self.watched)  # type: ignore[arg-type]
         return super()._loader()
 
     def steps_one_by_one(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megakd.config import Dtype, RunConfig, TrainConfig
+from megakd.data.encoding import Collator
 from megakd.engine.distributed import Ranks, supported_dtypes
 from megakd.engine.ds_config import load_ds_config
 from megakd.engine.initialize import training_engine
@@ -21,6 +22,7 @@ from megakd.models.labels import label_order
 from megakd.models.loading import ModelSource, load_model
 from megakd.objective import Objective, build_objective
 from megakd.preparation import Prepared
+from megakd.scoring import Scorer
 from megakd.stage import Stage
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
 
@@ -94,6 +96,15 @@ class Assembly:
         module = FrozenModel(model, needs=needs, label_order=order)
         rows = self.config.train.per_device_train_batch_size
         return FrozenTeacher(module, ds=ds, dtype=dtype, rows=rows)
+
+    def scorer(self) -> Scorer:
+        """Scores any model on a held-out split of this run."""
+        return Scorer(
+            metrics=self.prepared.splits.metrics,
+            collate=Collator(self.prepared.tokenizer, self.config.task),
+            batch_size=self.config.eval.per_device_eval_batch_size,
+            ranks=self.ranks,
+        )
 
     def teacher_dtype(self, source: ModelSource) -> Dtype:
         """`teacher.dtype`, else as stored on a GPU and fp32 on a CPU."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megakd.engine.distributed import Ranks, agree, all_reduce_
+from megakd.engine.distributed import Ranks, all_reduce_, on_main
 from megakd.errors import TrainingError
 from megakd.objective import WEIGHTED_LOSS, Objective
 from megakd.progress import LEARNING_RATE, LOSS, MEMORY_BYTES, TOKENS_PER_SECOND
@@ -118,8 +118,11 @@ class Health:
             )
         self._warned = bool(empty)
 
-    def check_finite(self, newest: Path | None) -> None:
+    def check_finite(self, newest: Callable[[], Path | None]) -> None:
         """Stops the run at a loss or gradient that is NaN or infinite; a collective.
+
+        Args:
+            newest: finds the last good checkpoint; asked, on rank 0, only if the run stops.
 
         Raises:
             TrainingError: names the first such step and the last good checkpoint.
@@ -135,7 +138,7 @@ class Health:
             bad = torch.where(torch.isfinite(norm) & (norm >= 0), bad, here)
         step = -int(all_reduce_(-bad, largest=True))
         if step != _NEVER:
-            good = agree(newest)
+            good = on_main(newest)
             raise TrainingError(
                 f"{self._stage}: the loss or its gradient is not finite (NaN or infinite) at step "
                 f"{step + 1}; the last good checkpoint is {good or 'none, nothing was saved yet'}; "

@@ -41,7 +41,7 @@ class LanguageModelHead:
 
 def language_model_head(model: nn.Module) -> LanguageModelHead:
     """The head of a causal LM by the architecture map."""
-    return LanguageModelHead(model.get_submodule(architecture_of(model.config).head))  # type: ignore[arg-type]
+    return LanguageModelHead(architecture_of(model.config).head_of(model))  # type: ignore[arg-type]
 
 
 def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
@@ -68,7 +68,7 @@ def _accepted_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 
 def _read_language_model(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
-    backbone = model.get_submodule(architecture_of(model.config).backbone)  # type: ignore[arg-type]
+    backbone = architecture_of(model.config).backbone_of(model)  # type: ignore[arg-type]
     out = backbone(**batch.inputs, use_cache=False, output_hidden_states=needs.hidden_states)
     return Knowledge(
         hidden=out.last_hidden_state,

@@ -14,7 +14,6 @@ from datasets import Dataset
 from megakd.assembly import Assembly, check_dtype, training_dtype
 from megakd.config import Dtype, FinetuneOverrides, RunConfig, TrainConfig
 from megakd.config_file import config_tree
-from megakd.data.encoding import Collator
 from megakd.engine.distributed import Ranks, main_first
 from megakd.engine.ds_config import load_ds_config, zero_stage
 from megakd.errors import CheckpointError
@@ -25,7 +24,6 @@ from megakd.objective import objective_needs
 from megakd.preparation import Prepared
 from megakd.progress import Reporter
 from megakd.report import ModelReport, named_shapes, parameter_counts
-from megakd.scoring import Scorer
 from megakd.stage import Stage, StageResult
 from megakd.stage_run import StageRun, read_result
 from megakd.teachers.frozen import FrozenTeacher
@@ -191,7 +189,7 @@ class Lab:
         """Size and metrics of a model on `held_out`; a collective."""
         model = self._assembly.frozen(source, deepspeed, dtype=dtype, needs=Needs())
         try:
-            metrics = self._scorer().score(model.predict, self.held_out)
+            metrics = self._assembly.scorer().score(model.predict, self.held_out)
             counts = parameter_counts(named_shapes(model.model))
         finally:
             model.destroy()
@@ -206,14 +204,6 @@ class Lab:
         """The split that the report's metrics are about."""
         encoded = self._prepared.encoded
         return encoded.test if encoded.test is not None else encoded.validation
-
-    def _scorer(self) -> Scorer:
-        return Scorer(
-            metrics=self._prepared.splits.metrics,
-            collate=Collator(self._prepared.tokenizer, self.config.task),
-            batch_size=self.config.eval.per_device_eval_batch_size,
-            ranks=self._ranks,
-        )
 
 
 def inherit(train: TrainConfig, overrides: FinetuneOverrides) -> TrainConfig:

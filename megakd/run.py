@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +59,22 @@ def run(config: RunConfig, *, command: str) -> str:
         return _run(config, command, ranks)
 
 
-class started:  # noqa: N801 - a context manager that reads like one
+@contextmanager
+def started() -> Iterator[Ranks]:
     """The process group for the length of a run, and the log of rank 0."""
-
-    def __enter__(self) -> Ranks:
-        keep_freed_memory()
-        ranks = distributed.start()
-        level = logging.INFO if ranks.is_main else logging.ERROR
-        logging.basicConfig(format="%(message)s", level=logging.WARNING)
-        logging.getLogger("megakd").setLevel(level)
-        transformers.utils.logging.disable_progress_bar()
-        # DeepSpeed calls torch by names that torch is about to rename; no user can mend that.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-        return ranks
-
-    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        distributed.stop(failed=failure is not None)
+    keep_freed_memory()
+    ranks = distributed.start()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("megakd").setLevel(logging.INFO if ranks.is_main else logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    # DeepSpeed calls torch by names that torch is about to rename; no user can mend that.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    failed = True
+    try:
+        yield ranks
+        failed = False
+    finally:
+        distributed.stop(failed=failed)
 
 
 def _run(config: RunConfig, command: str, ranks: Ranks) -> str:

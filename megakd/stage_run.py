@@ -15,7 +15,7 @@ from megakd import atomic
 from megakd.assembly import Assembly
 from megakd.best import RECORD, Best
 from megakd.checkpoint import Checkpoints, seed_everything
-from megakd.data.encoding import Collator, labelled_only
+from megakd.data.encoding import labelled_only
 from megakd.data.loader import StepLoader, StepShape
 from megakd.engine.distributed import all_reduce_, gather, on_main, together
 from megakd.engine.student import StudentEngine, device_batch
@@ -27,7 +27,6 @@ from megakd.objective import Objective, count_units
 from megakd.progress import Reporter
 from megakd.report import peak_memory_bytes
 from megakd.schedules import learning_rate_schedule
-from megakd.scoring import Scorer
 from megakd.stage import Batch, Stage, StageResult, StepReport, Teacher
 from megakd.trainer import Trainer
 
@@ -59,7 +58,7 @@ class StageRun:
         self.student: StudentEngine
         self.objective: Objective
         self.student, self.objective = assembly.student(stage)
-        self.collate = Collator(self.prepared.tokenizer, self.config.task)
+        self.scorer = assembly.scorer()
         self.loader = self._loader()
         train = stage.train
         self.steps = train.max_steps or math.ceil(
@@ -94,7 +93,7 @@ class StageRun:
             self.ranks.world_size,
         )
         rows = labelled_only(rows) if self.stage.labelled_only else rows
-        return StepLoader(rows, self.collate, shape=shape, seed=self.config.seed)
+        return StepLoader(rows, self.scorer.collate, shape=shape, seed=self.config.seed)
 
     def _count_units(self, batches: Sequence[Batch]) -> Tensor:
         return all_reduce_(count_units(batches))
@@ -171,8 +170,7 @@ class StageRun:
             self._save(step)
 
     def _log(self, step: int) -> None:
-        newest = self.checkpoints.newest() if self.ranks.is_main else None
-        self.health.check_finite(newest)
+        self.health.check_finite(self.checkpoints.newest)
         scalars = self.health.scalars(waited_s=self.loader.waited_s)
         self._report(step, scalars)
 
@@ -180,7 +178,7 @@ class StageRun:
         on_main(lambda: self.reporter.log(step, scalars, stage=self.stage.name))
 
     def _evaluate(self, step: int) -> None:
-        self.health.check_finite(self.checkpoints.newest() if self.ranks.is_main else None)
+        self.health.check_finite(self.checkpoints.newest)
         with self.health.paused():
             self.metrics = self.scorer.score(self.student.predict, self.prepared.encoded.validation)
             scalars = {f"eval/{name}": value for name, value in self.metrics.items()}
@@ -188,18 +186,8 @@ class StageRun:
             if self.keeps_best:
                 self.best.consider(step, self.metrics)
 
-    @property
-    def scorer(self) -> Scorer:
-        """Scores the validation split."""
-        return Scorer(
-            metrics=self.prepared.splits.metrics,
-            collate=self.collate,
-            batch_size=self.config.eval.per_device_eval_batch_size,
-            ranks=self.ranks,
-        )
-
     def _save(self, step: int) -> None:
-        self.health.check_finite(self.checkpoints.newest() if self.ranks.is_main else None)
+        self.health.check_finite(self.checkpoints.newest)
         with self.health.paused():
             state = {
                 "trainer": self.trainer.state_dict(),

@@ -26,6 +26,10 @@ FULL = (4, 3, 50)  # examples, targets, tokens of a step
 MASKED = (4, 0, 50)
 
 
+def nothing_saved() -> Path | None:
+    """There is no checkpoint yet."""
+
+
 @pytest.fixture(autouse=True)
 def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank without a process group."""
@@ -68,9 +72,9 @@ class Watched:
 def test_a_run_whose_losses_are_finite_goes_on():
     watched = Watched()
 
-    watched.health.check_finite(None)  # before the first step
+    watched.health.check_finite(nothing_saved)  # before the first step
     watched.step()
-    watched.health.check_finite(None)
+    watched.health.check_finite(nothing_saved)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
@@ -80,7 +84,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_checkpoint(loss
         watched.step(loss=value)
 
     with pytest.raises(TrainingError) as caught:
-        watched.health.check_finite(Path("checkpoints/distil/step-1"))
+        watched.health.check_finite(lambda: Path("checkpoints/distil/step-1"))
 
     assert "distil: the loss or its gradient is not finite" in str(caught.value)
     assert "at step 2;" in str(caught.value)  # the second, as the log counts them
@@ -92,7 +96,7 @@ def test_a_run_that_stops_before_its_first_checkpoint_says_that_there_is_none():
     watched.step(loss=math.nan)
 
     with pytest.raises(TrainingError, match="checkpoint is none, nothing was saved yet; lower"):
-        watched.health.check_finite(None)
+        watched.health.check_finite(nothing_saved)
 
 
 # DeepSpeed's norm is -1 where a gradient is not finite.
@@ -103,7 +107,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_at_its_step(norm):
     watched.step(norm=norm)
 
     with pytest.raises(TrainingError, match="at step 2; "):
-        watched.health.check_finite(None)
+        watched.health.check_finite(nothing_saved)
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf, -1.0])
@@ -111,7 +115,7 @@ def test_under_fp16_an_overflowed_gradient_is_a_step_skipped_and_no_reason_to_st
     watched = Watched(fp16=True)
     watched.step(norm=norm)
 
-    watched.health.check_finite(None)
+    watched.health.check_finite(nothing_saved)
 
 
 def test_under_fp16_a_loss_that_is_not_finite_still_stops_the_run():
@@ -119,7 +123,7 @@ def test_under_fp16_a_loss_that_is_not_finite_still_stops_the_run():
     watched.step(loss=math.nan)
 
     with pytest.raises(TrainingError, match="at step 1; "):
-        watched.health.check_finite(None)
+        watched.health.check_finite(nothing_saved)
 
 
 def test_an_earlier_bad_loss_is_named_and_not_the_gradient_that_followed():
@@ -128,14 +132,14 @@ def test_an_earlier_bad_loss_is_named_and_not_the_gradient_that_followed():
     watched.step(norm=math.nan)
 
     with pytest.raises(TrainingError, match="at step 1; "):
-        watched.health.check_finite(None)
+        watched.health.check_finite(nothing_saved)
 
 
 def test_a_run_without_a_gradient_norm_is_watched_by_its_losses():
     watched = Watched()
     watched.step(norm=None)
 
-    watched.health.check_finite(None)
+    watched.health.check_finite(nothing_saved)
 
     assert "train/gradient_norm" not in watched.scalars()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from megakd.engine.distributed import free_port
 
 if TYPE_CHECKING:
     from gloo_workers import GlooWorkers
@@ -105,12 +106,6 @@ def _locks() -> str:
     if not held:
         return ""
     return f"every start waits for these locks, remove them if no start is running: {held}; "
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,11 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
-import socket
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+from megakd.engine.distributed import free_port
 
 START_TIMEOUT_S = 300  # the first start on a machine compiles DeepSpeed's shared-memory operator
 CALL_TIMEOUT_S = 180
@@ -22,7 +23,7 @@ class GlooWorkers:
 
     def __init__(self, world: int) -> None:
         context = multiprocessing.get_context("spawn")
-        port = _free_port()
+        port = free_port()
         pipes = [context.Pipe() for _ in range(world)]
         self._ends = [mine for mine, _ in pipes]
         self._ranks = [
@@ -61,12 +62,6 @@ class GlooWorkers:
             rank.kill()
         for rank in self._ranks:
             rank.join()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _serve(requests: Connection, rank: int, world: int, port: int) -> None:

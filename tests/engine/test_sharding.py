@@ -1,6 +1,5 @@
 import json
 import os
-import socket
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from megakd.config import ScratchModel, TaskConfig
+from megakd.engine.distributed import free_port
 from megakd.engine.sharding import (
     gathered,
     gathered_state,
@@ -48,12 +48,6 @@ def tiny_llama():
         vocab_size=300,
         tie_word_embeddings=True,
     )
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_ranks(arguments, *, world, log_folder):
