@@ -5,26 +5,35 @@ Shapes: C rows of a chunk, V vocabulary, H width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 MEBIBYTE = 1 << 20
 # Measured at V = 32000: longer chunks gain 1 % of the time, shorter ones lose 10 %.
 _CPU_CHUNK_BYTES = 64 * MEBIBYTE
 _CPU_BLOCK_BYTES = 2 * MEBIBYTE
-# Buffers of row_losses: gap, products, jsd's mix, the softmax of cross-entropy.
-_SCRATCH_BUFFERS = 4
-# Ids per piece when a low-precision matrix is widened for a product on the CPU.
-_WIDENED_IDS = 4096
+# Buffers of row_losses beside the logits: gap, products, mix, slopes, the softmax of
+# cross-entropy.
+_SCRATCH_BUFFERS = 5
+# Columns of a logits buffer on an accelerator: every row then starts at a multiple of 16 bytes.
+_ALIGNMENT = 64
+# Ids per piece when a product has no fused form with a result of another type.
+_PIECE_IDS = 4096
 
 
 class ChunkPlan(NamedTuple):
-    """Rows per chunk (matrix products) and per block (row mathematics)."""
+    """How many rows are worked on at a time.
 
+    group: of the gradient's matrix products, a multiple of `chunk`.
+    chunk: of the logits' matrix products.
+    block: of the row mathematics.
+    """
+
+    group: int
     chunk: int
     block: int
 
@@ -36,13 +45,40 @@ def plan_chunks(rows: int, *, widths: tuple[int, ...], like: Tensor, chunk_mb: f
     """
     itemsize = like.element_size()
     budget = chunk_mb * MEBIBYTE
-    bytes_per_row = itemsize * sum(widths)
+    bytes_per_row = itemsize * max(sum(widths), 1)
     if like.device.type != "cpu":
         bytes_per_row += _SCRATCH_BUFFERS * itemsize * max(widths)
         chunk = _clamp(budget / bytes_per_row, rows)
-        return ChunkPlan(chunk, chunk)
+        return ChunkPlan(chunk, chunk, chunk)
     chunk = _clamp(min(budget, _CPU_CHUNK_BYTES) / bytes_per_row, rows)
-    return ChunkPlan(chunk, _clamp(_CPU_BLOCK_BYTES / (itemsize * max(widths)), chunk))
+    block = _clamp(_CPU_BLOCK_BYTES / (itemsize * max(*widths, 1)), chunk)
+    return ChunkPlan(chunk, chunk, block)
+
+
+def plan_fused_chunks(
+    rows: int, *, widths: tuple[int, ...], like: Tensor, gradient: torch.dtype, chunk_mb: float
+) -> ChunkPlan:
+    """The same for row kernels that need no scratch, on an accelerator.
+
+    A gradient in a narrower type than the logits has a buffer of its own, which half the budget
+    goes to: its products gain from more rows than the logits' do. Otherwise it is written over
+    the student's logits.
+    """
+    itemsize = like.element_size()
+    padded = [_aligned(width) for width in widths]
+    budget = chunk_mb * MEBIBYTE
+    if gradient == like.dtype:
+        chunk = _clamp(_even(budget / (itemsize * sum(padded))), rows)
+        return ChunkPlan(chunk, chunk, chunk)
+    chunk = _clamp(_even(budget / 2 / (itemsize * sum(padded))), rows)
+    group = budget / 2 / (gradient.itemsize * padded[0])
+    return ChunkPlan(chunk * max(1, int(group // chunk)), chunk, chunk)
+
+
+def logits_buffer(rows: int, width: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised [rows, width] whose rows are aligned on an accelerator."""
+    stride = width if like.device.type == "cpu" else _aligned(width)
+    return like.new_empty(rows, stride, dtype=dtype)[:, :width]
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
@@ -64,7 +100,7 @@ def project_into(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | Non
         torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
     else:
         hidden = hidden.to(out.dtype)
-        for ids in slices(len(weight), _WIDENED_IDS):
+        for ids in slices(len(weight), _PIECE_IDS):
             torch.mm(hidden, weight[ids].to(out.dtype).T, out=out[:, ids])
     return out if bias is None else out.add_(bias)
 
@@ -77,63 +113,27 @@ def input_gradient_into(out: Tensor, gradient: Tensor, weight: Tensor) -> None:
         torch.mm(gradient, weight, out_dtype=out.dtype, out=out)
     else:
         out.zero_()
-        for ids in slices(len(weight), _WIDENED_IDS):
+        for ids in slices(len(weight), _PIECE_IDS):
             out.addmm_(gradient[:, ids].to(out.dtype), weight[ids].to(out.dtype))
 
 
 def add_weight_gradient_(out: Tensor, gradient: Tensor, hidden: Tensor, *, beta: float) -> None:
     """Makes out [V, H] beta * out + gradient [C, V].T @ hidden [C, H], in out's dtype."""
-    if _is_native(gradient, hidden, out):
-        product = torch.mm(gradient.T, hidden, out_dtype=out.dtype)
-        _ = out.copy_(product) if beta == 0 else out.mul_(beta).add_(product)
-    else:
+    if not _is_native(gradient, hidden, out):
         out.addmm_(gradient.to(out.dtype).T, hidden.to(out.dtype), beta=beta)
+    elif beta == 0:
+        torch.mm(gradient.T, hidden, out_dtype=out.dtype, out=out)
+    elif _accumulates_narrow(out.device):
+        torch.addmm(out, gradient.T, hidden, beta=beta, out_dtype=out.dtype, out=out)
+    else:
+        for ids in slices(len(out), _PIECE_IDS):
+            product = torch.mm(gradient[:, ids].T, hidden, out_dtype=out.dtype)
+            out[ids].mul_(beta).add_(product)
 
 
-def narrow_gradient(gradient: Tensor, like: Tensor) -> Tensor:
-    """The gradient in the type its products run in: that of `like` if the device has such."""
-    return gradient.to(like.dtype) if _multiplies_narrow(like, gradient.dtype) else gradient
-
-
-def attach_gradients(
-    loss: Tensor, scale: Tensor, inputs: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]
-) -> Tensor:
-    """`loss` as a function of `inputs` whose gradients are scale * gradients, formed already.
-
-    The gradients stay as they are: scale and upstream gradient multiply them in their own
-    precision, in the backward, before the cast to the input's type. A second backward over a
-    retained graph gives the same again. Inputs without a formed gradient are constants.
-    """
-    if not any(gradient is not None for gradient in gradients):
-        return loss
-    return _Formed.apply(loss, scale, gradients, *inputs)  # pyright: ignore[reportReturnType]
-
-
-class _Formed(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        loss: Tensor,
-        scale: Tensor,
-        gradients: tuple[Tensor | None, ...],
-        *inputs: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(scale, *gradients)
-        ctx.dtypes = tuple(tensor.dtype for tensor in inputs)
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]: once_differentiable's type
-        ctx: Any, upstream: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        scale, *gradients = ctx.saved_tensors
-        factor = upstream * scale
-        scaled = (
-            None if gradient is None else _scaled(gradient, factor, dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        )
-        return (None, None, None, *scaled)
+def gradient_dtype(hidden: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The type in which the products of a gradient run: hidden's if the device has such."""
+    return hidden.dtype if _multiplies_narrow(hidden, dtype) else dtype
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -146,16 +146,45 @@ def _multiplies_narrow(tensor: Tensor, result: torch.dtype) -> bool:
 
     fp16 is left out: gradients times 1e-6 token weights would vanish in it.
     """
-    return (
-        tensor.is_cuda
-        and tensor.dtype == torch.bfloat16
-        and result == torch.float32
-        and hasattr(torch.ops.aten.mm, "dtype_out")
-    )
+    is_candidate = tensor.is_cuda and tensor.dtype == torch.bfloat16 and result == torch.float32
+    return is_candidate and _has_wide_results(tensor.device)
 
 
 def _is_native(left: Tensor, right: Tensor, out: Tensor) -> bool:
     return left.dtype == right.dtype and _multiplies_narrow(left, out.dtype)
+
+
+@functools.cache
+def _has_wide_results(device: torch.device) -> bool:
+    """Tried once per device: versions of torch and cards differ."""
+    narrow = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+    out = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.mm(narrow, narrow, out_dtype=torch.float32, out=out)
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+@functools.cache
+def _accumulates_narrow(device: torch.device) -> bool:
+    """Whether a product can be added to an fp32 matrix without a second one; tried once."""
+    narrow = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    out = torch.ones(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.addmm(out, narrow, narrow, beta=1.0, out_dtype=torch.float32, out=out)
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _aligned(width: int) -> int:
+    return -(-width // _ALIGNMENT) * _ALIGNMENT
+
+
+def _even(rows: float) -> float:
+    """A multiple of 64 rows where there are so many: products are cut into such tiles."""
+    return rows if rows < _ALIGNMENT else rows // _ALIGNMENT * _ALIGNMENT
 
 
 def _clamp(rows: float, most: int) -> int:

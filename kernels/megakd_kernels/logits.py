@@ -8,20 +8,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megakd_kernels import reference
-from megakd_kernels.chunking import attach_gradients, plan_chunks, slices
-from megakd_kernels.row_terms import RowTotals, TermRows
+from megakd_kernels import ops, reference
+from megakd_kernels.inputs import (
+    Masks,
+    Rows,
+    check_constants,
+    compute_dtype,
+    needs_gradient,
+    select_rows,
+    shared_vocabulary,
+)
+from megakd_kernels.normalisation import Normalisation, operator_options
+from megakd_kernels.row_plan import Warp
+from megakd_kernels.row_terms import RowValues
 from megakd_kernels.settings import (
     Divergence,
     KDOutput,
     Number,
     Objective,
-    Rows,
-    compute_dtype,
     resolve_implementation,
-    select_rows,
-    shared_vocabulary,
 )
+from megakd_kernels.vocab_parallel import Shard
 
 
 def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyword-only
@@ -31,6 +38,7 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
     *,
     divergence: Divergence = "forward_kl",
     beta: float = 0.5,
+    skew: float = 0.1,
     temperature: float = 1.0,
     t_squared: bool,
     kd_weight: Number = 1.0,
@@ -53,8 +61,10 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
         student_logits: [..., Vs], such as [B, C] of a classifier.
         teacher_logits: [..., Vt], or None for cross-entropy alone; carries no gradient.
         labels: [...] int64, ignore_index where there is none.
-        divergence: forward_kl, reverse_kl, jsd, or a mapping of these to weights.
+        divergence: forward_kl, reverse_kl, jsd, skew_kl, skew_rkl, tvd, or a mapping of these
+            to weights.
         beta: of jsd, in [0, 1].
+        skew: of skew_kl and skew_rkl, in [0, 1).
         temperature: above 0; cross-entropy runs at 1.
         t_squared: multiply divergences (value and gradient) by temperature^2.
         kd_weight: factor of the divergences; number or 0-d tensor.
@@ -67,7 +77,7 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
             without gradient.
         valid: [...] bool; rows that are False may hold anything.
         chunk_mb: budget of the chunk buffers in MiB (less is used on a CPU).
-        impl: "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
+        impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
 
     Returns:
         KDOutput; n_valid counts the rows of the divergences.
@@ -77,29 +87,30 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
             "none" while a gradient is needed.
     """
     objective = Objective(
-        divergence=divergence, beta=beta, temperature=temperature, t_squared=t_squared,
-        kd_weight=kd_weight, ce_weight=ce_weight, reduction=reduction, num_items=num_items,
-        chunk_mb=chunk_mb,
+        divergence=divergence, beta=beta, skew=skew, temperature=temperature,
+        t_squared=t_squared, kd_weight=kd_weight, ce_weight=ce_weight, reduction=reduction,
+        num_items=num_items, chunk_mb=chunk_mb,
     )  # fmt: skip
-    needs_grad = student_logits.requires_grad and torch.is_grad_enabled()
-    objective.check_inputs(
-        has_teacher=teacher_logits is not None,
-        has_labels=labels is not None,
-        needs_grad=needs_grad,
-    )
+    check_constants(teacher_logits=teacher_logits, token_weight=token_weight)
     student, teacher, shared = _flatten(student_logits, teacher_logits, vocab_size)
-    like = torch.empty((), dtype=compute_dtype(student, teacher), device=student.device)
-    rows = select_rows(
-        len(student),
-        like=like,
-        labels=labels,
-        token_weight=token_weight,
-        ignore_index=ignore_index,
-        valid=valid,
+    objective.check_inputs(
+        has_teacher=teacher is not None,
+        has_labels=labels is not None,
+        needs_grad=needs_gradient(student),
     )
-    path = _chunked if resolve_implementation(impl) == "chunked" else reference.kd_loss
+    like = student.new_empty((), dtype=compute_dtype(student, teacher))
+    masks = Masks(labels, token_weight, ignore_index, valid)
+    shard = Shard(start=0, ids=student.shape[1], limit=None, group=None)
+    rows = select_rows(
+        len(student), like=like, masks=masks, ids=shard if objective.wants_ce else None
+    )
+    implementation = resolve_implementation(impl, student.device)
     with torch.autocast(student.device.type, enabled=False):
-        output = path(student, teacher, rows, objective, shared)
+        if implementation == "reference":
+            output = reference.kd_loss(student, teacher, rows, objective, shared)
+        else:
+            options = operator_options(objective, shared, (Warp(), Warp()), implementation)
+            output = _formed(student, teacher, rows, objective, options)
     if reduction == "none":
         return output._replace(loss=output.loss.reshape(student_logits.shape[:-1]))
     return output
@@ -117,38 +128,19 @@ def _flatten(
             f"{list(teacher.shape)}; only the last dimension may differ"
         )
     shared = shared_vocabulary(student.shape[-1], teacher.shape[-1], vocab_size)
-    return flat, teacher.detach().reshape(-1, teacher.shape[-1]), shared
+    return flat, teacher.reshape(-1, teacher.shape[-1]), shared
 
 
-def _chunked(
-    student: Tensor, teacher: Tensor | None, rows: Rows, objective: Objective, shared: int
+def _formed(
+    student: Tensor,
+    teacher: Tensor | None,
+    rows: Rows,
+    objective: Objective,
+    options: tuple[object, ...],
 ) -> KDOutput:
-    needs_grad = student.requires_grad and torch.is_grad_enabled()
-    with torch.no_grad():
-        totals = RowTotals(rows, objective, with_teacher=teacher is not None)
-        gradient = _form(student, teacher, totals, shared, with_gradient=needs_grad)
-        output, scale = totals.output()
-    return output._replace(loss=attach_gradients(output.loss, scale, (student,), (gradient,)))
-
-
-def _form(
-    student: Tensor, teacher: Tensor | None, totals: RowTotals, shared: int, *, with_gradient: bool
-) -> Tensor | None:
-    """The gradient [N, Vs] with respect to the student's logits, or None."""
-    rows, like = totals.rows, totals.rows.weight
-    count, width = student.shape
-    plan = plan_chunks(count, widths=(width, shared), like=like, chunk_mb=totals.objective.chunk_mb)
-    terms = TermRows(
-        totals, shared=shared, block=plan.block, like=like, with_gradient=with_gradient
+    normalised = Normalisation.of(rows, objective, with_teacher=teacher is not None)
+    factors = (normalised.kd_factor, normalised.ce_factor)
+    values = ops.logits_kd(
+        student, teacher, rows.valid, rows.labels, *factors, needs_gradient(student), *options
     )
-    # The loss works in place: in the gradient where there is one, else in a chunk.
-    work = like.new_empty(count if with_gradient else plan.chunk, width)
-    for chunk in slices(count, plan.chunk):
-        invalid = ~rows.valid[chunk, None]
-        target = work[chunk] if with_gradient else work[: len(invalid)]
-        target.copy_(student[chunk]).masked_fill_(invalid, 0)
-        soft = None
-        if teacher is not None:
-            soft = teacher[chunk, :shared].to(like.dtype).masked_fill(invalid, 0)
-        terms.run_(chunk, target, soft)
-    return work if with_gradient else None
+    return normalised.output(RowValues(*values[:4]))

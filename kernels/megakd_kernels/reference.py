@@ -6,18 +6,15 @@ or in fp64 where an input is. Shapes: N rows, V vocabulary, H width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megakd_kernels.settings import (
-    KDOutput,
-    Objective,
-    Rows,
-    compute_dtype,
-    reduction_scale,
-    weighted_total,
-)
+from megakd_kernels.inputs import Rows, compute_dtype
+from megakd_kernels.row_plan import Warp
+from megakd_kernels.settings import KDOutput, Objective, reduction_scale, weighted_total
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -27,20 +24,25 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
 
 
 def kd_loss(
-    student: Tensor, teacher: Tensor | None, rows: Rows, objective: Objective, shared: int
+    student: Tensor,
+    teacher: Tensor | None,
+    rows: Rows,
+    objective: Objective,
+    shared: int,
+    warps: tuple[Warp, Warp] = (Warp(), Warp()),
 ) -> KDOutput:
-    """The distillation loss of logits [N, V]; `rows` say which count.
+    """The distillation loss of raw logits [N, V]; `rows` say which count.
 
     Rows that do not count are cut out, so that whatever stands there has no part in the graph.
     """
     dtype = compute_dtype(student, teacher)
     valid = rows.valid
-    student = student[valid].to(dtype)
+    student = warped(student[valid].to(dtype), warps[0])
     values = student.new_zeros(0, len(student))
     if teacher is None:
         agrees = _is_right(student, rows)
     else:
-        teacher = teacher[valid].detach().to(dtype)
+        teacher = warped(teacher[valid].detach().to(dtype), warps[1])
         values = divergence_rows(student[:, :shared], teacher[:, :shared], objective)
         agrees = _share_a_maximum(student[:, :shared], teacher[:, :shared])
     ce = _cross_entropy_rows(student, rows, objective)
@@ -61,7 +63,7 @@ def divergence_rows(student: Tensor, teacher: Tensor, objective: Objective) -> T
     """Each divergence of the mixture per row, [n_div, N], T^2 included when asked for."""
     log_q = F.log_softmax(student / objective.temperature, dim=-1)
     log_p = F.log_softmax(teacher / objective.temperature, dim=-1)
-    values = [_divergence(name, log_p, log_q, objective.beta) for name, _ in objective.mixture]
+    values = [_divergence(name, log_p, log_q, objective) for name, _ in objective.mixture]
     if not values:
         return student.new_zeros(0, len(student))
     return torch.stack(values) * objective.value_scale
@@ -80,6 +82,23 @@ def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     return beta * _expectation(log_p, log_p, log_m) + (1 - beta) * student_part
 
 
+def skew_kl(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
+    """DistiLLM, equation 3: KL(p || m), m = skew p + (1 - skew) q; with p and q swapped, 4."""
+    mixed = skew * log_p.exp() + (1 - skew) * log_q.exp()
+    return _expectation(log_p, log_p, torch.where(mixed > 0, mixed, 1).log())
+
+
+def tvd(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Total variation: half the sum of |p - q|."""
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+
+
+def warped(logits: Tensor, warp: Warp) -> Tensor:
+    """Raw logits scaled and softly capped: c tanh(scale z / c)."""
+    scaled = logits * warp.scale
+    return warp.softcap * torch.tanh(scaled / warp.softcap) if warp.softcap else scaled
+
+
 def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared error per row, mean over the width; [N, H] twice -> [N]."""
     return (student - teacher).square().mean(-1)
@@ -91,12 +110,16 @@ def hidden_cosine(student: Tensor, teacher: Tensor, smallest: float) -> Tensor:
     return 1 - (unit_student * unit_teacher).sum(-1)
 
 
-def _divergence(name: str, log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    if name == "forward_kl":
-        return forward_kl(log_p, log_q)
-    if name == "reverse_kl":
-        return forward_kl(log_q, log_p)
-    return jsd(log_p, log_q, beta)
+def _divergence(name: str, log_p: Tensor, log_q: Tensor, objective: Objective) -> Tensor:
+    values: dict[str, Callable[[], Tensor]] = {
+        "forward_kl": lambda: forward_kl(log_p, log_q),
+        "reverse_kl": lambda: forward_kl(log_q, log_p),
+        "jsd": lambda: jsd(log_p, log_q, objective.beta),
+        "skew_kl": lambda: skew_kl(log_p, log_q, objective.skew),
+        "skew_rkl": lambda: skew_kl(log_q, log_p, objective.skew),
+        "tvd": lambda: tvd(log_p, log_q),
+    }
+    return values[name]()
 
 
 def _expectation(log_weight: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:

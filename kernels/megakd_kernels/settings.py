@@ -1,10 +1,11 @@
-"""Arguments of the losses, checked once: what is mixed, which rows count, how sums are reduced.
+"""Options of the losses, checked once: what is mixed, how sums are reduced, which path computes.
 
-Shapes: N rows (positions or examples), V vocabulary or classes, H width.
+Shapes: N rows (positions or examples).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Mapping
@@ -14,12 +15,17 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+from megakd_kernels.row_plan import Warp
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_rkl", "tvd")
 REDUCTIONS = ("sum", "mean", "num_items", "none")
-IMPLEMENTATIONS = ("auto", "chunked", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
 LOGITS_DTYPES = ("fp32", "bf16")
 ENVIRONMENT_VARIABLE = "MEGAKD_KERNELS"
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+Implementation = Literal["triton", "chunked", "reference"]
 Divergence = str | Mapping[str, float]
 Number = float | Tensor
 
@@ -50,6 +56,7 @@ class Objective:
 
     divergence: Divergence
     beta: float
+    skew: float
     temperature: float
     t_squared: bool
     kd_weight: Number
@@ -65,11 +72,13 @@ class Objective:
             raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}")
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta must lie in [0, 1], got {self.beta}")
+        if not 0 <= self.skew < 1:
+            raise ValueError(f"skew must lie in [0, 1), got {self.skew}")
         if not self.chunk_mb > 0:
             raise ValueError(f"chunk_mb must be above 0, got {self.chunk_mb}")
-        _one_of("logits_dtype", self.logits_dtype, LOGITS_DTYPES)
+        one_of("logits_dtype", self.logits_dtype, LOGITS_DTYPES)
         _check_reduction(self.reduction, self.num_items)
-        object.__setattr__(self, "mixture", _mixture(self.divergence, self.beta))
+        object.__setattr__(self, "mixture", _mixture(self.divergence, self.beta, self.skew))
 
     @property
     def value_scale(self) -> float:
@@ -97,38 +106,47 @@ class Objective:
         return isinstance(self.ce_weight, Tensor) or self.ce_weight != 0
 
 
-class Rows(NamedTuple):
-    """Which of the N rows count, and how much.
+def resolve_implementation(impl: str, device: torch.device) -> Implementation:
+    """The code path for `impl` on this device; MEGAKD_KERNELS overrides "auto".
 
-    valid: [N] bool, rows of the divergences.
-    weight: [N] token weight, exactly 0 where not valid.
-    labels: [N] int64 with 0 where there is no label, or None.
-    hard_weight: [N] like weight, for cross-entropy; None without labels.
-    """
-
-    valid: Tensor
-    weight: Tensor
-    labels: Tensor | None
-    hard_weight: Tensor | None
-
-
-def resolve_implementation(impl: str) -> Literal["chunked", "reference"]:
-    """The code path for `impl`; the environment variable MEGAKD_KERNELS overrides "auto".
+    "auto" is "triton" on a CUDA device that has Triton, else "chunked".
 
     Raises:
-        ValueError: unknown name, naming the known ones.
+        ValueError: unknown name, naming the known ones; "triton" where it cannot run.
     """
-    _one_of("impl", impl, IMPLEMENTATIONS)
+    one_of("impl", impl, IMPLEMENTATIONS)
+    source = "impl"
     if impl == "auto":
         impl = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-        _one_of(ENVIRONMENT_VARIABLE, impl, IMPLEMENTATIONS)
+        source = ENVIRONMENT_VARIABLE
+        one_of(source, impl, IMPLEMENTATIONS)
+    if impl == "triton":
+        _check_triton(source, device)
+        return "triton"
+    if impl == "auto":
+        return "triton" if device.type == "cuda" and HAS_TRITON else "chunked"
     return "reference" if impl == "reference" else "chunked"
 
 
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp32, or fp64 as soon as one input is fp64 (gradient checks)."""
-    is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if is_double else torch.float32
+def _check_triton(source: str, device: torch.device) -> None:
+    if not HAS_TRITON:
+        raise ValueError(f"{source} 'triton': the package triton is not installed; use 'chunked'")
+    # Triton's interpreter runs kernels on CPU tensors, for tests.
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"{source} 'triton' needs CUDA tensors, got {device.type}; use 'chunked'")
+
+
+def warp(which: str, scale: float, softcap: float | None) -> Warp:
+    """Scale and cap of one model's logits.
+
+    Raises:
+        ValueError: a cap or scale that is not above 0 and finite.
+    """
+    if not 0 < scale < math.inf:
+        raise ValueError(f"logit_scale_{which} must be above 0 and finite, got {scale}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap_{which} must be above 0 and finite or None, got {softcap}")
+    return Warp(scale, softcap or 0.0)
 
 
 def as_scalar(value: Number, like: Tensor) -> Tensor:
@@ -136,60 +154,6 @@ def as_scalar(value: Number, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().to(like.device, like.dtype).reshape(())
     return torch.full((), value, dtype=like.dtype, device=like.device)
-
-
-def select_rows(
-    count: int,
-    *,
-    like: Tensor,
-    labels: Tensor | None,
-    token_weight: Tensor | None,
-    ignore_index: int,
-    valid: Tensor | None = None,
-) -> Rows:
-    """Flattens and joins the masks; `like` gives dtype and device.
-
-    Raises:
-        ValueError: a mask, weight or label tensor does not have one entry per row.
-    """
-    entries = {"labels": labels, "token_weight": token_weight, "valid": valid}
-    for name, tensor in entries.items():
-        if tensor is not None and tensor.numel() != count:
-            raise ValueError(f"{name} has {tensor.numel()} entries for {count} rows")
-    labels = None if labels is None else labels.detach().reshape(-1)
-    labelled = None if labels is None else labels != ignore_index
-    if valid is not None:
-        counted = valid.detach().reshape(-1).bool()
-    elif labelled is not None:
-        counted = labelled
-    else:
-        counted = torch.ones(count, dtype=torch.bool, device=like.device)
-    given = torch.ones_like(counted, dtype=like.dtype)
-    if token_weight is not None:
-        given = token_weight.detach().reshape(-1).to(like.dtype)
-        counted = counted & (given != 0)
-    weight = torch.where(counted, given, 0)
-    if labels is None or labelled is None:
-        return Rows(counted, weight, None, None)
-    hard_weight = torch.where(labelled, weight, 0)
-    return Rows(counted, weight, torch.where(labelled & counted, labels, 0), hard_weight)
-
-
-def shared_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
-    """The ids [0, n) that both softmaxes run over.
-
-    Raises:
-        ValueError: vocab_size is beyond one of the models.
-    """
-    shared = min(student, teacher)
-    if vocab_size is None:
-        return shared
-    if not 0 < vocab_size <= shared:
-        raise ValueError(
-            f"vocab_size {vocab_size} must lie in 1..{shared}: "
-            f"the student has {student} ids and the teacher {teacher}"
-        )
-    return vocab_size
 
 
 def reduction_scale(objective: Objective, n_valid: Tensor, like: Tensor) -> Tensor:
@@ -211,20 +175,26 @@ def weighted_total(objective: Objective, divergences: Tensor, ce: Tensor) -> Ten
     return total + as_scalar(objective.ce_weight, ce) * ce if objective.wants_ce else total
 
 
-def _mixture(divergence: Divergence, beta: float) -> tuple[tuple[str, float], ...]:
+def _mixture(divergence: Divergence, beta: float, skew: float) -> tuple[tuple[str, float], ...]:
     weights = {divergence: 1.0} if isinstance(divergence, str) else dict(divergence)
-    for name in weights:
-        _one_of("divergence", name, DIVERGENCES)
-    # GKD's convention: at beta 0 and 1 its formula is 0, and the KL limits are meant.
-    limits = {0.0: "forward_kl", 1.0: "reverse_kl"}
+    for name, weight in weights.items():
+        one_of("divergence", name, DIVERGENCES)
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of {name} must be finite, got {weight}")
+    # Where a formula degenerates its limit is meant; jsd's limits are GKD's convention.
+    limits = {
+        ("jsd", 0.0): "forward_kl", ("jsd", 1.0): "reverse_kl",
+        ("skew_kl", 0.0): "forward_kl", ("skew_rkl", 0.0): "reverse_kl",
+    }  # fmt: skip
+    options = {"jsd": beta, "skew_kl": skew, "skew_rkl": skew}
     return tuple(
-        (limits.get(beta, name) if name == "jsd" else name, float(weight))
+        (limits.get((name, float(options.get(name, -1.0))), name), float(weight))
         for name, weight in weights.items()
     )
 
 
 def _check_reduction(reduction: str, num_items: Number | None) -> None:
-    _one_of("reduction", reduction, REDUCTIONS)
+    one_of("reduction", reduction, REDUCTIONS)
     if (reduction == "num_items") != (num_items is not None):
         raise ValueError(
             f"reduction {reduction!r} with num_items {num_items}: "
@@ -234,6 +204,7 @@ def _check_reduction(reduction: str, num_items: Number | None) -> None:
         raise ValueError(f"num_items must be above 0, got {num_items}")
 
 
-def _one_of(argument: str, value: str, known: tuple[str, ...]) -> None:
+def one_of(argument: str, value: str, known: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is known, naming those that are."""
     if value not in known:
         raise ValueError(f"unknown {argument} {value!r}; known: {', '.join(known)}")

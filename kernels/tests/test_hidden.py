@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import megakd_kernels as mk
-from megakd_kernels import hidden
+from megakd_kernels import hidden_ops
 
 IMPLS = pytest.mark.parametrize("impl", ["chunked", "reference"])
 LOSSES = pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_equal_states_have_no_loss_and_no_gradient(states, impl, loss, scale):
 @pytest.mark.parametrize("projected", [True, False])
 def test_gradients_are_the_derivatives_of_the_loss(states, impl, loss, projected, monkeypatch):
     student, projection, teacher, valid = states
-    monkeypatch.setattr(hidden, "_CHUNK_MB", 0.0003)
+    monkeypatch.setattr(hidden_ops, "_CHUNK_MB", 0.0003)
     leaves = [student.requires_grad_()]
     if projected:
         leaves.append(projection.requires_grad_())
@@ -137,7 +137,7 @@ def test_a_zero_vector_has_cosine_loss_one_and_no_gradient(impl, who):
 @LOSSES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_chunks_match_the_double_precision_reference(states, loss, dtype, distance, monkeypatch):
-    monkeypatch.setattr(hidden, "_CHUNK_MB", 0.0003)
+    monkeypatch.setattr(hidden_ops, "_CHUNK_MB", 0.0003)
     student, projection, teacher = (tensor.to(dtype) for tensor in states[:3])
     leaves = [student.requires_grad_(), projection.requires_grad_()]
     truth = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -157,16 +157,17 @@ def test_chunks_match_the_double_precision_reference(states, loss, dtype, distan
 
 @IMPLS
 @LOSSES
-def test_the_teacher_carries_no_gradient_and_nothing_is_overwritten(states, impl, loss):
+def test_nothing_is_overwritten_and_a_teacher_with_gradient_is_refused(states, impl, loss):
     student, _, teacher, _ = states
-    student, teacher = student.requires_grad_(), teacher[..., :3].clone().requires_grad_()
-    before = student.detach().clone(), teacher.detach().clone()
+    student, teacher = student.requires_grad_(), teacher[..., :3].clone()
+    before = student.detach().clone(), teacher.clone()
 
     loss(student, None, teacher, valid=None, impl=impl).backward()
 
-    assert teacher.grad is None
     assert torch.equal(student, before[0])
     assert torch.equal(teacher, before[1])
+    with pytest.raises(ValueError, match="teacher_hidden requires grad"):
+        loss(student, None, teacher.requires_grad_(), valid=None, impl=impl)
 
 
 @LOSSES

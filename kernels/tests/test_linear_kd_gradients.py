@@ -9,7 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import megakd_kernels as mk
 
-ALL = {"forward_kl": 0.5, "reverse_kl": 0.3, "jsd": 0.2}
+ALL = {
+    "forward_kl": 0.5, "reverse_kl": 0.3, "jsd": 0.2, "skew_kl": 0.7, "skew_rkl": 0.4, "tvd": 0.6,
+}  # fmt: skip
 IMPLS = pytest.mark.parametrize("impl", ["chunked", "reference"])
 # A chunk of two or three rows, so that 13 rows make several and a ragged last one.
 TINY_CHUNK_MB = 0.0008
@@ -126,18 +128,18 @@ def test_only_the_gradients_asked_for_are_formed(make_problem, needed):
 
 
 @IMPLS
-def test_the_teacher_carries_no_gradient(make_problem, impl):
+@pytest.mark.parametrize("which", ["hidden", "weight"])
+def test_a_teacher_that_asks_for_a_gradient_is_refused(make_problem, impl, which):
     problem = make_problem()
-    teacher = [problem.teacher_hidden.requires_grad_(), problem.teacher_weight.requires_grad_()]
-    hidden = problem.student_hidden.requires_grad_()
+    teacher = {"hidden": problem.teacher_hidden, "weight": problem.teacher_weight}
+    teacher[which].requires_grad_()
+    inputs = (problem.student_hidden, problem.student_weight, *teacher.values())
 
-    mk.linear_kd_loss(
-        hidden, problem.student_weight, *teacher, t_squared=True, impl=impl
-    ).loss.backward()
+    with pytest.raises(ValueError, match=rf"teacher_{which} requires grad.*teacher_{which}.detach"):
+        mk.linear_kd_loss(*inputs, t_squared=True, impl=impl)
 
-    assert hidden.grad is not None
-    assert teacher[0].grad is None
-    assert teacher[1].grad is None
+    with torch.no_grad():
+        assert mk.linear_kd_loss(*inputs, t_squared=True, impl=impl).loss > 0
 
 
 @IMPLS

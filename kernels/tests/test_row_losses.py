@@ -36,6 +36,10 @@ def logits_of(*probabilities):
             0.5 * (0.5 * math.log(4 / 3) + 0.5 * math.log(4 / 5))
             + 0.5 * (0.25 * math.log(2 / 3) + 0.75 * math.log(6 / 5)),
         ),
+        # skew 0.1: m = 0.1 p + 0.9 q = (0.275, 0.725), and with p and q swapped (0.475, 0.525).
+        ("skew_kl", 0.5 * math.log(0.5 / 0.275) + 0.5 * math.log(0.5 / 0.725)),
+        ("skew_rkl", 0.25 * math.log(0.25 / 0.475) + 0.75 * math.log(0.75 / 0.525)),
+        ("tvd", 0.25),
     ],
 )
 def test_divergence_has_the_value_worked_out_by_hand(impl, name, expected):

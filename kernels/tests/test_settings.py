@@ -10,6 +10,8 @@ import megakd_kernels as mk
 from megakd_kernels import linear_kd
 from megakd_kernels.settings import resolve_implementation
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -26,7 +28,7 @@ from megakd_kernels.settings import resolve_implementation
         ({"reduction": "num_items", "num_items": 0}, "num_items must be above 0, got 0"),
         ({"reduction": "none"}, "reduction 'none' has no gradient"),
         ({"logits_dtype": "fp8"}, "unknown logits_dtype 'fp8'; known: fp32, bf16"),
-        ({"impl": "cuda"}, "unknown impl 'cuda'; known: auto, chunked, reference"),
+        ({"impl": "cuda"}, "unknown impl 'cuda'; known: auto, triton, chunked, reference"),
         ({"vocab_size": 6}, "vocab_size 6 must lie in 1..5: the student has 7 ids and the te"),
         ({"vocab_size": 0}, "vocab_size 0 must lie in 1..5"),
         ({"ce_weight": 1.0}, "ce_weight is 1.0 but labels is None"),
@@ -78,19 +80,19 @@ def test_the_environment_overrides_auto_alone(monkeypatch, impl, environment, ex
     if environment is not None:
         monkeypatch.setenv("MEGAKD_KERNELS", environment)
 
-    assert resolve_implementation(impl) == expected
+    assert resolve_implementation(impl, CPU) == expected
 
 
 def test_an_unknown_name_in_the_environment_is_refused(monkeypatch):
     monkeypatch.setenv("MEGAKD_KERNELS", "fused")
 
-    with pytest.raises(ValueError, match="unknown MEGAKD_KERNELS 'fused'; known: auto, chunked"):
-        resolve_implementation("auto")
+    with pytest.raises(ValueError, match="unknown MEGAKD_KERNELS 'fused'; known: auto, triton"):
+        resolve_implementation("auto", CPU)
 
 
 def test_the_environment_decides_which_path_runs(monkeypatch):
     monkeypatch.setenv("MEGAKD_KERNELS", "reference")
-    monkeypatch.setattr(linear_kd, "_chunked", None)
+    monkeypatch.setattr(linear_kd, "_formed", None)
 
     one = torch.ones(2, 2)
 

@@ -1,0 +1,58 @@
+"""Backward of operators whose gradients were formed in the forward.
+
+An operator returns its total first and, last, one formed gradient per differentiable input
+(empty where none was wanted). The backward multiplies them by the upstream gradient, in fp32,
+and casts once; nothing is changed in place, so a retained graph gives the same again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def register_formed_gradients(operator: Any, positions: Sequence[int]) -> None:
+    """Registers the backward of `operator`.
+
+    Args:
+        operator: a `torch.library.custom_op`; its first output is the total, its last
+            len(positions) outputs are the formed gradients.
+        positions: which arguments they belong to, in the order of the outputs.
+    """
+    operator.register_autograd(_backward(tuple(positions)), setup_context=_saver(tuple(positions)))
+
+
+def _saver(positions: tuple[int, ...]) -> Callable[..., None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*output[-len(positions) :])
+        ctx.count = len(inputs)
+        ctx.kinds = [_kind(inputs[position]) for position in positions]
+
+    return setup_context
+
+
+def _kind(tensor: Tensor | None) -> tuple[torch.dtype, torch.Size] | None:
+    return None if tensor is None else (tensor.dtype, tensor.shape)
+
+
+def _backward(positions: tuple[int, ...]) -> Callable[..., Any]:
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *others: Tensor | None) -> Any:
+        del others
+        gradients: list[Tensor | None] = [None] * ctx.count
+        for position, kind, formed in zip(positions, ctx.kinds, ctx.saved_tensors, strict=True):
+            if kind is not None and formed.shape == kind[1]:
+                gradients[position] = _scaled(formed, upstream, kind[0])
+        return tuple(gradients)
+
+    return backward
+
+
+def _scaled(formed: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product in the wider type, cast without a copy in between."""
+    out = torch.empty_like(formed, dtype=dtype)
+    return torch.mul(formed, upstream, out=out)

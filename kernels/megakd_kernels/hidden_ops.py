@@ -1,0 +1,147 @@
+"""Operator of the hidden-state losses: values, and gradients formed in the forward.
+
+Per chunk of rows: projection, residual or cosine, and its gradient, written over the
+projection. Shapes: N rows, C rows of a chunk, Hs and Ht widths of student and teacher.
+"""
+
+# No `from __future__ import annotations`: torch reads the operator's signature.
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megakd_kernels.chunking import (
+    add_weight_gradient_,
+    gradient_dtype,
+    input_gradient_into,
+    masked_rows,
+    plan_chunks,
+    project_into,
+    slices,
+)
+from megakd_kernels.formed import register_formed_gradients
+from megakd_kernels.inputs import compute_dtype
+
+SMALLEST_NORM = 1e-12
+_CHUNK_MB = 64
+
+RowLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@torch.library.custom_op("megakd::hidden_loss", mutates_args=())
+def hidden_loss(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
+    student: Tensor,
+    projection: Tensor | None,
+    teacher: Tensor,
+    valid: Tensor,
+    needed: Sequence[bool],
+    kind: str,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum over valid rows, then the gradients of student [N, Hs] and projection [Ht, Hs]."""
+    formed = _Formed.empty(student, projection, teacher, needed)
+    loss = _row_loss(kind, implementation)
+    dtype, width = formed.dtype, teacher.shape[1]
+    total = student.new_zeros((), dtype=dtype)
+    plan = plan_chunks(
+        len(student), widths=(student.shape[1], width, width), like=total, chunk_mb=_CHUNK_MB
+    )
+    for rows in slices(len(student), plan.chunk):
+        counted = valid[rows]
+        hidden = masked_rows(student[rows], counted, dtype)
+        work = _projected(hidden, projection, dtype)
+        target = teacher[rows].to(dtype).masked_fill(~counted[:, None], 0)
+        total += loss(work, target, counted).sum()
+        formed.add(rows, work, hidden, projection)
+    return total, formed.student, formed.projection
+
+
+@dataclass(kw_only=True)
+class _Formed:
+    """Gradients in the compute dtype; [0] where none is wanted."""
+
+    student: Tensor
+    projection: Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def empty(
+        cls, student: Tensor, projection: Tensor | None, teacher: Tensor, needed: Sequence[bool]
+    ) -> "_Formed":
+        dtype = compute_dtype(student, projection, teacher)
+        shape = projection.shape if projection is not None and needed[1] else torch.Size([0])
+        return cls(
+            student=student.new_empty(student.shape if needed[0] else 0, dtype=dtype),
+            projection=student.new_zeros(shape, dtype=dtype),
+            dtype=dtype,
+        )
+
+    def add(self, rows: slice, gradient: Tensor, hidden: Tensor, projection: Tensor | None) -> None:
+        """Takes the gradient [C, Ht] with respect to some rows' projected states."""
+        if projection is None:
+            if self.student.numel():
+                self.student[rows] = gradient
+            return
+        narrow = gradient.to(gradient_dtype(hidden, gradient.dtype))
+        if self.student.numel():
+            input_gradient_into(self.student[rows], narrow, projection)
+        if self.projection.numel():
+            add_weight_gradient_(self.projection, narrow, hidden, beta=1.0)
+
+
+@hidden_loss.register_fake
+def _(  # noqa: PLR0913, PLR0917, the signature of the operator
+    student: Tensor, projection: Tensor | None, teacher: Tensor, valid: Tensor,
+    needed: Sequence[bool], kind: str, implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    del valid, kind, implementation
+    formed = _Formed.empty(student, projection, teacher, needed)
+    return student.new_empty((), dtype=formed.dtype), formed.student, formed.projection
+
+
+register_formed_gradients(hidden_loss, (0, 1))
+
+
+def _projected(hidden: Tensor, projection: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A buffer [C, Ht] of its own, to be overwritten."""
+    if projection is None:
+        return hidden.to(dtype, copy=True)
+    out = hidden.new_empty(len(hidden), len(projection), dtype=dtype)
+    return project_into(out, hidden, projection, None)
+
+
+def _row_loss(kind: str, implementation: str) -> RowLoss:
+    """Values [C], 0 where not valid; the projected rows become their gradient."""
+    if implementation == "triton":
+        # Late: the package works where Triton is not installed.
+        from megakd_kernels.triton import row_hidden
+
+        return row_hidden.squared_error_rows if kind == "mse" else row_hidden.one_minus_cosine_rows
+    return _squared_error_ if kind == "mse" else _one_minus_cosine_
+
+
+def _squared_error_(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+    """Gradient 2 (z - y) / width; `teacher` is used up. Rows that are not valid are zeros."""
+    del valid
+    student.sub_(teacher)
+    values = torch.mul(student, student, out=teacher).mean(-1)
+    student.mul_(2.0 / student.shape[-1])
+    return values
+
+
+def _one_minus_cosine_(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+    """Gradient (c z / |z| - y / |y|) / |z|; `teacher` is used up."""
+    inverse_norm = _inverse_norm(student)
+    student.mul_(inverse_norm)
+    teacher.mul_(_inverse_norm(teacher))
+    cosine = (student * teacher).sum(-1, keepdim=True)
+    student.mul_(cosine).sub_(teacher).mul_(inverse_norm)
+    return torch.where(valid, 1 - cosine.squeeze(-1), 0)
+
+
+def _inverse_norm(vectors: Tensor) -> Tensor:
+    square = vectors.square().sum(-1, keepdim=True)
+    is_long = square > SMALLEST_NORM**2
+    return torch.where(is_long, torch.where(is_long, square, 1).rsqrt(), 0)

@@ -1,0 +1,143 @@
+"""Losses on logits that exist one chunk at a time, and their gradients, formed on the way.
+
+Per chunk of rows: the student's logits, a loss that turns them into their gradient, and that
+gradient's products with the weight and the hidden states.
+Shapes: N rows, C rows of a chunk, V vocabulary, H width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from megakd_kernels.chunking import (
+    ChunkPlan,
+    add_weight_gradient_,
+    gradient_dtype,
+    input_gradient_into,
+    logits_buffer,
+    masked_rows,
+    project_into,
+    slices,
+)
+
+
+class Side(NamedTuple):
+    """One model: hidden [N, H], weight [V, H], bias [V] or None."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def rows(self, index: Tensor) -> Side:
+        """The same model with some of the rows."""
+        return self._replace(hidden=self.hidden[index])
+
+    def ids(self, count: int) -> Side:
+        """The same model with its first `count` ids; nothing is copied."""
+        bias = None if self.bias is None else self.bias[:count]
+        return self._replace(weight=self.weight[:count], bias=bias)
+
+
+class Needed(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a gradient to form at all."""
+        return self.hidden or self.weight or self.bias
+
+
+class ChunkLoss(Protocol):
+    """Turns the logits of some rows into their gradient, and keeps the values."""
+
+    def __call__(self, rows: slice, logits: Tensor, gradient: Tensor | None) -> None:
+        """Reads raw logits [C, V] (lost); writes gradient [C, V], perhaps `logits` itself."""
+        ...
+
+
+@dataclass(kw_only=True)
+class StudentGradients:
+    """Formed gradients in the compute dtype; empty tensors where none is wanted."""
+
+    hidden: Tensor  # [N, H] or [0]
+    weight: Tensor  # [V, H] or [0]
+    bias: Tensor  # [V] or [0]
+    has_rows: bool = False
+
+    @classmethod
+    def empty(cls, student: Side, needed: Needed, dtype: torch.dtype) -> StudentGradients:
+        """Room for the gradients; the weight's is written by the first chunk."""
+        like = student.hidden
+        count, (ids, width) = len(like), student.weight.shape
+        return cls(
+            hidden=like.new_empty((count, width) if needed.hidden else 0, dtype=dtype),
+            weight=like.new_empty((ids, width) if needed.weight else 0, dtype=dtype),
+            bias=like.new_zeros(ids if needed.bias else 0, dtype=dtype),
+        )
+
+    def add(self, rows: slice, gradient: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """Takes the gradient [C, used] with respect to the logits of the first `used` ids."""
+        used = len(weight)
+        if self.hidden.numel():
+            input_gradient_into(self.hidden[rows], gradient, weight)
+        if self.weight.numel():
+            beta = 1.0 if self.has_rows else 0.0
+            add_weight_gradient_(self.weight[:used], gradient, hidden, beta=beta)
+        if self.bias.numel():
+            self.bias[:used] += gradient.sum(0, dtype=self.bias.dtype)
+        self.has_rows = True
+
+    def finish(self, used: int) -> StudentGradients:
+        """Zeros for the ids that no row's loss reaches."""
+        self.weight[used if self.has_rows else 0 :] = 0
+        return self
+
+
+def run_chunks(
+    student: Side,
+    loss: ChunkLoss,
+    gradients: StudentGradients,
+    *,
+    valid: Tensor,
+    plan: ChunkPlan,
+    round_logits: bool,
+) -> None:
+    """Projects, scores and back-projects all rows.
+
+    Args:
+        student: the ids that the loss reads.
+        loss: called for consecutive chunks.
+        gradients: filled, unless all of it is empty.
+        valid: [N] bool; hidden states of other rows may hold anything.
+        plan: rows at a time.
+        round_logits: to bf16 and back, as a bf16 model does.
+    """
+    dtype = gradients.hidden.dtype
+    narrow = gradient_dtype(student.hidden, dtype)
+    needs_gradient = any(g.numel() for g in (gradients.hidden, gradients.weight, gradients.bias))
+    count, ids = len(student.hidden), len(student.weight)
+    like = gradients.bias
+    logits = logits_buffer(min(plan.chunk, count), ids, like)
+    formed = logits
+    if needs_gradient and narrow != dtype:
+        formed = logits_buffer(min(plan.group, count), ids, like, narrow)
+    for group in slices(count, plan.group):
+        hidden = masked_rows(student.hidden[group], valid[group], dtype)
+        for part in slices(len(hidden), plan.chunk):
+            out = logits[: part.stop - part.start]
+            project_into(out, hidden[part], student.weight, student.bias)
+            if round_logits:
+                out.copy_(out.to(torch.bfloat16))
+            gradient = out if formed is logits else formed[part]
+            rows = slice(group.start + part.start, group.start + part.stop)
+            loss(rows, out, gradient if needs_gradient else None)
+        if needs_gradient:
+            gradients.add(group, formed[: len(hidden)], hidden, student.weight)

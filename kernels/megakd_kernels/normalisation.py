@@ -1,0 +1,99 @@
+"""From options to the factors of every row, and from the rows' values to a `KDOutput`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megakd_kernels.inputs import Rows
+from megakd_kernels.row_plan import Warp
+from megakd_kernels.row_terms import RowValues
+from megakd_kernels.settings import (
+    Implementation,
+    KDOutput,
+    Objective,
+    as_scalar,
+    reduction_scale,
+    weighted_total,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalisation:
+    """How rows enter the formed gradient, and what it is multiplied by at the end.
+
+    The factors are relative to |kd_weight| + |ce_weight|, which goes into the final scale:
+    a weight of 1e-7 (one over a count, say) then costs a low-precision gradient no digits.
+
+    kd_factor, ce_factor: [N]; magnitude: 0-d.
+    """
+
+    objective: Objective
+    rows: Rows
+    kd_factor: Tensor
+    ce_factor: Tensor
+    magnitude: Tensor
+
+    @classmethod
+    def of(cls, rows: Rows, objective: Objective, *, with_teacher: bool) -> Normalisation:
+        """The factors of these rows under these weights."""
+        weight = rows.weight
+        kd = as_scalar(objective.kd_weight if with_teacher else 0.0, weight)
+        ce = as_scalar(objective.ce_weight, weight)
+        magnitude = kd.abs() + ce.abs()
+        magnitude = torch.where(magnitude > 0, magnitude, 1)
+        return cls(
+            objective=objective,
+            rows=rows,
+            kd_factor=weight * (kd / magnitude),
+            ce_factor=rows.hard_weight * (ce / magnitude),
+            magnitude=magnitude,
+        )
+
+    def output(self, values: RowValues) -> KDOutput:
+        """The result; the loss is [N] for the reduction "none"."""
+        rows, objective = self.rows, self.objective
+        divergences, ce = values.divergences.detach(), values.ce.detach()
+        # An infinite value of a row that is out is dropped.
+        divergences = torch.where(rows.weight != 0, divergences * rows.weight, 0)
+        ce = torch.where(rows.hard_weight != 0, ce * rows.hard_weight, 0)
+        n_valid = rows.valid.sum()
+        scale = reduction_scale(objective, n_valid, ce)
+        if objective.reduction == "none":
+            loss = weighted_total(objective, divergences, ce)
+        else:
+            loss = values.total * (scale * self.magnitude)
+        agreement = (values.agrees & rows.valid).sum()
+        return KDOutput(loss, divergences.sum(1), ce.sum(), n_valid, agreement)
+
+
+def operator_options(
+    objective: Objective,
+    shared: int,
+    warps: tuple[Warp, Warp],
+    implementation: Implementation,
+    shard: tuple[int, str] = (0, ""),
+) -> tuple[object, ...]:
+    """The options as the operators of `ops` take them, in the order of their `FlatPlan`.
+
+    shard: the first id of this rank, and the name of the process group.
+    """
+    vocab_start, group = shard
+    student, teacher = warps
+    return (
+        ",".join(name for name, _ in objective.mixture),
+        [weight for _, weight in objective.mixture],
+        [
+            objective.beta, objective.skew, objective.temperature, objective.value_scale,
+            *student, *teacher,
+        ],
+        shared,
+        objective.wants_ce,
+        vocab_start,
+        group,
+        implementation,
+        objective.logits_dtype == "bf16",
+        float(objective.chunk_mb),
+    )  # fmt: skip

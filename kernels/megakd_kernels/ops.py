@@ -1,0 +1,277 @@
+"""The distillation losses as operators of torch: what `torch.compile` and autograd see.
+
+`megakd::linear_kd` and `megakd::logits_kd` take flat arguments only. The public functions in
+`linear_kd` and `logits` check, flatten and normalise; the operators form values and gradients.
+"""
+
+# No `from __future__ import annotations`: torch reads the operators' signatures.
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megakd_kernels.chunking import (
+    ChunkPlan,
+    gradient_dtype,
+    logits_buffer,
+    masked_rows,
+    plan_chunks,
+    plan_fused_chunks,
+    project_into,
+    slices,
+)
+from megakd_kernels.formed import register_formed_gradients
+from megakd_kernels.linear_chunks import Needed, Side, StudentGradients, run_chunks
+from megakd_kernels.row_plan import Reduce, RowPlan, Warp, WholeRows
+from megakd_kernels.row_terms import RowFactors, RowScorer, RowValues, row_kernel
+from megakd_kernels.vocab_parallel import GroupReduce
+
+
+class FlatPlan(NamedTuple):
+    """A `RowPlan` and the way to compute it, as arguments that an operator can take.
+
+    divergences: names joined by commas; weights: theirs.
+    numbers: beta, skew, temperature, value_scale, then scale and softcap of student and teacher.
+    shared, with_ce, vocab_start: as in `RowPlan`.
+    group: name of the process group whose ranks share the vocabulary; "" for none.
+    """
+
+    divergences: str
+    weights: Sequence[float]
+    numbers: Sequence[float]
+    shared: int
+    with_ce: bool
+    vocab_start: int
+    group: str
+    implementation: str
+    round_logits: bool
+    chunk_mb: float
+
+    def unpack(self, *, with_teacher: bool, with_gradient: bool) -> RowPlan:
+        """The plan of a row kernel."""
+        beta, skew, temperature, value_scale, *warps = self.numbers
+        names = self.divergences.split(",") if with_teacher else []
+        return RowPlan(
+            mixture=tuple(zip(names, self.weights, strict=False)),
+            beta=beta,
+            skew=skew,
+            temperature=temperature,
+            value_scale=value_scale,
+            shared=self.shared,
+            with_ce=self.with_ce,
+            with_gradient=with_gradient,
+            student_warp=Warp(*warps[:2]),
+            teacher_warp=Warp(*warps[2:]),
+            vocab_start=self.vocab_start,
+            has_shards=bool(self.group),
+        )
+
+    def reduce(self) -> Reduce:
+        """What joins the parts of a row."""
+        return GroupReduce(self.group) if self.group else WholeRows()
+
+
+@torch.library.custom_op("megakd::linear_kd", mutates_args=())
+def linear_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    valid: Tensor,
+    labels: Tensor | None,
+    kd_factor: Tensor,
+    ce_factor: Tensor,
+    needed: Sequence[bool],
+    divergences: str,
+    weights: Sequence[float],
+    numbers: Sequence[float],
+    shared: int,
+    with_ce: bool,  # noqa: FBT001
+    vocab_start: int,
+    group: str,
+    implementation: str,
+    round_logits: bool,  # noqa: FBT001
+    chunk_mb: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Total, divergences [n_div, N], ce [N], agrees [N], then gradients of hidden, weight, bias."""
+    flat = FlatPlan(
+        divergences, weights, numbers, shared, with_ce, vocab_start, group, implementation,
+        round_logits, chunk_mb,
+    )  # fmt: skip
+    student = Side(student_hidden, student_weight, student_bias)
+    teacher = None
+    if teacher_hidden is not None and teacher_weight is not None:
+        teacher = Side(teacher_hidden, teacher_weight, teacher_bias).ids(shared)
+    factors = RowFactors(valid=valid, labels=labels, kd=kd_factor, ce=ce_factor)
+    values, formed = _linear(student, teacher, factors, flat, Needed(*needed))
+    total, divergences_of_rows, ce, agrees = values
+    gradients = (formed.hidden, formed.weight, formed.bias)
+    return total, divergences_of_rows, ce, agrees, *gradients
+
+
+def _linear(
+    student: Side, teacher: Side | None, factors: RowFactors, flat: FlatPlan, needed: Needed
+) -> tuple[RowValues, StudentGradients]:
+    """Leaves rows that do not count out of every product where looking costs nothing."""
+    if student.hidden.is_cpu and not bool(factors.valid.all()):
+        kept = factors.valid.nonzero().squeeze(1)
+        less = None if teacher is None else teacher.rows(kept)
+        values, formed = _linear_rows(student.rows(kept), less, factors.rows(kept), flat, needed)
+        return _spread(values, formed, kept, len(factors.valid))
+    return _linear_rows(student, teacher, factors, flat, needed)
+
+
+def _spread(
+    values: RowValues, formed: StudentGradients, kept: Tensor, count: int
+) -> tuple[RowValues, StudentGradients]:
+    """Values and gradients of the kept rows at their places among `count`."""
+    spread = RowValues(
+        values.total,
+        values.divergences.new_zeros(len(values.divergences), count).index_copy_(
+            1, kept, values.divergences
+        ),
+        values.ce.new_zeros(count).index_copy_(0, kept, values.ce),
+        values.agrees.new_zeros(count).index_copy_(0, kept, values.agrees),
+    )
+    if formed.hidden.dim() == 2:
+        rows = formed.hidden.new_zeros(count, formed.hidden.shape[1])
+        formed.hidden = rows.index_copy_(0, kept, formed.hidden)
+    return spread, formed
+
+
+def _linear_rows(
+    student: Side, teacher: Side | None, factors: RowFactors, flat: FlatPlan, needed: Needed
+) -> tuple[RowValues, StudentGradients]:
+    dtype = factors.kd.dtype
+    # Ids that only the student has matter to cross-entropy alone.
+    used = student.ids(len(student.weight) if flat.with_ce else flat.shared)
+    formed = StudentGradients.empty(student, needed, dtype)
+    plan = flat.unpack(with_teacher=teacher is not None, with_gradient=needed.any)
+    widths = [len(used.weight)] + ([] if teacher is None else [len(teacher.weight)])
+    sizes = _sizes(len(used.hidden), widths, used.hidden, factors.kd, flat)
+    reduce = flat.reduce()
+    kernel = row_kernel(flat.implementation, plan, reduce, block=sizes.block, like=factors.kd)
+    scorer = RowScorer(kernel, plan, factors, sizes.block)
+    soft = None
+    if teacher is not None:
+        soft = logits_buffer(min(sizes.chunk, len(used.hidden)), len(teacher.weight), factors.kd)
+
+    def score(rows: slice, logits: Tensor, gradient: Tensor | None) -> None:
+        target = None
+        if teacher is not None and soft is not None:
+            target = soft[: len(logits)]
+            kept = masked_rows(teacher.hidden[rows], factors.valid[rows], dtype)
+            project_into(target, kept, teacher.weight, teacher.bias)
+            if flat.round_logits:
+                target.copy_(target.to(torch.bfloat16))
+        scorer.run_(rows, logits, target, gradient)
+
+    run_chunks(used, score, formed, valid=factors.valid, plan=sizes, round_logits=flat.round_logits)
+    formed.finish(len(used.weight))
+    formed.hidden = reduce.total(formed.hidden)
+    return scorer.values(), formed
+
+
+def _sizes(rows: int, widths: list[int], hidden: Tensor, like: Tensor, flat: FlatPlan) -> ChunkPlan:
+    if flat.implementation == "triton" and not like.is_cpu:
+        gradient = gradient_dtype(hidden, like.dtype)
+        return plan_fused_chunks(
+            rows, widths=tuple(widths), like=like, gradient=gradient, chunk_mb=flat.chunk_mb
+        )
+    plan = plan_chunks(rows, widths=tuple(widths), like=like, chunk_mb=flat.chunk_mb)
+    # Every block of a shared row costs three collectives, and a launch is one for all rows.
+    is_whole = bool(flat.group) or flat.implementation == "triton"
+    return plan._replace(block=plan.chunk) if is_whole else plan
+
+
+@linear_kd.register_fake
+def _(  # noqa: PLR0913, PLR0917, the signature of the operator
+    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None,
+    teacher_hidden: Tensor | None, teacher_weight: Tensor | None, teacher_bias: Tensor | None,
+    valid: Tensor, labels: Tensor | None, kd_factor: Tensor, ce_factor: Tensor,
+    needed: Sequence[bool], divergences: str, *options: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    del student_bias, teacher_weight, teacher_bias, labels, ce_factor, options
+    formed = StudentGradients.empty(
+        Side(student_hidden, student_weight, None), Needed(*needed), kd_factor.dtype
+    )
+    values = _empty_values(kd_factor, valid, divergences, with_teacher=teacher_hidden is not None)
+    return (*values, formed.hidden, formed.weight, formed.bias)
+
+
+@torch.library.custom_op("megakd::logits_kd", mutates_args=())
+def logits_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    valid: Tensor,
+    labels: Tensor | None,
+    kd_factor: Tensor,
+    ce_factor: Tensor,
+    needed: bool,  # noqa: FBT001
+    divergences: str,
+    weights: Sequence[float],
+    numbers: Sequence[float],
+    shared: int,
+    with_ce: bool,  # noqa: FBT001
+    vocab_start: int,
+    group: str,
+    implementation: str,
+    round_logits: bool,  # noqa: FBT001
+    chunk_mb: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Total, divergences [n_div, N], ce [N], agrees [N], then the gradient [N, V] of the logits."""
+    flat = FlatPlan(
+        divergences, weights, numbers, shared, with_ce, vocab_start, group, implementation,
+        round_logits, chunk_mb,
+    )  # fmt: skip
+    factors = RowFactors(valid=valid, labels=labels, kd=kd_factor, ce=ce_factor)
+    plan = flat.unpack(with_teacher=teacher_logits is not None, with_gradient=needed)
+    count, width = student_logits.shape
+    widths = [width] + ([] if teacher_logits is None else [shared])
+    sizes = _sizes(count, widths, kd_factor, kd_factor, flat)
+    kernel = row_kernel(flat.implementation, plan, flat.reduce(), block=sizes.block, like=kd_factor)
+    scorer = RowScorer(kernel, plan, factors, sizes.block)
+    # The loss works in place: in the gradient where there is one, else in a chunk.
+    work = kd_factor.new_empty(count if needed else min(sizes.chunk, count), width)
+    for chunk in slices(count, sizes.chunk):
+        out_of_use = ~valid[chunk, None]
+        target = work[chunk] if needed else work[: len(out_of_use)]
+        target.copy_(student_logits[chunk]).masked_fill_(out_of_use, 0)
+        soft = None
+        if teacher_logits is not None:
+            soft = teacher_logits[chunk, :shared].to(work.dtype).masked_fill(out_of_use, 0)
+        scorer.run_(chunk, target, soft, target if needed else None)
+    total, values, ce, agrees = scorer.values()
+    return total, values, ce, agrees, work if needed else work.new_empty(0)
+
+
+@logits_kd.register_fake
+def _(  # noqa: PLR0913, PLR0917, the signature of the operator
+    student_logits: Tensor, teacher_logits: Tensor | None, valid: Tensor, labels: Tensor | None,
+    kd_factor: Tensor, ce_factor: Tensor, needed: bool, divergences: str,  # noqa: FBT001
+    *options: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    del labels, ce_factor, options
+    values = _empty_values(kd_factor, valid, divergences, with_teacher=teacher_logits is not None)
+    shape = student_logits.shape if needed else torch.Size([0])
+    return (*values, kd_factor.new_empty(shape))
+
+
+def _empty_values(
+    factor: Tensor, valid: Tensor, divergences: str, *, with_teacher: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kinds = len(divergences.split(",")) if with_teacher else 0
+    return (
+        factor.new_empty(()),
+        factor.new_empty(kinds, len(factor)),
+        torch.empty_like(factor),
+        torch.empty_like(valid),
+    )
+
+
+register_formed_gradients(linear_kd, (0, 1, 2))
+register_formed_gradients(logits_kd, (0,))

@@ -1,0 +1,143 @@
+"""What a row kernel is told and what it answers, whether it is written in torch or in Triton.
+
+Shapes: R rows of a block, V ids; notation as in the public functions: q student, p teacher.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Warp(NamedTuple):
+    """How raw logits z become the model's: softcap * tanh(scale * z / softcap).
+
+    softcap: 0 leaves the tanh out.
+    """
+
+    scale: float = 1.0
+    softcap: float = 0.0
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the logits are used as they are."""
+        return self.scale == 1.0 and self.softcap == 0.0
+
+
+_AS_THEY_ARE = Warp()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPlan:
+    """What to compute for every row.
+
+    mixture: (divergence, weight) pairs; empty for cross-entropy alone.
+    beta: of jsd, inside (0, 1). skew: of skew_kl and skew_rkl, inside (0, 1).
+    value_scale: what a divergence is multiplied by (T^2 or 1).
+    shared: number of ids both models have: the first ones of this rank's.
+    vocab_start: id of this rank's first column; labels are ids of the whole vocabulary.
+    """
+
+    mixture: tuple[tuple[str, float], ...]
+    beta: float
+    skew: float
+    temperature: float
+    value_scale: float
+    shared: int
+    with_ce: bool
+    with_gradient: bool
+    student_warp: Warp = _AS_THEY_ARE
+    teacher_warp: Warp = _AS_THEY_ARE
+    vocab_start: int = 0
+    has_shards: bool = False
+
+    def shares_softmax(self, width: int) -> bool:
+        """Whether cross-entropy (T = 1, every id) can use the divergences' softmax.
+
+        With shards the answer must be the same on every rank, so it is no.
+        """
+        return self.temperature == 1.0 and self.shared == width and not self.has_shards
+
+
+class RowInputs(NamedTuple):
+    """Per row, each [R].
+
+    valid: bool; rows that are False get a gradient of zeros.
+    labels: int64 ids, or None.
+    kd_factor, ce_factor: what the gradients of the two losses with respect to the student's
+        logits are multiplied by; value_scale / temperature is part of kd_factor.
+    """
+
+    valid: Tensor
+    labels: Tensor | None
+    kd_factor: Tensor
+    ce_factor: Tensor
+
+
+class RowTerms(NamedTuple):
+    """Values per row: divergences [n_div, R] (with value_scale), ce [R], agrees [R] bool."""
+
+    divergences: Tensor
+    ce: Tensor
+    agrees: Tensor
+
+
+class Reduce(Protocol):
+    """Joins the parts of a row that lie on several ranks."""
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """The elementwise maximum over the ranks, as a new tensor or `values` itself."""
+        ...
+
+    def total(self, values: Tensor) -> Tensor:
+        """The elementwise sum over the ranks, as a new tensor or `values` itself."""
+        ...
+
+
+class WholeRows:
+    """The rows are complete: nothing to join."""
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """The values themselves."""
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        """The values themselves."""
+        return values
+
+
+class RowKernel(Protocol):
+    """The mathematics of blocks of rows, in torch (`row_losses`) or Triton (`triton.row_kd`)."""
+
+    def run_(
+        self, student: Tensor, teacher: Tensor | None, inputs: RowInputs, gradient: Tensor | None
+    ) -> RowTerms:
+        """Values of all rows, and the gradient with respect to the student's raw logits.
+
+        Args:
+            student: [R, Vs] raw logits, lost; finite in rows that are not valid.
+            teacher: [R, shared] raw logits, lost; None for cross-entropy alone.
+            inputs: per row; factors are 0 in rows that are not valid.
+            gradient: [R, Vs] to be written, perhaps in another type, perhaps `student` itself;
+                None: no gradient is wanted.
+        """
+        ...
+
+
+class Scratch:
+    """Buffers of the block size by name, made at first use and then reused."""
+
+    def __init__(self, rows: int, like: Tensor) -> None:
+        self._rows = rows
+        self._like = like
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: torch.Size) -> Tensor:
+        """An uninitialised buffer [rows <= block, V]."""
+        rows, width = shape
+        if name not in self._buffers:
+            self._buffers[name] = self._like.new_empty(self._rows, width)
+        return self._buffers[name][:rows]
