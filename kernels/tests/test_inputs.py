@@ -1,0 +1,145 @@
+"""Tensors that do not fit are refused with the values; labels never read outside a row."""
+
+import pytest
+import torch
+
+import megakd_kernels as mk
+from megakd_kernels import ops
+
+IMPLS = pytest.mark.parametrize("impl", ["chunked", "reference"])
+
+
+@IMPLS
+@pytest.mark.parametrize("label", [37, -1, 10**6])
+def test_a_label_outside_the_vocabulary_is_refused(make_problem, impl, label):
+    problem = make_problem()
+    labels = problem.labels.clone()
+    labels[5] = label
+
+    with pytest.raises(ValueError, match=rf"label {label} is none of the student's ids, 0 to 36"):
+        problem.solve(labels=labels, ce_weight=1.0, impl=impl)
+
+    assert torch.isfinite(problem.solve(labels=labels, impl=impl)[0].loss)
+
+
+@IMPLS
+def test_where_labels_are_not_looked_at_a_wrong_one_spoils_its_row_alone(
+    make_problem, impl, monkeypatch
+):
+    monkeypatch.setattr("megakd_kernels.inputs.check_labels", lambda *_: None)
+    problem = make_problem()
+    labels = problem.labels.clone()
+    labels[5] = 10**6
+
+    output, gradients = problem.solve(labels=labels, ce_weight=1.0, impl=impl)
+    _, expected = problem.solve(ce_weight=1.0, impl=impl)
+
+    assert output.loss.isnan()
+    assert gradients[0][5].isnan().all()
+    others = torch.arange(13) != 5
+    torch.testing.assert_close(gradients[0][others], expected[0][others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_labels_that_are_no_integers_are_refused(make_problem, dtype):
+    problem = make_problem()
+
+    with pytest.raises(ValueError, match=f"labels are {dtype}; they must be integer ids"):
+        problem.solve(labels=problem.labels.to(dtype))
+
+
+def test_labels_of_any_integer_type_mean_the_same(make_problem):
+    problem = make_problem()
+
+    short, _ = problem.solve(labels=problem.labels.to(torch.int16), ce_weight=1.0)
+
+    assert torch.equal(short.loss, problem.solve(ce_weight=1.0)[0].loss)
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_a_zero3_shard_is_recognised_and_explained(make_problem, which):
+    problem = make_problem()
+    shard = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+    shard.ds_shape = torch.Size([37, 6])
+    weights = {"student": problem.student_weight, "teacher": problem.teacher_weight, which: shard}
+
+    with pytest.raises(
+        ValueError, match=rf"{which}_weight is a ZeRO-3 shard: \[0\] here, \[37, 6\].*Gathered"
+    ):
+        mk.linear_kd_loss(
+            problem.student_hidden, weights["student"], problem.teacher_hidden,
+            weights["teacher"], t_squared=True,
+        )  # fmt: skip
+
+
+def test_a_projection_that_is_a_shard_is_recognised_too():
+    shard = torch.nn.Parameter(torch.empty(0))
+    shard.ds_shape = torch.Size([3, 2])
+
+    with pytest.raises(ValueError, match="projection is a ZeRO-3 shard"):
+        mk.hidden_mse_projection_loss(torch.ones(4, 2), shard, torch.ones(4, 3), valid=None)
+
+
+def test_a_gathered_parameter_is_no_shard(make_problem):
+    problem = make_problem()
+    weight = torch.nn.Parameter(problem.student_weight)
+    weight.ds_shape = weight.shape
+
+    loss = mk.linear_kd_loss(
+        problem.student_hidden, weight, problem.teacher_hidden, problem.teacher_weight,
+        t_squared=True,
+    ).loss  # fmt: skip
+
+    assert loss > 0
+
+
+def test_weights_of_rows_that_ask_for_a_gradient_are_refused(make_problem):
+    with pytest.raises(ValueError, match="token_weight requires grad"):
+        make_problem().solve(token_weight=torch.ones(13, requires_grad=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"skew": 1.0}, r"skew must lie in \[0, 1\), got 1.0"),
+        ({"skew": -0.1}, "skew must lie in"),
+        ({"softcap_s": 0.0}, "softcap_s must be above 0 and finite or None, got 0.0"),
+        ({"logit_scale_t": -1.0}, "logit_scale_t must be above 0 and finite, got -1.0"),
+        ({"divergence": {"tvd": float("nan")}}, "the weight of tvd must be finite, got nan"),
+        ({"impl": "triton"}, "needs CUDA tensors, got cpu; use 'chunked'"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused(make_problem, monkeypatch, options, message):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("megakd_kernels.settings.HAS_TRITON", True)
+
+    with pytest.raises(ValueError, match=message):
+        make_problem().solve(**options)
+
+
+def test_without_triton_asking_for_it_is_refused(make_problem, monkeypatch):
+    monkeypatch.setattr("megakd_kernels.settings.HAS_TRITON", False)
+
+    with pytest.raises(ValueError, match="impl 'triton': the package triton is not installed"):
+        make_problem().solve(impl="triton")
+
+
+def test_rows_that_do_not_count_are_left_out_of_the_products(make_problem, monkeypatch):
+    problem = make_problem(bias=True)
+    options = {"ce_weight": 1.0, "temperature": 2.0, "divergence": {"jsd": 1.0, "forward_kl": 1.0}}
+    seen = []
+    rows = ops._linear_rows
+
+    def watched(student, *others):
+        seen.append(len(student.hidden))
+        return rows(student, *others)
+
+    monkeypatch.setattr(ops, "_linear_rows", watched)
+    output, gradients = problem.solve(**options)
+    monkeypatch.setattr(ops, "_linear", watched)
+    expected, expected_gradients = problem.solve(**options)
+
+    assert seen == [11, 13]
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradients, expected_gradients)

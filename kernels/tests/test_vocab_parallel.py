@@ -1,0 +1,104 @@
+"""A vocabulary on two ranks gives what the whole one gives."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import megakd_kernels as mk
+
+RANKS = Path(__file__).with_name("vocab_parallel_ranks.py")
+ALL = {name: 0.3 + 0.1 * index for index, name in enumerate(mk.DIVERGENCES)}
+OPTIONS = [
+    *({"divergence": name} for name in mk.DIVERGENCES),
+    {"divergence": ALL, "ce_weight": 0.7, "temperature": 2.5},
+    {"divergence": "forward_kl", "ce_weight": 1.0},
+    {"divergence": ALL, "ce_weight": 0.7, "softcap_s": 3.0, "logit_scale_t": 0.5},
+    {"divergence": ALL, "vocab_size": 29, "reduction": "mean", "logits_dtype": "bf16"},
+]
+# Ids of the student and of the teacher, and where both heads are cut: in the middle, with a
+# longer student, with a longer teacher, and so that the second rank has no shared id.
+SHAPES = [(37, 37, (20, 20)), (41, 37, (20, 20)), (33, 37, (30, 30)), (40, 30, (30, 30))]
+
+
+def problem(student_ids, teacher_ids, rows=7):
+    generator = torch.Generator().manual_seed(student_ids)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    labels = torch.randint(0, min(student_ids, teacher_ids), (rows,), generator=generator)
+    labels[3] = -100
+    return {
+        "student": random(rows, 5), "student_weight": random(student_ids, 5),
+        "student_bias": random(student_ids), "teacher": random(rows, 6),
+        "teacher_weight": random(teacher_ids, 6), "labels": labels,
+    }  # fmt: skip
+
+
+def whole(inputs, options):
+    leaves = [inputs[name].clone() for name in ("student", "student_weight", "student_bias")]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    output = mk.linear_kd_loss(
+        *leaves[:2], inputs["teacher"], inputs["teacher_weight"], inputs["labels"],
+        student_bias=leaves[2], **options,
+    )  # fmt: skip
+    return [*map(torch.Tensor.detach, output), *torch.autograd.grad(output.loss, leaves)]
+
+
+def all_cases():
+    return [
+        {
+            "inputs": problem(student, teacher), "cuts": cuts,
+            "options": {"t_squared": True, **options},
+        }
+        for student, teacher, cuts in SHAPES
+        for options in OPTIONS
+        if options.get("vocab_size", 0) <= min(student, teacher)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What each of two ranks answers to every case."""
+    folder = tmp_path_factory.mktemp("vocab_parallel")
+    torch.save(all_cases(), folder / "cases.pt")
+    results = [folder / f"rank-{rank}.pt" for rank in range(2)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, RANKS, str(rank), folder / "rendezvous", folder / "cases.pt", result],
+            stderr=subprocess.PIPE,
+        )
+        for rank, result in enumerate(results)
+    ]
+    try:
+        for process in started:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors.decode()
+    finally:
+        for process in started:
+            process.kill()
+    return [torch.load(result) for result in results]
+
+
+@pytest.mark.parametrize("index", range(len(all_cases())))
+def test_two_ranks_agree_with_the_whole_vocabulary(answers, index):
+    case = all_cases()[index]
+    expected = whole(case["inputs"], case["options"])
+
+    first, second = answers[0][index], answers[1][index]
+
+    for got in (first, second):
+        torch.testing.assert_close(got[:6], expected[:6])
+    for place in (6, 7):
+        joined = torch.cat([first[place], second[place]])
+        torch.testing.assert_close(joined, expected[place])
+
+
+def test_a_first_id_needs_a_group():
+    one = torch.ones(2, 2)
+
+    with pytest.raises(ValueError, match="vocab_start is 4: it must be 0 or more, and 0 without"):
+        mk.linear_kd_loss(one, one, one, one, t_squared=True, vocab_start=4)
