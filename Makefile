@@ -11,6 +11,7 @@ VENV := .venv
 INSTALLED := $(VENV)/installed
 PYTHON ?=
 SLOW ?=
+TRITON := 3.8.0
 # ninja comes from the environment, and torch looks for it on the path.
 ACTIVATE := export PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; unset PYTHONPATH PYTHONHOME
 
@@ -45,6 +46,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	if [ -e $@ ]; then rm $@; else "$$python" -m venv --clear $(VENV); fi
 	$(ACTIVATE)
 	python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	# CUDA builds of torch bring their own; elsewhere the kernels' tests need its interpreter.
+	python -c 'import triton' 2>/dev/null ||
+		python -m pip install --disable-pip-version-check --no-deps 'triton==$(TRITON)' ||
+		echo 'triton $(TRITON) is not to be had: the tests of its kernels will be skipped' >&2
 	touch $@
 
 quickstart: install

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def register_formed_gradients(operator: Any, positions: Sequence[int]) -> None:
@@ -40,9 +39,14 @@ def _kind(tensor: Tensor | None) -> tuple[torch.dtype, torch.Size] | None:
 
 
 def _backward(positions: tuple[int, ...]) -> Callable[..., Any]:
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *others: Tensor | None) -> Any:
         del others
+        if torch.is_grad_enabled():
+            # The formed gradients are constants: a second derivative would be silently wrong.
+            raise RuntimeError(
+                "the fused losses have no second derivative (create_graph=True); "
+                "use impl='reference'"
+            )
         gradients: list[Tensor | None] = [None] * ctx.count
         for position, kind, formed in zip(positions, ctx.kinds, ctx.saved_tensors, strict=True):
             if kind is not None and formed.shape == kind[1]:
