@@ -3,6 +3,7 @@
 from megakd_kernels.hidden import hidden_cosine_projection_loss, hidden_mse_projection_loss
 from megakd_kernels.linear_kd import linear_kd_loss
 from megakd_kernels.logits import kd_loss_from_logits
+from megakd_kernels.relation import relation_kl_loss
 from megakd_kernels.settings import DIVERGENCES, IMPLEMENTATIONS, KDOutput
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "hidden_mse_projection_loss",
     "kd_loss_from_logits",
     "linear_kd_loss",
+    "relation_kl_loss",
 ]

@@ -1,0 +1,160 @@
+"""The relation loss as operators that torch.compile keeps whole, with their derivatives.
+
+`relation_kl` works by tiles with torch and forms its gradients in the forward;
+`relation_kl_flash` runs the Triton kernels and saves statistics of the rows, from which
+`relation_kl_flash_backward` forms them. The tensors are those of `Relation`, in its order.
+Shapes: B batch, L positions, D width (Ds student), A relation heads.
+"""
+
+# No `from __future__ import annotations`: custom_op reads the signatures as objects.
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megakd_kernels.relation_chunked import relation_sweep
+from megakd_kernels.relation_reference import Relation
+
+_STATISTICS = 4
+
+
+@torch.library.custom_op("megakd::relation_kl", mutates_args=())
+def relation_kl(  # noqa: PLR0913, PLR0917, operators take tensors and numbers alone
+    student_queries: Tensor,
+    student_keys: Tensor | None,
+    teacher_queries: Tensor,
+    teacher_keys: Tensor | None,
+    valid: Tensor | None,
+    segments: Tensor | None,
+    weight: Tensor,
+    *,
+    heads: int,
+    causal: bool,
+    wants_queries: bool,
+    wants_keys: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `relation_sweep` returns."""
+    relation = Relation(
+        student_queries, student_keys, teacher_queries, teacher_keys, valid, segments, weight,
+        heads, causal,
+    )  # fmt: skip
+    with torch.autocast(weight.device.type, enabled=False):
+        return relation_sweep(relation, wants_queries=wants_queries, wants_keys=wants_keys)
+
+
+@torch.library.custom_op("megakd::relation_kl_flash", mutates_args=())
+def relation_kl_flash(  # noqa: PLR0913, PLR0917, operators take tensors and numbers alone
+    student_queries: Tensor,
+    student_keys: Tensor | None,
+    teacher_queries: Tensor,
+    teacher_keys: Tensor | None,
+    valid: Tensor | None,
+    segments: Tensor | None,
+    weight: Tensor,
+    *,
+    heads: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Scalar loss, and statistics [4, B, A, L] for the backward."""
+    from megakd_kernels.triton import relation_flash
+
+    relation = Relation(
+        student_queries, student_keys, teacher_queries, teacher_keys, valid, segments, weight,
+        heads, causal,
+    )  # fmt: skip
+    return relation_flash.forward(relation)
+
+
+@torch.library.custom_op("megakd::relation_kl_flash_backward", mutates_args=())
+def relation_kl_flash_backward(  # noqa: PLR0913, PLR0917, operators take tensors and numbers alone
+    upstream: Tensor,
+    statistics: Tensor,
+    student_queries: Tensor,
+    student_keys: Tensor | None,
+    teacher_queries: Tensor,
+    teacher_keys: Tensor | None,
+    valid: Tensor | None,
+    segments: Tensor | None,
+    weight: Tensor,
+    *,
+    heads: int,
+    causal: bool,
+    wants_queries: bool,
+    wants_keys: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of queries and keys, times `upstream`, in the inputs' dtype; empty: not wanted."""
+    from megakd_kernels.triton import relation_flash
+
+    relation = Relation(
+        student_queries, student_keys, teacher_queries, teacher_keys, valid, segments, weight,
+        heads, causal,
+    )  # fmt: skip
+    return relation_flash.backward(
+        upstream, statistics, relation, wants_queries=wants_queries, wants_keys=wants_keys
+    )
+
+
+@relation_kl.register_fake
+def _fake(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    queries, weight = tensors[0], tensors[6]
+    return weight.new_empty(()), *_gradients_like(queries, weight.dtype, options)
+
+
+@relation_kl_flash.register_fake
+def _flash_fake(*tensors: Tensor, heads: int, **_: Any) -> tuple[Tensor, Tensor]:
+    weight = tensors[6]
+    batch, length = weight.shape
+    return weight.new_empty(()), weight.new_empty(_STATISTICS, batch, heads, length)
+
+
+@relation_kl_flash_backward.register_fake
+def _flash_backward_fake(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    queries = tensors[2]
+    return _gradients_like(queries, queries.dtype, options)
+
+
+def _gradients_like(
+    queries: Tensor, dtype: torch.dtype, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    shapes = (queries.shape if options[name] else 0 for name in ("wants_queries", "wants_keys"))
+    first, second = (queries.new_empty(shape, dtype=dtype) for shape in shapes)
+    return first, second
+
+
+def _keep_gradients(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+) -> None:
+    del keyword_only_inputs
+    ctx.save_for_backward(*output[1:])
+    ctx.dtype = inputs[0].dtype
+
+
+@once_differentiable
+def _scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    queries, keys = (
+        (upstream * gradient).to(ctx.dtype) if needed else None
+        for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+    )
+    return queries, keys, None, None, None, None, None
+
+
+def _keep_inputs(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+) -> None:
+    ctx.save_for_backward(output[1], *inputs)
+    ctx.options = keyword_only_inputs
+
+
+@once_differentiable
+def _run_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    wants_queries, wants_keys = ctx.needs_input_grad[:2]
+    queries, keys = relation_kl_flash_backward(
+        upstream, *ctx.saved_tensors, **ctx.options,
+        wants_queries=wants_queries, wants_keys=wants_keys,
+    )  # fmt: skip
+    return queries if wants_queries else None, keys if wants_keys else None, *(None,) * 5
+
+
+relation_kl.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+relation_kl_flash.register_autograd(_run_backward, setup_context=_keep_inputs)

@@ -1,0 +1,85 @@
+"""The relation loss as plain eager torch: what the other code paths are tested against.
+
+Forms [B, A, L, L] twice and leaves the gradient to autograd. Computed in fp32, or in fp64 where
+an input is. Shapes: B batch, L positions, D width, A relation heads, d = D / A head width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megakd_kernels.inputs import compute_dtype
+
+
+class Relation(NamedTuple):
+    """What every path of the relation loss reads; checked by `relation_kl_loss`.
+
+    student_queries: [B, L, Ds], teacher_queries [B, L, Dt]; any strides.
+    student_keys, teacher_keys: the same shapes, or both None: a tensor related with itself.
+    valid: [B, L] bool, positions that are seen and count; None: all. The others hold anything.
+    segments: [B, L] integers; positions of different segments do not see each other.
+    weight: [B, L] of the compute dtype, weight of each query row, exactly 0 where not valid.
+    heads: relation heads A.
+    causal: a position sees none after itself.
+    """
+
+    student_queries: Tensor
+    student_keys: Tensor | None
+    teacher_queries: Tensor
+    teacher_keys: Tensor | None
+    valid: Tensor | None
+    segments: Tensor | None
+    weight: Tensor
+    heads: int
+    causal: bool
+
+
+def relation_kl_reference(relation: Relation) -> Tensor:
+    """Scalar: weighted sum over rows of the mean over heads of KL(teacher || student), nats."""
+    dtype = compute_dtype(relation.student_queries, relation.teacher_queries)
+    visible = visible_pairs(relation)
+    with torch.autocast(relation.weight.device.type, enabled=False):
+        log_q = _log_relation(relation.student_queries, relation.student_keys, relation, dtype)
+        log_p = _log_relation(relation.teacher_queries, relation.teacher_keys, relation, dtype)
+        log_q = log_q.masked_fill(~visible, 0)
+        log_p = log_p.detach()
+        terms = log_p.exp() * (log_p.masked_fill(~visible, 0) - log_q)
+        rows = (terms * visible).sum(-1).mean(1)  # [B, L]
+        return (rows * relation.weight).sum()
+
+
+def visible_pairs(relation: Relation) -> Tensor:
+    """[B, 1, L, L] bool: whether row i sees position j; rows that do not count see nothing."""
+    batch, length = relation.weight.shape
+    visible = relation.weight.new_ones(batch, length, length, dtype=torch.bool)
+    if relation.valid is not None:
+        visible = relation.valid[:, :, None] & relation.valid[:, None, :]
+    if relation.segments is not None:
+        visible = visible & (relation.segments[:, :, None] == relation.segments[:, None, :])
+    return (visible.tril() if relation.causal else visible)[:, None]
+
+
+def _log_relation(
+    queries: Tensor, keys: Tensor | None, relation: Relation, dtype: torch.dtype
+) -> Tensor:
+    """[B, A, L, L]: log softmax of the scaled scores over the visible keys."""
+    queries = _split_heads(queries, relation, dtype)
+    keys = queries if keys is None else _split_heads(keys, relation, dtype)
+    scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
+    # Finite, so that a row that sees nothing stays free of NaN; its weight is 0.
+    scores = scores.masked_fill(~visible_pairs(relation), torch.finfo(dtype).min)
+    return F.log_softmax(scores, dim=-1)
+
+
+def _split_heads(tensor: Tensor, relation: Relation, dtype: torch.dtype) -> Tensor:
+    """[B, L, D] -> [B, A, L, d], zeros where not valid."""
+    if relation.valid is not None:
+        tensor = torch.where(relation.valid[:, :, None], tensor, 0)
+    batch, length, width = tensor.shape
+    split = tensor.to(dtype).reshape(batch, length, relation.heads, width // relation.heads)
+    return split.transpose(1, 2)

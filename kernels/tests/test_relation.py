@@ -1,0 +1,358 @@
+"""The relation loss on every path: hand values, identities, masks, and what must not matter."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megakd_kernels import relation_chunked
+from megakd_kernels.relation import relation_kl_loss
+from megakd_kernels.relation_reference import Relation
+
+IMPLS = pytest.mark.parametrize("impl", ["chunked", "reference", "triton"])
+TORCH_IMPLS = pytest.mark.parametrize("impl", ["chunked", "reference"])
+KEYS = pytest.mark.parametrize("keys", [False, True], ids=["self", "query-key"])
+MASKS = pytest.mark.parametrize(
+    "masks",
+    [(), ("valid",), ("causal",), ("segments",), ("valid", "causal", "segments")],
+    ids="-".join,
+)
+# Kernels run on the GPU where there is one, else in Triton's interpreter.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Tensors of one call in fp64, and its options."""
+
+    tensors: dict
+    options: dict
+
+    def solve(self, impl, dtype=torch.float32, *, upstream=1.0, **options):
+        """The loss, and the gradients of the student's tensors."""
+        tensors = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
+        leaves = [tensors[name].requires_grad_() for name in tensors if "student" in name]
+        loss = relation_kl_loss(**tensors, **{**self.options, "impl": impl, **options})
+        return loss.detach(), torch.autograd.grad(upstream * loss, leaves)
+
+    def change(self, change):
+        return replace(self, tensors={name: change(t) for name, t in self.tensors.items()})
+
+
+def make(batch=2, length=21, *, heads=2, student=3, teacher=5, keys=False, masks=(), seed=0,
+         spread=1.3):  # fmt: skip
+    """Widths are those of one head; `masks` are any of valid, causal, segments, weight."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(width):
+        shape = (batch, length, heads * width)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        # Values that bf16 and fp16 hold, so that every type sees the same problem.
+        return (noise * spread).to(torch.bfloat16).double().to(DEVICE)
+
+    names = ["queries", "keys"] if keys else ["queries"]
+    widths = {"student": student, "teacher": teacher}
+    tensors = {f"{owner}_{name}": random(widths[owner]) for name in names for owner in widths}
+    options = {"heads": heads, "valid": None, "causal": "causal" in masks}
+    if "valid" in masks:
+        options["valid"] = torch.rand(batch, length, generator=generator) > 0.3
+    if "segments" in masks:
+        options["segments"] = torch.randint(-1, 2, (batch, length), generator=generator)
+    if "weight" in masks:
+        options["token_weight"] = torch.rand(batch, length, generator=generator)
+    options = {
+        name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+        for name, value in options.items()
+    }
+    return Problem(tensors, options)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several ragged tiles in problems as small as these."""
+    monkeypatch.setattr(relation_chunked, "_CPU_TILE_BYTES", 3000)
+    monkeypatch.setattr(relation_chunked, "_DEVICE_TILE_BYTES", 3000)
+
+
+def by_hand(problem):
+    """The loss, pair by pair."""
+    tensors, options = problem.tensors, problem.options
+    queries = tensors["student_queries"], tensors["teacher_queries"]
+    keys = (
+        tensors.get("student_keys", tensors["student_queries"]),
+        tensors.get("teacher_keys", tensors["teacher_queries"]),
+    )
+    batch, length, _ = queries[0].shape
+    total = 0.0
+    for b in range(batch):
+        for i in range(length):
+            visible = [j for j in range(length) if sees(options, b, i, j)]
+            for head in range(options["heads"]):
+                log_q, log_p = (
+                    relation_row(x[b, i], y[b, visible], head, options["heads"])
+                    for x, y in zip(queries, keys, strict=True)
+                )
+                weight = options.get("token_weight", torch.ones(batch, length))[b, i]
+                total += weight * (log_p.exp() * (log_p - log_q)).sum() / options["heads"]
+    return total
+
+
+def sees(options, b, i, j):
+    valid, segments = options["valid"], options.get("segments")
+    is_seen = valid is None or (valid[b, i] and valid[b, j])
+    is_same = segments is None or segments[b, i] == segments[b, j]
+    return is_seen and is_same and not (options["causal"] and j > i)
+
+
+def relation_row(query, keys, head, heads):
+    width = len(query) // heads
+    part = slice(head * width, (head + 1) * width)
+    return torch.log_softmax(keys[:, part] @ query[part] / math.sqrt(width), 0)
+
+
+@TORCH_IMPLS
+@KEYS
+@MASKS
+def test_loss_is_the_sum_over_rows_of_the_mean_over_heads(impl, keys, masks):
+    problem = make(length=6, keys=keys, masks=(*masks, "weight"))
+
+    loss, _ = problem.solve(impl, torch.float64)
+
+    torch.testing.assert_close(loss, torch.as_tensor(by_hand(problem), device=DEVICE))
+
+
+@TORCH_IMPLS
+@KEYS
+@pytest.mark.parametrize("masks", [(), ("valid", "causal", "segments", "weight")], ids="-".join)
+def test_gradients_are_the_derivatives_of_the_loss(impl, keys, masks, monkeypatch):
+    monkeypatch.setattr(relation_chunked, "_CPU_TILE_BYTES", 200)
+    problem = make(batch=2, length=5, keys=keys, masks=masks)
+    names = [name for name in problem.tensors if "student" in name]
+
+    def value(*leaves):
+        tensors = {**problem.tensors, **dict(zip(names, leaves, strict=True))}
+        return relation_kl_loss(**tensors, **problem.options, impl=impl)
+
+    leaves = [problem.tensors[name].requires_grad_() for name in names]
+
+    assert torch.autograd.gradcheck(value, leaves)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+@KEYS
+@MASKS
+def test_fp32_matches_the_double_precision_reference(impl, keys, masks, distance):
+    problem = make(keys=keys, masks=(*masks, "weight"))
+
+    loss, gradients = problem.solve(impl)
+    true_loss, true_gradients = problem.solve("reference", torch.float64)
+
+    assert loss.dtype == torch.float32
+    assert distance(loss, true_loss) < 1e-5
+    for gradient, true_gradient in zip(gradients, true_gradients, strict=True):
+        assert distance(gradient, true_gradient) < 2e-5
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+# bf16 is truncated, not rounded, where the interpreter stores it.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 1.2e-2), (torch.float16, 1e-3)], ids=str
+)
+@KEYS
+def test_narrow_types_match_double_precision_of_the_same_values(
+    impl, dtype, tolerance, keys, distance
+):
+    problem = make(keys=keys, masks=("valid", "causal"))
+
+    loss, gradients = problem.solve(impl, dtype)
+    true_loss, true_gradients = problem.solve("reference", torch.float64)
+
+    assert loss.dtype == torch.float32
+    assert distance(loss, true_loss) < 1e-4
+    for gradient, true_gradient in zip(gradients, true_gradients, strict=True):
+        assert gradient.dtype == dtype
+        assert distance(gradient, true_gradient) < tolerance
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+# Scores around +-80 (one-hot rows), and scores of thousands that share a large part.
+@pytest.mark.parametrize(("spread", "shift"), [(9.0, 0.0), (1.0, 40.0)], ids=["80", "thousands"])
+def test_large_scores_lose_no_more_than_three_times_eager_fp32(impl, spread, shift, distance):
+    problem = make(length=19, student=4, teacher=6, spread=spread).change(lambda t: t + shift)
+
+    loss, (gradient,) = problem.solve(impl)
+    eager_loss, (eager_gradient,) = problem.solve("reference")
+    true_loss, (true_gradient,) = problem.solve("reference", torch.float64)
+
+    assert distance(loss, true_loss) <= max(1e-5, 3 * distance(eager_loss, true_loss))
+    eager_error = distance(eager_gradient, true_gradient)
+    assert distance(gradient, true_gradient) <= max(2e-5, 3 * eager_error)
+
+
+@IMPLS
+@KEYS
+def test_a_student_like_its_teacher_has_no_loss_and_no_gradient(impl, keys):
+    problem = make(student=4, teacher=4, keys=keys, masks=("valid", "causal"))
+    tensors = {name: problem.tensors[name.replace("teacher", "student")].clone()
+               for name in problem.tensors}  # fmt: skip
+
+    loss, gradients = replace(problem, tensors=tensors).solve(impl)
+
+    assert loss.item() == 0
+    for gradient in gradients:
+        assert gradient.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_loss_is_never_negative_near_convergence(impl, seed):
+    problem = make(batch=1, length=17, student=4, teacher=4, seed=seed)
+    student = problem.tensors["student_queries"]
+    tensors = {"student_queries": student, "teacher_queries": student * (1 + 1e-7)}
+
+    loss, _ = replace(problem, tensors=tensors).solve(impl)
+
+    assert loss.item() >= 0
+
+
+@IMPLS
+@KEYS
+@pytest.mark.parametrize("garbage", [math.nan, 1e30])
+def test_invalid_positions_may_hold_anything(impl, keys, garbage):
+    problem = make(batch=1, length=19, keys=keys, masks=("valid", "causal", "weight"))
+    valid, weight = problem.options["valid"], problem.options["token_weight"]
+    spoiled = problem.change(lambda t: t.masked_fill(~valid[..., None], garbage))
+
+    clean = problem.solve(impl)
+    dirty = spoiled.solve(impl, token_weight=weight.masked_fill(~valid, garbage))
+
+    assert torch.equal(clean[0], dirty[0])
+    for gradient, spoiled_gradient in zip(clean[1], dirty[1], strict=True):
+        assert torch.equal(gradient, spoiled_gradient)
+        assert spoiled_gradient[~valid].eq(0).all()
+
+
+@IMPLS
+def test_splitting_the_batch_changes_nothing(impl):
+    problem = make(batch=3, length=11, masks=("valid", "segments", "weight"))
+    masks = ("valid", "segments", "token_weight")
+
+    def part(rows):
+        options = {name: problem.options[name][rows] for name in masks}
+        return problem.change(lambda t: t[rows]).solve(impl, **options)
+
+    whole, (gradient,) = problem.solve(impl)
+    (first, (first_gradient,)), (rest, (rest_gradient,)) = part(slice(0, 1)), part(slice(1, 3))
+
+    torch.testing.assert_close(first + rest, whole)
+    torch.testing.assert_close(torch.cat((first_gradient, rest_gradient)), gradient)
+
+
+@IMPLS
+@pytest.mark.parametrize("causal", [False, True])
+def test_segments_of_a_packed_row_are_documents_of_their_own(impl, causal):
+    # The first document ends inside a block of 16, the second spans a whole one.
+    problem = make(batch=1, length=40)
+    segments = (torch.arange(40, device=DEVICE) >= 7)[None].long()
+
+    packed, (gradient,) = problem.solve(impl, segments=segments, causal=causal)
+    alone = [
+        problem.change(lambda t, rows=rows: t[:, rows]).solve(impl, causal=causal)
+        for rows in (slice(0, 7), slice(7, 40))
+    ]
+
+    torch.testing.assert_close(packed, alone[0][0] + alone[1][0])
+    expected = torch.cat((alone[0][1][0], alone[1][1][0]), dim=1)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+@IMPLS
+def test_causal_rows_do_not_see_what_comes_after_them(impl):
+    problem = make(batch=1, length=20, masks=("causal",))
+    early = (torch.arange(20, device=DEVICE) < 9)[None]
+
+    loss, (gradient,) = problem.solve(impl, token_weight=early.float())
+    changed, _ = problem.change(lambda t: torch.where(early[..., None], t, 5)).solve(
+        impl, token_weight=early.float()
+    )
+
+    assert torch.equal(loss, changed)
+    assert gradient[~early].eq(0).all()
+
+
+@IMPLS
+def test_the_weight_of_a_row_scales_its_part_and_hides_no_key(impl):
+    problem = make(batch=1, length=9)
+    only_first = torch.zeros(1, 9, device=DEVICE)
+    only_first[0, 0] = 1
+
+    first, (gradient,) = problem.solve(impl, token_weight=only_first)
+    thrice, _ = problem.solve(impl, token_weight=3 * only_first)
+
+    torch.testing.assert_close(thrice, 3 * first)
+    assert gradient[0, 1:].ne(0).all()
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+# Widths of a head below, at and above a power of two; wider and narrower teachers.
+@pytest.mark.parametrize(
+    ("heads", "student", "teacher"), [(1, 16, 3), (4, 17, 33), (3, 5, 40), (2, 1, 1)]
+)
+def test_any_number_and_width_of_heads_will_do(impl, heads, student, teacher, distance):
+    problem = make(batch=1, length=17, heads=heads, student=student, teacher=teacher)
+
+    loss, (gradient,) = problem.solve(impl)
+    true_loss, (true_gradient,) = problem.solve("reference", torch.float64)
+
+    assert distance(loss, true_loss) < 1e-5
+    assert distance(gradient, true_gradient) < 2e-5
+
+
+def draw_masks(data, batch, length):
+    bits = st.lists(st.booleans(), min_size=batch * length, max_size=batch * length)
+    grid = [torch.tensor(data.draw(bits), device=DEVICE).view(batch, length) for _ in range(2)]
+    return {"valid": grid[0], "segments": grid[1].long(), "causal": data.draw(st.booleans())}
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data(), st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.booleans())
+def test_tiles_match_the_reference_for_any_shape_and_mask(data, batch, length, heads, keys):
+    problem = make(batch, length, heads=heads, student=2, teacher=3, keys=keys)
+    options = draw_masks(data, batch, length)
+
+    loss, gradients = problem.solve("chunked", torch.float64, **options)
+    expected, true_gradients = problem.solve("reference", torch.float64, **options)
+
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients, true_gradients)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many elements the largest result has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@KEYS
+def test_tiles_never_hold_all_pairs_of_positions(keys):
+    heads, length = 8, 64
+    problem = make(1, length, heads=heads, student=2, teacher=2, keys=keys, masks=("valid",))
+    tensors = (problem.tensors.get(f"{owner}_{name}")
+               for owner in ("student", "teacher") for name in ("queries", "keys"))  # fmt: skip
+    weight = problem.options["valid"].double()
+    relation = Relation(*tensors, problem.options["valid"], None, weight, heads, causal=False)
+
+    with Largest() as largest:
+        relation_chunked.relation_sweep(relation, wants_queries=True, wants_keys=keys)
+
+    assert 0 < largest.elements < heads * length * length / 8
