@@ -38,6 +38,25 @@ class ChunkPlan(NamedTuple):
     block: int
 
 
+def plan_row_chunks(
+    rows: int,
+    *,
+    widths: tuple[int, ...],
+    like: Tensor,
+    gradient: torch.dtype,
+    chunk_mb: float,
+    implementation: str,
+) -> ChunkPlan:
+    """How many rows at a time of a loss on logits; `gradient` is the type of its products."""
+    if implementation == "triton" and not like.is_cpu:
+        return plan_fused_chunks(
+            rows, widths=widths, like=like, gradient=gradient, chunk_mb=chunk_mb
+        )
+    plan = plan_chunks(rows, widths=widths, like=like, chunk_mb=chunk_mb)
+    # A launch is one for all rows.
+    return plan._replace(block=plan.chunk) if implementation == "triton" else plan
+
+
 def plan_chunks(rows: int, *, widths: tuple[int, ...], like: Tensor, chunk_mb: float) -> ChunkPlan:
     """How many rows fit the budget; `widths` are those of the chunk buffers, `like` their type.
 

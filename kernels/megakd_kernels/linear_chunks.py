@@ -95,6 +95,13 @@ class StudentGradients:
             self.bias[:used] += gradient.sum(0, dtype=self.bias.dtype)
         self.has_rows = True
 
+    def spread(self, kept: Tensor, count: int) -> StudentGradients:
+        """The same with the kept rows at their places among `count`."""
+        if self.hidden.dim() == 2:
+            rows = self.hidden.new_zeros(count, self.hidden.shape[1])
+            self.hidden = rows.index_copy_(0, kept, self.hidden)
+        return self
+
     def finish(self, used: int) -> StudentGradients:
         """Zeros for the ids that no row's loss reaches."""
         self.weight[used if self.has_rows else 0 :] = 0

@@ -17,8 +17,7 @@ from megakd_kernels.chunking import (
     gradient_dtype,
     logits_buffer,
     masked_rows,
-    plan_chunks,
-    plan_fused_chunks,
+    plan_row_chunks,
     project_into,
     slices,
 )
@@ -121,26 +120,8 @@ def _linear(
         kept = factors.valid.nonzero().squeeze(1)
         less = None if teacher is None else teacher.rows(kept)
         values, formed = _linear_rows(student.rows(kept), less, factors.rows(kept), flat, needed)
-        return _spread(values, formed, kept, len(factors.valid))
+        return values.spread(kept, len(factors.valid)), formed.spread(kept, len(factors.valid))
     return _linear_rows(student, teacher, factors, flat, needed)
-
-
-def _spread(
-    values: RowValues, formed: StudentGradients, kept: Tensor, count: int
-) -> tuple[RowValues, StudentGradients]:
-    """Values and gradients of the kept rows at their places among `count`."""
-    spread = RowValues(
-        values.total,
-        values.divergences.new_zeros(len(values.divergences), count).index_copy_(
-            1, kept, values.divergences
-        ),
-        values.ce.new_zeros(count).index_copy_(0, kept, values.ce),
-        values.agrees.new_zeros(count).index_copy_(0, kept, values.agrees),
-    )
-    if formed.hidden.dim() == 2:
-        rows = formed.hidden.new_zeros(count, formed.hidden.shape[1])
-        formed.hidden = rows.index_copy_(0, kept, formed.hidden)
-    return spread, formed
 
 
 def _linear_rows(
@@ -177,15 +158,12 @@ def _linear_rows(
 
 
 def _sizes(rows: int, widths: list[int], hidden: Tensor, like: Tensor, flat: FlatPlan) -> ChunkPlan:
-    if flat.implementation == "triton" and not like.is_cpu:
-        gradient = gradient_dtype(hidden, like.dtype)
-        return plan_fused_chunks(
-            rows, widths=tuple(widths), like=like, gradient=gradient, chunk_mb=flat.chunk_mb
-        )
-    plan = plan_chunks(rows, widths=tuple(widths), like=like, chunk_mb=flat.chunk_mb)
-    # Every block of a shared row costs three collectives, and a launch is one for all rows.
-    is_whole = bool(flat.group) or flat.implementation == "triton"
-    return plan._replace(block=plan.chunk) if is_whole else plan
+    plan = plan_row_chunks(
+        rows, widths=tuple(widths), like=like, gradient=gradient_dtype(hidden, like.dtype),
+        chunk_mb=flat.chunk_mb, implementation=flat.implementation,
+    )  # fmt: skip
+    # Every block of a row that lies on several ranks costs three collectives.
+    return plan._replace(block=plan.chunk) if flat.group else plan
 
 
 @linear_kd.register_fake

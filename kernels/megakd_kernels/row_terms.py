@@ -5,6 +5,7 @@ Shapes: N rows, C rows of a chunk, V vocabulary or classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +31,11 @@ class RowValues(NamedTuple):
     ce: Tensor
     agrees: Tensor
 
+    def spread(self, kept: Tensor, count: int) -> RowValues:
+        """The values of the kept rows at their places among `count`."""
+        rows = (spread(value, kept, count) for value in self[1:])
+        return RowValues(self.total, *rows)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowFactors:
@@ -46,6 +52,15 @@ class RowFactors:
         return RowFactors(
             valid=self.valid[index], labels=labels, kd=self.kd[index], ce=self.ce[index]
         )
+
+    def values(
+        self, weights: Sequence[float], divergences: Tensor, ce: Tensor, agrees: Tensor
+    ) -> RowValues:
+        """The values with their total; an infinite one of a row that is out adds nothing."""
+        total = torch.where(self.ce != 0, ce * self.ce, 0).sum()
+        for weight, value in zip(weights, divergences, strict=True):
+            total = total + weight * torch.where(self.kd != 0, value * self.kd, 0).sum()
+        return RowValues(total, divergences, ce, agrees)
 
     def inputs(self, part: slice, slope: float) -> RowInputs:
         """What a row kernel is given; slope = value_scale / temperature."""
@@ -85,19 +100,21 @@ class RowScorer:
 
     def values(self) -> RowValues:
         """The values of all rows, and their total."""
-        kd, ce = self._factors.kd, self._factors.ce
-        # An infinite value of a row that is out must not become NaN.
-        total = torch.where(ce != 0, self._ce * ce, 0).sum()
-        for (_, weight), value in zip(self._plan.mixture, self._divergences, strict=True):
-            total = total + weight * torch.where(kd != 0, value * kd, 0).sum()
-        return RowValues(total, self._divergences, self._ce, self._agrees)
+        weights = [weight for _, weight in self._plan.mixture]
+        return self._factors.values(weights, self._divergences, self._ce, self._agrees)
+
+
+def spread(values: Tensor, kept: Tensor, count: int) -> Tensor:
+    """[..., n] of the kept rows at their places among `count`, with zeros between."""
+    return values.new_zeros(*values.shape[:-1], count).index_copy_(-1, kept, values)
 
 
 def row_kernel(
     implementation: str, plan: RowPlan, reduce: Reduce, *, block: int, like: Tensor
 ) -> RowKernel:
     """The row mathematics of this code path, for blocks of at most `block` rows."""
-    if implementation == "triton":
+    # The kernel computes in fp32: fp64, which is for checks, stays with torch.
+    if implementation == "triton" and like.dtype == torch.float32:
         # Late: the package works where Triton is not installed.
         from megakd_kernels.triton.row_kd import TritonRows
 

@@ -1,0 +1,174 @@
+"""Distillation from the k best ids of a cached teacher, on blocks of rows, in plain torch.
+
+The ids K of a row and the others are worked on apart: no probability is a difference of two
+close numbers. With e = exp of the others' logits less their maximum, R = sum e, and the mass
+and rest of `TopK`, the gradient with respect to the student's logits is, over the temperature,
+
+    mass q_i - p_i                 for i in K,
+    (mass q_rest - rest) e_j / R   for the others, q_rest being all that the student gives them.
+
+Notation as in the public functions: q student, p teacher. Shapes: R rows, V ids, k ids kept.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from megakd_kernels.row_losses import LOG2
+from megakd_kernels.row_plan import RowInputs, RowTerms, Scratch
+
+
+class TopK(NamedTuple):
+    """What a teacher wants of every row.
+
+    ids: [R, k] int64, different ones within a row; below 0 where a row has fewer than k.
+    log_p: [R, k] of the teacher, -inf where there is no id.
+    mass: [R] sum of p, and of `rest`.
+    rest: [R] probability that the ids not in K have together, if the loss compares it, else 0.
+    best: [R] int64, the teacher's most likely id (the first of several), below 0 without one.
+    """
+
+    ids: Tensor
+    log_p: Tensor
+    mass: Tensor
+    rest: Tensor
+    best: Tensor
+
+    def rows(self, index: Tensor | slice) -> TopK:
+        """The same for some of the rows."""
+        return TopK(*(tensor[index] for tensor in self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKPlan:
+    """What to compute for every row; fields as in `RowPlan`."""
+
+    temperature: float
+    value_scale: float
+    with_ce: bool
+    with_gradient: bool
+
+
+class TopKRowKernel(Protocol):
+    """The mathematics of blocks of rows, in torch (`TopKRows`) or Triton (`triton.row_topk`)."""
+
+    def run_(
+        self, student: Tensor, teacher: TopK, inputs: RowInputs, gradient: Tensor | None
+    ) -> RowTerms:
+        """Values of all rows, and the gradient with respect to the student's logits.
+
+        Args:
+            student: [R, V] logits, lost; finite in rows that are not valid.
+            teacher: of these rows.
+            inputs: per row, as for `row_plan.RowKernel`.
+            gradient: [R, V] to be written, perhaps in another type, perhaps `student` itself;
+                None: none is wanted.
+        """
+        ...
+
+
+class _Row(NamedTuple):
+    """Sums of a block of rows, [R, 1] in fp64, and what is needed to turn them into others."""
+
+    kept: Tensor  # [R, k] logits less the row maximum, -inf without an id
+    peak: Tensor  # row maximum
+    drop: Tensor  # maximum of the others less that of the row; 0 without others
+    others: Tensor  # sum over the others of exp((logit - their maximum) / T)
+    log_total: Tensor  # log of the sum over all of exp((logit - peak) / T)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKRows:
+    """Runs a plan on blocks of at most `scratch`'s rows."""
+
+    plan: TopKPlan
+    scratch: Scratch
+
+    def run_(
+        self, student: Tensor, teacher: TopK, inputs: RowInputs, gradient: Tensor | None
+    ) -> RowTerms:
+        """See `TopKRowKernel`; works in place on the student's logits."""
+        plan = self.plan
+        index, is_kept = teacher.ids.clamp(min=0), teacher.ids >= 0
+        kept = student.gather(1, index).masked_fill(~is_kept, -math.inf)
+        best = student.gather(1, teacher.best.clamp(min=0)[:, None])
+        labels = inputs.labels if plan.with_ce else None
+        target = None if labels is None else student.gather(1, labels[:, None])
+        hard = self._hard_exponentials(student) if labels is not None else None
+        # Adding keeps the logit of id 0 where there is no id: 0 is added.
+        student.scatter_add_(1, index, torch.where(is_kept, -math.inf, 0.0).to(student.dtype))
+        row = self._exponentials_(student, kept)
+        log_q = row.kept / plan.temperature - row.log_total
+        divergence = self._divergence(teacher, row, log_q)
+        ce = torch.zeros_like(inputs.ce_factor)
+        if target is not None:
+            log_total = row.log_total if hard is None else hard.sum(1, keepdim=True).double().log()
+            ce = (log_total - (target.double() - row.peak)).squeeze(1).to(ce.dtype)
+        if plan.with_gradient:
+            self._gradient_(student, teacher, row, log_q.exp(), inputs)
+            self._hard_gradient_(student, hard, inputs)
+        if gradient is not None and gradient is not student:
+            gradient.copy_(student)
+        agrees = (best.double() == row.peak).squeeze(1) & (teacher.best >= 0)
+        divergence = divergence.to(ce.dtype) * plan.value_scale
+        return RowTerms(divergence[None], ce, agrees)
+
+    def _hard_exponentials(self, student: Tensor) -> Tensor | None:
+        """exp(logit - row maximum) at temperature 1; None where the other softmax is this one."""
+        if self.plan.temperature == 1.0:
+            return None
+        out = self.scratch.take("hard", student.shape)
+        torch.sub(student, student.amax(-1, keepdim=True), out=out)
+        return out.mul_(1 / LOG2).exp2_()
+
+    def _exponentials_(self, student: Tensor, kept: Tensor) -> _Row:
+        """Leaves exp((logit - maximum of the others) / T) in `student`, 0 for the ids in K."""
+        temperature = self.plan.temperature
+        highest = student.amax(-1, keepdim=True)
+        peak = torch.maximum(highest, kept.amax(-1, keepdim=True)).double()
+        base = torch.where(highest == -math.inf, 0, highest)  # K may be all there is
+        student.sub_(base).mul_(1 / (LOG2 * temperature)).exp2_()
+        # Summed in fp64: an error of a sum is one of every log q, which no mean takes out again.
+        others = student.sum(-1, keepdim=True, dtype=torch.float64)
+        drop = torch.where(highest == -math.inf, 0, highest.double() - peak)
+        kept = kept.double() - peak
+        total = (kept / temperature).exp().sum(-1, keepdim=True)
+        total = total + others * (drop / temperature).exp()
+        return _Row(kept, peak, drop, others, total.log())
+
+    def _divergence(self, teacher: TopK, row: _Row, log_q: Tensor) -> Tensor:
+        log_p, rest = teacher.log_p.double(), teacher.rest.double()
+        p = log_p.exp()
+        value = torch.where(p > 0, p * (log_p - log_q), 0).sum(1)
+        log_rest = row.others.log() + row.drop / self.plan.temperature - row.log_total
+        return value + torch.where(rest > 0, rest * (rest.log() - log_rest.squeeze(1)), 0)
+
+    def _gradient_(
+        self, student: Tensor, teacher: TopK, row: _Row, q: Tensor, inputs: RowInputs
+    ) -> None:
+        """Turns the exponentials of the others into the gradient of all ids."""
+        plan = self.plan
+        factor = inputs.kd_factor.double()[:, None]
+        mass = factor * teacher.mass.double()[:, None]
+        if plan.with_ce and plan.temperature == 1.0:
+            mass = mass + inputs.ce_factor.double()[:, None]
+        # q of an id that is not in K is its exponential times `share`.
+        share = (row.drop / plan.temperature - row.log_total).exp()
+        rest = factor * teacher.rest.double()[:, None]
+        slope = mass * share - rest / torch.where(row.others > 0, row.others, 1)
+        student.mul_(slope.to(student.dtype))
+        own = torch.where(teacher.ids >= 0, mass * q - factor * teacher.log_p.double().exp(), 0)
+        student.scatter_add_(1, teacher.ids.clamp(min=0), own.to(student.dtype))
+
+    def _hard_gradient_(self, gradient: Tensor, hard: Tensor | None, inputs: RowInputs) -> None:
+        if not self.plan.with_ce or inputs.labels is None:
+            return
+        factor = inputs.ce_factor[:, None]
+        if hard is not None:
+            gradient.addcmul_(hard, factor / hard.sum(-1, keepdim=True))
+        gradient.scatter_add_(1, inputs.labels[:, None], -factor)

@@ -1,0 +1,373 @@
+"""How far a student is from its teacher and from its labels, without a gradient and [N, V] logits.
+
+For evaluation: everything comes out of one sweep over the two heads. On a GPU no logit is ever
+stored (`triton.linear_stats`); elsewhere small chunks of logits are.
+Shapes: N rows, V vocabulary, H width (Hs student, Ht teacher).
+"""
+
+# Without `from __future__ import annotations`: torch reads the operator's annotations.
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megakd_kernels.chunking import (
+    logits_buffer,
+    masked_rows,
+    plan_chunks,
+    project_into,
+    slices,
+)
+from megakd_kernels.inputs import (
+    Masks,
+    check_head,
+    compute_dtype,
+    select_rows,
+    under_autocast,
+)
+from megakd_kernels.linear_chunks import Side
+from megakd_kernels.row_losses import LOG2, RowLosses
+from megakd_kernels.row_plan import RowInputs, RowPlan, Scratch, Warp
+from megakd_kernels.settings import resolve_implementation, warp
+from megakd_kernels.vocab_parallel import shard_of
+
+
+class LinearStats(NamedTuple):
+    """Sums over the valid rows; every one is 0-d and carries no gradient.
+
+    kl_sum: token_weight * KL(teacher || student) at the temperature, nats; 0 without a teacher.
+    ce_sum: token_weight * hard-label cross-entropy at temperature 1, nats; 0 without labels.
+    teacher_entropy_sum: token_weight * entropy of the teacher at the temperature, nats. With
+        kl_sum it makes the cross-entropy against the teacher, of which it is the floor.
+    agreement: number of rows whose most likely shared id is the same for both models (of several
+        equal maxima one in common is enough); without a teacher, of rows whose label is a most
+        likely id. int64, not weighted.
+    n_valid: number of rows that count, int64.
+    """
+
+    kl_sum: Tensor
+    ce_sum: Tensor
+    teacher_entropy_sum: Tensor
+    agreement: Tensor
+    n_valid: Tensor
+
+
+class StatsTask(NamedTuple):
+    """Which rows and ids, and what the logits go through; the same for every code path.
+
+    valid: [N] bool; other rows may hold anything.
+    labels: [N] int64 ids of the student's, or None.
+    shared: both softmaxes of the divergence run over the ids [0, shared).
+    """
+
+    valid: Tensor
+    labels: Tensor | None
+    shared: int
+    temperature: float
+    student_warp: Warp
+    teacher_warp: Warp
+    chunk_mb: float
+
+
+class RowStats(NamedTuple):
+    """Per row, each [N]: nats, nats, nats, and 1 where the row agrees, else 0."""
+
+    kl: Tensor
+    ce: Tensor
+    entropy: Tensor
+    agrees: Tensor
+
+
+@torch.no_grad()
+def linear_stats(  # noqa: PLR0913, the public contract: options are keyword-only
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap_s: float | None = None,
+    softcap_t: float | None = None,
+    logit_scale_s: float = 1.0,
+    logit_scale_t: float = 1.0,
+    chunk_mb: float = 1024,
+    impl: str = "auto",
+) -> LinearStats:
+    """Divergence, cross-entropy, teacher entropy and agreement of two LM heads, in one sweep.
+
+    The softmaxes of the divergence run over the shared ids [0, vocab_size) at `temperature`, and
+    no temperature^2 multiplies it; cross-entropy runs at temperature 1 over every id of the
+    student. Nothing is shifted: row n of the hidden states predicts labels[n].
+
+    Args:
+        student_hidden: [N, Hs] or [B, T, Hs], any strides, fp32, bf16, fp16 or fp64.
+        student_weight: [Vs, Hs].
+        teacher_hidden: [N, Ht] or [B, T, Ht]; None leaves cross-entropy and accuracy.
+        teacher_weight: [Vt, Ht].
+        labels: [N] or [B, T] integer ids. None: every row counts, unless its token_weight is 0.
+        temperature: of the divergence and the entropy, above 0.
+        token_weight: [N] or [B, T]; rows of weight 0 do not count and may hold anything.
+        ignore_index: label of rows that do not count and may hold anything.
+        vocab_size: ids both softmaxes run over; None is min(Vs, Vt).
+        student_bias: [Vs].
+        teacher_bias: [Vt].
+        softcap_s: logits z of the student become softcap_s * tanh(z / softcap_s).
+        softcap_t: the same for the teacher.
+        logit_scale_s: factor of the student's logits, before the cap.
+        logit_scale_t: factor of the teacher's.
+        chunk_mb: budget of the chunk buffers in MiB (less is used on a CPU, none by "triton").
+        impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
+
+    Returns:
+        LinearStats, sums in nats. Without a valid row every one is 0.
+
+    Raises:
+        ValueError: neither teacher nor labels, shapes that do not fit, an option out of range.
+    """
+    _check_options(temperature, chunk_mb)
+    student = _side("student", student_hidden, student_weight, student_bias)
+    teacher = None
+    if teacher_hidden is not None and teacher_weight is not None:
+        teacher = _side("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    elif teacher_hidden is not None or teacher_weight is not None:
+        raise ValueError("teacher_hidden and teacher_weight must be given together")
+    _check_fit(student, teacher, labels)
+    ids = shard_of(None, 0, len(student.weight), vocab_size)
+    rows = select_rows(
+        len(student.hidden),
+        like=student.hidden.new_empty((), dtype=_dtype(student, teacher)),
+        masks=Masks(labels, token_weight, ignore_index),
+        ids=ids,
+    )
+    stats = _linear_stats_op(
+        *student,
+        *(teacher or (None, None, None)),
+        rows.valid,
+        rows.labels,
+        ids.shared(None if teacher is None else len(teacher.weight)),
+        float(temperature),
+        [*warp("s", logit_scale_s, softcap_s), *warp("t", logit_scale_t, softcap_t)],
+        float(chunk_mb),
+        resolve_implementation(impl, student.hidden.device),
+    )
+    kl, ce, entropy, agrees = stats.unbind(0)
+    return LinearStats(
+        _weighted_sum(kl, rows.weight),
+        _weighted_sum(ce, rows.hard_weight),
+        _weighted_sum(entropy, rows.weight),
+        agrees.long().sum(),
+        rows.valid.sum(),
+    )
+
+
+@torch.library.custom_op("megakd::linear_stats", mutates_args=())
+def _linear_stats_op(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    valid: Tensor,
+    labels: Tensor | None,
+    shared: int,
+    temperature: float,
+    warps: Sequence[float],
+    chunk_mb: float,
+    implementation: str,
+) -> Tensor:
+    """[4, N]: the fields of `RowStats`; 0 in rows that are not valid."""
+    student = Side(student_hidden, student_weight, student_bias)
+    teacher = None
+    if teacher_hidden is not None and teacher_weight is not None:
+        teacher = Side(teacher_hidden, teacher_weight, teacher_bias).ids(shared)
+    student_warp, teacher_warp = Warp(*warps[:2]), Warp(*warps[2:])
+    task = StatsTask(valid, labels, shared, temperature, student_warp, teacher_warp, chunk_mb)
+    with torch.autocast(student_hidden.device.type, enabled=False):
+        if implementation == "triton" and _dtype(student, teacher) == torch.float32:
+            # Late: the package works where Triton is not installed. The kernel accumulates in
+            # fp32, so that fp64, which is for checks, stays with torch.
+            from megakd_kernels.triton.linear_stats import tiled_stats
+
+            stats = tiled_stats(student, teacher, task)
+            return torch.where(valid, torch.stack(stats), 0)
+        return _with_torch(student, teacher, task, _PATHS.get(implementation, _chunked))
+
+
+@_linear_stats_op.register_fake
+def _(
+    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None,
+    teacher_hidden: Tensor | None, teacher_weight: Tensor | None, teacher_bias: Tensor | None,
+    *options: object,
+) -> Tensor:  # fmt: skip
+    del options
+    student = (student_hidden, student_weight, student_bias)
+    dtype = compute_dtype(*student, teacher_hidden, teacher_weight, teacher_bias)
+    return student_hidden.new_empty((4, len(student_hidden)), dtype=dtype)
+
+
+def _with_torch(
+    student: Side, teacher: Side | None, task: StatsTask, path: Callable[..., RowStats]
+) -> Tensor:
+    """Leaves rows that do not count out of the products where looking costs nothing."""
+    valid = task.valid
+    if not valid.is_cpu:
+        return torch.where(valid, torch.stack(path(student, teacher, task)), 0)
+    kept = valid.nonzero().squeeze(1)
+    labels = None if task.labels is None else task.labels[kept]
+    task = task._replace(valid=valid[kept], labels=labels)
+    stats = path(student.rows(kept), None if teacher is None else teacher.rows(kept), task)
+    every = stats.kl.new_zeros(len(stats), len(valid))
+    return every.index_copy_(1, kept, torch.stack(stats))
+
+
+def _reference(student: Side, teacher: Side | None, task: StatsTask) -> RowStats:
+    dtype = _dtype(student, teacher)
+    logits = _full_logits(student, task.valid, task.student_warp, dtype)
+    ce = zeros = logits.new_zeros(len(logits))
+    if task.labels is not None:
+        ce = F.cross_entropy(logits, task.labels, reduction="none")
+    if teacher is None:
+        return RowStats(zeros, ce, zeros, _label_is_top(logits, task.labels).to(dtype))
+    logits = logits[:, : task.shared]
+    soft = _full_logits(teacher, task.valid, task.teacher_warp, dtype)
+    log_q = F.log_softmax(logits / task.temperature, -1)
+    log_p = F.log_softmax(soft / task.temperature, -1)
+    p = log_p.exp()
+    kl = torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
+    entropy = -torch.where(p > 0, p * log_p, 0).sum(-1)
+    is_top = (logits == logits.amax(-1, keepdim=True)) & (soft == soft.amax(-1, keepdim=True))
+    return RowStats(kl, ce, entropy, is_top.any(-1).to(dtype))
+
+
+def _full_logits(side: Side, valid: Tensor, bend: Warp, dtype: torch.dtype) -> Tensor:
+    hidden = torch.where(valid[:, None], side.hidden, 0).to(dtype)
+    logits = hidden @ side.weight.to(dtype).T
+    if side.bias is not None:
+        logits = logits + side.bias.to(dtype)
+    return _warp_(logits, bend)
+
+
+def _label_is_top(logits: Tensor, labels: Tensor | None) -> Tensor:
+    if labels is None:
+        raise ValueError("without a teacher the labels are what is compared")
+    return logits.gather(1, labels[:, None]).squeeze(1) == logits.amax(-1)
+
+
+def _chunked(student: Side, teacher: Side | None, task: StatsTask) -> RowStats:
+    """Divergence, cross-entropy and agreement are those of the losses (`row_losses`)."""
+    # Ids that only the student has matter to cross-entropy alone.
+    used = student if task.labels is not None else student.ids(task.shared)
+    sides = [(used, task.student_warp)]
+    if teacher is not None:
+        sides.append((teacher, task.teacher_warp))
+    count = len(used.hidden)
+    like = used.hidden.new_empty((), dtype=_dtype(student, teacher))
+    widths = tuple(len(side.weight) for side, _ in sides)
+    sizes = plan_chunks(count, widths=widths, like=like, chunk_mb=task.chunk_mb)
+    buffers = [logits_buffer(sizes.chunk, width, like) for width in widths]
+    losses = RowLosses(plan=_row_plan(task, len(sides)), scratch=Scratch(sizes.block, like))
+    stats = RowStats(*like.new_zeros(4, count).unbind(0))
+    for chunk in slices(count, sizes.chunk):
+        for buffer, (side, bend) in zip(buffers, sides, strict=True):
+            hidden = masked_rows(side.hidden[chunk], task.valid[chunk], like.dtype)
+            out = buffer[: len(hidden)]
+            _warp_(project_into(out, hidden, side.weight, side.bias), bend)
+        for part in slices(len(task.valid[chunk]), sizes.block):
+            rows = slice(chunk.start + part.start, chunk.start + part.stop)
+            _score_(stats, rows, [buffer[part][: rows.stop - rows.start] for buffer in buffers],
+                    task, losses)  # fmt: skip
+    return stats
+
+
+def _score_(
+    stats: RowStats, rows: slice, logits: list[Tensor], task: StatsTask, losses: RowLosses
+) -> None:
+    """Writes the statistics of one block of rows, whose logits are lost."""
+    student, teacher = logits[0], logits[1] if len(logits) > 1 else None
+    if teacher is not None:
+        stats.entropy[rows] = _entropy(teacher, task.temperature, losses.scratch)
+    factor = torch.zeros_like(stats.ce[rows])
+    labels = None if task.labels is None else task.labels[rows]
+    inputs = RowInputs(task.valid[rows], labels, factor, factor)
+    terms = losses.run_(student, teacher, inputs, None)
+    if teacher is not None:
+        stats.kl[rows] = terms.divergences[0]
+    stats.ce[rows] = terms.ce
+    stats.agrees[rows] = terms.agrees.to(factor.dtype)
+
+
+def _entropy(logits: Tensor, temperature: float, scratch: Scratch) -> Tensor:
+    """Nats per row, [R, V] -> [R]; an id of probability 0 adds 0."""
+    bits = scratch.take("bits", logits.shape)
+    torch.sub(logits, logits.amax(-1, keepdim=True), out=bits).mul_(1 / (LOG2 * temperature))
+    mass = torch.exp2(bits, out=scratch.take("mass", logits.shape))
+    total = mass.sum(-1)
+    # So far down the mass is 0; 0 times -inf would be NaN.
+    return total.log() - bits.clamp_(min=-1e6).mul_(mass).sum(-1) * LOG2 / total
+
+
+def _row_plan(task: StatsTask, models: int) -> RowPlan:
+    return RowPlan(
+        mixture=(("forward_kl", 1.0),) if models > 1 else (),
+        beta=0.5,
+        skew=0.1,
+        temperature=task.temperature,
+        value_scale=1.0,
+        shared=task.shared,
+        with_ce=task.labels is not None,
+        with_gradient=False,
+    )
+
+
+def _warp_(logits: Tensor, bend: Warp) -> Tensor:
+    if bend.scale != 1.0:
+        logits.mul_(bend.scale)
+    if bend.softcap:
+        logits.div_(bend.softcap).tanh_().mul_(bend.softcap)
+    return logits
+
+
+def _dtype(student: Side, teacher: Side | None) -> torch.dtype:
+    return compute_dtype(*student, *(teacher or ()))
+
+
+def _side(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Side:
+    check_head(name, hidden, weight, bias)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    bias = None if bias is None else under_autocast(bias)
+    return Side(under_autocast(flat), under_autocast(weight), bias)
+
+
+def _check_options(temperature: float, chunk_mb: float) -> None:
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
+    if not chunk_mb > 0:
+        raise ValueError(f"chunk_mb must be above 0, got {chunk_mb}")
+
+
+def _check_fit(student: Side, teacher: Side | None, labels: Tensor | None) -> None:
+    if teacher is None and labels is None:
+        raise ValueError("there is nothing to compare the student with: pass a teacher or labels")
+    if teacher is not None and len(teacher.hidden) != len(student.hidden):
+        raise ValueError(
+            f"the student has {len(student.hidden)} rows and the teacher {len(teacher.hidden)}"
+        )
+
+
+def _weighted_sum(values: Tensor, weight: Tensor) -> Tensor:
+    """An infinite value of a row that is out is dropped; a NaN weight shows."""
+    return torch.where(weight != 0, values * weight, 0).sum()
+
+
+_PATHS = {"reference": _reference, "chunked": _chunked}

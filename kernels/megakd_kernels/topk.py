@@ -1,0 +1,342 @@
+"""Distillation from a cached teacher: the ids it finds most likely, and their log-probabilities.
+
+Checks, flattens and says what the teacher wants of every row; `topk_ops` forms values and
+gradients chunk by chunk. Shapes: N rows, V vocabulary, H width, k ids kept.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megakd_kernels import reference, topk_ops
+from megakd_kernels.inputs import (
+    Masks,
+    Rows,
+    check_constants,
+    check_head,
+    compute_dtype,
+    needs_gradient,
+    select_rows,
+    under_autocast,
+)
+from megakd_kernels.linear_chunks import Side
+from megakd_kernels.normalisation import Normalisation
+from megakd_kernels.row_terms import RowValues
+from megakd_kernels.row_topk import TopK
+from megakd_kernels.settings import KDOutput, Number, Objective, resolve_implementation
+from megakd_kernels.vocab_parallel import shard_of
+
+TOPK_MODES = ("renorm", "tail", "truncated", "subset")
+# Cached at temperature 1 in fp32: what log_softmax itself may be off by, in units of the type.
+_ROUNDINGS = 32.0
+
+
+class _Cache(NamedTuple):
+    """ids [N, k] int64, below 0 where absent; logprobs [N, k], -inf there, in their own type."""
+
+    ids: Tensor
+    logprobs: Tensor
+
+
+def topk_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-only
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mode: str = "renorm",
+    temperature: float = 1.0,
+    t_squared: bool,
+    kd_weight: Number = 1.0,
+    ce_weight: Number = 0.0,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    num_items: Number | None = None,
+    reduction: str = "sum",
+    student_bias: Tensor | None = None,
+    chunk_mb: float = 1024,
+    impl: str = "auto",
+) -> KDOutput:
+    """KL(teacher || student) from the teacher's k best ids, and hard-label cross-entropy; nats.
+
+    With K the ids of a row, p the teacher and q the student, both at `temperature`:
+    "renorm" renormalises the teacher on K and compares it with q over the whole vocabulary,
+    sum_K p (log p - log q); "tail" joins all ids not in K into one, on both sides, whose
+    probability is what is missing to 1 (none, if that is within the rounding of the cache), so
+    that the loss is at most the full KL and at least 0;
+    "truncated" is the part of the full sum that lies in K, which may be below 0 and is there for
+    comparison with other programs; "subset" renormalises both on K and multiplies with no other
+    rows of the weight. Where K is the whole vocabulary all four are forward_kl of
+    `linear_kd_loss`. Gradients are formed in the forward, as there.
+
+    Args:
+        student_hidden: [N, Hs] or [B, T, Hs], any strides, fp32, bf16, fp16 or fp64.
+        student_weight: [V, Hs].
+        topk_ids: [N, k] or [B, T, k] integer ids, no id twice in a row; below 0 for an entry
+            that is not there.
+        topk_logprobs: like topk_ids, natural logarithms of the teacher's softmax over its whole
+            vocabulary at temperature 1.
+        labels: [N] or [B, T] integer ids. None: every row counts, unless its token_weight is 0.
+        mode: "renorm", "tail", "truncated" or "subset"; see above.
+        temperature: above 0. The cache does not say how much the missing ids weigh at another
+            temperature than 1, so that "tail" and "truncated" need 1.
+        t_squared: multiply the divergence (value and gradient) by temperature^2.
+        kd_weight: factor of the divergence; number or 0-d tensor.
+        ce_weight: factor of cross-entropy at temperature 1 over all ids; number or 0-d tensor.
+            The number 0 skips it, which "subset" needs.
+        token_weight: [N] or [B, T]; rows of weight 0 do not count and may hold anything.
+        ignore_index: label of rows that do not count and may hold anything.
+        num_items: divisor of reduction "num_items"; number or 0-d tensor.
+        reduction: "sum"; "mean" over the valid rows; "num_items"; "none": [N] or [B, T],
+            only without gradient.
+        student_bias: [V].
+        chunk_mb: budget of the chunk buffers in MiB (less is used on a CPU).
+        impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
+
+    Returns:
+        KDOutput; divergence_sums is [1], and agreement counts the rows whose most likely student
+        id (in "subset" of those in K) is the cache's most likely one. A row without an id has
+        the divergence 0. Without a valid row the loss is 0 and so is every gradient.
+
+    Raises:
+        ValueError: unknown name, option out of range, shapes that do not fit, reduction "none"
+            while a gradient is needed, or a cache that is none: looked at on a CPU alone, an id
+            outside the vocabulary, one that comes twice, or probabilities of more than 1. On an
+            accelerator an id outside the vocabulary gives its row a loss of NaN.
+    """
+    objective = Objective(
+        divergence="forward_kl", beta=0.5, skew=0.1, temperature=temperature,
+        t_squared=t_squared, kd_weight=kd_weight, ce_weight=ce_weight, reduction=reduction,
+        num_items=num_items, chunk_mb=chunk_mb,
+    )  # fmt: skip
+    _check_mode(mode, objective)
+    student = _side(student_hidden, student_weight, student_bias)
+    _check_shapes(student_hidden, topk_ids, topk_logprobs)
+    check_constants(topk_logprobs=topk_logprobs, token_weight=token_weight)
+    objective.check_inputs(
+        has_teacher=True,
+        has_labels=labels is not None,
+        needs_grad=any(needs_gradient(tensor) for tensor in student),
+    )
+    ids = shard_of(None, 0, len(student.weight), None)
+    rows = select_rows(
+        len(student.hidden),
+        like=student.hidden.new_empty((), dtype=compute_dtype(*student)),
+        masks=Masks(labels, token_weight, ignore_index),
+        ids=ids if objective.wants_ce else None,
+    )
+    cache, rows = _cache(topk_ids, topk_logprobs, rows, len(student.weight))
+    teacher = _soft_targets(cache, mode, objective, rows.weight)
+    implementation = resolve_implementation(impl, student.hidden.device)
+    path = _reference if implementation == "reference" else _formed
+    with torch.autocast(student.hidden.device.type, enabled=False):
+        output = path(student, teacher, rows, objective, mode, implementation)
+    if reduction == "none":
+        return output._replace(loss=output.loss.reshape(student_hidden.shape[:-1]))
+    return output
+
+
+def _formed(
+    student: Side,
+    teacher: TopK,
+    rows: Rows,
+    objective: Objective,
+    mode: str,
+    implementation: str,
+) -> KDOutput:
+    normalised = Normalisation.of(rows, objective, with_teacher=True)
+    values = topk_ops.topk_kd(
+        *student, *teacher, rows.valid, rows.labels,
+        normalised.kd_factor, normalised.ce_factor,
+        [needs_gradient(tensor) for tensor in student],
+        float(objective.temperature), float(objective.value_scale), objective.wants_ce,
+        mode == "subset", implementation, float(objective.chunk_mb),
+    )  # fmt: skip
+    return normalised.output(RowValues(*values[:4]))
+
+
+def _soft_targets(cache: _Cache, mode: str, objective: Objective, like: Tensor) -> TopK:
+    """What the teacher wants of every row, in like's dtype; formed in fp64, it is little."""
+    exact = cache.logprobs.double()
+    best = cache.ids.gather(1, exact.argmax(1, keepdim=True)).squeeze(1)
+    has_ids = (exact > -math.inf).any(1, keepdim=True)
+    rest = torch.zeros_like(exact[:, 0])
+    if mode in {"renorm", "subset"}:
+        # A row without an id wants nothing; its log_softmax would be NaN.
+        exact = torch.where(has_ids, exact / objective.temperature, 0).log_softmax(1)
+        log_p = torch.where(has_ids & (cache.ids >= 0), exact, -math.inf)
+        mass = log_p.exp().sum(1)
+    else:
+        log_p = exact
+        mass = exact.exp().sum(1)
+    if mode == "tail":
+        # Less than the rounding of the cache is no tail; then the ids have all there is.
+        has_rest = 1 - mass > _rounding(cache)
+        rest = torch.where(has_rest, 1 - mass, 0)
+        log_p = log_p - torch.where(has_rest, 0, mass.log())[:, None]
+        mass = torch.ones_like(mass)
+    best = torch.where(has_ids.squeeze(1), best, -1)
+    dtype = like.dtype
+    return TopK(cache.ids, log_p.to(dtype), mass.to(dtype), rest.to(dtype), best)
+
+
+def _rounding(cache: _Cache) -> Tensor:
+    """[N]: how far the sum of the probabilities may be off because their logarithms are rounded.
+
+    That of log_softmax, in fp32 or better, and that of the type they are kept in.
+    """
+    kept = torch.finfo(cache.logprobs.dtype).eps
+    computed = min(kept, torch.finfo(torch.float32).eps)
+    exact = cache.logprobs.double()
+    size = torch.where(exact > -math.inf, exact.exp() * exact.abs(), 0).sum(1)
+    return _ROUNDINGS * computed + kept * size
+
+
+def _reference(
+    student: Side,
+    teacher: TopK,
+    rows: Rows,
+    objective: Objective,
+    mode: str,
+    implementation: str,
+) -> KDOutput:
+    """Full logits, and the gradient left to autograd."""
+    del implementation
+    valid = rows.valid
+    kept = teacher.rows(valid)
+    # Cut out, so that what stands in other rows has no part in the graph.
+    logits = reference.project(
+        student.hidden[valid], student.weight, student.bias, rows.weight.dtype
+    )
+    divergence = _divergence(logits, kept, objective, within_ids=mode == "subset")
+    ce = torch.zeros_like(divergence)
+    if objective.wants_ce and rows.labels is not None:
+        ce = F.cross_entropy(logits, rows.labels[valid], reduction="none")
+    in_play = logits if mode != "subset" else _within(logits, kept)
+    best = logits.detach().gather(1, kept.best.clamp(min=0)[:, None]).squeeze(1)
+    agrees = (kept.best >= 0) & (best == in_play.detach().amax(1))
+    zeros = torch.zeros_like(rows.weight)
+    divergence = zeros.masked_scatter(valid, divergence)
+    ce = zeros.masked_scatter(valid, ce)
+    normalised = Normalisation.of(rows, objective, with_teacher=True)
+    total = _weighted(divergence, normalised.kd_factor) + _weighted(ce, normalised.ce_factor)
+    # Without a valid row the sum over none of the logits keeps the graph connected.
+    total = total + logits[:0].sum()
+    agreement = torch.zeros_like(valid).masked_scatter(valid, agrees)
+    return normalised.output(RowValues(total, divergence[None], ce, agreement))
+
+
+def _divergence(logits: Tensor, teacher: TopK, objective: Objective, *, within_ids: bool) -> Tensor:
+    """[n] nats, value_scale included."""
+    scaled = logits / objective.temperature
+    index = teacher.ids.clamp(min=0)
+    is_kept = teacher.ids >= 0
+    if within_ids:
+        log_q = torch.where(is_kept, scaled.gather(1, index), -1e30).log_softmax(1)
+    else:
+        log_q = scaled.log_softmax(1).gather(1, index)
+    p = teacher.log_p.exp()
+    gap = torch.where(p > 0, teacher.log_p, 0) - torch.where(p > 0, log_q, 0)
+    value = (p * gap).sum(1)
+    has_rest = teacher.rest > 0
+    # Rows without a rest keep their ids: the logarithm of no sum has no derivative.
+    hidden = torch.zeros_like(logits).scatter_add(1, index, (is_kept & has_rest[:, None]).to(p))
+    others = scaled.masked_fill(hidden > 0, -math.inf).logsumexp(1) - scaled.logsumexp(1)
+    rest = torch.where(has_rest, teacher.rest, 1)
+    value = value + torch.where(has_rest, rest * (rest.log() - others), 0)
+    return value * objective.value_scale
+
+
+def _within(logits: Tensor, teacher: TopK) -> Tensor:
+    """[n, k] logits of the cached ids."""
+    return logits.gather(1, teacher.ids.clamp(min=0)).masked_fill(teacher.ids < 0, -math.inf)
+
+
+def _weighted(values: Tensor, factor: Tensor) -> Tensor:
+    return torch.where(factor != 0, values * factor, 0).sum()
+
+
+def _cache(ids: Tensor, logprobs: Tensor, rows: Rows, vocabulary: int) -> tuple[_Cache, Rows]:
+    """The cache of rows that count, checked; an id outside the vocabulary makes the weight NaN."""
+    ids = ids.detach().reshape(-1, ids.shape[-1]).long()
+    # Rows that do not count may hold anything.
+    ids = torch.where(rows.valid[:, None], ids, -1)
+    is_known = ids < vocabulary
+    weight = torch.where(is_known.all(1), rows.weight, math.nan * rows.weight)
+    logprobs = logprobs.detach().reshape(ids.shape)
+    if ids.is_cpu and not torch.compiler.is_compiling():
+        _check_ids(ids, is_known, vocabulary)
+    ids = torch.where(is_known, ids, -1)
+    cache = _Cache(ids, logprobs.masked_fill(ids < 0, -math.inf))
+    if ids.is_cpu and not torch.compiler.is_compiling():
+        _check_logprobs(cache)
+    return cache, rows._replace(weight=weight)
+
+
+def _check_ids(ids: Tensor, is_known: Tensor, vocabulary: int) -> None:
+    unknown = ids[~is_known]
+    if unknown.numel():
+        raise ValueError(
+            f"topk_ids hold {int(unknown[0])}, and the student has {vocabulary} ids: "
+            "the cache is of another vocabulary"
+        )
+    ordered = ids.sort(1).values
+    twice = ordered[:, 1:][(ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)]
+    if twice.numel():
+        raise ValueError(f"topk_ids hold {int(twice[0])} twice in one row; ids must be different")
+
+
+def _check_logprobs(cache: _Cache) -> None:
+    mass = cache.logprobs.double().exp().sum(1)
+    rounding = _rounding(cache)
+    wrong = (cache.logprobs.double() > rounding[:, None]).any(1) | (mass > 1 + rounding)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"topk_logprobs of row {row} have a maximum of {float(cache.logprobs[row].max()):.6g} "
+            f"and probabilities that sum to {float(mass[row]):.6g}; they must be log-probabilities "
+            "of a softmax at temperature 1, at most 0 and at most 1"
+        )
+
+
+def _check_mode(mode: str, objective: Objective) -> None:
+    if mode not in TOPK_MODES:
+        nearest = difflib.get_close_matches(mode, TOPK_MODES, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown mode {mode!r}, nearest is {nearest!r}; known: {TOPK_MODES}")
+    if mode in {"tail", "truncated"} and objective.temperature != 1.0:
+        raise ValueError(
+            f"mode {mode!r} at temperature {objective.temperature}: the cache holds "
+            "log-probabilities at temperature 1, which do not say what the other ids weigh at "
+            "another; use temperature 1, or mode 'renorm'"
+        )
+    if mode == "subset" and objective.wants_ce:
+        raise ValueError(
+            f"mode 'subset' with ce_weight {objective.ce_weight}: cross-entropy needs the logits "
+            "of all ids, which this mode is there to avoid; use mode 'renorm', or ce_weight 0"
+        )
+
+
+def _check_shapes(hidden: Tensor, ids: Tensor, logprobs: Tensor) -> None:
+    if ids.shape != logprobs.shape or ids.shape[:-1] != hidden.shape[:-1] or not ids.shape[-1]:
+        raise ValueError(
+            f"topk_ids are {list(ids.shape)} and topk_logprobs {list(logprobs.shape)} for "
+            f"student_hidden {list(hidden.shape)}; they must be [..., k] with k above 0"
+        )
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"topk_ids are {ids.dtype}; they must be integer ids")
+    if not logprobs.is_floating_point():
+        raise ValueError(f"topk_logprobs are {logprobs.dtype}; they must be floating point")
+
+
+def _side(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Side:
+    check_head("student", hidden, weight, bias)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    bias = None if bias is None else under_autocast(bias)
+    return Side(under_autocast(flat), under_autocast(weight), bias)

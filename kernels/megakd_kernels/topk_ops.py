@@ -1,0 +1,207 @@
+"""Distillation from a cached teacher as an operator of torch: what compilers and autograd see.
+
+`megakd::topk_kd` forms the student's logits chunk by chunk, or those of the cached ids alone,
+which are N k dot products. `topk` checks, flattens and normalises.
+Shapes: N rows, C rows of a chunk, V vocabulary, H width, k ids kept.
+"""
+
+# No `from __future__ import annotations`: torch reads the operator's signature.
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megakd_kernels.chunking import (
+    gradient_dtype,
+    masked_rows,
+    plan_chunks,
+    plan_row_chunks,
+    slices,
+)
+from megakd_kernels.formed import register_formed_gradients
+from megakd_kernels.linear_chunks import Needed, Side, StudentGradients, run_chunks
+from megakd_kernels.row_plan import RowTerms, Scratch
+from megakd_kernels.row_terms import RowFactors, RowValues
+from megakd_kernels.row_topk import TopK, TopKPlan, TopKRowKernel, TopKRows
+
+
+@torch.library.custom_op("megakd::topk_kd", mutates_args=())
+def topk_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    ids: Tensor,
+    log_p: Tensor,
+    mass: Tensor,
+    rest: Tensor,
+    best: Tensor,
+    valid: Tensor,
+    labels: Tensor | None,
+    kd_factor: Tensor,
+    ce_factor: Tensor,
+    needed: Sequence[bool],
+    temperature: float,
+    value_scale: float,
+    with_ce: bool,  # noqa: FBT001
+    within_ids: bool,  # noqa: FBT001
+    implementation: str,
+    chunk_mb: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Total, divergence [1, N], ce [N], agrees [N], then gradients of hidden, weight, bias.
+
+    within_ids: the student's softmax runs over the cached ids alone.
+    """
+    student = Side(student_hidden, student_weight, student_bias)
+    teacher = TopK(ids, log_p, mass, rest, best)
+    factors = RowFactors(valid=valid, labels=labels, kd=kd_factor, ce=ce_factor)
+    wanted = Needed(*needed)
+    plan = TopKPlan(
+        temperature=temperature, value_scale=value_scale, with_ce=with_ce,
+        with_gradient=wanted.any,
+    )  # fmt: skip
+    kept = None
+    if student_hidden.is_cpu and not bool(valid.all()):
+        # Rows that do not count are left out of every product where looking costs nothing.
+        kept = valid.nonzero().squeeze(1)
+        student, teacher, factors = student.rows(kept), teacher.rows(kept), factors.rows(kept)
+    run = _Run(student, teacher, factors, plan, wanted)
+    if within_ids:
+        run.over_ids(chunk_mb)
+    else:
+        run.over_vocabulary(implementation, chunk_mb)
+    values, formed = run.values(), run.formed
+    if kept is not None:
+        values, formed = values.spread(kept, len(valid)), formed.spread(kept, len(valid))
+    return (
+        values.total, values.divergences, values.ce, values.agrees,
+        formed.hidden, formed.weight, formed.bias,
+    )  # fmt: skip
+
+
+@topk_kd.register_fake
+def _(  # noqa: PLR0913, PLR0917, the signature of the operator
+    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None,
+    ids: Tensor, log_p: Tensor, mass: Tensor, rest: Tensor, best: Tensor, valid: Tensor,
+    labels: Tensor | None, kd_factor: Tensor, ce_factor: Tensor, needed: Sequence[bool],
+    *options: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    del student_bias, ids, log_p, mass, rest, best, labels, options
+    formed = StudentGradients.empty(
+        Side(student_hidden, student_weight, None), Needed(*needed), kd_factor.dtype
+    )
+    return (
+        kd_factor.new_empty(()), kd_factor.new_empty(1, len(kd_factor)),
+        torch.empty_like(ce_factor), torch.empty_like(valid),
+        formed.hidden, formed.weight, formed.bias,
+    )  # fmt: skip
+
+
+class _Run:
+    """One call: values and formed gradients, filled chunk by chunk."""
+
+    def __init__(
+        self, student: Side, teacher: TopK, factors: RowFactors, plan: TopKPlan, needed: Needed
+    ) -> None:
+        self._student, self._teacher, self._factors = student, teacher, factors
+        self._plan = plan
+        self.formed = StudentGradients.empty(student, needed, factors.kd.dtype)
+        self._divergence = torch.zeros_like(factors.kd)
+        # By the log-sum inequality; rounding may fall below it. 0 but for "truncated".
+        mass = teacher.mass.clamp(max=1.0)
+        self._least = torch.xlogy(mass, mass) * plan.value_scale
+        self._ce = torch.zeros_like(factors.kd)
+        self._agrees = torch.zeros_like(factors.valid)
+
+    def over_vocabulary(self, implementation: str, chunk_mb: float) -> None:
+        """The student's softmax runs over all of its ids."""
+        ids = len(self._student.weight)
+        like = self._factors.kd
+        sizes = plan_row_chunks(
+            len(self._student.hidden), widths=(ids,), like=like, chunk_mb=chunk_mb,
+            gradient=gradient_dtype(self._student.hidden, like.dtype),
+            implementation=implementation,
+        )  # fmt: skip
+        kernel = _row_kernel(implementation, self._plan, sizes.block, like)
+        slope = self._plan.value_scale / self._plan.temperature
+
+        def score(rows: slice, logits: Tensor, gradient: Tensor | None) -> None:
+            for part in slices(len(logits), sizes.block):
+                here = slice(rows.start + part.start, rows.start + part.stop)
+                block = logits[part]
+                out = None
+                if gradient is not None:
+                    out = block if gradient is logits else gradient[part]
+                inputs = self._factors.inputs(here, slope)
+                self._store(here, kernel.run_(block, self._teacher.rows(here), inputs, out))
+
+        run_chunks(
+            self._student, score, self.formed, valid=self._factors.valid, plan=sizes,
+            round_logits=False,
+        )  # fmt: skip
+        self.formed.finish(ids)
+
+    def over_ids(self, chunk_mb: float) -> None:
+        """The student's softmax runs over the cached ids: no product with the whole weight."""
+        formed = self.formed
+        formed.weight.zero_()
+        width = self._student.weight.shape[1]
+        count, kept = self._teacher.ids.shape
+        widths = (kept * width, kept * width)
+        like = self._factors.kd
+        sizes = plan_chunks(count, widths=widths, like=like, chunk_mb=chunk_mb)
+        for rows in slices(count, sizes.chunk):
+            teacher = self._teacher.rows(rows)
+            index = teacher.ids.clamp(min=0)
+            valid = self._factors.valid[rows]
+            hidden = masked_rows(self._student.hidden[rows], valid, like.dtype).to(like.dtype)
+            chosen = self._student.weight[index].to(like.dtype)  # [C, k, H]
+            logits = torch.bmm(chosen, hidden[:, :, None]).squeeze(2)
+            if self._student.bias is not None:
+                logits += self._student.bias[index].to(like.dtype)
+            change = self._score_ids(rows, teacher, logits.masked_fill(teacher.ids < 0, -math.inf))
+            if formed.hidden.numel():
+                formed.hidden[rows] = torch.bmm(change[:, None], chosen).squeeze(1)
+            if formed.weight.numel():
+                torch.mul(change[:, :, None], hidden[:, None], out=chosen)
+                formed.weight.index_add_(0, index.flatten(), chosen.flatten(0, 1))
+            if formed.bias.numel():
+                formed.bias.index_add_(0, index.flatten(), change.flatten())
+
+    def _score_ids(self, rows: slice, teacher: TopK, logits: Tensor) -> Tensor:
+        """Stores the values of some rows; the gradient [C, k] of their logits."""
+        plan = self._plan
+        log_q = (logits.double() / plan.temperature).log_softmax(-1)
+        log_p = teacher.log_p.double()
+        p = log_p.exp()
+        divergence = torch.where(p > 0, p * (log_p - log_q), 0).sum(1)
+        best = logits.masked_fill(teacher.ids != teacher.best[:, None], -math.inf)
+        agrees = (teacher.best >= 0) & (best.amax(1) == logits.amax(1))
+        divergence = divergence.to(logits.dtype) * plan.value_scale
+        self._store(rows, RowTerms(divergence[None], torch.zeros_like(divergence), agrees))
+        factor = self._factors.kd[rows, None] * (plan.value_scale / plan.temperature)
+        change = factor * (teacher.mass.double()[:, None] * log_q.exp() - p)
+        return torch.where(teacher.ids >= 0, change, 0).to(logits.dtype)
+
+    def _store(self, rows: slice, terms: RowTerms) -> None:
+        self._divergence[rows] = torch.maximum(terms.divergences[0], self._least[rows])
+        self._ce[rows] = terms.ce
+        self._agrees[rows] = terms.agrees
+
+    def values(self) -> RowValues:
+        """The values of all rows, and their total."""
+        return self._factors.values([1.0], self._divergence[None], self._ce, self._agrees)
+
+
+def _row_kernel(implementation: str, plan: TopKPlan, block: int, like: Tensor) -> TopKRowKernel:
+    # The kernel computes in fp32: fp64, which is for checks, stays with torch.
+    if implementation == "triton" and like.dtype == torch.float32:
+        # Late: the package works where Triton is not installed.
+        from megakd_kernels.triton.row_topk import TritonTopKRows
+
+        return TritonTopKRows(plan=plan)
+    return TopKRows(plan=plan, scratch=Scratch(block, like))
+
+
+register_formed_gradients(topk_kd, (0, 1, 2))

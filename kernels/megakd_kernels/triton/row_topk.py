@@ -1,0 +1,207 @@
+"""Distillation from a cached teacher's k best ids, for whole rows of logits, in one launch.
+
+The Triton implementation of `row_topk.TopKRowKernel`. A program takes the logits of its row's ids
+out of the row, which leaves -inf there, streams the others once for their maximum and sum, and
+once more to write their gradient; then it puts that of its own ids into the gaps. Reads the row
+twice (once without a gradient) and writes it once. Shapes: R rows, V ids, k ids kept.
+"""
+
+# No `from __future__ import annotations`: Triton reads the tl.constexpr annotations as objects.
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megakd_kernels.row_plan import RowInputs, RowTerms
+from megakd_kernels.row_topk import TopK, TopKPlan
+from megakd_kernels.triton.row_kd_sweeps import write_zeros
+from megakd_kernels.triton.row_math import LOG2_E, MINUS_INFINITY
+
+_LARGEST_BLOCK = 4096
+_SMALLEST_BLOCK = 128
+_IDS_PER_WARP = 512
+
+
+@triton.jit
+def _sums_of_others(
+    row, width, bits, HARD: tl.constexpr, TEMPERED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Maximum of the ids still in the row, and their sums at the temperature and at 1, in fp64."""
+    peak = tl.full((), MINUS_INFINITY, tl.float32)
+    total = tl.full((), 0.0, tl.float64)
+    hard_total = tl.full((), 0.0, tl.float64)
+    for start in range(0, width, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        s = tl.load(row + ids, mask=ids < width, other=MINUS_INFINITY).to(tl.float32)
+        new_peak = tl.maximum(peak, tl.max(s, 0))
+        # As long as nothing is finite the sums are 0, not NaN.
+        base = tl.where(new_peak == MINUS_INFINITY, 0.0, new_peak)
+        decay = tl.exp2((peak - base) * bits).to(tl.float64)
+        total = total * decay + tl.sum(tl.exp2((s - base) * bits), 0).to(tl.float64)
+        if HARD and TEMPERED:
+            decay = tl.exp2((peak - base) * LOG2_E).to(tl.float64)
+            added = tl.sum(tl.exp2((s - base) * LOG2_E), 0).to(tl.float64)
+            hard_total = hard_total * decay + added
+        peak = new_peak
+    return peak, total, hard_total
+
+
+@triton.jit
+def _slope(s, base, bits, slope, hard_slope, HARD: tl.constexpr, TEMPERED: tl.constexpr):
+    """The gradient of ids that are not in K, without that of a label; 0 for the logit -inf."""
+    gradient = slope * tl.exp2((s - base) * bits)
+    if HARD and TEMPERED:
+        gradient += hard_slope * tl.exp2((s - base) * LOG2_E)
+    return gradient
+
+
+@triton.jit
+def _topk_kernel(
+    student, gradient, ids, log_p, mass, rest, best, valid, labels, kd_factor, ce_factor,
+    divergence, ce_values, agrees,
+    width, count, stride_s, stride_g, bits, inverse, value_scale,
+    HARD: tl.constexpr, TEMPERED: tl.constexpr, GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """One row. bits: log2(e) / T. inverse: 1 / T. count: k."""
+    row = tl.program_id(0).to(tl.int64)  # times a stride it may be beyond int32
+    student += row * stride_s
+    gradient += row * stride_g
+    if tl.load(valid + row) == 0:
+        if GRADIENT:
+            write_zeros(gradient, width, BLOCK)
+        return
+    lanes = tl.arange(0, KEPT)
+    chosen = tl.load(ids + row * count + lanes, mask=lanes < count, other=-1)
+    is_kept = chosen >= 0
+    own = tl.load(student + chosen, mask=is_kept, other=MINUS_INFINITY).to(tl.float32)
+    top = tl.load(best + row)
+    top_logit = tl.load(student + top, mask=top >= 0, other=MINUS_INFINITY).to(tl.float32)
+    label = tl.full((), -1, tl.int64)
+    target = tl.full((), 0.0, tl.float32)
+    if HARD:
+        label = tl.load(labels + row)
+        target = tl.load(student + label).to(tl.float32)
+    # Every lane has read the row before one changes it, and the other way round.
+    tl.debug_barrier()
+    tl.store(student + chosen, tl.full([KEPT], MINUS_INFINITY, student.dtype.element_ty), is_kept)
+    tl.debug_barrier()
+
+    highest, others, hard_others = _sums_of_others(student, width, bits, HARD, TEMPERED, BLOCK)
+    base = tl.where(highest == MINUS_INFINITY, 0.0, highest)
+    peak = tl.maximum(highest, tl.max(own, 0))
+    drop = tl.where(highest == MINUS_INFINITY, 0.0, highest.to(tl.float64) - peak)
+    below = own.to(tl.float64) - peak
+    total = tl.sum(tl.exp2(below * bits), 0) + others * tl.exp2(drop * bits)
+    log_total = tl.log(total)
+    wanted = tl.load(log_p + row * count + lanes, mask=lanes < count, other=MINUS_INFINITY)
+    p = tl.exp(wanted.to(tl.float64))
+    log_q = below * inverse - log_total
+    # -inf less -inf is not computed: what p leaves out has no part.
+    value = tl.sum(p * (tl.where(p > 0, wanted, 0.0) - tl.where(p > 0, log_q, 0.0)), 0)
+    left = tl.load(rest + row).to(tl.float64)
+    if left > 0:
+        log_rest = tl.log(others) + drop * inverse - log_total
+        value += left * (tl.log(left) - log_rest)
+    tl.store(divergence + row, (value * value_scale).to(tl.float32))
+    tl.store(agrees + row, (top >= 0) & (top_logit == peak))
+
+    ce = 0.0
+    hard_total = total
+    if HARD:
+        ce = tl.load(ce_factor + row)
+        if TEMPERED:
+            hard_total = tl.sum(tl.exp2(below * LOG2_E), 0) + hard_others * tl.exp2(drop * LOG2_E)
+        loss = tl.log(hard_total) - (target.to(tl.float64) - peak)
+        tl.store(ce_values + row, loss.to(tl.float32))
+
+    if GRADIENT:
+        factor = tl.load(kd_factor + row).to(tl.float64)
+        pull = factor * tl.load(mass + row)
+        if HARD and not TEMPERED:
+            pull += ce
+        # q of an id that is not in K is its exponential times this share.
+        share = tl.exp2(drop * bits) / total
+        slope = pull * share - factor * left / tl.where(others > 0, others, 1.0)
+        slope = slope.to(tl.float32)
+        hard_slope = (ce * tl.exp2(drop * LOG2_E) / hard_total).to(tl.float32)
+        for start in range(0, width, BLOCK):
+            found = start + tl.arange(0, BLOCK)
+            s = tl.load(student + found, mask=found < width, other=MINUS_INFINITY,
+                        eviction_policy="evict_first").to(tl.float32)  # fmt: skip
+            change = _slope(s, base, bits, slope, hard_slope, HARD, TEMPERED)
+            tl.store(gradient + found, change.to(gradient.dtype.element_ty), mask=found < width)
+        own_change = pull * tl.exp(log_q) - factor * p
+        if HARD:
+            if TEMPERED:
+                own_change += ce * tl.exp2(below * LOG2_E) / hard_total
+            own_change -= tl.where(chosen == label, ce, 0.0)
+        # Some lane wrote 0 where another writes now.
+        tl.debug_barrier()
+        own_change = own_change.to(tl.float32).to(gradient.dtype.element_ty)
+        tl.store(gradient + chosen, own_change, mask=is_kept)
+        if HARD:
+            is_outside = tl.max((chosen == label).to(tl.int32), 0) == 0
+            change = _slope(target, base, bits, slope, hard_slope, HARD, TEMPERED) - ce
+            tl.store(gradient + label, change.to(gradient.dtype.element_ty), mask=is_outside)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TritonTopKRows:
+    """Runs a plan on blocks of rows.
+
+    block: ids a program reads at a time, a power of two; None: from the width.
+    """
+
+    plan: TopKPlan
+    block: int | None = None
+
+    def run_(
+        self, student: Tensor, teacher: TopK, inputs: RowInputs, gradient: Tensor | None
+    ) -> RowTerms:
+        """See `row_topk.TopKRowKernel`; logits are fp32, bf16 or fp16, with adjacent columns."""
+        count, width = student.shape
+        plan = self.plan
+        labels = inputs.labels if plan.with_ce else None
+        # Rows that are not valid are left at zero.
+        divergence, ce = student.new_zeros(2, count, dtype=torch.float32).unbind(0)
+        agrees = torch.zeros_like(inputs.valid)
+        form = gradient if plan.with_gradient else None
+        block = self.block or _block(width)
+        kernel: Any = _topk_kernel
+        # A launch goes to the current device, which need not be the one of the tensors.
+        with torch.cuda.device_of(student):
+            kernel[(count,)](
+                student,
+                student if form is None else form,
+                *(tensor.contiguous() for tensor in teacher),
+                inputs.valid,
+                inputs.valid if labels is None else labels,
+                inputs.kd_factor,
+                inputs.ce_factor,
+                divergence,
+                ce,
+                agrees,
+                width,
+                teacher.ids.shape[1],
+                student.stride(0),
+                0 if form is None else form.stride(0),
+                1 / (math.log(2.0) * plan.temperature),
+                1 / plan.temperature,
+                plan.value_scale,
+                HARD=labels is not None,
+                TEMPERED=plan.temperature != 1.0,
+                GRADIENT=form is not None,
+                BLOCK=block,
+                KEPT=triton.next_power_of_2(teacher.ids.shape[1]),
+                num_warps=max(1, min(8, block // _IDS_PER_WARP)),
+            )
+        return RowTerms(divergence[None], ce, agrees)
+
+
+def _block(width: int) -> int:
+    return min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, triton.next_power_of_2(width)))

@@ -1,0 +1,386 @@
+"""`linear_stats` on the torch paths: what it measures, for which rows, and in how much memory."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import megakd_kernels as mk
+from megakd_kernels.statistics import _linear_stats_op, linear_stats
+
+IMPLS = pytest.mark.parametrize("impl", ["chunked", "reference"])
+# A chunk of two or three rows, so that 13 rows make several and a ragged last one.
+TINY_CHUNK_MB = 0.0008
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A student and a teacher that often agree; rows 2 and 9 are ignored."""
+
+    student_hidden: torch.Tensor
+    student_weight: torch.Tensor
+    teacher_hidden: torch.Tensor
+    teacher_weight: torch.Tensor
+    labels: torch.Tensor
+    student_bias: torch.Tensor
+    teacher_bias: torch.Tensor
+    token_weight: torch.Tensor
+
+    def to(self, dtype):
+        floating = {name: value.to(dtype) for name, value in vars(self).items() if name != "labels"}
+        return replace(self, **floating)
+
+    def measure(self, **options):
+        tensors = dict(vars(self))
+        first = [tensors.pop(name) for name in list(tensors)[:4]]
+        return linear_stats(*first, **{**tensors, **options})
+
+    def truth(self, *, temperature=1.0, shared=None, softcap=None, scale=1.0):
+        """Eager fp64 over full logits."""
+        heads = self.to(torch.float64)
+        student = scale * (heads.student_hidden @ heads.student_weight.T + heads.student_bias)
+        teacher = heads.teacher_hidden @ heads.teacher_weight.T + heads.teacher_bias
+        if softcap is not None:
+            student, teacher = (softcap * torch.tanh(z / softcap) for z in (student, teacher))
+        weight = torch.where(heads.labels == -100, 0, heads.token_weight)
+        shared = shared or min(student.shape[1], teacher.shape[1])
+        q = (student[:, :shared] / temperature).log_softmax(-1)
+        p = (teacher[:, :shared] / temperature).log_softmax(-1)
+        ce = torch.nn.functional.cross_entropy(student, heads.labels, reduction="none")
+        agrees = q.argmax(-1) == p.argmax(-1)
+        return {
+            "kl_sum": (weight * (p.exp() * (p - q)).sum(-1)).sum(),
+            "ce_sum": (weight * ce).sum(),
+            "teacher_entropy_sum": -(weight * (p.exp() * p).sum(-1)).sum(),
+            "agreement": (agrees & (weight != 0)).sum(),
+            "n_valid": (weight != 0).sum(),
+        }
+
+
+@pytest.fixture
+def make_heads():
+    def make(n=13, vs=37, vt=37, hs=6, ht=9, *, dtype=torch.float32, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        shared_part = random(n, min(hs, ht))
+        student_weight, teacher_weight = random(vs, hs), random(vt, ht)
+        width, ids = min(hs, ht), min(vs, vt)
+        teacher_weight[:ids, :width] = student_weight[:ids, :width]
+        student_hidden, teacher_hidden = random(n, hs) * 0.5, random(n, ht) * 0.5
+        student_hidden[:, :width] += shared_part
+        teacher_hidden[:, :width] += shared_part
+        labels = torch.randint(0, vs, (n,), generator=generator)
+        labels[2::7] = -100
+        token_weight = torch.linspace(0.5, 2, n, dtype=torch.float64)
+        return Heads(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, labels,
+            random(vs), random(vt), token_weight,
+        ).to(dtype)  # fmt: skip
+
+    return make
+
+
+@IMPLS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ids", [(37, 37), (37, 41), (41, 37)], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_sums_are_those_of_full_logits_in_double_precision(
+    make_heads, impl, temperature, ids, dtype
+):
+    heads = make_heads(vs=ids[0], vt=ids[1], dtype=dtype)
+
+    got = heads.measure(impl=impl, temperature=temperature, chunk_mb=TINY_CHUNK_MB)
+
+    expected = heads.truth(temperature=temperature)
+    assert 1 <= expected["agreement"] <= 10
+    for name, value in expected.items():
+        assert getattr(got, name).item() == pytest.approx(value.item(), rel=1e-5), name
+
+
+@IMPLS
+def test_softcap_scale_and_vocab_size_change_the_models_measured(make_heads, impl):
+    heads = make_heads(dtype=torch.float64)
+
+    got = heads.measure(impl=impl, softcap_s=3.0, softcap_t=3.0, logit_scale_s=0.7, vocab_size=30)
+
+    expected = heads.truth(softcap=3.0, scale=0.7, shared=30)
+    for name, value in expected.items():
+        assert getattr(got, name).item() == pytest.approx(value.item(), rel=1e-12), name
+
+
+@IMPLS
+def test_values_are_those_of_the_losses(make_heads, impl):
+    heads = make_heads(vt=41)
+    tensors = dict(vars(heads))
+    first = [tensors.pop(name) for name in list(tensors)[:4]]
+
+    loss = mk.linear_kd_loss(*first, **tensors, temperature=2.0, t_squared=False, ce_weight=1.0)
+    got = heads.measure(impl=impl, temperature=2.0)
+
+    torch.testing.assert_close(got.kl_sum, loss.divergence_sums[0])
+    torch.testing.assert_close(got.ce_sum, loss.ce_sum)
+    assert got.agreement == loss.agreement
+    assert got.n_valid == loss.n_valid
+
+
+@IMPLS
+def test_a_student_equal_to_its_teacher_is_at_no_distance(make_heads, impl):
+    heads = make_heads()
+    heads = replace(
+        heads, teacher_hidden=heads.student_hidden, teacher_weight=heads.student_weight,
+        teacher_bias=heads.student_bias,
+    )  # fmt: skip
+
+    got = heads.measure(impl=impl, temperature=1.7)
+
+    assert 0 <= got.kl_sum.item() < 1e-6
+    assert got.agreement == got.n_valid == 11
+
+
+@IMPLS
+@pytest.mark.parametrize("scale", [0.0, 1e4])
+def test_the_entropy_is_that_of_a_flat_or_of_a_certain_teacher(make_heads, impl, scale):
+    heads = make_heads()
+    heads = replace(
+        heads, teacher_hidden=heads.teacher_hidden * scale, teacher_bias=heads.teacher_bias * scale
+    )
+
+    entropy = heads.measure(impl=impl, token_weight=None).teacher_entropy_sum.item()
+
+    expected = 11 * math.log(37) if scale == 0 else 0.0
+    assert entropy == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+@IMPLS
+def test_an_id_the_teacher_excludes_has_no_part_in_entropy_or_divergence(make_heads, impl):
+    heads = make_heads()
+    excluded = heads.teacher_bias.clone()
+    excluded[5] = -math.inf
+    both = heads.student_bias.clone()
+    both[5] = -math.inf
+    heads = replace(heads, teacher_bias=excluded, student_bias=both, labels=heads.labels % 5)
+
+    got = heads.measure(impl=impl, labels=None)
+    kept = [index for index in range(37) if index != 5]
+    cut = replace(
+        heads, student_weight=heads.student_weight[kept], teacher_weight=heads.teacher_weight[kept],
+        student_bias=both[kept], teacher_bias=excluded[kept],
+    )  # fmt: skip
+
+    torch.testing.assert_close(got, cut.measure(impl=impl, labels=None))
+
+
+@IMPLS
+def test_without_a_teacher_agreement_is_accuracy(impl):
+    identity = torch.eye(4)
+    labels = torch.tensor([0, 1, 0, -100])
+
+    got = linear_stats(identity, identity, labels=labels, impl=impl)
+
+    assert got.agreement.item() == 2
+    assert got.n_valid.item() == 3
+    assert got.kl_sum.item() == got.teacher_entropy_sum.item() == 0
+    ce = torch.nn.functional.cross_entropy(identity, labels, reduction="sum")
+    assert got.ce_sum.item() == pytest.approx(ce.item(), rel=1e-6)
+
+
+@IMPLS
+def test_of_several_equal_maxima_one_in_common_is_enough(impl):
+    student = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
+    teacher = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
+
+    got = linear_stats(student, torch.eye(3), teacher, torch.eye(3), impl=impl)
+
+    assert got.agreement.item() == 1
+
+
+@IMPLS
+def test_without_labels_every_weighted_row_counts_and_cross_entropy_is_zero(make_heads, impl):
+    heads = make_heads()
+    heads.token_weight[4] = 0
+
+    got = heads.measure(impl=impl, labels=None)
+
+    assert got.n_valid.item() == 12
+    assert got.ce_sum.item() == 0
+    assert got.kl_sum.item() > 0
+
+
+@IMPLS
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+def test_rows_that_do_not_count_may_hold_anything(make_heads, impl, garbage):
+    heads = make_heads()
+    clean = heads.measure(impl=impl)
+    heads.student_hidden[2::7] = garbage
+    heads.teacher_hidden[2::7] = garbage
+
+    spoiled = heads.measure(impl=impl)
+
+    assert all(torch.equal(a, b) for a, b in zip(spoiled, clean, strict=True))
+
+
+@IMPLS
+@pytest.mark.parametrize("rows", [0, 3])
+def test_without_a_valid_row_everything_is_zero(make_heads, impl, rows):
+    heads = make_heads(n=rows)
+    heads.labels[:] = -100
+    heads.student_hidden[:] = math.nan
+
+    assert all(value.item() == 0 for value in heads.measure(impl=impl))
+
+
+@IMPLS
+def test_a_value_that_is_not_finite_in_a_row_that_counts_shows(make_heads, impl):
+    heads = make_heads()
+    heads.student_hidden[0] = math.nan
+
+    got = heads.measure(impl=impl)
+
+    assert math.isnan(got.kl_sum)
+    assert math.isnan(got.ce_sum)
+
+
+def test_strides_and_leading_dimensions_do_not_matter(make_heads):
+    heads = make_heads(n=12)
+    expected = heads.measure()
+    spread = replace(
+        heads,
+        student_hidden=heads.student_hidden.T.contiguous().T.reshape(3, 4, -1),
+        teacher_hidden=heads.teacher_hidden.repeat_interleave(2, 0)[::2].reshape(3, 4, -1),
+        student_weight=heads.student_weight.T.contiguous().T,
+        labels=heads.labels.reshape(3, 4),
+        token_weight=heads.token_weight.reshape(3, 4),
+    )
+
+    torch.testing.assert_close(spread.measure(), expected)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    sizes=st.tuples(*[st.integers(1, most) for most in (9, 20, 20, 5)]),
+    temperature=st.sampled_from([0.5, 1.0, 3.0]), chunk_mb=st.sampled_from([1e-9, 3e-4, 1024.0]),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_chunks_of_any_shape_match_the_reference(sizes, temperature, chunk_mb, seed):
+    n, vs, vt, hs = sizes
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(n, hs), (vs, hs), (n, 4), (vt, 4)]
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    labels = torch.randint(0, vs, (n,), generator=generator)
+
+    got, expected = (
+        linear_stats(*tensors, labels, temperature=temperature, chunk_mb=chunk_mb, impl=impl)
+        for impl in ("chunked", "reference")
+    )
+
+    torch.testing.assert_close(got, expected)
+
+
+def test_inputs_that_require_grad_are_only_read(make_heads):
+    heads = make_heads()
+    heads.student_hidden.requires_grad_()
+    heads.teacher_weight.requires_grad_()
+
+    assert not any(value.requires_grad for value in heads.measure())
+
+
+def test_under_autocast_products_run_in_its_type(make_heads):
+    heads = make_heads()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = heads.measure()
+
+    expected = heads.to(torch.bfloat16).measure(token_weight=heads.token_weight)
+    torch.testing.assert_close(got, expected)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_logits_of_all_rows_never_exist(make_heads):
+    arguments = operator_arguments(make_heads(n=600, vs=500, vt=500))
+
+    sizes = {}
+    for implementation in ("chunked", "reference"):
+        with LargestTensor() as largest:
+            # Called as a function: a mode does not see into an operator.
+            _linear_stats_op._init_fn(*arguments, 0.1, implementation)
+        sizes[implementation] = largest.numel
+
+    assert sizes["chunked"] <= 600 * 500 / 10
+    assert sizes["reference"] >= 500 * 500
+
+
+def operator_arguments(heads):
+    valid = heads.labels != -100
+    ids = len(heads.student_weight)
+    return (
+        heads.student_hidden, heads.student_weight, heads.student_bias, heads.teacher_hidden,
+        heads.teacher_weight, None, valid, torch.where(valid, heads.labels, 0), ids, 2.0,
+        [1.0, 0.0, 1.0, 0.0],
+    )  # fmt: skip
+
+
+def test_the_operator_keeps_the_contract_of_torch(make_heads):
+    arguments = (*operator_arguments(make_heads(n=4)), 1024.0, "chunked")
+
+    torch.library.opcheck(_linear_stats_op, arguments)
+
+
+def test_it_compiles_whole_and_changes_nothing(make_heads):
+    heads = make_heads()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled():
+        return heads.measure(temperature=2.0)
+
+    torch.testing.assert_close(compiled(), heads.measure(temperature=2.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
+        ({"chunk_mb": 0}, "chunk_mb must be above 0, got 0"),
+        ({"vocab_size": 38}, r"vocab_size 38 must lie in 1\.\.37"),
+        ({"labels": torch.full((13,), 37)}, "label 37 is none of the student"),
+        ({"labels": torch.zeros(12, dtype=torch.long)}, "labels has 12 entries for 13 rows"),
+        ({"teacher_bias": torch.zeros(3)}, r"teacher_bias is \[3\] for 37 ids"),
+        ({"impl": "cuda"}, "unknown impl 'cuda'"),
+        ({"softcap_s": -1.0}, "softcap_s must be above 0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_is_named(make_heads, change, message):
+    with pytest.raises(ValueError, match=message):
+        make_heads().measure(**change)
+
+
+def test_a_student_needs_something_to_be_compared_with(make_heads):
+    heads = make_heads()
+    hidden, weight = heads.student_hidden, heads.student_weight
+
+    with pytest.raises(ValueError, match="pass a teacher or labels"):
+        linear_stats(hidden, weight)
+    with pytest.raises(ValueError, match="must be given together"):
+        linear_stats(hidden, weight, heads.teacher_hidden)
+    with pytest.raises(ValueError, match="the student has 13 rows and the teacher 12"):
+        linear_stats(hidden, weight, heads.teacher_hidden[1:], heads.teacher_weight)

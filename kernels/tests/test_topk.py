@@ -1,0 +1,374 @@
+"""`topk_kd_loss` on the torch paths, against eager fp64 over full logits."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import megakd_kernels as mk
+from megakd_kernels.topk import TOPK_MODES, topk_kd_loss
+
+IMPLS = pytest.mark.parametrize("impl", ["chunked", "reference"])
+MODES = pytest.mark.parametrize("mode", TOPK_MODES)
+# A chunk of two or three rows, so that 11 rows make several and a ragged last one.
+TINY_CHUNK_MB = 0.0004
+COLD_AND_WARM = [(mode, 1.0) for mode in TOPK_MODES] + [("renorm", 2.5), ("subset", 2.5)]
+TASKS = [
+    {"mode": mode, "temperature": temperature, "ce_weight": ce_weight}
+    for mode, temperature in COLD_AND_WARM
+    for ce_weight in (0.0, 0.7)
+    if mode != "subset" or ce_weight == 0
+]
+
+
+@dataclass(frozen=True)
+class Cached:
+    """A student and what is kept of a teacher; rows 2 and 9 are ignored."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    ids: torch.Tensor
+    logprobs: torch.Tensor
+    labels: torch.Tensor
+    bias: torch.Tensor | None
+
+    def to(self, dtype):
+        return replace(
+            self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype),
+            bias=None if self.bias is None else self.bias.to(dtype),
+        )  # fmt: skip
+
+    def leaves(self):
+        leaves = [self.hidden, self.weight, self.bias]
+        return [None if leaf is None else leaf.detach().requires_grad_() for leaf in leaves]
+
+    def loss(self, leaves, **options):
+        options = {"t_squared": True, "labels": self.labels, **options}
+        cache = (options.pop("ids", self.ids), options.pop("logprobs", self.logprobs))
+        return topk_kd_loss(*leaves[:2], *cache, student_bias=leaves[2], **options)
+
+    def solve(self, **options):
+        """The output, and the gradients of hidden states, weight and bias."""
+        leaves = self.leaves()
+        output = self.loss(leaves, **options)
+        return output, torch.autograd.grad(
+            output.loss, [leaf for leaf in leaves if leaf is not None]
+        )
+
+    def truth(self, mode, *, temperature=1.0, ce_weight=0.0):
+        """Loss and gradients, eager fp64: the formulas as they are written."""
+        leaves = self.to(torch.float64).leaves()
+        logits = leaves[0] @ leaves[1].T + leaves[2]
+        valid = (self.labels != -100).nonzero().squeeze(1)
+        loss = 0
+        for row in valid.tolist():
+            there = self.ids[row] >= 0
+            chosen = self.ids[row][there]
+            p = self.logprobs[row][there].double().exp()
+            scaled = logits[row] / temperature
+            if mode in {"renorm", "subset"}:
+                p = p ** (1 / temperature)
+                p = p / p.sum()
+            q = scaled[chosen].softmax(-1) if mode == "subset" else scaled.softmax(-1)[chosen]
+            loss = loss + temperature**2 * (p * (p / q).log()).sum()
+            if mode == "tail":
+                rest = 1 - p.sum()
+                loss = loss + rest * (rest / (1 - q.sum())).log()
+            if ce_weight:
+                ce = torch.nn.functional.cross_entropy(logits[row], self.labels[row])
+                loss = loss + ce_weight * ce
+        return loss, torch.autograd.grad(loss, leaves)
+
+
+@pytest.fixture
+def make_cached():
+    def make(n=11, v=31, h=6, k=5, *, dtype=torch.float32, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        hidden, weight, bias = random(n, h), random(v, h), random(v)
+        # A teacher near the student, so that they often have the same most likely id.
+        logits = hidden @ weight.T + bias + 2 * random(n, v)
+        logprobs, ids = logits.log_softmax(-1).topk(k)
+        labels = torch.randint(0, v, (n,), generator=generator)
+        labels[2::7] = -100
+        # Kept in fp32, or all in fp64; one row has a shorter list.
+        kept = torch.float64 if dtype == torch.float64 else torch.float32
+        if k > 2 and n:
+            ids[0, 2:] = -1
+        return Cached(hidden, weight, ids, logprobs.to(kept), labels, bias).to(dtype)
+
+    return make
+
+
+@IMPLS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: "-".join(map(str, task.values())))
+def test_values_and_gradients_are_those_of_full_logits_in_double_precision(
+    make_cached, distance, impl, task, dtype
+):
+    cached = make_cached(dtype=dtype)
+
+    output, gradients = cached.solve(impl=impl, chunk_mb=TINY_CHUNK_MB, **task)
+
+    loss, truth = cached.truth(**task)
+    assert output.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    for gradient, expected in zip(gradients, truth, strict=True):
+        assert gradient.dtype == dtype
+        assert distance(gradient, expected) < (2e-5 if dtype == torch.float32 else 5e-3)
+    assert output.n_valid.item() == 9
+    assert output.divergence_sums.shape == (1,)
+
+
+@IMPLS
+@pytest.mark.parametrize(("mode", "temperature"), COLD_AND_WARM)
+def test_a_cache_of_the_whole_vocabulary_gives_the_forward_kl(
+    make_cached, distance, impl, mode, temperature
+):
+    cached = make_cached(k=31)
+    teacher = make_cached(seed=5)
+    logits = teacher.hidden @ teacher.weight.T
+    logprobs, ids = logits.log_softmax(-1).topk(31)
+    options = {"temperature": temperature, "t_squared": True}
+    if mode != "subset":
+        options["ce_weight"] = 0.5
+
+    output, gradients = replace(cached, ids=ids, logprobs=logprobs).solve(
+        mode=mode, impl=impl, **options
+    )
+
+    leaves = cached.leaves()
+    expected = mk.linear_kd_loss(
+        *leaves[:2], teacher.hidden, teacher.weight, cached.labels, student_bias=leaves[2],
+        **options,
+    )  # fmt: skip
+    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=3e-6)
+    assert output.agreement == expected.agreement
+    for gradient, true in zip(gradients, torch.autograd.grad(expected.loss, leaves), strict=True):
+        assert distance(gradient, true) < 5e-6
+
+
+@IMPLS
+@pytest.mark.parametrize("kept", [torch.float16, torch.bfloat16], ids=str)
+def test_the_rounding_of_a_low_precision_cache_is_no_tail(make_cached, impl, kept):
+    cached = make_cached(k=31)
+    logprobs, ids = (cached.hidden @ cached.weight.T + cached.bias).log_softmax(-1).topk(31)
+    options = {"ids": ids, "logprobs": logprobs.to(kept), "impl": impl}
+
+    output, gradients = cached.solve(mode="tail", **options)
+
+    assert 0 <= output.loss.item() < 0.1
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@IMPLS
+def test_a_student_that_is_the_teacher_has_no_tail_loss_however_few_ids_are_kept(make_cached, impl):
+    cached = make_cached(dtype=torch.float64)
+    logits = cached.hidden @ cached.weight.T + cached.bias
+    logprobs, ids = logits.log_softmax(-1).topk(3)
+
+    output, gradients = cached.solve(mode="tail", ids=ids, logprobs=logprobs, impl=impl)
+
+    assert output.loss.item() == pytest.approx(0, abs=1e-12)
+    assert all(gradient.abs().max() < 1e-12 for gradient in gradients)
+    assert output.agreement == output.n_valid == 9
+
+
+@pytest.mark.parametrize("mode", ["renorm", "tail", "subset"])
+def test_rounding_makes_no_row_negative(mode):
+    generator = torch.Generator().manual_seed(0)
+    student = 3 * torch.randn(200, 40, generator=generator)
+    logprobs, ids = student.log_softmax(-1).topk(40 if mode == "renorm" else 20)
+
+    rows = topk_kd_loss(
+        student, torch.eye(40), ids, logprobs, mode=mode, t_squared=False, reduction="none"
+    ).loss
+
+    assert rows.min() >= 0
+    assert rows.max() < 1e-5
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    v=st.integers(2, 40), kept=st.floats(0.01, 1), scale=st.sampled_from([0.1, 1.0, 6.0]),
+    seed=st.integers(0, 999),
+)  # fmt: skip
+def test_the_modes_are_ordered_and_one_follows_from_the_other(v, kept, scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = scale * torch.randn(2, 1, v, generator=generator, dtype=torch.float64)
+    logprobs, ids = teacher.log_softmax(-1).topk(max(1, int(kept * v)))
+
+    def value(mode):
+        loss = topk_kd_loss(
+            student, torch.eye(v, dtype=torch.float64), ids, logprobs, mode=mode, t_squared=False
+        )
+        return loss.divergence_sums.item()
+
+    mass = logprobs.exp().sum().item()
+    student_mass = student.softmax(-1).gather(1, ids).sum().item()
+    p, q = teacher.log_softmax(-1), student.log_softmax(-1)
+    full = (p.exp() * (p - q)).sum().item()
+    slack = 1e-9 * (1 + full)
+    # Joining ids loses information (data processing), and the chain rule splits the joined loss.
+    assert mass * value("subset") - slack <= value("tail") <= full + slack
+    assert value("renorm") == pytest.approx(value("subset") - math.log(student_mass), abs=slack)
+    assert value("truncated") == pytest.approx(
+        mass * value("renorm") + mass * math.log(mass), abs=slack
+    )
+    assert min(value("renorm"), value("subset"), value("tail")) >= 0
+
+
+@IMPLS
+@MODES
+def test_the_gradient_of_the_logits_sums_to_zero(make_cached, impl, mode):
+    cached = make_cached(dtype=torch.float64)
+    ce_weight = 0.0 if mode == "subset" else 0.8
+
+    _, (_, _, bias_gradient) = cached.solve(mode=mode, ce_weight=ce_weight, impl=impl)
+
+    assert bias_gradient.abs().max() > 1e-3
+    assert bias_gradient.sum().item() == pytest.approx(0, abs=1e-12)
+
+
+@MODES
+def test_a_subset_reaches_its_ids_alone_and_the_other_modes_all(make_cached, mode):
+    cached = make_cached()
+
+    _, (_, weight_gradient, _) = cached.solve(mode=mode)
+
+    reached = weight_gradient.abs().sum(1) > 0
+    counted = cached.ids[cached.labels != -100].unique()
+    expected = torch.zeros(31, dtype=torch.bool)
+    expected[counted[counted >= 0]] = True
+    assert reached.equal(expected if mode == "subset" else torch.ones_like(expected))
+
+
+@IMPLS
+@MODES
+def test_entries_that_are_not_there_may_stand_anywhere_and_hold_anything(make_cached, impl, mode):
+    cached = make_cached(k=3)
+    cached.ids[0, 2:] = cached.ids[1].max()  # a full list for every row
+    clean, clean_gradients = cached.solve(mode=mode, impl=impl)
+    gap = torch.full((11, 1), -7)
+    ids = torch.cat([cached.ids[:, :1], gap, cached.ids[:, 1:], gap], 1)
+    nothing = torch.full((11, 1), math.nan)
+    some = torch.full((11, 1), 3.0)
+    logprobs = torch.cat([cached.logprobs[:, :1], nothing, cached.logprobs[:, 1:], some], 1)
+
+    output, gradients = cached.solve(mode=mode, impl=impl, ids=ids, logprobs=logprobs)
+
+    torch.testing.assert_close(output, clean)
+    torch.testing.assert_close(gradients, clean_gradients)
+
+
+@IMPLS
+@MODES
+def test_a_row_without_any_id_has_no_divergence(make_cached, impl, mode):
+    cached = make_cached()
+    cached.ids[4] = -1
+
+    output, gradients = cached.solve(mode=mode, impl=impl)
+
+    others = cached.labels.clone()
+    others[4] = -100
+    expected, expected_gradients = cached.solve(mode=mode, impl=impl, labels=others)
+    torch.testing.assert_close(output.divergence_sums, expected.divergence_sums)
+    torch.testing.assert_close(gradients, expected_gradients)
+    assert output.n_valid == expected.n_valid + 1
+
+
+@IMPLS
+def test_an_id_the_teacher_excludes_is_the_same_as_one_it_does_not_name(make_cached, impl):
+    cached = make_cached(k=4)
+    cached.ids[0] = torch.arange(4)
+    cached.logprobs[:, 3] = -math.inf
+    shorter = {"ids": cached.ids[:, :3], "logprobs": cached.logprobs[:, :3]}
+
+    got, gradients = cached.solve(mode="renorm", impl=impl)
+
+    expected, expected_gradients = cached.solve(mode="renorm", impl=impl, **shorter)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+@IMPLS
+def test_logits_that_are_extreme_or_excluded_stay_exact(make_cached, distance, impl):
+    cached = make_cached()
+    bias = cached.bias.clone()
+    bias[::3] += 80
+    bias[1::3] -= 80
+    bias[30] = -math.inf
+    ids = torch.where(cached.ids == 30, -1, cached.ids)
+    cached = replace(cached, bias=bias, labels=cached.labels.clamp(max=29), ids=ids)
+
+    output, gradients = cached.solve(mode="tail", ce_weight=1.0, impl=impl)
+
+    loss, truth = cached.truth("tail", ce_weight=1.0)
+    assert output.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    for gradient, expected in zip(gradients, truth, strict=True):
+        assert distance(gradient, expected) < 2e-5
+
+
+@pytest.mark.parametrize("scale", [30.0, 200.0])
+def test_a_student_that_gives_the_tail_nothing_has_a_finite_gradient(make_cached, scale):
+    cached = make_cached()
+    bias = torch.zeros(31)
+    bias[:3] = scale
+    cached = replace(cached, bias=bias, ids=torch.arange(3).expand(11, 3),
+                     logprobs=cached.logprobs[:, :3])  # fmt: skip
+
+    output, (_, _, gradient) = cached.solve(mode="tail")
+
+    counted = cached.labels != -100
+    rest = 1 - cached.logprobs[counted].double().exp().sum(1)
+    # The others pull with all of the rest, shared out as the student shares out what it gives.
+    assert gradient[3:].sum().item() == pytest.approx(-rest.sum().item(), rel=1e-4)
+    assert output.loss.item() > 20
+
+
+@MODES
+@pytest.mark.parametrize("chunk_mb", [1e-9, TINY_CHUNK_MB, 1024])
+def test_the_chunk_size_changes_nothing(make_cached, mode, chunk_mb):
+    cached = make_cached(dtype=torch.float64)
+    ce_weight = 0.0 if mode == "subset" else 0.8
+
+    output, gradients = cached.solve(mode=mode, ce_weight=ce_weight, chunk_mb=chunk_mb)
+
+    expected, expected_gradients = cached.solve(mode=mode, ce_weight=ce_weight, impl="reference")
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+@IMPLS
+def test_cross_entropy_is_that_of_torch_and_agreement_compares_the_first_ids(make_cached, impl):
+    cached = make_cached(dtype=torch.float64)
+
+    output, _ = cached.solve(mode="renorm", ce_weight=0.3, impl=impl)
+
+    logits = cached.hidden @ cached.weight.T + cached.bias
+    ce = torch.nn.functional.cross_entropy(logits, cached.labels, reduction="sum")
+    counted = cached.labels != -100
+    agrees = (logits.argmax(-1) == cached.ids[:, 0]) & counted
+    assert 0 < agrees.sum() < 9
+    torch.testing.assert_close(output.ce_sum, ce)
+    assert output.agreement == agrees.sum()
+
+
+@IMPLS
+@pytest.mark.parametrize(("mode", "temperature"), COLD_AND_WARM)
+def test_gradients_are_the_derivatives_of_the_loss(make_cached, impl, mode, temperature):
+    cached = make_cached(n=4, v=6, h=3, k=3, dtype=torch.float64)
+    ce_weight = 0.0 if mode == "subset" else 0.4
+
+    def loss(*leaves):
+        return cached.loss(
+            leaves, mode=mode, temperature=temperature, ce_weight=ce_weight, impl=impl,
+            chunk_mb=0.0002,
+        ).loss  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, cached.leaves())

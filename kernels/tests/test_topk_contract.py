@@ -1,0 +1,295 @@
+"""`topk_kd_loss` as an operator of torch: masks, reductions, graphs, memory and bad input."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megakd_kernels.topk import TOPK_MODES, topk_kd_loss
+from megakd_kernels.topk_ops import topk_kd
+
+IMPLS = pytest.mark.parametrize("impl", ["chunked", "reference"])
+MODES = pytest.mark.parametrize("mode", TOPK_MODES)
+N, V, H, K = 11, 31, 6, 5
+
+
+class Cached:
+    """A student and the best ids of a random teacher; rows 2 and 9 are ignored."""
+
+    def __init__(self, n=N, v=V, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        self.hidden, self.weight, self.bias = random(n, H), random(v, H), random(v)
+        self.logprobs, self.ids = random(n, v).log_softmax(-1).topk(K)
+        self.labels = torch.randint(0, v, (n,), generator=generator)
+        self.labels[2::7] = -100
+
+    def leaves(self):
+        return [leaf.detach().requires_grad_() for leaf in (self.hidden, self.weight, self.bias)]
+
+    def loss(self, leaves, **options):
+        hidden, weight, bias = leaves
+        options = {
+            "topk_ids": self.ids, "topk_logprobs": self.logprobs, "labels": self.labels,
+            "t_squared": True, **options,
+        }  # fmt: skip
+        return topk_kd_loss(hidden, weight, student_bias=bias, **options)
+
+    def solve(self, **options):
+        """The output, and the gradients of hidden states, weight and bias."""
+        leaves = self.leaves()
+        output = self.loss(leaves, **options)
+        return output, torch.autograd.grad(output.loss, leaves)
+
+
+@IMPLS
+@MODES
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+def test_rows_that_do_not_count_may_hold_anything(impl, mode, garbage):
+    cached = Cached()
+    clean, clean_gradients = cached.solve(mode=mode, impl=impl)
+    for tensor in (cached.hidden, cached.logprobs):
+        tensor[2::7] = garbage
+    cached.ids[2::7] = 99
+
+    output, gradients = cached.solve(mode=mode, impl=impl)
+
+    assert all(torch.equal(a, b) for a, b in zip(output, clean, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, clean_gradients, strict=True))
+    assert gradients[0][2::7].eq(0).all()
+
+
+@IMPLS
+@MODES
+@pytest.mark.parametrize("rows", [0, 4])
+def test_without_a_valid_row_loss_and_gradients_are_zero(impl, mode, rows):
+    cached = Cached(n=rows)
+    cached.labels[:] = -100
+
+    output, gradients = cached.solve(mode=mode, impl=impl, reduction="mean")
+
+    assert output.loss.item() == 0
+    assert all(gradient.eq(0).all() for gradient in gradients)
+
+
+@IMPLS
+@MODES
+def test_token_weights_and_reductions_act_on_rows(impl, mode):
+    cached = Cached(dtype=torch.float64)
+    weight = torch.linspace(0, 2, 11, dtype=torch.float64)
+    options = {"mode": mode, "impl": impl, "token_weight": weight, "kd_weight": 1.5}
+
+    summed, _ = cached.solve(**options)
+    mean, _ = cached.solve(**options, reduction="mean")
+    scaled, _ = cached.solve(**options, reduction="num_items", num_items=torch.tensor(20.0))
+    with torch.no_grad():
+        rows = cached.loss(cached.leaves(), **options, reduction="none").loss
+
+    assert summed.n_valid.item() == 8
+    torch.testing.assert_close(summed.loss, 1.5 * summed.divergence_sums[0])
+    torch.testing.assert_close(mean.loss, summed.loss / 8)
+    torch.testing.assert_close(scaled.loss, summed.loss / 20)
+    torch.testing.assert_close(rows.sum(), summed.loss.detach())
+    assert rows.shape == (11,)
+    assert rows[0] == 0
+
+
+@MODES
+def test_a_second_backward_over_the_retained_graph_gives_the_same(mode):
+    cached = Cached()
+    leaves = cached.leaves()
+    loss = cached.loss(leaves, mode=mode).loss
+
+    first = torch.autograd.grad(2 * loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(2 * loss, leaves)
+
+    _, once = cached.solve(mode=mode)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    torch.testing.assert_close(first, tuple(2 * gradient for gradient in once))
+
+
+@MODES
+@pytest.mark.parametrize("needed", ["100", "010", "001", "110"])
+def test_only_the_gradients_asked_for_are_formed(mode, needed):
+    cached = Cached()
+    _, everything = cached.solve(mode=mode)
+    leaves = cached.leaves()
+    for leaf, flag in zip(leaves, needed, strict=True):
+        leaf.requires_grad_(flag == "1")
+
+    cached.loss(leaves, mode=mode).loss.backward()
+
+    for leaf, flag, expected in zip(leaves, needed, everything, strict=True):
+        if flag == "1":
+            torch.testing.assert_close(leaf.grad, expected)
+        else:
+            assert leaf.grad is None
+
+
+def test_strides_and_leading_dimensions_do_not_matter():
+    cached = Cached(n=12)
+    expected, gradients = cached.solve()
+    cached.hidden = cached.hidden.T.contiguous().T.reshape(3, 4, -1)
+    cached.weight = cached.weight.T.contiguous().T
+    cached.labels = cached.labels.reshape(3, 4)
+    cached.ids = cached.ids.T.contiguous().T.reshape(3, 4, -1).int()
+    cached.logprobs = cached.logprobs.reshape(3, 4, -1)
+
+    got, (hidden_gradient, *others) = cached.solve()
+
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(hidden_gradient.reshape(12, -1), gradients[0])
+    torch.testing.assert_close(tuple(others), gradients[1:])
+
+
+def test_under_autocast_products_run_in_its_type():
+    cached = Cached()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, gradients = cached.solve(ce_weight=1.0)
+
+    with torch.no_grad():
+        narrow = [leaf.bfloat16() for leaf in cached.leaves()]
+        expected = cached.loss(narrow, ce_weight=1.0)
+    torch.testing.assert_close(output, expected)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def operator_arguments(cached, *, within_ids=False, chunk_mb=1024.0):
+    valid = cached.labels != -100
+    log_p = cached.logprobs
+    factor = torch.where(valid, 1.0, 0.0)
+    return (
+        cached.hidden, cached.weight, cached.bias, cached.ids, log_p, log_p.exp().sum(1),
+        torch.zeros_like(factor), cached.ids[:, 0], valid, torch.where(valid, cached.labels, 0),
+        factor, factor, [True, True, True], 1.0, 1.0, not within_ids, within_ids, "chunked",
+        chunk_mb,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("within_ids", [False, True])
+def test_logits_of_all_rows_never_exist(within_ids):
+    cached = Cached(n=600, v=500)
+    arguments = operator_arguments(cached, within_ids=within_ids, chunk_mb=0.1)
+
+    with LargestTensor() as largest:
+        # Called as a function: a mode does not see into an operator.
+        topk_kd._init_fn(*arguments)
+
+    assert largest.numel <= 600 * 500 / 10
+
+
+@pytest.mark.parametrize("within_ids", [False, True])
+def test_the_operator_keeps_the_contract_of_torch(within_ids):
+    cached = Cached(n=4)
+    arguments = list(operator_arguments(cached, within_ids=within_ids))
+    arguments[:3] = cached.leaves()
+
+    torch.library.opcheck(topk_kd, tuple(arguments))
+
+
+def test_it_compiles_whole_and_changes_nothing():
+    cached = Cached()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(hidden, weight, bias):
+        return cached.loss((hidden, weight, bias), mode="tail", ce_weight=0.5).loss
+
+    leaves = cached.leaves()
+    compiled = loss(*leaves)
+
+    expected, gradients = cached.solve(mode="tail", ce_weight=0.5)
+    torch.testing.assert_close(compiled, expected.loss)
+    torch.testing.assert_close(torch.autograd.grad(compiled, leaves), gradients)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    sizes=st.tuples(*[st.integers(1, most) for most in (8, 20, 20, 5)]),
+    mode=st.sampled_from(TOPK_MODES), chunk_mb=st.sampled_from([1e-9, 3e-4, 1024.0]),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_chunks_of_any_shape_match_the_reference(sizes, mode, chunk_mb, seed):
+    n, v, k, h = sizes
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    hidden, weight = random(n, h), random(v, h)
+    logprobs, ids = random(n, v).log_softmax(-1).topk(min(k, v))
+    labels = torch.randint(0, v, (n,), generator=generator)
+    ce_weight = 0.0 if mode == "subset" else 0.5
+
+    def solve(impl):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        output = topk_kd_loss(
+            *leaves, ids, logprobs, labels, mode=mode, t_squared=False, ce_weight=ce_weight,
+            chunk_mb=chunk_mb, impl=impl,
+        )  # fmt: skip
+        return output, torch.autograd.grad(output.loss, leaves)
+
+    torch.testing.assert_close(solve("chunked"), solve("reference"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "tails"}, "unknown mode 'tails', nearest is 'tail'"),
+        ({"mode": "tail", "temperature": 2.0}, "mode 'tail' at temperature 2.0"),
+        ({"mode": "truncated", "temperature": 2.0}, "mode 'truncated' at temperature 2.0"),
+        ({"mode": "subset", "ce_weight": 0.5}, "mode 'subset' with ce_weight 0.5"),
+        ({"temperature": -1.0}, "temperature must be above 0 and finite, got -1.0"),
+        ({"labels": None, "ce_weight": 1.0}, "ce_weight is 1.0 but labels is None"),
+        ({"reduction": "none"}, "reduction 'none' has no gradient"),
+        ({"topk_ids": torch.full((11, 5), 31)}, "topk_ids hold 31, and the student has 31 ids"),
+        ({"topk_ids": torch.tensor([[1, 2, 3, 4, 2]] * 11)}, "topk_ids hold 2 twice"),
+        ({"topk_ids": torch.zeros(11, 4, dtype=torch.long)}, r"topk_ids are \[11, 4\]"),
+        ({"topk_ids": torch.zeros(11, 5)}, r"topk_ids are torch\.float32"),
+        ({"topk_logprobs": torch.full((11, 5), 0.1)}, "of row 0 have a maximum of 0.1 and"),
+        ({"topk_logprobs": torch.full((11, 5), -1.0)}, "probabilities that sum to 1.8"),
+        ({"topk_logprobs": torch.zeros(11, 5).long()}, r"topk_logprobs are torch\.int64"),
+        ({"topk_logprobs": torch.full((11, 5), -3.0, requires_grad=True)}, "requires grad"),
+        ({"impl": "fused"}, "unknown impl 'fused'"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_what_does_not_fit_is_named(change, message):
+    cached = Cached()
+    cached.ids[0] = torch.arange(5)
+
+    with pytest.raises(ValueError, match=message):
+        cached.solve(**change)
+
+
+def test_an_id_outside_the_vocabulary_that_nobody_looked_at_makes_its_row_nan(monkeypatch):
+    cached = Cached()
+    cached.ids[4, 1] = 31
+    # As on an accelerator, where looking would make it wait.
+    monkeypatch.setattr("megakd_kernels.topk._check_ids", lambda *_: None)
+
+    output, gradients = cached.solve(token_weight=torch.ones(11))
+
+    assert output.loss.isnan()
+    assert gradients[0][4].isnan().all()
+    assert gradients[0][torch.arange(11) != 4].isfinite().all()
