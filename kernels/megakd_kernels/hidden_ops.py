@@ -42,8 +42,9 @@ def hidden_loss(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum over valid rows, then the gradients of student [N, Hs] and projection [Ht, Hs]."""
     formed = _Formed.empty(student, projection, teacher, needed)
-    loss = _row_loss(kind, implementation)
     dtype, width = formed.dtype, teacher.shape[1]
+    # The kernels compute in fp32: fp64, which is for checks, stays with torch.
+    loss = _row_loss(kind, implementation if dtype == torch.float32 else "chunked")
     total = student.new_zeros((), dtype=dtype)
     plan = plan_chunks(
         len(student), widths=(student.shape[1], width, width), like=total, chunk_mb=_CHUNK_MB

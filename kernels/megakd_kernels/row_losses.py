@@ -7,10 +7,10 @@ the student's logits is q (g - sum q g) / T. Every term here writes its g into t
 of the block (or, for the forward KL, into a factor of p), and its sum q g into a constant.
 
 Numerics: the row maximum and log Z are kept apart (log q = (a - max) - log Z). The gap is
-formed from the raw logits, whose difference is exact where they are close, and the difference
-of two log Z is log1p of a quotient, so that a student close to its teacher does not drown in
-the rounding of large logits. A row may lie on several ranks: `Reduce` joins its parts, in three
-rounds whatever the loss (maxima; sums; means).
+formed from the raw logits, whose difference is exact where they are close (a large shift between
+the models is taken off first), and the difference of two log Z is log1p of a quotient, so that a
+student close to its teacher does not drown in the rounding of large logits. A row may lie on
+several ranks: `Reduce` joins its parts, in three rounds whatever the loss (maxima; sums; means).
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from megakd_kernels.row_plan import (
 LOG2 = math.log(2.0)
 # Stands for log(p / 0): 0 times it is 0, and a probability above 1e-30 makes it _INFINITE.
 _IMPOSSIBLE = 1e38
+# Of the two row maxima; below it a rounded difference is as good as two rounded logits.
+_LARGEST_SHIFT = 1.0
 _WHOLE_ROWS = WholeRows()
 
 
@@ -144,10 +146,11 @@ class RowLosses:
     def _compare_(self, student: Tensor, teacher: Tensor) -> tuple[Block, Tensor, Tensor]:
         """Both softmaxes and their gap; also the student's row maximum, and who agrees."""
         reduce, temperature = self.reduce, self.plan.temperature
-        gap = torch.sub(teacher, student, out=self._take("gap", student))
         product = self._take("product", student)
         peaks = reduce.maximum(torch.stack([_row_maximum(student), _row_maximum(teacher)]))
         peak, teacher_peak = peaks.unbind(0)
+        teacher_peak = _near_(teacher, teacher_peak, peak)
+        gap = torch.sub(teacher, student, out=self._take("gap", student))
         student.sub_(peak)
         teacher.sub_(teacher_peak)
         # Both are at most 0 and 0 at their maxima; an argmax would cost eight times as much.
@@ -214,6 +217,20 @@ class _HardSoftmax(NamedTuple):
     exponentials: Tensor  # [R, V]
     total: Tensor  # [R, 1]
     is_right: Tensor  # [R] bool, whether the target is a most likely id
+
+
+def _near_(teacher: Tensor, teacher_peak: Tensor, peak: Tensor) -> Tensor:
+    """Takes a large shift common to a row off the teacher's logits; its row maximum then.
+
+    A difference of logits that are far apart loses the digits of the gap. Where they are close it
+    is exact, and a shift would only round them.
+    """
+    shift = teacher_peak - peak
+    shift = torch.where(shift.isfinite() & (shift.abs() > _LARGEST_SHIFT), shift, 0)
+    # Looked at where looking costs nothing: most models need no pass for it.
+    if not teacher.is_cpu or bool(shift.any()):
+        teacher.sub_(shift)
+    return teacher_peak - shift
 
 
 def _row_maximum(logits: Tensor) -> Tensor:

@@ -223,3 +223,25 @@ def test_gradient_keeps_its_digits_when_the_student_is_close(name, gap, distance
     assert distance(loss.detach(), expected.detach()) < 2e-6 / min(gap, 0.2)
     gradients = torch.autograd.grad(loss, student)[0], torch.autograd.grad(expected, truth)[0]
     assert distance(*gradients) < 2e-6 / min(gap, 0.1)
+
+
+@NAMES
+@pytest.mark.parametrize("shift", [0.7, 40.0, -1000.0])
+def test_a_shift_between_the_models_costs_no_digits(name, shift, distance):
+    generator = torch.Generator().manual_seed(5)
+    student = 4 * torch.randn(8, 300, generator=generator)
+    teacher = student + 0.05 * torch.randn(8, 300, generator=generator) + shift
+    results = {}
+    for case, dtype, impl in (
+        ("truth", torch.float64, "reference"),
+        ("torch", torch.float32, "reference"),
+        ("ours", torch.float32, "chunked"),
+    ):
+        leaf = student.to(dtype).requires_grad_()
+        loss = loss_of(leaf, teacher.to(dtype), name, impl)
+        results[case] = torch.autograd.grad(loss, leaf)[0]
+
+    error, usual = (distance(results[case], results["truth"]) for case in ("ours", "torch"))
+
+    assert error <= max(3 * usual, 2e-6)
+    assert error < 1e-4

@@ -1,0 +1,179 @@
+"""Losses between rows of projected student states and teacher states, with their gradients.
+
+One program per row. Every state is read once; rows wider than 8192 are read twice by the cosine.
+Shapes: C rows of a chunk, Ht width.
+"""
+
+# No `from __future__ import annotations`: Triton reads the tl.constexpr annotations as objects.
+# Its functions are typed for what calls them in Python, not for what its compiler makes of them.
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Half of these fit the registers of a program twice.
+_WIDEST_BLOCK = 8192
+# A shorter vector has cosine 0 with every other; the square of hidden.SMALLEST_NORM.
+_SMALLEST_SQUARE = tl.constexpr(1e-24)
+
+
+def squared_error_rows(
+    projected: Tensor, target: Tensor, valid: Tensor, gradient: Tensor | None = None
+) -> Tensor:
+    """Mean over the width of (z - y)^2, and its gradient 2 (z - y) / Ht.
+
+    Args:
+        projected: z [C, Ht] fp32, bf16 or fp16, any row stride; becomes the gradient unless
+            `gradient` is given.
+        target: y [C, Ht] in one of these types.
+        valid: [C] bool; other rows have the value 0 and a gradient of zeros, and are not read.
+        gradient: [C, Ht] in one of these types, to be written instead of `projected`.
+
+    Returns:
+        [C] fp32.
+
+    Raises:
+        ValueError: another type, or columns that are not adjacent.
+    """
+    return _run(_squared_error_kernel, projected, target, valid, gradient)
+
+
+def one_minus_cosine_rows(
+    projected: Tensor, target: Tensor, valid: Tensor, gradient: Tensor | None = None
+) -> Tensor:
+    """1 - z . y / (|z| |y|), and its gradient (cosine z / |z| - y / |y|) / |z|.
+
+    A vector shorter than 1e-12 has the value 1 and no gradient.
+
+    Args:
+        projected: z [C, Ht] fp32, bf16 or fp16, any row stride; becomes the gradient unless
+            `gradient` is given.
+        target: y [C, Ht] in one of these types.
+        valid: [C] bool; other rows have the value 0 and a gradient of zeros, and are not read.
+        gradient: [C, Ht] in one of these types, to be written instead of `projected`.
+
+    Returns:
+        [C] fp32.
+
+    Raises:
+        ValueError: another type, or columns that are not adjacent.
+    """
+    return _run(_cosine_kernel, projected, target, valid, gradient)
+
+
+@triton.jit
+def _load(row, ids, width, POLICY: tl.constexpr):
+    return tl.load(row + ids, mask=ids < width, other=0.0, eviction_policy=POLICY).to(tl.float32)
+
+
+@triton.jit
+def _store(row, ids, width, values):
+    tl.store(row + ids, values.to(row.dtype.element_ty), mask=ids < width)
+
+
+@triton.jit
+def _write_zeros(gradient, width, BLOCK: tl.constexpr):
+    for start in range(0, width, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        _store(gradient, ids, width, tl.zeros([BLOCK], tl.float32))
+
+
+@triton.jit
+def _squared_error_kernel(
+    projected, target, gradient, valid, values,
+    width, stride_z, stride_y, stride_g, BLOCK: tl.constexpr, IS_ONE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # times a stride it may be beyond int32
+    gradient += row * stride_g
+    if tl.load(valid + row) == 0:
+        _write_zeros(gradient, width, BLOCK)
+        return
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        z = _load(projected + row * stride_z, ids, width, "evict_first")
+        y = _load(target + row * stride_y, ids, width, "evict_first")
+        residual = z - y
+        total += residual * residual
+        _store(gradient, ids, width, residual * (2.0 / width))
+    tl.store(values + row, tl.sum(total, 0) / width)
+
+
+@triton.jit
+def _inverse_norm(square):
+    is_long = square > _SMALLEST_SQUARE
+    return tl.where(is_long, tl.rsqrt(tl.where(is_long, square, 1.0)), 0.0)
+
+
+@triton.jit
+def _cosine_kernel(
+    projected, target, gradient, valid, values,
+    width, stride_z, stride_y, stride_g, BLOCK: tl.constexpr, IS_ONE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # times a stride it may be beyond int32
+    gradient += row * stride_g
+    if tl.load(valid + row) == 0:
+        _write_zeros(gradient, width, BLOCK)
+        return
+    projected += row * stride_z
+    target += row * stride_y
+    ids = tl.arange(0, BLOCK)
+    if IS_ONE_BLOCK:
+        z = _load(projected, ids, width, "evict_first")
+        y = _load(target, ids, width, "evict_first")
+        scale_z, scale_y = _inverse_norm(tl.sum(z * z, 0)), _inverse_norm(tl.sum(y * y, 0))
+        z, y = z * scale_z, y * scale_y
+        cosine = tl.sum(z * y, 0)
+        _store(gradient, ids, width, (cosine * z - y) * scale_z)
+    else:
+        square_z = tl.zeros([BLOCK], tl.float32)
+        square_y = tl.zeros([BLOCK], tl.float32)
+        product = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, width, BLOCK):
+            z = _load(projected, start + ids, width, "")
+            y = _load(target, start + ids, width, "")
+            square_z += z * z
+            square_y += y * y
+            product += z * y
+        scale_z, scale_y = _inverse_norm(tl.sum(square_z, 0)), _inverse_norm(tl.sum(square_y, 0))
+        cosine = tl.sum(product, 0) * scale_z * scale_y
+        for start in range(0, width, BLOCK):
+            z = _load(projected, start + ids, width, "evict_first") * scale_z
+            y = _load(target, start + ids, width, "evict_first") * scale_y
+            _store(gradient, start + ids, width, (cosine * z - y) * scale_z)
+    tl.store(values + row, 1.0 - cosine)
+
+
+def _run(
+    kernel: triton.JITFunction,
+    projected: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    gradient: Tensor | None,
+) -> Tensor:
+    out = projected if gradient is None else gradient
+    for name, rows in (("projected", projected), ("target", target), ("gradient", out)):
+        _check(name, rows)
+    count, width = projected.shape
+    # Rows that are not valid are left at zero.
+    values = projected.new_zeros(count, dtype=torch.float32)
+    if values.numel() == 0 or width == 0:
+        return values
+    block = min(triton.next_power_of_2(width), _WIDEST_BLOCK)
+    with torch.cuda.device_of(projected):
+        kernel[(count,)](
+            projected, target, out, valid.contiguous(), values,
+            width, projected.stride(0), target.stride(0), out.stride(0),
+            BLOCK=block, IS_ONE_BLOCK=width <= block,
+            num_warps=min(16, max(1, block // 512)),
+        )  # fmt: skip
+    return values
+
+
+def _check(name: str, rows: Tensor) -> None:
+    if rows.dtype not in _DTYPES:
+        raise ValueError(f"{name} is {rows.dtype}; Triton rows are fp32, bf16 or fp16")
+    if rows.shape[1] > 1 and rows.stride(1) != 1:
+        raise ValueError(f"{name} has a column stride of {rows.stride(1)}; it must be 1")

@@ -1,0 +1,376 @@
+"""Distillation losses of whole rows of logits: values and gradient in one launch.
+
+The Triton implementation of `row_plan.RowKernel`; its sweeps are in `row_kd_sweeps`. Reads the
+logits twice for the KL divergences and cross-entropy and three times for losses that mix p and q
+(once less without a gradient), and writes the gradient once.
+Shapes: R rows, V ids.
+"""
+
+# No `from __future__ import annotations`: Triton reads the tl.constexpr annotations as objects.
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megakd_kernels.row_plan import Reduce, RowInputs, RowPlan, RowTerms, Warp, WholeRows
+from megakd_kernels.triton.row_kd_sweeps import (
+    FORWARD_KL,
+    GRADIENT,
+    HARD,
+    JSD,
+    MIXED,
+    REVERSE_KL,
+    SHARD,
+    SKEW_KL,
+    SKEW_RKL,
+    SOFT,
+    TEMPERED,
+    TVD,
+    means,
+    statistics,
+    write_gradient,
+    write_zeros,
+)
+from megakd_kernels.triton.row_math import AS_THEY_ARE, CAPPED, LOG2_E, SCALED, warped
+
+_WHOLE_ROWS = WholeRows()
+_KINDS = {
+    "forward_kl": FORWARD_KL.value,
+    "reverse_kl": REVERSE_KL.value,
+    "jsd": JSD.value,
+    "skew_kl": SKEW_KL.value,
+    "skew_rkl": SKEW_RKL.value,
+    "tvd": TVD.value,
+}
+_SLOTS = {name: slot for slot, name in enumerate(_KINDS)}
+_CE_SLOT = tl.constexpr(len(_KINDS))
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Sweeps of a launch: all of them, or one at a time for rows that lie on several ranks.
+_STATISTICS = tl.constexpr(1)
+_MEANS = tl.constexpr(2)
+_LAST = tl.constexpr(4)
+_ALL = tl.constexpr(7)
+
+# What such rows keep between the launches: maxima, sums (see `statistics`; and the target), means.
+_MAXIMA = 3
+_SUMS = 7
+_FOUND = tl.constexpr(_MAXIMA + _SUMS)
+_KEPT = 18
+_TARGET = tl.constexpr(9)
+
+# A sum over finite gaps is below it, one that an excluded id is part of above.
+_INFINITE = tl.constexpr(1e8)
+
+
+@triton.jit
+def _store_value(values, slot, row, rows, value, value_scale, rest):
+    # A row that gives mass to an id the other model excludes is infinitely far away.
+    value = tl.where(value > _INFINITE, float("inf"), value)
+    # Rounding may leave -1e-7 where the truth is 0 or just above.
+    value = tl.where(value < 0.0, 0.0, value) * value_scale
+    # Comparisons lose a NaN; a row that has one has it in its sums.
+    value = tl.where(rest == rest, value, rest)  # noqa: PLR0124
+    tl.store(values + slot * rows + row, value.to(tl.float32))
+
+
+@triton.jit
+def _load_found(parts, row, rows):
+    parts += row
+    return (
+        tl.load(parts).to(tl.float32),
+        tl.load(parts + rows).to(tl.float32),
+        tl.load(parts + 2 * rows).to(tl.float32),
+        tl.load(parts + 3 * rows),
+        tl.load(parts + 4 * rows),
+        tl.load(parts + 5 * rows),
+        tl.load(parts + 6 * rows),
+        tl.load(parts + 7 * rows),
+        tl.load(parts + 8 * rows),
+    )
+
+
+@triton.jit
+def _load_means(parts, row, rows):
+    parts += _FOUND * rows + row
+    return (
+        tl.load(parts),
+        tl.load(parts + rows),
+        tl.load(parts + 2 * rows),
+        tl.load(parts + 3 * rows),
+        tl.load(parts + 4 * rows),
+        tl.load(parts + 5 * rows),
+        tl.load(parts + 6 * rows),
+        tl.load(parts + 7 * rows),
+    )
+
+
+# Counts of rows differ from block to block, the first id from rank to rank.
+@triton.jit(do_not_specialize=["rows", "vocab_start"])
+def _row_kernel(
+    student, teacher, gradient, valid, labels, kd_factor, ce_factor, values, agrees, parts,
+    rows, width, shared, vocab_start, stride_s, stride_t, stride_g,
+    bits, inverse, value_scale, beta, skew, scale_s, cap_s, scale_t, cap_t,
+    weight_forward, weight_reverse, weight_jsd, weight_skew, weight_skew_reverse, weight_tvd,
+    PARTS: tl.constexpr, SWEEPS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row. bits: log2(e) / T. inverse: 1 / T. values: [7, R]. parts: [18, R] fp64."""
+    row = tl.program_id(0).to(tl.int64)  # times a stride it may be beyond int32
+    student += row * stride_s
+    teacher += row * stride_t
+    gradient += row * stride_g
+    if tl.load(valid + row) == 0:
+        if GRADIENT & PARTS and _LAST & SWEEPS:
+            write_zeros(gradient, width, BLOCK)
+        return
+    logits = (student, teacher)
+    warp_s, warp_t = (scale_s, cap_s), (scale_t, cap_t)
+    label = tl.full((), -1, tl.int32)
+    target = tl.full((), 0.0, tl.float32)
+    ce = 0.0
+    if HARD & PARTS:
+        own = tl.load(labels + row) - vocab_start
+        is_here = (own >= 0) & (own < width)
+        label = tl.where(is_here, own, -1).to(tl.int32)
+        ce = tl.load(ce_factor + row)
+        # Read before any of the row is overwritten.
+        raw = tl.load(student + own, mask=is_here, other=0.0)
+        target = tl.where(is_here, warped(raw, scale_s, cap_s, WARP_S), 0.0)
+
+    if _STATISTICS & SWEEPS:
+        found = statistics(
+            logits, shared, width, bits, warp_s, warp_t, PARTS, WARP_S, WARP_T, BLOCK
+        )
+    else:
+        found = _load_found(parts, row, rows)
+        target = tl.load(parts + _TARGET * rows + row).to(tl.float32)
+    if SWEEPS == _STATISTICS:
+        for field in tl.static_range(9):  # pyright: ignore[reportGeneralTypeIssues]
+            tl.store(parts + field * rows + row, found[field].to(tl.float64))
+        tl.store(parts + _TARGET * rows + row, target.to(tl.float64))
+        return
+    peak, peak_t, hard_peak, q_sum, p_sum, hard_sum, forward, reverse, common = found
+    difference = peak_t.to(tl.float64) - peak.to(tl.float64)
+    near = difference.to(tl.float32)
+    log_sums = tl.log(p_sum / q_sum)
+    rest = ((difference - near) * inverse + log_sums).to(tl.float32)
+    offset = difference * inverse + log_sums
+    reach = (peak, peak_t, near, rest)
+
+    if _MEANS & SWEEPS:
+        mean = means(
+            logits, shared, bits, inverse, reach, (q_sum, p_sum), beta, skew, warp_s, warp_t,
+            PARTS, WARP_S, WARP_T, BLOCK,
+        )  # fmt: skip
+    else:
+        mean = _load_means(parts, row, rows)
+    if SWEEPS == _MEANS:
+        for field in tl.static_range(8):  # pyright: ignore[reportGeneralTypeIssues]
+            tl.store(parts + (_FOUND + field) * rows + row, mean[field])
+        return
+    jsd_p, jsd_q, skew_p, skew_q, skew_r, skew_v, tvd_p, tvd_q = mean
+
+    constant = 0.0
+    factor = 0.0
+    if SOFT & PARTS:
+        factor = tl.load(kd_factor + row)
+    if FORWARD_KL & PARTS:
+        value = forward / p_sum * inverse - offset
+        _store_value(values, 0, row, rows, value, value_scale, rest)
+        constant += factor * weight_forward
+    if REVERSE_KL & PARTS:
+        value = offset - reverse / q_sum * inverse
+        _store_value(values, 1, row, rows, value, value_scale, rest)
+        # An infinite row passes nothing on: its gradient is of its finite ids alone.
+        constant -= factor * weight_reverse * tl.minimum(value, 1e30).to(tl.float32)
+    if JSD & PARTS:
+        _store_value(values, 2, row, rows, beta * jsd_p - (1 - beta) * jsd_q, value_scale, rest)
+        constant += (1 - beta) * factor * weight_jsd * jsd_q.to(tl.float32)
+    if SKEW_KL & PARTS:
+        _store_value(values, 3, row, rows, skew_p, value_scale, rest)
+        constant += (1 - skew) * factor * weight_skew * skew_q.to(tl.float32)
+    if SKEW_RKL & PARTS:
+        _store_value(values, 4, row, rows, -skew_r, value_scale, rest)
+        constant += factor * weight_skew_reverse * (skew_r + skew * skew_v).to(tl.float32)
+    if TVD & PARTS:
+        _store_value(values, 5, row, rows, tvd_p, value_scale, rest)
+        constant += 0.5 * factor * weight_tvd * tvd_q.to(tl.float32)
+    hard_scale = 0.0
+    is_right = common > 0
+    if HARD & PARTS:
+        loss = (hard_peak.to(tl.float64) - target) + tl.log(hard_sum)
+        tl.store(values + _CE_SLOT * rows + row, loss.to(tl.float32))
+        hard_scale = (ce / hard_sum).to(tl.float32)
+        if SOFT & PARTS:
+            if not (TEMPERED & PARTS):
+                # Cross-entropy's q is the divergences' times a number of the row.
+                share = tl.exp2((peak - hard_peak) * LOG2_E) * (q_sum / hard_sum)
+                constant += ce * share.to(tl.float32)
+        else:
+            is_right = target == hard_peak
+    tl.store(agrees + row, is_right)
+
+    if GRADIENT & PARTS:
+        factors = (
+            (1.0 / q_sum).to(tl.float32), (factor * weight_forward / p_sum).to(tl.float32),
+            constant, factor * weight_reverse, (1 - beta) * factor * weight_jsd,
+            (1 - skew) * factor * weight_skew, factor * weight_skew_reverse,
+            0.5 * factor * weight_tvd,
+        )  # fmt: skip
+        write_gradient(
+            gradient, logits, shared, width, bits, inverse, reach, factors, beta, skew,
+            (hard_peak, hard_scale, label, ce), warp_s, warp_t,
+            PARTS, WARP_S, WARP_T, BLOCK,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TritonRows:
+    """Runs a plan on blocks of rows.
+
+    block: ids a program reads at a time, a power of two; None: from a table.
+    """
+
+    plan: RowPlan
+    reduce: Reduce = _WHOLE_ROWS
+    block: int | None = None
+
+    def run_(
+        self, student: Tensor, teacher: Tensor | None, inputs: RowInputs, gradient: Tensor | None
+    ) -> RowTerms:
+        """See `RowKernel`; logits are fp32, bf16 or fp16, and kept where `gradient` is elsewhere.
+
+        Rows that are not valid may hold anything.
+
+        Raises:
+            ValueError: another type, columns that are not adjacent, or nothing to compute.
+        """
+        _check(student, teacher, gradient, inputs)
+        launch = self._launch(student, teacher, inputs, gradient)
+        parts = launch["parts"]
+        if len(student):
+            with torch.cuda.device_of(student):
+                if self.plan.has_shards:
+                    self._run(launch, _STATISTICS)
+                    parts[: _MAXIMA + _SUMS] = self._joined(parts[: _MAXIMA + _SUMS])
+                    if launch["PARTS"] & MIXED.value:
+                        self._run(launch, _MEANS)
+                        parts[_MAXIMA + _SUMS :] = self.reduce.total(parts[_MAXIMA + _SUMS :])
+                    self._run(launch, _LAST)
+                else:
+                    self._run(launch, _ALL)
+        values = launch["values"]
+        names = [name for name, _ in self.plan.mixture] if teacher is not None else []
+        divergences = values[:0]
+        if names:
+            divergences = torch.stack([values[_SLOTS[name]] for name in names])
+        return RowTerms(divergences, values[-1], launch["agrees"])
+
+    def _run(self, launch: dict[str, Any], which: tl.constexpr) -> None:
+        count = len(launch["values"][0])
+        _row_kernel[(count,)](**launch, SWEEPS=which.value)
+
+    def _launch(
+        self, student: Tensor, teacher: Tensor | None, inputs: RowInputs, gradient: Tensor | None
+    ) -> dict[str, Any]:
+        """The kernel's arguments."""
+        plan = self.plan
+        count, width = student.shape
+        labels = inputs.labels if plan.with_ce or teacher is None else None
+        form = gradient if plan.with_gradient else None
+        weights = dict.fromkeys(_KINDS, 0.0)
+        for name, weight in plan.mixture:
+            # A name may come twice: a limit of one divergence is another.
+            weights[name] += weight
+        parts = self._parts(teacher, labels, form)
+        block, warps = _table(width)
+        return {
+            "student": student,
+            "teacher": student if teacher is None else teacher,
+            "gradient": student if form is None else form,
+            "valid": inputs.valid,
+            "labels": inputs.valid if labels is None else labels,
+            "kd_factor": inputs.kd_factor, "ce_factor": inputs.ce_factor,
+            # Rows that are not valid are left at zero.
+            "values": student.new_zeros(len(_KINDS) + 1, count, dtype=torch.float32),
+            "agrees": torch.zeros_like(inputs.valid),
+            "parts": student.new_zeros(
+                _KEPT if plan.has_shards else 0, count, dtype=torch.float64
+            ),
+            "rows": count, "width": width, "shared": plan.shared,
+            "vocab_start": plan.vocab_start,
+            "stride_s": student.stride(0),
+            "stride_t": 0 if teacher is None else teacher.stride(0),
+            "stride_g": 0 if form is None else form.stride(0),
+            "bits": 1 / (math.log(2.0) * plan.temperature), "inverse": 1 / plan.temperature,
+            "value_scale": plan.value_scale, "beta": plan.beta, "skew": plan.skew,
+            "scale_s": plan.student_warp.scale, "cap_s": plan.student_warp.softcap,
+            "scale_t": plan.teacher_warp.scale, "cap_t": plan.teacher_warp.softcap,
+            "weight_forward": weights["forward_kl"], "weight_reverse": weights["reverse_kl"],
+            "weight_jsd": weights["jsd"], "weight_skew": weights["skew_kl"],
+            "weight_skew_reverse": weights["skew_rkl"], "weight_tvd": weights["tvd"],
+            "PARTS": parts,
+            "WARP_S": _warp(plan.student_warp), "WARP_T": _warp(plan.teacher_warp),
+            "BLOCK": self.block or block, "num_warps": warps,
+        }  # fmt: skip
+
+    def _parts(self, teacher: Tensor | None, labels: Tensor | None, form: Tensor | None) -> int:
+        """What the kernel is compiled for."""
+        parts = 0 if labels is None else HARD.value
+        if teacher is not None:
+            parts |= SOFT.value
+            for name, _ in self.plan.mixture:
+                parts |= _KINDS[name]
+            if self.plan.temperature != 1.0:
+                parts |= TEMPERED.value
+        if self.plan.has_shards:
+            parts |= SHARD.value
+        return parts if form is None else parts | GRADIENT.value
+
+    def _joined(self, found: Tensor) -> Tensor:
+        """Maxima and sums [10, R] of whole rows from those over this rank's ids."""
+        own = found[:_MAXIMA]
+        joined = self.reduce.maximum(own)
+        lower = own - joined
+        soft, soft_t, hard = lower.unbind(0)
+        soft, soft_t = (soft / self.plan.temperature).exp(), (soft_t / self.plan.temperature).exp()
+        is_top = (lower[:2] == 0).all(0)
+        # In the order of the sums: q, p, cross-entropy's, p gap, q gap, common maximum, target.
+        scales = [soft, soft_t, hard.exp(), soft_t, soft, is_top, torch.ones_like(soft)]
+        sums = self.reduce.total(found[_MAXIMA:] * torch.stack(scales))
+        return torch.cat([joined, sums])
+
+
+def _check(
+    student: Tensor, teacher: Tensor | None, gradient: Tensor | None, inputs: RowInputs
+) -> None:
+    if teacher is None and inputs.labels is None:
+        raise ValueError("rows without a teacher need labels")
+    for name, rows in (("student", student), ("teacher", teacher), ("gradient", gradient)):
+        if rows is None:
+            continue
+        if rows.dtype not in _DTYPES:
+            raise ValueError(f"{name} is {rows.dtype}; Triton rows are fp32, bf16 or fp16")
+        if rows.shape[1] > 1 and rows.stride(1) != 1:
+            raise ValueError(f"{name} has a column stride of {rows.stride(1)}; it must be 1")
+
+
+def _warp(warp: Warp) -> int:
+    if warp.softcap != 0.0:
+        return CAPPED.value
+    return AS_THEY_ARE.value if warp.scale == 1.0 else SCALED.value
+
+
+def _table(width: int) -> tuple[int, int]:
+    """Ids per step and warps of a program: eight logits of either model per thread.
+
+    By ptxas' count for sm_90 the registers then suffice for four programs of a KL divergence per
+    multiprocessor and three of a mixing loss; no step of theirs waits for another thread.
+    """
+    block = min(2048, max(128, triton.next_power_of_2(width)))
+    return block, max(1, block // 256)

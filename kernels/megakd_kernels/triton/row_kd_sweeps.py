@@ -1,0 +1,386 @@
+"""The sweeps of one program over the ids of one row of logits, student's and teacher's.
+
+Sweep 1 takes maxima and sums online; with them the two KL divergences and cross-entropy are
+known. Losses that mix p and q need normalised probabilities and hence sweep 2, for their means.
+The last sweep writes the gradient. Formulas: `row_mixtures`, whose names are used here.
+
+Numerics: row maxima and sums apart; the gap from raw logits, less the difference of the maxima
+before anything is rounded. Running values are kept for every lane (a few adjacent ids of a block,
+of one thread) and joined once, in fp64: no step of a loop waits for another thread.
+"""
+
+# No `from __future__ import annotations`: Triton reads the tl.constexpr annotations as objects.
+# Its functions are typed for what calls them in Python, not for what its compiler makes of them.
+# pyright: reportArgumentType=false, reportAssignmentType=false
+# pyright: reportOperatorIssue=false, reportReturnType=false
+import triton
+import triton.language as tl
+
+from megakd_kernels.triton.row_math import (
+    LOG2_E,
+    MINUS_INFINITY,
+    below_mixture,
+    expm1,
+    gap_of,
+    log1p,
+    over_mixture,
+    sign,
+    warp_slope,
+    warped,
+)
+
+# What is computed: bits of PARTS.
+FORWARD_KL = tl.constexpr(1)
+REVERSE_KL = tl.constexpr(2)
+JSD = tl.constexpr(4)
+SKEW_KL = tl.constexpr(8)
+SKEW_RKL = tl.constexpr(16)
+TVD = tl.constexpr(32)
+MIXED = tl.constexpr(4 + 8 + 16 + 32)
+# There is a teacher; cross-entropy is wanted; the temperature is not 1; a gradient is wanted.
+SOFT = tl.constexpr(64)
+HARD = tl.constexpr(128)
+TEMPERED = tl.constexpr(256)
+GRADIENT = tl.constexpr(512)
+# The row is a part of one: it may have no finite logit.
+SHARD = tl.constexpr(1024)
+
+# Whether a block may reach beyond the ids there are, and whether it is read once more.
+_RAGGED = tl.constexpr(1)
+_FULL = tl.constexpr(0)
+_AGAIN = tl.constexpr(1)
+_ONCE = tl.constexpr(0)
+
+# Adjacent ids that one lane runs over; a thread loads as many at once.
+_LANE = tl.constexpr(4)
+# exp(80) is finite in fp32, and q <= exp(-80) no longer counts in a sum with 1.
+_LARGEST_GAP = tl.constexpr(80.0)
+
+
+@triton.jit
+def _logits(row, ids, limit, warp, WARP: tl.constexpr, RAGGED: tl.constexpr, AGAIN: tl.constexpr):
+    """Logits of a block of ids in fp32, -inf beyond the limit."""
+    policy: tl.constexpr = "" if AGAIN else "evict_first"
+    if RAGGED:
+        known = ids < limit
+        raw = tl.load(row + ids, mask=known, other=MINUS_INFINITY, eviction_policy=policy)
+        # A scale may be negative and a cap is finite.
+        return tl.where(known, warped(raw, warp[0], warp[1], WARP), MINUS_INFINITY)
+    return warped(tl.load(row + ids, eviction_policy=policy), warp[0], warp[1], WARP)
+
+
+@triton.jit
+def _by_lane(values):
+    return tl.reshape(values, (values.shape[0] // _LANE, _LANE))
+
+
+@triton.jit
+def _lane_sum(values):
+    return tl.sum(_by_lane(values), 1).to(tl.float64)
+
+
+@triton.jit
+def _base(peak):
+    """What to subtract before exp: without a finite logit so far the sum is 0, not NaN."""
+    return tl.where(peak == MINUS_INFINITY, 0.0, peak)
+
+
+@triton.jit
+def _add_statistics(
+    state, rows, ids, shared, shift, bits, warp_s, warp_t,
+    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Adds a block of shared ids to the running maxima and sums of the lanes."""
+    old, old_t, q_sum, p_sum, hard_sum, forward, reverse, common = state
+    s = _by_lane(_logits(rows[0], ids, shared, warp_s, WARP_S, RAGGED, _AGAIN))
+    t = _by_lane(_logits(rows[1], ids, shared, warp_t, WARP_T, RAGGED, _AGAIN))
+    peak, peak_t = tl.maximum(old, tl.max(s, 1)), tl.maximum(old_t, tl.max(t, 1))
+    base, base_t = _base(peak), _base(peak_t)
+    decay = tl.exp2((old - base) * bits).to(tl.float64)
+    decay_t = tl.exp2((old_t - base_t) * bits).to(tl.float64)
+    q, p = tl.exp2((s - base[:, None]) * bits), tl.exp2((t - base_t[:, None]) * bits)
+    q_sum = q_sum * decay + tl.sum(q, 1).to(tl.float64)
+    p_sum = p_sum * decay_t + tl.sum(p, 1).to(tl.float64)
+    if HARD & PARTS and TEMPERED & PARTS:
+        hard = tl.exp2((s - base[:, None]) * LOG2_E)
+        hard_sum = hard_sum * tl.exp2((old - base) * LOG2_E).to(tl.float64)
+        hard_sum += tl.sum(hard, 1).to(tl.float64)
+    if (FORWARD_KL | REVERSE_KL) & PARTS:
+        gap = gap_of(s, t, shift)
+        if FORWARD_KL & PARTS:
+            forward = forward * decay_t + tl.sum(p * gap, 1).to(tl.float64)
+        if REVERSE_KL & PARTS:
+            reverse = reverse * decay + tl.sum(q * gap, 1).to(tl.float64)
+    # A common maximum lies in this block, or before it if neither maximum is new.
+    here = (s == peak[:, None]) & (t == peak_t[:, None])
+    is_old = (peak == old) & (peak_t == old_t)
+    common = tl.maximum(tl.max(here.to(tl.int32), 1), tl.where(is_old, common, 0))
+    return peak, peak_t, q_sum, p_sum, hard_sum, forward, reverse, common
+
+
+@triton.jit
+def _add_hard(state, student, ids, width, warp, WARP: tl.constexpr, RAGGED: tl.constexpr):
+    """Adds ids that only the student has to the softmax of cross-entropy."""
+    old, total = state
+    s = _by_lane(_logits(student, ids, width, warp, WARP, RAGGED, _AGAIN))
+    peak = tl.maximum(old, tl.max(s, 1))
+    base = _base(peak)
+    total = total * tl.exp2((old - base) * LOG2_E).to(tl.float64)
+    return peak, total + tl.sum(tl.exp2((s - base[:, None]) * LOG2_E), 1).to(tl.float64)
+
+
+@triton.jit
+def _first_shift(
+    rows, shared, warp_s, warp_t,
+    WARP_S: tl.constexpr, WARP_T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """About what teacher's logits are above the student's, so that sums of gaps stay small."""
+    ids = tl.arange(0, BLOCK)
+    peak = tl.max(_logits(rows[0], ids, shared, warp_s, WARP_S, _RAGGED, _AGAIN), 0)
+    peak_t = tl.max(_logits(rows[1], ids, shared, warp_t, WARP_T, _RAGGED, _AGAIN), 0)
+    is_finite = (peak > MINUS_INFINITY) & (peak_t > MINUS_INFINITY)
+    return tl.where(is_finite, peak_t - peak, 0.0)
+
+
+@triton.jit
+def _decay(lanes, peak, bits, PARTS: tl.constexpr):
+    """What the lanes' sums are multiplied by; a whole row without a finite logit gives NaN."""
+    base = peak
+    if SHARD & PARTS:
+        base = _base(peak)
+    return tl.exp2((lanes - base) * bits).to(tl.float64)
+
+
+@triton.jit
+def statistics(
+    rows, shared, width, bits, warp_s, warp_t,
+    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, BLOCK: tl.constexpr,
+) -> tuple[tl.tensor, ...]:  # fmt: skip
+    """Sweep 1.
+
+    Returns the maxima of student, teacher and cross-entropy, their sums of exp, the sums of
+    p_exp (t - s) and q_exp (t - s), and whether both maxima are at one id.
+    """
+    block = tl.arange(0, BLOCK)
+    lowest = tl.full([BLOCK // _LANE], MINUS_INFINITY, tl.float32)
+    zero = tl.zeros([BLOCK // _LANE], tl.float64)
+    state = (
+        lowest, lowest, zero, zero, zero, zero, zero, tl.zeros([BLOCK // _LANE], tl.int32)
+    )  # fmt: skip
+    first = 0
+    shift = 0.0
+    if SOFT & PARTS:
+        if (FORWARD_KL | REVERSE_KL) & PARTS:
+            shift = _first_shift(rows, shared, warp_s, warp_t, WARP_S, WARP_T, BLOCK)
+        first = shared
+        whole = shared // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
+            state = _add_statistics(
+                state, rows, start + block, shared, shift, bits, warp_s, warp_t,
+                PARTS, WARP_S, WARP_T, _FULL,
+            )  # fmt: skip
+        if whole < shared:
+            state = _add_statistics(
+                state, rows, whole + block, shared, shift, bits, warp_s, warp_t,
+                PARTS, WARP_S, WARP_T, _RAGGED,
+            )  # fmt: skip
+    peaks, peaks_t, q_sum, p_sum, hard_sum, forward, reverse, common = state
+    hard = (peaks, q_sum)
+    if TEMPERED & PARTS:
+        hard = (peaks, hard_sum)
+    if HARD & PARTS:
+        whole = first + (width - first) // BLOCK * BLOCK
+        for start in range(first, whole, BLOCK):
+            hard = _add_hard(hard, rows[0], start + block, width, warp_s, WARP_S, _FULL)
+        if whole < width:
+            hard = _add_hard(hard, rows[0], whole + block, width, warp_s, WARP_S, _RAGGED)
+    peak, peak_t, hard_peak = tl.max(peaks, 0), tl.max(peaks_t, 0), tl.max(hard[0], 0)
+    decay, decay_t = _decay(peaks, peak, bits, PARTS), _decay(peaks_t, peak_t, bits, PARTS)
+    q_total, p_total = tl.sum(q_sum * decay, 0), tl.sum(p_sum * decay_t, 0)
+    hard_total = tl.sum(hard[1] * _decay(hard[0], hard_peak, LOG2_E, PARTS), 0)
+    forward = tl.sum(forward * decay_t, 0) + p_total * shift
+    reverse = tl.sum(reverse * decay, 0) + q_total * shift
+    is_common = tl.max(tl.where((peaks == peak) & (peaks_t == peak_t), common, 0), 0)
+    return peak, peak_t, hard_peak, q_total, p_total, hard_total, forward, reverse, is_common
+
+
+@triton.jit
+def _probabilities(
+    rows, ids, shared, bits, inverse, reach, warp_s, warp_t,
+    WARP_S: tl.constexpr, WARP_T: tl.constexpr, RAGGED: tl.constexpr, AGAIN: tl.constexpr,
+):  # fmt: skip
+    """The student's logits of a block, exp of both (not yet divided by their sums), the gap.
+
+    reach: both maxima, their difference, and what the gap lacks once that is subtracted.
+    """
+    peak, peak_t, difference, rest = reach
+    s = _logits(rows[0], ids, shared, warp_s, WARP_S, RAGGED, AGAIN)
+    t = _logits(rows[1], ids, shared, warp_t, WARP_T, RAGGED, AGAIN)
+    q, p = tl.exp2((s - peak) * bits), tl.exp2((t - peak_t) * bits)
+    return s, q, p, gap_of(s, t, difference) * inverse - rest
+
+
+@triton.jit
+def _add_means(
+    state, rows, ids, shared, bits, inverse, reach, beta, skew, warp_s, warp_t,
+    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Adds a block of shared ids to the lanes' sums of `means`."""
+    jsd_p, jsd_q, skew_p, skew_q, skew_r, skew_v, tvd_p, tvd_q = state
+    _, q, p, gap = _probabilities(
+        rows, ids, shared, bits, inverse, reach, warp_s, warp_t, WARP_S, WARP_T, RAGGED, _AGAIN
+    )
+    gap = tl.minimum(gap, _LARGEST_GAP)
+    excess = expm1(gap)
+    if JSD & PARTS:
+        mix = log1p(beta * excess)
+        jsd_p += _lane_sum(p * (gap - mix))
+        jsd_q += _lane_sum(q * mix)
+    if SKEW_KL & PARTS:
+        skew_p += _lane_sum(p * (gap - log1p(skew * excess)))
+        skew_q += _lane_sum(q * over_mixture(excess, skew))
+    if SKEW_RKL & PARTS:
+        skew_r += _lane_sum(q * log1p((1.0 - skew) * excess))
+        skew_v -= _lane_sum(q * below_mixture(excess, skew))
+    if TVD & PARTS:
+        # p - q = p (1 - exp(-gap)) keeps its digits when p is close to q.
+        above = tl.maximum(excess, 0.0)
+        tvd_p += _lane_sum(p * (above / (1.0 + above)))
+        tvd_q += _lane_sum(q * sign(gap))
+    return jsd_p, jsd_q, skew_p, skew_q, skew_r, skew_v, tvd_p, tvd_q
+
+
+@triton.jit
+def means(
+    rows, shared, bits, inverse, reach, sums, beta, skew, warp_s, warp_t,
+    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, BLOCK: tl.constexpr,
+) -> tuple[tl.tensor, ...]:  # fmt: skip
+    """Sweep 2: means over p or q, those of `row_mixtures`' partial sums; 0 where not asked for."""
+    block = tl.arange(0, BLOCK)
+    zero = tl.zeros([BLOCK // _LANE], tl.float64)
+    state = (zero, zero, zero, zero, zero, zero, zero, zero)
+    if MIXED & PARTS:
+        whole = shared // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
+            state = _add_means(
+                state, rows, start + block, shared, bits, inverse, reach, beta, skew,
+                warp_s, warp_t, PARTS, WARP_S, WARP_T, _FULL,
+            )  # fmt: skip
+        if whole < shared:
+            state = _add_means(
+                state, rows, whole + block, shared, bits, inverse, reach, beta, skew,
+                warp_s, warp_t, PARTS, WARP_S, WARP_T, _RAGGED,
+            )  # fmt: skip
+    jsd_p, jsd_q, skew_p, skew_q, skew_r, skew_v, tvd_p, tvd_q = state
+    q_sum, p_sum = sums
+    return (
+        tl.sum(jsd_p, 0) / p_sum, tl.sum(jsd_q, 0) / q_sum,
+        tl.sum(skew_p, 0) / p_sum, tl.sum(skew_q, 0) / q_sum,
+        tl.sum(skew_r, 0) / q_sum, tl.sum(skew_v, 0) / q_sum,
+        tl.sum(tvd_p, 0) / p_sum, tl.sum(tvd_q, 0) / q_sum,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store(gradient, ids, values, limit, RAGGED: tl.constexpr):
+    values = values.to(gradient.dtype.element_ty)
+    if RAGGED:
+        tl.store(gradient + ids, values, mask=ids < limit)
+    else:
+        tl.store(gradient + ids, values)
+
+
+@triton.jit
+def _write_soft(
+    gradient, rows, ids, shared, bits, inverse, reach, factors, beta, skew, hard, warp_s, warp_t,
+    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradient of a block of shared ids.
+
+    It is q_exp (constant + slopes) / q_sum - teacher * p_exp, and that of cross-entropy.
+    """
+    q_scale, p_scale, constant, on_reverse, on_jsd, on_skew, on_skew_reverse, on_tvd = factors
+    hard_peak, hard_scale, label, ce_factor = hard
+    s, q, p, gap = _probabilities(
+        rows, ids, shared, bits, inverse, reach, warp_s, warp_t, WARP_S, WARP_T, RAGGED, _ONCE
+    )
+    slopes = tl.zeros_like(q)
+    if REVERSE_KL & PARTS:
+        # Where q is 0 the gradient is too: 0 times a gap that no factor takes to infinity.
+        slopes -= on_reverse * tl.minimum(tl.maximum(gap, -1e30), 1e6)
+    if MIXED & PARTS:
+        gap = tl.minimum(gap, _LARGEST_GAP)
+        excess = expm1(gap)
+        if JSD & PARTS:
+            slopes -= on_jsd * log1p(beta * excess)
+        if SKEW_KL & PARTS:
+            slopes -= on_skew * over_mixture(excess, skew)
+        if SKEW_RKL & PARTS:
+            mix = log1p((1.0 - skew) * excess)
+            slopes -= on_skew_reverse * (mix - skew * below_mixture(excess, skew))
+        if TVD & PARTS:
+            slopes -= on_tvd * sign(gap)
+    values = q * (q_scale * (constant + slopes))
+    if FORWARD_KL & PARTS:
+        values -= p * p_scale
+    if HARD & PARTS:
+        if TEMPERED & PARTS:
+            values += hard_scale * tl.exp2((s - hard_peak) * LOG2_E)
+        values = tl.where(ids == label, values - ce_factor, values)
+    _store(gradient, ids, warp_slope(values, s, warp_s[0], warp_s[1], WARP_S), shared, RAGGED)
+
+
+@triton.jit
+def _write_hard(
+    gradient, student, ids, width, hard, warp,
+    PARTS: tl.constexpr, WARP: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradient of ids that only the student has."""
+    hard_peak, hard_scale, label, ce_factor = hard
+    if HARD & PARTS:
+        s = _logits(student, ids, width, warp, WARP, RAGGED, _ONCE)
+        values = hard_scale * tl.exp2((s - hard_peak) * LOG2_E)
+        values = tl.where(ids == label, values - ce_factor, values)
+        values = warp_slope(values, s, warp[0], warp[1], WARP)
+        _store(gradient, ids, values, width, RAGGED)
+    else:
+        _store(gradient, ids, tl.zeros_like(ids).to(tl.float32), width, RAGGED)
+
+
+@triton.jit
+def write_gradient(
+    gradient, rows, shared, width, bits, inverse, reach, factors, beta, skew, hard, warp_s, warp_t,
+    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """The last sweep; `gradient` may lie over the student's row, of which a block is read before.
+
+    factors: see `_write_soft`. hard: cross-entropy's maximum, factor / sum, label, factor.
+    """
+    block = tl.arange(0, BLOCK)
+    first = 0
+    if SOFT & PARTS:
+        first = shared
+        whole = shared // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
+            _write_soft(
+                gradient, rows, start + block, shared, bits, inverse, reach, factors,
+                beta, skew, hard, warp_s, warp_t, PARTS, WARP_S, WARP_T, _FULL,
+            )  # fmt: skip
+        if whole < shared:
+            _write_soft(
+                gradient, rows, whole + block, shared, bits, inverse, reach, factors,
+                beta, skew, hard, warp_s, warp_t, PARTS, WARP_S, WARP_T, _RAGGED,
+            )  # fmt: skip
+    whole = first + (width - first) // BLOCK * BLOCK
+    for start in range(first, whole, BLOCK):
+        _write_hard(gradient, rows[0], start + block, width, hard, warp_s, PARTS, WARP_S, _FULL)
+    if whole < width:
+        _write_hard(gradient, rows[0], whole + block, width, hard, warp_s, PARTS, WARP_S, _RAGGED)
+
+
+@triton.jit
+def write_zeros(gradient, width, BLOCK: tl.constexpr) -> None:
+    """Zeros for a row that does not count."""
+    block = tl.arange(0, BLOCK)
+    for start in range(0, width, BLOCK):
+        _store(gradient, start + block, tl.zeros([BLOCK], tl.float32), width, _RAGGED)

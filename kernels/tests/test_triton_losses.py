@@ -1,0 +1,116 @@
+"""The public functions with `impl="triton"`, end to end, against the reference."""
+
+import math
+
+import pytest
+import torch
+
+import megakd_kernels as mk
+
+pytest.importorskip("triton")
+# The interpreter computes with numpy, which speaks up where -inf meets -inf.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+ALL = {name: 0.3 + 0.1 * index for index, name in enumerate(mk.DIVERGENCES)}
+FP64 = torch.float64
+
+
+@pytest.mark.parametrize(
+    ("ids", "options"),
+    [
+        ((130, 130), {"divergence": "forward_kl"}),
+        ((130, 150), {"divergence": ALL, "ce_weight": 0.7, "temperature": 2.5}),
+        ((150, 130), {"divergence": ALL, "ce_weight": 0.7, "softcap_s": 3.0, "logit_scale_t": 0.5}),
+        ((150, 130), {"divergence": {"reverse_kl": 1.0}, "vocab_size": 97, "reduction": "mean"}),
+    ],
+    ids=str,
+)
+def test_linear_kd_loss_is_that_of_the_reference(make_problem, distance, ids, options):
+    problem = make_problem(n=7, vs=ids[0], vt=ids[1], bias=True)
+    problem.student_hidden[2] = math.nan  # an ignored row
+
+    output, gradients = problem.solve(impl="triton", **options)
+    expected, truth = problem.to(FP64).solve(impl="reference", **options)
+
+    for got, true in zip((*output[:3], *gradients), (*expected[:3], *truth), strict=True):
+        assert distance(got.detach(), true.detach()) < 1e-5
+    assert output.n_valid == expected.n_valid
+    assert output.agreement == expected.agreement
+
+
+def test_cross_entropy_alone_runs_too(make_problem, distance):
+    problem = make_problem(n=7, vs=130)
+    leaves = [problem.student_hidden.requires_grad_(), problem.student_weight.requires_grad_()]
+    results = [
+        torch.autograd.grad(
+            mk.linear_kd_loss(
+                *leaves, labels=problem.labels, t_squared=True, ce_weight=1.0, impl=impl
+            ).loss,
+            leaves,
+        )
+        for impl in ("triton", "reference")
+    ]
+
+    for got, expected in zip(*results, strict=True):
+        assert distance(got, expected) < 1e-5
+
+
+def test_kd_loss_from_logits_is_that_of_the_reference(distance):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 3, 4, 90, generator=generator)
+    valid = torch.tensor([[True] * 4, [True, False, True, True], [False] * 4])
+    teacher[~valid] = math.nan
+    labels = torch.where(valid, 5, -100)
+    results = []
+    for impl in ("triton", "reference"):
+        leaf = student.clone().requires_grad_()
+        loss = mk.kd_loss_from_logits(
+            leaf, teacher, labels, divergence=ALL, ce_weight=0.5, t_squared=True, valid=valid,
+            impl=impl,
+        ).loss  # fmt: skip
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+
+    for got, expected in zip(*results, strict=True):
+        assert distance(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("projected", [True, False])
+@pytest.mark.parametrize("loss", [mk.hidden_mse_projection_loss, mk.hidden_cosine_projection_loss])
+def test_hidden_losses_are_those_of_the_reference(distance, loss, projected):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 9, 5, generator=generator)
+    projection = torch.randn(5, 5, generator=generator).requires_grad_() if projected else None
+    valid = torch.arange(9) % 4 != 1
+    teacher[~valid] = math.nan
+    student.requires_grad_()
+    leaves = [leaf for leaf in (student, projection) if leaf is not None]
+    results = []
+    for impl in ("triton", "reference"):
+        value = loss(student, projection, teacher, valid=valid, impl=impl)
+        results.append((value.detach(), *torch.autograd.grad(value, leaves)))
+
+    for got, expected in zip(*results, strict=True):
+        assert distance(got, expected) < 1e-5
+
+
+def test_double_precision_stays_with_torch(make_problem):
+    problem = make_problem(dtype=FP64)
+
+    output, gradients = problem.solve(divergence=ALL, impl="triton")
+    expected, truth = problem.solve(divergence=ALL, impl="chunked")
+
+    assert torch.equal(output.loss, expected.loss)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, truth, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_inputs_are_computed_in_fp32(make_problem, distance, dtype):
+    problem = make_problem(n=5, vs=130, vt=130, dtype=dtype)
+
+    output, gradients = problem.solve(divergence=ALL, impl="triton")
+    expected, truth = problem.to(FP64).solve(divergence=ALL, impl="reference")
+
+    assert output.loss.dtype == torch.float32
+    assert distance(output.loss.detach(), expected.loss.detach()) < 1e-4
+    for got, true in zip(gradients, truth, strict=True):
+        assert got.dtype == dtype
+        assert distance(got, true) < 5e-3
