@@ -9,10 +9,21 @@ import pytest
 import torch
 
 import megakd_kernels as mk
+from megakd_kernels.settings import HAS_TRITON
 
 # Triton decides when a kernel is defined whether its interpreter runs it; none is defined yet.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Without Triton its cases are skipped, and the others of a test run."""
+    if HAS_TRITON:
+        return
+    skip = pytest.mark.skip(reason="triton is not installed")
+    for item in items:
+        if getattr(item, "callspec", None) and item.callspec.params.get("impl") == "triton":
+            item.add_marker(skip)
 
 
 @dataclass(frozen=True)

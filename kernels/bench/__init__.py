@@ -1,0 +1,1 @@
+"""Benchmark of megakd_kernels against its peers; `cd kernels && python -m bench`."""

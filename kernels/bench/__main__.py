@@ -1,0 +1,198 @@
+"""Command line: which cases and implementations to run, and where the numbers go."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from bench.cases import Case, Device, cases_for
+from bench.catalogue import IMPLEMENTATIONS, Implementation
+
+if TYPE_CHECKING:
+    import torch
+
+    from bench.results import Ledger
+    from bench.running import Plan
+
+RESULTS = Path(__file__).parent / "results"
+_DEVICES: tuple[Device, ...] = ("cuda", "cpu")
+_QUICK_S = {"cpu": 240.0, "cuda": 400.0}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the usage and one line."""
+        self.exit(2, f"python -m bench: {message} (options: --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; 1 if a loss of this package failed."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    implementations = _implementations(parser, options.impl)
+    if options.list:
+        print("\n".join(_listing()))
+        return 0
+    _check_names(parser, options.case, [case for each in _DEVICES for case in cases_for(each)])
+    return _run(parser, options, implementations)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m bench", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--list", action="store_true", help="the cases and implementations, then nothing else")
+    add("--quick", action="store_true", help="a few cases: 5 minutes on a CPU core, 8 on a GPU")
+    add("--case", action="append", metavar="NAME", help="only this case, or those like 'v32000-*'")
+    add("--impl", action="append", metavar="NAME", help="only this implementation; repeatable")
+    add("--device", choices=_DEVICES, help="default: a GPU if there is one")
+    add("--threads", type=_count, metavar="N", help="of torch on the CPU; default: torch's own")
+    add("--out", type=Path, default=RESULTS, metavar="FOLDER", help="default: bench/results")
+    return parser
+
+
+def _run(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    implementations: tuple[Implementation, ...],
+) -> int:
+    import torch  # after the checks, which then answer at once
+
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    on_device = cases_for("cuda" if device.type == "cuda" else "cpu")
+    _check_names(parser, options.case, on_device, where=f" on {device.type}")
+    cases = _select(on_device, options.case, quick=options.quick)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out}: {error.strerror}")
+    return _measure(cases, implementations, _plan(device, quick=options.quick), options.out)
+
+
+def _measure(
+    cases: list[Case], implementations: tuple[Implementation, ...], plan: Plan, folder: Path
+) -> int:
+    from bench import machine, report
+    from bench.results import Ledger
+    from bench.running import run_cases
+
+    path = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{plan.device.type}.jsonl"
+    described = machine.describe(plan.device)
+    ceilings = machine.measure_ceilings(plan.device, plan.effort)
+    print("\n".join(report.machine_lines(described, ceilings)), flush=True)
+    with path.open("w", encoding="utf-8") as file:
+        ledger = Ledger(file, described, ceilings)
+        ledger.add_ceilings(cases[0].dtype)
+        run_cases(cases, implementations, plan, ledger, announce=_announce)
+    _print_report(ledger, plan.device, path)
+    ours = {each.name for each in implementations if each.is_ours}
+    return int(any(row.status == "failed" and row.impl in ours for row in ledger.rows))
+
+
+def _print_report(ledger: Ledger, device: torch.device, path: Path) -> None:
+    from bench import report
+    from bench.targets import verdicts
+
+    picture = path.with_suffix(".png")
+    has_plot = report.plot(ledger.rows, picture)
+    print(f"\nrows: {path}")
+    print(f"plot: {picture}" if has_plot else "no plot: matplotlib is not installed")
+    print("\n".join(["", *report.missing_lines(ledger.rows)]))
+    print("\n".join(["", *report.machine_lines(ledger.machine, ledger.ceilings)]))
+    print("\n".join(["", *report.table(ledger.rows)]))
+    kind: Device = "cuda" if device.type == "cuda" else "cpu"
+    print("\n".join(["", *report.verdict_lines(verdicts(ledger.rows, kind))]))
+
+
+def _plan(device: torch.device, *, quick: bool) -> Plan:
+    from bench.running import Plan
+    from bench.timing import Effort
+
+    if device.type == "cuda":
+        effort = Effort(0.2, 5) if quick else Effort(0.5, 10)
+    else:
+        effort = Effort(0.5, 2) if quick else Effort(3.0, 3)
+    deadline = time.monotonic() + _QUICK_S[device.type] if quick else None
+    return Plan(device=device, effort=effort, deadline=deadline)
+
+
+def _select(cases: Sequence[Case], patterns: list[str] | None, *, quick: bool) -> list[Case]:
+    if patterns is not None:
+        return [case for case in cases if _is_named(case, patterns)]
+    wanted = {"quick"} if quick else {"quick", "full"}
+    return [case for case in cases if case.selection in wanted]
+
+
+def _is_named(case: Case, patterns: list[str]) -> bool:
+    return any(fnmatchcase(case.name, pattern) for pattern in patterns)
+
+
+def _check_names(
+    parser: argparse.ArgumentParser,
+    patterns: list[str] | None,
+    cases: Sequence[Case],
+    *,
+    where: str = "",
+) -> None:
+    for pattern in patterns or []:
+        if not any(_is_named(case, [pattern]) for case in cases):
+            known = [case.name for case in cases]
+            parser.error(f"there is no case {pattern!r}{where}{_nearest(pattern, known)}")
+
+
+def _implementations(
+    parser: argparse.ArgumentParser, names: list[str] | None
+) -> tuple[Implementation, ...]:
+    known = [each.name for each in IMPLEMENTATIONS]
+    for name in names or []:
+        if name not in known:
+            parser.error(f"there is no implementation {name!r}{_nearest(name, known)}")
+    return tuple(each for each in IMPLEMENTATIONS if names is None or each.name in names)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"; the nearest is {near[0]!r}" if near else "; --list shows them"
+
+
+def _listing() -> list[str]:
+    lines = ["implementations:"]
+    lines += [f"  {each.name:<15} {each.about}" for each in IMPLEMENTATIONS]
+    for device in _DEVICES:
+        lines += [f"cases on {device} (* runs with --quick, ~ only when named):"]
+        marks = {"quick": "*", "full": " ", "named": "~"}
+        lines += [f"{marks[case.selection]} {_described(case)}" for case in cases_for(device)]
+    return lines
+
+
+def _described(case: Case) -> str:
+    shape = f"N={case.n} V={case.v} Hs={case.hs} Ht={case.ht}"
+    return f"{case.name:<24} {case.kind:<13} {case.mode:<8} {shape}  {case.divergence}".rstrip()
+
+
+def _announce(name: str) -> None:
+    print(f"running {name}", file=sys.stderr, flush=True)
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of threads")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

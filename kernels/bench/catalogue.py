@@ -1,0 +1,171 @@
+"""Who is measured: every implementation, what it computes, and why it cannot run somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+from bench.cases import CHUNK_MB, Case, Device
+
+LINEAR = ("linear_kd", "linear_ce", "linear_stats", "topk")
+LOSSES = (*LINEAR, "logits", "hidden_mse", "hidden_cosine", "relation")
+GKD = ("forward_kl", "reverse_kl", "jsd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """One way to compute some of the losses.
+
+    divergences: those it knows; None: all of them.
+    mixes: whether it computes weighted sums of divergences, and adds cross-entropy.
+    compiles: whether every new shape costs a compilation of many seconds.
+    logits: the precision its logits are rounded to; "" where it is the package's own choice.
+    package: what must be installed, as (module, name to install).
+    """
+
+    name: str
+    about: str
+    kinds: tuple[str, ...]
+    divergences: tuple[str, ...] | None = None
+    mixes: bool = True
+    compiles: bool = False
+    logits: str = ""
+    needs_cuda: bool = False
+    package: tuple[str, str] | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether its failure is a failure of this repository."""
+        return self.name.startswith("megakd")
+
+
+_LIGER = ("liger_kernel", "liger-kernel")
+IMPLEMENTATIONS = (
+    Implementation(
+        name="megakd-triton",
+        about='this package, impl="triton"',
+        kinds=(*LOSSES, "rows"),
+        logits="fp32",
+        needs_cuda=True,
+    ),
+    Implementation(
+        name="megakd-chunked",
+        about='this package, impl="chunked": the same chunks, rows by torch',
+        kinds=LOSSES,
+        logits="fp32",
+    ),
+    Implementation(
+        name="eager",
+        about="full logits in the dtype of the model, widened to fp32, as Hugging Face's losses",
+        kinds=LOSSES,
+        logits="dtype",
+    ),
+    Implementation(
+        name="compile",
+        about="torch.compile of eager",
+        kinds=LOSSES,
+        compiles=True,
+        logits="dtype",
+    ),
+    Implementation(
+        name="trl-chunks",
+        about="256-row checkpointed chunks in fp32, as TRL 1.12 (huggingface/trl#6526)",
+        kinds=("linear_kd",),
+        divergences=GKD,
+        mixes=False,
+        logits="fp32",
+    ),
+    Implementation(
+        name="trl-tiles",
+        about="trl.kernels.ChunkedDivergenceFunction of newer TRL: tiles, recomputed",
+        kinds=("linear_kd",),
+        divergences=GKD,
+        mixes=False,
+        package=("trl.kernels", "a newer trl"),
+    ),
+    Implementation(
+        name="liger-jsd",
+        about="LigerFusedLinearJSD (Triton; gradients in the forward)",
+        kinds=("linear_kd",),
+        divergences=GKD,
+        mixes=False,
+        needs_cuda=True,
+        package=_LIGER,
+    ),
+    Implementation(
+        name="liger-chunked",
+        about="LigerFusedLinearJSDLoss (torch.compile of chunks; gradients in the forward)",
+        kinds=("linear_kd",),
+        divergences=GKD,
+        compiles=True,
+        package=_LIGER,
+    ),
+    Implementation(
+        name="liger-ce",
+        about="LigerFusedLinearCrossEntropyLoss",
+        kinds=("linear_ce",),
+        needs_cuda=True,
+        package=_LIGER,
+    ),
+    Implementation(
+        name="cut-ce",
+        about="cut_cross_entropy.linear_cross_entropy, which leaves small gradients out",
+        kinds=("linear_ce",),
+        needs_cuda=True,
+        package=("cut_cross_entropy", "cut-cross-entropy"),
+    ),
+    Implementation(
+        name="torch-ce",
+        about="torch.nn.functional.linear_cross_entropy, chunked",
+        kinds=("linear_ce",),
+    ),
+    Implementation(
+        name="megakd-gemms",
+        about="the matrix products of linear_kd_loss and nothing else",
+        kinds=("gemms",),
+        logits="fp32",
+    ),
+)
+
+
+def find(name: str) -> Implementation:
+    """The implementation of that name; KeyError if there is none."""
+    return {each.name: each for each in IMPLEMENTATIONS}[name]
+
+
+def computes(implementation: Implementation, case: Case) -> bool:
+    """Whether it knows the loss of the case."""
+    return case.kind in implementation.kinds
+
+
+def reason_to_skip(implementation: Implementation, case: Case, device: Device) -> str | None:
+    """Why it cannot run a case whose kind of loss it knows, or None."""
+    if implementation.needs_cuda and device != "cuda":
+        return "runs on CUDA alone"
+    if implementation.divergences is not None:
+        unknown = [name for name, _ in case.mixture if name not in implementation.divergences]
+        if unknown:
+            return f"has no {' or '.join(unknown)}"
+    is_mixed = len(case.mixture) > 1 or (case.ce_weight != 0 and case.kind == "linear_kd")
+    if is_mixed and not (implementation.mixes and _mixes(implementation, case)):
+        return f"computes no weighted sum {case.divergence}"
+    if case.logits_dtype != "fp32" and not implementation.is_ours:
+        return "has no choice of precision for the logits"
+    if case.chunk_mb != CHUNK_MB and not implementation.is_ours:
+        return "has no budget for its chunks"
+    return _missing_package(implementation)
+
+
+def _mixes(implementation: Implementation, case: Case) -> bool:
+    return implementation.divergences is None or len(case.mixture) == 1
+
+
+def _missing_package(implementation: Implementation) -> str | None:
+    if implementation.package is None:
+        return None
+    module, name = implementation.package
+    try:
+        found = importlib.util.find_spec(module)
+    except ImportError:
+        found = None
+    return None if found else f"{name} is not installed"

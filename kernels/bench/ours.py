@@ -1,0 +1,159 @@
+"""The losses of megakd_kernels as means over rows; functions are looked up when they are used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import megakd_kernels as mk
+from bench.cases import BETA, SKEW, Case
+from bench.problem import DTYPES, Loss, Problem
+from megakd_kernels.chunking import (
+    add_weight_gradient_,
+    gradient_dtype,
+    input_gradient_into,
+    project_into,
+    slices,
+)
+from megakd_kernels.row_plan import RowPlan, WholeRows
+from megakd_kernels.row_terms import RowFactors, RowScorer, row_kernel
+
+ROWS_PER_LAUNCH = 512
+ROWS_PER_PRODUCT = 2048
+
+
+def load(case: Case, impl: str) -> Loss:
+    """The loss of the case with that impl; "gemms" has the products alone and ignores it."""
+    loss = _LOSSES[case.kind]
+    return lambda problem: loss(problem, impl)
+
+
+def _divergence_options(case: Case) -> dict[str, Any]:
+    return {
+        "divergence": dict(case.mixture),
+        "beta": BETA,
+        "skew": SKEW,
+        "temperature": case.temperature,
+        "t_squared": False,
+        "ce_weight": case.ce_weight,
+        "reduction": "mean",
+        "chunk_mb": case.chunk_mb,
+    }
+
+
+def _linear_kd(problem: Problem, impl: str) -> Tensor:
+    return mk.linear_kd_loss(
+        problem.student, problem.student_weight, problem.teacher, problem.teacher_weight,
+        problem.labels if problem.case.ce_weight else None,
+        logits_dtype=problem.case.logits_dtype, impl=impl, **_divergence_options(problem.case),
+    ).loss  # fmt: skip
+
+
+def _linear_ce(problem: Problem, impl: str) -> Tensor:
+    return mk.linear_kd_loss(
+        problem.student, problem.student_weight, labels=problem.labels, t_squared=False,
+        ce_weight=1.0, reduction="mean", chunk_mb=problem.case.chunk_mb, impl=impl,
+    ).loss  # fmt: skip
+
+
+def _linear_stats(problem: Problem, impl: str) -> Tensor:
+    stats = mk.linear_stats(
+        problem.student, problem.student_weight, problem.teacher, problem.teacher_weight,
+        problem.labels, chunk_mb=problem.case.chunk_mb, impl=impl,
+    )  # fmt: skip
+    sums = stats.kl_sum + stats.ce_sum + stats.teacher_entropy_sum + stats.agreement
+    return sums / stats.n_valid
+
+
+def _topk(problem: Problem, impl: str) -> Tensor:
+    return mk.topk_kd_loss(
+        problem.student, problem.student_weight, problem.topk_ids, problem.topk_logprobs,
+        mode="renorm", temperature=problem.case.temperature, t_squared=False, reduction="mean",
+        chunk_mb=problem.case.chunk_mb, impl=impl,
+    ).loss  # fmt: skip
+
+
+def _logits(problem: Problem, impl: str) -> Tensor:
+    return mk.kd_loss_from_logits(
+        problem.student, problem.teacher, problem.labels if problem.case.ce_weight else None,
+        impl=impl, **_divergence_options(problem.case),
+    ).loss  # fmt: skip
+
+
+def _rows(problem: Problem, impl: str) -> Tensor:
+    """What linear_kd does between its matrix products, in launches as long as its own."""
+    case, count = problem.case, len(problem.student)
+    plan = RowPlan(
+        mixture=case.mixture, beta=BETA, skew=SKEW, temperature=case.temperature,
+        value_scale=1.0, shared=case.v, with_ce=False, with_gradient=True,
+    )  # fmt: skip
+    valid = torch.ones(count, dtype=torch.bool, device=problem.student.device)
+    factors = RowFactors(valid=valid, labels=None, kd=valid.float(), ce=(~valid).float())
+    kernel = row_kernel(impl, plan, WholeRows(), block=ROWS_PER_LAUNCH, like=factors.kd)
+    scorer = RowScorer(kernel, plan, factors, ROWS_PER_LAUNCH)
+    gradient = torch.empty_like(problem.student[:ROWS_PER_LAUNCH], dtype=DTYPES[case.dtype])
+    for part in slices(count, ROWS_PER_LAUNCH):
+        student = problem.student[part]
+        scorer.run_(part, student, problem.teacher[part], gradient[: len(student)])
+    return scorer.values().total / count
+
+
+def _gemms(problem: Problem, impl: str) -> Tensor:
+    """The products of linear_kd and nothing between them: no loss in chunks can be faster.
+
+    The first logits stand in for every gradient, in the type that its products run in.
+    """
+    del impl
+    weight, teacher_weight = problem.student_weight, problem.teacher_weight
+    rows, like = min(len(problem.student), ROWS_PER_PRODUCT), torch.float32
+    logits, teacher_logits = (
+        weight.new_empty(rows, len(each), dtype=like) for each in (weight, teacher_weight)
+    )
+    input_gradient = torch.empty_like(problem.student, dtype=like)
+    weight_gradient = torch.zeros_like(weight, dtype=like)
+    gradient = None
+    for part in slices(len(problem.student), rows):
+        student = problem.student[part]
+        project_into(logits[: len(student)], student, weight, None)
+        project_into(teacher_logits[: len(student)], problem.teacher[part], teacher_weight, None)
+        gradient = logits.to(gradient_dtype(student, like)) if gradient is None else gradient
+        input_gradient_into(input_gradient[part], gradient[: len(student)], weight)
+        add_weight_gradient_(weight_gradient, gradient[: len(student)], student, beta=1.0)
+    return input_gradient[0, 0] + weight_gradient[0, 0]
+
+
+def _hidden_mse(problem: Problem, impl: str) -> Tensor:
+    total = mk.hidden_mse_projection_loss(
+        problem.student, problem.student_weight, problem.teacher, valid=None, impl=impl
+    )
+    return total / problem.case.n
+
+
+def _hidden_cosine(problem: Problem, impl: str) -> Tensor:
+    total = mk.hidden_cosine_projection_loss(
+        problem.student, problem.student_weight, problem.teacher, valid=None, impl=impl
+    )
+    return total / problem.case.n
+
+
+def _relation(problem: Problem, impl: str) -> Tensor:
+    total = mk.relation_kl_loss(
+        problem.student, problem.teacher, heads=problem.case.heads, valid=None, impl=impl
+    )
+    return total / problem.case.n
+
+
+_LOSSES = {
+    "linear_kd": _linear_kd,
+    "linear_ce": _linear_ce,
+    "linear_stats": _linear_stats,
+    "topk": _topk,
+    "logits": _logits,
+    "rows": _rows,
+    "gemms": _gemms,
+    "hidden_mse": _hidden_mse,
+    "hidden_cosine": _hidden_cosine,
+    "relation": _relation,
+}

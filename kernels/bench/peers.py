@@ -1,0 +1,95 @@
+"""Losses of other packages, with the semantics of ours: means over rows, no T^2.
+
+Every loader raises ImportError where the package, or the part of it, is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import nn
+
+from bench import eager
+from bench.cases import BETA, Case
+from bench.problem import Loss
+
+_LIGER_ROWS = 1024  # the default chunk of LigerFusedLinearJSDLoss
+
+
+def load(name: str, case: Case) -> Loss:
+    """The loss of the case by the implementation of that name."""
+    return _LOADERS[name](case)
+
+
+def _gkd_beta(case: Case) -> float:
+    """GKD's convention, which TRL and Liger share: 0 is forward KL, 1 is reverse KL."""
+    name, _ = case.mixture[0]
+    return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": BETA}[name]
+
+
+def _trl_tiles(case: Case) -> Loss:
+    divergence = importlib.import_module("trl.kernels.chunked_divergence")
+    function, beta = divergence.ChunkedDivergenceFunction, _gkd_beta(case)
+    return lambda problem: function.apply(
+        problem.student, problem.student_weight, None, problem.teacher, problem.teacher_weight,
+        None, beta, case.temperature,
+    )[0].mean()  # fmt: skip
+
+
+def _liger_jsd(case: Case) -> Loss:
+    transformers = importlib.import_module("liger_kernel.transformers.fused_linear_jsd")
+    loss = transformers.LigerFusedLinearJSD(jsd_beta=_gkd_beta(case), temperature=case.temperature)
+    return lambda problem: loss(
+        problem.student, problem.student_weight, problem.teacher, problem.teacher_weight, None
+    )
+
+
+def _liger_chunked(case: Case) -> Loss:
+    chunked_loss = importlib.import_module("liger_kernel.chunked_loss.jsd_loss")
+    loss = chunked_loss.LigerFusedLinearJSDLoss(
+        weight_hard_loss=case.ce_weight, weight_soft_loss=case.mixture[0][1],
+        beta=_gkd_beta(case), temperature=case.temperature, chunk_size=_LIGER_ROWS,
+    )  # fmt: skip
+    return lambda problem: loss(
+        problem.student, problem.student_weight, problem.teacher, problem.teacher_weight,
+        problem.labels,
+    )  # fmt: skip
+
+
+def _liger_ce(case: Case) -> Loss:
+    del case
+    module = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
+    loss = module.LigerFusedLinearCrossEntropyLoss()
+    return lambda problem: loss(problem.student_weight, problem.student, problem.labels)
+
+
+def _cut_ce(case: Case) -> Loss:
+    del case
+    loss = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return lambda problem: loss(problem.student, problem.student_weight, problem.labels)
+
+
+def _torch_ce(case: Case) -> Loss:
+    del case
+    loss = getattr(nn.functional, "linear_cross_entropy", None)
+    options = getattr(nn, "LinearCrossEntropyOptions", None)
+    if loss is None or options is None:
+        raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy")
+    chunked = options()
+    return lambda problem: loss(
+        problem.student, problem.student_weight, problem.labels, options=chunked
+    )
+
+
+_LOADERS = {
+    "eager": eager.load,
+    "compile": eager.load_compiled,
+    "trl-chunks": eager.load_trl_chunks,
+    "trl-tiles": _trl_tiles,
+    "liger-jsd": _liger_jsd,
+    "liger-chunked": _liger_chunked,
+    "liger-ce": _liger_ce,
+    "cut-ce": _cut_ce,
+    "torch-ce": _torch_ce,
+}

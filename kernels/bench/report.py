@@ -1,0 +1,123 @@
+"""The table that is printed last, the list of what was skipped, the targets, and the plot."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from bench.cases import ACCEPTANCE
+from bench.machine import Ceilings, Machine
+from bench.results import CEILING, MEASURED, Result
+from bench.targets import Verdict
+
+_TITLES = (
+    "case", "impl", "ms", "p20-p80", "noise", "of floor", "GB/s", "peak MB", "loss err",
+    "dX err", "dW err",
+)  # fmt: skip
+_TEXT_COLUMNS = 2
+_WORDS = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}
+
+
+def machine_lines(machine: Machine, ceilings: Ceilings) -> list[str]:
+    """The device, its versions, and its ceilings."""
+    versions = f"torch {machine.torch}" + (f", triton {machine.triton}" if machine.triton else "")
+    commit = f", commit {machine.commit}" if machine.commit else ""
+    return [
+        f"{machine.device}; {machine.threads} threads; {versions}{commit}",
+        f"ceilings: {ceilings.matmul / 1e12:.4g} TFLOP/s in matrix products, "
+        f"{ceilings.copy / 1e9:.4g} GB/s in copies",
+    ]
+
+
+def table(rows: Iterable[Result]) -> list[str]:
+    """The measured rows."""
+    cells = [_cells(row) for row in rows if row.status == MEASURED]
+    if not cells:
+        return ["nothing was measured"]
+    return _aligned([_TITLES, *cells])
+
+
+def missing_lines(rows: Iterable[Result]) -> list[str]:
+    """Who has no numbers, by reason."""
+    cases: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for row in rows:
+        if row.status != MEASURED:
+            cases[row.status, row.impl, row.reason].append(row.case)
+    return [
+        f"{status}: {impl}: {reason} ({', '.join(names)})"
+        for (status, impl, reason), names in cases.items()
+    ]
+
+
+def verdict_lines(verdicts: Sequence[Verdict]) -> list[str]:
+    """The targets, both sides of each measured in this run."""
+    rows = [
+        (each.promise, "" if each.value is None else f"{each.value:.3g}", _WORDS[each.holds])
+        for each in verdicts
+    ]
+    return [f'targets (case "{ACCEPTANCE}" where none is named):', *_aligned(rows)]
+
+
+def plot(rows: Iterable[Result], path: Path) -> bool:
+    """Time and peak memory of every case as a picture; False where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    measured = [row for row in rows if row.status == MEASURED and row.case != CEILING]
+    cases = list(dict.fromkeys(row.case for row in measured))
+    figure = Figure(figsize=(13, 1.5 + 0.35 * len(cases)), layout="constrained")
+    for panel, (column, title) in zip(
+        figure.subplots(1, 2, sharey=True),
+        (("ms_median", "ms, median"), ("peak_mb", "peak memory beyond the inputs, MB")),
+        strict=True,
+    ):
+        for impl in dict.fromkeys(row.impl for row in measured):
+            points = [row for row in measured if row.impl == impl and getattr(row, column)]
+            panel.plot(
+                [getattr(row, column) for row in points], [cases.index(row.case) for row in points],
+                "o", label=impl, alpha=0.7,
+            )  # fmt: skip
+        panel.set(xscale="log", xlabel=title, yticks=range(len(cases)), yticklabels=cases)
+        panel.grid(visible=True, axis="x")
+    figure.axes[0].invert_yaxis()
+    figure.axes[0].legend(fontsize="small")
+    figure.savefig(path)
+    return True
+
+
+def _cells(row: Result) -> tuple[str, ...]:
+    between = "" if row.ms_p20 is None else f"{_short(row.ms_p20)}-{_short(row.ms_p80)}"
+    return (
+        row.case, row.impl, _short(row.ms_median), between, _percent(row.noise),
+        _percent(row.frac_of_floor), _whole(row.gbps), _whole(row.peak_mb),
+        _error(row.loss_relerr), _error(row.dx_relerr), _error(row.dw_relerr),
+    )  # fmt: skip
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index < _TEXT_COLUMNS else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _whole(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.0e}"

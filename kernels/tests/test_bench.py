@@ -1,0 +1,388 @@
+"""The benchmark's own promises: what it lists, refuses, counts, writes and compares."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import io
+import json
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+KERNELS = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def bench_on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(KERNELS))
+
+
+def bench(name):
+    return importlib.import_module(f"bench.{name}")
+
+
+def smoke(**changes):
+    cases = bench("cases")
+    case = next(each for each in cases.cases_for("cpu") if each.name == "smoke")
+    return replace(case, **changes)
+
+
+def problem_of(case, dtype=None):
+    problem = bench("problem").make_problem(case, CPU)
+    return problem if dtype is None else problem.to(dtype)
+
+
+def solve(name, problem):
+    module = bench("problem")
+    module.drop_gradients(problem)
+    loss = module.run(bench("loading").load(name, problem.case), problem)
+    return [loss, *(leaf.grad for leaf in problem.leaves)]
+
+
+def refusal(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench("__main__").main(arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+class TestCommandLine:
+    def test_the_list_names_every_case_and_peer_without_loading_torch(self):
+        program = (
+            "import sys; from bench.__main__ import main; status = main(['--list']);"
+            "print('loaded torch:', 'torch' in sys.modules); sys.exit(status)"
+        )
+
+        shown = subprocess.run(
+            [sys.executable, "-c", program], cwd=KERNELS, capture_output=True, text=True, check=True
+        )
+
+        cases, catalogue = bench("cases"), bench("catalogue")
+        names = [case.name for each in ("cpu", "cuda") for case in cases.cases_for(each)]
+        names += [each.name for each in catalogue.IMPLEMENTATIONS]
+        words = shown.stdout.split()
+        assert [name for name in names if name not in words] == []
+        assert "loaded torch: False" in shown.stdout
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["--case", "forward_kll"], "there is no case 'forward_kll'; the nearest is 'forward"),
+            (["--impl", "egaer"], "there is no implementation 'egaer'; the nearest is 'eager'"),
+            (["--case", "%"], "there is no case '%'; --list shows them"),
+            (["--case", "rows", "--device", "cpu"], "there is no case 'rows' on cpu"),
+            (["--threads", "0"], "'0' is no number of threads"),
+            (["--threads", "many"], "'many' is no number of threads"),
+            (["--device", "gpu"], "invalid choice: 'gpu'"),
+            (["--quik"], "unrecognized arguments: --quik"),
+        ],
+        ids=lambda value: value[0] if isinstance(value, list) else "",
+    )
+    def test_a_bad_option_gets_one_clear_line(self, arguments, words, capsys):
+        said = refusal(arguments, capsys)
+
+        assert words in said
+        assert said.count("\n") == 1
+
+    def test_a_folder_that_cannot_be_made_gets_one_clear_line(self, tmp_path, capsys):
+        (tmp_path / "file").write_text("", encoding="utf-8")
+
+        said = refusal(["--device", "cpu", "--out", str(tmp_path / "file" / "below")], capsys)
+
+        assert "--out" in said
+        assert "Not a directory" in said
+        assert said.count("\n") == 1
+
+    def test_a_tiny_case_goes_through_to_rows_with_every_column(
+        self, tmp_path, capsys, monkeypatch
+    ):
+        monkeypatch.setitem(bench("machine")._GEMM_WIDTH, "cpu", 128)
+        monkeypatch.setitem(bench("machine")._COPIED_BYTES, "cpu", 1_000_000)
+        wanted = ["megakd-chunked", "liger-jsd"]
+        options = [word for name in wanted for word in ("--impl", name)]
+
+        status = bench("__main__").main(
+            ["--quick", "--case", "smoke", *options, "--device", "cpu", "--out", str(tmp_path)]
+        )
+
+        (path,) = tmp_path.glob("*.jsonl")
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        columns = [field.name for field in fields(bench("results").Result)]
+        assert status == 0
+        assert all(list(row) == columns for row in rows)
+        by_name = {row["impl"]: row for row in rows}
+        assert by_name.keys() == {"matmul", "copy", *wanted}
+        assert by_name["liger-jsd"]["reason"] == "runs on CUDA alone"
+        ours = by_name["megakd-chunked"]
+        assert 0 < ours["ms_p20"] <= ours["ms_median"] <= ours["ms_p80"]
+        assert ours["loss_relerr"] < 1e-5
+        assert ours["dx_relerr"] < 2e-5
+        assert ours["dw_relerr"] < 2e-5
+        assert ours["peak_method"]
+        last = capsys.readouterr().out.splitlines()[-2:]
+        assert [line.endswith("not measured") for line in last] == [True, True]
+
+
+class TestCases:
+    def test_the_first_case_is_the_one_that_is_judged(self):
+        cases = bench("cases")
+        cuda, cpu = cases.cases_for("cuda")[0], cases.cases_for("cpu")[0]
+
+        assert (cuda.name, cpu.name) == (cases.ACCEPTANCE, cases.ACCEPTANCE)
+        assert (cuda.n, cuda.v, cuda.hs, cuda.ht) == (8192, 128256, 2048, 4096)
+        assert (cpu.n, cpu.v, cpu.hs, cpu.ht, cpu.dtype) == (1024, 32000, 256, 512, "fp32")
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_names_are_unique(self, device):
+        names = [case.name for case in bench("cases").cases_for(device)]
+
+        assert len(names) == len(set(names))
+
+    def test_the_grid_holds_every_vocabulary_width_and_length(self):
+        shapes = {(c.v, c.hs, c.ht, c.n) for c in bench("cases").cases_for("cuda")}
+
+        wanted = {
+            (v, hs, ht, n)
+            for v in (32000, 128256, 151936, 256000)
+            for hs, ht in ((1024, 4096), (2048, 4096), (2048, 8192))
+            for n in (2048, 8192, 16384)
+        }
+        assert wanted <= shapes
+
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            ({}, 2 * 5 * 7 * (3 * 2 + 3)),
+            ({"mode": "fwd"}, 2 * 5 * 7 * (2 + 3)),
+            ({"kind": "linear_ce"}, 6 * 5 * 7 * 2),
+            ({"kind": "topk"}, 6 * 5 * 7 * 2),
+            ({"kind": "hidden_mse"}, 6 * 5 * 2 * 3),
+            ({"kind": "relation", "mode": "fwd"}, 2 * 5 * 5 * (2 + 3)),
+            ({"kind": "rows"}, 0),
+        ],
+        ids=["both", "loss alone", "ce", "topk", "hidden", "relation", "rows"],
+    )
+    def test_the_floor_counts_the_products_that_no_exact_loss_avoids(self, changes, expected):
+        case = smoke(n=5, v=7, hs=2, ht=3, **changes)
+
+        assert bench("cases").floating_point_operations(case) == expected
+
+    @pytest.mark.parametrize(("name", "per_pair"), [("forward_kl", 18), ("jsd", 26)])
+    def test_rows_move_two_or_three_reads_of_both_logits_and_one_write(self, name, per_pair):
+        case = smoke(kind="rows", dtype="bf16", mixture=((name, 1.0),))
+
+        assert bench("cases").bytes_moved(case) == case.n * case.v * per_pair
+
+
+class TestPeers:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            *({"mixture": ((name, 1.0),)} for name in (
+                "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_rkl", "tvd")),
+            {"temperature": 2.5},
+            {"mixture": (("forward_kl", 0.5), ("reverse_kl", 0.25)), "ce_weight": 2.0},
+            {"mode": "fwd"},
+            {"kind": "linear_ce", "mixture": (), "ce_weight": 1.0, "ht": 0},
+            {"kind": "linear_stats", "mode": "fwd"},
+            {"kind": "topk", "ht": 0},
+            {"kind": "logits"},
+            {"kind": "hidden_mse", "v": 0},
+            {"kind": "hidden_cosine", "v": 0},
+            {"kind": "relation", "v": 0, "heads": 2},
+        ],
+        ids=str,
+    )  # fmt: skip
+    def test_our_losses_mean_what_the_eager_ones_do(self, changes):
+        case = smoke(**changes)
+        truth = bench("accuracy").Truth(problem_of(case))
+
+        errors = truth.errors(bench("loading").load("megakd-chunked", case))
+
+        assert [error for error in errors if error is not None and not error < 2e-5] == []
+        assert (errors.dx is None) == (case.mode == "fwd")
+
+    # The interpreter's own arithmetic with -inf.
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    def test_the_row_kernel_alone_gives_the_eager_loss_and_keeps_its_logits(self):
+        pytest.importorskip("triton")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        case = smoke(kind="rows", n=8)
+        problem = bench("problem").make_problem(case, device)
+        before = problem.student.clone()
+
+        errors = (
+            bench("accuracy").Truth(problem).errors(bench("loading").load("megakd-triton", case))
+        )
+
+        assert errors.loss < 1e-5
+        assert torch.equal(problem.student, before)
+
+    def test_the_products_alone_take_every_row_and_leave_no_gradient(self):
+        problem = problem_of(smoke(kind="gemms"))
+
+        value, *gradients = solve("megakd-gemms", problem)
+
+        assert value.isfinite()
+        assert gradients == []
+
+    @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+    def test_checkpointed_chunks_give_the_eager_loss_and_gradients(
+        self, name, monkeypatch, distance
+    ):
+        monkeypatch.setattr(bench("eager"), "TRL_ROWS", 7)
+        problem = problem_of(smoke(mixture=((name, 1.0),), temperature=1.5))
+
+        chunks, whole = solve("trl-chunks", problem), solve("eager", problem)
+
+        assert max(distance(*pair) for pair in zip(chunks, whole, strict=True)) < 1e-5
+
+    def test_torchs_chunked_cross_entropy_gives_the_eager_loss_and_gradients(self, distance):
+        problem = problem_of(smoke(kind="linear_ce", mixture=(), ce_weight=1.0, ht=0))
+
+        theirs, whole = solve("torch-ce", problem), solve("eager", problem)
+
+        assert max(distance(*pair) for pair in zip(theirs, whole, strict=True)) < 1e-5
+
+    @pytest.mark.parametrize(
+        ("name", "changes", "device", "reason"),
+        [
+            ("liger-jsd", {}, "cpu", "runs on CUDA alone"),
+            ("trl-chunks", {"mixture": (("tvd", 1.0),)}, "cuda", "has no tvd"),
+            ("trl-chunks", {"ce_weight": 1.0}, "cpu", "computes no weighted sum"),
+            ("eager", {"logits_dtype": "bf16"}, "cpu", "no choice of precision"),
+            ("eager", {}, "cpu", None),
+        ],
+    )
+    def test_who_cannot_compute_a_case_says_why(self, name, changes, device, reason):
+        catalogue = bench("catalogue")
+
+        said = catalogue.reason_to_skip(catalogue.find(name), smoke(**changes), device)
+
+        assert said is None if reason is None else reason in said
+
+    def test_logits_vary_as_those_of_trained_models_do(self):
+        problem = problem_of(smoke(n=64, v=2000, hs=64, ht=128))
+
+        student = problem.student.detach() @ problem.student_weight.detach().T
+        teacher = problem.teacher @ problem.teacher_weight.T
+
+        assert 3 < student.std() < 8
+        assert 0.5 < (teacher - student).std() < 1.5
+
+
+class TestMeasuring:
+    def test_an_error_of_one_percent_is_seen_in_loss_and_gradients(self):
+        problem = problem_of(smoke())
+        loss = bench("loading").load("eager", problem.case)
+
+        errors = bench("accuracy").Truth(problem).errors(lambda given: 1.01 * loss(given))
+
+        assert errors == pytest.approx((0.01, 0.01, 0.01), rel=1e-3)
+
+    def test_a_known_allocation_is_seen_in_the_peak_of_memory(self):
+        program = (
+            "import torch\nfrom bench.memory import peak_in_process\n"
+            "def step():\n    torch.ones(16_000_000)\n"
+            "print(peak_in_process(step).bytes_)"
+        )
+
+        shown = subprocess.run(
+            [sys.executable, "-c", program], cwd=KERNELS, capture_output=True, text=True, check=True
+        )
+
+        assert 64e6 <= int(shown.stdout) < 72e6
+
+    def test_a_round_lasts_its_time_and_clears_before_every_run(self):
+        timing = bench("timing")
+        calls = []
+
+        times = timing.sample_ms(
+            lambda: calls.append("run"),
+            CPU,
+            timing.Effort(0.0, 3),
+            before=lambda: calls.append("clear"),
+        )
+
+        assert len(times) == 3
+        assert calls == ["clear", "run"] * 3
+
+    def test_noise_is_how_far_the_two_rounds_are_apart(self):
+        times = bench("timing").summarise([(9.0, 10.0, 11.0), (12.0, 12.0, 12.0)])
+
+        assert times.median == 11.5
+        assert times.noise == pytest.approx(2 / 11.5)
+
+    @pytest.mark.parametrize(
+        ("error", "status"),
+        [(ImportError("no such package"), "skipped"), (RuntimeError("boom\nmore"), "failed")],
+    )
+    def test_who_raises_gets_a_row_with_the_first_line(self, error, status, monkeypatch):
+        running, results, machine = bench("running"), bench("results"), bench("machine")
+
+        def load(name, case):
+            raise error
+
+        monkeypatch.setattr(running, "load", load)
+        times = bench("timing").Times(1.0, 1.0, 1.0, 0.0)
+        ledger = results.Ledger(
+            io.StringIO(), machine.describe(CPU), machine.Ceilings(1e9, 1e9, times, times)
+        )
+        plan = running.Plan(device=CPU, effort=bench("timing").Effort(0.0, 2))
+
+        running.run_cases(
+            [smoke()], (bench("catalogue").find("eager"),), plan, ledger, announce=lambda _: None
+        )
+
+        (row,) = ledger.rows
+        assert row.status == status
+        assert row.reason == f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+
+class TestTargets:
+    @pytest.mark.parametrize(
+        ("ours_ms", "ours_mb", "expected"),
+        [(7.0, 20.0, (True, True)), (7.1, 20.1, (False, False)), (None, None, (None, None))],
+        ids=["both hold", "neither holds", "not measured"],
+    )
+    def test_the_cpu_targets_compare_both_sides_of_one_run(self, ours_ms, ours_mb, expected):
+        rows = [self.row("eager", 10.0, 100.0)]
+        if ours_ms is not None:
+            rows.append(self.row("megakd-chunked", ours_ms, ours_mb))
+
+        verdicts = bench("targets").verdicts(rows, "cpu")
+
+        assert tuple(each.holds for each in verdicts) == expected
+
+    def test_extra_memory_is_counted_beside_the_gradient_of_the_head(self):
+        row = replace(self.row("megakd-triton", 1.0, 2400.0), V=128_000, Hs=2000)
+
+        verdicts = {v.promise: v.value for v in bench("targets").verdicts([row], "cuda")}
+
+        (value,) = [value for promise, value in verdicts.items() if "beside the head" in promise]
+        assert value == pytest.approx(2.4 - 1.024)
+
+    def row(self, impl, milliseconds, megabytes):
+        results, case = bench("results"), smoke(name=bench("cases").ACCEPTANCE)
+        return results.Result(
+            case=case.name, impl=impl, status="measured", dtype="fp32", logits_dtype="fp32",
+            N=1, V=1, Hs=1, Ht=1, divergence="forward_kl", temperature=1.0, mode="fwd_bwd",
+            chunk_mb=1, ms_median=milliseconds, peak_mb=megabytes, device="", threads=1,
+            torch="", triton="", commit="",
+        )  # fmt: skip
+
+
+def test_the_benchmark_imports_this_package_torch_and_optional_tools_alone():
+    allowed = {"bench", "megakd_kernels", "torch", "triton", "matplotlib"}
+    trees = [ast.parse(p.read_text(encoding="utf-8")) for p in (KERNELS / "bench").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+
+    assert {name.split(".")[0] for name in found} - allowed - sys.stdlib_module_names == set()
