@@ -11,9 +11,24 @@ import torch
 import megakd_kernels as mk
 from megakd_kernels.settings import HAS_TRITON
 
-# Triton decides when a kernel is defined whether its interpreter runs it; none is defined yet.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRET = "TRITON_INTERPRET"
+NEEDS_INTERPRETER = not torch.cuda.is_available() and INTERPRET not in os.environ
+# Triton decides when a kernel is defined whether its interpreter runs it: the test modules, which
+# come next, define them.
+if NEEDS_INTERPRETER:
+    os.environ[INTERPRET] = "1"
+
+
+def pytest_collection_finish():
+    """Other tests of the session run without the interpreter, as users do."""
+    if NEEDS_INTERPRETER:
+        os.environ.pop(INTERPRET, None)
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    if NEEDS_INTERPRETER:
+        monkeypatch.setenv(INTERPRET, "1")
 
 
 def pytest_collection_modifyitems(items):
