@@ -44,7 +44,6 @@ from megakd.engine.distributed import Ranks, free_port, gather
 from megakd.engine.student import device_batch
 from megakd.lab import Lab
 from megakd.models.bundle import StudentBundle
-from megakd.objective import objective_needs
 from megakd.preparation import prepare
 from megakd.progress import Reporter
 from megakd.run import started
@@ -272,17 +271,16 @@ def build(config: RunConfig, ranks: Ranks) -> tuple[MeasuredStage, FrozenTeacher
     reporter = Reporter(config.output_dir, is_main=ranks.is_main)
     lab = Lab(config, prepared, ranks, reporter)
     name = lab.teacher()
-    objective = config.objective or ()
-    teacher = lab._frozen(name, objective_needs(objective))  # noqa: SLF001 - as `Lab.train` does
     stage = Stage(
         name="student",
         teachers=(name,),
-        objective=objective,
+        objective=config.objective or (),
         strategy=Constant((Pass(teacher=name),)),
         train=config.train,
         deepspeed=config.student.deepspeed,
     )
     assembly = Assembly(config=config, prepared=prepared, ranks=ranks)
+    teacher = lab._frozen(name, lab.needs(stage))  # noqa: SLF001 - as `Lab.train` does
     teachers = {name: teacher}
     return MeasuredStage(
         stage, assembly, teachers=teachers, reporter=reporter, fingerprint={}

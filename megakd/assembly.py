@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megakd.config import Dtype, RunConfig, TrainConfig
+from megakd.config import Dtype, Kernels, RunConfig, TrainConfig
 from megakd.data.encoding import Collator
+from megakd.data.masking import task_masking
 from megakd.engine.distributed import Ranks, supported_dtypes
 from megakd.engine.ds_config import load_ds_config
 from megakd.engine.initialize import training_engine
@@ -25,6 +26,7 @@ from megakd.preparation import Prepared
 from megakd.scoring import Scorer
 from megakd.stage import Stage
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
+from megakd_kernels.settings import resolve_implementation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,13 +60,16 @@ class Assembly:
         ds = load_ds_config(stage.deepspeed, where=where)
         dtype = training_dtype(stage.train)
         check_dtype(dtype, self.ranks, "train")
+        check_kernels(stage.train.kernels, self.ranks, "train")
         model = self._load(self.prepared.sources[stage.role], ds, dtype, need_head=False)
         if stage.train.gradient_checkpointing:
             # Hooks that read a block's parts would run twice under the reentrant kind.
             model.activation_checkpointing_enable({"use_reentrant": False})
         # ZeRO 3 lays all parameters of a model into one buffer, which has one dtype.
         objective.to(TORCH_DTYPE[dtype])
-        bundle = StudentBundle(model, objective, world_size=self.ranks.world_size)
+        bundle = StudentBundle(
+            model, objective, world_size=self.ranks.world_size, kernels=stage.train.kernels
+        )
         engine = training_engine(
             bundle, ds=ds, train=stage.train, dtype=dtype, world_size=self.ranks.world_size
         )
@@ -91,9 +96,11 @@ class Assembly:
         """
         ds = load_ds_config(spec, where="teacher.deepspeed")
         check_dtype(dtype, self.ranks, "teacher.dtype")
+        check_kernels(self.config.train.kernels, self.ranks, "train")
         model = self._load(source, ds, dtype, need_head=True)
         order = label_order(model.config, self.prepared.splits.label_names, where=source.where)
-        module = FrozenModel(model, needs=needs, label_order=order)
+        kernels = self.config.train.kernels
+        module = FrozenModel(model, needs=needs, label_order=order, kernels=kernels)
         rows = self.config.train.per_device_train_batch_size
         return FrozenTeacher(module, ds=ds, dtype=dtype, rows=rows)
 
@@ -104,6 +111,7 @@ class Assembly:
             collate=Collator(self.prepared.tokenizer, self.config.task),
             batch_size=self.config.eval.per_device_eval_batch_size,
             ranks=self.ranks,
+            masking=task_masking(self.prepared.tokenizer, self.config.task),
         )
 
     def teacher_dtype(self, source: ModelSource) -> Dtype:
@@ -148,3 +156,15 @@ def check_dtype(dtype: Dtype, ranks: Ranks, where: str) -> None:
     if TORCH_DTYPE[dtype] not in known:
         has = ", ".join(name for name, t in TORCH_DTYPE.items() if t in known)
         raise ConfigError(f"{where}: {dtype} is not to be had on {ranks.device.type}; it has {has}")
+
+
+def check_kernels(kernels: Kernels, ranks: Ranks, where: str) -> None:
+    """Refuses a code path that this device cannot run, before anything is loaded.
+
+    Raises:
+        ConfigError: it is not to be had there.
+    """
+    try:
+        resolve_implementation(kernels, ranks.device)
+    except ValueError as error:
+        raise ConfigError(f"{where}.kernels: {error}") from error

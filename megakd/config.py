@@ -13,7 +13,10 @@ from megakd.terms import STRICT, Fraction, Positive, TermConfig, Weight
 
 Count = Annotated[int, Field(ge=1)]
 Dtype = Literal["fp32", "bf16", "fp16"]
-TaskType = Literal["classification", "regression", "causal_lm"]
+Kernels = Literal["auto", "triton", "chunked", "reference"]
+TaskType = Literal["classification", "regression", "mlm", "causal_lm"]
+LANGUAGE_TASKS: tuple[TaskType, ...] = ("mlm", "causal_lm")
+"""Those whose labels are tokens of the text itself."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -36,8 +39,10 @@ class TaskConfig:
     text_columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)] | None = None
     label_column: str | None = None
     max_length: Annotated[int, Field(ge=2)] = 128
-    """In tokens; longer texts are cut (causal_lm: packed to this length)."""
+    """In tokens; longer texts are cut (mlm: into windows; causal_lm: packed to this length)."""
     tokenizer: str | TokenizerConfig | None = None
+    mlm_probability: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the tokens that are predicted; None: 0.15. For mlm alone."""
     labelled_examples: Count | None = None
     """Keep the labels of this many training rows, chosen by hash; the others stay unlabelled."""
     max_eval_examples: Count | None = None
@@ -74,6 +79,8 @@ class TrainConfig:
     bf16: bool = False
     fp16: bool = False
     gradient_checkpointing: bool = False
+    kernels: Kernels = "auto"
+    """Which code computes the losses, all alike up to rounding; auto is triton on a GPU."""
     resume_from_checkpoint: bool | str = True
 
 
@@ -98,6 +105,7 @@ class FinetuneOverrides:
     bf16: bool | None = None
     fp16: bool | None = None
     gradient_checkpointing: bool | None = None
+    kernels: Kernels | None = None
     resume_from_checkpoint: bool | str | None = None
 
 

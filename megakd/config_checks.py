@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megakd.config import LANGUAGE_TASKS
 from megakd.engine.ds_config import check_frozen_stage, load_ds_config
 from megakd.errors import ConfigError
 from megakd.terms import (
-    HIDDEN_TERMS,
+    INTERMEDIATE_TERMS,
     SOFT_TARGET_DIVERGENCES,
     HardCrossEntropy,
     HardMse,
@@ -19,9 +20,10 @@ from megakd.terms import (
 if TYPE_CHECKING:
     from megakd.config import RunConfig, TaskType
 
-_TEACHER_TERMS = (*SOFT_TARGET_DIVERGENCES, SoftTargetMse, *HIDDEN_TERMS)
+_TEACHER_TERMS = (*SOFT_TARGET_DIVERGENCES, SoftTargetMse, *INTERMEDIATE_TERMS)
 _OF_CLASSES = (HardCrossEntropy, *SOFT_TARGET_DIVERGENCES)
 _OF_SCORES = (HardMse, SoftTargetMse)
+_WITH_CLASSES = ("classification", *LANGUAGE_TASKS)
 
 
 def config_problems(config: RunConfig) -> list[str]:
@@ -75,8 +77,8 @@ def _objective(config: RunConfig) -> Iterator[str]:
     for index, term in enumerate(terms):
         where = f"objective[{index}].loss: {term.loss}"
         if isinstance(term, _unfitting_terms(config.task.type)):
-            fitting = "regression" if isinstance(term, _OF_SCORES) else "classification, causal_lm"
-            yield f"{where} is for {fitting}, and task.type is {config.task.type}"
+            fitting = ("regression",) if isinstance(term, _OF_SCORES) else _WITH_CLASSES
+            yield f"{where} is for {', '.join(fitting)}, and task.type is {config.task.type}"
         elif config.method.name == "finetune" and isinstance(term, _TEACHER_TERMS):
             yield (
                 f'{where} compares with a teacher, and method "finetune" has none; '
@@ -94,10 +96,15 @@ def _task(config: RunConfig) -> Iterator[str]:
         for key in ("text_columns", "label_column", "dataset_config"):
             if getattr(task, key) is not None:
                 yield f"task.{key}: the dataset pydocs takes none; remove the key"
-    if task.labelled_examples is not None and task.type == "causal_lm":
+    if task.labelled_examples is not None and task.type in LANGUAGE_TASKS:
         yield (
             "task.labelled_examples: only classification and regression have labels to keep, "
-            "and task.type is causal_lm; remove the key"
+            f"and task.type is {task.type}; remove the key"
+        )
+    if task.mlm_probability is not None and task.type != "mlm":
+        yield (
+            "task.mlm_probability: only mlm masks tokens, "
+            f"and task.type is {task.type}; remove the key"
         )
 
 

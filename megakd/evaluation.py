@@ -88,7 +88,10 @@ def language_model_metrics(sums: Tensor) -> dict[str, float]:
     """
     nats, right, targets = (float(value) for value in sums.tolist())
     if targets == 0:
-        raise DataError("the held-out text has no target to score: it is empty or one token long")
+        raise DataError(
+            "the held-out text has no target to score: it is empty, one token long, or holds "
+            "nothing but unknown tokens"
+        )
     loss = nats / targets
     # Past 700 nats the exponential leaves fp64; a loss like that has no perplexity to speak of.
     perplexity = math.exp(loss) if loss < 700 else math.inf

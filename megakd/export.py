@@ -31,6 +31,7 @@ INDEX_NAME = "model.safetensors.index.json"
 AUTO_CLASSES: Mapping[TaskType, tuple[str, str]] = {
     "classification": ("AutoModelForSequenceClassification", "text-classification"),
     "regression": ("AutoModelForSequenceClassification", "text-classification"),
+    "mlm": ("AutoModelForMaskedLM", "fill-mask"),
     "causal_lm": ("AutoModelForCausalLM", "text-generation"),
 }
 

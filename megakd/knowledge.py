@@ -1,4 +1,4 @@
-"""What is read from a model: logits or (hidden, head), and hidden states.
+"""What is read from a model: logits or (hidden, head), hidden states, attention vectors.
 
 The one place where a teacher and a student run their forward, so that both are read alike.
 """
@@ -13,17 +13,22 @@ from torch import Tensor, nn
 
 from megakd.engine.sharding import gathered
 from megakd.models.architectures import architecture_of
+from megakd.models.attention import AttentionNotes
 from megakd.stage import Batch, Knowledge
 
 
 class Needs(NamedTuple):
-    """What the chosen losses ask of a model's forward."""
+    """What the chosen losses ask of a model's forward.
+
+    attention_layers: layers, from 1, whose queries, keys and values are wanted.
+    """
 
     hidden_states: bool = False
+    attention_layers: tuple[int, ...] = ()
 
 
 class LanguageModelHead:
-    """The output matrix of a causal LM, found by name so that ties stay ties."""
+    """The output matrix of a language model, found by name so that ties stay ties."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -40,19 +45,28 @@ class LanguageModelHead:
 
 
 def language_model_head(model: nn.Module) -> LanguageModelHead:
-    """The head of a causal LM by the architecture map."""
-    return LanguageModelHead(architecture_of(model.config).head_of(model))  # type: ignore[arg-type]
+    """The head of a causal or masked LM by the architecture map."""
+    return LanguageModelHead(architecture_of(model.config).language_head_of(model))  # type: ignore[arg-type]
 
 
 def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
     """Runs the model once and keeps what the losses need.
 
     Args:
-        model: a classifier or regressor (logits [B, C]), or a causal LM, of which only the
-            backbone runs: the losses take (hidden, head) and never form [B, T, V].
+        model: a classifier or regressor (logits [B, C]), or a language model, which runs up to
+            its output matrix: the losses take (hidden, head) and never form [B, T, V].
         batch: inputs as the model's forward takes them.
-        needs: hidden states or not.
+        needs: hidden states or not, and of which layers the attention vectors.
     """
+    if not needs.attention_layers:
+        return _read(model, batch, needs)
+    notes = AttentionNotes(model, needs.attention_layers)  # type: ignore[arg-type]
+    with notes.taking():
+        read = _read(model, batch, needs)
+    return read._replace(attention=notes.vectors())
+
+
+def _read(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
     if batch.labels.dim() == 2:  # [B, T]: a language model
         return _read_language_model(model, batch, needs)
     inputs = _accepted_inputs(model, batch)
@@ -68,10 +82,17 @@ def _accepted_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 
 def _read_language_model(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
-    backbone = architecture_of(model.config).backbone_of(model)  # type: ignore[arg-type]
-    out = backbone(**batch.inputs, use_cache=False, output_hidden_states=needs.hidden_states)
+    architecture = architecture_of(model.config)  # type: ignore[arg-type]
+    # Encoders keep no cache, and not all of them know the word.
+    options = {} if architecture.masked else {"use_cache": False}
+    backbone = architecture.backbone_of(model)
+    out = backbone(**batch.inputs, **options, output_hidden_states=needs.hidden_states)
+    hidden = out.last_hidden_state
+    if batch.targets is not None:
+        # An MLM's head is asked at a few positions only: [N, D].
+        hidden = hidden.flatten(0, 1)[batch.targets]
     return Knowledge(
-        hidden=out.last_hidden_state,
+        hidden=architecture.before_language_head(model, hidden),
         head=language_model_head(model),
         hidden_states=tuple(out.hidden_states or ()),
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from megakd.assembly import Assembly, check_dtype, training_dtype
+from megakd.assembly import Assembly, check_dtype, check_kernels, training_dtype
 from megakd.config import Dtype, FinetuneOverrides, RunConfig, TrainConfig
 from megakd.config_file import config_tree
 from megakd.engine.distributed import Ranks, main_first
@@ -20,7 +20,7 @@ from megakd.errors import CheckpointError
 from megakd.fingerprint import Fingerprint, files_identity, flatten
 from megakd.knowledge import Needs
 from megakd.models.loading import ModelSource, resolve_model
-from megakd.objective import objective_needs
+from megakd.objective import teacher_needs
 from megakd.preparation import Prepared
 from megakd.progress import Reporter
 from megakd.report import ModelReport, named_shapes, parameter_counts
@@ -115,8 +115,7 @@ class Lab:
         return dataclasses.replace(stage, **defaults)
 
     def _run(self, stage: Stage, fingerprint: Fingerprint, folder: Path) -> StageResult:
-        needs = objective_needs(stage.objective)
-        teachers = {name: self._frozen(name, needs) for name in stage.teachers}
+        teachers = {name: self._frozen(name, self.needs(stage)) for name in stage.teachers}
         run = StageRun(
             stage,
             self._assembly,
@@ -130,6 +129,11 @@ class Lab:
             run.close()
             for teacher in teachers.values():
                 teacher.destroy()
+
+    def needs(self, stage: Stage) -> Needs:
+        """What a stage's losses ask of its teacher."""
+        shape = self._prepared.shape
+        return teacher_needs(stage.objective, shape(stage.role), shape("teacher"))
 
     def _frozen(self, name: str, needs: Needs) -> FrozenTeacher:
         spec, source = self.config.teacher, self._teachers[name]
@@ -145,7 +149,7 @@ class Lab:
             "task": config_tree(self.config)["task"],
             "data": self._prepared.encoded.content_hash,
             "model": _identity(self._prepared.sources[stage.role]),
-            "train": asdict(stage.train) | {"resume_from_checkpoint": None},
+            "train": _train_identity(stage.train),
             "objective": [asdict(term) for term in stage.objective],
             "deepspeed": load_ds_config(stage.deepspeed, where=f"{stage.role}.deepspeed"),
             "labelled_only": stage.labelled_only,
@@ -226,19 +230,21 @@ def scoring_preset(deepspeed: str | Mapping[str, Any]) -> str:
     return "teacher_zero3" if zero_stage(ds) == 3 else "teacher_zero0"
 
 
-def check_dtypes(config: RunConfig, ranks: Ranks) -> None:
-    """Refuses what the device cannot compute in, before a teacher is trained for nothing.
+def check_device(config: RunConfig, ranks: Ranks) -> None:
+    """Refuses what the device cannot compute in or with, before a teacher is trained for nothing.
 
     Raises:
-        ConfigError: naming the dtype and those the device has.
+        ConfigError: naming the dtype and those the device has, or the kernels.
     """
     check_dtype(training_dtype(config.train), ranks, "train")
+    check_kernels(config.train.kernels, ranks, "train")
     teacher = config.teacher
     if teacher is not None and teacher.dtype is not None:
         check_dtype(teacher.dtype, ranks, "teacher.dtype")
     if teacher is not None and teacher.finetune is not None:
         train = inherit(config.train, teacher.finetune)
         check_dtype(training_dtype(train), ranks, "teacher.finetune")
+        check_kernels(train.kernels, ranks, "teacher.finetune")
 
 
 def check_checkpoint_given(where: str, path: bool | str | None) -> None:  # noqa: FBT001
@@ -252,6 +258,13 @@ def check_checkpoint_given(where: str, path: bool | str | None) -> None:  # noqa
             f"{where}: {path} does not exist; give a folder such as "
             f"checkpoints/<stage>/step-<n>, or true for the newest"
         )
+
+
+def _train_identity(train: TrainConfig) -> Mapping[str, Any]:
+    """Without what may differ between two parts of one run: all kernels compute the same."""
+    tree = asdict(train) | {"resume_from_checkpoint": None}
+    del tree["kernels"]
+    return tree
 
 
 def _identity(source: ModelSource) -> Mapping[str, Any]:

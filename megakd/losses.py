@@ -7,32 +7,29 @@ is cut into micro-batches and ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import megakd_kernels
+from megakd.config import Kernels
 from megakd.knowledge import Needs
 from megakd.stage import IGNORE, Batch, Knowledge, Unit
-from megakd.terms import (
-    HiddenCosine,
-    HiddenMse,
-    SoftTargetJsd,
-    SoftTargetKl,
-    SoftTargetReverseKl,
-)
+from megakd.terms import SoftTarget, SoftTargetKl
 
 DIVERGENCE = {
     "soft_target_kl": "forward_kl",
     "soft_target_reverse_kl": "reverse_kl",
     "soft_target_jsd": "jsd",
+    "soft_target_skew_kl": "skew_kl",
+    "soft_target_skew_reverse_kl": "skew_rkl",
+    "soft_target_tvd": "tvd",
 }
 AGREEMENT = "top1_agreement"
-SoftTarget = SoftTargetKl | SoftTargetReverseKl | SoftTargetJsd
 
 
 class Evaluated(NamedTuple):
@@ -44,13 +41,24 @@ class Evaluated(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """What a group of terms computes from."""
+    """What a group of terms computes from.
+
+    kernels: the code path of megakd_kernels, as `train.kernels` names it.
+    """
 
     student: Knowledge
     teacher: Knowledge | None
     batch: Batch
     weights: Mapping[str, float]
     per_unit: Mapping[Unit, Tensor]
+    kernels: Kernels = "auto"
+
+    @property
+    def taught(self) -> Knowledge:
+        """What the teacher said."""
+        if self.teacher is None:
+            raise TypeError("a term that compares with a teacher was planned without one")
+        return self.teacher
 
 
 class TermGroup(nn.Module):
@@ -79,7 +87,13 @@ class HardClasses(TermGroup):
         """Cross-entropy in nats, summed over labelled rows."""
         logits, labels = _logits(reading.student), reading.batch.labels
         out = megakd_kernels.kd_loss_from_logits(
-            logits, None, labels, t_squared=True, ce_weight=1.0, ignore_index=IGNORE
+            logits,
+            None,
+            labels,
+            t_squared=True,
+            ce_weight=1.0,
+            ignore_index=IGNORE,
+            impl=reading.kernels,
         )
         scale = reading.weights["hard_cross_entropy"] * reading.per_unit["targets"]
         return Evaluated(out.loss * scale, {"hard_cross_entropy": out.ce_sum})
@@ -99,13 +113,15 @@ class SoftClasses(TermGroup):
         """The divergence in nats times T², summed over rows."""
         out = megakd_kernels.kd_loss_from_logits(
             _logits(reading.student),
-            _logits(_teacher(reading)),
+            _logits(reading.taught),
             None,
             divergence=DIVERGENCE[self.term.loss],
-            beta=getattr(self.term, "beta", 0.5),
+            beta=_option((self.term,), "beta", 0.5),
+            skew=_option((self.term,), "skew", 0.1),
             temperature=self.term.temperature,
             t_squared=self.term.t_squared,
             valid=reading.batch.valid.any(dim=1),
+            impl=reading.kernels,
         )
         scale = reading.weights[self.term.loss] * reading.per_unit["examples"]
         sums = {self.term.loss: out.divergence_sums[0], AGREEMENT: out.agreement}
@@ -113,9 +129,9 @@ class SoftClasses(TermGroup):
 
 
 class LanguageModelTargets(TermGroup):
-    """Hard and soft targets of a causal LM in one pass over (hidden, head), never [B, T, V].
+    """Hard and soft targets of a language model in one pass over (hidden, head), never [B, T, V].
 
-    Terms that share a temperature share the pass, so that one head gradient exists.
+    Terms that can share the pass do, so that one head gradient exists.
     """
 
     def __init__(self, soft: tuple[SoftTarget, ...], *, hard: bool) -> None:
@@ -127,12 +143,11 @@ class LanguageModelTargets(TermGroup):
 
     def forward(self, reading: Reading) -> Evaluated:
         """Nats (times T² for the soft terms), summed over positions with a label."""
-        student, labels = reading.student, reading.batch.labels
+        student, labels = reading.student, reading.batch.target_labels
         head, bias = _head(student)
         teacher_head, teacher_bias = self._teacher_head(reading)
         divergence = {DIVERGENCE[t.loss]: reading.weights[t.loss] for t in self.soft}
         shared = self.soft[0] if self.soft else SoftTargetKl(loss="soft_target_kl")
-        jsd = next((t for t in self.soft if isinstance(t, SoftTargetJsd)), None)
         out = megakd_kernels.linear_kd_loss(
             _hidden(student),
             head,
@@ -140,7 +155,8 @@ class LanguageModelTargets(TermGroup):
             teacher_head,
             labels,
             divergence=divergence or "forward_kl",
-            beta=jsd.beta if jsd else 0.5,
+            beta=_option(self.soft, "beta", 0.5),
+            skew=_option(self.soft, "skew", 0.1),
             temperature=shared.temperature,
             t_squared=shared.t_squared,
             ce_weight=self._hard_weight(reading),
@@ -149,6 +165,7 @@ class LanguageModelTargets(TermGroup):
             reduction="num_items",
             student_bias=bias,
             teacher_bias=teacher_bias,
+            impl=reading.kernels,
         )
         sums = {t.loss: out.divergence_sums[i] for i, t in enumerate(self.soft)}
         if self.hard:
@@ -164,7 +181,7 @@ class LanguageModelTargets(TermGroup):
         return reading.per_unit["targets"].new_full((), reading.weights["hard_cross_entropy"])
 
     def _teacher_head(self, reading: Reading) -> tuple[Tensor | None, Tensor | None]:
-        return _head(_teacher(reading)) if self.soft else (None, None)
+        return _head(reading.taught) if self.soft else (None, None)
 
 
 class Scores(TermGroup):
@@ -188,62 +205,10 @@ class Scores(TermGroup):
 
     def _target(self, reading: Reading) -> tuple[Tensor, Tensor]:
         if self.needs_teacher:
-            scores = _logits(_teacher(reading)).float().squeeze(-1)
+            scores = _logits(reading.taught).float().squeeze(-1)
             return scores, reading.batch.valid.any(dim=1)
         labels = reading.batch.labels.float()
         return labels, ~labels.isnan()
-
-
-class HiddenStates(TermGroup):
-    """`hidden_mse` or `hidden_cosine` over mapped layers, with a projection where widths differ.
-
-    Mean over width and mapped layers per token. The projections are learned with the student,
-    kept for resuming, and dropped at export.
-    """
-
-    needs = Needs(hidden_states=True)
-    needs_teacher = True
-
-    def __init__(
-        self,
-        term: HiddenMse | HiddenCosine,
-        pairs: tuple[tuple[int, int], ...],
-        widths: tuple[int, int],
-    ) -> None:
-        super().__init__()
-        self.name, self.pairs = term.loss, pairs
-        self.units = {term.loss: "tokens"}
-        self.loss = (
-            megakd_kernels.hidden_mse_projection_loss
-            if isinstance(term, HiddenMse)
-            else megakd_kernels.hidden_cosine_projection_loss
-        )
-        student, teacher = widths
-        count = len(pairs) if student != teacher else 0
-        self.projections = nn.ModuleList(
-            nn.Linear(student, teacher, bias=False) for _ in range(count)
-        )
-
-    def _projection(self, index: int) -> Tensor | None:
-        if not len(self.projections):
-            return None
-        return cast("nn.Linear", self.projections[index]).weight
-
-    def forward(self, reading: Reading) -> Evaluated:
-        """The mean over layers of each layer's sum over tokens."""
-        teacher = _teacher(reading)
-        layers = [
-            self.loss(
-                reading.student.hidden_states[s],
-                self._projection(i),
-                teacher.hidden_states[t],
-                valid=reading.batch.valid,
-            )
-            for i, (s, t) in enumerate(self.pairs)
-        ]
-        total = torch.stack(layers).mean()
-        scale = reading.weights[self.name] * reading.per_unit["tokens"]
-        return Evaluated(total * scale, {self.name: total.detach()})
 
 
 def _logits(knowledge: Knowledge) -> Tensor:
@@ -264,22 +229,34 @@ def _head(knowledge: Knowledge) -> tuple[Tensor, Tensor | None]:
     return knowledge.head.read()
 
 
-def _teacher(reading: Reading) -> Knowledge:
-    if reading.teacher is None:
-        raise TypeError("a term that compares with a teacher was planned without one")
-    return reading.teacher
+def _option(terms: Sequence[SoftTarget], name: str, default: float) -> float:
+    """The value of an option that a call has once, from the terms that have it."""
+    return next((getattr(term, name) for term in terms if hasattr(term, name)), default)
 
 
 def language_model_groups(
     soft: tuple[SoftTarget, ...], *, hard: bool
 ) -> tuple[LanguageModelTargets, ...]:
-    """One group per (temperature, T²); the hard term rides with the first."""
-    keys = dict.fromkeys((t.temperature, t.t_squared) for t in soft)
-    together = [tuple(t for t in soft if (t.temperature, t.t_squared) == key) for key in keys]
+    """As few passes as can be; the hard term rides with the first."""
+    together: list[list[SoftTarget]] = []
+    for term in soft:
+        fitting = next((group for group in together if _one_pass([*group, term])), None)
+        if fitting is None:
+            together.append([term])
+        else:
+            fitting.append(term)
     if not together:
         return (LanguageModelTargets((), hard=True),) if hard else ()
     first, *rest = together
     return (
-        LanguageModelTargets(first, hard=hard),
-        *(LanguageModelTargets(terms, hard=False) for terms in rest),
+        LanguageModelTargets(tuple(first), hard=hard),
+        *(LanguageModelTargets(tuple(terms), hard=False) for terms in rest),
+    )
+
+
+def _one_pass(terms: Sequence[SoftTarget]) -> bool:
+    """Whether no two terms differ in an option that a call has once."""
+    return all(
+        len({getattr(term, name) for term in terms if hasattr(term, name)}) <= 1
+        for name in ("temperature", "t_squared", "beta", "skew")
     )

@@ -2,38 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from megakd.config import TaskType
+from megakd.config import LANGUAGE_TASKS, TaskType
 from megakd.errors import ConfigError, TeacherError
+from megakd.intermediate_losses import AttentionMatrices, HiddenStates, Pairs, Relations
 from megakd.knowledge import Needs
 from megakd.losses import (
     Evaluated,
     HardClasses,
-    HiddenStates,
     Reading,
     Scores,
     SoftClasses,
     TermGroup,
     language_model_groups,
 )
+from megakd.models.architectures import Heads
 from megakd.stage import IGNORE, UNITS, Batch, Unit
-from megakd.terms import HIDDEN_TERMS, SOFT_TARGET_DIVERGENCES, HiddenCosine, HiddenMse, TermConfig
+from megakd.terms import (
+    ATTENTION_TERMS,
+    INTERMEDIATE_TERMS,
+    SOFT_TARGET_DIVERGENCES,
+    STATE_TERMS,
+    AttentionMse,
+    AttentionTerm,
+    EmbeddingMse,
+    LayerMapping,
+    Relation,
+    RelationKl,
+    StateTerm,
+    TermConfig,
+)
 
 WEIGHTED_LOSS = "loss"
 """Among the terms of a report: what was minimised, all passes, scales and weights in it."""
 
 
 class Shape(NamedTuple):
-    """What a loss must know of a model: layers, hidden width, rows of the output."""
+    """What a loss must know of a model: layers, hidden width, rows of the output, heads."""
 
     layers: int
     width: int
     vocabulary: int
+    heads: Heads | None = None
 
 
 class Objective(nn.Module):
@@ -48,7 +64,11 @@ class Objective(nn.Module):
         self.groups = nn.ModuleList(groups)
         self.weights = dict(weights)
         self.units: dict[str, Unit] = {n: u for g in groups for n, u in g.units.items()}
-        self.needs = Needs(hidden_states=any(g.needs.hidden_states for g in groups))
+        layers = {layer for group in groups for layer in group.needs.attention_layers}
+        self.needs = Needs(
+            hidden_states=any(g.needs.hidden_states for g in groups),
+            attention_layers=tuple(sorted(layers)),
+        )
         self.needs_teacher = any(g.needs_teacher for g in groups)
 
     def forward(self, reading: Reading) -> Evaluated:
@@ -65,7 +85,7 @@ def build_objective(
 
     Args:
         terms: the run config's list.
-        task: classification, regression or causal_lm.
+        task: classification, regression, mlm or causal_lm.
         student: the student's shape.
         teacher: the teacher's, None for supervised training.
 
@@ -77,22 +97,46 @@ def build_objective(
     soft = tuple(t for t in terms if isinstance(t, SOFT_TARGET_DIVERGENCES))
     hard = any(t.loss == "hard_cross_entropy" for t in terms)
     groups: list[TermGroup] = []
-    if task == "causal_lm":
+    if task in LANGUAGE_TASKS:
         groups.extend(language_model_groups(soft, hard=hard))
     else:
         groups.extend(HardClasses() for _ in range(hard))
         groups.extend(SoftClasses(t) for t in soft)
     groups.extend(Scores(t.loss) for t in terms if t.loss in {"hard_mse", "soft_target_mse"})
-    for term in terms:
-        if isinstance(term, HIDDEN_TERMS) and teacher is not None:
-            pairs = layer_pairs(term, student, teacher)
-            groups.append(HiddenStates(term, pairs, (student.width, teacher.width)))
+    if teacher is not None:
+        groups.extend(_intermediate_groups(terms, task, student, teacher))
     return Objective(groups, {t.loss: t.weight for t in terms})
 
 
-def objective_needs(terms: Sequence[TermConfig]) -> Needs:
-    """What the terms ask of a model's forward."""
-    return Needs(hidden_states=any(isinstance(term, HIDDEN_TERMS) for term in terms))
+def _intermediate_groups(
+    terms: Sequence[TermConfig], task: TaskType, student: Shape, teacher: Shape
+) -> Iterator[TermGroup]:
+    causal = task == "causal_lm"
+    for term in terms:
+        if not isinstance(term, INTERMEDIATE_TERMS):
+            continue
+        pairs = layer_pairs(term, student, teacher)
+        if isinstance(term, RelationKl):
+            heads = relation_heads(term, student, teacher)
+            yield Relations(term, pairs, heads=heads, causal=causal)
+        elif isinstance(term, AttentionMse):
+            yield AttentionMatrices(term, pairs, causal=causal)
+        else:
+            yield HiddenStates(term, pairs, (student.width, teacher.width))
+
+
+def teacher_needs(terms: Sequence[TermConfig], student: Shape, teacher: Shape) -> Needs:
+    """What the terms ask of the teacher's forward."""
+    layers = {
+        pair[1]
+        for term in terms
+        if isinstance(term, ATTENTION_TERMS)
+        for pair in layer_pairs(term, student, teacher)
+    }
+    return Needs(
+        hidden_states=any(isinstance(term, STATE_TERMS) for term in terms),
+        attention_layers=tuple(sorted(layers)),
+    )
 
 
 def check_terms(
@@ -100,13 +144,15 @@ def check_terms(
 ) -> None:
     """All that can be said of the terms from both models' configs, before anything loads."""
     for term in terms:
-        compares = isinstance(term, HIDDEN_TERMS) or term.loss.startswith("soft_target")
+        compares = isinstance(term, INTERMEDIATE_TERMS) or term.loss.startswith("soft_target")
         if compares and teacher is None:
             raise ConfigError(f"{term.loss} compares with a teacher and this stage has none")
-        if isinstance(term, SOFT_TARGET_DIVERGENCES) and task != "causal_lm" and teacher:
+        if isinstance(term, SOFT_TARGET_DIVERGENCES) and task not in LANGUAGE_TASKS and teacher:
             _check_classes(term.loss, student, teacher)
-        if isinstance(term, HIDDEN_TERMS) and teacher is not None:
+        if isinstance(term, INTERMEDIATE_TERMS) and teacher is not None:
             layer_pairs(term, student, teacher)
+        if isinstance(term, ATTENTION_TERMS) and teacher is not None:
+            _check_heads(term, student, teacher)
 
 
 def _check_classes(loss: str, student: Shape, teacher: Shape) -> None:
@@ -117,17 +163,16 @@ def _check_classes(loss: str, student: Shape, teacher: Shape) -> None:
         )
 
 
-def layer_pairs(
-    term: HiddenMse | HiddenCosine, student: Shape, teacher: Shape
-) -> tuple[tuple[int, int], ...]:
+def layer_pairs(term: StateTerm | AttentionTerm, student: Shape, teacher: Shape) -> Pairs:
     """(student layer, teacher layer) numbers; 0 is the embedding output.
 
     `uniform` spreads the student's layers 1..Ls over the teacher's: s -> round(s · Lt / Ls).
 
     Raises:
-        TeacherError: a pair points beyond a model, named as it was written.
+        TeacherError: a pair points beyond a model, or at an embedding's attention, named as it
+            was written.
     """
-    mapping = term.layer_mapping
+    mapping: LayerMapping = ("0:0",) if isinstance(term, EmbeddingMse) else term.layer_mapping
     if mapping == "last":
         return ((student.layers, teacher.layers),)
     if mapping == "uniform":
@@ -141,8 +186,62 @@ def layer_pairs(
                 f"{term.loss}.layer_mapping {text}: the student has {student.layers} layers, the "
                 f"teacher {teacher.layers} (0 is the embedding output)"
             )
+        if isinstance(term, ATTENTION_TERMS) and 0 in (s, t):
+            raise TeacherError(
+                f"{term.loss}.layer_mapping {text}: 0 is the embedding output, which has no "
+                f"attention; layers count from 1"
+            )
         pairs.append((s, t))
     return tuple(pairs)
+
+
+def _check_heads(term: AttentionTerm, student: Shape, teacher: Shape) -> None:
+    if isinstance(term, RelationKl):
+        relation_heads(term, student, teacher)
+        return
+    ours = _heads(term, student, "student").queries
+    theirs = _heads(term, teacher, "teacher").queries
+    if ours != theirs:
+        raise TeacherError(
+            f"attention_mse: the teacher has {theirs} attention heads, the student {ours}, and "
+            f"their attention is compared head by head; relation_kl works with any numbers"
+        )
+
+
+def relation_heads(term: RelationKl, student: Shape, teacher: Shape) -> int:
+    """Into how many parts the vectors of both models are cut.
+
+    Raises:
+        TeacherError: it does not divide a width, naming it, the number and those that would do.
+    """
+    ours, theirs = _heads(term, student, "student"), _heads(term, teacher, "teacher")
+    count = term.relation_heads or theirs.queries
+    widths = {
+        f"{model}'s {relation.replace('query_key', 'query')} vectors": _width(relation, heads)
+        for relation in term.relations
+        for model, heads in (("student", ours), ("teacher", theirs))
+    }
+    for vectors, width in widths.items():
+        if width % count:
+            common = math.gcd(*widths.values())
+            fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+            given = "" if term.relation_heads else " (null: the teacher's attention heads)"
+            raise TeacherError(
+                f"relation_kl.relation_heads {count}{given} does not divide the {vectors}, which "
+                f"are {width} wide; numbers that divide all of them: {fitting}"
+            )
+    return count
+
+
+def _width(relation: Relation, heads: Heads) -> int:
+    """Of the vectors that are compared; for query_key the keys are repeated to the queries'."""
+    return heads.width * (heads.keys if relation in {"key", "value"} else heads.queries)
+
+
+def _heads(term: AttentionTerm, model: Shape, role: str) -> Heads:
+    if model.heads is None:
+        raise TeacherError(f"{term.loss}: the {role} has no attention that megakd knows of")
+    return model.heads
 
 
 def count_units(batches: Sequence[Batch]) -> Tensor:

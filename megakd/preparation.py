@@ -57,6 +57,7 @@ class Materials:
             architecture.number_of_layers(source.config),
             architecture.hidden_width(source.config),
             outputs or len(self.tokenizer),
+            architecture.heads(source.config),
         )
 
 

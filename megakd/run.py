@@ -25,7 +25,7 @@ from megakd.engine.memory import keep_freed_memory
 from megakd.errors import CheckpointError, ConfigError, MegakdError
 from megakd.export import CardFacts, model_card, weight_bytes
 from megakd.fingerprint import differences, flatten
-from megakd.lab import Lab, check_checkpoint_given, check_dtypes, scoring_preset
+from megakd.lab import Lab, check_checkpoint_given, check_device, scoring_preset
 from megakd.latency import compare_latency
 from megakd.methods import METHODS
 from megakd.preparation import Prepared, check_vocabularies, prepare
@@ -78,7 +78,7 @@ def started() -> Iterator[Ranks]:
 
 
 def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
-    check_dtypes(config, ranks)
+    check_device(config, ranks)
     prepared = prepare(config)
     on_main(lambda: _record_config(config))
     reporter = Reporter(

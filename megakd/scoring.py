@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from megakd.data.encoding import Collator
 from megakd.data.loader import evaluation_batches
+from megakd.data.masking import Masking
 from megakd.engine.distributed import Ranks, all_reduce_, gather, on_main
 from megakd.engine.student import device_batch
 from megakd.evaluation import language_model_metrics, task_metrics
@@ -36,14 +37,16 @@ class Answers(NamedTuple):
 class Scorer:
     """Turns a split and a forward into the task's official metrics.
 
-    metrics: their names; a causal LM's come from sums, the others from all outputs.
+    metrics: their names; a language model's come from sums, the others from all outputs.
     batch_size: rows per rank.
+    masking: hides tokens of every row, the same ones at every evaluation (mlm).
     """
 
     metrics: tuple[str, ...]
     collate: Collator
     batch_size: int
     ranks: Ranks
+    masking: Masking | None = None
 
     def score(self, predict: Predict, rows: Dataset) -> dict[str, float]:
         """The metrics of `predict` on `rows`, the same on every rank.
@@ -64,7 +67,12 @@ class Scorer:
     def _batches(self, rows: Dataset) -> Iterator[Batch]:
         ranks = self.ranks
         for batch in evaluation_batches(
-            rows, self.collate, batch_size=self.batch_size, rank=ranks.rank, world=ranks.world_size
+            rows,
+            self.collate,
+            batch_size=self.batch_size,
+            rank=ranks.rank,
+            world=ranks.world_size,
+            masking=self.masking,
         ):
             yield device_batch(batch, ranks.device)
 

@@ -24,18 +24,26 @@ class Batch(NamedTuple):
     """One micro-batch of one rank, aligned so that no loss shifts anything.
 
     inputs: what the model's forward takes (`input_ids` [B, T], `attention_mask`, …).
-    labels: [B] class numbers, [B] scores (float, NaN = none) or [B, T] next tokens,
-        already shifted; -100 = no label.
+    labels: [B] class numbers, [B] scores (float, NaN = none) or [B, T] tokens: the next ones,
+        already shifted, or those under the masks; -100 = no label.
     valid: [B, T] bool, False at padding and in rows that only keep the ranks in step.
+    targets: [N] int64 positions of the flattened [B * T] that a language model is asked about,
+        which are the labelled ones, or one at least; None asks about all.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
     valid: Tensor
+    targets: Tensor | None = None
+
+    @property
+    def target_labels(self) -> Tensor:
+        """The labels of what is asked: [N] where there are `targets`, else all of them."""
+        return self.labels if self.targets is None else self.labels.flatten()[self.targets]
 
 
 class Head(Protocol):
-    """The output matrix of a causal LM, [V, D], perhaps sharded until it is opened."""
+    """The output matrix of a language model, [V, D], perhaps sharded until it is opened."""
 
     def read(self) -> tuple[Tensor, Tensor | None]:
         """(weight [V, D], bias [V] or None), readable while the head is open."""
@@ -46,19 +54,37 @@ class Head(Protocol):
         ...
 
 
+class AttentionVectors(NamedTuple):
+    """What a layer's attention compares and mixes: its heads side by side.
+
+    queries: [B, T, heads * width], turned by their positions where the family does that.
+    keys: [B, T, key heads * width], likewise; there may be fewer heads than of queries.
+    values: [B, T, key heads * width].
+    width: of one head.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    width: int
+
+
 class Knowledge(NamedTuple):
     """What was read from one model on one micro-batch; a teacher's carries no gradient.
 
-    logits: [B, C] of a classifier or regressor, None for a causal LM.
-    hidden: [B, T, D] input of the LM head, None for a classifier.
+    logits: [B, C] of a classifier or regressor, None for a language model.
+    hidden: [B, T, D] input of the LM head, [N, D] at the batch's `targets` where it has them;
+        None for a classifier.
     head: the LM head; with `hidden` it stands for logits that are never formed.
     hidden_states: L + 1 tensors [B, T, D] (0 is the embedding output), or empty.
+    attention: by layer, numbered as hidden states are; None at 0 and where nobody asked.
     """
 
     logits: Tensor | None = None
     hidden: Tensor | None = None
     head: Head | None = None
     hidden_states: tuple[Tensor, ...] = ()
+    attention: tuple[AttentionVectors | None, ...] = ()
 
 
 class Losses(NamedTuple):
@@ -75,8 +101,8 @@ class Losses(NamedTuple):
 class Predictions(NamedTuple):
     """What the student's or teacher's forward returns without a plan.
 
-    outputs: [B, C] fp32 logits or scores; None for a causal LM.
-    sums: for a causal LM `[3]` fp64: summed cross-entropy in nats, right tokens, targets.
+    outputs: [B, C] fp32 logits or scores; None for a language model.
+    sums: for a language model `[3]` fp64: summed cross-entropy in nats, right tokens, targets.
     """
 
     outputs: Tensor | None

@@ -93,7 +93,13 @@ class StageRun:
             self.ranks.world_size,
         )
         rows = labelled_only(rows) if self.stage.labelled_only else rows
-        return StepLoader(rows, self.scorer.collate, shape=shape, seed=self.config.seed)
+        return StepLoader(
+            rows,
+            self.scorer.collate,
+            shape=shape,
+            seed=self.config.seed,
+            masking=self.scorer.masking,
+        )
 
     def _count_units(self, batches: Sequence[Batch]) -> Tensor:
         return all_reduce_(count_units(batches))

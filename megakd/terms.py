@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -20,10 +20,20 @@ def _layer_pair(text: str) -> str:
     return text
 
 
+def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} is listed twice")
+    return names
+
+
 LayerMapping = (
     Literal["uniform", "last"]
     | Annotated[tuple[Annotated[str, AfterValidator(_layer_pair)], ...], Field(min_length=1)]
 )
+Relation = Literal["query", "key", "value", "query_key"]
+Relations = Annotated[tuple[Relation, ...], Field(min_length=1), AfterValidator(_each_once)]
+Skew = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -77,6 +87,44 @@ class SoftTargetJsd:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
+class SoftTargetSkewKl:
+    """KL(teacher || m), m = skew·teacher + (1-skew)·student.
+
+    Ko et al. 2024, DistiLLM; skew 0 is forward KL.
+    """
+
+    loss: Literal["soft_target_skew_kl"]
+    weight: Weight = 1.0
+    temperature: Positive = 1.0
+    t_squared: bool = True
+    skew: Skew = 0.1
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class SoftTargetSkewReverseKl:
+    """KL(student || m), m = (1-skew)·teacher + skew·student.
+
+    Ko et al. 2024, DistiLLM; skew 0 is reverse KL.
+    """
+
+    loss: Literal["soft_target_skew_reverse_kl"]
+    weight: Weight = 1.0
+    temperature: Positive = 1.0
+    t_squared: bool = True
+    skew: Skew = 0.1
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class SoftTargetTvd:
+    """Total variation: half the sum of |teacher - student| (Wen et al. 2023, f-Distill)."""
+
+    loss: Literal["soft_target_tvd"]
+    weight: Weight = 1.0
+    temperature: Positive = 1.0
+    t_squared: bool = True
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class SoftTargetMse:
     """Squared error to the teacher's score (regression)."""
 
@@ -105,16 +153,72 @@ class HiddenCosine:
     layer_mapping: LayerMapping = "uniform"
 
 
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class EmbeddingMse:
+    """Squared error between the embedding outputs (Jiao et al. 2020, TinyBERT, section 3.1)."""
+
+    loss: Literal["embedding_mse"]
+    weight: Weight = 1.0
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class AttentionMse:
+    """Squared error between the attention of mapped layers (Jiao et al. 2020, equation 7).
+
+    fit: `scores` before the softmax, which the paper found to work better, or `probabilities`.
+    layer_mapping: `uniform`, `last`, or student:teacher pairs of layers from 1.
+    """
+
+    loss: Literal["attention_mse"]
+    weight: Weight = 1.0
+    layer_mapping: LayerMapping = "uniform"
+    fit: Literal["scores", "probabilities"] = "scores"
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class RelationKl:
+    """KL between the relations among tokens in mapped layers (Wang et al. 2020, 2021, MiniLM).
+
+    relations: of query, key and value vectors with themselves, or query_key.
+    relation_heads: parts into which the vectors are cut; null takes the teacher's attention heads.
+    layer_mapping: `uniform`, `last`, or student:teacher pairs of layers from 1.
+    """
+
+    loss: Literal["relation_kl"]
+    weight: Weight = 1.0
+    layer_mapping: LayerMapping = "last"
+    relations: Relations = ("query", "key", "value")
+    relation_heads: Annotated[int, Field(ge=1)] | None = None
+
+
 TermConfig = Annotated[
     HardCrossEntropy
     | HardMse
     | SoftTargetKl
     | SoftTargetReverseKl
     | SoftTargetJsd
+    | SoftTargetSkewKl
+    | SoftTargetSkewReverseKl
+    | SoftTargetTvd
     | SoftTargetMse
     | HiddenMse
-    | HiddenCosine,
+    | HiddenCosine
+    | EmbeddingMse
+    | AttentionMse
+    | RelationKl,
     Field(discriminator="loss"),
 ]
-SOFT_TARGET_DIVERGENCES = (SoftTargetKl, SoftTargetReverseKl, SoftTargetJsd)
-HIDDEN_TERMS = (HiddenMse, HiddenCosine)
+SoftTarget = (
+    SoftTargetKl
+    | SoftTargetReverseKl
+    | SoftTargetJsd
+    | SoftTargetSkewKl
+    | SoftTargetSkewReverseKl
+    | SoftTargetTvd
+)
+StateTerm = HiddenMse | HiddenCosine | EmbeddingMse
+AttentionTerm = AttentionMse | RelationKl
+SOFT_TARGET_DIVERGENCES: tuple[type[SoftTarget], ...] = get_args(SoftTarget)
+STATE_TERMS: tuple[type[StateTerm], ...] = get_args(StateTerm)
+ATTENTION_TERMS: tuple[type[AttentionTerm], ...] = get_args(AttentionTerm)
+INTERMEDIATE_TERMS = (*STATE_TERMS, *ATTENTION_TERMS)

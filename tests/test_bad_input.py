@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bench import LATE, Bench, assert_refused
+from spoiling import LATE, Bench, assert_refused
 from tiny_runs import bert, llama, write_jsonl, write_reviews, write_scored_pairs
 
 GOOD_ROWS = '{"text":"a b","label":"x"}\n{"text":"c d","label":"y"}\n{"text":"e","label":"y"}\n'
@@ -156,6 +156,26 @@ BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a dtype that the teacher's device lacks": (
         {"teacher": {**LATE, "dtype": "fp16"}},
         ("teacher.dtype: fp16 is not to be had on cpu; it has fp32, bf16",),
+    ),
+    "kernels that the device lacks": (
+        {"train": {"kernels": "triton"}, "teacher": {**LATE, "finetune": {}}},
+        ("train.kernels: impl 'triton' ", "use 'chunked'"),
+    ),
+    "attention of other heads": (
+        {
+            "teacher": LATE,
+            "student": {"model": bert(1, num_attention_heads=4)},
+            "objective": [{"loss": "attention_mse"}],
+        },
+        ("attention_mse: the teacher has 2 attention heads, the student 4", "relation_kl"),
+    ),
+    "relation heads that do not divide": (
+        {"teacher": LATE, "objective": [{"loss": "relation_kl", "relation_heads": 3}]},
+        ("relation_kl.relation_heads 3 does not divide", "all of them: 1, 2, 4, 8, 16"),
+    ),
+    "a layer that is no layer": (
+        {"teacher": LATE, "objective": [{"loss": "relation_kl", "layer_mapping": ["1:3"]}]},
+        ("relation_kl.layer_mapping 1:3: the student has 1 layers, the teacher 2",),
     ),
     "a preset that only trains": (
         {"teacher": {**LATE, "deepspeed": "zero2"}},

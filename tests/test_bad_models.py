@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from bench import LATE, Bench, assert_refused
 from safetensors.torch import load_file, save_file
+from spoiling import LATE, Bench, assert_refused
 from tiny_runs import config_tree, write_config, write_jsonl, write_scored_pairs, write_text
 
 WEIGHTS = "model.safetensors"

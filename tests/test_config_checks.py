@@ -50,6 +50,13 @@ def message_of(path: Path, *overrides: str) -> str:
             ["method.name=finetune", "teacher=null", "objective=[{loss: hidden_cosine}]"],
             'objective[0].loss: hidden_cosine compares with a teacher, and method "finetune"',
         ),
+        *(
+            (
+                ["method.name=finetune", "teacher=null", f"objective=[{{loss: {name}}}]"],
+                f'objective[0].loss: {name} compares with a teacher, and method "finetune"',
+            )
+            for name in ("soft_target_tvd", "embedding_mse", "attention_mse", "relation_kl")
+        ),
         (["train.bf16=true", "train.fp16=true"], "train: bf16 and fp16 are both true; keep one"),
         (
             ["train.bf16=true", "teacher.finetune.fp16=true"],
@@ -69,8 +76,8 @@ def message_of(path: Path, *overrides: str) -> str:
                 "task.dataset=glue/stsb",
                 "objective=[{loss: soft_target_kl}]",
             ],
-            "objective[0].loss: soft_target_kl is for classification, causal_lm, and task.type is "
-            "regression",
+            "objective[0].loss: soft_target_kl is for classification, mlm, causal_lm, and task."
+            "type is regression",
         ),
         (
             ["objective.1={loss: hard_cross_entropy}"],
@@ -83,6 +90,25 @@ def message_of(path: Path, *overrides: str) -> str:
         (
             ["task.type=causal_lm", "task.labelled_examples=5"],
             "task.labelled_examples: only classification and regression have labels to keep",
+        ),
+        (
+            ["task.type=mlm", "task.labelled_examples=5"],
+            "labels to keep, and task.type is mlm; remove the key",
+        ),
+        (
+            ["task.type=causal_lm", "task.mlm_probability=0.2"],
+            "task.mlm_probability: only mlm masks tokens, and task.type is causal_lm; remove",
+        ),
+        (["task.type=mlm", "task.mlm_probability=0"], "task.mlm_probability: must be above 0"),
+        (["task.type=mlm", "task.mlm_probability=1.5"], "task.mlm_probability: must be at most 1"),
+        (
+            ["task.type=masked_lm"],
+            'task.type: must be "classification", "regression", "mlm" or "causal_lm" '
+            '(got "masked_lm")',
+        ),
+        (
+            ["task.type=mlm", "objective.1={loss: hard_mse}"],
+            "objective[1].loss: hard_mse is for regression, and task.type is mlm",
         ),
         (["baselines=[alone, alone]"], 'baselines: "alone" is listed twice'),
         (["student.deepspeed=zero22"], 'student.deepspeed: unknown preset "zero22"; did you mean'),
@@ -109,6 +135,7 @@ def test_fields_that_contradict_each_other_are_refused(
         ["eval.keep_best=true", "eval.eval_steps=5"],
         ["train.bf16=true", "teacher.finetune={bf16: false, fp16: true}"],
         ["task.type=causal_lm", "objective=[{loss: soft_target_jsd}, {loss: hidden_mse}]"],
+        ["task.type=mlm", "task.mlm_probability=0.3", "objective=[{loss: soft_target_kl}]"],
         ["task={type: regression, dataset: x.csv}", "objective=[{loss: soft_target_mse}]"],
         ["task.labelled_examples=5", "objective.0.weight=0"],
         ["teacher.deepspeed=zero3", "student.deepspeed=teacher_zero0"],

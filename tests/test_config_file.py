@@ -185,6 +185,27 @@ def test_an_override_that_cannot_be_applied_is_refused(
             "objective.1={loss: hidden_mse, layer_mapping: []}",
             "objective[1].layer_mapping: needs at least 1 item(s) (got [])",
         ),
+        (
+            "objective.1={loss: relation_kl, relations: [query, keys]}",
+            'objective[1].relations[1]: must be "query", "key", "value" or "query_key" (got "key',
+        ),
+        (
+            "objective.1={loss: relation_kl, relations: [value, value]}",
+            "objective[1].relations: value is listed twice",
+        ),
+        (
+            "objective.1={loss: relation_kl, relation_heads: 0}",
+            "objective[1].relation_heads: must be at least 1 (got 0)",
+        ),
+        (
+            "objective.1={loss: attention_mse, fit: score}",
+            'objective[1].fit: must be "scores" or "probabilities" (got "score"); did you mean',
+        ),
+        (
+            "objective.1={loss: soft_target_skew_kl, skew: 1}",
+            "objective[1].skew: must be below 1 (got 1)",
+        ),
+        ("train.kernels=cuda", 'train.kernels: must be "auto", "triton", "chunked" or "reference"'),
     ],
 )
 def test_a_value_that_does_not_fit_gets_one_line(

@@ -111,6 +111,28 @@ def test_hidden_states_are_kept_only_where_they_are_needed(is_language):
     assert read_knowledge(model, batch(labels), Needs()).hidden_states == ()
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_attention_is_read_of_the_layers_that_are_needed_beside_all_else(family):
+    model = encoder("bert") if family == "bert" else decoder(tied=True)
+    given = batch(torch.tensor([0, 1]) if family == "bert" else IDS)
+    plain = read_knowledge(model, given, STATES)
+
+    read = read_knowledge(model, given, Needs(hidden_states=True, attention_layers=(2,)))
+
+    assert [layer is None for layer in read.attention] == [True, True, False]
+    torch.testing.assert_close(read.hidden_states, plain.hidden_states)
+    torch.testing.assert_close((read.logits, read.hidden), (plain.logits, plain.hidden))
+    vectors = read.attention[2]
+    assert vectors is not None
+    keys = 8 if family == "bert" else 4  # one head of keys for two of queries
+    assert [part.shape[-1] for part in vectors[:3]] == [8, keys, keys]
+    assert vectors.width == 4
+
+
+def test_attention_is_not_read_where_nobody_needs_it():
+    assert read_knowledge(encoder("bert"), batch(torch.tensor([0, 1])), STATES).attention == ()
+
+
 def test_the_logits_of_a_causal_lm_are_never_formed(monkeypatch):
     model = decoder(tied=False)
     monkeypatch.setattr(model.lm_head, "forward", None)

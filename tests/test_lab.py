@@ -200,6 +200,7 @@ def test_the_default_terms_fit_the_task(tmp_path, teacher, task, losses):
         {"save": SaveConfig(save_steps=1, save_total_limit=None)},
         {"eval": EvalConfig(per_device_eval_batch_size=1)},
         {"train": TrainConfig(resume_from_checkpoint=False)},
+        {"train": TrainConfig(kernels="reference")},
         {"baselines": ("alone",)},
         {"output_dir": Path("elsewhere")},
     ],

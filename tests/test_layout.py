@@ -21,6 +21,12 @@ FORBIDDEN = {
     "megakd.stage": ("megakd.engine", "megakd.lab", "megakd.methods", "megakd.models"),
     "megakd.objective": ("megakd.engine", "megakd.lab", "megakd.methods", "megakd.trainer"),
     "megakd.losses": ("megakd.engine", "megakd.lab", "megakd.methods", "megakd.trainer"),
+    "megakd.intermediate_losses": (
+        "megakd.engine",
+        "megakd.lab",
+        "megakd.methods",
+        "megakd.trainer",
+    ),
     "megakd.models": ("megakd.lab", "megakd.methods", "megakd.teachers", "megakd.trainer"),
     "megakd.data": ("megakd.engine", "megakd.lab", "megakd.methods", "megakd.trainer"),
     "megakd.engine": ("megakd.lab", "megakd.methods", "megakd.teachers", "megakd.trainer"),

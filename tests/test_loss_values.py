@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import megakd_kernels
-from megakd.losses import HiddenStates, Reading
+from megakd.intermediate_losses import HiddenStates
+from megakd.losses import Reading
 from megakd.objective import Objective, Shape, build_objective, unit_weights
 from megakd.stage import IGNORE, Batch, Knowledge
 from megakd.terms import (
@@ -21,6 +22,9 @@ from megakd.terms import (
     SoftTargetJsd,
     SoftTargetKl,
     SoftTargetReverseKl,
+    SoftTargetSkewKl,
+    SoftTargetSkewReverseKl,
+    SoftTargetTvd,
     TermConfig,
 )
 
@@ -30,6 +34,9 @@ KL_AT_2 = SoftTargetKl(loss="soft_target_kl", temperature=2.0)
 KL_AT_2_PLAIN = SoftTargetKl(loss="soft_target_kl", temperature=2.0, t_squared=False)
 REVERSE = SoftTargetReverseKl(loss="soft_target_reverse_kl")
 JSD = SoftTargetJsd(loss="soft_target_jsd")
+SKEW = SoftTargetSkewKl(loss="soft_target_skew_kl")
+SKEW_REVERSE = SoftTargetSkewReverseKl(loss="soft_target_skew_reverse_kl")
+TVD = SoftTargetTvd(loss="soft_target_tvd")
 LAST = HiddenMse(loss="hidden_mse", layer_mapping="last")
 ONE_EACH = unit_weights(torch.ones(3), 1)
 
@@ -66,8 +73,22 @@ def said(hidden: torch.Tensor, head: torch.Tensor) -> Knowledge:
             JSD,
             0.25 * math.log(16 / 15) + 0.125 * math.log(2 / 3) + 0.375 * math.log(6 / 5),
         ),
+        # A tenth of the teacher in the student: 11/40 and 29/40; the other way 19/40 and 21/40.
+        (SKEW, 0.5 * math.log(20 / 11) + 0.5 * math.log(20 / 29)),
+        (SKEW_REVERSE, 0.25 * math.log(10 / 19) + 0.75 * math.log(10 / 7)),
+        (TVD, 0.25),
     ],
-    ids=["ce", "kl", "kl at 2 with T squared", "kl at 2", "reverse kl", "jsd"],
+    ids=[
+        "ce",
+        "kl",
+        "kl at 2 with T squared",
+        "kl at 2",
+        "reverse kl",
+        "jsd",
+        "skew kl",
+        "skew reverse kl",
+        "tvd",
+    ],
 )
 def test_a_divergence_has_its_hand_value_in_nats(task, term, value):
     heat = 1.0 if term is CE else term.temperature
@@ -92,7 +113,7 @@ def evaluate(task: str, term: Any, student: torch.Tensor, teacher: torch.Tensor)
 
 
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
-@pytest.mark.parametrize("term", [KL, KL_AT_2, REVERSE, JSD], ids=named)
+@pytest.mark.parametrize("term", [KL, KL_AT_2, REVERSE, JSD, SKEW, SKEW_REVERSE, TVD], ids=named)
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(
@@ -170,7 +191,7 @@ def reading(objective: Objective, **weights: float) -> Reading:
 
 
 def test_language_model_terms_of_one_temperature_are_one_call(calls):
-    objective = language_model(CE, KL, REVERSE, JSD)
+    objective = language_model(CE, KL, REVERSE, JSD, SKEW, SKEW_REVERSE, TVD)
 
     total, sums = objective(reading(objective))
 
@@ -184,16 +205,18 @@ def test_language_model_terms_of_one_temperature_are_one_call(calls):
     [
         SoftTargetReverseKl(loss="soft_target_reverse_kl", temperature=3.0),
         SoftTargetReverseKl(loss="soft_target_reverse_kl", t_squared=False),
+        SoftTargetSkewReverseKl(loss="soft_target_skew_reverse_kl", skew=0.3),
     ],
-    ids=["another temperature", "another scale"],
+    ids=["another temperature", "another scale", "another skew"],
 )
-def test_terms_at_two_temperatures_are_two_calls_and_the_hard_term_is_in_one_of_them(calls, other):
-    objective = language_model(CE, KL, other)
+def test_terms_that_need_calls_of_their_own_get_them_and_the_hard_term_is_in_one(calls, other):
+    objective = language_model(CE, SKEW, other)
 
     total, sums = objective(reading(objective))
 
     assert [call["temperature"] for call in calls] == [1.0, other.temperature]
-    apart = [language_model(term)(reading(language_model(term))) for term in (CE, KL, other)]
+    assert [call["skew"] for call in calls] == [0.1, getattr(other, "skew", 0.1)]
+    apart = [language_model(term)(reading(language_model(term))) for term in (CE, SKEW, other)]
     assert total.item() == pytest.approx(sum(alone.total.item() for alone in apart), rel=1e-6)
     for alone in apart:
         assert all(sums[name].item() == pytest.approx(v.item()) for name, v in alone.sums.items())

@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from megakd.errors import ConfigError, TeacherError
+from megakd.knowledge import Needs
 from megakd.losses import Reading
+from megakd.models.architectures import Heads
 from megakd.objective import (
     Shape,
     build_objective,
     check_terms,
     count_units,
     layer_pairs,
-    objective_needs,
+    relation_heads,
+    teacher_needs,
     unit_weights,
 )
 from megakd.stage import IGNORE, Batch, Knowledge
 from megakd.terms import (
+    AttentionMse,
+    EmbeddingMse,
     HardCrossEntropy,
     HardMse,
     HiddenCosine,
     HiddenMse,
+    RelationKl,
     SoftTargetJsd,
     SoftTargetKl,
     SoftTargetMse,
     SoftTargetReverseKl,
+    SoftTargetSkewKl,
+    SoftTargetSkewReverseKl,
+    SoftTargetTvd,
 )
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
@@ -39,8 +49,27 @@ HARD_MSE = HardMse(loss="hard_mse")
 SOFT_MSE = SoftTargetMse(loss="soft_target_mse")
 HIDDEN_MSE = HiddenMse(loss="hidden_mse")
 HIDDEN_COSINE = HiddenCosine(loss="hidden_cosine")
-STUDENT, TEACHER = Shape(2, 4, 3), Shape(12, 6, 3)
-COMPARING = (KL, REVERSE, JSD, SOFT_MSE, HIDDEN_MSE, HIDDEN_COSINE)
+EMBEDDING = EmbeddingMse(loss="embedding_mse")
+ATTENTION = AttentionMse(loss="attention_mse")
+RELATION = RelationKl(loss="relation_kl")
+DIVERGENCES = (
+    KL,
+    REVERSE,
+    JSD,
+    SoftTargetSkewKl(loss="soft_target_skew_kl"),
+    SoftTargetSkewReverseKl(loss="soft_target_skew_reverse_kl"),
+    SoftTargetTvd(loss="soft_target_tvd"),
+)
+STUDENT, TEACHER = Shape(2, 4, 3, Heads(2, 2, 2)), Shape(12, 6, 3, Heads(2, 2, 3))
+COMPARING = (
+    *DIVERGENCES,
+    SOFT_MSE,
+    HIDDEN_MSE,
+    HIDDEN_COSINE,
+    EMBEDDING,
+    ATTENTION,
+    RELATION,
+)
 
 
 def named(case: Any) -> str:
@@ -97,7 +126,7 @@ def test_a_term_that_compares_is_refused_without_a_teacher(term):
         build_objective((term,), task, STUDENT, None)
 
 
-@pytest.mark.parametrize("term", [KL, REVERSE, JSD], ids=named)
+@pytest.mark.parametrize("term", DIVERGENCES, ids=named)
 def test_classes_that_differ_are_refused_with_both_numbers(term):
     with pytest.raises(TeacherError, match=f"{term.loss}: the teacher has 5 classes, the student"):
         build_objective((term,), "classification", STUDENT, Shape(12, 6, 5))
@@ -142,23 +171,111 @@ def test_hard_terms_need_no_teacher():
             (HIDDEN_MSE, HIDDEN_COSINE),
             {"hidden_mse": "tokens", "hidden_cosine": "tokens"},
         ),
+        (
+            "regression",
+            (EMBEDDING, ATTENTION, RELATION),
+            dict.fromkeys(("embedding_mse", "attention_mse", "relation_kl"), "tokens"),
+        ),
     ],
-    ids=["hard", "soft", "score", "soft score", "language model", "hidden"],
+    ids=["hard", "soft", "score", "soft score", "language model", "hidden", "inner"],
 )
 def test_every_term_is_counted_in_its_unit(task, terms, units):
     assert build_objective(terms, task, STUDENT, TEACHER).units == units
 
 
-def test_only_hidden_terms_ask_for_hidden_states():
-    asks = {
-        terms: (
-            objective_needs(terms).hidden_states,
-            build_objective(terms, "classification", STUDENT, TEACHER).needs.hidden_states,
-        )
-        for terms in ((CE, KL), (CE, HIDDEN_COSINE))
-    }
+@pytest.mark.parametrize(
+    ("terms", "states", "student", "teacher"),
+    [
+        ((CE, KL), False, (), ()),
+        ((CE, HIDDEN_COSINE), True, (), ()),
+        ((EMBEDDING,), True, (), ()),
+        ((RELATION,), False, (2,), (12,)),
+        ((ATTENTION, RELATION), False, (1, 2), (6, 12)),
+    ],
+    ids=["outputs", "hidden", "embedding", "relations", "attention and relations"],
+)
+def test_a_model_is_asked_for_what_the_terms_read_and_nothing_else(terms, states, student, teacher):
+    ours = build_objective(terms, "classification", STUDENT, TEACHER).needs
 
-    assert asks == {(CE, KL): (False, False), (CE, HIDDEN_COSINE): (True, True)}
+    assert ours == Needs(hidden_states=states, attention_layers=student)
+    assert teacher_needs(terms, STUDENT, TEACHER) == Needs(
+        hidden_states=states, attention_layers=teacher
+    )
+
+
+@pytest.mark.parametrize("term", [ATTENTION, RELATION], ids=named)
+@pytest.mark.parametrize("pair", ["0:1", "1:0"])
+def test_the_embedding_has_no_attention_to_map(term, pair):
+    mapped_wrongly = replace(term, layer_mapping=(pair,))
+
+    with pytest.raises(TeacherError, match=rf"{term.loss}\.layer_mapping {pair}: 0 is the embedd"):
+        check_terms((mapped_wrongly,), "classification", STUDENT, TEACHER)
+
+
+@pytest.mark.parametrize("term", [ATTENTION, RELATION], ids=named)
+def test_an_attention_layer_beyond_a_model_is_refused_as_written(term):
+    mapped_wrongly = replace(term, layer_mapping=("3:1",))
+
+    with pytest.raises(TeacherError, match=rf"{term.loss}\.layer_mapping 3:1: the student has 2"):
+        check_terms((mapped_wrongly,), "classification", STUDENT, TEACHER)
+
+
+@pytest.mark.parametrize("term", [ATTENTION, RELATION], ids=named)
+def test_a_model_without_attention_has_none_to_compare(term):
+    with pytest.raises(TeacherError, match=f"{term.loss}: the teacher has no attention"):
+        check_terms((term,), "classification", STUDENT, Shape(12, 6, 3))
+
+
+def test_attention_of_other_heads_is_refused_with_both_numbers_and_a_term_that_would_do():
+    teacher = Shape(12, 64, 3, Heads(16, 16, 4))
+
+    with pytest.raises(
+        TeacherError,
+        match=r"attention_mse: the teacher has 16 attention heads, the student 2.*"
+        r"relation_kl works with any numbers",
+    ):
+        check_terms((ATTENTION,), "classification", STUDENT, teacher)
+
+
+def heads_of(student: Heads, teacher: Heads, **options: Any) -> int:
+    term = RelationKl(loss="relation_kl", **options)
+    return relation_heads(term, Shape(2, 4, 3, student), Shape(12, 6, 3, teacher))
+
+
+def test_relations_have_the_teachers_heads_unless_told_otherwise():
+    student, teacher = Heads(4, 4, 6), Heads(12, 12, 4)
+
+    assert heads_of(student, teacher) == 12
+    assert heads_of(student, teacher, relation_heads=8) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {},
+            r"relation_heads 12 \(null: the teacher's attention heads\) does not divide the "
+            r"student's key vectors, which are 32 wide; .* all of them: 1, 2, 4, 8, 16$",
+        ),
+        (
+            {"relation_heads": 5},
+            r"relation_heads 5 does not divide the student's query vectors, which are 96 wide",
+        ),
+        (
+            {"relation_heads": 7, "relations": ("query_key",)},
+            r"relation_heads 7 does not divide the student's query vectors, which are 96 wide; "
+            r".* all of them: 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 96$",
+        ),
+    ],
+    ids=["grouped keys of the student", "given", "only what is compared"],
+)
+def test_relation_heads_that_do_not_divide_are_refused_with_those_that_would(options, message):
+    with pytest.raises(TeacherError, match=message):
+        heads_of(Heads(12, 4, 8), Heads(12, 3, 16), **options)
+
+
+def test_a_relation_that_is_not_compared_sets_no_bounds():
+    assert heads_of(Heads(12, 4, 8), Heads(12, 3, 16), relations=("query",)) == 12
 
 
 def test_projections_are_parameters_of_the_objective():

@@ -97,13 +97,13 @@ def test_a_run_is_prepared_without_loading_any_weights(data, tmp_path, monkeypat
     assert prepared.metric.name == "accuracy"
 
 
-def test_a_shape_has_the_models_layers_and_width_and_the_datas_classes(data, tmp_path):
+def test_a_shape_has_the_models_layers_width_and_heads_and_the_datas_classes(data, tmp_path):
     config = config_of(data, teacher=model_folder(tmp_path / "teacher"), student=scratch())
 
     prepared = prepare(config)
 
-    assert prepared.shape("teacher") == (2, 8, 2)
-    assert prepared.shape("student") == (1, 4, 2)
+    assert prepared.shape("teacher") == (2, 8, 2, (2, 2, 4))
+    assert prepared.shape("student") == (1, 4, 2, (2, 2, 2))
 
 
 def test_a_student_from_scratch_gets_the_teachers_vocabulary_and_padding(data, tmp_path):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from datasets import Dataset, Features, Value
 
-from megakd.config import TaskConfig
+from megakd.config import LANGUAGE_TASKS, TaskConfig
 from megakd.data.cache import cached_folder, key_of, read_rows, write_rows
 from megakd.data.labels import Classes, Labeller, find_classes, score
 from megakd.data.tables import SPLIT_NAMES, Found, Record, SplitName, Table
@@ -30,6 +30,7 @@ LABEL_DEFAULTS = {"classification": ("label", "labels"), "regression": ("label",
 DEFAULT_METRICS: Mapping[str, tuple[str, ...]] = {
     "classification": ("accuracy",),
     "regression": ("pearson", "spearman"),
+    "mlm": ("perplexity",),
     "causal_lm": ("perplexity",),
 }
 
@@ -95,7 +96,7 @@ def choose_fields(table: Table, task: TaskConfig) -> Fields:
     text = task.text_columns or _usual_text(table, task)
     for column in text:
         _require(table, column, "task.text_columns")
-    if task.type == "causal_lm":
+    if task.type in LANGUAGE_TASKS:
         return Fields(text, None)
     if task.label_column is not None:
         _require(table, task.label_column, "task.label_column")
@@ -111,7 +112,7 @@ def choose_fields(table: Table, task: TaskConfig) -> Fields:
 
 
 def _usual_text(table: Table, task: TaskConfig) -> tuple[str, ...]:
-    pairs = () if task.type == "causal_lm" else PAIR_DEFAULTS
+    pairs = () if task.type in LANGUAGE_TASKS else PAIR_DEFAULTS
     for columns in (*pairs, *TEXT_DEFAULTS):
         if all(column in table.columns for column in columns):
             return columns
@@ -141,10 +142,11 @@ def _fields_of(table: Table, split: SplitName, train: Fields) -> Fields:
 
 def _features(fields: Fields, task: TaskConfig) -> Features:
     columns = {"text": Value("string")}
-    if len(fields.text) == 2 and task.type != "causal_lm":
+    if task.type in LANGUAGE_TASKS:
+        return Features(columns)
+    if len(fields.text) == 2:
         columns["text_pair"] = Value("string")
-    if task.type != "causal_lm":
-        columns["label"] = Value("int64" if task.type == "classification" else "float32")
+    columns["label"] = Value("int64" if task.type == "classification" else "float32")
     return Features(columns)
 
 
@@ -170,7 +172,7 @@ def _rows(
 ) -> Iterator[dict[str, object]]:
     for record in table.records():
         texts = [_text(table, column, record) for column in fields.text]
-        if task_type == "causal_lm":
+        if task_type in LANGUAGE_TASKS:
             # A blank document has no tokens; two columns (question, answer) make one document.
             if any(text.strip() for text in texts):
                 yield {"text": "\n".join(texts)}

@@ -19,6 +19,7 @@ from megakd.data.cache import key_of, read_rows
 from megakd.data.packing import pack
 from megakd.data.rows import LABELS_AT_ONCE, arrow_batches, rows_key
 from megakd.data.whole import whole_folder
+from megakd.data.windows import windows
 from megakd.errors import DataError
 from megakd.stage import IGNORE, Batch
 
@@ -45,7 +46,8 @@ class Encoded(NamedTuple):
     """The splits as token numbers, memory-mapped.
 
     Columns: `input_ids`, for pairs `token_type_ids` where the tokenizer makes them, and
-    `label`; for causal_lm `input_ids`, `position_ids` and `labels` (see `packing`).
+    `label`; for mlm `input_ids` alone, a row per window of a text (see `windows`); for
+    causal_lm `input_ids`, `position_ids` and `labels` (see `packing`).
     tokens_per_row: mean number of tokens of a training row, without padding.
     """
 
@@ -141,7 +143,8 @@ class Collator:
     """Rows to one padded micro-batch.
 
     For causal_lm `inputs` is `input_ids` and `position_ids`, and the model has to be called
-    with `use_cache=False`; see `packing`.
+    with `use_cache=False`; see `packing`. For mlm nothing is hidden and labelled yet; see
+    `masking`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:
@@ -187,18 +190,25 @@ class Collator:
         return padded
 
     def _text_batch(self, padded: dict[str, NDArray], columns: _Columns, valid: NDArray) -> Batch:
-        """[B] labels; a dummy attends to its first position, or its attention would be NaN."""
+        """A dummy attends to its first position, or its attention would be NaN."""
         attention = valid.astype(np.int64)
         attention[~valid.any(axis=1), 0] = 1
-        if self._type == "regression":
-            labels = np.full(len(valid), np.nan, dtype=np.float32)
-        else:
-            labels = np.full(len(valid), IGNORE, dtype=np.int64)
-        given, _ = columns.get("label", _NOTHING)
-        labels[: len(given)] = given
         inputs = {"attention_mask": torch.from_numpy(attention)}
         inputs |= {name: torch.from_numpy(values) for name, values in padded.items()}
+        labels = self._labels(columns, valid.shape)
         return Batch(inputs, torch.from_numpy(labels), torch.from_numpy(valid))
+
+    def _labels(self, columns: _Columns, shape: tuple[int, ...]) -> NDArray:
+        """[B] labels; none yet, [B, T], for mlm."""
+        if self._type == "mlm":
+            return np.full(shape, IGNORE, dtype=np.int64)
+        if self._type == "regression":
+            labels = np.full(shape[0], np.nan, dtype=np.float32)
+        else:
+            labels = np.full(shape[0], IGNORE, dtype=np.int64)
+        given, _ = columns.get("label", _NOTHING)
+        labels[: len(given)] = given
+        return labels
 
 
 def _language_batch(padded: dict[str, NDArray], valid: NDArray, lengths: NDArray) -> Batch:
@@ -265,7 +275,7 @@ def _encoded(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, *, split: str
 ) -> Iterator[pa.Table]:
     """Tables of encoded rows, at least one."""
-    make = _packed_tables if task.type == "causal_lm" else _text_tables
+    make = {"causal_lm": _packed_tables, "mlm": _window_tables}.get(task.type, _text_tables)
     empty = True
     for table in make(rows, tokenizer, task):
         empty = False
@@ -302,30 +312,44 @@ def _text_tables(
 def _packed_tables(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
 ) -> Iterator[pa.Table]:
-    batch = []
-    for row in pack(_documents(rows, tokenizer), task.max_length):
+    prefix, suffix = document_ends(tokenizer)
+    documents = (prefix + ids + suffix for ids in _texts(rows, tokenizer))
+    names = ("input_ids", "position_ids", "labels")
+    return _tables_of(pack(documents, task.max_length), names)
+
+
+def _window_tables(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
+) -> Iterator[pa.Table]:
+    prefix, suffix = _frame(tokenizer)
+    room = task.max_length - len(prefix) - len(suffix)
+    framed = (
+        ([*prefix, *window, *suffix],)
+        for ids in _texts(rows, tokenizer)
+        for window in windows(ids, room)
+    )
+    return _tables_of(framed, ("input_ids",))
+
+
+def _tables_of(rows: Iterable[tuple[Any, ...]], names: Sequence[str]) -> Iterator[pa.Table]:
+    """Tables of rows whose every column is a list of token numbers."""
+    batch: list[tuple[Any, ...]] = []
+    for row in rows:
         batch.append(row)
         if len(batch) == TEXTS_AT_ONCE:
-            yield _packed_table(batch)
+            yield _table(batch, names)
             batch = []
     if batch:
-        yield _packed_table(batch)
+        yield _table(batch, names)
 
 
-def _packed_table(rows: Sequence[tuple[NDArray, ...]]) -> pa.Table:
-    names = ("input_ids", "position_ids", "labels")
-    columns = zip(*rows, strict=True)
-    return pa.table(
-        {
-            name: pa.array(list(arrays), type=_IDS)
-            for name, arrays in zip(names, columns, strict=True)
-        }
-    )
+def _table(rows: Sequence[tuple[Any, ...]], names: Sequence[str]) -> pa.Table:
+    columns = zip(names, zip(*rows, strict=True), strict=True)
+    return pa.table({name: pa.array(list(arrays), type=_IDS) for name, arrays in columns})
 
 
-def _documents(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """The tokens of each text that has any, begun and ended as the tokenizer does it."""
-    prefix, suffix = document_ends(tokenizer)
+def _texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """The tokens of each text that has any, nothing before and after."""
     for batch in arrow_batches(rows, TEXTS_AT_ONCE):
         encoded = tokenizer(
             batch.column("text").to_pylist(),
@@ -335,20 +359,25 @@ def _documents(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[li
             return_token_type_ids=False,
             verbose=False,
         )
-        yield from (prefix + ids + suffix for ids in encoded["input_ids"] if ids)
+        yield from (ids for ids in encoded["input_ids"] if ids)
 
 
 def document_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """What stands before and after a document: the tokenizer's own, and always its eos."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    starts = range(len(whole) - len(plain) + 1)
-    start = next((i for i in starts if whole[i : i + len(plain)] == plain), 0)
-    prefix, suffix = whole[:start], whole[start + len(plain) :]
+    prefix, suffix = _frame(tokenizer)
     eos = tokenizer.eos_token_id
     if eos is not None and suffix[-1:] != [eos]:
         suffix = [*suffix, eos]
     return prefix, suffix
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    starts = range(len(whole) - len(plain) + 1)
+    start = next((i for i in starts if whole[i : i + len(plain)] == plain), 0)
+    return whole[:start], whole[start + len(plain) :]
 
 
 def _write(path: Path, tables: Iterable[pa.Table]) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from megakd.data.masking import Masking
     from megakd.stage import Batch
 
 STEPS_AHEAD = 2
@@ -56,9 +57,19 @@ class StepLoader:
     rows form a step does not depend on how they are dealt to micro-batches and ranks. The last
     step of an epoch has what is left, dealt evenly and filled up with dummy rows: no row comes
     twice, and every rank has the same number of micro-batches in every step.
+
+    masking hides tokens of each row anew in every epoch, a function of (seed, epoch, row).
     """
 
-    def __init__(self, rows: Dataset, collate: Collate, *, shape: StepShape, seed: int) -> None:
+    def __init__(
+        self,
+        rows: Dataset,
+        collate: Collate,
+        *,
+        shape: StepShape,
+        seed: int,
+        masking: Masking | None = None,
+    ) -> None:
         if not len(rows):
             raise DataError("the training split has no rows")
         # Arrow tables: no Python object per token is made.
@@ -69,13 +80,14 @@ class StepLoader:
         self.waited_s = 0.0
         """Seconds that the consumers of `iterate` spent waiting for data."""
         self._seed = seed
+        self._masking = masking
         self._latest: tuple[int, NDArray[np.int64]] | None = None
 
     def step(self, index: int) -> tuple[Batch, ...]:
         """This rank's micro-batches of optimiser step `index`, counted from 0 over all epochs."""
         shares = self._shape.accumulation
         numbers = range(self._shape.rank, shares * self._shape.world, self._shape.world)
-        return tuple(self._micro_batch(self.step_rows(index), number) for number in numbers)
+        return tuple(self._micro_batch(index, number) for number in numbers)
 
     def step_rows(self, index: int) -> NDArray[np.int64]:
         """The rows of optimiser step `index` over all ranks."""
@@ -108,10 +120,13 @@ class StepLoader:
             self._latest = latest = (epoch, generator.permutation(len(self._rows)))
         return latest[1]
 
-    def _micro_batch(self, step_rows: NDArray[np.int64], number: int) -> Batch:
+    def _micro_batch(self, index: int, number: int) -> Batch:
         shape = self._shape
-        mine = step_rows[number :: shape.accumulation * shape.world]
-        return _collated(self._rows, mine, self._collate, size=shape.per_device)
+        mine = self.step_rows(index)[number :: shape.accumulation * shape.world]
+        batch = _collated(self._rows, mine, self._collate, size=shape.per_device)
+        if self._masking is None:
+            return batch
+        return self._masking(batch, mine, seed=self._seed, draw=index // self.steps_per_epoch)
 
     def _awaited(self, step: Future[tuple[Batch, ...]]) -> tuple[Batch, ...]:
         began = time.perf_counter()
@@ -122,12 +137,19 @@ class StepLoader:
 
 
 def evaluation_batches(
-    rows: Dataset, collate: Collate, *, batch_size: int, rank: int, world: int
+    rows: Dataset,
+    collate: Collate,
+    *,
+    batch_size: int,
+    rank: int,
+    world: int,
+    masking: Masking | None = None,
 ) -> Iterator[Batch]:
     """This rank's share of all rows, each row once, as many batches on every rank.
 
     Global batch k holds rows k·batch_size and on, in order, and goes to rank k modulo world;
-    dummy rows fill the last ones. `evaluation_order` puts outputs back in order.
+    dummy rows fill the last ones. `evaluation_order` puts outputs back in order. `masking` hides
+    the same tokens at every evaluation of every run.
 
     Raises:
         DataError: there are no rows.
@@ -138,7 +160,9 @@ def evaluation_batches(
     for turn in range(evaluation_turns(len(rows), batch_size=batch_size, world=world)):
         start = (turn * world + rank) * batch_size
         end = min(start + batch_size, len(rows))
-        yield _collated(table, np.arange(start, end), collate, size=batch_size)
+        numbers = np.arange(start, end)
+        batch = _collated(table, numbers, collate, size=batch_size)
+        yield batch if masking is None else masking(batch, numbers, seed=0, draw=0)
 
 
 def _collated(table: Dataset, rows: NDArray[np.int64], collate: Collate, *, size: int) -> Batch:

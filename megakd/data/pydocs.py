@@ -19,7 +19,7 @@ from pathlib import Path
 from datasets import Features, Value
 
 from megakd.atomic import write_json
-from megakd.config import TaskConfig
+from megakd.config import TaskConfig, TaskType
 from megakd.data.cache import cached_folder, key_of, read_rows, write_rows
 from megakd.data.choosing import HASH_RANGE, text_hash
 from megakd.data.docstrings import (
@@ -74,7 +74,12 @@ FEWEST_WORDS = 3
 MOST_CHARACTERS = 1000
 FEWEST_ROWS_PER_CLASS = 20
 # About 2000 rows each of the classification view.
-HELD_OUT = {"classification": 0.045, "causal_lm": 0.02}
+HELD_OUT = {"classification": 0.045, "text": 0.02}
+VIEW_OF: Mapping[TaskType, str] = {
+    "classification": "classification",
+    "mlm": "text",
+    "causal_lm": "text",
+}
 ROWS_FILE = "{split}.arrow"
 ABOUT_FILE = "about.json"
 
@@ -86,7 +91,7 @@ def pydocs_rows(task: TaskConfig, *, cache_dir: Path, roots: Sequence[Path] | No
     """The rows of the view that the task type needs.
 
     Args:
-        task: type classification or causal_lm.
+        task: type classification, mlm or causal_lm.
         cache_dir: the corpus is built in it once.
         roots: where to look for modules; None takes those of this interpreter.
 
@@ -95,22 +100,23 @@ def pydocs_rows(task: TaskConfig, *, cache_dir: Path, roots: Sequence[Path] | No
         DataError: fewer than two of the packages are installed.
     """
     _check(task)
+    view = VIEW_OF[task.type]
     files = source_files(roots if roots is not None else source_roots())
     key = key_of(VERSION, [(f.name, f.size, f.modified_ns) for f in files])[:32]
     corpus = cache_dir / "pydocs" / f"{key}-docstrings"
 
     def write_view(fresh: Path) -> None:
         cached_folder(corpus, partial(_write_corpus, files))
-        _write_view(task.type, _read_corpus(corpus), fresh)
+        _write_view(view, _read_corpus(corpus), fresh)
 
-    folder = cached_folder(cache_dir / "pydocs" / f"{key}-{task.type}", write_view)
+    folder = cached_folder(cache_dir / "pydocs" / f"{key}-{view}", write_view)
     about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
     _warn_of_missing(about["missing"])
     return Found(
         name="pydocs",
         splits={split: read_rows(folder / ROWS_FILE.format(split=split)) for split in SPLIT_NAMES},
         label_names=tuple(about["label_names"]),
-        metrics=("accuracy",) if task.type == "classification" else ("perplexity",),
+        metrics=("accuracy",) if view == "classification" else ("perplexity",),
         source_hash=about["sha256"],
     )
 
@@ -156,10 +162,8 @@ def _normal(text: str) -> str:
 
 
 def _check(task: TaskConfig) -> None:
-    if task.type not in HELD_OUT:
-        raise ConfigError(
-            f"task.type: pydocs has the views {' and '.join(HELD_OUT)}, got {task.type}"
-        )
+    if task.type not in VIEW_OF:
+        raise ConfigError(f"task.type: pydocs serves {', '.join(VIEW_OF)}, got {task.type}")
     for key in ("data_dir", "dataset_config", "text_columns", "label_column"):
         if getattr(task, key) is not None:
             raise ConfigError(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from datasets import Dataset
 
-from megakd.config import TaskConfig
+from megakd.config import LANGUAGE_TASKS, TaskConfig
 from megakd.data.cache import key_of
 from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels
 from megakd.data.files import local_rows, looks_like_path
@@ -22,8 +22,8 @@ class Splits(NamedTuple):
     """The rows of a run.
 
     train, validation, test: columns `text`, `text_pair` (pairs only) and `label`, an int64 class
-        number or a float32 score, absent for causal_lm; -100 or NaN where a row has no label.
-        test is None unless its rows carry labels.
+        number or a float32 score, absent for mlm and causal_lm; -100 or NaN where a row has no
+        label. test is None unless its rows carry labels.
     label_names: class names in the order of their numbers; empty without classes.
     metrics: names of the official metrics.
     content_hash: sha256 of what the rows came from and of how they were chosen.
@@ -49,8 +49,8 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
         DataError: a file, column, label or the Hub cannot be used.
         ConfigError: keys of the task do not fit each other.
     """
-    if task.type == "causal_lm" and task.labelled_examples is not None:
-        raise ConfigError("task.labelled_examples: causal_lm has no labels; leave this key out")
+    if task.type in LANGUAGE_TASKS and task.labelled_examples is not None:
+        raise ConfigError(f"task.labelled_examples: {task.type} has no labels; leave this key out")
     found = _find(task, cache_dir)
     train, validation = found.splits["train"], found.splits.get("validation")
     if validation is None:

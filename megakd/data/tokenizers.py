@@ -66,11 +66,16 @@ def load_tokenizer(
 
     Raises:
         DataError: the folder, Hub id or tokenizer files cannot be used, or there is no pad
-            token for an encoder.
+            token for an encoder, no mask token for mlm.
     """
     tokenizer, origin = _resolved(task, splits, model_folders, cache_dir)
     if tokenizer.pad_token_id is None:
         _give_pad_token(tokenizer, task.type, origin)
+    if task.type == "mlm" and tokenizer.mask_token_id is None:
+        raise DataError(
+            f"{origin} has no mask token, which mlm puts in the place of the tokens to predict; "
+            f"name one in its tokenizer_config.json (mask_token), or use another tokenizer"
+        )
     logger.info("tokenizer: %s, %d tokens", origin, len(tokenizer))
     return tokenizer
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import megakd_kernels
+from megakd.config import Kernels
 from megakd.knowledge import Needs, read_knowledge
 from megakd.losses import Reading
 from megakd.objective import WEIGHTED_LOSS, Objective, unit_weights
@@ -18,11 +19,19 @@ from megakd.stage import IGNORE, UNITS, Batch, Knowledge, Losses, Pass, Predicti
 class StudentBundle(nn.Module):
     """The student with its objective, so that losses run inside the engine's forward."""
 
-    def __init__(self, student: nn.Module, objective: Objective, *, world_size: int) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        objective: Objective,
+        *,
+        world_size: int,
+        kernels: Kernels = "auto",
+    ) -> None:
         super().__init__()
         self.student = student
         self.objective = objective
         self.world_size = world_size
+        self.kernels: Kernels = kernels
 
     def forward(
         self,
@@ -40,7 +49,7 @@ class StudentBundle(nn.Module):
             counts: [3] global unit counts of the step, in the order of `UNITS`.
         """
         if plan is None or counts is None:
-            return predict(self.student, batch)
+            return predict(self.student, batch, self.kernels)
         scale = unit_weights(counts, self.world_size)
         read = read_knowledge(self.student, batch, self.objective.needs)
         total = torch.zeros((), device=counts.device)
@@ -49,7 +58,7 @@ class StudentBundle(nn.Module):
         for planned in plan:
             teacher = (knowledge or {}).get(planned.teacher) if planned.teacher else None
             weights = self.objective.weights | dict(planned.weights or {})
-            reading = Reading(read, teacher, batch, weights, scale)
+            reading = Reading(read, teacher, batch, weights, scale, self.kernels)
             evaluated = self.objective(reading)
             total = total + planned.scale * evaluated.total
             prefix = f"{planned.view}/" if planned.view else ""
@@ -60,22 +69,21 @@ class StudentBundle(nn.Module):
         return Losses(total, parts)
 
 
-def predict(model: nn.Module, batch: Batch) -> Predictions:
-    """Logits or scores of a micro-batch; of a causal LM the sums its metrics need."""
+def predict(model: nn.Module, batch: Batch, kernels: Kernels = "auto") -> Predictions:
+    """Logits or scores of a micro-batch; of a language model the sums its metrics need."""
     read = read_knowledge(model, batch, Needs())
     if read.logits is not None:
         return Predictions(outputs=read.logits.float(), sums=None)
     if read.head is None or read.hidden is None:
-        raise TypeError("a causal LM was read without its head")
+        raise TypeError("a language model was read without its head")
     weight, bias = read.head.read()
-    out = megakd_kernels.linear_kd_loss(
+    stats = megakd_kernels.linear_stats(
         read.hidden,
         weight,
-        labels=batch.labels,
-        t_squared=True,
-        ce_weight=1.0,
+        labels=batch.target_labels,
         ignore_index=IGNORE,
         student_bias=bias,
+        impl=kernels,
     )
-    sums = torch.stack([out.ce_sum.double(), out.agreement.double(), out.n_valid.double()])
+    sums = torch.stack([stats.ce_sum.double(), stats.agreement.double(), stats.n_valid.double()])
     return Predictions(outputs=None, sums=sums)

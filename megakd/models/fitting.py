@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import initialization
 
+from megakd.config import LANGUAGE_TASKS
 from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError
 from megakd.models.architectures import AUTO_CLASSES
@@ -44,7 +45,7 @@ def plan_loading(
     """
     _check_sizes(source, task, tokenizer_size)
     config = copy.deepcopy(source.config)
-    is_classifier = task.type != "causal_lm"
+    is_classifier = task.type not in LANGUAGE_TASKS
     keeps_head = need_head or not is_classifier or labels_agree(config, label_names)
     if is_classifier and not need_head:
         set_labels(config, label_names)

@@ -152,7 +152,7 @@ def check_model(
     Args:
         source: From `resolve_model`.
         task: What the model is for.
-        label_names: The data's labels in the data's order; empty for regression and causal_lm.
+        label_names: The data's labels in the data's order; empty where there are none.
         tokenizer_size: Number of tokens of the tokenizer.
         need_head: Whether the head must come with the weights (a teacher that is not trained).
 
@@ -183,7 +183,7 @@ def load_model(  # noqa: PLR0913  (each is another fact about the run)
     Args:
         source: From `resolve_model`.
         task: What the model is for.
-        label_names: The data's labels in the data's order; empty for regression and causal_lm.
+        label_names: The data's labels in the data's order; empty where there are none.
         tokenizer_size: Number of tokens of the tokenizer.
         ds: A loaded `ds_configs` file; None for a model without an engine.
         dtype: Of the parameters.

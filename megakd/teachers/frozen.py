@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megakd.config import Dtype
+from megakd.config import Dtype, Kernels
 from megakd.engine.initialize import frozen_engine
 from megakd.knowledge import Needs, language_model_head, read_knowledge
 from megakd.models.bundle import predict
@@ -22,17 +22,23 @@ class FrozenModel(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, *, needs: Needs, label_order: Sequence[int] | None
+        self,
+        model: nn.Module,
+        *,
+        needs: Needs,
+        label_order: Sequence[int] | None,
+        kernels: Kernels = "auto",
     ) -> None:
         super().__init__()
         self.model = model
         self.needs = needs
+        self.kernels: Kernels = kernels
         self.label_order = None if label_order is None else torch.tensor(list(label_order))
 
     def forward(self, batch: Batch, *, scoring: bool = False) -> Knowledge | Predictions:
         """Knowledge for the student's losses, or predictions to score the teacher itself."""
         if scoring:
-            said = predict(self.model, batch)
+            said = predict(self.model, batch, self.kernels)
             return said._replace(outputs=self._ordered(said.outputs))
         read = read_knowledge(self.model, batch, self.needs)
         # The student's engine reads the head; a module in an output would puzzle DeepSpeed.

@@ -189,7 +189,7 @@ def test_a_text_of_two_packages_belongs_to_none():
 
 
 @settings(max_examples=50)
-@given(st.text(alphabet="abc ABC.,", min_size=1), st.sampled_from(["classification", "causal_lm"]))
+@given(st.text(alphabet="abc ABC.,", min_size=1), st.sampled_from(["classification", "text"]))
 def test_case_and_punctuation_do_not_move_a_text_to_another_split(text: str, view: str):
     assert split_of(text, view) == split_of(f" {text.upper()}!", view)
 
@@ -283,7 +283,10 @@ def test_neither_hash_seed_nor_place_changes_the_rows(root: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"type": "regression"}, r"task\.type: pydocs has the views classification and causal_lm"),
+        (
+            {"type": "regression"},
+            r"task\.type: pydocs serves classification, mlm, causal_lm, got regression",
+        ),
         ({"data_dir": Path("x")}, r"task\.data_dir: pydocs is built in"),
         ({"label_column": "x"}, r"task\.label_column: pydocs is built in"),
     ],

@@ -134,8 +134,9 @@ def test_more_labels_than_rows_are_refused_with_both_numbers(tmp_path: Path):
 
 
 def test_labels_of_a_language_model_are_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"task\.labelled_examples: causal_lm has no labels"):
-        load(tmp_path, tmp_path, type="causal_lm", labelled_examples=1)
+    for kind in ("mlm", "causal_lm"):
+        with pytest.raises(ConfigError, match=rf"task\.labelled_examples: {kind} has no labels"):
+            load(tmp_path, tmp_path, type=kind, labelled_examples=1)
 
 
 def test_held_out_rows_are_cut_to_the_same_few_in_their_old_order(tmp_path: Path):

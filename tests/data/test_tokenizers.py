@@ -148,7 +148,7 @@ def test_other_text_gets_another_tokenizer(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "model"),
-    [("classification", "WordPiece"), ("regression", "WordPiece"), ("causal_lm", "BPE")],
+    [("classification", "WordPiece"), ("mlm", "WordPiece"), ("causal_lm", "BPE")],
 )
 def test_without_any_tokenizer_one_is_trained_to_fit_the_task(tmp_path, kind, model):
     empty = tmp_path / "model"
@@ -283,6 +283,25 @@ def test_an_encoder_needs_a_pad_token(tmp_path):
 
     with pytest.raises(DataError, match="has no pad token, which classification needs"):
         _load(_task(tokenizer=str(folder)), tmp_path)
+
+
+def test_a_tokenizer_without_a_mask_token_is_refused_for_mlm_alone(tmp_path):
+    folder = tmp_path / "maskless"
+    _load(_task(tokenizer=_recipe("wordpiece")), tmp_path).save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    kept = {k: v for k, v in json.loads(settings.read_text()).items() if k != "mask_token"}
+    settings.write_text(json.dumps(kept))
+
+    assert _load(_task("classification", str(folder)), tmp_path).mask_token is None
+    for task, folders in ((_task("mlm", str(folder)), ()), (_task("mlm"), [folder])):
+        with pytest.raises(DataError, match=r"maskless.* has no mask token, which mlm puts in th"):
+            _load(task, tmp_path, folders=folders)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trained_tokenizer_has_a_mask_token_for_mlm(tmp_path, kind):
+    made = _load(_task("mlm", _recipe(kind)), tmp_path)
+    assert made("the [MASK] reads")["input_ids"].count(made.mask_token_id) == 1
 
 
 def test_a_decoder_does_without_pad_and_end_tokens(tmp_path):

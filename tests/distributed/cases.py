@@ -51,7 +51,7 @@ def train(config_path: str, overrides: list[str], steps: int) -> dict:
         train=config.train,
         deepspeed=config.student.deepspeed,
     )
-    frozen = {name: lab._frozen(name, _needs(stage)) for name in teachers}
+    frozen = {name: lab._frozen(name, lab.needs(stage)) for name in teachers}
     run = StageRun(
         stage,
         assembly,
@@ -83,12 +83,6 @@ def train(config_path: str, overrides: list[str], steps: int) -> dict:
     del run, frozen
     gc.collect()
     return result
-
-
-def _needs(stage):
-    from megakd.objective import objective_needs
-
-    return objective_needs(stage.objective)
 
 
 def different_rank_errors() -> str:

@@ -57,9 +57,7 @@ def _started(config_path: str):
         train=config.train,
         deepspeed=config.student.deepspeed,
     )
-    from megakd.objective import objective_needs
-
-    teacher = lab._frozen(name, objective_needs(stage.objective))
+    teacher = lab._frozen(name, lab.needs(stage))
     run = StageRun(
         stage,
         Assembly(config=config, prepared=prepared, ranks=ranks),
@@ -88,3 +86,43 @@ def epoch(config_path: str) -> dict:
     run.close()
     teacher.destroy()
     return {"counted": counted, "mine": mine}
+
+
+def head_gathers(config_path: str) -> list[dict]:
+    """How often the ranks make the matrix of each model's head whole, per micro-batch."""
+    from megakd.models.architectures import architecture_of
+
+    run, teacher = _started(config_path)
+    models = {"teacher": teacher.model, "student": run.student.student}
+    counted = dict.fromkeys(models, 0)
+    for name, model in models.items():
+        head = architecture_of(model.config).head_of(model).weight
+        for parameter in model.parameters():
+            _note_gathers(parameter, head, counted, name)
+    found, forward_backward = [], run.student.forward_backward
+
+    def counting(*inputs, **options):
+        losses = forward_backward(*inputs, **options)
+        found.append(dict(counted))
+        counted.update(dict.fromkeys(models, 0))
+        return losses
+
+    run.trainer.student.forward_backward = counting
+    for step in range(2):
+        run.trainer.train_step(run.loader.step(step))
+    run.close()
+    teacher.destroy()
+    return found
+
+
+def _note_gathers(parameter, head, counted: dict, name: str) -> None:
+    """Parameters are gathered alone, or many by the first of them."""
+    for way in ("all_gather", "all_gather_coalesced"):
+        real = getattr(parameter, way)
+
+        def gather(*args, real=real, **options):
+            together = (args[0] if args else options.get("param_list")) or [parameter]
+            counted[name] += any(member is head for member in together)
+            return real(*args, **options)
+
+        setattr(parameter, way, gather)

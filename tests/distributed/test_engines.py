@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,26 @@ def test_a_ragged_end_trains_two_ranks_as_one(train, student):
 
     assert largest_difference(two["final"], one["final"]) <= 3e-6
     assert two["scores"] == one["scores"]
+
+
+# A tied teacher has let go of its embedding when the student's forward asks for the head.
+@pytest.mark.parametrize(("tied", "teacher"), [(True, 2), (False, 1)], ids=["tied", "untied"])
+def test_a_sharded_head_is_made_whole_once_per_micro_batch_whatever_the_losses(
+    workers, write, tied, teacher
+):
+    everything = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    models = (llama(2, 24, tie_word_embeddings=tied), llama(1, tie_word_embeddings=tied))
+    path = write(language=True, student=everything, teacher=everything, models=models)
+    tree = json.loads(Path(path).read_text())
+    # Two temperatures: two passes over both heads.
+    tree["objective"] = [
+        {"loss": "hard_cross_entropy"},
+        {"loss": "soft_target_kl"},
+        {"loss": "soft_target_reverse_kl", "temperature": 2.0},
+    ]
+    Path(path).write_text(json.dumps(tree))
+
+    _, *found = workers(2).run("engine_cases.head_gathers", path)[0]
+
+    # In the first micro-batch DeepSpeed learns who reads the head.
+    assert found == [{"teacher": teacher, "student": 1}] * 3

@@ -11,9 +11,12 @@ import torch
 import yaml
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    DistilBertConfig,
     LlamaConfig,
+    RobertaConfig,
 )
 
 STEPS = 3
@@ -39,11 +42,44 @@ LANGUAGE = {
     "soft_target_reverse_kl": 0.2,
     "hidden_mse": 0.2,
 }
+INNER = {
+    "hard_cross_entropy": 0.3,
+    "embedding_mse": 0.2,
+    "attention_mse": 4.0,
+    "relation_kl": 0.5,
+}
+RELATION_HEADS = 4
+PAIRS = ["1:2", "2:4"]
+OPTIONS = {
+    "soft_target_kl": {"temperature": SETTINGS["temperature"]},
+    "soft_target_reverse_kl": {"temperature": SETTINGS["temperature"]},
+    "hidden_mse": {"layer_mapping": PAIRS},
+    "hidden_cosine": {"layer_mapping": PAIRS},
+    "attention_mse": {"layer_mapping": PAIRS, "fit": "probabilities"},
+    "relation_kl": {
+        "layer_mapping": PAIRS,
+        "relations": ["query", "key", "value", "query_key"],
+        "relation_heads": RELATION_HEADS,
+    },
+}
 
 
-def bert(layers, width):
-    return BertConfig(
-        vocab_size=320,
+# The task, the teacher, and how transformers loads a student, by the first part of its name.
+KINDS = {
+    "bert": ("classification", "bert-teacher", AutoModelForSequenceClassification),
+    "llama": ("causal_lm", "llama-teacher", AutoModelForCausalLM),
+    "masked": ("mlm", "masked-teacher", AutoModelForMaskedLM),
+}
+
+
+def kind_of(student):
+    return KINDS[student.partition("-")[0]]
+
+
+def bert(layers, width, *, config=BertConfig, vocabulary=320, **keys):
+    return config(
+        **keys,
+        vocab_size=vocabulary,
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=2,
@@ -53,6 +89,19 @@ def bert(layers, width):
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         classifier_dropout=0.0,
+    )
+
+
+def distilbert(layers, width):
+    return DistilBertConfig(
+        vocab_size=320,
+        dim=width,
+        n_layers=layers,
+        n_heads=2,
+        hidden_dim=2 * width,
+        max_position_embeddings=32,
+        dropout=0.0,
+        attention_dropout=0.0,
     )
 
 
@@ -93,6 +142,16 @@ def folder(tmp_path_factory):
         "llama-tied": AutoModelForCausalLM.from_config(llama(2, 16, vocabulary=320, tied=True)),
         "llama-untied": AutoModelForCausalLM.from_config(llama(2, 16, vocabulary=336, tied=False)),
     }
+    models |= {
+        name: AutoModelForMaskedLM.from_config(config)
+        for name, config in {
+            "masked-teacher": bert(4, 32, vocabulary=328),
+            "masked-tied": bert(2, 16),
+            "masked-untied": bert(2, 16, vocabulary=336, tie_word_embeddings=False),
+            "masked-roberta": bert(2, 16, config=RobertaConfig, pad_token_id=0),
+            "masked-distilbert": distilbert(2, 16),
+        }.items()
+    }
     for name, model in models.items():
         # Larger than usual, so that teacher and student really disagree.
         for parameter in model.parameters():
@@ -102,22 +161,21 @@ def folder(tmp_path_factory):
 
 
 def config_tree(folder, student, weights, *, student_zero, teacher_zero):
-    is_language = student.startswith("llama")
-    teacher = "llama-teacher" if is_language else "bert-teacher"
-    soft = {"temperature": SETTINGS["temperature"]}
-    hidden = {"layer_mapping": ["1:2", "2:4"]}
+    task, teacher, _ = kind_of(student)
     terms = [
-        {"loss": name, "weight": weight}
-        | (soft if name.startswith("soft") else hidden if name.startswith("hidden") else {})
+        {"loss": name, "weight": weight, **OPTIONS.get(name, {})}
         for name, weight in weights.items()
     ]
     return {
         "output_dir": str(folder / "out"),
         "task": {
-            "type": "causal_lm" if is_language else "classification",
+            "type": task,
             "dataset": str(folder / "data"),
             "max_length": 16,
-            "tokenizer": {"type": "bpe" if is_language else "wordpiece", "vocab_size": 300},
+            "tokenizer": {
+                "type": "bpe" if task == "causal_lm" else "wordpiece",
+                "vocab_size": 300,
+            },
         },
         "teacher": {"model": str(folder / teacher), "deepspeed": zero(teacher_zero)},
         "student": {"model": str(folder / student), "deepspeed": zero(student_zero)},
@@ -151,6 +209,7 @@ def plain_run(config_path, weights, initial):
     from megakd.config_file import load_config
     from megakd.data.encoding import Collator, encode_splits
     from megakd.data.loader import StepLoader, StepShape
+    from megakd.data.masking import task_masking
     from megakd.data.splits import load_splits
     from megakd.data.tokenizers import load_tokenizer
     from megakd.preparation import cache_folder
@@ -161,18 +220,26 @@ def plain_run(config_path, weights, initial):
     tokenizer = load_tokenizer(task, splits, model_folders=[], cache_dir=cache)
     encoded = encode_splits(splits, tokenizer, task, cache_dir=cache)
     collate = Collator(tokenizer, task)
-    loader = StepLoader(encoded.train, collate, shape=StepShape(ROWS, 1), seed=config.seed)
-    kind = AutoModelForCausalLM if task.type == "causal_lm" else AutoModelForSequenceClassification
-    hidden = [name for name in weights if name.startswith("hidden")]
+    loader = StepLoader(
+        encoded.train,
+        collate,
+        shape=StepShape(ROWS, 1),
+        seed=config.seed,
+        masking=task_masking(tokenizer, task),
+    )
+    *_, kind = kind_of(Path(config.student.model).name)
+    projected = [name for name in weights if name.startswith(("hidden", "embedding"))]
     settings = SETTINGS | {
         "weights": weights,
         "pairs": ((1, 2), (2, 4)),
-        "offset": {name: 2 * index for index, name in enumerate(hidden)},
+        "offset": {name: 2 * index for index, name in enumerate(projected)},
+        "heads": RELATION_HEADS,
     }
+    attention = {"attn_implementation": "eager"} if "attention_mse" in weights else {}
     projections = {n: v for n, v in initial.items() if not n.startswith("student.")}
     return reference.train(
-        kind.from_pretrained(config.student.model),
-        kind.from_pretrained(config.teacher.model).eval(),
+        kind.from_pretrained(config.student.model, **attention),
+        kind.from_pretrained(config.teacher.model, **attention).eval(),
         projections,
         [loader.step(index)[0] for index in range(STEPS)],
         settings,
@@ -184,10 +251,12 @@ def assert_same(found, expected):
     for step in range(STEPS):
         for name, value in expected["losses"][step].items():
             assert found["losses"][step][name] == pytest.approx(value, rel=2e-6, abs=1e-6), name
-        assert found["gradients"][step].keys() == expected["gradients"][step].keys()
+        gradients = dict(found["gradients"][step])
         for name, gradient in expected["gradients"][step].items():
-            error = (found["gradients"][step][name] - gradient).abs().max().item()
+            error = (gradients.pop(name) - gradient).abs().max().item()
             assert error <= 1e-6 * max(1.0, gradient.abs().max().item()), (step, name, error)
+        # What no loss reads: the second bias of an untied BERT.
+        assert not any(gradient.any() for gradient in gradients.values()), [*gradients]
     for name, weight in expected["final"].items():
         assert torch.allclose(found["final"][name], weight, atol=3e-6), name
 
@@ -224,16 +293,80 @@ def test_a_language_model_distils_as_in_one_plain_process(
     assert_same(found, plain_run(path, LANGUAGE, found["initial"]))
 
 
+MASKED = [("masked-tied", student, teacher) for student in range(4) for teacher in (0, 3)]
+MASKED += [("masked-untied", *stages) for stages in ((0, 3), (2, 0), (3, 3))]
+MASKED += [(f"masked-{family}", 3, 3) for family in ("roberta", "distilbert")]
+
+
+@pytest.mark.parametrize(("student", "student_zero", "teacher_zero"), MASKED)
+def test_a_masked_lm_distils_as_in_one_plain_process(
+    workers, folder, tmp_path, student, student_zero, teacher_zero
+):
+    tree = config_tree(
+        folder, student, LANGUAGE, student_zero=student_zero, teacher_zero=teacher_zero
+    )
+    path = write(tree, tmp_path / "config.yaml")
+
+    found = workers(2).run("train", path, [], STEPS)[0]
+
+    assert_same(found, plain_run(path, LANGUAGE, found["initial"]))
+
+
+# (student, student's ZeRO stage, teacher's, train.gradient_checkpointing, train.kernels)
+INNER_CASES = [
+    ("bert-student", 0, 3, False, "reference"),
+    ("bert-student", 1, 0, True, "auto"),
+    ("bert-student", 3, 3, False, "auto"),
+    ("masked-tied", 2, 3, False, "auto"),
+    ("llama-tied", 2, 0, False, "chunked"),
+    ("llama-untied", 2, 3, True, "reference"),
+    ("llama-untied", 3, 0, False, "reference"),
+    ("llama-tied", 3, 3, True, "auto"),
+]
+
+
+@pytest.mark.parametrize(
+    ("student", "student_zero", "teacher_zero", "checkpointing", "kernels"), INNER_CASES
+)
+def test_attention_relations_and_embeddings_distil_as_in_one_plain_process(
+    workers, folder, tmp_path, student, student_zero, teacher_zero, checkpointing, kernels
+):
+    tree = config_tree(folder, student, INNER, student_zero=student_zero, teacher_zero=teacher_zero)
+    tree["train"] |= {"gradient_checkpointing": checkpointing, "kernels": kernels}
+    path = write(tree, tmp_path / "config.yaml")
+
+    found = workers(2).run("train", path, [], STEPS)[0]
+
+    assert_same(found, plain_run(path, INNER, found["initial"]))
+
+
+# Nothing but a layer's projections has a gradient then, and the layer is repeated in the backward.
+@pytest.mark.parametrize(("student", "student_zero"), [("masked-tied", 3), ("llama-tied", 2)])
+def test_relations_can_be_all_that_is_learned(workers, folder, tmp_path, student, student_zero):
+    alone = {"relation_kl": 1.0}
+    tree = config_tree(folder, student, alone, student_zero=student_zero, teacher_zero=3)
+    tree["train"] |= {"gradient_checkpointing": True}
+    path = write(tree, tmp_path / "config.yaml")
+
+    found = workers(2).run("train", path, [], 1)[0]
+
+    expected = plain_run(path, alone, found["initial"])
+    assert found["losses"][0]["relation_kl"] == pytest.approx(expected["losses"][0]["relation_kl"])
+    for name, gradient in found["gradients"][0].items():
+        wanted = expected["gradients"][0].get(name, torch.zeros_like(gradient))
+        assert torch.allclose(gradient, wanted, atol=1e-6), name
+
+
 # (ranks, rows per micro-batch, micro-batches): each makes the same 12 rows a step.
 CUTS = [(1, 12, 1), (1, 2, 6), (2, 6, 1), (2, 1, 6), (3, 4, 1), (3, 2, 2)]
 
 
-@pytest.mark.parametrize("student", ["bert-student", "llama-tied"])
+@pytest.mark.parametrize("student", ["bert-student", "llama-tied", "masked-tied"])
 @pytest.mark.parametrize(("ranks", "size", "accumulation"), CUTS)
 def test_the_cut_of_a_step_into_ranks_and_micro_batches_changes_nothing(
     workers, folder, tmp_path, student, ranks, size, accumulation
 ):
-    weights = LANGUAGE if student.startswith("llama") else CLASSIFICATION
+    weights = CLASSIFICATION if student.startswith("bert") else LANGUAGE
     tree = config_tree(folder, student, weights, student_zero=2, teacher_zero=3)
     tree["train"] |= {
         "per_device_train_batch_size": size,

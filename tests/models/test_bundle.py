@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import megakd_kernels
+from megakd.config import Kernels
 from megakd.models.bundle import StudentBundle, predict
 from megakd.objective import Shape, build_objective, count_units
 from megakd.stage import IGNORE, Batch, Knowledge, Losses, Pass, Predictions
@@ -186,7 +188,7 @@ def test_without_a_plan_a_classifier_gives_its_outputs_in_fp32():
     )
 
 
-def test_predictions_of_a_causal_lm_are_the_sums_its_metrics_need():
+def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=20,
@@ -196,7 +198,11 @@ def test_predictions_of_a_causal_lm_are_the_sums_its_metrics_need():
         intermediate_size=8,
         max_position_embeddings=16,
     )
-    model = LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).eval()
+
+
+def test_predictions_of_a_causal_lm_are_the_sums_its_metrics_need():
+    model = tiny_llama()
     ids = torch.tensor([[5, 6, 7], [8, 9, 3]])
     labels = torch.tensor([[6, 7, IGNORE], [9, IGNORE, IGNORE]])
     with torch.no_grad():
@@ -210,6 +216,33 @@ def test_predictions_of_a_causal_lm_are_the_sums_its_metrics_need():
     assert found.sums is not None
     assert found.sums.dtype == torch.float64
     assert found.sums.tolist() == pytest.approx([nats.item(), right.item(), 3.0])
+
+
+def test_the_config_knows_the_code_paths_that_the_kernels_have():
+    assert get_args(Kernels) == megakd_kernels.IMPLEMENTATIONS
+
+
+@pytest.mark.parametrize("kernels", ["chunked", "reference"])
+def test_losses_and_predictions_go_the_way_that_was_chosen(monkeypatch, kernels):
+    ways = []
+    for name in ("kd_loss_from_logits", "linear_stats"):
+        real = getattr(megakd_kernels, name)
+
+        def noting(*tensors, impl="auto", real=real, **options):
+            ways.append(impl)
+            return real(*tensors, impl=impl, **options)
+
+        monkeypatch.setattr(megakd_kernels, name, noting)
+    student = bundle()
+    student.kernels = kernels
+    language_model = bundle()
+    language_model.student, language_model.kernels = tiny_llama(), kernels
+    ids = torch.tensor([[5, 6, 7]])
+
+    losses(student, Pass(teacher="a"))
+    language_model(Batch({"input_ids": ids}, ids, torch.ones(1, 3).bool()))
+
+    assert ways == [kernels] * 3  # hard and soft targets, and what metrics are made of
 
 
 def test_a_step_without_labels_or_rows_contributes_zero_and_no_gradient():

@@ -1,0 +1,132 @@
+"""Dynamic masks of masked language modelling (Devlin et al. 2019, BERT, section 3.1).
+
+A mask is a pure function of (seed, draw, row, position): which ranks and micro-batches a step is
+cut into, how far its rows are padded and where a run was resumed make no difference. Shapes: B
+rows of a micro-batch, T positions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import numpy as np
+import torch
+
+from megakd.stage import IGNORE, Batch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    from megakd.config import TaskConfig
+
+DEFAULT_PROBABILITY = 0.15
+MASKED_SHARE, RANDOM_SHARE = 0.8, 0.1
+"""Of the chosen tokens: shown as the mask token, as a random token; the rest as they are."""
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+class _Numbers(NamedTuple):
+    """Three numbers in [0, 1) for each position, [B, T] fp64."""
+
+    choice: NDArray[np.float64]
+    fate: NDArray[np.float64]
+    token: NDArray[np.float64]
+
+
+class Masking:
+    """Hides tokens of a micro-batch and makes them its labels; nothing is shifted.
+
+    mask_id: the token that stands for a hidden one.
+    special_ids: tokens that are never hidden.
+    vocabulary: tokens that may stand at random for a hidden one.
+    probability: of each token to be chosen; a row in which chance would choose none gets one.
+    """
+
+    def __init__(
+        self,
+        *,
+        mask_id: int,
+        special_ids: Sequence[int],
+        vocabulary: Sequence[int],
+        probability: float = DEFAULT_PROBABILITY,
+    ) -> None:
+        self._mask_id = mask_id
+        self._special_ids = np.array(special_ids, dtype=np.int64)
+        self._vocabulary = np.array(vocabulary, dtype=np.int64)
+        self._probability = probability
+
+    def __call__(self, batch: Batch, rows: NDArray[np.int64], *, seed: int, draw: int) -> Batch:
+        """The batch with tokens hidden in `input_ids`, and `labels` [B, T] and `targets` set.
+
+        Args:
+            batch: on the CPU; not changed.
+            rows: numbers of its rows in the data set; rows after these are dummies.
+            seed: of the run.
+            draw: which of a row's masks to take, such as the epoch.
+        """
+        ids = batch.inputs["input_ids"].numpy()  # [B, T]
+        real = batch.valid.numpy()
+        maskable = real & ~np.isin(ids, self._special_ids)
+        numbers = _numbers(seed, draw, rows, ids.shape)
+        chosen = _chosen(numbers.choice, maskable, self._probability)
+        shown = np.where(chosen, self._shown(ids, numbers), ids)
+        labels = np.where(chosen, ids, IGNORE)
+        inputs = {**batch.inputs, "input_ids": torch.from_numpy(shown)}
+        targets = np.flatnonzero(chosen) if chosen.any() else np.zeros(1, dtype=np.int64)
+        return Batch(inputs, torch.from_numpy(labels), batch.valid, torch.from_numpy(targets))
+
+    def _shown(self, ids: NDArray[np.int64], numbers: _Numbers) -> NDArray[np.int64]:
+        """What stands at each position, were it chosen."""
+        place = (numbers.token * len(self._vocabulary)).astype(np.int64)
+        is_masked = numbers.fate < MASKED_SHARE
+        is_random = numbers.fate < MASKED_SHARE + RANDOM_SHARE
+        shown = np.where(is_random, self._vocabulary[place], ids)
+        return np.where(is_masked, self._mask_id, shown)
+
+
+def task_masking(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> Masking | None:
+    """The masks of an mlm task; None for every other."""
+    if task.type != "mlm":
+        return None
+    special = {int(number) for number in tokenizer.all_special_ids}
+    return Masking(
+        mask_id=cast("int", tokenizer.mask_token_id),  # transformers' own type allows several
+        special_ids=sorted(special),
+        vocabulary=sorted(set(tokenizer.get_vocab().values()) - special),
+        probability=task.mlm_probability or DEFAULT_PROBABILITY,
+    )
+
+
+def _chosen(
+    choice: NDArray[np.float64], maskable: NDArray[np.bool_], probability: float
+) -> NDArray[np.bool_]:
+    """[B, T]: the maskable positions below the probability, the lowest one in any case."""
+    lowest = np.where(maskable, choice, np.inf).argmin(axis=1)
+    is_lowest = np.arange(choice.shape[1]) == lowest[:, None]
+    return maskable & ((choice < probability) | is_lowest)
+
+
+def _numbers(seed: int, draw: int, rows: NDArray[np.int64], shape: tuple[int, ...]) -> _Numbers:
+    """SplitMix64 (Steele, Lea and Flood 2014): every row has a stream of its own."""
+    key = np.zeros((shape[0], 1), dtype=np.uint64)
+    parts = np.zeros((3, shape[0], 1), dtype=np.uint64)
+    parts[0], parts[1] = seed, draw
+    parts[2, : len(rows), 0] = rows
+    for part in parts:
+        key = _mixed(key + part + _GOLDEN)
+    counter = np.arange(1, 3 * shape[1] + 1, dtype=np.uint64)
+    values = _mixed(key + counter * _GOLDEN) >> np.uint64(11)  # [B, 3T]
+    uniform = values.astype(np.float64) * 2.0**-53
+    return _Numbers(uniform[:, 0::3], uniform[:, 1::3], uniform[:, 2::3])
+
+
+def _mixed(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's output function, modulo 2^64."""
+    state = (state ^ (state >> np.uint64(30))) * _FIRST
+    state = (state ^ (state >> np.uint64(27))) * _SECOND
+    return state ^ (state >> np.uint64(31))

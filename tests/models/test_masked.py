@@ -1,0 +1,201 @@
+"""Masked language models: hidden states and head stand for the logits transformers gives."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+from megakd.engine.sharding import gathered_state
+from megakd.errors import ModelError
+from megakd.export import write_model_folder
+from megakd.knowledge import Needs, language_model_head, read_knowledge
+from megakd.models.bundle import predict
+from megakd.models.loading import check_model
+from megakd.stage import IGNORE, Batch
+
+FAMILIES = ["bert", "roberta", "distilbert", "electra"]
+TIES = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+LABELS = torch.full((2, 12), IGNORE)
+LABELS[0, 3], LABELS[0, 9], LABELS[1, 5] = 17, 200, 8
+
+
+def saved(tiny, model_type, **changes):
+    return tiny.save(model_type, auto=AutoModelForMaskedLM, **changes)
+
+
+def batch(tiny, *, targets: bool) -> Batch:
+    valid = torch.ones(2, 12, dtype=torch.bool)
+    valid[1, 8:] = False
+    inputs = {"input_ids": tiny.input_ids, "attention_mask": valid.long()}
+    asked = (LABELS != IGNORE).flatten().nonzero()[:, 0] if targets else None
+    return Batch(inputs, LABELS, valid, asked)
+
+
+def embedding_of(model):
+    return model.get_input_embeddings().weight
+
+
+@TIES
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_masked_lm_answers_exactly_as_transformers_loads_it(tiny, model_type, tied):
+    folder = saved(tiny, model_type, tie_word_embeddings=tied)
+
+    model = tiny.load(folder, tiny.task("mlm"))
+
+    reference = AutoModelForMaskedLM.from_pretrained(folder)
+    assert torch.equal(model(tiny.input_ids).logits, reference(tiny.input_ids).logits)
+    assert (language_model_head(model).read()[0] is embedding_of(model)) == tied
+
+
+@TIES
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_hidden_states_times_the_head_plus_its_bias_are_the_models_logits(tiny, model_type, tied):
+    model = tiny.load(saved(tiny, model_type, tie_word_embeddings=tied), tiny.task("mlm"))
+    given = batch(tiny, targets=False)
+    theirs = model(**given.inputs, output_hidden_states=True)
+
+    read = read_knowledge(model, given, Needs(hidden_states=True))
+
+    assert read.logits is None
+    with read.head.open():
+        weight, bias = read.head.read()
+    assert bias.abs().max() > 0.1
+    torch.testing.assert_close(read.hidden @ weight.T + bias, theirs.logits)
+    torch.testing.assert_close(read.hidden_states, tuple(theirs.hidden_states))
+
+
+# ELECTRA's generator has a head narrower than its layers.
+def test_a_head_may_be_narrower_than_the_layers(tiny):
+    model = tiny.load(saved(tiny, "electra", embedding_size=6), tiny.task("mlm"))
+
+    read = read_knowledge(model, batch(tiny, targets=True), Needs(hidden_states=True))
+
+    assert read.hidden.shape == (3, 6)
+    assert read.hidden_states[0].shape == (2, 12, 16)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_head_is_asked_at_the_targets_alone(tiny, model_type, monkeypatch):
+    model = tiny.load(saved(tiny, model_type), tiny.task("mlm"))
+    everywhere = read_knowledge(model, batch(tiny, targets=False), Needs()).hidden
+    head = language_model_head(model)
+    monkeypatch.setattr(head._module, "forward", None)
+
+    read = read_knowledge(model, batch(tiny, targets=True), Needs())
+
+    assert len(read.hidden) == 3
+    torch.testing.assert_close(read.hidden, everywhere[LABELS != IGNORE])
+
+
+@pytest.mark.parametrize("targets", [True, False])
+def test_its_predictions_are_the_sums_its_metrics_need(tiny, targets):
+    model = tiny.load(saved(tiny, "bert"), tiny.task("mlm"))
+    given = batch(tiny, targets=targets)
+
+    with torch.no_grad():
+        found = predict(model, given)
+        logits = model(**given.inputs).logits.double()[LABELS != IGNORE]
+
+    truth = LABELS[LABELS != IGNORE]
+    nats = torch.nn.functional.cross_entropy(logits, truth, reduction="sum")
+    right = (logits.argmax(-1) == truth).sum()
+    assert found.sums.tolist() == pytest.approx([nats.item(), right.item(), 3.0])
+
+
+def test_a_bare_backbone_gets_a_new_head_whose_matrix_is_its_embedding(tiny):
+    folder = tiny.save("bert", auto=AutoModel)
+
+    model = tiny.load(folder, tiny.task("mlm"), need_head=False)
+
+    stored = load_file(folder / "model.safetensors")["embeddings.word_embeddings.weight"]
+    weight, bias = language_model_head(model).read()
+    assert weight is embedding_of(model)
+    assert torch.equal(weight, stored)
+    assert not bias.any()
+
+
+def test_a_new_model_starts_alike_every_time_and_keeps_its_ties(tiny):
+    one, two = (
+        tiny.load(tiny.scratch("roberta"), tiny.task("mlm"), need_head=False) for _ in range(2)
+    )
+
+    pairs = zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert language_model_head(one).read()[0] is embedding_of(one)
+
+
+@TIES
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_an_exported_folder_is_the_same_model_for_transformers(tiny, tmp_path, model_type, tied):
+    folder = saved(tiny, model_type, tie_word_embeddings=tied)
+    model = tiny.load(folder, tiny.task("mlm"))
+
+    write_model_folder(
+        tmp_path / "final",
+        config=model.config,
+        state=gathered_state(model),
+        tokenizer=None,
+        architecture=type(model).__name__,
+    )
+
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "final")
+    assert torch.equal(again(tiny.input_ids).logits, model(tiny.input_ids).logits)
+    assert (again.get_output_embeddings().weight is embedding_of(again)) == tied
+    config = json.loads((tmp_path / "final" / "config.json").read_text())
+    assert config["architectures"] == [type(model).__name__]
+
+
+def test_a_classifier_of_a_masked_lm_is_loaded_without_the_old_head(tiny):
+    folder = saved(tiny, "distilbert")
+
+    model = tiny.load(folder, tiny.task(), label_names=("a", "b"), need_head=False)
+
+    assert model.classifier.weight.shape == (2, 16)
+
+
+# What bad input gets.
+
+
+def refusal(tiny, spec, *, need_head=True) -> str:
+    task = tiny.task("mlm")
+    with pytest.raises(ModelError) as caught:
+        check_model(
+            tiny.resolve(spec, task),
+            task=task,
+            label_names=(),
+            tokenizer_size=300,
+            need_head=need_head,
+        )
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_teacher_without_a_masked_head_is_refused(tiny, model_type, auto):
+    folder = tiny.save(model_type, auto=auto)
+
+    text = refusal(tiny, folder)
+
+    assert f"teacher.model: {folder} has no head for mlm (" in text
+    assert "set teacher.finetune or give a folder that was fine-tuned for the task" in text
+
+
+def test_missing_backbone_weights_are_no_missing_head(tiny):
+    folder = saved(tiny, "bert")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    kept = {key: value for key, value in tensors.items() if "layer.1." not in key}
+    save_file(kept, file, metadata={"format": "pt"})
+
+    assert "lacks 16 weights of a bert model" in refusal(tiny, folder)
+
+
+def test_a_decoder_is_refused_and_the_families_that_can_are_named(tiny):
+    text = refusal(tiny, tiny.scratch("llama"), need_head=False)
+
+    assert "model_type 'llama' is for causal_lm and cannot do task.type mlm" in text
+    assert text.endswith("use one of bert, roberta, distilbert, electra")

@@ -1,0 +1,158 @@
+"""What one loss term computes from, with random contents, in every way that tests need it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from megakd.losses import Reading
+from megakd.models.architectures import Heads
+from megakd.objective import Shape, build_objective, count_units, unit_weights
+from megakd.stage import IGNORE, AttentionVectors, Batch, Knowledge
+from megakd.terms import HardCrossEntropy, HardMse
+
+HARD = (HardCrossEntropy, HardMse)
+LENGTHS = (5, 3, 4, 0)  # the last row only keeps the ranks in step
+CLASSES, VOCABULARIES, WIDTHS, LAYERS = 3, (7, 9), (16, 24), (2, 4)
+# Two heads of queries, one of keys: 4 divides the width of all vectors.
+QUERY_HEADS, KEY_HEADS = 2, 1
+PARTS = {"queries": QUERY_HEADS, "keys": KEY_HEADS, "values": KEY_HEADS}
+# Two documents in the first row, as a packed causal LM has them.
+POSITIONS = torch.tensor([[0, 1, 0, 1, 2], *[[0, 1, 2, 3, 4]] * 3])
+
+
+class Matrix:
+    """A head that needs no opening."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+
+    def read(self) -> tuple[torch.Tensor, None]:
+        return self.weight, None
+
+
+class Scene:
+    """What one term computes from, with random contents; `leaves` are what it may change."""
+
+    def __init__(self, task: str, term: Any, *, same_widths: bool = False) -> None:
+        torch.manual_seed(1)
+        self.task, self.term = task, term
+        ours, theirs = (WIDTHS[0],) * 2 if same_widths else WIDTHS
+        self.objective = build_objective(
+            (term,),
+            task,  # type: ignore[arg-type]
+            Shape(LAYERS[0], ours, CLASSES, Heads(QUERY_HEADS, KEY_HEADS, ours // 2)),
+            Shape(LAYERS[1], theirs, CLASSES, Heads(QUERY_HEADS, KEY_HEADS, theirs // 2)),
+        )
+        self.leaves = self.contents(0, ours)
+        self.teacher = self.contents(1, theirs)
+        self.valid = torch.arange(5) < torch.tensor(LENGTHS)[:, None]
+        self.labels = {
+            "classification": torch.tensor([1, IGNORE, 0, IGNORE]),
+            "regression": torch.tensor([0.5, math.nan, -1.0, math.nan]),
+            "causal_lm": torch.randint(VOCABULARIES[0], (4, 5)).masked_fill(~self.valid, IGNORE),
+        }[task]
+        if task == "causal_lm":
+            self.labels[0, 0] = IGNORE
+
+    def contents(self, model: int, width: int) -> dict[str, torch.Tensor]:
+        if self.task == "causal_lm":
+            outputs = {
+                "hidden": torch.randn(4, 5, width),
+                "head": torch.randn(VOCABULARIES[model], width),
+            }
+        else:
+            outputs = {"logits": torch.randn(4, CLASSES if self.task == "classification" else 1)}
+        states = {f"state{i}": torch.randn(4, 5, width) for i in range(LAYERS[model] + 1)}
+        vectors = {
+            f"{part}{i}": torch.randn(4, 5, heads * width // 2)
+            for i in range(1, LAYERS[model] + 1)
+            for part, heads in PARTS.items()
+        }
+        return outputs | states | vectors
+
+    def equal_to_teacher(self) -> Scene:
+        self.leaves |= {name: self.teacher[name].clone() for name in self.leaves}
+        self.leaves |= {"state2": self.teacher["state4"].clone()}
+        for part in PARTS:
+            self.leaves |= {f"{part}{s}": self.teacher[f"{part}{t}"] for s, t in ((1, 2), (2, 4))}
+        return self
+
+    def converted(self, dtype: torch.dtype) -> Scene:
+        self.leaves = {name: value.to(dtype) for name, value in self.leaves.items()}
+        self.teacher = {name: value.to(dtype) for name, value in self.teacher.items()}
+        return self
+
+    def counting(self, name: str) -> torch.Tensor:
+        """Where a tensor's contents may matter to this term, by the table of units."""
+        if name.startswith(("state", *PARTS)):
+            return self.valid
+        has_label = ~self.labels.isnan() if self.task == "regression" else self.labels != IGNORE
+        wants_label = self.task == "causal_lm" or isinstance(self.term, HARD)
+        return has_label if wants_label else self.valid.any(dim=1)
+
+    def poisoned(self) -> Scene:
+        for contents in (self.leaves, self.teacher):
+            for name, value in contents.items():
+                if name != "head":
+                    value[~self.counting(name)] = math.nan
+        return self
+
+    def masked(self) -> Scene:
+        nothing = math.nan if self.task == "regression" else IGNORE
+        self.valid = torch.zeros_like(self.valid)
+        self.labels = torch.full_like(self.labels, nothing)
+        return self
+
+    def result(
+        self,
+        rows: slice = slice(None),
+        counts: torch.Tensor | None = None,
+        kernels: Any = "auto",
+    ) -> Result:
+        """Total, sums and gradients of some rows, divided by `counts` or by the scene's own."""
+        leaves = {n: v.detach().clone().requires_grad_() for n, v in self.leaves.items()}
+        inputs = {"position_ids": POSITIONS[rows]} if self.task == "causal_lm" else {}
+        batch = Batch(inputs, self.labels[rows], self.valid[rows])
+        self.objective.zero_grad()
+        reading = Reading(
+            student=knowledge(leaves, rows),
+            teacher=knowledge(self.teacher, rows),
+            batch=batch,
+            weights=self.objective.weights,
+            per_unit=unit_weights(count_units([batch]) if counts is None else counts, 1),
+            kernels=kernels,
+        )
+        total, sums = self.objective(reading)
+        total.backward()
+        gradients = {n: v.grad for n, v in leaves.items() if v.grad is not None}
+        gradients |= {n: p.grad for n, p in self.objective.named_parameters()}
+        return Result(total.detach(), sums, gradients)
+
+    def counts(self) -> torch.Tensor:
+        return count_units([Batch({}, self.labels, self.valid)])
+
+
+class Result:
+    def __init__(self, total: torch.Tensor, sums: dict, gradients: dict) -> None:
+        self.total, self.sums, self.gradients = total, sums, gradients
+
+
+def knowledge(contents: dict[str, torch.Tensor], rows: slice) -> Knowledge:
+    states = tuple(v[rows] for name, v in contents.items() if name.startswith("state"))
+    layers = sum(name.startswith("queries") for name in contents)
+    vectors = (
+        AttentionVectors(*(contents[f"{part}{i}"][rows] for part in PARTS), width_of(contents))
+        for i in range(1, layers + 1)
+    )
+    inner = Knowledge(hidden_states=states, attention=(None, *vectors))
+    if "logits" in contents:
+        return inner._replace(logits=contents["logits"][rows])
+    return inner._replace(hidden=contents["hidden"][rows], head=Matrix(contents["head"]))  # type: ignore[arg-type]
+
+
+def width_of(contents: dict[str, torch.Tensor]) -> int:
+    """Of a head."""
+    return contents["queries1"].shape[-1] // QUERY_HEADS
