@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import megakd_kernels as mk
 from megakd_kernels.settings import HAS_TRITON
@@ -71,6 +73,29 @@ class Problem:
         )  # fmt: skip
         present = [leaf for leaf in leaves if leaf is not None]
         return output, torch.autograd.grad(output.loss * upstream, present)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many elements the largest result of any operation has.
+
+    A mode does not see into an operator of torch: call its function, `operator._init_fn`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+@pytest.fixture
+def largest_tensor():
+    return LargestTensor
 
 
 @pytest.fixture

@@ -196,6 +196,20 @@ def test_only_the_gradients_asked_for_are_formed(states, loss, needs):
     assert (student.grad is None) != (projection.grad is None)
 
 
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+def test_projected_states_of_all_rows_never_exist(kind, monkeypatch, largest_tensor):
+    monkeypatch.setattr(hidden_ops, "_CHUNK_MB", 0.05)
+    student, teacher, projection = torch.randn(4000, 2), torch.randn(4000, 40), torch.randn(40, 2)
+    valid = torch.ones(4000, dtype=torch.bool)
+
+    with largest_tensor() as largest:
+        hidden_ops.hidden_loss._init_fn(
+            student, projection, teacher, valid, [True, True], kind, "chunked"
+        )
+
+    assert 0 < largest.numel <= 4000 * 40 / 10
+
+
 def test_different_widths_need_a_projection(states):
     with pytest.raises(ValueError, match="student is 3 wide and the teacher 5: a projection"):
         mk.hidden_mse_projection_loss(states[0], None, states[2], valid=None)

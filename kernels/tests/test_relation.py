@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megakd_kernels import relation_chunked
 from megakd_kernels.relation import relation_kl_loss
@@ -331,20 +330,8 @@ def test_tiles_match_the_reference_for_any_shape_and_mask(data, batch, length, h
     torch.testing.assert_close(gradients, true_gradients)
 
 
-class Largest(TorchDispatchMode):
-    """Remembers how many elements the largest result has."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.elements = max(self.elements, result.numel())
-        return result
-
-
 @KEYS
-def test_tiles_never_hold_all_pairs_of_positions(keys):
+def test_tiles_never_hold_all_pairs_of_positions(keys, largest_tensor):
     heads, length = 8, 64
     problem = make(1, length, heads=heads, student=2, teacher=2, keys=keys, masks=("valid",))
     tensors = (problem.tensors.get(f"{owner}_{name}")
@@ -352,7 +339,7 @@ def test_tiles_never_hold_all_pairs_of_positions(keys):
     weight = problem.options["valid"].double()
     relation = Relation(*tensors, problem.options["valid"], None, weight, heads, causal=False)
 
-    with Largest() as largest:
+    with largest_tensor() as largest:
         relation_chunked.relation_sweep(relation, wants_queries=True, wants_keys=keys)
 
-    assert 0 < largest.elements < heads * length * length / 8
+    assert 0 < largest.numel < heads * length * length / 8

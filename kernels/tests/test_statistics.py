@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import megakd_kernels as mk
 from megakd_kernels.statistics import _linear_stats_op, linear_stats
@@ -300,27 +299,12 @@ def test_under_autocast_products_run_in_its_type(make_heads):
     torch.testing.assert_close(got, expected)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor any operation returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return result
-
-
-def test_logits_of_all_rows_never_exist(make_heads):
+def test_logits_of_all_rows_never_exist(make_heads, largest_tensor):
     arguments = operator_arguments(make_heads(n=600, vs=500, vt=500))
 
     sizes = {}
     for implementation in ("chunked", "reference"):
-        with LargestTensor() as largest:
+        with largest_tensor() as largest:
             # Called as a function: a mode does not see into an operator.
             _linear_stats_op._init_fn(*arguments, 0.1, implementation)
         sizes[implementation] = largest.numel

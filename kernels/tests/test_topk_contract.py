@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megakd_kernels.topk import TOPK_MODES, topk_kd_loss
 from megakd_kernels.topk_ops import topk_kd
@@ -160,21 +159,6 @@ def test_under_autocast_products_run_in_its_type():
     assert all(gradient.dtype == torch.float32 for gradient in gradients)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor any operation returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return result
-
-
 def operator_arguments(cached, *, within_ids=False, chunk_mb=1024.0):
     valid = cached.labels != -100
     log_p = cached.logprobs
@@ -188,11 +172,11 @@ def operator_arguments(cached, *, within_ids=False, chunk_mb=1024.0):
 
 
 @pytest.mark.parametrize("within_ids", [False, True])
-def test_logits_of_all_rows_never_exist(within_ids):
+def test_logits_of_all_rows_never_exist(within_ids, largest_tensor):
     cached = Cached(n=600, v=500)
     arguments = operator_arguments(cached, within_ids=within_ids, chunk_mb=0.1)
 
-    with LargestTensor() as largest:
+    with largest_tensor() as largest:
         # Called as a function: a mode does not see into an operator.
         topk_kd._init_fn(*arguments)
 

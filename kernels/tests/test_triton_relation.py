@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
@@ -91,20 +90,8 @@ def test_kernels_match_the_reference_for_any_length_and_mask(data, length, heads
     torch.testing.assert_close(loss.double(), relation_kl_reference(double), rtol=1e-5, atol=1e-6)
 
 
-class Largest(TorchDispatchMode):
-    """Remembers how many elements the largest result has."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.elements = max(self.elements, result.numel())
-        return result
-
-
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GPU's memory is not seen by the dispatcher")
-def test_kernels_never_hold_all_pairs_of_positions(monkeypatch):
+def test_kernels_never_hold_all_pairs_of_positions(monkeypatch, largest_tensor):
     heads, length = 4, 128
     valid = torch.ones(1, length, dtype=torch.bool)
     relation = make_relation(length, valid=valid, heads=heads)
@@ -114,12 +101,12 @@ def test_kernels_never_hold_all_pairs_of_positions(monkeypatch):
         recorder = {(heads * length // 16,): lambda *args, **_: launched.extend(args)}
         monkeypatch.setattr(relation_flash, name, recorder)
 
-    with Largest() as largest:
+    with largest_tensor() as largest:
         loss, statistics = relation_flash.forward(relation)
         relation_flash.backward(loss, statistics, relation, wants_queries=True, wants_keys=False)
 
     given = max(item.numel() for item in launched if isinstance(item, torch.Tensor))
-    assert 0 < max(given, largest.elements) <= heads * length * length / 16
+    assert 0 < max(given, largest.numel) <= heads * length * length / 16
 
 
 # Narrow, usual and widest heads in both sizes of number.
