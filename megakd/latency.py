@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -23,35 +23,6 @@ if TYPE_CHECKING:
 WARM_UP_FORWARDS = 3
 
 
-class Latency(NamedTuple):
-    """Milliseconds of one forward: the median, and the 10th and 90th percentile."""
-
-    median_ms: float
-    p10_ms: float
-    p90_ms: float
-
-
-def measure_latency(
-    model: PreTrainedModel | Path,
-    *,
-    batch: int,
-    length: int,
-    repeats: int = 20,
-    device: torch.device | None = None,
-) -> Latency:
-    """Times the forward of one model on full-length texts.
-
-    Args:
-        model: a loaded model, used where it is, or a Hugging Face folder.
-        batch: texts per forward.
-        length: tokens per text.
-        repeats: timed forwards, after a few untimed ones.
-        device: where a folder's model is loaded; None means the CPU.
-    """
-    with _timed(model, batch=batch, length=length, device=device) as forward:
-        return _latency([forward() for _ in range(repeats)])
-
-
 def compare_latency(
     teacher: PreTrainedModel | Path,
     student: PreTrainedModel | Path,
@@ -65,6 +36,14 @@ def compare_latency(
 
     The turns also swap places, for the second of two forwards finds the caches of the first.
 
+    Args:
+        teacher: a loaded model, used where it is, or a Hugging Face folder.
+        student: likewise.
+        batch: texts per forward.
+        length: tokens per text, all of them real.
+        repeats: timed forwards of each, after a few untimed ones.
+        device: where a folder's model is loaded; None means the CPU.
+
     Returns:
         The medians, as report.json has them.
     """
@@ -77,7 +56,7 @@ def compare_latency(
         for repeat in range(repeats):
             for index in (repeat % 2, 1 - repeat % 2):
                 times[index].append(forwards[index]())
-    teacher_ms, student_ms = (_latency(series).median_ms for series in times)
+    teacher_ms, student_ms = (statistics.median(series) for series in times)
     return {"batch": batch, "teacher_ms": teacher_ms, "student_ms": student_ms}
 
 
@@ -132,10 +111,3 @@ def _milliseconds(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _latency(times_ms: list[float]) -> Latency:
-    if len(times_ms) == 1:
-        return Latency(times_ms[0], times_ms[0], times_ms[0])
-    tenths = statistics.quantiles(times_ms, n=10, method="inclusive")
-    return Latency(statistics.median(times_ms), tenths[0], tenths[-1])

@@ -13,7 +13,7 @@ from transformers import RobertaForSequenceClassification as Roberta
 
 from megakd import latency
 from megakd.errors import ModelError
-from megakd.latency import compare_latency, measure_latency
+from megakd.latency import compare_latency
 
 
 def llama(layers: int = 1, width: int = 8) -> LlamaForCausalLM:
@@ -38,20 +38,23 @@ def seen_by(model: torch.nn.Module) -> list[dict]:
     return calls
 
 
-def test_the_percentiles_are_those_of_the_times(monkeypatch) -> None:
-    ticks = iter(number for time in [0, 0, 0, *range(1, 12)] for number in (0.0, time / 1000))
+def test_the_median_of_each_model_is_told(monkeypatch) -> None:
+    warm_up = [0] * (2 * latency.WARM_UP_FORWARDS)
+    # The student's turns and the teacher's, swapping places: 1, 2, 3 and 10, 20, 90.
+    times = [*warm_up, 10, 1, 2, 20, 90, 3]
+    ticks = iter(number for time in times for number in (0.0, time / 1000))
     monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
 
-    found = measure_latency(llama(), batch=1, length=4, repeats=11)
+    found = compare_latency(llama(), llama(), batch=1, length=4, repeats=3)
 
-    assert found == pytest.approx((6.0, 2.0, 10.0))
+    assert found == pytest.approx({"batch": 1, "teacher_ms": 20.0, "student_ms": 2.0})
 
 
 def test_the_forward_has_the_given_shape_without_dropout_or_gradient() -> None:
     model = llama().train()
     calls = seen_by(model)
 
-    measure_latency(model, batch=3, length=7, repeats=2)
+    compare_latency(model, llama(), batch=3, length=7, repeats=2)
 
     assert len(calls) == latency.WARM_UP_FORWARDS + 2
     assert calls[-1]["input_ids"].shape == (3, 7)
@@ -62,10 +65,10 @@ def test_the_forward_has_the_given_shape_without_dropout_or_gradient() -> None:
 
 
 def test_the_random_state_of_the_run_is_untouched() -> None:
-    model = llama()
+    model, other = llama(), llama()
     before = torch.get_rng_state()
 
-    measure_latency(model, batch=1, length=4, repeats=1)
+    compare_latency(model, other, batch=1, length=4, repeats=1)
 
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -99,7 +102,7 @@ def test_a_folder_is_loaded_and_timed(tmp_path: Path) -> None:
     )
     Roberta(config).save_pretrained(tmp_path)
 
-    assert measure_latency(tmp_path, batch=2, length=8, repeats=1).median_ms > 0
+    assert compare_latency(tmp_path, llama(), batch=2, length=8, repeats=1)["teacher_ms"] > 0
 
 
 def test_a_folder_of_an_unknown_architecture_is_named(tmp_path: Path) -> None:
@@ -108,4 +111,4 @@ def test_a_folder_of_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tree | {"architectures": ["Novel"]}))
 
     with pytest.raises(ModelError, match=r"config\.json names the architecture 'Novel'"):
-        measure_latency(tmp_path, batch=1, length=4)
+        compare_latency(llama(), tmp_path, batch=1, length=4)

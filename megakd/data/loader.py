@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
-import torch
 
 from megakd.errors import DataError
 
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from megakd.data.masking import Masking
     from megakd.stage import Batch
@@ -148,8 +146,7 @@ def evaluation_batches(
     """This rank's share of all rows, each row once, as many batches on every rank.
 
     Global batch k holds rows k·batch_size and on, in order, and goes to rank k modulo world;
-    dummy rows fill the last ones. `evaluation_order` puts outputs back in order. `masking` hides
-    the same tokens at every evaluation of every run.
+    dummy rows fill the last ones. `masking` hides the same tokens at every evaluation of every run.
 
     Raises:
         DataError: there are no rows.
@@ -172,22 +169,3 @@ def _collated(table: Dataset, rows: NDArray[np.int64], collate: Collate, *, size
 def evaluation_turns(count: int, *, batch_size: int, world: int) -> int:
     """How many batches every rank gets for `count` rows."""
     return -(-count // (batch_size * world))
-
-
-def evaluation_order(count: int, *, batch_size: int, world: int) -> Tensor:
-    """Where each row's output lies when the ranks' outputs are joined, rank 0 first.
-
-    Args:
-        count: rows of the split.
-        batch_size: as given to `evaluation_batches`.
-        world: number of ranks.
-
-    Returns:
-        [count] int64, so that `torch.cat(outputs_of_ranks)[order]` has the rows in the order of
-        the split and no dummies, where a rank's outputs are those of its batches joined.
-    """
-    turns = evaluation_turns(count, batch_size=batch_size, world=world)
-    row = torch.arange(count)
-    batch, place = row // batch_size, row % batch_size
-    turn, rank = batch // world, batch % world
-    return (rank * turns + turn) * batch_size + place

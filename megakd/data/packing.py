@@ -86,14 +86,3 @@ def pack(documents: Iterable[ArrayLike], length: int) -> Iterator[PackedRow]:
                 yield row.take()
     if row.used:
         yield row.take()
-
-
-def unpack(rows: Iterable[PackedRow]) -> Iterator[list[int]]:
-    """The documents again: the inverse of `pack`, but for empty documents."""
-    document: list[int] = []
-    for row in rows:
-        for token, label in zip(row.input_ids.tolist(), row.labels.tolist(), strict=True):
-            document.append(token)
-            if label == IGNORE:
-                yield document
-                document = []

@@ -110,7 +110,7 @@ def gathered(parameters: Iterable[Tensor], *, modify: bool = False) -> AbstractC
 def gathered_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The module's state, one whole tensor at a time; every rank iterates to the end.
 
-    Tied tensors come once, under their first name; `tied_names` has the others.
+    Tied tensors come once, under their first name.
 
     Yields:
         Name and a copy on the CPU; on the other ranks an empty tensor in its place.
@@ -123,12 +123,3 @@ def gathered_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         with gathered([tensor]):
             here = tensor.detach().to("cpu", copy=True) if is_first_rank() else torch.empty(0)
         yield name, here
-
-
-def tied_names(module: nn.Module) -> dict[str, str]:
-    """Every further name of a tied tensor, with the name under which it comes."""
-    first: dict[int, str] = {}
-    names = module.state_dict(keep_vars=True).items()
-    for name, tensor in names:
-        first.setdefault(id(tensor), name)
-    return {name: first[id(tensor)] for name, tensor in names if first[id(tensor)] != name}

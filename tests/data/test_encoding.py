@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed import unpack
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -26,14 +27,8 @@ from transformers import (
 
 from megakd.config import TaskConfig
 from megakd.data import encoding
-from megakd.data.encoding import (
-    Collator,
-    document_ends,
-    encode_splits,
-    labelled_only,
-    tokenizer_content,
-)
-from megakd.data.packing import PackedRow, unpack
+from megakd.data.encoding import Collator, document_ends, encode_splits, labelled_only
+from megakd.data.packing import PackedRow
 from megakd.data.rows import rows_key
 from megakd.errors import DataError
 
@@ -196,11 +191,11 @@ def test_whatever_changes_the_rows_changes_the_key(tmp_path, change):
 
 def test_calling_a_tokenizer_does_not_change_its_content():
     tokenizer = _bert()
-    before = tokenizer_content(tokenizer)
+    before = encoding.tokenizer_content(tokenizer)
 
     tokenizer(["a", "b c d"], truncation=True, max_length=3, padding=True)
 
-    assert tokenizer_content(tokenizer) == before
+    assert encoding.tokenizer_content(tokenizer) == before
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "no manifest"])
@@ -388,7 +383,7 @@ def test_keys_do_not_depend_on_the_process(tmp_path):
     ).stdout
 
     rows = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
-    assert json.loads(printed) == [tokenizer_content(_bert()), rows_key(rows)]
+    assert json.loads(printed) == [encoding.tokenizer_content(_bert()), rows_key(rows)]
 
 
 def test_max_length_is_the_tasks(tmp_path):

@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed import unpack
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megakd.config import TaskConfig
 from megakd.data.encoding import Collator
-from megakd.data.packing import pack, unpack
+from megakd.data.packing import pack
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=40), max_size=12)
 

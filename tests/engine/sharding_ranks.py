@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from megakd.config import ScratchModel, TaskConfig
-from megakd.engine.sharding import gathered, gathered_state, is_sharded, tied_names
+from megakd.engine.sharding import gathered, gathered_state, is_sharded
 from megakd.models.loading import load_model, resolve_model
 
 # A threshold of 0 shards the small tensors too; the default would leave this whole model alone.
@@ -58,7 +58,7 @@ def states(folder, scratch):
         results[f"scratch/{name}"] = dict(gathered_state(load(scratch, "classification", ds)))
         results[f"is_sharded/{name}"] = is_sharded(loaded)
     model = load(folder, "causal_lm", ZERO3)
-    results["tied"] = tied_names(model)
+    results["tied"] = model.lm_head.weight is model.model.embed_tokens.weight
     results["shards"] = shards(model)
     half = load(folder, "causal_lm", ZERO3, dtype=torch.bfloat16)
     results["dtypes"] = {parameter.dtype for parameter in half.parameters()}

@@ -1,0 +1,19 @@
+"""Packed rows and the documents in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from megakd.data.packing import PackedRow
+from megakd.stage import IGNORE
+
+
+def unpack(rows: Iterable[PackedRow]) -> Iterator[list[int]]:
+    """The documents again: the inverse of `pack`, but for empty documents."""
+    document: list[int] = []
+    for row in rows:
+        for token, label in zip(row.input_ids.tolist(), row.labels.tolist(), strict=True):
+            document.append(token)
+            if label == IGNORE:
+                yield document
+                document = []
