@@ -48,6 +48,28 @@ def needs_gradient(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
+def may_look_at(tensor: Tensor) -> bool:
+    """Whether reading values costs nothing: not on an accelerator, nor while compiling."""
+    return tensor.is_cpu and not torch.compiler.is_compiling()
+
+
+def rows_to_keep(valid: Tensor) -> Tensor | None:
+    """The numbers of the rows that count; None for all of them, or where looking would wait.
+
+    For operators: what they look at is not part of a graph.
+    """
+    if not valid.is_cpu or bool(valid.all()):
+        return None
+    return valid.nonzero().squeeze(1)
+
+
+def check_integers(**tensors: Tensor) -> None:
+    """Raises ValueError for what cannot be ids."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise ValueError(f"{name} are {tensor.dtype}; they must be integer ids")
+
+
 def under_autocast(tensor: Tensor) -> Tensor:
     """The tensor in autocast's type where autocast is on, as a matrix product would take it.
 
@@ -127,7 +149,7 @@ def check_labels(labels: Tensor, is_known: Tensor, ignore_index: int, named: str
     Raises:
         ValueError: an id that is neither the student's nor ignore_index.
     """
-    if not labels.is_cpu or torch.compiler.is_compiling():
+    if not may_look_at(labels):
         return
     wrong = labels[~is_known & (labels != ignore_index)]
     if wrong.numel():
@@ -192,8 +214,7 @@ def shared_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int
 
 
 def _flat_labels(labels: Tensor) -> Tensor:
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels are {labels.dtype}; they must be integer ids")
+    check_integers(labels=labels)
     return labels.detach().reshape(-1).long()
 
 

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from megakd_kernels import ops, reference
+from megakd_kernels.heads import check_same_rows, checked_side, checked_teacher, heads_dtype
 from megakd_kernels.inputs import (
     Masks,
     Rows,
     check_constants,
-    check_head,
-    compute_dtype,
     needs_gradient,
     select_rows,
-    under_autocast,
 )
 from megakd_kernels.linear_chunks import Side
 from megakd_kernels.normalisation import Normalisation, operator_options
@@ -134,12 +132,12 @@ def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-o
         num_items=num_items, logits_dtype=logits_dtype, chunk_mb=chunk_mb,
     )  # fmt: skip
     warps = (warp("s", logit_scale_s, softcap_s), warp("t", logit_scale_t, softcap_t))
-    student = _side("student", student_hidden, student_weight, student_bias)
-    teacher = _teacher_side(teacher_hidden, teacher_weight, teacher_bias)
+    student = checked_side("student", student_hidden, student_weight, student_bias)
+    teacher = checked_teacher(teacher_hidden, teacher_weight, teacher_bias)
     _check_fit(student, teacher, objective, labels)
     check_constants(token_weight=token_weight)
     shard = shard_of(process_group, vocab_start, len(student.weight), vocab_size)
-    like = student.hidden.new_empty((), dtype=_dtype(student, teacher))
+    like = student.hidden.new_empty((), dtype=heads_dtype(student, teacher))
     masks = Masks(labels, token_weight, ignore_index)
     rows = select_rows(
         len(student.hidden), like=like, masks=masks, ids=shard if objective.wants_ce else None
@@ -170,7 +168,7 @@ def _reference(
     shared: int,
     warps: tuple[Warp, Warp],
 ) -> KDOutput:
-    dtype = _dtype(student, teacher)
+    dtype = heads_dtype(student, teacher)
     # Rows that do not count must not reach the weight's gradient: 0 times NaN is NaN there.
     valid = rows.valid[:, None]
     with torch.autocast(student.hidden.device.type, enabled=False):
@@ -204,35 +202,12 @@ def _formed(
         return normalised.output(RowValues(*values[:4]))
 
 
-def _side(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Side:
-    check_head(name, hidden, weight, bias)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    bias = None if bias is None else under_autocast(bias)
-    return Side(under_autocast(flat), under_autocast(weight), bias)
-
-
-def _teacher_side(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Side | None:
-    if hidden is None and weight is None:
-        return None
-    if hidden is None or weight is None:
-        raise ValueError("teacher_hidden and teacher_weight must be given together")
-    check_constants(teacher_hidden=hidden, teacher_weight=weight, teacher_bias=bias)
-    return _side("teacher", hidden, weight, bias)
-
-
 def _check_fit(
     student: Side, teacher: Side | None, objective: Objective, labels: Tensor | None
 ) -> None:
-    if teacher is not None and len(teacher.hidden) != len(student.hidden):
-        raise ValueError(
-            f"the student has {len(student.hidden)} rows and the teacher {len(teacher.hidden)}"
-        )
+    check_same_rows(student, teacher)
     objective.check_inputs(
         has_teacher=teacher is not None,
         has_labels=labels is not None,
         needs_grad=any(needs_gradient(tensor) for tensor in student),
     )
-
-
-def _dtype(student: Side, teacher: Side | None) -> torch.dtype:
-    return compute_dtype(*student, *(teacher or ()))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megakd_kernels.inputs import Rows
 from megakd_kernels.row_plan import Warp
-from megakd_kernels.row_terms import RowValues
+from megakd_kernels.row_terms import RowFactors, RowValues, weigh
 from megakd_kernels.settings import (
     Implementation,
     KDOutput,
@@ -52,13 +52,19 @@ class Normalisation:
             magnitude=magnitude,
         )
 
+    @property
+    def factors(self) -> RowFactors:
+        """The same for a loss that goes by rows."""
+        rows = self.rows
+        return RowFactors(
+            valid=rows.valid, labels=rows.labels, kd=self.kd_factor, ce=self.ce_factor
+        )
+
     def output(self, values: RowValues) -> KDOutput:
         """The result; the loss is [N] for the reduction "none"."""
         rows, objective = self.rows, self.objective
         divergences, ce = values.divergences.detach(), values.ce.detach()
-        # An infinite value of a row that is out is dropped.
-        divergences = torch.where(rows.weight != 0, divergences * rows.weight, 0)
-        ce = torch.where(rows.hard_weight != 0, ce * rows.hard_weight, 0)
+        divergences, ce = weigh(divergences, rows.weight), weigh(ce, rows.hard_weight)
         n_valid = rows.valid.sum()
         scale = reduction_scale(objective, n_valid, ce)
         if objective.reduction == "none":

@@ -22,6 +22,7 @@ from megakd_kernels.chunking import (
     slices,
 )
 from megakd_kernels.formed import register_formed_gradients
+from megakd_kernels.inputs import rows_to_keep
 from megakd_kernels.linear_chunks import Needed, Side, StudentGradients, run_chunks
 from megakd_kernels.row_plan import Reduce, RowPlan, Warp, WholeRows
 from megakd_kernels.row_terms import RowFactors, RowScorer, RowValues, row_kernel
@@ -116,12 +117,12 @@ def _linear(
     student: Side, teacher: Side | None, factors: RowFactors, flat: FlatPlan, needed: Needed
 ) -> tuple[RowValues, StudentGradients]:
     """Leaves rows that do not count out of every product where looking costs nothing."""
-    if student.hidden.is_cpu and not bool(factors.valid.all()):
-        kept = factors.valid.nonzero().squeeze(1)
-        less = None if teacher is None else teacher.rows(kept)
-        values, formed = _linear_rows(student.rows(kept), less, factors.rows(kept), flat, needed)
-        return values.spread(kept, len(factors.valid)), formed.spread(kept, len(factors.valid))
-    return _linear_rows(student, teacher, factors, flat, needed)
+    kept = rows_to_keep(factors.valid)
+    if kept is None:
+        return _linear_rows(student, teacher, factors, flat, needed)
+    less = None if teacher is None else teacher.rows(kept)
+    values, formed = _linear_rows(student.rows(kept), less, factors.rows(kept), flat, needed)
+    return values.spread(kept, len(factors.valid)), formed.spread(kept, len(factors.valid))
 
 
 def _linear_rows(

@@ -44,7 +44,7 @@ def kd_loss(
     else:
         teacher = warped(teacher[valid].detach().to(dtype), warps[1])
         values = divergence_rows(student[:, :shared], teacher[:, :shared], objective)
-        agrees = _share_a_maximum(student[:, :shared], teacher[:, :shared])
+        agrees = share_a_maximum(student[:, :shared], teacher[:, :shared])
     ce = _cross_entropy_rows(student, rows, objective)
     weighted = values * rows.weight[valid]
     n_valid = valid.sum()
@@ -147,7 +147,8 @@ def _is_right(student: Tensor, rows: Rows) -> Tensor:
     return (target == student.amax(-1, keepdim=True)).squeeze(1)
 
 
-def _share_a_maximum(student: Tensor, teacher: Tensor) -> Tensor:
+def share_a_maximum(student: Tensor, teacher: Tensor) -> Tensor:
+    """[N] bool: whether one id is a most likely one of both models."""
     is_top = student == student.amax(-1, keepdim=True)
     return (is_top & (teacher == teacher.amax(-1, keepdim=True))).any(-1)
 

@@ -5,7 +5,7 @@ Shapes: N rows, C rows of a chunk, V vocabulary or classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,9 +57,9 @@ class RowFactors:
         self, weights: Sequence[float], divergences: Tensor, ce: Tensor, agrees: Tensor
     ) -> RowValues:
         """The values with their total; an infinite one of a row that is out adds nothing."""
-        total = torch.where(self.ce != 0, ce * self.ce, 0).sum()
+        total = weigh(ce, self.ce).sum()
         for weight, value in zip(weights, divergences, strict=True):
-            total = total + weight * torch.where(self.kd != 0, value * self.kd, 0).sum()
+            total = total + weight * weigh(value, self.kd).sum()
         return RowValues(total, divergences, ce, agrees)
 
     def inputs(self, part: slice, slope: float) -> RowInputs:
@@ -83,12 +83,8 @@ class RowScorer:
     ) -> None:
         """Scores the rows `rows`, whose logits are [C, V]; see `RowKernel.run_`."""
         slope = self._plan.value_scale / self._plan.temperature
-        for part in slices(len(student), self._block):
-            here = slice(rows.start + part.start, rows.start + part.stop)
-            logits = student[part]
-            formed = None
-            if gradient is not None:
-                formed = logits if gradient is student else gradient[part]
+        for part, here in row_blocks(rows, self._block):
+            logits, formed = block_of(student, gradient, part)
             soft = None if teacher is None else teacher[part]
             terms = self._kernel.run_(logits, soft, self._factors.inputs(here, slope), formed)
             self._store(here, terms)
@@ -102,6 +98,25 @@ class RowScorer:
         """The values of all rows, and their total."""
         weights = [weight for _, weight in self._plan.mixture]
         return self._factors.values(weights, self._divergences, self._ce, self._agrees)
+
+
+def row_blocks(rows: slice, block: int) -> Iterator[tuple[slice, slice]]:
+    """The rows of a chunk, `block` at a time: where they are in the chunk, and among all."""
+    for part in slices(rows.stop - rows.start, block):
+        yield part, slice(rows.start + part.start, rows.start + part.stop)
+
+
+def block_of(logits: Tensor, gradient: Tensor | None, part: slice) -> tuple[Tensor, Tensor | None]:
+    """Some rows of logits and of where their gradient goes: the same tensor if that is there."""
+    block = logits[part]
+    if gradient is None:
+        return block, None
+    return block, block if gradient is logits else gradient[part]
+
+
+def weigh(values: Tensor, weight: Tensor) -> Tensor:
+    """Values * weight; an infinite value of a row that is out is dropped, a NaN weight shows."""
+    return torch.where(weight != 0, values * weight, 0)
 
 
 def spread(values: Tensor, kept: Tensor, count: int) -> Tensor:

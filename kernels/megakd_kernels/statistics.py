@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megakd_kernels import reference
 from megakd_kernels.chunking import (
     logits_buffer,
     masked_rows,
@@ -22,16 +23,12 @@ from megakd_kernels.chunking import (
     project_into,
     slices,
 )
-from megakd_kernels.inputs import (
-    Masks,
-    check_head,
-    compute_dtype,
-    select_rows,
-    under_autocast,
-)
+from megakd_kernels.heads import check_same_rows, checked_side, checked_teacher, heads_dtype
+from megakd_kernels.inputs import Masks, compute_dtype, rows_to_keep, select_rows
 from megakd_kernels.linear_chunks import Side
 from megakd_kernels.row_losses import LOG2, RowLosses
 from megakd_kernels.row_plan import RowInputs, RowPlan, Scratch, Warp
+from megakd_kernels.row_terms import row_blocks, spread, weigh
 from megakd_kernels.settings import resolve_implementation, warp
 from megakd_kernels.vocab_parallel import shard_of
 
@@ -135,17 +132,15 @@ def linear_stats(  # noqa: PLR0913, the public contract: options are keyword-onl
         ValueError: neither teacher nor labels, shapes that do not fit, an option out of range.
     """
     _check_options(temperature, chunk_mb)
-    student = _side("student", student_hidden, student_weight, student_bias)
-    teacher = None
-    if teacher_hidden is not None and teacher_weight is not None:
-        teacher = _side("teacher", teacher_hidden, teacher_weight, teacher_bias)
-    elif teacher_hidden is not None or teacher_weight is not None:
-        raise ValueError("teacher_hidden and teacher_weight must be given together")
-    _check_fit(student, teacher, labels)
+    student = checked_side("student", student_hidden, student_weight, student_bias)
+    teacher = checked_teacher(teacher_hidden, teacher_weight, teacher_bias)
+    if teacher is None and labels is None:
+        raise ValueError("there is nothing to compare the student with: pass a teacher or labels")
+    check_same_rows(student, teacher)
     ids = shard_of(None, 0, len(student.weight), vocab_size)
     rows = select_rows(
         len(student.hidden),
-        like=student.hidden.new_empty((), dtype=_dtype(student, teacher)),
+        like=student.hidden.new_empty((), dtype=heads_dtype(student, teacher)),
         masks=Masks(labels, token_weight, ignore_index),
         ids=ids,
     )
@@ -162,9 +157,9 @@ def linear_stats(  # noqa: PLR0913, the public contract: options are keyword-onl
     )
     kl, ce, entropy, agrees = stats.unbind(0)
     return LinearStats(
-        _weighted_sum(kl, rows.weight),
-        _weighted_sum(ce, rows.hard_weight),
-        _weighted_sum(entropy, rows.weight),
+        weigh(kl, rows.weight).sum(),
+        weigh(ce, rows.hard_weight).sum(),
+        weigh(entropy, rows.weight).sum(),
         agrees.long().sum(),
         rows.valid.sum(),
     )
@@ -194,7 +189,7 @@ def _linear_stats_op(  # noqa: PLR0913, PLR0917, an operator takes flat argument
     student_warp, teacher_warp = Warp(*warps[:2]), Warp(*warps[2:])
     task = StatsTask(valid, labels, shared, temperature, student_warp, teacher_warp, chunk_mb)
     with torch.autocast(student_hidden.device.type, enabled=False):
-        if implementation == "triton" and _dtype(student, teacher) == torch.float32:
+        if implementation == "triton" and heads_dtype(student, teacher) == torch.float32:
             # Late: the package works where Triton is not installed. The kernel accumulates in
             # fp32, so that fp64, which is for checks, stays with torch.
             from megakd_kernels.triton.linear_stats import tiled_stats
@@ -221,18 +216,17 @@ def _with_torch(
 ) -> Tensor:
     """Leaves rows that do not count out of the products where looking costs nothing."""
     valid = task.valid
-    if not valid.is_cpu:
+    kept = rows_to_keep(valid)
+    if kept is None:
         return torch.where(valid, torch.stack(path(student, teacher, task)), 0)
-    kept = valid.nonzero().squeeze(1)
     labels = None if task.labels is None else task.labels[kept]
     task = task._replace(valid=valid[kept], labels=labels)
     stats = path(student.rows(kept), None if teacher is None else teacher.rows(kept), task)
-    every = stats.kl.new_zeros(len(stats), len(valid))
-    return every.index_copy_(1, kept, torch.stack(stats))
+    return spread(torch.stack(stats), kept, len(valid))
 
 
 def _reference(student: Side, teacher: Side | None, task: StatsTask) -> RowStats:
-    dtype = _dtype(student, teacher)
+    dtype = heads_dtype(student, teacher)
     logits = _full_logits(student, task.valid, task.student_warp, dtype)
     ce = zeros = logits.new_zeros(len(logits))
     if task.labels is not None:
@@ -244,18 +238,14 @@ def _reference(student: Side, teacher: Side | None, task: StatsTask) -> RowStats
     log_q = F.log_softmax(logits / task.temperature, -1)
     log_p = F.log_softmax(soft / task.temperature, -1)
     p = log_p.exp()
-    kl = torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
+    kl = reference.forward_kl(log_p, log_q)
     entropy = -torch.where(p > 0, p * log_p, 0).sum(-1)
-    is_top = (logits == logits.amax(-1, keepdim=True)) & (soft == soft.amax(-1, keepdim=True))
-    return RowStats(kl, ce, entropy, is_top.any(-1).to(dtype))
+    return RowStats(kl, ce, entropy, reference.share_a_maximum(logits, soft).to(dtype))
 
 
 def _full_logits(side: Side, valid: Tensor, bend: Warp, dtype: torch.dtype) -> Tensor:
-    hidden = torch.where(valid[:, None], side.hidden, 0).to(dtype)
-    logits = hidden @ side.weight.to(dtype).T
-    if side.bias is not None:
-        logits = logits + side.bias.to(dtype)
-    return _warp_(logits, bend)
+    hidden = torch.where(valid[:, None], side.hidden, 0)
+    return reference.warped(reference.project(hidden, side.weight, side.bias, dtype), bend)
 
 
 def _label_is_top(logits: Tensor, labels: Tensor | None) -> Tensor:
@@ -272,7 +262,7 @@ def _chunked(student: Side, teacher: Side | None, task: StatsTask) -> RowStats:
     if teacher is not None:
         sides.append((teacher, task.teacher_warp))
     count = len(used.hidden)
-    like = used.hidden.new_empty((), dtype=_dtype(student, teacher))
+    like = used.hidden.new_empty((), dtype=heads_dtype(student, teacher))
     widths = tuple(len(side.weight) for side, _ in sides)
     sizes = plan_chunks(count, widths=widths, like=like, chunk_mb=task.chunk_mb)
     buffers = [logits_buffer(sizes.chunk, width, like) for width in widths]
@@ -283,9 +273,8 @@ def _chunked(student: Side, teacher: Side | None, task: StatsTask) -> RowStats:
             hidden = masked_rows(side.hidden[chunk], task.valid[chunk], like.dtype)
             out = buffer[: len(hidden)]
             _warp_(project_into(out, hidden, side.weight, side.bias), bend)
-        for part in slices(len(task.valid[chunk]), sizes.block):
-            rows = slice(chunk.start + part.start, chunk.start + part.stop)
-            _score_(stats, rows, [buffer[part][: rows.stop - rows.start] for buffer in buffers],
+        for part, rows in row_blocks(chunk, sizes.block):
+            _score_(stats, rows, [buffer[part] for buffer in buffers],
                     task, losses)  # fmt: skip
     return stats
 
@@ -338,36 +327,11 @@ def _warp_(logits: Tensor, bend: Warp) -> Tensor:
     return logits
 
 
-def _dtype(student: Side, teacher: Side | None) -> torch.dtype:
-    return compute_dtype(*student, *(teacher or ()))
-
-
-def _side(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Side:
-    check_head(name, hidden, weight, bias)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    bias = None if bias is None else under_autocast(bias)
-    return Side(under_autocast(flat), under_autocast(weight), bias)
-
-
 def _check_options(temperature: float, chunk_mb: float) -> None:
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
     if not chunk_mb > 0:
         raise ValueError(f"chunk_mb must be above 0, got {chunk_mb}")
-
-
-def _check_fit(student: Side, teacher: Side | None, labels: Tensor | None) -> None:
-    if teacher is None and labels is None:
-        raise ValueError("there is nothing to compare the student with: pass a teacher or labels")
-    if teacher is not None and len(teacher.hidden) != len(student.hidden):
-        raise ValueError(
-            f"the student has {len(student.hidden)} rows and the teacher {len(teacher.hidden)}"
-        )
-
-
-def _weighted_sum(values: Tensor, weight: Tensor) -> Tensor:
-    """An infinite value of a row that is out is dropped; a NaN weight shows."""
-    return torch.where(weight != 0, values * weight, 0).sum()
 
 
 _PATHS = {"reference": _reference, "chunked": _chunked}

@@ -15,15 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megakd_kernels import reference, topk_ops
+from megakd_kernels.heads import checked_side
 from megakd_kernels.inputs import (
     Masks,
     Rows,
     check_constants,
-    check_head,
+    check_integers,
     compute_dtype,
+    may_look_at,
     needs_gradient,
     select_rows,
-    under_autocast,
 )
 from megakd_kernels.linear_chunks import Side
 from megakd_kernels.normalisation import Normalisation
@@ -117,7 +118,7 @@ def topk_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-onl
         num_items=num_items, chunk_mb=chunk_mb,
     )  # fmt: skip
     _check_mode(mode, objective)
-    student = _side(student_hidden, student_weight, student_bias)
+    student = checked_side("student", student_hidden, student_weight, student_bias)
     _check_shapes(student_hidden, topk_ids, topk_logprobs)
     check_constants(topk_logprobs=topk_logprobs, token_weight=token_weight)
     objective.check_inputs(
@@ -226,11 +227,10 @@ def _reference(
     divergence = zeros.masked_scatter(valid, divergence)
     ce = zeros.masked_scatter(valid, ce)
     normalised = Normalisation.of(rows, objective, with_teacher=True)
-    total = _weighted(divergence, normalised.kd_factor) + _weighted(ce, normalised.ce_factor)
-    # Without a valid row the sum over none of the logits keeps the graph connected.
-    total = total + logits[:0].sum()
     agreement = torch.zeros_like(valid).masked_scatter(valid, agrees)
-    return normalised.output(RowValues(total, divergence[None], ce, agreement))
+    values = normalised.factors.values([1.0], divergence[None], ce, agreement)
+    # Without a valid row the sum over none of the logits keeps the graph connected.
+    return normalised.output(values._replace(total=values.total + logits[:0].sum()))
 
 
 def _divergence(logits: Tensor, teacher: TopK, objective: Objective, *, within_ids: bool) -> Tensor:
@@ -259,10 +259,6 @@ def _within(logits: Tensor, teacher: TopK) -> Tensor:
     return logits.gather(1, teacher.ids.clamp(min=0)).masked_fill(teacher.ids < 0, -math.inf)
 
 
-def _weighted(values: Tensor, factor: Tensor) -> Tensor:
-    return torch.where(factor != 0, values * factor, 0).sum()
-
-
 def _cache(ids: Tensor, logprobs: Tensor, rows: Rows, vocabulary: int) -> tuple[_Cache, Rows]:
     """The cache of rows that count, checked; an id outside the vocabulary makes the weight NaN."""
     ids = ids.detach().reshape(-1, ids.shape[-1]).long()
@@ -271,11 +267,11 @@ def _cache(ids: Tensor, logprobs: Tensor, rows: Rows, vocabulary: int) -> tuple[
     is_known = ids < vocabulary
     weight = torch.where(is_known.all(1), rows.weight, math.nan * rows.weight)
     logprobs = logprobs.detach().reshape(ids.shape)
-    if ids.is_cpu and not torch.compiler.is_compiling():
+    if may_look_at(ids):
         _check_ids(ids, is_known, vocabulary)
     ids = torch.where(is_known, ids, -1)
     cache = _Cache(ids, logprobs.masked_fill(ids < 0, -math.inf))
-    if ids.is_cpu and not torch.compiler.is_compiling():
+    if may_look_at(ids):
         _check_logprobs(cache)
     return cache, rows._replace(weight=weight)
 
@@ -329,14 +325,6 @@ def _check_shapes(hidden: Tensor, ids: Tensor, logprobs: Tensor) -> None:
             f"topk_ids are {list(ids.shape)} and topk_logprobs {list(logprobs.shape)} for "
             f"student_hidden {list(hidden.shape)}; they must be [..., k] with k above 0"
         )
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"topk_ids are {ids.dtype}; they must be integer ids")
+    check_integers(topk_ids=ids)
     if not logprobs.is_floating_point():
         raise ValueError(f"topk_logprobs are {logprobs.dtype}; they must be floating point")
-
-
-def _side(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Side:
-    check_head("student", hidden, weight, bias)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    bias = None if bias is None else under_autocast(bias)
-    return Side(under_autocast(flat), under_autocast(weight), bias)

@@ -21,9 +21,10 @@ from megakd_kernels.chunking import (
     slices,
 )
 from megakd_kernels.formed import register_formed_gradients
+from megakd_kernels.inputs import rows_to_keep
 from megakd_kernels.linear_chunks import Needed, Side, StudentGradients, run_chunks
 from megakd_kernels.row_plan import RowTerms, Scratch
-from megakd_kernels.row_terms import RowFactors, RowValues
+from megakd_kernels.row_terms import RowFactors, RowValues, block_of, row_blocks
 from megakd_kernels.row_topk import TopK, TopKPlan, TopKRowKernel, TopKRows
 
 
@@ -61,10 +62,8 @@ def topk_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
         temperature=temperature, value_scale=value_scale, with_ce=with_ce,
         with_gradient=wanted.any,
     )  # fmt: skip
-    kept = None
-    if student_hidden.is_cpu and not bool(valid.all()):
-        # Rows that do not count are left out of every product where looking costs nothing.
-        kept = valid.nonzero().squeeze(1)
+    kept = rows_to_keep(valid)
+    if kept is not None:
         student, teacher, factors = student.rows(kept), teacher.rows(kept), factors.rows(kept)
     run = _Run(student, teacher, factors, plan, wanted)
     if within_ids:
@@ -127,12 +126,8 @@ class _Run:
         slope = self._plan.value_scale / self._plan.temperature
 
         def score(rows: slice, logits: Tensor, gradient: Tensor | None) -> None:
-            for part in slices(len(logits), sizes.block):
-                here = slice(rows.start + part.start, rows.start + part.stop)
-                block = logits[part]
-                out = None
-                if gradient is not None:
-                    out = block if gradient is logits else gradient[part]
+            for part, here in row_blocks(rows, sizes.block):
+                block, out = block_of(logits, gradient, part)
                 inputs = self._factors.inputs(here, slope)
                 self._store(here, kernel.run_(block, self._teacher.rows(here), inputs, out))
 

@@ -1,0 +1,50 @@
+"""One or two models' LM heads as a caller gives them, checked and flattened."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megakd_kernels.inputs import check_constants, check_head, compute_dtype, under_autocast
+from megakd_kernels.linear_chunks import Side
+
+
+def checked_side(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Side:
+    """The head with its hidden states [..., H] as rows [N, H], in autocast's type where it is on.
+
+    Raises:
+        ValueError: see `check_head`.
+    """
+    check_head(name, hidden, weight, bias)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    bias = None if bias is None else under_autocast(bias)
+    return Side(under_autocast(flat), under_autocast(weight), bias)
+
+
+def checked_teacher(
+    hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> Side | None:
+    """The teacher's head, or None where there is no teacher.
+
+    Raises:
+        ValueError: half a teacher, one that asks for a gradient, or see `check_head`.
+    """
+    if hidden is None and weight is None:
+        return None
+    if hidden is None or weight is None:
+        raise ValueError("teacher_hidden and teacher_weight must be given together")
+    check_constants(teacher_hidden=hidden, teacher_weight=weight, teacher_bias=bias)
+    return checked_side("teacher", hidden, weight, bias)
+
+
+def check_same_rows(student: Side, teacher: Side | None) -> None:
+    """Raises ValueError where the two models have not the same number of rows."""
+    if teacher is not None and len(teacher.hidden) != len(student.hidden):
+        raise ValueError(
+            f"the student has {len(student.hidden)} rows and the teacher {len(teacher.hidden)}"
+        )
+
+
+def heads_dtype(student: Side, teacher: Side | None) -> torch.dtype:
+    """The type that both heads are computed in."""
+    return compute_dtype(*student, *(teacher or ()))
