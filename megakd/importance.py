@@ -26,7 +26,7 @@ from megakd.losses import Reading
 from megakd.models.importance import Gates
 from megakd.objective import Objective, build_objective, count_units
 from megakd.stage import UNITS, Unit
-from megakd.terms import HardCrossEntropy, HardMse
+from megakd.terms import hard_terms
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -122,11 +122,7 @@ def measure_importance(
 def _task_objective(assembly: Assembly, source: ModelSource) -> Objective:
     """The loss on labels that fits the task."""
     task = assembly.config.task.type
-    if task == "regression":
-        term = HardMse(loss="hard_mse")
-    else:
-        term = HardCrossEntropy(loss="hard_cross_entropy")
-    return build_objective([term], task, assembly.prepared.shape_of(source), None)
+    return build_objective(hard_terms(task), task, assembly.prepared.shape_of(source), None)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from megakd.assembly import Assembly, check_dtype, check_kernels, training_dtype
-from megakd.config import Dtype, RunConfig, TrainConfig, TrainOverrides
+from megakd.config import FROM_TEACHER, Dtype, RunConfig, TrainConfig, TrainOverrides
 from megakd.config_file import config_tree
 from megakd.engine.distributed import Ranks, main_first
 from megakd.engine.ds_config import load_ds_config, zero_stage
@@ -37,13 +37,7 @@ from megakd.report import (
 from megakd.stage import Stage, StageResult
 from megakd.stage_run import StageRun, read_result
 from megakd.teachers.frozen import FrozenTeacher
-from megakd.terms import (
-    HardCrossEntropy,
-    HardMse,
-    SoftTargetKl,
-    SoftTargetMse,
-    TermConfig,
-)
+from megakd.terms import TermConfig, hard_terms, soft_terms
 
 logger = logging.getLogger(__name__)
 TEACHER_STAGE = "teacher-finetune"
@@ -89,15 +83,11 @@ class Lab:
 
     def hard_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
         """The loss on labels that fits the task."""
-        if self.config.task.type == "regression":
-            return (HardMse(loss="hard_mse", weight=weight),)
-        return (HardCrossEntropy(loss="hard_cross_entropy", weight=weight),)
+        return hard_terms(self.config.task.type, weight)
 
     def soft_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
         """The loss on the teacher's outputs that fits the task."""
-        if self.config.task.type == "regression":
-            return (SoftTargetMse(loss="soft_target_mse", weight=weight),)
-        return (SoftTargetKl(loss="soft_target_kl", weight=weight),)
+        return soft_terms(self.config.task.type, weight)
 
     def teacher(self) -> str:
         """The teacher's name, after fine-tuning it if the config says so."""
@@ -106,21 +96,10 @@ class Lab:
         return "teacher"
 
     def _ready_teacher(self) -> ModelSource:
-        spec = self.config.teacher
-        if spec is None or spec.finetune is None:
+        stage = teacher_stage(self.config)
+        if stage is None:
             return self._prepared.sources["teacher"]
-        train = inherit(self.config.train, spec.finetune)
-        result = self.train(
-            Stage(
-                name=TEACHER_STAGE,
-                role="teacher",
-                objective=self.hard_terms(),
-                train=train,
-                deepspeed=spec.finetune.deepspeed,
-                labelled_only=True,
-            )
-        )
-        return self._source(result.folder, "teacher")
+        return self._source(self.train(stage).folder, "teacher")
 
     @property
     def teacher_layers(self) -> int:
@@ -195,7 +174,7 @@ class Lab:
         Raises:
             MegakdError: bad input, a loss that is not finite, or a checkpoint of another config.
         """
-        stage = self._completed(stage)
+        stage = completed(stage, self.config)
         fingerprint = self._fingerprint(stage)
         folder = self.config.output_dir / "stages" / stage.name
         result = read_result(folder, fingerprint)
@@ -205,13 +184,6 @@ class Lab:
             result = self._run(stage, fingerprint, folder)
         self.results.append(result)
         return result
-
-    def _completed(self, stage: Stage) -> Stage:
-        defaults = {
-            "train": stage.train or self.config.train,
-            "deepspeed": stage.deepspeed or self.config.student.deepspeed,
-        }
-        return dataclasses.replace(stage, **defaults)
 
     def _run(self, stage: Stage, fingerprint: Fingerprint, folder: Path) -> StageResult:
         teachers = {name: self._frozen(name, self.needs(stage)) for name in stage.teachers}
@@ -310,6 +282,47 @@ class Lab:
         """The split that the report's metrics are about."""
         encoded = self._prepared.encoded
         return encoded.test if encoded.test is not None else encoded.validation
+
+
+def teacher_stage(config: RunConfig) -> Stage | None:
+    """How the teacher is fine-tuned; None where the config does not ask for it."""
+    finetune = config.teacher.finetune if config.teacher else None
+    if finetune is None:
+        return None
+    return Stage(
+        name=TEACHER_STAGE,
+        role="teacher",
+        objective=hard_terms(config.task.type),
+        train=inherit(config.train, finetune),
+        deepspeed=finetune.deepspeed,
+        labelled_only=True,
+    )
+
+
+def completed(stage: Stage, config: RunConfig) -> Stage:
+    """A stage with what the run's sections say where it says nothing itself."""
+    return dataclasses.replace(
+        stage,
+        train=stage.train or config.train,
+        deepspeed=stage.deepspeed or config.student.deepspeed,
+    )
+
+
+def baseline_stage(lab: Lab, name: str, student: StageResult) -> Stage:
+    """The same student, trained on the labels alone as `train` says, or `alone` where it does.
+
+    One that was cut out of its teacher has no weights of its own to begin with: its shape starts
+    from random ones.
+    """
+    config = lab.config
+    is_cut = config.student.model == FROM_TEACHER
+    return Stage(
+        name=name,
+        objective=lab.hard_terms(),
+        labelled_only=True,
+        start=lab.fresh_like(student.folder) if is_cut else None,
+        train=inherit(config.train, config.alone) if config.alone else None,
+    )
 
 
 def inherit(train: TrainConfig, overrides: TrainOverrides) -> TrainConfig:

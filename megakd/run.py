@@ -25,14 +25,21 @@ from megakd.engine.memory import keep_freed_memory
 from megakd.errors import CheckpointError, ConfigError, MegakdError
 from megakd.export import CardFacts, brings_code, model_card, weight_bytes
 from megakd.fingerprint import differences, flatten
-from megakd.lab import Assistant, Lab, check_checkpoint_given, check_device, inherit, scoring_preset
+from megakd.lab import (
+    Assistant,
+    Lab,
+    baseline_stage,
+    check_checkpoint_given,
+    check_device,
+    scoring_preset,
+)
 from megakd.latency import measure_latencies
 from megakd.methods import METHODS
 from megakd.preparation import Prepared, check_vocabularies, prepare
 from megakd.progress import Reporter
 from megakd.report import AssistantReport, LatencyReport, Report, Speedup, environment, write_report
 from megakd.report_table import result_table
-from megakd.stage import Stage, StageResult
+from megakd.stage import StageResult
 from megakd.stage_run import RESULT
 from megakd.yaml12 import parse_yaml
 
@@ -89,7 +96,9 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     try:
         lab = Lab(config, prepared, ranks, reporter)
         student = METHODS[config.method.name].run(config.method, lab)  # type: ignore[arg-type]
-        baselines = {name: _baseline(lab, name, student) for name in config.baselines}
+        baselines = {
+            name: lab.train(baseline_stage(lab, name, student)) for name in config.baselines
+        }
         report = _report(lab, prepared, ranks, student, baselines)
     finally:
         reporter.close()
@@ -104,25 +113,6 @@ def _record_config(config: RunConfig) -> None:
     path = config.output_dir / CONFIG
     if not path.exists():
         atomic.write_text(path, dump_config(config))
-
-
-def _baseline(lab: Lab, name: str, student: StageResult) -> StageResult:
-    """The same student, trained on the labels alone as `train` says, or `alone` where it does.
-
-    One that was cut out of its teacher has no weights of its own to begin with: its shape starts
-    from random ones.
-    """
-    config = lab.config
-    is_cut = config.student.model == FROM_TEACHER
-    return lab.train(
-        Stage(
-            name=name,
-            objective=lab.hard_terms(),
-            labelled_only=True,
-            start=lab.fresh_like(student.folder) if is_cut else None,
-            train=inherit(config.train, config.alone) if config.alone else None,
-        )
-    )
 
 
 def _report(

@@ -222,3 +222,17 @@ SOFT_TARGET_DIVERGENCES: tuple[type[SoftTarget], ...] = get_args(SoftTarget)
 STATE_TERMS: tuple[type[StateTerm], ...] = get_args(StateTerm)
 ATTENTION_TERMS: tuple[type[AttentionTerm], ...] = get_args(AttentionTerm)
 INTERMEDIATE_TERMS = (*STATE_TERMS, *ATTENTION_TERMS)
+
+
+def hard_terms(task: str, weight: float = 1.0) -> tuple[HardMse | HardCrossEntropy]:
+    """The loss on labels that fits a task."""
+    if task == "regression":
+        return (HardMse(loss="hard_mse", weight=weight),)
+    return (HardCrossEntropy(loss="hard_cross_entropy", weight=weight),)
+
+
+def soft_terms(task: str, weight: float = 1.0) -> tuple[SoftTargetMse | SoftTargetKl]:
+    """The loss on a teacher's outputs that fits a task."""
+    if task == "regression":
+        return (SoftTargetMse(loss="soft_target_mse", weight=weight),)
+    return (SoftTargetKl(loss="soft_target_kl", weight=weight),)

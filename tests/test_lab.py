@@ -34,6 +34,7 @@ from megakd.lab import (
     TEACHER_STAGE,
     Lab,
     check_checkpoint_given,
+    completed,
     inherit,
     scoring_preset,
 )
@@ -112,7 +113,7 @@ def stage_of(**changes: Any) -> Stage:
 def fingerprint(config: RunConfig, content: str = "rows", **changes: Any) -> dict[str, Any]:
     lab = lab_of(config, content)
     lab.teacher()
-    return lab._fingerprint(lab._completed(stage_of(**changes)))
+    return lab._fingerprint(completed(stage_of(**changes), lab.config))
 
 
 def test_finetune_takes_the_keys_of_train_that_it_does_not_set():
@@ -292,7 +293,7 @@ def finished(lab: Lab, stage: Stage) -> StageResult:
     """Leaves the stage's result where a finished stage has it."""
     folder = lab.config.output_dir / "stages" / stage.name
     folder.mkdir(parents=True)
-    text = result_text(result(folder), lab._fingerprint(lab._completed(stage)))
+    text = result_text(result(folder), lab._fingerprint(completed(stage, lab.config)))
     (folder / "result.json").write_text(text)
     return result(folder)
 

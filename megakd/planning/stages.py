@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from megakd.config import RunConfig
-from megakd.lab import TEACHER_STAGE, inherit
+from megakd.lab import baseline_stage, completed, teacher_stage
 from megakd.methods import METHODS
 from megakd.models.architectures import architecture_named
 from megakd.models.cutting import cut_config
@@ -19,7 +19,7 @@ from megakd.models.units import View
 from megakd.pruning import Specification, unscored
 from megakd.report import ParameterCounts
 from megakd.stage import Stage, StageResult
-from megakd.terms import HardCrossEntropy, HardMse, SoftTargetKl, SoftTargetMse, TermConfig
+from megakd.terms import TermConfig, hard_terms, soft_terms
 
 IMPORTANCE = "specification"
 
@@ -48,9 +48,9 @@ def phases_of(config: RunConfig, sources: Mapping[str, ModelSource]) -> list[Pha
         MegakdError: the method finds that it cannot work with these models.
     """
     lab = PlanningLab(config, sources)
-    METHODS[config.method.name].run(config.method, lab)  # type: ignore[arg-type]
+    student = METHODS[config.method.name].run(config.method, lab)  # type: ignore[arg-type]
     for name in config.baselines:
-        lab.train(Stage(name=name, objective=lab.hard_terms(), labelled_only=True))
+        lab.train(baseline_stage(lab, name, student))  # type: ignore[arg-type]
     return lab.phases
 
 
@@ -81,15 +81,11 @@ class PlanningLab:
 
     def hard_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
         """The loss on labels that fits the task."""
-        if self.config.task.type == "regression":
-            return (HardMse(loss="hard_mse", weight=weight),)
-        return (HardCrossEntropy(loss="hard_cross_entropy", weight=weight),)
+        return hard_terms(self.config.task.type, weight)
 
     def soft_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
         """The loss on the teacher's outputs that fits the task."""
-        if self.config.task.type == "regression":
-            return (SoftTargetMse(loss="soft_target_mse", weight=weight),)
-        return (SoftTargetKl(loss="soft_target_kl", weight=weight),)
+        return soft_terms(self.config.task.type, weight)
 
     @property
     def teacher_layers(self) -> int:
@@ -99,30 +95,17 @@ class PlanningLab:
 
     def teacher(self) -> str:
         """The teacher's name, after the phase of its fine-tuning."""
-        spec = self.config.teacher
         if "teacher" not in self._teachers:
             self._teachers["teacher"] = self._sources["teacher"]
-            if spec is not None and spec.finetune is not None:
-                self.train(
-                    Stage(
-                        name=TEACHER_STAGE,
-                        role="teacher",
-                        objective=self.hard_terms(),
-                        train=inherit(self.config.train, spec.finetune),
-                        deepspeed=spec.finetune.deepspeed,
-                        labelled_only=True,
-                    )
-                )
+            stage = teacher_stage(self.config)
+            if stage is not None:
+                self.train(stage)
         return "teacher"
 
     def train(self, stage: Stage) -> StageResult:
         """Notes a stage; gives the widest of its views as the one that was chosen."""
         learner = stage.start or self._sources[stage.role]
-        stage = dataclasses.replace(
-            stage,
-            train=stage.train or self.config.train,
-            deepspeed=stage.deepspeed or self.config.student.deepspeed,
-        )
+        stage = completed(stage, self.config)
         teachers = {name: self._teachers[name] for name in stage.teachers}
         self.phases.append(Phase(name=stage.name, learner=learner, stage=stage, teachers=teachers))
         view = next(iter(stage.views), None)
@@ -175,6 +158,10 @@ class PlanningLab:
 
     def source(self, folder: Path) -> ModelSource:
         """What a stage will leave in its folder."""
+        return self._made[folder]
+
+    def fresh_like(self, folder: Path) -> ModelSource:
+        """Another of the same shape."""
         return self._made[folder]
 
     def as_teacher(self, result: StageResult) -> str:
