@@ -25,6 +25,7 @@ from launching import ROOT, SHARED, trained, write_config
 from machine import print_row
 from minidisc_cases import CASES, prepared_task, schedule_config, teacher_config
 from minidisc_summary import Outcome, outcome, rows, table, verdict
+from options import fractions, integers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -123,8 +124,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--seeds", type=_integers, default=[1], help="separated by commas")
-    parser.add_argument("--grid", type=_fractions, default=[0.5, 0.7, 0.8, 0.9])
+    parser.add_argument("--seeds", type=integers, default=[1], help="separated by commas")
+    parser.add_argument("--grid", type=fractions, default=[0.5, 0.7, 0.8, 0.9])
     parser.add_argument("--target", type=float, default=0.9)
     parser.add_argument("--tradeoff", type=float, default=0.2)
     parser.add_argument("--teacher", default="4x192", help="layers x width, or a pretrained folder")
@@ -146,14 +147,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             parser.error(f"there is no task {task!r}; known: {', '.join(CASES)}")
     given.tasks = given.tasks or list(CASES)
     return given
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def _fractions(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

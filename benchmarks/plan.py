@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import overhead_case
 from machine import machine
+from options import integers
 
 from megakd.config_file import dump_config, load_config
 from megakd.plan import plan_run
@@ -163,14 +164,16 @@ def run_rank(path: Path) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Compares all cases and prints a table; 1 where one is further off than a tenth."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", help="numbers from 1, joined by commas; default: all")
+    parser.add_argument(
+        "--cases", type=integers, help="numbers from 1, joined by commas; default: all"
+    )
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.rank is not None:
         run_rank(given.rank)
         return 0
     numbers = range(1, len(CASES) + 1)
-    chosen = [int(n) for n in given.cases.split(",")] if given.cases else list(numbers)
+    chosen = given.cases or list(numbers)
     print(f"{machine()}\n\n| run | ranks | predicted MB | measured MB | error |\n|{'---|' * 5}")
     worst = 0.0
     for case in (CASES[number - 1] for number in chosen):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from launching import fetch_teacher, trained
 from machine import print_row
+from options import integers
 from summary import row, table
 
 if TYPE_CHECKING:
@@ -26,14 +27,14 @@ CONFIG = Path("launch/examples/quickstart.yaml")
 def main(arguments: Sequence[str]) -> int:
     """Runs what has not finished, and prints all seeds."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", default="1,2,3", help="separated by commas")
+    parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     given = parser.parse_intermixed_args(arguments)
     fetch_teacher()
     reports = {}
-    for seed in map(int, given.seeds.split(",")):
+    for seed in given.seeds:
         output = given.output / f"quickstart-{seed}"
         overrides = [*given.overrides, f"seed={seed}"]
         reports[seed] = trained(CONFIG, output, ranks=given.ranks, overrides=overrides)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from launching import ROOT, trained, write_config
 from machine import print_row
+from options import integers
 from real_cases import CASES
 from summary import row, table
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     # Every seed gives its own folder on the command line.
     write_config(ROOT / path, {"output_dir": str(folder / "run"), **case.config(folder)})
     reports = {}
-    for seed in map(int, given.seeds.split(",")):
+    for seed in given.seeds:
         output = folder / f"seed-{seed}"
         overrides = [*given.overrides, f"seed={seed}"]
         reports[seed] = trained(path, output, ranks=given.ranks, overrides=overrides)
@@ -48,7 +49,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=list(CASES))
-    parser.add_argument("--seeds", default="1", help="separated by commas")
+    parser.add_argument("--seeds", type=integers, default=[1], help="separated by commas")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")

@@ -2,10 +2,11 @@
 
 `python benchmarks/sandwich.py [--stages 0,2,3] [--pairs 12]`, on two CPU ranks.
 
-A BERT teaches another of its shape, without dropout: hidden states at seven depths and soft
-targets, as MiniDisc has them. Two engines of the same student learn in one process, in alternating
-order on the same batches: one with all candidates as views of its weights, one as a stage without
-views builds it. Both take whole steps of megakd's trainer: teacher, losses, backward, update.
+A BERT teaches, without dropout: hidden states at seven depths and soft targets, as MiniDisc has
+them. Two engines learn in one process, in alternating order on the same batches: a student of the
+teacher's shape, and what a trial of MiniDisc trains, the widest candidate with all the others as
+views of its weights (`--whole`: a model of the teacher's shape with all of them as views). Both
+take whole steps of megakd's trainer: teacher, losses, backward, update.
 
 CPU time is that of all threads of a rank; a pair's ratio is of the mean over the ranks.
 """
@@ -18,6 +19,7 @@ import shlex
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +27,7 @@ import torch.distributed as dist
 import yaml
 from launching import start_ranks
 from machine import markdown_row, print_row, spread_of
+from options import fractions, integers
 from overhead_case import case_config, write_case
 
 from megakd.config_file import load_config
@@ -34,7 +37,7 @@ from megakd.lab import Lab
 from megakd.methods.minidisc import Sandwich
 from megakd.preparation import prepare
 from megakd.progress import Reporter
-from megakd.pruning import unscored
+from megakd.pruning import shape_of_cut, unscored
 from megakd.run import started
 from megakd.stage import Batch, Constant, Pass, Stage
 from megakd.stage_run import StageRun
@@ -120,6 +123,10 @@ def measured(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> list
         for sparsity in given.grid
     }
     stages = [stage_of(config, name, views, given), stage_of(config, name, {}, given)]
+    if not given.whole:
+        widest = next(iter(views.values()))
+        start = shape_of_cut(specification.source, widest, config.task.type)
+        stages[0] = replace(stages[0], start=start)
     teacher = lab._frozen(name, lab.needs(stages[1]))  # noqa: SLF001 - as `Lab.train` does
     assembly = lab._assembly  # noqa: SLF001 - knows the teacher that is ready
     runs = [
@@ -210,13 +217,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; sizes are layers x width."""
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument(
-        "--stages", type=_integers, default=[0, 2, 3], help="ZeRO's, of the student"
-    )
+    parser.add_argument("--stages", type=integers, default=[0, 2, 3], help="ZeRO's, of the student")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--warm-up", type=int, default=2, help="pairs that do not count")
-    parser.add_argument("--grid", type=_fractions, default=[0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95])
+    parser.add_argument("--grid", type=fractions, default=[0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95])
+    parser.add_argument("--whole", action="store_true", help="of the sandwich: see above")
     parser.add_argument("--passes-per-backward", type=int, help="default: all in one")
     parser.add_argument("--teacher", default="6x384", help="both models, heads of 32")
     parser.add_argument("--vocabulary", type=int, default=30522)
@@ -227,14 +233,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     given.command = shlex.join(["python", "benchmarks/sandwich.py", *arguments])
     return given
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def _fractions(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class GateGradients(nn.Module):
                 per_unit=self.per_unit,
                 kernels=self.frozen.kernels,
             )
-            gradients = self.gates.gradients(self.objective(reading).total)
+            gradients = self.gates.gradients(self.objective([reading])[0].total)
         labels = count_units([batch])[UNITS.index("targets")]
         return torch.cat([gradients, labels[None].float()])
 

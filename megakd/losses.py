@@ -7,7 +7,7 @@ is cut into micro-batches and ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
@@ -44,6 +44,7 @@ class Reading:
     """What a group of terms computes from.
 
     kernels: the code path of megakd_kernels, as `train.kernels` names it.
+    scale: of the pass that it is read for.
     """
 
     student: Knowledge
@@ -52,6 +53,7 @@ class Reading:
     weights: Mapping[str, float]
     per_unit: Mapping[Unit, Tensor]
     kernels: Kernels = "auto"
+    scale: float = 1.0
 
     @property
     def taught(self) -> Knowledge:
@@ -74,8 +76,12 @@ class TermGroup(nn.Module):
     needs_teacher = False
 
     def forward(self, reading: Reading) -> Evaluated:
-        """The group's weighted total and its terms' sums."""
+        """The group's weighted total, not yet scaled, and its terms' sums."""
         raise TypeError(f"{type(self).__name__} computes nothing")
+
+    def of_all(self, readings: Sequence[Reading]) -> list[Evaluated]:
+        """One for each reading; the scaled totals mean something as their sum alone."""
+        return [_scaled(self(reading), reading.scale) for reading in readings]
 
 
 class HardClasses(TermGroup):
@@ -131,7 +137,7 @@ class SoftClasses(TermGroup):
 class LanguageModelTargets(TermGroup):
     """Hard and soft targets of a language model in one pass over (hidden, head), never [B, T, V].
 
-    Terms that can share the pass do, so that one head gradient exists.
+    Terms and readings that can share the pass do, so that one head gradient exists.
     """
 
     def __init__(self, soft: tuple[SoftTarget, ...], *, hard: bool) -> None:
@@ -143,23 +149,48 @@ class LanguageModelTargets(TermGroup):
 
     def forward(self, reading: Reading) -> Evaluated:
         """Nats (times T² for the soft terms), summed over positions with a label."""
-        student, labels = reading.student, reading.batch.target_labels
-        head, bias = _head(student)
+        out = self._scored(_stacked([reading], with_teacher=bool(self.soft)), reading)
+        return Evaluated(out.loss, self._sums(out, slice(None), 1.0))
+
+    def of_all(self, readings: Sequence[Reading]) -> list[Evaluated]:
+        """Readings that differ in what the student said and in scale alone go through together."""
+        found: dict[int, Evaluated] = {}
+        for indices in _alike(readings):
+            together = self._together([readings[index] for index in indices])
+            found.update(zip(indices, together, strict=True))
+        return [found[index] for index in range(len(readings))]
+
+    def _together(self, readings: Sequence[Reading]) -> list[Evaluated]:
+        first, *others = readings
+        if not others:
+            return super().of_all(readings)
+        out = self._scored(_stacked(readings, with_teacher=bool(self.soft)), first)
+        count = first.batch.target_labels.numel()
+        sums = [
+            self._sums(out, slice(index * count, (index + 1) * count), reading.scale)
+            for index, reading in enumerate(readings)
+        ]
+        totals = [out.loss, *(out.loss.new_zeros(()) for _ in others)]
+        return [Evaluated(*pair) for pair in zip(totals, sums, strict=True)]
+
+    def _scored(self, rows: Rows, reading: Reading) -> megakd_kernels.KDOutput:
+        head, bias = _head(reading.student)
         teacher_head, teacher_bias = self._teacher_head(reading)
         divergence = {DIVERGENCE[t.loss]: reading.weights[t.loss] for t in self.soft}
         shared = self.soft[0] if self.soft else SoftTargetKl(loss="soft_target_kl")
-        out = megakd_kernels.linear_kd_loss(
-            _hidden(student),
+        return megakd_kernels.linear_kd_loss(
+            rows.student,
             head,
-            reading.teacher.hidden if reading.teacher and self.soft else None,
+            rows.teacher,
             teacher_head,
-            labels,
+            rows.labels,
             divergence=divergence or "forward_kl",
             beta=_option(self.soft, "beta", 0.5),
             skew=_option(self.soft, "skew", 0.1),
             temperature=shared.temperature,
             t_squared=shared.t_squared,
             ce_weight=self._hard_weight(reading),
+            token_weight=rows.weight,
             ignore_index=IGNORE,
             num_items=1.0 / reading.per_unit["targets"],
             reduction="num_items",
@@ -167,12 +198,16 @@ class LanguageModelTargets(TermGroup):
             teacher_bias=teacher_bias,
             impl=reading.kernels,
         )
-        sums = {t.loss: out.divergence_sums[i] for i, t in enumerate(self.soft)}
+
+    def _sums(self, out: megakd_kernels.KDOutput, rows: slice, scale: float) -> dict[str, Tensor]:
+        """Of some of the rows, without the scale that they were weighted by."""
+        divergences = out.row_divergences[:, rows].sum(1) / scale
+        sums = {t.loss: divergences[i] for i, t in enumerate(self.soft)}
         if self.hard:
-            sums["hard_cross_entropy"] = out.ce_sum
+            sums["hard_cross_entropy"] = out.row_ce[rows].sum() / scale
         if self.soft:
-            sums[AGREEMENT] = out.agreement
-        return Evaluated(out.loss, sums)
+            sums[AGREEMENT] = out.row_agrees[rows].sum()
+        return sums
 
     def _hard_weight(self, reading: Reading) -> float | Tensor:
         """As a tensor, for the number 0 would leave the term out of the report too."""
@@ -182,6 +217,40 @@ class LanguageModelTargets(TermGroup):
 
     def _teacher_head(self, reading: Reading) -> tuple[Tensor | None, Tensor | None]:
         return _head(reading.taught) if self.soft else (None, None)
+
+
+class Rows(NamedTuple):
+    """What one pass of `LanguageModelTargets` reads, [N] rows; weight None: all count alike."""
+
+    student: Tensor
+    teacher: Tensor | None
+    labels: Tensor
+    weight: Tensor | None
+
+
+def _stacked(readings: Sequence[Reading], *, with_teacher: bool) -> Rows:
+    """The rows of readings of one batch, one reading after the other, weighted by their scales."""
+    first, count = readings[0], len(readings)
+    taught = _hidden(first.taught) if with_teacher else None
+    if count == 1:
+        return Rows(_hidden(first.student), taught, first.batch.target_labels, None)
+    labels = first.batch.target_labels.flatten()
+    scales = torch.tensor([reading.scale for reading in readings], device=labels.device)
+    return Rows(
+        torch.cat([_hidden(reading.student).flatten(0, -2) for reading in readings]),
+        None if taught is None else taught.flatten(0, -2).repeat(count, 1),
+        labels.repeat(count),
+        scales.repeat_interleave(len(labels)),
+    )
+
+
+def _alike(readings: Sequence[Reading]) -> Iterable[list[int]]:
+    """Which readings have the same teacher and weights; one without a scale stays alone."""
+    found: dict[object, list[int]] = {}
+    for index, reading in enumerate(readings):
+        alike = (id(reading.teacher), tuple(reading.weights.items()))
+        found.setdefault(alike if reading.scale > 0 else index, []).append(index)
+    return found.values()
 
 
 class Scores(TermGroup):
@@ -209,6 +278,10 @@ class Scores(TermGroup):
             return scores, reading.batch.valid.any(dim=1)
         labels = reading.batch.labels.float()
         return labels, ~labels.isnan()
+
+
+def _scaled(evaluated: Evaluated, scale: float) -> Evaluated:
+    return evaluated._replace(total=evaluated.total * scale)
 
 
 def _logits(knowledge: Knowledge) -> Tensor:

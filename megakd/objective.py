@@ -71,11 +71,24 @@ class Objective(nn.Module):
         )
         self.needs_teacher = any(g.needs_teacher for g in groups)
 
-    def forward(self, reading: Reading) -> Evaluated:
-        """The weighted total with gradient, and every term's detached sum."""
-        evaluated = [group(reading) for group in self.groups]
-        total = torch.stack([e.total.float() for e in evaluated]).sum()
-        return Evaluated(total, {name: s for e in evaluated for name, s in e.sums.items()})
+    def forward(self, readings: Sequence[Reading]) -> list[Evaluated]:
+        """For each reading its weighted and scaled total with gradient, and its detached sums.
+
+        Groups may put the total of several readings into one of them: add up all.
+
+        Args:
+            readings: of one batch, by views of one width.
+        """
+        of_groups = [group.of_all(readings) for group in self._groups()]
+        return [_added(parts) for parts in zip(*of_groups, strict=True)]
+
+    def _groups(self) -> Iterator[TermGroup]:
+        yield from self.groups  # pyright: ignore[reportReturnType]
+
+
+def _added(parts: Sequence[Evaluated]) -> Evaluated:
+    total = torch.stack([part.total.float() for part in parts]).sum()
+    return Evaluated(total, {name: s for part in parts for name, s in part.sums.items()})
 
 
 def build_objective(

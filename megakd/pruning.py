@@ -13,12 +13,14 @@ import torch
 
 from megakd import atomic
 from megakd.assembly import Assembly
+from megakd.config import TaskType
 from megakd.engine.distributed import gather, on_main
 from megakd.engine.sharding import sharded_construction
 from megakd.fingerprint import flatten
 from megakd.importance import measure_importance
+from megakd.models.architectures import architecture_named
 from megakd.models.axes import lengths, weight_axes
-from megakd.models.cutting import reshape_folder
+from megakd.models.cutting import cut_config, reshape_folder
 from megakd.models.fitting import build_empty
 from megakd.models.loading import ModelSource
 from megakd.models.units import UnitOrder, View
@@ -197,6 +199,15 @@ class Workshop:
         result = dataclasses.replace(result, seconds=seconds, peak_memory_bytes=peak)
         on_main(lambda: atomic.write_text(folder / RESULT, result_text(result, fingerprint)))
         return result
+
+
+def shape_of_cut(source: ModelSource, view: View, task: TaskType) -> ModelSource:
+    """What a model will be when it is cut to a view, before its weights are there."""
+    config = cut_config(source.config, view)
+    architecture = architecture_named(config.model_type, task)
+    return dataclasses.replace(
+        source, config=config, architecture=architecture, folder=None, stored={}
+    )
 
 
 def view_parameters(source: ModelSource, view: View, assembly: Assembly) -> ParameterCounts:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,7 +111,7 @@ def evaluate(task: str, term: Any, student: torch.Tensor, teacher: torch.Tensor)
         both = [Knowledge(logits=logits[None]) for logits in (student, teacher)]
     else:
         both = [said(x[None, None], torch.eye(len(x))) for x in (student, teacher)]
-    return objective(Reading(*both, batch, objective.weights, ONE_EACH))
+    return objective([Reading(*both, batch, objective.weights, ONE_EACH)])[0]
 
 
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
@@ -193,7 +195,7 @@ def reading(objective: Objective, **weights: float) -> Reading:
 def test_language_model_terms_of_one_temperature_are_one_call(calls):
     objective = language_model(CE, KL, REVERSE, JSD, SKEW, SKEW_REVERSE, TVD)
 
-    total, sums = objective(reading(objective))
+    total, sums = objective([reading(objective)])[0]
 
     assert len(calls) == len(objective.groups) == 1
     expected = sum(sums[name] / 2 for name in objective.weights)
@@ -212,14 +214,75 @@ def test_language_model_terms_of_one_temperature_are_one_call(calls):
 def test_terms_that_need_calls_of_their_own_get_them_and_the_hard_term_is_in_one(calls, other):
     objective = language_model(CE, SKEW, other)
 
-    total, sums = objective(reading(objective))
+    total, sums = objective([reading(objective)])[0]
 
     assert [call["temperature"] for call in calls] == [1.0, other.temperature]
     assert [call["skew"] for call in calls] == [0.1, getattr(other, "skew", 0.1)]
-    apart = [language_model(term)(reading(language_model(term))) for term in (CE, SKEW, other)]
+    alone_terms = [language_model(term) for term in (CE, SKEW, other)]
+    apart = [alone([reading(alone)])[0] for alone in alone_terms]
     assert total.item() == pytest.approx(sum(alone.total.item() for alone in apart), rel=1e-6)
     for alone in apart:
         assert all(sums[name].item() == pytest.approx(v.item()) for name, v in alone.sums.items())
+
+
+def several(objective: Objective, scales: Sequence[float]) -> list[Reading]:
+    """What as many views of one head said of one batch."""
+    first = reading(objective)
+    heads = first.student.head
+    return [
+        replace(
+            first,
+            student=Knowledge(hidden=torch.randn(1, 3, 3, requires_grad=True), head=heads),
+            scale=scale,
+        )
+        for scale in scales
+    ]
+
+
+def test_views_of_one_head_are_scored_in_one_call_and_told_apart(calls):
+    objective = language_model(CE, KL, TVD)
+    readings = several(objective, [0.5, 0.3, 0.2])
+    leaves = [one.student.hidden for one in readings]
+
+    together = objective(readings)
+    total = torch.stack([one.total for one in together]).sum()
+    gradients = torch.autograd.grad(total, leaves)
+
+    assert len(calls) == 1
+    for one, found, leaf, gradient in zip(readings, together, leaves, gradients, strict=True):
+        (alone,) = objective([replace(one, scale=1.0)])
+        (expected,) = torch.autograd.grad(alone.total * one.scale, leaf)
+        torch.testing.assert_close(gradient, expected)
+        assert found.sums.keys() == alone.sums.keys()
+        for name, value in alone.sums.items():
+            torch.testing.assert_close(found.sums[name].float(), value.float())
+    alone_totals = [objective([one])[0].total for one in readings]
+    torch.testing.assert_close(total, torch.stack(alone_totals).sum())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"teacher": said(torch.randn(1, 3, 3), torch.randn(5, 3))},
+        {"weights": {"hard_cross_entropy": 0.2, "soft_target_kl": 1.0}},
+        {"scale": 0.0},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_reading_of_another_kind_has_a_call_of_its_own(calls, change):
+    objective = language_model(CE, KL)
+    readings = several(objective, [0.5, 0.5, 0.5])
+    readings[1] = replace(readings[1], **change)
+
+    together = objective(readings)
+
+    assert len(calls) == 2
+    apart = [objective([one])[0] for one in readings]
+    totals = [torch.stack([one.total for one in found]).sum() for found in (together, apart)]
+    torch.testing.assert_close(*totals)
+    for found, alone in zip(together, apart, strict=True):
+        for name, value in alone.sums.items():
+            torch.testing.assert_close(found.sums[name].float(), value.float())
 
 
 def test_supervised_language_modelling_is_one_call_without_a_teacher(calls):
@@ -227,7 +290,7 @@ def test_supervised_language_modelling_is_one_call_without_a_teacher(calls):
     of_both = reading(objective)
     alone = Reading(of_both.student, None, of_both.batch, of_both.weights, of_both.per_unit)
 
-    total, sums = objective(alone)
+    total, sums = objective([alone])[0]
 
     assert len(calls) == 1
     assert total.item() == pytest.approx(sums["hard_cross_entropy"].item() / 2)
@@ -238,10 +301,10 @@ def test_a_term_of_weight_0_is_reported_and_does_not_pull(name):
     objective = language_model(CE, KL)
     left = ({"hard_cross_entropy", "soft_target_kl"} - {name}).pop()
 
-    total, sums = objective(reading(objective, **{name: 0.0}))
+    total, sums = objective([reading(objective, **{name: 0.0})])[0]
 
     assert total.item() == pytest.approx(sums[left].item() / 2, rel=1e-6)
-    assert sums[name].item() == pytest.approx(objective(reading(objective)).sums[name].item())
+    assert sums[name].item() == pytest.approx(objective([reading(objective)])[0].sums[name].item())
     assert sums[name] > 0
 
 
@@ -255,7 +318,7 @@ def test_vocabularies_of_different_padded_size_are_compared_over_the_ids_they_sh
     cut_pair = [said(hidden, head[:5]) for head in heads]
 
     totals = [
-        objective(Reading(*pair, given.batch, given.weights, given.per_unit)).total.item()
+        objective([Reading(*pair, given.batch, given.weights, given.per_unit)])[0].total.item()
         for pair in (padded_pair, cut_pair)
     ]
 
@@ -268,7 +331,7 @@ def test_agreement_counts_the_targets_on_which_both_choose_the_same_token():
     batch = Batch({}, torch.tensor([[0, 1, IGNORE]]), torch.ones(1, 3, dtype=torch.bool))
     student, teacher = said(eye[None], eye), said(eye[None], away)
 
-    found = objective(Reading(student, teacher, batch, objective.weights, ONE_EACH))
+    found = objective([Reading(student, teacher, batch, objective.weights, ONE_EACH)])[0]
 
     assert found.sums["top1_agreement"].item() == 1  # token 1 is where both heads agree
 
@@ -280,4 +343,4 @@ def test_a_term_that_compares_refuses_to_run_without_a_teacher(task):
     batch = Batch({}, torch.ones(1, 1).long(), torch.ones(1, 1, dtype=torch.bool))
 
     with pytest.raises(TypeError, match="compares with a teacher was planned without one"):
-        objective(Reading(student, None, batch, objective.weights, ONE_EACH))
+        objective([Reading(student, None, batch, objective.weights, ONE_EACH)])[0]

@@ -325,15 +325,14 @@ def test_a_unit_weighs_the_world_size_over_its_global_count_which_is_at_least_on
 
 
 def read(objective: Any, batch: Batch, student: torch.Tensor, teacher: torch.Tensor) -> Any:
-    return objective(
-        Reading(
-            Knowledge(logits=student),
-            Knowledge(logits=teacher),
-            batch,
-            objective.weights,
-            unit_weights(count_units([batch]), 1),
-        )
+    reading = Reading(
+        Knowledge(logits=student),
+        Knowledge(logits=teacher),
+        batch,
+        objective.weights,
+        unit_weights(count_units([batch]), 1),
     )
+    return objective([reading])[0]
 
 
 def test_hard_terms_average_over_labelled_rows_and_soft_terms_over_all():

@@ -65,14 +65,12 @@ class Normalisation:
         rows, objective = self.rows, self.objective
         divergences, ce = values.divergences.detach(), values.ce.detach()
         divergences, ce = weigh(divergences, rows.weight), weigh(ce, rows.hard_weight)
-        n_valid = rows.valid.sum()
-        scale = reduction_scale(objective, n_valid, ce)
+        scale = reduction_scale(objective, rows.valid.sum(), ce)
         if objective.reduction == "none":
             loss = weighted_total(objective, divergences, ce)
         else:
             loss = values.total * (scale * self.magnitude)
-        agreement = (values.agrees & rows.valid).sum()
-        return KDOutput(loss, divergences.sum(1), ce.sum(), n_valid, agreement)
+        return KDOutput.of(loss, divergences, ce, values.agrees & rows.valid, rows.valid)
 
 
 def operator_options(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megakd_kernels.inputs import Rows, compute_dtype
 from megakd_kernels.row_plan import Warp
+from megakd_kernels.row_terms import spread
 from megakd_kernels.settings import KDOutput, Objective, reduction_scale, weighted_total
 
 
@@ -47,16 +48,18 @@ def kd_loss(
         agrees = share_a_maximum(student[:, :shared], teacher[:, :shared])
     ce = _cross_entropy_rows(student, rows, objective)
     weighted = values * rows.weight[valid]
-    n_valid = valid.sum()
     total = weighted_total(objective, weighted, ce)
     if objective.reduction == "none":
         loss = torch.zeros_like(rows.weight).masked_scatter(valid, total)
     else:
         # Without a valid row the sum over none of the logits keeps the graph connected.
-        loss = (total.sum() + student[:0].sum()) * reduction_scale(objective, n_valid, total)
-    return KDOutput(
-        loss, weighted.detach().sum(1), ce.detach().sum(), n_valid, agrees.sum().detach()
+        loss = total.sum() + student[:0].sum()
+        loss = loss * reduction_scale(objective, valid.sum(), total)
+    kept = valid.nonzero().squeeze(1)
+    divergences, hard, agreed = (
+        spread(part.detach(), kept, len(valid)) for part in (weighted, ce, agrees)
     )
+    return KDOutput.of(loss, divergences, hard, agreed, valid)
 
 
 def divergence_rows(student: Tensor, teacher: Tensor, objective: Objective) -> Tensor:

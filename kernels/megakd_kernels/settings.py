@@ -41,6 +41,8 @@ class KDOutput(NamedTuple):
     agreement: number of valid rows whose most likely shared id is the same for both models
         (of several equal maxima one in common is enough); without a teacher, where the label
         is a most likely id. int64.
+    row_divergences, row_ce, row_agrees: [n_div, N], [N], [N] bool, what these sums add up, 0
+        for a row that does not count: who scores several things in one call can tell them apart.
     """
 
     loss: Tensor
@@ -48,6 +50,18 @@ class KDOutput(NamedTuple):
     ce_sum: Tensor
     n_valid: Tensor
     agreement: Tensor
+    row_divergences: Tensor
+    row_ce: Tensor
+    row_agrees: Tensor
+
+    @classmethod
+    def of(
+        cls, loss: Tensor, divergences: Tensor, ce: Tensor, agrees: Tensor, valid: Tensor
+    ) -> KDOutput:
+        """Adds up what the rows came to; `loss` is reduced already."""
+        divergences, ce = divergences.detach(), ce.detach()
+        sums = (divergences.sum(1), ce.sum(), valid.sum(), agrees.sum())
+        return cls(loss, *sums, divergences, ce, agrees)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,15 @@ from megakd.losses import Evaluated, Reading
 from megakd.models.elastic import Elastic
 from megakd.models.units import View
 from megakd.objective import WEIGHTED_LOSS, Objective, unit_weights
-from megakd.stage import IGNORE, UNITS, Batch, Knowledge, Losses, Pass, Predictions
+from megakd.stage import IGNORE, UNITS, Batch, Knowledge, Losses, Pass, Predictions, Unit
+
+
+class ReadPass(NamedTuple):
+    """A pass, what its losses read, and its share in the report of its view."""
+
+    planned: Pass
+    reading: Reading
+    share: float
 
 
 class StudentBundle(nn.Module):
@@ -63,29 +72,59 @@ class StudentBundle(nn.Module):
             with self._viewing(view):
                 return predict(self.student, batch, self.kernels)
         ledger = Ledger(counts, self.objective, self.world_size)
-        by_view: dict[str | None, list[Pass]] = {}
-        for planned in plan:
-            by_view.setdefault(planned.view, []).append(planned)
-        with self._sharing(len(by_view) > 1):
-            for name, passes in by_view.items():
-                with self._viewing(name):
-                    self._run(batch, knowledge or {}, passes, ledger)
+        readings = self._read(batch, knowledge or {}, plan, ledger.per_unit)
+        # Once all views of a width have run: a head then has one gradient, not one per view.
+        for together in readings.values():
+            with self._viewing(together[0].planned.view):
+                evaluated = self.objective([read.reading for read in together])
+            for read, one in zip(together, evaluated, strict=True):
+                ledger.add(read.planned, one, share=read.share)
         return ledger.losses()
 
-    def _run(
+    def _read(
         self,
         batch: Batch,
         knowledge: Mapping[str, Knowledge],
-        passes: Sequence[Pass],
-        ledger: Ledger,
-    ) -> None:
-        """One forward of a view, and every pass that is made with it."""
-        read = read_knowledge(self.student, batch, self.objective.needs)
-        for planned in passes:
-            teacher = knowledge.get(planned.teacher) if planned.teacher else None
-            weights = self.objective.weights | dict(planned.weights or {})
-            reading = Reading(read, teacher, batch, weights, ledger.per_unit, self.kernels)
-            ledger.add(planned, self.objective(reading), share=1 / len(passes))
+        plan: Sequence[Pass],
+        per_unit: Mapping[Unit, Tensor],
+    ) -> dict[int | None, list[ReadPass]]:
+        """One forward of every view that is planned; its passes, by the width of the view."""
+        by_view: dict[str | None, list[Pass]] = {}
+        for planned in plan:
+            by_view.setdefault(planned.view, []).append(planned)
+        found: dict[int | None, list[ReadPass]] = {}
+        with self._sharing(len(by_view) > 1):
+            for name, passes in by_view.items():
+                with self._viewing(name):
+                    said = read_knowledge(self.student, batch, self.objective.needs)
+                width = self.views[name].width if name in self.views else None
+                found.setdefault(width, []).extend(
+                    ReadPass(
+                        planned,
+                        self._reading(batch, said, knowledge, planned, per_unit),
+                        1 / len(passes),
+                    )
+                    for planned in passes
+                )
+        return found
+
+    def _reading(
+        self,
+        batch: Batch,
+        said: Knowledge,
+        knowledge: Mapping[str, Knowledge],
+        planned: Pass,
+        per_unit: Mapping[Unit, Tensor],
+    ) -> Reading:
+        return Reading(
+            student=said,
+            teacher=knowledge.get(planned.teacher) if planned.teacher else None,
+            batch=batch,
+            weights=self.objective.weights | dict(planned.weights or {}),
+            per_unit=per_unit,
+            kernels=self.kernels,
+            scale=planned.scale,
+        )
 
     def _viewing(self, view: str | None) -> AbstractContextManager[None]:
         if self.elastic is None:
@@ -113,7 +152,7 @@ class Ledger:
 
     def add(self, planned: Pass, evaluated: Evaluated, *, share: float) -> None:
         """Takes one pass; its terms are reported as a mean over the passes of its view."""
-        self._total = self._total + planned.scale * evaluated.total
+        self._total = self._total + evaluated.total
         prefix = f"{planned.view}/" if planned.view else ""
         for name, value in evaluated.sums.items():
             count = self._counts[UNITS.index(self._units[name])].clamp(min=1)

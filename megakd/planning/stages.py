@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +11,9 @@ from typing import Any
 from megakd.config import RunConfig
 from megakd.lab import baseline_stage, completed, teacher_stage
 from megakd.methods import METHODS
-from megakd.models.architectures import architecture_named
-from megakd.models.cutting import cut_config
 from megakd.models.loading import ModelSource
 from megakd.models.units import View
-from megakd.pruning import Specification, unscored
+from megakd.pruning import Specification, shape_of_cut, unscored
 from megakd.report import ParameterCounts
 from megakd.stage import Stage, StageResult
 from megakd.terms import TermConfig, hard_terms, soft_terms
@@ -150,11 +147,7 @@ class PlanningLab:
     def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
         """The model as it will be cut, which happens tensor by tensor on one rank."""
         del name
-        config = cut_config(source.config, view)
-        architecture = architecture_named(config.model_type, self.config.task.type)
-        return dataclasses.replace(
-            source, config=config, architecture=architecture, folder=None, stored={}
-        )
+        return shape_of_cut(source, view, self.config.task.type)
 
     def source(self, folder: Path) -> ModelSource:
         """What a stage will leave in its folder."""

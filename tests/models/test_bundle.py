@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import megakd_kernels
 from megakd.config import Kernels
 from megakd.models.bundle import StudentBundle, predict
+from megakd.models.units import View
 from megakd.objective import Shape, build_objective, count_units
 from megakd.stage import IGNORE, Batch, Knowledge, Losses, Pass, Predictions
 from megakd.terms import HardCrossEntropy, HiddenMse, SoftTargetKl
@@ -199,6 +200,39 @@ def tiny_llama() -> LlamaForCausalLM:
         max_position_embeddings=16,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def test_views_of_one_width_form_one_gradient_of_the_head(monkeypatch):
+    model, calls = tiny_llama(), []
+    ids = torch.tensor([[5, 6, 7], [8, 9, 3]])
+    given = Batch({"input_ids": ids}, ids, torch.ones(2, 3).bool())
+    views = {"wide": View((2,), (8,)), "slim": View((1,), (4,)), "narrow": View((1,), (4,), 4)}
+    scales = {"wide": 0.5, "slim": 0.2, "narrow": 0.3}
+    objective = build_objective((CE,), "causal_lm", Shape(1, 8, 20), None)
+    student = StudentBundle(model, objective, world_size=1, views=views)
+    real = megakd_kernels.linear_kd_loss
+
+    def counting(*tensors, **options):
+        calls.append(options)
+        return real(*tensors, **options)
+
+    def of(*names: str) -> tuple[Losses, list[Tensor]]:
+        plan = [Pass(view=name, scale=scales[name]) for name in names]
+        found = student(given, None, plan, count_units([given]))
+        student.zero_grad()
+        found.total.backward()
+        return found, [p.grad.clone() for p in model.parameters()]
+
+    apart = [of(name) for name in views]
+    monkeypatch.setattr(megakd_kernels, "linear_kd_loss", counting)
+    together, gradients = of(*views)
+
+    assert len(calls) == 2  # the head of the narrow view has fewer columns
+    for name, (alone, _) in zip(views, apart, strict=True):
+        reported = f"{name}/hard_cross_entropy"
+        torch.testing.assert_close(together.parts[reported], alone.parts[reported])
+    for gradient, *parts in zip(gradients, *(found for _, found in apart), strict=True):
+        torch.testing.assert_close(gradient, torch.stack(parts).sum(0))
 
 
 def test_predictions_of_a_causal_lm_are_the_sums_its_metrics_need():

@@ -125,7 +125,7 @@ class Scene:
             per_unit=unit_weights(count_units([batch]) if counts is None else counts, 1),
             kernels=kernels,
         )
-        total, sums = self.objective(reading)
+        ((total, sums),) = self.objective([reading])
         total.backward()
         gradients = {n: v.grad for n, v in leaves.items() if v.grad is not None}
         gradients |= {n: p.grad for n, p in self.objective.named_parameters()}
