@@ -120,7 +120,7 @@ def config_of(case: Case, folder: Path) -> RunConfig:
     return config
 
 
-def peaks_of(config: Path, ranks: int) -> list[int]:
+def peaks_of(config: Path, ranks: int, *, timeout: float = 300) -> list[int]:
     """What the stages of a run report as their peak memory, the largest of all ranks."""
     from megakd.engine.distributed import free_port
 
@@ -134,7 +134,7 @@ def peaks_of(config: Path, ranks: int) -> list[int]:
             subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE)
         )
     try:
-        said = [process.communicate(timeout=300)[0] for process in processes]
+        said = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

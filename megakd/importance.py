@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from megakd.engine.distributed import agree, all_reduce_
 from megakd.engine.ds_config import load_ds_config
 from megakd.engine.initialize import Engine, frozen_engine
+from megakd.engine.memory import freed_memory_returned
 from megakd.engine.sharding import weights_let_go
 from megakd.errors import DataError
 from megakd.knowledge import Needs
@@ -107,7 +108,9 @@ def measure_importance(
     engine = frozen_engine(module, ds=ds, dtype=dtype, rows=batch_size)
     scorer = dataclasses.replace(assembly.scorer(), batch_size=batch_size)
     try:
-        totals = _totals(engine, scorer.batches(rows))
+        # What ZeRO 3 gathers comes in blocks of many sizes: kept, the heap grows to twice of it.
+        with freed_memory_returned():
+            totals = _totals(engine, scorer.batches(rows))
     finally:
         engine.destroy()
     if totals is None:

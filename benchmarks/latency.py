@@ -1,0 +1,116 @@
+"""How much faster a forward is when a model has been cut, against the whole of it.
+
+`python benchmarks/latency.py [--shape 6x384] [--grid 0.5,0.9] [--lengths 24,128]`, in one process.
+
+A BERT of MiniLM's shape with random weights and scores, so that layers keep different numbers of
+heads and neurons, is timed by turns with what is left of it at every sparsity. `--ratios` rounds
+of that give a ratio each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shlex
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from machine import markdown_row, print_row, spread_of
+from options import fractions, integers
+from transformers import BertConfig
+
+from megakd.latency import measure_latencies
+from megakd.models.architectures import architecture_of
+from megakd.models.cutting import cut_config
+from megakd.models.own_models import own_class
+from megakd.specification import UnitScores, view_at
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from transformers import PretrainedConfig, PreTrainedModel
+
+WHOLE = "whole"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints the median ratio of every sparsity, batch and length."""
+    given = parse(arguments)
+    torch.set_num_threads(given.threads)
+    models = cut_models(given)
+    rows = []
+    for length in given.lengths:
+        ratios = rounds(models, given, length)
+        for (name, batch), values in ratios.items():
+            spread = spread_of(values)
+            low, high = spread.interval
+            numbers, interval = f"{spread.median:.1f} times faster", f"{low:.1f} to {high:.1f}"
+            what = f"forward of {given.shape} at {name}, batch {batch}, {length} tokens"
+            print(f"{what}: {numbers} ({interval})", flush=True)
+            rows.append(
+                markdown_row(what, given.command, numbers, f"95 %: {low:.1f} to {high:.1f}")
+            )
+    print_row("\n".join(rows))
+    return 0
+
+
+def cut_models(given: argparse.Namespace) -> dict[str, PreTrainedModel]:
+    """The whole model and what is left of it, by name."""
+    layers, width = map(int, given.shape.split("x"))
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    config = BertConfig(**sizes, num_attention_heads=12)
+    drawn = random.Random(0)
+    units = architecture_of(config).units(config)
+    heads, neurons = (
+        tuple(tuple(drawn.random() for _ in range(count)) for count in counts)
+        for counts in (units.heads, units.neurons)
+    )
+    scores = UnitScores(heads, neurons)
+    models = {WHOLE: built(config)}
+    for sparsity in given.grid:
+        view = view_at(scores, sparsity, head_width=width // 12)
+        models[f"sparsity {sparsity:g}"] = built(cut_config(config, view))
+    return models
+
+
+def built(config: PretrainedConfig) -> PreTrainedModel:
+    """A classifier with random weights, of the class that an exported folder would name."""
+    stock = "BertForSequenceClassification"
+    found = own_class(f"Cut{stock}") if config.model_type.startswith("cut_") else None
+    return (found or getattr(transformers, stock))(config)
+
+
+def rounds(
+    models: Mapping[str, PreTrainedModel], given: argparse.Namespace, length: int
+) -> dict[tuple[str, int], list[float]]:
+    """The ratios of all rounds, by model and batch."""
+    ratios: dict[tuple[str, int], list[float]] = {}
+    for _ in range(given.ratios):
+        measured = measure_latencies(models, batches=given.batches, length=length)
+        whole = {one["batch"]: one["ms"] for one in measured if one["model"] == WHOLE}
+        for one in measured:
+            if one["model"] != WHOLE:
+                ratio = whole[one["batch"]] / one["ms"]
+                ratios.setdefault((one["model"], one["batch"]), []).append(ratio)
+    return ratios
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options."""
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--shape", default="6x384", help="layers x width, 12 heads")
+    parser.add_argument("--grid", type=fractions, default=[0.5, 0.7, 0.8, 0.9, 0.95])
+    parser.add_argument("--batches", type=integers, default=[1, 32])
+    parser.add_argument("--lengths", type=integers, default=[24, 128])
+    parser.add_argument("--ratios", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args(arguments)
+    given.command = shlex.join(["python", "benchmarks/latency.py", *arguments])
+    return given
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
