@@ -90,12 +90,6 @@ def _falling(layer: Sequence[float]) -> tuple[int, ...]:
     return tuple(np.argsort(-np.asarray(layer), kind="stable").tolist())
 
 
-def full_view(scores: UnitScores) -> View:
-    """All units: the view of sparsity 0."""
-    heads, neurons = (tuple(map(len, layers)) for layers in (scores.heads, scores.neurons))
-    return View(heads, neurons)
-
-
 def shares_of(scores: UnitScores, sparsity: float, head_width: int) -> Shares:
     """How a sparsity is split between the kinds of units.
 

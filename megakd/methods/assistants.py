@@ -90,6 +90,13 @@ def views_of(
     }
 
 
+def view_of(
+    config: AssistantOptions, lab: Lab, specification: Specification, sparsity: float
+) -> View:
+    """One candidate."""
+    return views_of(config, lab, specification, [sparsity])[view_name(sparsity)]
+
+
 def _attentions_read(config: AssistantOptions, lab: Lab) -> frozenset[int]:
     """Attentions, from 0, whose vectors a loss compares: without heads there would be none."""
     from megakd.objective import Shape, layer_pairs
@@ -104,8 +111,19 @@ def size_at(
     config: AssistantOptions, lab: Lab, specification: Specification, sparsity: float
 ) -> int:
     """Weights of the encoder that are left at a sparsity; 0 is the whole of it."""
-    (view,) = views_of(config, lab, specification, [sparsity]).values()
+    view = view_of(config, lab, specification, sparsity)
     return lab.parameters(specification.source, view).encoder_parameters
+
+
+def specified(config: AssistantOptions, lab: Lab) -> tuple[str, Specification]:
+    """The name of the teacher, and what its units are worth: what every schedule begins with.
+
+    Raises:
+        MegakdError: see `check_reach`; the teacher cannot be fine-tuned or measured.
+    """
+    check_reach(config, lab)
+    teacher = lab.teacher()
+    return teacher, lab.specify(teacher, config.importance_split, residual=config.residual)
 
 
 def check_reach(config: AssistantOptions, lab: Lab) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic.dataclasses import dataclass
 
-from megakd.methods.assistants import AssistantOptions, check_reach, leg, views_of
+from megakd.methods.assistants import AssistantOptions, leg, specified, view_of
 from megakd.terms import STRICT
 
 if TYPE_CHECKING:
@@ -23,9 +23,7 @@ class DirectConfig(AssistantOptions):
 
 def run(config: DirectConfig, lab: Lab) -> StageResult:
     """One leg."""
-    check_reach(config, lab)
-    teacher = lab.teacher()
-    specification = lab.specify(teacher, config.importance_split, residual=config.residual)
-    (view,) = views_of(config, lab, specification, [config.target_sparsity]).values()
+    teacher, specification = specified(config, lab)
+    view = view_of(config, lab, specification, config.target_sparsity)
     start = lab.cut(specification.source, view, "cut")
     return lab.train(leg(config, lab, "student", teacher=teacher, start=start))

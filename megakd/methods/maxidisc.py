@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
-from megakd.methods.assistants import AssistantOptions, check_reach, leg, view_name, views_of
+from megakd.methods.assistants import AssistantOptions, leg, specified, view_name, view_of, views_of
 from megakd.selection import tradeoff
 from megakd.terms import STRICT
 
@@ -39,9 +39,7 @@ class Path(NamedTuple):
 
 def run(config: MaxiDiscConfig, lab: Lab) -> StageResult:
     """Two legs per assistant; the student of the best score on the validation split."""
-    check_reach(config, lab)
-    teacher = lab.teacher()
-    specification = lab.specify(teacher, config.importance_split, residual=config.residual)
+    _, specification = specified(config, lab)
     metric = lab.metric(config.metric)
     paths = [
         _path(config, lab, specification, sparsity)
@@ -57,13 +55,13 @@ def run(config: MaxiDiscConfig, lab: Lab) -> StageResult:
 
 
 def _path(config: MaxiDiscConfig, lab: Lab, specification: Specification, sparsity: float) -> Path:
-    (view,) = views_of(config, lab, specification, [sparsity]).values()
+    view = view_of(config, lab, specification, sparsity)
     name = view_name(sparsity)
     start = lab.cut(specification.source, view, f"cut-{name}")
     first = lab.train(leg(config, lab, f"leg-{name}", teacher=lab.teacher(), start=start))
     if sparsity == config.target_sparsity:
         return Path(sparsity, first, first)
-    (target,) = views_of(config, lab, specification, [config.target_sparsity]).values()
+    target = view_of(config, lab, specification, config.target_sparsity)
     assistant = lab.as_teacher(first)
     start = lab.cut(lab.source(first.folder), target, f"cut-through-{name}")
     second = lab.train(leg(config, lab, f"student-through-{name}", teacher=assistant, start=start))

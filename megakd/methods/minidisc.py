@@ -24,9 +24,9 @@ from pydantic.dataclasses import dataclass
 
 from megakd.methods.assistants import (
     AssistantOptions,
-    check_reach,
     objective_of,
     size_at,
+    specified,
     view_name,
     views_of,
 )
@@ -75,9 +75,7 @@ class Tried(NamedTuple):
 
 def run(config: MiniDiscConfig, lab: Lab) -> StageResult:
     """Specification, then trials: the model that each one chooses teaches the next."""
-    check_reach(config, lab)
-    teacher = lab.teacher()
-    specification = lab.specify(teacher, config.importance_split, residual=config.residual)
+    teacher, specification = specified(config, lab)
     link = Link(teacher, specification.source, 0.0)
     tried: list[Tried] = []
     for iteration in range(1, config.iterations + 1):

@@ -7,7 +7,6 @@ the same table, so that they cannot disagree.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -136,8 +135,3 @@ def lengths(shape: torch.Size, axes: Axes, view: View) -> tuple[int, ...]:
     return tuple(
         size if length is None else length for size, length in zip(shape, kept, strict=True)
     )
-
-
-def are_nested(views: list[View]) -> bool:
-    """Whether each view lies within the one before it."""
-    return all(inner.within(outer) for outer, inner in pairwise(views))

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 from megakd.models.architectures import AUTO_CLASSES, FAMILIES, MASKED_HEADS, architecture_of
-from megakd.models.axes import WIDTH, are_nested, lengths, narrowed, ordered, weight_axes
+from megakd.models.axes import WIDTH, lengths, narrowed, ordered, weight_axes
 from megakd.models.cutting import cut_config
 from megakd.models.units import Axis, UnitOrder, View
 
@@ -152,8 +152,9 @@ def test_sizes_that_are_equal_by_chance_are_told_apart(tiny, model_type, keys, n
     assert weight_axes(model).get(name) == expected
 
 
-def test_views_are_nested_if_each_lies_within_the_one_before():
+def test_a_view_lies_within_another_that_has_as_much_everywhere():
     large, small = View((2, 2), (8, 8), 4), View((2, 0), (8, 1), 4)
 
-    assert are_nested([large, small, small])
-    assert not are_nested([small, large])
+    assert small.within(large)
+    assert small.within(small)
+    assert not large.within(small)
