@@ -81,7 +81,7 @@ CASES = {
         ),
         "sgd",
     ),
-    "llama-adamw": Case("causal_lm", llama(28, 1024, 2816, (16, 4)), "adamw"),
+    "llama-adamw": Case("causal_lm", llama(30, 1024, 2816, (16, 4)), "adamw"),
 }
 
 

@@ -19,6 +19,7 @@ class Setting:
     """A model in DeepSpeed's hands: whose it is, its `zero_optimization`, and where it runs.
 
     itemsize: bytes of a weight in the forward.
+    moments: what the optimizer keeps of a weight, in numbers of fp32.
     """
 
     role: str
@@ -27,6 +28,7 @@ class Setting:
     itemsize: int
     cluster: Cluster
     ledger: Ledger
+    moments: int = 2
 
     @property
     def ranks(self) -> int:

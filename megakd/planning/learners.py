@@ -1,7 +1,8 @@
 """What DeepSpeed 0.19.8 holds of a model that learns at ZeRO 0, 1 and 2.
 
 Taken from its sources: which buffers there are, when they are made, and which of them are alive
-together. AdamW keeps two moments of fp32 per weight; bf16 and fp16 keep the weights in fp32 too.
+together. AdamW keeps two moments of fp32 per weight, SGD none; bf16 and fp16 keep the weights in
+fp32 too.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ FP32, FP64 = 4, 8
 _FLAT_BUCKET = 500_000_000  # elements that ZeRO 0 sends at a time
 
 
-def scratch_of_adamw(setting: Setting, weights: Amount, largest: int) -> Amount:
-    """The denominator of an update.
+def scratch_of_update(setting: Setting, weights: Amount, largest: int) -> Amount:
+    """The denominator of AdamW; of SGD the gradient with the decay in it.
 
     Args:
-        setting: torch's AdamW goes through the tensors one by one on a CPU, and holds two copies
-            of the one at hand; on a GPU it takes all at once, and holds one.
+        setting: torch goes through the tensors one by one on a CPU, where AdamW holds two copies
+            of the one at hand; on a GPU all are taken at once, and one copy is held.
         weights: all that are updated together, in fp32.
         largest: elements of the largest tensor of them.
     """
-    return block(largest * FP32).times(2) if setting.is_cpu else weights
+    return block(largest * FP32).times(2 if setting.moments else 1) if setting.is_cpu else weights
 
 
 class Replicated(Whole):
-    """ZeRO 0 in fp32: torch's AdamW on every rank."""
+    """ZeRO 0 in fp32: torch's optimizer on every rank."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -58,14 +59,14 @@ class Replicated(Whole):
             at.ledger.briefly(sending, block(sent * at.itemsize))
 
     def update(self) -> None:
-        """Two moments of every weight."""
+        """The moments of every weight."""
         at = self.at
-        at.ledger.put(self._optimizer, at.inventory.amount(FP32).times(2))
+        at.ledger.put(self._optimizer, at.inventory.amount(FP32).times(at.moments))
         self._step()
 
     def _step(self) -> None:
         at = self.at
-        scratch = scratch_of_adamw(at, at.inventory.amount(FP32), at.inventory.largest)
+        scratch = scratch_of_update(at, at.inventory.amount(FP32), at.inventory.largest)
         at.ledger.briefly(at.holder("optimizer", "device", "scratch"), scratch)
         at.ledger.drop(self._gradients)
 
@@ -79,7 +80,7 @@ class Mastered(Replicated):
         whole = at.inventory.amount(FP32)
         at.ledger.put(self._optimizer, whole)
         at.ledger.put(self._gradients, at.inventory.amount(at.itemsize).plus(whole))
-        at.ledger.put(self._optimizer, whole.times(3))
+        at.ledger.put(self._optimizer, whole.times(1 + at.moments))
         self._step()
 
     def update(self) -> None:
@@ -175,13 +176,13 @@ class Divided(Whole):
         ledger.drop(self._bucket)
 
     def update(self) -> None:
-        """Group by group: its gradients once more, in fp32 and flat, then AdamW."""
+        """Group by group: its gradients once more, in fp32 and flat, then the optimizer."""
         at = self.at
         if self._is_here:
             self._update_here()
         elif self._place is not None:
             moments = at.holder("optimizer", self._place, "moments")
-            at.ledger.put(moments, self._shard.times(2))
+            at.ledger.put(moments, self._shard.times(at.moments))
         if at.is_cpu and at.ranks > 1:  # gloo gathers the new weights by way of a buffer
             bucket = min(at.bucket("allgather_bucket_size"), at.inventory.numel)
             at.ledger.briefly(at.holder("gather"), block(bucket * at.itemsize))
@@ -192,8 +193,8 @@ class Divided(Whole):
         largest = max(at.share(group) for group in at.groups())
         at.ledger.put(flat, block(largest * FP32))
         at.ledger.drop(self._own)
-        at.ledger.put(at.holder("optimizer"), self._shard.times(3))
-        scratch = scratch_of_adamw(at, block(largest * FP32), largest)
+        at.ledger.put(at.holder("optimizer"), self._shard.times(1 + at.moments))
+        scratch = scratch_of_update(at, block(largest * FP32), largest)
         at.ledger.briefly(at.holder("optimizer", "device", "scratch"), scratch)
         at.ledger.drop(flat)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megakd.planning.engines import Setting, Shards
-from megakd.planning.learners import FP32, FP64, Divided, Mastered, Replicated, scratch_of_adamw
+from megakd.planning.learners import FP32, FP64, Divided, Mastered, Replicated, scratch_of_update
 from megakd.planning.ledger import Place
 from megakd.planning.moments import NOTHING, Amount, amount_of, block
 
@@ -63,7 +63,7 @@ class Sharded(Shards):
         self.at.ledger.put(self._bucket, self._bucket_size())
 
     def update(self) -> None:
-        """Part by part: its gradients once more, in fp32 and flat, then AdamW."""
+        """Part by part: its gradients once more, in fp32 and flat, then the optimizer."""
         at, place = self.at, self._optimizer_place
         if place is None:
             return
@@ -71,11 +71,11 @@ class Sharded(Shards):
             largest = block(max(self._sub_groups) * FP32)
             norm = block(at.share(at.inventory.largest) * FP64)
             at.ledger.briefly(at.holder("gradients", "device", "flat"), norm)
-            at.ledger.put(at.holder("optimizer", place, "moments"), self._in_fp32.times(2))
-            scratch = scratch_of_adamw(at, largest, max(self._sub_groups))
+            at.ledger.put(at.holder("optimizer", place, "moments"), self._in_fp32.times(at.moments))
+            scratch = scratch_of_update(at, largest, max(self._sub_groups))
             at.ledger.briefly(at.holder("gradients", "device", "flat"), largest.plus(scratch))
         else:
-            at.ledger.put(at.holder("optimizer", place, "moments"), self._in_fp32.times(2))
+            at.ledger.put(at.holder("optimizer", place, "moments"), self._in_fp32.times(at.moments))
 
 
 def _sub_groups(setting: Setting) -> list[int]:

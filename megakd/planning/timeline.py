@@ -23,6 +23,7 @@ from megakd.stage import Stage
 
 STEPS = 2
 """Moments of the optimizer are there from the second on."""
+MOMENTS = {"adamw": 2, "sgd": 0}
 
 
 @dataclass
@@ -110,6 +111,7 @@ class Timeline:
         role = stage.role
         dtype = training_dtype(stage.train)
         setting = self._setting(role, self.act.learner.inventory, stage.deepspeed, dtype)
+        setting.moments = MOMENTS[stage.train.optim]
         learner = learner_of(setting)
         self.ledger.when = f"loading the {role}"
         learner.load()

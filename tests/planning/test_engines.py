@@ -21,7 +21,9 @@ def inventory(sizes: tuple[int, ...] = SIZES) -> Inventory:
     return Inventory(tuple(Parameter(f"p{n}", n, decays=True) for n in sizes))
 
 
-def setting(zero: dict[str, Any], *, itemsize: int = 4, ranks: int = RANKS) -> Setting:
+def setting(
+    zero: dict[str, Any], *, itemsize: int = 4, ranks: int = RANKS, moments: int = 2
+) -> Setting:
     return Setting(
         role="student",
         inventory=inventory(),
@@ -29,12 +31,13 @@ def setting(zero: dict[str, Any], *, itemsize: int = 4, ranks: int = RANKS) -> S
         itemsize=itemsize,
         cluster=Cluster(ranks=ranks, device="cuda"),
         ledger=Ledger("cuda"),
+        moments=moments,
     )
 
 
-def trained(zero: dict[str, Any], *, itemsize: int = 4, ranks: int = RANKS) -> Ledger:
+def trained(zero: dict[str, Any], **options: int) -> Ledger:
     """After one whole step."""
-    at = setting(zero, itemsize=itemsize, ranks=ranks)
+    at = setting(zero, **options)
     engine = learner_of(at)
     engine.load()
     engine.initialize()
@@ -86,6 +89,26 @@ def test_zero_3_shards_everything(itemsize: int, moments: int) -> None:
 
     assert held(ledger, "weights") == itemsize * P // RANKS
     assert held(ledger, "optimizer") == moments * P // RANKS
+
+
+@pytest.mark.parametrize(
+    ("stage", "itemsize", "kept"),
+    [(0, 4, 0), (0, 2, 4 * P), (1, 4, P), (2, 2, P), (3, 4, 0), (3, 2, P)],
+)
+def test_sgd_keeps_no_moments(stage: int, itemsize: int, kept: int) -> None:
+    ledger = trained({"stage": stage}, itemsize=itemsize, moments=0)
+
+    assert held(ledger, "optimizer") == kept  # the weights in fp32, at most
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_sgd_takes_less_at_its_peak(stage: int) -> None:
+    adamw, sgd = (
+        trained({"stage": stage}, itemsize=2, moments=moments).peaks["device"].total
+        for moments in (2, 0)
+    )
+
+    assert sgd < adamw
 
 
 def test_gradients_are_whole_at_zero_1_and_in_shards_at_zero_2() -> None:
