@@ -76,7 +76,10 @@ def needed(given: argparse.Namespace) -> list[Path]:
 def write_configs(folder: Path, task: str, given: argparse.Namespace) -> None:
     """teacher.yaml and schedule.yaml of a task."""
     section = prepared_task(task, given.data, folder)
-    trees = {"teacher": teacher_config(section, given), "schedule": schedule_config(section, given)}
+    trees = {
+        "teacher": teacher_config(section, given, steps=CASES[task].teacher_steps),
+        "schedule": schedule_config(section, given),
+    }
     for name, tree in trees.items():
         # Every leg gives its own folder on the command line.
         write_config(ROOT / folder / f"{name}.yaml", {"output_dir": str(folder / name), **tree})
@@ -125,16 +128,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(CASES)}")
     parser.add_argument("--seeds", type=integers, default=[1], help="separated by commas")
-    parser.add_argument("--grid", type=fractions, default=[0.5, 0.7, 0.8, 0.9])
+    parser.add_argument("--grid", type=fractions, default=[0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95])
     parser.add_argument("--target", type=float, default=0.9)
     parser.add_argument("--tradeoff", type=float, default=0.2)
     parser.add_argument("--teacher", default="4x192", help="layers x width, or a pretrained folder")
-    parser.add_argument("--teacher-steps", type=int, default=1200)
+    parser.add_argument("--teacher-steps", type=int, help="default: what the task needs")
     parser.add_argument("--teacher-rate", type=float, default=5e-4)
-    parser.add_argument("--steps", type=int, default=400, help="of a trial and of every leg")
-    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--steps", type=int, default=200, help="of a trial and of every leg")
+    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--rows", type=int, default=16, help="of each rank's batch")
-    parser.add_argument("--evaluations", type=int, default=4, help="in every training")
+    parser.add_argument("--evaluations", type=int, default=2, help="in every training")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--data", type=Path, default=SHARED, help="holds clinc150/ and glue/SST-2/")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))

@@ -93,10 +93,12 @@ class BareStudent(StudentBundle):
         plan: Sequence[Pass] | None = None,
         counts: Tensor | None = None,
         soft: Tensor | None = None,
+        *,
+        view: str | None = None,
     ) -> Any:
         """The hand-written loss if there are teacher's logits, else what megakd asks for."""
         if soft is None:
-            return super().forward(batch, knowledge, plan, counts)
+            return super().forward(batch, knowledge, plan, counts, view=view)
         logits = self.student(**batch.inputs).logits
         divergence = F.kl_div(
             F.log_softmax(logits / TEMPERATURE, dim=-1),
