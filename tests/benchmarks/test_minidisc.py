@@ -223,7 +223,7 @@ def test_every_leg_is_a_valid_config_that_differs_in_method_and_teacher_alone(be
     for config in others:
         assert config.teacher.model == f"out/minidisc/{task}/teacher-seed-7/final"
         assert config.method.sparsities == (0.5, 0.9)
-        assert (config.seed, config.train.max_steps, config.eval.eval_steps) == (7, 40, 10)
+        assert (config.seed, config.train.max_steps, config.eval.eval_steps) == (7, 40, 20)
         assert config.train.bf16
     assert not teacher.train.bf16
 
@@ -241,8 +241,11 @@ def test_a_leg_is_started_by_the_launcher_with_its_overrides():
 
 
 def test_a_given_teacher_brings_its_own_tokenizer(benchmark_root):
-    tree = minidisc_cases.teacher_config({"type": "classification"}, given("--teacher", "folder"))
+    options = given("--teacher", "folder")
 
+    tree = minidisc_cases.teacher_config({"type": "classification"}, options, steps=50)
+
+    assert tree["train"]["max_steps"] == 50
     assert tree["student"]["model"] == "folder"
     assert "tokenizer" not in tree["task"]
 
@@ -290,7 +293,8 @@ def test_legs_that_are_finished_are_not_started_again(benchmark_root, monkeypatc
     assert (code, started) == (0, ["direct", "direct"])
     shown = capsys.readouterr().out
     assert "minidisc - maxidisc's best, points: -1.50 (95 %: -1.50 to -1.50)" in shown
-    assert "| pydocs, teacher 4x192, grid [0.5, 0.7, 0.8, 0.9], 400 steps, 2 rank(s) |" in shown
+    grid = "[0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95]"
+    assert f"| pydocs, teacher 4x192, grid {grid}, 200 steps, 2 rank(s) |" in shown
 
 
 def test_missing_data_is_named_before_anything_is_started(benchmark_root, capsys):
