@@ -25,7 +25,7 @@ from megakd.models.units import View
 from megakd.objective import teacher_needs
 from megakd.preparation import Prepared
 from megakd.progress import Reporter
-from megakd.pruning import Specification, Workshop, unscored, view_parameters
+from megakd.pruning import Specification, Workshop, unscored
 from megakd.report import (
     CandidateReport,
     CostReport,
@@ -152,7 +152,7 @@ class Lab:
 
     def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
         """How many weights a view of a model has."""
-        return view_parameters(source, view, self._assembly)
+        return self._workshop.parameters(source, view)
 
     def as_teacher(self, result: StageResult) -> str:
         """Makes a stage's model a teacher, by the stage's name."""

@@ -235,12 +235,13 @@ def _stacked(readings: Sequence[Reading], *, with_teacher: bool) -> Rows:
     if count == 1:
         return Rows(_hidden(first.student), taught, first.batch.target_labels, None)
     labels = first.batch.target_labels.flatten()
-    scales = torch.tensor([reading.scale for reading in readings], device=labels.device)
+    # Filled where they are: a list that is copied to a GPU would wait for it.
+    scales = [torch.full_like(labels, one.scale, dtype=torch.float32) for one in readings]
     return Rows(
         torch.cat([_hidden(reading.student).flatten(0, -2) for reading in readings]),
         None if taught is None else taught.flatten(0, -2).repeat(count, 1),
         labels.repeat(count),
-        scales.repeat_interleave(len(labels)),
+        torch.cat(scales),
     )
 
 

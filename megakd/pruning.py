@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 
 from megakd import atomic
 from megakd.assembly import Assembly
-from megakd.config import TaskType
+from megakd.config import TaskConfig, TaskType
 from megakd.engine.distributed import gather, on_main
 from megakd.engine.sharding import sharded_construction
 from megakd.fingerprint import flatten
@@ -23,13 +23,15 @@ from megakd.models.axes import lengths, weight_axes
 from megakd.models.cutting import cut_config, reshape_folder
 from megakd.models.fitting import build_empty
 from megakd.models.loading import ModelSource
-from megakd.models.units import UnitOrder, View
+from megakd.models.units import Axes, UnitOrder, View
 from megakd.report import ParameterCounts, parameter_counts, peak_memory_bytes
 from megakd.specification import UnitScores, scores_from_json, scores_to_json, unit_order, view_at
 from megakd.stage import StageResult
 from megakd.stage_run import RESULT, read_result, result_text
 
 UNITS = "units.json"
+Weights = tuple[tuple[str, torch.Size, Axes], ...]
+"""Names, shapes, and which units lie along each dimension."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,7 @@ class Workshop:
 
     assembly: Assembly
     stages: Path
+    _weights: dict[str, Weights] = field(default_factory=dict, init=False, repr=False)
 
     def sorted_teacher(
         self,
@@ -147,6 +150,15 @@ class Workshop:
             self._reshape(source, folder, view=view, extra=extra)
 
         return self._made(name, {"model": identity, "view": view._asdict()}, make)
+
+    def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
+        """How many weights are left of a model at a view; nothing is loaded."""
+        model = source.config.to_json_string()
+        if model not in self._weights:
+            self._weights[model] = weights_of(source, self.assembly.config.task)
+        return parameter_counts(
+            (name, lengths(shape, axes, view)) for name, shape, axes in self._weights[model]
+        )
 
     @property
     def _data(self) -> str:
@@ -210,13 +222,12 @@ def shape_of_cut(source: ModelSource, view: View, task: TaskType) -> ModelSource
     )
 
 
-def view_parameters(source: ModelSource, view: View, assembly: Assembly) -> ParameterCounts:
-    """How many weights are left of a model at a view; nothing is loaded."""
-    task = assembly.config.task
+def weights_of(source: ModelSource, task: TaskConfig) -> Weights:
+    """The weights of a model, which is not loaded for that."""
     with torch.device("meta"), sharded_construction(None, torch.float32):
         empty = build_empty(source, task, source.config, torch.float32)
     axes = weight_axes(empty)
-    return parameter_counts(
-        (name, lengths(weight.shape, axes.get(name, (None,) * weight.dim()), view))
+    return tuple(
+        (name, weight.shape, axes.get(name, (None,) * weight.dim()))
         for name, weight in empty.named_parameters()
     )
