@@ -7,16 +7,19 @@ that padding adds.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import megakd_kernels
+from megakd.flows import Flow, counted, flow_error
 from megakd.knowledge import Needs
 from megakd.losses import Evaluated, Reading, TermGroup
 from megakd.stage import AttentionVectors, Batch, Knowledge, Unit
-from megakd.terms import AttentionMse, HiddenCosine, Relation, RelationKl, StateTerm
+from megakd.terms import AttentionMse, HiddenCosine, Relation, RelationFsp, RelationKl, StateTerm
 
 Pairs = tuple[tuple[int, int], ...]
 """(student layer, teacher layer); 0 is the embedding output."""
@@ -44,6 +47,58 @@ class LayerTerm(TermGroup):
         return Evaluated(total * scale, {self.name: total.detach()})
 
 
+class Projections(nn.ModuleList):
+    """One for each mapped layer where widths differ, else none."""
+
+    def __init__(self, layers: int, student: int, teacher: int) -> None:
+        count = layers if student != teacher else 0
+        super().__init__(nn.Linear(student, teacher, bias=False) for _ in range(count))
+
+    def weight(self, index: int) -> Tensor | None:
+        """[teacher, student] of the mapped layer number `index`."""
+        return cast("nn.Linear", self[index]).weight if len(self) else None
+
+
+class Flows(TermGroup):
+    """`relation_fsp`: the mean over flows; a flow leads from a mapped layer to the next.
+
+    Counted in rows. Where widths differ the student's states are projected, by a matrix per
+    mapped layer, learned and kept as those of `HiddenStates` are.
+    """
+
+    needs = Needs(hidden_states=True)
+    needs_teacher = True
+
+    def __init__(self, term: RelationFsp, pairs: Pairs, widths: tuple[int, int]) -> None:
+        super().__init__()
+        self.name, self.pairs = term.loss, pairs
+        self.units: Mapping[str, Unit] = {term.loss: "examples"}
+        self.projections = Projections(len(pairs), *widths)
+
+    def forward(self, reading: Reading) -> Evaluated:
+        """The mean over flows of each one's sum over rows."""
+        ours = [self._projected(reading, index) for index in range(len(self.pairs))]
+        theirs = [reading.taught.hidden_states[teacher] for _, teacher in self.pairs]
+        errors = [
+            flow_error(
+                Flow(*student),
+                Flow(*teacher),
+                valid=reading.batch.valid,
+                kernels=reading.kernels,
+            )
+            for student, teacher in zip(pairwise(ours), pairwise(theirs), strict=True)
+        ]
+        total = torch.stack(errors).mean()
+        scale = reading.weights[self.name] * reading.per_unit["examples"]
+        return Evaluated(total * scale, {self.name: total.detach()})
+
+    def _projected(self, reading: Reading, index: int) -> Tensor:
+        # Once for both flows that it has a part in: their gradients are added in fp32.
+        state = counted(reading.student.hidden_states[self.pairs[index][0]], reading.batch.valid)
+        weight = self.projections.weight(index)
+        return state if weight is None else functional.linear(state, weight.to(state.dtype))
+
+
 class HiddenStates(LayerTerm):
     """Hidden states of mapped layers, with a projection where widths differ.
 
@@ -60,23 +115,14 @@ class HiddenStates(LayerTerm):
             if isinstance(term, HiddenCosine)
             else megakd_kernels.hidden_mse_projection_loss
         )
-        student, teacher = widths
-        count = len(pairs) if student != teacher else 0
-        self.projections = nn.ModuleList(
-            nn.Linear(student, teacher, bias=False) for _ in range(count)
-        )
-
-    def _projection(self, index: int) -> Tensor | None:
-        if not len(self.projections):
-            return None
-        return cast("nn.Linear", self.projections[index]).weight
+        self.projections = Projections(len(pairs), *widths)
 
     def layer(self, reading: Reading, index: int) -> Tensor:
         """Squared error, or one minus the cosine."""
         student, teacher = self.pairs[index]
         return self.loss(
             reading.student.hidden_states[student],
-            self._projection(index),
+            self.projections.weight(index),
             reading.taught.hidden_states[teacher],
             valid=reading.batch.valid,
             impl=reading.kernels,
@@ -174,8 +220,7 @@ def _vectors(knowledge: Knowledge, layer: int) -> AttentionVectors:
 
 def _heads(vectors: Tensor, valid: Tensor, width: int) -> Tensor:
     """[B, heads, T, width] fp32, zero at padding: NaN times a gradient of 0 would be NaN."""
-    counted = vectors.masked_fill(~valid[..., None], 0).float()
-    return counted.unflatten(-1, (-1, width)).transpose(1, 2)
+    return counted(vectors, valid).unflatten(-1, (-1, width)).transpose(1, 2)
 
 
 def visible_keys(batch: Batch, *, causal: bool) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megakd.config import LANGUAGE_TASKS, TaskType
 from megakd.errors import ConfigError, TeacherError
-from megakd.intermediate_losses import AttentionMatrices, HiddenStates, Pairs, Relations
+from megakd.intermediate_losses import AttentionMatrices, Flows, HiddenStates, Pairs, Relations
 from megakd.knowledge import Needs
 from megakd.losses import (
     Evaluated,
@@ -34,6 +34,7 @@ from megakd.terms import (
     EmbeddingMse,
     LayerMapping,
     Relation,
+    RelationFsp,
     RelationKl,
     StateTerm,
     TermConfig,
@@ -134,6 +135,8 @@ def _intermediate_groups(
             yield Relations(term, pairs, heads=heads, causal=causal)
         elif isinstance(term, AttentionMse):
             yield AttentionMatrices(term, pairs, causal=causal)
+        elif isinstance(term, RelationFsp):
+            yield Flows(term, pairs, (student.width, teacher.width))
         else:
             yield HiddenStates(term, pairs, (student.width, teacher.width))
 
@@ -163,7 +166,13 @@ def check_terms(
         if isinstance(term, SOFT_TARGET_DIVERGENCES) and task not in LANGUAGE_TASKS and teacher:
             _check_classes(term.loss, student, teacher)
         if isinstance(term, INTERMEDIATE_TERMS) and teacher is not None:
-            layer_pairs(term, student, teacher)
+            pairs = layer_pairs(term, student, teacher)
+            if isinstance(term, RelationFsp) and len(pairs) == 1:
+                raise TeacherError(
+                    "relation_fsp compares flows from one mapped layer to the next, and layer_"
+                    f"mapping {term.layer_mapping} maps the only layer that the student has; name "
+                    f'two pairs: layer_mapping: ["0:0", "{student.layers}:{teacher.layers}"]'
+                )
         if isinstance(term, ATTENTION_TERMS) and teacher is not None:
             _check_heads(term, student, teacher)
 

@@ -31,6 +31,7 @@ LayerMapping = (
     Literal["uniform", "last"]
     | Annotated[tuple[Annotated[str, AfterValidator(_layer_pair)], ...], Field(min_length=1)]
 )
+LayerPairs = Annotated[tuple[Annotated[str, AfterValidator(_layer_pair)], ...], Field(min_length=2)]
 Relation = Literal["query", "key", "value", "query_key"]
 Relations = Annotated[tuple[Relation, ...], Field(min_length=1), AfterValidator(_each_once)]
 Skew = Annotated[float, Field(ge=0, lt=1)]
@@ -162,6 +163,19 @@ class EmbeddingMse:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
+class RelationFsp:
+    """Squared error between the flows from mapped layer to mapped layer (Yim et al. 2017).
+
+    layer_mapping: `uniform`, or two student:teacher pairs at least, 0 being the embedding output;
+        each pair and the next make a flow.
+    """
+
+    loss: Literal["relation_fsp"]
+    weight: Weight = 1.0
+    layer_mapping: Literal["uniform"] | LayerPairs = "uniform"
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class AttentionMse:
     """Squared error between the attention of mapped layers (Jiao et al. 2020, equation 7).
 
@@ -204,6 +218,7 @@ TermConfig = Annotated[
     | HiddenMse
     | HiddenCosine
     | EmbeddingMse
+    | RelationFsp
     | AttentionMse
     | RelationKl,
     Field(discriminator="loss"),
@@ -216,7 +231,7 @@ SoftTarget = (
     | SoftTargetSkewReverseKl
     | SoftTargetTvd
 )
-StateTerm = HiddenMse | HiddenCosine | EmbeddingMse
+StateTerm = HiddenMse | HiddenCosine | EmbeddingMse | RelationFsp
 AttentionTerm = AttentionMse | RelationKl
 SOFT_TARGET_DIVERGENCES: tuple[type[SoftTarget], ...] = get_args(SoftTarget)
 STATE_TERMS: tuple[type[StateTerm], ...] = get_args(StateTerm)

@@ -173,6 +173,10 @@ BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"teacher": LATE, "objective": [{"loss": "relation_kl", "relation_heads": 3}]},
         ("relation_kl.relation_heads 3 does not divide", "all of them: 1, 2, 4, 8, 16"),
     ),
+    "a flow from the only layer": (
+        {"teacher": LATE, "objective": [{"loss": "relation_fsp"}]},
+        ("relation_fsp compares flows", "uniform maps the only layer", '["0:0", "1:2"]'),
+    ),
     "a layer that is no layer": (
         {"teacher": LATE, "objective": [{"loss": "relation_kl", "layer_mapping": ["1:3"]}]},
         ("relation_kl.layer_mapping 1:3: the student has 1 layers, the teacher 2",),

@@ -56,7 +56,7 @@ def message_of(path: Path, *overrides: str) -> str:
                 ["method.name=finetune", "teacher=null", f"objective=[{{loss: {name}}}]"],
                 f'objective[0].loss: {name} compares with a teacher, and method "finetune"',
             )
-            for name in ("soft_target_tvd", "embedding_mse", "attention_mse", "relation_kl")
+            for name in ("soft_target_tvd", "embedding_mse", "relation_fsp", "attention_mse")
         ),
         (["train.bf16=true", "train.fp16=true"], "train: bf16 and fp16 are both true; keep one"),
         (

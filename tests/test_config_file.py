@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -186,6 +185,14 @@ def test_an_override_that_cannot_be_applied_is_refused(
             "objective[1].layer_mapping: needs at least 1 item(s) (got [])",
         ),
         (
+            "objective.1={loss: relation_fsp, layer_mapping: last}",
+            'objective[1].layer_mapping: must be "uniform"',
+        ),
+        (
+            "objective.1={loss: relation_fsp, layer_mapping: ['1:2']}",
+            "objective[1].layer_mapping: needs at least 2 item(s)",
+        ),
+        (
             "objective.1={loss: relation_kl, relations: [query, keys]}",
             'objective[1].relations[1]: must be "query", "key", "value" or "query_key" (got "key',
         ),
@@ -336,14 +343,12 @@ def test_the_config_modules_load_no_heavy_library() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_print_config_answers_in_under_a_second(run_file: Path) -> None:
-    command = [sys.executable, "-c", "import megakd.cli as c; c.train_main()", "--print-config"]
-    command += ["--config", str(run_file)]
-    durations = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run(command, capture_output=True, check=True)
-        durations.append(time.perf_counter() - start)
+def test_print_config_answers_without_a_heavy_library(run_file: Path) -> None:
+    heavy = "{'torch', 'deepspeed', 'transformers', 'datasets'}"
+    code = f"import sys, megakd.cli as c; c.train_main(); print({heavy} & set(sys.modules))"
+    command = [sys.executable, "-c", code, "--print-config", "--config", str(run_file)]
 
-    # The least of three: other work on the machine may slow one down.
-    assert min(durations) < 1
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert "output_dir:" in done.stdout
+    assert done.stdout.splitlines()[-1] == "set()"

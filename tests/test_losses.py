@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from megakd.terms import (
     HardMse,
     HiddenCosine,
     HiddenMse,
+    RelationFsp,
     RelationKl,
     SoftTargetJsd,
     SoftTargetKl,
@@ -42,6 +44,7 @@ SOFT_MSE = SoftTargetMse(loss="soft_target_mse")
 HIDDEN_MSE = HiddenMse(loss="hidden_mse", layer_mapping=("0:0", "2:4"))
 HIDDEN_COSINE = HiddenCosine(loss="hidden_cosine", layer_mapping=("0:0", "2:4"))
 EMBEDDING = EmbeddingMse(loss="embedding_mse")
+FLOWS = RelationFsp(loss="relation_fsp", layer_mapping=("0:0", "1:2", "2:4"))
 LAYERS_WRITTEN: Any = {"layer_mapping": ("1:2", "2:4")}
 SCORES = AttentionMse(loss="attention_mse", **LAYERS_WRITTEN)
 PROBABILITIES = AttentionMse(loss="attention_mse", fit="probabilities", **LAYERS_WRITTEN)
@@ -53,11 +56,11 @@ OF_CLASSES = (CE, KL, KL_AT_2, KL_AT_2_PLAIN, REVERSE, JSD, SKEW, SKEW_REVERSE, 
 STATES = (HIDDEN_MSE, HIDDEN_COSINE, EMBEDDING)
 ATTENTION = (SCORES, PROBABILITIES, RELATIONS, OTHER_HEADS)
 CASES = [
-    *(("classification", term) for term in (*OF_CLASSES, *STATES, *ATTENTION)),
-    *(("regression", term) for term in (HARD_MSE, SOFT_MSE, *STATES, *ATTENTION)),
-    *(("causal_lm", term) for term in (*OF_CLASSES, *STATES, *ATTENTION)),
+    *(("classification", term) for term in (*OF_CLASSES, *STATES, FLOWS, *ATTENTION)),
+    *(("regression", term) for term in (HARD_MSE, SOFT_MSE, *STATES, FLOWS, *ATTENTION)),
+    *(("causal_lm", term) for term in (*OF_CLASSES, *STATES, FLOWS, *ATTENTION)),
 ]
-OWN_SUMS = (HARD_MSE, SOFT_MSE, SCORES, PROBABILITIES)  # a few lines of torch, no kernel
+OWN_SUMS = (HARD_MSE, SOFT_MSE, FLOWS, SCORES, PROBABILITIES)  # a few lines of torch, no kernel
 COMPARING = [(task, term) for task, term in CASES if term not in (CE, HARD_MSE)]
 
 
@@ -82,6 +85,8 @@ def formula(scene: Scene) -> Result:
     term = scene.term
     if isinstance(term, ATTENTION_TERMS):
         values = attention_values(scene, leaves, teacher)
+    elif term is FLOWS:
+        values = flow_values(scene, leaves, teacher, weights)
     elif term in STATES:
         values = hidden_values(scene, leaves, teacher, weights)
     elif scene.task == "regression":
@@ -134,6 +139,20 @@ def hidden_values(scene: Scene, leaves: dict, teacher: dict, weights: list) -> t
         else:
             layers.append(1 - (z * y).sum(-1) / (z.norm(dim=-1) * y.norm(dim=-1)))
     return torch.stack(layers).mean(0)
+
+
+def flow_values(scene: Scene, leaves: dict, teacher: dict, weights: list) -> torch.Tensor:
+    """One value per row that counts, from the matrices of all its flows."""
+    rows = []
+    for b in scene.valid.any(dim=1).nonzero()[:, 0].tolist():
+        kept = scene.valid[b]
+        ours = [leaves[f"state{s}"][b, kept] for s in (0, 1, 2)]
+        ours = [x @ w.T for x, w in zip(ours, weights, strict=True)] if weights else ours
+        theirs = [teacher[f"state{t}"][b, kept] for t in (0, 2, 4)]
+        matrices = [[a.T @ b / kept.sum() for a, b in pairwise(x)] for x in (ours, theirs)]
+        errors = [(z - y).square().mean() for z, y in zip(*matrices, strict=True)]
+        rows.append(torch.stack(errors).mean())
+    return torch.stack(rows)
 
 
 def attention_values(scene: Scene, leaves: dict, teacher: dict) -> torch.Tensor:

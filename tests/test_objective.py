@@ -31,6 +31,7 @@ from megakd.terms import (
     HardMse,
     HiddenCosine,
     HiddenMse,
+    RelationFsp,
     RelationKl,
     SoftTargetJsd,
     SoftTargetKl,
@@ -52,6 +53,7 @@ HIDDEN_COSINE = HiddenCosine(loss="hidden_cosine")
 EMBEDDING = EmbeddingMse(loss="embedding_mse")
 ATTENTION = AttentionMse(loss="attention_mse")
 RELATION = RelationKl(loss="relation_kl")
+FLOWS = RelationFsp(loss="relation_fsp")
 DIVERGENCES = (
     KL,
     REVERSE,
@@ -173,8 +175,9 @@ def test_hard_terms_need_no_teacher():
         ),
         (
             "regression",
-            (EMBEDDING, ATTENTION, RELATION),
-            dict.fromkeys(("embedding_mse", "attention_mse", "relation_kl"), "tokens"),
+            (EMBEDDING, ATTENTION, RELATION, FLOWS),
+            dict.fromkeys(("embedding_mse", "attention_mse", "relation_kl"), "tokens")
+            | {"relation_fsp": "examples"},
         ),
     ],
     ids=["hard", "soft", "score", "soft score", "language model", "hidden", "inner"],
@@ -189,10 +192,11 @@ def test_every_term_is_counted_in_its_unit(task, terms, units):
         ((CE, KL), False, (), ()),
         ((CE, HIDDEN_COSINE), True, (), ()),
         ((EMBEDDING,), True, (), ()),
+        ((FLOWS,), True, (), ()),
         ((RELATION,), False, (2,), (12,)),
         ((ATTENTION, RELATION), False, (1, 2), (6, 12)),
     ],
-    ids=["outputs", "hidden", "embedding", "relations", "attention and relations"],
+    ids=["outputs", "hidden", "embedding", "flows", "relations", "attention and relations"],
 )
 def test_a_model_is_asked_for_what_the_terms_read_and_nothing_else(terms, states, student, teacher):
     ours = build_objective(terms, "classification", STUDENT, TEACHER).needs
@@ -280,12 +284,12 @@ def test_a_relation_that_is_not_compared_sets_no_bounds():
 
 def test_projections_are_parameters_of_the_objective():
     objective = build_objective(
-        (HIDDEN_MSE, HIDDEN_COSINE), "classification", STUDENT, Shape(12, 6, 3)
+        (HIDDEN_MSE, HIDDEN_COSINE, FLOWS), "classification", STUDENT, Shape(12, 6, 3)
     )
 
     shapes = [tuple(p.shape) for p in objective.parameters()]
 
-    assert shapes == [(6, 4)] * 4  # two mapped layers, two terms
+    assert shapes == [(6, 4)] * 6  # two mapped layers, three terms
 
 
 def labelled(labels: torch.Tensor, valid: list[list[int]]) -> Batch:

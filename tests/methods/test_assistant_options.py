@@ -57,7 +57,7 @@ def test_the_schedules_are_one_switch_apart(run_file, name):
         ("method.residual=1", r"method.residual: "),
         *(
             (f"objective=[{{loss: {loss}}}]", rf"objective: {loss} compares hidden states of one")
-            for loss in ("hidden_mse", "hidden_cosine", "embedding_mse")
+            for loss in ("hidden_mse", "hidden_cosine", "embedding_mse", "relation_fsp")
         ),
         ("method.name=single", r'student.model: "from_teacher" is cut out.*"single" cuts nothing'),
     ],

@@ -75,7 +75,7 @@ class Scene:
 
     def equal_to_teacher(self) -> Scene:
         self.leaves |= {name: self.teacher[name].clone() for name in self.leaves}
-        self.leaves |= {"state2": self.teacher["state4"].clone()}
+        self.leaves |= {f"state{s}": self.teacher[f"state{t}"].clone() for s, t in ((1, 2), (2, 4))}
         for part in PARTS:
             self.leaves |= {f"{part}{s}": self.teacher[f"{part}{t}"] for s, t in ((1, 2), (2, 4))}
         return self
