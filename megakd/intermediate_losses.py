@@ -26,7 +26,7 @@ Pairs = tuple[tuple[int, int], ...]
 
 
 class LayerTerm(TermGroup):
-    """A term over mapped layers."""
+    """A term over mapped layers, counted in tokens unless it says otherwise."""
 
     needs_teacher = True
 
@@ -40,10 +40,10 @@ class LayerTerm(TermGroup):
         raise TypeError(f"{type(self).__name__} computes nothing")
 
     def forward(self, reading: Reading) -> Evaluated:
-        """The mean over layers of each layer's sum over tokens."""
+        """The mean over layers of each layer's sum over its unit."""
         layers = [self.layer(reading, index) for index in range(len(self.pairs))]
         total = torch.stack(layers).mean()
-        scale = reading.weights[self.name] * reading.per_unit["tokens"]
+        scale = reading.weights[self.name] * reading.per_unit[self.units[self.name]]
         return Evaluated(total * scale, {self.name: total.detach()})
 
 
@@ -116,17 +116,28 @@ class HiddenStates(LayerTerm):
             else megakd_kernels.hidden_mse_projection_loss
         )
         self.projections = Projections(len(pairs), *widths)
+        self.first_alone = getattr(term, "positions", "all") == "first"
+        if self.first_alone:
+            self.units = {term.loss: "examples"}
 
     def layer(self, reading: Reading, index: int) -> Tensor:
         """Squared error, or one minus the cosine."""
         student, teacher = self.pairs[index]
+        valid = reading.batch.valid
+        ours = reading.student.hidden_states[student]
+        theirs = reading.taught.hidden_states[teacher]
+        if self.first_alone:
+            ours, theirs = _first(ours, valid), _first(theirs, valid)
+            valid = valid.any(1)
         return self.loss(
-            reading.student.hidden_states[student],
-            self.projections.weight(index),
-            reading.taught.hidden_states[teacher],
-            valid=reading.batch.valid,
-            impl=reading.kernels,
+            ours, self.projections.weight(index), theirs, valid=valid, impl=reading.kernels
         )
+
+
+def _first(states: Tensor, valid: Tensor) -> Tensor:
+    """[B, D] of each row's first position that counts, which padding on the left moves."""
+    place = valid.int().argmax(dim=1)
+    return states.take_along_dim(place[:, None, None], dim=1).squeeze(1)
 
 
 class AttentionMatrices(LayerTerm):

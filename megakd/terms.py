@@ -34,6 +34,7 @@ LayerMapping = (
 LayerPairs = Annotated[tuple[Annotated[str, AfterValidator(_layer_pair)], ...], Field(min_length=2)]
 Relation = Literal["query", "key", "value", "query_key"]
 Relations = Annotated[tuple[Relation, ...], Field(min_length=1), AfterValidator(_each_once)]
+Positions = Literal["all", "first"]
 Skew = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -138,20 +139,27 @@ class HiddenMse:
     """Squared error between hidden states of mapped layers (Romero et al. 2015; Jiao et al. 2020).
 
     layer_mapping: `uniform`, `last`, or student:teacher pairs, 0 being the embedding output.
+    positions: `all`, or a text's `first`, which is [CLS] of an encoder; counted in rows then.
     """
 
     loss: Literal["hidden_mse"]
     weight: Weight = 1.0
     layer_mapping: LayerMapping = "uniform"
+    positions: Positions = "all"
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class HiddenCosine:
-    """One minus the cosine between hidden states of mapped layers (Sanh et al. 2019)."""
+    """One minus the cosine between hidden states of mapped layers (Sanh et al. 2019).
+
+    positions: as of hidden_mse. Of the `first` it is half the squared distance of normalised
+        [CLS] vectors (Sun et al. 2019, patient KD).
+    """
 
     loss: Literal["hidden_cosine"]
     weight: Weight = 1.0
     layer_mapping: LayerMapping = "uniform"
+    positions: Positions = "all"
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

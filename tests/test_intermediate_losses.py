@@ -20,7 +20,7 @@ from megakd.intermediate_losses import (
 from megakd.losses import Reading
 from megakd.objective import unit_weights
 from megakd.stage import AttentionVectors, Batch, Knowledge
-from megakd.terms import AttentionMse, EmbeddingMse, RelationKl
+from megakd.terms import AttentionMse, EmbeddingMse, HiddenMse, RelationKl
 
 LN3 = math.log(3)
 ONE_EACH = unit_weights(torch.ones(3), 1)
@@ -138,6 +138,16 @@ def test_embedding_mse_compares_what_the_embeddings_give_out():
     ours, theirs = (Knowledge(hidden_states=tuple(s * x for s in states)) for x in (1, 3))
 
     assert sum_of(group, ours, theirs, whole(1)) == pytest.approx((4 + 16) / 2)
+
+
+def test_the_first_position_is_the_first_that_counts_wherever_padding_is():
+    term = HiddenMse(loss="hidden_mse", positions="first", layer_mapping=("0:0",))
+    group = HiddenStates(term, ((0, 0),), (1, 1))
+    states = torch.tensor([[[1.0], [2.0], [4.0]], [[3.0], [5.0], [7.0]], [[9.0], [9.0], [9.0]]])
+    valid = torch.tensor([[0, 1, 1], [1, 1, 0], [0, 0, 0]]).bool()
+    ours, theirs = Knowledge(hidden_states=(states,)), Knowledge(hidden_states=(states * 0,))
+
+    assert sum_of(group, ours, theirs, Batch({}, torch.zeros(3), valid)) == 2.0**2 + 3.0**2
 
 
 def test_a_query_sees_all_keys_that_are_no_padding():

@@ -43,6 +43,9 @@ HARD_MSE = HardMse(loss="hard_mse")
 SOFT_MSE = SoftTargetMse(loss="soft_target_mse")
 HIDDEN_MSE = HiddenMse(loss="hidden_mse", layer_mapping=("0:0", "2:4"))
 HIDDEN_COSINE = HiddenCosine(loss="hidden_cosine", layer_mapping=("0:0", "2:4"))
+OF_FIRST: Any = {"layer_mapping": ("0:0", "2:4"), "positions": "first"}
+FIRST_MSE = HiddenMse(loss="hidden_mse", **OF_FIRST)
+FIRST_COSINE = HiddenCosine(loss="hidden_cosine", **OF_FIRST)
 EMBEDDING = EmbeddingMse(loss="embedding_mse")
 FLOWS = RelationFsp(loss="relation_fsp", layer_mapping=("0:0", "1:2", "2:4"))
 LAYERS_WRITTEN: Any = {"layer_mapping": ("1:2", "2:4")}
@@ -53,7 +56,7 @@ OTHER_HEADS = RelationKl(
     loss="relation_kl", relations=("query_key", "value"), relation_heads=4, **LAYERS_WRITTEN
 )
 OF_CLASSES = (CE, KL, KL_AT_2, KL_AT_2_PLAIN, REVERSE, JSD, SKEW, SKEW_REVERSE, TVD)
-STATES = (HIDDEN_MSE, HIDDEN_COSINE, EMBEDDING)
+STATES = (HIDDEN_MSE, HIDDEN_COSINE, FIRST_MSE, FIRST_COSINE, EMBEDDING)
 ATTENTION = (SCORES, PROBABILITIES, RELATIONS, OTHER_HEADS)
 CASES = [
     *(("classification", term) for term in (*OF_CLASSES, *STATES, FLOWS, *ATTENTION)),
@@ -132,9 +135,10 @@ def hidden_values(scene: Scene, leaves: dict, teacher: dict, weights: list) -> t
     layers = []
     pairs = ((0, 0),) if scene.term is EMBEDDING else ((0, 0), (2, 4))
     for index, (s, t) in enumerate(pairs):
-        z, y = leaves[f"state{s}"][scene.valid], teacher[f"state{t}"][scene.valid]
+        counted = scene.counting("state")
+        z, y = leaves[f"state{s}"][counted], teacher[f"state{t}"][counted]
         z = z @ weights[index].T if weights else z
-        if scene.term is not HIDDEN_COSINE:
+        if not isinstance(scene.term, HiddenCosine):
             layers.append((z - y).square().mean(-1))
         else:
             layers.append(1 - (z * y).sum(-1) / (z.norm(dim=-1) * y.norm(dim=-1)))

@@ -174,13 +174,18 @@ def test_hard_terms_need_no_teacher():
             {"hidden_mse": "tokens", "hidden_cosine": "tokens"},
         ),
         (
+            "causal_lm",
+            (replace(HIDDEN_MSE, positions="first"),),
+            {"hidden_mse": "examples"},
+        ),
+        (
             "regression",
             (EMBEDDING, ATTENTION, RELATION, FLOWS),
             dict.fromkeys(("embedding_mse", "attention_mse", "relation_kl"), "tokens")
             | {"relation_fsp": "examples"},
         ),
     ],
-    ids=["hard", "soft", "score", "soft score", "language model", "hidden", "inner"],
+    ids=["hard", "soft", "score", "soft score", "language model", "hidden", "first", "inner"],
 )
 def test_every_term_is_counted_in_its_unit(task, terms, units):
     assert build_objective(terms, task, STUDENT, TEACHER).units == units

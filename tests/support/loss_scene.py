@@ -80,6 +80,10 @@ class Scene:
             self.leaves |= {f"{part}{s}": self.teacher[f"{part}{t}"] for s, t in ((1, 2), (2, 4))}
         return self
 
+    @property
+    def of_first(self) -> bool:
+        return getattr(self.term, "positions", "all") == "first"
+
     def converted(self, dtype: torch.dtype) -> Scene:
         self.leaves = {name: value.to(dtype) for name, value in self.leaves.items()}
         self.teacher = {name: value.to(dtype) for name, value in self.teacher.items()}
@@ -88,7 +92,8 @@ class Scene:
     def counting(self, name: str) -> torch.Tensor:
         """Where a tensor's contents may matter to this term, by the table of units."""
         if name.startswith(("state", *PARTS)):
-            return self.valid
+            is_first = torch.arange(5) == 0
+            return self.valid & is_first if self.of_first else self.valid
         has_label = ~self.labels.isnan() if self.task == "regression" else self.labels != IGNORE
         wants_label = self.task == "causal_lm" or isinstance(self.term, HARD)
         return has_label if wants_label else self.valid.any(dim=1)
