@@ -65,7 +65,7 @@ def llama(layers: int, width: int, neurons: int, heads: tuple[int, int]) -> Any:
 
 
 CASES = {
-    # TinyLlama's shape; three quarters of T5 v1.1 XL's encoder under one decoder layer; a third.
+    # TinyLlama's shape; most of T5 v1.1 XL's encoder under one decoder layer; a third.
     "llama-sgd": Case("causal_lm", llama(22, 2048, 5632, (32, 4)), "sgd"),
     "enct5-sgd": Case(
         "classification",
@@ -74,7 +74,7 @@ CASES = {
             d_model=2048,
             d_kv=64,
             d_ff=5120,
-            num_layers=18,
+            num_layers=21,
             num_decoder_layers=1,
             num_heads=32,
             feed_forward_proj="gated-gelu",
