@@ -1,7 +1,7 @@
 """A teacher of over a billion weights goes through MiniDisc on CPU ranks, within its plan's memory.
 
 `python benchmarks/billion.py [llama-sgd enct5-sgd llama-adamw] [--ranks 2]`; some minutes a case,
-and up to 20 GB. A teacher with random weights in bf16 is written to a folder; then its importance
+and up to 22 GB. A teacher with random weights in bf16 is written to a folder; then its importance
 is measured on both ranks, the sorted teacher and the widest of seven candidates are cut out of it,
 all seven learn for one step in one backward, are evaluated, and the chosen one is written. Printed
 is the peak of every rank against what `megakd plan` says of the same config.
@@ -65,7 +65,8 @@ def llama(layers: int, width: int, neurons: int, heads: tuple[int, int]) -> Any:
 
 
 CASES = {
-    # TinyLlama's shape; most of T5 v1.1 XL's encoder under one decoder layer; a third.
+    # TinyLlama's shape; most of T5 v1.1 XL's encoder under one decoder layer; and a model of a
+    # third of their weights, whose AdamW moments fit beside it.
     "llama-sgd": Case("causal_lm", llama(22, 2048, 5632, (32, 4)), "sgd"),
     "enct5-sgd": Case(
         "classification",

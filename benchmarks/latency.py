@@ -16,21 +16,20 @@ import sys
 from typing import TYPE_CHECKING
 
 import torch
-import transformers
 from machine import markdown_row, print_row, spread_of
 from options import fractions, integers
-from transformers import BertConfig
+from transformers import BertConfig, BertForSequenceClassification
 
 from megakd.latency import measure_latencies
 from megakd.models.architectures import architecture_of
-from megakd.models.cutting import cut_config
+from megakd.models.cutting import cut_class_name, cut_config
 from megakd.models.own_models import own_class
 from megakd.specification import UnitScores, view_at
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 WHOLE = "whole"
 
@@ -46,12 +45,13 @@ def main(arguments: Sequence[str]) -> int:
         for (name, batch), values in ratios.items():
             spread = spread_of(values)
             low, high = spread.interval
-            numbers, interval = f"{spread.median:.1f} times faster", f"{low:.1f} to {high:.1f}"
+            numbers, interval = (
+                f"{spread.median:.1f} times faster",
+                f"95 %: {low:.1f} to {high:.1f}",
+            )
             what = f"forward of {given.shape} at {name}, batch {batch}, {length} tokens"
             print(f"{what}: {numbers} ({interval})", flush=True)
-            rows.append(
-                markdown_row(what, given.command, numbers, f"95 %: {low:.1f} to {high:.1f}")
-            )
+            rows.append(markdown_row(what, given.command, numbers, interval))
     print_row("\n".join(rows))
     return 0
 
@@ -68,18 +68,13 @@ def cut_models(given: argparse.Namespace) -> dict[str, PreTrainedModel]:
         for counts in (units.heads, units.neurons)
     )
     scores = UnitScores(heads, neurons)
-    models = {WHOLE: built(config)}
+    whole = BertForSequenceClassification(config)
+    models: dict[str, PreTrainedModel] = {WHOLE: whole}
     for sparsity in given.grid:
-        view = view_at(scores, sparsity, head_width=width // 12)
-        models[f"sparsity {sparsity:g}"] = built(cut_config(config, view))
+        smaller = cut_config(config, view_at(scores, sparsity, head_width=width // 12))
+        name = cut_class_name(whole, smaller)
+        models[f"sparsity {sparsity:g}"] = (own_class(name) or type(whole))(smaller)
     return models
-
-
-def built(config: PretrainedConfig) -> PreTrainedModel:
-    """A classifier with random weights, of the class that an exported folder would name."""
-    stock = "BertForSequenceClassification"
-    found = own_class(f"Cut{stock}") if config.model_type.startswith("cut_") else None
-    return (found or getattr(transformers, stock))(config)
 
 
 def rounds(

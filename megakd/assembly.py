@@ -139,13 +139,8 @@ class Assembly:
         )
 
     def teacher_dtype(self, source: ModelSource) -> Dtype:
-        """`teacher.dtype`, else as stored on a GPU and fp32 on a CPU."""
-        teacher = self.config.teacher
-        if teacher is not None and teacher.dtype is not None:
-            return teacher.dtype
-        if self.ranks.device.type == "cpu":
-            return "fp32"
-        return STORED_DTYPE.get(source.stored_dtype, "fp32")
+        """What a model that only answers is held in."""
+        return frozen_dtype(self.config, source.stored_dtype, self.ranks.device.type)
 
     def _load(
         self, source: ModelSource, ds: Mapping[str, Any], dtype: Dtype, *, need_head: bool
@@ -163,6 +158,13 @@ class Assembly:
             )
         torch.nn.Module.to(model, self.ranks.device)  # transformers' own `to` is typed wrongly
         return model
+
+
+def frozen_dtype(config: RunConfig, stored: torch.dtype | None, device: str) -> Dtype:
+    """`teacher.dtype`, else as stored on a GPU and fp32 on a CPU."""
+    if config.teacher is not None and config.teacher.dtype is not None:
+        return config.teacher.dtype
+    return "fp32" if device == "cpu" else STORED_DTYPE.get(stored, "fp32")
 
 
 def training_dtype(train: TrainConfig) -> Dtype:

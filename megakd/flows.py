@@ -6,10 +6,12 @@ Shapes: B rows, T positions, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from megakd.config import Kernels
 from megakd_kernels.formed import refuse_second_derivative
@@ -18,34 +20,49 @@ MATRIX_ELEMENTS = 1 << 24
 """Of the [D, D] matrices that exist at a time, beside the one of a single row."""
 
 
-class Flow(NamedTuple):
-    """Hidden states that a model goes through, one layer and a later one; each [B, T, D]."""
+def flow_errors(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    valid: Tensor,
+    projections: Sequence[Tensor] | None = None,
+    kernels: Kernels = "auto",
+) -> list[Tensor]:
+    """Squared errors between FSP matrices G = F^T F' / n (Yim et al. 2017, equation 1).
 
-    first: Tensor
-    second: Tensor
-
-
-def flow_error(student: Flow, teacher: Flow, *, valid: Tensor, kernels: Kernels = "auto") -> Tensor:
-    """Squared error between FSP matrices G = F^T F' / n (Yim et al. 2017, equation 1).
-
-    n counts a row's valid positions. The matrices of all rows never exist at once, and none stays
-    for the backward: gradients with respect to the states are formed in the forward.
+    A flow leads from each layer to the next; n counts a row's valid positions. The matrices of
+    all rows never exist at once, and none stays for the backward: gradients with respect to the
+    states are formed in the forward.
 
     Args:
-        student: its states, projected to the teacher's width where that is another one.
-        teacher: its states; they carry no gradient.
+        student: states of the layers that it goes through, two at least, each [B, T, S].
+        teacher: those of the teacher, as many, each [B, T, D]; they carry no gradient.
         valid: [B, T] bool; states elsewhere may hold anything.
+        projections: [D, S] for each of the student's; None where both have one width.
         kernels: `reference` forms all matrices and leaves the gradient to autograd.
 
     Returns:
-        Scalar, fp32 (fp64 if an input is): per row the mean over the [D, D] entries of the squared
-        difference, summed over the rows.
+        For each flow a scalar, fp32 (fp64 if an input is): per row the mean over the [D, D]
+        entries of the squared difference, summed over the rows.
 
     Raises:
         RuntimeError: a second derivative is asked for, and it is not the reference.
     """
-    states = [counted(state, valid) for state in (*student, *teacher)]
+    # Each state once for both flows that it has a part in: its gradients are added in fp32.
+    ours, theirs = ([counted(state, valid) for state in states] for states in (student, teacher))
+    if projections is not None:
+        ours = [
+            functional.linear(state, weight.to(state.dtype))
+            for state, weight in zip(ours, projections, strict=True)
+        ]
     lengths = valid.sum(1).clamp(min=1)
+    return [
+        _flow_error((*mine, *other), lengths, kernels)
+        for mine, other in zip(pairwise(ours), pairwise(theirs), strict=True)
+    ]
+
+
+def _flow_error(states: Sequence[Tensor], lengths: Tensor, kernels: Kernels) -> Tensor:
     if kernels == "reference":
         return _apart(states, lengths).square().mean((1, 2)).sum()
     return _FlowError.apply(*states, lengths)  # pyright: ignore[reportReturnType]

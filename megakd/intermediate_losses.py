@@ -6,16 +6,14 @@ that padding adds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import megakd_kernels
-from megakd.flows import Flow, counted, flow_error
+from megakd.flows import counted, flow_errors
 from megakd.knowledge import Needs
 from megakd.losses import Evaluated, Reading, TermGroup
 from megakd.stage import AttentionVectors, Batch, Knowledge, Unit
@@ -39,10 +37,13 @@ class LayerTerm(TermGroup):
         """The sum over tokens of the pair number `index`."""
         raise TypeError(f"{type(self).__name__} computes nothing")
 
+    def layers(self, reading: Reading) -> Sequence[Tensor]:
+        """The sums of all pairs."""
+        return [self.layer(reading, index) for index in range(len(self.pairs))]
+
     def forward(self, reading: Reading) -> Evaluated:
         """The mean over layers of each layer's sum over its unit."""
-        layers = [self.layer(reading, index) for index in range(len(self.pairs))]
-        total = torch.stack(layers).mean()
+        total = torch.stack(list(self.layers(reading))).mean()
         scale = reading.weights[self.name] * reading.per_unit[self.units[self.name]]
         return Evaluated(total * scale, {self.name: total.detach()})
 
@@ -59,7 +60,7 @@ class Projections(nn.ModuleList):
         return cast("nn.Linear", self[index]).weight if len(self) else None
 
 
-class Flows(TermGroup):
+class Flows(LayerTerm):
     """`relation_fsp`: the mean over flows; a flow leads from a mapped layer to the next.
 
     Counted in rows. Where widths differ the student's states are projected, by a matrix per
@@ -67,36 +68,22 @@ class Flows(TermGroup):
     """
 
     needs = Needs(hidden_states=True)
-    needs_teacher = True
 
     def __init__(self, term: RelationFsp, pairs: Pairs, widths: tuple[int, int]) -> None:
-        super().__init__()
-        self.name, self.pairs = term.loss, pairs
-        self.units: Mapping[str, Unit] = {term.loss: "examples"}
+        super().__init__(term.loss, pairs)
+        self.units = {term.loss: "examples"}
         self.projections = Projections(len(pairs), *widths)
 
-    def forward(self, reading: Reading) -> Evaluated:
-        """The mean over flows of each one's sum over rows."""
-        ours = [self._projected(reading, index) for index in range(len(self.pairs))]
-        theirs = [reading.taught.hidden_states[teacher] for _, teacher in self.pairs]
-        errors = [
-            flow_error(
-                Flow(*student),
-                Flow(*teacher),
-                valid=reading.batch.valid,
-                kernels=reading.kernels,
-            )
-            for student, teacher in zip(pairwise(ours), pairwise(theirs), strict=True)
-        ]
-        total = torch.stack(errors).mean()
-        scale = reading.weights[self.name] * reading.per_unit["examples"]
-        return Evaluated(total * scale, {self.name: total.detach()})
-
-    def _projected(self, reading: Reading, index: int) -> Tensor:
-        # Once for both flows that it has a part in: their gradients are added in fp32.
-        state = counted(reading.student.hidden_states[self.pairs[index][0]], reading.batch.valid)
-        weight = self.projections.weight(index)
-        return state if weight is None else functional.linear(state, weight.to(state.dtype))
+    def layers(self, reading: Reading) -> Sequence[Tensor]:
+        """The sums over rows of all flows."""
+        weights = [self.projections.weight(index) for index in range(len(self.projections))]
+        return flow_errors(
+            [reading.student.hidden_states[student] for student, _ in self.pairs],
+            [reading.taught.hidden_states[teacher] for _, teacher in self.pairs],
+            valid=reading.batch.valid,
+            projections=cast("list[Tensor]", weights) or None,
+            kernels=reading.kernels,
+        )
 
 
 class HiddenStates(LayerTerm):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,11 +80,9 @@ class Objective(nn.Module):
         Args:
             readings: of one batch, by views of one width.
         """
-        of_groups = [group.of_all(readings) for group in self._groups()]
+        groups = cast("list[TermGroup]", list(self.groups))
+        of_groups = [group.of_all(readings) for group in groups]
         return [_added(parts) for parts in zip(*of_groups, strict=True)]
-
-    def _groups(self) -> Iterator[TermGroup]:
-        yield from self.groups  # pyright: ignore[reportReturnType]
 
 
 def _added(parts: Sequence[Evaluated]) -> Evaluated:

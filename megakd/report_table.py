@@ -22,11 +22,11 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
         final: where the student's folder is.
     """
     lines = [f"{report['method']} on {report['task']}, scored on {report['evaluated_on']}", ""]
-    lines += _aligned(model_rows(report))
+    lines += aligned_rows(model_rows(report))
     if report["candidates"]:
-        lines += ["", *_aligned(candidate_rows(report["candidates"]))]
+        lines += ["", *aligned_rows(candidate_rows(report["candidates"]))]
     if report["stages"]:
-        lines += ["", *_aligned(stage_rows(report))]
+        lines += ["", *aligned_rows(stage_rows(report))]
         peak = max(stage["peak_memory_bytes"] for stage in report["stages"])
         seconds = sum(stage["seconds"] for stage in report["stages"])
         lines += ["", f"training {duration(seconds)}, peak memory {gigabytes(peak)} per rank"]
@@ -166,12 +166,13 @@ def stage_rows(report: Report) -> list[list[str]]:
     return rows
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned_rows(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines: first cells at the left of their column, others at the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return lines
 
 

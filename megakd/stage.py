@@ -124,6 +124,15 @@ class Pass:
     scale: float = 1.0
 
 
+def backward_groups(plan: Sequence[Pass], size: int | None) -> list[Sequence[Pass]]:
+    """The passes that share a backward; `size` in each, None for all in one.
+
+    One backward reduces all gradients, so there should be as few as memory allows.
+    """
+    size = size or len(plan)
+    return [plan[first : first + size] for first in range(0, len(plan), size)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
     """One optimiser step, as device tensors: reading them costs a sync, so read seldom."""

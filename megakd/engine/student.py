@@ -15,7 +15,7 @@ from megakd.engine.distributed import together
 from megakd.engine.initialize import Engine
 from megakd.engine.sharding import gathered_state
 from megakd.errors import CheckpointError
-from megakd.stage import Batch, Knowledge, Losses, Pass, Predictions
+from megakd.stage import Batch, Knowledge, Losses, Pass, Predictions, backward_groups
 
 
 class StudentEngine:
@@ -60,7 +60,7 @@ class StudentEngine:
         """
         self._engine.train()
         total, parts = torch.zeros((), device=counts.device), dict[str, Tensor]()
-        groups = self._groups(plan)
+        groups = backward_groups(plan, self._passes_per_backward)
         for number, group in enumerate(groups, start=1):
             # Before the forward: ZeRO 2 reduces during the backward and must know.
             self._engine.set_gradient_accumulation_boundary(boundary and number == len(groups))
@@ -70,11 +70,6 @@ class StudentEngine:
             for name, value in losses.parts.items():
                 parts[name] = parts[name] + value if name in parts else value
         return Losses(total, parts)
-
-    def _groups(self, plan: Sequence[Pass]) -> list[Sequence[Pass]]:
-        """One backward reduces all gradients, so there are as few as memory allows."""
-        size = self._passes_per_backward or len(plan)
-        return [plan[first : first + size] for first in range(0, len(plan), size)]
 
     def _forward(
         self,

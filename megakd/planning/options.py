@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-import psutil
-
 from megakd.errors import ConfigError
 from megakd.planning.cluster import GIGA, Cluster, Device, Rates, rates_of
 
@@ -47,6 +45,8 @@ def cluster_of(arguments: argparse.Namespace) -> Cluster:
     ranks, nodes = _places(given.get("ranks"), given.get("nodes"), device)
     cluster = Cluster(ranks=ranks, nodes=nodes, device=cast("Device", device), rates=_rates(given))
     if host is None and device == "cpu":
+        import psutil
+
         host = psutil.virtual_memory().total / GIGA
     cluster = replace(cluster, host_memory=None if host is None else round(host * GIGA))
     if device == "cpu":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megakd.planning.cluster import GIGA
 from megakd.planning.ledger import PARTS
+from megakd.report_table import aligned_rows
 
 if TYPE_CHECKING:
     from megakd.plan import Plan
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 def page(plan: Plan) -> str:
     """What `megakd plan` prints."""
-    blocks = [_head(plan), _aligned(_parts(plan)), _aligned(_phases(plan)), _verdict(plan)]
-    return "\n\n".join(blocks)
+    tables = ("\n".join(aligned_rows(rows)) for rows in (_parts(plan), _phases(plan)))
+    return "\n\n".join([_head(plan), *tables, _verdict(plan)])
 
 
 def _head(plan: Plan) -> str:
@@ -99,12 +99,3 @@ def _verdict(plan: Plan) -> str:
 def _gigabytes(size: float) -> str:
     digits = 1 if size >= 10 * GIGA else 2 if size >= GIGA else 3
     return f"{size / GIGA:,.{digits}f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)

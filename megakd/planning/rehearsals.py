@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from megakd.assembly import STORED_DTYPE, TORCH_DTYPE, training_dtype
+from megakd.assembly import TORCH_DTYPE, frozen_dtype, training_dtype
 from megakd.config import Dtype, RunConfig
+from megakd.data.masking import DEFAULT_PROBABILITY
 from megakd.importance import GateGradients
 from megakd.knowledge import language_model_head
 from megakd.models.bundle import StudentBundle
@@ -22,11 +23,10 @@ from megakd.planning.cluster import Device
 from megakd.planning.moments import Inventory, Rehearsal
 from megakd.planning.rehearsal import VALUELESS, inventory, rehearse, repeat_alike
 from megakd.planning.stages import Phase
-from megakd.stage import Batch, Knowledge, Pass, Stage
+from megakd.stage import Batch, Knowledge, Pass, Stage, backward_groups
 from megakd.teachers.frozen import FrozenModel
-from megakd.terms import HardCrossEntropy, HardMse, TermConfig
+from megakd.terms import hard_terms
 
-MASKED_SHARE = 0.15
 Made = TypeVar("Made")
 
 
@@ -95,14 +95,12 @@ def act_of(phase: Phase, config: RunConfig, device: Device, known: Rehearsals) -
     return theatre.training(phase, phase.stage)
 
 
-def frozen_dtype(config: RunConfig, source: ModelSource, device: Device) -> Dtype:
-    """`teacher.dtype`, else as stored on a GPU and fp32 on a CPU."""
-    if config.teacher is not None and config.teacher.dtype is not None:
-        return config.teacher.dtype
+def planned_dtype(config: RunConfig, source: ModelSource, device: Device) -> Dtype:
+    """What a frozen model will be held in, told by its config: no weight file is looked at."""
     stored = source.config.dtype
     if isinstance(stored, str):
         stored = getattr(torch, stored)
-    return "fp32" if device == "cpu" else STORED_DTYPE.get(stored, "fp32")
+    return frozen_dtype(config, stored, device)
 
 
 class Theatre:
@@ -149,11 +147,11 @@ class Theatre:
 
     def _traits(self, source: ModelSource) -> tuple[str, str, str]:
         """What a frozen model depends on."""
-        dtype = frozen_dtype(self.config, source, self._device)
+        dtype = planned_dtype(self.config, source, self._device)
         return source.config.to_json_string(use_diff=False), dtype, self._device
 
     def _answer(self, source: ModelSource, batch: Batch, needs: Needs) -> Answer:
-        dtype = frozen_dtype(self.config, source, self._device)
+        dtype = planned_dtype(self.config, source, self._device)
         model = self._model(source, dtype).requires_grad_(requires_grad=False)
         frozen = self._frozen(model, needs)
         run = rehearse(frozen, lambda: frozen(batch), backward=False, device=self._device)
@@ -173,8 +171,7 @@ class Theatre:
             return rehearse(bundle, call, backward=True, device=self._device).rehearsal
 
         plan = stage.strategy.plan(0)
-        size = stage.passes_per_backward or len(plan)
-        groups = [plan[start : start + size] for start in range(0, len(plan), size)]
+        groups = backward_groups(plan, stage.passes_per_backward)
         runs = tuple(backward_of(group) for group in groups)
         several = len({planned.view for planned in groups[0]}) > 1
         single = backward_of(groups[0][:1]) if several else None
@@ -198,21 +195,16 @@ class Theatre:
         return Act(teachers={}, learner=part, single=None, evaluation=None, answers=0)
 
     def _gates(self, source: ModelSource, rows: int) -> Performance:
-        dtype = frozen_dtype(self.config, source, self._device)
+        dtype = planned_dtype(self.config, source, self._device)
         model = self._model(source, dtype).requires_grad_(requires_grad=False)
         task = self.config.task.type
-        objective = build_objective([self._hard_term()], task, self._shape(source), None)
+        objective = build_objective(hard_terms(task), task, self._shape(source), None)
         frozen = self._frozen(model, Needs())
         with_width = getattr(self.config.method, "residual", False)
         module = GateGradients(frozen, objective, VALUELESS, with_width=with_width).eval()
         batch = self._batch(rows)
         run = rehearse(module, lambda: module(batch), backward=False, device=self._device)
         return Performance(inventory(module), (run.rehearsal,))
-
-    def _hard_term(self) -> TermConfig:
-        if self.config.task.type == "regression":
-            return HardMse(loss="hard_mse")
-        return HardCrossEntropy(loss="hard_cross_entropy")
 
     def _frozen(self, model: nn.Module, needs: Needs) -> FrozenModel:
         return FrozenModel(model, needs=needs, label_order=None, kernels="chunked").eval()
@@ -268,7 +260,7 @@ class Theatre:
             return Batch({"input_ids": ids, "position_ids": ids.clone()}, ids.clone(), valid)
         inputs = {"input_ids": ids, "attention_mask": ids.clone(), "token_type_ids": ids.clone()}
         if task.type == "mlm":
-            share = task.mlm_probability or MASKED_SHARE
+            share = task.mlm_probability or DEFAULT_PROBABILITY
             targets = torch.ones(math.ceil(share * rows * task.max_length), dtype=torch.long)
             return Batch(inputs, ids.clone(), valid, targets)
         dtype = torch.float32 if task.type == "regression" else torch.long

@@ -16,7 +16,7 @@ from megakd.planning.engines import Setting, Whole, engine_of
 from megakd.planning.gathering import Gathering
 from megakd.planning.ledger import Ledger, Part
 from megakd.planning.moments import Amount, Inventory, Moment, Rehearsal, block
-from megakd.planning.rehearsals import Performance, Rehearsals, act_of, frozen_dtype
+from megakd.planning.rehearsals import Performance, Rehearsals, act_of, planned_dtype
 from megakd.planning.sharded import Learner, learner_of
 from megakd.planning.stages import Phase
 from megakd.stage import Stage
@@ -77,7 +77,7 @@ class Timeline:
         return self.plan
 
     def _dtype(self, source: ModelSource) -> Dtype:
-        return frozen_dtype(self.config, source, self.cluster.device)
+        return planned_dtype(self.config, source, self.cluster.device)
 
     def _frozen(self, role: str, part: Performance, dtype: Dtype) -> Cast:
         self.ledger.when = f"loading the {role}"
