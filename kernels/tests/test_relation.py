@@ -188,8 +188,18 @@ def test_large_scores_lose_no_more_than_three_times_eager_fp32(impl, spread, shi
     true_loss, (true_gradient,) = problem.solve("reference", torch.float64)
 
     assert distance(loss, true_loss) <= max(1e-5, 3 * distance(eager_loss, true_loss))
+    # How a score is rounded is an error of its probability, and sums of other orders round
+    # otherwise: which BLAS multiplies in the interpreter depends on the processor.
+    rounding = largest_score(problem) * torch.finfo(torch.float32).eps / 2
     eager_error = distance(eager_gradient, true_gradient)
-    assert distance(gradient, true_gradient) <= max(2e-5, 3 * eager_error)
+    assert distance(gradient, true_gradient) <= max(2e-5, rounding, 3 * eager_error)
+
+
+def largest_score(problem):
+    heads = problem.options["heads"]
+    queries = problem.tensors["student_queries"].unflatten(-1, (heads, -1))
+    scores = torch.einsum("bihd,bjhd->bhij", queries, queries) / math.sqrt(queries.shape[-1])
+    return scores.abs().max().item()
 
 
 @IMPLS

@@ -44,7 +44,9 @@ def measure(tensors, labels, impl, **options):
     return linear_stats(*(tensor.to(dtype) for tensor in tensors), labels, impl=impl, **options)
 
 
-def assert_same(got, expected, *, rel=1e-5):
+def assert_same(got, expected, *, rel=3e-5):
+    # A gap of 0.3 between logits of 10 has six digits in fp32, and in which order a sum is formed
+    # in the interpreter depends on the processor.
     for name in ("kl_sum", "ce_sum", "teacher_entropy_sum"):
         assert getattr(got, name).item() == pytest.approx(getattr(expected, name).item(), rel=rel)
     assert got.agreement.item() == expected.agreement.item()
