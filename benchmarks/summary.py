@@ -29,15 +29,20 @@ def gain(report: Mapping[str, Any]) -> float:
 
 def table(reports: Mapping[int, Mapping[str, Any]]) -> str:
     """A line per seed, then mean and standard deviation over the seeds."""
-    first = next(iter(reports.values()))
-    models, stages = list(scores(first)), [stage["name"] for stage in first["stages"]]
-    titles = ["seed", *models, "gain", *(f"{name} s" for name in stages)]
-    rows = [[*scores(r).values(), gain(r), *seconds(r).values()] for r in reports.values()]
-    columns = list(zip(*rows, strict=True))
-    lines = [titles, *([str(seed), *_cells(row)] for seed, row in zip(reports, rows, strict=True))]
+    rows = {str(seed): _numbers(report) for seed, report in reports.items()}
+    # One seed may need a stage that another does without.
+    titles = list(dict.fromkeys(title for row in rows.values() for title in row))
+    columns = [[row[title] for row in rows.values() if title in row] for title in titles]
     for name, index in (("mean", 0), ("sd", 1)):
-        lines.append([name, *_cells([mean_and_deviation(column)[index] for column in columns])])
-    return aligned(lines)
+        spreads = [mean_and_deviation(column)[index] for column in columns]
+        rows[name] = dict(zip(titles, spreads, strict=True))
+    cells = [[name, *(_cell(row.get(title)) for title in titles)] for name, row in rows.items()]
+    return aligned([["seed", *titles], *cells])
+
+
+def _numbers(report: Mapping[str, Any]) -> dict[str, float]:
+    spent = {f"{stage} s": value for stage, value in seconds(report).items()}
+    return {**scores(report), "gain": gain(report), **spent}
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
@@ -49,8 +54,8 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _cells(values: Sequence[float]) -> list[str]:
-    return [f"{value:.4g}" for value in values]
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
 def seconds(report: Mapping[str, Any]) -> dict[str, float]:

@@ -149,6 +149,17 @@ def test_every_seed_is_run_into_a_folder_of_its_own_and_summed_up(monkeypatch, c
     assert "training 20 s" in shown
 
 
+def test_a_stage_that_only_one_seed_needed_leaves_a_gap():
+    longer = report(distilled=0.8, alone=0.7)
+    longer["stages"].append({"name": "trial-2", "seconds": 5.0})
+
+    lines = summary.table({1: report(distilled=0.6, alone=0.5), 2: longer}).splitlines()
+
+    assert lines[0].split()[-2:] == ["trial-2", "s"]
+    assert [line.split()[-1] for line in lines[1:]] == ["-", "5", "5", "0"]
+    assert lines[3].split()[:3] == ["mean", "0.9", "0.7"]
+
+
 def test_a_lower_perplexity_is_a_gain():
     better = report(distilled=5.0, alone=7.0, metric="perplexity")
 
