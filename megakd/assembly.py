@@ -4,41 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from megakd.config import Dtype, Kernels, RunConfig, TrainConfig
+from megakd.config import Dtype, RunConfig, TeacherConfig
 from megakd.data.encoding import Collator
 from megakd.data.masking import task_masking
-from megakd.engine.distributed import Ranks, supported_dtypes
+from megakd.engine.distributed import Ranks
 from megakd.engine.ds_config import load_ds_config
 from megakd.engine.initialize import training_engine
 from megakd.engine.memory import freed_memory_returned
 from megakd.engine.student import StudentEngine
-from megakd.errors import ConfigError
 from megakd.knowledge import Needs
 from megakd.models.bundle import StudentBundle
 from megakd.models.labels import label_order
 from megakd.models.loading import ModelSource, load_model
 from megakd.objective import Objective, Shape, build_objective
+from megakd.precision import TORCH_DTYPE, check_dtype, check_kernels, frozen_dtype, training_dtype
 from megakd.preparation import Prepared
 from megakd.scoring import Scorer
 from megakd.stage import Stage
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
-from megakd_kernels.settings import resolve_implementation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TORCH_DTYPE: dict[Dtype, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
-STORED_DTYPE: dict[torch.dtype | None, Dtype] = {
-    stored: name for name, stored in TORCH_DTYPE.items()
-}
+
+class ReadyTeacher(NamedTuple):
+    """A model that can teach, fine-tuned or given, and how the config wants it held."""
+
+    source: ModelSource
+    spec: TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +48,18 @@ class Assembly:
     config: RunConfig
     prepared: Prepared
     ranks: Ranks
-    teachers: Mapping[str, ModelSource] = field(default_factory=dict)
+    teachers: Mapping[str, ReadyTeacher] = field(default_factory=dict)
 
     def learner(self, stage: Stage) -> ModelSource:
         """The model that learns in this stage."""
         return stage.start or self.prepared.sources[stage.role]
 
     def shapes(self, stage: Stage) -> tuple[Shape, Shape | None]:
-        """Of the student, and of its teachers, which are alike."""
+        """Of the student, and of its first teacher: where losses look inside, all are alike."""
         student = self.prepared.shape_of(self.learner(stage))
         if not stage.teachers:
             return student, None
-        return student, self.prepared.shape_of(self.teachers[stage.teachers[0]])
+        return student, self.prepared.shape_of(self.teachers[stage.teachers[0]].source)
 
     def student(self, stage: Stage) -> tuple[StudentEngine, Objective]:
         """The engine of the model that learns in this stage, with its objective.
@@ -71,8 +68,7 @@ class Assembly:
             MegakdError: the model or its DeepSpeed config cannot be used.
         """
         objective = self._objective(stage)
-        where = "student.deepspeed" if stage.role == "student" else "teacher.finetune.deepspeed"
-        ds = load_ds_config(stage.deepspeed, where=where)
+        ds = load_ds_config(stage.deepspeed, where=f"{self.config.key_of(stage.role)}.deepspeed")
         dtype = training_dtype(stage.train)
         check_dtype(dtype, self.ranks, "train")
         check_kernels(stage.train.kernels, self.ranks, "train")
@@ -138,9 +134,9 @@ class Assembly:
             masking=task_masking(self.prepared.tokenizer, self.config.task),
         )
 
-    def teacher_dtype(self, source: ModelSource) -> Dtype:
+    def teacher_dtype(self, ready: ReadyTeacher) -> Dtype:
         """What a model that only answers is held in."""
-        return frozen_dtype(self.config, source.stored_dtype, self.ranks.device.type)
+        return frozen_dtype(ready.spec, ready.source.stored_dtype, self.ranks.device.type)
 
     def _load(
         self, source: ModelSource, ds: Mapping[str, Any], dtype: Dtype, *, need_head: bool
@@ -158,39 +154,3 @@ class Assembly:
             )
         torch.nn.Module.to(model, self.ranks.device)  # transformers' own `to` is typed wrongly
         return model
-
-
-def frozen_dtype(config: RunConfig, stored: torch.dtype | None, device: str) -> Dtype:
-    """`teacher.dtype`, else as stored on a GPU and fp32 on a CPU."""
-    if config.teacher is not None and config.teacher.dtype is not None:
-        return config.teacher.dtype
-    return "fp32" if device == "cpu" else STORED_DTYPE.get(stored, "fp32")
-
-
-def training_dtype(train: TrainConfig) -> Dtype:
-    """What `train.bf16` and `train.fp16` say."""
-    return "bf16" if train.bf16 else "fp16" if train.fp16 else "fp32"
-
-
-def check_dtype(dtype: Dtype, ranks: Ranks, where: str) -> None:
-    """Refuses what the device cannot compute in, before anything is loaded.
-
-    Raises:
-        ConfigError: the dtype is not to be had there.
-    """
-    known = supported_dtypes()
-    if TORCH_DTYPE[dtype] not in known:
-        has = ", ".join(name for name, t in TORCH_DTYPE.items() if t in known)
-        raise ConfigError(f"{where}: {dtype} is not to be had on {ranks.device.type}; it has {has}")
-
-
-def check_kernels(kernels: Kernels, ranks: Ranks, where: str) -> None:
-    """Refuses a code path that this device cannot run, before anything is loaded.
-
-    Raises:
-        ConfigError: it is not to be had there.
-    """
-    try:
-        resolve_implementation(kernels, ranks.device)
-    except ValueError as error:
-        raise ConfigError(f"{where}.kernels: {error}") from error

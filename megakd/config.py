@@ -15,6 +15,9 @@ Count = Annotated[int, Field(ge=1)]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Kernels = Literal["auto", "triton", "chunked", "reference"]
 TaskType = Literal["classification", "regression", "mlm", "causal_lm"]
+STUDENT = "student"
+TEACHER = "teacher"
+"""The name of a teacher that is the only one."""
 FROM_TEACHER = "from_teacher"
 """As `student.model`: the student is cut out of the teacher."""
 LANGUAGE_TASKS: tuple[TaskType, ...] = ("mlm", "causal_lm")
@@ -137,6 +140,14 @@ class TeacherConfig:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
+class PooledTeacher(TeacherConfig):
+    """One of several teachers."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+    """Names it in logs, in the report and in the folders of the run."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class StudentConfig:
     """The model that learns."""
 
@@ -185,6 +196,8 @@ class RunConfig:
     method: MethodConfig
     seed: Annotated[int, Field(ge=0)] = 42
     teacher: TeacherConfig | None = None
+    teachers: tuple[PooledTeacher, ...] = ()
+    """A pool of them, in place of `teacher`."""
     objective: Annotated[tuple[TermConfig, ...], Field(min_length=1)] | None = None
     baselines: tuple[Literal["alone"], ...] = ()
     train: TrainConfig = TrainConfig()
@@ -193,3 +206,18 @@ class RunConfig:
     log: LogConfig = LogConfig()
     alone: TrainOverrides | None = None
     """How the baseline of that name is trained where it is not as `train` says."""
+
+    @property
+    def teacher_specs(self) -> dict[str, TeacherConfig]:
+        """All teachers by name; a single one is called `teacher`."""
+        single = {} if self.teacher is None else {TEACHER: self.teacher}
+        return {**single, **{spec.name: spec for spec in self.teachers}}
+
+    def key_of(self, role: str) -> str:
+        """Where a model stands in the config: `student`, `teacher` or `teachers[2]`.
+
+        Args:
+            role: `student`, or a teacher's name.
+        """
+        names = [spec.name for spec in self.teachers]
+        return f"teachers[{names.index(role)}]" if role in names else role

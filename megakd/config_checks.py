@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from megakd.config import FROM_TEACHER, LANGUAGE_TASKS
+from megakd.config import FROM_TEACHER, LANGUAGE_TASKS, STUDENT, TEACHER
+from megakd.config_messages import suggestion
 from megakd.engine.ds_config import check_frozen_stage, load_ds_config
 from megakd.errors import ConfigError
 from megakd.methods.assistants import AssistantOptions
+from megakd.methods.single import SingleConfig
+from megakd.methods.skdbert import SkdbertConfig
+from megakd.methods.takd import TakdConfig
 from megakd.terms import (
     INTERMEDIATE_TERMS,
     SOFT_TARGET_DIVERGENCES,
@@ -31,21 +35,104 @@ _WITH_CLASSES = ("classification", *LANGUAGE_TASKS)
 
 def config_problems(config: RunConfig) -> list[str]:
     """What cannot work whatever the data and models are, one line per problem."""
-    checks = (_teacher, _assistants, _precision, _objective, _task, _evaluation, _deepspeed)
+    pools = (_pool, _cut_teacher, _one_of_several, _in_a_row, _distribution)
+    models = (_teacher, *pools, _baselines, _assistants)
+    checks = (*models, _precision, _objective, _task, _evaluation, _deepspeed)
     return [problem for check in checks for problem in check(config)]
 
 
 def _teacher(config: RunConfig) -> Iterator[str]:
-    if config.method.name != "finetune" and config.teacher is None:
+    if config.method.name != "finetune" and not config.teacher_specs:
         yield (
             f'teacher: method "{config.method.name}" learns from a teacher and there is none; '
             'set teacher.model, or method.name to "finetune"'
         )
-    if config.method.name == "finetune" and config.teacher is not None:
+    if config.method.name == "finetune":
+        for key in ("teacher", "teachers"):
+            if getattr(config, key):
+                yield (
+                    f'{key}: method "finetune" learns from the labels alone and has no use for a '
+                    f'teacher; remove the section ({key}=null), or set method.name to "single"'
+                )
+
+
+def _pool(config: RunConfig) -> Iterator[str]:
+    if config.teacher is not None and config.teachers:
         yield (
-            'teacher: method "finetune" learns from the labels alone and has no use for a '
-            'teacher; remove the section (teacher=null), or set method.name to "single"'
+            "teachers: there is a teacher section too; put that teacher into the list and remove "
+            "the section (teacher=null)"
         )
+    names = [spec.name for spec in config.teachers]
+    for name, count in Counter(names).items():
+        if count > 1:
+            yield f'teachers: the name "{name}" is given {count} times; every teacher has its own'
+    for name in sorted({STUDENT, TEACHER, *config.baselines}.intersection(names)):
+        yield f'{config.key_of(name)}.name: "{name}" is what another model of a run is called'
+
+
+def _cut_teacher(config: RunConfig) -> Iterator[str]:
+    if isinstance(config.method, AssistantOptions) and config.teachers:
+        yield (
+            f'teachers: method "{config.method.name}" cuts one teacher; give it in a section '
+            'teacher, or set method.name to "skdbert"'
+        )
+
+
+def _one_of_several(config: RunConfig) -> Iterator[str]:
+    method, names = config.method, [spec.name for spec in config.teachers]
+    if not isinstance(method, SingleConfig):
+        return
+    if names and method.teacher is None:
+        yield (
+            'teachers: method "single" learns from one of them; set method.teacher to '
+            f"{' or '.join(names)}"
+        )
+    if method.teacher is not None and method.teacher not in config.teacher_specs:
+        yield _no_such_teacher(config, "method.teacher", method.teacher)
+
+
+def _in_a_row(config: RunConfig) -> Iterator[str]:
+    order = config.method.order if isinstance(config.method, TakdConfig) else None
+    for name, count in Counter(order or ()).items():
+        if name not in config.teacher_specs:
+            yield _no_such_teacher(config, "method.order", name)
+        if count > 1:
+            yield f'method.order: "{name}" is listed {count} times'
+
+
+def _distribution(config: RunConfig) -> Iterator[str]:
+    method = config.method
+    if not isinstance(method, SkdbertConfig):
+        return
+    if method.distribution == "weights":
+        yield from _weights(config, method.weights)
+    elif method.weights is not None:
+        yield (
+            f"method.weights: method.distribution is {method.distribution}, which takes none; "
+            'set it to "weights", or remove them'
+        )
+
+
+def _weights(config: RunConfig, given: Mapping[str, float] | None) -> Iterator[str]:
+    if given is None:
+        yield 'method.weights: method.distribution is "weights" and there are none'
+        return
+    for name in given:
+        if name not in config.teacher_specs:
+            yield _no_such_teacher(config, "method.weights", name)
+    missing = [name for name in config.teacher_specs if name not in given]
+    if missing:
+        yield f"method.weights: none for {', '.join(missing)}; 0 is a weight too"
+    elif not any(given.values()):
+        yield "method.weights: all are 0, so no teacher could ever be drawn; raise one"
+
+
+def _no_such_teacher(config: RunConfig, key: str, name: str) -> str:
+    known = ", ".join(config.teacher_specs)
+    return f'{key}: there is no teacher "{name}"{suggestion(name, config.teacher_specs)} ({known})'
+
+
+def _baselines(config: RunConfig) -> Iterator[str]:
     if config.alone is not None and "alone" not in config.baselines:
         yield "alone: says how a baseline is trained that is not listed; add baselines: [alone]"
     if len(set(config.baselines)) < len(config.baselines):
@@ -91,16 +178,16 @@ def _precision(config: RunConfig) -> Iterator[str]:
     if train.bf16 and train.fp16:
         yield "train: bf16 and fp16 are both true; keep one"
         return
-    finetune = config.teacher.finetune if config.teacher else None
-    if finetune is None:
-        return
-    bf16 = train.bf16 if finetune.bf16 is None else finetune.bf16
-    fp16 = train.fp16 if finetune.fp16 is None else finetune.fp16
-    if bf16 and fp16:
-        yield (
-            "teacher.finetune: bf16 and fp16 are both true, one of them taken over from train; "
-            "set the other to false"
-        )
+    for name, spec in config.teacher_specs.items():
+        if spec.finetune is None:
+            continue
+        bf16 = train.bf16 if spec.finetune.bf16 is None else spec.finetune.bf16
+        fp16 = train.fp16 if spec.finetune.fp16 is None else spec.finetune.fp16
+        if bf16 and fp16:
+            yield (
+                f"{config.key_of(name)}.finetune: bf16 and fp16 are both true, one of them taken "
+                "over from train; set the other to false"
+            )
 
 
 def _objective(config: RunConfig) -> Iterator[str]:
@@ -115,6 +202,12 @@ def _objective(config: RunConfig) -> Iterator[str]:
         yield "objective: every weight is 0, so there is nothing to learn; give a term a weight"
     for index, term in enumerate(terms):
         where = f"objective[{index}].loss: {term.loss}"
+        trusts = getattr(term, "row_weight", "equal") != "equal"
+        if trusts and config.task.type in LANGUAGE_TASKS:
+            yield (
+                f"objective[{index}].row_weight: weighs rows by their labels, and task.type "
+                f"{config.task.type} has none of its own; leave it out"
+            )
         if isinstance(term, _unfitting_terms(config.task.type)):
             fitting = ("regression",) if isinstance(term, _OF_SCORES) else _WITH_CLASSES
             yield f"{where} is for {', '.join(fitting)}, and task.type is {config.task.type}"
@@ -157,14 +250,15 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
 
 def _deepspeed(config: RunConfig) -> Iterator[str]:
     used = {"student.deepspeed": config.student.deepspeed}
-    if config.teacher is not None:
-        used["teacher.deepspeed"] = config.teacher.deepspeed
-        if config.teacher.finetune is not None:
-            used["teacher.finetune.deepspeed"] = config.teacher.finetune.deepspeed
-    for where, spec in used.items():
+    frozen = {f"{config.key_of(name)}.deepspeed": s for name, s in config.teacher_specs.items()}
+    for where, spec in frozen.items():
+        used[where] = spec.deepspeed
+        if spec.finetune is not None:
+            used[where.replace(".deepspeed", ".finetune.deepspeed")] = spec.finetune.deepspeed
+    for where, given in used.items():
         try:
-            ds = load_ds_config(spec, where=where)
-            if where == "teacher.deepspeed":
+            ds = load_ds_config(given, where=where)
+            if where in frozen:
                 check_frozen_stage(ds, where=where)
         except ConfigError as error:
             yield str(error)

@@ -127,8 +127,8 @@ def hub_id(spec: str) -> str | None:
 class CardFacts:
     """What a model card says beside the numbers of the report.
 
-    student, teacher: Hub id or folder; None where the model started from random weights, or
-        there is no teacher.
+    student: Hub id or folder; None where it started from random weights.
+    teachers: likewise.
     objective: one readable line per loss term.
     command: what was typed to make this model.
     brings_code: the model's class lies beside the weights, see `brings_code`.
@@ -137,7 +137,7 @@ class CardFacts:
     title: str
     task_type: TaskType
     student: str | None
-    teacher: str | None
+    teachers: tuple[str | None, ...]
     objective: tuple[str, ...]
     command: str
     brings_code: bool = False
@@ -254,7 +254,7 @@ def _front_matter(facts: CardFacts, report: Report) -> dict[str, Any]:
     front: dict[str, Any] = {"library_name": "transformers"}
     front["pipeline_tag"] = AUTO_CLASSES[facts.task_type][1]
     front["tags"] = ["megakd", "knowledge-distillation", report["method"]]
-    specs = (facts.student, facts.teacher)
+    specs = (facts.student, *facts.teachers)
     # A folder of this machine is no base model that anyone could look up.
     base = next((name for spec in specs if spec and (name := hub_id(spec))), None)
     return front if base is None else {**front, "base_model": base}
@@ -262,8 +262,8 @@ def _front_matter(facts: CardFacts, report: Report) -> dict[str, Any]:
 
 def _origin(facts: CardFacts, report: Report) -> str:
     start = f"`{_shown(facts.student)}`" if facts.student else "random weights"
-    teacher = f"`{_shown(facts.teacher)}`" if facts.teacher else "a teacher from random weights"
-    taught = f" by distilling {teacher}" if report["teacher"] is not None else ""
+    shown = [f"`{_shown(t)}`" if t else "a teacher from random weights" for t in facts.teachers]
+    taught = f" by distilling {' and '.join(shown)}" if report["teacher"] is not None else ""
     return (
         f"Trained by megakd with the method `{report['method']}` on `{report['task']}`{taught}, "
         f"starting from {start}."

@@ -10,8 +10,8 @@ to more ranks, with fewer rows on each, the same batches give the same scores. A
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from megakd.terms import hard_terms
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from megakd.assembly import Assembly
+    from megakd.assembly import Assembly, ReadyTeacher
     from megakd.models.loading import ModelSource
     from megakd.specification import UnitScores
     from megakd.stage import Batch
@@ -79,19 +79,17 @@ class GateGradients(nn.Module):
 
 def measure_importance(
     assembly: Assembly,
-    source: ModelSource,
+    ready: ReadyTeacher,
     rows: Dataset,
     *,
-    deepspeed: str | Mapping[str, Any],
     with_width: bool = False,
 ) -> UnitScores:
     """The scores of all units of a model, the same on every rank; a collective.
 
     Args:
         assembly: the run: its task says the loss, its tokenizer pads.
-        source: the model.
+        ready: the model, and how it is held.
         rows: labelled examples, such as the validation split as the paper's code has it.
-        deepspeed: of the frozen model's engine, ZeRO 0 or 3.
         with_width: whether the columns of the hidden states are scored too.
 
     Raises:
@@ -99,8 +97,9 @@ def measure_importance(
         TeacherError: an importance is not finite.
         MegakdError: the model or its DeepSpeed config cannot be used.
     """
-    ds = load_ds_config(deepspeed, where="teacher.deepspeed")
-    dtype = assembly.teacher_dtype(source)
+    source = ready.source
+    ds = load_ds_config(ready.spec.deepspeed, where="teacher.deepspeed")
+    dtype = assembly.teacher_dtype(ready)
     batch_size = assembly.config.train.per_device_train_batch_size
     frozen = assembly.frozen_module(source, ds, dtype=dtype, needs=Needs())
     objective, device = _task_objective(assembly, source), assembly.ranks.device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 
-from megakd.assembly import Assembly, check_dtype, check_kernels, training_dtype
-from megakd.config import FROM_TEACHER, Dtype, RunConfig, TrainConfig, TrainOverrides
+from megakd import atomic
+from megakd.assembly import Assembly, ReadyTeacher
+from megakd.config import STUDENT, TEACHER, Dtype, RunConfig, TrainConfig
 from megakd.config_file import config_tree
-from megakd.engine.distributed import Ranks, main_first
+from megakd.engine.distributed import Ranks, main_first, on_main
 from megakd.engine.ds_config import load_ds_config, zero_stage
-from megakd.errors import CheckpointError
 from megakd.evaluation import Metric, weighable
 from megakd.fingerprint import Fingerprint, files_identity, flatten
 from megakd.knowledge import Needs
@@ -25,22 +26,23 @@ from megakd.models.units import View
 from megakd.objective import teacher_needs
 from megakd.preparation import Prepared
 from megakd.progress import Reporter
-from megakd.pruning import Specification, Workshop, unscored
+from megakd.pruning import Specification, Workshop, size_of, unscored
+from megakd.recipes import completed, finetuning_stage
 from megakd.report import (
     CandidateReport,
     CostReport,
     ModelReport,
     ParameterCounts,
+    PoolReport,
     named_shapes,
     parameter_counts,
 )
-from megakd.stage import Stage, StageResult
-from megakd.stage_run import StageRun, read_result
+from megakd.stage import Stage, StageResult, untrained
+from megakd.stage_run import RESULT, StageRun, read_result, result_text
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.terms import TermConfig, hard_terms, soft_terms
 
 logger = logging.getLogger(__name__)
-TEACHER_STAGE = "teacher-finetune"
 
 
 class Assistant(NamedTuple):
@@ -53,11 +55,17 @@ class Assistant(NamedTuple):
 
 @dataclass
 class MethodRecord:
-    """What a method wants to be reported: candidates it weighed, assistants it used, its cost."""
+    """What a method wants to be reported: candidates it weighed, assistants it used, its cost.
+
+    pool: which of several teachers taught how often.
+    dev_scores: of teachers by name, that they were ranked by.
+    """
 
     candidates: list[CandidateReport] = field(default_factory=list)
     assistants: list[Assistant] = field(default_factory=list)
     cost: CostReport | None = None
+    pool: PoolReport | None = None
+    dev_scores: dict[str, float] = field(default_factory=dict)
 
 
 class Lab:
@@ -75,7 +83,7 @@ class Lab:
         self.results: list[StageResult] = []
         self._prepared, self._ranks, self._reporter = prepared, ranks, reporter
         self.record = MethodRecord()
-        self._teachers: dict[str, ModelSource] = {}
+        self._teachers: dict[str, ReadyTeacher] = {}
         self._assembly = Assembly(
             config=config, prepared=prepared, ranks=ranks, teachers=self._teachers
         )
@@ -89,22 +97,58 @@ class Lab:
         """The loss on the teacher's outputs that fits the task."""
         return soft_terms(self.config.task.type, weight)
 
-    def teacher(self) -> str:
-        """The teacher's name, after fine-tuning it if the config says so."""
-        if "teacher" not in self._teachers:
-            self._teachers["teacher"] = self._ready_teacher()
-        return "teacher"
+    def teacher(self, name: str = TEACHER) -> str:
+        """A teacher's name, after fine-tuning it if the config says so."""
+        if name not in self._teachers:
+            self._teachers[name] = ReadyTeacher(
+                self._ready_teacher(name), self.config.teacher_specs[name]
+            )
+        return name
 
-    def _ready_teacher(self) -> ModelSource:
-        stage = teacher_stage(self.config)
+    def teachers(self) -> tuple[str, ...]:
+        """The names of all teachers, which are fine-tuned one by one where the config says so."""
+        return tuple(self.teacher(name) for name in self.config.teacher_specs)
+
+    def _ready_teacher(self, name: str) -> ModelSource:
+        stage = finetuning_stage(self.config, name)
         if stage is None:
-            return self._prepared.sources["teacher"]
-        return self._source(self.train(stage).folder, "teacher")
+            return self._prepared.sources[name]
+        return self._source(self.train(stage).folder, name)
+
+    def largest_first(self) -> tuple[str, ...]:
+        """The names of all teachers by falling number of weights."""
+        sizes = {
+            name: size_of(self._prepared.sources[name], self.config.task).parameters
+            for name in self.config.teacher_specs
+        }
+        return tuple(sorted(sizes, key=lambda name: -sizes[name]))
+
+    def worth(self, metrics: Mapping[str, float]) -> float:
+        """The metric that stands for the task, turned round where less of it is better."""
+        metric = self._prepared.metric
+        return metric.of(metrics) if metric.higher_is_better else -metric.of(metrics)
+
+    def dev_score(self, name: str) -> float:
+        """What a teacher is worth on the validation split; measured once."""
+        ready = self._teachers[name]
+        folder = self.config.output_dir / "stages" / f"{name}-scored"
+        identity = {"model": _identity(ready.source), "dtype": self._assembly.teacher_dtype(ready)}
+        data = {"task": self.config.task.type, "data": self._prepared.encoded.content_hash}
+        fingerprint = flatten(identity | data)
+        result = read_result(folder, fingerprint)
+        if result is None:
+            began = time.perf_counter()
+            metrics = self.score_teacher(name, self._prepared.encoded.validation)["metrics"]
+            result = untrained(f"{name}-scored", folder, time.perf_counter() - began)
+            result = dataclasses.replace(result, metrics=metrics)
+            text = result_text(result, fingerprint)
+            on_main(lambda: atomic.write_text(folder / RESULT, text))
+        return self.worth(result.metrics)
 
     @property
     def teacher_layers(self) -> int:
         """How many layers the teacher has."""
-        return self._prepared.shape("teacher").layers
+        return self._prepared.shape(TEACHER).layers
 
     def metric(self, name: str | None) -> Metric:
         """A metric of the task that can be weighed against sparsity; None: the one it stands for.
@@ -116,7 +160,7 @@ class Lab:
 
     def unscored(self) -> Specification:
         """The teacher's units, all alike: what can be cut is known before it is trained."""
-        return unscored(self._prepared.sources["teacher"])
+        return unscored(self._prepared.sources[TEACHER])
 
     def specify(self, teacher: str, split: str, *, residual: bool) -> Specification:
         """The teacher with its units sorted by importance; measured once.
@@ -129,13 +173,9 @@ class Lab:
         Raises:
             MegakdError: its importance cannot be measured.
         """
-        spec, source = self.config.teacher, self._teachers[teacher]
+        ready = self._teachers[teacher]
         result = self._workshop.sorted_teacher(
-            source,
-            split=split,
-            residual=residual,
-            deepspeed=spec.deepspeed if spec else "teacher_zero3",
-            identity=_identity(source),
+            ready, split=split, residual=residual, identity=_identity(ready.source)
         )
         self.results.append(result)
         return Specification(
@@ -154,9 +194,15 @@ class Lab:
         """How many weights a view of a model has."""
         return self._workshop.parameters(source, view)
 
-    def as_teacher(self, result: StageResult) -> str:
-        """Makes a stage's model a teacher, by the stage's name."""
-        self._teachers[result.name] = self._source(result.folder, "teacher")
+    def as_teacher(self, result: StageResult, *, like: str = TEACHER) -> str:
+        """Makes a stage's model a teacher, by the stage's name.
+
+        Args:
+            result: of the stage.
+            like: the teacher in the config whose engine and dtype it takes.
+        """
+        source = self._source(result.folder, like)
+        self._teachers[result.name] = ReadyTeacher(source, self.config.teacher_specs[like])
         return result.name
 
     def assistant(self, result: StageResult, sparsity: float) -> str:
@@ -207,11 +253,9 @@ class Lab:
         return Needs() if teacher is None else teacher_needs(stage.objective, student, teacher)
 
     def _frozen(self, name: str, needs: Needs) -> FrozenTeacher:
-        spec, source = self.config.teacher, self._teachers[name]
-        if spec is None:
-            raise TypeError(f"{name} is planned and the config has no teacher")
-        dtype = self._assembly.teacher_dtype(source)
-        return self._assembly.frozen(source, spec.deepspeed, dtype=dtype, needs=needs)
+        ready = self._teachers[name]
+        dtype = self._assembly.teacher_dtype(ready)
+        return self._assembly.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=needs)
 
     def _fingerprint(self, stage: Stage) -> Fingerprint:
         """All that the stage's weights depend on, except the number of ranks."""
@@ -222,7 +266,9 @@ class Lab:
             "model": _identity(self._assembly.learner(stage)),
             "train": _train_identity(stage.train),
             "objective": [asdict(term) for term in stage.objective],
-            "deepspeed": load_ds_config(stage.deepspeed, where=f"{stage.role}.deepspeed"),
+            "deepspeed": load_ds_config(
+                stage.deepspeed, where=f"{self.config.key_of(stage.role)}.deepspeed"
+            ),
             "labelled_only": stage.labelled_only,
             "strategy": _plain(stage.strategy),
             "views": {name: view._asdict() for name, view in stage.views.items()},
@@ -230,44 +276,47 @@ class Lab:
             "eval": {k: v for k, v in asdict(self.config.eval).items() if "batch" not in k},
         }
         for name in stage.teachers:
-            source = self._teachers[name]
-            dtype = self._assembly.teacher_dtype(source)
-            tree[name] = {"model": _identity(source), "dtype": dtype}
+            ready = self._teachers[name]
+            dtype = self._assembly.teacher_dtype(ready)
+            tree[name] = {"model": _identity(ready.source), "dtype": dtype}
         return flatten(tree)
 
     def source(self, folder: Path) -> ModelSource:
         """A finished folder as a model to load."""
-        return self._source(folder, "student")
+        return self._source(folder, STUDENT)
 
     def _source(self, folder: Path, role: str) -> ModelSource:
         return main_first(
-            lambda: resolve_model(str(folder), self.config.task, where=f"{role}.model")
+            lambda: resolve_model(
+                str(folder), self.config.task, where=f"{self.config.key_of(role)}.model"
+            )
         )
 
     @property
-    def has_teacher(self) -> bool:
-        """Whether a method has asked for the teacher."""
-        return "teacher" in self._teachers
+    def teacher_folders(self) -> dict[str, Path | None]:
+        """Where the weights of the config's teachers are that a method has asked for."""
+        names = [name for name in self.config.teacher_specs if name in self._teachers]
+        return {name: self._teachers[name].source.folder for name in names}
 
-    @property
-    def teacher_folder(self) -> Path | None:
-        """Where the teacher's weights are, fine-tuned or given."""
-        return self._teachers["teacher"].folder if self.has_teacher else None
-
-    def score_teacher(self) -> ModelReport:
-        """The teacher's size and its metrics on the split that the report is about."""
-        spec = self.config.teacher
-        source = self._teachers["teacher"]
-        preset = spec.deepspeed if spec else "teacher_zero3"
-        return self.score(source, preset, self._assembly.teacher_dtype(source))
+    def score_teacher(self, name: str, rows: Dataset | None = None) -> ModelReport:
+        """A teacher's size and its metrics, by default on `held_out`; a collective."""
+        ready = self._teachers[name]
+        dtype = self._assembly.teacher_dtype(ready)
+        return self.score(ready.source, ready.spec.deepspeed, dtype=dtype, rows=rows)
 
     def score(
-        self, source: ModelSource, deepspeed: str | Mapping[str, Any], dtype: Dtype = "fp32"
+        self,
+        source: ModelSource,
+        deepspeed: str | Mapping[str, Any],
+        *,
+        dtype: Dtype = "fp32",
+        rows: Dataset | None = None,
     ) -> ModelReport:
-        """Size and metrics of a model on `held_out`; a collective."""
+        """Size and metrics of a model, by default on `held_out`; a collective."""
         model = self._assembly.frozen(source, deepspeed, dtype=dtype, needs=Needs())
+        rows = self.held_out if rows is None else rows
         try:
-            metrics = self._assembly.scorer().score(model.predict, self.held_out)
+            metrics = self._assembly.scorer().score(model.predict, rows)
             counts = parameter_counts(named_shapes(model.model))
         finally:
             model.destroy()
@@ -284,95 +333,10 @@ class Lab:
         return encoded.test if encoded.test is not None else encoded.validation
 
 
-def teacher_stage(config: RunConfig) -> Stage | None:
-    """How the teacher is fine-tuned; None where the config does not ask for it."""
-    finetune = config.teacher.finetune if config.teacher else None
-    if finetune is None:
-        return None
-    return Stage(
-        name=TEACHER_STAGE,
-        role="teacher",
-        objective=hard_terms(config.task.type),
-        train=inherit(config.train, finetune),
-        deepspeed=finetune.deepspeed,
-        labelled_only=True,
-    )
-
-
-def completed(stage: Stage, config: RunConfig) -> Stage:
-    """A stage with what the run's sections say where it says nothing itself."""
-    return dataclasses.replace(
-        stage,
-        train=stage.train or config.train,
-        deepspeed=stage.deepspeed or config.student.deepspeed,
-    )
-
-
-def baseline_stage(lab: Lab, name: str, student: StageResult) -> Stage:
-    """The same student, trained on the labels alone as `train` says, or `alone` where it does.
-
-    One that was cut out of its teacher has no weights of its own to begin with: its shape starts
-    from random ones.
-    """
-    config = lab.config
-    is_cut = config.student.model == FROM_TEACHER
-    return Stage(
-        name=name,
-        objective=lab.hard_terms(),
-        labelled_only=True,
-        start=lab.fresh_like(student.folder) if is_cut else None,
-        train=inherit(config.train, config.alone) if config.alone else None,
-    )
-
-
-def inherit(train: TrainConfig, overrides: TrainOverrides) -> TrainConfig:
-    """The keys that `teacher.finetune` or `alone` set, and `train`'s for the rest.
-
-    `max_steps` and `num_train_epochs` displace each other, and so do `warmup_steps` and
-    `warmup_ratio`: whoever is set there decides alone.
-    """
-    given = {k: v for k, v in asdict(overrides).items() if v is not None and k != "deepspeed"}
-    if "num_train_epochs" in given and "max_steps" not in given:
-        given["max_steps"] = None
-    if "warmup_ratio" in given and "warmup_steps" not in given:
-        given["warmup_steps"] = 0
-    return dataclasses.replace(train, **given)
-
-
 def scoring_preset(deepspeed: str | Mapping[str, Any]) -> str:
     """How a finished student is held while it is scored: sharded if it was trained so."""
     ds = load_ds_config(deepspeed, where="student.deepspeed")
     return "teacher_zero3" if zero_stage(ds) == 3 else "teacher_zero0"
-
-
-def check_device(config: RunConfig, ranks: Ranks) -> None:
-    """Refuses what the device cannot compute in or with, before a teacher is trained for nothing.
-
-    Raises:
-        ConfigError: naming the dtype and those the device has, or the kernels.
-    """
-    check_dtype(training_dtype(config.train), ranks, "train")
-    check_kernels(config.train.kernels, ranks, "train")
-    teacher = config.teacher
-    if teacher is not None and teacher.dtype is not None:
-        check_dtype(teacher.dtype, ranks, "teacher.dtype")
-    if teacher is not None and teacher.finetune is not None:
-        train = inherit(config.train, teacher.finetune)
-        check_dtype(training_dtype(train), ranks, "teacher.finetune")
-        check_kernels(train.kernels, ranks, "teacher.finetune")
-
-
-def check_checkpoint_given(where: str, path: bool | str | None) -> None:  # noqa: FBT001
-    """Refuses a checkpoint path that is not there.
-
-    Raises:
-        CheckpointError: it does not exist.
-    """
-    if isinstance(path, str) and not Path(path).is_dir():
-        raise CheckpointError(
-            f"{where}: {path} does not exist; give a folder such as "
-            f"checkpoints/<stage>/step-<n>, or true for the newest"
-        )
 
 
 def _train_identity(train: TrainConfig) -> Mapping[str, Any]:

@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import megakd_kernels
 from megakd.config import Kernels
 from megakd.knowledge import Needs
 from megakd.stage import IGNORE, Batch, Knowledge, Unit
-from megakd.terms import SoftTarget, SoftTargetKl
+from megakd.terms import HardMse, SoftTarget, SoftTargetKl, SoftTargetMse
 
 DIVERGENCE = {
     "soft_target_kl": "forward_kl",
@@ -117,15 +118,18 @@ class SoftClasses(TermGroup):
 
     def forward(self, reading: Reading) -> Evaluated:
         """The divergence in nats times T², summed over rows."""
+        taught = _logits(reading.taught)
+        trusts = getattr(self.term, "row_weight", "equal") == "teacher_loss"
         out = megakd_kernels.kd_loss_from_logits(
             _logits(reading.student),
-            _logits(reading.taught),
+            taught,
             None,
             divergence=DIVERGENCE[self.term.loss],
             beta=_option((self.term,), "beta", 0.5),
             skew=_option((self.term,), "skew", 0.1),
             temperature=self.term.temperature,
             t_squared=self.term.t_squared,
+            token_weight=_trust_in_classes(taught, reading.batch.labels) if trusts else None,
             valid=reading.batch.valid.any(dim=1),
             impl=reading.kernels,
         )
@@ -257,11 +261,12 @@ def _alike(readings: Sequence[Reading]) -> Iterable[list[int]]:
 class Scores(TermGroup):
     """`hard_mse` or `soft_target_mse` of a regressor, the mean over outputs per row."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, term: HardMse | SoftTargetMse) -> None:
         super().__init__()
-        self.name = name
-        self.needs_teacher = name == "soft_target_mse"
-        self.units = {name: "examples" if self.needs_teacher else "targets"}
+        self.name = term.loss
+        self.needs_teacher = isinstance(term, SoftTargetMse)
+        self.trusts = getattr(term, "row_weight", "equal") == "teacher_loss"
+        self.units = {term.loss: "examples" if self.needs_teacher else "targets"}
 
     def forward(self, reading: Reading) -> Evaluated:
         """Squared error, summed over the rows that count."""
@@ -269,7 +274,10 @@ class Scores(TermGroup):
         target, counts = self._target(reading)
         # Before the square: its gradient at NaN is NaN, even times 0.
         error = (scores - target).where(counts, torch.zeros_like(scores))
-        total = error.square().sum()
+        rows = error.square()
+        if self.trusts:
+            rows = rows * _trust_in_scores(target, reading.batch.labels.float())
+        total = rows.sum()
         scale = reading.weights[self.name] * reading.per_unit[self.units[self.name]]
         return Evaluated(total * scale, {self.name: total.detach()})
 
@@ -279,6 +287,17 @@ class Scores(TermGroup):
             return scores, reading.batch.valid.any(dim=1)
         labels = reading.batch.labels.float()
         return labels, ~labels.isnan()
+
+
+def _trust_in_classes(taught: Tensor, labels: Tensor) -> Tensor:
+    """[B] fp32: 1 / (1 + the teacher's cross-entropy), and 1 where there is no label."""
+    missed = functional.cross_entropy(taught.float(), labels, ignore_index=IGNORE, reduction="none")
+    return 1 / (1 + missed)
+
+
+def _trust_in_scores(taught: Tensor, labels: Tensor) -> Tensor:
+    """[B] fp32: 1 / (1 + the teacher's squared error), and 1 where there is no label."""
+    return 1 / (1 + (taught - labels).square().nan_to_num(0.0))
 
 
 def _scaled(evaluated: Evaluated, scale: float) -> Evaluated:

@@ -32,10 +32,12 @@ from megakd.terms import (
     AttentionMse,
     AttentionTerm,
     EmbeddingMse,
+    HardMse,
     LayerMapping,
     Relation,
     RelationFsp,
     RelationKl,
+    SoftTargetMse,
     StateTerm,
     TermConfig,
 )
@@ -114,7 +116,7 @@ def build_objective(
     else:
         groups.extend(HardClasses() for _ in range(hard))
         groups.extend(SoftClasses(t) for t in soft)
-    groups.extend(Scores(t.loss) for t in terms if t.loss in {"hard_mse", "soft_target_mse"})
+    groups.extend(Scores(t) for t in terms if isinstance(t, HardMse | SoftTargetMse))
     if teacher is not None:
         groups.extend(_intermediate_groups(terms, task, student, teacher))
     return Objective(groups, {t.loss: t.weight for t in terms})

@@ -9,23 +9,32 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from megakd.config import FROM_TEACHER, RunConfig, StudentConfig, TaskType, TeacherConfig
+from megakd.config import (
+    FROM_TEACHER,
+    STUDENT,
+    TEACHER,
+    RunConfig,
+    StudentConfig,
+    TaskType,
+    TeacherConfig,
+)
 from megakd.data.encoding import Encoded, encode_splits
 from megakd.data.splits import Splits, load_splits
 from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
 from megakd.engine.distributed import main_first
 from megakd.engine.ds_config import check_frozen_stage, load_ds_config
-from megakd.errors import TeacherError
+from megakd.errors import ConfigError, MegakdError, TeacherError
 from megakd.evaluation import Metric, headline
 from megakd.models.architectures import architecture_of
 from megakd.models.labels import label_order
 from megakd.models.loading import ModelSource, check_model, resolve_model, with_vocabulary
 from megakd.objective import Shape, check_terms
+from megakd.terms import INTERMEDIATE_TERMS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +46,7 @@ logger = logging.getLogger(__name__)
 class Materials:
     """What a run is made of, before anything large is touched.
 
-    sources: `student`, and `teacher` where there is one.
+    sources: the teachers by name, then `student`.
     """
 
     splits: Splits
@@ -103,20 +112,33 @@ def materials(config: RunConfig) -> Materials:
     task, cache = config.task, cache_folder()
     sources = on_main_resolved(config)
     splits = main_first(lambda: load_splits(task, seed=config.seed, cache_dir=cache))
-    folders = [s.folder for s in (sources.get("teacher"), sources["student"]) if s and s.folder]
+    folders = [s.folder for s in sources.values() if s.folder]
     tokenizer = main_first(
         lambda: load_tokenizer(task, splits, model_folders=folders, cache_dir=cache)
     )
+    problems = list(_strangers(config, sources, splits.label_names))
     if task.tokenizer is None:
-        check_vocabularies(task.type, tokenizer, sources.values())
+        problems += other_vocabularies(task.type, tokenizer, sources.values())
+    if problems:
+        raise TeacherError("\n".join(problems))
     pad = cast("int | None", tokenizer.pad_token_id)  # transformers' own type allows several
     sources = {
         role: with_vocabulary(source, len(tokenizer), pad_token_id=pad)
         for role, source in sources.items()
     }
-    if config.teacher is not None and config.teacher.finetune is None:
-        label_order(sources["teacher"].config, splits.label_names, where="teacher.model")
     return Materials(splits=splits, tokenizer=tokenizer, sources=sources)
+
+
+def _strangers(
+    config: RunConfig, sources: Mapping[str, ModelSource], labels: Sequence[str]
+) -> Iterator[str]:
+    """Teachers that were trained on other labels."""
+    for name, spec in config.teacher_specs.items():
+        if spec.finetune is None:
+            try:
+                label_order(sources[name].config, labels, where=sources[name].where)
+            except MegakdError as error:
+                yield str(error)
 
 
 def check_run(config: RunConfig, materials: Materials) -> None:
@@ -125,14 +147,17 @@ def check_run(config: RunConfig, materials: Materials) -> None:
     Raises:
         MegakdError: naming the key and both values.
     """
-    teacher = materials.shape("teacher") if "teacher" in materials.sources else None
-    if config.teacher is not None:
-        ds = load_ds_config(config.teacher.deepspeed, where="teacher.deepspeed")
-        check_frozen_stage(ds, where="teacher.deepspeed")
-        if config.teacher.finetune is None and materials.sources["teacher"].folder is None:
+    for name, spec in config.teacher_specs.items():
+        key = config.key_of(name)
+        check_frozen_stage(
+            load_ds_config(spec.deepspeed, where=f"{key}.deepspeed"), where=f"{key}.deepspeed"
+        )
+        if spec.finetune is None and materials.sources[name].folder is None:
             logger.warning(
-                "teacher.model starts from random weights and teacher.finetune is not set: there "
-                "is nothing to learn from it"
+                "%s.model starts from random weights and %s.finetune is not set: there is nothing "
+                "to learn from it",
+                key,
+                key,
             )
     load_ds_config(config.student.deepspeed, where="student.deepspeed")
     for role, source in materials.sources.items():
@@ -141,9 +166,30 @@ def check_run(config: RunConfig, materials: Materials) -> None:
             task=config.task,
             label_names=materials.splits.label_names,
             tokenizer_size=len(materials.tokenizer),
-            need_head=role == "teacher" and not (config.teacher and config.teacher.finetune),
+            need_head=role in config.teacher_specs and not config.teacher_specs[role].finetune,
         )
-    check_terms(config.objective or (), config.task.type, materials.shape("student"), teacher)
+    check_losses(config, materials)
+
+
+def check_losses(config: RunConfig, materials: Materials) -> None:
+    """Whether the objective can work with every teacher.
+
+    Raises:
+        ConfigError: layers are compared, and the teachers' are not alike.
+        TeacherError: layers or vocabularies that a chosen term cannot match.
+    """
+    terms, student = config.objective or (), materials.shape(STUDENT)
+    teachers = {name: materials.shape(name) for name in config.teacher_specs}
+    compared = [term.loss for term in terms if isinstance(term, INTERMEDIATE_TERMS)]
+    if compared and len(set(teachers.values())) > 1:
+        shapes = ", ".join(f"{name} {s.layers} x {s.width}" for name, s in teachers.items())
+        raise ConfigError(
+            f"objective: {', '.join(compared)} compares layers, and the teachers have other "
+            f"numbers of layers, widths or heads (layers x width: {shapes}); soft targets work "
+            "with all of them"
+        )
+    for teacher in teachers.values() or (None,):
+        check_terms(terms, config.task.type, student, teacher)
 
 
 def check_vocabularies(
@@ -152,15 +198,24 @@ def check_vocabularies(
     """One tokenizer feeds all models, so a model that brings another one cannot take part.
 
     Raises:
-        TeacherError: naming the model and both sizes.
+        TeacherError: naming all such models and both sizes.
     """
+    problems = list(other_vocabularies(task, tokenizer, sources))
+    if problems:
+        raise TeacherError("\n".join(problems))
+
+
+def other_vocabularies(
+    task: TaskType, tokenizer: PreTrainedTokenizerBase, sources: Iterable[ModelSource]
+) -> Iterator[str]:
+    """Models that bring another tokenizer than the run's, one line each."""
     vocabulary = tokenizer.get_vocab()
     for source in sources:
         if source.folder is None or not has_tokenizer_files(source.folder):
             continue
         own = from_folder(source.folder, task)
         if own.get_vocab() != vocabulary:
-            raise TeacherError(
+            yield (
                 f"{source.where} {source.name} comes with a tokenizer of {len(own)} tokens, and "
                 f"the run's has {len(tokenizer)} others: soft targets need one vocabulary; choose "
                 f"models of one tokenizer, or set task.tokenizer if they really share it"
@@ -169,17 +224,15 @@ def check_vocabularies(
 
 def on_main_resolved(config: RunConfig) -> dict[str, ModelSource]:
     """The models of the config by role, checked; rank 0 downloads before the others look."""
-    specs: dict[str, TeacherConfig | StudentConfig] = {"student": config.student}
-    if config.teacher is not None:
-        specs = {"teacher": config.teacher, **specs}
-    if config.student.model == FROM_TEACHER:
-        del specs["student"]
+    specs: dict[str, TeacherConfig | StudentConfig] = {**config.teacher_specs}
+    if config.student.model != FROM_TEACHER:
+        specs[STUDENT] = config.student
     sources = {
         role: main_first(functools.partial(_resolve, spec, config, role))
         for role, spec in specs.items()
     }
     if config.student.model == FROM_TEACHER:
-        sources["student"] = dataclasses.replace(sources["teacher"], where="student.model")
+        sources[STUDENT] = dataclasses.replace(sources[TEACHER], where="student.model")
     return sources
 
 
@@ -187,7 +240,7 @@ def _resolve(spec: TeacherConfig | StudentConfig, config: RunConfig, role: str) 
     return resolve_model(
         spec.model,
         config.task,
-        where=f"{role}.model",
+        where=f"{config.key_of(role)}.model",
         architecture=spec.architecture,
         trust_remote_code=spec.trust_remote_code,
         allow_pickle=spec.allow_pickle,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from megakd import atomic
-from megakd.assembly import Assembly
+from megakd.assembly import Assembly, ReadyTeacher
 from megakd.config import TaskConfig, TaskType
 from megakd.engine.distributed import gather, on_main
 from megakd.engine.sharding import sharded_construction
@@ -26,7 +26,7 @@ from megakd.models.loading import ModelSource
 from megakd.models.units import Axes, UnitOrder, View
 from megakd.report import ParameterCounts, parameter_counts, peak_memory_bytes
 from megakd.specification import UnitScores, scores_from_json, scores_to_json, unit_order, view_at
-from megakd.stage import StageResult
+from megakd.stage import StageResult, untrained
 from megakd.stage_run import RESULT, read_result, result_text
 
 UNITS = "units.json"
@@ -94,20 +94,18 @@ class Workshop:
 
     def sorted_teacher(
         self,
-        source: ModelSource,
+        ready: ReadyTeacher,
         *,
         split: str,
         residual: bool,
-        deepspeed: str | Mapping[str, Any],
         identity: Any,
     ) -> StageResult:
         """The teacher with its heads and neurons sorted, computing what it did.
 
         Args:
-            source: the teacher.
+            ready: the teacher.
             split: whose labels say what is important.
             residual: whether the columns of the hidden states are sorted too.
-            deepspeed: of the teacher's engine.
             identity: what the teacher is, for a run that goes on.
 
         Raises:
@@ -116,18 +114,16 @@ class Workshop:
 
         def make(folder: Path, extra: Mapping[str, str]) -> None:
             rows = getattr(self.assembly.prepared.encoded, split)
-            scores = measure_importance(
-                self.assembly, source, rows, deepspeed=deepspeed, with_width=residual
-            )
+            scores = measure_importance(self.assembly, ready, rows, with_width=residual)
             units = {UNITS: scores_to_json(scores)}
-            self._reshape(source, folder, order=unit_order(scores), extra={**extra, **units})
+            self._reshape(ready.source, folder, order=unit_order(scores), extra={**extra, **units})
 
         tree = {
             "model": identity,
             "split": split,
             "residual": residual,
             "data": self._data,
-            "dtype": self.assembly.teacher_dtype(source),
+            "dtype": self.assembly.teacher_dtype(ready),
             # The absolute value is of a batch's gradient.
             "batch": self.assembly.config.train.per_device_train_batch_size,
         }
@@ -195,15 +191,7 @@ class Workshop:
         if result is not None:
             return result
         began = time.perf_counter()
-        result = StageResult(
-            name=name,
-            folder=folder,
-            metrics={},
-            steps=0,
-            seconds=0.0,
-            tokens_per_second=0.0,
-            peak_memory_bytes=0,
-        )
+        result = untrained(name, folder)
         make(folder, {RESULT: result_text(result, fingerprint)})
         seconds = time.perf_counter() - began
         device = self.assembly.ranks.device
@@ -211,6 +199,11 @@ class Workshop:
         result = dataclasses.replace(result, seconds=seconds, peak_memory_bytes=peak)
         on_main(lambda: atomic.write_text(folder / RESULT, result_text(result, fingerprint)))
         return result
+
+
+def size_of(source: ModelSource, task: TaskConfig) -> ParameterCounts:
+    """How many weights a model has, which is not loaded for that."""
+    return parameter_counts((name, shape) for name, shape, _ in weights_of(source, task))
 
 
 def shape_of_cut(source: ModelSource, view: View, task: TaskType) -> ModelSource:

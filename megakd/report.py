@@ -49,6 +49,33 @@ class AssistantReport(ModelReport):
     sparsity: float
 
 
+class PooledReport(ModelReport):
+    """One of several teachers."""
+
+    name: str
+
+
+class TaughtReport(TypedDict):
+    """What one of several teachers had to say.
+
+    weight: the probability that it is drawn, or its share of the loss.
+    steps: how many steps of the student it has run in.
+    score: that it was ranked by; null where nobody was ranked.
+    """
+
+    name: str
+    weight: float
+    steps: int
+    score: float | None
+
+
+class PoolReport(TypedDict):
+    """How several teachers share the student."""
+
+    distribution: str
+    teachers: Sequence[TaughtReport]
+
+
 class CandidateReport(TypedDict):
     """One candidate a method weighed; `iteration` counts from 1.
 
@@ -87,7 +114,7 @@ class Speedup(TypedDict):
 class LatencyReport(TypedDict):
     """Median milliseconds of one model's forward; all models were timed by turns.
 
-    model: `teacher`, `student` or an assistant's name.
+    model: `student`, `teacher` or what one of several teachers or an assistant is called.
     """
 
     model: str
@@ -110,6 +137,7 @@ class CostReport(TypedDict):
 class Report(TypedDict):
     """The content of report.json; what a method has none of is an empty list or null.
 
+    teacher: the largest where there are several, which `teachers` lists.
     assistants: in the order in which they taught.
     baselines: name -> metrics of a model of the student's shape that was made another way.
     """
@@ -119,6 +147,7 @@ class Report(TypedDict):
     metric_name: str
     evaluated_on: Literal["test", "validation"]
     teacher: ModelReport | None
+    teachers: Sequence[PooledReport]
     assistants: Sequence[AssistantReport]
     student: ModelReport
     baselines: Mapping[str, Mapping[str, float]]
@@ -127,6 +156,7 @@ class Report(TypedDict):
     speedup: Speedup | None
     latency: Sequence[LatencyReport]
     cost: CostReport | None
+    pool: PoolReport | None
     environment: Mapping[str, Any]
 
 

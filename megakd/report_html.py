@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from megakd import atomic
+from megakd.config import STUDENT, TEACHER
 from megakd.errors import CheckpointError
 from megakd.report import CandidateReport, Report
 from megakd.report_curves import training_sections
@@ -33,15 +34,17 @@ from megakd.report_table import (
     gigabytes,
     is_number,
     kept,
+    largest,
     milliseconds,
     model_rows,
     score,
     sized_models,
     stage_rows,
+    teachers_of,
 )
 
 HTML_REPORT = "report.html"
-LATER_KEYS = frozenset({"assistants", "latency", "cost"})
+LATER_KEYS = frozenset({"assistants", "latency", "cost", "teachers", "pool"})
 """Keys that reports of earlier versions lack."""
 
 
@@ -114,15 +117,17 @@ def _headline(report: Report) -> str:
     if teacher is None:
         return f"The student scores {mine} {name} on {split}."
     theirs = score(name, teacher["metrics"].get(name))
-    words = [f"The student scores {mine} {name} on {split}, the teacher {theirs}."]
+    which = "the largest teacher" if len(teachers_of(report)) > 1 else "the teacher"
+    words = [f"The student scores {mine} {name} on {split}, {which} {theirs}."]
     share = kept(report, student["metrics"])
     words += [f"It keeps {share} of the teacher's score."] if share != "-" else []
     sizes = teacher["encoder_parameters"], student["encoder_parameters"]
     gains = [f"has {sizes[0] / sizes[1]:.1f}x fewer encoder parameters"] if all(sizes) else []
+    reference = largest(teachers_of(report)) or TEACHER
     gains += [
-        f"is {times['teacher'] / times['student']:.1f}x as fast at batch {batch}"
+        f"is {times[reference] / times[STUDENT]:.1f}x as fast at batch {batch}"
         for batch, times in milliseconds(report).items()
-        if "teacher" in times and "student" in times
+        if reference in times and STUDENT in times
     ]
     words += [f"It {', '.join(gains)}."] if gains else []
     return " ".join(words)
@@ -159,8 +164,9 @@ def _planes(report: Report) -> list[Plane]:
 def _dots(report: Report, sizes: Mapping[str, float]) -> list[Dot]:
     """Every model with a size and a score; a baseline has the student's size."""
     metric = report["metric_name"]
+    kinds = {**dict.fromkeys(teachers_of(report), TEACHER), STUDENT: STUDENT}
     found = [
-        Dot(name, name if name in ("teacher", "student") else "assistant", sizes[name], value)
+        Dot(name, kinds.get(name, "assistant"), sizes[name], value)
         for name, model in sized_models(report).items()
         if is_number(value := model["metrics"].get(metric)) and sizes.get(name, 0) > 0
     ]

@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
+from megakd.config import STUDENT, TEACHER
 from megakd.evaluation import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from megakd.report import CandidateReport, CostReport, ModelReport, Report
+    from megakd.report import CandidateReport, CostReport, ModelReport, PoolReport, Report
 
 
 def result_table(report: Report, *, final: Path | None = None) -> str:
@@ -25,6 +26,9 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
     lines += aligned_rows(model_rows(report))
     if report["candidates"]:
         lines += ["", *aligned_rows(candidate_rows(report["candidates"]))]
+    pool = report.get("pool")
+    if pool is not None:
+        lines += ["", *aligned_rows(pool_rows(pool))]
     if report["stages"]:
         lines += ["", *aligned_rows(stage_rows(report))]
         peak = max(stage["peak_memory_bytes"] for stage in report["stages"])
@@ -55,11 +59,21 @@ def _trials(number: int) -> str:
 def sized_models(report: Report) -> dict[str, ModelReport]:
     """The models that have a size of their own, by name, from the teacher to the student.
 
-    A report of an earlier version has no assistants, no latencies and no cost.
+    A report of an earlier version has no assistants, latencies, cost or pool of teachers.
     """
-    teacher = {} if report["teacher"] is None else {"teacher": report["teacher"]}
     assistants = {entry["name"]: entry for entry in report.get("assistants", ())}
-    return {**teacher, **assistants, "student": report["student"]}
+    return {**teachers_of(report), **assistants, STUDENT: report["student"]}
+
+
+def teachers_of(report: Report) -> dict[str, ModelReport]:
+    """The teachers of the config by name."""
+    pool: dict[str, ModelReport] = {entry["name"]: entry for entry in report.get("teachers", ())}
+    return pool or ({} if report["teacher"] is None else {TEACHER: report["teacher"]})
+
+
+def largest(teachers: Mapping[str, ModelReport]) -> str | None:
+    """The name of the teacher that students are measured against; None where there is none."""
+    return max(teachers, key=lambda name: teachers[name]["parameters"], default=None)
 
 
 def milliseconds(report: Report) -> dict[int, dict[str, float]]:
@@ -67,7 +81,8 @@ def milliseconds(report: Report) -> dict[int, dict[str, float]]:
     speedup = report["speedup"]
     found: dict[int, dict[str, float]] = {}
     if speedup is not None:
-        times = {"teacher": speedup["teacher_ms"], "student": speedup["student_ms"]}
+        teacher = largest(teachers_of(report)) or TEACHER
+        times = {teacher: speedup["teacher_ms"], STUDENT: speedup["student_ms"]}
         found[speedup["batch"]] = {name: ms for name, ms in times.items() if _is_time(ms)}
     for entry in report.get("latency", ()):
         if _is_time(entry["ms"]):
@@ -95,8 +110,9 @@ def model_rows(report: Report) -> list[list[str]]:
     models = [(name, model, model["metrics"]) for name, model in sized_models(report).items()]
     baselines = report["baselines"].items()
     models += [(name, report["student"], metrics) for name, metrics in baselines]
+    reference = largest(teachers_of(report))
     return [titles] + [
-        [name, *_size(model), *_scores(report, metrics), *_speeds(name, times)]
+        [name, *_size(model), *_scores(report, metrics), *_speeds(name, reference, times)]
         for name, model, metrics in models
     ]
 
@@ -129,10 +145,12 @@ def kept(report: Report, metrics: Mapping[str, float]) -> str:
     return f"{(reference / mine if name in LOWER_IS_BETTER else mine / reference):.1%}"
 
 
-def _speeds(name: str, times: Mapping[int, Mapping[str, float]]) -> list[str]:
+def _speeds(
+    name: str, reference: str | None, times: Mapping[int, Mapping[str, float]]
+) -> list[str]:
     cells = []
     for measured in times.values():
-        mine, teacher = measured.get(name), measured.get("teacher")
+        mine, teacher = measured.get(name), measured.get(reference or TEACHER)
         cells.append("-" if mine is None else f"{mine:.2f}")
         cells.append("-" if mine is None or teacher is None else f"{teacher / mine:.2f}x")
     return cells
@@ -150,6 +168,15 @@ def candidate_rows(candidates: Sequence[CandidateReport]) -> list[list[str]]:
 
 def _fraction(value: float | None) -> str:
     return f"{value:.4f}" if is_number(value) else "-"
+
+
+def pool_rows(pool: PoolReport) -> list[list[str]]:
+    """Titles, then one row per teacher."""
+    rows = [["taught by", pool["distribution"], "steps", "ranked by"]]
+    for one in pool["teachers"]:
+        weighed = [f"{one['weight']:.3f}", f"{one['steps']:,}", _fraction(one["score"])]
+        rows.append([one["name"], *weighed])
+    return rows
 
 
 def stage_rows(report: Report) -> list[list[str]]:

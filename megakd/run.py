@@ -17,7 +17,7 @@ import transformers
 
 from megakd import atomic
 from megakd.best import RECORD
-from megakd.config import FROM_TEACHER, RunConfig
+from megakd.config import FROM_TEACHER, STUDENT, RunConfig
 from megakd.config_file import config_tree, dump_config
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks, on_main
@@ -25,20 +25,15 @@ from megakd.engine.memory import keep_freed_memory
 from megakd.errors import CheckpointError, ConfigError, MegakdError
 from megakd.export import CardFacts, brings_code, model_card, weight_bytes
 from megakd.fingerprint import differences, flatten
-from megakd.lab import (
-    Assistant,
-    Lab,
-    baseline_stage,
-    check_checkpoint_given,
-    check_device,
-    scoring_preset,
-)
+from megakd.lab import Assistant, Lab, scoring_preset
 from megakd.latency import measure_latencies
 from megakd.methods import METHODS
+from megakd.precision import check_device
 from megakd.preparation import Prepared, check_vocabularies, prepare
 from megakd.progress import Reporter
+from megakd.recipes import baseline_stage
 from megakd.report import AssistantReport, LatencyReport, Report, Speedup, environment, write_report
-from megakd.report_table import result_table
+from megakd.report_table import largest, result_table
 from megakd.stage import StageResult
 from megakd.stage_run import RESULT
 from megakd.yaml12 import parse_yaml
@@ -128,21 +123,24 @@ def _report(
         name: lab.score(lab.source(result.folder), preset)
         for name, result in {"student": student, **baselines}.items()
     }
+    teachers = {name: lab.score_teacher(name) for name in lab.teacher_folders}
     latency = on_main(lambda: _latency(lab, student.folder, ranks.device))
     return Report(
         method=config.method.name,
         task=config.task.dataset,
         metric_name=prepared.metric.name,
         evaluated_on="test" if prepared.encoded.test is not None else "validation",
-        teacher=lab.score_teacher() if lab.has_teacher else None,
+        teacher=teachers.get(largest(teachers) or ""),
+        teachers=[{"name": n, **teachers[n]} for n in teachers if config.teachers],
         student={**scored["student"], "bytes": weight_bytes(student.folder)},
         assistants=[_assistant(lab, made) for made in lab.record.assistants],
         baselines={name: scored[name]["metrics"] for name in baselines},
         candidates=lab.record.candidates,
         stages=[_stage_entry(result) for result in lab.results],
-        speedup=_speedup(latency),
+        speedup=_speedup(latency, largest(teachers)),
         latency=latency,
         cost=lab.record.cost,
+        pool=lab.record.pool,
         environment=environment(
             ranks=ranks.world_size,
             device=ranks.device,
@@ -174,11 +172,11 @@ def _stage_entry(result: StageResult) -> Any:
 
 def _latency(lab: Lab, student: Path, device: torch.device) -> list[LatencyReport]:
     """All models side by side on rank 0, where the whole teacher fits beside the others."""
-    teacher = lab.teacher_folder
-    if teacher is None:
+    teachers = {name: folder for name, folder in lab.teacher_folders.items() if folder}
+    if not teachers:
         return []
     assistants = {made.name: made.folder for made in lab.record.assistants}
-    models = {"teacher": teacher, **assistants, "student": student}
+    models = {**teachers, **assistants, STUDENT: student}
     if 2 * sum(map(weight_bytes, models.values())) > psutil.virtual_memory().available:
         logger.warning("the teacher is too large to time on one rank: no latency in the report")
         return []
@@ -191,23 +189,23 @@ def _latency(lab: Lab, student: Path, device: torch.device) -> list[LatencyRepor
         return []
 
 
-def _speedup(latency: Sequence[LatencyReport]) -> Speedup | None:
-    """Teacher and student with one text at a time."""
+def _speedup(latency: Sequence[LatencyReport], teacher: str | None) -> Speedup | None:
+    """The largest teacher and the student with one text at a time."""
     ms = {entry["model"]: entry["ms"] for entry in latency if entry["batch"] == 1}
-    if not ms:
+    if teacher not in ms:
         return None
-    return {"batch": 1, "teacher_ms": ms["teacher"], "student_ms": ms["student"]}
+    return {"batch": 1, "teacher_ms": ms[teacher], "student_ms": ms[STUDENT]}
 
 
 def _publish(config: RunConfig, student: StageResult, report: Report, command: str) -> str:
     """final/, then report.json: a run with a report is finished."""
-    teacher = config.teacher.model if config.teacher else None
-    start = teacher if config.student.model == FROM_TEACHER else config.student.model
+    teachers = [spec.model for spec in config.teacher_specs.values()]
+    start = teachers[0] if config.student.model == FROM_TEACHER else config.student.model
     facts = CardFacts(
         title=f"{config.output_dir.name}: a student distilled by megakd",
         task_type=config.task.type,
         student=start if isinstance(start, str) else None,
-        teacher=teacher if isinstance(teacher, str) else None,
+        teachers=tuple(model if isinstance(model, str) else None for model in teachers),
         objective=tuple(_line(term) for term in config_tree(config)["objective"] or ()),
         command=command,
         brings_code=brings_code(student.folder),
@@ -263,11 +261,15 @@ def config_differences(config: RunConfig) -> str:
     text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
     there = flatten(parse_yaml(text, source=str(path)))
     here = flatten(config_tree(config))
-    free = ("output_dir", "log.", "save.", "train.resume", "teacher.finetune.resume")
     return differences(
-        {k: v for k, v in there.items() if not k.startswith(free)},
-        {k: v for k, v in here.items() if not k.startswith(free)},
+        {k: v for k, v in there.items() if not _is_free(k)},
+        {k: v for k, v in here.items() if not _is_free(k)},
     )
+
+
+def _is_free(key: str) -> bool:
+    """Whether a key may change between two starts of one run."""
+    return key.startswith(("output_dir", "log.", "save.")) or "resume_from_checkpoint" in key
 
 
 def check_output_folder(config: RunConfig) -> None:
@@ -283,14 +285,26 @@ def check_output_folder(config: RunConfig) -> None:
             f"output_dir, remove that folder, or set it to true"
         )
     check_checkpoint_given("train.resume_from_checkpoint", resume)
-    finetune = config.teacher.finetune if config.teacher else None
-    if finetune is not None:
-        check_checkpoint_given(
-            "teacher.finetune.resume_from_checkpoint", finetune.resume_from_checkpoint
-        )
+    for name, spec in config.teacher_specs.items():
+        if spec.finetune is not None:
+            where = f"{config.key_of(name)}.finetune.resume_from_checkpoint"
+            check_checkpoint_given(where, spec.finetune.resume_from_checkpoint)
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise ConfigError(f"output_dir: {there} is not a folder that can be written to")
+
+
+def check_checkpoint_given(where: str, path: bool | str | None) -> None:  # noqa: FBT001
+    """Refuses a checkpoint path that is not there.
+
+    Raises:
+        CheckpointError: it does not exist.
+    """
+    if isinstance(path, str) and not Path(path).is_dir():
+        raise CheckpointError(
+            f"{where}: {path} does not exist; give a folder such as "
+            f"checkpoints/<stage>/step-<n>, or true for the newest"
+        )
 
 
 def evaluate_model(config: RunConfig, model: str | None) -> Mapping[str, float]:

@@ -235,7 +235,7 @@ class Stage:
     All fields are plain values or frozen dataclasses: they say what the result depends on.
 
     name: names the folders `checkpoints/<name>` and `stages/<name>`.
-    role: whose model spec the learner comes from, and whose `ds_configs` it uses.
+    role: whose model spec the learner comes from: `student`, or a teacher's name.
     teachers: names of the teachers that may be planned; empty for supervised training.
     labelled_only: train on the rows that carry a label.
     start: the model it begins from (a `ModelSource`), in place of the role's own.
@@ -246,7 +246,7 @@ class Stage:
     """
 
     name: str
-    role: Literal["student", "teacher"] = "student"
+    role: str = "student"
     teachers: tuple[str, ...] = ()
     objective: tuple[Any, ...] = ()
     strategy: Strategy = field(default_factory=Constant)
@@ -276,6 +276,19 @@ class StageResult:
     peak_memory_bytes: int
     scores: Scores = field(default_factory=dict)
     view: str | None = None
+
+
+def untrained(name: str, folder: Path, seconds: float = 0.0) -> StageResult:
+    """The result of a stage that took no step: a model that was made, or scored."""
+    return StageResult(
+        name=name,
+        folder=folder,
+        metrics={},
+        steps=0,
+        seconds=seconds,
+        tokens_per_second=0.0,
+        peak_memory_bytes=0,
+    )
 
 
 def teacher_names(plan: Sequence[Pass]) -> tuple[str, ...]:

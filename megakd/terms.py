@@ -35,6 +35,7 @@ LayerPairs = Annotated[tuple[Annotated[str, AfterValidator(_layer_pair)], ...], 
 Relation = Literal["query", "key", "value", "query_key"]
 Relations = Annotated[tuple[Relation, ...], Field(min_length=1), AfterValidator(_each_once)]
 Positions = Literal["all", "first"]
+RowWeight = Literal["equal", "teacher_loss"]
 Skew = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -56,12 +57,16 @@ class HardMse:
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class SoftTargetKl:
-    """KL(teacher || student) at a temperature (Hinton et al. 2015, section 2)."""
+    """KL(teacher || student) at a temperature (Hinton et al. 2015, section 2).
+
+    row_weight: `teacher_loss` divides a labelled row by 1 + the teacher's own cross-entropy.
+    """
 
     loss: Literal["soft_target_kl"]
     weight: Weight = 1.0
     temperature: Positive = 1.0
     t_squared: bool = True
+    row_weight: RowWeight = "equal"
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -128,10 +133,14 @@ class SoftTargetTvd:
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class SoftTargetMse:
-    """Squared error to the teacher's score (regression)."""
+    """Squared error to the teacher's score (regression).
+
+    row_weight: `teacher_loss` divides a labelled row by 1 + the teacher's own squared error.
+    """
 
     loss: Literal["soft_target_mse"]
     weight: Weight = 1.0
+    row_weight: RowWeight = "equal"
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -306,7 +306,7 @@ def facts(**changes) -> CardFacts:
         "title": "A student",
         "task_type": "classification",
         "student": None,
-        "teacher": "textattack/bert-base-uncased-SST-2",
+        "teachers": ("textattack/bert-base-uncased-SST-2",),
         "objective": ("soft_target_kl, weight 1.0: kl(teacher‖student) · T² / examples",),
         "command": "deepspeed launch/train.py --config launch/examples/sst2.yaml",
     }
@@ -350,7 +350,7 @@ def test_a_folder_of_this_machine_is_no_base_model_and_its_path_is_not_told(
 ) -> None:
     spec = str(tmp_path / "my-teacher")
 
-    card = model_card(facts(teacher=spec), report())
+    card = model_card(facts(teachers=(spec,)), report())
 
     assert "base_model" not in front_matter(card)
     assert str(tmp_path) not in card

@@ -30,17 +30,11 @@ from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError, ConfigError, TeacherError
 from megakd.fingerprint import differences
-from megakd.lab import (
-    TEACHER_STAGE,
-    Lab,
-    check_checkpoint_given,
-    completed,
-    inherit,
-    scoring_preset,
-)
+from megakd.lab import Lab, scoring_preset
 from megakd.methods.single import SingleConfig
 from megakd.models.loading import resolve_model
 from megakd.preparation import Prepared, check_run
+from megakd.recipes import completed
 from megakd.stage import Stage, StageResult
 from megakd.stage_run import result_text
 from megakd.terms import HiddenMse, SoftTargetKl
@@ -116,49 +110,6 @@ def fingerprint(config: RunConfig, content: str = "rows", **changes: Any) -> dic
     return lab._fingerprint(completed(stage_of(**changes), lab.config))
 
 
-def test_finetune_takes_the_keys_of_train_that_it_does_not_set():
-    train = TrainConfig(per_device_train_batch_size=3, learning_rate=1.0, bf16=True, max_steps=9)
-
-    found = inherit(train, FinetuneOverrides(learning_rate=2.0, bf16=False, deepspeed="zero3"))
-
-    expected = {"per_device_train_batch_size": 3, "learning_rate": 2.0, "bf16": False}
-    assert {key: getattr(found, key) for key in expected} == expected
-    assert found.max_steps == 9
-
-
-@pytest.mark.parametrize(
-    ("train", "overrides", "decides"),
-    [
-        ({"max_steps": 9}, {"num_train_epochs": 2.0}, (None, 2.0)),
-        ({"num_train_epochs": 5.0}, {"max_steps": 7}, (7, 5.0)),  # max_steps wins in a section
-        ({"max_steps": 9}, {"max_steps": 7}, (7, 3.0)),
-        ({"max_steps": 9}, {"max_steps": 7, "num_train_epochs": 2.0}, (7, 2.0)),
-    ],
-    ids=["epochs there", "steps there", "steps in both", "both there"],
-)
-def test_max_steps_and_num_train_epochs_displace_each_other(train, overrides, decides):
-    found = inherit(TrainConfig(**train), FinetuneOverrides(**overrides))
-
-    assert (found.max_steps, found.num_train_epochs) == decides
-
-
-@pytest.mark.parametrize(
-    ("overrides", "decides"),
-    [
-        ({"warmup_ratio": 0.1}, (0, 0.1)),
-        ({"warmup_steps": 3}, (3, 0.5)),
-        ({}, (9, 0.5)),
-    ],
-    ids=["ratio there", "steps there", "neither"],
-)
-def test_a_warm_up_of_its_own_displaces_that_of_train(overrides, decides):
-    train = TrainConfig(warmup_steps=9, warmup_ratio=0.5)
-
-    found = inherit(train, FinetuneOverrides(**overrides))
-
-    assert (found.warmup_steps, found.warmup_ratio) == decides
-
-
 def test_a_teacher_is_finetuned_on_its_labels_before_it_teaches(tmp_path, teacher, monkeypatch):
     overrides = FinetuneOverrides(max_steps=7, deepspeed="zero0")
     spec = TeacherConfig(model=str(teacher), finetune=overrides)
@@ -175,10 +126,10 @@ def test_a_teacher_is_finetuned_on_its_labels_before_it_teaches(tmp_path, teache
 
     assert names == ("teacher", "teacher")
     (stage,) = stages  # once
-    assert (stage.name, stage.role, stage.teachers) == (TEACHER_STAGE, "teacher", ())
+    assert (stage.name, stage.role, stage.teachers) == ("teacher-finetune", "teacher", ())
     assert (stage.labelled_only, stage.deepspeed, stage.train.max_steps) == (True, "zero0", 7)
     assert [term.loss for term in stage.objective] == ["hard_cross_entropy"]
-    assert lab.teacher_folder == teacher
+    assert lab.teacher_folders == {"teacher": teacher}
 
 
 @pytest.mark.parametrize(
@@ -349,14 +300,6 @@ def test_a_run_that_fits_is_not_refused(tmp_path, teacher):
     config = config_of(tmp_path, objective=(HiddenMse(loss="hidden_mse"),))
 
     check_run(config, prepared_of(config))
-
-
-def test_a_checkpoint_path_that_is_not_there_is_refused_with_its_key(tmp_path):
-    with pytest.raises(CheckpointError, match=r"train\.resume.*: nowhere does not exist; give"):
-        check_checkpoint_given("train.resume_from_checkpoint", "nowhere")
-
-    for fine in (str(tmp_path), True, None):
-        check_checkpoint_given("train.resume_from_checkpoint", fine)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from megakd.terms import (
     HiddenMse,
     SoftTargetJsd,
     SoftTargetKl,
+    SoftTargetMse,
     SoftTargetReverseKl,
     SoftTargetSkewKl,
     SoftTargetSkewReverseKl,
@@ -99,6 +100,34 @@ def test_a_divergence_has_its_hand_value_in_nats(task, term, value):
     total, _ = evaluate(task, term, *(heat * probabilities.log()))
 
     assert total.item() == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize(("label", "expected"), [(1, 1 / (1 + math.log(2))), (IGNORE, 1.0)])
+def test_a_row_counts_less_where_the_teacher_misses_its_label(label, expected):
+    """The teacher says (1/2, 1/2): its cross-entropy is ln 2 whatever the label."""
+    term = SoftTargetKl(loss="soft_target_kl", row_weight="teacher_loss")
+    student, teacher = torch.tensor([[1 / 4, 3 / 4], [1 / 2, 1 / 2]]).log()
+    shape = Shape(2, 4, 2)
+    objective = build_objective((term,), "classification", shape, shape)
+    batch = Batch({}, torch.tensor([label]), torch.ones(1, 1, dtype=torch.bool))
+    said = [Knowledge(logits=logits[None]) for logits in (student, teacher)]
+
+    (found,) = objective([Reading(*said, batch, objective.weights, ONE_EACH)])
+
+    assert found.total.item() == pytest.approx(0.5 * math.log(4 / 3) * expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("label", "expected"), [(2.0, 1 / (1 + 1.5**2)), (math.nan, 1.0)])
+def test_a_score_counts_less_where_the_teacher_misses_it(label, expected):
+    term = SoftTargetMse(loss="soft_target_mse", row_weight="teacher_loss")
+    shape = Shape(2, 4, 1)
+    objective = build_objective((term,), "regression", shape, shape)
+    batch = Batch({}, torch.tensor([label]), torch.ones(1, 1, dtype=torch.bool))
+    said = [Knowledge(logits=torch.tensor([[score]])) for score in (1.0, 0.5)]
+
+    (found,) = objective([Reading(*said, batch, objective.weights, ONE_EACH)])
+
+    assert found.total.item() == pytest.approx(0.25 * expected)
 
 
 def evaluate(task: str, term: Any, student: torch.Tensor, teacher: torch.Tensor) -> Any:

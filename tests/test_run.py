@@ -15,6 +15,8 @@ from whole_run import EPOCHS, LABELLED, ROWS_PER_STEP, STEPS, read, records
 
 from megakd.config_file import load_config
 from megakd.data.splits import load_splits
+from megakd.errors import CheckpointError
+from megakd.run import check_checkpoint_given
 
 REPORT_KEYS = {
     "method",
@@ -22,6 +24,7 @@ REPORT_KEYS = {
     "metric_name",
     "evaluated_on",
     "teacher",
+    "teachers",
     "assistants",
     "student",
     "baselines",
@@ -30,6 +33,7 @@ REPORT_KEYS = {
     "speedup",
     "latency",
     "cost",
+    "pool",
     "environment",
 }
 MODEL_KEYS = {"parameters", "encoder_parameters", "metrics"}
@@ -228,3 +232,11 @@ def test_the_resolved_config_is_written_as_it_is_printed(one_rank, out, config):
 
     assert printed.out.strip() == (out / "config.yaml").read_text().strip()
     assert load_config(out / "config.yaml") == load_config(config)
+
+
+def test_a_checkpoint_path_that_is_not_there_is_refused_with_its_key(tmp_path):
+    with pytest.raises(CheckpointError, match=r"train\.resume.*: nowhere does not exist; give"):
+        check_checkpoint_given("train.resume_from_checkpoint", "nowhere")
+
+    for fine in (str(tmp_path), True, None):
+        check_checkpoint_given("train.resume_from_checkpoint", fine)

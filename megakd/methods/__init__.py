@@ -6,15 +6,37 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megakd.methods import direct, finetune, maxidisc, minidisc, single
+from megakd.methods import (
+    direct,
+    finetune,
+    maxidisc,
+    mean_of_teachers,
+    minidisc,
+    mt_bert,
+    single,
+    skdbert,
+    takd,
+)
 from megakd.methods.direct import DirectConfig
 from megakd.methods.finetune import FinetuneConfig
 from megakd.methods.maxidisc import MaxiDiscConfig
+from megakd.methods.mean_of_teachers import MeanOfTeachersConfig
 from megakd.methods.minidisc import MiniDiscConfig
+from megakd.methods.mt_bert import MtBertConfig
 from megakd.methods.single import SingleConfig
+from megakd.methods.skdbert import SkdbertConfig
+from megakd.methods.takd import TakdConfig
 
 MethodConfig = Annotated[
-    FinetuneConfig | SingleConfig | MiniDiscConfig | MaxiDiscConfig | DirectConfig,
+    FinetuneConfig
+    | SingleConfig
+    | MiniDiscConfig
+    | MaxiDiscConfig
+    | DirectConfig
+    | SkdbertConfig
+    | MeanOfTeachersConfig
+    | MtBertConfig
+    | TakdConfig,
     Field(discriminator="name"),
 ]
 METHODS = {
@@ -23,4 +45,8 @@ METHODS = {
     "minidisc": minidisc,
     "maxidisc": maxidisc,
     "direct": direct,
+    "skdbert": skdbert,
+    "mean_of_teachers": mean_of_teachers,
+    "mt_bert": mt_bert,
+    "takd": takd,
 }

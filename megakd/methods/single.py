@@ -15,17 +15,21 @@ if TYPE_CHECKING:
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class SingleConfig:
-    """Distil one teacher into the student."""
+    """Distil one teacher into the student.
+
+    teacher: the name of one of several; null where there is only one.
+    """
 
     name: Literal["single"]
+    teacher: str | None = None
 
 
 def run(config: SingleConfig, lab: Lab) -> StageResult:
     """Distils on every row, labelled or not; by default half hard and half soft targets."""
+    from megakd.config import TEACHER
     from megakd.stage import Constant, Pass, Stage
 
-    del config
-    teacher = lab.teacher()
+    teacher = lab.teacher(config.teacher or TEACHER)
     return lab.train(
         Stage(
             name="student",

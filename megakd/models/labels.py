@@ -37,8 +37,8 @@ def label_order(
     if len(names) != len(label_names):
         raise ModelError(
             f"{where}: the model has {len(names)} labels ({_listed(names)}) and the data"
-            f" {len(label_names)} ({_listed(label_names)}); set teacher.finetune or give a model"
-            " that was fine-tuned on these labels"
+            f" {len(label_names)} ({_listed(label_names)}); {_finetune(where)}give a model that"
+            " was fine-tuned on these labels"
         )
     if all(GENERIC.fullmatch(name) for name in names):
         return None
@@ -47,8 +47,8 @@ def label_order(
     if sorted(order) != list(range(len(names))):
         raise ModelError(
             f"{where}: the model's labels ({_listed(names)}) are not those of the data"
-            f" ({_listed(label_names)}); correct id2label in the model's config.json or set"
-            " teacher.finetune"
+            f" ({_listed(label_names)}); {_finetune(where)}correct id2label in the model's"
+            " config.json"
         )
     return None if order == tuple(range(len(names))) else order
 
@@ -74,6 +74,12 @@ def set_labels(model_config: PretrainedConfig, label_names: Sequence[str]) -> No
     model_config.id2label = dict(enumerate(names))
     model_config.label2id = {name: number for number, name in enumerate(names)}
     model_config.problem_type = "single_label_classification" if label_names else "regression"
+
+
+def _finetune(where: str) -> str:
+    """What helps a teacher."""
+    owner = where.removesuffix(".model")
+    return f"set {owner}.finetune or " if owner.startswith("teacher") else ""
 
 
 def _listed(names: Sequence[str]) -> str:

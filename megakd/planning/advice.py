@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megakd.config import RunConfig
+from megakd.config import RunConfig, TeacherConfig
 from megakd.engine.ds_config import load_ds_config, zero_stage
 from megakd.planning.cluster import Cluster
 
@@ -24,6 +24,23 @@ class Case(NamedTuple):
     config: RunConfig
     cluster: Cluster
     settings: tuple[str, ...] = ()
+
+    def with_teachers(self, setting: str, change: Callable[[TeacherConfig], TeacherConfig]) -> Case:
+        """The same with every teacher changed.
+
+        Args:
+            setting: below the section of a teacher, as it would be typed.
+            change: makes a teacher's config one with that setting.
+        """
+        specs = self.config.teacher_specs
+        keys = [self.config.key_of(name).replace("[", ".").removesuffix("]") for name in specs]
+        setting = " ".join(f"{key}.{setting}" for key in keys)
+        if self.config.teacher is not None:
+            config = replace(self.config, teacher=change(self.config.teacher))
+        else:
+            pool: Any = tuple(map(change, self.config.teachers))
+            config = replace(self.config, teachers=pool)
+        return Case(config, self.cluster, (*self.settings, setting))
 
     def with_config(self, setting: str, section: str, **keys: Any) -> Case:
         """The same with other keys in a section of the config."""
@@ -63,27 +80,25 @@ def candidates(case: Case) -> Iterator[Case]:
 
 
 def _precision(case: Case) -> Iterator[Case]:
-    train, teacher = case.config.train, case.config.teacher
+    train, specs = case.config.train, case.config.teacher_specs.values()
     if not train.bf16 and not train.fp16:
         yield case.with_config("train.bf16=true", "train", bf16=True)
-    if teacher is not None and teacher.dtype in {None, "fp32"}:
-        yield case.with_config("teacher.dtype=bf16", "teacher", dtype="bf16")
+    if any(spec.dtype in {None, "fp32"} for spec in specs):
+        yield case.with_teachers("dtype=bf16", lambda spec: replace(spec, dtype="bf16"))
 
 
 def _sharding(case: Case) -> Iterator[Case]:
-    config, teacher = case.config, case.config.teacher
+    config, specs = case.config, case.config.teacher_specs.values()
     if case.cluster.ranks == 1:
         return
     for stage in (2, 3):
         if _stage(config.student.deepspeed, "student.deepspeed") < stage:
-            yield _preset(case, "student", f"zero{stage}")
-    if teacher is None:
-        return
-    if _stage(teacher.deepspeed, "teacher.deepspeed") == 0:
-        yield _preset(case, "teacher", "teacher_zero3")
-    if teacher.finetune and _stage(teacher.finetune.deepspeed, "teacher.finetune.deepspeed") < 3:
-        finetune = replace(teacher.finetune, deepspeed="zero3")
-        yield case.with_config("teacher.finetune.deepspeed=zero3", "teacher", finetune=finetune)
+            yield _student_preset(case, f"zero{stage}")
+    if any(_stage(spec.deepspeed, "teacher.deepspeed") == 0 for spec in specs):
+        yield _teacher_preset(case, "teacher_zero3")
+    trained = [spec.finetune for spec in specs if spec.finetune]
+    if any(_stage(one.deepspeed, "teacher.finetune.deepspeed") < 3 for one in trained):
+        yield case.with_teachers("finetune.deepspeed=zero3", _finetuned_at_zero3)
 
 
 def _activations(case: Case) -> Iterator[Case]:
@@ -113,9 +128,10 @@ def _offload(case: Case) -> Iterator[Case]:
         return
     for preset in ("zero2_offload", "zero3_offload"):
         if config.student.deepspeed != preset:
-            yield _preset(case, "student", preset)
-    if config.teacher is not None and config.teacher.deepspeed != "teacher_zero3_offload":
-        yield _preset(case, "teacher", "teacher_zero3_offload")
+            yield _student_preset(case, preset)
+    offloaded = "teacher_zero3_offload"
+    if any(spec.deepspeed != offloaded for spec in config.teacher_specs.values()):
+        yield _teacher_preset(case, offloaded)
 
 
 def _ranks(case: Case) -> Iterator[Case]:
@@ -125,8 +141,18 @@ def _ranks(case: Case) -> Iterator[Case]:
         yield Case(case.config, cluster, (*case.settings, f"--nodes {nodes} --ranks {ranks}"))
 
 
-def _preset(case: Case, role: str, preset: str) -> Case:
-    return case.with_config(f"{role}.deepspeed={preset}", role, deepspeed=preset)
+def _student_preset(case: Case, preset: str) -> Case:
+    return case.with_config(f"student.deepspeed={preset}", "student", deepspeed=preset)
+
+
+def _teacher_preset(case: Case, preset: str) -> Case:
+    return case.with_teachers(f"deepspeed={preset}", lambda spec: replace(spec, deepspeed=preset))
+
+
+def _finetuned_at_zero3(spec: TeacherConfig) -> TeacherConfig:
+    if spec.finetune is None:
+        return spec
+    return replace(spec, finetune=replace(spec.finetune, deepspeed="zero3"))
 
 
 def _stage(spec: Any, where: str) -> int:

@@ -20,6 +20,7 @@ class Setting:
 
     itemsize: bytes of a weight in the forward.
     moments: what the optimizer keeps of a weight, in numbers of fp32.
+    owner: which of several models of this role it is.
     """
 
     role: str
@@ -29,6 +30,7 @@ class Setting:
     cluster: Cluster
     ledger: Ledger
     moments: int = 2
+    owner: str = ""
 
     @property
     def ranks(self) -> int:
@@ -46,8 +48,8 @@ class Setting:
         return self.cluster.device == "cpu"
 
     def holder(self, part: Part, place: Place = "device", buffer: str = "") -> Holder:
-        """Of this role."""
-        return Holder(self.role, part, place, buffer)
+        """Of this model."""
+        return Holder(self.role, part, place, f"{self.owner}{buffer}")
 
     def place(self, offload: str) -> Place | None:
         """Where `offload_optimizer` or `offload_param` puts things; None: on a disk."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from megakd.assembly import TORCH_DTYPE, frozen_dtype, training_dtype
+from megakd.assembly import ReadyTeacher
 from megakd.config import Dtype, RunConfig
 from megakd.data.masking import DEFAULT_PROBABILITY
 from megakd.importance import GateGradients
@@ -23,10 +23,13 @@ from megakd.planning.cluster import Device
 from megakd.planning.moments import Inventory, Rehearsal
 from megakd.planning.rehearsal import VALUELESS, inventory, rehearse, repeat_alike
 from megakd.planning.stages import Phase
-from megakd.stage import Batch, Knowledge, Pass, Stage, backward_groups
+from megakd.precision import TORCH_DTYPE, frozen_dtype, training_dtype
+from megakd.stage import Batch, Knowledge, Pass, Stage, backward_groups, teacher_names
 from megakd.teachers.frozen import FrozenModel
 from megakd.terms import hard_terms
 
+PLANS = 100
+"""Of so many steps it is asked which teachers they need."""
 Made = TypeVar("Made")
 
 
@@ -55,14 +58,15 @@ class Learned(NamedTuple):
 class Act:
     """A phase, rehearsed.
 
-    teachers: by name; each answers once per micro-batch.
+    teachers: by name. asked: how often each answers per micro-batch, over many steps.
     learner: its groups of passes, one backward each; or the gates' gradients.
     single: the first pass alone, where several share a backward.
     evaluation: of the learner, without gradient.
-    answers: bytes of what the teachers said, kept while the learner works.
+    answers: bytes of what the teachers of a step said, kept while the learner works.
     """
 
     teachers: dict[str, Performance]
+    asked: dict[str, float]
     learner: Performance
     single: Rehearsal | None
     evaluation: Rehearsal | None
@@ -91,16 +95,16 @@ def act_of(phase: Phase, config: RunConfig, device: Device, known: Rehearsals) -
     """
     theatre = Theatre(config, device, known)
     if phase.stage is None:
-        return theatre.importance(phase.learner)
+        return theatre.importance(*phase.teachers.values())
     return theatre.training(phase, phase.stage)
 
 
-def planned_dtype(config: RunConfig, source: ModelSource, device: Device) -> Dtype:
+def planned_dtype(teacher: ReadyTeacher, device: Device) -> Dtype:
     """What a frozen model will be held in, told by its config: no weight file is looked at."""
-    stored = source.config.dtype
+    stored = teacher.source.config.dtype
     if isinstance(stored, str):
         stored = getattr(torch, stored)
-    return frozen_dtype(config, stored, device)
+    return frozen_dtype(teacher.spec, stored, device)
 
 
 class Theatre:
@@ -117,15 +121,15 @@ class Theatre:
         needs = self._needs(stage, phase)
         answers = {
             name: self._known.once(
-                ("teacher", *self._traits(source), self.config.task, rows, needs),
-                lambda source=source: self._answer(source, batch, needs),
+                ("teacher", *self._traits(ready), self.config.task, rows, needs),
+                lambda ready=ready: self._answer(ready, batch, needs),
             )
-            for name, source in phase.teachers.items()
+            for name, ready in phase.teachers.items()
         }
         knowledge = {name: answer.said for name, answer in answers.items()}
         train = stage.train
         traits = (
-            *(self._traits(phase.learner), self.config.task, stage.objective, stage.views),
+            *(_shown(phase.learner), self.config.task, stage.objective, stage.views),
             *(train.bf16, train.fp16, list(map(self._traits, phase.teachers.values()))),
         )
         passes = (rows, train.gradient_checkpointing, stage.strategy, stage.passes_per_backward)
@@ -136,23 +140,23 @@ class Theatre:
         evaluation = self._known.once(
             ("evaluation", *traits, scored), lambda: self._evaluation(phase, stage, scored)
         )
-        said = sum(tensor.nbytes for answer in knowledge.values() for tensor in _tensors(answer))
+        plans = [teacher_names(stage.strategy.plan(step)) for step in range(PLANS)]
         return Act(
             teachers={name: answer.part for name, answer in answers.items()},
+            asked={name: sum(name in plan for plan in plans) / PLANS for name in answers},
             learner=learned.part,
             single=learned.single,
             evaluation=evaluation,
-            answers=said,
+            answers=max(sum(_said_bytes(knowledge[name]) for name in plan) for plan in plans),
         )
 
-    def _traits(self, source: ModelSource) -> tuple[str, str, str]:
+    def _traits(self, ready: ReadyTeacher) -> tuple[str, str, str]:
         """What a frozen model depends on."""
-        dtype = planned_dtype(self.config, source, self._device)
-        return source.config.to_json_string(use_diff=False), dtype, self._device
+        return _shown(ready.source), planned_dtype(ready, self._device), self._device
 
-    def _answer(self, source: ModelSource, batch: Batch, needs: Needs) -> Answer:
-        dtype = planned_dtype(self.config, source, self._device)
-        model = self._model(source, dtype).requires_grad_(requires_grad=False)
+    def _answer(self, ready: ReadyTeacher, batch: Batch, needs: Needs) -> Answer:
+        dtype = planned_dtype(ready, self._device)
+        model = self._model(ready.source, dtype).requires_grad_(requires_grad=False)
         frozen = self._frozen(model, needs)
         run = rehearse(frozen, lambda: frozen(batch), backward=False, device=self._device)
         part = Performance(inventory(frozen), (run.rehearsal,))
@@ -187,15 +191,15 @@ class Theatre:
 
         return rehearse(bundle, call, backward=False, device=self._device).rehearsal
 
-    def importance(self, source: ModelSource) -> Act:
+    def importance(self, ready: ReadyTeacher) -> Act:
         """Gradients of gates, and of no weight."""
         rows = self.config.train.per_device_train_batch_size
-        key = ("importance", *self._traits(source), self.config.task, self.config.method, rows)
-        part = self._known.once(key, lambda: self._gates(source, rows))
-        return Act(teachers={}, learner=part, single=None, evaluation=None, answers=0)
+        key = ("importance", *self._traits(ready), self.config.task, self.config.method, rows)
+        part = self._known.once(key, lambda: self._gates(ready, rows))
+        return Act(teachers={}, asked={}, learner=part, single=None, evaluation=None, answers=0)
 
-    def _gates(self, source: ModelSource, rows: int) -> Performance:
-        dtype = planned_dtype(self.config, source, self._device)
+    def _gates(self, ready: ReadyTeacher, rows: int) -> Performance:
+        source, dtype = ready.source, planned_dtype(ready, self._device)
         model = self._model(source, dtype).requires_grad_(requires_grad=False)
         task = self.config.task.type
         objective = build_objective(hard_terms(task), task, self._shape(source), None)
@@ -230,7 +234,7 @@ class Theatre:
 
     def _shapes(self, phase: Phase) -> tuple[Shape, Shape | None]:
         teacher = next(iter(phase.teachers.values()), None)
-        return self._shape(phase.learner), None if teacher is None else self._shape(teacher)
+        return self._shape(phase.learner), None if teacher is None else self._shape(teacher.source)
 
     def _shape(self, source: ModelSource) -> Shape:
         config, architecture = source.config, source.architecture
@@ -271,6 +275,11 @@ def _with_head(said: Knowledge, model: nn.Module) -> Knowledge:
     return said if said.hidden is None else said._replace(head=language_model_head(model))
 
 
-def _tensors(said: Knowledge) -> list[Tensor]:
+def _said_bytes(said: Knowledge) -> int:
     attention = [part for vectors in said.attention if vectors for part in vectors[:3]]
-    return [t for t in (said.logits, said.hidden, *said.hidden_states, *attention) if t is not None]
+    tensors = (said.logits, said.hidden, *said.hidden_states, *attention)
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _shown(source: ModelSource) -> str:
+    return source.config.to_json_string(use_diff=False)

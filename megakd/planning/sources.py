@@ -15,6 +15,8 @@ from transformers import AutoConfig, PretrainedConfig
 from megakd.config import (
     FROM_TEACHER,
     LANGUAGE_TASKS,
+    STUDENT,
+    TEACHER,
     RunConfig,
     ScratchModel,
     StudentConfig,
@@ -39,15 +41,15 @@ def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
     Raises:
         ModelError: a config is not there, cannot be read, or is no model for the task.
     """
-    specs: dict[str, Any] = {"teacher": config.teacher, "student": config.student}
+    specs: dict[str, Any] = {**config.teacher_specs, STUDENT: config.student}
     register_own_models()
     sources = {
-        role: _source(spec, config.task, f"{role}.model")
+        role: _source(spec, config.task, f"{config.key_of(role)}.model")
         for role, spec in specs.items()
-        if spec is not None and spec.model != FROM_TEACHER
+        if spec.model != FROM_TEACHER
     }
     if config.student.model == FROM_TEACHER:
-        sources["student"] = dataclasses.replace(sources["teacher"], where="student.model")
+        sources[STUDENT] = dataclasses.replace(sources[TEACHER], where="student.model")
     size = _vocabulary(config.task, sources)
     sources = {role: with_vocabulary(source, size) for role, source in sources.items()}
     return _with_classes(sources, config.task)
@@ -109,10 +111,10 @@ def _counted(folder: Path) -> int | None:
 
 
 def _with_classes(sources: Mapping[str, ModelSource], task: TaskConfig) -> dict[str, ModelSource]:
-    """All with the same number of outputs, the teacher's: the data's labels are not read."""
+    """All with the same number of outputs, a teacher's: the data's labels are not read."""
     if task.type in LANGUAGE_TASKS:
         return dict(sources)
-    teacher = sources.get("teacher", sources["student"])
+    teacher = next(iter(sources.values()))
     outputs = 1 if task.type == "regression" else max(2, teacher.config.num_labels or 0)
     return {role: _with_labels(source, outputs) for role, source in sources.items()}
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from megakd.config import RunConfig
-from megakd.lab import baseline_stage, completed, teacher_stage
+from megakd.assembly import ReadyTeacher
+from megakd.config import TEACHER, RunConfig
 from megakd.methods import METHODS
 from megakd.models.loading import ModelSource
 from megakd.models.units import View
-from megakd.pruning import Specification, shape_of_cut, unscored
+from megakd.pruning import Specification, shape_of_cut, size_of, unscored
+from megakd.recipes import baseline_stage, completed, finetuning_stage
 from megakd.report import ParameterCounts
-from megakd.stage import Stage, StageResult
+from megakd.stage import Stage, StageResult, untrained
 from megakd.terms import TermConfig, hard_terms, soft_terms
 
 IMPORTANCE = "specification"
@@ -27,13 +29,13 @@ class Phase:
 
     stage: what is trained; None where importance is measured.
     learner: the model that learns, or whose importance is measured.
-    teachers: by name, those that answer meanwhile.
+    teachers: by name, those that answer meanwhile, or the one whose importance it is.
     """
 
     name: str
     learner: ModelSource
     stage: Stage | None = None
-    teachers: Mapping[str, ModelSource] = field(default_factory=dict)
+    teachers: Mapping[str, ReadyTeacher] = field(default_factory=dict)
 
 
 def phases_of(config: RunConfig, sources: Mapping[str, ModelSource]) -> list[Phase]:
@@ -71,10 +73,10 @@ class PlanningLab:
         self.config = config
         self.phases: list[Phase] = []
         self.results: list[StageResult] = []
-        self.record = SimpleNamespace(candidates=[], assistants=[])
+        self.record = SimpleNamespace(candidates=[], assistants=[], dev_scores={})
         self._sources = dict(sources)
         self._made: dict[Path, ModelSource] = {}
-        self._teachers: dict[str, ModelSource] = {}
+        self._teachers: dict[str, ReadyTeacher] = {}
 
     def hard_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
         """The loss on labels that fits the task."""
@@ -87,17 +89,40 @@ class PlanningLab:
     @property
     def teacher_layers(self) -> int:
         """How many layers the teacher has."""
-        teacher = self._sources["teacher"]
+        teacher = self._sources[TEACHER]
         return teacher.architecture.number_of_layers(teacher.config)
 
-    def teacher(self) -> str:
-        """The teacher's name, after the phase of its fine-tuning."""
-        if "teacher" not in self._teachers:
-            self._teachers["teacher"] = self._sources["teacher"]
-            stage = teacher_stage(self.config)
+    def teacher(self, name: str = TEACHER) -> str:
+        """A teacher's name, after the phase of its fine-tuning."""
+        if name not in self._teachers:
+            spec = self.config.teacher_specs[name]
+            self._teachers[name] = ReadyTeacher(self._sources[name], spec)
+            stage = finetuning_stage(self.config, name)
             if stage is not None:
                 self.train(stage)
-        return "teacher"
+        return name
+
+    def teachers(self) -> tuple[str, ...]:
+        """The names of all teachers, after the phases of their fine-tuning."""
+        return tuple(self.teacher(name) for name in self.config.teacher_specs)
+
+    def largest_first(self) -> tuple[str, ...]:
+        """The names of all teachers by falling number of weights."""
+        sizes = {
+            name: size_of(self._sources[name], self.config.task).parameters
+            for name in self.config.teacher_specs
+        }
+        return tuple(sorted(sizes, key=lambda name: -sizes[name]))
+
+    def worth(self, metrics: Any) -> float:
+        """All models are worth the same."""
+        del metrics
+        return 0.5
+
+    def dev_score(self, name: str) -> float:
+        """The same of all."""
+        del name
+        return 0.5
 
     def train(self, stage: Stage) -> StageResult:
         """Notes a stage; gives the widest of its views as the one that was chosen."""
@@ -119,14 +144,9 @@ class PlanningLab:
     ) -> StageResult:
         folder = Path("stages") / name
         self._made[folder] = source
-        result = StageResult(
-            name=name,
-            folder=folder,
+        result = dataclasses.replace(
+            untrained(name, folder),
             metrics=_AnyScore(),
-            steps=0,
-            seconds=0.0,
-            tokens_per_second=0.0,
-            peak_memory_bytes=0,
             scores={name: _AnyScore() for name in views},
             view=view,
         )
@@ -135,14 +155,15 @@ class PlanningLab:
 
     def unscored(self) -> Specification:
         """The teacher's units, all alike."""
-        return unscored(self._sources["teacher"])
+        return unscored(self._sources[TEACHER])
 
     def specify(self, teacher: str, split: str, *, residual: bool) -> Specification:
         """Notes that importance is measured."""
         del split, residual
-        source = self._teachers[teacher]
-        self.phases.append(Phase(name=IMPORTANCE, learner=source))
-        return unscored(source)
+        ready = self._teachers[teacher]
+        phase = Phase(name=IMPORTANCE, learner=ready.source, teachers={teacher: ready})
+        self.phases.append(phase)
+        return unscored(ready.source)
 
     def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
         """The model as it will be cut, which happens tensor by tensor on one rank."""
@@ -157,9 +178,10 @@ class PlanningLab:
         """Another of the same shape."""
         return self._made[folder]
 
-    def as_teacher(self, result: StageResult) -> str:
+    def as_teacher(self, result: StageResult, *, like: str = TEACHER) -> str:
         """Makes a stage's model a teacher, by the stage's name."""
-        self._teachers[result.name] = self._made[result.folder]
+        spec = self.config.teacher_specs[like]
+        self._teachers[result.name] = ReadyTeacher(self._made[result.folder], spec)
         return result.name
 
     def assistant(self, result: StageResult, sparsity: float) -> str:

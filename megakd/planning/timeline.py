@@ -6,23 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megakd.assembly import TORCH_DTYPE, training_dtype
-from megakd.config import LANGUAGE_TASKS, Dtype, RunConfig
+from megakd.assembly import ReadyTeacher
+from megakd.config import LANGUAGE_TASKS, STUDENT, TEACHER, Dtype, RunConfig
 from megakd.engine.ds_config import load_ds_config
 from megakd.export import SHARD_BYTES
-from megakd.models.loading import ModelSource
 from megakd.planning.cluster import Cluster
 from megakd.planning.engines import Setting, Whole, engine_of
 from megakd.planning.gathering import Gathering
-from megakd.planning.ledger import Ledger, Part
+from megakd.planning.ledger import Holder, Ledger, Part
 from megakd.planning.moments import Amount, Inventory, Moment, Rehearsal, block
 from megakd.planning.rehearsals import Performance, Rehearsals, act_of, planned_dtype
 from megakd.planning.sharded import Learner, learner_of
 from megakd.planning.stages import Phase
+from megakd.precision import TORCH_DTYPE, training_dtype
 from megakd.stage import Stage
 
 STEPS = 2
 """Moments of the optimizer are there from the second on."""
+_ANSWERS = Holder(TEACHER, "activations", buffer="answers")
 MOMENTS = {"adamw": 2, "sgd": 0}
 
 
@@ -45,7 +46,7 @@ class PhasePlan:
 class Cast:
     """A frozen model on the rank: its engine, its part, and what it gathers."""
 
-    role: str
+    name: str
     engine: Whole
     run: Rehearsal
     gathering: Gathering
@@ -67,26 +68,23 @@ class Timeline:
 
     def play(self) -> PhasePlan:
         """From the first build to the last checkpoint."""
-        for name, source in self.phase.teachers.items():
-            part = self.act.teachers[name]
-            self._teachers.append(self._frozen("teacher", part, self._dtype(source)))
         if self.phase.stage is None:
-            self._measure()
-        else:
-            self._train(self.phase.stage)
+            self._measure(*self.phase.teachers.values())
+            return self.plan
+        for name, ready in self.phase.teachers.items():
+            self._teachers.append(self._frozen(name, self.act.teachers[name], ready))
+        self._train(self.phase.stage)
         return self.plan
 
-    def _dtype(self, source: ModelSource) -> Dtype:
-        return planned_dtype(self.config, source, self.cluster.device)
-
-    def _frozen(self, role: str, part: Performance, dtype: Dtype) -> Cast:
-        self.ledger.when = f"loading the {role}"
-        spec = self.config.teacher.deepspeed if self.config.teacher else "teacher_zero3"
-        setting = self._setting(role, part.inventory, spec, dtype)
+    def _frozen(self, name: str, part: Performance, ready: ReadyTeacher) -> Cast:
+        self.ledger.when = f"loading the {TEACHER}"
+        dtype = planned_dtype(ready, self.cluster.device)
+        setting = self._setting(TEACHER, part.inventory, ready.spec.deepspeed, dtype)
+        setting.owner = name
         engine = engine_of(setting)
         engine.load()
         self.plan.load_peak = self.ledger.peaks["host"].total
-        return Cast(role, engine, part.runs[0], engine.gathering(part.runs[0]))
+        return Cast(name, engine, part.runs[0], engine.gathering(part.runs[0]))
 
     def _setting(
         self, role: str, inventory: Inventory, spec: str | Mapping[str, Any], dtype: Dtype
@@ -101,14 +99,14 @@ class Timeline:
             ledger=self.ledger,
         )
 
-    def _measure(self) -> None:
+    def _measure(self, ready: ReadyTeacher) -> None:
         """Importance: gradients of gates, none of weights."""
-        cast = self._frozen("teacher", self.act.learner, self._dtype(self.phase.learner))
+        cast = self._frozen(TEACHER, self.act.learner, ready)
         self.ledger.when = "measuring importance"
         self._run(cast, "elastic")
 
     def _train(self, stage: Stage) -> None:
-        role = stage.role
+        role = STUDENT if stage.role == STUDENT else TEACHER
         dtype = training_dtype(stage.train)
         setting = self._setting(role, self.act.learner.inventory, stage.deepspeed, dtype)
         setting.moments = MOMENTS[stage.train.optim]
@@ -133,14 +131,15 @@ class Timeline:
     def _micro_batch(self, learner: Learner, number: int, last: bool) -> None:  # noqa: FBT001
         self.ledger.when = "the teacher's forward"
         for cast in self._teachers:
+            if self.act.asked[cast.name] < 1:
+                self.ledger.drop(_ANSWERS)  # what was said before was said in another step
             self._run(cast, "activations")
-            self.ledger.put(cast.engine.at.holder("activations"), block(self.act.answers))
+            self.ledger.put(_ANSWERS, block(self.act.answers))
         runs = self.act.learner.runs
         for index, run in enumerate(runs):
             first = number == 0 and index == 0
             self._group(learner, run, first=first, last=last and index == len(runs) - 1)
-        for cast in self._teachers:
-            self.ledger.drop(cast.engine.at.holder("activations"))
+        self.ledger.drop(_ANSWERS)
 
     def _group(self, learner: Learner, run: Rehearsal, *, first: bool, last: bool) -> None:
         """One forward of the student's engine and one backward."""
@@ -165,7 +164,7 @@ class Timeline:
         at = cast.engine.at
         if at.stage != 3 or self.config.task.type not in LANGUAGE_TASKS:
             return Amount()
-        source = next(iter(self.phase.teachers.values()))
+        source = self.phase.teachers[cast.name].source
         width = source.architecture.hidden_width(source.config)
         return block(source.config.vocab_size * width * at.itemsize)
 
@@ -191,7 +190,7 @@ class Timeline:
 
     def _divided(self, live: Amount, role: str) -> tuple[Amount, Amount]:
         """Activations of one view, and of the others that share its backward."""
-        if self._of_one_view is None or role == "teacher" or not live.total:
+        if self._of_one_view is None or role == TEACHER or not live.total:
             return live, Amount()
         share = min(1.0, self._of_one_view / live.total)
         return live.times(share), live.times(1 - share)
@@ -216,14 +215,16 @@ class Timeline:
     def _count(self, learner: Learner, micro_batches: int) -> None:
         """Operations and bytes of one step."""
         runs = self.act.learner.runs
-        teachers = sum(cast.run.flops for cast in self._teachers)
+        asked = self.act.asked
+        teachers = sum(asked[cast.name] * cast.run.flops for cast in self._teachers)
         self.plan.flops = micro_batches * (teachers + sum(run.flops for run in runs))
         ranks = self.cluster.ranks
         rest = (ranks - 1) / ranks
         for cast in self._teachers:
             at = cast.engine.at
             gathered = cast.gathering.numel * at.itemsize + self._head(cast).total
-            self.plan.network[cast.role] = micro_batches * rest * gathered
+            sent = asked[cast.name] * micro_batches * rest * gathered
+            self.plan.network[TEACHER] = self.plan.network.get(TEACHER, 0.0) + sent
         self.plan.network[learner.at.role] = rest * sent_by(learner, runs, micro_batches)
 
 

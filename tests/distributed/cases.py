@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
-from megakd.assembly import Assembly
 from megakd.config_file import load_config
 from megakd.engine import distributed
 from megakd.engine.sharding import gathered_state
@@ -36,10 +35,8 @@ class Watching(Constant):
 def train(config_path: str, overrides: list[str], steps: int) -> dict:
     """Trains `steps` steps of a run config's student; initial and final weights, gradients."""
     config = load_config(Path(config_path), overrides)
-    ranks = distributed.ranks()
     prepared = prepare(config)
-    lab = Lab(config, prepared, ranks, Reporter(config.output_dir, is_main=False))
-    assembly = Assembly(config=config, prepared=prepared, ranks=ranks, teachers=prepared.sources)
+    lab = Lab(config, prepared, distributed.ranks(), Reporter(config.output_dir, is_main=False))
     teachers = (lab.teacher(),) if config.teacher else ()
     watching = Watching((Pass(teacher=teachers[0] if teachers else None),))
     Watching.gradients.clear()
@@ -54,7 +51,7 @@ def train(config_path: str, overrides: list[str], steps: int) -> dict:
     frozen = {name: lab._frozen(name, lab.needs(stage)) for name in teachers}
     run = StageRun(
         stage,
-        assembly,
+        lab._assembly,
         teachers=frozen,
         reporter=Reporter(config.output_dir, is_main=False),
         fingerprint={},

@@ -8,7 +8,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import megakd.importance
-from megakd.assembly import Assembly
+from megakd.assembly import Assembly, ReadyTeacher
 from megakd.config_file import load_config
 from megakd.engine import distributed
 from megakd.errors import MegakdError
@@ -43,9 +43,8 @@ def _measured(config_path: str, overrides: list[str], chosen, *, with_width=Fals
         with watch.watching():
             scores = megakd.importance.measure_importance(
                 assembly,
-                prepared.sources["teacher"],
+                ReadyTeacher(prepared.sources["teacher"], config.teacher),
                 rows,
-                deepspeed=config.teacher.deepspeed,
                 with_width=with_width,
             )
     except MegakdError as error:

@@ -1,0 +1,40 @@
+"""All teachers of a pool at every step: the student learns their mean.
+
+A baseline of SKDBERT. The mean of the cross-entropies with each teacher's soft targets has the
+gradient of the cross-entropy with the mean of their probabilities, so no probabilities are mixed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic.dataclasses import dataclass
+
+from megakd.methods.pools import soft_objective, taught
+from megakd.stage import Constant, Pass, Stage
+from megakd.terms import STRICT
+
+if TYPE_CHECKING:
+    from megakd.lab import Lab
+    from megakd.stage import StageResult
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class MeanOfTeachersConfig:
+    """Every teacher of the pool runs at every step, and all count alike."""
+
+    name: Literal["mean_of_teachers"]
+
+
+def run(config: MeanOfTeachersConfig, lab: Lab) -> StageResult:
+    """One pass per teacher over one forward of the student."""
+    del config
+    names = lab.teachers()
+    share = 1 / len(names)
+    stage = Stage(
+        name="student",
+        teachers=names,
+        objective=soft_objective(lab),
+        strategy=Constant(tuple(Pass(teacher=name, scale=share) for name in names)),
+    )
+    return taught(lab, stage, weights=dict.fromkeys(names, share), how="mean")

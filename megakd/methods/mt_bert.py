@@ -1,0 +1,43 @@
+"""MT-BERT: all teachers at every step, each row trusting those that know its label.
+
+A baseline of SKDBERT, as its authors simplify it (Wu et al. 2021; Ding et al. 2023, supplement):
+sum over teachers of CE(z_i / T, z_s / T) / (1 + CE(y, z_i)), row by row.
+
+Differs from the paper: a row without a label trusts every teacher as if it were right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Literal
+
+from pydantic.dataclasses import dataclass
+
+from megakd.methods.pools import taught
+from megakd.stage import Constant, Pass, Stage
+from megakd.terms import STRICT
+
+if TYPE_CHECKING:
+    from megakd.lab import Lab
+    from megakd.stage import StageResult
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class MtBertConfig:
+    """Every teacher of the pool runs at every step; those that miss a row's label count less."""
+
+    name: Literal["mt_bert"]
+
+
+def run(config: MtBertConfig, lab: Lab) -> StageResult:
+    """One pass per teacher over one forward of the student."""
+    del config
+    names = lab.teachers()
+    trusting = (dataclasses.replace(term, row_weight="teacher_loss") for term in lab.soft_terms())
+    stage = Stage(
+        name="student",
+        teachers=names,
+        objective=lab.config.objective or tuple(trusting),
+        strategy=Constant(tuple(Pass(teacher=name) for name in names)),
+    )
+    return taught(lab, stage, weights=dict.fromkeys(names, 1.0), how="teacher_loss")

@@ -1,0 +1,48 @@
+"""What the methods with several teachers have in common: their losses and what is reported."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from megakd.stage import teacher_names
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from megakd.lab import Lab
+    from megakd.stage import Stage, StageResult
+    from megakd.terms import TermConfig
+
+
+def soft_objective(lab: Lab) -> tuple[TermConfig, ...]:
+    """The config's, else soft targets alone: teachers of any shape can give those."""
+    return lab.config.objective or lab.soft_terms()
+
+
+def taught(lab: Lab, stage: Stage, *, weights: Mapping[str, float], how: str) -> StageResult:
+    """Trains the student, and notes how often each teacher of the pool was asked.
+
+    Args:
+        lab: of the run.
+        stage: the student's.
+        weights: of the teachers by name: probabilities, or shares of the loss.
+        how: what the weights are called in the report.
+    """
+    result = lab.train(stage)
+    asked = Counter[str]()
+    for step in range(result.steps):
+        asked.update(teacher_names(stage.strategy.plan(step)))
+    lab.record.pool = {
+        "distribution": how,
+        "teachers": [
+            {
+                "name": name,
+                "weight": weight,
+                "steps": asked[name],
+                "score": lab.record.dev_scores.get(name),
+            }
+            for name, weight in weights.items()
+        ],
+    }
+    return result

@@ -1,0 +1,112 @@
+"""SKDBERT: one teacher of a pool, drawn anew at every step, teaches the student.
+
+Stochastic knowledge distillation (Ding et al. 2023, https://arxiv.org/abs/2211.14466): teachers
+of several sizes are fine-tuned and frozen; at every step one of them is drawn, independently of
+the past, and the student takes a step on its soft targets alone. A step costs what a step with
+one teacher costs. The probabilities stay what they are for the whole run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass as plain_dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from megakd.methods.pools import soft_objective, taught
+from megakd.stage import Constant, Pass, Planned, Stage
+from megakd.terms import STRICT, Weight
+
+if TYPE_CHECKING:
+    from megakd.lab import Lab
+    from megakd.stage import StageResult
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class SkdbertConfig:
+    """At every step a teacher of the pool is drawn, and the student learns from it alone.
+
+    distribution: `uniform`; `teacher_rank` by the teachers' own scores on the validation split;
+        `student_rank` by the scores of students that each teacher has taught alone; or `weights`.
+    weights: of the teachers by name, for the distribution of that name; they need not sum to 1.
+    rank_exponent: a teacher's weight is its rank to this power, the worst having rank 1; 0 is
+        uniform.
+    pilot_steps: optimiser steps of each student that `student_rank` tries; null: as many as of
+        the student itself.
+    """
+
+    name: Literal["skdbert"]
+    distribution: Literal["uniform", "teacher_rank", "student_rank", "weights"] = "uniform"
+    weights: dict[str, Weight] | None = None
+    rank_exponent: Weight = 1.0
+    pilot_steps: Annotated[int, Field(ge=1)] | None = None
+
+
+def run(config: SkdbertConfig, lab: Lab) -> StageResult:
+    """Teachers, their probabilities, and the student."""
+    names = lab.teachers()
+    probabilities = probabilities_of(config, lab, names)
+    drawn = Drawn(names, tuple(probabilities.values()), lab.config.seed)
+    stage = Stage(name="student", teachers=names, objective=soft_objective(lab), strategy=drawn)
+    return taught(lab, stage, weights=probabilities, how=config.distribution)
+
+
+def probabilities_of(config: SkdbertConfig, lab: Lab, names: Sequence[str]) -> dict[str, float]:
+    """How likely each teacher is drawn; they sum to 1."""
+    weights = _weights(config, lab, names)
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}
+
+
+def _weights(config: SkdbertConfig, lab: Lab, names: Sequence[str]) -> Mapping[str, float]:
+    if config.distribution == "weights":
+        return {name: (config.weights or {})[name] for name in names}
+    if config.distribution == "uniform":
+        return dict.fromkeys(names, 1.0)
+    by_teacher = config.distribution == "teacher_rank"
+    scores = [lab.dev_score(name) if by_teacher else _pilot(config, lab, name) for name in names]
+    lab.record.dev_scores.update(zip(names, scores, strict=True))
+    weights = [rank**config.rank_exponent for rank in ranks(scores)]
+    return dict(zip(names, weights, strict=True))
+
+
+def ranks(scores: Sequence[float]) -> tuple[float, ...]:
+    """1 of the lowest score to N of the highest; equal scores share the mean of their ranks."""
+    return tuple(
+        sum(other < score for other in scores) + (scores.count(score) + 1) / 2 for score in scores
+    )
+
+
+def _pilot(config: SkdbertConfig, lab: Lab, teacher: str) -> float:
+    """The score of a student that this teacher has taught alone."""
+    train = lab.config.train
+    stage = Stage(
+        name=f"pilot-{teacher}",
+        teachers=(teacher,),
+        objective=soft_objective(lab),
+        strategy=Constant((Pass(teacher=teacher),)),
+        train=dataclasses.replace(train, max_steps=config.pilot_steps or train.max_steps),
+    )
+    return lab.worth(lab.train(stage).metrics)
+
+
+@plain_dataclass(frozen=True)
+class Drawn(Planned):
+    """One teacher per step: a function of seed and step, so that all ranks draw alike.
+
+    probabilities: of the teachers, in their order.
+    """
+
+    teachers: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    seed: int
+
+    def plan(self, step: int) -> tuple[Pass, ...]:
+        """The teacher of this step, for all its micro-batches."""
+        drawn = random.Random(f"{self.seed}:teacher:{step}")
+        (teacher,) = drawn.choices(self.teachers, self.probabilities)
+        return (Pass(teacher=teacher),)

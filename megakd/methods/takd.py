@@ -1,0 +1,51 @@
+"""TAKD: teachers in a row, each taught by the one before it, and the student by the last.
+
+A baseline of SKDBERT (Mirzadeh et al. 2020, https://arxiv.org/abs/1902.03393): the largest
+teacher is fine-tuned, or given; every smaller one starts from its own weights and is distilled
+from the one before it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic.dataclasses import dataclass
+
+from megakd.methods.pools import soft_objective
+from megakd.stage import Constant, Pass, Stage
+from megakd.terms import STRICT
+
+if TYPE_CHECKING:
+    from megakd.lab import Lab
+    from megakd.stage import StageResult
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class TakdConfig:
+    """From teacher to teacher, the largest first, and on to the student.
+
+    order: names of teachers, the first to the last; null: all of them by size.
+    """
+
+    name: Literal["takd"]
+    order: tuple[str, ...] | None = None
+
+
+def run(config: TakdConfig, lab: Lab) -> StageResult:
+    """One leg per teacher after the first, and the student's."""
+    first, *others = config.order or lab.largest_first()
+    teacher = lab.teacher(first)
+    for name in others:
+        leg = lab.train(_leg(lab, f"{name}-taught", role=name, teacher=teacher))
+        teacher = lab.as_teacher(leg, like=name)
+    return lab.train(_leg(lab, "student", role="student", teacher=teacher))
+
+
+def _leg(lab: Lab, name: str, *, role: str, teacher: str) -> Stage:
+    return Stage(
+        name=name,
+        role=role,
+        teachers=(teacher,),
+        objective=soft_objective(lab),
+        strategy=Constant((Pass(teacher=teacher),)),
+    )

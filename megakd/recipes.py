@@ -1,0 +1,74 @@
+"""The stages that a run config itself asks for, whatever its method, and what they inherit."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from megakd.config import FROM_TEACHER, RunConfig, TrainConfig, TrainOverrides
+from megakd.stage import Stage, StageResult
+from megakd.terms import hard_terms
+
+if TYPE_CHECKING:
+    from megakd.lab import Lab
+
+
+def finetuning_stage(config: RunConfig, name: str) -> Stage | None:
+    """How a teacher is fine-tuned; None where the config does not ask for it.
+
+    Args:
+        config: the run.
+        name: the teacher's.
+    """
+    finetune = config.teacher_specs[name].finetune
+    if finetune is None:
+        return None
+    return Stage(
+        name=f"{name}-finetune",
+        role=name,
+        objective=hard_terms(config.task.type),
+        train=inherit(config.train, finetune),
+        deepspeed=finetune.deepspeed,
+        labelled_only=True,
+    )
+
+
+def completed(stage: Stage, config: RunConfig) -> Stage:
+    """A stage with what the run's sections say where it says nothing itself."""
+    return dataclasses.replace(
+        stage,
+        train=stage.train or config.train,
+        deepspeed=stage.deepspeed or config.student.deepspeed,
+    )
+
+
+def baseline_stage(lab: Lab, name: str, student: StageResult) -> Stage:
+    """The same student, trained on the labels alone as `train` says, or `alone` where it does.
+
+    One that was cut out of its teacher has no weights of its own to begin with: its shape starts
+    from random ones.
+    """
+    config = lab.config
+    is_cut = config.student.model == FROM_TEACHER
+    return Stage(
+        name=name,
+        objective=lab.hard_terms(),
+        labelled_only=True,
+        start=lab.fresh_like(student.folder) if is_cut else None,
+        train=inherit(config.train, config.alone) if config.alone else None,
+    )
+
+
+def inherit(train: TrainConfig, overrides: TrainOverrides) -> TrainConfig:
+    """The keys that `teacher.finetune` or `alone` set, and `train`'s for the rest.
+
+    `max_steps` and `num_train_epochs` displace each other, and so do `warmup_steps` and
+    `warmup_ratio`: whoever is set there decides alone.
+    """
+    given = {k: v for k, v in asdict(overrides).items() if v is not None and k != "deepspeed"}
+    if "num_train_epochs" in given and "max_steps" not in given:
+        given["max_steps"] = None
+    if "warmup_ratio" in given and "warmup_steps" not in given:
+        given["warmup_steps"] = 0
+    return dataclasses.replace(train, **given)

@@ -1,0 +1,54 @@
+"""What the gloo ranks tell of a run with several teachers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from megakd.config_file import load_config
+from megakd.engine import distributed
+from megakd.lab import Lab
+from megakd.methods import METHODS
+from megakd.preparation import prepare
+from megakd.progress import Reporter
+
+
+class Watched:
+    """A teacher that notes when it is asked."""
+
+    def __init__(self, name: str, teacher, asked: list[str]) -> None:
+        self.name, self.teacher, self.asked = name, teacher, asked
+
+    def __call__(self, batch):
+        self.asked.append(self.name)
+        return self.teacher(batch)
+
+    @property
+    def elements(self) -> int:
+        """Of its weights on this rank."""
+        weights = self.teacher.model.parameters()
+        return sum(getattr(weight, "ds_tensor", weight).numel() for weight in weights)
+
+    def destroy(self) -> None:
+        self.teacher.destroy()
+
+
+def learn(config_path: str, overrides: list[str]) -> dict:
+    """Runs the method: who was asked in which order, what each teacher held, and the student."""
+    config = load_config(Path(config_path), overrides)
+    reporter = Reporter(config.output_dir, is_main=False)
+    lab = Lab(config, prepare(config), distributed.ranks(), reporter)
+    asked: list[str] = []
+    held: dict[str, int] = {}
+    frozen = lab._frozen
+
+    def watched(name, needs):
+        teacher = Watched(name, frozen(name, needs), asked)
+        held[name] = teacher.elements
+        return teacher
+
+    lab._frozen = watched
+    result = METHODS[config.method.name].run(config.method, lab)
+    weights = load_file(result.folder / "model.safetensors")
+    return {"asked": asked, "held": held, "weights": weights, "record": lab.record.pool}

@@ -1,0 +1,91 @@
+"""Several teachers under several ranks: all draw alike, and idle ones cost their shard alone."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_runs import bert, config_tree, write_config, write_reviews
+
+STEPS, MICRO_BATCHES = 6, 2
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+SIZES = {"small": (1, 16), "middle": (2, 16), "large": (2, 24)}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("pools")
+    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
+    tree = config_tree(
+        folder / "unused",
+        task,
+        student={"model": bert(1, **NO_DROPOUT)},
+        teachers=[
+            {"name": name, "model": bert(layers, width=width, initializer_range=0.2, **NO_DROPOUT)}
+            for name, (layers, width) in SIZES.items()
+        ],
+        method={"name": "skdbert"},
+    )
+    steps = {"max_steps": STEPS, "gradient_accumulation_steps": MICRO_BATCHES}
+    # Large, so that the size of a gradient shows in the step that Adam takes.
+    tree["train"] |= {**steps, "adam_epsilon": 0.01}
+    return str(write_config(folder / "run.yaml", tree))
+
+
+@pytest.fixture
+def learn(workers, config, tmp_path):
+    """The findings of all ranks."""
+
+    def learned(ranks: int, *overrides: str, teacher: int = 3) -> list[dict]:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        presets = [f"teachers.{i}.deepspeed=teacher_zero{teacher}" for i in range(len(SIZES))]
+        rows = f"train.per_device_train_batch_size={4 // ranks}"
+        settings = [f"output_dir={out}", rows, *presets, *overrides]
+        return workers(ranks).run("pool_cases.learn", config, settings)
+
+    return learned
+
+
+def furthest(found: dict, expected: dict) -> float:
+    assert found.keys() == expected.keys()
+    return max((found[name] - expected[name]).abs().max().item() for name in found)
+
+
+@pytest.mark.parametrize(
+    ("method", "student", "teacher"),
+    [
+        ("skdbert", "zero0", 0),
+        ("skdbert", "zero1", 3),
+        ("skdbert", "zero2", 3),
+        ("skdbert", "zero3", 3),
+        ("mean_of_teachers", "zero3", 3),
+        ("mt_bert", "zero2", 3),
+        ("takd", "zero2", 3),
+    ],
+)
+def test_two_ranks_learn_from_a_pool_as_one_does(learn, method, student, teacher):
+    settings = (f"method.name={method}", f"student.deepspeed={student}")
+
+    first, second = learn(2, *settings, teacher=teacher)
+    (alone,) = learn(1, f"method.name={method}", "student.deepspeed=zero0", teacher=0)
+
+    assert first["asked"] == second["asked"] == alone["asked"]
+    assert furthest(first["weights"], alone["weights"]) <= 1e-5
+
+
+def test_one_draw_serves_all_micro_batches_of_a_step_and_the_others_do_not_run(learn):
+    asked = learn(2)[0]["asked"]
+
+    assert len(asked) == STEPS * MICRO_BATCHES
+    drawn = [asked[i : i + MICRO_BATCHES] for i in range(0, len(asked), MICRO_BATCHES)]
+    assert all(len(set(step)) == 1 for step in drawn)
+    assert len({step[0] for step in drawn}) > 1
+
+
+def test_every_rank_holds_its_shard_of_every_teacher_and_no_more(learn):
+    whole = learn(1, teacher=0)[0]["held"]
+    ranks = [rank["held"] for rank in learn(2)]
+
+    for name, elements in whole.items():
+        shares = [rank[name] for rank in ranks]
+        assert shares[0] == shares[1]
+        # Every weight's halves are padded to the same length.
+        assert elements / 2 <= shares[0] < elements / 2 + 100

@@ -1,0 +1,126 @@
+"""Which teacher is drawn, how likely, and what that does to the student on average."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from megakd.methods.skdbert import Drawn, SkdbertConfig, probabilities_of, ranks
+
+NAMES = ("small", "middle", "large")
+Finite = st.floats(-10, 10, allow_nan=False)
+
+
+class Scored:
+    """What the method asks of the lab: scores that are known already."""
+
+    def __init__(self, scores: dict[str, float]) -> None:
+        self.scores, self.record = scores, self
+        self.dev_scores: dict[str, float] = {}
+
+    def dev_score(self, name: str) -> float:
+        return self.scores[name]
+
+
+def drawn(*probabilities: float, seed: int = 3) -> Drawn:
+    return Drawn(NAMES[: len(probabilities)], probabilities, seed)
+
+
+def names(strategy: Drawn, steps: int) -> list[str | None]:
+    return [planned.teacher for step in range(steps) for planned in strategy.plan(step)]
+
+
+def test_five_ranks_weigh_as_one_to_five():
+    assert ranks((0.1, 0.5, 0.3, 0.9, 0.7)) == (1, 3, 2, 5, 4)
+    scores = dict(zip("abcde", (0.1, 0.5, 0.3, 0.9, 0.7), strict=True))
+    config = SkdbertConfig(name="skdbert", distribution="teacher_rank")
+
+    found = probabilities_of(config, Scored(scores), tuple(scores))
+
+    assert found == pytest.approx({"a": 1 / 15, "b": 3 / 15, "c": 2 / 15, "d": 5 / 15, "e": 4 / 15})
+
+
+@given(st.lists(Finite, min_size=1, max_size=8))
+def test_ranks_add_up_whatever_is_tied(scores):
+    found = ranks(scores)
+
+    assert sum(found) == pytest.approx(len(scores) * (len(scores) + 1) / 2)
+    for one, rank in zip(scores, found, strict=True):
+        for other, its_rank in zip(scores, found, strict=True):
+            assert (one < other) == (rank < its_rank)
+
+
+@pytest.mark.parametrize(("scores", "exponent"), [((0.5, 0.5, 0.5), 1.0), ((0.1, 0.2, 0.9), 0.0)])
+def test_equal_scores_or_an_exponent_of_zero_are_uniform(scores, exponent):
+    config = SkdbertConfig(name="skdbert", distribution="teacher_rank", rank_exponent=exponent)
+    lab = Scored(dict(zip(NAMES, scores, strict=True)))
+
+    found = probabilities_of(config, lab, NAMES)
+
+    assert list(found.values()) == pytest.approx([1 / 3] * 3)
+
+
+def test_weights_need_not_sum_to_one():
+    weights = {"small": 1.0, "middle": 0.0, "large": 3.0}
+    config = SkdbertConfig(name="skdbert", distribution="weights", weights=weights)
+
+    found = probabilities_of(config, Scored({}), NAMES)
+
+    assert found == {"small": 0.25, "middle": 0.0, "large": 0.75}
+
+
+def test_teachers_are_drawn_as_often_as_they_are_likely():
+    steps, probabilities = 20_000, (0.1, 0.3, 0.6)
+
+    counts = Counter(names(drawn(*probabilities), steps))
+
+    for name, probability in zip(NAMES, probabilities, strict=True):
+        sigma = math.sqrt(steps * probability * (1 - probability))
+        assert abs(counts[name] - steps * probability) < 4 * sigma
+
+
+def test_a_teacher_of_probability_zero_is_never_drawn():
+    assert set(names(drawn(0.5, 0.0, 0.5), 500)) == {"small", "large"}
+
+
+def test_a_draw_depends_on_seed_and_step_alone():
+    one, other = drawn(0.2, 0.3, 0.5), drawn(0.2, 0.3, 0.5)
+
+    in_order = names(one, 60)
+    backwards = [other.plan(step)[0].teacher for step in reversed(range(60))]
+
+    assert in_order == backwards[::-1]
+    assert in_order != names(drawn(0.2, 0.3, 0.5, seed=4), 60)
+
+
+def test_neighbouring_steps_and_seeds_draw_independently():
+    """Of two fair draws as many agree as of two coins."""
+    first, second = names(drawn(0.5, 0.5), 4001), names(drawn(0.5, 0.5, seed=4), 4001)
+
+    def share_alike(one: list, other: list) -> float:
+        return sum(a == b for a, b in zip(one, other, strict=True)) / len(one)
+
+    for pair in ((first, second), (first[1:], first[:-1])):
+        assert abs(share_alike(*pair) - 0.5) < 4 * 0.5 / math.sqrt(4000)
+
+
+def test_the_mean_gradient_is_that_of_the_mean_of_the_teachers_probabilities():
+    """So that drawing differs from averaging probabilities by noise alone, at temperature 1."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(4, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    teachers = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64)
+    likely = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+
+    def gradient(targets: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(functional.cross_entropy(student, targets), student)[0]
+
+    each = torch.stack([gradient(teacher.softmax(-1)) for teacher in teachers])
+    mixed = gradient(torch.einsum("n,nbc->bc", likely, teachers.softmax(-1)))
+
+    torch.testing.assert_close(torch.einsum("n,nbc->bc", likely, each), mixed)

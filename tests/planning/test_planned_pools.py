@@ -1,0 +1,78 @@
+"""What several teachers cost, before any of them is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import bert, write_config
+
+from megakd.config_file import load_config
+from megakd.plan import Plan, plan_run
+from megakd.planning.advice import Case, candidates
+from megakd.planning.cluster import Cluster
+from megakd.planning.rehearsals import Rehearsals
+
+TEACHER = {"model": bert(3, width=32, vocab_size=64)}
+REHEARSALS = Rehearsals()
+
+
+def planned(folder: Path, names: str, method: dict[str, Any]) -> Plan:
+    tree = {
+        "output_dir": str(folder / "out"),
+        "task": {"type": "classification", "dataset": "anything", "max_length": 16},
+        "teachers": [{**TEACHER, "name": name} for name in names],
+        "student": {"model": bert(2, width=16, vocab_size=64)},
+        "method": method,
+        "train": {"per_device_train_batch_size": 4},
+    }
+    config = load_config(write_config(folder / "run.yaml", tree))
+    return plan_run(config, Cluster(device="cuda", ranks=2), advise=False, rehearsals=REHEARSALS)
+
+
+def teachers(plan: Plan) -> dict[str, int]:
+    return plan.as_json()["roles"]["teacher"]
+
+
+def test_idle_teachers_cost_their_weights_and_nothing_else(tmp_path):
+    one = planned(tmp_path, "a", {"name": "skdbert"})
+    five = planned(tmp_path, "abcde", {"name": "skdbert"})
+
+    assert teachers(five)["weights"] == 5 * teachers(one)["weights"]
+    others = {part: size for part, size in teachers(one).items() if part != "weights"}
+    assert {part: teachers(five)[part] for part in others} == others
+    more = five.peak_bytes_per_rank - one.peak_bytes_per_rank
+    assert more == 4 * teachers(one)["weights"]
+
+
+def test_a_step_with_a_drawn_teacher_costs_that_of_one_and_the_mean_that_of_all(tmp_path):
+    one = planned(tmp_path, "a", {"name": "skdbert"}).phases[-1]
+    drawn = planned(tmp_path, "abc", {"name": "skdbert"}).phases[-1]
+    mean = planned(tmp_path, "abc", {"name": "mean_of_teachers"}).phases[-1]
+
+    assert drawn.flops == pytest.approx(one.flops)
+    assert drawn.network["teacher"] == pytest.approx(one.network["teacher"])
+    assert mean.network["teacher"] == pytest.approx(3 * one.network["teacher"])
+    assert mean.flops > 1.5 * one.flops
+
+
+def test_every_teacher_of_a_row_has_its_leg(tmp_path):
+    plan = planned(tmp_path, "abc", {"name": "takd"})
+
+    assert [phase.name for phase in plan.phases] == ["b-taught", "c-taught", "student"]
+
+
+def test_pilots_are_planned_too(tmp_path):
+    plan = planned(tmp_path, "ab", {"name": "skdbert", "distribution": "student_rank"})
+
+    assert [phase.name for phase in plan.phases] == ["pilot-a", "pilot-b", "student"]
+
+
+def test_a_change_is_named_for_every_teacher_of_the_pool(tmp_path):
+    plan = planned(tmp_path, "ab", {"name": "skdbert"})
+
+    changes = {case.settings: case.config for case in candidates(Case(plan.config, plan.cluster))}
+
+    found = changes["teachers.0.dtype=bf16 teachers.1.dtype=bf16",]
+    assert [teacher.dtype for teacher in found.teachers] == ["bf16", "bf16"]
