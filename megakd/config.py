@@ -152,7 +152,12 @@ class StudentConfig:
     """The model that learns."""
 
     model: str | ScratchModel
-    """A folder, a Hub id, a config, or `from_teacher`: cut out of the teacher by the method."""
+    """A folder, a Hub id, a config, or `from_teacher`: cut out of the teacher by the method, or
+    some of its `layers`."""
+    layers: Count | Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
+    """Which layers of the model to start from, counted from 1, or how many, spread evenly."""
+    teacher: str | None = None
+    """Of several teachers, the one that `from_teacher` means."""
     deepspeed: str | dict[str, Any] = "zero2"
     architecture: Literal["enct5", "t5_encoder"] | None = None
     """What a T5 or mT5 checkpoint is read as; None: enct5."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from megakd.config import FROM_TEACHER, LANGUAGE_TASKS, STUDENT, TEACHER
+from megakd.config import FROM_TEACHER, LANGUAGE_TASKS, STUDENT, TEACHER, ScratchModel
 from megakd.config_messages import suggestion
 from megakd.engine.ds_config import check_frozen_stage, load_ds_config
 from megakd.errors import ConfigError
@@ -36,7 +36,7 @@ _WITH_CLASSES = ("classification", *LANGUAGE_TASKS)
 def config_problems(config: RunConfig) -> list[str]:
     """What cannot work whatever the data and models are, one line per problem."""
     pools = (_pool, _cut_teacher, _one_of_several, _in_a_row, _distribution)
-    models = (_teacher, *pools, _baselines, _assistants)
+    models = (_teacher, *pools, _baselines, _assistants, _layers)
     checks = (*models, _precision, _objective, _task, _evaluation, _deepspeed)
     return [problem for check in checks for problem in check(config)]
 
@@ -142,12 +142,18 @@ def _baselines(config: RunConfig) -> Iterator[str]:
 def _assistants(config: RunConfig) -> Iterator[str]:
     method, model = config.method, config.student.model
     if not isinstance(method, AssistantOptions):
-        if model == FROM_TEACHER:
+        if model == FROM_TEACHER and config.student.layers is None:
             yield (
                 f'student.model: "{FROM_TEACHER}" is cut out of the teacher, and method '
-                f'"{method.name}" cuts nothing; give a model, or set method.name to "minidisc"'
+                f'"{method.name}" cuts nothing; say which layers the student has '
+                '(student.layers), give a model, or set method.name to "minidisc"'
             )
         return
+    if config.student.layers is not None:
+        yield (
+            f'student.layers: method "{method.name}" takes heads and neurons out of all layers; '
+            'remove the key, or set method.name to "single"'
+        )
     if model != FROM_TEACHER:
         yield (
             f'student.model: method "{method.name}" cuts the student out of the teacher; '
@@ -171,6 +177,21 @@ def _assistants(config: RunConfig) -> Iterator[str]:
             "method.residual every candidate's are narrower than its teacher's; relation_kl and "
             "soft targets work, or set method.residual to false"
         )
+
+
+def _layers(config: RunConfig) -> Iterator[str]:
+    student = config.student
+    if student.layers is not None and isinstance(student.model, ScratchModel):
+        yield "student.layers: a model from random weights has none to start from; remove the key"
+    if isinstance(student.layers, tuple) and len({*student.layers}) < len(student.layers):
+        yield f"student.layers: a layer is listed twice in {list(student.layers)}"
+    if student.teacher is not None and student.model != FROM_TEACHER:
+        yield f'student.teacher: student.model is not "{FROM_TEACHER}"; remove the key'
+    elif student.teacher is not None and student.teacher not in config.teacher_specs:
+        yield _no_such_teacher(config, "student.teacher", student.teacher)
+    elif student.model == FROM_TEACHER and config.teachers and student.teacher is None:
+        names = " or ".join(config.teacher_specs)
+        yield f'student.teacher: "{FROM_TEACHER}" can mean each of several; set it to {names}'
 
 
 def _precision(config: RunConfig) -> Iterator[str]:

@@ -14,13 +14,14 @@ from datasets import Dataset
 
 from megakd import atomic
 from megakd.assembly import Assembly, ReadyTeacher
-from megakd.config import STUDENT, TEACHER, Dtype, RunConfig, TrainConfig
+from megakd.config import FROM_TEACHER, STUDENT, TEACHER, Dtype, RunConfig, TrainConfig
 from megakd.config_file import config_tree
 from megakd.engine.distributed import Ranks, main_first, on_main
 from megakd.engine.ds_config import load_ds_config, zero_stage
 from megakd.evaluation import Metric, weighable
 from megakd.fingerprint import Fingerprint, files_identity, flatten
 from megakd.knowledge import Needs
+from megakd.models.layers import with_layers
 from megakd.models.loading import ModelSource, resolve_model
 from megakd.models.units import View
 from megakd.objective import teacher_needs
@@ -221,6 +222,8 @@ class Lab:
             MegakdError: bad input, a loss that is not finite, or a checkpoint of another config.
         """
         stage = completed(stage, self.config)
+        if stage.start is None and stage.role == STUDENT:
+            stage = dataclasses.replace(stage, start=self._start())
         fingerprint = self._fingerprint(stage)
         folder = self.config.output_dir / "stages" / stage.name
         result = read_result(folder, fingerprint)
@@ -230,6 +233,15 @@ class Lab:
             result = self._run(stage, fingerprint, folder)
         self.results.append(result)
         return result
+
+    def _start(self) -> ModelSource | None:
+        """Layers of the teacher as it teaches, fine-tuned; None where the student is given."""
+        student = self.config.student
+        if student.model != FROM_TEACHER or student.layers is None:
+            return None
+        teacher = self._teachers[self.teacher(student.teacher or TEACHER)].source
+        fewer = with_layers(teacher, student.layers, where="student.layers")
+        return dataclasses.replace(fewer, where="student.model")
 
     def _run(self, stage: Stage, fingerprint: Fingerprint, folder: Path) -> StageResult:
         teachers = {name: self._frozen(name, self.needs(stage)) for name in stage.teachers}
@@ -355,4 +367,5 @@ def _plain(value: Any) -> Any:
 
 def _identity(source: ModelSource) -> Mapping[str, Any]:
     files = sorted({stored.file for stored in source.stored.values()})
-    return {"config": source.config.to_diff_dict(), "weights": files_identity(files)}
+    identity = {"config": source.config.to_diff_dict(), "weights": files_identity(files)}
+    return identity if source.layers is None else {**identity, "layers": source.layers}

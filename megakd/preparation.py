@@ -32,6 +32,7 @@ from megakd.errors import ConfigError, MegakdError, TeacherError
 from megakd.evaluation import Metric, headline
 from megakd.models.architectures import architecture_of
 from megakd.models.labels import label_order
+from megakd.models.layers import with_layers
 from megakd.models.loading import ModelSource, check_model, resolve_model, with_vocabulary
 from megakd.objective import Shape, check_terms
 from megakd.terms import INTERMEDIATE_TERMS
@@ -231,9 +232,19 @@ def on_main_resolved(config: RunConfig) -> dict[str, ModelSource]:
         role: main_first(functools.partial(_resolve, spec, config, role))
         for role, spec in specs.items()
     }
-    if config.student.model == FROM_TEACHER:
-        sources[STUDENT] = dataclasses.replace(sources[TEACHER], where="student.model")
-    return sources
+    return with_student(config, sources)
+
+
+def with_student(config: RunConfig, sources: dict[str, ModelSource]) -> dict[str, ModelSource]:
+    """The same with the student, where it begins as a teacher or as some layers of a model."""
+    student = config.student
+    if student.model == FROM_TEACHER:
+        teacher = sources[student.teacher or TEACHER]
+        sources = {**sources, STUDENT: dataclasses.replace(teacher, where="student.model")}
+    if student.layers is None:
+        return sources
+    fewer = with_layers(sources[STUDENT], student.layers, where="student.layers")
+    return {**sources, STUDENT: fewer}
 
 
 def _resolve(spec: TeacherConfig | StudentConfig, config: RunConfig, role: str) -> ModelSource:

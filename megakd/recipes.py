@@ -47,10 +47,10 @@ def baseline_stage(lab: Lab, name: str, student: StageResult) -> Stage:
     """The same student, trained on the labels alone as `train` says, or `alone` where it does.
 
     One that was cut out of its teacher has no weights of its own to begin with: its shape starts
-    from random ones.
+    from random ones. One that has some of its layers starts from those again.
     """
     config = lab.config
-    is_cut = config.student.model == FROM_TEACHER
+    is_cut = config.student.model == FROM_TEACHER and config.student.layers is None
     return Stage(
         name=name,
         objective=lab.hard_terms(),

@@ -61,6 +61,7 @@ class ModelSource:
     where: The key of the run config, such as `teacher.model`.
     stored: The tensors of its weight files.
     wants_vocabulary: Starts from random weights and takes the tokenizer's size.
+    layers: Which of the folder's layers it has, from 1, in this order; None: all.
     """
 
     name: str
@@ -71,6 +72,7 @@ class ModelSource:
     stored: Mapping[str, StoredTensor] = field(default_factory=dict, repr=False)
     wants_vocabulary: bool = False
     trust_remote_code: bool = False
+    layers: tuple[int, ...] | None = None
 
     @property
     def stored_dtype(self) -> torch.dtype | None:

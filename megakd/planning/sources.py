@@ -16,7 +16,6 @@ from megakd.config import (
     FROM_TEACHER,
     LANGUAGE_TASKS,
     STUDENT,
-    TEACHER,
     RunConfig,
     ScratchModel,
     StudentConfig,
@@ -30,6 +29,7 @@ from megakd.models.fitting import one_line
 from megakd.models.loading import ModelSource, resolve_model, with_vocabulary
 from megakd.models.original_t5 import KEPT_KEYS, READ_AS, built_as
 from megakd.models.own_models import register_own_models
+from megakd.preparation import with_student
 
 _TRAINED_VOCABULARY = 8000
 _CONFIG = "config.json"
@@ -48,8 +48,7 @@ def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
         for role, spec in specs.items()
         if spec.model != FROM_TEACHER
     }
-    if config.student.model == FROM_TEACHER:
-        sources[STUDENT] = dataclasses.replace(sources[TEACHER], where="student.model")
+    sources = with_student(config, sources)
     size = _vocabulary(config.task, sources)
     sources = {role: with_vocabulary(source, size) for role, source in sources.items()}
     return _with_classes(sources, config.task)

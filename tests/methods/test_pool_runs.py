@@ -35,10 +35,11 @@ class Bench:
         return [{"name": name, "model": str(self.folder / name / "final")} for name in names]
 
     def config(self, out: str, method: dict[str, Any], **sections: Any) -> Path:
-        usual = {"teachers": self.teachers(*SIZES), "method": method}
+        models = {"teachers": self.teachers(*SIZES), "method": method}
         task = self.task | sections.pop("task", {})
-        tree = config_tree(self.folder / out, task, **{**usual, **sections})
-        tree["train"] |= {"per_device_train_batch_size": 8, "max_steps": STEPS}
+        tree = config_tree(self.folder / out, task, **{**models, **sections})
+        usual = {"per_device_train_batch_size": 8, "max_steps": STEPS}
+        tree["train"] |= usual | sections.get("train", {})
         return write_config(self.folder / f"{out}.yaml", tree)
 
     def run(self, out: str, method: dict[str, Any], **sections: Any) -> Path:
@@ -212,6 +213,38 @@ def test_a_finished_run_started_again_prints_its_table(bench, drawn):
     assert not said.loaded
 
 
+def test_a_student_begins_as_layers_of_a_teacher_as_it_teaches(bench):
+    """Fine-tuned, head included; without a step to take its weights are still the teacher's."""
+    large = {"name": "large", "model": str(bench.folder / "large" / "final")}
+    pool = [*bench.teachers("small"), {**large, "finetune": {"max_steps": 3}}]
+    student = {"model": "from_teacher", "teacher": "large", "layers": [1, 3]}
+
+    out = bench.run(
+        "layers", {"name": "skdbert"}, teachers=pool, student=student, train={"learning_rate": 0.0}
+    )
+
+    taught = load_file(out / "stages" / "large-finetune" / "model.safetensors")
+    ours = weights(out)
+    assert len(ours) < len(taught)
+    for name, weight in ours.items():
+        theirs = taught[name.replace("layer.1.", "layer.2.")]
+        torch.testing.assert_close(weight, theirs, rtol=0, atol=0)
+
+
+def test_other_layers_are_another_student(bench):
+    student = {"model": str(bench.folder / "large" / "final"), "layers": [1, 2]}
+    bench.run("two-layers", {"name": "skdbert"}, student=student)
+    (bench.folder / "two-layers" / "report.json").unlink()
+
+    said = bench.one_rank.train(
+        "--config",
+        bench.config("two-layers", {"name": "skdbert"}, student={**student, "layers": [1, 3]}),
+    )
+
+    assert said.code == 2
+    assert "holds the result of another config (model.layers.1: 2 there, 3 here" in said.err
+
+
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "one name twice": (
         {"name": "skdbert"},
@@ -267,6 +300,32 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
         {"name": "skdbert"},
         {"teachers": ["small", "large"], "objective": [{"loss": "hidden_mse"}]},
         ("hidden_mse compares layers", "small 1 x 16, large 3 x 32"),
+    ),
+    "layers of nobody": (
+        {"name": "skdbert"},
+        {"teachers": ["small", "large"], "student": {"model": "from_teacher", "layers": 1}},
+        ("student.teacher", "set it to small or large"),
+    ),
+    "a student without layers": (
+        {"name": "skdbert"},
+        {
+            "teachers": ["small", "large"],
+            "student": {"model": "from_teacher", "teacher": "large"},
+        },
+        ("say which layers the student has (student.layers)",),
+    ),
+    "more layers than there are": (
+        {"name": "skdbert"},
+        {
+            "teachers": ["small", "large"],
+            "student": {"model": "from_teacher", "teacher": "large", "layers": [1, 4]},
+        },
+        ("student.layers: there is no layer 4; the model has 3",),
+    ),
+    "layers of random weights": (
+        {"name": "skdbert"},
+        {"teachers": ["small", "large"], "student": {"layers": 1}},
+        ("student.layers: a model from random weights has none",),
     ),
     "a round trip": (
         {"name": "takd", "order": ["large", "small", "large"]},

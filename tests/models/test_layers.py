@@ -1,0 +1,134 @@
+"""Some layers of a model: which they are, under which numbers, and what stays as it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_cuts import (
+    FAMILIES,
+    LABELS,
+    VOCABULARY,
+    build,
+    cut,
+    saved,
+    source_of,
+    task,
+    task_of,
+    view_of,
+)
+
+from megakd.errors import ModelError
+from megakd.models.architectures import architecture_of
+from megakd.models.layers import with_layers
+from megakd.models.loading import load_model
+
+KEY = "student.layers"
+
+
+def fewer(folder, kind, wanted):
+    """The folder with some of its layers, as it is loaded."""
+    return load_model(
+        with_layers(source_of(folder, kind), wanted, where=KEY),
+        task=task(kind),
+        label_names=LABELS if kind == "classification" else (),
+        tokenizer_size=VOCABULARY,
+        ds=None,
+        dtype=torch.float32,
+        seed=1,
+        need_head=True,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_layers_are_the_model_itself(tmp_path, family):
+    source = source_of(saved(build(family), tmp_path / "model"), task_of(family))
+
+    same = with_layers(source, 3, where=KEY)
+
+    assert same.layers == (1, 2, 3)
+    assert same.stored == source.stored
+    assert same.config.to_dict() == source.config.to_dict()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("wanted", [(3,), (1, 3), (3, 1), 2], ids=str)
+def test_layers_keep_their_weights_under_new_numbers_and_all_else_stays(tmp_path, family, wanted):
+    kind, model = task_of(family), build(family)
+    architecture = architecture_of(model.config)
+    numbers = (2, 3) if wanted == 2 else wanted
+
+    found = fewer(saved(model, tmp_path / "model"), kind, wanted)
+
+    assert architecture.number_of_layers(found.config) == len(numbers)
+    for place, number in enumerate(numbers, start=1):
+        own = architecture.block_of(model, number).state_dict()
+        for name, weight in architecture.block_of(found, place).state_dict().items():
+            if "relative_attention_bias" not in name:
+                torch.testing.assert_close(weight, own[name], rtol=0, atol=0)
+    whole = dict(model.named_parameters())
+    inside = f"{architecture.backbone}.{architecture.blocks}."
+    for name, weight in found.named_parameters():
+        if not name.startswith(inside) or "relative_attention_bias" in name:
+            torch.testing.assert_close(weight, whole[name], rtol=0, atol=0)
+
+
+def test_what_a_cut_model_says_of_every_layer_goes_with_it(tmp_path):
+    model = build("bert")
+    ragged = cut(model, "classification", view_of(model, "ragged"))
+
+    found = fewer(saved(ragged, tmp_path / "cut"), "classification", (3, 1))
+
+    assert list(found.config.head_counts) == [2, 1]
+    assert list(found.config.neuron_counts) == [1, 7]
+
+
+def test_a_folder_of_the_bare_backbone_will_do(tmp_path):
+    model = build("bert")
+    bare = saved(model.bert, tmp_path / "bare")
+
+    source = with_layers(source_of(bare, "classification"), (3,), where=KEY)
+
+    names = {name for name in source.stored if "layer." in name}
+    assert names
+    assert all(name.startswith("encoder.layer.0.") for name in names)
+
+
+@given(st.integers(1, 40), st.data())
+def test_a_number_of_layers_is_spread_evenly_and_keeps_the_last(count, data):
+    wanted = data.draw(st.integers(1, count))
+    source = source_like(count)
+
+    numbers = with_layers(source, wanted, where=KEY).layers
+
+    assert len(numbers) == len({*numbers}) == wanted
+    assert numbers[-1] == count
+    gaps = [b - a for a, b in zip((0, *numbers), numbers, strict=False)]
+    assert max(gaps) - min(gaps) <= 1
+
+
+def source_like(layers: int):
+    from transformers import BertConfig
+
+    from megakd.config import ScratchModel
+    from megakd.models.loading import resolve_model
+
+    keys = BertConfig(num_hidden_layers=layers).to_diff_dict()
+    model = ScratchModel(config={**keys, "model_type": "bert"})
+    return resolve_model(model, task(), where="student.model")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (9, "9 layers are wanted and the model has 3"),
+        ((1, 7), "there is no layer 7; the model has 3"),
+    ],
+    ids=str,
+)
+def test_layers_that_are_not_there_are_refused(tmp_path, wanted, message):
+    source = source_of(saved(build("bert"), tmp_path / "model"), "classification")
+
+    with pytest.raises(ModelError, match=message):
+        with_layers(source, wanted, where=KEY)
