@@ -7,15 +7,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.nn import functional
 
 from megakd.config import Dtype, RunConfig, TeacherConfig
-from megakd.data.encoding import Collator
+from megakd.data.encoding import Collator, tokenizer_content
 from megakd.data.masking import task_masking
 from megakd.engine.distributed import Ranks
 from megakd.engine.ds_config import load_ds_config
 from megakd.engine.initialize import training_engine
 from megakd.engine.memory import freed_memory_returned
 from megakd.engine.student import StudentEngine
+from megakd.fingerprint import Fingerprint, files_identity, flatten
 from megakd.knowledge import Needs
 from megakd.models.bundle import StudentBundle
 from megakd.models.labels import label_order
@@ -24,10 +26,14 @@ from megakd.objective import Objective, Shape, build_objective
 from megakd.precision import TORCH_DTYPE, check_dtype, check_kernels, frozen_dtype, training_dtype
 from megakd.preparation import Prepared
 from megakd.scoring import Scorer
-from megakd.stage import Stage
+from megakd.stage import Batch, Stage
+from megakd.teachers.cached import CachedTeacher, Layout, build_cache
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from datasets import Dataset
     from transformers import PreTrainedModel
 
 
@@ -36,6 +42,13 @@ class ReadyTeacher(NamedTuple):
 
     source: ModelSource
     spec: TeacherConfig
+
+
+def identity_of(source: ModelSource) -> Mapping[str, Any]:
+    """What a model is, wherever its folder lies."""
+    files = sorted({stored.file for stored in source.stored.values()})
+    identity = {"config": source.config.to_diff_dict(), "weights": files_identity(files)}
+    return identity if source.layers is None else {**identity, "layers": source.layers}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +136,70 @@ class Assembly:
         order = label_order(model.config, self.prepared.splits.label_names, where=source.where)
         kernels = self.config.train.kernels
         return FrozenModel(model, needs=needs, label_order=order, kernels=kernels)
+
+    def cached(self, ready: ReadyTeacher, folder: Path) -> CachedTeacher:
+        """A teacher's answers from disk.
+
+        Raises:
+            TeacherError: they are damaged, not complete, or to other questions.
+        """
+        return CachedTeacher(folder, self._cache_facts(ready), self.ranks)
+
+    def build_cache(self, ready: ReadyTeacher, folder: Path) -> None:
+        """Asks a teacher about every training row and keeps what it says; a collective.
+
+        Raises:
+            MegakdError: the teacher cannot be used, or the folder holds other answers.
+        """
+        dtype, encoded = self.teacher_dtype(ready), self.prepared.encoded
+        model = self.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=Needs())
+        try:
+            build_cache(
+                folder,
+                self._cache_facts(ready),
+                encoded.train,
+                layout=Layout(self._answer_bytes(ready), encoded.tokens_per_row),
+                answer=lambda rows: self._answers(model, ready, rows),
+            )
+        finally:
+            model.destroy()
+
+    def _answers(
+        self, model: FrozenTeacher, ready: ReadyTeacher, rows: Dataset
+    ) -> Mapping[str, torch.Tensor]:
+        if self.config.task.type != "causal_lm":
+            return {"logits": self.scorer().outputs(model.predict, rows).float()}
+        length = self.config.task.max_length
+
+        def ask(batch: Batch) -> dict[str, torch.Tensor]:
+            said = model.top_k(batch, ready.spec.cache_top_k)
+            beyond = (0, 0, 0, length - said.ids.shape[1])
+            ids = functional.pad(said.ids, beyond, value=-1)
+            return {"ids": ids, "logprobs": functional.pad(said.logprobs.half(), beyond)}
+
+        return self.scorer().answers(ask, rows)
+
+    def _answer_bytes(self, ready: ReadyTeacher) -> int:
+        """Of one row: fp32 logits, or int32 ids and fp16 logarithms."""
+        task = self.config.task
+        if task.type == "causal_lm":
+            return task.max_length * ready.spec.cache_top_k * 6
+        return 4 * max(1, len(self.prepared.splits.label_names))
+
+    def _cache_facts(self, ready: ReadyTeacher) -> Fingerprint:
+        """All that a teacher's answers depend on."""
+        task, prepared = self.config.task, self.prepared
+        facts: dict[str, Any] = {
+            "task": task.type,
+            "labels": list(prepared.splits.label_names),
+            "data": prepared.encoded.content_hash,
+            "tokenizer": tokenizer_content(prepared.tokenizer),
+            "teacher": identity_of(ready.source),
+            "dtype": self.teacher_dtype(ready),
+        }
+        if task.type == "causal_lm":
+            facts["top_k"] = ready.spec.cache_top_k
+        return flatten(facts)
 
     def scorer(self) -> Scorer:
         """Scores any model on a held-out split of this run."""

@@ -231,6 +231,15 @@ def _prefer_large_pages() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
+def _cache(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    _prefer_large_pages()
+    from megakd.caching import cache_teachers
+
+    _say("\n".join(map(str, cache_teachers(config))))
+    return 0
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     _prefer_large_pages()
@@ -293,6 +302,7 @@ def _table(metrics: Mapping[str, float]) -> str:
 _COMMANDS: dict[str, tuple[Callable[[_Parser], None], Callable[[argparse.Namespace], int], str]] = {
     "train": (_add_train, _train, "Distil a teacher into a student, as a run config says."),
     "plan": (_add_plan, _plan, "Tell memory and time of a run before anything is loaded."),
+    "cache": (_add_config, _cache, "Keep the teachers' answers to the training rows on disk."),
     "evaluate": (_add_evaluate, _evaluate, "Score a model on the held-out split of a run config."),
     "export": (_add_export, _export, "Write a finished stage as a Hugging Face folder."),
     "report": (_add_report, _report, "Draw a finished run's report.html anew."),

@@ -135,6 +135,11 @@ class TeacherConfig:
     architecture: Literal["enct5", "t5_encoder"] | None = None
     """What a T5 or mT5 checkpoint is read as; None: enct5."""
     finetune: FinetuneOverrides | None = None
+    cache: Path | None = None
+    """A folder with its answers to the training rows, from launch/cache_teacher.py, that the
+    student learns from in place of the model."""
+    cache_top_k: Count = 64
+    """Of a language model, how many tokens of every position are kept."""
     trust_remote_code: bool = False
     allow_pickle: bool = False
 

@@ -21,6 +21,8 @@ from megakd.terms import (
     AttentionMse,
     HardCrossEntropy,
     HardMse,
+    SoftTarget,
+    SoftTargetKl,
     SoftTargetMse,
 )
 
@@ -36,7 +38,7 @@ _WITH_CLASSES = ("classification", *LANGUAGE_TASKS)
 def config_problems(config: RunConfig) -> list[str]:
     """What cannot work whatever the data and models are, one line per problem."""
     pools = (_pool, _cut_teacher, _one_of_several, _in_a_row, _distribution)
-    models = (_teacher, *pools, _baselines, _assistants, _layers)
+    models = (_teacher, *pools, _baselines, _assistants, _layers, _caches)
     checks = (*models, _precision, _objective, _task, _evaluation, _deepspeed)
     return [problem for check in checks for problem in check(config)]
 
@@ -176,6 +178,34 @@ def _assistants(config: RunConfig) -> Iterator[str]:
             f"objective: {', '.join(states)} compares hidden states of one width, and with "
             "method.residual every candidate's are narrower than its teacher's; relation_kl and "
             "soft targets work, or set method.residual to false"
+        )
+
+
+def _caches(config: RunConfig) -> Iterator[str]:
+    cached = [config.key_of(n) for n, spec in config.teacher_specs.items() if spec.cache]
+    if not cached:
+        return
+    task, key = config.task.type, f"{cached[0]}.cache"
+    if task == "mlm":
+        yield f"{key}: mlm hides other tokens in every epoch, so no answer serves twice; remove it"
+    if isinstance(config.method, AssistantOptions):
+        yield f'{key}: method "{config.method.name}" looks into the teacher itself; remove the key'
+    for index, term in enumerate(config.objective or ()):
+        where = f"objective[{index}].loss: {term.loss}"
+        if isinstance(term, INTERMEDIATE_TERMS):
+            yield f"{where} looks into the teacher, and {key} holds its outputs alone"
+        elif task == "causal_lm" and isinstance(term, SOFT_TARGET_DIVERGENCES):
+            yield from _of_the_largest(term, where, key)
+
+
+def _of_the_largest(term: SoftTarget, where: str, key: str) -> Iterator[str]:
+    """What can be told from a teacher's largest probabilities."""
+    if not isinstance(term, SoftTargetKl):
+        yield f"{where} needs all probabilities of the teacher, and {key} holds the largest"
+    elif term.temperature != 1:
+        yield (
+            f"{where} at temperature {term.temperature:g}: {key} does not say how much the tokens "
+            "that it lacks weigh there; set it to 1"
         )
 
 

@@ -9,13 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from megakd.engine.sharding import gathered
 from megakd.models.architectures import architecture_of
 from megakd.models.attention import AttentionNotes
 from megakd.models.elastic_modules import weights_in_view
-from megakd.stage import Batch, Knowledge
+from megakd.stage import Batch, Knowledge, TopK
+
+LOGITS_AT_ONCE = 1 << 24
 
 
 class Needs(NamedTuple):
@@ -76,6 +80,26 @@ def _read(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
     inputs = _accepted_inputs(model, batch)
     out = model(**inputs, output_hidden_states=needs.hidden_states)
     return Knowledge(logits=out.logits, hidden_states=tuple(out.hidden_states or ()))
+
+
+def most_likely(model: nn.Module, batch: Batch, count: int) -> TopK:
+    """A language model's most likely next tokens at every position, [B, T, count].
+
+    Logits are formed for a few positions at a time. Under ZeRO 3 only inside a module's forward.
+    """
+    hidden = _read_language_model(model, batch, Needs()).hidden
+    if hidden is None:
+        raise TypeError("a language model was read without its hidden states")
+    weight, bias = language_model_head(model).read()
+    found = []
+    for some in hidden.flatten(0, -2).split(max(1, LOGITS_AT_ONCE // len(weight))):
+        logits = functional.linear(some, weight, bias).float()
+        best, ids = logits.topk(min(count, len(weight)), dim=-1)
+        found.append((ids, best - logits.logsumexp(-1, keepdim=True)))
+    ids, logprobs = (
+        torch.cat(parts).unflatten(0, hidden.shape[:-1]) for parts in zip(*found, strict=True)
+    )
+    return TopK(ids.int(), logprobs)
 
 
 def _accepted_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

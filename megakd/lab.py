@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from megakd import atomic
-from megakd.assembly import Assembly, ReadyTeacher
+from megakd.assembly import Assembly, ReadyTeacher, identity_of
 from megakd.config import FROM_TEACHER, STUDENT, TEACHER, Dtype, RunConfig, TrainConfig
 from megakd.config_file import config_tree
 from megakd.engine.distributed import Ranks, main_first, on_main
 from megakd.engine.ds_config import load_ds_config, zero_stage
 from megakd.evaluation import Metric, weighable
-from megakd.fingerprint import Fingerprint, files_identity, flatten
+from megakd.fingerprint import Fingerprint, flatten
 from megakd.knowledge import Needs
 from megakd.models.layers import with_layers
 from megakd.models.loading import ModelSource, resolve_model
@@ -40,6 +40,7 @@ from megakd.report import (
 )
 from megakd.stage import Stage, StageResult, untrained
 from megakd.stage_run import RESULT, StageRun, read_result, result_text
+from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.terms import TermConfig, hard_terms, soft_terms
 
@@ -133,7 +134,10 @@ class Lab:
         """What a teacher is worth on the validation split; measured once."""
         ready = self._teachers[name]
         folder = self.config.output_dir / "stages" / f"{name}-scored"
-        identity = {"model": _identity(ready.source), "dtype": self._assembly.teacher_dtype(ready)}
+        identity = {
+            "model": identity_of(ready.source),
+            "dtype": self._assembly.teacher_dtype(ready),
+        }
         data = {"task": self.config.task.type, "data": self._prepared.encoded.content_hash}
         fingerprint = flatten(identity | data)
         result = read_result(folder, fingerprint)
@@ -176,7 +180,7 @@ class Lab:
         """
         ready = self._teachers[teacher]
         result = self._workshop.sorted_teacher(
-            ready, split=split, residual=residual, identity=_identity(ready.source)
+            ready, split=split, residual=residual, identity=identity_of(ready.source)
         )
         self.results.append(result)
         return Specification(
@@ -188,7 +192,7 @@ class Lab:
         units = source.architecture.units(source.config)
         if view._replace(width=view.width or units.width) == units:
             return source
-        result = self._workshop.cut(source, view, name, identity=_identity(source))
+        result = self._workshop.cut(source, view, name, identity=identity_of(source))
         return self.source(result.folder)
 
     def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
@@ -264,8 +268,22 @@ class Lab:
         student, teacher = self._assembly.shapes(stage)
         return Needs() if teacher is None else teacher_needs(stage.objective, student, teacher)
 
-    def _frozen(self, name: str, needs: Needs) -> FrozenTeacher:
+    def cache(self, name: str) -> Path:
+        """Keeps a teacher's answers to the training rows where its config says; a collective.
+
+        Raises:
+            MegakdError: the folder holds other answers, or the teacher cannot be used.
+        """
         ready = self._teachers[name]
+        if ready.spec.cache is None:
+            raise TypeError(f"{name} has no cache")
+        self._assembly.build_cache(ready, ready.spec.cache)
+        return ready.spec.cache
+
+    def _frozen(self, name: str, needs: Needs) -> FrozenTeacher | CachedTeacher:
+        ready = self._teachers[name]
+        if ready.spec.cache is not None:
+            return self._assembly.cached(ready, ready.spec.cache)
         dtype = self._assembly.teacher_dtype(ready)
         return self._assembly.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=needs)
 
@@ -275,7 +293,7 @@ class Lab:
             "seed": self.config.seed,
             "task": config_tree(self.config)["task"],
             "data": self._prepared.encoded.content_hash,
-            "model": _identity(self._assembly.learner(stage)),
+            "model": identity_of(self._assembly.learner(stage)),
             "train": _train_identity(stage.train),
             "objective": [asdict(term) for term in stage.objective],
             "deepspeed": load_ds_config(
@@ -290,7 +308,9 @@ class Lab:
         for name in stage.teachers:
             ready = self._teachers[name]
             dtype = self._assembly.teacher_dtype(ready)
-            tree[name] = {"model": _identity(ready.source), "dtype": dtype}
+            tree[name] = {"model": identity_of(ready.source), "dtype": dtype}
+            if ready.spec.cache is not None:
+                tree[name]["cached"] = ready.spec.cache_top_k
         return flatten(tree)
 
     def source(self, folder: Path) -> ModelSource:
@@ -363,9 +383,3 @@ def _plain(value: Any) -> Any:
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return None
     return {"kind": type(value).__name__, **asdict(value)}
-
-
-def _identity(source: ModelSource) -> Mapping[str, Any]:
-    files = sorted({stored.file for stored in source.stored.values()})
-    identity = {"config": source.config.to_diff_dict(), "weights": files_identity(files)}
-    return identity if source.layers is None else {**identity, "layers": source.layers}

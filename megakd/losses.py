@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.nn import functional
 import megakd_kernels
 from megakd.config import Kernels
 from megakd.knowledge import Needs
-from megakd.stage import IGNORE, Batch, Knowledge, Unit
+from megakd.stage import IGNORE, Batch, Knowledge, TopK, Unit
 from megakd.terms import HardMse, SoftTarget, SoftTargetKl, SoftTargetMse
 
 DIVERGENCE = {
@@ -179,6 +179,8 @@ class LanguageModelTargets(TermGroup):
 
     def _scored(self, rows: Rows, reading: Reading) -> megakd_kernels.KDOutput:
         head, bias = _head(reading.student)
+        if rows.top_k is not None:
+            return self._scored_from_top_k(rows, reading)
         teacher_head, teacher_bias = self._teacher_head(reading)
         divergence = {DIVERGENCE[t.loss]: reading.weights[t.loss] for t in self.soft}
         shared = self.soft[0] if self.soft else SoftTargetKl(loss="soft_target_kl")
@@ -200,6 +202,29 @@ class LanguageModelTargets(TermGroup):
             reduction="num_items",
             student_bias=bias,
             teacher_bias=teacher_bias,
+            impl=reading.kernels,
+        )
+
+    def _scored_from_top_k(self, rows: Rows, reading: Reading) -> megakd_kernels.KDOutput:
+        """Tokens that a cache lacks are one more, whose probability is what is missing to 1."""
+        head, bias = _head(reading.student)
+        (term,) = self.soft
+        ids, logprobs = cast("TopK", rows.top_k)
+        return megakd_kernels.topk_kd_loss(
+            rows.student,
+            head,
+            ids,
+            logprobs,
+            rows.labels,
+            mode="tail",
+            t_squared=term.t_squared,
+            kd_weight=reading.weights[term.loss],
+            ce_weight=self._hard_weight(reading),
+            token_weight=rows.weight,
+            ignore_index=IGNORE,
+            num_items=1.0 / reading.per_unit["targets"],
+            reduction="num_items",
+            student_bias=bias,
             impl=reading.kernels,
         )
 
@@ -230,14 +255,16 @@ class Rows(NamedTuple):
     teacher: Tensor | None
     labels: Tensor
     weight: Tensor | None
+    top_k: TopK | None = None
 
 
 def _stacked(readings: Sequence[Reading], *, with_teacher: bool) -> Rows:
     """The rows of readings of one batch, one reading after the other, weighted by their scales."""
     first, count = readings[0], len(readings)
-    taught = _hidden(first.taught) if with_teacher else None
+    top_k = first.taught.top_k if with_teacher else None
+    taught = _hidden(first.taught) if with_teacher and top_k is None else None
     if count == 1:
-        return Rows(_hidden(first.student), taught, first.batch.target_labels, None)
+        return Rows(_hidden(first.student), taught, first.batch.target_labels, None, top_k)
     labels = first.batch.target_labels.flatten()
     # Filled where they are: a list that is copied to a GPU would wait for it.
     scales = [torch.full_like(labels, one.scale, dtype=torch.float32) for one in readings]
@@ -246,6 +273,7 @@ def _stacked(readings: Sequence[Reading], *, with_teacher: bool) -> Rows:
         None if taught is None else taught.flatten(0, -2).repeat(count, 1),
         labels.repeat(count),
         torch.cat(scales),
+        None if top_k is None else TopK(*(part.flatten(0, -2).repeat(count, 1) for part in top_k)),
     )
 
 

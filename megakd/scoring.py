@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from megakd.evaluation import language_model_metrics, task_metrics
 from megakd.stage import Batch, Predictions
 
 Predict = Callable[[Batch], Predictions]
+Ask = Callable[[Batch], Mapping[str, torch.Tensor]]
 
 
 class Answers(NamedTuple):
@@ -70,12 +71,29 @@ class Scorer:
         Returns:
             [N, C] fp32 logits or [N, 1] scores, in the order of the rows.
         """
-        said = [predict(batch).outputs for batch in self.batches(rows)]
-        mine = torch.stack([answer.cpu() for answer in said if answer is not None])
-        # [turns, ranks, batch_size, C]: the order in which the rows were dealt out, so that the
-        # dummy rows, which fill the last batches, all stand at the end.
-        dealt = torch.stack(gather(mine), dim=1)
-        return dealt.flatten(0, 2)[: len(rows)]
+
+        def ask(batch: Batch) -> dict[str, torch.Tensor]:
+            outputs = predict(batch).outputs
+            return {} if outputs is None else {"outputs": outputs}
+
+        return self.answers(ask, rows)["outputs"]
+
+    def answers(self, ask: Ask, rows: Dataset) -> dict[str, torch.Tensor]:
+        """What a model says of every row, the same on every rank.
+
+        Args:
+            ask: tensors of one shape, by name, of every micro-batch; their rows come first.
+            rows: all are asked about, in their order.
+        """
+        said = [ask(batch) for batch in self.batches(rows)]
+        found = {}
+        for name in said[0]:
+            mine = torch.stack([answer[name].cpu() for answer in said])
+            # [turns, ranks, batch_size, …]: the order in which the rows were dealt out, so that
+            # the dummy rows, which fill the last batches, all stand at the end.
+            dealt = torch.stack(gather(mine), dim=1)
+            found[name] = dealt.flatten(0, 2)[: len(rows)]
+        return found
 
     def batches(self, rows: Dataset) -> Iterator[Batch]:
         """This rank's share of the rows on its device, as many batches as any rank has."""

@@ -29,6 +29,8 @@ class Batch(NamedTuple):
     labels: [B] class numbers, [B] scores (float, NaN = none) or [B, T] tokens: the next ones,
         already shifted, or those under the masks; -100 = no label.
     valid: [B, T] bool, False at padding and in rows that only keep the ranks in step.
+    rows: [B] int64 numbers of the training rows, on the CPU; -1 where a row only keeps the ranks in
+        step, None where nobody counts.
     targets: [N] int64 positions of the flattened [B * T] that a language model is asked about,
         which are the labelled ones, or one at least; None asks about all.
     """
@@ -37,6 +39,7 @@ class Batch(NamedTuple):
     labels: Tensor
     valid: Tensor
     targets: Tensor | None = None
+    rows: Tensor | None = None
 
     @property
     def target_labels(self) -> Tensor:
@@ -71,6 +74,17 @@ class AttentionVectors(NamedTuple):
     width: int
 
 
+class TopK(NamedTuple):
+    """A language model's most likely next tokens.
+
+    ids: [B, T, k] token numbers; below 0 where there is nothing to say.
+    logprobs: [B, T, k] natural logarithms of its softmax over all ids.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+
+
 class Knowledge(NamedTuple):
     """What was read from one model on one micro-batch; a teacher's carries no gradient.
 
@@ -80,6 +94,7 @@ class Knowledge(NamedTuple):
     head: the LM head; with `hidden` it stands for logits that are never formed.
     hidden_states: L + 1 tensors [B, T, D] (0 is the embedding output), or empty.
     attention: by layer, numbered as hidden states are; None at 0 and where nobody asked.
+    top_k: what is left of a language model's logits in a cache; in place of `hidden` and `head`.
     """
 
     logits: Tensor | None = None
@@ -87,6 +102,7 @@ class Knowledge(NamedTuple):
     head: Head | None = None
     hidden_states: tuple[Tensor, ...] = ()
     attention: tuple[AttentionVectors | None, ...] = ()
+    top_k: TopK | None = None
 
 
 class Losses(NamedTuple):

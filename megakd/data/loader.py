@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
+import torch
 
 from megakd.errors import DataError
 
@@ -122,9 +123,12 @@ class StepLoader:
         shape = self._shape
         mine = self.step_rows(index)[number :: shape.accumulation * shape.world]
         batch = _collated(self._rows, mine, self._collate, size=shape.per_device)
-        if self._masking is None:
-            return batch
-        return self._masking(batch, mine, seed=self._seed, draw=index // self.steps_per_epoch)
+        if self._masking is not None:
+            draw = index // self.steps_per_epoch
+            batch = self._masking(batch, mine, seed=self._seed, draw=draw)
+        numbers = np.full(shape.per_device, -1)
+        numbers[: len(mine)] = mine
+        return batch._replace(rows=torch.from_numpy(numbers))
 
     def _awaited(self, step: Future[tuple[Batch, ...]]) -> tuple[Batch, ...]:
         began = time.perf_counter()

@@ -180,9 +180,9 @@ class CarefulWriter:
 def device_batch(batch: Batch, device: torch.device) -> Batch:
     """The batch on this rank's device."""
     moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in batch.inputs.items()}
-    return Batch(
-        moved,
-        batch.labels.to(device, non_blocking=True),
-        batch.valid.to(device, non_blocking=True),
-        None if batch.targets is None else batch.targets.to(device, non_blocking=True),
+    return batch._replace(
+        inputs=moved,
+        labels=batch.labels.to(device, non_blocking=True),
+        valid=batch.valid.to(device, non_blocking=True),
+        targets=None if batch.targets is None else batch.targets.to(device, non_blocking=True),
     )

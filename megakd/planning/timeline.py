@@ -72,7 +72,8 @@ class Timeline:
             self._measure(*self.phase.teachers.values())
             return self.plan
         for name, ready in self.phase.teachers.items():
-            self._teachers.append(self._frozen(name, self.act.teachers[name], ready))
+            if ready.spec.cache is None:
+                self._teachers.append(self._frozen(name, self.act.teachers[name], ready))
         self._train(self.phase.stage)
         return self.plan
 

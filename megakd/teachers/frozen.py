@@ -10,9 +10,9 @@ from torch import nn
 
 from megakd.config import Dtype, Kernels
 from megakd.engine.initialize import frozen_engine
-from megakd.knowledge import Needs, language_model_head, read_knowledge
+from megakd.knowledge import Needs, language_model_head, most_likely, read_knowledge
 from megakd.models.bundle import predict
-from megakd.stage import Batch, Knowledge, Predictions
+from megakd.stage import Batch, Knowledge, Predictions, TopK
 
 
 class FrozenModel(nn.Module):
@@ -35,8 +35,12 @@ class FrozenModel(nn.Module):
         self.kernels: Kernels = kernels
         self.label_order = None if label_order is None else torch.tensor(list(label_order))
 
-    def forward(self, batch: Batch, *, scoring: bool = False) -> Knowledge | Predictions:
-        """Knowledge for the student's losses, or predictions to score the teacher itself."""
+    def forward(
+        self, batch: Batch, *, scoring: bool = False, top_k: int | None = None
+    ) -> Knowledge | Predictions | TopK:
+        """Knowledge for the student's losses, or what else somebody asks for."""
+        if top_k is not None:
+            return most_likely(self.model, batch, top_k)
         if scoring:
             said = predict(self.model, batch, self.kernels)
             return said._replace(outputs=self._ordered(said.outputs))
@@ -76,6 +80,11 @@ class FrozenTeacher:
     def predict(self, batch: Batch) -> Predictions:
         """Outputs of one micro-batch, for the teacher's own metrics."""
         return self._engine(batch, scoring=True)
+
+    @torch.no_grad()
+    def top_k(self, batch: Batch, count: int) -> TopK:
+        """The most likely next tokens of a language model at every position."""
+        return self._engine(batch, top_k=count)
 
     @property
     def model(self) -> nn.Module:

@@ -12,6 +12,7 @@ from megakd.lab import Lab
 from megakd.methods import METHODS
 from megakd.preparation import prepare
 from megakd.progress import Reporter
+from megakd.teachers.cached import CachedTeacher
 
 
 class Watched:
@@ -26,7 +27,9 @@ class Watched:
 
     @property
     def elements(self) -> int:
-        """Of its weights on this rank."""
+        """Of its weights on this rank; none where its answers are on disk."""
+        if isinstance(self.teacher, CachedTeacher):
+            return 0
         weights = self.teacher.model.parameters()
         return sum(getattr(weight, "ds_tensor", weight).numel() for weight in weights)
 
@@ -52,3 +55,12 @@ def learn(config_path: str, overrides: list[str]) -> dict:
     result = METHODS[config.method.name].run(config.method, lab)
     weights = load_file(result.folder / "model.safetensors")
     return {"asked": asked, "held": held, "weights": weights, "record": lab.record.pool}
+
+
+def cache(config_path: str, overrides: list[str]) -> list[str]:
+    """Makes the caches of a config's teachers: what rank 0 wrote, and how each is listed."""
+    config = load_config(Path(config_path), overrides)
+    reporter = Reporter(config.output_dir, is_main=False)
+    lab = Lab(config, prepare(config), distributed.ranks(), reporter)
+    folders = [lab.cache(lab.teacher(name)) for name in config.teacher_specs]
+    return [str(file) for folder in folders for file in sorted(folder.glob("*/*.npy"))]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 from tiny_runs import bert, config_tree, write_config, write_reviews
 
 STEPS, MICRO_BATCHES = 6, 2
@@ -89,3 +91,22 @@ def test_every_rank_holds_its_shard_of_every_teacher_and_no_more(learn):
         assert shares[0] == shares[1]
         # Every weight's halves are padded to the same length.
         assert elements / 2 <= shares[0] < elements / 2 + 100
+
+
+def test_two_ranks_keep_the_answers_that_one_does_and_learn_from_them(
+    workers, learn, config, tmp_path
+):
+    def caches(where: str) -> list[str]:
+        return [f"teachers.{i}.cache={tmp_path / where}-{i}" for i in range(len(SIZES))]
+
+    def made(ranks: int, where: str) -> list[str]:
+        overrides = [f"output_dir={tmp_path / 'unused'}", *caches(where)]
+        return workers(ranks).run("pool_cases.cache", config, overrides)[0]
+
+    for mine, others in zip(made(1, "one"), made(2, "two"), strict=True):
+        torch.testing.assert_close(*(torch.from_numpy(np.load(f)) for f in (mine, others)))
+    online = learn(2)[0]
+    offline = learn(2, *caches("two"))[0]
+
+    assert offline["asked"] == online["asked"]
+    assert furthest(offline["weights"], online["weights"]) <= 1e-5

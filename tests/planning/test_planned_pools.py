@@ -18,11 +18,11 @@ TEACHER = {"model": bert(3, width=32, vocab_size=64)}
 REHEARSALS = Rehearsals()
 
 
-def planned(folder: Path, names: str, method: dict[str, Any]) -> Plan:
+def planned(folder: Path, names: str, method: dict[str, Any], **keys: Any) -> Plan:
     tree = {
         "output_dir": str(folder / "out"),
         "task": {"type": "classification", "dataset": "anything", "max_length": 16},
-        "teachers": [{**TEACHER, "name": name} for name in names],
+        "teachers": [{**TEACHER, **keys, "name": name} for name in names],
         "student": {"model": bert(2, width=16, vocab_size=64)},
         "method": method,
         "train": {"per_device_train_batch_size": 4},
@@ -76,3 +76,12 @@ def test_a_change_is_named_for_every_teacher_of_the_pool(tmp_path):
 
     found = changes["teachers.0.dtype=bf16 teachers.1.dtype=bf16",]
     assert [teacher.dtype for teacher in found.teachers] == ["bf16", "bf16"]
+
+
+def test_a_teacher_whose_answers_are_on_disk_takes_no_memory_and_no_time(tmp_path):
+    whole = planned(tmp_path, "a", {"name": "skdbert"})
+    cached = planned(tmp_path, "a", {"name": "skdbert"}, cache=str(tmp_path / "answers"))
+
+    assert teachers(cached)["weights"] == 0
+    assert cached.phases[-1].flops < whole.phases[-1].flops
+    assert cached.phases[-1].network.get("teacher", 0) == 0

@@ -1,0 +1,41 @@
+"""`megakd cache`: makes the caches that a run config names, each of one teacher's answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megakd.config import RunConfig
+from megakd.errors import ConfigError
+from megakd.lab import Lab
+from megakd.precision import check_device
+from megakd.preparation import prepare
+from megakd.progress import Reporter
+from megakd.run import started
+
+
+def cache_teachers(config: RunConfig) -> list[Path]:
+    """Fine-tunes the teachers where the config says so, and keeps their answers; a collective.
+
+    Returns:
+        The folders of the caches.
+
+    Raises:
+        ConfigError: no teacher of the config has a cache.
+        MegakdError: bad input, or a folder that holds other answers.
+    """
+    named = [name for name, spec in config.teacher_specs.items() if spec.cache is not None]
+    if not named:
+        raise ConfigError(
+            "no teacher has a cache: set teacher.cache (of a pool, teachers[0].cache, …) to the "
+            "folder that its answers go to"
+        )
+    with started() as ranks:
+        check_device(config, ranks)
+        reporter = Reporter(
+            config.output_dir, is_main=ranks.is_main, tensorboard=config.log.tensorboard
+        )
+        try:
+            lab = Lab(config, prepare(config), ranks, reporter)
+            return [lab.cache(lab.teacher(name)) for name in named]
+        finally:
+            reporter.close()

@@ -1,0 +1,176 @@
+"""Students that learn from teachers' answers on disk, as a user has them made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from one_rank import OneRank
+from safetensors.torch import load_file
+from tiny_runs import bert, config_tree, llama, write_config, write_reviews, write_text
+from whole_run import finish
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+VOCABULARY = 320
+KL = [{"loss": "soft_target_kl"}]
+
+
+class Bench:
+    """Data, and runs of one kind that differ in where the answers come from."""
+
+    def __init__(self, one_rank: OneRank, folder: Path, *, language: bool) -> None:
+        self.one_rank, self.folder = one_rank, folder
+        self.make = llama if language else bert
+        if language:
+            data = write_text(folder / "text.txt")
+            tokenizer = {"type": "bpe", "vocab_size": VOCABULARY}
+            self.task = {"type": "causal_lm", "dataset": str(data), "tokenizer": tokenizer}
+        else:
+            reviews = write_reviews(folder / "reviews")
+            self.task = {"type": "classification", "dataset": str(reviews)}
+        keys = {} if language else NO_DROPOUT
+        # Large weights: a teacher that says the same of every row would hide a wrong row.
+        self.models = self.make(2, width=24, initializer_range=0.5, **keys), self.make(1, **keys)
+
+    def config(self, out: str, *, cache: str | None = None, **sections: Any) -> Path:
+        big, small = self.models
+        teacher = {"model": big, **sections.pop("teacher", {})}
+        if cache is not None:
+            teacher["cache"] = str(self.folder / cache)
+        tree = config_tree(
+            self.folder / out,
+            self.task | sections.pop("task", {}),
+            teacher=teacher,
+            student={"model": small},
+            method={"name": "single"},
+            **{"objective": KL, **sections},
+        )
+        tree["train"] |= {"max_steps": 10, "adam_epsilon": 0.01}
+        return write_config(self.folder / f"{out}.yaml", tree)
+
+    def cache(self, config: Path) -> str:
+        said = self.one_rank.megakd("cache", config)
+        assert said.code == 0, said.err
+        return said.err
+
+    def weights(self, config: Path) -> dict[str, torch.Tensor]:
+        finish(self.one_rank, config)
+        return load_file(self.folder / config.stem / "final" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def classes(one_rank, tmp_path_factory) -> Bench:
+    return Bench(one_rank, tmp_path_factory.mktemp("classes"), language=False)
+
+
+@pytest.fixture(scope="module")
+def language(one_rank, tmp_path_factory) -> Bench:
+    return Bench(one_rank, tmp_path_factory.mktemp("language"), language=True)
+
+
+def furthest(found: dict, expected: dict) -> float:
+    assert found.keys() == expected.keys()
+    return max((found[name] - expected[name]).abs().max().item() for name in found)
+
+
+def test_a_classifier_learns_from_its_cache_what_it_learns_from_the_teacher(classes):
+    online = classes.weights(classes.config("online"))
+    config = classes.config("offline", cache="answers")
+    classes.cache(config)
+
+    assert furthest(classes.weights(config), online) <= 1e-5
+
+
+def test_a_cache_of_the_whole_vocabulary_teaches_what_the_teacher_does(language):
+    online = language.weights(language.config("online"))
+    config = language.config("offline", cache="all", teacher={"cache_top_k": VOCABULARY})
+    language.cache(config)
+
+    # Logarithms are kept in fp16.
+    assert furthest(language.weights(config), online) <= 2e-3
+
+
+def test_of_a_large_vocabulary_the_largest_are_kept_and_the_rest_is_one_more(language):
+    config = language.config("some", cache="some-answers", teacher={"cache_top_k": 8})
+
+    said = language.cache(config)
+    weights = language.weights(config)
+
+    assert "of 768 bytes" in said  # 16 positions of 8 ids of 4 bytes and logarithms of 2
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    initial = language.weights(language.config("none", train={"learning_rate": 0.0}))
+    assert furthest(weights, initial) > 1e-3
+
+
+def test_a_cache_of_other_texts_or_another_teacher_is_refused(classes):
+    config = classes.config("first", cache="first-answers")
+    classes.cache(config)
+    shorter = classes.config("shorter", cache="first-answers", task={"max_length": 8})
+    other = {"model": bert(3, width=24, **NO_DROPOUT)}
+    larger = classes.config("larger", cache="first-answers", teacher=other)
+
+    said = [classes.one_rank.train("--config", path) for path in (shorter, larger)]
+
+    assert [one.code for one in said] == [2, 2]
+    assert "first-answers holds the answers to something else (data: " in said[0].err
+    assert "teacher.config.num_hidden_layers: 2 there, 3 here" in said[1].err
+
+
+def test_a_cache_that_was_not_made_is_asked_for(classes):
+    said = classes.one_rank.train("--config", classes.config("early", cache="nowhere"))
+
+    assert said.code == 2
+    assert "nowhere/cache.json does not exist; make the cache first" in said.err
+
+
+def test_a_config_without_a_cache_has_nothing_to_make(classes):
+    said = classes.one_rank.megakd("cache", classes.config("online-again"))
+
+    assert said.code == 2
+    assert "no teacher has a cache: set teacher.cache" in said.err
+
+
+def test_every_teacher_of_a_pool_has_its_own_cache(classes):
+    names = ("a", "b")
+    pool = [
+        {"name": n, "model": bert(1 + i, **NO_DROPOUT), "cache": str(classes.folder / f"of-{n}")}
+        for i, n in enumerate(names)
+    ]
+    tree = json.loads(classes.config("pool").read_text())
+    del tree["teacher"]
+    tree |= {"teachers": pool, "method": {"name": "skdbert"}}
+    config = write_config(classes.folder / "pool.yaml", tree)
+
+    classes.cache(config)
+    finish(classes.one_rank, config)
+
+    assert all((classes.folder / f"of-{name}" / "cache.json").is_file() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sections", "message"),
+    [
+        ("classes", {"objective": [{"loss": "hidden_mse"}]}, "hidden_mse looks into the teacher"),
+        ("classes", {"task": {"type": "mlm"}}, "mlm hides other tokens in every epoch"),
+        (
+            "language",
+            {"objective": [{"loss": "soft_target_reverse_kl"}]},
+            "needs all probabilities of the teacher",
+        ),
+        (
+            "language",
+            {"objective": [{"loss": "soft_target_kl", "temperature": 2.0}]},
+            "does not say how much the tokens that it lacks weigh there",
+        ),
+    ],
+)
+def test_what_a_cache_cannot_tell_is_refused(request, kind, sections, message):
+    bench = request.getfixturevalue(kind)
+
+    said = bench.one_rank.train("--config", bench.config("refused", cache="some", **sections))
+
+    assert said.code == 2
+    assert message in said.err

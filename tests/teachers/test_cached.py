@@ -1,0 +1,170 @@
+"""Answers that are kept on disk: whole, resumed, checked, and refused where they are to others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from megakd.engine import distributed
+from megakd.engine.distributed import Ranks
+from megakd.errors import TeacherError
+from megakd.stage import Batch
+from megakd.teachers import cached
+from megakd.teachers.cached import CachedTeacher, Layout, build_cache
+
+ONE_RANK = Ranks(0, 1, 0, torch.device("cpu"))
+ROWS, CLASSES, PER_SHARD = 23, 3, 5
+FACTS = {"data": "these", "teacher.weights": "those"}
+LAYOUT = Layout(row_bytes=4 * CLASSES, tokens_per_row=6.0)
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch):
+    """One rank without a process group, and small shards."""
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(cached, "SHARD_ROWS", PER_SHARD)
+
+
+@pytest.fixture
+def rows() -> Dataset:
+    return Dataset.from_dict({"number": list(range(ROWS))})
+
+
+class Teacher:
+    """Says of row n: n, n + 1/2, n squared."""
+
+    def __init__(self, most: int = ROWS) -> None:
+        self.asked: list[int] = []
+        self.most = most
+
+    def __call__(self, part: Dataset) -> dict[str, torch.Tensor]:
+        numbers = torch.tensor(part["number"], dtype=torch.float32)
+        if len(self.asked) + len(numbers) > self.most:
+            raise KeyboardInterrupt
+        self.asked += part["number"]
+        return {"logits": torch.stack([numbers, numbers + 0.5, numbers**2], dim=1)}
+
+
+def build(folder: Path, rows: Dataset, teacher: Teacher, facts=FACTS) -> Path:
+    build_cache(folder, facts, rows, layout=LAYOUT, answer=teacher)
+    return folder
+
+
+def batch(numbers: list[int]) -> Batch:
+    valid = torch.ones(len(numbers), 4, dtype=torch.bool)
+    return Batch({}, torch.zeros(len(numbers)), valid, rows=torch.tensor(numbers))
+
+
+def test_every_row_gets_its_own_answer_whatever_the_order(tmp_path, rows):
+    teacher = CachedTeacher(build(tmp_path / "cache", rows, Teacher()), FACTS, ONE_RANK)
+    order = torch.randperm(ROWS).tolist()
+
+    said = teacher(batch(order)).logits
+
+    expected = torch.tensor([[n, n + 0.5, n**2] for n in order])
+    torch.testing.assert_close(said, expected, rtol=0, atol=0)
+
+
+def test_a_row_that_keeps_the_ranks_in_step_gets_zeros(tmp_path, rows):
+    teacher = CachedTeacher(build(tmp_path / "cache", rows, Teacher()), FACTS, ONE_RANK)
+
+    assert teacher(batch([4, -1])).logits[1].tolist() == [0, 0, 0]
+
+
+def test_a_start_that_was_killed_is_gone_on_with_and_no_row_is_asked_twice(tmp_path, rows):
+    first, second = Teacher(most=12), Teacher()
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "cache", rows, first)
+    with pytest.raises(TeacherError, match=r"holds 10 of 23 rows; launch"):
+        CachedTeacher(tmp_path / "cache", FACTS, ONE_RANK)
+
+    folder = build(tmp_path / "cache", rows, second)
+
+    assert first.asked + second.asked == list(range(ROWS))
+    said = CachedTeacher(folder, FACTS, ONE_RANK)(batch([0, 22])).logits
+    assert said[:, 0].tolist() == [0, 22]
+
+
+def test_a_cache_that_is_complete_asks_nothing(tmp_path, rows):
+    folder, idle = build(tmp_path / "cache", rows, Teacher()), Teacher()
+
+    build(folder, rows, idle)
+
+    assert idle.asked == []
+
+
+def test_a_shard_that_a_killed_start_left_half_written_is_written_anew(tmp_path, rows):
+    folder = tmp_path / "cache"
+    with pytest.raises(KeyboardInterrupt):
+        build(folder, rows, Teacher(most=12))
+    half = folder / "0000000010"
+    half.mkdir()
+    (half / "logits.npy").write_bytes(b"half")
+
+    build(folder, rows, Teacher())
+
+    assert CachedTeacher(folder, FACTS, ONE_RANK)(batch([11])).logits[0, 0] == 11
+
+
+def test_answers_to_something_else_are_refused_naming_what_differs(tmp_path, rows):
+    folder = build(tmp_path / "cache", rows, Teacher())
+    other = {**FACTS, "data": "others"}
+
+    with pytest.raises(TeacherError, match="data: 'these' there, 'others' here"):
+        CachedTeacher(folder, other, ONE_RANK)
+    with pytest.raises(TeacherError, match="data: 'these' there, 'others' here"):
+        build(folder, rows, Teacher(), facts=other)
+
+
+@pytest.mark.parametrize("damage", ["byte", "gone"])
+def test_a_damaged_shard_is_named(tmp_path, rows, damage):
+    folder = build(tmp_path / "cache", rows, Teacher())
+    file = folder / "0000000005" / "logits.npy"
+    if damage == "gone":
+        file.unlink()
+    else:
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+
+    with pytest.raises(TeacherError, match=r"0000000005/logits\.npy is damaged"):
+        CachedTeacher(folder, FACTS, ONE_RANK)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "does not exist; make the cache first"), ("{", "is no list"), ("[]", "is no list")],
+)
+def test_a_folder_without_its_list_is_refused(tmp_path, content, message):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    if content is not None:
+        (folder / "cache.json").write_text(content)
+
+    with pytest.raises(TeacherError, match=message):
+        CachedTeacher(folder, FACTS, ONE_RANK)
+
+
+def test_what_it_will_take_is_said_before_it_begins(tmp_path, rows, caplog):
+    caplog.set_level("INFO")
+
+    build(tmp_path / "cache", rows, Teacher())
+
+    first = caplog.messages[0]
+    assert "23 rows of 12 bytes (2.0 bytes a token), 0.0 MB in 5 shards; 0 rows are there" in first
+
+
+def test_the_list_has_a_checksum_for_every_file(tmp_path, rows):
+    folder = build(tmp_path / "cache", rows, Teacher())
+
+    listed = json.loads((folder / "cache.json").read_text())["shards"]
+
+    files = {f"{s['name']}/{file}" for s in listed for file in s["checksums"]}
+    assert files == {str(p.relative_to(folder)) for p in folder.glob("*/*.npy")}
+    assert sum(np.load(folder / file).shape[0] for file in files) == ROWS
