@@ -107,7 +107,10 @@ class Assembly:
         # Projections start alike on every rank and leave the stage's random numbers alone.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            return build_objective(stage.objective, self.config.task.type, *self.shapes(stage))
+            made = build_objective(stage.objective, self.config.task.type, *self.shapes(stage))
+        if stage.reads_states:
+            made.needs = made.needs._replace(hidden_states=True)
+        return made
 
     def frozen(
         self, source: ModelSource, spec: str | Mapping[str, Any], *, dtype: Dtype, needs: Needs

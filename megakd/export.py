@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from megakd.atomic import replaced_folder
+from megakd.atomic import replaced_folder, write_content
 from megakd.models.own_models import OWN_MODELS
 from megakd.report import Report
 from megakd.report_table import result_table
@@ -46,7 +46,7 @@ def write_model_folder(
     state: Iterable[tuple[str, Tensor]],
     tokenizer: PreTrainedTokenizerBase | None,
     architecture: str | None = None,
-    extra: Mapping[str, str] | None = None,
+    extra: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """Writes a model's folder whole or not at all; for the rank that writes.
 
@@ -60,7 +60,7 @@ def write_model_folder(
             taken to its end even when writing fails, for there may be collectives behind it.
         tokenizer: saved beside the weights.
         architecture: the class of the model, for config.json.
-        extra: small text files that belong to the folder, by name: README.md, result.json.
+        extra: small files that belong to the folder, by name: README.md, result.json.
 
     Raises:
         MegakdError: the disk is full; the old folder is as it was.
@@ -75,8 +75,8 @@ def write_model_folder(
                 shutil.copyfile(file, temporary / file.name)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(temporary))
-            for name, text in (extra or {}).items():
-                (temporary / name).write_text(text, encoding="utf-8")
+            for name, content in (extra or {}).items():
+                write_content(temporary / name, content)
     finally:
         deque(tensors, maxlen=0)
 

@@ -35,6 +35,7 @@ class Health:
         # Under fp16 a gradient may overflow: DeepSpeed skips that step and lowers its scale.
         self._scales_loss = bool(stage.train.fp16)
         self._parts: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
         self._steps = 0
         self._tokens: Tensor | None = None
         self._without_targets: Tensor | None = None
@@ -55,6 +56,7 @@ class Health:
         """Takes one step's report; reads nothing."""
         for name, value in report.parts.items():
             self._parts[name] = self._parts[name] + value if name in self._parts else value
+            self._counts[name] = self._counts.get(name, 0) + 1
         self._steps += 1
         self._norm = report.gradient_norm
         tokens = report.counts[UNITS.index("tokens")]
@@ -71,12 +73,12 @@ class Health:
         self._paused_s += time.perf_counter() - began
 
     def scalars(self, *, waited_s: float) -> dict[str, float]:
-        """The means since the last call, over steps and ranks; a collective."""
+        """The means since the last call, over ranks and the steps that had it; a collective."""
         names = list(self._parts)
         zero = torch.zeros((), device=self._ranks.device)
         stacked = torch.stack([self._parts[n].float() for n in names] or [zero])
-        values = (all_reduce_(stacked) / max(1, self._steps)).tolist()
-        parts = dict(zip(names, values, strict=False))
+        sums = dict(zip(names, all_reduce_(stacked).tolist(), strict=False))
+        parts = {name: value / self._counts[name] for name, value in sums.items()}
         tokens = int(self._tokens) if self._tokens is not None else 0
         seconds = max(1e-9, time.perf_counter() - self._since - self._paused_s)
         self._total_tokens += tokens
@@ -100,7 +102,8 @@ class Health:
         return scalars
 
     def _start_window(self) -> None:
-        self._parts, self._steps, self._tokens, self._without_targets = {}, 0, None, None
+        self._parts, self._counts = {}, {}
+        self._steps, self._tokens, self._without_targets = 0, None, None
         self._since, self._paused_s = time.perf_counter(), 0.0
 
     def _warn_of_empty_steps(self) -> None:
@@ -170,6 +173,7 @@ class Health:
         """What this rank has gathered since the last logging step, which a save may fall after."""
         return {
             "parts": {name: value.cpu() for name, value in self._parts.items()},
+            "counts": dict(self._counts),
             "steps": self._steps,
             "tokens": _on_cpu(self._tokens),
             "without_targets": _on_cpu(self._without_targets),
@@ -180,6 +184,7 @@ class Health:
         """Takes what `window_state` gave on this rank; `begin` then goes on with its clock."""
         device = self._ranks.device
         self._parts = {name: value.to(device) for name, value in state["parts"].items()}
+        self._counts = dict(state["counts"])
         self._steps, self._window_before = state["steps"], state["seconds"]
         if state["tokens"] is not None:
             self._tokens = state["tokens"].to(device)

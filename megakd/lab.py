@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from datasets import Dataset
 
 from megakd import atomic
 from megakd.assembly import Assembly, ReadyTeacher, identity_of
-from megakd.config import FROM_TEACHER, STUDENT, TEACHER, Dtype, RunConfig, TrainConfig
-from megakd.config_file import config_tree
+from megakd.config import FROM_TEACHER, STUDENT, TEACHER, Dtype, RunConfig
 from megakd.engine.distributed import Ranks, main_first, on_main
 from megakd.engine.ds_config import load_ds_config, zero_stage
 from megakd.evaluation import Metric, weighable
 from megakd.fingerprint import Fingerprint, flatten
+from megakd.instruments import Instruments
 from megakd.knowledge import Needs
 from megakd.models.layers import with_layers
 from megakd.models.loading import ModelSource, resolve_model
@@ -39,12 +40,14 @@ from megakd.report import (
     parameter_counts,
 )
 from megakd.stage import Stage, StageResult, untrained
+from megakd.stage_identity import stage_identity
 from megakd.stage_run import RESULT, StageRun, read_result, result_text
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.terms import TermConfig, hard_terms, soft_terms
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Assistant(NamedTuple):
@@ -228,7 +231,7 @@ class Lab:
         stage = completed(stage, self.config)
         if stage.start is None and stage.role == STUDENT:
             stage = dataclasses.replace(stage, start=self._start())
-        fingerprint = self._fingerprint(stage)
+        fingerprint = stage_identity(stage, self._assembly)
         folder = self.config.output_dir / "stages" / stage.name
         result = read_result(folder, fingerprint)
         if result is not None:
@@ -266,7 +269,35 @@ class Lab:
     def needs(self, stage: Stage) -> Needs:
         """What a stage's losses ask of its teacher."""
         student, teacher = self._assembly.shapes(stage)
-        return Needs() if teacher is None else teacher_needs(stage.objective, student, teacher)
+        if teacher is None:
+            return Needs()
+        needs = teacher_needs(stage.objective, student, teacher)
+        return needs._replace(hidden_states=needs.hidden_states or stage.reads_states)
+
+    def widths(self, teacher: str) -> tuple[int, int]:
+        """Of the hidden states of the student and of a teacher."""
+        shapes = (self._prepared.shape(role) for role in (STUDENT, teacher))
+        student, taught = (shape.width for shape in shapes)
+        return student, taught
+
+    def steps_of_student(self) -> int:
+        """Optimiser steps that `train` asks for where all rows are trained on."""
+        train, rows = self.config.train, len(self._prepared.encoded.train)
+        per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        epoch = math.ceil(rows / (per_step * self._ranks.world_size))
+        return train.max_steps or math.ceil(train.num_train_epochs * epoch)
+
+    def instruments(self, stage: str) -> Instruments | None:
+        """What a strategy that measures may use in a stage."""
+        return Instruments(
+            scorer=self._assembly.scorer(),
+            rows=self._prepared.encoded.validation,
+            folder=self.config.output_dir / "checkpoints" / stage,
+        )
+
+    def made_by(self, result: StageResult, name: str, read: Callable[[str], T]) -> T | None:
+        """What the strategy of a stage has left in its folder."""
+        return main_first(lambda: read(str(result.folder / name)))
 
     def cache(self, name: str) -> Path:
         """Keeps a teacher's answers to the training rows where its config says; a collective.
@@ -286,32 +317,6 @@ class Lab:
             return self._assembly.cached(ready, ready.spec.cache)
         dtype = self._assembly.teacher_dtype(ready)
         return self._assembly.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=needs)
-
-    def _fingerprint(self, stage: Stage) -> Fingerprint:
-        """All that the stage's weights depend on, except the number of ranks."""
-        tree: dict[str, Any] = {
-            "seed": self.config.seed,
-            "task": config_tree(self.config)["task"],
-            "data": self._prepared.encoded.content_hash,
-            "model": identity_of(self._assembly.learner(stage)),
-            "train": _train_identity(stage.train),
-            "objective": [asdict(term) for term in stage.objective],
-            "deepspeed": load_ds_config(
-                stage.deepspeed, where=f"{self.config.key_of(stage.role)}.deepspeed"
-            ),
-            "labelled_only": stage.labelled_only,
-            "strategy": _plain(stage.strategy),
-            "views": {name: view._asdict() for name, view in stage.views.items()},
-            "judge": _plain(stage.judge),
-            "eval": {k: v for k, v in asdict(self.config.eval).items() if "batch" not in k},
-        }
-        for name in stage.teachers:
-            ready = self._teachers[name]
-            dtype = self._assembly.teacher_dtype(ready)
-            tree[name] = {"model": identity_of(ready.source), "dtype": dtype}
-            if ready.spec.cache is not None:
-                tree[name]["cached"] = ready.spec.cache_top_k
-        return flatten(tree)
 
     def source(self, folder: Path) -> ModelSource:
         """A finished folder as a model to load."""
@@ -369,17 +374,3 @@ def scoring_preset(deepspeed: str | Mapping[str, Any]) -> str:
     """How a finished student is held while it is scored: sharded if it was trained so."""
     ds = load_ds_config(deepspeed, where="student.deepspeed")
     return "teacher_zero3" if zero_stage(ds) == 3 else "teacher_zero0"
-
-
-def _train_identity(train: TrainConfig) -> Mapping[str, Any]:
-    """Without what may differ between two parts of one run: all kernels compute the same."""
-    tree = asdict(train) | {"resume_from_checkpoint": None}
-    del tree["kernels"]
-    return tree
-
-
-def _plain(value: Any) -> Any:
-    """What a strategy or a judge is made of."""
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        return None
-    return {"kind": type(value).__name__, **asdict(value)}

@@ -46,6 +46,7 @@ class Reading:
 
     kernels: the code path of megakd_kernels, as `train.kernels` names it.
     scale: of the pass that it is read for.
+    left_out: terms that the pass does without.
     """
 
     student: Knowledge
@@ -55,6 +56,7 @@ class Reading:
     per_unit: Mapping[Unit, Tensor]
     kernels: Kernels = "auto"
     scale: float = 1.0
+    left_out: frozenset[str] = frozenset()
 
     @property
     def taught(self) -> Knowledge:

@@ -14,6 +14,7 @@ from megakd.errors import ConfigError, TeacherError
 from megakd.intermediate_losses import AttentionMatrices, Flows, HiddenStates, Pairs, Relations
 from megakd.knowledge import Needs
 from megakd.losses import (
+    AGREEMENT,
     Evaluated,
     HardClasses,
     Reading,
@@ -82,9 +83,14 @@ class Objective(nn.Module):
         Args:
             readings: of one batch, by views of one width.
         """
-        groups = cast("list[TermGroup]", list(self.groups))
-        of_groups = [group.of_all(readings) for group in groups]
+        of_groups = [group.of_all(readings) for group in self._wanted(readings)]
         return [_added(parts) for parts in zip(*of_groups, strict=True)]
+
+    def _wanted(self, readings: Sequence[Reading]) -> list[TermGroup]:
+        """Groups of which some reading does not leave out every term."""
+        groups = cast("list[TermGroup]", list(self.groups))
+        left_out = frozenset.intersection(*(reading.left_out for reading in readings))
+        return [g for g in groups if not left_out.issuperset(g.units.keys() - {AGREEMENT})]
 
 
 def _added(parts: Sequence[Evaluated]) -> Evaluated:

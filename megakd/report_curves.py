@@ -15,6 +15,8 @@ ROWS_SHOWN = 15
 COLUMNS_SHOWN = 24
 POINTS_ON_THE_PAGE = 24_000
 POINTS_PER_LINE = (24, 300)
+SELECTION = "select"
+"""The group of what a strategy logs of its own choices."""
 SPEED = ("learning_rate", "gradient_norm", "tokens_per_s", "teacher_share", "data_share")
 NOT_DRAWN = ("step_seconds", "memory_bytes")  # as tokens_per_s and the peak of a stage say it
 UNITS = {
@@ -65,6 +67,7 @@ def _kinds(groups: Groups) -> list[_Kind]:
     speed = [panel for name in SPEED for panel in train if panel.name == name]
     return [
         _Kind("Losses", _merged(_drawable(losses))[:PANELS_SHOWN]),
+        _Kind("Choices", _drawable(groups.get(SELECTION, ()))[:PANELS_SHOWN]),
         _Kind("Evaluation", _drawable(groups.get("eval", ()))[:PANELS_SHOWN]),
         _Kind("Speed and step size", _drawable(speed)),
     ]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from datasets import Dataset
+from torch.nn import functional
 
 from megakd.data.encoding import Collator
 from megakd.data.loader import evaluation_batches
@@ -15,7 +16,7 @@ from megakd.data.masking import Masking
 from megakd.engine.distributed import Ranks, all_reduce_, gather, on_main
 from megakd.engine.student import device_batch
 from megakd.evaluation import language_model_metrics, task_metrics
-from megakd.stage import Batch, Predictions
+from megakd.stage import IGNORE, Batch, Predictions
 
 Predict = Callable[[Batch], Predictions]
 Ask = Callable[[Batch], Mapping[str, torch.Tensor]]
@@ -64,6 +65,21 @@ class Scorer:
                 answers.add(said.outputs, batch)
         # Every rank has at least one batch, so all take the same way.
         return self._rows(answers) if answers.outputs else self._language_model(sums)
+
+    def loss(self, predict: Predict, rows: Dataset) -> float:
+        """The mean loss on labels: cross-entropy in nats, or squared error; the same on every rank.
+
+        A target of a language model, a labelled row of the others.
+        """
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in self.batches(rows):
+            said = predict(batch)
+            if said.sums is not None:
+                sums += said.sums[[0, 2]].cpu()
+            if said.outputs is not None:
+                sums += _missed(said.outputs.cpu(), batch.labels.cpu())
+        total, count = all_reduce_(sums).tolist()
+        return total / max(1.0, count)
 
     def outputs(self, predict: Predict, rows: Dataset) -> torch.Tensor:
         """What `predict` says of every row, labelled or not, the same on every rank.
@@ -116,3 +132,14 @@ class Scorer:
         outputs = gather(torch.cat(answers.outputs))
         labels = gather(torch.cat(answers.labels))
         return on_main(lambda: task_metrics(self.metrics, torch.cat(outputs), torch.cat(labels)))
+
+
+def _missed(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[2] fp64: the summed loss of the labelled rows, and how many those are."""
+    if labels.is_floating_point():
+        error = (outputs.double().squeeze(-1) - labels.double()).square()
+        return torch.stack([error.nansum(), (~error.isnan()).sum().double()])
+    missed = functional.cross_entropy(
+        outputs.double(), labels, ignore_index=IGNORE, reduction="sum"
+    )
+    return torch.stack([missed, (labels != IGNORE).sum().double()])

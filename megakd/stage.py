@@ -5,7 +5,7 @@ Shapes: B rows of a micro-batch, T positions, V vocabulary or classes, D width, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -131,13 +131,17 @@ class Predictions(NamedTuple):
 class Pass:
     """Who teaches, which sub-network learns, which terms count, in one pass of a step.
 
-    weights: term name -> weight in place of the objective's own; None keeps them.
+    weights: term name -> weight in place of the objective's own; None keeps them. A term of
+        weight 0 here is left out: it is neither computed nor reported.
+    weigh: the same, asked in the student's forward about what both models said of a micro-batch
+        (a `Reading`); on all ranks alike. What it gives multiplies the weights.
     """
 
     teacher: str | None = None
     view: str | None = None
     weights: Mapping[str, float] | None = None
     scale: float = 1.0
+    weigh: Callable[[Any], Mapping[str, float]] | None = None
 
 
 def backward_groups(plan: Sequence[Pass], size: int | None) -> list[Sequence[Pass]]:
@@ -168,7 +172,11 @@ class Teacher(Protocol):
 
 
 class Strategy(Protocol):
-    """The three places where a method steers the loop; control flow may not differ by rank."""
+    """The places where a method steers the loop; control flow may not differ by rank."""
+
+    def begin(self, student: Any, step: int) -> None:
+        """A start of the stage, fresh or resumed, is about to take this step."""
+        ...
 
     def plan(self, step: int) -> tuple[Pass, ...]:
         """The passes of this step: a function of (config, seed, step), or broadcast."""
@@ -190,10 +198,21 @@ class Strategy(Protocol):
         """Takes what `state_dict` gave."""
         ...
 
+    def scalars(self) -> Mapping[str, float]:
+        """What it has to log of the steps since the last call, the same on every rank."""
+        ...
+
+    def files(self) -> Mapping[str, bytes]:
+        """What it leaves in the finished stage's folder, by name, beside the model."""
+        ...
+
 
 @dataclass(frozen=True)
 class Planned:
     """A strategy that only plans: it keeps nothing and has no part in an update."""
+
+    def begin(self, student: Any, step: int) -> None:
+        """Nothing to do."""
 
     def plan(self, step: int) -> tuple[Pass, ...]:
         """The passes of this step."""
@@ -211,6 +230,14 @@ class Planned:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to take."""
+
+    def scalars(self) -> Mapping[str, float]:
+        """Nothing to log."""
+        return {}
+
+    def files(self) -> Mapping[str, bytes]:
+        """Nothing to leave."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -259,6 +286,8 @@ class Stage:
         model is cut to the one that `judge` chooses.
     judge: for a stage with views.
     passes_per_backward: at most so many passes keep their activations at a time; None: all.
+    episodes: so many times the steps of `train` are taken, the learning rate beginning anew.
+    reads_states: whether the strategy reads hidden states of both models.
     """
 
     name: str
@@ -273,6 +302,8 @@ class Stage:
     views: Mapping[str, View] = field(default_factory=dict)
     judge: Judge | None = None
     passes_per_backward: int | None = None
+    episodes: int = 1
+    reads_states: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,15 +65,15 @@ class StageRun:
         self.scorer = assembly.scorer()
         self.loader = self._loader()
         train = stage.train
-        self.steps = train.max_steps or math.ceil(
-            train.num_train_epochs * self.loader.steps_per_epoch
-        )
+        steps = train.max_steps or math.ceil(train.num_train_epochs * self.loader.steps_per_epoch)
+        self.steps = stage.episodes * steps
+        rate = learning_rate_schedule(train, steps)
         self.trainer = Trainer(
             student=self.student,
             teachers=teachers,
             strategy=stage.strategy,
             count_units=self._count_units,
-            learning_rate=learning_rate_schedule(train, self.steps),
+            learning_rate=lambda step: rate(step % steps),
         )
         folder = self.config.output_dir / "checkpoints" / stage.name
         self.checkpoints = Checkpoints(
@@ -122,6 +122,7 @@ class StageRun:
         start = self._resume()
         # On rank 0, and its full disk is everybody's error.
         on_main(lambda: self.reporter.begin(self.stage.name, step=start, total_steps=self.steps))
+        self.trainer.strategy.begin(self.student, start)
         self.health.begin()
         for report in self.trainer.fit(self._on_device(start)):
             self._after_step(report)
@@ -184,7 +185,7 @@ class StageRun:
     def _log(self, step: int) -> None:
         self.health.check_finite(self.checkpoints.newest)
         scalars = self.health.scalars(waited_s=self.loader.waited_s)
-        self._report(step, scalars)
+        self._report(step, {**scalars, **self.trainer.strategy.scalars()})
 
     def _report(self, step: int, scalars: Mapping[str, float]) -> None:
         on_main(lambda: self.reporter.log(step, scalars, stage=self.stage.name))
@@ -217,7 +218,10 @@ class StageRun:
 
     def _write_result(self, result: StageResult, *, from_best: bool) -> None:
         """The finished stage's folder; its result.json makes it finished."""
-        record = {RESULT: result_text(result, self.checkpoints.fingerprint)}
+        record = {
+            RESULT: result_text(result, self.checkpoints.fingerprint),
+            **self.trainer.strategy.files(),
+        }
         if not from_best:
             self._write_model(result.folder, record, result.view)
         else:
@@ -228,7 +232,9 @@ class StageRun:
         text = atomic.json_text(record, indent=2)
         self._write_model(folder, {RECORD: text}, view if view in self.stage.views else None)
 
-    def _write_model(self, folder: Path, extra: Mapping[str, str], view: str | None) -> None:
+    def _write_model(
+        self, folder: Path, extra: Mapping[str, str | bytes], view: str | None
+    ) -> None:
         """The learner, cut to a view, as a folder with small files beside; a collective."""
         model = self.student.student
         kept = None if view is None else self.stage.views[view]

@@ -36,6 +36,7 @@ from megakd.models.loading import resolve_model
 from megakd.preparation import Prepared, check_run
 from megakd.recipes import completed
 from megakd.stage import Stage, StageResult
+from megakd.stage_identity import stage_identity
 from megakd.stage_run import result_text
 from megakd.terms import HiddenMse, SoftTargetKl
 
@@ -107,7 +108,7 @@ def stage_of(**changes: Any) -> Stage:
 def fingerprint(config: RunConfig, content: str = "rows", **changes: Any) -> dict[str, Any]:
     lab = lab_of(config, content)
     lab.teacher()
-    return lab._fingerprint(completed(stage_of(**changes), lab.config))
+    return stage_identity(completed(stage_of(**changes), lab.config), lab._assembly)
 
 
 def test_a_teacher_is_finetuned_on_its_labels_before_it_teaches(tmp_path, teacher, monkeypatch):
@@ -244,7 +245,7 @@ def finished(lab: Lab, stage: Stage) -> StageResult:
     """Leaves the stage's result where a finished stage has it."""
     folder = lab.config.output_dir / "stages" / stage.name
     folder.mkdir(parents=True)
-    text = result_text(result(folder), lab._fingerprint(completed(stage, lab.config)))
+    text = result_text(result(folder), stage_identity(completed(stage, lab.config), lab._assembly))
     (folder / "result.json").write_text(text)
     return result(folder)
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from megakd.methods import (
     direct,
     finetune,
+    knowledge_selection,
     maxidisc,
     mean_of_teachers,
     minidisc,
@@ -19,6 +20,7 @@ from megakd.methods import (
 )
 from megakd.methods.direct import DirectConfig
 from megakd.methods.finetune import FinetuneConfig
+from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
 from megakd.methods.maxidisc import MaxiDiscConfig
 from megakd.methods.mean_of_teachers import MeanOfTeachersConfig
 from megakd.methods.minidisc import MiniDiscConfig
@@ -36,7 +38,8 @@ MethodConfig = Annotated[
     | SkdbertConfig
     | MeanOfTeachersConfig
     | MtBertConfig
-    | TakdConfig,
+    | TakdConfig
+    | KnowledgeSelectionConfig,
     Field(discriminator="name"),
 ]
 METHODS = {
@@ -49,4 +52,5 @@ METHODS = {
     "mean_of_teachers": mean_of_teachers,
     "mt_bert": mt_bert,
     "takd": takd,
+    "knowledge_selection": knowledge_selection,
 }

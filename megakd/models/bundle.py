@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -116,15 +117,21 @@ class StudentBundle(nn.Module):
         planned: Pass,
         per_unit: Mapping[Unit, Tensor],
     ) -> Reading:
-        return Reading(
+        chosen = dict(planned.weights or {})
+        reading = Reading(
             student=said,
             teacher=knowledge.get(planned.teacher) if planned.teacher else None,
             batch=batch,
-            weights=self.objective.weights | dict(planned.weights or {}),
+            weights=self.objective.weights | chosen,
             per_unit=per_unit,
             kernels=self.kernels,
             scale=planned.scale,
         )
+        if planned.weigh is not None:
+            factors = planned.weigh(reading)
+            chosen = {name: reading.weights[name] * factor for name, factor in factors.items()}
+        left_out = frozenset(name for name, weight in chosen.items() if weight == 0)
+        return replace(reading, weights={**reading.weights, **chosen}, left_out=left_out)
 
     def _viewing(self, view: str | None) -> AbstractContextManager[None]:
         if self.elastic is None:

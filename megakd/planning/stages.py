@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from megakd.assembly import ReadyTeacher
-from megakd.config import TEACHER, RunConfig
+from megakd.config import STUDENT, TEACHER, RunConfig
 from megakd.methods import METHODS
 from megakd.models.loading import ModelSource
 from megakd.models.units import View
@@ -113,6 +113,26 @@ class PlanningLab:
             for name in self.config.teacher_specs
         }
         return tuple(sorted(sizes, key=lambda name: -sizes[name]))
+
+    def widths(self, teacher: str) -> tuple[int, int]:
+        """Of the hidden states of the student and of a teacher."""
+        student, taught = (
+            source.architecture.hidden_width(source.config)
+            for source in (self._sources[STUDENT], self._sources[teacher])
+        )
+        return student, taught
+
+    def steps_of_student(self) -> int:
+        """The rows are not counted."""
+        return self.config.train.max_steps or 1
+
+    def instruments(self, stage: str) -> None:
+        """There is nothing to measure."""
+        del stage
+
+    def made_by(self, result: StageResult, name: str, read: Any) -> None:
+        """Nothing was made."""
+        del result, name, read
 
     def worth(self, metrics: Any) -> float:
         """All models are worth the same."""

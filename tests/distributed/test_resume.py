@@ -18,7 +18,11 @@ import torch
 
 TEACHER = "teacher-finetune"
 # What learns under a method, after the teacher; the last one is the student.
-LEARNERS = {"single": ("student",), "minidisc": ("trial-1", "trial-2")}
+LEARNERS = {
+    "single": ("student",),
+    "minidisc": ("trial-1", "trial-2"),
+    "knowledge_selection": ("selector", "student"),
+}
 STEPS, SAVE_STEPS = 12, 4
 WORLD = 2
 # How long things take is no part of a run's result.
@@ -85,11 +89,14 @@ def bert(layers: int) -> dict[str, Any]:
 
 def sections(method: str, preset: str) -> dict[str, Any]:
     """One teacher and one student, or a student that is cut out of its teacher in two trials."""
-    if method == "single":
+    if method != "minidisc":
         hidden = {"loss": "hidden_mse", "weight": 0.1, "layer_mapping": ["1:2"]}
         student: dict[str, Any] = {"model": bert(1), "deepspeed": preset}
         options: dict[str, Any] = {}
-    else:
+    if method == "knowledge_selection":
+        # Episodes and phases end at other steps than logging, evaluations and saves.
+        options = {"episodes": 2, "episode_steps": STEPS // 2, "phase_steps": 5, "hidden": 8}
+    if method == "minidisc":
         hidden = {"loss": "hidden_mse", "weight": 0.1}
         student = {"model": "from_teacher", "deepspeed": preset}
         # No weight on size: a wide candidate becomes the assistant, and there is a second trial.
@@ -136,6 +143,7 @@ def write_config(folder: Path, preset: str, method: str) -> Path:
     scope="module",
     params=[
         pytest.param(("zero2", "single"), marks=pytest.mark.slow, id="single"),
+        pytest.param(("zero2", "knowledge_selection"), marks=pytest.mark.slow, id="selection"),
         pytest.param(("zero3", "minidisc"), id="minidisc"),
     ],
 )
@@ -264,22 +272,26 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_never_been(truth, launch
     killer = Killer(launch, run, rng)
     teacher, student = TEACHER, run.stages[-1]
     # Starts are dear: what does not depend on the method is done once.
-    is_single = run.method == "single"
+    is_minidisc = run.method == "minidisc"
 
     try:
         killer.start_until("start-up", lambda _: True, delay_s=5)
         killer.start_until("teacher", killer.logged(teacher, rng.randint(1, 5)), delay_s=0.1)
         killer.start_until("teacher saves", killer.saving(teacher), delay_s=0.02)
-        if is_single:
+        if not is_minidisc:
             killer.start_until("between", killer.exists(f"stages/{teacher}"), delay_s=0.3)
-        else:
+        if run.method == "knowledge_selection":
+            killer.start_until(
+                "selector", killer.logged("selector", rng.randint(1, 4)), delay_s=0.1
+            )
+        if is_minidisc:
             killer.start_until("specification", killer.exists(f"stages/{teacher}"), delay_s=0.6)
             moment = killer.logged("trial-1", rng.randint(1, 5))
             killer.start_until("first trial", moment, delay_s=0.1)
         moment = killer.logged(student, rng.randint(1, 5))
         killer.start_until("student", moment, delay_s=0.1, rank=rng.randrange(WORLD))
         killer.start_until("student saves", killer.saving(student), delay_s=0.02)
-        if not is_single:
+        if is_minidisc:
             killer.start_until("final", killer.exists(".final.new", "final"))
         finish(launch, run)
         assert_same_run(run, truth)

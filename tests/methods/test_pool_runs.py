@@ -8,49 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from one_rank import OneRank, Said
+from pool_bench import SIZES, STEPS, Bench
 from safetensors.torch import load_file
-from tiny_runs import bert, config_tree, write_config, write_reviews
-from whole_run import finish, read
-
-STEPS = 12
-SIZES = {"small": (1, 16), "middle": (2, 24), "large": (3, 32)}
-
-
-class Bench:
-    """Three teachers of different sizes that all runs share."""
-
-    def __init__(self, one_rank: OneRank, folder: Path) -> None:
-        self.one_rank, self.folder = one_rank, folder
-        reviews = write_reviews(folder / "reviews")
-        self.task = {"type": "classification", "dataset": str(reviews)}
-        for number, (name, (layers, width)) in enumerate(SIZES.items()):
-            tree = config_tree(
-                folder / name, self.task, student={"model": bert(layers, width=width)}, seed=number
-            )
-            tree["train"] |= {"per_device_train_batch_size": 8, "max_steps": 10 + 10 * number}
-            finish(one_rank, write_config(folder / f"{name}.yaml", tree))
-
-    def teachers(self, *names: str) -> list[dict[str, Any]]:
-        return [{"name": name, "model": str(self.folder / name / "final")} for name in names]
-
-    def config(self, out: str, method: dict[str, Any], **sections: Any) -> Path:
-        models = {"teachers": self.teachers(*SIZES), "method": method}
-        task = self.task | sections.pop("task", {})
-        tree = config_tree(self.folder / out, task, **{**models, **sections})
-        usual = {"per_device_train_batch_size": 8, "max_steps": STEPS}
-        tree["train"] |= usual | sections.get("train", {})
-        return write_config(self.folder / f"{out}.yaml", tree)
-
-    def run(self, out: str, method: dict[str, Any], **sections: Any) -> Path:
-        finish(self.one_rank, self.config(out, method, **sections))
-        return self.folder / out
-
-    def refused(self, method: dict[str, Any], **sections: Any) -> Said:
-        said = self.one_rank.train("--config", self.config("refused", method, **sections))
-        assert said.code == 2, said.out
-        assert not said.loaded
-        return said
+from tiny_runs import bert
+from whole_run import forgotten, read
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +80,19 @@ def test_a_pool_of_one_is_plain_distillation_bit_for_bit(bench, method):
     )
 
     assert same(bench.run(f"one-{method}", {"name": method}, **sections), plain)
+
+
+def test_a_run_that_goes_on_draws_what_it_would_have_drawn(bench, tmp_path):
+    save = {"save": {"save_steps": 5, "save_total_limit": None}}
+    whole = bench.run("whole", {"name": "skdbert"}, **save)
+    killed = forgotten(whole, tmp_path / "killed", stage="student", after=5)
+
+    said = bench.one_rank.train("--config", bench.folder / "whole.yaml", f"output_dir={killed}")
+
+    assert said.code == 0, said.err
+    assert "student: resumed at step 5" in said.err
+    assert same(killed, whole)
+    assert read(killed)["pool"] == read(whole)["pool"]
 
 
 def test_one_teacher_may_be_drawn_always_and_the_others_never_run(bench):
@@ -243,149 +217,3 @@ def test_other_layers_are_another_student(bench):
 
     assert said.code == 2
     assert "holds the result of another config (model.layers.1: 2 there, 3 here" in said.err
-
-
-BAD: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
-    "one name twice": (
-        {"name": "skdbert"},
-        {"teachers": ["small", "large", "small"]},
-        ('the name "small" is given 2 times',),
-    ),
-    "the student's name": (
-        {"name": "skdbert"},
-        {"teachers": [{"name": "student", "model": bert(1)}]},
-        ("teachers[0].name", '"student" is what another model of a run is called'),
-    ),
-    "a negative weight": (
-        {"name": "skdbert", "distribution": "weights", "weights": {"small": -1, "large": 1}},
-        {"teachers": ["small", "large"]},
-        ("method.weights.small", "must be at least 0"),
-    ),
-    "weights of zero": (
-        {"name": "skdbert", "distribution": "weights", "weights": {"small": 0, "large": 0}},
-        {"teachers": ["small", "large"]},
-        ("method.weights", "all are 0"),
-    ),
-    "a weight of nobody": (
-        {"name": "skdbert", "distribution": "weights", "weights": {"smal": 1, "large": 1}},
-        {"teachers": ["small", "large"]},
-        ('there is no teacher "smal"; did you mean "small"?', "none for small"),
-    ),
-    "weights without use": (
-        {"name": "skdbert", "weights": {"small": 1, "large": 1}},
-        {"teachers": ["small", "large"]},
-        ("method.distribution is uniform, which takes none",),
-    ),
-    "one of several": (
-        {"name": "single"},
-        {"teachers": ["small", "large"]},
-        ("set method.teacher to small or large",),
-    ),
-    "nobody": (
-        {"name": "single", "teacher": "huge"},
-        {"teachers": ["small", "large"]},
-        ('method.teacher: there is no teacher "huge"',),
-    ),
-    "a cut of several": (
-        {"name": "minidisc"},
-        {"teachers": ["small", "large"], "student": {"model": "from_teacher"}},
-        ('method "minidisc" cuts one teacher',),
-    ),
-    "a teacher beside the pool": (
-        {"name": "skdbert"},
-        {"teachers": ["small", "large"], "teacher": {"model": bert(1)}},
-        ("there is a teacher section too",),
-    ),
-    "layers of unlike teachers": (
-        {"name": "skdbert"},
-        {"teachers": ["small", "large"], "objective": [{"loss": "hidden_mse"}]},
-        ("hidden_mse compares layers", "small 1 x 16, large 3 x 32"),
-    ),
-    "layers of nobody": (
-        {"name": "skdbert"},
-        {"teachers": ["small", "large"], "student": {"model": "from_teacher", "layers": 1}},
-        ("student.teacher", "set it to small or large"),
-    ),
-    "a student without layers": (
-        {"name": "skdbert"},
-        {
-            "teachers": ["small", "large"],
-            "student": {"model": "from_teacher", "teacher": "large"},
-        },
-        ("say which layers the student has (student.layers)",),
-    ),
-    "more layers than there are": (
-        {"name": "skdbert"},
-        {
-            "teachers": ["small", "large"],
-            "student": {"model": "from_teacher", "teacher": "large", "layers": [1, 4]},
-        },
-        ("student.layers: there is no layer 4; the model has 3",),
-    ),
-    "layers of random weights": (
-        {"name": "skdbert"},
-        {"teachers": ["small", "large"], "student": {"layers": 1}},
-        ("student.layers: a model from random weights has none",),
-    ),
-    "a round trip": (
-        {"name": "takd", "order": ["large", "small", "large"]},
-        {"teachers": ["small", "large"]},
-        ('"large" is listed 2 times',),
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_pools_that_cannot_work_are_refused_before_anything_is_loaded(bench, case):
-    method, sections, fragments = BAD[case]
-    given = sections["teachers"]
-    pool = given if isinstance(given[0], dict) else bench.teachers(*given)
-
-    said = bench.refused(method, **{**sections, "teachers": pool})
-
-    for fragment in fragments:
-        assert fragment in said.err
-
-
-def test_all_teachers_with_other_labels_or_tokens_are_named_at_once(bench, tmp_path):
-    """A pool is put together from many places: one message per start would take all day."""
-    three = bert(1, width=16, num_labels=3)
-    tree = config_tree(
-        tmp_path / "three",
-        {**bench.task, "dataset": str(_three_classes(tmp_path))},
-        student={"model": three},
-    )
-    finish(bench.one_rank, write_config(tmp_path / "three.yaml", tree))
-    other = {"name": "other", "model": str(tmp_path / "three" / "final")}
-
-    said = bench.refused(
-        {"name": "skdbert"}, teachers=[*bench.teachers("small"), other, {**other, "name": "again"}]
-    )
-
-    assert "teachers[1].model: the model has 3 labels" in said.err
-    assert "teachers[2].model: the model has 3 labels" in said.err
-    assert "teachers[1].model" in said.err.split("comes with a tokenizer")[0]
-    assert "comes with a tokenizer" in said.err
-
-
-def _three_classes(folder: Path) -> Path:
-    data = folder / "three-classes"
-    data.mkdir()
-    for split in ("train", "validation"):
-        rows = [{"text": f"word {n % 3} of many", "label": "abc"[n % 3]} for n in range(24)]
-        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return data
-
-
-def test_ranks_without_labels_to_rank_by_are_refused(bench, tmp_path):
-    data = write_reviews(tmp_path / "unlabelled")
-    rows = [json.loads(line) for line in (data / "validation.jsonl").read_text().splitlines()]
-    blank = [{**row, "label": None} for row in rows]
-    (data / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in blank))
-
-    said = bench.refused(
-        {"name": "skdbert", "distribution": "student_rank"},
-        task={"dataset": str(data)},
-    )
-
-    assert "has no labelled rows to score" in said.err

@@ -127,7 +127,47 @@ def test_a_pass_may_weigh_the_terms_itself_and_is_scaled():
     assert found.total.item() == pytest.approx(
         0.5 * 0.25 * found.parts["hard_cross_entropy"].item()
     )
-    assert found.parts["soft_target_kl"] > 0  # reported, not minimised
+
+
+def test_what_a_pass_gives_no_weight_is_neither_computed_nor_reported(monkeypatch):
+    student = bundle()
+    computed = []
+    for group in student.objective.groups:
+        forward = group.forward
+        monkeypatch.setattr(
+            group, "forward", lambda reading, g=group, f=forward: computed.append(g) or f(reading)
+        )
+
+    found = losses(student, Pass(teacher="a", weights={"soft_target_kl": 0.0}))
+
+    assert "soft_target_kl" not in found.parts
+    assert "top1_agreement" not in found.parts
+    assert [name for group in computed for name in group.units] == ["hard_cross_entropy"]
+
+
+def test_a_term_whose_own_weight_is_nothing_is_still_reported():
+    student = bundle()
+    student.objective.weights["soft_target_kl"] = 0.0
+
+    assert losses(student, Pass(teacher="a")).parts["soft_target_kl"] > 0
+
+
+def test_a_pass_may_ask_for_factors_when_both_models_have_spoken():
+    asked = []
+
+    def weigh(reading):
+        asked.append((reading.student.logits.shape, reading.taught.logits.shape))
+        return {"soft_target_kl": 0.0, "hard_cross_entropy": 0.5}
+
+    student = bundle()
+
+    found = losses(student, Pass(teacher="a", weigh=weigh))
+
+    assert found.total.item() == pytest.approx(
+        0.5 * 0.25 * found.parts["hard_cross_entropy"].item()
+    )
+    assert len(asked) == 1
+    assert "soft_target_kl" not in found.parts
 
 
 def test_the_gradient_of_a_plan_is_the_sum_over_its_passes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,3 +83,29 @@ def _teacher(one_rank: OneRank, folder: Path, reviews: Path) -> Path:
     tree["train"] |= {"per_device_train_batch_size": 8, "max_steps": 40}
     finish(one_rank, write_config(folder / "teacher.yaml", tree))
     return folder / "teacher" / "final"
+
+
+def forgotten(
+    out: Path, folder: Path, *, stage: str, after: int, following: tuple[str, ...] = ()
+) -> Path:
+    """A copy of a finished run as a kill would have left it, some steps into a stage.
+
+    Args:
+        out: the finished run.
+        folder: where the copy goes.
+        stage: that was going on.
+        after: the step of the checkpoint that is the last one.
+        following: stages that had not begun.
+    """
+    copy = Path(shutil.copytree(out, folder))
+    (copy / "report.json").unlink()
+    shutil.rmtree(copy / "final")
+    for name in (stage, *following):
+        shutil.rmtree(copy / "stages" / name)
+    for name in following:
+        shutil.rmtree(copy / "checkpoints" / name)
+    for checkpoint in (copy / "checkpoints" / stage).glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > after:
+            shutil.rmtree(checkpoint)
+    (copy / "checkpoints" / stage / "latest").unlink()
+    return copy

@@ -1,0 +1,215 @@
+"""Knowledge selection: an actor decides at every step which kinds of knowledge the student uses.
+
+Wang et al. 2022 (https://arxiv.org/abs/2302.00444). A teacher offers several kinds: labels,
+responses, features, relations; not all are needed, and which of them helps changes along
+training. Stage 1 trains a selector by actor-critic over episodes, in which the student begins
+anew; the reward is how far its loss on held-out data falls over a phase. Stage 2 freezes the
+selector and distils the student with its choices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from megakd.errors import ConfigError, TeacherError
+from megakd.stage import Constant, Pass, Stage
+from megakd.terms import STRICT, Fraction, HiddenMse, Positive, RelationFsp, Weight
+
+if TYPE_CHECKING:
+    from megakd.lab import Lab
+    from megakd.methods.selecting import Choosing
+    from megakd.methods.selector import Selector, Shape
+    from megakd.stage import StageResult, Strategy
+    from megakd.terms import TermConfig
+
+Count = Annotated[int, Field(ge=1)]
+STAGE = "selector"
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class KnowledgeSelectionConfig:
+    """The terms of the objective are kinds of knowledge, weighed anew at every step.
+
+    policy: `learned` by a selector, or a control: `all` kinds as the objective has them,
+        `random_soft` or `random_hard` weights.
+    action: of the learned policy: weights between 0 and 1, or a kind is used or not.
+    threshold: from which on a hard action uses a kind.
+    episodes: of stage 1; the student begins each anew.
+    episode_steps: optimiser steps of an episode; null: as many as of the student.
+    phase_steps: after so many the reward is measured; null: a tenth of an episode. 1 is the
+        algorithm without its refinement.
+    exploration: beta, what it is worth to do something else than in the phase before.
+    noise: standard deviation of what is added to the actions of a phase in stage 1.
+    restraint: how strongly weights are held back at a half; 0 lets any slope drive them apart.
+    gamma: what a later reward is worth.
+    gamma_on: `next` discounts what follows a phase; `reward` the phase's own reward.
+    updates: steps of actor and critic after every phase, on steps that are remembered.
+    hidden: width of the selector's layers.
+    selector_learning_rate: of actor and critic (Adam).
+    selector: a saved one in place of stage 1: a file, or a run's stages/selector folder.
+    """
+
+    name: Literal["knowledge_selection"]
+    policy: Literal["learned", "all", "random_soft", "random_hard"] = "learned"
+    action: Literal["soft", "hard"] = "soft"
+    threshold: Fraction = 0.5
+    episodes: Count = 5
+    episode_steps: Count | None = None
+    phase_steps: Count | None = None
+    exploration: Weight = 0.1
+    noise: Weight = 0.2
+    restraint: Weight = 0.02
+    gamma: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    gamma_on: Literal["next", "reward"] = "next"
+    updates: Count = 32
+    hidden: Count = 64
+    selector_learning_rate: Positive = 1e-3
+    selector: Path | None = None
+
+
+def run(config: KnowledgeSelectionConfig, lab: Lab) -> StageResult:
+    """Stage 1 where a selector is to be learned, then the student."""
+    teacher, kinds = lab.teacher(), _kinds(lab)
+    if config.policy == "all":
+        return lab.train(_student(lab, kinds, Constant((Pass(teacher=teacher),))))
+    if config.policy != "learned":
+        return lab.train(_student(lab, kinds, _random(config, lab, teacher, kinds)))
+    from megakd.methods.selecting import Selecting
+
+    selector = _selector(config, lab, teacher, kinds)
+    instruments = lab.instruments("student")
+    strategy = Selecting(teacher, selector, _choosing(config, lab), instruments)
+    return lab.train(_student(lab, kinds, strategy, reads_states=True))
+
+
+def _kinds(lab: Lab) -> tuple[TermConfig, ...]:
+    """The config's terms, else the paper's four: labels, responses, features, relations."""
+    states = (HiddenMse(loss="hidden_mse"), RelationFsp(loss="relation_fsp"))
+    return lab.config.objective or (*lab.hard_terms(), *lab.soft_terms(), *states)
+
+
+def _student(
+    lab: Lab, kinds: tuple[TermConfig, ...], strategy: Strategy, *, reads_states: bool = False
+) -> Stage:
+    return Stage(
+        name="student",
+        teachers=(lab.teacher(),),
+        objective=kinds,
+        strategy=strategy,
+        reads_states=reads_states,
+    )
+
+
+def _random(
+    config: KnowledgeSelectionConfig, lab: Lab, teacher: str, kinds: tuple[TermConfig, ...]
+) -> Strategy:
+    from megakd.methods.selecting import RandomWeights
+
+    return RandomWeights(
+        teacher,
+        tuple(kind.loss for kind in kinds),
+        tuple(kind.weight for kind in kinds),
+        hard=config.policy == "random_hard",
+        seed=lab.config.seed,
+    )
+
+
+def _choosing(config: KnowledgeSelectionConfig, lab: Lab) -> Choosing:
+    from megakd.methods.selecting import Choosing
+
+    return Choosing(
+        hard=config.action == "hard",
+        threshold=config.threshold,
+        noise=config.noise,
+        seed=lab.config.seed,
+    )
+
+
+def _selector(
+    config: KnowledgeSelectionConfig, lab: Lab, teacher: str, kinds: tuple[TermConfig, ...]
+) -> Selector:
+    """The saved one, or what stage 1 comes to."""
+    from megakd.methods.selecting import SELECTOR
+    from megakd.methods.selector import Shape, load_selector
+
+    shape = Shape(*lab.widths(teacher), tuple(kind.loss for kind in kinds), config.hidden)
+    if config.selector is not None:
+        path = config.selector / SELECTOR if config.selector.is_dir() else config.selector
+        return _fitting(load_selector(str(path)), shape, path)
+    result = lab.train(_stage_1(config, lab, teacher, kinds, shape))
+    return lab.made_by(result, SELECTOR, load_selector) or _new(lab, shape)
+
+
+def _new(lab: Lab, shape: Shape) -> Selector:
+    import torch
+
+    from megakd.methods.selector import Selector
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(lab.config.seed)
+        return Selector(shape)
+
+
+def _stage_1(
+    config: KnowledgeSelectionConfig,
+    lab: Lab,
+    teacher: str,
+    kinds: tuple[TermConfig, ...],
+    shape: Shape,
+) -> Stage:
+    from megakd.methods.selecting import Episodes, LearningToSelect
+    from megakd.methods.selector import Learning
+
+    steps = config.episode_steps or lab.steps_of_student()
+    phase = config.phase_steps or max(1, math.ceil(steps / 10))
+    if phase > steps:
+        raise ConfigError(
+            f"method.phase_steps: a phase of {phase} steps does not fit into an episode of {steps}"
+            "; lower it, or raise method.episode_steps"
+        )
+    strategy = LearningToSelect(
+        teacher,
+        _new(lab, shape),
+        _choosing(config, lab),
+        lab.instruments(STAGE),
+        episodes=Episodes(
+            number=config.episodes,
+            steps=steps,
+            phase_steps=phase,
+            exploration=config.exploration,
+        ),
+        learning=Learning(
+            rate=config.selector_learning_rate,
+            gamma=config.gamma,
+            gamma_on=config.gamma_on,
+            restraint=config.restraint,
+            updates=config.updates,
+        ),
+    )
+    return dataclasses.replace(
+        _student(lab, kinds, strategy, reads_states=True),
+        name=STAGE,
+        episodes=config.episodes,
+        train=dataclasses.replace(lab.config.train, max_steps=steps),
+    )
+
+
+def _fitting(selector: Selector, shape: Shape, path: Path) -> Selector:
+    """The selector, if it is for these models and kinds.
+
+    Raises:
+        TeacherError: naming both.
+    """
+    if selector.shape[:3] != shape[:3]:
+        raise TeacherError(
+            f"method.selector: {path} is for a student of width {selector.shape.student}, a "
+            f"teacher of width {selector.shape.teacher} and {', '.join(selector.shape.kinds)}; "
+            f"these are {shape.student}, {shape.teacher} and {', '.join(shape.kinds)}"
+        )
+    return selector

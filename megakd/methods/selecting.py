@@ -1,0 +1,311 @@
+"""The strategies of knowledge selection: a selector that learns or is frozen, and random ones."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megakd.methods.selector import (
+    ActorCritic,
+    Learning,
+    Selector,
+    Transition,
+    alike,
+    hardened,
+)
+from megakd.stage import Pass, Planned
+
+if TYPE_CHECKING:
+    from megakd.instruments import Instruments
+    from megakd.losses import Reading
+
+SELECTOR = "selector.safetensors"
+WINDOW = 20
+"""Phases whose rewards say how large a reward usually is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choosing:
+    """How actions are made of what the actor says.
+
+    hard: a kind is used or not. threshold: from which on it is. noise: standard deviation of
+        what is added to a phase's actions while learning, to try others.
+    """
+
+    hard: bool
+    threshold: float
+    noise: float
+    seed: int
+
+
+class Selecting(Planned):
+    """Asks a frozen selector at every step which kinds of knowledge count how much.
+
+    State of a step: what both models say of the first position of each row, the mean over the
+    rows of all ranks, in the step's first micro-batch. Reading the action costs the step one wait
+    for the device.
+    """
+
+    def __init__(
+        self, teacher: str, selector: Selector, choosing: Choosing, instruments: Instruments | None
+    ) -> None:
+        self.teacher, self.selector, self.choosing = teacher, selector, choosing
+        self.instruments = instruments
+        self._step = 0
+        self._action: tuple[float, ...] | None = None
+        self._window: list[tuple[float, ...]] = []
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the stage's result depends on."""
+        frozen = hashlib.sha256(self.selector.to_bytes()).hexdigest()
+        return {"kind": type(self).__name__, "selector": frozen, **vars(self.choosing)}
+
+    def plan(self, step: int) -> tuple[Pass, ...]:
+        """One pass, whose weights are chosen when both models have spoken."""
+        self._step, self._action = step, None
+        weigh = None if self.instruments is None else self.weigh
+        return (Pass(teacher=self.teacher, weigh=weigh),)
+
+    def weigh(self, reading: Reading) -> Mapping[str, float]:
+        """The action of this step, the same for all its micro-batches and on all ranks."""
+        if self._action is None:
+            summaries = self._summaries(reading)
+            self._action = self._chosen(summaries)
+            self._window.append(self._action)
+            self._note(summaries)
+        return dict(zip(self.selector.shape.kinds, self._action, strict=True))
+
+    @torch.no_grad()
+    def _summaries(self, reading: Reading) -> Tensor:
+        """[S + T], on the CPU."""
+        rows = reading.batch.valid.any(dim=1)
+        both = [_first_positions(said.hidden_states[-1], reading.batch.valid)
+                for said in (reading.student, reading.taught)]  # fmt: skip
+        total = torch.cat([*(states[rows].sum(0) for states in both), rows.sum()[None]])
+        if self.instruments is not None:
+            self.instruments.add_up(total)
+        return (total[:-1] / total[-1].clamp(min=1)).cpu()
+
+    @torch.no_grad()
+    def _chosen(self, summaries: Tensor) -> tuple[float, ...]:
+        action = self.selector.action(self.selector.state(summaries[None]))[0]
+        action = (action + self._noise(len(action))).clamp(0, 1)
+        values = tuple(action.tolist())
+        choosing = self.choosing
+        return hardened(values, choosing.threshold) if choosing.hard else values
+
+    def _noise(self, kinds: int) -> Tensor:
+        del kinds
+        return torch.zeros(())
+
+    def _note(self, summaries: Tensor) -> None:
+        """A step has been decided."""
+
+    def scalars(self) -> Mapping[str, float]:
+        """The mean weight of each kind since the last call."""
+        taken, self._window = self._window, []
+        if not taken:
+            return {}
+        means = [sum(values) / len(taken) for values in zip(*taken, strict=True)]
+        kinds = self.selector.shape.kinds
+        return {f"select/{kind}": mean for kind, mean in zip(kinds, means, strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been chosen since the last logging."""
+        return {"window": list(self._window)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave."""
+        self._window = list(state["window"])
+
+
+def _first_positions(states: Tensor, valid: Tensor) -> Tensor:
+    """[B, D] fp32 of each row's first position that counts."""
+    place = valid.int().argmax(dim=1)
+    return states.take_along_dim(place[:, None, None], dim=1).squeeze(1).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episodes:
+    """How an episode is cut, and what is rewarded beside the loss that goes down.
+
+    steps: of an episode. phase_steps: after so many the reward is measured.
+    exploration: beta, what doing something else is worth.
+    """
+
+    number: int
+    steps: int
+    phase_steps: int
+    exploration: float
+
+
+@dataclass
+class Running:
+    """The phase that is going on, and what is known of the ones before.
+
+    loss: on held-out rows, at the last measurement; beginning: of the student as it was at first.
+    rewards: of the last phases, before they are divided by their usual size.
+    pending: the last phase, which waits to see what comes after it.
+    """
+
+    summaries: list[Tensor] = field(default_factory=list)
+    actions: list[tuple[float, ...]] = field(default_factory=list)
+    loss: float = math.nan
+    beginning: float = math.nan
+    rewards: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    before: Tensor | None = None
+    counts: dict[tuple[float, ...], int] = field(default_factory=dict)
+    pending: tuple[Tensor, Tensor, float] | None = None
+    logged: list[float] = field(default_factory=list)
+
+
+class LearningToSelect(Selecting):
+    """Trains the selector over episodes; the student begins each of them anew."""
+
+    def __init__(
+        self,
+        teacher: str,
+        selector: Selector,
+        choosing: Choosing,
+        instruments: Instruments | None,
+        *,
+        episodes: Episodes,
+        learning: Learning,
+    ) -> None:
+        super().__init__(teacher, selector, choosing, instruments)
+        self.episodes, self.learning = episodes, learning
+        self.learner = ActorCritic(selector, learning, seed=choosing.seed)
+        self.running = Running()
+        self._student: Any = None
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the stage's result depends on."""
+        return {**super().facts, **vars(self.episodes), **vars(self.learning)}
+
+    def begin(self, student: Any, step: int) -> None:
+        """Keeps the student as it is before the first episode."""
+        self._student = student
+        if step == 0 and self.instruments is not None:
+            self.instruments.remember(student)
+            self.running.loss = self.running.beginning = self.instruments.loss(student)
+
+    def _noise(self, kinds: int) -> Tensor:
+        # The steps of a phase share its reward, and what is tried in them.
+        episode, step = divmod(self._step, self.episodes.steps)
+        phase = step // self.episodes.phase_steps
+        drawn = random.Random(f"{self.choosing.seed}:noise:{episode}:{phase}")
+        return torch.tensor([drawn.gauss(0, self.choosing.noise) for _ in range(kinds)])
+
+    def _note(self, summaries: Tensor) -> None:
+        self.running.summaries.append(summaries)
+        self.running.actions.append(self._action or ())
+
+    def after_update(self, report: Any) -> None:
+        """Ends phases and episodes; the phase before learns when its successor has begun."""
+        run, done = self.running, report.step % self.episodes.steps + 1
+        if run.pending is not None:
+            self._learn(run.summaries[0])
+        is_last = done == self.episodes.steps
+        if is_last or done % self.episodes.phase_steps == 0:
+            self._end_phase()
+        if is_last:
+            self._learn(None)
+            run.before = None
+            if report.step + 1 < self.episodes.number * self.episodes.steps:
+                self._instruments.reset(self._student)
+                run.loss = run.beginning
+
+    @property
+    def _instruments(self) -> Instruments:
+        if self.instruments is None:
+            raise TypeError("a selector that learns needs something to measure with")
+        return self.instruments
+
+    def _end_phase(self) -> None:
+        run = self.running
+        loss = self._instruments.loss(self._student)
+        actions = torch.tensor(run.actions)
+        reward = self._usual(run.loss - loss) + self._exploration(actions)
+        run.pending = (torch.stack(run.summaries), actions, reward)
+        run.loss, run.summaries, run.actions = loss, [], []
+        run.logged.append(reward)
+
+    def _usual(self, gain: float) -> float:
+        """A fall of the loss in units of how much it usually changes."""
+        rewards = self.running.rewards
+        rewards.append(gain)
+        size = math.sqrt(sum(value * value for value in rewards) / len(rewards))
+        return gain / size if size > 0 else 0.0
+
+    def _exploration(self, actions: Tensor) -> float:
+        """More where the phase did something else than the one before, or than most."""
+        run, beta = self.running, self.episodes.exploration
+        mean = actions.mean(0)
+        before, run.before = run.before, mean
+        if not self.choosing.hard:
+            return 0.0 if before is None else -beta * alike(mean, before)
+        usual = tuple(mean.round().tolist())
+        run.counts[usual] = run.counts.get(usual, 0) + 1
+        return beta / math.sqrt(run.counts[usual])
+
+    def _learn(self, following: Tensor | None) -> None:
+        if self.running.pending is None:
+            return
+        summaries, actions, reward = self.running.pending
+        self.learner.learn(Transition(summaries, actions, reward, following))
+        self.running.pending = None
+
+    def scalars(self) -> Mapping[str, float]:
+        """Weights, and the mean reward and the last loss of the phases since the last call."""
+        rewards, self.running.logged = self.running.logged, []
+        if not rewards:
+            return super().scalars()
+        reward = sum(rewards) / len(rewards)
+        measured = {"select/reward": reward, "select/held_out_loss": self.running.loss}
+        return {**super().scalars(), **measured}
+
+    def files(self) -> Mapping[str, bytes]:
+        """The selector, for stage 2 and for other students."""
+        return {SELECTOR: self.selector.to_bytes()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Selector, optimizers, and the phase that is going on."""
+        learner = self.learner.state_dict()
+        return {**super().state_dict(), "learner": learner, "running": self.running}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave."""
+        super().load_state_dict(state)
+        self.learner.load_state_dict(state["learner"])
+        self.running = state["running"]
+
+
+@dataclass(frozen=True)
+class RandomWeights(Planned):
+    """Weights that are drawn anew at every step: a function of seed and step."""
+
+    teacher: str
+    kinds: tuple[str, ...]
+    weights: tuple[float, ...]
+    hard: bool
+    seed: int
+
+    def plan(self, step: int) -> tuple[Pass, ...]:
+        """One pass with the weights of this step."""
+        drawn = random.Random(f"{self.seed}:kinds:{step}")
+        factors = tuple(drawn.random() for _ in self.kinds)
+        if self.hard:
+            factors = hardened(factors, 0.5)
+        chosen = zip(self.kinds, self.weights, factors, strict=True)
+        weights = {kind: weight * factor for kind, weight, factor in chosen}
+        return (Pass(teacher=self.teacher, weights=weights),)

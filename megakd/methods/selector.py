@@ -1,0 +1,246 @@
+"""The actor and the critic that say which kinds of knowledge a step uses, and how much of each.
+
+Deterministic policy gradients over a state that summarises student and teacher (Wang et al. 2022,
+https://arxiv.org/abs/2302.00444, section on the knowledge selection module).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megakd.errors import TeacherError
+
+
+class Shape(NamedTuple):
+    """What a selector is for: widths of the summaries, and the kinds it chooses from."""
+
+    student: int
+    teacher: int
+    kinds: tuple[str, ...]
+    hidden: int
+
+
+def _layers(*widths: int) -> nn.Sequential:
+    """Linear layers with ReLU between them."""
+    parts: list[nn.Module] = []
+    for first, second in pairwise(widths):
+        parts += [nn.Linear(first, second), nn.ReLU()]
+    return nn.Sequential(*parts[:-1])
+
+
+class Selector(nn.Module):
+    """Two-layer networks for both summaries, a three-layer actor and a three-layer critic.
+
+    Shapes: N steps, S and T widths of the summaries, K kinds.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape, hidden, kinds = shape, shape.hidden, len(shape.kinds)
+        self.student = _layers(shape.student, hidden, hidden)
+        self.teacher = _layers(shape.teacher, hidden, hidden)
+        self.actor = _layers(2 * hidden, hidden, hidden, kinds)
+        # It begins with a half of everything, where the sigmoid is steepest.
+        nn.init.uniform_(cast("nn.Linear", self.actor[-1]).weight, -1e-3, 1e-3)
+        nn.init.zeros_(cast("nn.Linear", self.actor[-1]).bias)
+        self.critic = _layers(2 * hidden + kinds, hidden, hidden, 1)
+
+    def state(self, summaries: Tensor) -> Tensor:
+        """[N, S + T] summaries side by side to [N, 2 * hidden]."""
+        student, teacher = summaries.split([self.shape.student, self.shape.teacher], dim=-1)
+        return torch.cat([self.student(student), self.teacher(teacher)], dim=-1)
+
+    def action(self, state: Tensor) -> Tensor:
+        """[N, K] between 0 and 1."""
+        return self.actor(state).sigmoid()
+
+    def value(self, state: Tensor, action: Tensor) -> Tensor:
+        """[N]: the reward that is to be expected from here on."""
+        return self.critic(torch.cat([state, action], dim=-1)).squeeze(-1)
+
+    def to_bytes(self) -> bytes:
+        """The selector as a safetensors file that says what it is for."""
+        return save(self.state_dict(), metadata={"shape": json.dumps(self.shape._asdict())})
+
+
+def load_selector(path: str) -> Selector:
+    """What `Selector.to_bytes` gave.
+
+    Raises:
+        TeacherError: it is not there, or no selector.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})["shape"])
+            shape = Shape(**{**facts, "kinds": tuple(facts["kinds"])})
+            selector = Selector(shape)
+            selector.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise TeacherError(f"method.selector: {path} does not exist") from error
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise TeacherError(f"method.selector: {path} is no saved selector: {error}") from error
+    return selector
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """How a selector learns.
+
+    gamma: what a later reward is worth. gamma_on: `next` discounts what comes after a phase, as
+        usual; `reward` the reward of the phase, as the equation is printed in one account of it.
+    restraint: how strongly the actor is held back at a half of everything. Without it any slope
+        of the critic, however small, drives a weight to 0 or 1 in time.
+    updates: steps of actor and critic after every phase, each on `samples` remembered steps.
+    memory: how many steps are remembered.
+    """
+
+    rate: float = 1e-3
+    gamma: float = 0.9
+    gamma_on: str = "next"
+    restraint: float = 0.02
+    updates: int = 32
+    samples: int = 64
+    memory: int = 2048
+
+
+class Transition(NamedTuple):
+    """A phase: what was seen and done in its steps, what it brought, and what was seen next.
+
+    summaries: [N, S + T]. actions: [N, K]. following: [S + T], or None at the end of an episode.
+    """
+
+    summaries: Tensor
+    actions: Tensor
+    reward: float
+    following: Tensor | None
+
+
+class Samples(NamedTuple):
+    """Steps of many phases.
+
+    summaries: [N, S + T]. actions: [N, K]. rewards: [N], each of its phase. following: [N, S + T]
+    goes_on: [N], 0 where the episode ended with the phase.
+    """
+
+    summaries: Tensor
+    actions: Tensor
+    rewards: Tensor
+    following: Tensor
+    goes_on: Tensor
+
+    @staticmethod
+    def of(phase: Transition) -> Samples:
+        """The steps of a phase, which share its reward and what follows it."""
+        steps, following = len(phase.summaries), phase.following
+        ends = following is None
+        then = phase.summaries[-1] if following is None else following
+        return Samples(
+            phase.summaries,
+            phase.actions,
+            torch.full((steps,), phase.reward),
+            then.expand(steps, -1),
+            torch.full((steps,), float(not ends)),
+        )
+
+    def joined(self, others: Samples, most: int) -> Samples:
+        """These and others, the last `most` of them."""
+        return Samples(*(torch.cat(pair)[-most:] for pair in zip(self, others, strict=True)))
+
+    def drawn(self, count: int, generator: torch.Generator) -> Samples:
+        """Some of them, any of which may come twice."""
+        chosen = torch.randint(len(self.rewards), (count,), generator=generator)
+        return Samples(*(part[chosen] for part in self))
+
+
+class ActorCritic:
+    """Trains a selector phase by phase; the same on every rank that is given the same.
+
+    Learning from the last phase alone, the critic would take whatever the actor did in it for the
+    reason of the reward; so steps of earlier phases are remembered, and learned from again.
+    """
+
+    def __init__(self, selector: Selector, learning: Learning, *, seed: int = 0) -> None:
+        self.selector, self.learning = selector, learning
+        self._memory: Samples | None = None
+        self._generator = torch.Generator().manual_seed(seed)
+        policy = [*selector.student.parameters(), *selector.teacher.parameters()]
+        policy += selector.actor.parameters()
+        self._actor = torch.optim.Adam(policy, lr=learning.rate)
+        self._critic = torch.optim.Adam(selector.critic.parameters(), lr=learning.rate)
+
+    def learn(self, phase: Transition) -> None:
+        """The critic towards reward + gamma * Q of what follows, the actor towards a higher Q."""
+        new, known = Samples.of(phase), self._memory
+        self._memory = new if known is None else known.joined(new, self.learning.memory)
+        for _ in range(self.learning.updates):
+            some = self._memory.drawn(self.learning.samples, self._generator)
+            self._teach_critic(some)
+            self._teach_actor(some)
+
+    def _teach_critic(self, some: Samples) -> None:
+        selector = self.selector
+        with torch.no_grad():
+            state = selector.state(some.summaries)
+            target = self._target(some)
+        error = selector.value(state, some.actions) - target
+        self._critic.zero_grad()
+        error.square().mean().backward()
+        self._critic.step()
+
+    def _target(self, some: Samples) -> Tensor:
+        gamma, state = self.learning.gamma, self.selector.state(some.following)
+        later = some.goes_on * self.selector.value(state, self.selector.action(state))
+        if self.learning.gamma_on == "reward":
+            return gamma * some.rewards + later
+        return some.rewards + gamma * later
+
+    def _teach_actor(self, some: Samples) -> None:
+        selector = self.selector
+        state = selector.state(some.summaries)
+        said = selector.actor(state)
+        held_back = self.learning.restraint * said.square().sum(-1)
+        self._actor.zero_grad()
+        (held_back - selector.value(state, said.sigmoid())).mean().backward()
+        self._actor.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs."""
+        return {
+            "selector": self.selector.state_dict(),
+            "actor": self._actor.state_dict(),
+            "critic": self._critic.state_dict(),
+            "memory": self._memory,
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave."""
+        self.selector.load_state_dict(state["selector"])
+        self._actor.load_state_dict(state["actor"])
+        self._critic.load_state_dict(state["critic"])
+        self._memory = state["memory"]
+        self._generator.set_state(state["generator"])
+
+
+def hardened(action: Sequence[float], threshold: float) -> tuple[float, ...]:
+    """Which kinds are used: those that reach the threshold, or the largest where none does."""
+    largest = max(action)
+    used = [value >= threshold for value in action]
+    if not any(used):
+        used = [index == list(action).index(largest) for index in range(len(action))]
+    return tuple(map(float, used))
+
+
+def alike(one: Tensor, other: Tensor) -> float:
+    """The cosine between two actions [K]."""
+    return float(functional.cosine_similarity(one, other, dim=0))

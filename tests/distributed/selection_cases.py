@@ -1,0 +1,82 @@
+"""What the gloo ranks tell of a run of knowledge selection."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from megakd.config_file import load_config
+from megakd.engine import distributed
+from megakd.engine.student import StudentEngine
+from megakd.instruments import Instruments
+from megakd.lab import Lab
+from megakd.methods import METHODS
+from megakd.methods.selecting import Selecting
+from megakd.preparation import prepare
+from megakd.progress import Reporter
+
+
+class Watch:
+    """Notes what is chosen, measured and begun while a run goes on."""
+
+    def __init__(self) -> None:
+        self.actions: list[tuple[float, ...]] = []
+        self.beginnings: list[str] = []
+        self.measured = 0
+        self._fresh = False
+
+    def __enter__(self):
+        self._kept = Selecting._chosen, Instruments.loss, Instruments.reset, StudentEngine.step
+        chosen, loss, reset, step = self._kept
+        watch = self
+
+        def choosing(strategy, summaries):
+            action = chosen(strategy, summaries)
+            watch.actions.append(action)
+            return action
+
+        def measuring(instruments, student):
+            watch.measured += 1
+            watch._fresh = watch._fresh or watch.measured == 1
+            return loss(instruments, student)
+
+        def resetting(instruments, student):
+            reset(instruments, student)
+            watch._fresh = True
+
+        def stepping(student, rate):
+            before = watch._digest(student) if watch._fresh else ""
+            step(student, rate)
+            if watch._fresh:
+                watch.beginnings.append(before)
+            watch._fresh = False
+
+        Selecting._chosen, Instruments.loss = choosing, measuring
+        Instruments.reset, StudentEngine.step = resetting, stepping
+        return self
+
+    def __exit__(self, *_):
+        Selecting._chosen, Instruments.loss, Instruments.reset, StudentEngine.step = self._kept
+
+    def _digest(self, student) -> str:
+        """Of the weights, and of the moments that the optimizer has."""
+        found = hashlib.sha256()
+        for _, tensor in student.student_state():
+            found.update(tensor.float().numpy().tobytes())
+        for state in student._engine.optimizer.state.values():
+            found.update(str(float(state["exp_avg"].abs().sum())).encode())
+        return found.hexdigest()
+
+
+def learn(config_path: str, overrides: list[str]) -> dict:
+    """Runs the method and tells what was seen of it."""
+    config = load_config(Path(config_path), overrides)
+    reporter = Reporter(config.output_dir, is_main=False)
+    lab = Lab(config, prepare(config), distributed.ranks(), reporter)
+    with Watch() as watch:
+        result = METHODS[config.method.name].run(config.method, lab)
+    weights = load_file(result.folder / "model.safetensors")
+    facts = {"actions": watch.actions, "beginnings": watch.beginnings, "measured": watch.measured}
+    return {**facts, "weights": weights}

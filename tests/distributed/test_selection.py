@@ -1,0 +1,78 @@
+"""Knowledge selection under several ranks: all choose alike, and the student begins anew."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_runs import bert, config_tree, write_config, write_reviews
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+EPISODES, STEPS, PHASE = 2, 6, 2
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("selection")
+    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
+    tree = config_tree(
+        folder / "unused",
+        task,
+        teacher={"model": bert(4, initializer_range=0.2, **NO_DROPOUT)},
+        student={"model": bert(2, **NO_DROPOUT)},
+        method={
+            "name": "knowledge_selection",
+            "episodes": EPISODES,
+            "phase_steps": PHASE,
+            "hidden": 8,
+        },
+    )
+    # Large, so that the size of a gradient shows in the step that Adam takes.
+    tree["train"] |= {"max_steps": STEPS, "adam_epsilon": 0.01}
+    return str(write_config(folder / "run.yaml", tree))
+
+
+@pytest.fixture
+def learn(workers, config, tmp_path):
+    """The findings of all ranks."""
+
+    def learned(ranks: int, *overrides: str) -> list[dict]:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        rows = f"train.per_device_train_batch_size={4 // ranks}"
+        settings = [f"output_dir={out}", rows, *overrides]
+        return workers(ranks).run("selection_cases.learn", config, settings)
+
+    return learned
+
+
+@pytest.mark.parametrize("action", ["soft", "hard"])
+@pytest.mark.parametrize("student", ["zero0", "zero1", "zero2", "zero3"])
+def test_two_ranks_choose_and_learn_as_one_does(learn, student, action):
+    settings = (f"method.action={action}", f"student.deepspeed={student}")
+
+    first, second = learn(2, *settings)
+    (alone,) = learn(1, f"method.action={action}", "student.deepspeed=zero0")
+
+    assert first["actions"] == second["actions"]
+    for mine, other in zip(first["actions"], alone["actions"], strict=True):
+        assert mine == pytest.approx(other, abs=1e-3)
+    for name, weight in first["weights"].items():
+        assert (weight - alone["weights"][name]).abs().max().item() <= 1e-4, name
+
+
+@pytest.mark.parametrize("student", ["zero0", "zero1", "zero2", "zero3"])
+def test_a_student_that_begins_anew_is_as_it_was(learn, student):
+    """Weights and optimizer: its first step is the first step again."""
+    found = learn(2, f"student.deepspeed={student}", "train.lr_scheduler_type=constant")[0]
+
+    assert len(found["beginnings"]) == EPISODES
+    assert found["beginnings"][0] == found["beginnings"][1]
+
+
+def test_one_choice_serves_all_micro_batches_of_a_step(learn):
+    once = learn(2)[0]["actions"]
+    twice = learn(2, "train.gradient_accumulation_steps=2")[0]["actions"]
+
+    assert len(once) == len(twice) == (EPISODES + 1) * STEPS
+
+
+def test_the_loss_is_measured_once_per_phase_and_once_before(learn):
+    assert learn(2)[0]["measured"] == 1 + EPISODES * STEPS // PHASE

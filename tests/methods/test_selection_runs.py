@@ -1,0 +1,194 @@
+"""Whole runs of knowledge selection and its controls, as a user starts them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from one_rank import OneRank
+from safetensors.torch import load_file
+from tiny_runs import bert, config_tree, write_config, write_reviews
+from whole_run import finish, forgotten, read, records
+
+EPISODES, STEPS, PHASE = 2, 8, 3
+KINDS = ("hard_cross_entropy", "soft_target_kl", "hidden_mse", "relation_fsp")
+LEARNED = {"name": "knowledge_selection", "episodes": EPISODES, "phase_steps": PHASE, "hidden": 8}
+
+
+class Bench:
+    def __init__(self, one_rank: OneRank, folder: Path) -> None:
+        self.one_rank, self.folder = one_rank, folder
+        reviews = write_reviews(folder / "reviews")
+        self.task = {"type": "classification", "dataset": str(reviews)}
+        tree = config_tree(folder / "teacher", self.task, student={"model": bert(4)})
+        tree["train"] |= {"per_device_train_batch_size": 8, "max_steps": 30}
+        finish(one_rank, write_config(folder / "teacher.yaml", tree))
+
+    def config(self, out: str, method: dict[str, Any], **sections: Any) -> Path:
+        tree = config_tree(
+            self.folder / out,
+            self.task,
+            teacher={"model": str(self.folder / "teacher" / "final")},
+            **{
+                "student": {"model": bert(2)},
+                "method": method,
+                "log": {"logging_steps": 2},
+                **sections,
+            },
+        )
+        tree["train"] |= {"per_device_train_batch_size": 8, "max_steps": STEPS}
+        tree["train"] |= sections.get("train", {})
+        return write_config(self.folder / f"{out}.yaml", tree)
+
+    def run(self, out: str, method: dict[str, Any], **sections: Any) -> Path:
+        finish(self.one_rank, self.config(out, method, **sections))
+        return self.folder / out
+
+
+@pytest.fixture(scope="module")
+def bench(one_rank, tmp_path_factory) -> Bench:
+    return Bench(one_rank, tmp_path_factory.mktemp("selection"))
+
+
+@pytest.fixture(scope="module")
+def soft(bench) -> Path:
+    return bench.run("soft", LEARNED)
+
+
+def weights(out: Path, stage: str = "student") -> dict[str, torch.Tensor]:
+    return load_file(out / "stages" / stage / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    assert one.keys() == other.keys()
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_stage_1_takes_its_episodes_and_stage_2_the_students_steps(soft):
+    steps = {stage["name"]: stage["steps"] for stage in read(soft)["stages"]}
+
+    assert steps == {"selector": EPISODES * STEPS, "student": STEPS}
+
+
+def test_weights_rewards_and_losses_are_logged_and_drawn(soft):
+    stage_1, stage_2 = (records(soft, stage) for stage in ("selector", "student"))
+    page = (soft / "report.html").read_text()
+
+    for stage in (stage_1, stage_2):
+        logged = [record for record in stage if f"select/{KINDS[0]}" in record]
+        assert logged
+        assert all(0 <= record[f"select/{kind}"] <= 1 for record in logged for kind in KINDS)
+    assert any("select/reward" in record for record in stage_1)
+    assert not any("select/reward" in record for record in stage_2)
+    assert "Choices" in page
+
+
+@pytest.mark.parametrize("action", ["soft", "hard"])
+def test_a_run_that_goes_on_chooses_what_it_would_have_chosen(bench, tmp_path, action):
+    """Killed in the second episode, within a phase that another is waiting to learn from."""
+    save = {"save": {"save_steps": 5, "save_total_limit": None}}
+    whole = bench.run(f"whole-{action}", {**LEARNED, "action": action}, **save)
+    killed = forgotten(
+        whole, tmp_path / "killed", stage="selector", after=10, following=("student",)
+    )
+
+    config = bench.folder / f"whole-{action}.yaml"
+    said = bench.one_rank.train("--config", config, f"output_dir={killed}")
+
+    assert said.code == 0, said.err
+    assert "selector: resumed at step 10" in said.err
+    for stage in ("selector", "student"):
+        assert same(weights(killed, stage), weights(whole, stage))
+    chosen = [
+        {key: value for key, value in record.items() if key.startswith("select/")}
+        for record in records(whole, "selector")
+    ]
+    again = [
+        {key: value for key, value in record.items() if key.startswith("select/")}
+        for record in records(killed, "selector")
+    ]
+    assert again == chosen
+    selector = "stages/selector/selector.safetensors"
+    assert (killed / selector).read_bytes() == (whole / selector).read_bytes()
+
+
+def test_a_saved_selector_serves_another_student_without_stage_1(bench, soft):
+    saved = soft / "stages" / "selector"
+    deeper = {"model": bert(3)}
+
+    out = bench.run("reused", {**LEARNED, "selector": str(saved)}, student=deeper)
+
+    assert [stage["name"] for stage in read(out)["stages"]] == ["student"]
+
+
+def test_the_same_selector_gives_the_same_student(bench, soft):
+    saved = soft / "stages" / "selector" / "selector.safetensors"
+
+    out = bench.run("again", {**LEARNED, "selector": str(saved)})
+
+    assert same(weights(out), weights(soft))
+
+
+def test_a_selector_of_other_widths_or_kinds_is_refused(bench, soft):
+    method = {**LEARNED, "selector": str(soft / "stages" / "selector")}
+    wide = bench.config("wide", method, student={"model": bert(1, width=24)})
+    few = bench.config("few", method, objective=[{"loss": "soft_target_kl"}])
+
+    said = [bench.one_rank.train("--config", path) for path in (wide, few)]
+
+    assert [one.code for one in said] == [2, 2]
+    assert "is for a student of width 16" in said[0].err
+    assert "these are 24, 16" in said[0].err
+    assert "these are 16, 16 and soft_target_kl" in said[1].err
+
+
+def test_every_episode_begins_with_the_same_student(bench):
+    """With a threshold of 0 all kinds are always used: both episodes are the same training."""
+    method = {**LEARNED, "action": "hard", "threshold": 0.0, "episodes": 2}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    # An epoch is an episode, and the order of the rows makes no difference to a whole batch.
+    whole = {"per_device_train_batch_size": 64, "max_steps": 5}
+
+    out = bench.run("episodes", method, train=whole, student={"model": bert(2, **still)})
+
+    both = weights(out, "selector"), weights(out, "student")
+    assert max((both[0][n] - both[1][n]).abs().max().item() for n in both[0]) <= 1e-5
+
+
+def test_all_kinds_are_the_objective_itself(bench):
+    kinds = [{"loss": kind} for kind in KINDS]
+    plain = bench.run("plain", {"name": "single"}, objective=kinds)
+
+    assert same(weights(bench.run("all", {**LEARNED, "policy": "all"})), weights(plain))
+
+
+@pytest.mark.parametrize("policy", ["random_soft", "random_hard"])
+def test_random_weights_are_drawn_anew_at_every_step(bench, policy):
+    out = bench.run(policy, {**LEARNED, "policy": policy}, log={"logging_steps": 1})
+
+    logged = [r for r in records(out, "student") if "train/loss" in r]
+    used = {tuple(f"train/{kind}" in record for kind in KINDS) for record in logged}
+    if policy == "random_hard":
+        assert len(used) > 1
+    else:
+        assert used == {(True,) * 4}
+
+
+def test_one_kind_alone_is_plain_training_with_it(bench):
+    """The invariant of an action (1, 0, 0, 0)."""
+    alone = bench.run("alone", {"name": "single"}, objective=[{"loss": "hard_cross_entropy"}])
+    none = [{"loss": kind, "weight": float(kind == "hard_cross_entropy")} for kind in KINDS]
+
+    assert same(weights(bench.run("only", {"name": "single"}, objective=none)), weights(alone))
+
+
+def test_a_phase_that_is_longer_than_its_episode_is_refused(bench):
+    path = bench.config("long", {**LEARNED, "phase_steps": STEPS + 1})
+
+    said = bench.one_rank.train("--config", path)
+
+    assert said.code == 2
+    assert f"a phase of {STEPS + 1} steps does not fit into an episode of {STEPS}" in said.err
+    assert not said.loaded

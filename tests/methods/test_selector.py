@@ -1,0 +1,158 @@
+"""The actor and the critic on toys whose answer is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megakd.errors import TeacherError
+from megakd.methods.selector import (
+    ActorCritic,
+    Learning,
+    Selector,
+    Shape,
+    Transition,
+    hardened,
+    load_selector,
+)
+
+KINDS = ("labels", "responses", "features", "relations")
+SHAPE = Shape(student=6, teacher=8, kinds=KINDS, hidden=32)
+
+
+def selector(seed: int = 0) -> Selector:
+    torch.manual_seed(seed)
+    return Selector(SHAPE)
+
+
+def summaries(steps: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(steps, SHAPE.student + SHAPE.teacher, generator=generator)
+
+
+def played(reward, phases: int = 60) -> list[float]:
+    """Mean weights after so many phases of four steps, each rewarded by its mean action."""
+    learner = ActorCritic(selector(), Learning(gamma=0.5))
+    noise = torch.Generator().manual_seed(1)
+    for phase in range(phases):
+        seen = summaries(4, phase)
+        with torch.no_grad():
+            actions = learner.selector.action(learner.selector.state(seen))
+        actions = (actions + 0.2 * torch.randn(1, len(KINDS), generator=noise)).clamp(0, 1)
+        brought = reward(actions.mean(0))
+        learner.learn(Transition(seen, actions, brought, summaries(1, phase + 1)[0]))
+    with torch.no_grad():
+        weights = learner.selector.action(learner.selector.state(summaries(64, 999))).mean(0)
+    return weights.tolist()
+
+
+@pytest.mark.parametrize("place", range(len(KINDS)), ids=KINDS)
+def test_the_only_kind_that_helps_gets_the_highest_weight(place):
+    """A bandit: the loss falls by as much as this kind counts, whatever the others do."""
+    weights = played(lambda action: float(action[place]))
+
+    others = [weight for index, weight in enumerate(weights) if index != place]
+    assert weights[place] > max(others) + 0.1
+
+
+def test_a_kind_that_harms_gets_the_lowest_weight():
+    weights = played(lambda action: float(action[0] + action[1] + action[2] - action[3]))
+
+    assert weights[3] < min(weights[:3]) - 0.1
+
+
+@pytest.mark.parametrize(
+    ("gamma_on", "worth"), [("next", 1 / (1 - 0.5)), ("reward", None)], ids=["usual", "printed"]
+)
+def test_the_critic_expects_what_a_constant_reward_adds_up_to(gamma_on, worth):
+    learner = ActorCritic(selector(), Learning(gamma=0.5, gamma_on=gamma_on, rate=3e-3, updates=8))
+    seen = summaries(8)
+    actions = torch.full((8, len(KINDS)), 0.5)
+
+    def value() -> float:
+        with torch.no_grad():
+            state = learner.selector.state(seen)
+            return float(learner.selector.value(state, actions).mean())
+
+    for _ in range(150):
+        learner.learn(Transition(seen, actions, 1.0, seen[0]))
+    if worth is None:
+        # gamma * r + Q has no fixed point: what is expected grows for ever.
+        before = value()
+        for _ in range(50):
+            learner.learn(Transition(seen, actions, 1.0, seen[0]))
+        assert value() > before + 1
+    else:
+        assert value() == pytest.approx(worth, rel=0.15)
+
+
+def test_the_end_of_an_episode_is_worth_its_reward():
+    learner = ActorCritic(selector(), Learning(rate=3e-3, updates=8))
+    seen, actions = summaries(8), torch.full((8, len(KINDS)), 0.5)
+
+    for _ in range(100):
+        learner.learn(Transition(seen, actions, -0.7, None))
+
+    with torch.no_grad():
+        value = learner.selector.value(learner.selector.state(seen), actions).mean()
+    assert float(value) == pytest.approx(-0.7, abs=0.05)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(0, 1))
+def test_a_hard_action_uses_what_reaches_the_threshold_and_never_nothing(action, threshold):
+    found = hardened(action, threshold)
+
+    assert set(found) <= {0.0, 1.0}
+    assert any(found)
+    if max(action) >= threshold:
+        assert found == tuple(float(value >= threshold) for value in action)
+    else:
+        assert [i for i, used in enumerate(found) if used] == [action.index(max(action))]
+
+
+def test_a_soft_action_of_noughts_and_ones_is_its_hard_one():
+    assert hardened((1.0, 0.0, 1.0, 0.0), 0.5) == (1.0, 0.0, 1.0, 0.0)
+
+
+def test_learning_goes_on_after_a_kill_as_if_there_had_been_none():
+    phases = [
+        Transition(summaries(3, n), torch.rand(3, 4), 0.1 * n, summaries(1, n + 1)[0])
+        for n in range(6)
+    ]
+    whole, first, second = (ActorCritic(selector(), Learning()) for _ in range(3))
+    for phase in phases:
+        whole.learn(phase)
+    for phase in phases[:3]:
+        first.learn(phase)
+
+    second.load_state_dict(first.state_dict())
+    for phase in phases[3:]:
+        second.learn(phase)
+
+    for name, value in whole.selector.state_dict().items():
+        torch.testing.assert_close(second.selector.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_a_saved_selector_comes_back_with_what_it_is_for(tmp_path):
+    path, before = tmp_path / "selector.safetensors", selector()
+    path.write_bytes(before.to_bytes())
+
+    after = load_selector(str(path))
+
+    assert after.shape == SHAPE
+    seen = summaries(5)
+    torch.testing.assert_close(
+        after.action(after.state(seen)), before.action(before.state(seen)), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("content", [None, b"", b"nonsense" * 20])
+def test_a_file_that_is_no_selector_is_named(tmp_path, content):
+    path = tmp_path / "selector.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+
+    with pytest.raises(TeacherError, match=r"method\.selector: .*(does not exist|no saved)"):
+        load_selector(str(path))
