@@ -62,10 +62,7 @@ def trained(config: Path, output: Path, *, ranks: int, overrides: Sequence[str])
     Raises:
         RunFailedError: the command failed, or ended without a report.
     """
-    command = launch_command(config, ranks, [*overrides, f"output_dir={output}"])
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
-    environment = os.environ | quickstart().ENVIRONMENT | threads
-    code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+    code = launched("train", config, ranks, [*overrides, f"output_dir={output}"])
     report = ROOT / output / "report.json"
     # The launcher also returns 0 when a rank was killed by a signal.
     if code != 0 or not report.is_file():
@@ -73,9 +70,17 @@ def trained(config: Path, output: Path, *, ranks: int, overrides: Sequence[str])
     return json.loads(report.read_text(encoding="utf-8"))
 
 
-def launch_command(config: Path, ranks: int, overrides: Sequence[str]) -> list[str]:
+def launched(program: str, config: Path, ranks: int, overrides: Sequence[str]) -> int:
+    """The exit code of `launch/<program>.py` with a run config."""
+    command = launch_command(program, config, ranks, overrides)
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+    environment = os.environ | quickstart().ENVIRONMENT | threads
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+
+def launch_command(program: str, config: Path, ranks: int, overrides: Sequence[str]) -> list[str]:
     """Plain python for one rank, DeepSpeed's launcher for more."""
-    script = [sys.executable, "-u", "launch/train.py", "--config", str(config), *overrides]
+    script = [sys.executable, "-u", f"launch/{program}.py", "--config", str(config), *overrides]
     if ranks == 1:
         return script
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]

@@ -15,13 +15,13 @@ is not started again once it has finished; a leg of other settings in its place 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-from launching import ROOT, SHARED, trained, write_config
+from launching import ROOT, SHARED, write_config
+from legs import Leg, report_of
 from machine import print_row
 from minidisc_cases import CASES, prepared_task, schedule_config, teacher_config
 from minidisc_summary import Outcome, outcome, rows, table, verdict
@@ -31,15 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 METHODS = ("minidisc", "maxidisc", "direct")
-
-
-class Leg(NamedTuple):
-    """One run: its YAML file, the folder it writes, and what wins over the file."""
-
-    name: str
-    config: Path
-    output: Path
-    overrides: tuple[str, ...]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -55,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         write_configs(folder, task, given)
         for seed in given.seeds:
             reports = {
-                leg.name: finished(leg) or run(leg, given) for leg in legs(folder, seed, given)
+                leg.name: report_of(leg, ranks=given.ranks) for leg in legs(folder, seed, given)
             }
             reports.pop("teacher")
             outcomes.append(outcome(task, seed, reports))
@@ -98,28 +89,6 @@ def legs(folder: Path, seed: int, given: argparse.Namespace) -> list[Leg]:
         teacher,
         *(leg(name, "schedule", *given.set, f"method.name={name}", model) for name in METHODS),
     ]
-
-
-def finished(leg: Leg) -> dict[str, Any] | None:
-    """The report of a leg that is done.
-
-    Raises:
-        MegakdError: the folder holds a run of other settings.
-    """
-    from megakd.config_file import load_config
-    from megakd.run import finished_table
-
-    output = ROOT / leg.output
-    config = load_config(ROOT / leg.config, [*leg.overrides, f"output_dir={output}"])
-    if finished_table(config) is None:
-        return None
-    return json.loads((output / "report.json").read_text(encoding="utf-8"))
-
-
-def run(leg: Leg, given: argparse.Namespace) -> dict[str, Any]:
-    """The report of a leg that is started or gone on with."""
-    print(f"{leg.output}:", flush=True)
-    return trained(leg.config, leg.output, ranks=given.ranks, overrides=leg.overrides)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

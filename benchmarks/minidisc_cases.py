@@ -89,7 +89,7 @@ def teacher_config(task: Config, given: argparse.Namespace, *, steps: int) -> Co
         "task": task | ({"tokenizer": TOKENIZER} if size else {}),
         "student": {"model": model, "deepspeed": "zero2"},
         "method": {"name": "finetune"},
-        **_training(given, steps=given.teacher_steps or steps, rate=given.teacher_rate),
+        **training_sections(given, steps=given.teacher_steps or steps, rate=given.teacher_rate),
     }
 
 
@@ -106,11 +106,12 @@ def schedule_config(task: Config, given: argparse.Namespace) -> Config:
         "teacher": {"model": "overridden", "deepspeed": "teacher_zero3"},
         "student": {"model": "from_teacher", "deepspeed": "zero2"},
         "method": method,
-        **_training(given, steps=given.steps, rate=given.rate),
+        **training_sections(given, steps=given.steps, rate=given.rate),
     }
 
 
-def _training(given: argparse.Namespace, *, steps: int, rate: float) -> Config:
+def training_sections(given: argparse.Namespace, *, steps: int, rate: float) -> Config:
+    """How a leg is trained, scored and saved."""
     evaluate_every = max(1, steps // given.evaluations)
     return {
         "train": {

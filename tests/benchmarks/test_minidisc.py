@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import launching  # noqa: E402
+import legs  # noqa: E402
 import machine  # noqa: E402
 import minidisc  # noqa: E402
 import minidisc_cases  # noqa: E402
@@ -171,7 +172,7 @@ def test_there_is_a_row_per_task_with_means_and_spreads(reports):
 @pytest.fixture
 def benchmark_root(tmp_path, monkeypatch) -> Path:
     """A repository of its own, so that configs and runs are not written into this one."""
-    for module in (minidisc, minidisc_cases):
+    for module in (minidisc, minidisc_cases, legs):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     splits = {"train": [["a", "greet"], ["b", "ask"]], "val": [["c", "ask"]], "test": []}
     (tmp_path / "data" / "clinc150").mkdir(parents=True)
@@ -231,7 +232,8 @@ def test_every_leg_is_a_valid_config_that_differs_in_method_and_teacher_alone(be
 def test_a_leg_is_started_by_the_launcher_with_its_overrides():
     leg = minidisc.legs(Path("out"), 3, given())[2]
 
-    command = launching.launch_command(leg.config, 2, [*leg.overrides, f"output_dir={leg.output}"])
+    settings = [*leg.overrides, f"output_dir={leg.output}"]
+    command = launching.launch_command("train", leg.config, 2, settings)
 
     assert command[1:4] == ["-m", "deepspeed.launcher.runner", "--quiet"]
     assert command[-7:] == [
@@ -251,7 +253,7 @@ def test_a_given_teacher_brings_its_own_tokenizer(benchmark_root):
 
 
 @pytest.fixture
-def finished_leg(benchmark_root) -> minidisc.Leg:
+def finished_leg(benchmark_root) -> legs.Leg:
     """As a run leaves it."""
     folder = Path("out/minidisc/pydocs")
     minidisc.write_configs(folder, "pydocs", given())
@@ -263,7 +265,7 @@ def finished_leg(benchmark_root) -> minidisc.Leg:
 
 
 def test_a_leg_without_a_report_is_not_finished(finished_leg):
-    assert minidisc.finished(finished_leg) is None
+    assert legs.finished(finished_leg) is None
 
 
 def test_a_leg_of_other_settings_in_the_same_folder_is_refused(finished_leg, benchmark_root):
@@ -271,7 +273,7 @@ def test_a_leg_of_other_settings_in_the_same_folder_is_refused(finished_leg, ben
     other = finished_leg._replace(overrides=("seed=1", "train.max_steps=77"))
 
     with pytest.raises(CheckpointError, match="finished run of another config"):
-        minidisc.finished(other)
+        legs.finished(other)
 
 
 def test_legs_that_are_finished_are_not_started_again(benchmark_root, monkeypatch, capsys, reports):
@@ -280,13 +282,14 @@ def test_legs_that_are_finished_are_not_started_again(benchmark_root, monkeypatc
     def finished(leg):
         return {"name": "teacher"} if leg.name == "teacher" else reports.get(leg.name)
 
-    def run(leg, _):
-        started.append(leg.name)
-        return reports_of_runs[leg.name]
+    def trained(config, output, *, ranks, overrides):
+        name = output.name.partition("-seed")[0]
+        started.append(name)
+        return reports_of_runs[name]
 
     reports_of_runs = {"direct": reports.pop("direct")}
-    monkeypatch.setattr(minidisc, "finished", finished)
-    monkeypatch.setattr(minidisc, "run", run)
+    monkeypatch.setattr(legs, "finished", finished)
+    monkeypatch.setattr(legs, "trained", trained)
 
     code = minidisc.main(["pydocs", "--seeds", "1,2", "--output", "out"])
 

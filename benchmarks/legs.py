@@ -1,0 +1,45 @@
+"""Runs of a benchmark, each in a folder of its own: gone on with where it was, done once."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from launching import ROOT, trained
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Leg(NamedTuple):
+    """One run: its YAML file, the folder it writes, and what wins over the file."""
+
+    name: str
+    config: Path
+    output: Path
+    overrides: tuple[str, ...]
+
+
+def report_of(leg: Leg, *, ranks: int) -> dict[str, Any]:
+    """The report of a leg: it is done, gone on with, or started."""
+    report = finished(leg)
+    if report is None:
+        print(f"{leg.output}:", flush=True)
+        report = trained(leg.config, leg.output, ranks=ranks, overrides=leg.overrides)
+    return report
+
+
+def finished(leg: Leg) -> dict[str, Any] | None:
+    """The report of a leg that is done.
+
+    Raises:
+        MegakdError: the folder holds a run of other settings.
+    """
+    from megakd.config_file import load_config
+    from megakd.run import finished_table
+
+    output = ROOT / leg.output
+    config = load_config(ROOT / leg.config, [*leg.overrides, f"output_dir={output}"])
+    if finished_table(config) is None:
+        return None
+    return json.loads((output / "report.json").read_text(encoding="utf-8"))
