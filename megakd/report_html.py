@@ -37,6 +37,7 @@ from megakd.report_table import (
     largest,
     milliseconds,
     model_rows,
+    pool_rows,
     score,
     sized_models,
     stage_rows,
@@ -101,6 +102,7 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
         section("Size, quality, latency", _sizes(report)),
         section("Choice by trade-off", *_choices(report["candidates"])),
         section("What trying every assistant would have cost", _cost(report)),
+        section("Who taught", _pool(report)),
         section("Time and memory", _stages(report)),
         section("Training", *training_sections(panels(history), names)),
         section("Environment", facts(list(_flat(report["environment"])))),
@@ -176,6 +178,17 @@ def _dots(report: Report, sizes: Mapping[str, float]) -> list[Dot]:
         if is_number(value := metrics.get(metric)) and sizes.get("student", 0) > 0
     ]
     return found
+
+
+def _pool(report: Report) -> str:
+    pool = report.get("pool")
+    if pool is None:
+        return ""
+    return table(
+        pool_rows(pool),
+        caption="How likely each teacher was, or its share of the loss; the steps of the student "
+        "in which it answered; and the score on validation that it was ranked by.",
+    )
 
 
 def _choices(candidates: Sequence[CandidateReport]) -> list[str]:

@@ -66,6 +66,7 @@ def test_the_page_and_the_card_name_the_teachers(drawn):
 
     assert all(name in page and name in card for name in SIZES)
     assert "the largest teacher" in page
+    assert "Who taught" in page
 
 
 @pytest.mark.parametrize("method", ["skdbert", "mean_of_teachers", "takd"])
