@@ -11,6 +11,7 @@ from megakd.config_messages import suggestion
 from megakd.engine.ds_config import check_frozen_stage, load_ds_config
 from megakd.errors import ConfigError
 from megakd.methods.assistants import AssistantOptions
+from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
 from megakd.methods.single import SingleConfig
 from megakd.methods.skdbert import SkdbertConfig
 from megakd.methods.takd import TakdConfig
@@ -188,8 +189,10 @@ def _caches(config: RunConfig) -> Iterator[str]:
     task, key = config.task.type, f"{cached[0]}.cache"
     if task == "mlm":
         yield f"{key}: mlm hides other tokens in every epoch, so no answer serves twice; remove it"
-    if isinstance(config.method, AssistantOptions):
-        yield f'{key}: method "{config.method.name}" looks into the teacher itself; remove the key'
+    method = config.method
+    learns = isinstance(method, KnowledgeSelectionConfig) and method.policy == "learned"
+    if isinstance(method, AssistantOptions) or learns:
+        yield f'{key}: method "{method.name}" looks into the teacher itself; remove the key'
     for index, term in enumerate(config.objective or ()):
         where = f"objective[{index}].loss: {term.loss}"
         if isinstance(term, INTERMEDIATE_TERMS):

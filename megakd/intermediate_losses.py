@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import megakd_kernels
 from megakd.flows import counted, flow_errors
-from megakd.knowledge import Needs
+from megakd.knowledge import Needs, first_positions
 from megakd.losses import Evaluated, Reading, TermGroup
 from megakd.stage import AttentionVectors, Batch, Knowledge, Unit
 from megakd.terms import AttentionMse, HiddenCosine, Relation, RelationFsp, RelationKl, StateTerm
@@ -114,17 +114,11 @@ class HiddenStates(LayerTerm):
         ours = reading.student.hidden_states[student]
         theirs = reading.taught.hidden_states[teacher]
         if self.first_alone:
-            ours, theirs = _first(ours, valid), _first(theirs, valid)
+            ours, theirs = first_positions(ours, valid), first_positions(theirs, valid)
             valid = valid.any(1)
         return self.loss(
             ours, self.projections.weight(index), theirs, valid=valid, impl=reading.kernels
         )
-
-
-def _first(states: Tensor, valid: Tensor) -> Tensor:
-    """[B, D] of each row's first position that counts, which padding on the left moves."""
-    place = valid.int().argmax(dim=1)
-    return states.take_along_dim(place[:, None, None], dim=1).squeeze(1)
 
 
 class AttentionMatrices(LayerTerm):

@@ -82,6 +82,12 @@ def _read(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
     return Knowledge(logits=out.logits, hidden_states=tuple(out.hidden_states or ()))
 
 
+def first_positions(states: Tensor, valid: Tensor) -> Tensor:
+    """[B, D] of each row's first position that counts, which padding on the left moves."""
+    place = valid.int().argmax(dim=1)
+    return states.take_along_dim(place[:, None, None], dim=1).squeeze(1)
+
+
 def most_likely(model: nn.Module, batch: Batch, count: int) -> TopK:
     """A language model's most likely next tokens at every position, [B, T, count].
 

@@ -18,6 +18,7 @@ from megakd.assembly import Assembly, ReadyTeacher, identity_of
 from megakd.config import FROM_TEACHER, STUDENT, TEACHER, Dtype, RunConfig
 from megakd.engine.distributed import Ranks, main_first, on_main
 from megakd.engine.ds_config import load_ds_config, zero_stage
+from megakd.errors import ConfigError
 from megakd.evaluation import Metric, weighable
 from megakd.fingerprint import Fingerprint, flatten
 from megakd.instruments import Instruments
@@ -314,6 +315,11 @@ class Lab:
     def _frozen(self, name: str, needs: Needs) -> FrozenTeacher | CachedTeacher:
         ready = self._teachers[name]
         if ready.spec.cache is not None:
+            if needs != Needs():
+                raise ConfigError(
+                    f"{self.config.key_of(name)}.cache holds the teacher's outputs alone, and the "
+                    "losses of this method look into it; remove the key, or list soft targets"
+                )
             return self._assembly.cached(ready, ready.spec.cache)
         dtype = self._assembly.teacher_dtype(ready)
         return self._assembly.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=needs)

@@ -128,6 +128,8 @@ def _choosing(config: KnowledgeSelectionConfig, lab: Lab) -> Choosing:
         threshold=config.threshold,
         noise=config.noise,
         seed=lab.config.seed,
+        # The first token of a language model's text has seen nothing, or means nothing by itself.
+        whole_texts=lab.config.task.type in {"mlm", "causal_lm"},
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megakd.knowledge import first_positions
 from megakd.methods.selector import (
     ActorCritic,
     Learning,
@@ -38,20 +39,22 @@ class Choosing:
 
     hard: a kind is used or not. threshold: from which on it is. noise: standard deviation of
         what is added to a phase's actions while learning, to try others.
+    whole_texts: a state is the mean over all tokens, not over the first of each text.
     """
 
     hard: bool
     threshold: float
     noise: float
     seed: int
+    whole_texts: bool = False
 
 
 class Selecting(Planned):
     """Asks a frozen selector at every step which kinds of knowledge count how much.
 
-    State of a step: what both models say of the first position of each row, the mean over the
-    rows of all ranks, in the step's first micro-batch. Reading the action costs the step one wait
-    for the device.
+    State of a step: the last hidden states of both models at the first position of each row (of
+    language models at all positions), the mean over all ranks, in the step's first micro-batch.
+    Reading the action costs the step one wait for the device.
     """
 
     def __init__(
@@ -87,10 +90,14 @@ class Selecting(Planned):
     @torch.no_grad()
     def _summaries(self, reading: Reading) -> Tensor:
         """[S + T], on the CPU."""
-        rows = reading.batch.valid.any(dim=1)
-        both = [_first_positions(said.hidden_states[-1], reading.batch.valid)
-                for said in (reading.student, reading.taught)]  # fmt: skip
-        total = torch.cat([*(states[rows].sum(0) for states in both), rows.sum()[None]])
+        valid = reading.batch.valid
+        both = [said.hidden_states[-1] for said in (reading.student, reading.taught)]
+        if self.choosing.whole_texts:
+            rows, sums = valid, [states[valid].float().sum(0) for states in both]
+        else:
+            rows = valid.any(dim=1)
+            sums = [first_positions(states, valid)[rows].float().sum(0) for states in both]
+        total = torch.cat([*sums, rows.sum()[None]])
         if self.instruments is not None:
             self.instruments.add_up(total)
         return (total[:-1] / total[-1].clamp(min=1)).cpu()
@@ -126,12 +133,6 @@ class Selecting(Planned):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` gave."""
         self._window = list(state["window"])
-
-
-def _first_positions(states: Tensor, valid: Tensor) -> Tensor:
-    """[B, D] fp32 of each row's first position that counts."""
-    place = valid.int().argmax(dim=1)
-    return states.take_along_dim(place[:, None, None], dim=1).squeeze(1).float()
 
 
 @dataclass(frozen=True, kw_only=True)

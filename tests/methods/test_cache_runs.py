@@ -45,8 +45,7 @@ class Bench:
             self.task | sections.pop("task", {}),
             teacher=teacher,
             student={"model": small},
-            method={"name": "single"},
-            **{"objective": KL, **sections},
+            **{"method": {"name": "single"}, "objective": KL, **sections},
         )
         tree["train"] |= {"max_steps": 10, "adam_epsilon": 0.01}
         return write_config(self.folder / f"{out}.yaml", tree)
@@ -156,6 +155,11 @@ def test_every_teacher_of_a_pool_has_its_own_cache(classes):
         ("classes", {"objective": [{"loss": "hidden_mse"}]}, "hidden_mse looks into the teacher"),
         ("classes", {"task": {"type": "mlm"}}, "mlm hides other tokens in every epoch"),
         (
+            "classes",
+            {"method": {"name": "knowledge_selection"}},
+            'method "knowledge_selection" looks into the teacher itself',
+        ),
+        (
             "language",
             {"objective": [{"loss": "soft_target_reverse_kl"}]},
             "needs all probabilities of the teacher",
@@ -174,3 +178,15 @@ def test_what_a_cache_cannot_tell_is_refused(request, kind, sections, message):
 
     assert said.code == 2
     assert message in said.err
+
+
+def test_kinds_that_look_inside_cannot_be_weighed_from_a_cache(classes):
+    """The method's own losses, which no objective in the config has named."""
+    random = {"name": "knowledge_selection", "policy": "random_hard"}
+    config = classes.config("inside", cache="inside-answers", method=random, objective=None)
+    classes.cache(config)
+
+    said = classes.one_rank.train("--config", config)
+
+    assert said.code == 2
+    assert "teacher.cache holds the teacher's outputs alone" in said.err

@@ -9,7 +9,7 @@ import pytest
 import torch
 from one_rank import OneRank
 from safetensors.torch import load_file
-from tiny_runs import bert, config_tree, write_config, write_reviews
+from tiny_runs import bert, config_tree, llama, write_config, write_reviews, write_text
 from whole_run import finish, forgotten, read, records
 
 EPISODES, STEPS, PHASE = 2, 8, 3
@@ -182,6 +182,26 @@ def test_one_kind_alone_is_plain_training_with_it(bench):
     none = [{"loss": kind, "weight": float(kind == "hard_cross_entropy")} for kind in KINDS]
 
     assert same(weights(bench.run("only", {"name": "single"}, objective=none)), weights(alone))
+
+
+def test_kinds_of_a_language_model_are_weighed_too(one_rank, tmp_path):
+    task = {
+        "type": "causal_lm",
+        "dataset": str(write_text(tmp_path / "text.txt")),
+        "tokenizer": {"type": "bpe", "vocab_size": 320},
+    }
+    tree = config_tree(
+        tmp_path / "out",
+        task,
+        teacher={"model": llama(2, initializer_range=0.2)},
+        method={**LEARNED, "episode_steps": 4, "phase_steps": 2, "action": "hard"},
+        objective=[{"loss": kind} for kind in ("hard_cross_entropy", "soft_target_kl")],
+    )
+
+    finish(one_rank, write_config(tmp_path / "run.yaml", tree))
+
+    logged = [r for r in records(tmp_path / "out", "student") if "select/soft_target_kl" in r]
+    assert logged
 
 
 def test_a_phase_that_is_longer_than_its_episode_is_refused(bench):
