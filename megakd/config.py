@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megakd.methods import MethodConfig
@@ -144,11 +145,19 @@ class TeacherConfig:
     allow_pickle: bool = False
 
 
+def _plain_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", text):
+        raise ValueError(
+            f"a teacher's name has letters, digits, - and _ alone, such as bert-base; got {text!r}"
+        )
+    return text
+
+
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class PooledTeacher(TeacherConfig):
     """One of several teachers."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+    name: Annotated[str, AfterValidator(_plain_name)]
     """Names it in logs, in the report and in the folders of the run."""
 
 

@@ -83,11 +83,11 @@ def _cut_teacher(config: RunConfig) -> Iterator[str]:
 
 def _one_of_several(config: RunConfig) -> Iterator[str]:
     method, names = config.method, [spec.name for spec in config.teachers]
-    if not isinstance(method, SingleConfig):
+    if not isinstance(method, SingleConfig | KnowledgeSelectionConfig):
         return
     if names and method.teacher is None:
         yield (
-            'teachers: method "single" learns from one of them; set method.teacher to '
+            f'teachers: method "{method.name}" learns from one of them; set method.teacher to '
             f"{' or '.join(names)}"
         )
     if method.teacher is not None and method.teacher not in config.teacher_specs:

@@ -36,6 +36,7 @@ STAGE = "selector"
 class KnowledgeSelectionConfig:
     """The terms of the objective are kinds of knowledge, weighed anew at every step.
 
+    teacher: the name of one of several; null where there is only one.
     policy: `learned` by a selector, or a control: `all` kinds as the objective has them,
         `random_soft` or `random_hard` weights.
     action: of the learned policy: weights between 0 and 1, or a kind is used or not.
@@ -56,6 +57,7 @@ class KnowledgeSelectionConfig:
     """
 
     name: Literal["knowledge_selection"]
+    teacher: str | None = None
     policy: Literal["learned", "all", "random_soft", "random_hard"] = "learned"
     action: Literal["soft", "hard"] = "soft"
     threshold: Fraction = 0.5
@@ -75,17 +77,19 @@ class KnowledgeSelectionConfig:
 
 def run(config: KnowledgeSelectionConfig, lab: Lab) -> StageResult:
     """Stage 1 where a selector is to be learned, then the student."""
-    teacher, kinds = lab.teacher(), _kinds(lab)
+    from megakd.config import TEACHER
+
+    teacher, kinds = lab.teacher(config.teacher or TEACHER), _kinds(lab)
     if config.policy == "all":
-        return lab.train(_student(lab, kinds, Constant((Pass(teacher=teacher),))))
+        return lab.train(_student(teacher, kinds, Constant((Pass(teacher=teacher),))))
     if config.policy != "learned":
-        return lab.train(_student(lab, kinds, _random(config, lab, teacher, kinds)))
+        return lab.train(_student(teacher, kinds, _random(config, lab, teacher, kinds)))
     from megakd.methods.selecting import Selecting
 
     selector = _selector(config, lab, teacher, kinds)
     instruments = lab.instruments("student")
     strategy = Selecting(teacher, selector, _choosing(config, lab), instruments)
-    return lab.train(_student(lab, kinds, strategy, reads_states=True))
+    return lab.train(_student(teacher, kinds, strategy, reads_states=True))
 
 
 def _kinds(lab: Lab) -> tuple[TermConfig, ...]:
@@ -95,11 +99,11 @@ def _kinds(lab: Lab) -> tuple[TermConfig, ...]:
 
 
 def _student(
-    lab: Lab, kinds: tuple[TermConfig, ...], strategy: Strategy, *, reads_states: bool = False
+    teacher: str, kinds: tuple[TermConfig, ...], strategy: Strategy, *, reads_states: bool = False
 ) -> Stage:
     return Stage(
         name="student",
-        teachers=(lab.teacher(),),
+        teachers=(teacher,),
         objective=kinds,
         strategy=strategy,
         reads_states=reads_states,
@@ -195,7 +199,7 @@ def _stage_1(
         ),
     )
     return dataclasses.replace(
-        _student(lab, kinds, strategy, reads_states=True),
+        _student(teacher, kinds, strategy, reads_states=True),
         name=STAGE,
         episodes=config.episodes,
         train=dataclasses.replace(lab.config.train, max_steps=steps),

@@ -53,6 +53,16 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
         {"teachers": ["small", "large"]},
         ("set method.teacher to small or large",),
     ),
+    "kinds of one of several": (
+        {"name": "knowledge_selection"},
+        {"teachers": ["small", "large"]},
+        ('method "knowledge_selection" learns from one of them',),
+    ),
+    "a name of two words": (
+        {"name": "skdbert"},
+        {"teachers": [{"name": "b c", "model": bert(1)}]},
+        ("teachers[0].name", "letters, digits, - and _ alone", "'b c'"),
+    ),
     "nobody": (
         {"name": "single", "teacher": "huge"},
         {"teachers": ["small", "large"]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,19 @@ def test_every_episode_begins_with_the_same_student(bench):
 
     both = weights(out, "selector"), weights(out, "student")
     assert max((both[0][n] - both[1][n]).abs().max().item() for n in both[0]) <= 1e-5
+
+
+def test_one_of_several_teachers_may_offer_its_kinds(bench):
+    teacher = {"model": str(bench.folder / "teacher" / "final")}
+    pool = [{**teacher, "name": "one"}, {**teacher, "name": "other"}]
+    tree = json.loads(bench.config("of-a-pool", {**LEARNED, "teacher": "other"}).read_text())
+    tree |= {"teacher": None, "teachers": pool}
+
+    finish(bench.one_rank, write_config(bench.folder / "of-a-pool.yaml", tree))
+
+    out = bench.folder / "of-a-pool"
+    assert [stage["name"] for stage in read(out)["stages"]] == ["selector", "student"]
+    assert [one["name"] for one in read(out)["teachers"]] == ["other"]
 
 
 def test_all_kinds_are_the_objective_itself(bench):
