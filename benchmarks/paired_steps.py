@@ -13,7 +13,6 @@ pair's ratio is of the mean over the ranks. Resident memory is that of rank 0.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import tempfile
@@ -25,16 +24,14 @@ import yaml
 from launching import start_ranks
 from machine import markdown_row, print_row, spread_of
 from overhead_case import case_config, write_case
-from sandwich import read, timed
+from timed_ranks import read, run_rank, timed
 
-from megakd.config_file import load_config
-from megakd.engine.distributed import Ranks, gather
+from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
 from megakd.lab import Lab
 from megakd.methods.skdbert import Drawn
 from megakd.preparation import prepare
 from megakd.progress import Reporter
-from megakd.run import started
 from megakd.stage import Constant, Pass, Stage
 from megakd.stage_run import StageRun
 
@@ -55,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     """Measures each comparison with ranks of its own, or is one of them."""
     given = parse(arguments)
     if given.case is not None:
-        run_rank(given)
+        run_rank(given, measured)
         return 0
     for what in given.what:
         with tempfile.TemporaryDirectory(prefix="megakd-steps-") as name:
@@ -79,15 +76,6 @@ def write_run(folder: Path, given: argparse.Namespace, what: str) -> None:
     else:
         tree["objective"] += [{"loss": loss} for loss in LEFT_OUT]
     (folder / "run.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-
-
-def run_rank(given: argparse.Namespace) -> None:
-    """One rank's part, in the folder that holds the case."""
-    config = load_config(given.case / "run.yaml")
-    with started() as ranks:
-        pairs = gather(measured(config, ranks, given))
-        if ranks.is_main:
-            (given.case / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
 
 
 def measured(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> list[Any]:

@@ -14,32 +14,28 @@ CPU time is that of all threads of a rank; a pair's ratio is of the mean over th
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch.distributed as dist
 import yaml
 from launching import start_ranks
 from machine import markdown_row, print_row, spread_of
 from options import fractions, integers
 from overhead_case import case_config, write_case
+from timed_ranks import read, run_rank, timed
 
-from megakd.config_file import load_config
-from megakd.engine.distributed import Ranks, gather
+from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
 from megakd.lab import Lab
 from megakd.methods.minidisc import Sandwich
 from megakd.preparation import prepare
 from megakd.progress import Reporter
 from megakd.pruning import shape_of_cut, unscored
-from megakd.run import started
-from megakd.stage import Batch, Constant, Pass, Stage
+from megakd.stage import Constant, Pass, Stage
 from megakd.stage_run import StageRun
 
 if TYPE_CHECKING:
@@ -65,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     """Measures each ZeRO stage with ranks of its own, or is one of them."""
     given = parse(arguments)
     if given.case is not None:
-        run_rank(given)
+        run_rank(given, measured)
         return 0
     for stage in given.stages:
         with tempfile.TemporaryDirectory(prefix="megakd-sandwich-") as name:
@@ -95,20 +91,6 @@ def write_run(folder: Path, given: argparse.Namespace, stage: int) -> None:
     # Other weights: a student that is its teacher would have no gradient.
     tree["teacher"]["model"]["config"]["initializer_range"] = 0.03
     (folder / "run.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-
-
-def run_rank(given: argparse.Namespace) -> None:
-    """One rank's part, in the folder that holds the case."""
-    config = load_config(given.case / "run.yaml")
-    with started() as ranks:
-        pairs = gather(measured(config, ranks, given))
-        if ranks.is_main:
-            (given.case / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
-
-
-def read(folder: Path) -> Any:
-    """The pairs of all ranks."""
-    return json.loads((folder / "pairs.json").read_text(encoding="utf-8"))
 
 
 def measured(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> list[Pair]:
@@ -168,14 +150,6 @@ def alternated(runs: Sequence[StageRun], given: argparse.Namespace) -> list[Pair
         plain_seconds = timed(plain, batches)
         pairs.append(Pair(first or timed(sandwich, batches), plain_seconds))
     return pairs[given.warm_up :]
-
-
-def timed(run: StageRun, batches: Sequence[Batch]) -> float:
-    """CPU seconds of one whole step, which all ranks begin together."""
-    dist.barrier()
-    began = time.process_time()
-    run.trainer.train_step(batches)
-    return time.process_time() - began
 
 
 def show(by_rank: Sequence[Sequence[Pair]], given: argparse.Namespace, stage: int) -> None:

@@ -1,0 +1,47 @@
+"""What benchmarks that time whole steps on several ranks have in common."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from megakd.config_file import load_config
+from megakd.engine.distributed import gather
+from megakd.run import started
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from megakd.config import RunConfig
+    from megakd.engine.distributed import Ranks
+    from megakd.stage import Batch
+    from megakd.stage_run import StageRun
+
+    Measure = Callable[[RunConfig, Ranks, argparse.Namespace], Sequence[Any]]
+
+
+def run_rank(given: argparse.Namespace, measured: Measure) -> None:
+    """One rank's part, in the folder that holds the case; rank 0 writes what all have measured."""
+    config = load_config(given.case / "run.yaml")
+    with started() as ranks:
+        found = gather(measured(config, ranks, given))
+        if ranks.is_main:
+            (given.case / "measured.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def read(folder: Path) -> Any:
+    """What all ranks have measured."""
+    return json.loads((folder / "measured.json").read_text(encoding="utf-8"))
+
+
+def timed(run: StageRun, batches: Sequence[Batch]) -> float:
+    """CPU seconds of one whole step, which all ranks begin together."""
+    dist.barrier()
+    began = time.process_time()
+    run.trainer.train_step(batches)
+    return time.process_time() - began
