@@ -18,7 +18,7 @@ import transformers
 from megakd import atomic
 from megakd.best import RECORD
 from megakd.config import FROM_TEACHER, STUDENT, RunConfig
-from megakd.config_file import config_tree, dump_config
+from megakd.config_file import config_tree, dump_config, load_config
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks, on_main
 from megakd.engine.memory import keep_freed_memory
@@ -257,14 +257,21 @@ def finished_table(config: RunConfig) -> str | None:
 
 def config_differences(config: RunConfig) -> str:
     """How the config that is in the output folder differs in what a result depends on."""
-    path = config.output_dir / CONFIG
-    text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
-    there = flatten(parse_yaml(text, source=str(path)))
-    here = flatten(config_tree(config))
+    there, here = flatten(_config_there(config.output_dir / CONFIG)), flatten(config_tree(config))
     return differences(
         {k: v for k, v in there.items() if not _is_free(k)},
         {k: v for k, v in here.items() if not _is_free(k)},
     )
+
+
+def _config_there(path: Path) -> Any:
+    """What a run was started with, in all keys that there are by now."""
+    if not path.is_file():
+        return {}
+    try:
+        return config_tree(load_config(path))
+    except ConfigError:  # of a version whose keys are no longer known: they are shown as they are
+        return parse_yaml(path.read_text(encoding="utf-8"), source=str(path))
 
 
 def _is_free(key: str) -> bool:

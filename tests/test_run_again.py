@@ -52,6 +52,30 @@ def test_another_config_in_a_finished_folder_is_refused_naming_what_differs(one_
     assert "weight_decay" not in said.err
 
 
+def test_a_run_of_a_version_with_fewer_keys_is_still_finished(one_rank, out, config, tmp_path):
+    """Keys that it does not have are at their defaults, as they were then."""
+    older = Path(shutil.copytree(out, tmp_path / "older"))
+    lines = (older / "config.yaml").read_text().splitlines(keepends=True)
+    fewer = [line for line in lines if "cache_top_k" not in line and "teachers:" not in line]
+    assert len(fewer) == len(lines) - 2
+    (older / "config.yaml").write_text("".join(fewer))
+
+    said = one_rank.train("--config", config, f"output_dir={older}")
+
+    assert said.code == 0, said.err
+    assert said.loaded == ()
+
+
+def test_a_run_of_a_version_with_other_keys_is_named_as_it_is(one_rank, out, config, tmp_path):
+    other = Path(shutil.copytree(out, tmp_path / "other"))
+    (other / "config.yaml").write_text((other / "config.yaml").read_text() + "forgotten: 3\n")
+
+    said = one_rank.train("--config", config, f"output_dir={other}")
+
+    assert said.code == 2
+    assert "forgotten: 3 there" in said.err
+
+
 @pytest.fixture
 def unfinished(out, tmp_path) -> Path:
     """The run as a kill before its last stages would have left it, the teacher being done."""
