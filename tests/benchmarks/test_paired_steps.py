@@ -13,7 +13,8 @@ SMALL = ["--pairs", "3", "--warm-up", "1", "--teacher", "2x32", "--student", "2x
 SMALL += ["--vocabulary", "60", "--rows", "2", "--length", "8", "--ranks", "1"]
 
 
-@pytest.mark.parametrize("what", ["pool", pytest.param("kinds", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["pool", "kinds"])
 def test_both_steps_are_taken_and_a_row_is_printed(what):
     said = subprocess.run(
         [sys.executable, str(PROGRAM), what, *SMALL], capture_output=True, text=True, check=False

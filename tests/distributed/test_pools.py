@@ -55,12 +55,12 @@ def furthest(found: dict, expected: dict) -> float:
     ("method", "student", "teacher"),
     [
         ("skdbert", "zero0", 0),
-        ("skdbert", "zero1", 3),
+        pytest.param("skdbert", "zero1", 3, marks=pytest.mark.slow),
         ("skdbert", "zero2", 3),
         ("skdbert", "zero3", 3),
         ("mean_of_teachers", "zero3", 3),
-        ("mt_bert", "zero2", 3),
-        ("takd", "zero2", 3),
+        pytest.param("mt_bert", "zero2", 3, marks=pytest.mark.slow),
+        pytest.param("takd", "zero2", 3, marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_learn_from_a_pool_as_one_does(learn, method, student, teacher):

@@ -43,8 +43,19 @@ def learn(workers, config, tmp_path):
     return learned
 
 
-@pytest.mark.parametrize("action", ["soft", "hard"])
-@pytest.mark.parametrize("student", ["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    ("student", "action"),
+    [
+        pytest.param("zero0", "soft", marks=pytest.mark.slow),
+        pytest.param("zero1", "soft", marks=pytest.mark.slow),
+        pytest.param("zero2", "hard", marks=pytest.mark.slow),
+        ("zero0", "hard"),
+        pytest.param("zero1", "hard", marks=pytest.mark.slow),
+        ("zero2", "soft"),
+        ("zero3", "soft"),
+        ("zero3", "hard"),
+    ],
+)
 def test_two_ranks_choose_and_learn_as_one_does(learn, student, action):
     settings = (f"method.action={action}", f"student.deepspeed={student}")
 
@@ -58,7 +69,9 @@ def test_two_ranks_choose_and_learn_as_one_does(learn, student, action):
         assert (weight - alone["weights"][name]).abs().max().item() <= 1e-4, name
 
 
-@pytest.mark.parametrize("student", ["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "student", ["zero0", pytest.param("zero1", marks=pytest.mark.slow), "zero2", "zero3"]
+)
 def test_a_student_that_begins_anew_is_as_it_was(learn, student):
     """Weights and optimizer: its first step is the first step again."""
     found = learn(2, f"student.deepspeed={student}", "train.lr_scheduler_type=constant")[0]
