@@ -279,7 +279,7 @@ def _usage(auto_class: str, *, brings_code: bool) -> str:
     return (
         f"from transformers import {auto_class}, AutoTokenizer\n\n"
         'folder = "path/to/this/folder"\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})\n"
         f"model = {auto_class}.from_pretrained(folder{trust})"
     )
 
