@@ -10,9 +10,8 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megakd.methods import MethodConfig
-from megakd.terms import STRICT, Fraction, Positive, TermConfig, Weight
+from megakd.terms import STRICT, Count, Fraction, Positive, TermConfig, Weight
 
-Count = Annotated[int, Field(ge=1)]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Kernels = Literal["auto", "triton", "chunked", "reference"]
 TaskType = Literal["classification", "regression", "mlm", "causal_lm"]
@@ -231,6 +230,13 @@ class RunConfig:
         """All teachers by name; a single one is called `teacher`."""
         single = {} if self.teacher is None else {TEACHER: self.teacher}
         return {**single, **{spec.name: spec for spec in self.teachers}}
+
+    @property
+    def start_role(self) -> str:
+        """Whose model the student begins as: its own, or the teacher that `from_teacher` means."""
+        if self.student.model != FROM_TEACHER:
+            return STUDENT
+        return self.student.teacher or TEACHER
 
     def key_of(self, role: str) -> str:
         """Where a model stands in the config: `student`, `teacher` or `teachers[2]`.

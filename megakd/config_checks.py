@@ -304,11 +304,12 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
 
 def _deepspeed(config: RunConfig) -> Iterator[str]:
     used = {"student.deepspeed": config.student.deepspeed}
-    frozen = {f"{config.key_of(name)}.deepspeed": s for name, s in config.teacher_specs.items()}
-    for where, spec in frozen.items():
-        used[where] = spec.deepspeed
+    frozen = {f"{config.key_of(name)}.deepspeed" for name in config.teacher_specs}
+    for name, spec in config.teacher_specs.items():
+        key = config.key_of(name)
+        used[f"{key}.deepspeed"] = spec.deepspeed
         if spec.finetune is not None:
-            used[where.replace(".deepspeed", ".finetune.deepspeed")] = spec.finetune.deepspeed
+            used[f"{key}.finetune.deepspeed"] = spec.finetune.deepspeed
     for where, given in used.items():
         try:
             ds = load_ds_config(given, where=where)

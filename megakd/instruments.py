@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from megakd.scoring import Scorer
 
 
+BEGINNING = "beginning"
+
+
 @dataclass(frozen=True)
 class Instruments:
     """Sums over ranks, the loss on held-out rows, and the student as it was at first.
@@ -43,6 +46,3 @@ class Instruments:
     def reset(self, student: StudentEngine) -> None:
         """Makes it what it was, without a new engine."""
         student.load(self.folder, BEGINNING)
-
-
-BEGINNING = "beginning"

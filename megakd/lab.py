@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from datasets import Dataset
 
 from megakd import atomic
 from megakd.assembly import Assembly, ReadyTeacher, identity_of
-from megakd.config import FROM_TEACHER, STUDENT, TEACHER, Dtype, RunConfig
+from megakd.config import STUDENT, TEACHER, Dtype, RunConfig
 from megakd.engine.distributed import Ranks, main_first, on_main
 from megakd.engine.ds_config import load_ds_config, zero_stage
 from megakd.errors import ConfigError
@@ -23,13 +22,12 @@ from megakd.evaluation import Metric, weighable
 from megakd.fingerprint import Fingerprint, flatten
 from megakd.instruments import Instruments
 from megakd.knowledge import Needs
-from megakd.models.layers import with_layers
 from megakd.models.loading import ModelSource, resolve_model
 from megakd.models.units import View
 from megakd.objective import teacher_needs
-from megakd.preparation import Prepared
+from megakd.preparation import Prepared, as_student
 from megakd.progress import Reporter
-from megakd.pruning import Specification, Workshop, size_of, unscored
+from megakd.pruning import Specification, Workshop, largest_first, unscored
 from megakd.recipes import completed, finetuning_stage
 from megakd.report import (
     CandidateReport,
@@ -40,9 +38,10 @@ from megakd.report import (
     named_shapes,
     parameter_counts,
 )
+from megakd.schedules import total_steps
 from megakd.stage import Stage, StageResult, untrained
 from megakd.stage_identity import stage_identity
-from megakd.stage_run import RESULT, StageRun, read_result, result_text
+from megakd.stage_run import RESULT, StageRun, read_result, result_text, step_shape
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.terms import TermConfig, hard_terms, soft_terms
@@ -103,8 +102,9 @@ class Lab:
         """The loss on the teacher's outputs that fits the task."""
         return soft_terms(self.config.task.type, weight)
 
-    def teacher(self, name: str = TEACHER) -> str:
-        """A teacher's name, after fine-tuning it if the config says so."""
+    def teacher(self, name: str | None = None) -> str:
+        """A teacher's name, by default the only one's, after fine-tuning it where that is asked."""
+        name = name or TEACHER
         if name not in self._teachers:
             self._teachers[name] = ReadyTeacher(
                 self._ready_teacher(name), self.config.teacher_specs[name]
@@ -123,11 +123,8 @@ class Lab:
 
     def largest_first(self) -> tuple[str, ...]:
         """The names of all teachers by falling number of weights."""
-        sizes = {
-            name: size_of(self._prepared.sources[name], self.config.task).parameters
-            for name in self.config.teacher_specs
-        }
-        return tuple(sorted(sizes, key=lambda name: -sizes[name]))
+        sources = {name: self._prepared.sources[name] for name in self.config.teacher_specs}
+        return largest_first(sources, self.config.task)
 
     def worth(self, metrics: Mapping[str, float]) -> float:
         """The metric that stands for the task, turned round where less of it is better."""
@@ -244,12 +241,10 @@ class Lab:
 
     def _start(self) -> ModelSource | None:
         """Layers of the teacher as it teaches, fine-tuned; None where the student is given."""
-        student = self.config.student
-        if student.model != FROM_TEACHER or student.layers is None:
+        role = self.config.start_role
+        if role == STUDENT or self.config.student.layers is None:
             return None
-        teacher = self._teachers[self.teacher(student.teacher or TEACHER)].source
-        fewer = with_layers(teacher, student.layers, where="student.layers")
-        return dataclasses.replace(fewer, where="student.model")
+        return as_student(self._teachers[self.teacher(role)].source, self.config)
 
     def _run(self, stage: Stage, fingerprint: Fingerprint, folder: Path) -> StageResult:
         teachers = {name: self._frozen(name, self.needs(stage)) for name in stage.teachers}
@@ -283,10 +278,10 @@ class Lab:
 
     def steps_of_student(self) -> int:
         """Optimiser steps that `train` asks for where all rows are trained on."""
-        train, rows = self.config.train, len(self._prepared.encoded.train)
-        per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-        epoch = math.ceil(rows / (per_step * self._ranks.world_size))
-        return train.max_steps or math.ceil(train.num_train_epochs * epoch)
+        shape = step_shape(self.config.train, self._ranks)
+        return total_steps(
+            self.config.train, shape.steps_per_epoch(len(self._prepared.encoded.train))
+        )
 
     def instruments(self, stage: str) -> Instruments | None:
         """What a strategy that measures may use in a stage."""

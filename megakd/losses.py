@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -182,7 +182,7 @@ class LanguageModelTargets(TermGroup):
     def _scored(self, rows: Rows, reading: Reading) -> megakd_kernels.KDOutput:
         head, bias = _head(reading.student)
         if rows.top_k is not None:
-            return self._scored_from_top_k(rows, reading)
+            return self._scored_from_top_k(rows, rows.top_k, reading)
         teacher_head, teacher_bias = self._teacher_head(reading)
         divergence = {DIVERGENCE[t.loss]: reading.weights[t.loss] for t in self.soft}
         shared = self.soft[0] if self.soft else SoftTargetKl(loss="soft_target_kl")
@@ -207,16 +207,16 @@ class LanguageModelTargets(TermGroup):
             impl=reading.kernels,
         )
 
-    def _scored_from_top_k(self, rows: Rows, reading: Reading) -> megakd_kernels.KDOutput:
+    def _scored_from_top_k(
+        self, rows: Rows, top_k: TopK, reading: Reading
+    ) -> megakd_kernels.KDOutput:
         """Tokens that a cache lacks are one more, whose probability is what is missing to 1."""
         head, bias = _head(reading.student)
         (term,) = self.soft
-        ids, logprobs = cast("TopK", rows.top_k)
         return megakd_kernels.topk_kd_loss(
             rows.student,
             head,
-            ids,
-            logprobs,
+            *top_k,
             rows.labels,
             mode="tail",
             t_squared=term.t_squared,

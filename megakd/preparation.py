@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, cast
 from megakd.config import (
     FROM_TEACHER,
     STUDENT,
-    TEACHER,
     RunConfig,
     StudentConfig,
     TaskType,
@@ -237,14 +236,13 @@ def on_main_resolved(config: RunConfig) -> dict[str, ModelSource]:
 
 def with_student(config: RunConfig, sources: dict[str, ModelSource]) -> dict[str, ModelSource]:
     """The same with the student, where it begins as a teacher or as some layers of a model."""
-    student = config.student
-    if student.model == FROM_TEACHER:
-        teacher = sources[student.teacher or TEACHER]
-        sources = {**sources, STUDENT: dataclasses.replace(teacher, where="student.model")}
-    if student.layers is None:
-        return sources
-    fewer = with_layers(sources[STUDENT], student.layers, where="student.layers")
-    return {**sources, STUDENT: fewer}
+    return {**sources, STUDENT: as_student(sources[config.start_role], config)}
+
+
+def as_student(source: ModelSource, config: RunConfig) -> ModelSource:
+    """The model that the student begins as, with the layers that it takes of it."""
+    student, layers = dataclasses.replace(source, where="student.model"), config.student.layers
+    return student if layers is None else with_layers(student, layers, where="student.layers")
 
 
 def _resolve(spec: TeacherConfig | StudentConfig, config: RunConfig, role: str) -> ModelSource:

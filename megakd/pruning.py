@@ -201,9 +201,13 @@ class Workshop:
         return result
 
 
-def size_of(source: ModelSource, task: TaskConfig) -> ParameterCounts:
-    """How many weights a model has, which is not loaded for that."""
-    return parameter_counts((name, shape) for name, shape, _ in weights_of(source, task))
+def largest_first(sources: Mapping[str, ModelSource], task: TaskConfig) -> tuple[str, ...]:
+    """The names of models by falling number of weights; none is loaded for that."""
+    shapes = {
+        name: [(weight, shape) for weight, shape, _ in weights_of(source, task)]
+        for name, source in sources.items()
+    }
+    return tuple(sorted(shapes, key=lambda name: -parameter_counts(shapes[name]).parameters))
 
 
 def shape_of_cut(source: ModelSource, view: View, task: TaskType) -> ModelSource:

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
 Schedule = Callable[[int], float]
 
 
+def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimiser steps of a stage; `max_steps` wins over `num_train_epochs`."""
+    return train.max_steps or math.ceil(train.num_train_epochs * steps_per_epoch)
+
+
 def warmup_steps(train: TrainConfig, total_steps: int) -> int:
     """Optimiser steps of linear warm-up; `warmup_steps` wins over `warmup_ratio`."""
     return train.warmup_steps or math.ceil(train.warmup_ratio * total_steps)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -30,12 +29,15 @@ from megakd.models.cutting import cut_class_name, cut_config, cut_state
 from megakd.objective import Objective, count_units
 from megakd.progress import Reporter
 from megakd.report import peak_memory_bytes
-from megakd.schedules import learning_rate_schedule
+from megakd.schedules import learning_rate_schedule, total_steps
 from megakd.stage import Batch, Stage, StageResult, StepReport, Teacher
 from megakd.trainer import Trainer
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from megakd.config import TrainConfig
+    from megakd.engine.distributed import Ranks
 
 logger = logging.getLogger(__name__)
 RESULT = "result.json"
@@ -65,7 +67,7 @@ class StageRun:
         self.scorer = assembly.scorer()
         self.loader = self._loader()
         train = stage.train
-        steps = train.max_steps or math.ceil(train.num_train_epochs * self.loader.steps_per_epoch)
+        steps = total_steps(train, self.loader.steps_per_epoch)
         self.steps = stage.episodes * steps
         rate = learning_rate_schedule(train, steps)
         self.trainer = Trainer(
@@ -88,13 +90,7 @@ class StageRun:
         self.health = Health(self.objective, self.trainer, stage, self.ranks)
 
     def _loader(self) -> StepLoader:
-        rows, train = self.prepared.encoded.train, self.stage.train
-        shape = StepShape(
-            train.per_device_train_batch_size,
-            train.gradient_accumulation_steps,
-            self.ranks.rank,
-            self.ranks.world_size,
-        )
+        rows, shape = self.prepared.encoded.train, step_shape(self.stage.train, self.ranks)
         rows = labelled_only(rows) if self.stage.labelled_only else rows
         return StepLoader(
             rows,
@@ -267,6 +263,16 @@ class StageRun:
     def close(self) -> None:
         """Frees the engine."""
         self.student.destroy()
+
+
+def step_shape(train: TrainConfig, ranks: Ranks) -> StepShape:
+    """How the rows of a step are dealt to this rank."""
+    return StepShape(
+        train.per_device_train_batch_size,
+        train.gradient_accumulation_steps,
+        ranks.rank,
+        ranks.world_size,
+    )
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 STRICT = ConfigDict(extra="forbid", strict=True)
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -219,7 +220,7 @@ class RelationKl:
     weight: Weight = 1.0
     layer_mapping: LayerMapping = "last"
     relations: Relations = ("query", "key", "value")
-    relation_heads: Annotated[int, Field(ge=1)] | None = None
+    relation_heads: Count | None = None
 
 
 TermConfig = Annotated[

@@ -48,6 +48,10 @@ class StepShape(NamedTuple):
         """Over all ranks and micro-batches."""
         return self.per_device * self.accumulation * self.world
 
+    def steps_per_epoch(self, rows: int) -> int:
+        """Steps in which every row comes once."""
+        return -(-rows // self.rows_per_step)
+
 
 class StepLoader:
     """The training rows, an optimiser step at a time.
@@ -75,7 +79,7 @@ class StepLoader:
         self._rows = rows.with_format("arrow")
         self._collate = collate
         self._shape = shape
-        self.steps_per_epoch = -(-len(rows) // shape.rows_per_step)
+        self.steps_per_epoch = shape.steps_per_epoch(len(rows))
         self.waited_s = 0.0
         """Seconds that the consumers of `iterate` spent waiting for data."""
         self._seed = seed

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megakd.errors import ConfigError
-from megakd.terms import ATTENTION_TERMS, STRICT, HiddenMse, RelationKl, Weight
+from megakd.terms import ATTENTION_TERMS, STRICT, Count, HiddenMse, RelationKl, Weight
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,7 +63,7 @@ class AssistantOptions:
     tradeoff: Weight = 0.2
     metric: str | None = None
     allocation: Literal["global", "uniform"] = "global"
-    round_to: Annotated[int, Field(ge=1)] = 8
+    round_to: Count = 8
     importance_split: Literal["validation", "train"] = "validation"
     residual: bool = False
 

@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from megakd.errors import ConfigError, TeacherError
 from megakd.stage import Constant, Pass, Stage
-from megakd.terms import STRICT, Fraction, HiddenMse, Positive, RelationFsp, Weight
+from megakd.terms import STRICT, Count, Fraction, HiddenMse, Positive, RelationFsp, Weight
 
 if TYPE_CHECKING:
     from megakd.lab import Lab
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from megakd.stage import StageResult, Strategy
     from megakd.terms import TermConfig
 
-Count = Annotated[int, Field(ge=1)]
 STAGE = "selector"
 
 
@@ -77,9 +76,7 @@ class KnowledgeSelectionConfig:
 
 def run(config: KnowledgeSelectionConfig, lab: Lab) -> StageResult:
     """Stage 1 where a selector is to be learned, then the student."""
-    from megakd.config import TEACHER
-
-    teacher, kinds = lab.teacher(config.teacher or TEACHER), _kinds(lab)
+    teacher, kinds = lab.teacher(config.teacher), _kinds(lab)
     if config.policy == "all":
         return lab.train(_student(teacher, kinds, Constant((Pass(teacher=teacher),))))
     if config.policy != "learned":
@@ -125,6 +122,7 @@ def _random(
 
 
 def _choosing(config: KnowledgeSelectionConfig, lab: Lab) -> Choosing:
+    from megakd.config import LANGUAGE_TASKS
     from megakd.methods.selecting import Choosing
 
     return Choosing(
@@ -133,7 +131,7 @@ def _choosing(config: KnowledgeSelectionConfig, lab: Lab) -> Choosing:
         noise=config.noise,
         seed=lab.config.seed,
         # The first token of a language model's text has seen nothing, or means nothing by itself.
-        whole_texts=lab.config.task.type in {"mlm", "causal_lm"},
+        whole_texts=lab.config.task.type in LANGUAGE_TASKS,
     )
 
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic.dataclasses import dataclass
 
-from megakd.methods.pools import soft_objective, taught
-from megakd.stage import Constant, Pass, Stage
+from megakd.methods.pools import soft_objective, taught_by_all
 from megakd.terms import STRICT
 
 if TYPE_CHECKING:
@@ -30,11 +29,4 @@ def run(config: MeanOfTeachersConfig, lab: Lab) -> StageResult:
     """One pass per teacher over one forward of the student."""
     del config
     names = lab.teachers()
-    share = 1 / len(names)
-    stage = Stage(
-        name="student",
-        teachers=names,
-        objective=soft_objective(lab),
-        strategy=Constant(tuple(Pass(teacher=name, scale=share) for name in names)),
-    )
-    return taught(lab, stage, weights=dict.fromkeys(names, share), how="mean")
+    return taught_by_all(lab, names, soft_objective(lab), share=1 / len(names), how="mean")

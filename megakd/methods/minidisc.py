@@ -32,7 +32,7 @@ from megakd.methods.assistants import (
 )
 from megakd.selection import choose, tradeoff
 from megakd.stage import Pass, Planned, Scores, Stage, StageResult, Verdict
-from megakd.terms import STRICT
+from megakd.terms import STRICT, Count
 
 if TYPE_CHECKING:
     from megakd.evaluation import Metric
@@ -52,9 +52,9 @@ class MiniDiscConfig(AssistantOptions):
     """
 
     name: Literal["minidisc"]
-    iterations: Annotated[int, Field(ge=1)] = 2
+    iterations: Count = 2
     sampled_candidates: Annotated[int, Field(ge=0)] | None = None
-    passes_per_backward: Annotated[int, Field(ge=1)] | None = None
+    passes_per_backward: Count | None = None
 
 
 class Link(NamedTuple):

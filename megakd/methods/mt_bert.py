@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic.dataclasses import dataclass
 
-from megakd.methods.pools import taught
-from megakd.stage import Constant, Pass, Stage
+from megakd.methods.pools import taught_by_all
 from megakd.terms import STRICT
 
 if TYPE_CHECKING:
@@ -34,10 +33,5 @@ def run(config: MtBertConfig, lab: Lab) -> StageResult:
     del config
     names = lab.teachers()
     trusting = (dataclasses.replace(term, row_weight="teacher_loss") for term in lab.soft_terms())
-    stage = Stage(
-        name="student",
-        teachers=names,
-        objective=lab.config.objective or tuple(trusting),
-        strategy=Constant(tuple(Pass(teacher=name) for name in names)),
-    )
-    return taught(lab, stage, weights=dict.fromkeys(names, 1.0), how="teacher_loss")
+    objective = lab.config.objective or tuple(trusting)
+    return taught_by_all(lab, names, objective, share=1.0, how="teacher_loss")

@@ -5,19 +5,40 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from megakd.stage import teacher_names
+from megakd.stage import Constant, Pass, Stage, teacher_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from megakd.lab import Lab
-    from megakd.stage import Stage, StageResult
+    from megakd.stage import StageResult
     from megakd.terms import TermConfig
 
 
 def soft_objective(lab: Lab) -> tuple[TermConfig, ...]:
     """The config's, else soft targets alone: teachers of any shape can give those."""
     return lab.config.objective or lab.soft_terms()
+
+
+def taught_by_all(
+    lab: Lab, names: tuple[str, ...], objective: tuple[TermConfig, ...], *, share: float, how: str
+) -> StageResult:
+    """Trains the student on all teachers at every step, over one forward of its own.
+
+    Args:
+        lab: of the run.
+        names: of the teachers.
+        objective: of every teacher's pass.
+        share: what each pass counts.
+        how: what the shares are called in the report.
+    """
+    stage = Stage(
+        name="student",
+        teachers=names,
+        objective=objective,
+        strategy=Constant(tuple(Pass(teacher=name, scale=share) for name in names)),
+    )
+    return taught(lab, stage, weights=dict.fromkeys(names, share), how=how)
 
 
 def taught(lab: Lab, stage: Stage, *, weights: Mapping[str, float], how: str) -> StageResult:

@@ -26,10 +26,9 @@ class SingleConfig:
 
 def run(config: SingleConfig, lab: Lab) -> StageResult:
     """Distils on every row, labelled or not; by default half hard and half soft targets."""
-    from megakd.config import TEACHER
     from megakd.stage import Constant, Pass, Stage
 
-    teacher = lab.teacher(config.teacher or TEACHER)
+    teacher = lab.teacher(config.teacher)
     return lab.train(
         Stage(
             name="student",

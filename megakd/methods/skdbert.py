@@ -12,14 +12,13 @@ import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megakd.methods.pools import soft_objective, taught
 from megakd.stage import Constant, Pass, Planned, Stage
-from megakd.terms import STRICT, Weight
+from megakd.terms import STRICT, Count, Weight
 
 if TYPE_CHECKING:
     from megakd.lab import Lab
@@ -43,7 +42,7 @@ class SkdbertConfig:
     distribution: Literal["uniform", "teacher_rank", "student_rank", "weights"] = "uniform"
     weights: dict[str, Weight] | None = None
     rank_exponent: Weight = 1.0
-    pilot_steps: Annotated[int, Field(ge=1)] | None = None
+    pilot_steps: Count | None = None
 
 
 def run(config: SkdbertConfig, lab: Lab) -> StageResult:

@@ -14,7 +14,7 @@ from megakd.config import STUDENT, TEACHER, RunConfig
 from megakd.methods import METHODS
 from megakd.models.loading import ModelSource
 from megakd.models.units import View
-from megakd.pruning import Specification, shape_of_cut, size_of, unscored
+from megakd.pruning import Specification, largest_first, shape_of_cut, unscored
 from megakd.recipes import baseline_stage, completed, finetuning_stage
 from megakd.report import ParameterCounts
 from megakd.stage import Stage, StageResult, untrained
@@ -92,8 +92,9 @@ class PlanningLab:
         teacher = self._sources[TEACHER]
         return teacher.architecture.number_of_layers(teacher.config)
 
-    def teacher(self, name: str = TEACHER) -> str:
+    def teacher(self, name: str | None = None) -> str:
         """A teacher's name, after the phase of its fine-tuning."""
+        name = name or TEACHER
         if name not in self._teachers:
             spec = self.config.teacher_specs[name]
             self._teachers[name] = ReadyTeacher(self._sources[name], spec)
@@ -108,11 +109,8 @@ class PlanningLab:
 
     def largest_first(self) -> tuple[str, ...]:
         """The names of all teachers by falling number of weights."""
-        sizes = {
-            name: size_of(self._sources[name], self.config.task).parameters
-            for name in self.config.teacher_specs
-        }
-        return tuple(sorted(sizes, key=lambda name: -sizes[name]))
+        sources = {name: self._sources[name] for name in self.config.teacher_specs}
+        return largest_first(sources, self.config.task)
 
     def widths(self, teacher: str) -> tuple[int, int]:
         """Of the hidden states of the student and of a teacher."""

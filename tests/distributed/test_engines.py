@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import bert, config_tree, llama, write_config, write_reviews, write_text
+from tiny_runs import NO_DROPOUT, bert, config_tree, llama, write_config, write_reviews, write_text
 
 ROWS = 41  # no number of ranks or rows per step divides it
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # Large, so that the size of a gradient shows in the step that Adam takes.
 EPSILON = 0.01
 TERMS = [

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny_runs import bert, config_tree, write_config, write_reviews
+from tiny_runs import NO_DROPOUT, bert, config_tree, write_config, write_reviews
 
 STEPS, MICRO_BATCHES = 6, 2
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SIZES = {"small": (1, 16), "middle": (2, 16), "large": (2, 24)}
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tiny_runs import bert, config_tree, write_config, write_reviews
+from tiny_runs import NO_DROPOUT, bert, config_tree, write_config, write_reviews
 
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 EPISODES, STEPS, PHASE = 2, 6, 2
 
 

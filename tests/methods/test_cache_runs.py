@@ -10,10 +10,9 @@ import pytest
 import torch
 from one_rank import OneRank
 from safetensors.torch import load_file
-from tiny_runs import bert, config_tree, llama, write_config, write_reviews, write_text
+from tiny_runs import NO_DROPOUT, bert, config_tree, llama, write_config, write_reviews, write_text
 from whole_run import finish
 
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 VOCABULARY = 320
 KL = [{"loss": "soft_target_kl"}]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 GOOD, BAD, OTHER = "good fine great nice", "bad poor ugly awful", "the a film was it and then we"
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SENTENCES = ("the cat sees the dog", "a dog runs", "then it eats and sleeps", "we saw a red house")
 
 
