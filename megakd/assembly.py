@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +28,7 @@ from megakd.precision import TORCH_DTYPE, check_dtype, check_kernels, frozen_dty
 from megakd.preparation import Prepared
 from megakd.scoring import Scorer
 from megakd.stage import Batch, Stage
-from megakd.teachers.cached import CachedTeacher, Layout, build_cache
+from megakd.teachers.cached import Answers, CachedTeacher, Layout, build_cache
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
 
 if TYPE_CHECKING:
@@ -154,22 +155,25 @@ class Assembly:
         Raises:
             MegakdError: the teacher cannot be used, or the folder holds other answers.
         """
-        dtype, encoded = self.teacher_dtype(ready), self.prepared.encoded
+        encoded = self.prepared.encoded
+        build_cache(
+            folder,
+            self._cache_facts(ready),
+            encoded.train,
+            layout=Layout(self._answer_bytes(ready), encoded.tokens_per_row),
+            asking=lambda: self._asking(ready),
+        )
+
+    @contextmanager
+    def _asking(self, ready: ReadyTeacher) -> Iterator[Callable[[Dataset], Answers]]:
+        dtype = self.teacher_dtype(ready)
         model = self.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=Needs())
         try:
-            build_cache(
-                folder,
-                self._cache_facts(ready),
-                encoded.train,
-                layout=Layout(self._answer_bytes(ready), encoded.tokens_per_row),
-                answer=lambda rows: self._answers(model, ready, rows),
-            )
+            yield lambda rows: self._answers(model, ready, rows)
         finally:
             model.destroy()
 
-    def _answers(
-        self, model: FrozenTeacher, ready: ReadyTeacher, rows: Dataset
-    ) -> Mapping[str, torch.Tensor]:
+    def _answers(self, model: FrozenTeacher, ready: ReadyTeacher, rows: Dataset) -> Answers:
         if self.config.task.type != "causal_lm":
             return {"logits": self.scorer().outputs(model.predict, rows).float()}
         length = self.config.task.max_length

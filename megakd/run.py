@@ -17,7 +17,7 @@ import transformers
 
 from megakd import atomic
 from megakd.best import RECORD
-from megakd.config import FROM_TEACHER, STUDENT, RunConfig
+from megakd.config import STUDENT, RunConfig
 from megakd.config_file import config_tree, dump_config, load_config
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks, on_main
@@ -199,13 +199,13 @@ def _speedup(latency: Sequence[LatencyReport], teacher: str | None) -> Speedup |
 
 def _publish(config: RunConfig, student: StageResult, report: Report, command: str) -> str:
     """final/, then report.json: a run with a report is finished."""
-    teachers = [spec.model for spec in config.teacher_specs.values()]
-    start = teachers[0] if config.student.model == FROM_TEACHER else config.student.model
+    models = {name: spec.model for name, spec in config.teacher_specs.items()}
+    start = {**models, STUDENT: config.student.model}[config.start_role]
     facts = CardFacts(
         title=f"{config.output_dir.name}: a student distilled by megakd",
         task_type=config.task.type,
         student=start if isinstance(start, str) else None,
-        teachers=tuple(model if isinstance(model, str) else None for model in teachers),
+        teachers=tuple(model if isinstance(model, str) else None for model in models.values()),
         objective=tuple(_line(term) for term in config_tree(config)["objective"] or ()),
         command=command,
         brings_code=brings_code(student.folder),

@@ -12,6 +12,7 @@ import bisect
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +62,7 @@ def build_cache(
     rows: Dataset,
     *,
     layout: Layout,
-    answer: Callable[[Dataset], Answers],
+    asking: Callable[[], AbstractContextManager[Callable[[Dataset], Answers]]],
 ) -> None:
     """Writes the answers to all rows, or those that an earlier start has left out; a collective.
 
@@ -70,7 +71,8 @@ def build_cache(
         facts: what the answers depend on.
         rows: the training split.
         layout: of a row's answer.
-        answer: asks the teacher about some rows; the same on every rank.
+        asking: loads the teacher, where anything is left to ask, and gives what asks it about
+            some rows; the same on every rank.
 
     Raises:
         TeacherError: the folder holds the answers to something else.
@@ -79,15 +81,18 @@ def build_cache(
     shards = on_main(lambda: _begun(folder, facts))
     step, done = layout.rows_per_shard(), sum(shard.rows for shard in shards)
     _announce(folder, layout, len(rows), done)
-    for start in range(done, len(rows), step):
-        part = answer(rows.select(range(start, min(start + step, len(rows)))))
+    if done == len(rows):
+        return
+    with asking() as answer:
+        for start in range(done, len(rows), step):
+            part = answer(rows.select(range(start, min(start + step, len(rows)))))
 
-        def write(start: int = start, part: Answers = part) -> Shard:
-            return _write(folder, start, part)
+            def write(start: int = start, part: Answers = part) -> Shard:
+                return _write(folder, start, part)
 
-        shards.append(on_main(write))
-        on_main(lambda: _record(folder, facts, shards, total=len(rows)))
-        logger.info("%s: %d of %d rows", folder, start + shards[-1].rows, len(rows))
+            shards.append(on_main(write))
+            on_main(lambda: _record(folder, facts, shards, total=len(rows)))
+            logger.info("%s: %d of %d rows", folder, start + shards[-1].rows, len(rows))
 
 
 def _announce(folder: Path, layout: Layout, rows: int, done: int) -> None:
