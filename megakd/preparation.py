@@ -25,7 +25,7 @@ from megakd.config import (
 from megakd.data.encoding import Encoded, encode_splits
 from megakd.data.splits import Splits, load_splits
 from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
-from megakd.engine.distributed import main_first
+from megakd.engine.distributed import gather, main_first
 from megakd.engine.ds_config import check_frozen_stage, load_ds_config
 from megakd.errors import ConfigError, MegakdError, TeacherError
 from megakd.evaluation import Metric, headline
@@ -110,13 +110,15 @@ def materials(config: RunConfig) -> Materials:
         MegakdError: bad input, named.
     """
     task, cache = config.task, cache_folder()
-    sources = on_main_resolved(config)
+    sources, problems = _resolved(config)
     splits = main_first(lambda: load_splits(task, seed=config.seed, cache_dir=cache))
+    problems += _strangers(config, sources, splits.label_names)
     folders = [s.folder for s in sources.values() if s.folder]
+    if problems and not any(map(has_tokenizer_files, folders)):
+        raise TeacherError("\n".join(problems))  # a tokenizer would be trained for nothing
     tokenizer = main_first(
         lambda: load_tokenizer(task, splits, model_folders=folders, cache_dir=cache)
     )
-    problems = list(_strangers(config, sources, splits.label_names))
     if task.tokenizer is None:
         problems += other_vocabularies(task.type, tokenizer, sources.values())
     if problems:
@@ -134,7 +136,7 @@ def _strangers(
 ) -> Iterator[str]:
     """Teachers that were trained on other labels."""
     for name, spec in config.teacher_specs.items():
-        if spec.finetune is None:
+        if spec.finetune is None and name in sources:
             try:
                 label_order(sources[name].config, labels, where=sources[name].where)
             except MegakdError as error:
@@ -222,16 +224,32 @@ def other_vocabularies(
             )
 
 
-def on_main_resolved(config: RunConfig) -> dict[str, ModelSource]:
-    """The models of the config by role, checked; rank 0 downloads before the others look."""
+def _resolved(config: RunConfig) -> tuple[dict[str, ModelSource], list[str]]:
+    """The models of the config by role, checked, and what is wrong with the other teachers.
+
+    Rank 0 downloads before the others look; all ranks come to the same.
+
+    Raises:
+        MegakdError: the student, or the only teacher, cannot be used.
+    """
     specs: dict[str, TeacherConfig | StudentConfig] = {**config.teacher_specs}
     if config.student.model != FROM_TEACHER:
         specs[STUDENT] = config.student
-    sources = {
-        role: main_first(functools.partial(_resolve, spec, config, role))
-        for role, spec in specs.items()
-    }
-    return with_student(config, sources)
+    sources: dict[str, ModelSource] = {}
+    wrong: dict[str, str] = {}
+    for role, spec in specs.items():
+        try:
+            sources[role] = main_first(functools.partial(_resolve, spec, config, role))
+        except MegakdError as error:
+            if role not in config.teacher_specs or not config.teachers:
+                raise
+            wrong[role] = str(error)
+    # A folder may be missing on one node alone.
+    everywhere = {role: said for found in gather(wrong) for role, said in found.items()}
+    if not everywhere:
+        return with_student(config, sources), []
+    found = {role: source for role, source in sources.items() if role not in everywhere}
+    return found, list(everywhere.values())
 
 
 def with_student(config: RunConfig, sources: dict[str, ModelSource]) -> dict[str, ModelSource]:

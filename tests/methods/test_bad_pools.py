@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from pool_bench import Bench
-from tiny_runs import bert, config_tree, write_config, write_reviews
+from tiny_runs import bert, config_tree, llama, write_config, write_reviews
 from whole_run import finish
 
 
@@ -129,7 +129,7 @@ def test_pools_that_cannot_work_are_refused_before_anything_is_loaded(bench, cas
         assert fragment in said.err
 
 
-def test_all_teachers_with_other_labels_or_tokens_are_named_at_once(bench, tmp_path):
+def test_all_teachers_with_another_task_other_labels_or_tokens_are_named_at_once(bench, tmp_path):
     """A pool is put together from many places: one message per start would take all day."""
     three = bert(1, width=16, num_labels=3)
     tree = config_tree(
@@ -139,11 +139,17 @@ def test_all_teachers_with_other_labels_or_tokens_are_named_at_once(bench, tmp_p
     )
     finish(bench.one_rank, write_config(tmp_path / "three.yaml", tree))
     other = {"name": "other", "model": str(tmp_path / "three" / "final")}
+    speaks = {"name": "speaks", "model": llama(1)}
+    absent = {"name": "absent", "model": str(tmp_path / "nobody")}
 
     said = bench.refused(
-        {"name": "skdbert"}, teachers=[*bench.teachers("small"), other, {**other, "name": "again"}]
+        {"name": "skdbert"},
+        teachers=[*bench.teachers("small"), other, {**other, "name": "again"}, speaks, absent],
     )
 
+    assert "teachers[3].model" in said.err
+    assert "llama" in said.err
+    assert f"teachers[4].model: {tmp_path / 'nobody'}" in said.err
     assert "teachers[1].model: the model has 3 labels" in said.err
     assert "teachers[2].model: the model has 3 labels" in said.err
     assert "teachers[1].model" in said.err.split("comes with a tokenizer")[0]
@@ -171,3 +177,12 @@ def test_ranks_without_labels_to_rank_by_are_refused(bench, tmp_path):
     )
 
     assert "has no labelled rows to score" in said.err
+
+
+def test_where_no_teacher_is_left_nothing_else_is_looked_for(bench, tmp_path):
+    gone = [{"name": name, "model": str(tmp_path / name)} for name in ("one", "two")]
+
+    said = bench.refused({"name": "skdbert"}, teachers=gone)
+
+    assert all(f"teachers[{i}].model: {gone[i]['model']}" in said.err for i in (0, 1))
+    assert "tokenizer" not in said.err
