@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
 from megakd.config import Dtype, RunConfig, TeacherConfig
-from megakd.data.encoding import Collator, tokenizer_content
+from megakd.data.encoding import Collator, tokenizer_content, tokens_key
 from megakd.data.masking import task_masking
-from megakd.engine.distributed import Ranks
+from megakd.engine.distributed import Ranks, on_main
 from megakd.engine.ds_config import load_ds_config
 from megakd.engine.initialize import training_engine
 from megakd.engine.memory import freed_memory_returned
@@ -193,13 +194,19 @@ class Assembly:
             return task.max_length * ready.spec.cache_top_k * 6
         return 4 * max(1, len(self.prepared.splits.label_names))
 
+    @cached_property
+    def _texts(self) -> str:
+        """A key of the training rows as a teacher reads them; all of them are read for it."""
+        return on_main(lambda: tokens_key(self.prepared.encoded.train))
+
     def _cache_facts(self, ready: ReadyTeacher) -> Fingerprint:
         """All that a teacher's answers depend on."""
         task, prepared = self.config.task, self.prepared
         facts: dict[str, Any] = {
             "task": task.type,
             "labels": list(prepared.splits.label_names),
-            "data": prepared.encoded.content_hash,
+            "max_length": task.max_length,
+            "texts": self._texts,
             "tokenizer": tokenizer_content(prepared.tokenizer),
             "teacher": identity_of(ready.source),
             "dtype": self.teacher_dtype(ready),

@@ -5,6 +5,7 @@ Shapes: B rows of a micro-batch, T positions.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from megakd.data.splits import Splits
 
 logger = logging.getLogger(__name__)
+ROWS_AT_ONCE = 10_000
 
 # Part of every key: raise it when the encoded rows would come out differently.
 VERSION = 1
@@ -140,6 +142,21 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
             "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         }
     )
+
+
+def tokens_key(rows: Dataset) -> str:
+    """sha256 of what a model reads in all rows of an encoded split, in their order.
+
+    Which rows carry a label, and how the held-out rows were chosen, does not count.
+    """
+    names = sorted(set(rows.column_names) - {"label", "labels"})
+    digest = hashlib.sha256()
+    for table in arrow_batches(rows.select_columns(names), ROWS_AT_ONCE):
+        for name, (values, lengths) in sorted(_columns(table).items()):
+            digest.update(f"{name} {len(lengths)}".encode())
+            digest.update(lengths.astype(np.int64).tobytes())
+            digest.update(values.astype(np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def labelled_only(rows: Dataset) -> Dataset:

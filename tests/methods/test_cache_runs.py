@@ -113,8 +113,20 @@ def test_a_cache_of_other_texts_or_another_teacher_is_refused(classes):
     said = [classes.one_rank.train("--config", path) for path in (shorter, larger)]
 
     assert [one.code for one in said] == [2, 2]
-    assert "first-answers holds the answers to something else (data: " in said[0].err
+    assert "first-answers holds the answers to something else (max_length: " in said[0].err
     assert "teacher.config.num_hidden_layers: 2 there, 3 here" in said[1].err
+
+
+def test_a_cache_serves_other_seeds_and_other_choices_of_labels_and_held_out_rows(classes):
+    kept = {"labelled_examples": 20, "max_eval_examples": 4}
+    classes.cache(classes.config("some", cache="kept-answers", task=kept))
+    fewer = {"labelled_examples": 10, "max_eval_examples": 3}
+
+    said = classes.one_rank.train(
+        "--config", classes.config("again", cache="kept-answers", task=fewer, seed=9)
+    )
+
+    assert said.code == 0
 
 
 def test_a_cache_that_was_not_made_is_asked_for(classes):
