@@ -21,25 +21,27 @@ def finetuning_stage(config: RunConfig, name: str) -> Stage | None:
         config: the run.
         name: the teacher's.
     """
-    finetune = config.teacher_specs[name].finetune
-    if finetune is None:
+    if config.teacher_specs[name].finetune is None:
         return None
     return Stage(
         name=f"{name}-finetune",
         role=name,
         objective=hard_terms(config.task.type),
-        train=inherit(config.train, finetune),
-        deepspeed=finetune.deepspeed,
         labelled_only=True,
     )
 
 
 def completed(stage: Stage, config: RunConfig) -> Stage:
-    """A stage with what the run's sections say where it says nothing itself."""
+    """A stage with what the run's sections say where it says nothing itself.
+
+    A teacher that learns, whoever it learns from, does as its `finetune` says where it is there.
+    """
+    teacher = config.teacher_specs.get(stage.role)
+    finetune = teacher.finetune if teacher else None
+    train = inherit(config.train, finetune) if finetune else config.train
+    deepspeed = finetune.deepspeed if finetune else config.student.deepspeed
     return dataclasses.replace(
-        stage,
-        train=stage.train or config.train,
-        deepspeed=stage.deepspeed or config.student.deepspeed,
+        stage, train=stage.train or train, deepspeed=stage.deepspeed or deepspeed
     )
 
 

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from megakd.config import FinetuneOverrides, TrainConfig
-from megakd.recipes import inherit
+from megakd.config import (
+    FinetuneOverrides,
+    PooledTeacher,
+    RunConfig,
+    StudentConfig,
+    TaskConfig,
+    TrainConfig,
+)
+from megakd.methods.takd import TakdConfig
+from megakd.recipes import completed, finetuning_stage, inherit
+from megakd.stage import Stage
 
 
 def test_finetune_takes_the_keys_of_train_that_it_does_not_set():
@@ -49,3 +60,38 @@ def test_a_warm_up_of_its_own_displaces_that_of_train(overrides, decides):
     found = inherit(train, FinetuneOverrides(**overrides))
 
     assert (found.warmup_steps, found.warmup_ratio) == decides
+
+
+def two_teachers() -> RunConfig:
+    return RunConfig(
+        output_dir=Path("out"),
+        task=TaskConfig(type="classification", dataset="pydocs"),
+        student=StudentConfig(model="student", deepspeed="zero1"),
+        method=TakdConfig(name="takd"),
+        teachers=(
+            PooledTeacher(name="large", model="large"),
+            PooledTeacher(
+                name="small",
+                model="small",
+                finetune=FinetuneOverrides(max_steps=7, deepspeed="zero3"),
+            ),
+        ),
+        train=TrainConfig(max_steps=9, learning_rate=0.5),
+    )
+
+
+@pytest.mark.parametrize(
+    ("role", "learns"),
+    [("student", (9, "zero1")), ("large", (9, "zero1")), ("small", (7, "zero3"))],
+)
+def test_a_teacher_that_learns_does_as_its_own_finetune_says(role, learns):
+    stage = completed(Stage(name="any", role=role, objective=()), two_teachers())
+
+    assert stage.train is not None
+    assert (stage.train.max_steps, stage.deepspeed) == learns
+    assert stage.train.learning_rate == 0.5
+
+
+def test_a_teacher_without_finetune_is_not_fine_tuned():
+    assert finetuning_stage(two_teachers(), "large") is None
+    assert finetuning_stage(two_teachers(), "small") is not None

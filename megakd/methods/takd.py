@@ -2,7 +2,7 @@
 
 A baseline of SKDBERT (Mirzadeh et al. 2020, https://arxiv.org/abs/1902.03393): the largest
 teacher is fine-tuned, or given; every smaller one starts from its own weights and is distilled
-from the one before it.
+from the one before it, at the rate and for the steps of its own `finetune` where it has one.
 """
 
 from __future__ import annotations
