@@ -170,6 +170,10 @@ class Teacher(Protocol):
         """What the student's losses need of this micro-batch, detached."""
         ...
 
+    def expect(self, *, soon: bool) -> None:
+        """Told where others of its stage wait too: whether the next step asks it, or another."""
+        ...
+
 
 class Strategy(Protocol):
     """The places where a method steers the loop; control flow may not differ by rank."""
@@ -179,7 +183,11 @@ class Strategy(Protocol):
         ...
 
     def plan(self, step: int) -> tuple[Pass, ...]:
-        """The passes of this step: a function of (config, seed, step), or broadcast."""
+        """The passes of this step: a function of (config, seed, step), or broadcast.
+
+        Where it leaves a teacher of the stage idle, it is asked about the next step too while
+        this one is being taken.
+        """
         ...
 
     def before_update(self, step: int, student: Any) -> None:

@@ -105,6 +105,8 @@ class Trainer:
         counts = self.count_units(batches)
         for batch, is_last in _mark_last(batches):
             knowledge = self._ask_teachers(plan, batch)
+            if is_last:
+                self._call_up(plan)
             losses = self.student.forward_backward(batch, knowledge, plan, counts, boundary=is_last)
             self.meter.add(self.step, losses)
         self.strategy.before_update(self.step, self.student)
@@ -122,6 +124,15 @@ class Trainer:
     def _ask_teachers(self, plan: Sequence[Pass], batch: Batch) -> dict[str, Knowledge]:
         with self.meter.teacher.running():
             return {name: self.teachers[name](batch) for name in teacher_names(plan)}
+
+    def _call_up(self, plan: Sequence[Pass]) -> None:
+        """The next step's teachers make ready while the student learns, and the others rest."""
+        if len(teacher_names(plan)) == len(self.teachers):
+            return
+        upcoming = teacher_names(self.strategy.plan(self.step + 1))
+        # Who rests goes first: there is room for the others then.
+        for name in sorted(self.teachers, key=lambda name: name in upcoming):
+            self.teachers[name].expect(soon=name in upcoming)
 
     def state_dict(self) -> dict[str, Any]:
         """What the loop must resume, the same on every rank."""

@@ -61,6 +61,20 @@ class Student:
         return torch.tensor(3.0)
 
 
+class Teacher:
+    """Knows nothing."""
+
+    def __init__(self, told: Told, name: str) -> None:
+        self.told, self.name = told, name
+
+    def __call__(self, batch: Batch) -> Knowledge:
+        self.told.add("asked", self.name)
+        return Knowledge()
+
+    def expect(self, *, soon: bool) -> None:
+        self.told.add("next" if soon else "idle", self.name)
+
+
 class Steering:
     """A strategy that plans different teachers at different steps."""
 
@@ -86,16 +100,9 @@ class Steering:
 
 
 def trainer_of(told: Told, *, plans: Any = ALONE, totals: Any = (), teachers: Any = ()):
-    def teacher(name: str) -> Any:
-        def answer(batch: Batch) -> Knowledge:
-            told.add("asked", name)
-            return Knowledge()
-
-        return answer
-
     return Trainer(
         student=Student(told, totals),
-        teachers={name: teacher(name) for name in teachers},
+        teachers={name: Teacher(told, name) for name in teachers},
         strategy=Steering(told, plans),
         count_units=count_units,
         learning_rate=lambda step: 0.1 * step,
@@ -134,6 +141,36 @@ def test_a_planned_teacher_is_asked_once_per_micro_batch_and_the_others_not_at_a
         ("forward_backward", ("b", "a"), True),
     ]
     assert trainer.meter.teacher.seconds() > 0
+
+
+def test_the_next_steps_teachers_make_ready_before_the_student_learns_and_the_others_rest_first():
+    told = Told()
+    plans = ((Pass(teacher="b"),), (Pass(teacher="a"),))
+    trainer = trainer_of(told, plans=plans, teachers=("a", "b", "c"))
+
+    trainer.train_step([BATCH, BATCH])
+
+    assert told.events[:9] == [
+        ("plan", 0),
+        ("asked", "b"),
+        ("forward_backward", ("b",), False),
+        ("asked", "b"),
+        ("plan", 1),
+        ("idle", "b"),
+        ("idle", "c"),
+        ("next", "a"),
+        ("forward_backward", ("b",), True),
+    ]
+
+
+@pytest.mark.parametrize("teachers", [(), ("a",), ("a", "b")], ids=len)
+def test_where_no_teacher_is_idle_nothing_is_planned_ahead(teachers):
+    told = Told()
+    plan = tuple(Pass(teacher=name) for name in teachers) or (Pass(),)
+
+    trainer_of(told, plans=(plan,), teachers=teachers).train_step([BATCH, BATCH])
+
+    assert [event for event in told.events if event[0] in {"plan", "idle", "next"}] == [("plan", 0)]
 
 
 def test_every_step_is_planned_anew_and_has_its_own_learning_rate():

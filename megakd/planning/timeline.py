@@ -117,6 +117,7 @@ class Timeline:
         self.plan.load_peak = self.ledger.peaks["host"].total
         self.ledger.when = "initializing DeepSpeed"
         learner.initialize()
+        self._fetch_ahead()
         micro_batches = stage.train.gradient_accumulation_steps
         for _ in range(STEPS):
             for number in sorted({0, micro_batches - 1}):
@@ -128,6 +129,18 @@ class Timeline:
         written = min(learner.at.inventory.numel * learner.at.itemsize, SHARD_BYTES)
         self.ledger.briefly(learner.at.holder("weights", "host", "copy"), block(written))
         self._count(learner, micro_batches)
+
+    def _fetch_ahead(self) -> None:
+        """Of teachers that wait on the host to be drawn, one at a time is on the device."""
+        waiting = [
+            cast.engine.at
+            for cast in self._teachers
+            if self.act.asked[cast.name] < 1 and cast.engine.at.place("offload_param") == "host"
+        ]
+        if waiting and self.cluster.device != "cpu":
+            largest = max(waiting, key=lambda at: at.inventory.numel * at.itemsize)
+            shards = largest.inventory.sharded(largest.ranks, largest.itemsize)
+            self.ledger.put(largest.holder("weights", "device", "fetched"), shards)
 
     def _micro_batch(self, learner: Learner, number: int, last: bool) -> None:  # noqa: FBT001
         self.ledger.when = "the teacher's forward"

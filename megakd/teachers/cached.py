@@ -185,6 +185,9 @@ class CachedTeacher:
         length = batch.valid.shape[1]
         return Knowledge(top_k=TopK(moved["ids"][:, :length], moved["logprobs"][:, :length]))
 
+    def expect(self, *, soon: bool) -> None:
+        """Nothing to fetch: the system reads ahead in the files by itself."""
+
     def _row(self, key: str, number: int) -> Any:
         if number < 0:
             return np.zeros_like(self._shards[0][key][0])

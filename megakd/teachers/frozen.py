@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from megakd.config import Dtype, Kernels
+from megakd.engine.ahead import FetchedAhead
 from megakd.engine.initialize import frozen_engine
 from megakd.knowledge import Needs, language_model_head, most_likely, read_knowledge
 from megakd.models.bundle import predict
@@ -67,10 +68,19 @@ class FrozenTeacher:
         self, module: FrozenModel, *, ds: Mapping[str, Any], dtype: Dtype, rows: int
     ) -> None:
         self._engine = frozen_engine(module, ds=ds, dtype=dtype, rows=rows)
+        self._ahead = FetchedAhead(module)
+
+    def expect(self, *, soon: bool) -> None:
+        """Fetches its shards, or leaves them where they wait; see `Teacher`."""
+        if soon:
+            self._ahead.start()
+        else:
+            self._ahead.drop()
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Knowledge:
         """What the student's losses need of this micro-batch, detached."""
+        self._ahead.wait()
         read: Knowledge = self._engine(batch)
         if read.hidden is None:
             return read
@@ -93,4 +103,5 @@ class FrozenTeacher:
 
     def destroy(self) -> None:
         """Frees the engine's memory and hooks."""
+        self._ahead.drop()
         self._engine.destroy()

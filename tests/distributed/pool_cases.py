@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
+import torch
 from safetensors.torch import load_file
 
 from megakd.config_file import load_config
-from megakd.engine import distributed
+from megakd.engine import ahead, distributed
+from megakd.engine.ahead import FetchedAhead
 from megakd.lab import Lab
 from megakd.methods import METHODS
 from megakd.preparation import prepare
@@ -24,6 +27,9 @@ class Watched:
     def __call__(self, batch):
         self.asked.append(self.name)
         return self.teacher(batch)
+
+    def expect(self, *, soon: bool) -> None:
+        self.teacher.expect(soon=soon)
 
     @property
     def elements(self) -> int:
@@ -64,3 +70,32 @@ def cache(config_path: str, overrides: list[str]) -> list[str]:
     lab = Lab(config, prepare(config), distributed.ranks(), reporter)
     folders = [lab.cache(lab.teacher(name)) for name in config.teacher_specs]
     return [str(file) for folder in folders for file in sorted(folder.glob("*/*.npy"))]
+
+
+class Emptied(FetchedAhead):
+    """What waits on the host is worthless while its copy is on the device."""
+
+    started = 0
+
+    def start(self) -> None:
+        if not self._host:
+            super().start()
+            Emptied.started += 1
+            self.kept = [host.clone() for host in self._host]
+            for host in self._host:
+                host.fill_(torch.nan)
+
+    def drop(self) -> None:
+        if self._host:
+            for host, kept in zip(self._host, self.kept, strict=True):
+                host.copy_(kept)
+        super().drop()
+
+
+def learn_ahead(config_path: str, overrides: list[str]) -> dict:
+    """`learn`, as if the device were another place than the host's memory."""
+    Emptied.started = 0
+    away = mock.patch.object(ahead, "is_away", return_value=True)
+    emptied = mock.patch("megakd.teachers.frozen.FetchedAhead", Emptied)
+    with away, emptied:
+        return learn(config_path, overrides) | {"fetched": Emptied.started}

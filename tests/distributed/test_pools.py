@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -35,12 +37,12 @@ def config(tmp_path_factory) -> str:
 def learn(workers, config, tmp_path):
     """The findings of all ranks."""
 
-    def learned(ranks: int, *overrides: str, teacher: int = 3) -> list[dict]:
+    def learned(ranks: int, *overrides: str, teacher: int = 3, case: str = "learn") -> list[dict]:
         out = tmp_path / str(len(list(tmp_path.iterdir())))
         presets = [f"teachers.{i}.deepspeed=teacher_zero{teacher}" for i in range(len(SIZES))]
         rows = f"train.per_device_train_batch_size={4 // ranks}"
         settings = [f"output_dir={out}", rows, *presets, *overrides]
-        return workers(ranks).run("pool_cases.learn", config, settings)
+        return workers(ranks).run(f"pool_cases.{case}", config, settings)
 
     return learned
 
@@ -79,6 +81,24 @@ def test_one_draw_serves_all_micro_batches_of_a_step_and_the_others_do_not_run(l
     drawn = [asked[i : i + MICRO_BATCHES] for i in range(0, len(asked), MICRO_BATCHES)]
     assert all(len(set(step)) == 1 for step in drawn)
     assert len({step[0] for step in drawn}) > 1
+
+
+@pytest.mark.parametrize("method", ["skdbert", "mean_of_teachers"])
+def test_the_next_drawn_teacher_is_read_from_its_shards_that_were_fetched_ahead(learn, method):
+    # A threshold of 0 shards the small tensors too.
+    zero3 = "{zero_optimization: {stage: 3, stage3_param_persistence_threshold: 0}}"
+    everywhere = [f"teachers.{i}.deepspeed={zero3}" for i in range(len(SIZES))]
+    settings = [f"method.name={method}", *everywhere]
+
+    plain, ahead = learn(2, *settings)[0], learn(2, *settings, case="learn_ahead")[0]
+
+    assert ahead["asked"] == plain["asked"]
+    assert furthest(ahead["weights"], plain["weights"]) == 0
+    drawn = plain["asked"][::MICRO_BATCHES]
+    changes = sum(before != after for before, after in itertools.pairwise(drawn))
+    # The last step fetches for one that does not come.
+    fetched = {"skdbert": range(changes, changes + 3), "mean_of_teachers": range(1)}
+    assert ahead["fetched"] in fetched[method]
 
 
 def test_every_rank_holds_its_shard_of_every_teacher_and_no_more(learn):

@@ -46,6 +46,17 @@ def test_idle_teachers_cost_their_weights_and_nothing_else(tmp_path):
     assert more == 4 * teachers(one)["weights"]
 
 
+def test_of_offloaded_teachers_that_are_drawn_one_at_a_time_is_on_the_device(tmp_path):
+    away = {"deepspeed": "teacher_zero3_offload"}
+    here = planned(tmp_path, "a", {"name": "skdbert"})
+    alone = planned(tmp_path, "a", {"name": "skdbert"}, **away)
+    drawn = planned(tmp_path, "abcde", {"name": "skdbert"}, **away)
+    all_asked = planned(tmp_path, "abcde", {"name": "mean_of_teachers"}, **away)
+
+    assert teachers(drawn)["weights"] == teachers(here)["weights"]
+    assert teachers(alone)["weights"] == teachers(all_asked)["weights"] == 0
+
+
 def test_a_step_with_a_drawn_teacher_costs_that_of_one_and_the_mean_that_of_all(tmp_path):
     one = planned(tmp_path, "a", {"name": "skdbert"}).phases[-1]
     drawn = planned(tmp_path, "abc", {"name": "skdbert"}).phases[-1]
