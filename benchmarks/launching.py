@@ -50,7 +50,9 @@ def write_config(path: Path, config: Mapping[str, Any]) -> Path:
     return path
 
 
-def trained(config: Path, output: Path, *, ranks: int, overrides: Sequence[str]) -> dict[str, Any]:
+def trained(
+    config: Path, output: Path, *, ranks: int, overrides: Sequence[str], jobs: int = 1
+) -> dict[str, Any]:
     """The report of a run, which is started, resumed, or has finished before.
 
     Args:
@@ -58,11 +60,12 @@ def trained(config: Path, output: Path, *, ranks: int, overrides: Sequence[str])
         output: the folder that the run writes.
         ranks: CPU processes; the cores are shared among them.
         overrides: `key=value` that win over the file's.
+        jobs: as many runs share the cores.
 
     Raises:
         RunFailedError: the command failed, or ended without a report.
     """
-    code = launched("train", config, ranks, [*overrides, f"output_dir={output}"])
+    code = launched("train", config, ranks, [*overrides, f"output_dir={output}"], jobs)
     report = ROOT / output / "report.json"
     # The launcher also returns 0 when a rank was killed by a signal.
     if code != 0 or not report.is_file():
@@ -70,10 +73,12 @@ def trained(config: Path, output: Path, *, ranks: int, overrides: Sequence[str])
     return json.loads(report.read_text(encoding="utf-8"))
 
 
-def launched(program: str, config: Path, ranks: int, overrides: Sequence[str]) -> int:
-    """The exit code of `launch/<program>.py` with a run config."""
+def launched(
+    program: str, config: Path, ranks: int, overrides: Sequence[str], jobs: int = 1
+) -> int:
+    """The exit code of `launch/<program>.py` with a run config, one of `jobs` side by side."""
     command = launch_command(program, config, ranks, overrides)
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (ranks * jobs)))}
     environment = os.environ | quickstart().ENVIRONMENT | threads
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 

@@ -20,12 +20,12 @@ class Leg(NamedTuple):
     overrides: tuple[str, ...]
 
 
-def report_of(leg: Leg, *, ranks: int) -> dict[str, Any]:
-    """The report of a leg: it is done, gone on with, or started."""
+def report_of(leg: Leg, *, ranks: int, jobs: int = 1) -> dict[str, Any]:
+    """The report of a leg, one of `jobs` side by side: it is done, gone on with, or started."""
     report = finished(leg)
     if report is None:
         print(f"{leg.output}:", flush=True)
-        report = trained(leg.config, leg.output, ranks=ranks, overrides=leg.overrides)
+        report = trained(leg.config, leg.output, ranks=ranks, overrides=leg.overrides, jobs=jobs)
     return report
 
 

@@ -1,38 +1,69 @@
 """SKDBERT against its baselines, knowledge selection against its controls: one cell after another.
 
-`python benchmarks/teachers.py [pydocs clinc150] [--table pool|kinds] [--seeds 1,2,3]`, on two CPU
-ranks. For every task and seed three teachers learn the task, all-MiniLM-L6-v2 with 2, 4 and 6 of
-its layers. Then the same student (2 x 64, random weights) is trained as many steps by each method:
+`python benchmarks/teachers.py [pydocs clinc150] [--table pool|kinds] [--seeds 1,2,3]`, on the CPU.
+For every task three teachers learn it once, all-MiniLM-L6-v2 with 2, 4 and 6 of its layers. Then
+the same student (2 x 64, random weights) is trained as many steps by each method, seed by seed:
 
 * pool: a teacher drawn per step (uniform, by rank of teachers, by rank of students), the mean of
   all, MT-BERT, TAKD, each teacher alone; the teachers' answers come from caches on disk, except
   where teachers learn from each other;
-* kinds: all four kinds of knowledge, each alone, random weights, and a selector, soft and hard.
+* kinds: all four kinds of knowledge, each alone, random weights, and a selector, soft and hard,
+  from the teacher of 4 layers. On clinc150 once more with labels that mean nothing (planted): a
+  useless kind.
 
 Beside both: the student alone on the labels. Each cell has a folder,
-runs/bench/teachers/<task>/<cell>-seed-<n>, is gone on with where it was, and is done once.
+runs/bench/teachers/<task>/<table>-<cell>-seed-<n>, is gone on with where it was, and is done once.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import random
 import shlex
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launching import ROOT, SHARED, fetch_teacher, launched, write_config
 from legs import Leg, report_of
 from machine import print_row
-from minidisc_cases import CASES, prepared_task, training_sections
+from minidisc_cases import prepared_task, training_sections
 from options import integers
 from real_cases import bert
-from teachers_summary import Cell, cell_of, rows, table
+from teachers_summary import Cell, cell_of, rows, selected, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+Settings = tuple[str, str, tuple[str, ...]]
+"""A cell's name, its config, and what wins over that."""
+
+
+class Learning(NamedTuple):
+    """What suits a task.
+
+    steps: of the student, at `rate`, of `rows` texts by table.
+    labels: rows that keep theirs.
+    """
+
+    steps: int
+    rate: float
+    labels: int
+    rows: dict[str, int]
+
+
+ROWS = {"pool": 64, "kinds": 32}
+LEARNING = {
+    "pydocs": Learning(300, 3e-3, 2000, ROWS),
+    "clinc150": Learning(600, 5e-3, 6000, ROWS),
+}
+# Every cell scores its teachers too, which takes longer than the student does to learn.
+SCORED_ROWS = 1500
+TEACHER_LEARNING = {"per_device_train_batch_size": 32, "max_steps": 240, "learning_rate": 5e-4}
 LAYERS = {"two": 2, "four": 4, "six": 6}
+KINDS_TEACHER = "four"
 KINDS = ("hard_cross_entropy", "soft_target_kl", "hidden_mse", "relation_fsp")
 SOFT = "objective=[{loss: soft_target_kl}]"
 POOL = {
@@ -45,11 +76,11 @@ POOL = {
     **{f"one-{name}": f"{{name: single, teacher: {name}}}" for name in LAYERS},
 }
 SELECTION = {
-    "all": "policy: all",
-    "random_soft": "policy: random_soft",
-    "random_hard": "policy: random_hard",
-    "soft": "action: soft, episodes: 4",
-    "hard": "action: hard, episodes: 4",
+    "all": ("method.policy=all",),
+    "random_soft": ("method.policy=random_soft",),
+    "random_hard": ("method.policy=random_hard",),
+    "soft": ("method.action=soft",),
+    "hard": ("method.action=hard",),
 }
 
 
@@ -61,36 +92,51 @@ def main(arguments: Sequence[str]) -> int:
     for task in given.tasks:
         folder = given.output / "teachers" / task
         write_configs(folder, task, given)
-        for seed in given.seeds:
-            prepare(folder, seed, given)
-            for leg in legs(folder, seed, given):
-                cells.append(cell_of(task, seed, leg.name, report_of(leg, ranks=given.ranks)))
-                print(table(cells), flush=True)
+        prepare(folder, given)
+        for cell in run_cells(folder, task, given):
+            cells.append(cell)
+            print(table(cells), flush=True)
     command = shlex.join(["python", "benchmarks/teachers.py", *arguments])
-    print_row("\n".join(rows(cells, command, f"{given.steps} steps, {given.ranks} rank(s)")))
+    print_row("\n".join(rows(cells, command, f"{given.table}, {given.ranks} rank(s)")))
     return 0
+
+
+def run_cells(folder: Path, task: str, given: argparse.Namespace) -> Iterator[Cell]:
+    """The cells of a task, `--jobs` of them side by side, seed by seed."""
+    cells = [(seed, leg) for seed in given.seeds for leg in legs(folder, task, seed, given)]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        yield from pool.map(lambda cell: _run_cell(task, *cell, given), cells)
+
+
+def _run_cell(task: str, seed: int, leg: Leg, given: argparse.Namespace) -> Cell:
+    report = report_of(leg, ranks=given.ranks, jobs=given.jobs)
+    return cell_of(task, seed, leg.name, report)._replace(selected=selected(ROOT / leg.output))
 
 
 def write_configs(folder: Path, task: str, given: argparse.Namespace) -> None:
     """The configs that the cells of a task override."""
-    section = prepared_task(task, given.data, folder) | {"labelled_examples": given.labels}
+    learning = LEARNING[task]
+    rows = {"labelled_examples": learning.labels, "max_eval_examples": SCORED_ROWS}
+    section = prepared_task(task, given.data, folder) | rows
+    given.rows = learning.rows[given.table] // given.ranks
+    train = training_sections(given, steps=given.steps or learning.steps, rate=learning.rate)
     student = {"model": bert(layers=2, width=64), "deepspeed": "zero2"}
-    learning = training_sections(given, steps=given.steps, rate=given.rate)
-    pool = [{"name": name, "model": "overridden"} for name in LAYERS]
+    method = {"name": "knowledge_selection", "episodes": 4}
     trees: dict[str, dict[str, Any]] = {
         "teacher": {
             "student": {"model": given.teacher, "deepspeed": "zero2"},
             "method": {"name": "finetune"},
-            **training_sections(given, steps=given.teacher_steps, rate=given.teacher_rate),
+            **train,
+            "train": train["train"] | _teacher_learning(given),
         },
-        "pool": {"teachers": pool, "student": student, "method": {"name": "skdbert"}, **learning},
+        "pool": {"teachers": _pool(), "student": student, "method": {"name": "skdbert"}, **train},
         "kinds": {
             "teacher": {"model": "overridden"},
             "student": student,
-            "method": {"name": "knowledge_selection"},
-            **learning,
+            "method": method,
+            **train,
         },
-        "alone": {"student": student, "method": {"name": "finetune"}, **learning},
+        "alone": {"student": student, "method": {"name": "finetune"}, **train},
     }
     # The tokenizer of the teachers serves the student that has none of its own.
     own = {"teacher": {}, "pool": {}, "kinds": {}, "alone": {"tokenizer": given.teacher}}
@@ -99,74 +145,99 @@ def write_configs(folder: Path, task: str, given: argparse.Namespace) -> None:
         write_config(ROOT / folder / f"{name}.yaml", whole)
 
 
-def prepare(folder: Path, seed: int, given: argparse.Namespace) -> None:
-    """The seed's teachers, and for pools the caches of their answers."""
+def _teacher_learning(given: argparse.Namespace) -> dict[str, Any]:
+    rows = TEACHER_LEARNING["per_device_train_batch_size"] // given.ranks
+    return TEACHER_LEARNING | {"per_device_train_batch_size": rows}
+
+
+def _pool() -> list[dict[str, str]]:
+    return [{"name": name, "model": "overridden"} for name in LAYERS]
+
+
+def prepare(folder: Path, given: argparse.Namespace) -> None:
+    """The task's teachers, and for pools the caches of their answers."""
     for name, layers in LAYERS.items():
-        output = folder / f"teacher-{name}-seed-{seed}"
-        settings = (f"student.layers={layers}", f"seed={seed}")
-        leg = Leg(name, folder / "teacher.yaml", output, settings)
+        output = folder / f"teacher-{name}"
+        leg = Leg(name, folder / "teacher.yaml", output, (f"student.layers={layers}",))
         report_of(leg, ranks=given.ranks)
     if given.table == "pool":
-        output = f"output_dir={folder / f'caches-seed-{seed}'}"
-        settings = [*_teachers(folder, seed, cached=True), f"seed={seed}", output]
+        settings = [*_teachers(folder, cached=True), f"output_dir={folder / 'caches'}"]
         if launched("cache_teacher", folder / "pool.yaml", given.ranks, settings) != 0:
             raise SystemExit("the teachers' answers could not be kept")
 
 
-def _teachers(folder: Path, seed: int, *, cached: bool) -> Iterator[str]:
+def _teachers(folder: Path, *, cached: bool) -> Iterator[str]:
     for index, name in enumerate(LAYERS):
-        yield f"teachers.{index}.model={folder / f'teacher-{name}-seed-{seed}' / 'final'}"
+        yield f"teachers.{index}.model={folder / f'teacher-{name}' / 'final'}"
         if cached:
-            yield f"teachers.{index}.cache={folder / f'caches-seed-{seed}' / name}"
+            yield f"teachers.{index}.cache={folder / 'caches' / name}"
 
 
-def legs(folder: Path, seed: int, given: argparse.Namespace) -> Iterator[Leg]:
+def legs(folder: Path, task: str, seed: int, given: argparse.Namespace) -> Iterator[Leg]:
     """The cells of a seed."""
-    yield _leg(folder, seed, "alone", "alone", ())
-    if given.table == "pool":
-        for name, method in POOL.items():
-            # TAKD's teachers learn from each other; all else can be read from disk.
-            teachers = _teachers(folder, seed, cached=name != "takd")
-            objective = (SOFT,) if name.startswith("one-") else ()
-            yield _leg(folder, seed, name, "pool", (*teachers, f"method={method}", *objective))
-        return
-    teacher = f"teacher.model={folder / f'teacher-six-seed-{seed}' / 'final'}"
+    found = _pool_legs(folder, given) if given.table == "pool" else _kinds_legs(folder, task)
+    for name, config, settings in [("alone", "alone", ()), *found]:
+        output = folder / f"{given.table}-{name}-seed-{seed}"
+        yield Leg(name, folder / f"{config}.yaml", output, (*settings, f"seed={seed}"))
+
+
+def _pool_legs(folder: Path, given: argparse.Namespace) -> Iterator[Settings]:
+    taught = _teacher_learning(given) | {"max_steps": TEACHER_LEARNING["max_steps"] // 2}
+    for name, method in POOL.items():
+        settings = [*_teachers(folder, cached=name != "takd"), f"method={method}"]
+        if name == "takd":
+            # Its smaller teachers have learned from labels; half as many steps follow.
+            settings += [f"teachers.{index}.finetune={taught}" for index in (0, 1)]
+        if name.startswith("one-"):
+            settings.append(SOFT)
+        yield name, "pool", tuple(settings)
+
+
+def _kinds_legs(folder: Path, task: str) -> Iterator[Settings]:
+    teacher = f"teacher.model={folder / f'teacher-{KINDS_TEACHER}' / 'final'}"
     for kind in KINDS:
         objective = f"objective=[{{loss: {kind}}}]"
-        settings = (teacher, "method={name: single}", objective)
-        yield _leg(folder, seed, f"only-{kind}", "kinds", settings)
+        yield f"only-{kind}", "kinds", (teacher, "method={name: single}", objective)
     for name, options in SELECTION.items():
-        method = f"method={{name: knowledge_selection, {options}}}"
-        yield _leg(folder, seed, f"kinds-{name}", "kinds", (teacher, method))
+        yield name, "kinds", (teacher, *options)
+    if task == "clinc150":
+        planted = f"task.dataset={plant(folder)}"
+        yield "planted-all", "kinds", (teacher, planted, *SELECTION["all"])
+        yield "planted-soft", "kinds", (teacher, planted, *SELECTION["soft"])
 
 
-def _leg(folder: Path, seed: int, name: str, config: str, settings: tuple[str, ...]) -> Leg:
-    output = folder / f"{name}-seed-{seed}"
-    return Leg(name, folder / f"{config}.yaml", output, (*settings, f"seed={seed}"))
+def plant(folder: Path) -> Path:
+    """The task's files with the labels of the training split shuffled among its rows."""
+    planted = folder / "planted"
+    (ROOT / planted).mkdir(parents=True, exist_ok=True)
+    for path in sorted((ROOT / folder / "clinc150").glob("*.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            texts, labels = zip(*list(csv.reader(file))[1:], strict=True)
+        if path.stem == "train":
+            labels = random.Random(0).sample(labels, len(labels))
+        with (ROOT / planted / path.name).open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("text", "label"), *zip(texts, labels, strict=True)])
+    return planted
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options."""
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(CASES)}")
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(LEARNING)}")
     parser.add_argument("--table", choices=("pool", "kinds"), default="pool")
     parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")
-    parser.add_argument("--steps", type=int, default=300, help="of the student")
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--teacher-steps", type=int, default=80)
-    parser.add_argument("--teacher-rate", type=float, default=2e-4)
-    parser.add_argument("--labels", type=int, default=2000, help="rows that keep their label")
-    parser.add_argument("--rows", type=int, default=32, help="of each rank's batch")
+    parser.add_argument("--steps", type=int, help="of the student, in place of the task's own")
     parser.add_argument("--evaluations", type=int, default=2, help="in every training")
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2, help="cells side by side")
     parser.add_argument("--data", type=Path, default=SHARED, help="holds clinc150/")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     given = parser.parse_args(arguments)
-    given.tasks = given.tasks or ["pydocs", "clinc150"]
+    given.tasks = given.tasks or list(LEARNING)
     for task in given.tasks:
-        if task not in CASES:
-            parser.error(f"there is no task {task!r}; known: {', '.join(CASES)}")
+        if task not in LEARNING:
+            parser.error(f"there is no task {task!r}; known: {', '.join(LEARNING)}")
     return given
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from machine import markdown_row, mean_and_deviation
@@ -9,12 +11,14 @@ from summary import aligned
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 
 class Cell(NamedTuple):
     """One run: its score in points on the report's split, and what it took.
 
     steps: of whatever learned. teacher_steps: how often a teacher was asked about a step's rows.
+    selected: how a selector weighed the kinds of knowledge, the mean over the student's steps.
     """
 
     task: str
@@ -24,6 +28,7 @@ class Cell(NamedTuple):
     steps: int
     teacher_steps: int
     seconds: float
+    selected: Mapping[str, float] = MappingProxyType({})
 
 
 def cell_of(task: str, seed: int, name: str, report: Mapping[str, Any]) -> Cell:
@@ -38,6 +43,21 @@ def cell_of(task: str, seed: int, name: str, report: Mapping[str, Any]) -> Cell:
         teacher_steps(report),
         sum(stage["seconds"] for stage in stages),
     )
+
+
+def selected(output: Path) -> dict[str, float]:
+    """The mean weight of each kind of knowledge over the student's steps; empty: none were chosen.
+
+    Args:
+        output: of the run.
+    """
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    logged: dict[str, list[float]] = {}
+    for key, value in (item for r in records if r["stage"] == "student" for item in r.items()):
+        if key.startswith("select/"):
+            logged.setdefault(key.removeprefix("select/"), []).append(value)
+    return {kind: sum(values) / len(values) for kind, values in logged.items()}
 
 
 def teacher_steps(report: Mapping[str, Any]) -> int:
@@ -64,7 +84,16 @@ def table(cells: Sequence[Cell]) -> str:
         seconds = mean_and_deviation([cell.seconds for cell in group])[0]
         took = [str(group[0].steps), str(group[0].teacher_steps), f"{seconds:.0f}"]
         lines.append([task, name, str(len(group)), f"{mean:.2f}", f"{deviation:.2f}", *took])
-    return aligned(lines)
+    return "\n".join([aligned(lines), *_selected_lines(cells)])
+
+
+def _selected_lines(cells: Sequence[Cell]) -> list[str]:
+    return [
+        f"{cell.task} {cell.name} seed {cell.seed}: "
+        + ", ".join(f"{kind} {weight:.2f}" for kind, weight in cell.selected.items())
+        for cell in cells
+        if cell.selected
+    ]
 
 
 def rows(cells: Sequence[Cell], command: str, what: str) -> list[str]:

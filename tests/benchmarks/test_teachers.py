@@ -34,9 +34,10 @@ def benchmark_root(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("table", ["pool", "kinds"])
 def test_every_cell_is_a_valid_config_of_the_same_student_and_steps(benchmark_root, table):
     folder = Path("out/teachers/pydocs")
-    teachers.write_configs(folder, "pydocs", given("--table", table))
+    options = given("--table", table)
+    teachers.write_configs(folder, "pydocs", options)
 
-    cells = list(teachers.legs(folder, 3, given("--table", table)))
+    cells = list(teachers.legs(folder, "pydocs", 3, options))
     configs = [
         load_config(benchmark_root / leg.config, [*leg.overrides, f"output_dir={leg.output}"])
         for leg in cells
@@ -90,3 +91,29 @@ def test_the_table_has_a_line_per_method_and_the_row_all_means():
     assert [line.split()[1] for line in lines] == ["method", "uniform", "mean"]
     assert lines[1].split()[2:] == ["2", "50.00", "0.00", "9", "9", "2"]
     assert "uniform 50.00, mean 50.00" in row
+
+
+def test_planted_labels_are_those_of_other_training_rows_and_the_rest_stays(benchmark_root):
+    given_files = benchmark_root / "out" / "clinc150"
+    given_files.mkdir(parents=True)
+    rows = [f"text {row},label {row % 5}" for row in range(50)]
+    for name in ("train", "test"):
+        (given_files / f"{name}.csv").write_text("\n".join(["text,label", *rows]))
+
+    planted = benchmark_root / teachers.plant(Path("out"))
+
+    assert (planted / "test.csv").read_text().split("\n")[1:-1] == rows
+    found = (planted / "train.csv").read_text().split("\n")[1:-1]
+    assert [row.split(",")[0] for row in found] == [row.split(",")[0] for row in rows]
+    assert sorted(row.split(",")[1] for row in found) == sorted(r.split(",")[1] for r in rows)
+    assert found != rows
+
+
+def test_the_weights_of_a_selector_are_their_mean_over_the_students_steps(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"stage": "selector", "step": 1, "select/soft": 0.9}\n'
+        '{"stage": "student", "step": 1, "select/soft": 0.2, "train/loss": 3}\n'
+        '{"stage": "student", "step": 2, "select/soft": 0.4}\n'
+    )
+
+    assert teachers_summary.selected(tmp_path) == {"soft": pytest.approx(0.3)}
