@@ -7,8 +7,8 @@ the same student (2 x 64, random weights) is trained as many steps by each metho
 * pool: a teacher drawn per step (uniform, by rank of teachers, by rank of students), the mean of
   all, MT-BERT, TAKD, each teacher alone; the teachers' answers come from caches on disk, except
   where teachers learn from each other;
-* kinds: all four kinds of knowledge, each alone, random weights, and a selector, soft and hard,
-  from the teacher of 4 layers. On clinc150 once more with labels that mean nothing (planted): a
+* kinds: all four kinds of knowledge, each alone, random weights, a selector, soft and hard,
+  from the teacher of 2 layers. On clinc150 once more with labels that mean nothing (planted): a
   useless kind.
 
 Beside both: the student alone on the labels. Each cell has a folder,
@@ -44,26 +44,27 @@ Settings = tuple[str, str, tuple[str, ...]]
 class Learning(NamedTuple):
     """What suits a task.
 
-    steps: of the student, at `rate`, of `rows` texts by table.
+    steps: of the student.
+    teacher_steps: of each teacher, from labels.
     labels: rows that keep theirs.
     """
 
     steps: int
-    rate: float
+    teacher_steps: int
     labels: int
-    rows: dict[str, int]
 
 
-ROWS = {"pool": 64, "kinds": 32}
-LEARNING = {
-    "pydocs": Learning(300, 3e-3, 2000, ROWS),
-    "clinc150": Learning(600, 5e-3, 6000, ROWS),
-}
+LEARNING = {"pydocs": Learning(150, 120, 2000), "clinc150": Learning(250, 240, 6000)}
+ROWS, RATE = 64, 3e-3
+# Transformers' 0.02 is meant for wide models: 64 wide, it takes thrice as many steps.
+INITIALIZER_RANGE = 0.1
 # Every cell scores its teachers too, which takes longer than the student does to learn.
 SCORED_ROWS = 1500
-TEACHER_LEARNING = {"per_device_train_batch_size": 32, "max_steps": 240, "learning_rate": 5e-4}
+TEACHER_ROWS, TEACHER_RATE = 32, 5e-4
+# More than any teacher takes: teachers are evaluated and saved at their end alone.
+TEACHER_EVERY = 300
 LAYERS = {"two": 2, "four": 4, "six": 6}
-KINDS_TEACHER = "four"
+KINDS_TEACHER = "two"
 KINDS = ("hard_cross_entropy", "soft_target_kl", "hidden_mse", "relation_fsp")
 SOFT = "objective=[{loss: soft_target_kl}]"
 POOL = {
@@ -118,16 +119,20 @@ def write_configs(folder: Path, task: str, given: argparse.Namespace) -> None:
     learning = LEARNING[task]
     rows = {"labelled_examples": learning.labels, "max_eval_examples": SCORED_ROWS}
     section = prepared_task(task, given.data, folder) | rows
-    given.rows = learning.rows[given.table] // given.ranks
-    train = training_sections(given, steps=given.steps or learning.steps, rate=learning.rate)
-    student = {"model": bert(layers=2, width=64), "deepspeed": "zero2"}
-    method = {"name": "knowledge_selection", "episodes": 4}
+    given.rows = ROWS // given.ranks
+    train = training_sections(given, steps=given.steps or learning.steps, rate=RATE)
+    model = bert(layers=2, width=64)
+    model["config"]["initializer_range"] = INITIALIZER_RANGE
+    student = {"model": model, "deepspeed": "zero2"}
+    method = {"name": "knowledge_selection", "episodes": 3, "episode_steps": 100}
     trees: dict[str, dict[str, Any]] = {
         "teacher": {
             "student": {"model": given.teacher, "deepspeed": "zero2"},
             "method": {"name": "finetune"},
             **train,
-            "train": train["train"] | _teacher_learning(given),
+            "train": train["train"] | _teacher_learning(learning.teacher_steps, given),
+            "eval": train["eval"] | {"eval_steps": TEACHER_EVERY},
+            "save": {"save_steps": TEACHER_EVERY},
         },
         "pool": {"teachers": _pool(), "student": student, "method": {"name": "skdbert"}, **train},
         "kinds": {
@@ -145,9 +150,9 @@ def write_configs(folder: Path, task: str, given: argparse.Namespace) -> None:
         write_config(ROOT / folder / f"{name}.yaml", whole)
 
 
-def _teacher_learning(given: argparse.Namespace) -> dict[str, Any]:
-    rows = TEACHER_LEARNING["per_device_train_batch_size"] // given.ranks
-    return TEACHER_LEARNING | {"per_device_train_batch_size": rows}
+def _teacher_learning(steps: int, given: argparse.Namespace) -> dict[str, Any]:
+    rows = TEACHER_ROWS // given.ranks
+    return {"per_device_train_batch_size": rows, "max_steps": steps, "learning_rate": TEACHER_RATE}
 
 
 def _pool() -> list[dict[str, str]]:
@@ -175,18 +180,18 @@ def _teachers(folder: Path, *, cached: bool) -> Iterator[str]:
 
 def legs(folder: Path, task: str, seed: int, given: argparse.Namespace) -> Iterator[Leg]:
     """The cells of a seed."""
-    found = _pool_legs(folder, given) if given.table == "pool" else _kinds_legs(folder, task)
+    found = _pool_legs(folder, task, given) if given.table == "pool" else _kinds_legs(folder, task)
     for name, config, settings in [("alone", "alone", ()), *found]:
         output = folder / f"{given.table}-{name}-seed-{seed}"
         yield Leg(name, folder / f"{config}.yaml", output, (*settings, f"seed={seed}"))
 
 
-def _pool_legs(folder: Path, given: argparse.Namespace) -> Iterator[Settings]:
-    taught = _teacher_learning(given) | {"max_steps": TEACHER_LEARNING["max_steps"] // 2}
+def _pool_legs(folder: Path, task: str, given: argparse.Namespace) -> Iterator[Settings]:
+    taught = _teacher_learning(LEARNING[task].teacher_steps // 4, given)
     for name, method in POOL.items():
         settings = [*_teachers(folder, cached=name != "takd"), f"method={method}"]
         if name == "takd":
-            # Its smaller teachers have learned from labels; half as many steps follow.
+            # Its smaller teachers have learned from labels; a quarter of the steps follows.
             settings += [f"teachers.{index}.finetune={taught}" for index in (0, 1)]
         if name.startswith("one-"):
             settings.append(SOFT)
