@@ -209,8 +209,10 @@ class ActorCritic:
         state = selector.state(some.summaries)
         said = selector.actor(state)
         held_back = self.learning.restraint * said.square().sum(-1)
+        # Detached: else the summaries' networks would learn to show the critic a state it likes.
+        value = selector.value(state.detach(), said.sigmoid())
         self._actor.zero_grad()
-        (held_back - selector.value(state, said.sigmoid())).mean().backward()
+        (held_back - value).mean().backward()
         self._actor.step()
 
     def state_dict(self) -> dict[str, Any]:

@@ -33,17 +33,26 @@ def summaries(steps: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(steps, SHAPE.student + SHAPE.teacher, generator=generator)
 
 
+def at(phase: int, steps: int) -> torch.Tensor:
+    seen = summaries(steps, phase)
+    seen[:, 0] = phase % 10 / 5 - 1
+    return seen
+
+
 def played(reward, phases: int = 60) -> list[float]:
-    """Mean weights after so many phases of four steps, each rewarded by its mean action."""
+    """Mean weights after so many phases of four steps, each rewarded by its mean action.
+
+    What is seen tells how far an episode of ten phases has come.
+    """
     learner = ActorCritic(selector(), Learning(gamma=0.5))
     noise = torch.Generator().manual_seed(1)
     for phase in range(phases):
-        seen = summaries(4, phase)
+        seen = at(phase, 4)
         with torch.no_grad():
             actions = learner.selector.action(learner.selector.state(seen))
         actions = (actions + 0.2 * torch.randn(1, len(KINDS), generator=noise)).clamp(0, 1)
-        brought = reward(actions.mean(0))
-        learner.learn(Transition(seen, actions, brought, summaries(1, phase + 1)[0]))
+        brought = reward(actions.mean(0), phase)
+        learner.learn(Transition(seen, actions, brought, at(phase + 1, 1)[0]))
     with torch.no_grad():
         weights = learner.selector.action(learner.selector.state(summaries(64, 999))).mean(0)
     return weights.tolist()
@@ -52,16 +61,38 @@ def played(reward, phases: int = 60) -> list[float]:
 @pytest.mark.parametrize("place", range(len(KINDS)), ids=KINDS)
 def test_the_only_kind_that_helps_gets_the_highest_weight(place):
     """A bandit: the loss falls by as much as this kind counts, whatever the others do."""
-    weights = played(lambda action: float(action[place]))
+    weights = played(lambda action, _: float(action[place]))
 
     others = [weight for index, weight in enumerate(weights) if index != place]
     assert weights[place] > max(others) + 0.1
 
 
 def test_a_kind_that_harms_gets_the_lowest_weight():
-    weights = played(lambda action: float(action[0] + action[1] + action[2] - action[3]))
+    weights = played(lambda action, _: float(action[0] + action[1] + action[2] - action[3]))
 
     assert weights[3] < min(weights[:3]) - 0.1
+
+
+def test_the_actor_climbs_by_its_actions_and_not_by_what_the_critic_sees_of_the_state():
+    """A critic that looks at the state alone leaves it nothing to learn."""
+    learner = ActorCritic(selector(), Learning(restraint=0.0))
+    torch.nn.init.zeros_(learner.selector.critic[0].weight[:, -len(KINDS) :])
+    phase = Transition(summaries(8), torch.rand(8, len(KINDS)), 1.0, None)
+    before = {name: weight.clone() for name, weight in learner.selector.state_dict().items()}
+
+    learner._teach_actor(Samples.of(phase))
+
+    after = learner.selector.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+@pytest.mark.parametrize("place", range(len(KINDS)), ids=KINDS)
+def test_what_a_state_is_worth_does_not_hide_which_kind_helps(place):
+    """Early phases bring more whatever is done, as a loss falls fastest at first."""
+    said = played(lambda action, phase: 1.0 / (1 + phase % 10) + float(action[place]))
+
+    others = [weight for index, weight in enumerate(said) if index != place]
+    assert said[place] > max(others) + 0.1
 
 
 def test_the_critic_expects_what_a_constant_reward_adds_up_to():
