@@ -8,8 +8,8 @@ the same student (2 x 64, random weights) is trained as many steps by each metho
   all, MT-BERT, TAKD, each teacher alone; the teachers' answers come from caches on disk, except
   where teachers learn from each other;
 * kinds: all four kinds of knowledge, each alone, random weights, a selector, soft and hard,
-  from the teacher of 2 layers. On clinc150 once more with labels that mean nothing (planted): a
-  useless kind.
+  from the teacher of 2 layers. On clinc150, with one seed, also with labels that mean nothing
+  (planted): a useless kind.
 
 Beside both: the student alone on the labels. Each cell has a folder,
 runs/bench/teachers/<task>/<table>-<cell>-seed-<n>, is gone on with where it was, and is done once.
@@ -161,10 +161,12 @@ def _pool() -> list[dict[str, str]]:
 
 def prepare(folder: Path, given: argparse.Namespace) -> None:
     """The task's teachers, and for pools the caches of their answers."""
-    for name, layers in LAYERS.items():
-        output = folder / f"teacher-{name}"
-        leg = Leg(name, folder / "teacher.yaml", output, (f"student.layers={layers}",))
-        report_of(leg, ranks=given.ranks)
+    legs = [
+        Leg(name, folder / "teacher.yaml", folder / f"teacher-{name}", (f"student.layers={n}",))
+        for name, n in reversed(LAYERS.items())
+    ]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(lambda leg: report_of(leg, ranks=given.ranks, jobs=given.jobs), legs))
     if given.table == "pool":
         settings = [*_teachers(folder, cached=True), f"output_dir={folder / 'caches'}"]
         if launched("cache_teacher", folder / "pool.yaml", given.ranks, settings) != 0:
@@ -180,8 +182,14 @@ def _teachers(folder: Path, *, cached: bool) -> Iterator[str]:
 
 def legs(folder: Path, task: str, seed: int, given: argparse.Namespace) -> Iterator[Leg]:
     """The cells of a seed."""
-    found = _pool_legs(folder, task, given) if given.table == "pool" else _kinds_legs(folder, task)
-    for name, config, settings in [("alone", "alone", ()), *found]:
+    found: list[Settings] = [("alone", "alone", ())]
+    if given.table == "pool":
+        found += _pool_legs(folder, task, given)
+    else:
+        found += _kinds_legs(folder)
+        if task == "clinc150" and seed == given.seeds[0]:
+            found += _planted_legs(folder)
+    for name, config, settings in found:
         output = folder / f"{given.table}-{name}-seed-{seed}"
         yield Leg(name, folder / f"{config}.yaml", output, (*settings, f"seed={seed}"))
 
@@ -198,17 +206,22 @@ def _pool_legs(folder: Path, task: str, given: argparse.Namespace) -> Iterator[S
         yield name, "pool", tuple(settings)
 
 
-def _kinds_legs(folder: Path, task: str) -> Iterator[Settings]:
-    teacher = f"teacher.model={folder / f'teacher-{KINDS_TEACHER}' / 'final'}"
+def _kinds_legs(folder: Path) -> Iterator[Settings]:
     for kind in KINDS:
         objective = f"objective=[{{loss: {kind}}}]"
-        yield f"only-{kind}", "kinds", (teacher, "method={name: single}", objective)
+        yield f"only-{kind}", "kinds", (_kinds_teacher(folder), "method={name: single}", objective)
     for name, options in SELECTION.items():
-        yield name, "kinds", (teacher, *options)
-    if task == "clinc150":
-        planted = f"task.dataset={plant(folder)}"
-        yield "planted-all", "kinds", (teacher, planted, *SELECTION["all"])
-        yield "planted-soft", "kinds", (teacher, planted, *SELECTION["soft"])
+        yield name, "kinds", (_kinds_teacher(folder), *options)
+
+
+def _planted_legs(folder: Path) -> Iterator[Settings]:
+    planted = f"task.dataset={plant(folder)}"
+    for name in ("all", "soft"):
+        yield f"planted-{name}", "kinds", (_kinds_teacher(folder), planted, *SELECTION[name])
+
+
+def _kinds_teacher(folder: Path) -> str:
+    return f"teacher.model={folder / f'teacher-{KINDS_TEACHER}' / 'final'}"
 
 
 def plant(folder: Path) -> Path:
