@@ -8,8 +8,7 @@ the same student (2 x 64, random weights) is trained as many steps by each metho
   all, MT-BERT, TAKD, each teacher alone; the teachers' answers come from caches on disk, except
   where teachers learn from each other;
 * kinds: all four kinds of knowledge, each alone, random weights, a selector, soft and hard,
-  from the teacher of 2 layers. On clinc150, with one seed, also with labels that mean nothing
-  (planted): a useless kind.
+  from the teacher of 2 layers. With the first seed also with labels that mean nothing (planted).
 
 Beside both: the student alone on the labels. Each cell has a folder,
 runs/bench/teachers/<task>/<table>-<cell>-seed-<n>, is gone on with where it was, and is done once.
@@ -19,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import random
 import shlex
 import sys
@@ -66,6 +66,7 @@ TEACHER_EVERY = 300
 LAYERS = {"two": 2, "four": 4, "six": 6}
 KINDS_TEACHER = "two"
 KINDS = ("hard_cross_entropy", "soft_target_kl", "hidden_mse", "relation_fsp")
+SPLITS = ("train", "validation", "test")
 SOFT = "objective=[{loss: soft_target_kl}]"
 POOL = {
     "uniform": "{name: skdbert}",
@@ -187,7 +188,7 @@ def legs(folder: Path, task: str, seed: int, given: argparse.Namespace) -> Itera
         found += _pool_legs(folder, task, given)
     else:
         found += _kinds_legs(folder)
-        if task == "clinc150" and seed == given.seeds[0]:
+        if seed == given.seeds[0]:
             found += _planted_legs(folder)
     for name, config, settings in found:
         output = folder / f"{given.table}-{name}-seed-{seed}"
@@ -215,9 +216,11 @@ def _kinds_legs(folder: Path) -> Iterator[Settings]:
 
 
 def _planted_legs(folder: Path) -> Iterator[Settings]:
-    planted = f"task.dataset={plant(folder)}"
+    columns = ("task.text_columns=[text]", "task.label_column=label")
+    planted = (f"task.dataset={plant(folder)}", *columns)
     for name in ("all", "soft"):
-        yield f"planted-{name}", "kinds", (_kinds_teacher(folder), planted, *SELECTION[name])
+        settings = (_kinds_teacher(folder), *planted, *SELECTION[name])
+        yield f"planted-{name}", "kinds", settings
 
 
 def _kinds_teacher(folder: Path) -> str:
@@ -225,16 +228,23 @@ def _kinds_teacher(folder: Path) -> str:
 
 
 def plant(folder: Path) -> Path:
-    """The task's files with the labels of the training split shuffled among its rows."""
+    """The task's rows as csv, with the labels of the training split shuffled among them."""
+    from megakd.config_file import load_config
+    from megakd.data.splits import load_splits
+    from megakd.preparation import cache_folder
+
+    task = load_config(ROOT / folder / "kinds.yaml").task
+    task = dataclasses.replace(task, labelled_examples=None, max_eval_examples=None)
+    splits = load_splits(task, seed=0, cache_dir=cache_folder())
     planted = folder / "planted"
     (ROOT / planted).mkdir(parents=True, exist_ok=True)
-    for path in sorted((ROOT / folder / "clinc150").glob("*.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            texts, labels = zip(*list(csv.reader(file))[1:], strict=True)
-        if path.stem == "train":
-            labels = random.Random(0).sample(labels, len(labels))
-        with (ROOT / planted / path.name).open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("text", "label"), *zip(texts, labels, strict=True)])
+    for name, split in zip(SPLITS, splits, strict=False):
+        labels = [splits.label_names[label] for label in split["label"]]
+        if name == "train":
+            random.Random(0).shuffle(labels)
+        with (ROOT / planted / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            rows = zip(split["text"], labels, strict=True)
+            csv.writer(file).writerows([("text", "label"), *rows])
     return planted
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_runs import bert, config_tree, write_config
 
 from megakd.config_file import load_config
 
@@ -31,13 +32,13 @@ def benchmark_root(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("table", ["pool", "kinds"])
-def test_every_cell_is_a_valid_config_of_the_same_student_and_steps(benchmark_root, table):
+@pytest.mark.parametrize(("table", "seed"), [("pool", 1), ("kinds", 2)])
+def test_every_cell_is_a_valid_config_of_the_same_student_and_steps(benchmark_root, table, seed):
     folder = Path("out/teachers/pydocs")
     options = given("--table", table)
     teachers.write_configs(folder, "pydocs", options)
 
-    cells = list(teachers.legs(folder, "pydocs", 3, options))
+    cells = list(teachers.legs(folder, "pydocs", seed, options))
     configs = [
         load_config(benchmark_root / leg.config, [*leg.overrides, f"output_dir={leg.output}"])
         for leg in cells
@@ -46,7 +47,7 @@ def test_every_cell_is_a_valid_config_of_the_same_student_and_steps(benchmark_ro
     assert len({leg.output for leg in cells}) == len(cells) == 10
     assert len({str(config.student) for config in configs}) == 1
     assert len({config.train for config in configs}) == 1
-    assert {config.seed for config in configs} == {3}
+    assert {config.seed for config in configs} == {seed}
     assert {config.task.labelled_examples for config in configs} == {2000}
 
 
@@ -94,16 +95,25 @@ def test_the_table_has_a_line_per_method_and_the_row_all_means():
 
 
 def test_planted_labels_are_those_of_other_training_rows_and_the_rest_stays(benchmark_root):
-    given_files = benchmark_root / "out" / "clinc150"
-    given_files.mkdir(parents=True)
+    files = benchmark_root / "files"
+    files.mkdir()
     rows = [f"text {row},label {row % 5}" for row in range(50)]
-    for name in ("train", "test"):
-        (given_files / f"{name}.csv").write_text("\n".join(["text,label", *rows]))
+    for name in ("train", "validation", "test"):
+        (files / f"{name}.csv").write_text("\n".join(["text,label", *rows]))
+    tree = config_tree(
+        benchmark_root / "unused",
+        {"type": "classification", "dataset": str(files), "labelled_examples": 20},
+        student={"model": bert(1)},
+        method={"name": "finetune"},
+    )
+    (benchmark_root / "out").mkdir()
+    write_config(benchmark_root / "out" / "kinds.yaml", tree)
 
     planted = benchmark_root / teachers.plant(Path("out"))
 
-    assert (planted / "test.csv").read_text().split("\n")[1:-1] == rows
-    found = (planted / "train.csv").read_text().split("\n")[1:-1]
+    for name in ("validation", "test"):
+        assert (planted / f"{name}.csv").read_text().splitlines()[1:] == rows
+    found = (planted / "train.csv").read_text().splitlines()[1:]
     assert [row.split(",")[0] for row in found] == [row.split(",")[0] for row in rows]
     assert sorted(row.split(",")[1] for row in found) == sorted(r.split(",")[1] for r in rows)
     assert found != rows
