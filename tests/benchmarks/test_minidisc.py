@@ -282,7 +282,7 @@ def test_legs_that_are_finished_are_not_started_again(benchmark_root, monkeypatc
     def finished(leg):
         return {"name": "teacher"} if leg.name == "teacher" else reports.get(leg.name)
 
-    def trained(config, output, *, ranks, overrides):
+    def trained(config, output, *, ranks, overrides, jobs):
         name = output.name.partition("-seed")[0]
         started.append(name)
         return reports_of_runs[name]
