@@ -126,7 +126,7 @@ def test_a_teacher_is_finetuned_on_its_labels_before_it_teaches(tmp_path, teache
     names = (lab.teacher(), lab.teacher())
 
     assert names == ("teacher", "teacher")
-    (stage,) = stages  # once
+    stage = completed(*stages, lab.config)  # trained once
     assert (stage.name, stage.role, stage.teachers) == ("teacher-finetune", "teacher", ())
     assert (stage.labelled_only, stage.deepspeed, stage.train.max_steps) == (True, "zero0", 7)
     assert [term.loss for term in stage.objective] == ["hard_cross_entropy"]
