@@ -122,33 +122,41 @@ def write_configs(folder: Path, task: str, given: argparse.Namespace) -> None:
     section = prepared_task(task, given.data, folder) | rows
     given.rows = ROWS // given.ranks
     train = training_sections(given, steps=given.steps or learning.steps, rate=RATE)
+    trees = {
+        "teacher": _teacher_tree(train, learning, given),
+        **{name: tree | train for name, tree in _student_trees().items()},
+    }
+    # The tokenizer of the teachers serves the student that has none of its own.
+    section_of = {"alone": section | {"tokenizer": given.teacher}}
+    for name, tree in trees.items():
+        run = {"output_dir": str(folder / name), "task": section_of.get(name, section)}
+        write_config(ROOT / folder / f"{name}.yaml", run | tree)
+
+
+def _teacher_tree(
+    train: dict[str, Any], learning: Learning, given: argparse.Namespace
+) -> dict[str, Any]:
+    return {
+        "student": {"model": given.teacher, "deepspeed": "zero2"},
+        "method": {"name": "finetune"},
+        **train,
+        "train": train["train"] | _teacher_learning(learning.teacher_steps, given),
+        "eval": train["eval"] | {"eval_steps": TEACHER_EVERY},
+        "save": {"save_steps": TEACHER_EVERY},
+    }
+
+
+def _student_trees() -> dict[str, dict[str, Any]]:
+    """What the student's cells say of models and methods, by config."""
     model = bert(layers=2, width=64)
     model["config"]["initializer_range"] = INITIALIZER_RANGE
     student = {"model": model, "deepspeed": "zero2"}
-    method = {"name": "knowledge_selection", "episodes": 3, "episode_steps": 100}
-    trees: dict[str, dict[str, Any]] = {
-        "teacher": {
-            "student": {"model": given.teacher, "deepspeed": "zero2"},
-            "method": {"name": "finetune"},
-            **train,
-            "train": train["train"] | _teacher_learning(learning.teacher_steps, given),
-            "eval": train["eval"] | {"eval_steps": TEACHER_EVERY},
-            "save": {"save_steps": TEACHER_EVERY},
-        },
-        "pool": {"teachers": _pool(), "student": student, "method": {"name": "skdbert"}, **train},
-        "kinds": {
-            "teacher": {"model": "overridden"},
-            "student": student,
-            "method": method,
-            **train,
-        },
-        "alone": {"student": student, "method": {"name": "finetune"}, **train},
+    selection = {"name": "knowledge_selection", "episodes": 3, "episode_steps": 100}
+    return {
+        "pool": {"teachers": _pool(), "student": student, "method": {"name": "skdbert"}},
+        "kinds": {"teacher": {"model": "overridden"}, "student": student, "method": selection},
+        "alone": {"student": student, "method": {"name": "finetune"}},
     }
-    # The tokenizer of the teachers serves the student that has none of its own.
-    own = {"teacher": {}, "pool": {}, "kinds": {}, "alone": {"tokenizer": given.teacher}}
-    for name, tree in trees.items():
-        whole = {"output_dir": str(folder / name), "task": section | own[name], **tree}
-        write_config(ROOT / folder / f"{name}.yaml", whole)
 
 
 def _teacher_learning(steps: int, given: argparse.Namespace) -> dict[str, Any]:
