@@ -53,19 +53,49 @@ def test_the_same_files_in_another_folder_have_the_same_identity(tmp_path):
     assert files_identity([here]) == files_identity([there])
 
 
-def test_another_name_size_first_or_last_byte_is_another_identity(tmp_path):
+def test_another_name_size_or_byte_anywhere_is_another_identity(tmp_path):
     content = bytes(3 * MEGABYTE)
+    middle = len(content) // 2
     variants = {
         "w.bin": content,
         "v.bin": content,
         "size/w.bin": content + b"\0",
         "first/w.bin": b"x" + content[1:],
+        "middle/w.bin": content[:middle] + b"x" + content[middle + 1 :],
         "last/w.bin": content[:-1] + b"x",
     }
 
     found = [files_identity([write(tmp_path / name, c)]) for name, c in variants.items()]
 
     assert len(set(found)) == len(variants)
+
+
+def sparse(folder: Path, size: int, *, at: int | None, trained: bytes) -> Path:
+    """A large file of zeros, but for what was trained at some place in it."""
+    folder.mkdir()
+    with (folder / "w.bin").open("wb") as file:
+        file.truncate(size)
+        if at is not None:
+            file.seek(at)
+            file.write(trained)
+    return folder / "w.bin"
+
+
+def test_of_a_large_file_every_large_matrix_counts_and_the_last_byte(tmp_path):
+    size, matrix = 300 * MEGABYTE + 12_345, b"x" * 2 * MEGABYTE
+    places = {None: b"", 0: matrix, 100 * MEGABYTE + 777: matrix, 200 * MEGABYTE: matrix}
+    places |= {size - len(matrix): matrix, size - 1: b"x"}
+
+    files = [sparse(tmp_path / str(at), size, at=at, trained=t) for at, t in places.items()]
+
+    assert len({files_identity([file]) for file in files}) == len(places)
+
+
+def test_a_file_that_is_written_anew_is_read_anew(tmp_path):
+    before = files_identity([write(tmp_path / "w.bin", b"abc")])
+    write(tmp_path / "other.bin", b"abd").replace(tmp_path / "w.bin")
+
+    assert files_identity([tmp_path / "w.bin"]) != before
 
 
 def test_no_files_have_an_identity_too():
