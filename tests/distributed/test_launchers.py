@@ -129,7 +129,13 @@ def test_processes_that_srun_starts_find_each_other(config, by_hand, tmp_path):
     assert weights(out) == weights(by_hand)
 
 
-@pytest.mark.parametrize("variables", [{}, slurm(0, 1)], ids=["python", "srun"])
+@pytest.mark.parametrize(
+    "variables",
+    [
+        pytest.param({}, id="python"),
+        pytest.param(slurm(0, 1), id="srun", marks=pytest.mark.slow),
+    ],
+)
 def test_one_process_needs_no_launcher(config, by_hand, tmp_path, variables):
     out = tmp_path / "out"
 
