@@ -177,7 +177,8 @@ def check_terms(
                 raise TeacherError(
                     "relation_fsp compares flows from one mapped layer to the next, and layer_"
                     f"mapping {term.layer_mapping} maps the only layer that the student has; name "
-                    f'two pairs: layer_mapping: ["0:0", "{student.layers}:{teacher.layers}"]'
+                    "two pairs in that term of the objective: layer_mapping: "
+                    f'["0:0", "{student.layers}:{teacher.layers}"]'
                 )
         if isinstance(term, ATTENTION_TERMS) and teacher is not None:
             _check_heads(term, student, teacher)
