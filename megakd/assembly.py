@@ -213,6 +213,8 @@ class Assembly:
         }
         if task.type == "causal_lm":
             facts["top_k"] = ready.spec.cache_top_k
+        if ready.source.folder is None:  # its weights are drawn
+            facts["seed"] = self.config.seed
         return flatten(facts)
 
     def scorer(self) -> Scorer:

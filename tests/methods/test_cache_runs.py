@@ -118,15 +118,27 @@ def test_a_cache_of_other_texts_or_another_teacher_is_refused(classes):
 
 
 def test_a_cache_serves_other_seeds_and_other_choices_of_labels_and_held_out_rows(classes):
+    classes.weights(classes.config("learned"))
+    stored = {"model": str(classes.folder / "learned" / "final")}
     kept = {"labelled_examples": 20, "max_eval_examples": 4}
-    classes.cache(classes.config("some", cache="kept-answers", task=kept))
+    classes.cache(classes.config("some", cache="kept-answers", task=kept, teacher=stored))
     fewer = {"labelled_examples": 10, "max_eval_examples": 3}
 
+    again = classes.config("again", cache="kept-answers", task=fewer, teacher=stored, seed=9)
+    said = classes.one_rank.train("--config", again)
+
+    assert said.code == 0, said.err
+
+
+def test_a_teacher_of_random_weights_is_another_with_another_seed(classes):
+    classes.cache(classes.config("drawn", cache="drawn-answers"))
+
     said = classes.one_rank.train(
-        "--config", classes.config("again", cache="kept-answers", task=fewer, seed=9)
+        "--config", classes.config("drawn-anew", cache="drawn-answers", seed=9)
     )
 
-    assert said.code == 0
+    assert said.code == 2
+    assert "seed: 42 there, 9 here" in said.err
 
 
 def test_a_cache_that_was_not_made_is_asked_for(classes):
