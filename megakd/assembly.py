@@ -46,13 +46,6 @@ class ReadyTeacher(NamedTuple):
     spec: TeacherConfig
 
 
-def identity_of(source: ModelSource) -> Mapping[str, Any]:
-    """What a model is, wherever its folder lies."""
-    files = sorted({stored.file for stored in source.stored.values()})
-    identity = {"config": source.config.to_diff_dict(), "weights": files_identity(files)}
-    return identity if source.layers is None else {**identity, "layers": source.layers}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Assembly:
     """What engines are built from.
@@ -64,6 +57,19 @@ class Assembly:
     prepared: Prepared
     ranks: Ranks
     teachers: Mapping[str, ReadyTeacher] = field(default_factory=dict)
+
+    def identity_of(self, source: ModelSource) -> Mapping[str, Any]:
+        """What a model is, wherever its folder lies; random weights are drawn from the seed."""
+        files = sorted({stored.file for stored in source.stored.values()})
+        identity: dict[str, Any] = {
+            "config": source.config.to_diff_dict(),
+            "weights": files_identity(files),
+        }
+        if source.layers is not None:
+            identity["layers"] = source.layers
+        if source.folder is None:
+            identity["seed"] = self.config.seed
+        return identity
 
     def learner(self, stage: Stage) -> ModelSource:
         """The model that learns in this stage."""
@@ -208,13 +214,11 @@ class Assembly:
             "max_length": task.max_length,
             "texts": self._texts,
             "tokenizer": tokenizer_content(prepared.tokenizer),
-            "teacher": identity_of(ready.source),
+            "teacher": self.identity_of(ready.source),
             "dtype": self.teacher_dtype(ready),
         }
         if task.type == "causal_lm":
             facts["top_k"] = ready.spec.cache_top_k
-        if ready.source.folder is None:  # its weights are drawn
-            facts["seed"] = self.config.seed
         return flatten(facts)
 
     def scorer(self) -> Scorer:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 from datasets import Dataset
 
 from megakd import atomic
-from megakd.assembly import Assembly, ReadyTeacher, identity_of
+from megakd.assembly import Assembly, ReadyTeacher
 from megakd.config import STUDENT, TEACHER, Dtype, RunConfig
 from megakd.engine.distributed import Ranks, main_first, on_main
 from megakd.engine.ds_config import load_ds_config, zero_stage
@@ -136,7 +136,7 @@ class Lab:
         ready = self._teachers[name]
         folder = self.config.output_dir / "stages" / f"{name}-scored"
         identity = {
-            "model": identity_of(ready.source),
+            "model": self._assembly.identity_of(ready.source),
             "dtype": self._assembly.teacher_dtype(ready),
         }
         data = {"task": self.config.task.type, "data": self._prepared.encoded.content_hash}
@@ -180,9 +180,7 @@ class Lab:
             MegakdError: its importance cannot be measured.
         """
         ready = self._teachers[teacher]
-        result = self._workshop.sorted_teacher(
-            ready, split=split, residual=residual, identity=identity_of(ready.source)
-        )
+        result = self._workshop.sorted_teacher(ready, split=split, residual=residual)
         self.results.append(result)
         return Specification(
             source=self.source(result.folder), scores=self._workshop.scores(result.folder)
@@ -193,7 +191,7 @@ class Lab:
         units = source.architecture.units(source.config)
         if view._replace(width=view.width or units.width) == units:
             return source
-        result = self._workshop.cut(source, view, name, identity=identity_of(source))
+        result = self._workshop.cut(source, view, name)
         return self.source(result.folder)
 
     def parameters(self, source: ModelSource, view: View) -> ParameterCounts:

@@ -92,21 +92,13 @@ class Workshop:
     stages: Path
     _weights: dict[str, Weights] = field(default_factory=dict, init=False, repr=False)
 
-    def sorted_teacher(
-        self,
-        ready: ReadyTeacher,
-        *,
-        split: str,
-        residual: bool,
-        identity: Any,
-    ) -> StageResult:
+    def sorted_teacher(self, ready: ReadyTeacher, *, split: str, residual: bool) -> StageResult:
         """The teacher with its heads and neurons sorted, computing what it did.
 
         Args:
             ready: the teacher.
             split: whose labels say what is important.
             residual: whether the columns of the hidden states are sorted too.
-            identity: what the teacher is, for a run that goes on.
 
         Raises:
             MegakdError: its importance cannot be measured, or the folder not be written.
@@ -119,7 +111,7 @@ class Workshop:
             self._reshape(ready.source, folder, order=unit_order(scores), extra={**extra, **units})
 
         tree = {
-            "model": identity,
+            "model": self.assembly.identity_of(ready.source),
             "split": split,
             "residual": residual,
             "data": self._data,
@@ -135,7 +127,7 @@ class Workshop:
         text = on_main(lambda: path.read_text(encoding="utf-8"))
         return scores_from_json(text, where=str(path))
 
-    def cut(self, source: ModelSource, view: View, name: str, *, identity: Any) -> StageResult:
+    def cut(self, source: ModelSource, view: View, name: str) -> StageResult:
         """A model cut to a view, as it is, untrained.
 
         Raises:
@@ -145,6 +137,7 @@ class Workshop:
         def make(folder: Path, extra: Mapping[str, str]) -> None:
             self._reshape(source, folder, view=view, extra=extra)
 
+        identity = self.assembly.identity_of(source)
         return self._made(name, {"model": identity, "view": view._asdict()}, make)
 
     def parameters(self, source: ModelSource, view: View) -> ParameterCounts:

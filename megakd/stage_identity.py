@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from megakd.assembly import Assembly, identity_of
 from megakd.config_file import config_tree
 from megakd.engine.ds_config import load_ds_config
 from megakd.fingerprint import Fingerprint, flatten
 
 if TYPE_CHECKING:
+    from megakd.assembly import Assembly
     from megakd.config import TrainConfig
     from megakd.stage import Stage
 
@@ -29,7 +29,7 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
         "seed": config.seed,
         "task": config_tree(config)["task"],
         "data": assembly.prepared.encoded.content_hash,
-        "model": identity_of(assembly.learner(stage)),
+        "model": assembly.identity_of(assembly.learner(stage)),
         "train": _training(stage.train),
         "objective": [asdict(term) for term in stage.objective],
         "deepspeed": load_ds_config(stage.deepspeed, where=where),
@@ -46,7 +46,10 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
 
 def _teacher(assembly: Assembly, name: str) -> Mapping[str, Any]:
     ready = assembly.teachers[name]
-    facts = {"model": identity_of(ready.source), "dtype": assembly.teacher_dtype(ready)}
+    facts = {
+        "model": assembly.identity_of(ready.source),
+        "dtype": assembly.teacher_dtype(ready),
+    }
     return facts if ready.spec.cache is None else {**facts, "cached": ready.spec.cache_top_k}
 
 

@@ -111,6 +111,20 @@ def fingerprint(config: RunConfig, content: str = "rows", **changes: Any) -> dic
     return stage_identity(completed(stage_of(**changes), lab.config), lab._assembly)
 
 
+def test_random_weights_are_another_model_with_another_seed_and_stored_ones_are_not(
+    tmp_path, teacher
+):
+    def identities(seed: int) -> tuple[Any, Any]:
+        lab = lab_of(config_of(tmp_path, seed=seed))
+        drawn = lab._prepared.sources["student"]
+        return lab._assembly.identity_of(drawn), lab._assembly.identity_of(lab.source(teacher))
+
+    (drawn, stored), (drawn_anew, stored_again) = identities(1), identities(2)
+
+    assert {**drawn, "seed": 2} == drawn_anew != drawn
+    assert stored == stored_again
+
+
 def test_a_teacher_is_finetuned_on_its_labels_before_it_teaches(tmp_path, teacher, monkeypatch):
     overrides = FinetuneOverrides(max_steps=7, deepspeed="zero0")
     spec = TeacherConfig(model=str(teacher), finetune=overrides)
