@@ -66,7 +66,6 @@ TEACHER_EVERY = 300
 LAYERS = {"two": 2, "four": 4, "six": 6}
 KINDS_TEACHER = "two"
 KINDS = ("hard_cross_entropy", "soft_target_kl", "hidden_mse", "relation_fsp")
-SPLITS = ("train", "validation", "test")
 SOFT = "objective=[{loss: soft_target_kl}]"
 POOL = {
     "uniform": "{name: skdbert}",
@@ -239,6 +238,7 @@ def plant(folder: Path) -> Path:
     """The task's rows as csv, with the labels of the training split shuffled among them."""
     from megakd.config_file import load_config
     from megakd.data.splits import load_splits
+    from megakd.data.tables import SPLIT_NAMES
     from megakd.preparation import cache_folder
 
     task = load_config(ROOT / folder / "kinds.yaml").task
@@ -246,7 +246,7 @@ def plant(folder: Path) -> Path:
     splits = load_splits(task, seed=0, cache_dir=cache_folder())
     planted = folder / "planted"
     (ROOT / planted).mkdir(parents=True, exist_ok=True)
-    for name, split in zip(SPLITS, splits, strict=False):
+    for name, split in zip(SPLIT_NAMES, splits, strict=False):
         labels = [splits.label_names[label] for label in split["label"]]
         if name == "train":
             random.Random(0).shuffle(labels)
