@@ -14,9 +14,11 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import random
 import re
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megakd.atomic import full_disk_reason, json_text, sha256_of, write_json, write_text
 from megakd.engine.distributed import Ranks, agree, gather, on_main, together
@@ -98,8 +101,10 @@ class Checkpoints:
 
     def _write_state(self, folder: Path, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         mine = {"random": _random_state(), "own": dict(own)}
+        check_plain(mine)
         write_tensors(folder / f"rank-{self.ranks.rank}.pt", mine)
         if self.ranks.is_main:
+            check_plain(state)
             write_tensors(folder / "state.pt", dict(state))
 
     def _hash_share(self, folder: Path) -> dict[str, dict[str, Any]]:
@@ -223,8 +228,8 @@ class Checkpoints:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Reads a checkpoint: engine shards, random state; gives `state` and this rank's `own`."""
         read_engine(checkpoint.parent, checkpoint.name)
-        state = torch.load(checkpoint / "state.pt", weights_only=False)
-        mine = torch.load(checkpoint / f"rank-{self.ranks.rank}.pt", weights_only=False)
+        state = _read_plain(checkpoint / "state.pt")
+        mine = _read_plain(checkpoint / f"rank-{self.ranks.rank}.pt")
         # Last: reading the shards may have drawn random numbers.
         _set_random_state(mine["random"])
         return state, mine["own"]
@@ -276,6 +281,45 @@ def _checksum(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def check_plain(state: Any, key: str = "state") -> None:
+    """Refuse to save an object of a class: its pickle names the file that defines the class.
+
+    A checkpoint of plain values can be read by every later version of the code, wherever the code
+    of a strategy has moved to.
+
+    Raises:
+        TypeError: a value is neither a tensor nor a number, string, list, tuple or mapping.
+    """
+    if type(state) in (list, tuple):
+        for index, value in enumerate(state):
+            check_plain(value, f"{key}[{index}]")
+    elif type(state) in (dict, OrderedDict):
+        for name, value in state.items():
+            check_plain(name, f"a name in {key}")
+            check_plain(value, f"{key}[{name!r}]")
+    elif state is not None and type(state) not in (str, bytes, int, float, bool, Tensor):
+        raise TypeError(
+            f"{key} is a {type(state).__name__}: a checkpoint holds tensors, numbers, strings, "
+            f"lists, tuples and dicts; give its plain values in state_dict()"
+        )
+
+
+def _read_plain(path: Path) -> dict[str, Any]:
+    """Read what `check_plain` has passed.
+
+    Raises:
+        CheckpointError: the file names a class, as the files of version 0.1 do.
+    """
+    try:
+        return torch.load(path, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} was written by an earlier version of megakd and cannot be read by this one; "
+            f"remove the folder {path.parent.parent} to train this stage anew, or go on with the "
+            f"version that wrote it"
+        ) from error
+
+
 def write_tensors(path: Path, state: Any) -> None:
     """`torch.save`, except that a failure is the operating system's own error.
 
@@ -302,12 +346,19 @@ def _system_error(error: BaseException) -> OSError:
 def _random_state() -> dict[str, Any]:
     state = {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),  # noqa: NPY002 - data collators of others draw from it
+        "numpy": _numpy_state(),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def _numpy_state() -> dict[str, Any]:
+    # Data collators of others draw from NumPy's old global generator.
+    state = dict(np.random.get_state(legacy=False))  # noqa: NPY002
+    inner = state["state"]
+    return {**state, "state": {**inner, "key": inner["key"].tolist()}}
 
 
 def _set_random_state(state: Mapping[str, Any]) -> None:

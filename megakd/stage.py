@@ -176,17 +176,22 @@ class Teacher(Protocol):
 
 
 class Strategy(Protocol):
-    """The places where a method steers the loop; control flow may not differ by rank."""
+    """The places where a method steers the loop; control flow may not differ by rank.
+
+    A strategy says what its decisions depend on, for a stage's result is reused while that is the
+    same: it is a dataclass of plain values, or has a property `facts` that returns a mapping of
+    them. A strategy that does neither is refused.
+    """
 
     def begin(self, student: Any, step: int) -> None:
         """A start of the stage, fresh or resumed, is about to take this step."""
         ...
 
     def plan(self, step: int) -> tuple[Pass, ...]:
-        """The passes of this step: a function of (config, seed, step), or broadcast.
+        """Return the passes of a step: a function of (config, seed, step) without side effects.
 
-        Where it leaves a teacher of the stage idle, it is asked about the next step too while
-        this one is being taken.
+        The loop may ask about any step, any number of times: while a step is taken it asks about
+        the next one too if a teacher of the stage is idle.
         """
         ...
 

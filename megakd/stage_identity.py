@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from megakd.config_file import config_tree
 from megakd.engine.ds_config import load_ds_config
+from megakd.errors import MegakdError
 from megakd.fingerprint import Fingerprint, flatten
 
 if TYPE_CHECKING:
     from megakd.assembly import Assembly
     from megakd.config import TrainConfig
     from megakd.stage import Stage
+
+_PLAIN = (str, int, float, bool, type(None))
 
 
 def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
@@ -34,9 +36,9 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
         "objective": [asdict(term) for term in stage.objective],
         "deepspeed": load_ds_config(stage.deepspeed, where=where),
         "labelled_only": stage.labelled_only,
-        "strategy": _plain(stage.strategy),
+        "strategy": facts_of(stage.strategy),
         "views": {name: view._asdict() for name, view in stage.views.items()},
-        "judge": _plain(stage.judge),
+        "judge": None if stage.judge is None else facts_of(stage.judge),
         "eval": {k: v for k, v in asdict(config.eval).items() if "batch" not in k},
     }
     if stage.episodes > 1:
@@ -60,10 +62,32 @@ def _training(train: TrainConfig) -> Mapping[str, Any]:
     return tree
 
 
-def _plain(value: Any) -> Any:
-    """What a strategy or a judge is made of."""
+def facts_of(value: Any) -> Mapping[str, Any]:
+    """Return everything that the decisions of a strategy or a judge depend on.
+
+    A class states its facts by a `facts` property, or by being a dataclass of plain values itself:
+    what a plain subclass keeps in attributes would not count, and a changed option would reuse the
+    result of another one.
+
+    Raises:
+        MegakdError: the class states no facts, or a fact is not a plain value.
+    """
+    kind = type(value).__name__
     if hasattr(value, "facts"):
-        return value.facts
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        return None
-    return {"kind": type(value).__name__, **asdict(value)}
+        facts = dict(value.facts)
+    elif "__dataclass_fields__" in vars(type(value)):
+        facts = asdict(value)
+    else:
+        raise MegakdError(
+            f"{kind} does not say what its decisions depend on, so a result of other options could "
+            f"be taken for its own; decorate {kind} itself with @dataclass(frozen=True), or give "
+            f"it a `facts` property that returns all of its options"
+        )
+    for key, fact in flatten(facts).items():
+        if not isinstance(fact, _PLAIN):
+            raise MegakdError(
+                f"{kind}.{key} is a {type(fact).__name__}: facts are numbers, strings, booleans, "
+                f"None, or lists and mappings of them; give {kind} a `facts` property that "
+                f"returns such values"
+            )
+    return {"kind": kind, **facts}

@@ -7,8 +7,10 @@ import json
 import random
 import re
 import shutil
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from checkpoint_store import (
 )
 
 from megakd import checkpoint as checkpoint_module
-from megakd.checkpoint import Checkpoints, seed_everything
+from megakd.checkpoint import Checkpoints, check_plain, seed_everything
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
@@ -226,3 +228,31 @@ def test_an_old_one_that_cannot_be_removed_does_not_stop_the_run(tmp_path, caplo
 
     assert save(store, 8) == store.newest_good()
     assert "step-4 could not be removed" in caplog.text
+
+
+class Counted(NamedTuple):
+    """Of a class that a later version may have moved."""
+
+    value: int
+
+
+@pytest.mark.parametrize(
+    "value",
+    [Counted(3), np.float64(1.0), {"inner": [Counted(3)]}, {Counted(3): 1}, deque([1])],
+    ids=["named tuple", "numpy number", "nested", "name", "deque"],
+)
+def test_an_object_of_a_class_is_refused_before_it_gets_into_a_checkpoint(tmp_path, value):
+    with pytest.raises(TypeError, match="plain values"):
+        check_plain({"strategy": value})
+
+
+def test_a_checkpoint_that_names_a_class_is_refused_in_one_line(tmp_path):
+    store = checkpoints(tmp_path)
+    saved = save(store, 3)
+    torch.save({"strategy": Counted(3)}, saved / "state.pt")
+
+    with pytest.raises(CheckpointError, match="earlier version") as refused:
+        store.load(saved, lambda folder, tag: None)
+
+    assert "\n" not in str(refused.value)
+    assert str(store.folder) in str(refused.value)

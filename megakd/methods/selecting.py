@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import random
@@ -62,30 +63,28 @@ class Selecting(Planned):
     ) -> None:
         self.teacher, self.selector, self.choosing = teacher, selector, choosing
         self.instruments = instruments
-        self._step = 0
-        self._action: tuple[float, ...] | None = None
+        self._decided: tuple[int, tuple[float, ...]] | None = None
         self._window: list[tuple[float, ...]] = []
 
     @property
     def facts(self) -> Mapping[str, Any]:
         """What the stage's result depends on."""
         frozen = hashlib.sha256(self.selector.to_bytes()).hexdigest()
-        return {"kind": type(self).__name__, "selector": frozen, **vars(self.choosing)}
+        return {"selector": frozen, **vars(self.choosing)}
 
     def plan(self, step: int) -> tuple[Pass, ...]:
-        """One pass, whose weights are chosen when both models have spoken."""
-        self._step, self._action = step, None
-        weigh = None if self.instruments is None else self.weigh
+        """Return one pass, whose weights are chosen when both models have answered."""
+        weigh = None if self.instruments is None else functools.partial(self.weigh, step)
         return (Pass(teacher=self.teacher, weigh=weigh),)
 
-    def weigh(self, reading: Reading) -> Mapping[str, float]:
-        """The action of this step, the same for all its micro-batches and on all ranks."""
-        if self._action is None:
+    def weigh(self, step: int, reading: Reading) -> Mapping[str, float]:
+        """Return the action of a step, the same for all its micro-batches and on all ranks."""
+        if self._decided is None or self._decided[0] != step:
             summaries = self._summaries(reading)
-            self._action = self._chosen(summaries)
-            self._window.append(self._action)
-            self._note(summaries)
-        return dict(zip(self.selector.shape.kinds, self._action, strict=True))
+            self._decided = step, self._chosen(step, summaries)
+            self._window.append(self._decided[1])
+            self._note(summaries, self._decided[1])
+        return dict(zip(self.selector.shape.kinds, self._decided[1], strict=True))
 
     @torch.no_grad()
     def _summaries(self, reading: Reading) -> Tensor:
@@ -103,19 +102,19 @@ class Selecting(Planned):
         return (total[:-1] / total[-1].clamp(min=1)).cpu()
 
     @torch.no_grad()
-    def _chosen(self, summaries: Tensor) -> tuple[float, ...]:
+    def _chosen(self, step: int, summaries: Tensor) -> tuple[float, ...]:
         action = self.selector.action(self.selector.state(summaries[None]))[0]
-        action = (action + self._noise(len(action))).clamp(0, 1)
+        action = (action + self._noise(step, len(action))).clamp(0, 1)
         values = tuple(action.tolist())
         choosing = self.choosing
         return hardened(values, choosing.threshold) if choosing.hard else values
 
-    def _noise(self, kinds: int) -> Tensor:
-        del kinds
+    def _noise(self, step: int, kinds: int) -> Tensor:
+        del step, kinds
         return torch.zeros(())
 
-    def _note(self, summaries: Tensor) -> None:
-        """A step has been decided."""
+    def _note(self, summaries: Tensor, action: tuple[float, ...]) -> None:
+        """Take note of what was decided in a step."""
 
     def scalars(self) -> Mapping[str, float]:
         """The mean weight of each kind since the last call."""
@@ -168,6 +167,18 @@ class Running:
     pending: tuple[Tensor, Tensor, float] | None = None
     logged: list[float] = field(default_factory=list)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the phase as plain values, which no later layout of the code can orphan."""
+        counts = [(list(action), count) for action, count in self.counts.items()]
+        return {**vars(self), "rewards": list(self.rewards), "counts": counts}
+
+    @staticmethod
+    def of(state: Mapping[str, Any]) -> Running:
+        """Return the phase that `state_dict` described."""
+        counts = {tuple(action): count for action, count in state["counts"]}
+        rewards = deque(state["rewards"], maxlen=WINDOW)
+        return Running(**{**state, "rewards": rewards, "counts": counts})
+
 
 class LearningToSelect(Selecting):
     """Trains the selector over episodes; the student begins each of them anew."""
@@ -200,16 +211,16 @@ class LearningToSelect(Selecting):
             self.instruments.remember(student)
             self.running.loss = self.running.beginning = self.instruments.loss(student)
 
-    def _noise(self, kinds: int) -> Tensor:
+    def _noise(self, step: int, kinds: int) -> Tensor:
         # The steps of a phase share its reward, and what is tried in them.
-        episode, step = divmod(self._step, self.episodes.steps)
+        episode, step = divmod(step, self.episodes.steps)
         phase = step // self.episodes.phase_steps
         drawn = random.Random(f"{self.choosing.seed}:noise:{episode}:{phase}")
         return torch.tensor([drawn.gauss(0, self.choosing.noise) for _ in range(kinds)])
 
-    def _note(self, summaries: Tensor) -> None:
+    def _note(self, summaries: Tensor, action: tuple[float, ...]) -> None:
         self.running.summaries.append(summaries)
-        self.running.actions.append(self._action or ())
+        self.running.actions.append(action)
 
     def after_update(self, report: Any) -> None:
         """Ends phases and episodes; the phase before learns when its successor has begun."""
@@ -282,13 +293,13 @@ class LearningToSelect(Selecting):
     def state_dict(self) -> dict[str, Any]:
         """Selector, optimizers, and the phase that is going on."""
         learner = self.learner.state_dict()
-        return {**super().state_dict(), "learner": learner, "running": self.running}
+        return {**super().state_dict(), "learner": learner, "running": self.running.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` gave."""
         super().load_state_dict(state)
         self.learner.load_state_dict(state["learner"])
-        self.running = state["running"]
+        self.running = Running.of(state["running"])
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ class ActorCritic:
             "selector": self.selector.state_dict(),
             "actor": self._actor.state_dict(),
             "critic": self._critic.state_dict(),
-            "memory": self._memory,
+            "memory": None if self._memory is None else tuple(self._memory),
             "generator": self._generator.get_state(),
         }
 
@@ -230,7 +230,8 @@ class ActorCritic:
         self.selector.load_state_dict(state["selector"])
         self._actor.load_state_dict(state["actor"])
         self._critic.load_state_dict(state["critic"])
-        self._memory = state["memory"]
+        memory = state["memory"]
+        self._memory = None if memory is None else Samples(*memory)
         self._generator.set_state(state["generator"])
 
 

@@ -32,8 +32,8 @@ class Watch:
         chosen, loss, reset, step = self._kept
         watch = self
 
-        def choosing(strategy, summaries):
-            action = chosen(strategy, summaries)
+        def choosing(strategy, step, summaries):
+            action = chosen(strategy, step, summaries)
             watch.actions.append(action)
             return action
 

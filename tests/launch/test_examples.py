@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,15 @@ def test_the_quickstart_distils_with_an_undistilled_baseline_on_a_batch_of_64(
 
     assert config.baselines == ("alone",)
     assert config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps == 32
+
+
+def test_the_single_teacher_that_the_pool_example_compares_with_learns_from_soft_targets_alone(
+    repository: Path,
+) -> None:
+    path = repository / "launch" / "examples" / "skdbert_glue.yaml"
+    suggested = re.findall(r"'((?:method|objective)=[^']*)'", path.read_text(encoding="utf-8"))
+    single = suggested[next(i for i, s in enumerate(suggested) if "name: single" in s) :]
+
+    config = load_config(path, single)
+
+    assert [term.loss for term in config.objective or ()] == ["soft_target_kl"]

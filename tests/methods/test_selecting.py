@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from megakd.checkpoint import check_plain
 from megakd.instruments import Instruments
-from megakd.methods.selecting import Choosing, Episodes, LearningToSelect, Selecting
-from megakd.methods.selector import Learning, Selector, Shape, Transition
+from megakd.methods.selecting import Choosing, Episodes, LearningToSelect, Running, Selecting
+from megakd.methods.selector import ActorCritic, Learning, Selector, Shape, Transition
 
 KINDS = ("labels", "responses", "features")
 STUDENT, TEACHER = 2, 3
@@ -100,9 +101,15 @@ def taken(strategy: LearningToSelect, steps: int) -> None:
 
 
 def take(strategy: LearningToSelect, step: int) -> None:
-    strategy.plan(step)
-    strategy.weigh(said(step))
+    weighed(strategy, step, said(step))
     strategy.after_update(SimpleNamespace(step=step))
+
+
+def weighed(strategy: Selecting, step: int, reading: Any) -> dict[str, float]:
+    """What the pass of a step answers about a micro-batch."""
+    (planned,) = strategy.plan(step)
+    assert planned.weigh is not None
+    return dict(planned.weigh(reading))
 
 
 def test_a_phase_is_worth_the_fall_of_the_loss_in_units_of_how_much_it_usually_changes():
@@ -193,7 +200,8 @@ def test_a_run_that_goes_on_in_the_middle_of_a_phase_learns_the_same():
     killed, measured, found = learning(losses, **shape)
     taken(killed, 3)
     going_on, _, _ = learning(losses[measured.asked :], **shape)
-    going_on.running, going_on.learner = killed.running, cast("Any", found)
+    going_on.running = Running.of(killed.running.state_dict())
+    going_on.learner = cast("Any", found)
     going_on.begin("a student", 3)
 
     for step in range(3, 6):
@@ -220,11 +228,25 @@ def test_what_is_tried_stays_the_same_within_a_phase_and_is_drawn_from_the_seed(
 def test_a_step_has_one_action_for_all_its_micro_batches():
     strategy = Selecting("teacher", selector(), choosing(), cast("Instruments", Measured([])))
 
-    strategy.plan(0)
-    first, second = strategy.weigh(said(0)), strategy.weigh(said(1))
-    strategy.plan(1)
+    first, second = weighed(strategy, 0, said(0)), weighed(strategy, 0, said(1))
 
-    assert first == second != strategy.weigh(said(1))
+    assert first == second != weighed(strategy, 1, said(1))
+
+
+def test_asking_about_the_next_step_in_the_middle_of_a_step_changes_nothing():
+    def taken_with(*, ahead: bool) -> tuple[dict[str, float], dict[str, float]]:
+        strategy = Selecting("teacher", selector(), choosing(), cast("Instruments", Measured([])))
+        (now,) = strategy.plan(0)
+        assert now.weigh is not None
+        first = dict(now.weigh(said(0)))
+        if ahead:
+            strategy.plan(1)
+        return first, dict(now.weigh(said(1)))
+
+    first, second = taken_with(ahead=True)
+
+    assert (first, second) == taken_with(ahead=False)
+    assert first == second
 
 
 def test_a_frozen_selector_stays_as_it_is():
@@ -233,8 +255,7 @@ def test_a_frozen_selector_stays_as_it_is():
     strategy = Selecting("teacher", frozen, choosing(), cast("Instruments", Measured([])))
 
     for step in range(5):
-        strategy.plan(step)
-        strategy.weigh(said(step))
+        weighed(strategy, step, said(step))
         strategy.after_update(cast("Any", SimpleNamespace(step=step)))
 
     assert frozen.to_bytes() == before
@@ -252,3 +273,26 @@ def test_a_state_is_the_mean_over_first_tokens_or_over_all_without_padding(whole
     states = torch.cat([reading.student.hidden_states[-1], reading.taught.hidden_states[-1]], -1)
     wanted = states[0, :2].mean(0) if whole_texts else states[0, 0]
     assert torch.allclose(found, wanted)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_the_state_of_a_learning_selector_is_plain_values_and_gives_the_same_one_back(hard):
+    losses = [5.0, 4.0, 2.0, 1.0]
+    shape: dict[str, Any] = {"steps": 6, "phase_steps": 2, "exploration": 0.3, "hard": hard}
+    strategy, _, _ = learning(losses, **shape)
+    strategy.learner = ActorCritic(strategy.selector, Learning(updates=2))
+    taken(strategy, 5)
+    other, _, _ = learning(losses, **shape)
+    other.learner = ActorCritic(other.selector, Learning(updates=2))
+
+    state = strategy.state_dict()
+    check_plain(state)
+    other.load_state_dict(state)
+
+    assert other.running.counts == strategy.running.counts
+    assert other.running.rewards == strategy.running.rewards
+    assert other.running.rewards.maxlen == strategy.running.rewards.maxlen
+    known, wanted = other.learner._memory, strategy.learner._memory
+    assert known is not None
+    assert wanted is not None
+    assert all(torch.equal(a, b) for a, b in zip(known, wanted, strict=True))
