@@ -36,7 +36,7 @@ def finished(leg: Leg) -> dict[str, Any] | None:
         MegakdError: the folder holds a run of other settings.
     """
     from megakd.config_file import load_config
-    from megakd.run import finished_table
+    from megakd.finished_run import finished_table
 
     output = ROOT / leg.output
     config = load_config(ROOT / leg.config, [*leg.overrides, f"output_dir={output}"])

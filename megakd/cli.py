@@ -266,9 +266,9 @@ def _export(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     if arguments.to is None:
         raise ConfigError("--to is missing: it names the folder that the model is written to")
-    from megakd import run
+    from megakd import finished_run
 
-    _say(str(run.export_run(config, arguments.stage, arguments.to)))
+    _say(str(finished_run.export_run(config, arguments.stage, arguments.to)))
     return 0
 
 

@@ -14,11 +14,12 @@ from megakd.data.glue import TASKS, glue_name
 from megakd.data.glue_submission import SubmissionRows, submission_rows
 from megakd.engine.distributed import Ranks, main_first, on_main
 from megakd.errors import ConfigError, TrainingError
+from megakd.finished_run import model_folder
 from megakd.knowledge import Needs
 from megakd.lab import scoring_preset
 from megakd.models.loading import resolve_model
 from megakd.preparation import cache_folder, check_vocabularies, prepare
-from megakd.run import model_folder, started
+from megakd.run import started
 
 if TYPE_CHECKING:
     from datasets import Dataset

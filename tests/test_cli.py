@@ -25,7 +25,7 @@ method: {name: single}
 
 
 class Runs(types.ModuleType):
-    """Stands in for megakd.run and notes what it was asked."""
+    """Stands in for megakd.run and megakd.finished_run and notes what it was asked."""
 
     def __init__(self) -> None:
         super().__init__("megakd.run")
@@ -50,8 +50,9 @@ class Runs(types.ModuleType):
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     fake = Runs()
-    monkeypatch.setitem(sys.modules, "megakd.run", fake)
-    monkeypatch.setattr(megakd, "run", fake, raising=False)
+    for name in ("run", "finished_run"):
+        monkeypatch.setitem(sys.modules, f"megakd.{name}", fake)
+        monkeypatch.setattr(megakd, name, fake, raising=False)
     return fake
 
 
