@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterator, Mapping
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +17,11 @@ from megakd.data.labels import Classes, Labeller, find_classes, score
 from megakd.data.tables import SPLIT_NAMES, Found, Record, SplitName, Table
 from megakd.errors import DataError
 
+logger = logging.getLogger(__name__)
 # Goes up when the same source gives other rows.
 VERSION = 1
+# Goes up when a folder of rows has other files.
+LAYOUT = 2
 PAIR_DEFAULTS = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -33,6 +38,23 @@ DEFAULT_METRICS: Mapping[str, tuple[str, ...]] = {
     "mlm": ("perplexity",),
     "causal_lm": ("perplexity",),
 }
+
+
+BLANK_ROWS = "blank_rows.json"
+"""In a folder of rows: the places of those without text."""
+
+
+@dataclass
+class BlankRows:
+    """The rows of a split that have an empty text: how many, and the place of the first."""
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, record: Record) -> None:
+        """Count one more."""
+        self.first = self.first or record.place
+        self.count += 1
 
 
 class Fields(NamedTuple):
@@ -174,29 +196,57 @@ def _rows_of(
     table: Table, fields: Fields, task: TaskConfig, classes: Classes | None, *, cache_dir: Path
 ) -> Dataset:
     names = None if classes is None else (classes.names, classes.numbered)
-    key = key_of(VERSION, table.digest, fields, task.type, names)
-    rows = partial(_rows, table, fields, task.type, classes.label if classes else score)
-    features = _features(fields, task)
-    folder = cached_folder(
-        cache_dir / "rows" / key[:32],
-        lambda fresh: write_rows(rows(), features, fresh / "rows.arrow"),
-    )
+    key = key_of(VERSION, LAYOUT, table.digest, fields, task.type, names)
+    labeller = classes.label if classes else score
+
+    def fill(fresh: Path) -> None:
+        blank = BlankRows()
+        rows = _rows(table, fields, task.type, labeller, blank=blank)
+        write_rows(rows, _features(fields, task), fresh / "rows.arrow")
+        (fresh / BLANK_ROWS).write_text(json.dumps(asdict(blank)), encoding="utf-8")
+
+    folder = cached_folder(cache_dir / "rows" / key[:32], fill)
     dataset = read_rows(folder / "rows.arrow")
     if len(dataset) == 0:
         raise DataError(f"{table.name} has no rows")
+    blank = BlankRows(**json.loads((folder / BLANK_ROWS).read_text(encoding="utf-8")))
+    _tell_blank_rows(table, blank, rows=len(dataset), are_kept=task.type not in LANGUAGE_TASKS)
     return dataset
 
 
+def _tell_blank_rows(table: Table, blank: BlankRows, *, rows: int, are_kept: bool) -> None:
+    """Log rows without text; a split without any text is refused."""
+    if not blank.count:
+        return
+    if are_kept and blank.count == rows:
+        raise DataError(
+            f"{table.name}: all {rows} rows have an empty text; check task.text_columns"
+        )
+    logger.warning(
+        "%s: %d row(s) with an empty text, the first is %s; such rows are %s",
+        table.name,
+        blank.count,
+        blank.first,
+        "used as they are" if are_kept else "left out",
+    )
+
+
 def _rows(
-    table: Table, fields: Fields, task_type: str, labeller: Labeller
+    table: Table, fields: Fields, task_type: str, labeller: Labeller, *, blank: BlankRows
 ) -> Iterator[dict[str, object]]:
+    """Yield the rows of a split, and count those without text in `blank`."""
     for record in table.records():
         texts = [_text(table, column, record) for column in fields.text]
+        has_text = [bool(text.strip()) for text in texts]
         if task_type in LANGUAGE_TASKS:
             # A blank document has no tokens; two columns (question, answer) make one document.
-            if any(text.strip() for text in texts):
+            if any(has_text):
                 yield {"text": "\n".join(texts)}
+            else:
+                blank.add(record)
             continue
+        if not all(has_text):
+            blank.add(record)
         row: dict[str, object] = dict(zip(("text", "text_pair"), texts, strict=False))
         row["label"] = labeller(table, fields.label or "", record)
         yield row

@@ -61,6 +61,7 @@ def read_jsonl(path: Path) -> Table:
 def read_json(path: Path) -> dict[SplitName, Table]:
     """A JSON list of strings, objects or [text, label], or an object of such lists by split."""
     tree = parse_json("".join(text_lines(path)), str(path))
+    _refuse_doubled(tree, str(path))
     digest = digest_of(path)
     if isinstance(tree, list):
         return {"train": _listed(str(path), cast("list[object]", tree), digest)}
@@ -166,16 +167,41 @@ def text_lines(path: Path) -> Iterator[str]:
                 ) from error
 
 
+class DoubledKeys(dict[str, object]):
+    """A JSON object that names a key more than once.
+
+    key: the first such key.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[str, object]]) -> None:
+        super().__init__(pairs)
+        names = [name for name, _ in pairs]
+        self.key = next(name for name in names if names.count(name) > 1)
+
+
 def parse_json(text: str, place: str) -> object:
-    """A JSON text.
+    """Return the content of a JSON text; objects that repeat a key become `DoubledKeys`.
 
     Raises:
-        DataError: it is not JSON.
+        DataError: the text is not JSON.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_json_object)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place} is not JSON: {error}") from error
+
+
+def _json_object(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    plain = dict(pairs)
+    return plain if len(plain) == len(pairs) else DoubledKeys(pairs)
+
+
+def _refuse_doubled(tree: object, place: str) -> None:
+    if isinstance(tree, DoubledKeys):
+        raise DataError(
+            f"{place}: the key {tree.key!r} stands there more than once, and only one of its "
+            "values could be used; remove the others"
+        )
 
 
 def _with_header(
@@ -244,6 +270,7 @@ def _jsonl_records(path: Path) -> Iterator[Record]:
             continue
         place = f"line {number}"
         row = parse_json(line, f"{path}, {place}")
+        _refuse_doubled(row, f"{path}, {place}")
         if isinstance(row, str):
             row = {"text": row}
         if not isinstance(row, dict):
@@ -266,6 +293,7 @@ def _listed(name: str, rows: list[object], digest: str) -> Table:
 def _listed_records(name: str, rows: list[object]) -> Iterator[Record]:
     for number, row in enumerate(rows, start=1):
         place = f"row {number}"
+        _refuse_doubled(row, f"{name}, {place}")
         if isinstance(row, dict):
             yield Record(place, cast("Mapping[str, object]", row))
         elif isinstance(row, str):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
+import re
 import unicodedata
 from collections import Counter
 from typing import TYPE_CHECKING, Literal
@@ -25,8 +27,9 @@ from megakd.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+logger = logging.getLogger(__name__)
 # Part of every key: raise it when the trained tokenizers would come out differently.
-VERSION = 1
+VERSION = 2
 Kind = Literal["wordpiece", "bpe", "unigram"]
 UNKNOWN = "[UNK]"
 ENCODER_ROLES = {
@@ -41,6 +44,11 @@ DECODER_ROLES = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token"
 # Rarer pairs are chance; also what keeps a vocabulary for a short text short.
 MIN_FREQUENCY = 2
 _WORDS_PER_SENTENCE = 200
+_SENTENCE_BYTES = 4192
+"""SentencePiece's default `max_sentence_length`."""
+LONGEST_WORD = 1000
+"""In characters. The trainers need time and memory that grow with the square of a word's length."""
+_LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
 
 
 def train_tokenizer(
@@ -96,7 +104,7 @@ def _wordpiece(texts: Callable[[], Iterable[str]], size: int, special: list[str]
         limit_alphabet=len(characters),
         show_progress=False,
     )
-    scaffold.train_from_iterator(texts(), trainer)
+    _train_on_pieces(scaffold, texts, trainer)
     tokenizer = Tokenizer(models.WordPiece(scaffold.get_vocab(), unk_token=UNKNOWN))
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = scaffold.pre_tokenizer
@@ -126,8 +134,41 @@ def _byte_bpe(texts: Callable[[], Iterable[str]], size: int, special: list[str])
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts(), trainer)
+    _train_on_pieces(tokenizer, texts, trainer)
     return tokenizer
+
+
+def _train_on_pieces(
+    tokenizer: Tokenizer, texts: Callable[[], Iterable[str]], trainer: trainers.Trainer
+) -> None:
+    """Train with words longer than `LONGEST_WORD` cut into pieces of that length."""
+    whole = tokenizer.pre_tokenizer
+    normalizer = tokenizer.normalizer or normalizers.Sequence([])
+
+    def words(run: str) -> list[str]:
+        return [word for word, _ in whole.pre_tokenize_str(normalizer.normalize_str(run))]
+
+    _tell_long_words(texts(), words)
+    pieces = [whole, pre_tokenizers.FixedLength(LONGEST_WORD)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
+    tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.pre_tokenizer = whole
+
+
+def _tell_long_words(texts: Iterable[str], words: Callable[[str], Iterable[str]]) -> None:
+    """Log how many words are too long to train on in one piece; `words` splits a run of text."""
+    runs = (run for text in texts for run in _LONG_RUN.findall(text))
+    found = [word for run in runs for word in words(run) if len(word) > LONGEST_WORD]
+    if found:
+        logger.warning(
+            "the training text has %d word(s) of more than %d characters, the longest of %d "
+            "(%s…): the tokenizer is trained on pieces of %d characters of such words",
+            len(found),
+            LONGEST_WORD,
+            max(map(len, found)),
+            found[0][:20],
+            LONGEST_WORD,
+        )
 
 
 def _unigram(texts: Callable[[], Iterable[str]], size: int, special: list[str]) -> Tokenizer:
@@ -136,6 +177,7 @@ def _unigram(texts: Callable[[], Iterable[str]], size: int, special: list[str]) 
     if "[CLS]" in special:
         steps.append(normalizers.Lowercase())
     normalizer = normalizers.Sequence(steps)
+    _tell_long_words(texts(), lambda run: normalizer.normalize_str(run).split(" "))
     pieces = _unigram_pieces(_sentences(texts(), normalizer), size - len(special))
     vocabulary = [(token, 0.0) for token in special] + pieces
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=special.index(UNKNOWN)))
@@ -146,11 +188,28 @@ def _unigram(texts: Callable[[], Iterable[str]], size: int, special: list[str]) 
 
 
 def _sentences(texts: Iterable[str], normalizer: normalizers.Normalizer) -> Iterator[str]:
-    """Short enough for SentencePiece, which leaves out what is long."""
+    """Yield sentences that are short enough for SentencePiece, which drops long ones silently."""
     for text in texts:
         words = normalizer.normalize_str(text).split(" ")
         for start in range(0, len(words), _WORDS_PER_SENTENCE):
-            yield " ".join(words[start : start + _WORDS_PER_SENTENCE])
+            sentence = " ".join(words[start : start + _WORDS_PER_SENTENCE])
+            if len(sentence.encode()) <= _SENTENCE_BYTES:
+                yield sentence
+            else:
+                yield from _cut(words[start : start + _WORDS_PER_SENTENCE])
+
+
+def _cut(words: Iterable[str]) -> Iterator[str]:
+    """Yield the same words in shorter sentences; a long word becomes several of them."""
+    held: list[str] = []
+    for word in words:
+        for start in range(0, max(1, len(word)), LONGEST_WORD):
+            piece = word[start : start + LONGEST_WORD]
+            if held and len(" ".join([*held, piece]).encode()) > _SENTENCE_BYTES:
+                yield " ".join(held)
+                held = []
+            held.append(piece)
+    yield " ".join(held)
 
 
 def _unigram_pieces(sentences: Iterator[str], size: int) -> list[tuple[str, float]]:

@@ -16,6 +16,7 @@ from megakd.models.labels import label_order, labels_agree, set_labels
 from megakd.models.matching import (
     Match,
     check_backbone,
+    check_dtypes,
     check_head,
     check_shapes,
     check_ties,
@@ -60,6 +61,7 @@ def plan_loading(
             _check_labels(source, task, label_names)
         check_backbone(match, source)
         check_shapes(match, empty, where=source.where)
+        check_dtypes(match, empty, where=source.where)
         check_ties(empty, source.stored, where=source.where)
     return config, match
 

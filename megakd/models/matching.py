@@ -111,6 +111,22 @@ def check_shapes(match: Match, model: PreTrainedModel, *, where: str) -> None:
             )
 
 
+def check_dtypes(match: Match, model: PreTrainedModel, *, where: str) -> None:
+    """Raise if a tensor of whole numbers would be taken for weights."""
+    tensors = model.state_dict(keep_vars=True)
+    for name, stored in match.stored.items():
+        if tensors[name].is_floating_point() and not stored.dtype.is_floating_point:
+            raise ModelError(
+                f"{where}: {stored.file} holds {stored.key} as {_dtype_name(stored.dtype)}, and"
+                f" weights are numbers with a fraction; a quantized model cannot be loaded: give"
+                f" the model in fp32, bf16 or fp16"
+            )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def check_ties(model: PreTrainedModel, stored: Mapping[str, StoredTensor], *, where: str) -> None:
     """Raises if the config ties two tensors and the checkpoint holds different values for them."""
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():

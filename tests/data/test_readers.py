@@ -152,3 +152,69 @@ def test_csv_gives_back_what_was_written(tmp_path: Path, texts: list[str]):
     path = as_csv(tmp_path / "x.csv", [(text, 1) for text in texts])
 
     assert [record.values["text"] for record in read_csv(path).records()] == texts
+
+
+def test_a_key_that_a_row_repeats_is_refused_with_its_line(tmp_path: Path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 1, "label": 0}\n')
+
+    with pytest.raises(DataError, match=r"x\.jsonl, line 2: the key 'label' stands there more"):
+        load(path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ('[{"text": "a", "label": 0}, {"text": "b", "text": "c", "label": 1}]', "row 2: the key"),
+        ('{"train": [], "train": [["a", 0]]}', r"x\.json: the key 'train'"),
+    ],
+)
+def test_a_repeated_key_in_a_json_file_is_refused_with_its_place(
+    tmp_path: Path, content: str, place: str
+):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+
+    with pytest.raises(DataError, match=place):
+        load(path, tmp_path)
+
+
+def test_empty_texts_are_counted_and_the_first_is_named_at_every_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    path = as_tsv(tmp_path / "x.tsv", [*ROWS, (" ", 1), ("", 0)])
+
+    for _ in range(2):  # the second time, the rows come from the cache
+        caplog.clear()
+        assert len(load(path, tmp_path).train) + 1 == 6
+        assert f"{path}: 2 row(s) with an empty text, the first is line 6" in caplog.text
+
+
+def test_an_empty_half_of_a_pair_counts_as_an_empty_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    rows = [("a", "b", 0), ("c", "", 1), ("d", "e", 1)]
+    path = as_csv(tmp_path / "x.csv", rows, header=("premise", "hypothesis", "label"))
+
+    load(path, tmp_path)
+
+    assert "1 row(s) with an empty text, the first is line 3" in caplog.text
+
+
+def test_blank_documents_are_left_out_of_a_language_task_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    path = tmp_path / "x.jsonl"
+    path.write_text('"one"\n"two"\n" "\n"three"\n')
+
+    splits = load(path, tmp_path, type="causal_lm")
+
+    assert len(splits.train) + len(splits.validation) == 3
+    assert "1 row(s) with an empty text, the first is line 3; such rows are left out" in caplog.text
+
+
+def test_a_split_whose_texts_are_all_empty_is_refused(tmp_path: Path):
+    path = as_csv(tmp_path / "x.csv", [("", 0), (" ", 1)])
+
+    with pytest.raises(DataError, match="all 2 rows have an empty text"):
+        load(path, tmp_path)

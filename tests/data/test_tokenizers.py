@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, BertConfig, LlamaConfig, RobertaConfig
 
 from megakd.config import TaskConfig, TokenizerConfig
-from megakd.data import tokenizers
+from megakd.data import tokenizers, vocabularies
 from megakd.data.tokenizers import has_tokenizer_files, load_tokenizer
 from megakd.errors import DataError
 
@@ -336,3 +337,29 @@ def test_published_vocabularies_are_read(tmp_path, shared_data, name, size, ids)
     assert has_tokenizer_files(folder)
     assert len(tokenizer) == size
     assert tokenizer("Hello world")["input_ids"] == ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_very_long_word_is_trained_on_in_pieces_and_the_log_says_so(kind, monkeypatch, caplog):
+    monkeypatch.setattr(vocabularies, "LONGEST_WORD", 6)
+    monkeypatch.setattr(vocabularies, "_LONG_RUN", re.compile(r"\S{7,}"))
+    monkeypatch.setattr(vocabularies, "_SENTENCE_BYTES", 60)
+    texts = [*["a dog runs", "the cat eats"] * 20, *["abcdefghijklmnop" * 20] * 3]
+
+    tokenizer = vocabularies.train_tokenizer(
+        lambda: texts, kind=kind, vocab_size=400, for_encoder=True
+    )
+
+    learned = {token.strip("#Ġ▁") for token in tokenizer.get_vocab() if token[0] not in "[<"}
+    assert 4 <= max(map(len, learned)) <= 6
+    assert "3 word(s) of more than 6 characters, the longest of 320 (abcdefghij" in caplog.text
+
+
+def test_a_text_without_spaces_is_not_lost_to_a_trained_unigram():
+    texts = ["東京大阪" * 1500]
+
+    tokenizer = vocabularies.train_tokenizer(
+        lambda: texts, kind="unigram", vocab_size=300, for_encoder=True
+    )
+
+    assert {"東", "京", "大", "阪"} <= set("".join(tokenizer.get_vocab()))

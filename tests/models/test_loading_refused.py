@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
@@ -194,3 +195,14 @@ def test_weight_files_are_checked_before_the_config(tiny):
 
     with pytest.raises(ModelError, match=r"model\.safetensors is cut short or damaged"):
         tiny.resolve(folder, tiny.task())
+
+
+def test_whole_numbers_in_the_place_of_weights_are_refused_with_their_name(tiny):
+    folder = tiny.save("bert", num_labels=3)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    rewrite(folder, lambda tensors: {**tensors, name: tensors[name].mul(100).to(torch.int8)})
+
+    text = refusal(tiny, folder, tiny.task(), label_names=NAMES)
+
+    assert f"model.safetensors holds {name} as int8" in text
+    assert "give the model in fp32, bf16 or fp16" in text
