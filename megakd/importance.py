@@ -2,25 +2,28 @@
 
 The expected sensitivity of MiniDisc (Zhang et al. 2024, https://arxiv.org/abs/2205.14570), as the
 authors' code has it: the sum over batches of |d loss / d gate|, with the loss on labels, without
-dropout. The absolute value is of the gradient of a whole batch, which is all ranks' rows: dealt
-to more ranks, with fewer rows on each, the same batches give the same scores. A batch is
-`train.per_device_train_batch_size` rows per rank, what the device has memory for.
+dropout. A batch is `method.importance_batch_size` rows of all ranks together. Signed gradients are
+added up over the ranks and micro-batches of a batch, divided by the batch's number of labels, and
+only then made absolute: how a batch is dealt to ranks and cut into micro-batches does not change
+the scores. A micro-batch has `train.per_device_train_batch_size` rows at most, which the device
+has memory for.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from megakd.data.loader import StepShape, global_batches
 from megakd.engine.distributed import agree, all_reduce_
 from megakd.engine.ds_config import load_ds_config
 from megakd.engine.initialize import Engine, frozen_engine
 from megakd.engine.memory import freed_memory_returned
 from megakd.engine.sharding import weights_let_go
+from megakd.engine.student import device_batch
 from megakd.errors import DataError
 from megakd.knowledge import Needs
 from megakd.losses import Reading
@@ -82,6 +85,7 @@ def measure_importance(
     ready: ReadyTeacher,
     rows: Dataset,
     *,
+    batch_size: int,
     with_width: bool = False,
 ) -> UnitScores:
     """The scores of all units of a model, the same on every rank; a collective.
@@ -90,6 +94,7 @@ def measure_importance(
         assembly: the run: its task says the loss, its tokenizer pads.
         ready: the model, and how it is held.
         rows: labelled examples, such as the validation split as the paper's code has it.
+        batch_size: rows of a batch, all ranks together.
         with_width: whether the columns of the hidden states are scored too.
 
     Raises:
@@ -100,16 +105,18 @@ def measure_importance(
     source = ready.source
     ds = load_ds_config(ready.spec.deepspeed, where="teacher.deepspeed")
     dtype = assembly.teacher_dtype(ready)
-    batch_size = assembly.config.train.per_device_train_batch_size
+    train, ranks = assembly.config.train, assembly.ranks
+    shape = StepShape.of_batch(
+        batch_size, train.per_device_train_batch_size, rank=ranks.rank, world=ranks.world_size
+    )
     frozen = assembly.frozen_module(source, ds, dtype=dtype, needs=Needs())
-    objective, device = _task_objective(assembly, source), assembly.ranks.device
+    objective, device = _task_objective(assembly, source), ranks.device
     module = GateGradients(frozen, objective, device, with_width=with_width)
-    engine = frozen_engine(module, ds=ds, dtype=dtype, rows=batch_size)
-    scorer = dataclasses.replace(assembly.scorer(), batch_size=batch_size)
+    engine = frozen_engine(module, ds=ds, dtype=dtype, rows=shape.per_device)
     try:
         # What ZeRO 3 gathers comes in blocks of many sizes: kept, the heap grows to twice of it.
         with freed_memory_returned():
-            totals = _totals(engine, scorer.batches(rows))
+            totals = _totals(engine, _dealt(assembly, rows, shape, batch_size))
     finally:
         engine.destroy()
     if totals is None:
@@ -127,16 +134,28 @@ def _task_objective(assembly: Assembly, source: ModelSource) -> Objective:
     return build_objective(hard_terms(task), task, assembly.prepared.shape_of(source), None)
 
 
+def _dealt(
+    assembly: Assembly, rows: Dataset, shape: StepShape, batch_size: int
+) -> Iterator[Iterator[Batch]]:
+    """Yield this rank's micro-batches of every batch, on its device."""
+    scorer, device = assembly.scorer(), assembly.ranks.device
+    for batch in global_batches(
+        rows, scorer.collate, shape=shape, batch_size=batch_size, masking=scorer.masking
+    ):
+        yield (device_batch(micro_batch, device) for micro_batch in batch)
+
+
 @torch.no_grad()
-def _totals(engine: Engine, batches: Iterator[Batch]) -> Tensor | None:
+def _totals(engine: Engine, batches: Iterable[Iterable[Batch]]) -> Tensor | None:
     """[units] fp64: absolute gradients of the mean loss per label, summed over batches.
 
     None: no batch has a label on any rank.
     """
     totals, labels = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
-        found = all_reduce_(engine(batch))
+        # In fp64: another cut into micro-batches adds in another order.
+        found = all_reduce_(torch.stack([engine(part).double() for part in batch]).sum(0))
         gradients, count = found[:-1], found[-1]
-        totals = totals + (gradients / count.clamp(min=1)).abs().double()
-        labels = labels + count.double()
+        totals = totals + (gradients / count.clamp(min=1)).abs()
+        labels = labels + count
     return None if labels == 0 else totals

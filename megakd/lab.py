@@ -168,19 +168,24 @@ class Lab:
         """The teacher's units, all alike: what can be cut is known before it is trained."""
         return unscored(self._prepared.sources[TEACHER])
 
-    def specify(self, teacher: str, split: str, *, residual: bool) -> Specification:
+    def specify(
+        self, teacher: str, split: str, *, batch_size: int, residual: bool
+    ) -> Specification:
         """The teacher with its units sorted by importance; measured once.
 
         Args:
             teacher: its name.
             split: whose labels say what is important.
+            batch_size: rows of a batch, of whose gradient the absolute value is taken.
             residual: whether the columns of the hidden states are units too.
 
         Raises:
             MegakdError: its importance cannot be measured.
         """
         ready = self._teachers[teacher]
-        result = self._workshop.sorted_teacher(ready, split=split, residual=residual)
+        result = self._workshop.sorted_teacher(
+            ready, split=split, batch_size=batch_size, residual=residual
+        )
         self.results.append(result)
         return Specification(
             source=self.source(result.folder), scores=self._workshop.scores(result.folder)

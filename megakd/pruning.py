@@ -92,12 +92,15 @@ class Workshop:
     stages: Path
     _weights: dict[str, Weights] = field(default_factory=dict, init=False, repr=False)
 
-    def sorted_teacher(self, ready: ReadyTeacher, *, split: str, residual: bool) -> StageResult:
+    def sorted_teacher(
+        self, ready: ReadyTeacher, *, split: str, batch_size: int, residual: bool
+    ) -> StageResult:
         """The teacher with its heads and neurons sorted, computing what it did.
 
         Args:
             ready: the teacher.
             split: whose labels say what is important.
+            batch_size: rows of a batch of all ranks, of whose gradient the absolute value is taken.
             residual: whether the columns of the hidden states are sorted too.
 
         Raises:
@@ -106,7 +109,9 @@ class Workshop:
 
         def make(folder: Path, extra: Mapping[str, str]) -> None:
             rows = getattr(self.assembly.prepared.encoded, split)
-            scores = measure_importance(self.assembly, ready, rows, with_width=residual)
+            scores = measure_importance(
+                self.assembly, ready, rows, batch_size=batch_size, with_width=residual
+            )
             units = {UNITS: scores_to_json(scores)}
             self._reshape(ready.source, folder, order=unit_order(scores), extra={**extra, **units})
 
@@ -116,8 +121,7 @@ class Workshop:
             "residual": residual,
             "data": self._data,
             "dtype": self.assembly.teacher_dtype(ready),
-            # The absolute value is of a batch's gradient.
-            "batch": self.assembly.config.train.per_device_train_batch_size,
+            "batch": batch_size,
         }
         return self._made("specification", tree, make)
 

@@ -43,6 +43,20 @@ class StepShape(NamedTuple):
     rank: int = 0
     world: int = 1
 
+    @staticmethod
+    def of_batch(batch_size: int, most: int, *, rank: int, world: int) -> StepShape:
+        """Return the shape that deals a batch of all ranks evenly, at most `most` rows at a time.
+
+        The last row of the last micro-batches may be a dummy.
+        """
+        accumulation = -(-batch_size // (most * world))
+        return StepShape(-(-batch_size // (accumulation * world)), accumulation, rank, world)
+
+    @property
+    def micro_batches(self) -> range:
+        """The numbers of this rank's micro-batches among those of all ranks."""
+        return range(self.rank, self.accumulation * self.world, self.world)
+
     @property
     def rows_per_step(self) -> int:
         """Over all ranks and micro-batches."""
@@ -88,9 +102,7 @@ class StepLoader:
 
     def step(self, index: int) -> tuple[Batch, ...]:
         """This rank's micro-batches of optimiser step `index`, counted from 0 over all epochs."""
-        shares = self._shape.accumulation
-        numbers = range(self._shape.rank, shares * self._shape.world, self._shape.world)
-        return tuple(self._micro_batch(index, number) for number in numbers)
+        return tuple(self._micro_batch(index, number) for number in self._shape.micro_batches)
 
     def step_rows(self, index: int) -> NDArray[np.int64]:
         """The rows of optimiser step `index` over all ranks."""
@@ -159,8 +171,7 @@ def evaluation_batches(
     Raises:
         DataError: there are no rows.
     """
-    if not len(rows):
-        raise DataError("cannot evaluate on a split that has no rows")
+    _check_rows(rows)
     table = rows.with_format("arrow")
     for turn in range(evaluation_turns(len(rows), batch_size=batch_size, world=world)):
         start = (turn * world + rank) * batch_size
@@ -168,6 +179,48 @@ def evaluation_batches(
         numbers = np.arange(start, end)
         batch = _collated(table, numbers, collate, size=batch_size)
         yield batch if masking is None else masking(batch, numbers, seed=0, draw=0)
+
+
+def global_batches(
+    rows: Dataset,
+    collate: Collate,
+    *,
+    shape: StepShape,
+    batch_size: int,
+    masking: Masking | None = None,
+) -> Iterator[Iterator[Batch]]:
+    """Yield this rank's micro-batches of every batch of all rows, in order.
+
+    Which rows form a batch does not depend on how they are dealt to micro-batches and ranks.
+    Every rank has the same number of micro-batches in every batch; dummy rows fill them.
+    `masking` hides the same tokens as at an evaluation.
+
+    Args:
+        rows: all of them come once.
+        collate: makes a micro-batch.
+        shape: how a batch is dealt, see `StepShape.of_batch`.
+        batch_size: rows of a batch, all ranks together.
+        masking: for mlm.
+
+    Raises:
+        DataError: there are no rows.
+    """
+    _check_rows(rows)
+    table = rows.with_format("arrow")
+
+    def micro_batch(batch: NDArray[np.int64], number: int) -> Batch:
+        mine = batch[number :: shape.accumulation * shape.world]
+        made = _collated(table, mine, collate, size=shape.per_device)
+        return made if masking is None else masking(made, mine, seed=0, draw=0)
+
+    for start in range(0, len(rows), batch_size):
+        batch = np.arange(start, min(start + batch_size, len(rows)))
+        yield (micro_batch(batch, number) for number in shape.micro_batches)
+
+
+def _check_rows(rows: Dataset) -> None:
+    if not len(rows):
+        raise DataError("cannot evaluate on a split that has no rows")
 
 
 def _collated(table: Dataset, rows: NDArray[np.int64], collate: Collate, *, size: int) -> Batch:

@@ -54,6 +54,8 @@ class AssistantOptions:
     allocation: `global` ranks the units of all layers together, `uniform` takes as many of each.
     round_to: neurons and rows of heads are taken out in multiples of this many.
     importance_split: whose labels say what is important.
+    importance_batch_size: rows of a batch of the importance pass, all ranks together; of a batch's
+        gradient the absolute value is taken.
     residual: the hidden states become narrower too, and they, heads and neurons lose
         1 - sqrt(1 - sparsity) each.
     """
@@ -65,6 +67,7 @@ class AssistantOptions:
     allocation: Literal["global", "uniform"] = "global"
     round_to: Count = 8
     importance_split: Literal["validation", "train"] = "validation"
+    importance_batch_size: Count = 32
     residual: bool = False
 
 
@@ -123,7 +126,12 @@ def specified(config: AssistantOptions, lab: Lab) -> tuple[str, Specification]:
     """
     check_reach(config, lab)
     teacher = lab.teacher()
-    return teacher, lab.specify(teacher, config.importance_split, residual=config.residual)
+    return teacher, lab.specify(
+        teacher,
+        config.importance_split,
+        batch_size=config.importance_batch_size,
+        residual=config.residual,
+    )
 
 
 def check_reach(config: AssistantOptions, lab: Lab) -> None:

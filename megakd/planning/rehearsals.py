@@ -12,6 +12,7 @@ from torch import nn
 
 from megakd.assembly import ReadyTeacher
 from megakd.config import Dtype, RunConfig
+from megakd.data.loader import StepShape
 from megakd.data.masking import DEFAULT_PROBABILITY
 from megakd.importance import GateGradients
 from megakd.knowledge import language_model_head
@@ -193,10 +194,16 @@ class Theatre:
 
     def importance(self, ready: ReadyTeacher) -> Act:
         """Gradients of gates, and of no weight."""
-        rows = self.config.train.per_device_train_batch_size
+        rows = self._importance_rows()
         key = ("importance", *self._traits(ready), self.config.task, self.config.method, rows)
         part = self._known.once(key, lambda: self._gates(ready, rows))
         return Act(teachers={}, asked={}, learner=part, single=None, evaluation=None, answers=0)
+
+    def _importance_rows(self) -> int:
+        """Of a micro-batch on one rank; several ranks may deal a batch in smaller ones."""
+        most, method = self.config.train.per_device_train_batch_size, self.config.method
+        batch_size = getattr(method, "importance_batch_size", most)
+        return StepShape.of_batch(batch_size, most, rank=0, world=1).per_device
 
     def _gates(self, ready: ReadyTeacher, rows: int) -> Performance:
         source, dtype = ready.source, planned_dtype(ready, self._device)

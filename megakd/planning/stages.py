@@ -175,9 +175,11 @@ class PlanningLab:
         """The teacher's units, all alike."""
         return unscored(self._sources[TEACHER])
 
-    def specify(self, teacher: str, split: str, *, residual: bool) -> Specification:
+    def specify(
+        self, teacher: str, split: str, *, batch_size: int, residual: bool
+    ) -> Specification:
         """Notes that importance is measured."""
-        del split, residual
+        del split, batch_size, residual
         ready = self._teachers[teacher]
         phase = Phase(name=IMPORTANCE, learner=ready.source, teachers={teacher: ready})
         self.phases.append(phase)

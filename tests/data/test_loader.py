@@ -15,7 +15,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakd.data.loader import StepLoader, StepShape, evaluation_batches
+from megakd.data.loader import StepLoader, StepShape, evaluation_batches, global_batches
 from megakd.errors import DataError
 from megakd.stage import Batch
 
@@ -188,6 +188,26 @@ def test_all_ranks_together_meet_every_row_once_in_as_many_batches_each(count, b
     assert sorted(met) == list(range(count))
     assert len({len(batches) for batches in ranks}) == 1
     assert {len(batch.labels) for batches in ranks for batch in batches} == {batch_size}
+
+
+@given(count=COUNTS, batch_size=st.integers(1, 40), most=SMALL, world=SMALL)
+@settings(max_examples=60, deadline=None)
+def test_a_batch_of_all_ranks_has_the_same_rows_however_it_is_dealt(count, batch_size, most, world):
+    found: dict[int, list[int]] = {}
+    for rank in range(world):
+        shape = StepShape.of_batch(batch_size, most, rank=rank, world=world)
+        assert shape.per_device <= most
+        batches = global_batches(_numbered(count), _collate, shape=shape, batch_size=batch_size)
+        for index, batch in enumerate(batches):
+            micro_batches = list(batch)
+            assert len(micro_batches) == shape.accumulation
+            assert {len(part.labels) for part in micro_batches} == {shape.per_device}
+            found.setdefault(index, []).extend(_numbers(micro_batches))
+
+    rows = [sorted(found[index]) for index in sorted(found)]
+    assert rows == [
+        list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)
+    ]
 
 
 def test_evaluating_without_rows_is_an_error():

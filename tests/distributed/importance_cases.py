@@ -15,6 +15,9 @@ from megakd.errors import MegakdError
 from megakd.models.importance import Gates
 from megakd.preparation import prepare
 
+ROWS_PER_BATCH = 6
+"""Of all ranks together."""
+
 
 def measured(config_path: str, overrides: list[str]) -> dict:
     """Scores of the config's teacher on the validation split."""
@@ -45,6 +48,7 @@ def _measured(config_path: str, overrides: list[str], chosen, *, with_width=Fals
                 assembly,
                 ReadyTeacher(prepared.sources["teacher"], config.teacher),
                 rows,
+                batch_size=ROWS_PER_BATCH,
                 with_width=with_width,
             )
     except MegakdError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from importance_cases import ROWS_PER_BATCH
 from tiny_runs import config_tree, write_config, write_jsonl, write_scored_pairs, write_text
 from transformers import (
     AutoModelForCausalLM,
@@ -18,7 +19,8 @@ from transformers import (
     LlamaConfig,
 )
 
-ROWS_PER_BATCH = 6  # of all ranks together
+from megakd.specification import UnitScores, unit_order, view_at
+
 CLASSES = ("bad", "good", "other")
 WORDS = ("the", "red", "green", "dog", "cat", "runs", "sees", "over", "house", "slowly")
 HEADS, GROUPS = 4, 2
@@ -103,7 +105,7 @@ def write(folder, tmp_path):
         )
         if task == "regression":
             tree["task"] |= {"text_columns": ["first", "second"], "label_column": "similarity"}
-        tree["train"]["per_device_train_batch_size"] = ROWS_PER_BATCH // ranks
+        tree["train"]["per_device_train_batch_size"] = 8  # more than a rank's share of a batch
         return str(write_config(tmp_path / f"{task}-{ranks}-{stage}.yaml", tree))
 
     return written
@@ -215,6 +217,30 @@ def test_importance_is_that_of_one_plain_process(workers, write, references, tas
         torch.testing.assert_close(torch.tensor(mine), theirs, atol=3e-6, rtol=1e-5)
     for other in others:  # to the last digit
         assert all(other[kind] == found[kind] for kind in ("heads", "neurons", "width"))
+
+
+@pytest.mark.parametrize("task", ["classification", "mlm"])
+def test_scores_and_cut_do_not_depend_on_how_a_batch_is_dealt(workers, write, references, task):
+    """A batch of 6 on two ranks: 3 rows at a time, then 2 and 1, then one by one."""
+    path = write(task, 2, 0)
+    if task not in references:
+        references[task] = plain_importance(path)  # the whole batch at once, in one process
+    heads, neurons, _ = references[task]
+    whole = UnitScores(*(tuple(tuple(n.tolist()) for n in kind) for kind in (heads, neurons)))
+
+    for rows, accumulation in ((3, 1), (2, 2), (1, 4)):
+        dealt = [
+            f"train.per_device_train_batch_size={rows}",
+            f"train.gradient_accumulation_steps={accumulation}",
+        ]
+        found = workers(2).run("importance_cases.measured", path, dealt)[0]
+        scores = UnitScores(found["heads"], found["neurons"])
+        for mine, theirs in zip(scores.heads + scores.neurons, [*heads, *neurons], strict=True):
+            torch.testing.assert_close(torch.tensor(mine), theirs, atol=3e-6, rtol=1e-5)
+        assert unit_order(scores).heads == unit_order(whole).heads
+        assert [view_at(scores, s, round_to=1) for s in (0.5, 0.9)] == [
+            view_at(whole, s, round_to=1) for s in (0.5, 0.9)
+        ]
 
 
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
