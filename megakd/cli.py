@@ -22,6 +22,7 @@ from megakd.config import RunConfig
 from megakd.config_file import dump_config, load_config
 from megakd.config_messages import suggestion
 from megakd.config_schema import defaults, paths_ending_in, variants
+from megakd.config_synonyms import synonyms
 from megakd.errors import ConfigError, MegakdError
 from megakd.methods import MethodConfig
 from megakd.planning.options import add_plan_options, cluster_of
@@ -76,9 +77,9 @@ class _Parser(argparse.ArgumentParser):
 
     def _nearest(self, word: str) -> str:
         name = word.lstrip("-").partition("=")[0].replace("-", "_")
-        settings = paths_ending_in(name)
+        settings = paths_ending_in(name)[:1] or synonyms(name)
         if settings:
-            return f"; settings are written {settings[0]}=value"
+            return f"; settings are written {' or '.join(f'{key}=value' for key in settings)}"
         return suggestion(word, self._option_string_actions)
 
 

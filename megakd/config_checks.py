@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megakd.config import FROM_TEACHER, LANGUAGE_TASKS, STUDENT, TEACHER, ScratchModel
 from megakd.config_messages import suggestion
@@ -39,9 +41,37 @@ _WITH_CLASSES = ("classification", *LANGUAGE_TASKS)
 def config_problems(config: RunConfig) -> list[str]:
     """What cannot work whatever the data and models are, one line per problem."""
     pools = (_pool, _cut_teacher, _one_of_several, _in_a_row, _distribution)
-    models = (_teacher, *pools, _baselines, _assistants, _layers, _caches)
+    models = (_addresses, _teacher, *pools, _baselines, _assistants, _layers, _caches)
     checks = (*models, _precision, _objective, _task, _evaluation, _deepspeed)
     return [problem for check in checks for problem in check(config)]
+
+
+def _addresses(config: RunConfig) -> Iterator[str]:
+    """Web and bucket addresses: only local folders and ids of the Hub are read."""
+    for key, value in _places(config):
+        # A path has lost one of the two slashes.
+        if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value)):
+            continue
+        hub = re.fullmatch(r"https?:/+huggingface\.co/(?:datasets/)?([^/]+/[^/]+)/?", str(value))
+        folder = "a local folder" if isinstance(value, Path) else "a local folder or file"
+        takes = folder if isinstance(value, Path) else f"{folder}, or an id on the Hugging Face Hub"
+        near = f'; write "{hub[1]}"' if hub and not isinstance(value, Path) else ""
+        yield f'{key}: "{value}" is an address, and this key takes {takes}{near}'
+
+
+def _places(config: RunConfig) -> Iterator[tuple[str, str | Path]]:
+    """Every setting that names a folder, a model or data, by its key."""
+    task, student = config.task, {STUDENT: config.student}
+    places: dict[str, Any] = {
+        "output_dir": config.output_dir,
+        "task.dataset": task.dataset,
+        "task.data_dir": task.data_dir,
+        "task.tokenizer": task.tokenizer,
+    }
+    for name, spec in {**config.teacher_specs, **student}.items():
+        places[f"{config.key_of(name)}.model"] = spec.model
+        places[f"{config.key_of(name)}.cache"] = getattr(spec, "cache", None)
+    return ((key, value) for key, value in places.items() if isinstance(value, str | Path))
 
 
 def _teacher(config: RunConfig) -> Iterator[str]:

@@ -18,6 +18,7 @@ from megakd.config_schema import (
     value_at,
     variants,
 )
+from megakd.config_synonyms import synonyms
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -78,21 +79,35 @@ def shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     if isinstance(value, float) and not math.isfinite(value):
         text = str(value)
+    return cut(text)
+
+
+def cut(text: str) -> str:
+    """Return the text, or its beginning where it is too long for a message."""
     if len(text) > _MAX_VALUE_CHARACTERS:
-        text = f"{text[: _MAX_VALUE_CHARACTERS - 1]}…"
+        return f"{text[: _MAX_VALUE_CHARACTERS - 1]}…"
     return text
 
 
 def unknown_key(key: str, parent: KeyPath, tree: Any) -> str:
     """Why a key is refused: the nearest known one, where the key belongs, or all known ones."""
     known = known_keys(parent, tree)
-    near = suggestion(key, known)
-    if near:
-        return f"unknown key{near}"
-    elsewhere = paths_ending_in(key)
-    if elsewhere:
-        return f'unknown key; did you mean "{elsewhere[0]}"?'
+    meant = meant_by(key, known)
+    if meant:
+        return f"unknown key; did you mean {meant}?"
     return f"unknown key; known: {', '.join(known)}"
+
+
+def meant_by(key: str, known: Sequence[str]) -> str:
+    """Return the keys that a wrong key may mean, quoted; empty where none is near.
+
+    Args:
+        key: as written.
+        known: keys of the section that holds the key.
+    """
+    near = difflib.get_close_matches(key, known, n=1)
+    found = synonyms(key, known) or paths_ending_in(key)[:1] or near
+    return " or ".join(f'"{path}"' for path in found)
 
 
 def _finding(detail: ErrorDetails, tree: Any) -> _Finding:

@@ -71,9 +71,14 @@ def model_folder(config: RunConfig, model: str | None) -> Path:
         CheckpointError: it does not exist.
     """
     folder = Path(model) if model else config.output_dir / FINAL
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} does not exist; train first, or give --model FOLDER")
-    return folder
+    if folder.is_dir():
+        return folder
+    if model:
+        raise CheckpointError(
+            f"--model {model}: there is no such folder; give the folder of a model, such as a "
+            "run's final/ or stages/<stage>"
+        )
+    raise CheckpointError(f"{folder} does not exist; train first, or give --model FOLDER")
 
 
 def export_run(config: RunConfig, stage: str | None, to: Path) -> Path:

@@ -172,4 +172,4 @@ def test_a_model_to_score_that_is_not_there(bench):
         "evaluate", write_config(bench.folder / "run.yaml", bench.tree()), "--model", "nowhere"
     )
 
-    assert_refused(said, bench, "nowhere does not exist; train first, or give --model FOLDER")
+    assert_refused(said, bench, "--model nowhere: there is no such folder; give the folder of a")
