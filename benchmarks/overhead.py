@@ -145,7 +145,7 @@ class MeasuredStage(StageRun):
     def steps_one_by_one(self) -> Iterator[None]:
         """What `run` does between a stage's start and its end."""
         if self.ranks.is_main:
-            self.reporter.begin(self.stage.name, step=0, total_steps=self.steps)
+            self.reporter.begin(self.stage.name, self.extent(0))
         self.health.begin()
         for report in self.trainer.fit(self._on_device(0)):
             self._after_step(report)

@@ -37,7 +37,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-FEW = ("train.max_steps=3", "log.tensorboard=false")
+FEW = ("train.max_steps=3", "log.report_to=[]")
 ALONE = ("method.name=finetune", "teacher=null", "objective=[{loss: hard_cross_entropy}]")
 WHOLE_TEACHER = "teacher.deepspeed=teacher_zero0"
 
@@ -154,7 +154,7 @@ def run_rank(path: Path) -> None:
 
     config = load_config(path)
     with started() as ranks:
-        reporter = Reporter(config.output_dir, is_main=ranks.is_main, tensorboard=False)
+        reporter = Reporter(config.output_dir, is_main=ranks.is_main)
         lab = Lab(config, prepare(config), ranks, reporter)
         METHODS[config.method.name].run(config.method, lab)  # type: ignore[arg-type]
         reporter.close()

@@ -9,8 +9,7 @@ from megakd.errors import ConfigError
 from megakd.lab import Lab
 from megakd.precision import check_device
 from megakd.preparation import prepare
-from megakd.progress import Reporter
-from megakd.run import started
+from megakd.run import reporter_of, started
 
 
 def cache_teachers(config: RunConfig) -> list[Path]:
@@ -31,9 +30,7 @@ def cache_teachers(config: RunConfig) -> list[Path]:
         )
     with started() as ranks:
         check_device(config, ranks)
-        reporter = Reporter(
-            config.output_dir, is_main=ranks.is_main, tensorboard=config.log.tensorboard
-        )
+        reporter = reporter_of(config, ranks)
         try:
             lab = Lab(config, prepare(config), ranks, reporter)
             return [lab.cache(lab.teacher(name)) for name in named]

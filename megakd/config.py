@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megakd.methods import MethodConfig
+from megakd.schedules import ScheduleName
 from megakd.terms import STRICT, Count, Fraction, Positive, TermConfig, Weight
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -61,6 +62,14 @@ class ScratchModel:
     config: dict[str, Any]
 
 
+def _with_every_key_optional(kind: type, name: str) -> type:
+    """Return a dataclass with the keys of another one, each of which may be left out."""
+    hints = get_type_hints(kind, include_extras=True)
+    annotations = {key: hint | None for key, hint in hints.items()}
+    body = {"__module__": __name__, "__annotations__": annotations, **dict.fromkeys(hints)}
+    return dataclass(config=STRICT, frozen=True, kw_only=True)(type(name, (), body))
+
+
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class TrainConfig:
     """How a stage is trained; names and defaults are Hugging Face's."""
@@ -71,7 +80,9 @@ class TrainConfig:
     max_steps: Count | None = None
     """In optimiser steps; wins over num_train_epochs."""
     learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-5
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    lr_scheduler_type: ScheduleName = "linear"
+    lr_scheduler_kwargs: dict[str, Any] | None = None
+    """Options of the schedule, named as in Transformers: `{num_decay_steps: 100}`."""
     warmup_ratio: Fraction = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """In optimiser steps; wins over warmup_ratio when above 0."""
@@ -86,34 +97,22 @@ class TrainConfig:
     bf16: bool = False
     fp16: bool = False
     gradient_checkpointing: bool = False
+    early_stopping_patience: Count | None = None
+    """In evaluations: stop the stage after this many in a row without a better score."""
+    early_stopping_threshold: Weight = 0.0
+    """A score counts as better if it exceeds the best one by more than this."""
     kernels: Kernels = "auto"
     """Which code computes the losses, all alike up to rounding; auto is triton on a GPU."""
     resume_from_checkpoint: bool | str = True
 
 
-@dataclass(config=STRICT, frozen=True, kw_only=True)
-class TrainOverrides:
-    """Every key of `train`; those left out are inherited."""
+if TYPE_CHECKING:
 
-    per_device_train_batch_size: Count | None = None
-    gradient_accumulation_steps: Count | None = None
-    num_train_epochs: Positive | None = None
-    max_steps: Count | None = None
-    learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] | None = None
-    warmup_ratio: Fraction | None = None
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    weight_decay: Weight | None = None
-    optim: Literal["adamw", "sgd"] | None = None
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] | None = None
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] | None = None
-    adam_epsilon: Positive | None = None
-    max_grad_norm: Weight | None = None
-    bf16: bool | None = None
-    fp16: bool | None = None
-    gradient_checkpointing: bool | None = None
-    kernels: Kernels | None = None
-    resume_from_checkpoint: bool | str | None = None
+    class TrainOverrides(TrainConfig):
+        """Every key of `train`, or None; those left out are inherited."""
+
+else:
+    TrainOverrides = _with_every_key_optional(TrainConfig, "TrainOverrides")
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -184,8 +183,20 @@ class EvalConfig:
 
     eval_steps: Count | None = None
     per_device_eval_batch_size: Count = 32
+    metric: str | None = None
+    """The metric that chooses the best evaluation and stands in the report; None: the task's."""
+    metrics: tuple[str, ...] = ()
+    """Further metrics to compute at every evaluation."""
+    positive_label: str | None = None
+    """The label that f1, precision and recall are about; None: of two labels the second."""
     keep_best: bool | None = None
     """Export the best evaluation instead of the last step; None: yes when eval_steps is set."""
+
+
+def _repository(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text):
+        raise ValueError(f"a repository of the Hub is user/name; got {text!r}")
+    return text
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -194,6 +205,10 @@ class SaveConfig:
 
     save_steps: Count = 500
     save_total_limit: Count | None = 2
+    push_to_hub: Annotated[str, AfterValidator(_repository)] | None = None
+    """Upload final/ to this repository of the Hugging Face Hub, such as user/name."""
+    hub_private: bool = False
+    """Create that repository private."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -201,7 +216,8 @@ class LogConfig:
     """What is reported while training."""
 
     logging_steps: Count = 10
-    tensorboard: bool = True
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where the numbers go besides metrics.jsonl."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from megakd.terms import (
     SoftTargetKl,
     SoftTargetMse,
 )
+from megakd.training_checks import training_problems
 
 if TYPE_CHECKING:
     from megakd.config import RunConfig, TaskType
@@ -42,7 +43,7 @@ def config_problems(config: RunConfig) -> list[str]:
     """What cannot work whatever the data and models are, one line per problem."""
     pools = (_pool, _cut_teacher, _one_of_several, _in_a_row, _distribution)
     models = (_addresses, _teacher, *pools, _baselines, _assistants, _layers, _caches)
-    checks = (*models, _precision, _objective, _task, _evaluation, _deepspeed)
+    checks = (*models, _precision, _objective, _task, _evaluation, _deepspeed, training_problems)
     return [problem for check in checks for problem in check(config)]
 
 

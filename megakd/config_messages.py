@@ -6,8 +6,11 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
 
 from megakd.config_schema import (
     KeyPath,
@@ -21,7 +24,6 @@ from megakd.config_schema import (
 from megakd.config_synonyms import synonyms
 
 if TYPE_CHECKING:
-    from pydantic import ValidationError
     from pydantic_core import ErrorDetails
 
 _EXPECTED = {
@@ -108,6 +110,31 @@ def meant_by(key: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1)
     found = synonyms(key, known) or paths_ending_in(key)[:1] or near
     return " or ".join(f'"{path}"' for path in found)
+
+
+def option_problems(kind: type, options: Mapping[str, Any], *, where: str) -> list[str]:
+    """Return what is wrong with the free options of a section, one line per problem.
+
+    Args:
+        kind: the dataclass whose fields are the options.
+        options: as written.
+        where: the key that holds the options.
+    """
+    known = [field.name for field in fields(kind)]
+    problems = []
+    try:
+        TypeAdapter(kind).validate_json(json.dumps(options))
+    except ValidationError as error:
+        for detail in error.errors():
+            key = str(detail["loc"][0])
+            if detail["type"] == "unexpected_keyword_argument":
+                near = suggestion(key, known) or f"; known: {', '.join(known) or 'none'}"
+                problems.append(f"{where}.{key} = {shown(detail['input'])}: unknown key{near}")
+            elif _is_mismatch(detail):
+                problems.append(f"{where}.{key}: {_mismatch([detail])}")
+            else:
+                problems.append(_line((where, key), detail, options))
+    return problems
 
 
 def _finding(detail: ErrorDetails, tree: Any) -> _Finding:

@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard, and a bar or a line per logging."""
+"""What a run says while it trains: metrics.jsonl, its trackers, and a bar or a line per logging."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megakd import atomic
@@ -16,45 +17,72 @@ if TYPE_CHECKING:
     from io import BufferedWriter
     from pathlib import Path
 
-    from torch.utils.tensorboard.writer import SummaryWriter
     from tqdm import tqdm
+
+    from megakd.trackers import Tracker
 
 logger = logging.getLogger(__name__)
 LOSS = "train/loss"
 LEARNING_RATE = "train/learning_rate"
 TOKENS_PER_SECOND = "train/tokens_per_s"
 MEMORY_BYTES = "train/memory_bytes"
+EVALUATION = "eval/"
 SHOWN = {LOSS: "loss", LEARNING_RATE: "lr", TOKENS_PER_SECOND: "tok/s", MEMORY_BYTES: "mem"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How long a stage is.
+
+    step: optimiser steps that were done before this start.
+    total_steps: of the stage.
+    steps_per_epoch: the optimiser steps of one pass over the rows.
+    """
+
+    step: int
+    total_steps: int
+    steps_per_epoch: int
+
+    def epoch(self, step: int) -> float:
+        """Return how many passes over the rows a step has completed."""
+        return round(step / self.steps_per_epoch, 4)
 
 
 class Progress:
     """The bar of one stage where standard error is a terminal, else log lines."""
 
-    def __init__(self, stage: str, *, step: int, total_steps: int) -> None:
-        self._stage = stage
-        self._total = total_steps
-        self._bar = _bar(stage, step, total_steps) if sys.stderr.isatty() else None
+    def __init__(self, stage: str, extent: Extent) -> None:
+        self._stage, self._extent = stage, extent
+        self._began = time.perf_counter()
+        total, done = extent.total_steps, extent.step
+        self._bar = _bar(stage, done, total) if sys.stderr.isatty() else None
 
     def advance(self, step: int) -> None:
-        """`step` optimiser steps are done."""
+        """Move the bar to `step`."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def show(self, step: int, scalars: Mapping[str, float]) -> None:
-        """The latest numbers."""
+        """Show the latest numbers."""
+        shown = _shown(scalars)
         if self._bar is None:
-            # Those of single views are in metrics.jsonl: a line of seven times four is not read.
-            own = {key: value for key, value in scalars.items() if key.count("/") < 2}
-            numbers = "  ".join(f"{key} {value:.5g}" for key, value in own.items())
-            logger.info("%s %d/%d  %s", self._stage, step, self._total, numbers)
+            total, epoch = self._extent.total_steps, self._extent.epoch(step)
+            parts = [f"{self._stage} {step}/{total}", f"epoch {epoch:.2f}", *shown]
+            if LOSS in scalars:
+                parts.insert(-1, f"ETA {_clock(self._seconds_left(step))}")
+            logger.info("%s", "  ".join(parts))
             return
         self.advance(step)
-        shown = {name: _short(key, scalars[key]) for key, name in SHOWN.items() if key in scalars}
         if shown:
-            self._bar.set_postfix(shown)
+            self._bar.set_postfix_str(", ".join(part.replace(" ", "=", 1) for part in shown))
+
+    def _seconds_left(self, step: int) -> float:
+        """Return the time to the last step at the speed since this start, evaluations included."""
+        done = max(1, step - self._extent.step)
+        return (time.perf_counter() - self._began) / done * (self._extent.total_steps - step)
 
     def close(self) -> None:
-        """Leaves the finished bar where it is."""
+        """Leave the finished bar where it is."""
         if self._bar is not None:
             self._bar.close()
 
@@ -65,32 +93,51 @@ def _bar(stage: str, step: int, total_steps: int) -> tqdm:
     return tqdm(total=total_steps, initial=step, desc=stage, unit="step", dynamic_ncols=True)
 
 
+def _shown(scalars: Mapping[str, float]) -> list[str]:
+    """Return the numbers of a short line; metrics.jsonl has all of them, also those of views."""
+    training = [f"{name} {_short(k, scalars[k])}" for k, name in SHOWN.items() if k in scalars]
+    return training + [
+        f"{key} {value:.4g}"
+        for key, value in scalars.items()
+        if key.startswith(EVALUATION) and key.count("/") == 1
+    ]
+
+
 def _short(key: str, value: float) -> str:
     if key == MEMORY_BYTES:
         return f"{value / 1e9:.1f}GB"
     return f"{value:,.0f}" if key == TOKENS_PER_SECOND else f"{value:.4g}"
 
 
-class Reporter:
-    """Scalars to metrics.jsonl, TensorBoard and the terminal; does nothing off the main rank."""
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
 
-    def __init__(self, output_dir: Path, *, is_main: bool, tensorboard: bool = True) -> None:
+
+class Reporter:
+    """Scalars to metrics.jsonl, the trackers and the terminal; does nothing off the main rank."""
+
+    def __init__(
+        self, output_dir: Path, *, is_main: bool, trackers: Sequence[Tracker] = ()
+    ) -> None:
         self._folder = output_dir
         self._is_main = is_main
-        self._tensorboard = tensorboard
+        self._trackers = trackers
         self._file: BufferedWriter | None = None
-        self._writers: dict[str, SummaryWriter] = {}
+        self._extents: dict[str, Extent] = {}
         self._progress: Progress | None = None
 
-    def begin(self, stage: str, *, step: int, total_steps: int) -> None:
-        """A stage starts or goes on: `step` of its `total_steps` are done."""
+    def begin(self, stage: str, extent: Extent) -> None:
+        """A stage starts or goes on."""
         self._end_progress()
-        self.resume(stage, step)
+        self.resume(stage, extent.step)
+        self._extents[stage] = extent
         if self._is_main:
-            self._progress = Progress(stage, step=step, total_steps=total_steps)
+            self._progress = Progress(stage, extent)
 
     def resume(self, stage: str, step: int) -> None:
-        """Forgets what was logged for `stage` after `step`, for those steps come again."""
+        """Forget what was logged for `stage` after `step`, for those steps come again."""
         if not self._is_main:
             return
         self._close_file()
@@ -99,33 +146,34 @@ class Reporter:
         kept = [line for line in lines if not _comes_again(line, stage, step)]
         if len(kept) < len(lines):
             atomic.write_text(path, "".join(kept))
-        self._close_writer(stage)
-        if self._tensorboard:
-            self._writers[stage] = self._open_writer(stage, purge_step=step + 1 if step else 0)
+        for tracker in self._trackers:
+            tracker.begin(stage, step)
 
     def advance(self, step: int) -> None:
-        """Moves the progress bar; cheap enough for every step."""
+        """Move the progress bar; cheap enough for every step."""
         if self._progress is not None:
             self._progress.advance(step)
 
     def log(self, step: int, scalars: Mapping[str, float], *, stage: str) -> None:
-        """Records numbers of an optimiser step (or of an evaluation after it)."""
+        """Record numbers of an optimiser step (or of an evaluation after it)."""
         if not self._is_main:
             return
         values = {key: float(value) for key, value in scalars.items()}
-        record = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
+        extent = self._extents.get(stage)
+        epoch = {} if extent is None else {"epoch": extent.epoch(step)}
+        record = {"stage": stage, "step": step, **epoch, "time": round(time.time(), 3), **values}
         self._append(atomic.json_text(record))
-        if self._tensorboard:
-            self._write_tensorboard(step, values, stage)
+        for tracker in self._trackers:
+            tracker.log(stage, step, values)
         if self._progress is not None:
             self._progress.show(step, values)
 
     def close(self) -> None:
-        """Closes every file; a later `log` opens what it needs."""
+        """Close every file; a later `log` opens what it needs."""
         self._end_progress()
         self._close_file()
-        for stage in tuple(self._writers):
-            self._close_writer(stage)
+        for tracker in self._trackers:
+            tracker.close()
 
     def _append(self, line: str) -> None:
         path = self._folder / "metrics.jsonl"
@@ -136,23 +184,6 @@ class Reporter:
                 self._file = path.open("ab")
             self._file.write(line.encode() + b"\n")
             self._file.flush()
-
-    def _write_tensorboard(self, step: int, values: Mapping[str, float], stage: str) -> None:
-        if stage not in self._writers:
-            self._writers[stage] = self._open_writer(stage, purge_step=None)
-        for key, value in values.items():
-            self._writers[stage].add_scalar(key, value, step)
-        self._writers[stage].flush()
-
-    def _open_writer(self, stage: str, *, purge_step: int | None) -> SummaryWriter:
-        from torch.utils.tensorboard.writer import SummaryWriter
-
-        return SummaryWriter(str(self._folder / "tensorboard" / stage), purge_step=purge_step)
-
-    def _close_writer(self, stage: str) -> None:
-        writer = self._writers.pop(stage, None)
-        if writer is not None:
-            writer.close()
 
     def _close_file(self) -> None:
         if self._file is not None:

@@ -66,11 +66,13 @@ def inherit(train: TrainConfig, overrides: TrainOverrides) -> TrainConfig:
     """The keys that `teacher.finetune` or `alone` set, and `train`'s for the rest.
 
     `max_steps` and `num_train_epochs` displace each other, and so do `warmup_steps` and
-    `warmup_ratio`: whoever is set there decides alone.
+    `warmup_ratio`: whoever is set there decides alone. Another schedule has its own options.
     """
     given = {k: v for k, v in asdict(overrides).items() if v is not None and k != "deepspeed"}
     if "num_train_epochs" in given and "max_steps" not in given:
         given["max_steps"] = None
     if "warmup_ratio" in given and "warmup_steps" not in given:
         given["warmup_steps"] = 0
+    if "lr_scheduler_type" in given and "lr_scheduler_kwargs" not in given:
+        given["lr_scheduler_kwargs"] = None
     return dataclasses.replace(train, **given)

@@ -35,6 +35,7 @@ from megakd.report import AssistantReport, LatencyReport, Report, Speedup, envir
 from megakd.report_table import largest, result_table
 from megakd.stage import StageResult
 from megakd.stage_run import RESULT
+from megakd.trackers import check_trackers, make_trackers
 
 logger = logging.getLogger(__name__)
 TIMED_BATCHES = (1, 32)
@@ -78,11 +79,9 @@ def started() -> Iterator[Ranks]:
 
 def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     check_device(config, ranks)
+    reporter = reporter_of(config, ranks)
     prepared = prepare(config)
     on_main(lambda: _record_config(config))
-    reporter = Reporter(
-        config.output_dir, is_main=ranks.is_main, tensorboard=config.log.tensorboard
-    )
     try:
         lab = Lab(config, prepared, ranks, reporter)
         student = METHODS[config.method.name].run(config.method, lab)  # type: ignore[arg-type]
@@ -93,6 +92,20 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     finally:
         reporter.close()
     return on_main(lambda: _publish(config, student, report, command))
+
+
+def reporter_of(config: RunConfig, ranks: Ranks) -> Reporter:
+    """Return what logs a run; a collective.
+
+    Raises:
+        ConfigError: the library of a service in `log.report_to` is not installed.
+    """
+    services = config.log.report_to
+    on_main(lambda: check_trackers(services))
+    trackers = make_trackers(services, config.output_dir, config_tree(config))
+    return Reporter(
+        config.output_dir, is_main=ranks.is_main, trackers=trackers if ranks.is_main else ()
+    )
 
 
 def _record_config(config: RunConfig) -> None:

@@ -6,7 +6,8 @@ import functools
 import json
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from megakd.best import RECORD, Best
 from megakd.checkpoint import Checkpoints, seed_everything
 from megakd.data.encoding import labelled_only
 from megakd.data.loader import StepLoader, StepShape
+from megakd.early_stopping import EarlyStopping
 from megakd.engine.distributed import all_reduce_, gather, on_main, together
 from megakd.engine.student import StudentEngine, device_batch
 from megakd.errors import CheckpointError
@@ -27,7 +29,7 @@ from megakd.health import Health
 from megakd.models.axes import weight_axes
 from megakd.models.cutting import cut_class_name, cut_config, cut_state
 from megakd.objective import Objective, count_units
-from megakd.progress import Reporter
+from megakd.progress import Extent, Reporter
 from megakd.report import peak_memory_bytes
 from megakd.schedules import learning_rate_schedule, total_steps
 from megakd.stage import Batch, Stage, StageResult, StepReport, Teacher
@@ -87,6 +89,9 @@ class StageRun:
         self.best = Best(folder=folder / "best", write=self._write_best)
         self.judge = stage.judge or MetricJudge(self.prepared.metric)
         self.evaluation = Evaluation({}, None)
+        self.stopping = EarlyStopping(
+            patience=train.early_stopping_patience, threshold=train.early_stopping_threshold
+        )
         self.health = Health(self.objective, self.trainer, stage, self.ranks)
 
     def _loader(self) -> StepLoader:
@@ -117,18 +122,21 @@ class StageRun:
         """
         start = self._resume()
         # On rank 0, and its full disk is everybody's error.
-        on_main(lambda: self.reporter.begin(self.stage.name, step=start, total_steps=self.steps))
+        on_main(lambda: self.reporter.begin(self.stage.name, self.extent(start)))
         self.trainer.strategy.begin(self.student, start)
         self.health.begin()
-        for report in self.trainer.fit(self._on_device(start)):
-            self._after_step(report)
+        with closing(self._on_device(start)) as steps:
+            for report in self.trainer.fit(steps):
+                self._after_step(report)
+                if self.stopping.stopped:
+                    break
         record = on_main(self.best.record) if self.keeps_best else None
         kept = Evaluation.read(record["evaluation"]) if record else self.evaluation
         result = StageResult(
             name=self.stage.name,
             folder=folder,
             metrics=kept.metrics,
-            steps=self.steps,
+            steps=self.trainer.step,
             seconds=self.health.elapsed_seconds(),
             tokens_per_second=self.health.tokens_per_second(),
             peak_memory_bytes=max(gather(peak_memory_bytes(self.ranks.device))),
@@ -138,9 +146,18 @@ class StageRun:
         self._write_result(result, from_best=record is not None)
         return result
 
-    def _on_device(self, start: int) -> Iterator[Sequence[Batch]]:
-        for batches in self.loader.iterate(start, self.steps):
-            yield [device_batch(batch, self.ranks.device) for batch in batches]
+    def extent(self, step: int) -> Extent:
+        """Return how long the stage is, for its log, at a start from `step`."""
+        return Extent(
+            step=step, total_steps=self.steps, steps_per_epoch=self.loader.steps_per_epoch
+        )
+
+    def _on_device(self, start: int) -> Generator[Sequence[Batch], None, None]:
+        # A stage that had stopped early when it was killed has no step left.
+        stop = start if self.stopping.stopped else self.steps
+        with closing(self.loader.iterate(start, stop)) as steps:
+            for batches in steps:
+                yield [device_batch(batch, self.ranks.device) for batch in batches]
 
     def _resume(self) -> int:
         wanted = self.stage.train.resume_from_checkpoint
@@ -161,6 +178,7 @@ class StageRun:
         self.health.load_state_dict(state["health"])
         self.health.load_window_state(own["window"])
         self.evaluation = Evaluation.read(state["evaluation"])
+        self.stopping.load_state_dict(state["early_stopping"])
         step = self.trainer.step
         self._say(f"{self.stage.name}: resumed at step {step} from {checkpoint}")
         self.best.resume(step, state["best_step"])
@@ -171,12 +189,24 @@ class StageRun:
         self.health.add(report)
         self.reporter.advance(step)
         last = step == self.steps
-        if last or step % self.config.log.logging_steps == 0:
+        if last or _due(step, self.config.log.logging_steps):
             self._log(step)
         if last or _due(step, self.config.eval.eval_steps):
             self._evaluate(step)
-        if last or _due(step, self.config.save.save_steps):
+        if self.stopping.stopped and not last:
+            self._stop_early(step)
+        if last or self.stopping.stopped or _due(step, self.config.save.save_steps):
             self._save(step)
+
+    def _stop_early(self, step: int) -> None:
+        """Log the steps since the last logging step, as at the end of any stage."""
+        if not _due(step, self.config.log.logging_steps):
+            self._log(step)
+        self._say(
+            f"{self.stage.name}: stopped at step {step} of {self.steps}, for "
+            f"{self.stopping.misses} evaluations in a row were not better "
+            "(train.early_stopping_patience)"
+        )
 
     def _log(self, step: int) -> None:
         self.health.check_finite(self.checkpoints.newest)
@@ -193,6 +223,7 @@ class StageRun:
             verdict = self.judge(scores)
             self.evaluation = Evaluation(scores, verdict.view)
             self._report(step, self.evaluation.scalars())
+            self.stopping.consider(verdict.score)
             if self.keeps_best:
                 self.best.consider(step, verdict.score, self.evaluation.record())
 
@@ -208,6 +239,7 @@ class StageRun:
                 "health": self.health.state_dict(),
                 "evaluation": self.evaluation.record(),
                 "best_step": self.best.step,
+                "early_stopping": self.stopping.state_dict(),
             }
             own = {"window": self.health.window_state()}
             self.checkpoints.save(step, self.student.save, state, own)

@@ -144,3 +144,77 @@ def test_fields_that_contradict_each_other_are_refused(
 )
 def test_settings_near_those_refusals_are_accepted(run_file: Path, overrides: list[str]) -> None:
     assert load_config(run_file, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["train.early_stopping_patience=2"],
+            "train.early_stopping_patience: 2 evaluations are counted, and there are none; set "
+            "eval.eval_steps",
+        ),
+        (
+            ["teacher.finetune={early_stopping_patience: 2}"],
+            "teacher.finetune.early_stopping_patience: 2 evaluations are counted",
+        ),
+        (
+            ["train.lr_scheduler_type=constant", "train.warmup_steps=3"],
+            "train.lr_scheduler_type: constant: this schedule has no warm-up; use constant_with_",
+        ),
+        (
+            ["train.lr_scheduler_type=constant", "teacher.finetune={warmup_ratio: 0.1}"],
+            "teacher.finetune.lr_scheduler_type: constant: this schedule has no warm-up",
+        ),
+        (
+            ["train.lr_scheduler_kwargs={num_cycles: 2}"],
+            "train.lr_scheduler_kwargs.num_cycles = 2: unknown key; known: none (of linear)",
+        ),
+        (
+            ["train.lr_scheduler_type=polynomial", "train.lr_scheduler_kwargs={powr: 2}"],
+            'train.lr_scheduler_kwargs.powr = 2: unknown key; did you mean "power"? (of poly',
+        ),
+        (
+            ["train.lr_scheduler_type=polynomial", "train.lr_scheduler_kwargs={power: yes}"],
+            'train.lr_scheduler_kwargs.power: must be a number (got "yes") (of polynomial)',
+        ),
+        (
+            ["train.lr_scheduler_type=polynomial", "train.lr_scheduler_kwargs={lr_end: 1}"],
+            "train.lr_scheduler_type: polynomial: lr_end 1 must be below learning_rate 5e-05",
+        ),
+        (
+            ["train.lr_scheduler_type=cosine_with_min_lr"],
+            "train.lr_scheduler_type: cosine_with_min_lr: set one of min_lr and min_lr_rate",
+        ),
+        (
+            ["train.lr_scheduler_type=warmup_stable_decay"],
+            "train.lr_scheduler_kwargs.num_decay_steps: missing, and it has no default (of warm",
+        ),
+        (
+            [
+                "train.max_steps=10",
+                "train.lr_scheduler_type=warmup_stable_decay",
+                "train.lr_scheduler_kwargs={num_decay_steps: 20}",
+            ],
+            "warmup_stable_decay: warm-up 0, stable 0 and decay 20 are 20 steps, and the stage",
+        ),
+        (
+            ["log.tensorboard=true"],
+            'log.tensorboard = true: unknown key; did you mean "report_to"?',
+        ),
+        (["save.push_to_hub=me"], "save.push_to_hub: a repository of the Hub is user/name; got"),
+    ],
+)
+def test_how_a_stage_is_trained_and_logged_is_checked_with_the_config(run_file, overrides, message):
+    assert message in message_of(run_file, *overrides)
+
+
+def test_a_teacher_with_another_schedule_does_not_inherit_its_options(run_file):
+    load_config(
+        run_file,
+        [
+            "train.lr_scheduler_type=polynomial",
+            "train.lr_scheduler_kwargs={power: 2}",
+            "teacher.finetune={lr_scheduler_type: cosine}",
+        ],
+    )

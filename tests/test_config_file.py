@@ -162,8 +162,7 @@ def test_an_override_that_cannot_be_applied_is_refused(
         ("train.resume_from_checkpoint=3", "must be true or false or text (got 3)"),
         (
             "train.lr_scheduler_type=cosin",
-            'train.lr_scheduler_type: must be "linear", "cosine" or "constant" (got "cosin"); '
-            'did you mean "cosine"?',
+            '"cosine_with_min_lr" or "warmup_stable_decay" (got "cosin"); did you mean "cosine"?',
         ),
         ("task.type=clasification", '(got "clasification"); did you mean "classification"?'),
         ("task.text_columns=a", 'task.text_columns: must be a list (got "a")'),

@@ -78,7 +78,7 @@ def test_mistakes_of_both_are_told_apart(run_file: Path) -> None:
         ("batch_size=1", '"train.per_device_train_batch_size"'),
         ("epochs=1", '"train.num_train_epochs"'),
         ("num_epochs=1", '"train.num_train_epochs"'),
-        ("report_to=x", '"log.tensorboard"'),
+        ("report_to=x", '"log.report_to"'),
         ("model_name_or_path=x", '"student.model" or "teacher.model"'),
         ("teacher.model_name_or_path=x", '"model"'),
         ("per_device_eval_batch_size=1", '"eval.per_device_eval_batch_size"'),

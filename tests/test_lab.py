@@ -163,7 +163,7 @@ def test_the_default_terms_fit_the_task(tmp_path, teacher, task, losses):
 @pytest.mark.parametrize(
     "sections",
     [
-        {"log": LogConfig(logging_steps=1, tensorboard=False)},
+        {"log": LogConfig(logging_steps=1, report_to=())},
         {"save": SaveConfig(save_steps=1, save_total_limit=None)},
         {"eval": EvalConfig(per_device_eval_batch_size=1)},
         {"train": TrainConfig(resume_from_checkpoint=False)},

@@ -8,12 +8,14 @@ import json
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megakd.errors import MegakdError
-from megakd.progress import Reporter
+from megakd.progress import Extent, Reporter
+from megakd.trackers import TensorBoard
 
 
 class Terminal(io.StringIO):
@@ -29,16 +31,21 @@ def steps_of(folder: Path, stage: str) -> list[int]:
     return [record["step"] for record in records(folder) if record["stage"] == stage]
 
 
+def of_ten(step: int) -> Extent:
+    return Extent(step=step, total_steps=10, steps_per_epoch=4)
+
+
 def run_of(folder: Path, stage: str, steps: range, *, tensorboard: bool = False) -> None:
-    reporter = Reporter(folder, is_main=True, tensorboard=tensorboard)
-    reporter.begin(stage, step=steps.start - 1, total_steps=10)
+    trackers = [TensorBoard(folder)] if tensorboard else []
+    reporter = Reporter(folder, is_main=True, trackers=trackers)
+    reporter.begin(stage, of_ten(steps.start - 1))
     for step in steps:
         reporter.log(step, {"train/loss": 1 / step}, stage=stage)
     reporter.close()
 
 
 def test_each_log_is_one_json_line_on_the_disk_at_once(tmp_path: Path) -> None:
-    reporter = Reporter(tmp_path, is_main=True, tensorboard=False)
+    reporter = Reporter(tmp_path, is_main=True)
 
     reporter.log(3, {"train/loss": 0.5, "eval/accuracy": 1}, stage="distil")
 
@@ -49,7 +56,7 @@ def test_each_log_is_one_json_line_on_the_disk_at_once(tmp_path: Path) -> None:
 
 
 def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
-    reporter = Reporter(tmp_path, is_main=True, tensorboard=False)
+    reporter = Reporter(tmp_path, is_main=True)
 
     reporter.log(1, {"train/loss": float("nan")}, stage="distil")
     reporter.close()
@@ -61,7 +68,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     reporter = Reporter(tmp_path, is_main=False)
 
-    reporter.begin("distil", step=0, total_steps=4)
+    reporter.begin("distil", of_ten(0))
     reporter.advance(1)
     reporter.log(1, {"train/loss": 0.5}, stage="distil")
     reporter.close()
@@ -81,11 +88,11 @@ def test_a_resumed_run_forgets_later_lines_of_its_stage_only(tmp_path: Path) -> 
 
 
 def test_a_stage_that_starts_over_forgets_all_of_its_lines(tmp_path: Path) -> None:
-    reporter = Reporter(tmp_path, is_main=True, tensorboard=False)
+    reporter = Reporter(tmp_path, is_main=True)
     reporter.log(0, {"eval/accuracy": 0.5}, stage="distil")
     reporter.log(1, {"train/loss": 0.5}, stage="distil")
 
-    reporter.begin("distil", step=0, total_steps=4)
+    reporter.begin("distil", of_ten(0))
     reporter.log(0, {"eval/accuracy": 0.5}, stage="distil")
     reporter.close()
 
@@ -104,7 +111,7 @@ def test_a_half_written_last_line_is_dropped(tmp_path: Path) -> None:
 
 def test_a_half_written_last_line_is_dropped_without_a_resume(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"stage": "distil", "step": 1}\n{"sta')
-    reporter = Reporter(tmp_path, is_main=True, tensorboard=False)
+    reporter = Reporter(tmp_path, is_main=True)
 
     reporter.log(2, {}, stage="distil")
     reporter.close()
@@ -138,7 +145,7 @@ def test_without_tensorboard_no_folder_is_made(tmp_path: Path) -> None:
 
 def test_a_terminal_gets_a_bar_with_the_chosen_numbers(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    reporter = Reporter(tmp_path, is_main=True, tensorboard=False)
+    reporter = Reporter(tmp_path, is_main=True)
     numbers = {
         "train/loss": 0.12345678,
         "train/learning_rate": 3e-4,
@@ -147,7 +154,7 @@ def test_a_terminal_gets_a_bar_with_the_chosen_numbers(tmp_path: Path, monkeypat
         "train/gradient_norm": 7.0,
     }
 
-    reporter.begin("distil", step=2, total_steps=10)
+    reporter.begin("distil", of_ten(2))
     reporter.advance(3)
     reporter.log(4, numbers, stage="distil")
     reporter.close()
@@ -159,22 +166,45 @@ def test_a_terminal_gets_a_bar_with_the_chosen_numbers(tmp_path: Path, monkeypat
     assert "gradient_norm" not in shown
 
 
-def test_without_a_terminal_there_is_a_log_line_and_no_bar(
+def test_without_a_terminal_there_is_one_short_line_per_log_and_no_bar(
     tmp_path: Path, monkeypatch, caplog
 ) -> None:
     monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("megakd.progress.time.perf_counter", lambda: clock.now)
+    reporter = Reporter(tmp_path, is_main=True)
+    reporter.begin("distil", of_ten(4))
+    clock.now += 2400
+    training = {
+        "train/loss": 0.12345678,
+        "train/hard_cross_entropy": 0.2,
+        "train/learning_rate": 3e-4,
+        "train/tokens_per_s": 12345.6,
+        "train/memory_bytes": 2.5e9,
+    }
     with caplog.at_level(logging.INFO):
-        run_of(tmp_path, "distil", range(1, 2))
+        reporter.log(6, training, stage="distil")
+        reporter.log(6, {"eval/half/accuracy": 0.5, "eval/accuracy": 0.75}, stage="distil")
+    reporter.close()
 
     assert stream.getvalue() == ""
-    assert "distil 1/10  train/loss 1" in caplog.text
+    assert [record.getMessage() for record in caplog.records] == [
+        "distil 6/10  epoch 1.50  loss 0.1235  lr 0.0003  tok/s 12,346  ETA 1:20:00  mem 2.5GB",
+        "distil 6/10  epoch 1.50  eval/accuracy 0.75",
+    ]
+
+
+def test_every_line_says_how_many_passes_over_the_rows_are_done(tmp_path: Path) -> None:
+    run_of(tmp_path, "distil", range(1, 7))
+
+    assert [record["epoch"] for record in records(tmp_path)] == [0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
 
 
 def test_a_full_disk_is_said_in_one_message(tmp_path: Path, monkeypatch) -> None:
     def full(self: Path, *args: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    reporter = Reporter(tmp_path, is_main=True, tensorboard=False)
+    reporter = Reporter(tmp_path, is_main=True)
     monkeypatch.setattr(Path, "open", full)
 
     with pytest.raises(MegakdError, match=r"no space left while writing .*metrics\.jsonl"):

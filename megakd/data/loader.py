@@ -13,7 +13,7 @@ import torch
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from datasets import Dataset
     from numpy.typing import NDArray
@@ -110,7 +110,7 @@ class StepLoader:
         start = position * self._shape.rows_per_step
         return self._order(epoch)[start : start + self._shape.rows_per_step]
 
-    def iterate(self, start: int, stop: int) -> Iterator[tuple[Batch, ...]]:
+    def iterate(self, start: int, stop: int) -> Generator[tuple[Batch, ...], None, None]:
         """The steps from `start` up to `stop`, fetched ahead in one background thread.
 
         The thread ends when the iterator does, also when the consumer leaves early; an error in

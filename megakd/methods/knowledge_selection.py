@@ -200,7 +200,8 @@ def _stage_1(
         _student(teacher, kinds, strategy, reads_states=True),
         name=STAGE,
         episodes=config.episodes,
-        train=dataclasses.replace(lab.config.train, max_steps=steps),
+        # The selector learns in whole episodes, however its students score.
+        train=dataclasses.replace(lab.config.train, max_steps=steps, early_stopping_patience=None),
     )
 
 

@@ -7,8 +7,8 @@ until the target is read out.
 
 Differs from the paper's code: the candidates of one evaluation are compared, and what is kept are
 the weights that were scored (the code compares the best values ever seen and saves the current
-weights). The embeddings of a step are looked up once for all candidates, with one dropout. There
-is no early stop: the best evaluation of all steps is kept.
+weights). The embeddings of a step are looked up once for all candidates, with one dropout. A trial
+stops early only if `train.early_stopping_patience` is set.
 """
 
 from __future__ import annotations

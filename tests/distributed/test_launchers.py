@@ -32,7 +32,7 @@ def config(tmp_path_factory) -> Path:
         teacher={"model": bert(2), "finetune": {}},
         student={"model": bert(1), "deepspeed": "zero3"},
         method={"name": "single"},
-        log={"tensorboard": False},
+        log={"report_to": []},
     )
     tree["train"] |= {"max_steps": STEPS}
     return write_config(folder / "run.yaml", tree)

@@ -128,7 +128,7 @@ def write_config(folder: Path, preset: str, method: str) -> Path:
         },
         "eval": {"eval_steps": 3},
         "save": {"save_steps": SAVE_STEPS},
-        "log": {"logging_steps": 3, "tensorboard": False},
+        "log": {"logging_steps": 3, "report_to": []},
     }
     tree["objective"] += [
         {"loss": "hard_mse", "weight": 0.5},

@@ -1,0 +1,46 @@
+"""Checks of how stages are trained, scored and logged that need neither data nor models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megakd.config_messages import option_problems
+from megakd.recipes import inherit
+from megakd.schedules import SCHEDULES, schedule_problem
+
+if TYPE_CHECKING:
+    from megakd.config import RunConfig, TrainConfig
+
+
+def training_problems(config: RunConfig) -> Iterator[str]:
+    """Yield what cannot work in the sections `train`, `eval` and `log`."""
+    for where, train in _trainings(config):
+        yield from _schedule(where, train)
+        if train.early_stopping_patience is not None and config.eval.eval_steps is None:
+            yield (
+                f"{where}.early_stopping_patience: {train.early_stopping_patience} evaluations "
+                "are counted, and there are none; set eval.eval_steps"
+            )
+
+
+def _trainings(config: RunConfig) -> Iterator[tuple[str, TrainConfig]]:
+    """Yield every training of the run with the keys that it inherits."""
+    yield "train", config.train
+    for name, spec in config.teacher_specs.items():
+        if spec.finetune is not None:
+            yield f"{config.key_of(name)}.finetune", inherit(config.train, spec.finetune)
+    if config.alone is not None:
+        yield "alone", inherit(config.train, config.alone)
+
+
+def _schedule(where: str, train: TrainConfig) -> Iterator[str]:
+    kind = SCHEDULES[train.lr_scheduler_type]
+    key = f"{where}.lr_scheduler_kwargs"
+    problems = option_problems(kind, train.lr_scheduler_kwargs or {}, where=key)
+    if problems:
+        yield from (f"{problem} (of {train.lr_scheduler_type})" for problem in problems)
+        return
+    problem = schedule_problem(train, train.max_steps)
+    if problem:
+        yield f"{where}.lr_scheduler_type: {problem}"
