@@ -24,11 +24,12 @@ from megakd.knowledge import Needs
 from megakd.models.bundle import StudentBundle
 from megakd.models.labels import label_order
 from megakd.models.loading import ModelSource, load_model
-from megakd.objective import Objective, Shape, build_objective
+from megakd.objective import Objective
 from megakd.precision import TORCH_DTYPE, check_dtype, check_kernels, frozen_dtype, training_dtype
 from megakd.preparation import Prepared
 from megakd.scoring import Scorer
 from megakd.stage import Batch, Stage
+from megakd.stage_losses import StageLosses, stage_losses
 from megakd.teachers.cached import Answers, CachedTeacher, Layout, build_cache
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
 
@@ -75,12 +76,15 @@ class Assembly:
         """The model that learns in this stage."""
         return stage.start or self.prepared.sources[stage.role]
 
-    def shapes(self, stage: Stage) -> tuple[Shape, Shape | None]:
-        """Of the student, and of its first teacher: where losses look inside, all are alike."""
-        student = self.prepared.shape_of(self.learner(stage))
-        if not stage.teachers:
-            return student, None
-        return student, self.prepared.shape_of(self.teachers[stage.teachers[0]].source)
+    def losses(self, stage: Stage) -> StageLosses:
+        """Return the loss terms of a stage, and what they ask of its teachers."""
+        return stage_losses(
+            stage,
+            self.config.task.type,
+            learner=self.learner(stage),
+            teachers=[self.teachers[name].source for name in stage.teachers],
+            classes=self.prepared.classes,
+        )
 
     def student(self, stage: Stage) -> tuple[StudentEngine, Objective]:
         """The engine of the model that learns in this stage, with its objective.
@@ -115,10 +119,7 @@ class Assembly:
         # Projections start alike on every rank and leave the stage's random numbers alone.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            made = build_objective(stage.objective, self.config.task.type, *self.shapes(stage))
-        if stage.reads_states:
-            made.needs = made.needs._replace(hidden_states=True)
-        return made
+            return self.losses(stage).objective()
 
     def frozen(
         self, source: ModelSource, spec: str | Mapping[str, Any], *, dtype: Dtype, needs: Needs

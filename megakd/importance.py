@@ -28,15 +28,14 @@ from megakd.errors import DataError
 from megakd.knowledge import Needs
 from megakd.losses import Reading
 from megakd.models.importance import Gates
-from megakd.objective import Objective, build_objective, count_units
+from megakd.objective import Objective, count_units
 from megakd.stage import UNITS, Unit
-from megakd.terms import hard_terms
+from megakd.stage_losses import label_objective
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from megakd.assembly import Assembly, ReadyTeacher
-    from megakd.models.loading import ModelSource
     from megakd.specification import UnitScores
     from megakd.stage import Batch
     from megakd.teachers.frozen import FrozenModel
@@ -110,7 +109,8 @@ def measure_importance(
         batch_size, train.per_device_train_batch_size, rank=ranks.rank, world=ranks.world_size
     )
     frozen = assembly.frozen_module(source, ds, dtype=dtype, needs=Needs())
-    objective, device = _task_objective(assembly, source), ranks.device
+    objective = label_objective(source, assembly.config.task.type, assembly.prepared.classes)
+    device = ranks.device
     module = GateGradients(frozen, objective, device, with_width=with_width)
     engine = frozen_engine(module, ds=ds, dtype=dtype, rows=shape.per_device)
     try:
@@ -126,12 +126,6 @@ def measure_importance(
         )
     # The last digits of a sum may differ between ranks, and the order of units may not.
     return module.gates.scores(agree(totals.cpu()))
-
-
-def _task_objective(assembly: Assembly, source: ModelSource) -> Objective:
-    """The loss on labels that fits the task."""
-    task = assembly.config.task.type
-    return build_objective(hard_terms(task), task, assembly.prepared.shape_of(source), None)
 
 
 def _dealt(

@@ -24,7 +24,7 @@ from megakd.instruments import Instruments
 from megakd.knowledge import Needs
 from megakd.models.loading import ModelSource, resolve_model
 from megakd.models.units import View
-from megakd.objective import teacher_needs
+from megakd.objective import Shape
 from megakd.preparation import Prepared, as_student
 from megakd.progress import Reporter
 from megakd.pruning import Specification, Workshop, largest_first, unscored
@@ -41,6 +41,7 @@ from megakd.report import (
 from megakd.schedules import total_steps
 from megakd.stage import Stage, StageResult, untrained
 from megakd.stage_identity import stage_identity
+from megakd.stage_losses import shape_of
 from megakd.stage_run import RESULT, StageRun, read_result, result_text, step_shape
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher
@@ -154,7 +155,7 @@ class Lab:
     @property
     def teacher_layers(self) -> int:
         """How many layers the teacher has."""
-        return self._prepared.shape(TEACHER).layers
+        return self._shape(TEACHER).layers
 
     def metric(self, name: str | None) -> Metric:
         """A metric of the task that can be weighed against sparsity; None: the one it stands for.
@@ -266,18 +267,15 @@ class Lab:
                 teacher.destroy()
 
     def needs(self, stage: Stage) -> Needs:
-        """What a stage's losses ask of its teacher."""
-        student, teacher = self._assembly.shapes(stage)
-        if teacher is None:
-            return Needs()
-        needs = teacher_needs(stage.objective, student, teacher)
-        return needs._replace(hidden_states=needs.hidden_states or stage.reads_states)
+        """Return what a stage's losses read of its teachers."""
+        return self._assembly.losses(stage).teacher_needs()
 
     def widths(self, teacher: str) -> tuple[int, int]:
-        """Of the hidden states of the student and of a teacher."""
-        shapes = (self._prepared.shape(role) for role in (STUDENT, teacher))
-        student, taught = (shape.width for shape in shapes)
-        return student, taught
+        """Return the widths of the hidden states of the student and of a teacher."""
+        return self._shape(STUDENT).width, self._shape(teacher).width
+
+    def _shape(self, role: str) -> Shape:
+        return shape_of(self._prepared.sources[role], self.config.task.type, self._prepared.classes)
 
     def steps_of_student(self) -> int:
         """Optimiser steps that `train` asks for where all rows are trained on."""

@@ -29,11 +29,11 @@ from megakd.engine.distributed import gather, main_first
 from megakd.engine.ds_config import check_frozen_stage, load_ds_config
 from megakd.errors import ConfigError, MegakdError, TeacherError
 from megakd.evaluation import Metric, headline
-from megakd.models.architectures import architecture_of
 from megakd.models.labels import label_order
 from megakd.models.layers import with_layers
 from megakd.models.loading import ModelSource, check_model, resolve_model, with_vocabulary
-from megakd.objective import Shape, check_terms
+from megakd.objective import check_terms
+from megakd.stage_losses import shape_of
 from megakd.terms import INTERMEDIATE_TERMS
 
 if TYPE_CHECKING:
@@ -58,20 +58,10 @@ class Materials:
         """The number that ranks evaluations of this task."""
         return headline(self.splits.metrics)
 
-    def shape(self, role: str) -> Shape:
-        """The shape of a role's model, as losses must know it."""
-        return self.shape_of(self.sources[role])
-
-    def shape_of(self, source: ModelSource) -> Shape:
-        """The shape a loss must know; a classifier's head will be the data's."""
-        architecture = architecture_of(source.config)
-        outputs = len(self.splits.label_names) or getattr(source.config, "vocab_size", 0)
-        return Shape(
-            architecture.number_of_layers(source.config),
-            architecture.hidden_width(source.config),
-            outputs or len(self.tokenizer),
-            architecture.heads(source.config),
-        )
+    @property
+    def classes(self) -> int:
+        """How many classes the data has; 0 for a task without classes."""
+        return len(self.splits.label_names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +170,12 @@ def check_losses(config: RunConfig, materials: Materials) -> None:
         ConfigError: layers are compared, and the teachers' are not alike.
         TeacherError: layers or vocabularies that a chosen term cannot match.
     """
-    terms, student = config.objective or (), materials.shape(STUDENT)
-    teachers = {name: materials.shape(name) for name in config.teacher_specs}
+    terms, task = config.objective or (), config.task.type
+    shapes = {
+        role: shape_of(source, task, materials.classes)
+        for role, source in materials.sources.items()
+    }
+    teachers = {name: shapes[name] for name in config.teacher_specs}
     compared = [term.loss for term in terms if isinstance(term, INTERMEDIATE_TERMS)]
     if compared and len(set(teachers.values())) > 1:
         shapes = ", ".join(f"{name} {s.layers} x {s.width}" for name, s in teachers.items())
@@ -191,7 +185,7 @@ def check_losses(config: RunConfig, materials: Materials) -> None:
             "with all of them"
         )
     for teacher in teachers.values() or (None,):
-        check_terms(terms, config.task.type, student, teacher)
+        check_terms(terms, task, shapes[STUDENT], teacher)
 
 
 def check_vocabularies(

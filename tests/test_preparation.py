@@ -14,7 +14,9 @@ from megakd.config import RunConfig, ScratchModel, StudentConfig, TaskConfig, Te
 from megakd.engine import distributed
 from megakd.errors import DataError, ModelError, TeacherError
 from megakd.methods.single import SingleConfig
+from megakd.objective import Shape
 from megakd.preparation import prepare
+from megakd.stage_losses import shape_of
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film")
 SIZE = {
@@ -102,8 +104,11 @@ def test_a_shape_has_the_models_layers_width_and_heads_and_the_datas_classes(dat
 
     prepared = prepare(config)
 
-    assert prepared.shape("teacher") == (2, 8, 2, (2, 2, 4))
-    assert prepared.shape("student") == (1, 4, 2, (2, 2, 2))
+    def shape(role: str) -> Shape:
+        return shape_of(prepared.sources[role], config.task.type, prepared.classes)
+
+    assert shape("teacher") == (2, 8, 2, (2, 2, 4))
+    assert shape("student") == (1, 4, 2, (2, 2, 2))
 
 
 def test_a_student_from_scratch_gets_the_teachers_vocabulary_and_padding(data, tmp_path):

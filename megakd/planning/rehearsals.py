@@ -15,19 +15,18 @@ from megakd.config import Dtype, RunConfig
 from megakd.data.loader import StepShape
 from megakd.data.masking import DEFAULT_PROBABILITY
 from megakd.importance import GateGradients
-from megakd.knowledge import language_model_head
+from megakd.knowledge import Needs, language_model_head
 from megakd.models.bundle import StudentBundle
 from megakd.models.fitting import build_empty
 from megakd.models.loading import ModelSource
-from megakd.objective import Needs, Objective, Shape, build_objective, teacher_needs
 from megakd.planning.cluster import Device
 from megakd.planning.moments import Inventory, Rehearsal
 from megakd.planning.rehearsal import VALUELESS, inventory, rehearse, repeat_alike
 from megakd.planning.stages import Phase
 from megakd.precision import TORCH_DTYPE, frozen_dtype, training_dtype
 from megakd.stage import Batch, Knowledge, Pass, Stage, backward_groups, teacher_names
+from megakd.stage_losses import StageLosses, label_objective, stage_losses
 from megakd.teachers.frozen import FrozenModel
-from megakd.terms import hard_terms
 
 PLANS = 100
 """Of so many steps it is asked which teachers they need."""
@@ -119,7 +118,7 @@ class Theatre:
         """Teachers that answer, and a student that learns from them."""
         rows = stage.train.per_device_train_batch_size
         batch = self._known.once(("batch", self.config.task, rows), lambda: self._batch(rows))
-        needs = self._needs(stage, phase)
+        needs = self._losses(stage, phase).teacher_needs()
         answers = {
             name: self._known.once(
                 ("teacher", *self._traits(ready), self.config.task, rows, needs),
@@ -131,6 +130,7 @@ class Theatre:
         train = stage.train
         traits = (
             *(_shown(phase.learner), self.config.task, stage.objective, stage.views),
+            stage.reads_states,
             *(train.bf16, train.fp16, list(map(self._traits, phase.teachers.values()))),
         )
         passes = (rows, train.gradient_checkpointing, stage.strategy, stage.passes_per_backward)
@@ -208,8 +208,7 @@ class Theatre:
     def _gates(self, ready: ReadyTeacher, rows: int) -> Performance:
         source, dtype = ready.source, planned_dtype(ready, self._device)
         model = self._model(source, dtype).requires_grad_(requires_grad=False)
-        task = self.config.task.type
-        objective = build_objective(hard_terms(task), task, self._shape(source), None)
+        objective = label_objective(source, self.config.task.type, _classes(source))
         frozen = self._frozen(model, Needs())
         with_width = getattr(self.config.method, "residual", False)
         module = GateGradients(frozen, objective, VALUELESS, with_width=with_width).eval()
@@ -227,30 +226,18 @@ class Theatre:
             model.activation_checkpointing_enable({"use_reentrant": False})
             repeat_alike(model, self._device)
         with VALUELESS:
-            objective = self._objective(stage, phase).to(TORCH_DTYPE[dtype])
+            objective = self._losses(stage, phase).objective().to(TORCH_DTYPE[dtype])
         return StudentBundle(
             model, objective, world_size=1, kernels="chunked", views=stage.views
         ).train()
 
-    def _objective(self, stage: Stage, phase: Phase) -> Objective:
-        return build_objective(stage.objective, self.config.task.type, *self._shapes(phase))
-
-    def _needs(self, stage: Stage, phase: Phase) -> Needs:
-        student, teacher = self._shapes(phase)
-        return Needs() if teacher is None else teacher_needs(stage.objective, student, teacher)
-
-    def _shapes(self, phase: Phase) -> tuple[Shape, Shape | None]:
-        teacher = next(iter(phase.teachers.values()), None)
-        return self._shape(phase.learner), None if teacher is None else self._shape(teacher.source)
-
-    def _shape(self, source: ModelSource) -> Shape:
-        config, architecture = source.config, source.architecture
-        is_classifier = self.config.task.type in {"classification", "regression"}
-        return Shape(
-            architecture.number_of_layers(config),
-            architecture.hidden_width(config),
-            int((config.num_labels if is_classifier else config.vocab_size) or 0),
-            architecture.heads(config),
+    def _losses(self, stage: Stage, phase: Phase) -> StageLosses:
+        return stage_losses(
+            stage,
+            self.config.task.type,
+            learner=phase.learner,
+            teachers=[ready.source for ready in phase.teachers.values()],
+            classes=_classes(phase.learner),
         )
 
     def _model(self, source: ModelSource, dtype: Dtype) -> Any:
@@ -286,6 +273,11 @@ def _said_bytes(said: Knowledge) -> int:
     attention = [part for vectors in said.attention if vectors for part in vectors[:3]]
     tensors = (said.logits, said.hidden, *said.hidden_states, *attention)
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _classes(source: ModelSource) -> int:
+    """Of the data, which all planned models have; see `planned_sources`."""
+    return source.config.num_labels or 0
 
 
 def _shown(source: ModelSource) -> str:
