@@ -16,6 +16,8 @@ from megakd.terms import STRICT, Count, Fraction, Positive, TermConfig, Weight
 Dtype = Literal["fp32", "bf16", "fp16"]
 Kernels = Literal["auto", "triton", "chunked", "reference"]
 TaskType = Literal["classification", "regression", "mlm", "causal_lm"]
+Epochs = Annotated[float, Field(gt=0, le=1e9)]
+MicroBatches = Annotated[int, Field(ge=1, le=2**20)]
 STUDENT = "student"
 TEACHER = "teacher"
 """The name of a teacher that is the only one."""
@@ -44,7 +46,7 @@ class TaskConfig:
     data_dir: Path | None = None
     text_columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)] | None = None
     label_column: str | None = None
-    max_length: Annotated[int, Field(ge=2)] = 128
+    max_length: Annotated[int, Field(ge=2, le=2**24)] = 128
     """In tokens; longer texts are cut (mlm: into windows; causal_lm: packed to this length)."""
     tokenizer: str | TokenizerConfig | None = None
     mlm_probability: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -75,8 +77,8 @@ class TrainConfig:
     """How a stage is trained; names and defaults are Hugging Face's."""
 
     per_device_train_batch_size: Count = 8
-    gradient_accumulation_steps: Count = 1
-    num_train_epochs: Positive = 3.0
+    gradient_accumulation_steps: MicroBatches = 1
+    num_train_epochs: Epochs = 3.0
     max_steps: Count | None = None
     """In optimiser steps; wins over num_train_epochs."""
     learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-5
@@ -228,7 +230,8 @@ class RunConfig:
     task: TaskConfig
     student: StudentConfig
     method: MethodConfig
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """NumPy's generators take 32 bits."""
     teacher: TeacherConfig | None = None
     teachers: tuple[PooledTeacher, ...] = ()
     """A pool of them, in place of `teacher`."""

@@ -11,7 +11,8 @@ from pydantic.dataclasses import dataclass
 STRICT = ConfigDict(extra="forbid", strict=True)
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**53)]
+"""Up to 2 ** 53, the whole numbers that every file format here can hold."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 

@@ -110,6 +110,8 @@ def parse_yaml(text: str, *, source: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506  # _Loader builds plain values only
+    except RecursionError as error:
+        raise ConfigError(f"{source}: lists or mappings are nested too deeply to read") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""

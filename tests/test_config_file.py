@@ -277,7 +277,7 @@ configs = st.builds(
         type=st.just("classification"),
         dataset=words.filter(lambda name: name != "pydocs"),
         tokenizer=st.none() | words | st.just(TokenizerConfig(type="bpe")),
-        max_length=st.integers(2, 10**30),
+        max_length=st.integers(2, 2**24),
         text_columns=st.none() | st.tuples(words, words),
         data_dir=st.none() | words.map(Path),
     ),

@@ -62,6 +62,10 @@ class StepShape(NamedTuple):
         """Over all ranks and micro-batches."""
         return self.per_device * self.accumulation * self.world
 
+    def most_rows(self, rows: int) -> int:
+        """Return the rows of a micro-batch where a step has at most `rows`: no need for dummies."""
+        return min(self.per_device, -(-rows // (self.accumulation * self.world)))
+
     def steps_per_epoch(self, rows: int) -> int:
         """Steps in which every row comes once."""
         return -(-rows // self.rows_per_step)
@@ -93,6 +97,7 @@ class StepLoader:
         self._rows = rows.with_format("arrow")
         self._collate = collate
         self._shape = shape
+        self._size = shape.most_rows(len(rows))
         self.steps_per_epoch = shape.steps_per_epoch(len(rows))
         self.waited_s = 0.0
         """Seconds that the consumers of `iterate` spent waiting for data."""
@@ -138,11 +143,11 @@ class StepLoader:
     def _micro_batch(self, index: int, number: int) -> Batch:
         shape = self._shape
         mine = self.step_rows(index)[number :: shape.accumulation * shape.world]
-        batch = _collated(self._rows, mine, self._collate, size=shape.per_device)
+        batch = _collated(self._rows, mine, self._collate, size=self._size)
         if self._masking is not None:
             draw = index // self.steps_per_epoch
             batch = self._masking(batch, mine, seed=self._seed, draw=draw)
-        numbers = np.full(shape.per_device, -1)
+        numbers = np.full(self._size, -1)
         numbers[: len(mine)] = mine
         return batch._replace(rows=torch.from_numpy(numbers))
 
@@ -172,7 +177,7 @@ def evaluation_batches(
         DataError: there are no rows.
     """
     _check_rows(rows)
-    table = rows.with_format("arrow")
+    table, batch_size = rows.with_format("arrow"), min(batch_size, len(rows))
     for turn in range(evaluation_turns(len(rows), batch_size=batch_size, world=world)):
         start = (turn * world + rank) * batch_size
         end = min(start + batch_size, len(rows))
@@ -210,7 +215,7 @@ def global_batches(
 
     def micro_batch(batch: NDArray[np.int64], number: int) -> Batch:
         mine = batch[number :: shape.accumulation * shape.world]
-        made = _collated(table, mine, collate, size=shape.per_device)
+        made = _collated(table, mine, collate, size=shape.most_rows(len(rows)))
         return made if masking is None else masking(made, mine, seed=0, draw=0)
 
     for start in range(0, len(rows), batch_size):

@@ -33,6 +33,7 @@ from megakd.models.fitting import build_empty, one_line, plan_loading
 from megakd.models.fresh import initialize_parameters
 from megakd.models.original_t5 import built_as, read_original
 from megakd.models.own_models import register_own_models
+from megakd.models.sizes import check_sizes
 from megakd.models.weights import StoredTensor, WeightReader, check_weight_files
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def resolve_model(
         )
     except (StrictDataclassError, OSError, ValueError, TypeError) as error:
         raise ModelError(f"{where}: {folder / 'config.json'}: {one_line(error)}") from error
+    check_sizes(config, family, f"{where}: {folder / 'config.json'}")
     if model_type != keys["model_type"]:
         config, stored = read_original(config, stored, model_type, where)
     return ModelSource(
@@ -240,6 +242,7 @@ def _scratch_source(
         config = CONFIG_MAPPING[model_type](**rest)
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ModelError(f"{where}.config: {one_line(error)}") from error
+    check_sizes(config, family, f"{where}.config")
     if getattr(config, "sinusoidal_pos_embds", False):
         raise ModelError(
             f"{where}.config: sinusoidal_pos_embds: true is not supported for a model from scratch;"

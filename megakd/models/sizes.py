@@ -1,0 +1,48 @@
+"""Whether the sizes in a model's config can be a model's at all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megakd.errors import ModelError
+from megakd.models.architectures import HEAD_COUNTS, Architecture
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+LARGEST = 2**24
+"""More than any model has of anything, and little enough for products of two sizes."""
+
+
+def check_sizes(config: PretrainedConfig, architecture: Architecture, where: str) -> None:
+    """Refuse a config that no module can be built from.
+
+    Args:
+        config: of the model.
+        architecture: names the keys.
+        where: the key of the run config or the file that the config comes from.
+
+    Raises:
+        ModelError: a size is no whole number from 1 to `LARGEST`, or the heads do not divide the
+            width.
+    """
+    if hasattr(config, HEAD_COUNTS):  # a cut model: a layer may have lost all that it had
+        return
+    for key in _size_keys(architecture):
+        size = getattr(config, key, None)
+        if size is not None and not (isinstance(size, int) and 1 <= size <= LARGEST):
+            raise ModelError(
+                f"{where}: {key} is {size!r}; give a whole number from 1 to {LARGEST:,}"
+            )
+    heads, width = getattr(config, architecture.attention_heads), architecture.hidden_width(config)
+    if getattr(config, "head_dim", None) is None and width % heads:
+        raise ModelError(
+            f"{where}: {architecture.width} {width} does not divide into "
+            f"{architecture.attention_heads} {heads}"
+        )
+
+
+def _size_keys(architecture: Architecture) -> tuple[str, ...]:
+    own = (architecture.layers, architecture.width, architecture.attention_heads)
+    shared = ("num_key_value_heads", "head_dim", "vocab_size", "type_vocab_size", "embedding_size")
+    return (*own, architecture.neurons, architecture.positions or "d_kv", *shared)
