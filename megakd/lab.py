@@ -49,6 +49,7 @@ from megakd.terms import TermConfig, hard_terms, soft_terms
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+Look = Callable[[FrozenTeacher], None]
 
 
 class Assistant(NamedTuple):
@@ -337,11 +338,13 @@ class Lab:
         names = [name for name in self.config.teacher_specs if name in self._teachers]
         return {name: self._teachers[name].source.folder for name in names}
 
-    def score_teacher(self, name: str, rows: Dataset | None = None) -> ModelReport:
-        """A teacher's size and its metrics, by default on `held_out`; a collective."""
+    def score_teacher(
+        self, name: str, rows: Dataset | None = None, *, look: Look | None = None
+    ) -> ModelReport:
+        """Return a teacher's size and metrics as `score` does; a collective."""
         ready = self._teachers[name]
         dtype = self._assembly.teacher_dtype(ready)
-        return self.score(ready.source, ready.spec.deepspeed, dtype=dtype, rows=rows)
+        return self.score(ready.source, ready.spec.deepspeed, dtype=dtype, rows=rows, look=look)
 
     def score(
         self,
@@ -350,13 +353,24 @@ class Lab:
         *,
         dtype: Dtype = "fp32",
         rows: Dataset | None = None,
+        look: Look | None = None,
     ) -> ModelReport:
-        """Size and metrics of a model, by default on `held_out`; a collective."""
+        """Return size and metrics of a model; a collective.
+
+        Args:
+            source: the model.
+            deepspeed: how it is sharded.
+            dtype: of its weights.
+            rows: the encoded rows to score, by default `held_out`.
+            look: called with the model while it is loaded, on all ranks.
+        """
         model = self._assembly.frozen(source, deepspeed, dtype=dtype, needs=Needs())
         rows = self.held_out if rows is None else rows
         try:
             metrics = self._assembly.scorer().score(model.predict, rows)
             counts = parameter_counts(named_shapes(model.model))
+            if look is not None:
+                look(model)
         finally:
             model.destroy()
         return {

@@ -1,4 +1,4 @@
-"""How long a forward takes, measured so that all models meet the same noise."""
+"""Latency of a forward, measured so that noise affects all models alike."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import transformers
 
 from megakd.errors import ModelError
 from megakd.models.own_models import own_class, register_own_models
+from megakd.report import LatencyReport, device_name
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from megakd.report import LatencyReport
 
 WARM_UP_FORWARDS = 3
 
@@ -32,10 +32,10 @@ def measure_latencies(
     repeats: int = 20,
     device: torch.device | None = None,
 ) -> list[LatencyReport]:
-    """Times models by turns, so that whatever else the machine does slows all alike.
+    """Time models in turns, so that other work on the machine slows all of them alike.
 
-    The turns also swap places, for a forward finds the caches of the one before it. All models
-    are in memory at once.
+    The order of the models rotates, because a forward finds the caches of the forward before it.
+    All models are in memory at once.
 
     Args:
         models: by name; a loaded model is used where it is, a Hugging Face folder is loaded.
@@ -50,16 +50,33 @@ def measure_latencies(
     with ExitStack() as stack:
         ready = [stack.enter_context(_ready(model, device)) for model in models.values()]
         return [
-            {"model": name, "batch": batch, "ms": median}
+            LatencyReport(
+                model=name,
+                batch=batch,
+                ms=median,
+                length=length,
+                device=_place(model),
+                dtype=str(model.dtype).removeprefix("torch."),
+            )
             for batch in batches
-            for name, median in zip(models, _medians(ready, batch, length, repeats), strict=True)
+            for name, model, median in zip(
+                models, ready, _medians(ready, batch, length, repeats), strict=True
+            )
         ]
+
+
+def _place(model: PreTrainedModel) -> str:
+    """Return the name of the model's device, of a CPU with its number of threads."""
+    device = next(model.parameters()).device
+    threads = torch.get_num_threads()
+    words = f" ({threads} thread{'' if threads == 1 else 's'})" if device.type == "cpu" else ""
+    return device_name(device) + words
 
 
 def _medians(
     models: Sequence[PreTrainedModel], batch: int, length: int, repeats: int
 ) -> list[float]:
-    """Median milliseconds of each model's warm forward."""
+    """Return the median milliseconds of each model's warm forward."""
     inputs = [_inputs(model, batch, length) for model in models]
     for model, given in zip(models, inputs, strict=True):
         for _ in range(WARM_UP_FORWARDS):
@@ -74,7 +91,7 @@ def _medians(
 
 @contextmanager
 def _ready(model: PreTrainedModel | Path, device: torch.device | None) -> Iterator[PreTrainedModel]:
-    """The model in evaluation mode; it is left in the mode it was in."""
+    """Give the model in evaluation mode, and restore its mode afterwards."""
     loaded = _load(model, device) if isinstance(model, Path) else model
     was_training = loaded.training
     loaded.eval()

@@ -112,14 +112,33 @@ class Speedup(TypedDict):
 
 
 class LatencyReport(TypedDict):
-    """Median milliseconds of one model's forward; all models were timed by turns.
+    """Median milliseconds of one model's forward; all models were timed in turns.
 
-    model: `student`, `teacher` or what one of several teachers or an assistant is called.
+    model: `student`, `teacher`, or the name of a pooled teacher, an assistant or a baseline.
+    batch: texts per forward.
+    length: tokens per text.
+    device: the name of the device; of a CPU with its number of threads.
+    dtype: of the weights.
     """
 
     model: str
     batch: int
     ms: float
+    length: NotRequired[int]
+    device: NotRequired[str]
+    dtype: NotRequired[str]
+
+
+class SampleReport(TypedDict):
+    """A held-out prompt and what the models make of it, both with their most likely tokens.
+
+    A decoder continues the prompt; a masked language model fills its masks, in their order.
+    teacher: null if the run has no teacher.
+    """
+
+    prompt: str
+    teacher: str | None
+    student: str
 
 
 class CostReport(TypedDict):
@@ -135,11 +154,12 @@ class CostReport(TypedDict):
 
 
 class Report(TypedDict):
-    """The content of report.json; what a method has none of is an empty list or null.
+    """The content of report.json; an empty list or null stands for what a method does not have.
 
-    teacher: the largest where there are several, which `teachers` lists.
+    teacher: the largest of several teachers, which `teachers` lists.
     assistants: in the order in which they taught.
     baselines: name -> metrics of a model of the student's shape that was made another way.
+    samples: of language models.
     """
 
     method: str
@@ -157,6 +177,7 @@ class Report(TypedDict):
     latency: Sequence[LatencyReport]
     cost: CostReport | None
     pool: PoolReport | None
+    samples: Sequence[SampleReport]
     environment: Mapping[str, Any]
 
 
@@ -201,17 +222,23 @@ def environment(
     """What the numbers of a report depend on: versions, ranks, device, data."""
     import torch
 
-    on_gpu = device.type == "cuda"
     return {
         "versions": {name: version for name in LIBRARIES if (version := _version(name))},
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "device": device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "ranks": ranks,
         "corpus_content_hash": corpus_content_hash,
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU's model, or the type of any other device."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -14,6 +14,7 @@ from typing import Any, cast
 from megakd import atomic
 from megakd.config import STUDENT, TEACHER
 from megakd.errors import CheckpointError
+from megakd.evaluation import LOWER_IS_BETTER
 from megakd.report import CandidateReport, Report
 from megakd.report_curves import training_sections
 from megakd.report_history import panels, read_history
@@ -28,14 +29,16 @@ from megakd.report_plots import (
     tradeoff_picture,
 )
 from megakd.report_table import (
+    WITHOUT_EMBEDDINGS,
+    against_teacher,
     candidate_rows,
     cost_line,
     duration,
     gigabytes,
     is_number,
-    kept,
     largest,
     milliseconds,
+    model_notes,
     model_rows,
     pool_rows,
     score,
@@ -45,7 +48,7 @@ from megakd.report_table import (
 )
 
 HTML_REPORT = "report.html"
-LATER_KEYS = frozenset({"assistants", "latency", "cost", "teachers", "pool"})
+LATER_KEYS = frozenset({"assistants", "latency", "cost", "teachers", "pool", "samples"})
 """Keys that reports of earlier versions lack."""
 
 
@@ -121,10 +124,10 @@ def _headline(report: Report) -> str:
     theirs = score(name, teacher["metrics"].get(name))
     which = "the largest teacher" if len(teachers_of(report)) > 1 else "the teacher"
     words = [f"The student scores {mine} {name} on {split}, {which} {theirs}."]
-    share = kept(report, student["metrics"])
-    words += [f"It keeps {share} of the teacher's score."] if share != "-" else []
+    words += [_comparison(report)]
     sizes = teacher["encoder_parameters"], student["encoder_parameters"]
-    gains = [f"has {sizes[0] / sizes[1]:.1f}x fewer encoder parameters"] if all(sizes) else []
+    ratio = sizes[0] / sizes[1] if all(sizes) else 0
+    gains = [f"has {ratio:.1f}x fewer parameters without embeddings"] if ratio else []
     reference = largest(teachers_of(report)) or TEACHER
     gains += [
         f"is {times[reference] / times[STUDENT]:.1f}x as fast at batch {batch}"
@@ -132,15 +135,27 @@ def _headline(report: Report) -> str:
         if reference in times and STUDENT in times
     ]
     words += [f"It {', '.join(gains)}."] if gains else []
-    return " ".join(words)
+    return " ".join(word for word in words if word)
+
+
+def _comparison(report: Report) -> str:
+    """Return how the student's main metric compares with the teacher's, in one sentence."""
+    name, beside = report["metric_name"], against_teacher(report, report["student"]["metrics"])
+    if beside == "-":
+        return ""
+    if name not in LOWER_IS_BETTER:
+        return f"It keeps {beside} of the teacher's score."
+    if beside.startswith("x"):
+        return f"Its {name} is {beside[1:]} times the teacher's (lower is better)."
+    return f"Its {name} differs by {beside} from the teacher's (lower is better)."
 
 
 def _models(report: Report) -> str:
     split = report["evaluated_on"]
     return table(
         model_rows(report),
-        caption=f"Scores on {split}. encoder: parameters without embeddings, pooler and heads. "
-        "kept: share of the teacher's score.",
+        caption=f"Scores on {split}. {WITHOUT_EMBEDDINGS}: parameters without embeddings, pooler "
+        f"and heads. {'. '.join(model_notes(report))}",
     )
 
 
@@ -148,16 +163,17 @@ def _sizes(report: Report) -> str:
     planes = [plane for plane in _planes(report) if plane.dots]
     if not planes:
         return ""
+    upwards = "Down" if report["metric_name"] in LOWER_IS_BETTER else "Up"
     return figure(
         plane_picture(planes, report["metric_name"], name="sizes"),
-        "Up and to the left is better. A baseline (hollow) has the student's shape, so it stands "
-        "at the student's size and time. The numbers are in the table above.",
+        f"{upwards} and to the left is better. A baseline (hollow) has the student's shape, so "
+        "it stands at the student's size and time. The numbers are in the table above.",
     )
 
 
 def _planes(report: Report) -> list[Plane]:
     sizes = {name: m["encoder_parameters"] for name, m in sized_models(report).items()}
-    planes = [Plane("encoder parameters", _dots(report, sizes))]
+    planes = [Plane("parameters without embeddings", _dots(report, sizes))]
     for batch, times in milliseconds(report).items():
         planes.append(Plane(f"ms per forward of batch {batch}", _dots(report, times)))
     return planes
@@ -185,7 +201,7 @@ def _pool(report: Report) -> str:
     if pool is None:
         return ""
     return table(
-        pool_rows(pool),
+        pool_rows(pool, report["metric_name"]),
         caption="How likely each teacher was, or its share of the loss; the steps of the student "
         "in which it answered; and the score on validation that it was ranked by.",
     )

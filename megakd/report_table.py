@@ -1,4 +1,4 @@
-"""A report in rows and columns: as plain text here, as HTML in `report_html`."""
+"""The rows and columns of a report, and the report as plain text."""
 
 from __future__ import annotations
 
@@ -15,20 +15,25 @@ if TYPE_CHECKING:
     from megakd.report import CandidateReport, CostReport, ModelReport, PoolReport, Report
 
 
+PERPLEXITY = "perplexity"
+WITHOUT_EMBEDDINGS = "non-embedding"
+"""The count that leaves out embeddings, pooler and heads, of an encoder or a decoder."""
+
+
 def result_table(report: Report, *, final: Path | None = None) -> str:
-    """The report as aligned plain text, for the end of a run.
+    """Return the report as aligned plain text, for the end of a run.
 
     Args:
         report: the content of report.json.
-        final: where the student's folder is.
+        final: the student's folder.
     """
     lines = [f"{report['method']} on {report['task']}, scored on {report['evaluated_on']}", ""]
-    lines += aligned_rows(model_rows(report))
+    lines += [*aligned_rows(model_rows(report)), *model_notes(report)]
     if report["candidates"]:
         lines += ["", *aligned_rows(candidate_rows(report["candidates"]))]
     pool = report.get("pool")
     if pool is not None:
-        lines += ["", *aligned_rows(pool_rows(pool))]
+        lines += ["", *aligned_rows(pool_rows(pool, report["metric_name"]))]
     if report["stages"]:
         lines += ["", *aligned_rows(stage_rows(report))]
         peak = max(stage["peak_memory_bytes"] for stage in report["stages"])
@@ -43,7 +48,7 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
 
 
 def cost_line(cost: CostReport) -> str:
-    """What the choice of the assistant cost beside trying all of them."""
+    """Return the cost of choosing the assistant, beside that of trying all of them."""
     spent, whole = cost["seconds"], cost["maxidisc_seconds"]
     times = f" ({whole / spent:.1f}x)" if spent > 0 else ""
     return (
@@ -57,7 +62,7 @@ def _trials(number: int) -> str:
 
 
 def sized_models(report: Report) -> dict[str, ModelReport]:
-    """The models that have a size of their own, by name, from the teacher to the student.
+    """Return the models that have an own size, by name, from the teacher to the student.
 
     A report of an earlier version has no assistants, latencies, cost or pool of teachers.
     """
@@ -66,18 +71,18 @@ def sized_models(report: Report) -> dict[str, ModelReport]:
 
 
 def teachers_of(report: Report) -> dict[str, ModelReport]:
-    """The teachers of the config by name."""
+    """Return the teachers of the config by name."""
     pool: dict[str, ModelReport] = {entry["name"]: entry for entry in report.get("teachers", ())}
     return pool or ({} if report["teacher"] is None else {TEACHER: report["teacher"]})
 
 
 def largest(teachers: Mapping[str, ModelReport]) -> str | None:
-    """The name of the teacher that students are measured against; None where there is none."""
+    """Return the name of the teacher that students are compared with; None without a teacher."""
     return max(teachers, key=lambda name: teachers[name]["parameters"], default=None)
 
 
 def milliseconds(report: Report) -> dict[int, dict[str, float]]:
-    """Times of a forward by batch, smallest first, and model; only what was measured."""
+    """Return the measured times of a forward by batch size, smallest first, and model."""
     speedup = report["speedup"]
     found: dict[int, dict[str, float]] = {}
     if speedup is not None:
@@ -95,25 +100,55 @@ def _is_time(value: float | None) -> bool:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value of report.json can be shown: null stands for what was not finite."""
+    """Return whether a value of report.json is a number: null stands for one not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return math.isfinite(value)
 
 
 def model_rows(report: Report) -> list[list[str]]:
-    """Titles, then one row per model: size, scores, and times where they were measured."""
-    times = milliseconds(report) or {0: {}}
-    titles = ["", "parameters", "encoder", "size MB", *report["student"]["metrics"], "kept"]
+    """Return titles, then one row per model: sizes, scores, and the times that were measured."""
+    names = list(report["student"]["metrics"])
+    comparison = [against_title(report["metric_name"])] if report["teacher"] is not None else []
+    titles = ["", "parameters", WITHOUT_EMBEDDINGS, "size MB", *names, *comparison]
+    times = milliseconds(report)
     for batch in times:
-        titles += [f"ms (batch {batch})" if batch else "ms", "speed-up"]
-    models = [(name, model, model["metrics"]) for name, model in sized_models(report).items()]
-    baselines = report["baselines"].items()
-    models += [(name, report["student"], metrics) for name, metrics in baselines]
+        titles += [f"ms (batch {batch})", "speed-up"]
     reference = largest(teachers_of(report))
     return [titles] + [
-        [name, *_size(model), *_scores(report, metrics), *_speeds(name, reference, times)]
-        for name, model, metrics in models
+        [name, *_size(model), *_scores(report, metrics), *speeds(name, reference, times)]
+        for name, model, metrics in scored_models(report)
+    ]
+
+
+def scored_models(report: Report) -> list[tuple[str, ModelReport, Mapping[str, float]]]:
+    """Return name, size and metrics of all models; a baseline has the student's size."""
+    sized = [(name, model, model["metrics"]) for name, model in sized_models(report).items()]
+    baselines = report["baselines"].items()
+    return sized + [(name, report["student"], metrics) for name, metrics in baselines]
+
+
+def model_notes(report: Report) -> list[str]:
+    """Return the lines that explain the columns of `model_rows`."""
+    lower = [name for name in report["student"]["metrics"] if name in LOWER_IS_BETTER]
+    direction = [f"{', '.join(lower)}: lower is better"] if lower else []
+    return [*direction, *latency_notes(report)]
+
+
+def latency_notes(report: Report) -> list[str]:
+    """Return what was timed, where and in which dtype, as far as the report says it."""
+    timed = [entry for entry in report.get("latency", ()) if "length" in entry]
+    if not timed:
+        return []
+    lengths, devices = (
+        dict.fromkeys(str(entry.get(key, "")) for entry in timed) for key in ("length", "device")
+    )
+    dtypes = {entry["model"]: entry.get("dtype", "") for entry in timed}
+    alike = len(set(dtypes.values())) == 1
+    held = [next(iter(dtypes.values()))] if alike else [f"{n} {d}" for n, d in dtypes.items()]
+    return [
+        f"ms: median of one forward, {', '.join(lengths)} tokens per text, {', '.join(held)}, "
+        f"on {', '.join(devices)}"
     ]
 
 
@@ -125,29 +160,42 @@ def _size(model: ModelReport) -> list[str]:
 
 def _scores(report: Report, metrics: Mapping[str, float]) -> list[str]:
     names = report["student"]["metrics"]
-    return [*(score(name, metrics.get(name)) for name in names), kept(report, metrics)]
+    comparison = [] if report["teacher"] is None else [against_teacher(report, metrics)]
+    return [*(score(name, metrics.get(name)) for name in names), *comparison]
 
 
 def score(name: str, value: float | None) -> str:
-    """A metric as a percentage, or as it is where less of it is better."""
+    """Return a metric as a percentage, or as a plain number if lower is better."""
     if not is_number(value):
         return "-"
     return f"{value:.3f}" if name in LOWER_IS_BETTER else f"{value:.1%}"
 
 
-def kept(report: Report, metrics: Mapping[str, float]) -> str:
-    """What is left of the teacher's score; a perplexity is kept in inverse proportion."""
+def against_title(metric_name: str) -> str:
+    """Return what `against_teacher` is called in a table."""
+    return "vs teacher" if metric_name in LOWER_IS_BETTER else "kept"
+
+
+def against_teacher(report: Report, metrics: Mapping[str, float]) -> str:
+    """Return a model's main metric beside the teacher's.
+
+    The share of the score that is kept; where lower is better, nothing is kept: the factor by
+    which a perplexity is larger (x1.20), and the difference of any other metric (+0.18).
+    """
     name, teacher = report["metric_name"], report["teacher"]
     mine = metrics.get(name)
     reference = None if teacher is None else teacher["metrics"].get(name)
-    if not (is_number(mine) and is_number(reference)) or mine <= 0 or reference <= 0:
+    if not (is_number(mine) and is_number(reference)):
         return "-"
-    return f"{(reference / mine if name in LOWER_IS_BETTER else mine / reference):.1%}"
+    if name in LOWER_IS_BETTER and name != PERPLEXITY:
+        return f"{mine - reference:+.3f}"
+    if mine <= 0 or reference <= 0:
+        return "-"
+    return f"x{mine / reference:.2f}" if name == PERPLEXITY else f"{mine / reference:.1%}"
 
 
-def _speeds(
-    name: str, reference: str | None, times: Mapping[int, Mapping[str, float]]
-) -> list[str]:
+def speeds(name: str, reference: str | None, times: Mapping[int, Mapping[str, float]]) -> list[str]:
+    """Return milliseconds and speed-up of a model for each batch size."""
     cells = []
     for measured in times.values():
         mine, teacher = measured.get(name), measured.get(reference or TEACHER)
@@ -157,7 +205,7 @@ def _speeds(
 
 
 def candidate_rows(candidates: Sequence[CandidateReport]) -> list[list[str]]:
-    """Titles, then one row per candidate; metric and trade-off are fractions."""
+    """Return titles, then one row per candidate; metric and trade-off are fractions."""
     rows = [["iteration", "sparsity", "parameters", "metric", "trade-off", "chosen"]]
     for row in candidates:
         weighed = [_fraction(row["metric"]), _fraction(row["tradeoff"])]
@@ -170,22 +218,28 @@ def _fraction(value: float | None) -> str:
     return f"{value:.4f}" if is_number(value) else "-"
 
 
-def pool_rows(pool: PoolReport) -> list[list[str]]:
-    """Titles, then one row per teacher."""
-    rows = [["taught by", pool["distribution"], "steps", "ranked by"]]
+def pool_rows(pool: PoolReport, metric_name: str) -> list[list[str]]:
+    """Return titles, then one row per teacher; `score` is what the teacher is worth."""
+    is_ranked = any(one["score"] is not None for one in pool["teachers"])
+    rows = [["taught by", pool["distribution"], "steps"]]
+    rows[0] += [f"{metric_name} (validation)"] if is_ranked else []
     for one in pool["teachers"]:
-        weighed = [f"{one['weight']:.3f}", f"{one['steps']:,}", _fraction(one["score"])]
-        rows.append([one["name"], *weighed])
+        ranked_by = [score(metric_name, _as_metric(metric_name, one["score"]))] if is_ranked else []
+        rows.append([one["name"], f"{one['weight']:.3f}", f"{one['steps']:,}", *ranked_by])
     return rows
 
 
+def _as_metric(name: str, worth: float | None) -> float | None:
+    """Return the metric behind a worth: higher is always worth more, so the sign may be turned."""
+    return -worth if is_number(worth) and name in LOWER_IS_BETTER else worth
+
+
 def stage_rows(report: Report) -> list[list[str]]:
-    """Titles, then one row per stage."""
+    """Return titles, then one row per stage."""
     rows = [["stage", "steps", "time", "tokens/s", "peak memory"]]
     for stage in report["stages"]:
-        speed = (
-            f"{stage['tokens_per_second']:,.0f}" if is_number(stage["tokens_per_second"]) else "-"
-        )
+        trained = stage["steps"] > 0 and is_number(stage["tokens_per_second"])
+        speed = f"{stage['tokens_per_second']:,.0f}" if trained else "-"
         memory = gigabytes(stage["peak_memory_bytes"])
         rows.append(
             [stage["name"], f"{stage['steps']:,}", duration(stage["seconds"]), speed, memory]
@@ -194,7 +248,7 @@ def stage_rows(report: Report) -> list[list[str]]:
 
 
 def aligned_rows(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines: first cells at the left of their column, others at the right."""
+    """Return lines: first cells at the left of their column, others at the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
@@ -204,7 +258,7 @@ def aligned_rows(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def short_count(number: float) -> str:
-    """A large number in three or more digits: 22.71M."""
+    """Return a large number in three or more digits: 22.71M."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.2f}{unit}"
@@ -212,12 +266,12 @@ def short_count(number: float) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """Bytes in decimal gigabytes."""
+    """Return bytes in decimal gigabytes."""
     return f"{size / 1e9:.2f} GB"
 
 
 def duration(seconds: float) -> str:
-    """Hours and minutes, minutes and seconds, or seconds."""
+    """Return hours and minutes, minutes and seconds, or seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -33,6 +33,7 @@ from megakd.progress import Reporter
 from megakd.recipes import baseline_stage
 from megakd.report import AssistantReport, LatencyReport, Report, Speedup, environment, write_report
 from megakd.report_table import largest, result_table
+from megakd.samples import Sampler, held_out_prompts
 from megakd.stage import StageResult
 from megakd.stage_run import RESULT
 from megakd.trackers import check_trackers, make_trackers
@@ -127,12 +128,16 @@ def _report(
 ) -> Report:
     config = lab.config
     preset = scoring_preset(config.student.deepspeed)
+    sampler = Sampler(held_out_prompts(lab.held_out, prepared.tokenizer, config.task, ranks.device))
     scored = {
-        name: lab.score(lab.source(result.folder), preset)
-        for name, result in {"student": student, **baselines}.items()
+        name: lab.score(lab.source(result.folder), preset, look=sampler.asking(name))
+        for name, result in {STUDENT: student, **baselines}.items()
     }
-    teachers = {name: lab.score_teacher(name) for name in lab.teacher_folders}
-    latency = on_main(lambda: _latency(lab, student.folder, ranks.device))
+    teachers = {
+        name: lab.score_teacher(name, look=sampler.asking(name)) for name in lab.teacher_folders
+    }
+    students = {STUDENT: student.folder, **{n: made.folder for n, made in baselines.items()}}
+    latency = on_main(lambda: _latency(lab, students, ranks.device))
     return Report(
         method=config.method.name,
         task=config.task.dataset,
@@ -149,6 +154,7 @@ def _report(
         latency=latency,
         cost=lab.record.cost,
         pool=lab.record.pool,
+        samples=sampler.samples(teacher=largest(teachers), student=STUDENT),
         environment=environment(
             ranks=ranks.world_size,
             device=ranks.device,
@@ -178,13 +184,13 @@ def _stage_entry(result: StageResult) -> Any:
     }
 
 
-def _latency(lab: Lab, student: Path, device: torch.device) -> list[LatencyReport]:
-    """All models side by side on rank 0, where the whole teacher fits beside the others."""
+def _latency(lab: Lab, students: Mapping[str, Path], device: torch.device) -> list[LatencyReport]:
+    """Time all models side by side on rank 0, if the whole teacher fits beside the others."""
     teachers = {name: folder for name, folder in lab.teacher_folders.items() if folder}
     if not teachers:
         return []
     assistants = {made.name: made.folder for made in lab.record.assistants}
-    models = {**teachers, **assistants, STUDENT: student}
+    models = {**teachers, **assistants, **students}
     if 2 * sum(map(weight_bytes, models.values())) > psutil.virtual_memory().available:
         logger.warning("the teacher is too large to time on one rank: no latency in the report")
         return []

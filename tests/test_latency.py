@@ -60,6 +60,19 @@ def test_the_median_of_each_model_is_told(monkeypatch) -> None:
     assert [(entry["model"], entry["batch"]) for entry in found] == [("a", 1), ("b", 1)]
 
 
+def test_each_time_says_what_was_timed_and_where() -> None:
+    models = {"a": llama(), "b": llama().to(torch.bfloat16)}
+
+    found = measure_latencies(models, batches=(2,), length=4, repeats=1)
+
+    threads = torch.get_num_threads()
+    assert {entry["device"] for entry in found} == {
+        f"cpu ({threads} thread{'' if threads == 1 else 's'})"
+    }
+    assert [entry["length"] for entry in found] == [4, 4]
+    assert [entry["dtype"] for entry in found] == ["float32", "bfloat16"]
+
+
 def test_the_forward_has_the_given_shape_without_dropout_or_gradient() -> None:
     model = llama().train()
     calls = seen_by(model)

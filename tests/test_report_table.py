@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from reports import chosen_report, report_of
+from reports import chosen_report, language_report, report_of
 
 from megakd.report_table import milliseconds, result_table
 
@@ -37,7 +37,7 @@ def test_the_table_is_aligned() -> None:
     lines = result_table(report_of()).splitlines()
 
     assert len({len(line) for line in lines[2:6]}) == 1
-    assert lines[2].split()[:2] == ["parameters", "encoder"]
+    assert lines[2].split()[:2] == ["parameters", "non-embedding"]
     assert "ms (batch 32)" in lines[2]
 
 
@@ -52,24 +52,76 @@ def test_the_table_says_what_was_scored_and_what_it_cost() -> None:
     assert "the student is in runs/quickstart/final" in table
 
 
-def test_a_perplexity_is_no_percentage_and_kept_in_inverse_proportion() -> None:
-    report = report_of(metric_name="perplexity", baselines={}, speedup=None)
-    report["teacher"] = {"parameters": 2, "encoder_parameters": 1, "metrics": {"perplexity": 8.0}}
-    report["student"]["metrics"] = {"perplexity": 10.0}
+def test_of_a_perplexity_the_factor_is_told_and_nothing_is_kept() -> None:
+    table = result_table(language_report())
 
-    table = result_table(report)
-
-    assert cells(table, "student") == [
-        *("student", "2.09M", "99.97k", "8.4", "10.000", "80.0%", "-", "-"),
-    ]
-    assert cells(table, "teacher")[3:6] == ["-", "8.000", "100.0%"]
+    assert cells(table, "teacher")[4:] == ["8.000", "2.079", "40.0%", "x1.00"]
+    assert cells(table, "student")[4:] == ["10.000", "2.303", "40.0%", "x1.25"]
+    assert cells(table, "alone")[-1] == "x2.00"
+    assert "vs teacher" in table
+    assert "kept" not in table
+    assert "perplexity, loss: lower is better" in table.splitlines()
 
 
-def test_a_run_without_teacher_or_stages_has_a_table() -> None:
+def test_of_other_metrics_that_should_be_low_the_difference_is_told() -> None:
+    table = result_table(language_report() | {"metric_name": "loss"})
+
+    assert cells(table, "student")[-1] == "+0.224"
+    assert cells(table, "teacher")[-1] == "+0.000"
+
+
+def test_of_a_score_the_share_is_told_and_no_direction() -> None:
+    table = result_table(report_of())
+
+    assert "kept" in table
+    assert "vs teacher" not in table
+    assert "lower is better" not in table
+
+
+def test_a_teacher_ranked_by_perplexity_shows_its_perplexity() -> None:
+    """What a teacher is worth is minus its perplexity."""
+    one = {"name": "small", "weight": 1.0, "steps": 4, "score": -12.5}
+    pool = {"distribution": "dev_score", "teachers": [one]}
+
+    table = result_table(language_report(pool=pool))
+
+    assert cells(table, "taught by")[-1] == "perplexity (validation)"
+    assert cells(table, "small") == ["small", "1.000", "4", "12.500"]
+
+
+def test_a_pool_that_nobody_ranked_has_no_scores() -> None:
+    one = {"name": "small", "weight": 1.0, "steps": 4, "score": None}
+    table = result_table(report_of(pool={"distribution": "uniform", "teachers": [one]}))
+
+    assert cells(table, "taught by") == ["taught by", "uniform", "steps"]
+
+
+def test_a_run_without_teacher_or_stages_has_a_table_without_comparison() -> None:
     table = result_table(report_of(teacher=None, speedup=None, stages=[], baselines={}))
 
-    assert cells(table, "student")[-3:] == ["-", "-", "-"]
+    assert table.splitlines()[2].split()[-1] == "mean_accuracy_f1"
     assert "teacher" not in table
+
+
+def test_times_say_their_length_device_and_dtype() -> None:
+    note = "ms: median of one forward, 24 tokens per text, float32, on cpu (1 thread)"
+
+    assert note in result_table(chosen_report()).splitlines()
+    assert "ms:" not in result_table(report_of())
+
+
+def test_dtypes_that_differ_are_told_by_model() -> None:
+    report = chosen_report()
+    for entry in report["latency"]:
+        entry["dtype"] = "bfloat16" if entry["model"] == "teacher" else "float32"
+
+    assert "teacher bfloat16, assistant-1 float32, student float32" in result_table(report)
+
+
+def test_a_stage_without_steps_has_no_speed() -> None:
+    stage = report_of()["stages"][0] | {"steps": 0, "tokens_per_second": 0.0, "name": "cut"}
+
+    assert cells(result_table(report_of(stages=[stage])), "cut")[3] == "-"
 
 
 def test_a_score_that_is_null_in_the_file_is_a_dash() -> None:
@@ -86,6 +138,7 @@ def test_an_assistant_stands_between_teacher_and_student() -> None:
     assert names == ["teacher", "assistant-1", "student", "alone"]
     assert cells(table, "assistant-1")[:4] == ["assistant-1", "15.00M", "3.19M", "60.0"]
     assert cells(table, "assistant-1")[-5:] == ["97.6%", "5.00", "2.40x", "101.00", "3.07x"]
+    assert cells(table, "alone")[-4:] == ["2.50", "4.80x", "40.00", "7.75x"]
 
 
 def test_every_batch_that_was_timed_has_its_columns() -> None:

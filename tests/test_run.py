@@ -32,6 +32,7 @@ REPORT_KEYS = {
     "stages",
     "speedup",
     "latency",
+    "samples",
     "cost",
     "pool",
     "environment",
@@ -74,7 +75,7 @@ def test_the_report_has_the_keys_of_the_contract_and_sane_values(out, whole_run)
     assert report["teacher"]["parameters"] > report["student"]["parameters"]
     assert (report["assistants"], report["cost"]) == ([], None)
     assert [(e["model"], e["batch"]) for e in report["latency"]] == [
-        (model, batch) for batch in (1, 32) for model in ("teacher", "student")
+        (model, batch) for batch in (1, 32) for model in ("teacher", "student", "alone")
     ]
     assert report["speedup"].keys() == {"batch", "teacher_ms", "student_ms"}
     assert all(value > 0 for value in report["speedup"].values())

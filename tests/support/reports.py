@@ -65,6 +65,7 @@ def report_of(**changes: Any) -> Report:
         "speedup": {"batch": 32, "teacher_ms": 50.0, "student_ms": 5.0},
         "latency": [],
         "cost": None,
+        "samples": [],
         "environment": {},
     }
     report.update(changes)
@@ -89,11 +90,13 @@ def candidates() -> list[CandidateReport]:
 
 def chosen_report(**changes: Any) -> Report:
     """A report with an assistant, candidates, latencies and cost."""
-    times = {1: (12.0, 5.0, 2.0), 32: (310.0, 101.0, 31.0)}
+    times = {1: (12.0, 5.0, 2.0, 2.5), 32: (310.0, 101.0, 31.0, 40.0)}
+    names = ("teacher", "assistant-1", "student", "alone")
+    place = {"length": 24, "device": "cpu (1 thread)", "dtype": "float32"}
     latency = [
-        {"model": model, "batch": batch, "ms": ms}
+        {"model": model, "batch": batch, "ms": ms, **place}
         for batch, series in times.items()
-        for model, ms in zip(("teacher", "assistant-1", "student"), series, strict=True)
+        for model, ms in zip(names, series, strict=True)
     ]
     return report_of(
         method="minidisc",
@@ -104,3 +107,26 @@ def chosen_report(**changes: Any) -> Report:
         cost={"trials": 1, "seconds": 600.0, "maxidisc_trials": 7, "maxidisc_seconds": 1500.0},
         **changes,
     )
+
+
+def language_report(**changes: Any) -> Report:
+    """A report of a decoder: a perplexity, of which lower is better, and samples."""
+
+    def scored(perplexity: float, loss: float) -> dict[str, float]:
+        return {"perplexity": perplexity, "loss": loss, "accuracy": 0.4}
+
+    report = report_of(
+        task="pydocs",
+        metric_name="perplexity",
+        baselines={"alone": scored(16.0, 2.773)},
+        stages=[],
+        speedup=None,
+        samples=[
+            {"prompt": "Return the", "teacher": "name of the file", "student": "the the <list>"}
+        ],
+        **changes,
+    )
+    assert report["teacher"] is not None
+    report["teacher"]["metrics"] = scored(8.0, 2.079)
+    report["student"]["metrics"] = scored(10.0, 2.303)
+    return report
