@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -19,12 +19,11 @@ from megakd.config import (
     STUDENT,
     RunConfig,
     StudentConfig,
-    TaskType,
     TeacherConfig,
 )
 from megakd.data.encoding import Encoded, encode_splits
 from megakd.data.splits import Splits, load_splits
-from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
+from megakd.data.tokenizers import has_tokenizer_files, load_tokenizer
 from megakd.engine.distributed import gather, main_first
 from megakd.engine.ds_config import check_frozen_stage, load_ds_config
 from megakd.errors import ConfigError, MegakdError, TeacherError
@@ -35,6 +34,7 @@ from megakd.models.loading import ModelSource, check_model, resolve_model, with_
 from megakd.objective import check_terms
 from megakd.stage_losses import shape_of
 from megakd.terms import INTERMEDIATE_TERMS
+from megakd.vocabulary_checks import other_vocabularies, without_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,6 +101,9 @@ def materials(config: RunConfig) -> Materials:
     """
     task, cache = config.task, cache_folder()
     sources, problems = _resolved(config)
+    problems += without_tokenizer(task, sources.values())
+    if problems and not config.teachers:
+        raise TeacherError("\n".join(problems))
     splits = main_first(lambda: load_splits(task, seed=config.seed, cache_dir=cache))
     problems += _strangers(config, sources, splits.label_names)
     folders = [s.folder for s in sources.values() if s.folder]
@@ -109,8 +112,7 @@ def materials(config: RunConfig) -> Materials:
     tokenizer = main_first(
         lambda: load_tokenizer(task, splits, model_folders=folders, cache_dir=cache)
     )
-    if task.tokenizer is None:
-        problems += other_vocabularies(task.type, tokenizer, sources.values())
+    problems += other_vocabularies(task, tokenizer, sources.values())
     if problems:
         raise TeacherError("\n".join(problems))
     pad = cast("int | None", tokenizer.pad_token_id)  # transformers' own type allows several
@@ -186,36 +188,6 @@ def check_losses(config: RunConfig, materials: Materials) -> None:
         )
     for teacher in teachers.values() or (None,):
         check_terms(terms, task, shapes[STUDENT], teacher)
-
-
-def check_vocabularies(
-    task: TaskType, tokenizer: PreTrainedTokenizerBase, sources: Iterable[ModelSource]
-) -> None:
-    """One tokenizer feeds all models, so a model that brings another one cannot take part.
-
-    Raises:
-        TeacherError: naming all such models and both sizes.
-    """
-    problems = list(other_vocabularies(task, tokenizer, sources))
-    if problems:
-        raise TeacherError("\n".join(problems))
-
-
-def other_vocabularies(
-    task: TaskType, tokenizer: PreTrainedTokenizerBase, sources: Iterable[ModelSource]
-) -> Iterator[str]:
-    """Models that bring another tokenizer than the run's, one line each."""
-    vocabulary = tokenizer.get_vocab()
-    for source in sources:
-        if source.folder is None or not has_tokenizer_files(source.folder):
-            continue
-        own = from_folder(source.folder, task)
-        if own.get_vocab() != vocabulary:
-            yield (
-                f"{source.where} {source.name} comes with a tokenizer of {len(own)} tokens, and "
-                f"the run's has {len(tokenizer)} others: soft targets need one vocabulary; choose "
-                f"models of one tokenizer, or set task.tokenizer if they really share it"
-            )
 
 
 def _resolved(config: RunConfig) -> tuple[dict[str, ModelSource], list[str]]:

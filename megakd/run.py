@@ -28,7 +28,7 @@ from megakd.lab import Assistant, Lab, scoring_preset
 from megakd.latency import measure_latencies
 from megakd.methods import METHODS
 from megakd.precision import check_device
-from megakd.preparation import Prepared, check_vocabularies, prepare
+from megakd.preparation import Prepared, prepare
 from megakd.progress import Reporter
 from megakd.recipes import baseline_stage
 from megakd.report import AssistantReport, LatencyReport, Report, Speedup, environment, write_report
@@ -37,6 +37,7 @@ from megakd.samples import Sampler, held_out_prompts
 from megakd.stage import StageResult
 from megakd.stage_run import RESULT
 from megakd.trackers import check_trackers, make_trackers
+from megakd.vocabulary_checks import check_vocabularies
 
 logger = logging.getLogger(__name__)
 TIMED_BATCHES = (1, 32)
@@ -297,6 +298,5 @@ def evaluate_model(config: RunConfig, model: str | None) -> Mapping[str, float]:
         reporter = Reporter(config.output_dir, is_main=False)
         lab = Lab(config, prepared, ranks, reporter)
         source = lab.source(folder)
-        if config.task.tokenizer is None:
-            check_vocabularies(config.task.type, prepared.tokenizer, [source])
+        check_vocabularies(config.task, prepared.tokenizer, [source])
         return lab.score(source, scoring_preset(config.student.deepspeed))["metrics"]

@@ -18,8 +18,9 @@ from megakd.finished_run import model_folder
 from megakd.knowledge import Needs
 from megakd.lab import scoring_preset
 from megakd.models.loading import resolve_model
-from megakd.preparation import cache_folder, check_vocabularies, prepare
+from megakd.preparation import cache_folder, prepare
 from megakd.run import started
+from megakd.vocabulary_checks import check_vocabularies
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,8 +85,7 @@ def _outputs(
     prepared = prepare(config)
     assembly = Assembly(config=config, prepared=prepared, ranks=ranks)
     source = main_first(lambda: resolve_model(str(chosen), config.task, where="student.model"))
-    if config.task.tokenizer is None:
-        check_vocabularies(config.task.type, prepared.tokenizer, [source])
+    check_vocabularies(config.task, prepared.tokenizer, [source])
 
     def encode() -> dict[str, Dataset]:
         rows, content, cache = found.rows, found.content_hash, cache_folder()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from megakd.config import RunConfig, ScratchModel, StudentConfig, TaskConfig, TeacherConfig
+from megakd.config import (
+    FinetuneOverrides,
+    RunConfig,
+    ScratchModel,
+    StudentConfig,
+    TaskConfig,
+    TeacherConfig,
+    TokenizerConfig,
+)
 from megakd.engine import distributed
 from megakd.errors import DataError, ModelError, TeacherError
 from megakd.methods.single import SingleConfig
@@ -151,6 +160,56 @@ def test_a_tokenizer_that_was_chosen_is_taken_at_its_word(data, tmp_path):
     prepared = prepare(config_of(data, teacher=teacher, student=student, tokenizer=student))
 
     assert len(prepared.tokenizer) == len(WORDS) + 1
+
+
+def without_tokenizer(folder: str) -> str:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (Path(folder) / name).unlink()
+    return folder
+
+
+@pytest.mark.parametrize("finetune", [None, FinetuneOverrides()], ids=["given", "finetuned"])
+def test_weights_without_a_tokenizer_are_refused_before_one_is_trained(data, tmp_path, finetune):
+    folder = without_tokenizer(model_folder(tmp_path / "teacher"))
+    config = config_of(data, teacher=folder, student=scratch())
+    config = dataclasses.replace(config, teacher=TeacherConfig(model=folder, finetune=finetune))
+    (data / "train.tsv").unlink()
+
+    with pytest.raises(
+        TeacherError, match=r"teacher\.model: .*teacher has weights and no .*set task\.tokenizer to"
+    ):
+        prepare(config)
+
+
+def test_weights_without_a_tokenizer_do_not_take_that_of_another_model(data, tmp_path):
+    teacher = model_folder(tmp_path / "teacher")
+    student = without_tokenizer(model_folder(tmp_path / "student", num_hidden_layers=1))
+
+    with pytest.raises(TeacherError, match=r"student\.model: .* no tokenizer files"):
+        prepare(config_of(data, teacher=teacher, student=student))
+
+    prepared = prepare(config_of(data, teacher=teacher, student=student, tokenizer=teacher))
+    assert len(prepared.tokenizer) == len(WORDS)
+
+
+def test_a_tokenizer_trained_on_the_text_does_not_replace_the_teachers_own(data, tmp_path):
+    teacher = model_folder(tmp_path / "teacher", vocab_size=400)
+    config = config_of(data, teacher=teacher, student=scratch())
+    recipe = TokenizerConfig(type="wordpiece", vocab_size=300)
+    config = dataclasses.replace(config, task=dataclasses.replace(config.task, tokenizer=recipe))
+
+    with pytest.raises(TeacherError, match=r"teacher comes with a tokenizer of 8 tokens"):
+        prepare(config)
+
+
+def test_a_named_tokenizer_whose_numbers_differ_from_a_models_own_is_told(data, tmp_path, caplog):
+    teacher = model_folder(tmp_path / "teacher")
+    changed = (*WORDS[:-2], WORDS[-1], WORDS[-2], "more")
+    named = model_folder(tmp_path / "named", changed)
+
+    prepare(config_of(data, teacher=teacher, student=scratch(), tokenizer=named))
+
+    assert "teacher.model: 2 of the 8 tokens of the model's own tokenizer" in caplog.text
 
 
 def test_a_teacher_of_other_labels_is_refused_before_it_is_loaded(data, tmp_path):

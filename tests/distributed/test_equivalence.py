@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tiny_runs import save_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -134,6 +135,9 @@ def folder(tmp_path_factory):
     for split, count in {"train": 40, "validation": 13}.items():
         lines = [json.dumps(row) for row in rows(count, seed=count)]
         (data / f"{split}.jsonl").write_text("\n".join(lines))
+    for kind in ("bpe", "wordpiece"):
+        texts = [row["text"] for row in rows(40, seed=40)]
+        save_tokenizer(folder / kind, texts, kind=kind)
     torch.manual_seed(0)
     models = {
         "bert-teacher": AutoModelForSequenceClassification.from_config(bert(4, 32)),
@@ -172,10 +176,7 @@ def config_tree(folder, student, weights, *, student_zero, teacher_zero):
             "type": task,
             "dataset": str(folder / "data"),
             "max_length": 16,
-            "tokenizer": {
-                "type": "bpe" if task == "causal_lm" else "wordpiece",
-                "vocab_size": 300,
-            },
+            "tokenizer": str(folder / ("bpe" if task == "causal_lm" else "wordpiece")),
         },
         "teacher": {"model": str(folder / teacher), "deepspeed": zero(teacher_zero)},
         "student": {"model": str(folder / student), "deepspeed": zero(student_zero)},

@@ -10,7 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from importance_cases import ROWS_PER_BATCH
-from tiny_runs import config_tree, write_config, write_jsonl, write_scored_pairs, write_text
+from tiny_runs import (
+    SENTENCES,
+    config_tree,
+    save_tokenizer,
+    write_config,
+    write_jsonl,
+    write_scored_pairs,
+    write_text,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -71,6 +79,8 @@ def folder(tmp_path_factory) -> Path:
         (folder / language).mkdir()
         write_text(folder / language / "train.txt", documents=20)
         write_text(folder / language / "validation.txt", documents=13)
+    for kind in ("bpe", "wordpiece"):
+        save_tokenizer(folder / kind, [" ".join(WORDS), *SENTENCES], kind=kind)
     names = dict(enumerate(reversed(CLASSES)))
     configs = {
         "classification": bert(id2label=names, label2id={v: k for k, v in names.items()}),
@@ -92,7 +102,7 @@ def write(folder, tmp_path):
     """A config: `write(task, ranks, stage)`."""
 
     def written(task, ranks, stage):
-        kind = {"type": "bpe" if task == "causal_lm" else "wordpiece", "vocab_size": 300}
+        kind = str(folder / ("bpe" if task == "causal_lm" else "wordpiece"))
         zero = ZERO3 if stage == 3 else {"stage": 0}
         tree = config_tree(
             tmp_path / "out",

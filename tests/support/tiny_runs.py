@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 GOOD, BAD, OTHER = "good fine great nice", "bad poor ugly awful", "the a film was it and then we"
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -64,6 +64,19 @@ def write_text(path: Path, *, documents: int = 60) -> Path:
     texts = (". ".join(rng.choices(SENTENCES, k=rng.randint(1, 6))) for _ in range(documents))
     path.write_text("\n\n".join(f"{text}." for text in texts), encoding="utf-8")
     return path
+
+
+def save_tokenizer(
+    folder: Path, texts: Sequence[str], *, kind: Literal["bpe", "wordpiece"]
+) -> Path:
+    """A tokenizer of these texts, for weights that lie somewhere without one."""
+    from megakd.data.vocabularies import train_tokenizer
+
+    tokenizer = train_tokenizer(
+        lambda: list(texts) * 2, kind=kind, vocab_size=300, for_encoder=kind == "wordpiece"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def bert(layers: int, width: int = 16, **keys: Any) -> dict[str, Any]:
