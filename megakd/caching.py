@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megakd.assembly import Assembly
 from megakd.config import RunConfig
 from megakd.errors import ConfigError
 from megakd.lab import Lab
+from megakd.label_check import check_label_orders
 from megakd.precision import check_device
 from megakd.preparation import prepare
 from megakd.run import reporter_of, started
@@ -32,7 +34,9 @@ def cache_teachers(config: RunConfig) -> list[Path]:
         check_device(config, ranks)
         reporter = reporter_of(config, ranks)
         try:
-            lab = Lab(config, prepare(config), ranks, reporter)
+            prepared = prepare(config)
+            check_label_orders(Assembly(config=config, prepared=prepared, ranks=ranks))
+            lab = Lab(config, prepared, ranks, reporter)
             return [lab.cache(lab.teacher(name)) for name in named]
         finally:
             reporter.close()

@@ -136,6 +136,8 @@ class TeacherConfig:
     architecture: Literal["enct5", "t5_encoder"] | None = None
     """What a T5 or mT5 checkpoint is read as; None: enct5."""
     finetune: FinetuneOverrides | None = None
+    label_order: Literal["data"] | None = None
+    """`data`: generic labels (LABEL_0, …) are in the order of the data's; None: that is checked."""
     cache: Path | None = None
     """A folder with its answers to the training rows, from launch/cache_teacher.py, that the
     student learns from in place of the model."""

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from megakd import atomic
+from megakd.assembly import Assembly
 from megakd.best import RECORD
 from megakd.config import STUDENT, RunConfig
 from megakd.config_file import config_tree, dump_config
@@ -25,6 +26,7 @@ from megakd.errors import CheckpointError, ConfigError, MegakdError
 from megakd.export import CardFacts, brings_code, model_card, weight_bytes
 from megakd.finished_run import CONFIG, FINAL, REPORT, finished_table, model_folder
 from megakd.lab import Assistant, Lab, scoring_preset
+from megakd.label_check import check_label_orders
 from megakd.latency import measure_latencies
 from megakd.methods import METHODS
 from megakd.precision import check_device
@@ -83,6 +85,7 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     check_device(config, ranks)
     reporter = reporter_of(config, ranks)
     prepared = prepare(config)
+    check_label_orders(Assembly(config=config, prepared=prepared, ranks=ranks))
     on_main(lambda: _record_config(config))
     try:
         lab = Lab(config, prepared, ranks, reporter)

@@ -36,18 +36,18 @@ def label_order(
     names = model_label_names(model_config)
     if len(names) != len(label_names):
         raise ModelError(
-            f"{where}: the model has {len(names)} labels ({_listed(names)}) and the data"
-            f" {len(label_names)} ({_listed(label_names)}); {_finetune(where)}give a model that"
+            f"{where}: the model has {len(names)} labels ({listed(names)}) and the data"
+            f" {len(label_names)} ({listed(label_names)}); {_finetune(where)}give a model that"
             " was fine-tuned on these labels"
         )
-    if all(GENERIC.fullmatch(name) for name in names):
-        return None
+    if generic_labels(model_config):
+        return None  # in the order that `label_check` has looked at
     columns = {name.casefold(): column for column, name in enumerate(names)}
     order = tuple(columns.get(name.casefold(), -1) for name in label_names)
     if sorted(order) != list(range(len(names))):
         raise ModelError(
-            f"{where}: the model's labels ({_listed(names)}) are not those of the data"
-            f" ({_listed(label_names)}); {_finetune(where)}correct id2label in the model's"
+            f"{where}: the model's labels ({listed(names)}) are not those of the data"
+            f" ({listed(label_names)}); {_finetune(where)}correct id2label in the model's"
             " config.json"
         )
     return None if order == tuple(range(len(names))) else order
@@ -59,8 +59,13 @@ def labels_agree(model_config: PretrainedConfig, label_names: Sequence[str]) -> 
     if not label_names:
         return len(names) == 1
     same = [name.casefold() for name in names] == [name.casefold() for name in label_names]
-    generic = all(GENERIC.fullmatch(name) for name in names)
-    return same or (generic and len(names) == len(label_names))
+    return same or (generic_labels(model_config) is not None and len(names) == len(label_names))
+
+
+def generic_labels(model_config: PretrainedConfig) -> tuple[str, ...] | None:
+    """The names of a model's labels if all of them are LABEL_0, LABEL_1, …; else None."""
+    names = model_label_names(model_config)
+    return names if names and all(GENERIC.fullmatch(name) for name in names) else None
 
 
 def model_label_names(model_config: PretrainedConfig) -> tuple[str, ...]:
@@ -82,5 +87,6 @@ def _finetune(where: str) -> str:
     return f"set {owner}.finetune or " if owner.startswith("teacher") else ""
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first names, for a message."""
     return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
