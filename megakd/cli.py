@@ -23,12 +23,14 @@ from megakd.config_file import dump_config, load_config
 from megakd.config_messages import suggestion
 from megakd.config_schema import defaults, paths_ending_in, variants
 from megakd.config_synonyms import synonyms
-from megakd.errors import ConfigError, MegakdError
+from megakd.errors import ConfigError, MegakdError, PeerLostError
 from megakd.methods import MethodConfig
 from megakd.planning.options import add_plan_options, cluster_of
+from megakd.signals import Stopped, watched
 from megakd.terms import TermConfig
 
 _USER_ERROR = 2
+_PEER_LOST = 1
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +111,15 @@ def _overview() -> str:
 
 def _guarded(command: Callable[[], int]) -> int:
     try:
-        return command()
+        with watched():
+            return command()
+    except Stopped as stop:
+        if _is_rank_0():
+            sys.stderr.write(f"megakd: {stop}\n")
+        return stop.exit_code
+    except PeerLostError as error:
+        sys.stderr.write(f"megakd: {error}\n")  # by every rank: rank 0 may be the lost one
+        return _PEER_LOST
     except MegakdError as error:
         if _is_rank_0():
             sys.stderr.write(f"megakd: error: {error}\n")

@@ -27,3 +27,11 @@ class TrainingError(MegakdError):
 
 class CheckpointError(MegakdError):
     """A checkpoint cannot be written, read or continued."""
+
+
+class InUseError(MegakdError):
+    """Another run holds the output folder."""
+
+
+class PeerLostError(MegakdError):
+    """Another rank has ended while this one waited for it."""

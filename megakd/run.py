@@ -36,6 +36,7 @@ from megakd.recipes import baseline_stage
 from megakd.report import AssistantReport, LatencyReport, Report, Speedup, environment, write_report
 from megakd.report_table import largest, result_table
 from megakd.samples import Sampler, held_out_prompts
+from megakd.signals import Stopped
 from megakd.stage import StageResult
 from megakd.stage_run import RESULT
 from megakd.trackers import check_trackers, make_trackers
@@ -75,8 +76,12 @@ def started() -> Iterator[Ranks]:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     failed = True
     try:
-        yield ranks
+        with distributed.reports_lost_peer():
+            yield ranks
         failed = False
+    except Stopped as stop:
+        failed = not stop.saved  # all ranks stop together then
+        raise
     finally:
         distributed.stop(failed=failed)
 

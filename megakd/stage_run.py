@@ -12,14 +12,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megakd import atomic
+from megakd import atomic, signals
 from megakd.assembly import Assembly
 from megakd.best import RECORD, Best
 from megakd.checkpoint import Checkpoints, seed_everything
 from megakd.data.encoding import labelled_only
 from megakd.data.loader import StepLoader, StepShape
 from megakd.early_stopping import EarlyStopping
-from megakd.engine.distributed import all_reduce_, gather, on_main, together
+from megakd.engine.distributed import gather, on_main, together
+from megakd.engine.stop_vote import StopVote, agreed_signal
 from megakd.engine.student import StudentEngine, device_batch
 from megakd.errors import CheckpointError
 from megakd.evaluation import WHOLE, Evaluation, MetricJudge
@@ -72,6 +73,7 @@ class StageRun:
         steps = total_steps(train, self.loader.steps_per_epoch)
         self.steps = stage.episodes * steps
         rate = learning_rate_schedule(train, steps)
+        self.stop_vote = StopVote()
         self.trainer = Trainer(
             student=self.student,
             teachers=teachers,
@@ -106,7 +108,7 @@ class StageRun:
         )
 
     def _count_units(self, batches: Sequence[Batch]) -> Tensor:
-        return all_reduce_(count_units(batches))
+        return self.stop_vote.sum_counts(count_units(batches))
 
     @property
     def keeps_best(self) -> bool:
@@ -125,7 +127,7 @@ class StageRun:
         on_main(lambda: self.reporter.begin(self.stage.name, self.extent(start)))
         self.trainer.strategy.begin(self.student, start)
         self.health.begin()
-        with closing(self._on_device(start)) as steps:
+        with signals.deferred(), closing(self._on_device(start)) as steps:
             for report in self.trainer.fit(steps):
                 self._after_step(report)
                 if self.stopping.stopped:
@@ -195,8 +197,14 @@ class StageRun:
             self._evaluate(step)
         if self.stopping.stopped and not last:
             self._stop_early(step)
-        if last or self.stopping.stopped or _due(step, self.config.save.save_steps):
+        last = last or self.stopping.stopped
+        is_told = self.stop_vote.passed()
+        if last or is_told or _due(step, self.config.save.save_steps):
             self._save(step)
+        # A signal in the last step may have come too late for the vote.
+        number = agreed_signal() if is_told or last else 0
+        if number:
+            raise signals.stopped(number, f"{self.stage.name} saved at step {step}")
 
     def _stop_early(self, step: int) -> None:
         """Log the steps since the last logging step, as at the end of any stage."""

@@ -10,7 +10,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,11 +21,18 @@ import torch
 import torch.distributed as dist
 
 from megakd.engine import leftovers
-from megakd.errors import MegakdError
+from megakd.errors import MegakdError, PeerLostError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# In the words of gloo, of the sockets below it, and of NCCL.
+_PEER_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+)
 
 
 @dataclass(frozen=True)
@@ -269,6 +277,25 @@ def all_reduce_(tensor: torch.Tensor, *, largest: bool = False) -> torch.Tensor:
     return tensor
 
 
+@contextmanager
+def reports_lost_peer() -> Iterator[None]:
+    """Turn the failure of a collective whose other end is gone into one line.
+
+    Raises:
+        PeerLostError: another rank has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = next((words for words in _PEER_LOST if words in str(error)), None)
+        if reason is None:
+            raise
+        raise PeerLostError(
+            f"rank {os.environ.get('RANK', '0')} ends because another rank has ended ({reason}); "
+            f"see what that rank or its launcher says"
+        ) from error
+
+
 def stop(*, failed: bool = False) -> None:
     """Leaves the process group; without this a gloo run aborts at exit.
 
@@ -278,5 +305,6 @@ def stop(*, failed: bool = False) -> None:
     gc.collect()
     if dist.is_initialized():
         if not failed:
-            dist.barrier()
+            with reports_lost_peer():
+                dist.barrier()
         dist.destroy_process_group()

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from megakd.engine import distributed
-from megakd.errors import MegakdError
+from megakd.errors import MegakdError, PeerLostError
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -80,3 +80,18 @@ def test_a_compressed_host_list_without_scontrol_says_what_to_set(monkeypatch, t
 
     with pytest.raises(MegakdError, match=r"SLURM_NODELIST='node-\[1-2\]'.*set MASTER_ADDR"):
         distributed.adopt_slurm_variables()
+
+
+def test_a_collective_whose_other_end_is_gone_is_one_line(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+
+    with (
+        pytest.raises(PeerLostError, match="rank 3 ends because another rank has ended"),
+        distributed.reports_lost_peer(),
+    ):
+        raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:4711")
+
+
+def test_another_failure_of_the_same_type_is_shown_as_it_is():
+    with pytest.raises(RuntimeError, match="shape"), distributed.reports_lost_peer():
+        raise RuntimeError("wrong shape")

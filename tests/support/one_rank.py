@@ -11,6 +11,7 @@ import io
 import logging
 import multiprocessing
 import os
+import signal
 import traceback
 from multiprocessing.connection import Connection
 from typing import NamedTuple
@@ -37,16 +38,16 @@ class OneRank:
         self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
 
-    def train(self, *arguments: object) -> Said:
-        """`launch/train.py ARGUMENTS`."""
-        return self._run("train_main", *arguments)
+    def train(self, *arguments: object, stop_at: tuple[str, int] | None = None) -> Said:
+        """`launch/train.py ARGUMENTS`; SIGTERM comes after a step of a stage, if one is named."""
+        return self._run("train_main", *arguments, stop_at=stop_at)
 
     def megakd(self, *arguments: object) -> Said:
         """`megakd ARGUMENTS`."""
         return self._run("main", *arguments)
 
-    def _run(self, entry: str, *arguments: object) -> Said:
-        self._end.send((entry, [str(argument) for argument in arguments]))
+    def _run(self, entry: str, *arguments: object, stop_at: tuple[str, int] | None = None) -> Said:
+        self._end.send((entry, [str(argument) for argument in arguments], stop_at))
         if not self._end.poll(TIMEOUT_S):
             self.stop()
             raise TimeoutError(f"no answer to {arguments} in {TIMEOUT_S} s")
@@ -65,13 +66,16 @@ def _serve(requests: Connection) -> None:
     import megakd.assembly
     from megakd import cli
     from megakd.engine import distributed
+    from megakd.stage_run import StageRun
 
     loaded: list[str] = []
     _note_loads(megakd.assembly, loaded)
+    stops: list[tuple[str, int] | None] = [None]
+    _send_signals(StageRun, stops)
     distributed.stop = lambda **_: None
     while True:
         try:
-            entry, arguments = requests.recv()
+            entry, arguments, stops[0] = requests.recv()
         except EOFError:
             return
         loaded.clear()
@@ -86,6 +90,17 @@ def _note_loads(assembly, loaded: list[str]) -> None:
         return load_model(source, **facts)
 
     assembly.load_model = noting
+
+
+def _send_signals(stage_run, stops: list[tuple[str, int] | None]) -> None:
+    after_step = stage_run._after_step
+
+    def signalling(self, report):
+        if stops[0] == (self.stage.name, self.trainer.step):
+            signal.raise_signal(signal.SIGTERM)
+        after_step(self, report)
+
+    stage_run._after_step = signalling
 
 
 def _answer(command, arguments: list[str], loaded: list[str]) -> tuple[Said | None, str]:

@@ -1,0 +1,47 @@
+"""Ranks that agree to stop, without a collective or a wait of its own.
+
+The flag of every rank travels with the unit counts of a step, which are summed over the ranks
+anyway. The sum is copied to the host while the step computes and read when the step has been
+issued: an accelerator has the whole step left to do at that time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megakd import signals
+from megakd.engine.distributed import all_reduce_, gather
+
+
+class StopVote:
+    """Tells all ranks alike, at the end of the same step, that one of them is to stop."""
+
+    def __init__(self) -> None:
+        self._flags: Tensor | None = None
+        self._votes: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def sum_counts(self, counts: Tensor) -> Tensor:
+        """Return the sum of an integer vector over the ranks, with this rank's vote beside it."""
+        if self._flags is None:  # made once: a step must not copy from the host
+            self._flags = torch.tensor([[0], [1]], dtype=counts.dtype, device=counts.device)
+        summed = all_reduce_(torch.cat([counts, self._flags[int(signals.requested() > 0)]]))
+        self._votes = summed[-1].to("cpu", non_blocking=True)
+        if counts.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return summed[:-1]
+
+    def passed(self) -> bool:
+        """Return true if any rank was to stop when the last counts were summed."""
+        if self._votes is None:
+            return False
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._votes.item() > 0
+
+
+def agreed_signal() -> int:
+    """Return the stop signal that has come to any rank, or 0; a collective."""
+    return max(gather(signals.requested()))

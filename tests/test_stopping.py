@@ -1,0 +1,88 @@
+"""A run that is told to stop saves at the next step and goes on from there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import bert, config_tree, write_config, write_reviews
+from whole_run import finish, records
+
+STEPS = 8
+# What does not depend on how long things take.
+LOSS, SCORE = "train/loss", "eval/accuracy"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    """Logs, evaluates and saves at steps that no stop in this file falls on."""
+    folder = tmp_path_factory.mktemp("stopping")
+    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
+    tree = config_tree(
+        folder / "unused",
+        task,
+        student={"model": bert(1)},
+        eval={"eval_steps": 4},
+        save={"save_steps": 7},
+        log={"logging_steps": 2, "report_to": []},
+    )
+    tree["train"] |= {"max_steps": STEPS}
+    return write_config(folder / "run.yaml", tree)
+
+
+@pytest.fixture(scope="module")
+def truth(one_rank, config, tmp_path_factory) -> Path:
+    """The run that nobody stops."""
+    out = tmp_path_factory.mktemp("truth") / "out"
+    finish(one_rank, config, f"output_dir={out}")
+    return out
+
+
+def logged(out: Path) -> list[dict[str, Any]]:
+    kept = ("step", LOSS, SCORE)
+    return [{k: r[k] for k in kept if k in r} for r in records(out, "student")]
+
+
+def weights(out: Path) -> bytes:
+    return (out / "final" / "model.safetensors").read_bytes()
+
+
+def saved(out: Path) -> set[str]:
+    return {path.name for path in (out / "checkpoints" / "student").glob("step-*")}
+
+
+@pytest.mark.parametrize(
+    ("stop", "at"),
+    [
+        pytest.param(2, 3, id="between all that is due"),
+        # The evaluation of step 4 comes before the checkpoint: a resumed run does not repeat it.
+        pytest.param(3, 4, id="where an evaluation is due"),
+        pytest.param(STEPS, STEPS, id="after the last step"),
+    ],
+)
+def test_a_stopped_run_saves_once_and_ends_as_if_it_had_never_been_stopped(
+    one_rank, config, truth, tmp_path, stop, at
+):
+    out = tmp_path / "out"
+
+    said = one_rank.train("--config", config, f"output_dir={out}", stop_at=("student", stop))
+
+    assert said.code == 143, said.err
+    assert said.err.splitlines()[-1] == (
+        f"megakd: stopped by SIGTERM, student saved at step {at}; start the same command again "
+        "to go on"
+    )
+    assert f"step-{at}" in saved(out)
+    assert not (out / "report.json").exists()
+    assert not (out / "lock.json").exists()
+    said = finish(one_rank, config, f"output_dir={out}")
+    assert f"student: resumed at step {at} from" in said.err
+    assert weights(out) == weights(truth)
+    assert logged(out) == logged(truth)
+
+
+def test_a_run_that_is_not_told_to_stop_saves_where_its_config_says(truth):
+    assert saved(truth) == {"step-7", f"step-{STEPS}"}
+    assert "student" in json.loads((truth / "report.json").read_text())
