@@ -7,6 +7,7 @@ from pathlib import Path
 from megakd.assembly import Assembly
 from megakd.config import RunConfig
 from megakd.errors import ConfigError
+from megakd.holder import held
 from megakd.lab import Lab
 from megakd.label_check import check_label_orders
 from megakd.precision import check_device
@@ -30,7 +31,7 @@ def cache_teachers(config: RunConfig) -> list[Path]:
             "no teacher has a cache: set teacher.cache (of a pool, teachers[0].cache, …) to the "
             "folder that its answers go to"
         )
-    with started() as ranks:
+    with started() as ranks, held(config.output_dir):
         check_device(config, ranks)
         reporter = reporter_of(config, ranks)
         try:

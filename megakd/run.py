@@ -25,6 +25,7 @@ from megakd.engine.memory import keep_freed_memory
 from megakd.errors import CheckpointError, ConfigError, MegakdError
 from megakd.export import CardFacts, brings_code, model_card, weight_bytes
 from megakd.finished_run import CONFIG, FINAL, REPORT, finished_table, model_folder
+from megakd.holder import held
 from megakd.lab import Assistant, Lab, scoring_preset
 from megakd.label_check import check_label_orders
 from megakd.latency import measure_latencies
@@ -60,7 +61,7 @@ def run(config: RunConfig, *, command: str) -> str:
     if table is not None:
         return table
     check_output_folder(config)
-    with started() as ranks:
+    with started() as ranks, held(config.output_dir):
         return _run(config, command, ranks)
 
 

@@ -1,0 +1,287 @@
+"""One run at a time in an output folder.
+
+`lock.json` names the run that holds the folder: host, process, its start. It is made by a hard
+link, which fails if the name exists, on network storage too. A holder that was killed leaves the
+file behind, and the next run takes it over: at once if the dead process was one of this host,
+else after a minute without a sign of life, which a living holder gives every few seconds.
+
+Two runs may find the same holder dead at the same time. A run therefore claims the place of a dead
+holder by a file that is named after that holder, which only one of them can make.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from megakd.engine.distributed import on_main
+from megakd.errors import CheckpointError, InUseError
+
+logger = logging.getLogger(__name__)
+LOCK = "lock.json"
+BEAT_S = 10.0
+# Network storage may show a change of another host only after a minute.
+DEAD_AFTER_S = 90.0
+LOOK_EVERY_S = 1.0
+NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds an output folder.
+
+    place: host, boot and process namespace: where the process number means something.
+    start: the start of the process, which tells it from a later one with the same number.
+    """
+
+    host: str
+    pid: int
+    since: str
+    place: str
+    start: str
+    key: str
+
+    def is_alive_here(self) -> bool:
+        """Return true if the process runs; asked on the holder's own host only."""
+        try:
+            return process_start(self.pid) == self.start
+        except psutil.AccessDenied:  # another user's
+            return True
+
+
+def this_process() -> Holder:
+    """Return the holder that this process will be."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    start = process_start(os.getpid()) or ""
+    return Holder(socket.gethostname(), os.getpid(), since, _place(), start, uuid.uuid4().hex)
+
+
+def _place() -> str:
+    parts = [socket.gethostname()]
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if boot.is_file():
+        parts.append(boot.read_text(encoding="ascii").strip())
+    namespace = Path("/proc/self/ns/pid")
+    if namespace.is_symlink():
+        parts.append(str(namespace.readlink()))
+    return " ".join(parts)
+
+
+def process_start(pid: int) -> str | None:
+    """Return when a process started; None if it does not run."""
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        started = process.create_time()
+    except psutil.NoSuchProcess:
+        return None
+    # In ticks since the boot where the system counts so: setting the clock does not change them.
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except OSError:
+        return f"{started:.2f}"
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold an output folder on rank 0 for the length of the body; a collective.
+
+    Raises:
+        InUseError: another run holds the folder, on all ranks alike.
+    """
+    lock: FolderLock | None = None
+
+    def take() -> None:
+        nonlocal lock
+        lock = FolderLock(folder)
+        lock.take()
+
+    on_main(take)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+class FolderLock:
+    """The lock of one folder, for one process.
+
+    Args:
+        folder: the folder.
+        lost: called, in a thread, if another run has taken the lock of this living holder.
+    """
+
+    def __init__(self, folder: Path, lost: Callable[[Path], None] | None = None) -> None:
+        self.path = folder / LOCK
+        self.holder = this_process()
+        self._lost = lost or _end_at_once
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._give_signs, name="lock", daemon=True)
+
+    def take(self) -> None:
+        """Hold the folder from now on.
+
+        Raises:
+            InUseError: another run holds the folder.
+            CheckpointError: the folder cannot be written to.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            while not self._try():
+                pass
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be written: {error}") from error
+        self._thread.start()
+
+    def release(self) -> None:
+        """Let other runs have the folder."""
+        self._released.set()
+        self._thread.join()
+        if read_holder(self.path) == self.holder:
+            self.path.unlink(missing_ok=True)
+
+    def _try(self) -> bool:
+        """Return true if this process holds the folder, false if the holder has changed.
+
+        Raises:
+            InUseError: a living run holds the folder.
+        """
+        if self._create(self.path):
+            return True
+        last, path = self._last()
+        if last is None:
+            return False
+        is_dead = self._is_dead(last, path)
+        if self._last()[0] != last:
+            return False
+        if not is_dead:
+            raise InUseError(self._message(last))
+        claim = self._claim_on(last)
+        if not self._create(claim):
+            return False
+        # Between the look and the claim another run may have come and gone.
+        is_ours = self._last()[0] == self.holder
+        if is_ours:
+            self._write(self._draft)
+            self._draft.replace(self.path)
+        claim.unlink(missing_ok=True)
+        return is_ours
+
+    def _last(self) -> tuple[Holder | None, Path]:
+        """Follow the claims from the first holder to the one that nobody has replaced."""
+        path = self.path
+        last = read_holder(path)
+        while last is not None:
+            claim = self._claim_on(last)
+            following = read_holder(claim)
+            if following is None:
+                break
+            last, path = following, claim
+        return last, path
+
+    def _claim_on(self, holder: Holder) -> Path:
+        return self.path.with_name(f".{LOCK}.after-{holder.key}")
+
+    @property
+    def _draft(self) -> Path:
+        return self.path.with_name(f".{LOCK}.{self.holder.key}")
+
+    def _write(self, path: Path, mode: str = "w") -> None:
+        with path.open(mode, encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(self.holder), indent=2) + "\n")
+
+    def _create(self, path: Path) -> bool:
+        """Make a file that names this process; return false if the file exists."""
+        try:
+            self._write(self._draft)
+            os.link(self._draft, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_HARD_LINKS:
+                raise
+            return self._create_unlinked(path)
+        finally:
+            self._draft.unlink(missing_ok=True)
+        return True
+
+    def _create_unlinked(self, path: Path) -> bool:
+        """Do the same on storage without hard links, where a reader may see a half file."""
+        try:
+            self._write(path, "x")
+        except FileExistsError:
+            return False
+        return True
+
+    def _is_dead(self, holder: Holder, path: Path) -> bool:
+        if holder.place == self.holder.place:
+            return not holder.is_alive_here()
+        logger.warning(
+            "%s names process %d on %s, which cannot be seen from this host: waiting up to %.0f s "
+            "for a sign of life",
+            *(path, holder.pid, holder.host, DEAD_AFTER_S),
+        )
+        first, deadline = _changed_at(path), time.monotonic() + DEAD_AFTER_S
+        while time.monotonic() < deadline:
+            time.sleep(LOOK_EVERY_S)
+            if _changed_at(path) != first:
+                return False
+        return True
+
+    def _message(self, holder: Holder) -> str:
+        return (
+            f"{self.path.parent} is in use by another run: process {holder.pid} on {holder.host}, "
+            f"since {holder.since}; wait until that run ends, stop it, or use another output_dir. "
+            f"If that process is not a run of this folder, remove {self.path}"
+        )
+
+    def _give_signs(self) -> None:
+        """Touch the lock every few seconds; end if it is another run's."""
+        while not self._released.wait(BEAT_S):
+            try:
+                if read_holder(self.path) != self.holder and not self._create(self.path):
+                    self._lost(self.path)
+                    return
+                os.utime(self.path)
+            except OSError as error:  # the storage may be back at the next sign
+                logger.warning("%s could not be touched: %s", self.path, error)
+
+
+def read_holder(path: Path) -> Holder | None:
+    """Return who a lock names; None if there is no lock."""
+    try:
+        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):  # half a file, of a holder that may still be writing
+        return Holder("an unknown host", 0, "an unknown time", "", "", "unreadable")
+
+
+def _changed_at(path: Path) -> int | None:
+    """Return the time of the last change, which network storage tells only of an open file."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _end_at_once(path: Path) -> None:
+    message = f"megakd: error: another run has taken {path} over: this run ends\n"
+    os.write(2, message.encode())
+    os._exit(2)
