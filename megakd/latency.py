@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 
 WARM_UP_FORWARDS = 3
+LONG_FORWARD_MS = 100.0
+"""A forward that takes longer needs no second one to warm up: start-up costs vanish in it."""
+LEAST_REPEATS, ENOUGH_MS = 5, 2000.0
+"""Timing of a batch ends after this long, all models together, but not before so many rounds."""
 
 
 def measure_latencies(
@@ -41,7 +45,8 @@ def measure_latencies(
         models: by name; a loaded model is used where it is, a Hugging Face folder is loaded.
         batches: texts per forward, one measurement each.
         length: tokens per text, all of them real.
-        repeats: timed forwards of each model and batch, after a few untimed ones.
+        repeats: timed forwards of each model and batch, after a few untimed ones. Slow models
+            are timed less often, see `ENOUGH_MS`.
         device: where a folder's model is loaded; None means the CPU.
 
     Returns:
@@ -80,9 +85,12 @@ def _medians(
     inputs = [_inputs(model, batch, length) for model in models]
     for model, given in zip(models, inputs, strict=True):
         for _ in range(WARM_UP_FORWARDS):
-            _milliseconds(model, given)
+            if _milliseconds(model, given) > LONG_FORWARD_MS:
+                break
     times: list[list[float]] = [[] for _ in models]
     for repeat in range(repeats):
+        if repeat >= LEAST_REPEATS and sum(map(sum, times)) > ENOUGH_MS:
+            break
         for turn in range(len(models)):
             index = (turn + repeat) % len(models)
             times[index].append(_milliseconds(models[index], inputs[index]))

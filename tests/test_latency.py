@@ -87,6 +87,24 @@ def test_the_forward_has_the_given_shape_without_dropout_or_gradient() -> None:
     assert model.training
 
 
+@pytest.mark.parametrize(("ms", "forwards"), [(1.0, 3 + 20), (150.0, 1 + 7), (5000.0, 1 + 5)])
+def test_slow_models_are_timed_less_often_but_never_less_than_five_times(monkeypatch, ms, forwards):
+    calls: list[int] = []
+
+    def timed(model: torch.nn.Module, given: object) -> float:
+        del given
+        calls.append(id(model))
+        return ms
+
+    monkeypatch.setattr(latency, "_milliseconds", timed)
+    models = {"a": llama(), "b": llama()}
+
+    found = measure_latencies(models, batches=(1,), length=4)
+
+    assert [entry["ms"] for entry in found] == [ms, ms]
+    assert {calls.count(id(model)) for model in models.values()} == {forwards}
+
+
 def test_the_random_state_of_the_run_is_untouched() -> None:
     model, other = llama(), llama()
     before = torch.get_rng_state()
