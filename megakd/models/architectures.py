@@ -45,6 +45,7 @@ AUTO_CLASSES: Mapping[TaskType, type] = {
 
 # Keys of the config of a cut model, whose layers no longer have one shape.
 HEAD_COUNTS, NEURON_COUNTS, HEAD_WIDTH = "head_counts", "neuron_counts", "head_width"
+QUERIES_PER_KEY = "queries_per_key"
 HEAD_COLUMNS = "head_columns"
 """Likewise, and of a model whose heads were sorted and have columns in a shared bias."""
 

@@ -17,6 +17,7 @@ from megakd.models.architectures import (
     HEAD_COUNTS,
     HEAD_WIDTH,
     NEURON_COUNTS,
+    QUERIES_PER_KEY,
     architecture_named,
     architecture_of,
 )
@@ -42,7 +43,10 @@ if TYPE_CHECKING:
 CUT = "cut_"
 """Model types and classes (`Cut`) of what no stock config can say start with it."""
 # What a config of another shape must not inherit.
-SHAPE_KEYS = (HEAD_COUNTS, NEURON_COUNTS, HEAD_WIDTH, "model_type", "auto_map", "architectures")
+SHAPE_KEYS = (
+    *(HEAD_COUNTS, NEURON_COUNTS, HEAD_WIDTH, QUERIES_PER_KEY),
+    *("model_type", "auto_map", "architectures"),
+)
 
 
 def cut_config(
@@ -207,6 +211,7 @@ def _with_columns(config: PretrainedConfig, view: View, order: UnitOrder | None)
         cut.head_columns = [own[:kept] for own, kept in zip(columns, view.heads, strict=True)]
     if view != whole:
         cut.head_counts, cut.neuron_counts = list(view.heads), list(view.neurons)
+        setattr(cut, architecture.neurons, max(view.neurons) or 1)  # no longer the teacher's
         cut.head_width = architecture.heads(config).width
         setattr(cut, architecture.width, view.width)
     return cut
@@ -237,7 +242,8 @@ def _stock_config(config: PretrainedConfig, view: View) -> PretrainedConfig | No
 def _own_config(config: PretrainedConfig, view: View) -> PretrainedConfig:
     changes = _widths(config, view)
     changes[HEAD_COUNTS], changes[NEURON_COUNTS] = list(view.heads), list(view.neurons)
-    changes[HEAD_WIDTH] = architecture_of(config).heads(config).width
+    heads = architecture_of(config).heads(config)
+    changes[HEAD_WIDTH], changes[QUERIES_PER_KEY] = heads.width, heads.queries // heads.keys
     name = f"{CUT}{config.model_type.removeprefix(CUT)}"
     if name not in OWN_MODELS:
         raise ModelError(

@@ -105,6 +105,9 @@ def _prefix(axis: Axis | None, size: int, view: View) -> Prefix:
 class PrefixLinear(torch.autograd.Function):
     """x W^T + b with prefixes of W and b; their gradients are zero outside.
 
+    A map from nothing gives zeros, without its bias: a sub-layer that has lost all heads or
+    neurons says nothing, as in MiniDisc's code. Its bias gets a gradient of zero.
+
     It keeps the parameter, not the slice, and slices again in the backward: under ZeRO 3 a slice
     would hold the whole gathered weight from the forward to the backward, whereas the parameter
     is let go of and gathered anew. Empty prefixes are fine, which DeepSpeed's own linear function
@@ -135,7 +138,8 @@ class PrefixLinear(torch.autograd.Function):
         ctx.shapes = full_shape(weight), None if bias is None else full_shape(bias)
         rows = _as_rows(inputs)  # [N, I]
         matrix = _matrix(weight, prefixes, output_dimension)  # [O, I]
-        if bias is None:
+        ctx.adds_bias = bias is not None and matrix.shape[1] > 0
+        if bias is None or not ctx.adds_bias:
             outputs = rows @ matrix.t()
         else:
             outputs = torch.addmm(taken(bias, (prefixes[output_dimension],)), rows, matrix.t())
@@ -156,7 +160,8 @@ class PrefixLinear(torch.autograd.Function):
             part = part if ctx.output_dimension == 0 else part.t()
             of_weight = padded(part, shapes[0], ctx.prefixes)
         if ctx.needs_input_grad[2]:
-            of_bias = padded(rows.sum(0), shapes[1], (ctx.prefixes[ctx.output_dimension],))
+            part = rows.sum(0) if ctx.adds_bias else rows.new_zeros(rows.shape[1])
+            of_bias = padded(part, shapes[1], (ctx.prefixes[ctx.output_dimension],))
         return of_inputs, of_weight, of_bias, None, None
 
 

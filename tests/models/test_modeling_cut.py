@@ -26,6 +26,8 @@ from tiny_cuts import (
 from torch import nn
 from transformers import AutoModel
 
+from megakd.models.architectures import architecture_of
+from megakd.models.elastic import Elastic
 from megakd.models.modeling import modeling_cut
 from megakd.models.modeling.modeling_cut import CutBertConfig, CutLlamaConfig, CutLlamaModel
 
@@ -49,6 +51,36 @@ def test_a_cut_model_computes_what_is_left_of_the_whole_one(family, kind, attent
     smaller.set_attn_implementation(attention)
     assert smaller.num_parameters() < whole.num_parameters()
     assert torch.allclose(logits(smaller), logits(masked(whole, kept)), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra", "gpt2", "llama"])
+def test_a_sub_layer_without_units_adds_nothing_not_even_its_output_bias(family):
+    changes = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
+    whole = build(family, **changes)
+    kept = view_of(whole, "empty")
+    architecture = architecture_of(whole.config)
+    outputs = [
+        paths.output
+        for parts, counts in (
+            (architecture.attentions(whole.config), kept.heads),
+            (architecture.feed_forwards(whole.config), kept.neurons),
+        )
+        for paths, count in zip(parts, counts, strict=True)
+        if count == 0
+    ]
+    smaller, elastic = cut(whole, task_of(family), kept), Elastic(whole)
+
+    def said(model) -> torch.Tensor:
+        with elastic.viewing(kept):
+            return logits(model)
+
+    for model in (smaller, whole):
+        before = said(model)
+        for path in outputs:
+            model.get_parameter(f"{path}.bias").data.add_(torch.arange(24.0))
+        assert torch.equal(said(model), before)
+    assert len(outputs) == 2
+    assert torch.allclose(said(whole), said(smaller), atol=1e-5)
 
 
 @pytest.mark.parametrize("family", CUTTABLE)

@@ -80,6 +80,8 @@ def _mask(module: nn.Module, kept: int) -> None:
         return (inputs[0] * (torch.arange(inputs[0].shape[-1]) < kept),)
 
     module.register_forward_pre_hook(zero)
+    if kept == 0:  # nothing is heard of it, its bias included
+        module.register_forward_hook(lambda _, inputs, output: output * 0)
 
 
 def cut(model, view: View):

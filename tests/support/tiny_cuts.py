@@ -177,7 +177,10 @@ def order_of(model: PreTrainedModel, *, seed: int = 0) -> UnitOrder:
 
 
 def masked(model: PreTrainedModel, view: View) -> PreTrainedModel:
-    """Makes a whole model compute what its view does: nothing comes out of what is left out."""
+    """Makes a whole model compute what its view does: nothing comes out of what is left out.
+
+    What is left out whole adds no bias either.
+    """
     architecture = architecture_of(model.config)
     heads = architecture.heads(model.config)
     size = heads.width * (heads.queries // heads.keys)
@@ -191,6 +194,9 @@ def masked(model: PreTrainedModel, view: View) -> PreTrainedModel:
         weight = model.get_parameter(f"{path}.weight").data
         rows = weight if architecture.model_type.endswith("gpt2") else weight.T
         rows[inputs:] = 0
+        bias = getattr(model.get_submodule(path), "bias", None)
+        if inputs == 0 and bias is not None:
+            bias.data.zero_()
     return model
 
 

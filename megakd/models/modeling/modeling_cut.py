@@ -90,21 +90,28 @@ class Parts(NamedTuple):
 
 @dataclass(kw_only=True, repr=False)
 class _Shape:
-    """The keys that the config of a cut model has beside the stock ones.
+    """The keys that the config of a cut model has in place of the stock counts.
 
     head_counts: key-value groups of each attention.
     neuron_counts: neurons of each feed-forward.
     head_width: of one head.
+    queries_per_key: heads of queries that share keys and values.
+
+    The stock keys say one number for all layers. As attributes they are those of the largest
+    layer; in config.json they would be wrong, and are not there.
     """
 
     parts: ClassVar[Parts]
     head_counts: list[int] | None = None
     neuron_counts: list[int] | None = None
     head_width: int | None = None
+    queries_per_key: int | None = None
 
     def __post_init__(self: Any, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         heads, neurons = self.num_attention_heads, getattr(self, self.parts.neurons)
+        shared = getattr(self, "num_key_value_heads", None) or heads
+        self.queries_per_key = self.queries_per_key or heads // shared
         width = getattr(self, "head_dim", None) or self.hidden_size // heads
         self.head_width = self.head_width or width
         if hasattr(self, "rope_parameters"):
@@ -114,12 +121,18 @@ class _Shape:
         if self.neuron_counts is None:
             self.neuron_counts = [neurons or 4 * self.hidden_size] * self.num_hidden_layers
         self.validate()
+        keys = max(self.head_counts, default=0) or 1
+        self.num_attention_heads = keys * self.queries_per_key
+        if hasattr(self, "num_key_value_heads"):
+            self.num_key_value_heads = keys
+        setattr(self, self.parts.neurons, max(self.neuron_counts, default=0))
 
-    @property
-    def queries_per_key(self: Any) -> int:
-        """Heads of queries that share keys and values."""
-        heads = self.num_attention_heads
-        return heads // (getattr(self, "num_key_value_heads", None) or heads)
+    def to_dict(self: Any) -> dict[str, Any]:
+        """Return the keys of config.json: without counts that hold for no layer, or for one."""
+        found = super().to_dict()  # pyright: ignore[reportAttributeAccessIssue]
+        for key in ("num_attention_heads", "num_key_value_heads", self.parts.neurons):
+            found.pop(self.attribute_map.get(key, key), None)
+        return found
 
     def validate(self: Any) -> None:
         """All stock rules but the one that heads side by side are as wide as hidden states.
@@ -197,9 +210,10 @@ def _resize(
 
 
 class _EmptyLinear(nn.Linear):
-    """A map from nothing, which gives its bias, or to nothing.
+    """A map from nothing, which gives zeros without its bias, or to nothing.
 
-    What has no elements is a buffer: ZeRO 3 cannot gather a parameter without any.
+    A sub-layer that has lost all heads or neurons says nothing. Its bias stays, with a gradient
+    of zero. What has no elements is a buffer: ZeRO 3 cannot gather a parameter without any.
     """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
@@ -236,9 +250,9 @@ def _without_empty_parameters(module: nn.Module) -> None:
 
 
 def _of_nothing(hidden: Tensor, outputs: int, bias: Tensor | None) -> Tensor:
-    # Made of the input, so that a gradient of zero reaches all that came before.
+    # Made of the input, so that a gradient of zero reaches all that came before, and the bias.
     zeros = nn.functional.pad(hidden[..., :0], (0, outputs))
-    return zeros if bias is None else zeros + bias
+    return zeros if bias is None else zeros + 0.0 * bias
 
 
 def _tell_heads(core: Any, config: Any, number: int) -> None:
