@@ -6,13 +6,17 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megakd import atomic
 from megakd.engine.distributed import on_main
+from megakd.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from megakd.stage import Scores, Verdict
 
 logger = logging.getLogger(__name__)
 RECORD = "best.json"
@@ -82,3 +86,70 @@ class Best:
             return {"step": int(record["step"]), "score": score, "evaluation": evaluation}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
+
+
+class Kept(NamedTuple):
+    """What a stage has kept.
+
+    chosen: the evaluation that chose the view: its scores compare the views with each other.
+    evaluation: that of the weights in `folder`: the view's own best, where that is kept as well.
+    """
+
+    folder: Path
+    chosen: Evaluation
+    evaluation: Evaluation
+
+
+class BestOfStage:
+    """The best evaluation of a stage, and the best one of each view that its judge asks for.
+
+    Args:
+        folder: of the stage's checkpoints; gets `best/` and `best-<view>/`.
+        write: as `Best.write`.
+        views: those that the judge may ask for.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        write: Callable[[Path, Mapping[str, Any]], None],
+        views: Sequence[str] = (),
+    ) -> None:
+        self.all = Best(folder=folder / "best", write=write)
+        self.own = {view: Best(folder=folder / f"best-{view}", write=write) for view in views}
+
+    def consider(self, step: int, scores: Scores, verdict: Verdict) -> None:
+        """Keep the learner's weights where no earlier evaluation was as good; a collective."""
+        evaluation = Evaluation(scores, verdict.view)
+        self.all.consider(step, verdict.score, evaluation.record())
+        for view, score in verdict.own.items():
+            self.own[view].consider(step, score, Evaluation(scores, view).record())
+
+    def steps(self) -> dict[str, int | None]:
+        """Return the steps of the best evaluations, for a checkpoint; `best` is that of all."""
+        return {name: best.step for name, best in self._named()}
+
+    def resume(self, step: int, steps: Mapping[str, int | None]) -> None:
+        """Take up what is there, and forget what comes after `step`; a collective.
+
+        Args:
+            step: the step from which the run goes on.
+            steps: those of the checkpoint.
+        """
+        for name, best in self._named():
+            best.resume(step, steps.get(name))
+
+    def kept(self) -> Kept | None:
+        """Return what the stage gives; None if no evaluation has been kept; a collective."""
+        record = on_main(self.all.record)
+        if record is None:
+            return None
+        chosen = Evaluation.read(record["evaluation"])
+        own = self.own.get(chosen.view or "")
+        of_view = None if own is None else on_main(own.record)
+        if own is None or of_view is None:
+            return Kept(self.all.folder, chosen, chosen)
+        return Kept(own.folder, chosen, Evaluation.read(of_view["evaluation"]))
+
+    def _named(self) -> list[tuple[str, Best]]:
+        return [("best", self.all), *((f"best-{view}", own) for view, own in self.own.items())]

@@ -238,7 +238,8 @@ class RunConfig:
     teachers: tuple[PooledTeacher, ...] = ()
     """A pool of them, in place of `teacher`."""
     objective: Annotated[tuple[TermConfig, ...], Field(min_length=1)] | None = None
-    baselines: tuple[Literal["alone"], ...] = ()
+    baselines: tuple[str, ...] = ()
+    """Other ways to a model of the student's shape: alone, and those of the method."""
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     save: SaveConfig = SaveConfig()

@@ -12,8 +12,10 @@ from megakd.config import FROM_TEACHER, LANGUAGE_TASKS, STUDENT, TEACHER, Scratc
 from megakd.config_messages import suggestion
 from megakd.engine.ds_config import check_frozen_stage, load_ds_config
 from megakd.errors import ConfigError
+from megakd.methods import baselines_of
 from megakd.methods.assistants import AssistantOptions
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
+from megakd.methods.minidisc import MiniDiscConfig
 from megakd.methods.single import SingleConfig
 from megakd.methods.skdbert import SkdbertConfig
 from megakd.methods.takd import TakdConfig
@@ -42,7 +44,7 @@ _WITH_CLASSES = ("classification", *LANGUAGE_TASKS)
 def config_problems(config: RunConfig) -> list[str]:
     """What cannot work whatever the data and models are, one line per problem."""
     pools = (_pool, _cut_teacher, _one_of_several, _in_a_row, _distribution)
-    models = (_addresses, _teacher, *pools, _baselines, _assistants, _layers, _caches)
+    models = (_addresses, _teacher, *pools, _baselines, _assistants, _choice, _layers, _caches)
     checks = (*models, _precision, _objective, _task, _evaluation, _deepspeed, training_problems)
     return [problem for check in checks for problem in check(config)]
 
@@ -169,8 +171,15 @@ def _no_such_teacher(config: RunConfig, key: str, name: str) -> str:
 def _baselines(config: RunConfig) -> Iterator[str]:
     if config.alone is not None and "alone" not in config.baselines:
         yield "alone: says how a baseline is trained that is not listed; add baselines: [alone]"
-    if len(set(config.baselines)) < len(config.baselines):
-        yield 'baselines: "alone" is listed twice'
+    known = baselines_of(config.method.name)
+    for name, count in Counter(config.baselines).items():
+        if name not in known:
+            yield (
+                f'baselines: method "{config.method.name}" has no baseline "{name}"'
+                f"{suggestion(name, known)} ({', '.join(known)})"
+            )
+        if count > 1:
+            yield f'baselines: "{name}" is listed {count} times'
 
 
 def _assistants(config: RunConfig) -> Iterator[str]:
@@ -210,6 +219,18 @@ def _assistants(config: RunConfig) -> Iterator[str]:
             f"objective: {', '.join(states)} compares hidden states of one width, and with "
             "method.residual every candidate's are narrower than its teacher's; relation_kl and "
             "soft targets work, or set method.residual to false"
+        )
+
+
+def _choice(config: RunConfig) -> Iterator[str]:
+    method = config.method
+    if not isinstance(method, MiniDiscConfig) or method.target_may_win or method.iterations == 1:
+        return
+    if min(method.sparsities) >= method.target_sparsity:
+        yield (
+            f"method.target_may_win: false leaves no candidate, for none of method.sparsities is "
+            f"below method.target_sparsity {method.target_sparsity:g}; add one, set it to true, or "
+            f"set method.iterations to 1"
         )
 
 

@@ -188,7 +188,8 @@ class Lab:
         result = self._workshop.sorted_teacher(
             ready, split=split, batch_size=batch_size, residual=residual
         )
-        self.results.append(result)
+        if all(known.name != result.name for known in self.results):
+            self.results.append(result)
         return Specification(
             source=self.source(result.folder), scores=self._workshop.scores(result.folder)
         )

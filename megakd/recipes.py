@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from megakd.config import FROM_TEACHER, RunConfig, TrainConfig, TrainOverrides
+from megakd.methods import METHODS
 from megakd.stage import Stage, StageResult
 from megakd.terms import hard_terms
 
@@ -46,6 +47,14 @@ def completed(stage: Stage, config: RunConfig) -> Stage:
 
 
 def baseline_stage(lab: Lab, name: str, student: StageResult) -> Stage:
+    """Return the stage of a baseline that the config lists; the method builds its own ones."""
+    if name == "alone":
+        return _alone(lab, student)
+    method = lab.config.method
+    return getattr(METHODS[method.name], "BASELINES")[name](method, lab, student)  # noqa: B009
+
+
+def _alone(lab: Lab, student: StageResult) -> Stage:
     """The same student, trained on the labels alone as `train` says, or `alone` where it does.
 
     One that was cut out of its teacher has no weights of its own to begin with: its shape starts
@@ -54,7 +63,7 @@ def baseline_stage(lab: Lab, name: str, student: StageResult) -> Stage:
     config = lab.config
     is_cut = config.student.model == FROM_TEACHER and config.student.layers is None
     return Stage(
-        name=name,
+        name="alone",
         objective=lab.hard_terms(),
         labelled_only=True,
         start=lab.fresh_like(student.folder) if is_cut else None,

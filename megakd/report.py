@@ -80,6 +80,8 @@ class CandidateReport(TypedDict):
     """One candidate a method weighed; `iteration` counts from 1.
 
     tradeoff: metric + lambda * sparsity, all of the same evaluation.
+    kept_metric: of the chosen one: what is kept of the target is its own best evaluation, which may
+        be another one.
     student_metric: of the student that it has taught, where that was tried.
     """
 
@@ -89,6 +91,7 @@ class CandidateReport(TypedDict):
     metric: float
     tradeoff: float
     chosen: bool
+    kept_metric: NotRequired[float]
     student_metric: NotRequired[float]
 
 

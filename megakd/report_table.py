@@ -50,7 +50,8 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
 def cost_line(cost: CostReport) -> str:
     """Return the cost of choosing the assistant, beside that of trying all of them."""
     spent, whole = cost["seconds"], cost["maxidisc_seconds"]
-    times = f" ({whole / spent:.1f}x)" if spent > 0 else ""
+    ratio = f"{whole / spent:.1f}x" if spent > 0 else ""
+    times = {"": "", "1.0x": " (as long)"}.get(ratio, f" ({ratio})")
     return (
         f"{_trials(cost['trials'])}, {duration(spent)}; every assistant tried (MaxiDisc): "
         f"{_trials(cost['maxidisc_trials'])}, about {duration(whole)}{times}"

@@ -19,12 +19,14 @@ class Choice(NamedTuple):
     """The chosen candidate.
 
     value: its own trade-off, also where it is the target in place of a sparser one.
+    highest: the highest trade-off of all candidates that could win.
     is_target: whether the schedule ends with it.
     """
 
     sparsity: float
     value: float
     is_target: bool
+    highest: float
 
 
 def tradeoff(metric: float, sparsity: float, weight: float) -> float:
@@ -39,7 +41,12 @@ def tradeoff(metric: float, sparsity: float, weight: float) -> float:
 
 
 def choose(
-    scores: Mapping[float, float], *, tradeoff: float, teacher_sparsity: float, target: float
+    scores: Mapping[float, float],
+    *,
+    tradeoff: float,
+    teacher_sparsity: float,
+    target: float,
+    target_may_win: bool = True,
 ) -> Choice:
     """The candidate of the highest trade-off, or the target where that lies at or beyond it.
 
@@ -54,6 +61,7 @@ def choose(
         tradeoff: lambda.
         teacher_sparsity: of the model that teaches them; 0 for the original teacher.
         target: the sparsity at which the schedule ends.
+        target_may_win: False leaves out the target and all that is sparser: an assistant is chosen.
 
     Raises:
         ConfigError: the target is no candidate, or the metric no fraction.
@@ -69,9 +77,11 @@ def choose(
     for sparsity, metric in candidates.items():
         check_metric(metric, sparsity)
     values = _weighed(candidates, tradeoff)
+    if not target_may_win:
+        values = {s: value for s, value in values.items() if s < target}
     best = max(values, key=lambda s: (values[s], s))
     chosen = min(best, target)
-    return Choice(chosen, values[chosen], chosen == target)
+    return Choice(chosen, values[chosen], chosen == target, values[best])
 
 
 def _weighed(candidates: Mapping[float, float], weight: float) -> dict[float, float]:

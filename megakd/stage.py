@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -270,10 +271,16 @@ Scores = Mapping[str, Mapping[str, float]]
 
 
 class Verdict(NamedTuple):
-    """What an evaluation comes to: more is better, NaN never wins; the view that is kept."""
+    """The outcome of an evaluation. Higher scores win; NaN loses.
+
+    view: the one that the stage gives if this evaluation wins.
+    own: scores of views whose own best evaluation is kept as well. If the stage gives one of these
+        views, it gives the weights of that view's best evaluation.
+    """
 
     score: float
     view: str
+    own: Mapping[str, float] = MappingProxyType({})
 
 
 class Judge(Protocol):
@@ -323,7 +330,7 @@ class Stage:
 class StageResult:
     """A finished stage: its Hugging Face folder and what its training came to.
 
-    metrics: of what is in the folder. scores: of all views, in the same evaluation.
+    metrics: of what is in the folder. scores: of all views, in the evaluation that chose `view`.
     view: the one that the folder's model was cut to.
     """
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megakd import atomic, signals
 from megakd.assembly import Assembly
-from megakd.best import RECORD, Best
+from megakd.best import RECORD, BestOfStage
 from megakd.checkpoint import Checkpoints, seed_everything
 from megakd.data.encoding import labelled_only
 from megakd.data.loader import StepLoader, StepShape
@@ -88,7 +88,7 @@ class StageRun:
             keep=self.config.save.save_total_limit,
             ranks=self.ranks,
         )
-        self.best = Best(folder=folder / "best", write=self._write_best)
+        self.best = BestOfStage(folder, self._write_best, tuple(stage.views))
         self.judge = stage.judge or MetricJudge(self.prepared.metric)
         self.evaluation = Evaluation({}, None)
         self.stopping = EarlyStopping(
@@ -132,20 +132,20 @@ class StageRun:
                 self._after_step(report)
                 if self.stopping.stopped:
                     break
-        record = on_main(self.best.record) if self.keeps_best else None
-        kept = Evaluation.read(record["evaluation"]) if record else self.evaluation
+        kept = self.best.kept() if self.keeps_best else None
+        chosen = kept.chosen if kept else self.evaluation
         result = StageResult(
             name=self.stage.name,
             folder=folder,
-            metrics=kept.metrics,
+            metrics=(kept.evaluation if kept else chosen).metrics,
             steps=self.trainer.step,
             seconds=self.health.elapsed_seconds(),
             tokens_per_second=self.health.tokens_per_second(),
             peak_memory_bytes=max(gather(peak_memory_bytes(self.ranks.device))),
-            scores=kept.scores if self.stage.views else {},
-            view=kept.view if self.stage.views else None,
+            scores=chosen.scores if self.stage.views else {},
+            view=chosen.view if self.stage.views else None,
         )
-        self._write_result(result, from_best=record is not None)
+        self._write_result(result, best=kept.folder if kept else None)
         return result
 
     def extent(self, step: int) -> Extent:
@@ -168,7 +168,7 @@ class StageRun:
         if checkpoint is None:
             if wanted is True:
                 self._say(f"{self.stage.name}: no checkpoint to resume from, starts at step 0")
-            self.best.resume(0, None)
+            self.best.resume(0, {})
             return 0
         if wanted is False:
             raise CheckpointError(
@@ -183,7 +183,7 @@ class StageRun:
         self.stopping.load_state_dict(state["early_stopping"])
         step = self.trainer.step
         self._say(f"{self.stage.name}: resumed at step {step} from {checkpoint}")
-        self.best.resume(step, state["best_step"])
+        self.best.resume(step, state["best_steps"])
         return step
 
     def _after_step(self, report: StepReport) -> None:
@@ -233,7 +233,7 @@ class StageRun:
             self._report(step, self.evaluation.scalars())
             self.stopping.consider(verdict.score)
             if self.keeps_best:
-                self.best.consider(step, verdict.score, self.evaluation.record())
+                self.best.consider(step, scores, verdict)
 
     def _score(self, view: str) -> dict[str, float]:
         predict = functools.partial(self.student.predict, view=None if view == WHOLE else view)
@@ -246,22 +246,27 @@ class StageRun:
                 "trainer": self.trainer.state_dict(),
                 "health": self.health.state_dict(),
                 "evaluation": self.evaluation.record(),
-                "best_step": self.best.step,
                 "early_stopping": self.stopping.state_dict(),
+                "best_steps": self.best.steps(),
             }
             own = {"window": self.health.window_state()}
             self.checkpoints.save(step, self.student.save, state, own)
 
-    def _write_result(self, result: StageResult, *, from_best: bool) -> None:
-        """The finished stage's folder; its result.json makes it finished."""
+    def _write_result(self, result: StageResult, *, best: Path | None) -> None:
+        """Write the finished stage's folder; its result.json makes it finished.
+
+        Args:
+            result: of the stage.
+            best: the folder that it is a copy of; None writes the learner as it is.
+        """
         record = {
             RESULT: result_text(result, self.checkpoints.fingerprint),
             **self.trainer.strategy.files(),
         }
-        if not from_best:
+        if best is None:
             self._write_model(result.folder, record, result.view)
         else:
-            on_main(lambda: atomic.copy_folder(self.best.folder, result.folder, changes=record))
+            on_main(lambda: atomic.copy_folder(best, result.folder, changes=record))
 
     def _write_best(self, folder: Path, record: Mapping[str, Any]) -> None:
         view = record["evaluation"]["view"]

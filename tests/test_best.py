@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from megakd.atomic import json_text, replaced_folder
-from megakd.best import Best
+from megakd.best import Best, BestOfStage
 from megakd.engine import distributed
 from megakd.errors import MegakdError
+from megakd.stage import Verdict
 
 
 @pytest.fixture(autouse=True)
@@ -145,3 +146,59 @@ def test_a_failed_write_keeps_the_old_best(tmp_path):
         considered(best, 6, 0.9)
 
     assert (best.step, best.score, weights(tmp_path)) == (3, 0.5, "3")
+
+
+def best_of_stage(tmp_path: Path) -> BestOfStage:
+    write = best_of(tmp_path).write
+    return BestOfStage(tmp_path, write, ("wide", "target"))
+
+
+def judged(bests: BestOfStage, evaluations: Mapping[int, tuple[float, float, str]]) -> None:
+    """By step: the evaluation's score, the target's, and the view that is chosen."""
+    for step, (score, target, view) in evaluations.items():
+        scores = {"wide": {"accuracy": score}, "target": {"accuracy": target}}
+        bests.consider(step, scores, Verdict(score, view, {"target": target}))
+
+
+def test_a_chosen_target_is_given_as_it_was_at_its_own_best_evaluation(tmp_path):
+    bests = best_of_stage(tmp_path)
+    judged(bests, {3: (0.7, 0.9, "wide"), 6: (0.8, 0.6, "target"), 9: (0.5, 0.9, "target")})
+
+    kept = bests.kept()
+
+    assert kept is not None
+    assert kept.chosen.view == "target"
+    assert kept.chosen.metrics == {"accuracy": 0.6}  # the scores that were compared
+    assert kept.evaluation.metrics == {"accuracy": 0.9}
+    assert (kept.folder / "weights").read_text() == "3"
+
+
+def test_another_view_is_given_as_it_was_when_it_was_chosen(tmp_path):
+    bests = best_of_stage(tmp_path)
+    judged(bests, {3: (0.7, 0.9, "target"), 6: (0.8, 0.6, "wide")})
+
+    kept = bests.kept()
+
+    assert kept is not None
+    assert kept.chosen == kept.evaluation
+    assert (kept.folder / "weights").read_text() == "6"
+
+
+def test_a_resume_forgets_every_best_that_comes_after_it(tmp_path):
+    bests = best_of_stage(tmp_path)
+    judged(bests, {3: (0.7, 0.6, "target")})
+    steps = bests.steps()
+    judged(bests, {6: (0.6, 0.8, "target")})
+    again = best_of_stage(tmp_path)
+
+    again.resume(4, steps)
+
+    assert again.steps() == {"best": 3, "best-wide": None, "best-target": None}
+    judged(again, {6: (0.6, 0.8, "target")})
+    kept = again.kept()
+    assert kept is not None
+    assert (kept.folder / "weights").read_text() == "6"
+
+
+def test_without_an_evaluation_nothing_is_kept(tmp_path):
+    assert best_of_stage(tmp_path).kept() is None

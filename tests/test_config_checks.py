@@ -111,7 +111,9 @@ def message_of(path: Path, *overrides: str) -> str:
             ["task.type=mlm", "objective.1={loss: hard_mse}"],
             "objective[1].loss: hard_mse is for regression, and task.type is mlm",
         ),
-        (["baselines=[alone, alone]"], 'baselines: "alone" is listed twice'),
+        (["baselines=[alone, alone]"], 'baselines: "alone" is listed 2 times'),
+        (["baselines=[allone]"], 'has no baseline "allone"; did you mean "alone"? (alone)'),
+        (["baselines=[direct]"], 'has no baseline "direct" (alone)'),
         (["student.deepspeed=zero22"], 'student.deepspeed: unknown preset "zero22"; did you mean'),
         (["teacher.deepspeed=zero2"], "teacher.deepspeed: ZeRO stage 2 shards gradients and opti"),
         (

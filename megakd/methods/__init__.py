@@ -1,4 +1,8 @@
-"""The methods: one file each, with a frozen config and `run(config, lab)`."""
+"""The methods: one file each, with a frozen config and `run(config, lab)`.
+
+A method may have `BASELINES`: by name, what builds the stage of a model of the student's shape that
+is made another way, `build(config, lab, student)`.
+"""
 
 from __future__ import annotations
 
@@ -54,3 +58,8 @@ METHODS = {
     "takd": takd,
     "knowledge_selection": knowledge_selection,
 }
+
+
+def baselines_of(method: str) -> tuple[str, ...]:
+    """Return the baselines that a run of a method may list; `alone` goes with all of them."""
+    return ("alone", *getattr(METHODS[method], "BASELINES", {}))

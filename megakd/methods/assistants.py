@@ -126,7 +126,12 @@ def specified(config: AssistantOptions, lab: Lab) -> tuple[str, Specification]:
     """
     check_reach(config, lab)
     teacher = lab.teacher()
-    return teacher, lab.specify(
+    return teacher, specification_of(config, lab, teacher)
+
+
+def specification_of(config: AssistantOptions, lab: Lab, teacher: str) -> Specification:
+    """Return what a teacher's units are worth; measured once."""
+    return lab.specify(
         teacher,
         config.importance_split,
         batch_size=config.importance_batch_size,

@@ -13,6 +13,7 @@ stops early only if `train.early_stopping_patience` is set.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 from collections.abc import Iterator, Sequence
@@ -24,10 +25,13 @@ from pydantic.dataclasses import dataclass
 
 from megakd.methods.assistants import (
     AssistantOptions,
+    leg,
     objective_of,
     size_at,
+    specification_of,
     specified,
     view_name,
+    view_of,
     views_of,
 )
 from megakd.selection import choose, tradeoff
@@ -47,14 +51,20 @@ class MiniDiscConfig(AssistantOptions):
     """All candidate assistants in one trial, chosen by the trade-off of score and size.
 
     iterations: trials; the last one gives the student (2: one assistant).
+    target_may_win: whether the target may win a trial before the last, and so end the schedule
+        without an assistant; false weighs only the candidates that are less sparse.
     sampled_candidates: how many between the widest and the narrowest learn in a step; null: all.
     passes_per_backward: how many candidates keep their activations at a time; null: all.
     """
 
     name: Literal["minidisc"]
     iterations: Count = 2
+    target_may_win: bool = True
     sampled_candidates: Annotated[int, Field(ge=0)] | None = None
     passes_per_backward: Count | None = None
+
+
+TRIAL = "trial-"
 
 
 class Link(NamedTuple):
@@ -91,13 +101,36 @@ def run(config: MiniDiscConfig, lab: Lab) -> StageResult:
     return tried[-1].result
 
 
+def direct(config: MiniDiscConfig, lab: Lab, student: StageResult) -> Stage:
+    """Return the stage of the baseline `direct`: the student's size without an assistant.
+
+    The target is cut out of the sorted teacher and distilled from it, with as many steps as the
+    target has learned in: those of all trials.
+    """
+    del student
+    teacher = lab.teacher()
+    specification = specification_of(config, lab, teacher)
+    view = view_of(config, lab, specification, config.target_sparsity)
+    start = lab.cut(specification.source, view, "cut-direct")
+    stage = leg(config, lab, "direct", teacher=teacher, start=start)
+    steps = sum(result.steps for result in lab.results if result.name.startswith(TRIAL))
+    train = dataclasses.replace(lab.config.train, max_steps=steps) if steps else None
+    return dataclasses.replace(stage, train=train)
+
+
+BASELINES = {"direct": direct}
+
+
 def _cost(
     config: MiniDiscConfig, lab: Lab, specification: Specification, tried: Sequence[Tried]
-) -> CostReport:
+) -> CostReport | None:
     """What the trials took, and what MaxiDisc's legs would have taken at the same pace.
 
-    A forward takes as long as the encoder has weights, and learning three times as long.
+    A forward takes as long as the encoder has weights, and learning three times as long. None
+    where MaxiDisc would try nothing but the target.
     """
+    if min(config.sparsities) >= config.target_sparsity:
+        return None
     size = functools.cache(lambda s: size_at(config, lab, specification, s))
     seconds = sum(trial.result.seconds for trial in tried)
     work = 0.0
@@ -125,10 +158,16 @@ def _trial(
     metric, views = lab.metric(config.metric), views_of(config, lab, specification, sparsities)
     # What no candidate has would take memory and traffic, and learn nothing.
     start = lab.cut(link.start, views[view_name(sparsities[0])], f"start-{iteration}")
-    judge = TradeoffJudge(metric, tuple(sparsities), config.tradeoff, config.target_sparsity)
+    judge = TradeoffJudge(
+        metric,
+        tuple(sparsities),
+        config.tradeoff,
+        config.target_sparsity,
+        target_may_win=config.target_may_win,
+    )
     is_last = iteration == config.iterations
     return Stage(
-        name=f"trial-{iteration}",
+        name=f"{TRIAL}{iteration}",
         teachers=(link.teacher,),
         start=start,
         objective=objective_of(config, lab),
@@ -142,14 +181,14 @@ def _trial(
 def _rows(
     config: MiniDiscConfig, lab: Lab, stage: Stage, result: StageResult, iteration: int
 ) -> Iterator[CandidateReport]:
-    """What the report says of a trial: all scores are of the evaluation that was kept."""
+    """What the report says of a trial: all scores are of the evaluation that made the choice."""
     metric = lab.metric(config.metric)
     for sparsity in config.sparsities:
         name = view_name(sparsity)
         if name not in stage.views:
             continue
         value = metric.of(result.scores[name])
-        yield {
+        row: CandidateReport = {
             "iteration": iteration,
             "sparsity": sparsity,
             "parameters": lab.parameters(stage.start, stage.views[name]).parameters,
@@ -157,6 +196,9 @@ def _rows(
             "tradeoff": tradeoff(value, sparsity, config.tradeoff),
             "chosen": name == result.view,
         }
+        if row["chosen"]:
+            row["kept_metric"] = metric.of(result.metrics)
+        yield row
 
 
 @plain_dataclass(frozen=True)
@@ -193,11 +235,13 @@ class TradeoffJudge:
     sparsities: tuple[float, ...]
     tradeoff: float
     target: float
+    target_may_win: bool = True
 
     def __call__(self, scores: Scores) -> Verdict:
         """The candidate of the highest trade-off; the target where that lies beyond it.
 
-        Evaluations are compared by their highest trade-off, whichever candidate is kept.
+        Evaluations are compared by their highest trade-off, whichever candidate is kept. The
+        target ends the schedule as the student, so its own best evaluation is kept as well.
         """
         metrics = {s: self.metric.of(scores[view_name(s)]) for s in self.sparsities}
         choice = choose(
@@ -205,6 +249,7 @@ class TradeoffJudge:
             tradeoff=self.tradeoff,
             teacher_sparsity=self.sparsities[0],
             target=self.target,
+            target_may_win=self.target_may_win,
         )
-        highest = max(tradeoff(value, s, self.tradeoff) for s, value in metrics.items())
-        return Verdict(highest, view_name(choice.sparsity))
+        own = {view_name(self.target): metrics[self.target]} if self.target_may_win else {}
+        return Verdict(choice.highest, view_name(choice.sparsity), own)

@@ -178,11 +178,12 @@ class PlanningLab:
     def specify(
         self, teacher: str, split: str, *, batch_size: int, residual: bool
     ) -> Specification:
-        """Notes that importance is measured."""
+        """Notes that importance is measured, which happens once."""
         del split, batch_size, residual
         ready = self._teachers[teacher]
         phase = Phase(name=IMPORTANCE, learner=ready.source, teachers={teacher: ready})
-        self.phases.append(phase)
+        if not any(known.name == IMPORTANCE for known in self.phases):
+            self.phases.append(phase)
         return unscored(ready.source)
 
     def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:

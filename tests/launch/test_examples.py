@@ -26,7 +26,7 @@ def test_the_quickstart_distils_with_an_undistilled_baseline_on_a_batch_of_64(
 ) -> None:
     config = load_config(repository / "launch" / "examples" / "quickstart.yaml")
 
-    assert config.baselines == ("alone",)
+    assert config.baselines == ("alone", "direct")
     assert config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps == 32
 
 

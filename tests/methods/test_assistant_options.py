@@ -49,6 +49,11 @@ def test_the_schedules_are_one_switch_apart(run_file, name):
         ("method.sparsities=[0.9, 0.5]", r"method.sparsities: the grid must rise.*\[0.9, 0.5\]"),
         ("method.sparsities=[0.5, 0.9, 0.9]", r"method.sparsities: the grid must rise"),
         ("method.sparsities=[]", r"method.sparsities: .*at least 1"),
+        ("baselines=[single]", r'method "minidisc" has no baseline "single" \(alone, direct\)'),
+        (
+            "method={name: minidisc, target_may_win: false, target_sparsity: 0.5}",
+            r"method.target_may_win: false leaves no candidate.*below method.target_sparsity 0.5",
+        ),
         ("method.iterations=0", r"method.iterations: must be at least 1"),
         ("method.allocation=even", r"method.allocation: .*global.*uniform"),
         ("student.model=bert-base", r'student.model: method "minidisc" cuts the student out'),

@@ -61,7 +61,8 @@ def bench(one_rank, tmp_path_factory) -> Bench:
 @pytest.fixture(scope="module")
 def minidisc(bench) -> Path:
     """No weight on size: the widest candidates win unless a narrower one is as good."""
-    return bench.run("minidisc", {"name": "minidisc"}, baselines=["alone"], alone={"max_steps": 3})
+    given = {"baselines": ["alone", "direct"], "alone": {"max_steps": 3}}
+    return bench.run("minidisc", {"name": "minidisc"}, **given)
 
 
 def kept(out: Path, stage: str) -> dict[str, Any]:
@@ -116,14 +117,37 @@ def test_the_student_is_the_target_cut_to_its_size(minidisc):
     assert (heads, neurons) == (round(0.25 * 8), round(0.25 * 128))
 
 
+def student_stage(out: Path) -> str:
+    """The trial that gave the student."""
+    return [s["name"] for s in read(out)["stages"] if s["name"].startswith("trial-")][-1]
+
+
+def test_direct_is_the_target_cut_out_of_the_teacher_with_the_steps_of_all_trials(minidisc):
+    ours, direct, start, ordered = (
+        load_file(minidisc / "stages" / stage / "model.safetensors")
+        for stage in (student_stage(minidisc), "direct", "cut-direct", "specification")
+    )
+    stages = [(stage["name"], stage["steps"]) for stage in read(minidisc)["stages"]]
+
+    trials = sum(steps for name, steps in stages if name.startswith("trial-"))
+    assert dict(stages)["direct"] == trials
+    assert len(stages) == len(dict(stages))  # importance is measured once
+    assert {n: t.shape for n, t in direct.items()} == {n: t.shape for n, t in ours.items()}
+    embeddings = "bert.embeddings.word_embeddings.weight"
+    assert torch.equal(start[embeddings], ordered[embeddings])
+    assert not torch.equal(direct[embeddings], start[embeddings])
+    baselines = read(minidisc)["baselines"]
+    assert baselines["direct"].keys() == baselines["alone"].keys()
+
+
 def test_the_baseline_has_the_students_shape_and_none_of_its_weights(minidisc):
     ours, alone = (
         load_file(minidisc / "stages" / stage / "model.safetensors")
-        for stage in (read(minidisc)["stages"][-2]["name"], "alone")
+        for stage in (student_stage(minidisc), "alone")
     )
 
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in alone.items()}
-    assert set(read(minidisc)["baselines"]) == {"alone"}
+    assert set(read(minidisc)["baselines"]) == {"alone", "direct"}
     assert [s["steps"] for s in read(minidisc)["stages"] if s["name"] == "alone"] == [3]
 
 
@@ -161,6 +185,15 @@ def test_a_large_weight_on_size_ends_with_the_target_after_one_trial(bench):
     assert [stage["name"] for stage in report["stages"]] == ["specification", "trial-1"]
     assert [row["sparsity"] for row in report["candidates"] if row["chosen"]] == [TARGET]
     assert report["assistants"] == []
+    # What is kept is the target's own best evaluation.
+    scores = [
+        record[f"eval/sparsity-{TARGET}/accuracy"]
+        for record in records(out, "trial-1")
+        if "eval/accuracy" in record
+    ]
+    assert len(scores) == STEPS // EVAL_STEPS
+    assert report["stages"][-1]["metrics"]["accuracy"] == max(scores)
+    assert next(r["kept_metric"] for r in report["candidates"] if r["chosen"]) == max(scores)
 
 
 def test_the_assistant_is_cut_and_teaches_the_second_trial(one_rank, tmp_path):

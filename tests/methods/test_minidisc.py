@@ -12,8 +12,8 @@ ACCURACY = headline(["accuracy"])
 NAMES = ("sparsity-0.5", "sparsity-0.7", "sparsity-0.8", "sparsity-0.9", "sparsity-0.95")
 
 
-def judged(scores: dict[float, float], *, tradeoff: float = 0.2, target: float = 0.9):
-    judge = TradeoffJudge(ACCURACY, tuple(scores), tradeoff, target)
+def judged(scores: dict[float, float], *, tradeoff: float = 0.2, target: float = 0.9, **options):
+    judge = TradeoffJudge(ACCURACY, tuple(scores), tradeoff, target, **options)
     return judge({f"sparsity-{s:g}": {"accuracy": value} for s, value in scores.items()})
 
 
@@ -66,6 +66,20 @@ def test_a_best_candidate_beyond_the_target_gives_way_to_the_target():
 
     assert verdict.view == "sparsity-0.9"
     assert verdict.score == pytest.approx(0.82 + 0.2 * 0.95)
+
+
+def test_a_target_that_may_not_win_leaves_the_choice_to_the_less_sparse():
+    scores = {0.5: 0.5, 0.7: 0.6, 0.9: 0.8, 0.95: 0.82}
+
+    verdict = judged(scores, target_may_win=False)
+
+    assert verdict.view == "sparsity-0.7"
+    assert verdict.score == pytest.approx(0.6 + 0.2 * 0.7)
+    assert verdict.own == {}
+
+
+def test_of_the_target_its_own_best_evaluation_is_asked_for():
+    assert judged({0.5: 0.80, 0.7: 0.79, 0.9: 0.60}).own == {"sparsity-0.9": 0.60}
 
 
 def test_without_a_weight_on_size_the_best_score_is_chosen():
