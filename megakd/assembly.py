@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from megakd.config import Dtype, RunConfig, TeacherConfig
+from megakd.config import Dtype, RunConfig, TeacherConfig, TrainConfig
 from megakd.data.encoding import Collator, tokenizer_content, tokens_key
 from megakd.data.masking import task_masking
 from megakd.engine.distributed import Ranks, on_main
 from megakd.engine.ds_config import load_ds_config
 from megakd.engine.initialize import training_engine
-from megakd.engine.memory import freed_memory_returned
+from megakd.engine.memory import forget_models, freed_memory_returned
 from megakd.engine.student import StudentEngine
 from megakd.fingerprint import Fingerprint, files_identity, flatten
 from megakd.knowledge import Needs
@@ -222,12 +222,16 @@ class Assembly:
             facts["top_k"] = ready.spec.cache_top_k
         return flatten(facts)
 
-    def scorer(self) -> Scorer:
-        """Scores any model on a held-out split of this run."""
+    def scorer(self, train: TrainConfig | None = None) -> Scorer:
+        """Return what scores any model on a held-out split of this run.
+
+        Args:
+            train: of the stage that is evaluated; None: outside the stages.
+        """
         return Scorer(
             metrics=self.prepared.splits.metrics,
             collate=Collator(self.prepared.tokenizer, self.config.task),
-            batch_size=self.config.eval.per_device_eval_batch_size,
+            batch_size=self.config.eval_rows(train),
             ranks=self.ranks,
             masking=task_masking(self.prepared.tokenizer, self.config.task),
         )
@@ -239,6 +243,7 @@ class Assembly:
     def _load(
         self, source: ModelSource, ds: Mapping[str, Any], dtype: Dtype, *, need_head: bool
     ) -> PreTrainedModel:
+        forget_models()
         with freed_memory_returned():
             model = load_model(
                 source,

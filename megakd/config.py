@@ -186,7 +186,9 @@ class EvalConfig:
     """When and how the validation split is scored."""
 
     eval_steps: Count | None = None
-    per_device_eval_batch_size: Count = 32
+    per_device_eval_batch_size: Count | None = None
+    """How many rows a rank scores at a time, which changes no result; None: the
+    `per_device_train_batch_size` of the stage, and that of `train` outside the stages."""
     metric: str | None = None
     """The metric that chooses the best evaluation and stands in the report; None: the task's."""
     metrics: tuple[str, ...] = ()
@@ -259,6 +261,15 @@ class RunConfig:
         if self.student.model != FROM_TEACHER:
             return STUDENT
         return self.student.teacher or TEACHER
+
+    def eval_rows(self, train: TrainConfig | None = None) -> int:
+        """Return how many rows a rank scores at a time.
+
+        Args:
+            train: of the stage that is evaluated; None: outside the stages.
+        """
+        rows = self.eval.per_device_eval_batch_size
+        return rows or (train or self.train).per_device_train_batch_size
 
     def key_of(self, role: str) -> str:
         """Where a model stands in the config: `student`, `teacher` or `teachers[2]`.

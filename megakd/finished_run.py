@@ -61,7 +61,9 @@ def _config_there(path: Path) -> Any:
 
 def _is_free(key: str) -> bool:
     """Whether a key may change between two starts of one run."""
-    return key.startswith(("output_dir", "log.", "save.")) or "resume_from_checkpoint" in key
+    return key.startswith(("output_dir", "log.", "save.")) or key.endswith(
+        ("resume_from_checkpoint", "per_device_eval_batch_size")
+    )
 
 
 def model_folder(config: RunConfig, model: str | None) -> Path:

@@ -15,6 +15,7 @@ from megakd import atomic
 from megakd.assembly import Assembly, ReadyTeacher
 from megakd.config import TaskConfig, TaskType
 from megakd.engine.distributed import gather, on_main
+from megakd.engine.memory import forget_models
 from megakd.engine.sharding import sharded_construction
 from megakd.fingerprint import flatten
 from megakd.importance import measure_importance
@@ -167,6 +168,7 @@ class Workshop:
         order: UnitOrder | None = None,
     ) -> None:
         prepared = self.assembly.prepared
+        forget_models()
         on_main(
             lambda: reshape_folder(
                 source,

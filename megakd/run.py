@@ -21,7 +21,7 @@ from megakd.config import STUDENT, RunConfig
 from megakd.config_file import config_tree, dump_config
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks, on_main
-from megakd.engine.memory import keep_freed_memory
+from megakd.engine.memory import earlier_objects_left_alone, forget_models, keep_freed_memory
 from megakd.errors import CheckpointError, ConfigError, MegakdError
 from megakd.export import CardFacts, brings_code, model_card, weight_bytes
 from megakd.finished_run import CONFIG, FINAL, REPORT, finished_table, model_folder
@@ -77,7 +77,7 @@ def started() -> Iterator[Ranks]:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     failed = True
     try:
-        with distributed.reports_lost_peer():
+        with distributed.reports_lost_peer(), earlier_objects_left_alone():
             yield ranks
         failed = False
     except Stopped as stop:
@@ -147,6 +147,7 @@ def _report(
         name: lab.score_teacher(name, look=sampler.asking(name)) for name in lab.teacher_folders
     }
     students = {STUDENT: student.folder, **{n: made.folder for n, made in baselines.items()}}
+    forget_models()
     latency = on_main(lambda: _latency(lab, students, ranks.device))
     return Report(
         method=config.method.name,

@@ -67,7 +67,7 @@ class StageRun:
         self.student: StudentEngine
         self.objective: Objective
         self.student, self.objective = assembly.student(stage)
-        self.scorer = assembly.scorer()
+        self.scorer = assembly.scorer(stage.train)
         self.loader = self._loader()
         train = stage.train
         steps = total_steps(train, self.loader.steps_per_epoch)

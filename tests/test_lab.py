@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +128,29 @@ def test_random_weights_are_another_model_with_another_seed_and_stored_ones_are_
     assert stored == stored_again
 
 
+def test_no_model_is_loaded_on_top_of_one_that_nothing_uses(tmp_path, teacher, monkeypatch):
+    """An engine is in cycles, and Python may not collect them for a long time."""
+    lab = lab_of(config_of(tmp_path))
+    engine = torch.nn.Linear(1, 1)
+    engine.itself = [engine]  # type: ignore[assignment]
+    earlier, found = weakref.ref(engine), []
+    del engine
+
+    def load_model(*_args: Any, **_facts: Any) -> torch.nn.Module:
+        found.append(earlier())
+        return torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr("megakd.assembly.load_model", load_model)
+    gc.disable()
+    try:
+        source = lab._prepared.sources["student"]
+        lab._assembly._load(source, {}, "fp32", need_head=False)
+    finally:
+        gc.enable()
+
+    assert found == [None]
+
+
 def test_a_teacher_is_finetuned_on_its_labels_before_it_teaches(tmp_path, teacher, monkeypatch):
     overrides = FinetuneOverrides(max_steps=7, deepspeed="zero0")
     spec = TeacherConfig(model=str(teacher), finetune=overrides)
@@ -158,6 +184,19 @@ def test_the_default_terms_fit_the_task(tmp_path, teacher, task, losses):
     lab = lab_of(config_of(tmp_path, task=TaskConfig(type=task, dataset="d", max_length=32)))
 
     assert [term.loss for term in (*lab.hard_terms(0.5), *lab.soft_terms(0.5))] == losses
+
+
+def test_a_stage_is_scored_as_many_rows_at_a_time_as_it_trains_with(tmp_path, teacher):
+    finetune = FinetuneOverrides(per_device_train_batch_size=2)
+    spec = TeacherConfig(model=str(teacher), finetune=finetune)
+    config = config_of(tmp_path, teacher=spec, train=TrainConfig(per_device_train_batch_size=5))
+    finetuned = completed(Stage(name="f", role="teacher"), config).train
+
+    assert config.eval_rows(finetuned) == 2
+    assert config.eval_rows(completed(stage_of(), config).train) == 5
+    assert config.eval_rows() == 5
+    given = dataclasses.replace(config, eval=EvalConfig(per_device_eval_batch_size=7))
+    assert given.eval_rows() == given.eval_rows(finetuned) == 7
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ def test_a_finished_run_started_again_prints_its_table_and_loads_nothing(
 ):
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
 
-    again = finish(one_rank, config, "save.save_steps=3", "log.logging_steps=7")
+    free = ("save.save_steps=3", "log.logging_steps=7", "eval.per_device_eval_batch_size=3")
+    again = finish(one_rank, config, *free)
 
     assert again.out.splitlines() == whole_run.said.out.splitlines()[-len(again.out.splitlines()) :]
     assert again.loaded == ()

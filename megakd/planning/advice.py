@@ -116,8 +116,7 @@ def _activations(case: Case) -> Iterator[Case]:
         setting += f"train.gradient_accumulation_steps={more}"
         keys = {"per_device_train_batch_size": fewer, "gradient_accumulation_steps": more}
         yield case.with_config(setting, "train", **keys)
-    scored = config.eval.per_device_eval_batch_size
-    if scored > rows:
+    if config.eval_rows() > rows:
         setting = f"eval.per_device_eval_batch_size={rows}"
         yield case.with_config(setting, "eval", per_device_eval_batch_size=rows)
 

@@ -137,7 +137,7 @@ class Theatre:
         learned = self._known.once(
             ("learner", *traits, *passes), lambda: self._learn(phase, stage, batch, knowledge)
         )
-        scored = self.config.eval.per_device_eval_batch_size
+        scored = self.config.eval_rows(stage.train)
         evaluation = self._known.once(
             ("evaluation", *traits, scored), lambda: self._evaluation(phase, stage, scored)
         )

@@ -124,7 +124,7 @@ class Timeline:
                 self._micro_batch(learner, number, number == micro_batches - 1)
             self.ledger.when = "updating the weights"
             learner.update()
-        self._evaluate(learner)
+        self._evaluate(learner, self.config.eval_rows(stage.train))
         self.ledger.when = "writing the model"
         written = min(learner.at.inventory.numel * learner.at.itemsize, SHARD_BYTES)
         self.ledger.briefly(learner.at.holder("weights", "host", "copy"), block(written))
@@ -216,11 +216,11 @@ class Timeline:
         self.ledger.drop(engine.at.holder("elastic", "device", "views"))
         self.ledger.drop(engine.at.holder("gather"))
 
-    def _evaluate(self, learner: Learner) -> None:
+    def _evaluate(self, learner: Learner, rows: int) -> None:
         run = self.act.evaluation
         if run is None:
             return
-        self.ledger.when = "evaluating"
+        self.ledger.when = f"evaluating (eval.per_device_eval_batch_size {rows})"
         gathering = learner.gathering(run)
         for index, moment in enumerate(run.moments):
             self._hold(learner, moment, gathering, index, "activations")

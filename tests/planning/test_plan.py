@@ -107,6 +107,21 @@ def test_gradient_checkpointing_and_smaller_batches_need_less(tmp_path: Path) ->
     assert activations(less[0], "train.per_device_train_batch_size=1") < whole
 
 
+def test_an_evaluation_that_is_the_peak_is_named_with_its_key(tmp_path: Path) -> None:
+    settings = ("eval.per_device_eval_batch_size=999", "student.deepspeed=zero0")
+    plan = planned(config_of(tmp_path, *settings))
+
+    assert "eval.per_device_eval_batch_size 999" in plan.as_json()["peak_moment"]
+    assert "eval.per_device_eval_batch_size 999" in page(plan)
+
+
+def test_an_evaluation_needs_no_more_than_training_where_no_batch_is_given(tmp_path: Path) -> None:
+    moments = planned(config_of(tmp_path)).highest.ledger.moments
+
+    (evaluating,) = (size for when, size in moments.items() if when.startswith("evaluating"))
+    assert evaluating < moments["the student's backward"]
+
+
 def test_rates_turn_operations_and_bytes_into_seconds(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     rates = Rates(tflops=1e-3, gbps=1e-3)
