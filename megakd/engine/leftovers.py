@@ -7,10 +7,11 @@ which even a rank that ends well leaves in /dev/shm.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -23,40 +24,56 @@ BYTES_PER_RANK = 70_000_000
 
 
 def remove_dead_locks(folder: Path) -> list[Path]:
-    """Removes build locks that no living process of this host holds open; says which."""
-    dead = [lock for lock in sorted(folder.glob("**/lock")) if not _is_open(lock)]
+    """Remove build locks that no living process of this host holds open; say which."""
+    dead = _remove_unused(sorted(folder.glob("**/lock")))
     for lock in dead:
-        lock.unlink(missing_ok=True)
         logger.warning("removed %s: left by a start that was killed", lock)
     return dead
 
 
-def _is_open(path: Path) -> bool:
-    for process in psutil.process_iter():
-        try:
-            if any(Path(file.path) == path.resolve() for file in process.open_files()):
-                return True
-        except psutil.Error:
-            continue  # gone meanwhile, or another user's: it cannot hold a lock of ours
-    return False
-
-
 def remove_dead_buffers(folder: Path = SHARED_MEMORY) -> list[Path]:
-    """Removes this user's DeepSpeed buffers that no living process of this host maps."""
-    found = sorted(folder.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*"))
-    mapped = set(_mapped_files()) if found else set()
-    dead = [buffer for buffer in found if str(buffer) not in mapped]
-    for buffer in dead:
-        buffer.unlink(missing_ok=True)
-    return dead
+    """Remove this user's DeepSpeed buffers that no living process of this host has."""
+    return _remove_unused(sorted(folder.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*")))
 
 
-def _mapped_files() -> Iterator[str]:
+def _remove_unused(paths: Sequence[Path]) -> list[Path]:
+    """Remove files that no process has open or maps.
+
+    Another start may open a file while this one looks. Every file is therefore moved aside first,
+    where nobody opens it any more, and put back if a process has it by then.
+    """
+    moved = {path: aside for path in paths if (aside := _move_aside(path)) is not None}
+    used = set(_files_in_use()) if moved else set()
+    for path, aside in moved.items():
+        if str(aside.resolve()) in used:
+            _put_back(aside, path)
+        aside.unlink(missing_ok=True)
+    return [path for path, aside in moved.items() if str(aside.resolve()) not in used]
+
+
+def _move_aside(path: Path) -> Path | None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}.unused")
+    try:
+        return path.rename(aside)
+    except FileNotFoundError:  # another start was quicker
+        return None
+
+
+def _put_back(aside: Path, path: Path) -> None:
+    # A hard link, because it never replaces what a start may have made there meanwhile.
+    with contextlib.suppress(FileExistsError):
+        path.hardlink_to(aside)
+
+
+def _files_in_use() -> Iterator[str]:
+    """Return the files that any process has open or maps."""
     for process in psutil.process_iter():
         try:
+            # In this order: DeepSpeed maps a buffer that it has opened.
+            yield from (file.path for file in process.open_files())
             yield from (mapping.path for mapping in process.memory_maps())
         except (psutil.Error, OSError):
-            continue  # gone meanwhile, or another user's
+            continue  # gone meanwhile, or another user's: it cannot have a file of ours
 
 
 def check_shared_memory(ranks: int, folder: Path = SHARED_MEMORY) -> None:

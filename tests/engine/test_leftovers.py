@@ -1,8 +1,11 @@
 import mmap
 import os
+import subprocess
+import sys
 
 import pytest
 
+from megakd.engine import leftovers
 from megakd.engine.leftovers import (
     check_shared_memory,
     release_own_buffer,
@@ -48,6 +51,56 @@ def test_a_buffer_that_a_process_maps_stays(buffer, tmp_path):
         assert remove_dead_buffers(tmp_path) == []
 
     assert buffer.exists()
+
+
+def test_a_buffer_that_a_start_has_created_and_not_yet_mapped_stays(buffer, tmp_path):
+    with buffer.open("r+b"):
+        assert remove_dead_buffers(tmp_path) == []
+
+    assert [path.name for path in tmp_path.iterdir()] == [buffer.name]
+
+
+def test_a_buffer_that_another_process_holds_open_stays(buffer, tmp_path):
+    program = "import sys; file = open(sys.argv[1], 'r+b'); print(flush=True); input()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(buffer)], stdin=pipe, stdout=pipe
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+
+        assert remove_dead_buffers(tmp_path) == []
+        assert buffer.exists()
+        other.communicate(b"\n")
+
+    assert remove_dead_buffers(tmp_path) == [buffer]
+
+
+def test_a_buffer_that_a_start_opens_while_another_looks_stays(buffer, tmp_path, monkeypatch):
+    opened = []
+    move_aside = leftovers._move_aside
+
+    def open_first(path):
+        opened.append(path.open("r+b"))
+        return move_aside(path)
+
+    monkeypatch.setattr(leftovers, "_move_aside", open_first)
+
+    assert remove_dead_buffers(tmp_path) == []
+    assert buffer.exists()
+    opened[0].close()
+
+
+def test_a_buffer_that_a_start_creates_anew_meanwhile_is_not_touched(buffer, tmp_path, monkeypatch):
+    def create_anew():
+        buffer.write_bytes(b"new")
+        return iter(())
+
+    monkeypatch.setattr(leftovers, "_files_in_use", create_anew)
+
+    assert remove_dead_buffers(tmp_path) == [buffer]
+    assert buffer.read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == [buffer.name]
 
 
 def test_another_programs_files_stay(tmp_path):
