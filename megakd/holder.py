@@ -11,6 +11,7 @@ holder by a file that is named after that holder, which only one of them can mak
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -130,6 +131,7 @@ class FolderLock:
         self.path = folder / LOCK
         self.holder = this_process()
         self._lost = lost or _end_at_once
+        self._is_new = False
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._give_signs, name="lock", daemon=True)
 
@@ -141,6 +143,7 @@ class FolderLock:
             CheckpointError: the folder cannot be written to.
         """
         try:
+            self._is_new = not self.path.parent.exists()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             while not self._try():
                 pass
@@ -154,6 +157,9 @@ class FolderLock:
         self._thread.join()
         if read_holder(self.path) == self.holder:
             self.path.unlink(missing_ok=True)
+            if self._is_new:  # a run that was refused before it began leaves nothing behind
+                with contextlib.suppress(OSError):
+                    self.path.parent.rmdir()
 
     def _try(self) -> bool:
         """Return true if this process holds the folder, false if the holder has changed.

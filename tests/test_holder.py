@@ -71,7 +71,17 @@ def test_the_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
 
     assert shown == lock.holder
     assert shown.pid == os.getpid()
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_which_a_run_left_something_stays(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path / "out")
+    lock.take()
+    (tmp_path / "out" / "config.yaml").touch()
+
+    lock.release()
+
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.yaml"]
 
 
 def test_a_folder_that_a_living_run_holds_is_refused_naming_that_run(tmp_path: Path) -> None:
