@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megakd import atomic
+from megakd.errors import MegakdError
 
 if TYPE_CHECKING:
-    from io import BufferedWriter
+    from io import FileIO
     from pathlib import Path
 
     from tqdm import tqdm
@@ -121,12 +124,22 @@ class Reporter:
     def __init__(
         self, output_dir: Path, *, is_main: bool, trackers: Sequence[Tracker] = ()
     ) -> None:
-        self._folder = output_dir
+        self._path = output_dir / "metrics.jsonl"
         self._is_main = is_main
         self._trackers = trackers
-        self._file: BufferedWriter | None = None
+        self._file: FileIO | None = None
         self._extents: dict[str, Extent] = {}
         self._progress: Progress | None = None
+
+    def check(self) -> None:
+        """Look at metrics.jsonl before any long work.
+
+        Raises:
+            MegakdError: the run could not log its first number.
+        """
+        with _reports_unusable(self._path):
+            if self._is_main and self._path.exists():
+                self._path.open("ab").close()
 
     def begin(self, stage: str, extent: Extent) -> None:
         """A stage starts or goes on."""
@@ -141,11 +154,11 @@ class Reporter:
         if not self._is_main:
             return
         self._close_file()
-        path = self._folder / "metrics.jsonl"
-        lines = list(_whole_lines(path))
-        kept = [line for line in lines if not _comes_again(line, stage, step)]
-        if len(kept) < len(lines):
-            atomic.write_text(path, "".join(kept))
+        with _reports_unusable(self._path):
+            lines = list(_whole_lines(self._path))
+            kept = [line for line in lines if not _comes_again(line, stage, step)]
+            if len(kept) < len(lines):
+                atomic.write_text(self._path, "".join(kept))
         for tracker in self._trackers:
             tracker.begin(stage, step)
 
@@ -176,14 +189,15 @@ class Reporter:
             tracker.close()
 
     def _append(self, line: str) -> None:
-        path = self._folder / "metrics.jsonl"
-        with atomic.reports_full_disk(path):
+        with _reports_unusable(self._path):
             if self._file is None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                _cut_half_line(path)
-                self._file = path.open("ab")
-            self._file.write(line.encode() + b"\n")
-            self._file.flush()
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                _cut_half_line(self._path)
+                # Without a buffer: its rest would fail again when the file is closed.
+                self._file = self._path.open("ab", buffering=0)
+            content = line.encode() + b"\n"
+            if self._file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _close_file(self) -> None:
         if self._file is not None:
@@ -194,6 +208,23 @@ class Reporter:
         if self._progress is not None:
             self._progress.close()
             self._progress = None
+
+
+@contextmanager
+def _reports_unusable(path: Path) -> Iterator[None]:
+    """Turn a failure to read or write the run's numbers into one message.
+
+    Raises:
+        MegakdError: the file cannot be used, or the disk is full.
+    """
+    try:
+        with atomic.reports_full_disk(path):
+            yield
+    except OSError as error:
+        raise MegakdError(
+            f"{path} cannot be used ({error.strerror or error}), and a run keeps its numbers "
+            "there; move away what is there, then start the same command again"
+        ) from error
 
 
 def _whole_lines(path: Path) -> Iterator[str]:

@@ -109,14 +109,17 @@ def reporter_of(config: RunConfig, ranks: Ranks) -> Reporter:
     """Return what logs a run; a collective.
 
     Raises:
-        ConfigError: the library of a service in `log.report_to` is not installed.
+        MegakdError: the library of a service in `log.report_to` is not installed, or the folder
+            has something else in the place of the log.
     """
     services = config.log.report_to
     on_main(lambda: check_trackers(services))
     trackers = make_trackers(services, config.output_dir, config_tree(config))
-    return Reporter(
+    reporter = Reporter(
         config.output_dir, is_main=ranks.is_main, trackers=trackers if ranks.is_main else ()
     )
+    on_main(reporter.check)
+    return reporter
 
 
 def _record_config(config: RunConfig) -> None:

@@ -10,8 +10,10 @@ import importlib
 import json
 import logging
 import os
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,30 +76,62 @@ def make_trackers(
     return [makers[name]() for name in names]
 
 
+# Flushed after every log, by the thread that can answer for a failure.
+_NEVER_S = 10**9
+
+
 class TensorBoard:
     """Event files in `output_dir/tensorboard/<stage>`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "tensorboard"
         self._writers: dict[str, Any] = {}
+        self._lost = False
 
     def begin(self, stage: str, step: int) -> None:
         """Forget what was logged after `step`, for those steps come again."""
-        self._close_stage(stage)
-        self._open(stage, purge_step=step + 1 if step else 0)
+        if self._lost:
+            return
+        with self._forgiving():
+            self._close_stage(stage)
+            self._open(stage, purge_step=step + 1 if step else 0)
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Write the numbers and flush them."""
-        if stage not in self._writers:
-            self._open(stage, purge_step=None)
-        for key, value in values.items():
-            self._writers[stage].add_scalar(key, value, step)
-        self._writers[stage].flush()
+        """Write the numbers and flush them; a disk that is full is said once and left alone."""
+        if self._lost:
+            return
+        with self._forgiving():
+            if stage not in self._writers:
+                self._open(stage, purge_step=None)
+            for key, value in values.items():
+                self._writers[stage].add_scalar(key, value, step)
+            self._writers[stage].flush()
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        """Give up the curves, which metrics.jsonl has too, rather than the run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._lost:
+                logger.warning(
+                    "%s cannot be written (%s): TensorBoard gets no more numbers of this run; "
+                    "metrics.jsonl has them all",
+                    *(self._folder, error.strerror or error),
+                )
+            self._lost = True
 
     def _open(self, stage: str, *, purge_step: int | None) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writers[stage] = SummaryWriter(str(self._folder / stage), purge_step=purge_step)
+        folder = self._folder / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        # The writer's own thread writes first, and would print a traceback if it could not.
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(4096))
+        self._writers[stage] = SummaryWriter(
+            str(folder), purge_step=purge_step, flush_secs=_NEVER_S
+        )
 
     def _close_stage(self, stage: str) -> None:
         writer = self._writers.pop(stage, None)
@@ -107,7 +141,8 @@ class TensorBoard:
     def close(self) -> None:
         """Close the files of all stages."""
         for stage in tuple(self._writers):
-            self._close_stage(stage)
+            with self._forgiving():
+                self._close_stage(stage)
 
 
 @dataclass

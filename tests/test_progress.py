@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import config_tree, write_config
 
 from megakd.errors import MegakdError
 from megakd.progress import Extent, Reporter
@@ -209,3 +210,38 @@ def test_a_full_disk_is_said_in_one_message(tmp_path: Path, monkeypatch) -> None
 
     with pytest.raises(MegakdError, match=r"no space left while writing .*metrics\.jsonl"):
         reporter.log(1, {"train/loss": 1.0}, stage="distil")
+
+
+def test_a_disk_that_is_full_midway_is_said_once_and_not_again_when_the_file_is_closed(
+    tmp_path: Path,
+) -> None:
+    class Full(io.FileIO):
+        def write(self, content: object) -> int:
+            return super().write(bytes(content)[:5])  # type: ignore[call-overload]
+
+    reporter = Reporter(tmp_path, is_main=True)
+    reporter.log(1, {"train/loss": 1.0}, stage="distil")
+    reporter._close_file()
+    reporter._file = Full(tmp_path / "metrics.jsonl", "a")
+
+    with pytest.raises(MegakdError, match=r"no space left while writing .*metrics\.jsonl"):
+        reporter.log(2, {"train/loss": 0.5}, stage="distil")
+    reporter.close()
+
+    run_of(tmp_path, "distil", range(2, 3))
+    assert steps_of(tmp_path, "distil") == [1, 2]
+
+
+def test_a_folder_in_the_place_of_the_log_ends_a_run_before_its_data_are_read(
+    one_rank, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "metrics.jsonl").mkdir(parents=True)
+    task = {"type": "classification", "dataset": "there/is/no/such/data"}
+    tree = config_tree(tmp_path / "out", task, log={"report_to": []})
+
+    said = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
+
+    assert said.code == 2
+    where = tmp_path / "out" / "metrics.jsonl"
+    assert f"megakd: error: {where} cannot be used (Is a directory)" in said.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]

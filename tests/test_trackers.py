@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -10,7 +11,7 @@ from tiny_runs import config_tree, write_config, write_reviews
 
 from megakd.errors import ConfigError
 from megakd.progress import Extent, Reporter
-from megakd.trackers import check_trackers, make_trackers
+from megakd.trackers import TensorBoard, check_trackers, make_trackers
 
 
 class Service(ModuleType):
@@ -151,3 +152,34 @@ def test_a_run_without_the_library_ends_before_its_data_are_read(one_rank, tmp_p
     assert said.code == 2
     assert "pip install wandb" in said.err
     assert not (tmp_path / "out").exists()
+
+
+def test_curves_that_cannot_be_written_are_said_once_and_do_not_stop_a_run(tmp_path, caplog):
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    board = TensorBoard(tmp_path)
+    board.begin("student", 0)
+    board.log("student", 1, {"train/loss": 1.0})
+    events = board._writers["student"].file_writer.event_writer._async_writer._writer
+    events.flush = full
+
+    board.log("student", 2, {"train/loss": 0.5})
+    board.log("student", 3, {"train/loss": 0.25})
+
+    assert caplog.text.count("cannot be written (No space left on device)") == 1
+    assert "metrics.jsonl has them all" in caplog.text
+    board.close()
+    assert caplog.text.count("cannot be written") == 1
+    events.close()
+
+
+def test_a_file_in_the_place_of_the_curves_does_not_stop_a_run(tmp_path, caplog):
+    (tmp_path / "tensorboard").write_text("")
+    board = TensorBoard(tmp_path)
+
+    board.begin("student", 0)
+    board.log("student", 1, {"train/loss": 1.0})
+    board.close()
+
+    assert caplog.text.count("TensorBoard gets no more numbers of this run") == 1
