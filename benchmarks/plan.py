@@ -147,7 +147,7 @@ def run_rank(path: Path) -> None:
     """One rank of a run, as `launch/train.py` starts it, up to the end of its stages."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from megakd.lab import Lab
-    from megakd.methods import METHODS
+    from megakd.methods import run_method
     from megakd.preparation import prepare
     from megakd.progress import Reporter
     from megakd.run import started
@@ -156,7 +156,7 @@ def run_rank(path: Path) -> None:
     with started() as ranks:
         reporter = Reporter(config.output_dir, is_main=ranks.is_main)
         lab = Lab(config, prepare(config), ranks, reporter)
-        METHODS[config.method.name].run(config.method, lab)  # type: ignore[arg-type]
+        run_method(config.method, lab)
         reporter.close()
         print(json.dumps([result.peak_memory_bytes for result in lab.results]), flush=True)
 

@@ -21,7 +21,7 @@ from typing import NoReturn
 from megakd.config import RunConfig
 from megakd.config_file import dump_config, load_config
 from megakd.config_messages import suggestion
-from megakd.config_schema import defaults, paths_ending_in, variants
+from megakd.config_schema import defaults, options, paths_ending_in
 from megakd.config_synonyms import synonyms
 from megakd.errors import ConfigError, MegakdError, PeerLostError
 from megakd.methods import MethodConfig
@@ -291,7 +291,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _methods(arguments: argparse.Namespace) -> int:
-    kinds = variants(TermConfig, "loss") if arguments.losses else variants(MethodConfig, "name")
+    kinds = options(TermConfig, "loss") if arguments.losses else options(MethodConfig, "name")
     _say("\n\n".join(_entry(name, kind) for name, kind in kinds.items()))
     return 0
 

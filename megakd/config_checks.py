@@ -10,42 +10,44 @@ from typing import TYPE_CHECKING, Any
 
 from megakd.config import FROM_TEACHER, LANGUAGE_TASKS, STUDENT, TEACHER, ScratchModel
 from megakd.config_messages import suggestion
+from megakd.config_objective import objective_problems
 from megakd.engine.ds_config import check_frozen_stage, load_ds_config
 from megakd.errors import ConfigError
 from megakd.methods import baselines_of
 from megakd.methods.assistants import AssistantOptions
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
 from megakd.methods.minidisc import MiniDiscConfig
+from megakd.methods.plugin import PluginMethod
 from megakd.methods.single import SingleConfig
 from megakd.methods.skdbert import SkdbertConfig
 from megakd.methods.takd import TakdConfig
 from megakd.terms import (
-    INTERMEDIATE_TERMS,
-    SOFT_TARGET_DIVERGENCES,
     STATE_TERMS,
     AttentionMse,
-    HardCrossEntropy,
-    HardMse,
-    SoftTarget,
     SoftTargetKl,
-    SoftTargetMse,
+    compares,
+    looks_inside,
 )
 from megakd.training_checks import training_problems
 
 if TYPE_CHECKING:
-    from megakd.config import RunConfig, TaskType
-
-_TEACHER_TERMS = (*SOFT_TARGET_DIVERGENCES, SoftTargetMse, *INTERMEDIATE_TERMS)
-_OF_CLASSES = (HardCrossEntropy, *SOFT_TARGET_DIVERGENCES)
-_OF_SCORES = (HardMse, SoftTargetMse)
-_WITH_CLASSES = ("classification", *LANGUAGE_TASKS)
+    from megakd.config import RunConfig
+    from megakd.terms import TermConfig
 
 
 def config_problems(config: RunConfig) -> list[str]:
     """What cannot work whatever the data and models are, one line per problem."""
     pools = (_pool, _cut_teacher, _one_of_several, _in_a_row, _distribution)
     models = (_addresses, _teacher, *pools, _baselines, _assistants, _choice, _layers, _caches)
-    checks = (*models, _precision, _objective, _task, _evaluation, _deepspeed, training_problems)
+    checks = (
+        *models,
+        _precision,
+        objective_problems,
+        _task,
+        _evaluation,
+        _deepspeed,
+        training_problems,
+    )
     return [problem for check in checks for problem in check(config)]
 
 
@@ -78,7 +80,12 @@ def _places(config: RunConfig) -> Iterator[tuple[str, str | Path]]:
 
 
 def _teacher(config: RunConfig) -> Iterator[str]:
-    if config.method.name != "finetune" and not config.teacher_specs:
+    method = config.method
+    learns_alone = method.name == "finetune"
+    if isinstance(method, PluginMethod):
+        learns_alone = not method.needs_teacher
+        yield from method.problems(config)
+    if not learns_alone and not config.teacher_specs:
         yield (
             f'teacher: method "{config.method.name}" learns from a teacher and there is none; '
             'set teacher.model, or method.name to "finetune"'
@@ -171,7 +178,7 @@ def _no_such_teacher(config: RunConfig, key: str, name: str) -> str:
 def _baselines(config: RunConfig) -> Iterator[str]:
     if config.alone is not None and "alone" not in config.baselines:
         yield "alone: says how a baseline is trained that is not listed; add baselines: [alone]"
-    known = baselines_of(config.method.name)
+    known = baselines_of(config.method)
     for name, count in Counter(config.baselines).items():
         if name not in known:
             yield (
@@ -247,13 +254,13 @@ def _caches(config: RunConfig) -> Iterator[str]:
         yield f'{key}: method "{method.name}" looks into the teacher itself; remove the key'
     for index, term in enumerate(config.objective or ()):
         where = f"objective[{index}].loss: {term.loss}"
-        if isinstance(term, INTERMEDIATE_TERMS):
+        if looks_inside(term):
             yield f"{where} looks into the teacher, and {key} holds its outputs alone"
-        elif task == "causal_lm" and isinstance(term, SOFT_TARGET_DIVERGENCES):
+        elif task == "causal_lm" and compares(term):
             yield from _of_the_largest(term, where, key)
 
 
-def _of_the_largest(term: SoftTarget, where: str, key: str) -> Iterator[str]:
+def _of_the_largest(term: TermConfig, where: str, key: str) -> Iterator[str]:
     """What can be told from a teacher's largest probabilities."""
     if not isinstance(term, SoftTargetKl):
         yield f"{where} needs all probabilities of the teacher, and {key} holds the largest"
@@ -294,38 +301,6 @@ def _precision(config: RunConfig) -> Iterator[str]:
                 f"{config.key_of(name)}.finetune: bf16 and fp16 are both true, one of them taken "
                 "over from train; set the other to false"
             )
-
-
-def _objective(config: RunConfig) -> Iterator[str]:
-    terms = config.objective or ()
-    for name, count in Counter(term.loss for term in terms).items():
-        if count > 1:
-            yield (
-                f'objective: "{name}" is listed twice; keep one term, '
-                "and say with its weight how much it counts"
-            )
-    if terms and not any(term.weight for term in terms):
-        yield "objective: every weight is 0, so there is nothing to learn; give a term a weight"
-    for index, term in enumerate(terms):
-        where = f"objective[{index}].loss: {term.loss}"
-        trusts = getattr(term, "row_weight", "equal") != "equal"
-        if trusts and config.task.type in LANGUAGE_TASKS:
-            yield (
-                f"objective[{index}].row_weight: weighs rows by their labels, and task.type "
-                f"{config.task.type} has none of its own; leave it out"
-            )
-        if isinstance(term, _unfitting_terms(config.task.type)):
-            fitting = ("regression",) if isinstance(term, _OF_SCORES) else _WITH_CLASSES
-            yield f"{where} is for {', '.join(fitting)}, and task.type is {config.task.type}"
-        elif config.method.name == "finetune" and isinstance(term, _TEACHER_TERMS):
-            yield (
-                f'{where} compares with a teacher, and method "finetune" has none; '
-                "remove the term or choose another method"
-            )
-
-
-def _unfitting_terms(task: TaskType) -> tuple[type, ...]:
-    return _OF_CLASSES if task == "regression" else _OF_SCORES
 
 
 def _task(config: RunConfig) -> Iterator[str]:

@@ -17,9 +17,9 @@ from megakd.config_schema import (
     annotation_at,
     dotted,
     known_keys,
+    names,
     paths_ending_in,
     value_at,
-    variants,
 )
 from megakd.config_synonyms import synonyms
 
@@ -211,7 +211,7 @@ def _line(path: KeyPath, detail: ErrorDetails, tree: Any) -> str:
 def _tag_line(path: KeyPath, detail: ErrorDetails, tree: Any) -> str:
     """A loss or method that does not exist, or is not named at all."""
     tag = detail.get("ctx", {})["discriminator"].strip("'")
-    known = list(variants(annotation_at(path, tree), tag))
+    known = names(annotation_at(path, tree), tag)
     listed = f"known: {', '.join(known)}"
     where = dotted((*path, tag))
     if detail["type"] == "union_tag_not_found":
@@ -238,7 +238,7 @@ def _tag_hint(path: KeyPath, details: Sequence[ErrorDetails], tree: Any) -> str:
     """How to write a method or loss that was given by its bare name."""
     value = details[0]["input"]
     annotation = annotation_at(path, tree)
-    tags = [tag for tag in ("name", "loss") if value in list(variants(annotation, tag))]
+    tags = [tag for tag in ("name", "loss") if value in names(annotation, tag)]
     return f"; write {{{tags[0]}: {value}}}" if tags else ""
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megakd.config import RunConfig
+from megakd.errors import ConfigError
+from megakd.plugins import FromPackage, installed
 
 KeyPath = tuple[str | int, ...]
 
@@ -24,6 +26,35 @@ def members(annotation: Any) -> list[Any]:
 def variants(annotation: Any, tag: str) -> dict[str, type]:
     """The dataclasses of a tagged union by the value of their `tag` field, in written order."""
     return {_tag_value(kind, tag): kind for kind in members(annotation) if _has_tag(kind, tag)}
+
+
+def names(annotation: Any, tag: str) -> list[str]:
+    """The values of `tag` that a tagged union knows, those of installed packages included."""
+    own, package = list(variants(annotation, tag)), package_options(annotation)
+    return [*own, *(installed(package.group) if package and package.tag == tag else ())]
+
+
+def options(annotation: Any, tag: str) -> dict[str, type]:
+    """The dataclasses of a tagged union by name, those of installed packages included.
+
+    Raises:
+        ConfigError: an installed package breaks the contract.
+    """
+    package = package_options(annotation)
+    theirs = names(annotation, tag)[len(variants(annotation, tag)) :] if package else []
+    return variants(annotation, tag) | {name: package.kind(name) for name in theirs if package}
+
+
+def package_options(annotation: Any) -> FromPackage | None:
+    """How a union takes options of other packages; None if it takes none."""
+    if get_origin(annotation) is Annotated:
+        inner, *marks = get_args(annotation)
+        found = [mark for mark in marks if isinstance(mark, FromPackage)]
+        return found[0] if found else package_options(inner)
+    if get_origin(annotation) in (Union, types.UnionType):
+        found = [package_options(part) for part in get_args(annotation)]
+        return next((mark for mark in found if mark is not None), None)
+    return None
 
 
 def known_keys(path: KeyPath, tree: Any) -> list[str]:
@@ -110,9 +141,19 @@ def _tag_value(kind: type, tag: str) -> str:
 
 def _dataclass_of(annotation: Any, value: Any) -> type | None:
     """The dataclass that a mapping is meant to be: the only one, or the one its tag names."""
+    package = package_options(annotation)
+    if package is not None and package.is_named_by(value):
+        return _kind_of_package(package, value)
     kinds = [part for part in members(annotation) if dataclasses.is_dataclass(part)]
     fitting = [kind for kind in kinds if len(kinds) == 1 or _fits(kind, value)]
     return fitting[0] if fitting and isinstance(fitting[0], type) else None
+
+
+def _kind_of_package(package: FromPackage, value: Any) -> type | None:
+    try:
+        return package.kind(value[package.tag])
+    except ConfigError:  # said where the value is validated
+        return None
 
 
 def _fits(kind: Any, value: Any) -> bool:

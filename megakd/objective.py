@@ -24,23 +24,26 @@ from megakd.losses import (
     language_model_groups,
 )
 from megakd.models.architectures import Heads
+from megakd.plugin_losses import PluginLoss
 from megakd.stage import IGNORE, UNITS, Batch, Unit
 from megakd.terms import (
     ATTENTION_TERMS,
     INTERMEDIATE_TERMS,
     SOFT_TARGET_DIVERGENCES,
-    STATE_TERMS,
     AttentionMse,
     AttentionTerm,
     EmbeddingMse,
     HardMse,
     LayerMapping,
+    PluginTerm,
     Relation,
     RelationFsp,
     RelationKl,
     SoftTargetMse,
     StateTerm,
     TermConfig,
+    compares,
+    reads_states,
 )
 
 WEIGHTED_LOSS = "loss"
@@ -122,6 +125,7 @@ def build_objective(
     else:
         groups.extend(HardClasses() for _ in range(hard))
         groups.extend(SoftClasses(t) for t in soft)
+    groups.extend(PluginLoss(t) for t in terms if isinstance(t, PluginTerm))
     groups.extend(Scores(t) for t in terms if isinstance(t, HardMse | SoftTargetMse))
     if teacher is not None:
         groups.extend(_intermediate_groups(terms, task, student, teacher))
@@ -156,7 +160,7 @@ def teacher_needs(terms: Sequence[TermConfig], student: Shape, teacher: Shape) -
         for pair in layer_pairs(term, student, teacher)
     }
     return Needs(
-        hidden_states=any(isinstance(term, STATE_TERMS) for term in terms),
+        hidden_states=any(map(reads_states, terms)),
         attention_layers=tuple(sorted(layers)),
     )
 
@@ -166,8 +170,7 @@ def check_terms(
 ) -> None:
     """All that can be said of the terms from both models' configs, before anything loads."""
     for term in terms:
-        compares = isinstance(term, INTERMEDIATE_TERMS) or term.loss.startswith("soft_target")
-        if compares and teacher is None:
+        if compares(term) and teacher is None:
             raise ConfigError(f"{term.loss} compares with a teacher and this stage has none")
         if isinstance(term, SOFT_TARGET_DIVERGENCES) and task not in LANGUAGE_TASKS and teacher:
             _check_classes(term.loss, student, teacher)
@@ -182,6 +185,8 @@ def check_terms(
                 )
         if isinstance(term, ATTENTION_TERMS) and teacher is not None:
             _check_heads(term, student, teacher)
+        if isinstance(term, PluginTerm):
+            term.check(student, teacher)
 
 
 def _check_classes(loss: str, student: Shape, teacher: Shape) -> None:

@@ -33,7 +33,7 @@ from megakd.models.layers import with_layers
 from megakd.models.loading import ModelSource, check_model, resolve_model, with_vocabulary
 from megakd.objective import check_terms
 from megakd.stage_losses import shape_of
-from megakd.terms import INTERMEDIATE_TERMS
+from megakd.terms import looks_inside
 from megakd.vocabulary_checks import other_vocabularies, without_tokenizer
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def check_losses(config: RunConfig, materials: Materials) -> None:
         for role, source in materials.sources.items()
     }
     teachers = {name: shapes[name] for name in config.teacher_specs}
-    compared = [term.loss for term in terms if isinstance(term, INTERMEDIATE_TERMS)]
+    compared = [term.loss for term in terms if looks_inside(term)]
     if compared and len(set(teachers.values())) > 1:
         shapes = ", ".join(f"{name} {s.layers} x {s.width}" for name, s in teachers.items())
         raise ConfigError(

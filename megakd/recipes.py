@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from megakd.config import FROM_TEACHER, RunConfig, TrainConfig, TrainOverrides
-from megakd.methods import METHODS
+from megakd.methods import file_of
 from megakd.stage import Stage, StageResult
 from megakd.terms import hard_terms
 
@@ -51,7 +51,7 @@ def baseline_stage(lab: Lab, name: str, student: StageResult) -> Stage:
     if name == "alone":
         return _alone(lab, student)
     method = lab.config.method
-    return getattr(METHODS[method.name], "BASELINES")[name](method, lab, student)  # noqa: B009
+    return file_of(method).BASELINES[name](method, lab, student)
 
 
 def _alone(lab: Lab, student: StageResult) -> Stage:

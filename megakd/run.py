@@ -29,7 +29,7 @@ from megakd.holder import held
 from megakd.lab import Assistant, Lab, scoring_preset
 from megakd.label_check import check_label_orders
 from megakd.latency import measure_latencies
-from megakd.methods import METHODS
+from megakd.methods import run_method
 from megakd.precision import check_device
 from megakd.preparation import Prepared, prepare
 from megakd.progress import Reporter
@@ -95,7 +95,7 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     on_main(lambda: _record_config(config))
     try:
         lab = Lab(config, prepared, ranks, reporter)
-        student = METHODS[config.method.name].run(config.method, lab)  # type: ignore[arg-type]
+        student = run_method(config.method, lab)
         baselines = {
             name: lab.train(baseline_stage(lab, name, student)) for name in config.baselines
         }

@@ -10,6 +10,7 @@ from megakd.config_file import config_tree
 from megakd.engine.ds_config import load_ds_config
 from megakd.errors import MegakdError
 from megakd.fingerprint import Fingerprint, flatten
+from megakd.plugins import code_of
 
 if TYPE_CHECKING:
     from megakd.assembly import Assembly
@@ -33,7 +34,7 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
         "data": assembly.prepared.encoded.content_hash,
         "model": assembly.identity_of(assembly.learner(stage)),
         "train": _training(stage.train),
-        "objective": [asdict(term) for term in stage.objective],
+        "objective": [asdict(term) | code_of(term) for term in stage.objective],
         "deepspeed": load_ds_config(stage.deepspeed, where=where),
         "labelled_only": stage.labelled_only,
         "strategy": facts_of(stage.strategy),
@@ -90,4 +91,4 @@ def facts_of(value: Any) -> Mapping[str, Any]:
                 f"None, or lists and mappings of them; give {kind} a `facts` property that "
                 f"returns such values"
             )
-    return {"kind": kind, **facts}
+    return {"kind": kind, **facts, **code_of(value)}

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
+
+from megakd.plugins import LOSSES, OURS, THEIRS, FromPackage, wrong_options
+from megakd.stage import UNITS, Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megakd.objective import Shape
+    from megakd.stage import Batch, Knowledge
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -224,7 +233,40 @@ class RelationKl:
     relation_heads: Count | None = None
 
 
-TermConfig = Annotated[
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class PluginTerm:
+    """Options of a loss of another package, which derives from here; see docs/plugins.md.
+
+    unit: what `total` sums over, by whose count over the whole step it is divided: `examples`
+        (rows), `targets` (labelled rows or positions) or `tokens` (valid positions).
+    tasks: values of task.type that the loss is for.
+    needs_teacher: whether the loss compares with a teacher.
+    reads_hidden_states: whether the loss reads hidden states.
+    """
+
+    unit: ClassVar[Unit]
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "regression", "mlm", "causal_lm")
+    needs_teacher: ClassVar[bool] = True
+    reads_hidden_states: ClassVar[bool] = False
+    loss: str
+    weight: Weight = 1.0
+
+    def total(self, student: Knowledge, teacher: Knowledge | None, batch: Batch) -> Tensor:
+        """Return the sum over the unit in fp32, without weight, as a tensor of no dimension."""
+        raise TypeError(f"{type(self).__name__} computes nothing")
+
+    def check(self, student: Shape, teacher: Shape | None) -> None:
+        """Raise a TeacherError where the two models' shapes do not fit the loss."""
+
+
+def _wrong_term(kind: Any) -> str | None:
+    wrong = wrong_options(kind, PluginTerm, ("total",))
+    if wrong is None and getattr(kind, "unit", None) not in UNITS:
+        return f"{kind.__name__}.unit is not set to {', '.join(UNITS[:-1])} or {UNITS[-1]}"
+    return wrong
+
+
+OwnTerm = Annotated[
     HardCrossEntropy
     | HardMse
     | SoftTargetKl
@@ -242,6 +284,11 @@ TermConfig = Annotated[
     | RelationKl,
     Field(discriminator="loss"),
 ]
+PLUGIN_TERM = FromPackage(LOSSES, "loss", OwnTerm, _wrong_term)
+TermConfig = Annotated[
+    Annotated[OwnTerm, Tag(OURS)] | Annotated[PluginTerm, PLUGIN_TERM, Tag(THEIRS)],
+    Discriminator(PLUGIN_TERM.branch),
+]
 SoftTarget = (
     SoftTargetKl
     | SoftTargetReverseKl
@@ -256,6 +303,25 @@ SOFT_TARGET_DIVERGENCES: tuple[type[SoftTarget], ...] = get_args(SoftTarget)
 STATE_TERMS: tuple[type[StateTerm], ...] = get_args(StateTerm)
 ATTENTION_TERMS: tuple[type[AttentionTerm], ...] = get_args(AttentionTerm)
 INTERMEDIATE_TERMS = (*STATE_TERMS, *ATTENTION_TERMS)
+
+
+def compares(term: TermConfig) -> bool:
+    """Return whether a term needs a teacher."""
+    if isinstance(term, PluginTerm):
+        return term.needs_teacher
+    return isinstance(term, (*SOFT_TARGET_DIVERGENCES, SoftTargetMse, *INTERMEDIATE_TERMS))
+
+
+def reads_states(term: TermConfig) -> bool:
+    """Return whether a term reads hidden states of both models."""
+    if isinstance(term, PluginTerm):
+        return term.reads_hidden_states
+    return isinstance(term, STATE_TERMS)
+
+
+def looks_inside(term: TermConfig) -> bool:
+    """Return whether a term reads more of a teacher than its outputs."""
+    return isinstance(term, INTERMEDIATE_TERMS) or (compares(term) and reads_states(term))
 
 
 def hard_terms(task: str, weight: float = 1.0) -> tuple[HardMse | HardCrossEntropy]:

@@ -47,12 +47,23 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(cache.cleanup)
     os.environ["MEGAKD_CACHE"] = str(Path(cache.name) / "megakd")
     os.environ["HF_HOME"] = str(Path(cache.name) / "huggingface")
+    # Modules that tests write; processes that are started inherit the path.
+    packages = Path(cache.name) / "packages"
+    packages.mkdir()
+    sys.path.insert(0, str(packages))
+    os.environ["MEGAKD_TEST_PACKAGES"] = str(packages)
 
 
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def packages() -> Path:
+    """A folder whose modules can be imported, here and by `one_rank`."""
+    return Path(os.environ["MEGAKD_TEST_PACKAGES"])
 
 
 @pytest.fixture(scope="session")

@@ -6,22 +6,11 @@ is made another way, `build(config, lab, student)`.
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from megakd.methods import (
-    direct,
-    finetune,
-    knowledge_selection,
-    maxidisc,
-    mean_of_teachers,
-    minidisc,
-    mt_bert,
-    single,
-    skdbert,
-    takd,
-)
 from megakd.methods.direct import DirectConfig
 from megakd.methods.finetune import FinetuneConfig
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
@@ -29,11 +18,17 @@ from megakd.methods.maxidisc import MaxiDiscConfig
 from megakd.methods.mean_of_teachers import MeanOfTeachersConfig
 from megakd.methods.minidisc import MiniDiscConfig
 from megakd.methods.mt_bert import MtBertConfig
+from megakd.methods.plugin import PluginMethod, wrong_method
 from megakd.methods.single import SingleConfig
 from megakd.methods.skdbert import SkdbertConfig
 from megakd.methods.takd import TakdConfig
+from megakd.plugins import METHODS, OURS, THEIRS, FromPackage
 
-MethodConfig = Annotated[
+if TYPE_CHECKING:
+    from megakd.lab import Lab
+    from megakd.stage import StageResult
+
+OwnMethod = Annotated[
     FinetuneConfig
     | SingleConfig
     | MiniDiscConfig
@@ -46,20 +41,23 @@ MethodConfig = Annotated[
     | KnowledgeSelectionConfig,
     Field(discriminator="name"),
 ]
-METHODS = {
-    "finetune": finetune,
-    "single": single,
-    "minidisc": minidisc,
-    "maxidisc": maxidisc,
-    "direct": direct,
-    "skdbert": skdbert,
-    "mean_of_teachers": mean_of_teachers,
-    "mt_bert": mt_bert,
-    "takd": takd,
-    "knowledge_selection": knowledge_selection,
-}
+PLUGIN_METHOD = FromPackage(METHODS, "name", OwnMethod, wrong_method)
+MethodConfig = Annotated[
+    Annotated[OwnMethod, Tag(OURS)] | Annotated[PluginMethod, PLUGIN_METHOD, Tag(THEIRS)],
+    Discriminator(PLUGIN_METHOD.branch),
+]
 
 
-def baselines_of(method: str) -> tuple[str, ...]:
+def run_method(config: MethodConfig, lab: Lab) -> StageResult:
+    """Run a method in a lab: call `run` of the file that holds the method's options."""
+    return file_of(config).run(config, lab)
+
+
+def file_of(config: MethodConfig) -> Any:
+    """Return the module that holds a method's options, its `run` and its `BASELINES`."""
+    return sys.modules[type(config).__module__]
+
+
+def baselines_of(config: MethodConfig) -> tuple[str, ...]:
     """Return the baselines that a run of a method may list; `alone` goes with all of them."""
-    return ("alone", *getattr(METHODS[method], "BASELINES", {}))
+    return ("alone", *getattr(file_of(config), "BASELINES", {}))

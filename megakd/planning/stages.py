@@ -11,7 +11,7 @@ from typing import Any
 
 from megakd.assembly import ReadyTeacher
 from megakd.config import STUDENT, TEACHER, RunConfig
-from megakd.methods import METHODS
+from megakd.methods import run_method
 from megakd.models.loading import ModelSource
 from megakd.models.units import View
 from megakd.pruning import Specification, largest_first, shape_of_cut, unscored
@@ -47,7 +47,7 @@ def phases_of(config: RunConfig, sources: Mapping[str, ModelSource]) -> list[Pha
         MegakdError: the method finds that it cannot work with these models.
     """
     lab = PlanningLab(config, sources)
-    student = METHODS[config.method.name].run(config.method, lab)  # type: ignore[arg-type]
+    student = run_method(config.method, lab)  # type: ignore[arg-type]
     for name in config.baselines:
         lab.train(baseline_stage(lab, name, student))  # type: ignore[arg-type]
     return lab.phases

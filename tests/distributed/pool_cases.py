@@ -12,7 +12,7 @@ from megakd.config_file import load_config
 from megakd.engine import ahead, distributed
 from megakd.engine.ahead import FetchedAhead
 from megakd.lab import Lab
-from megakd.methods import METHODS
+from megakd.methods import run_method
 from megakd.preparation import prepare
 from megakd.progress import Reporter
 from megakd.teachers.cached import CachedTeacher
@@ -58,7 +58,7 @@ def learn(config_path: str, overrides: list[str]) -> dict:
         return teacher
 
     lab._frozen = watched
-    result = METHODS[config.method.name].run(config.method, lab)
+    result = run_method(config.method, lab)
     weights = load_file(result.folder / "model.safetensors")
     return {"asked": asked, "held": held, "weights": weights, "record": lab.record.pool}
 

@@ -12,7 +12,7 @@ from megakd.engine import distributed
 from megakd.engine.student import StudentEngine
 from megakd.instruments import Instruments
 from megakd.lab import Lab
-from megakd.methods import METHODS
+from megakd.methods import run_method
 from megakd.methods.selecting import Selecting
 from megakd.preparation import prepare
 from megakd.progress import Reporter
@@ -76,7 +76,7 @@ def learn(config_path: str, overrides: list[str]) -> dict:
     reporter = Reporter(config.output_dir, is_main=False)
     lab = Lab(config, prepare(config), distributed.ranks(), reporter)
     with Watch() as watch:
-        result = METHODS[config.method.name].run(config.method, lab)
+        result = run_method(config.method, lab)
     weights = load_file(result.folder / "model.safetensors")
     facts = {"actions": watch.actions, "beginnings": watch.beginnings, "measured": watch.measured}
     return {**facts, "weights": weights}
