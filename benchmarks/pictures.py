@@ -19,23 +19,40 @@ if TYPE_CHECKING:
 FOLDER = ROOT / "docs/images"
 PICTURES = ("quality", "tradeoff")
 """In the order of the report's figures."""
-FONT = 'svg { font-family: system-ui, "DejaVu Sans", sans-serif } svg text { fill: var(--ink) }'
+GAP, TITLE, COLUMNS = 24, 24, 3
+STYLE = "svg { background: var(--paper) } text.title { fill: var(--ink); font-weight: 600 }"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Writes them."""
+    """Write the pictures."""
     report = Path(*arguments) if arguments else ROOT / "runs/quickstart/report.html"
     page = report.read_text(encoding="utf-8")
-    colours = re.findall(r"^:root.*$|^@media screen.*$", page, re.MULTILINE)
-    style = f"<style>{' '.join(colours)} {FONT} svg {{ background: var(--paper) }}</style>"
+    rules = re.findall(r"^:root.*$|^@media screen.*$|^svg [^{].*$(?:\n  .*$)?", page, re.MULTILINE)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    figures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    figures = re.findall(r"<figure>\n<div class=\"charts\">.*?</figure>", page, re.DOTALL)
     for name, figure in zip(PICTURES, figures, strict=False):
-        opened, body = figure.split(">", 1)
-        drawn = f'{opened} xmlns="http://www.w3.org/2000/svg">{style}{body}\n'
-        (FOLDER / f"{name}.svg").write_text(drawn, encoding="utf-8")
+        style = f"<style>{' '.join(rules)} {STYLE}</style>"
+        (FOLDER / f"{name}.svg").write_text(drawn(figure, style), encoding="utf-8")
         print(FOLDER / f"{name}.svg")
     return 0
+
+
+def drawn(figure: str, style: str) -> str:
+    """Return a figure's charts side by side, each with its title, as one SVG."""
+    titles = re.findall(r'<p class="name">(.*?)</p>', figure)
+    charts = re.findall(r"<svg.*?</svg>", figure, re.DOTALL)
+    width, height = (int(n) for n in re.findall(r'viewBox="0 0 (\d+) (\d+)"', charts[0])[0])
+    parts = []
+    for number, (title, chart) in enumerate(zip(titles, charts, strict=True)):
+        x, y = (number % COLUMNS) * (width + GAP), (number // COLUMNS) * (height + TITLE)
+        words = re.sub(r"<[^>]+>", "", title)
+        parts.append(f'<text class="title" x="{x + 4}" y="{y + 15}">{words}</text>')
+        place = f'<svg x="{x}" y="{y + TITLE}" width="{width}" height="{height}"'
+        parts.append(chart.replace("<svg", place, 1))
+    columns, rows = min(COLUMNS, len(charts)), -(-len(charts) // COLUMNS)
+    size = f"0 0 {columns * (width + GAP) - GAP} {rows * (height + TITLE)}"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}">'
+    return "\n".join([head, style, *parts, "</svg>"]) + "\n"
 
 
 if __name__ == "__main__":

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from megakd.report_history import Curve, Panel, evenly
-from megakd.report_page import figure, folded, paragraph, section, table
-from megakd.report_plots import LINES_PER_PANEL, curves_picture, unit_of
+from megakd.evaluation import LOWER_IS_BETTER
+from megakd.report_charts import Curve as Line
+from megakd.report_charts import line_chart
+from megakd.report_history import Curve, Panel, evenly, thinned
+from megakd.report_page import RAMP_LENGTH, Figure, Folded, Paragraph, Section, Table
+
+if TYPE_CHECKING:
+    from megakd.report_charts import Chart
+    from megakd.report_page import Block
 
 STAGES_SHOWN = 20
+LINES_PER_PANEL = 12
 PANELS_SHOWN = 6
 ROWS_SHOWN = 15
 COLUMNS_SHOWN = 24
@@ -28,20 +36,25 @@ UNITS = {
     "teacher_share": "% of the time",
     "data_share": "% of the time",
 }
+OUTCOMES = ("reward", "held_out_loss")
+"""What a selector logs beside its weights."""
+WEIGHTS = "weight of each kind of knowledge"
+CHOICES_TITLE, OUTCOME_TITLE = "Choices", "Outcome of the choices"
+EVALUATION_TITLE, SPEED_TITLE = "Evaluation", "Speed and step size"
 NATS = ("_kl", "_jsd", "_cross_entropy")
 
 Groups = Mapping[str, Sequence[Panel]]
 
 
 class _Kind(NamedTuple):
-    """One picture of a stage."""
+    """The charts of one kind."""
 
     title: str
     panels: list[Panel]
 
 
-def training_sections(stages: Mapping[str, Groups], names: Sequence[str]) -> Iterator[str]:
-    """Each stage's curves, those stages first that the report names.
+def training_sections(stages: Mapping[str, Groups], names: Sequence[str]) -> Iterator[Block]:
+    """Yield each stage's curves, the stages that the report names first.
 
     Args:
         stages: what was logged, see `report_history.panels`.
@@ -53,28 +66,30 @@ def training_sections(stages: Mapping[str, Groups], names: Sequence[str]) -> Ite
     lines = sum(len(panel.curves) for n in shown for kind in kinds[n] for panel in kind.panels)
     low, high = POINTS_PER_LINE
     points = max(low, min(high, POINTS_ON_THE_PAGE // max(1, lines)))
-    for number, name in enumerate(shown):
-        parts = [_group(kind, name, f"stage-{number}", points) for kind in kinds[name]]
-        yield section(name, *parts, level=3)
+    for name in shown:
+        blocks = [block for kind in kinds[name] for block in _group(kind, name, points)]
+        yield Section(name, blocks, level=3)
     left_out = sum(bool(kinds[name]) for name in order) - len(shown)
     if left_out:
-        yield paragraph(f"{left_out} more stages are in metrics.jsonl.", muted=True)
+        yield Paragraph(f"{left_out} more stages are in metrics.jsonl.", muted=True)
 
 
 def _kinds(groups: Groups) -> list[_Kind]:
     train = groups.get("train", ())
     losses = [panel for panel in train if panel.name not in (*SPEED, *NOT_DRAWN)]
+    choices = groups.get(SELECTION, ())
     speed = [panel for name in SPEED for panel in train if panel.name == name]
     return [
         _Kind("Losses", _merged(_drawable(losses))[:PANELS_SHOWN]),
-        _Kind("Choices", _drawable(groups.get(SELECTION, ()))[:PANELS_SHOWN]),
-        _Kind("Evaluation", _drawable(groups.get("eval", ()))[:PANELS_SHOWN]),
-        _Kind("Speed and step size", _drawable(speed)),
+        _Kind(CHOICES_TITLE, _weights(choices)),
+        _Kind(OUTCOME_TITLE, _drawable([p for p in choices if p.name in OUTCOMES])),
+        _Kind(EVALUATION_TITLE, _drawable(groups.get("eval", ()))[:PANELS_SHOWN]),
+        _Kind(SPEED_TITLE, _drawable(speed)),
     ]
 
 
 def _drawable(panels: Sequence[Panel]) -> list[Panel]:
-    """The curves that are any: two points and more."""
+    """Return the curves that have two points or more."""
     found = []
     for panel in panels:
         curves = {view: curve for view, curve in panel.curves.items() if len(curve.points) > 1}
@@ -83,11 +98,18 @@ def _drawable(panels: Sequence[Panel]) -> list[Panel]:
     return found
 
 
+def _weights(choices: Sequence[Panel]) -> list[Panel]:
+    """Join the weights of the kinds of knowledge in one panel, a curve for each kind."""
+    kinds = {panel.name: panel.curves[""] for panel in choices if "" in panel.curves}
+    weights = {name: curve for name, curve in kinds.items() if name not in OUTCOMES}
+    return _drawable([Panel(WEIGHTS, weights)])
+
+
 def _merged(panels: Sequence[Panel]) -> list[Panel]:
-    """Panels of the same curves become one: the loss of a single term is that term."""
+    """Join panels of the same curves: the loss of a single term is that term."""
     found: list[Panel] = []
     for panel in panels:
-        same = next((i for i, other in enumerate(found) if other.curves == panel.curves), None)
+        same = next((i for i, other in enumerate(found) if _alike(other, panel)), None)
         if same is None:
             found.append(panel)
         else:
@@ -95,50 +117,91 @@ def _merged(panels: Sequence[Panel]) -> list[Panel]:
     return found
 
 
-def _group(kind: _Kind, stage: str, name: str, points: int) -> str:
-    """One picture and, folded, its numbers; all of it folded where it is not about quality."""
-    named = ", ".join(panel.name for panel in kind.panels)
-    units = {panel.name: _unit(panel.name, kind.title) for panel in kind.panels}
-    label = f"{kind.title} of stage {stage} over its steps: {named}. {_ends(kind.panels)}"
-    picture_name = f"{name}-{kind.title.split()[0].lower()}"
-    drawn = curves_picture(kind.panels, points=points, name=picture_name, label=label, units=units)
-    numbers = folded("numbers", _numbers(kind.panels))
-    shown = figure(drawn, f"{kind.title}. {_notes(kind.panels, points)}", numbers)
-    return folded(kind.title, shown) if kind.title.startswith("Speed") else shown
+def _alike(one: Panel, other: Panel) -> bool:
+    """Return whether two panels show the same curves, but for rounding."""
+    return one.curves.keys() == other.curves.keys() and all(
+        len(curve.points) == len(other.curves[view].points)
+        and all(
+            s == t and math.isclose(a, b, rel_tol=1e-5)
+            for (s, a), (t, b) in zip(curve.points, other.curves[view].points, strict=True)
+        )
+        for view, curve in one.curves.items()
+    )
+
+
+def _group(kind: _Kind, stage: str, points: int) -> Iterator[Block]:
+    """Yield the charts of one kind and, folded, their numbers; speed is folded as a whole."""
+    whole = "kept" if kind.title == EVALUATION_TITLE else "all"
+    views = list(dict.fromkeys(view for panel in kind.panels for view in panel.curves))
+    looks = _looks(views)
+    charts = [_chart(panel, kind.title, stage, points, looks) for panel in kind.panels]
+    legend = [(view or whole, *looks[view]) for view in views] if len(views) > 1 else []
+    numbers = Folded("numbers", [_numbers(kind.panels)])
+    shown = Figure(charts, f"{kind.title}. {_notes(kind, points)}", legend, [numbers])
+    yield Folded(kind.title, [shown]) if kind.title == SPEED_TITLE else shown
+
+
+def _looks(views: Sequence[str]) -> dict[str, tuple[str, bool]]:
+    """Return colour and dashes of each view's line; the model itself is the view ""."""
+    named = [view for view in views if view]
+    last = max(1, len(named) - 1)
+    ramp = {view: f"ramp-{i * (RAMP_LENGTH - 1) // last}" for i, view in enumerate(named)}
+    whole = ("ink", True) if named else ("student", False)
+    return {view: (ramp[view], False) if view else whole for view in views}
+
+
+def _chart(
+    panel: Panel, title: str, stage: str, points: int, looks: Mapping[str, tuple[str, bool]]
+) -> Chart:
+    lines = [
+        Line(thinned(curve.points, points), *looks[view], marked=len(curve.points) <= 15)
+        for view, curve in panel.curves.items()
+    ]
+    unit = _unit(panel.name, title)
+    label = f"{title} of stage {stage} over its steps: {panel.name}. {_ends(panel)}".strip()
+    bounds = (0.0, 1.0) if title == CHOICES_TITLE else None
+    is_share = unit.startswith("%") or panel.name == "learning_rate"
+    name = panel.name.replace("_", " ")
+    return line_chart(
+        lines, title=name, unit=unit, label=label, may_be_log=not is_share, bounds=bounds
+    )
 
 
 def _unit(name: str, title: str) -> str:
+    """Return the unit of a number; a choice is a weight without a unit."""
     last = name.rpartition(" = ")[2]
-    if title == "Evaluation":
-        return unit_of(last)
+    if title == EVALUATION_TITLE:
+        return "lower is better" if last in LOWER_IS_BETTER else "%"
+    if title in (CHOICES_TITLE, OUTCOME_TITLE):
+        return "lower is better" if last == "held_out_loss" else ""
     return "nats" if last.endswith(NATS) else UNITS.get(last, "")
 
 
-def _ends(panels: Sequence[Panel]) -> str:
-    """First and last value of each curve of the model itself."""
-    words = [
-        f"{panel.name} from {curve.points[0][1]:.4g} to {curve.points[-1][1]:.4g}"
-        for panel in panels
-        for view, curve in panel.curves.items()
-        if not view
-    ]
-    return "; ".join(words) + "." if words else ""
+def _ends(panel: Panel) -> str:
+    """Return first and last value of the curve of the model itself."""
+    curve = panel.curves.get("")
+    if curve is None:
+        return ""
+    return f"From {curve.points[0][1]:.4g} to {curve.points[-1][1]:.4g}."
 
 
-def _notes(panels: Sequence[Panel], points: int) -> str:
+def _notes(kind: _Kind, points: int) -> str:
+    panels = kind.panels
     curves = [curve for panel in panels for curve in panel.curves.values()]
     notes = ["As logged, not smoothed."]
     if any(len(curve.points) > points for curve in curves):
         notes.append("Of long curves the lowest and highest value of each stretch are drawn.")
     not_finite = sum(curve.not_finite for curve in curves)
     if not_finite:
-        notes.append(f"{not_finite} values that were not finite are left out.")
-    if any(view for panel in panels for view in panel.curves):
+        notes.append(f"Values left out because they were not finite: {not_finite}.")
+    if kind.title == CHOICES_TITLE:
+        notes.append("A weight is between 0 (the kind of knowledge is not used) and 1.")
+    elif any(view for panel in panels for view in panel.curves):
         notes.append("Each line is a candidate.")
     return " ".join(notes)
 
 
-def _numbers(panels: Sequence[Panel]) -> str:
+def _numbers(panels: Sequence[Panel]) -> Table:
     columns: list[tuple[str, Curve]] = [
         (f"{panel.name} {view}".strip(), curve)
         for panel in panels
@@ -155,4 +218,4 @@ def _numbers(panels: Sequence[Panel]) -> str:
         for step in shown
     ]
     caption = f"{len(shown):,} of {len(steps):,} steps" if len(shown) < len(steps) else ""
-    return table([["step", *(title for title, _ in columns)], *rows], caption=caption)
+    return Table([["step", *(title for title, _ in columns)], *rows], caption)

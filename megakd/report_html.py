@@ -1,32 +1,39 @@
-"""report.html: the whole story of a run in one file, from report.json and metrics.jsonl alone.
+"""report.html: a run in one file, from report.json and metrics.jsonl alone.
 
-The file asks nothing of the outside and holds no script. The same input always gives the same
-bytes. Where there is nothing to show, the section is left out.
+The file loads nothing from elsewhere and holds no script. The same input always gives the same
+bytes. A section without content is left out.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from megakd import atomic
 from megakd.config import STUDENT, TEACHER
 from megakd.errors import CheckpointError
 from megakd.evaluation import LOWER_IS_BETTER
-from megakd.report import CandidateReport, Report
+from megakd.report import CandidateReport, Report, SampleReport
+from megakd.report_charts import Chart, Dot, choice_chart, plane_chart, tick
 from megakd.report_curves import training_sections
 from megakd.report_history import panels, read_history
-from megakd.report_page import facts, figure, folded, listing, page, paragraph, section, table
-from megakd.report_plots import (
+from megakd.report_page import (
     Bar,
+    BarGroups,
     Bars,
-    Dot,
-    Plane,
-    bars_picture,
-    plane_picture,
-    tradeoff_picture,
+    Block,
+    Facts,
+    Figure,
+    Folded,
+    Listing,
+    Paragraph,
+    Samples,
+    Section,
+    Table,
+    page,
 )
 from megakd.report_table import (
     WITHOUT_EMBEDDINGS,
@@ -37,29 +44,32 @@ from megakd.report_table import (
     gigabytes,
     is_number,
     largest,
+    latency_notes,
     milliseconds,
-    model_notes,
     model_rows,
     pool_rows,
     score,
+    scored_models,
     sized_models,
     stage_rows,
     teachers_of,
 )
 
 HTML_REPORT = "report.html"
+SIZES = 3
+"""How many columns of `model_rows` are sizes; these follow the name."""
 LATER_KEYS = frozenset({"assistants", "latency", "cost", "teachers", "pool", "samples"})
 """Keys that reports of earlier versions lack."""
 
 
 def write_html_report(output_dir: Path) -> Path:
-    """Writes report.html of a finished run, whole or not at all; what was there is replaced.
+    """Write report.html of a finished run, whole or not at all; an old file is replaced.
 
     Returns:
-        Where it is.
+        The path of the file.
 
     Raises:
-        CheckpointError: there is no report.json, or it is none of megakd's.
+        CheckpointError: there is no report.json, or the file is not a report of megakd.
     """
     report = _read_report(output_dir / "report.json")
     config = output_dir / "config.yaml"
@@ -91,7 +101,7 @@ def _read_report(path: Path) -> Report:
 
 
 def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config: str = "") -> str:
-    """The page as text.
+    """Return the page as text.
 
     Args:
         report: the content of report.json.
@@ -100,22 +110,24 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
     """
     title = f"{report['method']} on {report['task']}"
     names = [stage["name"] for stage in report["stages"]]
-    parts = [
-        f"{section(title, paragraph(_headline(report)), _models(report), level=1)}",
-        section("Size, quality, latency", _sizes(report)),
-        section("Choice by trade-off", *_choices(report["candidates"])),
-        section("What trying every assistant would have cost", _cost(report)),
-        section("Who taught", _pool(report)),
-        section("Time and memory", _stages(report)),
-        section("Training", *training_sections(panels(history), names)),
-        section("Environment", facts(list(_flat(report["environment"])))),
-        section("Config", folded("config.yaml", listing(config) if config else "")),
+    facts = list(_flat(report["environment"]))
+    sections = [
+        Section(title, [Paragraph(_headline(report)), *_models(report)], level=1),
+        Section("Size, quality, latency", list(_planes(report))),
+        Section("Samples", list(_samples(report))),
+        Section("Choice by trade-off", list(_choices(report["candidates"]))),
+        Section("What trying every assistant would have cost", list(_cost(report))),
+        Section("Who taught", list(_pool(report))),
+        Section("Time and memory", list(_stages(report))),
+        Section("Training", list(training_sections(panels(history), names))),
+        Section("Environment", [Facts(facts)] if facts else []),
+        Section("Config", [Folded("config.yaml", [Listing(config)])] if config else []),
     ]
-    return page(f"megakd: {title}", parts)
+    return page(f"megakd: {title}", sections)
 
 
 def _headline(report: Report) -> str:
-    """What came of the run, in one sentence."""
+    """Return what came of the run, in a few sentences."""
     student, teacher = report["student"], report["teacher"]
     name, split = report["metric_name"], report["evaluated_on"]
     mine = score(name, student["metrics"].get(name))
@@ -124,7 +136,7 @@ def _headline(report: Report) -> str:
     theirs = score(name, teacher["metrics"].get(name))
     which = "the largest teacher" if len(teachers_of(report)) > 1 else "the teacher"
     words = [f"The student scores {mine} {name} on {split}, {which} {theirs}."]
-    words += [_comparison(report)]
+    words += [comparison(report)]
     sizes = teacher["encoder_parameters"], student["encoder_parameters"]
     ratio = sizes[0] / sizes[1] if all(sizes) else 0
     gains = [f"has {ratio:.1f}x fewer parameters without embeddings"] if ratio else []
@@ -138,83 +150,118 @@ def _headline(report: Report) -> str:
     return " ".join(word for word in words if word)
 
 
-def _comparison(report: Report) -> str:
+def comparison(report: Report) -> str:
     """Return how the student's main metric compares with the teacher's, in one sentence."""
     name, beside = report["metric_name"], against_teacher(report, report["student"]["metrics"])
     if beside == "-":
         return ""
     if name not in LOWER_IS_BETTER:
         return f"It keeps {beside} of the teacher's score."
-    if beside.startswith("x"):
-        return f"Its {name} is {beside[1:]} times the teacher's (lower is better)."
-    return f"Its {name} differs by {beside} from the teacher's (lower is better)."
+    if not beside.startswith("x"):
+        return f"Its {name} differs from the teacher's by {beside} (lower is better)."
+    nats = math.log(float(beside[1:])) if float(beside[1:]) > 0 else 0
+    return f"Its {name} is {beside[1:]} times the teacher's, {nats:+.2f} nats (lower is better)."
 
 
-def _models(report: Report) -> str:
-    split = report["evaluated_on"]
-    return table(
-        model_rows(report),
-        caption=f"Scores on {split}. {WITHOUT_EMBEDDINGS}: parameters without embeddings, pooler "
-        f"and heads. {'. '.join(model_notes(report))}",
-    )
+def _models(report: Report) -> Iterator[Block]:
+    """Yield the tables of scores and sizes, scores first, and of times."""
+    times = milliseconds(report)
+    titles, *rows = model_rows(report)
+    width = len(titles) - 2 * len(times)
+    order = [0, *range(SIZES + 1, width), *range(1, SIZES + 1)]
+    lower = set(LOWER_IS_BETTER)
+    shown = [f"{name} \N{DOWNWARDS ARROW}" if name in lower else name for name in titles]
+    notes = [f"Scores on {report['evaluated_on']}"]
+    notes += ["\N{DOWNWARDS ARROW}: lower is better"] if lower & set(titles) else []
+    notes += [f"{WITHOUT_EMBEDDINGS}: parameters without embeddings, pooler and heads"]
+    cells = [[row[column] for column in order] for row in (shown, *rows)]
+    yield Table(cells, caption=f"{'. '.join(notes)}.")
+    if times:
+        timed = [[row[0], *row[width:]] for row in rows if set(row[width:]) != {"-"}]
+        words = ". ".join(["Latency", *latency_notes(report)])
+        yield Table([["", *titles[width:]], *timed], caption=f"{words}.")
 
 
-def _sizes(report: Report) -> str:
-    planes = [plane for plane in _planes(report) if plane.dots]
-    if not planes:
-        return ""
-    upwards = "Down" if report["metric_name"] in LOWER_IS_BETTER else "Up"
-    return figure(
-        plane_picture(planes, report["metric_name"], name="sizes"),
-        f"{upwards} and to the left is better. A baseline (hollow) has the student's shape, so "
-        "it stands at the student's size and time. The numbers are in the table above.",
-    )
-
-
-def _planes(report: Report) -> list[Plane]:
+def _planes(report: Report) -> Iterator[Block]:
     sizes = {name: m["encoder_parameters"] for name, m in sized_models(report).items()}
-    planes = [Plane("parameters without embeddings", _dots(report, sizes))]
+    measures = {"parameters without embeddings": _dots(report, sizes)}
     for batch, times in milliseconds(report).items():
-        planes.append(Plane(f"ms per forward of batch {batch}", _dots(report, times)))
-    return planes
+        measures[f"ms per forward of batch {batch}"] = _dots(report, times)
+    charts = [
+        _plane(report["metric_name"], measure, dots) for measure, dots in measures.items() if dots
+    ]
+    is_low = report["metric_name"] in LOWER_IS_BETTER
+    if charts:
+        yield Figure(
+            charts,
+            f"{'Lower' if is_low else 'Higher'} and further to the left is better. A baseline "
+            "(hollow) has the student's shape. The numbers are in the tables above.",
+        )
+
+
+def _plane(metric: str, measure: str, dots: Sequence[Dot]) -> Chart:
+    words = ", ".join(f"{dot.name} {score(metric, dot.y)} at {tick(dot.x)}" for dot in dots)
+    unit = "lower is better" if metric in LOWER_IS_BETTER else "%"
+    label = f"{metric} against {measure}: {words}."
+    return plane_chart(dots, title=metric, unit=unit, label=label, x_title=measure)
 
 
 def _dots(report: Report, sizes: Mapping[str, float]) -> list[Dot]:
-    """Every model with a size and a score; a baseline has the student's size."""
+    """Return every model with a size and a score; an unmeasured baseline has the student's size."""
     metric = report["metric_name"]
     kinds = {**dict.fromkeys(teachers_of(report), TEACHER), STUDENT: STUDENT}
-    found = [
-        Dot(name, kinds.get(name, "assistant"), sizes[name], value)
-        for name, model in sized_models(report).items()
-        if is_number(value := model["metrics"].get(metric)) and sizes.get(name, 0) > 0
-    ]
-    found += [
-        Dot(name, "baseline", sizes["student"], value)
-        for name, metrics in report["baselines"].items()
-        if is_number(value := metrics.get(metric)) and sizes.get("student", 0) > 0
-    ]
+    kinds |= dict.fromkeys(report["baselines"], "baseline")
+    baseline_size = sizes.get(STUDENT, 0)
+    found = []
+    for name, _, metrics in scored_models(report):
+        size = sizes.get(name, baseline_size if name in report["baselines"] else 0)
+        if is_number(value := metrics.get(metric)) and size > 0:
+            found.append(Dot(name, kinds.get(name, "assistant"), size, value))
     return found
 
 
-def _pool(report: Report) -> str:
+def _samples(report: Report) -> Iterator[Block]:
+    samples = report.get("samples", ())
+    if samples:
+        yield Paragraph(
+            "Held-out prompts. Each model answers with its most likely tokens: a decoder "
+            "continues the text, a masked language model fills the masks in their order."
+        )
+        yield Samples([_shown(one) for one in samples])
+
+
+def _shown(sample: SampleReport) -> SampleReport:
+    """Show line breaks as signs: a model that writes nothing else would fill the page."""
+    said = sample["teacher"]
+    return {
+        "prompt": _with_signs(sample["prompt"]),
+        "teacher": None if said is None else _with_signs(said),
+        "student": _with_signs(sample["student"]),
+    }
+
+
+def _with_signs(text: str) -> str:
+    return text.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS} ")
+
+
+def _pool(report: Report) -> Iterator[Block]:
     pool = report.get("pool")
-    if pool is None:
-        return ""
-    return table(
-        pool_rows(pool, report["metric_name"]),
-        caption="How likely each teacher was, or its share of the loss; the steps of the student "
-        "in which it answered; and the score on validation that it was ranked by.",
-    )
+    if pool is not None:
+        yield Table(
+            pool_rows(pool, report["metric_name"]),
+            caption="The probability of each teacher, or its share of the loss; the steps of the "
+            "student in which it answered; and the validation score that ranked it, if any.",
+        )
 
 
-def _choices(candidates: Sequence[CandidateReport]) -> list[str]:
-    """One picture and one table per iteration."""
+def _choices(candidates: Sequence[CandidateReport]) -> Iterator[Block]:
+    """Yield one figure and one table per iteration."""
     iterations = sorted({row["iteration"] for row in candidates})
-    parts = [paragraph(_rule(candidates))] if iterations else []
+    if iterations:
+        yield Paragraph(_rule(candidates))
     for iteration in iterations:
         rows = [row for row in candidates if row["iteration"] == iteration]
-        parts.append(section(f"Iteration {iteration}", _choice(rows), level=3))
-    return parts
+        yield Section(f"Iteration {iteration}", [_choice(rows)], level=3)
 
 
 def _rule(candidates: Sequence[CandidateReport]) -> str:
@@ -222,12 +269,12 @@ def _rule(candidates: Sequence[CandidateReport]) -> str:
     weight = f" with \N{GREEK SMALL LETTER LAMDA} = {tradeoff}" if tradeoff else ""
     return (
         "trade-off = metric + \N{GREEK SMALL LETTER LAMDA} \N{MIDDLE DOT} sparsity"
-        f"{weight}; all are fractions, and the metric is that on validation."
+        f"{weight}; all are fractions, measured on validation. Higher is better."
     )
 
 
 def _lambda(candidates: Sequence[CandidateReport]) -> str:
-    """The weight of sparsity in the rows' trade-offs, where they agree on one."""
+    """Return the weight of sparsity in the rows' trade-offs, if the rows agree on one."""
     weights = [
         (row["tradeoff"] - row["metric"]) / row["sparsity"]
         for row in _weighed(candidates)
@@ -241,49 +288,62 @@ def _weighed(rows: Sequence[CandidateReport]) -> list[CandidateReport]:
     return [row for row in rows if is_number(row["metric"]) and is_number(row["tradeoff"])]
 
 
-def _choice(rows: Sequence[CandidateReport]) -> str:
-    numbers = table(candidate_rows(rows), is_chosen=lambda row: row[-1] == "yes")
+def _choice(rows: Sequence[CandidateReport]) -> Block:
+    marked = frozenset(number for number, row in enumerate(rows, 1) if row["chosen"])
+    numbers = Table(candidate_rows(rows), chosen=marked)
     weighed = _weighed(rows)
-    chosen = [row for row in weighed if row["chosen"]]
-    if not chosen or len(weighed) < 2:
+    chosen = next((row for row in weighed if row["chosen"]), None)
+    if chosen is None or len(weighed) < 2:
         return numbers
     best = max(weighed, key=lambda row: row["tradeoff"])
-    words = f"Chosen: sparsity {chosen[0]['sparsity']:g}."
-    if best is not chosen[0]:
+    words = f"Chosen: sparsity {chosen['sparsity']:g}."
+    if best is not chosen:
         words += f" The highest trade-off is that of sparsity {best['sparsity']:g}."
-    name = f"tradeoff-{rows[0]['iteration']}"
-    return figure(tradeoff_picture(weighed, name=name), words, numbers)
+    charts = [_choice_chart(weighed, chosen, key) for key in ("metric", "tradeoff")]
+    return Figure(charts, words, numbers=[numbers])
 
 
-def _cost(report: Report) -> str:
+def _choice_chart(
+    rows: Sequence[CandidateReport], chosen: CandidateReport, key: Literal["metric", "tradeoff"]
+) -> Chart:
+    title = {"metric": "metric", "tradeoff": "trade-off"}[key]
+    label = (
+        f"{title} of {len(rows)} candidates of iteration {chosen['iteration']} against their "
+        f"scale. Chosen: sparsity {chosen['sparsity']:g}, {title} {chosen[key]:.4f}."
+    )
+    points = [(1 - row["sparsity"], row[key]) for row in rows]
+    place = (1 - chosen["sparsity"], chosen[key])
+    x_title = "scale (1 \N{MINUS SIGN} sparsity)"
+    return choice_chart(points, place, title=title, label=label, x_title=x_title)
+
+
+def _cost(report: Report) -> Iterator[Block]:
     cost = report.get("cost")
     if cost is None:
-        return ""
-    line = f"{cost_line(cost)}."
+        return
     spent, whole = cost["seconds"], cost["maxidisc_seconds"]
     bars = [
         Bar("this run", spent, duration(spent)),
         Bar("MaxiDisc", whole, duration(whole), "baseline"),
     ]
-    drawn = bars_picture([Bars("training time", bars)], name="cost", label=line)
-    return figure(drawn, f"{line} MaxiDisc's time is reckoned from the speed of this run.")
+    words = f"{cost_line(cost)}. MaxiDisc's time is estimated from the speed of this run."
+    yield BarGroups([Bars("training time", bars)], words)
 
 
-def _stages(report: Report) -> str:
+def _stages(report: Report) -> Iterator[Block]:
     stages = report["stages"]
     if not stages:
-        return ""
+        return
     time = [Bar(s["name"], s["seconds"], duration(s["seconds"])) for s in stages]
     sizes = [(s["name"], s["peak_memory_bytes"]) for s in stages]
     memory = [Bar(name, size, gigabytes(size), "assistant") for name, size in sizes]
     total = duration(sum(bar.value for bar in time))
-    label = f"Training time and peak memory of {len(stages)} stages; {total} in all."
     groups = [Bars("training time", time), Bars("peak memory per rank", memory)]
-    caption = f"{total} in all, evaluations and saves of a stage included."
-    return figure(bars_picture(groups, name="stages", label=label), caption, _stage_table(report))
+    yield BarGroups(groups, f"{total} in all, with the evaluations and saves of each stage.")
+    yield _stage_table(report)
 
 
-def _stage_table(report: Report) -> str:
+def _stage_table(report: Report) -> Table:
     stages = report["stages"]
     names = list(dict.fromkeys(name for stage in stages for name in stage["metrics"]))
     titles, *rows = stage_rows(report)
@@ -291,11 +351,11 @@ def _stage_table(report: Report) -> str:
         [*row, *(score(name, stage["metrics"].get(name)) for name in names)]
         for row, stage in zip(rows, stages, strict=True)
     ]
-    caption = "Scores on validation, of what the stage kept." if names else ""
-    return table([[*titles, *names], *scored], caption=caption)
+    caption = "Scores on validation, of the model that the stage keeps." if names else ""
+    return Table([[*titles, *names], *scored], caption)
 
 
-def _flat(tree: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, str]]:
+def _flat(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{before}{key} ")

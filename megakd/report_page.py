@@ -1,132 +1,183 @@
-"""The pieces of a self-contained HTML page: its shell, sections, tables and figures."""
+"""The blocks that a report's page is made of; `templates/report.html.jinja` says how they look."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, ClassVar
 
-from megakd.report_svg import COLOURS
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-_CSS = """
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 72rem; padding: 1.5rem 1.25rem 4rem;
-  font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif;
-  background: var(--paper); color: var(--ink) }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0.5rem 0 }
-h2 { font-size: 1.15rem; margin: 2.75rem 0 0.5rem; padding-top: 0.5rem;
-  border-top: 1px solid var(--line) }
-h3 { font-size: 1rem; margin: 1.75rem 0 0.25rem }
-p { margin: 0.5rem 0; max-width: 46rem }
-.muted, figcaption, caption { color: var(--muted) }
-figure { margin: 1rem 0 1.5rem }
-figcaption { font-size: 0.87rem; max-width: 46rem }
-svg { display: block; width: 100%; height: auto }
-svg * { stroke-linejoin: round; stroke-linecap: butt }
-svg text { fill: var(--ink) }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; margin: 0.75rem 0; font-size: 0.87rem;
-  font-variant-numeric: tabular-nums }
-caption { text-align: left; font-size: 0.87rem; padding-bottom: 0.25rem }
-th, td { padding: 0.25rem 0.6rem; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid var(--line) }
-th:first-child, .facts td { text-align: left }
-.facts td { white-space: normal; overflow-wrap: anywhere }
-th { font-weight: 600 }
-thead th { color: var(--muted) }
-tr.chosen > * { color: var(--chosen); font-weight: 700 }
-details { margin: 0.5rem 0 }
-summary { cursor: pointer; color: var(--muted); font-size: 0.87rem }
-pre { overflow-x: auto; padding: 0.75rem 1rem; border: 1px solid var(--line);
-  font: 0.85rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace }
-@media print {
-  body { max-width: none; padding: 0; font-size: 10px }
-  .wide { overflow: visible }
-  th, td { padding: 0.15rem 0.35rem }
-  figure, tr, h2, h3 { break-inside: avoid }
-  h2, h3 { break-after: avoid }
+if TYPE_CHECKING:
+    from megakd.report import SampleReport
+    from megakd.report_charts import Chart
+
+TEMPLATE = "report.html.jinja"
+RAMP_LENGTH = 12
+"""How many colours `ramp-0`, `ramp-1`, … the lines of a chart have."""
+
+
+def _ramp(anchors: Sequence[str]) -> list[str]:
+    """Return colours from the first anchor to the last, evenly mixed."""
+    numbers = [[int(anchor[i : i + 2], 16) for i in (1, 3, 5)] for anchor in anchors]
+    mixed = []
+    for index in range(RAMP_LENGTH):
+        place = index * (len(anchors) - 1) / (RAMP_LENGTH - 1)
+        left = min(int(place), len(anchors) - 2)
+        pairs = zip(numbers[left], numbers[left + 1], strict=True)
+        mixed.append("#" + "".join(f"{round(a + (b - a) * (place - left)):02x}" for a, b in pairs))
+    return mixed
+
+
+# name -> its colour on a light and on a dark page.
+COLOURS = {
+    "paper": ("#fdfdfc", "#14181d"),
+    "ink": ("#1d2731", "#e4e8ed"),
+    "muted": ("#5c6875", "#9ba7b4"),
+    "line": ("#dbe0e6", "#333c47"),
+    "teacher": ("#7b4fa6", "#b894e0"),
+    "assistant": ("#a85700", "#f0a347"),
+    "student": ("#1668ad", "#62b0f2"),
+    "baseline": ("#66717d", "#a3aeb9"),
+    "chosen": ("#c4244f", "#ff7d9c"),
+} | {
+    f"ramp-{index}": pair
+    for index, pair in enumerate(
+        zip(
+            _ramp(["#5b3fa8", "#0a766c", "#a06a00", "#b3304f"]),
+            _ramp(["#a08bf0", "#4fc9b0", "#e3b04b", "#ff7a8a"]),
+            strict=True,
+        )
+    )
 }
-"""
 
 
-def page(title: str, parts: Sequence[str]) -> str:
-    """A whole document that asks nothing of the outside."""
-    body = "\n".join(part for part in parts if part)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{_theme()}{_CSS}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+@dataclass(frozen=True)
+class Paragraph:
+    """Plain text."""
+
+    kind: ClassVar = "paragraph"
+    text: str
+    muted: bool = False
 
 
-def _theme() -> str:
-    light, dark = (
-        " ".join(f"--{name}: {pair[index]};" for name, pair in COLOURS.items()) for index in (0, 1)
-    )
-    return (
-        f":root {{ {light} }}\n"
-        f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
-    )
+@dataclass(frozen=True)
+class Table:
+    """Rows of plain text; the first row holds the titles, the first cell of a row its heading.
+
+    chosen: numbers of the rows to mark, from 1 as row 0 holds the titles.
+    """
+
+    kind: ClassVar = "table"
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    chosen: frozenset[int] = frozenset()
 
 
-def section(title: str, *parts: str, level: int = 2) -> str:
-    """A heading and what stands under it; nothing where there is nothing to put there."""
-    content = "\n".join(part for part in parts if part)
-    if not content:
-        return ""
-    heading = f"<h{level}>{escape(title)}</h{level}>"
-    return f"<section>\n{heading}\n{content}\n</section>"
+@dataclass(frozen=True)
+class Figure:
+    """Charts side by side, their legend, a caption, and the numbers that they show."""
+
+    kind: ClassVar = "figure"
+    charts: Sequence[Chart]
+    caption: str
+    legend: Sequence[tuple[str, str, bool]] = ()
+    numbers: Sequence[Block] = ()
 
 
-def paragraph(text: str, *, muted: bool = False) -> str:
-    """One paragraph of plain text; nothing where there is none."""
-    opening = '<p class="muted">' if muted else "<p>"
-    return f"{opening}{escape(text)}</p>" if text else ""
+@dataclass(frozen=True)
+class Bar:
+    """A bar with its value in words; `colour` names a colour of the page."""
+
+    name: str
+    value: float
+    text: str
+    colour: str = "student"
 
 
-def figure(svg: str, caption: str, numbers: str = "") -> str:
-    """A picture with its caption, and the numbers it shows."""
-    return f"<figure>\n{svg}\n<figcaption>{escape(caption)}</figcaption>\n{numbers}\n</figure>"
+@dataclass(frozen=True)
+class Bars:
+    """Horizontal bars of one unit."""
+
+    kind: ClassVar = "bars"
+    title: str
+    bars: Sequence[Bar]
+
+    def share(self, bar: Bar) -> str:
+        """Return a bar's length as a percentage of the longest."""
+        longest = max((other.value for other in self.bars), default=0)
+        return f"{100 * bar.value / longest:.1f}" if longest > 0 else "0"
 
 
-def table(
-    rows: Sequence[Sequence[str]],
-    *,
-    caption: str = "",
-    is_chosen: Callable[[Sequence[str]], bool] = lambda _: False,
-) -> str:
-    """Rows of plain text, the first one titles; the first cell of a row is its heading."""
-    titles, *others = rows
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in titles)
-    lines = [f"<thead><tr>{head}</tr></thead>", "<tbody>"]
-    for row in others:
-        first, *cells = row
-        marked = ' class="chosen"' if is_chosen(row) else ""
-        data = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        lines.append(f'<tr{marked}><th scope="row">{escape(first)}</th>{data}</tr>')
-    lines.append("</tbody>")
-    words = f"<caption>{escape(caption)}</caption>\n" if caption else ""
-    return '<div class="wide"><table>\n' + words + "\n".join(lines) + "\n</table></div>"
+@dataclass(frozen=True)
+class BarGroups:
+    """Groups of bars side by side, with a caption."""
+
+    kind: ClassVar = "bar_groups"
+    groups: Sequence[Bars]
+    caption: str
 
 
-def facts(pairs: Sequence[tuple[str, str]]) -> str:
+@dataclass(frozen=True)
+class Facts:
     """Names and values in two columns."""
-    lines = [
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
-        for name, value in pairs
-    ]
-    body = "\n".join(lines)
-    return f'<table class="facts">\n<tbody>\n{body}\n</tbody>\n</table>' if lines else ""
+
+    kind: ClassVar = "facts"
+    pairs: Sequence[tuple[str, str]]
 
 
-def folded(summary: str, content: str) -> str:
-    """Content that opens at a click."""
-    if not content:
-        return ""
-    return f"<details>\n<summary>{escape(summary)}</summary>\n{content}\n</details>"
+@dataclass(frozen=True)
+class Samples:
+    """Prompts with the answers of teacher and student."""
+
+    kind: ClassVar = "samples"
+    samples: Sequence[SampleReport]
 
 
-def listing(text: str) -> str:
+@dataclass(frozen=True)
+class Listing:
     """Text as it was written."""
-    return f"<pre>{escape(text)}</pre>"
+
+    kind: ClassVar = "listing"
+    text: str
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Blocks that open at a click."""
+
+    kind: ClassVar = "folded"
+    summary: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with blocks under it; a section without blocks is left out of the page."""
+
+    kind: ClassVar = "section"
+    title: str
+    blocks: Sequence[Block]
+    level: int = 2
+
+
+Block = Paragraph | Table | Figure | BarGroups | Facts | Samples | Listing | Folded | Section
+
+
+def page(title: str, blocks: Sequence[Block]) -> str:
+    """Return a whole document that loads nothing from elsewhere."""
+    template = _environment().get_template(TEMPLATE)
+    return template.render(title=title, blocks=blocks, colours=COLOURS)
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("megakd", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
