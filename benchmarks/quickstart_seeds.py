@@ -1,7 +1,7 @@
-"""The quickstart with several seeds: is the student better distilled than alone, beyond noise?
+"""The quickstart with several seeds: is the student better than `alone` and `direct`, beyond noise?
 
-`python benchmarks/quickstart_seeds.py [--seeds 1,2,3] [key=value …]`; teacher, student and the
-student alone are trained anew for every seed, into runs/bench/quickstart-<seed>. Started again it
+`python benchmarks/quickstart_seeds.py [--seeds 1,2,3] [key=value …]`; teacher, student and
+both baselines are trained anew for every seed, into runs/bench/quickstart-<seed>. Started again it
 goes on where it was.
 """
 

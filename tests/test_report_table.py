@@ -8,7 +8,7 @@ from typing import Any
 
 from reports import chosen_report, language_report, report_of
 
-from megakd.report_table import milliseconds, result_table
+from megakd.report_table import cost_line, milliseconds, result_table
 
 
 def cells(table: str, row: str) -> list[str]:
@@ -171,6 +171,14 @@ def test_the_cost_of_trying_every_assistant_is_told() -> None:
     assert (
         "1 trial, 10m 00s; every assistant tried (MaxiDisc): 7 trials, about 25m 00s (2.5x)"
     ) in result_table(chosen_report())
+
+
+def test_trying_every_assistant_that_would_take_as_long_is_told_in_words() -> None:
+    cost: Any = {"trials": 1, "seconds": 24.5, "maxidisc_trials": 3, "maxidisc_seconds": 24.9}
+
+    line = cost_line(cost)
+
+    assert line.endswith("3 trials, about 24.9s (as long)")
 
 
 def test_a_report_of_an_earlier_version_has_a_table() -> None:

@@ -227,6 +227,7 @@ def test_one_candidate_learns_what_a_cut_model_learns_alone(bench):
     trial = bench.run("single", {"name": "minidisc", "iterations": 1, **only})
     leg = bench.run("direct", {"name": "direct", **only})
 
+    assert read(trial)["cost"] is None  # MaxiDisc would try this candidate alone
     ours, theirs = (load_file(out / "final" / "model.safetensors") for out in (trial, leg))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():

@@ -164,6 +164,15 @@ def test_every_leg_of_the_baselines_is_planned(tmp_path: Path, name: str) -> Non
     assert len([phase for phase in plan.phases if phase.flops]) == (3 if name == "maxidisc" else 1)
 
 
+def test_a_baseline_of_the_method_is_planned_and_importance_once(tmp_path: Path) -> None:
+    student = {"model": "from_teacher"}
+
+    plan = planned(config_of(tmp_path, student=student, method=MINIDISC, baselines=["direct"]))
+
+    names = [phase.name for phase in plan.phases]
+    assert names == ["specification", "trial-1", "trial-2", "direct"]
+
+
 def test_what_fits_says_so_and_what_does_not_names_changes_that_would(tmp_path: Path) -> None:
     config = config_of(tmp_path, "student.deepspeed=zero0", "teacher.deepspeed=teacher_zero0")
     peak = planned(config, ranks=8).peak_bytes_per_rank
