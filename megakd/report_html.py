@@ -170,7 +170,9 @@ def _models(report: Report) -> Iterator[Block]:
     width = len(titles) - 2 * len(times)
     order = [0, *range(SIZES + 1, width), *range(1, SIZES + 1)]
     lower = set(LOWER_IS_BETTER)
-    shown = [f"{name} \N{DOWNWARDS ARROW}" if name in lower else name for name in titles]
+    shown = [
+        f"{name}\N{NO-BREAK SPACE}\N{DOWNWARDS ARROW}" if name in lower else name for name in titles
+    ]
     notes = [f"Scores on {report['evaluated_on']}"]
     notes += ["\N{DOWNWARDS ARROW}: lower is better"] if lower & set(titles) else []
     notes += [f"{WITHOUT_EMBEDDINGS}: parameters without embeddings, pooler and heads"]

@@ -46,7 +46,7 @@ def test_of_a_perplexity_lower_is_better_everywhere() -> None:
     assert "keeps" not in text
     assert "Higher and further to the left" not in text
     assert "Lower and further to the left is better" in text
-    assert '<th scope="col">perplexity ↓</th>' in text
+    assert '<th scope="col">perplexity\N{NO-BREAK SPACE}↓</th>' in text
     assert text.count('perplexity <span class="muted">lower is better</span>') == 2
 
 
