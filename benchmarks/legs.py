@@ -36,10 +36,10 @@ def finished(leg: Leg) -> dict[str, Any] | None:
         MegakdError: the folder holds a run of other settings.
     """
     from megakd.config_file import load_config
-    from megakd.finished_run import finished_table
+    from megakd.finished_run import is_finished
 
     output = ROOT / leg.output
     config = load_config(ROOT / leg.config, [*leg.overrides, f"output_dir={output}"])
-    if finished_table(config) is None:
+    if not is_finished(config):
         return None
     return json.loads((output / "report.json").read_text(encoding="utf-8"))

@@ -61,16 +61,7 @@ class Assembly:
 
     def identity_of(self, source: ModelSource) -> Mapping[str, Any]:
         """What a model is, wherever its folder lies; random weights are drawn from the seed."""
-        files = sorted({stored.file for stored in source.stored.values()})
-        identity: dict[str, Any] = {
-            "config": source.config.to_diff_dict(),
-            "weights": files_identity(files),
-        }
-        if source.layers is not None:
-            identity["layers"] = source.layers
-        if source.folder is None:
-            identity["seed"] = self.config.seed
-        return identity
+        return model_identity(source, seed=self.config.seed)
 
     def learner(self, stage: Stage) -> ModelSource:
         """The model that learns in this stage."""
@@ -257,3 +248,17 @@ class Assembly:
             )
         torch.nn.Module.to(model, self.ranks.device)  # transformers' own `to` is typed wrongly
         return model
+
+
+def model_identity(source: ModelSource, *, seed: int) -> Mapping[str, Any]:
+    """What a model is, wherever its folder lies; random weights are drawn from the seed."""
+    files = sorted({stored.file for stored in source.stored.values()})
+    identity: dict[str, Any] = {
+        "config": source.config.to_diff_dict(),
+        "weights": files_identity(files),
+    }
+    if source.layers is not None:
+        identity["layers"] = source.layers
+    if source.folder is None:
+        identity["seed"] = seed
+    return identity

@@ -81,26 +81,6 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         _sync_folder(path.parent)
 
 
-def copy_folder(source: Path, target: Path, *, changes: Mapping[str, str | bytes | None]) -> None:
-    """Makes `target` a copy of `source`, whole or not at all.
-
-    Args:
-        source: a folder of files.
-        target: takes the copy's place as `replaced_folder` does.
-        changes: file name -> what it holds in the copy, or None to leave it out.
-
-    Raises:
-        MegakdError: the disk is full.
-    """
-    with replaced_folder(target) as temporary:
-        shutil.copytree(source, temporary, dirs_exist_ok=True)
-        for name, text in changes.items():
-            if text is None:
-                (temporary / name).unlink(missing_ok=True)
-            else:
-                write_content(temporary / name, text)
-
-
 def write_content(path: Path, content: str | bytes) -> None:
     """Writes a file inside a folder that is not yet in its place."""
     path.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from megakd import atomic
 from megakd.engine.distributed import on_main
 from megakd.evaluation import Evaluation
+from megakd.finished_folder import damage
 
 if TYPE_CHECKING:
     from megakd.stage import Scores, Verdict
@@ -47,11 +48,9 @@ class Best:
             record = self.record()
             if record is None and best_step is not None:
                 logger.warning(
-                    "%s is missing or damaged: the best evaluation, of step %d, is lost; only "
+                    "%s is missing or damaged (%s): the best evaluation, of step %d, is lost; only "
                     "those after step %d count",
-                    self.folder,
-                    best_step,
-                    step,
+                    *(self.folder, damage(self.folder), best_step, step),
                 )
             if record is None or record["step"] > step:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -76,8 +75,20 @@ class Best:
         self.score, self.step = score, step
         return True
 
+    def kept(self) -> dict[str, Any] | None:
+        """Return the record of the best evaluation, or None, saying so if it was lost."""
+        record = self.record()
+        if record is None and self.step is not None:
+            logger.warning(
+                "%s is missing or damaged (%s): its weights, of step %d, are not used",
+                *(self.folder, damage(self.folder), self.step),
+            )
+        return record
+
     def record(self) -> dict[str, Any] | None:
-        """What was recorded with the folder; None where there is none that is whole."""
+        """Return what was recorded with the folder, or None if the folder is not whole."""
+        if damage(self.folder) is not None:
+            return None
         try:
             record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
             # JSON has no word for a number that is not finite.
@@ -141,12 +152,12 @@ class BestOfStage:
 
     def kept(self) -> Kept | None:
         """Return what the stage gives; None if no evaluation has been kept; a collective."""
-        record = on_main(self.all.record)
+        record = on_main(self.all.kept)
         if record is None:
             return None
         chosen = Evaluation.read(record["evaluation"])
         own = self.own.get(chosen.view or "")
-        of_view = None if own is None else on_main(own.record)
+        of_view = None if own is None else on_main(own.kept)
         if own is None or of_view is None:
             return Kept(self.all.folder, chosen, chosen)
         return Kept(own.folder, chosen, Evaluation.read(of_view["evaluation"]))

@@ -10,7 +10,6 @@ checksum is in the manifest; a kill at any moment leaves the one before it untou
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -28,7 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megakd.atomic import full_disk_reason, json_text, sha256_of, write_json, write_text
+from megakd.atomic import full_disk_reason, json_text, write_text
+from megakd.checksums import damage_of, entries_of, files_of, read_signed, write_signed
 from megakd.engine.distributed import Ranks, agree, gather, on_main, together
 from megakd.errors import CheckpointError, MegakdError
 from megakd.fingerprint import Fingerprint, differences
@@ -36,7 +36,6 @@ from megakd.fingerprint import Fingerprint, differences
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 LATEST = "latest"
-_CHECKSUM = "checksum"
 _PARTIAL = ".partial"
 _PREFIX = "step-"
 _NAME = re.compile(_PREFIX + r"\d+")
@@ -92,7 +91,7 @@ class Checkpoints:
         for leftover in self.folder.glob(f"{_PREFIX}*{_PARTIAL}"):
             shutil.rmtree(leftover)
         newest = self.newest()
-        needed = sum((newest / name).stat().st_size for name in _files(newest)) if newest else 0
+        needed = sum((newest / name).stat().st_size for name in files_of(newest)) if newest else 0
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             lacking = f"{needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
@@ -109,14 +108,11 @@ class Checkpoints:
 
     def _hash_share(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Every rank reads back a share of the files, and forces them to the disk."""
-        share = _files(folder)[self.ranks.rank :: self.ranks.world_size]
-        entries = {}
+        share = files_of(folder)[self.ranks.rank :: self.ranks.world_size]
         for name in share:
             with (folder / name).open("rb+") as file:
                 os.fsync(file.fileno())
-            path = folder / name
-            entries[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
-        return entries
+        return entries_of(folder, share)
 
     def _publish(self, partial: Path, step: int, files: Mapping[str, Any]) -> Path:
         final = self.folder / f"{_PREFIX}{step}"
@@ -127,7 +123,7 @@ class Checkpoints:
             "fingerprint": self.fingerprint,
             "files": files,
         }
-        write_json(partial / MANIFEST, manifest | {_CHECKSUM: _checksum(manifest)})
+        write_signed(partial / MANIFEST, manifest)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
@@ -195,21 +191,13 @@ class Checkpoints:
 
     def _own_damage(self, checkpoint: Path) -> str | None:
         try:
-            files = sorted(_manifest(checkpoint)["files"].items())
+            files = sorted(read_signed(checkpoint / MANIFEST)["files"].items())
         except (OSError, ValueError) as error:
             return f"{MANIFEST} cannot be read: {error}"
-        for name, entry in files[self.ranks.rank :: self.ranks.world_size]:
-            path = checkpoint / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != entry["size"]:
-                return f"{name} has {path.stat().st_size} bytes, {entry['size']} were written"
-            if sha256_of(path) != entry["sha256"]:
-                return f"the checksum of {name} differs"
-        return None
+        return damage_of(checkpoint, dict(files[self.ranks.rank :: self.ranks.world_size]))
 
     def _check_origin(self, checkpoint: Path) -> None:
-        manifest = _manifest(checkpoint)
+        manifest = read_signed(checkpoint / MANIFEST)
         here = json.loads(json_text(self.fingerprint))
         differing = differences(manifest["fingerprint"], here)
         if differing:
@@ -250,35 +238,12 @@ class Checkpoints:
 
     def _stage_of(self, checkpoint: Path) -> str:
         try:
-            return _manifest(checkpoint)["stage"]
+            return read_signed(checkpoint / MANIFEST)["stage"]
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{checkpoint} cannot be resumed from: {MANIFEST} cannot be read: {error}; give a "
                 f"folder such as checkpoints/<stage>/step-<n>, or true for the newest"
             ) from error
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
-
-
-def _manifest(checkpoint: Path) -> dict[str, Any]:
-    """Reads a checkpoint's manifest.
-
-    Raises:
-        OSError: it is not there.
-        ValueError: it is not what was written.
-    """
-    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict) or manifest.pop(_CHECKSUM, None) != _checksum(manifest):
-        raise ValueError("its checksum differs")
-    return manifest
-
-
-def _checksum(manifest: Mapping[str, Any]) -> str:
-    # Read back first, so that what is hashed is what a reader of the file will have.
-    content = json.loads(json_text(manifest))
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def check_plain(state: Any, key: str = "state") -> None:

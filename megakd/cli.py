@@ -179,7 +179,9 @@ def _add_evaluate(parser: _Parser) -> None:
 
 def _add_export(parser: _Parser) -> None:
     _add_config(parser)
-    parser.add_argument("--stage", metavar="NAME", help="a stage of the run; default: its last")
+    parser.add_argument(
+        "--stage", metavar="NAME", help="a stage of the run; default: the one that became final/"
+    )
     parser.add_argument("--to", metavar="FOLDER", type=Path, help="where the model goes")
 
 

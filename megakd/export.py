@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from megakd.atomic import replaced_folder, write_content
+from megakd.atomic import write_content
+from megakd.finished_folder import sealed_folder
 from megakd.models.own_models import OWN_MODELS
 from megakd.report import Report
 from megakd.report_table import result_table
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 5_000_000_000
 INDEX_NAME = "model.safetensors.index.json"
+Extra = Mapping[str, str | bytes | Callable[[], str]]
 AUTO_CLASSES: Mapping[TaskType, tuple[str, str]] = {
     "classification": ("AutoModelForSequenceClassification", "text-classification"),
     "regression": ("AutoModelForSequenceClassification", "text-classification"),
@@ -46,7 +48,7 @@ def write_model_folder(
     state: Iterable[tuple[str, Tensor]],
     tokenizer: PreTrainedTokenizerBase | None,
     architecture: str | None = None,
-    extra: Mapping[str, str | bytes] | None = None,
+    extra: Extra | None = None,
 ) -> None:
     """Writes a model's folder whole or not at all; for the rank that writes.
 
@@ -60,14 +62,15 @@ def write_model_folder(
             taken to its end even when writing fails, for there may be collectives behind it.
         tokenizer: saved beside the weights.
         architecture: the class of the model, for config.json.
-        extra: small files that belong to the folder, by name: README.md, result.json.
+        extra: small files that belong to the folder, by name: README.md, result.json. A function
+            is called once the weights are written.
 
     Raises:
         MegakdError: the disk is full; the old folder is as it was.
     """
     tensors = iter(state)
     try:
-        with replaced_folder(folder) as temporary:
+        with sealed_folder(folder) as temporary:
             dtype = write_weights(temporary, tensors)
             _write_config(temporary, _exported(config, dtype, architecture), tokenizer)
             if config.model_type in OWN_MODELS:
@@ -76,7 +79,7 @@ def write_model_folder(
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(temporary))
             for name, content in (extra or {}).items():
-                write_content(temporary / name, content)
+                write_content(temporary / name, content() if callable(content) else content)
     finally:
         deque(tensors, maxlen=0)
 

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from datasets import Dataset
 
-from megakd import atomic
 from megakd.assembly import Assembly, ReadyTeacher
 from megakd.config import STUDENT, TEACHER, Dtype, RunConfig
-from megakd.engine.distributed import Ranks, main_first, on_main
+from megakd.engine.distributed import Ranks, main_first
 from megakd.engine.ds_config import load_ds_config, zero_stage
 from megakd.errors import ConfigError
 from megakd.evaluation import Metric, weighable
@@ -42,7 +41,8 @@ from megakd.schedules import total_steps
 from megakd.stage import Stage, StageResult, untrained
 from megakd.stage_identity import stage_identity
 from megakd.stage_losses import shape_of
-from megakd.stage_run import RESULT, StageRun, read_result, result_text, step_shape
+from megakd.stage_result import read_result, write_result
+from megakd.stage_run import StageRun, step_shape
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.terms import TermConfig, hard_terms, soft_terms
@@ -149,8 +149,7 @@ class Lab:
             metrics = self.score_teacher(name, self._prepared.encoded.validation)["metrics"]
             result = untrained(f"{name}-scored", folder, time.perf_counter() - began)
             result = dataclasses.replace(result, metrics=metrics)
-            text = result_text(result, fingerprint)
-            on_main(lambda: atomic.write_text(folder / RESULT, text))
+            write_result(result, fingerprint)
         return self.worth(result.metrics)
 
     @property

@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megakd import atomic
 from megakd.assembly import Assembly, ReadyTeacher
-from megakd.engine.distributed import on_main
 from megakd.errors import TeacherError
 from megakd.fingerprint import flatten
 from megakd.knowledge import Needs
 from megakd.models.labels import generic_labels, listed
 from megakd.stage import IGNORE, untrained
-from megakd.stage_run import RESULT, read_result, result_text
+from megakd.stage_result import read_result, write_result
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -197,8 +195,7 @@ def check_label_order(
     if known is None:
         metrics = {key: value for key, value in vars(fit).items() if key in _KEPT}
         result = dataclasses.replace(untrained(f"{name}-labels", folder, 0.0), metrics=metrics)
-        text = result_text(result, flatten(facts))
-        on_main(lambda: atomic.write_text(folder / RESULT, text))
+        write_result(result, flatten(facts))
 
 
 _KEPT = ("score", "chance", "margin", "rows")

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from megakd.errors import ModelError
+from megakd.finished_folder import check_given
 from megakd.models.own_models import own_class, register_own_models
 from megakd.report import LatencyReport, device_name
 
@@ -110,6 +111,7 @@ def _ready(model: PreTrainedModel | Path, device: torch.device | None) -> Iterat
 
 
 def _load(folder: Path, device: torch.device | None) -> PreTrainedModel:
+    check_given(folder, "latency")
     register_own_models()
     config = transformers.AutoConfig.from_pretrained(folder)
     name = (config.architectures or ["none"])[0]

@@ -7,17 +7,18 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
-from megakd import atomic
 from megakd.assembly import Assembly, ReadyTeacher
 from megakd.config import TaskConfig, TaskType
 from megakd.engine.distributed import gather, on_main
 from megakd.engine.memory import forget_models
 from megakd.engine.sharding import sharded_construction
-from megakd.fingerprint import flatten
+from megakd.export import Extra
+from megakd.fingerprint import Fingerprint, flatten
 from megakd.importance import measure_importance
 from megakd.models.architectures import architecture_named
 from megakd.models.axes import lengths, weight_axes
@@ -28,7 +29,7 @@ from megakd.models.units import Axes, UnitOrder, View
 from megakd.report import ParameterCounts, parameter_counts, peak_memory_bytes
 from megakd.specification import UnitScores, scores_from_json, scores_to_json, unit_order, view_at
 from megakd.stage import StageResult, untrained
-from megakd.stage_run import RESULT, read_result, result_text
+from megakd.stage_result import RESULT, read_result, result_text
 
 UNITS = "units.json"
 Weights = tuple[tuple[str, torch.Size, Axes], ...]
@@ -85,6 +86,15 @@ def unscored(source: ModelSource) -> Specification:
     return Specification(source=source, scores=UnitScores(heads, neurons, width))
 
 
+class Reshaping(NamedTuple):
+    """A model, how its units are cut or sorted, and the small files beside its weights."""
+
+    source: ModelSource
+    view: View | None = None
+    order: UnitOrder | None = None
+    extra: Mapping[str, str] = MappingProxyType({})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workshop:
     """Makes folders under `stages/` that no training makes; each once, a collective."""
@@ -108,13 +118,13 @@ class Workshop:
             MegakdError: its importance cannot be measured, or the folder not be written.
         """
 
-        def make(folder: Path, extra: Mapping[str, str]) -> None:
+        def prepare() -> Reshaping:
             rows = getattr(self.assembly.prepared.encoded, split)
             scores = measure_importance(
                 self.assembly, ready, rows, batch_size=batch_size, with_width=residual
             )
-            units = {UNITS: scores_to_json(scores)}
-            self._reshape(ready.source, folder, order=unit_order(scores), extra={**extra, **units})
+            extra = {UNITS: scores_to_json(scores)}
+            return Reshaping(ready.source, order=unit_order(scores), extra=extra)
 
         tree = {
             "model": self.assembly.identity_of(ready.source),
@@ -124,7 +134,7 @@ class Workshop:
             "dtype": self.assembly.teacher_dtype(ready),
             "batch": batch_size,
         }
-        return self._made("specification", tree, make)
+        return self._made("specification", tree, prepare)
 
     def scores(self, folder: Path) -> UnitScores:
         """What the folder's units were sorted by."""
@@ -138,12 +148,8 @@ class Workshop:
         Raises:
             MegakdError: the folder cannot be written.
         """
-
-        def make(folder: Path, extra: Mapping[str, str]) -> None:
-            self._reshape(source, folder, view=view, extra=extra)
-
-        identity = self.assembly.identity_of(source)
-        return self._made(name, {"model": identity, "view": view._asdict()}, make)
+        identity = {"model": self.assembly.identity_of(source), "view": view._asdict()}
+        return self._made(name, identity, lambda: Reshaping(source, view=view))
 
     def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
         """How many weights are left of a model at a view; nothing is loaded."""
@@ -158,46 +164,45 @@ class Workshop:
     def _data(self) -> str:
         return self.assembly.prepared.encoded.content_hash
 
-    def _reshape(
-        self,
-        source: ModelSource,
-        folder: Path,
-        *,
-        extra: Mapping[str, str],
-        view: View | None = None,
-        order: UnitOrder | None = None,
-    ) -> None:
-        prepared = self.assembly.prepared
-        forget_models()
-        on_main(
-            lambda: reshape_folder(
-                source,
-                folder,
-                task=self.assembly.config.task,
-                label_names=prepared.splits.label_names,
-                tokenizer=prepared.tokenizer,
-                view=view,
-                order=order,
-                extra=extra,
-            )
-        )
-
-    def _made(
-        self, name: str, identity: Any, make: Callable[[Path, Mapping[str, str]], None]
-    ) -> StageResult:
+    def _made(self, name: str, identity: Any, prepare: Callable[[], Reshaping]) -> StageResult:
+        """Make a folder unless it is there; `prepare` is a collective that may take long."""
         folder, fingerprint = self.stages / name, flatten(identity)
         result = read_result(folder, fingerprint)
         if result is not None:
             return result
         began = time.perf_counter()
-        result = untrained(name, folder)
-        make(folder, {RESULT: result_text(result, fingerprint)})
-        seconds = time.perf_counter() - began
+        reshaping = prepare()
+        text = self._result_text(untrained(name, folder), fingerprint, began)
+        forget_models()
+        on_main(lambda: self._reshape(reshaping, folder, {**reshaping.extra, RESULT: text}))
+        return cast("StageResult", read_result(folder, fingerprint))
+
+    def _result_text(
+        self, result: StageResult, fingerprint: Fingerprint, began: float
+    ) -> Callable[[], str]:
+        """Give what makes result.json once the weights are written; a collective."""
         device = self.assembly.ranks.device
-        peak = max(gather(peak_memory_bytes(device)))
-        result = dataclasses.replace(result, seconds=seconds, peak_memory_bytes=peak)
-        on_main(lambda: atomic.write_text(folder / RESULT, result_text(result, fingerprint)))
-        return result
+        others = max(gather(peak_memory_bytes(device)))
+
+        def text() -> str:
+            seconds, peak = time.perf_counter() - began, max(others, peak_memory_bytes(device))
+            measured = dataclasses.replace(result, seconds=seconds, peak_memory_bytes=peak)
+            return result_text(measured, fingerprint)
+
+        return text
+
+    def _reshape(self, reshaping: Reshaping, folder: Path, extra: Extra) -> None:
+        prepared = self.assembly.prepared
+        reshape_folder(
+            reshaping.source,
+            folder,
+            task=self.assembly.config.task,
+            label_names=prepared.splits.label_names,
+            tokenizer=prepared.tokenizer,
+            view=reshaping.view,
+            order=reshaping.order,
+            extra=extra,
+        )
 
 
 def largest_first(sources: Mapping[str, ModelSource], task: TaskConfig) -> tuple[str, ...]:

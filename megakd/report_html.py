@@ -71,7 +71,7 @@ def write_html_report(output_dir: Path) -> Path:
     Raises:
         CheckpointError: there is no report.json, or the file is not a report of megakd.
     """
-    report = _read_report(output_dir / "report.json")
+    report = read_report(output_dir / "report.json")
     config = output_dir / "config.yaml"
     text = html_report(
         report,
@@ -83,7 +83,13 @@ def write_html_report(output_dir: Path) -> Path:
     return path
 
 
-def _read_report(path: Path) -> Report:
+def read_report(path: Path) -> Report:
+    """Read report.json.
+
+    Raises:
+        CheckpointError: the file is not there, or is no report of megakd.
+    """
+    again = f"remove {path} and start the run's command again: its finished stages are used again"
     if not path.is_file():
         raise CheckpointError(
             f"{path} does not exist: it is written when the run is complete; start the run's "
@@ -92,11 +98,13 @@ def _read_report(path: Path) -> Report:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); it may be cut off") from error
+        raise CheckpointError(f"{path} is damaged: it is not JSON ({error}); {again}") from error
     wanted = Report.__required_keys__ - LATER_KEYS
     missing = sorted(wanted - set(content)) if isinstance(content, dict) else sorted(wanted)
     if missing:
-        raise CheckpointError(f"{path} is no report of megakd: it lacks {', '.join(missing)}")
+        raise CheckpointError(
+            f"{path} is no report of megakd: it lacks {', '.join(missing)}; {again}"
+        )
     return cast("Report", content)
 
 

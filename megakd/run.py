@@ -16,15 +16,23 @@ import transformers
 
 from megakd import atomic
 from megakd.assembly import Assembly
-from megakd.best import RECORD
 from megakd.config import STUDENT, RunConfig
 from megakd.config_file import config_tree, dump_config
 from megakd.engine import distributed
-from megakd.engine.distributed import Ranks, on_main
+from megakd.engine.distributed import Ranks, agree, on_main
 from megakd.engine.memory import earlier_objects_left_alone, forget_models, keep_freed_memory
 from megakd.errors import CheckpointError, ConfigError, MegakdError
-from megakd.export import CardFacts, brings_code, model_card, weight_bytes
-from megakd.finished_run import CONFIG, FINAL, REPORT, finished_table, model_folder
+from megakd.export import weight_bytes
+from megakd.finished_folder import users_files
+from megakd.finished_run import (
+    CONFIG,
+    FINAL,
+    finished_table,
+    is_finished,
+    model_folder,
+    publish,
+    run_inputs,
+)
 from megakd.holder import held
 from megakd.lab import Assistant, Lab, scoring_preset
 from megakd.label_check import check_label_orders
@@ -34,12 +42,11 @@ from megakd.precision import check_device
 from megakd.preparation import Prepared, prepare
 from megakd.progress import Reporter
 from megakd.recipes import baseline_stage
-from megakd.report import AssistantReport, LatencyReport, Report, Speedup, environment, write_report
-from megakd.report_table import largest, result_table
+from megakd.report import AssistantReport, LatencyReport, Report, Speedup, environment
+from megakd.report_table import largest
 from megakd.samples import Sampler, held_out_prompts
 from megakd.signals import Stopped
 from megakd.stage import StageResult
-from megakd.stage_run import RESULT
 from megakd.trackers import check_trackers, make_trackers
 from megakd.vocabulary_checks import check_vocabularies
 
@@ -57,12 +64,14 @@ def run(config: RunConfig, *, command: str) -> str:
     Raises:
         MegakdError: bad input or a run that cannot go on, on all ranks alike.
     """
-    table = finished_table(config)
-    if table is not None:
-        return table
-    check_output_folder(config)
-    with started() as ranks, held(config.output_dir):
-        return _run(config, command, ranks)
+    finished = is_finished(config)
+    if not finished:
+        check_output_folder(config)
+    with started() as ranks:
+        if agree(finished):
+            return finished_table(config, command=command)
+        with held(config.output_dir):
+            return _run(config, command, ranks)
 
 
 @contextmanager
@@ -92,6 +101,8 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     reporter = reporter_of(config, ranks)
     prepared = prepare(config)
     check_label_orders(Assembly(config=config, prepared=prepared, ranks=ranks))
+    inputs = on_main(lambda: run_inputs(config, prepared))
+    on_main(lambda: users_files(config.output_dir / FINAL))
     on_main(lambda: _record_config(config))
     try:
         lab = Lab(config, prepared, ranks, reporter)
@@ -102,7 +113,7 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
         report = _report(lab, prepared, ranks, student, baselines)
     finally:
         reporter.close()
-    return on_main(lambda: _publish(config, student, report, command))
+    return on_main(lambda: publish(config, student.folder, report, inputs=inputs, command=command))
 
 
 def reporter_of(config: RunConfig, ranks: Ranks) -> Reporter:
@@ -223,45 +234,6 @@ def _speedup(latency: Sequence[LatencyReport], teacher: str | None) -> Speedup |
     if teacher not in ms:
         return None
     return {"batch": 1, "teacher_ms": ms[teacher], "student_ms": ms[STUDENT]}
-
-
-def _publish(config: RunConfig, student: StageResult, report: Report, command: str) -> str:
-    """final/, then report.json: a run with a report is finished."""
-    models = {name: spec.model for name, spec in config.teacher_specs.items()}
-    start = {**models, STUDENT: config.student.model}[config.start_role]
-    facts = CardFacts(
-        title=f"{config.output_dir.name}: a student distilled by megakd",
-        task_type=config.task.type,
-        student=start if isinstance(start, str) else None,
-        teachers=tuple(model if isinstance(model, str) else None for model in models.values()),
-        objective=tuple(_line(term) for term in config_tree(config)["objective"] or ()),
-        command=command,
-        brings_code=brings_code(student.folder),
-    )
-    final = config.output_dir / FINAL
-    card = model_card(facts, report)
-    atomic.copy_folder(
-        student.folder, final, changes={"README.md": card, RESULT: None, RECORD: None}
-    )
-    atomic.write_text(config.output_dir / CONFIG, dump_config(config))
-    write_report(config.output_dir / REPORT, report)
-    _draw(config.output_dir)
-    return result_table(report, final=final)
-
-
-def _draw(output_dir: Path) -> None:
-    """report.html beside report.json."""
-    try:
-        from megakd.report_html import write_html_report
-
-        write_html_report(output_dir)
-    except Exception as error:  # noqa: BLE001 - the run is over: no picture may spoil it
-        logger.warning("report.html could not be drawn (megakd report tries again): %s", error)
-
-
-def _line(term: Mapping[str, Any]) -> str:
-    options = ", ".join(f"{key} {value}" for key, value in term.items() if key != "loss")
-    return f"{term['loss']} ({options})"
 
 
 def check_output_folder(config: RunConfig) -> None:

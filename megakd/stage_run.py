@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +23,8 @@ from megakd.engine.student import StudentEngine, device_batch
 from megakd.errors import CheckpointError
 from megakd.evaluation import WHOLE, Evaluation, MetricJudge
 from megakd.export import write_model_folder
-from megakd.fingerprint import Fingerprint, differences
+from megakd.fingerprint import Fingerprint
+from megakd.finished_folder import copy_finished
 from megakd.health import Health
 from megakd.models.axes import weight_axes
 from megakd.models.cutting import cut_class_name, cut_config, cut_state
@@ -34,6 +33,7 @@ from megakd.progress import Extent, Reporter
 from megakd.report import peak_memory_bytes
 from megakd.schedules import learning_rate_schedule, total_steps
 from megakd.stage import Batch, Stage, StageResult, StepReport, Teacher
+from megakd.stage_result import RESULT, result_text
 from megakd.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from megakd.engine.distributed import Ranks
 
 logger = logging.getLogger(__name__)
-RESULT = "result.json"
 
 
 class StageRun:
@@ -266,7 +265,8 @@ class StageRun:
         if best is None:
             self._write_model(result.folder, record, result.view)
         else:
-            on_main(lambda: atomic.copy_folder(best, result.folder, changes=record))
+            remedy = f"remove {best} and start the same command again"
+            on_main(lambda: copy_finished(best, result.folder, changes=record, remedy=remedy))
 
     def _write_best(self, folder: Path, record: Mapping[str, Any]) -> None:
         view = record["evaluation"]["view"]
@@ -322,30 +322,3 @@ def step_shape(train: TrainConfig, ranks: Ranks) -> StepShape:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def result_text(result: StageResult, fingerprint: Fingerprint) -> str:
-    """result.json of a stage: what it came to, and what that depends on."""
-    record = asdict(result) | {"folder": None, "fingerprint": fingerprint}
-    return atomic.json_text(record, indent=2)
-
-
-def read_result(folder: Path, fingerprint: Fingerprint) -> StageResult | None:
-    """A finished stage's result; None where the stage has not finished; a collective.
-
-    Raises:
-        CheckpointError: the folder holds the result of another config, the fields named.
-    """
-    path = folder / RESULT
-    # Rank 0 looks: on a network disk the others may not see yet what it sees.
-    text = on_main(lambda: path.read_text(encoding="utf-8") if path.is_file() else None)
-    if text is None:
-        return None
-    record = json.loads(text)
-    differing = differences(record.pop("fingerprint"), json.loads(atomic.json_text(fingerprint)))
-    if differing:
-        raise CheckpointError(
-            f"{folder} holds the result of another config ({differing}); use another output_dir, "
-            f"go back to that config, or remove the folder"
-        )
-    return StageResult(**{**record, "folder": folder})

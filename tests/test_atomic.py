@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 from megakd import atomic
 from megakd.atomic import (
-    copy_folder,
     json_text,
     recover,
     replaced_folder,
@@ -121,23 +120,6 @@ def test_a_failure_of_the_last_rename_puts_the_old_one_back(tmp_path: Path, monk
     assert names(tmp_path) == ["final"]
 
 
-def test_a_copy_has_the_changes_and_the_source_is_as_it_was(tmp_path: Path) -> None:
-    source = folder_with(tmp_path / "best", "weights")
-    (source / "record.json").write_text("{}")
-    (source / "README.md").write_text("old card")
-
-    copy_folder(
-        source,
-        tmp_path / "final",
-        changes={"record.json": None, "README.md": "new", "absent": None},
-    )
-
-    assert names(tmp_path / "final") == ["README.md", "content.txt"]
-    assert (tmp_path / "final" / "README.md").read_text() == "new"
-    assert (tmp_path / "final" / "content.txt").read_text() == "weights"
-    assert names(source) == ["README.md", "content.txt", "record.json"]
-
-
 def test_a_kill_between_the_renames_is_undone_by_recover(tmp_path: Path) -> None:
     folder_with(tmp_path / ".final.old", "old")
     folder_with(tmp_path / ".final.new", "new")
@@ -192,8 +174,9 @@ import resource, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from megakd.atomic import copy_folder, replaced_folder, write_text
+from megakd.atomic import replaced_folder, write_text
 from megakd.errors import MegakdError
+from megakd.finished_folder import copy_finished, sealed_folder
 def text(): write_text(path, "x" * 200_000)
 def weights():
     with replaced_folder(path) as folder:
@@ -202,11 +185,10 @@ def pickle():
     with replaced_folder(path) as folder, (folder / "a.pt").open("wb") as file:
         torch.save({"a": torch.zeros(50_000)}, file)
 def copy():
-    copy_folder(source, path, changes={})
+    copy_finished(source, path, changes={}, remedy="")
 path = Path(sys.argv[2])
 source = Path(sys.argv[3])
-source.mkdir()
-(source / "weights").write_bytes(bytes(200_000))
+with sealed_folder(source) as made: (made / "weights").write_bytes(bytes(200_000))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try: globals()[sys.argv[1]]()
 except MegakdError as error: print(error); sys.exit(7)

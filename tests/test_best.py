@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from megakd.atomic import json_text, replaced_folder
+from megakd.atomic import json_text
 from megakd.best import Best, BestOfStage
 from megakd.engine import distributed
 from megakd.errors import MegakdError
+from megakd.finished_folder import CHECKSUMS, sealed_folder
 from megakd.stage import Verdict
 
 
@@ -26,7 +27,7 @@ def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def best_of(tmp_path: Path) -> Best:
     def write(folder: Path, record: Mapping[str, Any]) -> None:
-        with replaced_folder(folder) as temporary:
+        with sealed_folder(folder) as temporary:
             (temporary / "weights").write_text(str(record["step"]))
             (temporary / "best.json").write_text(json_text(record))
 
@@ -120,9 +121,32 @@ def test_a_best_that_is_lost_is_said_and_later_ones_count(tmp_path, caplog, cont
 
     best.resume(4, best_step=3)
 
-    assert "best is missing or damaged: the best evaluation, of step 3, is lost" in caplog.text
+    assert "best is missing or damaged (" in caplog.text
+    assert ": the best evaluation, of step 3, is lost" in caplog.text
     assert best.step is None
     assert considered(best, 6, 0.1)
+
+
+@pytest.mark.parametrize("damaged", ["weights", CHECKSUMS])
+def test_a_damaged_best_of_a_stage_that_ends_is_said_and_not_taken(tmp_path, caplog, damaged):
+    best = evaluated(best_of(tmp_path), {3: 0.9})
+    (tmp_path / "best" / damaged).write_text("4")
+
+    assert best.kept() is None
+    assert f"({damaged}" in caplog.text or f"checksum of {damaged} differs" in caplog.text
+    assert "its weights, of step 3, are not used" in caplog.text
+
+
+@pytest.mark.parametrize("damaged", ["weights", CHECKSUMS])
+def test_damaged_weights_of_the_best_are_not_resumed_from(tmp_path, caplog, damaged):
+    evaluated(best_of(tmp_path), {3: 0.9})
+    (tmp_path / "best" / damaged).unlink()
+    best = best_of(tmp_path)
+
+    best.resume(4, best_step=3)
+
+    assert (best.step, weights(tmp_path)) == (None, None)
+    assert damaged in caplog.text
 
 
 def test_a_number_that_is_not_finite_does_not_stop_a_resume(tmp_path):

@@ -24,8 +24,8 @@ from tiny_cuts import (
 )
 from transformers import AutoTokenizer
 
-from megakd import atomic
 from megakd.export import brings_code, write_model_folder
+from megakd.finished_folder import CHECKSUMS, copy_finished
 from megakd.latency import measure_latencies
 from megakd.models.architectures import architecture_of
 from megakd.models.own_models import OWN_MODELS
@@ -108,7 +108,7 @@ def test_a_stock_model_made_of_one_of_ours_names_no_code(tmp_path):
 def test_a_copy_of_the_folder_keeps_the_code(tmp_path):
     folder = write(smaller("bert"), tmp_path / "stage")
 
-    atomic.copy_folder(folder, tmp_path / "final", changes={"README.md": "card"})
+    copy_finished(folder, tmp_path / "final", changes={"README.md": "card"}, remedy="")
 
     assert (tmp_path / "final" / "modeling_cut.py").is_file()
     assert brings_code(tmp_path / "final")
@@ -163,6 +163,7 @@ def test_megakd_never_runs_the_code_of_a_folder(family, tmp_path):
     model = smaller(family)
     folder = write(model, tmp_path / "final")
     (folder / FILES[family]).write_text("raise SystemExit('this must not run')\n")
+    (folder / CHECKSUMS).unlink()
 
     found = loaded(folder, task_of(family))
     latency = measure_latencies({"cut": folder}, batches=(1,), length=4, repeats=1)
@@ -185,6 +186,7 @@ def test_weights_that_do_not_fit_the_counts_are_refused(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     name = "bert.encoder.layer.1.attention.self.query.weight"
     save_file({**tensors, name: torch.zeros(12, 24)}, folder / "model.safetensors")
+    (folder / CHECKSUMS).unlink()
 
     with pytest.raises(Exception, match=r"shape \[12, 24\] and the config asks for \[8, 24\]"):
         loaded(folder, "classification")

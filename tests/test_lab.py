@@ -40,7 +40,7 @@ from megakd.preparation import Prepared, check_run
 from megakd.recipes import completed
 from megakd.stage import Stage, StageResult
 from megakd.stage_identity import stage_identity
-from megakd.stage_run import result_text
+from megakd.stage_result import result_text
 from megakd.terms import HiddenMse, SoftTargetKl
 
 SIZE = {

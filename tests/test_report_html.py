@@ -13,7 +13,7 @@ from html_page import Page
 from reports import ASSISTANT, SCORES, TRADEOFF, chosen_report, report_of
 from whole_run import WholeRun, read
 
-from megakd import cli, report_html, run
+from megakd import cli, finished_run
 from megakd.errors import CheckpointError
 from megakd.report import write_report
 from megakd.report_html import html_report, write_html_report
@@ -299,9 +299,9 @@ def test_a_picture_that_fails_does_not_spoil_the_run(
     def fail(folder: Path) -> Path:
         raise ArithmeticError(f"no room in {folder.name}")
 
-    monkeypatch.setattr(report_html, "write_html_report", fail)
+    monkeypatch.setattr(finished_run, "write_html_report", fail)
 
-    run._draw(tmp_path / "out")
+    finished_run._draw(tmp_path / "out")
 
     assert "report.html could not be drawn" in caplog.text
     assert "no room in out" in caplog.text

@@ -150,6 +150,7 @@ def test_the_exported_student_has_its_own_weights_alone(out):
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
+        "checksums.json",
         "README.md",
     }
 

@@ -141,6 +141,7 @@ def test_a_stage_is_exported_once(one_rank, out, config, tmp_path):
     stage = out / "stages" / "teacher-finetune"
     assert (target / weights).read_bytes() == (stage / weights).read_bytes()
     assert not (target / "result.json").exists()
+    assert (target / "checksums.json").is_file()
     AutoTokenizer.from_pretrained(target)
     again = one_rank.megakd("export", config, "--stage", "teacher-finetune", "--to", target)
     assert again.code == 2
@@ -153,6 +154,25 @@ def test_a_stage_that_has_not_finished_is_not_exported(one_rank, config, tmp_pat
     assert said.code == 2
     assert "stage 'assistant'" in said.err
     assert "finished: alone, student, teacher-finetune" in said.err
+
+
+def test_the_stage_that_became_the_student_is_exported_by_default(one_rank, out, config, tmp_path):
+    said = one_rank.megakd("export", config, "--to", tmp_path / "student")
+
+    assert said.code == 0, said.err
+    weights = "model.safetensors"
+    assert (tmp_path / "student" / weights).read_bytes() == (out / "final" / weights).read_bytes()
+
+
+def test_a_run_that_has_not_finished_has_no_student_to_export(
+    one_rank, config, unfinished, tmp_path
+):
+    said = one_rank.megakd(
+        "export", config, f"output_dir={unfinished}", "--to", tmp_path / "student"
+    )
+
+    assert said.code == 2
+    assert "give --stage NAME; finished: teacher-finetune" in said.err
 
 
 def test_methods_and_losses_are_listed_without_a_run(one_rank):

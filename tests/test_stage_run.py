@@ -11,8 +11,10 @@ import pytest
 
 from megakd.engine import distributed
 from megakd.errors import CheckpointError
+from megakd.finished_folder import CHECKSUMS, write_finished
 from megakd.stage import StageResult
-from megakd.stage_run import RESULT, StageRun, read_result, result_text
+from megakd.stage_result import RESULT, read_result, result_text
+from megakd.stage_run import StageRun
 
 FINGERPRINT = {"seed": 1, "train.learning_rate": 0.1}
 
@@ -52,14 +54,14 @@ def written(folder: Path) -> StageResult:
         tokens_per_second=100.0,
         peak_memory_bytes=10,
     )
-    (folder / RESULT).write_text(result_text(result, FINGERPRINT))
+    write_finished(folder, {RESULT: result_text(result, FINGERPRINT)})
     return result
 
 
 def test_a_finished_stage_is_taken_as_it_was(tmp_path):
-    result = written(tmp_path)
+    result = written(tmp_path / "student")
 
-    assert read_result(tmp_path, FINGERPRINT) == result
+    assert read_result(tmp_path / "student", FINGERPRINT) == result
 
 
 def test_a_stage_without_a_result_has_not_finished(tmp_path):
@@ -67,14 +69,53 @@ def test_a_stage_without_a_result_has_not_finished(tmp_path):
 
 
 def test_the_result_of_another_config_is_refused_with_the_fields_that_differ(tmp_path):
-    written(tmp_path)
+    written(tmp_path / "student")
 
     message = r"holds the result of another config \(train.learning_rate: 0.1 there, 0.2 here\)"
     with pytest.raises(CheckpointError, match=message):
-        read_result(tmp_path, {**FINGERPRINT, "train.learning_rate": 0.2})
+        read_result(tmp_path / "student", {**FINGERPRINT, "train.learning_rate": 0.2})
 
 
 def test_a_result_says_what_it_depends_on(tmp_path):
-    written(tmp_path)
+    written(tmp_path / "student")
 
-    assert json.loads((tmp_path / RESULT).read_text())["fingerprint"] == FINGERPRINT
+    assert json.loads((tmp_path / "student" / RESULT).read_text())["fingerprint"] == FINGERPRINT
+
+
+def test_edited_metrics_of_a_finished_stage_are_refused(tmp_path):
+    folder = tmp_path / "student"
+    written(folder)
+    result = folder / RESULT
+    result.write_text(result.read_text().replace("0.5", "0.9"))
+
+    message = f"{folder} is damaged: the checksum of {RESULT} differs; remove {folder}"
+    with pytest.raises(CheckpointError, match=message):
+        read_result(folder, FINGERPRINT)
+
+
+@pytest.mark.parametrize("name", [RESULT, CHECKSUMS])
+def test_a_truncated_file_of_a_finished_stage_is_named_with_what_to_remove(tmp_path, name):
+    folder = tmp_path / "student"
+    written(folder)
+    (folder / name).write_text((folder / name).read_text()[:20])
+
+    with pytest.raises(CheckpointError, match=f"{name}.*; remove {folder}"):
+        read_result(folder, FINGERPRINT)
+
+
+@pytest.mark.parametrize("name", [RESULT, CHECKSUMS])
+def test_a_finished_stage_that_lost_a_file_is_not_trained_over(tmp_path, name):
+    folder = tmp_path / "student"
+    written(folder)
+    (folder / name).unlink()
+
+    with pytest.raises(CheckpointError, match=f"{name}.*; remove {folder}"):
+        read_result(folder, FINGERPRINT)
+
+
+def test_a_result_of_a_version_with_other_fields_is_refused_without_a_traceback(tmp_path):
+    folder = tmp_path / "student"
+    write_finished(folder, {RESULT: json.dumps({"fingerprint": FINGERPRINT, "name": "student"})})
+
+    with pytest.raises(CheckpointError, match=f"{RESULT} is no result of this version"):
+        read_result(folder, FINGERPRINT)

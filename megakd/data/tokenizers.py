@@ -24,6 +24,7 @@ from megakd.data.rows import arrow_batches, rows_key
 from megakd.data.vocabularies import VERSION, encoder_template, train_tokenizer
 from megakd.data.whole import whole_folder
 from megakd.errors import DataError
+from megakd.finished_folder import check_given
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -139,7 +140,10 @@ def from_folder(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
 
     Raises:
         DataError: they cannot be read.
+        ModelError: megakd wrote the folder, and a file was changed.
     """
+    # Those who load the weights verify the weights.
+    check_given(folder, "task.tokenizer", wanted=lambda name: not name.endswith(".safetensors"))
     try:
         return _read(folder, task_type)
     except Exception as error:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megakd.errors import TeacherError
+from megakd.finished_folder import check_given
 
 
 class Shape(NamedTuple):
@@ -79,6 +81,8 @@ def load_selector(path: str) -> Selector:
     Raises:
         TeacherError: it is not there, or no selector.
     """
+    file_name = Path(path).name
+    check_given(Path(path).parent, "method.selector", wanted=lambda name: name == file_name)
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})["shape"])

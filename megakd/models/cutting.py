@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING
 
 from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError
-from megakd.export import write_model_folder
+from megakd.export import Extra, write_model_folder
 from megakd.models.architectures import (
     HEAD_COLUMNS,
     HEAD_COUNTS,
@@ -112,7 +112,7 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
     tokenizer: PreTrainedTokenizerBase,
     view: View | None = None,
     order: UnitOrder | None = None,
-    extra: Mapping[str, str] | None = None,
+    extra: Extra | None = None,
 ) -> None:
     """Writes a stored model with its units sorted, cut to a view, or both; for one rank.
 
@@ -127,7 +127,7 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
         tokenizer: saved beside the weights.
         view: units that are left; None: all.
         order: what units are sorted by before that; None: nothing.
-        extra: small text files that belong to the folder, by name.
+        extra: small files that belong to the folder, see `write_model_folder`.
 
     Raises:
         ModelError: the model does not fit the task, or has less than the view asks for.

@@ -28,6 +28,7 @@ from megakd.engine.sharding import (
     writes_here,
 )
 from megakd.errors import ModelError
+from megakd.finished_folder import check_given
 from megakd.models.architectures import architecture_named
 from megakd.models.fitting import build_empty, one_line, plan_loading
 from megakd.models.fresh import initialize_parameters
@@ -109,6 +110,8 @@ def resolve_model(
         return _scratch_source(spec.config, task, where, architecture)
     folder = _folder_of(spec, where, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     stored = check_weight_files(folder, where, allow_pickle=allow_pickle)
+    if is_first_rank():  # the others wait or see the same folder: reading it once is enough
+        check_given(folder, where)
     keys = _read_config(folder, where, trust_remote_code=trust_remote_code)
     model_type = built_as(keys["model_type"], architecture, where)
     family = _architecture(model_type, task, where)

@@ -175,6 +175,18 @@ def test_a_finished_run_started_again_loads_nothing(minidisc, bench):
     assert (minidisc / "report.json").read_bytes() == report
 
 
+def test_the_last_trial_is_what_is_exported_by_default(minidisc, bench, tmp_path):
+    config = bench.folder / "minidisc.yaml"
+
+    said = bench.one_rank.megakd("export", config, "--to", tmp_path / "student")
+
+    assert said.code == 0, said.err
+    exported, final = (
+        folder / "model.safetensors" for folder in (tmp_path / "student", minidisc / "final")
+    )
+    assert exported.read_bytes() == final.read_bytes()
+
+
 def test_a_large_weight_on_size_ends_with_the_target_after_one_trial(bench):
     method = {"name": "minidisc", "tradeoff": 100.0, "iterations": 3, "passes_per_backward": 2}
     # What a model does whose moments would not fit: sharded, no state, two candidates at a time.

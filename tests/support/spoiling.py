@@ -10,6 +10,8 @@ from typing import Any
 from one_rank import OneRank, Said
 from tiny_runs import bert, config_tree, write_config
 
+from megakd.finished_folder import CHECKSUMS
+
 # A teacher that is fine-tuned first would make a late message cost hours.
 LATE = {"model": bert(2), "finetune": {}}
 
@@ -33,8 +35,9 @@ class Bench:
         return self.one_rank.train("--config", config, *overrides)
 
     def copied(self, name: str = "copy") -> Path:
-        """The teacher's folder, to be damaged."""
-        return Path(shutil.copytree(self.teacher, self.folder / name))
+        """The teacher's folder as from elsewhere, without checksums, to be damaged."""
+        ignored = shutil.ignore_patterns(CHECKSUMS)
+        return Path(shutil.copytree(self.teacher, self.folder / name, ignore=ignored))
 
 
 def assert_refused(said: Said, bench: Bench, *fragments: object) -> None:
