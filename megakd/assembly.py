@@ -159,6 +159,7 @@ class Assembly:
             folder,
             self._cache_facts(ready),
             encoded.train,
+            ranks=self.ranks,
             layout=Layout(self._answer_bytes(ready), encoded.tokens_per_row),
             asking=lambda: self._asking(ready),
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,14 +22,22 @@ from datasets import Dataset
 from torch import Tensor
 
 from megakd import atomic
-from megakd.engine.distributed import Ranks, on_main, together
+from megakd.checksums import (
+    Entries,
+    damage_of,
+    entries_of,
+    files_of,
+    read_signed,
+    write_signed,
+)
+from megakd.engine.distributed import Ranks, gather, on_main, together
 from megakd.errors import TeacherError
 from megakd.fingerprint import Fingerprint, differences
 from megakd.stage import Batch, Knowledge, TopK
 
 logger = logging.getLogger(__name__)
 MANIFEST = "cache.json"
-VERSION = 1
+VERSION = 2
 SHARD_ROWS = 4096
 SHARD_BYTES = 256 << 20
 Answers = Mapping[str, Tensor]
@@ -37,12 +45,12 @@ Answers = Mapping[str, Tensor]
 
 
 class Shard(NamedTuple):
-    """Some rows one after the other: where they begin, how many, and the checksum of each file."""
+    """Some rows one after the other: where they begin, how many, and the files' checksums."""
 
     name: str
     start: int
     rows: int
-    checksums: Mapping[str, str]
+    files: Entries
 
 
 class Layout(NamedTuple):
@@ -61,15 +69,17 @@ def build_cache(
     facts: Fingerprint,
     rows: Dataset,
     *,
+    ranks: Ranks,
     layout: Layout,
     asking: Callable[[], AbstractContextManager[Callable[[Dataset], Answers]]],
 ) -> None:
-    """Writes the answers to all rows, or those that an earlier start has left out; a collective.
+    """Write the answers to all rows that no whole shard answers; a collective.
 
     Args:
         folder: of the cache.
         facts: what the answers depend on.
         rows: the training split.
+        ranks: where this process stands; each rank verifies a share of the shards.
         layout: of a row's answer.
         asking: loads the teacher, where anything is left to ask, and gives what asks it about
             some rows; the same on every rank.
@@ -78,21 +88,46 @@ def build_cache(
         TeacherError: the folder holds the answers to something else.
         MegakdError: the disk is full, or the teacher cannot answer.
     """
-    shards = on_main(lambda: _begun(folder, facts))
-    step, done = layout.rows_per_shard(), sum(shard.rows for shard in shards)
-    _announce(folder, layout, len(rows), done)
-    if done == len(rows):
+    shards = _whole_shards(folder, on_main(lambda: _begun(folder, facts)), ranks)
+    _announce(folder, layout, len(rows), sum(shard.rows for shard in shards))
+    missing = list(_missing(shards, len(rows), layout.rows_per_shard()))
+    if not missing:
         return
     with asking() as answer:
-        for start in range(done, len(rows), step):
-            part = answer(rows.select(range(start, min(start + step, len(rows)))))
+        for numbers in missing:
+            part = answer(rows.select(numbers))
 
-            def write(start: int = start, part: Answers = part) -> Shard:
+            def write(start: int = numbers.start, part: Answers = part) -> Shard:
                 return _write(folder, start, part)
 
             shards.append(on_main(write))
             on_main(lambda: _record(folder, facts, shards, total=len(rows)))
-            logger.info("%s: %d of %d rows", folder, start + shards[-1].rows, len(rows))
+            done = sum(shard.rows for shard in shards)
+            logger.info("%s: %d of %d rows", folder, done, len(rows))
+
+
+def _whole_shards(folder: Path, shards: Sequence[Shard], ranks: Ranks) -> list[Shard]:
+    """Return the shards that are not damaged, saying which ones are; a collective."""
+    mine = shards[ranks.rank :: ranks.world_size]
+    found = together(lambda: {s.name: damage_of(folder / s.name, s.files) for s in mine})
+    damaged = {name: said for share in gather(found) for name, said in share.items() if said}
+    for name, said in damaged.items():
+        logger.warning("%s is damaged (%s): its rows are asked again", folder / name, said)
+    return [shard for shard in shards if shard.name not in damaged]
+
+
+def _missing(shards: Sequence[Shard], total: int, step: int) -> Iterator[range]:
+    """The numbers of the rows that no shard answers, at most `step` at a time."""
+    first = 0
+    ends = [(shard.start, shard.start + shard.rows) for shard in _in_order(shards)]
+    for start, stop in [*ends, (total, total)]:
+        for number in range(first, start, step):
+            yield range(number, min(number + step, start))
+        first = stop
+
+
+def _in_order(shards: Iterable[Shard]) -> list[Shard]:
+    return sorted(shards, key=lambda shard: shard.start)
 
 
 def _announce(folder: Path, layout: Layout, rows: int, done: int) -> None:
@@ -116,26 +151,25 @@ def _write(folder: Path, start: int, part: Answers) -> Shard:
     with atomic.replaced_folder(folder / name) as made:
         for key, tensor in part.items():
             np.save(made / f"{key}.npy", tensor.numpy())
-    files = sorted((folder / name).glob("*.npy"))
     count = len(next(iter(part.values())))
-    return Shard(name, start, count, {file.name: atomic.sha256_of(file) for file in files})
+    return Shard(name, start, count, entries_of(folder / name, files_of(folder / name)))
 
 
 def _record(folder: Path, facts: Fingerprint, shards: Sequence[Shard], *, total: int) -> None:
-    listed = [shard._asdict() for shard in shards]
+    listed = [shard._asdict() for shard in _in_order(shards)]
     tree = {"version": VERSION, "rows": total, "facts": facts, "shards": listed}
-    atomic.write_json(folder / MANIFEST, tree)
+    write_signed(folder / MANIFEST, tree)
 
 
 def _read_manifest(folder: Path, facts: Fingerprint) -> tuple[list[Shard], int]:
     """The shards and how many rows there are to be.
 
     Raises:
-        TeacherError: it is not there, cut off, or of other data or another teacher.
+        TeacherError: it is not there, damaged, or of other data or another teacher.
     """
     path = folder / MANIFEST
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = read_signed(path)
         shards = [Shard(**shard) for shard in tree["shards"]]
         there, rows, version = tree["facts"], int(tree["rows"]), tree["version"]
     except FileNotFoundError as error:
@@ -143,7 +177,10 @@ def _read_manifest(folder: Path, facts: Fingerprint) -> tuple[list[Shard], int]:
             f"{path} does not exist; make the cache first: launch/cache_teacher.py --config F"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise TeacherError(f"{path} is no list of a cache's shards: {error}") from error
+        raise TeacherError(
+            f"{path} is damaged or of an earlier version ({error}); remove {folder} and make the "
+            "cache anew: launch/cache_teacher.py --config F"
+        ) from error
     here = json.loads(json.dumps(facts))
     differing = differences({"version": version, **there}, {"version": VERSION, **here})
     if differing:
@@ -201,16 +238,15 @@ class CachedTeacher:
 
 def _verify(folder: Path, shards: Sequence[Shard]) -> None:
     for shard in shards:
-        for name, checksum in shard.checksums.items():
-            path = folder / shard.name / name
-            if not path.is_file() or atomic.sha256_of(path) != checksum:
-                what = "its checksum differs" if path.is_file() else "it is not there"
-                raise TeacherError(
-                    f"{path} is damaged ({what}); remove {folder} and make the cache anew"
-                )
+        damage = damage_of(folder / shard.name, shard.files)
+        if damage is not None:
+            raise TeacherError(
+                f"{folder / shard.name} is damaged: {damage}; launch/cache_teacher.py --config F "
+                "asks the teacher about its rows again"
+            )
 
 
 def _opened(folder: Path, shard: Shard) -> dict[str, Any]:
     return {
-        name.removesuffix(".npy"): np.load(folder / name, mmap_mode="r") for name in shard.checksums
+        name.removesuffix(".npy"): np.load(folder / name, mmap_mode="r") for name in shard.files
     }

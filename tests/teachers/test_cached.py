@@ -53,7 +53,9 @@ class Teacher:
 
 
 def build(folder: Path, rows: Dataset, teacher: Teacher, facts=FACTS) -> Path:
-    build_cache(folder, facts, rows, layout=LAYOUT, asking=lambda: nullcontext(teacher))
+    build_cache(
+        folder, facts, rows, ranks=ONE_RANK, layout=LAYOUT, asking=lambda: nullcontext(teacher)
+    )
     return folder
 
 
@@ -134,13 +136,44 @@ def test_a_damaged_shard_is_named(tmp_path, rows, damage):
         content[-1] ^= 1
         file.write_bytes(content)
 
-    with pytest.raises(TeacherError, match=r"0000000005/logits\.npy is damaged"):
+    with pytest.raises(TeacherError, match=r"0000000005 is damaged: .*logits\.npy"):
+        CachedTeacher(folder, FACTS, ONE_RANK)
+
+
+@pytest.mark.parametrize("name", ["0000000005", "0000000020"])
+def test_a_damaged_shard_is_asked_again_and_no_other_row(tmp_path, rows, name, caplog):
+    folder = build(tmp_path / "cache", rows, Teacher())
+    whole = (folder / name / "logits.npy").read_bytes()
+    (folder / name / "logits.npy").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    again = Teacher()
+
+    build(folder, rows, again)
+
+    assert again.asked == list(range(ROWS))[int(name) : int(name) + PER_SHARD]
+    assert f"{folder / name} is damaged (the checksum of logits.npy differs)" in caplog.text
+    assert (folder / name / "logits.npy").read_bytes() == whole
+    said = CachedTeacher(folder, FACTS, ONE_RANK)(batch(list(range(ROWS)))).logits
+    assert said[:, 0].tolist() == list(range(ROWS))
+
+
+def test_an_edited_list_of_shards_is_refused_with_what_to_remove(tmp_path, rows):
+    folder = build(tmp_path / "cache", rows, Teacher())
+    listing = folder / "cache.json"
+    listing.write_text(listing.read_text().replace('"start": 5', '"start": 6'))
+
+    with pytest.raises(TeacherError, match=f"{listing} is damaged .*; remove {folder}"):
+        build(folder, rows, Teacher())
+    with pytest.raises(TeacherError, match=f"{listing} is damaged .*; remove {folder}"):
         CachedTeacher(folder, FACTS, ONE_RANK)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "does not exist; make the cache first"), ("{", "is no list"), ("[]", "is no list")],
+    [
+        (None, "does not exist; make the cache first"),
+        ("{", "is damaged or of an earlier version"),
+        ("[]", "is damaged or of an earlier version"),
+    ],
 )
 def test_a_folder_without_its_list_is_refused(tmp_path, content, message):
     folder = tmp_path / "cache"
@@ -166,6 +199,6 @@ def test_the_list_has_a_checksum_for_every_file(tmp_path, rows):
 
     listed = json.loads((folder / "cache.json").read_text())["shards"]
 
-    files = {f"{s['name']}/{file}" for s in listed for file in s["checksums"]}
+    files = {f"{s['name']}/{file}" for s in listed for file in s["files"]}
     assert files == {str(p.relative_to(folder)) for p in folder.glob("*/*.npy")}
     assert sum(np.load(folder / file).shape[0] for file in files) == ROWS
