@@ -54,7 +54,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 quickstart: install
 	@$(ACTIVATE)
-	python launch/quickstart.py
+	exec python launch/quickstart.py
 
 test: install
 	@$(ACTIVATE)

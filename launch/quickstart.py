@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,10 +55,12 @@ class UnavailableError(Exception):
 def main(overrides: Sequence[str]) -> int:
     """Run the quickstart; returns the exit code, 0 only when the report is there."""
     os.chdir(ROOT)
-    arguments = [*teacher_overrides(TEACHER, OUTPUT, REQUIREMENT), *overrides]
-    code = subprocess.run(
-        launch_command(arguments), env=os.environ | ENVIRONMENT, check=False
-    ).returncode
+    try:
+        arguments = [*teacher_overrides(TEACHER, OUTPUT, REQUIREMENT), *overrides]
+        code = run_launcher(launch_command(arguments))
+    except KeyboardInterrupt:
+        print("quickstart: stopped; `make quickstart` starts again", file=sys.stderr)
+        return 128 + signal.SIGINT
     if code != 0:
         return code
     # The launcher also returns 0 when a rank was killed by a signal.
@@ -64,6 +70,33 @@ def main(overrides: Sequence[str]) -> int:
         return 1
     print(f"quickstart: the report is {report}, the student {OUTPUT / 'final'}")
     return 0
+
+
+def run_launcher(command: Sequence[str]) -> int:
+    """Run the launcher to its end; returns its exit code, or 128 + a signal that stopped it.
+
+    Ctrl+C ends DeepSpeed's first process at once, with a traceback and before its ranks have saved
+    a checkpoint. That process therefore ignores it, and the one below it is told to stop.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    launcher = subprocess.Popen(command, env=os.environ | ENVIRONMENT)
+    stopped_by: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        del frame
+        stopped_by.append(number)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(launcher.pid).children():
+                child.terminate()
+
+    signal.signal(signal.SIGINT, stop)
+    before_term = signal.signal(signal.SIGTERM, stop)
+    try:
+        code = launcher.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGTERM, before_term)
+    return 128 + stopped_by[0] if stopped_by else code
 
 
 def teacher_overrides(folder: Path, output: Path, requirement: Path) -> tuple[str, ...]:

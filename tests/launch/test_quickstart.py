@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -171,6 +174,53 @@ def test_a_launcher_that_returns_0_without_a_report_is_a_failure(
 
     assert code == 1
     assert "the run ended without runs/quickstart/report.json" in capsys.readouterr().err
+
+
+# A launcher of two processes, of which the second one waits for a rank that takes its time.
+RUNNER = """
+import subprocess, sys
+code = subprocess.Popen([sys.executable, "-c", sys.argv[1]]).wait()
+sys.exit(code)
+"""
+LAUNCHER = """
+import signal, sys, time
+def stop(*_):
+    print("the ranks have saved", flush=True)
+    sys.exit(1)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+print("ready", flush=True)
+time.sleep(600)
+"""
+QUICKSTART = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("quickstart", sys.argv[1])
+quickstart = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(quickstart)
+quickstart.teacher_overrides = lambda *_: ()
+quickstart.launch_command = lambda _: [sys.executable, "-c", *sys.argv[2:]]
+sys.exit(quickstart.main([]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_waits_for_the_ranks_and_prints_no_traceback(
+    repository: Path, number: signal.Signals
+) -> None:
+    words = ["-c", QUICKSTART, str(repository / "launch/quickstart.py"), RUNNER, LAUNCHER]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, *words], stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+
+        # A terminal sends Ctrl+C to all of its processes, `kill` its signal to one.
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.terminate()
+
+        said, errors = process.communicate()
+    assert (said, errors) == ("the ranks have saved\n", "")
+    assert process.returncode == 128 + number
 
 
 def test_two_ranks_without_a_gpu_are_launched_with_the_overrides_last(
