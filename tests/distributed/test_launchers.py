@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import socket
 import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import BUILD_TIMEOUT_S, ROOT, TRAIN, free_port
+from conftest import BUILD_TIMEOUT_S, TRAIN, free_port
+from launchers import DEEPSPEED, TORCHRUN, start
 from tiny_runs import bert, config_tree, write_config, write_reviews
 
 STEPS = 2
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port")
-DEEPSPEED = ("-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", "2", "--master_port")
 
 
 @pytest.fixture(scope="module")
@@ -45,22 +42,6 @@ def by_hand(launch, config, tmp_path_factory) -> Path:
     group = launch("--config", str(config), f"output_dir={out}")
     assert group.wait() == [0, 0], group.text
     return out
-
-
-def start(words: Sequence[str], variables: Mapping[str, object]) -> subprocess.Popen[str]:
-    """A process with the machine's environment and no launcher's, but for `variables`."""
-    kept = {
-        k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "LOCAL_", "MASTER_"))
-    }
-    kept = {k: v for k, v in kept.items() if k not in ("RANK", "WORLD_SIZE")}
-    search = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    return subprocess.Popen(
-        [sys.executable, *words],
-        env={**kept, **search, **{name: str(value) for name, value in variables.items()}},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def finish(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:

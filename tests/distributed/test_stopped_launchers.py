@@ -1,0 +1,158 @@
+"""Whatever ends a launcher, its ranks save, end and go on from there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import TIMEOUT_S, TRAIN, free_port
+from launchers import DEEPSPEED, TORCHRUN, start
+from tiny_runs import bert, config_tree, write_config, write_reviews
+
+pytestmark = pytest.mark.slow
+STEPS = 300
+LAUNCHERS = {"deepspeed": DEEPSPEED, "torchrun": TORCHRUN}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped")
+    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
+    tree = config_tree(
+        Path("unused"),
+        task,
+        student={"model": bert(1), "deepspeed": "zero2"},
+        log={"report_to": [], "logging_steps": 1},
+    )
+    tree["train"] |= {"max_steps": STEPS}
+    return write_config(folder / "run.yaml", tree)
+
+
+@pytest.fixture(scope="module")
+def truth(launch, config, tmp_path_factory) -> bytes:
+    """The weights of the run that nobody stops."""
+    out = tmp_path_factory.mktemp("truth") / "out"
+    group = launch("--config", str(config), f"output_dir={out}")
+    assert group.wait() == [0, 0], group.text
+    return weights(out)
+
+
+def weights(out: Path) -> bytes:
+    return (out / "final" / "model.safetensors").read_bytes()
+
+
+class Started:
+    """A launcher whose ranks train."""
+
+    def __init__(self, launcher: str, config: Path, out: Path, *overrides: str) -> None:
+        words = (*LAUNCHERS[launcher], str(free_port()), str(TRAIN), "--config", str(config))
+        self.out = out
+        self.process = start((*words, f"output_dir={out}", *overrides), {})
+        self._wait_for_a_step()
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        self.ranks = [p for p in below if "RANK" in p.environ() and str(TRAIN) in p.cmdline()]
+
+    def _wait_for_a_step(self) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (self.out / "metrics.jsonl").exists():
+            assert self.process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def send(self, link: str, number: int) -> None:
+        """Send a signal to one process of the chain, or to a rank."""
+        launcher = psutil.Process(self.process.pid)
+        pids = {"runner": launcher.pid, "node": launcher.children()[0].pid}
+        pids["rank 1"] = next(p.pid for p in self.ranks if p.environ()["RANK"] == "1")
+        os.kill(pids[link], number)
+
+    def finish(self) -> str:
+        """Wait for the ranks; return what all have said."""
+        _, alive = psutil.wait_procs(self.ranks, timeout=TIMEOUT_S)
+        assert alive == []
+        return self.process.communicate(timeout=TIMEOUT_S)[0]
+
+    def kill(self) -> None:
+        for process in self.ranks:
+            if process.is_running():
+                process.kill()
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def begin(config, tmp_path) -> Iterator:
+    started: list[Started] = []
+
+    def begin(launcher: str, *overrides: str) -> Started:
+        started.append(Started(launcher, config, tmp_path / "out", *overrides))
+        return started[-1]
+
+    yield begin
+    for run in started:
+        run.kill()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "link", "number", "reason"),
+    [
+        ("deepspeed", "runner", signal.SIGKILL, "the end of its launcher"),
+        ("deepspeed", "node", signal.SIGKILL, "the end of its launcher"),
+        ("deepspeed", "node", signal.SIGTERM, "SIGTERM"),
+        ("deepspeed", "rank 1", signal.SIGUSR1, "SIGUSR1"),
+        ("torchrun", "runner", signal.SIGTERM, "SIGTERM"),
+        ("torchrun", "runner", signal.SIGKILL, "the end of its launcher"),
+    ],
+)
+def test_a_run_whose_launcher_is_stopped_saves_and_goes_on_to_the_same_weights(
+    begin, truth, launch, config, launcher, link, number, reason
+):
+    run = begin(launcher)
+
+    run.send(link, number)
+    said = run.finish()
+
+    assert len(run.ranks) == 2
+    assert said.count(f"megakd: stopped by {reason}, student saved at step ") == 1, said
+    assert 'launch/train.py", line' not in said  # no traceback of a rank
+    assert not (run.out / "lock.json").exists()
+    assert not (run.out / "report.json").exists()
+    assert run.process.returncode != 0 or number == signal.SIGKILL
+    group = launch("--config", str(config), f"output_dir={run.out}")
+    assert group.wait() == [0, 0], group.text
+    assert "student: resumed at step" in group.text
+    assert weights(run.out) == truth
+
+
+def test_a_second_start_in_the_folder_of_a_living_run_is_refused_on_all_ranks(
+    begin, launch, config
+):
+    run = begin("torchrun", "train.max_steps=1000000")
+
+    group = launch("--config", str(config), f"output_dir={run.out}")
+
+    assert group.wait() == [2, 2], group.text
+    assert group.text.count("megakd: error: ") == 1
+    rank_0 = next(p.pid for p in run.ranks if p.environ()["RANK"] == "0")
+    assert f"{run.out} is in use by another run: process {rank_0} on " in group.text
+    assert "Traceback" not in group.text
+    assert (run.out / "lock.json").exists()
+
+
+def test_a_run_whose_ranks_were_killed_is_taken_over_at_once(begin, launch, config, truth):
+    run = begin("torchrun")
+    for rank in run.ranks:
+        rank.kill()
+    run.finish()
+    assert (run.out / "lock.json").exists()
+
+    group = launch("--config", str(config), f"output_dir={run.out}")
+
+    assert group.wait() == [0, 0], group.text
+    assert "waiting up to" not in group.text
+    assert weights(run.out) == truth
