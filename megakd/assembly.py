@@ -221,7 +221,7 @@ class Assembly:
             train: of the stage that is evaluated; None: outside the stages.
         """
         return Scorer(
-            metrics=self.prepared.splits.metrics,
+            metrics=self.prepared.metrics,
             collate=Collator(self.prepared.tokenizer, self.config.task),
             batch_size=self.config.eval_rows(train),
             ranks=self.ranks,

@@ -26,6 +26,24 @@ FROM_TEACHER = "from_teacher"
 LANGUAGE_TASKS: tuple[TaskType, ...] = ("mlm", "causal_lm")
 """Those whose labels are tokens of the text itself."""
 
+ONE_LABEL_METRICS = ("f1", "precision", "recall")
+"""Those about one label against all others."""
+METRICS: dict[TaskType, tuple[str, ...]] = {
+    "classification": (
+        "accuracy",
+        *ONE_LABEL_METRICS,
+        "f1_macro",
+        "precision_macro",
+        "recall_macro",
+        "f1_weighted",
+        "matthews_correlation",
+        "loss",
+    ),
+    "regression": ("pearson", "spearman", "loss"),
+    **dict.fromkeys(LANGUAGE_TASKS, ("perplexity", "loss", "accuracy")),
+}
+"""What `eval.metric` may be."""
+
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class TokenizerConfig:

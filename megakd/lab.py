@@ -163,7 +163,7 @@ class Lab:
         Raises:
             ConfigError: the task has no such metric, or it is no fraction of what can be had.
         """
-        return weighable(name, self._prepared.splits.metrics)
+        return weighable(name, self._prepared.metric, self._prepared.metrics.names)
 
     def unscored(self) -> Specification:
         """The teacher's units, all alike: what can be cut is known before it is trained."""
@@ -367,17 +367,20 @@ class Lab:
         model = self._assembly.frozen(source, deepspeed, dtype=dtype, needs=Needs())
         rows = self.held_out if rows is None else rows
         try:
-            metrics = self._assembly.scorer().score(model.predict, rows)
+            scored = self._assembly.scorer().scored(model.predict, rows)
             counts = parameter_counts(named_shapes(model.model))
             if look is not None:
                 look(model)
         finally:
             model.destroy()
-        return {
+        report: ModelReport = {
             "parameters": counts.parameters,
             "encoder_parameters": counts.encoder_parameters,
-            "metrics": metrics,
+            "metrics": scored.metrics,
         }
+        if scored.by_class:
+            report["per_class"] = scored.by_class
+        return report
 
     @property
     def held_out(self) -> Dataset:

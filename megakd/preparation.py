@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 from megakd.config import (
     FROM_TEACHER,
+    ONE_LABEL_METRICS,
     STUDENT,
     RunConfig,
     StudentConfig,
@@ -27,7 +28,8 @@ from megakd.data.tokenizers import has_tokenizer_files, load_tokenizer
 from megakd.engine.distributed import gather, main_first
 from megakd.engine.ds_config import check_frozen_stage, load_ds_config
 from megakd.errors import ConfigError, MegakdError, TeacherError
-from megakd.evaluation import Metric, headline
+from megakd.evaluation import Metric
+from megakd.metrics import TaskMetrics, task_metrics
 from megakd.models.labels import label_order
 from megakd.models.layers import with_layers
 from megakd.models.loading import ModelSource, check_model, resolve_model, with_vocabulary
@@ -47,16 +49,18 @@ class Materials:
     """What a run is made of, before anything large is touched.
 
     sources: the teachers by name, then `student`.
+    metrics: what an evaluation computes.
     """
 
     splits: Splits
+    metrics: TaskMetrics
     tokenizer: PreTrainedTokenizerBase
     sources: Mapping[str, ModelSource]
 
     @property
     def metric(self) -> Metric:
         """The number that ranks evaluations of this task."""
-        return headline(self.splits.metrics)
+        return self.metrics.main
 
     @property
     def classes(self) -> int:
@@ -85,12 +89,27 @@ def prepare(config: RunConfig) -> Prepared:
     """
     found = materials(config)
     check_run(config, found)
+    _say_positive_label(found.metrics)
     encoded = main_first(
         lambda: encode_splits(found.splits, found.tokenizer, config.task, cache_dir=cache_folder())
     )
     return Prepared(
-        splits=found.splits, tokenizer=found.tokenizer, sources=found.sources, encoded=encoded
+        splits=found.splits,
+        metrics=found.metrics,
+        tokenizer=found.tokenizer,
+        sources=found.sources,
+        encoded=encoded,
     )
+
+
+def _say_positive_label(metrics: TaskMetrics) -> None:
+    about_one = [name for name in metrics.names if name in ONE_LABEL_METRICS]
+    if about_one and metrics.label_names:
+        logger.info(
+            "%s: about the label %s (eval.positive_label)",
+            ", ".join(about_one),
+            metrics.label_names[metrics.positive],
+        )
 
 
 def materials(config: RunConfig) -> Materials:
@@ -105,6 +124,7 @@ def materials(config: RunConfig) -> Materials:
     if problems and not config.teachers:
         raise TeacherError("\n".join(problems))
     splits = main_first(lambda: load_splits(task, seed=config.seed, cache_dir=cache))
+    metrics = task_metrics(config.eval, task.type, splits.metrics, splits.label_names)
     problems += _strangers(config, sources, splits.label_names)
     folders = [s.folder for s in sources.values() if s.folder]
     if problems and not any(map(has_tokenizer_files, folders)):
@@ -120,7 +140,7 @@ def materials(config: RunConfig) -> Materials:
         role: with_vocabulary(source, len(tokenizer), pad_token_id=pad)
         for role, source in sources.items()
     }
-    return Materials(splits=splits, tokenizer=tokenizer, sources=sources)
+    return Materials(splits=splits, metrics=metrics, tokenizer=tokenizer, sources=sources)
 
 
 def _strangers(

@@ -33,13 +33,27 @@ OUTSIDE_THE_ENCODER = frozenset(
 )
 
 
+class ClassReport(TypedDict):
+    """How well a classifier tells one label from all others; `rows` are those of the label."""
+
+    label: str
+    precision: float
+    recall: float
+    f1: float
+    rows: int
+
+
 class ModelReport(TypedDict):
-    """A model's size and what it scores; `bytes` is that of its weights on disk."""
+    """A model's size and what it scores; `bytes` is that of its weights on disk.
+
+    per_class: of a classifier, in the order of the labels.
+    """
 
     parameters: int
     encoder_parameters: int
     metrics: Mapping[str, float]
     bytes: NotRequired[int]
+    per_class: NotRequired[Sequence[ClassReport]]
 
 
 class AssistantReport(ModelReport):

@@ -39,6 +39,7 @@ from megakd.report_table import (
     WITHOUT_EMBEDDINGS,
     against_teacher,
     candidate_rows,
+    class_rows,
     cost_line,
     duration,
     gigabytes,
@@ -122,6 +123,7 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
     sections = [
         Section(title, [Paragraph(_headline(report)), *_models(report)], level=1),
         Section("Size, quality, latency", list(_planes(report))),
+        Section("Scores by label", list(_classes(report))),
         Section("Samples", list(_samples(report))),
         Section("Choice by trade-off", list(_choices(report["candidates"]))),
         Section("What trying every assistant would have cost", list(_cost(report))),
@@ -190,6 +192,13 @@ def _models(report: Report) -> Iterator[Block]:
         timed = [[row[0], *row[width:]] for row in rows if set(row[width:]) != {"-"}]
         words = ". ".join(["Latency", *latency_notes(report)])
         yield Table([["", *titles[width:]], *timed], caption=f"{words}.")
+
+
+def _classes(report: Report) -> Iterator[Block]:
+    """Yield the student's scores by label."""
+    rows = class_rows(report, most=200)
+    if rows:
+        yield Table(rows, caption=f"Of the student on {report['evaluated_on']}.")
 
 
 def _planes(report: Report) -> Iterator[Block]:

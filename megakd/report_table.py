@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from megakd.report import CandidateReport, CostReport, ModelReport, PoolReport, Report
 
-
+MOST_CLASSES_SHOWN = 6
 PERPLEXITY = "perplexity"
 WITHOUT_EMBEDDINGS = "non-embedding"
 """The count that leaves out embeddings, pooler and heads, of an encoder or a decoder."""
@@ -29,6 +29,9 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
     """
     lines = [f"{report['method']} on {report['task']}, scored on {report['evaluated_on']}", ""]
     lines += [*aligned_rows(model_rows(report)), *model_notes(report)]
+    classes = class_rows(report, most=MOST_CLASSES_SHOWN)
+    if classes:
+        lines += ["", *aligned_rows(classes)]
     if report["candidates"]:
         lines += ["", *aligned_rows(candidate_rows(report["candidates"]))]
     pool = report.get("pool")
@@ -109,9 +112,8 @@ def is_number(value: object) -> TypeGuard[float]:
 
 def model_rows(report: Report) -> list[list[str]]:
     """Return titles, then one row per model: sizes, scores, and the times that were measured."""
-    names = list(report["student"]["metrics"])
     comparison = [against_title(report["metric_name"])] if report["teacher"] is not None else []
-    titles = ["", "parameters", WITHOUT_EMBEDDINGS, "size MB", *names, *comparison]
+    titles = ["", "parameters", WITHOUT_EMBEDDINGS, "size MB", *metric_names(report), *comparison]
     times = milliseconds(report)
     for batch in times:
         titles += [f"ms (batch {batch})", "speed-up"]
@@ -131,7 +133,7 @@ def scored_models(report: Report) -> list[tuple[str, ModelReport, Mapping[str, f
 
 def model_notes(report: Report) -> list[str]:
     """Return the lines that explain the columns of `model_rows`."""
-    lower = [name for name in report["student"]["metrics"] if name in LOWER_IS_BETTER]
+    lower = [name for name in metric_names(report) if name in LOWER_IS_BETTER]
     direction = [f"{', '.join(lower)}: lower is better"] if lower else []
     return [*direction, *latency_notes(report)]
 
@@ -160,9 +162,15 @@ def _size(model: ModelReport) -> list[str]:
 
 
 def _scores(report: Report, metrics: Mapping[str, float]) -> list[str]:
-    names = report["student"]["metrics"]
     comparison = [] if report["teacher"] is None else [against_teacher(report, metrics)]
-    return [*(score(name, metrics.get(name)) for name in names), *comparison]
+    return [*(score(name, metrics.get(name)) for name in metric_names(report)), *comparison]
+
+
+def metric_names(report: Report) -> list[str]:
+    """Return the metrics of the table; the loss is one where it says more than the others."""
+    names = list(report["student"]["metrics"])
+    says_more = report["metric_name"] in LOWER_IS_BETTER
+    return [name for name in names if name != "loss" or says_more]
 
 
 def score(name: str, value: float | None) -> str:
@@ -217,6 +225,18 @@ def candidate_rows(candidates: Sequence[CandidateReport]) -> list[list[str]]:
 
 def _fraction(value: float | None) -> str:
     return f"{value:.4f}" if is_number(value) else "-"
+
+
+def class_rows(report: Report, *, most: int) -> list[list[str]]:
+    """Return titles and a row per label of the student; empty if there are more than `most`."""
+    classes = report["student"].get("per_class", ())
+    if not classes or len(classes) > most:
+        return []
+    rows = [["student, by label", "precision", "recall", "f1", "rows"]]
+    for one in classes:
+        scores = (one["precision"], one["recall"], one["f1"])
+        rows.append([one["label"], *(f"{value:.1%}" for value in scores), f"{one['rows']:,}"])
+    return rows
 
 
 def pool_rows(pool: PoolReport, metric_name: str) -> list[list[str]]:

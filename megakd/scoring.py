@@ -15,11 +15,20 @@ from megakd.data.loader import evaluation_batches
 from megakd.data.masking import Masking
 from megakd.engine.distributed import Ranks, all_reduce_, gather, on_main
 from megakd.engine.student import device_batch
-from megakd.evaluation import language_model_metrics, task_metrics
+from megakd.evaluation import language_model_metrics
+from megakd.metrics import TaskMetrics
+from megakd.report import ClassReport
 from megakd.stage import IGNORE, Batch, Predictions
 
 Predict = Callable[[Batch], Predictions]
 Ask = Callable[[Batch], Mapping[str, torch.Tensor]]
+
+
+class Scored(NamedTuple):
+    """The metrics of a model, and of a classifier precision and recall by class."""
+
+    metrics: dict[str, float]
+    by_class: list[ClassReport]
 
 
 class Answers(NamedTuple):
@@ -37,21 +46,29 @@ class Answers(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """Turns a split and a forward into the task's official metrics.
+    """Turns a split and a forward into the task's metrics.
 
-    metrics: their names; a language model's come from sums, the others from all outputs.
+    metrics: what is computed; a language model's come from sums, the others from all outputs.
     batch_size: rows per rank.
     masking: hides tokens of every row, the same ones at every evaluation (mlm).
     """
 
-    metrics: tuple[str, ...]
+    metrics: TaskMetrics
     collate: Collator
     batch_size: int
     ranks: Ranks
     masking: Masking | None = None
 
     def score(self, predict: Predict, rows: Dataset) -> dict[str, float]:
-        """The metrics of `predict` on `rows`, the same on every rank.
+        """Return the metrics of `predict` on `rows`, the same on every rank.
+
+        Raises:
+            MegakdError: nothing can be scored, on all ranks alike.
+        """
+        return self.scored(predict, rows).metrics
+
+    def scored(self, predict: Predict, rows: Dataset) -> Scored:
+        """Return the metrics of `predict` on `rows` with those by class, the same on every rank.
 
         Raises:
             MegakdError: nothing can be scored, on all ranks alike.
@@ -124,14 +141,19 @@ class Scorer:
         ):
             yield device_batch(batch, ranks.device)
 
-    def _language_model(self, sums: torch.Tensor) -> dict[str, float]:
+    def _language_model(self, sums: torch.Tensor) -> Scored:
         all_reduce_(sums)
-        return on_main(lambda: language_model_metrics(sums))
+        return Scored(on_main(lambda: language_model_metrics(sums)), [])
 
-    def _rows(self, answers: Answers) -> dict[str, float]:
+    def _rows(self, answers: Answers) -> Scored:
         outputs = gather(torch.cat(answers.outputs))
         labels = gather(torch.cat(answers.labels))
-        return on_main(lambda: task_metrics(self.metrics, torch.cat(outputs), torch.cat(labels)))
+
+        def measure() -> Scored:
+            said, truth = torch.cat(outputs), torch.cat(labels)
+            return Scored(self.metrics.of(said, truth), self.metrics.by_class(said, truth))
+
+        return on_main(measure)
 
 
 def _missed(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megakd.config_messages import option_problems
+from megakd.config import METRICS
+from megakd.config_messages import option_problems, suggestion
 from megakd.recipes import inherit
 from megakd.schedules import SCHEDULES, schedule_problem
 
@@ -22,6 +23,21 @@ def training_problems(config: RunConfig) -> Iterator[str]:
                 f"{where}.early_stopping_patience: {train.early_stopping_patience} evaluations "
                 "are counted, and there are none; set eval.eval_steps"
             )
+    yield from _metrics(config)
+
+
+def _metrics(config: RunConfig) -> Iterator[str]:
+    task, known = config.task.type, METRICS[config.task.type]
+    listed = {f"metrics[{index}]": name for index, name in enumerate(config.eval.metrics)}
+    for key, name in {"metric": config.eval.metric, **listed}.items():
+        if name is not None and name not in known:
+            near = suggestion(name, known) or ";"
+            yield (
+                f'eval.{key}: task.type {task} has no metric "{name}"{near} known: '
+                f"{', '.join(known)}"
+            )
+    if config.eval.positive_label is not None and task != "classification":
+        yield f"eval.positive_label: task.type {task} has no labels by name; remove the key"
 
 
 def _trainings(config: RunConfig) -> Iterator[tuple[str, TrainConfig]]:

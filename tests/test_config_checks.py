@@ -204,6 +204,18 @@ def test_settings_near_those_refusals_are_accepted(run_file: Path, overrides: li
             ["log.tensorboard=true"],
             'log.tensorboard = true: unknown key; did you mean "report_to"?',
         ),
+        (
+            ["eval.metric=f1_makro"],
+            'eval.metric: task.type classification has no metric "f1_makro"; did you mean "f1_',
+        ),
+        (
+            ["eval.metrics=[accuracy, pearson]"],
+            'eval.metrics[1]: task.type classification has no metric "pearson"; did you',
+        ),
+        (
+            ["task.type=causal_lm", "eval.positive_label=x"],
+            "eval.positive_label: task.type causal_lm has no labels by name; remove the key",
+        ),
         (["save.push_to_hub=me"], "save.push_to_hub: a repository of the Hub is user/name; got"),
     ],
 )

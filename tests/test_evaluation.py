@@ -18,8 +18,15 @@ from megakd.evaluation import (
     MetricJudge,
     headline,
     language_model_metrics,
-    task_metrics,
 )
+from megakd.metrics import TaskMetrics
+
+
+def metrics_of(names: tuple[str, ...], outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    """The metrics, without the loss that is always there."""
+    values = TaskMetrics(names=names, main=headline(names)).of(outputs, labels)
+    assert values.pop("loss") >= 0
+    return values
 
 
 def logits_of(classes: list[int], count: int = 2) -> Tensor:
@@ -30,7 +37,7 @@ def test_accuracy_and_f1_are_the_hand_values_and_the_mean_is_added() -> None:
     predicted = logits_of([1, 1, 0, 0, 1])
     labels = torch.tensor([1, 0, 1, 0, 1])
 
-    values = task_metrics(("accuracy", "f1"), predicted, labels)
+    values = metrics_of(("accuracy", "f1"), predicted, labels)
 
     # 2 true positives, 1 false positive, 1 false negative: F1 = 4 / 6.
     assert values == pytest.approx(
@@ -39,7 +46,7 @@ def test_accuracy_and_f1_are_the_hand_values_and_the_mean_is_added() -> None:
 
 
 def test_matthews_correlation_is_the_hand_value() -> None:
-    values = task_metrics(
+    values = metrics_of(
         ("matthews_correlation",), logits_of([1, 1, 0, 0, 1, 0]), torch.tensor([1, 1, 0, 0, 0, 1])
     )
 
@@ -50,7 +57,7 @@ def test_matthews_correlation_is_the_hand_value() -> None:
 def test_correlations_of_scores_are_the_hand_values() -> None:
     scores = torch.tensor([[1.0], [2.0], [3.0], [8.0]])
 
-    values = task_metrics(("pearson", "spearman"), scores, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    values = metrics_of(("pearson", "spearman"), scores, torch.tensor([1.0, 2.0, 3.0, 4.0]))
 
     # deviations (-2.5, -1.5, -0.5, 4.5) and (-1.5, -0.5, 0.5, 1.5): 11 / sqrt(29 · 5)
     assert values["pearson"] == pytest.approx(11 / math.sqrt(29 * 5))
@@ -60,27 +67,27 @@ def test_correlations_of_scores_are_the_hand_values() -> None:
 def test_rows_without_a_class_are_left_out() -> None:
     labels = torch.tensor([1, -100, 0])
 
-    assert task_metrics(("accuracy",), logits_of([1, 1, 0]), labels) == {"accuracy": 1.0}
+    assert metrics_of(("accuracy",), logits_of([1, 1, 0]), labels) == {"accuracy": 1.0}
 
 
 def test_rows_without_a_score_are_left_out_even_if_their_output_is_not_finite() -> None:
     scores = torch.tensor([1.0, float("nan"), 2.0])
     labels = torch.tensor([3.0, float("nan"), 4.0])
 
-    assert task_metrics(("pearson",), scores, labels)["pearson"] == pytest.approx(1.0)
+    assert metrics_of(("pearson",), scores, labels)["pearson"] == pytest.approx(1.0)
 
 
 def test_a_score_of_minus_100_is_a_score() -> None:
     scores = torch.tensor([-90.0, 1.0, 2.0])
     labels = torch.tensor([-100.0, 1.0, 2.0])
 
-    assert task_metrics(("spearman",), scores, labels)["spearman"] == pytest.approx(1.0)
+    assert metrics_of(("spearman",), scores, labels)["spearman"] == pytest.approx(1.0)
 
 
 def test_half_precision_outputs_are_scored() -> None:
     outputs = logits_of([1, 0]).bfloat16()
 
-    assert task_metrics(("accuracy",), outputs, torch.tensor([1, 0])) == {"accuracy": 1.0}
+    assert metrics_of(("accuracy",), outputs, torch.tensor([1, 0])) == {"accuracy": 1.0}
 
 
 @pytest.mark.parametrize("name", ["pearson", "spearman"])
@@ -95,7 +102,7 @@ def test_half_precision_outputs_are_scored() -> None:
 )
 def test_an_undefined_correlation_is_0_and_said(name, scores, labels, what, caplog) -> None:
     with caplog.at_level(logging.INFO):
-        values = task_metrics((name,), torch.tensor(scores), torch.tensor(labels))
+        values = metrics_of((name,), torch.tensor(scores), torch.tensor(labels))
 
     assert values[name] == 0.0
     assert f"{name} is undefined, all {what} are" in caplog.text
@@ -105,12 +112,12 @@ def test_nearly_constant_scores_raise_no_warning() -> None:
     scores = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)
     scores[0] += 1e-15
 
-    assert math.isfinite(task_metrics(("pearson",), scores, torch.tensor([1.0, 2, 3]))["pearson"])
+    assert math.isfinite(metrics_of(("pearson",), scores, torch.tensor([1.0, 2, 3]))["pearson"])
 
 
 def test_one_predicted_class_gives_0_for_matthews_and_f1(caplog) -> None:
     with caplog.at_level(logging.INFO):
-        values = task_metrics(
+        values = metrics_of(
             ("matthews_correlation", "f1"), logits_of([0, 0, 0]), torch.tensor([1, 0, 1])
         )
 
@@ -121,24 +128,19 @@ def test_one_predicted_class_gives_0_for_matthews_and_f1(caplog) -> None:
 
 def test_an_f1_without_any_positive_is_0_and_said(caplog) -> None:
     with caplog.at_level(logging.INFO):
-        values = task_metrics(("f1",), logits_of([0, 0]), torch.tensor([0, 0]))
+        values = metrics_of(("f1",), logits_of([0, 0]), torch.tensor([0, 0]))
 
     assert values == {"f1": 0.0}
     assert "f1 is undefined" in caplog.text
 
 
 def test_one_row_of_one_class_has_an_f1() -> None:
-    assert task_metrics(("f1",), logits_of([1]), torch.tensor([1])) == {"f1": 1.0}
-
-
-def test_f1_of_three_classes_is_refused() -> None:
-    with pytest.raises(DataError, match=r"f1 .* there are 3 classes; use accuracy"):
-        task_metrics(("f1",), logits_of([0, 1, 2], 3), torch.tensor([0, 1, 2]))
+    assert metrics_of(("f1",), logits_of([1]), torch.tensor([1])) == {"f1": 1.0}
 
 
 def test_no_labelled_row_is_an_error() -> None:
     with pytest.raises(DataError, match="none of the 2 held-out rows carries a label"):
-        task_metrics(("accuracy",), logits_of([0, 1]), torch.tensor([-100, -100]))
+        metrics_of(("accuracy",), logits_of([0, 1]), torch.tensor([-100, -100]))
 
 
 def test_outputs_that_are_not_finite_are_an_error() -> None:
@@ -146,7 +148,7 @@ def test_outputs_that_are_not_finite_are_an_error() -> None:
     outputs[1, 0] = float("nan")
 
     with pytest.raises(TrainingError, match="not finite for 1 of 3 held-out rows"):
-        task_metrics(("accuracy",), outputs, torch.tensor([0, 1, 1]))
+        metrics_of(("accuracy",), outputs, torch.tensor([0, 1, 1]))
 
 
 def test_perplexity_is_the_exponential_of_nats_per_target() -> None:

@@ -32,9 +32,11 @@ from megakd.data.splits import Splits
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError, ConfigError, TeacherError
+from megakd.evaluation import headline
 from megakd.fingerprint import differences
 from megakd.lab import Lab, scoring_preset
 from megakd.methods.single import SingleConfig
+from megakd.metrics import TaskMetrics
 from megakd.models.loading import resolve_model
 from megakd.preparation import Prepared, check_run
 from megakd.recipes import completed
@@ -88,6 +90,7 @@ def prepared_of(config: RunConfig, content: str = "rows") -> Prepared:
     tokenizer: Any = range(20)  # all that is asked of it here is its size
     return Prepared(
         splits=Splits(nothing, nothing, None, ("no", "yes"), ("accuracy",), content),
+        metrics=TaskMetrics(names=("accuracy",), main=headline(["accuracy"])),
         encoded=Encoded(nothing, nothing, None, content, 8.0),
         tokenizer=tokenizer,
         sources={

@@ -12,6 +12,8 @@ from datasets import Dataset
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
 from megakd.errors import MegakdError
+from megakd.evaluation import headline
+from megakd.metrics import TaskMetrics
 from megakd.scoring import Scorer
 from megakd.stage import IGNORE, Batch, Predictions
 
@@ -33,7 +35,8 @@ def collate(rows: Any, *, dummy_rows: int = 0) -> Batch:
     return Batch({"input_ids": ids}, torch.tensor([*labels, *[IGNORE] * dummy_rows]), valid)
 
 
-def scorer(metrics: tuple[str, ...], batch_size: int) -> Scorer:
+def scorer(names: tuple[str, ...], batch_size: int) -> Scorer:
+    metrics = TaskMetrics(names=names, main=headline(names), label_names=("even", "odd"))
     return Scorer(metrics=metrics, collate=collate, batch_size=batch_size, ranks=ONE_RANK)  # type: ignore[arg-type]
 
 
@@ -49,13 +52,38 @@ def test_metrics_are_of_the_real_rows_whatever_the_batch_size(batch_size):
 
     found = scorer(("accuracy",), batch_size).score(odd_or_even, rows)
 
-    assert found == {"accuracy": 0.8}
+    assert found["accuracy"] == 0.8
 
 
 def test_rows_without_a_label_are_left_out():
     rows = Dataset.from_dict({"number": [1, 2, 3], "label": [1, IGNORE, 0]})
 
-    assert scorer(("accuracy",), 2).score(odd_or_even, rows) == {"accuracy": 0.5}
+    assert scorer(("accuracy",), 2).score(odd_or_even, rows)["accuracy"] == 0.5
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_the_loss_beside_the_metrics_is_that_of_a_pass_of_its_own(batch_size):
+    rows = Dataset.from_dict({"number": [1, 2, 3, 4], "label": [1, IGNORE, 0, 0]})
+    one = scorer(("accuracy",), batch_size)
+
+    found = one.score(odd_or_even, rows)["loss"]
+
+    assert found == pytest.approx(one.loss(odd_or_even, rows), abs=1e-12)
+
+
+def test_a_classifier_is_scored_by_label_too():
+    rows = Dataset.from_dict({"number": [1, 2, 3, 4, 5], "label": [1, 0, 0, IGNORE, 1]})
+
+    even, odd = scorer(("accuracy",), 2).scored(odd_or_even, rows).by_class
+
+    assert even == {
+        "label": "even",
+        "precision": 1.0,
+        "recall": 0.5,
+        "f1": pytest.approx(2 / 3),
+        "rows": 2,
+    }
+    assert (odd["label"], odd["rows"]) == ("odd", 2)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from megakd.config import METRICS
 from megakd.errors import ConfigError
 from megakd.evaluation import headline, weighable
 from megakd.methods.minidisc import Sandwich, TradeoffJudge
 
 ACCURACY = headline(["accuracy"])
+BOTH = headline(["accuracy", "f1"])
 NAMES = ("sparsity-0.5", "sparsity-0.7", "sparsity-0.8", "sparsity-0.9", "sparsity-0.95")
 
 
@@ -88,12 +90,12 @@ def test_without_a_weight_on_size_the_best_score_is_chosen():
 
 def test_a_metric_of_which_less_is_better_cannot_be_weighed():
     with pytest.raises(ConfigError, match=r"method.metric: perplexity stands.*to accuracy"):
-        weighable(None, ["perplexity"])
-    assert weighable("accuracy", ["perplexity"]) == ACCURACY
+        weighable(None, headline(["perplexity"]), METRICS["causal_lm"])
+    assert weighable("accuracy", headline(["perplexity"]), METRICS["causal_lm"]) == ACCURACY
 
 
 def test_one_of_several_metrics_may_be_weighed_and_no_other():
-    assert weighable("f1", ["accuracy", "f1"]) == headline(["f1"])
-    assert weighable(None, ["accuracy", "f1"]).parts == ("accuracy", "f1")
+    assert weighable("f1", BOTH, BOTH.parts) == headline(["f1"])
+    assert weighable(None, BOTH, BOTH.parts).parts == ("accuracy", "f1")
     with pytest.raises(ConfigError, match=r"method.metric: recall cannot.*accuracy, f1"):
-        weighable("recall", ["accuracy", "f1"])
+        weighable("recall", BOTH, BOTH.parts)
