@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
+from megakd.class_weights import with_class_weights
 from megakd.config import Dtype, RunConfig, TeacherConfig, TrainConfig
 from megakd.data.encoding import Collator, tokenizer_content, tokens_key
 from megakd.data.masking import task_masking
@@ -69,8 +70,9 @@ class Assembly:
 
     def losses(self, stage: Stage) -> StageLosses:
         """Return the loss terms of a stage, and what they ask of its teachers."""
+        terms = with_class_weights(stage.objective, self.prepared.splits)
         return stage_losses(
-            stage,
+            replace(stage, objective=terms),
             self.config.task.type,
             learner=self.learner(stage),
             teachers=[self.teachers[name].source for name in stage.teachers],

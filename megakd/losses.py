@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import megakd_kernels
 from megakd.config import Kernels
 from megakd.knowledge import Needs
 from megakd.stage import IGNORE, Batch, Knowledge, TopK, Unit
-from megakd.terms import HardMse, SoftTarget, SoftTargetKl, SoftTargetMse
+from megakd.terms import SoftTarget, SoftTargetKl
 
 DIVERGENCE = {
     "soft_target_kl": "forward_kl",
@@ -85,59 +83,6 @@ class TermGroup(nn.Module):
     def of_all(self, readings: Sequence[Reading]) -> list[Evaluated]:
         """One for each reading; the scaled totals mean something as their sum alone."""
         return [_scaled(self(reading), reading.scale) for reading in readings]
-
-
-class HardClasses(TermGroup):
-    """`hard_cross_entropy` of a classifier, over the rows that carry a label."""
-
-    units: Mapping[str, Unit] = MappingProxyType({"hard_cross_entropy": "targets"})
-
-    def forward(self, reading: Reading) -> Evaluated:
-        """Cross-entropy in nats, summed over labelled rows."""
-        logits, labels = _logits(reading.student), reading.batch.labels
-        out = megakd_kernels.kd_loss_from_logits(
-            logits,
-            None,
-            labels,
-            t_squared=True,
-            ce_weight=1.0,
-            ignore_index=IGNORE,
-            impl=reading.kernels,
-        )
-        scale = reading.weights["hard_cross_entropy"] * reading.per_unit["targets"]
-        return Evaluated(out.loss * scale, {"hard_cross_entropy": out.ce_sum})
-
-
-class SoftClasses(TermGroup):
-    """One soft-target divergence of a classifier, over all rows, labelled or not."""
-
-    needs_teacher = True
-
-    def __init__(self, term: SoftTarget) -> None:
-        super().__init__()
-        self.term = term
-        self.units = {term.loss: "examples", AGREEMENT: "examples"}
-
-    def forward(self, reading: Reading) -> Evaluated:
-        """The divergence in nats times T², summed over rows."""
-        taught = _logits(reading.taught)
-        trusts = getattr(self.term, "row_weight", "equal") == "teacher_loss"
-        out = megakd_kernels.kd_loss_from_logits(
-            _logits(reading.student),
-            taught,
-            None,
-            divergence=DIVERGENCE[self.term.loss],
-            beta=_option((self.term,), "beta", 0.5),
-            skew=_option((self.term,), "skew", 0.1),
-            temperature=self.term.temperature,
-            t_squared=self.term.t_squared,
-            token_weight=_trust_in_classes(taught, reading.batch.labels) if trusts else None,
-            valid=reading.batch.valid.any(dim=1),
-            impl=reading.kernels,
-        )
-        scale = reading.weights[self.term.loss] * reading.per_unit["examples"]
-        sums = {self.term.loss: out.divergence_sums[0], AGREEMENT: out.agreement}
-        return Evaluated(out.loss * scale, sums)
 
 
 class LanguageModelTargets(TermGroup):
@@ -288,56 +233,8 @@ def _alike(readings: Sequence[Reading]) -> Iterable[list[int]]:
     return found.values()
 
 
-class Scores(TermGroup):
-    """`hard_mse` or `soft_target_mse` of a regressor, the mean over outputs per row."""
-
-    def __init__(self, term: HardMse | SoftTargetMse) -> None:
-        super().__init__()
-        self.name = term.loss
-        self.needs_teacher = isinstance(term, SoftTargetMse)
-        self.trusts = getattr(term, "row_weight", "equal") == "teacher_loss"
-        self.units = {term.loss: "examples" if self.needs_teacher else "targets"}
-
-    def forward(self, reading: Reading) -> Evaluated:
-        """Squared error, summed over the rows that count."""
-        scores = _logits(reading.student).float().squeeze(-1)
-        target, counts = self._target(reading)
-        # Before the square: its gradient at NaN is NaN, even times 0.
-        error = (scores - target).where(counts, torch.zeros_like(scores))
-        rows = error.square()
-        if self.trusts:
-            rows = rows * _trust_in_scores(target, reading.batch.labels.float())
-        total = rows.sum()
-        scale = reading.weights[self.name] * reading.per_unit[self.units[self.name]]
-        return Evaluated(total * scale, {self.name: total.detach()})
-
-    def _target(self, reading: Reading) -> tuple[Tensor, Tensor]:
-        if self.needs_teacher:
-            scores = _logits(reading.taught).float().squeeze(-1)
-            return scores, reading.batch.valid.any(dim=1)
-        labels = reading.batch.labels.float()
-        return labels, ~labels.isnan()
-
-
-def _trust_in_classes(taught: Tensor, labels: Tensor) -> Tensor:
-    """[B] fp32: 1 / (1 + the teacher's cross-entropy), and 1 where there is no label."""
-    missed = functional.cross_entropy(taught.float(), labels, ignore_index=IGNORE, reduction="none")
-    return 1 / (1 + missed)
-
-
-def _trust_in_scores(taught: Tensor, labels: Tensor) -> Tensor:
-    """[B] fp32: 1 / (1 + the teacher's squared error), and 1 where there is no label."""
-    return 1 / (1 + (taught - labels).square().nan_to_num(0.0))
-
-
 def _scaled(evaluated: Evaluated, scale: float) -> Evaluated:
     return evaluated._replace(total=evaluated.total * scale)
-
-
-def _logits(knowledge: Knowledge) -> Tensor:
-    if knowledge.logits is None:
-        raise TypeError("a loss on logits met a language model, which has (hidden, head)")
-    return knowledge.logits
 
 
 def _hidden(knowledge: Knowledge) -> Tensor:

@@ -16,15 +16,13 @@ from megakd.knowledge import Needs
 from megakd.losses import (
     AGREEMENT,
     Evaluated,
-    HardClasses,
     Reading,
-    Scores,
-    SoftClasses,
     TermGroup,
     language_model_groups,
 )
 from megakd.models.architectures import Heads
 from megakd.plugin_losses import PluginLoss
+from megakd.row_losses import HardClasses, Scores, SoftClasses
 from megakd.stage import IGNORE, UNITS, Batch, Unit
 from megakd.terms import (
     ATTENTION_TERMS,
@@ -33,6 +31,7 @@ from megakd.terms import (
     AttentionMse,
     AttentionTerm,
     EmbeddingMse,
+    HardCrossEntropy,
     HardMse,
     LayerMapping,
     PluginTerm,
@@ -118,12 +117,12 @@ def build_objective(
     """
     check_terms(terms, task, student, teacher)
     soft = tuple(t for t in terms if isinstance(t, SOFT_TARGET_DIVERGENCES))
-    hard = any(t.loss == "hard_cross_entropy" for t in terms)
+    hard = tuple(t for t in terms if isinstance(t, HardCrossEntropy))
     groups: list[TermGroup] = []
     if task in LANGUAGE_TASKS:
-        groups.extend(language_model_groups(soft, hard=hard))
+        groups.extend(language_model_groups(soft, hard=bool(hard)))
     else:
-        groups.extend(HardClasses() for _ in range(hard))
+        groups.extend(HardClasses(t) for t in hard)
         groups.extend(SoftClasses(t) for t in soft)
     groups.extend(PluginLoss(t) for t in terms if isinstance(t, PluginTerm))
     groups.extend(Scores(t) for t in terms if isinstance(t, HardMse | SoftTargetMse))

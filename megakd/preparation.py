@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from megakd.class_weights import with_class_weights
 from megakd.config import (
     FROM_TEACHER,
     ONE_LABEL_METRICS,
@@ -189,7 +190,8 @@ def check_losses(config: RunConfig, materials: Materials) -> None:
     """Whether the objective can work with every teacher.
 
     Raises:
-        ConfigError: layers are compared, and the teachers' are not alike.
+        ConfigError: layers are compared, and the teachers' are not alike; or class weights do
+            not fit the labels.
         TeacherError: layers or vocabularies that a chosen term cannot match.
     """
     terms, task = config.objective or (), config.task.type
@@ -206,6 +208,7 @@ def check_losses(config: RunConfig, materials: Materials) -> None:
             f"numbers of layers, widths or heads (layers x width: {shapes}); soft targets work "
             "with all of them"
         )
+    with_class_weights(terms, materials.splits)
     for teacher in teachers.values() or (None,):
         check_terms(terms, task, shapes[STUDENT], teacher)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megakd.config import FROM_TEACHER, RunConfig, TrainConfig, TrainOverrides
 from megakd.methods import file_of
 from megakd.stage import Stage, StageResult
-from megakd.terms import hard_terms
+from megakd.terms import HardCrossEntropy, TermConfig, hard_terms
 
 if TYPE_CHECKING:
     from megakd.lab import Lab
@@ -27,9 +27,24 @@ def finetuning_stage(config: RunConfig, name: str) -> Stage | None:
     return Stage(
         name=f"{name}-finetune",
         role=name,
-        objective=hard_terms(config.task.type),
+        objective=label_terms(config, smoothed=False),
         labelled_only=True,
     )
+
+
+def label_terms(config: RunConfig, *, smoothed: bool = True) -> tuple[TermConfig, ...]:
+    """Return the loss on labels alone, with the options that the objective gives to this term.
+
+    Args:
+        config: the run.
+        smoothed: keep the label smoothing. A teacher does without: a smoothed teacher says less of
+            how alike the labels are (Mueller et al. 2019).
+    """
+    given = [t for t in config.objective or () if isinstance(t, HardCrossEntropy)]
+    if not given:
+        return hard_terms(config.task.type)
+    kept = dataclasses.replace(given[0], weight=1.0)
+    return (kept if smoothed else dataclasses.replace(kept, label_smoothing=0.0),)
 
 
 def completed(stage: Stage, config: RunConfig) -> Stage:
@@ -64,7 +79,7 @@ def _alone(lab: Lab, student: StageResult) -> Stage:
     is_cut = config.student.model == FROM_TEACHER and config.student.layers is None
     return Stage(
         name="alone",
-        objective=lab.hard_terms(),
+        objective=label_terms(config),
         labelled_only=True,
         start=lab.fresh_like(student.folder) if is_cut else None,
         train=inherit(config.train, config.alone) if config.alone else None,

@@ -38,6 +38,13 @@ def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def _some_weight(weights: dict[str, float]) -> dict[str, float]:
+    if not any(weights.values()):
+        raise ValueError("every weight is 0, so nothing can be learned; raise one")
+    return weights
+
+
+ClassWeights = Annotated[dict[str, Weight], AfterValidator(_some_weight)]
 LayerMapping = (
     Literal["uniform", "last"]
     | Annotated[tuple[Annotated[str, AfterValidator(_layer_pair)], ...], Field(min_length=1)]
@@ -52,10 +59,17 @@ Skew = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class HardCrossEntropy:
-    """Cross-entropy with the labels of the data, in nats."""
+    """Cross-entropy with the labels of the data, in nats.
+
+    class_weights: `balanced`, or a weight for every label by name (classification); the sum over
+        rows is divided by their number, whatever their weights.
+    label_smoothing: the share of the target that is spread evenly over all labels (classification).
+    """
 
     loss: Literal["hard_cross_entropy"]
     weight: Weight = 1.0
+    class_weights: Literal["balanced"] | ClassWeights | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megakd.config import METRICS
+from megakd.config import LANGUAGE_TASKS, METRICS
 from megakd.config_messages import option_problems, suggestion
 from megakd.recipes import inherit
 from megakd.schedules import SCHEDULES, schedule_problem
+from megakd.terms import HardCrossEntropy
 
 if TYPE_CHECKING:
     from megakd.config import RunConfig, TrainConfig
@@ -24,6 +25,7 @@ def training_problems(config: RunConfig) -> Iterator[str]:
                 "are counted, and there are none; set eval.eval_steps"
             )
     yield from _metrics(config)
+    yield from _hard_terms(config)
 
 
 def _metrics(config: RunConfig) -> Iterator[str]:
@@ -38,6 +40,19 @@ def _metrics(config: RunConfig) -> Iterator[str]:
             )
     if config.eval.positive_label is not None and task != "classification":
         yield f"eval.positive_label: task.type {task} has no labels by name; remove the key"
+
+
+def _hard_terms(config: RunConfig) -> Iterator[str]:
+    if config.task.type not in LANGUAGE_TASKS:
+        return
+    for index, term in enumerate(config.objective or ()):
+        for key in ("class_weights", "label_smoothing"):
+            if isinstance(term, HardCrossEntropy) and getattr(term, key):
+                yield (
+                    f"objective[{index}].{key}: for classification only, and task.type is "
+                    f"{config.task.type}: a language model's loss never forms the probabilities "
+                    "of all tokens; remove the key"
+                )
 
 
 def _trainings(config: RunConfig) -> Iterator[tuple[str, TrainConfig]]:

@@ -31,6 +31,12 @@ from megakd.terms import (
 )
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
+CLASS_WEIGHTS: Any = {"first": 0.25, "second": 2.0, "third": 1.5}
+CE_WEIGHED = HardCrossEntropy(loss="hard_cross_entropy", class_weights=CLASS_WEIGHTS)
+CE_SMOOTHED = HardCrossEntropy(loss="hard_cross_entropy", label_smoothing=0.3)
+CE_BOTH = HardCrossEntropy(
+    loss="hard_cross_entropy", class_weights=CLASS_WEIGHTS, label_smoothing=0.3
+)
 KL = SoftTargetKl(loss="soft_target_kl")
 KL_AT_2 = SoftTargetKl(loss="soft_target_kl", temperature=2.0)
 KL_AT_2_PLAIN = SoftTargetKl(loss="soft_target_kl", temperature=2.0, t_squared=False)
@@ -58,13 +64,22 @@ OTHER_HEADS = RelationKl(
 OF_CLASSES = (CE, KL, KL_AT_2, KL_AT_2_PLAIN, REVERSE, JSD, SKEW, SKEW_REVERSE, TVD)
 STATES = (HIDDEN_MSE, HIDDEN_COSINE, FIRST_MSE, FIRST_COSINE, EMBEDDING)
 ATTENTION = (SCORES, PROBABILITIES, RELATIONS, OTHER_HEADS)
+OF_LABELS = (CE_WEIGHED, CE_SMOOTHED, CE_BOTH)
 CASES = [
+    *(("classification", term) for term in OF_LABELS),
     *(("classification", term) for term in (*OF_CLASSES, *STATES, FLOWS, *ATTENTION)),
     *(("regression", term) for term in (HARD_MSE, SOFT_MSE, *STATES, FLOWS, *ATTENTION)),
     *(("causal_lm", term) for term in (*OF_CLASSES, *STATES, FLOWS, *ATTENTION)),
 ]
-OWN_SUMS = (HARD_MSE, SOFT_MSE, FLOWS, SCORES, PROBABILITIES)  # a few lines of torch, no kernel
-COMPARING = [(task, term) for task, term in CASES if term not in (CE, HARD_MSE)]
+OWN_SUMS = (
+    *OF_LABELS,
+    HARD_MSE,
+    SOFT_MSE,
+    FLOWS,
+    SCORES,
+    PROBABILITIES,
+)  # a few lines of torch, no kernel
+COMPARING = [(task, term) for task, term in CASES if term not in (CE, *OF_LABELS, HARD_MSE)]
 
 
 def named(case: Any) -> str:
@@ -107,15 +122,26 @@ def formula(scene: Scene) -> Result:
 def class_values(scene: Scene, leaves: dict, teacher: dict) -> torch.Tensor:
     counted = scene.counting("logits")
     logits = leaves["logits"] if "logits" in leaves else leaves["hidden"] @ leaves["head"].T
-    if scene.term is CE:
-        rows = torch.log_softmax(logits[counted], -1)
-        return -rows.gather(1, scene.labels[counted][:, None])[:, 0]
+    if isinstance(scene.term, HardCrossEntropy):
+        return label_values(scene.term, -torch.log_softmax(logits[counted], -1), scene.labels)
     soft = teacher["logits"] if "logits" in teacher else teacher["hidden"] @ teacher["head"].T
     shared, heat = min(logits.shape[-1], soft.shape[-1]), scene.term.temperature
     q = (logits[counted][:, :shared] / heat).softmax(-1)
     p = (soft[counted][:, :shared] / heat).softmax(-1)
     scale = heat**2 if scene.term.t_squared else 1.0
     return scale * divergence(scene.term, p, q).sum(-1)
+
+
+def label_values(
+    term: HardCrossEntropy, surprise: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """One value per labelled row, from the target distribution and the weight of each class."""
+    chosen = labels[labels != -100]
+    target = torch.nn.functional.one_hot(chosen, surprise.shape[1]).double()
+    target = (1 - term.label_smoothing) * target + term.label_smoothing / surprise.shape[1]
+    weights = term.class_weights
+    given = [1.0] * surprise.shape[1] if weights is None else [*weights.values()]  # type: ignore[union-attr]
+    return (target * torch.tensor(given, dtype=torch.float64) * surprise).sum(1)
 
 
 def divergence(term: Any, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

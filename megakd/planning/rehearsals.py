@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from megakd.assembly import ReadyTeacher
+from megakd.class_weights import with_even_weights
 from megakd.config import Dtype, RunConfig
 from megakd.data.loader import StepShape
 from megakd.data.masking import DEFAULT_PROBABILITY
@@ -232,12 +233,13 @@ class Theatre:
         ).train()
 
     def _losses(self, stage: Stage, phase: Phase) -> StageLosses:
+        classes = _classes(phase.learner)
         return stage_losses(
-            stage,
+            replace(stage, objective=with_even_weights(stage.objective, classes)),
             self.config.task.type,
             learner=phase.learner,
             teachers=[ready.source for ready in phase.teachers.values()],
-            classes=_classes(phase.learner),
+            classes=classes,
         )
 
     def _model(self, source: ModelSource, dtype: Dtype) -> Any:
