@@ -34,6 +34,7 @@ from megakd.finished_run import (
     run_inputs,
 )
 from megakd.holder import held
+from megakd.hub import check_hub, push_to_hub
 from megakd.lab import Assistant, Lab, scoring_preset
 from megakd.label_check import check_label_orders
 from megakd.latency import measure_latencies
@@ -98,6 +99,7 @@ def started() -> Iterator[Ranks]:
 
 def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     check_device(config, ranks)
+    on_main(lambda: check_hub(config.save))
     reporter = reporter_of(config, ranks)
     prepared = prepare(config)
     check_label_orders(Assembly(config=config, prepared=prepared, ranks=ranks))
@@ -113,7 +115,10 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
         report = _report(lab, prepared, ranks, student, baselines)
     finally:
         reporter.close()
-    return on_main(lambda: publish(config, student.folder, report, inputs=inputs, command=command))
+    table = on_main(lambda: publish(config, student.folder, report, inputs=inputs, command=command))
+    # The run is finished: the other ranks need not wait for the upload.
+    uploaded = push_to_hub(config.save, config.output_dir / FINAL) if ranks.is_main else None
+    return table if uploaded is None else f"{table}\n{uploaded}"
 
 
 def reporter_of(config: RunConfig, ranks: Ranks) -> Reporter:
