@@ -32,6 +32,7 @@ from megakd.checksums import damage_of, entries_of, files_of, read_signed, write
 from megakd.engine.distributed import Ranks, agree, gather, on_main, together
 from megakd.errors import CheckpointError, MegakdError
 from megakd.fingerprint import Fingerprint, differences
+from megakd.longer import is_longer
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -49,12 +50,14 @@ class Checkpoints:
     fingerprint: what the run depends on; one written by another run is refused.
     keep: how many to keep; None keeps all.
     ranks: where this process stands; every method is a collective.
+    may_grow: whether a checkpoint of a shorter run is gone on from, see `longer`.
     """
 
     folder: Path
     fingerprint: Fingerprint
     keep: int | None
     ranks: Ranks
+    may_grow: bool = False
 
     def save(
         self,
@@ -199,8 +202,9 @@ class Checkpoints:
     def _check_origin(self, checkpoint: Path) -> None:
         manifest = read_signed(checkpoint / MANIFEST)
         here = json.loads(json_text(self.fingerprint))
-        differing = differences(manifest["fingerprint"], here)
-        if differing:
+        there = manifest["fingerprint"]
+        differing = differences(there, here)
+        if differing and not (self.may_grow and is_longer(there, here)):
             raise CheckpointError(
                 f"{checkpoint} was written with another config ({differing}); use another "
                 f"output_dir, or go back to that config"

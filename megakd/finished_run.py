@@ -25,6 +25,7 @@ from megakd.export import CardFacts, brings_code, model_card
 from megakd.fingerprint import Fingerprint, differences, flatten
 from megakd.finished_folder import CARD, copy_finished, entries, open_finished, users_files
 from megakd.holder import held
+from megakd.longer import is_longer
 from megakd.preparation import Materials, materials
 from megakd.report import Report, write_report
 from megakd.report_html import read_report, write_html_report
@@ -42,12 +43,17 @@ RUN = "run.json"
 def is_finished(config: RunConfig) -> bool:
     """Whether the output folder holds the finished run of this config; reads the config alone.
 
+    A run that is to take more steps than the one there is not finished.
+
     Raises:
         CheckpointError: the folder holds another config's finished run.
     """
     if not (config.output_dir / REPORT).is_file() or config.train.resume_from_checkpoint is False:
         return False
-    differing = config_differences(config)
+    there, here = _compared(config)
+    if is_longer(there, here):
+        return False
+    differing = differences(there, here)
     if differing:
         raise CheckpointError(
             f"{config.output_dir} holds a finished run of another config ({differing}); use "
@@ -56,13 +62,11 @@ def is_finished(config: RunConfig) -> bool:
     return True
 
 
-def config_differences(config: RunConfig) -> str:
-    """How the config that is in the output folder differs in what a result depends on."""
-    there, here = flatten(_config_there(config.output_dir / CONFIG)), flatten(config_tree(config))
-    return differences(
-        {k: v for k, v in there.items() if not _is_free(k)},
-        {k: v for k, v in here.items() if not _is_free(k)},
-    )
+def _compared(config: RunConfig) -> tuple[Fingerprint, Fingerprint]:
+    """Return the config in the output folder and this one: the keys that a result depends on."""
+    trees = (_config_there(config.output_dir / CONFIG), config_tree(config))
+    there, here = ({k: v for k, v in flatten(t).items() if not _is_free(k)} for t in trees)
+    return there, here
 
 
 def _config_there(path: Path) -> Any:

@@ -21,6 +21,7 @@ from megakd.evaluation import Metric, weighable
 from megakd.fingerprint import Fingerprint, flatten
 from megakd.instruments import Instruments
 from megakd.knowledge import Needs
+from megakd.longer import may_grow
 from megakd.models.loading import ModelSource, resolve_model
 from megakd.models.units import View
 from megakd.objective import Shape
@@ -236,7 +237,7 @@ class Lab:
             stage = dataclasses.replace(stage, start=self._start())
         fingerprint = stage_identity(stage, self._assembly)
         folder = self.config.output_dir / "stages" / stage.name
-        result = read_result(folder, fingerprint)
+        result = read_result(folder, fingerprint, may_grow=may_grow(stage.name, self.config))
         if result is not None:
             logger.info("%s: finished before, taken from %s", stage.name, folder)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from megakd.engine.distributed import on_main
 from megakd.errors import CheckpointError
 from megakd.fingerprint import Fingerprint, differences
 from megakd.finished_folder import CHECKSUMS, open_finished, write_finished
+from megakd.longer import is_longer
 from megakd.stage import StageResult
 
+logger = logging.getLogger(__name__)
 RESULT = "result.json"
 
 
@@ -28,8 +31,15 @@ def write_result(result: StageResult, fingerprint: Fingerprint) -> None:
     on_main(lambda: write_finished(result.folder, files))
 
 
-def read_result(folder: Path, fingerprint: Fingerprint) -> StageResult | None:
-    """A finished stage's result; None where the stage has not finished; a collective.
+def read_result(
+    folder: Path, fingerprint: Fingerprint, *, may_grow: bool = False
+) -> StageResult | None:
+    """Return a finished stage's result; None if the stage has steps to take; a collective.
+
+    Args:
+        folder: of the stage.
+        fingerprint: what the result depends on.
+        may_grow: whether a result of fewer steps is gone on with, see `longer`.
 
     Raises:
         CheckpointError: the folder is damaged, or holds the result of another config, the fields
@@ -40,7 +50,17 @@ def read_result(folder: Path, fingerprint: Fingerprint) -> StageResult | None:
     if found is None:
         return None
     result, there = found
-    differing = differences(there, json.loads(atomic.json_text(fingerprint)))
+    here = json.loads(atomic.json_text(fingerprint))
+    if may_grow and is_longer(there, here):
+        logger.info(
+            "%s: finished with %d steps, goes on (%s); the learning rate follows the schedule of "
+            "the longer run from there",
+            result.name,
+            result.steps,
+            differences(there, here),
+        )
+        return None
+    differing = differences(there, here)
     if differing:
         raise CheckpointError(
             f"{folder} holds the result of another config ({differing}); use another output_dir, "

@@ -26,6 +26,7 @@ from megakd.export import write_model_folder
 from megakd.fingerprint import Fingerprint
 from megakd.finished_folder import copy_finished
 from megakd.health import Health
+from megakd.longer import may_grow
 from megakd.models.axes import weight_axes
 from megakd.models.cutting import cut_class_name, cut_config, cut_state
 from megakd.objective import Objective, count_units
@@ -86,6 +87,7 @@ class StageRun:
             fingerprint=fingerprint,
             keep=self.config.save.save_total_limit,
             ranks=self.ranks,
+            may_grow=may_grow(stage.name, self.config),
         )
         self.best = BestOfStage(folder, self._write_best, tuple(stage.views))
         self.judge = stage.judge or MetricJudge(self.prepared.metric)
