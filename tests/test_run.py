@@ -37,7 +37,7 @@ REPORT_KEYS = {
     "pool",
     "environment",
 }
-MODEL_KEYS = {"parameters", "encoder_parameters", "metrics"}
+MODEL_KEYS = {"parameters", "encoder_parameters", "metrics", "per_class"}
 STAGE_KEYS = {"name", "steps", "seconds", "tokens_per_second", "peak_memory_bytes", "metrics"}
 
 
@@ -137,7 +137,11 @@ def test_any_folder_is_scored_by_evaluate(one_rank, out, config):
     said = one_rank.megakd("evaluate", config, "--model", out / "stages" / "teacher-finetune")
 
     assert said.code == 0, said.err
-    assert said.out.split() == ["accuracy", f"{read(out)['teacher']['metrics']['accuracy']:.4f}"]
+    metrics = read(out)["teacher"]["metrics"]
+    assert said.out.split() == [
+        *("accuracy", f"{metrics['accuracy']:.4f}"),
+        *("loss", f"{metrics['loss']:.4f}"),
+    ]
 
 
 def test_the_exported_student_has_its_own_weights_alone(out):
