@@ -42,7 +42,7 @@ from megakd.preparation import Prepared, check_run
 from megakd.recipes import completed
 from megakd.stage import Stage, StageResult
 from megakd.stage_identity import stage_identity
-from megakd.stage_result import result_text
+from megakd.stage_result import write_result
 from megakd.terms import HiddenMse, SoftTargetKl
 
 SIZE = {
@@ -300,9 +300,7 @@ def result(folder: Path) -> StageResult:
 def finished(lab: Lab, stage: Stage) -> StageResult:
     """Leaves the stage's result where a finished stage has it."""
     folder = lab.config.output_dir / "stages" / stage.name
-    folder.mkdir(parents=True)
-    text = result_text(result(folder), stage_identity(completed(stage, lab.config), lab._assembly))
-    (folder / "result.json").write_text(text)
+    write_result(result(folder), stage_identity(completed(stage, lab.config), lab._assembly))
     return result(folder)
 
 
