@@ -16,7 +16,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megakd.config import RunConfig
 from megakd.config_file import dump_config, load_config
@@ -167,7 +167,19 @@ def _add_plan(parser: _Parser) -> None:
 def _add_evaluate(parser: _Parser) -> None:
     _add_config(parser)
     parser.add_argument("--model", metavar="FOLDER", help="score this one, not the run's final/")
-    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="score this file whole, or the files of a quoted pattern, or the test split of this "
+        "folder; task.dataset=FILE means the same",
+    )
+    parser.add_argument(
+        "--trust_label_order",
+        "--trust-label-order",
+        action="store_true",
+        help="the model's labels LABEL_0, … are in the order of the data's",
+    )
+    parser.add_argument("--json", action="store_true", help="print what was scored as JSON")
     parser.add_argument(
         "--submission",
         metavar="DIR",
@@ -254,23 +266,47 @@ def _cache(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    data = arguments.data or _take_local_dataset(arguments)
     config = _config(arguments)
     _prefer_large_pages()
     if arguments.submission is not None:
         return _submit(config, arguments)
-    from megakd import run
+    from megakd import evaluate
 
-    metrics = run.evaluate_model(config, arguments.model)
-    _say(json.dumps(dict(metrics), indent=2) if arguments.json else _table(metrics))
+    found = evaluate.evaluate_model(
+        config, arguments.model, data=data, trusts_order=arguments.trust_label_order
+    )
+    _say(json.dumps(found, indent=2) if arguments.json else _scores(found))
     return 0
+
+
+def _take_local_dataset(arguments: argparse.Namespace) -> str | None:
+    """Take `task.dataset=FILE` from the settings: what is named here is to be scored."""
+    for word in arguments.overrides:
+        key, _, value = word.partition("=")
+        if key == "task.dataset" and Path(value).expanduser().exists():
+            arguments.overrides.remove(word)
+            return value
+    return None
+
+
+def _scores(found: Mapping[str, Any]) -> str:
+    parts = [f"{found['file']}, {found['split']}: {found['rows']} rows", _table(found["metrics"])]
+    for name, entry in found["evaluation_sets"].items():
+        parts += ["", f"{name} ({entry['file']}): {entry['rows']} rows", _table(entry["metrics"])]
+    return "\n".join(parts)
 
 
 def _submit(config: RunConfig, arguments: argparse.Namespace) -> int:
     if arguments.json:
         raise ConfigError("--json prints metrics, and --submission scores nothing; drop one")
+    if arguments.data is not None:
+        raise ConfigError("--submission predicts the task's own test rows; drop --data")
     from megakd import submission
 
-    paths = submission.write_submission(config, arguments.model, arguments.submission)
+    paths = submission.write_submission(
+        config, arguments.model, arguments.submission, trusts_order=arguments.trust_label_order
+    )
     _say("\n".join(map(str, paths)))
     return 0
 
@@ -316,7 +352,7 @@ _COMMANDS: dict[str, tuple[Callable[[_Parser], None], Callable[[argparse.Namespa
     "train": (_add_train, _train, "Distil a teacher into a student, as a run config says."),
     "plan": (_add_plan, _plan, "Tell memory and time of a run before anything is loaded."),
     "cache": (_add_config, _cache, "Keep the teachers' answers to the training rows on disk."),
-    "evaluate": (_add_evaluate, _evaluate, "Score a model on the held-out split of a run config."),
+    "evaluate": (_add_evaluate, _evaluate, "Score a model on a run's held-out rows, or on a file."),
     "export": (_add_export, _export, "Write a finished stage as a Hugging Face folder."),
     "report": (_add_report, _report, "Draw a finished run's report.html anew."),
     "methods": (_add_methods, _methods, "List the methods, or the loss terms, with their options."),

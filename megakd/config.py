@@ -53,12 +53,38 @@ class TokenizerConfig:
     vocab_size: Annotated[int, Field(ge=300)] = 8000
 
 
+Files = str | Annotated[tuple[str, ...], Field(min_length=1)]
+"""A path, a pattern such as shards/*.jsonl, or several of them."""
+
+
+def listed_files(files: Files | None) -> tuple[str, ...]:
+    """The paths and patterns of a setting."""
+    return (files,) if isinstance(files, str) else files or ()
+
+
+def _free_set_name(name: str) -> str:
+    if name in ("train", "validation", "test") or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise ValueError(
+            "an evaluation set's name has letters, digits, -, _ and . alone and is not train, "
+            f"validation or test; got {name!r}"
+        )
+    return name
+
+
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class TaskConfig:
-    """What is learned, and from which data."""
+    """What is learned, and from which data: `dataset`, or files of its own for every split."""
 
     type: TaskType
-    dataset: str
+    dataset: str | None = None
+    train_files: Files | None = None
+    validation_files: Files | None = None
+    """None: 5 % of the training rows are cut off by hash."""
+    test_files: Files | None = None
+    evaluation_sets: dict[Annotated[str, AfterValidator(_free_set_name)], Files] = Field(
+        default_factory=dict
+    )
+    """Further sets by name, scored whole at the end of the run."""
     dataset_config: str | None = None
     """The Hub configuration of `dataset`, where it has several."""
     data_dir: Path | None = None
@@ -73,6 +99,11 @@ class TaskConfig:
     """Keep the labels of this many training rows, chosen by hash; the others stay unlabelled."""
     max_eval_examples: Count | None = None
     """Score at most this many rows of each held-out split, chosen by hash."""
+
+    @property
+    def data_name(self) -> str:
+        """The data in words: the data set, or the training files."""
+        return self.dataset or ", ".join(listed_files(self.train_files))
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megakd.config import FROM_TEACHER, LANGUAGE_TASKS, STUDENT, TEACHER, ScratchModel
+from megakd.config import FROM_TEACHER, LANGUAGE_TASKS, STUDENT, TEACHER, ScratchModel, listed_files
 from megakd.config_messages import suggestion
 from megakd.config_objective import objective_problems
 from megakd.engine.ds_config import check_frozen_stage, load_ds_config
@@ -31,7 +31,7 @@ from megakd.terms import (
 from megakd.training_checks import training_problems
 
 if TYPE_CHECKING:
-    from megakd.config import RunConfig
+    from megakd.config import RunConfig, TaskConfig
     from megakd.terms import TermConfig
 
 
@@ -73,6 +73,10 @@ def _places(config: RunConfig) -> Iterator[tuple[str, str | Path]]:
         "task.data_dir": task.data_dir,
         "task.tokenizer": task.tokenizer,
     }
+    sets = {f"evaluation_sets.{name}": files for name, files in task.evaluation_sets.items()}
+    keys = ("train_files", "validation_files", "test_files")
+    for key, files in {**{key: getattr(task, key) for key in keys}, **sets}.items():
+        places |= {f"task.{key}": path for path in listed_files(files)}
     for name, spec in {**config.teacher_specs, **student}.items():
         places[f"{config.key_of(name)}.model"] = spec.model
         places[f"{config.key_of(name)}.cache"] = getattr(spec, "cache", None)
@@ -305,6 +309,7 @@ def _precision(config: RunConfig) -> Iterator[str]:
 
 def _task(config: RunConfig) -> Iterator[str]:
     task = config.task
+    yield from _files(task)
     if task.dataset == "pydocs":
         for key in ("text_columns", "label_column", "dataset_config"):
             if getattr(task, key) is not None:
@@ -319,6 +324,21 @@ def _task(config: RunConfig) -> Iterator[str]:
             "task.mlm_probability: only mlm masks tokens, "
             f"and task.type is {task.type}; remove the key"
         )
+
+
+def _files(task: TaskConfig) -> Iterator[str]:
+    if task.dataset is None and task.train_files is None:
+        yield "task.dataset: is missing; name a data set, or the files in task.train_files"
+    if task.dataset is not None:
+        for key in ("train_files", "validation_files", "test_files"):
+            if getattr(task, key) is not None:
+                yield (
+                    f"task.{key}: task.dataset brings its own splits; remove one of the two (files "
+                    "that are only scored can be task.evaluation_sets)"
+                )
+    elif task.data_dir is not None or task.dataset_config is not None:
+        key = "data_dir" if task.data_dir is not None else "dataset_config"
+        yield f"task.{key}: goes with task.dataset, and task.train_files is set; remove the key"
 
 
 def _evaluation(config: RunConfig) -> Iterator[str]:

@@ -139,6 +139,11 @@ def require_fit(fit: LabelFit, source: ModelSource, names: Sequence[str], *, rem
     )
 
 
+def tell_order(source: ModelSource, names: Sequence[str]) -> None:
+    """Log an order that the user has vouched for."""
+    logger.warning("%s: %s, as told", source.where, _both(source, names))
+
+
 def _both(source: ModelSource, names: Sequence[str]) -> str:
     own = generic_labels(source.config) or ()
     return f"the labels {listed(own)} are taken for the data's {listed(names)}, in this order"
@@ -162,14 +167,14 @@ def check_label_orders(assembly: Assembly) -> None:
 
 
 def check_label_order(
-    assembly: Assembly, ready: ReadyTeacher, name: str, *, is_accepted: bool, remedy: str
+    assembly: Assembly, ready: ReadyTeacher, name: str | None, *, is_accepted: bool, remedy: str
 ) -> None:
-    """Check one model on the validation split, once; a collective.
+    """Check one model on the validation split; a collective.
 
     Args:
         assembly: of the run.
         ready: the model.
-        name: names the folder that keeps the result.
+        name: of the folder that keeps the result; None keeps nothing.
         is_accepted: the user says that the labels are in the data's order.
         remedy: how the user would say so.
 
@@ -180,8 +185,15 @@ def check_label_order(
     if not names or source.folder is None or not needs_check(source, names):
         return
     if is_accepted:
-        logger.warning("%s: %s, as told", source.where, _both(source, names))
-        return
+        tell_order(source, names)
+    elif name is None:
+        require_fit(_measured(assembly, ready), source, names, remedy=remedy)
+    else:
+        _check_once(assembly, ready, name, remedy=remedy)
+
+
+def _check_once(assembly: Assembly, ready: ReadyTeacher, name: str, *, remedy: str) -> None:
+    names, source = assembly.prepared.splits.label_names, ready.source
     folder = assembly.config.output_dir / "stages" / f"{name}-labels"
     facts: Mapping[str, Any] = {
         "model": assembly.identity_of(source),

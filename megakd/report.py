@@ -170,6 +170,17 @@ class CostReport(TypedDict):
     maxidisc_seconds: float
 
 
+class EvaluationSetReport(TypedDict):
+    """A named set of rows, and the metrics of each model on them.
+
+    rows: how many carry a label; of a language task, how many texts there are.
+    metrics: by model: the teachers, `student`, the baselines.
+    """
+
+    rows: int
+    metrics: Mapping[str, Mapping[str, float]]
+
+
 class Report(TypedDict):
     """The content of report.json; an empty list or null stands for what a method does not have.
 
@@ -177,6 +188,7 @@ class Report(TypedDict):
     assistants: in the order in which they taught.
     baselines: name -> metrics of a model of the student's shape that was made another way.
     samples: of language models.
+    evaluation_sets: those of `task.evaluation_sets`, by name.
     """
 
     method: str
@@ -195,6 +207,7 @@ class Report(TypedDict):
     cost: CostReport | None
     pool: PoolReport | None
     samples: Sequence[SampleReport]
+    evaluation_sets: Mapping[str, EvaluationSetReport]
     environment: Mapping[str, Any]
 
 

@@ -51,6 +51,7 @@ from megakd.report_table import (
     pool_rows,
     score,
     scored_models,
+    set_rows,
     sized_models,
     stage_rows,
     teachers_of,
@@ -59,7 +60,9 @@ from megakd.report_table import (
 HTML_REPORT = "report.html"
 SIZES = 3
 """How many columns of `model_rows` are sizes; these follow the name."""
-LATER_KEYS = frozenset({"assistants", "latency", "cost", "teachers", "pool", "samples"})
+LATER_KEYS = frozenset(
+    {"assistants", "latency", "cost", "teachers", "pool", "samples", "evaluation_sets"}
+)
 """Keys that reports of earlier versions lack."""
 
 
@@ -122,6 +125,7 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
     facts = list(_flat(report["environment"]))
     sections = [
         Section(title, [Paragraph(_headline(report)), *_models(report)], level=1),
+        Section("Evaluation sets", list(_sets(report))),
         Section("Size, quality, latency", list(_planes(report))),
         Section("Scores by label", list(_classes(report))),
         Section("Samples", list(_samples(report))),
@@ -199,6 +203,12 @@ def _classes(report: Report) -> Iterator[Block]:
     rows = class_rows(report, most=200)
     if rows:
         yield Table(rows, caption=f"Of the student on {report['evaluated_on']}.")
+
+
+def _sets(report: Report) -> Iterator[Block]:
+    rows = set_rows(report)
+    if rows:
+        yield Table(rows, caption="Named sets of rows, each scored whole.")
 
 
 def _planes(report: Report) -> Iterator[Block]:

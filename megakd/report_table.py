@@ -32,6 +32,9 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
     classes = class_rows(report, most=MOST_CLASSES_SHOWN)
     if classes:
         lines += ["", *aligned_rows(classes)]
+    sets = set_rows(report)
+    if sets:
+        lines += ["", *aligned_rows(sets)]
     if report["candidates"]:
         lines += ["", *aligned_rows(candidate_rows(report["candidates"]))]
     pool = report.get("pool")
@@ -237,6 +240,23 @@ def class_rows(report: Report, *, most: int) -> list[list[str]]:
         scores = (one["precision"], one["recall"], one["f1"])
         rows.append([one["label"], *(f"{value:.1%}" for value in scores), f"{one['rows']:,}"])
     return rows
+
+
+def set_rows(report: Report) -> list[list[str]]:
+    """Titles, then one row per evaluation set and model; empty without sets."""
+    sets = report.get("evaluation_sets", {})
+    names = list(report["student"]["metrics"])
+    rows = [
+        [
+            name,
+            model,
+            f"{entry['rows']:,}",
+            *(score(metric, metrics.get(metric)) for metric in names),
+        ]
+        for name, entry in sets.items()
+        for model, metrics in entry["metrics"].items()
+    ]
+    return [["evaluation set", "model", "rows", *names], *rows] if rows else []
 
 
 def pool_rows(pool: PoolReport, metric_name: str) -> list[list[str]]:

@@ -22,6 +22,7 @@ from megakd.engine import distributed
 from megakd.engine.distributed import Ranks, agree, on_main
 from megakd.engine.memory import earlier_objects_left_alone, forget_models, keep_freed_memory
 from megakd.errors import CheckpointError, ConfigError, MegakdError
+from megakd.evaluation_sets import SetScores
 from megakd.export import weight_bytes
 from megakd.finished_folder import users_files
 from megakd.finished_run import (
@@ -29,7 +30,6 @@ from megakd.finished_run import (
     FINAL,
     finished_table,
     is_finished,
-    model_folder,
     publish,
     run_inputs,
 )
@@ -49,7 +49,6 @@ from megakd.samples import Sampler, held_out_prompts
 from megakd.signals import Stopped
 from megakd.stage import StageResult
 from megakd.trackers import check_trackers, make_trackers
-from megakd.vocabulary_checks import check_vocabularies
 
 logger = logging.getLogger(__name__)
 TIMED_BATCHES = (1, 32)
@@ -158,19 +157,23 @@ def _report(
     config = lab.config
     preset = scoring_preset(config.student.deepspeed)
     sampler = Sampler(held_out_prompts(lab.held_out, prepared.tokenizer, config.task, ranks.device))
-    scored = {
-        name: lab.score(lab.source(result.folder), preset, look=sampler.asking(name))
-        for name, result in {STUDENT: student, **baselines}.items()
-    }
+    sets = SetScores(prepared, Assembly(config=config, prepared=prepared, ranks=ranks).scorer())
     teachers = {
-        name: lab.score_teacher(name, look=sampler.asking(name)) for name in lab.teacher_folders
+        name: lab.score_teacher(name, look=sets.scoring(name, sampler.asking(name)))
+        for name in lab.teacher_folders
+    }
+    scored = {
+        name: lab.score(
+            lab.source(result.folder), preset, look=sets.scoring(name, sampler.asking(name))
+        )
+        for name, result in {STUDENT: student, **baselines}.items()
     }
     students = {STUDENT: student.folder, **{n: made.folder for n, made in baselines.items()}}
     forget_models()
     latency = on_main(lambda: _latency(lab, students, ranks.device))
     return Report(
         method=config.method.name,
-        task=config.task.dataset,
+        task=config.task.data_name,
         metric_name=prepared.metric.name,
         evaluated_on="test" if prepared.encoded.test is not None else "validation",
         teacher=teachers.get(largest(teachers) or ""),
@@ -185,10 +188,11 @@ def _report(
         cost=lab.record.cost,
         pool=lab.record.pool,
         samples=sampler.samples(teacher=largest(teachers), student=STUDENT),
+        evaluation_sets=sets.report(),
         environment=environment(
             ranks=ranks.world_size,
             device=ranks.device,
-            corpus_content_hash=prepared.splits.content_hash,
+            corpus_content_hash=prepared.splits.whole_hash,
         ),
     )
 
@@ -274,19 +278,3 @@ def check_checkpoint_given(where: str, path: bool | str | None) -> None:  # noqa
             f"{where}: {path} does not exist; give a folder such as "
             f"checkpoints/<stage>/step-<n>, or true for the newest"
         )
-
-
-def evaluate_model(config: RunConfig, model: str | None) -> Mapping[str, float]:
-    """The metrics of a model folder, by default the run's `final/`, on the held-out split.
-
-    Raises:
-        MegakdError: there is no such model, or it does not fit the task.
-    """
-    folder = model_folder(config, model)
-    with started() as ranks:
-        prepared = prepare(config)
-        reporter = Reporter(config.output_dir, is_main=False)
-        lab = Lab(config, prepared, ranks, reporter)
-        source = lab.source(folder)
-        check_vocabularies(config.task, prepared.tokenizer, [source])
-        return lab.score(source, scoring_preset(config.student.deepspeed))["metrics"]

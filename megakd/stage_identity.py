@@ -30,7 +30,7 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
     config, where = assembly.config, f"{assembly.config.key_of(stage.role)}.deepspeed"
     tree: dict[str, Any] = {
         "seed": config.seed,
-        "task": config_tree(config)["task"],
+        "task": {k: v for k, v in config_tree(config)["task"].items() if k != "evaluation_sets"},
         "data": assembly.prepared.encoded.content_hash,
         "model": assembly.identity_of(assembly.learner(stage)),
         "train": _training(stage.train),

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megakd import atomic
-from megakd.assembly import Assembly
+from megakd.assembly import Assembly, ReadyTeacher
+from megakd.config import TeacherConfig
 from megakd.data.encoding import encode_rows
 from megakd.data.glue import TASKS, glue_name
 from megakd.data.glue_submission import SubmissionRows, submission_rows
@@ -17,6 +18,7 @@ from megakd.errors import ConfigError, TrainingError
 from megakd.finished_run import model_folder
 from megakd.knowledge import Needs
 from megakd.lab import scoring_preset
+from megakd.label_check import check_label_order
 from megakd.models.loading import resolve_model
 from megakd.preparation import cache_folder, prepare
 from megakd.run import started
@@ -33,7 +35,9 @@ SCORES = (0.0, 5.0)
 """The range of STS-B."""
 
 
-def write_submission(config: RunConfig, model: str | None, folder: Path) -> list[Path]:
+def write_submission(
+    config: RunConfig, model: str | None, folder: Path, *, trusts_order: bool = False
+) -> list[Path]:
     """Predicts the test rows of the run's GLUE task and writes them as GLUE takes them.
 
     One file per test split, `index` counting its rows from 0; MNLI has two, and one more for the
@@ -44,6 +48,7 @@ def write_submission(config: RunConfig, model: str | None, folder: Path) -> list
         config: the run; its task must be one of GLUE's.
         model: a model folder; None takes the run's `final/`.
         folder: where the files go; files of the same names are replaced.
+        trusts_order: generic labels (LABEL_0, …) are known to be in the data's order.
 
     Returns:
         The files.
@@ -59,17 +64,17 @@ def write_submission(config: RunConfig, model: str | None, folder: Path) -> list
     with started() as ranks:
         cache = cache_folder()
         found = main_first(lambda: submission_rows(config.task, cache_dir=cache))
-        outputs = _outputs(config, ranks, chosen, found)
+        outputs = _outputs(config, ranks, chosen, found, trusts_order=trusts_order)
         return on_main(lambda: _write(folder, outputs, answer))
 
 
 def _glue_name(config: RunConfig) -> str:
-    if not config.task.dataset.startswith("glue/"):
+    if not config.task.data_name.startswith("glue/"):
         raise ConfigError(
-            f"task.dataset: {config.task.dataset} is no GLUE task, and --submission writes the "
+            f"task.dataset: {config.task.data_name} is no GLUE task, and --submission writes the "
             f"benchmark's own files; it takes a run on glue/<task>, such as glue/mrpc"
         )
-    return glue_name(config.task.dataset)
+    return glue_name(config.task.data_name)
 
 
 def _check_writable(folder: Path) -> None:
@@ -79,13 +84,18 @@ def _check_writable(folder: Path) -> None:
 
 
 def _outputs(
-    config: RunConfig, ranks: Ranks, chosen: Path, found: SubmissionRows
+    config: RunConfig, ranks: Ranks, chosen: Path, found: SubmissionRows, *, trusts_order: bool
 ) -> dict[str, Tensor]:
     """What the model says of every test row, by the stem of the file; a collective."""
     prepared = prepare(config)
     assembly = Assembly(config=config, prepared=prepared, ranks=ranks)
     source = main_first(lambda: resolve_model(str(chosen), config.task, where="student.model"))
     check_vocabularies(config.task, prepared.tokenizer, [source])
+    preset = scoring_preset(config.student.deepspeed)
+    ready = ReadyTeacher(source, TeacherConfig(model=str(chosen), deepspeed=preset, dtype="fp32"))
+    check_label_order(
+        assembly, ready, None, is_accepted=trusts_order, remedy="give --trust_label_order"
+    )
 
     def encode() -> dict[str, Dataset]:
         rows, content, cache = found.rows, found.content_hash, cache_folder()
@@ -95,7 +105,6 @@ def _outputs(
         return encoded
 
     encoded = main_first(encode)
-    preset = scoring_preset(config.student.deepspeed)
     frozen = assembly.frozen(source, preset, dtype="fp32", needs=Needs())
     try:
         scorer = assembly.scorer()

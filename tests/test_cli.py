@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,9 +40,15 @@ class Runs(types.ModuleType):
         self.asked.append(("run", config.train.max_steps, command))
         return "the result table"
 
-    def evaluate_model(self, config: RunConfig, model: str | None) -> dict[str, float]:
-        self.asked.append(("evaluate", config.train.max_steps, model))
-        return {"accuracy": 0.5, "f1": 0.25}
+    def evaluate_model(
+        self, config: RunConfig, model: str | None, *, data: str | None, trusts_order: bool
+    ) -> dict[str, Any]:
+        asked = (config.train.max_steps, config.task.dataset, model, data, trusts_order)
+        self.asked.append(("evaluate", *asked))
+        sets = {"hard": {"file": "h.csv", "rows": 2, "metrics": {"accuracy": 0.1}}}
+        metrics = {"accuracy": 0.5, "f1": 0.25}
+        found = {"file": "reviews", "split": "test", "rows": 7, "metrics": metrics}
+        return {"model": "final", **found, "evaluation_sets": sets}
 
     def export_run(self, config: RunConfig, stage: str | None, to: Path) -> Path:
         self.asked.append(("export", config.output_dir, stage, to))
@@ -50,7 +58,7 @@ class Runs(types.ModuleType):
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     fake = Runs()
-    for name in ("run", "finished_run"):
+    for name in ("run", "finished_run", "evaluate"):
         monkeypatch.setitem(sys.modules, f"megakd.{name}", fake)
         monkeypatch.setattr(megakd, name, fake, raising=False)
     return fake
@@ -201,8 +209,11 @@ def test_evaluate_prints_a_table(
 ) -> None:
     assert cli.main(["evaluate", run_file, "--model", "folder", "train.max_steps=3"]) == 0
 
-    assert capsys.readouterr().out == "accuracy  0.5000\nf1        0.2500\n"
-    assert runs.asked == [("evaluate", 3, "folder")]
+    assert capsys.readouterr().out == (
+        "reviews, test: 7 rows\naccuracy  0.5000\nf1        0.2500\n"
+        "\nhard (h.csv): 2 rows\naccuracy  0.1000\n"
+    )
+    assert runs.asked == [("evaluate", 3, "pydocs", "folder", None, False)]
 
 
 def test_evaluate_prints_json_on_request(
@@ -210,8 +221,28 @@ def test_evaluate_prints_json_on_request(
 ) -> None:
     assert cli.main(["evaluate", run_file, "--json"]) == 0
 
-    assert capsys.readouterr().out == '{\n  "accuracy": 0.5,\n  "f1": 0.25\n}\n'
-    assert runs.asked == [("evaluate", None, None)]
+    printed = json.loads(capsys.readouterr().out)
+    assert list(printed) == ["model", "file", "split", "rows", "metrics", "evaluation_sets"]
+    assert printed["metrics"] == {"accuracy": 0.5, "f1": 0.25}
+    assert runs.asked == [("evaluate", None, "pydocs", None, None, False)]
+
+
+@pytest.mark.parametrize("form", ["--data={}", "task.dataset={}"])
+def test_a_file_named_to_evaluate_is_scored_and_is_not_the_runs_data(
+    form: str, run_file: str, runs: Runs, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.csv"
+    mine.touch()
+
+    assert cli.main(["evaluate", run_file, form.format(mine), "--trust-label-order"]) == 0
+
+    assert runs.asked == [("evaluate", None, "pydocs", None, str(mine), True)]
+
+
+def test_another_data_set_that_is_no_file_is_the_runs(run_file: str, runs: Runs) -> None:
+    assert cli.main(["evaluate", run_file, "task.dataset=glue/rte"]) == 0
+
+    assert runs.asked == [("evaluate", None, "glue/rte", None, None, False)]
 
 
 def test_export_prints_the_folder_it_wrote(

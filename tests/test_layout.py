@@ -159,7 +159,13 @@ def test_imports_go_downwards_only(importer: str) -> None:
 def test_only_the_commands_import_the_lab() -> None:
     importers = {module_name(p) for p in package_sources() if wrong_imports(p, ("megakd.lab",))}
 
-    commands = {"megakd.cli", "megakd.run", "megakd.submission", "megakd.caching"}
+    commands = {
+        "megakd.cli",
+        "megakd.run",
+        "megakd.submission",
+        "megakd.caching",
+        "megakd.evaluate",
+    }
     assert importers <= commands
 
 

@@ -35,6 +35,7 @@ REPORT_KEYS = {
     "samples",
     "cost",
     "pool",
+    "evaluation_sets",
     "environment",
 }
 MODEL_KEYS = {"parameters", "encoder_parameters", "metrics", "per_class"}
@@ -130,17 +131,21 @@ def test_the_student_scores_the_same_with_plain_transformers_and_in_the_report(
 
     assert read(out)["student"]["metrics"]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
     said = one_rank.megakd("evaluate", config, "--json")
-    assert json.loads(said.out)["accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    scored = json.loads(said.out)
+    assert scored["metrics"]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    assert (scored["split"], scored["rows"]) == ("validation", 26)
 
 
-def test_any_folder_is_scored_by_evaluate(one_rank, out, config):
+def test_any_folder_is_scored_by_evaluate(one_rank, whole_run, out, config):
     said = one_rank.megakd("evaluate", config, "--model", out / "stages" / "teacher-finetune")
 
     assert said.code == 0, said.err
     metrics = read(out)["teacher"]["metrics"]
-    assert said.out.split() == [
-        *("accuracy", f"{metrics['accuracy']:.4f}"),
-        *("loss", f"{metrics['loss']:.4f}"),
+    first, *rows = said.out.splitlines()
+    assert first == f"{whole_run.reviews}, validation: 26 rows"
+    assert [row.split() for row in rows] == [
+        ["accuracy", f"{metrics['accuracy']:.4f}"],
+        ["loss", f"{metrics['loss']:.4f}"],
     ]
 
 

@@ -13,6 +13,7 @@ from datasets import Dataset, Features, Value
 
 from megakd.config import LANGUAGE_TASKS, TaskConfig
 from megakd.data.cache import cached_folder, key_of, read_rows, write_rows
+from megakd.data.choosing import is_labelled
 from megakd.data.labels import Classes, Labeller, find_classes, score
 from megakd.data.tables import SPLIT_NAMES, Found, Record, SplitName, Table
 from megakd.errors import DataError
@@ -103,10 +104,32 @@ def rows_of_tables(
     return Found(
         name=name,
         splits=splits,
-        label_names=classes.names if classes else (),
+        classes=classes,
         metrics=metrics or DEFAULT_METRICS[task.type],
         source_hash=key_of(digests),
     )
+
+
+def scored_rows(
+    table: Table, task: TaskConfig, classes: Classes | None, *, cache_dir: Path
+) -> Dataset:
+    """The rows of a file that is scored and neither trained on nor chosen by.
+
+    Args:
+        table: the file's rows.
+        task: names the columns, or leaves them to the defaults.
+        classes: those of the training rows; None without classes.
+        cache_dir: the rows are kept in it, by content.
+
+    Raises:
+        DataError: a column does not exist, a label is no class, or no row has a label.
+    """
+    if next(table.records(), None) is None:
+        raise DataError(f"{table.name} has no rows")
+    rows = _rows_of(table, choose_fields(table, task), task, classes, cache_dir=cache_dir)
+    if not is_labelled(rows).any():
+        raise DataError(f"{table.name} has no labelled rows to score")
+    return rows
 
 
 def unlabelled_rows(

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -48,6 +49,7 @@ class Encoded(NamedTuple):
     `label`; for mlm `input_ids` alone, a row per window of a text (see `windows`); for
     causal_lm `input_ids`, `position_ids` and `labels` (see `packing`).
     tokens_per_row: mean number of tokens of a training row, without padding.
+    evaluation_sets: further rows to score, by name; not part of content_hash.
     """
 
     train: Dataset
@@ -55,6 +57,7 @@ class Encoded(NamedTuple):
     test: Dataset | None
     content_hash: str
     tokens_per_row: float
+    evaluation_sets: Mapping[str, Dataset] = MappingProxyType({})
 
 
 def encode_splits(
@@ -79,8 +82,17 @@ def encode_splits(
         present, tokenizer, task, content_hash=splits.content_hash, cache_dir=cache_dir
     )
     tokens = _token_count(made["train"])
+    sets: Mapping[str, Dataset] = {}
+    if splits.evaluation_sets:
+        sets, _ = encode_rows(
+            splits.evaluation_sets,
+            tokenizer,
+            task,
+            content_hash=splits.sets_hash,
+            cache_dir=cache_dir,
+        )
     return Encoded(
-        made["train"], made["validation"], made.get("test"), key, tokens / len(made["train"])
+        made["train"], made["validation"], made.get("test"), key, tokens / len(made["train"]), sets
     )
 
 

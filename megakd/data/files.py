@@ -2,15 +2,17 @@
 
 A folder holds `train.*` and perhaps `validation.*` (or `valid`, `val`, `dev`) and `test.*`, each
 perhaps in shards (`train-00000-of-00002.parquet`). A folder of txt files without such names is
-many documents.
+many documents. Files may also be named one by one, or by patterns.
 """
 
 from __future__ import annotations
 
+import glob
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from megakd.config import TaskConfig
+from megakd.config import Files, TaskConfig, listed_files
 from megakd.data.columns import rows_of_tables
 from megakd.data.documents import read_documents
 from megakd.data.readers import joined, read_csv, read_json, read_jsonl, read_parquet, read_tsv
@@ -25,6 +27,7 @@ READERS = {
     ".parquet": read_parquet,
 }
 SUFFIXES = (*READERS, ".json", ".txt")
+WHOLE_FILE = "all rows"
 SPLIT_FILE = re.compile(r"(?P<split>[a-z]+)(-\d+-of-\d+)?")
 
 
@@ -46,34 +49,154 @@ def local_rows(path: Path, task: TaskConfig, *, cache_dir: Path) -> Found:
     """
     if not path.exists():
         raise DataError(f"task.dataset: {path} does not exist")
-    tables = _folder_tables(path) if path.is_dir() else _file_tables(path)
+    if path.is_dir():
+        tables = _folder_tables(path)
+    else:
+        tables = _file_tables(path, "task.dataset", to_be_split=True)
+    if "train" not in tables:
+        raise DataError(f"{path} holds {', '.join(tables)} and no list named 'train'")
     return rows_of_tables(tables, task, name=str(path), cache_dir=cache_dir)
 
 
-def _file_tables(path: Path) -> dict[SplitName, Table]:
-    suffix = _known_suffix(path)
+def named_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
+    """The rows of `task.train_files`, and of the validation and test files if there are any.
+
+    Raises:
+        DataError: a file does not exist or cannot be read, or columns differ between files.
+    """
+    given: dict[SplitName, Files | None] = {
+        "train": task.train_files,
+        "validation": task.validation_files,
+        "test": task.test_files,
+    }
+    paths: dict[SplitName, list[Path]] = {
+        split: matching_files(files, f"task.{split}_files")
+        for split, files in given.items()
+        if files is not None
+    }
+    tables: dict[SplitName, Table] = {}
+    for split, found in paths.items():
+        is_cut = split == "train" and "validation" not in paths
+        tables[split] = files_table(found, f"task.{split}_files", to_be_split=is_cut)
+    return rows_of_tables(tables, task, name=task.data_name, cache_dir=cache_dir)
+
+
+def matching_files(files: Files, key: str) -> list[Path]:
+    """The files that a setting names, in its order and those of a pattern sorted by name.
+
+    Raises:
+        DataError: a file does not exist, a pattern matches none, or a file is named twice.
+    """
+    found: list[Path] = []
+    for given in listed_files(files):
+        path = Path(given).expanduser()
+        if path.is_file():
+            found.append(path)
+        elif path.is_dir():
+            raise DataError(f"{key}: {path} is a folder; name its files, such as {path}/*.jsonl")
+        elif glob.has_magic(given):
+            matches = sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
+            matches = [match for match in matches if match.is_file()]
+            if not matches:
+                raise DataError(f"{key}: no file matches {given}")
+            found += matches
+        else:
+            raise DataError(f"{key}: {path} does not exist")
+    doubled = next((path for path in found if found.count(path) > 1), None)
+    if doubled is not None:
+        raise DataError(f"{key}: {doubled} is named more than once; its rows would count twice")
+    return found
+
+
+def files_table(paths: Sequence[Path], key: str, *, to_be_split: bool = False) -> Table:
+    """The rows of files one after the other.
+
+    Raises:
+        DataError: a file cannot be read, or the columns of two of them differ.
+    """
+    name = str(paths[0]) if len(paths) == 1 else key
+    if all(path.suffix.lower() == ".txt" for path in paths):
+        return read_documents(paths, name, to_be_split=to_be_split)
+    return joined([_one_table(path, key) for path in paths], name)
+
+
+def _one_table(path: Path, key: str) -> Table:
+    tables = _file_tables(path, key, to_be_split=False)
+    if len(tables) > 1:
+        raise DataError(
+            f"{key}: {path} holds the splits {', '.join(tables)}; give one list of rows"
+        )
+    return next(iter(tables.values()))
+
+
+def scored_table(given: str) -> tuple[Table, str]:
+    """What to score of a file, pattern or folder that was given for evaluation: rows and split.
+
+    Files are scored whole; of a folder or a JSON file with splits, the test rows, or the
+    validation rows where there are none.
+
+    Raises:
+        DataError: nothing is there to be scored.
+    """
+    path = Path(given).expanduser()
+    if path.is_dir():
+        tables = _splits_of_folder(path)
+    elif path.suffix.lower() == ".json" and path.is_file():
+        tables = read_json(path)
+    else:
+        return files_table(matching_files(given, "--data"), "--data"), WHOLE_FILE
+    if list(tables) == ["train"] and not path.is_dir():
+        return tables["train"], WHOLE_FILE
+    split: SplitName = "test" if "test" in tables else "validation"
+    if split not in tables:
+        there = ", ".join(tables) or "no split"
+        raise DataError(f"--data: {path} holds {there} and neither test nor validation to score")
+    return tables[split], split
+
+
+def _file_tables(path: Path, key: str, *, to_be_split: bool) -> dict[SplitName, Table]:
+    suffix = _known_suffix(path, key)
     if suffix == ".txt":
-        return {"train": read_documents([path], str(path), to_be_split=True)}
+        return {"train": read_documents([path], str(path), to_be_split=to_be_split)}
     if suffix == ".json":
         return read_json(path)
     return {"train": READERS[suffix](path)}
 
 
-def _folder_tables(folder: Path) -> dict[SplitName, Table]:
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+def has_train_split(path: Path) -> bool:
+    """Whether a local data set can be trained on: a file, or a folder with train.* or texts."""
+    return not path.is_dir() or "train" in _shards(path) or not _shards(path)
+
+
+def _shards(folder: Path) -> dict[SplitName, list[Path]]:
+    """The files of a folder by the split that their names say."""
     shards: dict[SplitName, list[Path]] = {}
-    for path in files:
+    for path in _data_files(folder):
         named = SPLIT_FILE.fullmatch(path.stem.lower())
         split = SPLIT_ALIASES.get(named["split"]) if named else None
         if split is not None:
             shards.setdefault(split, []).append(path)
+    return shards
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+def _splits_of_folder(folder: Path) -> dict[SplitName, Table]:
+    shards = _shards(folder)
+    is_split = "validation" not in shards
+    return {
+        split: _split_table(paths, folder, to_be_split=is_split and split == "train")
+        for split, paths in shards.items()
+    }
+
+
+def _folder_tables(folder: Path) -> dict[SplitName, Table]:
+    shards = _shards(folder)
     if "train" in shards:
-        is_split = "validation" not in shards
-        return {
-            split: _split_table(paths, folder, to_be_split=is_split and split == "train")
-            for split, paths in shards.items()
-        }
-    texts = [path for path in files if path.suffix.lower() == ".txt"]
+        return _splits_of_folder(folder)
+    texts = [path for path in _data_files(folder) if path.suffix.lower() == ".txt"]
     if texts and not shards:
         return {"train": read_documents(texts, str(folder), to_be_split=True)}
     there = ", ".join(path.name for path in sorted(folder.iterdir())[:10]) or "nothing"
@@ -89,16 +212,14 @@ def _split_table(paths: list[Path], folder: Path, *, to_be_split: bool) -> Table
         raise DataError(
             f"{folder}: {' and '.join(sorted(stems))} are the same split; keep one of them"
         )
-    suffix = _known_suffix(paths[0])
+    suffix = _known_suffix(paths[0], "task.dataset")
     if suffix == ".txt":
         return read_documents(paths, str(paths[0]), to_be_split=to_be_split)
-    if suffix == ".json":
-        return joined([read_json(path)["train"] for path in paths], str(folder))
-    return joined([READERS[suffix](path) for path in paths], str(folder))
+    return joined([_one_table(path, "task.dataset") for path in paths], str(folder))
 
 
-def _known_suffix(path: Path) -> str:
+def _known_suffix(path: Path, key: str) -> str:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise DataError(f"task.dataset: {path} has none of the known endings {', '.join(SUFFIXES)}")
+        raise DataError(f"{key}: {path} has none of the known endings {', '.join(SUFFIXES)}")
     return suffix

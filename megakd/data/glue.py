@@ -106,7 +106,7 @@ def glue_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
         ConfigError: there is no such task, or a key does not fit it.
         DataError: its files or the Hub cannot be read.
     """
-    name = glue_name(task.dataset)
+    name = glue_name(task.data_name)
     glue = TASKS[name]
     _check(task, glue)
     on_disk = task.data_dir is not None
@@ -125,7 +125,7 @@ def glue_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
     return rows_of_tables(
         tables,
         columns,
-        name=task.dataset,
+        name=task.data_name,
         cache_dir=cache_dir,
         classes=classes if glue.classes else None,
         metrics=glue.metrics,

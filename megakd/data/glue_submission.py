@@ -65,7 +65,7 @@ def submission_rows(task: TaskConfig, *, cache_dir: Path) -> SubmissionRows:
         ConfigError: there is no such task.
         DataError: a test file is missing or cannot be read.
     """
-    name = glue_name(task.dataset)
+    name = glue_name(task.data_name)
     glue, on_disk = TASKS[name], task.data_dir is not None
     tables = _local(task.data_dir, name, glue) if task.data_dir is not None else _hub(name, glue)
     text = glue.text if on_disk else glue.hub_text or glue.text

@@ -30,12 +30,12 @@ def hub_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
     """
     advice = (
         "task.dataset may also be pydocs, glue/<task>, or a local file or folder, "
-        f"but {task.dataset!r} is none on this machine"
+        f"but {task.data_name!r} is none on this machine"
     )
-    tables = hub_tables(task.dataset, task.dataset_config, advice=advice)
+    tables = hub_tables(task.data_name, task.dataset_config, advice=advice)
     if "train" not in tables:
-        raise DataError(f"the Hub data set {task.dataset} has no split named 'train'")
-    return rows_of_tables(tables, task, name=task.dataset, cache_dir=cache_dir)
+        raise DataError(f"the Hub data set {task.data_name} has no split named 'train'")
+    return rows_of_tables(tables, task, name=task.data_name, cache_dir=cache_dir)
 
 
 def hub_tables(name: str, configuration: str | None, *, advice: str) -> dict[SplitName, Table]:

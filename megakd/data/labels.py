@@ -43,8 +43,13 @@ class Classes:
         value = class_value(table, column, record)
         if value is None:
             return IGNORE
-        if isinstance(value, str) and value in self.number_of and not self.numbered:
-            return self.number_of[value]
+        own = table.class_names.get(column, self.names)
+        if own != self.names and isinstance(value, int) and 0 <= value < len(own):
+            value = own[value]  # this file numbers the classes in another order
+        if isinstance(value, str) and not (self.numbered and _integer(value) is not None):
+            number = self.number_of.get(value)
+            if number is not None:
+                return number
         if self.numbered and (number := _integer(value)) is not None:
             return self._checked(number, table, record)
         raise DataError(f"{table.name}, {record.place}: label {value!r} {self._unknown(value)}")

@@ -28,6 +28,7 @@ from megakd.data.docstrings import (
     source_files,
     source_roots,
 )
+from megakd.data.labels import Classes
 from megakd.data.tables import SPLIT_NAMES, Found, SplitName
 from megakd.errors import ConfigError, DataError
 
@@ -112,10 +113,11 @@ def pydocs_rows(task: TaskConfig, *, cache_dir: Path, roots: Sequence[Path] | No
     folder = cached_folder(cache_dir / "pydocs" / f"{key}-{view}", write_view)
     about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
     _warn_of_missing(about["missing"])
+    names = tuple(about["label_names"])
     return Found(
         name="pydocs",
         splits={split: read_rows(folder / ROWS_FILE.format(split=split)) for split in SPLIT_NAMES},
-        label_names=tuple(about["label_names"]),
+        classes=Classes(names, numbered=False) if names else None,
         metrics=("accuracy",) if view == "classification" else ("perplexity",),
         source_hash=about["sha256"],
     )

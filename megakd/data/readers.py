@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[SplitName, Table]:
             for name, rows in cast("dict[str, object]", tree).items()
             if (split := SPLIT_ALIASES.get(name)) and isinstance(rows, list)
         }
-        if "train" in lists:
+        if lists:
             return lists
     raise DataError(
         f"{path} is neither a JSON list of rows nor an object with a list named 'train'; "

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from datasets import Dataset
 
-from megakd.config import LANGUAGE_TASKS, TaskConfig
+from megakd.config import LANGUAGE_TASKS, Files, TaskConfig
 from megakd.data.cache import key_of
 from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels
-from megakd.data.files import local_rows, looks_like_path
+from megakd.data.columns import scored_rows
+from megakd.data.files import files_table, local_rows, looks_like_path, matching_files, named_rows
 from megakd.data.glue import glue_rows
 from megakd.data.hub import hub_rows
 from megakd.data.pydocs import pydocs_rows
-from megakd.data.tables import Found
+from megakd.data.tables import Found, Table
 from megakd.errors import ConfigError, DataError
 
 
@@ -26,7 +29,10 @@ class Splits(NamedTuple):
         label. test is None unless its rows carry labels.
     label_names: class names in the order of their numbers; empty without classes.
     metrics: names of the official metrics.
-    content_hash: sha256 of what the rows came from and of how they were chosen.
+    content_hash: sha256 of what the rows came from and of how they were chosen, without the sets.
+    evaluation_sets: further rows to score, by name; always with labels.
+    sets_hash: sha256 of what those came from; empty without any.
+    is_cut: whether validation was cut off the training rows.
     """
 
     train: Dataset
@@ -35,10 +41,20 @@ class Splits(NamedTuple):
     label_names: tuple[str, ...]
     metrics: tuple[str, ...]
     content_hash: str
+    evaluation_sets: Mapping[str, Dataset] = MappingProxyType({})
+    sets_hash: str = ""
+    is_cut: bool = False
+
+    @property
+    def whole_hash(self) -> str:
+        """Sha256 of all data of the run."""
+        if not self.sets_hash:
+            return self.content_hash
+        return key_of(self.content_hash, self.sets_hash)
 
 
 def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
-    """The rows of `task.dataset`, with as many labels and held-out rows as the task keeps.
+    """The rows of the task's data, with as many labels and held-out rows as the task keeps.
 
     Args:
         task: says which data, which columns, how many labels.
@@ -51,8 +67,12 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
     """
     if task.type in LANGUAGE_TASKS and task.labelled_examples is not None:
         raise ConfigError(f"task.labelled_examples: {task.type} has no labels; leave this key out")
+    # Missing files are found before the training rows are read.
+    sets = {name: _set_table(name, files) for name, files in task.evaluation_sets.items()}
     found = _find(task, cache_dir)
+    scored = {name: _set_rows(name, table, task, found, cache_dir) for name, table in sets.items()}
     train, validation = found.splits["train"], found.splits.get("validation")
+    is_cut = validation is None
     if validation is None:
         train, validation = cut_validation(train, name=found.name)
     if not is_labelled(validation).any():
@@ -67,10 +87,33 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
         label_names=found.label_names,
         metrics=found.metrics,
         content_hash=_content_hash(found, task, seed),
+        evaluation_sets=scored,
+        sets_hash=key_of([(name, table.digest) for name, table in sets.items()]) if sets else "",
+        is_cut=is_cut,
     )
 
 
+def _set_table(name: str, files: Files) -> Table:
+    key = f"task.evaluation_sets.{name}"
+    return files_table(matching_files(files, key), key)
+
+
+def _set_rows(name: str, table: Table, task: TaskConfig, found: Found, cache_dir: Path) -> Dataset:
+    rows = scored_rows(table, task, found.classes, cache_dir=cache_dir)
+    trained, here = set(found.splits["train"].column_names), set(rows.column_names)
+    if trained != here:
+        kind = {True: "pairs of texts", False: "single texts"}
+        raise DataError(
+            f"task.evaluation_sets.{name}: {table.name} holds {kind['text_pair' in here]}, and the "
+            f"training rows are {kind['text_pair' in trained]}; name the columns in "
+            "task.text_columns"
+        )
+    return rows
+
+
 def _find(task: TaskConfig, cache_dir: Path) -> Found:
+    if task.dataset is None:
+        return named_rows(task, cache_dir=cache_dir)
     if task.dataset == "pydocs":
         return pydocs_rows(task, cache_dir=cache_dir)
     if task.dataset.startswith("glue/"):

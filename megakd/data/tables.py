@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from datasets import Dataset
+
+if TYPE_CHECKING:
+    from megakd.data.labels import Classes
 
 SplitName = Literal["train", "validation", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -51,11 +54,17 @@ class Found:
     """The rows of a data set before any are chosen; columns as in `splits.Splits`.
 
     name: what messages call the data set.
+    classes: how labels are read; None without classes.
     source_hash: sha256 of what the rows came from.
     """
 
     name: str
     splits: Mapping[SplitName, Dataset]
-    label_names: tuple[str, ...]
+    classes: Classes | None
     metrics: tuple[str, ...]
     source_hash: str
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Class names in the order of their numbers."""
+        return self.classes.names if self.classes else ()

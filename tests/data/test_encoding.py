@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -45,6 +46,7 @@ class _Splits(NamedTuple):
     label_names: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
     content_hash: str = "content"
+    evaluation_sets: Any = MappingProxyType({})
 
 
 def _bert(words=WORDS) -> PreTrainedTokenizerFast:

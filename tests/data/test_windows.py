@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -25,6 +26,7 @@ class _Splits(NamedTuple):
     validation: Any
     test: Any = None
     content_hash: str = "content"
+    evaluation_sets: Any = MappingProxyType({})
 
 
 def _tokenizer(**roles: str) -> PreTrainedTokenizerFast:

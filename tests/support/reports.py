@@ -66,6 +66,7 @@ def report_of(**changes: Any) -> Report:
         "latency": [],
         "cost": None,
         "samples": [],
+        "evaluation_sets": {},
         "environment": {},
     }
     report.update(changes)

@@ -1,0 +1,213 @@
+"""Files named one by one: splits, lists, patterns, evaluation sets; and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from tiny_runs import write_jsonl, write_text
+
+from megakd.config import TaskConfig
+from megakd.data.splits import Splits, load_splits
+from megakd.errors import DataError
+
+
+def rows(*texts: str) -> list[dict[str, Any]]:
+    return [{"text": text, "label": "ab"[n % 2]} for n, text in enumerate(texts)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_jsonl(tmp_path / "one.jsonl", rows("t1", "t2"))
+    write_jsonl(tmp_path / "two.jsonl", rows("t3", "t4"))
+    write_jsonl(tmp_path / "dev.jsonl", rows("d1", "d2", "d3"))
+    write_jsonl(tmp_path / "hard.jsonl", rows("h1"))
+    return tmp_path
+
+
+def load(folder: Path, **keys: Any) -> Splits:
+    def placed(files: Any) -> Any:
+        if isinstance(files, str):
+            return str(folder / files)
+        if isinstance(files, Mapping):
+            return {name: placed(value) for name, value in files.items()}
+        return tuple(map(placed, files))
+
+    task = TaskConfig(
+        type=keys.pop("type", "classification"),
+        **{key: placed(value) for key, value in keys.items()},
+    )
+    return load_splits(task, seed=1, cache_dir=folder / "cache")
+
+
+def texts(rows: Dataset) -> Sequence[str]:
+    return rows["text"][:]
+
+
+@pytest.mark.parametrize("train", [("one.jsonl", "two.jsonl"), "[ot]*.jsonl"])
+def test_files_are_named_in_a_list_or_by_a_pattern(folder: Path, train: Any):
+    splits = load(folder, train_files=train, validation_files="dev.jsonl", test_files="hard.jsonl")
+
+    assert texts(splits.train) == ["t1", "t2", "t3", "t4"]
+    assert texts(splits.validation) == ["d1", "d2", "d3"]
+    assert splits.test is not None
+    assert texts(splits.test) == ["h1"]
+    assert not splits.is_cut
+
+
+def test_without_validation_files_some_training_rows_are_cut_off(folder: Path):
+    splits = load(folder, train_files=("one.jsonl", "two.jsonl"))
+
+    assert splits.is_cut
+    assert len(splits.train) + len(splits.validation) == 4
+
+
+def test_text_files_of_a_language_model_are_named_too(folder: Path):
+    write_text(folder / "a.txt", documents=4)
+    write_text(folder / "b.txt", documents=4)
+
+    splits = load(
+        folder,
+        type="causal_lm",
+        train_files="a.txt",
+        validation_files="b.txt",
+        evaluation_sets={"books": ("a.txt", "b.txt")},
+    )
+
+    assert len(splits.evaluation_sets["books"]) == len(splits.train) + len(splits.validation)
+
+
+def test_evaluation_sets_are_whole_and_have_the_training_rows_classes(folder: Path):
+    write_jsonl(folder / "b.jsonl", [{"text": "x", "label": "b"}])
+
+    splits = load(
+        folder,
+        train_files="one.jsonl",
+        validation_files="dev.jsonl",
+        evaluation_sets={
+            "hard": "hard.jsonl",
+            "only-b": "b.jsonl",
+            "both": ("dev.jsonl", "b.jsonl"),
+        },
+    )
+
+    assert {name: len(part) for name, part in splits.evaluation_sets.items()} == {
+        "hard": 1,
+        "only-b": 1,
+        "both": 4,
+    }
+    assert splits.evaluation_sets["only-b"]["label"][:] == [1]
+
+
+def test_evaluation_sets_go_with_any_data_set(folder: Path):
+    splits = load(folder, dataset="dev.jsonl", evaluation_sets={"hard": "hard.jsonl"})
+
+    assert texts(splits.evaluation_sets["hard"]) == ["h1"]
+
+
+def test_every_file_counts_in_the_hash_and_the_sets_apart_from_what_is_trained_on(folder: Path):
+    def hashes() -> tuple[str, str]:
+        splits = load(
+            folder,
+            train_files="one.jsonl",
+            validation_files="dev.jsonl",
+            test_files="two.jsonl",
+            evaluation_sets={"hard": "hard.jsonl"},
+        )
+        return splits.content_hash, splits.whole_hash
+
+    found = [hashes()]
+    for name in ("one", "dev", "two", "hard"):
+        with (folder / f"{name}.jsonl").open("a") as file:
+            file.write('{"text": "more", "label": "a"}\n')
+        found.append(hashes())
+
+    content, whole = ([pair[n] for pair in found] for n in (0, 1))
+    assert len(set(whole)) == 5
+    assert content[3] == content[4]  # a result does not depend on a set that is only scored
+    assert len(set(content)) == 4
+
+
+def test_class_numbers_of_a_file_that_names_them_otherwise_are_matched_by_name(folder: Path):
+    for name, order in {"x": ["no", "yes"], "y": ["yes", "no"]}.items():
+        features = Features({"text": Value("string"), "label": ClassLabel(names=order)})
+        table = Dataset.from_dict(
+            {"text": ["n", "y"], "label": [order.index("no"), order.index("yes")]},
+            features=features,
+        )
+        table.to_parquet(folder / f"{name}.parquet")
+
+    splits = load(
+        folder,
+        train_files="x.parquet",
+        validation_files="y.parquet",
+        evaluation_sets={"set": "y.parquet"},
+    )
+
+    for part in (splits.train, splits.validation, splits.evaluation_sets["set"]):
+        assert part["label"][:] == [0, 1]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no such file": (
+        {"train_files": "gone.jsonl"},
+        r"task\.train_files: .*gone\.jsonl does not exist",
+    ),
+    "no match": (
+        {"train_files": "one.jsonl", "test_files": "gone*.jsonl"},
+        r"task\.test_files: no file matches .*gone\*\.jsonl",
+    ),
+    "a folder": ({"train_files": "."}, r"task\.train_files: .* is a folder; name its files"),
+    "twice": (
+        {"train_files": ("one.jsonl", "o*.jsonl")},
+        r"task\.train_files: .*one\.jsonl is named more than once",
+    ),
+    "no such set": (
+        {"train_files": "one.jsonl", "evaluation_sets": {"hard": ("hard.jsonl", "gone.jsonl")}},
+        r"task\.evaluation_sets\.hard: .*gone\.jsonl does not exist",
+    ),
+    "other columns in a list": (
+        {"train_files": ("one.jsonl", "body.jsonl")},
+        r"body\.jsonl has the columns body, label, but .*one\.jsonl has text, label",
+    ),
+    "other columns in a split": (
+        {"train_files": "one.jsonl", "test_files": "body.jsonl"},
+        r"body\.jsonl: column 'text' .* does not exist",
+    ),
+    "pairs": (
+        {"train_files": "one.jsonl", "evaluation_sets": {"p": "pairs.jsonl"}},
+        r"task\.evaluation_sets\.p: .* holds pairs of texts, and the training rows are single",
+    ),
+    "an unknown label": (
+        {"train_files": "one.jsonl", "evaluation_sets": {"c": ("hard.jsonl", "c.jsonl")}},
+        r"evaluation_sets\.c, c\.jsonl line 1: label 'c' is none of the 2 classes",
+    ),
+    "no labels": (
+        {"train_files": "one.jsonl", "evaluation_sets": {"n": "none.jsonl"}},
+        r"none\.jsonl has no labelled rows to score",
+    ),
+    "an ending": ({"train_files": "x.xml"}, r"task\.train_files: .*x\.xml has none of the known"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_files_that_cannot_be_used_are_refused_with_their_key(folder: Path, case: str):
+    write_jsonl(folder / "body.jsonl", [{"body": "x", "label": "a"}])
+    write_jsonl(folder / "pairs.jsonl", [{"text1": "x", "text2": "y", "label": "a"}])
+    write_jsonl(folder / "c.jsonl", [{"text": "x", "label": "c"}])
+    write_jsonl(folder / "none.jsonl", [{"text": "x", "label": None}])
+    (folder / "x.xml").touch()
+    keys, message = REFUSED[case]
+
+    with pytest.raises(DataError, match=message):
+        load(folder, **keys)
+
+
+def test_a_missing_set_is_found_before_the_training_rows_are_read(folder: Path):
+    (folder / "one.jsonl").write_text("no json")
+
+    with pytest.raises(DataError, match=r"evaluation_sets\.hard"):
+        load(folder, train_files="one.jsonl", evaluation_sets={"hard": "gone.jsonl"})

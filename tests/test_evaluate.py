@@ -1,0 +1,214 @@
+"""`megakd evaluate` on files of one's own, named sets in a run, and what the output says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import config_tree, reviews, write_config, write_jsonl, write_reviews
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from whole_run import WholeRun, finish, read
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "mine.jsonl", reviews(40, "mine"))
+
+
+def scored(said: Any) -> dict[str, Any]:
+    assert said.code == 0, said.err
+    return json.loads(said.out)
+
+
+def accuracy_by_hand(model_folder: Path, file: Path) -> float:
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    encoded = tokenizer(
+        [row["text"] for row in rows],
+        padding=True,
+        truncation=True,
+        max_length=16,
+        return_tensors="pt",
+    )
+    predicted = model(**encoded).logits.argmax(dim=1).tolist()
+    names = [model.config.id2label[number] for number in predicted]
+    return sum(name == row["label"] for name, row in zip(names, rows, strict=True)) / len(rows)
+
+
+@pytest.mark.parametrize("form", ["--data={}", "task.dataset={}"])
+def test_a_file_of_ones_own_is_scored_whole_and_the_output_says_so(
+    one_rank, whole_run: WholeRun, mine: Path, form: str
+):
+    argument = form.format(mine)
+
+    found = scored(one_rank.megakd("evaluate", whole_run.config, argument, "--json"))
+
+    assert (found["file"], found["split"], found["rows"]) == (str(mine), "all rows", 40)
+    by_hand = accuracy_by_hand(whole_run.out / "final", mine)
+    assert found["metrics"]["accuracy"] == pytest.approx(by_hand)
+    text = one_rank.megakd("evaluate", whole_run.config, argument).out.splitlines()
+    assert text[0] == f"{mine}, all rows: 40 rows"
+
+
+def test_max_eval_examples_does_not_cut_a_given_file(one_rank, whole_run: WholeRun, mine: Path):
+    words = (whole_run.config, "--data", mine, "task.max_eval_examples=3", "--json")
+
+    assert scored(one_rank.megakd("evaluate", *words))["rows"] == 40
+
+
+def test_rows_of_one_class_alone_and_class_numbers_are_scored(
+    one_rank, whole_run: WholeRun, tmp_path: Path
+):
+    """The classes are the model's: negative is 0, positive is 1."""
+    words = [row for row in reviews(20, "x") if row["label"] == "positive"]
+    named = write_jsonl(tmp_path / "named.jsonl", words)
+    numbers = write_jsonl(tmp_path / "numbers.jsonl", [{**row, "label": 1} for row in words])
+
+    found = [
+        scored(one_rank.megakd("evaluate", whole_run.config, "--data", path, "--json"))
+        for path in (named, numbers)
+    ]
+
+    assert found[0]["metrics"] == found[1]["metrics"]
+    assert found[0]["metrics"]["accuracy"] == accuracy_by_hand(whole_run.out / "final", named)
+
+
+def test_a_folder_with_a_test_file_alone_needs_no_training_rows(
+    one_rank, whole_run: WholeRun, mine: Path, tmp_path: Path
+):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(mine, folder / "test.jsonl")
+    gone = json.loads(whole_run.config.read_text())
+    gone["task"]["dataset"] = str(folder)
+    gone["teacher"]["model"] = str(tmp_path / "nowhere")
+    config = write_config(tmp_path / "run.yaml", gone)
+    want = accuracy_by_hand(whole_run.out / "final", mine)
+
+    for words in ((whole_run.config, "--data", folder), (config,)):
+        found = scored(one_rank.megakd("evaluate", *words, "--json"))
+        assert (found["split"], found["rows"]) == ("test", 40)
+        assert found["metrics"]["accuracy"] == pytest.approx(want)
+
+
+def test_a_split_that_was_cut_off_is_said_to_be_one(one_rank, whole_run: WholeRun, tmp_path: Path):
+    data = write_jsonl(tmp_path / "all.jsonl", reviews(60, "all"))
+    tree = json.loads(whole_run.config.read_text())
+    tree["task"] = {"type": "classification", "dataset": str(data), "max_length": 16}
+    config = write_config(tmp_path / "run.yaml", tree)
+
+    found = scored(one_rank.megakd("evaluate", config, "--json"))
+
+    assert found["file"] == str(data)
+    assert found["split"] == "validation (5% of the training rows, cut off by hash)"
+    assert found["rows"] < 20
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.jsonl", None, "--data: {} does not exist"),
+        ("x.jsonl", '{"text": "a", "label": "neutral"}\n', "label 'neutral' is none of the 2"),
+        ("x.jsonl", '{"text": "a"}\n', "column 'label' does not exist"),
+    ],
+)
+def test_a_file_that_cannot_be_scored_is_refused_before_a_model_is_loaded(
+    one_rank, whole_run: WholeRun, tmp_path: Path, name: str, content: str | None, message: str
+):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+
+    said = one_rank.megakd("evaluate", whole_run.config, "--data", path)
+
+    assert said.code == 2
+    assert message.format(path) in said.err
+    assert said.loaded == ()
+
+
+def test_a_model_without_a_tokenizer_is_not_scored(
+    one_rank, whole_run: WholeRun, mine: Path, tmp_path: Path
+):
+    model = Path(shutil.copytree(whole_run.out / "final", tmp_path / "model"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+
+    for words in (("--data", mine), ()):
+        said = one_rank.megakd("evaluate", whole_run.config, "--model", model, *words)
+        assert said.code == 2
+        assert "has weights and no tokenizer files" in said.err
+        assert "set task.tokenizer" in said.err
+
+
+def generic(model: Path, folder: Path, order: tuple[int, int]) -> Path:
+    """The model with LABEL_0 and LABEL_1, its outputs in the given order."""
+    import torch
+
+    made = AutoModelForSequenceClassification.from_pretrained(model)
+    with torch.no_grad():
+        for parameter in made.classifier.parameters():
+            parameter.copy_(parameter[list(order)])
+    made.config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
+    made.config.label2id = {"LABEL_0": 0, "LABEL_1": 1}
+    shutil.copytree(model, folder)
+    made.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("data", ["mine", "held out"])
+def test_generic_labels_are_scored_if_they_fit_and_refused_if_they_do_not(
+    one_rank, whole_run: WholeRun, mine: Path, tmp_path: Path, data: str
+):
+    words = ("--data", mine) if data == "mine" else ()
+    good = generic(whole_run.teacher, tmp_path / "good", (0, 1))
+    bad = generic(whole_run.teacher, tmp_path / "bad", (1, 0))
+
+    def said(model: Path, *more: str) -> Any:
+        command = ("evaluate", whole_run.config, "--model", model, *words, *more)
+        return one_rank.megakd(*command, "--json")
+
+    told = said(good)
+    assert scored(told)["metrics"]["accuracy"] > 0.8
+    assert "LABEL_0, LABEL_1 are taken for the data's negative, positive" in told.err
+    refused = said(bad)
+    assert refused.code == 2
+    assert "or give --trust_label_order if this order is right" in refused.err
+    assert scored(said(bad, "--trust_label_order"))["metrics"]["accuracy"] < 0.2
+
+
+def test_a_run_scores_its_evaluation_sets_at_the_end(
+    one_rank, whole_run: WholeRun, mine: Path, tmp_path: Path
+):
+    data = write_reviews(tmp_path / "reviews")
+    task = {
+        "type": "classification",
+        "train_files": str(data / "tr*.jsonl"),
+        "validation_files": str(data / "validation.jsonl"),
+        "evaluation_sets": {"mine": str(mine), "all": [str(mine), str(data / "train.jsonl")]},
+    }
+    tree = config_tree(
+        tmp_path / "out",
+        task,
+        teacher={"model": str(whole_run.teacher)},
+        method={"name": "single"},
+        baselines=["alone"],
+    )
+    config = write_config(tmp_path / "run.yaml", tree)
+
+    said = finish(one_rank, config)
+
+    sets = read(tmp_path / "out")["evaluation_sets"]
+    assert {name: entry["rows"] for name, entry in sets.items()} == {"mine": 40, "all": 104}
+    assert list(sets["mine"]["metrics"]) == ["teacher", "student", "alone"]
+    for model, folder in {"teacher": whole_run.teacher, "student": tmp_path / "out/final"}.items():
+        found = sets["mine"]["metrics"][model]["accuracy"]
+        assert found == pytest.approx(accuracy_by_hand(folder, mine))
+    assert "evaluation set" in said.out
+    assert "Evaluation sets" in (tmp_path / "out" / "report.html").read_text()
+    again = scored(one_rank.megakd("evaluate", config, "--json"))
+    assert again["evaluation_sets"]["all"]["rows"] == 104
+    assert again["evaluation_sets"]["mine"]["metrics"] == sets["mine"]["metrics"]["student"]
