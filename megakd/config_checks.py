@@ -328,7 +328,7 @@ def _task(config: RunConfig) -> Iterator[str]:
 
 def _files(task: TaskConfig) -> Iterator[str]:
     if task.dataset is None and task.train_files is None:
-        yield "task.dataset: is missing; name a data set, or the files in task.train_files"
+        yield "task.dataset: missing, and it has no default; name data, or task.train_files"
     if task.dataset is not None:
         for key in ("train_files", "validation_files", "test_files"):
             if getattr(task, key) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -232,3 +233,31 @@ def test_a_teacher_with_another_schedule_does_not_inherit_its_options(run_file):
             "teacher.finetune={lr_scheduler_type: cosine}",
         ],
     )
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"train_files": "a", "dataset": "b"}, "task.train_files: task.dataset brings its own"),
+        ({"dataset": "b", "test_files": ["a"]}, "task.test_files: task.dataset brings its own"),
+        ({"test_files": "a"}, "task.dataset: missing, and it has no default; name data, or task"),
+        ({"train_files": "a", "data_dir": "b"}, "task.data_dir: goes with task.dataset"),
+        ({"train_files": []}, "task.train_files"),
+        ({"dataset": "b", "evaluation_sets": {"test": "a"}}, "is not train, validation or test"),
+        ({"dataset": "b", "evaluation_sets": {"a b": "a"}}, "an evaluation set's name has letters"),
+    ],
+)
+def test_data_is_named_in_one_way(tmp_path, task, message):
+    tree = {
+        "output_dir": "out",
+        "task": {"type": "classification", **task},
+        "student": {"model": "m"},
+        "method": {"name": "finetune"},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(tree))
+
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+
+    assert message in str(caught.value)
