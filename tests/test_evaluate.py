@@ -134,7 +134,7 @@ def test_a_model_without_a_tokenizer_is_not_scored(
     one_rank, whole_run: WholeRun, mine: Path, tmp_path: Path
 ):
     model = Path(shutil.copytree(whole_run.out / "final", tmp_path / "model"))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "checksums.json"):
         (model / name).unlink()
 
     for words in (("--data", mine), ()):
@@ -155,6 +155,7 @@ def generic(model: Path, folder: Path, order: tuple[int, int]) -> Path:
     made.config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
     made.config.label2id = {"LABEL_0": 0, "LABEL_1": 1}
     shutil.copytree(model, folder)
+    (folder / "checksums.json").unlink()
     made.save_pretrained(folder)
     return folder
 
