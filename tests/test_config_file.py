@@ -168,7 +168,7 @@ def test_an_override_that_cannot_be_applied_is_refused(
         ("task.text_columns=a", 'task.text_columns: must be a list (got "a")'),
         ("task.text_columns=[a, b, c]", "task.text_columns: takes at most 2 item(s) (got"),
         ("task.tokenizer={type: wordpice}", 'task.tokenizer.type: must be "wordpiece", "bpe" or'),
-        ("task={type: regression}", "task.dataset: missing, and it has no default"),
+        ("task={type: classification}", "task.dataset: missing, and it has no default"),
         ('task.dataset="\\ud800"', "the config: Invalid JSON"),
         (
             "objective.1={loss: hidden_mse, layer_mapping: unform}",
