@@ -26,6 +26,7 @@ from megakd.models.bundle import StudentBundle
 from megakd.models.labels import label_order
 from megakd.models.loading import ModelSource, load_model
 from megakd.objective import Objective
+from megakd.phases import phase
 from megakd.precision import TORCH_DTYPE, check_dtype, check_kernels, frozen_dtype, training_dtype
 from megakd.preparation import Prepared
 from megakd.scoring import Scorer
@@ -79,6 +80,7 @@ class Assembly:
             classes=self.prepared.classes,
         )
 
+    @phase("models")
     def student(self, stage: Stage) -> tuple[StudentEngine, Objective]:
         """The engine of the model that learns in this stage, with its objective.
 
@@ -114,6 +116,7 @@ class Assembly:
             torch.manual_seed(self.config.seed)
             return self.losses(stage).objective()
 
+    @phase("models")
     def frozen(
         self, source: ModelSource, spec: str | Mapping[str, Any], *, dtype: Dtype, needs: Needs
     ) -> FrozenTeacher:

@@ -14,9 +14,12 @@ import os
 import shlex
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+import psutil
 
 from megakd.config import RunConfig
 from megakd.config_file import dump_config, load_config
@@ -25,6 +28,7 @@ from megakd.config_schema import defaults, options, paths_ending_in
 from megakd.config_synonyms import synonyms
 from megakd.errors import ConfigError, MegakdError, PeerLostError
 from megakd.methods import MethodConfig
+from megakd.phases import counted
 from megakd.planning.options import add_plan_options, cluster_of
 from megakd.signals import Stopped, watched
 from megakd.terms import TermConfig
@@ -224,10 +228,15 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _print_plan(config, arguments)
     _prefer_large_pages()
-    from megakd import run
+    with counted(since_s=_seconds_since_start()):
+        from megakd import run
 
-    _say(run.run(config, command=arguments.command))
+        _say(run.run(config, command=arguments.command))
     return 0
+
+
+def _seconds_since_start() -> float:
+    return max(0.0, time.time() - psutil.Process().create_time())
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -189,6 +189,9 @@ class Report(TypedDict):
     baselines: name -> metrics of a model of the student's shape that was made another way.
     samples: of language models.
     evaluation_sets: those of `task.evaluation_sets`, by name.
+    seconds: wall-clock of the start that finished the run, by what it went into, up to the report:
+        start (libraries, process group), data, models (loading, engines), training (evaluations
+        and checkpoints included), scoring, latency.
     """
 
     method: str
@@ -208,6 +211,7 @@ class Report(TypedDict):
     pool: PoolReport | None
     samples: Sequence[SampleReport]
     evaluation_sets: Mapping[str, EvaluationSetReport]
+    seconds: Mapping[str, float]
     environment: Mapping[str, Any]
 
 

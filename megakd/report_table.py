@@ -45,12 +45,22 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
         peak = max(stage["peak_memory_bytes"] for stage in report["stages"])
         seconds = sum(stage["seconds"] for stage in report["stages"])
         lines += ["", f"training {duration(seconds)}, peak memory {gigabytes(peak)} per rank"]
+        lines += elsewhere_lines(report.get("seconds") or {})
     cost = report.get("cost")
     if cost is not None:
         lines.append(cost_line(cost))
     if final is not None:
         lines.append(f"the student is in {final}")
     return "\n".join(lines)
+
+
+def elsewhere_lines(seconds: Mapping[str, float]) -> list[str]:
+    """Return what the last start of a run spent its time on beside training, if that is known."""
+    if not seconds:
+        return []
+    parts = {name: value for name, value in seconds.items() if name != "training"}
+    listed = ", ".join(f"{name} {duration(value)}" for name, value in parts.items())
+    return [f"beside training {duration(sum(parts.values()))}: {listed}"]
 
 
 def cost_line(cost: CostReport) -> str:

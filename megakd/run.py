@@ -39,6 +39,7 @@ from megakd.lab import Assistant, Lab, scoring_preset
 from megakd.label_check import check_label_orders
 from megakd.latency import measure_latencies
 from megakd.methods import run_method
+from megakd.phases import counted, phase, seconds
 from megakd.precision import check_device
 from megakd.preparation import Prepared, prepare
 from megakd.progress import Reporter
@@ -67,7 +68,7 @@ def run(config: RunConfig, *, command: str) -> str:
     finished = is_finished(config)
     if not finished:
         check_output_folder(config)
-    with started() as ranks:
+    with counted(), started() as ranks:
         if agree(finished):
             return finished_table(config, command=command)
         with held(config.output_dir):
@@ -100,17 +101,19 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     check_device(config, ranks)
     on_main(lambda: check_hub(config.save))
     reporter = reporter_of(config, ranks)
-    prepared = prepare(config)
+    with phase("data"):
+        prepared = prepare(config)
     check_label_orders(Assembly(config=config, prepared=prepared, ranks=ranks))
     inputs = on_main(lambda: run_inputs(config, prepared))
     on_main(lambda: users_files(config.output_dir / FINAL))
     on_main(lambda: _record_config(config))
     try:
         lab = Lab(config, prepared, ranks, reporter)
-        student = run_method(config.method, lab)
-        baselines = {
-            name: lab.train(baseline_stage(lab, name, student)) for name in config.baselines
-        }
+        with phase("training"):
+            student = run_method(config.method, lab)
+            baselines = {
+                name: lab.train(baseline_stage(lab, name, student)) for name in config.baselines
+            }
         report = _report(lab, prepared, ranks, student, baselines)
     finally:
         reporter.close()
@@ -158,19 +161,22 @@ def _report(
     preset = scoring_preset(config.student.deepspeed)
     sampler = Sampler(held_out_prompts(lab.held_out, prepared.tokenizer, config.task, ranks.device))
     sets = SetScores(prepared, Assembly(config=config, prepared=prepared, ranks=ranks).scorer())
-    teachers = {
-        name: lab.score_teacher(name, look=sets.scoring(name, sampler.asking(name)))
-        for name in lab.teacher_folders
-    }
-    scored = {
-        name: lab.score(
-            lab.source(result.folder), preset, look=sets.scoring(name, sampler.asking(name))
-        )
-        for name, result in {STUDENT: student, **baselines}.items()
-    }
+    with phase("scoring"):
+        teachers = {
+            name: lab.score_teacher(name, look=sets.scoring(name, sampler.asking(name)))
+            for name in lab.teacher_folders
+        }
+        scored = {
+            name: lab.score(
+                lab.source(result.folder), preset, look=sets.scoring(name, sampler.asking(name))
+            )
+            for name, result in {STUDENT: student, **baselines}.items()
+        }
+        assistants = [_assistant(lab, made) for made in lab.record.assistants]
     students = {STUDENT: student.folder, **{n: made.folder for n, made in baselines.items()}}
     forget_models()
-    latency = on_main(lambda: _latency(lab, students, ranks.device))
+    with phase("latency"):
+        latency = on_main(lambda: _latency(lab, students, ranks.device))
     return Report(
         method=config.method.name,
         task=config.task.data_name,
@@ -179,7 +185,7 @@ def _report(
         teacher=teachers.get(largest(teachers) or ""),
         teachers=[{"name": n, **teachers[n]} for n in teachers if config.teachers],
         student={**scored["student"], "bytes": weight_bytes(student.folder)},
-        assistants=[_assistant(lab, made) for made in lab.record.assistants],
+        assistants=assistants,
         baselines={name: scored[name]["metrics"] for name in baselines},
         candidates=lab.record.candidates,
         stages=[_stage_entry(result) for result in lab.results],
@@ -189,6 +195,7 @@ def _report(
         pool=lab.record.pool,
         samples=sampler.samples(teacher=largest(teachers), student=STUDENT),
         evaluation_sets=sets.report(),
+        seconds=seconds(),
         environment=environment(
             ranks=ranks.world_size,
             device=ranks.device,

@@ -33,6 +33,7 @@ REPORT_KEYS = {
     "speedup",
     "latency",
     "samples",
+    "seconds",
     "cost",
     "pool",
     "evaluation_sets",
@@ -81,6 +82,8 @@ def test_the_report_has_the_keys_of_the_contract_and_sane_values(out, whole_run)
     assert report["speedup"].keys() == {"batch", "teacher_ms", "student_ms"}
     assert all(value > 0 for value in report["speedup"].values())
     assert (report["environment"]["ranks"], report["environment"]["device"]) == (1, "cpu")
+    phases = {"start", "data", "models", "training", "scoring", "latency"}
+    assert report["seconds"].keys() - {"other"} == phases
     for stage in report["stages"]:
         assert stage["seconds"] > 0
         assert stage["tokens_per_second"] > 0

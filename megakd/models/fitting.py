@@ -99,7 +99,7 @@ def build_empty(
             model = AUTO_CLASSES[task.type].from_config(
                 copy.deepcopy(config), dtype=dtype, trust_remote_code=source.trust_remote_code
             )
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise ModelError(
             f"{source.where}: no {config.model_type} model can be built from this config:"
             f" {one_line(error)}"

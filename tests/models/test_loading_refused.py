@@ -120,10 +120,15 @@ def test_a_scratch_config_that_cannot_be_used_is_refused(tiny, keys, expected):
 
 
 def test_a_width_that_the_heads_do_not_divide_is_refused(tiny):
-    task = tiny.task()
-    source = tiny.resolve(tiny.scratch("bert", hidden_size=15), task, "student.model")
+    with pytest.raises(ModelError, match=r"student\.model.config: hidden_size 15 does not divide"):
+        tiny.resolve(tiny.scratch("bert", hidden_size=15), tiny.task(), "student.model")
 
-    with pytest.raises(ModelError, match=r"student\.model: no bert model can be built .*15"):
+
+def test_a_model_that_transformers_cannot_build_is_refused_with_its_words(tiny):
+    task = tiny.task()
+    source = tiny.resolve(tiny.scratch("bert", hidden_act="nosuch"), task, "student.model")
+
+    with pytest.raises(ModelError, match=r"student\.model: no bert model can be built .*nosuch"):
         tiny.load(source, task, label_names=NAMES, need_head=False)
 
 

@@ -1,0 +1,69 @@
+"""What the wall-clock of a run goes into: its start, data, models, training, scoring, timing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+Seconds = dict[str, float]
+_running: ContextVar[_Clock | None] = ContextVar("phases", default=None)
+
+
+class _Clock:
+    """Adds the time since the last change of phase to the phase that has been going on."""
+
+    def __init__(self, since_s: float) -> None:
+        self.seconds: Seconds = {}
+        self._phase = "start"
+        self._since = time.perf_counter() - since_s
+
+    def change(self, phase: str) -> str:
+        """Begin a phase and return the one that it interrupts."""
+        now = time.perf_counter()
+        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
+        # The start is over once something else has begun.
+        before = "other" if self._phase == "start" else self._phase
+        self._phase, self._since = phase, now
+        return before
+
+
+@contextmanager
+def counted(*, since_s: float = 0.0) -> Iterator[None]:
+    """Count the seconds of a run, which begins with the phase `start`; inside itself a no-op.
+
+    Args:
+        since_s: how long ago the run began.
+    """
+    if _running.get() is not None:
+        yield
+        return
+    token = _running.set(_Clock(since_s))
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Count the body under a name; a phase inside the body takes its time out of this one."""
+    clock = _running.get()
+    if clock is None:
+        yield
+        return
+    before = clock.change(name)
+    try:
+        yield
+    finally:
+        clock.change(before)
+
+
+def seconds() -> Seconds:
+    """Return the seconds of every phase so far, or nothing where no run is counted."""
+    clock = _running.get()
+    if clock is None:
+        return {}
+    clock.change(clock.change("other"))
+    return {name: value for name, value in clock.seconds.items() if value > 0}
