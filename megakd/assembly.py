@@ -17,9 +17,11 @@ from megakd.data.encoding import Collator, tokenizer_content, tokens_key
 from megakd.data.masking import task_masking
 from megakd.engine.distributed import Ranks, on_main
 from megakd.engine.ds_config import load_ds_config
+from megakd.engine.finite import names_of_bad_weights
 from megakd.engine.initialize import training_engine
 from megakd.engine.memory import forget_models, freed_memory_returned
 from megakd.engine.student import StudentEngine
+from megakd.errors import ModelError
 from megakd.fingerprint import Fingerprint, files_identity, flatten
 from megakd.knowledge import Needs
 from megakd.models.bundle import StudentBundle
@@ -252,6 +254,7 @@ class Assembly:
                 seed=self.config.seed,
                 need_head=need_head,
             )
+        _check_finite(model, source, dtype)
         torch.nn.Module.to(model, self.ranks.device)  # transformers' own `to` is typed wrongly
         return model
 
@@ -268,3 +271,18 @@ def model_identity(source: ModelSource, *, seed: int) -> Mapping[str, Any]:
     if source.folder is None:
         identity["seed"] = seed
     return identity
+
+
+def _check_finite(model: PreTrainedModel, source: ModelSource, dtype: Dtype) -> None:
+    """Refuse a model whose weights would make every loss NaN, before the learning rate is blamed.
+
+    Raises:
+        ModelError: on all ranks alike.
+    """
+    bad = names_of_bad_weights(model)
+    if bad:
+        raise ModelError(
+            f"{source.where}: {len(bad)} weight tensors of {source.name} are not finite (NaN or "
+            f"infinite) in {dtype}, the first is {bad[0]}; fetch or export the model again, and "
+            "where fp16 is too narrow for its weights choose bf16 or fp32"
+        )

@@ -38,6 +38,7 @@ from megakd.hub import check_hub, push_to_hub
 from megakd.lab import Assistant, Lab, scoring_preset
 from megakd.label_check import check_label_orders
 from megakd.latency import measure_latencies
+from megakd.method_check import check_method
 from megakd.methods import run_method
 from megakd.phases import counted, phase, seconds
 from megakd.precision import check_device
@@ -104,6 +105,7 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     with phase("data"):
         prepared = prepare(config)
     check_label_orders(Assembly(config=config, prepared=prepared, ranks=ranks))
+    check_method(config, prepared, ranks)
     inputs = on_main(lambda: run_inputs(config, prepared))
     on_main(lambda: users_files(config.output_dir / FINAL))
     on_main(lambda: _record_config(config))

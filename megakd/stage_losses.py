@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megakd.config import TaskType
 from megakd.knowledge import Needs
 from megakd.models.loading import ModelSource
-from megakd.objective import Objective, Shape, build_objective, teacher_needs
+from megakd.objective import Objective, Shape, build_objective, check_terms, teacher_needs
 from megakd.stage import Stage
 from megakd.terms import hard_terms
 
@@ -31,6 +31,14 @@ class StageLosses:
         if self.teacher is None:
             return Needs()
         return self._with_states(teacher_needs(self.stage.objective, self.student, self.teacher))
+
+    def check(self) -> None:
+        """Refuse terms that cannot work between these models.
+
+        Raises:
+            MegakdError: naming the term and both values.
+        """
+        check_terms(self.stage.objective, self.task, self.student, self.teacher)
 
     def objective(self) -> Objective:
         """Build the loss terms, which also say what is read of the student's forward.

@@ -1,0 +1,110 @@
+"""What a method refuses is found before the first stage, and weights that no training can mend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from spoiling import LATE, Bench, assert_refused
+from tiny_runs import bert
+
+from megakd.engine import finite
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def bench(whole_run, tmp_path, one_rank) -> Bench:
+    return Bench(tmp_path, whole_run.reviews, whole_run.teacher, one_rank)
+
+
+SELECTION = {"name": "knowledge_selection", "episodes": 1}
+
+
+@pytest.mark.parametrize(
+    ("sections", "fragments"),
+    [
+        (
+            {"method": SELECTION, "student": {"model": bert(1)}},
+            ("relation_fsp compares flows", "the only layer that the student has"),
+        ),
+        (
+            {
+                "method": {**SELECTION, "phase_steps": 9},
+                "student": {"model": bert(2)},
+                "objective": [{"loss": "soft_target_kl"}],
+            },
+            ("method.phase_steps: a phase of 9 steps does not fit into an episode of 4",),
+        ),
+        (
+            {
+                "method": {"name": "minidisc", "metric": "matthews"},
+                "student": {"model": "from_teacher"},
+            },
+            ("method.metric",),
+        ),
+    ],
+    ids=["one layer", "phase", "metric"],
+)
+def test_a_method_refuses_before_its_teacher_is_trained(bench, sections, fragments):
+    said = bench.start(bench.tree(teacher=LATE, **sections))
+
+    assert_refused(said, bench, *fragments)
+
+
+def test_a_phase_is_measured_against_the_steps_that_the_rows_give(bench):
+    tree = bench.tree(teacher=LATE, student={"model": bert(2)}, method=SELECTION)
+    tree["method"] = {**SELECTION, "phase_steps": 17}
+    tree["objective"] = [{"loss": "soft_target_kl"}]
+    tree["train"] = {"per_device_train_batch_size": 8, "num_train_epochs": 1}
+
+    said = bench.start(tree)
+
+    assert_refused(said, bench, "a phase of 17 steps does not fit into an episode of 8")
+
+
+def poison(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    name = next(name for name in weights if name.endswith("query.weight"))
+    weights[name][0, 0] = torch.nan
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_weights_that_are_not_finite_are_blamed_in_place_of_the_learning_rate(bench, role):
+    folder = bench.copied()
+    poison(folder)
+
+    said = bench.start(bench.tree(**{role: {"model": str(folder)}}))
+
+    assert said.code == 2
+    assert f"{role}.model: 1 weight tensors of {folder} are not finite" in said.err
+    assert "query.weight" in said.err
+    assert "learning_rate" not in said.err
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_bad_number_is_found_whatever_the_dtype(bad, dtype, monkeypatch):
+    monkeypatch.setattr(finite, "gather", lambda value: [value])
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).to(dtype)
+
+    assert finite.names_of_bad_weights(model) == []
+    with torch.no_grad():
+        model[1].weight[1, 2] = bad
+    assert finite.names_of_bad_weights(model) == ["1.weight"]
+
+
+def test_the_padding_of_a_shard_does_not_count(monkeypatch):
+    shard = torch.tensor([1.0, 2.0, torch.nan])
+    shard.status = type("Status", (), {"name": "AVAILABLE"})
+    parameter = torch.nn.Parameter(torch.empty(0))
+    parameter.ds_tensor, parameter.ds_numel, parameter.ds_process_group = shard, 5, None
+    monkeypatch.setattr(finite, "is_zero_param", lambda _: True)
+
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda _: 1)
+    assert finite._own_part(parameter).tolist() == [1.0, 2.0]
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda _: 2)
+    assert finite._own_part(parameter).tolist() == []
