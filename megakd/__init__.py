@@ -1,1 +1,36 @@
 """Distil Hugging Face teachers into smaller students under DeepSpeed."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megakd.api import RunResult, evaluate, load_config, plan, train
+    from megakd.config import RunConfig
+    from megakd.errors import MegakdError
+
+__all__ = [
+    "MegakdError",
+    "RunConfig",
+    "RunResult",
+    "evaluate",
+    "load_config",
+    "plan",
+    "train",
+]
+_HOMES = {"MegakdError": "megakd.errors", "RunConfig": "megakd.config"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import megakd` costs nothing."""
+    if name == "__version__":
+        return version("megakd")
+    if name in __all__:
+        return getattr(importlib.import_module(_HOMES.get(name, "megakd.api")), name)
+    raise AttributeError(f"module megakd has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__, "__version__"]

@@ -16,6 +16,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,11 +28,12 @@ from megakd.config_messages import suggestion
 from megakd.config_schema import defaults, options, paths_ending_in
 from megakd.config_synonyms import synonyms
 from megakd.errors import ConfigError, MegakdError, PeerLostError
-from megakd.methods import MethodConfig
+from megakd.methods import PLUGIN_METHOD, MethodConfig
 from megakd.phases import counted
 from megakd.planning.options import add_plan_options, cluster_of
+from megakd.quiet_stdout import print_aside
 from megakd.signals import Stopped, watched
-from megakd.terms import TermConfig
+from megakd.terms import PLUGIN_TERM, TermConfig
 
 _USER_ERROR = 2
 _PEER_LOST = 1
@@ -93,6 +95,9 @@ def _dispatch(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         _say(_overview())
         return 0 if words else _USER_ERROR
+    if words[0] in ("-V", "--version"):
+        _say(f"megakd {version('megakd')}")
+        return 0
     name, *rest = words
     if name not in _COMMANDS:
         near = suggestion(name, _COMMANDS)
@@ -110,7 +115,7 @@ def _run_command(name: str, words: Sequence[str], *, prog: str) -> int:
 def _overview() -> str:
     lines = [f"  {name:10}{description}" for name, (_, _, description) in _COMMANDS.items()]
     usage = "usage: megakd {" + ",".join(_COMMANDS) + "} ...\n"
-    return "\n".join([usage, *lines, "\nmegakd COMMAND --help says more."])
+    return "\n".join([usage, *lines, "\nmegakd COMMAND --help says more; megakd --version."])
 
 
 def _guarded(command: Callable[[], int]) -> int:
@@ -207,6 +212,7 @@ def _add_report(parser: _Parser) -> None:
 
 def _add_methods(parser: _Parser) -> None:
     parser.add_argument("--losses", action="store_true", help="list the loss terms instead")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="one method, or one loss, alone")
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
@@ -246,12 +252,13 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _print_plan(config: RunConfig, arguments: argparse.Namespace) -> int:
     if not _is_rank_0():
         return 0
-    cluster = cluster_of(arguments)
-    from megakd.plan import plan_run
-    from megakd.planning.page import page
-
-    plan = plan_run(config, cluster)
     as_json = getattr(arguments, "json", False)
+    with print_aside(when=as_json):
+        cluster = cluster_of(arguments)
+        from megakd.planning.page import page
+        from megakd.planning.plan import plan_run
+
+        plan = plan_run(config, cluster)
     _say(json.dumps(plan.as_json(), indent=2) if as_json else page(plan))
     return 0
 
@@ -280,11 +287,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     _prefer_large_pages()
     if arguments.submission is not None:
         return _submit(config, arguments)
-    from megakd import evaluate
+    with print_aside(when=arguments.json):
+        from megakd import model_evaluation
 
-    found = evaluate.evaluate_model(
-        config, arguments.model, data=data, trusts_order=arguments.trust_label_order
-    )
+        found = model_evaluation.evaluate_model(
+            config, arguments.model, data=data, trusts_order=arguments.trust_label_order
+        )
     _say(json.dumps(found, indent=2) if arguments.json else _scores(found))
     return 0
 
@@ -339,8 +347,22 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _methods(arguments: argparse.Namespace) -> int:
     kinds = options(TermConfig, "loss") if arguments.losses else options(MethodConfig, "name")
+    if arguments.name is not None:
+        kinds = {arguments.name: _named(arguments.name, kinds, losses=arguments.losses)}
     _say("\n\n".join(_entry(name, kind) for name, kind in kinds.items()))
     return 0
+
+
+def _named(name: str, kinds: Mapping[str, type], *, losses: bool) -> type:
+    """The options of one method or loss, `module:name` included."""
+    if name in kinds:
+        return kinds[name]
+    if ":" in name:
+        return (PLUGIN_TERM if losses else PLUGIN_METHOD).kind(name)
+    near, noun = suggestion(name, kinds), "loss" if losses else "method"
+    if not losses and name in options(TermConfig, "loss"):
+        near = f"; it is a loss: megakd methods --losses {name}"
+    raise ConfigError(f'unknown {noun} "{name}"{near or ";"} known: {", ".join(kinds)}')
 
 
 def _entry(name: str, kind: type) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import types
@@ -316,3 +318,64 @@ def test_the_launch_file_says_when_megakd_is_not_installed(tmp_path: Path) -> No
     assert done.returncode == 1
     assert done.stderr.startswith("megakd is not installed in this Python: run `make install`")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+
+    assert re.fullmatch(r"megakd \d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("words", "first", "absent"),
+    [
+        (["minidisc"], "minidisc", "skdbert"),
+        (["--losses", "soft_target_kl"], "soft_target_kl", "hidden_mse"),
+        (["soft_target_kl", "--losses"], "soft_target_kl", "hidden_mse"),
+    ],
+)
+def test_one_method_or_loss_is_listed_alone(
+    words: list[str], first: str, absent: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["methods", *words]) == 0
+
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{first}\n")
+    assert absent not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["minidsic"], 'unknown method "minidsic"; did you mean "minidisc"? known: finetune'),
+        (["--losses", "soft_target_k"], 'unknown loss "soft_target_k"; did you mean "soft_target'),
+        (["hidden_mse"], "it is a loss: megakd methods --losses hidden_mse"),
+        (["no_such_module:X"], "module no_such_module cannot be imported"),
+    ],
+)
+def test_a_method_that_does_not_exist_gets_the_nearest_name(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["methods", *words]) == 2
+
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.out == ""
+
+
+def test_nothing_but_json_reaches_standard_output_whatever_libraries_print(
+    run_file: str, runs: Runs, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noisy(config: RunConfig, model: str | None, **how: Any) -> dict[str, float]:
+        print("a library says hello")  # noqa: T201
+        os.write(1, b"so does its C++\n")
+        return {"accuracy": 0.5}
+
+    monkeypatch.setattr(runs, "evaluate_model", noisy)
+
+    assert cli.main(["evaluate", "--config", run_file, "--json"]) == 0
+
+    shown = capfd.readouterr()
+    assert json.loads(shown.out) == {"accuracy": 0.5}
+    assert "a library says hello" in shown.err
+    assert "so does its C++" in shown.err

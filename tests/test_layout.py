@@ -164,7 +164,7 @@ def test_only_the_commands_import_the_lab() -> None:
         "megakd.run",
         "megakd.submission",
         "megakd.caching",
-        "megakd.evaluate",
+        "megakd.model_evaluation",
     }
     assert importers <= commands
 

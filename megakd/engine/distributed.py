@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import hashlib
 import logging
@@ -26,6 +27,8 @@ from megakd.errors import MegakdError, PeerLostError
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+_KEPT: list[bool] = []
+"""Not empty: the group stays until the process ends."""
 # In the words of gloo, of the sockets below it, and of NCCL.
 _PEER_LOST = (
     "Connection closed by peer",
@@ -296,6 +299,16 @@ def reports_lost_peer() -> Iterator[None]:
         ) from error
 
 
+def keep_group() -> None:
+    """Let the process group outlive a run: DeepSpeed can join only one in a process.
+
+    Later runs of the process use the group; it ends with the process.
+    """
+    if not _KEPT:
+        _KEPT.append(True)
+        atexit.register(_leave, failed=True)
+
+
 def stop(*, failed: bool = False) -> None:
     """Leaves the process group; without this a gloo run aborts at exit.
 
@@ -303,6 +316,11 @@ def stop(*, failed: bool = False) -> None:
         failed: this rank leaves by an error: the others may not be on their way here.
     """
     gc.collect()
+    if not _KEPT:
+        _leave(failed=failed)
+
+
+def _leave(*, failed: bool) -> None:
     if dist.is_initialized():
         if not failed:
             with reports_lost_peer():

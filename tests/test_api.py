@@ -1,0 +1,135 @@
+"""megakd from Python: what a notebook does, call after call in one process."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_runs import config_tree, write_config, write_reviews
+
+import megakd
+from megakd.errors import ConfigError
+
+NOTEBOOK = """
+import json, logging, os, random, sys, warnings
+import megakd
+assert "torch" not in sys.modules and "transformers" not in sys.modules, "not light"
+from megakd import config, config_file
+assert "torch" not in sys.modules, "the config is not light"
+from pathlib import Path
+
+tree, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+import numpy, torch
+root, own = logging.getLogger(), logging.getLogger("megakd")
+torch.manual_seed(5); random.seed(5)
+
+def facts():
+    return (list(root.handlers), root.level, own.level, dict(os.environ), list(warnings.filters),
+            torch.random.get_rng_state().tolist(), random.getstate(), torch.get_num_threads())
+
+torch.random.initial_seed()
+before = facts()
+said = {}
+first = megakd.train(tree, [f"output_dir={out}/first"])
+assert facts() == before, "train changed the process"
+second = megakd.train(megakd.load_config(sys.argv[1]), [f"output_dir={out}/second", "seed=7"])
+again = megakd.train(tree, [f"output_dir={out}/first"])
+said["metrics"] = [dict(first.metrics), dict(again.metrics)]
+said["evaluated"] = megakd.evaluate(sys.argv[1], overrides=[f"output_dir={out}/first"])
+said["other"] = megakd.evaluate(tree, second.student)
+said["peak"] = megakd.plan(tree, ranks=2, device="cpu").peak_bytes_per_rank
+try:
+    megakd.train(tree, ["train.max_steps=-1"])
+except megakd.MegakdError as error:
+    said["error"] = str(error)
+try:
+    megakd.evaluate(tree, out / "nowhere")
+except megakd.MegakdError as error:
+    said["missing"] = str(error)
+third = megakd.train({**tree, "output_dir": out / "third"})
+said["student"] = str(third.student)
+said["report"] = third.report["method"]
+assert facts() == before, "a call changed the process"
+Path(sys.argv[3]).write_text(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> dict:
+    """What the notebook-like script has found."""
+    folder = tmp_path_factory.mktemp("notebook")
+    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
+    config = write_config(folder / "run.yaml", config_tree(folder / "out", task))
+    script = folder / "notebook.py"
+    script.write_text(NOTEBOOK, encoding="utf-8")
+    shown = subprocess.run(
+        [sys.executable, str(script), str(config), str(folder), str(folder / "said.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert shown.returncode == 0, shown.stderr
+    return json.loads((folder / "said.json").read_text()) | {"folder": folder}
+
+
+def test_trainings_evaluations_and_plans_follow_one_another_in_one_process(said):
+    assert said["metrics"][0] == said["metrics"][1]
+    assert said["evaluated"]["accuracy"] == pytest.approx(said["metrics"][0]["accuracy"])
+    assert 0 <= said["other"]["accuracy"] <= 1
+    assert said["peak"] > 0
+
+
+def test_a_result_names_the_student_and_holds_the_report(said):
+    student = Path(said["student"])
+
+    assert (student / "config.json").is_file()
+    assert said["report"] == "finetune"
+    assert student == said["folder"] / "third" / "final"
+
+
+def test_a_mistake_is_an_error_of_megakd_and_the_next_call_works(said):
+    assert said["error"].startswith('override "train.max_steps=-1": train.max_steps: must be')
+    assert "nowhere" in said["missing"]
+
+
+def test_a_config_may_be_a_path_a_mapping_or_a_config(tmp_path):
+    tree = config_tree(tmp_path, {"type": "classification", "dataset": "pydocs"})
+    path = write_config(tmp_path / "run.yaml", tree)
+
+    config = megakd.load_config(path)
+
+    assert config == megakd.load_config(str(path)) == megakd.load_config(tree)
+    assert megakd.load_config(config) is config
+    assert megakd.load_config(config, ["seed=7"]).seed == 7
+    with pytest.raises(ConfigError, match=r"config: sed = 1: unknown key; did you mean .seed."):
+        megakd.load_config({**tree, "sed": 1})
+
+
+def test_the_configs_of_the_page_are_valid(repository, tmp_path, monkeypatch):
+    page = (repository / "docs" / "python.md").read_text(encoding="utf-8")
+    tree = re.search(r"megakd\.train\(\n(.*?)\n\)", page, re.DOTALL)[1]
+
+    assert megakd.load_config(json.loads(re.sub(r",(\s*[}\]])", r"\1", tree))).method.name
+    for name in re.findall(r"megakd\.(\w+)\(", page):
+        assert callable(getattr(megakd, name))
+
+
+def test_the_package_is_marked_as_typed(repository):
+    import tomllib
+
+    project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))
+
+    assert (repository / "megakd" / "py.typed").is_file()
+    assert "py.typed" in project["tool"]["setuptools"]["package-data"]["megakd"]
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    assert "train" in dir(megakd)
+    assert megakd.__version__
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        megakd.trian  # noqa: B018
