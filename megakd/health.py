@@ -17,6 +17,7 @@ from megakd.objective import WEIGHTED_LOSS, Objective
 from megakd.progress import LEARNING_RATE, LOSS, MEMORY_BYTES, TOKENS_PER_SECOND
 from megakd.report import peak_memory_bytes
 from megakd.stage import UNITS, Stage, StepReport
+from megakd.teachers.watched import failed_teachers
 from megakd.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -145,8 +146,18 @@ class Health:
             raise TrainingError(
                 f"{self._stage}: the loss or its gradient is not finite (NaN or infinite) at step "
                 f"{step + 1}; the last good checkpoint is {good or 'none, nothing was saved yet'}; "
-                f"lower train.learning_rate or check the data, then start again"
+                f"{self._remedy()}, then start again"
             )
+
+    def _remedy(self) -> str:
+        """What to change; a teacher that said NaN is to blame before anything else."""
+        failed = failed_teachers(self._trainer.teachers, self._ranks.device)
+        if failed:
+            return (
+                f"the outputs of {', '.join(failed)} are not finite: check its weights, or hold it "
+                "in a wider dtype (bf16 or fp32)"
+            )
+        return "lower train.learning_rate or check the data"
 
     def tokens_per_second(self) -> float:
         """Valid tokens of all ranks per second of training, over the whole stage."""

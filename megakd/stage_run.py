@@ -35,6 +35,7 @@ from megakd.report import peak_memory_bytes
 from megakd.schedules import learning_rate_schedule, total_steps
 from megakd.stage import Batch, Stage, StageResult, StepReport, Teacher
 from megakd.stage_result import RESULT, result_text
+from megakd.teachers.watched import WatchedTeacher
 from megakd.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class StageRun:
         self.stop_vote = StopVote()
         self.trainer = Trainer(
             student=self.student,
-            teachers=teachers,
+            teachers={name: WatchedTeacher(teacher) for name, teacher in teachers.items()},
             strategy=stage.strategy,
             count_units=self._count_units,
             learning_rate=lambda step: rate(step % steps),

@@ -43,7 +43,7 @@ class Watched:
     def __init__(self, *terms: TermConfig, fp16: bool = False) -> None:
         shape = Shape(2, 4, 3)
         self.trainer: Any = SimpleNamespace(
-            step=0, meter=Meter(), learning_rate=lambda step: 0.1 * step
+            step=0, meter=Meter(), learning_rate=lambda step: 0.1 * step, teachers={}
         )
         self.health = Health(
             build_objective(terms or (CE,), "classification", shape, shape),
@@ -89,6 +89,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_checkpoint(loss
     assert "distil: the loss or its gradient is not finite" in str(caught.value)
     assert "at step 2;" in str(caught.value)  # the second, as the log counts them
     assert f"the last good checkpoint is {Path('checkpoints/distil/step-1')};" in str(caught.value)
+
+
+def test_a_teacher_whose_answers_are_not_finite_is_blamed_in_place_of_the_learning_rate():
+    watched = Watched()
+    watched.trainer.teachers = {
+        "calm": SimpleNamespace(failed=torch.tensor(False)),  # noqa: FBT003
+        "mad": SimpleNamespace(failed=torch.tensor(True)),  # noqa: FBT003
+        "unasked": SimpleNamespace(failed=None),
+    }
+    watched.step(loss=math.nan)
+
+    with pytest.raises(TrainingError) as caught:
+        watched.health.check_finite(nothing_saved)
+
+    assert "the outputs of mad are not finite: check its weights" in str(caught.value)
+    assert "learning_rate" not in str(caught.value)
 
 
 def test_a_run_that_stops_before_its_first_checkpoint_says_that_there_is_none():

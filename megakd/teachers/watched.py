@@ -1,0 +1,64 @@
+"""Notes whether a teacher's answers are finite: the learning rate is not to blame for those."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from megakd.engine.distributed import all_reduce_
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megakd.stage import Batch, Knowledge, Teacher
+
+
+class WatchedTeacher:
+    """A teacher with a note, on the device, of an answer that is NaN or infinite."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+        self.failed: Tensor | None = None
+
+    def __call__(self, batch: Batch) -> Knowledge:
+        """Ask the teacher; nothing is read from the device."""
+        read = self._teacher(batch)
+        bad = ~_finite(read, batch)
+        self.failed = bad if self.failed is None else self.failed | bad
+        return read
+
+    def expect(self, *, soon: bool) -> None:
+        """Pass on whether the next step asks the teacher."""
+        self._teacher.expect(soon=soon)
+
+
+def failed_teachers(teachers: Mapping[str, object], device: torch.device) -> list[str]:
+    """Return the teachers that have given an answer that is not finite, on any rank; a collective.
+
+    Args:
+        teachers: of a stage; one that is not watched has not failed.
+        device: of the notes.
+    """
+    if not teachers:
+        return []
+    notes = [getattr(teacher, "failed", None) for teacher in teachers.values()]
+    flags = [torch.zeros((), device=device) if n is None else n.float() for n in notes]
+    seen = all_reduce_(torch.stack(flags), largest=True).tolist()
+    return [name for name, flag in zip(teachers, seen, strict=True) if flag]
+
+
+def _finite(read: Knowledge, batch: Batch) -> Tensor:
+    """A scalar; what padding and empty rows say does not count."""
+    valid = batch.valid
+    if read.logits is not None:
+        said, counts = read.logits, valid.any(dim=1)  # [B, C]
+    elif read.hidden is not None and batch.targets is not None:
+        said = read.hidden  # [N, D]
+        counts = valid.flatten()[batch.targets]
+    elif read.hidden is not None:
+        said, counts = read.hidden, valid  # [B, T, D]
+    else:
+        return torch.ones((), dtype=torch.bool, device=valid.device)
+    return (torch.isfinite(said).all(dim=-1) | ~counts).all()
