@@ -21,8 +21,8 @@ from machine import machine
 from options import integers
 
 from megakd.config_file import dump_config, load_config
+from megakd.memory_plan import plan_run
 from megakd.planning.cluster import Cluster
-from megakd.planning.plan import plan_run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

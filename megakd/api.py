@@ -25,7 +25,7 @@ from megakd.config import RunConfig
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from megakd.planning.plan import Plan
+    from megakd.memory_plan import Plan
 
 Config = str | Path | Mapping[str, Any] | RunConfig
 """A path of a YAML file, the same as a mapping, or a config that is loaded already."""
@@ -148,8 +148,8 @@ def plan(config: Config, overrides: Sequence[str] = (), **cluster: Unpack[Cluste
     """
     checked = load_config(config, overrides)
     with _undone():
+        from megakd.memory_plan import plan_run
         from megakd.planning.options import cluster_of
-        from megakd.planning.plan import plan_run
 
         return plan_run(checked, cluster_of(argparse.Namespace(**cluster)))
 

@@ -255,8 +255,8 @@ def _print_plan(config: RunConfig, arguments: argparse.Namespace) -> int:
     as_json = getattr(arguments, "json", False)
     with print_aside(when=as_json):
         cluster = cluster_of(arguments)
+        from megakd.memory_plan import plan_run
         from megakd.planning.page import page
-        from megakd.planning.plan import plan_run
 
         plan = plan_run(config, cluster)
     _say(json.dumps(plan.as_json(), indent=2) if as_json else page(plan))

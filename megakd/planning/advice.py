@@ -11,7 +11,7 @@ from megakd.engine.ds_config import load_ds_config, zero_stage
 from megakd.planning.cluster import Cluster
 
 if TYPE_CHECKING:
-    from megakd.planning.plan import Plan
+    from megakd.memory_plan import Plan
 
 WANTED = 3
 _MOST_TOGETHER = 4

@@ -9,7 +9,7 @@ from megakd.planning.ledger import PARTS
 from megakd.report_table import aligned_rows
 
 if TYPE_CHECKING:
-    from megakd.planning.plan import Plan
+    from megakd.memory_plan import Plan
     from megakd.planning.timeline import PhasePlan
 
 

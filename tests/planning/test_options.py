@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import megakd.planning
+import megakd
 from megakd import cli
 from megakd.config import RunConfig
 
@@ -39,7 +39,7 @@ class Page(types.ModuleType):
     """Stands in for megakd.plan and notes what it was asked."""
 
     def __init__(self) -> None:
-        super().__init__("megakd.planning.plan")
+        super().__init__("megakd.memory_plan")
         self.asked: list[tuple[RunConfig, Any]] = []
 
     def plan_run(self, config: RunConfig, cluster: Any) -> Any:
@@ -50,8 +50,8 @@ class Page(types.ModuleType):
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> Page:
     fake = Page()
-    monkeypatch.setitem(sys.modules, "megakd.planning.plan", fake)
-    monkeypatch.setattr(megakd.planning, "plan", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "megakd.memory_plan", fake)
+    monkeypatch.setattr(megakd, "memory_plan", fake, raising=False)
     monkeypatch.setattr("megakd.planning.page.page", lambda plan: f"a page: {plan.as_json()}")
     return fake
 

@@ -9,9 +9,9 @@ import pytest
 from tiny_runs import bert, write_config
 
 from megakd.config_file import load_config
+from megakd.memory_plan import Plan, plan_run
 from megakd.planning.advice import Case, candidates
 from megakd.planning.cluster import Cluster
-from megakd.planning.plan import Plan, plan_run
 from megakd.planning.rehearsals import Rehearsals
 
 TEACHER = {"model": bert(3, width=32, vocab_size=64)}
