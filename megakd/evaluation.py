@@ -8,12 +8,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megakd.errors import ConfigError, DataError
+from megakd.plugins import is_metric, metric_of
 from megakd.stage import Scores, Verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LOWER_IS_BETTER = ("perplexity", "loss")
+
+
+def lower_is_better(name: str) -> bool:
+    """Return whether less of a metric is better; a package that is gone cannot say so."""
+    if not is_metric(name):
+        return name in LOWER_IS_BETTER
+    try:
+        return not getattr(metric_of(name), "higher_is_better", True)
+    except ConfigError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +96,7 @@ def headline(metrics: Sequence[str]) -> Metric:
     """The number that stands for a task: the mean where it has several official metrics."""
     parts = tuple(metrics)
     name = parts[0] if len(parts) == 1 else "mean_" + "_".join(parts)
-    return Metric(name=name, parts=parts, higher_is_better=parts[0] not in LOWER_IS_BETTER)
+    return Metric(name=name, parts=parts, higher_is_better=not lower_is_better(parts[0]))
 
 
 def weighable(name: str | None, main: Metric, metrics: Sequence[str]) -> Metric:

@@ -27,7 +27,7 @@ class CheckingLab(PlanningLab):
 
     def metric(self, name: str | None) -> Metric:
         """A metric of the task that can be weighed against sparsity, as of the lab."""
-        return weighable(name, self._prepared.splits.metrics)
+        return weighable(name, self._prepared.metric, self._prepared.metrics.names)
 
     def steps_of_student(self) -> int:
         """Optimiser steps that `train` asks for where all rows are trained on."""

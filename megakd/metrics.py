@@ -15,6 +15,7 @@ from megakd.config import LANGUAGE_TASKS, METRICS, ONE_LABEL_METRICS
 from megakd.config_messages import suggestion
 from megakd.errors import ConfigError, DataError, TrainingError
 from megakd.evaluation import Metric, headline
+from megakd.plugins import metric_of
 from megakd.stage import IGNORE
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class TaskMetrics:
 
     def _value(self, name: str, predicted: Numbers, truth: Numbers) -> float:
         if name not in ONE_LABEL_METRICS:
-            return _METRICS[name](predicted, truth)
+            metric = _METRICS.get(name) or metric_of(name)
+            return float(metric(predicted, truth))
         said, is_so = _classes(predicted) == self.positive, truth == self.positive
         if not is_so.any() and not said.any():
             logger.info(

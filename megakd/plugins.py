@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 from pydantic import TypeAdapter
 from pydantic_core import CoreSchema, core_schema
@@ -150,6 +150,26 @@ def wrong_options(kind: Any, base: type, methods: tuple[str, ...]) -> str | None
         )
     missing = [name for name in methods if getattr(kind, name) is getattr(base, name)]
     return f"{kind.__name__} has no {missing[0]}()" if missing else None
+
+
+def is_metric(name: str) -> bool:
+    """Return whether a metric's name means one of another package."""
+    return ":" in name or name in installed(METRICS)
+
+
+def metric_of(name: str) -> Callable[[Any, Any], float]:
+    """Return the function of a metric of another package.
+
+    Raises:
+        ConfigError: there is none, or the function does not say which way is better.
+    """
+    found = load_plugin(METRICS, name)
+    if not (callable(found) and isinstance(getattr(found, "higher_is_better", None), bool)):
+        raise ConfigError(
+            f'"{name}" is no function(outputs, labels) with an attribute higher_is_better, true '
+            "or false; docs/plugins.md shows an example"
+        )
+    return cast("Callable[[Any, Any], float]", found)
 
 
 def code_of(value: Any) -> dict[str, str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from megakd.evaluation import LOWER_IS_BETTER
+from megakd.evaluation import lower_is_better
 from megakd.report_charts import Curve as Line
 from megakd.report_charts import line_chart
 from megakd.report_history import Curve, Panel, evenly, thinned
@@ -171,7 +171,7 @@ def _unit(name: str, title: str) -> str:
     """Return the unit of a number; a choice is a weight without a unit."""
     last = name.rpartition(" = ")[2]
     if title == EVALUATION_TITLE:
-        return "lower is better" if last in LOWER_IS_BETTER else "%"
+        return "lower is better" if lower_is_better(last) else "%"
     if title in (CHOICES_TITLE, OUTCOME_TITLE):
         return "lower is better" if last == "held_out_loss" else ""
     return "nats" if last.endswith(NATS) else UNITS.get(last, "")

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 from megakd import atomic
 from megakd.config import STUDENT, TEACHER
 from megakd.errors import CheckpointError
-from megakd.evaluation import LOWER_IS_BETTER
+from megakd.evaluation import lower_is_better
 from megakd.report import CandidateReport, Report, SampleReport
 from megakd.report_charts import Chart, Dot, choice_chart, plane_chart, tick
 from megakd.report_curves import training_sections
@@ -169,7 +169,7 @@ def comparison(report: Report) -> str:
     name, beside = report["metric_name"], against_teacher(report, report["student"]["metrics"])
     if beside == "-":
         return ""
-    if name not in LOWER_IS_BETTER:
+    if not lower_is_better(name):
         return f"It keeps {beside} of the teacher's score."
     if not beside.startswith("x"):
         return f"Its {name} differs from the teacher's by {beside} (lower is better)."
@@ -183,12 +183,12 @@ def _models(report: Report) -> Iterator[Block]:
     titles, *rows = model_rows(report)
     width = len(titles) - 2 * len(times)
     order = [0, *range(SIZES + 1, width), *range(1, SIZES + 1)]
-    lower = set(LOWER_IS_BETTER)
+    lower = {name for name in titles if lower_is_better(name)}
     shown = [
         f"{name}\N{NO-BREAK SPACE}\N{DOWNWARDS ARROW}" if name in lower else name for name in titles
     ]
     notes = [f"Scores on {report['evaluated_on']}"]
-    notes += ["\N{DOWNWARDS ARROW}: lower is better"] if lower & set(titles) else []
+    notes += ["\N{DOWNWARDS ARROW}: lower is better"] if lower else []
     notes += [f"{WITHOUT_EMBEDDINGS}: parameters without embeddings, pooler and heads"]
     cells = [[row[column] for column in order] for row in (shown, *rows)]
     yield Table(cells, caption=f"{'. '.join(notes)}.")
@@ -219,7 +219,7 @@ def _planes(report: Report) -> Iterator[Block]:
     charts = [
         _plane(report["metric_name"], measure, dots) for measure, dots in measures.items() if dots
     ]
-    is_low = report["metric_name"] in LOWER_IS_BETTER
+    is_low = lower_is_better(report["metric_name"])
     if charts:
         yield Figure(
             charts,
@@ -230,7 +230,7 @@ def _planes(report: Report) -> Iterator[Block]:
 
 def _plane(metric: str, measure: str, dots: Sequence[Dot]) -> Chart:
     words = ", ".join(f"{dot.name} {score(metric, dot.y)} at {tick(dot.x)}" for dot in dots)
-    unit = "lower is better" if metric in LOWER_IS_BETTER else "%"
+    unit = "lower is better" if lower_is_better(metric) else "%"
     label = f"{metric} against {measure}: {words}."
     return plane_chart(dots, title=metric, unit=unit, label=label, x_title=measure)
 

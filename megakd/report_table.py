@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 from megakd.config import STUDENT, TEACHER
-from megakd.evaluation import LOWER_IS_BETTER
+from megakd.evaluation import lower_is_better
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -146,7 +146,7 @@ def scored_models(report: Report) -> list[tuple[str, ModelReport, Mapping[str, f
 
 def model_notes(report: Report) -> list[str]:
     """Return the lines that explain the columns of `model_rows`."""
-    lower = [name for name in metric_names(report) if name in LOWER_IS_BETTER]
+    lower = [name for name in metric_names(report) if lower_is_better(name)]
     direction = [f"{', '.join(lower)}: lower is better"] if lower else []
     return [*direction, *latency_notes(report)]
 
@@ -182,7 +182,7 @@ def _scores(report: Report, metrics: Mapping[str, float]) -> list[str]:
 def metric_names(report: Report) -> list[str]:
     """Return the metrics of the table; the loss is one where it says more than the others."""
     names = list(report["student"]["metrics"])
-    says_more = report["metric_name"] in LOWER_IS_BETTER
+    says_more = lower_is_better(report["metric_name"])
     return [name for name in names if name != "loss" or says_more]
 
 
@@ -190,12 +190,12 @@ def score(name: str, value: float | None) -> str:
     """Return a metric as a percentage, or as a plain number if lower is better."""
     if not is_number(value):
         return "-"
-    return f"{value:.3f}" if name in LOWER_IS_BETTER else f"{value:.1%}"
+    return f"{value:.3f}" if lower_is_better(name) else f"{value:.1%}"
 
 
 def against_title(metric_name: str) -> str:
     """Return what `against_teacher` is called in a table."""
-    return "vs teacher" if metric_name in LOWER_IS_BETTER else "kept"
+    return "vs teacher" if lower_is_better(metric_name) else "kept"
 
 
 def against_teacher(report: Report, metrics: Mapping[str, float]) -> str:
@@ -209,7 +209,7 @@ def against_teacher(report: Report, metrics: Mapping[str, float]) -> str:
     reference = None if teacher is None else teacher["metrics"].get(name)
     if not (is_number(mine) and is_number(reference)):
         return "-"
-    if name in LOWER_IS_BETTER and name != PERPLEXITY:
+    if lower_is_better(name) and name != PERPLEXITY:
         return f"{mine - reference:+.3f}"
     if mine <= 0 or reference <= 0:
         return "-"
@@ -282,7 +282,7 @@ def pool_rows(pool: PoolReport, metric_name: str) -> list[list[str]]:
 
 def _as_metric(name: str, worth: float | None) -> float | None:
     """Return the metric behind a worth: higher is always worth more, so the sign may be turned."""
-    return -worth if is_number(worth) and name in LOWER_IS_BETTER else worth
+    return -worth if is_number(worth) and lower_is_better(name) else worth
 
 
 def stage_rows(report: Report) -> list[list[str]]:

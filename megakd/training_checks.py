@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 from megakd.config import LANGUAGE_TASKS, METRICS
 from megakd.config_messages import option_problems, suggestion
+from megakd.errors import ConfigError
+from megakd.plugins import is_metric, metric_of
 from megakd.recipes import inherit
 from megakd.schedules import SCHEDULES, schedule_problem
 from megakd.terms import HardCrossEntropy
 
 if TYPE_CHECKING:
-    from megakd.config import RunConfig, TrainConfig
+    from megakd.config import RunConfig, TaskType, TrainConfig
 
 
 def training_problems(config: RunConfig) -> Iterator[str]:
@@ -32,7 +34,11 @@ def _metrics(config: RunConfig) -> Iterator[str]:
     task, known = config.task.type, METRICS[config.task.type]
     listed = {f"metrics[{index}]": name for index, name in enumerate(config.eval.metrics)}
     for key, name in {"metric": config.eval.metric, **listed}.items():
-        if name is not None and name not in known:
+        if name is None or name in known:
+            continue
+        if is_metric(name):
+            yield from _plugin_metric(name, f"eval.{key}", task)
+        else:
             near = suggestion(name, known) or ";"
             yield (
                 f'eval.{key}: task.type {task} has no metric "{name}"{near} known: '
@@ -40,6 +46,16 @@ def _metrics(config: RunConfig) -> Iterator[str]:
             )
     if config.eval.positive_label is not None and task != "classification":
         yield f"eval.positive_label: task.type {task} has no labels by name; remove the key"
+
+
+def _plugin_metric(name: str, where: str, task: TaskType) -> Iterator[str]:
+    if task in LANGUAGE_TASKS:
+        yield f"{where}: {name} is given all outputs, which {task} never forms; leave it out"
+        return
+    try:
+        metric_of(name)
+    except ConfigError as error:
+        yield f"{where}: {error}"
 
 
 def _hard_terms(config: RunConfig) -> Iterator[str]:

@@ -60,7 +60,7 @@ class Runs(types.ModuleType):
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     fake = Runs()
-    for name in ("run", "finished_run", "evaluate"):
+    for name in ("run", "finished_run", "model_evaluation"):
         monkeypatch.setitem(sys.modules, f"megakd.{name}", fake)
         monkeypatch.setattr(megakd, name, fake, raising=False)
     return fake

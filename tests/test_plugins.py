@@ -15,7 +15,9 @@ from torch.nn import functional
 from megakd import cli, plugins
 from megakd.config_file import config_of, config_tree, dump_config, load_config
 from megakd.errors import ConfigError
+from megakd.evaluation import lower_is_better
 from megakd.losses import Reading
+from megakd.metrics import task_metrics
 from megakd.objective import Shape, build_objective, teacher_needs
 from megakd.plugin_losses import PluginLoss, logits_of
 from megakd.stage import Batch, Knowledge
@@ -90,10 +92,10 @@ def message_of(**sections: object) -> str:
 
 
 def run_file(page: str, tmp_path: Path) -> Path:
-    objective, method = shown(page, "yaml")
+    objective, metric, method = shown(page, "yaml")
     path = tmp_path / "run.yaml"
     rest = {key: value for key, value in CONFIG.items() if key != "method"}
-    path.write_text(_yaml(rest) + objective + method, encoding="utf-8")
+    path.write_text(_yaml(rest) + objective + metric + method, encoding="utf-8")
     return path
 
 
@@ -179,6 +181,37 @@ def test_a_plugin_is_refused_where_its_task_or_a_teacher_is_missing():
     assert 'my_losses:Huber compares with a teacher, and method "finetune" has none' in alone
     assert 'method "my_method:WarmUp" learns from a teacher and there is none' in without
     assert "broken_plugins:Inside looks into the teacher, and teacher.cache holds" in cached
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"metric": "my_metrics:worst_labl"}, "did you mean my_metrics:worst_label?"),
+        ({"metrics": ["json:loads"]}, 'eval.metrics[0]: "json:loads" is no function(outputs'),
+        ({"metric": "no_such_module:x"}, "module no_such_module cannot be imported"),
+    ],
+)
+def test_a_metric_of_a_package_is_checked(section, message):
+    assert message in message_of(eval=section)
+
+
+def test_a_metric_of_a_package_ranks_evaluations_as_it_says(monkeypatch):
+    import my_metrics
+
+    config = config_of({**CONFIG, "eval": {"metric": "my_metrics:worst_label"}})
+    metrics = task_metrics(config.eval, "classification", ("accuracy",), ("a", "b"))
+    outputs = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+
+    found = metrics.of(outputs, torch.tensor([0, 0, 1, 1]))
+
+    assert found["my_metrics:worst_label"] == 0.5
+    assert found["accuracy"] == 0.75
+    assert metrics.main.higher_is_better
+    monkeypatch.setattr(my_metrics.worst_label, "higher_is_better", False)
+    again = task_metrics(config.eval, "classification", ("accuracy",), ("a", "b"))
+    assert not again.main.higher_is_better
+    assert lower_is_better("my_metrics:worst_label")
+    assert not lower_is_better("gone_package:metric")
 
 
 def test_its_sum_is_weighed_and_counted_like_any_other_and_ignores_empty_rows():
@@ -295,6 +328,7 @@ def test_a_run_with_the_method_and_the_loss_of_the_page(one_rank, page, tmp_path
         teacher={"model": bert(2), "finetune": {"max_steps": 2}},
         method={"name": "my_method:WarmUp", "label_steps": 2},
         objective=[{"loss": "soft_target_kl"}, {"loss": "my_losses:Huber"}],
+        eval={"metric": "my_metrics:worst_label"},
     )
     config = write_config(tmp_path / "run.yaml", tree)
 
@@ -306,5 +340,7 @@ def test_a_run_with_the_method_and_the_loss_of_the_page(one_rank, page, tmp_path
     log = (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8")
     assert "train/my_losses:Huber" in log
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert report["metric_name"] == "my_metrics:worst_label"
+    assert 0 <= report["student"]["metrics"]["my_metrics:worst_label"] <= 1
     stages = [stage["name"] for stage in report["stages"]]
     assert stages == ["labels", "teacher-finetune", "student"]
