@@ -139,7 +139,7 @@ BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "heads that do not divide": (
         {"student": {"model": bert(1, num_attention_heads=3)}, "teacher": LATE},
-        ("student.model", "hidden size (16)", "attention heads (3)"),
+        ("student.model.config: hidden_size 16 does not divide into num_attention_heads 3",),
     ),
     "a key no model has": (
         {"student": {"model": bert(1, hiden_size=3)}},

@@ -328,7 +328,12 @@ def test_the_tree_holds_plain_values_for_every_key(run_file: Path) -> None:
     assert tree["output_dir"] == "runs/x"
     assert tree["baselines"] == []
     assert tree["train"]["adam_beta2"] == 0.999
-    assert tree["objective"][0] == {"loss": "hard_cross_entropy", "weight": 1.0}
+    assert tree["objective"][0] == {
+        "loss": "hard_cross_entropy",
+        "weight": 1.0,
+        "class_weights": None,
+        "label_smoothing": 0.0,
+    }
 
 
 def test_the_config_modules_load_no_heavy_library() -> None:
