@@ -6,7 +6,7 @@ The one place where a teacher and a student run their forward, so that both are 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -57,6 +57,20 @@ def language_model_head(model: nn.Module) -> LanguageModelHead:
     return LanguageModelHead(architecture_of(model.config).language_head_of(model))  # type: ignore[arg-type]
 
 
+def opened_head(model: nn.Module, batch: Batch) -> AbstractContextManager[object]:
+    """Hold the output matrix of a language model whole around a forward that reads it.
+
+    Under ZeRO-3 DeepSpeed fetches ahead what the forward before has read, and waits for a
+    parameter in the forward of the module that owns it. The output matrix is read without its
+    module's forward, so that it would still be on its way. A collective under ZeRO-3.
+    """
+    return language_model_head(model).open() if _is_language(batch) else nullcontext()
+
+
+def _is_language(batch: Batch) -> bool:
+    return batch.labels.dim() == 2  # [B, T]
+
+
 def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
     """Runs the model once and keeps what the losses need.
 
@@ -75,7 +89,7 @@ def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
 
 
 def _read(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
-    if batch.labels.dim() == 2:  # [B, T]: a language model
+    if _is_language(batch):
         return _read_language_model(model, batch, needs)
     inputs = _accepted_inputs(model, batch)
     out = model(**inputs, output_hidden_states=needs.hidden_states)

@@ -111,7 +111,8 @@ class StudentEngine:
     def predict(self, batch: Batch, view: str | None = None) -> Predictions:
         """Outputs of one micro-batch, without dropout; of a view where one is named."""
         self._engine.eval()
-        return self._engine(batch, view=view)
+        with self._engine.module.opened_head(batch):
+            return self._engine(batch, view=view)
 
     def student_state(self) -> Iterator[tuple[str, Tensor]]:
         """The student's weights, one at a time, on the CPU of rank 0; projections left out."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import megakd_kernels
 from megakd.config import Kernels
-from megakd.knowledge import Needs, read_knowledge
+from megakd.knowledge import Needs, opened_head, read_knowledge
 from megakd.losses import Evaluated, Reading
 from megakd.models.elastic import Elastic
 from megakd.models.units import View
@@ -50,6 +50,10 @@ class StudentBundle(nn.Module):
         self.objective = objective
         self.world_size = world_size
         self.kernels: Kernels = kernels
+
+    def opened_head(self, batch: Batch) -> AbstractContextManager[object]:
+        """Hold the student's output matrix whole around a forward without a plan."""
+        return opened_head(self.student, batch)
 
     def forward(
         self,

@@ -11,7 +11,13 @@ from torch import nn
 from megakd.config import Dtype, Kernels
 from megakd.engine.ahead import FetchedAhead
 from megakd.engine.initialize import frozen_engine
-from megakd.knowledge import Needs, language_model_head, most_likely, read_knowledge
+from megakd.knowledge import (
+    Needs,
+    language_model_head,
+    most_likely,
+    opened_head,
+    read_knowledge,
+)
 from megakd.models.bundle import predict
 from megakd.stage import Batch, Knowledge, Predictions, TopK
 
@@ -89,12 +95,14 @@ class FrozenTeacher:
     @torch.no_grad()
     def predict(self, batch: Batch) -> Predictions:
         """Outputs of one micro-batch, for the teacher's own metrics."""
-        return self._engine(batch, scoring=True)
+        with opened_head(self.model, batch):
+            return self._engine(batch, scoring=True)
 
     @torch.no_grad()
     def top_k(self, batch: Batch, count: int) -> TopK:
         """The most likely next tokens of a language model at every position."""
-        return self._engine(batch, top_k=count)
+        with opened_head(self.model, batch):
+            return self._engine(batch, top_k=count)
 
     @property
     def model(self) -> nn.Module:

@@ -223,7 +223,7 @@ def test_a_ragged_end_trains_two_ranks_as_one(train, student):
     one = train(steps, ranks=1, student=student, per_device_train_batch_size=8)
 
     assert largest_difference(two["final"], one["final"]) <= 3e-6
-    assert two["scores"] == one["scores"]
+    assert two["scores"] == pytest.approx(one["scores"], abs=1e-6)
 
 
 # A tied teacher has let go of its embedding when the student's forward asks for the head.
