@@ -96,6 +96,7 @@ class Divided(Whole):
         super().__init__(setting)
         self._place: Place | None = setting.place("offload_optimizer")
         self._first, self._done = True, 0
+        self._filled = self._written = 0
         self._bucket = setting.holder("gradients", "device", "bucket")
         self._own = setting.holder("gradients")
         self._shard = amount_of(setting.share(group) * FP32 for group in setting.groups())
@@ -130,15 +131,34 @@ class Divided(Whole):
     def begin_backward(self, *, first: bool) -> None:
         """ZeRO 2 sends gradients as they come, ZeRO 1 once per step."""
         self._first, self._done = first, 0
+        self._filled = self._written = 0
         if self.at.stage == 2:
-            self.at.ledger.put(self._bucket, self._buckets())
+            self._hold_buckets()
 
-    def _buckets(self) -> Amount:
+    def _hold_buckets(self) -> None:
+        """A bucket is there at once; on a CPU it takes memory as far as it was ever filled."""
         at = self.at
-        bucket = block(at.bucket("reduce_bucket_size") * at.itemsize)
-        # Slices that go to several ranks are laid side by side once more.
-        copies = (2 if at.zero.get("overlap_comm") else 1) + (at.ranks > 1)
-        return bucket.times(copies)
+        whole = block(at.bucket("reduce_bucket_size") * at.itemsize)
+        share = self._written * at.itemsize / whole.total if at.is_cpu else 1
+        buckets = 2 if at.zero.get("overlap_comm") else 1
+        at.ledger.put(self._bucket, whole.times(share * buckets))
+
+    def _collect(self, numel: int) -> None:
+        """A gradient goes into the bucket, which is sent before it would run over."""
+        limit = self.at.bucket("reduce_bucket_size")
+        if self._filled + numel > limit:
+            self._send()
+        self._filled += numel
+        if self._filled <= limit:  # a gradient larger than the bucket is sent as it is
+            self._written = max(self._written, self._filled)
+            self._hold_buckets()
+
+    def _send(self) -> None:
+        """Slices that go to several ranks are laid side by side once more."""
+        at = self.at
+        if at.ranks > 1:
+            at.ledger.briefly(self._bucket, block(self._filled * at.itemsize))
+        self._filled = 0
 
     def finish(self, numbers: Sequence[int]) -> None:
         """ZeRO 1 keeps gradients whole; ZeRO 2 keeps a rank's own, in a buffer of their size."""
@@ -146,7 +166,10 @@ class Divided(Whole):
         if at.stage == 1:
             if self._first:
                 at.ledger.add(self._whole, at.gradients(numbers))
-        elif self._is_here:
+            return
+        for number in numbers:
+            self._collect(at.inventory.parameters[number].numel)
+        if self._is_here:
             self._done += sum(at.inventory.parameters[number].numel for number in numbers)
             # On a GPU the buffer is there at once; on a CPU it takes memory where it is filled.
             filled = self._done if at.is_cpu else at.inventory.numel
@@ -169,8 +192,10 @@ class Divided(Whole):
         """ZeRO 1 sends what it has after the last; of what was sent a rank keeps its own."""
         at, ledger = self.at, self.at.ledger
         if at.stage == 1 and last:
-            ledger.put(self._bucket, self._buckets())
+            for parameter in reversed(at.inventory.parameters):
+                self._collect(parameter.numel)
             ledger.drop(self._whole)
+        self._send()
         if self._is_here and (at.stage == 2 or last):
             ledger.put(self._own, self._kept(at.inventory.numel))
         ledger.drop(self._bucket)
