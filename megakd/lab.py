@@ -15,7 +15,6 @@ from datasets import Dataset
 from megakd.assembly import Assembly, ReadyTeacher
 from megakd.config import STUDENT, TEACHER, Dtype, RunConfig
 from megakd.engine.distributed import Ranks, main_first
-from megakd.engine.ds_config import load_ds_config, zero_stage
 from megakd.errors import ConfigError
 from megakd.evaluation import Metric, weighable
 from megakd.fingerprint import Fingerprint, flatten
@@ -388,9 +387,3 @@ class Lab:
         """The split that the report's metrics are about."""
         encoded = self._prepared.encoded
         return encoded.test if encoded.test is not None else encoded.validation
-
-
-def scoring_preset(deepspeed: str | Mapping[str, Any]) -> str:
-    """How a finished student is held while it is scored: sharded if it was trained so."""
-    ds = load_ds_config(deepspeed, where="student.deepspeed")
-    return "teacher_zero3" if zero_stage(ds) == 3 else "teacher_zero0"

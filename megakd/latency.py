@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 WARM_UP_FORWARDS = 3
+TIMED_BATCHES = (1, 32)
 LONG_FORWARD_MS = 100.0
 """A forward that takes longer needs no second one to warm up: start-up costs vanish in it."""
 LEAST_REPEATS, ENOUGH_MS = 5, 2000.0

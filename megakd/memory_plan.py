@@ -50,9 +50,14 @@ class Plan:
     changes: Sequence[Change] = field(default_factory=tuple)
 
     @property
+    def required(self) -> list[PhasePlan]:
+        """The phases that a run cannot do without."""
+        return [phase for phase in self.phases if phase.required]
+
+    @property
     def highest(self) -> PhasePlan:
         """The phase that needs the most of a rank's device."""
-        return max(self.phases, key=lambda phase: phase.ledger.peaks["device"].total)
+        return max(self.required, key=lambda phase: phase.ledger.peaks["device"].total)
 
     @property
     def peak_bytes_per_rank(self) -> int:
@@ -62,12 +67,12 @@ class Plan:
     @property
     def host_bytes_per_rank(self) -> int:
         """Of the host beside the base, offloaded parts and loading included."""
-        return max(phase.ledger.peaks["host"].total for phase in self.phases)
+        return max(phase.ledger.peaks["host"].total for phase in self.required)
 
     @property
     def load_peak_bytes_per_rank(self) -> int:
         """Of the host beside the base, while models are built and filled."""
-        return max(phase.load_peak for phase in self.phases)
+        return max(phase.load_peak for phase in self.required)
 
     @property
     def fits(self) -> bool | None:
@@ -114,7 +119,7 @@ class Plan:
     def part(self, role: str, part: str, place: Place) -> int:
         """The most that a part took in any phase."""
         share = Share(role, part, place)  # type: ignore[arg-type]
-        return max(phase.ledger.most.get(share, 0) for phase in self.phases)
+        return max(phase.ledger.most.get(share, 0) for phase in self.required)
 
     def as_json(self) -> dict[str, Any]:
         """The plan as plain values."""
@@ -153,6 +158,7 @@ class Plan:
         peak = phase.ledger.peaks["device"]
         return {
             "name": phase.name,
+            "required": phase.required,
             "peak_bytes_per_rank": peak.total,
             "peak_moment": peak.when,
             "load_peak_bytes_per_rank": phase.load_peak,

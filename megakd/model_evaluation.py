@@ -24,12 +24,12 @@ from megakd.errors import TeacherError
 from megakd.evaluation_sets import row_count
 from megakd.finished_run import model_folder
 from megakd.knowledge import Needs
-from megakd.lab import scoring_preset
 from megakd.label_check import label_fit, needs_check, require_fit, tell_order
 from megakd.metrics import task_metrics
 from megakd.models.labels import generic_labels, model_label_names
 from megakd.models.loading import ModelSource, resolve_model
 from megakd.preparation import Prepared, cache_folder, prepare
+from megakd.recipes import scoring_preset
 from megakd.run import started
 from megakd.vocabulary_checks import check_vocabularies, without_tokenizer
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megakd.config import FROM_TEACHER, RunConfig, TrainConfig, TrainOverrides
+from megakd.engine.ds_config import load_ds_config, zero_stage
 from megakd.methods import file_of
 from megakd.stage import Stage, StageResult
 from megakd.terms import HardCrossEntropy, TermConfig, hard_terms
@@ -84,6 +86,12 @@ def _alone(lab: Lab, student: StageResult) -> Stage:
         start=lab.fresh_like(student.folder) if is_cut else None,
         train=inherit(config.train, config.alone) if config.alone else None,
     )
+
+
+def scoring_preset(deepspeed: str | Mapping[str, Any]) -> str:
+    """Return how a finished student is held while it is scored: sharded if it was trained so."""
+    ds = load_ds_config(deepspeed, where="student.deepspeed")
+    return "teacher_zero3" if zero_stage(ds) == 3 else "teacher_zero0"
 
 
 def inherit(train: TrainConfig, overrides: TrainOverrides) -> TrainConfig:

@@ -35,16 +35,16 @@ from megakd.finished_run import (
 )
 from megakd.holder import held
 from megakd.hub import check_hub, push_to_hub
-from megakd.lab import Assistant, Lab, scoring_preset
+from megakd.lab import Assistant, Lab
 from megakd.label_check import check_label_orders
-from megakd.latency import measure_latencies
+from megakd.latency import TIMED_BATCHES, measure_latencies
 from megakd.method_check import check_method
 from megakd.methods import run_method
 from megakd.phases import counted, phase, seconds
 from megakd.precision import check_device
 from megakd.preparation import Prepared, prepare
 from megakd.progress import Reporter
-from megakd.recipes import baseline_stage
+from megakd.recipes import baseline_stage, scoring_preset
 from megakd.report import AssistantReport, LatencyReport, Report, Speedup, environment
 from megakd.report_table import largest
 from megakd.samples import Sampler, held_out_prompts
@@ -53,7 +53,6 @@ from megakd.stage import StageResult
 from megakd.trackers import check_trackers, make_trackers
 
 logger = logging.getLogger(__name__)
-TIMED_BATCHES = (1, 32)
 
 
 def run(config: RunConfig, *, command: str) -> str:

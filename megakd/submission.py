@@ -17,10 +17,10 @@ from megakd.engine.distributed import Ranks, main_first, on_main
 from megakd.errors import ConfigError, TrainingError
 from megakd.finished_run import model_folder
 from megakd.knowledge import Needs
-from megakd.lab import scoring_preset
 from megakd.label_check import check_label_order
 from megakd.models.loading import resolve_model
 from megakd.preparation import cache_folder, prepare
+from megakd.recipes import scoring_preset
 from megakd.run import started
 from megakd.vocabulary_checks import check_vocabularies
 

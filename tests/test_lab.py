@@ -34,12 +34,12 @@ from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError, ConfigError, TeacherError
 from megakd.evaluation import headline
 from megakd.fingerprint import differences
-from megakd.lab import Lab, scoring_preset
+from megakd.lab import Lab
 from megakd.methods.single import SingleConfig
 from megakd.metrics import TaskMetrics
 from megakd.models.loading import resolve_model
 from megakd.preparation import Prepared, check_run
-from megakd.recipes import completed
+from megakd.recipes import completed, scoring_preset
 from megakd.stage import Stage, StageResult
 from megakd.stage_identity import stage_identity
 from megakd.stage_result import write_result

@@ -59,7 +59,7 @@ def _phases(plan: Plan) -> list[list[str]]:
         sent = sum(phase.network.values())
         rows.append(
             [
-                phase.name,
+                phase.name if phase.required else f"{phase.name} (only where it fits)",
                 _gigabytes(peak.total),
                 peak.when,
                 _gigabytes(host) if plan.cluster.device == "cuda" else "-",
@@ -79,6 +79,8 @@ def _seconds(plan: Plan, phase: PhasePlan) -> str:
 def _verdict(plan: Plan) -> str:
     base = plan.host_base_bytes
     lines = [f"Beside this a rank's process takes {_gigabytes(base)} GB of the host."]
+    if plan.cluster.device == "cpu":
+        lines[0] += f" Together: {_gigabytes(plan.peak_bytes_per_rank + base)} GB."
     if plan.fits is None:
         return "\n".join([*lines, "Whether it fits nobody said: give --gpu_memory_gb."])
     if plan.fits:

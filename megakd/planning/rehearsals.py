@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from megakd.data.loader import StepShape
 from megakd.data.masking import DEFAULT_PROBABILITY
 from megakd.importance import GateGradients
 from megakd.knowledge import Needs, language_model_head
+from megakd.latency import TIMED_BATCHES
 from megakd.models.bundle import StudentBundle
 from megakd.models.fitting import build_empty
 from megakd.models.loading import ModelSource
@@ -60,18 +61,18 @@ class Act:
     """A phase, rehearsed.
 
     teachers: by name. asked: how often each answers per micro-batch, over many steps.
-    learner: its groups of passes, one backward each; or the gates' gradients.
+    learner: its groups of passes, one backward each.
     single: the first pass alone, where several share a backward.
     evaluation: of the learner, without gradient.
     answers: bytes of what the teachers of a step said, kept while the learner works.
     """
 
     teachers: dict[str, Performance]
-    asked: dict[str, float]
-    learner: Performance
-    single: Rehearsal | None
-    evaluation: Rehearsal | None
-    answers: int
+    asked: dict[str, float] = field(default_factory=dict)
+    learner: Performance = field(default_factory=lambda: Performance(Inventory(()), ()))
+    single: Rehearsal | None = None
+    evaluation: Rehearsal | None = None
+    answers: int = 0
 
 
 class Rehearsals:
@@ -96,7 +97,7 @@ def act_of(phase: Phase, config: RunConfig, device: Device, known: Rehearsals) -
     """
     theatre = Theatre(config, device, known)
     if phase.stage is None:
-        return theatre.importance(*phase.teachers.values())
+        return theatre.alone(phase)
     return theatre.training(phase, phase.stage)
 
 
@@ -193,12 +194,38 @@ class Theatre:
 
         return rehearse(bundle, call, backward=False, device=self._device).rehearsal
 
-    def importance(self, ready: ReadyTeacher) -> Act:
-        """Gradients of gates, and of no weight."""
-        rows = self._importance_rows()
-        key = ("importance", *self._traits(ready), self.config.task, self.config.method, rows)
-        part = self._known.once(key, lambda: self._gates(ready, rows))
-        return Act(teachers={}, asked={}, learner=part, single=None, evaluation=None, answers=0)
+    def alone(self, phase: Phase) -> Act:
+        """Work with models that do not learn: importance, scoring, timing."""
+        rows, play = {
+            "importance": (self._importance_rows(), self._gates),
+            "scoring": (self.config.eval_rows(), self._predictions),
+            "timing": (max(TIMED_BATCHES), self._forward),
+        }[phase.work]
+        key = (phase.work, self.config.task, self.config.method, rows)
+        return Act(
+            teachers={
+                name: self._known.once(
+                    (*key, *self._traits(ready)), lambda ready=ready: play(ready, rows)
+                )
+                for name, ready in phase.teachers.items()
+            }
+        )
+
+    def _predictions(self, ready: ReadyTeacher, rows: int) -> Performance:
+        model = self._model(ready.source, planned_dtype(ready, self._device))
+        frozen, batch = self._frozen(model, Needs()), self._batch(rows)
+        run = rehearse(
+            frozen, lambda: frozen(batch, scoring=True), backward=False, device=self._device
+        )
+        return Performance(inventory(frozen), (run.rehearsal,))
+
+    def _forward(self, ready: ReadyTeacher, rows: int) -> Performance:
+        model = self._model(ready.source, planned_dtype(ready, self._device)).eval()
+        with VALUELESS:
+            ids = torch.ones((rows, self.config.task.max_length), dtype=torch.long)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        run = rehearse(model, lambda: model(**inputs), backward=False, device=self._device)
+        return Performance(inventory(model), (run.rehearsal,))
 
     def _importance_rows(self) -> int:
         """Of a micro-batch on one rank; several ranks may deal a batch in smaller ones."""

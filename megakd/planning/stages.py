@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 from megakd.assembly import ReadyTeacher
-from megakd.config import STUDENT, TEACHER, RunConfig
+from megakd.config import STUDENT, TEACHER, RunConfig, TeacherConfig
 from megakd.methods import run_method
 from megakd.models.loading import ModelSource
 from megakd.models.units import View
 from megakd.pruning import Specification, largest_first, shape_of_cut, unscored
-from megakd.recipes import baseline_stage, completed, finetuning_stage
+from megakd.recipes import baseline_stage, completed, finetuning_stage, scoring_preset
 from megakd.report import ParameterCounts
 from megakd.stage import Stage, StageResult, untrained
 from megakd.terms import TermConfig, hard_terms, soft_terms
 
 IMPORTANCE = "specification"
+Work = Literal["training", "importance", "scoring", "timing"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
     """One thing that a run does with its models in memory.
 
-    stage: what is trained; None where importance is measured.
-    learner: the model that learns, or whose importance is measured.
-    teachers: by name, those that answer meanwhile, or the one whose importance it is.
+    work: training, or what is done with models that do not learn.
+    stage: what is trained; None for other work.
+    learner: the model that learns, or the first one of other work.
+    teachers: the frozen models by name: they answer meanwhile, or the work is done with them.
     """
 
     name: str
+    work: Work = "training"
     learner: ModelSource
     stage: Stage | None = None
     teachers: Mapping[str, ReadyTeacher] = field(default_factory=dict)
@@ -48,8 +51,11 @@ def phases_of(config: RunConfig, sources: Mapping[str, ModelSource]) -> list[Pha
     """
     lab = PlanningLab(config, sources)
     student = run_method(config.method, lab)  # type: ignore[arg-type]
-    for name in config.baselines:
+    baselines = [
         lab.train(baseline_stage(lab, name, student))  # type: ignore[arg-type]
+        for name in config.baselines
+    ]
+    lab.close([student, *baselines])
     return lab.phases
 
 
@@ -74,6 +80,7 @@ class PlanningLab:
         self.phases: list[Phase] = []
         self.results: list[StageResult] = []
         self.record = SimpleNamespace(candidates=[], assistants=[], dev_scores={})
+        self._assistants: list[StageResult] = []
         self._sources = dict(sources)
         self._made: dict[Path, ModelSource] = {}
         self._teachers: dict[str, ReadyTeacher] = {}
@@ -138,9 +145,31 @@ class PlanningLab:
         return 0.5
 
     def dev_score(self, name: str) -> float:
-        """The same of all."""
-        del name
+        """Note that a teacher is scored; all score the same."""
+        self._note("scoring", f"{name}-scored", {name: self._teachers[name]})
         return 0.5
+
+    def close(self, students: Sequence[StageResult]) -> None:
+        """Note the end of a run: all models are scored, then timed side by side.
+
+        Args:
+            students: the student and the baselines.
+        """
+        preset = scoring_preset(self.config.student.deepspeed)
+        made = {r.name: self._made[r.folder] for r in (*students, *self._assistants)}
+        made_ready = {name: _ready(source, preset) for name, source in made.items()}
+        teachers = {n: self._teachers[n] for n in self.config.teacher_specs if n in self._teachers}
+        for name, ready in {**made_ready, **teachers}.items():
+            self._note("scoring", f"{name}-scored", {name: ready})
+        stored = {name: ready for name, ready in teachers.items() if _has_weights(ready.spec)}
+        if stored:
+            timed = {**stored, **made_ready}
+            whole = {name: _ready(one.source, "teacher_zero0") for name, one in timed.items()}
+            self._note("timing", "latency", whole)
+
+    def _note(self, work: Work, name: str, models: Mapping[str, ReadyTeacher]) -> None:
+        learner = next(iter(models.values())).source
+        self.phases.append(Phase(name=name, work=work, learner=learner, teachers=models))
 
     def train(self, stage: Stage) -> StageResult:
         """Notes a stage; gives the widest of its views as the one that was chosen."""
@@ -181,9 +210,8 @@ class PlanningLab:
         """Notes that importance is measured, which happens once."""
         del split, batch_size, residual
         ready = self._teachers[teacher]
-        phase = Phase(name=IMPORTANCE, learner=ready.source, teachers={teacher: ready})
         if not any(known.name == IMPORTANCE for known in self.phases):
-            self.phases.append(phase)
+            self._note("importance", IMPORTANCE, {teacher: ready})
         return unscored(ready.source)
 
     def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
@@ -206,8 +234,9 @@ class PlanningLab:
         return result.name
 
     def assistant(self, result: StageResult, sparsity: float) -> str:
-        """The same."""
+        """Make a stage's model a teacher, which is scored at the end."""
         del sparsity
+        self._assistants.append(result)
         return self.as_teacher(result)
 
     def metric(self, name: str | None) -> Any:
@@ -219,3 +248,13 @@ class PlanningLab:
         """Of no interest here."""
         del source, view
         return ParameterCounts(0, 0)
+
+
+def _has_weights(spec: TeacherConfig) -> bool:
+    """Whether a teacher lies in a folder when the run ends."""
+    return spec.finetune is not None or isinstance(spec.model, str)
+
+
+def _ready(source: ModelSource, preset: str) -> ReadyTeacher:
+    """A finished model as it is scored or timed."""
+    return ReadyTeacher(source, TeacherConfig(model=source.name, deepspeed=preset, dtype="fp32"))

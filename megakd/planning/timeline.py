@@ -15,15 +15,20 @@ from megakd.planning.engines import Setting, Whole, engine_of
 from megakd.planning.gathering import Gathering
 from megakd.planning.ledger import Holder, Ledger, Part
 from megakd.planning.moments import Amount, Inventory, Moment, Rehearsal, block
-from megakd.planning.rehearsals import Performance, Rehearsals, act_of, planned_dtype
+from megakd.planning.rehearsals import Rehearsals, act_of, planned_dtype
 from megakd.planning.sharded import Learner, learner_of
-from megakd.planning.stages import Phase
+from megakd.planning.stages import Phase, Work
 from megakd.precision import TORCH_DTYPE, training_dtype
 from megakd.stage import Stage
 
 STEPS = 2
 """Moments of the optimizer are there from the second on."""
 _ANSWERS = Holder(TEACHER, "activations", buffer="answers")
+_WORK: Mapping[Work, str] = {
+    "importance": "measuring importance",
+    "scoring": "scoring",
+    "timing": "timing all models side by side",
+}
 MOMENTS = {"adamw": 2, "sgd": 0}
 
 
@@ -32,7 +37,8 @@ class PhasePlan:
     """What a phase takes on a rank.
 
     load_peak: of the host, while the models are built and filled.
-    flops, network: operations, and bytes sent by role, of one step; nothing of importance.
+    flops, network: operations, and bytes sent by role, of one training step.
+    required: False where the run goes on without the phase if memory is short.
     """
 
     name: str
@@ -40,6 +46,7 @@ class PhasePlan:
     load_peak: int = 0
     flops: float = 0.0
     network: dict[str, float] = field(default_factory=dict)
+    required: bool = True
 
 
 @dataclass
@@ -60,7 +67,8 @@ class Timeline:
     ) -> None:
         self.phase, self.config, self.cluster = phase, config, cluster
         self.act = act_of(phase, config, cluster.device, known)
-        self.plan = PhasePlan(phase.name, Ledger(cluster.device))
+        ledger = Ledger(cluster.device)
+        self.plan = PhasePlan(phase.name, ledger, required=phase.work != "timing")
         self.ledger = self.plan.ledger
         self._teachers: list[Cast] = []
         single = self.act.single
@@ -69,18 +77,18 @@ class Timeline:
     def play(self) -> PhasePlan:
         """From the first build to the last checkpoint."""
         if self.phase.stage is None:
-            self._measure(*self.phase.teachers.values())
+            self._work_alone(self.phase.work)
             return self.plan
         for name, ready in self.phase.teachers.items():
             if ready.spec.cache is None:
-                self._teachers.append(self._frozen(name, self.act.teachers[name], ready))
+                self._teachers.append(self._frozen(name, ready))
         self._train(self.phase.stage)
         return self.plan
 
-    def _frozen(self, name: str, part: Performance, ready: ReadyTeacher) -> Cast:
-        self.ledger.when = f"loading the {TEACHER}"
-        dtype = planned_dtype(ready, self.cluster.device)
-        setting = self._setting(TEACHER, part.inventory, ready.spec.deepspeed, dtype)
+    def _frozen(self, name: str, ready: ReadyTeacher, role: str = TEACHER) -> Cast:
+        self.ledger.when = f"loading the {role}"
+        part, dtype = self.act.teachers[name], planned_dtype(ready, self.cluster.device)
+        setting = self._setting(role, part.inventory, ready.spec.deepspeed, dtype)
         setting.owner = name
         engine = engine_of(setting)
         engine.load()
@@ -100,11 +108,18 @@ class Timeline:
             ledger=self.ledger,
         )
 
-    def _measure(self, ready: ReadyTeacher) -> None:
-        """Importance: gradients of gates, none of weights."""
-        cast = self._frozen(TEACHER, self.act.learner, ready)
-        self.ledger.when = "measuring importance"
-        self._run(cast, "elastic")
+    def _work_alone(self, work: Work) -> None:
+        """Load models that do not learn side by side, and run them one after the other."""
+        casts = []
+        for name, ready in self.phase.teachers.items():
+            is_teacher = work == "importance" or name in self.config.teacher_specs
+            casts.append(self._frozen(name, ready, TEACHER if is_teacher else STUDENT))
+        self.ledger.when = _WORK[work]
+        if work == "scoring":
+            self.ledger.when += f" (eval.per_device_eval_batch_size {self.config.eval_rows()})"
+        for cast in casts:
+            # The activations of gates are the elastic ones: no weight gets a gradient.
+            self._run(cast, "elastic" if work == "importance" else "activations")
 
     def _train(self, stage: Stage) -> None:
         role = STUDENT if stage.role == STUDENT else TEACHER

@@ -15,7 +15,7 @@ from megakd.config_file import load_config
 from megakd.errors import ConfigError, ModelError
 from megakd.memory_plan import Plan, plan_run
 from megakd.planning.cluster import Cluster, Rates, rates_of
-from megakd.planning.ledger import PARTS
+from megakd.planning.ledger import PARTS, Peak
 from megakd.planning.page import page
 from megakd.planning.rehearsals import Rehearsals
 
@@ -126,12 +126,51 @@ def test_rates_turn_operations_and_bytes_into_seconds(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     rates = Rates(tflops=1e-3, gbps=1e-3)
     plan = planned(config, ranks=2, rates=rates)
-    phase = plan.phases[-1]
+    phase = next(phase for phase in plan.phases if phase.flops)
     sent = sum(phase.network.values())
 
     assert plan.seconds_per_step == pytest.approx(phase.flops / 1e9 + sent / 1e6)
     assert planned(config, ranks=2, rates=Rates(tflops=1.0)).seconds_per_step is None
     assert planned(config, rates=Rates(tflops=1.0)).seconds_per_step is not None
+
+
+def test_a_run_with_fine_tuning_needs_no_less_than_the_fine_tuning(tmp_path: Path) -> None:
+    large = {"model": bert(3, width=64, vocab_size=64), "finetune": {"max_steps": 2}}
+    alone = config_of(
+        tmp_path,
+        teacher=None,
+        student={"model": large["model"]},
+        method={"name": "finetune"},
+    )
+    whole = planned(config_of(tmp_path, teacher=large), device="cpu", ranks=2)
+    fine_tuning = planned(alone, device="cpu", ranks=2)
+
+    assert whole.highest.name == "teacher-finetune"
+    assert whole.peak_bytes_per_rank == fine_tuning.peak_bytes_per_rank
+
+
+def test_all_models_are_scored_and_timed_at_the_end(tmp_path: Path) -> None:
+    finetuned = {"model": bert(3, width=32, vocab_size=64), "finetune": {"max_steps": 2}}
+    config = config_of(tmp_path, "baselines=[alone]", teacher=finetuned)
+
+    plan = planned(config)
+
+    names = [phase.name for phase in plan.phases]
+    ends = ["student-scored", "alone-scored", "teacher-scored", "latency"]
+    assert names == ["teacher-finetune", "student", "alone", *ends]
+    assert all(phase.ledger.peaks["device"].total for phase in plan.phases)
+
+
+def test_a_run_fits_where_its_models_cannot_be_timed_side_by_side(tmp_path: Path) -> None:
+    """The run goes on without: a phase that is not required is no peak."""
+    finetuned = {"model": bert(3, width=32, vocab_size=64), "finetune": {"max_steps": 2}}
+    plan = planned(config_of(tmp_path, teacher=finetuned))
+    timing = plan.phases[-1]
+    timing.ledger.peaks["device"] = Peak(total=10**15)
+
+    assert not timing.required
+    assert plan.peak_bytes_per_rank < 10**15
+    assert "latency (only where it fits)" in page(plan)
 
 
 def test_a_language_model_is_planned_with_its_loss(tmp_path: Path) -> None:
@@ -150,7 +189,8 @@ def test_minidisc_plans_importance_and_its_trials(tmp_path: Path) -> None:
         method = {**MINIDISC, "passes_per_backward": together}
         plan = planned(config_of(tmp_path, student=student, method=method), ranks=2)
         held[together] = plan.as_json()["roles"]["student"]["elastic"]
-        assert [phase.name for phase in plan.phases] == ["specification", "trial-1", "trial-2"]
+        before_scoring = [phase.name for phase in plan.phases[:3]]
+        assert before_scoring == ["specification", "trial-1", "trial-2"]
 
     assert held[None] > held[1] == 0
 
@@ -169,7 +209,7 @@ def test_a_baseline_of_the_method_is_planned_and_importance_once(tmp_path: Path)
 
     plan = planned(config_of(tmp_path, student=student, method=MINIDISC, baselines=["direct"]))
 
-    names = [phase.name for phase in plan.phases]
+    names = [phase.name for phase in plan.phases if not phase.name.endswith("-scored")]
     assert names == ["specification", "trial-1", "trial-2", "direct"]
 
 

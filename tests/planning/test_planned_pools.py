@@ -12,7 +12,9 @@ from megakd.config_file import load_config
 from megakd.memory_plan import Plan, plan_run
 from megakd.planning.advice import Case, candidates
 from megakd.planning.cluster import Cluster
+from megakd.planning.ledger import Share
 from megakd.planning.rehearsals import Rehearsals
+from megakd.planning.timeline import PhasePlan
 
 TEACHER = {"model": bert(3, width=32, vocab_size=64)}
 REHEARSALS = Rehearsals()
@@ -29,6 +31,10 @@ def planned(folder: Path, names: str, method: dict[str, Any], **keys: Any) -> Pl
     }
     config = load_config(write_config(folder / "run.yaml", tree))
     return plan_run(config, Cluster(device="cuda", ranks=2), advise=False, rehearsals=REHEARSALS)
+
+
+def trained(plan: Plan) -> list[PhasePlan]:
+    return [phase for phase in plan.phases if phase.flops]
 
 
 def teachers(plan: Plan) -> dict[str, int]:
@@ -58,9 +64,9 @@ def test_of_offloaded_teachers_that_are_drawn_one_at_a_time_is_on_the_device(tmp
 
 
 def test_a_step_with_a_drawn_teacher_costs_that_of_one_and_the_mean_that_of_all(tmp_path):
-    one = planned(tmp_path, "a", {"name": "skdbert"}).phases[-1]
-    drawn = planned(tmp_path, "abc", {"name": "skdbert"}).phases[-1]
-    mean = planned(tmp_path, "abc", {"name": "mean_of_teachers"}).phases[-1]
+    (one,) = trained(planned(tmp_path, "a", {"name": "skdbert"}))
+    (drawn,) = trained(planned(tmp_path, "abc", {"name": "skdbert"}))
+    (mean,) = trained(planned(tmp_path, "abc", {"name": "mean_of_teachers"}))
 
     assert drawn.flops == pytest.approx(one.flops)
     assert drawn.network["teacher"] == pytest.approx(one.network["teacher"])
@@ -71,13 +77,13 @@ def test_a_step_with_a_drawn_teacher_costs_that_of_one_and_the_mean_that_of_all(
 def test_every_teacher_of_a_row_has_its_leg(tmp_path):
     plan = planned(tmp_path, "abc", {"name": "takd"})
 
-    assert [phase.name for phase in plan.phases] == ["b-taught", "c-taught", "student"]
+    assert [phase.name for phase in trained(plan)] == ["b-taught", "c-taught", "student"]
 
 
 def test_pilots_are_planned_too(tmp_path):
     plan = planned(tmp_path, "ab", {"name": "skdbert", "distribution": "student_rank"})
 
-    assert [phase.name for phase in plan.phases] == ["pilot-a", "pilot-b", "student"]
+    assert [phase.name for phase in trained(plan)] == ["pilot-a", "pilot-b", "student"]
 
 
 def test_a_change_is_named_for_every_teacher_of_the_pool(tmp_path):
@@ -90,9 +96,18 @@ def test_a_change_is_named_for_every_teacher_of_the_pool(tmp_path):
 
 
 def test_a_teacher_whose_answers_are_on_disk_takes_no_memory_and_no_time(tmp_path):
-    whole = planned(tmp_path, "a", {"name": "skdbert"})
-    cached = planned(tmp_path, "a", {"name": "skdbert"}, cache=str(tmp_path / "answers"))
+    answers = str(tmp_path / "answers")
+    (whole,) = trained(planned(tmp_path, "a", {"name": "skdbert"}))
+    (cached,) = trained(planned(tmp_path, "a", {"name": "skdbert"}, cache=answers))
 
-    assert teachers(cached)["weights"] == 0
-    assert cached.phases[-1].flops < whole.phases[-1].flops
-    assert cached.phases[-1].network.get("teacher", 0) == 0
+    weights = Share("teacher", "weights", "device")
+    assert whole.ledger.most[weights] > 0
+    assert weights not in cached.ledger.most
+    assert cached.flops < whole.flops
+    assert cached.network.get("teacher", 0) == 0
+
+
+def test_a_teacher_that_is_ranked_by_its_score_is_scored_before_it_teaches(tmp_path):
+    plan = planned(tmp_path, "ab", {"name": "skdbert", "distribution": "teacher_rank"})
+
+    assert [phase.name for phase in plan.phases[:3]] == ["a-scored", "b-scored", "student"]
