@@ -1,8 +1,9 @@
-"""Whether `megakd plan` is true: predicted and measured peak memory of short runs on CPU ranks.
+"""Compare predicted and measured peak memory of short runs on CPU ranks.
 
-`python benchmarks/plan.py [--cases 1,4]`, about a minute a case and below 2 GB a rank. Every case
-trains three steps, evaluates, writes a checkpoint and the model. Measured is what report.json says
-of the stage, `peak_memory_bytes`, less what the plan says a process takes before its models.
+`python benchmarks/plan.py [--cases 1,4]`, one to three minutes a case and at most 2.5 GB a rank.
+Every case is a whole run: each stage trains three steps, evaluates, writes a checkpoint and its
+model; then all models are scored and timed, and the report is written. Measured is the peak of the
+rank that took the most, less what the plan says a process takes before its models.
 """
 
 from __future__ import annotations
@@ -40,10 +41,23 @@ ENVIRONMENT = {
 FEW = ("train.max_steps=3", "log.report_to=[]")
 ALONE = ("method.name=finetune", "teacher=null", "objective=[{loss: hard_cross_entropy}]")
 WHOLE_TEACHER = "teacher.deepspeed=teacher_zero0"
+FINETUNED = "teacher.finetune={max_steps: 3}"
+MINIDISC = (
+    "student.model=from_teacher",
+    "method={name: minidisc, target_sparsity: 0.9, sparsities: [0.5, 0.7, 0.9]}",
+)
+MASKED = (
+    "task.type=mlm",
+    "task.label_column=null",
+    "objective=[{loss: soft_target_kl}, {loss: hard_cross_entropy}]",
+)
 
 
 class Case(NamedTuple):
-    """A run: sizes are layers x width, `rows` and `length` of a rank's batch."""
+    """A run: sizes are layers x width, `rows` and `length` of a rank's batch.
+
+    teacher: several sizes are a pool of teachers, each of them fine-tuned.
+    """
 
     ranks: int
     teacher: str
@@ -73,6 +87,11 @@ CASES = (
         ("student.deepspeed=zero1", WHOLE_TEACHER, "train.bf16=true", "teacher.dtype=bf16"),
     ),
     Case(2, "4x256", "6x512", 16, 64, ("student.deepspeed=zero2", WHOLE_TEACHER)),
+    Case(2, "8x640", "4x384", 8, 32, (FINETUNED,)),
+    Case(2, "10x768", "8x448", 8, 32, (FINETUNED,)),
+    Case(2, "6x512", "6x512", 8, 32, (FINETUNED, *MINIDISC)),
+    Case(2, "6x512 4x384 2x256", "4x384", 8, 32, ("method={name: skdbert}",)),
+    Case(2, "6x512", "4x384", 8, 64, (FINETUNED, *MASKED)),
 )
 
 
@@ -105,7 +124,7 @@ def config_of(case: Case, folder: Path) -> RunConfig:
     overhead_case.write_case(
         folder,
         argparse.Namespace(
-            teacher=case.teacher,
+            teacher=case.teacher.split()[0],
             student=case.student,
             rows=case.rows,
             length=case.length,
@@ -115,13 +134,25 @@ def config_of(case: Case, folder: Path) -> RunConfig:
         ),
     )
     scored = f"eval.per_device_eval_batch_size={case.rows}"
-    config = load_config(folder / "run.yaml", [*FEW, scored, *case.settings])
+    settings = [*FEW, scored, *_pool(case.teacher.split()), *case.settings]
+    config = load_config(folder / "run.yaml", settings)
     (folder / "run.yaml").write_text(dump_config(config), encoding="utf-8")
     return config
 
 
-def peaks_of(config: Path, ranks: int, *, timeout: float = 300) -> list[int]:
-    """What the stages of a run report as their peak memory, the largest of all ranks."""
+def _pool(sizes: Sequence[str]) -> list[str]:
+    """The settings that put several teachers in place of one."""
+    if len(sizes) == 1:
+        return []
+    teachers = [
+        {"name": f"t{size}", "model": overhead_case.bert(size), "finetune": {"max_steps": 3}}
+        for size in sizes
+    ]
+    return ["teacher=null", "objective=null", f"teachers={json.dumps(teachers)}"]
+
+
+def peaks_of(config: Path, ranks: int, *, timeout: float = 570) -> list[int]:
+    """The most memory that each rank of a run took."""
     from megakd.engine.distributed import free_port
 
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -140,25 +171,19 @@ def peaks_of(config: Path, ranks: int, *, timeout: float = 300) -> list[int]:
             process.kill()
     if any(process.returncode for process in processes):
         raise RuntimeError(f"a rank of {config} failed")
-    return json.loads(said[0].splitlines()[-1])
+    return [int(out.splitlines()[-1]) for out in said]
 
 
 def run_rank(path: Path) -> None:
-    """One rank of a run, as `launch/train.py` starts it, up to the end of its stages."""
+    """One rank of a run, as `launch/train.py` starts it."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from megakd.lab import Lab
-    from megakd.methods import run_method
-    from megakd.preparation import prepare
-    from megakd.progress import Reporter
-    from megakd.run import started
+    import torch
 
-    config = load_config(path)
-    with started() as ranks:
-        reporter = Reporter(config.output_dir, is_main=ranks.is_main)
-        lab = Lab(config, prepare(config), ranks, reporter)
-        run_method(config.method, lab)
-        reporter.close()
-        print(json.dumps([result.peak_memory_bytes for result in lab.results]), flush=True)
+    from megakd.report import peak_memory_bytes
+    from megakd.run import run
+
+    run(load_config(path), command="python benchmarks/plan.py")
+    print(peak_memory_bytes(torch.device("cpu")), flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:
