@@ -37,7 +37,7 @@ def test_the_report_file_has_exactly_the_documented_keys(tmp_path: Path) -> None
     assert list(tree) == [
         *("method", "task", "metric_name", "evaluated_on", "teacher", "assistants"),
         *("student", "baselines", "candidates", "stages", "speedup", "latency", "cost"),
-        *("samples", "environment"),
+        *("samples", "evaluation_sets", "seconds", "environment"),
     ]
     assert tree == report_of()
 

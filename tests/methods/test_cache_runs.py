@@ -43,7 +43,7 @@ class Bench:
             self.folder / out,
             self.task | sections.pop("task", {}),
             teacher=teacher,
-            student={"model": small},
+            student=sections.pop("student", {"model": small}),
             **{"method": {"name": "single"}, "objective": KL, **sections},
         )
         tree["train"] |= {"max_steps": 10, "adam_epsilon": 0.01}
@@ -206,7 +206,10 @@ def test_what_a_cache_cannot_tell_is_refused(request, kind, sections, message):
 def test_kinds_that_look_inside_cannot_be_weighed_from_a_cache(classes):
     """The method's own losses, which no objective in the config has named."""
     random = {"name": "knowledge_selection", "policy": "random_hard"}
-    config = classes.config("inside", cache="inside-answers", method=random, objective=None)
+    deep = {"model": classes.make(2, **NO_DROPOUT)}  # a flow needs two layers
+    config = classes.config(
+        "inside", cache="inside-answers", method=random, objective=None, student=deep
+    )
     classes.cache(config)
 
     said = classes.one_rank.train("--config", config)

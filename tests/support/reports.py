@@ -67,6 +67,7 @@ def report_of(**changes: Any) -> Report:
         "cost": None,
         "samples": [],
         "evaluation_sets": {},
+        "seconds": {},
         "environment": {},
     }
     report.update(changes)
