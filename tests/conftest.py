@@ -54,6 +54,17 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["MEGAKD_TEST_PACKAGES"] = str(packages)
 
 
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    """The smallest run config as a file."""
+    # Imported here: a test folder that needs no config need not import megakd.
+    from run_files import RUN
+
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN, encoding="utf-8")
+    return path
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""

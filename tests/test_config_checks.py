@@ -6,33 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from run_files import message_of
 
 from megakd.config_file import load_config
 from megakd.errors import ConfigError
-
-RUN = """
-output_dir: runs/x
-task: {type: classification, dataset: pydocs}
-teacher: {model: teacher}
-student: {model: student}
-method: {name: single}
-objective:
-  - {loss: hard_cross_entropy}
-  - {loss: soft_target_kl, weight: 0.5}
-"""
-
-
-@pytest.fixture
-def run_file(tmp_path: Path) -> Path:
-    path = tmp_path / "run.yaml"
-    path.write_text(RUN, encoding="utf-8")
-    return path
-
-
-def message_of(path: Path, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from run_files import message_of
 
 from megakd.config import (
     FinetuneOverrides,
@@ -21,33 +22,8 @@ from megakd.config import (
     TrainConfig,
 )
 from megakd.config_file import config_tree, dump_config, load_config
-from megakd.errors import ConfigError
 from megakd.methods import SingleConfig
 from megakd.terms import HiddenMse, SoftTargetKl
-
-RUN = """
-output_dir: runs/x
-task: {type: classification, dataset: pydocs}
-teacher: {model: teacher}
-student: {model: student}
-method: {name: single}
-objective:
-  - {loss: hard_cross_entropy}
-  - {loss: soft_target_kl, weight: 0.5}
-"""
-
-
-@pytest.fixture
-def run_file(tmp_path: Path) -> Path:
-    path = tmp_path / "run.yaml"
-    path.write_text(RUN, encoding="utf-8")
-    return path
-
-
-def message_of(path: Path, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
-    return str(caught.value)
 
 
 def test_defaults_fill_what_the_file_leaves_out(run_file: Path) -> None:

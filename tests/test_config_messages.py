@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from run_files import RUN, message_of
 
 from megakd import cli
 from megakd.config import RunConfig
@@ -13,27 +14,6 @@ from megakd.config_schema import annotation_at
 from megakd.config_synonyms import SYNONYMS
 from megakd.errors import ConfigError, MegakdError
 from megakd.finished_run import model_folder
-
-RUN = """
-output_dir: runs/x
-task: {type: classification, dataset: pydocs}
-teacher: {model: teacher}
-student: {model: student}
-method: {name: single}
-"""
-
-
-@pytest.fixture
-def run_file(tmp_path: Path) -> Path:
-    path = tmp_path / "run.yaml"
-    path.write_text(RUN, encoding="utf-8")
-    return path
-
-
-def message_of(path: Path, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
-    return str(caught.value)
 
 
 def test_a_mistake_on_the_command_line_names_the_override_and_not_the_file(run_file: Path) -> None:
@@ -157,6 +137,6 @@ def test_plain_values_make_the_config_that_the_file_makes(run_file: Path) -> Non
     config = config_of(tree)
 
     assert isinstance(config, RunConfig)
-    assert config == load_config(run_file)
+    assert config == load_config(run_file, ["objective=null"])
     with pytest.raises(ConfigError, match=r"config: train.max_steps is a object; a config holds"):
         config_of({**tree, "train": {"max_steps": object()}})

@@ -1,0 +1,28 @@
+"""The smallest run config as a file, and the message with which a config is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megakd.config_file import load_config
+from megakd.errors import ConfigError
+
+RUN = """
+output_dir: runs/x
+task: {type: classification, dataset: pydocs}
+teacher: {model: teacher}
+student: {model: student}
+method: {name: single}
+objective:
+  - {loss: hard_cross_entropy}
+  - {loss: soft_target_kl, weight: 0.5}
+"""
+
+
+def message_of(path: Path, *overrides: str) -> str:
+    """Return the message with which `load_config` refuses the file and the overrides."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
