@@ -3,6 +3,8 @@
 Also starts under torchrun, srun and plain python; `--print-config` shows the resolved config.
 """
 
+import atexit
+import gc
 import sys
 
 try:
@@ -13,4 +15,6 @@ except ModuleNotFoundError as error:
     sys.exit("megakd is not installed in this Python: run `make install`, or `pip install -e .`")
 
 if __name__ == "__main__":
+    # The interpreter's last garbage collections walk over all modules for more than a second.
+    atexit.register(gc.freeze)
     sys.exit(train_main())

@@ -28,6 +28,7 @@ from megakd.config_messages import suggestion
 from megakd.config_schema import defaults, options, paths_ending_in
 from megakd.config_synonyms import synonyms
 from megakd.errors import ConfigError, MegakdError, PeerLostError
+from megakd.garbage import no_collections
 from megakd.methods import PLUGIN_METHOD, MethodConfig
 from megakd.phases import counted
 from megakd.planning.options import add_plan_options, cluster_of
@@ -235,7 +236,8 @@ def _train(arguments: argparse.Namespace) -> int:
         return _print_plan(config, arguments)
     _prefer_large_pages()
     with counted(since_s=_seconds_since_start()):
-        from megakd import run
+        with no_collections():
+            from megakd import run
 
         _say(run.run(config, command=arguments.command))
     return 0

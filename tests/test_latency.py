@@ -87,8 +87,10 @@ def test_the_forward_has_the_given_shape_without_dropout_or_gradient() -> None:
     assert model.training
 
 
-@pytest.mark.parametrize(("ms", "forwards"), [(1.0, 3 + 20), (150.0, 1 + 7), (5000.0, 1 + 5)])
-def test_slow_models_are_timed_less_often_but_never_less_than_five_times(monkeypatch, ms, forwards):
+@pytest.mark.parametrize(
+    ("ms", "forwards"), [(1.0, 3 + 20), (60.0, 3 + 5), (150.0, 3), (5000.0, 3)]
+)
+def test_slow_models_are_timed_less_often_but_at_least_three_times(monkeypatch, ms, forwards):
     calls: list[int] = []
 
     def timed(model: torch.nn.Module, given: object) -> float:

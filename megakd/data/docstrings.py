@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import ast
-import gc
 import inspect
 import os
 import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from megakd.garbage import no_collections
 
 # Tests document nothing, and vendored copies belong to another package.
 SKIPPED_FOLDERS = frozenset(
@@ -66,7 +66,7 @@ def source_files(roots: Sequence[Path]) -> list[SourceFile]:
 
 def read_docstrings(files: Sequence[SourceFile]) -> Iterator[Docstring | None]:
     """The docstrings of the files in their order; None for a file that is not Python."""
-    with _few_collections():
+    with no_collections():
         for file in files:
             try:
                 source = file.path.read_bytes()
@@ -140,15 +140,3 @@ def _definitions(
                 yield child
             if isinstance(child, ast.stmt | ast.excepthandler):
                 yield from _definitions(child)
-
-
-@contextmanager
-def _few_collections() -> Iterator[None]:
-    # Syntax trees hold no cycles, and millions of nodes make each collection slow.
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime import compiler
 from torch import nn
 
 from megakd.config import Dtype, TrainConfig
@@ -29,6 +32,7 @@ def training_engine(
     """
     config = merged_ds_config(ds, train, dtype=dtype, world_size=world_size)
     optimizer = _optimizer(model, train, offloaded=_offloads_optimizer(ds))
+    _import_muon_without_compiling()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
@@ -44,9 +48,26 @@ def frozen_engine(model: nn.Module, *, ds: Mapping[str, Any], dtype: Dtype, rows
     """
     model.requires_grad_(requires_grad=False)
     config = frozen_ds_config(ds, dtype=dtype, micro_batch=rows)
+    _import_muon_without_compiling()
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
     return engine
+
+
+@cache
+def _import_muon_without_compiling() -> None:
+    """Import DeepSpeed's Muon optimizer with its `torch.compile` decorator switched off.
+
+    `deepspeed.initialize` imports Muon for every engine, and the decorator imports torch's
+    inductor, which takes more than a second. No engine of megakd uses Muon.
+    """
+    compile_of_deepspeed = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        with suppress(ImportError):
+            import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = compile_of_deepspeed
 
 
 def _optimizer(model: nn.Module, train: TrainConfig, *, offloaded: bool) -> torch.optim.Optimizer:

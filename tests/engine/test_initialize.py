@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import torch
 from torch import nn
 
@@ -41,3 +44,20 @@ def test_deepspeed_is_told_that_sgd_may_be_used():
     assert config["zero_allow_untested_optimizer"]
     plain = merged_ds_config(ds, TrainConfig(), dtype="fp32", world_size=1)
     assert "zero_allow_untested_optimizer" not in plain
+
+
+def test_an_engine_starts_without_torchs_inductor_and_leaves_the_compiler_alone():
+    # The first import of Muon decides, so a new process has to make it.
+    program = (
+        "import sys, torch\n"
+        "from deepspeed.runtime import compiler\n"
+        "from megakd.engine.initialize import _import_muon_without_compiling\n"
+        "_import_muon_without_compiling()\n"
+        "assert 'deepspeed.runtime.zero.muon.original_muon' in sys.modules\n"
+        "assert 'torch._inductor.compile_fx' not in sys.modules\n"
+        "assert compiler.compile() is torch.compile\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+
+    assert done.returncode == 0, done.stderr.decode()
