@@ -273,7 +273,7 @@ def build(config: RunConfig, ranks: Ranks) -> tuple[MeasuredStage, FrozenTeacher
         train=config.train,
         deepspeed=config.student.deepspeed,
     )
-    assembly = lab._assembly  # noqa: SLF001 - knows the teacher that is ready
+    assembly = lab.assembly  # knows the teachers that are ready
     teacher = lab._frozen(name, lab.needs(stage))  # noqa: SLF001 - as `Lab.train` does
     teachers = {name: teacher}
     return MeasuredStage(

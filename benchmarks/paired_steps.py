@@ -87,7 +87,7 @@ def measured(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> list
     before = psutil.Process().memory_info().rss
     held = {name: lab._frozen(name, lab.needs(first)) for name in names}  # noqa: SLF001
     idle = (psutil.Process().memory_info().rss - before) / len(names)
-    assembly = lab._assembly  # noqa: SLF001 - knows the teachers that are ready
+    assembly = lab.assembly  # knows the teachers that are ready
     runs = [
         StageRun(stage, assembly, teachers=held, reporter=reporter, fingerprint={})
         for stage in (first, second)

@@ -110,7 +110,7 @@ def measured(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> list
         start = shape_of_cut(specification.source, widest, config.task.type)
         stages[0] = replace(stages[0], start=start)
     teacher = lab._frozen(name, lab.needs(stages[1]))  # noqa: SLF001 - as `Lab.train` does
-    assembly = lab._assembly  # noqa: SLF001 - knows the teacher that is ready
+    assembly = lab.assembly  # knows the teachers that are ready
     runs = [
         StageRun(stage, assembly, teachers={name: teacher}, reporter=reporter, fingerprint={})
         for stage in stages

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megakd.assembly import Assembly
 from megakd.config import RunConfig
 from megakd.errors import ConfigError
 from megakd.holder import held
@@ -36,8 +35,8 @@ def cache_teachers(config: RunConfig) -> list[Path]:
         reporter = reporter_of(config, ranks)
         try:
             prepared = prepare(config)
-            check_label_orders(Assembly(config=config, prepared=prepared, ranks=ranks))
             lab = Lab(config, prepared, ranks, reporter)
+            check_label_orders(lab.assembly)
             return [lab.cache(lab.teacher(name)) for name in named]
         finally:
             reporter.close()

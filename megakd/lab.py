@@ -79,6 +79,7 @@ class Lab:
     """Runs the stages of one run config, each once.
 
     config: the run.
+    assembly: what the engines of all stages are built from.
     results: the stages that have finished, in order.
     record: what a method wants to be reported beside them.
     """
@@ -91,10 +92,10 @@ class Lab:
         self._prepared, self._ranks, self._reporter = prepared, ranks, reporter
         self.record = MethodRecord()
         self._teachers: dict[str, ReadyTeacher] = {}
-        self._assembly = Assembly(
+        self.assembly = Assembly(
             config=config, prepared=prepared, ranks=ranks, teachers=self._teachers
         )
-        self._workshop = Workshop(assembly=self._assembly, stages=config.output_dir / "stages")
+        self._workshop = Workshop(assembly=self.assembly, stages=config.output_dir / "stages")
 
     def hard_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
         """The loss on labels that fits the task."""
@@ -138,8 +139,8 @@ class Lab:
         ready = self._teachers[name]
         folder = self.config.output_dir / "stages" / f"{name}-scored"
         identity = {
-            "model": self._assembly.identity_of(ready.source),
-            "dtype": self._assembly.teacher_dtype(ready),
+            "model": self.assembly.identity_of(ready.source),
+            "dtype": self.assembly.teacher_dtype(ready),
         }
         data = {"task": self.config.task.type, "data": self._prepared.encoded.content_hash}
         fingerprint = flatten(identity | data)
@@ -234,7 +235,7 @@ class Lab:
         stage = completed(stage, self.config)
         if stage.start is None and stage.role == STUDENT:
             stage = dataclasses.replace(stage, start=self._start())
-        fingerprint = stage_identity(stage, self._assembly)
+        fingerprint = stage_identity(stage, self.assembly)
         folder = self.config.output_dir / "stages" / stage.name
         result = read_result(folder, fingerprint, may_grow=may_grow(stage.name, self.config))
         if result is not None:
@@ -255,7 +256,7 @@ class Lab:
         teachers = {name: self._frozen(name, self.needs(stage)) for name in stage.teachers}
         run = StageRun(
             stage,
-            self._assembly,
+            self.assembly,
             teachers=teachers,
             reporter=self._reporter,
             fingerprint=fingerprint,
@@ -269,7 +270,7 @@ class Lab:
 
     def needs(self, stage: Stage) -> Needs:
         """Return what a stage's losses read of its teachers."""
-        return self._assembly.losses(stage).teacher_needs()
+        return self.assembly.losses(stage).teacher_needs()
 
     def widths(self, teacher: str) -> tuple[int, int]:
         """Return the widths of the hidden states of the student and of a teacher."""
@@ -288,7 +289,7 @@ class Lab:
     def instruments(self, stage: str) -> Instruments | None:
         """What a strategy that measures may use in a stage."""
         return Instruments(
-            scorer=self._assembly.scorer(),
+            scorer=self.assembly.scorer(),
             rows=self._prepared.encoded.validation,
             folder=self.config.output_dir / "checkpoints" / stage,
         )
@@ -306,7 +307,7 @@ class Lab:
         ready = self._teachers[name]
         if ready.spec.cache is None:
             raise TypeError(f"{name} has no cache")
-        self._assembly.build_cache(ready, ready.spec.cache)
+        self.assembly.build_cache(ready, ready.spec.cache)
         return ready.spec.cache
 
     def _frozen(self, name: str, needs: Needs) -> FrozenTeacher | CachedTeacher:
@@ -317,9 +318,9 @@ class Lab:
                     f"{self.config.key_of(name)}.cache holds the teacher's outputs alone, and the "
                     "losses of this method look into it; remove the key, or list soft targets"
                 )
-            return self._assembly.cached(ready, ready.spec.cache)
-        dtype = self._assembly.teacher_dtype(ready)
-        return self._assembly.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=needs)
+            return self.assembly.cached(ready, ready.spec.cache)
+        dtype = self.assembly.teacher_dtype(ready)
+        return self.assembly.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=needs)
 
     def source(self, folder: Path) -> ModelSource:
         """A finished folder as a model to load."""
@@ -343,7 +344,7 @@ class Lab:
     ) -> ModelReport:
         """Return a teacher's size and metrics as `score` does; a collective."""
         ready = self._teachers[name]
-        dtype = self._assembly.teacher_dtype(ready)
+        dtype = self.assembly.teacher_dtype(ready)
         return self.score(ready.source, ready.spec.deepspeed, dtype=dtype, rows=rows, look=look)
 
     def score(
@@ -364,10 +365,10 @@ class Lab:
             rows: the encoded rows to score, by default `held_out`.
             look: called with the model while it is loaded, on all ranks.
         """
-        model = self._assembly.frozen(source, deepspeed, dtype=dtype, needs=Needs())
+        model = self.assembly.frozen(source, deepspeed, dtype=dtype, needs=Needs())
         rows = self.held_out if rows is None else rows
         try:
-            scored = self._assembly.scorer().scored(model.predict, rows)
+            scored = self.assembly.scorer().scored(model.predict, rows)
             counts = parameter_counts(named_shapes(model.model))
             if look is not None:
                 look(model)

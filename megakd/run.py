@@ -15,7 +15,6 @@ import torch
 import transformers
 
 from megakd import atomic
-from megakd.assembly import Assembly
 from megakd.config import STUDENT, RunConfig
 from megakd.config_file import config_tree, dump_config
 from megakd.engine import distributed
@@ -103,13 +102,13 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     reporter = reporter_of(config, ranks)
     with phase("data"):
         prepared = prepare(config)
-    check_label_orders(Assembly(config=config, prepared=prepared, ranks=ranks))
+    lab = Lab(config, prepared, ranks, reporter)
+    check_label_orders(lab.assembly)
     check_method(config, prepared, ranks)
     inputs = on_main(lambda: run_inputs(config, prepared))
     on_main(lambda: users_files(config.output_dir / FINAL))
     on_main(lambda: _record_config(config))
     try:
-        lab = Lab(config, prepared, ranks, reporter)
         with phase("training"):
             student = run_method(config.method, lab)
             baselines = {
@@ -161,7 +160,7 @@ def _report(
     config = lab.config
     preset = scoring_preset(config.student.deepspeed)
     sampler = Sampler(held_out_prompts(lab.held_out, prepared.tokenizer, config.task, ranks.device))
-    sets = SetScores(prepared, Assembly(config=config, prepared=prepared, ranks=ranks).scorer())
+    sets = SetScores(prepared, lab.assembly.scorer())
     with phase("scoring"):
         teachers = {
             name: lab.score_teacher(name, look=sets.scoring(name, sampler.asking(name)))

@@ -114,7 +114,7 @@ def stage_of(**changes: Any) -> Stage:
 def fingerprint(config: RunConfig, content: str = "rows", **changes: Any) -> dict[str, Any]:
     lab = lab_of(config, content)
     lab.teacher()
-    return stage_identity(completed(stage_of(**changes), lab.config), lab._assembly)
+    return stage_identity(completed(stage_of(**changes), lab.config), lab.assembly)
 
 
 def test_random_weights_are_another_model_with_another_seed_and_stored_ones_are_not(
@@ -123,7 +123,7 @@ def test_random_weights_are_another_model_with_another_seed_and_stored_ones_are_
     def identities(seed: int) -> tuple[Any, Any]:
         lab = lab_of(config_of(tmp_path, seed=seed))
         drawn = lab._prepared.sources["student"]
-        return lab._assembly.identity_of(drawn), lab._assembly.identity_of(lab.source(teacher))
+        return lab.assembly.identity_of(drawn), lab.assembly.identity_of(lab.source(teacher))
 
     (drawn, stored), (drawn_anew, stored_again) = identities(1), identities(2)
 
@@ -147,7 +147,7 @@ def test_no_model_is_loaded_on_top_of_one_that_nothing_uses(tmp_path, teacher, m
     gc.disable()
     try:
         source = lab._prepared.sources["student"]
-        lab._assembly._load(source, {}, "fp32", need_head=False)
+        lab.assembly._load(source, {}, "fp32", need_head=False)
     finally:
         gc.enable()
 
@@ -300,7 +300,7 @@ def result(folder: Path) -> StageResult:
 def finished(lab: Lab, stage: Stage) -> StageResult:
     """Leaves the stage's result where a finished stage has it."""
     folder = lab.config.output_dir / "stages" / stage.name
-    write_result(result(folder), stage_identity(completed(stage, lab.config), lab._assembly))
+    write_result(result(folder), stage_identity(completed(stage, lab.config), lab.assembly))
     return result(folder)
 
 

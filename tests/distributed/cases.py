@@ -51,7 +51,7 @@ def train(config_path: str, overrides: list[str], steps: int) -> dict:
     frozen = {name: lab._frozen(name, lab.needs(stage)) for name in teachers}
     run = StageRun(
         stage,
-        lab._assembly,
+        lab.assembly,
         teachers=frozen,
         reporter=Reporter(config.output_dir, is_main=False),
         fingerprint={},

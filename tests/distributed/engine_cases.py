@@ -59,7 +59,7 @@ def _started(config_path: str):
     teacher = lab._frozen(name, lab.needs(stage))
     run = StageRun(
         stage,
-        lab._assembly,
+        lab.assembly,
         teachers={name: teacher},
         reporter=reporter,
         fingerprint={},
