@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+# Worker processes import the cases by name, from wherever this process could.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from forked_ranks import start_rank
 
 from megakd.engine.distributed import free_port
 
@@ -37,20 +43,13 @@ class Group:
         self.logs = [logs / f"rank-{rank}.txt" for rank in range(world)]
         self.processes = [self._start(rank, command) for rank in range(world)]
 
-    def _start(self, rank: int, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    def _start(self, rank: int, command: Sequence[str]) -> BaseProcess:
         ranks = {"RANK": rank, "LOCAL_RANK": rank}
         ranks |= {"WORLD_SIZE": len(self.logs), "LOCAL_SIZE": len(self.logs)}
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.port}
-        search = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-        environment = {key: str(value) for key, value in {**ranks, **meeting, **search}.items()}
-        with self.logs[rank].open("w") as log:
-            return subprocess.Popen(
-                [sys.executable, *command],
-                env={**os.environ, **environment},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        variables = {key: str(value) for key, value in {**os.environ, **ranks, **meeting}.items()}
+        self.logs[rank].touch()
+        return start_rank(command, variables=variables, log=self.logs[rank])
 
     @property
     def text(self) -> str:
@@ -59,13 +58,15 @@ class Group:
 
     def running(self) -> bool:
         """Whether any rank is alive."""
-        return any(process.poll() is None for process in self.processes)
+        return any(process.exitcode is None for process in self.processes)
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> list[int]:
         """The exit codes of all ranks."""
         self.wait_until(lambda: False, timeout_s=timeout_s)
         self._remove_buffers()
-        return [process.wait() for process in self.processes]
+        for process in self.processes:
+            process.join()
+        return [process.exitcode or 0 for process in self.processes]
 
     def wait_until(self, condition: Callable[[], bool], *, timeout_s: float = TIMEOUT_S) -> bool:
         """Waits until the condition holds (True) or all ranks have ended (False)."""
@@ -87,7 +88,7 @@ class Group:
         for process in self.processes:
             _kill(process)
         for process in self.processes:
-            process.wait()
+            process.join()
         self._remove_buffers()
 
     def _remove_buffers(self) -> None:
@@ -96,9 +97,12 @@ class Group:
             buffer.unlink(missing_ok=True)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
+def _kill(process: BaseProcess) -> None:
+    assert process.pid is not None
+    # Its group is gone once it has ended, and not there before the process has made it.
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
 
 
 def _locks() -> str:
@@ -113,7 +117,9 @@ def _built_extensions(tmp_path_factory: pytest.TempPathFactory) -> None:
     """DeepSpeed's operator, compiled once, so that no test's start takes minutes."""
     if any(Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("**/*.so")):
         return
-    group = Group(["-c", START_AND_STOP], world=1, logs=tmp_path_factory.mktemp("build"))
+    program = tmp_path_factory.mktemp("build") / "start_and_stop.py"
+    program.write_text(START_AND_STOP, encoding="utf-8")
+    group = Group([str(program)], world=1, logs=program.parent)
     assert group.wait(BUILD_TIMEOUT_S) == [0], group.text
 
 
@@ -128,10 +134,6 @@ def launch(
         return Group([str(program), *arguments], world=world, logs=logs)
 
     return start
-
-
-# Worker processes import the cases by name, from wherever this process could.
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

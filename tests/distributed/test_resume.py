@@ -240,7 +240,7 @@ class Killer:
         killed = "all ranks" if rank is None else f"rank {rank}"
         self.story.append(f"{what} + {delay:.3f} s, {killed}: {_last_line(group.text)}")
         # A run that has ended before is no failure of resuming, unless it ended badly.
-        assert reached or [p.returncode for p in group.processes] == [0] * WORLD, group.text
+        assert reached or [p.exitcode for p in group.processes] == [0] * WORLD, group.text
 
     def logged(self, stage: str, count: int) -> Callable[[float], bool]:
         """When this start has logged `count` times in a stage."""
