@@ -110,3 +110,18 @@ def main_rank_errors() -> str:
         return distributed.main_first(action)
     except DataError as error:
         return str(error)
+
+
+def steps_taken(config_path: str) -> int:
+    """Train the student's stage to its end and return the number of its steps on this rank."""
+    config = load_config(Path(config_path))
+    reporter = Reporter(config.output_dir, is_main=False)
+    lab = Lab(config, prepare(config), distributed.ranks(), reporter)
+    teacher = lab.teacher()
+    strategy = Constant((Pass(teacher=teacher),))
+    stage = Stage(
+        name="student", teachers=(teacher,), objective=config.objective, strategy=strategy
+    )
+    result = lab.train(stage)
+    gc.collect()
+    return result.steps
