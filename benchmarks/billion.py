@@ -25,12 +25,12 @@ from launching import write_config
 from machine import markdown_row, print_row
 from safetensors.torch import save_file
 
-from megakd.config_file import dump_config, load_config
+from megakd.config.file import dump_config, load_config
 from megakd.data.vocabularies import train_tokenizer
-from megakd.memory_plan import plan_run
 from megakd.models.modeling.modeling_t5 import EncT5Config
 from megakd.models.own_models import OWN_MODELS
 from megakd.planning.cluster import Cluster
+from megakd.planning.plan import plan_run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

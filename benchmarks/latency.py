@@ -20,11 +20,11 @@ from machine import markdown_row, print_row, spread_of
 from options import fractions, integers
 from transformers import BertConfig, BertForSequenceClassification
 
-from megakd.latency import measure_latencies
 from megakd.models.architectures import architecture_of
 from megakd.models.cutting import cut_class_name, cut_config
 from megakd.models.own_models import own_class
-from megakd.specification import UnitScores, view_at
+from megakd.pruning.allocation import UnitScores, view_at
+from megakd.reports.latency import measure_latencies
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

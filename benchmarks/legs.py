@@ -35,8 +35,8 @@ def finished(leg: Leg) -> dict[str, Any] | None:
     Raises:
         MegakdError: the folder holds a run of other settings.
     """
-    from megakd.config_file import load_config
-    from megakd.finished_run import is_finished
+    from megakd.config.file import load_config
+    from megakd.run.finished_run import is_finished
 
     output = ROOT / leg.output
     config = load_config(ROOT / leg.config, [*leg.overrides, f"output_dir={output}"])

@@ -36,25 +36,25 @@ from launching import start_ranks
 from machine import Spread, markdown_row, print_row, spread_of
 from overhead_case import TEMPERATURE, WEIGHTS, write_case
 
-from megakd.config_file import load_config
+from megakd.config.file import load_config
+from megakd.contract.stage import Batch, Constant, Knowledge, Pass, Stage
 from megakd.data.loader import STEPS_AHEAD, StepLoader
 from megakd.engine.distributed import Ranks, gather
 from megakd.engine.student import device_batch
-from megakd.lab import Lab
-from megakd.models.bundle import StudentBundle
-from megakd.preparation import prepare
-from megakd.progress import Reporter
-from megakd.run import started
-from megakd.stage import Batch, Constant, Knowledge, Pass, Stage
-from megakd.stage_run import StageRun
+from megakd.losses.bundle import StudentBundle
+from megakd.run.lab import Lab
+from megakd.run.main import started
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
+from megakd.training.inputs import prepare
+from megakd.training.progress import Reporter
+from megakd.training.stage_run import StageRun
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
-    from megakd.config import RunConfig
+    from megakd.config.run import RunConfig
 
 TARGET = 1.03
 

@@ -26,19 +26,19 @@ from machine import markdown_row, print_row, spread_of
 from overhead_case import case_config, write_case
 from timed_ranks import read, run_rank, timed
 
+from megakd.contract.stage import Constant, Pass, Stage
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
-from megakd.lab import Lab
 from megakd.methods.skdbert import Drawn
-from megakd.preparation import prepare
-from megakd.progress import Reporter
-from megakd.stage import Constant, Pass, Stage
-from megakd.stage_run import StageRun
+from megakd.run.lab import Lab
+from megakd.training.inputs import prepare
+from megakd.training.progress import Reporter
+from megakd.training.stage_run import StageRun
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from megakd.config import RunConfig
+    from megakd.config.run import RunConfig
 
 TEACHERS = 5
 WHAT = {

@@ -21,14 +21,14 @@ import overhead_case
 from machine import machine
 from options import integers
 
-from megakd.config_file import dump_config, load_config
-from megakd.memory_plan import plan_run
+from megakd.config.file import dump_config, load_config
 from megakd.planning.cluster import Cluster
+from megakd.planning.plan import plan_run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from megakd.config import RunConfig
+    from megakd.config.run import RunConfig
 
 TOLERANCE = 0.10
 ENVIRONMENT = {
@@ -179,8 +179,8 @@ def run_rank(path: Path) -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
-    from megakd.report import peak_memory_bytes
-    from megakd.run import run
+    from megakd.engine.device import peak_memory_bytes
+    from megakd.run.main import run
 
     run(load_config(path), command="python benchmarks/plan.py")
     print(peak_memory_bytes(torch.device("cpu")), flush=True)

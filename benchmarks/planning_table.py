@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from megakd.config_file import load_config
-from megakd.memory_plan import plan_run
+from megakd.config.file import load_config
 from megakd.planning.cluster import GIGA, Cluster, Rates
 from megakd.planning.options import DEVICE_BASE
+from megakd.planning.plan import plan_run
 from megakd.planning.rehearsals import Rehearsals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from megakd.memory_plan import Plan
+    from megakd.planning.plan import Plan
 
 NODES = (1, 2, 4, 8, 16, 32)
 GPUS, MEMORY_GB, HOST_GB = 8, 141, 2000

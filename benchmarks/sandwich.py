@@ -28,21 +28,21 @@ from options import fractions, integers
 from overhead_case import case_config, write_case
 from timed_ranks import read, run_rank, timed
 
+from megakd.contract.stage import Constant, Pass, Stage
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
-from megakd.lab import Lab
 from megakd.methods.minidisc import Sandwich
-from megakd.preparation import prepare
-from megakd.progress import Reporter
-from megakd.pruning import shape_of_cut, unscored
-from megakd.stage import Constant, Pass, Stage
-from megakd.stage_run import StageRun
+from megakd.pruning.workshop import shape_of_cut, unscored
+from megakd.run.lab import Lab
+from megakd.training.inputs import prepare
+from megakd.training.progress import Reporter
+from megakd.training.stage_run import StageRun
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from megakd.config import RunConfig
-    from megakd.models.units import View
+    from megakd.config.run import RunConfig
+    from megakd.contract.units import View
 
 TARGETS = {0: 1.75, 2: 1.75, 3: 2.1}
 TARGET_SIZE = ("6x384", 16, 64)

@@ -236,10 +236,10 @@ def _kinds_teacher(folder: Path) -> str:
 
 def plant(folder: Path) -> Path:
     """The task's rows as csv, with the labels of the training split shuffled among them."""
-    from megakd.config_file import load_config
+    from megakd.config.file import load_config
     from megakd.data.splits import load_splits
     from megakd.data.tables import SPLIT_NAMES
-    from megakd.preparation import cache_folder
+    from megakd.training.inputs import cache_folder
 
     task = load_config(ROOT / folder / "kinds.yaml").task
     task = dataclasses.replace(task, labelled_examples=None, max_eval_examples=None)

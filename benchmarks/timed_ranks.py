@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from megakd.config_file import load_config
+from megakd.config.file import load_config
 from megakd.engine.distributed import gather
-from megakd.run import started
+from megakd.run.main import started
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from megakd.config import RunConfig
+    from megakd.config.run import RunConfig
+    from megakd.contract.stage import Batch
     from megakd.engine.distributed import Ranks
-    from megakd.stage import Batch
-    from megakd.stage_run import StageRun
+    from megakd.training.stage_run import StageRun
 
     Measure = Callable[[RunConfig, Ranks, argparse.Namespace], Sequence[Any]]
 

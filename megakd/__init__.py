@@ -7,9 +7,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megakd.api import RunResult, evaluate, load_config, plan, train
-    from megakd.config import RunConfig
+    from megakd.config.run import RunConfig
     from megakd.errors import MegakdError
+    from megakd.run.api import RunResult, evaluate, load_config, plan, train
 
 __all__ = [
     "MegakdError",
@@ -20,7 +20,7 @@ __all__ = [
     "plan",
     "train",
 ]
-_HOMES = {"MegakdError": "megakd.errors", "RunConfig": "megakd.config"}
+_HOMES = {"MegakdError": "megakd.errors", "RunConfig": "megakd.config.run"}
 
 
 def __getattr__(name: str) -> Any:
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return version("megakd")
     if name in __all__:
-        return getattr(importlib.import_module(_HOMES.get(name, "megakd.api")), name)
+        return getattr(importlib.import_module(_HOMES.get(name, "megakd.run.api")), name)
     raise AttributeError(f"module megakd has no attribute {name!r}")
 
 

@@ -22,19 +22,19 @@ from typing import Any, NoReturn
 
 import psutil
 
-from megakd.config import RunConfig
-from megakd.config_file import dump_config, load_config
-from megakd.config_messages import suggestion
-from megakd.config_schema import defaults, options, paths_ending_in
-from megakd.config_synonyms import synonyms
+from megakd.config.file import dump_config, load_config
+from megakd.config.messages import suggestion
+from megakd.config.run import RunConfig
+from megakd.config.schema import defaults, options, paths_ending_in
+from megakd.config.synonyms import synonyms
+from megakd.contract.terms import PLUGIN_TERM, TermConfig
 from megakd.errors import ConfigError, MegakdError, PeerLostError
-from megakd.garbage import no_collections
 from megakd.methods import PLUGIN_METHOD, MethodConfig
-from megakd.phases import counted
 from megakd.planning.options import add_plan_options, cluster_of
-from megakd.quiet_stdout import print_aside
-from megakd.signals import Stopped, watched
-from megakd.terms import PLUGIN_TERM, TermConfig
+from megakd.process.garbage import no_collections
+from megakd.process.phases import counted
+from megakd.process.quiet_stdout import print_aside
+from megakd.process.signals import Stopped, watched
 
 _USER_ERROR = 2
 _PEER_LOST = 1
@@ -237,7 +237,7 @@ def _train(arguments: argparse.Namespace) -> int:
     _prefer_large_pages()
     with counted(since_s=_seconds_since_start()):
         with no_collections():
-            from megakd import run
+            from megakd.run import main as run
 
         _say(run.run(config, command=arguments.command))
     return 0
@@ -257,8 +257,8 @@ def _print_plan(config: RunConfig, arguments: argparse.Namespace) -> int:
     as_json = getattr(arguments, "json", False)
     with print_aside(when=as_json):
         cluster = cluster_of(arguments)
-        from megakd.memory_plan import plan_run
         from megakd.planning.page import page
+        from megakd.planning.plan import plan_run
 
         plan = plan_run(config, cluster)
     _say(json.dumps(plan.as_json(), indent=2) if as_json else page(plan))
@@ -277,7 +277,7 @@ def _prefer_large_pages() -> None:
 def _cache(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     _prefer_large_pages()
-    from megakd.caching import cache_teachers
+    from megakd.run.caching import cache_teachers
 
     _say("\n".join(map(str, cache_teachers(config))))
     return 0
@@ -290,7 +290,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.submission is not None:
         return _submit(config, arguments)
     with print_aside(when=arguments.json):
-        from megakd import model_evaluation
+        from megakd.run import model_evaluation
 
         found = model_evaluation.evaluate_model(
             config, arguments.model, data=data, trusts_order=arguments.trust_label_order
@@ -321,7 +321,7 @@ def _submit(config: RunConfig, arguments: argparse.Namespace) -> int:
         raise ConfigError("--json prints metrics, and --submission scores nothing; drop one")
     if arguments.data is not None:
         raise ConfigError("--submission predicts the task's own test rows; drop --data")
-    from megakd import submission
+    from megakd.run import submission
 
     paths = submission.write_submission(
         config, arguments.model, arguments.submission, trusts_order=arguments.trust_label_order
@@ -334,14 +334,14 @@ def _export(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     if arguments.to is None:
         raise ConfigError("--to is missing: it names the folder that the model is written to")
-    from megakd import finished_run
+    from megakd.run import finished_run
 
     _say(str(finished_run.export_run(config, arguments.stage, arguments.to)))
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from megakd.report_html import write_html_report
+    from megakd.reports.html import write_html_report
 
     _say(str(write_html_report(arguments.folder)))
     return 0

@@ -15,8 +15,8 @@ import pytest
 
 import megakd
 from megakd import cli
-from megakd.config import RunConfig
-from megakd.config_file import load_config
+from megakd.config.file import load_config
+from megakd.config.run import RunConfig
 from megakd.errors import MegakdError, ModelError
 
 RUN = """
@@ -29,10 +29,10 @@ method: {name: single}
 
 
 class Runs(types.ModuleType):
-    """Stands in for megakd.run and megakd.finished_run and notes what it was asked."""
+    """Stands in for megakd.run.main and megakd.run.finished_run and notes what it was asked."""
 
     def __init__(self) -> None:
-        super().__init__("megakd.run")
+        super().__init__("megakd.run.main")
         self.asked: list[tuple[object, ...]] = []
         self.failure: MegakdError | None = None
 

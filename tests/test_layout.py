@@ -16,36 +16,36 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE_FOLDERS = ("megakd", "kernels", "launch", "tests", "benchmarks")
 SOURCES = sorted(p for folder in SOURCE_FOLDERS for p in (ROOT / folder).rglob("*.py"))
-# importer -> what it may not import at run time (imports for type checking are free).
+# The rooms by rank: a file imports from its own room or from a lower rank, types included.
+RANKS = (
+    ("errors",),
+    ("contract",),
+    ("storage", "process"),
+    ("methods",),
+    ("config",),
+    ("engine", "data"),
+    ("models",),
+    ("teachers", "losses"),
+    ("training",),
+    ("pruning",),
+    ("reports",),
+    ("planning",),
+    ("run",),
+    ("cli",),
+)
+# What a file may not import although its room may.
 FORBIDDEN = {
-    "megakd.stage": ("megakd.engine", "megakd.lab", "megakd.methods", "megakd.models"),
-    "megakd.objective": ("megakd.engine", "megakd.lab", "megakd.methods", "megakd.trainer"),
-    "megakd.losses": ("megakd.engine", "megakd.lab", "megakd.methods", "megakd.trainer"),
-    "megakd.intermediate_losses": (
-        "megakd.engine",
-        "megakd.lab",
-        "megakd.methods",
-        "megakd.trainer",
-    ),
-    "megakd.selection": ("deepspeed", "torch", "transformers"),
-    "megakd.specification": ("deepspeed", "torch", "transformers"),
-    "megakd.models": ("megakd.lab", "megakd.methods", "megakd.teachers", "megakd.trainer"),
-    "megakd.data": ("megakd.engine", "megakd.lab", "megakd.methods", "megakd.trainer"),
-    "megakd.engine": ("megakd.lab", "megakd.methods", "megakd.teachers", "megakd.trainer"),
-    "megakd.teachers": ("megakd.lab", "megakd.methods", "megakd.trainer"),
-    "megakd.methods": ("megakd.engine", "megakd.lab", "megakd.report", "megakd.trainer"),
-    "megakd.trainer": (
-        "megakd.knowledge",
-        "megakd.lab",
+    "megakd.pruning.allocation": ("deepspeed", "torch", "transformers"),
+    "megakd.methods.tradeoff": ("deepspeed", "torch", "transformers"),
+    "megakd.training.trainer": (
         "megakd.losses",
         "megakd.methods",
         "megakd.models",
-        "megakd.objective",
         "megakd.teachers",
         "megakd_kernels",
         "transformers",
     ),
-    "megakd.planning": ("deepspeed", "megakd.run", "megakd.stage_run", "megakd.trainer"),
+    "megakd.planning": ("deepspeed", "megakd.training.trainer"),
     "megakd": ("launch",),
 }
 MACHINE_PATH = re.compile(r"(?<![\w.$}~/-])/(?:home|root|Users|tmp|work)/\w")
@@ -74,6 +74,33 @@ def runtime_imports(node: ast.AST) -> Iterator[str]:
             yield from (f"{child.module}.{alias.name}" for alias in child.names)
         elif not is_for_types_only(child):
             yield from runtime_imports(child)
+
+
+def all_imports(path: Path) -> list[str]:
+    """Every module that a file imports anywhere, also for types only."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def room_of(module: str) -> str:
+    """Return the first name below megakd; the package itself has none."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def upward_imports(path: Path) -> list[str]:
+    rank = {room: number for number, rooms in enumerate(RANKS) for room in rooms}
+    room = room_of(module_name(path))
+    ours = [name for name in all_imports(path) if is_within(name, "megakd")]
+    return [
+        name
+        for name in ours
+        if room_of(name) != room and rank.get(room_of(name), len(RANKS)) >= rank[room]
+    ]
 
 
 def imports_of(path: Path) -> list[str]:
@@ -146,8 +173,22 @@ def test_the_installed_package_does_not_put_the_repository_on_the_path(tmp_path:
     assert str(ROOT) not in shown.stdout
 
 
+def test_every_room_has_a_rank() -> None:
+    rooms = {room_of(module_name(p)) for p in package_sources()}
+
+    assert rooms - {""} == {room for rooms in RANKS for room in rooms}
+
+
+def test_a_file_imports_from_its_own_room_or_a_lower_rank() -> None:
+    files = [p for p in package_sources() if room_of(module_name(p))]
+
+    wrong = {module_name(p): upward_imports(p) for p in files}
+
+    assert {name: found for name, found in wrong.items() if found} == {}
+
+
 @pytest.mark.parametrize("importer", FORBIDDEN)
-def test_imports_go_downwards_only(importer: str) -> None:
+def test_some_files_import_even_less(importer: str) -> None:
     paths = [p for p in package_sources() if is_within(module_name(p), importer)]
 
     wrong = {module_name(p): wrong_imports(p, FORBIDDEN[importer]) for p in paths}
@@ -157,14 +198,14 @@ def test_imports_go_downwards_only(importer: str) -> None:
 
 
 def test_only_the_commands_import_the_lab() -> None:
-    importers = {module_name(p) for p in package_sources() if wrong_imports(p, ("megakd.lab",))}
+    importers = {module_name(p) for p in package_sources() if wrong_imports(p, ("megakd.run.lab",))}
 
     commands = {
         "megakd.cli",
-        "megakd.run",
-        "megakd.submission",
-        "megakd.caching",
-        "megakd.model_evaluation",
+        "megakd.run.main",
+        "megakd.run.submission",
+        "megakd.run.caching",
+        "megakd.run.model_evaluation",
     }
     assert importers <= commands
 
@@ -197,6 +238,18 @@ def test_model_classes_that_go_with_a_folder_import_torch_and_transformers_alone
 
     assert files
     assert found - allowed == set()
+
+
+def test_an_import_for_types_alone_may_not_point_upwards_either(
+    tmp_path: Path, monkeypatch
+) -> None:
+    folder = tmp_path / "megakd" / "contract"
+    folder.mkdir(parents=True)
+    file = folder / "stage.py"
+    file.write_text("if TYPE_CHECKING:\n    from megakd.run.lab import Lab\n", encoding="utf-8")
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+
+    assert upward_imports(file) == ["megakd.run.lab.Lab"]
 
 
 def test_imports_inside_functions_count_and_imports_for_types_do_not() -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from megakd.cli import main, train_main
-from megakd.config_file import load_config
-from megakd.config_schema import variants
+from megakd.config.file import load_config
+from megakd.config.schema import variants
+from megakd.contract.terms import TermConfig
 from megakd.methods import MethodConfig
 from megakd.models.architectures import FAMILIES
-from megakd.terms import TermConfig
 
 
 @pytest.fixture(scope="module")

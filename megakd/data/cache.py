@@ -16,8 +16,8 @@ from datasets import Dataset, Features
 from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
 
-from megakd.data.whole import is_whole, whole_folder
 from megakd.errors import DataError
+from megakd.storage.built_once import is_whole, whole_folder
 
 ROWS_PER_BATCH = 1000
 # A string column of one record batch may hold 2 GiB.

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 from datasets import Dataset, Features
 
+from megakd.contract.stage import IGNORE
 from megakd.errors import DataError
-from megakd.stage import IGNORE
 
 VALIDATION_FRACTION = 0.05
 HASH_RANGE = 2**64

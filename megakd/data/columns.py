@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from datasets import Dataset, Features, Value
 
-from megakd.config import LANGUAGE_TASKS, TaskConfig
+from megakd.config.run import TaskConfig
+from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.data.cache import cached_folder, key_of, read_rows, write_rows
 from megakd.data.choosing import is_labelled
 from megakd.data.labels import Classes, Labeller, find_classes, score

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from megakd.garbage import no_collections
+from megakd.process.garbage import no_collections
 
 # Tests document nothing, and vendored copies belong to another package.
 SKIPPED_FOLDERS = frozenset(

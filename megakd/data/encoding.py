@@ -17,12 +17,12 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 
+from megakd.contract.stage import IGNORE, Batch
 from megakd.data.cache import key_of, read_rows
 from megakd.data.rows import LABELS_AT_ONCE, arrow_batches, rows_key
 from megakd.data.token_tables import token_tables
-from megakd.data.whole import whole_folder
 from megakd.errors import DataError
-from megakd.stage import IGNORE, Batch
+from megakd.storage.built_once import whole_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    from megakd.config import TaskConfig
+    from megakd.config.run import TaskConfig
     from megakd.data.splits import Splits
 
 logger = logging.getLogger(__name__)

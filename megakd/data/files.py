@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megakd.config import Files, TaskConfig, listed_files
+from megakd.config.run import Files, TaskConfig, listed_files
 from megakd.data.columns import rows_of_tables
 from megakd.data.documents import read_documents
 from megakd.data.readers import joined, read_csv, read_json, read_jsonl, read_parquet, read_tsv

@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Value
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from megakd.config import TaskConfig
+from megakd.config.run import TaskConfig
 from megakd.data.columns import rows_of_tables
 from megakd.data.readers import class_names_of
 from megakd.data.tables import SPLIT_ALIASES, Found, Record, SplitName, Table

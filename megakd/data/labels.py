@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from megakd.contract.stage import IGNORE
 from megakd.data.tables import Record, Table
 from megakd.errors import DataError
-from megakd.stage import IGNORE
 
 INTEGER = re.compile(r"[+-]?\d+(\.0*)?")
 MAX_NAMES_SHOWN = 8

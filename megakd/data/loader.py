@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from numpy.typing import NDArray
 
+    from megakd.contract.stage import Batch
     from megakd.data.masking import Masking
-    from megakd.stage import Batch
 
 STEPS_AHEAD = 2
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 import torch
 
-from megakd.stage import IGNORE, Batch
+from megakd.contract.stage import IGNORE, Batch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    from megakd.config import TaskConfig
+    from megakd.config.run import TaskConfig
 
 DEFAULT_PROBABILITY = 0.15
 MASKED_SHARE, RANDOM_SHARE = 0.8, 0.1

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from datasets import Features, Value
 
-from megakd.atomic import write_json
-from megakd.config import TaskConfig, TaskType
+from megakd.config.run import TaskConfig
+from megakd.contract.tasks import TaskType
 from megakd.data.cache import cached_folder, key_of, read_rows, write_rows
 from megakd.data.choosing import HASH_RANGE, text_hash
 from megakd.data.docstrings import (
@@ -31,6 +31,7 @@ from megakd.data.docstrings import (
 from megakd.data.labels import Classes
 from megakd.data.tables import SPLIT_NAMES, Found, SplitName
 from megakd.errors import ConfigError, DataError
+from megakd.storage.atomic import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Features
 
-from megakd.atomic import sha256_of
 from megakd.data.tables import SPLIT_ALIASES, Record, SplitName, Table
 from megakd.errors import DataError
+from megakd.storage.atomic import sha256_of
 
 BOM = b"\xef\xbb\xbf"
 PARQUET_BATCH_ROWS = 1000

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from megakd.config import TaskConfig
+    from megakd.config.run import TaskConfig
 
 TEXTS_AT_ONCE = 1000
 _IDS = pa.list_(pa.int32())

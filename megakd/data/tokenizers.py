@@ -18,20 +18,21 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
-from megakd.config import TokenizerConfig
+from megakd.config.run import TokenizerConfig
 from megakd.data.cache import key_of
 from megakd.data.rows import arrow_batches, rows_key
 from megakd.data.vocabularies import VERSION, encoder_template, train_tokenizer
-from megakd.data.whole import whole_folder
 from megakd.errors import DataError
-from megakd.finished_folder import check_given
+from megakd.storage.built_once import whole_folder
+from megakd.storage.finished_folder import check_given
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
-    from megakd.config import TaskConfig, TaskType
+    from megakd.config.run import TaskConfig
+    from megakd.contract.tasks import TaskType
     from megakd.data.splits import Splits
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,9 @@ import torch
 from deepspeed.runtime import compiler
 from torch import nn
 
-from megakd.config import Dtype, TrainConfig
-from megakd.engine.ds_config import frozen_ds_config, merged_ds_config
+from megakd.config.deepspeed import frozen_ds_config, merged_ds_config
+from megakd.config.run import TrainConfig
+from megakd.contract.tasks import Dtype
 
 Engine = Any  # deepspeed.DeepSpeedEngine carries no types
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megakd import signals
 from megakd.engine.distributed import all_reduce_, gather
+from megakd.process import signals
 
 
 class StopVote:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megakd.checkpoint import write_tensors
+from megakd.contract.stage import Batch, Knowledge, Losses, Pass, Predictions, backward_groups
 from megakd.engine.distributed import together
 from megakd.engine.initialize import Engine
 from megakd.engine.sharding import gathered_state
 from megakd.errors import CheckpointError
-from megakd.stage import Batch, Knowledge, Losses, Pass, Predictions, backward_groups
+from megakd.storage.tensors import write_tensors
 
 
 class StudentEngine:

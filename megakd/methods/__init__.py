@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
 
+from megakd.contract.plugins import METHODS, OURS, THEIRS, FromPackage
 from megakd.methods.direct import DirectConfig
 from megakd.methods.finetune import FinetuneConfig
 from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
@@ -22,11 +23,10 @@ from megakd.methods.plugin import PluginMethod, wrong_method
 from megakd.methods.single import SingleConfig
 from megakd.methods.skdbert import SkdbertConfig
 from megakd.methods.takd import TakdConfig
-from megakd.plugins import METHODS, OURS, THEIRS, FromPackage
 
 if TYPE_CHECKING:
-    from megakd.lab import Lab
-    from megakd.stage import StageResult
+    from megakd.contract.lab import Lab
+    from megakd.contract.stage import StageResult
 
 OwnMethod = Annotated[
     FinetuneConfig

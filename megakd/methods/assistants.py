@@ -11,19 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.terms import ATTENTION_TERMS, STRICT, Count, HiddenMse, RelationKl, Weight
 from megakd.errors import ConfigError
-from megakd.terms import ATTENTION_TERMS, STRICT, Count, HiddenMse, RelationKl, Weight
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from megakd.lab import Lab
-    from megakd.models.loading import ModelSource
-    from megakd.models.paths import Heads
-    from megakd.models.units import View
-    from megakd.pruning import Specification
-    from megakd.stage import Stage
-    from megakd.terms import TermConfig
+    from megakd.contract.lab import Lab, Model, SortedModel
+    from megakd.contract.shapes import Heads
+    from megakd.contract.stage import Stage
+    from megakd.contract.terms import TermConfig
+    from megakd.contract.units import View
 
 logger = logging.getLogger(__name__)
 DEPTHS = 6
@@ -77,7 +75,7 @@ def view_name(sparsity: float) -> str:
 
 
 def views_of(
-    config: AssistantOptions, lab: Lab, specification: Specification, sparsities: Sequence[float]
+    config: AssistantOptions, lab: Lab, specification: SortedModel, sparsities: Sequence[float]
 ) -> dict[str, View]:
     """Candidates by name, the widest first."""
     with_heads = _attentions_read(config, lab)
@@ -94,7 +92,7 @@ def views_of(
 
 
 def view_of(
-    config: AssistantOptions, lab: Lab, specification: Specification, sparsity: float
+    config: AssistantOptions, lab: Lab, specification: SortedModel, sparsity: float
 ) -> View:
     """One candidate."""
     return views_of(config, lab, specification, [sparsity])[view_name(sparsity)]
@@ -102,7 +100,7 @@ def view_of(
 
 def _attentions_read(config: AssistantOptions, lab: Lab) -> frozenset[int]:
     """Attentions, from 0, whose vectors a loss compares: without heads there would be none."""
-    from megakd.objective import Shape, layer_pairs
+    from megakd.contract.shapes import Shape, layer_pairs
 
     shape = Shape(lab.teacher_layers, width=0, vocabulary=0)
     terms = [term for term in objective_of(config, lab) if isinstance(term, ATTENTION_TERMS)]
@@ -110,15 +108,13 @@ def _attentions_read(config: AssistantOptions, lab: Lab) -> frozenset[int]:
     return frozenset(layer - 1 for pair in pairs for layer in pair)
 
 
-def size_at(
-    config: AssistantOptions, lab: Lab, specification: Specification, sparsity: float
-) -> int:
+def size_at(config: AssistantOptions, lab: Lab, specification: SortedModel, sparsity: float) -> int:
     """Weights of the encoder that are left at a sparsity; 0 is the whole of it."""
     view = view_of(config, lab, specification, sparsity)
     return lab.parameters(specification.source, view).encoder_parameters
 
 
-def specified(config: AssistantOptions, lab: Lab) -> tuple[str, Specification]:
+def specified(config: AssistantOptions, lab: Lab) -> tuple[str, SortedModel]:
     """The name of the teacher, and what its units are worth: what every schedule begins with.
 
     Raises:
@@ -129,7 +125,7 @@ def specified(config: AssistantOptions, lab: Lab) -> tuple[str, Specification]:
     return teacher, specification_of(config, lab, teacher)
 
 
-def specification_of(config: AssistantOptions, lab: Lab, teacher: str) -> Specification:
+def specification_of(config: AssistantOptions, lab: Lab, teacher: str) -> SortedModel:
     """Return what a teacher's units are worth; measured once."""
     return lab.specify(
         teacher,
@@ -150,7 +146,7 @@ def check_reach(config: AssistantOptions, lab: Lab) -> None:
     terms = objective_of(config, lab)
     for term in terms:
         if isinstance(term, RelationKl):
-            _check_relations(term, _teacher_heads(lab))
+            _check_relations(term, lab.teacher_heads)
     if config.residual and lab.config.objective is None:
         (term,) = terms
         logger.info(
@@ -161,11 +157,6 @@ def check_reach(config: AssistantOptions, lab: Lab) -> None:
     # How units fall over the layers, and so what rounding does, is not known yet.
     exact = dataclasses.replace(config, round_to=1) if config.allocation == "global" else config
     views_of(exact, lab, lab.unscored(), config.sparsities)
-
-
-def _teacher_heads(lab: Lab) -> Heads:
-    source = lab.unscored().source
-    return source.architecture.heads(source.config)
 
 
 def _check_relations(term: RelationKl, heads: Heads) -> None:
@@ -194,7 +185,7 @@ def objective_of(config: AssistantOptions, lab: Lab) -> tuple[TermConfig, ...]:
     given = lab.config.objective
     if given is None:
         return (_last_relations(lab),) if config.residual else _states_and_targets(lab)
-    heads = _teacher_heads(lab).queries
+    heads = lab.teacher_heads.queries
     return tuple(
         dataclasses.replace(term, relation_heads=term.relation_heads or heads)
         if isinstance(term, RelationKl)
@@ -209,7 +200,7 @@ def _last_relations(lab: Lab) -> RelationKl:
     The task-agnostic variant, as the code of MiniMoE by the same authors has it. Where 32 does
     not divide the width of a head, the teacher's heads are taken, or what divides both.
     """
-    heads = _teacher_heads(lab)
+    heads = lab.teacher_heads
     fits = heads.width % RELATION_HEADS == 0
     count = RELATION_HEADS if fits else math.gcd(heads.queries, heads.width)
     return RelationKl(loss="relation_kl", relation_heads=count)
@@ -228,11 +219,9 @@ def _states_and_targets(lab: Lab) -> tuple[TermConfig, ...]:
     return (hidden, *lab.soft_terms(0.5))
 
 
-def leg(
-    config: AssistantOptions, lab: Lab, name: str, *, teacher: str, start: ModelSource
-) -> Stage:
+def leg(config: AssistantOptions, lab: Lab, name: str, *, teacher: str, start: Model) -> Stage:
     """One teacher, one model of fixed size that was cut out of it."""
-    from megakd.stage import Constant, Pass, Stage
+    from megakd.contract.stage import Constant, Pass, Stage
 
     return Stage(
         name=name,

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic.dataclasses import dataclass
 
-from megakd.terms import STRICT
+from megakd.contract.terms import STRICT
 
 if TYPE_CHECKING:
-    from megakd.lab import Lab
-    from megakd.stage import StageResult
+    from megakd.contract.lab import Lab
+    from megakd.contract.stage import StageResult
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class FinetuneConfig:
 
 def run(config: FinetuneConfig, lab: Lab) -> StageResult:
     """Trains the student on the rows that carry a label."""
-    from megakd.stage import Stage
+    from megakd.contract.stage import Stage
 
     del config
     objective = lab.config.objective or lab.hard_terms()

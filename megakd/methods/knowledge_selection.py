@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.stage import Constant, Pass, Stage
+from megakd.contract.terms import STRICT, Count, Fraction, HiddenMse, Positive, RelationFsp, Weight
 from megakd.errors import ConfigError, TeacherError
-from megakd.stage import Constant, Pass, Stage
-from megakd.terms import STRICT, Count, Fraction, HiddenMse, Positive, RelationFsp, Weight
 
 if TYPE_CHECKING:
-    from megakd.lab import Lab
+    from megakd.contract.lab import Lab
+    from megakd.contract.stage import StageResult, Strategy
+    from megakd.contract.terms import TermConfig
     from megakd.methods.selecting import Choosing
     from megakd.methods.selector import Selector, Shape
-    from megakd.stage import StageResult, Strategy
-    from megakd.terms import TermConfig
 
 STAGE = "selector"
 
@@ -122,7 +122,7 @@ def _random(
 
 
 def _choosing(config: KnowledgeSelectionConfig, lab: Lab) -> Choosing:
-    from megakd.config import LANGUAGE_TASKS
+    from megakd.contract.tasks import LANGUAGE_TASKS
     from megakd.methods.selecting import Choosing
 
     return Choosing(

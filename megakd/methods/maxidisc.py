@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.terms import STRICT
 from megakd.methods.assistants import AssistantOptions, leg, specified, view_name, view_of, views_of
-from megakd.selection import tradeoff
-from megakd.terms import STRICT
+from megakd.methods.tradeoff import tradeoff
 
 if TYPE_CHECKING:
-    from megakd.lab import Lab
-    from megakd.pruning import Specification
-    from megakd.stage import StageResult
+    from megakd.contract.lab import Lab, SortedModel
+    from megakd.contract.stage import StageResult
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -54,7 +53,7 @@ def run(config: MaxiDiscConfig, lab: Lab) -> StageResult:
     return best.student
 
 
-def _path(config: MaxiDiscConfig, lab: Lab, specification: Specification, sparsity: float) -> Path:
+def _path(config: MaxiDiscConfig, lab: Lab, specification: SortedModel, sparsity: float) -> Path:
     view = view_of(config, lab, specification, sparsity)
     name = view_name(sparsity)
     start = lab.cut(specification.source, view, f"cut-{name}")
@@ -71,7 +70,7 @@ def _path(config: MaxiDiscConfig, lab: Lab, specification: Specification, sparsi
 def _record(
     config: MaxiDiscConfig,
     lab: Lab,
-    specification: Specification,
+    specification: SortedModel,
     paths: list[Path],
     best: Path,
 ) -> None:

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.stage import Pass, Planned, Scores, Stage, StageResult, Verdict
+from megakd.contract.terms import STRICT, Count
 from megakd.methods.assistants import (
     AssistantOptions,
     leg,
@@ -34,16 +36,12 @@ from megakd.methods.assistants import (
     view_of,
     views_of,
 )
-from megakd.selection import choose, tradeoff
-from megakd.stage import Pass, Planned, Scores, Stage, StageResult, Verdict
-from megakd.terms import STRICT, Count
+from megakd.methods.tradeoff import choose, tradeoff
 
 if TYPE_CHECKING:
-    from megakd.evaluation import Metric
-    from megakd.lab import Lab
-    from megakd.models.loading import ModelSource
-    from megakd.pruning import Specification
-    from megakd.report import CandidateReport, CostReport
+    from megakd.contract.lab import Lab, Model, SortedModel
+    from megakd.contract.metrics import Metric
+    from megakd.contract.results import CandidateReport, CostReport
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -71,7 +69,7 @@ class Link(NamedTuple):
     """Where a trial begins: who teaches, the model that candidates are part of, its sparsity."""
 
     teacher: str
-    start: ModelSource
+    start: Model
     sparsity: float
 
 
@@ -84,7 +82,7 @@ class Tried(NamedTuple):
 
 
 def run(config: MiniDiscConfig, lab: Lab) -> StageResult:
-    """Specification, then trials: the model that each one chooses teaches the next."""
+    """SortedModel, then trials: the model that each one chooses teaches the next."""
     teacher, specification = specified(config, lab)
     link = Link(teacher, specification.source, 0.0)
     tried: list[Tried] = []
@@ -122,7 +120,7 @@ BASELINES = {"direct": direct}
 
 
 def _cost(
-    config: MiniDiscConfig, lab: Lab, specification: Specification, tried: Sequence[Tried]
+    config: MiniDiscConfig, lab: Lab, specification: SortedModel, tried: Sequence[Tried]
 ) -> CostReport | None:
     """What the trials took, and what MaxiDisc's legs would have taken at the same pace.
 
@@ -150,9 +148,9 @@ def _cost(
 
 
 def _trial(
-    config: MiniDiscConfig, lab: Lab, specification: Specification, link: Link, iteration: int
+    config: MiniDiscConfig, lab: Lab, specification: SortedModel, link: Link, iteration: int
 ) -> Stage:
-    from megakd.evaluation import MetricJudge
+    from megakd.contract.metrics import MetricJudge
 
     sparsities = [s for s in config.sparsities if s >= link.sparsity]
     metric, views = lab.metric(config.metric), views_of(config, lab, specification, sparsities)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from megakd.plugins import wrong_options
-from megakd.terms import STRICT
-
-if TYPE_CHECKING:
-    from megakd.config import RunConfig
+from megakd.contract.plugins import wrong_options
+from megakd.contract.terms import STRICT
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -24,8 +21,8 @@ class PluginMethod:
     needs_teacher: ClassVar[bool] = True
     name: str
 
-    def problems(self, config: RunConfig) -> list[str]:
-        """Return what the whole config has that the method cannot work with, one line each."""
+    def problems(self, config: Any) -> list[str]:
+        """Return what the whole `RunConfig` has that the method cannot work with, line by line."""
         del config
         return []
 

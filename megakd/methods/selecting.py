@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megakd.knowledge import first_positions
+from megakd.contract.positions import first_positions
+from megakd.contract.stage import Pass, Planned
 from megakd.methods.selector import (
     ActorCritic,
     Learning,
@@ -23,11 +24,10 @@ from megakd.methods.selector import (
     alike,
     hardened,
 )
-from megakd.stage import Pass, Planned
 
 if TYPE_CHECKING:
-    from megakd.instruments import Instruments
-    from megakd.losses import Reading
+    from megakd.contract.lab import Instruments
+    from megakd.contract.stage import Reading
 
 SELECTOR = "selector.safetensors"
 WINDOW = 20

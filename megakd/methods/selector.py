@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megakd.errors import TeacherError
-from megakd.finished_folder import check_given
+from megakd.storage.finished_folder import check_given
 
 
 class Shape(NamedTuple):

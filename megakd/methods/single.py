@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic.dataclasses import dataclass
 
-from megakd.terms import STRICT
+from megakd.contract.terms import STRICT
 
 if TYPE_CHECKING:
-    from megakd.lab import Lab
-    from megakd.stage import StageResult
+    from megakd.contract.lab import Lab
+    from megakd.contract.stage import StageResult
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class SingleConfig:
 
 def run(config: SingleConfig, lab: Lab) -> StageResult:
     """Distils on every row, labelled or not; by default half hard and half soft targets."""
-    from megakd.stage import Constant, Pass, Stage
+    from megakd.contract.stage import Constant, Pass, Stage
 
     teacher = lab.teacher(config.teacher)
     return lab.train(

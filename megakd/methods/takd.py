@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.stage import Constant, Pass, Stage
+from megakd.contract.terms import STRICT
 from megakd.methods.pools import soft_objective
-from megakd.stage import Constant, Pass, Stage
-from megakd.terms import STRICT
 
 if TYPE_CHECKING:
-    from megakd.lab import Lab
-    from megakd.stage import StageResult
+    from megakd.contract.lab import Lab
+    from megakd.contract.stage import StageResult
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from megakd.contract.shapes import Heads
+from megakd.contract.units import View
 from megakd.errors import ModelError
 from megakd.models.paths import (
     ATTENTION_OF_BERT,
@@ -19,12 +21,10 @@ from megakd.models.paths import (
     MASKED_HEADS,
     AttentionPaths,
     FeedForwardPaths,
-    Heads,
     MaskedHead,
     attention_of_t5,
     feed_forward_of_t5,
 )
-from megakd.models.units import View
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig
 
-    from megakd.config import TaskType
+    from megakd.contract.tasks import TaskType
 
 SEQUENCE_TASKS: tuple[TaskType, ...] = ("classification", "regression")
 AUTO_CLASSES: Mapping[TaskType, type] = {

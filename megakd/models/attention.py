@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from megakd.contract.stage import AttentionVectors
 from megakd.engine.sharding import is_sharded
 from megakd.models.architectures import architecture_of
-from megakd.stage import AttentionVectors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from megakd.contract.units import Axes, Axis, UnitOrder, View
 from megakd.engine.sharding import full_shape
 from megakd.models.architectures import architecture_of
-from megakd.models.units import Axes, Axis, UnitOrder, View
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,6 @@ from transformers import CONFIG_MAPPING
 
 from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError
-from megakd.export import Extra, write_model_folder
 from megakd.models.architectures import (
     HEAD_COLUMNS,
     HEAD_COUNTS,
@@ -22,6 +21,7 @@ from megakd.models.architectures import (
     architecture_of,
 )
 from megakd.models.axes import lengths, narrowed, ordered, output_modules, weight_axes
+from megakd.models.export import Extra, write_model_folder
 from megakd.models.fitting import build_empty, plan_loading
 from megakd.models.labels import label_order, set_labels
 from megakd.models.own_models import OWN_MODELS
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from megakd.config import TaskConfig
+    from megakd.config.run import TaskConfig
+    from megakd.contract.units import Axes, UnitOrder, View
     from megakd.models.loading import ModelSource
     from megakd.models.matching import Match
-    from megakd.models.units import Axes, UnitOrder, View
 
 CUT = "cut_"
 """Model types and classes (`Cut`) of what no stock config can say start with it."""

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from megakd.contract.units import Axes, View
 from megakd.engine.sharding import full_shape
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
@@ -32,7 +33,6 @@ from megakd.models.elastic_modules import (
     Views,
     make_elastic,
 )
-from megakd.models.units import Axes, View
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megakd.contract.units import Axes, Axis, View
 from megakd.engine.sharding import full_shape
-from megakd.models.units import Axes, Axis, View
 
 
 class Prefix(NamedTuple):

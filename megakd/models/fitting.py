@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import initialization
 
-from megakd.config import LANGUAGE_TASKS
+from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError
 from megakd.models.architectures import AUTO_CLASSES
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from megakd.config import TaskConfig
+    from megakd.config.run import TaskConfig
     from megakd.models.loading import ModelSource
 
 

@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from megakd.config import ScratchModel
+from megakd.config.run import ScratchModel
 from megakd.engine.sharding import (
     gathered,
     is_first_rank,
@@ -28,7 +28,6 @@ from megakd.engine.sharding import (
     writes_here,
 )
 from megakd.errors import ModelError
-from megakd.finished_folder import check_given
 from megakd.models.architectures import architecture_named
 from megakd.models.fitting import build_empty, one_line, plan_loading
 from megakd.models.fresh import initialize_parameters
@@ -36,13 +35,14 @@ from megakd.models.original_t5 import built_as, read_original
 from megakd.models.own_models import register_own_models
 from megakd.models.sizes import check_sizes
 from megakd.models.weights import StoredTensor, WeightReader, check_weight_files
+from megakd.storage.finished_folder import check_given
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from megakd.config import TaskConfig
+    from megakd.config.run import TaskConfig
     from megakd.models.architectures import Architecture
     from megakd.models.matching import Match
 

@@ -14,14 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Heads(NamedTuple):
-    """Attention heads of a model's layers; keys and values may have fewer than queries."""
-
-    queries: int
-    keys: int
-    width: int
-
-
 class AttentionPaths(NamedTuple):
     """The modules of one attention.
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megakd.config import RunConfig, TeacherConfig
-from megakd.engine.ds_config import load_ds_config, zero_stage
+from megakd.config.deepspeed import load_ds_config, zero_stage
+from megakd.config.run import RunConfig, TeacherConfig
 from megakd.planning.cluster import Cluster
 
 if TYPE_CHECKING:
-    from megakd.memory_plan import Plan
+    from megakd.planning.plan import Plan
 
 WANTED = 3
 _MOST_TOGETHER = 4

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from megakd.planning.cluster import GIGA
 from megakd.planning.ledger import PARTS
-from megakd.report_table import aligned_rows
+from megakd.reports.table import aligned_rows
 
 if TYPE_CHECKING:
-    from megakd.memory_plan import Plan
+    from megakd.planning.plan import Plan
     from megakd.planning.timeline import PhasePlan
 
 

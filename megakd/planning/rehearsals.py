@@ -10,25 +10,26 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from megakd.assembly import ReadyTeacher
-from megakd.class_weights import with_even_weights
-from megakd.config import Dtype, RunConfig
+from megakd.config.run import RunConfig
+from megakd.contract.stage import Batch, Knowledge, Pass, Stage, backward_groups, teacher_names
+from megakd.contract.tasks import Dtype
 from megakd.data.loader import StepShape
 from megakd.data.masking import DEFAULT_PROBABILITY
-from megakd.importance import GateGradients
-from megakd.knowledge import Needs, language_model_head
-from megakd.latency import TIMED_BATCHES
-from megakd.models.bundle import StudentBundle
+from megakd.losses.bundle import StudentBundle
+from megakd.losses.class_weights import with_even_weights
+from megakd.losses.stage_losses import StageLosses, label_objective, stage_losses
 from megakd.models.fitting import build_empty
+from megakd.models.knowledge import Needs, language_model_head
 from megakd.models.loading import ModelSource
 from megakd.planning.cluster import Device
 from megakd.planning.moments import Inventory, Rehearsal
 from megakd.planning.rehearsal import VALUELESS, inventory, rehearse, repeat_alike
 from megakd.planning.stages import Phase
-from megakd.precision import TORCH_DTYPE, frozen_dtype, training_dtype
-from megakd.stage import Batch, Knowledge, Pass, Stage, backward_groups, teacher_names
-from megakd.stage_losses import StageLosses, label_objective, stage_losses
+from megakd.pruning.importance import GateGradients
+from megakd.reports.latency import TIMED_BATCHES
 from megakd.teachers.frozen import FrozenModel
+from megakd.training.engines import ReadyTeacher
+from megakd.training.precision import TORCH_DTYPE, frozen_dtype, training_dtype
 
 PLANS = 100
 """Of so many steps it is asked which teachers they need."""

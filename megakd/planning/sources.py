@@ -12,10 +12,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
-from megakd.config import (
+from megakd.config.run import (
     FROM_TEACHER,
-    LANGUAGE_TASKS,
-    STUDENT,
     RunConfig,
     ScratchModel,
     StudentConfig,
@@ -23,13 +21,14 @@ from megakd.config import (
     TeacherConfig,
     TokenizerConfig,
 )
+from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_named
 from megakd.models.fitting import one_line
 from megakd.models.loading import ModelSource, resolve_model, with_vocabulary
 from megakd.models.original_t5 import KEPT_KEYS, READ_AS, built_as
 from megakd.models.own_models import register_own_models
-from megakd.preparation import with_student
+from megakd.training.inputs import with_student
 
 _TRAINED_VOCABULARY = 8000
 _CONFIG = "config.json"

@@ -9,16 +9,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from megakd.assembly import ReadyTeacher
-from megakd.config import STUDENT, TEACHER, RunConfig, TeacherConfig
+from megakd.config.run import RunConfig, TeacherConfig
+from megakd.contract.results import MethodRecord, ParameterCounts
+from megakd.contract.shapes import Heads
+from megakd.contract.stage import Stage, StageResult, untrained
+from megakd.contract.tasks import STUDENT, TEACHER
+from megakd.contract.terms import TermConfig, hard_terms, soft_terms
+from megakd.contract.units import View
 from megakd.methods import run_method
 from megakd.models.loading import ModelSource
-from megakd.models.units import View
-from megakd.pruning import Specification, largest_first, shape_of_cut, unscored
-from megakd.recipes import baseline_stage, completed, finetuning_stage, scoring_preset
-from megakd.report import ParameterCounts
-from megakd.stage import Stage, StageResult, untrained
-from megakd.terms import TermConfig, hard_terms, soft_terms
+from megakd.pruning.workshop import Specification, largest_first, shape_of_cut, unscored
+from megakd.training.engines import ReadyTeacher
+from megakd.training.recipes import baseline_stage, completed, finetuning_stage, scoring_preset
 
 IMPORTANCE = "specification"
 Work = Literal["training", "importance", "scoring", "timing"]
@@ -50,11 +52,8 @@ def phases_of(config: RunConfig, sources: Mapping[str, ModelSource]) -> list[Pha
         MegakdError: the method finds that it cannot work with these models.
     """
     lab = PlanningLab(config, sources)
-    student = run_method(config.method, lab)  # type: ignore[arg-type]
-    baselines = [
-        lab.train(baseline_stage(lab, name, student))  # type: ignore[arg-type]
-        for name in config.baselines
-    ]
+    student = run_method(config.method, lab)
+    baselines = [lab.train(baseline_stage(lab, name, student)) for name in config.baselines]
     lab.close([student, *baselines])
     return lab.phases
 
@@ -79,7 +78,7 @@ class PlanningLab:
         self.config = config
         self.phases: list[Phase] = []
         self.results: list[StageResult] = []
-        self.record = SimpleNamespace(candidates=[], assistants=[], dev_scores={})
+        self.record = MethodRecord()
         self._assistants: list[StageResult] = []
         self._sources = dict(sources)
         self._made: dict[Path, ModelSource] = {}
@@ -98,6 +97,12 @@ class PlanningLab:
         """How many layers the teacher has."""
         teacher = self._sources[TEACHER]
         return teacher.architecture.number_of_layers(teacher.config)
+
+    @property
+    def teacher_heads(self) -> Heads:
+        """The attention heads of the teacher."""
+        teacher = self._sources[TEACHER]
+        return teacher.architecture.heads(teacher.config)
 
     def teacher(self, name: str | None = None) -> str:
         """A teacher's name, after the phase of its fine-tuning."""

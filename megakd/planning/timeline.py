@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megakd.assembly import ReadyTeacher
-from megakd.config import LANGUAGE_TASKS, STUDENT, TEACHER, Dtype, RunConfig
-from megakd.engine.ds_config import load_ds_config
-from megakd.export import SHARD_BYTES
+from megakd.config.deepspeed import load_ds_config
+from megakd.config.run import RunConfig
+from megakd.contract.stage import Stage
+from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER, Dtype
+from megakd.models.export import SHARD_BYTES
 from megakd.planning.cluster import Cluster
 from megakd.planning.engines import Setting, Whole, engine_of
 from megakd.planning.gathering import Gathering
@@ -18,8 +19,8 @@ from megakd.planning.moments import Amount, Inventory, Moment, Rehearsal, block
 from megakd.planning.rehearsals import Rehearsals, act_of, planned_dtype
 from megakd.planning.sharded import Learner, learner_of
 from megakd.planning.stages import Phase, Work
-from megakd.precision import TORCH_DTYPE, training_dtype
-from megakd.stage import Stage
+from megakd.training.engines import ReadyTeacher
+from megakd.training.precision import TORCH_DTYPE, training_dtype
 
 STEPS = 2
 """Moments of the optimizer are there from the second on."""

@@ -21,8 +21,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from megakd import atomic
-from megakd.checksums import (
+from megakd.contract.stage import Batch, Knowledge, TopK
+from megakd.engine.distributed import Ranks, gather, on_main, together
+from megakd.errors import TeacherError
+from megakd.storage import atomic
+from megakd.storage.checksums import (
     Entries,
     damage_of,
     entries_of,
@@ -30,10 +33,7 @@ from megakd.checksums import (
     read_signed,
     write_signed,
 )
-from megakd.engine.distributed import Ranks, gather, on_main, together
-from megakd.errors import TeacherError
-from megakd.fingerprint import Fingerprint, differences
-from megakd.stage import Batch, Knowledge, TopK
+from megakd.storage.fingerprint import Fingerprint, differences
 
 logger = logging.getLogger(__name__)
 MANIFEST = "cache.json"

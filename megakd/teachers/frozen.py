@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from megakd.config import Dtype, Kernels
+from megakd.contract.stage import Batch, Knowledge, Predictions, TopK
+from megakd.contract.tasks import Dtype, Kernels
 from megakd.engine.ahead import FetchedAhead
 from megakd.engine.initialize import frozen_engine
-from megakd.knowledge import (
+from megakd.models.knowledge import (
     Needs,
     language_model_head,
     most_likely,
     opened_head,
     read_knowledge,
 )
-from megakd.models.bundle import predict
-from megakd.stage import Batch, Knowledge, Predictions, TopK
+from megakd.models.predictions import predict
 
 
 class FrozenModel(nn.Module):

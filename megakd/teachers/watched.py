@@ -12,7 +12,7 @@ from megakd.engine.distributed import all_reduce_
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megakd.stage import Batch, Knowledge, Teacher
+    from megakd.contract.stage import Batch, Knowledge, Teacher
 
 
 class WatchedTeacher:

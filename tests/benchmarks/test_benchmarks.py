@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megakd.config_file import load_config
+from megakd.config.file import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))

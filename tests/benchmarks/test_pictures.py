@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 from reports import chosen_report
 
-from megakd.report_html import html_report
+from megakd.reports.html import html_report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

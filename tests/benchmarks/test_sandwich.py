@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megakd.config_file import load_config
-from megakd.models.units import View
+from megakd.config.file import load_config
+from megakd.contract.units import View
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))

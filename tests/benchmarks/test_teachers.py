@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import bert, config_tree, write_config
 
-from megakd.config_file import load_config
+from megakd.config.file import load_config
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 

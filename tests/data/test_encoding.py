@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from megakd.config import TaskConfig
+from megakd.config.run import TaskConfig
 from megakd.data import encoding
 from megakd.data.encoding import Collator, encode_splits, labelled_only
 from megakd.data.packing import PackedRow

@@ -9,11 +9,11 @@ import pytest
 from datasets import Dataset, DatasetDict
 from tiny_glue import TEST_ROWS, write_diagnostic, write_glue
 
-from megakd.config import TaskConfig
+from megakd.config.run import TaskConfig
+from megakd.contract.stage import IGNORE
 from megakd.data.glue import TASKS
 from megakd.data.glue_submission import SUBMISSIONS, submission_rows
 from megakd.errors import DataError
-from megakd.stage import IGNORE
 
 
 def task_on(name: str, folder: Path | None) -> TaskConfig:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from megakd.config import TaskConfig
+from megakd.config.run import TaskConfig
 from megakd.data.splits import Splits, load_splits
 from megakd.errors import DataError
 

@@ -16,9 +16,9 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megakd.contract.stage import Batch
 from megakd.data.loader import StepLoader, StepShape, evaluation_batches, global_batches
 from megakd.errors import DataError
-from megakd.stage import Batch
 
 COUNTS = st.integers(1, 40)
 SMALL = st.integers(1, 4)

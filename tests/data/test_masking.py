@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from megakd.config import TaskConfig
+from megakd.config.run import TaskConfig
+from megakd.contract.stage import IGNORE, Batch
 from megakd.data.encoding import Collator
 from megakd.data.loader import StepLoader, StepShape, evaluation_batches
 from megakd.data.masking import Masking, task_masking
-from megakd.stage import IGNORE, Batch
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD, UNK, CLS, SEP, MASK = range(5)

@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer, BertConfig, LlamaConfig, RobertaConfig
 
-from megakd.config import TaskConfig, TokenizerConfig
+from megakd.config.run import TaskConfig, TokenizerConfig
 from megakd.data import tokenizers, vocabularies
 from megakd.data.tokenizers import has_tokenizer_files, load_tokenizer
 from megakd.errors import DataError

@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
-from megakd.config_file import load_config
+from megakd.config.file import load_config
+from megakd.contract.stage import Constant, Pass, Stage
 from megakd.engine import distributed
 from megakd.engine.sharding import gathered_state
-from megakd.lab import Lab
-from megakd.preparation import prepare
-from megakd.progress import Reporter
-from megakd.stage import Constant, Pass, Stage
-from megakd.stage_run import StageRun
+from megakd.run.lab import Lab
+from megakd.training.inputs import prepare
+from megakd.training.progress import Reporter
+from megakd.training.stage_run import StageRun
 
 
 class Watching(Constant):

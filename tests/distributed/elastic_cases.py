@@ -21,11 +21,11 @@ from elastic_views import (
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from megakd.contract.units import View
 from megakd.engine import distributed
 from megakd.engine.sharding import gathered_state
 from megakd.models.axes import narrowed, weight_axes
 from megakd.models.elastic import Elastic
-from megakd.models.units import View
 
 STEPS, RATE = 2, 0.5
 # Rows of all ranks.

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from megakd.config_file import load_config
+from megakd.config.file import load_config
+from megakd.contract.stage import UNITS, Constant, Pass, Stage
 from megakd.engine import distributed
-from megakd.lab import Lab
-from megakd.preparation import prepare
-from megakd.progress import Reporter
-from megakd.stage import UNITS, Constant, Pass, Stage
-from megakd.stage_run import StageRun
+from megakd.run.lab import Lab
+from megakd.training.inputs import prepare
+from megakd.training.progress import Reporter
+from megakd.training.stage_run import StageRun
 
 
 def two_engines(config_path: str, folder: str) -> dict:

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import megakd.importance
-from megakd.assembly import Assembly, ReadyTeacher
-from megakd.config_file import load_config
+import megakd.pruning.importance
+from megakd.config.file import load_config
 from megakd.engine import distributed
 from megakd.errors import MegakdError
-from megakd.models.importance import Gates
-from megakd.preparation import prepare
+from megakd.pruning.gates import Gates
+from megakd.training.engines import Assembly, ReadyTeacher
+from megakd.training.inputs import prepare
 
 ROWS_PER_BATCH = 6
 """Of all ranks together."""
@@ -44,7 +44,7 @@ def _measured(config_path: str, overrides: list[str], chosen, *, with_width=Fals
     watch = Watch()
     try:
         with watch.watching():
-            scores = megakd.importance.measure_importance(
+            scores = megakd.pruning.importance.measure_importance(
                 assembly,
                 ReadyTeacher(prepared.sources["teacher"], config.teacher),
                 rows,
@@ -82,7 +82,7 @@ class Watch:
         from unittest.mock import patch
 
         stack = ExitStack()
-        start, gradients = megakd.importance.frozen_engine, Gates.gradients
+        start, gradients = megakd.pruning.importance.frozen_engine, Gates.gradients
 
         def engine(module, **options):
             started = start(module, **options)
@@ -97,7 +97,7 @@ class Watch:
         # A student at ZeRO 3 may have replaced torch's own function in this process before.
         linear = torch._C._nn.linear
         stack.enter_context(patch.object(torch.nn.functional, "linear", linear))
-        stack.enter_context(patch.object(megakd.importance, "frozen_engine", engine))
+        stack.enter_context(patch.object(megakd.pruning.importance, "frozen_engine", engine))
         stack.enter_context(patch.object(Gates, "gradients", at_the_backward))
         return stack
 

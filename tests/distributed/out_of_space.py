@@ -5,8 +5,8 @@ import resource
 import sys
 from typing import Any
 
-from megakd.checkpoint import Checkpoints
 from megakd.cli import train_main
+from megakd.training.checkpoint import Checkpoints
 
 SPACE_BYTES = 1000
 

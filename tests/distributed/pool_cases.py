@@ -8,14 +8,14 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file
 
-from megakd.config_file import load_config
+from megakd.config.file import load_config
 from megakd.engine import ahead, distributed
 from megakd.engine.ahead import FetchedAhead
-from megakd.lab import Lab
 from megakd.methods import run_method
-from megakd.preparation import prepare
-from megakd.progress import Reporter
+from megakd.run.lab import Lab
 from megakd.teachers.cached import CachedTeacher
+from megakd.training.inputs import prepare
+from megakd.training.progress import Reporter
 
 
 class Watched:

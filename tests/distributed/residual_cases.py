@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from elastic_views import TOKENS, VOCABULARY, cut, family_model, gradients_of, without_dropout
 
+from megakd.contract.shapes import Shape
+from megakd.contract.stage import IGNORE, Batch, Pass
+from megakd.contract.terms import HardCrossEntropy, SoftTargetKl
+from megakd.contract.units import View
 from megakd.engine import distributed
 from megakd.engine.sharding import gathered_state
-from megakd.knowledge import Needs, read_knowledge
+from megakd.losses.bundle import StudentBundle
+from megakd.losses.objective import build_objective
 from megakd.models.axes import narrowed, weight_axes
-from megakd.models.bundle import StudentBundle
-from megakd.models.units import View
-from megakd.objective import Shape, build_objective
-from megakd.stage import IGNORE, Batch, Pass
-from megakd.terms import HardCrossEntropy, SoftTargetKl
+from megakd.models.knowledge import Needs, read_knowledge
 
 VIEWS = {
     "whole": View((3, 3, 3), (40, 40, 40)),

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from megakd.config_file import load_config
+from megakd.config.file import load_config
 from megakd.engine import distributed
 from megakd.engine.student import StudentEngine
-from megakd.instruments import Instruments
-from megakd.lab import Lab
 from megakd.methods import run_method
 from megakd.methods.selecting import Selecting
-from megakd.preparation import prepare
-from megakd.progress import Reporter
+from megakd.run.lab import Lab
+from megakd.training.inputs import prepare
+from megakd.training.instruments import Instruments
+from megakd.training.progress import Reporter
 
 
 class Watch:

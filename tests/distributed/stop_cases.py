@@ -6,9 +6,9 @@ import signal
 
 import torch
 
-from megakd import signals
 from megakd.engine.distributed import ranks
 from megakd.engine.stop_vote import StopVote, agreed_signal
+from megakd.process import signals
 
 
 def votes(stopping_rank: int) -> dict:

@@ -207,13 +207,13 @@ def plain_run(config_path, weights, initial):
     """The same steps by `reference.train`, from the same weights and rows."""
     import reference
 
-    from megakd.config_file import load_config
+    from megakd.config.file import load_config
     from megakd.data.encoding import Collator, encode_splits
     from megakd.data.loader import StepLoader, StepShape
     from megakd.data.masking import task_masking
     from megakd.data.splits import load_splits
     from megakd.data.tokenizers import load_tokenizer
-    from megakd.preparation import cache_folder
+    from megakd.training.inputs import cache_folder
 
     config = load_config(Path(config_path), [])
     cache, task = cache_folder(), config.task

@@ -27,7 +27,7 @@ from transformers import (
     LlamaConfig,
 )
 
-from megakd.specification import UnitScores, unit_order, view_at
+from megakd.pruning.allocation import UnitScores, unit_order, view_at
 
 CLASSES = ("bad", "good", "other")
 WORDS = ("the", "red", "green", "dog", "cat", "runs", "sees", "over", "house", "slowly")
@@ -132,13 +132,13 @@ def plain_importance(config_path) -> tuple[list, list, list]:
 
     Last those of the columns, which are multiplied with ones wherever they pass.
     """
-    from megakd.config_file import load_config
+    from megakd.config.file import load_config
     from megakd.data.encoding import Collator, encode_splits
     from megakd.data.loader import evaluation_batches
     from megakd.data.masking import task_masking
     from megakd.data.splits import load_splits
     from megakd.data.tokenizers import load_tokenizer
-    from megakd.preparation import cache_folder
+    from megakd.training.inputs import cache_folder
 
     config = load_config(Path(config_path), [])
     cache, task = cache_folder(), config.task

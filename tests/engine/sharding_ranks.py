@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
-from megakd.config import ScratchModel, TaskConfig
+from megakd.config.run import ScratchModel, TaskConfig
 from megakd.engine.sharding import gathered, gathered_state, is_sharded
 from megakd.models.loading import load_model, resolve_model
 

@@ -8,8 +8,8 @@ import sys
 import torch
 from torch import nn
 
-from megakd.config import TrainConfig
-from megakd.engine.ds_config import load_ds_config, merged_ds_config
+from megakd.config.deepspeed import load_ds_config, merged_ds_config
+from megakd.config.run import TrainConfig
 from megakd.engine.initialize import _optimizer
 
 

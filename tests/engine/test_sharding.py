@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from megakd.config import ScratchModel, TaskConfig
+from megakd.config.run import ScratchModel, TaskConfig
 from megakd.engine.distributed import free_port
 from megakd.engine.sharding import (
     gathered,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megakd.config_file import load_config
-from megakd.engine.ds_config import load_ds_config
+from megakd.config.deepspeed import load_ds_config
+from megakd.config.file import load_config
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "launch" / "examples").glob("*.yaml"))
 

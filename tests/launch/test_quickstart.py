@@ -13,8 +13,8 @@ from types import ModuleType
 
 import pytest
 
-from megakd.config import ScratchModel
-from megakd.config_file import load_config
+from megakd.config.file import load_config
+from megakd.config.run import ScratchModel
 
 PUBLISHED = b"the published weights"
 

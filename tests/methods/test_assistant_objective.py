@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 from transformers import BertConfig, LlamaConfig, PretrainedConfig
 
+from megakd.contract.terms import RelationKl, SoftTargetKl
 from megakd.errors import ConfigError
 from megakd.methods.assistants import check_reach, objective_of, views_of
 from megakd.methods.direct import DirectConfig
 from megakd.models.architectures import architecture_of
 from megakd.models.loading import ModelSource
-from megakd.pruning import Specification, unscored
-from megakd.specification import UnitScores
-from megakd.terms import RelationKl, SoftTargetKl
+from megakd.pruning.allocation import UnitScores
+from megakd.pruning.workshop import Specification, unscored
 
 RESIDUAL = DirectConfig(name="direct", residual=True)
 PLAIN = DirectConfig(name="direct")

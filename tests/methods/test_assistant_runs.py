@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_runs import bert, config_tree, write_config, write_reviews, write_scored_pairs
 from whole_run import finish, read, records
 
-from megakd.selection import choose
+from megakd.methods.tradeoff import choose
 
 GRID, TARGET, TRADEOFF = [0.25, 0.5, 0.75], 0.75, 0.2
 STEPS, EVAL_STEPS = 8, 4

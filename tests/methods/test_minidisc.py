@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from megakd.config import METRICS
+from megakd.contract.tasks import METRICS
 from megakd.errors import ConfigError
-from megakd.evaluation import headline, weighable
 from megakd.methods.minidisc import Sandwich, TradeoffJudge
+from megakd.training.evaluation import headline, weighable
 
 ACCURACY = headline(["accuracy"])
 BOTH = headline(["accuracy", "f1"])

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from tiny_runs import bert, config_tree, llama, write_config, write_reviews, write_text
 from whole_run import finish, read, records
 
-from megakd.config_file import load_config
+from megakd.config.file import load_config
+from megakd.contract.units import View
 from megakd.models.elastic import Elastic
 from megakd.models.loading import load_model, resolve_model
-from megakd.models.units import View
 
 GRID, TARGET, WIDTH = [0.3, 0.6, 0.85], 0.85, 32
 TOKENS = torch.arange(5, 35).reshape(3, 10)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from megakd.checkpoint import check_plain
-from megakd.instruments import Instruments
 from megakd.methods.selecting import Choosing, Episodes, LearningToSelect, Running, Selecting
 from megakd.methods.selector import ActorCritic, Learning, Selector, Shape, Transition
+from megakd.training.checkpoint import check_plain
+from megakd.training.instruments import Instruments
 
 KINDS = ("labels", "responses", "features")
 STUDENT, TEACHER = 2, 3

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from megakd.config import ScratchModel, TaskConfig
+from megakd.config.run import ScratchModel, TaskConfig
 from megakd.models.loading import ModelSource, load_model, resolve_model
 from megakd.models.own_models import register_own_models
 

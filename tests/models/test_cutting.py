@@ -30,10 +30,10 @@ from tiny_cuts import (
 )
 from transformers import AutoTokenizer
 
+from megakd.contract.units import View
 from megakd.models.architectures import architecture_of
 from megakd.models.cutting import cut_config, reshape_folder
 from megakd.models.elastic import Elastic
-from megakd.models.units import View
 
 FFN = View((6, 6, 6), (8, 8, 8))
 UNIFORM = View((2, 2, 2), (8, 8, 8))

@@ -20,12 +20,12 @@ from tiny_cuts import (
 )
 from transformers import AutoModelForCausalLM
 
+from megakd.contract.units import View
 from megakd.models.architectures import architecture_of
 from megakd.models.cutting import cut_config, reshape_folder
 from megakd.models.elastic import Elastic
 from megakd.models.modeling.modeling_cut import CutLlamaConfig
-from megakd.models.units import View
-from megakd.specification import UnitScores, view_at
+from megakd.pruning.allocation import UnitScores, view_at
 
 RAGGED = View((1, 3, 2), (7, 20, 1))
 

@@ -19,13 +19,13 @@ from tiny_cuts import (
     view_of,
 )
 
-from megakd.config import ScratchModel
+from megakd.config.run import ScratchModel
+from megakd.contract.units import View
 from megakd.errors import ModelError
 from megakd.models import cutting
 from megakd.models.axes import weight_axes
 from megakd.models.cutting import cut_class_name, cut_config, cut_state, reshape_folder
 from megakd.models.loading import resolve_model
-from megakd.models.units import View
 
 
 def source(tmp_path, **changes):

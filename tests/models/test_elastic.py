@@ -32,12 +32,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from megakd.contract.units import View
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
 from megakd.models.axes import narrowed, weight_axes
 from megakd.models.elastic import Elastic
 from megakd.models.elastic_modules import weights_in_view
-from megakd.models.units import View
 
 
 def assert_like_the_masked(model, elastic, reference, view) -> None:

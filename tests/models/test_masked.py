@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
+from megakd.contract.stage import IGNORE, Batch
 from megakd.engine.sharding import gathered_state
 from megakd.errors import ModelError
-from megakd.export import write_model_folder
-from megakd.knowledge import Needs, language_model_head, read_knowledge
-from megakd.models.bundle import predict
+from megakd.models.export import write_model_folder
+from megakd.models.knowledge import Needs, language_model_head, read_knowledge
 from megakd.models.loading import check_model
-from megakd.stage import IGNORE, Batch
+from megakd.models.predictions import predict
 
 FAMILIES = ["bert", "roberta", "distilbert", "electra"]
 TIES = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -16,6 +16,7 @@ from transformers import (
     T5Model,
 )
 
+from megakd.contract.units import View
 from megakd.errors import ModelError
 from megakd.models.axes import narrowed, weight_axes
 from megakd.models.cutting import cut_config
@@ -23,7 +24,6 @@ from megakd.models.modeling.modeling_t5 import (
     EncT5ForSequenceClassification,
     T5EncoderForSequenceClassification,
 )
-from megakd.models.units import View
 
 KINDS = ["relu", "gated-gelu"]
 SHAPE = {"d_model": 16, "d_kv": 6, "num_heads": 4, "d_ff": 32, "vocab_size": 300}

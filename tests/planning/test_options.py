@@ -11,7 +11,7 @@ import pytest
 
 import megakd
 from megakd import cli
-from megakd.config import RunConfig
+from megakd.config.run import RunConfig
 
 RUN = """
 output_dir: runs/x
@@ -39,7 +39,7 @@ class Page(types.ModuleType):
     """Stands in for megakd.plan and notes what it was asked."""
 
     def __init__(self) -> None:
-        super().__init__("megakd.memory_plan")
+        super().__init__("megakd.planning.plan")
         self.asked: list[tuple[RunConfig, Any]] = []
 
     def plan_run(self, config: RunConfig, cluster: Any) -> Any:
@@ -50,7 +50,7 @@ class Page(types.ModuleType):
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> Page:
     fake = Page()
-    monkeypatch.setitem(sys.modules, "megakd.memory_plan", fake)
+    monkeypatch.setitem(sys.modules, "megakd.planning.plan", fake)
     monkeypatch.setattr(megakd, "memory_plan", fake, raising=False)
     monkeypatch.setattr("megakd.planning.page.page", lambda plan: f"a page: {plan.as_json()}")
     return fake

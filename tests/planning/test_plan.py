@@ -10,13 +10,13 @@ import pytest
 import torch.distributed as dist
 from tiny_runs import bert, llama, write_config
 
-from megakd.config import RunConfig
-from megakd.config_file import load_config
+from megakd.config.file import load_config
+from megakd.config.run import RunConfig
 from megakd.errors import ConfigError, ModelError
-from megakd.memory_plan import Plan, plan_run
 from megakd.planning.cluster import Cluster, Rates, rates_of
 from megakd.planning.ledger import PARTS, Peak
 from megakd.planning.page import page
+from megakd.planning.plan import Plan, plan_run
 from megakd.planning.rehearsals import Rehearsals
 
 CLASSES = {"type": "classification", "dataset": "anything", "max_length": 16}

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from tiny_runs import bert, write_config
 
-from megakd.config_file import load_config
-from megakd.memory_plan import Plan, plan_run
+from megakd.config.file import load_config
 from megakd.planning.advice import Case, candidates
 from megakd.planning.cluster import Cluster
 from megakd.planning.ledger import Share
+from megakd.planning.plan import Plan, plan_run
 from megakd.planning.rehearsals import Rehearsals
 from megakd.planning.timeline import PhasePlan
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from megakd.checkpoint import Checkpoints, write_tensors
 from megakd.engine.distributed import Ranks
+from megakd.storage.tensors import write_tensors
+from megakd.training.checkpoint import Checkpoints
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 SHARD = "shard.pt"

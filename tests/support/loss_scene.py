@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from megakd.losses import Reading
-from megakd.models.architectures import Heads
-from megakd.objective import Shape, build_objective, count_units, unit_weights
-from megakd.stage import IGNORE, AttentionVectors, Batch, Knowledge
-from megakd.terms import HardCrossEntropy, HardMse
+from megakd.contract.shapes import Heads, Shape
+from megakd.contract.stage import IGNORE, AttentionVectors, Batch, Knowledge, Reading
+from megakd.contract.terms import HardCrossEntropy, HardMse
+from megakd.losses.objective import build_objective, count_units, unit_weights
 
 HARD = (HardCrossEntropy, HardMse)
 LENGTHS = (5, 3, 4, 0)  # the last row only keeps the ranks in step

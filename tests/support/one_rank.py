@@ -63,13 +63,13 @@ class OneRank:
 
 
 def _serve(requests: Connection) -> None:
-    import megakd.assembly
+    import megakd.training.engines
     from megakd import cli
     from megakd.engine import distributed
-    from megakd.stage_run import StageRun
+    from megakd.training.stage_run import StageRun
 
     loaded: list[str] = []
-    _note_loads(megakd.assembly, loaded)
+    _note_loads(megakd.training.engines, loaded)
     stops: list[tuple[str, int] | None] = [None]
     _send_signals(StageRun, stops)
     distributed.stop = lambda **_: None

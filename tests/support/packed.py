@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from megakd.contract.stage import IGNORE
 from megakd.data.packing import PackedRow
-from megakd.stage import IGNORE
 
 
 def unpack(rows: Iterable[PackedRow]) -> Iterator[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megakd.report import AssistantReport, CandidateReport, Report
+from megakd.contract.results import AssistantReport, CandidateReport, Report
 
 TRADEOFF = 0.2
 SCORES = {

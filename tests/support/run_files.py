@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megakd.config_file import load_config
+from megakd.config.file import load_config
 from megakd.errors import ConfigError
 
 RUN = """

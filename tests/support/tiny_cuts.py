@@ -16,12 +16,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from megakd.config import TaskConfig
+from megakd.config.run import TaskConfig
+from megakd.contract.units import UnitOrder, View
 from megakd.models.architectures import architecture_of
 from megakd.models.cutting import cut_config, cut_state
 from megakd.models.loading import ModelSource, load_model, resolve_model
 from megakd.models.own_models import register_own_models
-from megakd.models.units import UnitOrder, View
 
 register_own_models()
 VOCABULARY = 60

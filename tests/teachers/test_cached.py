@@ -11,10 +11,10 @@ import pytest
 import torch
 from datasets import Dataset
 
+from megakd.contract.stage import Batch
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
 from megakd.errors import TeacherError
-from megakd.stage import Batch
 from megakd.teachers import cached
 from megakd.teachers.cached import CachedTeacher, Layout, build_cache
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megakd.knowledge import Needs
-from megakd.stage import Batch, Knowledge, Predictions
+from megakd.contract.stage import Batch, Knowledge, Predictions
+from megakd.models.knowledge import Needs
 from megakd.teachers.frozen import FrozenModel
 
 LOGITS = torch.tensor([[1.0, 2.0, 3.0], [6.0, 5.0, 4.0]])

@@ -1,0 +1,195 @@
+"""DeepSpeed configs: presets, files and inline mappings, merged with what the run config owns.
+
+A `ds_configs` file says how a model is sharded and offloaded. Batch size, accumulation, learning
+rate, clipping and precision belong to the run config, so that each knob has one owner.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megakd.config.deepspeed_rules import (
+    check_sections,
+    check_zero,
+    refuse_dotted_keys,
+    without_owned_keys,
+)
+from megakd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megakd.config.run import TrainConfig
+    from megakd.contract.tasks import Dtype
+
+# DeepSpeed prints a line every so many steps; the run's own log replaces it.
+_NEVER = 10**9
+
+
+def load_ds_config(spec: str | Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """The checked DeepSpeed config that `spec` stands for.
+
+    `"auto"` means DeepSpeed's default inside `zero_optimization`; a knob that the run config
+    owns may be `"auto"` too, as in files written for other trainers, and is left out.
+
+    Args:
+        spec: a preset's name, the path of a JSON file, or the mapping itself.
+        where: the key of the run config that holds `spec`, such as `student.deepspeed`.
+
+    Raises:
+        ConfigError: there is no such preset or file, or it sets what the run config owns.
+    """
+    source, content = where, spec
+    if isinstance(spec, str):
+        path = _find(spec, where=where)
+        source = f"{where}: {path.name}"
+        content = _read_json(path, where=where)
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{source}: must be a mapping (got {json.dumps(content)[:60]})")
+    ds = copy.deepcopy(dict(content))
+    refuse_dotted_keys(ds, source)
+    ds = without_owned_keys(ds, source, where=where)
+    check_sections(ds, source)
+    return check_zero(ds, source)
+
+
+def zero_stage(ds: Mapping[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed config, 0 to 3; 0 where it says nothing."""
+    return ds.get("zero_optimization", {}).get("stage", 0)
+
+
+def merged_ds_config(
+    ds: Mapping[str, Any], train: TrainConfig, *, dtype: Dtype, world_size: int
+) -> dict[str, Any]:
+    """The config of an engine that trains.
+
+    Accumulation stays 1: the training loop sets the boundary itself, so that the number of
+    micro-batches is no part of the engine.
+
+    Args:
+        ds: from `load_ds_config`.
+        train: gives the micro-batch size and the clipping norm.
+        dtype: of the weights in forward and backward.
+        world_size: number of ranks.
+
+    Raises:
+        ConfigError: a shard group of `ds` does not divide the ranks.
+    """
+    group = ds.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    if group > 1 and world_size % group:
+        raise ConfigError(
+            f"zero_hpz_partition_size {group} does not divide the {world_size} ranks of this run; "
+            "set it to the number of GPUs of a node"
+        )
+    # DeepSpeed knows its own Adam; of any other optimizer it wants to be told that it may be used.
+    sgd = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    return {
+        **_engine_config(ds, dtype=dtype, micro_batch=train.per_device_train_batch_size),
+        **(sgd if train.optim == "sgd" else {}),
+        # Never left out: DeepSpeed's own default is 1.0, not off.
+        "gradient_clipping": float(train.max_grad_norm),
+    }
+
+
+def frozen_ds_config(ds: Mapping[str, Any], *, dtype: Dtype, micro_batch: int) -> dict[str, Any]:
+    """The config of an engine that only answers: no optimizer, ZeRO 0 or 3.
+
+    Args:
+        ds: from `load_ds_config`.
+        dtype: of the weights.
+        micro_batch: rows per rank, which DeepSpeed wants to know even without training.
+
+    Raises:
+        ConfigError: the ZeRO stage is 1 or 2, or the config needs an optimizer.
+    """
+    check_frozen_stage(ds, where="teacher.deepspeed")
+    frozen = _engine_config(ds, dtype=dtype, micro_batch=micro_batch)
+    frozen.get("zero_optimization", {}).pop("offload_optimizer", None)
+    return {**frozen, "gradient_clipping": 0.0}
+
+
+def check_frozen_stage(ds: Mapping[str, Any], *, where: str) -> None:
+    """Refuses what an engine without an optimizer cannot do.
+
+    Raises:
+        ConfigError: the ZeRO stage is 1 or 2, or weights are sharded a second time per node.
+    """
+    stage = zero_stage(ds)
+    if stage not in (0, 3):
+        raise ConfigError(
+            f"{where}: ZeRO stage {stage} shards gradients and optimizer state, and a frozen model "
+            "has none; use stage 0 (teacher_zero0, a copy per rank) or 3 (teacher_zero3, sharded)"
+        )
+    if ds.get("zero_optimization", {}).get("zero_hpz_partition_size", 1) > 1:
+        raise ConfigError(
+            f"{where}: DeepSpeed cannot use zero_hpz_partition_size without an optimizer; remove it"
+        )
+
+
+def preset_names() -> list[str]:
+    """The presets that come with megakd, by name."""
+    return sorted(path.stem for path in _preset_folder().glob("*.json"))
+
+
+def _preset_folder() -> Path:
+    """`ds_configs`: inside the installed package, or at the top of a source checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "ds_configs"
+    return inside if inside.is_dir() else package.parent / "ds_configs"
+
+
+def _find(spec: str, *, where: str) -> Path:
+    path = Path(spec).expanduser()
+    preset = _preset_folder() / f"{spec}.json"
+    if path.suffix == ".json" or len(path.parts) != 1:
+        if not path.is_file():
+            raise ConfigError(f"{where}: the DeepSpeed config {spec} does not exist")
+        return path
+    if not preset.is_file():
+        near = difflib.get_close_matches(spec, preset_names(), n=1)
+        hint = f'; did you mean "{near[0]}"?' if near else ";"
+        raise ConfigError(
+            f'{where}: unknown preset "{spec}"{hint} known: {", ".join(preset_names())}; '
+            "a file's path ends in .json"
+        )
+    return preset
+
+
+def _read_json(path: Path, *, where: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        problem = f"is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8 text (byte {error.start})"
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+    except _DuplicateKeyError as error:
+        problem = f'gives the key "{error}" twice'
+    raise ConfigError(f"{where}: {path} {problem}")
+
+
+class _DuplicateKeyError(Exception):
+    """A JSON object has a key twice, of which Python would silently keep the last."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = [key for key in keys if keys.count(key) > 1]
+    if twice:
+        raise _DuplicateKeyError(twice[0])
+    return dict(pairs)
+
+
+def _engine_config(ds: Mapping[str, Any], *, dtype: Dtype, micro_batch: int) -> dict[str, Any]:
+    precision = {} if dtype == "fp32" else {dtype: {"enabled": True}}
+    return {
+        "steps_per_print": _NEVER,
+        **copy.deepcopy(dict(ds)),
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": 1,
+        **precision,
+    }

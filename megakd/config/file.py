@@ -1,0 +1,205 @@
+"""The run config as a YAML file with dotted overrides: read strictly, written back in full."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from megakd.config.checks import config_problems
+from megakd.config.messages import cut, schema_problems, shown
+from megakd.config.run import RunConfig
+from megakd.config.schema import KeyPath, dotted
+from megakd.config.yaml12 import dump_yaml, parse_yaml
+from megakd.errors import ConfigError
+
+_RUN_CONFIG = TypeAdapter(RunConfig)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The checked run config of a YAML file.
+
+    Args:
+        path: a YAML 1.2 file in UTF-8. Relative paths in it stay as written.
+        overrides: `a.b=value` or `a.0.b=value`, the value being YAML; later ones win.
+
+    Raises:
+        ConfigError: the file cannot be read or the config cannot work; one line per problem, each
+            with the file or the override that is to blame.
+    """
+    tree = parse_yaml(_read(path), source=str(path))
+    if not isinstance(tree, dict):
+        found = "is empty" if tree is None else f"holds {shown(tree)}"
+        raise ConfigError(f"{path}: {found}; a run config is a mapping with the key output_dir, …")
+    return config_of(tree, overrides, source=str(path))
+
+
+def config_of(
+    tree: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "config"
+) -> RunConfig:
+    """Return the checked run config of plain values, such as YAML or JSON gives.
+
+    Args:
+        tree: sections and keys as in a config file.
+        overrides: as of `load_config`.
+        source: what messages call the tree.
+
+    Raises:
+        ConfigError: the config cannot work; one line per problem.
+    """
+    given: dict[str, Any] = _plain(tree, (), source)
+    changed = copy.deepcopy(given)
+    for override in overrides:
+        _apply(override, changed)
+    config, problems = _checked(changed)
+    if config is None:
+        raise _error(_sources(problems, given, overrides, source))
+    return config
+
+
+def config_tree(config: RunConfig) -> dict[str, Any]:
+    """The config as plain JSON values, every key resolved."""
+    return _RUN_CONFIG.dump_python(config, mode="json")
+
+
+def dump_config(config: RunConfig) -> str:
+    """The config as YAML text; `load_config` of it gives an equal config."""
+    return dump_yaml(config_tree(config))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"config file {path} does not exist") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"config file {path} is not UTF-8 text: line {line} has the byte "
+            f"0x{error.object[error.start]:02x}; save it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
+
+
+def _checked(tree: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
+    """Return the run config of plain values, or None and one line per problem."""
+    problems = [
+        f"{dotted(path)}: must be a finite number (got {value})"
+        for path, value in _scalars(tree, ())
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+    if problems:
+        return None, problems
+    try:
+        config = _RUN_CONFIG.validate_json(json.dumps(tree))
+    except ValidationError as error:
+        return None, schema_problems(error, tree)
+    problems = config_problems(config)
+    return (None, problems) if problems else (config, [])
+
+
+def _sources(
+    problems: Sequence[str], tree: dict[str, Any], overrides: Sequence[str], source: str
+) -> list[tuple[str, str]]:
+    """Each problem after the file or the overrides that are to blame for it."""
+    if not overrides:
+        return [(source, problem) for problem in problems]
+    without = set(_checked(tree)[1])
+    named = [(problem, _culprit(problem, overrides) or " ".join(overrides)) for problem in problems]
+    return [
+        (source if problem in without else f'override "{cut(culprit)}"', problem)
+        for problem, culprit in named
+    ]
+
+
+def _culprit(problem: str, overrides: Sequence[str]) -> str | None:
+    """The last override that sets the key which a problem begins with, or a part of it."""
+    where = re.split(r": | = ", problem, maxsplit=1)[0]
+    for override in reversed(overrides):
+        name = dotted([int(key) if key.isdecimal() else key for key in _keys(override)])
+        if where == name or where.startswith((f"{name}.", f"{name}[")):
+            return override
+    return None
+
+
+def _error(problems: Sequence[tuple[str, str]]) -> ConfigError:
+    if len(problems) == 1:
+        return ConfigError(": ".join(problems[0]))
+    sources = {source for source, _ in problems}
+    if len(sources) == 1:
+        lines = "".join(f"\n  {problem}" for _, problem in problems)
+        return ConfigError(f"{sources.pop()}: {len(problems)} problems{lines}")
+    lines = "".join(f"\n  {source}: {problem}" for source, problem in problems)
+    return ConfigError(f"{len(problems)} problems{lines}")
+
+
+def _plain(value: Any, path: KeyPath, source: str) -> Any:
+    """The value as YAML and JSON know it: paths as text, tuples as lists."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner, (*path, str(key)), source) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner, (*path, index), source) for index, inner in enumerate(value)]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ConfigError(
+        f"{source}: {dotted(path)} is a {type(value).__name__}; a config holds text, numbers, "
+        "true and false, null, lists and mappings"
+    )
+
+
+def _scalars(node: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _scalars(value, (*path, key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _scalars(value, (*path, index))
+    else:
+        yield path, node
+
+
+def _apply(override: str, tree: dict[str, Any]) -> None:
+    """Sets one `a.b=value` in the tree; sections that are missing or null come into being."""
+    keys, (_, equals, text) = _keys(override), override.partition("=")
+    if not equals or not all(keys):
+        raise ConfigError(
+            f'override "{override}" is not of the form key=value, such as train.learning_rate=3e-4'
+        )
+    value = parse_yaml(text, source=f'override "{override}"')
+    node: Any = tree
+    for depth, key in enumerate(keys[:-1]):
+        slot = _slot(node, keys[: depth + 1], override)
+        if isinstance(node, dict) and node.get(key) is None:
+            node[key] = {}
+        node = node[slot]
+    node[_slot(node, keys, override)] = value
+
+
+def _keys(override: str) -> list[str]:
+    """The path that an override sets; messages write `objective[0].weight`, which is one too."""
+    return re.sub(r"\[(\d+)\]", r".\1", override.partition("=")[0].strip()).split(".")
+
+
+def _slot(node: Any, keys: Sequence[str], override: str) -> str | int:
+    """The last of `keys` as an index into `node`, which the others lead to."""
+    *parents, key = keys
+    where = ".".join(parents)
+    if isinstance(node, dict):
+        return key
+    if not isinstance(node, list):
+        raise ConfigError(f'override "{override}": {where} is {shown(node)} and has no keys')
+    if not key.isdecimal() or int(key) >= len(node):
+        raise ConfigError(
+            f'override "{override}": {where} is a list of {len(node)}, numbered from 0; '
+            f'it has no item "{key}"'
+        )
+    return int(key)

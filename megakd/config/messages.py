@@ -1,0 +1,249 @@
+"""What is wrong with a run config, one line per problem, in the words of the YAML file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+
+from megakd.config.schema import (
+    KeyPath,
+    annotation_at,
+    dotted,
+    known_keys,
+    names,
+    paths_ending_in,
+    value_at,
+)
+from megakd.config.synonyms import synonyms
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+_EXPECTED = {
+    "string_type": "text",
+    "path_type": "text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "dataclass_type": "a mapping",
+    "tuple_type": "a list",
+}
+_LIMITS = {
+    "greater_than": ("gt", "must be above {:g}"),
+    "greater_than_equal": ("ge", "must be at least {:g}"),
+    "less_than": ("lt", "must be below {:g}"),
+    "less_than_equal": ("le", "must be at most {:g}"),
+    "too_short": ("min_length", "needs at least {:g} item(s)"),
+    "too_long": ("max_length", "takes at most {:g} item(s)"),
+}
+_MAX_VALUE_CHARACTERS = 60
+
+
+class _Finding(NamedTuple):
+    """One pydantic error. `of_branch`: it says only that this branch of a union does not fit."""
+
+    path: KeyPath
+    of_branch: bool
+    detail: ErrorDetails
+
+
+def schema_problems(error: ValidationError, tree: Any) -> list[str]:
+    """What pydantic found, one line per problem, without its union branches and internal names.
+
+    Args:
+        error: from validating `tree`.
+        tree: the config as written, overrides applied.
+    """
+    findings = [_finding(detail, tree) for detail in error.errors()]
+    findings = [finding for finding in findings if not _is_echo(finding, findings, tree)]
+    groups: dict[KeyPath, list[_Finding]] = {}
+    for finding in findings:
+        groups.setdefault(finding.path, []).append(finding)
+    return [line for path, group in groups.items() for line in _lines(path, group, tree)]
+
+
+def suggestion(word: object, known: Iterable[str]) -> str:
+    """`; did you mean "x"?` for the nearest known word, or nothing."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f'; did you mean "{near[0]}"?' if near else ""
+
+
+def shown(value: Any) -> str:
+    """A value as a person would write it, cut to one short line."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, float) and not math.isfinite(value):
+        text = str(value)
+    return cut(text)
+
+
+def cut(text: str) -> str:
+    """Return the text, or its beginning where it is too long for a message."""
+    if len(text) > _MAX_VALUE_CHARACTERS:
+        return f"{text[: _MAX_VALUE_CHARACTERS - 1]}…"
+    return text
+
+
+def unknown_key(key: str, parent: KeyPath, tree: Any) -> str:
+    """Why a key is refused: the nearest known one, where the key belongs, or all known ones."""
+    known = known_keys(parent, tree)
+    meant = meant_by(key, known)
+    if meant:
+        return f"unknown key; did you mean {meant}?"
+    return f"unknown key; known: {', '.join(known)}"
+
+
+def meant_by(key: str, known: Sequence[str]) -> str:
+    """Return the keys that a wrong key may mean, quoted; empty where none is near.
+
+    Args:
+        key: as written.
+        known: keys of the section that holds the key.
+    """
+    near = difflib.get_close_matches(key, known, n=1)
+    found = synonyms(key, known) or paths_ending_in(key)[:1] or near
+    return " or ".join(f'"{path}"' for path in found)
+
+
+def option_problems(kind: type, options: Mapping[str, Any], *, where: str) -> list[str]:
+    """Return what is wrong with the free options of a section, one line per problem.
+
+    Args:
+        kind: the dataclass whose fields are the options.
+        options: as written.
+        where: the key that holds the options.
+    """
+    known = [field.name for field in fields(kind)]
+    problems = []
+    try:
+        TypeAdapter(kind).validate_json(json.dumps(options))
+    except ValidationError as error:
+        for detail in error.errors():
+            key = str(detail["loc"][0])
+            if detail["type"] == "unexpected_keyword_argument":
+                near = suggestion(key, known) or f"; known: {', '.join(known) or 'none'}"
+                problems.append(f"{where}.{key} = {shown(detail['input'])}: unknown key{near}")
+            elif _is_mismatch(detail):
+                problems.append(f"{where}.{key}: {_mismatch([detail])}")
+            else:
+                problems.append(_line((where, key), detail, options))
+    return problems
+
+
+def _finding(detail: ErrorDetails, tree: Any) -> _Finding:
+    """Walks the tree along pydantic's location; what is not there names a union branch."""
+    path: list[str | int] = []
+    node, of_branch = tree, False
+    for part in detail["loc"]:
+        of_branch = False
+        if (isinstance(node, dict) and part in node) or (
+            isinstance(node, list) and isinstance(part, int)
+        ):
+            path.append(part)
+            node = value_at((part,), node)
+        else:
+            of_branch = True
+    if of_branch and detail["type"] == "missing":
+        path.append(detail["loc"][-1])
+    return _Finding(tuple(path), of_branch and _is_mismatch(detail), detail)
+
+
+def _is_mismatch(detail: ErrorDetails) -> bool:
+    return detail["type"] in _EXPECTED or detail["type"] == "literal_error"
+
+
+def _is_echo(finding: _Finding, findings: Sequence[_Finding], tree: Any) -> bool:
+    """Whether another finding already says it."""
+    path, detail = finding.path, finding.detail
+    if detail["type"] == "too_short":
+        # pydantic counts valid items only: a list with one bad item is not too short.
+        return len(detail["input"]) >= detail.get("ctx", {})["min_length"]
+    if finding.of_branch:
+        others = [other for other in findings if not other.of_branch]
+        return any(other.path[: len(path)] == path for other in others)
+    if detail["type"] == "missing":
+        unknown = [other.path for other in findings if _is_unknown_key(other)]
+        same = [key for *parent, key in unknown if tuple(parent) == path[:-1]]
+        return any(f'"{path[-1]}"' in unknown_key(str(key), path[:-1], tree) for key in same)
+    return False
+
+
+def _is_unknown_key(finding: _Finding) -> bool:
+    return finding.detail["type"] == "unexpected_keyword_argument"
+
+
+def _lines(path: KeyPath, group: Sequence[_Finding], tree: Any) -> list[str]:
+    mismatches = [finding.detail for finding in group if _is_mismatch(finding.detail)]
+    others = [finding.detail for finding in group if not _is_mismatch(finding.detail)]
+    lines = [_line(path, detail, tree) for detail in others]
+    if mismatches:
+        lines.insert(
+            0, f"{dotted(path)}: {_mismatch(mismatches)}{_tag_hint(path, mismatches, tree)}"
+        )
+    return lines
+
+
+def _line(path: KeyPath, detail: ErrorDetails, tree: Any) -> str:
+    kind, value = detail["type"], shown(detail["input"])
+    where, context = dotted(path), detail.get("ctx", {})
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return _tag_line(path, detail, tree)
+    if kind == "unexpected_keyword_argument":
+        return f"{where} = {value}: {unknown_key(str(path[-1]), path[:-1], tree)}"
+    if kind == "missing":
+        return f"{where}: missing, and it has no default"
+    if kind == "finite_number":
+        return f"{where}: must be a finite number (got {value})"
+    if kind == "value_error":
+        return f"{where}: {context['error']}"
+    limit = _LIMITS.get(kind)
+    text = limit[1].format(context[limit[0]]) if limit else detail["msg"]
+    return f"{where or 'the config'}: {text} (got {value})"
+
+
+def _tag_line(path: KeyPath, detail: ErrorDetails, tree: Any) -> str:
+    """A loss or method that does not exist, or is not named at all."""
+    tag = detail.get("ctx", {})["discriminator"].strip("'")
+    known = names(annotation_at(path, tree), tag)
+    listed = f"known: {', '.join(known)}"
+    where = dotted((*path, tag))
+    if detail["type"] == "union_tag_not_found":
+        return f"{where}: missing; {listed}"
+    value = detail["input"][tag]
+    noun = path[-1] if tag == "name" else tag
+    near = suggestion(value, known)
+    return f"{where}: unknown {noun} {shown(value)}{near or ';'} {listed}"
+
+
+def _mismatch(details: Sequence[ErrorDetails]) -> str:
+    value = details[0]["input"]
+    choices = [word for detail in details for word in _choices(detail)]
+    expected = [f'"{word}"' for word in choices]
+    expected += dict.fromkeys(_EXPECTED[d["type"]] for d in details if d["type"] in _EXPECTED)
+    near = suggestion(value, choices) if isinstance(value, str) else ""
+    is_number = isinstance(value, bool | int | float)
+    hint = "; quote it to make it text" if is_number and "text" in expected else ""
+    listed = ", ".join(expected[:-1]) + " or " * (len(expected) > 1) + expected[-1]
+    return f"must be {listed} (got {shown(value)}){near}{hint}"
+
+
+def _tag_hint(path: KeyPath, details: Sequence[ErrorDetails], tree: Any) -> str:
+    """How to write a method or loss that was given by its bare name."""
+    value = details[0]["input"]
+    annotation = annotation_at(path, tree)
+    tags = [tag for tag in ("name", "loss") if value in names(annotation, tag)]
+    return f"; write {{{tags[0]}: {value}}}" if tags else ""
+
+
+def _choices(detail: ErrorDetails) -> list[str]:
+    """The words of a literal; pydantic lists them as `'a', 'b' or 'c'`."""
+    if detail["type"] != "literal_error":
+        return []
+    return re.findall(r"'([^']*)'", str(detail.get("ctx", {})["expected"]))

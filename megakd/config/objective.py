@@ -1,0 +1,66 @@
+"""What a list of loss terms cannot be, whatever the data and models are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megakd.contract.tasks import LANGUAGE_TASKS
+from megakd.contract.terms import (
+    SOFT_TARGET_DIVERGENCES,
+    HardCrossEntropy,
+    HardMse,
+    PluginTerm,
+    SoftTargetMse,
+    compares,
+)
+
+if TYPE_CHECKING:
+    from megakd.config.run import RunConfig
+    from megakd.contract.terms import TermConfig
+
+_OF_CLASSES = (HardCrossEntropy, *SOFT_TARGET_DIVERGENCES)
+_OF_SCORES = (HardMse, SoftTargetMse)
+_TASKS = ("classification", "regression", *LANGUAGE_TASKS)
+
+
+def objective_problems(config: RunConfig) -> Iterator[str]:
+    """Say what the terms contradict: each other, the task, or a method without a teacher."""
+    terms = config.objective or ()
+    for name, count in Counter(term.loss for term in terms).items():
+        if count > 1:
+            yield (
+                f'objective: "{name}" is listed twice; keep one term, '
+                "and say with its weight how much it counts"
+            )
+    if terms and not any(term.weight for term in terms):
+        yield "objective: every weight is 0, so there is nothing to learn; give a term a weight"
+    for index, term in enumerate(terms):
+        yield from _term(config, term, f"objective[{index}]")
+
+
+def _term(config: RunConfig, term: TermConfig, key: str) -> Iterator[str]:
+    task, where = config.task.type, f"{key}.loss: {term.loss}"
+    if getattr(term, "row_weight", "equal") != "equal" and task in LANGUAGE_TASKS:
+        yield (
+            f"{key}.row_weight: weighs rows by their labels, and task.type {task} has none of its "
+            "own; leave it out"
+        )
+    fitting = _tasks_of(term)
+    if task not in fitting:
+        yield f"{where} is for {', '.join(fitting)}, and task.type is {task}"
+    elif config.method.name == "finetune" and compares(term):
+        yield (
+            f'{where} compares with a teacher, and method "finetune" has none; '
+            "remove the term or choose another method"
+        )
+
+
+def _tasks_of(term: TermConfig) -> tuple[str, ...]:
+    """The values of task.type that a term is for."""
+    if isinstance(term, PluginTerm):
+        return term.tasks
+    if isinstance(term, _OF_SCORES):
+        return ("regression",)
+    return tuple(t for t in _TASKS if t != "regression" or not isinstance(term, _OF_CLASSES))

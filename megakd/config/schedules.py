@@ -1,0 +1,295 @@
+"""Learning rates as functions of the step: nothing to checkpoint, nothing to replay.
+
+Each schedule is a dataclass with the options that `train.lr_scheduler_kwargs` may set; the shapes,
+names and defaults are those of `transformers.get_scheduler`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from megakd.contract.terms import STRICT, Count, Fraction, Positive, Weight
+from megakd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megakd.config.run import TrainConfig
+
+Schedule = Callable[[int], float]
+ScheduleName = Literal[
+    "linear",
+    "cosine",
+    "constant",
+    "constant_with_warmup",
+    "polynomial",
+    "cosine_with_restarts",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "warmup_stable_decay",
+]
+Shape = Literal["linear", "cosine", "1-sqrt"]
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class ConstantWithWarmup:
+    """Linear warm-up, then the peak rate."""
+
+    def rate(self, step: int, warm: int, total: int, peak: float) -> float:
+        """Return the learning rate at a step.
+
+        Args:
+            step: optimiser steps taken.
+            warm: steps of warm-up.
+            total: steps of the stage.
+            peak: the peak learning rate.
+        """
+        if step < warm:
+            return peak * step / warm
+        return peak * self.decay(step, warm, total, peak)
+
+    def decay(self, step: int, warm: int, total: int, peak: float) -> float:
+        """Return the share of the peak rate at a step after the warm-up."""
+        del step, warm, total, peak
+        return 1.0
+
+    def problem(self, warm: int, total: int | None, peak: float) -> str | None:
+        """Return why the options cannot work in a stage, or None; `total` None: not known yet."""
+        del self, warm, total, peak
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class Constant(ConstantWithWarmup):
+    """The peak rate at every step."""
+
+    def problem(self, warm: int, total: int | None, peak: float) -> str | None:
+        """Refuse a warm-up, which this schedule does not have."""
+        del total, peak
+        if warm:
+            return "this schedule has no warm-up; use constant_with_warmup, or remove the warm-up"
+        return None
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class Linear(ConstantWithWarmup):
+    """Linear warm-up, then a straight line to 0."""
+
+    def decay(self, step: int, warm: int, total: int, peak: float) -> float:
+        """Return the share of the peak rate at a step after the warm-up."""
+        del peak
+        return max(0.0, 1.0 - _progress(step, warm, total))
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class Cosine(ConstantWithWarmup):
+    """Linear warm-up, then `num_cycles` waves of a cosine; half a wave ends at 0."""
+
+    num_cycles: Positive = 0.5
+
+    def decay(self, step: int, warm: int, total: int, peak: float) -> float:
+        """Return the share of the peak rate at a step after the warm-up."""
+        del peak
+        return _cosine(self.num_cycles, _progress(step, warm, total))
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class CosineWithRestarts(ConstantWithWarmup):
+    """Linear warm-up, then `num_cycles` half waves, each from the peak rate to 0."""
+
+    num_cycles: Count = 1
+
+    def decay(self, step: int, warm: int, total: int, peak: float) -> float:
+        """Return the share of the peak rate at a step after the warm-up."""
+        del peak
+        progress = _progress(step, warm, total)
+        return 0.0 if progress >= 1 else _cosine(0.5, self.num_cycles * progress % 1.0)
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class Polynomial(ConstantWithWarmup):
+    """Linear warm-up, then down to the rate `lr_end` with the given power."""
+
+    lr_end: Weight = 1e-7
+    power: Positive = 1.0
+
+    def decay(self, step: int, warm: int, total: int, peak: float) -> float:
+        """Return the share of the peak rate at a step after the warm-up."""
+        remaining = 1 - _progress(step, warm, total)
+        return ((peak - self.lr_end) * remaining**self.power + self.lr_end) / peak
+
+    def problem(self, warm: int, total: int | None, peak: float) -> str | None:
+        """Refuse an end above the peak."""
+        del warm, total
+        if self.lr_end >= peak:
+            return f"lr_end {self.lr_end:g} must be below learning_rate {peak:g}"
+        return None
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class InverseSqrt(ConstantWithWarmup):
+    """Linear warm-up, then falling as 1 / sqrt(step); `timescale` None: the warm-up, or 10,000."""
+
+    timescale: Count | None = None
+
+    def decay(self, step: int, warm: int, total: int, peak: float) -> float:
+        """Return the share of the peak rate at a step after the warm-up."""
+        del total, peak
+        timescale = self.timescale or warm or 10_000
+        return 1.0 / math.sqrt((step + timescale - warm) / timescale)
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class CosineWithMinLr(ConstantWithWarmup):
+    """Linear warm-up, then a cosine down to `min_lr`, or to `min_lr_rate` of the peak rate."""
+
+    num_cycles: Positive = 0.5
+    min_lr: Weight | None = None
+    min_lr_rate: Fraction | None = None
+
+    def decay(self, step: int, warm: int, total: int, peak: float) -> float:
+        """Return the share of the peak rate at a step after the warm-up."""
+        lowest = self.min_lr / peak if self.min_lr is not None else self.min_lr_rate or 0.0
+        wave = 0.5 * (1 + math.cos(math.pi * self.num_cycles * 2 * _progress(step, warm, total)))
+        return max(0.0, wave * (1 - lowest) + lowest)
+
+    def problem(self, warm: int, total: int | None, peak: float) -> str | None:
+        """Refuse both lowest rates, none, and one above the peak."""
+        del warm, total
+        if (self.min_lr is None) == (self.min_lr_rate is None):
+            return "set one of min_lr and min_lr_rate"
+        if self.min_lr is not None and self.min_lr >= peak:
+            return f"min_lr {self.min_lr:g} must be below learning_rate {peak:g}"
+        return None
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class WarmupStableDecay(ConstantWithWarmup):
+    """Warm-up, the peak rate, and a decay over the last `num_decay_steps`.
+
+    num_stable_steps: None takes what warm-up and decay leave of the stage; after warm-up, stable
+        and decay steps the rate stays at `min_lr_ratio` of the peak.
+    """
+
+    num_decay_steps: Count
+    num_stable_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_type: Shape = "linear"
+    decay_type: Shape = "cosine"
+    min_lr_ratio: Fraction = 0.0
+    num_cycles: Positive = 0.5
+
+    def rate(self, step: int, warm: int, total: int, peak: float) -> float:
+        """Return the learning rate at a step."""
+        if step >= warm:
+            return super().rate(step, warm, total, peak)
+        progress = step / warm
+        rising = {
+            "linear": progress,
+            "cosine": 0.5 * (1 - math.cos(math.pi * progress)),
+            "1-sqrt": 1 - math.sqrt(1 - progress),
+        }
+        return peak * self._above_lowest(rising[self.warmup_type])
+
+    def decay(self, step: int, warm: int, total: int, peak: float) -> float:
+        """Return the share of the peak rate at a step after the warm-up."""
+        del peak
+        stable = self.num_stable_steps
+        stable = total - warm - self.num_decay_steps if stable is None else stable
+        progress = (step - warm - stable) / self.num_decay_steps
+        if progress < 0:
+            return 1.0
+        if progress >= 1:
+            return self.min_lr_ratio
+        falling = {
+            "linear": 1 - progress,
+            "cosine": 0.5 * (1 + math.cos(math.pi * self.num_cycles * 2 * progress)),
+            "1-sqrt": 1 - math.sqrt(progress),
+        }
+        return self._above_lowest(falling[self.decay_type])
+
+    def _above_lowest(self, share: float) -> float:
+        return max(0.0, share * (1 - self.min_lr_ratio) + self.min_lr_ratio)
+
+    def problem(self, warm: int, total: int | None, peak: float) -> str | None:
+        """Refuse phases that are longer than the stage."""
+        del peak
+        needed = warm + (self.num_stable_steps or 0) + self.num_decay_steps
+        if total is not None and needed > total:
+            return (
+                f"warm-up {warm}, stable {self.num_stable_steps or 0} and decay "
+                f"{self.num_decay_steps} are {needed} steps, and the stage has {total}"
+            )
+        return None
+
+
+SCHEDULES: Mapping[ScheduleName, type[ConstantWithWarmup]] = dict(
+    zip(
+        get_args(ScheduleName),
+        (
+            Linear,
+            Cosine,
+            Constant,
+            ConstantWithWarmup,
+            Polynomial,
+            CosineWithRestarts,
+            InverseSqrt,
+            CosineWithMinLr,
+            WarmupStableDecay,
+        ),
+        strict=True,
+    )
+)
+
+
+def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
+    """Return the optimiser steps of a stage; `max_steps` wins over `num_train_epochs`."""
+    return train.max_steps or math.ceil(train.num_train_epochs * steps_per_epoch)
+
+
+def warmup_steps(train: TrainConfig, total_steps: int) -> int:
+    """Return the optimiser steps of warm-up; `warmup_steps` wins over `warmup_ratio`."""
+    return train.warmup_steps or math.ceil(train.warmup_ratio * total_steps)
+
+
+def schedule_problem(train: TrainConfig, total_steps: int | None) -> str | None:
+    """Return why a schedule cannot work in a stage, or None.
+
+    Args:
+        train: with options that have the right types.
+        total_steps: optimiser steps of the stage; None before the data are read.
+    """
+    options = SCHEDULES[train.lr_scheduler_type](**(train.lr_scheduler_kwargs or {}))
+    # Before the data are read, a ratio says no more than that there is a warm-up.
+    warm = warmup_steps(train, total_steps or 1)
+    problem = options.problem(warm, total_steps, train.learning_rate)
+    return f"{train.lr_scheduler_type}: {problem}" if problem else None
+
+
+def learning_rate_schedule(train: TrainConfig, total_steps: int) -> Schedule:
+    """Return the function from the number of steps taken to the learning rate.
+
+    Args:
+        train: gives the peak rate, the schedule with its options, and the warm-up.
+        total_steps: optimiser steps of the stage.
+
+    Raises:
+        ConfigError: the schedule's phases are longer than the stage.
+    """
+    problem = schedule_problem(train, total_steps)
+    if problem:
+        raise ConfigError(f"train.lr_scheduler_type: {problem}")
+    options = SCHEDULES[train.lr_scheduler_type](**(train.lr_scheduler_kwargs or {}))
+    warm, peak = warmup_steps(train, total_steps), train.learning_rate
+
+    return lambda step: options.rate(step, warm, total_steps, peak)
+
+
+def _progress(step: int, warm: int, total: int) -> float:
+    """Return how far a step is from the warm-up to the end, at most 1."""
+    return min(1.0, (step - warm) / max(1, total - warm))
+
+
+def _cosine(cycles: float, progress: float) -> float:
+    return max(0.0, 0.5 * (1 + math.cos(math.pi * cycles * 2 * progress)))

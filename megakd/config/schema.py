@@ -1,0 +1,161 @@
+"""What the config dataclasses say about themselves: known keys, variants, options, defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from megakd.config.run import RunConfig
+from megakd.contract.plugins import FromPackage, installed
+from megakd.errors import ConfigError
+
+KeyPath = tuple[str | int, ...]
+
+
+def members(annotation: Any) -> list[Any]:
+    """The alternatives of an annotation, with `Annotated` and unions taken apart."""
+    if get_origin(annotation) is Annotated:
+        return members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [inner for part in get_args(annotation) for inner in members(part)]
+    return [annotation]
+
+
+def variants(annotation: Any, tag: str) -> dict[str, type]:
+    """The dataclasses of a tagged union by the value of their `tag` field, in written order."""
+    return {_tag_value(kind, tag): kind for kind in members(annotation) if _has_tag(kind, tag)}
+
+
+def names(annotation: Any, tag: str) -> list[str]:
+    """The values of `tag` that a tagged union knows, those of installed packages included."""
+    own, package = list(variants(annotation, tag)), package_options(annotation)
+    return [*own, *(installed(package.group) if package and package.tag == tag else ())]
+
+
+def options(annotation: Any, tag: str) -> dict[str, type]:
+    """The dataclasses of a tagged union by name, those of installed packages included.
+
+    Raises:
+        ConfigError: an installed package breaks the contract.
+    """
+    package = package_options(annotation)
+    theirs = names(annotation, tag)[len(variants(annotation, tag)) :] if package else []
+    return variants(annotation, tag) | {name: package.kind(name) for name in theirs if package}
+
+
+def package_options(annotation: Any) -> FromPackage | None:
+    """How a union takes options of other packages; None if it takes none."""
+    if get_origin(annotation) is Annotated:
+        inner, *marks = get_args(annotation)
+        found = [mark for mark in marks if isinstance(mark, FromPackage)]
+        return found[0] if found else package_options(inner)
+    if get_origin(annotation) in (Union, types.UnionType):
+        found = [package_options(part) for part in get_args(annotation)]
+        return next((mark for mark in found if mark is not None), None)
+    return None
+
+
+def known_keys(path: KeyPath, tree: Any) -> list[str]:
+    """The keys that the mapping at `path` may have; empty where any key may stand.
+
+    Args:
+        path: keys and list positions from the top of the config.
+        tree: the config as written; its tags decide between variants.
+    """
+    kind = _dataclass_of(annotation_at(path, tree), value_at(path, tree))
+    return [] if kind is None else [field.name for field in dataclasses.fields(kind)]
+
+
+def annotation_at(path: KeyPath, tree: Any) -> Any:
+    """The annotation of the value at `path`; None below a mapping with free keys."""
+    annotation: Any = RunConfig
+    for depth, part in enumerate(path):
+        if isinstance(part, int):
+            items = [kind for kind in members(annotation) if get_origin(kind) is tuple]
+            annotation = get_args(items[0])[0] if items else None
+        else:
+            kind = _dataclass_of(annotation, value_at(path[:depth], tree))
+            annotation = None if kind is None else _hints(kind).get(part)
+    return annotation
+
+
+def value_at(path: KeyPath, tree: Any) -> Any:
+    """The value at `path`, None where the path leads nowhere."""
+    for part in path:
+        inside = (isinstance(tree, dict) and part in tree) or (
+            isinstance(tree, list) and isinstance(part, int) and part < len(tree)
+        )
+        if not inside:
+            return None
+        tree = tree[part]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return tree
+
+
+def paths_ending_in(key: str) -> list[str]:
+    """Dotted paths of the settings called `key`, those nearest to the top first."""
+    found = [path for path in _option_paths(RunConfig, "") if path.rpartition(".")[2] == key]
+    return sorted(found, key=lambda path: path.count("."))
+
+
+def _option_paths(kind: type, prefix: str) -> Iterator[str]:
+    """All keys outside lists and tagged unions."""
+    for name, annotation in _hints(kind).items():
+        yield f"{prefix}{name}"
+        inner = [part for part in members(annotation) if dataclasses.is_dataclass(part)]
+        if len(inner) == 1 and isinstance(inner[0], type):
+            yield from _option_paths(inner[0], f"{prefix}{name}.")
+
+
+def defaults(kind: type) -> dict[str, Any]:
+    """Options of a variant with their defaults; `dataclasses.MISSING` where there is none."""
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(kind)
+        if get_origin(_hints(kind)[field.name]) is not Literal or _has_default(field)
+    }
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """A path as people write it: `objective[0].temperature`."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return text.removeprefix(".")
+
+
+def _hints(kind: type) -> Mapping[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING
+
+
+def _has_tag(kind: Any, tag: str) -> bool:
+    return isinstance(kind, type) and get_origin(_hints(kind).get(tag)) is Literal
+
+
+def _tag_value(kind: type, tag: str) -> str:
+    return str(get_args(_hints(kind)[tag])[0])
+
+
+def _dataclass_of(annotation: Any, value: Any) -> type | None:
+    """The dataclass that a mapping is meant to be: the only one, or the one its tag names."""
+    package = package_options(annotation)
+    if package is not None and package.is_named_by(value):
+        return _kind_of_package(package, value)
+    kinds = [part for part in members(annotation) if dataclasses.is_dataclass(part)]
+    fitting = [kind for kind in kinds if len(kinds) == 1 or _fits(kind, value)]
+    return fitting[0] if fitting and isinstance(fitting[0], type) else None
+
+
+def _kind_of_package(package: FromPackage, value: Any) -> type | None:
+    try:
+        return package.kind(value[package.tag])
+    except ConfigError:  # said where the value is validated
+        return None
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    tags = [name for name in ("loss", "name") if _has_tag(kind, name)]
+    return isinstance(value, dict) and any(value.get(t) == _tag_value(kind, t) for t in tags)

@@ -1,0 +1,94 @@
+"""Checks of how stages are trained, scored and logged that need neither data nor models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megakd.config.messages import option_problems, suggestion
+from megakd.config.run import inherit
+from megakd.config.schedules import SCHEDULES, schedule_problem
+from megakd.contract.plugins import is_metric, metric_of
+from megakd.contract.tasks import LANGUAGE_TASKS, METRICS
+from megakd.contract.terms import HardCrossEntropy
+from megakd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megakd.config.run import RunConfig, TrainConfig
+    from megakd.contract.tasks import TaskType
+
+
+def training_problems(config: RunConfig) -> Iterator[str]:
+    """Yield what cannot work in the sections `train`, `eval` and `log`."""
+    for where, train in _trainings(config):
+        yield from _schedule(where, train)
+        if train.early_stopping_patience is not None and config.eval.eval_steps is None:
+            yield (
+                f"{where}.early_stopping_patience: {train.early_stopping_patience} evaluations "
+                "are counted, and there are none; set eval.eval_steps"
+            )
+    yield from _metrics(config)
+    yield from _hard_terms(config)
+
+
+def _metrics(config: RunConfig) -> Iterator[str]:
+    task, known = config.task.type, METRICS[config.task.type]
+    listed = {f"metrics[{index}]": name for index, name in enumerate(config.eval.metrics)}
+    for key, name in {"metric": config.eval.metric, **listed}.items():
+        if name is None or name in known:
+            continue
+        if is_metric(name):
+            yield from _plugin_metric(name, f"eval.{key}", task)
+        else:
+            near = suggestion(name, known) or ";"
+            yield (
+                f'eval.{key}: task.type {task} has no metric "{name}"{near} known: '
+                f"{', '.join(known)}"
+            )
+    if config.eval.positive_label is not None and task != "classification":
+        yield f"eval.positive_label: task.type {task} has no labels by name; remove the key"
+
+
+def _plugin_metric(name: str, where: str, task: TaskType) -> Iterator[str]:
+    if task in LANGUAGE_TASKS:
+        yield f"{where}: {name} is given all outputs, which {task} never forms; leave it out"
+        return
+    try:
+        metric_of(name)
+    except ConfigError as error:
+        yield f"{where}: {error}"
+
+
+def _hard_terms(config: RunConfig) -> Iterator[str]:
+    if config.task.type not in LANGUAGE_TASKS:
+        return
+    for index, term in enumerate(config.objective or ()):
+        for key in ("class_weights", "label_smoothing"):
+            if isinstance(term, HardCrossEntropy) and getattr(term, key):
+                yield (
+                    f"objective[{index}].{key}: for classification only, and task.type is "
+                    f"{config.task.type}: a language model's loss never forms the probabilities "
+                    "of all tokens; remove the key"
+                )
+
+
+def _trainings(config: RunConfig) -> Iterator[tuple[str, TrainConfig]]:
+    """Yield every training of the run with the keys that it inherits."""
+    yield "train", config.train
+    for name, spec in config.teacher_specs.items():
+        if spec.finetune is not None:
+            yield f"{config.key_of(name)}.finetune", inherit(config.train, spec.finetune)
+    if config.alone is not None:
+        yield "alone", inherit(config.train, config.alone)
+
+
+def _schedule(where: str, train: TrainConfig) -> Iterator[str]:
+    kind = SCHEDULES[train.lr_scheduler_type]
+    key = f"{where}.lr_scheduler_kwargs"
+    problems = option_problems(kind, train.lr_scheduler_kwargs or {}, where=key)
+    if problems:
+        yield from (f"{problem} (of {train.lr_scheduler_type})" for problem in problems)
+        return
+    problem = schedule_problem(train, train.max_steps)
+    if problem:
+        yield f"{where}.lr_scheduler_type: {problem}"

@@ -1,0 +1,52 @@
+"""The number that ranks evaluations, and the judge that applies the number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megakd.contract.plugins import is_metric, metric_of
+from megakd.contract.stage import Scores, Verdict
+from megakd.errors import ConfigError
+
+LOWER_IS_BETTER = ("perplexity", "loss")
+
+
+def lower_is_better(name: str) -> bool:
+    """Return whether less of a metric is better; a package that is gone cannot say so."""
+    if not is_metric(name):
+        return name in LOWER_IS_BETTER
+    try:
+        return not getattr(metric_of(name), "higher_is_better", True)
+    except ConfigError:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One number out of an evaluation, and whether more of it is better."""
+
+    name: str
+    parts: tuple[str, ...]
+    higher_is_better: bool
+
+    def of(self, values: Mapping[str, float]) -> float:
+        """The mean of the official metrics this number stands for."""
+        return sum(values[part] for part in self.parts) / len(self.parts)
+
+
+WHOLE = "whole"
+"""Stands for the model itself where scores are kept by view."""
+
+
+@dataclass(frozen=True)
+class MetricJudge:
+    """Judges a stage by one number of one view, or of the model itself."""
+
+    metric: Metric
+    view: str = WHOLE
+
+    def __call__(self, scores: Scores) -> Verdict:
+        """The metric, turned round where less is better."""
+        value = self.metric.of(scores[self.view])
+        return Verdict(value if self.metric.higher_is_better else -value, self.view)

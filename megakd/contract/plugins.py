@@ -1,0 +1,189 @@
+"""Losses, metrics and methods of other packages: found by entry point or as `module:name`.
+
+The options of such a loss or method are a dataclass of its own package, and checked as megakd's
+own are: an unknown key is an error that names the nearest one. docs/plugins.md has an example of
+each.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, cast, get_args, get_type_hints
+
+from pydantic import TypeAdapter
+from pydantic_core import CoreSchema, core_schema
+
+from megakd.errors import ConfigError
+
+LOSSES = "megakd.losses.targets"
+METHODS = "megakd.methods"
+METRICS = "megakd.training.metrics"
+OURS, THEIRS = "ours", "theirs"
+
+
+@functools.cache
+def installed(group: str) -> dict[str, EntryPoint]:
+    """Return the entry points of a group by name: what installed packages offer."""
+    return {found.name: found for found in entry_points(group=group)}
+
+
+def load_plugin(group: str, name: str) -> Any:
+    """Import what a name in a config means.
+
+    Args:
+        group: `megakd.losses.targets`, `megakd.training.metrics` or `megakd.methods`.
+        name: `module:name`, or the name of an entry point.
+
+    Raises:
+        ConfigError: the module cannot be imported, or has no such name.
+    """
+    found = installed(group).get(name)
+    module_name, _, attribute = (found.value if found else name).partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f'"{name}": module {module_name} cannot be imported ({error}); install its package, or '
+            "put the folder that holds it on PYTHONPATH"
+        ) from error
+    if not hasattr(module, attribute):
+        near = difflib.get_close_matches(attribute, dir(module), n=1)
+        hint = f"; did you mean {module_name}:{near[0]}?" if near else ""
+        raise ConfigError(f'"{name}": module {module_name} has no {attribute or "name"}{hint}')
+    return getattr(module, attribute)
+
+
+@dataclass(frozen=True)
+class FromPackage:
+    """Marks a value of the run config that is an options dataclass of another package.
+
+    group: of the entry points.
+    tag: the key whose value names the dataclass, `loss` or `name`.
+    own: the union of megakd's own dataclasses, whose names no package can take.
+    check: gives what is wrong with a dataclass that was found, None if nothing is.
+    """
+
+    group: str
+    tag: str
+    own: Any
+    check: Callable[[Any], str | None]
+
+    def kind(self, name: str) -> type:
+        """Return the dataclass that a name means.
+
+        Raises:
+            ConfigError: there is none, or it breaks the contract.
+        """
+        kind = load_plugin(self.group, name)
+        wrong = self.check(kind)
+        if wrong is not None:
+            raise ConfigError(f'"{name}": {wrong}; docs/plugins.md shows an example')
+        return kind
+
+    def is_named_by(self, value: Any) -> bool:
+        """Return whether a mapping, or options already made, belong to another package."""
+        name = value.get(self.tag) if isinstance(value, dict) else getattr(value, self.tag, None)
+        if not isinstance(name, str) or name in self.own_names:
+            return False
+        return ":" in name or name in installed(self.group)
+
+    @functools.cached_property
+    def own_names(self) -> frozenset[str]:
+        """The names of megakd's own."""
+        kinds = get_args(get_args(self.own)[0])
+        return frozenset(get_args(get_type_hints(kind)[self.tag])[0] for kind in kinds)
+
+    def branch(self, value: Any) -> str:
+        """Return the branch of a union of megakd's own options and a package's."""
+        return THEIRS if self.is_named_by(value) else OURS
+
+    def validated(self, value: Any) -> Any:
+        """Return the options that a mapping holds, or options already made.
+
+        Raises:
+            ValueError: for pydantic, which says where.
+        """
+        name = value[self.tag] if isinstance(value, dict) else getattr(value, self.tag)
+        try:
+            kind = self.kind(name)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        if isinstance(value, kind):
+            return value
+        return TypeAdapter(kind).validate_json(json.dumps(value))
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        """Pydantic's hook."""
+        del source, handler
+        return core_schema.no_info_plain_validator_function(
+            self.validated,
+            serialization=core_schema.plain_serializer_function_ser_schema(_as_json),
+        )
+
+
+def _as_json(options: Any) -> Any:
+    return TypeAdapter(type(options)).dump_python(options, mode="json")
+
+
+def wrong_options(kind: Any, base: type, methods: tuple[str, ...]) -> str | None:
+    """Return why a class cannot be the options of a plug-in; None if it can."""
+    if not (isinstance(kind, type) and issubclass(kind, base) and kind is not base):
+        return f"{getattr(kind, '__name__', kind)} is no dataclass derived from {base.__name__}"
+    own = vars(kind)
+    if not (
+        own.get("__is_pydantic_dataclass__")
+        and own["__pydantic_config__"] == vars(base)["__pydantic_config__"]
+    ):
+        return (
+            f"{kind.__name__} lacks the decorator @dataclass(config=STRICT, frozen=True, "
+            "kw_only=True) of pydantic.dataclasses"
+        )
+    missing = [name for name in methods if getattr(kind, name) is getattr(base, name)]
+    return f"{kind.__name__} has no {missing[0]}()" if missing else None
+
+
+def is_metric(name: str) -> bool:
+    """Return whether a metric's name means one of another package."""
+    return ":" in name or name in installed(METRICS)
+
+
+def metric_of(name: str) -> Callable[[Any, Any], float]:
+    """Return the function of a metric of another package.
+
+    Raises:
+        ConfigError: there is none, or the function does not say which way is better.
+    """
+    found = load_plugin(METRICS, name)
+    if not (callable(found) and isinstance(getattr(found, "higher_is_better", None), bool)):
+        raise ConfigError(
+            f'"{name}" is no function(outputs, labels) with an attribute higher_is_better, true '
+            "or false; docs/plugins.md shows an example"
+        )
+    return cast("Callable[[Any, Any], float]", found)
+
+
+def code_of(value: Any) -> dict[str, str]:
+    """Return a hash of the file that holds a class of another package; nothing for megakd's own.
+
+    A result depends on it: after an edit nothing that the old code made is taken for the new.
+    """
+    module = sys.modules.get(type(value).__module__)
+    if module is None or module.__name__.partition(".")[0] == "megakd":
+        return {}
+    file = inspect.getsourcefile(module)
+    return {"code": _hash_of(file)} if file else {}
+
+
+@functools.cache
+def _hash_of(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]

@@ -1,0 +1,31 @@
+"""Names that the config, methods and losses share: tasks, their metrics, number formats, roles."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+Kernels = Literal["auto", "triton", "chunked", "reference"]
+TaskType = Literal["classification", "regression", "mlm", "causal_lm"]
+STUDENT = "student"
+TEACHER = "teacher"
+"""The name of a teacher that is the only one."""
+LANGUAGE_TASKS: tuple[TaskType, ...] = ("mlm", "causal_lm")
+"""Those whose labels are tokens of the text itself."""
+ONE_LABEL_METRICS = ("f1", "precision", "recall")
+"""Those about one label against all others."""
+METRICS: dict[TaskType, tuple[str, ...]] = {
+    "classification": (
+        "accuracy",
+        *ONE_LABEL_METRICS,
+        "f1_macro",
+        "precision_macro",
+        "recall_macro",
+        "f1_weighted",
+        "matthews_correlation",
+        "loss",
+    ),
+    "regression": ("pearson", "spearman", "loss"),
+    **dict.fromkeys(LANGUAGE_TASKS, ("perplexity", "loss", "accuracy")),
+}
+"""What `eval.metric` may be."""

@@ -1,0 +1,352 @@
+"""The loss terms a run config may list, with their options; imports neither torch nor deepspeed."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic.dataclasses import dataclass
+
+from megakd.contract.plugins import LOSSES, OURS, THEIRS, FromPackage, wrong_options
+from megakd.contract.stage import UNITS, Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megakd.contract.shapes import Shape
+    from megakd.contract.stage import Batch, Knowledge
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=2**53)]
+"""Up to 2 ** 53, the whole numbers that every file format here can hold."""
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _layer_pair(text: str) -> str:
+    if not re.fullmatch(r"\d+:\d+", text):
+        raise ValueError(f"a layer pair is student:teacher, such as 2:6; got {text!r}")
+    return text
+
+
+def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} is listed twice")
+    return names
+
+
+def _some_weight(weights: dict[str, float]) -> dict[str, float]:
+    if not any(weights.values()):
+        raise ValueError("every weight is 0, so nothing can be learned; raise one")
+    return weights
+
+
+ClassWeights = Annotated[dict[str, Weight], AfterValidator(_some_weight)]
+LayerMapping = (
+    Literal["uniform", "last"]
+    | Annotated[tuple[Annotated[str, AfterValidator(_layer_pair)], ...], Field(min_length=1)]
+)
+LayerPairs = Annotated[tuple[Annotated[str, AfterValidator(_layer_pair)], ...], Field(min_length=2)]
+Relation = Literal["query", "key", "value", "query_key"]
+Relations = Annotated[tuple[Relation, ...], Field(min_length=1), AfterValidator(_each_once)]
+Positions = Literal["all", "first"]
+RowWeight = Literal["equal", "teacher_loss"]
+Skew = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class HardCrossEntropy:
+    """Cross-entropy with the labels of the data, in nats.
+
+    class_weights: `balanced`, or a weight for every label by name (classification); the sum over
+        rows is divided by their number, whatever their weights.
+    label_smoothing: the share of the target that is spread evenly over all labels (classification).
+    """
+
+    loss: Literal["hard_cross_entropy"]
+    weight: Weight = 1.0
+    class_weights: Literal["balanced"] | ClassWeights | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class HardMse:
+    """Squared error to the score of the data (regression)."""
+
+    loss: Literal["hard_mse"]
+    weight: Weight = 1.0
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class SoftTargetKl:
+    """KL(teacher || student) at a temperature (Hinton et al. 2015, section 2).
+
+    row_weight: `teacher_loss` divides a labelled row by 1 + the teacher's own cross-entropy.
+    """
+
+    loss: Literal["soft_target_kl"]
+    weight: Weight = 1.0
+    temperature: Positive = 1.0
+    t_squared: bool = True
+    row_weight: RowWeight = "equal"
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class SoftTargetReverseKl:
+    """KL(student || teacher) at a temperature (Gu et al. 2024, MiniLLM)."""
+
+    loss: Literal["soft_target_reverse_kl"]
+    weight: Weight = 1.0
+    temperature: Positive = 1.0
+    t_squared: bool = True
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class SoftTargetJsd:
+    """beta·KL(teacher || m) + (1-beta)·KL(student || m), m = beta·teacher + (1-beta)·student.
+
+    Agarwal et al. 2024, GKD, equation 1; beta 0 is forward KL and 1 reverse KL, as peers have it.
+    """
+
+    loss: Literal["soft_target_jsd"]
+    weight: Weight = 1.0
+    temperature: Positive = 1.0
+    t_squared: bool = True
+    beta: Fraction = 0.5
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class SoftTargetSkewKl:
+    """KL(teacher || m), m = skew·teacher + (1-skew)·student.
+
+    Ko et al. 2024, DistiLLM; skew 0 is forward KL.
+    """
+
+    loss: Literal["soft_target_skew_kl"]
+    weight: Weight = 1.0
+    temperature: Positive = 1.0
+    t_squared: bool = True
+    skew: Skew = 0.1
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class SoftTargetSkewReverseKl:
+    """KL(student || m), m = (1-skew)·teacher + skew·student.
+
+    Ko et al. 2024, DistiLLM; skew 0 is reverse KL.
+    """
+
+    loss: Literal["soft_target_skew_reverse_kl"]
+    weight: Weight = 1.0
+    temperature: Positive = 1.0
+    t_squared: bool = True
+    skew: Skew = 0.1
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class SoftTargetTvd:
+    """Total variation: half the sum of |teacher - student| (Wen et al. 2023, f-Distill)."""
+
+    loss: Literal["soft_target_tvd"]
+    weight: Weight = 1.0
+    temperature: Positive = 1.0
+    t_squared: bool = True
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class SoftTargetMse:
+    """Squared error to the teacher's score (regression).
+
+    row_weight: `teacher_loss` divides a labelled row by 1 + the teacher's own squared error.
+    """
+
+    loss: Literal["soft_target_mse"]
+    weight: Weight = 1.0
+    row_weight: RowWeight = "equal"
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class HiddenMse:
+    """Squared error between hidden states of mapped layers (Romero et al. 2015; Jiao et al. 2020).
+
+    layer_mapping: `uniform`, `last`, or student:teacher pairs, 0 being the embedding output.
+    positions: `all`, or a text's `first`, which is [CLS] of an encoder; counted in rows then.
+    """
+
+    loss: Literal["hidden_mse"]
+    weight: Weight = 1.0
+    layer_mapping: LayerMapping = "uniform"
+    positions: Positions = "all"
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class HiddenCosine:
+    """One minus the cosine between hidden states of mapped layers (Sanh et al. 2019).
+
+    positions: as of hidden_mse. Of the `first` it is half the squared distance of normalised
+        [CLS] vectors (Sun et al. 2019, patient KD).
+    """
+
+    loss: Literal["hidden_cosine"]
+    weight: Weight = 1.0
+    layer_mapping: LayerMapping = "uniform"
+    positions: Positions = "all"
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class EmbeddingMse:
+    """Squared error between the embedding outputs (Jiao et al. 2020, TinyBERT, section 3.1)."""
+
+    loss: Literal["embedding_mse"]
+    weight: Weight = 1.0
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class RelationFsp:
+    """Squared error between the flows from mapped layer to mapped layer (Yim et al. 2017).
+
+    layer_mapping: `uniform`, or two student:teacher pairs at least, 0 being the embedding output;
+        each pair and the next make a flow.
+    """
+
+    loss: Literal["relation_fsp"]
+    weight: Weight = 1.0
+    layer_mapping: Literal["uniform"] | LayerPairs = "uniform"
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class AttentionMse:
+    """Squared error between the attention of mapped layers (Jiao et al. 2020, equation 7).
+
+    fit: `scores` before the softmax, which the paper found to work better, or `probabilities`.
+    layer_mapping: `uniform`, `last`, or student:teacher pairs of layers from 1.
+    """
+
+    loss: Literal["attention_mse"]
+    weight: Weight = 1.0
+    layer_mapping: LayerMapping = "uniform"
+    fit: Literal["scores", "probabilities"] = "scores"
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class RelationKl:
+    """KL between the relations among tokens in mapped layers (Wang et al. 2020, 2021, MiniLM).
+
+    relations: of query, key and value vectors with themselves, or query_key.
+    relation_heads: parts into which the vectors are cut; null takes the teacher's attention heads.
+    layer_mapping: `uniform`, `last`, or student:teacher pairs of layers from 1.
+    """
+
+    loss: Literal["relation_kl"]
+    weight: Weight = 1.0
+    layer_mapping: LayerMapping = "last"
+    relations: Relations = ("query", "key", "value")
+    relation_heads: Count | None = None
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class PluginTerm:
+    """Options of a loss of another package, which derives from here; see docs/plugins.md.
+
+    unit: what `total` sums over, by whose count over the whole step it is divided: `examples`
+        (rows), `targets` (labelled rows or positions) or `tokens` (valid positions).
+    tasks: values of task.type that the loss is for.
+    needs_teacher: whether the loss compares with a teacher.
+    reads_hidden_states: whether the loss reads hidden states.
+    """
+
+    unit: ClassVar[Unit]
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "regression", "mlm", "causal_lm")
+    needs_teacher: ClassVar[bool] = True
+    reads_hidden_states: ClassVar[bool] = False
+    loss: str
+    weight: Weight = 1.0
+
+    def total(self, student: Knowledge, teacher: Knowledge | None, batch: Batch) -> Tensor:
+        """Return the sum over the unit in fp32, without weight, as a tensor of no dimension."""
+        raise TypeError(f"{type(self).__name__} computes nothing")
+
+    def check(self, student: Shape, teacher: Shape | None) -> None:
+        """Raise a TeacherError where the two models' shapes do not fit the loss."""
+
+
+def _wrong_term(kind: Any) -> str | None:
+    wrong = wrong_options(kind, PluginTerm, ("total",))
+    if wrong is None and getattr(kind, "unit", None) not in UNITS:
+        return f"{kind.__name__}.unit is not set to {', '.join(UNITS[:-1])} or {UNITS[-1]}"
+    return wrong
+
+
+OwnTerm = Annotated[
+    HardCrossEntropy
+    | HardMse
+    | SoftTargetKl
+    | SoftTargetReverseKl
+    | SoftTargetJsd
+    | SoftTargetSkewKl
+    | SoftTargetSkewReverseKl
+    | SoftTargetTvd
+    | SoftTargetMse
+    | HiddenMse
+    | HiddenCosine
+    | EmbeddingMse
+    | RelationFsp
+    | AttentionMse
+    | RelationKl,
+    Field(discriminator="loss"),
+]
+PLUGIN_TERM = FromPackage(LOSSES, "loss", OwnTerm, _wrong_term)
+TermConfig = Annotated[
+    Annotated[OwnTerm, Tag(OURS)] | Annotated[PluginTerm, PLUGIN_TERM, Tag(THEIRS)],
+    Discriminator(PLUGIN_TERM.branch),
+]
+SoftTarget = (
+    SoftTargetKl
+    | SoftTargetReverseKl
+    | SoftTargetJsd
+    | SoftTargetSkewKl
+    | SoftTargetSkewReverseKl
+    | SoftTargetTvd
+)
+StateTerm = HiddenMse | HiddenCosine | EmbeddingMse | RelationFsp
+AttentionTerm = AttentionMse | RelationKl
+SOFT_TARGET_DIVERGENCES: tuple[type[SoftTarget], ...] = get_args(SoftTarget)
+STATE_TERMS: tuple[type[StateTerm], ...] = get_args(StateTerm)
+ATTENTION_TERMS: tuple[type[AttentionTerm], ...] = get_args(AttentionTerm)
+INTERMEDIATE_TERMS = (*STATE_TERMS, *ATTENTION_TERMS)
+
+
+def compares(term: TermConfig) -> bool:
+    """Return whether a term needs a teacher."""
+    if isinstance(term, PluginTerm):
+        return term.needs_teacher
+    return isinstance(term, (*SOFT_TARGET_DIVERGENCES, SoftTargetMse, *INTERMEDIATE_TERMS))
+
+
+def reads_states(term: TermConfig) -> bool:
+    """Return whether a term reads hidden states of both models."""
+    if isinstance(term, PluginTerm):
+        return term.reads_hidden_states
+    return isinstance(term, STATE_TERMS)
+
+
+def looks_inside(term: TermConfig) -> bool:
+    """Return whether a term reads more of a teacher than its outputs."""
+    return isinstance(term, INTERMEDIATE_TERMS) or (compares(term) and reads_states(term))
+
+
+def hard_terms(task: str, weight: float = 1.0) -> tuple[HardMse | HardCrossEntropy]:
+    """The loss on labels that fits a task."""
+    if task == "regression":
+        return (HardMse(loss="hard_mse", weight=weight),)
+    return (HardCrossEntropy(loss="hard_cross_entropy", weight=weight),)
+
+
+def soft_terms(task: str, weight: float = 1.0) -> tuple[SoftTargetMse | SoftTargetKl]:
+    """The loss on a teacher's outputs that fits a task."""
+    if task == "regression":
+        return (SoftTargetMse(loss="soft_target_mse", weight=weight),)
+    return (SoftTargetKl(loss="soft_target_kl", weight=weight),)

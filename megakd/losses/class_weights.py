@@ -1,0 +1,76 @@
+"""Weights of the classes in `hard_cross_entropy`, in the order of the data's labels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megakd.config.messages import suggestion
+from megakd.contract.terms import HardCrossEntropy, TermConfig
+from megakd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megakd.data.splits import Splits
+
+
+def with_class_weights(terms: Sequence[TermConfig], splits: Splits) -> tuple[TermConfig, ...]:
+    """Return the terms with a weight for every label, in the order of the data's labels.
+
+    Args:
+        terms: of an objective.
+        splits: the data. `balanced` weighs label c by rows / (labels · rows of c) over the labelled
+            training rows, so that the mean weight of those rows is 1.
+
+    Raises:
+        ConfigError: a label is unknown, has no weight, or no training row to balance.
+    """
+    return tuple(
+        dataclasses.replace(term, class_weights=_in_order(term, splits))
+        if isinstance(term, HardCrossEntropy) and term.class_weights is not None
+        else term
+        for term in terms
+    )
+
+
+def with_even_weights(terms: Sequence[TermConfig], classes: int) -> tuple[TermConfig, ...]:
+    """Return the terms with a weight of 1 for every label where a plan knows no data."""
+    even = {str(number): 1.0 for number in range(classes)}
+    return tuple(
+        dataclasses.replace(term, class_weights=even)
+        if isinstance(term, HardCrossEntropy) and term.class_weights is not None
+        else term
+        for term in terms
+    )
+
+
+def _in_order(term: HardCrossEntropy, splits: Splits) -> dict[str, float]:
+    given, labels = term.class_weights, splits.label_names
+    if not isinstance(given, Mapping):
+        return _balanced(labels, np.asarray(splits.train["label"]))
+    for label in given:
+        if label not in labels:
+            raise ConfigError(
+                f'hard_cross_entropy.class_weights: the data have no label "{label}"'
+                f"{suggestion(label, labels)} ({', '.join(labels[:10])})"
+            )
+    missing = [label for label in labels if label not in given]
+    if missing:
+        raise ConfigError(
+            f"hard_cross_entropy.class_weights: no weight for {', '.join(missing[:10])}; "
+            "1 is a weight too"
+        )
+    return {label: given[label] for label in labels}
+
+
+def _balanced(labels: Sequence[str], numbers: np.ndarray) -> dict[str, float]:
+    counts = np.bincount(numbers[numbers >= 0], minlength=len(labels))
+    absent = [label for label, count in zip(labels, counts, strict=True) if count == 0]
+    if absent:
+        raise ConfigError(
+            "hard_cross_entropy.class_weights: balanced divides by the rows of a label, and no "
+            f"labelled training row is {', '.join(absent[:10])}; give the weights by label"
+        )
+    return dict(zip(labels, (counts.sum() / (len(labels) * counts)).tolist(), strict=True))

@@ -1,0 +1,244 @@
+"""Loss terms on what the layers say: hidden states, attention, relations between tokens.
+
+All are counted in tokens and averaged over mapped layers; none changes with the number of keys
+that padding adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+import megakd_kernels
+from megakd.contract.positions import first_positions
+from megakd.contract.shapes import Pairs
+from megakd.contract.stage import AttentionVectors, Batch, Knowledge, Reading, Unit
+from megakd.contract.terms import (
+    AttentionMse,
+    HiddenCosine,
+    Relation,
+    RelationFsp,
+    RelationKl,
+    StateTerm,
+)
+from megakd.losses.fsp import counted, flow_errors
+from megakd.losses.targets import Evaluated, TermGroup
+from megakd.models.knowledge import Needs
+
+
+class LayerTerm(TermGroup):
+    """A term over mapped layers, counted in tokens unless it says otherwise."""
+
+    needs_teacher = True
+
+    def __init__(self, name: str, pairs: Pairs) -> None:
+        super().__init__()
+        self.name, self.pairs = name, pairs
+        self.units: Mapping[str, Unit] = {name: "tokens"}
+
+    def layer(self, reading: Reading, index: int) -> Tensor:
+        """The sum over tokens of the pair number `index`."""
+        raise TypeError(f"{type(self).__name__} computes nothing")
+
+    def layers(self, reading: Reading) -> Sequence[Tensor]:
+        """The sums of all pairs."""
+        return [self.layer(reading, index) for index in range(len(self.pairs))]
+
+    def forward(self, reading: Reading) -> Evaluated:
+        """The mean over layers of each layer's sum over its unit."""
+        total = torch.stack(list(self.layers(reading))).mean()
+        scale = reading.weights[self.name] * reading.per_unit[self.units[self.name]]
+        return Evaluated(total * scale, {self.name: total.detach()})
+
+
+class Projections(nn.ModuleList):
+    """One for each mapped layer where widths differ, else none."""
+
+    def __init__(self, layers: int, student: int, teacher: int) -> None:
+        count = layers if student != teacher else 0
+        super().__init__(nn.Linear(student, teacher, bias=False) for _ in range(count))
+
+    def weight(self, index: int) -> Tensor | None:
+        """[teacher, student] of the mapped layer number `index`."""
+        return cast("nn.Linear", self[index]).weight if len(self) else None
+
+
+class Flows(LayerTerm):
+    """`relation_fsp`: the mean over flows; a flow leads from a mapped layer to the next.
+
+    Counted in rows. Where widths differ the student's states are projected, by a matrix per
+    mapped layer, learned and kept as those of `HiddenStates` are.
+    """
+
+    needs = Needs(hidden_states=True)
+
+    def __init__(self, term: RelationFsp, pairs: Pairs, widths: tuple[int, int]) -> None:
+        super().__init__(term.loss, pairs)
+        self.units = {term.loss: "examples"}
+        self.projections = Projections(len(pairs), *widths)
+
+    def layers(self, reading: Reading) -> Sequence[Tensor]:
+        """The sums over rows of all flows."""
+        weights = [self.projections.weight(index) for index in range(len(self.projections))]
+        return flow_errors(
+            [reading.student.hidden_states[student] for student, _ in self.pairs],
+            [reading.taught.hidden_states[teacher] for _, teacher in self.pairs],
+            valid=reading.batch.valid,
+            projections=cast("list[Tensor]", weights) or None,
+            kernels=reading.kernels,
+        )
+
+
+class HiddenStates(LayerTerm):
+    """Hidden states of mapped layers, with a projection where widths differ.
+
+    Mean over the width. The projections are learned with the student, kept for resuming, and
+    dropped at export.
+    """
+
+    needs = Needs(hidden_states=True)
+
+    def __init__(self, term: StateTerm, pairs: Pairs, widths: tuple[int, int]) -> None:
+        super().__init__(term.loss, pairs)
+        self.loss = (
+            megakd_kernels.hidden_cosine_projection_loss
+            if isinstance(term, HiddenCosine)
+            else megakd_kernels.hidden_mse_projection_loss
+        )
+        self.projections = Projections(len(pairs), *widths)
+        self.first_alone = getattr(term, "positions", "all") == "first"
+        if self.first_alone:
+            self.units = {term.loss: "examples"}
+
+    def layer(self, reading: Reading, index: int) -> Tensor:
+        """Squared error, or one minus the cosine."""
+        student, teacher = self.pairs[index]
+        valid = reading.batch.valid
+        ours = reading.student.hidden_states[student]
+        theirs = reading.taught.hidden_states[teacher]
+        if self.first_alone:
+            ours, theirs = first_positions(ours, valid), first_positions(theirs, valid)
+            valid = valid.any(1)
+        return self.loss(
+            ours, self.projections.weight(index), theirs, valid=valid, impl=reading.kernels
+        )
+
+
+class AttentionMatrices(LayerTerm):
+    """`attention_mse`: per query a mean over the keys it sees, and over heads.
+
+    The scores are computed again from queries and keys, as turned by their positions: the
+    models need not run eager attention, which alone could show what it computed.
+    """
+
+    def __init__(self, term: AttentionMse, pairs: Pairs, *, causal: bool) -> None:
+        super().__init__(term.loss, pairs)
+        self.fit, self.causal = term.fit, causal
+        self.needs = Needs(attention_layers=tuple(dict.fromkeys(s for s, _ in pairs)))
+
+    def layer(self, reading: Reading, index: int) -> Tensor:
+        """Squared error of scores or probabilities."""
+        student, teacher = self.pairs[index]
+        seen = visible_keys(reading.batch, causal=self.causal)[:, None]  # [B, 1, T, T]
+        ours = self._matrix(_vectors(reading.student, student), reading.batch.valid, seen)
+        theirs = self._matrix(_vectors(reading.taught, teacher), reading.batch.valid, seen)
+        error = (ours - theirs).where(seen, torch.zeros_like(ours))
+        rows = error.square().sum(-1) / seen.sum(-1).clamp(min=1)  # [B, heads, T]
+        return rows.mean(1).sum()
+
+    def _matrix(self, vectors: AttentionVectors, valid: Tensor, seen: Tensor) -> Tensor:
+        """[B, heads, T, T] fp32."""
+        queries = _heads(vectors.queries, valid, vectors.width)
+        keys = _heads(vectors.keys, valid, vectors.width)
+        keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
+        scores = queries @ keys.mT * vectors.width**-0.5
+        if self.fit == "scores":
+            return scores
+        return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)
+
+
+class Relations(LayerTerm):
+    """`relation_kl`: mean over relation heads and the chosen relations.
+
+    The vectors of all heads lie side by side and are cut anew, into the same number of parts
+    for both models, so that widths, heads and key heads may differ.
+    """
+
+    def __init__(self, term: RelationKl, pairs: Pairs, *, heads: int, causal: bool) -> None:
+        super().__init__(term.loss, pairs)
+        self.relations, self.relation_heads, self.causal = term.relations, heads, causal
+        self.needs = Needs(attention_layers=tuple(dict.fromkeys(s for s, _ in pairs)))
+
+    def layer(self, reading: Reading, index: int) -> Tensor:
+        """KL(teacher's relation || student's) in nats, summed over the keys a token sees."""
+        student, teacher = self.pairs[index]
+        ours, theirs = _vectors(reading.student, student), _vectors(reading.taught, teacher)
+        segments = documents(reading.batch) if self.causal else None
+        values = []
+        for relation in self.relations:
+            our_queries, our_keys = _sides(relation, ours)
+            their_queries, their_keys = _sides(relation, theirs)
+            value = megakd_kernels.relation_kl_loss(
+                our_queries,
+                their_queries,
+                our_keys,
+                their_keys,
+                heads=self.relation_heads,
+                valid=reading.batch.valid,
+                causal=self.causal,
+                segments=segments,
+                impl=reading.kernels,
+            )
+            values.append(value)
+        return torch.stack(values).mean()
+
+
+def _sides(relation: Relation, vectors: AttentionVectors) -> tuple[Tensor, Tensor | None]:
+    """What is compared with what; None: with itself."""
+    if relation == "query":
+        return vectors.queries, None
+    if relation == "key":
+        return vectors.keys, None
+    if relation == "value":
+        return vectors.values, None
+    keys = vectors.keys.unflatten(-1, (-1, vectors.width))
+    groups = vectors.queries.shape[-1] // vectors.keys.shape[-1]
+    return vectors.queries, keys.repeat_interleave(groups, dim=2).flatten(2)
+
+
+def _vectors(knowledge: Knowledge, layer: int) -> AttentionVectors:
+    vectors = knowledge.attention[layer] if knowledge.attention else None
+    if vectors is None:
+        raise TypeError(f"the attention of layer {layer} was not read")
+    return vectors
+
+
+def _heads(vectors: Tensor, valid: Tensor, width: int) -> Tensor:
+    """[B, heads, T, width] fp32, zero at padding: NaN times a gradient of 0 would be NaN."""
+    return counted(vectors, valid).unflatten(-1, (-1, width)).transpose(1, 2)
+
+
+def visible_keys(batch: Batch, *, causal: bool) -> Tensor:
+    """[B, T, T] bool: which keys (last) a query sees; nothing where either is padding."""
+    seen = batch.valid[:, :, None] & batch.valid[:, None, :]
+    if not causal:
+        return seen
+    document = documents(batch)
+    if document is not None:
+        seen = seen & (document[:, :, None] == document[:, None, :])
+    return seen.tril()
+
+
+def documents(batch: Batch) -> Tensor | None:
+    """[B, T] numbers of packed documents, by restarting positions; None where nothing is packed.
+
+    The rule by which decoders of transformers keep documents apart.
+    """
+    positions = batch.inputs.get("position_ids")
+    if positions is None:
+        return None
+    steps = positions.diff(dim=1, prepend=positions[:, :1] - 1)
+    return (steps != 1).cumsum(dim=1)

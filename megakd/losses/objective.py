@@ -1,0 +1,193 @@
+"""The weighted list of loss terms of a stage, checked against both models before they load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from megakd.contract.shapes import Shape, _check_heads, layer_pairs, relation_heads
+from megakd.contract.stage import IGNORE, UNITS, Batch, Reading, Unit
+from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
+from megakd.contract.terms import (
+    ATTENTION_TERMS,
+    INTERMEDIATE_TERMS,
+    SOFT_TARGET_DIVERGENCES,
+    AttentionMse,
+    HardCrossEntropy,
+    HardMse,
+    PluginTerm,
+    RelationFsp,
+    RelationKl,
+    SoftTargetMse,
+    TermConfig,
+    compares,
+    reads_states,
+)
+from megakd.errors import ConfigError, TeacherError
+from megakd.losses.layers import AttentionMatrices, Flows, HiddenStates, Relations
+from megakd.losses.plugin_losses import PluginLoss
+from megakd.losses.rows import HardClasses, Scores, SoftClasses
+from megakd.losses.targets import AGREEMENT, Evaluated, TermGroup, language_model_groups
+from megakd.models.knowledge import Needs
+
+WEIGHTED_LOSS = "loss"
+"""Among the terms of a report: what was minimised, all passes, scales and weights in it."""
+
+
+class Objective(nn.Module):
+    """The terms of a stage, and the projections they learn.
+
+    Called inside the student engine's forward: weights that a loss reads are then right at
+    every ZeRO stage.
+    """
+
+    def __init__(self, groups: Sequence[TermGroup], weights: Mapping[str, float]) -> None:
+        super().__init__()
+        self.groups = nn.ModuleList(groups)
+        self.weights = dict(weights)
+        self.units: dict[str, Unit] = {n: u for g in groups for n, u in g.units.items()}
+        layers = {layer for group in groups for layer in group.needs.attention_layers}
+        self.needs = Needs(
+            hidden_states=any(g.needs.hidden_states for g in groups),
+            attention_layers=tuple(sorted(layers)),
+        )
+        self.needs_teacher = any(g.needs_teacher for g in groups)
+
+    def forward(self, readings: Sequence[Reading]) -> list[Evaluated]:
+        """For each reading its weighted and scaled total with gradient, and its detached sums.
+
+        Groups may put the total of several readings into one of them: add up all.
+
+        Args:
+            readings: of one batch, by views of one width.
+        """
+        of_groups = [group.of_all(readings) for group in self._wanted(readings)]
+        return [_added(parts) for parts in zip(*of_groups, strict=True)]
+
+    def _wanted(self, readings: Sequence[Reading]) -> list[TermGroup]:
+        """Groups of which some reading does not leave out every term."""
+        groups = cast("list[TermGroup]", list(self.groups))
+        left_out = frozenset.intersection(*(reading.left_out for reading in readings))
+        return [g for g in groups if not left_out.issuperset(g.units.keys() - {AGREEMENT})]
+
+
+def _added(parts: Sequence[Evaluated]) -> Evaluated:
+    total = torch.stack([part.total.float() for part in parts]).sum()
+    return Evaluated(total, {name: s for part in parts for name, s in part.sums.items()})
+
+
+def build_objective(
+    terms: Sequence[TermConfig], task: TaskType, student: Shape, teacher: Shape | None
+) -> Objective:
+    """Builds the terms, or says which one cannot work with these models.
+
+    Args:
+        terms: the run config's list.
+        task: classification, regression, mlm or causal_lm.
+        student: the student's shape.
+        teacher: the teacher's, None for supervised training.
+
+    Raises:
+        ConfigError: a term needs a teacher and there is none.
+        TeacherError: layers or vocabularies that a chosen term cannot match.
+    """
+    check_terms(terms, task, student, teacher)
+    soft = tuple(t for t in terms if isinstance(t, SOFT_TARGET_DIVERGENCES))
+    hard = tuple(t for t in terms if isinstance(t, HardCrossEntropy))
+    groups: list[TermGroup] = []
+    if task in LANGUAGE_TASKS:
+        groups.extend(language_model_groups(soft, hard=bool(hard)))
+    else:
+        groups.extend(HardClasses(t) for t in hard)
+        groups.extend(SoftClasses(t) for t in soft)
+    groups.extend(PluginLoss(t) for t in terms if isinstance(t, PluginTerm))
+    groups.extend(Scores(t) for t in terms if isinstance(t, HardMse | SoftTargetMse))
+    if teacher is not None:
+        groups.extend(_intermediate_groups(terms, task, student, teacher))
+    return Objective(groups, {t.loss: t.weight for t in terms})
+
+
+def _intermediate_groups(
+    terms: Sequence[TermConfig], task: TaskType, student: Shape, teacher: Shape
+) -> Iterator[TermGroup]:
+    causal = task == "causal_lm"
+    for term in terms:
+        if not isinstance(term, INTERMEDIATE_TERMS):
+            continue
+        pairs = layer_pairs(term, student, teacher)
+        if isinstance(term, RelationKl):
+            heads = relation_heads(term, student, teacher)
+            yield Relations(term, pairs, heads=heads, causal=causal)
+        elif isinstance(term, AttentionMse):
+            yield AttentionMatrices(term, pairs, causal=causal)
+        elif isinstance(term, RelationFsp):
+            yield Flows(term, pairs, (student.width, teacher.width))
+        else:
+            yield HiddenStates(term, pairs, (student.width, teacher.width))
+
+
+def teacher_needs(terms: Sequence[TermConfig], student: Shape, teacher: Shape) -> Needs:
+    """What the terms ask of the teacher's forward."""
+    layers = {
+        pair[1]
+        for term in terms
+        if isinstance(term, ATTENTION_TERMS)
+        for pair in layer_pairs(term, student, teacher)
+    }
+    return Needs(
+        hidden_states=any(map(reads_states, terms)),
+        attention_layers=tuple(sorted(layers)),
+    )
+
+
+def check_terms(
+    terms: Sequence[TermConfig], task: TaskType, student: Shape, teacher: Shape | None
+) -> None:
+    """All that can be said of the terms from both models' configs, before anything loads."""
+    for term in terms:
+        if compares(term) and teacher is None:
+            raise ConfigError(f"{term.loss} compares with a teacher and this stage has none")
+        if isinstance(term, SOFT_TARGET_DIVERGENCES) and task not in LANGUAGE_TASKS and teacher:
+            _check_classes(term.loss, student, teacher)
+        if isinstance(term, INTERMEDIATE_TERMS) and teacher is not None:
+            pairs = layer_pairs(term, student, teacher)
+            if isinstance(term, RelationFsp) and len(pairs) == 1:
+                raise TeacherError(
+                    "relation_fsp compares flows from one mapped layer to the next, and layer_"
+                    f"mapping {term.layer_mapping} maps the only layer that the student has; name "
+                    "two pairs in that term of the objective: layer_mapping: "
+                    f'["0:0", "{student.layers}:{teacher.layers}"]'
+                )
+        if isinstance(term, ATTENTION_TERMS) and teacher is not None:
+            _check_heads(term, student, teacher)
+        if isinstance(term, PluginTerm):
+            term.check(student, teacher)
+
+
+def _check_classes(loss: str, student: Shape, teacher: Shape) -> None:
+    if student.vocabulary != teacher.vocabulary:
+        raise TeacherError(
+            f"{loss}: the teacher has {teacher.vocabulary} classes, the student "
+            f"{student.vocabulary}; soft targets need the same classes"
+        )
+
+
+def count_units(batches: Sequence[Batch]) -> Tensor:
+    """[3] int64 on the batches' device: this rank's examples, targets and tokens of a step."""
+    counts = []
+    for batch in batches:
+        labels = batch.labels
+        has_label = ~labels.isnan() if labels.is_floating_point() else labels != IGNORE
+        counts.append(
+            torch.stack([batch.valid.any(dim=1).sum(), has_label.sum(), batch.valid.sum()])
+        )
+    return torch.stack(counts).sum(dim=0)
+
+
+def unit_weights(counts: Tensor, world_size: int) -> dict[Unit, Tensor]:
+    """World size over each unit's global count, at least one: DeepSpeed averages over ranks."""
+    per_unit = world_size / counts.clamp(min=1).float()
+    return {unit: per_unit[i] for i, unit in enumerate(UNITS)}

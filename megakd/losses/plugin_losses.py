@@ -1,0 +1,55 @@
+"""Losses of other packages, counted, weighted and reported as megakd's own are."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megakd.contract.stage import Knowledge, Reading
+from megakd.contract.terms import PluginTerm
+from megakd.errors import ConfigError
+from megakd.losses.targets import Evaluated, TermGroup
+from megakd.models.knowledge import Needs
+
+
+class PluginLoss(TermGroup):
+    """A term whose sum over its unit another package computes."""
+
+    def __init__(self, term: PluginTerm) -> None:
+        super().__init__()
+        self.term = term
+        self.units = {term.loss: term.unit}
+        self.needs = Needs(hidden_states=term.reads_hidden_states)
+        self.needs_teacher = term.needs_teacher
+
+    def forward(self, reading: Reading) -> Evaluated:
+        """Weigh and count the sum that the package gives.
+
+        Raises:
+            ConfigError: the package gives no single number.
+        """
+        name = self.term.loss
+        total = self.term.total(reading.student, reading.teacher, reading.batch)
+        if not isinstance(total, Tensor) or total.dim() != 0:
+            given = f"shape {tuple(total.shape)}" if isinstance(total, Tensor) else type(total)
+            raise ConfigError(
+                f"objective: {name} gave {given}; total() gives the sum over {self.term.unit} as "
+                "a tensor without dimensions"
+            )
+        total = total.float()
+        scale = reading.weights[name] * reading.per_unit[self.term.unit]
+        return Evaluated(total * scale, {name: total.detach()})
+
+
+def logits_of(knowledge: Knowledge) -> Tensor:
+    """Return [N, C] fp32 logits: of a classifier's rows, or of a language model's targets.
+
+    A language model's are formed for this call, N x vocabulary numbers at once; megakd's own
+    losses work on parts of them.
+    """
+    if knowledge.logits is not None:
+        return knowledge.logits.float()
+    if knowledge.hidden is None or knowledge.head is None:
+        raise TypeError("nothing was kept that logits could be formed of")
+    weight, bias = knowledge.head.read()
+    logits = (knowledge.hidden.to(weight.dtype) @ weight.T).float()  # [N, V]
+    return (logits if bias is None else logits + bias.float()).flatten(0, -2)

@@ -1,0 +1,100 @@
+"""The losses of a stage, and what they ask of its models: derived once, for a run and its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megakd.contract.shapes import Shape
+from megakd.contract.stage import Stage
+from megakd.contract.tasks import TaskType
+from megakd.contract.terms import hard_terms
+from megakd.losses.objective import Objective, build_objective, check_terms, teacher_needs
+from megakd.models.knowledge import Needs
+from megakd.models.loading import ModelSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageLosses:
+    """The loss terms of a stage between models of known shapes.
+
+    teacher: the shape of the first teacher; None without one. Where losses compare layers, all
+        teachers of a stage are alike.
+    """
+
+    stage: Stage
+    task: TaskType
+    student: Shape
+    teacher: Shape | None
+
+    def teacher_needs(self) -> Needs:
+        """Return what the losses and the strategy read of the teachers' forward."""
+        if self.teacher is None:
+            return Needs()
+        return self._with_states(teacher_needs(self.stage.objective, self.student, self.teacher))
+
+    def check(self) -> None:
+        """Refuse terms that cannot work between these models.
+
+        Raises:
+            MegakdError: naming the term and both values.
+        """
+        check_terms(self.stage.objective, self.task, self.student, self.teacher)
+
+    def objective(self) -> Objective:
+        """Build the loss terms, which also say what is read of the student's forward.
+
+        Raises:
+            MegakdError: a term cannot work with these models.
+        """
+        made = build_objective(self.stage.objective, self.task, self.student, self.teacher)
+        made.needs = self._with_states(made.needs)
+        return made
+
+    def _with_states(self, needs: Needs) -> Needs:
+        return needs._replace(hidden_states=needs.hidden_states or self.stage.reads_states)
+
+
+def stage_losses(
+    stage: Stage,
+    task: TaskType,
+    *,
+    learner: ModelSource,
+    teachers: Sequence[ModelSource],
+    classes: int,
+) -> StageLosses:
+    """Return the losses of a stage.
+
+    Args:
+        stage: the stage.
+        task: what the models are trained for.
+        learner: the model that learns.
+        teachers: the models that the stage's teachers are, in its order.
+        classes: how many the data has, see `shape_of`.
+    """
+    student = shape_of(learner, task, classes)
+    teacher = shape_of(teachers[0], task, classes) if teachers else None
+    return StageLosses(stage=stage, task=task, student=student, teacher=teacher)
+
+
+def label_objective(source: ModelSource, task: TaskType, classes: int) -> Objective:
+    """Return the loss on labels that fits the task, for a model by itself."""
+    return build_objective(hard_terms(task), task, shape_of(source, task, classes), None)
+
+
+def shape_of(source: ModelSource, task: TaskType, classes: int) -> Shape:
+    """Return the shape of a model as losses must know it.
+
+    Args:
+        source: the model; the head of a classifier will be the data's.
+        task: what the model is used for.
+        classes: how many the data has; of no meaning without classes.
+    """
+    config, architecture = source.config, source.architecture
+    outputs = {"classification": classes, "regression": 1}.get(task)
+    return Shape(
+        architecture.number_of_layers(config),
+        architecture.hidden_width(config),
+        config.vocab_size if outputs is None else outputs,
+        architecture.heads(config),
+    )

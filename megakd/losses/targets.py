@@ -1,0 +1,254 @@
+"""Loss terms over `megakd_kernels`: fp32 sums over a unit, no host sync, no branch on values.
+
+A group computes the terms that share work. `per_unit` says what one unit weighs: world size
+over the unit's global count, so that every term is an average over the whole step however it
+is cut into micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import megakd_kernels
+from megakd.contract.stage import IGNORE, Knowledge, Reading, TopK, Unit
+from megakd.contract.terms import SoftTarget, SoftTargetKl
+from megakd.models.knowledge import Needs
+
+DIVERGENCE = {
+    "soft_target_kl": "forward_kl",
+    "soft_target_reverse_kl": "reverse_kl",
+    "soft_target_jsd": "jsd",
+    "soft_target_skew_kl": "skew_kl",
+    "soft_target_skew_reverse_kl": "skew_rkl",
+    "soft_target_tvd": "tvd",
+}
+AGREEMENT = "top1_agreement"
+
+
+class Evaluated(NamedTuple):
+    """total: weighted and normalised, with gradient. sums: detached, per term, over its unit."""
+
+    total: Tensor
+    sums: dict[str, Tensor]
+
+
+class TermGroup(nn.Module):
+    """Terms computed together.
+
+    units: each term's unit, by its name.
+    needs: what they ask of a model's forward.
+    needs_teacher: whether a teacher must have run.
+    """
+
+    units: Mapping[str, Unit]
+    needs = Needs()
+    needs_teacher = False
+
+    def forward(self, reading: Reading) -> Evaluated:
+        """The group's weighted total, not yet scaled, and its terms' sums."""
+        raise TypeError(f"{type(self).__name__} computes nothing")
+
+    def of_all(self, readings: Sequence[Reading]) -> list[Evaluated]:
+        """One for each reading; the scaled totals mean something as their sum alone."""
+        return [_scaled(self(reading), reading.scale) for reading in readings]
+
+
+class LanguageModelTargets(TermGroup):
+    """Hard and soft targets of a language model in one pass over (hidden, head), never [B, T, V].
+
+    Terms and readings that can share the pass do, so that one head gradient exists.
+    """
+
+    def __init__(self, soft: tuple[SoftTarget, ...], *, hard: bool) -> None:
+        super().__init__()
+        self.soft, self.hard = soft, hard
+        self.needs_teacher = bool(soft)
+        names = [*(["hard_cross_entropy"] if hard else []), *(t.loss for t in soft)]
+        self.units = dict.fromkeys([*names, *([AGREEMENT] if soft else [])], "targets")
+
+    def forward(self, reading: Reading) -> Evaluated:
+        """Nats (times T² for the soft terms), summed over positions with a label."""
+        out = self._scored(_stacked([reading], with_teacher=bool(self.soft)), reading)
+        return Evaluated(out.loss, self._sums(out, slice(None), 1.0))
+
+    def of_all(self, readings: Sequence[Reading]) -> list[Evaluated]:
+        """Readings that differ in what the student said and in scale alone go through together."""
+        found: dict[int, Evaluated] = {}
+        for indices in _alike(readings):
+            together = self._together([readings[index] for index in indices])
+            found.update(zip(indices, together, strict=True))
+        return [found[index] for index in range(len(readings))]
+
+    def _together(self, readings: Sequence[Reading]) -> list[Evaluated]:
+        first, *others = readings
+        if not others:
+            return super().of_all(readings)
+        out = self._scored(_stacked(readings, with_teacher=bool(self.soft)), first)
+        count = first.batch.target_labels.numel()
+        sums = [
+            self._sums(out, slice(index * count, (index + 1) * count), reading.scale)
+            for index, reading in enumerate(readings)
+        ]
+        totals = [out.loss, *(out.loss.new_zeros(()) for _ in others)]
+        return [Evaluated(*pair) for pair in zip(totals, sums, strict=True)]
+
+    def _scored(self, rows: Rows, reading: Reading) -> megakd_kernels.KDOutput:
+        head, bias = _head(reading.student)
+        if rows.top_k is not None:
+            return self._scored_from_top_k(rows, rows.top_k, reading)
+        teacher_head, teacher_bias = self._teacher_head(reading)
+        divergence = {DIVERGENCE[t.loss]: reading.weights[t.loss] for t in self.soft}
+        shared = self.soft[0] if self.soft else SoftTargetKl(loss="soft_target_kl")
+        return megakd_kernels.linear_kd_loss(
+            rows.student,
+            head,
+            rows.teacher,
+            teacher_head,
+            rows.labels,
+            divergence=divergence or "forward_kl",
+            beta=_option(self.soft, "beta", 0.5),
+            skew=_option(self.soft, "skew", 0.1),
+            temperature=shared.temperature,
+            t_squared=shared.t_squared,
+            ce_weight=self._hard_weight(reading),
+            token_weight=rows.weight,
+            ignore_index=IGNORE,
+            num_items=1.0 / reading.per_unit["targets"],
+            reduction="num_items",
+            student_bias=bias,
+            teacher_bias=teacher_bias,
+            impl=reading.kernels,
+        )
+
+    def _scored_from_top_k(
+        self, rows: Rows, top_k: TopK, reading: Reading
+    ) -> megakd_kernels.KDOutput:
+        """Tokens that a cache lacks are one more, whose probability is what is missing to 1."""
+        head, bias = _head(reading.student)
+        (term,) = self.soft
+        return megakd_kernels.topk_kd_loss(
+            rows.student,
+            head,
+            *top_k,
+            rows.labels,
+            mode="tail",
+            t_squared=term.t_squared,
+            kd_weight=reading.weights[term.loss],
+            ce_weight=self._hard_weight(reading),
+            token_weight=rows.weight,
+            ignore_index=IGNORE,
+            num_items=1.0 / reading.per_unit["targets"],
+            reduction="num_items",
+            student_bias=bias,
+            impl=reading.kernels,
+        )
+
+    def _sums(self, out: megakd_kernels.KDOutput, rows: slice, scale: float) -> dict[str, Tensor]:
+        """Of some of the rows, without the scale that they were weighted by."""
+        divergences = out.row_divergences[:, rows].sum(1) / scale
+        sums = {t.loss: divergences[i] for i, t in enumerate(self.soft)}
+        if self.hard:
+            sums["hard_cross_entropy"] = out.row_ce[rows].sum() / scale
+        if self.soft:
+            sums[AGREEMENT] = out.row_agrees[rows].sum()
+        return sums
+
+    def _hard_weight(self, reading: Reading) -> float | Tensor:
+        """As a tensor, for the number 0 would leave the term out of the report too."""
+        if not self.hard:
+            return 0.0
+        return reading.per_unit["targets"].new_full((), reading.weights["hard_cross_entropy"])
+
+    def _teacher_head(self, reading: Reading) -> tuple[Tensor | None, Tensor | None]:
+        return _head(reading.taught) if self.soft else (None, None)
+
+
+class Rows(NamedTuple):
+    """What one pass of `LanguageModelTargets` reads, [N] rows; weight None: all count alike."""
+
+    student: Tensor
+    teacher: Tensor | None
+    labels: Tensor
+    weight: Tensor | None
+    top_k: TopK | None = None
+
+
+def _stacked(readings: Sequence[Reading], *, with_teacher: bool) -> Rows:
+    """The rows of readings of one batch, one reading after the other, weighted by their scales."""
+    first, count = readings[0], len(readings)
+    top_k = first.taught.top_k if with_teacher else None
+    taught = _hidden(first.taught) if with_teacher and top_k is None else None
+    if count == 1:
+        return Rows(_hidden(first.student), taught, first.batch.target_labels, None, top_k)
+    labels = first.batch.target_labels.flatten()
+    # Filled where they are: a list that is copied to a GPU would wait for it.
+    scales = [torch.full_like(labels, one.scale, dtype=torch.float32) for one in readings]
+    return Rows(
+        torch.cat([_hidden(reading.student).flatten(0, -2) for reading in readings]),
+        None if taught is None else taught.flatten(0, -2).repeat(count, 1),
+        labels.repeat(count),
+        torch.cat(scales),
+        None if top_k is None else TopK(*(part.flatten(0, -2).repeat(count, 1) for part in top_k)),
+    )
+
+
+def _alike(readings: Sequence[Reading]) -> Iterable[list[int]]:
+    """Which readings have the same teacher and weights; one without a scale stays alone."""
+    found: dict[object, list[int]] = {}
+    for index, reading in enumerate(readings):
+        alike = (id(reading.teacher), tuple(reading.weights.items()))
+        found.setdefault(alike if reading.scale > 0 else index, []).append(index)
+    return found.values()
+
+
+def _scaled(evaluated: Evaluated, scale: float) -> Evaluated:
+    return evaluated._replace(total=evaluated.total * scale)
+
+
+def _hidden(knowledge: Knowledge) -> Tensor:
+    if knowledge.hidden is None:
+        raise TypeError("a loss on (hidden, head) met a classifier, which has logits")
+    return knowledge.hidden
+
+
+def _head(knowledge: Knowledge) -> tuple[Tensor, Tensor | None]:
+    if knowledge.head is None:
+        raise TypeError("a loss on (hidden, head) met a classifier, which has logits")
+    return knowledge.head.read()
+
+
+def _option(terms: Sequence[SoftTarget], name: str, default: float) -> float:
+    """The value of an option that a call has once, from the terms that have it."""
+    return next((getattr(term, name) for term in terms if hasattr(term, name)), default)
+
+
+def language_model_groups(
+    soft: tuple[SoftTarget, ...], *, hard: bool
+) -> tuple[LanguageModelTargets, ...]:
+    """As few passes as can be; the hard term rides with the first."""
+    together: list[list[SoftTarget]] = []
+    for term in soft:
+        fitting = next((group for group in together if _one_pass([*group, term])), None)
+        if fitting is None:
+            together.append([term])
+        else:
+            fitting.append(term)
+    if not together:
+        return (LanguageModelTargets((), hard=True),) if hard else ()
+    first, *rest = together
+    return (
+        LanguageModelTargets(tuple(first), hard=hard),
+        *(LanguageModelTargets(tuple(terms), hard=False) for terms in rest),
+    )
+
+
+def _one_pass(terms: Sequence[SoftTarget]) -> bool:
+    """Whether no two terms differ in an option that a call has once."""
+    return all(
+        len({getattr(term, name) for term in terms if hasattr(term, name)}) <= 1
+        for name in ("temperature", "t_squared", "beta", "skew")
+    )

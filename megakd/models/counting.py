@@ -1,0 +1,42 @@
+"""How many weights a model has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from megakd.contract.results import ParameterCounts
+
+if TYPE_CHECKING:
+    from torch import nn
+
+OUTSIDE_THE_ENCODER = frozenset(
+    # Embeddings, poolers and heads, as Hugging Face's models name them.
+    """embeddings embed_tokens embed_positions word_embeddings wte wpe shared
+    pooler pre_classifier classifier score cls lm_head qa_outputs predictions
+    generator_predictions discriminator_predictions logits_proj
+    vocab_transform vocab_layer_norm vocab_projector""".split()  # noqa: SIM905
+)
+
+
+def parameter_counts(shapes: Iterable[tuple[str, Sequence[int]]]) -> ParameterCounts:
+    """Counts weights from their names and full shapes, tied ones listed once."""
+    total = inside = 0
+    for name, shape in shapes:
+        count = _product(shape)
+        total += count
+        inside += 0 if OUTSIDE_THE_ENCODER.intersection(name.split(".")) else count
+    return ParameterCounts(total, inside)
+
+
+def named_shapes(model: nn.Module) -> Iterator[tuple[str, Sequence[int]]]:
+    """Each parameter's name and full shape, that of a ZeRO-3 shard included."""
+    for name, parameter in model.named_parameters():
+        yield name, tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _product(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

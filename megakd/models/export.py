@@ -1,0 +1,202 @@
+"""A finished model as a Hugging Face folder that transformers loads with nothing of megakd."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from transformers import GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from megakd.models.own_models import OWN_MODELS
+from megakd.storage.atomic import write_content
+from megakd.storage.finished_folder import sealed_folder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+SHARD_BYTES = 5_000_000_000
+INDEX_NAME = "model.safetensors.index.json"
+Extra = Mapping[str, str | bytes | Callable[[], str]]
+
+
+def write_model_folder(
+    folder: Path,
+    *,
+    config: PretrainedConfig,
+    state: Iterable[tuple[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    architecture: str | None = None,
+    extra: Extra | None = None,
+) -> None:
+    """Writes a model's folder whole or not at all; for the rank that writes.
+
+    A model of a class that transformers lacks gets the file of that class beside its weights, so
+    that plain transformers loads it with `trust_remote_code=True`.
+
+    Args:
+        folder: replaced as a whole when everything is written and synced.
+        config: of the model; not changed.
+        state: names and tensors, each needed only until its shard of 5 GB is written. It is
+            taken to its end even when writing fails, for there may be collectives behind it.
+        tokenizer: saved beside the weights.
+        architecture: the class of the model, for config.json.
+        extra: small files that belong to the folder, by name: README.md, result.json. A function
+            is called once the weights are written.
+
+    Raises:
+        MegakdError: the disk is full; the old folder is as it was.
+    """
+    tensors = iter(state)
+    try:
+        with sealed_folder(folder) as temporary:
+            dtype = write_weights(temporary, tensors)
+            _write_config(temporary, _exported(config, dtype, architecture), tokenizer)
+            if config.model_type in OWN_MODELS:
+                file = OWN_MODELS[config.model_type].file
+                shutil.copyfile(file, temporary / file.name)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(temporary))
+            for name, content in (extra or {}).items():
+                write_content(temporary / name, content() if callable(content) else content)
+    finally:
+        deque(tensors, maxlen=0)
+
+
+def write_weights(folder: Path, state: Iterable[tuple[str, Tensor]]) -> torch.dtype:
+    """Streams tensors into model.safetensors, or into shards with an index.
+
+    Two names of one memory (tied weights) are written once, if they come in the same shard.
+
+    Returns:
+        The dtype of most floating-point weights.
+
+    Raises:
+        ValueError: there is no tensor.
+    """
+    shards: list[dict[str, int]] = []
+    dtypes: Counter[torch.dtype] = Counter()
+    for number, shard in enumerate(_shards(state)):
+        # The final name holds the number of shards, which is not known yet.
+        save_file(shard, folder / f"{number}.part", metadata={"format": "pt"})
+        shards.append({name: tensor.nbytes for name, tensor in shard.items()})
+        _count_dtypes(shard, dtypes)
+        shard.clear()  # or it would live on while the next one fills
+    if not shards:
+        raise ValueError(f"the model to be written to {folder} has no tensors")
+    _name_shards(folder, shards)
+    return dtypes.most_common(1)[0][0]
+
+
+def weight_bytes(folder: Path) -> int:
+    """The size on disk of a folder's safetensors files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def brings_code(folder: Path) -> bool:
+    """Whether transformers needs a file of the folder, and our trust in it, to load the model."""
+    keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return keys["model_type"] in OWN_MODELS
+
+
+def hub_id(spec: str) -> str | None:
+    """`spec` if it names a model on the Hub, None if it is a folder of this machine."""
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", spec) is not None
+    return spec if is_id and not Path(spec).exists() else None
+
+
+def _exported(
+    config: PretrainedConfig, dtype: torch.dtype, architecture: str | None
+) -> PretrainedConfig:
+    exported = copy.deepcopy(config)
+    exported.dtype = dtype
+    if architecture is not None:
+        exported.architectures = [architecture]
+    if config.model_type in OWN_MODELS:
+        exported.auto_map = OWN_MODELS[config.model_type].auto_map
+    return exported
+
+
+def _write_config(
+    folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    # Not save_pretrained: it refuses the generation keys that older configs on the Hub carry.
+    config.to_json_file(str(folder / "config.json"))
+    own = OWN_MODELS[config.model_type].models if config.model_type in OWN_MODELS else {}
+    ours = own.get("AutoModelForCausalLM")
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if (ours.__name__ if ours else stock) in (config.architectures or ()):
+        _generation(config, tokenizer).to_json_file(folder / "generation_config.json")
+
+
+def _generation(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> GenerationConfig:
+    """The model's own settings, with the tokenizer's ids where the two disagree.
+
+    A Llama config says bos 1 and eos 2 unless told otherwise, whatever the tokenizer says, and
+    a text would never end.
+    """
+    generation = GenerationConfig.from_model_config(config)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        known: Any = getattr(generation, key)
+        wanted = getattr(tokenizer, key, None)
+        if wanted is not None and wanted not in (known if isinstance(known, list) else [known]):
+            setattr(generation, key, wanted)
+    return generation
+
+
+def _shards(state: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Groups of tensors that fit a shard; the same memory under a second name is left out."""
+    shard: dict[str, Tensor] = {}
+    size = 0
+    seen: set[tuple[Any, ...]] = set()
+    for name, given in state:
+        tensor = _plain(given)
+        # The pointer identifies memory only while `shard` keeps it from being used again.
+        identity = (tensor.data_ptr(), tensor.dtype, tensor.shape)
+        if identity in seen and tensor.numel():
+            continue
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size, seen = {}, 0, set()
+        shard[name] = tensor
+        size += tensor.nbytes
+        seen.add(identity)
+    if shard:
+        yield shard
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A dense CPU tensor that is alone in its memory, copied only if it has to be."""
+    plain = tensor.detach().to("cpu").contiguous()
+    return plain.clone() if plain.untyped_storage().nbytes() > plain.nbytes else plain
+
+
+def _count_dtypes(shard: Mapping[str, Tensor], dtypes: Counter[torch.dtype]) -> None:
+    for tensor in shard.values():
+        dtypes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
+
+
+def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
+    if len(shards) == 1:
+        (folder / "0.part").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.part").rename(folder / file_name)
+        weight_map |= dict.fromkeys(names, file_name)
+    total = sum(size for names in shards for size in names.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,140 @@
+"""What is read from a model: logits or (hidden, head), hidden states, attention vectors.
+
+The one place where a teacher and a student run their forward, so that both are read alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megakd.contract.stage import Batch, Knowledge, TopK
+from megakd.engine.sharding import gathered
+from megakd.models.architectures import architecture_of
+from megakd.models.attention import AttentionNotes
+from megakd.models.elastic_modules import weights_in_view
+
+LOGITS_AT_ONCE = 1 << 24
+
+
+class Needs(NamedTuple):
+    """What the chosen losses ask of a model's forward.
+
+    attention_layers: layers, from 1, whose queries, keys and values are wanted.
+    """
+
+    hidden_states: bool = False
+    attention_layers: tuple[int, ...] = ()
+
+
+class LanguageModelHead:
+    """The output matrix of a language model, found by name so that ties stay ties."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """(weight [V, D], bias [V] or None); under ZeRO-3 only inside a module's forward.
+
+        As narrow as the hidden states of the view that the model works as at this moment.
+        """
+        return weights_in_view(self._module)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Keeps it whole for as long as the context lasts; a collective under ZeRO-3."""
+        with gathered(self._module.parameters(recurse=False)):
+            yield
+
+
+def language_model_head(model: nn.Module) -> LanguageModelHead:
+    """The head of a causal or masked LM by the architecture map."""
+    return LanguageModelHead(architecture_of(model.config).language_head_of(model))  # type: ignore[arg-type]
+
+
+def opened_head(model: nn.Module, batch: Batch) -> AbstractContextManager[object]:
+    """Hold the output matrix of a language model whole around a forward that reads it.
+
+    Under ZeRO-3 DeepSpeed fetches ahead what the forward before has read, and waits for a
+    parameter in the forward of the module that owns it. The output matrix is read without its
+    module's forward, so that it would still be on its way. A collective under ZeRO-3.
+    """
+    return language_model_head(model).open() if _is_language(batch) else nullcontext()
+
+
+def _is_language(batch: Batch) -> bool:
+    return batch.labels.dim() == 2  # [B, T]
+
+
+def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
+    """Runs the model once and keeps what the losses need.
+
+    Args:
+        model: a classifier or regressor (logits [B, C]), or a language model, which runs up to
+            its output matrix: the losses take (hidden, head) and never form [B, T, V].
+        batch: inputs as the model's forward takes them.
+        needs: hidden states or not, and of which layers the attention vectors.
+    """
+    if not needs.attention_layers:
+        return _read(model, batch, needs)
+    notes = AttentionNotes(model, needs.attention_layers)  # type: ignore[arg-type]
+    with notes.taking():
+        read = _read(model, batch, needs)
+    return read._replace(attention=notes.vectors())
+
+
+def _read(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
+    if _is_language(batch):
+        return _read_language_model(model, batch, needs)
+    inputs = _accepted_inputs(model, batch)
+    out = model(**inputs, output_hidden_states=needs.hidden_states)
+    return Knowledge(logits=out.logits, hidden_states=tuple(out.hidden_states or ()))
+
+
+def most_likely(model: nn.Module, batch: Batch, count: int) -> TopK:
+    """A language model's most likely next tokens at every position, [B, T, count].
+
+    Logits are formed for a few positions at a time. Under ZeRO 3 only inside a module's forward.
+    """
+    hidden = _read_language_model(model, batch, Needs()).hidden
+    if hidden is None:
+        raise TypeError("a language model was read without its hidden states")
+    weight, bias = language_model_head(model).read()
+    found = []
+    for some in hidden.flatten(0, -2).split(max(1, LOGITS_AT_ONCE // len(weight))):
+        logits = functional.linear(some, weight, bias).float()
+        best, ids = logits.topk(min(count, len(weight)), dim=-1)
+        found.append((ids, best - logits.logsumexp(-1, keepdim=True)))
+    ids, logprobs = (
+        torch.cat(parts).unflatten(0, hidden.shape[:-1]) for parts in zip(*found, strict=True)
+    )
+    return TopK(ids.int(), logprobs)
+
+
+def _accepted_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Without the second text's type where a family (RoBERTa, DistilBERT) knows no second type."""
+    if getattr(model.config, "type_vocab_size", 0) > 1:
+        return batch.inputs
+    return {name: value for name, value in batch.inputs.items() if name != "token_type_ids"}
+
+
+def _read_language_model(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
+    architecture = architecture_of(model.config)  # type: ignore[arg-type]
+    # Encoders keep no cache, and not all of them know the word.
+    options = {} if architecture.masked else {"use_cache": False}
+    backbone = architecture.backbone_of(model)
+    out = backbone(**batch.inputs, **options, output_hidden_states=needs.hidden_states)
+    hidden = out.last_hidden_state
+    if batch.targets is not None:
+        # An MLM's head is asked at a few positions only: [N, D].
+        hidden = hidden.flatten(0, 1)[batch.targets]
+    return Knowledge(
+        hidden=architecture.before_language_head(model, hidden),
+        head=language_model_head(model),
+        hidden_states=tuple(out.hidden_states or ()),
+    )

@@ -1,0 +1,31 @@
+"""What a model predicts for a micro-batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import megakd_kernels
+from megakd.contract.stage import IGNORE, Batch, Predictions
+from megakd.contract.tasks import Kernels
+from megakd.models.knowledge import Needs, read_knowledge
+
+
+def predict(model: nn.Module, batch: Batch, kernels: Kernels = "auto") -> Predictions:
+    """Logits or scores of a micro-batch; of a language model the sums its metrics need."""
+    read = read_knowledge(model, batch, Needs())
+    if read.logits is not None:
+        return Predictions(outputs=read.logits.float(), sums=None)
+    if read.head is None or read.hidden is None:
+        raise TypeError("a language model was read without its head")
+    weight, bias = read.head.read()
+    stats = megakd_kernels.linear_stats(
+        read.hidden,
+        weight,
+        labels=batch.target_labels,
+        ignore_index=IGNORE,
+        student_bias=bias,
+        impl=kernels,
+    )
+    sums = torch.stack([stats.ce_sum.double(), stats.agreement.double(), stats.n_valid.double()])
+    return Predictions(outputs=None, sums=sums)

@@ -1,0 +1,206 @@
+"""SIGINT, SIGTERM and SIGUSR1: training saves a checkpoint first, everything else ends at once.
+
+A thread reads the signals too, because the main thread may be waiting in a collective for a rank
+that never answers: a second signal ends the process even then. The same thread watches the
+launchers, whose end counts as a SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from megakd.process.launched import Launchers
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Ctrl+C reaches a rank twice: from the terminal and, as SIGTERM, from its launcher.
+SAME_REQUEST_S = 2.0
+LOOK_EVERY_S = 1.0
+# Launchers give their ranks 30 s; nobody ends a rank that hangs when its launcher is gone.
+GRACE_S = 120.0
+LAUNCHER_ENDED = "the end of its launcher"
+
+
+class Stopped(BaseException):
+    """The run ends because it was told to.
+
+    No `Exception`: what forgives the errors of a picture or a stopwatch must not forgive this.
+
+    Args:
+        number: the signal.
+        reason: what stopped the run.
+        saved: what was saved before, such as "student saved at step 8".
+    """
+
+    def __init__(self, number: int, reason: str, saved: str = "") -> None:
+        super().__init__(number, reason, saved)
+        self.number, self.reason, self.saved = number, reason, saved
+
+    @property
+    def exit_code(self) -> int:
+        """128 plus the signal's number, as a shell reports it."""
+        return 128 + self.number
+
+    def __str__(self) -> str:
+        done = f", {self.saved}" if self.saved else ""
+        return f"stopped by {self.reason}{done}; start the same command again to go on"
+
+
+class _Watch:
+    """The stop signals of this process, from `start` to `stop`."""
+
+    def __init__(self) -> None:
+        self.requested = 0
+        self.reason = ""
+        self.deferred = False
+        self._first: float | None = None
+        self._launchers = Launchers()
+        self._orphaned_at: float | None = None
+        self._bytes: socket.socket
+        self._wakeup: socket.socket
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="signals", daemon=True)
+        self._before: dict[signal.Signals, Any] = {}
+
+    def start(self) -> None:
+        """Install the handlers. A signal that is ignored, as under nohup, stays ignored."""
+        self._before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
+        for number, handler in self._before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
+        self._bytes, self._wakeup = socket.socketpair()
+        for end in (self._bytes, self._wakeup):
+            end.setblocking(False)  # noqa: FBT003 - the socket's own interface
+        self._wakeup_before = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Put everything back as it was."""
+        signal.set_wakeup_fd(self._wakeup_before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._ended.set()
+        self._wakeup.send(b"\0")
+        self._thread.join()
+        for end in (self._bytes, self._wakeup):
+            end.close()
+
+    def release(self) -> None:
+        """In a forked child: end by a signal as any process does, and tell the parent nothing."""
+        signal.set_wakeup_fd(-1)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.request(number) and not self.deferred:
+            raise Stopped(number, self.reason)
+
+    def request(self, number: int) -> bool:
+        """Note why the run stops; return false if it is stopping already."""
+        if self.requested:
+            return False
+        self.requested = number
+        self.reason = self.reason or signal.Signals(number).name
+        return True
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            readable, _, _ = select.select([self._bytes], [], [], LOOK_EVERY_S)
+            if readable:
+                for number in self._bytes.recv(64):
+                    self._note(number)
+            self._look_at_launchers()
+
+    def _note(self, number: int) -> None:
+        """End at once at the second SIGINT or SIGTERM; SIGUSR1 is an early warning."""
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            return
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+        elif now - self._first > SAME_REQUEST_S:
+            _end_at_once(number, "a second signal")
+
+    def _look_at_launchers(self) -> None:
+        if self._orphaned_at is None:
+            if self._launchers.have_ended():
+                self._orphaned_at = time.monotonic()
+                if not self.requested:
+                    self.reason, self._first = LAUNCHER_ENDED, self._orphaned_at
+                    os.kill(os.getpid(), signal.SIGTERM)
+        elif time.monotonic() - self._orphaned_at > GRACE_S:
+            _end_at_once(signal.SIGTERM, f"no end {GRACE_S:.0f} s after its launcher")
+
+
+def _end_at_once(number: int, reason: str) -> None:
+    os.write(2, f"megakd: process {os.getpid()} ended at once: {reason}\n".encode())
+    os._exit(128 + number)
+
+
+_active: _Watch | None = None
+
+
+def _release_in_child() -> None:
+    global _active  # noqa: PLW0603 - signal handlers belong to the process, and so does this
+    if _active is not None:
+        _active.release()
+        _active = None
+
+
+os.register_at_fork(after_in_child=_release_in_child)
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Raise `Stopped` in the body at a stop signal, or when the launcher of this rank ends.
+
+    Does nothing off the main thread, where Python allows no handlers, and inside itself.
+    """
+    global _active  # noqa: PLW0603
+    if _active is not None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _active = watch = _Watch()
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.stop()
+        _active = None
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Note stop signals in the body instead of raising; the body asks `requested`."""
+    watch = _active
+    if watch is None:
+        yield
+        return
+    watch.deferred = True
+    try:
+        yield
+    finally:
+        watch.deferred = False
+
+
+def requested() -> int:
+    """Return the stop signal that has come to this process, or 0."""
+    return _active.requested if _active is not None else 0
+
+
+def stopped(number: int, saved: str) -> Stopped:
+    """Return the error of a stop that all ranks have agreed on; later signals change nothing."""
+    watch = _active
+    if watch is None:
+        return Stopped(number, signal.Signals(number).name, saved)
+    watch.request(number)
+    return Stopped(number, watch.reason, saved)

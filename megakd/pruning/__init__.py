@@ -1,0 +1,1 @@
+"""Importance scores, sparsity allocation, sorted and cut models."""

@@ -1,0 +1,154 @@
+"""Measures how important each unit of a model is, on data, at the model's ZeRO stage.
+
+The expected sensitivity of MiniDisc (Zhang et al. 2024, https://arxiv.org/abs/2205.14570), as the
+authors' code has it: the sum over batches of |d loss / d gate|, with the loss on labels, without
+dropout. A batch is `method.importance_batch_size` rows of all ranks together. Signed gradients are
+added up over the ranks and micro-batches of a batch, divided by the batch's number of labels, and
+only then made absolute: how a batch is dealt to ranks and cut into micro-batches does not change
+the scores. A micro-batch has `train.per_device_train_batch_size` rows at most, which the device
+has memory for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from megakd.config.deepspeed import load_ds_config
+from megakd.contract.stage import UNITS, Reading, Unit
+from megakd.data.loader import StepShape, global_batches
+from megakd.engine.distributed import agree, all_reduce_
+from megakd.engine.initialize import Engine, frozen_engine
+from megakd.engine.memory import freed_memory_returned
+from megakd.engine.sharding import weights_let_go
+from megakd.engine.student import device_batch
+from megakd.errors import DataError
+from megakd.losses.objective import Objective, count_units
+from megakd.losses.stage_losses import label_objective
+from megakd.models.knowledge import Needs
+from megakd.pruning.gates import Gates
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from megakd.contract.stage import Batch
+    from megakd.pruning.allocation import UnitScores
+    from megakd.teachers.frozen import FrozenModel
+    from megakd.training.engines import Assembly, ReadyTeacher
+
+
+class GateGradients(nn.Module):
+    """What the engine owns: a frozen model whose forward ends with the gradients of its gates.
+
+    The backward runs inside the engine's forward, where ZeRO 3 gathers the weights that a module
+    needs to pass a gradient on, whether they learn or not; outside, an engine would take it for
+    a training step. No gradient of a weight is formed, for none is asked for.
+    """
+
+    def __init__(
+        self,
+        frozen: FrozenModel,
+        objective: Objective,
+        device: torch.device,
+        *,
+        with_width: bool = False,
+    ) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.objective = objective
+        self.gates = Gates(frozen.model, device, with_width=with_width)  # type: ignore[arg-type]
+        self.per_unit: dict[Unit, Tensor] = {unit: torch.ones((), device=device) for unit in UNITS}
+
+    def forward(self, batch: Batch) -> Tensor:
+        """[units + 1] fp32: gradients of the loss summed over labels, and how many those are."""
+        with torch.enable_grad(), weights_let_go(), self.gates.in_place():
+            reading = Reading(
+                student=self.frozen.read(batch),
+                teacher=None,
+                batch=batch,
+                weights=self.objective.weights,
+                per_unit=self.per_unit,
+                kernels=self.frozen.kernels,
+            )
+            gradients = self.gates.gradients(self.objective([reading])[0].total)
+        labels = count_units([batch])[UNITS.index("targets")]
+        return torch.cat([gradients, labels[None].float()])
+
+
+def measure_importance(
+    assembly: Assembly,
+    ready: ReadyTeacher,
+    rows: Dataset,
+    *,
+    batch_size: int,
+    with_width: bool = False,
+) -> UnitScores:
+    """The scores of all units of a model, the same on every rank; a collective.
+
+    Args:
+        assembly: the run: its task says the loss, its tokenizer pads.
+        ready: the model, and how it is held.
+        rows: labelled examples, such as the validation split as the paper's code has it.
+        batch_size: rows of a batch, all ranks together.
+        with_width: whether the columns of the hidden states are scored too.
+
+    Raises:
+        DataError: no row carries a label.
+        TeacherError: an importance is not finite.
+        MegakdError: the model or its DeepSpeed config cannot be used.
+    """
+    source = ready.source
+    ds = load_ds_config(ready.spec.deepspeed, where="teacher.deepspeed")
+    dtype = assembly.teacher_dtype(ready)
+    train, ranks = assembly.config.train, assembly.ranks
+    shape = StepShape.of_batch(
+        batch_size, train.per_device_train_batch_size, rank=ranks.rank, world=ranks.world_size
+    )
+    frozen = assembly.frozen_module(source, ds, dtype=dtype, needs=Needs())
+    objective = label_objective(source, assembly.config.task.type, assembly.prepared.classes)
+    device = ranks.device
+    module = GateGradients(frozen, objective, device, with_width=with_width)
+    engine = frozen_engine(module, ds=ds, dtype=dtype, rows=shape.per_device)
+    try:
+        # What ZeRO 3 gathers comes in blocks of many sizes: kept, the heap grows to twice of it.
+        with freed_memory_returned():
+            totals = _totals(engine, _dealt(assembly, rows, shape, batch_size))
+    finally:
+        engine.destroy()
+    if totals is None:
+        raise DataError(
+            f"none of the {len(rows)} rows that importance is measured on carries a label; set "
+            f"method.importance_split to a split with labels"
+        )
+    # The last digits of a sum may differ between ranks, and the order of units may not.
+    return module.gates.scores(agree(totals.cpu()))
+
+
+def _dealt(
+    assembly: Assembly, rows: Dataset, shape: StepShape, batch_size: int
+) -> Iterator[Iterator[Batch]]:
+    """Yield this rank's micro-batches of every batch, on its device."""
+    scorer, device = assembly.scorer(), assembly.ranks.device
+    for batch in global_batches(
+        rows, scorer.collate, shape=shape, batch_size=batch_size, masking=scorer.masking
+    ):
+        yield (device_batch(micro_batch, device) for micro_batch in batch)
+
+
+@torch.no_grad()
+def _totals(engine: Engine, batches: Iterable[Iterable[Batch]]) -> Tensor | None:
+    """[units] fp64: absolute gradients of the mean loss per label, summed over batches.
+
+    None: no batch has a label on any rank.
+    """
+    totals, labels = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        # In fp64: another cut into micro-batches adds in another order.
+        found = all_reduce_(torch.stack([engine(part).double() for part in batch]).sum(0))
+        gradients, count = found[:-1], found[-1]
+        totals = totals + (gradients / count.clamp(min=1)).abs()
+        labels = labels + count
+    return None if labels == 0 else totals

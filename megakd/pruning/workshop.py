@@ -1,0 +1,243 @@
+"""A teacher whose units are sorted, models cut out of it, and how large their views are."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+
+from megakd.config.run import TaskConfig
+from megakd.contract.results import ParameterCounts
+from megakd.contract.stage import StageResult, untrained
+from megakd.contract.tasks import TaskType
+from megakd.contract.units import Axes, UnitOrder, View
+from megakd.engine.device import peak_memory_bytes
+from megakd.engine.distributed import gather, on_main
+from megakd.engine.memory import forget_models
+from megakd.engine.sharding import sharded_construction
+from megakd.models.architectures import architecture_named
+from megakd.models.axes import lengths, weight_axes
+from megakd.models.counting import parameter_counts
+from megakd.models.cutting import cut_config, reshape_folder
+from megakd.models.export import Extra
+from megakd.models.fitting import build_empty
+from megakd.models.loading import ModelSource
+from megakd.pruning.allocation import (
+    UnitScores,
+    scores_from_json,
+    scores_to_json,
+    unit_order,
+    view_at,
+)
+from megakd.pruning.importance import measure_importance
+from megakd.storage.fingerprint import Fingerprint, flatten
+from megakd.training.engines import Assembly, ReadyTeacher
+from megakd.training.stage_result import RESULT, read_result, result_text
+
+UNITS = "units.json"
+Weights = tuple[tuple[str, torch.Size, Axes], ...]
+"""Names, shapes, and which units lie along each dimension."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Specification:
+    """A model whose units lie by falling importance, and the scores they were sorted by.
+
+    scores: of the units as the teacher had them.
+    """
+
+    source: ModelSource
+    scores: UnitScores
+
+    def view_at(
+        self,
+        sparsity: float,
+        *,
+        allocation: Literal["global", "uniform"],
+        round_to: int,
+        residual: bool = False,
+        with_heads: Collection[int] = (),
+    ) -> View:
+        """The prefix of every layer that is left at a sparsity.
+
+        Args:
+            sparsity: share to leave out.
+            allocation: how it is spread over the layers.
+            round_to: in rows and columns of the weights.
+            residual: whether the width of the hidden states goes too.
+            with_heads: attentions, from 0, that may not lose all heads.
+
+        Raises:
+            TeacherError: heads, neurons or the width run out.
+        """
+        return view_at(
+            self.scores if residual else self.scores._replace(width=None),
+            sparsity,
+            allocation=allocation,
+            round_to=round_to,
+            head_width=self.source.architecture.heads(self.source.config).width,
+            with_heads=with_heads,
+        )
+
+
+def unscored(source: ModelSource) -> Specification:
+    """All units alike: shows whether a grid can be cut at all before anything is scored."""
+    units = source.architecture.units(source.config)
+    heads = tuple((1.0,) * count for count in units.heads)
+    neurons = tuple((1.0,) * count for count in units.neurons)
+    width = (1.0,) * source.architecture.hidden_width(source.config)
+    return Specification(source=source, scores=UnitScores(heads, neurons, width))
+
+
+class Reshaping(NamedTuple):
+    """A model, how its units are cut or sorted, and the small files beside its weights."""
+
+    source: ModelSource
+    view: View | None = None
+    order: UnitOrder | None = None
+    extra: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workshop:
+    """Makes folders under `stages/` that no training makes; each once, a collective."""
+
+    assembly: Assembly
+    stages: Path
+    _weights: dict[str, Weights] = field(default_factory=dict, init=False, repr=False)
+
+    def sorted_teacher(
+        self, ready: ReadyTeacher, *, split: str, batch_size: int, residual: bool
+    ) -> StageResult:
+        """The teacher with its heads and neurons sorted, computing what it did.
+
+        Args:
+            ready: the teacher.
+            split: whose labels say what is important.
+            batch_size: rows of a batch of all ranks, of whose gradient the absolute value is taken.
+            residual: whether the columns of the hidden states are sorted too.
+
+        Raises:
+            MegakdError: its importance cannot be measured, or the folder not be written.
+        """
+
+        def prepare() -> Reshaping:
+            rows = getattr(self.assembly.prepared.encoded, split)
+            scores = measure_importance(
+                self.assembly, ready, rows, batch_size=batch_size, with_width=residual
+            )
+            extra = {UNITS: scores_to_json(scores)}
+            return Reshaping(ready.source, order=unit_order(scores), extra=extra)
+
+        tree = {
+            "model": self.assembly.identity_of(ready.source),
+            "split": split,
+            "residual": residual,
+            "data": self._data,
+            "dtype": self.assembly.teacher_dtype(ready),
+            "batch": batch_size,
+        }
+        return self._made("specification", tree, prepare)
+
+    def scores(self, folder: Path) -> UnitScores:
+        """What the folder's units were sorted by."""
+        path = folder / UNITS
+        text = on_main(lambda: path.read_text(encoding="utf-8"))
+        return scores_from_json(text, where=str(path))
+
+    def cut(self, source: ModelSource, view: View, name: str) -> StageResult:
+        """A model cut to a view, as it is, untrained.
+
+        Raises:
+            MegakdError: the folder cannot be written.
+        """
+        identity = {"model": self.assembly.identity_of(source), "view": view._asdict()}
+        return self._made(name, identity, lambda: Reshaping(source, view=view))
+
+    def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
+        """How many weights are left of a model at a view; nothing is loaded."""
+        model = source.config.to_json_string()
+        if model not in self._weights:
+            self._weights[model] = weights_of(source, self.assembly.config.task)
+        return parameter_counts(
+            (name, lengths(shape, axes, view)) for name, shape, axes in self._weights[model]
+        )
+
+    @property
+    def _data(self) -> str:
+        return self.assembly.prepared.encoded.content_hash
+
+    def _made(self, name: str, identity: Any, prepare: Callable[[], Reshaping]) -> StageResult:
+        """Make a folder unless it is there; `prepare` is a collective that may take long."""
+        folder, fingerprint = self.stages / name, flatten(identity)
+        result = read_result(folder, fingerprint)
+        if result is not None:
+            return result
+        began = time.perf_counter()
+        reshaping = prepare()
+        text = self._result_text(untrained(name, folder), fingerprint, began)
+        forget_models()
+        on_main(lambda: self._reshape(reshaping, folder, {**reshaping.extra, RESULT: text}))
+        return cast("StageResult", read_result(folder, fingerprint))
+
+    def _result_text(
+        self, result: StageResult, fingerprint: Fingerprint, began: float
+    ) -> Callable[[], str]:
+        """Give what makes result.json once the weights are written; a collective."""
+        device = self.assembly.ranks.device
+        others = max(gather(peak_memory_bytes(device)))
+
+        def text() -> str:
+            seconds, peak = time.perf_counter() - began, max(others, peak_memory_bytes(device))
+            measured = dataclasses.replace(result, seconds=seconds, peak_memory_bytes=peak)
+            return result_text(measured, fingerprint)
+
+        return text
+
+    def _reshape(self, reshaping: Reshaping, folder: Path, extra: Extra) -> None:
+        prepared = self.assembly.prepared
+        reshape_folder(
+            reshaping.source,
+            folder,
+            task=self.assembly.config.task,
+            label_names=prepared.splits.label_names,
+            tokenizer=prepared.tokenizer,
+            view=reshaping.view,
+            order=reshaping.order,
+            extra=extra,
+        )
+
+
+def largest_first(sources: Mapping[str, ModelSource], task: TaskConfig) -> tuple[str, ...]:
+    """The names of models by falling number of weights; none is loaded for that."""
+    shapes = {
+        name: [(weight, shape) for weight, shape, _ in weights_of(source, task)]
+        for name, source in sources.items()
+    }
+    return tuple(sorted(shapes, key=lambda name: -parameter_counts(shapes[name]).parameters))
+
+
+def shape_of_cut(source: ModelSource, view: View, task: TaskType) -> ModelSource:
+    """What a model will be when it is cut to a view, before its weights are there."""
+    config = cut_config(source.config, view)
+    architecture = architecture_named(config.model_type, task)
+    return dataclasses.replace(
+        source, config=config, architecture=architecture, folder=None, stored={}
+    )
+
+
+def weights_of(source: ModelSource, task: TaskConfig) -> Weights:
+    """The weights of a model, which is not loaded for that."""
+    with torch.device("meta"), sharded_construction(None, torch.float32):
+        empty = build_empty(source, task, source.config, torch.float32)
+    axes = weight_axes(empty)
+    return tuple(
+        (name, weight.shape, axes.get(name, (None,) * weight.dim()))
+        for name, weight in empty.named_parameters()
+    )

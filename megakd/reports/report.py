@@ -1,0 +1,52 @@
+"""What a run says at its end: report.json, and the counts and versions in it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import (
+    TYPE_CHECKING,
+    Any,
+)
+
+from megakd.contract.results import Report
+from megakd.engine.device import device_name
+from megakd.storage import atomic
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+LIBRARIES = ("megakd", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "numpy")
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Writes report.json whole or not at all."""
+    atomic.write_json(path, report)
+
+
+def environment(
+    *, ranks: int, device: torch.device, corpus_content_hash: str | None
+) -> dict[str, Any]:
+    """What the numbers of a report depend on: versions, ranks, device, data."""
+    import torch
+
+    return {
+        "versions": {name: version for name in LIBRARIES if (version := _version(name))},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device_name(device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "ranks": ranks,
+        "corpus_content_hash": corpus_content_hash,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

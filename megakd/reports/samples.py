@@ -1,0 +1,239 @@
+"""Samples for the report: a few held-out prompts that the teacher and the student answer.
+
+The scored engines answer, so that a model needs to fit no single rank. All ranks ask the same
+questions in the same number of steps, because under ZeRO-3 every forward is a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from megakd.contract.stage import IGNORE, Batch, TopK
+from megakd.data.encoding import Collator
+from megakd.engine.student import device_batch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from megakd.config.run import TaskConfig
+    from megakd.contract.results import SampleReport
+
+PROMPTS = 3
+PROMPT_TOKENS, NEW_TOKENS = 16, 16
+ROWS_READ = 32
+TEXT_TOKENS = 32
+MASKS, FIRST_MASK, MASK_EVERY = 4, 2, 6
+
+
+class Answering(Protocol):
+    """A language model that tells its most likely tokens; a collective under ZeRO-3."""
+
+    def top_k(self, batch: Batch, count: int) -> TopK:
+        """Return the most likely tokens at the batch's targets, [N, count]."""
+        ...
+
+
+class Prompts(Protocol):
+    """Questions that are put to several models."""
+
+    @property
+    def shown(self) -> Sequence[str]:
+        """The prompts as text."""
+        ...
+
+    def answers(self, model: Answering) -> list[str]:
+        """Return a model's answer to each prompt, the same on every rank; a collective."""
+        ...
+
+
+def held_out_prompts(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, device: torch.device
+) -> Prompts | None:
+    """Return the prompts of a language model's report; None for any other task.
+
+    Args:
+        rows: encoded held-out rows; the first few are used.
+        tokenizer: of all models.
+        task: its type and length count.
+        device: of this rank.
+    """
+    first = rows.select(range(min(ROWS_READ, len(rows))))
+    if task.type == "causal_lm":
+        return _continuations(first, tokenizer, task.max_length, device)
+    if task.type == "mlm":
+        return _hidden_words(first, tokenizer, task, device)
+    return None
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Puts the same prompts to several models.
+
+    prompts: None where the task has none.
+    """
+
+    prompts: Prompts | None
+    _answers: dict[str, list[str]] = field(default_factory=dict)
+
+    def asking(self, name: str) -> Callable[[Answering], None] | None:
+        """Return a function that asks the model of that name; None where there is no prompt."""
+        prompts = self.prompts
+        if prompts is None:
+            return None
+        return lambda model: self._answers.update({name: prompts.answers(model)})
+
+    def samples(self, *, teacher: str | None, student: str) -> list[SampleReport]:
+        """Return the samples as report.json holds them.
+
+        Args:
+            teacher: the name of the teacher to show; None if there is none.
+            student: the student's name.
+        """
+        shown = [] if self.prompts is None else self.prompts.shown
+        return [
+            {
+                "prompt": prompt,
+                "teacher": None if teacher is None else self._answers[teacher][number],
+                "student": self._answers[student][number],
+            }
+            for number, prompt in enumerate(shown)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuations:
+    """Beginnings of documents that a decoder continues greedily.
+
+    ids: [B, T] tokens of the beginnings, all of one length.
+    new_tokens: how many tokens follow; a text ends earlier at the end-of-text token.
+    """
+
+    ids: Tensor
+    new_tokens: int
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+
+    @property
+    def shown(self) -> list[str]:
+        """The beginnings as text."""
+        return [self._text(row) for row in self.ids.tolist()]
+
+    def answers(self, model: Answering) -> list[str]:
+        """Return the most likely continuation of each beginning, token by token."""
+        ids, begun = self.ids, self.ids.shape[1]
+        for _ in range(self.new_tokens):
+            said = model.top_k(self._batch(ids), 1).ids  # [B, 1]
+            ids = torch.cat([ids, said.cpu().to(ids.dtype)], dim=1)
+        return [self._text(row[begun:]) for row in ids.tolist()]
+
+    def _batch(self, ids: Tensor) -> Batch:
+        """Ask for the token after the last one of each row."""
+        rows, length = ids.shape
+        inputs = {"input_ids": ids, "position_ids": torch.arange(length).expand(rows, -1)}
+        labels = torch.full_like(ids, IGNORE)
+        last = torch.arange(1, rows + 1) * length - 1
+        valid = torch.ones_like(ids, dtype=torch.bool)
+        return device_batch(Batch(inputs, labels, valid, last), self.device)
+
+    def _text(self, ids: list[int]) -> str:
+        end = self.tokenizer.eos_token_id
+        kept = ids[: ids.index(end)] if end in ids else ids
+        return cast("str", self.tokenizer.decode(kept, skip_special_tokens=True))
+
+
+def _continuations(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, device: torch.device
+) -> Continuations | None:
+    begun = min(PROMPT_TOKENS, max(1, max_length // 2))
+    documents = list(_documents(rows))
+    length = min(begun, max(map(len, documents), default=0))
+    chosen = [ids[:length] for ids in documents if len(ids) >= length][:PROMPTS]
+    if not chosen:
+        return None
+    return Continuations(
+        ids=torch.tensor(chosen),
+        new_tokens=min(NEW_TOKENS, max_length - length),
+        tokenizer=tokenizer,
+        device=device,
+    )
+
+
+def _documents(rows: Dataset) -> Iterator[list[int]]:
+    """Yield the tokens of each document that begins in a row, as far as the row holds it."""
+    continues = False
+    for row in rows:
+        ids, places, labels = (
+            cast("Mapping[str, list[int]]", row)[name]
+            for name in ("input_ids", "position_ids", "labels")
+        )
+        starts = [i for i, place in enumerate(places) if place == 0]
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            if start > 0 or not continues:
+                yield ids[start:end]
+        # A document ends without a next token.
+        continues = labels[-1] != IGNORE
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenWords:
+    """Texts with hidden tokens that a masked language model fills in.
+
+    batch: the texts with their masks, on this rank's device; `targets` are the hidden tokens.
+    shown: the texts.
+    masks: hidden tokens of each text, in the order of the targets.
+    """
+
+    batch: Batch
+    shown: Sequence[str]
+    masks: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase
+
+    def answers(self, model: Answering) -> list[str]:
+        """Return the most likely token of each mask, the tokens of a text in one line."""
+        said = model.top_k(self.batch, 1).ids.flatten().split(list(self.masks))
+        return [", ".join(self._word(token) for token in ids.tolist()) for ids in said]
+
+    def _word(self, token: int) -> str:
+        return cast("str", self.tokenizer.decode([token])).strip()
+
+
+def _hidden_words(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, device: torch.device
+) -> HiddenWords | None:
+    texts = [_shortened(cast("Mapping[str, list[int]]", row)["input_ids"]) for row in rows]
+    special = {int(number) for number in tokenizer.all_special_ids}
+    hidden = [_hidden(ids, special) for ids in texts]
+    chosen = [(ids, places) for ids, places in zip(texts, hidden, strict=True) if places][:PROMPTS]
+    if not chosen:
+        return None
+    batch = Collator(tokenizer, task)([{"input_ids": ids} for ids, _ in chosen])
+    width = batch.inputs["input_ids"].shape[1]
+    targets = torch.tensor([r * width + p for r, (_, places) in enumerate(chosen) for p in places])
+    mask = cast("int", tokenizer.mask_token_id)  # transformers' own type allows several
+    ids = batch.inputs["input_ids"].clone()  # [B, T]
+    ids.view(-1)[targets] = mask
+    batch = batch._replace(inputs={**batch.inputs, "input_ids": ids}, targets=targets)
+    shown = [[token for token in row if token not in special - {mask}] for row in ids.tolist()]
+    return HiddenWords(
+        batch=device_batch(batch, device),
+        shown=[cast("str", tokenizer.decode(row)) for row in shown],
+        masks=[len(places) for _, places in chosen],
+        tokenizer=tokenizer,
+    )
+
+
+def _shortened(ids: list[int]) -> list[int]:
+    """Keep the beginning of a text, and its last token, which ends the text."""
+    return ids if len(ids) <= TEXT_TOKENS else [*ids[: TEXT_TOKENS - 1], ids[-1]]
+
+
+def _hidden(ids: Sequence[int], special: set[int]) -> list[int]:
+    """Return the positions to hide: every few tokens one, never a special token."""
+    plain = [place for place, token in enumerate(ids) if token not in special]
+    return (plain[FIRST_MASK::MASK_EVERY] or plain[:1])[:MASKS]

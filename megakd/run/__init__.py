@@ -1,0 +1,1 @@
+"""A whole run: the lab, its stages, the finished folder."""

@@ -1,0 +1,197 @@
+"""megakd from Python: several trainings, evaluations and plans one after another in one process.
+
+What a call changes in the process (logging, warnings, environment, random states) is put back when
+the call ends. The process group stays for the next call, because DeepSpeed can join only one in a
+process; it ends with the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from megakd.config import file as config_file
+from megakd.config.run import RunConfig
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from megakd.planning.plan import Plan
+
+Config = str | Path | Mapping[str, Any] | RunConfig
+"""A path of a YAML file, the same as a mapping, or a config that is loaded already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a finished run has left in its output folder.
+
+    output_dir: the folder of the run.
+    student: the folder of the student, final/, which `from_pretrained` reads.
+    metrics: of the student, on the test split if it has labels, else on validation.
+    report: the content of report.json.
+    table: the result table, as `megakd train` prints it.
+    """
+
+    output_dir: Path
+    student: Path
+    metrics: Mapping[str, float]
+    report: Mapping[str, Any]
+    table: str
+
+
+class ClusterOptions(TypedDict, total=False):
+    """The machines of a plan; what is left out is this machine's. See `megakd plan --help`."""
+
+    ranks: int
+    nodes: int
+    device: Literal["cpu", "cuda"]
+    gpu_memory_gb: float
+    host_memory_gb: float
+    tflops: float
+    gbps: float
+    rates: Path
+
+
+def load_config(config: Config, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the checked run config of a file, a mapping or another config.
+
+    Args:
+        config: a path of a YAML file, a mapping with the same sections, or a RunConfig.
+        overrides: settings such as `train.learning_rate=3e-4`; later ones win.
+
+    Raises:
+        ConfigError: the config cannot work, one line per problem.
+    """
+    if isinstance(config, str | Path):
+        return config_file.load_config(Path(config), overrides)
+    if isinstance(config, RunConfig):
+        if not overrides:
+            return config
+        return config_file.config_of(config_file.config_tree(config), overrides)
+    return config_file.config_of(config, overrides)
+
+
+def train(config: Config, overrides: Sequence[str] = ()) -> RunResult:
+    """Train what a config says, and return what came of it.
+
+    A run that has finished before is not trained again; one that was interrupted goes on.
+
+    Args:
+        config: as of `load_config`.
+        overrides: as of `load_config`.
+
+    Raises:
+        MegakdError: bad input or a run that cannot go on.
+    """
+    checked = load_config(config, overrides)
+    with _undone():
+        from megakd.run import finished_run
+        from megakd.run import main as run
+
+        table = run.run(checked, command="megakd.train")
+        report = json.loads((checked.output_dir / finished_run.REPORT).read_text(encoding="utf-8"))
+        return RunResult(
+            output_dir=checked.output_dir,
+            student=checked.output_dir / finished_run.FINAL,
+            metrics=report["student"]["metrics"],
+            report=report,
+            table=table,
+        )
+
+
+def evaluate(
+    config: Config,
+    model: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    data: str | Path | None = None,
+) -> dict[str, float]:
+    """Return the metrics of a model on the held-out split of a config, or on other data.
+
+    Args:
+        config: as of `load_config`.
+        model: the folder of a model; None: final/ of the config's run.
+        overrides: as of `load_config`.
+        data: a file, pattern or folder to score in place of the held-out rows.
+
+    Raises:
+        MegakdError: there is no such model, or it does not fit the task.
+    """
+    checked = load_config(config, overrides)
+    with _undone():
+        from megakd.run.model_evaluation import evaluate_model
+
+        given, folder = (None if path is None else str(path) for path in (data, model))
+        return dict(evaluate_model(checked, folder, data=given)["metrics"])
+
+
+def plan(config: Config, overrides: Sequence[str] = (), **cluster: Unpack[ClusterOptions]) -> Plan:
+    """Return memory, network and time of a run, before anything is loaded.
+
+    Args:
+        config: as of `load_config`.
+        overrides: as of `load_config`.
+        **cluster: the machines: `ranks`, `nodes`, `device`, `gpu_memory_gb`, `host_memory_gb`,
+            `tflops`, `gbps`, `rates`.
+
+    Raises:
+        MegakdError: a model's config cannot be read, or a number cannot be.
+    """
+    checked = load_config(config, overrides)
+    with _undone():
+        from megakd.planning.options import cluster_of
+        from megakd.planning.plan import plan_run
+
+        return plan_run(checked, cluster_of(argparse.Namespace(**cluster)))
+
+
+@contextlib.contextmanager
+def _undone() -> Iterator[None]:
+    """Put back what a call changes in the process; keep the process group for the next call."""
+    import numpy as np
+    import torch
+
+    from megakd.engine import distributed
+
+    distributed.keep_group()
+    environment = dict(os.environ)
+    states = random.getstate(), np.random.get_state(), torch.get_num_threads()  # noqa: NPY002
+    try:
+        with _logging_restored(), warnings.catch_warnings(), torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_num_threads(states[2])
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+
+
+@contextlib.contextmanager
+def _logging_restored() -> Iterator[None]:
+    """Leave the root logger, megakd's and transformers' progress bars as they were."""
+    from transformers.utils import logging as of_transformers
+
+    root, own = logging.getLogger(), logging.getLogger("megakd")
+    before = list(root.handlers), root.level, own.level
+    shows_progress = of_transformers.is_progress_bar_enabled()
+    try:
+        yield
+    finally:
+        for handler in [one for one in root.handlers if one not in before[0]]:
+            root.removeHandler(handler)
+        root.setLevel(before[1])
+        own.setLevel(before[2])
+        if shows_progress:
+            of_transformers.enable_progress_bar()

@@ -1,0 +1,42 @@
+"""`megakd cache`: makes the caches that a run config names, each of one teacher's answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megakd.config.run import RunConfig
+from megakd.errors import ConfigError
+from megakd.run.holder import held
+from megakd.run.lab import Lab
+from megakd.run.main import reporter_of, started
+from megakd.training.inputs import prepare
+from megakd.training.label_check import check_label_orders
+from megakd.training.precision import check_device
+
+
+def cache_teachers(config: RunConfig) -> list[Path]:
+    """Fine-tunes the teachers where the config says so, and keeps their answers; a collective.
+
+    Returns:
+        The folders of the caches.
+
+    Raises:
+        ConfigError: no teacher of the config has a cache.
+        MegakdError: bad input, or a folder that holds other answers.
+    """
+    named = [name for name, spec in config.teacher_specs.items() if spec.cache is not None]
+    if not named:
+        raise ConfigError(
+            "no teacher has a cache: set teacher.cache (of a pool, teachers[0].cache, …) to the "
+            "folder that its answers go to"
+        )
+    with started() as ranks, held(config.output_dir):
+        check_device(config, ranks)
+        reporter = reporter_of(config, ranks)
+        try:
+            prepared = prepare(config)
+            lab = Lab(config, prepared, ranks, reporter)
+            check_label_orders(lab.assembly)
+            return [lab.cache(lab.teacher(name)) for name in named]
+        finally:
+            reporter.close()

@@ -1,0 +1,354 @@
+"""A finished run: its record, its result table, its student in `final/`, its stages.
+
+A run is finished when its output folder has a report.json. run.json says what the run was made
+from, which stage became `final/`, and the checksums of `final/` and of the report.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megakd.config.file import config_tree, dump_config, load_config
+from megakd.config.run import FROM_TEACHER, RunConfig
+from megakd.config.yaml12 import parse_yaml
+from megakd.contract.results import Report
+from megakd.contract.tasks import STUDENT
+from megakd.data.encoding import tokenizer_content
+from megakd.engine.distributed import agree, on_main
+from megakd.errors import CheckpointError, ConfigError, MegakdError
+from megakd.models.export import brings_code
+from megakd.reports.card import CardFacts, model_card
+from megakd.reports.html import read_report, write_html_report
+from megakd.reports.report import write_report
+from megakd.reports.table import result_table
+from megakd.run.holder import held
+from megakd.storage import atomic
+from megakd.storage.checksums import checksum_of, damage_of, read_signed, write_signed
+from megakd.storage.fingerprint import Fingerprint, differences, flatten
+from megakd.storage.finished_folder import CARD, copy_finished, entries, open_finished, users_files
+from megakd.training.best_checkpoint import RECORD
+from megakd.training.engines import model_identity
+from megakd.training.inputs import Materials, materials
+from megakd.training.longer import is_longer
+from megakd.training.stage_result import RESULT, remake
+
+logger = logging.getLogger(__name__)
+REPORT = "report.json"
+CONFIG = "config.yaml"
+FINAL = "final"
+RUN = "run.json"
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the output folder holds the finished run of this config; reads the config alone.
+
+    A run that is to take more steps than the one there is not finished.
+
+    Raises:
+        CheckpointError: the folder holds another config's finished run.
+    """
+    if not (config.output_dir / REPORT).is_file() or config.train.resume_from_checkpoint is False:
+        return False
+    there, here = _compared(config)
+    if is_longer(there, here):
+        return False
+    differing = differences(there, here)
+    if differing:
+        raise CheckpointError(
+            f"{config.output_dir} holds a finished run of another config ({differing}); use "
+            f"another output_dir, or go back to that config"
+        )
+    return True
+
+
+def _compared(config: RunConfig) -> tuple[Fingerprint, Fingerprint]:
+    """Return the config in the output folder and this one: the keys that a result depends on."""
+    trees = (_config_there(config.output_dir / CONFIG), config_tree(config))
+    there, here = ({k: v for k, v in flatten(t).items() if not _is_free(k)} for t in trees)
+    return there, here
+
+
+def _config_there(path: Path) -> Any:
+    """What a run was started with, in all keys that there are by now."""
+    if not path.is_file():
+        return {}
+    try:
+        return config_tree(load_config(path))
+    except ConfigError:  # of a version whose keys are no longer known: they are shown as they are
+        return parse_yaml(path.read_text(encoding="utf-8", errors="replace"), source=str(path))
+
+
+def _is_free(key: str) -> bool:
+    """Whether a key may change between two starts of one run."""
+    return key.startswith(("output_dir", "log.", "save.")) or key.endswith(
+        ("resume_from_checkpoint", "per_device_eval_batch_size")
+    )
+
+
+def finished_table(config: RunConfig, *, command: str) -> str:
+    """Verify a finished run and return its result table; a collective.
+
+    A `final/` that was removed is made again from its stage.
+
+    Args:
+        config: the run.
+        command: what was typed, for the model card of a `final/` that is made again.
+
+    Raises:
+        CheckpointError: the data or a model has changed since, or a file is damaged.
+    """
+    out = config.output_dir
+    record = on_main(lambda: _record_there(out))
+    report = on_main(lambda: _report_there(out, record))
+    if record is None:
+        on_main(lambda: _check_final_there(out))
+    else:
+        _compare_inputs(config, record["inputs"])
+        missing = on_main(lambda: _missing_of_final(out, record))
+        if missing:
+            stage = _stage_of_final(out, record)
+            logger.warning(
+                "%s lacks %s: the student is copied again from %s",
+                *(out / FINAL, ", ".join(missing), stage),
+            )
+            with held(out):
+                on_main(lambda: _write_final(config, stage, report, command))
+    return result_table(report, final=out / FINAL)
+
+
+def run_inputs(config: RunConfig, found: Materials) -> Fingerprint:
+    """Return what a run's results depend on outside its config: data, tokenizer and models."""
+    tree: dict[str, Any] = {
+        "task.dataset": found.splits.content_hash,
+        "task.tokenizer": tokenizer_content(found.tokenizer),
+    }
+    for role, source in found.sources.items():
+        tree[f"{config.key_of(role)}.model"] = model_identity(source, seed=config.seed)
+    # The version of transformers is written into every config that is loaded.
+    return {k: v for k, v in flatten(tree).items() if not k.endswith("transformers_version")}
+
+
+def _compare_inputs(config: RunConfig, there: Fingerprint) -> None:
+    """Refuse a run whose inputs have changed; say so if some are no longer on this machine."""
+    try:
+        found = materials(config)
+        here = on_main(lambda: run_inputs(config, found))
+    except MegakdError as error:
+        gone = agree(_not_here(config))
+        if not gone:
+            raise
+        logger.warning(
+            "%s cannot be compared with what the run was made from: %s", ", ".join(gone), error
+        )
+        return
+    differing = differences(there, json.loads(atomic.json_text(here)))
+    if differing:
+        raise CheckpointError(
+            f"{config.output_dir} holds a finished run that was made from other data or models "
+            f"({differing}); use another output_dir, or put back what the run was made from"
+        )
+
+
+def _not_here(config: RunConfig) -> list[str]:
+    """The keys that name a model or data which is no path on this machine."""
+    task = config.task
+    specs = {f"{config.key_of(n)}.model": spec.model for n, spec in config.teacher_specs.items()}
+    specs |= {"student.model": config.student.model, "task.tokenizer": task.tokenizer}
+    specs |= {"task.dataset": task.dataset, "task.data_dir": task.data_dir}
+    return [
+        key
+        for key, spec in specs.items()
+        if isinstance(spec, str)
+        and spec not in (FROM_TEACHER, "pydocs")
+        and not Path(spec).expanduser().exists()
+    ]
+
+
+def _record_there(out: Path) -> dict[str, Any] | None:
+    """Read run.json; None for a run of a version that wrote none."""
+    path = out / RUN
+    if not path.is_file():
+        logger.warning(
+            "%s is missing: the run's data, models and student cannot be compared with what it "
+            "was made from",
+            path,
+        )
+        return None
+    try:
+        return read_signed(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {_again(out / REPORT)}") from error
+
+
+def _report_there(out: Path, record: Mapping[str, Any] | None) -> Report:
+    path = out / REPORT
+    report = read_report(path)
+    if record is not None and checksum_of(report) != record["report"]:
+        raise CheckpointError(f"{path} was changed after the run had finished; {_again(path)}")
+    return report
+
+
+def _again(report: Path) -> str:
+    """Say how the files that a run ends with are made again."""
+    return (
+        f"remove {report} and start the same command again: the stages that have finished are "
+        f"used again"
+    )
+
+
+def _check_final_there(out: Path) -> None:
+    if not (out / FINAL).is_dir():
+        raise CheckpointError(f"{out / FINAL} does not exist; {_again(out / REPORT)}")
+
+
+def _missing_of_final(out: Path, record: Mapping[str, Any]) -> list[str]:
+    """Check that `final/` is this run's student, and return the names of the missing files.
+
+    Raises:
+        CheckpointError: a file was changed, or is another run's.
+    """
+    final = out / FINAL
+    atomic.recover(final)
+    missing = [name for name in record["final"] if not (final / name).is_file()]
+    there = {name: entry for name, entry in record["final"].items() if name not in missing}
+    changed = damage_of(final, there)
+    if changed is not None:
+        raise CheckpointError(
+            f"{final} is not the student of this run: {changed}; move {final} away and start the "
+            f"same command again: the student is copied again from {_stage_of_final(out, record)}"
+        )
+    return missing
+
+
+def _stage_of_final(out: Path, record: Mapping[str, Any]) -> Path:
+    return out / "stages" / record["student"]
+
+
+def publish(
+    config: RunConfig, student: Path, report: Report, *, inputs: Fingerprint, command: str
+) -> str:
+    """Write final/, run.json and then report.json: a run with a report is finished.
+
+    Args:
+        config: the run.
+        student: the folder of the stage that becomes `final/`.
+        report: of the run.
+        inputs: see `run_inputs`.
+        command: what was typed, for the model card.
+
+    Returns:
+        The result table.
+    """
+    out = config.output_dir
+    _write_final(config, student, report, command)
+    own = {name: entry for name, entry in entries(out / FINAL).items() if name != CARD}
+    record = {
+        "student": student.name,
+        "final": own,
+        "report": checksum_of(report),
+        "inputs": inputs,
+    }
+    atomic.write_text(out / CONFIG, dump_config(config))
+    write_signed(out / RUN, record)
+    write_report(out / REPORT, report)
+    _draw(out)
+    return result_table(report, final=out / FINAL)
+
+
+def _write_final(config: RunConfig, stage: Path, report: Report, command: str) -> None:
+    """Copy a stage's model to `final/` with its card; files of the user stay."""
+    final, remedy = config.output_dir / FINAL, remake(stage)
+    open_finished(stage, remedy=remedy)
+    kept = users_files(final)
+    if kept:
+        logger.warning("%s: kept, for megakd did not write them: %s", final, ", ".join(kept))
+    card = model_card(_card_facts(config, stage, command), report)
+    changes = {CARD: card, RESULT: None, RECORD: None}
+    copy_finished(stage, final, changes=changes, keep=kept, remedy=remedy)
+
+
+def _card_facts(config: RunConfig, stage: Path, command: str) -> CardFacts:
+    models = {name: spec.model for name, spec in config.teacher_specs.items()}
+    start = {**models, STUDENT: config.student.model}[config.start_role]
+    return CardFacts(
+        title=f"{config.output_dir.name}: a student distilled by megakd",
+        task_type=config.task.type,
+        student=start if isinstance(start, str) else None,
+        teachers=tuple(model if isinstance(model, str) else None for model in models.values()),
+        objective=tuple(_line(term) for term in config_tree(config)["objective"] or ()),
+        command=command,
+        brings_code=brings_code(stage),
+    )
+
+
+def _line(term: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{key} {value}" for key, value in term.items() if key != "loss")
+    return f"{term['loss']} ({options})"
+
+
+def _draw(output_dir: Path) -> None:
+    """Write report.html beside report.json."""
+    try:
+        write_html_report(output_dir)
+    except Exception as error:  # noqa: BLE001 - the run is over: no picture may spoil it
+        logger.warning("report.html could not be drawn (megakd report tries again): %s", error)
+
+
+def model_folder(config: RunConfig, model: str | None) -> Path:
+    """The folder to look at: the one given, else the run's `final/`.
+
+    Raises:
+        CheckpointError: it does not exist.
+    """
+    folder = Path(model) if model else config.output_dir / FINAL
+    if folder.is_dir():
+        return folder
+    if model:
+        raise CheckpointError(
+            f"--model {model}: there is no such folder; give the folder of a model, such as a "
+            "run's final/ or stages/<stage>"
+        )
+    raise CheckpointError(f"{folder} does not exist; train first, or give --model FOLDER")
+
+
+def export_run(config: RunConfig, stage: str | None, to: Path) -> Path:
+    """Copy a finished stage's model to a folder of its own.
+
+    Args:
+        config: of the run.
+        stage: the stage's name; None takes the stage that became `final/`.
+        to: a folder that does not exist.
+
+    Raises:
+        CheckpointError: the stage has not finished or is damaged, or the folder exists.
+    """
+    stages = config.output_dir / "stages"
+    name = stage or _student_stage(config.output_dir)
+    if not (stages / name / RESULT).is_file():
+        raise CheckpointError(
+            f"stage {name!r} of {config.output_dir} has not finished; {_finished_stages(stages)}"
+        )
+    if to.exists():
+        raise CheckpointError(f"{to} exists already; give a folder that does not")
+    folder = stages / name
+    copy_finished(folder, to, changes={RESULT: None, RECORD: None}, remedy=remake(folder))
+    return to
+
+
+def _student_stage(out: Path) -> str:
+    record = _record_there(out) if (out / REPORT).is_file() else None
+    if record is None:
+        raise CheckpointError(
+            f"{out} holds no finished run, whose student could be exported; finish the run, or "
+            f"give --stage NAME; {_finished_stages(out / 'stages')}"
+        )
+    return record["student"]
+
+
+def _finished_stages(stages: Path) -> str:
+    names = sorted(path.parent.name for path in stages.glob(f"*/{RESULT}"))
+    return f"finished: {', '.join(names) or 'none'}"

@@ -1,0 +1,372 @@
+"""Where a method's stages are run: engines, data, evaluation, and what is finished already."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from datasets import Dataset
+
+from megakd.config.run import RunConfig
+from megakd.config.schedules import total_steps
+from megakd.contract.metrics import Metric
+from megakd.contract.results import (
+    Assistant,
+    MethodRecord,
+    ModelReport,
+    ParameterCounts,
+)
+from megakd.contract.shapes import Heads, Shape
+from megakd.contract.stage import Stage, StageResult, untrained
+from megakd.contract.tasks import STUDENT, TEACHER, Dtype
+from megakd.contract.terms import TermConfig, hard_terms, soft_terms
+from megakd.contract.units import View
+from megakd.engine.distributed import Ranks, main_first
+from megakd.errors import ConfigError
+from megakd.losses.stage_losses import shape_of
+from megakd.models.counting import named_shapes, parameter_counts
+from megakd.models.knowledge import Needs
+from megakd.models.loading import ModelSource, resolve_model
+from megakd.pruning.workshop import Specification, Workshop, largest_first, unscored
+from megakd.run.stage_identity import stage_identity
+from megakd.storage.fingerprint import Fingerprint, flatten
+from megakd.teachers.cached import CachedTeacher
+from megakd.teachers.frozen import FrozenTeacher
+from megakd.training.engines import Assembly, ReadyTeacher
+from megakd.training.evaluation import weighable
+from megakd.training.inputs import Prepared, as_student
+from megakd.training.instruments import Instruments
+from megakd.training.longer import may_grow
+from megakd.training.progress import Reporter
+from megakd.training.recipes import completed, finetuning_stage
+from megakd.training.stage_result import read_result, write_result
+from megakd.training.stage_run import StageRun, step_shape
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+Look = Callable[[FrozenTeacher], None]
+
+
+class Lab:
+    """Runs the stages of one run config, each once.
+
+    config: the run.
+    assembly: what the engines of all stages are built from.
+    results: the stages that have finished, in order.
+    record: what a method wants to be reported beside them.
+    """
+
+    def __init__(
+        self, config: RunConfig, prepared: Prepared, ranks: Ranks, reporter: Reporter
+    ) -> None:
+        self.config = config
+        self.results: list[StageResult] = []
+        self._prepared, self._ranks, self._reporter = prepared, ranks, reporter
+        self.record = MethodRecord()
+        self._teachers: dict[str, ReadyTeacher] = {}
+        self.assembly = Assembly(
+            config=config, prepared=prepared, ranks=ranks, teachers=self._teachers
+        )
+        self._workshop = Workshop(assembly=self.assembly, stages=config.output_dir / "stages")
+
+    def hard_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
+        """The loss on labels that fits the task."""
+        return hard_terms(self.config.task.type, weight)
+
+    def soft_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
+        """The loss on the teacher's outputs that fits the task."""
+        return soft_terms(self.config.task.type, weight)
+
+    def teacher(self, name: str | None = None) -> str:
+        """A teacher's name, by default the only one's, after fine-tuning it where that is asked."""
+        name = name or TEACHER
+        if name not in self._teachers:
+            self._teachers[name] = ReadyTeacher(
+                self._ready_teacher(name), self.config.teacher_specs[name]
+            )
+        return name
+
+    def teachers(self) -> tuple[str, ...]:
+        """The names of all teachers, which are fine-tuned one by one where the config says so."""
+        return tuple(self.teacher(name) for name in self.config.teacher_specs)
+
+    def _ready_teacher(self, name: str) -> ModelSource:
+        stage = finetuning_stage(self.config, name)
+        if stage is None:
+            return self._prepared.sources[name]
+        return self._source(self.train(stage).folder, name)
+
+    def largest_first(self) -> tuple[str, ...]:
+        """The names of all teachers by falling number of weights."""
+        sources = {name: self._prepared.sources[name] for name in self.config.teacher_specs}
+        return largest_first(sources, self.config.task)
+
+    def worth(self, metrics: Mapping[str, float]) -> float:
+        """The metric that stands for the task, turned round where less of it is better."""
+        metric = self._prepared.metric
+        return metric.of(metrics) if metric.higher_is_better else -metric.of(metrics)
+
+    def dev_score(self, name: str) -> float:
+        """What a teacher is worth on the validation split; measured once."""
+        ready = self._teachers[name]
+        folder = self.config.output_dir / "stages" / f"{name}-scored"
+        identity = {
+            "model": self.assembly.identity_of(ready.source),
+            "dtype": self.assembly.teacher_dtype(ready),
+        }
+        data = {"task": self.config.task.type, "data": self._prepared.encoded.content_hash}
+        fingerprint = flatten(identity | data)
+        result = read_result(folder, fingerprint)
+        if result is None:
+            began = time.perf_counter()
+            metrics = self.score_teacher(name, self._prepared.encoded.validation)["metrics"]
+            result = untrained(f"{name}-scored", folder, time.perf_counter() - began)
+            result = dataclasses.replace(result, metrics=metrics)
+            write_result(result, fingerprint)
+        return self.worth(result.metrics)
+
+    @property
+    def teacher_layers(self) -> int:
+        """How many layers the teacher has."""
+        return self._shape(TEACHER).layers
+
+    @property
+    def teacher_heads(self) -> Heads:
+        """The attention heads of the teacher."""
+        source = self._prepared.sources[TEACHER]
+        return source.architecture.heads(source.config)
+
+    def metric(self, name: str | None) -> Metric:
+        """A metric of the task that can be weighed against sparsity; None: the one it stands for.
+
+        Raises:
+            ConfigError: the task has no such metric, or it is no fraction of what can be had.
+        """
+        return weighable(name, self._prepared.metric, self._prepared.metrics.names)
+
+    def unscored(self) -> Specification:
+        """The teacher's units, all alike: what can be cut is known before it is trained."""
+        return unscored(self._prepared.sources[TEACHER])
+
+    def specify(
+        self, teacher: str, split: str, *, batch_size: int, residual: bool
+    ) -> Specification:
+        """The teacher with its units sorted by importance; measured once.
+
+        Args:
+            teacher: its name.
+            split: whose labels say what is important.
+            batch_size: rows of a batch, of whose gradient the absolute value is taken.
+            residual: whether the columns of the hidden states are units too.
+
+        Raises:
+            MegakdError: its importance cannot be measured.
+        """
+        ready = self._teachers[teacher]
+        result = self._workshop.sorted_teacher(
+            ready, split=split, batch_size=batch_size, residual=residual
+        )
+        if all(known.name != result.name for known in self.results):
+            self.results.append(result)
+        return Specification(
+            source=self.source(result.folder), scores=self._workshop.scores(result.folder)
+        )
+
+    def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
+        """A model cut to a view, in `stages/<name>`, not trained; itself where that is all."""
+        units = source.architecture.units(source.config)
+        if view._replace(width=view.width or units.width) == units:
+            return source
+        result = self._workshop.cut(source, view, name)
+        return self.source(result.folder)
+
+    def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
+        """How many weights a view of a model has."""
+        return self._workshop.parameters(source, view)
+
+    def as_teacher(self, result: StageResult, *, like: str = TEACHER) -> str:
+        """Makes a stage's model a teacher, by the stage's name.
+
+        Args:
+            result: of the stage.
+            like: the teacher in the config whose engine and dtype it takes.
+        """
+        source = self._source(result.folder, like)
+        self._teachers[result.name] = ReadyTeacher(source, self.config.teacher_specs[like])
+        return result.name
+
+    def assistant(self, result: StageResult, sparsity: float) -> str:
+        """Makes a stage's model the teacher of the student, which the report shows."""
+        self.record.assistants.append(Assistant(result.name, sparsity, result.folder))
+        return self.as_teacher(result)
+
+    def fresh_like(self, folder: Path) -> ModelSource:
+        """A model of the same shape that starts from random weights."""
+        return dataclasses.replace(self.source(folder), folder=None, stored={})
+
+    def train(self, stage: Stage) -> StageResult:
+        """Runs a stage, or takes its result if it has finished before; a collective.
+
+        Raises:
+            MegakdError: bad input, a loss that is not finite, or a checkpoint of another config.
+        """
+        stage = completed(stage, self.config)
+        if stage.start is None and stage.role == STUDENT:
+            stage = dataclasses.replace(stage, start=self._start())
+        fingerprint = stage_identity(stage, self.assembly)
+        folder = self.config.output_dir / "stages" / stage.name
+        result = read_result(folder, fingerprint, may_grow=may_grow(stage.name, self.config))
+        if result is not None:
+            logger.info("%s: finished before, taken from %s", stage.name, folder)
+        else:
+            result = self._run(stage, fingerprint, folder)
+        self.results.append(result)
+        return result
+
+    def _start(self) -> ModelSource | None:
+        """Layers of the teacher as it teaches, fine-tuned; None where the student is given."""
+        role = self.config.start_role
+        if role == STUDENT or self.config.student.layers is None:
+            return None
+        return as_student(self._teachers[self.teacher(role)].source, self.config)
+
+    def _run(self, stage: Stage, fingerprint: Fingerprint, folder: Path) -> StageResult:
+        teachers = {name: self._frozen(name, self.needs(stage)) for name in stage.teachers}
+        run = StageRun(
+            stage,
+            self.assembly,
+            teachers=teachers,
+            reporter=self._reporter,
+            fingerprint=fingerprint,
+        )
+        try:
+            return run.run(folder)
+        finally:
+            run.close()
+            for teacher in teachers.values():
+                teacher.destroy()
+
+    def needs(self, stage: Stage) -> Needs:
+        """Return what a stage's losses read of its teachers."""
+        return self.assembly.losses(stage).teacher_needs()
+
+    def widths(self, teacher: str) -> tuple[int, int]:
+        """Return the widths of the hidden states of the student and of a teacher."""
+        return self._shape(STUDENT).width, self._shape(teacher).width
+
+    def _shape(self, role: str) -> Shape:
+        return shape_of(self._prepared.sources[role], self.config.task.type, self._prepared.classes)
+
+    def steps_of_student(self) -> int:
+        """Optimiser steps that `train` asks for where all rows are trained on."""
+        shape = step_shape(self.config.train, self._ranks)
+        return total_steps(
+            self.config.train, shape.steps_per_epoch(len(self._prepared.encoded.train))
+        )
+
+    def instruments(self, stage: str) -> Instruments | None:
+        """What a strategy that measures may use in a stage."""
+        return Instruments(
+            scorer=self.assembly.scorer(),
+            rows=self._prepared.encoded.validation,
+            folder=self.config.output_dir / "checkpoints" / stage,
+        )
+
+    def made_by(self, result: StageResult, name: str, read: Callable[[str], T]) -> T | None:
+        """What the strategy of a stage has left in its folder."""
+        return main_first(lambda: read(str(result.folder / name)))
+
+    def cache(self, name: str) -> Path:
+        """Keeps a teacher's answers to the training rows where its config says; a collective.
+
+        Raises:
+            MegakdError: the folder holds other answers, or the teacher cannot be used.
+        """
+        ready = self._teachers[name]
+        if ready.spec.cache is None:
+            raise TypeError(f"{name} has no cache")
+        self.assembly.build_cache(ready, ready.spec.cache)
+        return ready.spec.cache
+
+    def _frozen(self, name: str, needs: Needs) -> FrozenTeacher | CachedTeacher:
+        ready = self._teachers[name]
+        if ready.spec.cache is not None:
+            if needs != Needs():
+                raise ConfigError(
+                    f"{self.config.key_of(name)}.cache holds the teacher's outputs alone, and the "
+                    "losses of this method look into it; remove the key, or list soft targets"
+                )
+            return self.assembly.cached(ready, ready.spec.cache)
+        dtype = self.assembly.teacher_dtype(ready)
+        return self.assembly.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=needs)
+
+    def source(self, folder: Path) -> ModelSource:
+        """A finished folder as a model to load."""
+        return self._source(folder, STUDENT)
+
+    def _source(self, folder: Path, role: str) -> ModelSource:
+        return main_first(
+            lambda: resolve_model(
+                str(folder), self.config.task, where=f"{self.config.key_of(role)}.model"
+            )
+        )
+
+    @property
+    def teacher_folders(self) -> dict[str, Path | None]:
+        """Where the weights of the config's teachers are that a method has asked for."""
+        names = [name for name in self.config.teacher_specs if name in self._teachers]
+        return {name: self._teachers[name].source.folder for name in names}
+
+    def score_teacher(
+        self, name: str, rows: Dataset | None = None, *, look: Look | None = None
+    ) -> ModelReport:
+        """Return a teacher's size and metrics as `score` does; a collective."""
+        ready = self._teachers[name]
+        dtype = self.assembly.teacher_dtype(ready)
+        return self.score(ready.source, ready.spec.deepspeed, dtype=dtype, rows=rows, look=look)
+
+    def score(
+        self,
+        source: ModelSource,
+        deepspeed: str | Mapping[str, Any],
+        *,
+        dtype: Dtype = "fp32",
+        rows: Dataset | None = None,
+        look: Look | None = None,
+    ) -> ModelReport:
+        """Return size and metrics of a model; a collective.
+
+        Args:
+            source: the model.
+            deepspeed: how it is sharded.
+            dtype: of its weights.
+            rows: the encoded rows to score, by default `held_out`.
+            look: called with the model while it is loaded, on all ranks.
+        """
+        model = self.assembly.frozen(source, deepspeed, dtype=dtype, needs=Needs())
+        rows = self.held_out if rows is None else rows
+        try:
+            scored = self.assembly.scorer().scored(model.predict, rows)
+            counts = parameter_counts(named_shapes(model.model))
+            if look is not None:
+                look(model)
+        finally:
+            model.destroy()
+        report: ModelReport = {
+            "parameters": counts.parameters,
+            "encoder_parameters": counts.encoder_parameters,
+            "metrics": scored.metrics,
+        }
+        if scored.by_class:
+            report["per_class"] = scored.by_class
+        return report
+
+    @property
+    def held_out(self) -> Dataset:
+        """The split that the report's metrics are about."""
+        encoded = self._prepared.encoded
+        return encoded.test if encoded.test is not None else encoded.validation

@@ -1,0 +1,282 @@
+"""A whole run: checks, the method's stages, baselines, the exported student and the report."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+
+from megakd.config.file import config_tree, dump_config
+from megakd.config.run import RunConfig
+from megakd.contract.results import Assistant, AssistantReport, LatencyReport, Report, Speedup
+from megakd.contract.stage import StageResult
+from megakd.contract.tasks import STUDENT
+from megakd.engine import distributed
+from megakd.engine.distributed import Ranks, agree, on_main
+from megakd.engine.memory import earlier_objects_left_alone, forget_models, keep_freed_memory
+from megakd.errors import CheckpointError, ConfigError, MegakdError
+from megakd.methods import run_method
+from megakd.models.export import weight_bytes
+from megakd.planning.method_check import check_method
+from megakd.process.phases import counted, phase, seconds
+from megakd.process.signals import Stopped
+from megakd.reports.latency import TIMED_BATCHES, measure_latencies
+from megakd.reports.report import environment
+from megakd.reports.samples import Sampler, held_out_prompts
+from megakd.reports.table import largest
+from megakd.run.finished_run import CONFIG, FINAL, finished_table, is_finished, publish, run_inputs
+from megakd.run.holder import held
+from megakd.run.hub import check_hub, push_to_hub
+from megakd.run.lab import Lab
+from megakd.storage import atomic
+from megakd.storage.finished_folder import users_files
+from megakd.training.evaluation_sets import SetScores
+from megakd.training.inputs import Prepared, prepare
+from megakd.training.label_check import check_label_orders
+from megakd.training.precision import check_device
+from megakd.training.progress import Reporter
+from megakd.training.recipes import baseline_stage, scoring_preset
+from megakd.training.trackers import check_trackers, make_trackers
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: RunConfig, *, command: str) -> str:
+    """Does everything the config says and gives the result table.
+
+    Args:
+        config: the run.
+        command: what was typed, for the model card.
+
+    Raises:
+        MegakdError: bad input or a run that cannot go on, on all ranks alike.
+    """
+    finished = is_finished(config)
+    if not finished:
+        check_output_folder(config)
+    with counted(), started() as ranks:
+        if agree(finished):
+            return finished_table(config, command=command)
+        with held(config.output_dir):
+            return _run(config, command, ranks)
+
+
+@contextmanager
+def started() -> Iterator[Ranks]:
+    """The process group for the length of a run, and the log of rank 0."""
+    keep_freed_memory()
+    ranks = distributed.start()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("megakd").setLevel(logging.INFO if ranks.is_main else logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    # DeepSpeed calls torch by names that torch is about to rename; no user can mend that.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    failed = True
+    try:
+        with distributed.reports_lost_peer(), earlier_objects_left_alone():
+            yield ranks
+        failed = False
+    except Stopped as stop:
+        failed = not stop.saved  # all ranks stop together then
+        raise
+    finally:
+        distributed.stop(failed=failed)
+
+
+def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
+    check_device(config, ranks)
+    on_main(lambda: check_hub(config.save))
+    reporter = reporter_of(config, ranks)
+    with phase("data"):
+        prepared = prepare(config)
+    lab = Lab(config, prepared, ranks, reporter)
+    check_label_orders(lab.assembly)
+    check_method(config, prepared, ranks)
+    inputs = on_main(lambda: run_inputs(config, prepared))
+    on_main(lambda: users_files(config.output_dir / FINAL))
+    on_main(lambda: _record_config(config))
+    try:
+        with phase("training"):
+            student = run_method(config.method, lab)
+            baselines = {
+                name: lab.train(baseline_stage(lab, name, student)) for name in config.baselines
+            }
+        report = _report(lab, prepared, ranks, student, baselines)
+    finally:
+        reporter.close()
+    table = on_main(lambda: publish(config, student.folder, report, inputs=inputs, command=command))
+    # The run is finished: the other ranks need not wait for the upload.
+    uploaded = push_to_hub(config.save, config.output_dir / FINAL) if ranks.is_main else None
+    return table if uploaded is None else f"{table}\n{uploaded}"
+
+
+def reporter_of(config: RunConfig, ranks: Ranks) -> Reporter:
+    """Return what logs a run; a collective.
+
+    Raises:
+        MegakdError: the library of a service in `log.report_to` is not installed, or the folder
+            has something else in the place of the log.
+    """
+    services = config.log.report_to
+    on_main(lambda: check_trackers(services))
+    trackers = make_trackers(services, config.output_dir, config_tree(config))
+    reporter = Reporter(
+        config.output_dir, is_main=ranks.is_main, trackers=trackers if ranks.is_main else ()
+    )
+    on_main(reporter.check)
+    return reporter
+
+
+def _record_config(config: RunConfig) -> None:
+    """config.yaml of a new run; one that is there is replaced when the run has finished.
+
+    So a start that is refused, because it would go on with another config, changes nothing.
+    """
+    path = config.output_dir / CONFIG
+    if not path.exists():
+        atomic.write_text(path, dump_config(config))
+
+
+def _report(
+    lab: Lab,
+    prepared: Prepared,
+    ranks: Ranks,
+    student: StageResult,
+    baselines: Mapping[str, StageResult],
+) -> Report:
+    config = lab.config
+    preset = scoring_preset(config.student.deepspeed)
+    sampler = Sampler(held_out_prompts(lab.held_out, prepared.tokenizer, config.task, ranks.device))
+    sets = SetScores(prepared, lab.assembly.scorer())
+    with phase("scoring"):
+        teachers = {
+            name: lab.score_teacher(name, look=sets.scoring(name, sampler.asking(name)))
+            for name in lab.teacher_folders
+        }
+        scored = {
+            name: lab.score(
+                lab.source(result.folder), preset, look=sets.scoring(name, sampler.asking(name))
+            )
+            for name, result in {STUDENT: student, **baselines}.items()
+        }
+        assistants = [_assistant(lab, made) for made in lab.record.assistants]
+    students = {STUDENT: student.folder, **{n: made.folder for n, made in baselines.items()}}
+    forget_models()
+    with phase("latency"):
+        latency = on_main(lambda: _latency(lab, students, ranks.device))
+    return Report(
+        method=config.method.name,
+        task=config.task.data_name,
+        metric_name=prepared.metric.name,
+        evaluated_on="test" if prepared.encoded.test is not None else "validation",
+        teacher=teachers.get(largest(teachers) or ""),
+        teachers=[{"name": n, **teachers[n]} for n in teachers if config.teachers],
+        student={**scored["student"], "bytes": weight_bytes(student.folder)},
+        assistants=assistants,
+        baselines={name: scored[name]["metrics"] for name in baselines},
+        candidates=lab.record.candidates,
+        stages=[_stage_entry(result) for result in lab.results],
+        speedup=_speedup(latency, largest(teachers)),
+        latency=latency,
+        cost=lab.record.cost,
+        pool=lab.record.pool,
+        samples=sampler.samples(teacher=largest(teachers), student=STUDENT),
+        evaluation_sets=sets.report(),
+        seconds=seconds(),
+        environment=environment(
+            ranks=ranks.world_size,
+            device=ranks.device,
+            corpus_content_hash=prepared.splits.whole_hash,
+        ),
+    )
+
+
+def _assistant(lab: Lab, assistant: Assistant) -> AssistantReport:
+    scored = lab.score(lab.source(assistant.folder), scoring_preset(lab.config.student.deepspeed))
+    return {
+        "name": assistant.name,
+        "sparsity": assistant.sparsity,
+        **scored,
+        "bytes": weight_bytes(assistant.folder),
+    }
+
+
+def _stage_entry(result: StageResult) -> Any:
+    return {
+        "name": result.name,
+        "steps": result.steps,
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "metrics": dict(result.metrics),
+    }
+
+
+def _latency(lab: Lab, students: Mapping[str, Path], device: torch.device) -> list[LatencyReport]:
+    """Time all models side by side on rank 0, if the whole teacher fits beside the others."""
+    teachers = {name: folder for name, folder in lab.teacher_folders.items() if folder}
+    if not teachers:
+        return []
+    assistants = {made.name: made.folder for made in lab.record.assistants}
+    models = {**teachers, **assistants, **students}
+    if 2 * sum(map(weight_bytes, models.values())) > psutil.virtual_memory().available:
+        logger.warning("the teacher is too large to time on one rank: no latency in the report")
+        return []
+    try:
+        length = lab.config.task.max_length
+        return measure_latencies(models, batches=TIMED_BATCHES, length=length, device=device)
+    except (MegakdError, OSError, ValueError, torch.OutOfMemoryError) as error:
+        # The run is over and its student is good: a stopwatch must not spoil it.
+        logger.warning("latency could not be measured: %s", error)
+        return []
+
+
+def _speedup(latency: Sequence[LatencyReport], teacher: str | None) -> Speedup | None:
+    """The largest teacher and the student with one text at a time."""
+    ms = {entry["model"]: entry["ms"] for entry in latency if entry["batch"] == 1}
+    if teacher not in ms:
+        return None
+    return {"batch": 1, "teacher_ms": ms[teacher], "student_ms": ms[STUDENT]}
+
+
+def check_output_folder(config: RunConfig) -> None:
+    """Refuses to overwrite a run, and a checkpoint path that is not there.
+
+    Raises:
+        CheckpointError: the folder holds a run that may not be resumed, or the path is wrong.
+    """
+    out, resume = config.output_dir, config.train.resume_from_checkpoint
+    if resume is False and any((out / name).exists() for name in (CONFIG, "checkpoints", "stages")):
+        raise CheckpointError(
+            f"{out} holds a run and train.resume_from_checkpoint is false; use another "
+            f"output_dir, remove that folder, or set it to true"
+        )
+    check_checkpoint_given("train.resume_from_checkpoint", resume)
+    for name, spec in config.teacher_specs.items():
+        if spec.finetune is not None:
+            where = f"{config.key_of(name)}.finetune.resume_from_checkpoint"
+            check_checkpoint_given(where, spec.finetune.resume_from_checkpoint)
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ConfigError(f"output_dir: {there} is not a folder that can be written to")
+
+
+def check_checkpoint_given(where: str, path: bool | str | None) -> None:  # noqa: FBT001
+    """Refuses a checkpoint path that is not there.
+
+    Raises:
+        CheckpointError: it does not exist.
+    """
+    if isinstance(path, str) and not Path(path).is_dir():
+        raise CheckpointError(
+            f"{where}: {path} does not exist; give a folder such as "
+            f"checkpoints/<stage>/step-<n>, or true for the newest"
+        )

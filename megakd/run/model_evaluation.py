@@ -1,0 +1,195 @@
+"""`megakd evaluate`: scores a model on the held-out rows of a run, or on rows of one's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megakd.config.run import listed_files
+from megakd.data.choosing import VALIDATION_FRACTION
+from megakd.data.columns import DEFAULT_METRICS, choose_fields, scored_rows
+from megakd.data.encoding import Encoded, encode_rows
+from megakd.data.files import has_train_split, scored_table
+from megakd.data.labels import Classes, find_classes
+from megakd.data.splits import Splits
+from megakd.data.tokenizers import load_tokenizer
+from megakd.engine.distributed import main_first, on_main
+from megakd.errors import TeacherError
+from megakd.models.knowledge import Needs
+from megakd.models.labels import generic_labels, model_label_names
+from megakd.models.loading import ModelSource, resolve_model
+from megakd.run.finished_run import model_folder
+from megakd.run.main import started
+from megakd.training.engines import Assembly
+from megakd.training.evaluation_sets import row_count
+from megakd.training.inputs import Prepared, cache_folder, prepare
+from megakd.training.label_check import label_fit, needs_check, require_fit, tell_order
+from megakd.training.metrics import task_metrics
+from megakd.training.recipes import scoring_preset
+from megakd.training.vocabulary_checks import check_vocabularies, without_tokenizer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from megakd.config.run import RunConfig
+    from megakd.data.tables import Table
+    from megakd.teachers.frozen import FrozenTeacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What is scored.
+
+    file: the file or data set. split: which of its rows. count: how many are scored.
+    """
+
+    file: str
+    split: str
+    count: int
+    encoded: Dataset
+
+
+def evaluate_model(
+    config: RunConfig, model: str | None, *, data: str | None = None, trusts_order: bool = False
+) -> dict[str, Any]:
+    """Score a model folder, by default the run's `final/`.
+
+    Args:
+        config: the run; of a file of one's own, only its `task` and `student.deepspeed` count.
+        model: a model folder; None takes the run's `final/`.
+        data: a file, pattern or folder to score instead of the run's held-out rows.
+        trusts_order: generic labels (LABEL_0, …) are known to be in the data's order.
+
+    Returns:
+        `model`, `file`, `split`, `rows`, `metrics`, and `evaluation_sets`: by name `file`, `rows`
+        and `metrics`.
+
+    Raises:
+        MegakdError: there is no such model or data, or they do not fit each other.
+    """
+    folder = model_folder(config, model)
+    given = data or _without_training_rows(config)
+    with started() as ranks:
+        source = main_first(lambda: resolve_model(str(folder), config.task, where="--model"))
+        if given is not None:
+            prepared, rows = _given_rows(config, source, given)
+        else:
+            prepared, rows = _held_out(config, source)
+        assembly = Assembly(config=config, prepared=prepared, ranks=ranks)
+        preset = scoring_preset(config.student.deepspeed)
+        loaded = assembly.frozen(source, preset, dtype="fp32", needs=Needs())
+        try:
+            metrics = _metrics(assembly, source, loaded, rows, trusts_order=trusts_order)
+            sets = _sets(assembly, loaded)
+        finally:
+            loaded.destroy()
+    found = {"file": rows.file, "split": rows.split, "rows": rows.count}
+    return {"model": str(folder), **found, "metrics": metrics, "evaluation_sets": sets}
+
+
+def _without_training_rows(config: RunConfig) -> str | None:
+    """The run's data set if it is a folder that can only be scored."""
+    if config.task.dataset is None:
+        return None
+    path = Path(config.task.dataset).expanduser()
+    return config.task.dataset if path.is_dir() and not has_train_split(path) else None
+
+
+def _held_out(config: RunConfig, source: ModelSource) -> tuple[Prepared, Rows]:
+    """The test rows of the run if they carry labels, else its validation rows."""
+    prepared = prepare(config)
+    check_vocabularies(config.task, prepared.tokenizer, [source])
+    splits, encoded, name = prepared.splits, prepared.encoded, config.task.data_name
+    if splits.test is not None and encoded.test is not None:
+        count = row_count(splits.test)
+        return prepared, Rows(file=name, split="test", count=count, encoded=encoded.test)
+    split = "validation"
+    if splits.is_cut:
+        split += f" ({VALIDATION_FRACTION:.0%} of the training rows, cut off by hash)"
+    count = row_count(splits.validation)
+    return prepared, Rows(file=name, split=split, count=count, encoded=encoded.validation)
+
+
+def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[Prepared, Rows]:
+    """Rows of one's own, with the labels and the tokenizer of the model alone."""
+    task, cache = config.task, cache_folder()
+    if not isinstance(task.tokenizer, str):
+        task = dataclasses.replace(task, tokenizer=None)  # a recipe was for the run's text
+    problems = list(without_tokenizer(task, [source]))
+    if problems:
+        raise TeacherError("\n".join(problems))
+
+    def load() -> tuple[Dataset, str, Classes | None, str]:
+        table, split = scored_table(given)
+        classes = _classes(source, table, config) if task.type == "classification" else None
+        rows = scored_rows(table, task, classes, cache_dir=cache)
+        return rows, split, classes, table.digest
+
+    rows, split, classes, digest = main_first(load)
+    names = classes.names if classes else ()
+    splits = Splits(rows, rows, None, names, DEFAULT_METRICS[task.type], digest)
+    folders = [source.folder] if source.folder else []
+    tokenizer = main_first(
+        lambda: load_tokenizer(task, splits, model_folders=folders, cache_dir=cache)
+    )
+    check_vocabularies(task, tokenizer, [source])
+    encoded, key = main_first(
+        lambda: encode_rows({split: rows}, tokenizer, task, content_hash=digest, cache_dir=cache)
+    )
+    held = encoded[split]
+    prepared = Prepared(
+        splits=splits,
+        metrics=task_metrics(config.eval, task.type, splits.metrics, names),
+        tokenizer=tokenizer,
+        sources={},
+        encoded=Encoded(held, held, None, key, 0.0),
+    )
+    return prepared, Rows(file=given, split=split, count=row_count(rows), encoded=held)
+
+
+def _classes(source: ModelSource, table: Table, config: RunConfig) -> Classes:
+    """The model's own labels, by name or number; the file's where the model's are generic."""
+    names = model_label_names(source.config)
+    if generic_labels(source.config) is None:
+        return Classes(names, numbered=True)
+    found = find_classes(table, choose_fields(table, config.task).label or "")
+    if found.numbered and len(found.names) < len(names):
+        return Classes(tuple(map(str, range(len(names)))), numbered=True)
+    return found
+
+
+def _metrics(
+    assembly: Assembly,
+    source: ModelSource,
+    loaded: FrozenTeacher,
+    rows: Rows,
+    *,
+    trusts_order: bool,
+) -> dict[str, float]:
+    names, scorer = assembly.prepared.splits.label_names, assembly.scorer()
+    if not names or not needs_check(source, names):
+        return scorer.score(loaded.predict, rows.encoded)
+    if trusts_order:
+        tell_order(source, names)
+        return scorer.score(loaded.predict, rows.encoded)
+    outputs, labels = scorer.outputs(loaded.predict, rows.encoded), rows.encoded["label"]
+    require_fit(label_fit(outputs, labels), source, names, remedy="give --trust_label_order")
+    return on_main(lambda: assembly.prepared.metrics.of(outputs, torch.tensor(labels)))
+
+
+def _sets(assembly: Assembly, loaded: FrozenTeacher) -> dict[str, Mapping[str, Any]]:
+    prepared, scorer = assembly.prepared, assembly.scorer()
+    files = assembly.config.task.evaluation_sets
+    return {
+        name: {
+            "file": ", ".join(listed_files(files[name])),
+            "rows": row_count(prepared.splits.evaluation_sets[name]),
+            "metrics": scorer.score(loaded.predict, rows),
+        }
+        for name, rows in prepared.encoded.evaluation_sets.items()
+    }

@@ -1,0 +1,94 @@
+"""What a stage's weights depend on: a result of anything else is not taken for its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from megakd.config.deepspeed import load_ds_config
+from megakd.config.file import config_tree
+from megakd.contract.plugins import code_of
+from megakd.errors import MegakdError
+from megakd.storage.fingerprint import Fingerprint, flatten
+
+if TYPE_CHECKING:
+    from megakd.config.run import TrainConfig
+    from megakd.contract.stage import Stage
+    from megakd.training.engines import Assembly
+
+_PLAIN = (str, int, float, bool, type(None))
+
+
+def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
+    """Everything except the number of ranks.
+
+    Args:
+        stage: with nothing left open, see `recipes.completed`.
+        assembly: of the run; the stage's teachers are ready in it.
+    """
+    config, where = assembly.config, f"{assembly.config.key_of(stage.role)}.deepspeed"
+    tree: dict[str, Any] = {
+        "seed": config.seed,
+        "task": {k: v for k, v in config_tree(config)["task"].items() if k != "evaluation_sets"},
+        "data": assembly.prepared.encoded.content_hash,
+        "model": assembly.identity_of(assembly.learner(stage)),
+        "train": _training(stage.train),
+        "objective": [asdict(term) | code_of(term) for term in stage.objective],
+        "deepspeed": load_ds_config(stage.deepspeed, where=where),
+        "labelled_only": stage.labelled_only,
+        "strategy": facts_of(stage.strategy),
+        "views": {name: view._asdict() for name, view in stage.views.items()},
+        "judge": None if stage.judge is None else facts_of(stage.judge),
+        "eval": {k: v for k, v in asdict(config.eval).items() if "batch" not in k},
+    }
+    if stage.episodes > 1:
+        tree["episodes"] = stage.episodes
+    return flatten(tree | {name: _teacher(assembly, name) for name in stage.teachers})
+
+
+def _teacher(assembly: Assembly, name: str) -> Mapping[str, Any]:
+    ready = assembly.teachers[name]
+    facts = {
+        "model": assembly.identity_of(ready.source),
+        "dtype": assembly.teacher_dtype(ready),
+    }
+    return facts if ready.spec.cache is None else {**facts, "cached": ready.spec.cache_top_k}
+
+
+def _training(train: TrainConfig) -> Mapping[str, Any]:
+    """Without what may differ between two parts of one run: all kernels compute the same."""
+    tree = asdict(train) | {"resume_from_checkpoint": None}
+    del tree["kernels"]
+    return tree
+
+
+def facts_of(value: Any) -> Mapping[str, Any]:
+    """Return everything that the decisions of a strategy or a judge depend on.
+
+    A class states its facts by a `facts` property, or by being a dataclass of plain values itself:
+    what a plain subclass keeps in attributes would not count, and a changed option would reuse the
+    result of another one.
+
+    Raises:
+        MegakdError: the class states no facts, or a fact is not a plain value.
+    """
+    kind = type(value).__name__
+    if hasattr(value, "facts"):
+        facts = dict(value.facts)
+    elif "__dataclass_fields__" in vars(type(value)):
+        facts = asdict(value)
+    else:
+        raise MegakdError(
+            f"{kind} does not say what its decisions depend on, so a result of other options could "
+            f"be taken for its own; decorate {kind} itself with @dataclass(frozen=True), or give "
+            f"it a `facts` property that returns all of its options"
+        )
+    for key, fact in flatten(facts).items():
+        if not isinstance(fact, _PLAIN):
+            raise MegakdError(
+                f"{kind}.{key} is a {type(fact).__name__}: facts are numbers, strings, booleans, "
+                f"None, or lists and mappings of them; give {kind} a `facts` property that "
+                f"returns such values"
+            )
+    return {"kind": kind, **facts, **code_of(value)}

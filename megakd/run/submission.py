@@ -1,0 +1,151 @@
+"""The benchmark's submission files of a GLUE task, from a model and the unlabelled test split."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megakd.config.run import TeacherConfig
+from megakd.data.encoding import encode_rows
+from megakd.data.glue import TASKS, glue_name
+from megakd.data.glue_submission import SubmissionRows, submission_rows
+from megakd.engine.distributed import Ranks, main_first, on_main
+from megakd.errors import ConfigError, TrainingError
+from megakd.models.knowledge import Needs
+from megakd.models.loading import resolve_model
+from megakd.run.finished_run import model_folder
+from megakd.run.main import started
+from megakd.storage import atomic
+from megakd.training.engines import Assembly, ReadyTeacher
+from megakd.training.inputs import cache_folder, prepare
+from megakd.training.label_check import check_label_order
+from megakd.training.recipes import scoring_preset
+from megakd.training.vocabulary_checks import check_vocabularies
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+
+    from megakd.config.run import RunConfig
+
+HEADER = "index\tprediction\n"
+SCORES = (0.0, 5.0)
+"""The range of STS-B."""
+
+
+def write_submission(
+    config: RunConfig, model: str | None, folder: Path, *, trusts_order: bool = False
+) -> list[Path]:
+    """Predicts the test rows of the run's GLUE task and writes them as GLUE takes them.
+
+    One file per test split, `index` counting its rows from 0; MNLI has two, and one more for the
+    diagnostic set where that is at hand. A file is written whole or not at all, and none before
+    all of them are predicted.
+
+    Args:
+        config: the run; its task must be one of GLUE's.
+        model: a model folder; None takes the run's `final/`.
+        folder: where the files go; files of the same names are replaced.
+        trusts_order: generic labels (LABEL_0, …) are known to be in the data's order.
+
+    Returns:
+        The files.
+
+    Raises:
+        MegakdError: another task, a test file or a model that is not there, or a model that
+            does not fit the task, on all ranks alike.
+    """
+    glue = TASKS[_glue_name(config)]
+    chosen = model_folder(config, model)
+    _check_writable(folder)
+    answer = classes_of(glue.classes, by_name=not glue.numbered) if glue.classes else _scores
+    with started() as ranks:
+        cache = cache_folder()
+        found = main_first(lambda: submission_rows(config.task, cache_dir=cache))
+        outputs = _outputs(config, ranks, chosen, found, trusts_order=trusts_order)
+        return on_main(lambda: _write(folder, outputs, answer))
+
+
+def _glue_name(config: RunConfig) -> str:
+    if not config.task.data_name.startswith("glue/"):
+        raise ConfigError(
+            f"task.dataset: {config.task.data_name} is no GLUE task, and --submission writes the "
+            f"benchmark's own files; it takes a run on glue/<task>, such as glue/mrpc"
+        )
+    return glue_name(config.task.data_name)
+
+
+def _check_writable(folder: Path) -> None:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ConfigError(f"--submission: {there} is not a folder that can be written to")
+
+
+def _outputs(
+    config: RunConfig, ranks: Ranks, chosen: Path, found: SubmissionRows, *, trusts_order: bool
+) -> dict[str, Tensor]:
+    """What the model says of every test row, by the stem of the file; a collective."""
+    prepared = prepare(config)
+    assembly = Assembly(config=config, prepared=prepared, ranks=ranks)
+    source = main_first(lambda: resolve_model(str(chosen), config.task, where="student.model"))
+    check_vocabularies(config.task, prepared.tokenizer, [source])
+    preset = scoring_preset(config.student.deepspeed)
+    ready = ReadyTeacher(source, TeacherConfig(model=str(chosen), deepspeed=preset, dtype="fp32"))
+    check_label_order(
+        assembly, ready, None, is_accepted=trusts_order, remedy="give --trust_label_order"
+    )
+
+    def encode() -> dict[str, Dataset]:
+        rows, content, cache = found.rows, found.content_hash, cache_folder()
+        encoded, _ = encode_rows(
+            rows, prepared.tokenizer, config.task, content_hash=content, cache_dir=cache
+        )
+        return encoded
+
+    encoded = main_first(encode)
+    frozen = assembly.frozen(source, preset, dtype="fp32", needs=Needs())
+    try:
+        scorer = assembly.scorer()
+        return {stem: scorer.outputs(frozen.predict, rows) for stem, rows in encoded.items()}
+    finally:
+        frozen.destroy()
+
+
+def classes_of(names: tuple[str, ...], *, by_name: bool) -> Callable[[Tensor], Iterator[str]]:
+    """How the class of the largest logit is written: its name or its number.
+
+    Args:
+        names: in the order of the logits.
+        by_name: as in the task's own files.
+    """
+
+    def written(outputs: Tensor) -> Iterator[str]:
+        for number in outputs.argmax(dim=1).tolist():
+            yield names[number] if by_name else str(number)
+
+    return written
+
+
+def _scores(outputs: Tensor) -> Iterator[str]:
+    for score in outputs[:, 0].clamp(*SCORES).tolist():
+        yield f"{score:.3f}"
+
+
+def _write(
+    folder: Path, outputs: Mapping[str, Tensor], answer: Callable[[Tensor], Iterator[str]]
+) -> list[Path]:
+    for stem, said in outputs.items():
+        bad = int((~said.isfinite()).any(dim=1).sum())
+        if bad:
+            raise TrainingError(
+                f"{stem}.tsv is not written: the model's outputs are not finite for {bad} of "
+                f"{len(said)} test rows; its training has diverged"
+            )
+    paths = []
+    for stem, said in outputs.items():
+        rows = (f"{index}\t{written}\n" for index, written in enumerate(answer(said)))
+        paths.append(folder / f"{stem}.tsv")
+        atomic.write_text(paths[-1], HEADER + "".join(rows))
+    return paths

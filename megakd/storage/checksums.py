@@ -1,0 +1,84 @@
+"""Checksums of files and of JSON records, so that damage is found before anything is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megakd.storage.atomic import json_text, sha256_of, write_json
+
+Entries = Mapping[str, Mapping[str, Any]]
+"""Relative file name -> its `size` in bytes and its `sha256`."""
+CHECKSUM = "checksum"
+_SETTLED_NS = 2_000_000_000
+_KNOWN: dict[tuple[int, int, int, int], str] = {}
+
+
+def entry_of(path: Path) -> dict[str, Any]:
+    """Return the size and the checksum of a file."""
+    return {"size": path.stat().st_size, "sha256": _known_sha256(path)}
+
+
+def entries_of(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return the entries of some files of a folder."""
+    return {name: entry_of(folder / name) for name in names}
+
+
+def files_of(folder: Path) -> list[str]:
+    """Return the names of all files below a folder, relative to the folder and in order."""
+    return sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
+
+
+def damage_of(folder: Path, entries: Entries) -> str | None:
+    """Return what is wrong with the first damaged file, or None if all files are whole."""
+    for name, entry in entries.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["size"]:
+            return f"{name} has {path.stat().st_size} bytes, {entry['size']} were written"
+        if _known_sha256(path) != entry["sha256"]:
+            return f"the checksum of {name} differs"
+    return None
+
+
+def _known_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file; each version of a file is read once per process."""
+    facts = path.stat()
+    key = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    if key not in _KNOWN:
+        digest = sha256_of(path)
+        # A file that has just been written may change again within one tick of its time stamp.
+        if time.time_ns() - facts.st_mtime_ns < _SETTLED_NS:
+            return digest
+        _KNOWN[key] = digest
+    return _KNOWN[key]
+
+
+def write_signed(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON record together with its own checksum, whole or not at all."""
+    write_json(path, {**record, CHECKSUM: checksum_of(record)})
+
+
+def read_signed(path: Path) -> dict[str, Any]:
+    """Return a record that `write_signed` wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is not what was written.
+    """
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(record, dict) or record.pop(CHECKSUM, None) != checksum_of(record):
+        raise ValueError("its checksum differs")
+    return record
+
+
+def checksum_of(record: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the content of a JSON record."""
+    # Read back first, so that what is hashed is what a reader of the file will have.
+    content = json.loads(json_text(record))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

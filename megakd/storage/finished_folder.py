@@ -1,0 +1,174 @@
+"""Finished folders: a model with the files beside it, and the checksums of what megakd wrote.
+
+`sealed_folder` and `copy_finished` write a finished folder. `open_finished` (a folder of a run)
+and `check_given` (a folder that a user names) verify a finished folder; everything that reads one
+calls one of the two first.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megakd.errors import CheckpointError, ModelError
+from megakd.storage import atomic
+from megakd.storage.checksums import damage_of, entries_of, files_of, read_signed, write_signed
+
+CHECKSUMS = "checksums.json"
+CARD = "README.md"
+"""The model card, which users edit."""
+
+
+@contextmanager
+def sealed_folder(path: Path) -> Iterator[Path]:
+    """Give an empty temporary folder that takes the place of `path`, with checksums.
+
+    Raises:
+        MegakdError: the disk is full; `path` is as it was.
+    """
+    with atomic.replaced_folder(path) as temporary:
+        yield temporary
+        _seal(temporary)
+
+
+def _seal(folder: Path) -> None:
+    write_signed(folder / CHECKSUMS, {"files": entries_of(folder, files_of(folder))})
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(source, target)
+
+
+def write_finished(path: Path, files: Mapping[str, str | bytes]) -> None:
+    """Write a finished folder of small files.
+
+    Raises:
+        MegakdError: the disk is full; `path` is as it was.
+    """
+    with sealed_folder(path) as temporary:
+        for name, content in files.items():
+            atomic.write_content(temporary / name, content)
+
+
+def copy_finished(
+    source: Path,
+    target: Path,
+    *,
+    changes: Mapping[str, str | bytes | None],
+    remedy: str,
+    keep: Sequence[str] = (),
+) -> None:
+    """Verify a finished folder and make `target` a finished folder with the same files.
+
+    Args:
+        source: a finished folder; files that megakd did not write are not copied.
+        target: replaced as a whole when everything is written.
+        changes: file name -> content of the file in the copy, or None to leave the file out.
+        remedy: see `open_finished`.
+        keep: files of the old `target` that go into the new one; no checksums are kept of them.
+
+    Raises:
+        CheckpointError: `source` is damaged.
+        MegakdError: the disk is full; `target` is as it was.
+    """
+    listed = open_finished(source, remedy=remedy)
+    with atomic.replaced_folder(target) as temporary:
+        for name in listed.keys() - changes.keys():
+            _copy_file(source / name, temporary / name)
+        for name, content in changes.items():
+            if content is not None:
+                atomic.write_content(temporary / name, content)
+        _seal(temporary)
+        for name in keep:
+            _copy_file(target / name, temporary / name)
+
+
+def users_files(folder: Path) -> list[str]:
+    """Return the names of a finished folder's files that a user has added, or the changed card.
+
+    Raises:
+        CheckpointError: a user's files cannot be told from megakd's, or a file was changed.
+    """
+    there = set(files_of(folder)) - {CHECKSUMS} if folder.is_dir() else set[str]()
+    if not there:
+        return []
+    remedy = "megakd removes no file that it did not write: move the folder away and start again"
+    try:
+        listed = entries(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: {CHECKSUMS} cannot be read ({error}); {remedy}"
+        ) from error
+    found = damage_of(folder, {n: listed[n] for n in there & listed.keys() - {CARD}})
+    if found is not None:
+        raise CheckpointError(f"{folder} is damaged: {found}; {remedy}")
+    edited = {n for n in there & {CARD} & listed.keys() if damage_of(folder, {n: listed[n]})}
+    return sorted((there - listed.keys()) | edited)
+
+
+def open_finished(folder: Path, *, remedy: str) -> Mapping[str, Any]:
+    """Verify a folder that a run has finished, and return the entries of its files.
+
+    Args:
+        folder: the folder.
+        remedy: what the user has to do if the folder is damaged, for the message.
+
+    Raises:
+        CheckpointError: a file is missing, cut off or changed.
+    """
+    found = damage(folder)
+    if found is not None:
+        raise CheckpointError(f"{folder} is damaged: {found}; {remedy}")
+    return entries(folder)
+
+
+def check_given(folder: Path, where: str, *, wanted: Callable[[str], bool] = bool) -> None:
+    """Verify a folder that a user names, if megakd wrote the folder.
+
+    Files may have been left out on the way, such as by the Hub; a changed file is refused.
+
+    Args:
+        folder: any folder.
+        where: the key of the run config, such as `teacher.model`.
+        wanted: says of a file name whether the file is going to be read.
+
+    Raises:
+        ModelError: a file is not what megakd wrote.
+    """
+    if not (folder / CHECKSUMS).is_file():
+        return
+    found = damage(folder, wanted=lambda name: wanted(name) and (folder / name).exists())
+    if found is not None:
+        raise ModelError(
+            f"{where}: {folder} is damaged: {found}; copy the folder again, or remove "
+            f"{folder / CHECKSUMS} if the file was changed on purpose"
+        )
+
+
+def damage(folder: Path, *, wanted: Callable[[str], bool] = bool) -> str | None:
+    """Return what is wrong with a finished folder, or None; the model card may be changed.
+
+    Args:
+        folder: the folder.
+        wanted: says of a file name whether the file counts.
+    """
+    try:
+        listed = entries(folder)
+    except (OSError, ValueError) as error:
+        return f"{CHECKSUMS} cannot be read ({error})"
+    counted = {n: entry for n, entry in listed.items() if n != CARD and wanted(n)}
+    return damage_of(folder, counted)
+
+
+def entries(folder: Path) -> Mapping[str, Any]:
+    """Return size and checksum of every file that megakd wrote into a folder.
+
+    Raises:
+        OSError: the folder has no checksums.
+        ValueError: the checksums are damaged.
+    """
+    return read_signed(folder / CHECKSUMS)["files"]

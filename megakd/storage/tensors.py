@@ -1,0 +1,31 @@
+"""Tensors in a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write_tensors(path: Path, state: Any) -> None:
+    """`torch.save`, except that a failure is the operating system's own error.
+
+    Raises:
+        OSError: with the system's number, such as that of a full disk.
+    """
+    try:
+        # By way of an open file: what torch opens itself hides the system's error.
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        raise _system_error(error) from error
+
+
+def _system_error(error: BaseException) -> OSError:
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError):
+            return OSError(*link.args)
+        link = link.__cause__ or link.__context__
+    return OSError(str(error).splitlines()[0])

@@ -1,0 +1,166 @@
+"""The weights of the best evaluation, beside the checkpoints and outside their limit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from megakd.engine.distributed import on_main
+from megakd.storage import atomic
+from megakd.storage.finished_folder import damage
+from megakd.training.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from megakd.contract.stage import Scores, Verdict
+
+logger = logging.getLogger(__name__)
+RECORD = "best.json"
+
+
+@dataclass(kw_only=True)
+class Best:
+    """`checkpoints/<stage>/best/`: a model folder with the step and the scores it has.
+
+    write: writes the learner's model folder with the record; a collective.
+    """
+
+    folder: Path
+    write: Callable[[Path, Mapping[str, Any]], None]
+    score: float | None = None
+    step: int | None = None
+
+    def resume(self, step: int, best_step: int | None) -> None:
+        """Takes up what is there, and forgets it if the run goes on from before it.
+
+        Args:
+            step: from which the run goes on.
+            best_step: the step of the best evaluation up to there, as the checkpoint says.
+        """
+
+        def read() -> Mapping[str, Any] | None:
+            atomic.recover(self.folder)
+            record = self.record()
+            if record is None and best_step is not None:
+                logger.warning(
+                    "%s is missing or damaged (%s): the best evaluation, of step %d, is lost; only "
+                    "those after step %d count",
+                    *(self.folder, damage(self.folder), best_step, step),
+                )
+            if record is None or record["step"] > step:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                return None
+            return record
+
+        record = on_main(read)
+        if record is not None:
+            self.step, self.score = record["step"], record["score"]
+
+    def consider(self, step: int, score: float, evaluation: Mapping[str, Any]) -> bool:
+        """Keeps the learner's weights if no earlier evaluation was as good; a collective.
+
+        Args:
+            step: of the evaluation.
+            score: more is better; a tie keeps the earlier one, NaN never wins.
+            evaluation: what is recorded beside the weights.
+        """
+        if math.isnan(score) or (self.score is not None and not score > self.score):
+            return False
+        self.write(self.folder, {"step": step, "score": score, "evaluation": evaluation})
+        self.score, self.step = score, step
+        return True
+
+    def kept(self) -> dict[str, Any] | None:
+        """Return the record of the best evaluation, or None, saying so if it was lost."""
+        record = self.record()
+        if record is None and self.step is not None:
+            logger.warning(
+                "%s is missing or damaged (%s): its weights, of step %d, are not used",
+                *(self.folder, damage(self.folder), self.step),
+            )
+        return record
+
+    def record(self) -> dict[str, Any] | None:
+        """Return what was recorded with the folder, or None if the folder is not whole."""
+        if damage(self.folder) is not None:
+            return None
+        try:
+            record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+            # JSON has no word for a number that is not finite.
+            score = -math.inf if record["score"] is None else float(record["score"])
+            evaluation = dict(record["evaluation"])
+            return {"step": int(record["step"]), "score": score, "evaluation": evaluation}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+
+class Kept(NamedTuple):
+    """What a stage has kept.
+
+    chosen: the evaluation that chose the view: its scores compare the views with each other.
+    evaluation: that of the weights in `folder`: the view's own best, where that is kept as well.
+    """
+
+    folder: Path
+    chosen: Evaluation
+    evaluation: Evaluation
+
+
+class BestOfStage:
+    """The best evaluation of a stage, and the best one of each view that its judge asks for.
+
+    Args:
+        folder: of the stage's checkpoints; gets `best/` and `best-<view>/`.
+        write: as `Best.write`.
+        views: those that the judge may ask for.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        write: Callable[[Path, Mapping[str, Any]], None],
+        views: Sequence[str] = (),
+    ) -> None:
+        self.all = Best(folder=folder / "best", write=write)
+        self.own = {view: Best(folder=folder / f"best-{view}", write=write) for view in views}
+
+    def consider(self, step: int, scores: Scores, verdict: Verdict) -> None:
+        """Keep the learner's weights where no earlier evaluation was as good; a collective."""
+        evaluation = Evaluation(scores, verdict.view)
+        self.all.consider(step, verdict.score, evaluation.record())
+        for view, score in verdict.own.items():
+            self.own[view].consider(step, score, Evaluation(scores, view).record())
+
+    def steps(self) -> dict[str, int | None]:
+        """Return the steps of the best evaluations, for a checkpoint; `best` is that of all."""
+        return {name: best.step for name, best in self._named()}
+
+    def resume(self, step: int, steps: Mapping[str, int | None]) -> None:
+        """Take up what is there, and forget what comes after `step`; a collective.
+
+        Args:
+            step: the step from which the run goes on.
+            steps: those of the checkpoint.
+        """
+        for name, best in self._named():
+            best.resume(step, steps.get(name))
+
+    def kept(self) -> Kept | None:
+        """Return what the stage gives; None if no evaluation has been kept; a collective."""
+        record = on_main(self.all.kept)
+        if record is None:
+            return None
+        chosen = Evaluation.read(record["evaluation"])
+        own = self.own.get(chosen.view or "")
+        of_view = None if own is None else on_main(own.kept)
+        if own is None or of_view is None:
+            return Kept(self.all.folder, chosen, chosen)
+        return Kept(own.folder, chosen, Evaluation.read(of_view["evaluation"]))
+
+    def _named(self) -> list[tuple[str, Best]]:
+        return [("best", self.all), *((f"best-{view}", own) for view, own in self.own.items())]

@@ -1,0 +1,323 @@
+"""Checkpoints written whole or not at all, verified before they are used.
+
+    checkpoints/<stage>/step-<n>/    DeepSpeed's shards, state.pt, rank-<r>.pt, manifest.json
+    checkpoints/<stage>/latest       the name of the newest, replaced last
+
+A checkpoint is written under another name and renamed when every file is on the disk and its
+checksum is in the manifest; a kill at any moment leaves the one before it untouched.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import pickle
+import random
+import re
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megakd.engine.distributed import Ranks, agree, gather, on_main, together
+from megakd.errors import CheckpointError, MegakdError
+from megakd.storage.atomic import full_disk_reason, json_text, write_text
+from megakd.storage.checksums import damage_of, entries_of, files_of, read_signed, write_signed
+from megakd.storage.fingerprint import Fingerprint, differences
+from megakd.storage.tensors import write_tensors
+from megakd.training.longer import is_longer
+
+logger = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+LATEST = "latest"
+_PARTIAL = ".partial"
+_PREFIX = "step-"
+_NAME = re.compile(_PREFIX + r"\d+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """The checkpoints of one stage.
+
+    folder: `checkpoints/<stage>`.
+    fingerprint: what the run depends on; one written by another run is refused.
+    keep: how many to keep; None keeps all.
+    ranks: where this process stands; every method is a collective.
+    may_grow: whether a checkpoint of a shorter run is gone on from, see `longer`.
+    """
+
+    folder: Path
+    fingerprint: Fingerprint
+    keep: int | None
+    ranks: Ranks
+    may_grow: bool = False
+
+    def save(
+        self,
+        step: int,
+        write_engine: Callable[[Path, str], None],
+        state: Mapping[str, Any],
+        own: Mapping[str, Any],
+    ) -> Path:
+        """Writes one checkpoint.
+
+        Args:
+            step: optimiser steps taken.
+            write_engine: writes the engine's shards into (folder, tag).
+            state: the loop's state, the same on every rank.
+            own: this rank's share of what is not.
+
+        Raises:
+            CheckpointError: it could not be written; those before it are untouched.
+        """
+        partial = self.folder / f"{_PREFIX}{step}{_PARTIAL}"
+        try:
+            on_main(lambda: self._make_room(partial))
+            write_engine(self.folder, partial.name)
+            together(lambda: self._write_state(partial, state, own))
+            hashes = together(lambda: self._hash_share(partial))
+            files = {name: entry for share in gather(hashes) for name, entry in share.items()}
+            return on_main(lambda: self._publish(partial, step, files))
+        except (OSError, MegakdError) as error:
+            on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+            raise self._could_not_write(step, error) from error
+
+    def _make_room(self, partial: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(f"{_PREFIX}*{_PARTIAL}"):
+            shutil.rmtree(leftover)
+        newest = self.newest()
+        needed = sum((newest / name).stat().st_size for name in files_of(newest)) if newest else 0
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            lacking = f"{needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
+            raise OSError(errno.ENOSPC, f"no space left on the device: {lacking}")
+        partial.mkdir()
+
+    def _write_state(self, folder: Path, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        mine = {"random": _random_state(), "own": dict(own)}
+        check_plain(mine)
+        write_tensors(folder / f"rank-{self.ranks.rank}.pt", mine)
+        if self.ranks.is_main:
+            check_plain(state)
+            write_tensors(folder / "state.pt", dict(state))
+
+    def _hash_share(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Every rank reads back a share of the files, and forces them to the disk."""
+        share = files_of(folder)[self.ranks.rank :: self.ranks.world_size]
+        for name in share:
+            with (folder / name).open("rb+") as file:
+                os.fsync(file.fileno())
+        return entries_of(folder, share)
+
+    def _publish(self, partial: Path, step: int, files: Mapping[str, Any]) -> Path:
+        final = self.folder / f"{_PREFIX}{step}"
+        manifest = {
+            "stage": self.folder.name,
+            "step": step,
+            "ranks": self.ranks.world_size,
+            "fingerprint": self.fingerprint,
+            "files": files,
+        }
+        write_signed(partial / MANIFEST, manifest)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        write_text(self.folder / LATEST, final.name)
+        self._remove_old(final)
+        return final
+
+    def _remove_old(self, newest: Path) -> None:
+        """Keeps the newest few; one that is further than the run is a damaged leftover."""
+        every = self._by_age()
+        behind = every[every.index(newest) :]
+        limit = len(behind) if self.keep is None else self.keep
+        for old in [*every[: every.index(newest)], *behind[limit:]]:
+            try:
+                shutil.rmtree(old)
+            except OSError as error:  # the new one is good, which is what matters
+                logger.warning("%s could not be removed: %s", old, error)
+
+    def _could_not_write(self, step: int, error: Exception) -> CheckpointError:
+        newest = self.newest()
+        kept = f"the last good one is {newest}" if newest else "there is none before it"
+        full = full_disk_reason(error)
+        cure = "free some space and start" if full else "start"
+        return CheckpointError(
+            f"the checkpoint of step {step} could not be written to {self.folder}: "
+            f"{full or error}; nothing else was changed, {kept}; {cure} the same command again"
+        )
+
+    def _by_age(self) -> list[Path]:
+        """Whole checkpoints, the newest first."""
+        if not self.folder.is_dir():
+            return []
+        found = [f for f in self.folder.iterdir() if _NAME.fullmatch(f.name) and f.is_dir()]
+        return sorted(found, key=lambda f: int(f.name.removeprefix(_PREFIX)), reverse=True)
+
+    def newest(self) -> Path | None:
+        """The checkpoint `latest` names, or the newest there is."""
+        pointer = self.folder / LATEST
+        if pointer.is_file():
+            name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+            if _NAME.fullmatch(name) and (self.folder / name).is_dir():
+                return self.folder / name
+        return next(iter(self._by_age()), None)
+
+    def newest_good(self) -> Path | None:
+        """The newest undamaged checkpoint of this very run, saying which ones it passes over.
+
+        Raises:
+            CheckpointError: it belongs to another config or another number of ranks.
+        """
+        newest = agree(self.newest())
+        older = agree([c for c in self._by_age() if c != newest])
+        for candidate in [newest, *older] if newest else []:
+            damage = self.damage(candidate)
+            if damage is None:
+                self._check_origin(candidate)
+                return candidate
+            if self.ranks.is_main:
+                logger.warning("%s is damaged (%s): using the one before it", candidate, damage)
+        return None
+
+    def damage(self, checkpoint: Path) -> str | None:
+        """What is wrong with a checkpoint's files, or None; a collective."""
+        return next((d for d in gather(self._own_damage(checkpoint)) if d is not None), None)
+
+    def _own_damage(self, checkpoint: Path) -> str | None:
+        try:
+            files = sorted(read_signed(checkpoint / MANIFEST)["files"].items())
+        except (OSError, ValueError) as error:
+            return f"{MANIFEST} cannot be read: {error}"
+        return damage_of(checkpoint, dict(files[self.ranks.rank :: self.ranks.world_size]))
+
+    def _check_origin(self, checkpoint: Path) -> None:
+        manifest = read_signed(checkpoint / MANIFEST)
+        here = json.loads(json_text(self.fingerprint))
+        there = manifest["fingerprint"]
+        differing = differences(there, here)
+        if differing and not (self.may_grow and is_longer(there, here)):
+            raise CheckpointError(
+                f"{checkpoint} was written with another config ({differing}); use another "
+                f"output_dir, or go back to that config"
+            )
+        if manifest["ranks"] != self.ranks.world_size:
+            raise CheckpointError(
+                f"{checkpoint} was written by {manifest['ranks']} ranks and this run has "
+                f"{self.ranks.world_size}; start it with {manifest['ranks']}"
+            )
+
+    def load(
+        self, checkpoint: Path, read_engine: Callable[[Path, str], None]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads a checkpoint: engine shards, random state; gives `state` and this rank's `own`."""
+        read_engine(checkpoint.parent, checkpoint.name)
+        state = _read_plain(checkpoint / "state.pt")
+        mine = _read_plain(checkpoint / f"rank-{self.ranks.rank}.pt")
+        # Last: reading the shards may have drawn random numbers.
+        _set_random_state(mine["random"])
+        return state, mine["own"]
+
+    def given(self, checkpoint: Path) -> Path | None:
+        """A checkpoint the user named, verified; None if it is another stage's.
+
+        Raises:
+            CheckpointError: it is damaged or of another run.
+        """
+        if together(lambda: self._stage_of(checkpoint)) != self.folder.name:
+            return None
+        damage = self.damage(checkpoint)
+        if damage is not None:
+            raise CheckpointError(f"{checkpoint} cannot be resumed from: {damage}")
+        self._check_origin(checkpoint)
+        return checkpoint
+
+    def _stage_of(self, checkpoint: Path) -> str:
+        try:
+            return read_signed(checkpoint / MANIFEST)["stage"]
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{checkpoint} cannot be resumed from: {MANIFEST} cannot be read: {error}; give a "
+                f"folder such as checkpoints/<stage>/step-<n>, or true for the newest"
+            ) from error
+
+
+def check_plain(state: Any, key: str = "state") -> None:
+    """Refuse to save an object of a class: its pickle names the file that defines the class.
+
+    A checkpoint of plain values can be read by every later version of the code, wherever the code
+    of a strategy has moved to.
+
+    Raises:
+        TypeError: a value is neither a tensor nor a number, string, list, tuple or mapping.
+    """
+    if type(state) in (list, tuple):
+        for index, value in enumerate(state):
+            check_plain(value, f"{key}[{index}]")
+    elif type(state) in (dict, OrderedDict):
+        for name, value in state.items():
+            check_plain(name, f"a name in {key}")
+            check_plain(value, f"{key}[{name!r}]")
+    elif state is not None and type(state) not in (str, bytes, int, float, bool, Tensor):
+        raise TypeError(
+            f"{key} is a {type(state).__name__}: a checkpoint holds tensors, numbers, strings, "
+            f"lists, tuples and dicts; give its plain values in state_dict()"
+        )
+
+
+def _read_plain(path: Path) -> dict[str, Any]:
+    """Read what `check_plain` has passed.
+
+    Raises:
+        CheckpointError: the file names a class, as the files of version 0.1 do.
+    """
+    try:
+        return torch.load(path, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} was written by an earlier version of megakd and cannot be read by this one; "
+            f"remove the folder {path.parent.parent} to train this stage anew, or go on with the "
+            f"version that wrote it"
+        ) from error
+
+
+def _random_state() -> dict[str, Any]:
+    state = {
+        "python": random.getstate(),
+        "numpy": _numpy_state(),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _numpy_state() -> dict[str, Any]:
+    # Data collators of others draw from NumPy's old global generator.
+    state = dict(np.random.get_state(legacy=False))  # noqa: NPY002
+    inner = state["state"]
+    return {**state, "state": {**inner, "key": inner["key"].tolist()}}
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Starts a stage's random numbers: dropout differs by rank, everything else by design not."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed * 10007 + rank)

@@ -1,0 +1,295 @@
+"""Builds the engines of a stage from what was prepared: the learner, and each frozen model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from megakd.config.deepspeed import load_ds_config
+from megakd.config.run import RunConfig, TeacherConfig, TrainConfig
+from megakd.contract.stage import Batch, Stage
+from megakd.contract.tasks import Dtype
+from megakd.data.encoding import Collator, tokenizer_content, tokens_key
+from megakd.data.masking import task_masking
+from megakd.engine.distributed import Ranks, on_main
+from megakd.engine.finite import names_of_bad_weights
+from megakd.engine.initialize import training_engine
+from megakd.engine.memory import forget_models, freed_memory_returned
+from megakd.engine.student import StudentEngine
+from megakd.errors import ModelError
+from megakd.losses.bundle import StudentBundle
+from megakd.losses.class_weights import with_class_weights
+from megakd.losses.objective import Objective
+from megakd.losses.stage_losses import StageLosses, stage_losses
+from megakd.models.knowledge import Needs
+from megakd.models.labels import label_order
+from megakd.models.loading import ModelSource, load_model
+from megakd.process.phases import phase
+from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
+from megakd.teachers.cached import Answers, CachedTeacher, Layout, build_cache
+from megakd.teachers.frozen import FrozenModel, FrozenTeacher
+from megakd.training.inputs import Prepared
+from megakd.training.precision import (
+    TORCH_DTYPE,
+    check_dtype,
+    check_kernels,
+    frozen_dtype,
+    training_dtype,
+)
+from megakd.training.scoring import Scorer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+
+class ReadyTeacher(NamedTuple):
+    """A model that can teach, fine-tuned or given, and how the config wants it held."""
+
+    source: ModelSource
+    spec: TeacherConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """What engines are built from.
+
+    teachers: those that are ready, by name; a method may add to them.
+    """
+
+    config: RunConfig
+    prepared: Prepared
+    ranks: Ranks
+    teachers: Mapping[str, ReadyTeacher] = field(default_factory=dict)
+
+    def identity_of(self, source: ModelSource) -> Mapping[str, Any]:
+        """What a model is, wherever its folder lies; random weights are drawn from the seed."""
+        return model_identity(source, seed=self.config.seed)
+
+    def learner(self, stage: Stage) -> ModelSource:
+        """The model that learns in this stage."""
+        return stage.start or self.prepared.sources[stage.role]
+
+    def losses(self, stage: Stage) -> StageLosses:
+        """Return the loss terms of a stage, and what they ask of its teachers."""
+        terms = with_class_weights(stage.objective, self.prepared.splits)
+        return stage_losses(
+            replace(stage, objective=terms),
+            self.config.task.type,
+            learner=self.learner(stage),
+            teachers=[self.teachers[name].source for name in stage.teachers],
+            classes=self.prepared.classes,
+        )
+
+    @phase("models")
+    def student(self, stage: Stage) -> tuple[StudentEngine, Objective]:
+        """The engine of the model that learns in this stage, with its objective.
+
+        Raises:
+            MegakdError: the model or its DeepSpeed config cannot be used.
+        """
+        objective = self._objective(stage)
+        ds = load_ds_config(stage.deepspeed, where=f"{self.config.key_of(stage.role)}.deepspeed")
+        dtype = training_dtype(stage.train)
+        check_dtype(dtype, self.ranks, "train")
+        check_kernels(stage.train.kernels, self.ranks, "train")
+        model = self._load(self.learner(stage), ds, dtype, need_head=False)
+        if stage.train.gradient_checkpointing:
+            # Hooks that read a block's parts would run twice under the reentrant kind.
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        # ZeRO 3 lays all parameters of a model into one buffer, which has one dtype.
+        objective.to(TORCH_DTYPE[dtype])
+        bundle = StudentBundle(
+            model,
+            objective,
+            world_size=self.ranks.world_size,
+            kernels=stage.train.kernels,
+            views=stage.views,
+        )
+        engine = training_engine(
+            bundle, ds=ds, train=stage.train, dtype=dtype, world_size=self.ranks.world_size
+        )
+        return StudentEngine(engine, passes_per_backward=stage.passes_per_backward), objective
+
+    def _objective(self, stage: Stage) -> Objective:
+        # Projections start alike on every rank and leave the stage's random numbers alone.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            return self.losses(stage).objective()
+
+    @phase("models")
+    def frozen(
+        self, source: ModelSource, spec: str | Mapping[str, Any], *, dtype: Dtype, needs: Needs
+    ) -> FrozenTeacher:
+        """A model that only answers, in an engine of its own.
+
+        Raises:
+            MegakdError: the model or its DeepSpeed config cannot be used.
+        """
+        ds = load_ds_config(spec, where="teacher.deepspeed")
+        module = self.frozen_module(source, ds, dtype=dtype, needs=needs)
+        rows = self.config.train.per_device_train_batch_size
+        return FrozenTeacher(module, ds=ds, dtype=dtype, rows=rows)
+
+    def frozen_module(
+        self, source: ModelSource, ds: Mapping[str, Any], *, dtype: Dtype, needs: Needs
+    ) -> FrozenModel:
+        """A loaded model that an engine without an optimizer can own; `ds` is of that engine.
+
+        Raises:
+            MegakdError: the model cannot be used.
+        """
+        check_dtype(dtype, self.ranks, "teacher.dtype")
+        check_kernels(self.config.train.kernels, self.ranks, "train")
+        model = self._load(source, ds, dtype, need_head=True)
+        order = label_order(model.config, self.prepared.splits.label_names, where=source.where)
+        kernels = self.config.train.kernels
+        return FrozenModel(model, needs=needs, label_order=order, kernels=kernels)
+
+    def cached(self, ready: ReadyTeacher, folder: Path) -> CachedTeacher:
+        """A teacher's answers from disk.
+
+        Raises:
+            TeacherError: they are damaged, not complete, or to other questions.
+        """
+        return CachedTeacher(folder, self._cache_facts(ready), self.ranks)
+
+    def build_cache(self, ready: ReadyTeacher, folder: Path) -> None:
+        """Asks a teacher about every training row and keeps what it says; a collective.
+
+        Raises:
+            MegakdError: the teacher cannot be used, or the folder holds other answers.
+        """
+        encoded = self.prepared.encoded
+        build_cache(
+            folder,
+            self._cache_facts(ready),
+            encoded.train,
+            ranks=self.ranks,
+            layout=Layout(self._answer_bytes(ready), encoded.tokens_per_row),
+            asking=lambda: self._asking(ready),
+        )
+
+    @contextmanager
+    def _asking(self, ready: ReadyTeacher) -> Iterator[Callable[[Dataset], Answers]]:
+        dtype = self.teacher_dtype(ready)
+        model = self.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=Needs())
+        try:
+            yield lambda rows: self._answers(model, ready, rows)
+        finally:
+            model.destroy()
+
+    def _answers(self, model: FrozenTeacher, ready: ReadyTeacher, rows: Dataset) -> Answers:
+        if self.config.task.type != "causal_lm":
+            return {"logits": self.scorer().outputs(model.predict, rows).float()}
+        length = self.config.task.max_length
+
+        def ask(batch: Batch) -> dict[str, torch.Tensor]:
+            said = model.top_k(batch, ready.spec.cache_top_k)
+            beyond = (0, 0, 0, length - said.ids.shape[1])
+            ids = functional.pad(said.ids, beyond, value=-1)
+            return {"ids": ids, "logprobs": functional.pad(said.logprobs.half(), beyond)}
+
+        return self.scorer().answers(ask, rows)
+
+    def _answer_bytes(self, ready: ReadyTeacher) -> int:
+        """Of one row: fp32 logits, or int32 ids and fp16 logarithms."""
+        task = self.config.task
+        if task.type == "causal_lm":
+            return task.max_length * ready.spec.cache_top_k * 6
+        return 4 * max(1, len(self.prepared.splits.label_names))
+
+    @cached_property
+    def _texts(self) -> str:
+        """A key of the training rows as a teacher reads them; all of them are read for it."""
+        return on_main(lambda: tokens_key(self.prepared.encoded.train))
+
+    def _cache_facts(self, ready: ReadyTeacher) -> Fingerprint:
+        """All that a teacher's answers depend on."""
+        task, prepared = self.config.task, self.prepared
+        facts: dict[str, Any] = {
+            "task": task.type,
+            "labels": list(prepared.splits.label_names),
+            "max_length": task.max_length,
+            "texts": self._texts,
+            "tokenizer": tokenizer_content(prepared.tokenizer),
+            "teacher": self.identity_of(ready.source),
+            "dtype": self.teacher_dtype(ready),
+        }
+        if task.type == "causal_lm":
+            facts["top_k"] = ready.spec.cache_top_k
+        return flatten(facts)
+
+    def scorer(self, train: TrainConfig | None = None) -> Scorer:
+        """Return what scores any model on a held-out split of this run.
+
+        Args:
+            train: of the stage that is evaluated; None: outside the stages.
+        """
+        return Scorer(
+            metrics=self.prepared.metrics,
+            collate=Collator(self.prepared.tokenizer, self.config.task),
+            batch_size=self.config.eval_rows(train),
+            ranks=self.ranks,
+            masking=task_masking(self.prepared.tokenizer, self.config.task),
+        )
+
+    def teacher_dtype(self, ready: ReadyTeacher) -> Dtype:
+        """What a model that only answers is held in."""
+        return frozen_dtype(ready.spec, ready.source.stored_dtype, self.ranks.device.type)
+
+    def _load(
+        self, source: ModelSource, ds: Mapping[str, Any], dtype: Dtype, *, need_head: bool
+    ) -> PreTrainedModel:
+        forget_models()
+        with freed_memory_returned():
+            model = load_model(
+                source,
+                task=self.config.task,
+                label_names=self.prepared.splits.label_names,
+                tokenizer_size=len(self.prepared.tokenizer),
+                ds=ds,
+                dtype=TORCH_DTYPE[dtype],
+                seed=self.config.seed,
+                need_head=need_head,
+            )
+        _check_finite(model, source, dtype)
+        torch.nn.Module.to(model, self.ranks.device)  # transformers' own `to` is typed wrongly
+        return model
+
+
+def model_identity(source: ModelSource, *, seed: int) -> Mapping[str, Any]:
+    """What a model is, wherever its folder lies; random weights are drawn from the seed."""
+    files = sorted({stored.file for stored in source.stored.values()})
+    identity: dict[str, Any] = {
+        "config": source.config.to_diff_dict(),
+        "weights": files_identity(files),
+    }
+    if source.layers is not None:
+        identity["layers"] = source.layers
+    if source.folder is None:
+        identity["seed"] = seed
+    return identity
+
+
+def _check_finite(model: PreTrainedModel, source: ModelSource, dtype: Dtype) -> None:
+    """Refuse a model whose weights would make every loss NaN, before the learning rate is blamed.
+
+    Raises:
+        ModelError: on all ranks alike.
+    """
+    bad = names_of_bad_weights(model)
+    if bad:
+        raise ModelError(
+            f"{source.where}: {len(bad)} weight tensors of {source.name} are not finite (NaN or "
+            f"infinite) in {dtype}, the first is {bad[0]}; fetch or export the model again, and "
+            "where fp16 is too narrow for its weights choose bf16 or fp32"
+        )

@@ -1,0 +1,257 @@
+"""Everything a run needs before a model's weights are loaded: data, tokenizer, model configs.
+
+Checks go from cheap to dear: weight files, then data and tokenizer, then heads and labels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from megakd.config.deepspeed import check_frozen_stage, load_ds_config
+from megakd.config.run import FROM_TEACHER, RunConfig, StudentConfig, TeacherConfig
+from megakd.contract.metrics import Metric
+from megakd.contract.tasks import ONE_LABEL_METRICS, STUDENT
+from megakd.contract.terms import looks_inside
+from megakd.data.encoding import Encoded, encode_splits
+from megakd.data.splits import Splits, load_splits
+from megakd.data.tokenizers import has_tokenizer_files, load_tokenizer
+from megakd.engine.distributed import gather, main_first
+from megakd.errors import ConfigError, MegakdError, TeacherError
+from megakd.losses.class_weights import with_class_weights
+from megakd.losses.objective import check_terms
+from megakd.losses.stage_losses import shape_of
+from megakd.models.labels import label_order
+from megakd.models.layers import with_layers
+from megakd.models.loading import ModelSource, check_model, resolve_model, with_vocabulary
+from megakd.training.metrics import TaskMetrics, task_metrics
+from megakd.training.vocabulary_checks import other_vocabularies, without_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Materials:
+    """What a run is made of, before anything large is touched.
+
+    sources: the teachers by name, then `student`.
+    metrics: what an evaluation computes.
+    """
+
+    splits: Splits
+    metrics: TaskMetrics
+    tokenizer: PreTrainedTokenizerBase
+    sources: Mapping[str, ModelSource]
+
+    @property
+    def metric(self) -> Metric:
+        """The number that ranks evaluations of this task."""
+        return self.metrics.main
+
+    @property
+    def classes(self) -> int:
+        """How many classes the data has; 0 for a task without classes."""
+        return len(self.splits.label_names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Materials):
+    """The same with the encoded data: all that is known before any weights are in memory."""
+
+    encoded: Encoded
+
+
+def cache_folder() -> Path:
+    """Where encoded data and built corpora live; `MEGAKD_CACHE` moves it."""
+    return Path(os.environ.get("MEGAKD_CACHE", Path.home() / ".cache" / "megakd"))
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Finds, checks and encodes what a run is made of; a collective.
+
+    Raises:
+        MegakdError: bad input, named; no model's weights have been loaded, and nothing that
+            configs, labels and vocabularies can tell is found out after a long encoding.
+    """
+    found = materials(config)
+    check_run(config, found)
+    _say_positive_label(found.metrics)
+    encoded = main_first(
+        lambda: encode_splits(found.splits, found.tokenizer, config.task, cache_dir=cache_folder())
+    )
+    return Prepared(
+        splits=found.splits,
+        metrics=found.metrics,
+        tokenizer=found.tokenizer,
+        sources=found.sources,
+        encoded=encoded,
+    )
+
+
+def _say_positive_label(metrics: TaskMetrics) -> None:
+    about_one = [name for name in metrics.names if name in ONE_LABEL_METRICS]
+    if about_one and metrics.label_names:
+        logger.info(
+            "%s: about the label %s (eval.positive_label)",
+            ", ".join(about_one),
+            metrics.label_names[metrics.positive],
+        )
+
+
+def materials(config: RunConfig) -> Materials:
+    """Models, data and tokenizer of a run; a collective.
+
+    Raises:
+        MegakdError: bad input, named.
+    """
+    task, cache = config.task, cache_folder()
+    sources, problems = _resolved(config)
+    problems += without_tokenizer(task, sources.values())
+    if problems and not config.teachers:
+        raise TeacherError("\n".join(problems))
+    splits = main_first(lambda: load_splits(task, seed=config.seed, cache_dir=cache))
+    metrics = task_metrics(config.eval, task.type, splits.metrics, splits.label_names)
+    problems += _strangers(config, sources, splits.label_names)
+    folders = [s.folder for s in sources.values() if s.folder]
+    if problems and not any(map(has_tokenizer_files, folders)):
+        raise TeacherError("\n".join(problems))  # a tokenizer would be trained for nothing
+    tokenizer = main_first(
+        lambda: load_tokenizer(task, splits, model_folders=folders, cache_dir=cache)
+    )
+    problems += other_vocabularies(task, tokenizer, sources.values())
+    if problems:
+        raise TeacherError("\n".join(problems))
+    pad = cast("int | None", tokenizer.pad_token_id)  # transformers' own type allows several
+    sources = {
+        role: with_vocabulary(source, len(tokenizer), pad_token_id=pad)
+        for role, source in sources.items()
+    }
+    return Materials(splits=splits, metrics=metrics, tokenizer=tokenizer, sources=sources)
+
+
+def _strangers(
+    config: RunConfig, sources: Mapping[str, ModelSource], labels: Sequence[str]
+) -> Iterator[str]:
+    """Teachers that were trained on other labels."""
+    for name, spec in config.teacher_specs.items():
+        if spec.finetune is None and name in sources:
+            try:
+                label_order(sources[name].config, labels, where=sources[name].where)
+            except MegakdError as error:
+                yield str(error)
+
+
+def check_run(config: RunConfig, materials: Materials) -> None:
+    """Everything that can be said of models and losses before any weights are loaded.
+
+    Raises:
+        MegakdError: naming the key and both values.
+    """
+    for name, spec in config.teacher_specs.items():
+        key = config.key_of(name)
+        check_frozen_stage(
+            load_ds_config(spec.deepspeed, where=f"{key}.deepspeed"), where=f"{key}.deepspeed"
+        )
+        if spec.finetune is None and materials.sources[name].folder is None:
+            logger.warning(
+                "%s.model starts from random weights and %s.finetune is not set: there is nothing "
+                "to learn from it",
+                key,
+                key,
+            )
+    load_ds_config(config.student.deepspeed, where="student.deepspeed")
+    for role, source in materials.sources.items():
+        check_model(
+            source,
+            task=config.task,
+            label_names=materials.splits.label_names,
+            tokenizer_size=len(materials.tokenizer),
+            need_head=role in config.teacher_specs and not config.teacher_specs[role].finetune,
+        )
+    check_losses(config, materials)
+
+
+def check_losses(config: RunConfig, materials: Materials) -> None:
+    """Whether the objective can work with every teacher.
+
+    Raises:
+        ConfigError: layers are compared, and the teachers' are not alike; or class weights do
+            not fit the labels.
+        TeacherError: layers or vocabularies that a chosen term cannot match.
+    """
+    terms, task = config.objective or (), config.task.type
+    shapes = {
+        role: shape_of(source, task, materials.classes)
+        for role, source in materials.sources.items()
+    }
+    teachers = {name: shapes[name] for name in config.teacher_specs}
+    compared = [term.loss for term in terms if looks_inside(term)]
+    if compared and len(set(teachers.values())) > 1:
+        shapes = ", ".join(f"{name} {s.layers} x {s.width}" for name, s in teachers.items())
+        raise ConfigError(
+            f"objective: {', '.join(compared)} compares layers, and the teachers have other "
+            f"numbers of layers, widths or heads (layers x width: {shapes}); soft targets work "
+            "with all of them"
+        )
+    with_class_weights(terms, materials.splits)
+    for teacher in teachers.values() or (None,):
+        check_terms(terms, task, shapes[STUDENT], teacher)
+
+
+def _resolved(config: RunConfig) -> tuple[dict[str, ModelSource], list[str]]:
+    """The models of the config by role, checked, and what is wrong with the other teachers.
+
+    Rank 0 downloads before the others look; all ranks come to the same.
+
+    Raises:
+        MegakdError: the student, or the only teacher, cannot be used.
+    """
+    specs: dict[str, TeacherConfig | StudentConfig] = {**config.teacher_specs}
+    if config.student.model != FROM_TEACHER:
+        specs[STUDENT] = config.student
+    sources: dict[str, ModelSource] = {}
+    wrong: dict[str, str] = {}
+    for role, spec in specs.items():
+        try:
+            sources[role] = main_first(functools.partial(_resolve, spec, config, role))
+        except MegakdError as error:
+            if role not in config.teacher_specs or not config.teachers:
+                raise
+            wrong[role] = str(error)
+    # A folder may be missing on one node alone.
+    everywhere = {role: said for found in gather(wrong) for role, said in found.items()}
+    if not everywhere:
+        return with_student(config, sources), []
+    found = {role: source for role, source in sources.items() if role not in everywhere}
+    return found, list(everywhere.values())
+
+
+def with_student(config: RunConfig, sources: dict[str, ModelSource]) -> dict[str, ModelSource]:
+    """The same with the student, where it begins as a teacher or as some layers of a model."""
+    return {**sources, STUDENT: as_student(sources[config.start_role], config)}
+
+
+def as_student(source: ModelSource, config: RunConfig) -> ModelSource:
+    """The model that the student begins as, with the layers that it takes of it."""
+    student, layers = dataclasses.replace(source, where="student.model"), config.student.layers
+    return student if layers is None else with_layers(student, layers, where="student.layers")
+
+
+def _resolve(spec: TeacherConfig | StudentConfig, config: RunConfig, role: str) -> ModelSource:
+    return resolve_model(
+        spec.model,
+        config.task,
+        where=f"{config.key_of(role)}.model",
+        architecture=spec.architecture,
+        trust_remote_code=spec.trust_remote_code,
+        allow_pickle=spec.allow_pickle,
+    )

@@ -1,0 +1,48 @@
+"""What a strategy that measures may use while a stage runs; all of it is collective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megakd.engine.distributed import all_reduce_
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+
+    from megakd.engine.student import StudentEngine
+    from megakd.training.scoring import Scorer
+
+
+BEGINNING = "beginning"
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """Sums over ranks, the loss on held-out rows, and the student as it was at first.
+
+    scorer: of the run. rows: that the loss is measured on.
+    folder: where the student's beginning is kept.
+    """
+
+    scorer: Scorer
+    rows: Dataset
+    folder: Path
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        return all_reduce_(tensor)
+
+    def loss(self, student: StudentEngine) -> float:
+        """Cross-entropy or squared error on the rows, the same on every rank."""
+        return self.scorer.loss(student.predict, self.rows)
+
+    def remember(self, student: StudentEngine) -> None:
+        """Keeps the student, its optimizer included."""
+        student.save(self.folder, BEGINNING)
+
+    def reset(self, student: StudentEngine) -> None:
+        """Makes it what it was, without a new engine."""
+        student.load(self.folder, BEGINNING)

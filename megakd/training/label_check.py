@@ -1,0 +1,235 @@
+"""Whether generic labels of a model (LABEL_0, …) stand in the order of the data's labels.
+
+Names that match need no check. Generic names say nothing, so the model is asked: on the validation
+rows it must be right clearly more often than chance, and no other order may fit clearly better.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megakd.contract.stage import IGNORE, untrained
+from megakd.errors import TeacherError
+from megakd.models.knowledge import Needs
+from megakd.models.labels import generic_labels, listed
+from megakd.storage.fingerprint import flatten
+from megakd.training.engines import Assembly, ReadyTeacher
+from megakd.training.stage_result import read_result, write_result
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from megakd.models.loading import ModelSource
+
+logger = logging.getLogger(__name__)
+SMALLEST_MARGIN = 0.05
+STANDARD_ERRORS = 2.0
+REORDERING_ERRORS = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelFit:
+    """How well a model's outputs fit the data's labels, output for label in the given order.
+
+    score: balanced accuracy: the share of right rows of each class that occurs, averaged.
+    chance: 1 over the number of classes that occur, which is what any constant answer scores.
+    margin: 2 standard errors of a model that guesses, and at least 0.05.
+    rows: how many carry a label.
+    better: the outputs by label under which clearly more rows are right; None: the order given.
+    better_score: the balanced accuracy of that order.
+    """
+
+    score: float
+    chance: float
+    margin: float
+    rows: int
+    better: tuple[int, ...] | None = None
+    better_score: float = math.nan
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the order can be trusted."""
+        return self.better is None and self.score >= self.chance + self.margin
+
+
+def label_fit(outputs: Tensor, labels: Sequence[int] | NDArray[np.int64]) -> LabelFit:
+    """Compare the largest output of every row with its label.
+
+    Args:
+        outputs: [N, C] logits.
+        labels: [N] class numbers, -100 where a row has none.
+    """
+    truth = np.asarray(labels)
+    classes = outputs.shape[1]
+    answers = outputs.argmax(dim=1).cpu().numpy()[truth != IGNORE]
+    truth = truth[truth != IGNORE]
+    counts = np.zeros((classes, classes))  # [label, output]
+    np.add.at(counts, (truth, answers), 1)
+    sizes = counts.sum(axis=1)
+    occurring = sizes > 0
+    number = max(1, int(occurring.sum()))
+    chance = 1 / number
+    error = math.sqrt(float((chance * (1 - chance) / sizes[occurring]).sum())) / number
+    given = np.arange(classes)
+    better = _clearly_better(counts, given)
+    return LabelFit(
+        score=_balanced(counts, given),
+        chance=chance,
+        margin=max(SMALLEST_MARGIN, STANDARD_ERRORS * error),
+        rows=len(truth),
+        better=None if better is None else tuple(better.tolist()),
+        better_score=math.nan if better is None else _balanced(counts, better),
+    )
+
+
+def _balanced(counts: NDArray[Any], order: NDArray[Any]) -> float:
+    sizes = counts.sum(axis=1)
+    right = counts[np.arange(len(counts)), order]
+    return float((right[sizes > 0] / sizes[sizes > 0]).mean()) if sizes.any() else math.nan
+
+
+def _clearly_better(counts: NDArray[Any], given: NDArray[Any]) -> NDArray[Any] | None:
+    """The order with the most right rows, if the rows that it wins outnumber those it loses."""
+    from scipy.optimize import linear_sum_assignment
+
+    _, order = linear_sum_assignment(counts, maximize=True)
+    moved = order != given
+    won = counts[given, order][moved].sum()
+    lost = counts[given, given][moved].sum()
+    return order if won - lost > REORDERING_ERRORS * math.sqrt(won + lost) else None
+
+
+def require_fit(fit: LabelFit, source: ModelSource, names: Sequence[str], *, remedy: str) -> None:
+    """Log a good fit; refuse any other.
+
+    Args:
+        fit: of the model's outputs.
+        source: the model.
+        names: the data's labels in their order.
+        remedy: what accepts the order as it is.
+
+    Raises:
+        TeacherError: naming both lists, the score and the order that fits.
+    """
+    both = _both(source, names)
+    scored = (
+        f"balanced accuracy {fit.score:.3f} on {fit.rows} labelled rows, where chance is "
+        f"{fit.chance:.3f}"
+    )
+    if fit.is_good:
+        logger.info("%s: %s: %s", source.where, both, scored)
+        return
+    hint = ""
+    if fit.better is not None:
+        own = generic_labels(source.config) or ()
+        fitting = [f"{own[n]} is {name}" for n, name in zip(fit.better, names, strict=True)]
+        hint = f"; {listed(fitting)} would give {fit.better_score:.3f}"
+    raise TeacherError(
+        f"{source.where} {source.name}: {both}: {scored} and {fit.chance + fit.margin:.3f} is "
+        f"needed{hint}; write the right names into id2label of the model's config.json, or "
+        f"{remedy} if this order is right"
+    )
+
+
+def tell_order(source: ModelSource, names: Sequence[str]) -> None:
+    """Log an order that the user has vouched for."""
+    logger.warning("%s: %s, as told", source.where, _both(source, names))
+
+
+def _both(source: ModelSource, names: Sequence[str]) -> str:
+    own = generic_labels(source.config) or ()
+    return f"the labels {listed(own)} are taken for the data's {listed(names)}, in this order"
+
+
+def check_label_orders(assembly: Assembly) -> None:
+    """Check every teacher of the config that is given with generic labels; a collective.
+
+    A check costs one evaluation on the validation split; its result is kept below `stages/`.
+
+    Raises:
+        TeacherError: the labels of a teacher do not seem to be in the data's order.
+    """
+    config = assembly.config
+    for name, spec in config.teacher_specs.items():
+        ready = ReadyTeacher(assembly.prepared.sources[name], spec)
+        if spec.finetune is None:
+            remedy = f"set {config.key_of(name)}.label_order to data"
+            is_accepted = spec.label_order == "data"
+            check_label_order(assembly, ready, name, is_accepted=is_accepted, remedy=remedy)
+
+
+def check_label_order(
+    assembly: Assembly, ready: ReadyTeacher, name: str | None, *, is_accepted: bool, remedy: str
+) -> None:
+    """Check one model on the validation split; a collective.
+
+    Args:
+        assembly: of the run.
+        ready: the model.
+        name: of the folder that keeps the result; None keeps nothing.
+        is_accepted: the user says that the labels are in the data's order.
+        remedy: how the user would say so.
+
+    Raises:
+        TeacherError: as `require_fit`.
+    """
+    names, source = assembly.prepared.splits.label_names, ready.source
+    if not names or source.folder is None or not needs_check(source, names):
+        return
+    if is_accepted:
+        tell_order(source, names)
+    elif name is None:
+        require_fit(_measured(assembly, ready), source, names, remedy=remedy)
+    else:
+        _check_once(assembly, ready, name, remedy=remedy)
+
+
+def _check_once(assembly: Assembly, ready: ReadyTeacher, name: str, *, remedy: str) -> None:
+    names, source = assembly.prepared.splits.label_names, ready.source
+    folder = assembly.config.output_dir / "stages" / f"{name}-labels"
+    facts: Mapping[str, Any] = {
+        "model": assembly.identity_of(source),
+        "dtype": assembly.teacher_dtype(ready),
+        "data": assembly.prepared.encoded.content_hash,
+        "labels": list(names),
+    }
+    known = read_result(folder, flatten(facts))
+    fit = LabelFit(**_read(known.metrics)) if known else _measured(assembly, ready)
+    require_fit(fit, source, names, remedy=remedy)
+    if known is None:
+        metrics = {key: value for key, value in vars(fit).items() if key in _KEPT}
+        result = dataclasses.replace(untrained(f"{name}-labels", folder, 0.0), metrics=metrics)
+        write_result(result, flatten(facts))
+
+
+_KEPT = ("score", "chance", "margin", "rows")
+
+
+def _read(metrics: Mapping[str, float]) -> dict[str, Any]:
+    return {key: metrics[key] for key in _KEPT}
+
+
+def needs_check(source: ModelSource, names: Sequence[str]) -> bool:
+    """Whether a model's labels are generic and the data's are names."""
+    own = generic_labels(source.config)
+    return own is not None and not all(name.isdecimal() or name in own for name in names)
+
+
+def _measured(assembly: Assembly, ready: ReadyTeacher) -> LabelFit:
+    rows = assembly.prepared.encoded.validation
+    dtype = assembly.teacher_dtype(ready)
+    logger.info("%s: its generic labels are checked on %d rows", ready.source.where, len(rows))
+    model = assembly.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=Needs())
+    try:
+        outputs = assembly.scorer().outputs(model.predict, rows)
+    finally:
+        model.destroy()
+    return label_fit(outputs, rows["label"])

@@ -1,0 +1,35 @@
+"""A run that is started again with more steps: what may change, and which stages go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megakd.config.run import RunConfig
+from megakd.contract.tasks import STUDENT
+from megakd.storage.fingerprint import ABSENT
+
+LENGTHS = tuple(
+    f"{section}.{key}"
+    for section in ("train", "alone")
+    for key in ("max_steps", "num_train_epochs")
+)
+
+
+def is_longer(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Return true if two flat configs or fingerprints differ, and in raised lengths alone."""
+    changed = [k for k in {*there, *here} if there.get(k, ABSENT) != here.get(k, ABSENT)]
+    return bool(changed) and all(_is_raised(there, here, key) for key in changed)
+
+
+def _is_raised(there: Mapping[str, Any], here: Mapping[str, Any], key: str) -> bool:
+    before, now = there.get(key), here.get(key)
+    return key in LENGTHS and before is not None and now is not None and now > before
+
+
+def may_grow(stage: str, config: RunConfig) -> bool:
+    """Return true for a stage that no other stage is made from: the student's and the baselines'.
+
+    A teacher or an assistant that learned on would leave behind students of what it was before.
+    """
+    return stage in (STUDENT, *config.baselines)

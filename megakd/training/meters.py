@@ -1,0 +1,206 @@
+"""What a stage's log says: every term apart, gradient norm, speed, shares, and what is wrong."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megakd.contract.stage import UNITS, Stage, StepReport
+from megakd.engine.device import peak_memory_bytes
+from megakd.engine.distributed import Ranks, all_reduce_, on_main
+from megakd.errors import TrainingError
+from megakd.losses.objective import WEIGHTED_LOSS, Objective
+from megakd.teachers.watched import failed_teachers
+from megakd.training.progress import LEARNING_RATE, LOSS, MEMORY_BYTES, TOKENS_PER_SECOND
+from megakd.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+_NEVER = 2**62
+
+
+class Health:
+    """Gathers reports on the device and reads them at logging steps only."""
+
+    def __init__(self, objective: Objective, trainer: Trainer, stage: Stage, ranks: Ranks) -> None:
+        self._objective, self._trainer, self._ranks = objective, trainer, ranks
+        self._stage = stage.name
+        # Under fp16 a gradient may overflow: DeepSpeed skips that step and lowers its scale.
+        self._scales_loss = bool(stage.train.fp16)
+        self._parts: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._steps = 0
+        self._tokens: Tensor | None = None
+        self._without_targets: Tensor | None = None
+        self._norm: Tensor | None = None
+        self._since = time.perf_counter()
+        self._paused_s = self._teacher_s = self._waited_s = 0.0
+        self._warned = False
+        self._total_tokens = 0
+        self._total_seconds = self._elapsed_before = self._window_before = 0.0
+        self._began = time.perf_counter()
+
+    def begin(self) -> None:
+        """Starts the clock."""
+        self._began = time.perf_counter()
+        self._since, self._window_before = self._began - self._window_before, 0.0
+
+    def add(self, report: StepReport) -> None:
+        """Takes one step's report; reads nothing."""
+        for name, value in report.parts.items():
+            self._parts[name] = self._parts[name] + value if name in self._parts else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+        self._steps += 1
+        self._norm = report.gradient_norm
+        tokens = report.counts[UNITS.index("tokens")]
+        empty = (report.counts[UNITS.index("targets")] == 0).long()
+        self._tokens = tokens if self._tokens is None else self._tokens + tokens
+        before = self._without_targets
+        self._without_targets = empty if before is None else before + empty
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves evaluations and saves out of the speed."""
+        began = time.perf_counter()
+        yield
+        self._paused_s += time.perf_counter() - began
+
+    def scalars(self, *, waited_s: float) -> dict[str, float]:
+        """The means since the last call, over ranks and the steps that had it; a collective."""
+        names = list(self._parts)
+        zero = torch.zeros((), device=self._ranks.device)
+        stacked = torch.stack([self._parts[n].float() for n in names] or [zero])
+        sums = dict(zip(names, all_reduce_(stacked).tolist(), strict=False))
+        parts = {name: value / self._counts[name] for name, value in sums.items()}
+        tokens = int(self._tokens) if self._tokens is not None else 0
+        seconds = max(1e-9, time.perf_counter() - self._since - self._paused_s)
+        self._total_tokens += tokens
+        self._total_seconds += seconds
+        self._warn_of_empty_steps()
+        teacher_s = self._trainer.meter.teacher.seconds()
+        scalars = {
+            LOSS: parts.pop(WEIGHTED_LOSS, 0.0),
+            **{f"train/{name}": value for name, value in parts.items()},
+            LEARNING_RATE: self._trainer.learning_rate(self._trainer.step - 1),
+            TOKENS_PER_SECOND: tokens / seconds,
+            "train/step_seconds": seconds / max(1, self._steps),
+            "train/teacher_share": (teacher_s - self._teacher_s) / seconds,
+            "train/data_share": (waited_s - self._waited_s) / seconds,
+            MEMORY_BYTES: float(peak_memory_bytes(self._ranks.device)),
+        }
+        if self._norm is not None:
+            scalars["train/gradient_norm"] = float(self._norm)
+        self._teacher_s, self._waited_s = teacher_s, waited_s
+        self._start_window()
+        return scalars
+
+    def _start_window(self) -> None:
+        self._parts, self._counts = {}, {}
+        self._steps, self._tokens, self._without_targets = 0, None, None
+        self._since, self._paused_s = time.perf_counter(), 0.0
+
+    def _warn_of_empty_steps(self) -> None:
+        wants_targets = "targets" in self._objective.units.values()
+        if self._warned or not wants_targets or self._without_targets is None:
+            return
+        empty = int(self._without_targets)
+        if empty and self._ranks.is_main:
+            logger.warning(
+                "%s: %d of the last %d steps had no label at all (all masked): they contribute "
+                "zero; said once",
+                self._stage,
+                empty,
+                self._steps,
+            )
+        self._warned = bool(empty)
+
+    def check_finite(self, newest: Callable[[], Path | None]) -> None:
+        """Stops the run at a loss or gradient that is NaN or infinite; a collective.
+
+        Args:
+            newest: finds the last good checkpoint; asked, on rank 0, only if the run stops.
+
+        Raises:
+            TrainingError: names the first such step and the last good checkpoint.
+        """
+        first = self._trainer.meter.first_bad_step
+        if first is None:
+            return
+        bad = torch.where(first < 0, _NEVER, first)
+        if self._norm is not None and not self._scales_loss:
+            # DeepSpeed's norm is -1 where a gradient is NaN or infinite.
+            norm = self._norm.to(bad.device)
+            here = bad.clamp(max=self._trainer.step - 1)
+            bad = torch.where(torch.isfinite(norm) & (norm >= 0), bad, here)
+        step = -int(all_reduce_(-bad, largest=True))
+        if step != _NEVER:
+            good = on_main(newest)
+            raise TrainingError(
+                f"{self._stage}: the loss or its gradient is not finite (NaN or infinite) at step "
+                f"{step + 1}; the last good checkpoint is {good or 'none, nothing was saved yet'}; "
+                f"{self._remedy()}, then start again"
+            )
+
+    def _remedy(self) -> str:
+        """What to change; a teacher that said NaN is to blame before anything else."""
+        failed = failed_teachers(self._trainer.teachers, self._ranks.device)
+        if failed:
+            return (
+                f"the outputs of {', '.join(failed)} are not finite: check its weights, or hold it "
+                "in a wider dtype (bf16 or fp32)"
+            )
+        return "lower train.learning_rate or check the data"
+
+    def tokens_per_second(self) -> float:
+        """Valid tokens of all ranks per second of training, over the whole stage."""
+        return self._total_tokens / max(1e-9, self._total_seconds)
+
+    def elapsed_seconds(self) -> float:
+        """Wall-clock of the stage, evaluations and saves included, over all its runs."""
+        return self._elapsed_before + time.perf_counter() - self._began
+
+    def state_dict(self) -> dict[str, Any]:
+        """The totals so far."""
+        return {
+            "tokens": self._total_tokens,
+            "seconds": self._total_seconds,
+            "elapsed": self.elapsed_seconds(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes what `state_dict` gave."""
+        self._total_tokens, self._total_seconds = state["tokens"], state["seconds"]
+        self._elapsed_before = state["elapsed"]
+
+    def window_state(self) -> dict[str, Any]:
+        """What this rank has gathered since the last logging step, which a save may fall after."""
+        return {
+            "parts": {name: value.cpu() for name, value in self._parts.items()},
+            "counts": dict(self._counts),
+            "steps": self._steps,
+            "tokens": _on_cpu(self._tokens),
+            "without_targets": _on_cpu(self._without_targets),
+            "seconds": time.perf_counter() - self._since - self._paused_s,
+        }
+
+    def load_window_state(self, state: Mapping[str, Any]) -> None:
+        """Takes what `window_state` gave on this rank; `begin` then goes on with its clock."""
+        device = self._ranks.device
+        self._parts = {name: value.to(device) for name, value in state["parts"].items()}
+        self._counts = dict(state["counts"])
+        self._steps, self._window_before = state["steps"], state["seconds"]
+        if state["tokens"] is not None:
+            self._tokens = state["tokens"].to(device)
+            self._without_targets = state["without_targets"].to(device)
+
+
+def _on_cpu(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.cpu()

@@ -1,0 +1,251 @@
+"""What a run says while it trains: metrics.jsonl, its trackers, and a bar or a line per logging."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megakd.errors import MegakdError
+from megakd.storage import atomic
+
+if TYPE_CHECKING:
+    from io import FileIO
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+    from megakd.training.trackers import Tracker
+
+logger = logging.getLogger(__name__)
+LOSS = "train/loss"
+LEARNING_RATE = "train/learning_rate"
+TOKENS_PER_SECOND = "train/tokens_per_s"
+MEMORY_BYTES = "train/memory_bytes"
+EVALUATION = "eval/"
+SHOWN = {LOSS: "loss", LEARNING_RATE: "lr", TOKENS_PER_SECOND: "tok/s", MEMORY_BYTES: "mem"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How long a stage is.
+
+    step: optimiser steps that were done before this start.
+    total_steps: of the stage.
+    steps_per_epoch: the optimiser steps of one pass over the rows.
+    """
+
+    step: int
+    total_steps: int
+    steps_per_epoch: int
+
+    def epoch(self, step: int) -> float:
+        """Return how many passes over the rows a step has completed."""
+        return round(step / self.steps_per_epoch, 4)
+
+
+class Progress:
+    """The bar of one stage where standard error is a terminal, else log lines."""
+
+    def __init__(self, stage: str, extent: Extent) -> None:
+        self._stage, self._extent = stage, extent
+        self._began = time.perf_counter()
+        total, done = extent.total_steps, extent.step
+        self._bar = _bar(stage, done, total) if sys.stderr.isatty() else None
+
+    def advance(self, step: int) -> None:
+        """Move the bar to `step`."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def show(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Show the latest numbers."""
+        shown = _shown(scalars)
+        if self._bar is None:
+            total, epoch = self._extent.total_steps, self._extent.epoch(step)
+            parts = [f"{self._stage} {step}/{total}", f"epoch {epoch:.2f}", *shown]
+            if LOSS in scalars:
+                parts.insert(-1, f"ETA {_clock(self._seconds_left(step))}")
+            logger.info("%s", "  ".join(parts))
+            return
+        self.advance(step)
+        if shown:
+            self._bar.set_postfix_str(", ".join(part.replace(" ", "=", 1) for part in shown))
+
+    def _seconds_left(self, step: int) -> float:
+        """Return the time to the last step at the speed since this start, evaluations included."""
+        done = max(1, step - self._extent.step)
+        return (time.perf_counter() - self._began) / done * (self._extent.total_steps - step)
+
+    def close(self) -> None:
+        """Leave the finished bar where it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _bar(stage: str, step: int, total_steps: int) -> tqdm:
+    from tqdm import tqdm
+
+    return tqdm(total=total_steps, initial=step, desc=stage, unit="step", dynamic_ncols=True)
+
+
+def _shown(scalars: Mapping[str, float]) -> list[str]:
+    """Return the numbers of a short line; metrics.jsonl has all of them, also those of views."""
+    training = [f"{name} {_short(k, scalars[k])}" for k, name in SHOWN.items() if k in scalars]
+    return training + [
+        f"{key} {value:.4g}"
+        for key, value in scalars.items()
+        if key.startswith(EVALUATION) and key.count("/") == 1
+    ]
+
+
+def _short(key: str, value: float) -> str:
+    if key == MEMORY_BYTES:
+        return f"{value / 1e9:.1f}GB"
+    return f"{value:,.0f}" if key == TOKENS_PER_SECOND else f"{value:.4g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+class Reporter:
+    """Scalars to metrics.jsonl, the trackers and the terminal; does nothing off the main rank."""
+
+    def __init__(
+        self, output_dir: Path, *, is_main: bool, trackers: Sequence[Tracker] = ()
+    ) -> None:
+        self._path = output_dir / "metrics.jsonl"
+        self._is_main = is_main
+        self._trackers = trackers
+        self._file: FileIO | None = None
+        self._extents: dict[str, Extent] = {}
+        self._progress: Progress | None = None
+
+    def check(self) -> None:
+        """Look at metrics.jsonl before any long work.
+
+        Raises:
+            MegakdError: the run could not log its first number.
+        """
+        with _reports_unusable(self._path):
+            if self._is_main and self._path.exists():
+                self._path.open("ab").close()
+
+    def begin(self, stage: str, extent: Extent) -> None:
+        """A stage starts or goes on."""
+        self._end_progress()
+        self.resume(stage, extent.step)
+        self._extents[stage] = extent
+        if self._is_main:
+            self._progress = Progress(stage, extent)
+
+    def resume(self, stage: str, step: int) -> None:
+        """Forget what was logged for `stage` after `step`, for those steps come again."""
+        if not self._is_main:
+            return
+        self._close_file()
+        with _reports_unusable(self._path):
+            lines = list(_whole_lines(self._path))
+            kept = [line for line in lines if not _comes_again(line, stage, step)]
+            if len(kept) < len(lines):
+                atomic.write_text(self._path, "".join(kept))
+        for tracker in self._trackers:
+            tracker.begin(stage, step)
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar; cheap enough for every step."""
+        if self._progress is not None:
+            self._progress.advance(step)
+
+    def log(self, step: int, scalars: Mapping[str, float], *, stage: str) -> None:
+        """Record numbers of an optimiser step (or of an evaluation after it)."""
+        if not self._is_main:
+            return
+        values = {key: float(value) for key, value in scalars.items()}
+        extent = self._extents.get(stage)
+        epoch = {} if extent is None else {"epoch": extent.epoch(step)}
+        record = {"stage": stage, "step": step, **epoch, "time": round(time.time(), 3), **values}
+        self._append(atomic.json_text(record))
+        for tracker in self._trackers:
+            tracker.log(stage, step, values)
+        if self._progress is not None:
+            self._progress.show(step, values)
+
+    def close(self) -> None:
+        """Close every file; a later `log` opens what it needs."""
+        self._end_progress()
+        self._close_file()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _append(self, line: str) -> None:
+        with _reports_unusable(self._path):
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                _cut_half_line(self._path)
+                # Without a buffer: its rest would fail again when the file is closed.
+                self._file = self._path.open("ab", buffering=0)
+            content = line.encode() + b"\n"
+            if self._file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _end_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+
+
+@contextmanager
+def _reports_unusable(path: Path) -> Iterator[None]:
+    """Turn a failure to read or write the run's numbers into one message.
+
+    Raises:
+        MegakdError: the file cannot be used, or the disk is full.
+    """
+    try:
+        with atomic.reports_full_disk(path):
+            yield
+    except OSError as error:
+        raise MegakdError(
+            f"{path} cannot be used ({error.strerror or error}), and a run keeps its numbers "
+            "there; move away what is there, then start the same command again"
+        ) from error
+
+
+def _whole_lines(path: Path) -> Iterator[str]:
+    """The lines of metrics.jsonl without the half one that a kill may have left."""
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+            yield from (line for line in file if line.endswith("\n"))
+
+
+def _comes_again(line: str, stage: str, step: int) -> bool:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return True  # damaged: worth nothing to any reader
+    # A stage that starts over has done nothing, not even its evaluation at step 0.
+    return record.get("stage") == stage and (record.get("step", 0) > step or step == 0)
+
+
+def _cut_half_line(path: Path) -> None:
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)

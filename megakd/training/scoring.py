@@ -1,0 +1,167 @@
+"""Scores a model on a held-out split, all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from datasets import Dataset
+from torch.nn import functional
+
+from megakd.contract.results import ClassReport
+from megakd.contract.stage import IGNORE, Batch, Predictions
+from megakd.data.encoding import Collator
+from megakd.data.loader import evaluation_batches
+from megakd.data.masking import Masking
+from megakd.engine.distributed import Ranks, all_reduce_, gather, on_main
+from megakd.engine.student import device_batch
+from megakd.training.evaluation import language_model_metrics
+from megakd.training.metrics import TaskMetrics
+
+Predict = Callable[[Batch], Predictions]
+Ask = Callable[[Batch], Mapping[str, torch.Tensor]]
+
+
+class Scored(NamedTuple):
+    """The metrics of a model, and of a classifier precision and recall by class."""
+
+    metrics: dict[str, float]
+    by_class: list[ClassReport]
+
+
+class Answers(NamedTuple):
+    """Outputs and labels of the rows seen so far, without the dummy ones."""
+
+    outputs: list[torch.Tensor]
+    labels: list[torch.Tensor]
+
+    def add(self, outputs: torch.Tensor, batch: Batch) -> None:
+        """Takes one micro-batch."""
+        real = batch.valid.any(dim=1)
+        self.outputs.append(outputs[real].cpu())
+        self.labels.append(batch.labels[real].cpu())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """Turns a split and a forward into the task's metrics.
+
+    metrics: what is computed; a language model's come from sums, the others from all outputs.
+    batch_size: rows per rank.
+    masking: hides tokens of every row, the same ones at every evaluation (mlm).
+    """
+
+    metrics: TaskMetrics
+    collate: Collator
+    batch_size: int
+    ranks: Ranks
+    masking: Masking | None = None
+
+    def score(self, predict: Predict, rows: Dataset) -> dict[str, float]:
+        """Return the metrics of `predict` on `rows`, the same on every rank.
+
+        Raises:
+            MegakdError: nothing can be scored, on all ranks alike.
+        """
+        return self.scored(predict, rows).metrics
+
+    def scored(self, predict: Predict, rows: Dataset) -> Scored:
+        """Return the metrics of `predict` on `rows` with those by class, the same on every rank.
+
+        Raises:
+            MegakdError: nothing can be scored, on all ranks alike.
+        """
+        sums, answers = torch.zeros(3, dtype=torch.float64), Answers([], [])
+        for batch in self.batches(rows):
+            said = predict(batch)
+            if said.sums is not None:
+                sums += said.sums.cpu()
+            if said.outputs is not None:
+                answers.add(said.outputs, batch)
+        # Every rank has at least one batch, so all take the same way.
+        return self._rows(answers) if answers.outputs else self._language_model(sums)
+
+    def loss(self, predict: Predict, rows: Dataset) -> float:
+        """The mean loss on labels: cross-entropy in nats, or squared error; the same on every rank.
+
+        A target of a language model, a labelled row of the others.
+        """
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in self.batches(rows):
+            said = predict(batch)
+            if said.sums is not None:
+                sums += said.sums[[0, 2]].cpu()
+            if said.outputs is not None:
+                sums += _missed(said.outputs.cpu(), batch.labels.cpu())
+        total, count = all_reduce_(sums).tolist()
+        return total / max(1.0, count)
+
+    def outputs(self, predict: Predict, rows: Dataset) -> torch.Tensor:
+        """What `predict` says of every row, labelled or not, the same on every rank.
+
+        Returns:
+            [N, C] fp32 logits or [N, 1] scores, in the order of the rows.
+        """
+
+        def ask(batch: Batch) -> dict[str, torch.Tensor]:
+            outputs = predict(batch).outputs
+            return {} if outputs is None else {"outputs": outputs}
+
+        return self.answers(ask, rows)["outputs"]
+
+    def answers(self, ask: Ask, rows: Dataset) -> dict[str, torch.Tensor]:
+        """What a model says of every row, the same on every rank.
+
+        Args:
+            ask: tensors of one shape, by name, of every micro-batch; their rows come first.
+            rows: all are asked about, in their order.
+        """
+        said = [ask(batch) for batch in self.batches(rows)]
+        found = {}
+        for name in said[0]:
+            mine = torch.stack([answer[name].cpu() for answer in said])
+            # [turns, ranks, batch_size, …]: the order in which the rows were dealt out, so that
+            # the dummy rows, which fill the last batches, all stand at the end.
+            dealt = torch.stack(gather(mine), dim=1)
+            found[name] = dealt.flatten(0, 2)[: len(rows)]
+        return found
+
+    def batches(self, rows: Dataset) -> Iterator[Batch]:
+        """This rank's share of the rows on its device, as many batches as any rank has."""
+        ranks = self.ranks
+        for batch in evaluation_batches(
+            rows,
+            self.collate,
+            batch_size=self.batch_size,
+            rank=ranks.rank,
+            world=ranks.world_size,
+            masking=self.masking,
+        ):
+            yield device_batch(batch, ranks.device)
+
+    def _language_model(self, sums: torch.Tensor) -> Scored:
+        all_reduce_(sums)
+        return Scored(on_main(lambda: language_model_metrics(sums)), [])
+
+    def _rows(self, answers: Answers) -> Scored:
+        outputs = gather(torch.cat(answers.outputs))
+        labels = gather(torch.cat(answers.labels))
+
+        def measure() -> Scored:
+            said, truth = torch.cat(outputs), torch.cat(labels)
+            return Scored(self.metrics.of(said, truth), self.metrics.by_class(said, truth))
+
+        return on_main(measure)
+
+
+def _missed(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[2] fp64: the summed loss of the labelled rows, and how many those are."""
+    if labels.is_floating_point():
+        error = (outputs.double().squeeze(-1) - labels.double()).square()
+        return torch.stack([error.nansum(), (~error.isnan()).sum().double()])
+    missed = functional.cross_entropy(
+        outputs.double(), labels, ignore_index=IGNORE, reduction="sum"
+    )
+    return torch.stack([missed, (labels != IGNORE).sum().double()])

@@ -1,0 +1,94 @@
+"""result.json: what a finished stage came to, in its folder, read once the folder is verified."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+from megakd.contract.stage import StageResult
+from megakd.engine.distributed import on_main
+from megakd.errors import CheckpointError
+from megakd.storage import atomic
+from megakd.storage.fingerprint import Fingerprint, differences
+from megakd.storage.finished_folder import CHECKSUMS, open_finished, write_finished
+from megakd.training.longer import is_longer
+
+logger = logging.getLogger(__name__)
+RESULT = "result.json"
+
+
+def result_text(result: StageResult, fingerprint: Fingerprint) -> str:
+    """result.json of a stage: what it came to, and what that depends on."""
+    record = asdict(result) | {"folder": None, "fingerprint": fingerprint}
+    return atomic.json_text(record, indent=2)
+
+
+def write_result(result: StageResult, fingerprint: Fingerprint) -> None:
+    """Write the folder of a stage that has no model, only a result; a collective."""
+    files = {RESULT: result_text(result, fingerprint)}
+    on_main(lambda: write_finished(result.folder, files))
+
+
+def read_result(
+    folder: Path, fingerprint: Fingerprint, *, may_grow: bool = False
+) -> StageResult | None:
+    """Return a finished stage's result; None if the stage has steps to take; a collective.
+
+    Args:
+        folder: of the stage.
+        fingerprint: what the result depends on.
+        may_grow: whether a result of fewer steps is gone on with, see `longer`.
+
+    Raises:
+        CheckpointError: the folder is damaged, or holds the result of another config, the fields
+            named.
+    """
+    # Rank 0 looks: on a network disk the others may not see yet what it sees.
+    found = on_main(lambda: _result_there(folder))
+    if found is None:
+        return None
+    result, there = found
+    here = json.loads(atomic.json_text(fingerprint))
+    if may_grow and is_longer(there, here):
+        logger.info(
+            "%s: finished with %d steps, goes on (%s); the learning rate follows the schedule of "
+            "the longer run from there",
+            result.name,
+            result.steps,
+            differences(there, here),
+        )
+        return None
+    differing = differences(there, here)
+    if differing:
+        raise CheckpointError(
+            f"{folder} holds the result of another config ({differing}); use another output_dir, "
+            f"go back to that config, or remove the folder"
+        )
+    return result
+
+
+def _result_there(folder: Path) -> tuple[StageResult, Fingerprint] | None:
+    """Read result.json of a stage's folder, all files of which are verified."""
+    path = folder / RESULT
+    if not (path.is_file() or (folder / CHECKSUMS).is_file()):
+        return None
+    remedy = remake(folder)
+    open_finished(folder, remedy=remedy)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        fingerprint = dict(record.pop("fingerprint"))
+        return StageResult(**{**record, "folder": folder}), fingerprint
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no result of this version ({error}); {remedy}") from error
+
+
+def remake(folder: Path) -> str:
+    """Say how a stage's damaged folder is made again."""
+    report = folder.parent.parent / "report.json"
+    also = f" and {report}" if report.is_file() else ""
+    return (
+        f"remove {folder}{also} and start the same command again: the stage is made again, from "
+        f"its last checkpoint if it has one"
+    )

@@ -1,0 +1,329 @@
+"""Runs one stage around the loop: resume, log, evaluate, save, and the finished model."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megakd.config.schedules import learning_rate_schedule, total_steps
+from megakd.contract.metrics import WHOLE, MetricJudge
+from megakd.contract.stage import Batch, Stage, StageResult, StepReport, Teacher
+from megakd.data.encoding import labelled_only
+from megakd.data.loader import StepLoader, StepShape
+from megakd.engine.device import peak_memory_bytes
+from megakd.engine.distributed import gather, on_main, together
+from megakd.engine.stop_vote import StopVote, agreed_signal
+from megakd.engine.student import StudentEngine, device_batch
+from megakd.errors import CheckpointError
+from megakd.losses.objective import Objective, count_units
+from megakd.models.axes import weight_axes
+from megakd.models.cutting import cut_class_name, cut_config, cut_state
+from megakd.models.export import write_model_folder
+from megakd.process import signals
+from megakd.storage import atomic
+from megakd.storage.fingerprint import Fingerprint
+from megakd.storage.finished_folder import copy_finished
+from megakd.teachers.watched import WatchedTeacher
+from megakd.training.best_checkpoint import RECORD, BestOfStage
+from megakd.training.checkpoint import Checkpoints, seed_everything
+from megakd.training.early_stopping import EarlyStopping
+from megakd.training.engines import Assembly
+from megakd.training.evaluation import Evaluation
+from megakd.training.longer import may_grow
+from megakd.training.meters import Health
+from megakd.training.progress import Extent, Reporter
+from megakd.training.stage_result import RESULT, result_text
+from megakd.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megakd.config.run import TrainConfig
+    from megakd.engine.distributed import Ranks
+
+logger = logging.getLogger(__name__)
+
+
+class StageRun:
+    """One stage, from its engines to its finished model folder.
+
+    Engines are built on entering and freed on leaving the context.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        assembly: Assembly,
+        *,
+        teachers: Mapping[str, Teacher],
+        reporter: Reporter,
+        fingerprint: Fingerprint,
+    ) -> None:
+        self.stage, self.assembly, self.reporter = stage, assembly, reporter
+        self.config, self.prepared, self.ranks = assembly.config, assembly.prepared, assembly.ranks
+        seed_everything(self.config.seed, self.ranks.rank)
+        self.student: StudentEngine
+        self.objective: Objective
+        self.student, self.objective = assembly.student(stage)
+        self.scorer = assembly.scorer(stage.train)
+        self.loader = self._loader()
+        train = stage.train
+        steps = total_steps(train, self.loader.steps_per_epoch)
+        self.steps = stage.episodes * steps
+        rate = learning_rate_schedule(train, steps)
+        self.stop_vote = StopVote()
+        self.trainer = Trainer(
+            student=self.student,
+            teachers={name: WatchedTeacher(teacher) for name, teacher in teachers.items()},
+            strategy=stage.strategy,
+            count_units=self._count_units,
+            learning_rate=lambda step: rate(step % steps),
+        )
+        folder = self.config.output_dir / "checkpoints" / stage.name
+        self.checkpoints = Checkpoints(
+            folder=folder,
+            fingerprint=fingerprint,
+            keep=self.config.save.save_total_limit,
+            ranks=self.ranks,
+            may_grow=may_grow(stage.name, self.config),
+        )
+        self.best = BestOfStage(folder, self._write_best, tuple(stage.views))
+        self.judge = stage.judge or MetricJudge(self.prepared.metric)
+        self.evaluation = Evaluation({}, None)
+        self.stopping = EarlyStopping(
+            patience=train.early_stopping_patience, threshold=train.early_stopping_threshold
+        )
+        self.health = Health(self.objective, self.trainer, stage, self.ranks)
+
+    def _loader(self) -> StepLoader:
+        rows, shape = self.prepared.encoded.train, step_shape(self.stage.train, self.ranks)
+        rows = labelled_only(rows) if self.stage.labelled_only else rows
+        return StepLoader(
+            rows,
+            self.scorer.collate,
+            shape=shape,
+            seed=self.config.seed,
+            masking=self.scorer.masking,
+        )
+
+    def _count_units(self, batches: Sequence[Batch]) -> Tensor:
+        return self.stop_vote.sum_counts(count_units(batches))
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best evaluation, not the last step, is what the stage gives."""
+        wanted = self.config.eval.keep_best
+        return self.config.eval.eval_steps is not None if wanted is None else wanted
+
+    def run(self, folder: Path) -> StageResult:
+        """Trains what is left to train and writes the model folder; a collective.
+
+        Raises:
+            MegakdError: the loss is not finite, or a checkpoint cannot be read or written.
+        """
+        start = self._resume()
+        # On rank 0, and its full disk is everybody's error.
+        on_main(lambda: self.reporter.begin(self.stage.name, self.extent(start)))
+        self.trainer.strategy.begin(self.student, start)
+        self.health.begin()
+        with signals.deferred(), closing(self._on_device(start)) as steps:
+            for report in self.trainer.fit(steps):
+                self._after_step(report)
+                if self.stopping.stopped:
+                    break
+        kept = self.best.kept() if self.keeps_best else None
+        chosen = kept.chosen if kept else self.evaluation
+        result = StageResult(
+            name=self.stage.name,
+            folder=folder,
+            metrics=(kept.evaluation if kept else chosen).metrics,
+            steps=self.trainer.step,
+            seconds=self.health.elapsed_seconds(),
+            tokens_per_second=self.health.tokens_per_second(),
+            peak_memory_bytes=max(gather(peak_memory_bytes(self.ranks.device))),
+            scores=chosen.scores if self.stage.views else {},
+            view=chosen.view if self.stage.views else None,
+        )
+        self._write_result(result, best=kept.folder if kept else None)
+        return result
+
+    def extent(self, step: int) -> Extent:
+        """Return how long the stage is, for its log, at a start from `step`."""
+        return Extent(
+            step=step, total_steps=self.steps, steps_per_epoch=self.loader.steps_per_epoch
+        )
+
+    def _on_device(self, start: int) -> Generator[Sequence[Batch], None, None]:
+        # A stage that had stopped early when it was killed has no step left.
+        stop = start if self.stopping.stopped else self.steps
+        with closing(self.loader.iterate(start, stop)) as steps:
+            for batches in steps:
+                yield [device_batch(batch, self.ranks.device) for batch in batches]
+
+    def _resume(self) -> int:
+        wanted = self.stage.train.resume_from_checkpoint
+        checkpoint = self.checkpoints.given(Path(wanted)) if isinstance(wanted, str) else None
+        checkpoint = checkpoint or self.checkpoints.newest_good()
+        if checkpoint is None:
+            if wanted is True:
+                self._say(f"{self.stage.name}: no checkpoint to resume from, starts at step 0")
+            self.best.resume(0, {})
+            return 0
+        if wanted is False:
+            raise CheckpointError(
+                f"{checkpoint} is there and resume_from_checkpoint is false; use another "
+                f"output_dir, remove {self.checkpoints.folder}, or set it to true"
+            )
+        state, own = self.checkpoints.load(checkpoint, self.student.load)
+        self.trainer.load_state_dict(state["trainer"])
+        self.health.load_state_dict(state["health"])
+        self.health.load_window_state(own["window"])
+        self.evaluation = Evaluation.read(state["evaluation"])
+        self.stopping.load_state_dict(state["early_stopping"])
+        step = self.trainer.step
+        self._say(f"{self.stage.name}: resumed at step {step} from {checkpoint}")
+        self.best.resume(step, state["best_steps"])
+        return step
+
+    def _after_step(self, report: StepReport) -> None:
+        step = self.trainer.step
+        self.health.add(report)
+        self.reporter.advance(step)
+        last = step == self.steps
+        if last or _due(step, self.config.log.logging_steps):
+            self._log(step)
+        if last or _due(step, self.config.eval.eval_steps):
+            self._evaluate(step)
+        if self.stopping.stopped and not last:
+            self._stop_early(step)
+        last = last or self.stopping.stopped
+        is_told = self.stop_vote.passed()
+        if last or is_told or _due(step, self.config.save.save_steps):
+            self._save(step)
+        # A signal in the last step may have come too late for the vote.
+        number = agreed_signal() if is_told or last else 0
+        if number:
+            raise signals.stopped(number, f"{self.stage.name} saved at step {step}")
+
+    def _stop_early(self, step: int) -> None:
+        """Log the steps since the last logging step, as at the end of any stage."""
+        if not _due(step, self.config.log.logging_steps):
+            self._log(step)
+        self._say(
+            f"{self.stage.name}: stopped at step {step} of {self.steps}, for "
+            f"{self.stopping.misses} evaluations in a row were not better "
+            "(train.early_stopping_patience)"
+        )
+
+    def _log(self, step: int) -> None:
+        self.health.check_finite(self.checkpoints.newest)
+        scalars = self.health.scalars(waited_s=self.loader.waited_s)
+        self._report(step, {**scalars, **self.trainer.strategy.scalars()})
+
+    def _report(self, step: int, scalars: Mapping[str, float]) -> None:
+        on_main(lambda: self.reporter.log(step, scalars, stage=self.stage.name))
+
+    def _evaluate(self, step: int) -> None:
+        self.health.check_finite(self.checkpoints.newest)
+        with self.health.paused():
+            scores = {view: self._score(view) for view in self.stage.views or (WHOLE,)}
+            verdict = self.judge(scores)
+            self.evaluation = Evaluation(scores, verdict.view)
+            self._report(step, self.evaluation.scalars())
+            self.stopping.consider(verdict.score)
+            if self.keeps_best:
+                self.best.consider(step, scores, verdict)
+
+    def _score(self, view: str) -> dict[str, float]:
+        predict = functools.partial(self.student.predict, view=None if view == WHOLE else view)
+        return self.scorer.score(predict, self.prepared.encoded.validation)
+
+    def _save(self, step: int) -> None:
+        self.health.check_finite(self.checkpoints.newest)
+        with self.health.paused():
+            state = {
+                "trainer": self.trainer.state_dict(),
+                "health": self.health.state_dict(),
+                "evaluation": self.evaluation.record(),
+                "early_stopping": self.stopping.state_dict(),
+                "best_steps": self.best.steps(),
+            }
+            own = {"window": self.health.window_state()}
+            self.checkpoints.save(step, self.student.save, state, own)
+
+    def _write_result(self, result: StageResult, *, best: Path | None) -> None:
+        """Write the finished stage's folder; its result.json makes it finished.
+
+        Args:
+            result: of the stage.
+            best: the folder that it is a copy of; None writes the learner as it is.
+        """
+        record = {
+            RESULT: result_text(result, self.checkpoints.fingerprint),
+            **self.trainer.strategy.files(),
+        }
+        if best is None:
+            self._write_model(result.folder, record, result.view)
+        else:
+            remedy = f"remove {best} and start the same command again"
+            on_main(lambda: copy_finished(best, result.folder, changes=record, remedy=remedy))
+
+    def _write_best(self, folder: Path, record: Mapping[str, Any]) -> None:
+        view = record["evaluation"]["view"]
+        text = atomic.json_text(record, indent=2)
+        self._write_model(folder, {RECORD: text}, view if view in self.stage.views else None)
+
+    def _write_model(
+        self, folder: Path, extra: Mapping[str, str | bytes], view: str | None
+    ) -> None:
+        """The learner, cut to a view, as a folder with small files beside; a collective."""
+        model = self.student.student
+        kept = None if view is None else self.stage.views[view]
+        state = self.student.student_state()
+        config, architecture = model.config, type(model).__name__
+        if kept is not None:
+            state = cut_state(state, weight_axes(model), kept)
+            config = cut_config(config, kept)
+            architecture = cut_class_name(model, config)
+
+        def write() -> None:
+            if not self.ranks.is_main:
+                deque(state, maxlen=0)
+                return
+            write_model_folder(
+                folder,
+                config=config,
+                state=state,
+                tokenizer=self.prepared.tokenizer,
+                architecture=architecture,
+                extra=extra,
+            )
+
+        together(write)
+
+    def _say(self, text: str) -> None:
+        if self.ranks.is_main:
+            logger.info(text)
+
+    def close(self) -> None:
+        """Frees the engine."""
+        self.student.destroy()
+
+
+def step_shape(train: TrainConfig, ranks: Ranks) -> StepShape:
+    """How the rows of a step are dealt to this rank."""
+    return StepShape(
+        train.per_device_train_batch_size,
+        train.gradient_accumulation_steps,
+        ranks.rank,
+        ranks.world_size,
+    )
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

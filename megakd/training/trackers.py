@@ -1,0 +1,283 @@
+"""Where logged numbers go besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow.
+
+Each stage is a run of its own there, so that its steps begin at 0 and a resumed stage goes on with
+its curve. All of this happens on the main rank.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from megakd.errors import ConfigError
+from megakd.storage import atomic
+
+logger = logging.getLogger(__name__)
+_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+_RUN_IDS = "trackers.json"
+
+
+class Tracker(Protocol):
+    """A service that draws curves."""
+
+    def begin(self, stage: str, step: int) -> None:
+        """Start a stage, or go on with it if `step` steps were logged before."""
+        ...
+
+    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Record numbers of an optimiser step."""
+        ...
+
+    def close(self) -> None:
+        """Close everything; a later `log` opens what it needs."""
+        ...
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that the libraries of `log.report_to` can be imported.
+
+    Raises:
+        ConfigError: a library is missing; names its pip package.
+    """
+    for name in names:
+        try:
+            importlib.import_module(_MODULES[name])
+        except ImportError as error:
+            raise ConfigError(
+                f"log.report_to: {name} cannot be imported ({error}); install the package "
+                f"(pip install {name}), or remove {name} from log.report_to"
+            ) from error
+
+
+def make_trackers(
+    names: Sequence[str], folder: Path, config: Mapping[str, Any] | None = None
+) -> list[Tracker]:
+    """Return the trackers of a run.
+
+    Args:
+        names: as in `log.report_to`.
+        folder: the run's `output_dir`, whose name stands for the run.
+        config: what a service shows beside the curves.
+    """
+    makers: dict[str, Callable[[], Tracker]] = {
+        "tensorboard": lambda: TensorBoard(folder),
+        "wandb": lambda: WeightsAndBiases(folder, config or {}),
+        "mlflow": lambda: MLflow(folder, config or {}),
+    }
+    return [makers[name]() for name in names]
+
+
+# Flushed after every log, by the thread that can answer for a failure.
+_NEVER_S = 10**9
+
+
+class TensorBoard:
+    """Event files in `output_dir/tensorboard/<stage>`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "tensorboard"
+        self._writers: dict[str, Any] = {}
+        self._lost = False
+
+    def begin(self, stage: str, step: int) -> None:
+        """Forget what was logged after `step`, for those steps come again."""
+        if self._lost:
+            return
+        with self._forgiving():
+            self._close_stage(stage)
+            self._open(stage, purge_step=step + 1 if step else 0)
+
+    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Write the numbers and flush them; a disk that is full is said once and left alone."""
+        if self._lost:
+            return
+        with self._forgiving():
+            if stage not in self._writers:
+                self._open(stage, purge_step=None)
+            for key, value in values.items():
+                self._writers[stage].add_scalar(key, value, step)
+            self._writers[stage].flush()
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        """Give up the curves, which metrics.jsonl has too, rather than the run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._lost:
+                logger.warning(
+                    "%s cannot be written (%s): TensorBoard gets no more numbers of this run; "
+                    "metrics.jsonl has them all",
+                    *(self._folder, error.strerror or error),
+                )
+            self._lost = True
+
+    def _open(self, stage: str, *, purge_step: int | None) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        folder = self._folder / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        # The writer's own thread writes first, and would print a traceback if it could not.
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(4096))
+        self._writers[stage] = SummaryWriter(
+            str(folder), purge_step=purge_step, flush_secs=_NEVER_S
+        )
+
+    def _close_stage(self, stage: str) -> None:
+        writer = self._writers.pop(stage, None)
+        if writer is not None:
+            writer.close()
+
+    def close(self) -> None:
+        """Close the files of all stages."""
+        for stage in tuple(self._writers):
+            with self._forgiving():
+                self._close_stage(stage)
+
+
+@dataclass
+class _RunIds:
+    """The run of each stage at a service, kept in the output folder for a resumed run."""
+
+    path: Path
+    service: str
+    of_stage: dict[str, str] = field(default_factory=dict)
+
+    def begin(self, stage: str, step: int) -> str | None:
+        """Return the run to go on with; None if the stage starts anew."""
+        self.of_stage = self._read().get(self.service, {}) | self.of_stage
+        return self.of_stage.get(stage) if step else None
+
+    def remember(self, stage: str, run_id: str) -> None:
+        """Record the run of a stage."""
+        self.of_stage[stage] = run_id
+        atomic.write_json(self.path, self._read() | {self.service: self.of_stage})
+
+    def _read(self) -> dict[str, dict[str, str]]:
+        return json.loads(self.path.read_text("utf-8")) if self.path.is_file() else {}
+
+
+class WeightsAndBiases:
+    """A run per stage at wandb, all in one group; WANDB_PROJECT names the project."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self._folder, self._config = folder, config
+        self._ids = _RunIds(folder / _RUN_IDS, "wandb")
+        self._run: Any = None
+        self._stage: str | None = None
+
+    def begin(self, stage: str, step: int) -> None:
+        """Finish the stage before and start or resume the run of this one."""
+        wandb = _module("wandb")
+        self.close()
+        known = self._ids.begin(stage, step)
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "megakd"),
+                group=self._folder.name,
+                name=f"{self._folder.name}/{stage}",
+                dir=str(self._folder),
+                config=dict(self._config),
+                id=known,
+                resume="allow" if known else None,
+            )
+        except wandb.Error as error:
+            raise ConfigError(
+                f"log.report_to: wandb cannot start ({error}); run `wandb login`, set "
+                "WANDB_MODE=offline, or remove wandb from log.report_to"
+            ) from error
+        self._stage = stage
+        self._ids.remember(stage, self._run.id)
+
+    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Send the numbers; wandb itself sends them again after a lost connection."""
+        if self._stage != stage:
+            self.begin(stage, step)
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        if self._run is not None:
+            self._run.finish()
+        self._run = self._stage = None
+
+
+class MLflow:
+    """A run per stage; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say where."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self._folder, self._config = folder, config
+        self._ids = _RunIds(folder / _RUN_IDS, "mlflow")
+        self._runs: dict[str, str] = {}
+        self._lost = False
+
+    def begin(self, stage: str, step: int) -> None:
+        """Start or resume the run of a stage."""
+        mlflow = _module("mlflow")
+        known = self._ids.begin(stage, step)
+        try:
+            self._runs[stage] = known or self._start(stage)
+        except mlflow.MlflowException as error:
+            raise ConfigError(
+                f"log.report_to: mlflow cannot start ({error}); check MLFLOW_TRACKING_URI, or "
+                "remove mlflow from log.report_to"
+            ) from error
+
+    def _start(self, stage: str) -> str:
+        mlflow = _module("mlflow")
+        client = mlflow.MlflowClient()
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "megakd")
+        experiment = mlflow.set_experiment(name).experiment_id
+        run = client.create_run(experiment, run_name=f"{self._folder.name}/{stage}")
+        client.log_dict(run.info.run_id, dict(self._config), "config.json")
+        self._ids.remember(stage, run.info.run_id)
+        return run.info.run_id
+
+    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Send the numbers; a server that does not answer is said once and left alone."""
+        if self._lost:
+            return
+        mlflow, entities = _module("mlflow"), _module("mlflow.entities")
+        if stage not in self._runs:
+            self.begin(stage, step)
+        now = int(time.time() * 1000)
+        metrics = [entities.Metric(_mlflow_name(k), v, now, step) for k, v in values.items()]
+        try:
+            mlflow.MlflowClient().log_batch(self._runs[stage], metrics=metrics)
+        except mlflow.MlflowException as error:
+            self._lost = True
+            logger.warning(
+                "mlflow does not answer (%s): it gets no more numbers of this run; metrics.jsonl "
+                "has them all",
+                error,
+            )
+
+    def close(self) -> None:
+        """Mark the runs as finished."""
+        mlflow = _module("mlflow")
+        for stage, run_id in self._runs.items():
+            try:
+                mlflow.MlflowClient().set_terminated(run_id)
+            except mlflow.MlflowException as error:
+                logger.warning("mlflow: the run of %s could not be closed: %s", stage, error)
+        self._runs.clear()
+
+
+def _module(name: str) -> Any:
+    """Return the library of a service, which not every installation has."""
+    return importlib.import_module(name)
+
+
+def _mlflow_name(key: str) -> str:
+    """Return a name with the characters that MLflow allows."""
+    return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in key)

@@ -1,0 +1,240 @@
+"""Settings that contradict each other, found before any data or model is touched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from run_files import message_of
+
+from megakd.config.file import load_config
+from megakd.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["alone={max_steps: 3}"], "alone: says how a baseline is trained that is not listed"),
+        (["teacher=null"], 'teacher: method "single" learns from a teacher and there is none'),
+        (
+            ["method.name=finetune", "objective=null"],
+            'teacher: method "finetune" learns from the labels alone and has no use for a teacher',
+        ),
+        (
+            ["method.name=finetune", "teacher=null", "objective=[{loss: soft_target_kl}]"],
+            'objective[0].loss: soft_target_kl compares with a teacher, and method "finetune"',
+        ),
+        (
+            ["method.name=finetune", "teacher=null", "objective=[{loss: hidden_cosine}]"],
+            'objective[0].loss: hidden_cosine compares with a teacher, and method "finetune"',
+        ),
+        *(
+            (
+                ["method.name=finetune", "teacher=null", f"objective=[{{loss: {name}}}]"],
+                f'objective[0].loss: {name} compares with a teacher, and method "finetune"',
+            )
+            for name in ("soft_target_tvd", "embedding_mse", "relation_fsp", "attention_mse")
+        ),
+        (["train.bf16=true", "train.fp16=true"], "train: bf16 and fp16 are both true; keep one"),
+        (
+            ["train.bf16=true", "teacher.finetune.fp16=true"],
+            "teacher.finetune: bf16 and fp16 are both true, one of them taken over from train",
+        ),
+        (
+            ["objective.1={loss: hard_mse}"],
+            "objective[1].loss: hard_mse is for regression, and task.type is classification",
+        ),
+        (
+            ["objective.1={loss: soft_target_mse}", "task.type=causal_lm"],
+            "objective[1].loss: soft_target_mse is for regression, and task.type is causal_lm",
+        ),
+        (
+            [
+                "task.type=regression",
+                "task.dataset=glue/stsb",
+                "objective=[{loss: soft_target_kl}]",
+            ],
+            "objective[0].loss: soft_target_kl is for classification, mlm, causal_lm, and task."
+            "type is regression",
+        ),
+        (
+            ["objective.1={loss: hard_cross_entropy}"],
+            'objective: "hard_cross_entropy" is listed twice',
+        ),
+        (["objective.0.weight=0", "objective.1.weight=0"], "objective: every weight is 0"),
+        (["eval.keep_best=true"], "eval.keep_best: true needs evaluations to choose from"),
+        (["task.text_columns=[a]"], "task.text_columns: the dataset pydocs takes none"),
+        (["task.label_column=a"], "task.label_column: the dataset pydocs takes none"),
+        (
+            ["task.type=causal_lm", "task.labelled_examples=5"],
+            "task.labelled_examples: only classification and regression have labels to keep",
+        ),
+        (
+            ["task.type=mlm", "task.labelled_examples=5"],
+            "labels to keep, and task.type is mlm; remove the key",
+        ),
+        (
+            ["task.type=causal_lm", "task.mlm_probability=0.2"],
+            "task.mlm_probability: only mlm masks tokens, and task.type is causal_lm; remove",
+        ),
+        (["task.type=mlm", "task.mlm_probability=0"], "task.mlm_probability: must be above 0"),
+        (["task.type=mlm", "task.mlm_probability=1.5"], "task.mlm_probability: must be at most 1"),
+        (
+            ["task.type=masked_lm"],
+            'task.type: must be "classification", "regression", "mlm" or "causal_lm" '
+            '(got "masked_lm")',
+        ),
+        (
+            ["task.type=mlm", "objective.1={loss: hard_mse}"],
+            "objective[1].loss: hard_mse is for regression, and task.type is mlm",
+        ),
+        (["baselines=[alone, alone]"], 'baselines: "alone" is listed 2 times'),
+        (["baselines=[allone]"], 'has no baseline "allone"; did you mean "alone"? (alone)'),
+        (["baselines=[direct]"], 'has no baseline "direct" (alone)'),
+        (["student.deepspeed=zero22"], 'student.deepspeed: unknown preset "zero22"; did you mean'),
+        (["teacher.deepspeed=zero2"], "teacher.deepspeed: ZeRO stage 2 shards gradients and opti"),
+        (
+            ["teacher.finetune.deepspeed={gradient_clipping: 1}"],
+            'teacher.finetune.deepspeed sets "gradient_clipping", which belongs to '
+            "teacher.finetune.max_grad_norm",
+        ),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(
+    run_file: Path, overrides: list[str], message: str
+) -> None:
+    text = message_of(run_file, *overrides)
+
+    assert message in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["eval.keep_best=true", "eval.eval_steps=5"],
+        ["train.bf16=true", "teacher.finetune={bf16: false, fp16: true}"],
+        ["task.type=causal_lm", "objective=[{loss: soft_target_jsd}, {loss: hidden_mse}]"],
+        ["task.type=mlm", "task.mlm_probability=0.3", "objective=[{loss: soft_target_kl}]"],
+        ["task={type: regression, dataset: x.csv}", "objective=[{loss: soft_target_mse}]"],
+        ["task.labelled_examples=5", "objective.0.weight=0"],
+        ["teacher.deepspeed=zero3", "student.deepspeed=teacher_zero0"],
+    ],
+)
+def test_settings_near_those_refusals_are_accepted(run_file: Path, overrides: list[str]) -> None:
+    assert load_config(run_file, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["train.early_stopping_patience=2"],
+            "train.early_stopping_patience: 2 evaluations are counted, and there are none; set "
+            "eval.eval_steps",
+        ),
+        (
+            ["teacher.finetune={early_stopping_patience: 2}"],
+            "teacher.finetune.early_stopping_patience: 2 evaluations are counted",
+        ),
+        (
+            ["train.lr_scheduler_type=constant", "train.warmup_steps=3"],
+            "train.lr_scheduler_type: constant: this schedule has no warm-up; use constant_with_",
+        ),
+        (
+            ["train.lr_scheduler_type=constant", "teacher.finetune={warmup_ratio: 0.1}"],
+            "teacher.finetune.lr_scheduler_type: constant: this schedule has no warm-up",
+        ),
+        (
+            ["train.lr_scheduler_kwargs={num_cycles: 2}"],
+            "train.lr_scheduler_kwargs.num_cycles = 2: unknown key; known: none (of linear)",
+        ),
+        (
+            ["train.lr_scheduler_type=polynomial", "train.lr_scheduler_kwargs={powr: 2}"],
+            'train.lr_scheduler_kwargs.powr = 2: unknown key; did you mean "power"? (of poly',
+        ),
+        (
+            ["train.lr_scheduler_type=polynomial", "train.lr_scheduler_kwargs={power: yes}"],
+            'train.lr_scheduler_kwargs.power: must be a number (got "yes") (of polynomial)',
+        ),
+        (
+            ["train.lr_scheduler_type=polynomial", "train.lr_scheduler_kwargs={lr_end: 1}"],
+            "train.lr_scheduler_type: polynomial: lr_end 1 must be below learning_rate 5e-05",
+        ),
+        (
+            ["train.lr_scheduler_type=cosine_with_min_lr"],
+            "train.lr_scheduler_type: cosine_with_min_lr: set one of min_lr and min_lr_rate",
+        ),
+        (
+            ["train.lr_scheduler_type=warmup_stable_decay"],
+            "train.lr_scheduler_kwargs.num_decay_steps: missing, and it has no default (of warm",
+        ),
+        (
+            [
+                "train.max_steps=10",
+                "train.lr_scheduler_type=warmup_stable_decay",
+                "train.lr_scheduler_kwargs={num_decay_steps: 20}",
+            ],
+            "warmup_stable_decay: warm-up 0, stable 0 and decay 20 are 20 steps, and the stage",
+        ),
+        (
+            ["log.tensorboard=true"],
+            'log.tensorboard = true: unknown key; did you mean "report_to"?',
+        ),
+        (
+            ["eval.metric=f1_makro"],
+            'eval.metric: task.type classification has no metric "f1_makro"; did you mean "f1_',
+        ),
+        (
+            ["eval.metrics=[accuracy, pearson]"],
+            'eval.metrics[1]: task.type classification has no metric "pearson"; did you',
+        ),
+        (
+            ["task.type=causal_lm", "eval.positive_label=x"],
+            "eval.positive_label: task.type causal_lm has no labels by name; remove the key",
+        ),
+        (["save.push_to_hub=me"], "save.push_to_hub: a repository of the Hub is user/name; got"),
+    ],
+)
+def test_how_a_stage_is_trained_and_logged_is_checked_with_the_config(run_file, overrides, message):
+    assert message in message_of(run_file, *overrides)
+
+
+def test_a_teacher_with_another_schedule_does_not_inherit_its_options(run_file):
+    load_config(
+        run_file,
+        [
+            "train.lr_scheduler_type=polynomial",
+            "train.lr_scheduler_kwargs={power: 2}",
+            "teacher.finetune={lr_scheduler_type: cosine}",
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"train_files": "a", "dataset": "b"}, "task.train_files: task.dataset brings its own"),
+        ({"dataset": "b", "test_files": ["a"]}, "task.test_files: task.dataset brings its own"),
+        ({"test_files": "a"}, "task.dataset: missing, and it has no default; name data, or task"),
+        ({"train_files": "a", "data_dir": "b"}, "task.data_dir: goes with task.dataset"),
+        ({"train_files": []}, "task.train_files"),
+        ({"dataset": "b", "evaluation_sets": {"test": "a"}}, "is not train, validation or test"),
+        ({"dataset": "b", "evaluation_sets": {"a b": "a"}}, "an evaluation set's name has letters"),
+    ],
+)
+def test_data_is_named_in_one_way(tmp_path, task, message):
+    tree = {
+        "output_dir": "out",
+        "task": {"type": "classification", **task},
+        "student": {"model": "m"},
+        "method": {"name": "finetune"},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(tree))
+
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+
+    assert message in str(caught.value)

@@ -1,0 +1,379 @@
+"""DeepSpeed configs: where they come from, what they may not say, what megakd adds."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megakd.config import deepspeed as ds_config
+from megakd.config import deepspeed_rules as ds_rules
+from megakd.config.deepspeed import (
+    check_frozen_stage,
+    frozen_ds_config,
+    load_ds_config,
+    merged_ds_config,
+    preset_names,
+    zero_stage,
+)
+from megakd.config.run import TrainConfig
+from megakd.errors import ConfigError
+
+PRESETS = {
+    "zero0": 0,
+    "zero1": 1,
+    "zero2": 2,
+    "zero2_offload": 2,
+    "zero3": 3,
+    "zero3_offload": 3,
+    "teacher_zero0": 0,
+    "teacher_zero3": 3,
+    "teacher_zero3_offload": 3,
+}
+WHERE = "student.deepspeed"
+
+
+def message_of(spec: Any, where: str = WHERE) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_ds_config(spec, where=where)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "stage"), PRESETS.items())
+def test_a_preset_has_the_stage_its_name_says(name: str, stage: int) -> None:
+    assert zero_stage(load_ds_config(name, where=WHERE)) == stage
+
+
+def test_the_presets_are_those_that_are_documented() -> None:
+    assert preset_names() == sorted(PRESETS)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if "offload" in name])
+def test_an_offload_preset_offloads_what_its_model_has(name: str) -> None:
+    zero = load_ds_config(name, where=WHERE)["zero_optimization"]
+
+    offloaded = {key for key in zero if key.startswith("offload_")}
+    expected = {
+        "zero2_offload": {"offload_optimizer"},
+        "zero3_offload": {"offload_optimizer", "offload_param"},
+        "teacher_zero3_offload": {"offload_param"},
+    }
+    assert offloaded == expected[name]
+    assert all(zero[key]["device"] == "cpu" for key in offloaded)
+
+
+@pytest.mark.parametrize("name", [name for name, stage in PRESETS.items() if stage in (0, 3)])
+def test_presets_of_stage_0_and_3_serve_a_frozen_model(name: str) -> None:
+    check_frozen_stage(load_ds_config(name, where="teacher.deepspeed"), where="teacher.deepspeed")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_deepspeed_accepts_every_preset(name: str) -> None:
+    config = pytest.importorskip("deepspeed.runtime.zero.config")
+    zero = load_ds_config(name, where=WHERE)["zero_optimization"]
+
+    assert config.DeepSpeedZeroConfig(**zero).stage == PRESETS[name]
+
+
+def test_presets_of_an_installed_package_are_found_inside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "megakd" / "ds_configs").mkdir(parents=True)
+    (tmp_path / "megakd" / "ds_configs" / "mine.json").write_text("{}")
+    monkeypatch.setattr(ds_config, "__file__", str(tmp_path / "megakd" / "config" / "deepspeed.py"))
+
+    assert preset_names() == ["mine"]
+    assert load_ds_config("mine", where=WHERE) == {}
+
+
+def test_a_path_and_an_inline_mapping_mean_the_same(tmp_path: Path) -> None:
+    inline = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(inline))
+
+    assert load_ds_config(str(path), where=WHERE) == load_ds_config(inline, where=WHERE) == inline
+
+
+def test_an_inline_mapping_is_left_as_it_was() -> None:
+    inline = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+
+    loaded = load_ds_config(inline, where=WHERE)
+    loaded["zero_optimization"]["offload_param"]["device"] = "none"
+    frozen_ds_config(inline, dtype="bf16", micro_batch=1)["zero_optimization"].clear()
+
+    assert inline == {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+
+
+def test_an_unknown_preset_names_the_nearest_and_all() -> None:
+    message = message_of("zero_2")
+
+    assert message.startswith('student.deepspeed: unknown preset "zero_2"; did you mean "zero2"?')
+    assert "teacher_zero3_offload" in message
+
+
+@pytest.mark.parametrize("spec", ["mine.json", "some/where", "~/nowhere.json"])
+def test_a_path_that_does_not_exist_is_named(spec: str) -> None:
+    assert message_of(spec) == f"student.deepspeed: the DeepSpeed config {spec} does not exist"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1,}', "is not JSON: line 1, column"),
+        (b'{"zero_optimization": {"stage": 1, "stage": 2}}', 'gives the key "stage" twice'),
+        (b'{"a": "\xff"}', "is not UTF-8 text (byte 7)"),
+        (b"[]", "mine.json: must be a mapping (got [])"),
+    ],
+    ids=["broken", "twice", "latin-1", "list"],
+)
+def test_a_file_that_is_no_json_object_is_refused(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "mine.json"
+    path.write_bytes(content)
+
+    assert message in message_of(str(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "owner"),
+    [
+        ("train_batch_size", 8, "train.per_device_train_batch_size"),
+        ("train_micro_batch_size_per_gpu", 8, "train.per_device_train_batch_size"),
+        ("elasticity", {"enabled": True}, "train.per_device_train_batch_size"),
+        ("gradient_accumulation_steps", 1, "train.gradient_accumulation_steps"),
+        ("managed_gradient_accumulation", False, "train.gradient_accumulation_steps"),
+        ("gradient_clipping", 1.0, "train.max_grad_norm"),
+        ("lr", 1e-4, "train.learning_rate"),
+        ("optimizer", {"type": "AdamW", "params": {"lr": "auto"}}, "train.learning_rate"),
+        ("scheduler", {"type": "WarmupLR"}, "train.lr_scheduler_type"),
+        ("bf16", {"enabled": True}, "train.bf16"),
+        ("fp16", {"enabled": "auto", "loss_scale": 0}, "train.fp16"),
+        ("amp", {"enabled": True}, "train.bf16"),
+        ("torch_autocast", {"enabled": True}, "train.bf16"),
+        ("bf16", {}, "train.bf16"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_knob_of_the_run_config_is_refused_naming_its_owner(
+    key: str, value: object, owner: str
+) -> None:
+    expected = f'sets "{key}", which belongs to {owner}; remove it there and set {owner}'
+
+    assert message_of({key: value}) == f"student.deepspeed {expected}"
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "owner"),
+    [
+        ("teacher.deepspeed", "bf16", "teacher.dtype"),
+        ("teachers[1].deepspeed", "fp16", "teachers[1].dtype"),
+        ("teacher.deepspeed", "gradient_clipping", "train.max_grad_norm"),
+        ("teacher.finetune.deepspeed", "bf16", "teacher.finetune.bf16"),
+        ("teacher.finetune.deepspeed", "optimizer", "teacher.finetune.learning_rate"),
+    ],
+)
+def test_the_owner_depends_on_whose_config_it_is(where: str, key: str, owner: str) -> None:
+    assert f"which belongs to {owner};" in message_of({key: 1}, where)
+
+
+def test_the_file_that_sets_a_knob_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('{"gradient_clipping": 0.5}')
+
+    assert message_of(str(path)).startswith('student.deepspeed: mine.json sets "gradient_clipping"')
+
+
+def test_parameter_dtype_belongs_to_the_run_config() -> None:
+    message = message_of({"data_types": {"param_dtype": "bf16"}})
+
+    assert 'sets "data_types.param_dtype", which belongs to train.bf16' in message
+
+
+def test_knobs_left_to_the_trainer_are_left_out() -> None:
+    spec = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"params": {"lr": "auto", "betas": "auto"}},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "overlap_comm": True},
+    }
+
+    loaded = load_ds_config(spec, where=WHERE)
+
+    assert loaded == {"zero_optimization": {"stage": 3, "overlap_comm": True}}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            {"zero_optimization.stage": 2},
+            'DeepSpeed knows no dotted key "zero_optimization.stage"; nest it: '
+            '{"zero_optimization": {"stage": …}}',
+        ),
+        ({"zero_optimization": {"offload_param.device": "cpu"}}, 'key "offload_param.device"'),
+        ({"zero_optimisation": {}}, 'unknown key "zero_optimisation"; did you mean "zero_optimiz'),
+        ({"gradient_cliping": 1}, 'unknown key "gradient_cliping"; did you mean "gradient_clipp'),
+        ({"wall_clock_breakdown": "auto"}, 'wall_clock_breakdown cannot be "auto"'),
+        ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op is "sum", and the losses are'),
+        ({"zero_optimization": True}, "zero_optimization must be a mapping (got true)"),
+        ({"zero_optimization": {"stage": 4}}, "stage must be 0, 1, 2 or 3 (got 4)"),
+        ({"zero_optimization": {"stage": "3"}}, 'stage must be 0, 1, 2 or 3 (got "3")'),
+        ({"zero_optimization": {"stage": True}}, "stage must be 0, 1, 2 or 3 (got true)"),
+        ({"zero_optimization": {"stage": "auto"}}, 'stage must be 0, 1, 2 or 3 (got "auto")'),
+        (
+            {"zero_optimization": {"stage3_param_persistance_threshold": 0}},
+            'unknown key "stage3_param_persistance_threshold"; did you mean '
+            '"stage3_param_persistence_threshold"?',
+        ),
+        ({"zero_optimization": {"qqq": 0}}, 'unknown key "qqq"; known: allgather_bucket_size, '),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "offload_param needs ZeRO stage 3 or above, and the stage is 2",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer needs ZeRO stage 1 or above, and the stage is 0",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}},
+            'offload_param.device must be "none", "cpu" or "nvme" (got "disk")',
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"devise": "cpu"}}},
+            'offload_param: unknown key "devise"; did you mean "device"?',
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": "cpu"}},
+            'offload_param must be a mapping (got "cpu")',
+        ),
+    ],
+)
+def test_what_deepspeed_would_ignore_or_refuse_later_is_refused(
+    spec: dict[str, Any], message: str
+) -> None:
+    text = message_of(spec)
+
+    assert text.startswith("student.deepspeed: ")
+    assert message in text
+
+
+def test_offload_to_nowhere_asks_for_no_stage() -> None:
+    spec = {"zero_optimization": {"stage": 0, "offload_param": {"device": "none"}}}
+
+    assert load_ds_config(spec, where=WHERE) == spec
+
+
+def test_the_known_keys_are_those_of_the_installed_deepspeed() -> None:
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.zero import config, offload_config
+
+    models = {
+        "zero": (config.DeepSpeedZeroConfig, ds_rules._ZERO_KEYS),
+        "offload_param": (
+            offload_config.DeepSpeedZeroOffloadParamConfig,
+            ds_rules._OFFLOAD_KEYS["offload_param"],
+        ),
+        "offload_optimizer": (
+            offload_config.DeepSpeedZeroOffloadOptimizerConfig,
+            ds_rules._OFFLOAD_KEYS["offload_optimizer"],
+        ),
+    }
+
+    assert {name: field_names(model) for name, (model, _) in models.items()} == {
+        name: known for name, (_, known) in models.items()
+    }
+
+
+def field_names(model: Any) -> set[str]:
+    fields = model.model_fields.items()
+    current = {n: f for n, f in fields if not (f.json_schema_extra or {}).get("deprecated")}
+    return set(current) | {field.alias for field in current.values() if field.alias}
+
+
+@pytest.mark.parametrize("clipping", [0.0, 0.5])
+def test_a_training_engine_gets_what_the_run_config_owns(clipping: float) -> None:
+    train = TrainConfig(
+        per_device_train_batch_size=4, gradient_accumulation_steps=7, max_grad_norm=clipping
+    )
+
+    merged = merged_ds_config(
+        load_ds_config("zero2", where=WHERE), train, dtype="bf16", world_size=3
+    )
+
+    assert merged.pop("zero_optimization")["stage"] == 2
+    assert merged.pop("steps_per_print") >= 10**9
+    assert merged == {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clipping,
+        "bf16": {"enabled": True},
+    }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [("fp32", {}), ("bf16", {"bf16": {"enabled": True}}), ("fp16", {"fp16": {"enabled": True}})],
+)
+def test_precision_follows_the_dtype(dtype: Any, precision: dict[str, Any]) -> None:
+    merged = merged_ds_config({}, TrainConfig(), dtype=dtype, world_size=1)
+    frozen = frozen_ds_config({}, dtype=dtype, micro_batch=1)
+
+    for config in (merged, frozen):
+        assert {k: v for k, v in config.items() if k in ("bf16", "fp16")} == precision
+
+
+def test_a_line_every_few_steps_can_be_asked_for() -> None:
+    merged = merged_ds_config({"steps_per_print": 5}, TrainConfig(), dtype="fp32", world_size=1)
+
+    assert merged["steps_per_print"] == 5
+
+
+def test_a_second_shard_group_has_to_divide_the_ranks() -> None:
+    ds = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
+
+    assert merged_ds_config(ds, TrainConfig(), dtype="fp32", world_size=4)
+    with pytest.raises(ConfigError, match="zero_hpz_partition_size 2 does not divide the 3 ranks"):
+        merged_ds_config(ds, TrainConfig(), dtype="fp32", world_size=3)
+
+
+def test_a_frozen_engine_has_no_optimizer_and_no_clipping() -> None:
+    ds = load_ds_config("zero3_offload", where="teacher.deepspeed")
+
+    frozen = frozen_ds_config(ds, dtype="fp32", micro_batch=2)
+
+    zero = frozen.pop("zero_optimization")
+    assert "offload_optimizer" not in zero
+    assert zero["offload_param"]["device"] == "cpu"
+    assert math.isclose(frozen.pop("gradient_clipping"), 0)
+    assert frozen == {
+        "steps_per_print": 10**9,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 1,
+    }
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_frozen_engine_at_stage_1_or_2_is_refused_naming_0_and_3(stage: int) -> None:
+    message = (
+        f"teacher.deepspeed: ZeRO stage {stage} shards gradients and optimizer state, and a frozen "
+        "model has none; use stage 0 (teacher_zero0, a copy per rank) or 3 (teacher_zero3, sharded)"
+    )
+
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        frozen_ds_config({"zero_optimization": {"stage": stage}}, dtype="fp32", micro_batch=1)
+
+
+def test_a_frozen_engine_cannot_shard_a_second_time() -> None:
+    ds = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
+
+    with pytest.raises(ConfigError, match="cannot use zero_hpz_partition_size without an optimiz"):
+        frozen_ds_config(ds, dtype="fp32", micro_batch=1)
+
+
+def test_a_config_without_a_zero_section_is_stage_0() -> None:
+    assert zero_stage({}) == 0

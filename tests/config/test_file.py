@@ -1,0 +1,334 @@
+"""The run config: what YAML means, what overrides do, and what each mistake is answered with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from run_files import message_of
+
+from megakd.config.file import config_tree, dump_config, load_config
+from megakd.config.run import (
+    FinetuneOverrides,
+    RunConfig,
+    ScratchModel,
+    StudentConfig,
+    TaskConfig,
+    TeacherConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from megakd.contract.terms import HiddenMse, SoftTargetKl
+from megakd.methods import SingleConfig
+
+
+def test_defaults_fill_what_the_file_leaves_out(run_file: Path) -> None:
+    config = load_config(run_file)
+
+    assert config.train == TrainConfig()
+    assert config.output_dir == Path("runs/x")
+    assert config.objective is not None
+    assert config.objective[1] == SoftTargetKl(loss="soft_target_kl", weight=0.5)
+
+
+def test_overrides_win_over_the_file_and_later_ones_over_earlier(run_file: Path) -> None:
+    config = load_config(
+        run_file,
+        [
+            "train.learning_rate=1",
+            "train.learning_rate=3e-4",
+            "objective.1.temperature=2",
+            "objective[0].weight=0.25",
+            "teacher.finetune.max_steps=10",
+            "student.model={config: {model_type: bert}}",
+            "student.model.config.hidden_size=64",
+            "task.data_dir=a=b",
+        ],
+    )
+
+    assert config.train.learning_rate == 3e-4
+    assert config.objective is not None
+    assert [term.weight for term in config.objective] == [0.25, 0.5]
+    assert config.objective[1].temperature == 2  # type: ignore[union-attr]
+    assert config.teacher is not None
+    assert config.teacher.finetune == FinetuneOverrides(max_steps=10)
+    assert config.student.model == ScratchModel(config={"model_type": "bert", "hidden_size": 64})
+    assert config.task.data_dir == Path("a=b")
+
+
+def test_an_override_fills_a_section_that_is_null(run_file: Path) -> None:
+    config = load_config(run_file, ["teacher=null", "teacher.model=other"])
+
+    assert config.teacher == TeacherConfig(model="other")
+
+
+def test_a_section_is_removed_with_null(run_file: Path) -> None:
+    overrides = ["teacher=null", "method.name=finetune", "objective=null"]
+
+    assert load_config(run_file, overrides).teacher is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_steps", 'override "train.max_steps" is not of the form key=value'),
+        ("=3", 'override "=3" is not of the form key=value'),
+        ("a..b=3", 'override "a..b=3" is not of the form key=value'),
+        ("objective.2.weight=1", "objective is a list of 2, numbered from 0; it has no item"),
+        ("objective.x=1", 'objective is a list of 2, numbered from 0; it has no item "x"'),
+        ("student.model.config=1", 'student.model is "student" and has no keys'),
+        ("output_dir.a.b=1", 'output_dir is "runs/x" and has no keys'),
+        ("train.max_steps=[1", 'override "train.max_steps=[1": line 1: while parsing a flow seq'),
+    ],
+)
+def test_an_override_that_cannot_be_applied_is_refused(
+    run_file: Path, override: str, message: str
+) -> None:
+    assert message in message_of(run_file, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lerning_rate=1", 'train.lerning_rate = 1: unknown key; did you mean "learning_ra'),
+        ("learning_rate=1", 'learning_rate = 1: unknown key; did you mean "train.learning_rate"?'),
+        ("save.zzz=1", "save.zzz = 1: unknown key; known: save_steps, save_total_limit"),
+        ("objective.1.temprature=2", 'objective[1].temprature = 2: unknown key; did you mean "te'),
+        ("objective.0.temperature=2", "objective[0].temperature = 2: unknown key; known: loss, we"),
+        ("student.model={confg: {}}", 'student.model.confg = {}: unknown key; did you mean "conf'),
+        ("objective.1.temperature=-1", "objective[1].temperature: must be above 0 (got -1)"),
+        ("objective.1.temperature=0", "objective[1].temperature: must be above 0 (got 0)"),
+        (
+            "objective.1.loss=soft_target_kll",
+            'objective[1].loss: unknown loss "soft_target_kll"; did you mean "soft_target_kl"? '
+            "known: hard_cross_entropy, hard_mse, soft_target_kl,",
+        ),
+        ("objective.1.loss=3", "objective[1].loss: unknown loss 3; known: hard_cross_entropy"),
+        ("objective.1={weight: 1}", "objective[1].loss: missing; known: hard_cross_entropy, "),
+        ("objective=[3]", "objective[0]: must be a mapping (got 3)"),
+        ("objective=[]", "objective: needs at least 1 item(s) (got [])"),
+        ("objective=[hidden_mse]", 'must be a mapping (got "hidden_mse"); write {loss: hidden_'),
+        (
+            "method.name=singl",
+            'method.name: unknown method "singl"; did you mean "single"? known: ',
+        ),
+        ("method.name=zzzzz", 'method.name: unknown method "zzzzz"; known: finetune, single'),
+        ("method={}", "method.name: missing; known: finetune, single"),
+        ("method=single", 'method: must be a mapping (got "single"); write {name: single}'),
+        ("student.model={}", "student.model.config: missing, and it has no default"),
+        ("student=null", "student: must be a mapping (got null)"),
+        ("student={}", "student.model: missing, and it has no default"),
+        ("student.model=3", "student.model: must be text or a mapping (got 3); quote it to make"),
+        ("output_dir=2024", "output_dir: must be text (got 2024); quote it to make it text"),
+        ("train.max_steps=true", "train.max_steps: must be a whole number (got true)"),
+        ("train.max_steps=1e3", "train.max_steps: must be a whole number (got 1000.0)"),
+        ("train.max_steps='10'", 'train.max_steps: must be a whole number (got "10")'),
+        ("train.learning_rate=on", 'train.learning_rate: must be a number (got "on")'),
+        ("train.learning_rate=.nan", "train.learning_rate: must be a finite number (got nan)"),
+        ("train.warmup_ratio=-.inf", "train.warmup_ratio: must be a finite number (got -inf)"),
+        ("student.model={config: {a: [.inf]}}", "student.model.config.a[0]: must be a finite num"),
+        ("train.bf16=yes", 'train.bf16: must be true or false (got "yes")'),
+        ("train.adam_beta2=1", "train.adam_beta2: must be below 1 (got 1)"),
+        ("train.warmup_ratio=2", "train.warmup_ratio: must be at most 1 (got 2)"),
+        ("train.max_steps=0", "train.max_steps: must be at least 1 (got 0)"),
+        ("train.resume_from_checkpoint=3", "must be true or false or text (got 3)"),
+        (
+            "train.lr_scheduler_type=cosin",
+            '"cosine_with_min_lr" or "warmup_stable_decay" (got "cosin"); did you mean "cosine"?',
+        ),
+        ("task.type=clasification", '(got "clasification"); did you mean "classification"?'),
+        ("task.text_columns=a", 'task.text_columns: must be a list (got "a")'),
+        ("task.text_columns=[a, b, c]", "task.text_columns: takes at most 2 item(s) (got"),
+        ("task.tokenizer={type: wordpice}", 'task.tokenizer.type: must be "wordpiece", "bpe" or'),
+        ("task={type: classification}", "task.dataset: missing, and it has no default"),
+        ('task.dataset="\\ud800"', "the config: Invalid JSON"),
+        (
+            "objective.1={loss: hidden_mse, layer_mapping: unform}",
+            'objective[1].layer_mapping: must be "uniform", "last" or a list (got "unform"); '
+            'did you mean "uniform"?',
+        ),
+        (
+            "objective.1={loss: hidden_mse, layer_mapping: ['7:1', 7-2]}",
+            "objective[1].layer_mapping[1]: a layer pair is student:teacher, such as 2:6; got",
+        ),
+        (
+            "objective.1={loss: hidden_mse, layer_mapping: []}",
+            "objective[1].layer_mapping: needs at least 1 item(s) (got [])",
+        ),
+        (
+            "objective.1={loss: relation_fsp, layer_mapping: last}",
+            'objective[1].layer_mapping: must be "uniform"',
+        ),
+        (
+            "objective.1={loss: relation_fsp, layer_mapping: ['1:2']}",
+            "objective[1].layer_mapping: needs at least 2 item(s)",
+        ),
+        (
+            "objective.1={loss: relation_kl, relations: [query, keys]}",
+            'objective[1].relations[1]: must be "query", "key", "value" or "query_key" (got "key',
+        ),
+        (
+            "objective.1={loss: relation_kl, relations: [value, value]}",
+            "objective[1].relations: value is listed twice",
+        ),
+        (
+            "objective.1={loss: relation_kl, relation_heads: 0}",
+            "objective[1].relation_heads: must be at least 1 (got 0)",
+        ),
+        (
+            "objective.1={loss: attention_mse, fit: score}",
+            'objective[1].fit: must be "scores" or "probabilities" (got "score"); did you mean',
+        ),
+        (
+            "objective.1={loss: soft_target_skew_kl, skew: 1}",
+            "objective[1].skew: must be below 1 (got 1)",
+        ),
+        ("train.kernels=cuda", 'train.kernels: must be "auto", "triton", "chunked" or "reference"'),
+    ],
+)
+def test_a_value_that_does_not_fit_gets_one_line(
+    run_file: Path, override: str, message: str
+) -> None:
+    text = message_of(run_file, override)
+
+    assert message in text
+    assert "\n" not in text
+    assert text.startswith(f'override "{override[:50]}')
+    assert "Value error" not in text
+
+
+def test_several_problems_are_listed_one_per_line(run_file: Path) -> None:
+    text = message_of(run_file, "objective.1.temperature=-1", "train.lr=1", "task.max_length=1")
+
+    first, *lines = text.split("\n")
+    assert first == "3 problems"
+    assert [line.split('": ')[1].split()[0].rstrip(":") for line in lines] == [
+        "task.max_length",
+        "objective[1].temperature",
+        "train.lr",
+    ]
+
+
+def test_a_long_value_is_cut_in_the_message(run_file: Path) -> None:
+    text = message_of(run_file, f"train.max_steps={'x' * 500}")
+
+    assert len(text) < len(str(run_file)) + 150
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "run.yaml does not exist"),
+        (b"output_dir: x\ntask: \xff", "is not UTF-8 text: line 2 has the byte 0xff"),
+        (b"a: [", "run.yaml: line 1: while parsing"),
+        (b"", "run.yaml: is empty; a run config is a mapping"),
+        (b"[1, 2]", "run.yaml: holds [1, 2]; a run config is a mapping"),
+    ],
+    ids=["missing", "latin-1", "broken", "empty", "list"],
+)
+def test_a_file_that_cannot_be_read_is_named(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    if content is not None:
+        path.write_bytes(content)
+
+    assert message in message_of(path)
+
+
+def test_a_folder_in_place_of_the_file_is_named(tmp_path: Path) -> None:
+    assert f"config file {tmp_path} cannot be read: Is a directory" in message_of(tmp_path)
+
+
+words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=9)
+configs = st.builds(
+    RunConfig,
+    output_dir=words.map(Path),
+    task=st.builds(
+        TaskConfig,
+        type=st.just("classification"),
+        dataset=words.filter(lambda name: name != "pydocs"),
+        tokenizer=st.none() | words | st.just(TokenizerConfig(type="bpe")),
+        max_length=st.integers(2, 2**24),
+        text_columns=st.none() | st.tuples(words, words),
+        data_dir=st.none() | words.map(Path),
+    ),
+    teacher=st.builds(
+        TeacherConfig,
+        model=words,
+        deepspeed=st.just({"zero_optimization": {"stage": 3}}),
+        dtype=st.none() | st.sampled_from(["fp32", "bf16"]),
+    ),
+    student=st.builds(
+        StudentConfig,
+        model=words
+        | st.builds(ScratchModel, config=st.dictionaries(words, st.integers() | words | st.none())),
+    ),
+    method=st.just(SingleConfig(name="single")),
+    objective=st.none()
+    | st.just((HiddenMse(loss="hidden_mse", layer_mapping=("1:6", "2:12")),))
+    | st.tuples(
+        st.builds(
+            SoftTargetKl,
+            loss=st.just("soft_target_kl"),
+            temperature=st.floats(0, 1e300, exclude_min=True),
+        )
+    ),
+    train=st.builds(
+        TrainConfig,
+        learning_rate=st.floats(0, allow_infinity=False),
+        resume_from_checkpoint=st.booleans() | words,
+        weight_decay=st.integers(0, 9).map(float),
+    ),
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(configs)
+def test_a_written_config_is_read_back_equal(
+    tmp_path_factory: pytest.TempPathFactory, config: RunConfig
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "written.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+
+    assert load_config(path) == config
+
+
+def test_the_tree_holds_plain_values_for_every_key(run_file: Path) -> None:
+    tree = config_tree(load_config(run_file))
+
+    assert tree["output_dir"] == "runs/x"
+    assert tree["baselines"] == []
+    assert tree["train"]["adam_beta2"] == 0.999
+    assert tree["objective"][0] == {
+        "loss": "hard_cross_entropy",
+        "weight": 1.0,
+        "class_weights": None,
+        "label_smoothing": 0.0,
+    }
+
+
+def test_the_config_modules_load_no_heavy_library() -> None:
+    code = (
+        "import sys, megakd.config.run, megakd.config.file, megakd.cli; "
+        "print(sorted({'torch', 'deepspeed', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "[]"
+
+
+def test_print_config_answers_without_a_heavy_library(run_file: Path) -> None:
+    heavy = "{'torch', 'deepspeed', 'transformers', 'datasets'}"
+    code = f"import sys, megakd.cli as c; c.train_main(); print({heavy} & set(sys.modules))"
+    command = [sys.executable, "-c", code, "--print-config", "--config", str(run_file)]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert "output_dir:" in done.stdout
+    assert done.stdout.splitlines()[-1] == "set()"

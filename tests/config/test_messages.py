@@ -1,0 +1,142 @@
+"""Whom a message blames, and what it offers in place of a wrong word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from run_files import RUN, message_of
+
+from megakd import cli
+from megakd.config.file import config_of, load_config
+from megakd.config.run import RunConfig
+from megakd.config.schema import annotation_at
+from megakd.config.synonyms import SYNONYMS
+from megakd.errors import ConfigError, MegakdError
+from megakd.run.finished_run import model_folder
+
+
+def test_a_mistake_on_the_command_line_names_the_override_and_not_the_file(run_file: Path) -> None:
+    text = message_of(run_file, "seed=7", "train.max_steps=-1")
+
+    assert text == ('override "train.max_steps=-1": train.max_steps: must be at least 1 (got -1)')
+
+
+def test_a_mistake_of_the_file_names_the_file_whatever_is_overridden(run_file: Path) -> None:
+    run_file.write_text(RUN + "train: {max_steps: -1}\n", encoding="utf-8")
+
+    text = message_of(run_file, "seed=7")
+
+    assert text == f"{run_file}: train.max_steps: must be at least 1 (got -1)"
+
+
+def test_settings_that_contradict_each_other_through_an_override_blame_it(run_file: Path) -> None:
+    text = message_of(run_file, "train.bf16=true", "train.fp16=true")
+
+    assert text.startswith('override "train.bf16=true train.fp16=true": train: bf16 and fp16')
+    assert str(run_file) not in text
+
+
+def test_mistakes_of_both_are_told_apart(run_file: Path) -> None:
+    run_file.write_text(RUN + "train: {max_steps: -1}\n", encoding="utf-8")
+
+    first, *lines = message_of(run_file, "objective=[{loss: soft_target_k}]").split("\n")
+
+    assert first == "2 problems"
+    assert any(line.startswith(f"  {run_file}: train.max_steps") for line in lines)
+    assert any(
+        line.startswith('  override "objective=[{loss: soft_target_k}]": ') for line in lines
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("lr=1", '"train.learning_rate"'),
+        ("train.lr=1", '"learning_rate"'),
+        ("train.LR=1", '"learning_rate"'),
+        ("batch_size=1", '"train.per_device_train_batch_size"'),
+        ("epochs=1", '"train.num_train_epochs"'),
+        ("num_epochs=1", '"train.num_train_epochs"'),
+        ("report_to=x", '"log.report_to"'),
+        ("model_name_or_path=x", '"student.model" or "teacher.model"'),
+        ("teacher.model_name_or_path=x", '"model"'),
+        ("per_device_eval_batch_size=1", '"eval.per_device_eval_batch_size"'),
+        ("train.per_device_eval_batch_size=1", '"eval.per_device_eval_batch_size"'),
+        ("max_seq_length=1", '"task.max_length"'),
+        ("train.max_seq_length=1", '"task.max_length"'),
+        ("train.lr_scheduler=x", '"lr_scheduler_type"'),
+        ("fp16=true", '"train.fp16"'),
+        ("teacher.finetune={epochs: 1}", '"num_train_epochs"'),
+    ],
+)
+def test_names_of_hugging_face_are_known(run_file: Path, override: str, meant: str) -> None:
+    assert f"unknown key; did you mean {meant}?" in message_of(run_file, override)
+
+
+def test_an_option_named_as_hugging_face_names_it_is_told_as_a_setting(
+    run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["train", "--config", str(run_file), "--lr", "1e-4"])
+
+    assert "settings are written train.learning_rate=value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", SYNONYMS)
+def test_every_synonym_stands_for_keys_that_exist_and_is_none_itself(word: str) -> None:
+    tree = {"task": {}, "teacher": {}, "student": {}, "train": {}}
+    for key in SYNONYMS[word]:
+        assert annotation_at(tuple(key.split(".")), tree) is not None
+        section = key.rpartition(".")[0]
+        path = (*section.split("."), word) if section else (word,)
+        assert annotation_at(path, tree) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "teacher.model=https://huggingface.co/google-bert/bert-base-uncased",
+            'teacher.model: "https://huggingface.co/google-bert/bert-base-uncased" is an address, '
+            "and this key takes a local folder or file, or an id on the Hugging Face Hub; "
+            'write "google-bert/bert-base-uncased"',
+        ),
+        ("student.model=http://x.org/model", 'student.model: "http://x.org/model" is an address'),
+        ("task.dataset=s3://bucket/rows.csv", 'task.dataset: "s3://bucket/rows.csv" is an address'),
+        ("output_dir=gs://bucket/runs", "this key takes a local folder"),
+        ("task.tokenizer=https://x.org/t", 'task.tokenizer: "https://x.org/t" is an address'),
+    ],
+)
+def test_a_web_address_is_refused_as_it_was_written(
+    run_file: Path, override: str, message: str
+) -> None:
+    assert message in message_of(run_file, override)
+
+
+def test_an_evaluated_model_that_is_not_there_is_named(run_file: Path) -> None:
+    config = load_config(run_file)
+
+    with pytest.raises(MegakdError) as given:
+        model_folder(config, "nosuch")
+    with pytest.raises(MegakdError, match="train first, or give --model FOLDER"):
+        model_folder(config, None)
+
+    assert str(given.value).startswith("--model nosuch: there is no such folder")
+    assert "give --model" not in str(given.value)
+
+
+def test_plain_values_make_the_config_that_the_file_makes(run_file: Path) -> None:
+    tree = {
+        "output_dir": Path("runs/x"),
+        "task": {"type": "classification", "dataset": "pydocs"},
+        "teacher": {"model": "teacher"},
+        "student": {"model": "student"},
+        "method": {"name": "single"},
+    }
+
+    config = config_of(tree)
+
+    assert isinstance(config, RunConfig)
+    assert config == load_config(run_file, ["objective=null"])
+    with pytest.raises(ConfigError, match=r"config: train.max_steps is a object; a config holds"):
+        config_of({**tree, "train": {"max_steps": object()}})

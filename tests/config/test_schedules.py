@@ -1,0 +1,99 @@
+"""Learning rates against transformers' own schedulers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from megakd.config.run import TrainConfig
+from megakd.config.schedules import SCHEDULES, learning_rate_schedule, warmup_steps
+from megakd.errors import ConfigError
+
+OPTIONS = [
+    ("linear", {}),
+    ("cosine", {}),
+    ("cosine", {"num_cycles": 1.5}),
+    ("constant_with_warmup", {}),
+    ("polynomial", {}),
+    ("polynomial", {"power": 2.0, "lr_end": 0.01}),
+    ("cosine_with_restarts", {}),
+    ("cosine_with_restarts", {"num_cycles": 3}),
+    ("inverse_sqrt", {}),
+    ("inverse_sqrt", {"timescale": 5}),
+    ("cosine_with_min_lr", {"min_lr": 0.1}),
+    ("cosine_with_min_lr", {"min_lr_rate": 0.2, "num_cycles": 1.0}),
+    ("warmup_stable_decay", {"num_decay_steps": 7}),
+    ("warmup_stable_decay", {"num_decay_steps": 4, "num_stable_steps": 3, "min_lr_ratio": 0.1}),
+    *(
+        ("warmup_stable_decay", {"num_decay_steps": 7, "decay_type": shape, "warmup_type": shape})
+        for shape in ("linear", "cosine", "1-sqrt")
+    ),
+]
+
+
+def rates_of_transformers(name, total, warm, options):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    theirs = get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=warm,
+        num_training_steps=total,
+        scheduler_specific_kwargs=options,
+    )
+    for _ in range(total):
+        yield optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.filterwarnings("ignore:Both num_training_steps and num_stable_steps:UserWarning")
+@pytest.mark.parametrize("warm", [0, 1, 6])
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_every_step_has_the_rate_that_transformers_gives_it(name, options, warm):
+    train = TrainConfig(
+        learning_rate=0.3, lr_scheduler_type=name, lr_scheduler_kwargs=options, warmup_steps=warm
+    )
+
+    ours = learning_rate_schedule(train, 20)
+
+    expected = list(rates_of_transformers(name, 20, warm, options))
+    assert [ours(step) for step in range(20)] == pytest.approx(expected, abs=1e-12)
+
+
+def test_every_schedule_is_compared_with_that_of_transformers():
+    assert {name for name, _ in OPTIONS} | {"constant"} == set(SCHEDULES)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_stage_of_one_step_has_a_rate(name):
+    options = {"cosine_with_min_lr": {"min_lr_rate": 0.1}}
+    options["warmup_stable_decay"] = {"num_decay_steps": 1}
+    train = TrainConfig(lr_scheduler_type=name, lr_scheduler_kwargs=options.get(name))
+
+    rate = learning_rate_schedule(train, 1)
+
+    assert rate(0) == train.learning_rate
+
+
+def test_phases_longer_than_the_stage_are_refused_with_both_numbers():
+    train = TrainConfig(
+        lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 30}
+    )
+
+    with pytest.raises(ConfigError, match="decay 30 are 30 steps, and the stage has 20"):
+        learning_rate_schedule(train, 20)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "steps", "warm"), [(0.0, 0, 0), (0.1, 0, 3), (0.1, 7, 7), (1.0, 0, 25)]
+)
+def test_warm_up_is_a_share_of_the_steps_rounded_up_unless_steps_are_given(ratio, steps, warm):
+    assert warmup_steps(TrainConfig(warmup_ratio=ratio, warmup_steps=steps), 25) == warm
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_the_rate_is_0_at_the_end_and_does_not_come_back(shape):
+    rate = learning_rate_schedule(TrainConfig(lr_scheduler_type=shape), 20)
+
+    assert [rate(20), rate(25)] == [0.0, 0.0]

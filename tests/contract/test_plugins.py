@@ -1,0 +1,347 @@
+"""Losses and methods of other packages: the page's own code, and what breaks the contract."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from megakd import cli
+from megakd.config.file import config_of, config_tree, dump_config, load_config
+from megakd.contract import plugins
+from megakd.contract.metrics import lower_is_better
+from megakd.contract.shapes import Shape
+from megakd.contract.stage import Batch, Knowledge, Reading
+from megakd.errors import ConfigError
+from megakd.losses.objective import build_objective, teacher_needs
+from megakd.losses.plugin_losses import PluginLoss, logits_of
+from megakd.run.stage_identity import facts_of
+from megakd.training.metrics import task_metrics
+
+CONFIG = {
+    "output_dir": "runs/x",
+    "task": {"type": "classification", "dataset": "pydocs"},
+    "teacher": {"model": "teacher"},
+    "student": {"model": "student"},
+    "method": {"name": "single"},
+}
+BASE = """
+from pydantic.dataclasses import dataclass
+from megakd.methods.plugin import PluginMethod
+from megakd.terms import STRICT, PluginTerm
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class Good(PluginTerm):
+    unit = "examples"
+    def total(self, student, teacher, batch):
+        return student.logits.sum()
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class NoUnit(PluginTerm):
+    def total(self, student, teacher, batch):
+        return student.logits.sum()
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class NoTotal(PluginTerm):
+    unit = "examples"
+
+class Plain(PluginTerm):
+    unit = "examples"
+    def total(self, student, teacher, batch):
+        return student.logits.sum()
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class Vector(Good):
+    def total(self, student, teacher, batch):
+        return student.logits
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class Inside(Good):
+    reads_hidden_states = True
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class NoRun(PluginMethod):
+    pass
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def page(repository: Path, packages: Path) -> str:
+    """docs/plugins.md; its files are written where they can be imported."""
+    text = (repository / "docs" / "plugins.md").read_text(encoding="utf-8")
+    for name, code in re.findall(r"```python (\S+\.py)\n(.*?)```", text, re.DOTALL):
+        (packages / name).write_text(code, encoding="utf-8")
+    (packages / "broken_plugins.py").write_text(BASE, encoding="utf-8")
+    importlib.invalidate_caches()
+    return text
+
+
+def shown(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
+
+
+def message_of(**sections: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config_of({**CONFIG, **sections})
+    return str(caught.value)
+
+
+def run_file(page: str, tmp_path: Path) -> Path:
+    objective, metric, method = shown(page, "yaml")
+    path = tmp_path / "run.yaml"
+    rest = {key: value for key, value in CONFIG.items() if key != "method"}
+    path.write_text(_yaml(rest) + objective + metric + method, encoding="utf-8")
+    return path
+
+
+def _yaml(tree: dict) -> str:
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in tree.items())
+
+
+def test_the_run_config_of_the_page_is_valid_and_survives_being_written(page, tmp_path):
+    config = load_config(run_file(page, tmp_path))
+
+    assert config.objective[1].delta == 0.5
+    assert config.method.label_steps == 50
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(again) == config
+    assert config_tree(config)["objective"][1] == {
+        "loss": "my_losses:Huber",
+        "weight": 0.5,
+        "delta": 0.5,
+        "reduction": "mean",
+    }
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        (
+            {"loss": "my_losses:Huber", "detla": 2},
+            'objective[0].detla = 2: unknown key; did you mean "delta"?',
+        ),
+        ({"loss": "my_losses:Huber", "delta": 0}, "objective[0].delta: must be above 0 (got 0)"),
+        (
+            {"loss": "my_losses:Huber", "reduction": "men"},
+            'objective[0].reduction: must be "mean" or "sum" (got "men"); did you mean "mean"?',
+        ),
+        (
+            {"loss": "my_losses:Hubber"},
+            "module my_losses has no Hubber; did you mean my_losses:Huber?",
+        ),
+        ({"loss": "no_such_module:X"}, "module no_such_module cannot be imported"),
+        ({"loss": "huberr"}, 'unknown loss "huberr"'),
+        (
+            {"loss": "broken_plugins:NoUnit"},
+            "NoUnit.unit is not set to examples, targets or tokens",
+        ),
+        ({"loss": "broken_plugins:NoTotal"}, "NoTotal has no total()"),
+        ({"loss": "broken_plugins:Plain"}, "Plain lacks the decorator @dataclass(config=STRICT"),
+        ({"loss": "json:loads"}, "loads is no dataclass derived from PluginTerm"),
+    ],
+)
+def test_options_of_a_plugin_are_checked_as_megakds_own_are(term, message):
+    assert message in message_of(objective=[term])
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            {"name": "my_method:WarmUp", "label_step": 2},
+            'method.label_step = 2: unknown key; did you mean "label_steps"?',
+        ),
+        ({"name": "my_method:WarmUp", "label_steps": 0}, "method.label_steps: must be at least 1"),
+        ({"name": "broken_plugins:NoRun"}, "has no function run(config, lab)"),
+        ({"name": "broken_plugins:Good"}, "Good is no dataclass derived from PluginMethod"),
+    ],
+)
+def test_options_of_a_plugged_in_method_are_checked(method, message):
+    assert message in message_of(method=method)
+
+
+def test_a_plugin_is_refused_where_its_task_or_a_teacher_is_missing():
+    huber = {"loss": "my_losses:Huber"}
+
+    text = message_of(objective=[huber], task={"type": "causal_lm", "dataset": "pydocs"})
+    alone = message_of(objective=[huber], method={"name": "finetune"}, teacher=None)
+    without = message_of(method={"name": "my_method:WarmUp"}, teacher=None)
+    cached = message_of(
+        objective=[{"loss": "broken_plugins:Inside"}],
+        teacher={"model": "teacher", "cache": "answers"},
+    )
+
+    assert "is for classification, regression, and task.type is causal_lm" in text
+    assert 'my_losses:Huber compares with a teacher, and method "finetune" has none' in alone
+    assert 'method "my_method:WarmUp" learns from a teacher and there is none' in without
+    assert "broken_plugins:Inside looks into the teacher, and teacher.cache holds" in cached
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"metric": "my_metrics:worst_labl"}, "did you mean my_metrics:worst_label?"),
+        ({"metrics": ["json:loads"]}, 'eval.metrics[0]: "json:loads" is no function(outputs'),
+        ({"metric": "no_such_module:x"}, "module no_such_module cannot be imported"),
+    ],
+)
+def test_a_metric_of_a_package_is_checked(section, message):
+    assert message in message_of(eval=section)
+
+
+def test_a_metric_of_a_package_ranks_evaluations_as_it_says(monkeypatch):
+    import my_metrics
+
+    config = config_of({**CONFIG, "eval": {"metric": "my_metrics:worst_label"}})
+    metrics = task_metrics(config.eval, "classification", ("accuracy",), ("a", "b"))
+    outputs = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+
+    found = metrics.of(outputs, torch.tensor([0, 0, 1, 1]))
+
+    assert found["my_metrics:worst_label"] == 0.5
+    assert found["accuracy"] == 0.75
+    assert metrics.main.higher_is_better
+    monkeypatch.setattr(my_metrics.worst_label, "higher_is_better", False)
+    again = task_metrics(config.eval, "classification", ("accuracy",), ("a", "b"))
+    assert not again.main.higher_is_better
+    assert lower_is_better("my_metrics:worst_label")
+    assert not lower_is_better("gone_package:metric")
+
+
+def test_its_sum_is_weighed_and_counted_like_any_other_and_ignores_empty_rows():
+    term = config_of({**CONFIG, "objective": [{"loss": "my_losses:Huber", "weight": 3.0}]})
+    objective = build_objective(term.objective, "classification", Shape(1, 4, 2), Shape(2, 8, 2))
+    ours = torch.tensor([[1.0, 0.0], [0.0, 2.0], [9.0, 9.0]], requires_grad=True)
+    theirs = torch.zeros(3, 2)
+    valid = torch.tensor([[True], [True], [False]])
+    reading = Reading(
+        student=Knowledge(logits=ours),
+        teacher=Knowledge(logits=theirs),
+        batch=Batch({}, torch.tensor([0, 1, -100]), valid),
+        weights=objective.weights,
+        per_unit={"examples": torch.tensor(0.5)},
+    )
+
+    (evaluated,) = objective([reading])
+
+    each = functional.huber_loss(ours[:2], theirs[:2], reduction="none").mean(-1).sum()
+    assert evaluated.sums["my_losses:Huber"].item() == pytest.approx(each.item())
+    assert evaluated.total.item() == pytest.approx(3.0 * 0.5 * each.item())
+    evaluated.total.backward()
+    assert ours.grad[2].abs().sum() == 0
+
+
+def test_a_plugin_that_gives_no_single_number_is_named():
+    config = config_of({**CONFIG, "objective": [{"loss": "broken_plugins:Vector"}]})
+    group = PluginLoss(config.objective[0])
+    batch = Batch({}, torch.zeros(1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool))
+    said = Knowledge(logits=torch.zeros(1, 2))
+    reading = Reading(said, said, batch, {group.term.loss: 1.0}, {"examples": torch.tensor(1.0)})
+
+    with pytest.raises(ConfigError, match=r"broken_plugins:Vector gave shape \(1, 2\); total"):
+        group(reading)
+
+
+def test_a_plugin_that_reads_hidden_states_gets_them_from_both_models():
+    config = config_of({**CONFIG, "objective": [{"loss": "broken_plugins:Inside"}]})
+    shapes = Shape(1, 4, 2), Shape(2, 8, 2)
+
+    assert build_objective(config.objective, "classification", *shapes).needs.hidden_states
+    assert teacher_needs(config.objective, *shapes).hidden_states
+
+
+def test_logits_of_a_language_model_are_formed_at_its_targets():
+    class Head:
+        def read(self):
+            return torch.eye(3, 2), torch.ones(3)
+
+    read = logits_of(Knowledge(hidden=torch.tensor([[1.0, 2.0]]), head=Head()))
+
+    assert read.tolist() == [[2.0, 3.0, 1.0]]
+
+
+def test_a_result_depends_on_the_file_of_a_plugin(packages: Path, monkeypatch):
+    path = packages / "changing_plugin.py"
+    path.write_text(BASE, encoding="utf-8")
+    importlib.invalidate_caches()
+    config = config_of({**CONFIG, "objective": [{"loss": "changing_plugin:Good"}]})
+    before = facts_of(config.objective[0])
+
+    path.write_text(BASE + "# edited\n", encoding="utf-8")
+    plugins._hash_of.cache_clear()
+
+    assert facts_of(config.objective[0]) != before
+    assert "code" not in facts_of(config_of(CONFIG).method)
+
+
+@pytest.fixture
+def installed_package(tmp_path: Path, page: str, monkeypatch: pytest.MonkeyPatch):
+    """A package with the entry points of the page, as pip would leave it."""
+    (toml,) = shown(page, "toml")
+    info = tmp_path / "mine-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    points = re.sub(r'\[project\.entry-points\."(.*?)"\]', r"[\1]", toml).replace('"', "")
+    (info / "entry_points.txt").write_text(points)
+    monkeypatch.syspath_prepend(tmp_path)
+    plugins.installed.cache_clear()
+    yield
+    plugins.installed.cache_clear()
+
+
+@pytest.mark.usefixtures("installed_package")
+def test_an_entry_point_gives_a_short_name_that_is_listed_and_suggested(capsys):
+    config = config_of({**CONFIG, "objective": [{"loss": "huber"}], "method": {"name": "warm_up"}})
+
+    assert type(config.objective[0]).__name__ == "Huber"
+    assert type(config.method).__name__ == "WarmUp"
+    assert 'did you mean "huber"?' in message_of(objective=[{"loss": "hubr"}])
+    assert 'did you mean "delta"?' in message_of(objective=[{"loss": "huber", "dlta": 1}])
+    assert cli.main(["methods"]) == 0
+    assert "warm_up\n  Train on the labels first" in capsys.readouterr().out
+    assert cli.main(["methods", "--losses"]) == 0
+    assert "delta: 1.0" in capsys.readouterr().out
+
+
+def test_the_config_of_megakds_own_imports_no_plugin(monkeypatch):
+    monkeypatch.delitem(sys.modules, "my_losses", raising=False)
+
+    config_of(CONFIG)
+
+    assert "my_losses" not in sys.modules
+
+
+def test_a_run_with_the_method_and_the_loss_of_the_page(one_rank, page, tmp_path):
+    from tiny_runs import bert, write_config, write_reviews
+    from tiny_runs import config_tree as tiny_tree
+
+    task = {"type": "classification", "dataset": str(write_reviews(tmp_path / "reviews"))}
+    tree = tiny_tree(
+        tmp_path / "out",
+        task,
+        teacher={"model": bert(2), "finetune": {"max_steps": 2}},
+        method={"name": "my_method:WarmUp", "label_steps": 2},
+        objective=[{"loss": "soft_target_kl"}, {"loss": "my_losses:Huber"}],
+        eval={"metric": "my_metrics:worst_label"},
+    )
+    config = write_config(tmp_path / "run.yaml", tree)
+
+    said = one_rank.train("--config", config)
+    planned = one_rank.megakd("plan", config)
+
+    assert said.code == 0, said.err
+    assert planned.code == 0, planned.err
+    log = (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8")
+    assert "train/my_losses:Huber" in log
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert report["metric_name"] == "my_metrics:worst_label"
+    assert 0 <= report["student"]["metrics"]["my_metrics:worst_label"] <= 1
+    stages = [stage["name"] for stage in report["stages"]]
+    assert stages == ["labels", "teacher-finetune", "student"]

@@ -1,0 +1,334 @@
+"""All passes of a plan in one forward, and predictions where there is no plan."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import megakd_kernels
+from megakd.contract.shapes import Shape
+from megakd.contract.stage import IGNORE, Batch, Knowledge, Losses, Pass, Predictions
+from megakd.contract.tasks import Kernels
+from megakd.contract.terms import HardCrossEntropy, HiddenMse, SoftTargetKl
+from megakd.contract.units import View
+from megakd.losses.bundle import StudentBundle
+from megakd.losses.objective import build_objective, count_units
+from megakd.models.predictions import predict
+
+CE = HardCrossEntropy(loss="hard_cross_entropy", weight=0.25)
+KL = SoftTargetKl(loss="soft_target_kl", weight=0.75)
+SHAPE = Shape(1, 4, 3)
+LABELS = torch.tensor([2, IGNORE, 0, IGNORE])
+INPUTS = torch.tensor([[1.0, -1.0], [0.5, 2.0], [-1.0, 0.0], [9.0, 9.0]])
+VALID = torch.tensor([[True, True], [True, False], [True, True], [False, False]])
+
+
+class Classifier(nn.Module):
+    """Two numbers in, three classes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(type_vocab_size=2)
+        self.linear = nn.Linear(2, 3)
+
+    def forward(self, numbers: Tensor, *, output_hidden_states: bool) -> Any:
+        return SimpleNamespace(logits=self.linear(numbers), hidden_states=None)
+
+
+def bundle(world_size: int = 1) -> StudentBundle:
+    torch.manual_seed(0)
+    objective = build_objective((CE, KL), "classification", SHAPE, SHAPE)
+    return StudentBundle(Classifier(), objective, world_size=world_size)
+
+
+def batch(rows: slice = slice(None)) -> Batch:
+    return Batch({"numbers": INPUTS[rows]}, LABELS[rows], VALID[rows])
+
+
+def taught(seed: int, rows: slice = slice(None)) -> Knowledge:
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
+    return Knowledge(logits=logits[rows])
+
+
+def losses(
+    student: StudentBundle, *plan: Pass, rows: slice = slice(None), counts: Tensor | None = None
+) -> Losses:
+    counts = count_units([batch()]) if counts is None else counts
+    teachers = {"a": taught(1, rows), "b": taught(2, rows)}
+    found = student(batch(rows), teachers, plan, counts)
+    assert isinstance(found, Losses)
+    return found
+
+
+def gradient(student: StudentBundle, *plan: Pass, **options: Any) -> Tensor:
+    student.zero_grad()
+    losses(student, *plan, **options).total.backward()
+    weight = student.student.get_parameter("linear.weight")
+    assert weight.grad is not None
+    return weight.grad
+
+
+def test_the_reported_loss_is_the_weighted_sum_of_the_reported_terms():
+    found = losses(bundle(), Pass(teacher="a"))
+
+    parts = {name: value.item() for name, value in found.parts.items()}
+    expected = 0.25 * parts["hard_cross_entropy"] + 0.75 * parts["soft_target_kl"]
+    assert parts["loss"] == pytest.approx(expected)
+    assert found.total.item() == pytest.approx(expected)
+    assert set(parts) == {"loss", "hard_cross_entropy", "soft_target_kl", "top1_agreement"}
+    assert not any(value.requires_grad for value in found.parts.values())
+
+
+def test_the_world_size_is_in_the_gradient_that_will_be_averaged_and_not_in_the_report():
+    alone, of_two = bundle(), bundle(world_size=2)
+
+    found = [losses(student, Pass(teacher="a")) for student in (alone, of_two)]
+
+    assert found[1].total.item() == pytest.approx(2 * found[0].total.item())
+    torch.testing.assert_close(found[1].parts, found[0].parts)
+
+
+def test_micro_batches_of_any_size_add_up_to_the_whole():
+    student, plan = bundle(), Pass(teacher="a")
+    counts, whole = count_units([batch()]), losses(bundle(), plan)
+    cuts = (slice(0, 1), slice(1, 3), slice(3, 4))
+
+    found = [losses(student, plan, rows=rows, counts=counts) for rows in cuts]
+    gradients = [gradient(student, plan, rows=rows, counts=counts) for rows in cuts]
+
+    torch.testing.assert_close(sum(f.total for f in found), whole.total)
+    for name, value in whole.parts.items():
+        torch.testing.assert_close(sum(f.parts[name] for f in found), value)
+    torch.testing.assert_close(sum(gradients), gradient(bundle(), plan))
+
+
+def test_rows_without_a_label_teach_by_their_soft_targets_alone():
+    found = losses(bundle(), Pass(teacher="a")).parts
+    labelled = losses(
+        bundle(), Pass(teacher="a"), rows=slice(0, 3, 2), counts=torch.tensor([3, 2, 5])
+    ).parts
+
+    assert found["hard_cross_entropy"].item() == pytest.approx(
+        labelled["hard_cross_entropy"].item()
+    )
+    assert found["soft_target_kl"] > labelled["soft_target_kl"]
+
+
+def test_a_pass_may_weigh_the_terms_itself_and_is_scaled():
+    student = bundle()
+    own = Pass(teacher="a", weights={"soft_target_kl": 0.0}, scale=0.5)
+
+    found = losses(student, own)
+
+    assert found.total.item() == pytest.approx(
+        0.5 * 0.25 * found.parts["hard_cross_entropy"].item()
+    )
+
+
+def test_what_a_pass_gives_no_weight_is_neither_computed_nor_reported(monkeypatch):
+    student = bundle()
+    computed = []
+    for group in student.objective.groups:
+        forward = group.forward
+        monkeypatch.setattr(
+            group, "forward", lambda reading, g=group, f=forward: computed.append(g) or f(reading)
+        )
+
+    found = losses(student, Pass(teacher="a", weights={"soft_target_kl": 0.0}))
+
+    assert "soft_target_kl" not in found.parts
+    assert "top1_agreement" not in found.parts
+    assert [name for group in computed for name in group.units] == ["hard_cross_entropy"]
+
+
+def test_a_term_whose_own_weight_is_nothing_is_still_reported():
+    student = bundle()
+    student.objective.weights["soft_target_kl"] = 0.0
+
+    assert losses(student, Pass(teacher="a")).parts["soft_target_kl"] > 0
+
+
+def test_a_pass_may_ask_for_factors_when_both_models_have_spoken():
+    asked = []
+
+    def weigh(reading):
+        asked.append((reading.student.logits.shape, reading.taught.logits.shape))
+        return {"soft_target_kl": 0.0, "hard_cross_entropy": 0.5}
+
+    student = bundle()
+
+    found = losses(student, Pass(teacher="a", weigh=weigh))
+
+    assert found.total.item() == pytest.approx(
+        0.5 * 0.25 * found.parts["hard_cross_entropy"].item()
+    )
+    assert len(asked) == 1
+    assert "soft_target_kl" not in found.parts
+
+
+def test_the_gradient_of_a_plan_is_the_sum_over_its_passes():
+    student = bundle()
+    passes = (Pass(teacher="a", view="small", scale=0.5), Pass(teacher="b", scale=2.0))
+
+    both = gradient(student, *passes).clone()
+    apart = [gradient(student, planned).clone() for planned in passes]
+
+    torch.testing.assert_close(both, sum(apart))
+
+
+def test_every_view_reports_its_own_terms_whatever_the_number_of_passes():
+    student = bundle()
+    small, large = Pass(teacher="a", view="small"), Pass(teacher="b", view="large")
+
+    found = losses(student, small, large).parts
+
+    for planned in (small, large):
+        alone = losses(student, Pass(teacher=planned.teacher)).parts
+        for name in ("hard_cross_entropy", "soft_target_kl"):
+            assert found[f"{planned.view}/{name}"].item() == pytest.approx(alone[name].item())
+
+
+def test_passes_of_one_view_report_their_mean():
+    student = bundle()
+
+    found = losses(student, Pass(teacher="a"), Pass(teacher="b")).parts
+
+    apart = [losses(student, Pass(teacher=t)).parts["soft_target_kl"].item() for t in "ab"]
+    assert found["soft_target_kl"].item() == pytest.approx(sum(apart) / 2)
+
+
+def test_projections_belong_to_the_bundle_and_not_to_the_student():
+    objective = build_objective(
+        (HiddenMse(loss="hidden_mse"),), "classification", SHAPE, Shape(1, 6, 3)
+    )
+    student = StudentBundle(Classifier(), objective, world_size=1)
+
+    assert {name for name, _ in student.named_parameters()} == {
+        "student.linear.weight",
+        "student.linear.bias",
+        "objective.groups.0.projections.0.weight",
+    }
+
+
+def test_without_a_plan_a_classifier_gives_its_outputs_in_fp32():
+    student = bundle().to(torch.bfloat16)
+    given = Batch({"numbers": INPUTS.bfloat16()}, LABELS, VALID)
+
+    found = student(given)
+
+    assert isinstance(found, Predictions)
+    assert found.sums is None
+    assert found.outputs is not None
+    assert found.outputs.dtype == torch.float32
+    torch.testing.assert_close(
+        found.outputs, student.student(**given.inputs, output_hidden_states=False).logits.float()
+    )
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=16,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def test_views_of_one_width_form_one_gradient_of_the_head(monkeypatch):
+    model, calls = tiny_llama(), []
+    ids = torch.tensor([[5, 6, 7], [8, 9, 3]])
+    given = Batch({"input_ids": ids}, ids, torch.ones(2, 3).bool())
+    views = {"wide": View((2,), (8,)), "slim": View((1,), (4,)), "narrow": View((1,), (4,), 4)}
+    scales = {"wide": 0.5, "slim": 0.2, "narrow": 0.3}
+    objective = build_objective((CE,), "causal_lm", Shape(1, 8, 20), None)
+    student = StudentBundle(model, objective, world_size=1, views=views)
+    real = megakd_kernels.linear_kd_loss
+
+    def counting(*tensors, **options):
+        calls.append(options)
+        return real(*tensors, **options)
+
+    def of(*names: str) -> tuple[Losses, list[Tensor]]:
+        plan = [Pass(view=name, scale=scales[name]) for name in names]
+        found = student(given, None, plan, count_units([given]))
+        student.zero_grad()
+        found.total.backward()
+        return found, [p.grad.clone() for p in model.parameters()]
+
+    apart = [of(name) for name in views]
+    monkeypatch.setattr(megakd_kernels, "linear_kd_loss", counting)
+    together, gradients = of(*views)
+
+    assert len(calls) == 2  # the head of the narrow view has fewer columns
+    for name, (alone, _) in zip(views, apart, strict=True):
+        reported = f"{name}/hard_cross_entropy"
+        torch.testing.assert_close(together.parts[reported], alone.parts[reported])
+    for gradient, *parts in zip(gradients, *(found for _, found in apart), strict=True):
+        torch.testing.assert_close(gradient, torch.stack(parts).sum(0))
+
+
+def test_predictions_of_a_causal_lm_are_the_sums_its_metrics_need():
+    model = tiny_llama()
+    ids = torch.tensor([[5, 6, 7], [8, 9, 3]])
+    labels = torch.tensor([[6, 7, IGNORE], [9, IGNORE, IGNORE]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits.double()
+        found = predict(model, Batch({"input_ids": ids}, labels, torch.ones(2, 3).bool()))
+
+    kept = labels != IGNORE
+    nats = torch.nn.functional.cross_entropy(logits[kept], labels[kept], reduction="sum")
+    right = (logits[kept].argmax(-1) == labels[kept]).sum()
+    assert found.outputs is None
+    assert found.sums is not None
+    assert found.sums.dtype == torch.float64
+    assert found.sums.tolist() == pytest.approx([nats.item(), right.item(), 3.0])
+
+
+def test_the_config_knows_the_code_paths_that_the_kernels_have():
+    assert get_args(Kernels) == megakd_kernels.IMPLEMENTATIONS
+
+
+@pytest.mark.parametrize("kernels", ["chunked", "reference"])
+def test_losses_and_predictions_go_the_way_that_was_chosen(monkeypatch, kernels):
+    ways = []
+    for name in ("kd_loss_from_logits", "linear_stats"):
+        real = getattr(megakd_kernels, name)
+
+        def noting(*tensors, impl="auto", real=real, **options):
+            ways.append(impl)
+            return real(*tensors, impl=impl, **options)
+
+        monkeypatch.setattr(megakd_kernels, name, noting)
+    student = bundle()
+    student.kernels = kernels
+    language_model = bundle()
+    language_model.student, language_model.kernels = tiny_llama(), kernels
+    ids = torch.tensor([[5, 6, 7]])
+
+    losses(student, Pass(teacher="a"))
+    language_model(Batch({"input_ids": ids}, ids, torch.ones(1, 3).bool()))
+
+    assert ways == [kernels] * 3  # hard and soft targets, and what metrics are made of
+
+
+def test_a_step_without_labels_or_rows_contributes_zero_and_no_gradient():
+    student = bundle()
+    nothing = Batch({"numbers": INPUTS}, torch.full_like(LABELS, IGNORE), VALID & False)
+    counts = count_units([nothing])
+
+    found = student(nothing, {"a": taught(1)}, (Pass(teacher="a"),), counts)
+    found.total.backward()
+
+    assert found.total.item() == 0.0
+    assert not math.isnan(found.parts["soft_target_kl"].item())
+    assert not any(p.grad.any() for p in student.parameters() if p.grad is not None)

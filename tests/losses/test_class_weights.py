@@ -1,0 +1,115 @@
+"""Weights of classes and smoothed labels: what a config may ask for and what stages get."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from tiny_runs import config_tree, write_config, write_reviews
+from whole_run import finish, records
+
+from megakd.config.file import load_config
+from megakd.contract.terms import HardCrossEntropy, SoftTargetKl
+from megakd.data.splits import Splits
+from megakd.errors import ConfigError
+from megakd.losses.class_weights import with_class_weights
+from megakd.training.recipes import label_terms
+
+KL = SoftTargetKl(loss="soft_target_kl")
+LABELS = ("bad", "good", "rare")
+
+
+def splits(labels: list[int]) -> Splits:
+    nothing: Any = None
+    train = Dataset.from_dict({"label": labels})
+    return Splits(train, nothing, None, LABELS, ("accuracy",), "rows")
+
+
+def resolved(class_weights: Any, labels: list[int]) -> Any:
+    term = HardCrossEntropy(loss="hard_cross_entropy", class_weights=class_weights)
+    return with_class_weights((KL, term), splits(labels))
+
+
+def test_balanced_weights_are_those_of_scikit_learn_and_1_on_average():
+    labels = [0, 0, 0, 0, 1, 1, 1, 2, -100, -100]
+
+    kl, term = resolved("balanced", labels)
+
+    weights = term.class_weights
+    assert kl is KL
+    assert weights == pytest.approx({"bad": 8 / 12, "good": 8 / 9, "rare": 8 / 3})
+    known = [label for label in labels if label >= 0]
+    assert sum([*weights.values()][label] for label in known) == pytest.approx(len(known))
+
+
+def test_weights_by_name_come_in_the_order_of_the_data():
+    _, term = resolved({"rare": 3.0, "bad": 1.0, "good": 2.0}, [0, 1, 2])
+
+    assert [*term.class_weights.items()] == [("bad", 1.0), ("good", 2.0), ("rare", 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("given", "labels", "message"),
+    [
+        ({"bad": 1.0, "goood": 1.0}, [0], 'no label "goood"; did you mean "good"'),
+        ({"bad": 1.0}, [0], "no weight for good, rare; 1 is a weight too"),
+        ("balanced", [0, 1, -100], "no labelled training row is rare"),
+    ],
+)
+def test_weights_that_do_not_fit_the_labels_are_refused(given, labels, message):
+    with pytest.raises(ConfigError, match=message):
+        resolved(given, labels)
+
+
+def config_of(tmp_path, *overrides):
+    task = {"type": "classification", "dataset": str(write_reviews(tmp_path / "reviews"))}
+    term = {"loss": "hard_cross_entropy", "weight": 0.3, "class_weights": "balanced"}
+    tree = config_tree(tmp_path / "out", task, objective=[term | {"label_smoothing": 0.1}])
+    return load_config(write_config(tmp_path / "run.yaml", tree), overrides)
+
+
+def test_a_baseline_learns_as_the_objective_says_and_a_teacher_is_never_smoothed(tmp_path):
+    config = config_of(tmp_path)
+
+    (alone,), (teacher,) = label_terms(config), label_terms(config, smoothed=False)
+
+    assert alone == HardCrossEntropy(
+        loss="hard_cross_entropy", class_weights="balanced", label_smoothing=0.1
+    )
+    assert (teacher.class_weights, teacher.label_smoothing) == ("balanced", 0.0)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("objective.0.class_weights=even", "objective[0].class_weights: must be"),
+        ("objective.0.class_weights={a: -1}", "objective[0].class_weights.a: must be at least 0"),
+        ("objective.0.class_weights={a: 0, b: 0}", "every weight is 0, so nothing can be learned"),
+        ("objective.0.label_smoothing=1", "objective[0].label_smoothing: must be below 1"),
+        ("task.type=causal_lm", "objective[0].class_weights: for classification only"),
+        ("task.type=mlm", "objective[0].label_smoothing: for classification only"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_with_the_config(tmp_path, override, message):
+    with pytest.raises(ConfigError) as caught:
+        config_of(tmp_path, override)
+
+    assert message in str(caught.value)
+
+
+def test_a_run_with_both_options_minimises_another_loss(tmp_path, one_rank):
+    config_of(tmp_path)
+    common = (f"output_dir={tmp_path / 'plain'}", "objective=[{loss: hard_cross_entropy}]")
+    weights = "{positive: 3.0, negative: 1.0}"
+    term = f"{{loss: hard_cross_entropy, class_weights: {weights}, label_smoothing: 0.2}}"
+
+    finish(one_rank, tmp_path / "run.yaml", *common)
+    finish(one_rank, tmp_path / "run.yaml", f"objective=[{term}]")
+
+    plain, weighed = (
+        records(tmp_path / name, "student")[0]["train/hard_cross_entropy"]
+        for name in ("plain", "out")
+    )
+    # At the start every class has half the probability: the mean weight is 2.
+    assert weighed / plain == pytest.approx(2.0, rel=0.2)

@@ -1,0 +1,381 @@
+"""Which terms fit which models, and what a step is divided by."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megakd.contract.shapes import Heads, Shape, layer_pairs
+from megakd.contract.stage import IGNORE, Batch, Knowledge, Reading
+from megakd.contract.terms import (
+    AttentionMse,
+    EmbeddingMse,
+    HardCrossEntropy,
+    HardMse,
+    HiddenCosine,
+    HiddenMse,
+    RelationFsp,
+    RelationKl,
+    SoftTargetJsd,
+    SoftTargetKl,
+    SoftTargetMse,
+    SoftTargetReverseKl,
+    SoftTargetSkewKl,
+    SoftTargetSkewReverseKl,
+    SoftTargetTvd,
+)
+from megakd.errors import ConfigError, TeacherError
+from megakd.losses.objective import (
+    build_objective,
+    check_terms,
+    count_units,
+    relation_heads,
+    teacher_needs,
+    unit_weights,
+)
+from megakd.models.knowledge import Needs
+
+CE = HardCrossEntropy(loss="hard_cross_entropy")
+KL = SoftTargetKl(loss="soft_target_kl")
+REVERSE = SoftTargetReverseKl(loss="soft_target_reverse_kl")
+JSD = SoftTargetJsd(loss="soft_target_jsd")
+HARD_MSE = HardMse(loss="hard_mse")
+SOFT_MSE = SoftTargetMse(loss="soft_target_mse")
+HIDDEN_MSE = HiddenMse(loss="hidden_mse")
+HIDDEN_COSINE = HiddenCosine(loss="hidden_cosine")
+EMBEDDING = EmbeddingMse(loss="embedding_mse")
+ATTENTION = AttentionMse(loss="attention_mse")
+RELATION = RelationKl(loss="relation_kl")
+FLOWS = RelationFsp(loss="relation_fsp")
+DIVERGENCES = (
+    KL,
+    REVERSE,
+    JSD,
+    SoftTargetSkewKl(loss="soft_target_skew_kl"),
+    SoftTargetSkewReverseKl(loss="soft_target_skew_reverse_kl"),
+    SoftTargetTvd(loss="soft_target_tvd"),
+)
+STUDENT, TEACHER = Shape(2, 4, 3, Heads(2, 2, 2)), Shape(12, 6, 3, Heads(2, 2, 3))
+COMPARING = (
+    *DIVERGENCES,
+    SOFT_MSE,
+    HIDDEN_MSE,
+    HIDDEN_COSINE,
+    EMBEDDING,
+    ATTENTION,
+    RELATION,
+)
+
+
+def named(case: Any) -> str:
+    return case if isinstance(case, str) else case.loss
+
+
+def mapped(mapping: Any, student: int, teacher: int) -> tuple[tuple[int, int], ...]:
+    term = HiddenMse(loss="hidden_mse", layer_mapping=mapping)
+    return layer_pairs(term, Shape(student, 4, 3), Shape(teacher, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "pairs"),
+    [
+        (4, 12, ((1, 3), (2, 6), (3, 9), (4, 12))),
+        (3, 3, ((1, 1), (2, 2), (3, 3))),
+        (4, 6, ((1, 2), (2, 3), (3, 4), (4, 6))),  # 1.5 and 4.5 round to even
+        (1, 6, ((1, 6),)),
+    ],
+)
+def test_uniform_spreads_the_students_layers_over_the_teachers(student, teacher, pairs):
+    assert mapped("uniform", student, teacher) == pairs
+
+
+def test_last_maps_the_last_layer_to_the_last():
+    assert mapped("last", 4, 12) == ((4, 12),)
+
+
+def test_pairs_are_taken_as_written_and_0_is_the_embedding_output():
+    assert mapped(("0:0", "2:11"), 2, 12) == ((0, 0), (2, 11))
+
+
+@pytest.mark.parametrize("pair", ["7:1", "1:13"])
+def test_a_pair_beyond_a_model_is_refused_as_written_with_both_layer_counts(pair):
+    with pytest.raises(
+        TeacherError,
+        match=rf"hidden_mse\.layer_mapping {pair}: the student has 2 layers, the teacher 12",
+    ):
+        mapped(("1:1", pair), 2, 12)
+
+
+def test_a_pair_beyond_a_model_is_found_before_anything_is_built():
+    term = HiddenCosine(loss="hidden_cosine", layer_mapping=("7:1",))
+
+    with pytest.raises(TeacherError, match=r"hidden_cosine\.layer_mapping 7:1"):
+        check_terms((CE, term), "classification", STUDENT, TEACHER)
+
+
+@pytest.mark.parametrize("term", COMPARING, ids=named)
+def test_a_term_that_compares_is_refused_without_a_teacher(term):
+    task = "regression" if term is SOFT_MSE else "classification"
+
+    with pytest.raises(ConfigError, match=f"{term.loss} compares with a teacher and this stage"):
+        build_objective((term,), task, STUDENT, None)
+
+
+@pytest.mark.parametrize("term", DIVERGENCES, ids=named)
+def test_classes_that_differ_are_refused_with_both_numbers(term):
+    with pytest.raises(TeacherError, match=f"{term.loss}: the teacher has 5 classes, the student"):
+        build_objective((term,), "classification", STUDENT, Shape(12, 6, 5))
+
+
+def test_vocabularies_of_different_padding_are_no_reason_to_refuse_a_language_model():
+    padded = Shape(12, 6, 152064)
+
+    assert build_objective((KL,), "causal_lm", Shape(2, 4, 151936), padded).needs_teacher
+
+
+def test_hard_terms_need_no_teacher():
+    objective = build_objective((CE,), "classification", STUDENT, None)
+
+    assert not objective.needs_teacher
+
+
+@pytest.mark.parametrize(
+    ("task", "terms", "units"),
+    [
+        ("classification", (CE,), {"hard_cross_entropy": "targets"}),
+        (
+            "classification",
+            (KL, REVERSE, JSD),
+            dict.fromkeys(
+                ("soft_target_kl", "soft_target_reverse_kl", "soft_target_jsd", "top1_agreement"),
+                "examples",
+            ),
+        ),
+        ("regression", (HARD_MSE,), {"hard_mse": "targets"}),
+        ("regression", (SOFT_MSE,), {"soft_target_mse": "examples"}),
+        (
+            "causal_lm",
+            (CE, KL, JSD),
+            dict.fromkeys(
+                ("hard_cross_entropy", "soft_target_kl", "soft_target_jsd", "top1_agreement"),
+                "targets",
+            ),
+        ),
+        (
+            "causal_lm",
+            (HIDDEN_MSE, HIDDEN_COSINE),
+            {"hidden_mse": "tokens", "hidden_cosine": "tokens"},
+        ),
+        (
+            "causal_lm",
+            (replace(HIDDEN_MSE, positions="first"),),
+            {"hidden_mse": "examples"},
+        ),
+        (
+            "regression",
+            (EMBEDDING, ATTENTION, RELATION, FLOWS),
+            dict.fromkeys(("embedding_mse", "attention_mse", "relation_kl"), "tokens")
+            | {"relation_fsp": "examples"},
+        ),
+    ],
+    ids=["hard", "soft", "score", "soft score", "language model", "hidden", "first", "inner"],
+)
+def test_every_term_is_counted_in_its_unit(task, terms, units):
+    assert build_objective(terms, task, STUDENT, TEACHER).units == units
+
+
+@pytest.mark.parametrize(
+    ("terms", "states", "student", "teacher"),
+    [
+        ((CE, KL), False, (), ()),
+        ((CE, HIDDEN_COSINE), True, (), ()),
+        ((EMBEDDING,), True, (), ()),
+        ((FLOWS,), True, (), ()),
+        ((RELATION,), False, (2,), (12,)),
+        ((ATTENTION, RELATION), False, (1, 2), (6, 12)),
+    ],
+    ids=["outputs", "hidden", "embedding", "flows", "relations", "attention and relations"],
+)
+def test_a_model_is_asked_for_what_the_terms_read_and_nothing_else(terms, states, student, teacher):
+    ours = build_objective(terms, "classification", STUDENT, TEACHER).needs
+
+    assert ours == Needs(hidden_states=states, attention_layers=student)
+    assert teacher_needs(terms, STUDENT, TEACHER) == Needs(
+        hidden_states=states, attention_layers=teacher
+    )
+
+
+@pytest.mark.parametrize("term", [ATTENTION, RELATION], ids=named)
+@pytest.mark.parametrize("pair", ["0:1", "1:0"])
+def test_the_embedding_has_no_attention_to_map(term, pair):
+    mapped_wrongly = replace(term, layer_mapping=(pair,))
+
+    with pytest.raises(TeacherError, match=rf"{term.loss}\.layer_mapping {pair}: 0 is the embedd"):
+        check_terms((mapped_wrongly,), "classification", STUDENT, TEACHER)
+
+
+@pytest.mark.parametrize("term", [ATTENTION, RELATION], ids=named)
+def test_an_attention_layer_beyond_a_model_is_refused_as_written(term):
+    mapped_wrongly = replace(term, layer_mapping=("3:1",))
+
+    with pytest.raises(TeacherError, match=rf"{term.loss}\.layer_mapping 3:1: the student has 2"):
+        check_terms((mapped_wrongly,), "classification", STUDENT, TEACHER)
+
+
+@pytest.mark.parametrize("term", [ATTENTION, RELATION], ids=named)
+def test_a_model_without_attention_has_none_to_compare(term):
+    with pytest.raises(TeacherError, match=f"{term.loss}: the teacher has no attention"):
+        check_terms((term,), "classification", STUDENT, Shape(12, 6, 3))
+
+
+def test_attention_of_other_heads_is_refused_with_both_numbers_and_a_term_that_would_do():
+    teacher = Shape(12, 64, 3, Heads(16, 16, 4))
+
+    with pytest.raises(
+        TeacherError,
+        match=r"attention_mse: the teacher has 16 attention heads, the student 2.*"
+        r"relation_kl works with any numbers",
+    ):
+        check_terms((ATTENTION,), "classification", STUDENT, teacher)
+
+
+def heads_of(student: Heads, teacher: Heads, **options: Any) -> int:
+    term = RelationKl(loss="relation_kl", **options)
+    return relation_heads(term, Shape(2, 4, 3, student), Shape(12, 6, 3, teacher))
+
+
+def test_relations_have_the_teachers_heads_unless_told_otherwise():
+    student, teacher = Heads(4, 4, 6), Heads(12, 12, 4)
+
+    assert heads_of(student, teacher) == 12
+    assert heads_of(student, teacher, relation_heads=8) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {},
+            r"relation_heads 12 \(null: the teacher's attention heads\) does not divide the "
+            r"student's key vectors, which are 32 wide; .* all of them: 1, 2, 4, 8, 16$",
+        ),
+        (
+            {"relation_heads": 5},
+            r"relation_heads 5 does not divide the student's query vectors, which are 96 wide",
+        ),
+        (
+            {"relation_heads": 7, "relations": ("query_key",)},
+            r"relation_heads 7 does not divide the student's query vectors, which are 96 wide; "
+            r".* all of them: 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 96$",
+        ),
+    ],
+    ids=["grouped keys of the student", "given", "only what is compared"],
+)
+def test_relation_heads_that_do_not_divide_are_refused_with_those_that_would(options, message):
+    with pytest.raises(TeacherError, match=message):
+        heads_of(Heads(12, 4, 8), Heads(12, 3, 16), **options)
+
+
+def test_a_relation_that_is_not_compared_sets_no_bounds():
+    assert heads_of(Heads(12, 4, 8), Heads(12, 3, 16), relations=("query",)) == 12
+
+
+def test_projections_are_parameters_of_the_objective():
+    objective = build_objective(
+        (HIDDEN_MSE, HIDDEN_COSINE, FLOWS), "classification", STUDENT, Shape(12, 6, 3)
+    )
+
+    shapes = [tuple(p.shape) for p in objective.parameters()]
+
+    assert shapes == [(6, 4)] * 6  # two mapped layers, three terms
+
+
+def labelled(labels: torch.Tensor, valid: list[list[int]]) -> Batch:
+    return Batch({}, labels, torch.tensor(valid).bool())
+
+
+def test_units_of_classification_count_unlabelled_rows_as_examples_and_dummy_rows_not_at_all():
+    batch = labelled(torch.tensor([1, IGNORE, IGNORE]), [[1, 1, 1], [1, 1, 0], [0, 0, 0]])
+
+    assert count_units([batch]).tolist() == [2, 1, 5]
+
+
+def test_units_of_regression_count_scores_that_are_there():
+    batch = labelled(torch.tensor([-100.0, math.nan]), [[1, 1], [1, 0]])
+
+    assert count_units([batch]).tolist() == [2, 1, 3]  # -100 is a score like any other
+
+
+def test_units_of_a_language_model_count_positions_and_add_up_over_micro_batches():
+    first = labelled(torch.tensor([[4, 5, IGNORE]]), [[1, 1, 1]])
+    second = labelled(torch.tensor([[7, IGNORE, IGNORE]]), [[1, 1, 0]])
+
+    counts = count_units([first, second])
+
+    assert counts.tolist() == [2, 3, 5]
+    assert counts.dtype == torch.int64
+
+
+def test_a_unit_weighs_the_world_size_over_its_global_count_which_is_at_least_one():
+    weights = unit_weights(torch.tensor([4, 0, 32]), 2)
+
+    assert {u: w.item() for u, w in weights.items()} == {
+        "examples": 0.5,
+        "targets": 2.0,
+        "tokens": 0.0625,
+    }
+
+
+def read(objective: Any, batch: Batch, student: torch.Tensor, teacher: torch.Tensor) -> Any:
+    reading = Reading(
+        Knowledge(logits=student),
+        Knowledge(logits=teacher),
+        batch,
+        objective.weights,
+        unit_weights(count_units([batch]), 1),
+    )
+    return objective([reading])[0]
+
+
+def test_hard_terms_average_over_labelled_rows_and_soft_terms_over_all():
+    batch = labelled(torch.tensor([1, IGNORE]), [[1], [1]])
+    log3 = math.log(3)
+    student, teacher = torch.tensor([[0.0, log3], [0.0, log3]]), torch.zeros(2, 2)
+
+    hard, soft = (
+        read(build_objective((term,), "classification", *[Shape(2, 4, 2)] * 2), batch, *said)
+        for term, said in ((CE, (student, teacher)), (KL, (student, teacher)))
+    )
+
+    assert hard.total.item() == pytest.approx(math.log(4 / 3))  # one row of one
+    assert soft.total.item() == pytest.approx(0.5 * math.log(4 / 3))  # the mean of two equal rows
+    assert soft.sums["soft_target_kl"].item() == pytest.approx(math.log(4 / 3))
+
+
+def test_the_total_is_the_weighted_sum_of_the_terms():
+    terms = (
+        HardCrossEntropy(loss="hard_cross_entropy", weight=0.25),
+        SoftTargetKl(loss="soft_target_kl", weight=3.0),
+    )
+    objective = build_objective(terms, "classification", STUDENT, TEACHER)
+    batch = labelled(torch.tensor([2, IGNORE]), [[1], [1]])
+    torch.manual_seed(0)
+
+    total, sums = read(objective, batch, torch.randn(2, 3), torch.randn(2, 3))
+
+    expected = 0.25 * sums["hard_cross_entropy"] / 1 + 3.0 * sums["soft_target_kl"] / 2
+    assert total.item() == pytest.approx(expected.item())
+
+
+def test_agreement_counts_the_rows_on_which_both_choose_the_same_class():
+    batch = labelled(torch.tensor([IGNORE] * 3), [[1], [1], [0]])
+    objective = build_objective((KL,), "classification", *[Shape(2, 4, 2)] * 2)
+    one, other = [9.0, 0.0], [0.0, 1.0]
+
+    found = read(objective, batch, torch.tensor([one, one, one]), torch.tensor([one, other, one]))
+
+    assert found.sums["top1_agreement"].item() == 1  # the third row is no row

@@ -1,0 +1,113 @@
+"""The losses of a stage are derived once: what a run trains with, its plan is made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import bert, llama, write_config
+
+from megakd.config.file import load_config
+from megakd.config.run import RunConfig
+from megakd.contract.stage import Constant, Pass, Stage
+from megakd.contract.tasks import STUDENT, TEACHER
+from megakd.contract.terms import HiddenMse, SoftTargetKl, soft_terms
+from megakd.losses.stage_losses import shape_of, stage_losses
+from megakd.models.knowledge import Needs
+from megakd.planning.rehearsals import Rehearsals, act_of
+from megakd.planning.sources import planned_sources
+from megakd.planning.stages import Phase
+from megakd.training.engines import ReadyTeacher
+from megakd.training.recipes import completed
+
+KL = SoftTargetKl(loss="soft_target_kl")
+TASK = {"dataset": "anything", "max_length": 16}
+
+
+def config_of(folder: Path, task: str, model: Any) -> RunConfig:
+    tree = {
+        "output_dir": str(folder / "out"),
+        "task": {**TASK, "type": task},
+        "teacher": {"model": model(3, width=32, vocab_size=64)},
+        "student": {"model": model(2, width=16, vocab_size=64)},
+        "method": {"name": "single"},
+        "train": {"per_device_train_batch_size": 2},
+    }
+    return load_config(write_config(folder / "run.yaml", tree))
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "outputs"),
+    [
+        ("classification", bert, 3),
+        ("regression", bert, 1),
+        ("mlm", bert, 64),
+        ("causal_lm", llama, 64),
+    ],
+)
+def test_a_model_has_the_outputs_of_its_task(
+    tmp_path: Path, task: Any, model: Any, outputs: int
+) -> None:
+    source = planned_sources(config_of(tmp_path, task, model))[STUDENT]
+
+    assert shape_of(source, task, classes=3).vocabulary == outputs
+
+
+def distilled(*objective: Any, reads_states: bool = False) -> Stage:
+    return Stage(
+        name="student",
+        teachers=(TEACHER,),
+        objective=objective,
+        strategy=Constant((Pass(teacher=TEACHER),)),
+        reads_states=reads_states,
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "reads"),
+    [
+        (distilled(KL), False),
+        (distilled(KL, reads_states=True), True),
+        (distilled(KL, HiddenMse(loss="hidden_mse")), True),
+    ],
+)
+def test_hidden_states_are_read_for_losses_and_for_a_strategy(
+    tmp_path: Path, stage: Stage, *, reads: bool
+) -> None:
+    sources = planned_sources(config_of(tmp_path, "classification", bert))
+    losses = stage_losses(
+        stage, "classification", learner=sources[STUDENT], teachers=[sources[TEACHER]], classes=2
+    )
+
+    assert losses.teacher_needs() == Needs(hidden_states=reads)
+    assert losses.objective().needs == Needs(hidden_states=reads)
+
+
+def test_a_model_that_learns_alone_asks_no_teacher(tmp_path: Path) -> None:
+    source = planned_sources(config_of(tmp_path, "regression", bert))[STUDENT]
+    stage = Stage(name="alone", reads_states=True)
+
+    losses = stage_losses(stage, "regression", learner=source, teachers=[], classes=0)
+
+    assert losses.teacher_needs() == Needs()
+
+
+def test_a_plan_holds_the_hidden_states_that_a_strategy_reads(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "classification", bert)
+    sources, known = planned_sources(config), Rehearsals()
+    teacher = ReadyTeacher(sources[TEACHER], config.teacher_specs[TEACHER])
+
+    def answers(*, reads_states: bool) -> int:
+        stage = distilled(*soft_terms("classification"), reads_states=reads_states)
+        phase = Phase(
+            name=stage.name,
+            learner=sources[STUDENT],
+            stage=completed(stage, config),
+            teachers={TEACHER: teacher},
+        )
+        return act_of(phase, config, "cpu", known).answers
+
+    embedding_and_layers, rows, width = 4, 2, 32
+    more = answers(reads_states=True) - answers(reads_states=False)
+    assert more == embedding_and_layers * rows * TASK["max_length"] * width * 4

@@ -1,0 +1,378 @@
+"""Exported folders load with plain transformers, and are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from megakd.contract.results import Report
+from megakd.errors import MegakdError
+from megakd.models import export
+from megakd.models.export import hub_id, weight_bytes, write_model_folder, write_weights
+from megakd.reports.card import CardFacts, model_card
+
+IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 3]])
+
+
+def bert() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+        id2label={0: "no", 1: "yes", 2: "perhaps"},
+        label2id={"no": 0, "yes": 1, "perhaps": 2},
+    )
+    return BertForSequenceClassification(config).eval()
+
+
+def llama(*, tied: bool) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=16,
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["[UNK]", "[PAD]", "[END]", *"abcdefghijklmnopq"]
+    table = {word: number for number, word in enumerate(words)}
+    whole = Tokenizer(models.WordLevel(table, unk_token="[UNK]"))  # noqa: S106  (no password)
+    whole.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "eos_token": "[END]"}
+    return PreTrainedTokenizerFast(tokenizer_object=whole, **special)
+
+
+def write(model: PreTrainedModel, folder: Path, state: object = None) -> None:
+    write_model_folder(
+        folder,
+        config=model.config,
+        state=state or model.state_dict().items(),
+        tokenizer=tokenizer(),
+        architecture=type(model).__name__,
+        extra={"README.md": "# card\n"},
+    )
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.inference_mode():
+        return model(input_ids=IDS).logits
+
+
+def stored_names(folder: Path) -> set[str]:
+    names: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names |= set(file.keys())
+    return names
+
+
+def first_entry(folder: Path, name: str) -> float:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    with safe_open(folder / index["weight_map"][name], "pt") as file:
+        return float(file.get_tensor(name)[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "auto"),
+    [
+        (bert(), AutoModelForSequenceClassification),
+        (llama(tied=False), AutoModelForCausalLM),
+        (llama(tied=True), AutoModelForCausalLM),
+    ],
+    ids=["bert", "llama", "tied llama"],
+)
+def test_stock_transformers_gives_identical_logits(model, auto, tmp_path: Path) -> None:
+    write(model, tmp_path / "final")
+
+    loaded, info = auto.from_pretrained(tmp_path / "final", output_loading_info=True)
+
+    assert torch.equal(logits(loaded.eval()), logits(model))
+    assert not any(info.values()), info
+    assert loaded.config.architectures == [type(model).__name__]
+
+
+def test_shards_load_and_the_index_is_complete(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(export, "SHARD_BYTES", 1000)
+    model = llama(tied=False)
+
+    write(model, tmp_path / "final")
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
+    index = json.loads((tmp_path / "final" / "model.safetensors.index.json").read_text())
+    files = {path.name for path in (tmp_path / "final").glob("*.safetensors")}
+    assert torch.equal(logits(loaded), logits(model))
+    assert set(index["weight_map"].values()) == files
+    assert set(index["weight_map"]) == set(model.state_dict())
+    assert index["metadata"]["total_size"] == 4 * model.num_parameters()
+    assert f"model-00001-of-{len(files):05d}.safetensors" in files
+
+
+def test_tied_weights_are_written_once(tmp_path: Path) -> None:
+    write(llama(tied=True), tmp_path / "final")
+
+    assert "lm_head.weight" not in stored_names(tmp_path / "final")
+    assert "model.embed_tokens.weight" in stored_names(tmp_path / "final")
+
+
+def test_views_of_larger_memory_and_transposed_weights_are_written_as_they_read(
+    tmp_path: Path,
+) -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+
+    write_weights(tmp_path, [("row", base[1]), ("turned", base.T), ("again", base[1])])
+
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("row"), base[1])
+        assert torch.equal(file.get_tensor("turned"), base.T)
+
+
+def test_no_more_tensors_are_alive_than_one_shard_holds(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(export, "SHARD_BYTES", 3 * 400)
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most = 0
+
+    def state() -> Iterator[tuple[str, Tensor]]:
+        nonlocal most
+        for number in range(12):
+            tensor = torch.full((100,), float(number))
+            alive.add(tensor)
+            most = max(most, len(alive))
+            yield str(number), tensor
+            del tensor
+
+    write_weights(tmp_path, state())
+
+    # Three in the shard and the one that opens the next. Freed memory is used again, and a
+    # tensor that comes to lie where an earlier one was must not be taken for a tied one.
+    assert most <= 4
+    assert {name: first_entry(tmp_path, name) for name in stored_names(tmp_path)} == {
+        str(number): float(number) for number in range(12)
+    }
+
+
+def test_a_model_without_tensors_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no tensors"):
+        write_weights(tmp_path, [])
+
+
+def test_the_config_has_the_dtype_of_the_weights_and_the_given_one_is_unchanged(
+    tmp_path: Path,
+) -> None:
+    model = bert()
+    before = model.config.to_dict()
+
+    write(model, tmp_path / "final", [(k, v.bfloat16()) for k, v in model.state_dict().items()])
+
+    config = AutoConfig.from_pretrained(tmp_path / "final")
+    assert config.dtype == torch.bfloat16
+    assert config.id2label == {0: "no", 1: "yes", 2: "perhaps"}
+    assert model.config.to_dict() == before
+
+
+def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
+    write(bert(), tmp_path / "final")
+
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "final")
+
+    assert loaded("a b z")["input_ids"] == tokenizer()("a b z")["input_ids"]
+    assert loaded.pad_token == "[PAD]"  # noqa: S105  (no password)
+
+
+def test_generation_ends_with_the_tokenizers_end(tmp_path: Path) -> None:
+    write(llama(tied=False), tmp_path / "final")
+
+    generation = GenerationConfig.from_pretrained(tmp_path / "final")
+
+    assert generation.eos_token_id == 2
+    assert generation.pad_token_id == 1
+
+
+def test_several_ends_of_text_are_kept(tmp_path: Path) -> None:
+    model = llama(tied=False)
+    model.config.eos_token_id = [9, 2]
+
+    write(model, tmp_path / "final")
+
+    assert GenerationConfig.from_pretrained(tmp_path / "final").eos_token_id == [9, 2]
+
+
+def test_a_classifier_has_no_generation_config(tmp_path: Path) -> None:
+    write(bert(), tmp_path / "final")
+
+    assert not (tmp_path / "final" / "generation_config.json").exists()
+
+
+def test_the_folder_is_replaced_whole(tmp_path: Path) -> None:
+    write(bert(), tmp_path / "final")
+    (tmp_path / "final" / "stale.bin").write_text("old")
+
+    write(bert(), tmp_path / "final")
+
+    assert not (tmp_path / "final" / "stale.bin").exists()
+    assert (tmp_path / "final" / "README.md").read_text() == "# card\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_failure_keeps_the_old_folder_and_takes_the_state_to_its_end(
+    tmp_path: Path, monkeypatch
+) -> None:
+    write(bert(), tmp_path / "final")
+    old = (tmp_path / "final" / "model.safetensors").read_bytes()
+    taken = []
+
+    def state() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in bert().state_dict().items():
+            taken.append(name)
+            yield name, tensor + 1
+
+    def full(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "SHARD_BYTES", 500)
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(MegakdError, match=r"no space left while writing .*final.*nothing was"):
+        write(bert(), tmp_path / "final", state())
+
+    assert (tmp_path / "final" / "model.safetensors").read_bytes() == old
+    assert taken == list(bert().state_dict())
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_the_size_is_that_of_the_weights(tmp_path: Path) -> None:
+    model = bert()
+    write(model, tmp_path / "final")
+
+    header = 8 + 8192
+    assert 4 * model.num_parameters() < weight_bytes(tmp_path / "final")
+    assert weight_bytes(tmp_path / "final") < 4 * model.num_parameters() + header
+
+
+def report() -> Report:
+    return {
+        "method": "single",
+        "task": "glue/sst2",
+        "metric_name": "accuracy",
+        "evaluated_on": "validation",
+        "teacher": {"parameters": 9, "encoder_parameters": 3, "metrics": {"accuracy": 0.9}},
+        "student": {"parameters": 4, "encoder_parameters": 1, "metrics": {"accuracy": 0.81}},
+        "baselines": {},
+        "candidates": [],
+        "stages": [],
+        "speedup": None,
+        "environment": {"versions": {"torch": "2.13.0"}},
+    }
+
+
+def facts(**changes) -> CardFacts:
+    given = {
+        "title": "A student",
+        "task_type": "classification",
+        "student": None,
+        "teachers": ("textattack/bert-base-uncased-SST-2",),
+        "objective": ("soft_target_kl, weight 1.0: kl(teacher‖student) · T² / examples",),
+        "command": "deepspeed launch/train.py --config launch/examples/sst2.yaml",
+    }
+    return CardFacts(**(given | changes))
+
+
+def front_matter(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_the_card_says_how_the_model_was_made() -> None:
+    card = model_card(facts(), report())
+
+    assert front_matter(card) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "tags": ["megakd", "knowledge-distillation", "single"],
+        "base_model": "textattack/bert-base-uncased-SST-2",
+    }
+    assert "method `single` on `glue/sst2` by distilling `textattack/" in card
+    assert "starting from random weights" in card
+    assert "90.0%" in card
+    assert "81.0%" in card
+    assert "soft_target_kl, weight 1.0" in card
+    assert "deepspeed launch/train.py --config" in card
+    assert "torch 2.13.0" in card
+    assert "No licence is claimed" in card
+    assert "AutoModelForSequenceClassification.from_pretrained(folder)" in card
+
+
+def test_the_card_says_that_code_in_the_folder_must_be_trusted() -> None:
+    card = model_card(facts(brings_code=True), report())
+
+    assert (
+        "AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)" in card
+    )
+
+
+def test_a_folder_of_this_machine_is_no_base_model_and_its_path_is_not_told(
+    tmp_path: Path,
+) -> None:
+    spec = str(tmp_path / "my-teacher")
+
+    card = model_card(facts(teachers=(spec,)), report())
+
+    assert "base_model" not in front_matter(card)
+    assert str(tmp_path) not in card
+    assert "distilling `my-teacher`" in card
+
+
+def test_the_students_own_origin_is_the_base_model() -> None:
+    card = model_card(facts(student="google/bert_uncased_L-2_H-128_A-2"), report())
+
+    assert front_matter(card)["base_model"] == "google/bert_uncased_L-2_H-128_A-2"
+
+
+@pytest.mark.parametrize(
+    ("spec", "found"),
+    [
+        ("bert-base-uncased", True),
+        ("meta-llama/Llama-3.1-8B", True),
+        ("./bert", False),
+        ("a/b/c", False),
+        ("/models/bert", False),
+    ],
+)
+def test_a_hub_id_is_told_from_a_path(spec: str, *, found: bool) -> None:
+    assert (hub_id(spec) is not None) is found
+
+
+def test_a_folder_that_looks_like_a_hub_id_is_a_folder(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "runs" / "final").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    assert hub_id("runs/final") is None

@@ -1,0 +1,198 @@
+"""Folders of models that transformers lacks: they bring their code, and megakd runs its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_cuts import (
+    build,
+    cut,
+    loaded,
+    logits,
+    source_of,
+    task_of,
+    tokenizer,
+    view_of,
+)
+from transformers import AutoTokenizer
+
+from megakd.models.architectures import architecture_of
+from megakd.models.export import brings_code, write_model_folder
+from megakd.models.own_models import OWN_MODELS
+from megakd.reports.latency import measure_latencies
+from megakd.storage.finished_folder import CHECKSUMS, copy_finished
+
+FILES = {"bert": "modeling_cut.py", "llama": "modeling_cut.py", "enct5": "modeling_t5.py"}
+LOAD = """
+import json, sys, torch, transformers
+with open("inputs.json") as file:
+    folders = json.load(file)
+for folder, auto in folders.items():
+    kind = getattr(transformers, auto)
+    model = kind.from_pretrained(folder, trust_remote_code=True).eval()
+    ids = torch.arange(2, 26).reshape(2, 12)
+    with torch.inference_mode():
+        found = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    torch.save(found, f"{folder}/found.pt")
+    transformers.AutoTokenizer.from_pretrained(folder)
+    if hasattr(model, "generate"):
+        model.generate(ids, max_new_tokens=2, pad_token_id=1)
+    if "AutoModel" in model.config.auto_map:
+        transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+    model.save_pretrained(f"{folder}/again")
+    kind.from_pretrained(f"{folder}/again", trust_remote_code=True)
+assert "megakd" not in sys.modules
+"""
+
+
+def smaller(family: str, view: str = "empty"):
+    whole = build(family)
+    return cut(whole, task_of(family), view_of(whole, view))
+
+
+def write(model, folder: Path) -> Path:
+    write_model_folder(
+        folder,
+        config=model.config,
+        state=model.state_dict().items(),
+        tokenizer=tokenizer(),
+        architecture=type(model).__name__,
+    )
+    return folder
+
+
+@pytest.mark.parametrize("family", FILES)
+def test_the_file_of_the_class_lies_beside_the_weights(family, tmp_path):
+    model = smaller(family)
+
+    folder = write(model, tmp_path / "final")
+
+    config = json.loads((folder / "config.json").read_text())
+    text = (folder / FILES[family]).read_text()
+    assert text == OWN_MODELS[model.config.model_type].file.read_text()
+    assert config["architectures"] == [type(model).__name__]
+    for auto, name in config["auto_map"].items():
+        module, _, cls = name.partition(".")
+        assert f"{module}.py" == FILES[family]
+        assert cls in text or auto in ("AutoConfig", "AutoModel") or cls.startswith("Cut")
+    assert set(config["auto_map"].values()) >= {f"{FILES[family][:-3]}.{type(model).__name__}"}
+    assert brings_code(folder)
+
+
+def test_a_stock_model_brings_no_code(tmp_path):
+    folder = write(smaller("llama", "uniform"), tmp_path / "final")
+
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+    assert list(folder.glob("*.py")) == []
+    assert not brings_code(folder)
+
+
+def test_a_stock_model_made_of_one_of_ours_names_no_code(tmp_path):
+    write(smaller("llama", "ragged"), tmp_path / "first")
+    ragged = loaded(tmp_path / "first", "causal_lm")
+    view = view_of(build("llama"), "uniform")._replace(heads=(1, 1, 1), neurons=(1, 1, 1))
+
+    folder = write(cut(ragged, "causal_lm", view), tmp_path / "final")
+
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+
+
+def test_a_copy_of_the_folder_keeps_the_code(tmp_path):
+    folder = write(smaller("bert"), tmp_path / "stage")
+
+    copy_finished(folder, tmp_path / "final", changes={"README.md": "card"}, remedy="")
+
+    assert (tmp_path / "final" / "modeling_cut.py").is_file()
+    assert brings_code(tmp_path / "final")
+
+
+def test_a_failure_leaves_neither_weights_nor_code(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(Exception, match="no space left"):
+        write(smaller("bert"), tmp_path / "final")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cut_language_model_can_say_how_it_ends(tmp_path):
+    folder = write(smaller("gpt2"), tmp_path / "final")
+
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 1
+
+
+def test_plain_transformers_loads_the_folders(tmp_path):
+    models = {family: smaller(family) for family in FILES}
+    folders = {family: write(model, tmp_path / family) for family, model in models.items()}
+    autos = {"causal_lm": "AutoModelForCausalLM"}
+    inputs = {
+        str(folder): autos.get(task_of(family), "AutoModelForSequenceClassification")
+        for family, folder in folders.items()
+    }
+    (tmp_path / "inputs.json").write_text(json.dumps(inputs))
+
+    shown = subprocess.run(
+        [sys.executable, "-I", "-c", LOAD],
+        cwd=tmp_path,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert shown.returncode == 0, shown.stderr
+    assert "no-op" not in shown.stderr
+    ids = torch.arange(2, 26).reshape(2, 12)
+    for family, folder in folders.items():
+        expected = models[family](input_ids=ids).logits
+        assert torch.allclose(torch.load(folder / "found.pt"), expected, atol=1e-5), family
+
+
+@pytest.mark.parametrize("family", FILES)
+def test_megakd_never_runs_the_code_of_a_folder(family, tmp_path):
+    model = smaller(family)
+    folder = write(model, tmp_path / "final")
+    (folder / FILES[family]).write_text("raise SystemExit('this must not run')\n")
+    (folder / CHECKSUMS).unlink()
+
+    found = loaded(folder, task_of(family))
+    latency = measure_latencies({"cut": folder}, batches=(1,), length=4, repeats=1)
+
+    assert type(found) is type(model)
+    assert torch.equal(logits(found), logits(model))
+    assert latency[0]["ms"] > 0
+
+
+def test_a_cut_model_is_of_its_family_with_another_name(tmp_path):
+    source = source_of(write(smaller("bert"), tmp_path / "final"), "classification")
+
+    assert source.architecture.model_type == "cut_bert"
+    assert source.architecture.backbone == "bert"
+    assert architecture_of(source.config).units(source.config).heads == (0, 2, 1)
+
+
+def test_weights_that_do_not_fit_the_counts_are_refused(tmp_path):
+    folder = write(smaller("bert"), tmp_path / "final")
+    tensors = load_file(folder / "model.safetensors")
+    name = "bert.encoder.layer.1.attention.self.query.weight"
+    save_file({**tensors, name: torch.zeros(12, 24)}, folder / "model.safetensors")
+    (folder / CHECKSUMS).unlink()
+
+    with pytest.raises(Exception, match=r"shape \[12, 24\] and the config asks for \[8, 24\]"):
+        loaded(folder, "classification")
+
+
+def test_the_tokenizer_needs_no_trust(tmp_path):
+    folder = write(smaller("bert"), tmp_path / "final")
+
+    assert AutoTokenizer.from_pretrained(folder)("w3")["input_ids"] == [3]

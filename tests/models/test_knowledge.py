@@ -1,0 +1,186 @@
+"""What is read from a model is what the model itself says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from megakd.contract.stage import Batch
+from megakd.contract.units import View
+from megakd.models.elastic import Elastic
+from megakd.models.knowledge import Needs, language_model_head, read_knowledge
+from megakd.models.modeling.modeling_t5 import (
+    EncT5Config,
+    EncT5ForSequenceClassification,
+    T5EncoderConfig,
+    T5EncoderForSequenceClassification,
+)
+
+STATES = Needs(hidden_states=True)
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 3, 3]])
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+SIZE = {
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "max_position_embeddings": 16,
+}
+DISTILBERT = {"vocab_size": 20, "dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 8}
+T5 = {
+    "t5_encoder": (T5EncoderConfig, T5EncoderForSequenceClassification),
+    "enct5": (EncT5Config, EncT5ForSequenceClassification),
+}
+
+
+def encoder(family: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if family == "bert":
+        return BertForSequenceClassification(BertConfig(**SIZE)).eval()
+    if family == "roberta":
+        config = RobertaConfig(**{**SIZE, "type_vocab_size": 1}, pad_token_id=3)
+        return RobertaForSequenceClassification(config).eval()
+    if family == "distilbert":
+        return DistilBertForSequenceClassification(DistilBertConfig(**DISTILBERT)).eval()
+    config, model = T5[family]
+    return model(config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)).eval()
+
+
+def decoder(*, tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZE, num_key_value_heads=1, tie_word_embeddings=tied)
+    return LlamaForCausalLM(config).eval()
+
+
+def batch(labels: torch.Tensor, **inputs: torch.Tensor) -> Batch:
+    return Batch({"input_ids": IDS, "attention_mask": MASK, **inputs}, labels, MASK.bool())
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "t5_encoder", "enct5"])
+def test_a_classifier_is_read_as_its_logits_and_its_hidden_states(family):
+    model = encoder(family)
+    theirs = model(input_ids=IDS, attention_mask=MASK, output_hidden_states=True)
+
+    read = read_knowledge(model, batch(torch.tensor([0, 1])), STATES)
+
+    torch.testing.assert_close(read.logits, theirs.logits)
+    torch.testing.assert_close(read.hidden_states, tuple(theirs.hidden_states))
+    assert len(read.hidden_states) == 3  # 0 is the embedding output
+    assert (read.hidden, read.head) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("family", "reads_them"),
+    [("bert", True), ("roberta", False), ("distilbert", False), ("enct5", False)],
+)
+def test_the_second_texts_type_reaches_only_models_that_know_one(family, reads_them):
+    model, labels = encoder(family), torch.tensor([0, 1])
+
+    plain = read_knowledge(model, batch(labels), Needs())
+    typed = read_knowledge(model, batch(labels, token_type_ids=MASK), Needs())
+
+    assert torch.equal(plain.logits, typed.logits) != reads_them
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_causal_lm_is_read_as_hidden_states_and_a_head_that_stand_for_its_logits(tied):
+    model = decoder(tied=tied)
+    theirs = model(input_ids=IDS, attention_mask=MASK).logits
+
+    read = read_knowledge(model, batch(IDS), STATES)
+
+    assert read.logits is None
+    assert read.hidden is not None
+    assert read.head is not None
+    with read.head.open():
+        weight, bias = read.head.read()
+    torch.testing.assert_close(read.hidden @ weight.T, theirs)
+    assert bias is None
+    assert len(read.hidden_states) == 3
+
+
+def test_what_an_enct5_says_of_hidden_states_is_what_its_encoder_says():
+    model = encoder("enct5")
+
+    read = read_knowledge(model, batch(torch.tensor([0, 1])), STATES)
+
+    theirs = model.encoder(IDS, attention_mask=MASK, output_hidden_states=True).hidden_states
+    assert len(read.hidden_states) == model.config.num_layers + 1
+    torch.testing.assert_close(read.hidden_states, tuple(theirs))
+
+
+def test_a_tied_head_is_the_embedding_itself():
+    model = decoder(tied=True)
+
+    weight, _ = language_model_head(model).read()
+
+    assert weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_head_is_as_narrow_as_the_view_and_teaches_the_whole_weight(tied):
+    model = decoder(tied=tied)
+    elastic = Elastic(model)
+
+    with elastic.viewing(View((1, 1), (3, 8), width=6)):
+        theirs = model(input_ids=IDS, attention_mask=MASK).logits
+        read = read_knowledge(model, batch(IDS), Needs())
+        assert read.head is not None
+        assert read.hidden is not None
+        weight, _ = read.head.read()
+        torch.testing.assert_close(read.hidden @ weight.T, theirs)
+    weight.sum().backward()
+
+    gradient = model.lm_head.weight.grad
+    assert gradient is not None
+    assert gradient.tolist() == [[1.0] * 6 + [0.0] * 2] * 20
+    assert read.head.read()[0] is model.lm_head.weight
+
+
+@pytest.mark.parametrize("is_language", [False, True], ids=["classifier", "causal lm"])
+def test_hidden_states_are_kept_only_where_they_are_needed(is_language):
+    model = decoder(tied=True) if is_language else encoder("bert")
+    labels = IDS if is_language else torch.tensor([0, 1])
+
+    assert read_knowledge(model, batch(labels), Needs()).hidden_states == ()
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_attention_is_read_of_the_layers_that_are_needed_beside_all_else(family):
+    model = encoder("bert") if family == "bert" else decoder(tied=True)
+    given = batch(torch.tensor([0, 1]) if family == "bert" else IDS)
+    plain = read_knowledge(model, given, STATES)
+
+    read = read_knowledge(model, given, Needs(hidden_states=True, attention_layers=(2,)))
+
+    assert [layer is None for layer in read.attention] == [True, True, False]
+    torch.testing.assert_close(read.hidden_states, plain.hidden_states)
+    torch.testing.assert_close((read.logits, read.hidden), (plain.logits, plain.hidden))
+    vectors = read.attention[2]
+    assert vectors is not None
+    keys = 8 if family == "bert" else 4  # one head of keys for two of queries
+    assert [part.shape[-1] for part in vectors[:3]] == [8, keys, keys]
+    assert vectors.width == 4
+
+
+def test_attention_is_not_read_where_nobody_needs_it():
+    assert read_knowledge(encoder("bert"), batch(torch.tensor([0, 1])), STATES).attention == ()
+
+
+def test_the_logits_of_a_causal_lm_are_never_formed(monkeypatch):
+    model = decoder(tied=False)
+    monkeypatch.setattr(model.lm_head, "forward", None)
+
+    assert read_knowledge(model, batch(IDS), Needs()).hidden is not None

@@ -1,0 +1,130 @@
+"""Ranks end with their launchers; a process that nobody launched does not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import psutil
+import pytest
+
+RANK = """
+import sys, time
+from megakd.signals import Stopped, watched
+try:
+    with watched():
+        print("rank is ready", flush=True)
+        time.sleep(600)
+except Stopped as stop:
+    print(stop, flush=True)
+    sys.exit(stop.exit_code)
+"""
+# Waits for the end of the process that started it, and says whether that is the end of a launcher.
+CHILD = """
+import os, time
+from megakd.launched import Launchers
+launchers, parent = Launchers(), os.getppid()
+print(os.getpid(), flush=True)
+while os.getppid() == parent:
+    time.sleep(0.01)
+print(len(launchers.chain), launchers.have_ended(), flush=True)
+"""
+START = """
+import os, subprocess, sys
+child = subprocess.Popen([sys.executable, *sys.argv[1:]])
+print(os.path.basename(sys.argv[0]), os.getpid(), flush=True)
+child.wait()
+"""
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> list[str]:
+    """A runner that starts a launcher that starts a rank, as `deepspeed` does."""
+    texts = {"bin/deepspeed": START, "deepspeed/launcher/launch.py": START, "rank.py": RANK}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return [str(tmp_path / name) for name in texts]
+
+
+def start(words: list[str], **variables: str) -> subprocess.Popen[str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "SLURM_PROCID")}
+    return subprocess.Popen(
+        [sys.executable, *words], env=kept | variables, stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("link", ["deepspeed", "launch.py"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_rank_ends_when_any_process_above_it_that_launched_it_ends(chain, link, number):
+    with start(chain, RANK="0") as process:
+        assert process.stdout is not None
+        said = [process.stdout.readline() for _ in range(3)]
+        assert "rank is ready\n" in said
+        pids = dict(line.split() for line in said if line.startswith(("deepspeed ", "launch.py ")))
+
+        os.kill(int(pids[link]), number)
+
+        # The pipe closes when the last of the three has ended.
+        assert process.stdout.read() == (
+            "stopped by the end of its launcher; start the same command again to go on\n"
+        )
+
+
+@pytest.mark.parametrize("variables", [{}, {"RANK": "0"}], ids=["plain", "rank by hand"])
+def test_a_process_that_no_launcher_started_outlives_its_shell(variables):
+    shell = f"{sys.executable} -c {_quoted(CHILD)} & read line"
+    pipe = subprocess.PIPE
+    environment = {k: v for k, v in os.environ.items() if k != "RANK"} | variables
+    with subprocess.Popen(
+        ["sh", "-c", shell], env=environment, stdin=pipe, stdout=pipe, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+
+        process.stdin.close()
+
+        assert process.stdout.read() == "0 False\n"
+
+
+def _quoted(program: str) -> str:
+    return "'" + textwrap.dedent(program) + "'"
+
+
+def test_a_rank_whose_launcher_ended_while_it_started_knows(monkeypatch):
+    from megakd.process import launched
+
+    monkeypatch.setenv("CROSS_RANK", "0")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(psutil.Process, "parents", lambda _: [])
+    monkeypatch.setattr(launched.os, "getppid", lambda: 1)
+
+    assert launched.Launchers().have_ended()
+
+
+@pytest.mark.parametrize(
+    ("words", "launches"),
+    [
+        ("/usr/bin/torchrun --nproc_per_node 2 launch/train.py", True),
+        ("python -m torch.distributed.run launch/train.py", True),
+        ("/venv/bin/python3.11 -u -m deepspeed.launcher.launch --world_info=x", True),
+        ("python3 /venv/bin/deepspeed launch/train.py", True),
+        ("slurmstepd:", True),
+        ("bash run_deepspeed.sh", False),
+        ("python launch/train.py --config deepspeed.yaml", False),
+        ("python -m pytest tests/test_launched.py", False),
+    ],
+)
+def test_launchers_are_known_by_their_program(words, launches):
+    class Process:
+        def cmdline(self) -> list[str]:
+            return words.split()
+
+    from megakd.process.launched import is_launcher
+
+    assert is_launcher(Process()) is launches  # type: ignore[arg-type]

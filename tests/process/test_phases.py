@@ -1,0 +1,74 @@
+"""Where the seconds of a run go: every second is in one phase."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from megakd.process import phases
+from megakd.process.phases import counted, phase, seconds
+from megakd.reports.table import elsewhere_lines
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    now = SimpleNamespace(value=100.0)
+    monkeypatch.setattr(phases, "time", SimpleNamespace(perf_counter=lambda: now.value))
+    return now
+
+
+def test_a_phase_inside_another_takes_its_time_out_of_that_one(clock):
+    with counted(since_s=9.0):
+        clock.value += 1
+        with phase("training"):
+            clock.value += 2
+            with phase("models"):
+                clock.value += 4
+            clock.value += 8
+        clock.value += 16
+        found = seconds()
+
+    assert found == {"start": 10.0, "training": 10.0, "models": 4.0, "other": 16.0}
+
+
+def test_a_phase_that_fails_ends(clock):
+    @phase("data")
+    def fail() -> None:
+        clock.value += 1
+        raise ValueError("no")
+
+    with counted():
+        with pytest.raises(ValueError, match="no"):
+            fail()
+        clock.value += 2
+
+        assert seconds() == {"data": 1.0, "other": 2.0}
+
+
+def test_a_run_inside_a_command_is_counted_with_the_command(clock):
+    with counted(since_s=5.0), counted():
+        clock.value += 1
+
+        assert seconds() == {"start": 6.0}
+
+
+def test_a_function_can_be_a_phase_and_nothing_is_counted_outside_a_run(clock):
+    @phase("models")
+    def load() -> None:
+        clock.value += 3
+
+    load()
+    assert seconds() == {}
+    with counted():
+        load()
+        load()
+
+        assert seconds() == {"models": 6.0}
+
+
+def test_the_line_of_the_table_leaves_training_out():
+    lines = elsewhere_lines({"start": 9.0, "data": 2.0, "training": 100.0, "latency": 4.5})
+
+    assert lines == ["beside training 15.5s: start 9.0s, data 2.0s, latency 4.5s"]
+    assert elsewhere_lines({}) == []

@@ -1,0 +1,196 @@
+"""What a stop signal does: at once outside training, at the next step inside."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from megakd import cli
+from megakd.process import signals
+from megakd.process.signals import Stopped, deferred, requested, watched
+
+WAIT_S = 60
+STUCK = """
+import signal, sys, threading
+from megakd import signals
+signals.SAME_REQUEST_S = 0.0
+with signals.watched(), signals.deferred():
+    signal.raise_signal(signal.SIGTERM)
+    print("noted", flush=True)
+    threading.Lock().acquire() or threading.Event().wait()
+    while True:
+        threading.Event().wait()
+"""
+FORKED = """
+import os, signal, time
+from megakd import signals
+with signals.watched(), signals.deferred():
+    child = os.fork()
+    if child == 0:
+        signal.raise_signal(signal.SIGTERM)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGTERM, status
+    assert signals.requested() == 0
+    print(threads := signals._active._first)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _heard() -> Iterator[None]:
+    """A shell starts what runs in the background with SIGINT ignored, and children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(WAIT_S)  # the signal ends it
+
+
+@pytest.mark.parametrize("number", signals.STOP_SIGNALS)
+def test_a_command_that_does_not_train_ends_at_once_with_one_line(capsys, number):
+    code = cli._guarded(lambda: send(number))
+
+    shown = capsys.readouterr().err
+    name = signal.Signals(number).name
+    assert code == 128 + number
+    assert shown == f"megakd: stopped by {name}; start the same command again to go on\n"
+
+
+def test_only_rank_0_says_that_the_run_was_stopped(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+
+    assert cli._guarded(lambda: send(signal.SIGTERM)) == 143
+    assert capsys.readouterr().err == ""
+
+
+def test_what_forgives_errors_does_not_forgive_a_stop():
+    def forgiving() -> None:
+        try:
+            send(signal.SIGTERM)
+        except Exception:  # noqa: BLE001 - the very thing that is tested
+            pytest.fail("forgiven")
+
+    with pytest.raises(Stopped), watched():
+        forgiving()
+
+
+def test_training_is_told_and_not_interrupted():
+    with watched(), deferred():
+        assert requested() == 0
+        signal.raise_signal(signal.SIGUSR1)
+
+        assert requested() == signal.SIGUSR1
+
+
+def test_a_signal_after_the_agreed_stop_does_not_disturb_the_clean_up():
+    with watched():
+        with deferred():
+            stop = signals.stopped(signal.SIGTERM, "student saved at step 8")
+        signal.raise_signal(signal.SIGTERM)
+
+    assert str(stop) == (
+        "stopped by SIGTERM, student saved at step 8; start the same command again to go on"
+    )
+
+
+def test_afterwards_signals_do_what_they_did_before():
+    before = [signal.getsignal(number) for number in signals.STOP_SIGNALS]
+
+    with watched():
+        assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] != before
+
+    assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with watched():
+            signal.raise_signal(signal.SIGINT)
+
+            assert requested() == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def run(program: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True)
+
+
+def test_a_second_signal_ends_a_process_that_waits_for_ever():
+    process = run(STUCK)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "noted\n"
+
+    process.send_signal(signal.SIGTERM)
+
+    _, said = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 143
+    assert said == f"megakd: process {process.pid} ended at once: a second signal\n"
+
+
+def test_a_signal_to_a_forked_child_is_no_signal_to_its_parent():
+    process = run(FORKED)
+
+    out, said = process.communicate(timeout=WAIT_S)
+
+    assert (process.returncode, out) == (0, "None\n"), said
+
+
+@pytest.fixture
+def ended(monkeypatch) -> list[str]:
+    """The reasons for which a process would have ended at once."""
+    reasons: list[str] = []
+    monkeypatch.setattr(signals, "_end_at_once", lambda _, reason: reasons.append(reason))
+    return reasons
+
+
+@pytest.mark.parametrize(
+    ("numbers", "seconds", "ends"),
+    [
+        pytest.param("INT TERM", 0.1, False, id="ctrl-c, from the terminal and the launcher"),
+        pytest.param("TERM TERM", 0.1, False, id="a process group and its launcher"),
+        pytest.param("USR1 TERM", 90.0, False, id="early warning, then the end of the job"),
+        pytest.param("INT INT", 3.0, True, id="ctrl-c again"),
+        pytest.param("USR1 TERM TERM", 5.0, True, id="the end of the job, twice"),
+    ],
+)
+def test_what_counts_as_a_second_signal(monkeypatch, ended, numbers, seconds, *, ends):
+    now = [0.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    watch = signals._Watch()
+
+    for name in numbers.split():
+        watch._note(signal.Signals[f"SIG{name}"])
+        now[0] += seconds
+
+    assert bool(ended) is ends
+
+
+def test_a_rank_that_hangs_when_its_launcher_is_gone_ends_after_a_while(monkeypatch, ended):
+    sent: list[int] = []
+    now = [0.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signals.os, "kill", lambda _, number: sent.append(number))
+    watch = signals._Watch()
+    monkeypatch.setattr(watch._launchers, "have_ended", lambda: True)
+
+    for now[0] in (0.0, 1.0, signals.GRACE_S):
+        watch._look_at_launchers()
+    assert sent == [signal.SIGTERM]
+    assert ended == []
+    now[0] = signals.GRACE_S + 1
+    watch._look_at_launchers()
+
+    assert len(ended) == 1

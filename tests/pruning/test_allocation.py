@@ -1,0 +1,303 @@
+"""Which units a sub-network keeps: counts, nesting, rounding, and what is refused."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from megakd.contract.units import View
+from megakd.errors import CheckpointError, ConfigError, TeacherError
+from megakd.pruning.allocation import (
+    UnitScores,
+    scores_from_json,
+    scores_to_json,
+    shares_of,
+    unit_order,
+    view_at,
+)
+
+GRID = (0.0, 0.1, 0.3, 0.35, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+# Few different scores, so that many are equal.
+score = st.sampled_from([0.0, 0.1, 0.2, 0.5, 0.5000001, 0.9])
+layers = st.lists(st.lists(score, min_size=1, max_size=40).map(tuple), min_size=1, max_size=4)
+unit_scores = st.builds(UnitScores, layers.map(tuple), layers.map(tuple), st.none())
+columns = st.lists(score, min_size=32, max_size=128).map(tuple)
+residual_scores = st.builds(UnitScores, layers.map(tuple), layers.map(tuple), columns)
+allocations = st.sampled_from(["global", "uniform"])
+roundings = st.sampled_from([1, 2, 8])
+head_widths = st.sampled_from([4, 12, 16, 64])
+
+
+def spread(count, layer):
+    """Different scores, the later layers' a little higher."""
+    return tuple(((7 * unit + 3 * layer) % count + layer / 2) / count for unit in range(count))
+
+
+def scores(heads, neurons):
+    return UnitScores(
+        heads=tuple(spread(count, layer) for layer, count in enumerate(heads)),
+        neurons=tuple(spread(count, layer) for layer, count in enumerate(neurons)),
+    )
+
+
+def view_or_none(found, sparsity, **options):
+    try:
+        return view_at(found, sparsity, **options)
+    except TeacherError:
+        return None
+
+
+@given(unit_scores, st.sampled_from(GRID))
+def test_as_many_units_are_removed_as_the_share_of_all_layers_together(found, sparsity):
+    view = view_or_none(found, sparsity, round_to=1)
+    assume(view is not None)
+
+    for kept, layers in ((view.heads, found.heads), (view.neurons, found.neurons)):
+        units = sum(len(layer) for layer in layers)
+        assert units - sum(kept) == round(Fraction(str(sparsity)) * units)
+
+
+@given(unit_scores, st.sampled_from(GRID))
+def test_no_removed_unit_is_more_important_than_a_kept_one(found, sparsity):
+    view = view_or_none(found, sparsity, round_to=1)
+    assume(view is not None)
+
+    for kept, layers in ((view.heads, found.heads), (view.neurons, found.neurons)):
+        falling = [sorted(layer, reverse=True) for layer in layers]
+        inside = [s for layer, count in zip(falling, kept, strict=True) for s in layer[:count]]
+        outside = [s for layer, count in zip(falling, kept, strict=True) for s in layer[count:]]
+        assert max(outside, default=0.0) <= min(inside, default=1.0)
+
+
+@settings(max_examples=50)
+@given(unit_scores | residual_scores, allocations, roundings, head_widths, st.booleans())
+def test_sparser_views_lie_within_the_others(found, allocation, round_to, width, keeps_one):
+    options = {"allocation": allocation, "round_to": round_to, "head_width": width}
+    options["with_heads"] = (0,) if keeps_one else ()
+
+    views = [view_or_none(found, sparsity, **options) for sparsity in GRID]
+
+    there = [view for view in views if view is not None]
+    assert views == there + [None] * (len(views) - len(there))  # what has run out stays so
+    assert all(inner.within(outer) for outer, inner in pairwise(there))
+
+
+@given(unit_scores | residual_scores, allocations, roundings, head_widths)
+def test_sparsity_0_keeps_everything(found, allocation, round_to, width):
+    view = view_at(found, 0.0, allocation=allocation, round_to=round_to, head_width=width)
+
+    assert view == View(*(tuple(map(len, kind)) for kind in (found.heads, found.neurons)))
+    assert view.width is None
+
+
+@given(unit_scores)
+def test_the_order_is_by_falling_score_and_equal_ones_stay_as_they_stand(found):
+    order = unit_order(found)
+
+    for units, layer in zip(order.heads + order.neurons, found.heads + found.neurons, strict=True):
+        assert list(units) == sorted(range(len(layer)), key=lambda unit: (-layer[unit], unit))
+    assert order.width is None
+    assert unit_order(found._replace(width=(0.1, 0.3, 0.2, 0.3))).width == (1, 3, 2, 0)
+
+
+@given(unit_scores, st.sampled_from(GRID), st.sampled_from([2, 8]))
+def test_a_layer_loses_a_multiple_of_the_rounding_or_all(found, sparsity, round_to):
+    view = view_or_none(found, sparsity, round_to=round_to)
+    assume(view is not None)
+
+    for kept, layer in zip(view.neurons, found.neurons, strict=True):
+        assert kept == 0 or (len(layer) - kept) % round_to == 0
+
+
+# Removed of 64 neurons, and what 8 * round(removed / 8) makes of it: halves to the even number.
+@pytest.mark.parametrize(
+    ("removed", "rounded"), [(3, 0), (4, 0), (5, 8), (12, 16), (20, 16), (28, 32), (43, 40)]
+)
+def test_neurons_are_removed_in_multiples_of_eight(removed, rounded):
+    view = view_at(scores((4,), (64,)), removed / 64)
+
+    assert view.neurons == (64 - rounded,)
+
+
+# 3 of 7 heads are removed; of width 12 or 4 two at a time, and 1.5 times two becomes twice two.
+@pytest.mark.parametrize(("width", "kept"), [(64, 4), (12, 3), (4, 3)])
+def test_heads_are_removed_whole_and_in_multiples_of_eight_rows(width, kept):
+    view = view_at(scores((7,), (70,)), 3 / 7, head_width=width)
+
+    assert view.heads == (kept,)
+
+
+def test_a_layer_of_fewer_than_eight_rows_keeps_none():
+    # 13 of 20 neurons are removed: 16 after rounding, which leaves 4 rows.
+    found = UnitScores(heads=((1.0, 1.0),), neurons=((0.1,) * 20, (0.9,) * 80))
+
+    assert view_at(found, 0.13).neurons == (0, 80)
+    assert view_at(found, 0.13, round_to=1).neurons == (7, 80)
+
+
+def test_layers_that_matter_less_lose_more_and_may_lose_all():
+    found = UnitScores(heads=((0.1, 0.2), (0.8, 0.9)), neurons=((0.1,) * 16, (0.9,) * 16))
+
+    assert view_at(found, 0.5) == View((0, 2), (0, 16))
+    assert view_at(found, 0.5, allocation="uniform") == View((1, 1), (8, 8))
+
+
+def test_heads_and_neurons_are_ranked_apart():
+    found = UnitScores(heads=((9.0, 8.0), (7.0, 6.0)), neurons=((0.1,) * 16, (0.2,) * 16))
+
+    assert view_at(found, 0.5).heads == (2, 0)
+
+
+def test_equal_units_are_taken_from_all_layers_alike():
+    found = UnitScores(heads=((1.0,) * 4,) * 3, neurons=((1.0,) * 32,) * 3)
+
+    assert view_at(found, 0.5) == View((2, 2, 2), (16, 16, 16))
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95])
+def test_a_base_bert_has_the_counts_of_the_paper(sparsity):
+    view = view_at(scores((12,) * 12, (3072,) * 12), sparsity)
+
+    assert 144 - sum(view.heads) == round(sparsity * 144)
+    assert abs(12 * 3072 - sum(view.neurons) - sparsity * 12 * 3072) <= 12 * 4
+    assert all(kept % 8 == 0 for kept in view.neurons)
+
+
+# 0.9: 1 - sqrt(0.1) of 768 columns, 144 heads and 12 times 3072 neurons.
+@pytest.mark.parametrize(
+    ("sparsity", "width", "heads"), [(0.36, 616, 115), (0.5, 544, 102), (0.9, 240, 46)]
+)
+def test_a_sparsity_is_split_by_its_square_root_where_the_width_goes_too(sparsity, width, heads):
+    found = scores((12,) * 12, (3072,) * 12)._replace(width=spread(768, 0))
+
+    view = view_at(found, sparsity)
+
+    assert view.width == width
+    assert sum(view.heads) == heads
+    kept = width / 768 * (4 * 64 * sum(view.heads) + 2 * sum(view.neurons)) / (12 * 12 * 768)
+    assert kept == pytest.approx(1 - sparsity, abs=0.01)
+
+
+@given(st.integers(1, 9))
+def test_a_sparsity_whose_root_is_exact_is_split_exactly(tenths):
+    found = scores((12,), (3072,))._replace(width=(1.0,) * 768)
+    sparsity = round(1 - (1 - tenths / 10) ** 2, 2)
+
+    assert shares_of(found, sparsity, 64) == (Fraction(tenths, 10),) * 3
+
+
+def test_heads_lose_nine_tenths_at_most_and_neurons_as_many_weights_more():
+    found = scores((12,) * 12, (3072,) * 12)._replace(width=(1.0,) * 768)
+
+    heads, neurons, width = shares_of(found, 0.9964, 64)
+
+    assert (heads, width) == (Fraction(9, 10), Fraction(94, 100))
+    # 4 x 64 rows per head, 2 per neuron: 4% of all heads are 2% of all neurons.
+    assert neurons == Fraction(96, 100)
+    assert shares_of(found, 0.99999, 64).neurons == 1
+    assert shares_of(found, 0.99, 64) == (Fraction(9, 10),) * 3
+
+
+@given(residual_scores, st.sampled_from(GRID), roundings)
+def test_the_width_is_a_multiple_of_the_rounding_or_whole(found, sparsity, round_to):
+    view = view_or_none(found, sparsity, round_to=round_to)
+    assume(view is not None)
+
+    whole, share = len(found.width), 1 - shares_of(found, sparsity, 64).width
+    kept = whole if view.width is None else view.width
+    assert kept == whole or kept % round_to == 0
+    assert abs(kept - share * whole) <= round_to / 2
+
+
+def test_hidden_states_that_run_out_of_width_are_refused():
+    found = scores((12,), (3072,))._replace(width=(1.0,) * 24)
+
+    with pytest.raises(TeacherError, match=r"are 24 wide and would keep 2.4, .*none in steps of 8"):
+        view_at(found, 0.99)
+    assert view_at(found, 0.99, round_to=1).width == 2
+
+
+def test_an_attention_that_is_looked_at_keeps_its_best_head():
+    found = UnitScores(heads=((0.1, 0.2), (0.8, 0.9)), neurons=((1.0,) * 16,) * 2)
+
+    assert view_at(found, 0.5).heads == (0, 2)
+    assert view_at(found, 0.5, with_heads=(0,)).heads == (1, 1)
+    assert view_at(found, 0.9, with_heads=(0,), round_to=1).heads == (1, 0)
+
+
+# Heads of 4 rows go in twos, and no fewer than two are left: of 3 none can go.
+@pytest.mark.parametrize(("count", "kept"), [(3, 3), (4, 2), (5, 3), (1, 1)])
+def test_an_attention_that_is_looked_at_keeps_as_few_heads_as_rounding_allows(count, kept):
+    found = UnitScores(heads=((0.1,) * count, (0.9,) * 12), neurons=((1.0,) * 160,))
+
+    assert view_at(found, 0.9, head_width=4, with_heads=(0,)).heads[0] == kept
+
+
+def test_a_sparsity_is_the_decimal_number_it_is_written_as():
+    view = view_at(scores((2,), (90,)), 0.35, round_to=1)
+
+    assert 0.35 * 90 < 31.5  # in floating point
+    assert view.neurons == (90 - 32,)
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan")])
+def test_a_sparsity_out_of_range_is_refused(sparsity):
+    with pytest.raises(ConfigError, match=f"at least 0 and below 1, .* got {sparsity}"):
+        view_at(scores((2,), (32,)), sparsity)
+
+
+def test_a_teacher_without_enough_heads_is_refused():
+    with pytest.raises(
+        TeacherError, match=r"attention heads .*of 2 has 2 and would keep 0"
+    ) as info:
+        view_at(scores((2, 2), (32, 32)), 0.9)
+
+    assert "at sparsity 0.9; lower method.target_sparsity" in str(info.value)
+
+
+def test_a_teacher_without_enough_neurons_is_refused_saying_what_rounding_does():
+    with pytest.raises(TeacherError, match="neurons: feed-forward 1 of 1 has 32 and would keep 3"):
+        view_at(scores((20,), (32,)), 0.9)
+    with pytest.raises(TeacherError, match="takes them out by 8, leaving 8 or none"):
+        view_at(scores((20,), (32,)), 0.9)
+
+
+def test_a_uniform_cut_may_leave_no_layer_empty():
+    found = scores((2, 12), (64, 64))
+
+    assert sum(view_at(found, 0.8).heads) == 3
+    with pytest.raises(TeacherError, match="attention 1 of 2 has 2 and would keep 0"):
+        view_at(found, 0.8, allocation="uniform")
+
+
+def test_layers_without_units_are_left_as_they_are():
+    found = scores((0, 4), (0, 64))
+
+    for allocation in ("global", "uniform"):
+        assert view_at(found, 0.5, allocation=allocation) == View((0, 2), (0, 32))
+
+
+floats = st.floats(allow_nan=False, allow_infinity=False)
+exact = st.lists(st.lists(floats, max_size=4).map(tuple), max_size=3).map(tuple)
+
+
+@given(st.builds(UnitScores, exact, exact, st.none() | st.lists(floats).map(tuple)))
+def test_scores_are_read_back_to_the_last_digit(found):
+    assert scores_from_json(scores_to_json(found), where="units.json") == found
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"heads": [[1.0]]}', '{"heads": [["x"]], "neurons": []}', "[[1"]
+)
+def test_a_file_that_holds_something_else_is_named(text):
+    with pytest.raises(CheckpointError, match=r"units\.json does not hold"):
+        scores_from_json(text, where="units.json")
+
+
+def test_scores_that_are_not_finite_are_not_read():
+    with pytest.raises(CheckpointError, match="not finite"):
+        scores_from_json('{"heads": [[NaN]], "neurons": [[1.0]]}', where="units.json")

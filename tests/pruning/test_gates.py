@@ -1,0 +1,210 @@
+"""Gates: their gradients are the sums of weight times gradient, and they change nothing."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+
+import pytest
+import torch
+from elastic_views import FAMILIES, HEADS, NEURONS, TOKENS, WIDTH, family_model
+from torch import nn
+
+from megakd.contract.units import View
+from megakd.errors import TeacherError
+from megakd.models.architectures import AUTO_CLASSES, architecture_of
+from megakd.models.cutting import cut_config
+from megakd.pruning.gates import Gate, Gates
+
+CPU = torch.device("cpu")
+
+
+def loss_of(model):
+    return model(input_ids=TOKENS).logits.square().mean()
+
+
+def by_weights(model) -> list[torch.Tensor]:
+    """Per attention and feed-forward: weight times gradient, summed over each unit's columns."""
+    loss_of(model).backward()
+    architecture = architecture_of(model.config)
+    units = architecture.units(model.config)
+    parts = [
+        *zip(architecture.attentions(model.config), units.heads, strict=True),
+        *zip(architecture.feed_forwards(model.config), units.neurons, strict=True),
+    ]
+    found = []
+    for paths, count in parts:
+        module = model.get_submodule(paths.output)
+        products = module.weight.detach() * module.weight.grad
+        columns = products.sum(0 if isinstance(module, nn.Linear) else 1)
+        found.append(columns.reshape(count, -1).sum(1))
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gates_gradient_is_the_sum_of_its_weights_times_their_gradients(family):
+    model = family_model(family)
+    expected = by_weights(model)
+    gates = Gates(model.requires_grad_(requires_grad=False), CPU)
+
+    with gates.in_place():
+        found = gates.gradients(loss_of(model))
+
+    assert found.dtype == torch.float32
+    for mine, sums in zip(found.split([len(e) for e in expected]), expected, strict=True):
+        torch.testing.assert_close(mine.double(), sums, rtol=1e-4, atol=1e-6)
+
+
+def scaled(model, column: int, factor: float) -> float:
+    """The loss with a column of the hidden states larger wherever they enter or leave layers."""
+
+    def larger(hidden):
+        factors = torch.ones(hidden.shape[-1], dtype=hidden.dtype)
+        factors[column] = factor
+        return hidden * factors
+
+    def before(block, inputs):
+        return (larger(inputs[0]), *inputs[1:])
+
+    def after(block, inputs, output):
+        if isinstance(output, torch.Tensor):
+            return larger(output)
+        return (larger(output[0]), *output[1:])
+
+    architecture = architecture_of(model.config)
+    stacks = [list(architecture.backbone_of(model).get_submodule(architecture.blocks))]
+    stacks += [list(model.decoder.block)] if hasattr(model, "decoder") else []
+    with ExitStack() as hooks, torch.no_grad():
+        for stack in stacks:
+            for block in stack:
+                hooks.callback(block.register_forward_pre_hook(before).remove)
+            hooks.callback(stack[-1].register_forward_hook(after).remove)
+        return loss_of(model).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_columns_gradient_is_what_the_loss_changes_with_it_in_all_places(family):
+    model = family_model(family)
+    gates = Gates(model.requires_grad_(requires_grad=False), CPU, with_width=True)
+
+    with gates.in_place():
+        found = gates.gradients(loss_of(model))[-WIDTH:]
+
+    step = 2e-3  # the norms of some families compute in fp32
+    for column in (0, 7, WIDTH - 1):
+        slope = (scaled(model, column, 1 + step) - scaled(model, column, 1 - step)) / (2 * step)
+        assert found[column].item() == pytest.approx(slope, rel=5e-3, abs=1e-5)
+
+
+def test_the_width_has_scores_only_where_they_are_asked_for():
+    model = family_model("bert")
+    totals = torch.ones(3 * HEADS + 3 * NEURONS + WIDTH)
+    totals[-WIDTH:] = torch.arange(WIDTH)
+
+    with_width = Gates(model, CPU, with_width=True).scores(totals)
+    without = Gates(model, CPU).scores(totals[:-WIDTH])
+
+    norm = math.sqrt(sum(number**2 for number in range(WIDTH)))
+    assert with_width.width == pytest.approx([number / norm for number in range(WIDTH)])
+    assert without == with_width._replace(width=None)
+
+
+@pytest.mark.parametrize("with_width", [False, True])
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "enct5"])
+def test_gates_change_no_output_and_are_gone_afterwards(family, with_width):
+    model = family_model(family)
+    before, gates = loss_of(model), Gates(model, CPU, with_width=with_width)
+
+    with gates.in_place():
+        inside = loss_of(model)
+    with pytest.raises(RuntimeError, match="not have been used"):
+        gates.gradients(loss_of(model))
+
+    assert inside == before == loss_of(model)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_units_are_counted_as_the_model_has_them(family):
+    gates = Gates(family_model(family), CPU)
+
+    counts = [gate.numel() for gate in gates.tensors]
+
+    assert counts == [HEADS] * 3 + [NEURONS] * 3  # groups, where heads share keys
+
+
+# EncT5's decoder has two attentions and a feed-forward more.
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(
+    ("family", "view"),
+    [
+        ("bert", View((3, 0, 2), (7, 0, 33))),
+        ("llama", View((0, 1, 2), (0, 1, 40))),
+        ("gpt2", View((0, 0, 0), (0, 0, 0))),
+        ("enct5", View((3, 0, 2, 0, 1), (7, 0, 33, 0))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_cut_model_has_gates_for_what_is_left(family, view):
+    config = cut_config(family_model(family).config, view)
+    model = AUTO_CLASSES[architecture_of(config).tasks[0]].from_config(config).eval()
+    gates = Gates(model, CPU)
+
+    with gates.in_place():
+        scores = gates.scores(gates.gradients(loss_of(model)).abs())
+
+    assert tuple(map(len, scores.heads)) == view.heads
+    assert tuple(map(len, scores.neurons)) == view.neurons
+
+
+def test_a_gate_sums_over_positions_and_the_columns_of_its_unit():
+    values = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]], requires_grad=True)
+    weights = torch.tensor([[1.0, 0.0, -1.0, 2.0], [0.5, 1.0, 0.0, 1.0]])
+    gate = torch.ones(2, requires_grad=True)
+
+    (Gate.apply(values, gate, 2) * weights).sum().backward()
+
+    assert gate.grad.tolist() == [1 + 0 + 2.5 + 6, -3 + 8 + 0 + 8]
+    assert values.grad.equal(weights)
+
+
+def test_gates_sum_in_fp32_whatever_the_models_dtype():
+    values = torch.ones(257, 1, dtype=torch.bfloat16)
+    gate = torch.ones(1, requires_grad=True)
+
+    out = Gate.apply(values, gate, 1)
+    out.float().sum().backward()
+
+    assert out.dtype == torch.bfloat16
+    assert gate.grad.tolist() == [257.0]  # bf16 has no such number
+
+
+def test_scores_are_divided_by_the_norm_of_their_layer():
+    gates = Gates(family_model("bert"), CPU)
+    totals = torch.zeros(3 * HEADS + 3 * NEURONS, dtype=torch.float64)
+    totals[:3] = torch.tensor([3.0, 0.0, 4.0])
+    totals[3 * HEADS : 3 * HEADS + 2] = torch.tensor([5.0, 12.0])
+
+    scores = gates.scores(totals)
+
+    assert scores.heads[0] == pytest.approx((0.6, 0.0, 0.8))
+    assert scores.heads[1:] == ((0.0,) * HEADS,) * 2
+    assert scores.neurons[0] == pytest.approx((5 / 13, 12 / 13, *[0.0] * (NEURONS - 2)))
+
+
+@pytest.mark.parametrize(
+    ("place", "layer"),
+    [
+        (HEADS, "heads of attention 2"),
+        (-1 - WIDTH, "neurons of feed-forward 3"),
+        (-1, "columns of the hidden states"),
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_importance_that_is_not_finite_is_refused_naming_the_layer(place, layer, value):
+    gates = Gates(family_model("bert"), CPU, with_width=True)
+    totals = torch.ones(3 * HEADS + 3 * NEURONS + WIDTH)
+    totals[place] = value
+
+    with pytest.raises(TeacherError, match=rf"{layer} is not finite: .*teacher\.dtype"):
+        gates.scores(totals)

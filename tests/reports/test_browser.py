@@ -1,0 +1,71 @@
+"""The page in a real browser: nothing is wider than the screen. Skipped where there is none."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from reports import chosen_report, language_report
+
+from megakd.reports.html import html_report
+
+BROWSER = next(
+    (found for name in ("chromium", "google-chrome", "chrome") if (found := shutil.which(name))),
+    None,
+)
+OPTIONS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--virtual-time-budget=2000", "--allow-file-access-from-files"),
+)
+# A frame has the width that is asked for; a window has a least one.
+FRAME = """<!DOCTYPE html><body><iframe id="f" src="report.html"
+style="width:{width}px;height:2000px;border:0"></iframe><script>onload = () => {{
+const d = document.getElementById("f").contentDocument;
+d.querySelectorAll("details").forEach(e => e.open = true);
+document.title = "wide=" + d.scrollingElement.scrollWidth + " texts=" +
+  Math.min(...[...d.querySelectorAll("svg text")].map(e => e.getBoundingClientRect().height));
+}}</script>"""
+
+
+def measured(folder: Path, page: str, width: int) -> tuple[float, float]:
+    """How wide the page is, and how high the smallest text of a chart, in pixels."""
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    (folder / "frame.html").write_text(FRAME.format(width=width), encoding="utf-8")
+    said = subprocess.run(
+        [
+            *(BROWSER, *OPTIONS, "--dump-dom"),
+            f"--user-data-dir={folder / 'browser'}",
+            (folder / "frame.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout
+    found = re.search(r"wide=([\d.]+) texts=([\d.]+)", said)
+    assert found, said[:500]
+    return float(found[1]), float(found[2])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+@pytest.mark.parametrize("width", [360, 420, 1200])
+@pytest.mark.parametrize("kind", ["minidisc", "language model"])
+def test_nothing_is_wider_than_the_screen_and_charts_can_be_read(
+    tmp_path: Path, kind: str, width: int
+) -> None:
+    lines = [
+        {"stage": "student", "step": s, "train/loss": 9 / s, "eval/perplexity": 20 / s}
+        for s in range(1, 30)
+    ]
+    report = chosen_report() if kind == "minidisc" else language_report()
+    page = html_report(report, lines, config=f"key: {'x' * 300}\n")
+
+    wide, smallest = measured(tmp_path, page, width)
+
+    assert wide <= width
+    assert smallest >= 10

@@ -1,0 +1,308 @@
+"""report.html: that it says what the report says, and asks nothing of the outside."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from html_page import Page
+from reports import ASSISTANT, SCORES, TRADEOFF, chosen_report, report_of
+from whole_run import WholeRun, read
+
+from megakd import cli
+from megakd.errors import CheckpointError
+from megakd.reports.html import html_report, write_html_report
+from megakd.reports.report import write_report
+from megakd.run import finished_run
+
+CONFIG = "method: {name: minidisc}\n"
+STAGES = ("teacher", "student")
+
+
+def history(steps: int = 40, every: int = 10) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    for stage in STAGES:
+        for step in range(every, steps + 1, every):
+            scalars = {"loss": 9 / step, "hidden_mse": 5 / step, "learning_rate": 1 - step / steps}
+            train = {f"train/{name}": value for name, value in scalars.items()}
+            lines.append({"stage": stage, "step": step, "time": 1.0, **train})
+            views = {f"eval/sparsity-{s}/f1": 0.9 - s / step for s in (0.5, 0.9)}
+            lines.append({"stage": stage, "step": step, "time": 1.0, "eval/f1": 0.8, **views})
+    return lines
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return html_report(chosen_report(), history(), config=CONFIG)
+
+
+@pytest.fixture(scope="module")
+def page(text: str) -> Page:
+    return Page(text)
+
+
+def test_the_page_is_well_formed_and_every_id_is_its_own(page: Page) -> None:
+    assert page.faults == []
+    assert len(set(page.ids)) == len(page.ids)
+
+
+def test_the_page_asks_nothing_of_the_outside(text: str, page: Page) -> None:
+    assert "http" not in text
+    assert re.findall(r"@import|url\((?!#)", text) == []
+    assert page.links == []
+    assert {"script", "link", "iframe", "img"}.isdisjoint(page.tags)
+
+
+def test_the_same_input_gives_the_same_bytes(text: str) -> None:
+    assert html_report(chosen_report(), iter(history()), config=CONFIG) == text
+
+
+def test_every_candidate_stands_there_with_its_numbers(page: Page) -> None:
+    rows = [cells for _, cells in page.rows]
+
+    for iteration, scores in SCORES.items():
+        for sparsity, metric in scores.items():
+            weighed = [f"{metric:.4f}", f"{metric + TRADEOFF * sparsity:.4f}"]
+            found = [r for r in rows if r[:2] == [str(iteration), f"{sparsity:g}"]]
+            assert [row[3:5] for row in found] == [weighed]
+
+
+def test_one_candidate_of_each_iteration_is_marked(page: Page) -> None:
+    marked = [cells for kind, cells in page.rows if kind == "chosen"]
+
+    assert [(row[0], row[1], row[-1]) for row in marked] == [
+        ("1", "0.7", "yes"),
+        ("2", "0.9", "yes"),
+    ]
+
+
+def test_each_iteration_has_its_curves_and_the_weight_of_sparsity(text: str, page: Page) -> None:
+    assert [h for h in page.headings if h.startswith("Iteration")] == ["Iteration 1", "Iteration 2"]
+    assert "with λ = 0.2;" in text
+    assert sum("Chosen: sparsity 0.7, metric 0.8990" in x for x in page.labels) == 1
+    assert sum("Chosen: sparsity 0.7, trade-off 1.0390" in x for x in page.labels) == 1
+    assert text.count(">chosen: 0.8990<") == text.count(">chosen: 1.0390<") == 1
+
+
+def test_a_choice_that_is_not_the_highest_is_told() -> None:
+    report = chosen_report()
+    report["candidates"][3]["tradeoff"] = 1.5
+
+    assert "The highest trade-off is that of sparsity 0.9." in html_report(report, [])
+
+
+def test_every_model_has_its_sizes_scores_and_times(page: Page) -> None:
+    titles = next(cells for _, cells in page.rows if "non-embedding" in cells)
+    scored, timed = (
+        {cells[0]: cells[1:] for _, cells in page.rows if len(cells) == width} for width in (8, 5)
+    )
+
+    assert titles == ["accuracy", "f1", "mean_accuracy_f1", "kept", *titles[4:]]
+    assert scored["assistant-1"][-4:] == ["97.6%", "15.00M", "3.19M", "60.0"]
+    assert timed["student"] == ["2.00", "6.00x", "31.00", "10.00x"]
+    assert timed["alone"] == ["2.50", "4.80x", "40.00", "7.75x"]
+    assert {"teacher", "alone"} <= set(scored)
+
+
+def test_what_trying_every_assistant_costs_stands_beside_this_run(text: str) -> None:
+    assert "7 trials, about 25m 00s (2.5x)" in text
+    assert "<span>MaxiDisc</span>" in text
+
+
+def test_each_stage_has_its_losses_evaluations_and_speed(page: Page) -> None:
+    kinds = [label.partition(" over")[0] for label in page.labels if "of stage" in label]
+
+    assert list(dict.fromkeys(kinds)) == [
+        f"{kind} of stage {stage}"
+        for stage in STAGES
+        for kind in ("Losses", "Evaluation", "Speed and step size")
+    ]
+
+
+def test_every_chart_has_words_and_every_figure_a_caption(page: Page) -> None:
+    assert all(page.labels)
+    assert page.tags.count("figure") == page.tags.count("figcaption")
+
+
+def test_environment_and_config_are_there() -> None:
+    environment = {"versions": {"torch": "2.13.0"}, "ranks": 2, "corpus_content_hash": None}
+
+    found = Page(html_report(report_of(environment=environment), [], config="seed: <7>\n"))
+
+    assert ["versions torch", "2.13.0"] in [cells for _, cells in found.rows]
+    assert ["ranks", "2"] in [cells for _, cells in found.rows]
+    assert found.headings[-2:] == ["Environment", "Config"]
+
+
+def test_text_of_others_is_escaped_everywhere() -> None:
+    bad = "<script>$x_1$ & \"q\" 'p'"
+    report = chosen_report(task=bad, environment={bad: bad}, baselines={bad: {"f1": 0.5}})
+    report["stages"][0]["name"] = bad
+    report["assistants"] = [ASSISTANT | {"name": bad}]
+    lines = [{"stage": bad, "step": s, f"train/{bad}": s, f"eval/{bad}/f1": s} for s in (1, 2)]
+
+    text = html_report(report, lines, config=bad)
+
+    assert Page(text).faults == []
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;") > 8
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [{"stage": "student", "step": 1, "time": 1.0, "train/loss": 2.0}],
+        [{"stage": "student", "step": s, "train/loss": None} for s in (1, 2, 3)],
+        [{"stage": "student", "step": s, "time": 1.0} for s in (1, 2, 3)],
+    ],
+    ids=["no line", "one line", "nothing finite", "an empty stage"],
+)
+def test_without_a_curve_there_is_no_picture_of_training(lines: list[dict[str, Any]]) -> None:
+    found = Page(html_report(report_of(), lines))
+
+    assert "Training" not in found.headings
+    assert len(found.labels) == 2  # by size, and by time
+
+
+def test_a_method_without_candidates_has_no_choice_and_no_cost() -> None:
+    found = Page(html_report(report_of(), []))
+
+    assert found.headings == ["single on glue/mrpc", "Size, quality, latency", "Time and memory"]
+
+
+def test_a_report_with_hardly_anything_has_a_page() -> None:
+    report = report_of(teacher=None, speedup=None, stages=[], baselines={})
+    report["student"]["metrics"] = {"mean_accuracy_f1": None}  # type: ignore[dict-item]
+
+    found = Page(html_report(report, []))
+
+    assert found.faults == []
+    assert found.labels == []
+
+
+def test_a_report_of_an_earlier_version_has_a_page() -> None:
+    earlier: Any = report_of()
+    for key in ("assistants", "latency", "cost", "samples"):
+        del earlier[key]
+
+    assert html_report(earlier, []) == html_report(report_of(), [])
+
+
+def test_candidates_without_finite_scores_have_a_table_and_no_picture() -> None:
+    report = chosen_report()
+    for row in report["candidates"]:
+        row["tradeoff"] = math.nan
+
+    found = Page(html_report(report, []))
+
+    assert sum("trade-off" in label for label in found.labels) == 0
+    assert ["1", "0.7", "3.00M", "0.8990", "-", "yes"] in [cells for _, cells in found.rows]
+
+
+def test_what_is_not_finite_or_thinned_is_told() -> None:
+    lines = [{"stage": "a", "step": s, "train/loss": 1 / s, "eval/f1": s} for s in range(1, 401)]
+    lines[7]["train/loss"] = math.nan
+
+    text = html_report(report_of(), lines)
+
+    assert "As logged, not smoothed." in text
+    assert "Values left out because they were not finite: 1." in text
+    assert "lowest and highest value of each stretch" in text
+    assert "15 of 400 steps" in text
+
+
+def test_a_long_history_stays_small() -> None:
+    lines = ({"stage": "a", "step": s, "train/loss": math.sin(s) + 2} for s in range(1, 100_001))
+
+    text = html_report(report_of(stages=[]), lines)
+
+    assert len(text.encode()) < 100_000
+    assert "15 of 100,000 steps" in text
+
+
+@pytest.mark.slow
+def test_a_long_history_of_many_stages_and_candidates_stays_under_two_megabytes() -> None:
+    views = [f"sparsity-{i / 40:g}" for i in range(1, 15)]
+    names = [f"{g}/{v}/{n}" for g in ("train", "eval") for v in views for n in ("f1", "kl", "mse")]
+    lines = (
+        {
+            "stage": f"trial-{step % 25}",
+            "step": step,
+            **{name: math.cos(step * i) + 2 for i, name in enumerate(names)},
+        }
+        for step in range(1, 10_001)
+    )
+
+    text = html_report(chosen_report(), lines)
+
+    assert len(text.encode()) < 2_000_000
+    assert "5 more stages are in metrics.jsonl." in text
+
+
+def test_a_run_ends_with_its_page(whole_run: WholeRun) -> None:
+    out = whole_run.out
+
+    found = Page((out / "report.html").read_text(encoding="utf-8"))
+
+    assert found.faults == []
+    assert {"Time and memory", "Training", *(s["name"] for s in read(out)["stages"])} <= {
+        *found.headings
+    }
+
+
+def folder_of(tmp_path: Path) -> Path:
+    write_report(tmp_path / "report.json", report_of())
+    lines = map(json.dumps, history()[:8])
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n{half")
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def test_the_command_draws_the_page_of_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of(tmp_path)
+
+    assert cli.main(["report", str(folder)]) == 0
+
+    assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
+    written = (folder / "report.html").read_text(encoding="utf-8")
+    assert written == html_report(report_of(), history()[:8], config=CONFIG)
+
+
+def test_a_folder_without_a_report_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["report", str(tmp_path)]) == 2
+    message = f"{tmp_path / 'report.json'} does not exist: it is written when the run is complete"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "is not JSON"), ("[]", "is no report of megakd"), ("{}", "it lacks baselines, cand")],
+)
+def test_a_file_that_is_no_report_is_named(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "report.json").write_text(content)
+
+    with pytest.raises(CheckpointError, match=message):
+        write_html_report(tmp_path)
+
+
+def test_a_picture_that_fails_does_not_spoil_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(folder: Path) -> Path:
+        raise ArithmeticError(f"no room in {folder.name}")
+
+    monkeypatch.setattr(finished_run, "write_html_report", fail)
+
+    finished_run._draw(tmp_path / "out")
+
+    assert "report.html could not be drawn" in caplog.text
+    assert "no room in out" in caplog.text

@@ -1,0 +1,174 @@
+"""Forward times: what is timed, in which order, and that models are left as they were."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig
+from transformers import RobertaForSequenceClassification as Roberta
+
+from megakd.errors import ModelError
+from megakd.reports import latency
+from megakd.reports.latency import measure_latencies
+
+
+def llama(layers: int = 1, width: int = 8) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=20,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=2 * width,
+    )
+    return LlamaForCausalLM(config)
+
+
+def milliseconds(
+    teacher: LlamaForCausalLM | Path, student: LlamaForCausalLM | Path, **shape: int
+) -> list[float]:
+    """Of the two at one batch."""
+    models = {"teacher": teacher, "student": student}
+    batches = (shape.pop("batch"),)
+    return [entry["ms"] for entry in measure_latencies(models, batches=batches, **shape)]
+
+
+def seen_by(model: torch.nn.Module) -> list[dict]:
+    calls: list[dict] = []
+
+    def record(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        calls.append({"training": module.training, "gradient": torch.is_grad_enabled(), **kwargs})
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    return calls
+
+
+def test_the_median_of_each_model_is_told(monkeypatch) -> None:
+    warm_up = [0] * (2 * latency.WARM_UP_FORWARDS)
+    # The student's turns and the teacher's, swapping places: 1, 2, 3 and 10, 20, 90.
+    times = [*warm_up, 10, 1, 2, 20, 90, 3]
+    ticks = iter(number for time in times for number in (0.0, time / 1000))
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+
+    found = measure_latencies({"a": llama(), "b": llama()}, batches=(1,), length=4, repeats=3)
+
+    assert [entry["ms"] for entry in found] == pytest.approx([20.0, 2.0])
+    assert [(entry["model"], entry["batch"]) for entry in found] == [("a", 1), ("b", 1)]
+
+
+def test_each_time_says_what_was_timed_and_where() -> None:
+    models = {"a": llama(), "b": llama().to(torch.bfloat16)}
+
+    found = measure_latencies(models, batches=(2,), length=4, repeats=1)
+
+    threads = torch.get_num_threads()
+    assert {entry["device"] for entry in found} == {
+        f"cpu ({threads} thread{'' if threads == 1 else 's'})"
+    }
+    assert [entry["length"] for entry in found] == [4, 4]
+    assert [entry["dtype"] for entry in found] == ["float32", "bfloat16"]
+
+
+def test_the_forward_has_the_given_shape_without_dropout_or_gradient() -> None:
+    model = llama().train()
+    calls = seen_by(model)
+
+    milliseconds(model, llama(), batch=3, length=7, repeats=2)
+
+    assert len(calls) == latency.WARM_UP_FORWARDS + 2
+    assert calls[-1]["input_ids"].shape == (3, 7)
+    assert calls[-1]["attention_mask"].all()
+    assert not calls[-1]["training"]
+    assert not calls[-1]["gradient"]
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("ms", "forwards"), [(1.0, 3 + 20), (60.0, 3 + 5), (150.0, 3), (5000.0, 3)]
+)
+def test_slow_models_are_timed_less_often_but_at_least_three_times(monkeypatch, ms, forwards):
+    calls: list[int] = []
+
+    def timed(model: torch.nn.Module, given: object) -> float:
+        del given
+        calls.append(id(model))
+        return ms
+
+    monkeypatch.setattr(latency, "_milliseconds", timed)
+    models = {"a": llama(), "b": llama()}
+
+    found = measure_latencies(models, batches=(1,), length=4)
+
+    assert [entry["ms"] for entry in found] == [ms, ms]
+    assert {calls.count(id(model)) for model in models.values()} == {forwards}
+
+
+def test_the_random_state_of_the_run_is_untouched() -> None:
+    model, other = llama(), llama()
+    before = torch.get_rng_state()
+
+    milliseconds(model, other, batch=1, length=4, repeats=1)
+
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_two_models_are_timed_by_turns_that_swap_places() -> None:
+    order: list[str] = []
+    teacher, student = llama(), llama()
+    teacher.register_forward_pre_hook(lambda *_: order.append("t"))
+    student.register_forward_pre_hook(lambda *_: order.append("s"))
+
+    milliseconds(teacher, student, batch=1, length=4, repeats=3)
+
+    assert "".join(order[-6:]) == "tsstts"
+
+
+def test_several_models_take_every_place_by_turns_at_every_batch() -> None:
+    order: list[str] = []
+    models = {name: llama() for name in "abc"}
+    for name, model in models.items():
+        model.register_forward_pre_hook(
+            lambda _, __, given, name=name: order.append(f"{name}{len(given['input_ids'])}"),
+            with_kwargs=True,
+        )
+
+    found = measure_latencies(models, batches=(1, 2), length=4, repeats=3)
+
+    assert [(entry["model"], entry["batch"]) for entry in found] == [
+        (name, batch) for batch in (1, 2) for name in "abc"
+    ]
+    assert all(entry["ms"] > 0 for entry in found)
+    assert order[-9:] == ["a2", "b2", "c2", "b2", "c2", "a2", "c2", "a2", "b2"]
+
+
+def test_the_larger_model_takes_longer() -> None:
+    larger, smaller = milliseconds(llama(8, 128), llama(1, 8), batch=4, length=16, repeats=5)
+
+    assert larger > smaller > 0
+
+
+def test_a_folder_is_loaded_and_timed(tmp_path: Path) -> None:
+    config = RobertaConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+    )
+    Roberta(config).save_pretrained(tmp_path)
+
+    assert milliseconds(tmp_path, llama(), batch=2, length=8, repeats=1)[0] > 0
+
+
+def test_a_folder_of_an_unknown_architecture_is_named(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(tree | {"architectures": ["Novel"]}))
+
+    with pytest.raises(ModelError, match=r"config\.json names the architecture 'Novel'"):
+        milliseconds(llama(), tmp_path, batch=1, length=4)

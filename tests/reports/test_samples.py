@@ -1,0 +1,226 @@
+"""Samples of language models: the prompts, and who answers them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_runs import bert, config_tree, llama, write_config, write_text
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from whole_run import finish, read
+
+from megakd.config.run import TaskConfig
+from megakd.contract.stage import Batch, TopK
+from megakd.contract.tasks import TaskType
+from megakd.data.packing import pack
+from megakd.models.knowledge import most_likely
+from megakd.reports.samples import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, Sampler, held_out_prompts
+
+CPU = torch.device("cpu")
+EOS = 1
+
+
+class Letters:
+    """A tokenizer whose tokens are letters; 0 is [CLS], 1 ends a text, 2 is the mask."""
+
+    eos_token_id, mask_token_id, pad_token_id = EOS, 2, 0
+    all_special_ids = (0, 1, 2)
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        shown = [i for i in ids if not (skip_special_tokens and i in self.all_special_ids)]
+        return "".join("[]_"[i] if i < 3 else chr(94 + i) for i in shown)
+
+
+class Counting:
+    """Says the token after the last one, and notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Batch] = []
+
+    def top_k(self, batch: Batch, count: int) -> TopK:
+        self.asked.append(batch)
+        assert batch.targets is not None
+        ids = (batch.inputs["input_ids"].flatten()[batch.targets] + 1)[:, None]
+        return TopK(ids.int().expand(-1, count), torch.zeros(ids.shape))
+
+
+class Model(NamedTuple):
+    """A plain model, asked as the engine asks it."""
+
+    model: torch.nn.Module
+
+    @torch.no_grad()
+    def top_k(self, batch: Batch, count: int) -> TopK:
+        return most_likely(self.model, batch, count)
+
+
+def packed(*documents: tuple[int, int], row: int = 64) -> Dataset:
+    """Rows of documents, each (first token, length): tokens that count up."""
+    rows = pack(([first + i % 20 for i in range(length)] for first, length in documents), row)
+    return Dataset.from_list([{k: v.tolist() for k, v in r._asdict().items()} for r in rows])
+
+
+def task(kind: TaskType, length: int = 64) -> TaskConfig:
+    return TaskConfig(type=kind, dataset="pydocs", max_length=length)
+
+
+def test_prompts_are_beginnings_of_documents_and_of_one_length() -> None:
+    rows = packed((3, 40), (5, 10), (7, 30), (9, 30), (11, 30), (13, 30))
+
+    prompts = held_out_prompts(rows, Letters(), task("causal_lm"), CPU)  # type: ignore[arg-type]
+
+    assert prompts is not None
+    # The document of ten tokens is too short; of the next one the first row holds 14.
+    assert prompts.shown == [Letters().decode([*range(first, first + 16)]) for first in (3, 9, 11)]
+    assert len(prompts.shown) == PROMPTS
+    assert PROMPT_TOKENS == 16
+
+
+def test_a_decoder_continues_token_by_token_up_to_the_end_of_the_text() -> None:
+    rows = packed((3, 20), (30, 20))
+    prompts = held_out_prompts(rows, Letters(), task("causal_lm"), CPU)  # type: ignore[arg-type]
+    assert prompts is not None
+    model = Counting()
+
+    first = prompts.answers(model)[0]
+
+    assert first == Letters().decode([*range(19, 19 + NEW_TOKENS)])
+    widths = [batch.inputs["input_ids"].shape[1] for batch in model.asked]
+    assert widths == [*range(PROMPT_TOKENS, PROMPT_TOKENS + NEW_TOKENS)]
+
+
+def test_a_text_ends_at_its_end_token_and_all_ranks_ask_as_often() -> None:
+    class Ending(Counting):
+        def top_k(self, batch: Batch, count: int) -> TopK:
+            said = super().top_k(batch, count)
+            return (
+                said._replace(ids=torch.full_like(said.ids, EOS)) if len(self.asked) > 2 else said
+            )
+
+    prompts = held_out_prompts(packed((3, 20)), Letters(), task("causal_lm"), CPU)  # type: ignore[arg-type]
+    assert prompts is not None
+    model = Ending()
+
+    assert prompts.answers(model) == [Letters().decode([19, 20])]
+    assert len(model.asked) == NEW_TOKENS
+
+
+def test_a_decoder_says_what_transformers_generates() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=32, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    prompts = held_out_prompts(packed((3, 20), (9, 20)), Letters(), task("causal_lm"), CPU)  # type: ignore[arg-type]
+    assert prompts is not None
+
+    ids = torch.tensor([[*range(3, 19)], [*range(9, 25)]])
+    wanted = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False,
+        pad_token_id=0,
+    )  # fmt: skip
+
+    ended = [row[: row.index(EOS)] if EOS in row else row for row in wanted[:, 16:].tolist()]
+    assert prompts.answers(Model(model)) == [
+        Letters().decode(row, skip_special_tokens=True) for row in ended
+    ]
+
+
+def test_a_prompt_and_its_answer_fit_the_length_of_the_task() -> None:
+    prompts = held_out_prompts(packed((3, 20)), Letters(), task("causal_lm", 10), CPU)  # type: ignore[arg-type]
+    assert prompts is not None
+    model = Counting()
+
+    prompts.answers(model)
+
+    assert model.asked[0].inputs["input_ids"].shape[1] == 5
+    assert model.asked[-1].inputs["input_ids"].shape[1] == 9
+
+
+def test_a_masked_model_fills_hidden_tokens_that_are_not_special() -> None:
+    rows = Dataset.from_dict({"input_ids": [[0, *range(3, 13), 1], [0, 5, 1], [0, 1]]})
+    prompts = held_out_prompts(rows, Letters(), task("mlm"), CPU)  # type: ignore[arg-type]
+    assert prompts is not None
+    model = Counting()
+
+    answers = prompts.answers(model)
+
+    assert prompts.shown == ["ab_defgh_j", "_"]
+    # The mask is token 2, and Counting says the next one.
+    assert answers == ["a, a", "a"]
+    ids = model.asked[0].inputs["input_ids"]
+    assert (ids == 2).sum() == 3
+
+
+def test_other_tasks_have_no_prompt_and_no_sample() -> None:
+    rows = Dataset.from_dict({"input_ids": [[3, 4]], "label": [1]})
+    prompts = held_out_prompts(rows, Letters(), task("classification"), CPU)  # type: ignore[arg-type]
+    sampler = Sampler(prompts)
+
+    assert prompts is None
+    assert sampler.asking("student") is None
+    assert sampler.samples(teacher="teacher", student="student") == []
+
+
+@pytest.fixture(scope="module")
+def decoder_run(one_rank, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("samples")
+    tree = config_tree(
+        folder / "out",
+        {
+            "type": "causal_lm",
+            "dataset": str(write_text(folder / "stories.txt")),
+            "tokenizer": {"type": "bpe", "vocab_size": 320},
+        },
+        teacher={"model": llama(1), "finetune": {"max_steps": 4}, "deepspeed": "teacher_zero3"},
+        method={"name": "single"},
+        baselines=["alone"],
+    )
+    finish(one_rank, write_config(folder / "run.yaml", tree))
+    return folder / "out"
+
+
+def test_a_run_of_decoders_has_samples_of_teacher_and_student(decoder_run):
+    found = read(decoder_run)["samples"]
+
+    assert found
+    assert all(entry.keys() == {"prompt", "teacher", "student"} for entry in found)
+    final = AutoModelForCausalLM.from_pretrained(decoder_run / "final").eval()
+    tokenizer = AutoTokenizer.from_pretrained(decoder_run / "final")
+    text = tokenizer(found[0]["prompt"], return_tensors="pt", add_special_tokens=False)
+    ids = final.generate(**text, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    written = tokenizer.decode(ids[0, text["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert found[0]["student"] == written
+
+
+def test_baselines_are_timed_beside_teacher_and_student(decoder_run):
+    latency = read(decoder_run)["latency"]
+
+    assert {entry["model"] for entry in latency} == {"teacher", "student", "alone"}
+    assert {entry["length"] for entry in latency} == {16}
+
+
+def test_a_run_of_masked_models_has_filled_masks(one_rank, tmp_path):
+    tree = config_tree(
+        tmp_path / "out",
+        {
+            "type": "mlm",
+            "dataset": str(write_text(tmp_path / "stories.txt")),
+            "tokenizer": {"type": "wordpiece", "vocab_size": 300},
+        },
+        student={"model": bert(1)},
+        method={"name": "finetune"},
+    )
+
+    finish(one_rank, write_config(tmp_path / "run.yaml", tree))
+
+    found = read(tmp_path / "out")["samples"]
+    assert len(found) == PROMPTS
+    assert all("[MASK]" in entry["prompt"] and entry["teacher"] is None for entry in found)
+    assert all(
+        len(entry["student"].split(", ")) == entry["prompt"].count("[MASK]") for entry in found
+    )

@@ -1,0 +1,200 @@
+"""The report in rows and columns, for the end of a run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from reports import chosen_report, language_report, report_of
+
+from megakd.reports.table import cost_line, milliseconds, result_table
+
+
+def cells(table: str, row: str) -> list[str]:
+    line = next(line for line in table.splitlines() if line.startswith(row))
+    return re.split(r"\s{2,}", line.strip())
+
+
+def test_the_table_has_sizes_scores_and_speed_of_each_model() -> None:
+    table = result_table(report_of())
+
+    assert cells(table, "teacher") == [
+        *("teacher", "22.71M", "10.65M", "90.9", "80.0%", "90.0%", "85.0%"),
+        *("100.0%", "50.00", "1.00x"),
+    ]
+    assert cells(table, "student") == [
+        *("student", "2.09M", "99.97k", "8.4", "75.0%", "85.0%", "80.0%"),
+        *("94.1%", "5.00", "10.00x"),
+    ]
+    assert cells(table, "alone") == [
+        *("alone", "2.09M", "99.97k", "8.4", "70.0%", "80.0%", "75.0%"),
+        *("88.2%", "-", "-"),
+    ]
+
+
+def test_the_table_is_aligned() -> None:
+    lines = result_table(report_of()).splitlines()
+
+    assert len({len(line) for line in lines[2:6]}) == 1
+    assert lines[2].split()[:2] == ["parameters", "non-embedding"]
+    assert "ms (batch 32)" in lines[2]
+
+
+def test_the_table_says_what_was_scored_and_what_it_cost() -> None:
+    table = result_table(report_of(), final=Path("runs/quickstart/final"))
+
+    assert table.startswith("single on glue/mrpc, scored on validation")
+    assert "1m 18s" in table
+    assert "1h 02m" in table
+    assert "12,345" in table
+    assert "training 1h 03m, peak memory 1.50 GB per rank" in table
+    assert "the student is in runs/quickstart/final" in table
+
+
+def test_of_a_perplexity_the_factor_is_told_and_nothing_is_kept() -> None:
+    table = result_table(language_report())
+
+    assert cells(table, "teacher")[4:] == ["8.000", "2.079", "40.0%", "x1.00"]
+    assert cells(table, "student")[4:] == ["10.000", "2.303", "40.0%", "x1.25"]
+    assert cells(table, "alone")[-1] == "x2.00"
+    assert "vs teacher" in table
+    assert "kept" not in table
+    assert "perplexity, loss: lower is better" in table.splitlines()
+
+
+def test_of_other_metrics_that_should_be_low_the_difference_is_told() -> None:
+    table = result_table(language_report() | {"metric_name": "loss"})
+
+    assert cells(table, "student")[-1] == "+0.224"
+    assert cells(table, "teacher")[-1] == "+0.000"
+
+
+def test_of_a_score_the_share_is_told_and_no_direction() -> None:
+    table = result_table(report_of())
+
+    assert "kept" in table
+    assert "vs teacher" not in table
+    assert "lower is better" not in table
+
+
+def test_a_teacher_ranked_by_perplexity_shows_its_perplexity() -> None:
+    """What a teacher is worth is minus its perplexity."""
+    one = {"name": "small", "weight": 1.0, "steps": 4, "score": -12.5}
+    pool = {"distribution": "dev_score", "teachers": [one]}
+
+    table = result_table(language_report(pool=pool))
+
+    assert cells(table, "taught by")[-1] == "perplexity (validation)"
+    assert cells(table, "small") == ["small", "1.000", "4", "12.500"]
+
+
+def test_a_pool_that_nobody_ranked_has_no_scores() -> None:
+    one = {"name": "small", "weight": 1.0, "steps": 4, "score": None}
+    table = result_table(report_of(pool={"distribution": "uniform", "teachers": [one]}))
+
+    assert cells(table, "taught by") == ["taught by", "uniform", "steps"]
+
+
+def test_a_run_without_teacher_or_stages_has_a_table_without_comparison() -> None:
+    table = result_table(report_of(teacher=None, speedup=None, stages=[], baselines={}))
+
+    assert table.splitlines()[2].split()[-1] == "mean_accuracy_f1"
+    assert "teacher" not in table
+
+
+def test_times_say_their_length_device_and_dtype() -> None:
+    note = "ms: median of one forward, 24 tokens per text, float32, on cpu (1 thread)"
+
+    assert note in result_table(chosen_report()).splitlines()
+    assert "ms:" not in result_table(report_of())
+
+
+def test_dtypes_that_differ_are_told_by_model() -> None:
+    report = chosen_report()
+    for entry in report["latency"]:
+        entry["dtype"] = "bfloat16" if entry["model"] == "teacher" else "float32"
+
+    assert "teacher bfloat16, assistant-1 float32, student float32" in result_table(report)
+
+
+def test_a_stage_without_steps_has_no_speed() -> None:
+    stage = report_of()["stages"][0] | {"steps": 0, "tokens_per_second": 0.0, "name": "cut"}
+
+    assert cells(result_table(report_of(stages=[stage])), "cut")[3] == "-"
+
+
+def test_a_score_that_is_null_in_the_file_is_a_dash() -> None:
+    report = report_of()
+    report["student"]["metrics"] = {"perplexity": None}  # type: ignore[dict-item]
+
+    assert "-" in cells(result_table(report), "student")
+
+
+def test_an_assistant_stands_between_teacher_and_student() -> None:
+    table = result_table(chosen_report())
+
+    names = [line.split()[0] for line in table.splitlines()[3:7]]
+    assert names == ["teacher", "assistant-1", "student", "alone"]
+    assert cells(table, "assistant-1")[:4] == ["assistant-1", "15.00M", "3.19M", "60.0"]
+    assert cells(table, "assistant-1")[-5:] == ["97.6%", "5.00", "2.40x", "101.00", "3.07x"]
+    assert cells(table, "alone")[-4:] == ["2.50", "4.80x", "40.00", "7.75x"]
+
+
+def test_every_batch_that_was_timed_has_its_columns() -> None:
+    header = result_table(chosen_report()).splitlines()[2]
+
+    assert re.findall(r"ms \(batch \d+\)", header) == ["ms (batch 1)", "ms (batch 32)"]
+    assert header.count("speed-up") == 2
+
+
+def test_times_of_the_pair_and_of_all_models_are_one_table() -> None:
+    speedup = {"batch": 4, "teacher_ms": 8.0, "student_ms": 2.0}
+    latency = [{"model": "student", "batch": 1, "ms": 1.0}, {"model": "x", "batch": 4, "ms": None}]
+
+    times = milliseconds(report_of(speedup=speedup, latency=latency))
+
+    assert times == {1: {"student": 1.0}, 4: {"teacher": 8.0, "student": 2.0}}
+
+
+def test_every_candidate_has_a_row_and_one_of_an_iteration_is_chosen() -> None:
+    lines = result_table(chosen_report()).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("iteration"))
+    rows = [line.split() for line in lines[start + 1 : start + 8]]
+
+    assert rows[1] == ["1", "0.7", "3.00M", "0.8990", "1.0390", "yes"]
+    assert [row[1] for row in rows] == ["0.5", "0.7", "0.8", "0.9", "0.7", "0.8", "0.9"]
+    assert [row[0] for row in rows if row[-1] == "yes"] == ["1", "2"]
+
+
+def test_the_cost_of_trying_every_assistant_is_told() -> None:
+    assert (
+        "1 trial, 10m 00s; every assistant tried (MaxiDisc): 7 trials, about 25m 00s (2.5x)"
+    ) in result_table(chosen_report())
+
+
+def test_trying_every_assistant_that_would_take_as_long_is_told_in_words() -> None:
+    cost: Any = {"trials": 1, "seconds": 24.5, "maxidisc_trials": 3, "maxidisc_seconds": 24.9}
+
+    line = cost_line(cost)
+
+    assert line.endswith("3 trials, about 24.9s (as long)")
+
+
+def test_a_report_of_an_earlier_version_has_a_table() -> None:
+    earlier: Any = report_of()
+    for key in ("assistants", "latency", "cost", "samples"):
+        del earlier[key]
+
+    assert result_table(earlier) == result_table(report_of())
+
+
+def test_numbers_that_are_not_finite_are_dashes() -> None:
+    report = chosen_report(teacher=None)
+    report["student"]["metrics"] = {"mean_accuracy_f1": float("nan")}
+    report["candidates"][0]["tradeoff"] = float("inf")
+
+    table = result_table(report)
+
+    assert "nan" not in table
+    assert "inf" not in table

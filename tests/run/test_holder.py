@@ -1,0 +1,303 @@
+"""One run at a time in an output folder: who holds it, and when it is taken over."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from megakd.errors import InUseError
+from megakd.run import holder
+from megakd.run.holder import LOCK, FolderLock, Holder, read_holder, this_process
+
+
+@pytest.fixture
+def dead() -> Holder:
+    """A holder of this host whose process has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return dataclasses.replace(this_process(), pid=process.pid)
+
+
+@pytest.fixture
+def stranger(dead: Holder) -> Holder:
+    """A holder whose process no one on this host can see."""
+    return dataclasses.replace(dead, host="node-7", place="node-7 another-boot")
+
+
+def leave_lock(folder: Path, left: Holder) -> Path:
+    path = folder / LOCK
+    path.write_text(json.dumps(dataclasses.asdict(left)), encoding="utf-8")
+    return path
+
+
+class Clock:
+    """Time that passes only where somebody waits for it."""
+
+    def __init__(self, meanwhile: Callable[[], None]) -> None:
+        self.now, self.meanwhile = 0.0, meanwhile
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.meanwhile()
+
+
+def pass_time(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None]) -> Clock:
+    clock = Clock(meanwhile)
+    # `this_process` needs the real one: it is asked before.
+    monkeypatch.setattr(holder.time, "sleep", clock.sleep)
+    monkeypatch.setattr(holder.time, "monotonic", clock.monotonic)
+    return clock
+
+
+def test_the_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path / "out")
+
+    lock.take()
+    shown = read_holder(tmp_path / "out" / LOCK)
+    lock.release()
+
+    assert shown == lock.holder
+    assert shown.pid == os.getpid()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_which_a_run_left_something_stays(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path / "out")
+    lock.take()
+    (tmp_path / "out" / "config.yaml").touch()
+
+    lock.release()
+
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.yaml"]
+
+
+def test_a_folder_that_a_living_run_holds_is_refused_naming_that_run(tmp_path: Path) -> None:
+    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
+    first.take()
+
+    with pytest.raises(InUseError) as refused:
+        second.take()
+
+    first.release()
+    assert f"{tmp_path} is in use by another run: process {os.getpid()} on " in str(refused.value)
+    assert f"since {first.holder.since}; wait until that run ends" in str(refused.value)
+    assert f"remove {tmp_path / LOCK}" in str(refused.value)
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+def test_the_lock_of_a_dead_process_is_taken_over_at_once(
+    tmp_path: Path, dead: Holder, monkeypatch: pytest.MonkeyPatch, *, links: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    leave_lock(tmp_path, dead)
+    pass_time(monkeypatch, lambda: pytest.fail("waited"))
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    lock = FolderLock(tmp_path)
+
+    lock.take()
+
+    assert read_holder(tmp_path / LOCK) == lock.holder
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    with pytest.raises(InUseError):
+        FolderLock(tmp_path).take()
+    lock.release()
+
+
+def test_a_later_process_with_the_same_number_is_not_the_holder(tmp_path: Path) -> None:
+    leave_lock(tmp_path, dataclasses.replace(this_process(), start="before"))
+    lock = FolderLock(tmp_path)
+
+    lock.take()
+
+    assert read_holder(tmp_path / LOCK) == lock.holder
+    lock.release()
+
+
+def test_a_zombie_does_not_hold_a_folder(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    left = dataclasses.replace(
+        this_process(), pid=process.pid, start=holder.process_start(process.pid) or ""
+    )
+    leave_lock(tmp_path, left)
+    lock = FolderLock(tmp_path)
+    with pytest.raises(InUseError):
+        FolderLock(tmp_path).take()
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+    lock.take()
+
+    lock.release()
+    process.communicate()
+
+
+def test_a_holder_of_another_host_that_gives_a_sign_is_refused(
+    tmp_path: Path, stranger: Holder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = leave_lock(tmp_path, stranger)
+    lock = FolderLock(tmp_path)
+    clock = pass_time(monkeypatch, lambda: os.utime(path, (clock.now, clock.now)))
+
+    with pytest.raises(InUseError, match=rf"process {stranger.pid} on node-7, since"):
+        lock.take()
+
+    assert read_holder(path) == stranger
+
+
+def test_a_holder_of_another_host_without_a_sign_is_taken_over(
+    tmp_path: Path, stranger: Holder, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    path = leave_lock(tmp_path, stranger)
+    lock = FolderLock(tmp_path)
+    clock = pass_time(monkeypatch, lambda: None)
+
+    lock.take()
+
+    assert read_holder(path) == lock.holder
+    assert clock.now >= holder.DEAD_AFTER_S
+    assert f"{path} names process {stranger.pid} on node-7" in caplog.text
+    lock.release()
+
+
+def test_half_a_lock_is_taken_over_when_nobody_goes_on_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / LOCK).write_text('{"host": "no')
+    lock = FolderLock(tmp_path)
+    pass_time(monkeypatch, lambda: None)
+
+    lock.take()
+
+    assert read_holder(tmp_path / LOCK) == lock.holder
+    lock.release()
+
+
+class Slow(FolderLock):
+    """Finds the holder dead, and is overtaken before it takes over."""
+
+    def __init__(self, folder: Path, meanwhile: Callable[[], None]) -> None:
+        super().__init__(folder)
+        self._meanwhile: Callable[[], None] | None = meanwhile
+
+    def _create(self, path: Path) -> bool:
+        if path.name != LOCK and self._meanwhile is not None:
+            meanwhile, self._meanwhile = self._meanwhile, None
+            meanwhile()
+        return super()._create(path)
+
+
+def test_of_two_runs_that_find_the_same_holder_dead_the_later_one_is_refused(
+    tmp_path: Path, dead: Holder
+) -> None:
+    leave_lock(tmp_path, dead)
+    quick = FolderLock(tmp_path)
+
+    with pytest.raises(InUseError):
+        Slow(tmp_path, quick.take).take()
+
+    assert read_holder(tmp_path / LOCK) == quick.holder
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    quick.release()
+
+
+def test_a_run_that_came_and_went_meanwhile_is_not_in_the_way(tmp_path: Path, dead: Holder) -> None:
+    def come_and_go() -> None:
+        quick = FolderLock(tmp_path)
+        quick.take()
+        quick.release()
+
+    leave_lock(tmp_path, dead)
+    slow = Slow(tmp_path, come_and_go)
+
+    slow.take()
+
+    assert read_holder(tmp_path / LOCK) == slow.holder
+    slow.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_many_runs_at_once_exactly_one_takes_a_dead_lock_over(
+    tmp_path: Path, dead: Holder
+) -> None:
+    leave_lock(tmp_path, dead)
+    locks = [FolderLock(tmp_path) for _ in range(8)]
+    together = threading.Barrier(len(locks))
+
+    def take(lock: FolderLock) -> bool:
+        together.wait()
+        try:
+            lock.take()
+        except InUseError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(len(locks)) as pool:
+        taken = list(pool.map(take, locks))
+
+    winner = locks[taken.index(True)]
+    assert taken.count(True) == 1
+    assert read_holder(tmp_path / LOCK) == winner.holder
+    winner.release()
+
+
+def test_a_holder_whose_lock_another_run_has_taken_is_told(
+    tmp_path: Path, stranger: Holder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holder, "BEAT_S", 0.01)
+    told = threading.Event()
+    lock = FolderLock(tmp_path, lost=lambda _: told.set())
+    lock.take()
+
+    leave_lock(tmp_path, stranger)
+
+    assert told.wait(60)
+    lock.release()
+    assert read_holder(tmp_path / LOCK) == stranger
+
+
+def test_a_lock_that_was_removed_under_a_living_run_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holder, "BEAT_S", 0.01)
+    lock = FolderLock(tmp_path)
+    lock.take()
+    made_again = threading.Event()
+    monkeypatch.setattr(holder.os, "utime", lambda _: made_again.set())
+
+    (tmp_path / LOCK).unlink()
+    made_again.clear()
+
+    assert made_again.wait(60)
+    lock.release()
+
+
+def test_a_run_in_a_folder_that_is_held_changes_nothing_there(one_rank, whole_run, tmp_path):
+    lock = FolderLock(tmp_path)
+    lock.take()
+
+    said = one_rank.train("--config", whole_run.config, f"output_dir={tmp_path}")
+
+    assert said.code == 2
+    assert f"megakd: error: {tmp_path} is in use by another run: process {os.getpid()}" in said.err
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    lock.release()
+
+
+def test_a_run_that_has_ended_holds_its_folder_no_more(whole_run):
+    assert not (whole_run.out / LOCK).exists()

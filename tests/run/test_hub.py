@@ -1,0 +1,80 @@
+"""What is uploaded to the Hub when, through a stand-in of its client."""
+
+from __future__ import annotations
+
+import pytest
+
+from megakd.config.run import SaveConfig
+from megakd.errors import ConfigError
+from megakd.run import hub
+
+PRIVATE = SaveConfig(push_to_hub="me/student", hub_private=True)
+
+
+class Api:
+    """`HfApi` with the calls that are used."""
+
+    calls: list
+
+    def __init__(self, failing=()):
+        self.calls, self.failing = [], failing
+
+    def __getattr__(self, name):
+        def call(*positions, **options):
+            if name in self.failing:
+                raise OSError(f"{name} failed\nand more")
+            self.calls.append((name, *positions, options))
+
+        return call
+
+
+@pytest.fixture
+def api(monkeypatch):
+    made = Api()
+    monkeypatch.setattr(hub, "HfApi", lambda: made)
+    return made
+
+
+def test_without_the_key_the_hub_is_not_asked(api, tmp_path):
+    hub.check_hub(SaveConfig())
+
+    assert hub.push_to_hub(SaveConfig(), tmp_path) is None
+    assert api.calls == []
+
+
+def test_the_token_is_checked_before_a_run_starts(api):
+    hub.check_hub(PRIVATE)
+    assert api.calls == [("whoami", {})]
+
+    api.failing = ("whoami",)
+    with pytest.raises(ConfigError, match=r"save.push_to_hub: me/student .*hf auth login"):
+        hub.check_hub(PRIVATE)
+
+
+def test_a_real_client_without_network_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "none")
+
+    with pytest.raises(ConfigError, match=r"save\.push_to_hub: .*the check failed"):
+        hub.check_hub(PRIVATE)
+
+
+def test_the_folder_goes_to_a_repository_that_is_made_first(api, tmp_path):
+    said = hub.push_to_hub(PRIVATE, tmp_path)
+
+    assert said == "the student was uploaded to https://huggingface.co/me/student"
+    (made, repository, options), (uploaded, what) = api.calls
+    assert (made, repository, uploaded) == ("create_repo", "me/student", "upload_folder")
+    assert options == {"private": True, "exist_ok": True}
+    assert (what["repo_id"], what["folder_path"]) == ("me/student", tmp_path)
+
+
+@pytest.mark.parametrize("step", ["create_repo", "upload_folder"])
+def test_a_failed_upload_is_one_line_with_the_command_that_repeats_it(api, tmp_path, step):
+    api.failing = (step,)
+
+    said = hub.push_to_hub(PRIVATE, tmp_path)
+
+    assert said == (
+        f"the student was not uploaded to me/student ({step} failed); upload it with: "
+        f"hf upload me/student {tmp_path} --private"
+    )

@@ -1,0 +1,365 @@
+"""What a stage inherits, what its result depends on, and what is refused before models load."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from megakd.config.run import (
+    EvalConfig,
+    FinetuneOverrides,
+    LogConfig,
+    RunConfig,
+    SaveConfig,
+    ScratchModel,
+    StudentConfig,
+    TaskConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from megakd.contract.stage import Stage, StageResult
+from megakd.contract.terms import HiddenMse, SoftTargetKl
+from megakd.data.encoding import Encoded
+from megakd.data.splits import Splits
+from megakd.engine import distributed
+from megakd.engine.distributed import Ranks
+from megakd.errors import CheckpointError, ConfigError, TeacherError
+from megakd.methods.single import SingleConfig
+from megakd.models.loading import resolve_model
+from megakd.run import lab as lab_module
+from megakd.run.lab import Lab
+from megakd.run.stage_identity import stage_identity
+from megakd.storage.fingerprint import differences
+from megakd.training.evaluation import headline
+from megakd.training.inputs import Prepared, check_run
+from megakd.training.metrics import TaskMetrics
+from megakd.training.recipes import completed, scoring_preset
+from megakd.training.stage_result import write_result
+
+SIZE = {
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "max_position_embeddings": 40,
+}
+ONE_RANK = Ranks(0, 1, 0, torch.device("cpu"))
+Build = Callable[..., Lab]
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank without a process group."""
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path / "teacher"
+    BertForSequenceClassification(BertConfig(**SIZE)).save_pretrained(folder)
+    return folder
+
+
+def config_of(tmp_path: Path, **sections: Any) -> RunConfig:
+    config = {"model_type": "bert", **SIZE, "num_hidden_layers": 1}
+    defaults: dict[str, Any] = {
+        "output_dir": tmp_path / "run",
+        "task": TaskConfig(type="classification", dataset="d", max_length=32),
+        "student": StudentConfig(model=ScratchModel(config=config)),
+        "teacher": TeacherConfig(model=str(tmp_path / "teacher")),
+        "method": SingleConfig(name="single"),
+    }
+    return RunConfig(**(defaults | sections))
+
+
+def prepared_of(config: RunConfig, content: str = "rows") -> Prepared:
+    nothing: Any = None
+    specs = {"teacher": config.teacher, "student": config.student}
+    tokenizer: Any = range(20)  # all that is asked of it here is its size
+    return Prepared(
+        splits=Splits(nothing, nothing, None, ("no", "yes"), ("accuracy",), content),
+        metrics=TaskMetrics(names=("accuracy",), main=headline(["accuracy"])),
+        encoded=Encoded(nothing, nothing, None, content, 8.0),
+        tokenizer=tokenizer,
+        sources={
+            role: resolve_model(spec.model, config.task, where=f"{role}.model")
+            for role, spec in specs.items()
+            if spec is not None
+        },
+    )
+
+
+def lab_of(config: RunConfig, content: str = "rows") -> Lab:
+    reporter: Any = None
+    return Lab(config, prepared_of(config, content), ONE_RANK, reporter)
+
+
+def stage_of(**changes: Any) -> Stage:
+    kl = SoftTargetKl(loss="soft_target_kl")
+    return Stage(**{"name": "student", "teachers": ("teacher",), "objective": (kl,), **changes})
+
+
+def fingerprint(config: RunConfig, content: str = "rows", **changes: Any) -> dict[str, Any]:
+    lab = lab_of(config, content)
+    lab.teacher()
+    return stage_identity(completed(stage_of(**changes), lab.config), lab.assembly)
+
+
+def test_random_weights_are_another_model_with_another_seed_and_stored_ones_are_not(
+    tmp_path, teacher
+):
+    def identities(seed: int) -> tuple[Any, Any]:
+        lab = lab_of(config_of(tmp_path, seed=seed))
+        drawn = lab._prepared.sources["student"]
+        return lab.assembly.identity_of(drawn), lab.assembly.identity_of(lab.source(teacher))
+
+    (drawn, stored), (drawn_anew, stored_again) = identities(1), identities(2)
+
+    assert {**drawn, "seed": 2} == drawn_anew != drawn
+    assert stored == stored_again
+
+
+def test_no_model_is_loaded_on_top_of_one_that_nothing_uses(tmp_path, teacher, monkeypatch):
+    """An engine is in cycles, and Python may not collect them for a long time."""
+    lab = lab_of(config_of(tmp_path))
+    engine = torch.nn.Linear(1, 1)
+    engine.itself = [engine]  # type: ignore[assignment]
+    earlier, found = weakref.ref(engine), []
+    del engine
+
+    def load_model(*_args: Any, **_facts: Any) -> torch.nn.Module:
+        found.append(earlier())
+        return torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr("megakd.training.engines.load_model", load_model)
+    gc.disable()
+    try:
+        source = lab._prepared.sources["student"]
+        lab.assembly._load(source, {}, "fp32", need_head=False)
+    finally:
+        gc.enable()
+
+    assert found == [None]
+
+
+def test_a_teacher_is_finetuned_on_its_labels_before_it_teaches(tmp_path, teacher, monkeypatch):
+    overrides = FinetuneOverrides(max_steps=7, deepspeed="zero0")
+    spec = TeacherConfig(model=str(teacher), finetune=overrides)
+    lab = lab_of(config_of(tmp_path, teacher=spec))
+    stages: list[Stage] = []
+
+    def train(stage: Stage) -> StageResult:
+        stages.append(stage)
+        return result(teacher)
+
+    monkeypatch.setattr(lab, "train", train)
+
+    names = (lab.teacher(), lab.teacher())
+
+    assert names == ("teacher", "teacher")
+    stage = completed(*stages, lab.config)  # trained once
+    assert (stage.name, stage.role, stage.teachers) == ("teacher-finetune", "teacher", ())
+    assert (stage.labelled_only, stage.deepspeed, stage.train.max_steps) == (True, "zero0", 7)
+    assert [term.loss for term in stage.objective] == ["hard_cross_entropy"]
+    assert lab.teacher_folders == {"teacher": teacher}
+
+
+@pytest.mark.parametrize(
+    ("task", "losses"),
+    [
+        ("classification", ["hard_cross_entropy", "soft_target_kl"]),
+        ("regression", ["hard_mse", "soft_target_mse"]),
+    ],
+)
+def test_the_default_terms_fit_the_task(tmp_path, teacher, task, losses):
+    lab = lab_of(config_of(tmp_path, task=TaskConfig(type=task, dataset="d", max_length=32)))
+
+    assert [term.loss for term in (*lab.hard_terms(0.5), *lab.soft_terms(0.5))] == losses
+
+
+def test_a_stage_is_scored_as_many_rows_at_a_time_as_it_trains_with(tmp_path, teacher):
+    finetune = FinetuneOverrides(per_device_train_batch_size=2)
+    spec = TeacherConfig(model=str(teacher), finetune=finetune)
+    config = config_of(tmp_path, teacher=spec, train=TrainConfig(per_device_train_batch_size=5))
+    finetuned = completed(Stage(name="f", role="teacher"), config).train
+
+    assert config.eval_rows(finetuned) == 2
+    assert config.eval_rows(completed(stage_of(), config).train) == 5
+    assert config.eval_rows() == 5
+    given = dataclasses.replace(config, eval=EvalConfig(per_device_eval_batch_size=7))
+    assert given.eval_rows() == given.eval_rows(finetuned) == 7
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"log": LogConfig(logging_steps=1, report_to=())},
+        {"save": SaveConfig(save_steps=1, save_total_limit=None)},
+        {"eval": EvalConfig(per_device_eval_batch_size=1)},
+        {"train": TrainConfig(resume_from_checkpoint=False)},
+        {"train": TrainConfig(kernels="reference")},
+        {"baselines": ("alone",)},
+        {"output_dir": Path("elsewhere")},
+    ],
+    ids=lambda sections: next(iter(sections)),
+)
+def test_what_weights_do_not_depend_on_changes_no_fingerprint(tmp_path, teacher, sections):
+    base, other = config_of(tmp_path), config_of(tmp_path, **sections)
+
+    assert differences(fingerprint(base), fingerprint(other)) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"seed": 7}, "seed"),
+        ({"train": TrainConfig(learning_rate=1.0)}, "train.learning_rate"),
+        ({"train": TrainConfig(gradient_accumulation_steps=2)}, "train.gradient_accumulation"),
+        ({"eval": EvalConfig(eval_steps=3)}, "eval.eval_steps"),
+        ({"task": TaskConfig(type="classification", dataset="e", max_length=32)}, "task.dataset"),
+    ],
+    ids=["seed", "rate", "accumulation", "best evaluation", "data"],
+)
+def test_what_weights_depend_on_in_the_config_is_named(tmp_path, teacher, changes, field):
+    base, other = config_of(tmp_path), config_of(tmp_path, **changes)
+
+    assert differences(fingerprint(base), fingerprint(other)).startswith(field)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"objective": (SoftTargetKl(loss="soft_target_kl", weight=2.0),)}, "objective.0.weight"),
+        ({"labelled_only": True}, "labelled_only"),
+        ({"deepspeed": "zero3"}, "deepspeed.zero_optimization.stage"),
+        ({"role": "teacher"}, "model."),
+        ({"teachers": ()}, "teacher."),
+    ],
+    ids=["objective", "rows", "zero stage", "learner", "teacher"],
+)
+def test_what_weights_depend_on_in_the_stage_is_named(tmp_path, teacher, changes, field):
+    config = config_of(tmp_path)
+
+    assert field in differences(fingerprint(config), fingerprint(config, **changes))
+
+
+def test_other_rows_are_another_fingerprint(tmp_path, teacher):
+    config = config_of(tmp_path)
+
+    assert differences(fingerprint(config), fingerprint(config, "others")).startswith("data: ")
+
+
+def test_other_weights_of_a_teacher_are_another_fingerprint(tmp_path, teacher):
+    config = config_of(tmp_path)
+    before = fingerprint(config)
+    weights = teacher / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+
+    assert differences(before, fingerprint(config)).startswith("teacher.model.weights: ")
+
+
+def test_a_teacher_that_was_only_moved_is_the_same(tmp_path, teacher):
+    before = fingerprint(config_of(tmp_path))
+    moved = teacher.rename(tmp_path / "moved")
+
+    after = fingerprint(config_of(tmp_path, teacher=TeacherConfig(model=str(moved))))
+
+    assert differences(before, after) == ""
+
+
+def test_a_fingerprint_survives_json(tmp_path, teacher):
+    found = fingerprint(config_of(tmp_path))
+
+    assert json.loads(json.dumps(found)) == found
+
+
+def result(folder: Path) -> StageResult:
+    return StageResult(
+        name="student",
+        folder=folder,
+        metrics={"accuracy": 0.5},
+        steps=3,
+        seconds=1.0,
+        tokens_per_second=2.0,
+        peak_memory_bytes=4,
+    )
+
+
+def finished(lab: Lab, stage: Stage) -> StageResult:
+    """Leaves the stage's result where a finished stage has it."""
+    folder = lab.config.output_dir / "stages" / stage.name
+    write_result(result(folder), stage_identity(completed(stage, lab.config), lab.assembly))
+    return result(folder)
+
+
+def test_a_finished_stage_is_taken_and_not_run_again(tmp_path, teacher, monkeypatch):
+    lab = lab_of(config_of(tmp_path))
+    lab.teacher()
+    left = finished(lab, stage_of())
+    monkeypatch.setattr(lab_module, "StageRun", None)
+
+    found = lab.train(stage_of())
+
+    assert found == left
+    assert lab.results == [left]
+
+
+def test_a_result_of_another_config_is_refused_with_the_fields_that_differ(tmp_path, teacher):
+    lab = lab_of(config_of(tmp_path))
+    lab.teacher()
+    finished(lab, stage_of())
+
+    with pytest.raises(CheckpointError, match=r"another config \(labelled_only: False there, True"):
+        lab.train(stage_of(labelled_only=True))
+
+
+def test_a_layer_mapping_beyond_a_model_is_refused_before_anything_loads(tmp_path, teacher):
+    term = HiddenMse(loss="hidden_mse", layer_mapping=("7:1",))
+    config = config_of(tmp_path, objective=(term,))
+
+    with pytest.raises(
+        TeacherError, match="layer_mapping 7:1: the student has 1 layers, the teach"
+    ):
+        check_run(config, prepared_of(config))
+
+
+def test_a_frozen_teacher_at_zero_2_is_refused(tmp_path, teacher):
+    config = config_of(tmp_path, teacher=TeacherConfig(model=str(teacher), deepspeed="zero2"))
+
+    with pytest.raises(ConfigError, match=r"teacher\.deepspeed"):
+        check_run(config, prepared_of(config))
+
+
+def test_a_teacher_of_random_weights_that_is_not_trained_is_warned_about(tmp_path, caplog):
+    scratch = ScratchModel(config={"model_type": "bert", **SIZE, "num_hidden_layers": 2})
+    config = config_of(tmp_path, teacher=TeacherConfig(model=scratch))
+
+    check_run(config, prepared_of(config))
+
+    assert "teacher.model starts from random weights" in caplog.text
+
+
+def test_a_run_that_fits_is_not_refused(tmp_path, teacher):
+    config = config_of(tmp_path, objective=(HiddenMse(loss="hidden_mse"),))
+
+    check_run(config, prepared_of(config))
+
+
+@pytest.mark.parametrize(
+    ("trained", "scored"),
+    [("zero0", "teacher_zero0"), ("zero2", "teacher_zero0"), ("zero3", "teacher_zero3")],
+)
+def test_a_student_is_scored_sharded_only_if_it_was_trained_so(trained, scored):
+    assert scoring_preset(trained) == scored

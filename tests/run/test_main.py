@@ -1,0 +1,256 @@
+"""What a whole run leaves behind: report, student, card, logs and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from whole_run import EPOCHS, LABELLED, ROWS_PER_STEP, STEPS, read, records
+
+from megakd.config.file import load_config
+from megakd.data.splits import load_splits
+from megakd.errors import CheckpointError
+from megakd.run.main import check_checkpoint_given
+
+REPORT_KEYS = {
+    "method",
+    "task",
+    "metric_name",
+    "evaluated_on",
+    "teacher",
+    "teachers",
+    "assistants",
+    "student",
+    "baselines",
+    "candidates",
+    "stages",
+    "speedup",
+    "latency",
+    "samples",
+    "seconds",
+    "cost",
+    "pool",
+    "evaluation_sets",
+    "environment",
+}
+MODEL_KEYS = {"parameters", "encoder_parameters", "metrics", "per_class"}
+STAGE_KEYS = {"name", "steps", "seconds", "tokens_per_second", "peak_memory_bytes", "metrics"}
+
+
+@pytest.fixture
+def out(whole_run) -> Path:
+    return whole_run.out
+
+
+@pytest.fixture
+def config(whole_run) -> Path:
+    return whole_run.config
+
+
+def test_a_run_ends_with_its_table_and_no_stray_warning(whole_run, out):
+    assert whole_run.said.out.splitlines()[0].endswith("scored on validation")
+    assert f"the student is in {out / 'final'}" in whole_run.said.out
+    assert [line.split()[0] for line in whole_run.said.out.splitlines()[3:6]] == [
+        "teacher",
+        "student",
+        "alone",
+    ]
+    assert re.search(r"\bwarn|Warning", whole_run.said.err + whole_run.said.out) is None
+
+
+def test_the_report_has_the_keys_of_the_contract_and_sane_values(out, whole_run):
+    report = read(out)
+
+    assert report.keys() == REPORT_KEYS
+    assert report["teacher"].keys() == MODEL_KEYS
+    assert report["student"].keys() == MODEL_KEYS | {"bytes"}
+    assert [stage.keys() for stage in report["stages"]] == [STAGE_KEYS] * 3
+    assert (report["method"], report["task"]) == ("single", str(whole_run.reviews))
+    assert (report["metric_name"], report["evaluated_on"]) == ("accuracy", "validation")
+    assert report["candidates"] == []
+    assert report["teacher"]["parameters"] > report["student"]["parameters"]
+    assert (report["assistants"], report["cost"]) == ([], None)
+    assert [(e["model"], e["batch"]) for e in report["latency"]] == [
+        (model, batch) for batch in (1, 32) for model in ("teacher", "student", "alone")
+    ]
+    assert report["speedup"].keys() == {"batch", "teacher_ms", "student_ms"}
+    assert all(value > 0 for value in report["speedup"].values())
+    assert (report["environment"]["ranks"], report["environment"]["device"]) == (1, "cpu")
+    phases = {"start", "data", "models", "training", "scoring", "latency"}
+    assert report["seconds"].keys() - {"other"} == phases
+    for stage in report["stages"]:
+        assert stage["seconds"] > 0
+        assert stage["tokens_per_second"] > 0
+        assert stage["peak_memory_bytes"] > 10**8
+    for metrics in (report["teacher"]["metrics"], report["baselines"]["alone"]):
+        assert 0 <= metrics["accuracy"] <= 1
+
+
+def test_sizes_in_the_report_are_those_of_the_exported_model(out):
+    student = read(out)["student"]
+    model = AutoModelForSequenceClassification.from_pretrained(out / "final")
+    encoder = sum(p.numel() for p in model.bert.encoder.parameters())
+
+    assert student["parameters"] == sum(p.numel() for p in model.parameters())
+    assert student["encoder_parameters"] == encoder
+    assert student["bytes"] == (out / "final" / "model.safetensors").stat().st_size
+
+
+def test_unlabelled_rows_are_learned_from_by_distilling_alone(out):
+    steps = {stage["name"]: stage["steps"] for stage in read(out)["stages"]}
+
+    assert steps == {
+        "teacher-finetune": EPOCHS * LABELLED // ROWS_PER_STEP,
+        "student": STEPS,
+        "alone": EPOCHS * LABELLED // ROWS_PER_STEP,
+    }
+
+
+def accuracy_with_transformers(final: Path, config: Path, *, cache: Path) -> float:
+    """As anyone would score the folder, without megakd's loading, batching or metrics."""
+    model = AutoModelForSequenceClassification.from_pretrained(final)
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    settings = load_config(config)
+    splits = load_splits(settings.task, seed=settings.seed, cache_dir=cache)
+    right = 0
+    for row in splits.validation:
+        encoded = tokenizer(row["text"], truncation=True, max_length=16, return_tensors="pt")
+        with torch.no_grad():
+            predicted = int(model(**encoded).logits.argmax())
+        right += model.config.id2label[predicted] == splits.label_names[row["label"]]
+    return right / len(splits.validation)
+
+
+def test_the_student_scores_the_same_with_plain_transformers_and_in_the_report(
+    one_rank, out, config, tmp_path
+):
+    accuracy = accuracy_with_transformers(out / "final", config, cache=tmp_path)
+
+    assert read(out)["student"]["metrics"]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    said = one_rank.megakd("evaluate", config, "--json")
+    scored = json.loads(said.out)
+    assert scored["metrics"]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    assert (scored["split"], scored["rows"]) == ("validation", 26)
+
+
+def test_any_folder_is_scored_by_evaluate(one_rank, whole_run, out, config):
+    said = one_rank.megakd("evaluate", config, "--model", out / "stages" / "teacher-finetune")
+
+    assert said.code == 0, said.err
+    metrics = read(out)["teacher"]["metrics"]
+    first, *rows = said.out.splitlines()
+    assert first == f"{whole_run.reviews}, validation: 26 rows"
+    assert [row.split() for row in rows] == [
+        ["accuracy", f"{metrics['accuracy']:.4f}"],
+        ["loss", f"{metrics['loss']:.4f}"],
+    ]
+
+
+def test_the_exported_student_has_its_own_weights_alone(out):
+    names = set(load_file(out / "final" / "model.safetensors"))
+    model = AutoModelForSequenceClassification.from_pretrained(out / "final")
+
+    assert names == set(model.state_dict())
+    assert {path.name for path in (out / "final").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "checksums.json",
+        "README.md",
+    }
+
+
+def test_projections_are_trained_and_kept_with_the_checkpoint_and_nothing_of_the_teacher(out):
+    saved = out / "checkpoints" / "student" / f"step-{STEPS}" / "mp_rank_00_model_states.pt"
+    names = torch.load(saved, weights_only=False)["module"].keys()
+
+    beside = [name for name in names if not name.startswith("student.")]
+    assert len(beside) == 1
+    assert beside[0].startswith("objective.")
+    student = AutoModelForSequenceClassification.from_pretrained(out / "final")
+    assert {n.removeprefix("student.") for n in names} - set(beside) == set(student.state_dict())
+
+
+def test_the_model_card_says_where_the_student_comes_from(out, config, whole_run):
+    card = (out / "final" / "README.md").read_text()
+
+    assert f"by distilling `{whole_run.teacher.name}`" in card
+    assert "method `single`" in card
+    assert "reviews" in card
+    assert "soft_target_kl (weight 0.5, temperature 2.0" in card
+    assert "hidden_mse (weight 0.1" in card
+    assert f"{read(out)['student']['metrics']['accuracy']:.1%}" in card
+    assert f"launch/train.py --config {config}" in card
+
+
+def test_every_term_apart_and_the_runs_health_are_logged(out):
+    logged = [r for r in records(out, "student") if "train/loss" in r]
+
+    assert [r["step"] for r in logged] == list(range(2, STEPS + 1, 2))
+    for r in logged:
+        terms = (r["train/soft_target_kl"], r["train/hard_cross_entropy"], r["train/hidden_mse"])
+        assert r["train/loss"] == pytest.approx(
+            0.5 * terms[0] + 0.5 * terms[1] + 0.1 * terms[2], rel=1e-5
+        )
+        assert r["train/gradient_norm"] > 0
+        assert 0 <= r["train/top1_agreement"] <= 1
+        assert 0 < r["train/teacher_share"] < 1
+        assert 0 <= r["train/data_share"] < 1
+        assert r["train/memory_bytes"] > 10**8
+    assert [r["train/learning_rate"] for r in logged] == pytest.approx(
+        [0.01 * (1 - (step - 1) / STEPS) for step in range(2, STEPS + 1, 2)]
+    )
+
+
+@pytest.mark.parametrize("stage", ["teacher-finetune", "student", "alone"])
+def test_tensorboard_holds_what_the_log_holds(out, stage):
+    events = EventAccumulator(str(out / "tensorboard" / stage)).Reload()
+
+    there = {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+
+    for tag, points in there.items():
+        wanted = [(r["step"], r[tag]) for r in records(out, stage) if tag in r]
+        assert [step for step, _ in points] == [step for step, _ in wanted]
+        assert [v for _, v in points] == pytest.approx([v for _, v in wanted], rel=1e-5)
+    assert {"train/loss", "train/gradient_norm", "eval/accuracy"} <= set(there)
+
+
+@pytest.mark.parametrize("stage", ["teacher-finetune", "student", "alone"])
+def test_the_best_evaluation_is_what_a_stage_gives(out, stage):
+    scores = {r["step"]: r["eval/accuracy"] for r in records(out, stage) if "eval/accuracy" in r}
+    best = json.loads((out / "checkpoints" / stage / "best" / "best.json").read_text())
+
+    assert len(scores) >= 2
+    assert best["score"] == max(scores.values())
+    assert best["step"] == min(
+        step for step, score in scores.items() if score == max(scores.values())
+    )
+    reported = next(s for s in read(out)["stages"] if s["name"] == stage)
+    assert reported["metrics"]["accuracy"] == max(scores.values())
+    weights = "model.safetensors"
+    kept = (out / "checkpoints" / stage / "best" / weights).read_bytes()
+    assert (out / "stages" / stage / weights).read_bytes() == kept
+
+
+def test_the_resolved_config_is_written_as_it_is_printed(one_rank, out, config):
+    printed = one_rank.train("--config", config, "--print-config")
+
+    assert printed.out.strip() == (out / "config.yaml").read_text().strip()
+    assert load_config(out / "config.yaml") == load_config(config)
+
+
+def test_a_checkpoint_path_that_is_not_there_is_refused_with_its_key(tmp_path):
+    with pytest.raises(CheckpointError, match=r"train\.resume.*: nowhere does not exist; give"):
+        check_checkpoint_given("train.resume_from_checkpoint", "nowhere")
+
+    for fine in (str(tmp_path), True, None):
+        check_checkpoint_given("train.resume_from_checkpoint", fine)

@@ -1,0 +1,191 @@
+"""A whole run of masked language modelling: learned, scored, exported, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from spoiling import Bench, assert_refused
+from tiny_runs import bert, config_tree, llama, write_config, write_text
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+from whole_run import finish, read, records
+
+from megakd.config.file import load_config
+from megakd.contract.stage import IGNORE
+from megakd.data.encoding import Collator, encode_splits
+from megakd.data.loader import evaluation_batches
+from megakd.data.masking import task_masking
+from megakd.data.splits import load_splits
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def masked_run(one_rank, tmp_path_factory) -> Path:
+    """A teacher and a sharded student from scratch, on a text whose documents are cut."""
+    folder = tmp_path_factory.mktemp("masked")
+    tree = config_tree(
+        folder / "out",
+        {
+            "type": "mlm",
+            "dataset": str(write_text(folder / "stories.txt")),
+            "mlm_probability": 0.3,
+            "tokenizer": {"type": "wordpiece", "vocab_size": 320},
+        },
+        teacher={"model": bert(2, width=24), "finetune": {"max_steps": 60}},
+        student={"model": bert(1), "deepspeed": "zero3"},
+        method={"name": "single"},
+        objective=[
+            {"loss": "soft_target_jsd", "weight": 0.5, "beta": 0.3},
+            {"loss": "hard_cross_entropy", "weight": 0.5},
+            {"loss": "hidden_mse", "weight": 0.1, "layer_mapping": ["1:2"]},
+        ],
+        eval={"eval_steps": 4},
+        save={"save_steps": 5},
+    )
+    tree["train"] |= {"max_steps": STEPS, "gradient_accumulation_steps": 2}
+    finish(one_rank, write_config(folder / "run.yaml", tree))
+    return folder
+
+
+def test_it_is_scored_by_the_perplexity_of_what_is_hidden(masked_run):
+    report = read(masked_run / "out")
+    metrics = report["student"]["metrics"]
+
+    assert report["metric_name"] == "perplexity"
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
+    assert 1 < report["teacher"]["metrics"]["perplexity"] < metrics["perplexity"] < 69
+    assert 0 < metrics["accuracy"] < 1
+    logged = [r for r in records(masked_run / "out", "student") if "train/loss" in r]
+    assert logged[-1]["train/hard_cross_entropy"] < logged[0]["train/hard_cross_entropy"]
+    assert 0 <= logged[-1]["train/top1_agreement"] <= 1
+
+
+def test_the_final_model_scores_the_same_with_plain_transformers(masked_run, tmp_path):
+    final = masked_run / "out" / "final"
+    model = AutoModelForMaskedLM.from_pretrained(final).eval()
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    task = load_config(masked_run / "run.yaml").task
+    splits = load_splits(task, seed=42, cache_dir=tmp_path)
+    rows = encode_splits(splits, tokenizer, task, cache_dir=tmp_path).validation
+
+    nats, right, targets = 0.0, 0, 0
+    for batch in evaluation_batches(
+        rows,
+        Collator(tokenizer, task),
+        batch_size=3,
+        rank=0,
+        world=1,
+        masking=task_masking(tokenizer, task),
+    ):
+        hidden = batch.labels != IGNORE
+        with torch.no_grad():
+            logits = model(**batch.inputs).logits[hidden].double()
+        truth = batch.labels[hidden]
+        nats += float(torch.nn.functional.cross_entropy(logits, truth, reduction="sum"))
+        right += int((logits.argmax(-1) == truth).sum())
+        targets += len(truth)
+
+    reported = read(masked_run / "out")["student"]["metrics"]
+    assert nats / targets == pytest.approx(reported["loss"], rel=1e-5)
+    assert right / targets == pytest.approx(reported["accuracy"])
+
+
+def test_the_final_folder_says_what_it_is_and_keeps_its_tie(masked_run):
+    final = masked_run / "out" / "final"
+    model = AutoModelForMaskedLM.from_pretrained(final)
+    card = (final / "README.md").read_text()
+
+    assert json.loads((final / "config.json").read_text())["architectures"] == ["BertForMaskedLM"]
+    assert "cls.predictions.decoder.weight" not in load_file(final / "model.safetensors")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert "pipeline_tag: fill-mask" in card
+    assert "AutoModelForMaskedLM.from_pretrained(folder)" in card
+    assert read(masked_run / "out")["speedup"]["student_ms"] > 0
+    assert not (final / "generation_config.json").exists()
+
+
+def test_it_is_evaluated_to_the_same_numbers_whatever_the_batch(one_rank, masked_run):
+    said = one_rank.megakd(
+        "evaluate", masked_run / "run.yaml", "eval.per_device_eval_batch_size=5", "--json"
+    )
+
+    assert said.code == 0, said.err
+    metrics = json.loads(said.out)["metrics"]
+    assert metrics == pytest.approx(read(masked_run / "out")["student"]["metrics"])
+
+
+def test_a_run_that_was_killed_sees_the_masks_and_ends_with_the_weights_it_would_have(
+    one_rank, masked_run, tmp_path
+):
+    out = tmp_path / "killed"
+    shutil.copytree(masked_run / "out", out)
+    (out / "report.json").unlink()
+    for name in ("final", "stages/student", f"checkpoints/student/step-{STEPS}"):
+        shutil.rmtree(out / name)
+
+    said = finish(one_rank, masked_run / "run.yaml", f"output_dir={out}")
+
+    assert "student: resumed at step 10" in said.err
+    weights = "final/model.safetensors"
+    assert (out / weights).read_bytes() == (masked_run / "out" / weights).read_bytes()
+
+
+@pytest.fixture
+def bench(whole_run, tmp_path, one_rank) -> Bench:
+    return Bench(tmp_path, whole_run.reviews, whole_run.teacher, one_rank)
+
+
+def masked_tree(bench, **sections):
+    return bench.tree({"type": "mlm", "dataset": str(bench.reviews)}, **sections)
+
+
+def test_a_classifier_as_teacher_has_no_head_for_it(bench):
+    said = bench.start(masked_tree(bench))
+
+    assert_refused(said, bench, f"teacher.model: {bench.teacher} has no head for mlm (cls.predict")
+
+
+def test_a_decoder_as_student_is_refused(bench):
+    said = bench.start(masked_tree(bench, student={"model": llama(1)}))
+
+    assert_refused(
+        said,
+        bench,
+        "student.model.config: model_type 'llama' is for causal_lm and cannot do task.type mlm",
+        "use one of bert, roberta, distilbert, electra",
+    )
+
+
+def test_an_encoder_as_student_of_a_causal_lm_is_refused(bench):
+    tree = masked_tree(bench, student={"model": bert(1)}, teacher={"model": llama(1)})
+    tree["task"]["type"] = "causal_lm"
+
+    assert_refused(
+        bench.start(tree),
+        bench,
+        "student.model.config: model_type 'bert' is for classification, regression, mlm and cannot",
+        "use one of llama, mistral, qwen2",
+    )
+
+
+def test_a_tokenizer_without_a_mask_token_is_refused(bench):
+    folder = bench.copied()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["mask_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    said = bench.start(masked_tree(bench, teacher={"model": str(folder)}))
+
+    assert_refused(said, bench, f"the tokenizer in {folder} has no mask token, which mlm puts in")
+
+
+def test_labels_to_keep_are_refused(bench):
+    said = bench.start(masked_tree(bench), "task.labelled_examples=4")
+
+    assert_refused(said, bench, "task.labelled_examples: only classification and regression have")

@@ -1,0 +1,241 @@
+"""Whole runs by task: labels by name, scores of pairs, language models, and what ends badly."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import bert, config_tree, llama, write_config, write_scored_pairs, write_text
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from whole_run import CLASSES, finish, read, records
+
+from megakd.config.file import load_config
+from megakd.data.splits import load_splits
+
+
+@pytest.fixture
+def folder(whole_run) -> Path:
+    return whole_run.folder
+
+
+@pytest.fixture
+def teacher(whole_run) -> Path:
+    return whole_run.teacher
+
+
+def with_labels_swapped(teacher: Path, folder: Path) -> Path:
+    """The same classifier with its classes the other way round, names and rows alike."""
+    shutil.copytree(teacher, folder, ignore=shutil.ignore_patterns("checksums.json"))
+    model = AutoModelForSequenceClassification.from_pretrained(teacher)
+    with torch.no_grad():
+        model.classifier.weight.copy_(model.classifier.weight.flip(0))
+        model.classifier.bias.copy_(model.classifier.bias.flip(0))
+    names = [model.config.id2label[n].upper() for n in (1, 0)]
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: number for number, name in enumerate(names)}
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_labels_are_matched_by_name_when_the_teacher_has_them_in_another_order(
+    one_rank, folder, teacher, tmp_path
+):
+    swapped = with_labels_swapped(teacher, tmp_path / "swapped")
+    tree = config_tree(
+        tmp_path / "out",
+        {**CLASSES, "dataset": str(folder / "reviews")},
+        teacher={"model": str(swapped)},
+        student={"model": str(swapped)},
+        method={"name": "single"},
+        objective=[{"loss": "soft_target_kl"}],
+    )
+    tree["train"] |= {"learning_rate": 0.0}
+
+    finish(one_rank, write_config(tmp_path / "run.yaml", tree))
+
+    alone = read(folder / "teacher")["student"]["metrics"]["accuracy"]
+    assert alone > 0.7
+    assert read(tmp_path / "out")["teacher"]["metrics"]["accuracy"] == alone
+    exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "final")
+    assert exported.config.id2label == {0: "negative", 1: "positive"}
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_a_student_that_gets_worse_is_exported_at_its_best_unless_told_otherwise(
+    one_rank, folder, teacher, tmp_path, keep_best
+):
+    # Warm-up begins at a rate of 0 and ends at one that wrecks any model.
+    tree = config_tree(
+        tmp_path / "out",
+        {**CLASSES, "dataset": str(folder / "reviews")},
+        student={"model": str(teacher)},
+        eval={"eval_steps": 1, "keep_best": keep_best},
+    )
+    tree["train"] |= {"learning_rate": 30.0, "warmup_ratio": 1.0, "max_steps": 5}
+
+    finish(one_rank, write_config(tmp_path / "run.yaml", tree))
+
+    scores = [
+        r["eval/accuracy"] for r in records(tmp_path / "out", "student") if "eval/accuracy" in r
+    ]
+    assert scores[-1] < scores[0]
+    given = load_file(teacher / "model.safetensors")
+    final = load_file(tmp_path / "out" / "final" / "model.safetensors")
+    same = [torch.equal(given[name], final[name]) for name in given]
+    score = read(tmp_path / "out")["student"]["metrics"]["accuracy"]
+    assert (all(same), score) == ((True, scores[0]) if keep_best else (False, scores[-1]))
+
+
+def test_scores_of_pairs_are_learned_and_correlated(one_rank, tmp_path):
+    columns = {"text_columns": ["first", "second"], "label_column": "similarity"}
+    data = write_scored_pairs(tmp_path / "pairs")
+    tree = config_tree(
+        tmp_path / "out",
+        {"type": "regression", "dataset": str(data), **columns},
+        teacher={"model": bert(2), "finetune": {"max_steps": 6}, "deepspeed": "teacher_zero0"},
+        student={"model": bert(1), "deepspeed": "zero3"},
+        method={"name": "single"},
+        baselines=["alone"],
+    )
+
+    said = finish(one_rank, write_config(tmp_path / "run.yaml", tree))
+
+    report = read(tmp_path / "out")
+    assert report["metric_name"] == "mean_pearson_spearman"
+    card = (tmp_path / "out" / "final" / "README.md").read_text()
+    assert "by distilling a teacher from random weights" in card
+    assert {"pearson", "spearman"} <= report["student"]["metrics"].keys()
+    assert report["student"]["metrics"].keys() == report["baselines"]["alone"].keys()
+    logged = next(r for r in records(tmp_path / "out", "student") if "train/loss" in r)
+    assert {"train/hard_mse", "train/soft_target_mse"} <= logged.keys()
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "final")
+    assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
+    assert "pearson" in said.out
+
+
+def test_a_pair_is_given_to_the_student_as_a_pair(one_rank, tmp_path):
+    """The final model's scores, by hand, from a tokenizer that is given two texts."""
+    data = write_scored_pairs(tmp_path / "pairs", train=24, validation=10)
+    columns = {"text_columns": ["first", "second"], "label_column": "similarity"}
+    tree = config_tree(
+        tmp_path / "out", {"type": "regression", "dataset": str(data), "max_length": 32, **columns}
+    )
+    config = write_config(tmp_path / "run.yaml", tree)
+    finish(one_rank, config)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "final")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "final")
+    splits = load_splits(load_config(config).task, seed=0, cache_dir=tmp_path / "cache")
+
+    texts = (list(splits.validation["text"]), list(splits.validation["text_pair"]))
+    batch = tokenizer(*texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        scores = model(**batch).logits[:, 0].double()
+    pearson = torch.corrcoef(torch.stack([scores, torch.tensor(splits.validation["label"])]))
+
+    assert set(batch["token_type_ids"].flatten().tolist()) == {0, 1}
+    expected = float(pearson[0, 1])
+    assert read(tmp_path / "out")["student"]["metrics"]["pearson"] == pytest.approx(
+        expected, abs=1e-4
+    )
+
+
+@pytest.fixture(scope="module")
+def language_run(one_rank, tmp_path_factory) -> Path:
+    """A Llama with a tied head from an untied teacher, both from scratch, on a text file."""
+    folder = tmp_path_factory.mktemp("language")
+    task = {
+        "type": "causal_lm",
+        "dataset": str(write_text(folder / "stories.txt")),
+        "tokenizer": {"type": "bpe", "vocab_size": 320},
+    }
+    tree = config_tree(
+        folder / "out",
+        task,
+        teacher={"model": llama(2, width=24), "finetune": {"max_steps": 12}},
+        student={"model": llama(1, tie_word_embeddings=True), "deepspeed": "zero3"},
+        method={"name": "single"},
+        objective=[
+            {"loss": "soft_target_jsd", "weight": 0.5, "beta": 0.3},
+            {"loss": "hard_cross_entropy", "weight": 0.5},
+        ],
+        eval={"eval_steps": 4},
+    )
+    tree["train"] |= {"max_steps": 8}
+    finish(one_rank, write_config(folder / "run.yaml", tree))
+    return folder
+
+
+def test_a_language_model_is_scored_by_its_perplexity(language_run):
+    report = read(language_run / "out")
+    metrics = report["student"]["metrics"]
+
+    assert report["metric_name"] == "perplexity"
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
+    assert 1 < report["teacher"]["metrics"]["perplexity"] < metrics["perplexity"] < 320
+    logged = [r for r in records(language_run / "out", "student") if "train/loss" in r]
+    assert logged[-1]["train/hard_cross_entropy"] < logged[0]["train/hard_cross_entropy"]
+    assert 0 <= logged[-1]["train/top1_agreement"] <= 1
+
+
+def pieces(ids: list[int], offset: int, length: int) -> Iterator[list[int]]:
+    """A document as the rows of a packed text cut it, each piece with the token after it."""
+    start = 0
+    while start < len(ids) - 1:
+        stop = min(len(ids), start + length - (offset + start) % length)
+        if len(ids[start : stop + 1]) > 1:
+            yield ids[start : stop + 1]
+        start = stop
+
+
+def test_a_tied_language_model_is_loaded_and_scored_with_plain_transformers(language_run):
+    final = language_run / "out" / "final"
+    model = AutoModelForCausalLM.from_pretrained(final)
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    task = load_config(language_run / "run.yaml").task
+    rows = load_splits(task, seed=42, cache_dir=language_run / "cache").validation
+
+    loss, targets, offset = 0.0, 0, 0
+    for text in rows["text"]:
+        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        for piece in pieces(ids, offset, task.max_length):
+            with torch.no_grad():
+                logits = model(torch.tensor([piece[:-1]])).logits[0].double()
+            following = torch.tensor(piece[1:])
+            loss += float(torch.nn.functional.cross_entropy(logits, following, reduction="sum"))
+            targets += len(following)
+        offset += len(ids)
+
+    assert "lm_head.weight" not in load_file(final / "model.safetensors")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    reported = read(language_run / "out")["student"]["metrics"]["loss"]
+    assert loss / targets == pytest.approx(reported, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_checkpoint(
+    one_rank, folder, teacher, tmp_path
+):
+    tree = config_tree(
+        tmp_path / "out",
+        {**CLASSES, "dataset": str(folder / "reviews")},
+        student={"model": str(teacher)},
+        save={"save_steps": 2},
+        log={"logging_steps": 1},
+    )
+    tree["train"] |= {"learning_rate": 1e38, "warmup_steps": 3, "max_steps": 8}
+
+    said = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
+
+    assert said.code == 2
+    assert "student: the loss or its gradient is not finite" in said.err
+    assert "at step " in said.err
+    assert "the last good checkpoint is" in said.err
+    assert not (tmp_path / "out" / "report.json").exists()

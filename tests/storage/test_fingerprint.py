@@ -1,0 +1,102 @@
+"""What a result depends on, and how two of them differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megakd.storage.fingerprint import differences, files_identity, flatten
+
+MEGABYTE = 1 << 20
+
+
+def test_a_tree_becomes_dotted_keys_with_list_items_by_position():
+    tree = {"train": {"max_steps": 3}, "objective": [{"weight": 0.5}, {"weight": None}], "seed": 1}
+
+    assert flatten(tree) == {
+        "train.max_steps": 3,
+        "objective.0.weight": 0.5,
+        "objective.1.weight": None,
+        "seed": 1,
+    }
+
+
+def test_a_tuple_and_a_list_of_the_same_items_are_alike():
+    assert flatten({"pairs": ("1:2", "2:4")}) == flatten({"pairs": ["1:2", "2:4"]})
+
+
+def test_equal_fingerprints_do_not_differ():
+    assert differences({"a": 1, "b": None}, {"b": None, "a": 1}) == ""
+
+
+def test_differing_fields_are_named_with_both_values_also_where_one_side_has_none():
+    text = differences({"a": 1, "b": "x", "c": 0}, {"a": 2, "b": "x", "d": None})
+
+    assert text == "a: 1 there, 2 here; c: 0 there, absent here; d: absent there, None here"
+
+
+def test_many_differing_fields_are_cut_short_with_their_number():
+    text = differences(dict.fromkeys("abcdefgh", 1), dict.fromkeys("abcdefgh", 2))
+
+    assert text.count("there") == 5
+    assert text.endswith("; and 3 more")
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def test_the_same_files_in_another_folder_have_the_same_identity(tmp_path):
+    here, there = (write(tmp_path / folder / "w.bin", b"abc") for folder in ("a", "b"))
+
+    assert files_identity([here]) == files_identity([there])
+
+
+def test_another_name_size_or_byte_anywhere_is_another_identity(tmp_path):
+    content = bytes(3 * MEGABYTE)
+    middle = len(content) // 2
+    variants = {
+        "w.bin": content,
+        "v.bin": content,
+        "size/w.bin": content + b"\0",
+        "first/w.bin": b"x" + content[1:],
+        "middle/w.bin": content[:middle] + b"x" + content[middle + 1 :],
+        "last/w.bin": content[:-1] + b"x",
+    }
+
+    found = [files_identity([write(tmp_path / name, c)]) for name, c in variants.items()]
+
+    assert len(set(found)) == len(variants)
+
+
+def sparse(folder: Path, size: int, *, at: int | None, trained: bytes) -> Path:
+    """A large file of zeros, but for what was trained at some place in it."""
+    folder.mkdir()
+    with (folder / "w.bin").open("wb") as file:
+        file.truncate(size)
+        if at is not None:
+            file.seek(at)
+            file.write(trained)
+    return folder / "w.bin"
+
+
+def test_of_a_large_file_every_large_matrix_counts_and_the_last_byte(tmp_path):
+    size, matrix = 300 * MEGABYTE + 12_345, b"x" * 2 * MEGABYTE
+    places = {None: b"", 0: matrix, 100 * MEGABYTE + 777: matrix, 200 * MEGABYTE: matrix}
+    places |= {size - len(matrix): matrix, size - 1: b"x"}
+
+    files = [sparse(tmp_path / str(at), size, at=at, trained=t) for at, t in places.items()]
+
+    assert len({files_identity([file]) for file in files}) == len(places)
+
+
+def test_a_file_that_is_written_anew_is_read_anew(tmp_path):
+    before = files_identity([write(tmp_path / "w.bin", b"abc")])
+    write(tmp_path / "other.bin", b"abd").replace(tmp_path / "w.bin")
+
+    assert files_identity([tmp_path / "w.bin"]) != before
+
+
+def test_no_files_have_an_identity_too():
+    assert files_identity([]) == files_identity(())

@@ -1,0 +1,192 @@
+"""Folders that megakd has finished: their checksums find damage and leave a user's changes be."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megakd.errors import CheckpointError, MegakdError, ModelError
+from megakd.storage import checksums
+from megakd.storage.finished_folder import (
+    CARD,
+    CHECKSUMS,
+    check_given,
+    copy_finished,
+    damage,
+    open_finished,
+    sealed_folder,
+)
+
+FILES = {"model.safetensors": "weights", "config.json": "{}", "tokenizer.json": "[]", CARD: "card"}
+REMEDY = "remove the folder"
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    folder = tmp_path / "student"
+    with sealed_folder(folder) as made:
+        for name, text in FILES.items():
+            (made / name).write_text(text)
+    return folder
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_finished_folder_lists_every_file_that_was_written(finished: Path) -> None:
+    assert names(finished) == {*FILES, CHECKSUMS}
+    assert open_finished(finished, remedy=REMEDY).keys() == FILES.keys()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_changed_file_is_refused_naming_the_file_and_what_to_do(
+    finished: Path, name: str
+) -> None:
+    (finished / name).write_text("x" * len(FILES[name]))
+
+    message = f"{finished} is damaged: the checksum of {name} differs; {REMEDY}"
+    with pytest.raises(CheckpointError, match=message):
+        open_finished(finished, remedy=REMEDY)
+    with pytest.raises(ModelError, match=f"teacher.model: .*{name} differs; copy the folder again"):
+        check_given(finished, "teacher.model")
+
+
+def test_a_changed_card_and_added_files_are_the_users_own(finished: Path) -> None:
+    (finished / CARD).write_text("what I think of the model")
+    (finished / "notes.txt").write_text("mine")
+
+    open_finished(finished, remedy=REMEDY)
+    check_given(finished, "teacher.model")
+
+
+def test_a_missing_file_is_damage_in_a_run_and_allowed_in_a_folder_from_elsewhere(
+    finished: Path,
+) -> None:
+    """The Hub gives only the files that were asked for."""
+    (finished / "tokenizer.json").unlink()
+
+    with pytest.raises(CheckpointError, match=r"tokenizer.json is missing"):
+        open_finished(finished, remedy=REMEDY)
+    check_given(finished, "teacher.model")
+
+
+def test_a_folder_that_megakd_did_not_write_is_taken_as_given_and_no_result_of_a_run(
+    finished: Path,
+) -> None:
+    (finished / CHECKSUMS).unlink()
+
+    check_given(finished, "teacher.model")
+    with pytest.raises(CheckpointError, match=CHECKSUMS):
+        open_finished(finished, remedy=REMEDY)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"files": {}}'])
+def test_damaged_checksums_are_damage_themselves(finished: Path, text: str) -> None:
+    (finished / CHECKSUMS).write_text(text)
+
+    with pytest.raises(CheckpointError, match=f"{CHECKSUMS} cannot be read"):
+        open_finished(finished, remedy=REMEDY)
+    with pytest.raises(ModelError, match=f"{CHECKSUMS} cannot be read"):
+        check_given(finished, "teacher.model")
+
+
+def test_a_checksum_that_was_edited_with_its_file_is_found(finished: Path) -> None:
+    listing = json.loads((finished / CHECKSUMS).read_text())
+    (finished / "config.json").write_text("[]")
+    listing["files"]["config.json"] = checksums.entry_of(finished / "config.json")
+    (finished / CHECKSUMS).write_text(json.dumps(listing))
+
+    assert damage(finished) is not None
+
+
+def test_only_files_that_are_read_have_to_be_whole(finished: Path) -> None:
+    (finished / "model.safetensors").write_text("changed")
+
+    check_given(finished, "task.tokenizer", wanted=lambda name: name == "tokenizer.json")
+
+
+def test_a_copy_has_checksums_of_its_own_and_no_file_of_a_user(
+    finished: Path, tmp_path: Path
+) -> None:
+    (finished / "notes.txt").write_text("mine")
+    target = tmp_path / "final"
+
+    changes = {CARD: "new", "tokenizer.json": None, "absent": None}
+    copy_finished(finished, target, changes=changes, remedy=REMEDY)
+
+    assert names(target) == {"model.safetensors", "config.json", CARD, CHECKSUMS}
+    assert (target / CARD).read_text() == "new"
+    assert open_finished(target, remedy=REMEDY).keys() == names(target) - {CHECKSUMS}
+    assert names(finished) == {*FILES, "notes.txt", CHECKSUMS}
+
+
+def test_a_damaged_folder_is_not_copied(finished: Path, tmp_path: Path) -> None:
+    (finished / "model.safetensors").write_text("weighty")
+
+    with pytest.raises(CheckpointError, match=r"model.safetensors differs"):
+        copy_finished(finished, tmp_path / "final", changes={}, remedy=REMEDY)
+
+    assert not (tmp_path / "final").exists()
+
+
+def test_a_folder_whose_writing_fails_is_not_finished(tmp_path: Path) -> None:
+    def fail() -> None:
+        with sealed_folder(tmp_path / "student") as made:
+            (made / "config.json").write_text("{}")
+            raise MegakdError("stopped")
+
+    with pytest.raises(MegakdError):
+        fail()
+
+    assert names(tmp_path) == set()
+
+
+def test_a_file_is_read_once_in_a_process_until_it_is_written_again(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def reading(path: Path) -> str:
+        read.append(path.name)
+        return real(path)
+
+    real = checksums.sha256_of
+    monkeypatch.setattr(checksums, "sha256_of", reading)
+    monkeypatch.setattr(checksums, "_SETTLED_NS", 0)
+    copy = shutil.copytree(finished, finished.with_name("copy"))
+    for _ in range(3):
+        open_finished(copy, remedy=REMEDY)
+    assert sorted(read) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+    (copy / "config.json").write_text("{ }")
+
+    assert damage(copy) is not None
+
+
+READERS = {"from_pretrained", "safe_open", "load_file", "check_weight_files"}
+
+
+def test_every_file_that_reads_a_model_folder_verifies_the_folder(repository: Path) -> None:
+    """The memory plan reads the shape of a model alone, and no weights."""
+    reading = {
+        path.relative_to(repository / "megakd").as_posix(): path.read_text(encoding="utf-8")
+        for path in sorted((repository / "megakd").rglob("*.py"))
+        if called(path) & READERS and path.parent.name != "planning"
+    }
+
+    unverified = [name for name, text in reading.items() if "import check_given" not in text]
+
+    assert {"models/loading.py", "data/tokenizers.py", "latency.py"} <= reading.keys()
+    assert unverified == []
+
+
+def called(path: Path) -> set[str]:
+    """The names of the functions that a file calls."""
+    calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+    names = {func.attr for func in calls if isinstance(func, ast.Attribute)}
+    return names | {func.id for func in calls if isinstance(func, ast.Name)}

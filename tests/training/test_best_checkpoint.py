@@ -1,0 +1,228 @@
+"""The best evaluation's weights belong to the state that a run is resumed from."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megakd.contract.stage import Verdict
+from megakd.engine import distributed
+from megakd.errors import MegakdError
+from megakd.storage.atomic import json_text
+from megakd.storage.finished_folder import CHECKSUMS, sealed_folder
+from megakd.training.best_checkpoint import Best, BestOfStage
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank without a process group."""
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
+
+
+def best_of(tmp_path: Path) -> Best:
+    def write(folder: Path, record: Mapping[str, Any]) -> None:
+        with sealed_folder(folder) as temporary:
+            (temporary / "weights").write_text(str(record["step"]))
+            (temporary / "best.json").write_text(json_text(record))
+
+    return Best(folder=tmp_path / "best", write=write)
+
+
+def considered(best: Best, step: int, score: float) -> bool:
+    return best.consider(step, score, {"scored": step})
+
+
+def evaluated(best: Best, scores: Mapping[int, float]) -> Best:
+    for step, score in scores.items():
+        considered(best, step, score)
+    return best
+
+
+def weights(tmp_path: Path) -> str | None:
+    path = tmp_path / "best" / "weights"
+    return path.read_text() if path.exists() else None
+
+
+def test_the_best_evaluation_is_kept_and_a_tie_keeps_the_earlier(tmp_path):
+    best = evaluated(best_of(tmp_path), {3: 0.5, 6: 0.7, 9: 0.7, 12: 0.6})
+
+    assert (best.step, weights(tmp_path)) == (6, "6")
+    assert best.record() == {"step": 6, "score": 0.7, "evaluation": {"scored": 6}}
+
+
+def test_a_score_that_is_no_number_never_wins(tmp_path):
+    best = evaluated(best_of(tmp_path), {3: math.nan, 6: 0.1, 9: math.nan})
+
+    assert best.step == 6
+
+
+def test_a_resumed_run_goes_on_with_the_best_it_had(tmp_path):
+    evaluated(best_of(tmp_path), {3: 0.7})
+    best = best_of(tmp_path)
+
+    best.resume(4, best_step=3)
+
+    assert (best.step, best.score) == (3, 0.7)
+    assert not considered(best, 6, 0.6)
+    assert not considered(best, 9, 0.7)
+    assert weights(tmp_path) == "3"
+
+
+def test_an_evaluation_at_the_very_step_of_the_checkpoint_counts(tmp_path):
+    evaluated(best_of(tmp_path), {4: 0.7})
+    best = best_of(tmp_path)
+
+    best.resume(4, best_step=4)
+
+    assert best.step == 4
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_a_resume_from_before_the_best_forgets_it_and_finds_it_again(tmp_path, caplog, step):
+    evaluated(best_of(tmp_path), {3: 0.5, 6: 0.7})
+    best = best_of(tmp_path)
+
+    best.resume(step, best_step=3 if step else None)
+
+    assert (best.step, best.score, weights(tmp_path)) == (None, None, None)
+    assert evaluated(best, {6: 0.7, 9: 0.6}).step == 6
+    assert not caplog.text
+
+
+def test_a_kill_while_the_best_is_replaced_brings_the_old_one_back(tmp_path):
+    evaluated(best_of(tmp_path), {3: 0.5})
+    os.replace(tmp_path / "best", tmp_path / ".best.old")  # noqa: PTH105
+    (tmp_path / ".best.new").mkdir()
+    best = best_of(tmp_path)
+
+    best.resume(4, best_step=3)
+
+    assert (best.step, weights(tmp_path)) == (3, "3")
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", "{}", '{"step": 3, "score": 1, "evaluation": 1}']
+)
+def test_a_best_that_is_lost_is_said_and_later_ones_count(tmp_path, caplog, content):
+    evaluated(best_of(tmp_path), {3: 0.9})
+    record = tmp_path / "best" / "best.json"
+    if content is None:
+        record.unlink()
+    else:
+        record.write_text(content)
+    best = best_of(tmp_path)
+
+    best.resume(4, best_step=3)
+
+    assert "best is missing or damaged (" in caplog.text
+    assert ": the best evaluation, of step 3, is lost" in caplog.text
+    assert best.step is None
+    assert considered(best, 6, 0.1)
+
+
+@pytest.mark.parametrize("damaged", ["weights", CHECKSUMS])
+def test_a_damaged_best_of_a_stage_that_ends_is_said_and_not_taken(tmp_path, caplog, damaged):
+    best = evaluated(best_of(tmp_path), {3: 0.9})
+    (tmp_path / "best" / damaged).write_text("4")
+
+    assert best.kept() is None
+    assert f"({damaged}" in caplog.text or f"checksum of {damaged} differs" in caplog.text
+    assert "its weights, of step 3, are not used" in caplog.text
+
+
+@pytest.mark.parametrize("damaged", ["weights", CHECKSUMS])
+def test_damaged_weights_of_the_best_are_not_resumed_from(tmp_path, caplog, damaged):
+    evaluated(best_of(tmp_path), {3: 0.9})
+    (tmp_path / "best" / damaged).unlink()
+    best = best_of(tmp_path)
+
+    best.resume(4, best_step=3)
+
+    assert (best.step, weights(tmp_path)) == (None, None)
+    assert damaged in caplog.text
+
+
+def test_a_number_that_is_not_finite_does_not_stop_a_resume(tmp_path):
+    evaluated(best_of(tmp_path), {3: -math.inf})
+    best = best_of(tmp_path)
+
+    best.resume(4, best_step=3)
+
+    assert (best.step, best.score) == (3, -math.inf)
+    assert considered(best, 6, -100.0)
+
+
+def test_a_failed_write_keeps_the_old_best(tmp_path):
+    best = evaluated(best_of(tmp_path), {3: 0.5})
+
+    def full(folder: Path, record: Mapping[str, Any]) -> None:
+        raise MegakdError("no space left")
+
+    best.write = full
+    with pytest.raises(MegakdError):
+        considered(best, 6, 0.9)
+
+    assert (best.step, best.score, weights(tmp_path)) == (3, 0.5, "3")
+
+
+def best_of_stage(tmp_path: Path) -> BestOfStage:
+    write = best_of(tmp_path).write
+    return BestOfStage(tmp_path, write, ("wide", "target"))
+
+
+def judged(bests: BestOfStage, evaluations: Mapping[int, tuple[float, float, str]]) -> None:
+    """By step: the evaluation's score, the target's, and the view that is chosen."""
+    for step, (score, target, view) in evaluations.items():
+        scores = {"wide": {"accuracy": score}, "target": {"accuracy": target}}
+        bests.consider(step, scores, Verdict(score, view, {"target": target}))
+
+
+def test_a_chosen_target_is_given_as_it_was_at_its_own_best_evaluation(tmp_path):
+    bests = best_of_stage(tmp_path)
+    judged(bests, {3: (0.7, 0.9, "wide"), 6: (0.8, 0.6, "target"), 9: (0.5, 0.9, "target")})
+
+    kept = bests.kept()
+
+    assert kept is not None
+    assert kept.chosen.view == "target"
+    assert kept.chosen.metrics == {"accuracy": 0.6}  # the scores that were compared
+    assert kept.evaluation.metrics == {"accuracy": 0.9}
+    assert (kept.folder / "weights").read_text() == "3"
+
+
+def test_another_view_is_given_as_it_was_when_it_was_chosen(tmp_path):
+    bests = best_of_stage(tmp_path)
+    judged(bests, {3: (0.7, 0.9, "target"), 6: (0.8, 0.6, "wide")})
+
+    kept = bests.kept()
+
+    assert kept is not None
+    assert kept.chosen == kept.evaluation
+    assert (kept.folder / "weights").read_text() == "6"
+
+
+def test_a_resume_forgets_every_best_that_comes_after_it(tmp_path):
+    bests = best_of_stage(tmp_path)
+    judged(bests, {3: (0.7, 0.6, "target")})
+    steps = bests.steps()
+    judged(bests, {6: (0.6, 0.8, "target")})
+    again = best_of_stage(tmp_path)
+
+    again.resume(4, steps)
+
+    assert again.steps() == {"best": 3, "best-wide": None, "best-target": None}
+    judged(again, {6: (0.6, 0.8, "target")})
+    kept = again.kept()
+    assert kept is not None
+    assert (kept.folder / "weights").read_text() == "6"
+
+
+def test_without_an_evaluation_nothing_is_kept(tmp_path):
+    assert best_of_stage(tmp_path).kept() is None

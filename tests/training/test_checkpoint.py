@@ -1,0 +1,258 @@
+"""Checkpoints are whole or absent, checked before they are used, and never destroy one another."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import re
+import shutil
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_store import (
+    ALONE,
+    FILES,
+    SHARD,
+    checkpoints,
+    flip,
+    names,
+    save,
+)
+
+from megakd.engine import distributed
+from megakd.engine.distributed import Ranks
+from megakd.errors import CheckpointError
+from megakd.training import checkpoint as checkpoint_module
+from megakd.training.checkpoint import Checkpoints, check_plain, seed_everything
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank without a process group."""
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
+
+
+def draws() -> list[float]:
+    return [random.random(), np.random.rand(), torch.rand(()).item()]  # noqa: NPY002
+
+
+def test_state_and_random_numbers_come_back_after_the_shards_are_read(tmp_path):
+    store = checkpoints(tmp_path)
+    seed_everything(3, rank=0)
+    folder = save(store, 4)
+    wanted = draws()
+
+    def read_shards(parent: Path, tag: str) -> None:
+        assert (parent / tag / SHARD).is_file()
+        draws()
+
+    state, own = store.load(folder, read_shards)
+
+    assert (state, own) == ({"step": 4}, {"window": 40})
+    assert draws() == wanted
+
+
+def test_ranks_draw_different_dropout_and_the_same_everything_else():
+    seed_everything(3, rank=0)
+    first = draws()
+    seed_everything(3, rank=1)
+    second = draws()
+
+    assert first[:2] == second[:2]
+    assert first[2] != second[2]
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [(1, ["step-12"]), (2, ["step-12", "step-8"]), (None, ["step-12", "step-4", "step-8"])],
+)
+def test_the_newest_are_kept_and_latest_names_the_last(tmp_path, keep, kept):
+    store = checkpoints(tmp_path, keep=keep)
+
+    newest = save(store, 4, 8, 12)
+
+    assert names(store) == ["latest", *kept]
+    assert (store.folder / "latest").read_text() == "step-12"
+    assert store.newest_good() == newest
+
+
+def test_a_stage_without_checkpoints_starts_at_the_beginning(tmp_path):
+    assert checkpoints(tmp_path).newest_good() is None
+
+
+def test_numbers_not_names_tell_which_is_newer(tmp_path):
+    store = checkpoints(tmp_path)
+    save(store, 8, 12)
+    (store.folder / "latest").unlink()
+
+    assert store.newest_good() == store.folder / "step-12"
+
+
+@pytest.mark.parametrize("pointer", [b"", b"step-99", b"\xff\xfe", b"../student", b"best"])
+def test_a_pointer_that_names_no_checkpoint_is_passed_over(tmp_path, pointer):
+    store = checkpoints(tmp_path)
+    newest = save(store, 4, 8)
+    (store.folder / "latest").write_bytes(pointer)
+    (store.folder / "best").mkdir()
+    (store.folder / "step-notes").mkdir()
+
+    assert store.newest_good() == newest
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES = [
+    *((name, flip, f"the checksum of {name} differs") for name in FILES),
+    *((name, cut, rf"{name} has \d+ bytes, \d+ were written") for name in FILES),
+    *((name, Path.unlink, f"{name} is missing") for name in FILES),
+    ("manifest.json", flip, "manifest.json cannot be read"),
+    ("manifest.json", cut, None),
+    ("manifest.json", Path.unlink, "manifest.json cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "said"), DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    tmp_path, caplog, name: str, damage: Callable[[Path], None], said: str | None
+):
+    store = checkpoints(tmp_path)
+    newest = save(store, 4, 8)
+    damage(newest / name)
+
+    if said is None:  # only the newline at the end is gone
+        assert store.newest_good() == newest
+        return
+    assert store.newest_good() == store.folder / "step-4"
+    assert re.search(rf"{newest} is damaged \({said}", caplog.text)
+    assert "using the one before it" in caplog.text
+
+
+def test_no_bit_of_a_manifest_can_change_unseen(tmp_path):
+    store = checkpoints(tmp_path)
+    newest = save(store, 4, 8)
+    path = newest / "manifest.json"
+    content = path.read_bytes()
+
+    for place in range(0, len(content), 7):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        damaged = store.damage(newest) is not None
+        assert damaged or json.loads(changed) == json.loads(content)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_starts_over_and_says_so(tmp_path, caplog):
+    store = checkpoints(tmp_path)
+    save(store, 4, 8)
+    for folder in store.folder.glob("step-*"):
+        flip(folder / SHARD)
+
+    assert store.newest_good() is None
+    assert caplog.text.count("is damaged") == 2
+
+
+def test_a_checkpoint_of_another_config_is_refused_with_the_fields_that_differ(tmp_path):
+    save(checkpoints(tmp_path), 4)
+
+    message = r"written with another config \(train.learning_rate: 0.1 there, 0.2 here\); use"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints(tmp_path, **{"train.learning_rate": 0.2}).newest_good()
+
+
+def test_a_fingerprint_is_compared_as_the_file_can_hold_it(tmp_path):
+    odd = {"sizes": (1, 2), "limit": float("inf"), "text": "é"}
+    newest = save(checkpoints(tmp_path, **odd), 4)
+
+    assert checkpoints(tmp_path, **odd).newest_good() == newest
+
+
+def test_a_checkpoint_of_other_ranks_is_refused_with_both_numbers(tmp_path):
+    newest = save(checkpoints(tmp_path), 4)
+    four = Ranks(rank=0, world_size=4, local_rank=0, device=torch.device("cpu"))
+
+    with pytest.raises(CheckpointError, match="written by 1 ranks and this run has 4; start it"):
+        checkpoints(tmp_path, ranks=four)._check_origin(newest)
+
+
+def test_a_checkpoint_that_was_named_is_used_by_its_stage_alone(tmp_path):
+    store = checkpoints(tmp_path)
+    save(store, 4, 8)
+    named = store.folder / "step-4"
+    copied = tmp_path / "elsewhere"
+    shutil.copytree(named, copied)
+
+    assert store.given(named) == named
+    assert store.given(copied) == copied
+    other = Checkpoints(folder=tmp_path / "alone", fingerprint={}, keep=2, ranks=ALONE)
+    assert other.given(named) is None
+
+
+def test_a_named_checkpoint_that_is_damaged_or_none_is_an_error(tmp_path):
+    store = checkpoints(tmp_path)
+    named = save(store, 4)
+
+    with pytest.raises(CheckpointError, match=r"student cannot be resumed from: manifest.json"):
+        store.given(store.folder)
+    flip(named / SHARD)
+    with pytest.raises(CheckpointError, match="step-4 cannot be resumed from: the checksum of"):
+        store.given(named)
+
+
+def test_those_further_than_the_one_resumed_go_when_it_saves(tmp_path):
+    store = checkpoints(tmp_path, keep=None)
+    save(store, 4, 8, 12)
+
+    save(store, 6)
+
+    assert names(store) == ["latest", "step-4", "step-6"]
+    assert store.newest_good() == store.folder / "step-6"
+
+
+def test_an_old_one_that_cannot_be_removed_does_not_stop_the_run(tmp_path, caplog, monkeypatch):
+    store = checkpoints(tmp_path, keep=1)
+    save(store, 4)
+
+    def busy(path: Path, **_: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    monkeypatch.setattr(checkpoint_module.shutil, "rmtree", busy)
+
+    assert save(store, 8) == store.newest_good()
+    assert "step-4 could not be removed" in caplog.text
+
+
+class Counted(NamedTuple):
+    """Of a class that a later version may have moved."""
+
+    value: int
+
+
+@pytest.mark.parametrize(
+    "value",
+    [Counted(3), np.float64(1.0), {"inner": [Counted(3)]}, {Counted(3): 1}, deque([1])],
+    ids=["named tuple", "numpy number", "nested", "name", "deque"],
+)
+def test_an_object_of_a_class_is_refused_before_it_gets_into_a_checkpoint(tmp_path, value):
+    with pytest.raises(TypeError, match="plain values"):
+        check_plain({"strategy": value})
+
+
+def test_a_checkpoint_that_names_a_class_is_refused_in_one_line(tmp_path):
+    store = checkpoints(tmp_path)
+    saved = save(store, 3)
+    torch.save({"strategy": Counted(3)}, saved / "state.pt")
+
+    with pytest.raises(CheckpointError, match="earlier version") as refused:
+        store.load(saved, lambda folder, tag: None)
+
+    assert "\n" not in str(refused.value)
+    assert str(store.folder) in str(refused.value)

@@ -1,0 +1,210 @@
+"""A save that is killed or finds no space leaves a whole checkpoint behind."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_store import (
+    ALONE,
+    SHARD,
+    checkpoints,
+    flip,
+    names,
+    read_nothing,
+    save,
+)
+
+from megakd.engine import distributed
+from megakd.engine.student import CarefulWriter
+from megakd.errors import CheckpointError
+from megakd.storage.atomic import write_text
+from megakd.storage.tensors import write_tensors
+from megakd.training import checkpoint as checkpoint_module
+from megakd.training.checkpoint import Checkpoints
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank without a process group."""
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing that handles errors may see it."""
+
+
+@contextmanager
+def killed_at(call: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Ends the process at the n-th call that changes the disk, counted from 0."""
+    calls = [0]
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*arguments: Any, **options: Any) -> Any:
+            if calls[0] == call:
+                raise Killed
+            calls[0] += 1
+            return real(*arguments, **options)
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        for owner, name in (
+            (Path, "rename"), (Path, "replace"), (Path, "mkdir"), (os, "fsync"), (os, "unlink"),
+            (os, "rmdir"), (torch, "save"),
+        ):  # fmt: skip
+            patch.setattr(owner, name, counted(getattr(owner, name)))
+        yield calls
+
+
+def test_killed_at_any_moment_of_a_save_the_run_goes_on_from_a_whole_one(tmp_path, monkeypatch):
+    survived: list[str] = []
+    for call in range(1000):
+        store = checkpoints(tmp_path / str(call), keep=1)
+        save(store, 4)
+        flip(save_unlisted(store, 8) / SHARD)
+        try:
+            with killed_at(call, monkeypatch):
+                save(store, 8)
+        except Killed:
+            good = store.newest_good()
+            assert good is not None
+            survived.append(good.name)
+            state, _ = store.load(good, read_nothing)
+            assert state == {"step": int(good.name.removeprefix("step-"))}
+            assert save(store, 8) == store.newest_good()
+            assert names(store) == ["latest", "step-8"]
+        else:
+            break
+
+    assert survived == sorted(survived)
+    assert set(survived) == {"step-4", "step-8"}
+
+
+def save_unlisted(store: Checkpoints, step: int) -> Path:
+    """A checkpoint that `latest` does not name yet."""
+    latest = (store.folder / "latest").read_text()
+    wide = Checkpoints(folder=store.folder, fingerprint=store.fingerprint, keep=None, ranks=ALONE)
+    written = save(wide, step)
+    write_text(store.folder / "latest", latest)
+    return written
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def assert_nothing_destroyed(store: Checkpoints) -> None:
+    assert names(store) == ["latest", "step-4"]
+    assert store.newest_good() == store.folder / "step-4"
+
+
+def refuses_for_lack_of_space(store: Checkpoints) -> Any:
+    return pytest.raises(
+        CheckpointError,
+        match=rf"^the checkpoint of step 8 could not be written to {store.folder}: "
+        r"(No space left on device|File too large); nothing else was changed, the last good one "
+        rf"is {store.folder}/step-4; free some space and start the same command again$",
+    )
+
+
+def test_a_disk_that_fills_up_under_the_engine_destroys_nothing(tmp_path):
+    store = checkpoints(tmp_path)
+    save(store, 4)
+
+    with refuses_for_lack_of_space(store):
+        store.save(8, full_disk, {}, {})
+
+    assert_nothing_destroyed(store)
+
+
+@pytest.mark.parametrize("owner", [os, checkpoint_module.Path])
+def test_a_disk_that_fills_up_at_the_end_of_a_save_destroys_nothing(tmp_path, monkeypatch, owner):
+    store = checkpoints(tmp_path)
+    save(store, 4)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "fsync" if owner is os else "rename", full_disk)
+        with refuses_for_lack_of_space(store):
+            save(store, 8)
+
+    assert_nothing_destroyed(store)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system's own refusal to write: EFBIG, as a full quota would be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_torch_that_cannot_write_gives_the_systems_own_reason(tmp_path):
+    store = checkpoints(tmp_path)
+    save(store, 4)
+
+    with largest_file(3000), refuses_for_lack_of_space(store):
+        save(store, 8)
+
+    assert_nothing_destroyed(store)
+    with largest_file(3000), pytest.raises(OSError, match="File too large"):
+        write_tensors(tmp_path / "x.pt", {"weight": torch.zeros(1000)})
+
+
+def test_the_engines_files_wait_with_their_failure_until_all_ranks_can_hear(tmp_path):
+    writer = CarefulWriter(None)
+
+    with largest_file(3000):
+        writer.save({"weight": torch.zeros(1000)}, str(tmp_path / "x.pt"))
+
+    with pytest.raises(OSError, match="File too large"):
+        writer.raise_failure()
+
+
+def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    store = checkpoints(tmp_path)
+    save(store, 4)
+    usage = shutil._ntuple_diskusage(10, 9, 1)  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda _: usage)
+
+    with refuses_for_lack_of_space(store):
+        save(store, 8)
+
+    assert_nothing_destroyed(store)
+
+
+def test_another_failure_is_reported_as_what_it_is(tmp_path):
+    store = checkpoints(tmp_path)
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "shard.pt")
+
+    with pytest.raises(CheckpointError, match=r"Permission denied.*there is none before it; start"):
+        store.save(8, refused, {}, {})
+
+
+def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    store = checkpoints(tmp_path)
+    save(store, 4)
+    left = store.folder / "step-8.partial"
+    left.mkdir()
+    (left / SHARD).write_bytes(b"half")
+
+    assert store.newest_good() == store.folder / "step-4"
+    save(store, 12)
+
+    assert names(store) == ["latest", "step-12", "step-4"]

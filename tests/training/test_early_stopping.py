@@ -1,0 +1,92 @@
+"""When a stage ends because its evaluations no longer improve."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny_runs import config_tree, write_config, write_reviews
+from whole_run import finish, forgotten, read, records
+
+from megakd.training.early_stopping import EarlyStopping
+
+EVALUATED_EVERY, PATIENCE, PLANNED = 2, 2, 10
+STOPPED = EVALUATED_EVERY * (1 + PATIENCE)
+
+
+def stops_at(scores, *, patience, threshold=0.0):
+    stopping = EarlyStopping(patience=patience, threshold=threshold)
+    for number, score in enumerate(scores, start=1):
+        stopping.consider(score)
+        if stopping.stopped:
+            return number
+    return None
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "end"),
+    [
+        ([0.5, 0.6, 0.6, 0.6], 2, 4),  # a tie is no better score
+        ([0.5, 0.4, 0.6, 0.5, 0.5], 2, 5),  # a better score starts the count again
+        ([0.5, 0.4, 0.6, 0.5, 0.7], 2, None),
+        ([0.5, math.nan, math.nan], 2, 3),
+        ([math.nan, 0.5, 0.6], 2, None),
+        ([0.5, 0.4], 1, 2),
+        ([-3.0, -2.0, -2.5], 1, 3),
+        ([0.5] * 9, None, None),
+    ],
+)
+def test_so_many_evaluations_in_a_row_without_a_better_score_end_a_stage(scores, patience, end):
+    assert stops_at(scores, patience=patience) == end
+
+
+def test_small_improvements_do_not_count_and_raise_the_best_score_all_the_same():
+    assert stops_at([0.50, 0.54, 0.58, 0.62], patience=3, threshold=0.05) == 4
+    assert stops_at([0.50, 0.56, 0.62, 0.68], patience=3, threshold=0.05) is None
+
+
+@pytest.fixture(scope="module")
+def stopped(one_rank, tmp_path_factory) -> Path:
+    """A config whose student stops early: no score rises by more than 1."""
+    folder = tmp_path_factory.mktemp("stopped")
+    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
+    sections = {"eval": {"eval_steps": EVALUATED_EVERY}, "save": {"save_steps": 3}}
+    tree = config_tree(folder / "out", task, **sections, log={"logging_steps": 4})
+    tree["train"] |= {
+        "max_steps": PLANNED,
+        "early_stopping_patience": PATIENCE,
+        "early_stopping_threshold": 1.0,
+    }
+    config = write_config(folder / "run.yaml", tree)
+    said = finish(one_rank, config)
+    assert f"student: stopped at step {STOPPED} of {PLANNED}" in said.err
+    return config
+
+
+def weights(out: Path):
+    return load_file(out / "stages" / "student" / "model.safetensors")
+
+
+def test_a_stage_that_stops_early_reports_the_steps_it_took_and_logs_the_last_of_them(stopped):
+    out = stopped.parent / "out"
+
+    assert read(out)["stages"][0]["steps"] == STOPPED
+    logged = {r["step"] for r in records(out, "student") if "train/loss" in r}
+    assert logged == {4, STOPPED}
+    assert (out / "checkpoints" / "student" / f"step-{STOPPED}").is_dir()
+
+
+@pytest.mark.parametrize("after", [3, STOPPED])
+def test_a_killed_run_stops_at_the_same_step_with_the_same_weights(
+    stopped, one_rank, tmp_path, after
+):
+    out = stopped.parent / "out"
+    copy = forgotten(out, tmp_path / "out", stage="student", after=after)
+
+    finish(one_rank, stopped, f"output_dir={copy}")
+
+    assert read(copy)["stages"][0]["steps"] == STOPPED
+    ours, theirs = weights(copy), weights(out)
+    assert all((ours[name] == theirs[name]).all() for name in theirs)

@@ -1,0 +1,236 @@
+"""What a run is prepared from: data, one tokenizer, and models that fit it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from megakd.config.run import (
+    FinetuneOverrides,
+    RunConfig,
+    ScratchModel,
+    StudentConfig,
+    TaskConfig,
+    TeacherConfig,
+    TokenizerConfig,
+)
+from megakd.contract.shapes import Shape
+from megakd.engine import distributed
+from megakd.errors import DataError, ModelError, TeacherError
+from megakd.losses.stage_losses import shape_of
+from megakd.methods.single import SingleConfig
+from megakd.training.inputs import prepare
+
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film")
+SIZE = {
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "max_position_embeddings": 32,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank without a process group."""
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
+
+
+def model_folder(folder: Path, words: tuple[str, ...] = WORDS, **changes: Any) -> str:
+    torch.manual_seed(0)
+    names = {0: "bad", 1: "good"}
+    config = BertConfig(
+        **{**SIZE, "vocab_size": 32, "num_hidden_layers": 2, "id2label": names, **changes}
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=WORDS[1]))  # type: ignore[call-arg]
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    special = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
+    PreTrainedTokenizerFast(tokenizer_object=plain, **special).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = "\n".join(["text\tlabel", *["good film\tgood", "bad film\tbad"] * 4]) + "\n"
+    for split in ("train", "validation"):
+        (folder / f"{split}.tsv").write_text(rows)
+    return folder
+
+
+def config_of(data: Path, *, teacher: str, student: Any, tokenizer: str | None = None) -> RunConfig:
+    return RunConfig(
+        output_dir=data.parent / "run",
+        task=TaskConfig(
+            type="classification",
+            dataset=str(data),
+            text_columns=("text",),
+            label_column="label",
+            max_length=16,
+            tokenizer=tokenizer,
+        ),
+        teacher=TeacherConfig(model=teacher),
+        student=StudentConfig(model=student),
+        method=SingleConfig(name="single"),
+    )
+
+
+def scratch(**changes: Any) -> ScratchModel:
+    return ScratchModel(
+        config={"model_type": "bert", **SIZE, "hidden_size": 4, "num_hidden_layers": 1, **changes}
+    )
+
+
+def test_a_run_is_prepared_without_loading_any_weights(data, tmp_path, monkeypatch):
+    config = config_of(data, teacher=model_folder(tmp_path / "teacher"), student=scratch())
+    monkeypatch.setattr("megakd.models.weights.WeightReader", None)
+
+    prepared = prepare(config)
+
+    assert list(prepared.sources) == ["teacher", "student"]
+    assert prepared.splits.label_names == ("bad", "good")
+    assert len(prepared.encoded.train) == 8
+    assert prepared.metric.name == "accuracy"
+
+
+def test_a_shape_has_the_models_layers_width_and_heads_and_the_datas_classes(data, tmp_path):
+    config = config_of(data, teacher=model_folder(tmp_path / "teacher"), student=scratch())
+
+    prepared = prepare(config)
+
+    def shape(role: str) -> Shape:
+        return shape_of(prepared.sources[role], config.task.type, prepared.classes)
+
+    assert shape("teacher") == (2, 8, 2, (2, 2, 4))
+    assert shape("student") == (1, 4, 2, (2, 2, 2))
+
+
+def test_a_student_from_scratch_gets_the_teachers_vocabulary_and_padding(data, tmp_path):
+    config = config_of(data, teacher=model_folder(tmp_path / "teacher"), student=scratch())
+
+    student = prepare(config).sources["student"].config
+
+    assert (student.vocab_size, student.pad_token_id) == (len(WORDS), 0)
+
+
+def test_models_with_different_vocabularies_are_refused_with_both_sizes(data, tmp_path):
+    teacher = model_folder(tmp_path / "teacher")
+    student = model_folder(tmp_path / "student", (*WORDS, "more", "words"))
+
+    with pytest.raises(
+        TeacherError, match=r"student\.model .*student comes with a tokenizer of 10 tokens, .* 8 "
+    ):
+        prepare(config_of(data, teacher=teacher, student=student))
+
+
+def test_vocabularies_of_one_size_and_other_words_are_refused_too(data, tmp_path):
+    teacher = model_folder(tmp_path / "teacher")
+    student = model_folder(tmp_path / "student", (*WORDS[:-1], "movie"))
+
+    with pytest.raises(TeacherError, match=r"set task\.tokenizer if they really share it"):
+        prepare(config_of(data, teacher=teacher, student=student))
+
+
+def test_models_of_one_vocabulary_and_different_embedding_sizes_are_fine(data, tmp_path):
+    teacher = model_folder(tmp_path / "teacher")
+    student = model_folder(tmp_path / "student", vocab_size=64, num_hidden_layers=1)
+
+    assert len(prepare(config_of(data, teacher=teacher, student=student)).tokenizer) == len(WORDS)
+
+
+def test_a_tokenizer_that_was_chosen_is_taken_at_its_word(data, tmp_path):
+    teacher = model_folder(tmp_path / "teacher")
+    student = model_folder(tmp_path / "student", (*WORDS, "more"))
+
+    prepared = prepare(config_of(data, teacher=teacher, student=student, tokenizer=student))
+
+    assert len(prepared.tokenizer) == len(WORDS) + 1
+
+
+def without_tokenizer(folder: str) -> str:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (Path(folder) / name).unlink()
+    return folder
+
+
+@pytest.mark.parametrize("finetune", [None, FinetuneOverrides()], ids=["given", "finetuned"])
+def test_weights_without_a_tokenizer_are_refused_before_one_is_trained(data, tmp_path, finetune):
+    folder = without_tokenizer(model_folder(tmp_path / "teacher"))
+    config = config_of(data, teacher=folder, student=scratch())
+    config = dataclasses.replace(config, teacher=TeacherConfig(model=folder, finetune=finetune))
+    (data / "train.tsv").unlink()
+
+    with pytest.raises(
+        TeacherError, match=r"teacher\.model: .*teacher has weights and no .*set task\.tokenizer to"
+    ):
+        prepare(config)
+
+
+def test_weights_without_a_tokenizer_do_not_take_that_of_another_model(data, tmp_path):
+    teacher = model_folder(tmp_path / "teacher")
+    student = without_tokenizer(model_folder(tmp_path / "student", num_hidden_layers=1))
+
+    with pytest.raises(TeacherError, match=r"student\.model: .* no tokenizer files"):
+        prepare(config_of(data, teacher=teacher, student=student))
+
+    prepared = prepare(config_of(data, teacher=teacher, student=student, tokenizer=teacher))
+    assert len(prepared.tokenizer) == len(WORDS)
+
+
+def test_a_tokenizer_trained_on_the_text_does_not_replace_the_teachers_own(data, tmp_path):
+    teacher = model_folder(tmp_path / "teacher", vocab_size=400)
+    config = config_of(data, teacher=teacher, student=scratch())
+    recipe = TokenizerConfig(type="wordpiece", vocab_size=300)
+    config = dataclasses.replace(config, task=dataclasses.replace(config.task, tokenizer=recipe))
+
+    with pytest.raises(TeacherError, match=r"teacher comes with a tokenizer of 8 tokens"):
+        prepare(config)
+
+
+def test_a_named_tokenizer_whose_numbers_differ_from_a_models_own_is_told(data, tmp_path, caplog):
+    teacher = model_folder(tmp_path / "teacher")
+    changed = (*WORDS[:-2], WORDS[-1], WORDS[-2], "more")
+    named = model_folder(tmp_path / "named", changed)
+
+    prepare(config_of(data, teacher=teacher, student=scratch(), tokenizer=named))
+
+    assert "teacher.model: 2 of the 8 tokens of the model's own tokenizer" in caplog.text
+
+
+def test_a_teacher_of_other_labels_is_refused_before_it_is_loaded(data, tmp_path):
+    teacher = model_folder(tmp_path / "teacher", id2label={0: "cat", 1: "dog"})
+
+    with pytest.raises(ModelError, match=r"teacher\.model: the model's labels \(cat, dog\)"):
+        prepare(config_of(data, teacher=teacher, student=scratch()))
+
+
+def test_damaged_weights_are_found_before_the_data_is_read(data, tmp_path):
+    teacher = Path(model_folder(tmp_path / "teacher"))
+    weights = teacher / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    (data / "train.tsv").unlink()
+
+    with pytest.raises(ModelError, match=r"teacher\.model.*model\.safetensors"):
+        prepare(config_of(data, teacher=str(teacher), student=scratch()))
+
+
+def test_data_that_is_not_there_is_refused(tmp_path):
+    teacher = model_folder(tmp_path / "teacher")
+
+    with pytest.raises(DataError, match="nowhere"):
+        prepare(config_of(tmp_path / "nowhere", teacher=teacher, student=scratch()))

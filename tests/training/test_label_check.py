@@ -1,0 +1,140 @@
+"""Generic labels of a teacher: told, checked against the data, refused where they do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import config_tree, write_config
+from torch.nn import functional
+from transformers import AutoModelForSequenceClassification
+from whole_run import WholeRun, finish
+
+from megakd.training.label_check import label_fit
+
+
+def answers(given: list[int], classes: int) -> torch.Tensor:
+    return functional.one_hot(torch.tensor(given), classes).float()
+
+
+def test_chance_is_one_over_the_classes_that_occur_however_many_rows_each_has():
+    labels = [0] * 90 + [1] * 10
+
+    constant = label_fit(answers([0] * 100, 3), labels)
+
+    assert (constant.score, constant.chance, constant.rows) == (0.5, 0.5, 100)
+    assert not constant.is_good  # though 90 % of the rows are right
+
+
+def test_the_margin_shrinks_with_the_rows_and_not_below_five_points():
+    few, many = (label_fit(answers([0, 1] * n, 2), [0, 1] * n) for n in (4, 5000))
+
+    # A guesser on 4 rows of each class: sqrt(2 * 0.25 / 4) / 2.
+    assert few.margin == pytest.approx(2 * np.sqrt(0.5 / 4) / 2)
+    assert many.margin == 0.05
+    assert few.is_good
+    assert many.is_good
+
+
+def test_rows_without_a_label_do_not_count():
+    fit = label_fit(answers([0, 1, 0, 0] * 20, 2), [0, 1, -100, -100] * 20)
+
+    assert (fit.rows, fit.score) == (40, 1.0)
+
+
+def test_two_classes_that_changed_places_are_found_among_many_that_did_not():
+    """The score is far above chance, and yet the order is wrong."""
+    labels = [0, 1, 2, 3, 4] * 20
+    swapped = [{3: 4, 4: 3}.get(label, label) for label in labels]
+
+    fit = label_fit(answers(swapped, 5), labels)
+
+    assert fit.score == pytest.approx(0.6)
+    assert fit.better == (0, 1, 2, 4, 3)
+    assert fit.better_score == 1.0
+    assert not fit.is_good
+
+
+def test_classes_that_are_confused_a_little_are_not_taken_for_swapped():
+    labels = [0] * 20 + [1] * 20
+    given = [0] * 11 + [1] * 9 + [1] * 8 + [0] * 12  # one row more would be right the other way
+
+    assert label_fit(answers(given, 2), labels).better is None
+
+
+@pytest.fixture
+def generic(whole_run: WholeRun, tmp_path: Path) -> Path:
+    """A good teacher that does not say what its labels are called."""
+    folder = Path(shutil.copytree(whole_run.teacher, tmp_path / "generic"))
+    (folder / "checksums.json").unlink()
+    path = folder / "config.json"
+    names = {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **names}))
+    return folder
+
+
+def turned_round(folder: Path) -> Path:
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        model.classifier.weight.copy_(model.classifier.weight.flip(0))
+        model.classifier.bias.copy_(model.classifier.bias.flip(0))
+    model.save_pretrained(folder)
+    return folder
+
+
+def written(whole_run: WholeRun, folder: Path, **teacher: object) -> Path:
+    tree = config_tree(
+        folder / "out",
+        {"type": "classification", "dataset": str(whole_run.reviews)},
+        teacher=teacher,
+        method={"name": "single"},
+    )
+    return write_config(folder / "run.yaml", tree)
+
+
+def test_a_good_teacher_with_generic_labels_is_told_with_both_lists_and_checked_once(
+    one_rank, whole_run, generic, tmp_path
+):
+    config = written(whole_run, tmp_path, model=str(generic))
+
+    said = finish(one_rank, config)
+
+    assert (
+        "teacher.model: the labels LABEL_0, LABEL_1 are taken for the data's negative, positive"
+        in said.err
+    )
+    assert "its generic labels are checked on 26 rows" in said.err
+    (tmp_path / "out" / "report.json").unlink()
+    again = finish(one_rank, config)
+    assert "are checked on" not in again.err
+    assert "are taken for the data's" in again.err
+
+
+@pytest.mark.parametrize("command", ["train", "cache"])
+def test_a_teacher_whose_labels_stand_the_other_way_round_teaches_nobody(
+    one_rank, whole_run, generic, tmp_path, command
+):
+    cache = tmp_path / "cache"
+    teacher = {"model": str(turned_round(generic)), "cache": str(cache)}
+    config = written(whole_run, tmp_path, **teacher)
+
+    said = one_rank.megakd(command, config)
+
+    assert said.code == 2
+    assert "LABEL_1 is negative, LABEL_0 is positive would give" in said.err
+    assert "or set teacher.label_order to data if this order is right" in said.err
+    assert not cache.exists()
+    assert not (tmp_path / "out" / "stages").exists()
+
+
+def test_the_order_can_be_vouched_for(one_rank, whole_run, generic, tmp_path):
+    teacher = {"model": str(turned_round(generic)), "label_order": "data"}
+
+    said = finish(one_rank, written(whole_run, tmp_path, **teacher))
+
+    assert "are taken for the data's negative, positive, in this order, as told" in said.err
+    assert "are checked on" not in said.err

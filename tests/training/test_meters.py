@@ -1,0 +1,265 @@
+"""What a stage's log says, and when it stops a run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megakd.config.run import TrainConfig
+from megakd.contract.shapes import Shape
+from megakd.contract.stage import Losses, Stage, StepReport
+from megakd.contract.terms import HardCrossEntropy, SoftTargetKl, TermConfig
+from megakd.engine import distributed
+from megakd.engine.distributed import Ranks
+from megakd.errors import TrainingError
+from megakd.losses.objective import build_objective
+from megakd.training.meters import Health
+from megakd.training.trainer import Meter
+
+CE = HardCrossEntropy(loss="hard_cross_entropy")
+KL = SoftTargetKl(loss="soft_target_kl")
+FULL = (4, 3, 50)  # examples, targets, tokens of a step
+MASKED = (4, 0, 50)
+
+
+def nothing_saved() -> Path | None:
+    """There is no checkpoint yet."""
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank without a process group."""
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
+
+
+class Watched:
+    """A health beside a loop that takes the steps it is told to take."""
+
+    def __init__(self, *terms: TermConfig, fp16: bool = False) -> None:
+        shape = Shape(2, 4, 3)
+        self.trainer: Any = SimpleNamespace(
+            step=0, meter=Meter(), learning_rate=lambda step: 0.1 * step, teachers={}
+        )
+        self.health = Health(
+            build_objective(terms or (CE,), "classification", shape, shape),
+            self.trainer,
+            Stage(name="distil", train=TrainConfig(fp16=fp16)),
+            Ranks(0, 1, 0, torch.device("cpu")),
+        )
+
+    def step(self, *, norm: float | None = 1.0, counts: Any = FULL, **parts: float) -> None:
+        loss = torch.tensor(parts.get("loss", 1.0))
+        said = {name: torch.tensor(value) for name, value in parts.items()}
+        self.trainer.meter.add(self.trainer.step, Losses(loss, said))
+        report = StepReport(
+            step=self.trainer.step,
+            parts=self.trainer.meter.take(),
+            gradient_norm=None if norm is None else torch.tensor(norm),
+            counts=torch.tensor(counts),
+        )
+        self.trainer.step += 1
+        self.health.add(report)
+
+    def scalars(self, waited_s: float = 0.0) -> dict[str, float]:
+        return self.health.scalars(waited_s=waited_s)
+
+
+def test_a_run_whose_losses_are_finite_goes_on():
+    watched = Watched()
+
+    watched.health.check_finite(nothing_saved)  # before the first step
+    watched.step()
+    watched.health.check_finite(nothing_saved)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_checkpoint(loss):
+    watched = Watched()
+    for value in (1.0, loss, 1.0):
+        watched.step(loss=value)
+
+    with pytest.raises(TrainingError) as caught:
+        watched.health.check_finite(lambda: Path("checkpoints/distil/step-1"))
+
+    assert "distil: the loss or its gradient is not finite" in str(caught.value)
+    assert "at step 2;" in str(caught.value)  # the second, as the log counts them
+    assert f"the last good checkpoint is {Path('checkpoints/distil/step-1')};" in str(caught.value)
+
+
+def test_a_teacher_whose_answers_are_not_finite_is_blamed_in_place_of_the_learning_rate():
+    watched = Watched()
+    watched.trainer.teachers = {
+        "calm": SimpleNamespace(failed=torch.tensor(False)),  # noqa: FBT003
+        "mad": SimpleNamespace(failed=torch.tensor(True)),  # noqa: FBT003
+        "unasked": SimpleNamespace(failed=None),
+    }
+    watched.step(loss=math.nan)
+
+    with pytest.raises(TrainingError) as caught:
+        watched.health.check_finite(nothing_saved)
+
+    assert "the outputs of mad are not finite: check its weights" in str(caught.value)
+    assert "learning_rate" not in str(caught.value)
+
+
+def test_a_run_that_stops_before_its_first_checkpoint_says_that_there_is_none():
+    watched = Watched()
+    watched.step(loss=math.nan)
+
+    with pytest.raises(TrainingError, match="checkpoint is none, nothing was saved yet; lower"):
+        watched.health.check_finite(nothing_saved)
+
+
+# DeepSpeed's norm is -1 where a gradient is not finite.
+@pytest.mark.parametrize("norm", [math.nan, math.inf, -1.0])
+def test_a_gradient_that_is_not_finite_stops_the_run_at_its_step(norm):
+    watched = Watched()
+    watched.step()
+    watched.step(norm=norm)
+
+    with pytest.raises(TrainingError, match="at step 2; "):
+        watched.health.check_finite(nothing_saved)
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf, -1.0])
+def test_under_fp16_an_overflowed_gradient_is_a_step_skipped_and_no_reason_to_stop(norm):
+    watched = Watched(fp16=True)
+    watched.step(norm=norm)
+
+    watched.health.check_finite(nothing_saved)
+
+
+def test_under_fp16_a_loss_that_is_not_finite_still_stops_the_run():
+    watched = Watched(fp16=True)
+    watched.step(loss=math.nan)
+
+    with pytest.raises(TrainingError, match="at step 1; "):
+        watched.health.check_finite(nothing_saved)
+
+
+def test_an_earlier_bad_loss_is_named_and_not_the_gradient_that_followed():
+    watched = Watched()
+    watched.step(loss=math.nan)
+    watched.step(norm=math.nan)
+
+    with pytest.raises(TrainingError, match="at step 1; "):
+        watched.health.check_finite(nothing_saved)
+
+
+def test_a_run_without_a_gradient_norm_is_watched_by_its_losses():
+    watched = Watched()
+    watched.step(norm=None)
+
+    watched.health.check_finite(nothing_saved)
+
+    assert "train/gradient_norm" not in watched.scalars()
+
+
+def test_steps_without_any_label_are_warned_about_once(caplog):
+    watched = Watched()
+    for counts in (FULL, MASKED, MASKED):
+        watched.step(counts=counts)
+
+    watched.scalars()
+    watched.step(counts=MASKED)
+    watched.scalars()
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "distil: 2 of the last 3 steps had no label at all (all masked): they contribute zero; "
+        "said once"
+    ]
+
+
+def test_a_first_window_with_labels_does_not_use_up_the_warning(caplog):
+    watched = Watched()
+    watched.step(counts=FULL)
+    watched.scalars()
+    watched.step(counts=MASKED)
+
+    watched.scalars()
+
+    assert "1 of the last 1 steps had no label" in caplog.text
+
+
+def test_steps_without_labels_are_no_news_where_no_term_reads_them(caplog):
+    watched = Watched(KL)
+    watched.step(counts=MASKED)
+
+    watched.scalars()
+
+    assert caplog.records == []
+
+
+def test_every_term_is_logged_apart_as_its_mean_over_the_steps_since_the_last_log():
+    watched = Watched(CE, KL)
+    watched.step(hard_cross_entropy=1.0, soft_target_kl=0.5, top1_agreement=0.25, loss=1.5)
+    watched.step(hard_cross_entropy=3.0, soft_target_kl=1.5, top1_agreement=0.75, loss=4.5)
+    first = watched.scalars()
+    watched.step(hard_cross_entropy=7.0, soft_target_kl=0.0, top1_agreement=1.0, loss=7.0)
+
+    second = watched.scalars()
+
+    names = ("hard_cross_entropy", "soft_target_kl", "top1_agreement", "loss")
+    assert [first[f"train/{name}"] for name in names] == [2.0, 1.0, 0.5, 3.0]
+    assert [second[f"train/{name}"] for name in names] == [7.0, 0.0, 1.0, 7.0]
+    assert first["train/gradient_norm"] == 1.0
+    assert second["train/learning_rate"] == pytest.approx(0.2)  # of the step that was taken
+
+
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    time = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("megakd.training.meters.time.perf_counter", lambda: time.now)
+    return time
+
+
+def test_speed_and_shares_are_those_of_the_window_without_what_paused_it(monkeypatch):
+    time = clock(monkeypatch)
+    watched = Watched()
+    watched.health.begin()
+    watched.step()
+    monkeypatch.setattr(watched.trainer.meter.teacher, "seconds", lambda: 1.0)
+    time.now += 4
+    with watched.health.paused():
+        time.now += 50
+    first = watched.scalars(waited_s=0.5)
+    watched.step()
+    monkeypatch.setattr(watched.trainer.meter.teacher, "seconds", lambda: 1.5)
+    time.now += 1
+
+    second = watched.scalars(waited_s=0.75)
+
+    names = ("tokens_per_s", "step_seconds", "teacher_share", "data_share")
+    assert [first[f"train/{name}"] for name in names] == [50 / 4, 4.0, 0.25, 0.125]
+    assert [second[f"train/{name}"] for name in names] == [50.0, 1.0, 0.5, 0.25]
+    assert watched.health.tokens_per_second() == 100 / 5
+    assert watched.health.elapsed_seconds() == 55.0
+
+
+def test_a_resumed_run_goes_on_with_the_window_and_the_totals_of_the_one_before(monkeypatch):
+    time = clock(monkeypatch)
+    before, after = Watched(), Watched()
+    before.step(loss=1.0)
+    time.now += 2
+    before.scalars()
+    before.step(loss=2.0)
+    time.now += 3
+
+    after.health.load_state_dict(before.health.state_dict())
+    after.health.load_window_state(before.health.window_state())
+    time.now += 1000  # between the two runs
+    after.health.begin()
+    after.trainer.step = 2
+    after.step(loss=4.0)
+    time.now += 1
+    scalars = after.scalars()
+
+    assert scalars["train/loss"] == 3.0
+    assert scalars["train/tokens_per_s"] == 100 / 4
+    assert after.health.tokens_per_second() == 150 / 6
+    assert after.health.elapsed_seconds() == 6.0

@@ -1,0 +1,125 @@
+"""Which metrics a run computes, and their values against scikit-learn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn import metrics as theirs
+from tiny_runs import config_tree, write_config, write_reviews
+from whole_run import finish, read, records
+
+from megakd.config.run import EvalConfig
+from megakd.contract.tasks import METRICS
+from megakd.errors import ConfigError
+from megakd.training.metrics import task_metrics
+
+LABELS = ("bad", "fine", "good")
+TRUTH = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, -100])
+SAID = torch.tensor([0, 0, 1, 1, 2, 2, 2, 0, 2, 1])
+OUTPUTS = torch.nn.functional.one_hot(SAID, 3).float()
+KNOWN = TRUTH != -100
+
+
+def chosen(labels=LABELS, task="classification", official=("accuracy",), **keys):
+    return task_metrics(EvalConfig(**keys), task, official, labels)
+
+
+@pytest.mark.parametrize("name", ["f1_macro", "precision_macro", "recall_macro", "f1_weighted"])
+def test_a_mean_over_labels_is_that_of_scikit_learn(name):
+    kind, average = name.split("_")
+
+    values = chosen(metric=name).of(OUTPUTS, TRUTH)
+
+    of = getattr(theirs, f"{kind}_score")
+    assert values[name] == pytest.approx(of(TRUTH[KNOWN], SAID[KNOWN], average=average))
+    assert values["accuracy"] == pytest.approx(6 / 9)  # the official one stays
+
+
+def test_every_metric_that_a_config_may_name_can_be_computed():
+    names = METRICS["classification"]
+    assert set(chosen(metrics=names, positive_label="bad").of(OUTPUTS, TRUTH)) == set(names)
+    names = METRICS["regression"]
+    values = chosen((), "regression", ("pearson",), metrics=names).of(
+        torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1.0, 2.0, 2.0])
+    )
+    assert set(values) == set(names)
+    assert values["loss"] == pytest.approx(4 / 3)
+
+
+def test_f1_precision_and_recall_are_about_the_label_that_is_named():
+    names = ("precision", "recall", "f1")
+
+    values = chosen(metrics=names, positive_label="good").of(OUTPUTS, TRUTH)
+
+    # Three of four are found, and three of four that are said are right.
+    assert [values[name] for name in names] == [0.75, 0.75, 0.75]
+
+
+def test_of_two_labels_the_second_is_the_positive_one_unless_another_is_named():
+    outputs, truth = torch.eye(2)[[0, 0, 1]], torch.tensor([0, 1, 1])
+
+    assert chosen(("no", "yes"), metric="recall").of(outputs, truth)["recall"] == 0.5
+    no = chosen(("no", "yes"), metric="recall", positive_label="no")
+    assert no.of(outputs, truth)["recall"] == 1.0
+
+
+def test_the_official_metrics_rank_evaluations_unless_one_is_chosen():
+    both = ("accuracy", "f1")
+
+    assert chosen(("a", "b"), official=both).main.name == "mean_accuracy_f1"
+    found = chosen(("a", "b"), official=both, metric="loss")
+    assert (found.main.name, found.main.higher_is_better) == ("loss", False)
+    assert found.names == (*both, "loss")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"metric": "f1"}, "f1 is about one label .* 3 labels; set it to one of bad, fine, good, "),
+        ({"metrics": ("recall",)}, "eval.positive_label: recall is about .* use recall_macro"),
+        ({"metric": "f1", "positive_label": "goood"}, 'no label "goood"; did you mean "good"'),
+        ({"positive_label": "good"}, "no metric of this run is about one label; remove the key"),
+    ],
+)
+def test_a_positive_label_that_is_missing_wrong_or_idle_is_refused(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        chosen(**keys)
+
+
+@pytest.fixture(scope="module")
+def out(one_rank, tmp_path_factory):
+    """A run that is ranked by the F1 of one label."""
+    folder = tmp_path_factory.mktemp("metrics")
+    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
+    evaluation = {
+        "eval_steps": 2,
+        "metric": "f1",
+        "metrics": ["f1_macro"],
+        "positive_label": "negative",
+    }
+    tree = config_tree(folder / "out", task, eval=evaluation)
+    said = finish(one_rank, write_config(folder / "run.yaml", tree))
+    (folder / "said").write_text(said.out)
+    return folder / "out"
+
+
+def test_a_run_keeps_the_best_evaluation_by_the_chosen_metric_and_reports_it(out):
+    report = read(out)
+    evaluations = [r for r in records(out, "student") if "eval/f1" in r]
+
+    assert report["metric_name"] == "f1"
+    assert {"accuracy", "f1", "f1_macro", "loss"} == set(report["student"]["metrics"])
+    best = max(record["eval/f1"] for record in evaluations)
+    assert report["stages"][0]["metrics"]["f1"] == best == report["student"]["metrics"]["f1"]
+    assert all(record["eval/loss"] > 0 for record in evaluations)
+
+
+def test_the_report_has_the_scores_of_every_label(out):
+    negative, positive = read(out)["student"]["per_class"]
+
+    assert (negative["label"], positive["label"]) == ("negative", "positive")
+    assert negative["f1"] == read(out)["student"]["metrics"]["f1"]
+    assert negative["rows"] + positive["rows"] == 26
+    said = (out.parent / "said").read_text()
+    assert "student, by label  precision  recall" in said
+    assert "Scores by label" in (out / "report.html").read_text()

@@ -1,0 +1,247 @@
+"""What is logged while training, and what a resumed run forgets."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import config_tree, write_config
+
+from megakd.errors import MegakdError
+from megakd.training.progress import Extent, Reporter
+from megakd.training.trackers import TensorBoard
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_of(folder: Path, stage: str) -> list[int]:
+    return [record["step"] for record in records(folder) if record["stage"] == stage]
+
+
+def of_ten(step: int) -> Extent:
+    return Extent(step=step, total_steps=10, steps_per_epoch=4)
+
+
+def run_of(folder: Path, stage: str, steps: range, *, tensorboard: bool = False) -> None:
+    trackers = [TensorBoard(folder)] if tensorboard else []
+    reporter = Reporter(folder, is_main=True, trackers=trackers)
+    reporter.begin(stage, of_ten(steps.start - 1))
+    for step in steps:
+        reporter.log(step, {"train/loss": 1 / step}, stage=stage)
+    reporter.close()
+
+
+def test_each_log_is_one_json_line_on_the_disk_at_once(tmp_path: Path) -> None:
+    reporter = Reporter(tmp_path, is_main=True)
+
+    reporter.log(3, {"train/loss": 0.5, "eval/accuracy": 1}, stage="distil")
+
+    record = records(tmp_path)[0]
+    assert (record["stage"], record["step"]) == ("distil", 3)
+    assert (record["train/loss"], record["eval/accuracy"]) == (0.5, 1.0)
+    reporter.close()
+
+
+def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    reporter = Reporter(tmp_path, is_main=True)
+
+    reporter.log(1, {"train/loss": float("nan")}, stage="distil")
+    reporter.close()
+
+    assert records(tmp_path)[0]["train/loss"] is None
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    reporter = Reporter(tmp_path, is_main=False)
+
+    reporter.begin("distil", of_ten(0))
+    reporter.advance(1)
+    reporter.log(1, {"train/loss": 0.5}, stage="distil")
+    reporter.close()
+
+    assert list(tmp_path.iterdir()) == []
+    assert terminal.getvalue() == ""
+
+
+def test_a_resumed_run_forgets_later_lines_of_its_stage_only(tmp_path: Path) -> None:
+    run_of(tmp_path, "teacher", range(1, 6))
+    run_of(tmp_path, "distil", range(1, 6))
+
+    run_of(tmp_path, "distil", range(4, 7))
+
+    assert steps_of(tmp_path, "distil") == [1, 2, 3, 4, 5, 6]
+    assert steps_of(tmp_path, "teacher") == [1, 2, 3, 4, 5]
+
+
+def test_a_stage_that_starts_over_forgets_all_of_its_lines(tmp_path: Path) -> None:
+    reporter = Reporter(tmp_path, is_main=True)
+    reporter.log(0, {"eval/accuracy": 0.5}, stage="distil")
+    reporter.log(1, {"train/loss": 0.5}, stage="distil")
+
+    reporter.begin("distil", of_ten(0))
+    reporter.log(0, {"eval/accuracy": 0.5}, stage="distil")
+    reporter.close()
+
+    assert steps_of(tmp_path, "distil") == [0]
+
+
+def test_a_half_written_last_line_is_dropped(tmp_path: Path) -> None:
+    run_of(tmp_path, "distil", range(1, 4))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "distil", "st')
+
+    run_of(tmp_path, "distil", range(4, 5))
+
+    assert steps_of(tmp_path, "distil") == [1, 2, 3, 4]
+
+
+def test_a_half_written_last_line_is_dropped_without_a_resume(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "distil", "step": 1}\n{"sta')
+    reporter = Reporter(tmp_path, is_main=True)
+
+    reporter.log(2, {}, stage="distil")
+    reporter.close()
+
+    assert steps_of(tmp_path, "distil") == [1, 2]
+
+
+def test_a_damaged_line_is_dropped_on_resume(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"sta\n{"stage": "distil", "step": 1}\n')
+
+    run_of(tmp_path, "distil", range(2, 3))
+
+    assert steps_of(tmp_path, "distil") == [1, 2]
+
+
+def test_tensorboard_shows_a_resumed_run_as_one_curve(tmp_path: Path) -> None:
+    run_of(tmp_path, "distil", range(1, 6), tensorboard=True)
+    run_of(tmp_path, "distil", range(4, 7), tensorboard=True)
+
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "distil")).Reload()
+
+    curve = [(event.step, round(event.value, 4)) for event in events.Scalars("train/loss")]
+    assert curve == [(1, 1.0), (2, 0.5), (3, 0.3333), (4, 0.25), (5, 0.2), (6, 0.1667)]
+
+
+def test_without_tensorboard_no_folder_is_made(tmp_path: Path) -> None:
+    run_of(tmp_path, "distil", range(1, 2))
+
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_terminal_gets_a_bar_with_the_chosen_numbers(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    reporter = Reporter(tmp_path, is_main=True)
+    numbers = {
+        "train/loss": 0.12345678,
+        "train/learning_rate": 3e-4,
+        "train/tokens_per_s": 12345.6,
+        "train/memory_bytes": 2.5e9,
+        "train/gradient_norm": 7.0,
+    }
+
+    reporter.begin("distil", of_ten(2))
+    reporter.advance(3)
+    reporter.log(4, numbers, stage="distil")
+    reporter.close()
+
+    shown = terminal.getvalue()
+    assert "distil" in shown
+    assert "4/10" in shown
+    assert "loss=0.1235, lr=0.0003, tok/s=12,346, mem=2.5GB" in shown
+    assert "gradient_norm" not in shown
+
+
+def test_without_a_terminal_there_is_one_short_line_per_log_and_no_bar(
+    tmp_path: Path, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("megakd.training.progress.time.perf_counter", lambda: clock.now)
+    reporter = Reporter(tmp_path, is_main=True)
+    reporter.begin("distil", of_ten(4))
+    clock.now += 2400
+    training = {
+        "train/loss": 0.12345678,
+        "train/hard_cross_entropy": 0.2,
+        "train/learning_rate": 3e-4,
+        "train/tokens_per_s": 12345.6,
+        "train/memory_bytes": 2.5e9,
+    }
+    with caplog.at_level(logging.INFO):
+        reporter.log(6, training, stage="distil")
+        reporter.log(6, {"eval/half/accuracy": 0.5, "eval/accuracy": 0.75}, stage="distil")
+    reporter.close()
+
+    assert stream.getvalue() == ""
+    assert [record.getMessage() for record in caplog.records] == [
+        "distil 6/10  epoch 1.50  loss 0.1235  lr 0.0003  tok/s 12,346  ETA 1:20:00  mem 2.5GB",
+        "distil 6/10  epoch 1.50  eval/accuracy 0.75",
+    ]
+
+
+def test_every_line_says_how_many_passes_over_the_rows_are_done(tmp_path: Path) -> None:
+    run_of(tmp_path, "distil", range(1, 7))
+
+    assert [record["epoch"] for record in records(tmp_path)] == [0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
+
+
+def test_a_full_disk_is_said_in_one_message(tmp_path: Path, monkeypatch) -> None:
+    def full(self: Path, *args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    reporter = Reporter(tmp_path, is_main=True)
+    monkeypatch.setattr(Path, "open", full)
+
+    with pytest.raises(MegakdError, match=r"no space left while writing .*metrics\.jsonl"):
+        reporter.log(1, {"train/loss": 1.0}, stage="distil")
+
+
+def test_a_disk_that_is_full_midway_is_said_once_and_not_again_when_the_file_is_closed(
+    tmp_path: Path,
+) -> None:
+    class Full(io.FileIO):
+        def write(self, content: object) -> int:
+            return super().write(bytes(content)[:5])  # type: ignore[call-overload]
+
+    reporter = Reporter(tmp_path, is_main=True)
+    reporter.log(1, {"train/loss": 1.0}, stage="distil")
+    reporter._close_file()
+    reporter._file = Full(tmp_path / "metrics.jsonl", "a")
+
+    with pytest.raises(MegakdError, match=r"no space left while writing .*metrics\.jsonl"):
+        reporter.log(2, {"train/loss": 0.5}, stage="distil")
+    reporter.close()
+
+    run_of(tmp_path, "distil", range(2, 3))
+    assert steps_of(tmp_path, "distil") == [1, 2]
+
+
+def test_a_folder_in_the_place_of_the_log_ends_a_run_before_its_data_are_read(
+    one_rank, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "metrics.jsonl").mkdir(parents=True)
+    task = {"type": "classification", "dataset": "there/is/no/such/data"}
+    tree = config_tree(tmp_path / "out", task, log={"report_to": []})
+
+    said = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
+
+    assert said.code == 2
+    where = tmp_path / "out" / "metrics.jsonl"
+    assert f"megakd: error: {where} cannot be used (Is a directory)" in said.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]

@@ -1,0 +1,98 @@
+"""What a stage inherits from the run's sections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megakd.config.run import (
+    FinetuneOverrides,
+    PooledTeacher,
+    RunConfig,
+    StudentConfig,
+    TaskConfig,
+    TrainConfig,
+    inherit,
+)
+from megakd.contract.stage import Stage
+from megakd.methods.takd import TakdConfig
+from megakd.training.recipes import completed, finetuning_stage
+
+
+def test_finetune_takes_the_keys_of_train_that_it_does_not_set():
+    train = TrainConfig(per_device_train_batch_size=3, learning_rate=1.0, bf16=True, max_steps=9)
+
+    found = inherit(train, FinetuneOverrides(learning_rate=2.0, bf16=False, deepspeed="zero3"))
+
+    expected = {"per_device_train_batch_size": 3, "learning_rate": 2.0, "bf16": False}
+    assert {key: getattr(found, key) for key in expected} == expected
+    assert found.max_steps == 9
+
+
+@pytest.mark.parametrize(
+    ("train", "overrides", "decides"),
+    [
+        ({"max_steps": 9}, {"num_train_epochs": 2.0}, (None, 2.0)),
+        ({"num_train_epochs": 5.0}, {"max_steps": 7}, (7, 5.0)),  # max_steps wins in a section
+        ({"max_steps": 9}, {"max_steps": 7}, (7, 3.0)),
+        ({"max_steps": 9}, {"max_steps": 7, "num_train_epochs": 2.0}, (7, 2.0)),
+    ],
+    ids=["epochs there", "steps there", "steps in both", "both there"],
+)
+def test_max_steps_and_num_train_epochs_displace_each_other(train, overrides, decides):
+    found = inherit(TrainConfig(**train), FinetuneOverrides(**overrides))
+
+    assert (found.max_steps, found.num_train_epochs) == decides
+
+
+@pytest.mark.parametrize(
+    ("overrides", "decides"),
+    [
+        ({"warmup_ratio": 0.1}, (0, 0.1)),
+        ({"warmup_steps": 3}, (3, 0.5)),
+        ({}, (9, 0.5)),
+    ],
+    ids=["ratio there", "steps there", "neither"],
+)
+def test_a_warm_up_of_its_own_displaces_that_of_train(overrides, decides):
+    train = TrainConfig(warmup_steps=9, warmup_ratio=0.5)
+
+    found = inherit(train, FinetuneOverrides(**overrides))
+
+    assert (found.warmup_steps, found.warmup_ratio) == decides
+
+
+def two_teachers() -> RunConfig:
+    return RunConfig(
+        output_dir=Path("out"),
+        task=TaskConfig(type="classification", dataset="pydocs"),
+        student=StudentConfig(model="student", deepspeed="zero1"),
+        method=TakdConfig(name="takd"),
+        teachers=(
+            PooledTeacher(name="large", model="large"),
+            PooledTeacher(
+                name="small",
+                model="small",
+                finetune=FinetuneOverrides(max_steps=7, deepspeed="zero3"),
+            ),
+        ),
+        train=TrainConfig(max_steps=9, learning_rate=0.5),
+    )
+
+
+@pytest.mark.parametrize(
+    ("role", "learns"),
+    [("student", (9, "zero1")), ("large", (9, "zero1")), ("small", (7, "zero3"))],
+)
+def test_a_teacher_that_learns_does_as_its_own_finetune_says(role, learns):
+    stage = completed(Stage(name="any", role=role, objective=()), two_teachers())
+
+    assert stage.train is not None
+    assert (stage.train.max_steps, stage.deepspeed) == learns
+    assert stage.train.learning_rate == 0.5
+
+
+def test_a_teacher_without_finetune_is_not_fine_tuned():
+    assert finetuning_stage(two_teachers(), "large") is None
+    assert finetuning_stage(two_teachers(), "small") is not None

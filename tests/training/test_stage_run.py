@@ -1,0 +1,121 @@
+"""How a stage is taken up: from its checkpoint, its result, or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megakd.contract.stage import StageResult
+from megakd.engine import distributed
+from megakd.errors import CheckpointError
+from megakd.storage.finished_folder import CHECKSUMS, write_finished
+from megakd.training.stage_result import RESULT, read_result, result_text
+from megakd.training.stage_run import StageRun
+
+FINGERPRINT = {"seed": 1, "train.learning_rate": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank without a process group."""
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
+
+
+def stage_with(checkpoint: Path, *, wanted: bool | str) -> Any:
+    train = SimpleNamespace(resume_from_checkpoint=wanted)
+    return SimpleNamespace(
+        stage=SimpleNamespace(name="student", train=train),
+        checkpoints=SimpleNamespace(
+            folder=checkpoint.parent, given=lambda _: None, newest_good=lambda: checkpoint
+        ),
+    )
+
+
+def test_a_stage_that_may_not_resume_refuses_to_write_over_its_checkpoints():
+    newest = Path("checkpoints/student/step-8")
+
+    message = f"{newest} is there and resume_from_checkpoint is false; use another output_dir"
+    with pytest.raises(CheckpointError, match=message):
+        StageRun._resume(stage_with(newest, wanted=False))
+
+
+def written(folder: Path) -> StageResult:
+    result = StageResult(
+        name="student",
+        folder=folder,
+        metrics={"accuracy": 0.5},
+        steps=12,
+        seconds=1.5,
+        tokens_per_second=100.0,
+        peak_memory_bytes=10,
+    )
+    write_finished(folder, {RESULT: result_text(result, FINGERPRINT)})
+    return result
+
+
+def test_a_finished_stage_is_taken_as_it_was(tmp_path):
+    result = written(tmp_path / "student")
+
+    assert read_result(tmp_path / "student", FINGERPRINT) == result
+
+
+def test_a_stage_without_a_result_has_not_finished(tmp_path):
+    assert read_result(tmp_path, FINGERPRINT) is None
+
+
+def test_the_result_of_another_config_is_refused_with_the_fields_that_differ(tmp_path):
+    written(tmp_path / "student")
+
+    message = r"holds the result of another config \(train.learning_rate: 0.1 there, 0.2 here\)"
+    with pytest.raises(CheckpointError, match=message):
+        read_result(tmp_path / "student", {**FINGERPRINT, "train.learning_rate": 0.2})
+
+
+def test_a_result_says_what_it_depends_on(tmp_path):
+    written(tmp_path / "student")
+
+    assert json.loads((tmp_path / "student" / RESULT).read_text())["fingerprint"] == FINGERPRINT
+
+
+def test_edited_metrics_of_a_finished_stage_are_refused(tmp_path):
+    folder = tmp_path / "student"
+    written(folder)
+    result = folder / RESULT
+    result.write_text(result.read_text().replace("0.5", "0.9"))
+
+    message = f"{folder} is damaged: the checksum of {RESULT} differs; remove {folder}"
+    with pytest.raises(CheckpointError, match=message):
+        read_result(folder, FINGERPRINT)
+
+
+@pytest.mark.parametrize("name", [RESULT, CHECKSUMS])
+def test_a_truncated_file_of_a_finished_stage_is_named_with_what_to_remove(tmp_path, name):
+    folder = tmp_path / "student"
+    written(folder)
+    (folder / name).write_text((folder / name).read_text()[:20])
+
+    with pytest.raises(CheckpointError, match=f"{name}.*; remove {folder}"):
+        read_result(folder, FINGERPRINT)
+
+
+@pytest.mark.parametrize("name", [RESULT, CHECKSUMS])
+def test_a_finished_stage_that_lost_a_file_is_not_trained_over(tmp_path, name):
+    folder = tmp_path / "student"
+    written(folder)
+    (folder / name).unlink()
+
+    with pytest.raises(CheckpointError, match=f"{name}.*; remove {folder}"):
+        read_result(folder, FINGERPRINT)
+
+
+def test_a_result_of_a_version_with_other_fields_is_refused_without_a_traceback(tmp_path):
+    folder = tmp_path / "student"
+    write_finished(folder, {RESULT: json.dumps({"fingerprint": FINGERPRINT, "name": "student"})})
+
+    with pytest.raises(CheckpointError, match=f"{RESULT} is no result of this version"):
+        read_result(folder, FINGERPRINT)

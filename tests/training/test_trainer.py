@@ -1,0 +1,330 @@
+"""The loop: the order of its calls, what it keeps on the device, what it resumes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from waiting import Waiting, no_waiting
+
+from megakd.contract.shapes import Shape
+from megakd.contract.stage import IGNORE, Batch, Constant, Knowledge, Losses, Pass, StepReport
+from megakd.contract.terms import (
+    HardCrossEntropy,
+    HardMse,
+    HiddenCosine,
+    HiddenMse,
+    SoftTargetJsd,
+    SoftTargetKl,
+    SoftTargetMse,
+)
+from megakd.losses.bundle import StudentBundle
+from megakd.losses.objective import build_objective, count_units
+from megakd.teachers.frozen import FrozenModel
+from megakd.training.trainer import Meter, Trainer
+
+BATCH = Batch({}, torch.tensor([1]), torch.ones(1, 1, dtype=torch.bool))
+ALONE = ((Pass(),),)
+
+
+class Told:
+    """What happened, in order."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def add(self, *event: Any) -> None:
+        self.events.append(event)
+
+
+class Student:
+    """Gives the losses it is told to."""
+
+    def __init__(self, told: Told, totals: Sequence[float] = ()) -> None:
+        self.told, self.totals = told, list(totals)
+
+    def forward_backward(
+        self, batch: Batch, knowledge: Mapping[str, Knowledge], plan: Any, counts: Tensor, **options
+    ) -> Losses:
+        self.told.add("forward_backward", tuple(knowledge), options["boundary"])
+        total = torch.tensor(self.totals.pop(0) if self.totals else 1.0)
+        return Losses(total, {"term": total / 2})
+
+    def step(self, learning_rate: float) -> None:
+        self.told.add("step", learning_rate)
+
+    def gradient_norm(self) -> Tensor | None:
+        return torch.tensor(3.0)
+
+
+class Teacher:
+    """Knows nothing."""
+
+    def __init__(self, told: Told, name: str) -> None:
+        self.told, self.name = told, name
+
+    def __call__(self, batch: Batch) -> Knowledge:
+        self.told.add("asked", self.name)
+        return Knowledge()
+
+    def expect(self, *, soon: bool) -> None:
+        self.told.add("next" if soon else "idle", self.name)
+
+
+class Steering:
+    """A strategy that plans different teachers at different steps."""
+
+    def __init__(self, told: Told, plans: Sequence[tuple[Pass, ...]]) -> None:
+        self.told, self.plans, self.reports = told, plans, []
+
+    def plan(self, step: int) -> tuple[Pass, ...]:
+        self.told.add("plan", step)
+        return self.plans[step % len(self.plans)]
+
+    def before_update(self, step: int, student: Any) -> None:
+        self.told.add("before_update", step)
+
+    def after_update(self, report: StepReport) -> None:
+        self.told.add("after_update", report.step)
+        self.reports.append(report)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"drawn": len(self.told.events)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.told.add("loaded", state["drawn"])
+
+
+def trainer_of(told: Told, *, plans: Any = ALONE, totals: Any = (), teachers: Any = ()):
+    return Trainer(
+        student=Student(told, totals),
+        teachers={name: Teacher(told, name) for name in teachers},
+        strategy=Steering(told, plans),
+        count_units=count_units,
+        learning_rate=lambda step: 0.1 * step,
+    )
+
+
+def test_a_step_plans_learns_updates_and_reports_in_this_order():
+    told = Told()
+
+    trainer_of(told).train_step([BATCH, BATCH, BATCH])
+
+    assert told.events == [
+        ("plan", 0),
+        ("forward_backward", (), False),
+        ("forward_backward", (), False),
+        ("forward_backward", (), True),
+        ("before_update", 0),
+        ("step", 0.0),
+        ("after_update", 0),
+    ]
+
+
+def test_a_planned_teacher_is_asked_once_per_micro_batch_and_the_others_not_at_all():
+    told = Told()
+    plan = (Pass(teacher="b"), Pass(teacher="a", view="small"), Pass(teacher="b", view="large"))
+    trainer = trainer_of(told, plans=(plan,), teachers=("a", "b", "c"))
+
+    trainer.train_step([BATCH, BATCH])
+
+    assert [e for e in told.events if e[0] in {"asked", "forward_backward"}] == [
+        ("asked", "b"),
+        ("asked", "a"),
+        ("forward_backward", ("b", "a"), False),
+        ("asked", "b"),
+        ("asked", "a"),
+        ("forward_backward", ("b", "a"), True),
+    ]
+    assert trainer.meter.teacher.seconds() > 0
+
+
+def test_the_next_steps_teachers_make_ready_before_the_student_learns_and_the_others_rest_first():
+    told = Told()
+    plans = ((Pass(teacher="b"),), (Pass(teacher="a"),))
+    trainer = trainer_of(told, plans=plans, teachers=("a", "b", "c"))
+
+    trainer.train_step([BATCH, BATCH])
+
+    assert told.events[:9] == [
+        ("plan", 0),
+        ("asked", "b"),
+        ("forward_backward", ("b",), False),
+        ("asked", "b"),
+        ("plan", 1),
+        ("idle", "b"),
+        ("idle", "c"),
+        ("next", "a"),
+        ("forward_backward", ("b",), True),
+    ]
+
+
+@pytest.mark.parametrize("teachers", [(), ("a",), ("a", "b")], ids=len)
+def test_where_no_teacher_is_idle_nothing_is_planned_ahead(teachers):
+    told = Told()
+    plan = tuple(Pass(teacher=name) for name in teachers) or (Pass(),)
+
+    trainer_of(told, plans=(plan,), teachers=teachers).train_step([BATCH, BATCH])
+
+    assert [event for event in told.events if event[0] in {"plan", "idle", "next"}] == [("plan", 0)]
+
+
+def test_every_step_is_planned_anew_and_has_its_own_learning_rate():
+    told = Told()
+    trainer = trainer_of(told, plans=((Pass(teacher="a"),), (Pass(),)), teachers=("a",))
+
+    reports = list(trainer.fit([[BATCH]] * 3))
+
+    assert [report.step for report in reports] == [0, 1, 2]
+    assert [e[1] for e in told.events if e[0] == "forward_backward"] == [("a",), (), ("a",)]
+    assert [e[1] for e in told.events if e[0] == "step"] == [0.0, 0.1, 0.2]
+
+
+def test_a_report_sums_the_terms_of_its_own_micro_batches():
+    trainer = trainer_of(Told(), totals=(1.0, 2.0, 10.0))
+
+    first, second = trainer.fit([[BATCH, BATCH], [BATCH]])
+
+    assert (first.parts["term"].item(), second.parts["term"].item()) == (1.5, 5.0)
+    assert first.counts.tolist() == [2, 2, 2]
+    assert first.gradient_norm is not None
+    assert trainer.strategy.reports == [first, second]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("totals", "first_bad"),
+    [
+        ((1.0, 1.0, 1.0, 1.0), -1),
+        ((1.0, 1.0, math.nan, 1.0), 1),
+        ((1.0, math.inf, 1.0, math.nan), 0),
+        ((1.0, 1.0, -math.inf, math.nan), 1),
+    ],
+)
+def test_the_first_step_with_a_loss_that_is_not_finite_is_remembered(totals, first_bad):
+    trainer = trainer_of(Told(), totals=totals)
+
+    list(trainer.fit([[BATCH, BATCH]] * 2))
+
+    assert trainer.meter.first_bad_step is not None
+    assert trainer.meter.first_bad_step.item() == first_bad
+
+
+def test_a_meter_that_has_seen_nothing_knows_of_no_bad_step():
+    assert Meter().first_bad_step is None
+
+
+def test_the_step_and_the_strategy_are_all_that_a_resumed_loop_needs():
+    trainer, told = trainer_of(Told()), Told()
+    list(trainer.fit([[BATCH]] * 3))
+
+    resumed = trainer_of(told)
+    resumed.load_state_dict(trainer.state_dict())
+    report = resumed.train_step([BATCH])
+
+    assert trainer.state_dict()["step"] == report.step == 3
+    assert told.events[:2] == [("loaded", 15), ("plan", 3)]
+
+
+class Tiny(nn.Module):
+    """Answers as a classifier, a regressor or (by its parts) a causal LM does."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(model_type="llama", type_vocab_size=2)
+        self.embedding = nn.Embedding(9, 4)
+        self.lm_head = nn.Linear(4, 9, bias=False)
+        self.classifier = nn.Linear(4, outputs)
+
+    @property
+    def model(self) -> Any:
+        return self._backbone
+
+    def get_submodule(self, target: str) -> Any:
+        return self._backbone if target == "model" else super().get_submodule(target)
+
+    def _backbone(self, input_ids: Tensor, **_: Any) -> Any:
+        hidden = self.embedding(input_ids)
+        return SimpleNamespace(last_hidden_state=hidden, hidden_states=(hidden, hidden.tanh()))
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        said = self._backbone(input_ids)
+        logits = self.classifier(said.last_hidden_state[:, 0])
+        return SimpleNamespace(logits=logits, hidden_states=said.hidden_states)
+
+
+class Learner:
+    """A student engine without DeepSpeed: the real bundle, plain gradient descent."""
+
+    def __init__(self, bundle: StudentBundle) -> None:
+        self.bundle = bundle
+
+    def forward_backward(self, *seen: Any, boundary: bool) -> Losses:
+        losses = self.bundle(*seen)
+        losses.total.backward()
+        return losses
+
+    def step(self, learning_rate: float) -> None:
+        with torch.no_grad():
+            for parameter in self.bundle.parameters():
+                if parameter.grad is not None:
+                    parameter.sub_(learning_rate * parameter.grad)
+
+    def gradient_norm(self) -> Tensor | None:
+        return None
+
+
+HARD, SCORE = HardCrossEntropy(loss="hard_cross_entropy"), HardMse(loss="hard_mse")
+SOFT = (SoftTargetKl(loss="soft_target_kl"), SoftTargetJsd(loss="soft_target_jsd"))
+HIDDEN = (HiddenMse(loss="hidden_mse"), HiddenCosine(loss="hidden_cosine"))
+TASKS = {
+    "classification": ((HARD, *SOFT, *HIDDEN), torch.tensor([1, IGNORE])),
+    "regression": (
+        (SCORE, SoftTargetMse(loss="soft_target_mse"), *HIDDEN),
+        torch.tensor([1.5, math.nan]),
+    ),
+    "causal_lm": ((HARD, *SOFT, *HIDDEN), torch.tensor([[1, 2, 3], [4, IGNORE, IGNORE]])),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_operation_of_a_step_makes_the_host_wait_for_the_device(task):
+    terms, labels = TASKS[task]
+    outputs = 1 if task == "regression" else 3
+    shape = Shape(1, 4, outputs)
+    objective = build_objective(terms, task, shape, shape)  # type: ignore[arg-type]
+    order = (2, 0, 1) if task == "classification" else None
+    frozen = FrozenModel(Tiny(outputs), needs=objective.needs, label_order=order)
+    frozen.requires_grad_(requires_grad=False)
+    lm_head = SimpleNamespace(read=lambda: (torch.ones(9, 4), None))
+    trainer = Trainer(
+        student=Learner(StudentBundle(Tiny(outputs), objective, world_size=1)),
+        teachers={"teacher": lambda batch: frozen(batch)._replace(head=lm_head)},
+        strategy=Constant((Pass(teacher="teacher"),)),
+        count_units=count_units,
+        learning_rate=lambda step: 0.1 / (1 + step),
+    )
+    batch = Batch(
+        {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 0]])},
+        labels,
+        torch.tensor([[True, True, True], [True, True, False]]),
+    )
+
+    with no_waiting():
+        reports = [trainer.train_step([batch, batch]) for _ in range(2)]
+
+    assert all(torch.isfinite(value) for report in reports for value in report.parts.values())
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [bool, Tensor.item, Tensor.nonzero, lambda t: t[t > 0], lambda t: t.masked_select(t > 0)],
+    ids=["branch", "item", "nonzero", "mask", "masked_select"],
+)
+def test_that_check_notices_what_makes_the_host_wait(reads):
+    with Waiting(), pytest.raises(AssertionError, match="makes the host wait"):
+        reads(torch.ones(()) if reads in (bool, Tensor.item) else torch.ones(2))
