@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["megakd.run"])
+_CONTEXT.set_forkserver_preload(["megakd.run.main"])
 
 
 def start_rank(command: Sequence[str], *, variables: Mapping[str, str], log: Path) -> BaseProcess:

@@ -5,6 +5,7 @@ Starting DeepSpeed costs seconds; every test of a session shares one group per w
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -79,9 +80,13 @@ def _serve(requests: Connection, rank: int, world: int, port: int) -> None:
 
 
 def _start() -> None:
+    import megakd.run.main  # noqa: F401 - the modules are in memory before the freeze
     from megakd.engine import distributed
 
     distributed.start()
+    # A collection walks over all modules for half a second, and stages collect several times.
+    gc.collect()
+    gc.freeze()
 
 
 def _answer(requests: Connection, action, *arguments) -> None:
