@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-import megakd
+import megakd.run
 from megakd import cli
 from megakd.config.file import load_config
 from megakd.config.run import RunConfig
@@ -60,9 +60,9 @@ class Runs(types.ModuleType):
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     fake = Runs()
-    for name in ("run", "finished_run", "model_evaluation"):
-        monkeypatch.setitem(sys.modules, f"megakd.{name}", fake)
-        monkeypatch.setattr(megakd, name, fake, raising=False)
+    for name in ("main", "finished_run", "model_evaluation"):
+        monkeypatch.setitem(sys.modules, f"megakd.run.{name}", fake)
+        monkeypatch.setattr(megakd.run, name, fake, raising=False)
     return fake
 
 

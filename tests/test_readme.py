@@ -81,3 +81,13 @@ def test_the_result_table_is_a_real_one(readme):
     assert re.search(r"^teacher +[\d.]+M .*%", table, re.MULTILINE)
     assert re.search(r"^student +[\d.]+M .*%", table, re.MULTILINE)
     assert re.search(r"^alone +[\d.]+M .*%", table, re.MULTILINE)
+
+
+def test_every_config_that_a_command_names_is_valid(readme, repository, capsys):
+    named = sorted(set(re.findall(r"--config (\S+\.yaml)([^`\n]*)", readme)))
+
+    for config, overrides in named:
+        words = ["--config", str(repository / config), *overrides.split(), "--print-config"]
+        assert train_main(words) == 0, config
+    capsys.readouterr()
+    assert len(named) >= 6

@@ -25,9 +25,9 @@ from pydantic_core import CoreSchema, core_schema
 
 from megakd.errors import ConfigError
 
-LOSSES = "megakd.losses.targets"
+LOSSES = "megakd.losses"
 METHODS = "megakd.methods"
-METRICS = "megakd.training.metrics"
+METRICS = "megakd.metrics"
 OURS, THEIRS = "ours", "theirs"
 
 

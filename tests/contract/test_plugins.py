@@ -34,7 +34,7 @@ CONFIG = {
 BASE = """
 from pydantic.dataclasses import dataclass
 from megakd.methods.plugin import PluginMethod
-from megakd.terms import STRICT, PluginTerm
+from megakd.contract.terms import STRICT, PluginTerm
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class Good(PluginTerm):

@@ -14,7 +14,7 @@ import pytest
 
 RANK = """
 import sys, time
-from megakd.signals import Stopped, watched
+from megakd.process.signals import Stopped, watched
 try:
     with watched():
         print("rank is ready", flush=True)
@@ -26,7 +26,7 @@ except Stopped as stop:
 # Waits for the end of the process that started it, and says whether that is the end of a launcher.
 CHILD = """
 import os, time
-from megakd.launched import Launchers
+from megakd.process.launched import Launchers
 launchers, parent = Launchers(), os.getppid()
 print(os.getpid(), flush=True)
 while os.getppid() == parent:

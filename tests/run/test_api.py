@@ -18,7 +18,7 @@ NOTEBOOK = """
 import json, logging, os, random, sys, warnings
 import megakd
 assert "torch" not in sys.modules and "transformers" not in sys.modules, "not light"
-from megakd import config, config_file
+from megakd.config import file, run
 assert "torch" not in sys.modules, "the config is not light"
 from pathlib import Path
 

@@ -148,7 +148,7 @@ def test_a_process_killed_anywhere_leaves_old_or_new(tmp_path: Path, call: str) 
     program = f"""
 import os, shutil, signal
 from pathlib import Path
-from megakd.atomic import replaced_folder
+from megakd.storage.atomic import replaced_folder
 def die(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
 rename = Path.replace
 def rename_or_die(self, target):
@@ -174,9 +174,9 @@ import resource, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from megakd.atomic import replaced_folder, write_text
+from megakd.storage.atomic import replaced_folder, write_text
 from megakd.errors import MegakdError
-from megakd.finished_folder import copy_finished, sealed_folder
+from megakd.storage.finished_folder import copy_finished, sealed_folder
 def text(): write_text(path, "x" * 200_000)
 def weights():
     with replaced_folder(path) as folder:
