@@ -41,6 +41,7 @@ def lab(config: PretrainedConfig, objective=None):
         config=SimpleNamespace(objective=objective),
         teacher_layers=config.num_hidden_layers,
         unscored=lambda: unscored(source),
+        teacher_heads=source.architecture.heads(source.config),
         soft_terms=lambda weight: (SoftTargetKl(loss="soft_target_kl", weight=weight),),
         metric=lambda name: name,
     )

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-import megakd
 from megakd import cli
 from megakd.config.run import RunConfig
 
@@ -36,7 +35,7 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Page(types.ModuleType):
-    """Stands in for megakd.plan and notes what it was asked."""
+    """Stands in for megakd.planning.plan and notes what it was asked."""
 
     def __init__(self) -> None:
         super().__init__("megakd.planning.plan")
@@ -51,7 +50,6 @@ class Page(types.ModuleType):
 def plans(monkeypatch: pytest.MonkeyPatch) -> Page:
     fake = Page()
     monkeypatch.setitem(sys.modules, "megakd.planning.plan", fake)
-    monkeypatch.setattr(megakd, "memory_plan", fake, raising=False)
     monkeypatch.setattr("megakd.planning.page.page", lambda plan: f"a page: {plan.as_json()}")
     return fake
 
