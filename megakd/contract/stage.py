@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from megakd.contract.tasks import Kernels
 
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
     from megakd.contract.units import View
 
-Unit = Literal["examples", "targets", "tokens"]
-UNITS: tuple[Unit, ...] = ("examples", "targets", "tokens")
+Unit = str
+"""What the sum of a loss term runs over; `unit_counts` names the units of every run."""
+Counts = Mapping[Unit, "Tensor"]
+"""int64 scalars by unit: of a rank, or summed over all ranks."""
 IGNORE = -100
 
 
@@ -163,7 +165,7 @@ class StepReport:
     step: int
     parts: Mapping[str, Tensor]
     gradient_norm: Tensor | None
-    counts: Tensor
+    counts: Counts
 
 
 class Teacher(Protocol):

@@ -9,7 +9,8 @@ from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.plugins import LOSSES, OURS, THEIRS, FromPackage, wrong_options
-from megakd.contract.stage import UNITS, Unit
+from megakd.contract.stage import Unit
+from megakd.contract.unit_counts import COUNTERS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -275,8 +276,9 @@ class PluginTerm:
 
 def _wrong_term(kind: Any) -> str | None:
     wrong = wrong_options(kind, PluginTerm, ("total",))
-    if wrong is None and getattr(kind, "unit", None) not in UNITS:
-        return f"{kind.__name__}.unit is not set to {', '.join(UNITS[:-1])} or {UNITS[-1]}"
+    if wrong is None and getattr(kind, "unit", None) not in COUNTERS:
+        *others, last = COUNTERS
+        return f"{kind.__name__}.unit is not set to {', '.join(others)} or {last}"
     return wrong
 
 

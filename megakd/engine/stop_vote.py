@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megakd.contract.stage import Counts
 from megakd.engine.distributed import all_reduce_, gather
 from megakd.process import signals
 
@@ -22,16 +23,18 @@ class StopVote:
         self._votes: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
-    def sum_counts(self, counts: Tensor) -> Tensor:
-        """Return the sum of an integer vector over the ranks, with this rank's vote beside it."""
+    def sum_counts(self, counts: Counts) -> Counts:
+        """Return the counts summed over the ranks; the vote of each rank travels beside them."""
+        device = next(iter(counts.values())).device
         if self._flags is None:  # made once: a step must not copy from the host
-            self._flags = torch.tensor([[0], [1]], dtype=counts.dtype, device=counts.device)
-        summed = all_reduce_(torch.cat([counts, self._flags[int(signals.requested() > 0)]]))
-        self._votes = summed[-1].to("cpu", non_blocking=True)
-        if counts.is_cuda:
+            self._flags = torch.tensor([0, 1], device=device)
+        vote = self._flags[int(signals.requested() > 0)]
+        *summed, votes = all_reduce_(torch.stack([*counts.values(), vote])).unbind()
+        self._votes = votes.to("cpu", non_blocking=True)
+        if votes.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record()
-        return summed[:-1]
+        return dict(zip(counts, summed, strict=True))
 
     def passed(self) -> bool:
         """Return true if any rank was to stop when the last counts were summed."""

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megakd.contract.stage import Batch, Knowledge, Losses, Pass, Predictions, backward_groups
+from megakd.contract.stage import (
+    Batch,
+    Counts,
+    Knowledge,
+    Losses,
+    Pass,
+    Predictions,
+    backward_groups,
+)
 from megakd.engine.distributed import together
 from megakd.engine.initialize import Engine
 from megakd.engine.sharding import gathered_state
@@ -44,7 +52,7 @@ class StudentEngine:
         batch: Batch,
         knowledge: Mapping[str, Knowledge],
         plan: Sequence[Pass],
-        counts: Tensor,
+        counts: Counts,
         *,
         boundary: bool,
     ) -> Losses:
@@ -59,7 +67,7 @@ class StudentEngine:
             boundary: whether this is the step's last micro-batch.
         """
         self._engine.train()
-        total, parts = torch.zeros((), device=counts.device), dict[str, Tensor]()
+        total, parts = torch.zeros((), device=batch.labels.device), dict[str, Tensor]()
         groups = backward_groups(plan, self._passes_per_backward)
         for number, group in enumerate(groups, start=1):
             # Before the forward: ZeRO 2 reduces during the backward and must know.
@@ -76,7 +84,7 @@ class StudentEngine:
         batch: Batch,
         knowledge: Mapping[str, Knowledge],
         plan: Sequence[Pass],
-        counts: Tensor,
+        counts: Counts,
     ) -> Losses:
         with ExitStack() as stack:
             for said in knowledge.values():

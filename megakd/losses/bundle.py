@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from megakd.contract.stage import (
-    UNITS,
     Batch,
+    Counts,
     Knowledge,
     Losses,
     Pass,
@@ -21,8 +21,9 @@ from megakd.contract.stage import (
     Unit,
 )
 from megakd.contract.tasks import Kernels
+from megakd.contract.unit_counts import unit_weights
 from megakd.contract.units import View
-from megakd.losses.objective import WEIGHTED_LOSS, Objective, unit_weights
+from megakd.losses.objective import WEIGHTED_LOSS, Objective
 from megakd.losses.targets import Evaluated
 from megakd.models.elastic import Elastic
 from megakd.models.knowledge import opened_head, read_knowledge
@@ -69,7 +70,7 @@ class StudentBundle(nn.Module):
         batch: Batch,
         knowledge: Mapping[str, Knowledge] | None = None,
         plan: Sequence[Pass] | None = None,
-        counts: Tensor | None = None,
+        counts: Counts | None = None,
         *,
         view: str | None = None,
     ) -> Losses | Predictions:
@@ -79,7 +80,7 @@ class StudentBundle(nn.Module):
             batch: one micro-batch.
             knowledge: what each planned teacher said of it.
             plan: the passes of the step.
-            counts: [3] global unit counts of the step, in the order of `UNITS`.
+            counts: global unit counts of the step.
             view: whose predictions are asked for.
         """
         if plan is None or counts is None:
@@ -161,13 +162,13 @@ class StudentBundle(nn.Module):
 class Ledger:
     """Adds up the passes of a micro-batch.
 
-    counts: [3] global unit counts of the step.
+    counts: global unit counts of the step.
     """
 
-    def __init__(self, counts: Tensor, objective: Objective, world_size: int) -> None:
+    def __init__(self, counts: Counts, objective: Objective, world_size: int) -> None:
         self.per_unit = unit_weights(counts, world_size)
         self._counts, self._units, self._world_size = counts, objective.units, world_size
-        self._total = torch.zeros((), device=counts.device)
+        self._total = torch.zeros((), device=next(iter(counts.values())).device)
         self._parts: dict[str, Tensor] = {}
 
     def add(self, planned: Pass, evaluated: Evaluated, *, share: float) -> None:
@@ -175,7 +176,7 @@ class Ledger:
         self._total = self._total + evaluated.total
         prefix = f"{planned.view}/" if planned.view else ""
         for name, value in evaluated.sums.items():
-            count = self._counts[UNITS.index(self._units[name])].clamp(min=1)
+            count = self._counts[self._units[name]].clamp(min=1)
             known = self._parts.get(prefix + name, 0.0)
             self._parts[prefix + name] = known + share * value.float() / count
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megakd.contract.shapes import Shape, _check_heads, layer_pairs, relation_heads
-from megakd.contract.stage import IGNORE, UNITS, Batch, Reading, Unit
+from megakd.contract.stage import Reading, Unit
 from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
 from megakd.contract.terms import (
     ATTENTION_TERMS,
@@ -26,6 +26,7 @@ from megakd.contract.terms import (
     compares,
     reads_states,
 )
+from megakd.contract.unit_counts import COUNTERS, Counter
 from megakd.errors import ConfigError, TeacherError
 from megakd.losses.layers import AttentionMatrices, Flows, HiddenStates, Relations
 from megakd.losses.plugin_losses import PluginLoss
@@ -49,6 +50,9 @@ class Objective(nn.Module):
         self.groups = nn.ModuleList(groups)
         self.weights = dict(weights)
         self.units: dict[str, Unit] = {n: u for g in groups for n, u in g.units.items()}
+        self.counters: dict[Unit, Counter] = dict(COUNTERS)
+        for group in groups:
+            self.counters |= group.counters
         layers = {layer for group in groups for layer in group.needs.attention_layers}
         self.needs = Needs(
             hidden_states=any(g.needs.hidden_states for g in groups),
@@ -173,21 +177,3 @@ def _check_classes(loss: str, student: Shape, teacher: Shape) -> None:
             f"{loss}: the teacher has {teacher.vocabulary} classes, the student "
             f"{student.vocabulary}; soft targets need the same classes"
         )
-
-
-def count_units(batches: Sequence[Batch]) -> Tensor:
-    """[3] int64 on the batches' device: this rank's examples, targets and tokens of a step."""
-    counts = []
-    for batch in batches:
-        labels = batch.labels
-        has_label = ~labels.isnan() if labels.is_floating_point() else labels != IGNORE
-        counts.append(
-            torch.stack([batch.valid.any(dim=1).sum(), has_label.sum(), batch.valid.sum()])
-        )
-    return torch.stack(counts).sum(dim=0)
-
-
-def unit_weights(counts: Tensor, world_size: int) -> dict[Unit, Tensor]:
-    """World size over each unit's global count, at least one: DeepSpeed averages over ranks."""
-    per_unit = world_size / counts.clamp(min=1).float()
-    return {unit: per_unit[i] for i, unit in enumerate(UNITS)}

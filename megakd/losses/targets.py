@@ -8,6 +8,7 @@ is cut into micro-batches and ranks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import megakd_kernels
 from megakd.contract.stage import IGNORE, Knowledge, Reading, TopK, Unit
 from megakd.contract.terms import SoftTarget, SoftTargetKl
+from megakd.contract.unit_counts import Counter
 from megakd.models.knowledge import Needs
 
 DIVERGENCE = {
@@ -40,11 +42,13 @@ class TermGroup(nn.Module):
     """Terms computed together.
 
     units: each term's unit, by its name.
+    counters: how units that no other group has are counted, by the name of the unit.
     needs: what they ask of a model's forward.
     needs_teacher: whether a teacher must have run.
     """
 
     units: Mapping[str, Unit]
+    counters: Mapping[Unit, Counter] = MappingProxyType({})
     needs = Needs()
     needs_teacher = False
 

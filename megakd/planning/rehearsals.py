@@ -170,7 +170,8 @@ class Theatre:
         self, phase: Phase, stage: Stage, batch: Batch, knowledge: dict[str, Knowledge]
     ) -> Learned:
         bundle = self._bundle(phase, stage)
-        counts = torch.ones(3, dtype=torch.long, device=VALUELESS)
+        one = torch.ones((), dtype=torch.long, device=VALUELESS)
+        counts = dict.fromkeys(bundle.objective.counters, one)
 
         def backward_of(passes: Sequence[Pass]) -> Rehearsal:
             def call() -> Any:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from megakd.config.deepspeed import load_ds_config
-from megakd.contract.stage import UNITS, Reading, Unit
+from megakd.contract.stage import Reading
+from megakd.contract.unit_counts import count_units
 from megakd.data.loader import StepShape, global_batches
 from megakd.engine.distributed import agree, all_reduce_
 from megakd.engine.initialize import Engine, frozen_engine
@@ -26,7 +27,7 @@ from megakd.engine.memory import freed_memory_returned
 from megakd.engine.sharding import weights_let_go
 from megakd.engine.student import device_batch
 from megakd.errors import DataError
-from megakd.losses.objective import Objective, count_units
+from megakd.losses.objective import Objective
 from megakd.losses.stage_losses import label_objective
 from megakd.models.knowledge import Needs
 from megakd.pruning.gates import Gates
@@ -60,7 +61,7 @@ class GateGradients(nn.Module):
         self.frozen = frozen
         self.objective = objective
         self.gates = Gates(frozen.model, device, with_width=with_width)  # type: ignore[arg-type]
-        self.per_unit: dict[Unit, Tensor] = {unit: torch.ones((), device=device) for unit in UNITS}
+        self.per_unit = dict.fromkeys(objective.counters, torch.ones((), device=device))
 
     def forward(self, batch: Batch) -> Tensor:
         """[units + 1] fp32: gradients of the loss summed over labels, and how many those are."""
@@ -74,7 +75,7 @@ class GateGradients(nn.Module):
                 kernels=self.frozen.kernels,
             )
             gradients = self.gates.gradients(self.objective([reading])[0].total)
-        labels = count_units([batch])[UNITS.index("targets")]
+        labels = count_units([batch])["targets"]
         return torch.cat([gradients, labels[None].float()])
 
 

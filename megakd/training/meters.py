@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megakd.contract.stage import UNITS, Stage, StepReport
+from megakd.contract.stage import Stage, StepReport
 from megakd.engine.device import peak_memory_bytes
 from megakd.engine.distributed import Ranks, all_reduce_, on_main
 from megakd.errors import TrainingError
@@ -60,8 +60,8 @@ class Health:
             self._counts[name] = self._counts.get(name, 0) + 1
         self._steps += 1
         self._norm = report.gradient_norm
-        tokens = report.counts[UNITS.index("tokens")]
-        empty = (report.counts[UNITS.index("targets")] == 0).long()
+        tokens = report.counts["tokens"]
+        empty = (report.counts["targets"] == 0).long()
         self._tokens = tokens if self._tokens is None else self._tokens + tokens
         before = self._without_targets
         self._without_targets = empty if before is None else before + empty

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from megakd.config.schedules import learning_rate_schedule, total_steps
 from megakd.contract.metrics import WHOLE, MetricJudge
-from megakd.contract.stage import Batch, Stage, StageResult, StepReport, Teacher
+from megakd.contract.stage import Batch, Counts, Stage, StageResult, StepReport, Teacher
+from megakd.contract.unit_counts import count_units
 from megakd.data.encoding import labelled_only
 from megakd.data.loader import StepLoader, StepShape
 from megakd.engine.device import peak_memory_bytes
@@ -20,7 +21,7 @@ from megakd.engine.distributed import gather, on_main, together
 from megakd.engine.stop_vote import StopVote, agreed_signal
 from megakd.engine.student import StudentEngine, device_batch
 from megakd.errors import CheckpointError
-from megakd.losses.objective import Objective, count_units
+from megakd.losses.objective import Objective
 from megakd.models.axes import weight_axes
 from megakd.models.cutting import cut_class_name, cut_config, cut_state
 from megakd.models.export import write_model_folder
@@ -41,8 +42,6 @@ from megakd.training.stage_result import RESULT, result_text
 from megakd.training.trainer import Trainer
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from megakd.config.run import TrainConfig
     from megakd.engine.distributed import Ranks
 
@@ -111,8 +110,8 @@ class StageRun:
             masking=self.scorer.masking,
         )
 
-    def _count_units(self, batches: Sequence[Batch]) -> Tensor:
-        return self.stop_vote.sum_counts(count_units(batches))
+    def _count_units(self, batches: Sequence[Batch]) -> Counts:
+        return self.stop_vote.sum_counts(count_units(batches, self.objective.counters))
 
     @property
     def keeps_best(self) -> bool:

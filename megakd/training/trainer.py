@@ -12,6 +12,7 @@ from torch import Tensor
 from megakd.config.schedules import Schedule
 from megakd.contract.stage import (
     Batch,
+    Counts,
     Knowledge,
     Losses,
     Pass,
@@ -31,7 +32,7 @@ class Learner(Protocol):
         batch: Batch,
         knowledge: Mapping[str, Knowledge],
         plan: Sequence[Pass],
-        counts: Tensor,
+        counts: Counts,
         *,
         boundary: bool,
     ) -> Losses:
@@ -85,7 +86,7 @@ class Trainer:
     student: Learner
     teachers: Mapping[str, Teacher]
     strategy: Strategy
-    count_units: Callable[[Sequence[Batch]], Tensor]
+    count_units: Callable[[Sequence[Batch]], Counts]
     learning_rate: Schedule
     step: int = 0
     meter: Meter = field(default_factory=Meter)

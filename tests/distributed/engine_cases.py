@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megakd.config.file import load_config
-from megakd.contract.stage import UNITS, Constant, Pass, Stage
+from megakd.contract.stage import Constant, Pass, Stage
 from megakd.engine import distributed
 from megakd.run.lab import Lab
 from megakd.training.inputs import prepare
@@ -80,7 +80,7 @@ def epoch(config_path: str) -> dict:
     """How many examples each step of one epoch counts over all ranks, and what this rank has."""
     run, teacher = _started(config_path)
     steps = [run.loader.step(index) for index in range(run.loader.steps_per_epoch)]
-    counted = [run._count_units(batches)[UNITS.index("examples")].item() for batches in steps]
+    counted = [run._count_units(batches)["examples"].item() for batches in steps]
     mine = [sum(int(b.valid.any(1).sum()) for b in batches) for batches in steps]
     run.close()
     teacher.destroy()

@@ -9,6 +9,7 @@ import elastic_cases
 import torch
 import torch.nn.functional as F
 from elastic_views import TOKENS, VOCABULARY, cut, family_model, gradients_of, without_dropout
+from unit_counts import counts_of
 
 from megakd.contract.shapes import Shape
 from megakd.contract.stage import IGNORE, Batch, Pass
@@ -81,7 +82,7 @@ def train(family: str, task: str, stage: int) -> dict:
         scores = {name: engine(batch, view=name).sums[0].item() for name in VIEWS}
     engine.train()
     plan = [Pass(teacher="teacher", view=name, scale=1 / len(VIEWS)) for name in VIEWS]
-    counts = torch.tensor([len(ROWS), int((LABELS != IGNORE).sum()), ROWS.numel()])
+    counts = counts_of(len(ROWS), int((LABELS != IGNORE).sum()), ROWS.numel())
     engine.backward(engine(batch, knowledge, plan, counts).total)
     engine.step()
     weights = dict(gathered_state(model))

@@ -18,5 +18,5 @@ def test_a_signal_to_one_rank_stops_all_at_the_next_step(workers, rank):
 def test_the_vote_leaves_the_counts_as_they_are(workers):
     found = workers(2).run("stop_cases.votes", 0)
 
-    assert [f["summed"] for f in found] == [[[6, 4, 3]] * 3] * 2
-    assert [f["kept"] for f in found] == [[3, 2, 1], [3, 2, 2]]
+    assert [f["summed"] for f in found] == [[(6, 4, 3)] * 3] * 2
+    assert [f["kept"] for f in found] == [(3, 2, 1), (3, 2, 2)]

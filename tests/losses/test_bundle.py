@@ -10,15 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from unit_counts import counts_of
 
 import megakd_kernels
 from megakd.contract.shapes import Shape
-from megakd.contract.stage import IGNORE, Batch, Knowledge, Losses, Pass, Predictions
+from megakd.contract.stage import IGNORE, Batch, Counts, Knowledge, Losses, Pass, Predictions
 from megakd.contract.tasks import Kernels
 from megakd.contract.terms import HardCrossEntropy, HiddenMse, SoftTargetKl
+from megakd.contract.unit_counts import count_units
 from megakd.contract.units import View
 from megakd.losses.bundle import StudentBundle
-from megakd.losses.objective import build_objective, count_units
+from megakd.losses.objective import build_objective
 from megakd.models.predictions import predict
 
 CE = HardCrossEntropy(loss="hard_cross_entropy", weight=0.25)
@@ -57,7 +59,7 @@ def taught(seed: int, rows: slice = slice(None)) -> Knowledge:
 
 
 def losses(
-    student: StudentBundle, *plan: Pass, rows: slice = slice(None), counts: Tensor | None = None
+    student: StudentBundle, *plan: Pass, rows: slice = slice(None), counts: Counts | None = None
 ) -> Losses:
     counts = count_units([batch()]) if counts is None else counts
     teachers = {"a": taught(1, rows), "b": taught(2, rows)}
@@ -111,7 +113,7 @@ def test_micro_batches_of_any_size_add_up_to_the_whole():
 def test_rows_without_a_label_teach_by_their_soft_targets_alone():
     found = losses(bundle(), Pass(teacher="a")).parts
     labelled = losses(
-        bundle(), Pass(teacher="a"), rows=slice(0, 3, 2), counts=torch.tensor([3, 2, 5])
+        bundle(), Pass(teacher="a"), rows=slice(0, 3, 2), counts=counts_of(3, 2, 5)
     ).parts
 
     assert found["hard_cross_entropy"].item() == pytest.approx(

@@ -9,14 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unit_counts import counts_of
 
 from megakd.contract.stage import AttentionVectors, Batch, Knowledge, Reading
 from megakd.contract.terms import AttentionMse, EmbeddingMse, HiddenMse, RelationKl
+from megakd.contract.unit_counts import unit_weights
 from megakd.losses.layers import AttentionMatrices, HiddenStates, Relations, documents, visible_keys
-from megakd.losses.objective import unit_weights
 
 LN3 = math.log(3)
-ONE_EACH = unit_weights(torch.ones(3), 1)
+ONE_EACH = unit_weights(counts_of(1, 1, 1), 1)
 SCORES = AttentionMse(loss="attention_mse")
 PROBABILITIES = AttentionMse(loss="attention_mse", fit="probabilities")
 KEYS = torch.tensor([[[LN3], [0.0]]])  # [1, 2, 1]: one head of width 1, two tokens

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unit_counts import counts_of
 
 import megakd_kernels
 from megakd.contract.shapes import Shape
@@ -28,8 +29,9 @@ from megakd.contract.terms import (
     SoftTargetTvd,
     TermConfig,
 )
+from megakd.contract.unit_counts import unit_weights
 from megakd.losses.layers import HiddenStates
-from megakd.losses.objective import Objective, build_objective, unit_weights
+from megakd.losses.objective import Objective, build_objective
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
 KL = SoftTargetKl(loss="soft_target_kl")
@@ -41,7 +43,7 @@ SKEW = SoftTargetSkewKl(loss="soft_target_skew_kl")
 SKEW_REVERSE = SoftTargetSkewReverseKl(loss="soft_target_skew_reverse_kl")
 TVD = SoftTargetTvd(loss="soft_target_tvd")
 LAST = HiddenMse(loss="hidden_mse", layer_mapping="last")
-ONE_EACH = unit_weights(torch.ones(3), 1)
+ONE_EACH = unit_weights(counts_of(1, 1, 1), 1)
 
 
 def named(case: Any) -> str:
@@ -217,7 +219,7 @@ def reading(objective: Objective, **weights: float) -> Reading:
     torch.manual_seed(0)
     batch = Batch({}, torch.tensor([[1, 4, IGNORE]]), torch.ones(1, 3, dtype=torch.bool))
     student, teacher = (said(torch.randn(1, 3, 3), torch.randn(5, 3)) for _ in range(2))
-    units = unit_weights(torch.tensor([1, 2, 3]), 1)
+    units = unit_weights(counts_of(1, 2, 3), 1)
     return Reading(student, teacher, batch, objective.weights | weights, units)
 
 

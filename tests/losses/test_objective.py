@@ -28,14 +28,13 @@ from megakd.contract.terms import (
     SoftTargetSkewReverseKl,
     SoftTargetTvd,
 )
+from megakd.contract.unit_counts import count_units, unit_weights
 from megakd.errors import ConfigError, TeacherError
 from megakd.losses.objective import (
     build_objective,
     check_terms,
-    count_units,
     relation_heads,
     teacher_needs,
-    unit_weights,
 )
 from megakd.models.knowledge import Needs
 
@@ -296,38 +295,6 @@ def test_projections_are_parameters_of_the_objective():
 
 def labelled(labels: torch.Tensor, valid: list[list[int]]) -> Batch:
     return Batch({}, labels, torch.tensor(valid).bool())
-
-
-def test_units_of_classification_count_unlabelled_rows_as_examples_and_dummy_rows_not_at_all():
-    batch = labelled(torch.tensor([1, IGNORE, IGNORE]), [[1, 1, 1], [1, 1, 0], [0, 0, 0]])
-
-    assert count_units([batch]).tolist() == [2, 1, 5]
-
-
-def test_units_of_regression_count_scores_that_are_there():
-    batch = labelled(torch.tensor([-100.0, math.nan]), [[1, 1], [1, 0]])
-
-    assert count_units([batch]).tolist() == [2, 1, 3]  # -100 is a score like any other
-
-
-def test_units_of_a_language_model_count_positions_and_add_up_over_micro_batches():
-    first = labelled(torch.tensor([[4, 5, IGNORE]]), [[1, 1, 1]])
-    second = labelled(torch.tensor([[7, IGNORE, IGNORE]]), [[1, 1, 0]])
-
-    counts = count_units([first, second])
-
-    assert counts.tolist() == [2, 3, 5]
-    assert counts.dtype == torch.int64
-
-
-def test_a_unit_weighs_the_world_size_over_its_global_count_which_is_at_least_one():
-    weights = unit_weights(torch.tensor([4, 0, 32]), 2)
-
-    assert {u: w.item() for u, w in weights.items()} == {
-        "examples": 0.5,
-        "targets": 2.0,
-        "tokens": 0.0625,
-    }
 
 
 def read(objective: Any, batch: Batch, student: torch.Tensor, teacher: torch.Tensor) -> Any:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from megakd.contract.shapes import Heads, Shape
-from megakd.contract.stage import IGNORE, AttentionVectors, Batch, Knowledge, Reading
+from megakd.contract.stage import IGNORE, AttentionVectors, Batch, Counts, Knowledge, Reading
 from megakd.contract.terms import HardCrossEntropy, HardMse
-from megakd.losses.objective import build_objective, count_units, unit_weights
+from megakd.contract.unit_counts import count_units, unit_weights
+from megakd.losses.objective import build_objective
 
 HARD = (HardCrossEntropy, HardMse)
 LENGTHS = (5, 3, 4, 0)  # the last row only keeps the ranks in step
@@ -113,7 +114,7 @@ class Scene:
     def result(
         self,
         rows: slice = slice(None),
-        counts: torch.Tensor | None = None,
+        counts: Counts | None = None,
         kernels: Any = "auto",
     ) -> Result:
         """Total, sums and gradients of some rows, divided by `counts` or by the scene's own."""
@@ -135,7 +136,7 @@ class Scene:
         gradients |= {n: p.grad for n, p in self.objective.named_parameters()}
         return Result(total.detach(), sums, gradients)
 
-    def counts(self) -> torch.Tensor:
+    def counts(self) -> Counts:
         return count_units([Batch({}, self.labels, self.valid)])
 
 

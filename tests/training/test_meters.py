@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from unit_counts import counts_of
 
 from megakd.config.run import TrainConfig
 from megakd.contract.shapes import Shape
@@ -61,7 +62,7 @@ class Watched:
             step=self.trainer.step,
             parts=self.trainer.meter.take(),
             gradient_norm=None if norm is None else torch.tensor(norm),
-            counts=torch.tensor(counts),
+            counts=counts_of(*counts),
         )
         self.trainer.step += 1
         self.health.add(report)

@@ -1,0 +1,52 @@
+"""How many units of each kind a step has: the numbers that sums of loss terms are divided by."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from megakd.contract.stage import IGNORE, Batch, Counts, Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Counter = Callable[[Batch], "Tensor"]
+"""One micro-batch of one rank -> int64 scalar on the batch's device, without a host sync."""
+
+
+def _examples(batch: Batch) -> Tensor:
+    return batch.valid.any(dim=1).sum()
+
+
+def _targets(batch: Batch) -> Tensor:
+    labels = batch.labels
+    return (~labels.isnan() if labels.is_floating_point() else labels != IGNORE).sum()
+
+
+def _tokens(batch: Batch) -> Tensor:
+    return batch.valid.sum()
+
+
+COUNTERS: Mapping[Unit, Counter] = MappingProxyType(
+    {"examples": _examples, "targets": _targets, "tokens": _tokens}
+)
+"""The units of every run. A loss group may declare more in its `counters`."""
+
+
+def count_units(batches: Sequence[Batch], counters: Mapping[Unit, Counter] = COUNTERS) -> Counts:
+    """Return int64 scalars by unit: the sum over a rank's micro-batches of a step."""
+    return {
+        unit: functools.reduce(operator.add, map(count, batches))
+        for unit, count in counters.items()
+    }
+
+
+def unit_weights(counts: Counts, world_size: int) -> dict[Unit, Tensor]:
+    """Return by unit the world size over its global count, at least one.
+
+    DeepSpeed averages gradients over the ranks, which the world size undoes.
+    """
+    return {unit: world_size / count.clamp(min=1).float() for unit, count in counts.items()}
