@@ -262,6 +262,33 @@ def test_imports_inside_functions_count_and_imports_for_types_do_not() -> None:
     assert list(runtime_imports(ast.parse(source))) == ["b.c.d", "e", "g"]
 
 
+WRITTEN_IMPORT = re.compile(r"^ *from (megakd(?:\.\w+)*) import (\w+(?:, \w+)*)", re.MULTILINE)
+
+
+def is_there(module: str, name: str) -> bool:
+    place = ROOT.joinpath(*module.split("."))
+    if place.with_suffix(".py").is_file() or (place / f"{name}.py").is_file():
+        return True
+    package = place / "__init__.py"
+    is_room = (place / name / "__init__.py").is_file()
+    return package.is_file() and (is_room or name in package.read_text(encoding="utf-8"))
+
+
+def test_imports_in_strings_and_on_pages_name_files_that_exist() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    texts = {p: p.read_text(encoding="utf-8") for p in [*SOURCES, *pages]}
+
+    found = [
+        (p.name, module, name)
+        for p, text in texts.items()
+        for module, names in WRITTEN_IMPORT.findall(text)
+        for name in names.split(", ")
+    ]
+
+    assert found
+    assert [place for place in found if not is_there(*place[1:])] == []
+
+
 def test_source_files_stay_under_400_lines() -> None:
     lengths = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in SOURCES}
 

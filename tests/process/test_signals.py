@@ -18,7 +18,7 @@ from megakd.process.signals import Stopped, deferred, requested, watched
 WAIT_S = 60
 STUCK = """
 import signal, sys, threading
-from megakd import signals
+from megakd.process import signals
 signals.SAME_REQUEST_S = 0.0
 with signals.watched(), signals.deferred():
     signal.raise_signal(signal.SIGTERM)
@@ -29,7 +29,7 @@ with signals.watched(), signals.deferred():
 """
 FORKED = """
 import os, signal, time
-from megakd import signals
+from megakd.process import signals
 with signals.watched(), signals.deferred():
     child = os.fork()
     if child == 0:
