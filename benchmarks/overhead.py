@@ -37,7 +37,8 @@ from machine import Spread, markdown_row, print_row, spread_of
 from overhead_case import TEMPERATURE, WEIGHTS, write_case
 
 from megakd.config.file import load_config
-from megakd.contract.stage import Batch, Constant, Knowledge, Pass, Stage
+from megakd.contract.batch import Batch, Knowledge
+from megakd.contract.stage import Constant, Pass, Stage
 from megakd.data.loader import STEPS_AHEAD, StepLoader
 from megakd.engine.distributed import Ranks, gather
 from megakd.engine.student import device_batch
@@ -181,7 +182,7 @@ class Measured(NamedTuple):
 def measure(stage: MeasuredStage, bare: BareLoop, given: argparse.Namespace) -> Measured:
     """Pairs of steps, then steps of megakd alone."""
     total = given.warm_up + given.pairs
-    batches = [device_batch(stage.loader.step(i)[0], stage.ranks.device) for i in range(total)]
+    batches = [device_batch(stage.source.step(i)[0], stage.ranks.device) for i in range(total)]
     stage.watched.forget()
     steps = stage.steps_one_by_one()
     profile = cProfile.Profile() if given.profile and stage.ranks.is_main else None
@@ -238,11 +239,11 @@ def over_ranks(same: Sequence[Pair]) -> Pair:
 
 def data_share(stage: StageRun, steps: Iterator[None], count: int) -> float:
     """The share of wall-clock that steps as a run takes them wait for their data."""
-    waited, began = stage.loader.waited_s, time.perf_counter()
+    waited, began = stage.source.waited_s, time.perf_counter()
     for _ in range(count):
         next(steps)
     elapsed = time.perf_counter() - began
-    return max(gather((stage.loader.waited_s - waited) / elapsed))
+    return max(gather((stage.source.waited_s - waited) / elapsed))
 
 
 def run_rank(given: argparse.Namespace) -> None:

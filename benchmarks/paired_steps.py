@@ -94,7 +94,7 @@ def measured(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> list
     ]
     pairs: list[Any] = []
     for index in range(given.warm_up + given.pairs):
-        batches = [device_batch(b, ranks.device) for b in runs[0].loader.step(index)]
+        batches = [device_batch(b, ranks.device) for b in runs[0].source.step(index)]
         order = runs if index % 2 else runs[::-1]
         seconds = [timed(run, batches) for run in order]
         pairs.append(seconds if index % 2 else seconds[::-1])

@@ -145,7 +145,7 @@ def alternated(runs: Sequence[StageRun], given: argparse.Namespace) -> list[Pair
     sandwich, plain = runs
     pairs = []
     for index in range(given.warm_up + given.pairs):
-        batches = [device_batch(b, plain.ranks.device) for b in plain.loader.step(index)]
+        batches = [device_batch(b, plain.ranks.device) for b in plain.source.step(index)]
         first = timed(sandwich, batches) if index % 2 else None
         plain_seconds = timed(plain, batches)
         pairs.append(Pair(first or timed(sandwich, batches), plain_seconds))

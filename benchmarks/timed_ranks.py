@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from megakd.config.run import RunConfig
-    from megakd.contract.stage import Batch
+    from megakd.contract.batch import Batch
     from megakd.engine.distributed import Ranks
     from megakd.training.stage_run import StageRun
 

@@ -46,7 +46,8 @@ class MetricJudge:
     metric: Metric
     view: str = WHOLE
 
-    def __call__(self, scores: Scores) -> Verdict:
-        """The metric, turned round where less is better."""
+    def __call__(self, scores: Scores, step: int) -> Verdict:
+        """Return the metric, negated if lower is better."""
+        del step
         value = self.metric.of(scores[self.view])
         return Verdict(value if self.metric.higher_is_better else -value, self.view)

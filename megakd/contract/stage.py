@@ -5,137 +5,28 @@ Shapes: B rows of a micro-batch, T positions, V vocabulary or classes, D width, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-
-from megakd.contract.tasks import Kernels
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
 
-    from megakd.contract.units import View
-
-Unit = str
-"""What the sum of a loss term runs over; `unit_counts` names the units of every run."""
-Counts = Mapping[Unit, "Tensor"]
-"""int64 scalars by unit: of a rank, or summed over all ranks."""
-IGNORE = -100
-
-
-class Batch(NamedTuple):
-    """One micro-batch of one rank, aligned so that no loss shifts anything.
-
-    inputs: what the model's forward takes (`input_ids` [B, T], `attention_mask`, …).
-    labels: [B] class numbers, [B] scores (float, NaN = none) or [B, T] tokens: the next ones,
-        already shifted, or those under the masks; -100 = no label.
-    valid: [B, T] bool, False at padding and in rows that only keep the ranks in step.
-    rows: [B] int64 numbers of the training rows, on the CPU; -1 where a row only keeps the ranks in
-        step, None where nobody counts.
-    targets: [N] int64 positions of the flattened [B * T] that a language model is asked about,
-        which are the labelled ones, or one at least; None asks about all.
-    """
-
-    inputs: dict[str, Tensor]
-    labels: Tensor
-    valid: Tensor
-    targets: Tensor | None = None
-    rows: Tensor | None = None
-
-    @property
-    def target_labels(self) -> Tensor:
-        """The labels of what is asked: [N] where there are `targets`, else all of them."""
-        return self.labels if self.targets is None else self.labels.flatten()[self.targets]
-
-
-class Head(Protocol):
-    """The output matrix of a language model, [V, D], perhaps sharded until it is opened."""
-
-    def read(self) -> tuple[Tensor, Tensor | None]:
-        """(weight [V, D], bias [V] or None), readable while the head is open."""
-        ...
-
-    def open(self) -> AbstractContextManager[object]:
-        """Keeps the whole weight readable while the context lasts."""
-        ...
-
-
-class AttentionVectors(NamedTuple):
-    """What a layer's attention compares and mixes: its heads side by side.
-
-    queries: [B, T, heads * width], turned by their positions where the family does that.
-    keys: [B, T, key heads * width], likewise; there may be fewer heads than of queries.
-    values: [B, T, key heads * width].
-    width: of one head.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    values: Tensor
-    width: int
-
-
-class TopK(NamedTuple):
-    """A language model's most likely next tokens.
-
-    ids: [B, T, k] token numbers; below 0 where there is nothing to say.
-    logprobs: [B, T, k] natural logarithms of its softmax over all ids.
-    """
-
-    ids: Tensor
-    logprobs: Tensor
-
-
-class Knowledge(NamedTuple):
-    """What was read from one model on one micro-batch; a teacher's carries no gradient.
-
-    logits: [B, C] of a classifier or regressor, None for a language model.
-    hidden: [B, T, D] input of the LM head, [N, D] at the batch's `targets` where it has them;
-        None for a classifier.
-    head: the LM head; with `hidden` it stands for logits that are never formed.
-    hidden_states: L + 1 tensors [B, T, D] (0 is the embedding output), or empty.
-    attention: by layer, numbered as hidden states are; None at 0 and where nobody asked.
-    top_k: what is left of a language model's logits in a cache; in place of `hidden` and `head`.
-    """
-
-    logits: Tensor | None = None
-    hidden: Tensor | None = None
-    head: Head | None = None
-    hidden_states: tuple[Tensor, ...] = ()
-    attention: tuple[AttentionVectors | None, ...] = ()
-    top_k: TopK | None = None
-
-
-class Losses(NamedTuple):
-    """What the student's forward returns; a NamedTuple, or ZeRO-3 does not see the tensors.
-
-    total: scalar with gradient, the sum over passes of scale * weight * sum / count * world.
-    parts: detached scalars, sum / count without weight and world size, keyed `[view/]loss`.
-    """
-
-    total: Tensor
-    parts: dict[str, Tensor]
-
-
-class Predictions(NamedTuple):
-    """What the student's or teacher's forward returns without a plan.
-
-    outputs: [B, C] fp32 logits or scores; None for a language model.
-    sums: for a language model `[3]` fp64: summed cross-entropy in nats, right tokens, targets.
-    """
-
-    outputs: Tensor | None
-    sums: Tensor | None
+    from megakd.contract.batch import Batch, Counts, Knowledge
+    from megakd.contract.units import UnitOrder, View
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """Who teaches, which sub-network learns, which terms count, in one pass of a step.
+    """Who teaches, who learns, as which sub-network, and which terms count, in one pass of a step.
 
+    teacher: name of a frozen teacher, or of a model that learns in the same stage, whose answers
+        then carry a gradient.
+    learner: role of the model that learns; None for the first learner of the stage.
+    view: sub-network of the first learner.
     weights: term name -> weight in place of the objective's own; None keeps them. A term of
         weight 0 here is left out: it is neither computed nor reported.
     weigh: the same, asked in the student's forward about what both models said of a micro-batch
@@ -143,6 +34,7 @@ class Pass:
     """
 
     teacher: str | None = None
+    learner: str | None = None
     view: str | None = None
     weights: Mapping[str, float] | None = None
     scale: float = 1.0
@@ -274,25 +166,79 @@ Scores = Mapping[str, Mapping[str, float]]
 """Metrics by the name of a view, all of one evaluation."""
 
 
+class Cut(NamedTuple):
+    """How a model becomes a smaller one: its units are sorted, then the last ones left out."""
+
+    order: UnitOrder | None
+    view: View
+
+
 class Verdict(NamedTuple):
     """The outcome of an evaluation. Higher scores win; NaN loses.
 
     view: the one that the stage gives if this evaluation wins.
     own: scores of views whose own best evaluation is kept as well. If the stage gives one of these
         views, it gives the weights of that view's best evaluation.
+    cut: how the model of this evaluation is written, for a method that prunes while it trains;
+        in place of the units that `view` keeps.
     """
 
     score: float
     view: str
     own: Mapping[str, float] = MappingProxyType({})
+    cut: Cut | None = None
 
 
 class Judge(Protocol):
     """Says what an evaluation of a stage's views is worth, and which of them it would give."""
 
-    def __call__(self, scores: Scores) -> Verdict:
-        """The same on every rank: it decides what is kept."""
+    def __call__(self, scores: Scores, step: int) -> Verdict:
+        """Return the same verdict on every rank: it decides what is kept.
+
+        Args:
+            scores: metrics by view, all of one evaluation.
+            step: number of steps that the stage has taken.
+        """
         ...
+
+
+class BatchSource(Protocol):
+    """The micro-batches of a stage, an optimizer step at a time.
+
+    steps_per_epoch: steps that `num_train_epochs` and the log count as one epoch.
+    waited_s: seconds that the loop has waited for batches.
+    """
+
+    steps_per_epoch: int
+    waited_s: float
+
+    def iterate(self, start: int, stop: int) -> Generator[Sequence[Batch], None, None]:
+        """Yield this rank's micro-batches of the steps from `start` up to `stop`.
+
+        Every rank has the same number of micro-batches in every step. What is yielded for a step
+        depends on the config, the seed, the step and the state alone.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values that a resumed run needs, the same on every rank."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        ...
+
+
+class Window(NamedTuple):
+    """The part of a longer run that a stage is: steps `first` up to `last` of `total`.
+
+    Learning rate, data order and the steps that a strategy is asked about go on from one window to
+    the next. The optimizer starts anew.
+    """
+
+    first: int
+    last: int
+    total: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +249,8 @@ class Stage:
 
     name: names the folders `checkpoints/<name>` and `stages/<name>`.
     role: whose model spec the learner comes from: `student`, or a teacher's name.
+    beside: roles of further models that learn in the same engine and are named by passes; the
+        stage's model is that of `role`.
     teachers: names of the teachers that may be planned; empty for supervised training.
     labelled_only: train on the rows that carry a label.
     start: the model it begins from (a `ModelSource`), in place of the role's own.
@@ -311,11 +259,14 @@ class Stage:
     judge: for a stage with views.
     passes_per_backward: at most so many passes keep their activations at a time; None: all.
     episodes: so many times the steps of `train` are taken, the learning rate beginning anew.
+    window: the part of a longer run that the stage is; None: all steps of `train`.
+    batches: makes the source of the stage's batches out of the training rows'; None takes those.
     reads_states: whether the strategy reads hidden states of both models.
     """
 
     name: str
     role: str = "student"
+    beside: tuple[str, ...] = ()
     teachers: tuple[str, ...] = ()
     objective: tuple[Any, ...] = ()
     strategy: Strategy = field(default_factory=Constant)
@@ -327,6 +278,8 @@ class Stage:
     judge: Judge | None = None
     passes_per_backward: int | None = None
     episodes: int = 1
+    window: Window | None = None
+    batches: Callable[[BatchSource], BatchSource] | None = None
     reads_states: bool = False
 
 
@@ -365,29 +318,3 @@ def untrained(name: str, folder: Path, seconds: float = 0.0) -> StageResult:
 def teacher_names(plan: Sequence[Pass]) -> tuple[str, ...]:
     """The teachers a plan needs, each once, in the plan's order (the same on all ranks)."""
     return tuple(dict.fromkeys(p.teacher for p in plan if p.teacher is not None))
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a group of terms computes from.
-
-    kernels: the code path of megakd_kernels, as `train.kernels` names it.
-    scale: of the pass that it is read for.
-    left_out: terms that the pass does without.
-    """
-
-    student: Knowledge
-    teacher: Knowledge | None
-    batch: Batch
-    weights: Mapping[str, float]
-    per_unit: Mapping[Unit, Tensor]
-    kernels: Kernels = "auto"
-    scale: float = 1.0
-    left_out: frozenset[str] = frozenset()
-
-    @property
-    def taught(self) -> Knowledge:
-        """What the teacher said."""
-        if self.teacher is None:
-            raise TypeError("a term that compares with a teacher was planned without one")
-        return self.teacher

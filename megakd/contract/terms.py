@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.batch import Unit
 from megakd.contract.plugins import LOSSES, OURS, THEIRS, FromPackage, wrong_options
-from megakd.contract.stage import Unit
 from megakd.contract.unit_counts import COUNTERS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megakd.contract.batch import Batch, Knowledge
     from megakd.contract.shapes import Shape
-    from megakd.contract.stage import Batch, Knowledge
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]

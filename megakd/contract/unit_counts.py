@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from megakd.contract.stage import IGNORE, Batch, Counts, Unit
+from megakd.contract.batch import IGNORE, Batch, Counts, Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Counter = Callable[[Batch], "Tensor"]
+UnitCounter = Callable[[Batch], "Tensor"]
 """One micro-batch of one rank -> int64 scalar on the batch's device, without a host sync."""
 
 
@@ -30,13 +30,15 @@ def _tokens(batch: Batch) -> Tensor:
     return batch.valid.sum()
 
 
-COUNTERS: Mapping[Unit, Counter] = MappingProxyType(
+COUNTERS: Mapping[Unit, UnitCounter] = MappingProxyType(
     {"examples": _examples, "targets": _targets, "tokens": _tokens}
 )
 """The units of every run. A loss group may declare more in its `counters`."""
 
 
-def count_units(batches: Sequence[Batch], counters: Mapping[Unit, Counter] = COUNTERS) -> Counts:
+def count_units(
+    batches: Sequence[Batch], counters: Mapping[Unit, UnitCounter] = COUNTERS
+) -> Counts:
     """Return int64 scalars by unit: the sum over a rank's micro-batches of a step."""
     return {
         unit: functools.reduce(operator.add, map(count, batches))

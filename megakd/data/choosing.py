@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from datasets import Dataset, Features
 
-from megakd.contract.stage import IGNORE
+from megakd.contract.batch import IGNORE
 from megakd.errors import DataError
 
 VALIDATION_FRACTION = 0.05

@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 
-from megakd.contract.stage import IGNORE, Batch
+from megakd.contract.batch import IGNORE, Batch
 from megakd.data.cache import key_of, read_rows
 from megakd.data.rows import LABELS_AT_ONCE, arrow_batches, rows_key
 from megakd.data.token_tables import token_tables

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from megakd.contract.stage import IGNORE
+from megakd.contract.batch import IGNORE
 from megakd.data.tables import Record, Table
 from megakd.errors import DataError
 

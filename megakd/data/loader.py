@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from numpy.typing import NDArray
 
-    from megakd.contract.stage import Batch
+    from megakd.contract.batch import Batch
     from megakd.data.masking import Masking
 
 STEPS_AHEAD = 2
@@ -131,6 +131,13 @@ class StepLoader:
                     yield self._awaited(ahead.popleft())
         finally:
             executor.shutdown(cancel_futures=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the rows of a step follow from the seed."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take nothing."""
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         # Kept for the epoch; replaced in one assignment, since two threads may be here.

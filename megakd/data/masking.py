@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 import torch
 
-from megakd.contract.stage import IGNORE, Batch
+from megakd.contract.batch import IGNORE, Batch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

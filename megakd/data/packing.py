@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from megakd.contract.stage import IGNORE
+from megakd.contract.batch import IGNORE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

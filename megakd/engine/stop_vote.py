@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megakd.contract.stage import Counts
+from megakd.contract.batch import Counts
 from megakd.engine.distributed import all_reduce_, gather
 from megakd.process import signals
 

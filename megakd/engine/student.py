@@ -10,18 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megakd.contract.stage import (
-    Batch,
-    Counts,
-    Knowledge,
-    Losses,
-    Pass,
-    Predictions,
-    backward_groups,
-)
+from megakd.contract.batch import Batch, Counts, Knowledge, Losses, Predictions
+from megakd.contract.stage import Pass, backward_groups
 from megakd.engine.distributed import together
 from megakd.engine.initialize import Engine
 from megakd.engine.sharding import gathered_state
+from megakd.engine.shards import Shard, local_shards
 from megakd.errors import CheckpointError
 from megakd.storage.tensors import write_tensors
 
@@ -91,6 +85,14 @@ class StudentEngine:
                 if said.head is not None:
                     stack.enter_context(said.head.open())
             return self._engine(batch, knowledge, plan, counts)
+
+    def local_shards(self) -> Iterator[Shard]:
+        """Yield this rank's part of the first learner's weights and gradients.
+
+        Between the last backward of a step and the update, as in `Strategy.before_update`.
+        """
+        scale = self._engine.optimizer.loss_scale if self._engine.fp16_enabled() else 1.0
+        return local_shards(self.student, loss_scale=float(scale))
 
     def step(self, learning_rate: float) -> None:
         """Applies the gradient of the step, clipped, at this learning rate."""
@@ -187,11 +189,13 @@ class CarefulWriter:
 
 
 def device_batch(batch: Batch, device: torch.device) -> Batch:
-    """The batch on this rank's device."""
-    moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in batch.inputs.items()}
-    return batch._replace(
-        inputs=moved,
-        labels=batch.labels.to(device, non_blocking=True),
-        valid=batch.valid.to(device, non_blocking=True),
-        targets=None if batch.targets is None else batch.targets.to(device, non_blocking=True),
-    )
+    """Return the batch with all its tensors on a device, except the numbers of its rows."""
+    return _moved(batch._replace(rows=None), device)._replace(rows=batch.rows)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Batch):
+        return Batch(*(_moved(part, device) for part in value))
+    if isinstance(value, Mapping):
+        return {name: _moved(part, device) for name, part in value.items()}
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -10,23 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megakd.contract.stage import (
-    Batch,
-    Counts,
-    Knowledge,
-    Losses,
-    Pass,
-    Predictions,
-    Reading,
-    Unit,
-)
+from megakd.contract.batch import Batch, Counts, Knowledge, Losses, Predictions, Reading, Unit
+from megakd.contract.stage import Pass, teacher_names
 from megakd.contract.tasks import Kernels
-from megakd.contract.unit_counts import unit_weights
+from megakd.contract.unit_counts import UnitCounter, unit_weights
 from megakd.contract.units import View
 from megakd.losses.objective import WEIGHTED_LOSS, Objective
+from megakd.losses.stage_losses import StageLosses
 from megakd.losses.targets import Evaluated
 from megakd.models.elastic import Elastic
-from megakd.models.knowledge import opened_head, read_knowledge
+from megakd.models.knowledge import Needs, opened_head, read_knowledge
 from megakd.models.predictions import predict
 
 
@@ -38,28 +33,53 @@ class ReadPass(NamedTuple):
     share: float
 
 
-class StudentBundle(nn.Module):
-    """The student with its objective, so that losses run inside the engine's forward.
+Said = Mapping[tuple[str | None, str | None], Knowledge]
+"""What the learners say of a micro-batch, by learner and view."""
 
-    views: sub-networks of the student that passes may name.
+
+class StudentBundle(nn.Module):
+    """The models that learn with their objective, so that losses run inside the engine's forward.
+
+    learners: by role; the first is the one that the stage gives.
+    views: sub-networks of the first learner that passes may name.
+    teacher_needs: what is read of the other learners, which may teach the first one.
     """
 
     def __init__(
         self,
-        student: nn.Module,
+        learners: Mapping[str, nn.Module],
         objective: Objective,
         *,
         world_size: int,
         kernels: Kernels = "auto",
         views: Mapping[str, View] | None = None,
+        teacher_needs: Needs | None = None,
     ) -> None:
         super().__init__()
-        self.student = student
+        self._roles = tuple(learners)
+        self.learners = nn.ModuleList(learners.values())
         self.views = dict(views or {})
-        self.elastic = Elastic(student) if views else None  # type: ignore[arg-type]
+        self.elastic = Elastic(self.student) if views else None  # type: ignore[arg-type]
         self.objective = objective
         self.world_size = world_size
         self.kernels: Kernels = kernels
+        self._teacher_needs = teacher_needs or Needs()
+
+    @property
+    def student(self) -> nn.Module:
+        """The first learner."""
+        return self.learners[0]
+
+    @property
+    def counters(self) -> dict[Unit, UnitCounter]:
+        """How the units of a step are counted; those of another learner start with its role."""
+        own = self.objective.counters
+        others = {
+            f"{role}_{unit}": functools.partial(_counted_as, role, count)
+            for role in self._roles[1:]
+            for unit, count in own.items()
+        }
+        return own | others
 
     def opened_head(self, batch: Batch) -> AbstractContextManager[object]:
         """Hold the student's output matrix whole around a forward without a plan."""
@@ -78,16 +98,17 @@ class StudentBundle(nn.Module):
 
         Args:
             batch: one micro-batch.
-            knowledge: what each planned teacher said of it.
+            knowledge: what each planned frozen teacher said of it.
             plan: the passes of the step.
-            counts: global unit counts of the step.
+            counts: global unit counts of the step, of all `counters`.
             view: whose predictions are asked for.
         """
         if plan is None or counts is None:
             with self._viewing(view):
                 return predict(self.student, batch, self.kernels)
+        plan = [replace(planned, learner=self._key(planned.learner)) for planned in plan]
         ledger = Ledger(counts, self.objective, self.world_size)
-        readings = self._read(batch, knowledge or {}, plan, ledger.per_unit)
+        readings = self._read(batch, knowledge or {}, plan, ledger)
         # Once all views of a width have run: a head then has one gradient, not one per view.
         for together in readings.values():
             with self._viewing(together[0].planned.view):
@@ -97,44 +118,66 @@ class StudentBundle(nn.Module):
         return ledger.losses()
 
     def _read(
-        self,
-        batch: Batch,
-        knowledge: Mapping[str, Knowledge],
-        plan: Sequence[Pass],
-        per_unit: Mapping[Unit, Tensor],
-    ) -> dict[int | None, list[ReadPass]]:
-        """One forward of every view that is planned; its passes, by the width of the view."""
-        by_view: dict[str | None, list[Pass]] = {}
+        self, batch: Batch, knowledge: Mapping[str, Knowledge], plan: Sequence[Pass], ledger: Ledger
+    ) -> dict[tuple[str | None, int | None], list[ReadPass]]:
+        """Return the passes with what both models say, by learner and width of the view."""
+        said = self._said(batch, plan)
+        own = {role: said[self._key(role), None] for role in self._teaching(plan)}
+        answers = {**knowledge, **own}
+        passes = Counter((planned.learner, planned.view) for planned in plan)
+        found: dict[tuple[str | None, int | None], list[ReadPass]] = {}
         for planned in plan:
-            by_view.setdefault(planned.view, []).append(planned)
-        found: dict[int | None, list[ReadPass]] = {}
-        with self._sharing(len(by_view) > 1):
-            for name, passes in by_view.items():
-                with self._viewing(name):
-                    said = read_knowledge(self.student, batch, self.objective.needs)
-                width = self.views[name].width if name in self.views else None
-                found.setdefault(width, []).extend(
-                    ReadPass(
-                        planned,
-                        self._reading(batch, said, knowledge, planned, per_unit),
-                        1 / len(passes),
-                    )
-                    for planned in passes
-                )
+            read = ReadPass(
+                planned,
+                self._reading(
+                    batch.of(planned.learner),
+                    said[planned.learner, planned.view],
+                    answers[planned.teacher] if planned.teacher else None,
+                    planned,
+                    ledger.per_unit(planned.learner),
+                ),
+                1 / passes[planned.learner, planned.view],
+            )
+            width = self.views[planned.view].width if planned.view in self.views else None
+            found.setdefault((planned.learner, width), []).append(read)
         return found
+
+    def _said(self, batch: Batch, plan: Sequence[Pass]) -> Said:
+        """Run every learner and view that a plan names once."""
+        wanted = {(self._key(role), None): None for role in self._teaching(plan)}
+        wanted |= {(planned.learner, planned.view): None for planned in plan}
+        found: dict[tuple[str | None, str | None], Knowledge] = {}
+        with self._sharing(len(wanted) > 1):
+            for role, view in wanted:
+                with self._viewing(view):
+                    model, needs = self._model_of(role)
+                    found[role, view] = read_knowledge(model, batch.of(role), needs)
+        return found
+
+    def _teaching(self, plan: Sequence[Pass]) -> list[str]:
+        """Return the roles of the learners that teach in a plan."""
+        return [name for name in teacher_names(plan) if name in self._roles]
+
+    def _key(self, role: str | None) -> str | None:
+        """Return the role, or None for the first learner."""
+        return None if role == self._roles[0] else role
+
+    def _model_of(self, role: str | None) -> tuple[nn.Module, Needs]:
+        number = self._roles.index(role) if role else 0
+        return self.learners[number], self._teacher_needs if number else self.objective.needs
 
     def _reading(
         self,
         batch: Batch,
         said: Knowledge,
-        knowledge: Mapping[str, Knowledge],
+        taught: Knowledge | None,
         planned: Pass,
         per_unit: Mapping[Unit, Tensor],
     ) -> Reading:
         chosen = dict(planned.weights or {})
         reading = Reading(
             student=said,
-            teacher=knowledge.get(planned.teacher) if planned.teacher else None,
+            teacher=taught,
             batch=batch,
             weights=self.objective.weights | chosen,
             per_unit=per_unit,
@@ -166,17 +209,22 @@ class Ledger:
     """
 
     def __init__(self, counts: Counts, objective: Objective, world_size: int) -> None:
-        self.per_unit = unit_weights(counts, world_size)
+        self._per_unit = unit_weights(counts, world_size)
         self._counts, self._units, self._world_size = counts, objective.units, world_size
+        self._own_units = tuple(objective.counters)
         self._total = torch.zeros((), device=next(iter(counts.values())).device)
         self._parts: dict[str, Tensor] = {}
+
+    def per_unit(self, learner: str | None) -> Mapping[Unit, Tensor]:
+        """Return what a unit weighs in the losses of a learner: its own rows are counted."""
+        return {unit: self._per_unit[_unit_of(learner, unit)] for unit in self._own_units}
 
     def add(self, planned: Pass, evaluated: Evaluated, *, share: float) -> None:
         """Takes one pass; its terms are reported as a mean over the passes of its view."""
         self._total = self._total + evaluated.total
-        prefix = f"{planned.view}/" if planned.view else ""
+        prefix = "".join(f"{name}/" for name in (planned.learner, planned.view) if name)
         for name, value in evaluated.sums.items():
-            count = self._counts[self._units[name]].clamp(min=1)
+            count = self._counts[_unit_of(planned.learner, self._units[name])].clamp(min=1)
             known = self._parts.get(prefix + name, 0.0)
             self._parts[prefix + name] = known + share * value.float() / count
 
@@ -184,3 +232,49 @@ class Ledger:
         """The loss to minimise, and what the report says of it."""
         minimised = {WEIGHTED_LOSS: self._total.detach() / self._world_size}
         return Losses(self._total, self._parts | minimised)
+
+
+def _unit_of(learner: str | None, unit: Unit) -> Unit:
+    return f"{learner}_{unit}" if learner else unit
+
+
+def _counted_as(role: str, count: UnitCounter, batch: Batch) -> Tensor:
+    """Count the units of the rows as the model of a role reads them."""
+    return count(batch.of(role))
+
+
+def build_bundle(
+    losses: StageLosses,
+    learners: Mapping[str, nn.Module],
+    *,
+    dtype: torch.dtype,
+    world_size: int,
+    kernels: Kernels,
+) -> StudentBundle:
+    """Build what the engine of a stage owns, for a run and for its plan.
+
+    Args:
+        losses: of the stage.
+        learners: the models that learn, by role, the stage's own first.
+        dtype: of the models.
+        world_size: number of ranks.
+        kernels: code path of the losses.
+
+    Raises:
+        MegakdError: a loss term cannot work with these models.
+    """
+    objective = losses.objective()
+    # ZeRO 3 lays all parameters of a model into one buffer, which has one dtype.
+    objective.to(dtype)
+    if losses.stage.train.gradient_checkpointing:
+        for model in learners.values():
+            # Hooks that read a block's parts would run twice under the reentrant kind.
+            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return StudentBundle(
+        learners,
+        objective,
+        world_size=world_size,
+        kernels=kernels,
+        views=losses.stage.views,
+        teacher_needs=losses.teacher_needs(),
+    )

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import megakd_kernels
+from megakd.contract.batch import AttentionVectors, Batch, Knowledge, Reading, Unit
 from megakd.contract.positions import first_positions
 from megakd.contract.shapes import Pairs
-from megakd.contract.stage import AttentionVectors, Batch, Knowledge, Reading, Unit
 from megakd.contract.terms import (
     AttentionMse,
     HiddenCosine,

@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from torch import nn
 
+from megakd.contract.batch import Reading, Unit
 from megakd.contract.shapes import Shape, _check_heads, layer_pairs, relation_heads
-from megakd.contract.stage import Reading, Unit
 from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
 from megakd.contract.terms import (
     ATTENTION_TERMS,
@@ -26,7 +26,7 @@ from megakd.contract.terms import (
     compares,
     reads_states,
 )
-from megakd.contract.unit_counts import COUNTERS, Counter
+from megakd.contract.unit_counts import COUNTERS, UnitCounter
 from megakd.errors import ConfigError, TeacherError
 from megakd.losses.layers import AttentionMatrices, Flows, HiddenStates, Relations
 from megakd.losses.plugin_losses import PluginLoss
@@ -50,7 +50,7 @@ class Objective(nn.Module):
         self.groups = nn.ModuleList(groups)
         self.weights = dict(weights)
         self.units: dict[str, Unit] = {n: u for g in groups for n, u in g.units.items()}
-        self.counters: dict[Unit, Counter] = dict(COUNTERS)
+        self.counters: dict[Unit, UnitCounter] = dict(COUNTERS)
         for group in groups:
             self.counters |= group.counters
         layers = {layer for group in groups for layer in group.needs.attention_layers}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megakd.contract.stage import Knowledge, Reading
+from megakd.contract.batch import Knowledge, Reading
 from megakd.contract.terms import PluginTerm
 from megakd.errors import ConfigError
 from megakd.losses.targets import Evaluated, TermGroup

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import megakd_kernels
-from megakd.contract.stage import IGNORE, Knowledge, Reading, Unit
+from megakd.contract.batch import IGNORE, Knowledge, Reading, Unit
 from megakd.contract.terms import HardCrossEntropy, HardMse, SoftTarget, SoftTargetMse
 from megakd.losses.targets import AGREEMENT, DIVERGENCE, Evaluated, TermGroup
 

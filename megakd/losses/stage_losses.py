@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megakd.contract.shapes import Shape
@@ -59,7 +59,7 @@ def stage_losses(
     stage: Stage,
     task: TaskType,
     *,
-    learner: ModelSource,
+    learners: Mapping[str, ModelSource],
     teachers: Sequence[ModelSource],
     classes: int,
 ) -> StageLosses:
@@ -68,13 +68,25 @@ def stage_losses(
     Args:
         stage: the stage.
         task: what the models are trained for.
-        learner: the model that learns.
-        teachers: the models that the stage's teachers are, in its order.
+        learners: see `learners_of`.
+        teachers: the models that the frozen teachers of the stage are, in its order.
         classes: how many the data has, see `shape_of`.
     """
-    student = shape_of(learner, task, classes)
-    teacher = shape_of(teachers[0], task, classes) if teachers else None
+    student, *beside = (shape_of(source, task, classes) for source in learners.values())
+    frozen = (shape_of(source, task, classes) for source in teachers)
+    teacher = next(iter((*frozen, *beside)), None)
     return StageLosses(stage=stage, task=task, student=student, teacher=teacher)
+
+
+def learners_of(stage: Stage, sources: Mapping[str, ModelSource]) -> dict[str, ModelSource]:
+    """Return the models that learn in a stage by role; the first is the one that it gives.
+
+    Args:
+        stage: the stage.
+        sources: the models of the run by role.
+    """
+    first = stage.start or sources[stage.role]
+    return {stage.role: first, **{role: sources[role] for role in stage.beside}}
 
 
 def label_objective(source: ModelSource, task: TaskType, classes: int) -> Objective:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import megakd_kernels
-from megakd.contract.stage import IGNORE, Knowledge, Reading, TopK, Unit
+from megakd.contract.batch import IGNORE, Knowledge, Reading, TopK, Unit
 from megakd.contract.terms import SoftTarget, SoftTargetKl
-from megakd.contract.unit_counts import Counter
+from megakd.contract.unit_counts import UnitCounter
 from megakd.models.knowledge import Needs
 
 DIVERGENCE = {
@@ -48,7 +48,7 @@ class TermGroup(nn.Module):
     """
 
     units: Mapping[str, Unit]
-    counters: Mapping[Unit, Counter] = MappingProxyType({})
+    counters: Mapping[Unit, UnitCounter] = MappingProxyType({})
     needs = Needs()
     needs_teacher = False
 

@@ -235,7 +235,7 @@ class TradeoffJudge:
     target: float
     target_may_win: bool = True
 
-    def __call__(self, scores: Scores) -> Verdict:
+    def __call__(self, scores: Scores, step: int) -> Verdict:
         """The candidate of the highest trade-off; the target where that lies beyond it.
 
         Evaluations are compared by their highest trade-off, whichever candidate is kept. The

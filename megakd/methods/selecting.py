@@ -26,8 +26,8 @@ from megakd.methods.selector import (
 )
 
 if TYPE_CHECKING:
+    from megakd.contract.batch import Reading
     from megakd.contract.lab import Instruments
-    from megakd.contract.stage import Reading
 
 SELECTOR = "selector.safetensors"
 WINDOW = 20

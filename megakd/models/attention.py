@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from megakd.contract.stage import AttentionVectors
+from megakd.contract.batch import AttentionVectors
 from megakd.engine.sharding import is_sharded
 from megakd.models.architectures import architecture_of
 

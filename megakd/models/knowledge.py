@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megakd.contract.stage import Batch, Knowledge, TopK
+from megakd.contract.batch import Batch, Knowledge, TopK
 from megakd.engine.sharding import gathered
 from megakd.models.architectures import architecture_of
 from megakd.models.attention import AttentionNotes

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import megakd_kernels
-from megakd.contract.stage import IGNORE, Batch, Predictions
+from megakd.contract.batch import IGNORE, Batch, Predictions
 from megakd.contract.tasks import Kernels
 from megakd.models.knowledge import Needs, read_knowledge
 

@@ -53,7 +53,7 @@ def check_method(config: RunConfig, prepared: Prepared, ranks: Ranks) -> None:
             stage_losses(
                 phase.stage,
                 config.task.type,
-                learner=phase.learner,
+                learners=phase.learners,
                 teachers=[ready.source for ready in phase.teachers.values()],
                 classes=prepared.classes,
             ).check()

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from megakd.config.run import RunConfig
-from megakd.contract.stage import Batch, Knowledge, Pass, Stage, backward_groups, teacher_names
+from megakd.contract.batch import Batch, Knowledge
+from megakd.contract.stage import Pass, Stage, backward_groups, teacher_names
 from megakd.contract.tasks import Dtype
 from megakd.data.loader import StepShape
 from megakd.data.masking import DEFAULT_PROBABILITY
-from megakd.losses.bundle import StudentBundle
+from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.class_weights import with_even_weights
 from megakd.losses.stage_losses import StageLosses, label_objective, stage_losses
 from megakd.models.fitting import build_empty
@@ -132,7 +133,12 @@ class Theatre:
         knowledge = {name: answer.said for name, answer in answers.items()}
         train = stage.train
         traits = (
-            *(_shown(phase.learner), self.config.task, stage.objective, stage.views),
+            *(
+                list(map(_shown, phase.learners.values())),
+                self.config.task,
+                stage.objective,
+                stage.views,
+            ),
             stage.reads_states,
             *(train.bf16, train.fp16, list(map(self._traits, phase.teachers.values()))),
         )
@@ -171,7 +177,7 @@ class Theatre:
     ) -> Learned:
         bundle = self._bundle(phase, stage)
         one = torch.ones((), dtype=torch.long, device=VALUELESS)
-        counts = dict.fromkeys(bundle.objective.counters, one)
+        counts = dict.fromkeys(bundle.counters, one)
 
         def backward_of(passes: Sequence[Pass]) -> Rehearsal:
             def call() -> Any:
@@ -251,22 +257,26 @@ class Theatre:
 
     def _bundle(self, phase: Phase, stage: Stage) -> StudentBundle:
         dtype = training_dtype(stage.train)
-        model = self._model(phase.learner, dtype)
-        if stage.train.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-            repeat_alike(model, self._device)
+        learners = {role: self._model(one, dtype) for role, one in phase.learners.items()}
         with VALUELESS:
-            objective = self._losses(stage, phase).objective().to(TORCH_DTYPE[dtype])
-        return StudentBundle(
-            model, objective, world_size=1, kernels="chunked", views=stage.views
-        ).train()
+            bundle = build_bundle(
+                self._losses(stage, phase),
+                learners,
+                dtype=TORCH_DTYPE[dtype],
+                world_size=1,
+                kernels="chunked",
+            )
+        if stage.train.gradient_checkpointing:
+            for model in learners.values():
+                repeat_alike(model, self._device)
+        return bundle.train()
 
     def _losses(self, stage: Stage, phase: Phase) -> StageLosses:
         classes = _classes(phase.learner)
         return stage_losses(
             replace(stage, objective=with_even_weights(stage.objective, classes)),
             self.config.task.type,
-            learner=phase.learner,
+            learners=phase.learners,
             teachers=[ready.source for ready in phase.teachers.values()],
             classes=classes,
         )

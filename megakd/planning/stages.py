@@ -16,6 +16,7 @@ from megakd.contract.stage import Stage, StageResult, untrained
 from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.contract.terms import TermConfig, hard_terms, soft_terms
 from megakd.contract.units import View
+from megakd.losses.stage_losses import learners_of
 from megakd.methods import run_method
 from megakd.models.loading import ModelSource
 from megakd.pruning.workshop import Specification, largest_first, shape_of_cut, unscored
@@ -32,15 +33,20 @@ class Phase:
 
     work: training, or what is done with models that do not learn.
     stage: what is trained; None for other work.
-    learner: the model that learns, or the first one of other work.
+    learners: the models that learn, by role; of other work its first model.
     teachers: the frozen models by name: they answer meanwhile, or the work is done with them.
     """
 
     name: str
     work: Work = "training"
-    learner: ModelSource
+    learners: Mapping[str, ModelSource]
     stage: Stage | None = None
     teachers: Mapping[str, ReadyTeacher] = field(default_factory=dict)
+
+    @property
+    def learner(self) -> ModelSource:
+        """The model that the stage gives."""
+        return next(iter(self.learners.values()))
 
 
 def phases_of(config: RunConfig, sources: Mapping[str, ModelSource]) -> list[Phase]:
@@ -173,16 +179,18 @@ class PlanningLab:
             self._note("timing", "latency", whole)
 
     def _note(self, work: Work, name: str, models: Mapping[str, ReadyTeacher]) -> None:
-        learner = next(iter(models.values())).source
-        self.phases.append(Phase(name=name, work=work, learner=learner, teachers=models))
+        first = {role: ready.source for role, ready in models.items()}
+        self.phases.append(Phase(name=name, work=work, learners=first, teachers=models))
 
     def train(self, stage: Stage) -> StageResult:
         """Notes a stage; gives the widest of its views as the one that was chosen."""
-        learner = stage.start or self._sources[stage.role]
         stage = completed(stage, self.config)
+        ready = {name: teacher.source for name, teacher in self._teachers.items()}
+        learners = learners_of(stage, {**self._sources, **ready})
         teachers = {name: self._teachers[name] for name in stage.teachers}
-        self.phases.append(Phase(name=stage.name, learner=learner, stage=stage, teachers=teachers))
-        view = next(iter(stage.views), None)
+        phase = Phase(name=stage.name, learners=learners, stage=stage, teachers=teachers)
+        self.phases.append(phase)
+        view, learner = next(iter(stage.views), None), phase.learner
         made = learner if view is None else self.cut(learner, stage.views[view], stage.name)
         return self._result(stage.name, made, views=tuple(stage.views), view=view)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megakd.config.deepspeed import load_ds_config
-from megakd.contract.stage import Reading
+from megakd.contract.batch import Reading
 from megakd.contract.unit_counts import count_units
 from megakd.data.loader import StepShape, global_batches
 from megakd.engine.distributed import agree, all_reduce_
@@ -35,7 +35,7 @@ from megakd.pruning.gates import Gates
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from megakd.contract.stage import Batch
+    from megakd.contract.batch import Batch
     from megakd.pruning.allocation import UnitScores
     from megakd.teachers.frozen import FrozenModel
     from megakd.training.engines import Assembly, ReadyTeacher

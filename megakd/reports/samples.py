@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import Tensor
 
-from megakd.contract.stage import IGNORE, Batch, TopK
+from megakd.contract.batch import IGNORE, Batch, TopK
 from megakd.data.encoding import Collator
 from megakd.engine.student import device_batch
 

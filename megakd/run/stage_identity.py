@@ -32,7 +32,7 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
         "seed": config.seed,
         "task": {k: v for k, v in config_tree(config)["task"].items() if k != "evaluation_sets"},
         "data": assembly.prepared.encoded.content_hash,
-        "model": assembly.identity_of(assembly.learner(stage)),
+        **_learners(stage, assembly),
         "train": _training(stage.train),
         "objective": [asdict(term) | code_of(term) for term in stage.objective],
         "deepspeed": load_ds_config(stage.deepspeed, where=where),
@@ -44,7 +44,19 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
     }
     if stage.episodes > 1:
         tree["episodes"] = stage.episodes
+    if stage.window is not None:
+        tree["window"] = stage.window._asdict()
+    if stage.batches is not None:
+        tree["batches"] = facts_of(stage.batches)
     return flatten(tree | {name: _teacher(assembly, name) for name in stage.teachers})
+
+
+def _learners(stage: Stage, assembly: Assembly) -> Mapping[str, Any]:
+    own, *beside = assembly.learners(stage).items()
+    return {
+        "model": assembly.identity_of(own[1]),
+        **{f"{role} (learns)": assembly.identity_of(source) for role, source in beside},
+    }
 
 
 def _teacher(assembly: Assembly, name: str) -> Mapping[str, Any]:

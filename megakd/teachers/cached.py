@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from megakd.contract.stage import Batch, Knowledge, TopK
+from megakd.contract.batch import Batch, Knowledge, TopK
 from megakd.engine.distributed import Ranks, gather, on_main, together
 from megakd.errors import TeacherError
 from megakd.storage import atomic

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megakd.contract.stage import Batch, Knowledge, Predictions, TopK
+from megakd.contract.batch import Batch, Knowledge, Predictions, TopK
 from megakd.contract.tasks import Dtype, Kernels
 from megakd.engine.ahead import FetchedAhead
 from megakd.engine.initialize import frozen_engine

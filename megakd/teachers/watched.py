@@ -12,7 +12,8 @@ from megakd.engine.distributed import all_reduce_
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megakd.contract.stage import Batch, Knowledge, Teacher
+    from megakd.contract.batch import Batch, Knowledge
+    from megakd.contract.stage import Teacher
 
 
 class WatchedTeacher:

@@ -131,7 +131,7 @@ class BestOfStage:
 
     def consider(self, step: int, scores: Scores, verdict: Verdict) -> None:
         """Keep the learner's weights where no earlier evaluation was as good; a collective."""
-        evaluation = Evaluation(scores, verdict.view)
+        evaluation = Evaluation(scores, verdict.view, verdict.cut)
         self.all.consider(step, verdict.score, evaluation.record())
         for view, score in verdict.own.items():
             self.own[view].consider(step, score, Evaluation(scores, view).record())

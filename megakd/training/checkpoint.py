@@ -316,8 +316,14 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def seed_everything(seed: int, rank: int) -> None:
-    """Starts a stage's random numbers: dropout differs by rank, everything else by design not."""
+def seed_everything(seed: int, rank: int, first_step: int = 0) -> None:
+    """Start a stage's random numbers: dropout differs by rank, everything else by design not.
+
+    Args:
+        seed: of the run.
+        rank: of this process.
+        first_step: of the stage's window, which must not draw what the window before has drawn.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
-    torch.manual_seed(seed * 10007 + rank)
+    torch.manual_seed(seed * 10007 + rank + 1_000_003 * first_step)

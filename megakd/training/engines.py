@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from megakd.config.deepspeed import load_ds_config
 from megakd.config.run import RunConfig, TeacherConfig, TrainConfig
-from megakd.contract.stage import Batch, Stage
+from megakd.contract.batch import Batch
+from megakd.contract.stage import Stage
 from megakd.contract.tasks import Dtype
 from megakd.data.encoding import Collator, tokenizer_content, tokens_key
 from megakd.data.masking import task_masking
@@ -23,10 +24,9 @@ from megakd.engine.initialize import training_engine
 from megakd.engine.memory import forget_models, freed_memory_returned
 from megakd.engine.student import StudentEngine
 from megakd.errors import ModelError
-from megakd.losses.bundle import StudentBundle
+from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.class_weights import with_class_weights
-from megakd.losses.objective import Objective
-from megakd.losses.stage_losses import StageLosses, stage_losses
+from megakd.losses.stage_losses import StageLosses, learners_of, stage_losses
 from megakd.models.knowledge import Needs
 from megakd.models.labels import label_order
 from megakd.models.loading import ModelSource, load_model
@@ -74,9 +74,12 @@ class Assembly:
         """What a model is, wherever its folder lies; random weights are drawn from the seed."""
         return model_identity(source, seed=self.config.seed)
 
-    def learner(self, stage: Stage) -> ModelSource:
-        """The model that learns in this stage."""
-        return stage.start or self.prepared.sources[stage.role]
+    def learners(self, stage: Stage) -> dict[str, ModelSource]:
+        """Return the models that learn in a stage by role; the first is the one it gives."""
+        return learners_of(stage, {**self.prepared.sources, **self._ready()})
+
+    def _ready(self) -> dict[str, ModelSource]:
+        return {name: ready.source for name, ready in self.teachers.items()}
 
     def losses(self, stage: Stage) -> StageLosses:
         """Return the loss terms of a stage, and what they ask of its teachers."""
@@ -84,46 +87,42 @@ class Assembly:
         return stage_losses(
             replace(stage, objective=terms),
             self.config.task.type,
-            learner=self.learner(stage),
+            learners=self.learners(stage),
             teachers=[self.teachers[name].source for name in stage.teachers],
             classes=self.prepared.classes,
         )
 
     @phase("models")
-    def student(self, stage: Stage) -> tuple[StudentEngine, Objective]:
-        """The engine of the model that learns in this stage, with its objective.
+    def student(self, stage: Stage) -> tuple[StudentEngine, StudentBundle]:
+        """Return the engine of the models that learn in this stage, and the bundle in it.
 
         Raises:
-            MegakdError: the model or its DeepSpeed config cannot be used.
+            MegakdError: a model or the DeepSpeed config cannot be used.
         """
-        objective = self._objective(stage)
+        losses = self.losses(stage)
+        losses.check()  # before anything is loaded
         ds = load_ds_config(stage.deepspeed, where=f"{self.config.key_of(stage.role)}.deepspeed")
         dtype = training_dtype(stage.train)
         check_dtype(dtype, self.ranks, "train")
         check_kernels(stage.train.kernels, self.ranks, "train")
-        model = self._load(self.learner(stage), ds, dtype, need_head=False)
-        if stage.train.gradient_checkpointing:
-            # Hooks that read a block's parts would run twice under the reentrant kind.
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        # ZeRO 3 lays all parameters of a model into one buffer, which has one dtype.
-        objective.to(TORCH_DTYPE[dtype])
-        bundle = StudentBundle(
-            model,
-            objective,
-            world_size=self.ranks.world_size,
-            kernels=stage.train.kernels,
-            views=stage.views,
-        )
-        engine = training_engine(
-            bundle, ds=ds, train=stage.train, dtype=dtype, world_size=self.ranks.world_size
-        )
-        return StudentEngine(engine, passes_per_backward=stage.passes_per_backward), objective
-
-    def _objective(self, stage: Stage) -> Objective:
+        learners = {
+            role: self._load(source, ds, dtype, need_head=False)
+            for role, source in self.learners(stage).items()
+        }
         # Projections start alike on every rank and leave the stage's random numbers alone.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            return self.losses(stage).objective()
+            bundle = build_bundle(
+                losses,
+                learners,
+                dtype=TORCH_DTYPE[dtype],
+                world_size=self.ranks.world_size,
+                kernels=stage.train.kernels,
+            )
+        engine = training_engine(
+            bundle, ds=ds, train=stage.train, dtype=dtype, world_size=self.ranks.world_size
+        )
+        return StudentEngine(engine, passes_per_backward=stage.passes_per_backward), bundle
 
     @phase("models")
     def frozen(

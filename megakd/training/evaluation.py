@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megakd.contract.metrics import WHOLE, Metric, lower_is_better
-from megakd.contract.stage import Scores
+from megakd.contract.stage import Cut, Scores
+from megakd.contract.units import UnitOrder, View
 from megakd.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -15,10 +16,14 @@ if TYPE_CHECKING:
 
 
 class Evaluation(NamedTuple):
-    """The scores of all views of a model, or of the model itself, and the one that is kept."""
+    """The scores of all views of a model, or of the model itself, and the one that is kept.
+
+    cut: how the model is written; None where `view` says that.
+    """
 
     scores: Scores
     view: str | None
+    cut: Cut | None = None
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -37,7 +42,9 @@ class Evaluation(NamedTuple):
 
     def record(self) -> dict[str, Any]:
         """As JSON can hold it."""
-        return {"view": self.view, "scores": {v: dict(s) for v, s in self.scores.items()}}
+        scores = {v: dict(s) for v, s in self.scores.items()}
+        cut = None if self.cut is None else cut_record(self.cut)
+        return {"view": self.view, "scores": scores, "cut": cut}
 
     @staticmethod
     def read(record: Mapping[str, Any]) -> Evaluation:
@@ -46,7 +53,26 @@ class Evaluation(NamedTuple):
             view: {k: math.nan if v is None else v for k, v in values.items()}
             for view, values in record["scores"].items()
         }
-        return Evaluation(scores, record["view"])
+        cut = record["cut"]
+        return Evaluation(scores, record["view"], None if cut is None else read_cut(cut))
+
+
+def cut_record(cut: Cut) -> dict[str, Any]:
+    """Return a cut as JSON can hold it."""
+    return {
+        "order": None if cut.order is None else cut.order._asdict(),
+        "view": cut.view._asdict(),
+    }
+
+
+def read_cut(record: Mapping[str, Any]) -> Cut:
+    """Return the cut that `cut_record` gave."""
+    order, view = record["order"], record["view"]
+    if order is not None:
+        layers = {kind: tuple(map(tuple, order[kind])) for kind in ("heads", "neurons")}
+        order = UnitOrder(**layers, width=order["width"] and tuple(order["width"]))
+    kept = View(tuple(view["heads"]), tuple(view["neurons"]), view["width"])
+    return Cut(order, kept)
 
 
 def headline(metrics: Sequence[str]) -> Metric:

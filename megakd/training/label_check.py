@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megakd.contract.stage import IGNORE, untrained
+from megakd.contract.batch import IGNORE
+from megakd.contract.stage import untrained
 from megakd.errors import TeacherError
 from megakd.models.knowledge import Needs
 from megakd.models.labels import generic_labels, listed

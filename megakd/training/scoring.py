@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 from torch.nn import functional
 
+from megakd.contract.batch import IGNORE, Batch, Predictions
 from megakd.contract.results import ClassReport
-from megakd.contract.stage import IGNORE, Batch, Predictions
 from megakd.data.encoding import Collator
 from megakd.data.loader import evaluation_batches
 from megakd.data.masking import Masking

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megakd.config.schedules import learning_rate_schedule, total_steps
+from megakd.contract.batch import Batch, Counts
 from megakd.contract.metrics import WHOLE, MetricJudge
-from megakd.contract.stage import Batch, Counts, Stage, StageResult, StepReport, Teacher
+from megakd.contract.stage import BatchSource, Cut, Stage, StageResult, StepReport, Teacher
 from megakd.contract.unit_counts import count_units
 from megakd.data.encoding import labelled_only
 from megakd.data.loader import StepLoader, StepShape
@@ -21,7 +22,6 @@ from megakd.engine.distributed import gather, on_main, together
 from megakd.engine.stop_vote import StopVote, agreed_signal
 from megakd.engine.student import StudentEngine, device_batch
 from megakd.errors import CheckpointError
-from megakd.losses.objective import Objective
 from megakd.models.axes import weight_axes
 from megakd.models.cutting import cut_class_name, cut_config, cut_state
 from megakd.models.export import write_model_folder
@@ -65,15 +65,15 @@ class StageRun:
     ) -> None:
         self.stage, self.assembly, self.reporter = stage, assembly, reporter
         self.config, self.prepared, self.ranks = assembly.config, assembly.prepared, assembly.ranks
-        seed_everything(self.config.seed, self.ranks.rank)
+        first = stage.window.first if stage.window else 0
+        seed_everything(self.config.seed, self.ranks.rank, first)
         self.student: StudentEngine
-        self.objective: Objective
-        self.student, self.objective = assembly.student(stage)
+        self.student, self.bundle = assembly.student(stage)
         self.scorer = assembly.scorer(stage.train)
-        self.loader = self._loader()
+        self.source = self._source()
         train = stage.train
-        steps = total_steps(train, self.loader.steps_per_epoch)
-        self.steps = stage.episodes * steps
+        steps = stage.window.total if stage.window else self._steps_of_train()
+        self.steps = stage.window.last if stage.window else stage.episodes * steps
         rate = learning_rate_schedule(train, steps)
         self.stop_vote = StopVote()
         self.trainer = Trainer(
@@ -82,6 +82,7 @@ class StageRun:
             strategy=stage.strategy,
             count_units=self._count_units,
             learning_rate=lambda step: rate(step % steps),
+            step=first,
         )
         folder = self.config.output_dir / "checkpoints" / stage.name
         self.checkpoints = Checkpoints(
@@ -97,21 +98,25 @@ class StageRun:
         self.stopping = EarlyStopping(
             patience=train.early_stopping_patience, threshold=train.early_stopping_threshold
         )
-        self.health = Health(self.objective, self.trainer, stage, self.ranks)
+        self.health = Health(self.bundle.objective, self.trainer, stage, self.ranks)
 
-    def _loader(self) -> StepLoader:
+    def _source(self) -> BatchSource:
         rows, shape = self.prepared.encoded.train, step_shape(self.stage.train, self.ranks)
         rows = labelled_only(rows) if self.stage.labelled_only else rows
-        return StepLoader(
+        loader = StepLoader(
             rows,
             self.scorer.collate,
             shape=shape,
             seed=self.config.seed,
             masking=self.scorer.masking,
         )
+        return self.stage.batches(loader) if self.stage.batches else loader
+
+    def _steps_of_train(self) -> int:
+        return total_steps(self.stage.train, self.source.steps_per_epoch)
 
     def _count_units(self, batches: Sequence[Batch]) -> Counts:
-        return self.stop_vote.sum_counts(count_units(batches, self.objective.counters))
+        return self.stop_vote.sum_counts(count_units(batches, self.bundle.counters))
 
     @property
     def keeps_best(self) -> bool:
@@ -141,38 +146,39 @@ class StageRun:
             name=self.stage.name,
             folder=folder,
             metrics=(kept.evaluation if kept else chosen).metrics,
-            steps=self.trainer.step,
+            steps=self.trainer.step - (self.stage.window.first if self.stage.window else 0),
             seconds=self.health.elapsed_seconds(),
             tokens_per_second=self.health.tokens_per_second(),
             peak_memory_bytes=max(gather(peak_memory_bytes(self.ranks.device))),
             scores=chosen.scores if self.stage.views else {},
             view=chosen.view if self.stage.views else None,
         )
-        self._write_result(result, best=kept.folder if kept else None)
+        self._write_result(result, chosen, best=kept.folder if kept else None)
         return result
 
     def extent(self, step: int) -> Extent:
         """Return how long the stage is, for its log, at a start from `step`."""
         return Extent(
-            step=step, total_steps=self.steps, steps_per_epoch=self.loader.steps_per_epoch
+            step=step, total_steps=self.steps, steps_per_epoch=self.source.steps_per_epoch
         )
 
     def _on_device(self, start: int) -> Generator[Sequence[Batch], None, None]:
         # A stage that had stopped early when it was killed has no step left.
         stop = start if self.stopping.stopped else self.steps
-        with closing(self.loader.iterate(start, stop)) as steps:
+        with closing(self.source.iterate(start, stop)) as steps:
             for batches in steps:
                 yield [device_batch(batch, self.ranks.device) for batch in batches]
 
     def _resume(self) -> int:
+        name, first = self.stage.name, self.trainer.step
         wanted = self.stage.train.resume_from_checkpoint
         checkpoint = self.checkpoints.given(Path(wanted)) if isinstance(wanted, str) else None
         checkpoint = checkpoint or self.checkpoints.newest_good()
         if checkpoint is None:
             if wanted is True:
-                self._say(f"{self.stage.name}: no checkpoint to resume from, starts at step 0")
-            self.best.resume(0, {})
-            return 0
+                self._say(f"{name}: no checkpoint to resume from, starts at step {first}")
+            self.best.resume(first, {})
+            return first
         if wanted is False:
             raise CheckpointError(
                 f"{checkpoint} is there and resume_from_checkpoint is false; use another "
@@ -180,6 +186,7 @@ class StageRun:
             )
         state, own = self.checkpoints.load(checkpoint, self.student.load)
         self.trainer.load_state_dict(state["trainer"])
+        self.source.load_state_dict(state["batches"])
         self.health.load_state_dict(state["health"])
         self.health.load_window_state(own["window"])
         self.evaluation = Evaluation.read(state["evaluation"])
@@ -221,7 +228,7 @@ class StageRun:
 
     def _log(self, step: int) -> None:
         self.health.check_finite(self.checkpoints.newest)
-        scalars = self.health.scalars(waited_s=self.loader.waited_s)
+        scalars = self.health.scalars(waited_s=self.source.waited_s)
         self._report(step, {**scalars, **self.trainer.strategy.scalars()})
 
     def _report(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -231,8 +238,8 @@ class StageRun:
         self.health.check_finite(self.checkpoints.newest)
         with self.health.paused():
             scores = {view: self._score(view) for view in self.stage.views or (WHOLE,)}
-            verdict = self.judge(scores)
-            self.evaluation = Evaluation(scores, verdict.view)
+            verdict = self.judge(scores, step)
+            self.evaluation = Evaluation(scores, verdict.view, verdict.cut)
             self._report(step, self.evaluation.scalars())
             self.stopping.consider(verdict.score)
             if self.keeps_best:
@@ -247,6 +254,7 @@ class StageRun:
         with self.health.paused():
             state = {
                 "trainer": self.trainer.state_dict(),
+                "batches": self.source.state_dict(),
                 "health": self.health.state_dict(),
                 "evaluation": self.evaluation.record(),
                 "early_stopping": self.stopping.state_dict(),
@@ -255,11 +263,14 @@ class StageRun:
             own = {"window": self.health.window_state()}
             self.checkpoints.save(step, self.student.save, state, own)
 
-    def _write_result(self, result: StageResult, *, best: Path | None) -> None:
+    def _write_result(
+        self, result: StageResult, evaluation: Evaluation, *, best: Path | None
+    ) -> None:
         """Write the finished stage's folder; its result.json makes it finished.
 
         Args:
             result: of the stage.
+            evaluation: says how the learner is cut.
             best: the folder that it is a copy of; None writes the learner as it is.
         """
         record = {
@@ -267,27 +278,27 @@ class StageRun:
             **self.trainer.strategy.files(),
         }
         if best is None:
-            self._write_model(result.folder, record, result.view)
+            self._write_model(result.folder, record, evaluation)
         else:
             remedy = f"remove {best} and start the same command again"
             on_main(lambda: copy_finished(best, result.folder, changes=record, remedy=remedy))
 
     def _write_best(self, folder: Path, record: Mapping[str, Any]) -> None:
-        view = record["evaluation"]["view"]
         text = atomic.json_text(record, indent=2)
-        self._write_model(folder, {RECORD: text}, view if view in self.stage.views else None)
+        self._write_model(folder, {RECORD: text}, Evaluation.read(record["evaluation"]))
 
     def _write_model(
-        self, folder: Path, extra: Mapping[str, str | bytes], view: str | None
+        self, folder: Path, extra: Mapping[str, str | bytes], evaluation: Evaluation
     ) -> None:
-        """The learner, cut to a view, as a folder with small files beside; a collective."""
+        """The learner, cut as an evaluation says, with small files beside; a collective."""
         model = self.student.student
-        kept = None if view is None else self.stage.views[view]
+        view = self.stage.views.get(evaluation.view or "")
+        cut = evaluation.cut or (None if view is None else Cut(None, view))
         state = self.student.student_state()
         config, architecture = model.config, type(model).__name__
-        if kept is not None:
-            state = cut_state(state, weight_axes(model), kept)
-            config = cut_config(config, kept)
+        if cut is not None:
+            state = cut_state(state, weight_axes(model), cut.view, cut.order)
+            config = cut_config(config, cut.view, cut.order)
             architecture = cut_class_name(model, config)
 
         def write() -> None:

@@ -10,17 +10,8 @@ import torch
 from torch import Tensor
 
 from megakd.config.schedules import Schedule
-from megakd.contract.stage import (
-    Batch,
-    Counts,
-    Knowledge,
-    Losses,
-    Pass,
-    StepReport,
-    Strategy,
-    Teacher,
-    teacher_names,
-)
+from megakd.contract.batch import Batch, Counts, Knowledge, Losses
+from megakd.contract.stage import Pass, StepReport, Strategy, Teacher, teacher_names
 from megakd.engine.stopwatch import Stopwatch
 
 
@@ -124,11 +115,13 @@ class Trainer:
 
     def _ask_teachers(self, plan: Sequence[Pass], batch: Batch) -> dict[str, Knowledge]:
         with self.meter.teacher.running():
-            return {name: self.teachers[name](batch) for name in teacher_names(plan)}
+            # A teacher that learns in this stage answers inside the student's engine.
+            frozen = [name for name in teacher_names(plan) if name in self.teachers]
+            return {name: self.teachers[name](batch.of(name)) for name in frozen}
 
     def _call_up(self, plan: Sequence[Pass]) -> None:
         """The next step's teachers make ready while the student learns, and the others rest."""
-        if len(teacher_names(plan)) == len(self.teachers):
+        if self.teachers.keys() <= {*teacher_names(plan)}:
             return
         upcoming = teacher_names(self.strategy.plan(self.step + 1))
         # Who rests goes first: there is room for the others then.

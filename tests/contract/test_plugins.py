@@ -15,9 +15,9 @@ from torch.nn import functional
 from megakd import cli
 from megakd.config.file import config_of, config_tree, dump_config, load_config
 from megakd.contract import plugins
+from megakd.contract.batch import Batch, Knowledge, Reading
 from megakd.contract.metrics import lower_is_better
 from megakd.contract.shapes import Shape
-from megakd.contract.stage import Batch, Knowledge, Reading
 from megakd.errors import ConfigError
 from megakd.losses.objective import build_objective, teacher_needs
 from megakd.losses.plugin_losses import PluginLoss, logits_of

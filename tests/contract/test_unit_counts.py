@@ -8,8 +8,9 @@ import pytest
 import torch
 from unit_counts import counts_of, numbers
 
+from megakd.contract.batch import IGNORE, Batch, Knowledge, Reading
 from megakd.contract.shapes import Shape
-from megakd.contract.stage import IGNORE, Batch, Knowledge, Pass, Reading
+from megakd.contract.stage import Pass
 from megakd.contract.terms import HardCrossEntropy
 from megakd.contract.unit_counts import count_units, unit_weights
 from megakd.losses.bundle import StudentBundle
@@ -90,7 +91,7 @@ def step(cuts: list[slice], monkeypatch: pytest.MonkeyPatch) -> tuple[float, flo
 
     monkeypatch.setattr("megakd.losses.bundle.read_knowledge", read)
     objective = Objective([HardClasses(CE), Words()], {CE.loss: 0.5, "word_length": 1.0})
-    bundle = StudentBundle(Reader(), objective, world_size=1)
+    bundle = StudentBundle({"student": Reader()}, objective, world_size=1)
     labels, valid = torch.tensor([0, 1, IGNORE, 2]), torch.ones(4, 1, dtype=torch.bool)
     batches = [
         Batch({"numbers": ROWS[rows], "words": WORDS[rows]}, labels[rows], valid[rows])

@@ -16,7 +16,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakd.contract.stage import Batch
+from megakd.contract.batch import Batch
 from megakd.data.loader import StepLoader, StepShape, evaluation_batches, global_batches
 from megakd.errors import DataError
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from megakd.config.run import TaskConfig
-from megakd.contract.stage import IGNORE, Batch
+from megakd.contract.batch import IGNORE, Batch
 from megakd.data.encoding import Collator
 from megakd.data.loader import StepLoader, StepShape, evaluation_batches
 from megakd.data.masking import Masking, task_masking

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
+import torch
+
 from megakd.config.file import load_config
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.engine import distributed
-from megakd.engine.sharding import gathered_state
+from megakd.engine.sharding import full_shape, gathered_state
 from megakd.run.lab import Lab
 from megakd.training.inputs import prepare
 from megakd.training.progress import Reporter
@@ -19,6 +21,7 @@ class Watching(Constant):
     """Keeps the whole gradient of every step, as it is before the update."""
 
     gradients: list = []  # noqa: RUF012 - emptied by every case
+    shards: list = []  # noqa: RUF012
 
     def before_update(self, step, student):
         from deepspeed.utils import safe_get_full_grad
@@ -30,6 +33,19 @@ class Watching(Constant):
             if full is not None:
                 found[name] = full.detach().float().cpu().clone()
         self.gradients.append(found)
+        if step == 0:
+            self.shards.append(joined_shards(student))
+
+
+def joined_shards(student) -> dict:
+    """Weights and gradients of the first learner by name, put together of all ranks' shards."""
+    sizes = {name: full_shape(p).numel() for name, p in student.student.named_parameters()}
+    whole = {name: torch.zeros(2, size) for name, size in sizes.items()}
+    for shard in student.local_shards():
+        part = slice(shard.offset, shard.offset + len(shard.weight))
+        whole[shard.name][0, part] += shard.weight.detach()
+        whole[shard.name][1, part] += shard.gradient
+    return {name: distributed.all_reduce_(both) for name, both in whole.items()}
 
 
 def train(config_path: str, overrides: list[str], steps: int) -> dict:
@@ -40,6 +56,7 @@ def train(config_path: str, overrides: list[str], steps: int) -> dict:
     teachers = (lab.teacher(),) if config.teacher else ()
     watching = Watching((Pass(teacher=teachers[0] if teachers else None),))
     Watching.gradients.clear()
+    Watching.shards.clear()
     stage = Stage(
         name="student",
         teachers=teachers,
@@ -59,7 +76,7 @@ def train(config_path: str, overrides: list[str], steps: int) -> dict:
     initial = dict(gathered_state(run.student.bundle))
     losses = []
     for index in range(steps):
-        report = run.trainer.train_step(run.loader.step(index))
+        report = run.trainer.train_step(run.source.step(index))
         parts = {n: distributed.all_reduce_(v.clone().float()) for n, v in report.parts.items()}
         losses.append({name: float(value) for name, value in parts.items()})
     norm = run.student.gradient_norm()
@@ -67,6 +84,7 @@ def train(config_path: str, overrides: list[str], steps: int) -> dict:
         "initial": initial,
         "final": dict(gathered_state(run.student.bundle)),
         "gradients": list(Watching.gradients),
+        "shards": list(Watching.shards),
         "losses": losses,
         "gradient_norm": None if norm is None else float(norm),
         "scores": run.scorer.score(run.student.predict, prepared.encoded.validation),

@@ -20,7 +20,7 @@ def two_engines(config_path: str, folder: str) -> dict:
     run, teacher = _started(config_path)
     whole = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in _weights(teacher))
     before = [_local(p).clone() for p in _weights(teacher)]
-    run.trainer.train_step(run.loader.step(0))
+    run.trainer.train_step(run.source.step(0))
     after = [_local(p) for p in _weights(teacher)]
     run.student.save(Path(folder), "saved")
     facts = {
@@ -79,7 +79,7 @@ def _local(parameter) -> torch.Tensor:
 def epoch(config_path: str) -> dict:
     """How many examples each step of one epoch counts over all ranks, and what this rank has."""
     run, teacher = _started(config_path)
-    steps = [run.loader.step(index) for index in range(run.loader.steps_per_epoch)]
+    steps = [run.source.step(index) for index in range(run.source.steps_per_epoch)]
     counted = [run._count_units(batches)["examples"].item() for batches in steps]
     mine = [sum(int(b.valid.any(1).sum()) for b in batches) for batches in steps]
     run.close()
@@ -108,7 +108,7 @@ def head_gathers(config_path: str) -> list[dict]:
 
     run.trainer.student.forward_backward = counting
     for step in range(2):
-        run.trainer.train_step(run.loader.step(step))
+        run.trainer.train_step(run.source.step(step))
     run.close()
     teacher.destroy()
     return found

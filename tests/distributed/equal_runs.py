@@ -235,7 +235,7 @@ def plain_run(config_path, weights, initial):
         "heads": RELATION_HEADS,
     }
     attention = {"attn_implementation": "eager"} if "attention_mse" in weights else {}
-    projections = {n: v for n, v in initial.items() if not n.startswith("student.")}
+    projections = {n: v for n, v in initial.items() if not n.startswith("learners.")}
     return reference.train(
         kind.from_pretrained(config.student.model, **attention),
         kind.from_pretrained(config.teacher.model, **attention).eval(),
@@ -256,9 +256,21 @@ def assert_same(found, expected):
             assert error <= 1e-6 * max(1.0, gradient.abs().max().item()), (step, name, error)
         # What no loss reads: the second bias of an untied BERT.
         assert not any(gradient.any() for gradient in gradients.values()), [*gradients]
+    assert_same_shards(found)
     for name, weight in expected["final"].items():
         assert torch.allclose(found["final"][name], weight, atol=3e-6), name
 
 
 # (ranks, rows per micro-batch, micro-batches): each makes the same 12 rows a step.
 CUTS = [(1, 12, 1), (1, 2, 6), (2, 6, 1), (2, 1, 6), (3, 4, 1), (3, 2, 2)]
+
+
+def assert_same_shards(found):
+    """The shards of all ranks are each weight and each gradient once, before the first update."""
+    (shards,) = found["shards"]
+    for own_name, (weight, gradient) in shards.items():
+        name = f"learners.0.{own_name}"
+        assert torch.equal(weight, found["initial"][name].float().flatten()), name
+        if name in found["gradients"][0]:
+            expected = found["gradients"][0][name].flatten()
+            assert torch.allclose(gradient, expected, atol=1e-7), name

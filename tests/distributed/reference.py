@@ -14,7 +14,7 @@ def train(student, teacher, projections, steps, settings) -> dict:
     steps: a batch of all ranks' rows per step.
     """
     weights = {name: nn.Parameter(value.clone()) for name, value in projections.items()}
-    named = {f"student.{name}": p for name, p in student.named_parameters()} | weights
+    named = {f"learners.0.{name}": p for name, p in student.named_parameters()} | weights
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in named.values() if p.dim() > 1], "weight_decay": 0.01},

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from elastic_views import TOKENS, VOCABULARY, cut, family_model, gradients_of, without_dropout
 from unit_counts import counts_of
 
+from megakd.contract.batch import IGNORE, Batch
 from megakd.contract.shapes import Shape
-from megakd.contract.stage import IGNORE, Batch, Pass
+from megakd.contract.stage import Pass
 from megakd.contract.terms import HardCrossEntropy, SoftTargetKl
 from megakd.contract.units import View
 from megakd.engine import distributed
@@ -74,7 +75,7 @@ def train(family: str, task: str, stage: int) -> dict:
     batch = Batch({"input_ids": ids}, labels, torch.ones_like(ids, dtype=torch.bool))
     shape = Shape(3, 24, VOCABULARY)
     objective = build_objective(TERMS, task, shape, shape)
-    bundle = StudentBundle(model, objective, world_size=ranks.world_size, views=VIEWS)
+    bundle = StudentBundle({"student": model}, objective, world_size=ranks.world_size, views=VIEWS)
     engine = elastic_cases._engine(bundle, stage)
     with torch.no_grad():
         knowledge = {"teacher": read_knowledge(teacher, batch, Needs())}

@@ -11,6 +11,7 @@ from equal_runs import (
     LANGUAGE,
     STEPS,
     assert_same,
+    assert_same_shards,
     config_tree,
     plain_run,
     write,
@@ -36,6 +37,20 @@ def test_a_classifier_distils_as_in_one_plain_process(
     found = workers(2).run("train", path, [], STEPS)[0]
 
     assert_same(found, plain_run(path, CLASSIFICATION, found["initial"]))
+
+
+@pytest.mark.parametrize("student_zero", [0, 1, 2, 3])
+def test_the_shards_of_a_bf16_student_are_its_fp32_weights_and_gradients(
+    workers, folder, tmp_path, student_zero
+):
+    tree = config_tree(
+        folder, "bert-student", CLASSIFICATION, student_zero=student_zero, teacher_zero=0
+    )
+    path = write(tree, tmp_path / "config.yaml")
+
+    found = workers(2).run("train", path, ["train.bf16=true"], 1)[0]
+
+    assert_same_shards(found)
 
 
 @pytest.mark.parametrize("student", ["llama-tied", "llama-untied"])

@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from unit_counts import counts_of
 
 import megakd_kernels
+from megakd.contract.batch import IGNORE, Batch, Counts, Knowledge, Losses, Predictions
 from megakd.contract.shapes import Shape
-from megakd.contract.stage import IGNORE, Batch, Counts, Knowledge, Losses, Pass, Predictions
+from megakd.contract.stage import Pass
 from megakd.contract.tasks import Kernels
 from megakd.contract.terms import HardCrossEntropy, HiddenMse, SoftTargetKl
 from megakd.contract.unit_counts import count_units
@@ -46,7 +47,7 @@ class Classifier(nn.Module):
 def bundle(world_size: int = 1) -> StudentBundle:
     torch.manual_seed(0)
     objective = build_objective((CE, KL), "classification", SHAPE, SHAPE)
-    return StudentBundle(Classifier(), objective, world_size=world_size)
+    return StudentBundle({"student": Classifier()}, objective, world_size=world_size)
 
 
 def batch(rows: slice = slice(None)) -> Batch:
@@ -209,11 +210,11 @@ def test_projections_belong_to_the_bundle_and_not_to_the_student():
     objective = build_objective(
         (HiddenMse(loss="hidden_mse"),), "classification", SHAPE, Shape(1, 6, 3)
     )
-    student = StudentBundle(Classifier(), objective, world_size=1)
+    student = StudentBundle({"student": Classifier()}, objective, world_size=1)
 
     assert {name for name, _ in student.named_parameters()} == {
-        "student.linear.weight",
-        "student.linear.bias",
+        "learners.0.linear.weight",
+        "learners.0.linear.bias",
         "objective.groups.0.projections.0.weight",
     }
 
@@ -253,7 +254,7 @@ def test_views_of_one_width_form_one_gradient_of_the_head(monkeypatch):
     views = {"wide": View((2,), (8,)), "slim": View((1,), (4,)), "narrow": View((1,), (4,), 4)}
     scales = {"wide": 0.5, "slim": 0.2, "narrow": 0.3}
     objective = build_objective((CE,), "causal_lm", Shape(1, 8, 20), None)
-    student = StudentBundle(model, objective, world_size=1, views=views)
+    student = StudentBundle({"student": model}, objective, world_size=1, views=views)
     real = megakd_kernels.linear_kd_loss
 
     def counting(*tensors, **options):
@@ -314,7 +315,7 @@ def test_losses_and_predictions_go_the_way_that_was_chosen(monkeypatch, kernels)
     student = bundle()
     student.kernels = kernels
     language_model = bundle()
-    language_model.student, language_model.kernels = tiny_llama(), kernels
+    language_model.learners[0], language_model.kernels = tiny_llama(), kernels
     ids = torch.tensor([[5, 6, 7]])
 
     losses(student, Pass(teacher="a"))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit_counts import counts_of
 
-from megakd.contract.stage import AttentionVectors, Batch, Knowledge, Reading
+from megakd.contract.batch import AttentionVectors, Batch, Knowledge, Reading
 from megakd.contract.terms import AttentionMse, EmbeddingMse, HiddenMse, RelationKl
 from megakd.contract.unit_counts import unit_weights
 from megakd.losses.layers import AttentionMatrices, HiddenStates, Relations, documents, visible_keys

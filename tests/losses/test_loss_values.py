@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from unit_counts import counts_of
 
 import megakd_kernels
+from megakd.contract.batch import IGNORE, Batch, Knowledge, Reading
 from megakd.contract.shapes import Shape
-from megakd.contract.stage import IGNORE, Batch, Knowledge, Reading
 from megakd.contract.terms import (
     HardCrossEntropy,
     HiddenCosine,

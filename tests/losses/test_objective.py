@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from megakd.contract.batch import IGNORE, Batch, Knowledge, Reading
 from megakd.contract.shapes import Heads, Shape, layer_pairs
-from megakd.contract.stage import IGNORE, Batch, Knowledge, Reading
 from megakd.contract.terms import (
     AttentionMse,
     EmbeddingMse,

@@ -77,7 +77,11 @@ def test_hidden_states_are_read_for_losses_and_for_a_strategy(
 ) -> None:
     sources = planned_sources(config_of(tmp_path, "classification", bert))
     losses = stage_losses(
-        stage, "classification", learner=sources[STUDENT], teachers=[sources[TEACHER]], classes=2
+        stage,
+        "classification",
+        learners={STUDENT: sources[STUDENT]},
+        teachers=[sources[TEACHER]],
+        classes=2,
     )
 
     assert losses.teacher_needs() == Needs(hidden_states=reads)
@@ -88,7 +92,7 @@ def test_a_model_that_learns_alone_asks_no_teacher(tmp_path: Path) -> None:
     source = planned_sources(config_of(tmp_path, "regression", bert))[STUDENT]
     stage = Stage(name="alone", reads_states=True)
 
-    losses = stage_losses(stage, "regression", learner=source, teachers=[], classes=0)
+    losses = stage_losses(stage, "regression", learners={STUDENT: source}, teachers=[], classes=0)
 
     assert losses.teacher_needs() == Needs()
 
@@ -102,7 +106,7 @@ def test_a_plan_holds_the_hidden_states_that_a_strategy_reads(tmp_path: Path) ->
         stage = distilled(*soft_terms("classification"), reads_states=reads_states)
         phase = Phase(
             name=stage.name,
-            learner=sources[STUDENT],
+            learners={STUDENT: sources[STUDENT]},
             stage=completed(stage, config),
             teachers={TEACHER: teacher},
         )

@@ -16,7 +16,7 @@ NAMES = ("sparsity-0.5", "sparsity-0.7", "sparsity-0.8", "sparsity-0.9", "sparsi
 
 def judged(scores: dict[float, float], *, tradeoff: float = 0.2, target: float = 0.9, **options):
     judge = TradeoffJudge(ACCURACY, tuple(scores), tradeoff, target, **options)
-    return judge({f"sparsity-{s:g}": {"accuracy": value} for s, value in scores.items()})
+    return judge({f"sparsity-{s:g}": {"accuracy": value} for s, value in scores.items()}, 0)
 
 
 def test_all_candidates_learn_in_every_step_and_the_loss_is_their_mean():

@@ -16,7 +16,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from megakd.contract.stage import Batch
+from megakd.contract.batch import Batch
 from megakd.contract.units import View
 from megakd.models.elastic import Elastic
 from megakd.models.knowledge import Needs, language_model_head, read_knowledge

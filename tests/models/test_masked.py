@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from megakd.contract.stage import IGNORE, Batch
+from megakd.contract.batch import IGNORE, Batch
 from megakd.engine.sharding import gathered_state
 from megakd.errors import ModelError
 from megakd.models.export import write_model_folder

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from whole_run import finish, read
 
 from megakd.config.run import TaskConfig
-from megakd.contract.stage import Batch, TopK
+from megakd.contract.batch import Batch, TopK
 from megakd.contract.tasks import TaskType
 from megakd.data.packing import pack
 from megakd.models.knowledge import most_likely

@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from whole_run import finish, read, records
 
 from megakd.config.file import load_config
-from megakd.contract.stage import IGNORE
+from megakd.contract.batch import IGNORE
 from megakd.data.encoding import Collator, encode_splits
 from megakd.data.loader import evaluation_batches
 from megakd.data.masking import task_masking

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from megakd.contract.batch import IGNORE, AttentionVectors, Batch, Counts, Knowledge, Reading
 from megakd.contract.shapes import Heads, Shape
-from megakd.contract.stage import IGNORE, AttentionVectors, Batch, Counts, Knowledge, Reading
 from megakd.contract.terms import HardCrossEntropy, HardMse
 from megakd.contract.unit_counts import count_units, unit_weights
 from megakd.losses.objective import build_objective

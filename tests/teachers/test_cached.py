@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from megakd.contract.stage import Batch
+from megakd.contract.batch import Batch
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
 from megakd.errors import TeacherError

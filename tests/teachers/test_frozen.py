@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megakd.contract.stage import Batch, Knowledge, Predictions
+from megakd.contract.batch import Batch, Knowledge, Predictions
 from megakd.models.knowledge import Needs
 from megakd.teachers.frozen import FrozenModel
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megakd.contract.stage import Batch, Knowledge
+from megakd.contract.batch import Batch, Knowledge
 from megakd.teachers.watched import WatchedTeacher
 
 VALID = torch.tensor([[True, False], [True, True], [False, False]])

@@ -179,7 +179,7 @@ def test_the_headline_of_one_metric_is_that_metric() -> None:
 def test_a_judge_says_that_more_is_better_whatever_the_metric(metric, score) -> None:
     judge = MetricJudge(headline((metric,)), "narrow")
 
-    assert judge({"wide": {metric: 9.0}, "narrow": {metric: 0.6}}) == (score, "narrow", {})
+    assert judge({"wide": {metric: 9.0}, "narrow": {metric: 0.6}}, 0) == (score, "narrow", {}, None)
 
 
 def test_an_evaluation_is_read_as_it_was_recorded() -> None:

@@ -12,8 +12,9 @@ import torch
 from unit_counts import counts_of
 
 from megakd.config.run import TrainConfig
+from megakd.contract.batch import Losses
 from megakd.contract.shapes import Shape
-from megakd.contract.stage import Losses, Stage, StepReport
+from megakd.contract.stage import Stage, StepReport
 from megakd.contract.terms import HardCrossEntropy, SoftTargetKl, TermConfig
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks

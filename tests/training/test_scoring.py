@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from megakd.contract.stage import IGNORE, Batch, Predictions
+from megakd.contract.batch import IGNORE, Batch, Predictions
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
 from megakd.errors import MegakdError

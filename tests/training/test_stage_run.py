@@ -30,6 +30,7 @@ def stage_with(checkpoint: Path, *, wanted: bool | str) -> Any:
     train = SimpleNamespace(resume_from_checkpoint=wanted)
     return SimpleNamespace(
         stage=SimpleNamespace(name="student", train=train),
+        trainer=SimpleNamespace(step=0),
         checkpoints=SimpleNamespace(
             folder=checkpoint.parent, given=lambda _: None, newest_good=lambda: checkpoint
         ),

@@ -13,17 +13,9 @@ from torch import Tensor, nn
 from unit_counts import numbers
 from waiting import Waiting, no_waiting
 
+from megakd.contract.batch import IGNORE, Batch, Counts, Knowledge, Losses
 from megakd.contract.shapes import Shape
-from megakd.contract.stage import (
-    IGNORE,
-    Batch,
-    Constant,
-    Counts,
-    Knowledge,
-    Losses,
-    Pass,
-    StepReport,
-)
+from megakd.contract.stage import Constant, Pass, StepReport
 from megakd.contract.terms import (
     HardCrossEntropy,
     HardMse,
@@ -313,7 +305,7 @@ def test_no_operation_of_a_step_makes_the_host_wait_for_the_device(task):
     frozen.requires_grad_(requires_grad=False)
     lm_head = SimpleNamespace(read=lambda: (torch.ones(9, 4), None))
     trainer = Trainer(
-        student=Learner(StudentBundle(Tiny(outputs), objective, world_size=1)),
+        student=Learner(StudentBundle({"student": Tiny(outputs)}, objective, world_size=1)),
         teachers={"teacher": lambda batch: frozen(batch)._replace(head=lm_head)},
         strategy=Constant((Pass(teacher="teacher"),)),
         count_units=count_units,

@@ -1,0 +1,85 @@
+"""The part of each weight, and of its gradient, that this rank holds, at every ZeRO stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Shard(NamedTuple):
+    """A piece of a weight, seen as one row of numbers.
+
+    The shards of all ranks cover every weight once, so that a sum over the shards of all ranks is
+    a sum over the weight.
+
+    name: of the weight in its model.
+    weight: [n] fp32; the numbers that the optimizer updates.
+    gradient: [n] fp32, of the whole step, all ranks and micro-batches, before clipping.
+    offset: of the first number in the flattened weight.
+    """
+
+    name: str
+    weight: Tensor
+    gradient: Tensor
+    offset: int
+
+
+def local_shards(model: nn.Module, *, loss_scale: float = 1.0) -> Iterator[Shard]:
+    """Yield this rank's shards between the last backward of a step and the update.
+
+    Weights that do not learn, or that no loss has reached, are left out.
+
+    Args:
+        model: owned by an engine that learns.
+        loss_scale: number that the engine multiplies its loss with under fp16.
+    """
+    for name, parameter in model.named_parameters():
+        found = _shard_of(parameter) if parameter.requires_grad else None
+        if found is None:
+            continue
+        weight, gradient, offset = found
+        yield Shard(name, weight, gradient.float() / loss_scale, offset)
+
+
+def _shard_of(parameter: Any) -> tuple[Tensor, Tensor, int] | None:
+    """Return weight, gradient and offset; DeepSpeed's public functions give whole tensors only."""
+    if hasattr(parameter, "ds_id"):  # ZeRO 3
+        return _of_partition(parameter)
+    if hasattr(parameter, "_hp_mapping"):  # ZeRO 1 and 2, and bf16 at ZeRO 0
+        return _of_fragment(parameter)
+    return _of_whole(parameter)
+
+
+def _of_partition(parameter: Any) -> tuple[Tensor, Tensor, int] | None:
+    optimizer = parameter._z3_optimizer  # noqa: SLF001 - as deepspeed.utils does
+    weight = optimizer.get_local_fp32_param(parameter).flatten()
+    gradient = optimizer.get_local_fp32_grad_for_param(parameter).flatten()
+    offset = dist.get_rank() * len(weight)
+    # The last ranks hold padding.
+    own = max(0, min(len(weight), parameter.ds_numel - offset))
+    return weight[:own], gradient[:own], offset
+
+
+def _of_fragment(parameter: Any) -> tuple[Tensor, Tensor, int] | None:
+    mapping = parameter._hp_mapping  # noqa: SLF001 - as deepspeed.utils does
+    if mapping is None:  # nothing of this weight lies here
+        return None
+    place = mapping.lp_fragment_address
+    number = parameter._index_in_param_group  # noqa: SLF001
+    gradient = mapping.get_lp_grad_fragment(number).flatten()
+    if len(gradient) != place.numel:  # bf16 at ZeRO 0 accumulates whole gradients
+        gradient = gradient[place.start : place.start + place.numel]
+    return mapping.get_hp_fragment().flatten(), gradient, place.start
+
+
+def _of_whole(parameter: Tensor) -> tuple[Tensor, Tensor, int] | None:
+    """Every rank holds all of it: each takes a part, or a sum over ranks would count it often."""
+    if parameter.grad is None:
+        return None
+    size = -(-parameter.numel() // dist.get_world_size())
+    part = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
+    weight, gradient = parameter.detach().flatten(), parameter.grad.flatten()
+    return weight[part].float(), gradient[part], part.start
