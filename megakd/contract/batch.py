@@ -79,6 +79,11 @@ class AttentionVectors(NamedTuple):
     values: Tensor
     width: int
 
+    def detached(self) -> AttentionVectors:
+        """Return the same vectors as constants."""
+        queries, keys, values = (p.detach() for p in (self.queries, self.keys, self.values))
+        return AttentionVectors(queries, keys, values, self.width)
+
 
 class TopK(NamedTuple):
     """A language model's most likely next tokens.
@@ -109,6 +114,17 @@ class Knowledge(NamedTuple):
     hidden_states: tuple[Tensor, ...] = ()
     attention: tuple[AttentionVectors | None, ...] = ()
     top_k: TopK | None = None
+
+    def detached(self) -> Knowledge:
+        """Return the same answers as constants."""
+        return Knowledge(
+            logits=None if self.logits is None else self.logits.detach(),
+            hidden=None if self.hidden is None else self.hidden.detach(),
+            head=self.head,
+            hidden_states=tuple(states.detach() for states in self.hidden_states),
+            attention=tuple(None if one is None else one.detached() for one in self.attention),
+            top_k=self.top_k,
+        )
 
 
 class Losses(NamedTuple):
@@ -153,7 +169,7 @@ class Reading:
 
     @property
     def taught(self) -> Knowledge:
-        """What the teacher said."""
+        """What the teacher said, as a constant; `teacher` has the gradient of one that learns."""
         if self.teacher is None:
             raise TypeError("a term that compares with a teacher was planned without one")
-        return self.teacher
+        return self.teacher.detached()

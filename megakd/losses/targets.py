@@ -168,7 +168,10 @@ class LanguageModelTargets(TermGroup):
         return reading.per_unit["targets"].new_full((), reading.weights["hard_cross_entropy"])
 
     def _teacher_head(self, reading: Reading) -> tuple[Tensor | None, Tensor | None]:
-        return _head(reading.taught) if self.soft else (None, None)
+        if not self.soft:
+            return None, None
+        weight, bias = _head(reading.taught)
+        return weight.detach(), None if bias is None else bias.detach()
 
 
 class Rows(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -157,7 +157,7 @@ class Theatre:
             learner=learned.part,
             single=learned.single,
             evaluation=evaluation,
-            answers=max(sum(_said_bytes(knowledge[name]) for name in plan) for plan in plans),
+            answers=max(_bytes_of_answers(knowledge, plan) for plan in plans),
         )
 
     def _traits(self, ready: ReadyTeacher) -> tuple[str, str, str]:
@@ -308,6 +308,11 @@ class Theatre:
 
 def _with_head(said: Knowledge, model: nn.Module) -> Knowledge:
     return said if said.hidden is None else said._replace(head=language_model_head(model))
+
+
+def _bytes_of_answers(knowledge: Mapping[str, Knowledge], plan: Sequence[str]) -> int:
+    """Return the bytes that the frozen teachers of a step have said."""
+    return sum(_said_bytes(said) for name, said in knowledge.items() if name in plan)
 
 
 def _said_bytes(said: Knowledge) -> int:

@@ -1,0 +1,202 @@
+"""Methods of another package that use every seam a coming method needs, each as small as can be."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from pydantic.dataclasses import dataclass
+
+from megakd.contract.batch import Batch
+from megakd.contract.metrics import WHOLE, Metric
+from megakd.contract.stage import (
+    BatchSource,
+    Constant,
+    Cut,
+    Pass,
+    Planned,
+    Stage,
+    StepReport,
+    Verdict,
+    Window,
+)
+from megakd.contract.terms import STRICT
+from megakd.contract.units import UnitOrder, View
+from megakd.methods.plugin import PluginMethod
+
+LAYERS, HEADS, WIDTH = 2, 2, 16
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class Pruner(PluginMethod):
+    """Prune neurons by their sensitivity while distilling, in windows of one run.
+
+    ends: steps at which a window ends; after each the student has `keep` neurons per layer.
+    """
+
+    ends: tuple[int, ...] = (3, 6)
+    keep: tuple[int, ...] = (24, 16)
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class Pair(PluginMethod):
+    """Train two models at once, one of which teaches the other and reads other token numbers."""
+
+
+def run(config: Any, lab: Any) -> Any:
+    return (_prune if isinstance(config, Pruner) else _pair)(config, lab)
+
+
+def _prune(config: Pruner, lab: Any) -> Any:
+    teacher, start = lab.teacher(), None
+    for number, (first, last) in enumerate(pairwise((0, *config.ends))):
+        sensitivity = Sensitivity(teacher, lab.instruments(f"window-{number}"))
+        result = lab.train(
+            Stage(
+                name=f"window-{number}",
+                teachers=(teacher,),
+                start=start,
+                objective=lab.soft_terms(),
+                strategy=sensitivity,
+                judge=KeepSensitive(sensitivity, lab.metric(None), config.keep[number], last),
+                window=Window(first, last, config.ends[-1]),
+            )
+        )
+        start = lab.source(result.folder)
+    return result
+
+
+@plain_dataclass(frozen=True)
+class Sensitivity(Planned):
+    """Adds up |weight * gradient| of every neuron, as no rank could do for itself."""
+
+    teacher: str
+    instruments: Any = None
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"teacher": self.teacher}
+
+    def plan(self, step: int) -> tuple[Pass, ...]:
+        return (Pass(teacher=self.teacher),)
+
+    def before_update(self, step: int, student: Any) -> None:
+        for shard in student.local_shards():
+            if not shard.name.endswith("intermediate.dense.weight"):
+                continue
+            neurons = (shard.offset + torch.arange(len(shard.weight))) // WIDTH
+            known = self.sums.setdefault(shard.name, torch.zeros(32))
+            known.index_add_(0, neurons, (shard.weight.detach() * shard.gradient).abs())
+
+    def after_update(self, report: StepReport) -> None:
+        pass
+
+    def order(self) -> list[tuple[int, ...]]:
+        """Return the neurons of every layer by falling sensitivity over all ranks."""
+        names = [f"bert.encoder.layer.{n}.intermediate.dense.weight" for n in range(LAYERS)]
+        here = torch.stack([self.sums.get(name, torch.zeros(32)) for name in names])
+        ranked = self.instruments.add_up(here).argsort(descending=True, stable=True)
+        return [tuple(layer) for layer in ranked.tolist()]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": {name: values.clone() for name, values in self.sums.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums.update(state["sums"])
+
+
+@plain_dataclass(frozen=True)
+class KeepSensitive:
+    """Gives the most sensitive neurons, but not before the window ends."""
+
+    sensitivity: Sensitivity
+    metric: Metric
+    keep: int
+    last: int
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"keep": self.keep, "last": self.last}
+
+    def __call__(self, scores: Any, step: int) -> Verdict:
+        score = self.metric.of(scores[WHOLE]) if step == self.last else float("nan")
+        heads, here = tuple(range(HEADS)), len(next(iter(self.sensitivity.sums.values()), ()))
+        assert here == 32 or not self.sensitivity.sums
+        listed = [layer[: self._there(step)] for layer in self.sensitivity.order()]
+        order = UnitOrder((heads,) * LAYERS, tuple(listed))
+        return Verdict(score, WHOLE, cut=Cut(order, View((HEADS,) * LAYERS, (self.keep,) * LAYERS)))
+
+    def _there(self, step: int) -> int:
+        """Return the neurons that the model of this window has; those beyond were never summed."""
+        del step
+        return 32 if self.keep == 24 else 24
+
+
+def _pair(config: Pair, lab: Any) -> Any:
+    del config
+    passes = (
+        Pass(learner="teacher", weights={"soft_target_kl": 0.0}),
+        Pass(teacher="teacher", weights={"hard_cross_entropy": 0.0}),
+    )
+    return lab.train(
+        Stage(
+            name="student",
+            beside=("teacher",),
+            objective=(*lab.hard_terms(), *lab.soft_terms()),
+            strategy=Constant(passes),
+            batches=MadeRows(4),
+        )
+    )
+
+
+@plain_dataclass(frozen=True)
+class MadeRows:
+    """Rows that no data set holds: the class is the parity of the token."""
+
+    rows: int
+
+    def __call__(self, of_data: BatchSource) -> BatchSource:
+        assert of_data.steps_per_epoch > 0
+        return Made(self.rows)
+
+
+class Made:
+    """A source of batches that counts the steps it has made, as a replay buffer would."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.steps_per_epoch, self.waited_s = rows, 4, 0.0
+        self.made: list[int] = []
+
+    def iterate(self, start: int, stop: int) -> Generator[Sequence[Batch], None, None]:
+        for step in range(start, stop):
+            self.made.append(step)
+            yield [self.batch(step)]
+
+    def batch(self, step: int) -> Batch:
+        numbers = torch.arange(self.rows) + step
+        ids = (10 + numbers % 20)[:, None].repeat(1, 5)
+        there = torch.ones_like(ids)
+        own = Batch(
+            {"input_ids": ids, "attention_mask": there, "token_type_ids": 0 * there},
+            numbers % 2,
+            there.bool(),
+        )
+        other = own.inputs | {"input_ids": 40 - ids[:, :3], **_shorter(own.inputs)}
+        # The second model reads shorter rows, and the first row has no label for it.
+        labels = (numbers % 2).index_fill(0, torch.tensor([0]), -100)
+        return own._replace(others={"teacher": Batch(other, labels, there[:, :3].bool())})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"made": list(self.made)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.made = list(state["made"])
+
+
+def _shorter(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: inputs[name][:, :3] for name in ("attention_mask", "token_type_ids")}
