@@ -23,12 +23,11 @@ from typing import Any, NoReturn
 import psutil
 
 from megakd.config.file import dump_config, load_config
-from megakd.config.messages import suggestion
 from megakd.config.run import RunConfig
 from megakd.config.schema import defaults, options, paths_ending_in
 from megakd.config.synonyms import synonyms
 from megakd.contract.terms import PLUGIN_TERM, TermConfig
-from megakd.errors import ConfigError, MegakdError, PeerLostError
+from megakd.errors import ConfigError, MegakdError, PeerLostError, suggestion
 from megakd.methods import PLUGIN_METHOD, MethodConfig
 from megakd.planning.options import add_plan_options, cluster_of
 from megakd.process.garbage import no_collections

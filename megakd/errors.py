@@ -1,5 +1,10 @@
 """The errors a person can cause: one clear message each, printed without a traceback."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class MegakdError(Exception):
     """What is wrong, both values, which key or file, what to do."""
@@ -35,3 +40,9 @@ class InUseError(MegakdError):
 
 class PeerLostError(MegakdError):
     """Another rank has ended while this one waited for it."""
+
+
+def suggestion(word: object, known: Iterable[str]) -> str:
+    """Return `; did you mean "x"?` for the nearest known word, or nothing."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f'; did you mean "{near[0]}"?' if near else ""

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megakd.config.deepspeed import check_frozen_stage, load_ds_config
-from megakd.config.messages import suggestion
 from megakd.config.objective import objective_problems
-from megakd.config.run import FROM_TEACHER, ScratchModel, listed_files
+from megakd.config.run import ScratchModel, listed_files
 from megakd.config.training_checks import training_problems
-from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER
-from megakd.contract.terms import STATE_TERMS, AttentionMse, SoftTargetKl, compares, looks_inside
-from megakd.errors import ConfigError
-from megakd.methods import baselines_of
-from megakd.methods.assistants import AssistantOptions
-from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
-from megakd.methods.minidisc import MiniDiscConfig
-from megakd.methods.plugin import PluginMethod
-from megakd.methods.single import SingleConfig
-from megakd.methods.skdbert import SkdbertConfig
-from megakd.methods.takd import TakdConfig
+from megakd.contract.methods import no_such_teacher
+from megakd.contract.tasks import FROM_TEACHER, LANGUAGE_TASKS, STUDENT, TEACHER
+from megakd.contract.terms import SoftTargetKl, compares, looks_inside
+from megakd.errors import ConfigError, suggestion
+from megakd.methods import baselines_of, methods_that_cut
 
 if TYPE_CHECKING:
     from megakd.config.run import RunConfig, TaskConfig
@@ -32,10 +25,8 @@ if TYPE_CHECKING:
 
 def config_problems(config: RunConfig) -> list[str]:
     """What cannot work whatever the data and models are, one line per problem."""
-    pools = (_pool, _cut_teacher, _one_of_several, _in_a_row, _distribution)
-    models = (_addresses, _teacher, *pools, _baselines, _assistants, _choice, _layers, _caches)
     checks = (
-        *models,
+        *(_addresses, _teacher, _pool, _method, _baselines, _student, _layers, _caches),
         _precision,
         objective_problems,
         _task,
@@ -79,23 +70,15 @@ def _places(config: RunConfig) -> Iterator[tuple[str, str | Path]]:
 
 
 def _teacher(config: RunConfig) -> Iterator[str]:
-    method = config.method
-    learns_alone = method.name == "finetune"
-    if isinstance(method, PluginMethod):
-        learns_alone = not method.needs_teacher
-        yield from method.problems(config)
-    if not learns_alone and not config.teacher_specs:
+    if config.method.needs_teacher and not config.teacher_specs:
         yield (
             f'teacher: method "{config.method.name}" learns from a teacher and there is none; '
             'set teacher.model, or method.name to "finetune"'
         )
-    if config.method.name == "finetune":
-        for key in ("teacher", "teachers"):
-            if getattr(config, key):
-                yield (
-                    f'{key}: method "finetune" learns from the labels alone and has no use for a '
-                    f'teacher; remove the section ({key}=null), or set method.name to "single"'
-                )
+
+
+def _method(config: RunConfig) -> Iterator[str]:
+    yield from config.method.problems(config)
 
 
 def _pool(config: RunConfig) -> Iterator[str]:
@@ -112,68 +95,6 @@ def _pool(config: RunConfig) -> Iterator[str]:
         yield f'{config.key_of(name)}.name: "{name}" is what another model of a run is called'
 
 
-def _cut_teacher(config: RunConfig) -> Iterator[str]:
-    if isinstance(config.method, AssistantOptions) and config.teachers:
-        yield (
-            f'teachers: method "{config.method.name}" cuts one teacher; give it in a section '
-            'teacher, or set method.name to "skdbert"'
-        )
-
-
-def _one_of_several(config: RunConfig) -> Iterator[str]:
-    method, names = config.method, [spec.name for spec in config.teachers]
-    if not isinstance(method, SingleConfig | KnowledgeSelectionConfig):
-        return
-    if names and method.teacher is None:
-        yield (
-            f'teachers: method "{method.name}" learns from one of them; set method.teacher to '
-            f"{' or '.join(names)}"
-        )
-    if method.teacher is not None and method.teacher not in config.teacher_specs:
-        yield _no_such_teacher(config, "method.teacher", method.teacher)
-
-
-def _in_a_row(config: RunConfig) -> Iterator[str]:
-    order = config.method.order if isinstance(config.method, TakdConfig) else None
-    for name, count in Counter(order or ()).items():
-        if name not in config.teacher_specs:
-            yield _no_such_teacher(config, "method.order", name)
-        if count > 1:
-            yield f'method.order: "{name}" is listed {count} times'
-
-
-def _distribution(config: RunConfig) -> Iterator[str]:
-    method = config.method
-    if not isinstance(method, SkdbertConfig):
-        return
-    if method.distribution == "weights":
-        yield from _weights(config, method.weights)
-    elif method.weights is not None:
-        yield (
-            f"method.weights: method.distribution is {method.distribution}, which takes none; "
-            'set it to "weights", or remove them'
-        )
-
-
-def _weights(config: RunConfig, given: Mapping[str, float] | None) -> Iterator[str]:
-    if given is None:
-        yield 'method.weights: method.distribution is "weights" and there are none'
-        return
-    for name in given:
-        if name not in config.teacher_specs:
-            yield _no_such_teacher(config, "method.weights", name)
-    missing = [name for name in config.teacher_specs if name not in given]
-    if missing:
-        yield f"method.weights: none for {', '.join(missing)}; 0 is a weight too"
-    elif not any(given.values()):
-        yield "method.weights: all are 0, so no teacher could ever be drawn; raise one"
-
-
-def _no_such_teacher(config: RunConfig, key: str, name: str) -> str:
-    known = ", ".join(config.teacher_specs)
-    return f'{key}: there is no teacher "{name}"{suggestion(name, config.teacher_specs)} ({known})'
-
-
 def _baselines(config: RunConfig) -> Iterator[str]:
     if config.alone is not None and "alone" not in config.baselines:
         yield "alone: says how a baseline is trained that is not listed; add baselines: [alone]"
@@ -188,55 +109,14 @@ def _baselines(config: RunConfig) -> Iterator[str]:
             yield f'baselines: "{name}" is listed {count} times'
 
 
-def _assistants(config: RunConfig) -> Iterator[str]:
-    method, model = config.method, config.student.model
-    if not isinstance(method, AssistantOptions):
-        if model == FROM_TEACHER and config.student.layers is None:
-            yield (
-                f'student.model: "{FROM_TEACHER}" is cut out of the teacher, and method '
-                f'"{method.name}" cuts nothing; say which layers the student has '
-                '(student.layers), give a model, or set method.name to "minidisc"'
-            )
-        return
-    if config.student.layers is not None:
+def _student(config: RunConfig) -> Iterator[str]:
+    student, method = config.student, config.method
+    if student.model == FROM_TEACHER and student.layers is None and not method.cuts_student:
+        cutting = " or ".join(methods_that_cut())
         yield (
-            f'student.layers: method "{method.name}" takes heads and neurons out of all layers; '
-            'remove the key, or set method.name to "single"'
-        )
-    if model != FROM_TEACHER:
-        yield (
-            f'student.model: method "{method.name}" cuts the student out of the teacher; '
-            f'set student.model to "{FROM_TEACHER}"'
-        )
-    if method.target_sparsity not in method.sparsities:
-        grid = ", ".join(f"{sparsity:g}" for sparsity in method.sparsities)
-        yield (
-            f"method.target_sparsity: {method.target_sparsity:g} is not among method.sparsities "
-            f"({grid}); add it there, or choose one of them"
-        )
-    if any(isinstance(term, AttentionMse) for term in config.objective or ()):
-        yield (
-            "objective: attention_mse compares attention head by head, and the student has fewer "
-            "heads than its teacher; relation_kl works with any number"
-        )
-    states = [term.loss for term in config.objective or () if isinstance(term, STATE_TERMS)]
-    if method.residual and states:
-        yield (
-            f"objective: {', '.join(states)} compares hidden states of one width, and with "
-            "method.residual every candidate's are narrower than its teacher's; relation_kl and "
-            "soft targets work, or set method.residual to false"
-        )
-
-
-def _choice(config: RunConfig) -> Iterator[str]:
-    method = config.method
-    if not isinstance(method, MiniDiscConfig) or method.target_may_win or method.iterations == 1:
-        return
-    if min(method.sparsities) >= method.target_sparsity:
-        yield (
-            f"method.target_may_win: false leaves no candidate, for none of method.sparsities is "
-            f"below method.target_sparsity {method.target_sparsity:g}; add one, set it to true, or "
-            f"set method.iterations to 1"
+            f'student.model: "{FROM_TEACHER}" is cut out of the teacher, and method '
+            f'"{method.name}" cuts nothing; say which layers the student has '
+            f"(student.layers), give a model, or set method.name to {cutting}"
         )
 
 
@@ -248,8 +128,7 @@ def _caches(config: RunConfig) -> Iterator[str]:
     if task == "mlm":
         yield f"{key}: mlm hides other tokens in every epoch, so no answer serves twice; remove it"
     method = config.method
-    learns = isinstance(method, KnowledgeSelectionConfig) and method.policy == "learned"
-    if isinstance(method, AssistantOptions) or learns:
+    if method.looks_into_teacher:
         yield f'{key}: method "{method.name}" looks into the teacher itself; remove the key'
     for index, term in enumerate(config.objective or ()):
         where = f"objective[{index}].loss: {term.loss}"
@@ -279,7 +158,7 @@ def _layers(config: RunConfig) -> Iterator[str]:
     if student.teacher is not None and student.model != FROM_TEACHER:
         yield f'student.teacher: student.model is not "{FROM_TEACHER}"; remove the key'
     elif student.teacher is not None and student.teacher not in config.teacher_specs:
-        yield _no_such_teacher(config, "student.teacher", student.teacher)
+        yield no_such_teacher(config, "student.teacher", student.teacher)
     elif student.model == FROM_TEACHER and config.teachers and student.teacher is None:
         names = " or ".join(config.teacher_specs)
         yield f'student.teacher: "{FROM_TEACHER}" can mean each of several; set it to {names}'

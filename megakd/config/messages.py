@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,7 @@ from megakd.config.schema import (
     value_at,
 )
 from megakd.config.synonyms import synonyms
+from megakd.errors import suggestion
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -68,12 +69,6 @@ def schema_problems(error: ValidationError, tree: Any) -> list[str]:
     for finding in findings:
         groups.setdefault(finding.path, []).append(finding)
     return [line for path, group in groups.items() for line in _lines(path, group, tree)]
-
-
-def suggestion(word: object, known: Iterable[str]) -> str:
-    """`; did you mean "x"?` for the nearest known word, or nothing."""
-    near = difflib.get_close_matches(str(word), list(known), n=1)
-    return f'; did you mean "{near[0]}"?' if near else ""
 
 
 def shown(value: Any) -> str:

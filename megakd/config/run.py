@@ -12,14 +12,12 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megakd.config.schedules import ScheduleName
-from megakd.contract.tasks import STUDENT, TEACHER, Dtype, Kernels, TaskType
+from megakd.contract.tasks import FROM_TEACHER, STUDENT, TEACHER, Dtype, Kernels, TaskType
 from megakd.contract.terms import STRICT, Count, Fraction, Positive, TermConfig, Weight
 from megakd.methods import MethodConfig
 
 Epochs = Annotated[float, Field(gt=0, le=1e9)]
 MicroBatches = Annotated[int, Field(ge=1, le=2**20)]
-FROM_TEACHER = "from_teacher"
-"""As `student.model`: the student is cut out of the teacher."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megakd.config.messages import option_problems, suggestion
+from megakd.config.messages import option_problems
 from megakd.config.run import inherit
 from megakd.config.schedules import SCHEDULES, schedule_problem
 from megakd.contract.plugins import is_metric, metric_of
 from megakd.contract.tasks import LANGUAGE_TASKS, METRICS
 from megakd.contract.terms import HardCrossEntropy
-from megakd.errors import ConfigError
+from megakd.errors import ConfigError, suggestion
 
 if TYPE_CHECKING:
     from megakd.config.run import RunConfig, TrainConfig

@@ -134,15 +134,18 @@ class SampleReport(TypedDict):
 
 
 class CostReport(TypedDict):
-    """What choosing the assistant cost, and what trying every assistant would have cost.
+    """What a method's choice cost, and what another way to make the choice would have cost.
 
-    seconds: of training, as in `stages`. maxidisc_seconds: reckoned from this run's speed.
+    seconds: of training, as in `stages`.
+    alternative: name of the other way, as the report shows it.
+    alternative_seconds: estimated from the speed of this run.
     """
 
     trials: int
     seconds: float
-    maxidisc_trials: int
-    maxidisc_seconds: float
+    alternative: str
+    alternative_trials: int
+    alternative_seconds: float
 
 
 class EvaluationSetReport(TypedDict):

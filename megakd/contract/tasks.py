@@ -10,6 +10,8 @@ TaskType = Literal["classification", "regression", "mlm", "causal_lm"]
 STUDENT = "student"
 TEACHER = "teacher"
 """The name of a teacher that is the only one."""
+FROM_TEACHER = "from_teacher"
+"""As `student.model`: the student is made of parts of the teacher."""
 LANGUAGE_TASKS: tuple[TaskType, ...] = ("mlm", "causal_lm")
 """Those whose labels are tokens of the text itself."""
 ONE_LABEL_METRICS = ("f1", "precision", "recall")

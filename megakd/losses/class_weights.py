@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megakd.config.messages import suggestion
 from megakd.contract.terms import HardCrossEntropy, TermConfig
-from megakd.errors import ConfigError
+from megakd.errors import ConfigError, suggestion
 
 if TYPE_CHECKING:
     from megakd.data.splits import Splits

@@ -6,16 +6,28 @@ import dataclasses
 import logging
 import math
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.terms import ATTENTION_TERMS, STRICT, Count, HiddenMse, RelationKl, Weight
+from megakd.contract.methods import MethodOptions
+from megakd.contract.tasks import FROM_TEACHER
+from megakd.contract.terms import (
+    ATTENTION_TERMS,
+    STATE_TERMS,
+    STRICT,
+    AttentionMse,
+    Count,
+    HiddenMse,
+    RelationKl,
+    Weight,
+)
 from megakd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+    from typing import Any
 
     from megakd.contract.lab import Lab, Model, SortedModel
     from megakd.contract.shapes import Heads
@@ -41,7 +53,7 @@ Grid = Annotated[tuple[Sparsity, ...], Field(min_length=1), AfterValidator(_risi
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class AssistantOptions:
+class AssistantOptions(MethodOptions):
     """Options of all schedules of teacher assistants.
 
     target_sparsity: share of the attention heads and of the neurons that the student lacks; with
@@ -58,6 +70,7 @@ class AssistantOptions:
         1 - sqrt(1 - sparsity) each.
     """
 
+    cuts_student: ClassVar[bool] = True
     target_sparsity: Sparsity = 0.9
     sparsities: Grid = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
     tradeoff: Weight = 0.2
@@ -67,6 +80,53 @@ class AssistantOptions:
     importance_split: Literal["validation", "train"] = "validation"
     importance_batch_size: Count = 32
     residual: bool = False
+
+    @property
+    def looks_into_teacher(self) -> bool:
+        """The importance of units is measured inside the teacher."""
+        return True
+
+    def problems(self, config: Any) -> Iterator[str]:
+        """Yield what does not go with a student that is cut out of one teacher."""
+        if config.teachers:
+            yield (
+                f'teachers: method "{self.name}" cuts one teacher; give it in a section '
+                "teacher, or set method.name to a method for several teachers"
+            )
+        yield from self._problems_of_student(config.student)
+        yield from self._problems_of_objective(config.objective or ())
+        if self.target_sparsity not in self.sparsities:
+            grid = ", ".join(f"{sparsity:g}" for sparsity in self.sparsities)
+            yield (
+                f"method.target_sparsity: {self.target_sparsity:g} is not among method.sparsities "
+                f"({grid}); add it there, or choose one of them"
+            )
+
+    def _problems_of_student(self, student: Any) -> Iterator[str]:
+        if student.layers is not None:
+            yield (
+                f'student.layers: method "{self.name}" takes heads and neurons out of all layers; '
+                'remove the key, or set method.name to "single"'
+            )
+        if student.model != FROM_TEACHER:
+            yield (
+                f'student.model: method "{self.name}" cuts the student out of the teacher; '
+                f'set student.model to "{FROM_TEACHER}"'
+            )
+
+    def _problems_of_objective(self, terms: Sequence[TermConfig]) -> Iterator[str]:
+        if any(isinstance(term, AttentionMse) for term in terms):
+            yield (
+                "objective: attention_mse compares attention head by head, and the student has "
+                "fewer heads than its teacher; relation_kl works with any number"
+            )
+        states = [term.loss for term in terms if isinstance(term, STATE_TERMS)]
+        if self.residual and states:
+            yield (
+                f"objective: {', '.join(states)} compares hidden states of one width, and with "
+                "method.residual every candidate's are narrower than its teacher's; relation_kl "
+                "and soft targets work, or set method.residual to false"
+            )
 
 
 def view_name(sparsity: float) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.methods import MethodOptions
 from megakd.contract.terms import STRICT
 
 if TYPE_CHECKING:
@@ -14,10 +16,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(MethodOptions):
     """Train the student on the labels alone."""
 
+    needs_teacher: ClassVar[bool] = False
     name: Literal["finetune"]
+
+    def problems(self, config: Any) -> Iterator[str]:
+        """Yield the sections of teachers, which nobody would ask."""
+        for key in ("teacher", "teachers"):
+            if getattr(config, key):
+                yield (
+                    f'{key}: method "finetune" learns from the labels alone and has no use for a '
+                    f'teacher; remove the section ({key}=null), or set method.name to "single"'
+                )
 
 
 def run(config: FinetuneConfig, lab: Lab) -> StageResult:

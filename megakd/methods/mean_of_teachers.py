@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.methods import MethodOptions
 from megakd.contract.terms import STRICT
 from megakd.methods.pools import soft_objective, taught_by_all
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class MeanOfTeachersConfig:
+class MeanOfTeachersConfig(MethodOptions):
     """Every teacher of the pool runs at every step, and all count alike."""
 
     name: Literal["mean_of_teachers"]

@@ -18,7 +18,7 @@ import functools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass as plain_dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -60,6 +60,17 @@ class MiniDiscConfig(AssistantOptions):
     target_may_win: bool = True
     sampled_candidates: Annotated[int, Field(ge=0)] | None = None
     passes_per_backward: Count | None = None
+
+    def problems(self, config: Any) -> Iterator[str]:
+        """Yield, after what no schedule can work with, a grid without an assistant."""
+        yield from super().problems(config)
+        wants_assistant = not self.target_may_win and self.iterations > 1
+        if wants_assistant and min(self.sparsities) >= self.target_sparsity:
+            yield (
+                f"method.target_may_win: false leaves no candidate, for none of method.sparsities "
+                f"is below method.target_sparsity {self.target_sparsity:g}; add one, set it to "
+                "true, or set method.iterations to 1"
+            )
 
 
 TRIAL = "trial-"
@@ -142,8 +153,9 @@ def _cost(
     return {
         "trials": 1,
         "seconds": seconds,
-        "maxidisc_trials": sum(s <= target for s in config.sparsities),
-        "maxidisc_seconds": pace * tried[0].result.steps * sum(legs),
+        "alternative": "every assistant tried (MaxiDisc)",
+        "alternative_trials": sum(s <= target for s in config.sparsities),
+        "alternative_seconds": pace * tried[0].result.steps * sum(legs),
     }
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.methods import MethodOptions
 from megakd.contract.terms import STRICT
 from megakd.methods.pools import taught_by_all
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class MtBertConfig:
+class MtBertConfig(MethodOptions):
     """Every teacher of the pool runs at every step; those that miss a row's label count less."""
 
     name: Literal["mt_bert"]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.methods import OneTeacherOptions
 from megakd.contract.terms import STRICT
 
 if TYPE_CHECKING:
@@ -14,14 +15,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class SingleConfig:
-    """Distil one teacher into the student.
-
-    teacher: the name of one of several; null where there is only one.
-    """
+class SingleConfig(OneTeacherOptions):
+    """Distil one teacher into the student."""
 
     name: Literal["single"]
-    teacher: str | None = None
 
 
 def run(config: SingleConfig, lab: Lab) -> StageResult:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.methods import MethodOptions, no_such_teacher
 from megakd.contract.stage import Constant, Pass, Planned, Stage
 from megakd.contract.terms import STRICT, Count, Weight
 from megakd.methods.pools import soft_objective, taught
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class SkdbertConfig:
+class SkdbertConfig(MethodOptions):
     """At every step a teacher of the pool is drawn, and the student learns from it alone.
 
     distribution: `uniform`; `teacher_rank` by the teachers' own scores on the validation split;
@@ -43,6 +44,29 @@ class SkdbertConfig:
     weights: dict[str, Weight] | None = None
     rank_exponent: Weight = 1.0
     pilot_steps: Count | None = None
+
+    def problems(self, config: Any) -> Iterator[str]:
+        """Yield weights that do not go with the distribution or with the teachers."""
+        if self.distribution == "weights":
+            yield from self._problems_of_weights(config)
+        elif self.weights is not None:
+            yield (
+                f"method.weights: method.distribution is {self.distribution}, which takes none; "
+                'set it to "weights", or remove them'
+            )
+
+    def _problems_of_weights(self, config: Any) -> Iterator[str]:
+        if self.weights is None:
+            yield 'method.weights: method.distribution is "weights" and there are none'
+            return
+        for name in self.weights:
+            if name not in config.teacher_specs:
+                yield no_such_teacher(config, "method.weights", name)
+        missing = [name for name in config.teacher_specs if name not in self.weights]
+        if missing:
+            yield f"method.weights: none for {', '.join(missing)}; 0 is a weight too"
+        elif not any(self.weights.values()):
+            yield "method.weights: all are 0, so no teacher could ever be drawn; raise one"
 
 
 def run(config: SkdbertConfig, lab: Lab) -> StageResult:

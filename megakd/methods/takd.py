@@ -7,10 +7,13 @@ from the one before it, at the rate and for the steps of its own `finetune` wher
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.methods import MethodOptions, no_such_teacher
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.contract.terms import STRICT
 from megakd.methods.pools import soft_objective
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class TakdConfig:
+class TakdConfig(MethodOptions):
     """From teacher to teacher, the largest first, and on to the student.
 
     order: names of teachers, the first to the last; null: all of them by size.
@@ -29,6 +32,14 @@ class TakdConfig:
 
     name: Literal["takd"]
     order: tuple[str, ...] | None = None
+
+    def problems(self, config: Any) -> Iterator[str]:
+        """Yield teachers that do not exist or come twice."""
+        for name, count in Counter(self.order or ()).items():
+            if name not in config.teacher_specs:
+                yield no_such_teacher(config, "method.order", name)
+            if count > 1:
+                yield f'method.order: "{name}" is listed {count} times'
 
 
 def run(config: TakdConfig, lab: Lab) -> StageResult:

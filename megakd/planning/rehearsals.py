@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -204,12 +205,15 @@ class Theatre:
 
     def alone(self, phase: Phase) -> Act:
         """Work with models that do not learn: importance, scoring, timing."""
-        rows, play = {
-            "importance": (self._importance_rows(), self._gates),
-            "scoring": (self.config.eval_rows(), self._predictions),
-            "timing": (max(TIMED_BATCHES), self._forward),
-        }[phase.work]
-        key = (phase.work, self.config.task, self.config.method, rows)
+        measured = phase.importance
+        if measured is not None:
+            gates = functools.partial(self._gates, with_width=measured.with_width)
+            rows, play = self._importance_rows(measured.batch_size), gates
+        elif phase.work == "scoring":
+            rows, play = self.config.eval_rows(), self._predictions
+        else:
+            rows, play = max(TIMED_BATCHES), self._forward
+        key = (phase.work, self.config.task, measured, rows)
         return Act(
             teachers={
                 name: self._known.once(
@@ -235,18 +239,16 @@ class Theatre:
         run = rehearse(model, lambda: model(**inputs), backward=False, device=self._device)
         return Performance(inventory(model), (run.rehearsal,))
 
-    def _importance_rows(self) -> int:
+    def _importance_rows(self, batch_size: int) -> int:
         """Of a micro-batch on one rank; several ranks may deal a batch in smaller ones."""
-        most, method = self.config.train.per_device_train_batch_size, self.config.method
-        batch_size = getattr(method, "importance_batch_size", most)
+        most = self.config.train.per_device_train_batch_size
         return StepShape.of_batch(batch_size, most, rank=0, world=1).per_device
 
-    def _gates(self, ready: ReadyTeacher, rows: int) -> Performance:
+    def _gates(self, ready: ReadyTeacher, rows: int, *, with_width: bool) -> Performance:
         source, dtype = ready.source, planned_dtype(ready, self._device)
         model = self._model(source, dtype).requires_grad_(requires_grad=False)
         objective = label_objective(source, self.config.task.type, _classes(source))
         frozen = self._frozen(model, Needs())
-        with_width = getattr(self.config.method, "residual", False)
         module = GateGradients(frozen, objective, VALUELESS, with_width=with_width).eval()
         batch = self._batch(rows)
         run = rehearse(module, lambda: module(batch), backward=False, device=self._device)

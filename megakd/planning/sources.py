@@ -13,7 +13,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from megakd.config.run import (
-    FROM_TEACHER,
     RunConfig,
     ScratchModel,
     StudentConfig,
@@ -21,7 +20,7 @@ from megakd.config.run import (
     TeacherConfig,
     TokenizerConfig,
 )
-from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
+from megakd.contract.tasks import FROM_TEACHER, LANGUAGE_TASKS, STUDENT
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_named
 from megakd.models.fitting import one_line

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from megakd.config.run import RunConfig, TeacherConfig
 from megakd.contract.results import MethodRecord, ParameterCounts
@@ -27,6 +27,13 @@ IMPORTANCE = "specification"
 Work = Literal["training", "importance", "scoring", "timing"]
 
 
+class Importance(NamedTuple):
+    """How importance is measured: rows of a batch of all ranks, and whether width is scored."""
+
+    batch_size: int
+    with_width: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Phase:
     """One thing that a run does with its models in memory.
@@ -35,6 +42,7 @@ class Phase:
     stage: what is trained; None for other work.
     learners: the models that learn, by role; of other work its first model.
     teachers: the frozen models by name: they answer meanwhile, or the work is done with them.
+    importance: for the work of that name.
     """
 
     name: str
@@ -42,6 +50,7 @@ class Phase:
     learners: Mapping[str, ModelSource]
     stage: Stage | None = None
     teachers: Mapping[str, ReadyTeacher] = field(default_factory=dict)
+    importance: Importance | None = None
 
     @property
     def learner(self) -> ModelSource:
@@ -221,10 +230,17 @@ class PlanningLab:
         self, teacher: str, split: str, *, batch_size: int, residual: bool
     ) -> Specification:
         """Notes that importance is measured, which happens once."""
-        del split, batch_size, residual
+        del split
         ready = self._teachers[teacher]
         if not any(known.name == IMPORTANCE for known in self.phases):
-            self._note("importance", IMPORTANCE, {teacher: ready})
+            phase = Phase(
+                name=IMPORTANCE,
+                work="importance",
+                learners={teacher: ready.source},
+                teachers={teacher: ready},
+                importance=Importance(batch_size, residual),
+            )
+            self.phases.append(phase)
         return unscored(ready.source)
 
     def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:

@@ -350,12 +350,12 @@ def _cost(report: Report) -> Iterator[Block]:
     cost = report.get("cost")
     if cost is None:
         return
-    spent, whole = cost["seconds"], cost["maxidisc_seconds"]
+    spent, whole = cost["seconds"], cost["alternative_seconds"]
     bars = [
         Bar("this run", spent, duration(spent)),
-        Bar("MaxiDisc", whole, duration(whole), "baseline"),
+        Bar(cost["alternative"], whole, duration(whole), "baseline"),
     ]
-    words = f"{cost_line(cost)}. MaxiDisc's time is estimated from the speed of this run."
+    words = f"{cost_line(cost)}. The other time is estimated from the speed of this run."
     yield BarGroups([Bars("training time", bars)], words)
 
 

@@ -64,13 +64,13 @@ def elsewhere_lines(seconds: Mapping[str, float]) -> list[str]:
 
 
 def cost_line(cost: CostReport) -> str:
-    """Return the cost of choosing the assistant, beside that of trying all of them."""
-    spent, whole = cost["seconds"], cost["maxidisc_seconds"]
+    """Return the cost of a method's choice, beside that of the other way to make the choice."""
+    spent, whole = cost["seconds"], cost["alternative_seconds"]
     ratio = f"{whole / spent:.1f}x" if spent > 0 else ""
     times = {"": "", "1.0x": " (as long)"}.get(ratio, f" ({ratio})")
     return (
-        f"{_trials(cost['trials'])}, {duration(spent)}; every assistant tried (MaxiDisc): "
-        f"{_trials(cost['maxidisc_trials'])}, about {duration(whole)}{times}"
+        f"{_trials(cost['trials'])}, {duration(spent)}; {cost['alternative']}: "
+        f"{_trials(cost['alternative_trials'])}, about {duration(whole)}{times}"
     )
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from megakd.config.file import config_tree, dump_config, load_config
-from megakd.config.run import FROM_TEACHER, RunConfig
+from megakd.config.run import RunConfig
 from megakd.config.yaml12 import parse_yaml
 from megakd.contract.results import Report
-from megakd.contract.tasks import STUDENT
+from megakd.contract.tasks import FROM_TEACHER, STUDENT
 from megakd.data.encoding import tokenizer_content
 from megakd.engine.distributed import agree, on_main
 from megakd.errors import CheckpointError, ConfigError, MegakdError

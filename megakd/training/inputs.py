@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from megakd.config.deepspeed import check_frozen_stage, load_ds_config
-from megakd.config.run import FROM_TEACHER, RunConfig, StudentConfig, TeacherConfig
+from megakd.config.run import RunConfig, StudentConfig, TeacherConfig
 from megakd.contract.metrics import Metric
-from megakd.contract.tasks import ONE_LABEL_METRICS, STUDENT
+from megakd.contract.tasks import FROM_TEACHER, ONE_LABEL_METRICS, STUDENT
 from megakd.contract.terms import looks_inside
 from megakd.data.encoding import Encoded, encode_splits
 from megakd.data.splits import Splits, load_splits

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megakd.config.messages import suggestion
 from megakd.contract.batch import IGNORE
 from megakd.contract.metrics import Metric
 from megakd.contract.plugins import metric_of
 from megakd.contract.tasks import LANGUAGE_TASKS, METRICS, ONE_LABEL_METRICS
-from megakd.errors import ConfigError, DataError, TrainingError
+from megakd.errors import ConfigError, DataError, TrainingError, suggestion
 from megakd.training.evaluation import headline
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megakd.config.deepspeed import load_ds_config, zero_stage
-from megakd.config.run import FROM_TEACHER, RunConfig, inherit
+from megakd.config.run import RunConfig, inherit
 from megakd.contract.stage import Stage, StageResult
+from megakd.contract.tasks import FROM_TEACHER
 from megakd.contract.terms import HardCrossEntropy, TermConfig, hard_terms
 from megakd.methods import file_of
 

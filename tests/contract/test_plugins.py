@@ -33,7 +33,7 @@ CONFIG = {
 }
 BASE = """
 from pydantic.dataclasses import dataclass
-from megakd.methods.plugin import PluginMethod
+from megakd.contract.methods import MethodOptions
 from megakd.contract.terms import STRICT, PluginTerm
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Inside(Good):
     reads_hidden_states = True
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class NoRun(PluginMethod):
+class NoRun(MethodOptions):
     pass
 """
 
@@ -160,7 +160,7 @@ def test_options_of_a_plugin_are_checked_as_megakds_own_are(term, message):
         ),
         ({"name": "my_method:WarmUp", "label_steps": 0}, "method.label_steps: must be at least 1"),
         ({"name": "broken_plugins:NoRun"}, "has no function run(config, lab)"),
-        ({"name": "broken_plugins:Good"}, "Good is no dataclass derived from PluginMethod"),
+        ({"name": "broken_plugins:Good"}, "Good is no dataclass derived from MethodOptions"),
     ],
 )
 def test_options_of_a_plugged_in_method_are_checked(method, message):

@@ -11,7 +11,7 @@ from megakd.config.file import load_config
 from megakd.engine import distributed
 from megakd.engine.student import StudentEngine
 from megakd.methods import run_method
-from megakd.methods.selecting import Selecting
+from megakd.methods.knowledge_selection.selecting import Selecting
 from megakd.run.lab import Lab
 from megakd.training.inputs import prepare
 from megakd.training.instruments import Instruments

@@ -10,8 +10,20 @@ import pytest
 import torch
 from torch import nn
 
-from megakd.methods.selecting import Choosing, Episodes, LearningToSelect, Running, Selecting
-from megakd.methods.selector import ActorCritic, Learning, Selector, Shape, Transition
+from megakd.methods.knowledge_selection.selecting import (
+    Choosing,
+    Episodes,
+    LearningToSelect,
+    Running,
+    Selecting,
+)
+from megakd.methods.knowledge_selection.selector import (
+    ActorCritic,
+    Learning,
+    Selector,
+    Shape,
+    Transition,
+)
 from megakd.training.checkpoint import check_plain
 from megakd.training.instruments import Instruments
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megakd.errors import TeacherError
-from megakd.methods.selector import (
+from megakd.methods.knowledge_selection.selector import (
     ActorCritic,
     Learning,
     Samples,

@@ -174,7 +174,13 @@ def test_the_cost_of_trying_every_assistant_is_told() -> None:
 
 
 def test_trying_every_assistant_that_would_take_as_long_is_told_in_words() -> None:
-    cost: Any = {"trials": 1, "seconds": 24.5, "maxidisc_trials": 3, "maxidisc_seconds": 24.9}
+    cost: Any = {
+        "trials": 1,
+        "seconds": 24.5,
+        "alternative": "every assistant tried (MaxiDisc)",
+        "alternative_trials": 3,
+        "alternative_seconds": 24.9,
+    }
 
     line = cost_line(cost)
 

@@ -11,8 +11,8 @@ import pytest
 from megakd.contract.metrics import MetricJudge
 from megakd.contract.stage import Constant, Pass, Planned
 from megakd.errors import MegakdError
+from megakd.methods.knowledge_selection.selecting import RandomWeights
 from megakd.methods.minidisc import Sandwich, TradeoffJudge
-from megakd.methods.selecting import RandomWeights
 from megakd.methods.skdbert import Drawn
 from megakd.run.stage_identity import facts_of
 from megakd.training.evaluation import headline

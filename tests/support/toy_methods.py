@@ -12,6 +12,7 @@ import torch
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.batch import Batch
+from megakd.contract.methods import MethodOptions
 from megakd.contract.metrics import WHOLE, Metric
 from megakd.contract.stage import (
     BatchSource,
@@ -26,13 +27,12 @@ from megakd.contract.stage import (
 )
 from megakd.contract.terms import STRICT
 from megakd.contract.units import UnitOrder, View
-from megakd.methods.plugin import PluginMethod
 
 LAYERS, HEADS, WIDTH = 2, 2, 16
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class Pruner(PluginMethod):
+class Pruner(MethodOptions):
     """Prune neurons by their sensitivity while distilling, in windows of one run.
 
     ends: steps at which a window ends; after each the student has `keep` neurons per layer.
@@ -43,7 +43,7 @@ class Pruner(PluginMethod):
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class Pair(PluginMethod):
+class Pair(MethodOptions):
     """Train two models at once, one of which teaches the other and reads other token numbers."""
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.methods import OneTeacherOptions
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.contract.terms import STRICT, Count, Fraction, HiddenMse, Positive, RelationFsp, Weight
 from megakd.errors import ConfigError, TeacherError
@@ -25,17 +26,16 @@ if TYPE_CHECKING:
     from megakd.contract.lab import Lab
     from megakd.contract.stage import StageResult, Strategy
     from megakd.contract.terms import TermConfig
-    from megakd.methods.selecting import Choosing
-    from megakd.methods.selector import Selector, Shape
+    from megakd.methods.knowledge_selection.selecting import Choosing
+    from megakd.methods.knowledge_selection.selector import Selector, Shape
 
 STAGE = "selector"
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class KnowledgeSelectionConfig:
+class KnowledgeSelectionConfig(OneTeacherOptions):
     """The terms of the objective are kinds of knowledge, weighed anew at every step.
 
-    teacher: the name of one of several; null where there is only one.
     policy: `learned` by a selector, or a control: `all` kinds as the objective has them,
         `random_soft` or `random_hard` weights.
     action: of the learned policy: weights between 0 and 1, or a kind is used or not.
@@ -56,7 +56,6 @@ class KnowledgeSelectionConfig:
     """
 
     name: Literal["knowledge_selection"]
-    teacher: str | None = None
     policy: Literal["learned", "all", "random_soft", "random_hard"] = "learned"
     action: Literal["soft", "hard"] = "soft"
     threshold: Fraction = 0.5
@@ -73,6 +72,11 @@ class KnowledgeSelectionConfig:
     selector_learning_rate: Positive = 1e-3
     selector: Path | None = None
 
+    @property
+    def looks_into_teacher(self) -> bool:
+        """A learned policy reads the hidden states of the teacher."""
+        return self.policy == "learned"
+
 
 def run(config: KnowledgeSelectionConfig, lab: Lab) -> StageResult:
     """Stage 1 where a selector is to be learned, then the student."""
@@ -81,7 +85,7 @@ def run(config: KnowledgeSelectionConfig, lab: Lab) -> StageResult:
         return lab.train(_student(teacher, kinds, Constant((Pass(teacher=teacher),))))
     if config.policy != "learned":
         return lab.train(_student(teacher, kinds, _random(config, lab, teacher, kinds)))
-    from megakd.methods.selecting import Selecting
+    from megakd.methods.knowledge_selection.selecting import Selecting
 
     selector = _selector(config, lab, teacher, kinds)
     instruments = lab.instruments("student")
@@ -110,7 +114,7 @@ def _student(
 def _random(
     config: KnowledgeSelectionConfig, lab: Lab, teacher: str, kinds: tuple[TermConfig, ...]
 ) -> Strategy:
-    from megakd.methods.selecting import RandomWeights
+    from megakd.methods.knowledge_selection.selecting import RandomWeights
 
     return RandomWeights(
         teacher,
@@ -123,7 +127,7 @@ def _random(
 
 def _choosing(config: KnowledgeSelectionConfig, lab: Lab) -> Choosing:
     from megakd.contract.tasks import LANGUAGE_TASKS
-    from megakd.methods.selecting import Choosing
+    from megakd.methods.knowledge_selection.selecting import Choosing
 
     return Choosing(
         hard=config.action == "hard",
@@ -139,8 +143,8 @@ def _selector(
     config: KnowledgeSelectionConfig, lab: Lab, teacher: str, kinds: tuple[TermConfig, ...]
 ) -> Selector:
     """The saved one, or what stage 1 comes to."""
-    from megakd.methods.selecting import SELECTOR
-    from megakd.methods.selector import Shape, load_selector
+    from megakd.methods.knowledge_selection.selecting import SELECTOR
+    from megakd.methods.knowledge_selection.selector import Shape, load_selector
 
     shape = Shape(*lab.widths(teacher), tuple(kind.loss for kind in kinds), config.hidden)
     if config.selector is not None:
@@ -153,7 +157,7 @@ def _selector(
 def _new(lab: Lab, shape: Shape) -> Selector:
     import torch
 
-    from megakd.methods.selector import Selector
+    from megakd.methods.knowledge_selection.selector import Selector
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(lab.config.seed)
@@ -167,8 +171,8 @@ def _stage_1(
     kinds: tuple[TermConfig, ...],
     shape: Shape,
 ) -> Stage:
-    from megakd.methods.selecting import Episodes, LearningToSelect
-    from megakd.methods.selector import Learning
+    from megakd.methods.knowledge_selection.selecting import Episodes, LearningToSelect
+    from megakd.methods.knowledge_selection.selector import Learning
 
     steps = config.episode_steps or lab.steps_of_student()
     phase = config.phase_steps or max(1, math.ceil(steps / 10))

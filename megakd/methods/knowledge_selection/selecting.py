@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megakd.contract.positions import first_positions
 from megakd.contract.stage import Pass, Planned
-from megakd.methods.selector import (
+from megakd.methods.knowledge_selection.selector import (
     ActorCritic,
     Learning,
     Selector,
