@@ -32,7 +32,7 @@ from megakd.contract.stage import Constant, Pass, Stage
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
 from megakd.methods.minidisc import Sandwich
-from megakd.pruning.workshop import shape_of_cut, unscored
+from megakd.pruning.store import shape_of_cut, unscored
 from megakd.run.lab import Lab
 from megakd.training.inputs import prepare
 from megakd.training.progress import Reporter
@@ -99,15 +99,15 @@ def measured(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> list
     reporter = Reporter(config.output_dir, is_main=ranks.is_main)
     lab = Lab(config, prepared, ranks, reporter)
     name = lab.teacher()
-    specification = unscored(prepared.sources["student"])
+    ranked = unscored(prepared.sources["student"])
     views = {
-        f"{sparsity:g}": specification.view_at(sparsity, allocation="global", round_to=8)
+        f"{sparsity:g}": ranked.view_at(sparsity, allocation="global", round_to=8)
         for sparsity in given.grid
     }
     stages = [stage_of(config, name, views, given), stage_of(config, name, {}, given)]
     if not given.whole:
         widest = next(iter(views.values()))
-        start = shape_of_cut(specification.source, widest, config.task.type)
+        start = shape_of_cut(ranked.source, widest, config.task.type)
         stages[0] = replace(stages[0], start=start)
     teacher = lab._frozen(name, lab.needs(stages[1]))  # noqa: SLF001 - as `Lab.train` does
     assembly = lab.assembly  # knows the teachers that are ready

@@ -150,7 +150,7 @@ class Predictions(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reading:
+class LossInputs:
     """What a group of terms computes from.
 
     kernels: the code path of megakd_kernels, as `train.kernels` names it.

@@ -53,7 +53,7 @@ class SortedModel(Protocol):
         ...
 
 
-class Instruments(Protocol):
+class HeldOutProbe(Protocol):
     """What a strategy that measures may use while a stage runs; every method is a collective."""
 
     def add_up(self, tensor: Tensor) -> Tensor:
@@ -147,7 +147,9 @@ class Lab(Protocol):
         """Return the teacher with units that are all alike, before it is trained."""
         ...
 
-    def specify(self, teacher: str, split: str, *, batch_size: int, residual: bool) -> SortedModel:
+    def sorted_teacher(
+        self, teacher: str, split: str, *, batch_size: int, residual: bool
+    ) -> SortedModel:
         """Sort the units of a teacher by importance; measured once.
 
         Args:
@@ -198,7 +200,7 @@ class Lab(Protocol):
         """
         ...
 
-    def instruments(self, stage: str) -> Instruments | None:
+    def probe(self, stage: str) -> HeldOutProbe | None:
         """Return what a strategy may measure with in a stage; None where nothing is trained."""
         ...
 

@@ -30,7 +30,7 @@ class Pass:
     weights: term name -> weight in place of the objective's own; None keeps them. A term of
         weight 0 here is left out: it is neither computed nor reported.
     weigh: the same, asked in the student's forward about what both models said of a micro-batch
-        (a `Reading`); on all ranks alike. What it gives multiplies the weights.
+        (a `LossInputs`); on all ranks alike. What it gives multiplies the weights.
     """
 
     teacher: str | None = None
@@ -67,8 +67,12 @@ class Teacher(Protocol):
         """What the student's losses need of this micro-batch, detached."""
         ...
 
-    def expect(self, *, soon: bool) -> None:
-        """Told where others of its stage wait too: whether the next step asks it, or another."""
+    def prefetch(self) -> None:
+        """Make ready for the next step, which asks this teacher."""
+        ...
+
+    def evict(self) -> None:
+        """Make room: the next step asks other teachers."""
         ...
 
 
@@ -84,7 +88,7 @@ class Strategy(Protocol):
         """A start of the stage, fresh or resumed, is about to take this step."""
         ...
 
-    def plan(self, step: int) -> tuple[Pass, ...]:
+    def passes(self, step: int) -> tuple[Pass, ...]:
         """Return the passes of a step: a function of (config, seed, step) without side effects.
 
         The loop may ask about any step, any number of times: while a step is taken it asks about
@@ -118,13 +122,13 @@ class Strategy(Protocol):
 
 
 @dataclass(frozen=True)
-class Planned:
+class Stateless:
     """A strategy that only plans: it keeps nothing and has no part in an update."""
 
     def begin(self, student: Any, step: int) -> None:
         """Nothing to do."""
 
-    def plan(self, step: int) -> tuple[Pass, ...]:
+    def passes(self, step: int) -> tuple[Pass, ...]:
         """The passes of this step."""
         raise TypeError(f"{type(self).__name__} plans nothing at step {step}")
 
@@ -151,15 +155,15 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Constant(Planned):
+class Constant(Stateless):
     """The strategy that plans the same passes at every step."""
 
-    passes: tuple[Pass, ...] = (Pass(),)
+    planned: tuple[Pass, ...] = (Pass(),)
 
-    def plan(self, step: int) -> tuple[Pass, ...]:
+    def passes(self, step: int) -> tuple[Pass, ...]:
         """The same passes, whatever the step."""
         del step
-        return self.passes
+        return self.planned
 
 
 Scores = Mapping[str, Mapping[str, float]]

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megakd.engine import leftovers
+from megakd.engine import stale_locks
 from megakd.errors import MegakdError, PeerLostError
 
 logger = logging.getLogger(__name__)
@@ -65,8 +65,8 @@ def start() -> Ranks:
     _put_ninja_on_path()
     extensions = use_own_extensions_folder()
     if os.environ["LOCAL_RANK"] == "0":
-        leftovers.remove_dead_locks(extensions)
-        leftovers.remove_dead_buffers()
+        stale_locks.remove_dead_locks(extensions)
+        stale_locks.remove_dead_buffers()
     _init_process_group()
     return ranks()
 
@@ -102,11 +102,11 @@ def _init_process_group() -> None:
     deepspeed_logger.setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "warning").upper())
     on_cpu = _accelerator().device_name() == "cpu"
     if on_cpu:
-        leftovers.check_shared_memory(_local_world())
+        stale_locks.check_shared_memory(_local_world())
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT)
     if on_cpu:
         dist.barrier()
-        leftovers.release_own_buffer()
+        stale_locks.release_own_buffer()
     else:
         _accelerator().set_device(int(os.environ["LOCAL_RANK"]))
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megakd.contract.batch import Batch, Counts, Knowledge, Losses, Predictions, Reading, Unit
+from megakd.contract.batch import Batch, Counts, Knowledge, Losses, LossInputs, Predictions, Unit
 from megakd.contract.stage import Pass, teacher_names
 from megakd.contract.tasks import Kernels
 from megakd.contract.unit_counts import UnitCounter, unit_weights
@@ -29,7 +29,7 @@ class ReadPass(NamedTuple):
     """A pass, what its losses read, and its share in the report of its view."""
 
     planned: Pass
-    reading: Reading
+    reading: LossInputs
     share: float
 
 
@@ -173,9 +173,9 @@ class StudentBundle(nn.Module):
         taught: Knowledge | None,
         planned: Pass,
         per_unit: Mapping[Unit, Tensor],
-    ) -> Reading:
+    ) -> LossInputs:
         chosen = dict(planned.weights or {})
-        reading = Reading(
+        reading = LossInputs(
             student=said,
             teacher=taught,
             batch=batch,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import megakd_kernels
-from megakd.contract.batch import AttentionVectors, Batch, Knowledge, Reading, Unit
+from megakd.contract.batch import AttentionVectors, Batch, Knowledge, LossInputs, Unit
 from megakd.contract.positions import first_positions
 from megakd.contract.shapes import Pairs
 from megakd.contract.terms import (
@@ -39,15 +39,15 @@ class LayerTerm(TermGroup):
         self.name, self.pairs = name, pairs
         self.units: Mapping[str, Unit] = {name: "tokens"}
 
-    def layer(self, reading: Reading, index: int) -> Tensor:
+    def layer(self, reading: LossInputs, index: int) -> Tensor:
         """The sum over tokens of the pair number `index`."""
         raise TypeError(f"{type(self).__name__} computes nothing")
 
-    def layers(self, reading: Reading) -> Sequence[Tensor]:
+    def layers(self, reading: LossInputs) -> Sequence[Tensor]:
         """The sums of all pairs."""
         return [self.layer(reading, index) for index in range(len(self.pairs))]
 
-    def forward(self, reading: Reading) -> Evaluated:
+    def forward(self, reading: LossInputs) -> Evaluated:
         """The mean over layers of each layer's sum over its unit."""
         total = torch.stack(list(self.layers(reading))).mean()
         scale = reading.weights[self.name] * reading.per_unit[self.units[self.name]]
@@ -66,7 +66,7 @@ class Projections(nn.ModuleList):
         return cast("nn.Linear", self[index]).weight if len(self) else None
 
 
-class Flows(LayerTerm):
+class FspMatrices(LayerTerm):
     """`relation_fsp`: the mean over flows; a flow leads from a mapped layer to the next.
 
     Counted in rows. Where widths differ the student's states are projected, by a matrix per
@@ -80,7 +80,7 @@ class Flows(LayerTerm):
         self.units = {term.loss: "examples"}
         self.projections = Projections(len(pairs), *widths)
 
-    def layers(self, reading: Reading) -> Sequence[Tensor]:
+    def layers(self, reading: LossInputs) -> Sequence[Tensor]:
         """The sums over rows of all flows."""
         weights = [self.projections.weight(index) for index in range(len(self.projections))]
         return flow_errors(
@@ -113,7 +113,7 @@ class HiddenStates(LayerTerm):
         if self.first_alone:
             self.units = {term.loss: "examples"}
 
-    def layer(self, reading: Reading, index: int) -> Tensor:
+    def layer(self, reading: LossInputs, index: int) -> Tensor:
         """Squared error, or one minus the cosine."""
         student, teacher = self.pairs[index]
         valid = reading.batch.valid
@@ -139,7 +139,7 @@ class AttentionMatrices(LayerTerm):
         self.fit, self.causal = term.fit, causal
         self.needs = Needs(attention_layers=tuple(dict.fromkeys(s for s, _ in pairs)))
 
-    def layer(self, reading: Reading, index: int) -> Tensor:
+    def layer(self, reading: LossInputs, index: int) -> Tensor:
         """Squared error of scores or probabilities."""
         student, teacher = self.pairs[index]
         seen = visible_keys(reading.batch, causal=self.causal)[:, None]  # [B, 1, T, T]
@@ -172,7 +172,7 @@ class Relations(LayerTerm):
         self.relations, self.relation_heads, self.causal = term.relations, heads, causal
         self.needs = Needs(attention_layers=tuple(dict.fromkeys(s for s, _ in pairs)))
 
-    def layer(self, reading: Reading, index: int) -> Tensor:
+    def layer(self, reading: LossInputs, index: int) -> Tensor:
         """KL(teacher's relation || student's) in nats, summed over the keys a token sees."""
         student, teacher = self.pairs[index]
         ours, theirs = _vectors(reading.student, student), _vectors(reading.taught, teacher)

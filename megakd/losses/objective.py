@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from megakd.contract.batch import Reading, Unit
+from megakd.contract.batch import LossInputs, Unit
 from megakd.contract.shapes import Shape, _check_heads, layer_pairs, relation_heads
 from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
 from megakd.contract.terms import (
@@ -28,7 +28,7 @@ from megakd.contract.terms import (
 )
 from megakd.contract.unit_counts import COUNTERS, UnitCounter
 from megakd.errors import ConfigError, TeacherError
-from megakd.losses.layers import AttentionMatrices, Flows, HiddenStates, Relations
+from megakd.losses.layers import AttentionMatrices, FspMatrices, HiddenStates, Relations
 from megakd.losses.plugin_losses import PluginLoss
 from megakd.losses.rows import HardClasses, Scores, SoftClasses
 from megakd.losses.targets import AGREEMENT, Evaluated, TermGroup, language_model_groups
@@ -60,7 +60,7 @@ class Objective(nn.Module):
         )
         self.needs_teacher = any(g.needs_teacher for g in groups)
 
-    def forward(self, readings: Sequence[Reading]) -> list[Evaluated]:
+    def forward(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
         """For each reading its weighted and scaled total with gradient, and its detached sums.
 
         Groups may put the total of several readings into one of them: add up all.
@@ -71,7 +71,7 @@ class Objective(nn.Module):
         of_groups = [group.of_all(readings) for group in self._wanted(readings)]
         return [_added(parts) for parts in zip(*of_groups, strict=True)]
 
-    def _wanted(self, readings: Sequence[Reading]) -> list[TermGroup]:
+    def _wanted(self, readings: Sequence[LossInputs]) -> list[TermGroup]:
         """Groups of which some reading does not leave out every term."""
         groups = cast("list[TermGroup]", list(self.groups))
         left_out = frozenset.intersection(*(reading.left_out for reading in readings))
@@ -128,7 +128,7 @@ def _intermediate_groups(
         elif isinstance(term, AttentionMse):
             yield AttentionMatrices(term, pairs, causal=causal)
         elif isinstance(term, RelationFsp):
-            yield Flows(term, pairs, (student.width, teacher.width))
+            yield FspMatrices(term, pairs, (student.width, teacher.width))
         else:
             yield HiddenStates(term, pairs, (student.width, teacher.width))
 

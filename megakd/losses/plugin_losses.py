@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megakd.contract.batch import Knowledge, Reading
+from megakd.contract.batch import Knowledge, LossInputs
 from megakd.contract.terms import PluginTerm
 from megakd.errors import ConfigError
 from megakd.losses.targets import Evaluated, TermGroup
@@ -21,7 +21,7 @@ class PluginLoss(TermGroup):
         self.needs = Needs(hidden_states=term.reads_hidden_states)
         self.needs_teacher = term.needs_teacher
 
-    def forward(self, reading: Reading) -> Evaluated:
+    def forward(self, reading: LossInputs) -> Evaluated:
         """Weigh and count the sum that the package gives.
 
         Raises:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import megakd_kernels
-from megakd.contract.batch import IGNORE, Knowledge, Reading, Unit
+from megakd.contract.batch import IGNORE, Knowledge, LossInputs, Unit
 from megakd.contract.terms import HardCrossEntropy, HardMse, SoftTarget, SoftTargetMse
 from megakd.losses.targets import AGREEMENT, DIVERGENCE, Evaluated, TermGroup
 
@@ -29,7 +29,7 @@ class HardClasses(TermGroup):
         self.class_weights = None if weights is None else tuple(weights.values())
         self._on_device: Tensor | None = None
 
-    def forward(self, reading: Reading) -> Evaluated:
+    def forward(self, reading: LossInputs) -> Evaluated:
         """Cross-entropy in nats, summed over labelled rows."""
         if self.class_weights is None and not self.smoothing:
             total, reported = self._plain(reading)
@@ -39,7 +39,7 @@ class HardClasses(TermGroup):
         scale = reading.weights["hard_cross_entropy"] * reading.per_unit["targets"]
         return Evaluated(total * scale, {"hard_cross_entropy": reported})
 
-    def _plain(self, reading: Reading) -> tuple[Tensor, Tensor]:
+    def _plain(self, reading: LossInputs) -> tuple[Tensor, Tensor]:
         out = megakd_kernels.kd_loss_from_logits(
             _logits(reading.student),
             None,
@@ -83,7 +83,7 @@ class SoftClasses(TermGroup):
         self.term = term
         self.units = {term.loss: "examples", AGREEMENT: "examples"}
 
-    def forward(self, reading: Reading) -> Evaluated:
+    def forward(self, reading: LossInputs) -> Evaluated:
         """The divergence in nats times T², summed over rows."""
         taught = _logits(reading.taught)
         trusts = getattr(self.term, "row_weight", "equal") == "teacher_loss"
@@ -115,7 +115,7 @@ class Scores(TermGroup):
         self.trusts = getattr(term, "row_weight", "equal") == "teacher_loss"
         self.units = {term.loss: "examples" if self.needs_teacher else "targets"}
 
-    def forward(self, reading: Reading) -> Evaluated:
+    def forward(self, reading: LossInputs) -> Evaluated:
         """Squared error, summed over the rows that count."""
         scores = _logits(reading.student).float().squeeze(-1)
         target, counts = self._target(reading)
@@ -128,7 +128,7 @@ class Scores(TermGroup):
         scale = reading.weights[self.name] * reading.per_unit[self.units[self.name]]
         return Evaluated(total * scale, {self.name: total.detach()})
 
-    def _target(self, reading: Reading) -> tuple[Tensor, Tensor]:
+    def _target(self, reading: LossInputs) -> tuple[Tensor, Tensor]:
         if self.needs_teacher:
             scores = _logits(reading.taught).float().squeeze(-1)
             return scores, reading.batch.valid.any(dim=1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import megakd_kernels
-from megakd.contract.batch import IGNORE, Knowledge, Reading, TopK, Unit
+from megakd.contract.batch import IGNORE, Knowledge, LossInputs, TopK, Unit
 from megakd.contract.terms import SoftTarget, SoftTargetKl
 from megakd.contract.unit_counts import UnitCounter
 from megakd.models.knowledge import Needs
@@ -52,11 +52,11 @@ class TermGroup(nn.Module):
     needs = Needs()
     needs_teacher = False
 
-    def forward(self, reading: Reading) -> Evaluated:
+    def forward(self, reading: LossInputs) -> Evaluated:
         """The group's weighted total, not yet scaled, and its terms' sums."""
         raise TypeError(f"{type(self).__name__} computes nothing")
 
-    def of_all(self, readings: Sequence[Reading]) -> list[Evaluated]:
+    def of_all(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
         """One for each reading; the scaled totals mean something as their sum alone."""
         return [_scaled(self(reading), reading.scale) for reading in readings]
 
@@ -74,12 +74,12 @@ class LanguageModelTargets(TermGroup):
         names = [*(["hard_cross_entropy"] if hard else []), *(t.loss for t in soft)]
         self.units = dict.fromkeys([*names, *([AGREEMENT] if soft else [])], "targets")
 
-    def forward(self, reading: Reading) -> Evaluated:
+    def forward(self, reading: LossInputs) -> Evaluated:
         """Nats (times T² for the soft terms), summed over positions with a label."""
         out = self._scored(_stacked([reading], with_teacher=bool(self.soft)), reading)
         return Evaluated(out.loss, self._sums(out, slice(None), 1.0))
 
-    def of_all(self, readings: Sequence[Reading]) -> list[Evaluated]:
+    def of_all(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
         """Readings that differ in what the student said and in scale alone go through together."""
         found: dict[int, Evaluated] = {}
         for indices in _alike(readings):
@@ -87,7 +87,7 @@ class LanguageModelTargets(TermGroup):
             found.update(zip(indices, together, strict=True))
         return [found[index] for index in range(len(readings))]
 
-    def _together(self, readings: Sequence[Reading]) -> list[Evaluated]:
+    def _together(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
         first, *others = readings
         if not others:
             return super().of_all(readings)
@@ -100,7 +100,7 @@ class LanguageModelTargets(TermGroup):
         totals = [out.loss, *(out.loss.new_zeros(()) for _ in others)]
         return [Evaluated(*pair) for pair in zip(totals, sums, strict=True)]
 
-    def _scored(self, rows: Rows, reading: Reading) -> megakd_kernels.KDOutput:
+    def _scored(self, rows: Rows, reading: LossInputs) -> megakd_kernels.KDOutput:
         head, bias = _head(reading.student)
         if rows.top_k is not None:
             return self._scored_from_top_k(rows, rows.top_k, reading)
@@ -129,7 +129,7 @@ class LanguageModelTargets(TermGroup):
         )
 
     def _scored_from_top_k(
-        self, rows: Rows, top_k: TopK, reading: Reading
+        self, rows: Rows, top_k: TopK, reading: LossInputs
     ) -> megakd_kernels.KDOutput:
         """Tokens that a cache lacks are one more, whose probability is what is missing to 1."""
         head, bias = _head(reading.student)
@@ -161,13 +161,13 @@ class LanguageModelTargets(TermGroup):
             sums[AGREEMENT] = out.row_agrees[rows].sum()
         return sums
 
-    def _hard_weight(self, reading: Reading) -> float | Tensor:
+    def _hard_weight(self, reading: LossInputs) -> float | Tensor:
         """As a tensor, for the number 0 would leave the term out of the report too."""
         if not self.hard:
             return 0.0
         return reading.per_unit["targets"].new_full((), reading.weights["hard_cross_entropy"])
 
-    def _teacher_head(self, reading: Reading) -> tuple[Tensor | None, Tensor | None]:
+    def _teacher_head(self, reading: LossInputs) -> tuple[Tensor | None, Tensor | None]:
         if not self.soft:
             return None, None
         weight, bias = _head(reading.taught)
@@ -184,7 +184,7 @@ class Rows(NamedTuple):
     top_k: TopK | None = None
 
 
-def _stacked(readings: Sequence[Reading], *, with_teacher: bool) -> Rows:
+def _stacked(readings: Sequence[LossInputs], *, with_teacher: bool) -> Rows:
     """The rows of readings of one batch, one reading after the other, weighted by their scales."""
     first, count = readings[0], len(readings)
     top_k = first.taught.top_k if with_teacher else None
@@ -203,7 +203,7 @@ def _stacked(readings: Sequence[Reading], *, with_teacher: bool) -> Rows:
     )
 
 
-def _alike(readings: Sequence[Reading]) -> Iterable[list[int]]:
+def _alike(readings: Sequence[LossInputs]) -> Iterable[list[int]]:
     """Which readings have the same teacher and weights; one without a scale stays alone."""
     found: dict[object, list[int]] = {}
     for index, reading in enumerate(readings):

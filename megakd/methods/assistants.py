@@ -135,12 +135,12 @@ def view_name(sparsity: float) -> str:
 
 
 def views_of(
-    config: AssistantOptions, lab: Lab, specification: SortedModel, sparsities: Sequence[float]
+    config: AssistantOptions, lab: Lab, ranked: SortedModel, sparsities: Sequence[float]
 ) -> dict[str, View]:
     """Candidates by name, the widest first."""
     with_heads = _attentions_read(config, lab)
     return {
-        view_name(sparsity): specification.view_at(
+        view_name(sparsity): ranked.view_at(
             sparsity,
             allocation=config.allocation,
             round_to=config.round_to,
@@ -151,11 +151,9 @@ def views_of(
     }
 
 
-def view_of(
-    config: AssistantOptions, lab: Lab, specification: SortedModel, sparsity: float
-) -> View:
+def view_of(config: AssistantOptions, lab: Lab, ranked: SortedModel, sparsity: float) -> View:
     """One candidate."""
-    return views_of(config, lab, specification, [sparsity])[view_name(sparsity)]
+    return views_of(config, lab, ranked, [sparsity])[view_name(sparsity)]
 
 
 def _attentions_read(config: AssistantOptions, lab: Lab) -> frozenset[int]:
@@ -168,13 +166,13 @@ def _attentions_read(config: AssistantOptions, lab: Lab) -> frozenset[int]:
     return frozenset(layer - 1 for pair in pairs for layer in pair)
 
 
-def size_at(config: AssistantOptions, lab: Lab, specification: SortedModel, sparsity: float) -> int:
+def size_at(config: AssistantOptions, lab: Lab, ranked: SortedModel, sparsity: float) -> int:
     """Weights of the encoder that are left at a sparsity; 0 is the whole of it."""
-    view = view_of(config, lab, specification, sparsity)
-    return lab.parameters(specification.source, view).encoder_parameters
+    view = view_of(config, lab, ranked, sparsity)
+    return lab.parameters(ranked.source, view).encoder_parameters
 
 
-def specified(config: AssistantOptions, lab: Lab) -> tuple[str, SortedModel]:
+def ranked_teacher(config: AssistantOptions, lab: Lab) -> tuple[str, SortedModel]:
     """The name of the teacher, and what its units are worth: what every schedule begins with.
 
     Raises:
@@ -182,12 +180,12 @@ def specified(config: AssistantOptions, lab: Lab) -> tuple[str, SortedModel]:
     """
     check_reach(config, lab)
     teacher = lab.teacher()
-    return teacher, specification_of(config, lab, teacher)
+    return teacher, ranked_units(config, lab, teacher)
 
 
-def specification_of(config: AssistantOptions, lab: Lab, teacher: str) -> SortedModel:
+def ranked_units(config: AssistantOptions, lab: Lab, teacher: str) -> SortedModel:
     """Return what a teacher's units are worth; measured once."""
-    return lab.specify(
+    return lab.sorted_teacher(
         teacher,
         config.importance_split,
         batch_size=config.importance_batch_size,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.terms import STRICT
-from megakd.methods.assistants import AssistantOptions, leg, specified, view_of
+from megakd.methods.assistants import AssistantOptions, leg, ranked_teacher, view_of
 
 if TYPE_CHECKING:
     from megakd.contract.lab import Lab
@@ -23,7 +23,7 @@ class DirectConfig(AssistantOptions):
 
 def run(config: DirectConfig, lab: Lab) -> StageResult:
     """One leg."""
-    teacher, specification = specified(config, lab)
-    view = view_of(config, lab, specification, config.target_sparsity)
-    start = lab.cut(specification.source, view, "cut")
+    teacher, ranked = ranked_teacher(config, lab)
+    view = view_of(config, lab, ranked, config.target_sparsity)
+    start = lab.cut(ranked.source, view, "cut")
     return lab.train(leg(config, lab, "student", teacher=teacher, start=start))

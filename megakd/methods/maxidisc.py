@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.terms import STRICT
-from megakd.methods.assistants import AssistantOptions, leg, specified, view_name, view_of, views_of
+from megakd.methods.assistants import (
+    AssistantOptions,
+    leg,
+    ranked_teacher,
+    view_name,
+    view_of,
+    views_of,
+)
 from megakd.methods.tradeoff import tradeoff
 
 if TYPE_CHECKING:
@@ -38,10 +45,10 @@ class Path(NamedTuple):
 
 def run(config: MaxiDiscConfig, lab: Lab) -> StageResult:
     """Two legs per assistant; the student of the best score on the validation split."""
-    _, specification = specified(config, lab)
+    _, ranked = ranked_teacher(config, lab)
     metric = lab.metric(config.metric)
     paths = [
-        _path(config, lab, specification, sparsity)
+        _path(config, lab, ranked, sparsity)
         for sparsity in config.sparsities
         if sparsity <= config.target_sparsity
     ]
@@ -49,18 +56,18 @@ def run(config: MaxiDiscConfig, lab: Lab) -> StageResult:
     for path in paths[1:]:
         if metric.of(path.student.metrics) > metric.of(best.student.metrics):
             best = path
-    _record(config, lab, specification, paths, best)
+    _record(config, lab, ranked, paths, best)
     return best.student
 
 
-def _path(config: MaxiDiscConfig, lab: Lab, specification: SortedModel, sparsity: float) -> Path:
-    view = view_of(config, lab, specification, sparsity)
+def _path(config: MaxiDiscConfig, lab: Lab, ranked: SortedModel, sparsity: float) -> Path:
+    view = view_of(config, lab, ranked, sparsity)
     name = view_name(sparsity)
-    start = lab.cut(specification.source, view, f"cut-{name}")
+    start = lab.cut(ranked.source, view, f"cut-{name}")
     first = lab.train(leg(config, lab, f"leg-{name}", teacher=lab.teacher(), start=start))
     if sparsity == config.target_sparsity:
         return Path(sparsity, first, first)
-    target = view_of(config, lab, specification, config.target_sparsity)
+    target = view_of(config, lab, ranked, config.target_sparsity)
     assistant = lab.as_teacher(first)
     start = lab.cut(lab.source(first.folder), target, f"cut-through-{name}")
     second = lab.train(leg(config, lab, f"student-through-{name}", teacher=assistant, start=start))
@@ -70,19 +77,19 @@ def _path(config: MaxiDiscConfig, lab: Lab, specification: SortedModel, sparsity
 def _record(
     config: MaxiDiscConfig,
     lab: Lab,
-    specification: SortedModel,
+    ranked: SortedModel,
     paths: list[Path],
     best: Path,
 ) -> None:
     metric = lab.metric(config.metric)
-    views = views_of(config, lab, specification, [path.sparsity for path in paths])
+    views = views_of(config, lab, ranked, [path.sparsity for path in paths])
     for path in paths:
         value, view = metric.of(path.assistant.metrics), views[view_name(path.sparsity)]
         lab.record.candidates.append(
             {
                 "iteration": 1,
                 "sparsity": path.sparsity,
-                "parameters": lab.parameters(specification.source, view).parameters,
+                "parameters": lab.parameters(ranked.source, view).parameters,
                 "metric": value,
                 "tradeoff": tradeoff(value, path.sparsity, config.tradeoff),
                 "chosen": path is best,

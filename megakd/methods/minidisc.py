@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.stage import Pass, Planned, Scores, Stage, StageResult, Verdict
+from megakd.contract.stage import Pass, Scores, Stage, StageResult, Stateless, Verdict
 from megakd.contract.terms import STRICT, Count
 from megakd.methods.assistants import (
     AssistantOptions,
     leg,
     objective_of,
+    ranked_teacher,
+    ranked_units,
     size_at,
-    specification_of,
-    specified,
     view_name,
     view_of,
     views_of,
@@ -94,11 +94,11 @@ class Tried(NamedTuple):
 
 def run(config: MiniDiscConfig, lab: Lab) -> StageResult:
     """SortedModel, then trials: the model that each one chooses teaches the next."""
-    teacher, specification = specified(config, lab)
-    link = Link(teacher, specification.source, 0.0)
+    teacher, ranked = ranked_teacher(config, lab)
+    link = Link(teacher, ranked.source, 0.0)
     tried: list[Tried] = []
     for iteration in range(1, config.iterations + 1):
-        stage = _trial(config, lab, specification, link, iteration)
+        stage = _trial(config, lab, ranked, link, iteration)
         result = lab.train(stage)
         lab.record.candidates += _rows(config, lab, stage, result, iteration)
         tried.append(Tried(stage, result, link.sparsity))
@@ -106,7 +106,7 @@ def run(config: MiniDiscConfig, lab: Lab) -> StageResult:
         if iteration == config.iterations or chosen == config.target_sparsity:
             break
         link = Link(lab.assistant(result, chosen), lab.source(result.folder), chosen)
-    lab.record.cost = _cost(config, lab, specification, tried)
+    lab.record.cost = _cost(config, lab, ranked, tried)
     return tried[-1].result
 
 
@@ -118,9 +118,9 @@ def direct(config: MiniDiscConfig, lab: Lab, student: StageResult) -> Stage:
     """
     del student
     teacher = lab.teacher()
-    specification = specification_of(config, lab, teacher)
-    view = view_of(config, lab, specification, config.target_sparsity)
-    start = lab.cut(specification.source, view, "cut-direct")
+    ranked = ranked_units(config, lab, teacher)
+    view = view_of(config, lab, ranked, config.target_sparsity)
+    start = lab.cut(ranked.source, view, "cut-direct")
     stage = leg(config, lab, "direct", teacher=teacher, start=start)
     steps = sum(result.steps for result in lab.results if result.name.startswith(TRIAL))
     train = dataclasses.replace(lab.config.train, max_steps=steps) if steps else None
@@ -131,7 +131,7 @@ BASELINES = {"direct": direct}
 
 
 def _cost(
-    config: MiniDiscConfig, lab: Lab, specification: SortedModel, tried: Sequence[Tried]
+    config: MiniDiscConfig, lab: Lab, ranked: SortedModel, tried: Sequence[Tried]
 ) -> CostReport | None:
     """What the trials took, and what MaxiDisc's legs would have taken at the same pace.
 
@@ -140,7 +140,7 @@ def _cost(
     """
     if min(config.sparsities) >= config.target_sparsity:
         return None
-    size = functools.cache(lambda s: size_at(config, lab, specification, s))
+    size = functools.cache(lambda s: size_at(config, lab, ranked, s))
     seconds = sum(trial.result.seconds for trial in tried)
     work = 0.0
     for trial in tried:
@@ -160,12 +160,12 @@ def _cost(
 
 
 def _trial(
-    config: MiniDiscConfig, lab: Lab, specification: SortedModel, link: Link, iteration: int
+    config: MiniDiscConfig, lab: Lab, ranked: SortedModel, link: Link, iteration: int
 ) -> Stage:
     from megakd.contract.metrics import MetricJudge
 
     sparsities = [s for s in config.sparsities if s >= link.sparsity]
-    metric, views = lab.metric(config.metric), views_of(config, lab, specification, sparsities)
+    metric, views = lab.metric(config.metric), views_of(config, lab, ranked, sparsities)
     # What no candidate has would take memory and traffic, and learn nothing.
     start = lab.cut(link.start, views[view_name(sparsities[0])], f"start-{iteration}")
     judge = TradeoffJudge(
@@ -212,7 +212,7 @@ def _rows(
 
 
 @plain_dataclass(frozen=True)
-class Sandwich(Planned):
+class Sandwich(Stateless):
     """All candidates learn in every step, or the ends of the grid and some drawn between them.
 
     names: of the views, the widest first.
@@ -224,7 +224,7 @@ class Sandwich(Planned):
     sampled: int | None = None
     seed: int = 0
 
-    def plan(self, step: int) -> tuple[Pass, ...]:
+    def passes(self, step: int) -> tuple[Pass, ...]:
         """One pass per candidate: the step's loss is the mean of theirs."""
         names = self._drawn(step)
         return tuple(Pass(teacher=self.teacher, view=name, scale=1 / len(names)) for name in names)

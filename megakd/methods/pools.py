@@ -53,7 +53,7 @@ def taught(lab: Lab, stage: Stage, *, weights: Mapping[str, float], how: str) ->
     result = lab.train(stage)
     asked = Counter[str]()
     for step in range(result.steps):
-        asked.update(teacher_names(stage.strategy.plan(step)))
+        asked.update(teacher_names(stage.strategy.passes(step)))
     lab.record.pool = {
         "distribution": how,
         "teachers": [

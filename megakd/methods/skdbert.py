@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.methods import MethodOptions, no_such_teacher
-from megakd.contract.stage import Constant, Pass, Planned, Stage
+from megakd.contract.stage import Constant, Pass, Stage, Stateless
 from megakd.contract.terms import STRICT, Count, Weight
 from megakd.methods.pools import soft_objective, taught
 
@@ -118,7 +118,7 @@ def _pilot(config: SkdbertConfig, lab: Lab, teacher: str) -> float:
 
 
 @plain_dataclass(frozen=True)
-class Drawn(Planned):
+class Drawn(Stateless):
     """One teacher per step: a function of seed and step, so that all ranks draw alike.
 
     probabilities: of the teachers, in their order.
@@ -128,7 +128,7 @@ class Drawn(Planned):
     probabilities: tuple[float, ...]
     seed: int
 
-    def plan(self, step: int) -> tuple[Pass, ...]:
+    def passes(self, step: int) -> tuple[Pass, ...]:
         """The teacher of this step, for all its micro-batches."""
         drawn = random.Random(f"{self.seed}:teacher:{step}")
         (teacher,) = drawn.choices(self.teachers, self.probabilities)

@@ -16,13 +16,13 @@ from megakd.training.stage_run import step_shape
 if TYPE_CHECKING:
     from megakd.config.run import RunConfig
     from megakd.engine.distributed import Ranks
-    from megakd.training.inputs import Prepared
+    from megakd.training.inputs import RunInputs
 
 
 class CheckingLab(PlanningLab):
     """A lab that trains nothing and knows the data: every check of a method works as in a run."""
 
-    def __init__(self, config: RunConfig, prepared: Prepared, ranks: Ranks) -> None:
+    def __init__(self, config: RunConfig, prepared: RunInputs, ranks: Ranks) -> None:
         super().__init__(config, prepared.sources)
         self._prepared, self._ranks = prepared, ranks
 
@@ -37,7 +37,7 @@ class CheckingLab(PlanningLab):
         return total_steps(self.config.train, shape.steps_per_epoch(rows))
 
 
-def check_method(config: RunConfig, prepared: Prepared, ranks: Ranks) -> None:
+def check_method(config: RunConfig, prepared: RunInputs, ranks: Ranks) -> None:
     """Refuse what the method, its stages and the baselines would refuse later.
 
     Raises:

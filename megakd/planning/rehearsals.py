@@ -151,7 +151,7 @@ class Theatre:
         evaluation = self._known.once(
             ("evaluation", *traits, scored), lambda: self._evaluation(phase, stage, scored)
         )
-        plans = [teacher_names(stage.strategy.plan(step)) for step in range(PLANS)]
+        plans = [teacher_names(stage.strategy.passes(step)) for step in range(PLANS)]
         return Act(
             teachers={name: answer.part for name, answer in answers.items()},
             asked={name: sum(name in plan for plan in plans) / PLANS for name in answers},
@@ -186,7 +186,7 @@ class Theatre:
 
             return rehearse(bundle, call, backward=True, device=self._device).rehearsal
 
-        plan = stage.strategy.plan(0)
+        plan = stage.strategy.passes(0)
         groups = backward_groups(plan, stage.passes_per_backward)
         runs = tuple(backward_of(group) for group in groups)
         several = len({planned.view for planned in groups[0]}) > 1

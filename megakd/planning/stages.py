@@ -19,7 +19,7 @@ from megakd.contract.units import View
 from megakd.losses.stage_losses import learners_of
 from megakd.methods import run_method
 from megakd.models.loading import ModelSource
-from megakd.pruning.workshop import Specification, largest_first, shape_of_cut, unscored
+from megakd.pruning.store import SortedTeacher, largest_first, shape_of_cut, unscored
 from megakd.training.engines import ReadyTeacher
 from megakd.training.recipes import baseline_stage, completed, finetuning_stage, scoring_preset
 
@@ -151,7 +151,7 @@ class PlanningLab:
         """The rows are not counted."""
         return self.config.train.max_steps or 1
 
-    def instruments(self, stage: str) -> None:
+    def probe(self, stage: str) -> None:
         """There is nothing to measure."""
         del stage
 
@@ -222,13 +222,13 @@ class PlanningLab:
         self.results.append(result)
         return result
 
-    def unscored(self) -> Specification:
+    def unscored(self) -> SortedTeacher:
         """The teacher's units, all alike."""
         return unscored(self._sources[TEACHER])
 
-    def specify(
+    def sorted_teacher(
         self, teacher: str, split: str, *, batch_size: int, residual: bool
-    ) -> Specification:
+    ) -> SortedTeacher:
         """Notes that importance is measured, which happens once."""
         del split
         ready = self._teachers[teacher]

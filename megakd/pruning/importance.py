@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megakd.config.deepspeed import load_ds_config
-from megakd.contract.batch import Reading
+from megakd.contract.batch import LossInputs
 from megakd.contract.unit_counts import count_units
 from megakd.data.loader import StepShape, global_batches
 from megakd.engine.distributed import agree, all_reduce_
@@ -66,7 +66,7 @@ class GateGradients(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """[units + 1] fp32: gradients of the loss summed over labels, and how many those are."""
         with torch.enable_grad(), weights_let_go(), self.gates.in_place():
-            reading = Reading(
+            reading = LossInputs(
                 student=self.frozen.read(batch),
                 teacher=None,
                 batch=batch,

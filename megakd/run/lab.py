@@ -31,16 +31,16 @@ from megakd.losses.stage_losses import shape_of
 from megakd.models.counting import named_shapes, parameter_counts
 from megakd.models.knowledge import Needs
 from megakd.models.loading import ModelSource, resolve_model
-from megakd.pruning.workshop import Specification, Workshop, largest_first, unscored
+from megakd.pruning.store import PruningStore, SortedTeacher, largest_first, unscored
 from megakd.run.stage_identity import stage_identity
 from megakd.storage.fingerprint import Fingerprint, flatten
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.engines import Assembly, ReadyTeacher
 from megakd.training.evaluation import weighable
-from megakd.training.inputs import Prepared, as_student
-from megakd.training.instruments import Instruments
+from megakd.training.inputs import RunInputs, as_student
 from megakd.training.longer import may_grow
+from megakd.training.probe import HeldOutProbe
 from megakd.training.progress import Reporter
 from megakd.training.recipes import completed, finetuning_stage
 from megakd.training.stage_result import read_result, write_result
@@ -61,7 +61,7 @@ class Lab:
     """
 
     def __init__(
-        self, config: RunConfig, prepared: Prepared, ranks: Ranks, reporter: Reporter
+        self, config: RunConfig, prepared: RunInputs, ranks: Ranks, reporter: Reporter
     ) -> None:
         self.config = config
         self.results: list[StageResult] = []
@@ -71,7 +71,7 @@ class Lab:
         self.assembly = Assembly(
             config=config, prepared=prepared, ranks=ranks, teachers=self._teachers
         )
-        self._workshop = Workshop(assembly=self.assembly, stages=config.output_dir / "stages")
+        self._store = PruningStore(assembly=self.assembly, stages=config.output_dir / "stages")
 
     def hard_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
         """The loss on labels that fits the task."""
@@ -148,13 +148,13 @@ class Lab:
         """
         return weighable(name, self._prepared.metric, self._prepared.metrics.names)
 
-    def unscored(self) -> Specification:
+    def unscored(self) -> SortedTeacher:
         """The teacher's units, all alike: what can be cut is known before it is trained."""
         return unscored(self._prepared.sources[TEACHER])
 
-    def specify(
+    def sorted_teacher(
         self, teacher: str, split: str, *, batch_size: int, residual: bool
-    ) -> Specification:
+    ) -> SortedTeacher:
         """The teacher with its units sorted by importance; measured once.
 
         Args:
@@ -167,13 +167,13 @@ class Lab:
             MegakdError: its importance cannot be measured.
         """
         ready = self._teachers[teacher]
-        result = self._workshop.sorted_teacher(
+        result = self._store.sorted_teacher(
             ready, split=split, batch_size=batch_size, residual=residual
         )
         if all(known.name != result.name for known in self.results):
             self.results.append(result)
-        return Specification(
-            source=self.source(result.folder), scores=self._workshop.scores(result.folder)
+        return SortedTeacher(
+            source=self.source(result.folder), scores=self._store.scores(result.folder)
         )
 
     def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
@@ -181,12 +181,12 @@ class Lab:
         units = source.architecture.units(source.config)
         if view._replace(width=view.width or units.width) == units:
             return source
-        result = self._workshop.cut(source, view, name)
+        result = self._store.cut(source, view, name)
         return self.source(result.folder)
 
     def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
         """How many weights a view of a model has."""
-        return self._workshop.parameters(source, view)
+        return self._store.parameters(source, view)
 
     def as_teacher(self, result: StageResult, *, like: str = TEACHER) -> str:
         """Makes a stage's model a teacher, by the stage's name.
@@ -268,9 +268,9 @@ class Lab:
             self.config.train, shape.steps_per_epoch(len(self._prepared.encoded.train))
         )
 
-    def instruments(self, stage: str) -> Instruments | None:
+    def probe(self, stage: str) -> HeldOutProbe | None:
         """What a strategy that measures may use in a stage."""
-        return Instruments(
+        return HeldOutProbe(
             scorer=self.assembly.scorer(),
             rows=self._prepared.encoded.validation,
             folder=self.config.output_dir / "checkpoints" / stage,

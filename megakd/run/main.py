@@ -39,7 +39,7 @@ from megakd.run.lab import Lab
 from megakd.storage import atomic
 from megakd.storage.finished_folder import users_files
 from megakd.training.evaluation_sets import SetScores
-from megakd.training.inputs import Prepared, prepare
+from megakd.training.inputs import RunInputs, prepare
 from megakd.training.label_check import check_label_orders
 from megakd.training.precision import check_device
 from megakd.training.progress import Reporter
@@ -147,7 +147,7 @@ def _record_config(config: RunConfig) -> None:
 
 def _report(
     lab: Lab,
-    prepared: Prepared,
+    prepared: RunInputs,
     ranks: Ranks,
     student: StageResult,
     baselines: Mapping[str, StageResult],

@@ -27,7 +27,7 @@ from megakd.run.finished_run import model_folder
 from megakd.run.main import started
 from megakd.training.engines import Assembly
 from megakd.training.evaluation_sets import row_count
-from megakd.training.inputs import Prepared, cache_folder, prepare
+from megakd.training.inputs import RunInputs, cache_folder, prepare
 from megakd.training.label_check import label_fit, needs_check, require_fit, tell_order
 from megakd.training.metrics import task_metrics
 from megakd.training.recipes import scoring_preset
@@ -100,7 +100,7 @@ def _without_training_rows(config: RunConfig) -> str | None:
     return config.task.dataset if path.is_dir() and not has_train_split(path) else None
 
 
-def _held_out(config: RunConfig, source: ModelSource) -> tuple[Prepared, Rows]:
+def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, Rows]:
     """The test rows of the run if they carry labels, else its validation rows."""
     prepared = prepare(config)
     check_vocabularies(config.task, prepared.tokenizer, [source])
@@ -115,7 +115,7 @@ def _held_out(config: RunConfig, source: ModelSource) -> tuple[Prepared, Rows]:
     return prepared, Rows(file=name, split=split, count=count, encoded=encoded.validation)
 
 
-def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[Prepared, Rows]:
+def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[RunInputs, Rows]:
     """Rows of one's own, with the labels and the tokenizer of the model alone."""
     task, cache = config.task, cache_folder()
     if not isinstance(task.tokenizer, str):
@@ -142,7 +142,7 @@ def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[Pre
         lambda: encode_rows({split: rows}, tokenizer, task, content_hash=digest, cache_dir=cache)
     )
     held = encoded[split]
-    prepared = Prepared(
+    prepared = RunInputs(
         splits=splits,
         metrics=task_metrics(config.eval, task.type, splits.metrics, names),
         tokenizer=tokenizer,

@@ -222,8 +222,11 @@ class CachedTeacher:
         length = batch.valid.shape[1]
         return Knowledge(top_k=TopK(moved["ids"][:, :length], moved["logprobs"][:, :length]))
 
-    def expect(self, *, soon: bool) -> None:
-        """Nothing to fetch: the system reads ahead in the files by itself."""
+    def prefetch(self) -> None:
+        """Fetch nothing: the system reads ahead in the files by itself."""
+
+    def evict(self) -> None:
+        """Free nothing."""
 
     def _row(self, key: str, number: int) -> Any:
         if number < 0:

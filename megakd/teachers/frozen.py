@@ -10,8 +10,8 @@ from torch import nn
 
 from megakd.contract.batch import Batch, Knowledge, Predictions, TopK
 from megakd.contract.tasks import Dtype, Kernels
-from megakd.engine.ahead import FetchedAhead
 from megakd.engine.initialize import frozen_engine
+from megakd.engine.prefetch import Prefetch
 from megakd.models.knowledge import (
     Needs,
     language_model_head,
@@ -74,19 +74,20 @@ class FrozenTeacher:
         self, module: FrozenModel, *, ds: Mapping[str, Any], dtype: Dtype, rows: int
     ) -> None:
         self._engine = frozen_engine(module, ds=ds, dtype=dtype, rows=rows)
-        self._ahead = FetchedAhead(module)
+        self._prefetch = Prefetch(module)
 
-    def expect(self, *, soon: bool) -> None:
-        """Fetches its shards, or leaves them where they wait; see `Teacher`."""
-        if soon:
-            self._ahead.start()
-        else:
-            self._ahead.drop()
+    def prefetch(self) -> None:
+        """Start to fetch the shards from where they wait; see `Teacher`."""
+        self._prefetch.start()
+
+    def evict(self) -> None:
+        """Leave the shards where they wait."""
+        self._prefetch.drop()
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Knowledge:
         """What the student's losses need of this micro-batch, detached."""
-        self._ahead.wait()
+        self._prefetch.wait()
         read: Knowledge = self._engine(batch)
         if read.hidden is None:
             return read
@@ -111,5 +112,5 @@ class FrozenTeacher:
 
     def destroy(self) -> None:
         """Frees the engine's memory and hooks."""
-        self._ahead.drop()
+        self._prefetch.drop()
         self._engine.destroy()

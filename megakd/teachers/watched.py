@@ -30,9 +30,13 @@ class WatchedTeacher:
         self.failed = bad if self.failed is None else self.failed | bad
         return read
 
-    def expect(self, *, soon: bool) -> None:
-        """Pass on whether the next step asks the teacher."""
-        self._teacher.expect(soon=soon)
+    def prefetch(self) -> None:
+        """Pass on that the next step asks the teacher."""
+        self._teacher.prefetch()
+
+    def evict(self) -> None:
+        """Pass on that the next step asks other teachers."""
+        self._teacher.evict()
 
 
 def failed_teachers(teachers: Mapping[str, object], device: torch.device) -> list[str]:

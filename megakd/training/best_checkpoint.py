@@ -24,7 +24,7 @@ RECORD = "best.json"
 
 
 @dataclass(kw_only=True)
-class Best:
+class BestCheckpoint:
     """`checkpoints/<stage>/best/`: a model folder with the step and the scores it has.
 
     write: writes the learner's model folder with the record; a collective.
@@ -111,12 +111,12 @@ class Kept(NamedTuple):
     evaluation: Evaluation
 
 
-class BestOfStage:
+class BestCheckpoints:
     """The best evaluation of a stage, and the best one of each view that its judge asks for.
 
     Args:
         folder: of the stage's checkpoints; gets `best/` and `best-<view>/`.
-        write: as `Best.write`.
+        write: as `BestCheckpoint.write`.
         views: those that the judge may ask for.
     """
 
@@ -126,8 +126,10 @@ class BestOfStage:
         write: Callable[[Path, Mapping[str, Any]], None],
         views: Sequence[str] = (),
     ) -> None:
-        self.all = Best(folder=folder / "best", write=write)
-        self.own = {view: Best(folder=folder / f"best-{view}", write=write) for view in views}
+        self.all = BestCheckpoint(folder=folder / "best", write=write)
+        self.own = {
+            view: BestCheckpoint(folder=folder / f"best-{view}", write=write) for view in views
+        }
 
     def consider(self, step: int, scores: Scores, verdict: Verdict) -> None:
         """Keep the learner's weights where no earlier evaluation was as good; a collective."""
@@ -162,5 +164,5 @@ class BestOfStage:
             return Kept(self.all.folder, chosen, chosen)
         return Kept(own.folder, chosen, Evaluation.read(of_view["evaluation"]))
 
-    def _named(self) -> list[tuple[str, Best]]:
+    def _named(self) -> list[tuple[str, BestCheckpoint]]:
         return [("best", self.all), *((f"best-{view}", own) for view, own in self.own.items())]

@@ -34,7 +34,7 @@ from megakd.process.phases import phase
 from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
 from megakd.teachers.cached import Answers, CachedTeacher, Layout, build_cache
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
-from megakd.training.inputs import Prepared
+from megakd.training.inputs import RunInputs
 from megakd.training.precision import (
     TORCH_DTYPE,
     check_dtype,
@@ -66,7 +66,7 @@ class Assembly:
     """
 
     config: RunConfig
-    prepared: Prepared
+    prepared: RunInputs
     ranks: Ranks
     teachers: Mapping[str, ReadyTeacher] = field(default_factory=dict)
 

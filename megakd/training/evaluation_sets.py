@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from megakd.contract.results import EvaluationSetReport
     from megakd.teachers.frozen import FrozenTeacher
-    from megakd.training.inputs import Prepared
+    from megakd.training.inputs import RunInputs
     from megakd.training.scoring import Scorer
 
 
@@ -28,7 +28,7 @@ def row_count(rows: Dataset) -> int:
 class SetScores:
     """Scores models on every named set while they are loaded, and keeps the metrics."""
 
-    prepared: Prepared
+    prepared: RunInputs
     scorer: Scorer
     _metrics: dict[str, dict[str, Mapping[str, float]]] = field(default_factory=dict)
 

@@ -64,7 +64,7 @@ class Materials:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared(Materials):
+class RunInputs(Materials):
     """The same with the encoded data: all that is known before any weights are in memory."""
 
     encoded: Encoded
@@ -75,7 +75,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MEGAKD_CACHE", Path.home() / ".cache" / "megakd"))
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(config: RunConfig) -> RunInputs:
     """Finds, checks and encodes what a run is made of; a collective.
 
     Raises:
@@ -88,7 +88,7 @@ def prepare(config: RunConfig) -> Prepared:
     encoded = main_first(
         lambda: encode_splits(found.splits, found.tokenizer, config.task, cache_dir=cache_folder())
     )
-    return Prepared(
+    return RunInputs(
         splits=found.splits,
         metrics=found.metrics,
         tokenizer=found.tokenizer,

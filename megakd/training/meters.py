@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _NEVER = 2**62
 
 
-class Health:
+class TrainMeter:
     """Gathers reports on the device and reads them at logging steps only."""
 
     def __init__(self, objective: Objective, trainer: Trainer, stage: Stage, ranks: Ranks) -> None:

@@ -30,13 +30,13 @@ from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint
 from megakd.storage.finished_folder import copy_finished
 from megakd.teachers.watched import WatchedTeacher
-from megakd.training.best_checkpoint import RECORD, BestOfStage
+from megakd.training.best_checkpoint import RECORD, BestCheckpoints
 from megakd.training.checkpoint import Checkpoints, seed_everything
 from megakd.training.early_stopping import EarlyStopping
 from megakd.training.engines import Assembly
 from megakd.training.evaluation import Evaluation
 from megakd.training.longer import may_grow
-from megakd.training.meters import Health
+from megakd.training.meters import TrainMeter
 from megakd.training.progress import Extent, Reporter
 from megakd.training.stage_result import RESULT, result_text
 from megakd.training.trainer import Trainer
@@ -92,13 +92,13 @@ class StageRun:
             ranks=self.ranks,
             may_grow=may_grow(stage.name, self.config),
         )
-        self.best = BestOfStage(folder, self._write_best, tuple(stage.views))
+        self.best = BestCheckpoints(folder, self._write_best, tuple(stage.views))
         self.judge = stage.judge or MetricJudge(self.prepared.metric)
         self.evaluation = Evaluation({}, None)
         self.stopping = EarlyStopping(
             patience=train.early_stopping_patience, threshold=train.early_stopping_threshold
         )
-        self.health = Health(self.bundle.objective, self.trainer, stage, self.ranks)
+        self.health = TrainMeter(self.bundle.objective, self.trainer, stage, self.ranks)
 
     def _source(self) -> BatchSource:
         rows, shape = self.prepared.encoded.train, step_shape(self.stage.train, self.ranks)

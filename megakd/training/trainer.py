@@ -93,7 +93,7 @@ class Trainer:
 
     def train_step(self, batches: Sequence[Batch]) -> StepReport:
         """One optimiser step over this rank's micro-batches."""
-        plan = self.strategy.plan(self.step)
+        plan = self.strategy.passes(self.step)
         counts = self.count_units(batches)
         for batch, is_last in _mark_last(batches):
             knowledge = self._ask_teachers(plan, batch)
@@ -123,10 +123,11 @@ class Trainer:
         """The next step's teachers make ready while the student learns, and the others rest."""
         if self.teachers.keys() <= {*teacher_names(plan)}:
             return
-        upcoming = teacher_names(self.strategy.plan(self.step + 1))
+        upcoming = teacher_names(self.strategy.passes(self.step + 1))
         # Who rests goes first: there is room for the others then.
         for name in sorted(self.teachers, key=lambda name: name in upcoming):
-            self.teachers[name].expect(soon=name in upcoming)
+            teacher = self.teachers[name]
+            (teacher.prefetch if name in upcoming else teacher.evict)()
 
     def state_dict(self) -> dict[str, Any]:
         """What the loop must resume, the same on every rank."""

@@ -61,13 +61,13 @@ def test_one_stage_plans_all_candidates_and_the_other_one_pass_at_full_width(con
 
     several, plain = (sandwich.stage_of(config, "teacher", v, given) for v in (views, {}))
 
-    plan = several.strategy.plan(5)
+    plan = several.strategy.passes(5)
     assert [(p.teacher, p.view, p.scale) for p in plan] == [
         ("teacher", "0.5", 0.5),
         ("teacher", "0.9", 0.5),
     ]
     assert several.passes_per_backward == 1
-    (one,) = plain.strategy.plan(5)
+    (one,) = plain.strategy.passes(5)
     assert (one.view, one.scale, plain.views) == (None, 1.0, {})
 
 

@@ -23,7 +23,7 @@ from megakd.config.run import (
     TrainConfig,
 )
 from megakd.contract.terms import HiddenMse, SoftTargetKl
-from megakd.methods import SingleConfig
+from megakd.methods.single import SingleConfig
 
 
 def test_defaults_fill_what_the_file_leaves_out(run_file: Path) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from megakd import cli
 from megakd.config.file import config_of, config_tree, dump_config, load_config
 from megakd.contract import plugins
-from megakd.contract.batch import Batch, Knowledge, Reading
+from megakd.contract.batch import Batch, Knowledge, LossInputs
 from megakd.contract.metrics import lower_is_better
 from megakd.contract.shapes import Shape
 from megakd.errors import ConfigError
@@ -221,7 +221,7 @@ def test_its_sum_is_weighed_and_counted_like_any_other_and_ignores_empty_rows():
     ours = torch.tensor([[1.0, 0.0], [0.0, 2.0], [9.0, 9.0]], requires_grad=True)
     theirs = torch.zeros(3, 2)
     valid = torch.tensor([[True], [True], [False]])
-    reading = Reading(
+    reading = LossInputs(
         student=Knowledge(logits=ours),
         teacher=Knowledge(logits=theirs),
         batch=Batch({}, torch.tensor([0, 1, -100]), valid),
@@ -243,7 +243,7 @@ def test_a_plugin_that_gives_no_single_number_is_named():
     group = PluginLoss(config.objective[0])
     batch = Batch({}, torch.zeros(1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool))
     said = Knowledge(logits=torch.zeros(1, 2))
-    reading = Reading(said, said, batch, {group.term.loss: 1.0}, {"examples": torch.tensor(1.0)})
+    reading = LossInputs(said, said, batch, {group.term.loss: 1.0}, {"examples": torch.tensor(1.0)})
 
     with pytest.raises(ConfigError, match=r"broken_plugins:Vector gave shape \(1, 2\); total"):
         group(reading)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from unit_counts import counts_of, numbers
 
-from megakd.contract.batch import IGNORE, Batch, Knowledge, Reading
+from megakd.contract.batch import IGNORE, Batch, Knowledge, LossInputs
 from megakd.contract.shapes import Shape
 from megakd.contract.stage import Pass
 from megakd.contract.terms import HardCrossEntropy
@@ -65,7 +65,7 @@ class Words(TermGroup):
         self.units = {"word_length": "words"}
         self.counters = {"words": lambda batch: batch.inputs["words"].sum()}
 
-    def forward(self, reading: Reading) -> Evaluated:
+    def forward(self, reading: LossInputs) -> Evaluated:
         assert reading.student.logits is not None
         total = (reading.student.logits[:, 0] * reading.batch.inputs["words"]).sum()
         weight = reading.weights["word_length"] * reading.per_unit["words"]

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from megakd.config.file import load_config
-from megakd.engine import ahead, distributed
-from megakd.engine.ahead import FetchedAhead
+from megakd.engine import distributed, prefetch
+from megakd.engine.prefetch import Prefetch
 from megakd.methods import run_method
 from megakd.run.lab import Lab
 from megakd.teachers.cached import CachedTeacher
@@ -28,8 +28,11 @@ class Watched:
         self.asked.append(self.name)
         return self.teacher(batch)
 
-    def expect(self, *, soon: bool) -> None:
-        self.teacher.expect(soon=soon)
+    def prefetch(self) -> None:
+        self.teacher.prefetch()
+
+    def evict(self) -> None:
+        self.teacher.evict()
 
     @property
     def elements(self) -> int:
@@ -72,7 +75,7 @@ def cache(config_path: str, overrides: list[str]) -> list[str]:
     return [str(file) for folder in folders for file in sorted(folder.glob("*/*.npy"))]
 
 
-class Emptied(FetchedAhead):
+class Emptied(Prefetch):
     """What waits on the host is worthless while its copy is on the device."""
 
     started = 0
@@ -95,7 +98,7 @@ class Emptied(FetchedAhead):
 def learn_ahead(config_path: str, overrides: list[str]) -> dict:
     """`learn`, as if the device were another place than the host's memory."""
     Emptied.started = 0
-    away = mock.patch.object(ahead, "is_away", return_value=True)
-    emptied = mock.patch("megakd.teachers.frozen.FetchedAhead", Emptied)
+    away = mock.patch.object(prefetch, "is_away", return_value=True)
+    emptied = mock.patch("megakd.teachers.frozen.Prefetch", Emptied)
     with away, emptied:
         return learn(config_path, overrides) | {"fetched": Emptied.started}

@@ -14,7 +14,7 @@ from megakd.methods import run_method
 from megakd.methods.knowledge_selection.selecting import Selecting
 from megakd.run.lab import Lab
 from megakd.training.inputs import prepare
-from megakd.training.instruments import Instruments
+from megakd.training.probe import HeldOutProbe
 from megakd.training.progress import Reporter
 
 
@@ -28,7 +28,7 @@ class Watch:
         self._fresh = False
 
     def __enter__(self):
-        self._kept = Selecting._chosen, Instruments.loss, Instruments.reset, StudentEngine.step
+        self._kept = Selecting._chosen, HeldOutProbe.loss, HeldOutProbe.reset, StudentEngine.step
         chosen, loss, reset, step = self._kept
         watch = self
 
@@ -37,13 +37,13 @@ class Watch:
             watch.actions.append(action)
             return action
 
-        def measuring(instruments, student):
+        def measuring(probe, student):
             watch.measured += 1
             watch._fresh = watch._fresh or watch.measured == 1
-            return loss(instruments, student)
+            return loss(probe, student)
 
-        def resetting(instruments, student):
-            reset(instruments, student)
+        def resetting(probe, student):
+            reset(probe, student)
             watch._fresh = True
 
         def stepping(student, rate):
@@ -53,12 +53,12 @@ class Watch:
                 watch.beginnings.append(before)
             watch._fresh = False
 
-        Selecting._chosen, Instruments.loss = choosing, measuring
-        Instruments.reset, StudentEngine.step = resetting, stepping
+        Selecting._chosen, HeldOutProbe.loss = choosing, measuring
+        HeldOutProbe.reset, StudentEngine.step = resetting, stepping
         return self
 
     def __exit__(self, *_):
-        Selecting._chosen, Instruments.loss, Instruments.reset, StudentEngine.step = self._kept
+        Selecting._chosen, HeldOutProbe.loss, HeldOutProbe.reset, StudentEngine.step = self._kept
 
     def _digest(self, student) -> str:
         """Of the weights, and of the moments that the optimizer has."""

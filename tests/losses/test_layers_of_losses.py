@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit_counts import counts_of
 
-from megakd.contract.batch import AttentionVectors, Batch, Knowledge, Reading
+from megakd.contract.batch import AttentionVectors, Batch, Knowledge, LossInputs
 from megakd.contract.terms import AttentionMse, EmbeddingMse, HiddenMse, RelationKl
 from megakd.contract.unit_counts import unit_weights
 from megakd.losses.layers import AttentionMatrices, HiddenStates, Relations, documents, visible_keys
@@ -34,7 +34,7 @@ def whole(*lengths: int, **inputs: Any) -> Batch:
 
 
 def sum_of(group: Any, ours: Knowledge, theirs: Knowledge, batch: Batch) -> float:
-    found = group(Reading(ours, theirs, batch, {group.name: 1.0}, ONE_EACH))
+    found = group(LossInputs(ours, theirs, batch, {group.name: 1.0}, ONE_EACH))
     assert found.total.item() == pytest.approx(found.sums[group.name].item())
     return found.total.item()
 

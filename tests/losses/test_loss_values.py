@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from unit_counts import counts_of
 
 import megakd_kernels
-from megakd.contract.batch import IGNORE, Batch, Knowledge, Reading
+from megakd.contract.batch import IGNORE, Batch, Knowledge, LossInputs
 from megakd.contract.shapes import Shape
 from megakd.contract.terms import (
     HardCrossEntropy,
@@ -114,7 +114,7 @@ def test_a_row_counts_less_where_the_teacher_misses_its_label(label, expected):
     batch = Batch({}, torch.tensor([label]), torch.ones(1, 1, dtype=torch.bool))
     said = [Knowledge(logits=logits[None]) for logits in (student, teacher)]
 
-    (found,) = objective([Reading(*said, batch, objective.weights, ONE_EACH)])
+    (found,) = objective([LossInputs(*said, batch, objective.weights, ONE_EACH)])
 
     assert found.total.item() == pytest.approx(0.5 * math.log(4 / 3) * expected, rel=1e-5)
 
@@ -127,7 +127,7 @@ def test_a_score_counts_less_where_the_teacher_misses_it(label, expected):
     batch = Batch({}, torch.tensor([label]), torch.ones(1, 1, dtype=torch.bool))
     said = [Knowledge(logits=torch.tensor([[score]])) for score in (1.0, 0.5)]
 
-    (found,) = objective([Reading(*said, batch, objective.weights, ONE_EACH)])
+    (found,) = objective([LossInputs(*said, batch, objective.weights, ONE_EACH)])
 
     assert found.total.item() == pytest.approx(0.25 * expected)
 
@@ -142,7 +142,7 @@ def evaluate(task: str, term: Any, student: torch.Tensor, teacher: torch.Tensor)
         both = [Knowledge(logits=logits[None]) for logits in (student, teacher)]
     else:
         both = [said(x[None, None], torch.eye(len(x))) for x in (student, teacher)]
-    return objective([Reading(*both, batch, objective.weights, ONE_EACH)])[0]
+    return objective([LossInputs(*both, batch, objective.weights, ONE_EACH)])[0]
 
 
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
@@ -182,7 +182,7 @@ def test_a_hidden_loss_has_its_hand_value(term, value):
     theirs = Knowledge(hidden_states=(torch.tensor([[[3.0, 2.0]]]), torch.tensor([[[0.5, 1.5]]])))
     batch = Batch({}, torch.zeros(1), torch.ones(1, 1, dtype=torch.bool))
 
-    found = group(Reading(ours, theirs, batch, {term.loss: 1.0}, ONE_EACH))
+    found = group(LossInputs(ours, theirs, batch, {term.loss: 1.0}, ONE_EACH))
 
     assert found.total.item() == pytest.approx(value, abs=1e-6)
 
@@ -215,12 +215,12 @@ def language_model(*terms: TermConfig) -> Objective:
     return build_objective(terms, "causal_lm", shape, shape)
 
 
-def reading(objective: Objective, **weights: float) -> Reading:
+def reading(objective: Objective, **weights: float) -> LossInputs:
     torch.manual_seed(0)
     batch = Batch({}, torch.tensor([[1, 4, IGNORE]]), torch.ones(1, 3, dtype=torch.bool))
     student, teacher = (said(torch.randn(1, 3, 3), torch.randn(5, 3)) for _ in range(2))
     units = unit_weights(counts_of(1, 2, 3), 1)
-    return Reading(student, teacher, batch, objective.weights | weights, units)
+    return LossInputs(student, teacher, batch, objective.weights | weights, units)
 
 
 def test_language_model_terms_of_one_temperature_are_one_call(calls):
@@ -256,7 +256,7 @@ def test_terms_that_need_calls_of_their_own_get_them_and_the_hard_term_is_in_one
         assert all(sums[name].item() == pytest.approx(v.item()) for name, v in alone.sums.items())
 
 
-def several(objective: Objective, scales: Sequence[float]) -> list[Reading]:
+def several(objective: Objective, scales: Sequence[float]) -> list[LossInputs]:
     """What as many views of one head said of one batch."""
     first = reading(objective)
     heads = first.student.head
@@ -319,7 +319,7 @@ def test_a_reading_of_another_kind_has_a_call_of_its_own(calls, change):
 def test_supervised_language_modelling_is_one_call_without_a_teacher(calls):
     objective = build_objective((CE,), "causal_lm", Shape(2, 3, 5), None)
     of_both = reading(objective)
-    alone = Reading(of_both.student, None, of_both.batch, of_both.weights, of_both.per_unit)
+    alone = LossInputs(of_both.student, None, of_both.batch, of_both.weights, of_both.per_unit)
 
     total, sums = objective([alone])[0]
 
@@ -349,7 +349,7 @@ def test_vocabularies_of_different_padded_size_are_compared_over_the_ids_they_sh
     cut_pair = [said(hidden, head[:5]) for head in heads]
 
     totals = [
-        objective([Reading(*pair, given.batch, given.weights, given.per_unit)])[0].total.item()
+        objective([LossInputs(*pair, given.batch, given.weights, given.per_unit)])[0].total.item()
         for pair in (padded_pair, cut_pair)
     ]
 
@@ -362,7 +362,7 @@ def test_agreement_counts_the_targets_on_which_both_choose_the_same_token():
     batch = Batch({}, torch.tensor([[0, 1, IGNORE]]), torch.ones(1, 3, dtype=torch.bool))
     student, teacher = said(eye[None], eye), said(eye[None], away)
 
-    found = objective([Reading(student, teacher, batch, objective.weights, ONE_EACH)])[0]
+    found = objective([LossInputs(student, teacher, batch, objective.weights, ONE_EACH)])[0]
 
     assert found.sums["top1_agreement"].item() == 1  # token 1 is where both heads agree
 
@@ -374,4 +374,4 @@ def test_a_term_that_compares_refuses_to_run_without_a_teacher(task):
     batch = Batch({}, torch.ones(1, 1).long(), torch.ones(1, 1, dtype=torch.bool))
 
     with pytest.raises(TypeError, match="compares with a teacher was planned without one"):
-        objective([Reading(student, None, batch, objective.weights, ONE_EACH)])[0]
+        objective([LossInputs(student, None, batch, objective.weights, ONE_EACH)])[0]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megakd.contract.batch import IGNORE, Batch, Knowledge, Reading
+from megakd.contract.batch import IGNORE, Batch, Knowledge, LossInputs
 from megakd.contract.shapes import Heads, Shape, layer_pairs
 from megakd.contract.terms import (
     AttentionMse,
@@ -298,7 +298,7 @@ def labelled(labels: torch.Tensor, valid: list[list[int]]) -> Batch:
 
 
 def read(objective: Any, batch: Batch, student: torch.Tensor, teacher: torch.Tensor) -> Any:
-    reading = Reading(
+    reading = LossInputs(
         Knowledge(logits=student),
         Knowledge(logits=teacher),
         batch,

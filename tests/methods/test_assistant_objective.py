@@ -15,7 +15,7 @@ from megakd.methods.direct import DirectConfig
 from megakd.models.architectures import architecture_of
 from megakd.models.loading import ModelSource
 from megakd.pruning.allocation import UnitScores
-from megakd.pruning.workshop import Specification, unscored
+from megakd.pruning.store import SortedTeacher, unscored
 
 RESIDUAL = DirectConfig(name="direct", residual=True)
 PLAIN = DirectConfig(name="direct")
@@ -103,9 +103,9 @@ def test_a_layer_whose_relations_are_compared_keeps_a_head(config):
     heads = tuple((float(layer != 3),) * 12 for layer in range(4))
     neurons = tuple((float(layer != 3),) * 3072 for layer in range(4))
     scores = UnitScores(heads, neurons, tuple(map(float, range(768))))
-    specification = Specification(source=teacher.unscored().source, scores=scores)
+    ranked = SortedTeacher(source=teacher.unscored().source, scores=scores)
 
-    view = views_of(config, teacher, specification, [0.9])["sparsity-0.9"]
+    view = views_of(config, teacher, ranked, [0.9])["sparsity-0.9"]
 
     assert view.heads[3] == 1
     assert view.heads[1] > 0

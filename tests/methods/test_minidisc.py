@@ -20,7 +20,7 @@ def judged(scores: dict[float, float], *, tradeoff: float = 0.2, target: float =
 
 
 def test_all_candidates_learn_in_every_step_and_the_loss_is_their_mean():
-    plan = Sandwich("teacher", NAMES).plan(7)
+    plan = Sandwich("teacher", NAMES).passes(7)
 
     assert [planned.view for planned in plan] == list(NAMES)
     assert {planned.teacher for planned in plan} == {"teacher"}
@@ -31,7 +31,7 @@ def test_all_candidates_learn_in_every_step_and_the_loss_is_their_mean():
 @pytest.mark.parametrize("sampled", [0, 1, 2])
 def test_the_sandwich_rule_keeps_the_ends_and_draws_the_middle(sampled):
     sandwich = Sandwich("teacher", NAMES, sampled, seed=3)
-    plans = [[planned.view for planned in sandwich.plan(step)] for step in range(60)]
+    plans = [[planned.view for planned in sandwich.passes(step)] for step in range(60)]
 
     for plan in plans:
         assert len(plan) == sampled + 2
@@ -45,13 +45,13 @@ def test_a_step_draws_the_same_candidates_whenever_it_is_asked():
     first, again = (Sandwich("teacher", NAMES, 1, seed=3) for _ in range(2))
     other = Sandwich("teacher", NAMES, 1, seed=4)
 
-    assert [first.plan(step) for step in range(20)] == [again.plan(step) for step in range(20)]
-    assert [first.plan(step) for step in range(20)] != [other.plan(step) for step in range(20)]
+    assert [first.passes(step) for step in range(20)] == [again.passes(step) for step in range(20)]
+    assert [first.passes(step) for step in range(20)] != [other.passes(step) for step in range(20)]
 
 
 @pytest.mark.parametrize("names", [NAMES[:1], NAMES[:2]])
 def test_a_grid_without_a_middle_learns_whole(names):
-    plan = Sandwich("teacher", names, 1).plan(0)
+    plan = Sandwich("teacher", names, 1).passes(0)
 
     assert [planned.view for planned in plan] == list(names)
 

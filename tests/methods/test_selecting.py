@@ -25,7 +25,7 @@ from megakd.methods.knowledge_selection.selector import (
     Transition,
 )
 from megakd.training.checkpoint import check_plain
-from megakd.training.instruments import Instruments
+from megakd.training.probe import HeldOutProbe
 
 KINDS = ("labels", "responses", "features")
 STUDENT, TEACHER = 2, 3
@@ -93,7 +93,7 @@ def learning(
         "teacher",
         selector(),
         choosing(hard=hard),
-        cast("Instruments", measured),
+        cast("HeldOutProbe", measured),
         episodes=Episodes(**{"number": 1, **shape}, exploration=exploration),
         learning=Learning(),
     )
@@ -119,7 +119,7 @@ def take(strategy: LearningToSelect, step: int) -> None:
 
 def weighed(strategy: Selecting, step: int, reading: Any) -> dict[str, float]:
     """What the pass of a step answers about a micro-batch."""
-    (planned,) = strategy.plan(step)
+    (planned,) = strategy.passes(step)
     assert planned.weigh is not None
     return dict(planned.weigh(reading))
 
@@ -238,7 +238,7 @@ def test_what_is_tried_stays_the_same_within_a_phase_and_is_drawn_from_the_seed(
 
 
 def test_a_step_has_one_action_for_all_its_micro_batches():
-    strategy = Selecting("teacher", selector(), choosing(), cast("Instruments", Measured([])))
+    strategy = Selecting("teacher", selector(), choosing(), cast("HeldOutProbe", Measured([])))
 
     first, second = weighed(strategy, 0, said(0)), weighed(strategy, 0, said(1))
 
@@ -247,12 +247,12 @@ def test_a_step_has_one_action_for_all_its_micro_batches():
 
 def test_asking_about_the_next_step_in_the_middle_of_a_step_changes_nothing():
     def taken_with(*, ahead: bool) -> tuple[dict[str, float], dict[str, float]]:
-        strategy = Selecting("teacher", selector(), choosing(), cast("Instruments", Measured([])))
-        (now,) = strategy.plan(0)
+        strategy = Selecting("teacher", selector(), choosing(), cast("HeldOutProbe", Measured([])))
+        (now,) = strategy.passes(0)
         assert now.weigh is not None
         first = dict(now.weigh(said(0)))
         if ahead:
-            strategy.plan(1)
+            strategy.passes(1)
         return first, dict(now.weigh(said(1)))
 
     first, second = taken_with(ahead=True)
@@ -264,7 +264,7 @@ def test_asking_about_the_next_step_in_the_middle_of_a_step_changes_nothing():
 def test_a_frozen_selector_stays_as_it_is():
     frozen = selector()
     before = frozen.to_bytes()
-    strategy = Selecting("teacher", frozen, choosing(), cast("Instruments", Measured([])))
+    strategy = Selecting("teacher", frozen, choosing(), cast("HeldOutProbe", Measured([])))
 
     for step in range(5):
         weighed(strategy, step, said(step))
@@ -278,7 +278,7 @@ def test_a_state_is_the_mean_over_first_tokens_or_over_all_without_padding(whole
     valid = torch.tensor([[True, True, False], [False, False, False]])
     reading = said(0, valid)
     how = choosing(whole_texts=whole_texts)
-    strategy = Selecting("teacher", selector(), how, cast("Instruments", Measured([])))
+    strategy = Selecting("teacher", selector(), how, cast("HeldOutProbe", Measured([])))
 
     found = strategy._summaries(reading)
 

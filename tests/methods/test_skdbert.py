@@ -33,7 +33,7 @@ def drawn(*probabilities: float, seed: int = 3) -> Drawn:
 
 
 def names(strategy: Drawn, steps: int) -> list[str | None]:
-    return [planned.teacher for step in range(steps) for planned in strategy.plan(step)]
+    return [planned.teacher for step in range(steps) for planned in strategy.passes(step)]
 
 
 def test_five_ranks_weigh_as_one_to_five():
@@ -93,7 +93,7 @@ def test_a_draw_depends_on_seed_and_step_alone():
     one, other = drawn(0.2, 0.3, 0.5), drawn(0.2, 0.3, 0.5)
 
     in_order = names(one, 60)
-    backwards = [other.plan(step)[0].teacher for step in reversed(range(60))]
+    backwards = [other.passes(step)[0].teacher for step in reversed(range(60))]
 
     assert in_order == backwards[::-1]
     assert in_order != names(drawn(0.2, 0.3, 0.5, seed=4), 60)

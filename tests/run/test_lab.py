@@ -40,7 +40,7 @@ from megakd.run.lab import Lab
 from megakd.run.stage_identity import stage_identity
 from megakd.storage.fingerprint import differences
 from megakd.training.evaluation import headline
-from megakd.training.inputs import Prepared, check_run
+from megakd.training.inputs import RunInputs, check_run
 from megakd.training.metrics import TaskMetrics
 from megakd.training.recipes import completed, scoring_preset
 from megakd.training.stage_result import write_result
@@ -84,11 +84,11 @@ def config_of(tmp_path: Path, **sections: Any) -> RunConfig:
     return RunConfig(**(defaults | sections))
 
 
-def prepared_of(config: RunConfig, content: str = "rows") -> Prepared:
+def prepared_of(config: RunConfig, content: str = "rows") -> RunInputs:
     nothing: Any = None
     specs = {"teacher": config.teacher, "student": config.student}
     tokenizer: Any = range(20)  # all that is asked of it here is its size
-    return Prepared(
+    return RunInputs(
         splits=Splits(nothing, nothing, None, ("no", "yes"), ("accuracy",), content),
         metrics=TaskMetrics(names=("accuracy",), main=headline(["accuracy"])),
         encoded=Encoded(nothing, nothing, None, content, 8.0),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megakd.contract.metrics import MetricJudge
-from megakd.contract.stage import Constant, Pass, Planned
+from megakd.contract.stage import Constant, Pass, Stateless
 from megakd.errors import MegakdError
 from megakd.methods.knowledge_selection.selecting import RandomWeights
 from megakd.methods.minidisc import Sandwich, TradeoffJudge
@@ -18,13 +18,13 @@ from megakd.run.stage_identity import facts_of
 from megakd.training.evaluation import headline
 
 
-class Halving(Planned):
+class Halving(Stateless):
     """Keeps its option in an attribute, where nobody looks."""
 
     def __init__(self, every: int) -> None:
         object.__setattr__(self, "every", every)
 
-    def plan(self, step: int) -> tuple[Pass, ...]:
+    def passes(self, step: int) -> tuple[Pass, ...]:
         return (Pass(scale=0.5 ** (step // self.every)),)
 
 
@@ -35,7 +35,7 @@ class Stating(Halving):
 
 
 @dataclass(frozen=True)
-class Calling(Planned):
+class Calling(Stateless):
     schedule: Callable[[int], float] = float
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megakd.contract.batch import IGNORE, AttentionVectors, Batch, Counts, Knowledge, Reading
+from megakd.contract.batch import IGNORE, AttentionVectors, Batch, Counts, Knowledge, LossInputs
 from megakd.contract.shapes import Heads, Shape
 from megakd.contract.terms import HardCrossEntropy, HardMse
 from megakd.contract.unit_counts import count_units, unit_weights
@@ -122,7 +122,7 @@ class Scene:
         inputs = {"position_ids": POSITIONS[rows]} if self.task == "causal_lm" else {}
         batch = Batch(inputs, self.labels[rows], self.valid[rows])
         self.objective.zero_grad()
-        reading = Reading(
+        reading = LossInputs(
             student=knowledge(leaves, rows),
             teacher=knowledge(self.teacher, rows),
             batch=batch,

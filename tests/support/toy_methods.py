@@ -19,8 +19,8 @@ from megakd.contract.stage import (
     Constant,
     Cut,
     Pass,
-    Planned,
     Stage,
+    Stateless,
     StepReport,
     Verdict,
     Window,
@@ -54,7 +54,7 @@ def run(config: Any, lab: Any) -> Any:
 def _prune(config: Pruner, lab: Any) -> Any:
     teacher, start = lab.teacher(), None
     for number, (first, last) in enumerate(pairwise((0, *config.ends))):
-        sensitivity = Sensitivity(teacher, lab.instruments(f"window-{number}"))
+        sensitivity = Sensitivity(teacher, lab.probe(f"window-{number}"))
         result = lab.train(
             Stage(
                 name=f"window-{number}",
@@ -71,18 +71,18 @@ def _prune(config: Pruner, lab: Any) -> Any:
 
 
 @plain_dataclass(frozen=True)
-class Sensitivity(Planned):
+class Sensitivity(Stateless):
     """Adds up |weight * gradient| of every neuron, as no rank could do for itself."""
 
     teacher: str
-    instruments: Any = None
+    probe: Any = None
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def facts(self) -> dict[str, Any]:
         return {"teacher": self.teacher}
 
-    def plan(self, step: int) -> tuple[Pass, ...]:
+    def passes(self, step: int) -> tuple[Pass, ...]:
         return (Pass(teacher=self.teacher),)
 
     def before_update(self, step: int, student: Any) -> None:
@@ -100,7 +100,7 @@ class Sensitivity(Planned):
         """Return the neurons of every layer by falling sensitivity over all ranks."""
         names = [f"bert.encoder.layer.{n}.intermediate.dense.weight" for n in range(LAYERS)]
         here = torch.stack([self.sums.get(name, torch.zeros(32)) for name in names])
-        ranked = self.instruments.add_up(here).argsort(descending=True, stable=True)
+        ranked = self.probe.add_up(here).argsort(descending=True, stable=True)
         return [tuple(layer) for layer in ranked.tolist()]
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from megakd.engine import distributed
 from megakd.errors import MegakdError
 from megakd.storage.atomic import json_text
 from megakd.storage.finished_folder import CHECKSUMS, sealed_folder
-from megakd.training.best_checkpoint import Best, BestOfStage
+from megakd.training.best_checkpoint import BestCheckpoint, BestCheckpoints
 
 
 @pytest.fixture(autouse=True)
@@ -25,20 +25,20 @@ def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
 
 
-def best_of(tmp_path: Path) -> Best:
+def best_of(tmp_path: Path) -> BestCheckpoint:
     def write(folder: Path, record: Mapping[str, Any]) -> None:
         with sealed_folder(folder) as temporary:
             (temporary / "weights").write_text(str(record["step"]))
             (temporary / "best.json").write_text(json_text(record))
 
-    return Best(folder=tmp_path / "best", write=write)
+    return BestCheckpoint(folder=tmp_path / "best", write=write)
 
 
-def considered(best: Best, step: int, score: float) -> bool:
+def considered(best: BestCheckpoint, step: int, score: float) -> bool:
     return best.consider(step, score, {"scored": step})
 
 
-def evaluated(best: Best, scores: Mapping[int, float]) -> Best:
+def evaluated(best: BestCheckpoint, scores: Mapping[int, float]) -> BestCheckpoint:
     for step, score in scores.items():
         considered(best, step, score)
     return best
@@ -172,12 +172,12 @@ def test_a_failed_write_keeps_the_old_best(tmp_path):
     assert (best.step, best.score, weights(tmp_path)) == (3, 0.5, "3")
 
 
-def best_of_stage(tmp_path: Path) -> BestOfStage:
+def best_of_stage(tmp_path: Path) -> BestCheckpoints:
     write = best_of(tmp_path).write
-    return BestOfStage(tmp_path, write, ("wide", "target"))
+    return BestCheckpoints(tmp_path, write, ("wide", "target"))
 
 
-def judged(bests: BestOfStage, evaluations: Mapping[int, tuple[float, float, str]]) -> None:
+def judged(bests: BestCheckpoints, evaluations: Mapping[int, tuple[float, float, str]]) -> None:
     """By step: the evaluation's score, the target's, and the view that is chosen."""
     for step, (score, target, view) in evaluations.items():
         scores = {"wide": {"accuracy": score}, "target": {"accuracy": target}}

@@ -20,7 +20,7 @@ from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
 from megakd.errors import TrainingError
 from megakd.losses.objective import build_objective
-from megakd.training.meters import Health
+from megakd.training.meters import TrainMeter
 from megakd.training.trainer import Meter
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
@@ -48,7 +48,7 @@ class Watched:
         self.trainer: Any = SimpleNamespace(
             step=0, meter=Meter(), learning_rate=lambda step: 0.1 * step, teachers={}
         )
-        self.health = Health(
+        self.health = TrainMeter(
             build_objective(terms or (CE,), "classification", shape, shape),
             self.trainer,
             Stage(name="distil", train=TrainConfig(fp16=fp16)),

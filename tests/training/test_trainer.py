@@ -75,8 +75,11 @@ class Teacher:
         self.told.add("asked", self.name)
         return Knowledge()
 
-    def expect(self, *, soon: bool) -> None:
-        self.told.add("next" if soon else "idle", self.name)
+    def prefetch(self) -> None:
+        self.told.add("next", self.name)
+
+    def evict(self) -> None:
+        self.told.add("idle", self.name)
 
 
 class Steering:
@@ -85,7 +88,7 @@ class Steering:
     def __init__(self, told: Told, plans: Sequence[tuple[Pass, ...]]) -> None:
         self.told, self.plans, self.reports = told, plans, []
 
-    def plan(self, step: int) -> tuple[Pass, ...]:
+    def passes(self, step: int) -> tuple[Pass, ...]:
         self.told.add("plan", step)
         return self.plans[step % len(self.plans)]
 

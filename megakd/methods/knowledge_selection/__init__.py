@@ -88,8 +88,8 @@ def run(config: KnowledgeSelectionConfig, lab: Lab) -> StageResult:
     from megakd.methods.knowledge_selection.selecting import Selecting
 
     selector = _selector(config, lab, teacher, kinds)
-    instruments = lab.instruments("student")
-    strategy = Selecting(teacher, selector, _choosing(config, lab), instruments)
+    probe = lab.probe("student")
+    strategy = Selecting(teacher, selector, _choosing(config, lab), probe)
     return lab.train(_student(teacher, kinds, strategy, reads_states=True))
 
 
@@ -185,7 +185,7 @@ def _stage_1(
         teacher,
         _new(lab, shape),
         _choosing(config, lab),
-        lab.instruments(STAGE),
+        lab.probe(STAGE),
         episodes=Episodes(
             number=config.episodes,
             steps=steps,

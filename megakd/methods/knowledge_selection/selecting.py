@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megakd.contract.positions import first_positions
-from megakd.contract.stage import Pass, Planned
+from megakd.contract.stage import Pass, Stateless
 from megakd.methods.knowledge_selection.selector import (
     ActorCritic,
     Learning,
@@ -26,8 +26,8 @@ from megakd.methods.knowledge_selection.selector import (
 )
 
 if TYPE_CHECKING:
-    from megakd.contract.batch import Reading
-    from megakd.contract.lab import Instruments
+    from megakd.contract.batch import LossInputs
+    from megakd.contract.lab import HeldOutProbe
 
 SELECTOR = "selector.safetensors"
 WINDOW = 20
@@ -50,7 +50,7 @@ class Choosing:
     whole_texts: bool = False
 
 
-class Selecting(Planned):
+class Selecting(Stateless):
     """Asks a frozen selector at every step which kinds of knowledge count how much.
 
     State of a step: the last hidden states of both models at the first position of each row (of
@@ -59,10 +59,10 @@ class Selecting(Planned):
     """
 
     def __init__(
-        self, teacher: str, selector: Selector, choosing: Choosing, instruments: Instruments | None
+        self, teacher: str, selector: Selector, choosing: Choosing, probe: HeldOutProbe | None
     ) -> None:
         self.teacher, self.selector, self.choosing = teacher, selector, choosing
-        self.instruments = instruments
+        self.probe = probe
         self._decided: tuple[int, tuple[float, ...]] | None = None
         self._window: list[tuple[float, ...]] = []
 
@@ -72,12 +72,12 @@ class Selecting(Planned):
         frozen = hashlib.sha256(self.selector.to_bytes()).hexdigest()
         return {"selector": frozen, **vars(self.choosing)}
 
-    def plan(self, step: int) -> tuple[Pass, ...]:
+    def passes(self, step: int) -> tuple[Pass, ...]:
         """Return one pass, whose weights are chosen when both models have answered."""
-        weigh = None if self.instruments is None else functools.partial(self.weigh, step)
+        weigh = None if self.probe is None else functools.partial(self.weigh, step)
         return (Pass(teacher=self.teacher, weigh=weigh),)
 
-    def weigh(self, step: int, reading: Reading) -> Mapping[str, float]:
+    def weigh(self, step: int, reading: LossInputs) -> Mapping[str, float]:
         """Return the action of a step, the same for all its micro-batches and on all ranks."""
         if self._decided is None or self._decided[0] != step:
             summaries = self._summaries(reading)
@@ -87,7 +87,7 @@ class Selecting(Planned):
         return dict(zip(self.selector.shape.kinds, self._decided[1], strict=True))
 
     @torch.no_grad()
-    def _summaries(self, reading: Reading) -> Tensor:
+    def _summaries(self, reading: LossInputs) -> Tensor:
         """[S + T], on the CPU."""
         valid = reading.batch.valid
         both = [said.hidden_states[-1] for said in (reading.student, reading.taught)]
@@ -97,8 +97,8 @@ class Selecting(Planned):
             rows = valid.any(dim=1)
             sums = [first_positions(states, valid)[rows].float().sum(0) for states in both]
         total = torch.cat([*sums, rows.sum()[None]])
-        if self.instruments is not None:
-            self.instruments.add_up(total)
+        if self.probe is not None:
+            self.probe.add_up(total)
         return (total[:-1] / total[-1].clamp(min=1)).cpu()
 
     @torch.no_grad()
@@ -188,12 +188,12 @@ class LearningToSelect(Selecting):
         teacher: str,
         selector: Selector,
         choosing: Choosing,
-        instruments: Instruments | None,
+        probe: HeldOutProbe | None,
         *,
         episodes: Episodes,
         learning: Learning,
     ) -> None:
-        super().__init__(teacher, selector, choosing, instruments)
+        super().__init__(teacher, selector, choosing, probe)
         self.episodes, self.learning = episodes, learning
         self.learner = ActorCritic(selector, learning, seed=choosing.seed)
         self.running = Running()
@@ -207,9 +207,9 @@ class LearningToSelect(Selecting):
     def begin(self, student: Any, step: int) -> None:
         """Keeps the student as it is before the first episode."""
         self._student = student
-        if step == 0 and self.instruments is not None:
-            self.instruments.remember(student)
-            self.running.loss = self.running.beginning = self.instruments.loss(student)
+        if step == 0 and self.probe is not None:
+            self.probe.remember(student)
+            self.running.loss = self.running.beginning = self.probe.loss(student)
 
     def _noise(self, step: int, kinds: int) -> Tensor:
         # The steps of a phase share its reward, and what is tried in them.
@@ -234,18 +234,18 @@ class LearningToSelect(Selecting):
             self._learn(None)
             run.before = None
             if report.step + 1 < self.episodes.number * self.episodes.steps:
-                self._instruments.reset(self._student)
+                self._measuring.reset(self._student)
                 run.loss = run.beginning
 
     @property
-    def _instruments(self) -> Instruments:
-        if self.instruments is None:
+    def _measuring(self) -> HeldOutProbe:
+        if self.probe is None:
             raise TypeError("a selector that learns needs something to measure with")
-        return self.instruments
+        return self.probe
 
     def _end_phase(self) -> None:
         run = self.running
-        loss = self._instruments.loss(self._student)
+        loss = self._measuring.loss(self._student)
         actions = torch.tensor(run.actions)
         reward = self._usual(run.loss - loss) + self._exploration(actions)
         run.pending = (torch.stack(run.summaries), actions, reward)
@@ -303,7 +303,7 @@ class LearningToSelect(Selecting):
 
 
 @dataclass(frozen=True)
-class RandomWeights(Planned):
+class RandomWeights(Stateless):
     """Weights that are drawn anew at every step: a function of seed and step."""
 
     teacher: str
@@ -312,7 +312,7 @@ class RandomWeights(Planned):
     hard: bool
     seed: int
 
-    def plan(self, step: int) -> tuple[Pass, ...]:
+    def passes(self, step: int) -> tuple[Pass, ...]:
         """One pass with the weights of this step."""
         drawn = random.Random(f"{self.seed}:kinds:{step}")
         factors = tuple(drawn.random() for _ in self.kinds)

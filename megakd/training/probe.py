@@ -20,7 +20,7 @@ BEGINNING = "beginning"
 
 
 @dataclass(frozen=True)
-class Instruments:
+class HeldOutProbe:
     """Sums over ranks, the loss on held-out rows, and the student as it was at first.
 
     scorer: of the run. rows: that the loss is measured on.

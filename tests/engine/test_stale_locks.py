@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from megakd.engine import leftovers
-from megakd.engine.leftovers import (
+from megakd.engine import stale_locks
+from megakd.engine.stale_locks import (
     check_shared_memory,
     release_own_buffer,
     remove_dead_buffers,
@@ -78,13 +78,13 @@ def test_a_buffer_that_another_process_holds_open_stays(buffer, tmp_path):
 
 def test_a_buffer_that_a_start_opens_while_another_looks_stays(buffer, tmp_path, monkeypatch):
     opened = []
-    move_aside = leftovers._move_aside
+    move_aside = stale_locks._move_aside
 
     def open_first(path):
         opened.append(path.open("r+b"))
         return move_aside(path)
 
-    monkeypatch.setattr(leftovers, "_move_aside", open_first)
+    monkeypatch.setattr(stale_locks, "_move_aside", open_first)
 
     assert remove_dead_buffers(tmp_path) == []
     assert buffer.exists()
@@ -96,7 +96,7 @@ def test_a_buffer_that_a_start_creates_anew_meanwhile_is_not_touched(buffer, tmp
         buffer.write_bytes(b"new")
         return iter(())
 
-    monkeypatch.setattr(leftovers, "_files_in_use", create_anew)
+    monkeypatch.setattr(stale_locks, "_files_in_use", create_anew)
 
     assert remove_dead_buffers(tmp_path) == [buffer]
     assert buffer.read_bytes() == b"new"

@@ -9,8 +9,8 @@ import torch
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from torch import nn
 
-from megakd.engine import ahead
-from megakd.engine.ahead import FetchedAhead, is_away
+from megakd.engine import prefetch
+from megakd.engine.prefetch import Prefetch, is_away
 
 
 def sharded(location: OffloadDeviceEnum = OffloadDeviceEnum.cpu) -> nn.Module:
@@ -34,13 +34,13 @@ def values(module: nn.Module) -> list[list[float]]:
 @pytest.fixture
 def away(monkeypatch) -> nn.Module:
     """A module whose shards count as lying elsewhere, though the device is a CPU."""
-    monkeypatch.setattr(ahead, "is_away", lambda shard: True)
+    monkeypatch.setattr(prefetch, "is_away", lambda shard: True)
     return sharded()
 
 
 def test_shards_are_copied_once_and_come_back_where_they_were(away):
     host, before = places(away), values(away)
-    fetched = FetchedAhead(away)
+    fetched = Prefetch(away)
 
     fetched.start()
     there = places(away)
@@ -57,7 +57,7 @@ def test_shards_are_copied_once_and_come_back_where_they_were(away):
 
 
 def test_what_deepspeed_has_hung_on_a_shard_stays(away):
-    FetchedAhead(away).start()
+    Prefetch(away).start()
 
     assert away["a"].ds_tensor.final_location == OffloadDeviceEnum.cpu
 
@@ -66,7 +66,7 @@ def test_shards_on_the_device_or_on_a_disk_stay_where_they_are():
     module = sharded()
     before = places(module)
 
-    FetchedAhead(module).start()
+    Prefetch(module).start()
 
     assert places(module) == before
 
@@ -76,7 +76,7 @@ def test_a_shard_in_the_hosts_memory_is_away_from_another_device(monkeypatch):
         def device_name(self) -> str:
             return "cuda"
 
-    monkeypatch.setattr(ahead, "get_accelerator", Elsewhere)
+    monkeypatch.setattr(prefetch, "get_accelerator", Elsewhere)
     shards = {place: next(sharded(place).parameters()).ds_tensor for place in OffloadDeviceEnum}
 
     assert is_away(shards[OffloadDeviceEnum.cpu])

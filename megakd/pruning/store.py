@@ -46,7 +46,7 @@ Weights = tuple[tuple[str, torch.Size, Axes], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Specification:
+class SortedTeacher:
     """A model whose units lie by falling importance, and the scores they were sorted by.
 
     scores: of the units as the teacher had them.
@@ -86,13 +86,13 @@ class Specification:
         )
 
 
-def unscored(source: ModelSource) -> Specification:
+def unscored(source: ModelSource) -> SortedTeacher:
     """All units alike: shows whether a grid can be cut at all before anything is scored."""
     units = source.architecture.units(source.config)
     heads = tuple((1.0,) * count for count in units.heads)
     neurons = tuple((1.0,) * count for count in units.neurons)
     width = (1.0,) * source.architecture.hidden_width(source.config)
-    return Specification(source=source, scores=UnitScores(heads, neurons, width))
+    return SortedTeacher(source=source, scores=UnitScores(heads, neurons, width))
 
 
 class Reshaping(NamedTuple):
@@ -105,7 +105,7 @@ class Reshaping(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workshop:
+class PruningStore:
     """Makes folders under `stages/` that no training makes; each once, a collective."""
 
     assembly: Assembly

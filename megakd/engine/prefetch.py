@@ -10,7 +10,7 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from torch import Tensor, nn
 
 
-class FetchedAhead:
+class Prefetch:
     """Copies this rank's shards to the device while something else computes, and lets them go.
 
     DeepSpeed moves a shard when its layer is reached, and the forward waits for it. It reads
