@@ -58,7 +58,8 @@ quickstart: install
 
 test: install
 	@$(ACTIVATE)
-	pytest $(if $(SLOW),,-m 'not slow')
+	# Two processes, each with ranks of its own: the files go to whoever is free.
+	pytest --numprocesses 2 --dist loadfile $(if $(SLOW),,-m 'not slow')
 
 lint: install
 	@$(ACTIVATE)

@@ -100,6 +100,8 @@ def test_recomputing_activations_changes_no_gradient(train, student, language):
     assert recomputed["losses"] == kept["losses"]
 
 
+# The first use of DeepSpeed's CPU Adam compiles it, which takes a minute.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "like", "teacher"),
     [
@@ -109,7 +111,6 @@ def test_recomputing_activations_changes_no_gradient(train, student, language):
     ],
 )
 def test_offloading_to_the_cpu_changes_no_weight(train, workers, write, preset, like, teacher):
-    # The first use of DeepSpeed's CPU Adam compiles it.
     path = write(student=preset, teacher=teacher, weight_decay=0.01)
     offloaded = workers(2).run("train", path, [], 3, timeout_s=400)[0]
     kept = train(3, student=like, weight_decay=0.01)
@@ -118,6 +119,7 @@ def test_offloading_to_the_cpu_changes_no_weight(train, workers, write, preset, 
     assert largest_difference(offloaded["final"], offloaded["initial"]) > 1e-3
 
 
+@pytest.mark.slow
 def test_offloaded_optimizers_are_deepspeeds_own(workers, write, tmp_path):
     path = write(student="zero2_offload", teacher="teacher_zero3_offload")
 

@@ -48,10 +48,10 @@ def learn(workers, config, tmp_path):
         pytest.param("zero0", "soft", marks=pytest.mark.slow),
         pytest.param("zero1", "soft", marks=pytest.mark.slow),
         pytest.param("zero2", "hard", marks=pytest.mark.slow),
-        ("zero0", "hard"),
+        pytest.param("zero0", "hard", marks=pytest.mark.slow),
         pytest.param("zero1", "hard", marks=pytest.mark.slow),
         ("zero2", "soft"),
-        ("zero3", "soft"),
+        pytest.param("zero3", "soft", marks=pytest.mark.slow),
         ("zero3", "hard"),
     ],
 )
@@ -69,7 +69,8 @@ def test_two_ranks_choose_and_learn_as_one_does(learn, student, action):
 
 
 @pytest.mark.parametrize(
-    "student", ["zero0", pytest.param("zero1", marks=pytest.mark.slow), "zero2", "zero3"]
+    "student",
+    [*(pytest.param(f"zero{stage}", marks=pytest.mark.slow) for stage in range(3)), "zero3"],
 )
 def test_a_student_that_begins_anew_is_as_it_was(learn, student):
     """Weights and optimizer: its first step is the first step again."""

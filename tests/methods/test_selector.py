@@ -58,7 +58,11 @@ def played(reward, phases: int = 60) -> list[float]:
     return weights.tolist()
 
 
-@pytest.mark.parametrize("place", range(len(KINDS)), ids=KINDS)
+@pytest.mark.parametrize(
+    "place",
+    [0, *(pytest.param(place, marks=pytest.mark.slow) for place in range(1, len(KINDS)))],
+    ids=KINDS,
+)
 def test_the_only_kind_that_helps_gets_the_highest_weight(place):
     """A bandit: the loss falls by as much as this kind counts, whatever the others do."""
     weights = played(lambda action, _: float(action[place]))
@@ -86,7 +90,9 @@ def test_the_actor_climbs_by_its_actions_and_not_by_what_the_critic_sees_of_the_
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
-@pytest.mark.parametrize("place", [0, 3], ids=[KINDS[0], KINDS[3]])
+@pytest.mark.parametrize(
+    "place", [pytest.param(0, marks=pytest.mark.slow), 3], ids=[KINDS[0], KINDS[3]]
+)
 def test_what_a_state_is_worth_does_not_hide_which_kind_helps(place):
     """Early phases bring more whatever is done, as a loss falls fastest at first."""
     said = played(lambda action, phase: 1.0 / (1 + phase % 10) + float(action[place]))
