@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,11 @@ def launch_command(program: str, config: Path, ranks: int, overrides: Sequence[s
 
 
 def start_ranks(program: Path, arguments: Sequence[str], ranks: int) -> int:
-    """A program once per rank, with the cores shared among them; the exit code of the worst."""
+    """Run a program once per rank, with the cores shared among them.
+
+    Returns:
+        The exit code of the worst. A rank that fails ends the others, which would wait for it.
+    """
     port = quickstart().free_port()
     threads = max(1, (os.cpu_count() or 1) // ranks)
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": threads}
@@ -109,10 +114,21 @@ def start_ranks(program: Path, arguments: Sequence[str], ranks: int) -> int:
             subprocess.Popen([sys.executable, str(program), *arguments], env=shared | own)
         )
     try:
-        return max(abs(process.wait()) for process in processes)
+        return _worst_code(processes)
     finally:
         for process in processes:
             process.kill()
+            process.wait()
         # DeepSpeed leaves its shared memory behind, under the number of the port.
         for buffer in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):  # noqa: S108
             buffer.unlink(missing_ok=True)
+
+
+def _worst_code(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait until all ranks have ended, or until the first one fails."""
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        failed = [abs(code) for code in codes if code]
+        if failed or None not in codes:
+            return max(failed, default=0)
+        time.sleep(0.1)

@@ -37,6 +37,8 @@ from megakd.training.longer import is_longer
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+FORMAT = 2
+"""Raised when what a checkpoint holds is named anew, so that older ones are refused in one line."""
 LATEST = "latest"
 _PARTIAL = ".partial"
 _PREFIX = "step-"
@@ -121,6 +123,7 @@ class Checkpoints:
     def _publish(self, partial: Path, step: int, files: Mapping[str, Any]) -> Path:
         final = self.folder / f"{_PREFIX}{step}"
         manifest = {
+            "format": FORMAT,
             "stage": self.folder.name,
             "step": step,
             "ranks": self.ranks.world_size,
@@ -202,6 +205,8 @@ class Checkpoints:
 
     def _check_origin(self, checkpoint: Path) -> None:
         manifest = read_signed(checkpoint / MANIFEST)
+        if manifest.get("format") != FORMAT:
+            raise _of_another_version(checkpoint)
         here = json.loads(json_text(self.fingerprint))
         there = manifest["fingerprint"]
         differing = differences(there, here)
@@ -283,11 +288,15 @@ def _read_plain(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} was written by an earlier version of megakd and cannot be read by this one; "
-            f"remove the folder {path.parent.parent} to train this stage anew, or go on with the "
-            f"version that wrote it"
-        ) from error
+        raise _of_another_version(path.parent) from error
+
+
+def _of_another_version(checkpoint: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint} was written by another version of megakd and cannot be read by this one; "
+        f"remove the folder {checkpoint.parent} to train this stage anew, or go on with the "
+        f"version that wrote it"
+    )
 
 
 def _random_state() -> dict[str, Any]:

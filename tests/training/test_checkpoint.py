@@ -251,8 +251,20 @@ def test_a_checkpoint_that_names_a_class_is_refused_in_one_line(tmp_path):
     saved = save(store, 3)
     torch.save({"strategy": Counted(3)}, saved / "state.pt")
 
-    with pytest.raises(CheckpointError, match="earlier version") as refused:
+    with pytest.raises(CheckpointError, match="another version") as refused:
         store.load(saved, lambda folder, tag: None)
 
     assert "\n" not in str(refused.value)
     assert str(store.folder) in str(refused.value)
+
+
+def test_a_checkpoint_whose_contents_had_other_names_is_refused_in_one_line(tmp_path, monkeypatch):
+    store = checkpoints(tmp_path)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("megakd.training.checkpoint.FORMAT", 1)
+        save(store, 3)
+
+    with pytest.raises(CheckpointError, match="another version of megakd") as refused:
+        store.newest_good()
+
+    assert "\n" not in str(refused.value)
