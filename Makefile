@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint clean
+.PHONY: help install quickstart test lint docs clean
 
 VENV := .venv
 INSTALLED := $(VENV)/installed
@@ -20,6 +20,7 @@ help:
 	echo 'make quickstart  distil a student on the embedded corpus: two CPU ranks, some minutes'
 	echo 'make test        the whole test suite (SLOW=1: the slow tests too)'
 	echo 'make lint        ruff and pyright'
+	echo 'make docs        the documentation site, in build/site'
 	echo 'make clean       remove the environment and all caches; keeps runs/'
 
 install: $(INSTALLED)
@@ -65,6 +66,10 @@ lint: install
 	@$(ACTIVATE)
 	ruff check .
 	pyright --warnings
+
+docs: install
+	@$(ACTIVATE)
+	mkdocs build
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

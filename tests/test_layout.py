@@ -262,6 +262,25 @@ def test_imports_inside_functions_count_and_imports_for_types_do_not() -> None:
     assert list(runtime_imports(ast.parse(source))) == ["b.c.d", "e", "g"]
 
 
+# Messages advise these two, which are no paper's; every other method is unknown outside its room.
+ADVISED = ("finetune", "single")
+
+
+def test_a_method_is_named_in_its_room_alone() -> None:
+    room = ROOT / "megakd" / "methods"
+    files = [*room.glob("*.py"), *room.glob("*/__init__.py")]
+    runs = [
+        p for p in files if re.search(r"^def run\(", p.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    names = {p.parent.name if p.name == "__init__.py" else p.stem for p in runs} - {*ADVISED}
+    texts = {p: p.read_text(encoding="utf-8") for p in package_sources() if room not in p.parents}
+
+    naming = {(name, p.name) for name in names for p, text in texts.items() if f'"{name}"' in text}
+
+    assert {"minidisc", "skdbert", "knowledge_selection"} <= names
+    assert naming == set()
+
+
 WRITTEN_IMPORT = re.compile(r"^ *from (megakd(?:\.\w+)*) import (\w+(?:, \w+)*)", re.MULTILINE)
 
 

@@ -50,9 +50,9 @@ def _term(config: RunConfig, term: TermConfig, key: str) -> Iterator[str]:
     fitting = _tasks_of(term)
     if task not in fitting:
         yield f"{where} is for {', '.join(fitting)}, and task.type is {task}"
-    elif config.method.name == "finetune" and compares(term):
+    elif compares(term) and not (config.method.needs_teacher or config.teacher_specs):
         yield (
-            f'{where} compares with a teacher, and method "finetune" has none; '
+            f'{where} compares with a teacher, and method "{config.method.name}" has none; '
             "remove the term or choose another method"
         )
 

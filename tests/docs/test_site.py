@@ -1,0 +1,82 @@
+"""The documentation site builds, its links lead somewhere, and the code on its pages is code."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"```{language}[^\n]*\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # Strict: a link to a page or a heading that does not exist is an error.
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_every_page_is_in_the_navigation_and_can_be_searched(site: Path) -> None:
+    index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
+
+    found = {entry["location"].partition("#")[0] for entry in index["docs"]}
+
+    pages = [page.relative_to(ROOT / "docs") for page in (ROOT / "docs").rglob("*.md")]
+    names = {page.with_suffix("").as_posix() for page in pages} - {"index"}
+    assert {f"{name}/" for name in names} <= found
+    listed = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    assert {f"{name}.md" for name in names} <= set(re.findall(r"[\w/-]+\.md", json.dumps(listed)))
+
+
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [
+        ("contract", "megakd.contract.lab.Lab.train"),
+        ("contract", "megakd.contract.stage.Strategy.before_update"),
+        ("python", "megakd.run.api.train"),
+        ("kernels", "megakd_kernels.linear_kd_loss"),
+    ],
+)
+def test_the_reference_comes_from_the_docstrings(site: Path, page: str, name: str) -> None:
+    assert name in (site / "reference" / page / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_on_a_page_is_valid(page: Path) -> None:
+    for code in blocks(page, "python"):
+        ast.parse(code)
+    for text in blocks(page, "yaml"):
+        assert yaml.safe_load(text) is not None
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name
+)
+def test_links_of_the_front_pages_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    local = [link for link in links if not link.startswith("http")]
+
+    assert local
+    assert [link for link in local if not (page.parent / link).exists()] == []
