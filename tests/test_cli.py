@@ -347,7 +347,10 @@ def test_one_method_or_loss_is_listed_alone(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["minidsic"], 'unknown method "minidsic"; did you mean "minidisc"? known: finetune'),
+        (
+            ["minidsic"],
+            'unknown method "minidsic"; did you mean "minidisc"? known: direct, finetune',
+        ),
         (["--losses", "soft_target_k"], 'unknown loss "soft_target_k"; did you mean "soft_target'),
         (["hidden_mse"], "it is a loss: megakd methods --losses hidden_mse"),
         (["no_such_module:X"], "module no_such_module cannot be imported"),

@@ -14,11 +14,14 @@ import megakd_kernels as mk
 from megakd_kernels.settings import HAS_TRITON
 
 INTERPRET = "TRITON_INTERPRET"
-NEEDS_INTERPRETER = not torch.cuda.is_available() and INTERPRET not in os.environ
+# Processes of pytest-xdist inherit what this file has set in the process that started them.
+SET_HERE = "MEGAKD_TESTS_SET_TRITON_INTERPRET"
+IS_FREE = INTERPRET not in os.environ or SET_HERE in os.environ
+NEEDS_INTERPRETER = not torch.cuda.is_available() and IS_FREE
 # Triton decides when a kernel is defined whether its interpreter runs it: the test modules, which
 # come next, define them.
 if NEEDS_INTERPRETER:
-    os.environ[INTERPRET] = "1"
+    os.environ[INTERPRET] = os.environ[SET_HERE] = "1"
 
 
 def pytest_collection_finish():

@@ -137,13 +137,14 @@ class CostReport(TypedDict):
     """What a method's choice cost, and what another way to make the choice would have cost.
 
     seconds: of training, as in `stages`.
-    alternative: name of the other way, as the report shows it.
+    alternative, alternative_does: name of the other way, and what is done there.
     alternative_seconds: estimated from the speed of this run.
     """
 
     trials: int
     seconds: float
     alternative: str
+    alternative_does: str
     alternative_trials: int
     alternative_seconds: float
 

@@ -153,7 +153,8 @@ def _cost(
     return {
         "trials": 1,
         "seconds": seconds,
-        "alternative": "every assistant tried (MaxiDisc)",
+        "alternative": "MaxiDisc",
+        "alternative_does": "every assistant tried",
         "alternative_trials": sum(s <= target for s in config.sparsities),
         "alternative_seconds": pace * tried[0].result.steps * sum(legs),
     }

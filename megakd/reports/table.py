@@ -69,7 +69,8 @@ def cost_line(cost: CostReport) -> str:
     ratio = f"{whole / spent:.1f}x" if spent > 0 else ""
     times = {"": "", "1.0x": " (as long)"}.get(ratio, f" ({ratio})")
     return (
-        f"{_trials(cost['trials'])}, {duration(spent)}; {cost['alternative']}: "
+        f"{_trials(cost['trials'])}, {duration(spent)}; "
+        f"{cost['alternative_does']} ({cost['alternative']}): "
         f"{_trials(cost['alternative_trials'])}, about {duration(whole)}{times}"
     )
 

@@ -177,7 +177,7 @@ def test_a_teacher_has_no_optimizer_no_gradient_and_no_place_in_a_checkpoint(
         assert share == 1 if teacher == "teacher_zero0" else share <= 0.51
     files = sorted((tmp_path / "saved" / "saved").glob("*.pt"))
     names, elements = saved(files)
-    assert {name.split(".")[0] for name in names} <= {"student", "objective"}
+    assert {name.split(".")[0] for name in names} <= {"learners", "objective"}
     # Weight and two moments of each element, and at ZeRO-2 the weights once more.
     assert elements <= 4.2 * facts["student_elements"]
 

@@ -177,7 +177,8 @@ def test_trying_every_assistant_that_would_take_as_long_is_told_in_words() -> No
     cost: Any = {
         "trials": 1,
         "seconds": 24.5,
-        "alternative": "every assistant tried (MaxiDisc)",
+        "alternative": "MaxiDisc",
+        "alternative_does": "every assistant tried",
         "alternative_trials": 3,
         "alternative_seconds": 24.9,
     }

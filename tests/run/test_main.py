@@ -171,11 +171,11 @@ def test_projections_are_trained_and_kept_with_the_checkpoint_and_nothing_of_the
     saved = out / "checkpoints" / "student" / f"step-{STEPS}" / "mp_rank_00_model_states.pt"
     names = torch.load(saved, weights_only=False)["module"].keys()
 
-    beside = [name for name in names if not name.startswith("student.")]
+    beside = [name for name in names if not name.startswith("learners.")]
     assert len(beside) == 1
     assert beside[0].startswith("objective.")
     student = AutoModelForSequenceClassification.from_pretrained(out / "final")
-    assert {n.removeprefix("student.") for n in names} - set(beside) == set(student.state_dict())
+    assert {n.removeprefix("learners.0.") for n in names} - set(beside) == set(student.state_dict())
 
 
 def test_the_model_card_says_where_the_student_comes_from(out, config, whole_run):

@@ -176,5 +176,5 @@ def test_a_run_that_has_not_finished_has_no_student_to_export(
 
 
 def test_methods_and_losses_are_listed_without_a_run(one_rank):
-    assert one_rank.megakd("methods").out.startswith("finetune")
+    assert one_rank.megakd("methods").out.startswith("direct")
     assert "soft_target_jsd" in one_rank.megakd("methods", "--losses").out

@@ -70,7 +70,7 @@ def test_a_fact_that_no_file_can_hold_is_refused_by_its_name():
 
 
 def test_a_pass_that_weighs_by_a_function_needs_facts_of_its_strategy():
-    with pytest.raises(MegakdError, match=r"Constant\.passes\.0\.weigh is a"):
+    with pytest.raises(MegakdError, match=r"Constant\.planned\.0\.weigh is a"):
         facts_of(Constant((Pass(weigh=lambda reading: {}),)))
 
 

@@ -109,7 +109,8 @@ def chosen_report(**changes: Any) -> Report:
         cost={
             "trials": 1,
             "seconds": 600.0,
-            "alternative": "every assistant tried (MaxiDisc)",
+            "alternative": "MaxiDisc",
+            "alternative_does": "every assistant tried",
             "alternative_trials": 7,
             "alternative_seconds": 1500.0,
         },
