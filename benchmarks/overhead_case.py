@@ -33,7 +33,8 @@ def write_case(folder: Path, given: argparse.Namespace) -> None:
             writer = csv.writer(file)
             writer.writerow(("text", "label"))
             for _ in range(count):
-                text = " ".join(rng.choices(words, k=given.length))
+                # With the two special tokens, a row has as many tokens as the case says.
+                text = " ".join(rng.choices(words, k=given.length - 2))
                 writer.writerow((text, rng.choice(LABELS)))
     config = yaml.safe_dump(case_config(folder, given), sort_keys=False)
     (folder / "run.yaml").write_text(config, encoding="utf-8")

@@ -23,7 +23,7 @@ from megakd.planning.rehearsals import Rehearsals
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from megakd.planning.plan import Plan
+    from megakd.planning.memory_plan import Plan
 
 NODES = (1, 2, 4, 8, 16, 32)
 GPUS, MEMORY_GB, HOST_GB = 8, 141, 2000

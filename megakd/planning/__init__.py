@@ -1,1 +1,1 @@
-"""How much memory, network and time a run will take, told from configs alone."""
+"""Planning of a run: memory, network traffic and time, computed only from configs."""

@@ -1,4 +1,4 @@
-"""What to change so that a run fits: candidates are tried by planning again, never guessed."""
+"""Search for changes that make a run fit; every candidate is planned again, never guessed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megakd.config.run import RunConfig, TeacherConfig
 from megakd.planning.cluster import Cluster
 
 if TYPE_CHECKING:
-    from megakd.planning.plan import Plan
+    from megakd.planning.memory_plan import Plan
 
 WANTED = 3
 _MOST_TOGETHER = 4
@@ -19,18 +19,18 @@ _MOST_NODES = 64
 
 
 class Case(NamedTuple):
-    """A run as it might be, and the settings that make it so."""
+    """A variant of a run, and the settings that lead to it."""
 
     config: RunConfig
     cluster: Cluster
     settings: tuple[str, ...] = ()
 
     def with_teachers(self, setting: str, change: Callable[[TeacherConfig], TeacherConfig]) -> Case:
-        """The same with every teacher changed.
+        """Return the case with every teacher changed.
 
         Args:
-            setting: below the section of a teacher, as it would be typed.
-            change: makes a teacher's config one with that setting.
+            setting: the change as typed, relative to the section of a teacher.
+            change: returns a teacher's config with the setting.
         """
         specs = self.config.teacher_specs
         keys = [self.config.key_of(name).replace("[", ".").removesuffix("]") for name in specs]
@@ -43,17 +43,17 @@ class Case(NamedTuple):
         return Case(config, self.cluster, (*self.settings, setting))
 
     def with_config(self, setting: str, section: str, **keys: Any) -> Case:
-        """The same with other keys in a section of the config."""
+        """Return the case with changed keys in a section of the config."""
         changed = replace(getattr(self.config, section), **keys)
         config = replace(self.config, **{section: changed})
         return Case(config, self.cluster, (*self.settings, setting))
 
 
 def find_changes(case: Case, planner: Callable[[Case], Plan]) -> list[tuple[Case, Plan]]:
-    """At most three ways to make a run fit, those that cost the least speed first.
+    """Return at most three ways to make a run fit, in order of increasing cost in speed.
 
-    Single settings are tried one by one. Where none of them is enough, the one that leaves the
-    least to be saved is kept, and others are tried on top of it.
+    Single settings are tried one by one. If no single setting is enough, the setting with the
+    smallest remaining overflow is kept, and other settings are tried together with it.
 
     Args:
         case: a run that does not fit.
@@ -74,7 +74,7 @@ def find_changes(case: Case, planner: Callable[[Case], Plan]) -> list[tuple[Case
 
 
 def candidates(case: Case) -> Iterator[Case]:
-    """Single settings that save memory, those that cost the least speed first."""
+    """Yield single settings that save memory, in order of increasing cost in speed."""
     for group in (_sharding, _precision, _ranks, _activations, _offload):
         yield from group(case)
 

@@ -1,4 +1,4 @@
-"""The machines that a run is planned for, and how fast they are."""
+"""The machines that a run is planned for, and their rates."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ GIGA = 10**9
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What was measured or is given; None where nobody knows, and then no time is told.
+    """Measured or given rates; None if unknown. Without a needed rate no time is planned.
 
-    tflops: that a rank reaches in matrix products, 1e12 operations per second.
-    gbps: that a rank sends and receives at a time, 1e9 bytes per second.
+    tflops: rate of a rank in matrix products, 1e12 operations per second.
+    gbps: rate at which a rank sends and receives simultaneously, 1e9 bytes per second.
     """
 
     tflops: float | None = None
@@ -34,9 +34,9 @@ class Rates:
 class Cluster:
     """Ranks on nodes.
 
-    device_memory: bytes of a rank's accelerator; on a CPU its share of the node's memory.
-    host_memory: bytes of a node; None: not known, and not looked at.
-    device_base: bytes of an accelerator that are gone before the first tensor.
+    device_memory: bytes of a rank's accelerator; on a CPU the rank's share of the node's memory.
+    host_memory: bytes of a node; None: unknown and not checked.
+    device_base: bytes of an accelerator that are in use before the first tensor.
     """
 
     ranks: int = 1
@@ -56,15 +56,15 @@ class Cluster:
 
     @property
     def ranks_per_node(self) -> int:
-        """Ranks that share a node's memory."""
+        """Number of ranks that share the memory of a node."""
         return self.ranks // self.nodes
 
 
 def rates_of(path: Path) -> Rates:
-    """Rates from a JSON file such as {"tflops": 400, "gbps": 45}.
+    """Load rates from a JSON file such as {"tflops": 400, "gbps": 45}.
 
     Raises:
-        ConfigError: the file cannot be read, or holds something else.
+        ConfigError: the file cannot be read, or its content is not a mapping of rates.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

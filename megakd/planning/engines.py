@@ -1,4 +1,4 @@
-"""Where an engine's memory lies, and what a frozen model takes, sharded or not."""
+"""Memory placement of an engine, and memory of a frozen model, sharded or not."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 from megakd.planning.cluster import Cluster
 from megakd.planning.gathering import Coordinator, Gathered, Gathering
 from megakd.planning.ledger import Holder, Ledger, Part, Place
-from megakd.planning.moments import NOTHING, Amount, Inventory, Rehearsal, amount_of, block
+from megakd.planning.moments import NOTHING, Amount, Inventory, Rehearsal, amount_of, block, mapped
 
 _BUCKET = 500_000_000  # elements, DeepSpeed's default
 
 
 @dataclass(kw_only=True)
 class Setting:
-    """A model in DeepSpeed's hands: whose it is, its `zero_optimization`, and where it runs.
+    """A model under DeepSpeed: its role, its `zero_optimization`, and its machines.
 
     itemsize: bytes of a weight in the forward.
-    moments: what the optimizer keeps of a weight, in numbers of fp32.
-    owner: which of several models of this role it is.
+    moments: number of fp32 values that the optimizer keeps per weight.
+    owner: name that separates several models with the same role.
     """
 
     role: str
@@ -34,67 +34,67 @@ class Setting:
 
     @property
     def ranks(self) -> int:
-        """How many share the model."""
+        """Number of ranks that share the model."""
         return self.cluster.ranks
 
     @property
     def stage(self) -> int:
-        """Of ZeRO."""
+        """The ZeRO stage."""
         return int(self.zero.get("stage", 0))
 
     @property
     def is_cpu(self) -> bool:
-        """Whether host and device are one."""
+        """True on a CPU, where host and device are the same."""
         return self.cluster.device == "cpu"
 
     def holder(self, part: Part, place: Place = "device", buffer: str = "") -> Holder:
-        """Of this model."""
+        """Return a holder of this model."""
         return Holder(self.role, part, place, f"{self.owner}{buffer}")
 
     def place(self, offload: str) -> Place | None:
-        """Where `offload_optimizer` or `offload_param` puts things; None: on a disk."""
+        """Return the place that `offload_optimizer` or `offload_param` names; None means disk."""
         device = (self.zero.get(offload) or {}).get("device", "none")
         places: Mapping[str, Place | None] = {"none": "device", "cpu": "host", "nvme": None}
         return places[device]
 
     def share(self, numel: int) -> int:
-        """A rank's part of so many elements, padded."""
+        """Return the padded share of a rank in `numel` elements."""
         return -(-numel // self.ranks)
 
     def groups(self) -> list[int]:
-        """Elements of the optimizer's groups: matrices, which decay, and vectors, which do not."""
+        """Return the elements per optimizer group: matrices (weight decay), vectors (no decay)."""
         decays = sum(p.numel for p in self.inventory.parameters if p.decays)
         return [size for size in (decays, self.inventory.numel - decays) if size]
 
     def gradients(self, numbers: Sequence[int]) -> Amount:
-        """Of some parameters, whole, each a block of its own."""
+        """Return the memory of whole gradients of some parameters, one block per gradient."""
         numels = (self.inventory.parameters[number].numel for number in numbers)
         return amount_of(numel * self.itemsize for numel in numels)
 
     def bucket(self, name: str) -> int:
-        """Elements of a communication buffer, on a CPU as far as it is ever written to."""
+        """Return the elements of a communication buffer; on a CPU only the part that is written."""
         elements = int(self.zero.get(name, _BUCKET))
         return min(elements, self.inventory.numel) if self.is_cpu else elements
 
 
 def engine_of(setting: Setting) -> Whole | Shards:
-    """A model at its ZeRO stage, without an optimizer."""
+    """Return the engine of a model at its ZeRO stage, without an optimizer."""
     return Shards(setting) if setting.stage == 3 else Whole(setting)
 
 
 class Whole:
-    """Weights in one piece on every rank."""
+    """Engine with whole weights on every rank."""
 
     def __init__(self, setting: Setting) -> None:
         self.at = setting
 
     def load(self) -> None:
-        """Every rank reads the files, tensor by tensor, on the host; then the model moves."""
+        """Load the files tensor by tensor on the host of every rank, then move the model."""
         at = self.at
         where = at.holder("weights", "device" if at.is_cpu else "host")
         read = at.holder("weights", "host", "read")
         for parameter in at.inventory.parameters:
-            whole = block(parameter.numel * at.itemsize)
+            whole = mapped(parameter.numel * at.itemsize)
             at.ledger.add(where, whole)
             at.ledger.briefly(read, whole)
         if not at.is_cpu:
@@ -102,27 +102,27 @@ class Whole:
             at.ledger.drop(where)
 
     def gathering(self, rehearsal: Rehearsal) -> Gathering:
-        """Nothing is gathered."""
+        """Return a gathering without gathered weights."""
         return _nothing(rehearsal)
 
 
 class Shards(Whole):
-    """Weights in as many parts as there are ranks: ZeRO 3."""
+    """Engine with one shard of the weights per rank: ZeRO 3."""
 
     def load(self) -> None:
-        """Shards, and one tensor whole: read by rank 0, gathered and broadcast."""
+        """Load the shards, with one whole tensor at a time: read by rank 0, gathered, broadcast."""
         at, place = self.at, self.at.place("offload_param")
         if place is not None:
             shards = at.inventory.sharded(at.ranks, at.itemsize)
-            at.ledger.put(at.holder("weights", place), shards)
+            at.ledger.put(at.holder("weights", place), mapped(shards.total))
         largest = block(at.inventory.largest * at.itemsize)
-        copies = 2 if at.is_cpu and at.ranks > 1 else 1  # gloo has a buffer of its own
+        copies = 2 if at.is_cpu and at.ranks > 1 else 1  # gloo adds a buffer
         at.ledger.put(at.holder("gather"), largest.times(copies))
         at.ledger.briefly(at.holder("weights", "host", "read"), largest)
         at.ledger.drop(at.holder("gather"))
 
     def gathering(self, rehearsal: Rehearsal) -> Gathering:
-        """What comes and goes while the model runs."""
+        """Return the weights that are gathered while the model runs."""
         at = self.at
         if at.ranks == 1 and at.place("offload_param") == "device":
             return _nothing(rehearsal)

@@ -1,8 +1,8 @@
-"""What ZeRO 3 gathers, keeps and lets go of while a model runs: DeepSpeed's coordinator, followed.
+"""Weights that ZeRO 3 gathers, keeps and frees while a model runs, as DeepSpeed's coordinator does.
 
-From the third step on DeepSpeed knows the order of all modules. It gathers a module's weights
-when the module is entered, fetches those that come next, up to a bucket, and frees a module's
-weights behind it unless they come again within the reuse distance.
+From the third step on, DeepSpeed knows the order of all modules. It gathers a module's weights
+when the module is entered, and prefetches the weights of the next modules, up to a bucket. It
+frees a module's weights after use unless they are used again within the reuse distance.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ _BILLION = 1_000_000_000
 
 
 class Gathered(NamedTuple):
-    """At one moment: whole weights there are, and the copies that a collective makes meanwhile."""
+    """Whole weights at one moment, and temporary copies made by a collective."""
 
     kept: Amount
     arriving: Amount
 
 
 class Gathering(NamedTuple):
-    """Of one forward, and perhaps the backward: by moment, and all elements ever gathered."""
+    """Gathered weights of a forward (and backward) by moment, and the number of elements."""
 
     moments: tuple[Gathered, ...]
     numel: int
 
 
 def persistent(inventory: Inventory, zero: Mapping[str, Any]) -> set[int]:
-    """Numbers of the parameters so small that they stay whole."""
+    """Return the numbers of the parameters that are small enough to stay whole."""
     threshold = _setting(zero, "param_persistence_threshold", 100_000)
     left = _setting(zero, "model_persistence_threshold", 2**63)
     chosen = set()
@@ -44,18 +44,18 @@ def persistent(inventory: Inventory, zero: Mapping[str, Any]) -> set[int]:
 
 
 class Coordinator:
-    """Plays one pass over the moments of a rehearsal."""
+    """Simulates one pass over the moments of a rehearsal."""
 
     def __init__(
         self, inventory: Inventory, zero: Mapping[str, Any], *, itemsize: int, in_place: bool
     ) -> None:
-        """Takes the model and its `zero_optimization`.
+        """Store the model and its `zero_optimization` settings.
 
         Args:
             inventory: the parameters of the engine's module.
             zero: the section of the DeepSpeed config.
             itemsize: bytes of a weight.
-            in_place: whether a single parameter arrives where it stays (gloo has a buffer).
+            in_place: whether a single parameter is gathered without a buffer (gloo needs a buffer).
         """
         self._sizes = [parameter.numel for parameter in inventory.parameters]
         self._itemsize, self._in_place = itemsize, in_place
@@ -69,7 +69,7 @@ class Coordinator:
         self.numel = 0
 
     def play(self, moments: Sequence[Moment]) -> Gathering:
-        """What is gathered at every moment."""
+        """Return the gathered weights at every moment."""
         steps = [sorted(set(moment.own) | moment.used) for moment in moments]
         self._queue = deque((n, step) for step, own in enumerate(steps) for n in own)
         said = []
@@ -89,7 +89,7 @@ class Coordinator:
             waiting.discard(number)
 
     def _next(self) -> set[int]:
-        """What is fetched ahead: the parameters that come next, those here already left out."""
+        """Return the parameters to prefetch: the next parameters that are not present yet."""
         room = min(self._live - sum(self._sizes[n] for n in self._here), self._prefetch)
         chosen: set[int] = set()
         numel = 0
@@ -107,7 +107,7 @@ class Coordinator:
         self._here |= numbers
         numel = sum(self._sizes[n] for n in numbers)
         self.numel += numel
-        # Several parameters come by way of one buffer for all of them.
+        # Several parameters are gathered through one common buffer.
         if len(numbers) == 1 and self._in_place:
             return NOTHING
         return block(numel * self._itemsize)

@@ -1,8 +1,8 @@
-"""What DeepSpeed 0.19.8 holds of a model that learns at ZeRO 0, 1 and 2.
+"""Memory of DeepSpeed 0.19.8 for a trained model at ZeRO 0, 1 and 2.
 
-Taken from its sources: which buffers there are, when they are made, and which of them are alive
-together. AdamW keeps two moments of fp32 per weight, SGD none; bf16 and fp16 keep the weights in
-fp32 too.
+The buffers, the times of their allocation, and their overlap are taken from DeepSpeed's sources.
+AdamW keeps two fp32 moments per weight, SGD keeps none; bf16 and fp16 models also keep the
+weights in fp32.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ from megakd.planning.ledger import Holder, Place
 from megakd.planning.moments import NOTHING, Amount, amount_of, block
 
 FP32, FP64 = 4, 8
-_FLAT_BUCKET = 500_000_000  # elements that ZeRO 0 sends at a time
+_FLAT_BUCKET = 500_000_000  # elements per message of ZeRO 0
 
 
 def scratch_of_update(setting: Setting, weights: Amount, largest: int) -> Amount:
-    """The denominator of AdamW; of SGD the gradient with the decay in it.
+    """Return the scratch memory of an update.
+
+    The scratch memory holds the denominator of AdamW, or for SGD the gradient with weight decay.
 
     Args:
-        setting: torch goes through the tensors one by one on a CPU, where AdamW holds two copies
-            of the one at hand; on a GPU all are taken at once, and one copy is held.
-        weights: all that are updated together, in fp32.
-        largest: elements of the largest tensor of them.
+        setting: on a CPU torch updates the tensors one by one, and AdamW holds two copies of the
+            current tensor; on a GPU all tensors are updated together, with one copy.
+        weights: memory of all tensors that are updated together, in fp32.
+        largest: elements of the largest of these tensors.
     """
     return block(largest * FP32).times(2 if setting.moments else 1) if setting.is_cpu else weights
 
 
 class Replicated(Whole):
-    """ZeRO 0 in fp32: torch's optimizer on every rank."""
+    """Engine of ZeRO 0 in fp32: torch's optimizer on every rank."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -39,19 +41,19 @@ class Replicated(Whole):
         self._optimizer = setting.holder("optimizer")
 
     def initialize(self) -> None:
-        """Nothing yet: the moments come with the first update."""
+        """Do nothing: the first update allocates the moments."""
 
     def begin_backward(self, *, first: bool) -> None:
-        """Takes whether it is the first of a step: gradients of earlier ones stay."""
+        """Store whether this is the first backward of a step; gradients stay until the update."""
         self._first = first
 
     def finish(self, numbers: Sequence[int]) -> None:
-        """The gradients of these parameters are complete, and stay as they are."""
+        """Allocate the complete gradients of these parameters; they stay unchanged."""
         if self._first:
             self.at.ledger.add(self._gradients, self.at.gradients(numbers))
 
     def end_backward(self, *, last: bool) -> None:
-        """After a step's last one, gradients are sent side by side, a copy of all of them."""
+        """Allocate a flat copy of all gradients for sending, after the last backward of a step."""
         at = self.at
         if last:
             sent = min(at.inventory.numel, _FLAT_BUCKET + at.inventory.largest)
@@ -59,7 +61,7 @@ class Replicated(Whole):
             at.ledger.briefly(sending, block(sent * at.itemsize))
 
     def update(self) -> None:
-        """The moments of every weight."""
+        """Allocate the moments of every weight, then update."""
         at = self.at
         at.ledger.put(self._optimizer, at.inventory.amount(FP32).times(at.moments))
         self._step()
@@ -72,10 +74,10 @@ class Replicated(Whole):
 
 
 class Mastered(Replicated):
-    """ZeRO 0 in bf16 or fp16: the weights in fp32 beside them, and their gradients in a step."""
+    """Engine of ZeRO 0 in bf16 or fp16: also fp32 weights, and fp32 gradients during a step."""
 
     def initialize(self) -> None:
-        """DeepSpeed takes a first step with gradients of zero."""
+        """Allocate fp32 weights; DeepSpeed runs a first step with zero gradients."""
         at = self.at
         whole = at.inventory.amount(FP32)
         at.ledger.put(self._optimizer, whole)
@@ -84,13 +86,13 @@ class Mastered(Replicated):
         self._step()
 
     def update(self) -> None:
-        """Gradients of both types are alive."""
+        """Update while gradients of both dtypes exist."""
         self.at.ledger.add(self._gradients, self.at.inventory.amount(FP32))
         self._step()
 
 
 class Divided(Whole):
-    """ZeRO 1 and 2: weights whole, in a flat buffer per group; all else in shards."""
+    """Engine of ZeRO 1 and 2: whole weights in a flat buffer per group; the rest in shards."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -107,7 +109,7 @@ class Divided(Whole):
         return self._place == "device"
 
     def initialize(self) -> None:
-        """Group by group the weights are copied side by side; then a shard of them in fp32."""
+        """Copy the weights to a flat buffer group by group, then allocate their fp32 shard."""
         at = self.at
         flat = amount_of(group * at.itemsize for group in at.groups())
         at.ledger.briefly(at.holder("weights"), block(max(at.groups()) * at.itemsize))
@@ -122,21 +124,21 @@ class Divided(Whole):
             self._initialize_outside(self._place, largest)
 
     def _initialize_outside(self, place: Place, largest: Amount) -> None:
-        """Weights and gradients in fp32, the weights as they are sent back, and one gradient."""
+        """Allocate fp32 weights and gradients, narrow weights to send back, and one gradient."""
         at = self.at
         narrow = amount_of(at.share(group) * at.itemsize for group in at.groups())
         at.ledger.put(at.holder("optimizer", place), self._shard.plus(narrow))
         at.ledger.put(at.holder("gradients", place), self._shard.plus(largest))
 
     def begin_backward(self, *, first: bool) -> None:
-        """ZeRO 2 sends gradients as they come, ZeRO 1 once per step."""
+        """Begin a backward: ZeRO 2 sends gradients immediately, ZeRO 1 once per step."""
         self._first, self._done = first, 0
         self._filled = self._written = 0
         if self.at.stage == 2:
             self._hold_buckets()
 
     def _hold_buckets(self) -> None:
-        """A bucket is there at once; on a CPU it takes memory as far as it was ever filled."""
+        """Allocate the buckets; on a CPU a bucket takes memory only where it was ever filled."""
         at = self.at
         whole = block(at.bucket("reduce_bucket_size") * at.itemsize)
         share = self._written * at.itemsize / whole.total if at.is_cpu else 1
@@ -144,24 +146,24 @@ class Divided(Whole):
         at.ledger.put(self._bucket, whole.times(share * buckets))
 
     def _collect(self, numel: int) -> None:
-        """A gradient goes into the bucket, which is sent before it would run over."""
+        """Add a gradient to the bucket, which is sent before it would overflow."""
         limit = self.at.bucket("reduce_bucket_size")
         if self._filled + numel > limit:
             self._send()
         self._filled += numel
-        if self._filled <= limit:  # a gradient larger than the bucket is sent as it is
+        if self._filled <= limit:  # a gradient larger than the bucket is sent directly
             self._written = max(self._written, self._filled)
             self._hold_buckets()
 
     def _send(self) -> None:
-        """Slices that go to several ranks are laid side by side once more."""
+        """Send the bucket; slices for several ranks are first copied to one buffer."""
         at = self.at
         if at.ranks > 1:
             at.ledger.briefly(self._bucket, block(self._filled * at.itemsize))
         self._filled = 0
 
     def finish(self, numbers: Sequence[int]) -> None:
-        """ZeRO 1 keeps gradients whole; ZeRO 2 keeps a rank's own, in a buffer of their size."""
+        """Keep gradients: ZeRO 1 keeps whole gradients, ZeRO 2 keeps the rank's own in a buffer."""
         at = self.at
         if at.stage == 1:
             if self._first:
@@ -171,7 +173,7 @@ class Divided(Whole):
             self._collect(at.inventory.parameters[number].numel)
         if self._is_here:
             self._done += sum(at.inventory.parameters[number].numel for number in numbers)
-            # On a GPU the buffer is there at once; on a CPU it takes memory where it is filled.
+            # A GPU allocates the buffer at once; on a CPU it takes memory where it is filled.
             filled = self._done if at.is_cpu else at.inventory.numel
             at.ledger.put(self._own, self._kept(filled).plus(self._earlier()))
 
@@ -180,16 +182,16 @@ class Divided(Whole):
         return self.at.holder("gradients", "device", "whole")
 
     def _kept(self, numel: int) -> Amount:
-        """Of `numel` gradients those that lie in the rank's shard, if only with a corner."""
+        """Return the memory of gradients, among `numel` elements, that overlap the rank's shard."""
         share = self._touched * min(1.0, numel / self.at.inventory.numel)
         return block(share * self.at.itemsize)
 
     def _earlier(self) -> Amount:
-        """What the micro-batches before left, to which this one's is added at its end."""
+        """Return the memory of gradients from earlier micro-batches, which accumulate."""
         return NOTHING if self._first else self._kept(self.at.inventory.numel)
 
     def end_backward(self, *, last: bool) -> None:
-        """ZeRO 1 sends what it has after the last; of what was sent a rank keeps its own."""
+        """Send the remaining gradients (ZeRO 1: after the last backward); keep the rank's own."""
         at, ledger = self.at, self.at.ledger
         if at.stage == 1 and last:
             for parameter in reversed(at.inventory.parameters):
@@ -201,14 +203,14 @@ class Divided(Whole):
         ledger.drop(self._bucket)
 
     def update(self) -> None:
-        """Group by group: its gradients once more, in fp32 and flat, then the optimizer."""
+        """Update each group: copy its gradients to a flat fp32 buffer, run the optimizer."""
         at = self.at
         if self._is_here:
             self._update_here()
         elif self._place is not None:
             moments = at.holder("optimizer", self._place, "moments")
             at.ledger.put(moments, self._shard.times(at.moments))
-        if at.is_cpu and at.ranks > 1:  # gloo gathers the new weights by way of a buffer
+        if at.is_cpu and at.ranks > 1:  # gloo gathers the new weights through a buffer
             bucket = min(at.bucket("allgather_bucket_size"), at.inventory.numel)
             at.ledger.briefly(at.holder("gather"), block(bucket * at.itemsize))
 
@@ -225,7 +227,7 @@ class Divided(Whole):
 
 
 def _most_touched(setting: Setting) -> int:
-    """Elements of all parameters that reach into a shard, of the rank that has the most."""
+    """Return the most elements, over ranks, of the parameters that overlap a rank's shard."""
     touched = [0] * setting.ranks
     for decays in (True, False):
         numels = [p.numel for p in setting.inventory.parameters if p.decays == decays]

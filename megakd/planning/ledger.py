@@ -1,4 +1,4 @@
-"""Which memory is held at a time, and the most that ever was."""
+"""Record of the memory in use, and of its peaks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ PARTS: tuple[Part, ...] = (
 )
 Place = Literal["device", "host"]
 _LIFETIMES = {"weights": "models", "optimizer": "models", "gather": "module"}
+HOLES = {"step": 0.4, "module": 0.1}
+"""Extra share of the heap by the lifetime of its blocks, for holes that no later block fills.
+
+Fitted to the eleven runs of `benchmarks/plan.py`.
+"""
 
 
 class Holder(NamedTuple):
-    """Whose memory it is, what for, where it lies, and which buffer of this kind it is."""
+    """A buffer: the role that owns it, its part and place, and a name within this kind."""
 
     role: str
     part: Part
@@ -31,7 +36,7 @@ class Holder(NamedTuple):
 
 
 class Share(NamedTuple):
-    """All buffers of one kind."""
+    """Key of all buffers of one kind."""
 
     role: str
     part: Part
@@ -40,7 +45,7 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Peak:
-    """The most bytes that were held, when, and what they were."""
+    """The highest memory in use: bytes, time, and shares."""
 
     total: int = 0
     when: str = ""
@@ -50,12 +55,12 @@ class Peak:
 class Ledger:
     """Bytes by holder, as a rank allocates and frees.
 
-    when: what the rank is at. peaks: by place. most: that each kind of buffers ever took.
-    moments: the most of the device by what the rank was at.
+    when: current activity of the rank. peaks: by place. most: peak bytes per kind of buffer.
+    moments: peak bytes of the device by activity.
 
-    On a CPU rank both places are one, and what small blocks once took stays with the process:
-    the C library keeps it for the next step (see `engine.memory`). A hole serves blocks that live
-    as long as the one before: those of the models, of a step, or gathered for a module.
+    On a CPU rank both places are the same, and the process keeps the memory of freed small
+    blocks: the C library reuses it in the next step (see `engine.memory`). Freed memory serves
+    only blocks with the same lifetime: blocks of the models, of a step, or gathered for a module.
     """
 
     def __init__(self, device: str) -> None:
@@ -68,7 +73,7 @@ class Ledger:
         self._kept: dict[str, int] = {}
 
     def put(self, holder: Holder, amount: Amount) -> None:
-        """The holder has this much from now on."""
+        """Set the amount of a holder."""
         before = self._held.get(holder, NOTHING)
         self._held[holder] = amount
         if amount.small > before.small or amount.large > before.large:
@@ -77,26 +82,26 @@ class Ledger:
             self._look()
 
     def add(self, holder: Holder, amount: Amount) -> None:
-        """The holder takes more."""
+        """Add to the amount of a holder."""
         self.put(holder, self.of(holder).plus(amount))
 
     def drop(self, holder: Holder) -> None:
-        """The holder frees all it has."""
+        """Free everything of a holder."""
         self.put(holder, NOTHING)
 
     def briefly(self, holder: Holder, amount: Amount) -> None:
-        """The holder takes this much more and frees it again."""
+        """Add to the amount of a holder and free the addition again."""
         before = self.of(holder)
         self.add(holder, amount)
         self.put(holder, before)
 
     def leave(self, role: str) -> None:
-        """A role frees all it has."""
+        """Free everything of a role."""
         for holder in [holder for holder in self._held if holder.role == role]:
             self.drop(holder)
 
     def of(self, holder: Holder) -> Amount:
-        """What a holder has."""
+        """Return the amount of a holder."""
         return self._held.get(holder, NOTHING)
 
     def _shares(self) -> dict[Share, int]:
@@ -123,8 +128,9 @@ class Ledger:
                 self.peaks[place] = Peak(total, self.when, here)
 
     def _total(self, place: Place) -> int:
-        """Bytes held now, and on a CPU also those that the heap keeps."""
+        """Return the bytes in use, on a CPU with the bytes that the heap keeps."""
         if self._is_cpu:
             large = sum(amount.large for amount in self._held.values())
-            return large + sum(self._kept.values())
+            kept = sum(k * (1 + HOLES.get(lived, 0.0)) for lived, k in self._kept.items())
+            return large + round(kept)
         return sum(amount.total for h, amount in self._held.items() if h.place == place)

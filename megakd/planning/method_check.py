@@ -1,4 +1,4 @@
-"""Plays a method through before the first stage, so that whatever it refuses is found then."""
+"""Dry run of a method before the first stage, so that it reports errors early."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 
 
 class CheckingLab(PlanningLab):
-    """A lab that trains nothing and knows the data: every check of a method works as in a run."""
+    """Lab that does not train but knows the data, so that a method's checks work as in a run."""
 
     def __init__(self, config: RunConfig, prepared: RunInputs, ranks: Ranks) -> None:
         super().__init__(config, prepared.sources)
         self._prepared, self._ranks = prepared, ranks
 
     def metric(self, name: str | None) -> Metric:
-        """A metric of the task that can be weighed against sparsity, as of the lab."""
+        """Return a metric of the task that can be weighed against sparsity, as in a real lab."""
         return weighable(name, self._prepared.metric, self._prepared.metrics.names)
 
     def steps_of_student(self) -> int:
-        """Optimiser steps that `train` asks for where all rows are trained on."""
+        """Return the number of optimiser steps of `train` if the student trains on all rows."""
         shape = step_shape(self.config.train, self._ranks)
         rows = len(self._prepared.encoded.train)
         return total_steps(self.config.train, shape.steps_per_epoch(rows))
 
 
 def check_method(config: RunConfig, prepared: RunInputs, ranks: Ranks) -> None:
-    """Refuse what the method, its stages and the baselines would refuse later.
+    """Check the method, its stages and the baselines, so that errors appear now and not later.
 
     Raises:
         MegakdError: an option does not fit the data or the models, or a loss cannot work between

@@ -1,4 +1,4 @@
-"""What a rehearsed step tells: its parameters, and which memory is alive at which moment."""
+"""Results of a rehearsed step: its parameters, and the memory in use at every moment."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 MAPPED_BYTES = 32 << 20
-"""Blocks from here on come from the system one by one on a CPU rank (see `engine.memory`)."""
+"""On a CPU rank, blocks of at least this size are mapped one by one (see `engine.memory`)."""
 
 
 class Amount(NamedTuple):
-    """Bytes in blocks that the C library's heap keeps, and in blocks that it hands back."""
+    """Bytes in small and in large blocks.
+
+    When blocks are freed, the C library's heap keeps small blocks and returns large blocks.
+    """
 
     small: int = 0
     large: int = 0
@@ -22,15 +25,15 @@ class Amount(NamedTuple):
         return self.small + self.large
 
     def plus(self, other: Amount) -> Amount:
-        """Both together."""
+        """Return the sum of both amounts."""
         return Amount(self.small + other.small, self.large + other.large)
 
     def times(self, share: float) -> Amount:
-        """A part of it, or several."""
+        """Return the amount multiplied by `share`."""
         return Amount(round(self.small * share), round(self.large * share))
 
     def most(self, other: Amount) -> Amount:
-        """The larger of each kind."""
+        """Return the maximum of both amounts for each kind of block."""
         return Amount(max(self.small, other.small), max(self.large, other.large))
 
 
@@ -38,7 +41,7 @@ NOTHING = Amount()
 
 
 def amount_of(sizes: Iterable[int]) -> Amount:
-    """Blocks of these bytes."""
+    """Return the amount of blocks with these sizes."""
     small = large = 0
     for size in sizes:
         if size >= MAPPED_BYTES:
@@ -49,13 +52,21 @@ def amount_of(sizes: Iterable[int]) -> Amount:
 
 
 def block(size: float) -> Amount:
-    """One block of this many bytes."""
+    """Return the amount of one block with this size."""
     return amount_of([round(size)])
+
+
+def mapped(size: float) -> Amount:
+    """Return this many bytes as blocks that the C library hands back once they are freed.
+
+    Weights that are built and filled are such blocks, whatever their size: `engine.memory`.
+    """
+    return Amount(large=round(size))
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One weight of a model; `decays`: it is a matrix, not a bias or norm."""
+    """One weight of a model; `decays`: the weight is a matrix, not a bias or norm."""
 
     name: str
     numel: int
@@ -64,12 +75,12 @@ class Parameter:
 
 @dataclass
 class Moment:
-    """The time during which one module is the last to have been entered.
+    """The time from the entry of one module to the entry of the next module.
 
-    module: its path. forward: entered by a forward, perhaps one that is repeated in a backward.
-    own: numbers of its parameters. used: of all parameters that were read.
-    live: bytes of activations alive at most. workspace: of the losses' chunks beside them.
-    finished: numbers of the parameters whose gradient became complete.
+    module: its path. forward: entered by a forward, possibly a forward repeated in a backward.
+    own: numbers of the module's parameters. used: numbers of all parameters that are read.
+    live: peak bytes of activations. workspace: additional bytes of the losses' chunks.
+    finished: numbers of the parameters whose gradient becomes complete.
     """
 
     module: str
@@ -83,11 +94,11 @@ class Moment:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """One forward, and perhaps the backward, without a number having been computed.
+    """Record of one forward, and optionally its backward, run without computing any values.
 
-    moments: of forward and backward, in order; the backward begins at `turn`.
+    moments: moments of forward and backward, in order; the backward begins at `turn`.
     held: activations between forward and backward.
-    flops: of matrix products.
+    flops: operations of matrix products.
     """
 
     moments: Sequence[Moment]
@@ -98,7 +109,7 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class Inventory:
-    """The weights of a module, in its own order, tied ones once."""
+    """The weights of a module in module order; tied weights occur once."""
 
     parameters: tuple[Parameter, ...]
 
@@ -113,9 +124,9 @@ class Inventory:
         return max((parameter.numel for parameter in self.parameters), default=0)
 
     def amount(self, itemsize: int) -> Amount:
-        """All parameters as they are, each a block of its own."""
+        """Return the memory of all whole parameters, one block per parameter."""
         return amount_of(parameter.numel * itemsize for parameter in self.parameters)
 
     def sharded(self, ranks: int, itemsize: int) -> Amount:
-        """What a rank keeps where every parameter is cut into as many parts as there are ranks."""
+        """Return the memory of a rank's shards if every parameter has one shard per rank."""
         return amount_of(-(-p.numel // ranks) * itemsize for p in self.parameters)

@@ -1,4 +1,4 @@
-"""The options of `megakd plan`: torch-free, so that its help answers at once."""
+"""The options of `megakd plan`, without importing torch so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from megakd.errors import ConfigError
 from megakd.planning.cluster import GIGA, Cluster, Device, Rates, rates_of
 
 DEVICE_BASE = 1_500_000_000
-"""Of a GPU, for its context and the buffers of NCCL; assumed, not measured."""
+"""Bytes of a GPU for its context and the NCCL buffers; assumed, not measured."""
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
-    """Where the run is to be, and how fast that is."""
+    """Add the options for the machines of the run and their rates."""
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--ranks", type=int, metavar="N", help="of all nodes; default: 8 a node")
     parser.add_argument("--nodes", type=int, metavar="M", help="default: 1")
@@ -29,10 +29,10 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
 
 
 def cluster_of(arguments: argparse.Namespace) -> Cluster:
-    """The machines that the options name; what they leave out is this machine's.
+    """Return the machines that the options describe; defaults come from this machine.
 
     Raises:
-        ConfigError: a number that cannot be, or memory of a GPU for ranks that have none.
+        ConfigError: a number is out of range, or GPU memory is given for CPU ranks.
     """
     given = vars(arguments)
     memory, host = given.get("gpu_memory_gb"), given.get("host_memory_gb")
@@ -57,7 +57,11 @@ def cluster_of(arguments: argparse.Namespace) -> Cluster:
 
 
 def _places(ranks: int | None, nodes: int | None, device: str) -> tuple[int, int]:
-    """Of the launcher where neither is given; else 8 GPUs, or one CPU rank, a node."""
+    """Return the numbers of ranks and nodes.
+
+    Without both numbers the launcher's values apply. The default is 8 GPUs or one CPU rank per
+    node.
+    """
     if ranks is None and nodes is None and "WORLD_SIZE" in os.environ:
         world = int(os.environ["WORLD_SIZE"])
         local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world
@@ -82,7 +86,7 @@ def _own_device() -> str:
 
 
 def _own_memory() -> int | None:
-    """Bytes of this machine's first GPU; None without one."""
+    """Return the bytes of this machine's first GPU, or None without a GPU."""
     import torch
 
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None

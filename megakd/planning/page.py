@@ -1,4 +1,4 @@
-"""A plan as text: one table of memory, one of phases, and whether it fits."""
+"""Text of a plan: a table of memory, a table of phases, and whether the run fits."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from megakd.planning.ledger import PARTS
 from megakd.reports.table import aligned_rows
 
 if TYPE_CHECKING:
-    from megakd.planning.plan import Plan
+    from megakd.planning.memory_plan import Plan
     from megakd.planning.timeline import PhasePlan
 
 
 def page(plan: Plan) -> str:
-    """What `megakd plan` prints."""
+    """Return the text that `megakd plan` prints."""
     tables = ("\n".join(aligned_rows(rows)) for rows in (_parts(plan), _phases(plan)))
     return "\n\n".join([_head(plan), *tables, _verdict(plan)])
 
@@ -33,7 +33,7 @@ def _head(plan: Plan) -> str:
 
 
 def _parts(plan: Plan) -> list[list[str]]:
-    """The moment of the highest need, by role and part."""
+    """Return the memory at the moment of the peak, by role and part."""
     peak = plan.highest.ledger.peaks["device"]
     roles = sorted({share.role for share in peak.shares}, reverse=True)
     rows = [[f"{plan.highest.name}: {peak.when}", *roles]]

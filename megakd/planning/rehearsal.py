@@ -1,8 +1,9 @@
-"""Runs a model's forward and backward on tensors that have shapes and no values.
+"""Forward and backward of a model on tensors that have shapes but no values.
 
-What is run is what a run runs: the bundle, its losses, gradient checkpointing, elastic views, the
-attention of this version of transformers. Nothing is computed and nothing allocated; a mode of
-torch sees each operator, how large its results are, and when they are freed.
+The rehearsal executes the same code as a run: the bundle, its losses, gradient checkpointing,
+elastic views, and the attention of the installed transformers version. Nothing is computed or
+allocated. A torch mode sees each operator, the sizes of its results, and the time of their
+release.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ from megakd.planning.moments import (
 from megakd.planning.workspaces import loss_flops, loss_workspace
 
 VALUELESS = torch.device("meta")
-"""Tensors made here have shapes and types, and neither values nor memory."""
+"""Tensors on this device have shapes and dtypes, but no values and no memory."""
 
 
 class Run(NamedTuple):
-    """A rehearsal, and what the call returned."""
+    """A rehearsal and the result of its call."""
 
     rehearsal: Rehearsal
     said: Any
 
 
 def inventory(module: nn.Module) -> Inventory:
-    """The parameters of a module, tied ones once."""
+    """Return the parameters of a module; tied parameters occur once."""
     parameters = tuple(
         Parameter(name, parameter.numel(), parameter.dim() > 1)
         for name, parameter in module.named_parameters()
@@ -52,13 +53,13 @@ def inventory(module: nn.Module) -> Inventory:
 
 
 def rehearse(module: nn.Module, call: Callable[[], Any], *, backward: bool, device: str) -> Run:
-    """Calls a module once and, if asked, goes back from the total of its losses.
+    """Call a module once and, if requested, run the backward from the total of its losses.
 
     Args:
-        module: whose parameters are not counted as activations.
-        call: runs the forward; its result may hold a `total` to go back from.
+        module: module whose parameters are not counted as activations.
+        call: runs the forward; its result needs a field `total` for a backward.
         backward: whether a backward follows.
-        device: cpu or cuda, of which the attention depends.
+        device: cpu or cuda, which determines the attention.
     """
     watch = Watch(module, device)
     with watch:
@@ -72,9 +73,9 @@ def rehearse(module: nn.Module, call: Callable[[], Any], *, backward: bool, devi
 
 
 def repeat_alike(module: nn.Module, device: str) -> None:
-    """Lets forwards that gradient checkpointing repeats run as they did: without the modes here.
+    """Make forwards that gradient checkpointing repeats run in the modes of the first forward.
 
-    torch leaves the modes behind under which a backward is called.
+    A backward does not restore the torch modes of its forward.
     """
     for child in module.modules():
         checkpoint = getattr(child, "_gradient_checkpointing_func", None)
@@ -94,10 +95,11 @@ def _carrying(checkpoint: Callable[..., Any], device: str) -> Callable[..., Any]
 
 
 class _Valueless(TorchFunctionMode):
-    """Answers what models ask of values, and chooses the attention that the device will.
+    """Mode that answers conditions on values and selects the attention of the device.
 
-    A condition on values is False: masks are not left out for want of padding. On a CPU attention
-    is fused unless it drops out; on a GPU it always is, and holds the same.
+    A condition on values is False, so that masks are not omitted if there is no padding. On a CPU
+    attention is fused unless it has dropout; on a GPU attention is always fused, and holds the
+    same memory.
     """
 
     def __init__(self, device: str) -> None:
@@ -148,12 +150,12 @@ class _Valueless(TorchFunctionMode):
         mixed = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001
             query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale
         )[0]
-        # A bias that is learned gets its gradient from here, as a GPU's operator gives it.
+        # A learned bias gets its gradient here, as from the operator of a GPU.
         return mixed + attn_mask.sum() * 0 if attn_mask is not None and is_learned else mixed
 
 
 class Watch(TorchDispatchMode):
-    """Counts the memory that is alive, by the module at work."""
+    """Mode that counts the memory in use by active module."""
 
     def __init__(self, module: nn.Module, device: str) -> None:
         super().__init__()
@@ -207,14 +209,14 @@ class Watch(TorchDispatchMode):
         parameter.grad = None
 
     def turn(self) -> None:
-        """The forward is over."""
+        """Record the end of the forward."""
         self.held = Amount(self._small, self._large)
         self.turned = len(self.moments)
         self.moments.append(Moment("", forward=False, live=self.held))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and asking costs as much as the rest
+        return False  # nothing is compiled here, and the check would double the time
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -227,6 +229,7 @@ class Watch(TorchDispatchMode):
                 if used is not None:
                     moment.used.add(used)
         out = function(*args, **kwargs)
+        self._add_in_place(function, args, out)
         self._count_flops(function, args, kwargs, out)
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
@@ -247,12 +250,20 @@ class Watch(TorchDispatchMode):
 
     def _take(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata  # noqa: SLF001  (what tells storages apart)
+        key = storage._cdata  # noqa: SLF001  (identifies a storage)
         if key in self._known or key in self._parameter_of or key in self._ignored:
             return
         size = storage.nbytes()
         self._known[key] = (size, weakref.ref(storage, lambda _: self._free(key)))
         self._change(size)
+
+    def _add_in_place(self, function: Any, args: Any, out: Any) -> None:
+        """Free the first gradient of a sum: autograd adds in place, except on valueless tensors."""
+        if function is not torch.ops.aten.add.Tensor or not self.turned or torch.is_grad_enabled():
+            return
+        first = args[0]
+        if isinstance(first, Tensor) and first.shape == out.shape and first.dtype == out.dtype:
+            self._free(_storage(first))
 
     def _free(self, key: int) -> None:
         size, _ = self._known.pop(key, (0, None))

@@ -1,4 +1,4 @@
-"""The rehearsals that a phase consists of, each made once however often a plan asks for it."""
+"""The rehearsals of a phase; each rehearsal runs once, however often a plan uses it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megakd.losses.class_weights import with_even_weights
 from megakd.losses.stage_losses import StageLosses, label_objective, stage_losses
 from megakd.models.fitting import build_empty
 from megakd.models.knowledge import Needs, language_model_head
-from megakd.models.loading import ModelSource
+from megakd.models.source import ModelSource
 from megakd.planning.cluster import Device
 from megakd.planning.moments import Inventory, Rehearsal
 from megakd.planning.rehearsal import VALUELESS, inventory, rehearse, repeat_alike
@@ -34,26 +34,26 @@ from megakd.training.engines import ReadyTeacher
 from megakd.training.precision import TORCH_DTYPE, frozen_dtype, training_dtype
 
 PLANS = 100
-"""Of so many steps it is asked which teachers they need."""
+"""Number of steps over which the use of teachers is counted."""
 Made = TypeVar("Made")
 
 
 class Performance(NamedTuple):
-    """One engine's part: its weights, and what it does with them."""
+    """The weights of one engine and its rehearsals."""
 
     inventory: Inventory
     runs: tuple[Rehearsal, ...]
 
 
 class Answer(NamedTuple):
-    """A teacher's part, and what it said."""
+    """The rehearsal of a teacher, and its outputs."""
 
     part: Performance
     said: Knowledge
 
 
 class Learned(NamedTuple):
-    """A learner's part; and its first pass alone, where several share a backward."""
+    """The rehearsal of a learner; `single`: its first pass if several passes share a backward."""
 
     part: Performance
     single: Rehearsal | None
@@ -61,13 +61,13 @@ class Learned(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Act:
-    """A phase, rehearsed.
+    """A rehearsed phase.
 
-    teachers: by name. asked: how often each answers per micro-batch, over many steps.
-    learner: its groups of passes, one backward each.
-    single: the first pass alone, where several share a backward.
-    evaluation: of the learner, without gradient.
-    answers: bytes of what the teachers of a step said, kept while the learner works.
+    teachers: by name. asked: mean number of answers per micro-batch of each teacher.
+    learner: the groups of passes of the learner, with one backward per group.
+    single: the first pass only, if several passes share a backward.
+    evaluation: evaluation of the learner, without gradient.
+    answers: bytes of the outputs of a step's teachers, kept while the learner runs.
     """
 
     teachers: dict[str, Performance]
@@ -79,13 +79,13 @@ class Act:
 
 
 class Rehearsals:
-    """What was rehearsed, by all that it depends on: how a model is sharded has no part in it."""
+    """Cache of rehearsals by everything that they depend on; they do not depend on sharding."""
 
     def __init__(self) -> None:
         self._known: dict[str, Any] = {}
 
     def once(self, key: Any, make: Callable[[], Made]) -> Made:
-        """What was made for this key, or is now."""
+        """Return the value for this key; call `make` if it does not exist yet."""
         name = repr(key)
         if name not in self._known:
             self._known[name] = make()
@@ -93,7 +93,7 @@ class Rehearsals:
 
 
 def act_of(phase: Phase, config: RunConfig, device: Device, known: Rehearsals) -> Act:
-    """What a phase does, told by models without memory.
+    """Rehearse a phase with models that have no memory.
 
     Raises:
         MegakdError: the losses cannot work with these models.
@@ -105,7 +105,7 @@ def act_of(phase: Phase, config: RunConfig, device: Device, known: Rehearsals) -
 
 
 def planned_dtype(teacher: ReadyTeacher, device: Device) -> Dtype:
-    """What a frozen model will be held in, told by its config: no weight file is looked at."""
+    """Return the dtype of a frozen model according to its config; weight files are not read."""
     stored = teacher.source.config.dtype
     if isinstance(stored, str):
         stored = getattr(torch, stored)
@@ -113,14 +113,14 @@ def planned_dtype(teacher: ReadyTeacher, device: Device) -> Dtype:
 
 
 class Theatre:
-    """Plays phases of a run."""
+    """Rehearses the phases of a run."""
 
     def __init__(self, config: RunConfig, device: Device, known: Rehearsals) -> None:
         self.config, self._known = config, known
         self._device: Device = device
 
     def training(self, phase: Phase, stage: Stage) -> Act:
-        """Teachers that answer, and a student that learns from them."""
+        """Rehearse the training of a student with teachers."""
         rows = stage.train.per_device_train_batch_size
         batch = self._known.once(("batch", self.config.task, rows), lambda: self._batch(rows))
         needs = self._losses(stage, phase).teacher_needs()
@@ -162,7 +162,7 @@ class Theatre:
         )
 
     def _traits(self, ready: ReadyTeacher) -> tuple[str, str, str]:
-        """What a frozen model depends on."""
+        """Return the traits of a frozen model that its rehearsal depends on."""
         return _shown(ready.source), planned_dtype(ready, self._device), self._device
 
     def _answer(self, ready: ReadyTeacher, batch: Batch, needs: Needs) -> Answer:
@@ -204,7 +204,7 @@ class Theatre:
         return rehearse(bundle, call, backward=False, device=self._device).rehearsal
 
     def alone(self, phase: Phase) -> Act:
-        """Work with models that do not learn: importance, scoring, timing."""
+        """Rehearse work with frozen models: importance, scoring, timing."""
         measured = phase.importance
         if measured is not None:
             gates = functools.partial(self._gates, with_width=measured.with_width)
@@ -240,7 +240,7 @@ class Theatre:
         return Performance(inventory(model), (run.rehearsal,))
 
     def _importance_rows(self, batch_size: int) -> int:
-        """Of a micro-batch on one rank; several ranks may deal a batch in smaller ones."""
+        """Return the rows of a micro-batch on one rank; several ranks may use fewer rows."""
         most = self.config.train.per_device_train_batch_size
         return StepShape.of_batch(batch_size, most, rank=0, world=1).per_device
 
@@ -288,7 +288,7 @@ class Theatre:
             return build_empty(source, self.config.task, source.config, TORCH_DTYPE[dtype])
 
     def _batch(self, rows: int) -> Batch:
-        """The largest there can be: every text as long as `max_length`."""
+        """Return the largest possible batch: every text has `max_length` tokens."""
         with VALUELESS:
             return self._longest(rows)
 
@@ -313,7 +313,7 @@ def _with_head(said: Knowledge, model: nn.Module) -> Knowledge:
 
 
 def _bytes_of_answers(knowledge: Mapping[str, Knowledge], plan: Sequence[str]) -> int:
-    """Return the bytes that the frozen teachers of a step have said."""
+    """Return the bytes of the outputs of the frozen teachers of a step."""
     return sum(_said_bytes(said) for name, said in knowledge.items() if name in plan)
 
 
@@ -324,7 +324,7 @@ def _said_bytes(said: Knowledge) -> int:
 
 
 def _classes(source: ModelSource) -> int:
-    """Of the data, which all planned models have; see `planned_sources`."""
+    """Return the number of classes, the same for all planned models; see `planned_sources`."""
     return source.config.num_labels or 0
 
 

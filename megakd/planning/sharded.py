@@ -1,4 +1,4 @@
-"""What DeepSpeed 0.19.8 holds of a model that learns at ZeRO 3, from the same sources."""
+"""Memory of DeepSpeed 0.19.8 for a trained model at ZeRO 3, from the same sources."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from megakd.planning.learners import FP32, FP64, Divided, Mastered, Replicated, 
 from megakd.planning.ledger import Place
 from megakd.planning.moments import NOTHING, Amount, amount_of, block
 
-_SUB_GROUP = 1_000_000_000  # elements that are updated at a time
+_SUB_GROUP = 1_000_000_000  # elements per update
 
 
 class Sharded(Shards):
-    """Everything in shards; weights are gathered while the model runs."""
+    """ZeRO 3: everything is sharded; weights are gathered while the model runs."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -24,7 +24,7 @@ class Sharded(Shards):
         self._in_fp32 = amount_of(size * FP32 for size in self._sub_groups)
 
     def initialize(self) -> None:
-        """Weights in one buffer, in fp32 too unless they are, and a buffer for gradients."""
+        """Allocate a weight buffer, fp32 weights unless they already are, and a gradient buffer."""
         at, place = self.at, self._optimizer_place
         weights = at.place("offload_param")
         if weights is not None:
@@ -44,13 +44,13 @@ class Sharded(Shards):
         return block(self.at.bucket("reduce_bucket_size") * self.at.itemsize)
 
     def begin_backward(self, *, first: bool) -> None:
-        """Gradients go through a bucket, and from there in the order of the ranks."""
+        """Allocate the copies of the bucket that order gradients by rank."""
         del first
-        copies = 3 if self.at.is_cpu and self.at.ranks > 1 else 2  # gloo has one of its own
+        copies = 3 if self.at.is_cpu and self.at.ranks > 1 else 2  # gloo adds a copy
         self.at.ledger.put(self._bucket, self._bucket_size().times(copies))
 
     def finish(self, numbers: Sequence[int]) -> None:
-        """A gradient larger than the bucket is sent as it is."""
+        """Send gradients that are larger than the bucket directly."""
         at = self.at
         for number in numbers:
             numel = at.inventory.parameters[number].numel
@@ -58,12 +58,12 @@ class Sharded(Shards):
                 at.ledger.briefly(self._bucket, block(numel * at.itemsize))
 
     def end_backward(self, *, last: bool) -> None:
-        """The bucket itself stays."""
+        """Free the copies of the bucket; the bucket stays."""
         del last
         self.at.ledger.put(self._bucket, self._bucket_size())
 
     def update(self) -> None:
-        """Part by part: its gradients once more, in fp32 and flat, then the optimizer."""
+        """Update each sub-group: copy its gradients to a flat fp32 buffer, run the optimizer."""
         at, place = self.at, self._optimizer_place
         if place is None:
             return
@@ -79,7 +79,7 @@ class Sharded(Shards):
 
 
 def _sub_groups(setting: Setting) -> list[int]:
-    """Elements of the parts that are updated one after the other."""
+    """Return the number of elements of each sub-group; sub-groups are updated in sequence."""
     most = int(setting.zero.get("sub_group_size", _SUB_GROUP))
     sizes: list[int] = []
     for decays in (True, False):
@@ -99,7 +99,7 @@ Learner = Replicated | Mastered | Divided | Sharded
 
 
 def learner_of(setting: Setting) -> Learner:
-    """The engine of a model that learns, at its ZeRO stage."""
+    """Return the engine of a trained model at its ZeRO stage."""
     if setting.stage == 0:
         return Replicated(setting) if setting.itemsize == FP32 else Mastered(setting)
     return Sharded(setting) if setting.stage == 3 else Divided(setting)

@@ -1,4 +1,4 @@
-"""The models of a run as their configs describe them; no weight file is looked at."""
+"""The models of a run as described by their configs; weight files are not read."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from megakd.contract.tasks import FROM_TEACHER, LANGUAGE_TASKS, STUDENT
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_named
 from megakd.models.fitting import one_line
-from megakd.models.loading import ModelSource, resolve_model, with_vocabulary
+from megakd.models.loading import resolve_model, with_vocabulary
 from megakd.models.original_t5 import KEPT_KEYS, READ_AS, built_as
 from megakd.models.own_models import register_own_models
+from megakd.models.source import ModelSource
 from megakd.training.inputs import with_student
 
 _TRAINED_VOCABULARY = 8000
@@ -34,10 +35,10 @@ _CONFIG = "config.json"
 
 
 def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
-    """The models of the config by role, with vocabularies and classes that fit each other.
+    """Return the models of the config by role, with matching vocabularies and classes.
 
     Raises:
-        ModelError: a config is not there, cannot be read, or is no model for the task.
+        ModelError: a config is missing, cannot be read, or has no model for the task.
     """
     specs: dict[str, Any] = {**config.teacher_specs, STUDENT: config.student}
     register_own_models()
@@ -88,7 +89,7 @@ def _source(given: TeacherConfig | StudentConfig, task: TaskConfig, where: str) 
 
 
 def _vocabulary(task: TaskConfig, sources: Mapping[str, ModelSource]) -> int:
-    """Tokens of the run's tokenizer, as far as it can be told without making it."""
+    """Return or estimate the vocabulary size of the run's tokenizer without building it."""
     if isinstance(task.tokenizer, TokenizerConfig):
         return task.tokenizer.vocab_size
     counted = _counted(Path(task.tokenizer)) if task.tokenizer else None
@@ -97,7 +98,7 @@ def _vocabulary(task: TaskConfig, sources: Mapping[str, ModelSource]) -> int:
 
 
 def _counted(folder: Path) -> int | None:
-    """Tokens of a tokenizer's files; None where they are of another kind."""
+    """Return the vocabulary size from a tokenizer's files, or None for other file types."""
     try:
         if (folder / "vocab.txt").is_file():
             return len((folder / "vocab.txt").read_text(encoding="utf-8").splitlines())
@@ -108,7 +109,7 @@ def _counted(folder: Path) -> int | None:
 
 
 def _with_classes(sources: Mapping[str, ModelSource], task: TaskConfig) -> dict[str, ModelSource]:
-    """All with the same number of outputs, a teacher's: the data's labels are not read."""
+    """Return all models with the first teacher's number of outputs; labels are not read."""
     if task.type in LANGUAGE_TASKS:
         return dict(sources)
     teacher = next(iter(sources.values()))

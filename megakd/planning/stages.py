@@ -1,4 +1,4 @@
-"""Which trainings a run consists of: its method is asked, in a lab where nothing is trained."""
+"""The phases of a run, found by running its method in a lab that does not train."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megakd.contract.terms import TermConfig, hard_terms, soft_terms
 from megakd.contract.units import View
 from megakd.losses.stage_losses import learners_of
 from megakd.methods import run_method
-from megakd.models.loading import ModelSource
+from megakd.models.source import ModelSource
 from megakd.pruning.store import SortedTeacher, largest_first, shape_of_cut, unscored
 from megakd.training.engines import ReadyTeacher
 from megakd.training.recipes import baseline_stage, completed, finetuning_stage, scoring_preset
@@ -28,7 +28,7 @@ Work = Literal["training", "importance", "scoring", "timing"]
 
 
 class Importance(NamedTuple):
-    """How importance is measured: rows of a batch of all ranks, and whether width is scored."""
+    """Options of the importance phase: rows of a batch over all ranks, and scoring of width."""
 
     batch_size: int
     with_width: bool
@@ -36,13 +36,13 @@ class Importance(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One thing that a run does with its models in memory.
+    """A part of a run with a fixed set of models in memory.
 
-    work: training, or what is done with models that do not learn.
-    stage: what is trained; None for other work.
-    learners: the models that learn, by role; of other work its first model.
-    teachers: the frozen models by name: they answer meanwhile, or the work is done with them.
-    importance: for the work of that name.
+    work: training, or a kind of work with frozen models.
+    stage: the stage that is trained; None for other work.
+    learners: the trained models by role; for other work, the first model.
+    teachers: the frozen models by name: teachers of a training, or the models of other work.
+    importance: options of the work "importance".
     """
 
     name: str
@@ -54,17 +54,17 @@ class Phase:
 
     @property
     def learner(self) -> ModelSource:
-        """The model that the stage gives."""
+        """The model that the stage returns."""
         return next(iter(self.learners.values()))
 
 
 def phases_of(config: RunConfig, sources: Mapping[str, ModelSource]) -> list[Phase]:
-    """Everything a run does with its models, in order.
+    """Return all phases of a run, in order.
 
-    An assistant that a method chooses by its score is taken to be the largest there is.
+    If a method chooses an assistant by score, the plan uses the largest assistant.
 
     Raises:
-        MegakdError: the method finds that it cannot work with these models.
+        MegakdError: the method cannot work with these models.
     """
     lab = PlanningLab(config, sources)
     student = run_method(config.method, lab)
@@ -74,7 +74,7 @@ def phases_of(config: RunConfig, sources: Mapping[str, ModelSource]) -> list[Pha
 
 
 class _AnyScore(Mapping[str, float]):
-    """Every metric there may be, at one half."""
+    """Scores in which every metric is 0.5."""
 
     def __getitem__(self, name: str) -> float:
         return 0.5
@@ -87,7 +87,7 @@ class _AnyScore(Mapping[str, float]):
 
 
 class PlanningLab:
-    """What a method takes for the lab: it notes the stages instead of running them."""
+    """Lab that records the stages of a method instead of running them."""
 
     def __init__(self, config: RunConfig, sources: Mapping[str, ModelSource]) -> None:
         self.config = config
@@ -100,16 +100,16 @@ class PlanningLab:
         self._teachers: dict[str, ReadyTeacher] = {}
 
     def hard_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
-        """The loss on labels that fits the task."""
+        """Return the loss on labels for the task."""
         return hard_terms(self.config.task.type, weight)
 
     def soft_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
-        """The loss on the teacher's outputs that fits the task."""
+        """Return the loss on the teacher's outputs for the task."""
         return soft_terms(self.config.task.type, weight)
 
     @property
     def teacher_layers(self) -> int:
-        """How many layers the teacher has."""
+        """Number of layers of the teacher."""
         teacher = self._sources[TEACHER]
         return teacher.architecture.number_of_layers(teacher.config)
 
@@ -120,7 +120,7 @@ class PlanningLab:
         return teacher.architecture.heads(teacher.config)
 
     def teacher(self, name: str | None = None) -> str:
-        """A teacher's name, after the phase of its fine-tuning."""
+        """Return a teacher's name, after recording its fine-tuning."""
         name = name or TEACHER
         if name not in self._teachers:
             spec = self.config.teacher_specs[name]
@@ -131,16 +131,16 @@ class PlanningLab:
         return name
 
     def teachers(self) -> tuple[str, ...]:
-        """The names of all teachers, after the phases of their fine-tuning."""
+        """Return the names of all teachers, after recording their fine-tuning."""
         return tuple(self.teacher(name) for name in self.config.teacher_specs)
 
     def largest_first(self) -> tuple[str, ...]:
-        """The names of all teachers by falling number of weights."""
+        """Return the names of all teachers by decreasing number of weights."""
         sources = {name: self._sources[name] for name in self.config.teacher_specs}
         return largest_first(sources, self.config.task)
 
     def widths(self, teacher: str) -> tuple[int, int]:
-        """Of the hidden states of the student and of a teacher."""
+        """Return the hidden widths of the student and of a teacher."""
         student, taught = (
             source.architecture.hidden_width(source.config)
             for source in (self._sources[STUDENT], self._sources[teacher])
@@ -148,29 +148,29 @@ class PlanningLab:
         return student, taught
 
     def steps_of_student(self) -> int:
-        """The rows are not counted."""
+        """Return `max_steps`, or 1 if it is not set, because the rows are not counted."""
         return self.config.train.max_steps or 1
 
     def probe(self, stage: str) -> None:
-        """There is nothing to measure."""
+        """Do nothing, because there is nothing to measure."""
         del stage
 
     def made_by(self, result: StageResult, name: str, read: Any) -> None:
-        """Nothing was made."""
+        """Return None, because nothing was trained."""
         del result, name, read
 
     def worth(self, metrics: Any) -> float:
-        """All models are worth the same."""
+        """Return the same worth for all models."""
         del metrics
         return 0.5
 
     def dev_score(self, name: str) -> float:
-        """Note that a teacher is scored; all score the same."""
+        """Record the scoring of a teacher; return the same score for all teachers."""
         self._note("scoring", f"{name}-scored", {name: self._teachers[name]})
         return 0.5
 
     def close(self, students: Sequence[StageResult]) -> None:
-        """Note the end of a run: all models are scored, then timed side by side.
+        """Record the end of a run: all models are scored, then timed together.
 
         Args:
             students: the student and the baselines.
@@ -192,7 +192,7 @@ class PlanningLab:
         self.phases.append(Phase(name=name, work=work, learners=first, teachers=models))
 
     def train(self, stage: Stage) -> StageResult:
-        """Notes a stage; gives the widest of its views as the one that was chosen."""
+        """Record a stage; return a result whose chosen view is the widest view."""
         stage = completed(stage, self.config)
         ready = {name: teacher.source for name, teacher in self._teachers.items()}
         learners = learners_of(stage, {**self._sources, **ready})
@@ -223,13 +223,13 @@ class PlanningLab:
         return result
 
     def unscored(self) -> SortedTeacher:
-        """The teacher's units, all alike."""
+        """Return the teacher's units without scores."""
         return unscored(self._sources[TEACHER])
 
     def sorted_teacher(
         self, teacher: str, split: str, *, batch_size: int, residual: bool
     ) -> SortedTeacher:
-        """Notes that importance is measured, which happens once."""
+        """Record the importance phase, once per run."""
         del split
         ready = self._teachers[teacher]
         if not any(known.name == IMPORTANCE for known in self.phases):
@@ -244,46 +244,46 @@ class PlanningLab:
         return unscored(ready.source)
 
     def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
-        """The model as it will be cut, which happens tensor by tensor on one rank."""
+        """Return the shape of the cut model; the cut itself runs tensor by tensor on one rank."""
         del name
         return shape_of_cut(source, view, self.config.task.type)
 
     def source(self, folder: Path) -> ModelSource:
-        """What a stage will leave in its folder."""
+        """Return the model that a stage writes to its folder."""
         return self._made[folder]
 
     def fresh_like(self, folder: Path) -> ModelSource:
-        """Another of the same shape."""
+        """Return another model of the same shape."""
         return self._made[folder]
 
     def as_teacher(self, result: StageResult, *, like: str = TEACHER) -> str:
-        """Makes a stage's model a teacher, by the stage's name."""
+        """Make a stage's model a teacher with the name of the stage."""
         spec = self.config.teacher_specs[like]
         self._teachers[result.name] = ReadyTeacher(self._made[result.folder], spec)
         return result.name
 
     def assistant(self, result: StageResult, sparsity: float) -> str:
-        """Make a stage's model a teacher, which is scored at the end."""
+        """Make a stage's model a teacher that is scored at the end."""
         del sparsity
         self._assistants.append(result)
         return self.as_teacher(result)
 
     def metric(self, name: str | None) -> Any:
-        """A metric of which every model scores the same."""
+        """Return a metric with the same score for every model."""
         del name
         return SimpleNamespace(of=lambda _: 0.5)
 
     def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
-        """Of no interest here."""
+        """Return zeros, because the plan does not use these counts."""
         del source, view
         return ParameterCounts(0, 0)
 
 
 def _has_weights(spec: TeacherConfig) -> bool:
-    """Whether a teacher lies in a folder when the run ends."""
+    """Return whether a teacher is stored in a folder at the end of the run."""
     return spec.finetune is not None or isinstance(spec.model, str)
 
 
 def _ready(source: ModelSource, preset: str) -> ReadyTeacher:
-    """A finished model as it is scored or timed."""
+    """Return a finished model with the settings for scoring or timing."""
     return ReadyTeacher(source, TeacherConfig(model=source.name, deepspeed=preset, dtype="fp32"))

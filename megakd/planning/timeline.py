@@ -1,4 +1,4 @@
-"""One phase on one rank, from its first build to a checkpoint: what is held at every moment."""
+"""Memory of one phase on one rank at every moment, from the first build to a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megakd.training.engines import ReadyTeacher
 from megakd.training.precision import TORCH_DTYPE, training_dtype
 
 STEPS = 2
-"""Moments of the optimizer are there from the second on."""
+"""From the second step on, the moments of the optimizer exist."""
 _ANSWERS = Holder(TEACHER, "activations", buffer="answers")
 _WORK: Mapping[Work, str] = {
     "importance": "measuring importance",
@@ -35,11 +35,11 @@ MOMENTS = {"adamw": 2, "sgd": 0}
 
 @dataclass
 class PhasePlan:
-    """What a phase takes on a rank.
+    """Resources of a phase on a rank.
 
-    load_peak: of the host, while the models are built and filled.
+    load_peak: peak bytes of the host while the models are built and loaded.
     flops, network: operations, and bytes sent by role, of one training step.
-    required: False where the run goes on without the phase if memory is short.
+    required: False if the run continues without the phase when memory is short.
     """
 
     name: str
@@ -52,7 +52,7 @@ class PhasePlan:
 
 @dataclass
 class Cast:
-    """A frozen model on the rank: its engine, its part, and what it gathers."""
+    """A frozen model on the rank: its engine, its rehearsal, and its gathered weights."""
 
     name: str
     engine: Whole
@@ -61,7 +61,7 @@ class Cast:
 
 
 class Timeline:
-    """Plays a phase."""
+    """Simulates a phase."""
 
     def __init__(
         self, phase: Phase, config: RunConfig, cluster: Cluster, known: Rehearsals
@@ -76,7 +76,7 @@ class Timeline:
         self._of_one_view = single and max(moment.live.total for moment in single.moments)
 
     def play(self) -> PhasePlan:
-        """From the first build to the last checkpoint."""
+        """Simulate the phase from the first build to the last checkpoint."""
         if self.phase.stage is None:
             self._work_alone(self.phase.work)
             return self.plan
@@ -110,7 +110,7 @@ class Timeline:
         )
 
     def _work_alone(self, work: Work) -> None:
-        """Load models that do not learn side by side, and run them one after the other."""
+        """Load all frozen models, then run them one after another."""
         casts = []
         for name, ready in self.phase.teachers.items():
             is_teacher = work == "importance" or name in self.config.teacher_specs
@@ -119,7 +119,7 @@ class Timeline:
         if work == "scoring":
             self.ledger.when += f" (eval.per_device_eval_batch_size {self.config.eval_rows()})"
         for cast in casts:
-            # The activations of gates are the elastic ones: no weight gets a gradient.
+            # Activations of gates count as elastic: no weight gets a gradient.
             self._run(cast, "elastic" if work == "importance" else "activations")
 
     def _train(self, stage: Stage) -> None:
@@ -147,7 +147,7 @@ class Timeline:
         self._count(learner, micro_batches)
 
     def _fetch_ahead(self) -> None:
-        """Of teachers that wait on the host to be drawn, one at a time is on the device."""
+        """Allocate memory for prefetching: one teacher from the host at a time is on the device."""
         waiting = [
             cast.engine.at
             for cast in self._teachers
@@ -162,7 +162,7 @@ class Timeline:
         self.ledger.when = "the teacher's forward"
         for cast in self._teachers:
             if self.act.asked[cast.name] < 1:
-                self.ledger.drop(_ANSWERS)  # what was said before was said in another step
+                self.ledger.drop(_ANSWERS)  # earlier answers belong to another step
             self._run(cast, "activations")
             self.ledger.put(_ANSWERS, block(self.act.answers))
         runs = self.act.learner.runs
@@ -172,7 +172,7 @@ class Timeline:
         self.ledger.drop(_ANSWERS)
 
     def _group(self, learner: Learner, run: Rehearsal, *, first: bool, last: bool) -> None:
-        """One forward of the student's engine and one backward."""
+        """Simulate one forward and one backward of the student's engine."""
         self.ledger.when = "the student's forward"
         heads = [cast.engine.at.holder("gather", "device", "head") for cast in self._teachers]
         for holder, cast in zip(heads, self._teachers, strict=True):
@@ -190,7 +190,7 @@ class Timeline:
         learner.end_backward(last=last)
 
     def _head(self, cast: Cast) -> Amount:
-        """The teacher's output matrix, which its shards are gathered for."""
+        """Return the bytes of the teacher's output matrix, gathered from its shards."""
         at = cast.engine.at
         if at.stage != 3 or self.config.task.type not in LANGUAGE_TASKS:
             return Amount()
@@ -199,7 +199,7 @@ class Timeline:
         return block(source.config.vocab_size * width * at.itemsize)
 
     def _run(self, cast: Cast, part: Part) -> None:
-        """A frozen model answers."""
+        """Simulate the forward of a frozen model."""
         for index, moment in enumerate(cast.run.moments):
             self._hold(cast.engine, moment, cast.gathering, index, part)
         self._let_go(cast.engine)
@@ -210,7 +210,7 @@ class Timeline:
         at, ledger = engine.at, self.ledger
         live, views = self._divided(moment.live, at.role)
         gathered, arriving = gathering.moments[index], at.holder("gather", "device", "arriving")
-        if at.is_cpu:  # gloo gathers into a buffer and copies it to another
+        if at.is_cpu:  # gloo gathers into a buffer and copies the buffer
             ledger.briefly(arriving, gathered.arriving.times(2))
         ledger.put(at.holder("gather"), gathered.kept)
         ledger.put(at.holder(part, "device", "live"), live)
@@ -219,14 +219,14 @@ class Timeline:
         ledger.briefly(arriving, gathered.arriving)
 
     def _divided(self, live: Amount, role: str) -> tuple[Amount, Amount]:
-        """Activations of one view, and of the others that share its backward."""
+        """Split activations between one view and the other views that share its backward."""
         if self._of_one_view is None or role == TEACHER or not live.total:
             return live, Amount()
         share = min(1.0, self._of_one_view / live.total)
         return live.times(share), live.times(1 - share)
 
     def _let_go(self, engine: Whole) -> None:
-        """Activations are freed, and ZeRO 3 parts with what it gathered."""
+        """Free the activations and the weights that ZeRO 3 gathered."""
         for part in ("activations", "elastic"):
             self.ledger.drop(engine.at.holder(part, "device", "live"))
         self.ledger.drop(engine.at.holder("elastic", "device", "views"))
@@ -243,7 +243,7 @@ class Timeline:
         self._let_go(learner)
 
     def _count(self, learner: Learner, micro_batches: int) -> None:
-        """Operations and bytes of one step."""
+        """Compute the operations and the network bytes of one step."""
         runs = self.act.learner.runs
         asked = self.act.asked
         teachers = sum(asked[cast.name] * cast.run.flops for cast in self._teachers)
@@ -259,7 +259,10 @@ class Timeline:
 
 
 def sent_by(learner: Learner, runs: tuple[Rehearsal, ...], micro_batches: int) -> float:
-    """Bytes that a learner's engine reduces and gathers in a step; a rank sends (W - 1) / W."""
+    """Return the bytes that a learner's engine reduces and gathers in a step.
+
+    With W ranks, a rank sends (W - 1) / W of these bytes.
+    """
     at = learner.at
     weights = at.inventory.numel * at.itemsize
     backwards = micro_batches * len(runs)

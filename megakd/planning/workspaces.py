@@ -1,4 +1,4 @@
-"""What the fused losses hold inside: chunk buffers, which are no tensors of a model's forward."""
+"""Internal memory of the fused losses: chunk buffers, which a model's forward does not show."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ _RELATION_TILE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 
 def loss_workspace(function: Any, args: tuple[Any, ...], device: str) -> int:
-    """Bytes that an operator of `megakd_kernels` holds beside its results; 0 for any other.
+    """Return the bytes that an operator of `megakd_kernels` holds in addition to its results.
+
+    The result is 0 for other operators.
 
     Args:
         function: the operator, as torch's dispatcher names it.
-        args: what it was called with.
-        device: cpu or cuda: how large a chunk is depends on it.
+        args: arguments of the call.
+        device: cpu or cuda, which determines the chunk size.
     """
     known = _WORKSPACES.get(_name(function))
     return 0 if known is None else known(args, device)
 
 
 def loss_flops(function: Any, args: tuple[Any, ...]) -> float:
-    """Floating-point operations of the matrix products of such an operator."""
+    """Return the floating-point operations of the matrix products of such an operator."""
     if _name(function) not in {"megakd::linear_kd", "megakd::linear_stats"}:
         return 0.0
     rows, width = args[0].shape
@@ -61,12 +63,12 @@ def _linear(args: tuple[Any, ...], device: str) -> int:
 
 
 def _whole_cast(hidden: Tensor, plan: ChunkPlan) -> int:
-    """Hidden states of a chunk with zeros where nothing counts, in fp32."""
+    """Return the bytes of a chunk's hidden states in fp32, with zeros in masked rows."""
     return min(plan.group, len(hidden)) * hidden.shape[1] * 4
 
 
 def _row_scratch(plan: ChunkPlan, width: int, device: str) -> int:
-    """Of the row mathematics: five buffers of a block on a CPU, none in a fused kernel."""
+    """Return the scratch bytes of row kernels: five block buffers on a CPU, else 0."""
     return 5 * plan.block * width * 4 if device == "cpu" else 0
 
 
@@ -86,7 +88,7 @@ def _hidden(args: tuple[Any, ...], device: str) -> int:
 
 
 def _relation(args: tuple[Any, ...], device: str) -> int:
-    """Three tiles of rows by keys of every relation head, and one example's vectors."""
+    """Return the bytes of three tiles (rows, keys, all relation heads) and of one example."""
     student, teacher = args[0], args[1]
     return (
         3 * _RELATION_TILE_BYTES[device]
@@ -96,7 +98,7 @@ def _relation(args: tuple[Any, ...], device: str) -> int:
 
 
 def _like(device: str) -> Tensor:
-    """Of fp32, and on a CPU or not; without memory."""
+    """Return an empty fp32 tensor on the CPU or on the meta device."""
     return torch.empty(0, dtype=_FP32, device="cpu" if device == "cpu" else "meta")
 
 

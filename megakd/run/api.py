@@ -1,8 +1,8 @@
-"""megakd from Python: several trainings, evaluations and plans one after another in one process.
+"""Python interface of megakd: several trainings, evaluations and plans in one process.
 
-What a call changes in the process (logging, warnings, environment, random states) is put back when
-the call ends. The process group stays for the next call, because DeepSpeed can join only one in a
-process; it ends with the process.
+Each call restores the parts of the process that it changes (logging, warnings, environment, random
+states). The process group stays open until the process ends, because DeepSpeed can join only one
+group in a process.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from megakd.config.run import RunConfig
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from megakd.planning.plan import Plan
+    from megakd.planning.memory_plan import Plan
 
 Config = str | Path | Mapping[str, Any] | RunConfig
-"""A path of a YAML file, the same as a mapping, or a config that is loaded already."""
+"""A path of a YAML file, a mapping with the same content, or a config that is already loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a finished run has left in its output folder.
+    """Result of a finished run.
 
     output_dir: the folder of the run.
     student: the folder of the student, final/, which `from_pretrained` reads.
-    metrics: of the student, on the test split if it has labels, else on validation.
+    metrics: metrics of the student, on the test split if it has labels, else on validation.
     report: the content of report.json.
     table: the result table, as `megakd train` prints it.
     """
@@ -50,7 +50,7 @@ class RunResult:
 
 
 class ClusterOptions(TypedDict, total=False):
-    """The machines of a plan; what is left out is this machine's. See `megakd plan --help`."""
+    """The machines of a plan; omitted options describe this machine. See `megakd plan --help`."""
 
     ranks: int
     nodes: int
@@ -82,16 +82,16 @@ def load_config(config: Config, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def train(config: Config, overrides: Sequence[str] = ()) -> RunResult:
-    """Train what a config says, and return what came of it.
+    """Train as a config says and return the result.
 
-    A run that has finished before is not trained again; one that was interrupted goes on.
+    A finished run is not trained again, and an interrupted run is resumed.
 
     Args:
-        config: as of `load_config`.
-        overrides: as of `load_config`.
+        config: see `load_config`.
+        overrides: see `load_config`.
 
     Raises:
-        MegakdError: bad input or a run that cannot go on.
+        MegakdError: the input is invalid, or the run cannot continue.
     """
     checked = load_config(config, overrides)
     with _undone():
@@ -119,13 +119,13 @@ def evaluate(
     """Return the metrics of a model on the held-out split of a config, or on other data.
 
     Args:
-        config: as of `load_config`.
+        config: see `load_config`.
         model: the folder of a model; None: final/ of the config's run.
-        overrides: as of `load_config`.
+        overrides: see `load_config`.
         data: a file, pattern or folder to score in place of the held-out rows.
 
     Raises:
-        MegakdError: there is no such model, or it does not fit the task.
+        MegakdError: the model does not exist, or it does not fit the task.
     """
     checked = load_config(config, overrides)
     with _undone():
@@ -136,16 +136,16 @@ def evaluate(
 
 
 def plan(config: Config, overrides: Sequence[str] = (), **cluster: Unpack[ClusterOptions]) -> Plan:
-    """Return memory, network and time of a run, before anything is loaded.
+    """Return the memory, network and time estimates of a run, before anything is loaded.
 
     Args:
-        config: as of `load_config`.
-        overrides: as of `load_config`.
+        config: see `load_config`.
+        overrides: see `load_config`.
         **cluster: the machines: `ranks`, `nodes`, `device`, `gpu_memory_gb`, `host_memory_gb`,
             `tflops`, `gbps`, `rates`.
 
     Raises:
-        MegakdError: a model's config cannot be read, or a number cannot be.
+        MegakdError: a model's config or a number cannot be read.
     """
     checked = load_config(config, overrides)
     with _undone():
@@ -157,7 +157,7 @@ def plan(config: Config, overrides: Sequence[str] = (), **cluster: Unpack[Cluste
 
 @contextlib.contextmanager
 def _undone() -> Iterator[None]:
-    """Put back what a call changes in the process; keep the process group for the next call."""
+    """Restore the parts of the process that a call changes, except for the process group."""
     import numpy as np
     import torch
 
@@ -180,7 +180,7 @@ def _undone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logging_restored() -> Iterator[None]:
-    """Leave the root logger, megakd's and transformers' progress bars as they were."""
+    """Restore the root logger, megakd's logger and transformers' progress bars."""
     from transformers.utils import logging as of_transformers
 
     root, own = logging.getLogger(), logging.getLogger("megakd")

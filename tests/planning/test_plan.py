@@ -15,8 +15,9 @@ from megakd.config.run import RunConfig
 from megakd.errors import ConfigError, ModelError
 from megakd.planning.cluster import Cluster, Rates, rates_of
 from megakd.planning.ledger import PARTS, Peak
+from megakd.planning.memory_plan import Plan
 from megakd.planning.page import page
-from megakd.planning.plan import Plan, plan_run
+from megakd.planning.plan import plan_run
 from megakd.planning.rehearsals import Rehearsals
 
 CLASSES = {"type": "classification", "dataset": "anything", "max_length": 16}

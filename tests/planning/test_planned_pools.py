@@ -12,7 +12,8 @@ from megakd.config.file import load_config
 from megakd.planning.advice import Case, candidates
 from megakd.planning.cluster import Cluster
 from megakd.planning.ledger import Share
-from megakd.planning.plan import Plan, plan_run
+from megakd.planning.memory_plan import Plan
+from megakd.planning.plan import plan_run
 from megakd.planning.rehearsals import Rehearsals
 from megakd.planning.timeline import PhasePlan
 
