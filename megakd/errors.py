@@ -1,4 +1,4 @@
-"""The errors a person can cause: one clear message each, printed without a traceback."""
+"""Errors that a user can cause, printed as one message without a traceback."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Iterable
 
 
 class MegakdError(Exception):
-    """What is wrong, both values, which key or file, what to do."""
+    """Base class of errors that a user can cause.
+
+    The message states the problem, both values, the key or file, and what to do.
+    """
 
 
 class ConfigError(MegakdError):
@@ -27,7 +30,7 @@ class TeacherError(ModelError):
 
 
 class TrainingError(MegakdError):
-    """Training cannot go on: a loss that is not finite."""
+    """Training cannot continue because a loss is not finite."""
 
 
 class CheckpointError(MegakdError):
@@ -35,14 +38,14 @@ class CheckpointError(MegakdError):
 
 
 class InUseError(MegakdError):
-    """Another run holds the output folder."""
+    """Another run is using the output folder."""
 
 
 class PeerLostError(MegakdError):
-    """Another rank has ended while this one waited for it."""
+    """Another rank has ended while this rank waited for it."""
 
 
 def suggestion(word: object, known: Iterable[str]) -> str:
-    """Return `; did you mean "x"?` for the nearest known word, or nothing."""
+    """Return `; did you mean "x"?` for the nearest known word, or an empty string."""
     near = difflib.get_close_matches(str(word), list(known), n=1)
     return f'; did you mean "{near[0]}"?' if near else ""

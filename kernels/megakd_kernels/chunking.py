@@ -13,24 +13,25 @@ import torch
 from torch import Tensor
 
 MEBIBYTE = 1 << 20
-# Measured at V = 32000: longer chunks gain 1 % of the time, shorter ones lose 10 %.
+# Measured at V = 32000: longer chunks save 1 % of the time, shorter chunks cost 10 %.
 _CPU_CHUNK_BYTES = 64 * MEBIBYTE
 _CPU_BLOCK_BYTES = 2 * MEBIBYTE
-# Buffers of row_losses beside the logits: gap, products, mix, slopes, the softmax of
-# cross-entropy.
+# Buffers that row_losses needs in addition to the logits: gap, products, mix, slopes, and the
+# softmax of cross-entropy.
 _SCRATCH_BUFFERS = 5
-# Columns of a logits buffer on an accelerator: every row then starts at a multiple of 16 bytes.
+# On an accelerator the row stride of a logits buffer is a multiple of this many columns, so that
+# every row starts at a multiple of 16 bytes.
 _ALIGNMENT = 64
-# Ids per piece when a product has no fused form with a result of another type.
+# Ids per piece if the device has no matrix product with a result of another dtype.
 _PIECE_IDS = 4096
 
 
 class ChunkPlan(NamedTuple):
-    """How many rows are worked on at a time.
+    """Numbers of rows that are processed together.
 
-    group: of the gradient's matrix products, a multiple of `chunk`.
-    chunk: of the logits' matrix products.
-    block: of the row mathematics.
+    group: rows per matrix product of the gradient, a multiple of `chunk`.
+    chunk: rows per matrix product of the logits.
+    block: rows per call of the row mathematics.
     """
 
     group: int
@@ -47,20 +48,21 @@ def plan_row_chunks(
     chunk_mb: float,
     implementation: str,
 ) -> ChunkPlan:
-    """How many rows at a time of a loss on logits; `gradient` is the type of its products."""
+    """Return the chunk sizes of a loss on logits; `gradient` is the dtype of its products."""
     if implementation == "triton" and not like.is_cpu:
         return plan_fused_chunks(
             rows, widths=widths, like=like, gradient=gradient, chunk_mb=chunk_mb
         )
     plan = plan_chunks(rows, widths=widths, like=like, chunk_mb=chunk_mb)
-    # A launch is one for all rows.
+    # One launch processes all rows of a chunk.
     return plan._replace(block=plan.chunk) if implementation == "triton" else plan
 
 
 def plan_chunks(rows: int, *, widths: tuple[int, ...], like: Tensor, chunk_mb: float) -> ChunkPlan:
-    """How many rows fit the budget; `widths` are those of the chunk buffers, `like` their type.
+    """Return the numbers of rows that fit the budget.
 
-    On a CPU chunks and blocks are kept small whatever the budget, for the caches' sake.
+    `widths` are the widths of the chunk buffers, and `like` gives their dtype. On a CPU, chunks
+    and blocks stay small whatever the budget, so that they fit the caches.
     """
     itemsize = like.element_size()
     budget = chunk_mb * MEBIBYTE
@@ -77,11 +79,11 @@ def plan_chunks(rows: int, *, widths: tuple[int, ...], like: Tensor, chunk_mb: f
 def plan_fused_chunks(
     rows: int, *, widths: tuple[int, ...], like: Tensor, gradient: torch.dtype, chunk_mb: float
 ) -> ChunkPlan:
-    """The same for row kernels that need no scratch, on an accelerator.
+    """Return the chunk sizes for row kernels that need no scratch memory, on an accelerator.
 
-    A gradient in a narrower type than the logits has a buffer of its own, which half the budget
-    goes to: its products gain from more rows than the logits' do. Otherwise it is written over
-    the student's logits.
+    A gradient in a narrower dtype than the logits has its own buffer, which takes half of the
+    budget: products of the gradient gain more from additional rows than products of the logits.
+    Otherwise the gradient is written over the student's logits.
     """
     itemsize = like.element_size()
     padded = [_aligned(width) for width in widths]
@@ -95,24 +97,24 @@ def plan_fused_chunks(
 
 
 def logits_buffer(rows: int, width: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised [rows, width] whose rows are aligned on an accelerator."""
+    """Return an uninitialised [rows, width] buffer with aligned rows on an accelerator."""
     stride = width if like.device.type == "cpu" else _aligned(width)
     return like.new_empty(rows, stride, dtype=dtype)[:, :width]
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
-    """Consecutive slices of at most `step` that cover `length`."""
+    """Return consecutive slices of at most `step` elements that cover `length` elements."""
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
 def masked_rows(hidden: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rows with zeros where not valid, so that what stood there cannot matter; [C, H]."""
+    """Return the rows [C, H] with zeros where not valid, so that invalid rows have no effect."""
     kept = hidden.masked_fill(~valid[:, None], 0)
     return kept if _multiplies_narrow(kept, dtype) else kept.to(dtype)
 
 
 def project_into(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Writes hidden [C, H] @ weight [V, H].T + bias [V] to out [C, V], in out's dtype."""
+    """Write hidden [C, H] @ weight [V, H].T + bias [V] to out [C, V], in out's dtype."""
     if weight.dtype == hidden.dtype == out.dtype:
         torch.mm(hidden, weight.T, out=out)
     elif _is_native(hidden, weight, out):
@@ -125,7 +127,7 @@ def project_into(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def input_gradient_into(out: Tensor, gradient: Tensor, weight: Tensor) -> None:
-    """Writes gradient [C, V] @ weight [V, H] to out [C, H], in out's dtype."""
+    """Write gradient [C, V] @ weight [V, H] to out [C, H], in out's dtype."""
     if weight.dtype == gradient.dtype == out.dtype:
         torch.mm(gradient, weight, out=out)
     elif _is_native(gradient, weight, out):
@@ -137,7 +139,7 @@ def input_gradient_into(out: Tensor, gradient: Tensor, weight: Tensor) -> None:
 
 
 def add_weight_gradient_(out: Tensor, gradient: Tensor, hidden: Tensor, *, beta: float) -> None:
-    """Makes out [V, H] beta * out + gradient [C, V].T @ hidden [C, H], in out's dtype."""
+    """Set out [V, H] to beta * out + gradient [C, V].T @ hidden [C, H], in out's dtype."""
     if not _is_native(gradient, hidden, out):
         out.addmm_(gradient.to(out.dtype).T, hidden.to(out.dtype), beta=beta)
     elif beta == 0:
@@ -151,7 +153,7 @@ def add_weight_gradient_(out: Tensor, gradient: Tensor, hidden: Tensor, *, beta:
 
 
 def gradient_dtype(hidden: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The type in which the products of a gradient run: hidden's if the device has such."""
+    """Return the dtype for products with a gradient: hidden's if the device supports it."""
     return hidden.dtype if _multiplies_narrow(hidden, dtype) else dtype
 
 
@@ -161,9 +163,9 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _multiplies_narrow(tensor: Tensor, result: torch.dtype) -> bool:
-    """Whether the device multiplies this type with fp32 results.
+    """Return whether the device multiplies tensors of this dtype with fp32 results.
 
-    fp16 is left out: gradients times 1e-6 token weights would vanish in it.
+    fp16 is excluded: gradients multiplied by token weights of 1e-6 would underflow to 0.
     """
     is_candidate = tensor.is_cuda and tensor.dtype == torch.bfloat16 and result == torch.float32
     return is_candidate and _has_wide_results(tensor.device)
@@ -175,7 +177,10 @@ def _is_native(left: Tensor, right: Tensor, out: Tensor) -> bool:
 
 @functools.cache
 def _has_wide_results(device: torch.device) -> bool:
-    """Tried once per device: versions of torch and cards differ."""
+    """Return whether bf16 products with fp32 results work.
+
+    The product is tried once per device, because torch versions and GPUs differ.
+    """
     narrow = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
     out = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
@@ -187,7 +192,7 @@ def _has_wide_results(device: torch.device) -> bool:
 
 @functools.cache
 def _accumulates_narrow(device: torch.device) -> bool:
-    """Whether a product can be added to an fp32 matrix without a second one; tried once."""
+    """Return whether a product adds to an fp32 matrix without a second matrix; tried once."""
     narrow = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
     out = torch.ones(16, 16, dtype=torch.float32, device=device)
     try:
@@ -202,7 +207,7 @@ def _aligned(width: int) -> int:
 
 
 def _even(rows: float) -> float:
-    """A multiple of 64 rows where there are so many: products are cut into such tiles."""
+    """Round down to a multiple of 64 rows, the tile size of products, unless there are fewer."""
     return rows if rows < _ALIGNMENT else rows // _ALIGNMENT * _ALIGNMENT
 
 

@@ -1,8 +1,9 @@
 """Backward of operators whose gradients were formed in the forward.
 
-An operator returns its total first and, last, one formed gradient per differentiable input
-(empty where none was wanted). The backward multiplies them by the upstream gradient, in fp32,
-and casts once; nothing is changed in place, so a retained graph gives the same again.
+An operator returns its total first. Its last outputs are the formed gradients, one per
+differentiable input (empty if the gradient was not requested). The backward multiplies the formed
+gradients by the upstream gradient, in fp32, and casts once. Nothing is changed in place, so a
+retained graph gives the same result again.
 """
 
 from __future__ import annotations
@@ -15,21 +16,23 @@ from torch import Tensor
 
 
 def register_formed_gradients(operator: Any, positions: Sequence[int]) -> None:
-    """Registers the backward of `operator`.
+    """Register the backward of `operator`.
 
     Args:
         operator: a `torch.library.custom_op`; its first output is the total, its last
             len(positions) outputs are the formed gradients.
-        positions: which arguments they belong to, in the order of the outputs.
+        positions: positions of the arguments that the gradients belong to, in output order.
     """
     operator.register_autograd(_backward(tuple(positions)), setup_context=_saver(tuple(positions)))
 
 
 def refuse_second_derivative() -> None:
-    """For a backward: what it returns is a constant, and a derivative of it silently wrong.
+    """Raise if the calling backward is itself differentiated.
+
+    The backward returns constants, so a derivative of its result would be silently wrong.
 
     Raises:
-        RuntimeError: the backward is recorded for another one.
+        RuntimeError: autograd records the backward for a second one.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -70,6 +73,6 @@ def _backward(positions: tuple[int, ...]) -> Callable[..., Any]:
 
 
 def _scaled(formed: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product in the wider type, cast without a copy in between."""
+    """Return the product, computed in the wider dtype and cast without an intermediate copy."""
     out = torch.empty_like(formed, dtype=dtype)
     return torch.mul(formed, upstream, out=out)

@@ -1,4 +1,4 @@
-"""One or two models' LM heads as a caller gives them, checked and flattened."""
+"""Checks and flattening of the LM heads of one or two models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from megakd_kernels.linear_chunks import Side
 
 
 def checked_side(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Side:
-    """The head with its hidden states [..., H] as rows [N, H], in autocast's type where it is on.
+    """Return the head with its hidden states [..., H] as rows [N, H].
+
+    Under autocast the tensors are cast to autocast's dtype.
 
     Raises:
         ValueError: see `check_head`.
@@ -24,10 +26,11 @@ def checked_side(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
 def checked_teacher(
     hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> Side | None:
-    """The teacher's head, or None where there is no teacher.
+    """Return the teacher's head, or None if there is no teacher.
 
     Raises:
-        ValueError: half a teacher, one that asks for a gradient, or see `check_head`.
+        ValueError: only one of hidden and weight is given, a teacher tensor requires grad, or
+            see `check_head`.
     """
     if hidden is None and weight is None:
         return None
@@ -38,7 +41,7 @@ def checked_teacher(
 
 
 def check_same_rows(student: Side, teacher: Side | None) -> None:
-    """Raises ValueError where the two models have not the same number of rows."""
+    """Raise ValueError if the two models have different numbers of rows."""
     if teacher is not None and len(teacher.hidden) != len(student.hidden):
         raise ValueError(
             f"the student has {len(student.hidden)} rows and the teacher {len(teacher.hidden)}"
@@ -46,5 +49,5 @@ def check_same_rows(student: Side, teacher: Side | None) -> None:
 
 
 def heads_dtype(student: Side, teacher: Side | None) -> torch.dtype:
-    """The type that both heads are computed in."""
+    """Return the dtype in which both heads are computed."""
     return compute_dtype(*student, *(teacher or ()))

@@ -1,7 +1,8 @@
 """Losses between hidden states, through a learned projection where the widths differ.
 
-Checks and flattens; `hidden_ops` forms values and gradients chunk by chunk, and nothing of size
-[N, Ht] survives the call. Shapes: N rows (positions), Hs and Ht widths of student and teacher.
+This module checks and flattens; `hidden_ops` forms values and gradients chunk by chunk, and
+nothing of size [N, Ht] survives the call.
+Shapes: N rows (positions), Hs and Ht widths of student and teacher.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megakd_kernels.settings import resolve_implementation
 
 
 class _Inputs(NamedTuple):
-    """Flat: student [N, Hs], projection [Ht, Hs] or None, teacher [N, Ht], valid [N] bool."""
+    """Inputs: student [N, Hs], projection [Ht, Hs] or None, teacher [N, Ht], valid [N] bool."""
 
     student: Tensor
     projection: Tensor | None
@@ -41,17 +42,17 @@ def hidden_mse_projection_loss(
     valid: Tensor | None,
     impl: str = "auto",
 ) -> Tensor:
-    """Squared error between projected student and teacher states.
+    """Return the squared error between projected student and teacher states.
 
     Romero et al. 2015 (FitNets, equation 3) with a linear regressor; Jiao et al. 2020
     (TinyBERT, equation 9).
 
     Args:
         student_hidden: [..., Hs].
-        projection: [Ht, Hs], applied as x @ P.T; None where the widths are equal.
+        projection: [Ht, Hs], applied as x @ P.T; None if the widths are equal.
         teacher_hidden: [..., Ht]; carries no gradient.
-        valid: [...] bool, True at positions that count; None: all of them. The others may
-            hold anything.
+        valid: [...] bool, True at positions that count; None: all positions count. Other
+            positions may hold anything.
         impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
 
     Returns:
@@ -72,16 +73,16 @@ def hidden_cosine_projection_loss(
     valid: Tensor | None,
     impl: str = "auto",
 ) -> Tensor:
-    """One minus the cosine between projected student and teacher states.
+    """Return one minus the cosine between projected student and teacher states.
 
     Sanh et al. 2019 (DistilBERT, section 3).
 
     Args:
         student_hidden: [..., Hs].
-        projection: [Ht, Hs], applied as x @ P.T; None where the widths are equal.
+        projection: [Ht, Hs], applied as x @ P.T; None if the widths are equal.
         teacher_hidden: [..., Ht]; carries no gradient.
-        valid: [...] bool, True at positions that count; None: all of them. The others may
-            hold anything.
+        valid: [...] bool, True at positions that count; None: all positions count. Other
+            positions may hold anything.
         impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
 
     Returns:

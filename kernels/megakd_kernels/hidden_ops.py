@@ -1,7 +1,8 @@
 """Operator of the hidden-state losses: values, and gradients formed in the forward.
 
-Per chunk of rows: projection, residual or cosine, and its gradient, written over the
-projection. Shapes: N rows, C rows of a chunk, Hs and Ht widths of student and teacher.
+For each chunk of rows the operator computes the projection, the residual or cosine, and its
+gradient, which overwrites the projection.
+Shapes: N rows, C rows of a chunk, Hs and Ht widths of student and teacher.
 """
 
 # No `from __future__ import annotations`: torch reads the operator's signature.
@@ -40,10 +41,10 @@ def hidden_loss(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
     kind: str,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum over valid rows, then the gradients of student [N, Hs] and projection [Ht, Hs]."""
+    """Return the sum over valid rows, and gradients of student [N, Hs], projection [Ht, Hs]."""
     formed = _Formed.empty(student, projection, teacher, needed)
     dtype, width = formed.dtype, teacher.shape[1]
-    # The kernels compute in fp32: fp64, which is for checks, stays with torch.
+    # The kernels compute in fp32; torch computes fp64, which only gradient checks use.
     loss = _row_loss(kind, implementation if dtype == torch.float32 else "chunked")
     total = student.new_zeros((), dtype=dtype)
     plan = plan_chunks(
@@ -68,7 +69,7 @@ def hidden_loss(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
 
 @dataclass(kw_only=True)
 class _Formed:
-    """Gradients in the compute dtype; [0] where none is wanted."""
+    """Gradients in the compute dtype; shape [0] if a gradient is not requested."""
 
     student: Tensor
     projection: Tensor
@@ -87,7 +88,7 @@ class _Formed:
         )
 
     def add(self, rows: slice, gradient: Tensor, hidden: Tensor, projection: Tensor | None) -> None:
-        """Takes the gradient [C, Ht] with respect to some rows' projected states."""
+        """Add the gradient [C, Ht] with respect to the projected states of some rows."""
         if projection is None:
             if self.student.numel():
                 self.student[rows] = gradient
@@ -113,7 +114,7 @@ register_formed_gradients(hidden_loss, (0, 1))
 
 
 def _projected(hidden: Tensor, projection: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A buffer [C, Ht] of its own, to be overwritten."""
+    """Return the projected states in a new buffer [C, Ht] that may be overwritten."""
     if projection is None:
         return hidden.to(dtype, copy=True)
     out = hidden.new_empty(len(hidden), len(projection), dtype=dtype)
@@ -121,9 +122,12 @@ def _projected(hidden: Tensor, projection: Tensor | None, dtype: torch.dtype) ->
 
 
 def _row_loss(kind: str, implementation: str) -> RowLoss:
-    """Values [C], 0 where not valid; the projected rows become their gradient."""
+    """Return a function that computes the values [C] of the loss, 0 in rows that are not valid.
+
+    The function overwrites the projected rows with their gradient.
+    """
     if implementation == "triton":
-        # Late: the package works where Triton is not installed.
+        # Imported here because the package also works without Triton.
         from megakd_kernels.triton import row_hidden
 
         return row_hidden.squared_error_rows if kind == "mse" else row_hidden.one_minus_cosine_rows
@@ -133,10 +137,10 @@ def _row_loss(kind: str, implementation: str) -> RowLoss:
 def _squared_difference(
     student: Tensor, teacher: Tensor, valid: Tensor, out: Tensor | None
 ) -> Tensor:
-    """The sum over rows; `out` becomes the gradient 2 (z - y) / width.
+    """Return the sum over rows; `out` becomes the gradient 2 (z - y) / width.
 
-    Of states that need no projection there are as many as layers and sub-networks: nothing is
-    copied, and padding is taken out of the difference, whatever it held.
+    States without a projection occur for every layer and sub-network, so nothing is copied.
+    Padding may hold anything: it is masked in the difference.
     """
     difference = torch.sub(student, teacher, out=out)
     if not (may_look_at(valid) and bool(valid.all())):
@@ -149,7 +153,10 @@ def _squared_difference(
 
 
 def _squared_error_(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
-    """Gradient 2 (z - y) / width; `teacher` is used up. Rows that are not valid are zeros."""
+    """Return values [C]; `student` becomes the gradient 2 (z - y) / width, `teacher` is lost.
+
+    Rows that are not valid hold zeros in both tensors.
+    """
     del valid
     student.sub_(teacher)
     values = torch.mul(student, student, out=teacher).mean(-1)
@@ -158,7 +165,10 @@ def _squared_error_(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
 
 
 def _one_minus_cosine_(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
-    """Gradient (c z / |z| - y / |y|) / |z|; `teacher` is used up."""
+    """Return values [C]; `student` becomes the gradient (c z / |z| - y / |y|) / |z|.
+
+    `teacher` is lost.
+    """
     inverse_norm = _inverse_norm(student)
     student.mul_(inverse_norm)
     teacher.mul_(_inverse_norm(teacher))

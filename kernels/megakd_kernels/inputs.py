@@ -1,4 +1,4 @@
-"""Tensors of the losses, checked once: shapes, shards, labels, which rows count.
+"""Checks of the input tensors of the losses: shapes, shards, labels, and rows that count.
 
 Shapes: N rows (positions or examples), V vocabulary or classes, H width.
 """
@@ -14,13 +14,13 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """Which of the N rows count, and how much.
+    """Rows that count among the N rows, and their weights.
 
     valid: [N] bool, rows of the divergences.
     weight: [N] token weight, exactly 0 where not valid.
-    labels: [N] int64 with 0 where there is no label or none of the student's, or None.
-    hard_weight: [N] like weight, for cross-entropy; 0 without a label, NaN where the label is
-        none of the student's ids.
+    labels: [N] int64, or None; 0 if a row has no label or its label is not an id of the student.
+    hard_weight: [N] like weight, for cross-entropy; 0 without a label, NaN if the label is not
+        an id of the student.
     """
 
     valid: Tensor
@@ -30,7 +30,7 @@ class Rows(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """What a caller may say about the rows; every tensor has one entry per row."""
+    """Row masks that a caller may pass; every tensor has one entry per row."""
 
     labels: Tensor | None
     token_weight: Tensor | None
@@ -39,25 +39,26 @@ class Masks(NamedTuple):
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp32, or fp64 as soon as one input is fp64 (gradient checks)."""
+    """Return fp32, or fp64 if any input is fp64 (gradient checks)."""
     is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if is_double else torch.float32
 
 
 def needs_gradient(tensor: Tensor | None) -> bool:
-    """Whether a gradient must be formed for it now."""
+    """Return whether a gradient must be formed for the tensor now."""
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
 def may_look_at(tensor: Tensor) -> bool:
-    """Whether reading values costs nothing: not on an accelerator, nor while compiling."""
+    """Return whether reading values is free: on a CPU and not while compiling."""
     return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def rows_to_keep(valid: Tensor) -> Tensor | None:
-    """The numbers of the rows that count; None for all of them, or where looking would wait.
+    """Return the indices of the rows that count.
 
-    For operators: what they look at is not part of a graph.
+    The result is None if all rows count, or if reading the mask would wait for the device. Only
+    operators may call this function: the values they read are not part of a graph.
     """
     if not valid.is_cpu or bool(valid.all()):
         return None
@@ -65,16 +66,16 @@ def rows_to_keep(valid: Tensor) -> Tensor | None:
 
 
 def check_integers(**tensors: Tensor) -> None:
-    """Raises ValueError for what cannot be ids."""
+    """Raise ValueError if a tensor does not hold integers."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise ValueError(f"{name} are {tensor.dtype}; they must be integer ids")
 
 
 def under_autocast(tensor: Tensor) -> Tensor:
-    """The tensor in autocast's type where autocast is on, as a matrix product would take it.
+    """Return the tensor in autocast's dtype if autocast is on, as for a matrix product.
 
-    Outside the operators, so that autograd casts the gradient back.
+    The cast happens outside the operators, so that autograd casts the gradient back.
     """
     device = tensor.device.type
     if tensor.is_meta or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
@@ -83,12 +84,12 @@ def under_autocast(tensor: Tensor) -> Tensor:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Products run in the types they are given; tensors of shapes alone know no autocast."""
+    """Return a context that switches autocast off; meta tensors have no autocast."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def check_constants(**tensors: Tensor | None) -> None:
-    """What the gradient does not reach must not ask for one.
+    """Check that tensors without a gradient in the loss do not require one.
 
     Raises:
         ValueError: a tensor requires grad while gradients are recorded.
@@ -101,10 +102,10 @@ def check_constants(**tensors: Tensor | None) -> None:
 
 
 def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Hidden states [..., H], output matrix [V, H] and bias [V] of one model.
+    """Check hidden states [..., H], output matrix [V, H] and bias [V] of one model.
 
     Raises:
-        ValueError: shapes that disagree, or a weight whose values lie in ZeRO-3 shards.
+        ValueError: the shapes disagree, or the weight is a ZeRO-3 shard.
     """
     check_not_sharded(f"{name}_weight", weight)
     check_not_sharded(f"{name}_bias", bias)
@@ -119,10 +120,10 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
 
 
 def check_not_sharded(name: str, weight: Tensor | None) -> None:
-    """DeepSpeed leaves an empty tensor in place of a parameter that is sharded.
+    """Check that `weight` is not the empty tensor that DeepSpeed leaves for a sharded parameter.
 
     Raises:
-        ValueError: `weight` is such a placeholder; says how to gather it.
+        ValueError: `weight` is such a placeholder; the message says how to gather the parameter.
     """
     whole = getattr(weight, "ds_shape", None)
     if weight is None or whole is None or tuple(weight.shape) == tuple(whole):
@@ -138,22 +139,22 @@ class Ids(Protocol):
 
     @property
     def named(self) -> str:
-        """Which these are, in words."""
+        """Description of the ids for messages."""
         ...
 
     def known(self, labels: Tensor) -> Tensor:
-        """[N] bool: whether a label is such an id."""
+        """Return [N] bool: whether each label is an id of the student."""
         ...
 
 
 def check_labels(labels: Tensor, is_known: Tensor, ignore_index: int, named: str) -> None:
-    """Whether the labels are ids of the student's; looked at on a CPU alone.
+    """Check on a CPU that the labels are ids of the student.
 
-    Looking would make an accelerator wait; there a label outside the vocabulary gives its row
-    a loss of NaN instead, and nothing outside the row is read.
+    On an accelerator the check would wait for the device. There a label outside the vocabulary
+    gives its row a loss of NaN instead, and nothing outside the row is read.
 
     Raises:
-        ValueError: an id that is neither the student's nor ignore_index.
+        ValueError: a label is neither an id of the student nor ignore_index.
     """
     if not may_look_at(labels):
         return
@@ -166,17 +167,17 @@ def check_labels(labels: Tensor, is_known: Tensor, ignore_index: int, named: str
 
 
 def select_rows(count: int, *, like: Tensor, masks: Masks, ids: Ids | None) -> Rows:
-    """Flattens and joins the masks.
+    """Flatten and combine the masks.
 
     Args:
         count: N.
         like: gives dtype and device.
-        masks: what the caller said.
-        ids: the student's; None where labels only say which rows count.
+        masks: masks that the caller passed.
+        ids: ids of the student; None if the labels only mark the rows that count.
 
     Raises:
-        ValueError: a mask, weight or label tensor does not have one entry per row, or labels
-            that are no ids of the student's (on a CPU).
+        ValueError: a mask, weight or label tensor does not have one entry per row, or (on a CPU)
+            a label is not an id of the student.
     """
     _check_lengths(count, labels=masks.labels, token_weight=masks.token_weight, valid=masks.valid)
     labels = None if masks.labels is None else _flat_labels(masks.labels)
@@ -203,10 +204,10 @@ def select_rows(count: int, *, like: Tensor, masks: Masks, ids: Ids | None) -> R
 
 
 def shared_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
-    """The ids [0, n) that both softmaxes run over.
+    """Return the number n of ids [0, n) that both softmaxes run over.
 
     Raises:
-        ValueError: vocab_size is beyond one of the models.
+        ValueError: vocab_size exceeds the vocabulary of a model.
     """
     shared = min(student, teacher)
     if vocab_size is None:

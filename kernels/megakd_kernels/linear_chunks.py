@@ -1,7 +1,7 @@
-"""Losses on logits that exist one chunk at a time, and their gradients, formed on the way.
+"""Losses on logits that exist one chunk at a time, with gradients formed in the same pass.
 
-Per chunk of rows: the student's logits, a loss that turns them into their gradient, and that
-gradient's products with the weight and the hidden states.
+For each chunk of rows: compute the student's logits, let a loss turn the logits into their
+gradient, and multiply the gradient with the weight and with the hidden states.
 Shapes: N rows, C rows of a chunk, V vocabulary, H width.
 """
 
@@ -33,17 +33,17 @@ class Side(NamedTuple):
     bias: Tensor | None
 
     def rows(self, index: Tensor) -> Side:
-        """The same model with some of the rows."""
+        """Return the model with a subset of the rows."""
         return self._replace(hidden=self.hidden[index])
 
     def ids(self, count: int) -> Side:
-        """The same model with its first `count` ids; nothing is copied."""
+        """Return the model with its first `count` ids; nothing is copied."""
         bias = None if self.bias is None else self.bias[:count]
         return self._replace(weight=self.weight[:count], bias=bias)
 
 
 class Needed(NamedTuple):
-    """Which gradients are wanted."""
+    """Flags for the gradients that are requested."""
 
     hidden: bool
     weight: bool
@@ -51,21 +51,21 @@ class Needed(NamedTuple):
 
     @property
     def any(self) -> bool:
-        """Whether there is a gradient to form at all."""
+        """True if at least one gradient is requested."""
         return self.hidden or self.weight or self.bias
 
 
 class ChunkLoss(Protocol):
-    """Turns the logits of some rows into their gradient, and keeps the values."""
+    """A loss that turns the logits of some rows into their gradient and stores the values."""
 
     def __call__(self, rows: slice, logits: Tensor, gradient: Tensor | None) -> None:
-        """Reads raw logits [C, V] (lost); writes gradient [C, V], perhaps `logits` itself."""
+        """Read raw logits [C, V] (lost) and write gradient [C, V], which may be `logits` itself."""
         ...
 
 
 @dataclass(kw_only=True)
 class StudentGradients:
-    """Formed gradients in the compute dtype; empty tensors where none is wanted."""
+    """Formed gradients in the compute dtype; empty if a gradient is not requested."""
 
     hidden: Tensor  # [N, H] or [0]
     weight: Tensor  # [V, H] or [0]
@@ -74,7 +74,7 @@ class StudentGradients:
 
     @classmethod
     def empty(cls, student: Side, needed: Needed, dtype: torch.dtype) -> StudentGradients:
-        """Room for the gradients; the weight's is written by the first chunk."""
+        """Allocate the gradients; the first chunk writes the gradient of the weight."""
         like = student.hidden
         count, (ids, width) = len(like), student.weight.shape
         return cls(
@@ -84,7 +84,7 @@ class StudentGradients:
         )
 
     def add(self, rows: slice, gradient: Tensor, hidden: Tensor, weight: Tensor) -> None:
-        """Takes the gradient [C, used] with respect to the logits of the first `used` ids."""
+        """Add the gradient [C, used] with respect to the logits of the first `used` ids."""
         used = len(weight)
         if self.hidden.numel():
             input_gradient_into(self.hidden[rows], gradient, weight)
@@ -96,14 +96,14 @@ class StudentGradients:
         self.has_rows = True
 
     def spread(self, kept: Tensor, count: int) -> StudentGradients:
-        """The same with the kept rows at their places among `count`."""
+        """Move the kept rows to their places among `count` rows; other rows are zeros."""
         if self.hidden.dim() == 2:
             rows = self.hidden.new_zeros(count, self.hidden.shape[1])
             self.hidden = rows.index_copy_(0, kept, self.hidden)
         return self
 
     def finish(self, used: int) -> StudentGradients:
-        """Zeros for the ids that no row's loss reaches."""
+        """Set the weight gradient to zero for ids that no row's loss reaches."""
         self.weight[used if self.has_rows else 0 :] = 0
         return self
 
@@ -117,15 +117,15 @@ def run_chunks(
     plan: ChunkPlan,
     round_logits: bool,
 ) -> None:
-    """Projects, scores and back-projects all rows.
+    """Project, score and back-project all rows.
 
     Args:
-        student: the ids that the loss reads.
+        student: the head with the ids that the loss reads.
         loss: called for consecutive chunks.
-        gradients: filled, unless all of it is empty.
+        gradients: filled, unless all gradients are empty.
         valid: [N] bool; hidden states of other rows may hold anything.
-        plan: rows at a time.
-        round_logits: to bf16 and back, as a bf16 model does.
+        plan: chunk sizes.
+        round_logits: round the logits to bf16 and back, as a bf16 model does.
     """
     dtype = gradients.hidden.dtype
     narrow = gradient_dtype(student.hidden, dtype)

@@ -1,6 +1,6 @@
 """Distillation loss from hidden states and output matrices; [N, V] logits never exist.
 
-Checks and flattens; `ops` forms values and gradients chunk by chunk.
+This module checks and flattens; `ops` forms values and gradients chunk by chunk.
 Shapes: N rows, V vocabulary, H width (Hs student, Ht teacher).
 """
 
@@ -70,7 +70,7 @@ def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-o
     vocab_start: int = 0,
     impl: str = "auto",
 ) -> KDOutput:
-    """Soft-target divergences and hard-label cross-entropy of two LM heads, in nats.
+    """Return soft-target divergences and hard-label cross-entropy of two LM heads, in nats.
 
     forward_kl is KL(teacher || student) (Hinton et al. 2015, section 2), reverse_kl is
     KL(student || teacher) (Gu et al. 2024, MiniLLM), jsd is beta KL(teacher || m) +
@@ -85,47 +85,47 @@ def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-o
 
     Gradients are formed in the forward, in fp32 and before every normalisation; the weights
     are not read in the backward. The teacher carries no gradient. Under autocast the products
-    run in its type, and all else in fp32.
+    run in autocast's dtype, and everything else runs in fp32.
 
     Args:
         student_hidden: [N, Hs] or [B, T, Hs], any strides, fp32, bf16, fp16 or fp64.
         student_weight: [Vs, Hs].
-        teacher_hidden: [N, Ht] or [B, T, Ht]; None leaves cross-entropy alone.
+        teacher_hidden: [N, Ht] or [B, T, Ht]; None: only cross-entropy.
         teacher_weight: [Vt, Ht].
         labels: [N] or [B, T] int64. None: every row counts, unless its token_weight is 0.
         divergence: a name, or a mapping of names to weights for a weighted sum.
-        beta: of jsd, in [0, 1].
-        skew: of skew_kl and skew_rkl, in [0, 1).
+        beta: parameter of jsd, in [0, 1].
+        skew: parameter of skew_kl and skew_rkl, in [0, 1).
         temperature: above 0.
         t_squared: multiply divergences (value and gradient) by temperature^2.
         kd_weight: factor of the divergences; number or 0-d tensor.
         ce_weight: factor of cross-entropy; number or 0-d tensor. The number 0 skips it.
         token_weight: [N] or [B, T]; rows of weight 0 do not count and may hold anything.
         ignore_index: label of rows that do not count and may hold anything.
-        vocab_size: ids both softmaxes run over; None is min(Vs, Vt).
+        vocab_size: number of ids that both softmaxes run over; None: min(Vs, Vt).
         num_items: divisor of reduction "num_items"; number or 0-d tensor.
         reduction: "sum"; "mean" over the valid rows; "num_items"; "none": [N] or [B, T],
-            only without gradient.
+            allowed only without gradient.
         student_bias: [Vs].
         teacher_bias: [Vt].
-        softcap_s: c in c tanh(z / c), applied to the student's raw logits z; None: none.
-        softcap_t: the teacher's.
+        softcap_s: c in c tanh(z / c), applied to the student's raw logits z; None: no cap.
+        softcap_t: the same for the teacher.
         logit_scale_s: factor of the student's raw logits, before the cap.
-        logit_scale_t: the teacher's.
+        logit_scale_t: the same for the teacher.
         logits_dtype: "fp32", or "bf16" to round the logits as a bf16 model does.
         chunk_mb: budget of the chunk buffers in MiB (less is used on a CPU).
         process_group: ranks that share the vocabulary; every rank has the same rows and a slice
-            of both heads, cut at the same ids. Labels and vocab_size are of the whole
+            of both heads, cut at the same ids. Labels and vocab_size refer to the whole
             vocabulary; the result is the same on all ranks.
         vocab_start: first id of this rank's slice.
         impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
 
     Returns:
-        KDOutput. Without a valid row the loss is 0 and so is every gradient.
+        KDOutput. Without a valid row the loss and all gradients are 0.
 
     Raises:
-        ValueError: unknown name, option out of range, shapes that do not fit, or reduction
-            "none" while a gradient is needed.
+        ValueError: unknown name, option out of range, mismatched shapes, or reduction "none"
+            while a gradient is needed.
     """
     objective = Objective(
         divergence=divergence, beta=beta, skew=skew, temperature=temperature,

@@ -1,4 +1,4 @@
-"""Distillation loss from logits that exist already: classes, or a small vocabulary.
+"""Distillation loss from existing logits: classes, or a small vocabulary.
 
 Shapes: N rows (examples or positions), V classes or vocabulary.
 """
@@ -52,29 +52,29 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
     chunk_mb: float = 1024,
     impl: str = "auto",
 ) -> KDOutput:
-    """`linear_kd_loss` for logits: divergences and cross-entropy in nats; same options.
+    """Return divergences and cross-entropy of logits, in nats; options as in `linear_kd_loss`.
 
-    With `valid` the divergences run over the valid rows, labelled or not, and cross-entropy
-    over those of them that carry a label. Without it a row without a label does not count.
+    With `valid`, the divergences run over all valid rows, and cross-entropy runs over the valid
+    rows that have a label. Without `valid`, rows without a label do not count.
 
     Args:
         student_logits: [..., Vs], such as [B, C] of a classifier.
-        teacher_logits: [..., Vt], or None for cross-entropy alone; carries no gradient.
-        labels: [...] int64, ignore_index where there is none.
+        teacher_logits: [..., Vt], or None for only cross-entropy; carries no gradient.
+        labels: [...] int64, ignore_index for rows without a label.
         divergence: forward_kl, reverse_kl, jsd, skew_kl, skew_rkl, tvd, or a mapping of these
             to weights.
-        beta: of jsd, in [0, 1].
-        skew: of skew_kl and skew_rkl, in [0, 1).
+        beta: parameter of jsd, in [0, 1].
+        skew: parameter of skew_kl and skew_rkl, in [0, 1).
         temperature: above 0; cross-entropy runs at 1.
         t_squared: multiply divergences (value and gradient) by temperature^2.
         kd_weight: factor of the divergences; number or 0-d tensor.
         ce_weight: factor of cross-entropy; number or 0-d tensor. The number 0 skips it.
         token_weight: [...]; rows of weight 0 do not count and may hold anything.
         ignore_index: label of unlabelled rows.
-        vocab_size: ids both softmaxes run over; None is min(Vs, Vt).
+        vocab_size: number of ids that both softmaxes run over; None: min(Vs, Vt).
         num_items: divisor of reduction "num_items"; number or 0-d tensor.
-        reduction: "sum"; "mean" over the valid rows; "num_items"; "none": [...], only
-            without gradient.
+        reduction: "sum"; "mean" over the valid rows; "num_items"; "none": [...],
+            allowed only without gradient.
         valid: [...] bool; rows that are False may hold anything.
         chunk_mb: budget of the chunk buffers in MiB (less is used on a CPU).
         impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
@@ -83,8 +83,8 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
         KDOutput; n_valid counts the rows of the divergences.
 
     Raises:
-        ValueError: unknown name, option out of range, shapes that do not fit, or reduction
-            "none" while a gradient is needed.
+        ValueError: unknown name, option out of range, mismatched shapes, or reduction "none"
+            while a gradient is needed.
     """
     objective = Objective(
         divergence=divergence, beta=beta, skew=skew, temperature=temperature,

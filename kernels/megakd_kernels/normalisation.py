@@ -1,4 +1,4 @@
-"""From options to the factors of every row, and from the rows' values to a `KDOutput`."""
+"""Conversion of options to row factors, and of row values to a `KDOutput`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from megakd_kernels.settings import (
 
 @dataclass(frozen=True, kw_only=True)
 class Normalisation:
-    """How rows enter the formed gradient, and what it is multiplied by at the end.
+    """Factors of the rows in the formed gradient, and the final scale of the gradient.
 
-    The factors are relative to |kd_weight| + |ce_weight|, which goes into the final scale:
-    a weight of 1e-7 (one over a count, say) then costs a low-precision gradient no digits.
+    The factors are relative to |kd_weight| + |ce_weight|, which becomes part of the final scale.
+    A weight of 1e-7 (such as 1 / count) then costs a low-precision gradient no digits.
 
     kd_factor, ce_factor: [N]; magnitude: 0-d.
     """
@@ -38,7 +38,7 @@ class Normalisation:
 
     @classmethod
     def of(cls, rows: Rows, objective: Objective, *, with_teacher: bool) -> Normalisation:
-        """The factors of these rows under these weights."""
+        """Compute the factors of the rows from the weights of the objective."""
         weight = rows.weight
         kd = as_scalar(objective.kd_weight if with_teacher else 0.0, weight)
         ce = as_scalar(objective.ce_weight, weight)
@@ -54,14 +54,14 @@ class Normalisation:
 
     @property
     def factors(self) -> RowFactors:
-        """The same for a loss that goes by rows."""
+        """The factors in the form that row losses take."""
         rows = self.rows
         return RowFactors(
             valid=rows.valid, labels=rows.labels, kd=self.kd_factor, ce=self.ce_factor
         )
 
     def output(self, values: RowValues) -> KDOutput:
-        """The result; the loss is [N] for the reduction "none"."""
+        """Return the result; the loss is [N] for the reduction "none"."""
         rows, objective = self.rows, self.objective
         divergences, ce = values.divergences.detach(), values.ce.detach()
         divergences, ce = weigh(divergences, rows.weight), weigh(ce, rows.hard_weight)
@@ -80,7 +80,7 @@ def operator_options(
     implementation: Implementation,
     shard: tuple[int, str] = (0, ""),
 ) -> tuple[object, ...]:
-    """The options as the operators of `ops` take them, in the order of their `FlatPlan`.
+    """Return the options as flat operator arguments, in the order of `ops.FlatPlan`.
 
     shard: the first id of this rank, and the name of the process group.
     """

@@ -1,4 +1,4 @@
-"""The distillation losses as operators of torch: what `torch.compile` and autograd see.
+"""Distillation losses as torch operators, for `torch.compile` and autograd.
 
 `megakd::linear_kd` and `megakd::logits_kd` take flat arguments only. The public functions in
 `linear_kd` and `logits` check, flatten and normalise; the operators form values and gradients.
@@ -30,9 +30,9 @@ from megakd_kernels.vocab_parallel import GroupReduce
 
 
 class FlatPlan(NamedTuple):
-    """A `RowPlan` and the way to compute it, as arguments that an operator can take.
+    """A `RowPlan` and its implementation options, as arguments that an operator can take.
 
-    divergences: names joined by commas; weights: theirs.
+    divergences: names joined by commas; weights: the weight of each divergence.
     numbers: beta, skew, temperature, value_scale, then scale and softcap of student and teacher.
     shared, with_ce, vocab_start: as in `RowPlan`.
     group: name of the process group whose ranks share the vocabulary; "" for none.
@@ -50,7 +50,7 @@ class FlatPlan(NamedTuple):
     chunk_mb: float
 
     def unpack(self, *, with_teacher: bool, with_gradient: bool) -> RowPlan:
-        """The plan of a row kernel."""
+        """Build the plan of a row kernel."""
         beta, skew, temperature, value_scale, *warps = self.numbers
         names = self.divergences.split(",") if with_teacher else []
         return RowPlan(
@@ -69,7 +69,7 @@ class FlatPlan(NamedTuple):
         )
 
     def reduce(self) -> Reduce:
-        """What joins the parts of a row."""
+        """Return the object that joins the parts of a row."""
         return GroupReduce(self.group) if self.group else WholeRows()
 
 
@@ -97,7 +97,7 @@ def linear_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
     round_logits: bool,  # noqa: FBT001
     chunk_mb: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Total, divergences [n_div, N], ce [N], agrees [N], then gradients of hidden, weight, bias."""
+    """Return total, divergences [n_div, N], ce, agrees [N]; gradients of hidden, weight, bias."""
     flat = FlatPlan(
         divergences, weights, numbers, shared, with_ce, vocab_start, group, implementation,
         round_logits, chunk_mb,
@@ -116,7 +116,7 @@ def linear_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
 def _linear(
     student: Side, teacher: Side | None, factors: RowFactors, flat: FlatPlan, needed: Needed
 ) -> tuple[RowValues, StudentGradients]:
-    """Leaves rows that do not count out of every product where looking costs nothing."""
+    """Compute the loss; skip rows that do not count if reading the mask is free."""
     kept = rows_to_keep(factors.valid)
     if kept is None:
         return _linear_rows(student, teacher, factors, flat, needed)
@@ -129,7 +129,7 @@ def _linear_rows(
     student: Side, teacher: Side | None, factors: RowFactors, flat: FlatPlan, needed: Needed
 ) -> tuple[RowValues, StudentGradients]:
     dtype = factors.kd.dtype
-    # Ids that only the student has matter to cross-entropy alone.
+    # Ids that only the student has matter only to cross-entropy.
     used = student.ids(len(student.weight) if flat.with_ce else flat.shared)
     formed = StudentGradients.empty(student, needed, dtype)
     plan = flat.unpack(with_teacher=teacher is not None, with_gradient=needed.any)
@@ -163,7 +163,7 @@ def _sizes(rows: int, widths: list[int], hidden: Tensor, like: Tensor, flat: Fla
         rows, widths=tuple(widths), like=like, gradient=gradient_dtype(hidden, like.dtype),
         chunk_mb=flat.chunk_mb, implementation=flat.implementation,
     )  # fmt: skip
-    # Every block of a row that lies on several ranks costs three collectives.
+    # Each block costs three collectives if its rows lie on several ranks.
     return plan._replace(block=plan.chunk) if flat.group else plan
 
 
@@ -202,7 +202,7 @@ def logits_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
     round_logits: bool,  # noqa: FBT001
     chunk_mb: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Total, divergences [n_div, N], ce [N], agrees [N], then the gradient [N, V] of the logits."""
+    """Return total, divergences [n_div, N], ce [N], agrees [N], gradient of the logits [N, V]."""
     flat = FlatPlan(
         divergences, weights, numbers, shared, with_ce, vocab_start, group, implementation,
         round_logits, chunk_mb,
@@ -214,7 +214,7 @@ def logits_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
     sizes = _sizes(count, widths, kd_factor, kd_factor, flat)
     kernel = row_kernel(flat.implementation, plan, flat.reduce(), block=sizes.block, like=kd_factor)
     scorer = RowScorer(kernel, plan, factors, sizes.block)
-    # The loss works in place: in the gradient where there is one, else in a chunk.
+    # The loss works in place: in the gradient if it is needed, else in a buffer of one chunk.
     work = kd_factor.new_empty(count if needed else min(sizes.chunk, count), width)
     for chunk in slices(count, sizes.chunk):
         out_of_use = ~valid[chunk, None]

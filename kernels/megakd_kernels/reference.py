@@ -1,7 +1,7 @@
-"""The losses as plain eager torch: what the other code paths are tested against.
+"""The losses in plain eager torch, the reference for tests of the other code paths.
 
-Every function forms the full logits and leaves the gradient to autograd. Computed in fp32,
-or in fp64 where an input is. Shapes: N rows, V vocabulary, H width.
+Every function forms the full logits and leaves the gradient to autograd. Computation is in fp32,
+or in fp64 if an input is fp64. Shapes: N rows, V vocabulary, H width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megakd_kernels.settings import KDOutput, Objective, reduction_scale, weight
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The product hidden [N, H] @ weight [V, H].T + bias [V] in `dtype`."""
+    """Return hidden [N, H] @ weight [V, H].T + bias [V] in `dtype`."""
     logits = hidden.to(dtype) @ weight.to(dtype).T
     return logits if bias is None else logits + bias.to(dtype)
 
@@ -32,9 +32,9 @@ def kd_loss(
     shared: int,
     warps: tuple[Warp, Warp] = (Warp(), Warp()),
 ) -> KDOutput:
-    """The distillation loss of raw logits [N, V]; `rows` say which count.
+    """Return the distillation loss of raw logits [N, V]; `rows` says which rows count.
 
-    Rows that do not count are cut out, so that whatever stands there has no part in the graph.
+    Rows that do not count are removed, so that their values are not part of the graph.
     """
     dtype = compute_dtype(student, teacher)
     valid = rows.valid
@@ -52,7 +52,7 @@ def kd_loss(
     if objective.reduction == "none":
         loss = torch.zeros_like(rows.weight).masked_scatter(valid, total)
     else:
-        # Without a valid row the sum over none of the logits keeps the graph connected.
+        # The sum over an empty slice keeps the graph connected if no row is valid.
         loss = total.sum() + student[:0].sum()
         loss = loss * reduction_scale(objective, valid.sum(), total)
     kept = valid.nonzero().squeeze(1)
@@ -63,7 +63,7 @@ def kd_loss(
 
 
 def divergence_rows(student: Tensor, teacher: Tensor, objective: Objective) -> Tensor:
-    """Each divergence of the mixture per row, [n_div, N], T^2 included when asked for."""
+    """Return each divergence of the mixture per row, [n_div, N], with T^2 if requested."""
     log_q = F.log_softmax(student / objective.temperature, dim=-1)
     log_p = F.log_softmax(teacher / objective.temperature, dim=-1)
     values = [_divergence(name, log_p, log_q, objective) for name, _ in objective.mixture]
@@ -73,12 +73,15 @@ def divergence_rows(student: Tensor, teacher: Tensor, objective: Objective) -> T
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) = sum p log(p / q) over the last dimension; 0 log 0 = 0."""
+    """Return KL(p || q) = sum p log(p / q) over the last dimension; 0 log 0 = 0."""
     return _expectation(log_p, log_p, log_q)
 
 
 def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """GKD, equation 1: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q."""
+    """Return beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+
+    Source: GKD, equation 1.
+    """
     mixed = beta * log_p.exp() + (1 - beta) * log_q.exp()
     log_m = torch.where(mixed > 0, mixed, 1).log()
     student_part = _expectation(log_q, log_q, log_m)
@@ -86,29 +89,32 @@ def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 
 
 def skew_kl(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
-    """DistiLLM, equation 3: KL(p || m), m = skew p + (1 - skew) q; with p and q swapped, 4."""
+    """Return KL(p || m) with m = skew p + (1 - skew) q.
+
+    Source: DistiLLM, equation 3; with p and q swapped, equation 4.
+    """
     mixed = skew * log_p.exp() + (1 - skew) * log_q.exp()
     return _expectation(log_p, log_p, torch.where(mixed > 0, mixed, 1).log())
 
 
 def tvd(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Total variation: half the sum of |p - q|."""
+    """Return the total variation distance, half the sum of |p - q|."""
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
 def warped(logits: Tensor, warp: Warp) -> Tensor:
-    """Raw logits scaled and softly capped: c tanh(scale z / c)."""
+    """Scale and softly cap raw logits: c tanh(scale z / c)."""
     scaled = logits * warp.scale
     return warp.softcap * torch.tanh(scaled / warp.softcap) if warp.softcap else scaled
 
 
 def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error per row, mean over the width; [N, H] twice -> [N]."""
+    """Return the squared error per row, mean over the width; [N, H] and [N, H] -> [N]."""
     return (student - teacher).square().mean(-1)
 
 
 def hidden_cosine(student: Tensor, teacher: Tensor, smallest: float) -> Tensor:
-    """1 - cosine per row; a vector shorter than `smallest` has cosine 0 with every other."""
+    """Return 1 - cosine per row; vectors shorter than `smallest` have cosine 0."""
     unit_student, unit_teacher = _unit(student, smallest), _unit(teacher, smallest)
     return 1 - (unit_student * unit_teacher).sum(-1)
 
@@ -126,7 +132,7 @@ def _divergence(name: str, log_p: Tensor, log_q: Tensor, objective: Objective) -
 
 
 def _expectation(log_weight: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
-    """Sums w (log a - log b); ids of weight 0 are left out before the difference can be NaN."""
+    """Sum w (log a - log b); skip ids of weight 0, whose difference may be NaN."""
     weight = log_weight.exp()
     present = weight > 0
     difference = torch.where(present, log_a, 0) - torch.where(present, log_b, 0)
@@ -143,7 +149,7 @@ def _cross_entropy_rows(student: Tensor, rows: Rows, objective: Objective) -> Te
 
 
 def _is_right(student: Tensor, rows: Rows) -> Tensor:
-    """[n] bool: whether the label is a most likely id."""
+    """Return [n] bool: whether the label is a most likely id."""
     if rows.labels is None:
         raise ValueError("cross-entropy needs labels")
     target = student.gather(1, rows.labels[rows.valid][:, None])
@@ -151,7 +157,7 @@ def _is_right(student: Tensor, rows: Rows) -> Tensor:
 
 
 def share_a_maximum(student: Tensor, teacher: Tensor) -> Tensor:
-    """[N] bool: whether one id is a most likely one of both models."""
+    """Return [N] bool: whether some id is a most likely id of both models."""
     is_top = student == student.amax(-1, keepdim=True)
     return (is_top & (teacher == teacher.amax(-1, keepdim=True))).any(-1)
 

@@ -1,4 +1,4 @@
-"""Distils the relations between positions (MiniLM v2); [B, A, L, L] never exists.
+"""Distillation of relations between positions (MiniLM v2); [B, A, L, L] never exists.
 
 Shapes: B batch, L positions, D width (Ds student, Dt teacher), A relation heads.
 """
@@ -13,7 +13,7 @@ from megakd_kernels.relation_ops import relation_kl, relation_kl_flash
 from megakd_kernels.relation_reference import Relation, relation_kl_reference
 from megakd_kernels.settings import Implementation, resolve_implementation
 
-# Head width that a Triton program holds; relations of wider heads go by tiles.
+# Largest head width that a Triton program holds; the tiled path computes wider heads.
 WIDEST_FLASH_HEAD = 256
 
 
@@ -30,38 +30,39 @@ def relation_kl_loss(  # noqa: PLR0913, the public contract: options are keyword
     token_weight: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """KL(teacher || student) between relations softmax(x_i . y_j / sqrt(d)) of positions.
+    """Return KL(teacher || student) between relations softmax(x_i . y_j / sqrt(d)) of positions.
 
     Wang et al. 2021 (MiniLMv2, section 3.1, equations 5 to 7): the last dimension is split anew
     into `heads` relation heads of width d = D / heads, so that student and teacher may differ in
     width and in number of attention heads. Queries alone give the relation of a tensor with
-    itself (queries, keys or values); with keys it is the attention distribution. Position i sees
-    position j where both are valid, of one segment and, if causal, j <= i.
+    itself (queries, keys or values); queries and keys give the attention distribution. Position i
+    sees position j if both are valid, both are in the same segment and, if causal, j <= i.
 
-    Differs from the paper: a sum over rows, not a mean, so that the caller can divide by the
-    rows of the whole batch.
+    Unlike the paper, the loss is a sum over rows, not a mean, so that the caller can divide by
+    the rows of the whole batch.
 
     Args:
         student_queries: [B, L, Ds], any strides, fp32, bf16, fp16 or fp64.
         teacher_queries: [B, L, Dt]; carries no gradient.
         student_keys: [B, L, Ds], or None.
-        teacher_keys: [B, L, Dt], with student_keys alone.
+        teacher_keys: [B, L, Dt], required if and only if student_keys is given.
         heads: relation heads, a divisor of Ds and Dt.
-        valid: [B, L] bool, positions that are seen and rows that count; None: all. The others
-            may hold anything.
-        causal: a position sees none after itself.
+        valid: [B, L] bool, positions that are seen and rows that count; None: all. Other
+            positions may hold anything.
+        causal: a position does not see later positions.
         segments: [B, L] integers, the document of each position of a packed row.
-        token_weight: [B, L], weight of each query row; its keys are seen whatever it is.
+        token_weight: [B, L], weight of each query row; it does not affect the visible keys.
         impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
-            "auto" takes tiles where the kernels cannot compute: fp64, heads wider than 256.
+            "auto" uses tiles for inputs that the kernels do not support: fp64, or heads wider
+            than 256.
 
     Returns:
         Scalar in nats, fp32 (fp64 if an input is): *sum* over the valid rows of token_weight
         times the mean over heads of the KL summed over visible keys.
 
     Raises:
-        ValueError: shapes, devices or dtypes that do not fit; keys of one model alone; a teacher
-            that requires grad; "triton" where it cannot run.
+        ValueError: shapes, devices or dtypes do not fit; keys are given for only one model; the
+            teacher requires grad; "triton" is not available.
     """
     _check_pair("queries", student_queries, teacher_queries)
     _check_keys((student_queries, student_keys), (teacher_queries, teacher_keys))
@@ -109,7 +110,7 @@ def _path(impl: str, relation: Relation) -> Implementation:
 
 
 def _one_dtype(queries: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Queries and keys of one model as a matrix product takes them."""
+    """Return queries and keys of one model in a common dtype, as for a matrix product."""
     queries = under_autocast(queries)
     if keys is None:
         return queries, None

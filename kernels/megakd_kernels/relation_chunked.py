@@ -1,7 +1,7 @@
-"""The relation loss by tiles of query rows, with torch alone; [B, A, L, L] never exists.
+"""The relation loss in tiles of query rows, in plain torch; [B, A, L, L] never exists.
 
-A tile holds whole rows of both relations, so that the gradient is formed beside the loss, in
-one sweep and three buffers.
+A tile holds whole rows of both relations, so that one sweep with three buffers forms the loss
+and the gradient.
 Shapes: B batch, L positions, D width, A relation heads, d = D / A, R rows of a tile, K keys.
 """
 
@@ -17,16 +17,16 @@ from megakd_kernels.chunking import MEBIBYTE, slices
 from megakd_kernels.inputs import compute_dtype
 from megakd_kernels.relation_reference import Relation
 
-# Bytes of one buffer. On a CPU small, for the caches' sake.
+# Bytes of one buffer. Buffers on a CPU are small so that they fit the caches.
 _CPU_TILE_BYTES = 2 * MEBIBYTE
 _DEVICE_TILE_BYTES = 64 * MEBIBYTE
-# Finite: the difference of two hidden scores is 0, and a row of nothing else is uniform for
-# both models, which is no loss and no gradient.
+# Finite, so that the difference of two hidden scores is 0. A row with only hidden scores is
+# uniform for both models and has no loss and no gradient.
 _HIDDEN_SCORE = -1e30
 
 
 class _Model(NamedTuple):
-    """One example of one model, [A, L, d]; a self relation has the same tensor twice."""
+    """One example of one model, [A, L, d]; both fields of a self relation are the same tensor."""
 
     queries: Tensor
     keys: Tensor
@@ -40,11 +40,11 @@ class _Gradients(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """Rows of one example that are worked on together, and the keys [0, K) they can see.
+    """Rows of one example that are processed together, and the keys [0, K) that they can see.
 
-    hidden: [R, K] or [1, K] bool, pairs that do not see each other; None: all do.
+    hidden: [R, K] or [1, K] bool, pairs that do not see each other; None: all pairs do.
     weight: [R], divided by the number of heads.
-    buffers: [3, A, R, K], to be overwritten.
+    buffers: [3, A, R, K] scratch memory.
     """
 
     rows: slice
@@ -57,11 +57,12 @@ class _Tile(NamedTuple):
 def relation_sweep(
     relation: Relation, *, wants_queries: bool, wants_keys: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and its gradients for the student's queries and keys, in the compute dtype.
+    """Compute the loss and its gradients for the student's queries and keys.
 
     Returns:
-        Scalar loss, [B, L, Ds], [B, L, Ds]; a gradient that is not wanted has no elements.
-        That of the queries is the whole gradient of a self relation.
+        Scalar loss and gradients [B, L, Ds], [B, L, Ds], in the compute dtype; a gradient that is
+        not requested has no elements. The gradient of the queries is the whole gradient of a
+        self relation.
     """
     dtype = compute_dtype(relation.student_queries, relation.teacher_queries)
     total = relation.weight.new_zeros((), dtype=dtype)
@@ -100,7 +101,7 @@ def _model(
 
 
 def _split_heads(tensor: Tensor, valid: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor:
-    """[L, D] -> [A, L, d], zeros where not valid, so that what stood there cannot matter."""
+    """Reshape [L, D] to [A, L, d], with zeros where not valid so that they have no effect."""
     if valid is not None:
         tensor = tensor.masked_fill(~valid[:, None], 0)
     return tensor.to(dtype).unflatten(-1, (heads, -1)).transpose(0, 1)
@@ -141,9 +142,9 @@ def _hidden_pairs(relation: Relation, example: int, rows: slice, keys: slice) ->
 
 
 def _add_tile(tile: _Tile, student: _Model, teacher: _Model, sums: _Gradients) -> Tensor:
-    """The tile's loss; its gradients are added to `sums`."""
+    """Return the loss of the tile and add its gradients to `sums`."""
     scores, log_q, log_p = tile.buffers
-    # torch's log_softmax subtracts maximum and log Z one after the other.
+    # torch's log_softmax subtracts the maximum and log Z separately.
     torch.log_softmax(_scores_into(scores, student, tile), -1, out=log_q)
     torch.log_softmax(_scores_into(scores, teacher, tile), -1, out=log_p)
     p = torch.exp(log_p, out=scores)
@@ -160,7 +161,7 @@ def _scores_into(out: Tensor, model: _Model, tile: _Tile) -> Tensor:
 
 
 def _add_gradients(gap: Tensor, tile: _Tile, student: _Model, sums: _Gradients) -> None:
-    """`gap` is q - p, [A, R, K]."""
+    """Add the gradients of one tile to `sums`; `gap` is q - p, [A, R, K]."""
     factor = (tile.weight * _scale(student))[:, None]
     if sums.queries is not None:
         sums.queries[:, tile.rows] += torch.bmm(gap, student.keys[:, tile.keys]).mul_(factor)
@@ -170,7 +171,7 @@ def _add_gradients(gap: Tensor, tile: _Tile, student: _Model, sums: _Gradients) 
 
 
 def _store(out: Tensor, sums: Tensor | None, example: int) -> None:
-    """Writes [A, L, d] to out[example], [L, A * d]."""
+    """Write [A, L, d] to out[example], [L, A * d]."""
     if sums is not None and out.numel():
         out[example].unflatten(-1, (len(sums), -1)).copy_(sums.transpose(0, 1))
 

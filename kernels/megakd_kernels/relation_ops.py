@@ -1,8 +1,9 @@
-"""The relation loss as operators that torch.compile keeps whole, with their derivatives.
+"""The relation loss as operators that torch.compile does not split, with their derivatives.
 
-`relation_kl` works by tiles with torch and forms its gradients in the forward;
-`relation_kl_flash` runs the Triton kernels and saves statistics of the rows, from which
-`relation_kl_flash_backward` forms them. The tensors are those of `Relation`, in its order.
+`relation_kl` processes tiles in torch and forms its gradients in the forward.
+`relation_kl_flash` runs the Triton kernels and saves row statistics, from which
+`relation_kl_flash_backward` forms the gradients. Tensor arguments are the fields of `Relation`,
+in the same order.
 Shapes: B batch, L positions, D width (Ds student), A relation heads.
 """
 
@@ -34,7 +35,7 @@ def relation_kl(  # noqa: PLR0913, PLR0917, operators take tensors and numbers a
     wants_queries: bool,
     wants_keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `relation_sweep` returns."""
+    """Return the result of `relation_sweep`."""
     relation = Relation(
         student_queries, student_keys, teacher_queries, teacher_keys, valid, segments, weight,
         heads, causal,
@@ -56,7 +57,7 @@ def relation_kl_flash(  # noqa: PLR0913, PLR0917, operators take tensors and num
     heads: int,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Scalar loss, and statistics [4, B, A, L] for the backward."""
+    """Return the scalar loss and statistics [4, B, A, L] for the backward."""
     from megakd_kernels.triton import relation_flash
 
     relation = Relation(
@@ -83,7 +84,10 @@ def relation_kl_flash_backward(  # noqa: PLR0913, PLR0917, operators take tensor
     wants_queries: bool,
     wants_keys: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of queries and keys, times `upstream`, in the inputs' dtype; empty: not wanted."""
+    """Return the gradients of queries and keys, times `upstream`, in the inputs' dtype.
+
+    A gradient that is not requested is empty.
+    """
     from megakd_kernels.triton import relation_flash
 
     relation = Relation(

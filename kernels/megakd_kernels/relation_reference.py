@@ -1,7 +1,8 @@
-"""The relation loss as plain eager torch: what the other code paths are tested against.
+"""The relation loss in plain eager torch, the reference for tests of the other code paths.
 
-Forms [B, A, L, L] twice and leaves the gradient to autograd. Computed in fp32, or in fp64 where
-an input is. Shapes: B batch, L positions, D width, A relation heads, d = D / A head width.
+It forms [B, A, L, L] twice and leaves the gradient to autograd. Computation is in fp32, or in
+fp64 if an input is fp64.
+Shapes: B batch, L positions, D width, A relation heads, d = D / A head width.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from megakd_kernels.inputs import compute_dtype, without_autocast
 
 
 class Relation(NamedTuple):
-    """What every path of the relation loss reads; checked by `relation_kl_loss`.
+    """Inputs of every path of the relation loss, checked by `relation_kl_loss`.
 
     student_queries: [B, L, Ds], teacher_queries [B, L, Dt]; any strides.
-    student_keys, teacher_keys: the same shapes, or both None: a tensor related with itself.
-    valid: [B, L] bool, positions that are seen and count; None: all. The others hold anything.
+    student_keys, teacher_keys: the same shapes, or both None for a self relation.
+    valid: [B, L] bool, positions that are seen and count; None: all. Others may hold anything.
     segments: [B, L] integers; positions of different segments do not see each other.
     weight: [B, L] of the compute dtype, weight of each query row, exactly 0 where not valid.
     heads: relation heads A.
-    causal: a position sees none after itself.
+    causal: a position does not see later positions.
     """
 
     student_queries: Tensor
@@ -40,7 +41,7 @@ class Relation(NamedTuple):
 
 
 def relation_kl_reference(relation: Relation) -> Tensor:
-    """Scalar: weighted sum over rows of the mean over heads of KL(teacher || student), nats."""
+    """Return the weighted sum over rows of the mean over heads of KL(teacher || student), nats."""
     dtype = compute_dtype(relation.student_queries, relation.teacher_queries)
     visible = visible_pairs(relation)
     with without_autocast(relation.weight.device):
@@ -54,7 +55,7 @@ def relation_kl_reference(relation: Relation) -> Tensor:
 
 
 def visible_pairs(relation: Relation) -> Tensor:
-    """[B, 1, L, L] bool: whether row i sees position j; rows that do not count see nothing."""
+    """Return [B, 1, L, L] bool: whether row i sees position j; invalid rows see nothing."""
     batch, length = relation.weight.shape
     visible = relation.weight.new_ones(batch, length, length, dtype=torch.bool)
     if relation.valid is not None:
@@ -67,17 +68,17 @@ def visible_pairs(relation: Relation) -> Tensor:
 def _log_relation(
     queries: Tensor, keys: Tensor | None, relation: Relation, dtype: torch.dtype
 ) -> Tensor:
-    """[B, A, L, L]: log softmax of the scaled scores over the visible keys."""
+    """Return [B, A, L, L]: log softmax of the scaled scores over the visible keys."""
     queries = _split_heads(queries, relation, dtype)
     keys = queries if keys is None else _split_heads(keys, relation, dtype)
     scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
-    # Finite, so that a row that sees nothing stays free of NaN; its weight is 0.
+    # Finite, so that a row that sees nothing, whose weight is 0, has no NaN.
     scores = scores.masked_fill(~visible_pairs(relation), torch.finfo(dtype).min)
     return F.log_softmax(scores, dim=-1)
 
 
 def _split_heads(tensor: Tensor, relation: Relation, dtype: torch.dtype) -> Tensor:
-    """[B, L, D] -> [B, A, L, d], zeros where not valid."""
+    """Reshape [B, L, D] to [B, A, L, d], with zeros where not valid."""
     if relation.valid is not None:
         tensor = torch.where(relation.valid[:, :, None], tensor, 0)
     batch, length, width = tensor.shape

@@ -1,16 +1,16 @@
 """Divergences and cross-entropy of blocks of rows, with their gradients, in plain torch.
 
-Works in place on buffers [R, V] that stay in the cache, in few passes.
+The functions work in place, in few passes, on buffers [R, V] that stay in the cache.
 Notation as in the public functions: q student, p teacher, both over the shared ids;
-`gap` = log p - log q. For any loss f(p, q) with g = df/dq the gradient with respect to
-the student's logits is q (g - sum q g) / T. Every term here writes its g into the `slopes`
+`gap` = log p - log q. For any loss f(p, q) with g = df/dq, the gradient with respect to
+the student's logits is q (g - sum q g) / T. Every term writes its g into the `slopes`
 of the block (or, for the forward KL, into a factor of p), and its sum q g into a constant.
 
-Numerics: the row maximum and log Z are kept apart (log q = (a - max) - log Z). The gap is
-formed from the raw logits, whose difference is exact where they are close (a large shift between
-the models is taken off first), and the difference of two log Z is log1p of a quotient, so that a
-student close to its teacher does not drown in the rounding of large logits. A row may lie on
-several ranks: `Reduce` joins its parts, in three rounds whatever the loss (maxima; sums; means).
+Numerics: the row maximum and log Z are kept separate (log q = (a - max) - log Z). The gap is
+formed from the raw logits, because the difference of close logits is exact; a large shift between
+the models is subtracted first. The difference of two log Z is log1p of a quotient. The rounding
+of large logits therefore does not hide small differences between student and teacher. A row may
+lie on several ranks: `Reduce` joins its parts, in three rounds for any loss (maxima; sums; means).
 """
 
 from __future__ import annotations
@@ -34,16 +34,18 @@ from megakd_kernels.row_plan import (
 )
 
 LOG2 = math.log(2.0)
-# Stands for log(p / 0): 0 times it is 0, and a probability above 1e-30 makes it _INFINITE.
+# Represents log(p / 0): its product with 0 is 0, and its product with a probability above 1e-30
+# is above _INFINITE.
 _IMPOSSIBLE = 1e38
-# Of the two row maxima; below it a rounded difference is as good as two rounded logits.
+# Largest difference of the two row maxima that is not subtracted: up to here, rounding the
+# difference costs no more than rounding the logits.
 _LARGEST_SHIFT = 1.0
 _WHOLE_ROWS = WholeRows()
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowLosses:
-    """Runs a plan on blocks of at most `scratch`'s rows."""
+    """Row kernel that runs a plan on blocks of at most the rows of `scratch`."""
 
     plan: RowPlan
     scratch: Scratch
@@ -52,7 +54,7 @@ class RowLosses:
     def run_(
         self, student: Tensor, teacher: Tensor | None, inputs: RowInputs, gradient: Tensor | None
     ) -> RowTerms:
-        """See `RowKernel`; works in place on the student's logits."""
+        """Run the plan as `RowKernel.run_`; work in place on the student's logits."""
         bend = self._warp_(student, self.plan.student_warp, "bend")
         if teacher is None:
             terms = self._without_teacher_(student, inputs)
@@ -66,7 +68,7 @@ class RowLosses:
         return terms
 
     def _warp_(self, logits: Tensor, warp: Warp, name: str | None) -> Tensor | float | None:
-        """Scales and caps in place; the derivative, if it is asked for by name."""
+        """Scale and cap in place; return the derivative if `name` names a buffer for it."""
         if warp.is_identity:
             return None
         if warp.softcap == 0.0:
@@ -90,7 +92,7 @@ class RowLosses:
             target = student.gather(1, inputs.labels[:, None])
         block, peak, agrees = self._compare_(student[:, : plan.shared], teacher)
         terms = [MIXTURE_TERMS[name] for name, _ in plan.mixture]
-        # Those that mix p and q come last, since they limit the gap.
+        # Terms that mix p and q run last because they limit the gap.
         order = sorted(range(len(terms)), key=lambda index: terms[index].limits_gap)
         factors = [(inputs.kd_factor * weight)[:, None] for _, weight in plan.mixture]
         partial = {i: terms[i].partial_sums(block, factors[i], plan) for i in order}
@@ -101,7 +103,7 @@ class RowLosses:
             taken += len(mine)
             values[i] = terms[i].finish(block, mine, factors[i], plan).squeeze(1)
         divergences = torch.stack([values[i] for i in range(len(terms))])
-        # Rounding may leave -1e-7 where the truth is 0 or just above.
+        # Rounding may give -1e-7 if the exact value is 0 or slightly above 0.
         divergences = divergences.clamp_(min=0.0).mul_(plan.value_scale)
         ce = self._cross_entropy(block, peak, target, hard, inputs)
         if plan.with_gradient:
@@ -109,7 +111,7 @@ class RowLosses:
         return RowTerms(divergences, ce, agrees)
 
     def _without_teacher_(self, student: Tensor, inputs: RowInputs) -> RowTerms:
-        """Cross-entropy alone."""
+        """Compute cross-entropy without divergences."""
         if inputs.labels is None:
             raise ValueError("rows without a teacher need labels")
         hard = self._hard_softmax(student, inputs.labels, student)
@@ -130,7 +132,7 @@ class RowLosses:
         return _HardSoftmax((peak - target) + total.log(), out, total, is_right)
 
     def _own_target(self, student: Tensor, labels: Tensor) -> Tensor:
-        """[R, 1]: the label's logit on the rank that has it, 0 on the others."""
+        """Return [R, 1]: the logit of the label on the rank that has the id, 0 on other ranks."""
         if not self.plan.has_shards:
             return student.gather(1, labels[:, None])
         index, is_here = self._own_label(labels, student.shape[1])
@@ -144,7 +146,7 @@ class RowLosses:
         return torch.where(is_here, index, 0), is_here
 
     def _compare_(self, student: Tensor, teacher: Tensor) -> tuple[Block, Tensor, Tensor]:
-        """Both softmaxes and their gap; also the student's row maximum, and who agrees."""
+        """Return both softmaxes with their gap, the student's row maximum, and row agreement."""
         reduce, temperature = self.reduce, self.plan.temperature
         product = self._take("product", student)
         peaks = reduce.maximum(torch.stack([_row_maximum(student), _row_maximum(teacher)]))
@@ -153,14 +155,14 @@ class RowLosses:
         gap = torch.sub(teacher, student, out=self._take("gap", student))
         student.sub_(peak)
         teacher.sub_(teacher_peak)
-        # Both are at most 0 and 0 at their maxima; an argmax would cost eight times as much.
+        # Both are at most 0, and 0 at their maxima; an argmax would take eight times as long.
         common = _row_maximum(torch.add(student, teacher, out=product)) == 0
         bits = 1 / (LOG2 * temperature)  # exp2 is the cheapest exponential
-        # Summed in fp64: an error of a sum is one of every gap, which no mean takes out again.
+        # Summed in fp64: an error of the sum is an error of every gap, and no mean removes it.
         q_sum = student.mul_(bits).exp2_().sum(-1, keepdim=True, dtype=torch.float64)
         p_sum = teacher.mul_(bits).exp2_().sum(-1, keepdim=True, dtype=torch.float64)
         q_sum, p_sum, found = reduce.total(torch.stack([q_sum, p_sum, common.double()])).unbind(0)
-        # An id that both exclude has no gap; a NaN logit still shows, through its q_sum or p_sum.
+        # The gap of an id that both models exclude is 0. A NaN logit still shows in q_sum or p_sum.
         gap.nan_to_num_(nan=0.0, posinf=_IMPOSSIBLE, neginf=-_IMPOSSIBLE)
         if temperature != 1.0:
             gap.mul_(1 / temperature).clamp_(-_IMPOSSIBLE, _IMPOSSIBLE)
@@ -181,7 +183,10 @@ class RowLosses:
         hard: _HardSoftmax | None,
         inputs: RowInputs,
     ) -> Tensor:
-        """Nats [R]; where the softmax is the divergences' its gradient joins theirs."""
+        """Return cross-entropy [R] in nats.
+
+        If it shares the softmax of the divergences, its gradient becomes part of the block's.
+        """
         if hard is not None:
             return hard.loss.squeeze(1)
         if target is None:
@@ -220,21 +225,21 @@ class _HardSoftmax(NamedTuple):
 
 
 def _near_(teacher: Tensor, teacher_peak: Tensor, peak: Tensor) -> Tensor:
-    """Takes a large shift common to a row off the teacher's logits; its row maximum then.
+    """Subtract a large shift common to a row from the teacher's logits; return the new maximum.
 
-    A difference of logits that are far apart loses the digits of the gap. Where they are close it
-    is exact, and a shift would only round them.
+    The difference of distant logits loses digits of the gap. The difference of close logits is
+    exact, and a shift would only round the logits.
     """
     shift = teacher_peak - peak
     shift = torch.where(shift.isfinite() & (shift.abs() > _LARGEST_SHIFT), shift, 0)
-    # Looked at where looking costs nothing: most models need no pass for it.
+    # The shift is read only on a CPU, where reading is free: most models need no pass for it.
     if not teacher.is_cpu or bool(shift.any()):
         teacher.sub_(shift)
     return teacher_peak - shift
 
 
 def _row_maximum(logits: Tensor) -> Tensor:
-    """[R, 1]; -inf for a rank that has no id."""
+    """Return the row maximum [R, 1], -inf on a rank without ids."""
     if logits.shape[1] == 0:
         return logits.new_full((len(logits), 1), -math.inf)
     return logits.amax(-1, keepdim=True)

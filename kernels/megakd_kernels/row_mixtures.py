@@ -1,9 +1,9 @@
 """The six divergences on a block of rows: value, and the gradient with respect to q.
 
-Each term has two halves, since a row may lie on several ranks: `partial_sums` writes the g of
-the gradient q (g - sum q g) into the block's slopes and returns the sums over the ids at hand;
-`finish` takes those sums over all ids, returns the value and adds what it owes to the constant.
-Source of the formulas: each class says.
+Each term has two halves, because a row may lie on several ranks. `partial_sums` writes the g of
+the gradient q (g - sum q g) into the slopes of the block and returns sums over the local ids.
+`finish` takes the sums over all ids, returns the value and adds the term's part to the constant.
+Each class names the source of its formulas.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 from megakd_kernels.row_plan import RowPlan, Scratch
 
 _INFINITE = 1e8
-# exp(80) is finite in fp32, and q <= exp(-80) no longer counts in a sum with 1.
+# exp(80) is finite in fp32, and q <= exp(-80) does not change a sum with 1.
 _LARGEST_GAP = 80.0
 
 
 @dataclass
 class Block:
-    """The softmaxes of one block, and the gradient as it is put together.
+    """The softmaxes of one block, and the parts of its gradient.
 
     The gradient is q_exp (constant / q_sum + slopes) - teacher * p_exp.
     """
@@ -42,15 +42,15 @@ class Block:
     teacher: Tensor | None = None  # [R, 1]
 
     def student_sum(self, values: Tensor) -> Tensor:
-        """The sum of q * values over the ids at hand, [R, 1]."""
+        """Return the sum of q * values over the local ids, [R, 1]."""
         return torch.mul(self.q_exp, values, out=self.product).sum(-1, keepdim=True) / self.q_sum
 
     def teacher_sum(self, values: Tensor) -> Tensor:
-        """The sum of p * values over the ids at hand, [R, 1]."""
+        """Return the sum of p * values over the local ids, [R, 1]."""
         return torch.mul(self.p_exp, values, out=self.product).sum(-1, keepdim=True) / self.p_sum
 
     def add_slope(self, values: Tensor, factor: Tensor) -> None:
-        """Adds factor [R, 1] * values [R, V] to the slopes."""
+        """Add factor [R, 1] * values [R, V] to the slopes."""
         factor = factor / self.q_sum
         if self.slopes is None:
             self.slopes = self.scratch.take("slopes", values.shape)
@@ -59,19 +59,19 @@ class Block:
             self.slopes.addcmul_(values, factor)
 
     def limited_gap(self) -> Tensor:
-        """The gap, from now on at most 80."""
+        """Limit the gap in place to at most 80 and return it."""
         return self.gap.clamp_(max=_LARGEST_GAP)
 
     def log_mix(self, share: float) -> Tensor:
-        """Log m - log q with m = share * p + (1 - share) * q, [R, V] of a buffer of its own.
+        """Return log m - log q with m = share * p + (1 - share) * q, [R, V] in a separate buffer.
 
-        log1p(share expm1(gap)) keeps its digits when p is close to q.
+        log1p(share expm1(gap)) keeps its digits if p is close to q.
         """
         mix = self.scratch.take("mix", self.gap.shape)
         return torch.expm1(self.limited_gap(), out=mix).mul_(share).log1p_()
 
     def write_gradient_(self) -> None:
-        """Leaves the gradient in `q_exp`, a view of the student's logits."""
+        """Write the gradient to `q_exp`, a view of the student's logits."""
         out, constant = self.q_exp, self.constant / self.q_sum
         out.mul_(constant if self.slopes is None else self.slopes.add_(constant))
         if self.teacher is not None:
@@ -79,16 +79,16 @@ class Block:
 
 
 class MixtureTerm(Protocol):
-    """One divergence; `limits_gap` says that it may run only after those that do not."""
+    """One divergence; terms with `limits_gap` must run after all terms without it."""
 
     limits_gap: bool
 
     def partial_sums(self, block: Block, factor: Tensor, plan: RowPlan) -> Sequence[Tensor]:
-        """Sums [R, 1] over the ids at hand; factor [R, 1] scales the gradient."""
+        """Return sums [R, 1] over the local ids; factor [R, 1] scales the gradient."""
         ...
 
     def finish(self, block: Block, sums: Tensor, factor: Tensor, plan: RowPlan) -> Tensor:
-        """The value [R, 1] from the sums over all ids."""
+        """Return the value [R, 1] from the sums over all ids."""
         ...
 
 
@@ -98,14 +98,14 @@ class ForwardKL:
     limits_gap = False
 
     def partial_sums(self, block: Block, factor: Tensor, plan: RowPlan) -> Sequence[Tensor]:
-        """Sum p gap."""
+        """Return sum p gap."""
         del plan
         share = factor / block.p_sum
         block.teacher = share if block.teacher is None else block.teacher + share
         return [block.teacher_sum(block.gap)]
 
     def finish(self, block: Block, sums: Tensor, factor: Tensor, plan: RowPlan) -> Tensor:
-        """The sum itself."""
+        """Return the sum."""
         del plan
         block.constant = block.constant + factor
         return _or_infinite(sums[0])
@@ -117,18 +117,18 @@ class ReverseKL:
     limits_gap = False
 
     def partial_sums(self, block: Block, factor: Tensor, plan: RowPlan) -> Sequence[Tensor]:
-        """Sum q gap."""
+        """Return sum q gap."""
         del plan
         total = block.student_sum(block.gap)
-        # Where q is 0 the gradient is too: 0 times a gap that no factor takes to infinity.
+        # The gradient is 0 if q is 0: the gap is limited so that no factor makes it infinite.
         block.add_slope(torch.clamp(block.gap, -1e30, 1e6, out=block.product), -factor)
         return [total]
 
     def finish(self, block: Block, sums: Tensor, factor: Tensor, plan: RowPlan) -> Tensor:
-        """Minus the sum."""
+        """Return minus the sum."""
         del plan
         value = -sums[0]
-        # An infinite row passes nothing on: its gradient is of its finite ids alone.
+        # An infinite value adds nothing: the gradient of the row comes only from its finite ids.
         block.constant = block.constant - factor * value.clamp(max=1e30)
         return _or_infinite(value)
 
@@ -142,14 +142,14 @@ class JensenShannon:
     limits_gap = True
 
     def partial_sums(self, block: Block, factor: Tensor, plan: RowPlan) -> Sequence[Tensor]:
-        """Sum q (log m - log q), and sum p (log p - log m) in two parts."""
+        """Return sum q (log m - log q), and sum p (log p - log m) formed from two sums."""
         mix = block.log_mix(plan.beta)
         block.add_slope(mix, -(1 - plan.beta) * factor)
         teacher_part = block.teacher_sum(block.gap) - block.teacher_sum(mix)
         return [block.student_sum(mix), teacher_part]
 
     def finish(self, block: Block, sums: Tensor, factor: Tensor, plan: RowPlan) -> Tensor:
-        """Both halves, weighted."""
+        """Return the weighted sum of both halves."""
         student_part, teacher_part = sums.unbind(0)
         block.constant = block.constant + (1 - plan.beta) * factor * student_part
         return plan.beta * teacher_part - (1 - plan.beta) * student_part
@@ -164,7 +164,7 @@ class SkewKL:
     limits_gap = True
 
     def partial_sums(self, block: Block, factor: Tensor, plan: RowPlan) -> Sequence[Tensor]:
-        """Sum p (log p - log m), and sum q u."""
+        """Return sum p (log p - log m), and sum q u."""
         mix = block.log_mix(plan.skew)
         value = block.teacher_sum(block.gap) - block.teacher_sum(mix)
         excess = torch.sub(block.gap, mix, out=mix).expm1_()
@@ -172,7 +172,7 @@ class SkewKL:
         return [value, block.student_sum(excess)]
 
     def finish(self, block: Block, sums: Tensor, factor: Tensor, plan: RowPlan) -> Tensor:
-        """The first sum; the second belongs to the gradient."""
+        """Return the first sum; the second is part of the gradient."""
         value, excess = sums.unbind(0)
         block.constant = block.constant + (1 - plan.skew) * factor * excess
         return value
@@ -181,14 +181,13 @@ class SkewKL:
 class SkewReverseKL:
     """Value sum q (log q - log m), m = (1 - skew) p + skew q; Ko et al. 2024, DistiLLM.
 
-    With v = q / m - 1 the gradient is q (log q - log m - skew v - value - skew sum q v), signs
-    as the sums come.
+    With v = q / m - 1 the gradient is q (log q - log m - skew v - value + skew sum q v).
     """
 
     limits_gap = True
 
     def partial_sums(self, block: Block, factor: Tensor, plan: RowPlan) -> Sequence[Tensor]:
-        """Sum q (log m - log q), and sum q v."""
+        """Return sum q (log m - log q), and sum q v."""
         mix = block.log_mix(1 - plan.skew)
         total = block.student_sum(mix)
         block.add_slope(mix, -factor)
@@ -197,7 +196,7 @@ class SkewReverseKL:
         return [total, block.student_sum(excess)]
 
     def finish(self, block: Block, sums: Tensor, factor: Tensor, plan: RowPlan) -> Tensor:
-        """Minus the first sum; the second belongs to the gradient."""
+        """Return minus the first sum; the second is part of the gradient."""
         total, excess = sums.unbind(0)
         block.constant = block.constant + factor * (total + plan.skew * excess)
         return -total
@@ -206,16 +205,16 @@ class SkewReverseKL:
 class TotalVariation:
     """Value sum |p - q| / 2 = sum max(p - q, 0); gradient q (sign(q - p) - sum q sign(q - p)) / 2.
 
-    Wen et al. 2023, f-Distill. The sign is that of the gap, in which close logits stay apart.
+    Wen et al. 2023, f-Distill. The sign is the sign of the gap, which separates close logits.
     """
 
     limits_gap = True
 
     def partial_sums(self, block: Block, factor: Tensor, plan: RowPlan) -> Sequence[Tensor]:
-        """Sum max(p - q, 0), and sum q sign(p - q)."""
+        """Return sum max(p - q, 0), and sum q sign(p - q)."""
         del plan
         mix = block.scratch.take("mix", block.gap.shape)
-        # p - q = p (1 - exp(-gap)) keeps its digits when p is close to q.
+        # p - q = p (1 - exp(-gap)) keeps its digits if p is close to q.
         torch.clamp(block.limited_gap(), min=0.0, out=mix).neg_().expm1_().neg_()
         value = block.teacher_sum(mix)
         sign = torch.sign(block.gap, out=mix)
@@ -223,7 +222,7 @@ class TotalVariation:
         return [value, block.student_sum(sign)]
 
     def finish(self, block: Block, sums: Tensor, factor: Tensor, plan: RowPlan) -> Tensor:
-        """The first sum; the second belongs to the gradient."""
+        """Return the first sum; the second is part of the gradient."""
         del plan
         value, sign = sums.unbind(0)
         block.constant = block.constant + 0.5 * factor * sign
@@ -241,5 +240,5 @@ MIXTURE_TERMS: Mapping[str, MixtureTerm] = {
 
 
 def _or_infinite(value: Tensor) -> Tensor:
-    """A row that gives mass to an id the other model excludes is infinitely far away."""
+    """Return infinity for a row that gives mass to an id that the other model excludes."""
     return torch.where(value > _INFINITE, math.inf, value)

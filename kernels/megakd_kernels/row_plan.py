@@ -1,4 +1,4 @@
-"""What a row kernel is told and what it answers, whether it is written in torch or in Triton.
+"""Inputs and outputs of row kernels, which are written in torch or in Triton.
 
 Shapes: R rows of a block, V ids; notation as in the public functions: q student, p teacher.
 """
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 class Warp(NamedTuple):
-    """How raw logits z become the model's: softcap * tanh(scale * z / softcap).
+    """Transform of raw logits z to the logits of the model: softcap * tanh(scale * z / softcap).
 
-    softcap: 0 leaves the tanh out.
+    softcap: 0 means no tanh.
     """
 
     scale: float = 1.0
@@ -23,7 +23,7 @@ class Warp(NamedTuple):
 
     @property
     def is_identity(self) -> bool:
-        """Whether the logits are used as they are."""
+        """True if the logits are used unchanged."""
         return self.scale == 1.0 and self.softcap == 0.0
 
 
@@ -32,12 +32,12 @@ _AS_THEY_ARE = Warp()
 
 @dataclass(frozen=True, kw_only=True)
 class RowPlan:
-    """What to compute for every row.
+    """Computation that a row kernel performs for every row.
 
-    mixture: (divergence, weight) pairs; empty for cross-entropy alone.
-    beta: of jsd, inside (0, 1). skew: of skew_kl and skew_rkl, inside (0, 1).
-    value_scale: what a divergence is multiplied by (T^2 or 1).
-    shared: number of ids both models have: the first ones of this rank's.
+    mixture: (divergence, weight) pairs; empty for only cross-entropy.
+    beta: parameter of jsd, inside (0, 1). skew: of skew_kl and skew_rkl, inside (0, 1).
+    value_scale: factor of the divergences (T^2 or 1).
+    shared: number of ids that both models have, the first ids of this rank.
     vocab_start: id of this rank's first column; labels are ids of the whole vocabulary.
     """
 
@@ -55,20 +55,20 @@ class RowPlan:
     has_shards: bool = False
 
     def shares_softmax(self, width: int) -> bool:
-        """Whether cross-entropy (T = 1, every id) can use the divergences' softmax.
+        """Return whether cross-entropy (T = 1, every id) can use the softmax of the divergences.
 
-        With shards the answer must be the same on every rank, so it is no.
+        With shards the result must be the same on every rank, so it is False.
         """
         return self.temperature == 1.0 and self.shared == width and not self.has_shards
 
 
 class RowInputs(NamedTuple):
-    """Per row, each [R].
+    """Inputs per row, each [R].
 
     valid: bool; rows that are False get a gradient of zeros.
     labels: int64 ids, or None.
-    kd_factor, ce_factor: what the gradients of the two losses with respect to the student's
-        logits are multiplied by; value_scale / temperature is part of kd_factor.
+    kd_factor, ce_factor: factors of the gradients of the two losses with respect to the
+        student's logits; value_scale / temperature is part of kd_factor.
     """
 
     valid: Tensor
@@ -86,49 +86,49 @@ class RowTerms(NamedTuple):
 
 
 class Reduce(Protocol):
-    """Joins the parts of a row that lie on several ranks."""
+    """Reductions that join the parts of a row on several ranks."""
 
     def maximum(self, values: Tensor) -> Tensor:
-        """The elementwise maximum over the ranks, as a new tensor or `values` itself."""
+        """Return the elementwise maximum over the ranks, as a new tensor or `values` itself."""
         ...
 
     def total(self, values: Tensor) -> Tensor:
-        """The elementwise sum over the ranks, as a new tensor or `values` itself."""
+        """Return the elementwise sum over the ranks, as a new tensor or `values` itself."""
         ...
 
 
 class WholeRows:
-    """The rows are complete: nothing to join."""
+    """Reductions for complete rows, which have nothing to join."""
 
     def maximum(self, values: Tensor) -> Tensor:
-        """The values themselves."""
+        """Return `values`."""
         return values
 
     def total(self, values: Tensor) -> Tensor:
-        """The values themselves."""
+        """Return `values`."""
         return values
 
 
 class RowKernel(Protocol):
-    """The mathematics of blocks of rows, in torch (`row_losses`) or Triton (`triton.row_kd`)."""
+    """Computation on blocks of rows, in torch (`row_losses`) or Triton (`triton.row_kd`)."""
 
     def run_(
         self, student: Tensor, teacher: Tensor | None, inputs: RowInputs, gradient: Tensor | None
     ) -> RowTerms:
-        """Values of all rows, and the gradient with respect to the student's raw logits.
+        """Compute values of all rows and the gradient with respect to the student's raw logits.
 
         Args:
-            student: [R, Vs] raw logits, lost; finite in rows that are not valid.
-            teacher: [R, shared] raw logits, lost; None for cross-entropy alone.
-            inputs: per row; factors are 0 in rows that are not valid.
-            gradient: [R, Vs] to be written, perhaps in another type, perhaps `student` itself;
-                None: no gradient is wanted.
+            student: [R, Vs] raw logits, overwritten; finite in rows that are not valid.
+            teacher: [R, shared] raw logits, overwritten; None for only cross-entropy.
+            inputs: inputs per row; factors are 0 in rows that are not valid.
+            gradient: [R, Vs] output, possibly in another dtype, possibly `student` itself;
+                None: no gradient is requested.
         """
         ...
 
 
 class Scratch:
-    """Buffers of the block size by name, made at first use and then reused."""
+    """Named buffers of the block size, allocated at first use and then reused."""
 
     def __init__(self, rows: int, like: Tensor) -> None:
         self._rows = rows
@@ -136,7 +136,7 @@ class Scratch:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: torch.Size) -> Tensor:
-        """An uninitialised buffer [rows <= block, V]."""
+        """Return an uninitialised buffer [rows <= block, V]."""
         rows, width = shape
         if name not in self._buffers:
             self._buffers[name] = self._like.new_empty(self._rows, width)

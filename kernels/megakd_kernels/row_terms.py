@@ -1,4 +1,4 @@
-"""Values of all rows as the chunks go by, and the row kernel that computes them.
+"""Row values, collected chunk by chunk, and the choice of the row kernel.
 
 Shapes: N rows, C rows of a chunk, V vocabulary or classes.
 """
@@ -18,11 +18,11 @@ from megakd_kernels.row_plan import Reduce, RowInputs, RowKernel, RowPlan, RowTe
 
 
 class RowValues(NamedTuple):
-    """What a loss came to.
+    """Values of a loss.
 
-    total: scalar, sum over rows of kd_factor * mixture . divergences + ce_factor * ce; it is
-        what the formed gradients are the gradients of.
-    divergences: [n_div, N], value_scale included, without weights.
+    total: scalar, sum over rows of kd_factor * mixture . divergences + ce_factor * ce; the
+        formed gradients are gradients of this total.
+    divergences: [n_div, N], with value_scale, without weights.
     ce: [N]. agrees: [N] bool.
     """
 
@@ -32,14 +32,14 @@ class RowValues(NamedTuple):
     agrees: Tensor
 
     def spread(self, kept: Tensor, count: int) -> RowValues:
-        """The values of the kept rows at their places among `count`."""
+        """Return the values with the kept rows at their places among `count` rows."""
         rows = (spread(value, kept, count) for value in self[1:])
         return RowValues(self.total, *rows)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowFactors:
-    """Per row: whether it counts, its label, and the factors of its losses; each [N]."""
+    """Validity, label and loss factors per row; each [N]."""
 
     valid: Tensor
     labels: Tensor | None
@@ -47,7 +47,7 @@ class RowFactors:
     ce: Tensor
 
     def rows(self, index: Tensor) -> RowFactors:
-        """The same for some of the rows."""
+        """Return the factors of a subset of the rows."""
         labels = None if self.labels is None else self.labels[index]
         return RowFactors(
             valid=self.valid[index], labels=labels, kd=self.kd[index], ce=self.ce[index]
@@ -56,20 +56,20 @@ class RowFactors:
     def values(
         self, weights: Sequence[float], divergences: Tensor, ce: Tensor, agrees: Tensor
     ) -> RowValues:
-        """The values with their total; an infinite one of a row that is out adds nothing."""
+        """Return the values with their total, without infinite values of rows with factor 0."""
         total = weigh(ce, self.ce).sum()
         for weight, value in zip(weights, divergences, strict=True):
             total = total + weight * weigh(value, self.kd).sum()
         return RowValues(total, divergences, ce, agrees)
 
     def inputs(self, part: slice, slope: float) -> RowInputs:
-        """What a row kernel is given; slope = value_scale / temperature."""
+        """Return the inputs of a row kernel; slope = value_scale / temperature."""
         labels = None if self.labels is None else self.labels[part]
         return RowInputs(self.valid[part], labels, self.kd[part] * slope, self.ce[part])
 
 
 class RowScorer:
-    """Runs a row kernel over chunks of logits and keeps the values."""
+    """Runs a row kernel over chunks of logits and stores the values."""
 
     def __init__(self, kernel: RowKernel, plan: RowPlan, factors: RowFactors, block: int) -> None:
         self._kernel, self._plan, self._factors, self._block = kernel, plan, factors, block
@@ -81,7 +81,7 @@ class RowScorer:
     def run_(
         self, rows: slice, student: Tensor, teacher: Tensor | None, gradient: Tensor | None
     ) -> None:
-        """Scores the rows `rows`, whose logits are [C, V]; see `RowKernel.run_`."""
+        """Score the rows `rows`, whose logits are [C, V]; see `RowKernel.run_`."""
         slope = self._plan.value_scale / self._plan.temperature
         for part, here in row_blocks(rows, self._block):
             logits, formed = block_of(student, gradient, part)
@@ -95,19 +95,22 @@ class RowScorer:
         self._agrees[rows] = terms.agrees
 
     def values(self) -> RowValues:
-        """The values of all rows, and their total."""
+        """Return the values of all rows and their total."""
         weights = [weight for _, weight in self._plan.mixture]
         return self._factors.values(weights, self._divergences, self._ce, self._agrees)
 
 
 def row_blocks(rows: slice, block: int) -> Iterator[tuple[slice, slice]]:
-    """The rows of a chunk, `block` at a time: where they are in the chunk, and among all."""
+    """Yield blocks of the rows of a chunk, as slices within the chunk and within all rows."""
     for part in slices(rows.stop - rows.start, block):
         yield part, slice(rows.start + part.start, rows.start + part.stop)
 
 
 def block_of(logits: Tensor, gradient: Tensor | None, part: slice) -> tuple[Tensor, Tensor | None]:
-    """Some rows of logits and of where their gradient goes: the same tensor if that is there."""
+    """Return some rows of the logits and of their gradient.
+
+    Both are the same tensor if the gradient overwrites the logits.
+    """
     block = logits[part]
     if gradient is None:
         return block, None
@@ -115,22 +118,22 @@ def block_of(logits: Tensor, gradient: Tensor | None, part: slice) -> tuple[Tens
 
 
 def weigh(values: Tensor, weight: Tensor) -> Tensor:
-    """Values * weight; an infinite value of a row that is out is dropped, a NaN weight shows."""
+    """Return values * weight; 0 for weight 0 even if the value is infinite; NaN for weight NaN."""
     return torch.where(weight != 0, values * weight, 0)
 
 
 def spread(values: Tensor, kept: Tensor, count: int) -> Tensor:
-    """[..., n] of the kept rows at their places among `count`, with zeros between."""
+    """Place values [..., n] of the kept rows among `count` rows; other rows are zeros."""
     return values.new_zeros(*values.shape[:-1], count).index_copy_(-1, kept, values)
 
 
 def row_kernel(
     implementation: str, plan: RowPlan, reduce: Reduce, *, block: int, like: Tensor
 ) -> RowKernel:
-    """The row mathematics of this code path, for blocks of at most `block` rows."""
-    # The kernel computes in fp32: fp64, which is for checks, stays with torch.
+    """Return the row kernel of this code path, for blocks of at most `block` rows."""
+    # The kernel computes in fp32; torch computes fp64, which only gradient checks use.
     if implementation == "triton" and like.dtype == torch.float32:
-        # Late: the package works where Triton is not installed.
+        # Imported here because the package also works without Triton.
         from megakd_kernels.triton.row_kd import TritonRows
 
         return TritonRows(plan=plan, reduce=reduce)

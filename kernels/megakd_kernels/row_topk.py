@@ -1,11 +1,12 @@
 """Distillation from the k best ids of a cached teacher, on blocks of rows, in plain torch.
 
-The ids K of a row and the others are worked on apart: no probability is a difference of two
-close numbers. With e = exp of the others' logits less their maximum, R = sum e, and the mass
-and rest of `TopK`, the gradient with respect to the student's logits is, over the temperature,
+The ids K of a row and the other ids are processed separately, so that no probability is a
+difference of two close numbers. Let e = exp(logits of the other ids minus their maximum), R =
+sum e, and q_rest the student's probability of all other ids. With mass and rest of `TopK`, the
+gradient with respect to the student's logits, times the temperature, is
 
     mass q_i - p_i                 for i in K,
-    (mass q_rest - rest) e_j / R   for the others, q_rest being all that the student gives them.
+    (mass q_rest - rest) e_j / R   for the other ids j.
 
 Notation as in the public functions: q student, p teacher. Shapes: R rows, V ids, k ids kept.
 """
@@ -24,13 +25,14 @@ from megakd_kernels.row_plan import RowInputs, RowTerms, Scratch
 
 
 class TopK(NamedTuple):
-    """What a teacher wants of every row.
+    """Target of a teacher for every row.
 
-    ids: [R, k] int64, different ones within a row; below 0 where a row has fewer than k.
-    log_p: [R, k] of the teacher, -inf where there is no id.
-    mass: [R] sum of p, and of `rest`.
-    rest: [R] probability that the ids not in K have together, if the loss compares it, else 0.
-    best: [R] int64, the teacher's most likely id (the first of several), below 0 without one.
+    ids: [R, k] int64, distinct within a row; below 0 for missing entries.
+    log_p: [R, k] log-probabilities of the teacher, -inf for missing entries.
+    mass: [R] sum of p, plus `rest`.
+    rest: [R] total probability of the ids not in K if the loss compares it, else 0.
+    best: [R] int64, the teacher's most likely id (the first of several), below 0 if a row has
+        no id.
     """
 
     ids: Tensor
@@ -40,13 +42,13 @@ class TopK(NamedTuple):
     best: Tensor
 
     def rows(self, index: Tensor | slice) -> TopK:
-        """The same for some of the rows."""
+        """Return the target for a subset of the rows."""
         return TopK(*(tensor[index] for tensor in self))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopKPlan:
-    """What to compute for every row; fields as in `RowPlan`."""
+    """Computation that a row kernel performs for every row; fields as in `RowPlan`."""
 
     temperature: float
     value_scale: float
@@ -55,36 +57,36 @@ class TopKPlan:
 
 
 class TopKRowKernel(Protocol):
-    """The mathematics of blocks of rows, in torch (`TopKRows`) or Triton (`triton.row_topk`)."""
+    """Computation on blocks of rows, in torch (`TopKRows`) or Triton (`triton.row_topk`)."""
 
     def run_(
         self, student: Tensor, teacher: TopK, inputs: RowInputs, gradient: Tensor | None
     ) -> RowTerms:
-        """Values of all rows, and the gradient with respect to the student's logits.
+        """Compute values of all rows and the gradient with respect to the student's logits.
 
         Args:
-            student: [R, V] logits, lost; finite in rows that are not valid.
-            teacher: of these rows.
-            inputs: per row, as for `row_plan.RowKernel`.
-            gradient: [R, V] to be written, perhaps in another type, perhaps `student` itself;
-                None: none is wanted.
+            student: [R, V] logits, overwritten; finite in rows that are not valid.
+            teacher: target for these rows.
+            inputs: inputs per row, as for `row_plan.RowKernel`.
+            gradient: [R, V] output, possibly in another dtype, possibly `student` itself;
+                None: no gradient is requested.
         """
         ...
 
 
 class _Row(NamedTuple):
-    """Sums of a block of rows, [R, 1] in fp64, and what is needed to turn them into others."""
+    """Sums and maxima of a block of rows, [R, 1] in fp64."""
 
-    kept: Tensor  # [R, k] logits less the row maximum, -inf without an id
+    kept: Tensor  # [R, k] logits minus the row maximum, -inf without an id
     peak: Tensor  # row maximum
-    drop: Tensor  # maximum of the others less that of the row; 0 without others
-    others: Tensor  # sum over the others of exp((logit - their maximum) / T)
-    log_total: Tensor  # log of the sum over all of exp((logit - peak) / T)
+    drop: Tensor  # maximum of the ids not in K minus the row maximum; 0 without such ids
+    others: Tensor  # sum over the ids not in K of exp((logit - their maximum) / T)
+    log_total: Tensor  # log of the sum over all ids of exp((logit - peak) / T)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopKRows:
-    """Runs a plan on blocks of at most `scratch`'s rows."""
+    """Row kernel that runs a plan on blocks of at most the rows of `scratch`."""
 
     plan: TopKPlan
     scratch: Scratch
@@ -92,7 +94,7 @@ class TopKRows:
     def run_(
         self, student: Tensor, teacher: TopK, inputs: RowInputs, gradient: Tensor | None
     ) -> RowTerms:
-        """See `TopKRowKernel`; works in place on the student's logits."""
+        """Run the plan as `TopKRowKernel.run_`; work in place on the student's logits."""
         plan = self.plan
         index, is_kept = teacher.ids.clamp(min=0), teacher.ids >= 0
         kept = student.gather(1, index).masked_fill(~is_kept, -math.inf)
@@ -100,7 +102,7 @@ class TopKRows:
         labels = inputs.labels if plan.with_ce else None
         target = None if labels is None else student.gather(1, labels[:, None])
         hard = self._hard_exponentials(student) if labels is not None else None
-        # Adding keeps the logit of id 0 where there is no id: 0 is added.
+        # A missing entry adds 0 to the logit of id 0, which stays unchanged.
         student.scatter_add_(1, index, torch.where(is_kept, -math.inf, 0.0).to(student.dtype))
         row = self._exponentials_(student, kept)
         log_q = row.kept / plan.temperature - row.log_total
@@ -119,7 +121,7 @@ class TopKRows:
         return RowTerms(divergence[None], ce, agrees)
 
     def _hard_exponentials(self, student: Tensor) -> Tensor | None:
-        """exp(logit - row maximum) at temperature 1; None where the other softmax is this one."""
+        """Return exp(logit - row maximum) at temperature 1; None if the plan's temperature is 1."""
         if self.plan.temperature == 1.0:
             return None
         out = self.scratch.take("hard", student.shape)
@@ -127,13 +129,13 @@ class TopKRows:
         return out.mul_(1 / LOG2).exp2_()
 
     def _exponentials_(self, student: Tensor, kept: Tensor) -> _Row:
-        """Leaves exp((logit - maximum of the others) / T) in `student`, 0 for the ids in K."""
+        """Write exp((logit - maximum of ids not in K) / T) to `student`, 0 for the ids in K."""
         temperature = self.plan.temperature
         highest = student.amax(-1, keepdim=True)
         peak = torch.maximum(highest, kept.amax(-1, keepdim=True)).double()
-        base = torch.where(highest == -math.inf, 0, highest)  # K may be all there is
+        base = torch.where(highest == -math.inf, 0, highest)  # K may hold all ids
         student.sub_(base).mul_(1 / (LOG2 * temperature)).exp2_()
-        # Summed in fp64: an error of a sum is one of every log q, which no mean takes out again.
+        # Summed in fp64: an error of the sum is an error of every log q, and no mean removes it.
         others = student.sum(-1, keepdim=True, dtype=torch.float64)
         drop = torch.where(highest == -math.inf, 0, highest.double() - peak)
         kept = kept.double() - peak
@@ -151,7 +153,7 @@ class TopKRows:
     def _gradient_(
         self, student: Tensor, teacher: TopK, row: _Row, q: Tensor, inputs: RowInputs
     ) -> None:
-        """Turns the exponentials of the others into the gradient of all ids."""
+        """Turn the exponentials of the ids not in K into the gradient of all ids."""
         plan = self.plan
         factor = inputs.kd_factor.double()[:, None]
         mass = factor * teacher.mass.double()[:, None]

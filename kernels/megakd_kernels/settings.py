@@ -1,4 +1,4 @@
-"""Options of the losses, checked once: what is mixed, how sums are reduced, which path computes.
+"""Options of the losses: mixture of divergences, reduction of sums, and choice of code path.
 
 Shapes: N rows (positions or examples).
 """
@@ -31,18 +31,18 @@ Number = float | Tensor
 
 
 class KDOutput(NamedTuple):
-    """What a distillation loss returns; only `loss` carries a gradient.
+    """Result of a distillation loss; only `loss` carries a gradient.
 
     loss: kd_weight * sum_d mixture_d * divergence_sums_d + ce_weight * ce_sum, reduced; nats.
-    divergence_sums: [n_div], in the order of the mapping: each divergence, T^2 included when
+    divergence_sums: [n_div], in the order of the mapping: each divergence, with T^2 if
         `t_squared`, times token_weight, summed over the valid rows. Empty without a teacher.
-    ce_sum: token_weight times hard-label cross-entropy, summed; 0 where it was not asked for.
+    ce_sum: token_weight times hard-label cross-entropy, summed; 0 if not requested.
     n_valid: number of rows that count, int64.
     agreement: number of valid rows whose most likely shared id is the same for both models
-        (of several equal maxima one in common is enough); without a teacher, where the label
-        is a most likely id. int64.
-    row_divergences, row_ce, row_agrees: [n_div, N], [N], [N] bool, what these sums add up, 0
-        for a row that does not count: who scores several things in one call can tell them apart.
+        (of several equal maxima, one in common is enough); without a teacher, number of valid
+        rows whose label is a most likely id. int64.
+    row_divergences, row_ce, row_agrees: [n_div, N], [N], [N] bool, the terms of these sums, 0 for
+        a row that does not count. They separate groups of rows that one call scores together.
     """
 
     loss: Tensor
@@ -58,7 +58,7 @@ class KDOutput(NamedTuple):
     def of(
         cls, loss: Tensor, divergences: Tensor, ce: Tensor, agrees: Tensor, valid: Tensor
     ) -> KDOutput:
-        """Adds up what the rows came to; `loss` is reduced already."""
+        """Sum the row values; `loss` is already reduced."""
         divergences, ce = divergences.detach(), ce.detach()
         sums = (divergences.sum(1), ce.sum(), valid.sum(), agrees.sum())
         return cls(loss, *sums, divergences, ce, agrees)
@@ -96,11 +96,11 @@ class Objective:
 
     @property
     def value_scale(self) -> float:
-        """What a divergence at this temperature is multiplied by."""
+        """Factor of the divergences: temperature^2 if `t_squared`, else 1."""
         return self.temperature**2 if self.t_squared else 1.0
 
     def check_inputs(self, *, has_teacher: bool, has_labels: bool, needs_grad: bool) -> None:
-        """Raises ValueError where options and inputs do not fit together."""
+        """Raise ValueError if options and inputs do not fit together."""
         if not has_labels and self.wants_ce:
             raise ValueError(f"ce_weight is {self.ce_weight} but labels is None; pass labels")
         if not has_teacher and not self.wants_ce:
@@ -116,17 +116,18 @@ class Objective:
 
     @property
     def wants_ce(self) -> bool:
-        """Only the Python number 0 switches cross-entropy off: a tensor is never read."""
+        """True unless the weight is the Python number 0; tensor values are not read."""
         return isinstance(self.ce_weight, Tensor) or self.ce_weight != 0
 
 
 def resolve_implementation(impl: str, device: torch.device) -> Implementation:
-    """The code path for `impl` on this device; MEGAKD_KERNELS overrides "auto".
+    """Return the code path for `impl` on this device; MEGAKD_KERNELS overrides "auto".
 
-    "auto" is "triton" on a CUDA device that has Triton, else "chunked".
+    "auto" is "triton" on a CUDA device with Triton installed, else "chunked".
 
     Raises:
-        ValueError: unknown name, naming the known ones; "triton" where it cannot run.
+        ValueError: the name is unknown (the message lists the known names), or "triton" cannot
+            run on the device.
     """
     one_of("impl", impl, IMPLEMENTATIONS)
     source = "impl"
@@ -151,10 +152,10 @@ def _check_triton(source: str, device: torch.device) -> None:
 
 
 def warp(which: str, scale: float, softcap: float | None) -> Warp:
-    """Scale and cap of one model's logits.
+    """Return the scale and cap of one model's logits.
 
     Raises:
-        ValueError: a cap or scale that is not above 0 and finite.
+        ValueError: a cap or scale is not above 0 or not finite.
     """
     if not 0 < scale < math.inf:
         raise ValueError(f"logit_scale_{which} must be above 0 and finite, got {scale}")
@@ -164,14 +165,14 @@ def warp(which: str, scale: float, softcap: float | None) -> Warp:
 
 
 def as_scalar(value: Number, like: Tensor) -> Tensor:
-    """A 0-d tensor of like's dtype and device, without waiting for the device."""
+    """Return a 0-d tensor of like's dtype and device, without waiting for the device."""
     if isinstance(value, Tensor):
         return value.detach().to(like.device, like.dtype).reshape(())
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def reduction_scale(objective: Objective, n_valid: Tensor, like: Tensor) -> Tensor:
-    """The factor from the sum to the loss; dividing by nothing counts as dividing by 1."""
+    """Return the factor from the sum to the loss; a divisor of 0 counts as 1."""
     divisor = torch.ones((), dtype=like.dtype, device=like.device)
     if objective.reduction == "mean":
         divisor = n_valid.to(like.dtype)
@@ -181,7 +182,7 @@ def reduction_scale(objective: Objective, n_valid: Tensor, like: Tensor) -> Tens
 
 
 def weighted_total(objective: Objective, divergences: Tensor, ce: Tensor) -> Tensor:
-    """kd_weight * mixture . divergences + ce_weight * ce; [n_div, ...] and [...] -> [...]."""
+    """Return kd_weight * mixture . divergences + ce_weight * ce, [n_div, ...], [...] -> [...]."""
     mixed = torch.zeros_like(ce)
     for (_, weight), value in zip(objective.mixture, divergences.unbind(0), strict=False):
         mixed = mixed + weight * value
@@ -195,7 +196,7 @@ def _mixture(divergence: Divergence, beta: float, skew: float) -> tuple[tuple[st
         one_of("divergence", name, DIVERGENCES)
         if not math.isfinite(weight):
             raise ValueError(f"the weight of {name} must be finite, got {weight}")
-    # Where a formula degenerates its limit is meant; jsd's limits are GKD's convention.
+    # A degenerate formula means its limit; the limits of jsd follow GKD's convention.
     limits = {
         ("jsd", 0.0): "forward_kl", ("jsd", 1.0): "reverse_kl",
         ("skew_kl", 0.0): "forward_kl", ("skew_rkl", 0.0): "reverse_kl",
@@ -219,6 +220,6 @@ def _check_reduction(reduction: str, num_items: Number | None) -> None:
 
 
 def one_of(argument: str, value: str, known: tuple[str, ...]) -> None:
-    """Raises ValueError unless `value` is known, naming those that are."""
+    """Raise ValueError if `value` is unknown; the message lists the known values."""
     if value not in known:
         raise ValueError(f"unknown {argument} {value!r}; known: {', '.join(known)}")

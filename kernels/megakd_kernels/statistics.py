@@ -1,11 +1,11 @@
-"""How far a student is from its teacher and from its labels, without a gradient and [N, V] logits.
+"""Distance of a student from its teacher and its labels, without gradients and [N, V] logits.
 
-For evaluation: everything comes out of one sweep over the two heads. On a GPU no logit is ever
-stored (`triton.linear_stats`); elsewhere small chunks of logits are.
+For evaluation: one sweep over the two heads computes all statistics. On a GPU no logit is stored
+(`triton.linear_stats`); on other devices small chunks of logits are stored.
 Shapes: N rows, V vocabulary, H width (Hs student, Ht teacher).
 """
 
-# Without `from __future__ import annotations`: torch reads the operator's annotations.
+# No `from __future__ import annotations`: torch reads the operator's annotations.
 
 import math
 from collections.abc import Callable, Sequence
@@ -40,15 +40,15 @@ from megakd_kernels.vocab_parallel import shard_of
 
 
 class LinearStats(NamedTuple):
-    """Sums over the valid rows; every one is 0-d and carries no gradient.
+    """Sums over the valid rows; every sum is 0-d and carries no gradient.
 
     kl_sum: token_weight * KL(teacher || student) at the temperature, nats; 0 without a teacher.
     ce_sum: token_weight * hard-label cross-entropy at temperature 1, nats; 0 without labels.
-    teacher_entropy_sum: token_weight * entropy of the teacher at the temperature, nats. With
-        kl_sum it makes the cross-entropy against the teacher, of which it is the floor.
+    teacher_entropy_sum: token_weight * entropy of the teacher at the temperature, nats. Its
+        sum with kl_sum is the cross-entropy against the teacher; the entropy is the lower bound.
     agreement: number of rows whose most likely shared id is the same for both models (of several
-        equal maxima one in common is enough); without a teacher, of rows whose label is a most
-        likely id. int64, not weighted.
+        equal maxima, one in common is enough); without a teacher, number of rows whose label is
+        a most likely id. int64, not weighted.
     n_valid: number of rows that count, int64.
     """
 
@@ -60,10 +60,10 @@ class LinearStats(NamedTuple):
 
 
 class StatsTask(NamedTuple):
-    """Which rows and ids, and what the logits go through; the same for every code path.
+    """Rows, ids and logit transforms to evaluate; common to all code paths.
 
     valid: [N] bool; other rows may hold anything.
-    labels: [N] int64 ids of the student's, or None.
+    labels: [N] int64 ids of the student, or None.
     shared: both softmaxes of the divergence run over the ids [0, shared).
     """
 
@@ -77,7 +77,7 @@ class StatsTask(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """Per row, each [N]: nats, nats, nats, and 1 where the row agrees, else 0."""
+    """Statistics per row, each [N]: nats, nats, nats, and 1 if the row agrees, else 0."""
 
     kl: Tensor
     ce: Tensor
@@ -106,36 +106,37 @@ def linear_stats(  # noqa: PLR0913, the public contract: options are keyword-onl
     chunk_mb: float = 1024,
     impl: str = "auto",
 ) -> LinearStats:
-    """Divergence, cross-entropy, teacher entropy and agreement of two LM heads, in one sweep.
+    """Return divergence, cross-entropy, teacher entropy and agreement of two LM heads.
 
-    The softmaxes of the divergence run over the shared ids [0, vocab_size) at `temperature`, and
-    no temperature^2 multiplies it; cross-entropy runs at temperature 1 over every id of the
-    student. Nothing is shifted: row n of the hidden states predicts labels[n].
+    One sweep computes all statistics. The softmaxes of the divergence run over the shared ids
+    [0, vocab_size) at `temperature`, without a factor of temperature^2; cross-entropy runs at
+    temperature 1 over every id of the student. Nothing is shifted: row n of the hidden states
+    predicts labels[n].
 
     Args:
         student_hidden: [N, Hs] or [B, T, Hs], any strides, fp32, bf16, fp16 or fp64.
         student_weight: [Vs, Hs].
-        teacher_hidden: [N, Ht] or [B, T, Ht]; None leaves cross-entropy and accuracy.
+        teacher_hidden: [N, Ht] or [B, T, Ht]; None: only cross-entropy and accuracy.
         teacher_weight: [Vt, Ht].
         labels: [N] or [B, T] integer ids. None: every row counts, unless its token_weight is 0.
-        temperature: of the divergence and the entropy, above 0.
+        temperature: temperature of the divergence and the entropy, above 0.
         token_weight: [N] or [B, T]; rows of weight 0 do not count and may hold anything.
         ignore_index: label of rows that do not count and may hold anything.
-        vocab_size: ids both softmaxes run over; None is min(Vs, Vt).
+        vocab_size: number of ids that both softmaxes run over; None: min(Vs, Vt).
         student_bias: [Vs].
         teacher_bias: [Vt].
         softcap_s: logits z of the student become softcap_s * tanh(z / softcap_s).
         softcap_t: the same for the teacher.
         logit_scale_s: factor of the student's logits, before the cap.
-        logit_scale_t: factor of the teacher's.
+        logit_scale_t: the same for the teacher.
         chunk_mb: budget of the chunk buffers in MiB (less is used on a CPU, none by "triton").
         impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
 
     Returns:
-        LinearStats, sums in nats. Without a valid row every one is 0.
+        LinearStats, sums in nats. Without a valid row all sums are 0.
 
     Raises:
-        ValueError: neither teacher nor labels, shapes that do not fit, an option out of range.
+        ValueError: neither teacher nor labels, mismatched shapes, or an option out of range.
     """
     _check_options(temperature, chunk_mb)
     student = checked_side("student", student_hidden, student_weight, student_bias)
@@ -187,7 +188,7 @@ def _linear_stats_op(  # noqa: PLR0913, PLR0917, an operator takes flat argument
     chunk_mb: float,
     implementation: str,
 ) -> Tensor:
-    """[4, N]: the fields of `RowStats`; 0 in rows that are not valid."""
+    """Return [4, N], the fields of `RowStats`, with 0 in rows that are not valid."""
     student = Side(student_hidden, student_weight, student_bias)
     teacher = None
     if teacher_hidden is not None and teacher_weight is not None:
@@ -196,8 +197,8 @@ def _linear_stats_op(  # noqa: PLR0913, PLR0917, an operator takes flat argument
     task = StatsTask(valid, labels, shared, temperature, student_warp, teacher_warp, chunk_mb)
     with without_autocast(student_hidden.device):
         if implementation == "triton" and heads_dtype(student, teacher) == torch.float32:
-            # Late: the package works where Triton is not installed. The kernel accumulates in
-            # fp32, so that fp64, which is for checks, stays with torch.
+            # Imported here because the package also works without Triton. The kernel accumulates
+            # in fp32; torch computes fp64, which only gradient checks use.
             from megakd_kernels.triton.linear_stats import tiled_stats
 
             stats = tiled_stats(student, teacher, task)
@@ -220,7 +221,7 @@ def _(
 def _with_torch(
     student: Side, teacher: Side | None, task: StatsTask, path: Callable[..., RowStats]
 ) -> Tensor:
-    """Leaves rows that do not count out of the products where looking costs nothing."""
+    """Run `path` in torch; skip rows that do not count if reading the mask is free."""
     valid = task.valid
     kept = rows_to_keep(valid)
     if kept is None:
@@ -261,8 +262,8 @@ def _label_is_top(logits: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def _chunked(student: Side, teacher: Side | None, task: StatsTask) -> RowStats:
-    """Divergence, cross-entropy and agreement are those of the losses (`row_losses`)."""
-    # Ids that only the student has matter to cross-entropy alone.
+    """Compute the statistics chunk by chunk, with the row kernels of the losses (`row_losses`)."""
+    # Ids that only the student has matter only to cross-entropy.
     used = student if task.labels is not None else student.ids(task.shared)
     sides = [(used, task.student_warp)]
     if teacher is not None:
@@ -288,7 +289,7 @@ def _chunked(student: Side, teacher: Side | None, task: StatsTask) -> RowStats:
 def _score_(
     stats: RowStats, rows: slice, logits: list[Tensor], task: StatsTask, losses: RowLosses
 ) -> None:
-    """Writes the statistics of one block of rows, whose logits are lost."""
+    """Write the statistics of one block of rows; the logits are overwritten."""
     student, teacher = logits[0], logits[1] if len(logits) > 1 else None
     if teacher is not None:
         stats.entropy[rows] = _entropy(teacher, task.temperature, losses.scratch)
@@ -303,12 +304,12 @@ def _score_(
 
 
 def _entropy(logits: Tensor, temperature: float, scratch: Scratch) -> Tensor:
-    """Nats per row, [R, V] -> [R]; an id of probability 0 adds 0."""
+    """Return the entropy per row in nats, [R, V] -> [R]; an id of probability 0 adds 0."""
     bits = scratch.take("bits", logits.shape)
     torch.sub(logits, logits.amax(-1, keepdim=True), out=bits).mul_(1 / (LOG2 * temperature))
     mass = torch.exp2(bits, out=scratch.take("mass", logits.shape))
     total = mass.sum(-1)
-    # So far down the mass is 0; 0 times -inf would be NaN.
+    # The mass at the limit is 0; without the limit, 0 times -inf would be NaN.
     return total.log() - bits.clamp_(min=-1e6).mul_(mass).sum(-1) * LOG2 / total
 
 

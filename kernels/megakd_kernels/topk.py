@@ -1,6 +1,6 @@
-"""Distillation from a cached teacher: the ids it finds most likely, and their log-probabilities.
+"""Distillation from a cached teacher: its k most likely ids and their log-probabilities.
 
-Checks, flattens and says what the teacher wants of every row; `topk_ops` forms values and
+This module checks, flattens and forms the teacher's targets; `topk_ops` forms values and
 gradients chunk by chunk. Shapes: N rows, V vocabulary, H width, k ids kept.
 """
 
@@ -35,12 +35,12 @@ from megakd_kernels.settings import KDOutput, Number, Objective, resolve_impleme
 from megakd_kernels.vocab_parallel import shard_of
 
 TOPK_MODES = ("renorm", "tail", "truncated", "subset")
-# Cached at temperature 1 in fp32: what log_softmax itself may be off by, in units of the type.
+# Error bound of the log_softmax that filled the cache, in machine epsilons of its dtype.
 _ROUNDINGS = 32.0
 
 
 class _Cache(NamedTuple):
-    """ids [N, k] int64, below 0 where absent; logprobs [N, k], -inf there, in their own type."""
+    """ids [N, k] int64, below 0 for missing entries; logprobs [N, k] as cached, -inf if missing."""
 
     ids: Tensor
     logprobs: Tensor
@@ -66,52 +66,53 @@ def topk_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-onl
     chunk_mb: float = 1024,
     impl: str = "auto",
 ) -> KDOutput:
-    """KL(teacher || student) from the teacher's k best ids, and hard-label cross-entropy; nats.
+    """Return KL(teacher || student) on the teacher's k best ids, and cross-entropy, in nats.
 
     With K the ids of a row, p the teacher and q the student, both at `temperature`:
     "renorm" renormalises the teacher on K and compares it with q over the whole vocabulary,
-    sum_K p (log p - log q); "tail" joins all ids not in K into one, on both sides, whose
-    probability is what is missing to 1 (none, if that is within the rounding of the cache), so
-    that the loss is at most the full KL and at least 0;
-    "truncated" is the part of the full sum that lies in K, which may be below 0 and is there for
-    comparison with other programs; "subset" renormalises both on K and multiplies with no other
-    rows of the weight. Where K is the whole vocabulary all four are forward_kl of
-    `linear_kd_loss`. Gradients are formed in the forward, as there.
+    sum_K p (log p - log q); "tail" joins all ids not in K into one id, on both sides, with the
+    remaining probability (no id, if the remainder is within the rounding of the cache), so that
+    the loss is at most the full KL and at least 0;
+    "truncated" is the part of the full sum over K, which may be below 0 and is meant for
+    comparison with other programs; "subset" renormalises both on K and reads only the rows of the
+    weight that belong to K. If K is the whole vocabulary, all four modes equal forward_kl of
+    `linear_kd_loss`. As in `linear_kd_loss`, gradients are formed in the forward.
 
     Args:
         student_hidden: [N, Hs] or [B, T, Hs], any strides, fp32, bf16, fp16 or fp64.
         student_weight: [V, Hs].
-        topk_ids: [N, k] or [B, T, k] integer ids, no id twice in a row; below 0 for an entry
-            that is not there.
+        topk_ids: [N, k] or [B, T, k] integer ids, distinct within a row; below 0 for missing
+            entries.
         topk_logprobs: like topk_ids, natural logarithms of the teacher's softmax over its whole
             vocabulary at temperature 1.
         labels: [N] or [B, T] integer ids. None: every row counts, unless its token_weight is 0.
         mode: "renorm", "tail", "truncated" or "subset"; see above.
-        temperature: above 0. The cache does not say how much the missing ids weigh at another
-            temperature than 1, so that "tail" and "truncated" need 1.
+        temperature: above 0. "tail" and "truncated" need temperature 1, because the cache does
+            not give the probability of the missing ids at other temperatures.
         t_squared: multiply the divergence (value and gradient) by temperature^2.
         kd_weight: factor of the divergence; number or 0-d tensor.
         ce_weight: factor of cross-entropy at temperature 1 over all ids; number or 0-d tensor.
-            The number 0 skips it, which "subset" needs.
+            The number 0 skips it; "subset" requires 0.
         token_weight: [N] or [B, T]; rows of weight 0 do not count and may hold anything.
         ignore_index: label of rows that do not count and may hold anything.
         num_items: divisor of reduction "num_items"; number or 0-d tensor.
         reduction: "sum"; "mean" over the valid rows; "num_items"; "none": [N] or [B, T],
-            only without gradient.
+            allowed only without gradient.
         student_bias: [V].
         chunk_mb: budget of the chunk buffers in MiB (less is used on a CPU).
         impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
 
     Returns:
         KDOutput; divergence_sums is [1], and agreement counts the rows whose most likely student
-        id (in "subset" of those in K) is the cache's most likely one. A row without an id has
-        the divergence 0. Without a valid row the loss is 0 and so is every gradient.
+        id (within K for "subset") is the most likely id of the cache. A row without an id has
+        the divergence 0. Without a valid row the loss and all gradients are 0.
 
     Raises:
-        ValueError: unknown name, option out of range, shapes that do not fit, reduction "none"
-            while a gradient is needed, or a cache that is none: looked at on a CPU alone, an id
-            outside the vocabulary, one that comes twice, or probabilities of more than 1. On an
-            accelerator an id outside the vocabulary gives its row a loss of NaN.
+        ValueError: unknown name, option out of range, mismatched shapes, reduction "none" while a
+            gradient is needed, or an invalid cache. A cache is checked only on a CPU; it is
+            invalid if an id is outside the vocabulary or occurs twice in a row, or if
+            probabilities exceed 1. On an accelerator an id outside the vocabulary gives its row
+            a loss of NaN.
     """
     objective = Objective(
         divergence="forward_kl", beta=0.5, skew=0.1, temperature=temperature,
@@ -165,13 +166,13 @@ def _formed(
 
 
 def _soft_targets(cache: _Cache, mode: str, objective: Objective, like: Tensor) -> TopK:
-    """What the teacher wants of every row, in like's dtype; formed in fp64, it is little."""
+    """Return the target of every row in like's dtype, formed in fp64 because it is small."""
     exact = cache.logprobs.double()
     best = cache.ids.gather(1, exact.argmax(1, keepdim=True)).squeeze(1)
     has_ids = (exact > -math.inf).any(1, keepdim=True)
     rest = torch.zeros_like(exact[:, 0])
     if mode in {"renorm", "subset"}:
-        # A row without an id wants nothing; its log_softmax would be NaN.
+        # A row without an id has no target; its log_softmax would be NaN.
         exact = torch.where(has_ids, exact / objective.temperature, 0).log_softmax(1)
         log_p = torch.where(has_ids & (cache.ids >= 0), exact, -math.inf)
         mass = log_p.exp().sum(1)
@@ -179,7 +180,7 @@ def _soft_targets(cache: _Cache, mode: str, objective: Objective, like: Tensor) 
         log_p = exact
         mass = exact.exp().sum(1)
     if mode == "tail":
-        # Less than the rounding of the cache is no tail; then the ids have all there is.
+        # A remainder within the rounding of the cache is no tail; then the ids get all probability.
         has_rest = 1 - mass > _rounding(cache)
         rest = torch.where(has_rest, 1 - mass, 0)
         log_p = log_p - torch.where(has_rest, 0, mass.log())[:, None]
@@ -190,9 +191,9 @@ def _soft_targets(cache: _Cache, mode: str, objective: Objective, like: Tensor) 
 
 
 def _rounding(cache: _Cache) -> Tensor:
-    """[N]: how far the sum of the probabilities may be off because their logarithms are rounded.
+    """Return [N], a bound on the error of the probability sum from rounded logarithms.
 
-    That of log_softmax, in fp32 or better, and that of the type they are kept in.
+    The bound includes the rounding of log_softmax, in fp32 or better, and of the cached dtype.
     """
     kept = torch.finfo(cache.logprobs.dtype).eps
     computed = min(kept, torch.finfo(torch.float32).eps)
@@ -209,11 +210,11 @@ def _reference(
     mode: str,
     implementation: str,
 ) -> KDOutput:
-    """Full logits, and the gradient left to autograd."""
+    """Compute the loss from full logits; autograd computes the gradient."""
     del implementation
     valid = rows.valid
     kept = teacher.rows(valid)
-    # Cut out, so that what stands in other rows has no part in the graph.
+    # Rows that are not valid are removed, so that their values are not part of the graph.
     logits = reference.project(
         student.hidden[valid], student.weight, student.bias, rows.weight.dtype
     )
@@ -230,12 +231,12 @@ def _reference(
     normalised = Normalisation.of(rows, objective, with_teacher=True)
     agreement = torch.zeros_like(valid).masked_scatter(valid, agrees)
     values = normalised.factors.values([1.0], divergence[None], ce, agreement)
-    # Without a valid row the sum over none of the logits keeps the graph connected.
+    # The sum over an empty slice keeps the graph connected if no row is valid.
     return normalised.output(values._replace(total=values.total + logits[:0].sum()))
 
 
 def _divergence(logits: Tensor, teacher: TopK, objective: Objective, *, within_ids: bool) -> Tensor:
-    """[n] nats, value_scale included."""
+    """Return the divergence [n] in nats, with value_scale."""
     scaled = logits / objective.temperature
     index = teacher.ids.clamp(min=0)
     is_kept = teacher.ids >= 0
@@ -247,7 +248,7 @@ def _divergence(logits: Tensor, teacher: TopK, objective: Objective, *, within_i
     gap = torch.where(p > 0, teacher.log_p, 0) - torch.where(p > 0, log_q, 0)
     value = (p * gap).sum(1)
     has_rest = teacher.rest > 0
-    # Rows without a rest keep their ids: the logarithm of no sum has no derivative.
+    # Rows without a rest keep their ids: the logarithm of an empty sum has no derivative.
     hidden = torch.zeros_like(logits).scatter_add(1, index, (is_kept & has_rest[:, None]).to(p))
     others = scaled.masked_fill(hidden > 0, -math.inf).logsumexp(1) - scaled.logsumexp(1)
     rest = torch.where(has_rest, teacher.rest, 1)
@@ -256,12 +257,15 @@ def _divergence(logits: Tensor, teacher: TopK, objective: Objective, *, within_i
 
 
 def _within(logits: Tensor, teacher: TopK) -> Tensor:
-    """[n, k] logits of the cached ids."""
+    """Return the logits [n, k] of the cached ids."""
     return logits.gather(1, teacher.ids.clamp(min=0)).masked_fill(teacher.ids < 0, -math.inf)
 
 
 def _cache(ids: Tensor, logprobs: Tensor, rows: Rows, vocabulary: int) -> tuple[_Cache, Rows]:
-    """The cache of rows that count, checked; an id outside the vocabulary makes the weight NaN."""
+    """Check and return the cache of rows that count.
+
+    An id outside the vocabulary makes the weight of its row NaN.
+    """
     ids = ids.detach().reshape(-1, ids.shape[-1]).long()
     # Rows that do not count may hold anything.
     ids = torch.where(rows.valid[:, None], ids, -1)

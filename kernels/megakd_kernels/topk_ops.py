@@ -1,6 +1,6 @@
-"""Distillation from a cached teacher as an operator of torch: what compilers and autograd see.
+"""Distillation from a cached teacher as a torch operator, for `torch.compile` and autograd.
 
-`megakd::topk_kd` forms the student's logits chunk by chunk, or those of the cached ids alone,
+`megakd::topk_kd` forms the student's logits chunk by chunk, or only the logits of the cached ids,
 which are N k dot products. `topk` checks, flattens and normalises.
 Shapes: N rows, C rows of a chunk, V vocabulary, H width, k ids kept.
 """
@@ -50,9 +50,9 @@ def topk_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
     implementation: str,
     chunk_mb: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Total, divergence [1, N], ce [N], agrees [N], then gradients of hidden, weight, bias.
+    """Return total, divergence [1, N], ce [N], agrees [N], gradients of hidden, weight, bias.
 
-    within_ids: the student's softmax runs over the cached ids alone.
+    within_ids: the student's softmax runs only over the cached ids.
     """
     student = Side(student_hidden, student_weight, student_bias)
     teacher = TopK(ids, log_p, mass, rest, best)
@@ -98,7 +98,7 @@ def _(  # noqa: PLR0913, PLR0917, the signature of the operator
 
 
 class _Run:
-    """One call: values and formed gradients, filled chunk by chunk."""
+    """Values and formed gradients of one call, filled chunk by chunk."""
 
     def __init__(
         self, student: Side, teacher: TopK, factors: RowFactors, plan: TopKPlan, needed: Needed
@@ -107,14 +107,15 @@ class _Run:
         self._plan = plan
         self.formed = StudentGradients.empty(student, needed, factors.kd.dtype)
         self._divergence = torch.zeros_like(factors.kd)
-        # By the log-sum inequality; rounding may fall below it. 0 but for "truncated".
+        # Lower bound from the log-sum inequality, which rounding may violate. It is 0 except for
+        # "truncated".
         mass = teacher.mass.clamp(max=1.0)
         self._least = torch.xlogy(mass, mass) * plan.value_scale
         self._ce = torch.zeros_like(factors.kd)
         self._agrees = torch.zeros_like(factors.valid)
 
     def over_vocabulary(self, implementation: str, chunk_mb: float) -> None:
-        """The student's softmax runs over all of its ids."""
+        """Run with the student's softmax over all of its ids."""
         ids = len(self._student.weight)
         like = self._factors.kd
         sizes = plan_row_chunks(
@@ -138,7 +139,7 @@ class _Run:
         self.formed.finish(ids)
 
     def over_ids(self, chunk_mb: float) -> None:
-        """The student's softmax runs over the cached ids: no product with the whole weight."""
+        """Run with the softmax over the cached ids, without a product with the whole weight."""
         formed = self.formed
         formed.weight.zero_()
         width = self._student.weight.shape[1]
@@ -165,7 +166,7 @@ class _Run:
                 formed.bias.index_add_(0, index.flatten(), change.flatten())
 
     def _score_ids(self, rows: slice, teacher: TopK, logits: Tensor) -> Tensor:
-        """Stores the values of some rows; the gradient [C, k] of their logits."""
+        """Store the values of some rows and return the gradient [C, k] of their logits."""
         plan = self._plan
         log_q = (logits.double() / plan.temperature).log_softmax(-1)
         log_p = teacher.log_p.double()
@@ -185,14 +186,14 @@ class _Run:
         self._agrees[rows] = terms.agrees
 
     def values(self) -> RowValues:
-        """The values of all rows, and their total."""
+        """Return the values of all rows and their total."""
         return self._factors.values([1.0], self._divergence[None], self._ce, self._agrees)
 
 
 def _row_kernel(implementation: str, plan: TopKPlan, block: int, like: Tensor) -> TopKRowKernel:
-    # The kernel computes in fp32: fp64, which is for checks, stays with torch.
+    # The kernel computes in fp32; torch computes fp64, which only gradient checks use.
     if implementation == "triton" and like.dtype == torch.float32:
-        # Late: the package works where Triton is not installed.
+        # Imported here because the package also works without Triton.
         from megakd_kernels.triton.row_topk import TritonTopKRows
 
         return TritonTopKRows(plan=plan)

@@ -1,9 +1,9 @@
 """Rows whose vocabulary is spread over the ranks of a process group (tensor parallelism).
 
-Every rank has the same rows and consecutive ids of its own, cut alike for student and teacher.
-Row maxima, sums and means of the parts are joined in three small collectives per chunk; all
-else stays local: the gradient of a rank's weight shard needs no communication, that of the
-hidden states is summed once.
+Every rank has the same rows and its own range of consecutive ids, which is the same for student
+and teacher. Three small collectives per chunk join the row maxima, sums and means of the parts.
+Everything else is local: the gradient of a rank's weight shard needs no communication, and the
+gradient of the hidden states is summed once.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from megakd_kernels.inputs import shared_vocabulary
 
 
 class GroupReduce:
-    """Joins the parts of a row over a process group, given by name."""
+    """Reductions that join the parts of a row over a process group, given by name."""
 
     def __init__(self, name: str) -> None:
-        # Operators take no process group, only its name.
+        # Operators take the name of a process group, not the group.
         self._group = _group_named(name)
 
     def maximum(self, values: Tensor) -> Tensor:
-        """The elementwise maximum over the ranks."""
+        """Return the elementwise maximum over the ranks."""
         return self._joined(values, distributed.ReduceOp.MAX)
 
     def total(self, values: Tensor) -> Tensor:
-        """The elementwise sum over the ranks."""
+        """Return the elementwise sum over the ranks."""
         return self._joined(values, distributed.ReduceOp.SUM)
 
     def _joined(self, values: Tensor, operation: distributed.ReduceOp.RedOpType) -> Tensor:
@@ -40,10 +40,10 @@ class GroupReduce:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """This rank's slice of the vocabulary: `ids` of the student's from `start` on.
+    """Slice of the vocabulary on this rank: `ids` ids of the student, beginning at `start`.
 
-    group: the ranks that hold the others; None where this rank holds all.
-    limit: the whole vocabulary's shared ids; None: those both models have.
+    group: the ranks that hold the other ids; None if this rank holds all ids.
+    limit: number of shared ids of the whole vocabulary; None: all ids that both models have.
     """
 
     start: int
@@ -53,17 +53,17 @@ class Shard:
 
     @property
     def operator(self) -> tuple[int, str]:
-        """First id and the group's name, as operators take them."""
+        """First id and group name, as operators take them."""
         return self.start, "" if self.group is None else self.group.group_name
 
     @property
     def named(self) -> str:
-        """The ids this rank has, in words."""
+        """Description of this rank's ids for messages."""
         here = f"{self.start} to {self.start + self.ids - 1}"
         return here if self.group is None else f"{here} on this rank"
 
     def shared(self, teacher_ids: int | None) -> int:
-        """How many of this rank's ids both softmaxes run over."""
+        """Return the number of this rank's ids that both softmaxes run over."""
         if teacher_ids is None:
             return self.ids
         if self.group is None:
@@ -72,7 +72,7 @@ class Shard:
         return shared if self.limit is None else max(0, min(shared, self.limit - self.start))
 
     def known(self, labels: Tensor) -> Tensor:
-        """[N] bool: whether an id is the student's, on whichever rank."""
+        """Return [N] bool: whether each label is an id of the student, on any rank."""
         is_here = (labels >= self.start) & (labels < self.start + self.ids)
         if self.group is None:
             return is_here
@@ -84,10 +84,10 @@ class Shard:
 def shard_of(
     group: distributed.ProcessGroup | None, start: int, ids: int, limit: int | None
 ) -> Shard:
-    """The slice a caller describes.
+    """Return the slice that a caller describes.
 
     Raises:
-        ValueError: a first id without a group, or a negative one.
+        ValueError: the first id is negative, or it is not 0 and there is no group.
     """
     if start < 0 or (start and group is None):
         raise ValueError(
@@ -97,5 +97,5 @@ def shard_of(
 
 
 def _group_named(name: str) -> distributed.ProcessGroup:
-    # torch's own functional collectives find their groups by this.
+    # torch's functional collectives find their groups with this function.
     return distributed_c10d._resolve_process_group(name)  # noqa: SLF001  # pyright: ignore[reportPrivateImportUsage, reportArgumentType]

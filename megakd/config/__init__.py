@@ -1,1 +1,1 @@
-"""The run config: its sections, its file, and every check that needs the config alone."""
+"""The run config: its sections, its file, and all checks that need only the config."""

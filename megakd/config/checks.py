@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def config_problems(config: RunConfig) -> list[str]:
-    """What cannot work whatever the data and models are, one line per problem."""
+    """Return the problems of a config that no data or model can solve, one line per problem."""
     checks = (
         *(_addresses, _teacher, _pool, _method, _baselines, _student, _layers, _caches),
         _precision,
@@ -38,9 +38,9 @@ def config_problems(config: RunConfig) -> list[str]:
 
 
 def _addresses(config: RunConfig) -> Iterator[str]:
-    """Web and bucket addresses: only local folders and ids of the Hub are read."""
+    """Yield settings with web or bucket addresses: only local folders and Hub ids are supported."""
     for key, value in _places(config):
-        # A path has lost one of the two slashes.
+        # `Path` has removed one of the two slashes.
         if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value)):
             continue
         hub = re.fullmatch(r"https?:/+huggingface\.co/(?:datasets/)?([^/]+/[^/]+)/?", str(value))
@@ -51,7 +51,7 @@ def _addresses(config: RunConfig) -> Iterator[str]:
 
 
 def _places(config: RunConfig) -> Iterator[tuple[str, str | Path]]:
-    """Every setting that names a folder, a model or data, by its key."""
+    """Return key and value of every setting that names a folder, a model or data."""
     task, student = config.task, {STUDENT: config.student}
     places: dict[str, Any] = {
         "output_dir": config.output_dir,
@@ -139,7 +139,7 @@ def _caches(config: RunConfig) -> Iterator[str]:
 
 
 def _of_the_largest(term: TermConfig, where: str, key: str) -> Iterator[str]:
-    """What can be told from a teacher's largest probabilities."""
+    """Yield why a term cannot be computed from only the teacher's largest probabilities."""
     if not isinstance(term, SoftTargetKl):
         yield f"{where} needs all probabilities of the teacher, and {key} holds the largest"
     elif term.temperature != 1:

@@ -1,7 +1,7 @@
-"""DeepSpeed configs: presets, files and inline mappings, merged with what the run config owns.
+"""DeepSpeed configs: presets, files and inline mappings, merged with settings of the run config.
 
-A `ds_configs` file says how a model is sharded and offloaded. Batch size, accumulation, learning
-rate, clipping and precision belong to the run config, so that each knob has one owner.
+A `ds_configs` file sets how a model is sharded and offloaded. Batch size, accumulation, learning
+rate, clipping and precision are set in the run config, so that every setting has one place.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
     from megakd.config.run import TrainConfig
     from megakd.contract.tasks import Dtype
 
-# DeepSpeed prints a line every so many steps; the run's own log replaces it.
+# `steps_per_print`: DeepSpeed's own log lines are switched off, because the run has its own log.
 _NEVER = 10**9
 
 
 def load_ds_config(spec: str | Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """The checked DeepSpeed config that `spec` stands for.
+    """Load and check a DeepSpeed config.
 
-    `"auto"` means DeepSpeed's default inside `zero_optimization`; a knob that the run config
-    owns may be `"auto"` too, as in files written for other trainers, and is left out.
+    Inside `zero_optimization`, `"auto"` means DeepSpeed's default. A setting that belongs to the
+    run config may also be `"auto"`, as in files written for other trainers, and is removed.
 
     Args:
         spec: a preset's name, the path of a JSON file, or the mapping itself.
         where: the key of the run config that holds `spec`, such as `student.deepspeed`.
 
     Raises:
-        ConfigError: there is no such preset or file, or it sets what the run config owns.
+        ConfigError: the preset or file does not exist, or sets a value of the run config.
     """
     source, content = where, spec
     if isinstance(spec, str):
@@ -57,26 +57,26 @@ def load_ds_config(spec: str | Mapping[str, Any], *, where: str) -> dict[str, An
 
 
 def zero_stage(ds: Mapping[str, Any]) -> int:
-    """The ZeRO stage of a DeepSpeed config, 0 to 3; 0 where it says nothing."""
+    """Return the ZeRO stage of a DeepSpeed config, 0 to 3; 0 if the config sets no stage."""
     return ds.get("zero_optimization", {}).get("stage", 0)
 
 
 def merged_ds_config(
     ds: Mapping[str, Any], train: TrainConfig, *, dtype: Dtype, world_size: int
 ) -> dict[str, Any]:
-    """The config of an engine that trains.
+    """Return the DeepSpeed config of a training engine.
 
-    Accumulation stays 1: the training loop sets the boundary itself, so that the number of
-    micro-batches is no part of the engine.
+    Gradient accumulation is 1: the training loop sets the accumulation boundary itself, so that
+    the engine does not depend on the number of micro-batches.
 
     Args:
-        ds: from `load_ds_config`.
-        train: gives the micro-batch size and the clipping norm.
-        dtype: of the weights in forward and backward.
+        ds: config from `load_ds_config`.
+        train: config with the micro-batch size and the clipping norm.
+        dtype: dtype of the weights in forward and backward.
         world_size: number of ranks.
 
     Raises:
-        ConfigError: a shard group of `ds` does not divide the ranks.
+        ConfigError: the size of a shard group of `ds` does not divide the number of ranks.
     """
     group = ds.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
     if group > 1 and world_size % group:
@@ -84,23 +84,23 @@ def merged_ds_config(
             f"zero_hpz_partition_size {group} does not divide the {world_size} ranks of this run; "
             "set it to the number of GPUs of a node"
         )
-    # DeepSpeed knows its own Adam; of any other optimizer it wants to be told that it may be used.
+    # For every optimizer except its own Adam, DeepSpeed requires explicit permission.
     sgd = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     return {
         **_engine_config(ds, dtype=dtype, micro_batch=train.per_device_train_batch_size),
         **(sgd if train.optim == "sgd" else {}),
-        # Never left out: DeepSpeed's own default is 1.0, not off.
+        # Always set: DeepSpeed's default is 1.0, not off.
         "gradient_clipping": float(train.max_grad_norm),
     }
 
 
 def frozen_ds_config(ds: Mapping[str, Any], *, dtype: Dtype, micro_batch: int) -> dict[str, Any]:
-    """The config of an engine that only answers: no optimizer, ZeRO 0 or 3.
+    """Return the DeepSpeed config of an inference engine: no optimizer, ZeRO 0 or 3.
 
     Args:
-        ds: from `load_ds_config`.
-        dtype: of the weights.
-        micro_batch: rows per rank, which DeepSpeed wants to know even without training.
+        ds: config from `load_ds_config`.
+        dtype: dtype of the weights.
+        micro_batch: rows per rank, which DeepSpeed requires even without training.
 
     Raises:
         ConfigError: the ZeRO stage is 1 or 2, or the config needs an optimizer.
@@ -112,7 +112,7 @@ def frozen_ds_config(ds: Mapping[str, Any], *, dtype: Dtype, micro_batch: int) -
 
 
 def check_frozen_stage(ds: Mapping[str, Any], *, where: str) -> None:
-    """Refuses what an engine without an optimizer cannot do.
+    """Check that a DeepSpeed config works for an engine without an optimizer.
 
     Raises:
         ConfigError: the ZeRO stage is 1 or 2, or weights are sharded a second time per node.
@@ -130,12 +130,12 @@ def check_frozen_stage(ds: Mapping[str, Any], *, where: str) -> None:
 
 
 def preset_names() -> list[str]:
-    """The presets that come with megakd, by name."""
+    """Return the names of the presets that come with megakd."""
     return sorted(path.stem for path in _preset_folder().glob("*.json"))
 
 
 def _preset_folder() -> Path:
-    """`ds_configs`: inside the installed package, or at the top of a source checkout."""
+    """Return the folder `ds_configs` of the installed package or of the source checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "ds_configs"
     return inside if inside.is_dir() else package.parent / "ds_configs"
@@ -173,7 +173,7 @@ def _read_json(path: Path, *, where: str) -> Any:
 
 
 class _DuplicateKeyError(Exception):
-    """A JSON object has a key twice, of which Python would silently keep the last."""
+    """A JSON object has a key twice; Python's parser would silently keep the last value."""
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

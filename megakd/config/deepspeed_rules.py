@@ -1,4 +1,4 @@
-"""What a DeepSpeed config may say, and which knobs belong to the run config instead."""
+"""Keys that a DeepSpeed config may set, and keys that belong to the run config instead."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from megakd.errors import ConfigError
 
-# DeepSpeed's own key -> the field of `train` that decides it.
+# DeepSpeed's key -> the field of `train` that sets the value.
 _OWNED = {
     "train_batch_size": "per_device_train_batch_size",
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
@@ -28,7 +28,7 @@ _OWNED = {
     "torch_autocast": "bf16",
 }
 _PRECISION = ("bf16", "fp16")
-# Of the top level only what people mistype: DeepSpeed ignores keys there that it does not know.
+# Top-level keys, for typos only: DeepSpeed silently ignores unknown keys at the top level.
 _SECTIONS = (
     "zero_optimization",
     "activation_checkpointing",
@@ -46,8 +46,8 @@ _SECTIONS = (
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
 )
-# Elsewhere DeepSpeed refuses unknown keys, but only once the models are loaded. Deprecated keys
-# are left out; a test compares with the installed DeepSpeed.
+# Below the top level DeepSpeed refuses unknown keys, but only after the models are loaded.
+# Deprecated keys are left out; a test compares this list with the installed DeepSpeed.
 _ZERO_KEYS = frozenset(
     [
         "allgather_bucket_size",
@@ -124,10 +124,10 @@ _DEVICES = ("none", "cpu", "nvme")
 
 
 def refuse_dotted_keys(ds: Mapping[str, Any], source: str) -> None:
-    """Refuses `zero_optimization.stage` as a key.
+    """Check that no key has a dot, such as `zero_optimization.stage`.
 
     Raises:
-        ConfigError: naming the key and its nested form.
+        ConfigError: a key has a dot; the message names the key and its nested form.
     """
     for key in _keys(ds):
         outer, dot, inner = key.partition(".")
@@ -137,15 +137,15 @@ def refuse_dotted_keys(ds: Mapping[str, Any], source: str) -> None:
 
 
 def without_owned_keys(ds: Mapping[str, Any], source: str, *, where: str) -> dict[str, Any]:
-    """The config without the knobs that leave the choice to the run config (`"auto"`).
+    """Return the config without settings of the run config, which may only be `"auto"`.
 
     Args:
         ds: a DeepSpeed config.
         source: file or key that `ds` comes from, for messages.
-        where: the run config's key that holds it; it decides which field owns a knob.
+        where: key of the run config that holds `ds`; determines the key to set instead.
 
     Raises:
-        ConfigError: `ds` sets a knob; names the field that owns it.
+        ConfigError: `ds` sets a value of the run config; the message names the key to set instead.
     """
     for key, value in ds.items():
         if key in _OWNED and not _is_auto(value):
@@ -157,10 +157,10 @@ def without_owned_keys(ds: Mapping[str, Any], source: str, *, where: str) -> dic
 
 
 def check_sections(ds: Mapping[str, Any], source: str) -> None:
-    """Checks the top level.
+    """Check the top-level keys.
 
     Raises:
-        ConfigError: a key is misspelt, undecided, or changes what a gradient means.
+        ConfigError: a key is misspelt or `"auto"`, or gradients are not averaged over the ranks.
     """
     for key, value in ds.items():
         near = difflib.get_close_matches(key, (*_SECTIONS, *_OWNED), n=1, cutoff=0.85)
@@ -177,10 +177,11 @@ def check_sections(ds: Mapping[str, Any], source: str) -> None:
 
 
 def check_zero(ds: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The config with DeepSpeed's default wherever `zero_optimization` says `"auto"`.
+    """Return the config without `"auto"` in `zero_optimization`, so that DeepSpeed's default holds.
 
     Raises:
-        ConfigError: the stage is none of 0 to 3, a key is unknown, or offload asks too much.
+        ConfigError: the stage is not 0 to 3, a key is unknown, or the offload section is invalid
+            or needs a higher stage.
     """
     if "zero_optimization" not in ds:
         return dict(ds)
@@ -235,14 +236,14 @@ def _keys(node: Any) -> Iterator[str]:
 
 
 def _is_auto(value: Any) -> bool:
-    """Whether every value inside leaves the choice to the trainer."""
+    """Return whether a value, or every value inside a mapping, is `"auto"`."""
     if isinstance(value, Mapping):
         return bool(value) and all(_is_auto(inner) for inner in value.values())
     return value == "auto"
 
 
 def _owner(field: str, where: str) -> str:
-    """The run config's key for a field of `train`, seen from the section `where` stands in."""
+    """Return the run config's key for a field of `train`, given the section that holds `where`."""
     section = where.rpartition(".")[0]
     if section.endswith("finetune"):
         return f"{section}.{field}"

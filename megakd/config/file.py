@@ -1,4 +1,4 @@
-"""The run config as a YAML file with dotted overrides: read strictly, written back in full."""
+"""Reading and writing of run configs: YAML files with dotted overrides."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _RUN_CONFIG = TypeAdapter(RunConfig)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The checked run config of a YAML file.
+    """Load and check the run config of a YAML file.
 
     Args:
-        path: a YAML 1.2 file in UTF-8. Relative paths in it stay as written.
-        overrides: `a.b=value` or `a.0.b=value`, the value being YAML; later ones win.
+        path: a YAML 1.2 file in UTF-8. Relative paths in the file are kept as written.
+        overrides: `a.b=value` or `a.0.b=value` with a YAML value; later overrides win.
 
     Raises:
-        ConfigError: the file cannot be read or the config cannot work; one line per problem, each
-            with the file or the override that is to blame.
+        ConfigError: the file cannot be read or the config cannot work. The message has one line
+            per problem, each with the file or the override that causes the problem.
     """
     tree = parse_yaml(_read(path), source=str(path))
     if not isinstance(tree, dict):
@@ -43,12 +43,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def config_of(
     tree: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "config"
 ) -> RunConfig:
-    """Return the checked run config of plain values, such as YAML or JSON gives.
+    """Return the checked run config of plain values, such as parsed YAML or JSON.
 
     Args:
         tree: sections and keys as in a config file.
-        overrides: as of `load_config`.
-        source: what messages call the tree.
+        overrides: as in `load_config`.
+        source: name of the tree in messages.
 
     Raises:
         ConfigError: the config cannot work; one line per problem.
@@ -64,12 +64,12 @@ def config_of(
 
 
 def config_tree(config: RunConfig) -> dict[str, Any]:
-    """The config as plain JSON values, every key resolved."""
+    """Return the config as plain JSON values, with the defaults of all keys."""
     return _RUN_CONFIG.dump_python(config, mode="json")
 
 
 def dump_config(config: RunConfig) -> str:
-    """The config as YAML text; `load_config` of it gives an equal config."""
+    """Return the config as YAML text, from which `load_config` reads an equal config."""
     return dump_yaml(config_tree(config))
 
 
@@ -108,7 +108,7 @@ def _checked(tree: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
 def _sources(
     problems: Sequence[str], tree: dict[str, Any], overrides: Sequence[str], source: str
 ) -> list[tuple[str, str]]:
-    """Each problem after the file or the overrides that are to blame for it."""
+    """Return every problem with its source: the file, or the override that causes the problem."""
     if not overrides:
         return [(source, problem) for problem in problems]
     without = set(_checked(tree)[1])
@@ -120,7 +120,10 @@ def _sources(
 
 
 def _culprit(problem: str, overrides: Sequence[str]) -> str | None:
-    """The last override that sets the key which a problem begins with, or a part of it."""
+    """Return the last override that sets the key of a problem, or a section with this key.
+
+    A problem begins with its key.
+    """
     where = re.split(r": | = ", problem, maxsplit=1)[0]
     for override in reversed(overrides):
         name = dotted([int(key) if key.isdecimal() else key for key in _keys(override)])
@@ -141,7 +144,7 @@ def _error(problems: Sequence[tuple[str, str]]) -> ConfigError:
 
 
 def _plain(value: Any, path: KeyPath, source: str) -> Any:
-    """The value as YAML and JSON know it: paths as text, tuples as lists."""
+    """Return a value in types of YAML and JSON: paths become text, tuples become lists."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner, (*path, str(key)), source) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -168,7 +171,7 @@ def _scalars(node: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def _apply(override: str, tree: dict[str, Any]) -> None:
-    """Sets one `a.b=value` in the tree; sections that are missing or null come into being."""
+    """Set one `a.b=value` in the tree; sections that are missing or null are created."""
     keys, (_, equals, text) = _keys(override), override.partition("=")
     if not equals or not all(keys):
         raise ConfigError(
@@ -185,12 +188,12 @@ def _apply(override: str, tree: dict[str, Any]) -> None:
 
 
 def _keys(override: str) -> list[str]:
-    """The path that an override sets; messages write `objective[0].weight`, which is one too."""
+    """Return the path that an override sets; the form `objective[0].weight` is also accepted."""
     return re.sub(r"\[(\d+)\]", r".\1", override.partition("=")[0].strip()).split(".")
 
 
 def _slot(node: Any, keys: Sequence[str], override: str) -> str | int:
-    """The last of `keys` as an index into `node`, which the others lead to."""
+    """Return the last of `keys` as key or index of `node`; the other keys lead to `node`."""
     *parents, key = keys
     where = ".".join(parents)
     if isinstance(node, dict):

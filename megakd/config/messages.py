@@ -1,4 +1,4 @@
-"""What is wrong with a run config, one line per problem, in the words of the YAML file."""
+"""Error messages for run configs, one line per problem, with the keys of the YAML file."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ _MAX_VALUE_CHARACTERS = 60
 
 
 class _Finding(NamedTuple):
-    """One pydantic error. `of_branch`: it says only that this branch of a union does not fit."""
+    """One pydantic error.
+
+    of_branch: the error means only that this branch of a union does not fit.
+    """
 
     path: KeyPath
     of_branch: bool
@@ -57,10 +60,10 @@ class _Finding(NamedTuple):
 
 
 def schema_problems(error: ValidationError, tree: Any) -> list[str]:
-    """What pydantic found, one line per problem, without its union branches and internal names.
+    """Return pydantic's errors, one line per problem, without union branches and internal names.
 
     Args:
-        error: from validating `tree`.
+        error: error of the validation of `tree`.
         tree: the config as written, overrides applied.
     """
     findings = [_finding(detail, tree) for detail in error.errors()]
@@ -72,7 +75,7 @@ def schema_problems(error: ValidationError, tree: Any) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """A value as a person would write it, cut to one short line."""
+    """Return a value as written by a user, cut to one short line."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     if isinstance(value, float) and not math.isfinite(value):
         text = str(value)
@@ -80,14 +83,14 @@ def shown(value: Any) -> str:
 
 
 def cut(text: str) -> str:
-    """Return the text, or its beginning where it is too long for a message."""
+    """Return the text, or the beginning of a text that is too long for a message."""
     if len(text) > _MAX_VALUE_CHARACTERS:
         return f"{text[: _MAX_VALUE_CHARACTERS - 1]}…"
     return text
 
 
 def unknown_key(key: str, parent: KeyPath, tree: Any) -> str:
-    """Why a key is refused: the nearest known one, where the key belongs, or all known ones."""
+    """Return the message for an unknown key, with the keys that may be meant or all known keys."""
     known = known_keys(parent, tree)
     meant = meant_by(key, known)
     if meant:
@@ -96,10 +99,10 @@ def unknown_key(key: str, parent: KeyPath, tree: Any) -> str:
 
 
 def meant_by(key: str, known: Sequence[str]) -> str:
-    """Return the keys that a wrong key may mean, quoted; empty where none is near.
+    """Return the keys that a wrong key may mean, quoted; an empty string if there is no such key.
 
     Args:
-        key: as written.
+        key: the key as written.
         known: keys of the section that holds the key.
     """
     near = difflib.get_close_matches(key, known, n=1)
@@ -112,7 +115,7 @@ def option_problems(kind: type, options: Mapping[str, Any], *, where: str) -> li
 
     Args:
         kind: the dataclass whose fields are the options.
-        options: as written.
+        options: the options as written.
         where: the key that holds the options.
     """
     known = [field.name for field in fields(kind)]
@@ -133,7 +136,7 @@ def option_problems(kind: type, options: Mapping[str, Any], *, where: str) -> li
 
 
 def _finding(detail: ErrorDetails, tree: Any) -> _Finding:
-    """Walks the tree along pydantic's location; what is not there names a union branch."""
+    """Convert pydantic's location to a path of the tree; other parts name a union branch."""
     path: list[str | int] = []
     node, of_branch = tree, False
     for part in detail["loc"]:
@@ -155,10 +158,10 @@ def _is_mismatch(detail: ErrorDetails) -> bool:
 
 
 def _is_echo(finding: _Finding, findings: Sequence[_Finding], tree: Any) -> bool:
-    """Whether another finding already says it."""
+    """Return whether another finding already reports the same problem."""
     path, detail = finding.path, finding.detail
     if detail["type"] == "too_short":
-        # pydantic counts valid items only: a list with one bad item is not too short.
+        # pydantic counts only valid items: a list with one invalid item may be long enough.
         return len(detail["input"]) >= detail.get("ctx", {})["min_length"]
     if finding.of_branch:
         others = [other for other in findings if not other.of_branch]
@@ -204,7 +207,7 @@ def _line(path: KeyPath, detail: ErrorDetails, tree: Any) -> str:
 
 
 def _tag_line(path: KeyPath, detail: ErrorDetails, tree: Any) -> str:
-    """A loss or method that does not exist, or is not named at all."""
+    """Return the message for a loss or method that does not exist or has no name."""
     tag = detail.get("ctx", {})["discriminator"].strip("'")
     known = names(annotation_at(path, tree), tag)
     listed = f"known: {', '.join(known)}"
@@ -230,7 +233,7 @@ def _mismatch(details: Sequence[ErrorDetails]) -> str:
 
 
 def _tag_hint(path: KeyPath, details: Sequence[ErrorDetails], tree: Any) -> str:
-    """How to write a method or loss that was given by its bare name."""
+    """Return how to write a method or loss that was given only by its name."""
     value = details[0]["input"]
     annotation = annotation_at(path, tree)
     tags = [tag for tag in ("name", "loss") if value in names(annotation, tag)]
@@ -238,7 +241,7 @@ def _tag_hint(path: KeyPath, details: Sequence[ErrorDetails], tree: Any) -> str:
 
 
 def _choices(detail: ErrorDetails) -> list[str]:
-    """The words of a literal; pydantic lists them as `'a', 'b' or 'c'`."""
+    """Return the values of a literal; pydantic lists the values as `'a', 'b' or 'c'`."""
     if detail["type"] != "literal_error":
         return []
     return re.findall(r"'([^']*)'", str(detail.get("ctx", {})["expected"]))

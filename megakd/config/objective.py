@@ -1,4 +1,4 @@
-"""What a list of loss terms cannot be, whatever the data and models are."""
+"""Checks of the loss terms of a config that need neither data nor models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TASKS = ("classification", "regression", *LANGUAGE_TASKS)
 
 
 def objective_problems(config: RunConfig) -> Iterator[str]:
-    """Say what the terms contradict: each other, the task, or a method without a teacher."""
+    """Yield a line for terms that contradict each other, the task, or a method without teacher."""
     terms = config.objective or ()
     for name, count in Counter(term.loss for term in terms).items():
         if count > 1:
@@ -58,7 +58,7 @@ def _term(config: RunConfig, term: TermConfig, key: str) -> Iterator[str]:
 
 
 def _tasks_of(term: TermConfig) -> tuple[str, ...]:
-    """The values of task.type that a term is for."""
+    """Return the values of task.type that a term supports."""
     if isinstance(term, PluginTerm):
         return term.tasks
     if isinstance(term, _OF_SCORES):

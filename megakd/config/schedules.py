@@ -1,7 +1,7 @@
-"""Learning rates as functions of the step: nothing to checkpoint, nothing to replay.
+"""Learning rate schedules as functions of the step, without state to checkpoint or replay.
 
-Each schedule is a dataclass with the options that `train.lr_scheduler_kwargs` may set; the shapes,
-names and defaults are those of `transformers.get_scheduler`.
+Each schedule is a dataclass with the options that `train.lr_scheduler_kwargs` may set. Shapes,
+names and defaults are the same as in `transformers.get_scheduler`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ConstantWithWarmup:
         """Return the learning rate at a step.
 
         Args:
-            step: optimiser steps taken.
+            step: optimizer steps taken.
             warm: steps of warm-up.
             total: steps of the stage.
             peak: the peak learning rate.
@@ -52,12 +52,18 @@ class ConstantWithWarmup:
         return peak * self.decay(step, warm, total, peak)
 
     def decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        """Return the share of the peak rate at a step after the warm-up."""
+        """Return the fraction of the peak rate at a step after the warm-up."""
         del step, warm, total, peak
         return 1.0
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        """Return why the options cannot work in a stage, or None; `total` None: not known yet."""
+        """Return why the options cannot work in a stage, or None.
+
+        Args:
+            warm: steps of warm-up.
+            total: steps of the stage; None if not yet known.
+            peak: the peak learning rate.
+        """
         del self, warm, total, peak
 
 
@@ -66,7 +72,7 @@ class Constant(ConstantWithWarmup):
     """The peak rate at every step."""
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        """Refuse a warm-up, which this schedule does not have."""
+        """Return a message if there is a warm-up, which this schedule does not have."""
         del total, peak
         if warm:
             return "this schedule has no warm-up; use constant_with_warmup, or remove the warm-up"
@@ -78,31 +84,31 @@ class Linear(ConstantWithWarmup):
     """Linear warm-up, then a straight line to 0."""
 
     def decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        """Return the share of the peak rate at a step after the warm-up."""
+        """Return the fraction of the peak rate at a step after the warm-up."""
         del peak
         return max(0.0, 1.0 - _progress(step, warm, total))
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class Cosine(ConstantWithWarmup):
-    """Linear warm-up, then `num_cycles` waves of a cosine; half a wave ends at 0."""
+    """Linear warm-up, then `num_cycles` periods of a cosine; half a period ends at 0."""
 
     num_cycles: Positive = 0.5
 
     def decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        """Return the share of the peak rate at a step after the warm-up."""
+        """Return the fraction of the peak rate at a step after the warm-up."""
         del peak
         return _cosine(self.num_cycles, _progress(step, warm, total))
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class CosineWithRestarts(ConstantWithWarmup):
-    """Linear warm-up, then `num_cycles` half waves, each from the peak rate to 0."""
+    """Linear warm-up, then `num_cycles` half periods of a cosine, each from the peak rate to 0."""
 
     num_cycles: Count = 1
 
     def decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        """Return the share of the peak rate at a step after the warm-up."""
+        """Return the fraction of the peak rate at a step after the warm-up."""
         del peak
         progress = _progress(step, warm, total)
         return 0.0 if progress >= 1 else _cosine(0.5, self.num_cycles * progress % 1.0)
@@ -110,18 +116,18 @@ class CosineWithRestarts(ConstantWithWarmup):
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class Polynomial(ConstantWithWarmup):
-    """Linear warm-up, then down to the rate `lr_end` with the given power."""
+    """Linear warm-up, then a polynomial decay of degree `power` to the rate `lr_end`."""
 
     lr_end: Weight = 1e-7
     power: Positive = 1.0
 
     def decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        """Return the share of the peak rate at a step after the warm-up."""
+        """Return the fraction of the peak rate at a step after the warm-up."""
         remaining = 1 - _progress(step, warm, total)
         return ((peak - self.lr_end) * remaining**self.power + self.lr_end) / peak
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        """Refuse an end above the peak."""
+        """Return a message if `lr_end` is not below the peak rate."""
         del warm, total
         if self.lr_end >= peak:
             return f"lr_end {self.lr_end:g} must be below learning_rate {peak:g}"
@@ -130,12 +136,15 @@ class Polynomial(ConstantWithWarmup):
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class InverseSqrt(ConstantWithWarmup):
-    """Linear warm-up, then falling as 1 / sqrt(step); `timescale` None: the warm-up, or 10,000."""
+    """Linear warm-up, then a decay with 1 / sqrt(step).
+
+    timescale: None takes the steps of warm-up, or 10,000 without warm-up.
+    """
 
     timescale: Count | None = None
 
     def decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        """Return the share of the peak rate at a step after the warm-up."""
+        """Return the fraction of the peak rate at a step after the warm-up."""
         del total, peak
         timescale = self.timescale or warm or 10_000
         return 1.0 / math.sqrt((step + timescale - warm) / timescale)
@@ -150,13 +159,13 @@ class CosineWithMinLr(ConstantWithWarmup):
     min_lr_rate: Fraction | None = None
 
     def decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        """Return the share of the peak rate at a step after the warm-up."""
+        """Return the fraction of the peak rate at a step after the warm-up."""
         lowest = self.min_lr / peak if self.min_lr is not None else self.min_lr_rate or 0.0
         wave = 0.5 * (1 + math.cos(math.pi * self.num_cycles * 2 * _progress(step, warm, total)))
         return max(0.0, wave * (1 - lowest) + lowest)
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        """Refuse both lowest rates, none, and one above the peak."""
+        """Return a message unless exactly one lowest rate is set and is below the peak rate."""
         del warm, total
         if (self.min_lr is None) == (self.min_lr_rate is None):
             return "set one of min_lr and min_lr_rate"
@@ -167,10 +176,10 @@ class CosineWithMinLr(ConstantWithWarmup):
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class WarmupStableDecay(ConstantWithWarmup):
-    """Warm-up, the peak rate, and a decay over the last `num_decay_steps`.
+    """Warm-up, then the peak rate, then a decay over `num_decay_steps`.
 
-    num_stable_steps: None takes what warm-up and decay leave of the stage; after warm-up, stable
-        and decay steps the rate stays at `min_lr_ratio` of the peak.
+    num_stable_steps: steps at the peak rate; None: all steps between warm-up and decay. After the
+        decay, the rate stays at `min_lr_ratio` of the peak rate.
     """
 
     num_decay_steps: Count
@@ -193,7 +202,7 @@ class WarmupStableDecay(ConstantWithWarmup):
         return peak * self._above_lowest(rising[self.warmup_type])
 
     def decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        """Return the share of the peak rate at a step after the warm-up."""
+        """Return the fraction of the peak rate at a step after the warm-up."""
         del peak
         stable = self.num_stable_steps
         stable = total - warm - self.num_decay_steps if stable is None else stable
@@ -213,7 +222,7 @@ class WarmupStableDecay(ConstantWithWarmup):
         return max(0.0, share * (1 - self.min_lr_ratio) + self.min_lr_ratio)
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        """Refuse phases that are longer than the stage."""
+        """Return a message if the phases are longer than the stage."""
         del peak
         needed = warm + (self.num_stable_steps or 0) + self.num_decay_steps
         if total is not None and needed > total:
@@ -244,12 +253,12 @@ SCHEDULES: Mapping[ScheduleName, type[ConstantWithWarmup]] = dict(
 
 
 def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
-    """Return the optimiser steps of a stage; `max_steps` wins over `num_train_epochs`."""
+    """Return the optimizer steps of a stage; `max_steps` overrides `num_train_epochs`."""
     return train.max_steps or math.ceil(train.num_train_epochs * steps_per_epoch)
 
 
 def warmup_steps(train: TrainConfig, total_steps: int) -> int:
-    """Return the optimiser steps of warm-up; `warmup_steps` wins over `warmup_ratio`."""
+    """Return the optimizer steps of warm-up; `warmup_steps` overrides `warmup_ratio`."""
     return train.warmup_steps or math.ceil(train.warmup_ratio * total_steps)
 
 
@@ -257,11 +266,11 @@ def schedule_problem(train: TrainConfig, total_steps: int | None) -> str | None:
     """Return why a schedule cannot work in a stage, or None.
 
     Args:
-        train: with options that have the right types.
-        total_steps: optimiser steps of the stage; None before the data are read.
+        train: settings whose options already have the right types.
+        total_steps: optimizer steps of the stage; None before the data are read.
     """
     options = SCHEDULES[train.lr_scheduler_type](**(train.lr_scheduler_kwargs or {}))
-    # Before the data are read, a ratio says no more than that there is a warm-up.
+    # Before the data are read, a ratio only tells whether there is a warm-up.
     warm = warmup_steps(train, total_steps or 1)
     problem = options.problem(warm, total_steps, train.learning_rate)
     return f"{train.lr_scheduler_type}: {problem}" if problem else None
@@ -271,8 +280,8 @@ def learning_rate_schedule(train: TrainConfig, total_steps: int) -> Schedule:
     """Return the function from the number of steps taken to the learning rate.
 
     Args:
-        train: gives the peak rate, the schedule with its options, and the warm-up.
-        total_steps: optimiser steps of the stage.
+        train: settings with the peak rate, the schedule with its options, and the warm-up.
+        total_steps: optimizer steps of the stage.
 
     Raises:
         ConfigError: the schedule's phases are longer than the stage.
@@ -287,7 +296,7 @@ def learning_rate_schedule(train: TrainConfig, total_steps: int) -> Schedule:
 
 
 def _progress(step: int, warm: int, total: int) -> float:
-    """Return how far a step is from the warm-up to the end, at most 1."""
+    """Return the progress of a step from the end of the warm-up (0) to the end of the stage (1)."""
     return min(1.0, (step - warm) / max(1, total - warm))
 
 

@@ -1,4 +1,4 @@
-"""What the config dataclasses say about themselves: known keys, variants, options, defaults."""
+"""Introspection of the config dataclasses: known keys, variants, options, defaults."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KeyPath = tuple[str | int, ...]
 
 
 def members(annotation: Any) -> list[Any]:
-    """The alternatives of an annotation, with `Annotated` and unions taken apart."""
+    """Return the alternatives of an annotation, with `Annotated` and unions resolved."""
     if get_origin(annotation) is Annotated:
         return members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -24,21 +24,21 @@ def members(annotation: Any) -> list[Any]:
 
 
 def variants(annotation: Any, tag: str) -> dict[str, type]:
-    """The dataclasses of a tagged union by the value of their `tag` field, in written order."""
+    """Return the dataclasses of a tagged union by the value of `tag`, in the order of the union."""
     return {_tag_value(kind, tag): kind for kind in members(annotation) if _has_tag(kind, tag)}
 
 
 def names(annotation: Any, tag: str) -> list[str]:
-    """The values of `tag` that a tagged union knows, those of installed packages included."""
+    """Return the values of `tag` in a tagged union, including names of installed packages."""
     own, package = list(variants(annotation, tag)), package_options(annotation)
     return [*own, *(installed(package.group) if package and package.tag == tag else ())]
 
 
 def options(annotation: Any, tag: str) -> dict[str, type]:
-    """The dataclasses of a tagged union by name, those of installed packages included.
+    """Return the dataclasses of a tagged union by name, including those of installed packages.
 
     Raises:
-        ConfigError: an installed package breaks the contract.
+        ConfigError: the dataclass of an installed package is not valid.
     """
     package = package_options(annotation)
     theirs = names(annotation, tag)[len(variants(annotation, tag)) :] if package else []
@@ -46,7 +46,7 @@ def options(annotation: Any, tag: str) -> dict[str, type]:
 
 
 def package_options(annotation: Any) -> FromPackage | None:
-    """How a union takes options of other packages; None if it takes none."""
+    """Return the marker of a union that accepts options of other packages; None without marker."""
     if get_origin(annotation) is Annotated:
         inner, *marks = get_args(annotation)
         found = [mark for mark in marks if isinstance(mark, FromPackage)]
@@ -58,18 +58,18 @@ def package_options(annotation: Any) -> FromPackage | None:
 
 
 def known_keys(path: KeyPath, tree: Any) -> list[str]:
-    """The keys that the mapping at `path` may have; empty where any key may stand.
+    """Return the keys that the mapping at `path` may have; an empty list if all keys are allowed.
 
     Args:
         path: keys and list positions from the top of the config.
-        tree: the config as written; its tags decide between variants.
+        tree: the config as written; its tags select the variants.
     """
     kind = _dataclass_of(annotation_at(path, tree), value_at(path, tree))
     return [] if kind is None else [field.name for field in dataclasses.fields(kind)]
 
 
 def annotation_at(path: KeyPath, tree: Any) -> Any:
-    """The annotation of the value at `path`; None below a mapping with free keys."""
+    """Return the annotation of the value at `path`; None below a mapping with free keys."""
     annotation: Any = RunConfig
     for depth, part in enumerate(path):
         if isinstance(part, int):
@@ -82,7 +82,7 @@ def annotation_at(path: KeyPath, tree: Any) -> Any:
 
 
 def value_at(path: KeyPath, tree: Any) -> Any:
-    """The value at `path`, None where the path leads nowhere."""
+    """Return the value at `path`; None if the path does not exist."""
     for part in path:
         inside = (isinstance(tree, dict) and part in tree) or (
             isinstance(tree, list) and isinstance(part, int) and part < len(tree)
@@ -94,13 +94,13 @@ def value_at(path: KeyPath, tree: Any) -> Any:
 
 
 def paths_ending_in(key: str) -> list[str]:
-    """Dotted paths of the settings called `key`, those nearest to the top first."""
+    """Return dotted paths of the settings named `key`, the shortest path first."""
     found = [path for path in _option_paths(RunConfig, "") if path.rpartition(".")[2] == key]
     return sorted(found, key=lambda path: path.count("."))
 
 
 def _option_paths(kind: type, prefix: str) -> Iterator[str]:
-    """All keys outside lists and tagged unions."""
+    """Yield all keys outside lists and tagged unions."""
     for name, annotation in _hints(kind).items():
         yield f"{prefix}{name}"
         inner = [part for part in members(annotation) if dataclasses.is_dataclass(part)]
@@ -109,7 +109,7 @@ def _option_paths(kind: type, prefix: str) -> Iterator[str]:
 
 
 def defaults(kind: type) -> dict[str, Any]:
-    """Options of a variant with their defaults; `dataclasses.MISSING` where there is none."""
+    """Return options of a variant with defaults; `dataclasses.MISSING` if there is no default."""
     return {
         field.name: field.default
         for field in dataclasses.fields(kind)
@@ -118,7 +118,7 @@ def defaults(kind: type) -> dict[str, Any]:
 
 
 def dotted(path: Sequence[str | int]) -> str:
-    """A path as people write it: `objective[0].temperature`."""
+    """Return a path as text, such as `objective[0].temperature`."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return text.removeprefix(".")
 
@@ -140,7 +140,7 @@ def _tag_value(kind: type, tag: str) -> str:
 
 
 def _dataclass_of(annotation: Any, value: Any) -> type | None:
-    """The dataclass that a mapping is meant to be: the only one, or the one its tag names."""
+    """Return the dataclass of a mapping: the only alternative, or the alternative of its tag."""
     package = package_options(annotation)
     if package is not None and package.is_named_by(value):
         return _kind_of_package(package, value)
@@ -152,7 +152,7 @@ def _dataclass_of(annotation: Any, value: Any) -> type | None:
 def _kind_of_package(package: FromPackage, value: Any) -> type | None:
     try:
         return package.kind(value[package.tag])
-    except ConfigError:  # said where the value is validated
+    except ConfigError:  # reported when the value is validated
         return None
 
 

@@ -1,4 +1,4 @@
-"""Names that other libraries give to settings of a run config, and the keys that megakd has."""
+"""Names of other libraries for settings of a run config, and the corresponding keys of megakd."""
 
 from __future__ import annotations
 
@@ -78,15 +78,15 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "warmup_proportion": ("train.warmup_ratio",),
     "wd": ("train.weight_decay",),
 }
-"""A name of Hugging Face's scripts and Trainer, of DeepSpeed, Lightning or plain habit."""
+"""Keys of megakd by common names, such as those of Hugging Face, DeepSpeed and Lightning."""
 
 
 def synonyms(word: str, known: Iterable[str] = ()) -> tuple[str, ...]:
-    """Return the keys that `word` may mean, those of its own section alone where it has one.
+    """Return the keys that `word` may mean; only keys of its own section if there are any.
 
     Args:
         word: the key as written, in any case, with - or _.
-        known: keys of the section that the word stands in.
+        known: keys of the section that holds the word.
     """
     meant = SYNONYMS.get(word.lower().replace("-", "_"), ())
     here = {key.rpartition(".")[2] for key in meant}.intersection(known)

@@ -1,4 +1,4 @@
-"""Checks of how stages are trained, scored and logged that need neither data nor models."""
+"""Checks of the settings of training, evaluation and logging that need neither data nor models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def training_problems(config: RunConfig) -> Iterator[str]:
-    """Yield what cannot work in the sections `train`, `eval` and `log`."""
+    """Yield the problems of all training settings, the metrics, and the loss on labels."""
     for where, train in _trainings(config):
         yield from _schedule(where, train)
         if train.early_stopping_patience is not None and config.eval.eval_steps is None:
@@ -73,7 +73,7 @@ def _hard_terms(config: RunConfig) -> Iterator[str]:
 
 
 def _trainings(config: RunConfig) -> Iterator[tuple[str, TrainConfig]]:
-    """Yield every training of the run with the keys that it inherits."""
+    """Yield key and settings of every training of the run, with inherited keys."""
     yield "train", config.train
     for name, spec in config.teacher_specs.items():
         if spec.finetune is not None:

@@ -1,4 +1,4 @@
-"""YAML as version 1.2 reads it: `1e-4` is a number, `on` and `7:1` are text, keys are unique."""
+"""YAML 1.2: `1e-4` is a number, `on` and `7:1` are text, and keys are unique."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from megakd.errors import ConfigError
 
 _TAG = "tag:yaml.org,2002:"
-# The core schema of YAML 1.2.2, section 10.3.2; PyYAML itself knows only 1.1.
+# The core schema of YAML 1.2.2, section 10.3.2; PyYAML itself supports only YAML 1.1.
 _SCALARS = {
     "null": (r"null|Null|NULL|~|", ["n", "N", "~", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -22,20 +22,20 @@ _SCALARS = {
         list("-+0123456789."),
     ),
 }
-# PyYAML folds these like a newline, unless they are escaped.
+# PyYAML treats these characters like a newline, unless they are escaped.
 _LINE_BREAKS_OF_1_1 = "\x85\u2028\u2029"
 _YAML_1_1 = yaml.resolver.Resolver()
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads plain values only; its rules are below."""
+    """A loader of plain values; the rules are set below."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes by the same rules."""
+    """A dumper with the same rules as `_Loader`."""
 
     def ignore_aliases(self, data: object) -> bool:
-        """Values that occur twice are written twice."""
+        """Return True, so that a value that occurs twice is written twice."""
         del data
         return True
 
@@ -54,7 +54,7 @@ def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
-    """Keys are text as written, so that `1:` and `on:` reach the config unchanged."""
+    """Return a mapping with keys as written, so that `1:` and `on:` are kept as text."""
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         if not isinstance(key_node, yaml.ScalarNode):
@@ -71,7 +71,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
 
 
 def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    """Quotes what a YAML 1.1 reader would take for something else, such as `on`."""
+    """Quote text that a YAML 1.1 reader would read as another type, such as `on`."""
     is_plain = _YAML_1_1.resolve(yaml.ScalarNode, text, (True, False)) == f"{_TAG}str"
     style = None if is_plain else "'"
     if any(character in text for character in _LINE_BREAKS_OF_1_1):
@@ -99,14 +99,14 @@ _Dumper.add_representer(str, _text)
 
 
 def parse_yaml(text: str, *, source: str) -> Any:
-    """The one document in `text`.
+    """Return the value of the single document in `text`.
 
     Args:
-        text: YAML 1.2; the core schema, without merge keys and application tags.
-        source: what the text is, for messages.
+        text: YAML 1.2 with the core schema, without merge keys and application tags.
+        source: name of the text in messages.
 
     Raises:
-        ConfigError: the text is no YAML, or gives a key twice; names the line.
+        ConfigError: the text is not YAML, or a key is given twice; the message names the line.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506  # _Loader builds plain values only
@@ -125,5 +125,5 @@ def parse_yaml(text: str, *, source: str) -> Any:
 
 
 def dump_yaml(tree: Any) -> str:
-    """YAML text of plain values that 1.2 and 1.1 readers understand alike."""
+    """Return YAML text of plain values that YAML 1.2 and 1.1 readers read alike."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

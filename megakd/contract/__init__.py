@@ -1,1 +1,1 @@
-"""What crosses the seams between rooms: stages, loss terms, tasks, metrics, results, the lab."""
+"""Types shared by all subpackages: stages, loss terms, tasks, metrics, results, the lab."""

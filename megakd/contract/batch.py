@@ -1,4 +1,4 @@
-"""One micro-batch, and what models say of it: the values that losses are computed from.
+"""One micro-batch and the outputs of models for it: the values that losses are computed from.
 
 Shapes: B rows of a micro-batch, T positions, V vocabulary or classes, D width, L layers.
 """
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Unit = str
-"""What the sum of a loss term runs over; `unit_counts` names the units of every run."""
+"""The items that a loss term sums over; `unit_counts` names the units of every run."""
 Counts = Mapping[Unit, "Tensor"]
-"""int64 scalars by unit: of a rank, or summed over all ranks."""
+"""int64 scalars by unit: the counts of one rank, or their sum over all ranks."""
 IGNORE = -100
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank, aligned so that no loss shifts anything.
+    """One micro-batch of one rank, aligned so that no loss has to shift labels or logits.
 
-    inputs: what the model's forward takes (`input_ids` [B, T], `attention_mask`, …).
-    labels: [B] class numbers, [B] scores (float, NaN = none) or [B, T] tokens: the next ones,
-        already shifted, or those under the masks; -100 = no label.
-    valid: [B, T] bool, False at padding and in rows that only keep the ranks in step.
-    rows: [B] int64 numbers of the training rows, on the CPU; -1 where a row only keeps the ranks in
-        step, None where nobody counts.
-    targets: [N] int64 positions of the flattened [B * T] that a language model is asked about,
-        which are the labelled ones, or one at least; None asks about all.
-    others: by role, the same rows as models with another tokenizer read them.
+    inputs: arguments of the model's forward (`input_ids` [B, T], `attention_mask`, …).
+    labels: [B] class numbers, [B] scores (float, NaN = no label) or [B, T] tokens: the next
+        tokens, already shifted, or the masked tokens; -100 = no label.
+    valid: [B, T] bool, False at padding and in dummy rows, which only keep the ranks in step.
+    rows: [B] int64 numbers of the training rows, on the CPU; -1 for dummy rows; None if rows are
+        not numbered.
+    targets: [N] int64 positions of the flattened [B * T] that a language model predicts: the
+        labelled positions, and at least one position; None predicts all positions.
+    others: by role, the same rows encoded for models with another tokenizer.
     """
 
     inputs: dict[str, Tensor]
@@ -44,34 +44,34 @@ class Batch(NamedTuple):
     others: Mapping[str, Batch] | None = None
 
     def of(self, role: str | None) -> Batch:
-        """Return the rows as the model of a role reads them; None stands for the first learner."""
+        """Return the rows encoded for the model of a role; None is the first learner."""
         return self.others.get(role, self) if self.others and role else self
 
     @property
     def target_labels(self) -> Tensor:
-        """The labels of what is asked: [N] where there are `targets`, else all of them."""
+        """The labels at `targets` [N]; all labels if `targets` is None."""
         return self.labels if self.targets is None else self.labels.flatten()[self.targets]
 
 
 class Head(Protocol):
-    """The output matrix of a language model, [V, D], perhaps sharded until it is opened."""
+    """The output matrix of a language model, [V, D], which may be sharded until it is opened."""
 
     def read(self) -> tuple[Tensor, Tensor | None]:
-        """(weight [V, D], bias [V] or None), readable while the head is open."""
+        """Return (weight [V, D], bias [V] or None), readable while the head is open."""
         ...
 
     def open(self) -> AbstractContextManager[object]:
-        """Keeps the whole weight readable while the context lasts."""
+        """Return a context manager that keeps the whole weight readable."""
         ...
 
 
 class AttentionVectors(NamedTuple):
-    """What a layer's attention compares and mixes: its heads side by side.
+    """Query, key and value vectors of one layer, with the heads side by side.
 
-    queries: [B, T, heads * width], turned by their positions where the family does that.
-    keys: [B, T, key heads * width], likewise; there may be fewer heads than of queries.
+    queries: [B, T, heads * width], after rotary position embedding if the model family has it.
+    keys: [B, T, key heads * width], likewise; there may be fewer key heads than query heads.
     values: [B, T, key heads * width].
-    width: of one head.
+    width: the width of one head.
     """
 
     queries: Tensor
@@ -80,16 +80,16 @@ class AttentionVectors(NamedTuple):
     width: int
 
     def detached(self) -> AttentionVectors:
-        """Return the same vectors as constants."""
+        """Return the vectors detached from the graph."""
         queries, keys, values = (p.detach() for p in (self.queries, self.keys, self.values))
         return AttentionVectors(queries, keys, values, self.width)
 
 
 class TopK(NamedTuple):
-    """A language model's most likely next tokens.
+    """The most likely next tokens of a language model.
 
-    ids: [B, T, k] token numbers; below 0 where there is nothing to say.
-    logprobs: [B, T, k] natural logarithms of its softmax over all ids.
+    ids: [B, T, k] token numbers; negative at positions without an answer.
+    logprobs: [B, T, k] natural logarithms of the model's softmax over the whole vocabulary.
     """
 
     ids: Tensor
@@ -97,15 +97,16 @@ class TopK(NamedTuple):
 
 
 class Knowledge(NamedTuple):
-    """What was read from one model on one micro-batch; a teacher's carries no gradient.
+    """Outputs of one model for one micro-batch; outputs of a frozen teacher carry no gradient.
 
     logits: [B, C] of a classifier or regressor, None for a language model.
-    hidden: [B, T, D] input of the LM head, [N, D] at the batch's `targets` where it has them;
-        None for a classifier.
-    head: the LM head; with `hidden` it stands for logits that are never formed.
+    hidden: [B, T, D] input of the LM head, or [N, D] if the batch has `targets`; None for a
+        classifier.
+    head: the LM head; `hidden` and `head` replace logits that are never formed.
     hidden_states: L + 1 tensors [B, T, D] (0 is the embedding output), or empty.
-    attention: by layer, numbered as hidden states are; None at 0 and where nobody asked.
-    top_k: what is left of a language model's logits in a cache; in place of `hidden` and `head`.
+    attention: by layer, numbered like hidden states; None at 0 and at layers that were not
+        requested.
+    top_k: the part of a language model's logits that a cache keeps; replaces `hidden` and `head`.
     """
 
     logits: Tensor | None = None
@@ -116,7 +117,7 @@ class Knowledge(NamedTuple):
     top_k: TopK | None = None
 
     def detached(self) -> Knowledge:
-        """Return the same answers as constants."""
+        """Return the outputs detached from the graph."""
         return Knowledge(
             logits=None if self.logits is None else self.logits.detach(),
             hidden=None if self.hidden is None else self.hidden.detach(),
@@ -128,7 +129,7 @@ class Knowledge(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """What the student's forward returns; a NamedTuple, or ZeRO-3 does not see the tensors.
+    """Return value of the student's forward; a NamedTuple, so that ZeRO-3 finds the tensors.
 
     total: scalar with gradient, the sum over passes of scale * weight * sum / count * world.
     parts: detached scalars, sum / count without weight and world size, keyed `[view/]loss`.
@@ -139,10 +140,11 @@ class Losses(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What the student's or teacher's forward returns without a plan.
+    """Return value of the student's or teacher's forward if no passes are given.
 
     outputs: [B, C] fp32 logits or scores; None for a language model.
-    sums: for a language model `[3]` fp64: summed cross-entropy in nats, right tokens, targets.
+    sums: for a language model `[3]` fp64: summed cross-entropy in nats, number of correct tokens,
+        number of targets.
     """
 
     outputs: Tensor | None
@@ -151,11 +153,11 @@ class Predictions(NamedTuple):
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a group of terms computes from.
+    """Inputs of a group of loss terms.
 
-    kernels: the code path of megakd_kernels, as `train.kernels` names it.
-    scale: of the pass that it is read for.
-    left_out: terms that the pass does without.
+    kernels: the code path of megakd_kernels, named like `train.kernels`.
+    scale: the scale of the pass that is computed.
+    left_out: terms that the pass skips.
     """
 
     student: Knowledge
@@ -169,7 +171,7 @@ class LossInputs:
 
     @property
     def taught(self) -> Knowledge:
-        """What the teacher said, as a constant; `teacher` has the gradient of one that learns."""
+        """The teacher's outputs, detached; in `teacher`, a teacher that learns has a gradient."""
         if self.teacher is None:
             raise TypeError("a term that compares with a teacher was planned without one")
         return self.teacher.detached()

@@ -1,4 +1,4 @@
-"""What a method may ask for while it runs, whether its stages are trained or only planned."""
+"""Protocols that a method is written against, whether its stages are trained or only planned."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Model = Any
-"""A model that a stage can start from; a method passes it on and never opens it."""
+"""A model that a stage can start from. A method passes the model on and never opens it."""
 
 
 class SortedModel(Protocol):
-    """A model whose units lie by falling importance."""
+    """A model whose units are sorted by importance, the most important unit first."""
 
     @property
     def source(self) -> Model:
@@ -38,26 +38,26 @@ class SortedModel(Protocol):
         residual: bool = False,
         with_heads: Collection[int] = (),
     ) -> View:
-        """Return the units of every layer that are left at a sparsity.
+        """Return the units of every layer that remain at a sparsity.
 
         Args:
             sparsity: share of the units to leave out.
             allocation: how the share is spread over the layers.
-            round_to: in rows and columns of the weights.
+            round_to: multiple of rows and columns of the weights to round to.
             residual: whether the width of the hidden states shrinks too.
-            with_heads: attentions, from 0, that must keep a head.
+            with_heads: attentions, numbered from 0, that must keep a head.
 
         Raises:
-            TeacherError: heads, neurons or the width run out.
+            TeacherError: no heads, neurons or width would remain.
         """
         ...
 
 
 class HeldOutProbe(Protocol):
-    """What a strategy that measures may use while a stage runs; every method is a collective."""
+    """Tools for a strategy that measures while a stage runs; every method is a collective."""
 
     def add_up(self, tensor: Tensor) -> Tensor:
-        """Sum over all ranks, in place."""
+        """Sum a tensor over all ranks, in place."""
         ...
 
     def loss(self, student: Any) -> float:
@@ -69,16 +69,16 @@ class HeldOutProbe(Protocol):
         ...
 
     def reset(self, student: Any) -> None:
-        """Give the student the weights and the optimizer that were kept."""
+        """Restore the weights and the optimizer that `remember` kept."""
         ...
 
 
 class Lab(Protocol):
     """Run or plan the stages of one run config.
 
-    config: the `RunConfig`. It is made of the methods' options, so that no type names it here.
-    results: the stages that have finished, in order.
-    record: what a method wants to be reported beside them.
+    config: the `RunConfig`. It is typed as Any because `RunConfig` contains the methods' options.
+    results: the results of the finished stages, in order.
+    record: further results that a method reports.
     """
 
     config: Any
@@ -86,18 +86,18 @@ class Lab(Protocol):
     record: MethodRecord
 
     def hard_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
-        """Return the loss on labels that fits the task."""
+        """Return the loss on labels for the type of the task."""
         ...
 
     def soft_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
-        """Return the loss on the teacher's outputs that fits the task."""
+        """Return the loss on the teacher's outputs for the type of the task."""
         ...
 
     def teacher(self, name: str | None = None) -> str:
         """Fine-tune a teacher if the config asks for it, and return its name.
 
         Args:
-            name: of the teacher; None for the only one.
+            name: name of the teacher; None if the config has only one teacher.
         """
         ...
 
@@ -106,15 +106,15 @@ class Lab(Protocol):
         ...
 
     def largest_first(self) -> tuple[str, ...]:
-        """Return the names of all teachers by falling number of weights."""
+        """Return the names of all teachers, sorted by number of weights, the largest first."""
         ...
 
     def worth(self, metrics: Mapping[str, float]) -> float:
-        """Return the metric that stands for the task, negated if lower is better."""
+        """Return the main metric of the task, negated if lower is better."""
         ...
 
     def dev_score(self, name: str) -> float:
-        """Return the `worth` of a teacher on the validation split; measured once."""
+        """Return the `worth` of a teacher on the validation split, which is measured once."""
         ...
 
     @property
@@ -132,11 +132,11 @@ class Lab(Protocol):
         ...
 
     def steps_of_student(self) -> int:
-        """Return the optimizer steps that `train` asks for if all rows are trained on."""
+        """Return the number of optimizer steps in `train` if all rows are used."""
         ...
 
     def metric(self, name: str | None) -> Metric:
-        """Return a metric of the task that can be weighed against sparsity.
+        """Return a metric of the task that can be traded off against sparsity.
 
         Raises:
             ConfigError: the task has no such metric, or the metric is not between 0 and 1.
@@ -144,18 +144,18 @@ class Lab(Protocol):
         ...
 
     def unscored(self) -> SortedModel:
-        """Return the teacher with units that are all alike, before it is trained."""
+        """Return the teacher with equal importance for all units, before the teacher is trained."""
         ...
 
     def sorted_teacher(
         self, teacher: str, split: str, *, batch_size: int, residual: bool
     ) -> SortedModel:
-        """Sort the units of a teacher by importance; measured once.
+        """Sort the units of a teacher by importance, which is measured once.
 
         Args:
-            teacher: its name.
-            split: whose labels say what is important.
-            batch_size: rows whose gradient is summed before its absolute value is taken.
+            teacher: name of the teacher.
+            split: the split whose labels determine the importance.
+            batch_size: rows whose gradient is summed before the absolute value is taken.
             residual: whether the columns of the hidden states are units too.
 
         Raises:
@@ -172,28 +172,28 @@ class Lab(Protocol):
         ...
 
     def source(self, folder: Path) -> Model:
-        """Return the model in a stage's folder."""
+        """Return the model in the folder of a stage."""
         ...
 
     def fresh_like(self, folder: Path) -> Model:
-        """Return a model of the same shape that starts from random weights."""
+        """Return a model of the shape in `folder` that starts from random weights."""
         ...
 
     def as_teacher(self, result: StageResult, *, like: str = "teacher") -> str:
-        """Make a stage's model a teacher, and return the stage's name.
+        """Register a stage's model as a teacher, and return the stage's name.
 
         Args:
-            result: of the stage.
-            like: the teacher of the config that gives the engine and the dtype.
+            result: result of the stage.
+            like: the teacher of the config whose engine and dtype are used.
         """
         ...
 
     def assistant(self, result: StageResult, sparsity: float) -> str:
-        """Make a stage's model the teacher of the student, and report it as an assistant."""
+        """Register a stage's model as the student's teacher, and report it as an assistant."""
         ...
 
     def train(self, stage: Stage) -> StageResult:
-        """Run a stage, or return its result if it has finished before; a collective.
+        """Run a stage, or return its result if the stage has finished before; a collective.
 
         Raises:
             MegakdError: bad input, a loss that is not finite, or a checkpoint of another config.
@@ -201,9 +201,9 @@ class Lab(Protocol):
         ...
 
     def probe(self, stage: str) -> HeldOutProbe | None:
-        """Return what a strategy may measure with in a stage; None where nothing is trained."""
+        """Return the probe for a strategy of a stage; None if nothing is trained."""
         ...
 
     def made_by(self, result: StageResult, name: str, read: Callable[[str], T]) -> T | None:
-        """Read a file that the strategy of a stage wrote; None where nothing was trained."""
+        """Read a file that the strategy of a stage wrote; None if nothing was trained."""
         ...

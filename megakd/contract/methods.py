@@ -1,4 +1,4 @@
-"""What every method is: options as a dataclass, and `run(config, lab)` in the same file."""
+"""The base of every method: options as a dataclass, with `run(config, lab)` in the same file."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from megakd.errors import suggestion
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class MethodOptions:
-    """Options of a method; a method derives its own dataclass from this one.
+    """Base class of a method's options.
 
-    needs_teacher: a run without a teacher is refused.
-    cuts_student: the method cuts the student out of the teacher, so that no model is given.
+    needs_teacher: whether a run without a teacher is refused.
+    cuts_student: whether the method cuts the student out of the teacher, so that the config gives
+        no student model.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -27,26 +28,26 @@ class MethodOptions:
 
     @property
     def looks_into_teacher(self) -> bool:
-        """Whether the method reads more of a teacher than its outputs, which a cache holds."""
+        """True if the method needs more than a teacher's outputs; a cache holds only outputs."""
         return False
 
     def problems(self, config: Any) -> Iterator[str]:
-        """Yield what the method cannot work with in the whole `RunConfig`, a line per problem."""
+        """Yield a line for every setting of the `RunConfig` that the method cannot work with."""
         del config
         return iter(())
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class OneTeacherOptions(MethodOptions):
-    """Options of a method that learns from one teacher, which the config may have several of.
+    """Options of a method that learns from one teacher; the config may have several teachers.
 
-    teacher: the name of one of several; null where there is only one.
+    teacher: name of the teacher to learn from; null if the config has only one teacher.
     """
 
     teacher: str | None = None
 
     def problems(self, config: Any) -> Iterator[str]:
-        """Yield that no teacher was chosen, or one that does not exist."""
+        """Yield a line if no teacher was chosen or the chosen teacher does not exist."""
         names = [spec.name for spec in config.teachers]
         if names and self.teacher is None:
             yield (
@@ -58,13 +59,13 @@ class OneTeacherOptions(MethodOptions):
 
 
 def no_such_teacher(config: Any, key: str, name: str) -> str:
-    """Return the problem that a key names a teacher which the config does not have."""
+    """Return the error message for a key that names a teacher which the config does not have."""
     known = ", ".join(config.teacher_specs)
     return f'{key}: there is no teacher "{name}"{suggestion(name, config.teacher_specs)} ({known})'
 
 
 def wrong_method(kind: Any) -> str | None:
-    """Return why a class cannot be the options of a method; None if it can."""
+    """Return why a class cannot be the options of a method; None if the class is valid."""
     wrong = wrong_options(kind, MethodOptions, ())
     if wrong is None and not callable(getattr(sys.modules[kind.__module__], "run", None)):
         return f"{kind.__module__}, the file of {kind.__name__}, has no function run(config, lab)"

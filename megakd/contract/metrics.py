@@ -13,7 +13,7 @@ LOWER_IS_BETTER = ("perplexity", "loss")
 
 
 def lower_is_better(name: str) -> bool:
-    """Return whether less of a metric is better; a package that is gone cannot say so."""
+    """Return whether lower values of a metric are better; False if its package is missing."""
     if not is_metric(name):
         return name in LOWER_IS_BETTER
     try:
@@ -24,24 +24,24 @@ def lower_is_better(name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One number out of an evaluation, and whether more of it is better."""
+    """One number of an evaluation, and whether higher values are better."""
 
     name: str
     parts: tuple[str, ...]
     higher_is_better: bool
 
     def of(self, values: Mapping[str, float]) -> float:
-        """The mean of the official metrics this number stands for."""
+        """Return the mean of the official metrics in `parts`."""
         return sum(values[part] for part in self.parts) / len(self.parts)
 
 
 WHOLE = "whole"
-"""Stands for the model itself where scores are kept by view."""
+"""The key of the model itself where scores are kept by view."""
 
 
 @dataclass(frozen=True)
 class MetricJudge:
-    """Judges a stage by one number of one view, or of the model itself."""
+    """A judge that compares evaluations by one metric of one view, or of the model itself."""
 
     metric: Metric
     view: str = WHOLE

@@ -1,8 +1,8 @@
-"""Losses, metrics and methods of other packages: found by entry point or as `module:name`.
+"""Losses, metrics and methods of other packages, found by entry point or as `module:name`.
 
-The options of such a loss or method are a dataclass of its own package, and checked as megakd's
-own are: an unknown key is an error that names the nearest one. docs/plugins.md has an example of
-each.
+The options of such a loss or method are a dataclass of the other package. The options are checked
+like megakd's own: an unknown key is an error that names the nearest known key. docs/plugins.md has
+an example of each kind.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ OURS, THEIRS = "ours", "theirs"
 
 @functools.cache
 def installed(group: str) -> dict[str, EntryPoint]:
-    """Return the entry points of a group by name: what installed packages offer."""
+    """Return the entry points that installed packages offer in a group, by name."""
     return {found.name: found for found in entry_points(group=group)}
 
 
 def load_plugin(group: str, name: str) -> Any:
-    """Import what a name in a config means.
+    """Import the object that a name in a config refers to.
 
     Args:
-        group: `megakd.losses.targets`, `megakd.training.metrics` or `megakd.methods`.
+        group: group of entry points: `megakd.losses`, `megakd.metrics` or `megakd.methods`.
         name: `module:name`, or the name of an entry point.
 
     Raises:
-        ConfigError: the module cannot be imported, or has no such name.
+        ConfigError: the module cannot be imported, or does not have the name.
     """
     found = installed(group).get(name)
     module_name, _, attribute = (found.value if found else name).partition(":")
@@ -65,12 +65,12 @@ def load_plugin(group: str, name: str) -> Any:
 
 @dataclass(frozen=True)
 class FromPackage:
-    """Marks a value of the run config that is an options dataclass of another package.
+    """Marker for a value of the run config that is an options dataclass of another package.
 
-    group: of the entry points.
+    group: group of the entry points.
     tag: the key whose value names the dataclass, `loss` or `name`.
-    own: the union of megakd's own dataclasses, whose names no package can take.
-    check: gives what is wrong with a dataclass that was found, None if nothing is.
+    own: the union of megakd's own dataclasses; other packages cannot use their names.
+    check: returns what is wrong with a dataclass, or None if the dataclass is valid.
     """
 
     group: str
@@ -79,10 +79,10 @@ class FromPackage:
     check: Callable[[Any], str | None]
 
     def kind(self, name: str) -> type:
-        """Return the dataclass that a name means.
+        """Return the dataclass that a name refers to.
 
         Raises:
-            ConfigError: there is none, or it breaks the contract.
+            ConfigError: the name does not exist, or the dataclass is not valid.
         """
         kind = load_plugin(self.group, name)
         wrong = self.check(kind)
@@ -91,7 +91,7 @@ class FromPackage:
         return kind
 
     def is_named_by(self, value: Any) -> bool:
-        """Return whether a mapping, or options already made, belong to another package."""
+        """Return whether a mapping or an options object belongs to another package."""
         name = value.get(self.tag) if isinstance(value, dict) else getattr(value, self.tag, None)
         if not isinstance(name, str) or name in self.own_names:
             return False
@@ -99,19 +99,19 @@ class FromPackage:
 
     @functools.cached_property
     def own_names(self) -> frozenset[str]:
-        """The names of megakd's own."""
+        """The names of megakd's own dataclasses."""
         kinds = get_args(get_args(self.own)[0])
         return frozenset(get_args(get_type_hints(kind)[self.tag])[0] for kind in kinds)
 
     def branch(self, value: Any) -> str:
-        """Return the branch of a union of megakd's own options and a package's."""
+        """Return the branch of the union of megakd's own options and plug-in options."""
         return THEIRS if self.is_named_by(value) else OURS
 
     def validated(self, value: Any) -> Any:
-        """Return the options that a mapping holds, or options already made.
+        """Return the options object for a mapping; return an options object unchanged.
 
         Raises:
-            ValueError: for pydantic, which says where.
+            ValueError: the options are not valid; pydantic adds the location to the message.
         """
         name = value[self.tag] if isinstance(value, dict) else getattr(value, self.tag)
         try:
@@ -123,7 +123,7 @@ class FromPackage:
         return TypeAdapter(kind).validate_json(json.dumps(value))
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
-        """Pydantic's hook."""
+        """Return the schema with which pydantic validates and serializes the value."""
         del source, handler
         return core_schema.no_info_plain_validator_function(
             self.validated,
@@ -136,7 +136,7 @@ def _as_json(options: Any) -> Any:
 
 
 def wrong_options(kind: Any, base: type, methods: tuple[str, ...]) -> str | None:
-    """Return why a class cannot be the options of a plug-in; None if it can."""
+    """Return why a class cannot be the options of a plug-in; None if the class is valid."""
     if not (isinstance(kind, type) and issubclass(kind, base) and kind is not base):
         return f"{getattr(kind, '__name__', kind)} is no dataclass derived from {base.__name__}"
     own = vars(kind)
@@ -153,7 +153,7 @@ def wrong_options(kind: Any, base: type, methods: tuple[str, ...]) -> str | None
 
 
 def is_metric(name: str) -> bool:
-    """Return whether a metric's name means one of another package."""
+    """Return whether a name refers to a metric of another package."""
     return ":" in name or name in installed(METRICS)
 
 
@@ -161,7 +161,7 @@ def metric_of(name: str) -> Callable[[Any, Any], float]:
     """Return the function of a metric of another package.
 
     Raises:
-        ConfigError: there is none, or the function does not say which way is better.
+        ConfigError: the metric does not exist, or the function has no `higher_is_better`.
     """
     found = load_plugin(METRICS, name)
     if not (callable(found) and isinstance(getattr(found, "higher_is_better", None), bool)):
@@ -173,9 +173,10 @@ def metric_of(name: str) -> Callable[[Any, Any], float]:
 
 
 def code_of(value: Any) -> dict[str, str]:
-    """Return a hash of the file that holds a class of another package; nothing for megakd's own.
+    """Return a hash of the file that defines a class of another package; {} for megakd's classes.
 
-    A result depends on it: after an edit nothing that the old code made is taken for the new.
+    The hash is part of a result's fingerprint: after an edit, results of the old code are not
+    reused.
     """
     module = sys.modules.get(type(value).__module__)
     if module is None or module.__name__.partition(".")[0] == "megakd":

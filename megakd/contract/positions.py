@@ -6,6 +6,6 @@ from torch import Tensor
 
 
 def first_positions(states: Tensor, valid: Tensor) -> Tensor:
-    """[B, D] of each row's first position that counts, which padding on the left moves."""
+    """Return [B, D] states at each row's first valid position, which left padding shifts."""
     place = valid.int().argmax(dim=1)
     return states.take_along_dim(place[:, None, None], dim=1).squeeze(1)

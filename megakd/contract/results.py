@@ -1,4 +1,4 @@
-"""What a method and a run report: the content of report.json."""
+"""Results of a method and of a run: the content of report.json."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 
 class ClassReport(TypedDict):
-    """How well a classifier tells one label from all others; `rows` are those of the label."""
+    """Scores of a classifier for one label against all others; `rows` have this label."""
 
     label: str
     precision: float
@@ -19,9 +19,10 @@ class ClassReport(TypedDict):
 
 
 class ModelReport(TypedDict):
-    """A model's size and what it scores; `bytes` is that of its weights on disk.
+    """Size and scores of a model.
 
-    per_class: of a classifier, in the order of the labels.
+    bytes: size of the weights on disk.
+    per_class: scores of a classifier for each label, in the order of the labels.
     """
 
     parameters: int
@@ -39,17 +40,17 @@ class AssistantReport(ModelReport):
 
 
 class PooledReport(ModelReport):
-    """One of several teachers."""
+    """Size and scores of one of several teachers."""
 
     name: str
 
 
 class TaughtReport(TypedDict):
-    """What one of several teachers had to say.
+    """Contribution of one of several teachers to the training of the student.
 
-    weight: the probability that it is drawn, or its share of the loss.
-    steps: how many steps of the student it has run in.
-    score: that it was ranked by; null where nobody was ranked.
+    weight: probability that the teacher is drawn, or the teacher's share of the loss.
+    steps: number of the student's steps in which the teacher ran.
+    score: score by which the teacher was ranked; null if teachers were not ranked.
     """
 
     name: str
@@ -59,19 +60,20 @@ class TaughtReport(TypedDict):
 
 
 class PoolReport(TypedDict):
-    """How several teachers share the student."""
+    """Contributions of several teachers, and the distribution they were drawn or weighed with."""
 
     distribution: str
     teachers: Sequence[TaughtReport]
 
 
 class CandidateReport(TypedDict):
-    """One candidate a method weighed; `iteration` counts from 1.
+    """One candidate that a method compared; `iteration` counts from 1.
 
-    tradeoff: metric + lambda * sparsity, all of the same evaluation.
-    kept_metric: of the chosen one: what is kept of the target is its own best evaluation, which may
-        be another one.
-    student_metric: of the student that it has taught, where that was tried.
+    tradeoff: metric + lambda * sparsity; all candidates are scored in the same evaluation.
+    kept_metric: metric of the weights that were kept, only for the chosen candidate. If the target
+        was chosen, its own best evaluation is kept, which may be another evaluation.
+    student_metric: metric of the student that the candidate has taught, if such a student was
+        trained.
     """
 
     iteration: int
@@ -85,7 +87,7 @@ class CandidateReport(TypedDict):
 
 
 class StageReport(TypedDict):
-    """What one stage's training came to."""
+    """Steps, time, memory and metrics of one stage."""
 
     name: str
     steps: int
@@ -96,7 +98,7 @@ class StageReport(TypedDict):
 
 
 class Speedup(TypedDict):
-    """Median milliseconds of a forward of each model, measured side by side."""
+    """Median milliseconds of a forward of each model; the models are timed alternately."""
 
     batch: int
     teacher_ms: float
@@ -104,13 +106,13 @@ class Speedup(TypedDict):
 
 
 class LatencyReport(TypedDict):
-    """Median milliseconds of one model's forward; all models were timed in turns.
+    """Median milliseconds of one model's forward; all models are timed alternately.
 
     model: `student`, `teacher`, or the name of a pooled teacher, an assistant or a baseline.
     batch: texts per forward.
     length: tokens per text.
-    device: the name of the device; of a CPU with its number of threads.
-    dtype: of the weights.
+    device: name of the device; for a CPU with the number of threads.
+    dtype: dtype of the weights.
     """
 
     model: str
@@ -122,9 +124,9 @@ class LatencyReport(TypedDict):
 
 
 class SampleReport(TypedDict):
-    """A held-out prompt and what the models make of it, both with their most likely tokens.
+    """A held-out prompt and the most likely tokens of both models for the prompt.
 
-    A decoder continues the prompt; a masked language model fills its masks, in their order.
+    A decoder continues the prompt; a masked language model fills the masks, in their order.
     teacher: null if the run has no teacher.
     """
 
@@ -134,10 +136,10 @@ class SampleReport(TypedDict):
 
 
 class CostReport(TypedDict):
-    """What a method's choice cost, and what another way to make the choice would have cost.
+    """Cost of a method's choice, and the estimated cost of an alternative method.
 
-    seconds: of training, as in `stages`.
-    alternative, alternative_does: name of the other way, and what is done there.
+    seconds: seconds of training, as in `stages`.
+    alternative, alternative_does: name and description of the alternative method.
     alternative_seconds: estimated from the speed of this run.
     """
 
@@ -152,8 +154,8 @@ class CostReport(TypedDict):
 class EvaluationSetReport(TypedDict):
     """A named set of rows, and the metrics of each model on them.
 
-    rows: how many carry a label; of a language task, how many texts there are.
-    metrics: by model: the teachers, `student`, the baselines.
+    rows: number of labelled rows; number of texts for a language task.
+    metrics: metrics by model: the teachers, `student`, the baselines.
     """
 
     rows: int
@@ -161,16 +163,16 @@ class EvaluationSetReport(TypedDict):
 
 
 class Report(TypedDict):
-    """The content of report.json; an empty list or null stands for what a method does not have.
+    """The content of report.json. An empty list or null means that the run has no such entry.
 
-    teacher: the largest of several teachers, which `teachers` lists.
+    teacher: the largest teacher if there are several; `teachers` lists all of them.
     assistants: in the order in which they taught.
-    baselines: name -> metrics of a model of the student's shape that was made another way.
-    samples: of language models.
-    evaluation_sets: those of `task.evaluation_sets`, by name.
-    seconds: wall-clock of the start that finished the run, by what it went into, up to the report:
-        start (libraries, process group), data, models (loading, engines), training (evaluations
-        and checkpoints included), scoring, latency.
+    baselines: name -> metrics of a model of the student's shape that was trained differently.
+    samples: prompts and answers of language models.
+    evaluation_sets: the sets of `task.evaluation_sets`, by name.
+    seconds: wall-clock of the process that finished the run, by phase, up to the report: start
+        (libraries, process group), data, models (loading, engines), training (evaluations and
+        checkpoints included), scoring, latency.
     """
 
     method: str
@@ -195,14 +197,14 @@ class Report(TypedDict):
 
 
 class ParameterCounts(NamedTuple):
-    """Numbers of weights; `encoder_parameters` leaves out embeddings, pooler and heads."""
+    """Numbers of weights; `encoder_parameters` excludes embeddings, pooler and heads."""
 
     parameters: int
     encoder_parameters: int
 
 
 class Assistant(NamedTuple):
-    """A model between teacher and student."""
+    """A teacher assistant: a model between the teacher and the student in size."""
 
     name: str
     sparsity: float
@@ -211,10 +213,10 @@ class Assistant(NamedTuple):
 
 @dataclass
 class MethodRecord:
-    """What a method wants to be reported: candidates it weighed, assistants it used, its cost.
+    """Results that a method adds to the report: compared candidates, assistants used, cost.
 
-    pool: which of several teachers taught how often.
-    dev_scores: of teachers by name, that they were ranked by.
+    pool: how often each of several teachers taught.
+    dev_scores: by name, the scores by which teachers were ranked.
     """
 
     candidates: list[CandidateReport] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What losses must know of a model, and which layers of two models they compare."""
+"""Shapes of models that losses depend on, and the pairs of layers that losses compare."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Pairs = tuple[tuple[int, int], ...]
 
 
 class Heads(NamedTuple):
-    """Attention heads of a model's layers; keys and values may have fewer than queries."""
+    """Attention heads of a model's layers; keys and values may have fewer heads than queries."""
 
     queries: int
     keys: int
@@ -29,7 +29,10 @@ class Heads(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What a loss must know of a model: layers, hidden width, rows of the output, heads."""
+    """Shape of a model, as losses need it: layers, hidden width, vocabulary size, heads.
+
+    vocabulary: rows of the output matrix.
+    """
 
     layers: int
     width: int
@@ -38,13 +41,13 @@ class Shape(NamedTuple):
 
 
 def layer_pairs(term: StateTerm | AttentionTerm, student: Shape, teacher: Shape) -> Pairs:
-    """(student layer, teacher layer) numbers; 0 is the embedding output.
+    """Return pairs (student layer, teacher layer); 0 is the embedding output.
 
     `uniform` spreads the student's layers 1..Ls over the teacher's: s -> round(s · Lt / Ls).
 
     Raises:
-        TeacherError: a pair points beyond a model, or at an embedding's attention, named as it
-            was written.
+        TeacherError: a pair names a layer that a model does not have, or the attention of the
+            embedding output. The message quotes the pair as written.
     """
     mapping: LayerMapping = ("0:0",) if isinstance(term, EmbeddingMse) else term.layer_mapping
     if mapping == "last":
@@ -83,10 +86,11 @@ def _check_heads(term: AttentionTerm, student: Shape, teacher: Shape) -> None:
 
 
 def relation_heads(term: RelationKl, student: Shape, teacher: Shape) -> int:
-    """Into how many parts the vectors of both models are cut.
+    """Return the number of parts into which the vectors of both models are cut.
 
     Raises:
-        TeacherError: it does not divide a width, naming it, the number and those that would do.
+        TeacherError: the number does not divide a width. The message names the number, the width
+            and the numbers that divide all widths.
     """
     ours, theirs = _heads(term, student, "student"), _heads(term, teacher, "teacher")
     count = term.relation_heads or theirs.queries
@@ -108,7 +112,7 @@ def relation_heads(term: RelationKl, student: Shape, teacher: Shape) -> int:
 
 
 def _width(relation: Relation, heads: Heads) -> int:
-    """Of the vectors that are compared; for query_key the keys are repeated to the queries'."""
+    """Return the width of the compared vectors; query_key repeats keys to match the queries."""
     return heads.width * (heads.keys if relation in {"key", "value"} else heads.queries)
 
 

@@ -1,4 +1,4 @@
-"""What the rooms say to each other: values that cross a seam, and the protocols behind it.
+"""Stages, their results and their strategies: values and protocols shared by all subpackages.
 
 Shapes: B rows of a micro-batch, T positions, V vocabulary or classes, D width, L layers.
 """
@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """Who teaches, who learns, as which sub-network, and which terms count, in one pass of a step.
+    """One pass of a step: its teacher, its learner, the sub-network, and the weights of terms.
 
-    teacher: name of a frozen teacher, or of a model that learns in the same stage, whose answers
+    teacher: name of a frozen teacher, or of a model that learns in the same stage, whose outputs
         then carry a gradient.
     learner: role of the model that learns; None for the first learner of the stage.
     view: sub-network of the first learner.
-    weights: term name -> weight in place of the objective's own; None keeps them. A term of
-        weight 0 here is left out: it is neither computed nor reported.
-    weigh: the same, asked in the student's forward about what both models said of a micro-batch
-        (a `LossInputs`); on all ranks alike. What it gives multiplies the weights.
+    weights: term name -> weight that replaces the objective's weight; None keeps the objective's
+        weights. A term with weight 0 here is skipped: it is neither computed nor reported.
+    scale: factor of the pass's loss.
+    weigh: function from the outputs of both models for a micro-batch (a `LossInputs`) to factors
+        by which the weights are multiplied. It is called in the student's forward and returns the
+        same factors on all ranks.
     """
 
     teacher: str | None = None
@@ -42,9 +44,14 @@ class Pass:
 
 
 def backward_groups(plan: Sequence[Pass], size: int | None) -> list[Sequence[Pass]]:
-    """The passes that share a backward; `size` in each, None for all in one.
+    """Split passes into groups that share a backward.
 
-    One backward reduces all gradients, so there should be as few as memory allows.
+    Every backward reduces all gradients, so the number of groups should be as small as memory
+    allows.
+
+    Args:
+        plan: the passes of a step.
+        size: passes per group; None puts all passes into one group.
     """
     size = size or len(plan)
     return [plan[first : first + size] for first in range(0, len(plan), size)]
@@ -52,7 +59,7 @@ def backward_groups(plan: Sequence[Pass], size: int | None) -> list[Sequence[Pas
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """One optimiser step, as device tensors: reading them costs a sync, so read seldom."""
+    """Results of one optimizer step as device tensors; reading them costs a device sync."""
 
     step: int
     parts: Mapping[str, Tensor]
@@ -61,117 +68,117 @@ class StepReport:
 
 
 class Teacher(Protocol):
-    """A frozen model that answers one micro-batch; a collective under ZeRO-3."""
+    """A frozen model that answers one micro-batch at a time; a collective under ZeRO-3."""
 
     def __call__(self, batch: Batch) -> Knowledge:
-        """What the student's losses need of this micro-batch, detached."""
+        """Return the outputs for a micro-batch that the student's losses need, detached."""
         ...
 
     def prefetch(self) -> None:
-        """Make ready for the next step, which asks this teacher."""
+        """Prepare for the next step, which uses this teacher."""
         ...
 
     def evict(self) -> None:
-        """Make room: the next step asks other teachers."""
+        """Free device memory: the next step uses other teachers."""
         ...
 
 
 class Strategy(Protocol):
-    """The places where a method steers the loop; control flow may not differ by rank.
+    """Hooks with which a method controls the training loop; control flow may not differ by rank.
 
-    A strategy says what its decisions depend on, for a stage's result is reused while that is the
-    same: it is a dataclass of plain values, or has a property `facts` that returns a mapping of
-    them. A strategy that does neither is refused.
+    A strategy states the values that its decisions depend on, because a stage's result is reused
+    as long as these values are equal: the strategy is a dataclass of plain values, or has a
+    property `facts` that returns a mapping of plain values. Any other strategy is refused.
     """
 
     def begin(self, student: Any, step: int) -> None:
-        """A start of the stage, fresh or resumed, is about to take this step."""
+        """Handle the start of the stage, fresh or resumed, before the first step `step`."""
         ...
 
     def passes(self, step: int) -> tuple[Pass, ...]:
         """Return the passes of a step: a function of (config, seed, step) without side effects.
 
-        The loop may ask about any step, any number of times: while a step is taken it asks about
-        the next one too if a teacher of the stage is idle.
+        The loop may call this for any step, any number of times. During a step, the loop also
+        calls this for the next step if a teacher of the stage is idle.
         """
         ...
 
     def before_update(self, step: int, student: Any) -> None:
-        """Gradients are complete and not yet applied."""
+        """Handle complete gradients before the optimizer applies them."""
         ...
 
     def after_update(self, report: StepReport) -> None:
-        """The step is taken."""
+        """Handle the end of an optimizer step."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs, the same on every rank."""
+        """Return the state that a resumed run needs, the same on every rank."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         ...
 
     def scalars(self) -> Mapping[str, float]:
-        """What it has to log of the steps since the last call, the same on every rank."""
+        """Return values to log for the steps since the last call, the same on every rank."""
         ...
 
     def files(self) -> Mapping[str, bytes]:
-        """What it leaves in the finished stage's folder, by name, beside the model."""
+        """Return files by name to write beside the model in the finished stage's folder."""
         ...
 
 
 @dataclass(frozen=True)
 class Stateless:
-    """A strategy that only plans: it keeps nothing and has no part in an update."""
+    """Base class of strategies that only plan passes: no state, and no part in updates."""
 
     def begin(self, student: Any, step: int) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def passes(self, step: int) -> tuple[Pass, ...]:
-        """The passes of this step."""
+        """Return the passes of a step; a subclass overrides this method."""
         raise TypeError(f"{type(self).__name__} plans nothing at step {step}")
 
     def before_update(self, step: int, student: Any) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def after_update(self, report: StepReport) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
+        """Return {}: the strategy has no state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take."""
+        """Do nothing."""
 
     def scalars(self) -> Mapping[str, float]:
-        """Nothing to log."""
+        """Return {}: the strategy logs nothing."""
         return {}
 
     def files(self) -> Mapping[str, bytes]:
-        """Nothing to leave."""
+        """Return {}: the strategy writes no files."""
         return {}
 
 
 @dataclass(frozen=True)
 class Constant(Stateless):
-    """The strategy that plans the same passes at every step."""
+    """A strategy with the same passes at every step."""
 
     planned: tuple[Pass, ...] = (Pass(),)
 
     def passes(self, step: int) -> tuple[Pass, ...]:
-        """The same passes, whatever the step."""
+        """Return the planned passes."""
         del step
         return self.planned
 
 
 Scores = Mapping[str, Mapping[str, float]]
-"""Metrics by the name of a view, all of one evaluation."""
+"""Metrics of one evaluation, by the name of the view."""
 
 
 class Cut(NamedTuple):
-    """How a model becomes a smaller one: its units are sorted, then the last ones left out."""
+    """Instructions to cut a model: sort the units by `order`, then keep the units of `view`."""
 
     order: UnitOrder | None
     view: View
@@ -180,11 +187,11 @@ class Cut(NamedTuple):
 class Verdict(NamedTuple):
     """The outcome of an evaluation. Higher scores win; NaN loses.
 
-    view: the one that the stage gives if this evaluation wins.
-    own: scores of views whose own best evaluation is kept as well. If the stage gives one of these
-        views, it gives the weights of that view's best evaluation.
-    cut: how the model of this evaluation is written, for a method that prunes while it trains;
-        in place of the units that `view` keeps.
+    view: the view that the stage returns if this evaluation wins.
+    own: scores of views whose own best evaluation is kept as well. If the stage returns one of
+        these views, the stage returns the weights of that view's best evaluation.
+    cut: how the model of this evaluation is cut when written, for a method that prunes during
+        training; replaces the units that `view` keeps.
     """
 
     score: float
@@ -194,20 +201,22 @@ class Verdict(NamedTuple):
 
 
 class Judge(Protocol):
-    """Says what an evaluation of a stage's views is worth, and which of them it would give."""
+    """A function that scores an evaluation of a stage's views and chooses one of the views."""
 
     def __call__(self, scores: Scores, step: int) -> Verdict:
-        """Return the same verdict on every rank: it decides what is kept.
+        """Return the verdict on an evaluation, which must be the same on every rank.
+
+        The verdict decides which weights are kept.
 
         Args:
-            scores: metrics by view, all of one evaluation.
+            scores: metrics of one evaluation, by view.
             step: number of steps that the stage has taken.
         """
         ...
 
 
 class BatchSource(Protocol):
-    """The micro-batches of a stage, an optimizer step at a time.
+    """The micro-batches of a stage, grouped by optimizer step.
 
     steps_per_epoch: steps that `num_train_epochs` and the log count as one epoch.
     waited_s: seconds that the loop has waited for batches.
@@ -217,10 +226,10 @@ class BatchSource(Protocol):
     waited_s: float
 
     def iterate(self, start: int, stop: int) -> Generator[Sequence[Batch], None, None]:
-        """Yield this rank's micro-batches of the steps from `start` up to `stop`.
+        """Yield this rank's micro-batches of each step from `start` up to, excluding, `stop`.
 
-        Every rank has the same number of micro-batches in every step. What is yielded for a step
-        depends on the config, the seed, the step and the state alone.
+        Every rank has the same number of micro-batches in every step. The micro-batches of a step
+        depend only on the config, the seed, the step and the state.
         """
         ...
 
@@ -229,15 +238,15 @@ class BatchSource(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         ...
 
 
 class Window(NamedTuple):
-    """The part of a longer run that a stage is: steps `first` up to `last` of `total`.
+    """The part of a longer run that a stage covers: steps `first` up to `last` of `total`.
 
-    Learning rate, data order and the steps that a strategy is asked about go on from one window to
-    the next. The optimizer starts anew.
+    Learning rate, data order and the step numbers of the strategy continue from one window to the
+    next. The optimizer starts afresh.
     """
 
     first: int
@@ -247,24 +256,27 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One training: who learns, from whom, with which losses. `lab.train` runs it.
+    """One training: learner, teachers, losses and strategy. `lab.train` runs the stage.
 
-    All fields are plain values or frozen dataclasses: they say what the result depends on.
+    All fields are plain values or frozen dataclasses, because the fingerprint of the result is
+    computed from the fields.
 
     name: names the folders `checkpoints/<name>` and `stages/<name>`.
-    role: whose model spec the learner comes from: `student`, or a teacher's name.
+    role: role whose model spec the learner comes from: `student`, or a teacher's name.
     beside: roles of further models that learn in the same engine and are named by passes; the
-        stage's model is that of `role`.
-    teachers: names of the teachers that may be planned; empty for supervised training.
-    labelled_only: train on the rows that carry a label.
-    start: the model it begins from (a `ModelSource`), in place of the role's own.
-    views: sub-networks that passes may name; every evaluation scores them all. The stage's
-        model is cut to the one that `judge` chooses.
-    judge: for a stage with views.
-    passes_per_backward: at most so many passes keep their activations at a time; None: all.
-    episodes: so many times the steps of `train` are taken, the learning rate beginning anew.
-    window: the part of a longer run that the stage is; None: all steps of `train`.
-    batches: makes the source of the stage's batches out of the training rows'; None takes those.
+        stage's model is the model of `role`.
+    teachers: names of the teachers that passes may use; empty for supervised training.
+    labelled_only: train only on the rows that carry a label.
+    start: the model that training starts from (a `ModelSource`), in place of the role's model.
+    views: sub-networks that passes may name; every evaluation scores all of them. The stage's
+        model is cut to the view that `judge` chooses.
+    judge: scores evaluations of a stage with views.
+    passes_per_backward: number of passes that keep their activations at a time; None: all.
+    episodes: how often the steps of `train` are repeated; the learning rate schedule restarts
+        every time.
+    window: the part of a longer run that the stage covers; None: all steps of `train`.
+    batches: function from the source of the training rows' batches to the source of the stage's
+        batches; None uses the training rows' batches.
     reads_states: whether the strategy reads hidden states of both models.
     """
 
@@ -289,10 +301,11 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """A finished stage: its Hugging Face folder and what its training came to.
+    """A finished stage: its Hugging Face folder, and the results of its training.
 
-    metrics: of what is in the folder. scores: of all views, in the evaluation that chose `view`.
-    view: the one that the folder's model was cut to.
+    metrics: metrics of the model in the folder.
+    scores: metrics of all views in the evaluation that chose `view`.
+    view: the view that the folder's model was cut to.
     """
 
     name: str
@@ -307,7 +320,7 @@ class StageResult:
 
 
 def untrained(name: str, folder: Path, seconds: float = 0.0) -> StageResult:
-    """The result of a stage that took no step: a model that was made, or scored."""
+    """Return the result of a stage without steps: a model that was only built or only scored."""
     return StageResult(
         name=name,
         folder=folder,
@@ -320,5 +333,5 @@ def untrained(name: str, folder: Path, seconds: float = 0.0) -> StageResult:
 
 
 def teacher_names(plan: Sequence[Pass]) -> tuple[str, ...]:
-    """The teachers a plan needs, each once, in the plan's order (the same on all ranks)."""
+    """Return the teachers of the passes, each once, in order (the same order on all ranks)."""
     return tuple(dict.fromkeys(p.teacher for p in plan if p.teacher is not None))

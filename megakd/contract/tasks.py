@@ -9,13 +9,13 @@ Kernels = Literal["auto", "triton", "chunked", "reference"]
 TaskType = Literal["classification", "regression", "mlm", "causal_lm"]
 STUDENT = "student"
 TEACHER = "teacher"
-"""The name of a teacher that is the only one."""
+"""The name of the teacher if the config has only one."""
 FROM_TEACHER = "from_teacher"
-"""As `student.model`: the student is made of parts of the teacher."""
+"""Value of `student.model` for a student that is made of parts of the teacher."""
 LANGUAGE_TASKS: tuple[TaskType, ...] = ("mlm", "causal_lm")
-"""Those whose labels are tokens of the text itself."""
+"""Tasks whose labels are tokens of the text itself."""
 ONE_LABEL_METRICS = ("f1", "precision", "recall")
-"""Those about one label against all others."""
+"""Metrics of one label against all others."""
 METRICS: dict[TaskType, tuple[str, ...]] = {
     "classification": (
         "accuracy",
@@ -30,4 +30,4 @@ METRICS: dict[TaskType, tuple[str, ...]] = {
     "regression": ("pearson", "spearman", "loss"),
     **dict.fromkeys(LANGUAGE_TASKS, ("perplexity", "loss", "accuracy")),
 }
-"""What `eval.metric` may be."""
+"""Allowed values of `eval.metric` by task."""

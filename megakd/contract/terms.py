@@ -1,4 +1,4 @@
-"""The loss terms a run config may list, with their options; imports neither torch nor deepspeed."""
+"""Loss terms of a run config, with their options; imports neither torch nor deepspeed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**53)]
-"""Up to 2 ** 53, the whole numbers that every file format here can hold."""
+"""At most 2 ** 53: every file format that megakd writes holds these integers exactly."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -62,8 +62,8 @@ Skew = Annotated[float, Field(ge=0, lt=1)]
 class HardCrossEntropy:
     """Cross-entropy with the labels of the data, in nats.
 
-    class_weights: `balanced`, or a weight for every label by name (classification); the sum over
-        rows is divided by their number, whatever their weights.
+    class_weights: `balanced`, or a weight for every label by name (classification). The sum over
+        rows is divided by the number of rows, not by the sum of weights.
     label_smoothing: the share of the target that is spread evenly over all labels (classification).
     """
 
@@ -75,7 +75,7 @@ class HardCrossEntropy:
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class HardMse:
-    """Squared error to the score of the data (regression)."""
+    """Squared error to the labelled score (regression)."""
 
     loss: Literal["hard_mse"]
     weight: Weight = 1.0
@@ -85,7 +85,8 @@ class HardMse:
 class SoftTargetKl:
     """KL(teacher || student) at a temperature (Hinton et al. 2015, section 2).
 
-    row_weight: `teacher_loss` divides a labelled row by 1 + the teacher's own cross-entropy.
+    row_weight: `teacher_loss` divides the loss of a labelled row by 1 + the teacher's
+        cross-entropy with the label.
     """
 
     loss: Literal["soft_target_kl"]
@@ -109,7 +110,8 @@ class SoftTargetReverseKl:
 class SoftTargetJsd:
     """beta·KL(teacher || m) + (1-beta)·KL(student || m), m = beta·teacher + (1-beta)·student.
 
-    Agarwal et al. 2024, GKD, equation 1; beta 0 is forward KL and 1 reverse KL, as peers have it.
+    Agarwal et al. 2024, GKD, equation 1. beta 0 is forward KL and beta 1 is reverse KL, as in
+    other implementations.
     """
 
     loss: Literal["soft_target_jsd"]
@@ -161,7 +163,8 @@ class SoftTargetTvd:
 class SoftTargetMse:
     """Squared error to the teacher's score (regression).
 
-    row_weight: `teacher_loss` divides a labelled row by 1 + the teacher's own squared error.
+    row_weight: `teacher_loss` divides the loss of a labelled row by 1 + the teacher's squared
+        error to the label.
     """
 
     loss: Literal["soft_target_mse"]
@@ -173,8 +176,9 @@ class SoftTargetMse:
 class HiddenMse:
     """Squared error between hidden states of mapped layers (Romero et al. 2015; Jiao et al. 2020).
 
-    layer_mapping: `uniform`, `last`, or student:teacher pairs, 0 being the embedding output.
-    positions: `all`, or a text's `first`, which is [CLS] of an encoder; counted in rows then.
+    layer_mapping: `uniform`, `last`, or student:teacher pairs; 0 is the embedding output.
+    positions: `all`, or `first` for the first position of each text, which is [CLS] in encoders;
+        `first` is averaged over rows.
     """
 
     loss: Literal["hidden_mse"]
@@ -187,7 +191,8 @@ class HiddenMse:
 class HiddenCosine:
     """One minus the cosine between hidden states of mapped layers (Sanh et al. 2019).
 
-    positions: as of hidden_mse. Of the `first` it is half the squared distance of normalised
+    layer_mapping: as in hidden_mse.
+    positions: as in hidden_mse. With `first`, the loss is half the squared distance of normalised
         [CLS] vectors (Sun et al. 2019, patient KD).
     """
 
@@ -207,10 +212,10 @@ class EmbeddingMse:
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class RelationFsp:
-    """Squared error between the flows from mapped layer to mapped layer (Yim et al. 2017).
+    """Squared error between FSP matrices of consecutive mapped layers (Yim et al. 2017).
 
-    layer_mapping: `uniform`, or two student:teacher pairs at least, 0 being the embedding output;
-        each pair and the next make a flow.
+    layer_mapping: `uniform`, or at least two student:teacher pairs; 0 is the embedding output.
+        Each pair and the next pair form one FSP matrix per model.
     """
 
     loss: Literal["relation_fsp"]
@@ -222,7 +227,7 @@ class RelationFsp:
 class AttentionMse:
     """Squared error between the attention of mapped layers (Jiao et al. 2020, equation 7).
 
-    fit: `scores` before the softmax, which the paper found to work better, or `probabilities`.
+    fit: `scores` before the softmax, which worked better in the paper, or `probabilities`.
     layer_mapping: `uniform`, `last`, or student:teacher pairs of layers from 1.
     """
 
@@ -236,8 +241,10 @@ class AttentionMse:
 class RelationKl:
     """KL between the relations among tokens in mapped layers (Wang et al. 2020, 2021, MiniLM).
 
-    relations: of query, key and value vectors with themselves, or query_key.
-    relation_heads: parts into which the vectors are cut; null takes the teacher's attention heads.
+    relations: `query`, `key` and `value` compare vectors with themselves; `query_key` compares
+        queries with keys.
+    relation_heads: number of parts into which the vectors are cut; null: the number of the
+        teacher's attention heads.
     layer_mapping: `uniform`, `last`, or student:teacher pairs of layers from 1.
     """
 
@@ -250,11 +257,12 @@ class RelationKl:
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class PluginTerm:
-    """Options of a loss of another package, which derives from here; see docs/plugins.md.
+    """Base class for the options of a loss of another package; see docs/plugins.md.
 
-    unit: what `total` sums over, by whose count over the whole step it is divided: `examples`
-        (rows), `targets` (labelled rows or positions) or `tokens` (valid positions).
-    tasks: values of task.type that the loss is for.
+    unit: the items that `total` sums over: `examples` (rows), `targets` (labelled rows or
+        positions) or `tokens` (valid positions). The sum is divided by the number of these items
+        in the whole step.
+    tasks: values of task.type that the loss supports.
     needs_teacher: whether the loss compares with a teacher.
     reads_hidden_states: whether the loss reads hidden states.
     """
@@ -267,11 +275,11 @@ class PluginTerm:
     weight: Weight = 1.0
 
     def total(self, student: Knowledge, teacher: Knowledge | None, batch: Batch) -> Tensor:
-        """Return the sum over the unit in fp32, without weight, as a tensor of no dimension."""
+        """Return the sum over the unit in fp32, without `weight`, as a 0-dimensional tensor."""
         raise TypeError(f"{type(self).__name__} computes nothing")
 
     def check(self, student: Shape, teacher: Shape | None) -> None:
-        """Raise a TeacherError where the two models' shapes do not fit the loss."""
+        """Raise a TeacherError if the shapes of the two models do not fit the loss."""
 
 
 def _wrong_term(kind: Any) -> str | None:
@@ -336,19 +344,19 @@ def reads_states(term: TermConfig) -> bool:
 
 
 def looks_inside(term: TermConfig) -> bool:
-    """Return whether a term reads more of a teacher than its outputs."""
+    """Return whether a term needs more than a teacher's outputs."""
     return isinstance(term, INTERMEDIATE_TERMS) or (compares(term) and reads_states(term))
 
 
 def hard_terms(task: str, weight: float = 1.0) -> tuple[HardMse | HardCrossEntropy]:
-    """The loss on labels that fits a task."""
+    """Return the loss on labels for a type of task."""
     if task == "regression":
         return (HardMse(loss="hard_mse", weight=weight),)
     return (HardCrossEntropy(loss="hard_cross_entropy", weight=weight),)
 
 
 def soft_terms(task: str, weight: float = 1.0) -> tuple[SoftTargetMse | SoftTargetKl]:
-    """The loss on a teacher's outputs that fits a task."""
+    """Return the loss on a teacher's outputs for a type of task."""
     if task == "regression":
         return (SoftTargetMse(loss="soft_target_mse", weight=weight),)
     return (SoftTargetKl(loss="soft_target_kl", weight=weight),)

@@ -1,4 +1,4 @@
-"""How many units of each kind a step has: the numbers that sums of loss terms are divided by."""
+"""Numbers of units in a step, by which the sums of loss terms are divided."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UnitCounter = Callable[[Batch], "Tensor"]
-"""One micro-batch of one rank -> int64 scalar on the batch's device, without a host sync."""
+"""Function from a rank's micro-batch to an int64 scalar on its device, without a host sync."""
 
 
 def _examples(batch: Batch) -> Tensor:
@@ -39,7 +39,7 @@ COUNTERS: Mapping[Unit, UnitCounter] = MappingProxyType(
 def count_units(
     batches: Sequence[Batch], counters: Mapping[Unit, UnitCounter] = COUNTERS
 ) -> Counts:
-    """Return int64 scalars by unit: the sum over a rank's micro-batches of a step."""
+    """Return int64 scalars by unit: the sums over the micro-batches of one rank in a step."""
     return {
         unit: functools.reduce(operator.add, map(count, batches))
         for unit, count in counters.items()
@@ -47,8 +47,8 @@ def count_units(
 
 
 def unit_weights(counts: Counts, world_size: int) -> dict[Unit, Tensor]:
-    """Return by unit the world size over its global count, at least one.
+    """Return world size / global count for every unit, with a count of at least one.
 
-    DeepSpeed averages gradients over the ranks, which the world size undoes.
+    The world size cancels DeepSpeed's averaging of gradients over the ranks.
     """
     return {unit: world_size / count.clamp(min=1).float() for unit, count in counts.items()}

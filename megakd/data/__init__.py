@@ -1,5 +1,6 @@
-"""From files, the Hub or the embedded corpus to the batches of a rank.
+"""The data pipeline, from files, the Hub or the embedded corpus to the batches of a rank.
 
-`splits` finds the rows (`pydocs`, `glue`, `files`, `hub` say from where), `tokenizers` and
-`encoding` turn text into tokens, `packing` fills rows of a language model, `loader` deals them out.
+`splits` loads the rows, with one file per source: `pydocs`, `glue`, `files`, `hub`. `tokenizers`
+and `encoding` convert text into tokens. `packing` fills rows of causal language models. `loader`
+distributes the rows to ranks and micro-batches.
 """

@@ -1,8 +1,8 @@
 """Rows on disk: Arrow files in folders that are built once, whole or not at all.
 
-A folder is named by what its content depends on, so it is never stale. The ranks of a node may
-ask for the same folder at once: the first one builds it, the others wait for its lock, which the
-system releases when a process dies.
+The name of a folder is a hash of everything that its content depends on, so that a folder is never
+outdated. The ranks of a node may request the same folder at the same time: the first rank builds
+the folder, and the others wait for its lock. The system releases the lock if a process dies.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from megakd.errors import DataError
 from megakd.storage.built_once import is_whole, whole_folder
 
 ROWS_PER_BATCH = 1000
-# A string column of one record batch may hold 2 GiB.
+# A string column of one record batch is limited to 2 GiB.
 CHARACTERS_PER_BATCH = 64_000_000
 
 Row = Mapping[str, object]
 
 
 def key_of(*parts: object) -> str:
-    """Sha256 of a JSON-able description, the same in every process."""
+    """Return the sha256 of values that JSON can express, the same in every process."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """`folder`, filled by `fill` unless it is there already; other processes wait meanwhile.
+    """Return `folder`, and fill it with `fill` if it does not exist; other processes wait.
 
     Raises:
         DataError: the folder cannot be written.
@@ -53,7 +53,7 @@ def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
 
 
 def write_rows(rows: Iterable[Row], features: Features, path: Path) -> None:
-    """Streams rows into an Arrow file that `read_rows` maps into memory."""
+    """Write rows as a stream into an Arrow file that `read_rows` can read."""
     with ArrowWriter(features=features, path=str(path)) as writer:
         for batch in _batches(rows, tuple(features)):
             writer.write_batch(batch)
@@ -61,7 +61,7 @@ def write_rows(rows: Iterable[Row], features: Features, path: Path) -> None:
 
 
 def read_rows(path: Path) -> Dataset:
-    """The rows of an Arrow file, memory-mapped."""
+    """Return the rows of an Arrow file, memory-mapped."""
     return Dataset.from_file(str(path))
 
 

@@ -1,4 +1,4 @@
-"""Rows chosen by a hash of their text: the same everywhere, whatever the order of the rows."""
+"""Selection of rows by a hash of their text, independent of machine and order of the rows."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Chosen = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
 
 def text_hash(text: str, *, salt: str = "") -> int:
-    """A number below 2**64 that depends on nothing but the text and the salt."""
+    """Return a number below 2**64 that depends only on the text and the salt."""
     digest = hashlib.sha256(f"{salt}\0{text}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big")
 
 
 def row_keys(rows: Dataset, *, salt: str = "") -> Keys:
-    """One hash per row, of its text or pair."""
+    """Return one hash per row, of the text or the pair of texts."""
     return np.fromiter(
         (text_hash(text, salt=salt) for text in _texts(rows)), dtype=np.uint64, count=len(rows)
     )
 
 
 def is_labelled(rows: Dataset) -> Chosen:
-    """Which rows carry a label."""
+    """Return a bool per row: whether the row carries a label."""
     if "label" not in rows.column_names:
         return np.ones(len(rows), dtype=np.bool_)
     labels = _labels(rows)
@@ -41,12 +41,12 @@ def is_labelled(rows: Dataset) -> Chosen:
 
 
 def cut_validation(rows: Dataset, *, name: str) -> tuple[Dataset, Dataset]:
-    """Cuts 5 % of the labelled rows, at least one, off the training rows: (rest, validation).
+    """Split the training rows into (rest, validation), with 5 % of the labelled rows, at least one.
 
-    Rows of equal text stay together, so that no held-out text is trained on.
+    Rows with equal text stay together, so that no held-out text is trained on.
 
     Raises:
-        DataError: there are not two different texts.
+        DataError: there are fewer than two different texts, or no labels.
     """
     keys, labelled = row_keys(rows), is_labelled(rows)
     if not labelled.any() or np.unique(keys).size < 2:
@@ -64,17 +64,17 @@ def cut_validation(rows: Dataset, *, name: str) -> tuple[Dataset, Dataset]:
 
 
 def at_most(rows: Dataset, count: int | None) -> Dataset:
-    """The `count` rows of lowest hash, in their old order; all of them for None."""
+    """Return the `count` rows with the lowest hashes, in their order; all rows if None."""
     if count is None or count >= len(rows):
         return rows
     return rows.select(np.flatnonzero(_lowest(row_keys(rows), count)))
 
 
 def keep_labels(rows: Dataset, count: int | None, *, seed: int, name: str) -> Dataset:
-    """The same rows with `count` labels left, chosen by a hash of seed and text.
+    """Return the rows with only `count` labels, chosen by a hash of seed and text.
 
     Raises:
-        DataError: there are fewer labels than that.
+        DataError: fewer than `count` rows carry a label.
     """
     if count is None:
         return rows
@@ -95,7 +95,7 @@ def keep_labels(rows: Dataset, count: int | None, *, seed: int, name: str) -> Da
 
 
 def _lowest(keys: Keys, count: int) -> Chosen:
-    # Equal texts have equal keys: the earlier row goes first.
+    # Equal texts have equal keys: the earlier row is chosen first.
     chosen = np.zeros(keys.size, dtype=np.bool_)
     chosen[np.argsort(keys, kind="stable")[:count]] = True
     return chosen

@@ -1,4 +1,4 @@
-"""Which columns of a table are text and label, and the rows they make."""
+"""Choice of the text and label columns of a table, and conversion to rows."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from megakd.data.tables import SPLIT_NAMES, Found, Record, SplitName, Table
 from megakd.errors import DataError
 
 logger = logging.getLogger(__name__)
-# Goes up when the same source gives other rows.
+# Increase this number when the same source results in different rows.
 VERSION = 1
-# Goes up when a folder of rows has other files.
+# Increase this number when a folder of rows gets different files.
 LAYOUT = 2
 PAIR_DEFAULTS = (
     ("sentence1", "sentence2"),
@@ -43,24 +43,24 @@ DEFAULT_METRICS: Mapping[str, tuple[str, ...]] = {
 
 
 BLANK_ROWS = "blank_rows.json"
-"""In a folder of rows: the places of those without text."""
+"""File in a folder of rows: the number of rows without text, and the place of the first."""
 
 
 @dataclass
 class BlankRows:
-    """The rows of a split that have an empty text: how many, and the place of the first."""
+    """Rows of a split with an empty text: their number, and the place of the first."""
 
     count: int = 0
     first: str = ""
 
     def add(self, record: Record) -> None:
-        """Count one more."""
+        """Count one more row."""
         self.first = self.first or record.place
         self.count += 1
 
 
 class Fields(NamedTuple):
-    """The columns a task reads; label is None where the rows carry none."""
+    """The columns that a task reads; label is None if the rows carry no labels."""
 
     text: tuple[str, ...]
     label: str | None
@@ -75,15 +75,15 @@ def rows_of_tables(
     classes: Classes | None = None,
     metrics: tuple[str, ...] | None = None,
 ) -> Found:
-    """Text and labels of every split, in Arrow files.
+    """Return text and labels of every split, in Arrow files.
 
     Args:
-        tables: at least `train`.
-        task: names the columns, or leaves them to the defaults.
-        name: what messages call the data set.
-        cache_dir: the rows are kept in it, by content.
-        classes: the classes where they are known; None reads them from the training split.
-        metrics: the official metrics; None takes the usual ones of the task type.
+        tables: tables by split, at least `train`.
+        task: the task; names the columns, or leaves them to the defaults.
+        name: name of the data set in messages.
+        cache_dir: folder in which the rows are kept, by a hash of their content.
+        classes: the classes if they are known; None reads them from the training split.
+        metrics: the official metrics; None takes the usual metrics of the task type.
 
     Raises:
         DataError: a column does not exist, a value is wrong, or a split has no rows.
@@ -114,16 +114,16 @@ def rows_of_tables(
 def scored_rows(
     table: Table, task: TaskConfig, classes: Classes | None, *, cache_dir: Path
 ) -> Dataset:
-    """The rows of a file that is scored and neither trained on nor chosen by.
+    """Return the rows of a file that is only scored, and not used for training or model selection.
 
     Args:
-        table: the file's rows.
-        task: names the columns, or leaves them to the defaults.
-        classes: those of the training rows; None without classes.
-        cache_dir: the rows are kept in it, by content.
+        table: the rows of the file.
+        task: the task; names the columns, or leaves them to the defaults.
+        classes: the classes of the training rows; None without classes.
+        cache_dir: folder in which the rows are kept, by a hash of their content.
 
     Raises:
-        DataError: a column does not exist, a label is no class, or no row has a label.
+        DataError: a column does not exist, a label is not a class, or no row has a label.
     """
     if next(table.records(), None) is None:
         raise DataError(f"{table.name} has no rows")
@@ -136,16 +136,16 @@ def scored_rows(
 def unlabelled_rows(
     table: Table, text: tuple[str, ...], task: TaskConfig, *, cache_dir: Path
 ) -> Dataset:
-    """The texts of a split in its own order; labels, if it has any, are not read.
+    """Return the texts of a split in their order; labels are not read.
 
     Args:
         table: the split.
-        text: its columns of text.
-        task: `type` decides what stands in the place of labels.
-        cache_dir: the rows are kept in it, by content.
+        text: the columns of text.
+        task: the task; `type` determines the placeholder for missing labels.
+        cache_dir: folder in which the rows are kept, by a hash of their content.
 
     Raises:
-        DataError: a column does not exist, a value is no text, or there are no rows.
+        DataError: a column does not exist, a value is not text, or there are no rows.
     """
     for column in text:
         _require(table, column, "task.text_columns")
@@ -154,10 +154,11 @@ def unlabelled_rows(
 
 
 def choose_fields(table: Table, task: TaskConfig) -> Fields:
-    """The columns of the training split.
+    """Return the columns to read from the training split.
 
     Raises:
-        DataError: a column that is named does not exist, or none of the usual ones does.
+        DataError: a column that the task names does not exist, or the task names no column and
+            none of the usual columns exists.
     """
     text = task.text_columns or _usual_text(table, task)
     for column in text:
@@ -197,7 +198,7 @@ def _require(table: Table, column: str, key: str) -> None:
 
 
 def _fields_of(table: Table, split: SplitName, train: Fields) -> Fields:
-    """The same columns as in training; a test split may come without labels."""
+    """Return the columns of the training split; a test split may have no labels."""
     for column in train.text:
         _require(table, column, "task.text_columns")
     if train.label is None or (split == "test" and train.label not in table.columns):
@@ -239,7 +240,7 @@ def _rows_of(
 
 
 def _tell_blank_rows(table: Table, blank: BlankRows, *, rows: int, are_kept: bool) -> None:
-    """Log rows without text; a split without any text is refused."""
+    """Log a warning for rows without text; raise a DataError if all kept rows have no text."""
     if not blank.count:
         return
     if are_kept and blank.count == rows:
@@ -258,7 +259,7 @@ def _tell_blank_rows(table: Table, blank: BlankRows, *, rows: int, are_kept: boo
 def _rows(
     table: Table, fields: Fields, task_type: str, labeller: Labeller, *, blank: BlankRows
 ) -> Iterator[dict[str, object]]:
-    """Yield the rows of a split, and count those without text in `blank`."""
+    """Yield the rows of a split, and count the rows without text in `blank`."""
     for record in table.records():
         texts = [_text(table, column, record) for column in fields.text]
         has_text = [bool(text.strip()) for text in texts]

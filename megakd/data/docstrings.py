@@ -1,4 +1,4 @@
-"""Docstrings of the standard library and of the installed packages, parsed, never imported."""
+"""Docstrings of the standard library and of installed packages, parsed without an import."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from megakd.process.garbage import no_collections
 
-# Tests document nothing, and vendored copies belong to another package.
+# Tests have no useful docstrings, and vendored copies belong to another package.
 SKIPPED_FOLDERS = frozenset(
     {"__pycache__", "test", "tests", "idle_test", "_vendor", "vendor", "vendored"}
 )
@@ -27,7 +27,10 @@ BLOCKS = ("body", "orelse", "finalbody", "handlers")
 
 
 class SourceFile(NamedTuple):
-    """One module. package: the name of the top-level package or module it belongs to."""
+    """The file of one module.
+
+    package: name of the top-level package or module that the file belongs to.
+    """
 
     package: str
     name: str
@@ -37,7 +40,10 @@ class SourceFile(NamedTuple):
 
 
 class Docstring(NamedTuple):
-    """One docstring, unindented; module: the dotted or slashed name of the file it is in."""
+    """One docstring, without indentation.
+
+    module: dotted or slashed name of the file that contains the docstring.
+    """
 
     package: str
     module: str
@@ -45,16 +51,16 @@ class Docstring(NamedTuple):
 
 
 def source_roots() -> list[Path]:
-    """The folder of the standard library, then those of the installed packages."""
+    """Return the folder of the standard library, then the folders of installed packages."""
     standard = Path(sysconfig.get_path("stdlib")).resolve()
     site = [Path(entry).resolve() for entry in sys.path if Path(entry).name in SITE_FOLDERS]
     return [root for root in dict.fromkeys([standard, *site]) if root.is_dir()]
 
 
 def source_files(roots: Sequence[Path]) -> list[SourceFile]:
-    """All modules below the roots, in an order that no file system decides.
+    """Return all modules below the roots, in an order that does not depend on the file system.
 
-    A package in two roots is taken from the first, as an import would.
+    A package that is in two roots is read from the first root, as an import would do.
     """
     found: list[SourceFile] = []
     for root in roots:
@@ -65,7 +71,7 @@ def source_files(roots: Sequence[Path]) -> list[SourceFile]:
 
 
 def read_docstrings(files: Sequence[SourceFile]) -> Iterator[Docstring | None]:
-    """The docstrings of the files in their order; None for a file that is not Python."""
+    """Yield the docstrings of the files in order; None for a file that cannot be parsed."""
     with no_collections():
         for file in files:
             try:
@@ -93,7 +99,7 @@ def _below(root: Path) -> Iterator[SourceFile]:
         ]
         for name in names:
             path = Path(folder, name)
-            # A link that leads nowhere is no file.
+            # A broken link is not a file.
             if name.endswith(".py") and path.is_file():
                 yield _source_file(root, path)
 
@@ -111,12 +117,12 @@ def _source_file(root: Path, path: Path) -> SourceFile:
 
 def _parsed(source: bytes) -> ast.Module | None:
     with warnings.catch_warnings():
-        # Old string escapes in other people's code are no business of this run.
+        # Warnings about old string escapes in other packages are not relevant here.
         warnings.simplefilter("ignore")
         try:
             return ast.parse(source)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
-            # The parser reports nesting that is too deep as MemoryError.
+            # The parser raises MemoryError for code that is nested too deeply.
             return None
 
 
@@ -124,7 +130,7 @@ def _docstrings(tree: ast.Module) -> Iterator[str]:
     for node in (tree, *_definitions(tree)):
         text = ast.get_docstring(node, clean=False)
         if text is not None:
-            # A lone surrogate can be written in source and not in UTF-8.
+            # Source code can express a lone surrogate, UTF-8 cannot.
             clean = inspect.cleandoc(text).encode("utf-8", "ignore").decode("utf-8").strip()
             if clean:
                 yield clean
@@ -133,7 +139,7 @@ def _docstrings(tree: ast.Module) -> Iterator[str]:
 def _definitions(
     node: ast.AST,
 ) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Definitions in source order; only statements are visited, which is ten times faster."""
+    """Yield definitions in source order; visiting only statements is ten times faster."""
     for block in BLOCKS:
         for child in getattr(node, block, None) or ():
             if isinstance(child, DEFINITIONS):

@@ -1,7 +1,7 @@
-"""Plain text as documents of a language model.
+"""Plain text files as documents of a language model.
 
-A file is one document, handed on in pieces of whole paragraphs of about 8000 characters: longer
-than most contexts, and small enough that a held-out split can be cut from a single book.
+Each file is read in pieces of whole paragraphs with about 8000 characters. A piece is longer than
+most contexts, and small enough that a held-out split can be cut from a single book.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from megakd.data.readers import digest_of, readable, text_lines
 from megakd.data.tables import Record, Table
 
 PIECE_CHARACTERS = 8000
-# A file that must give its own held-out split is cut into at least about this many pieces.
+# A file whose held-out split is cut from its own text is cut into about this many pieces or more.
 FEWEST_PIECES = 40
 
 
 def read_documents(paths: Sequence[Path], name: str, *, to_be_split: bool) -> Table:
-    """The texts of files as rows.
+    """Return the texts of files as rows of a table.
 
     Args:
-        paths: the files, one document each.
-        name: what messages call them.
-        to_be_split: cut small files finer, so that a held-out split can be taken from them.
+        paths: the files.
+        name: name of the files in messages.
+        to_be_split: whether a held-out split will be cut from the files, so that small files need
+            shorter pieces.
     """
     size = 0
     for path in paths:
@@ -45,9 +46,13 @@ def read_documents(paths: Sequence[Path], name: str, *, to_be_split: bool) -> Ta
 
 
 def pieces(lines: Iterator[str], length: int) -> Iterator[tuple[int, str]]:
-    """Cuts lines into pieces of at least `length` characters: (first line, text).
+    """Cut lines into pieces of at least `length` characters.
 
-    A piece ends at a blank line, or at the end of a line once it is twice as long.
+    A piece ends at the first blank line after `length` characters, or at the first end of a line
+    after twice as many characters.
+
+    Yields:
+        Number of the first line, and text of the piece.
     """
     held: list[str] = []
     characters, first = 0, 1

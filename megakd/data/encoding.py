@@ -1,4 +1,4 @@
-"""Texts as token numbers: encoded once, kept on disk, memory-mapped, padded per micro-batch.
+"""Texts as token numbers: encoded once, memory-mapped from disk, padded per micro-batch.
 
 Shapes: B rows of a micro-batch, T positions.
 """
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 10_000
 
-# Part of every key: raise it when the encoded rows would come out differently.
+# Part of every key: increase this number when the encoded rows would differ.
 VERSION = 1
 LENGTH_MULTIPLE = 8
 _FILL = {"labels": IGNORE, "token_type_ids": 0}
@@ -45,9 +45,10 @@ _FILL = {"labels": IGNORE, "token_type_ids": 0}
 class Encoded(NamedTuple):
     """The splits as token numbers, memory-mapped.
 
-    Columns: `input_ids`, for pairs `token_type_ids` where the tokenizer makes them, and
-    `label`; for mlm `input_ids` alone, a row per window of a text (see `windows`); for
-    causal_lm `input_ids`, `position_ids` and `labels` (see `packing`).
+    Columns for classification and regression: `input_ids`, `label`, and for pairs `token_type_ids`
+    if the tokenizer returns them. For mlm: only `input_ids`, with a row per window of a text (see
+    `windows`). For causal_lm: `input_ids`, `position_ids` and `labels` (see `packing`).
+
     tokens_per_row: mean number of tokens of a training row, without padding.
     evaluation_sets: further rows to score, by name; not part of content_hash.
     """
@@ -63,19 +64,19 @@ class Encoded(NamedTuple):
 def encode_splits(
     splits: Splits, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, *, cache_dir: Path
 ) -> Encoded:
-    """Encodes all splits, or takes what an earlier call with the same content left.
+    """Encode all splits, or reuse the result of an earlier call with equal content.
 
     Args:
         splits: texts and labels.
-        tokenizer: its content, not its name, is part of the key.
-        task: `type` and `max_length` count.
-        cache_dir: the arrow files go into a folder of it named by a content key, written
-            whole or not at all; ranks may call at the same time, but it is cheaper to let
-            one go first.
+        tokenizer: the tokenizer; the key contains its content, not its name.
+        task: the task; only `type` and `max_length` are used.
+        cache_dir: folder for the arrow files, which are written whole or not at all into a
+            subfolder named by a content key. Ranks may call this function at the same time, but it
+            is cheaper to let one rank run first.
 
     Raises:
-        DataError: `max_length` leaves no room for text, a split holds no tokens, or the
-            cache cannot be written.
+        DataError: `max_length` leaves no room for text, a split has no tokens, or the cache
+            cannot be written.
     """
     present = {name: rows for name, rows in _named(splits) if rows is not None}
     made, key = encode_rows(
@@ -104,17 +105,17 @@ def encode_rows(
     content_hash: str,
     cache_dir: Path,
 ) -> tuple[dict[str, Dataset], str]:
-    """Encodes rows of text as `encode_splits` does; gives them by the same names, and the key.
+    """Encode rows of text like `encode_splits`, and return the encoded rows by name, and the key.
 
     Args:
-        rows: by what messages call them; all with the same columns.
-        tokenizer: its content, not its name, is part of the key.
-        task: `type` and `max_length` count.
-        content_hash: of what the rows came from.
-        cache_dir: holds the folder that the key names.
+        rows: rows by name, which messages use; all rows have the same columns.
+        tokenizer: the tokenizer; the key contains its content, not its name.
+        task: the task; only `type` and `max_length` are used.
+        content_hash: hash of the sources of the rows.
+        cache_dir: folder that contains the folder named by the key.
 
     Raises:
-        DataError: as `encode_splits`.
+        DataError: see `encode_splits`.
     """
     _check_room_for_text(next(iter(rows.values())), tokenizer, task)
     key = key_of(
@@ -138,13 +139,16 @@ def encode_rows(
 
 
 def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of what decides which tokens a text gets; the same in every process."""
+    """Return a sha256 of everything that determines the tokens of a text.
+
+    The hash is the same in every process.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         content: Any = sorted(tokenizer.get_vocab().items())
     else:
         content = json.loads(backend.to_str())
-        # Left behind by whoever called the tokenizer last; no property of it.
+        # The settings of the last call, which are not properties of the tokenizer.
         content.update(truncation=None, padding=None)
     return key_of(
         {
@@ -157,9 +161,9 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def tokens_key(rows: Dataset) -> str:
-    """sha256 of what a model reads in all rows of an encoded split, in their order.
+    """Return a sha256 of the model inputs in all rows of an encoded split, in order.
 
-    Which rows carry a label, and how the held-out rows were chosen, does not count.
+    The hash does not depend on labels or on the choice of held-out rows.
     """
     names = sorted(set(rows.column_names) - {"label", "labels"})
     digest = hashlib.sha256()
@@ -172,10 +176,10 @@ def tokens_key(rows: Dataset) -> str:
 
 
 def labelled_only(rows: Dataset) -> Dataset:
-    """The rows that carry a label, still memory-mapped; all of them where text is its own.
+    """Return the rows that carry a label, memory-mapped; all rows for language tasks.
 
     Raises:
-        DataError: no row carries one.
+        DataError: no row carries a label.
     """
     if "label" not in rows.column_names:
         return rows
@@ -191,15 +195,14 @@ def labelled_only(rows: Dataset) -> Dataset:
 
 
 class Collator:
-    """Rows to one padded micro-batch.
+    """A function that collates rows to one padded micro-batch.
 
-    For causal_lm `inputs` is `input_ids` and `position_ids`, and the model has to be called
-    with `use_cache=False`; see `packing`. For mlm nothing is hidden and labelled yet; see
-    `masking`.
+    For causal_lm, `inputs` has `input_ids` and `position_ids`, and the model must be called with
+    `use_cache=False`; see `packing`. For mlm, no tokens are masked or labelled yet; see `masking`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:
-        # Padding is a document of its own and counts nowhere, so any token serves.
+        # Padding is a separate document and not valid, so any token can be used.
         pad_id = tokenizer.pad_token_id
         self._pad_id = pad_id if isinstance(pad_id, int) else 0
         self._max_length = task.max_length
@@ -208,13 +211,13 @@ class Collator:
     def __call__(
         self, rows: Sequence[Mapping[str, object]] | object, *, dummy_rows: int = 0
     ) -> Batch:
-        """Pads to the longest row, to a multiple of 8, to at most `max_length`.
+        """Pad rows to the longest row, rounded up to a multiple of 8, at most `max_length`.
 
         Args:
             rows: an arrow table or another slice of an encoded data set (column -> values),
                 or a sequence of rows; may be empty.
-            dummy_rows: rows to add at the end that keep the ranks in step: nothing in them is
-                valid or labelled, and what a model makes of them is finite.
+            dummy_rows: number of rows to add at the end, which keep the ranks in step. Dummy rows
+                have no valid position and no label, and the outputs of a model for them are finite.
         """
         columns = _columns(rows) or {"input_ids": _NOTHING}
         lengths = np.concatenate([columns["input_ids"][1], np.zeros(dummy_rows, dtype=np.int64)])
@@ -241,7 +244,7 @@ class Collator:
         return padded
 
     def _text_batch(self, padded: dict[str, NDArray], columns: _Columns, valid: NDArray) -> Batch:
-        """A dummy attends to its first position, or its attention would be NaN."""
+        """Return a batch in which a dummy row attends to its first position, to avoid NaN."""
         attention = valid.astype(np.int64)
         attention[~valid.any(axis=1), 0] = 1
         inputs = {"attention_mask": torch.from_numpy(attention)}
@@ -250,7 +253,7 @@ class Collator:
         return Batch(inputs, torch.from_numpy(labels), torch.from_numpy(valid))
 
     def _labels(self, columns: _Columns, shape: tuple[int, ...]) -> NDArray:
-        """[B] labels; none yet, [B, T], for mlm."""
+        """Return [B] labels; for mlm [B, T], all -100 because no token is masked yet."""
         if self._type == "mlm":
             return np.full(shape, IGNORE, dtype=np.int64)
         if self._type == "regression":
@@ -263,7 +266,7 @@ class Collator:
 
 
 def _language_batch(padded: dict[str, NDArray], valid: NDArray, lengths: NDArray) -> Batch:
-    """[B, T] labels; positions restart at the padding, which nothing before or after sees."""
+    """Return a batch with [B, T] labels; positions restart at padding, which no token sees."""
     after_end = np.arange(valid.shape[1]) - lengths[:, None]  # [B, T]
     positions = np.where(valid, padded.get("position_ids", after_end), after_end)
     labels = padded.get("labels", np.full(valid.shape, IGNORE, dtype=np.int64))
@@ -274,13 +277,13 @@ def _language_batch(padded: dict[str, NDArray], valid: NDArray, lengths: NDArray
     return Batch(inputs, torch.from_numpy(labels), torch.from_numpy(valid))
 
 
-# Column name -> (all values one after the other, values per row).
+# Column name -> (values of all rows concatenated, number of values per row).
 _Columns = dict[str, "tuple[NDArray, NDArray]"]
 _NOTHING = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
 
 def _columns(rows: object) -> _Columns:
-    """The columns of rows in any of the forms in which a data set gives them."""
+    """Return the columns of rows given as an arrow table, a mapping of columns or a sequence."""
     if isinstance(rows, pa.Table):
         table = cast("Any", rows)  # pyarrow carries no types
         return {name: _from_arrow(table.column(name)) for name in table.column_names}
@@ -323,7 +326,7 @@ def _check_room_for_text(
 
 
 def _write(path: Path, tables: Iterable[pa.Table]) -> None:
-    """Arrow's stream format, which `datasets` memory-maps as it is."""
+    """Write tables in Arrow's stream format, which `datasets` can memory-map."""
     writer = None
     with pa.OSFile(str(path), "wb") as sink:
         for table in tables:

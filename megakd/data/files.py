@@ -1,8 +1,8 @@
 """Local files and folders as a data set: csv, tsv, jsonl, json, parquet and txt.
 
-A folder holds `train.*` and perhaps `validation.*` (or `valid`, `val`, `dev`) and `test.*`, each
-perhaps in shards (`train-00000-of-00002.parquet`). A folder of txt files without such names is
-many documents. Files may also be named one by one, or by patterns.
+A folder holds `train.*` and optionally `validation.*` (or `valid`, `val`, `dev`) and `test.*`. Each
+split may have several shards (`train-00000-of-00002.parquet`). In a folder of txt files without
+such names, every file is a document. Files may also be given individually or by patterns.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SPLIT_FILE = re.compile(r"(?P<split>[a-z]+)(-\d+-of-\d+)?")
 
 
 def looks_like_path(dataset: str) -> bool:
-    """Whether a data set that is not on this disk was meant to be."""
+    """Return whether the name of a data set that does not exist on disk looks like a path."""
     return (
         dataset.startswith((".", "/", "~"))
         or dataset.count("/") > 1
@@ -42,10 +42,10 @@ def looks_like_path(dataset: str) -> bool:
 
 
 def local_rows(path: Path, task: TaskConfig, *, cache_dir: Path) -> Found:
-    """The rows of a file or folder.
+    """Return the rows of a file or folder.
 
     Raises:
-        DataError: what is there cannot be read as a data set.
+        DataError: the file or folder does not exist or cannot be read as a data set.
     """
     if not path.exists():
         raise DataError(f"task.dataset: {path} does not exist")
@@ -59,7 +59,7 @@ def local_rows(path: Path, task: TaskConfig, *, cache_dir: Path) -> Found:
 
 
 def named_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
-    """The rows of `task.train_files`, and of the validation and test files if there are any.
+    """Return the rows of `task.train_files`, and of the validation and test files if given.
 
     Raises:
         DataError: a file does not exist or cannot be read, or columns differ between files.
@@ -82,10 +82,10 @@ def named_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
 
 
 def matching_files(files: Files, key: str) -> list[Path]:
-    """The files that a setting names, in its order and those of a pattern sorted by name.
+    """Return the files that a setting names, in order; files of a pattern are sorted by name.
 
     Raises:
-        DataError: a file does not exist, a pattern matches none, or a file is named twice.
+        DataError: a file does not exist, a pattern matches no file, or a file is named twice.
     """
     found: list[Path] = []
     for given in listed_files(files):
@@ -109,10 +109,10 @@ def matching_files(files: Files, key: str) -> list[Path]:
 
 
 def files_table(paths: Sequence[Path], key: str, *, to_be_split: bool = False) -> Table:
-    """The rows of files one after the other.
+    """Return the concatenated rows of files.
 
     Raises:
-        DataError: a file cannot be read, or the columns of two of them differ.
+        DataError: a file cannot be read, or the columns of two files differ.
     """
     name = str(paths[0]) if len(paths) == 1 else key
     if all(path.suffix.lower() == ".txt" for path in paths):
@@ -130,13 +130,13 @@ def _one_table(path: Path, key: str) -> Table:
 
 
 def scored_table(given: str) -> tuple[Table, str]:
-    """What to score of a file, pattern or folder that was given for evaluation: rows and split.
+    """Return the rows to score, and their split, for a file, pattern or folder given by the user.
 
-    Files are scored whole; of a folder or a JSON file with splits, the test rows, or the
-    validation rows where there are none.
+    All rows of files are scored. Of a folder or a JSON file with splits, the test rows are scored,
+    or the validation rows if there is no test split.
 
     Raises:
-        DataError: nothing is there to be scored.
+        DataError: there are no rows to score.
     """
     path = Path(given).expanduser()
     if path.is_dir():
@@ -164,12 +164,12 @@ def _file_tables(path: Path, key: str, *, to_be_split: bool) -> dict[SplitName, 
 
 
 def has_train_split(path: Path) -> bool:
-    """Whether a local data set can be trained on: a file, or a folder with train.* or texts."""
+    """Return whether a local data set has training rows: a file, a folder with train.* or texts."""
     return not path.is_dir() or "train" in _shards(path) or not _shards(path)
 
 
 def _shards(folder: Path) -> dict[SplitName, list[Path]]:
-    """The files of a folder by the split that their names say."""
+    """Return the files of a folder by the split in their names."""
     shards: dict[SplitName, list[Path]] = {}
     for path in _data_files(folder):
         named = SPLIT_FILE.fullmatch(path.stem.lower())

@@ -1,6 +1,6 @@
 """The GLUE tasks (Wang et al. 2019), from their TSV folders or from the Hub.
 
-Each folder is read as GLUE ships it: without quoting, CoLA without a header, MRPC with a byte
+Each folder is read as published by GLUE: without quoting, CoLA without a header, MRPC with a byte
 order mark, labels as numbers or words. `test.tsv` has no labels; see `glue_submission`.
 """
 
@@ -26,13 +26,16 @@ ENTAILMENT = ("entailment", "not_entailment")
 
 @dataclass(frozen=True, kw_only=True)
 class GlueTask:
-    """What GLUE says about one task, and how its files say it.
+    """Metrics, classes and file format of one GLUE task.
 
-    text, label: the columns of the TSV files; hub_text those of the Hub where they differ.
-    classes: in GLUE's order; empty for regression.
-    numbered: the files write class numbers, not names.
-    header: the columns where the files have no first line that names them.
-    validation: the stem of the validation file.
+    text, label: columns of the TSV files.
+    hub_text: columns of text on the Hub if they differ.
+    classes: class names in GLUE's order; empty for regression.
+    folder: name of the task's folder and of its Hub configuration if it differs from the task.
+    numbered: whether the files hold class numbers instead of names.
+    header: the columns if the files have no header.
+    validation: stem of the validation file.
+    skip_broken: whether lines with a wrong number of fields are skipped.
     """
 
     text: tuple[str, ...]
@@ -82,7 +85,7 @@ TASKS: Mapping[str, GlueTask] = {
         classes=(),
         label="score",
     ),
-    # A few lines of the published train.tsv are broken; every reader of GLUE leaves them out.
+    # A few lines of the published train.tsv are broken; all readers of GLUE skip these lines.
     "qqp": GlueTask(
         text=("question1", "question2"),
         metrics=("accuracy", "f1"),
@@ -100,11 +103,11 @@ TASKS: Mapping[str, GlueTask] = {
 
 
 def glue_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
-    """The rows of `glue/<task>`.
+    """Return the rows of `glue/<task>`.
 
     Raises:
-        ConfigError: there is no such task, or a key does not fit it.
-        DataError: its files or the Hub cannot be read.
+        ConfigError: the task does not exist, or a key does not fit the task.
+        DataError: the files or the Hub cannot be read.
     """
     name = glue_name(task.data_name)
     glue = TASKS[name]
@@ -133,10 +136,10 @@ def glue_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
 
 
 def glue_name(dataset: str) -> str:
-    """The task of `glue/<task>`, however it is written (SST-2, sst2).
+    """Return the task of `glue/<task>` for any spelling, such as SST-2 or sst2.
 
     Raises:
-        ConfigError: there is no such task.
+        ConfigError: the task does not exist.
     """
     written = dataset.partition("/")[2]
     names = {_plain(name): name for name in TASKS}
@@ -175,10 +178,10 @@ def _local(data_dir: Path, name: str, glue: GlueTask) -> dict[SplitName, Table]:
 
 
 def task_folder(data_dir: Path, name: str) -> Path:
-    """The folder of a task's TSV files: `data_dir` itself, or the one in it of that name.
+    """Return the folder of a task's TSV files: `data_dir`, or its subfolder with the task's name.
 
     Raises:
-        DataError: there is none.
+        DataError: the folder does not exist.
     """
     data_dir = data_dir.expanduser()
     if not data_dir.is_dir():

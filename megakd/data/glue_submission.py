@@ -1,6 +1,6 @@
-"""GLUE's unlabelled test splits, by the file of the benchmark's submission that answers them.
+"""GLUE's unlabelled test splits, by the file of a submission that holds the predictions.
 
-Nothing of a run needs them, so they are read only when a submission is made.
+A run does not need these splits, so they are read only when a submission is written.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ SUBMISSIONS: Mapping[str, Mapping[str, str]] = {
     "rte": {"RTE": "test"},
     "wnli": {"WNLI": "test"},
 }
-"""Task -> the stem of a submission's file -> the split it answers, on disk and on the Hub."""
+"""Task -> stem of a submission's file -> name of the test split, on disk and on the Hub."""
 DIAGNOSTIC = "AX"
 DIAGNOSTIC_FILES = ("AX/AX.tsv", "AX.tsv", "diagnostic/diagnostic.tsv", "diagnostic.tsv")
 
 
 class SubmissionRows(NamedTuple):
-    """What a submission has to answer.
+    """The rows that a submission has to predict.
 
-    rows: by the stem of the submission's file, in the order of the test file; the columns of
-        `splits.Splits`, without a single label.
-    content_hash: sha256 of what they came from.
+    rows: by the stem of the submission's file, in the order of the test file, with the columns of
+        `splits.Splits`; no row has a label.
+    content_hash: sha256 of the sources of the rows.
     """
 
     rows: Mapping[str, Dataset]
@@ -55,14 +55,14 @@ class SubmissionRows(NamedTuple):
 
 
 def submission_rows(task: TaskConfig, *, cache_dir: Path) -> SubmissionRows:
-    """The test rows of `glue/<task>`; those of MNLI with GLUE's diagnostic set where it is there.
+    """Return the test rows of `glue/<task>`; for MNLI also GLUE's diagnostic set if available.
 
     Args:
-        task: `dataset` and `data_dir` count; neither labels nor rows are chosen.
-        cache_dir: rows read once are kept in it.
+        task: the task; only `dataset`, `data_dir` and `type` are used, and no rows are left out.
+        cache_dir: folder in which the rows are kept.
 
     Raises:
-        ConfigError: there is no such task.
+        ConfigError: the task does not exist.
         DataError: a test file is missing or cannot be read.
     """
     name = glue_name(task.data_name)
@@ -87,7 +87,7 @@ def _local(data_dir: Path, name: str, glue: GlueTask) -> dict[str, Table]:
             )
     if glue.folder == "mnli":
         files |= _diagnostic_file(folder)
-    # CoLA's training file names no columns, but every test file does.
+    # All test files have a header, even CoLA's, although CoLA's training file has no header.
     return {stem: read_tsv(path) for stem, path in files.items()}
 
 

@@ -1,4 +1,4 @@
-"""A data set of the Hugging Face Hub, through `datasets` and its own cache."""
+"""Data sets of the Hugging Face Hub, loaded with `datasets` and its cache."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ ROWS_PER_READ = 1000
 
 
 def hub_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
-    """The rows of the Hub data set `task.dataset`.
+    """Return the rows of the Hub data set `task.dataset`.
 
     Raises:
-        DataError: the Hub cannot be reached or has no such data set, or its columns do not fit.
+        DataError: the Hub cannot be reached, the data set does not exist, or its columns do not
+            fit the task.
     """
     advice = (
         "task.dataset may also be pydocs, glue/<task>, or a local file or folder, "
@@ -39,10 +40,10 @@ def hub_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
 
 
 def hub_tables(name: str, configuration: str | None, *, advice: str) -> dict[SplitName, Table]:
-    """The splits of a Hub data set that have a usual name.
+    """Return the splits of a Hub data set that have a usual name.
 
     Raises:
-        DataError: it cannot be loaded; the message ends with `advice`.
+        DataError: the data set cannot be loaded; the message ends with `advice`.
     """
     found = load_hub(name, configuration, advice=advice)
     return {
@@ -53,10 +54,10 @@ def hub_tables(name: str, configuration: str | None, *, advice: str) -> dict[Spl
 
 
 def load_hub(name: str, configuration: str | None, *, advice: str) -> DatasetDict:
-    """All splits of a Hub data set, downloaded or from the cache of `datasets`.
+    """Return all splits of a Hub data set, downloaded or from the cache of `datasets`.
 
     Raises:
-        DataError: it cannot be loaded; the message ends with `advice`.
+        DataError: the data set cannot be loaded; the message ends with `advice`.
     """
     label = f"{name} ({configuration})" if configuration else name
     try:
@@ -76,7 +77,7 @@ def load_hub(name: str, configuration: str | None, *, advice: str) -> DatasetDic
 
 
 def hub_table(name: str, rows: Dataset) -> Table:
-    """One Hub split; only columns of texts, numbers and classes are read."""
+    """Return a split of the Hub as a table; only columns of texts, numbers and classes are read."""
     plain = [
         column
         for column, feature in rows.features.items()

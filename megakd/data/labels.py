@@ -1,4 +1,4 @@
-"""What a label column says: class numbers, class names or scores; nothing is guessed silently."""
+"""Strict reading of label columns: class numbers, class names or scores."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Labeller = Callable[[Table, str, Record], "int | float"]
 class Classes:
     """The classes of a data set, in the order of their numbers.
 
-    numbered: the data writes numbers, not names.
-    unlabelled: numbers that stand for "no label".
+    numbered: whether the data holds class numbers instead of names.
+    unlabelled: numbers that mean "no label".
     """
 
     names: tuple[str, ...]
@@ -35,17 +35,17 @@ class Classes:
         object.__setattr__(self, "number_of", {name: n for n, name in enumerate(self.names)})
 
     def label(self, table: Table, column: str, record: Record) -> int:
-        """The class number of a row, -100 without a label.
+        """Return the class number of a row, or -100 without a label.
 
         Raises:
-            DataError: the value is no class of this data set.
+            DataError: the value is not a class of this data set.
         """
         value = class_value(table, column, record)
         if value is None:
             return IGNORE
         own = table.class_names.get(column, self.names)
         if own != self.names and isinstance(value, int) and 0 <= value < len(own):
-            value = own[value]  # this file numbers the classes in another order
+            value = own[value]  # this file has another order of the classes
         if isinstance(value, str) and not (self.numbered and _integer(value) is not None):
             number = self.number_of.get(value)
             if number is not None:
@@ -74,13 +74,17 @@ class Classes:
 
 
 def find_classes(table: Table, column: str) -> Classes:
-    """The classes of the training split: its own names, else 0..n-1, else the words, sorted.
+    """Return the classes of the training split.
+
+    The classes are the class names that the table declares, or else the numbers 0..n-1, or else
+    the sorted words of the column.
 
     Raises:
-        DataError: numbers and names are mixed, numbers leave gaps, or fewer than two classes.
+        DataError: numbers and words are mixed, numbers have gaps, or there are fewer than two
+            classes.
     """
     if column in table.class_names:
-        # `datasets` writes -1 where a row has no class.
+        # `datasets` uses -1 for a row without a class.
         return Classes(table.class_names[column], numbered=True, unlabelled=frozenset({-1, IGNORE}))
     first_seen: dict[int | str, str] = {}
     for record in table.records():
@@ -102,10 +106,10 @@ def find_classes(table: Table, column: str) -> Classes:
 
 
 def class_value(table: Table, column: str, record: Record) -> int | str | None:
-    """A label as the data writes it: a number, a word, or None for "no label".
+    """Return a label as it is in the data: a number, a word, or None for "no label".
 
     Raises:
-        DataError: the value can be no class.
+        DataError: the value cannot be a class.
     """
     value = record.values.get(column)
     if value is None:
@@ -126,10 +130,10 @@ def class_value(table: Table, column: str, record: Record) -> int | str | None:
 
 
 def score(table: Table, column: str, record: Record) -> float:
-    """The score of a row, NaN without one.
+    """Return the score of a row, or NaN without a score.
 
     Raises:
-        DataError: the value is no finite number.
+        DataError: the value is not a finite number.
     """
     value = record.values.get(column)
     if value is None or (isinstance(value, str) and not value.strip()):
@@ -160,8 +164,8 @@ def _integer(value: int | str) -> int | None:
 
 
 def _all_integers(table: Table, first_seen: Mapping[int | str, str]) -> dict[int, str] | None:
-    """Number -> where it is first; None if the labels are words."""
-    # Backwards, so that of "1" and "1.0" the first one gives the place.
+    """Return number -> place of its first row; None if the labels are words."""
+    # In reverse order, so that the place of the first row is kept for "1" and "1.0".
     numbers = {_integer(value): place for value, place in reversed(list(first_seen.items()))}
     words = [value for value in first_seen if _integer(value) is None]
     if not words:

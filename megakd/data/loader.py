@@ -1,4 +1,4 @@
-"""Which rows a rank sees at which step: a function of (seed, step), with nothing to restore."""
+"""Distribution of rows to steps, ranks and micro-batches: a function of (seed, step), no state."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ STEPS_AHEAD = 2
 
 
 class Collate(Protocol):
-    """Makes a padded micro-batch of rows; `dummy_rows` more at the end count nowhere."""
+    """A function that collates rows to a padded micro-batch, with dummy rows at the end."""
 
     def __call__(self, rows: object, *, dummy_rows: int = 0) -> Batch:
-        """Pads and joins."""
+        """Return the micro-batch."""
         ...
 
 
 class StepShape(NamedTuple):
-    """How the rows of an optimiser step are dealt out.
+    """Numbers of rows, micro-batches and ranks of an optimizer step.
 
-    per_device: rows of a micro-batch; accumulation: micro-batches of a rank per step.
+    per_device: rows of a micro-batch.
+    accumulation: micro-batches of a rank per step.
     """
 
     per_device: int
@@ -45,41 +46,45 @@ class StepShape(NamedTuple):
 
     @staticmethod
     def of_batch(batch_size: int, most: int, *, rank: int, world: int) -> StepShape:
-        """Return the shape that deals a batch of all ranks evenly, at most `most` rows at a time.
+        """Return the shape that splits a global batch evenly into micro-batches of `most` rows.
 
-        The last row of the last micro-batches may be a dummy.
+        Micro-batches have at most `most` rows. The last row of the last micro-batches may be a
+        dummy row.
         """
         accumulation = -(-batch_size // (most * world))
         return StepShape(-(-batch_size // (accumulation * world)), accumulation, rank, world)
 
     @property
     def micro_batches(self) -> range:
-        """The numbers of this rank's micro-batches among those of all ranks."""
+        """The numbers of this rank's micro-batches among the micro-batches of all ranks."""
         return range(self.rank, self.accumulation * self.world, self.world)
 
     @property
     def rows_per_step(self) -> int:
-        """Over all ranks and micro-batches."""
+        """Number of rows of a step over all ranks and micro-batches."""
         return self.per_device * self.accumulation * self.world
 
     def most_rows(self, rows: int) -> int:
-        """Return the rows of a micro-batch where a step has at most `rows`: no need for dummies."""
+        """Return the rows of a micro-batch if a step has at most `rows` rows.
+
+        Small data sets need fewer dummy rows this way.
+        """
         return min(self.per_device, -(-rows // (self.accumulation * self.world)))
 
     def steps_per_epoch(self, rows: int) -> int:
-        """Steps in which every row comes once."""
+        """Return the number of steps in which every row occurs once."""
         return -(-rows // self.rows_per_step)
 
 
 class StepLoader:
-    """The training rows, an optimiser step at a time.
+    """The training rows, grouped by optimizer step.
 
-    Every epoch is a fresh permutation of the rows, cut into steps of `rows_per_step`. Which
-    rows form a step does not depend on how they are dealt to micro-batches and ranks. The last
-    step of an epoch has what is left, dealt evenly and filled up with dummy rows: no row comes
-    twice, and every rank has the same number of micro-batches in every step.
+    Every epoch is a new permutation of the rows, cut into steps of `rows_per_step`. The rows of a
+    step do not depend on the split into micro-batches and ranks. The last step of an epoch has the
+    remaining rows, which are distributed evenly and filled up with dummy rows. No row occurs twice
+    in an epoch, and every rank has the same number of micro-batches in every step.
 
-    masking hides tokens of each row anew in every epoch, a function of (seed, epoch, row).
+    `masking` chooses new masks in every epoch, as a function of (seed, epoch, row).
     """
 
     def __init__(
@@ -93,7 +98,7 @@ class StepLoader:
     ) -> None:
         if not len(rows):
             raise DataError("the training split has no rows")
-        # Arrow tables: no Python object per token is made.
+        # Arrow tables do not create a Python object per token.
         self._rows = rows.with_format("arrow")
         self._collate = collate
         self._shape = shape
@@ -106,20 +111,20 @@ class StepLoader:
         self._latest: tuple[int, NDArray[np.int64]] | None = None
 
     def step(self, index: int) -> tuple[Batch, ...]:
-        """This rank's micro-batches of optimiser step `index`, counted from 0 over all epochs."""
+        """Return this rank's micro-batches of step `index`, counted from 0 over all epochs."""
         return tuple(self._micro_batch(index, number) for number in self._shape.micro_batches)
 
     def step_rows(self, index: int) -> NDArray[np.int64]:
-        """The rows of optimiser step `index` over all ranks."""
+        """Return the row numbers of optimizer step `index` over all ranks."""
         epoch, position = divmod(index, self.steps_per_epoch)
         start = position * self._shape.rows_per_step
         return self._order(epoch)[start : start + self._shape.rows_per_step]
 
     def iterate(self, start: int, stop: int) -> Generator[tuple[Batch, ...], None, None]:
-        """The steps from `start` up to `stop`, fetched ahead in one background thread.
+        """Yield the steps from `start` up to, excluding, `stop`, prepared in a background thread.
 
-        The thread ends when the iterator does, also when the consumer leaves early; an error in
-        it is raised here.
+        The thread ends with the iterator, even if the consumer stops early. An error in the thread
+        is raised here.
         """
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step-loader")
         ahead: deque[Future[tuple[Batch, ...]]] = deque()
@@ -133,14 +138,14 @@ class StepLoader:
             executor.shutdown(cancel_futures=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the rows of a step follow from the seed."""
+        """Return {}: the rows of a step follow from the seed."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take nothing."""
+        """Do nothing."""
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        # Kept for the epoch; replaced in one assignment, since two threads may be here.
+        # Kept for the epoch; replaced in one assignment, because two threads may run this code.
         latest = self._latest
         if latest is None or latest[0] != epoch:
             generator = np.random.default_rng([self._seed, epoch])
@@ -175,10 +180,11 @@ def evaluation_batches(
     world: int,
     masking: Masking | None = None,
 ) -> Iterator[Batch]:
-    """This rank's share of all rows, each row once, as many batches on every rank.
+    """Yield this rank's batches of an evaluation, in which every row occurs once.
 
-    Global batch k holds rows k·batch_size and on, in order, and goes to rank k modulo world;
-    dummy rows fill the last ones. `masking` hides the same tokens at every evaluation of every run.
+    Every rank has the same number of batches. Global batch k holds the rows from k·batch_size, in
+    order, and belongs to rank k modulo world; dummy rows fill the last batches. `masking` masks the
+    same tokens in every evaluation of every run.
 
     Raises:
         DataError: there are no rows.
@@ -201,18 +207,18 @@ def global_batches(
     batch_size: int,
     masking: Masking | None = None,
 ) -> Iterator[Iterator[Batch]]:
-    """Yield this rank's micro-batches of every batch of all rows, in order.
+    """Yield this rank's micro-batches of every global batch, in order.
 
-    Which rows form a batch does not depend on how they are dealt to micro-batches and ranks.
-    Every rank has the same number of micro-batches in every batch; dummy rows fill them.
-    `masking` hides the same tokens as at an evaluation.
+    The rows of a batch do not depend on the split into micro-batches and ranks. Every rank has the
+    same number of micro-batches in every batch; dummy rows fill the micro-batches. `masking` masks
+    the same tokens as in an evaluation.
 
     Args:
-        rows: all of them come once.
-        collate: makes a micro-batch.
-        shape: how a batch is dealt, see `StepShape.of_batch`.
-        batch_size: rows of a batch, all ranks together.
-        masking: for mlm.
+        rows: the rows, each of which occurs once.
+        collate: function that collates a micro-batch.
+        shape: split of a batch, see `StepShape.of_batch`.
+        batch_size: rows of a batch over all ranks.
+        masking: masks of mlm; None for other tasks.
 
     Raises:
         DataError: there are no rows.
@@ -240,5 +246,5 @@ def _collated(table: Dataset, rows: NDArray[np.int64], collate: Collate, *, size
 
 
 def evaluation_turns(count: int, *, batch_size: int, world: int) -> int:
-    """How many batches every rank gets for `count` rows."""
+    """Return the number of batches that every rank gets for `count` rows."""
     return -(-count // (batch_size * world))

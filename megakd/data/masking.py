@@ -1,8 +1,8 @@
 """Dynamic masks of masked language modelling (Devlin et al. 2019, BERT, section 3.1).
 
-A mask is a pure function of (seed, draw, row, position): which ranks and micro-batches a step is
-cut into, how far its rows are padded and where a run was resumed make no difference. Shapes: B
-rows of a micro-batch, T positions.
+A mask is a pure function of (seed, draw, row, position). It does not depend on the split of a step
+into ranks and micro-batches, on the padding, or on where a run was resumed. Shapes: B rows of a
+micro-batch, T positions.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ if TYPE_CHECKING:
 
 DEFAULT_PROBABILITY = 0.15
 MASKED_SHARE, RANDOM_SHARE = 0.8, 0.1
-"""Of the chosen tokens: shown as the mask token, as a random token; the rest as they are."""
+"""Fractions of the chosen tokens that become the mask token or a random token.
+
+The other chosen tokens are not changed.
+"""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 class _Numbers(NamedTuple):
-    """Three numbers in [0, 1) for each position, [B, T] fp64."""
+    """Three random numbers in [0, 1) for each position, [B, T] fp64."""
 
     choice: NDArray[np.float64]
     fate: NDArray[np.float64]
@@ -39,12 +42,14 @@ class _Numbers(NamedTuple):
 
 
 class Masking:
-    """Hides tokens of a micro-batch and makes them its labels; nothing is shifted.
+    """A function that masks tokens of a micro-batch and sets the original tokens as labels.
 
-    mask_id: the token that stands for a hidden one.
-    special_ids: tokens that are never hidden.
-    vocabulary: tokens that may stand at random for a hidden one.
-    probability: of each token to be chosen; a row in which chance would choose none gets one.
+    Labels are not shifted.
+
+    mask_id: the mask token.
+    special_ids: tokens that are never masked.
+    vocabulary: tokens that may replace a masked token at random.
+    probability: probability of each token to be chosen; at least one token per row is chosen.
     """
 
     def __init__(
@@ -61,13 +66,13 @@ class Masking:
         self._probability = probability
 
     def __call__(self, batch: Batch, rows: NDArray[np.int64], *, seed: int, draw: int) -> Batch:
-        """The batch with tokens hidden in `input_ids`, and `labels` [B, T] and `targets` set.
+        """Return the batch with masked `input_ids`, and with `labels` [B, T] and `targets`.
 
         Args:
-            batch: on the CPU; not changed.
-            rows: numbers of its rows in the data set; rows after these are dummies.
-            seed: of the run.
-            draw: which of a row's masks to take, such as the epoch.
+            batch: batch on the CPU, which is not changed.
+            rows: numbers of the batch's rows in the data set; further rows are dummy rows.
+            seed: seed of the run.
+            draw: number of the mask to use for a row, such as the epoch.
         """
         ids = batch.inputs["input_ids"].numpy()  # [B, T]
         real = batch.valid.numpy()
@@ -81,7 +86,7 @@ class Masking:
         return Batch(inputs, torch.from_numpy(labels), batch.valid, torch.from_numpy(targets))
 
     def _shown(self, ids: NDArray[np.int64], numbers: _Numbers) -> NDArray[np.int64]:
-        """What stands at each position, were it chosen."""
+        """Return the token that each position would show if the position were chosen."""
         place = (numbers.token * len(self._vocabulary)).astype(np.int64)
         is_masked = numbers.fate < MASKED_SHARE
         is_random = numbers.fate < MASKED_SHARE + RANDOM_SHARE
@@ -90,7 +95,7 @@ class Masking:
 
 
 def task_masking(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> Masking | None:
-    """The masks of an mlm task; None for every other."""
+    """Return the masking of an mlm task; None for other tasks."""
     if task.type != "mlm":
         return None
     special = {int(number) for number in tokenizer.all_special_ids}
@@ -105,14 +110,14 @@ def task_masking(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> Maskin
 def _chosen(
     choice: NDArray[np.float64], maskable: NDArray[np.bool_], probability: float
 ) -> NDArray[np.bool_]:
-    """[B, T]: the maskable positions below the probability, the lowest one in any case."""
+    """Return [B, T] bool: maskable positions below the probability, and the lowest of each row."""
     lowest = np.where(maskable, choice, np.inf).argmin(axis=1)
     is_lowest = np.arange(choice.shape[1]) == lowest[:, None]
     return maskable & ((choice < probability) | is_lowest)
 
 
 def _numbers(seed: int, draw: int, rows: NDArray[np.int64], shape: tuple[int, ...]) -> _Numbers:
-    """SplitMix64 (Steele, Lea and Flood 2014): every row has a stream of its own."""
+    """Return random numbers of SplitMix64 (Steele, Lea and Flood 2014), one stream per row."""
     key = np.zeros((shape[0], 1), dtype=np.uint64)
     parts = np.zeros((3, shape[0], 1), dtype=np.uint64)
     parts[0], parts[1] = seed, draw
@@ -126,7 +131,7 @@ def _numbers(seed: int, draw: int, rows: NDArray[np.int64], shape: tuple[int, ..
 
 
 def _mixed(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's output function, modulo 2^64."""
+    """Return SplitMix64's output function, modulo 2^64."""
     state = (state ^ (state >> np.uint64(30))) * _FIRST
     state = (state ^ (state >> np.uint64(27))) * _SECOND
     return state ^ (state >> np.uint64(31))

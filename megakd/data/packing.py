@@ -1,10 +1,10 @@
-"""Documents of any length in rows of one length, nothing lost: [length] tokens a row.
+"""Packing of documents of any length into rows of [length] tokens, without losing a token.
 
-Documents lie one after the other; where a row ends the document goes on in the next one.
-Positions restart at 0 at the start of every document and of every row. Decoders of
-transformers read the restarts as document boundaries and let no token see another document,
-provided that no attention mask and no cache is given (`use_cache=False`): with a cache they do
-not look.
+Documents are concatenated; a document that does not fit into a row continues in the next row.
+Positions restart at 0 at the start of every document and of every row. Decoders of transformers
+read the restarts as document boundaries and prevent attention to other documents. This requires
+that no attention mask and no cache is given (`use_cache=False`): with a cache, decoders ignore the
+restarts.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ class PackedRow(NamedTuple):
 
     input_ids: [T] tokens.
     position_ids: [T] counted from the start of the document, or of the row if later.
-    labels: [T] the next token of the same document, be it in the next row; -100 at the end
-        of a document. So every token but a document's first is a target exactly once.
+    labels: [T] the next token of the same document, even if the next token is in the next row;
+        -100 at the end of a document. Every token except the first of a document is a target
+        exactly once.
     """
 
     input_ids: NDArray[np.int32]
@@ -36,7 +37,7 @@ class PackedRow(NamedTuple):
 
 
 class _Row:
-    """A row that is being filled."""
+    """A row under construction."""
 
     def __init__(self, length: int) -> None:
         self._tokens = np.empty((3, length), dtype=np.int32)
@@ -47,7 +48,7 @@ class _Row:
         return self._tokens.shape[1] - self.used
 
     def add(self, ids: NDArray[np.int32], labels: NDArray[np.int32]) -> int:
-        """Takes as many tokens as fit and says how many."""
+        """Add as many tokens as fit, and return their number."""
         count = min(len(ids), self.free)
         end = self.used + count
         self._tokens[0, self.used : end] = ids[:count]
@@ -57,21 +58,21 @@ class _Row:
         return count
 
     def take(self) -> PackedRow:
-        """Gives the row away and starts an empty one."""
+        """Return the row and start an empty row."""
         row = self._tokens[:, : self.used].copy()
         self.used = 0
         return PackedRow(row[0], row[1], row[2])
 
 
 def pack(documents: Iterable[ArrayLike], length: int) -> Iterator[PackedRow]:
-    """Packs documents in their order.
+    """Pack documents in their order.
 
     Args:
-        documents: token numbers of each; empty ones leave no trace.
+        documents: token numbers of each document; empty documents are ignored.
         length: tokens of a row, at least 1.
 
     Yields:
-        Full rows, then what is left as one shorter row.
+        Full rows, then a shorter row with the remaining tokens.
     """
     if length < 1:
         raise ValueError(f"a packed row has at least 1 token, got length {length}")

@@ -1,8 +1,9 @@
-"""The embedded corpus `pydocs`: real English on every machine that has just installed megakd.
+"""The embedded corpus `pydocs`: English text that is available wherever megakd is installed.
 
-Its texts are the docstrings of the standard library and of the installed packages. The
-classification view asks which package a first sentence documents, with all package names masked;
-the text view has every docstring as one document. Both are deduplicated and split by hash.
+The texts are the docstrings of the standard library and of installed packages. In the
+classification view, the text is the first sentence of a docstring with all package names masked,
+and the label is its package. In the text view, every docstring is a document. Both views are
+deduplicated and split by hash.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from megakd.storage.atomic import write_json
 
 logger = logging.getLogger(__name__)
 
-# Goes up when the same sources give other rows.
+# Increase this number when the same sources result in different rows.
 VERSION = 1
 PACKAGES = (
     "transformers",
@@ -75,7 +76,7 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`\"'(\[])")
 FEWEST_WORDS = 3
 MOST_CHARACTERS = 1000
 FEWEST_ROWS_PER_CLASS = 20
-# About 2000 rows each of the classification view.
+# About 2000 rows per held-out split of the classification view.
 HELD_OUT = {"classification": 0.045, "text": 0.02}
 VIEW_OF: Mapping[TaskType, str] = {
     "classification": "classification",
@@ -90,12 +91,12 @@ Labelled = tuple[str, str]
 
 
 def pydocs_rows(task: TaskConfig, *, cache_dir: Path, roots: Sequence[Path] | None = None) -> Found:
-    """The rows of the view that the task type needs.
+    """Return the rows of the view for the task type.
 
     Args:
-        task: type classification, mlm or causal_lm.
-        cache_dir: the corpus is built in it once.
-        roots: where to look for modules; None takes those of this interpreter.
+        task: a task of type classification, mlm or causal_lm.
+        cache_dir: folder in which the corpus is built once.
+        roots: folders to search for modules; None searches the folders of this interpreter.
 
     Raises:
         ConfigError: a key of the task does not fit.
@@ -125,19 +126,22 @@ def pydocs_rows(task: TaskConfig, *, cache_dir: Path, roots: Sequence[Path] | No
 
 
 def first_sentence(docstring: str) -> str:
-    """The first sentence of the first paragraph, on one line."""
+    """Return the first sentence of the first paragraph, on one line."""
     paragraph = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0]
     line = " ".join(paragraph.split())
     return SENTENCE_END.split(line, maxsplit=1)[0][:MOST_CHARACTERS]
 
 
 def masked(text: str) -> str:
-    """The text with every name of a package replaced by one neutral word."""
+    """Return the text with every name of a package replaced by a neutral word."""
     return NAMED.sub(MASK, text)
 
 
 def classification_rows(corpus: Iterable[Labelled]) -> list[Labelled]:
-    """(package, masked first sentence), each text once; texts of two packages are left out."""
+    """Return (package, masked first sentence) of each unique text.
+
+    Texts that occur in two packages are left out.
+    """
     owners: dict[str, Labelled] = {}
     shared: set[str] = set()
     for package, docstring in corpus:
@@ -153,7 +157,10 @@ def classification_rows(corpus: Iterable[Labelled]) -> list[Labelled]:
 
 
 def split_of(text: str, view: str) -> SplitName:
-    """Where a text belongs: a function of its words alone, so equal texts are never apart."""
+    """Return the split of a text, which depends only on its words.
+
+    Equal texts are therefore in the same split.
+    """
     position = text_hash(_normal(text), salt="pydocs split") / HASH_RANGE
     if position < HELD_OUT[view]:
         return "test"

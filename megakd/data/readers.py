@@ -1,7 +1,7 @@
 """Strict, streaming readers of local files: csv, tsv, jsonl, json, parquet and txt.
 
-A file is read as UTF-8 or refused with the line that is not. A csv knows quotes (RFC 4180), a tsv
-has none: a `"` there is a character of the text, as in GLUE's files.
+A text file that is not UTF-8 is refused with the number of the line. A csv file may have quoted
+fields (RFC 4180). A tsv file has no quoting: `"` is a character of the text, as in GLUE's files.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ PARQUET_BATCH_ROWS = 1000
 
 
 def read_csv(path: Path) -> Table:
-    """A csv file with a header; fields may be quoted and hold line breaks."""
+    """Read a csv file with a header; fields may be quoted and contain line breaks."""
     return _with_header(path, _csv_fields)
 
 
 def read_tsv(
     path: Path, *, header: Sequence[str] | None = None, skip_broken: bool = False
 ) -> Table:
-    """A tsv file without quoting.
+    """Read a tsv file without quoting.
 
     Args:
         path: the file.
-        header: the names of the columns where the file does not begin with them.
-        skip_broken: leave out lines with another number of fields instead of refusing them.
+        header: names of the columns if the file has no header.
+        skip_broken: whether lines with a wrong number of fields are skipped instead of refused.
     """
     return _with_header(path, _tsv_fields, header=header, skip_broken=skip_broken)
 
 
 def read_jsonl(path: Path) -> Table:
-    """A file with one JSON object (or one string) per line."""
+    """Read a file with one JSON object (or one string) per line."""
     columns: dict[str, None] = {}
     for record in _jsonl_records(path):
         columns.update(dict.fromkeys(record.values))
@@ -59,7 +59,7 @@ def read_jsonl(path: Path) -> Table:
 
 
 def read_json(path: Path) -> dict[SplitName, Table]:
-    """A JSON list of strings, objects or [text, label], or an object of such lists by split."""
+    """Read a JSON list of strings, objects or [text, label], or a mapping from splits to lists."""
     tree = parse_json("".join(text_lines(path)), str(path))
     _refuse_doubled(tree, str(path))
     digest = digest_of(path)
@@ -80,7 +80,7 @@ def read_json(path: Path) -> dict[SplitName, Table]:
 
 
 def read_parquet(path: Path) -> Table:
-    """A parquet file; class names that `datasets` left in its schema are used."""
+    """Read a parquet file, and the class names that `datasets` may have stored in its schema."""
     with _parquet_errors(path):
         schema = pq.read_schema(path)
         features = Features.from_arrow_schema(schema)
@@ -94,7 +94,11 @@ def read_parquet(path: Path) -> Table:
 
 
 def joined(tables: Sequence[Table], name: str) -> Table:
-    """The tables one after the other, as the shards of one split."""
+    """Return the concatenation of tables, such as the shards of one split.
+
+    Raises:
+        DataError: the columns of two tables differ.
+    """
     if len(tables) == 1:
         return tables[0]
     first = tables[0]
@@ -120,7 +124,7 @@ def joined(tables: Sequence[Table], name: str) -> Table:
 
 
 def class_names_of(features: Features) -> dict[str, tuple[str, ...]]:
-    """The class names of those columns that have some."""
+    """Return the class names by column, for columns with class names."""
     return {
         name: tuple(feature.names)
         for name, feature in features.items()
@@ -129,7 +133,7 @@ def class_names_of(features: Features) -> dict[str, tuple[str, ...]]:
 
 
 def digest_of(path: Path) -> str:
-    """Sha256 of a file.
+    """Return the sha256 of a file.
 
     Raises:
         DataError: the file cannot be read.
@@ -140,7 +144,7 @@ def digest_of(path: Path) -> str:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turns what the system says about a file into one message."""
+    """Convert system errors about a file into a DataError."""
     try:
         yield
     except FileNotFoundError as error:
@@ -150,7 +154,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def text_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, with their line ends and without a byte order mark.
+    """Yield the lines of a UTF-8 file, with line ends and without a byte order mark.
 
     Raises:
         DataError: the file cannot be read, or a line is not UTF-8.
@@ -168,9 +172,9 @@ def text_lines(path: Path) -> Iterator[str]:
 
 
 class DoubledKeys(dict[str, object]):
-    """A JSON object that names a key more than once.
+    """A JSON object with a repeated key.
 
-    key: the first such key.
+    key: the first repeated key.
     """
 
     def __init__(self, pairs: Sequence[tuple[str, object]]) -> None:
@@ -250,7 +254,7 @@ def _csv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 @contextmanager
 def _long_csv_fields() -> Iterator[None]:
-    # A document may be longer than the 131072 characters that `csv` takes for a broken quote.
+    # `csv` refuses fields of more than 131072 characters by default; documents may be longer.
     limit = csv.field_size_limit(sys.maxsize)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A split's rows without a Python object per value: as arrow batches, and as a key."""
+"""Rows of a split as arrow batches, without a Python object per value, and a key of the rows."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ LABELS_AT_ONCE = 100_000
 
 
 def arrow_batches(rows: Dataset, size: int) -> Iterator[pa.Table]:
-    """All rows in order, `size` at a time."""
+    """Yield all rows in order, `size` rows at a time."""
     return cast("Iterator[pa.Table]", rows.with_format("arrow").iter(batch_size=size))
 
 
 def rows_key(rows: Dataset) -> str:
-    """A key of what the rows hold: their number, all labels, and the texts of some.
+    """Return a hash of the number of rows, of all labels, and of the texts of some rows.
 
-    The content hash of the sources need not tell two cuts of one source apart, so the rows are
-    looked at themselves; all labels, since which rows carry one may be the only difference.
+    The content hash of the sources may be equal for two selections from the same source, so the
+    hash is computed from the rows. All labels are included, because the set of labelled rows may be
+    the only difference.
     """
     digest = hashlib.sha256(f"{len(rows)} {sorted(rows.column_names)}".encode())
     if "label" in rows.column_names:

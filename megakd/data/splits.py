@@ -1,4 +1,4 @@
-"""The one way to rows: `load_splits` finds the data set and chooses what is trained and scored."""
+"""The rows of a run: `load_splits` loads the data set and selects training and held-out rows."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from megakd.errors import ConfigError, DataError
 class Splits(NamedTuple):
     """The rows of a run.
 
-    train, validation, test: columns `text`, `text_pair` (pairs only) and `label`, an int64 class
-        number or a float32 score, absent for mlm and causal_lm; -100 or NaN where a row has no
-        label. test is None unless its rows carry labels.
+    train, validation, test: columns `text`, `text_pair` (pairs only) and `label`. The label is an
+        int64 class number or a float32 score, and -100 or NaN for a row without a label. mlm and
+        causal_lm have no column `label`. test is None unless its rows carry labels.
     label_names: class names in the order of their numbers; empty without classes.
     metrics: names of the official metrics.
-    content_hash: sha256 of what the rows came from and of how they were chosen, without the sets.
+    content_hash: sha256 of the sources of the rows and of their selection, without the evaluation
+        sets.
     evaluation_sets: further rows to score, by name; always with labels.
-    sets_hash: sha256 of what those came from; empty without any.
-    is_cut: whether validation was cut off the training rows.
+    sets_hash: sha256 of the sources of the evaluation sets; empty without evaluation sets.
+    is_cut: whether the validation rows were cut from the training rows.
     """
 
     train: Dataset
@@ -55,16 +56,16 @@ class Splits(NamedTuple):
 
 
 def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
-    """The rows of the task's data, with as many labels and held-out rows as the task keeps.
+    """Return the rows of the task's data, with the labels and held-out rows that the task keeps.
 
     Args:
-        task: says which data, which columns, how many labels.
-        seed: of the run; chooses whose labels `task.labelled_examples` keeps, nothing else.
-        cache_dir: rows read once are kept in it.
+        task: the data, the columns, and the number of labels.
+        seed: seed of the run; used only to choose the labels that `task.labelled_examples` keeps.
+        cache_dir: folder in which the rows are kept.
 
     Raises:
         DataError: a file, column, label or the Hub cannot be used.
-        ConfigError: keys of the task do not fit each other.
+        ConfigError: keys of the task contradict each other.
     """
     if task.type in LANGUAGE_TASKS and task.labelled_examples is not None:
         raise ConfigError(f"task.labelled_examples: {task.type} has no labels; leave this key out")

@@ -1,4 +1,4 @@
-"""One split as it was found: named columns, read row by row, as often as wanted."""
+"""Raw tables of a split: named columns that can be read row by row, several times."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ SPLIT_ALIASES: Mapping[str, SplitName] = {
 
 
 class Record(NamedTuple):
-    """One row. place: where messages say it is, such as `line 7`; a missing value is None."""
+    """One row.
+
+    place: place of the row in messages, such as `line 7`.
+    values: values by column; a missing value is None.
+    """
 
     place: str
     values: Mapping[str, object]
@@ -33,13 +37,13 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A split before it is known which column is what.
+    """A split whose text and label columns are not yet chosen.
 
-    name: what messages call it.
-    columns: all that occur.
-    records: reads the rows once more from the beginning; memory stays flat.
-    digest: sha256 of what the rows are read from.
-    class_names: by column, where the data itself names its classes.
+    name: name of the table in messages.
+    columns: names of all columns.
+    records: function that reads all rows from the beginning, with constant memory.
+    digest: sha256 of the source of the rows.
+    class_names: class names by column, if the data itself declares class names.
     """
 
     name: str
@@ -51,11 +55,11 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The rows of a data set before any are chosen; columns as in `splits.Splits`.
+    """The rows of a data set before a selection; columns as in `splits.Splits`.
 
-    name: what messages call the data set.
-    classes: how labels are read; None without classes.
-    source_hash: sha256 of what the rows came from.
+    name: name of the data set in messages.
+    classes: classes with which labels are read; None without classes.
+    source_hash: sha256 of the sources of the rows.
     """
 
     name: str

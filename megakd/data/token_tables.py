@@ -1,4 +1,4 @@
-"""Rows of text as arrow tables of token numbers, a batch at a time."""
+"""Conversion of rows of text to arrow tables of token numbers, a batch at a time."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _IDS = pa.list_(pa.int32())
 def token_tables(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, *, split: str
 ) -> Iterator[pa.Table]:
-    """Tables of encoded rows, at least one.
+    """Yield tables of encoded rows, at least one table.
 
     Args:
-        rows: texts, and labels where the task has some.
-        tokenizer: any; its special tokens frame every text.
-        task: `type` and `max_length` count.
-        split: what messages call the rows.
+        rows: texts, and labels if the task has labels.
+        tokenizer: a tokenizer, whose special tokens are added to every text.
+        task: the task; only `type` and `max_length` are used.
+        split: name of the rows in messages.
 
     Raises:
-        DataError: the rows hold no tokens.
+        DataError: the rows have no tokens.
     """
     make = {"causal_lm": _packed_tables, "mlm": _window_tables}.get(task.type, _text_tables)
     empty = True
@@ -93,7 +93,7 @@ def _window_tables(
 
 
 def _tables_of(rows: Iterable[tuple[Any, ...]], names: Sequence[str]) -> Iterator[pa.Table]:
-    """Tables of rows whose every column is a list of token numbers."""
+    """Yield tables of rows in which every column is a list of token numbers."""
     batch: list[tuple[Any, ...]] = []
     for row in rows:
         batch.append(row)
@@ -110,7 +110,7 @@ def _table(rows: Sequence[tuple[Any, ...]], names: Sequence[str]) -> pa.Table:
 
 
 def _texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """The tokens of each text that has any, nothing before and after."""
+    """Yield the tokens of each text that is not empty, without special tokens."""
     for batch in arrow_batches(rows, TEXTS_AT_ONCE):
         encoded = tokenizer(
             batch.column("text").to_pylist(),
@@ -124,7 +124,7 @@ def _texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[i
 
 
 def document_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What stands before and after a document: the tokenizer's own, and always its eos."""
+    """Return the special tokens before and after a document, which always ends with eos."""
     prefix, suffix = _frame(tokenizer)
     eos = tokenizer.eos_token_id
     if eos is not None and suffix[-1:] != [eos]:
@@ -133,7 +133,7 @@ def document_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text."""
+    """Return the special tokens that the tokenizer adds before and after a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     starts = range(len(whole) - len(plain) + 1)

@@ -1,4 +1,4 @@
-"""The tokenizer of a run: given by name, found beside a model, or trained on the run's text."""
+"""The tokenizer of a run: given by name, read from a model's folder, or trained on the text."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LOOKED_FOR = "tokenizer.json, vocab.txt, vocab.json with merges.txt, or one *.mo
 DEFAULT_VOCAB_SIZE = 8000
 _STOCK_MODEL_NAMES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 _SENTENCEPIECE_BPE = 2
-# What special tokens are called, for files that do not say which token is which.
+# Usual names of special tokens, for files that do not declare their special tokens.
 _USUAL_NAMES = {
     "pad_token": ("[PAD]", "<pad>", "<|pad|>"),
     "unk_token": ("[UNK]", "<unk>"),
@@ -56,19 +56,21 @@ _USUAL_NAMES = {
 def load_tokenizer(
     task: TaskConfig, splits: Splits, *, model_folders: Sequence[Path], cache_dir: Path
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of all data and all models of a run.
+    """Return the tokenizer of all data and all models of a run.
 
     Args:
-        task: `tokenizer` is a folder, a Hub id, a recipe, or None: the first of
-            `model_folders` that holds one, else one of at most 8000 tokens trained on the
-            training text (WordPiece for encoders, byte-level BPE for causal_lm).
+        task: `tokenizer` is a folder, a Hub id, a recipe or None. None takes the tokenizer of the
+            first of `model_folders` that has one. If there is none, a tokenizer of at most 8000
+            tokens is trained on the training text (WordPiece for encoders, byte-level BPE for
+            causal_lm).
         splits: the training text, and its content hash.
-        model_folders: the teacher's, then the student's, those that are folders.
-        cache_dir: trained tokenizers are kept below it.
+        model_folders: the folders of the teacher's and the student's model, as far as they are
+            local.
+        cache_dir: folder below which trained tokenizers are kept.
 
     Raises:
-        DataError: the folder, Hub id or tokenizer files cannot be used, or there is no pad
-            token for an encoder, no mask token for mlm.
+        DataError: the folder, Hub id or tokenizer files cannot be used, the tokenizer of an
+            encoder has no pad token, or the tokenizer for mlm has no mask token.
     """
     tokenizer, origin = _resolved(task, splits, model_folders, cache_dir)
     if tokenizer.pad_token_id is None:
@@ -83,7 +85,7 @@ def load_tokenizer(
 
 
 def has_tokenizer_files(folder: Path) -> bool:
-    """Whether the folder holds files that a tokenizer can be read from."""
+    """Return whether the folder has files that a tokenizer can be read from."""
     names = ("tokenizer.json", "vocab.txt")
     has_bpe = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     return (
@@ -96,7 +98,7 @@ def has_tokenizer_files(folder: Path) -> bool:
 def _resolved(
     task: TaskConfig, splits: Splits, model_folders: Sequence[Path], cache_dir: Path
 ) -> tuple[PreTrainedTokenizerBase, str]:
-    """The tokenizer and where it comes from, in words."""
+    """Return the tokenizer, and a description of its origin."""
     spec = task.tokenizer
     if isinstance(spec, str):
         return _named(spec, task.type), f'task.tokenizer "{spec}"'
@@ -137,18 +139,18 @@ def _named(spec: str, task_type: TaskType) -> PreTrainedTokenizerBase:
 
 
 def from_folder(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
-    """The tokenizer whose files a folder holds.
+    """Read the tokenizer of a folder.
 
     Raises:
-        DataError: they cannot be read.
+        DataError: the files cannot be read.
         ModelError: megakd wrote the folder, and a file was changed.
     """
-    # Those who load the weights verify the weights.
+    # Weights are verified when they are loaded.
     check_given(folder, "task.tokenizer", wanted=lambda name: not name.endswith(".safetensors"))
     try:
         return _read(folder, task_type)
     except Exception as error:
-        # Broken files come back as KeyError, JSONDecodeError or a bare Exception, as it happens.
+        # Broken files may raise KeyError, JSONDecodeError or a plain Exception.
         raise DataError(
             f"the tokenizer files in {folder} cannot be read: {_first_line(error)}. Fetch them "
             f"again, or give another tokenizer as task.tokenizer"
@@ -181,10 +183,10 @@ def _from_json(path: Path, task_type: TaskType) -> PreTrainedTokenizerFast:
 
 def _from_sentencepiece(path: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
     extractor = SentencePieceExtractor(str(path))
-    # Generated at run time: the checker knows no fields of it.
+    # A class generated at run time, whose fields are unknown to the type checker.
     proto: Any = extractor.proto
     if any(piece.piece == "[CLS]" for piece in proto.pieces):
-        # transformers finds a SentencePiece file by its name only.
+        # transformers finds a SentencePiece file only by its name.
         with tempfile.TemporaryDirectory() as folder:
             shutil.copyfile(path, Path(folder, "spiece.model"))
             return AlbertTokenizer.from_pretrained(folder, local_files_only=True)
@@ -196,7 +198,7 @@ def _from_sentencepiece(path: Path, task_type: TaskType) -> PreTrainedTokenizerB
             tokenizer, cls=roles["cls_token"], sep=roles["sep_token"]
         )
     elif task_type != "causal_lm" and "eos_token" in roles:
-        # T5's models are of this kind: nothing comes before a text, and this token ends it.
+        # T5's models are of this kind: no token before a text, and this token after the text.
         eos = roles["eos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"$A {eos}",
@@ -204,7 +206,7 @@ def _from_sentencepiece(path: Path, task_type: TaskType) -> PreTrainedTokenizerB
             special_tokens=[(eos, tokenizer.token_to_id(eos))],
         )
     elif proto.trainer_spec.model_type == _SENTENCEPIECE_BPE and "bos_token" in roles:
-        # Llama's models are of this kind, and saw this token before every text.
+        # Llama's models are of this kind, and were trained with this token before every text.
         bos = roles["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A",
@@ -230,7 +232,7 @@ def _sentencepiece_model(extractor: SentencePieceExtractor, proto: Any) -> model
 
 
 def _read_texts_as(proto: Any, tokenizer: Tokenizer) -> None:
-    """Characters and spaces as SentencePiece treats them before it looks for pieces."""
+    """Set the normalizer, pre-tokenizer and decoder to SentencePiece's treatment of characters."""
     spec, trained = proto.normalizer_spec, proto.trainer_spec
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
@@ -245,7 +247,7 @@ def _read_texts_as(proto: Any, tokenizer: Tokenizer) -> None:
 
 
 def _special_roles(tokenizer: Tokenizer, task_type: TaskType) -> dict[str, str]:
-    """Which tokens of the vocabulary are special, by their usual names."""
+    """Return the special tokens of the vocabulary by role, found by their usual names."""
     unused = {"cls_token", "sep_token", "mask_token"} if task_type == "causal_lm" else {"bos_token"}
     found = {
         role: next((name for name in names if tokenizer.token_to_id(name) is not None), None)
@@ -256,7 +258,7 @@ def _special_roles(tokenizer: Tokenizer, task_type: TaskType) -> dict[str, str]:
 
 
 def _sentencepiece_file(folder: Path) -> Path | None:
-    """The only *.model file, or the one with a stock name."""
+    """Return the only *.model file, or the file with a usual name; None without such a file."""
     files = sorted(folder.glob("*.model"))
     stock = [file for file in files if file.name in _STOCK_MODEL_NAMES]
     return files[0] if len(files) == 1 else next(iter(stock), None)
@@ -269,7 +271,7 @@ def _give_pad_token(tokenizer: PreTrainedTokenizerBase, task_type: TaskType, ori
             f"length into one batch; name one in its tokenizer_config.json (pad_token), or use "
             f"another tokenizer"
         )
-    # A packed row is padded at its end only, and padding is a document of its own.
+    # A packed row is padded only at its end, and padding is a separate document.
     if tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
 

@@ -1,4 +1,4 @@
-"""Tokenizers trained on the run's own text; the same text gives the same tokenizer, bit for bit."""
+"""Tokenizers trained on the run's text. Equal texts result in identical tokenizers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 logger = logging.getLogger(__name__)
-# Part of every key: raise it when the trained tokenizers would come out differently.
+# Part of every key: increase this number when the trained tokenizers would differ.
 VERSION = 2
 Kind = Literal["wordpiece", "bpe", "unigram"]
 UNKNOWN = "[UNK]"
@@ -41,33 +41,33 @@ ENCODER_ROLES = {
 }
 END_OF_TEXT = "<|endoftext|>"
 DECODER_ROLES = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": UNKNOWN}
-# Rarer pairs are chance; also what keeps a vocabulary for a short text short.
+# Rarer pairs are accidental; the limit also keeps the vocabulary of a short text small.
 MIN_FREQUENCY = 2
 _WORDS_PER_SENTENCE = 200
 _SENTENCE_BYTES = 4192
 """SentencePiece's default `max_sentence_length`."""
 LONGEST_WORD = 1000
-"""In characters. The trainers need time and memory that grow with the square of a word's length."""
+"""In characters. Time and memory of the trainers grow with the square of a word's length."""
 _LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
 
 
 def train_tokenizer(
     texts: Callable[[], Iterable[str]], *, kind: Kind, vocab_size: int, for_encoder: bool
 ) -> PreTrainedTokenizerFast:
-    """Trains a tokenizer with at most `vocab_size` tokens, special ones included.
+    """Train a tokenizer with at most `vocab_size` tokens, including special tokens.
 
     Args:
-        texts: gives the training text; may be called more than once.
-        kind: `wordpiece` is lower-cased as BERT's, `bpe` works on bytes as GPT-2's, `unigram`
-            is SentencePiece's (lower-cased for encoders).
-        vocab_size: in tokens.
-        for_encoder: with [CLS], [SEP], [PAD], [MASK] around and between texts; else with
-            <|endoftext|> alone, which whoever packs documents appends.
+        texts: function that returns the training texts; may be called more than once.
+        kind: `wordpiece` is lower-cased like BERT's tokenizer, `bpe` works on bytes like GPT-2's,
+            `unigram` is SentencePiece's (lower-cased for encoders).
+        vocab_size: number of tokens.
+        for_encoder: whether the special tokens are [CLS], [SEP], [PAD] and [MASK], with [CLS] and
+            [SEP] added to texts; otherwise only <|endoftext|>, which packing appends to documents.
     """
     train = {"wordpiece": _wordpiece, "bpe": _byte_bpe, "unigram": _unigram}[kind]
     roles = dict(ENCODER_ROLES if for_encoder else DECODER_ROLES)
     if kind == "bpe" and not for_encoder:
-        # Every byte is a token: nothing is unknown.
+        # Every byte is a token, so that no token is unknown.
         roles["unk_token"] = END_OF_TEXT
     tokenizer = train(texts, vocab_size, list(dict.fromkeys(roles.values())))
     names = ["input_ids", "attention_mask"]
@@ -78,7 +78,7 @@ def train_tokenizer(
 
 
 def encoder_template(tokenizer: Tokenizer, *, cls: str, sep: str) -> processors.TemplateProcessing:
-    """BERT's frame: cls text sep, and for pairs cls text sep text sep."""
+    """Return BERT's template: cls text sep, and for pairs cls text sep text sep."""
     numbers = [(token, tokenizer.token_to_id(token)) for token in (cls, sep)]
     return processors.TemplateProcessing(
         single=f"{cls}:0 $A:0 {sep}:0",
@@ -93,8 +93,8 @@ def _wordpiece(texts: Callable[[], Iterable[str]], size: int, special: list[str]
     scaffold.normalizer = normalizer
     scaffold.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     characters = _frequent_characters(texts(), normalizer, limit=max(100, size // 10))
-    # The trainer numbers "##x" in the order of a randomly seeded hash map, and breaks ties
-    # between merges by number; as special tokens they are numbered in the order given.
+    # The trainer numbers tokens such as "##x" in the order of a randomly seeded hash map, and
+    # breaks ties between merges by number. Special tokens are numbered in the given order.
     inside = [f"##{c}" for c in characters if not unicodedata.category(c).startswith("P")]
     trainer = trainers.WordPieceTrainer(
         vocab_size=size,
@@ -141,7 +141,7 @@ def _byte_bpe(texts: Callable[[], Iterable[str]], size: int, special: list[str])
 def _train_on_pieces(
     tokenizer: Tokenizer, texts: Callable[[], Iterable[str]], trainer: trainers.Trainer
 ) -> None:
-    """Train with words longer than `LONGEST_WORD` cut into pieces of that length."""
+    """Train a tokenizer, and cut words longer than `LONGEST_WORD` into pieces of that length."""
     whole = tokenizer.pre_tokenizer
     normalizer = tokenizer.normalizer or normalizers.Sequence([])
 
@@ -156,7 +156,7 @@ def _train_on_pieces(
 
 
 def _tell_long_words(texts: Iterable[str], words: Callable[[str], Iterable[str]]) -> None:
-    """Log how many words are too long to train on in one piece; `words` splits a run of text."""
+    """Log the number of words that are too long for training; `words` splits text into words."""
     runs = (run for text in texts for run in _LONG_RUN.findall(text))
     found = [word for run in runs for word in words(run) if len(word) > LONGEST_WORD]
     if found:
@@ -172,7 +172,7 @@ def _tell_long_words(texts: Iterable[str], words: Callable[[str], Iterable[str]]
 
 
 def _unigram(texts: Callable[[], Iterable[str]], size: int, special: list[str]) -> Tokenizer:
-    """Trained by SentencePiece: the trainer of `tokenizers` depends on its threads' order."""
+    """Train with SentencePiece, because results of `tokenizers` depend on the order of threads."""
     steps = [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     if "[CLS]" in special:
         steps.append(normalizers.Lowercase())
@@ -188,7 +188,7 @@ def _unigram(texts: Callable[[], Iterable[str]], size: int, special: list[str]) 
 
 
 def _sentences(texts: Iterable[str], normalizer: normalizers.Normalizer) -> Iterator[str]:
-    """Yield sentences that are short enough for SentencePiece, which drops long ones silently."""
+    """Yield sentences short enough for SentencePiece, which silently drops long sentences."""
     for text in texts:
         words = normalizer.normalize_str(text).split(" ")
         for start in range(0, len(words), _WORDS_PER_SENTENCE):
@@ -200,7 +200,7 @@ def _sentences(texts: Iterable[str], normalizer: normalizers.Normalizer) -> Iter
 
 
 def _cut(words: Iterable[str]) -> Iterator[str]:
-    """Yield the same words in shorter sentences; a long word becomes several of them."""
+    """Yield the words in shorter sentences; a long word is cut into several pieces."""
     held: list[str] = []
     for word in words:
         for start in range(0, max(1, len(word)), LONGEST_WORD):
@@ -213,7 +213,7 @@ def _cut(words: Iterable[str]) -> Iterator[str]:
 
 
 def _unigram_pieces(sentences: Iterator[str], size: int) -> list[tuple[str, float]]:
-    """At most `size` pieces with their log probabilities, without the unknown piece."""
+    """Return at most `size` pieces with log probabilities, without the unknown piece."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -1,7 +1,7 @@
-"""Texts of any length for encoders: one window of a text per row, nothing lost.
+"""Windows of long texts for encoders: one window of a text per row, without losing a token.
 
-Rows hold one text each and are padded, for an encoder's attention has no document boundaries
-that several texts in a row would need.
+A row holds tokens of only one text and is padded, because an encoder's attention does not separate
+several documents in a row.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def windows(ids: Sequence[int], room: int) -> Iterator[Sequence[int]]:
-    """Cuts a text into as few windows as there can be, all as long as each other, give or take 1.
+    """Cut a text into as few windows as possible, whose lengths differ by at most 1.
 
-    A short rest would leave its masked tokens without context.
+    A short last window would leave its masked tokens without context.
 
     Args:
-        ids: the tokens of a text; none at all make no window.
-        room: tokens that fit into a window.
+        ids: the tokens of a text; an empty text has no windows.
+        room: maximum number of tokens in a window.
     """
     if room < 1:
         raise ValueError(f"a window has at least 1 token, got room {room}")

@@ -1,1 +1,1 @@
-"""The only room that imports deepspeed: engines, sharding, ranks."""
+"""Engines, sharding and ranks: the only subpackage that imports deepspeed."""

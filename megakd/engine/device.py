@@ -1,4 +1,4 @@
-"""The device of a rank: its name, and the most memory that was in use."""
+"""The device of a rank: name and peak memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process held: of the device, or of the host where it is a CPU."""
+    """Return the peak memory of this process: of the GPU, or of the host if the device is a CPU."""
     if device.type == "cuda":
         import torch
 

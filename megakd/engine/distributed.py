@@ -1,4 +1,4 @@
-"""Ranks, collectives and start-up: the same under deepspeed, torchrun, srun and plain python."""
+"""Ranks, collectives and start-up, for deepspeed, torchrun, srun and plain python alike."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 _KEPT: list[bool] = []
-"""Not empty: the group stays until the process ends."""
-# In the words of gloo, of the sockets below it, and of NCCL.
+"""Not empty if the process group is kept until the process ends."""
+# Parts of error messages of gloo, of its sockets, and of NCCL.
 _PEER_LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -40,7 +40,7 @@ _PEER_LOST = (
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands."""
+    """Rank, world size, local rank and device of this process."""
 
     rank: int
     world_size: int
@@ -49,12 +49,12 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """The one process that speaks and writes."""
+        """True on rank 0, the only process that logs and writes shared files."""
         return self.rank == 0
 
 
 def start() -> Ranks:
-    """Joins the process group of whatever launched this process; alone, it makes its own.
+    """Join the process group of the launcher, or create a group of one process without launcher.
 
     Raises:
         MegakdError: the launcher's variables are incomplete.
@@ -72,7 +72,7 @@ def start() -> Ranks:
 
 
 def ranks() -> Ranks:
-    """This process's place in the running group."""
+    """Return the rank and the device of this process in the initialised process group."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     name = _accelerator().device_name(local_rank)
     device = torch.device("cpu" if name.startswith("cpu") else name)
@@ -80,12 +80,12 @@ def ranks() -> Ranks:
 
 
 def supported_dtypes() -> list[torch.dtype]:
-    """What this rank's device can compute in."""
+    """Return the dtypes that this rank's device supports."""
     return _accelerator().supported_dtypes()
 
 
 def _accelerator() -> Any:
-    """DeepSpeed's view of the device; imported late, for it looks for hardware at once."""
+    """Return DeepSpeed's accelerator; imported late, because the import searches for hardware."""
     from deepspeed.accelerator import get_accelerator
 
     return get_accelerator()
@@ -94,7 +94,7 @@ def _accelerator() -> Any:
 def _init_process_group() -> None:
     if dist.is_initialized():
         return
-    # DeepSpeed's groups take torch's default whatever its own timeout says.
+    # DeepSpeed's groups use torch's default timeout and ignore the timeout that DeepSpeed is given.
     torch.distributed.distributed_c10d.default_pg_timeout = COLLECTIVE_TIMEOUT
     import deepspeed
     from deepspeed.utils import logger as deepspeed_logger
@@ -112,10 +112,10 @@ def _init_process_group() -> None:
 
 
 def adopt_slurm_variables() -> None:
-    """Lets `srun python launch/train.py` start without another launcher.
+    """Set the rank variables from Slurm's, so that `srun python launch/train.py` needs no launcher.
 
-    Only a step of srun is taken for one: the batch script itself is task 0 of a job too, and a
-    plain python there is one process, whatever the job was given.
+    Only tasks that srun started are treated as ranks. The batch script is task 0 of its job too,
+    but a plain python in the batch script is a single process.
     """
     if "RANK" in os.environ or "SLURM_STEP_ID" not in os.environ:
         return
@@ -126,7 +126,7 @@ def adopt_slurm_variables() -> None:
     os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _first_slurm_host()
-    # One port per job: two jobs on a node must not meet.
+    # One port per job, so that two jobs on a node do not use the same port.
     port = 20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000
     os.environ.setdefault("MASTER_PORT", str(port))
 
@@ -166,14 +166,14 @@ def _complete_environment() -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nothing on this host listens to now."""
+    """Return a TCP port that is free on this host at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def _local_world() -> int:
-    """Ranks of this host, by torchrun's, DeepSpeed's or Slurm's variable."""
+    """Return the number of ranks of this host, from torchrun's, DeepSpeed's or Slurm's variable."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
     return next((int(os.environ[n]) for n in names if os.environ.get(n, "").isdigit()), 1)
 
@@ -185,10 +185,10 @@ def _share_cores() -> None:
 
 
 def _put_ninja_on_path() -> None:
-    """DeepSpeed compiles with ninja: this python's own, whether it was activated or not.
+    """Put the ninja of this Python environment first on PATH, for DeepSpeed's compilation.
 
-    Another version of ninja, such as the system's, would compile all anew, and so would this one
-    at the next start.
+    With another version of ninja, such as the system's, all extensions would be compiled again,
+    and once more at the next start with this ninja.
     """
     scripts, path = Path(sys.executable).parent, os.environ.get("PATH", "")
     if (scripts / "ninja").exists() and shutil.which("ninja") != str(scripts / "ninja"):
@@ -196,8 +196,8 @@ def _put_ninja_on_path() -> None:
 
 
 def use_own_extensions_folder() -> Path:
-    """Keeps DeepSpeed's compiled parts in a folder of megakd's own, one per host."""
-    # What is compiled depends on the environment's torch, and a home may be shared between hosts.
+    """Set and return the folder for DeepSpeed's compiled extensions, one per host."""
+    # Extensions depend on the environment's torch, and hosts may share a home directory.
     environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
     build = f"{socket.gethostname()}-{sys.implementation.cache_tag}-{environment}"
     default = Path.home() / ".cache" / "megakd" / "torch_extensions" / build
@@ -207,7 +207,7 @@ def use_own_extensions_folder() -> Path:
 
 
 def agree(value: T) -> T:
-    """Rank 0's value on every rank: what decides control flow goes through here."""
+    """Return rank 0's value on every rank, for values that decide control flow; a collective."""
     if dist.get_world_size() == 1:
         return value
     box = [value]
@@ -216,10 +216,10 @@ def agree(value: T) -> T:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """Runs `action` on rank 0 and gives every rank its result, or every rank its error.
+    """Run `action` on rank 0, and return its result or raise its error on every rank.
 
     Raises:
-        MegakdError: what rank 0 raised, on all ranks alike, so that none waits for another.
+        MegakdError: the error of rank 0, on all ranks, so that no rank waits for another rank.
     """
     outcome: tuple[T | None, Exception | None] = (None, None)
     if dist.get_rank() == 0:
@@ -234,7 +234,7 @@ def on_main(action: Callable[[], T]) -> T:
 
 
 def main_first(action: Callable[[], T]) -> T:
-    """Runs `action` on rank 0, then on the others, which find what it has built."""
+    """Run `action` on rank 0, then on the other ranks, which can reuse the files of rank 0."""
     first: T | None = None
 
     def run() -> None:
@@ -246,10 +246,10 @@ def main_first(action: Callable[[], T]) -> T:
 
 
 def together(action: Callable[[], T]) -> T:
-    """Runs a rank's own, collective-free work; if it fails anywhere, every rank raises.
+    """Run `action`, which has no collectives, on every rank; raise on all ranks if one fails.
 
     Raises:
-        MegakdError: the first failing rank's error.
+        MegakdError: the error of the first rank that failed.
     """
     result: T | None = None
     error: Exception | None = None
@@ -265,7 +265,7 @@ def together(action: Callable[[], T]) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's value, by rank."""
+    """Return the values of all ranks, by rank; a collective."""
     if dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -274,7 +274,7 @@ def gather(value: T) -> list[T]:
 
 
 def all_reduce_(tensor: torch.Tensor, *, largest: bool = False) -> torch.Tensor:
-    """Sums (or takes the largest of) `tensor` over the ranks, in place."""
+    """Reduce `tensor` over the ranks in place: the sum, or the maximum if `largest`."""
     if dist.get_world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return tensor
@@ -282,7 +282,7 @@ def all_reduce_(tensor: torch.Tensor, *, largest: bool = False) -> torch.Tensor:
 
 @contextmanager
 def reports_lost_peer() -> Iterator[None]:
-    """Turn the failure of a collective whose other end is gone into one line.
+    """Convert the error of a collective with a rank that has ended into a one-line error.
 
     Raises:
         PeerLostError: another rank has ended.
@@ -300,9 +300,9 @@ def reports_lost_peer() -> Iterator[None]:
 
 
 def keep_group() -> None:
-    """Let the process group outlive a run: DeepSpeed can join only one in a process.
+    """Keep the process group after a run, because DeepSpeed can join only one group per process.
 
-    Later runs of the process use the group; it ends with the process.
+    Later runs in the same process use the group, which is left when the process ends.
     """
     if not _KEPT:
         _KEPT.append(True)
@@ -310,10 +310,11 @@ def keep_group() -> None:
 
 
 def stop(*, failed: bool = False) -> None:
-    """Leaves the process group; without this a gloo run aborts at exit.
+    """Leave the process group; otherwise a gloo run aborts at exit.
 
     Args:
-        failed: this rank leaves by an error: the others may not be on their way here.
+        failed: whether this rank leaves because of an error, so that other ranks may not call
+            `stop`, and this rank must not wait for them.
     """
     gc.collect()
     if not _KEPT:

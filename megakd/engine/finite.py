@@ -1,4 +1,4 @@
-"""Finds weights that are NaN or infinite, shard by shard."""
+"""Detection of weights that are NaN or infinite, shard by shard."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 def names_of_bad_weights(module: nn.Module) -> list[str]:
-    """Return the parameters that are not finite on some rank, the same on every rank.
+    """Return the names of parameters that are not finite on any rank; a collective.
 
-    One pass over this rank's weights, and one wait for the device; a collective.
+    The result is the same on every rank. Costs one pass over this rank's weights and one device
+    sync.
     """
     named = [(name, _own_part(parameter)) for name, parameter in module.named_parameters()]
     named = [(name, part) for name, part in named if part.numel()]
@@ -26,7 +27,7 @@ def names_of_bad_weights(module: nn.Module) -> list[str]:
 
 
 def _own_part(parameter: Tensor) -> Tensor:
-    """The numbers of a parameter that this rank holds, without the padding of a shard."""
+    """Return this rank's part of a parameter, without the padding of a shard."""
     if not is_zero_param(parameter):
         return parameter.detach()
     shard = parameter.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
@@ -38,6 +39,6 @@ def _own_part(parameter: Tensor) -> Tensor:
 
 
 def _is_finite(part: Tensor) -> Tensor:
-    """A scalar; extremes take no memory, which a comparison of all numbers would."""
+    """Return a bool scalar; minimum and maximum need no memory, unlike `isfinite` of all values."""
     low, high = torch.aminmax(part)
     return torch.isfinite(low) & torch.isfinite(high)

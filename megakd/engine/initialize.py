@@ -1,4 +1,4 @@
-"""`deepspeed.initialize` for the model that learns and for the one that is frozen."""
+"""Calls of `deepspeed.initialize` for the model that learns and for frozen models."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Engine = Any  # deepspeed.DeepSpeedEngine carries no types
 def training_engine(
     model: nn.Module, *, ds: Mapping[str, Any], train: TrainConfig, dtype: Dtype, world_size: int
 ) -> Engine:
-    """An engine that learns: AdamW or SGD, explicit clipping, one micro-batch per backward.
+    """Return a training engine: AdamW or SGD, explicit clipping, one micro-batch per backward.
 
     Args:
         model: the bundle; its parameters may be sharded already.
         ds: a loaded `ds_configs` file.
-        train: owns learning rate, clipping and batch size.
-        dtype: of the weights the forward sees.
+        train: config of learning rate, clipping and batch size.
+        dtype: dtype of the weights in the forward.
         world_size: number of ranks.
     """
     config = merged_ds_config(ds, train, dtype=dtype, world_size=world_size)
@@ -39,13 +39,13 @@ def training_engine(
 
 
 def frozen_engine(model: nn.Module, *, ds: Mapping[str, Any], dtype: Dtype, rows: int) -> Engine:
-    """An engine that only answers: no optimizer, no gradient, ZeRO 0 or 3.
+    """Return an inference engine: no optimizer, no gradient, ZeRO 0 or 3.
 
     Args:
         model: the teacher; its parameters may be sharded already.
         ds: a loaded `ds_configs` file.
-        dtype: of the weights.
-        rows: micro-batch size, which DeepSpeed asks for.
+        dtype: dtype of the weights.
+        rows: micro-batch size, which DeepSpeed requires.
     """
     model.requires_grad_(requires_grad=False)
     config = frozen_ds_config(ds, dtype=dtype, micro_batch=rows)
@@ -86,7 +86,10 @@ def _optimizer(model: nn.Module, train: TrainConfig, *, offloaded: bool) -> torc
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and norms do not, as in Hugging Face's Trainer."""
+    """Return parameter groups: matrices with weight decay, biases and norms without.
+
+    Hugging Face's Trainer uses the same rule.
+    """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for parameter in model.parameters():

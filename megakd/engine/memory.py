@@ -1,9 +1,10 @@
-"""How a rank treats freed memory: glibc's settings, and what a finished model leaves behind.
+"""Freed memory of a rank: settings of glibc's allocator, and clean-up after a finished model.
 
-A sharded model is built by making each tensor whole and freeing it; by default glibc's heap would
-keep nearly the model that no rank needs. Training wants the opposite: every operator's output is
-freed and asked for again, and memory that went back to the system comes page by page, which costs
-a fifth of a CPU step.
+When a sharded model is built, each tensor is created whole and then freed. By default, glibc's
+heap would keep most of this memory, nearly a whole model per rank, so that it must be returned to
+the system. During training the opposite holds: every operator's output is freed and allocated
+again. Memory that was returned to the system comes back page by page, which costs 20 % of a CPU
+step.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 RETURNED_BYTES = 128 << 10
-KEPT_BYTES = 32 << 20  # the largest that glibc takes
+KEPT_BYTES = 32 << 20  # the largest value that glibc accepts
 TRIMMED_BYTES = 1 << 30
 
 
 @contextmanager
 def freed_memory_returned() -> Iterator[None]:
-    """Freed tensors go back to the system inside, and stay with the process afterwards."""
+    """Return freed tensors to the system in the body, and keep them in the process afterwards."""
     set_thresholds(mapped=RETURNED_BYTES, trimmed=RETURNED_BYTES)
     try:
         yield
@@ -32,17 +33,17 @@ def freed_memory_returned() -> Iterator[None]:
 
 
 def keep_freed_memory() -> bool:
-    """Freed tensors stay with the process, for the next step asks for as much again.
+    """Keep freed tensors in the process, because the next step allocates the same amount.
 
     Returns:
-        Whether the allocator took the setting; only glibc's has it.
+        Whether the allocator accepted the setting; only glibc's allocator has the setting.
     """
     return set_thresholds(mapped=KEPT_BYTES, trimmed=TRIMMED_BYTES)
 
 
 @contextmanager
 def earlier_objects_left_alone() -> Iterator[None]:
-    """Keep objects from before out of garbage collection: modules alone take most of its time."""
+    """Exclude existing objects from garbage collection; modules alone take most of its time."""
     gc.freeze()
     try:
         yield
@@ -52,10 +53,11 @@ def earlier_objects_left_alone() -> Iterator[None]:
 
 
 def forget_models() -> None:
-    """Free the models that nothing uses any more, and return their memory to the system.
+    """Free models that are no longer used, and return their memory to the system.
 
-    The hooks of an engine refer to it in a cycle, which Python finds whenever it next collects.
-    Until then the next model would be loaded on top of it.
+    An engine and its hooks form a reference cycle, which Python frees only at the next garbage
+    collection. Without this call, the next model would be loaded while the old model still takes
+    memory.
     """
     gc.collect()
     if torch.cuda.is_initialized():
@@ -66,7 +68,15 @@ def forget_models() -> None:
 
 
 def set_thresholds(*, mapped: int, trimmed: int) -> bool:
-    """Freed blocks above `mapped` bytes, and heaps with `trimmed` bytes to spare, go back."""
+    """Set when glibc returns memory to the system.
+
+    Args:
+        mapped: freed blocks of more bytes are returned.
+        trimmed: a heap is trimmed when it has this many unused bytes at its end.
+
+    Returns:
+        Whether the allocator accepted both settings.
+    """
     mallopt = getattr(_c_library(), "mallopt", None)
     if mallopt is None:
         return False

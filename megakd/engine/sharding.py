@@ -1,7 +1,8 @@
-"""Models whose parameters are sharded by ZeRO 3: building them, opening them, reading them out.
+"""Models with parameters sharded by ZeRO 3: construction, gathering and reading of weights.
 
-All of it also serves models that are not sharded, so that callers need not tell them apart.
-Everything that opens a sharded parameter is a collective: every rank calls, in the same order.
+All functions also accept models that are not sharded, so that callers need not distinguish them.
+Every function that gathers a sharded parameter is a collective: all ranks call the function, in
+the same order.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ if TYPE_CHECKING:
 
 @contextmanager
 def sharded_construction(ds: Mapping[str, Any] | None, dtype: torch.dtype) -> Iterator[None]:
-    """Modules built inside are sharded as they are made, if `ds` says ZeRO 3.
+    """Shard modules during construction in the body, if `ds` sets ZeRO 3.
 
-    transformers has a switch for the whole process that would shard every model built after it.
-    It is off in here, whoever set it, and left as it was found: the engine's own config decides.
+    transformers has a process-wide switch that shards every model built after the switch is set.
+    The switch is off in the body and restored afterwards, so that only `ds` decides.
 
     Args:
-        ds: A `ds_configs` file, loaded; None for a model without an engine.
-        dtype: Of the parameters; the caller builds in it.
+        ds: a loaded `ds_configs` file; None for a model without an engine.
+        dtype: dtype of the parameters; the caller builds the modules in this dtype.
     """
     found = transformers_switch._hf_deepspeed_config_weak_ref  # noqa: SLF001  (no public reader)
     transformers_switch.unset_hf_deepspeed_config()
@@ -59,42 +60,43 @@ def _zero_init(ds: Mapping[str, Any], dtype: torch.dtype) -> AbstractContextMana
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
     }
-    # The dtype goes in by way of the config: the argument of that name is replaced by bfloat16
-    # on devices without fp16. Created tensors keep their dtype, or rotary tables lose precision.
+    # The dtype is set in the config: the argument `dtype` is replaced by bfloat16 on devices
+    # without fp16. Created tensors keep their dtype, otherwise rotary tables lose precision.
     return deepspeed.zero.Init(
         config_dict_or_path=config, tensor_overrides=[DeepSpeedTensorOverride.device]
     )
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether ZeRO 3 holds any parameter of the module."""
+    """Return whether any parameter of the module is sharded by ZeRO 3."""
     return any(is_zero_param(parameter) for parameter in module.parameters())
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
-    """The shape of a parameter, sharded or not."""
+    """Return the full shape of a parameter, sharded or not."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def is_first_rank() -> bool:
-    """Whether this process is rank 0, or the only one."""
+    """Return whether this process is rank 0 or runs without a process group."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def writes_here(parameter: Tensor) -> bool:
-    """Whether this rank sets the value under `gathered(modify=True)`."""
+    """Return whether this rank sets a parameter's value inside `gathered(modify=True)`."""
     return not is_zero_param(parameter) or is_first_rank()
 
 
 def gathered(parameters: Iterable[Tensor], *, modify: bool = False) -> AbstractContextManager[Any]:
-    """Opens sharded parameters; does nothing to those that are whole.
+    """Return a context manager that gathers sharded parameters.
 
-    A parameter that appears twice (tied embeddings) is opened once, and one that is open
-    already, because its owner's forward or an outer context holds it, is left to its owner.
+    A parameter that appears twice (tied embeddings) is gathered once. A parameter that is already
+    gathered, by the forward of its module or by an outer context, is not gathered or released.
+    Parameters that are not sharded are left unchanged.
 
     Args:
-        parameters: Any mixture of sharded and plain parameters.
-        modify: On leaving, what rank 0 wrote goes to all ranks.
+        parameters: any mixture of sharded and plain parameters.
+        modify: whether values that rank 0 wrote are sent to all ranks on exit.
     """
     unique = {id(parameter): parameter for parameter in parameters if is_zero_param(parameter)}
     closed = [
@@ -108,12 +110,12 @@ def gathered(parameters: Iterable[Tensor], *, modify: bool = False) -> AbstractC
 
 
 def gathered_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The module's state, one whole tensor at a time; every rank iterates to the end.
+    """Yield the module's state, one whole tensor at a time; every rank must iterate to the end.
 
-    Tied tensors come once, under their first name.
+    Tied tensors are yielded once, under their first name.
 
     Yields:
-        Name and a copy on the CPU; on the other ranks an empty tensor in its place.
+        Name and a copy on the CPU; ranks other than 0 get an empty tensor instead of the copy.
     """
     seen: set[int] = set()
     for name, tensor in module.state_dict(keep_vars=True).items():
@@ -127,12 +129,13 @@ def gathered_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def weights_let_go() -> Iterator[None]:
-    """What autograd saves of a sharded weight inside does not hold the weight after its use.
+    """Keep autograd from holding gathered weights in memory after their use in the body.
 
-    torch's linear saves its weight transposed: a view, which would keep the gathered weight of
-    every layer from the forward to the backward. Inside, the parameter is saved, which is empty
-    in between and gathered again before its module's backward. DeepSpeed's own remedy,
-    `memory_efficient_linear`, replaces torch's function in the whole process.
+    torch's linear saves a transposed view of its weight, which would keep the gathered weight of
+    every layer in memory from the forward to the backward. In the body, autograd saves the
+    parameter instead. The parameter is empty between forward and backward, and DeepSpeed gathers
+    it again before the backward of its module. DeepSpeed's own solution, `memory_efficient_linear`,
+    replaces torch's function in the whole process.
     """
     with torch.autograd.graph.saved_tensors_hooks(_parameter_in_place_of_view, _view_anew):
         yield

@@ -1,4 +1,4 @@
-"""The part of each weight, and of its gradient, that this rank holds, at every ZeRO stage."""
+"""This rank's part of each weight and of its gradient, at every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 
 class Shard(NamedTuple):
-    """A piece of a weight, seen as one row of numbers.
+    """A part of a flattened weight.
 
     The shards of all ranks cover every weight once, so that a sum over the shards of all ranks is
     a sum over the weight.
 
-    name: of the weight in its model.
-    weight: [n] fp32; the numbers that the optimizer updates.
-    gradient: [n] fp32, of the whole step, all ranks and micro-batches, before clipping.
-    offset: of the first number in the flattened weight.
+    name: name of the weight in its model.
+    weight: [n] fp32; the values that the optimizer updates.
+    gradient: [n] fp32; the gradient of the whole step, over all ranks and micro-batches, before
+        clipping.
+    offset: index of the first element in the flattened weight.
     """
 
     name: str
@@ -30,11 +31,11 @@ class Shard(NamedTuple):
 def local_shards(model: nn.Module, *, loss_scale: float = 1.0) -> Iterator[Shard]:
     """Yield this rank's shards between the last backward of a step and the update.
 
-    Weights that do not learn, or that no loss has reached, are left out.
+    Frozen weights and weights without a gradient are left out.
 
     Args:
-        model: owned by an engine that learns.
-        loss_scale: number that the engine multiplies its loss with under fp16.
+        model: a model inside a training engine.
+        loss_scale: factor by which the engine multiplies the loss under fp16.
     """
     for name, parameter in model.named_parameters():
         found = _shard_of(parameter) if parameter.requires_grad else None
@@ -45,7 +46,7 @@ def local_shards(model: nn.Module, *, loss_scale: float = 1.0) -> Iterator[Shard
 
 
 def _shard_of(parameter: Any) -> tuple[Tensor, Tensor, int] | None:
-    """Return weight, gradient and offset; DeepSpeed's public functions give whole tensors only."""
+    """Return weight, gradient and offset; DeepSpeed's public functions return whole tensors."""
     if hasattr(parameter, "ds_id"):  # ZeRO 3
         return _of_partition(parameter)
     if hasattr(parameter, "_hp_mapping"):  # ZeRO 1 and 2, and bf16 at ZeRO 0
@@ -65,7 +66,7 @@ def _of_partition(parameter: Any) -> tuple[Tensor, Tensor, int] | None:
 
 def _of_fragment(parameter: Any) -> tuple[Tensor, Tensor, int] | None:
     mapping = parameter._hp_mapping  # noqa: SLF001 - as deepspeed.utils does
-    if mapping is None:  # nothing of this weight lies here
+    if mapping is None:  # this rank holds no part of the weight
         return None
     place = mapping.lp_fragment_address
     number = parameter._index_in_param_group  # noqa: SLF001
@@ -76,7 +77,7 @@ def _of_fragment(parameter: Any) -> tuple[Tensor, Tensor, int] | None:
 
 
 def _of_whole(parameter: Tensor) -> tuple[Tensor, Tensor, int] | None:
-    """Every rank holds all of it: each takes a part, or a sum over ranks would count it often."""
+    """Return a part of a weight that every rank holds whole, so that ranks do not overlap."""
     if parameter.grad is None:
         return None
     size = -(-parameter.numel() // dist.get_world_size())

@@ -1,8 +1,8 @@
-"""What a start that was killed leaves behind, and how the next one clears it away.
+"""Clean-up of locks and shared memory that killed ranks leave behind.
 
-Two things outlive a killed rank: the lock that torch takes while it loads a compiled part, for
-which every later start would wait without a word, and DeepSpeed's shared memory of 69 MB a rank,
-which even a rank that ends well leaves in /dev/shm.
+Two things remain after a killed rank. The first is the lock that torch takes while it loads a
+compiled extension; every later start would wait for the lock silently. The second is DeepSpeed's
+shared memory of 69 MB per rank in /dev/shm, which remains even after a rank that ends normally.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BYTES_PER_RANK = 70_000_000
 
 
 def remove_dead_locks(folder: Path) -> list[Path]:
-    """Remove build locks that no living process of this host holds open; say which."""
+    """Remove and return build locks that no process of this host holds open; log each of them."""
     dead = _remove_unused(sorted(folder.glob("**/lock")))
     for lock in dead:
         logger.warning("removed %s: left by a start that was killed", lock)
@@ -32,15 +32,15 @@ def remove_dead_locks(folder: Path) -> list[Path]:
 
 
 def remove_dead_buffers(folder: Path = SHARED_MEMORY) -> list[Path]:
-    """Remove this user's DeepSpeed buffers that no living process of this host has."""
+    """Remove and return this user's DeepSpeed buffers that no process of this host uses."""
     return _remove_unused(sorted(folder.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*")))
 
 
 def _remove_unused(paths: Sequence[Path]) -> list[Path]:
-    """Remove files that no process has open or maps.
+    """Remove files that no process has open or mapped.
 
-    Another start may open a file while this one looks. Every file is therefore moved aside first,
-    where nobody opens it any more, and put back if a process has it by then.
+    Another process may open a file during this check. Every file is therefore renamed first, so
+    that no process can open it any more, and renamed back if a process is using the file.
     """
     moved = {path: aside for path in paths if (aside := _move_aside(path)) is not None}
     used = set(_files_in_use()) if moved else set()
@@ -55,32 +55,32 @@ def _move_aside(path: Path) -> Path | None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.unused")
     try:
         return path.rename(aside)
-    except FileNotFoundError:  # another start was quicker
+    except FileNotFoundError:  # another process has removed the file
         return None
 
 
 def _put_back(aside: Path, path: Path) -> None:
-    # A hard link, because it never replaces what a start may have made there meanwhile.
+    # A hard link never replaces a file that another process may have created in the meantime.
     with contextlib.suppress(FileExistsError):
         path.hardlink_to(aside)
 
 
 def _files_in_use() -> Iterator[str]:
-    """Return the files that any process has open or maps."""
+    """Yield the files that any process has open or mapped."""
     for process in psutil.process_iter():
         try:
-            # In this order: DeepSpeed maps a buffer that it has opened.
+            # In this order, because DeepSpeed first opens a buffer and then maps it.
             yield from (file.path for file in process.open_files())
             yield from (mapping.path for mapping in process.memory_maps())
         except (psutil.Error, OSError):
-            continue  # gone meanwhile, or another user's: it cannot have a file of ours
+            continue  # the process has ended, or belongs to another user and has no file of ours
 
 
 def check_shared_memory(ranks: int, folder: Path = SHARED_MEMORY) -> None:
-    """Refuses to start CPU ranks where their buffers do not fit: they would die by a bus error.
+    """Check that the buffers of CPU ranks fit; otherwise the ranks would die with a bus error.
 
     Raises:
-        MegakdError: names what is needed and what there is.
+        MegakdError: the buffers do not fit; the message names the needed and the free memory.
     """
     if not folder.is_dir():
         return
@@ -93,9 +93,9 @@ def check_shared_memory(ranks: int, folder: Path = SHARED_MEMORY) -> None:
 
 
 def release_own_buffer(folder: Path = SHARED_MEMORY) -> None:
-    """Takes this rank's buffer out of the file system once every rank has mapped it.
+    """Unlink this rank's buffer; call this after every rank has mapped the buffer.
 
-    The memory stays until the last rank ends, however it ends.
+    The memory is freed when the last rank ends, even if the rank is killed.
     """
     address, port, rank = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"

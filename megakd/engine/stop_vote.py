@@ -1,8 +1,9 @@
-"""Ranks that agree to stop, without a collective or a wait of its own.
+"""Agreement of the ranks to stop, without an additional collective or device sync.
 
-The flag of every rank travels with the unit counts of a step, which are summed over the ranks
-anyway. The sum is copied to the host while the step computes and read when the step has been
-issued: an accelerator has the whole step left to do at that time.
+The flag of every rank is sent together with the unit counts of a step, which are summed over the
+ranks anyway. The sum is copied to the host during the step and read when all kernels of the step
+have been launched. The accelerator still has the whole step to compute at that time, so that
+reading the sum causes no idle time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from megakd.process import signals
 
 
 class StopVote:
-    """Tells all ranks alike, at the end of the same step, that one of them is to stop."""
+    """A vote that tells all ranks, at the end of the same step, that a rank has to stop."""
 
     def __init__(self) -> None:
         self._flags: Tensor | None = None
@@ -24,7 +25,7 @@ class StopVote:
         self._copied: torch.cuda.Event | None = None
 
     def sum_counts(self, counts: Counts) -> Counts:
-        """Return the counts summed over the ranks; the vote of each rank travels beside them."""
+        """Return the counts summed over the ranks, and sum the votes of the ranks with them."""
         device = next(iter(counts.values())).device
         if self._flags is None:  # made once: a step must not copy from the host
             self._flags = torch.tensor([0, 1], device=device)
@@ -37,7 +38,7 @@ class StopVote:
         return dict(zip(counts, summed, strict=True))
 
     def passed(self) -> bool:
-        """Return true if any rank was to stop when the last counts were summed."""
+        """Return True if any rank had to stop when the last counts were summed."""
         if self._votes is None:
             return False
         if self._copied is not None:
@@ -46,5 +47,5 @@ class StopVote:
 
 
 def agreed_signal() -> int:
-    """Return the stop signal that has come to any rank, or 0; a collective."""
+    """Return the stop signal that any rank has received, or 0; a collective."""
     return max(gather(signals.requested()))

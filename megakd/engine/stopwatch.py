@@ -1,4 +1,4 @@
-"""How long a part of the step takes on its device, without waiting for the device."""
+"""Device time of a part of a step, measured without a device sync in the step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Stopwatch:
-    """Sums the time inside `running()`; on a GPU by events, which are read only in `seconds`."""
+    """Sum of the time inside `running()`; on GPUs measured by events, read only in `seconds`."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -18,7 +18,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Times the body."""
+        """Measure the time of the body."""
         if not torch.cuda.is_available():
             began = time.perf_counter()
             yield
@@ -31,7 +31,7 @@ class Stopwatch:
         self._pending.append((began, ended))
 
     def seconds(self) -> float:
-        """The time so far; on a GPU this waits for the last event, so read it when logging."""
+        """Return the time so far; on a GPU this waits for the last event, so call it rarely."""
         for began, ended in self._pending:
             ended.synchronize()
             self._seconds += began.elapsed_time(ended) / 1000

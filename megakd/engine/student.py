@@ -1,4 +1,4 @@
-"""The engine that learns: one forward and one backward per micro-batch, one step per step."""
+"""The student's training engine: a forward and a backward per micro-batch, an update per step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from megakd.storage.tensors import write_tensors
 class StudentEngine:
     """A DeepSpeed training engine around a bundle, at any ZeRO stage.
 
-    passes_per_backward: how many passes of a plan keep their activations at a time; None: all.
+    passes_per_backward: number of passes that keep their activations at a time; None: all. Each
+        group of passes has its own forward and backward.
     """
 
     def __init__(self, engine: Engine, *, passes_per_backward: int | None = None) -> None:
@@ -33,12 +34,12 @@ class StudentEngine:
 
     @property
     def bundle(self) -> nn.Module:
-        """The module the engine owns."""
+        """The module that the engine trains."""
         return self._engine.module
 
     @property
     def student(self) -> Any:
-        """The model that learns, without what is beside it in the bundle."""
+        """The first learner, without the other modules of the bundle."""
         return self._engine.module.student
 
     def forward_backward(
@@ -50,12 +51,12 @@ class StudentEngine:
         *,
         boundary: bool,
     ) -> Losses:
-        """Adds one micro-batch to the step's gradient.
+        """Add the gradient of one micro-batch to the gradient of the step.
 
         Args:
             batch: one micro-batch.
-            knowledge: what each planned teacher said of it; their heads are held open while
-                the student's forward forms its gradients.
+            knowledge: outputs of each frozen teacher of the passes, by name; the teachers' heads
+                are kept gathered during the student's forward, which computes gradients.
             plan: the passes of the step.
             counts: global unit counts of the step.
             boundary: whether this is the step's last micro-batch.
@@ -64,7 +65,7 @@ class StudentEngine:
         total, parts = torch.zeros((), device=batch.labels.device), dict[str, Tensor]()
         groups = backward_groups(plan, self._passes_per_backward)
         for number, group in enumerate(groups, start=1):
-            # Before the forward: ZeRO 2 reduces during the backward and must know.
+            # Set before the forward, because ZeRO 2 reduces gradients during the backward.
             self._engine.set_gradient_accumulation_boundary(boundary and number == len(groups))
             losses = self._forward(batch, knowledge, group, counts)
             self._engine.backward(losses.total, scale_wrt_gas=False)
@@ -89,27 +90,28 @@ class StudentEngine:
     def local_shards(self) -> Iterator[Shard]:
         """Yield this rank's part of the first learner's weights and gradients.
 
-        Between the last backward of a step and the update, as in `Strategy.before_update`.
+        Call this between the last backward of a step and the update, as in
+        `Strategy.before_update`.
         """
         scale = self._engine.optimizer.loss_scale if self._engine.fp16_enabled() else 1.0
         return local_shards(self.student, loss_scale=float(scale))
 
     def step(self, learning_rate: float) -> None:
-        """Applies the gradient of the step, clipped, at this learning rate."""
+        """Clip the gradient of the step, and update the weights with this learning rate."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._norm = self._whole_gradient_norm()
         self._engine.step()
 
     def gradient_norm(self) -> Tensor | None:
-        """Global norm before clipping, of the last step; a device tensor."""
+        """Return the global gradient norm of the last step before clipping, a device tensor."""
         norm = self._norm
         if norm is None:
             norm = self._engine.get_global_grad_norm()
         return None if norm is None else torch.as_tensor(norm)
 
     def _whole_gradient_norm(self) -> Tensor | None:
-        """At ZeRO 0 DeepSpeed keeps no norm, but every rank has the whole gradient."""
+        """Return the norm at ZeRO 0, where DeepSpeed keeps no norm but ranks have all gradients."""
         if self._engine.zero_optimization() or self._engine.bfloat16_enabled():
             return None
         if self._engine.fp16_enabled():
@@ -119,26 +121,26 @@ class StudentEngine:
 
     @torch.no_grad()
     def predict(self, batch: Batch, view: str | None = None) -> Predictions:
-        """Outputs of one micro-batch, without dropout; of a view where one is named."""
+        """Return predictions for one micro-batch without dropout, of a view if `view` is given."""
         self._engine.eval()
         with self._engine.module.opened_head(batch):
             return self._engine(batch, view=view)
 
     def student_state(self) -> Iterator[tuple[str, Tensor]]:
-        """The student's weights, one at a time, on the CPU of rank 0; projections left out."""
+        """Yield the student's weights one at a time, on the CPU of rank 0, without projections."""
         return gathered_state(self.student)
 
     def save(self, folder: Path, tag: str) -> None:
-        """Writes the engine's shards into folder/tag; a collective.
+        """Write the engine's shards into folder/tag; a collective.
 
         Raises:
-            OSError: on every rank alike, if a write failed on any.
+            OSError: a write failed on any rank; raised on every rank.
         """
         engine = self._engine
         writer, copy_scripts = engine.checkpoint_engine, engine._copy_recovery_script  # noqa: SLF001
         careful = CarefulWriter(writer)
         engine.checkpoint_engine = careful
-        # Rank 0 alone copies two scripts: on a full disk it would leave the others waiting.
+        # Only rank 0 copies two scripts; a failure on a full disk would leave other ranks waiting.
         engine._copy_recovery_script = lambda _: None  # noqa: SLF001
         try:
             engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
@@ -148,24 +150,24 @@ class StudentEngine:
         together(careful.raise_failure)
 
     def load(self, folder: Path, tag: str) -> None:
-        """Reads what `save` wrote; a collective.
+        """Read a checkpoint that `save` wrote; a collective.
 
         Raises:
-            CheckpointError: DeepSpeed found nothing it could read.
+            CheckpointError: DeepSpeed could not read the checkpoint.
         """
         path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:  # DeepSpeed only warns, and the run would go on with new weights
+        if path is None:  # DeepSpeed only warns, and the run would continue with new weights
             raise CheckpointError(f"DeepSpeed cannot read its checkpoint in {folder / tag}")
 
     def destroy(self) -> None:
-        """Frees the engine's memory and hooks."""
+        """Free the engine's memory and remove its hooks."""
         self._engine.destroy()
 
 
 class CarefulWriter:
-    """DeepSpeed's checkpoint writer, except that a failed write waits to be raised.
+    """DeepSpeed's checkpoint writer that keeps the error of a failed write for later.
 
-    Raised at once, on one rank, it would leave the others in DeepSpeed's barriers.
+    An error raised immediately on one rank would leave the other ranks in DeepSpeed's barriers.
     """
 
     def __init__(self, writer: Any) -> None:
@@ -176,20 +178,20 @@ class CarefulWriter:
         return getattr(self._writer, name)
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Writes one file, or keeps the reason why not."""
+        """Write one file; if writing fails, keep the error."""
         try:
             write_tensors(Path(path), state_dict)
         except OSError as error:
             self._failure = error
 
     def raise_failure(self) -> None:
-        """Raises the last failed write, if there was one."""
+        """Raise the error of the last failed write, if a write failed."""
         if self._failure is not None:
             raise self._failure
 
 
 def device_batch(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with all its tensors on a device, except the numbers of its rows."""
+    """Return the batch with all tensors on a device, except the row numbers `rows`."""
     return _moved(batch._replace(rows=None), device)._replace(rows=batch.rows)
 
 

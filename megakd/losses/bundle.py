@@ -1,4 +1,4 @@
-"""The module a student engine owns: the student and everything differentiable beside it."""
+"""The module that the student's engine trains: the models that learn, and the objective."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megakd.models.predictions import predict
 
 
 class ReadPass(NamedTuple):
-    """A pass, what its losses read, and its share in the report of its view."""
+    """A pass, the inputs of its losses, and its share in the reported means of its view."""
 
     planned: Pass
     reading: LossInputs
@@ -34,15 +34,15 @@ class ReadPass(NamedTuple):
 
 
 Said = Mapping[tuple[str | None, str | None], Knowledge]
-"""What the learners say of a micro-batch, by learner and view."""
+"""Outputs of the learners for a micro-batch, by learner and view."""
 
 
 class StudentBundle(nn.Module):
-    """The models that learn with their objective, so that losses run inside the engine's forward.
+    """The models that learn and their objective, so that losses run inside the engine's forward.
 
-    learners: by role; the first is the one that the stage gives.
+    learners: models by role; the first learner is the model that the stage returns.
     views: sub-networks of the first learner that passes may name.
-    teacher_needs: what is read of the other learners, which may teach the first one.
+    teacher_needs: outputs needed from the other learners, which may teach the first learner.
     """
 
     def __init__(
@@ -72,7 +72,10 @@ class StudentBundle(nn.Module):
 
     @property
     def counters(self) -> dict[Unit, UnitCounter]:
-        """How the units of a step are counted; those of another learner start with its role."""
+        """Functions that count the units of a step; units of another learner begin with its role.
+
+        A unit of the first learner has no prefix.
+        """
         own = self.objective.counters
         others = {
             f"{role}_{unit}": functools.partial(_counted_as, role, count)
@@ -82,7 +85,7 @@ class StudentBundle(nn.Module):
         return own | others
 
     def opened_head(self, batch: Batch) -> AbstractContextManager[object]:
-        """Hold the student's output matrix whole around a forward without a plan."""
+        """Gather the student's output matrix during a forward without passes."""
         return opened_head(self.student, batch)
 
     def forward(
@@ -94,14 +97,14 @@ class StudentBundle(nn.Module):
         *,
         view: str | None = None,
     ) -> Losses | Predictions:
-        """All passes of a plan on one micro-batch, or predictions where there is no plan.
+        """Compute the losses of all passes on one micro-batch, or predictions without passes.
 
         Args:
             batch: one micro-batch.
-            knowledge: what each planned frozen teacher said of it.
-            plan: the passes of the step.
-            counts: global unit counts of the step, of all `counters`.
-            view: whose predictions are asked for.
+            knowledge: outputs of each frozen teacher of the passes, by the teacher's name.
+            plan: the passes of the step; None returns predictions.
+            counts: global unit counts of the step, for all `counters`.
+            view: the view to predict with; not used with `plan`.
         """
         if plan is None or counts is None:
             with self._viewing(view):
@@ -109,7 +112,7 @@ class StudentBundle(nn.Module):
         plan = [replace(planned, learner=self._key(planned.learner)) for planned in plan]
         ledger = Ledger(counts, self.objective, self.world_size)
         readings = self._read(batch, knowledge or {}, plan, ledger)
-        # Once all views of a width have run: a head then has one gradient, not one per view.
+        # Losses run after all views of a width, so that a head has one gradient, not one per view.
         for together in readings.values():
             with self._viewing(together[0].planned.view):
                 evaluated = self.objective([read.reading for read in together])
@@ -120,7 +123,7 @@ class StudentBundle(nn.Module):
     def _read(
         self, batch: Batch, knowledge: Mapping[str, Knowledge], plan: Sequence[Pass], ledger: Ledger
     ) -> dict[tuple[str | None, int | None], list[ReadPass]]:
-        """Return the passes with what both models say, by learner and width of the view."""
+        """Return the passes with the outputs of both models, by learner and width of the view."""
         said = self._said(batch, plan)
         own = {role: said[self._key(role), None] for role in self._teaching(plan)}
         answers = {**knowledge, **own}
@@ -143,7 +146,7 @@ class StudentBundle(nn.Module):
         return found
 
     def _said(self, batch: Batch, plan: Sequence[Pass]) -> Said:
-        """Run every learner and view that a plan names once."""
+        """Run every learner and view of the passes once."""
         wanted = {(self._key(role), None): None for role in self._teaching(plan)}
         wanted |= {(planned.learner, planned.view): None for planned in plan}
         found: dict[tuple[str | None, str | None], Knowledge] = {}
@@ -155,7 +158,7 @@ class StudentBundle(nn.Module):
         return found
 
     def _teaching(self, plan: Sequence[Pass]) -> list[str]:
-        """Return the roles of the learners that teach in a plan."""
+        """Return the roles of the learners that teach in the passes."""
         return [name for name in teacher_names(plan) if name in self._roles]
 
     def _key(self, role: str | None) -> str | None:
@@ -196,14 +199,14 @@ class StudentBundle(nn.Module):
         return self.elastic.viewing(None if view is None else self.views[view])
 
     def _sharing(self, several: bool) -> AbstractContextManager[None]:  # noqa: FBT001
-        """Embeddings are looked up once for all views: their gradient is as large as the table."""
+        """Look up embeddings once for all views: each gradient is as large as the table."""
         if self.elastic is None or not several:
             return nullcontext()
         return self.elastic.sharing_embeddings()
 
 
 class Ledger:
-    """Adds up the passes of a micro-batch.
+    """Sum of the losses of all passes of a micro-batch.
 
     counts: global unit counts of the step.
     """
@@ -216,11 +219,11 @@ class Ledger:
         self._parts: dict[str, Tensor] = {}
 
     def per_unit(self, learner: str | None) -> Mapping[Unit, Tensor]:
-        """Return what a unit weighs in the losses of a learner: its own rows are counted."""
+        """Return the factor of each unit in a learner's losses, by the counts of its own rows."""
         return {unit: self._per_unit[_unit_of(learner, unit)] for unit in self._own_units}
 
     def add(self, planned: Pass, evaluated: Evaluated, *, share: float) -> None:
-        """Takes one pass; its terms are reported as a mean over the passes of its view."""
+        """Add one pass; its terms are reported as a mean over the passes of its view."""
         self._total = self._total + evaluated.total
         prefix = "".join(f"{name}/" for name in (planned.learner, planned.view) if name)
         for name, value in evaluated.sums.items():
@@ -229,7 +232,7 @@ class Ledger:
             self._parts[prefix + name] = known + share * value.float() / count
 
     def losses(self) -> Losses:
-        """The loss to minimise, and what the report says of it."""
+        """Return the loss to minimise, and the values to report."""
         minimised = {WEIGHTED_LOSS: self._total.detach() / self._world_size}
         return Losses(self._total, self._parts | minimised)
 
@@ -239,7 +242,7 @@ def _unit_of(learner: str | None, unit: Unit) -> Unit:
 
 
 def _counted_as(role: str, count: UnitCounter, batch: Batch) -> Tensor:
-    """Count the units of the rows as the model of a role reads them."""
+    """Count the units of the rows as encoded for the model of a role."""
     return count(batch.of(role))
 
 
@@ -251,12 +254,12 @@ def build_bundle(
     world_size: int,
     kernels: Kernels,
 ) -> StudentBundle:
-    """Build what the engine of a stage owns, for a run and for its plan.
+    """Build the module that the engine of a stage trains, for a run or for a memory plan.
 
     Args:
-        losses: of the stage.
-        learners: the models that learn, by role, the stage's own first.
-        dtype: of the models.
+        losses: losses of the stage.
+        learners: the models that learn, by role; the stage's own model comes first.
+        dtype: dtype of the models.
         world_size: number of ranks.
         kernels: code path of the losses.
 
@@ -264,11 +267,11 @@ def build_bundle(
         MegakdError: a loss term cannot work with these models.
     """
     objective = losses.objective()
-    # ZeRO 3 lays all parameters of a model into one buffer, which has one dtype.
+    # ZeRO 3 puts all parameters of a model into one buffer, which has one dtype.
     objective.to(dtype)
     if losses.stage.train.gradient_checkpointing:
         for model in learners.values():
-            # Hooks that read a block's parts would run twice under the reentrant kind.
+            # With reentrant checkpointing, hooks that read parts of a block would run twice.
             model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     return StudentBundle(
         learners,

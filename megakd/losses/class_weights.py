@@ -19,12 +19,13 @@ def with_class_weights(terms: Sequence[TermConfig], splits: Splits) -> tuple[Ter
     """Return the terms with a weight for every label, in the order of the data's labels.
 
     Args:
-        terms: of an objective.
-        splits: the data. `balanced` weighs label c by rows / (labels · rows of c) over the labelled
-            training rows, so that the mean weight of those rows is 1.
+        terms: terms of an objective.
+        splits: the data. `balanced` gives label c the weight rows / (labels · rows of c), counted
+            over the labelled training rows, so that the mean weight of these rows is 1.
 
     Raises:
-        ConfigError: a label is unknown, has no weight, or no training row to balance.
+        ConfigError: a label is unknown, a label has no weight, or `balanced` is set and a label
+            has no training row.
     """
     return tuple(
         dataclasses.replace(term, class_weights=_in_order(term, splits))
@@ -35,7 +36,7 @@ def with_class_weights(terms: Sequence[TermConfig], splits: Splits) -> tuple[Ter
 
 
 def with_even_weights(terms: Sequence[TermConfig], classes: int) -> tuple[TermConfig, ...]:
-    """Return the terms with a weight of 1 for every label where a plan knows no data."""
+    """Return the terms with weight 1 for every label, for a memory plan without data."""
     even = {str(number): 1.0 for number in range(classes)}
     return tuple(
         dataclasses.replace(term, class_weights=even)

@@ -1,4 +1,4 @@
-"""How far apart the flows between two layers lie, in two models (FSP matrices).
+"""Differences between the FSP matrices ("flows" between two layers) of two models.
 
 Shapes: B rows, T positions, D width.
 """
@@ -17,7 +17,7 @@ from megakd.contract.tasks import Kernels
 from megakd_kernels.formed import refuse_second_derivative
 
 MATRIX_ELEMENTS = 1 << 24
-"""Of the [D, D] matrices that exist at a time, beside the one of a single row."""
+"""Maximum number of elements of the [D, D] matrices in memory; one row's matrix may be larger."""
 
 
 def flow_errors(
@@ -28,27 +28,28 @@ def flow_errors(
     projections: Sequence[Tensor] | None = None,
     kernels: Kernels = "auto",
 ) -> list[Tensor]:
-    """Squared errors between FSP matrices G = F^T F' / n (Yim et al. 2017, equation 1).
+    """Return squared errors between FSP matrices G = F^T F' / n (Yim et al. 2017, equation 1).
 
-    A flow leads from each layer to the next; n counts a row's valid positions. The matrices of
-    all rows never exist at once, and none stays for the backward: gradients with respect to the
-    states are formed in the forward.
+    Each layer and the next layer form one flow; n is the number of valid positions of a row. The
+    matrices of all rows are never in memory at once, and no matrix is kept for the backward: the
+    gradients with respect to the states are computed in the forward.
 
     Args:
-        student: states of the layers that it goes through, two at least, each [B, T, S].
-        teacher: those of the teacher, as many, each [B, T, D]; they carry no gradient.
-        valid: [B, T] bool; states elsewhere may hold anything.
-        projections: [D, S] for each of the student's; None where both have one width.
+        student: states of the student's mapped layers, at least two, each [B, T, S].
+        teacher: states of the teacher's mapped layers, as many as the student's, each [B, T, D];
+            they carry no gradient.
+        valid: [B, T] bool; states at other positions may hold any values.
+        projections: [D, S] for each of the student's states; None if both widths are equal.
         kernels: `reference` forms all matrices and leaves the gradient to autograd.
 
     Returns:
-        For each flow a scalar, fp32 (fp64 if an input is): per row the mean over the [D, D]
+        One scalar per flow, fp32 (fp64 if an input is fp64): per row the mean over the [D, D]
         entries of the squared difference, summed over the rows.
 
     Raises:
-        RuntimeError: a second derivative is asked for, and it is not the reference.
+        RuntimeError: a second derivative is requested and `kernels` is not `reference`.
     """
-    # Each state once for both flows that it has a part in: its gradients are added in fp32.
+    # A state is cast once for the two flows that use it, so its gradients are added in fp32.
     ours, theirs = ([counted(state, valid) for state in states] for states in (student, teacher))
     if projections is not None:
         ours = [
@@ -69,13 +70,13 @@ def _flow_error(states: Sequence[Tensor], lengths: Tensor, kernels: Kernels) -> 
 
 
 def counted(state: Tensor, valid: Tensor) -> Tensor:
-    """[B, T, D] fp32 at least, zero where nothing counts: NaN times a slope of zero is NaN."""
+    """Return [B, T, D] in at least fp32, zero where not valid: NaN times a zero slope is NaN."""
     wide = state if state.dtype == torch.float64 else state.float()
     return wide.masked_fill(~valid[..., None], 0)
 
 
 def _apart(states: Sequence[Tensor], lengths: Tensor) -> Tensor:
-    """[B, D, D]: the student's matrices less the teacher's."""
+    """Return [B, D, D]: the student's matrices minus the teacher's."""
     first, second, their_first, their_second = states
     return (first.mT @ second - their_first.mT @ their_second) / lengths[:, None, None]
 

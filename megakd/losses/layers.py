@@ -1,7 +1,7 @@
-"""Loss terms on what the layers say: hidden states, attention, relations between tokens.
+"""Loss terms on hidden states, attention and relations between tokens.
 
-All are counted in tokens and averaged over mapped layers; none changes with the number of keys
-that padding adds.
+All terms are counted in tokens unless their class states otherwise, and averaged over mapped
+layers. The number of padded keys does not change a term.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megakd.models.knowledge import Needs
 
 
 class LayerTerm(TermGroup):
-    """A term over mapped layers, counted in tokens unless it says otherwise."""
+    """Base class of terms over mapped layers, counted in tokens unless a subclass sets `units`."""
 
     needs_teacher = True
 
@@ -40,37 +40,37 @@ class LayerTerm(TermGroup):
         self.units: Mapping[str, Unit] = {name: "tokens"}
 
     def layer(self, reading: LossInputs, index: int) -> Tensor:
-        """The sum over tokens of the pair number `index`."""
+        """Return the sum over tokens of the pair number `index`."""
         raise TypeError(f"{type(self).__name__} computes nothing")
 
     def layers(self, reading: LossInputs) -> Sequence[Tensor]:
-        """The sums of all pairs."""
+        """Return the sums of all pairs."""
         return [self.layer(reading, index) for index in range(len(self.pairs))]
 
     def forward(self, reading: LossInputs) -> Evaluated:
-        """The mean over layers of each layer's sum over its unit."""
+        """Return the mean over layers of each layer's sum over the unit."""
         total = torch.stack(list(self.layers(reading))).mean()
         scale = reading.weights[self.name] * reading.per_unit[self.units[self.name]]
         return Evaluated(total * scale, {self.name: total.detach()})
 
 
 class Projections(nn.ModuleList):
-    """One for each mapped layer where widths differ, else none."""
+    """Linear projections, one per mapped layer; empty if both widths are equal."""
 
     def __init__(self, layers: int, student: int, teacher: int) -> None:
         count = layers if student != teacher else 0
         super().__init__(nn.Linear(student, teacher, bias=False) for _ in range(count))
 
     def weight(self, index: int) -> Tensor | None:
-        """[teacher, student] of the mapped layer number `index`."""
+        """Return [teacher, student] of the mapped layer number `index`; None if there is none."""
         return cast("nn.Linear", self[index]).weight if len(self) else None
 
 
 class FspMatrices(LayerTerm):
-    """`relation_fsp`: the mean over flows; a flow leads from a mapped layer to the next.
+    """`relation_fsp`: the mean over flows, each from one mapped layer to the next.
 
-    Counted in rows. Where widths differ the student's states are projected, by a matrix per
-    mapped layer, learned and kept as those of `HiddenStates` are.
+    Counted in rows. If the widths differ, a matrix per mapped layer projects the student's states.
+    The matrices are learned and kept like the projections of `HiddenStates`.
     """
 
     needs = Needs(hidden_states=True)
@@ -81,7 +81,7 @@ class FspMatrices(LayerTerm):
         self.projections = Projections(len(pairs), *widths)
 
     def layers(self, reading: LossInputs) -> Sequence[Tensor]:
-        """The sums over rows of all flows."""
+        """Return the sums over rows of all flows."""
         weights = [self.projections.weight(index) for index in range(len(self.projections))]
         return flow_errors(
             [reading.student.hidden_states[student] for student, _ in self.pairs],
@@ -93,10 +93,10 @@ class FspMatrices(LayerTerm):
 
 
 class HiddenStates(LayerTerm):
-    """Hidden states of mapped layers, with a projection where widths differ.
+    """`hidden_mse`, `hidden_cosine`, `embedding_mse`: terms on hidden states of mapped layers.
 
-    Mean over the width. The projections are learned with the student, kept for resuming, and
-    dropped at export.
+    Errors are averaged over the width. If the widths differ, projections are learned with the
+    student, kept for resuming, and dropped at export.
     """
 
     needs = Needs(hidden_states=True)
@@ -114,7 +114,7 @@ class HiddenStates(LayerTerm):
             self.units = {term.loss: "examples"}
 
     def layer(self, reading: LossInputs, index: int) -> Tensor:
-        """Squared error, or one minus the cosine."""
+        """Return the squared error, or one minus the cosine."""
         student, teacher = self.pairs[index]
         valid = reading.batch.valid
         ours = reading.student.hidden_states[student]
@@ -128,10 +128,10 @@ class HiddenStates(LayerTerm):
 
 
 class AttentionMatrices(LayerTerm):
-    """`attention_mse`: per query a mean over the keys it sees, and over heads.
+    """`attention_mse`: the mean over heads and, per query, over the visible keys.
 
-    The scores are computed again from queries and keys, as turned by their positions: the
-    models need not run eager attention, which alone could show what it computed.
+    The scores are recomputed from queries and keys after position embedding. Models therefore do
+    not need eager attention, which is the only implementation that returns its scores.
     """
 
     def __init__(self, term: AttentionMse, pairs: Pairs, *, causal: bool) -> None:
@@ -140,7 +140,7 @@ class AttentionMatrices(LayerTerm):
         self.needs = Needs(attention_layers=tuple(dict.fromkeys(s for s, _ in pairs)))
 
     def layer(self, reading: LossInputs, index: int) -> Tensor:
-        """Squared error of scores or probabilities."""
+        """Return the squared error of scores or probabilities."""
         student, teacher = self.pairs[index]
         seen = visible_keys(reading.batch, causal=self.causal)[:, None]  # [B, 1, T, T]
         ours = self._matrix(_vectors(reading.student, student), reading.batch.valid, seen)
@@ -150,7 +150,7 @@ class AttentionMatrices(LayerTerm):
         return rows.mean(1).sum()
 
     def _matrix(self, vectors: AttentionVectors, valid: Tensor, seen: Tensor) -> Tensor:
-        """[B, heads, T, T] fp32."""
+        """Return attention scores or probabilities, [B, heads, T, T] fp32."""
         queries = _heads(vectors.queries, valid, vectors.width)
         keys = _heads(vectors.keys, valid, vectors.width)
         keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
@@ -161,10 +161,10 @@ class AttentionMatrices(LayerTerm):
 
 
 class Relations(LayerTerm):
-    """`relation_kl`: mean over relation heads and the chosen relations.
+    """`relation_kl`: the mean over relation heads and the chosen relations.
 
-    The vectors of all heads lie side by side and are cut anew, into the same number of parts
-    for both models, so that widths, heads and key heads may differ.
+    The vectors of all heads are concatenated and cut into the same number of parts for both
+    models, so that widths, heads and key heads may differ.
     """
 
     def __init__(self, term: RelationKl, pairs: Pairs, *, heads: int, causal: bool) -> None:
@@ -173,7 +173,7 @@ class Relations(LayerTerm):
         self.needs = Needs(attention_layers=tuple(dict.fromkeys(s for s, _ in pairs)))
 
     def layer(self, reading: LossInputs, index: int) -> Tensor:
-        """KL(teacher's relation || student's) in nats, summed over the keys a token sees."""
+        """Return KL(teacher's relation || student's) in nats, summed over the visible keys."""
         student, teacher = self.pairs[index]
         ours, theirs = _vectors(reading.student, student), _vectors(reading.taught, teacher)
         segments = documents(reading.batch) if self.causal else None
@@ -197,7 +197,7 @@ class Relations(LayerTerm):
 
 
 def _sides(relation: Relation, vectors: AttentionVectors) -> tuple[Tensor, Tensor | None]:
-    """What is compared with what; None: with itself."""
+    """Return the two sides of a relation; None as second side relates the vectors to themselves."""
     if relation == "query":
         return vectors.queries, None
     if relation == "key":
@@ -217,12 +217,12 @@ def _vectors(knowledge: Knowledge, layer: int) -> AttentionVectors:
 
 
 def _heads(vectors: Tensor, valid: Tensor, width: int) -> Tensor:
-    """[B, heads, T, width] fp32, zero at padding: NaN times a gradient of 0 would be NaN."""
+    """Return [B, heads, T, width] fp32, zero at padding: NaN times a gradient of 0 is NaN."""
     return counted(vectors, valid).unflatten(-1, (-1, width)).transpose(1, 2)
 
 
 def visible_keys(batch: Batch, *, causal: bool) -> Tensor:
-    """[B, T, T] bool: which keys (last) a query sees; nothing where either is padding."""
+    """Return [B, T, T] bool: True where a query (dim 1) sees a key (dim 2); False at padding."""
     seen = batch.valid[:, :, None] & batch.valid[:, None, :]
     if not causal:
         return seen
@@ -233,9 +233,10 @@ def visible_keys(batch: Batch, *, causal: bool) -> Tensor:
 
 
 def documents(batch: Batch) -> Tensor | None:
-    """[B, T] numbers of packed documents, by restarting positions; None where nothing is packed.
+    """Return [B, T] numbers of packed documents; None if nothing is packed.
 
-    The rule by which decoders of transformers keep documents apart.
+    A document begins where positions restart. The decoders of transformers separate documents by
+    the same rule.
     """
     positions = batch.inputs.get("position_ids")
     if positions is None:

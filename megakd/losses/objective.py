@@ -35,14 +35,14 @@ from megakd.losses.targets import AGREEMENT, Evaluated, TermGroup, language_mode
 from megakd.models.knowledge import Needs
 
 WEIGHTED_LOSS = "loss"
-"""Among the terms of a report: what was minimised, all passes, scales and weights in it."""
+"""Key of the minimised loss in a report: all passes with their scales and weights."""
 
 
 class Objective(nn.Module):
-    """The terms of a stage, and the projections they learn.
+    """The loss terms of a stage, and their learned projections.
 
-    Called inside the student engine's forward: weights that a loss reads are then right at
-    every ZeRO stage.
+    The objective runs inside the forward of the student's engine, so that losses read correct
+    weights at every ZeRO stage.
     """
 
     def __init__(self, groups: Sequence[TermGroup], weights: Mapping[str, float]) -> None:
@@ -61,18 +61,19 @@ class Objective(nn.Module):
         self.needs_teacher = any(g.needs_teacher for g in groups)
 
     def forward(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
-        """For each reading its weighted and scaled total with gradient, and its detached sums.
+        """Return for each reading the weighted and scaled total with gradient, and detached sums.
 
-        Groups may put the total of several readings into one of them: add up all.
+        A group may put the total of several readings into one of them, so only the sum of all
+        totals has a meaning.
 
         Args:
-            readings: of one batch, by views of one width.
+            readings: loss inputs of one batch, by views of one width.
         """
         of_groups = [group.of_all(readings) for group in self._wanted(readings)]
         return [_added(parts) for parts in zip(*of_groups, strict=True)]
 
     def _wanted(self, readings: Sequence[LossInputs]) -> list[TermGroup]:
-        """Groups of which some reading does not leave out every term."""
+        """Return the groups that have a term which at least one reading includes."""
         groups = cast("list[TermGroup]", list(self.groups))
         left_out = frozenset.intersection(*(reading.left_out for reading in readings))
         return [g for g in groups if not left_out.issuperset(g.units.keys() - {AGREEMENT})]
@@ -86,17 +87,17 @@ def _added(parts: Sequence[Evaluated]) -> Evaluated:
 def build_objective(
     terms: Sequence[TermConfig], task: TaskType, student: Shape, teacher: Shape | None
 ) -> Objective:
-    """Builds the terms, or says which one cannot work with these models.
+    """Build the objective of a stage from its terms.
 
     Args:
-        terms: the run config's list.
+        terms: the terms of the run config.
         task: classification, regression, mlm or causal_lm.
         student: the student's shape.
-        teacher: the teacher's, None for supervised training.
+        teacher: the teacher's shape; None for supervised training.
 
     Raises:
-        ConfigError: a term needs a teacher and there is none.
-        TeacherError: layers or vocabularies that a chosen term cannot match.
+        ConfigError: a term needs a teacher and the stage has none.
+        TeacherError: a term cannot match the layers or vocabularies of the models.
     """
     check_terms(terms, task, student, teacher)
     soft = tuple(t for t in terms if isinstance(t, SOFT_TARGET_DIVERGENCES))
@@ -134,7 +135,7 @@ def _intermediate_groups(
 
 
 def teacher_needs(terms: Sequence[TermConfig], student: Shape, teacher: Shape) -> Needs:
-    """What the terms ask of the teacher's forward."""
+    """Return the outputs that the terms need from the teacher's forward."""
     layers = {
         pair[1]
         for term in terms
@@ -150,7 +151,12 @@ def teacher_needs(terms: Sequence[TermConfig], student: Shape, teacher: Shape) -
 def check_terms(
     terms: Sequence[TermConfig], task: TaskType, student: Shape, teacher: Shape | None
 ) -> None:
-    """All that can be said of the terms from both models' configs, before anything loads."""
+    """Check the terms against the shapes of both models, before any model is loaded.
+
+    Raises:
+        ConfigError: a term needs a teacher and the stage has none.
+        TeacherError: a term cannot match the layers, heads or classes of the models.
+    """
     for term in terms:
         if compares(term) and teacher is None:
             raise ConfigError(f"{term.loss} compares with a teacher and this stage has none")

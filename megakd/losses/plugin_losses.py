@@ -1,4 +1,4 @@
-"""Losses of other packages, counted, weighted and reported as megakd's own are."""
+"""Losses of other packages, which are counted, weighted and reported like megakd's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megakd.models.knowledge import Needs
 
 
 class PluginLoss(TermGroup):
-    """A term whose sum over its unit another package computes."""
+    """A term whose sum over the unit is computed by another package."""
 
     def __init__(self, term: PluginTerm) -> None:
         super().__init__()
@@ -22,10 +22,10 @@ class PluginLoss(TermGroup):
         self.needs_teacher = term.needs_teacher
 
     def forward(self, reading: LossInputs) -> Evaluated:
-        """Weigh and count the sum that the package gives.
+        """Weight and normalise the sum that the package returns.
 
         Raises:
-            ConfigError: the package gives no single number.
+            ConfigError: the package does not return a 0-dimensional tensor.
         """
         name = self.term.loss
         total = self.term.total(reading.student, reading.teacher, reading.batch)
@@ -43,8 +43,8 @@ class PluginLoss(TermGroup):
 def logits_of(knowledge: Knowledge) -> Tensor:
     """Return [N, C] fp32 logits: of a classifier's rows, or of a language model's targets.
 
-    A language model's are formed for this call, N x vocabulary numbers at once; megakd's own
-    losses work on parts of them.
+    The logits of a language model are formed for this call, all N x vocabulary elements at once;
+    megakd's own losses compute them in parts.
     """
     if knowledge.logits is not None:
         return knowledge.logits.float()

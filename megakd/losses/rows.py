@@ -1,4 +1,4 @@
-"""Loss terms of a classifier or regressor, summed over rows: labels and a teacher's outputs."""
+"""Loss terms of classifiers and regressors on labels and teacher outputs, summed over rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class HardClasses(TermGroup):
         self._on_device: Tensor | None = None
 
     def forward(self, reading: LossInputs) -> Evaluated:
-        """Cross-entropy in nats, summed over labelled rows."""
+        """Return the cross-entropy in nats, summed over labelled rows."""
         if self.class_weights is None and not self.smoothing:
             total, reported = self._plain(reading)
         else:
@@ -52,8 +52,8 @@ class HardClasses(TermGroup):
         return out.loss, out.ce_sum
 
     def _weighted(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Row i gives (1 - s)·w[y]·-log p[y] + s/C·sum of w[c]·-log p[c]."""
-        # Before the softmax: its gradient at NaN is NaN, even times 0.
+        """Return the sum over rows of (1 - s)·w[y]·-log p[y] + s/C·sum of w[c]·-log p[c]."""
+        # Masked before the softmax: the gradient of the softmax at NaN is NaN, even times 0.
         known = (labels != IGNORE).unsqueeze(-1)
         return functional.cross_entropy(
             logits.float().where(known, 0.0),
@@ -65,7 +65,7 @@ class HardClasses(TermGroup):
         )
 
     def _weights(self, device: torch.device) -> Tensor | None:
-        """[C] fp32, no buffer: DeepSpeed would round a buffer to the model's precision."""
+        """Return [C] fp32, not a buffer: DeepSpeed would round a buffer to the model's dtype."""
         if self.class_weights is None:
             return None
         if self._on_device is None:
@@ -84,7 +84,7 @@ class SoftClasses(TermGroup):
         self.units = {term.loss: "examples", AGREEMENT: "examples"}
 
     def forward(self, reading: LossInputs) -> Evaluated:
-        """The divergence in nats times T², summed over rows."""
+        """Return the divergence in nats times T² (if `t_squared`), summed over rows."""
         taught = _logits(reading.taught)
         trusts = getattr(self.term, "row_weight", "equal") == "teacher_loss"
         out = megakd_kernels.kd_loss_from_logits(
@@ -106,7 +106,7 @@ class SoftClasses(TermGroup):
 
 
 class Scores(TermGroup):
-    """`hard_mse` or `soft_target_mse` of a regressor, the mean over outputs per row."""
+    """`hard_mse` or `soft_target_mse` of a regressor, which has one output per row."""
 
     def __init__(self, term: HardMse | SoftTargetMse) -> None:
         super().__init__()
@@ -116,10 +116,10 @@ class Scores(TermGroup):
         self.units = {term.loss: "examples" if self.needs_teacher else "targets"}
 
     def forward(self, reading: LossInputs) -> Evaluated:
-        """Squared error, summed over the rows that count."""
+        """Return the squared error, summed over labelled rows or, with a teacher, valid rows."""
         scores = _logits(reading.student).float().squeeze(-1)
         target, counts = self._target(reading)
-        # Before the square: its gradient at NaN is NaN, even times 0.
+        # Masked before the square: the gradient of the square at NaN is NaN, even times 0.
         error = (scores - target).where(counts, torch.zeros_like(scores))
         rows = error.square()
         if self.trusts:
@@ -137,13 +137,13 @@ class Scores(TermGroup):
 
 
 def _trust_in_classes(taught: Tensor, labels: Tensor) -> Tensor:
-    """[B] fp32: 1 / (1 + the teacher's cross-entropy), and 1 where there is no label."""
+    """Return [B] fp32: 1 / (1 + the teacher's cross-entropy), and 1 for rows without label."""
     missed = functional.cross_entropy(taught.float(), labels, ignore_index=IGNORE, reduction="none")
     return 1 / (1 + missed)
 
 
 def _trust_in_scores(taught: Tensor, labels: Tensor) -> Tensor:
-    """[B] fp32: 1 / (1 + the teacher's squared error), and 1 where there is no label."""
+    """Return [B] fp32: 1 / (1 + the teacher's squared error), and 1 for rows without label."""
     return 1 / (1 + (taught - labels).square().nan_to_num(0.0))
 
 

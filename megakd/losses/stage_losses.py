@@ -1,4 +1,4 @@
-"""The losses of a stage, and what they ask of its models: derived once, for a run and its plan."""
+"""The losses of a stage and the model outputs that they need, for runs and memory plans."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from megakd.contract.tasks import TaskType
 from megakd.contract.terms import hard_terms
 from megakd.losses.objective import Objective, build_objective, check_terms, teacher_needs
 from megakd.models.knowledge import Needs
-from megakd.models.loading import ModelSource
+from megakd.models.source import ModelSource
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageLosses:
     """The loss terms of a stage between models of known shapes.
 
-    teacher: the shape of the first teacher; None without one. Where losses compare layers, all
-        teachers of a stage are alike.
+    teacher: the shape of the first teacher; None without a teacher. If losses compare layers, all
+        teachers of a stage have the same shape.
     """
 
     stage: Stage
@@ -28,21 +28,21 @@ class StageLosses:
     teacher: Shape | None
 
     def teacher_needs(self) -> Needs:
-        """Return what the losses and the strategy read of the teachers' forward."""
+        """Return the outputs that the losses and the strategy need from the teachers' forward."""
         if self.teacher is None:
             return Needs()
         return self._with_states(teacher_needs(self.stage.objective, self.student, self.teacher))
 
     def check(self) -> None:
-        """Refuse terms that cannot work between these models.
+        """Check that all terms work with these models.
 
         Raises:
-            MegakdError: naming the term and both values.
+            MegakdError: a term does not work; the message names the term and both values.
         """
         check_terms(self.stage.objective, self.task, self.student, self.teacher)
 
     def objective(self) -> Objective:
-        """Build the loss terms, which also say what is read of the student's forward.
+        """Build the objective, which also states the outputs needed from the student's forward.
 
         Raises:
             MegakdError: a term cannot work with these models.
@@ -67,10 +67,10 @@ def stage_losses(
 
     Args:
         stage: the stage.
-        task: what the models are trained for.
+        task: the task of the models.
         learners: see `learners_of`.
-        teachers: the models that the frozen teachers of the stage are, in its order.
-        classes: how many the data has, see `shape_of`.
+        teachers: the models of the stage's frozen teachers, in the stage's order.
+        classes: number of classes of the data, see `shape_of`.
     """
     student, *beside = (shape_of(source, task, classes) for source in learners.values())
     frozen = (shape_of(source, task, classes) for source in teachers)
@@ -79,7 +79,7 @@ def stage_losses(
 
 
 def learners_of(stage: Stage, sources: Mapping[str, ModelSource]) -> dict[str, ModelSource]:
-    """Return the models that learn in a stage by role; the first is the one that it gives.
+    """Return the models that learn in a stage, by role; the first is the stage's own model.
 
     Args:
         stage: the stage.
@@ -90,17 +90,17 @@ def learners_of(stage: Stage, sources: Mapping[str, ModelSource]) -> dict[str, M
 
 
 def label_objective(source: ModelSource, task: TaskType, classes: int) -> Objective:
-    """Return the loss on labels that fits the task, for a model by itself."""
+    """Return the objective on labels for a task, for a model without a teacher."""
     return build_objective(hard_terms(task), task, shape_of(source, task, classes), None)
 
 
 def shape_of(source: ModelSource, task: TaskType, classes: int) -> Shape:
-    """Return the shape of a model as losses must know it.
+    """Return the shape of a model, as losses need it.
 
     Args:
-        source: the model; the head of a classifier will be the data's.
-        task: what the model is used for.
-        classes: how many the data has; of no meaning without classes.
+        source: the model; a classifier gets a head for the classes of the data.
+        task: the task of the model.
+        classes: number of classes of the data; ignored for tasks without classes.
     """
     config, architecture = source.config, source.architecture
     outputs = {"classification": classes, "regression": 1}.get(task)

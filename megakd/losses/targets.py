@@ -1,8 +1,10 @@
-"""Loss terms over `megakd_kernels`: fp32 sums over a unit, no host sync, no branch on values.
+"""Loss terms based on `megakd_kernels`: fp32 sums over a unit, without a host sync.
 
-A group computes the terms that share work. `per_unit` says what one unit weighs: world size
-over the unit's global count, so that every term is an average over the whole step however it
-is cut into micro-batches and ranks.
+The control flow does not depend on values of tensors.
+
+A group computes the terms that share work. `per_unit` is the factor of one unit: the world size
+divided by the unit's global count. Every term is therefore an average over the whole step, for
+any split into micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -32,18 +34,22 @@ AGREEMENT = "top1_agreement"
 
 
 class Evaluated(NamedTuple):
-    """total: weighted and normalised, with gradient. sums: detached, per term, over its unit."""
+    """Result of a group of terms.
+
+    total: weighted and normalised, with gradient.
+    sums: detached, the sum of each term over its unit.
+    """
 
     total: Tensor
     sums: dict[str, Tensor]
 
 
 class TermGroup(nn.Module):
-    """Terms computed together.
+    """Base class of terms that are computed together.
 
-    units: each term's unit, by its name.
-    counters: how units that no other group has are counted, by the name of the unit.
-    needs: what they ask of a model's forward.
+    units: unit of each term, by the name of the term.
+    counters: functions that count units which only this group has, by the name of the unit.
+    needs: outputs that the terms need from a model's forward.
     needs_teacher: whether a teacher must have run.
     """
 
@@ -53,18 +59,19 @@ class TermGroup(nn.Module):
     needs_teacher = False
 
     def forward(self, reading: LossInputs) -> Evaluated:
-        """The group's weighted total, not yet scaled, and its terms' sums."""
+        """Return the weighted total of the group, not yet scaled, and the sums of its terms."""
         raise TypeError(f"{type(self).__name__} computes nothing")
 
     def of_all(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
-        """One for each reading; the scaled totals mean something as their sum alone."""
+        """Return one result per reading; only the sum of the scaled totals has a meaning."""
         return [_scaled(self(reading), reading.scale) for reading in readings]
 
 
 class LanguageModelTargets(TermGroup):
-    """Hard and soft targets of a language model in one pass over (hidden, head), never [B, T, V].
+    """Hard and soft targets of a language model, computed from (hidden, head) without [B, T, V].
 
-    Terms and readings that can share the pass do, so that one head gradient exists.
+    Terms and readings share a pass over the rows where possible, so that there is one gradient of
+    the head.
     """
 
     def __init__(self, soft: tuple[SoftTarget, ...], *, hard: bool) -> None:
@@ -75,12 +82,12 @@ class LanguageModelTargets(TermGroup):
         self.units = dict.fromkeys([*names, *([AGREEMENT] if soft else [])], "targets")
 
     def forward(self, reading: LossInputs) -> Evaluated:
-        """Nats (times T² for the soft terms), summed over positions with a label."""
+        """Return nats (times T² for the soft terms), summed over positions with a label."""
         out = self._scored(_stacked([reading], with_teacher=bool(self.soft)), reading)
         return Evaluated(out.loss, self._sums(out, slice(None), 1.0))
 
     def of_all(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
-        """Readings that differ in what the student said and in scale alone go through together."""
+        """Compute readings together if they differ only in the student's outputs and in scale."""
         found: dict[int, Evaluated] = {}
         for indices in _alike(readings):
             together = self._together([readings[index] for index in indices])
@@ -131,7 +138,10 @@ class LanguageModelTargets(TermGroup):
     def _scored_from_top_k(
         self, rows: Rows, top_k: TopK, reading: LossInputs
     ) -> megakd_kernels.KDOutput:
-        """Tokens that a cache lacks are one more, whose probability is what is missing to 1."""
+        """Compute the loss from a cache; all tokens that the cache lacks count as one token.
+
+        This token has the remaining probability, 1 - the sum of the cached probabilities.
+        """
         head, bias = _head(reading.student)
         (term,) = self.soft
         return megakd_kernels.topk_kd_loss(
@@ -152,7 +162,7 @@ class LanguageModelTargets(TermGroup):
         )
 
     def _sums(self, out: megakd_kernels.KDOutput, rows: slice, scale: float) -> dict[str, Tensor]:
-        """Of some of the rows, without the scale that they were weighted by."""
+        """Return the sums of some of the rows, divided by the scale of these rows."""
         divergences = out.row_divergences[:, rows].sum(1) / scale
         sums = {t.loss: divergences[i] for i, t in enumerate(self.soft)}
         if self.hard:
@@ -162,7 +172,7 @@ class LanguageModelTargets(TermGroup):
         return sums
 
     def _hard_weight(self, reading: LossInputs) -> float | Tensor:
-        """As a tensor, for the number 0 would leave the term out of the report too."""
+        """Return the weight as a tensor: the number 0 would remove the term from the report."""
         if not self.hard:
             return 0.0
         return reading.per_unit["targets"].new_full((), reading.weights["hard_cross_entropy"])
@@ -175,7 +185,7 @@ class LanguageModelTargets(TermGroup):
 
 
 class Rows(NamedTuple):
-    """What one pass of `LanguageModelTargets` reads, [N] rows; weight None: all count alike."""
+    """Inputs of one pass of `LanguageModelTargets`, [N] rows; weight None: equal weights."""
 
     student: Tensor
     teacher: Tensor | None
@@ -185,14 +195,14 @@ class Rows(NamedTuple):
 
 
 def _stacked(readings: Sequence[LossInputs], *, with_teacher: bool) -> Rows:
-    """The rows of readings of one batch, one reading after the other, weighted by their scales."""
+    """Concatenate the rows of readings of one batch, and weight the rows by the scales."""
     first, count = readings[0], len(readings)
     top_k = first.taught.top_k if with_teacher else None
     taught = _hidden(first.taught) if with_teacher and top_k is None else None
     if count == 1:
         return Rows(_hidden(first.student), taught, first.batch.target_labels, None, top_k)
     labels = first.batch.target_labels.flatten()
-    # Filled where they are: a list that is copied to a GPU would wait for it.
+    # Filled on the device: copying a list to a GPU would wait for the GPU.
     scales = [torch.full_like(labels, one.scale, dtype=torch.float32) for one in readings]
     return Rows(
         torch.cat([_hidden(reading.student).flatten(0, -2) for reading in readings]),
@@ -204,7 +214,7 @@ def _stacked(readings: Sequence[LossInputs], *, with_teacher: bool) -> Rows:
 
 
 def _alike(readings: Sequence[LossInputs]) -> Iterable[list[int]]:
-    """Which readings have the same teacher and weights; one without a scale stays alone."""
+    """Group indices of readings with the same teacher and weights; scale 0 stays alone."""
     found: dict[object, list[int]] = {}
     for index, reading in enumerate(readings):
         alike = (id(reading.teacher), tuple(reading.weights.items()))
@@ -229,14 +239,14 @@ def _head(knowledge: Knowledge) -> tuple[Tensor, Tensor | None]:
 
 
 def _option(terms: Sequence[SoftTarget], name: str, default: float) -> float:
-    """The value of an option that a call has once, from the terms that have it."""
+    """Return the value of an option that a call accepts once, from the terms that have it."""
     return next((getattr(term, name) for term in terms if hasattr(term, name)), default)
 
 
 def language_model_groups(
     soft: tuple[SoftTarget, ...], *, hard: bool
 ) -> tuple[LanguageModelTargets, ...]:
-    """As few passes as can be; the hard term rides with the first."""
+    """Return as few groups as possible; the hard term is part of the first group."""
     together: list[list[SoftTarget]] = []
     for term in soft:
         fitting = next((group for group in together if _one_pass([*group, term])), None)
@@ -254,7 +264,7 @@ def language_model_groups(
 
 
 def _one_pass(terms: Sequence[SoftTarget]) -> bool:
-    """Whether no two terms differ in an option that a call has once."""
+    """Return whether the terms agree in all options that a call accepts once."""
     return all(
         len({getattr(term, name) for term in terms if hasattr(term, name)}) <= 1
         for name in ("temperature", "t_squared", "beta", "skew")

@@ -1,8 +1,8 @@
-"""The methods, a file or folder each: options derived from `MethodOptions`, and `run(config, lab)`.
+"""The methods, one file or folder each: options derived from `MethodOptions`, `run(config, lab)`.
 
-Every file here that has a function `run` is a method; nothing else names it. A method may have
-`BASELINES`: by name, what builds the stage of a model of the student's shape that is made another
-way, `build(config, lab, student)`.
+Every file here with a function `run` is a method, without further registration. A method may have
+`BASELINES`, a mapping from names to functions `build(config, lab, student)`. Such a function
+returns the stage of a model that has the student's shape and is trained differently.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _options() -> tuple[type[MethodOptions], ...]:
-    """Return the options of all methods of this folder, in the order of their files."""
+    """Return the options classes of all methods of this folder, in the order of the files."""
     files = (
         importlib.import_module(f"{__name__}.{f.name}") for f in pkgutil.iter_modules(__path__)
     )
@@ -49,12 +49,12 @@ else:
 
 
 def run_method(config: MethodOptions, lab: Lab) -> StageResult:
-    """Run a method in a lab: call `run` of the file that holds the method's options."""
+    """Run a method in a lab: call `run` of the file that defines the method's options."""
     return file_of(config).run(config, lab)
 
 
 def file_of(config: MethodOptions) -> Any:
-    """Return the module that holds a method's options, its `run` and its `BASELINES`."""
+    """Return the module with a method's options, `run` and `BASELINES`."""
     return sys.modules[type(config).__module__]
 
 
@@ -65,5 +65,5 @@ def methods_that_cut() -> list[str]:
 
 
 def baselines_of(config: MethodOptions) -> tuple[str, ...]:
-    """Return the baselines that a run of a method may list; `alone` goes with all of them."""
+    """Return the baselines that a run of a method may list; all methods have `alone`."""
     return ("alone", *getattr(file_of(config), "BASELINES", {}))

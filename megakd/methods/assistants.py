@@ -1,4 +1,4 @@
-"""What the schedules of teacher assistants have in common: options, views, losses, legs."""
+"""Common parts of the methods with teacher assistants: options, views, losses, legs."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 DEPTHS = 6
-"""Hidden states are compared at 0, L/6, 2L/6, …, L."""
+"""Hidden states are compared at the layers 0, L/6, 2L/6, …, L."""
 RELATION_HEADS = 32
-"""Where hidden states of several widths cannot be compared, if it divides the width of a head."""
+"""Used if hidden states have several widths, provided that 32 divides the width of a head."""
 
 
 def _rising(sparsities: tuple[float, ...]) -> tuple[float, ...]:
@@ -54,20 +54,21 @@ Grid = Annotated[tuple[Sparsity, ...], Field(min_length=1), AfterValidator(_risi
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class AssistantOptions(MethodOptions):
-    """Options of all schedules of teacher assistants.
+    """Options of all methods with teacher assistants.
 
     target_sparsity: share of the attention heads and of the neurons that the student lacks; with
-        `residual` of the weights between them and the hidden states.
-    sparsities: the grid of candidates, the target among them.
-    tradeoff: lambda, what leaving all units out is worth in units of the metric.
-    metric: which of the task's metrics is weighed; null: the one that stands for the task.
-    allocation: `global` ranks the units of all layers together, `uniform` takes as many of each.
-    round_to: neurons and rows of heads are taken out in multiples of this many.
-    importance_split: whose labels say what is important.
-    importance_batch_size: rows of a batch of the importance pass, all ranks together; of a batch's
-        gradient the absolute value is taken.
-    residual: the hidden states become narrower too, and they, heads and neurons lose
-        1 - sqrt(1 - sparsity) each.
+        `residual`, share of the weights between heads or neurons and the hidden states.
+    sparsities: grid of the candidates' sparsities; must contain the target.
+    tradeoff: lambda, the weight of sparsity in metric + lambda * sparsity.
+    metric: metric of the trade-off; null: the main metric of the task.
+    allocation: `global` ranks the units of all layers together; `uniform` removes the same share of
+        every layer.
+    round_to: neurons and rows of heads are removed in multiples of this number.
+    importance_split: split whose labels determine the importance of units.
+    importance_batch_size: rows of a batch of the importance pass over all ranks; the absolute value
+        is taken of a batch's gradient.
+    residual: whether the width of the hidden states is reduced too; width, heads and neurons then
+        lose 1 - sqrt(1 - sparsity) each.
     """
 
     cuts_student: ClassVar[bool] = True
@@ -83,11 +84,11 @@ class AssistantOptions(MethodOptions):
 
     @property
     def looks_into_teacher(self) -> bool:
-        """The importance of units is measured inside the teacher."""
+        """True: the importance of units is measured inside the teacher."""
         return True
 
     def problems(self, config: Any) -> Iterator[str]:
-        """Yield what does not go with a student that is cut out of one teacher."""
+        """Yield a line for every setting that contradicts a student cut out of one teacher."""
         if config.teachers:
             yield (
                 f'teachers: method "{self.name}" cuts one teacher; give it in a section '
@@ -130,14 +131,14 @@ class AssistantOptions(MethodOptions):
 
 
 def view_name(sparsity: float) -> str:
-    """A candidate's name in logs and results."""
+    """Return the name of a candidate in logs and results."""
     return f"sparsity-{sparsity:g}"
 
 
 def views_of(
     config: AssistantOptions, lab: Lab, ranked: SortedModel, sparsities: Sequence[float]
 ) -> dict[str, View]:
-    """Candidates by name, the widest first."""
+    """Return the views of candidates by name, in the order of `sparsities`."""
     with_heads = _attentions_read(config, lab)
     return {
         view_name(sparsity): ranked.view_at(
@@ -152,12 +153,12 @@ def views_of(
 
 
 def view_of(config: AssistantOptions, lab: Lab, ranked: SortedModel, sparsity: float) -> View:
-    """One candidate."""
+    """Return the view of one candidate."""
     return views_of(config, lab, ranked, [sparsity])[view_name(sparsity)]
 
 
 def _attentions_read(config: AssistantOptions, lab: Lab) -> frozenset[int]:
-    """Attentions, from 0, whose vectors a loss compares: without heads there would be none."""
+    """Return attentions, numbered from 0, whose vectors a loss compares; they must keep a head."""
     from megakd.contract.shapes import Shape, layer_pairs
 
     shape = Shape(lab.teacher_layers, width=0, vocabulary=0)
@@ -167,13 +168,13 @@ def _attentions_read(config: AssistantOptions, lab: Lab) -> frozenset[int]:
 
 
 def size_at(config: AssistantOptions, lab: Lab, ranked: SortedModel, sparsity: float) -> int:
-    """Weights of the encoder that are left at a sparsity; 0 is the whole of it."""
+    """Return the number of the encoder's weights at a sparsity; 0 is the whole encoder."""
     view = view_of(config, lab, ranked, sparsity)
     return lab.parameters(ranked.source, view).encoder_parameters
 
 
 def ranked_teacher(config: AssistantOptions, lab: Lab) -> tuple[str, SortedModel]:
-    """The name of the teacher, and what its units are worth: what every schedule begins with.
+    """Return the name of the teacher, and the sorted teacher, with which these methods begin.
 
     Raises:
         MegakdError: see `check_reach`; the teacher cannot be fine-tuned or measured.
@@ -184,7 +185,7 @@ def ranked_teacher(config: AssistantOptions, lab: Lab) -> tuple[str, SortedModel
 
 
 def ranked_units(config: AssistantOptions, lab: Lab, teacher: str) -> SortedModel:
-    """Return what a teacher's units are worth; measured once."""
+    """Return a teacher sorted by the importance of units, which is measured once."""
     return lab.sorted_teacher(
         teacher,
         config.importance_split,
@@ -194,7 +195,7 @@ def ranked_units(config: AssistantOptions, lab: Lab, teacher: str) -> SortedMode
 
 
 def check_reach(config: AssistantOptions, lab: Lab) -> None:
-    """Refuses, before anything is trained, what could not be cut or weighed afterwards.
+    """Check, before any training, that all candidates can be cut and compared.
 
     Raises:
         MegakdError: heads, neurons or the width run out, the metric cannot be weighed, or
@@ -212,20 +213,20 @@ def check_reach(config: AssistantOptions, lab: Lab) -> None:
             "relation heads; it teaches no output head, which stays the teacher's, narrowed",
             getattr(term, "relation_heads", None),
         )
-    # How units fall over the layers, and so what rounding does, is not known yet.
+    # The distribution of units over the layers, and so the effect of rounding, is not yet known.
     exact = dataclasses.replace(config, round_to=1) if config.allocation == "global" else config
     views_of(exact, lab, lab.unscored(), config.sparsities)
 
 
 def _check_relations(term: RelationKl, heads: Heads) -> None:
-    """The vectors of however many heads are left must fall into the same number of parts.
+    """Check that the vectors of any number of heads can be cut into the same number of parts.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: the vectors cannot be cut.
     """
     unit = heads.width
     if not {"key", "value"} & {*term.relations}:
-        unit *= heads.queries // heads.keys  # keys that queries share count as often as they do
+        unit *= heads.queries // heads.keys  # shared keys are repeated for every query head
     if unit % (term.relation_heads or 1):
         fitting = ", ".join(str(n) for n in range(1, unit + 1) if unit % n == 0)
         raise ConfigError(
@@ -236,9 +237,9 @@ def _check_relations(term: RelationKl, heads: Heads) -> None:
 
 
 def objective_of(config: AssistantOptions, lab: Lab) -> tuple[TermConfig, ...]:
-    """The config's, else the paper's: no labels in any.
+    """Return the objective of the config, or the objective of the paper, which uses no labels.
 
-    Relations are cut into as many parts as the teacher has heads, not as an assistant has.
+    Relations are cut into as many parts as the teacher has heads, also if an assistant teaches.
     """
     given = lab.config.objective
     if given is None:
@@ -253,10 +254,11 @@ def objective_of(config: AssistantOptions, lab: Lab) -> tuple[TermConfig, ...]:
 
 
 def _last_relations(lab: Lab) -> RelationKl:
-    """Of queries, keys and values of the last layer, a third each.
+    """Return the loss on relations of queries, keys and values of the last layer, a third each.
 
-    The task-agnostic variant, as the code of MiniMoE by the same authors has it. Where 32 does
-    not divide the width of a head, the teacher's heads are taken, or what divides both.
+    This is the task-agnostic variant, as in the code of MiniMoE by the same authors. If 32 does not
+    divide the width of a head, the number of relation heads is the greatest common divisor of the
+    teacher's number of heads and the width of a head.
     """
     heads = lab.teacher_heads
     fits = heads.width % RELATION_HEADS == 0
@@ -265,9 +267,9 @@ def _last_relations(lab: Lab) -> RelationKl:
 
 
 def _states_and_targets(lab: Lab) -> tuple[TermConfig, ...]:
-    """Half hidden states at seven depths and half soft targets.
+    """Return losses on hidden states at seven depths and on soft targets, with half weight each.
 
-    The task-specific variant, as the paper's code has it; the soft targets' cross-entropy
+    This is the task-specific variant, as in the paper's code. The cross-entropy with soft targets
     differs from their KL by a constant.
     """
     layers = lab.teacher_layers
@@ -278,7 +280,7 @@ def _states_and_targets(lab: Lab) -> tuple[TermConfig, ...]:
 
 
 def leg(config: AssistantOptions, lab: Lab, name: str, *, teacher: str, start: Model) -> Stage:
-    """One teacher, one model of fixed size that was cut out of it."""
+    """Return a stage with one teacher and one model of fixed size, cut out of the teacher."""
     from megakd.contract.stage import Constant, Pass, Stage
 
     return Stage(

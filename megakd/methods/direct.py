@@ -1,4 +1,4 @@
-"""Distils the teacher straight into a student that is cut out of it, without an assistant."""
+"""Direct distillation into a student that is cut out of the teacher, without an assistant."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DirectConfig(AssistantOptions):
 
 
 def run(config: DirectConfig, lab: Lab) -> StageResult:
-    """One leg."""
+    """Cut the target out of the sorted teacher and distil it."""
     teacher, ranked = ranked_teacher(config, lab)
     view = view_of(config, lab, ranked, config.target_sparsity)
     start = lab.cut(ranked.source, view, "cut")

@@ -1,4 +1,4 @@
-"""Supervised training without a teacher; also what `teacher.finetune` and `alone` run."""
+"""Supervised training without a teacher; `teacher.finetune` and `alone` train in the same way."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class FinetuneConfig(MethodOptions):
     name: Literal["finetune"]
 
     def problems(self, config: Any) -> Iterator[str]:
-        """Yield the sections of teachers, which nobody would ask."""
+        """Yield a line for every section of a teacher, which would not be used."""
         for key in ("teacher", "teachers"):
             if getattr(config, key):
                 yield (
@@ -33,7 +33,7 @@ class FinetuneConfig(MethodOptions):
 
 
 def run(config: FinetuneConfig, lab: Lab) -> StageResult:
-    """Trains the student on the rows that carry a label."""
+    """Train the student on the rows that carry a label."""
     from megakd.contract.stage import Stage
 
     del config

@@ -1,8 +1,8 @@
-"""MaxiDisc: every teacher assistant is tried for real, and the best student wins.
+"""MaxiDisc: a student is trained with every teacher assistant, and the best student wins.
 
-The baseline that MiniDisc is measured against (Zhang et al. 2024, arXiv 2205.14570): for each
-sparsity up to the target an assistant is cut and distilled from the teacher, and a student is cut
-from it and distilled in turn. The target's own leg is the student without an assistant. A leg
+MaxiDisc is the baseline of MiniDisc (Zhang et al. 2024, arXiv 2205.14570). For each sparsity up to
+the target, an assistant is cut out of the teacher and distilled, and then a student is cut out of
+the assistant and distilled. The leg of the target itself is a student without an assistant. A leg
 that has finished is not trained again.
 """
 
@@ -36,7 +36,7 @@ class MaxiDiscConfig(AssistantOptions):
 
 
 class Path(NamedTuple):
-    """An assistant and the student that it has taught; they are one where there is no assistant."""
+    """An assistant and the student that it taught; both are the same stage without an assistant."""
 
     sparsity: float
     assistant: StageResult
@@ -44,7 +44,7 @@ class Path(NamedTuple):
 
 
 def run(config: MaxiDiscConfig, lab: Lab) -> StageResult:
-    """Two legs per assistant; the student of the best score on the validation split."""
+    """Train two legs per assistant, and return the student with the best validation score."""
     _, ranked = ranked_teacher(config, lab)
     metric = lab.metric(config.metric)
     paths = [

@@ -1,7 +1,8 @@
-"""All teachers of a pool at every step: the student learns their mean.
+"""Mean of teachers: all teachers of a pool run at every step, and the student learns their mean.
 
-A baseline of SKDBERT. The mean of the cross-entropies with each teacher's soft targets has the
-gradient of the cross-entropy with the mean of their probabilities, so no probabilities are mixed.
+A baseline of SKDBERT. The mean of the cross-entropies with each teacher's soft targets has the same
+gradient as the cross-entropy with the mean of the teachers' probabilities. Probabilities are
+therefore not averaged.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class MeanOfTeachersConfig(MethodOptions):
 
 
 def run(config: MeanOfTeachersConfig, lab: Lab) -> StageResult:
-    """One pass per teacher over one forward of the student."""
+    """Train with one pass per teacher and a single forward of the student per micro-batch."""
     del config
     names = lab.teachers()
     return taught_by_all(lab, names, soft_objective(lab), share=1 / len(names), how="mean")

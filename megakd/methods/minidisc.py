@@ -1,14 +1,14 @@
 """MiniDisc: the best teacher assistant in one trial (Zhang et al. 2024, arXiv 2205.14570).
 
 Heads and neurons are sorted by importance, so that a candidate of any sparsity is a prefix of
-every weight. All candidates learn from the teacher at once, sharing their weights; the one with
-the best trade-off between score and size becomes the assistant, and teaches in the same way,
-until the target is read out.
+every weight. All candidates learn from the teacher at the same time and share their weights. The
+candidate with the best trade-off between score and size becomes the assistant, which teaches the
+next trial in the same way. The last trial returns the target.
 
-Differs from the paper's code: the candidates of one evaluation are compared, and what is kept are
-the weights that were scored (the code compares the best values ever seen and saves the current
-weights). The embeddings of a step are looked up once for all candidates, with one dropout. A trial
-stops early only if `train.early_stopping_patience` is set.
+Differs from the paper's code: the candidates of one evaluation are compared, and the weights that
+were scored are kept (the code compares the best values of all evaluations and saves the current
+weights). The embeddings of a step are looked up once for all candidates, with the same dropout. A
+trial stops early only if `train.early_stopping_patience` is set.
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ if TYPE_CHECKING:
 class MiniDiscConfig(AssistantOptions):
     """All candidate assistants in one trial, chosen by the trade-off of score and size.
 
-    iterations: trials; the last one gives the student (2: one assistant).
-    target_may_win: whether the target may win a trial before the last, and so end the schedule
-        without an assistant; false weighs only the candidates that are less sparse.
-    sampled_candidates: how many between the widest and the narrowest learn in a step; null: all.
-    passes_per_backward: how many candidates keep their activations at a time; null: all.
+    iterations: number of trials; the last trial returns the student (2: one assistant).
+    target_may_win: whether the target may win a trial before the last, which ends the schedule
+        early; false compares only candidates that are less sparse than the target.
+    sampled_candidates: number of candidates between the widest and the narrowest that learn in a
+        step; null: all.
+    passes_per_backward: number of candidates that keep their activations at a time; null: all.
     """
 
     name: Literal["minidisc"]
@@ -62,7 +63,7 @@ class MiniDiscConfig(AssistantOptions):
     passes_per_backward: Count | None = None
 
     def problems(self, config: Any) -> Iterator[str]:
-        """Yield, after what no schedule can work with, a grid without an assistant."""
+        """Yield the problems of `AssistantOptions`, and a grid without a possible assistant."""
         yield from super().problems(config)
         wants_assistant = not self.target_may_win and self.iterations > 1
         if wants_assistant and min(self.sparsities) >= self.target_sparsity:
@@ -77,7 +78,7 @@ TRIAL = "trial-"
 
 
 class Link(NamedTuple):
-    """Where a trial begins: who teaches, the model that candidates are part of, its sparsity."""
+    """The start of a trial: the teacher, the model that contains the candidates, its sparsity."""
 
     teacher: str
     start: Model
@@ -85,7 +86,7 @@ class Link(NamedTuple):
 
 
 class Tried(NamedTuple):
-    """A trial and what came of it; how sparse its teacher was."""
+    """A trial, its result, and the sparsity of its teacher."""
 
     stage: Stage
     result: StageResult
@@ -93,7 +94,7 @@ class Tried(NamedTuple):
 
 
 def run(config: MiniDiscConfig, lab: Lab) -> StageResult:
-    """SortedModel, then trials: the model that each one chooses teaches the next."""
+    """Sort the teacher, then run the trials: the model that a trial chooses teaches the next."""
     teacher, ranked = ranked_teacher(config, lab)
     link = Link(teacher, ranked.source, 0.0)
     tried: list[Tried] = []
@@ -111,10 +112,10 @@ def run(config: MiniDiscConfig, lab: Lab) -> StageResult:
 
 
 def direct(config: MiniDiscConfig, lab: Lab, student: StageResult) -> Stage:
-    """Return the stage of the baseline `direct`: the student's size without an assistant.
+    """Return the stage of the baseline `direct`: a model of the student's size, no assistant.
 
-    The target is cut out of the sorted teacher and distilled from it, with as many steps as the
-    target has learned in: those of all trials.
+    The target is cut out of the sorted teacher and distilled from the teacher. The number of steps
+    is the number of steps in which the target has learned, which is the sum over all trials.
     """
     del student
     teacher = lab.teacher()
@@ -133,10 +134,11 @@ BASELINES = {"direct": direct}
 def _cost(
     config: MiniDiscConfig, lab: Lab, ranked: SortedModel, tried: Sequence[Tried]
 ) -> CostReport | None:
-    """What the trials took, and what MaxiDisc's legs would have taken at the same pace.
+    """Return the time of the trials, and the time of MaxiDisc's legs at the same speed.
 
-    A forward takes as long as the encoder has weights, and learning three times as long. None
-    where MaxiDisc would try nothing but the target.
+    The estimate assumes that the time of a forward is proportional to the number of weights of the
+    encoder, and that a training step takes three times as long. Returns None if MaxiDisc would try
+    only the target.
     """
     if min(config.sparsities) >= config.target_sparsity:
         return None
@@ -167,7 +169,7 @@ def _trial(
 
     sparsities = [s for s in config.sparsities if s >= link.sparsity]
     metric, views = lab.metric(config.metric), views_of(config, lab, ranked, sparsities)
-    # What no candidate has would take memory and traffic, and learn nothing.
+    # Units that no candidate has would take memory and communication without being trained.
     start = lab.cut(link.start, views[view_name(sparsities[0])], f"start-{iteration}")
     judge = TradeoffJudge(
         metric,
@@ -192,7 +194,7 @@ def _trial(
 def _rows(
     config: MiniDiscConfig, lab: Lab, stage: Stage, result: StageResult, iteration: int
 ) -> Iterator[CandidateReport]:
-    """What the report says of a trial: all scores are of the evaluation that made the choice."""
+    """Yield the rows of the report for a trial, with scores of the evaluation that decided."""
     metric = lab.metric(config.metric)
     for sparsity in config.sparsities:
         name = view_name(sparsity)
@@ -214,10 +216,10 @@ def _rows(
 
 @plain_dataclass(frozen=True)
 class Sandwich(Stateless):
-    """All candidates learn in every step, or the ends of the grid and some drawn between them.
+    """A strategy in which all candidates learn in every step, or the ends and a sample between.
 
-    names: of the views, the widest first.
-    sampled: how many of the middle are drawn per step; None: all learn.
+    names: names of the views, the widest first.
+    sampled: number of views between the ends that are drawn per step; None: all views learn.
     """
 
     teacher: str
@@ -226,7 +228,7 @@ class Sandwich(Stateless):
     seed: int = 0
 
     def passes(self, step: int) -> tuple[Pass, ...]:
-        """One pass per candidate: the step's loss is the mean of theirs."""
+        """Return one pass per candidate; the loss of the step is the mean of their losses."""
         names = self._drawn(step)
         return tuple(Pass(teacher=self.teacher, view=name, scale=1 / len(names)) for name in names)
 
@@ -240,7 +242,7 @@ class Sandwich(Stateless):
 
 @plain_dataclass(frozen=True)
 class TradeoffJudge:
-    """Weighs what each candidate scores against what it leaves out; all that are given count."""
+    """A judge that compares all candidates by the trade-off of metric and sparsity."""
 
     metric: Metric
     sparsities: tuple[float, ...]
@@ -249,10 +251,11 @@ class TradeoffJudge:
     target_may_win: bool = True
 
     def __call__(self, scores: Scores, step: int) -> Verdict:
-        """The candidate of the highest trade-off; the target where that lies beyond it.
+        """Return the best candidate by trade-off, or the target if that candidate is sparser.
 
-        Evaluations are compared by their highest trade-off, whichever candidate is kept. The
-        target ends the schedule as the student, so its own best evaluation is kept as well.
+        Evaluations are compared by their highest trade-off, also if the target is chosen instead.
+        If the target wins, it is the student and ends the schedule, so the best evaluation of the
+        target is kept as well.
         """
         metrics = {s: self.metric.of(scores[view_name(s)]) for s in self.sparsities}
         choice = choose(

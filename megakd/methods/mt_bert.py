@@ -1,9 +1,9 @@
-"""MT-BERT: all teachers at every step, each row trusting those that know its label.
+"""MT-BERT: all teachers run at every step, and teachers that miss a row's label count less.
 
-A baseline of SKDBERT, as its authors simplify it (Wu et al. 2021; Ding et al. 2023, supplement):
-sum over teachers of CE(z_i / T, z_s / T) / (1 + CE(y, z_i)), row by row.
+A baseline of SKDBERT, as simplified by the authors of SKDBERT (Wu et al. 2021; Ding et al. 2023,
+supplement): the sum over teachers of CE(z_i / T, z_s / T) / (1 + CE(y, z_i)), row by row.
 
-Differs from the paper: a row without a label trusts every teacher as if it were right.
+Differs from the paper: for a row without a label, every teacher has weight 1, as if it were right.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class MtBertConfig(MethodOptions):
 
 
 def run(config: MtBertConfig, lab: Lab) -> StageResult:
-    """One pass per teacher over one forward of the student."""
+    """Train with one pass per teacher and a single forward of the student per micro-batch."""
     del config
     names = lab.teachers()
     trusting = (dataclasses.replace(term, row_weight="teacher_loss") for term in lab.soft_terms())

@@ -1,4 +1,4 @@
-"""What the methods with several teachers have in common: their losses and what is reported."""
+"""Common parts of the methods with several teachers: losses and report."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 
 def soft_objective(lab: Lab) -> tuple[TermConfig, ...]:
-    """The config's, else soft targets alone: teachers of any shape can give those."""
+    """Return the config's objective, or else only soft targets, which any teacher can give."""
     return lab.config.objective or lab.soft_terms()
 
 
 def taught_by_all(
     lab: Lab, names: tuple[str, ...], objective: tuple[TermConfig, ...], *, share: float, how: str
 ) -> StageResult:
-    """Trains the student on all teachers at every step, over one forward of its own.
+    """Train the student with all teachers at every step and a single forward of the student.
 
     Args:
-        lab: of the run.
-        names: of the teachers.
-        objective: of every teacher's pass.
-        share: what each pass counts.
-        how: what the shares are called in the report.
+        lab: the lab of the run.
+        names: names of the teachers.
+        objective: loss terms of every pass.
+        share: factor of the loss of each pass.
+        how: name of the distribution in the report.
     """
     stage = Stage(
         name="student",
@@ -42,13 +42,13 @@ def taught_by_all(
 
 
 def taught(lab: Lab, stage: Stage, *, weights: Mapping[str, float], how: str) -> StageResult:
-    """Trains the student, and notes how often each teacher of the pool was asked.
+    """Train the student, and report in how many steps each teacher of the pool ran.
 
     Args:
-        lab: of the run.
-        stage: the student's.
-        weights: of the teachers by name: probabilities, or shares of the loss.
-        how: what the weights are called in the report.
+        lab: the lab of the run.
+        stage: the stage of the student.
+        weights: weights of the teachers by name: probabilities, or shares of the loss.
+        how: name of the distribution in the report.
     """
     result = lab.train(stage)
     asked = Counter[str]()

@@ -22,7 +22,7 @@ class SingleConfig(OneTeacherOptions):
 
 
 def run(config: SingleConfig, lab: Lab) -> StageResult:
-    """Distils on every row, labelled or not; by default half hard and half soft targets."""
+    """Distil on all rows, labelled or not; by default with half hard and half soft targets."""
     from megakd.contract.stage import Constant, Pass, Stage
 
     teacher = lab.teacher(config.teacher)

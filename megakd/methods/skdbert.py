@@ -1,9 +1,9 @@
-"""SKDBERT: one teacher of a pool, drawn anew at every step, teaches the student.
+"""SKDBERT: at every step, one teacher of a pool is drawn and teaches the student.
 
-Stochastic knowledge distillation (Ding et al. 2023, https://arxiv.org/abs/2211.14466): teachers
-of several sizes are fine-tuned and frozen; at every step one of them is drawn, independently of
-the past, and the student takes a step on its soft targets alone. A step costs what a step with
-one teacher costs. The probabilities stay what they are for the whole run.
+Stochastic knowledge distillation (Ding et al. 2023, https://arxiv.org/abs/2211.14466): teachers of
+several sizes are fine-tuned and frozen. At every step, one teacher is drawn, independently of
+earlier steps, and the student takes a step only on this teacher's soft targets. A step costs as
+much as a step with a single teacher. The probabilities are constant during the run.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 class SkdbertConfig(MethodOptions):
     """At every step a teacher of the pool is drawn, and the student learns from it alone.
 
-    distribution: `uniform`; `teacher_rank` by the teachers' own scores on the validation split;
-        `student_rank` by the scores of students that each teacher has taught alone; or `weights`.
-    weights: of the teachers by name, for the distribution of that name; they need not sum to 1.
-    rank_exponent: a teacher's weight is its rank to this power, the worst having rank 1; 0 is
-        uniform.
-    pilot_steps: optimiser steps of each student that `student_rank` tries; null: as many as of
-        the student itself.
+    distribution: `uniform`; `teacher_rank`, by the teachers' scores on the validation split;
+        `student_rank`, by the scores of pilot students, each taught by one teacher; or `weights`.
+    weights: weights of the teachers by name, for distribution `weights`; need not sum to 1.
+    rank_exponent: a teacher's weight is its rank to this power, and the worst teacher has rank 1;
+        0 is uniform.
+    pilot_steps: optimizer steps of each pilot student of `student_rank`; null: as many as for the
+        student itself.
     """
 
     name: Literal["skdbert"]
@@ -46,7 +46,7 @@ class SkdbertConfig(MethodOptions):
     pilot_steps: Count | None = None
 
     def problems(self, config: Any) -> Iterator[str]:
-        """Yield weights that do not go with the distribution or with the teachers."""
+        """Yield a line if weights do not fit the distribution or the teachers."""
         if self.distribution == "weights":
             yield from self._problems_of_weights(config)
         elif self.weights is not None:
@@ -70,7 +70,7 @@ class SkdbertConfig(MethodOptions):
 
 
 def run(config: SkdbertConfig, lab: Lab) -> StageResult:
-    """Teachers, their probabilities, and the student."""
+    """Prepare the teachers and their probabilities, then train the student."""
     names = lab.teachers()
     probabilities = probabilities_of(config, lab, names)
     drawn = Drawn(names, tuple(probabilities.values()), lab.config.seed)
@@ -79,7 +79,7 @@ def run(config: SkdbertConfig, lab: Lab) -> StageResult:
 
 
 def probabilities_of(config: SkdbertConfig, lab: Lab, names: Sequence[str]) -> dict[str, float]:
-    """How likely each teacher is drawn; they sum to 1."""
+    """Return the probabilities with which teachers are drawn, which sum to 1."""
     weights = _weights(config, lab, names)
     total = sum(weights.values())
     return {name: weight / total for name, weight in weights.items()}
@@ -98,14 +98,14 @@ def _weights(config: SkdbertConfig, lab: Lab, names: Sequence[str]) -> Mapping[s
 
 
 def ranks(scores: Sequence[float]) -> tuple[float, ...]:
-    """1 of the lowest score to N of the highest; equal scores share the mean of their ranks."""
+    """Return ranks from 1 (lowest score) to N (highest); ties get the mean of their ranks."""
     return tuple(
         sum(other < score for other in scores) + (scores.count(score) + 1) / 2 for score in scores
     )
 
 
 def _pilot(config: SkdbertConfig, lab: Lab, teacher: str) -> float:
-    """The score of a student that this teacher has taught alone."""
+    """Train a pilot student with a single teacher, and return the student's score."""
     train = lab.config.train
     stage = Stage(
         name=f"pilot-{teacher}",
@@ -119,9 +119,9 @@ def _pilot(config: SkdbertConfig, lab: Lab, teacher: str) -> float:
 
 @plain_dataclass(frozen=True)
 class Drawn(Stateless):
-    """One teacher per step: a function of seed and step, so that all ranks draw alike.
+    """A strategy that draws one teacher per step, as a function of seed and step on all ranks.
 
-    probabilities: of the teachers, in their order.
+    probabilities: probabilities of the teachers, in the order of `teachers`.
     """
 
     teachers: tuple[str, ...]
@@ -129,7 +129,7 @@ class Drawn(Stateless):
     seed: int
 
     def passes(self, step: int) -> tuple[Pass, ...]:
-        """The teacher of this step, for all its micro-batches."""
+        """Return a pass with the teacher of the step, for all micro-batches of the step."""
         drawn = random.Random(f"{self.seed}:teacher:{step}")
         (teacher,) = drawn.choices(self.teachers, self.probabilities)
         return (Pass(teacher=teacher),)

@@ -1,8 +1,8 @@
-"""TAKD: teachers in a row, each taught by the one before it, and the student by the last.
+"""TAKD: a sequence of teachers, each taught by the previous teacher; the last teaches the student.
 
-A baseline of SKDBERT (Mirzadeh et al. 2020, https://arxiv.org/abs/1902.03393): the largest
-teacher is fine-tuned, or given; every smaller one starts from its own weights and is distilled
-from the one before it, at the rate and for the steps of its own `finetune` where it has one.
+A baseline of SKDBERT (Mirzadeh et al. 2020, https://arxiv.org/abs/1902.03393). The largest teacher
+is fine-tuned or given. Every smaller teacher starts from its own weights and is distilled from the
+previous teacher, with the learning rate and the steps of its section `finetune` if it has one.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 class TakdConfig(MethodOptions):
     """From teacher to teacher, the largest first, and on to the student.
 
-    order: names of teachers, the first to the last; null: all of them by size.
+    order: names of teachers, the first to the last; null: all teachers, the largest first.
     """
 
     name: Literal["takd"]
     order: tuple[str, ...] | None = None
 
     def problems(self, config: Any) -> Iterator[str]:
-        """Yield teachers that do not exist or come twice."""
+        """Yield a line for every teacher in `order` that does not exist or is listed twice."""
         for name, count in Counter(self.order or ()).items():
             if name not in config.teacher_specs:
                 yield no_such_teacher(config, "method.order", name)
@@ -43,7 +43,7 @@ class TakdConfig(MethodOptions):
 
 
 def run(config: TakdConfig, lab: Lab) -> StageResult:
-    """One leg per teacher after the first, and the student's."""
+    """Train one leg per teacher after the first teacher, then the leg of the student."""
     first, *others = config.order or lab.largest_first()
     teacher = lab.teacher(first)
     for name in others:

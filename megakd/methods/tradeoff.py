@@ -1,4 +1,4 @@
-"""Which candidate becomes the teacher assistant: MiniDisc's selection.
+"""MiniDisc's selection of the candidate that becomes the teacher assistant.
 
 Zhang et al. 2024, https://arxiv.org/abs/2205.14570.
 """
@@ -11,16 +11,17 @@ from typing import NamedTuple
 
 from megakd.errors import ConfigError, TrainingError
 
-# Correlations come out of their formulas a little above 1.
+# Computed correlations may be slightly above 1 because of rounding.
 _ABOVE_ONE = 1e-6
 
 
 class Choice(NamedTuple):
     """The chosen candidate.
 
-    value: its own trade-off, also where it is the target in place of a sparser one.
+    sparsity: sparsity of the candidate.
+    value: trade-off of the candidate, also if the target was chosen in place of a sparser one.
+    is_target: whether the candidate is the target, which ends the schedule.
     highest: the highest trade-off of all candidates that could win.
-    is_target: whether the schedule ends with it.
     """
 
     sparsity: float
@@ -30,11 +31,11 @@ class Choice(NamedTuple):
 
 
 def tradeoff(metric: float, sparsity: float, weight: float) -> float:
-    """How good a candidate is for its size: metric + lambda * sparsity.
+    """Return the trade-off of a candidate: metric + lambda * sparsity.
 
     Args:
-        metric: from 0 (a correlation from -1) to 1, more is better.
-        sparsity: share that the candidate lacks.
+        metric: from 0 (a correlation from -1) to 1, higher is better.
+        sparsity: share of the units that the candidate lacks.
         weight: lambda.
     """
     return metric + weight * sparsity
@@ -48,24 +49,26 @@ def choose(
     target: float,
     target_may_win: bool = True,
 ) -> Choice:
-    """The candidate of the highest trade-off, or the target where that lies at or beyond it.
+    """Return the candidate with the highest trade-off, or the target if the candidate is sparser.
 
-    Equal trade-offs go to the sparser one: it costs less and is as good, and in the limit of a
-    large lambda it is the sparsest.
+    For equal trade-offs, the sparser candidate is chosen: it is smaller and as good, and in the
+    limit of a large lambda, the sparsest candidate is chosen.
 
-    Differs from the authors' code, which compares the target's plain metric with the others'
-    trade-offs, each the best of all evaluations: here all are trade-offs of one evaluation.
+    Differs from the authors' code, which compares the metric of the target with the trade-offs of
+    the other candidates, each from its best evaluation. Here, all values are trade-offs of the same
+    evaluation.
 
     Args:
-        scores: metric by sparsity; candidates less sparse than the teacher are left out.
+        scores: metric by sparsity; candidates less sparse than the teacher are ignored.
         tradeoff: lambda.
-        teacher_sparsity: of the model that teaches them; 0 for the original teacher.
+        teacher_sparsity: sparsity of the candidates' teacher; 0 for the original teacher.
         target: the sparsity at which the schedule ends.
-        target_may_win: False leaves out the target and all that is sparser: an assistant is chosen.
+        target_may_win: False excludes the target and sparser candidates, so that an assistant is
+            chosen.
 
     Raises:
-        ConfigError: the target is no candidate, or the metric no fraction.
-        TrainingError: a metric is not a number.
+        ConfigError: the target is not a candidate, or the metric is not a fraction.
+        TrainingError: a metric is NaN.
     """
     candidates = {s: metric for s, metric in scores.items() if s >= teacher_sparsity}
     if target not in candidates:
@@ -89,11 +92,11 @@ def _weighed(candidates: Mapping[float, float], weight: float) -> dict[float, fl
 
 
 def check_metric(metric: float, sparsity: float) -> None:
-    """Refuses what lambda cannot be weighed against.
+    """Check that a metric can be traded off against sparsity.
 
     Raises:
-        ConfigError: it is no fraction and no correlation.
-        TrainingError: it is not a number.
+        ConfigError: the metric is neither a fraction nor a correlation.
+        TrainingError: the metric is NaN.
     """
     if math.isnan(metric):
         raise TrainingError(

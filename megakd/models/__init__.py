@@ -1,1 +1,1 @@
-"""Loading, the bundle, and what differs between model families."""
+"""Loading, cutting and exporting of models, and the differences between model families."""

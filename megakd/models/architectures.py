@@ -1,4 +1,4 @@
-"""The model families megakd knows: one entry each, and nothing else says how they differ."""
+"""Model families known to megakd. Only this table states how the families differ."""
 
 from __future__ import annotations
 
@@ -43,33 +43,33 @@ AUTO_CLASSES: Mapping[TaskType, type] = {
 }
 
 
-# Keys of the config of a cut model, whose layers no longer have one shape.
+# Config keys of a cut model, whose layers differ in shape.
 HEAD_COUNTS, NEURON_COUNTS, HEAD_WIDTH = "head_counts", "neuron_counts", "head_width"
 QUERIES_PER_KEY = "queries_per_key"
 HEAD_COLUMNS = "head_columns"
-"""Likewise, and of a model whose heads were sorted and have columns in a shared bias."""
+"""Config key of a cut model, and of a model whose sorted heads have columns in a shared bias."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Where the parts of one family's models are.
+    """Locations of the parts of a model, for one model family.
 
     backbone, head: attribute paths on the model with a head.
-    renewed: modules that belong to the task beside the head; a checkpoint may lack them.
-    masked: what its masked language models have instead of these; None for a decoder.
+    renewed: modules that belong to the task in addition to the head; a checkpoint may lack them.
+    masked: replaces `head` and `renewed` in masked language models; None if there are none.
     layers, width, attention_heads: keys of the config.
-    blocks: path of the list of layers on the backbone.
-    embeddings: what makes the first hidden states of the tokens, a path on the backbone.
-    attention: of a layer, paths on it.
-    feed_forward: likewise.
-    more_attentions: those of no layer, paths on the model with a head; they count last.
-    more_feed_forwards: likewise.
-    more_blocks: layers whose hidden states are as wide and go another way, paths likewise.
+    blocks: path on the backbone of the list of layers.
+    embeddings: path on the backbone of the module that makes the first hidden states of tokens.
+    attention: module paths of an attention, relative to its layer.
+    feed_forward: module paths of a feed-forward, relative to its layer.
+    more_attentions: attentions outside the layers, paths on the model with a head; counted last.
+    more_feed_forwards: feed-forwards outside the layers, likewise.
+    more_blocks: layers of a second stream of hidden states of the same width, likewise.
     neurons: key of the config.
-    rotary: what gives the cosines and sines that turn queries and keys, a path on the backbone.
-    positions: key of the config: how many there are; None: any number.
-    counts_padding: positions start behind the padding id, which costs that many of them.
-    shares_bias: layers share a bias of positions in which every head has a column.
+    rotary: path on the backbone of the module that makes the rotary cosines and sines.
+    positions: config key of the number of positions; None: any number.
+    counts_padding: position ids start after the padding id, which leaves fewer positions.
+    shares_bias: all layers share a position bias with one column per head.
     """
 
     model_type: str
@@ -95,15 +95,15 @@ class Architecture:
     shares_bias: bool = False
 
     def number_of_layers(self, config: PretrainedConfig) -> int:
-        """How many layers the config asks for."""
+        """Return the number of layers in a config."""
         return getattr(config, self.layers)
 
     def hidden_width(self, config: PretrainedConfig) -> int:
-        """The width D of the hidden states."""
+        """Return the width D of the hidden states."""
         return getattr(config, self.width)
 
     def heads(self, config: PretrainedConfig) -> Heads:
-        """How queries, keys and values are cut into heads."""
+        """Return the numbers of query heads and key heads, and the width of a head."""
         queries = getattr(config, self.attention_heads)
         keys = getattr(config, "num_key_value_heads", None) or queries
         width = getattr(config, HEAD_WIDTH, None) or getattr(config, "head_dim", None)
@@ -111,59 +111,59 @@ class Architecture:
         return Heads(queries, keys, width)
 
     def longest_input(self, config: PretrainedConfig) -> int | None:
-        """How many tokens have a position; None: any number."""
+        """Return the largest number of tokens with positions; None if any number is allowed."""
         if self.positions is None:
             return None
         count = getattr(config, self.positions)
         return count - config.pad_token_id - 1 if self.counts_padding else count
 
     def backbone_of(self, model: nn.Module) -> nn.Module:
-        """The part that gives hidden states."""
+        """Return the module that produces hidden states."""
         return model.get_submodule(self.backbone)
 
     def head_of(self, model: nn.Module) -> nn.Module:
-        """The part that turns hidden states into outputs."""
+        """Return the module that turns hidden states into outputs."""
         return model.get_submodule(self.head)
 
     def for_task(self, task: TaskType) -> Architecture:
-        """The same with the head that stands on the backbone for this task."""
+        """Return this entry with the head that the models for a task have."""
         if task != "mlm" or self.masked is None:
             return self
         return replace(self, head=self.masked.decoder, renewed=self.masked.modules)
 
     def language_head_of(self, model: nn.Module) -> nn.Module:
-        """The output matrix of a causal or masked language model."""
+        """Return the module with the output matrix of a causal or masked language model."""
         return model.get_submodule(self.masked.decoder if self.masked else self.head)
 
     def before_language_head(self, model: nn.Module, hidden: Tensor) -> Tensor:
-        """What the output matrix takes, from the last hidden states [..., D]."""
+        """Return the input of the output matrix, computed from the last hidden states [..., D]."""
         for step in self.masked.transform if self.masked else ():
             apply = model.get_submodule(step) if isinstance(step, str) else step
             hidden = apply(hidden)
         return hidden
 
     def block_of(self, model: nn.Module, layer: int) -> nn.Module:
-        """A layer, counted from 1."""
+        """Return a layer; layers are counted from 1."""
         return self.backbone_of(model).get_submodule(f"{self.blocks}.{layer - 1}")
 
     def vectors_of(self, model: nn.Module, layer: int) -> tuple[nn.Module, ...]:
-        """What gives a layer's attention queries, keys and values; layers count from 1."""
+        """Return the modules that produce queries, keys and values of a layer, counted from 1."""
         block = self.block_of(model, layer)
         return tuple(block.get_submodule(path) for path in self.attention.vectors)
 
     def attentions(self, config: PretrainedConfig) -> tuple[AttentionPaths, ...]:
-        """Every attention of a model with a head, paths on the model."""
+        """Return all attentions of a model with a head, as paths on the model."""
         layers = tuple(self.attention.under(block) for block in self._blocks(config))
         return layers + self.more_attentions
 
     def feed_forwards(self, config: PretrainedConfig) -> tuple[FeedForwardPaths, ...]:
-        """Every feed-forward of a model with a head, paths on the model."""
+        """Return all feed-forwards of a model with a head, as paths on the model."""
         layers = tuple(self.feed_forward.under(block) for block in self._blocks(config))
         is_gated = bool(getattr(config, "is_gated_act", False))
         return tuple(paths.of_kind(is_gated=is_gated) for paths in layers + self.more_feed_forwards)
 
     def streams(self, config: PretrainedConfig) -> tuple[tuple[str, ...], ...]:
-        """The layers that hidden states go through one after the other, paths on the model."""
+        """Return the sequences of layers that hidden states pass through, as paths on the model."""
         layers = tuple(self._blocks(config))
         return (layers, self.more_blocks) if self.more_blocks else (layers,)
 
@@ -172,7 +172,7 @@ class Architecture:
         return [f"{path}.{number}" for number in range(self.number_of_layers(config))]
 
     def units(self, config: PretrainedConfig) -> View:
-        """How many units the config's model has; a cut model's config lists them."""
+        """Return the numbers of units of a config's model; the config of a cut model lists them."""
         heads, neurons = (getattr(config, key, None) for key in (HEAD_COUNTS, NEURON_COUNTS))
         attentions, feed_forwards = len(self.attentions(config)), len(self.feed_forwards(config))
         return View(
@@ -182,16 +182,16 @@ class Architecture:
         )
 
     def neurons_per_layer(self, config: PretrainedConfig) -> int:
-        """Neurons of a feed-forward that nothing was taken out of."""
-        # GPT-2's config may leave it open.
+        """Return the number of neurons of a feed-forward that was not cut."""
+        # The value may be None in GPT-2's config.
         return getattr(config, self.neurons) or 4 * self.hidden_width(config)
 
     def rotary_of(self, model: nn.Module) -> nn.Module | None:
-        """What gives the cosines and sines of the positions; None where nothing is turned."""
+        """Return the module that makes rotary cosines and sines; None if the family has none."""
         return None if self.rotary is None else self.backbone_of(model).get_submodule(self.rotary)
 
     def of_the_task(self, name: str) -> bool:
-        """Whether a parameter belongs to the task and not to the backbone."""
+        """Return true if a parameter belongs to the task and not to the backbone."""
         return any(name.startswith(f"{module}.") for module in (self.head, *self.renewed))
 
 
@@ -289,7 +289,7 @@ FAMILIES: Mapping[str, Architecture] = {
         ),
     )
 }
-# A model that was cut is built as it was; T5's config says every shape itself.
+# Cut models use the entry of their family. T5 needs no cut type: its config states all shapes.
 ARCHITECTURES: Mapping[str, Architecture] = {
     **FAMILIES,
     **{
@@ -301,7 +301,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
-    """The entry of a model's family.
+    """Return the entry of a model's family.
 
     Raises:
         ModelError: The family is not known.
@@ -310,7 +310,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 
 
 def architecture_named(model_type: str, task: TaskType | None = None) -> Architecture:
-    """The entry of `model_type`, if it can do the task, with the task's head.
+    """Return the entry of `model_type`, with the head of `task` if a task is given.
 
     Raises:
         ModelError: The family is not known, or has no model for the task.

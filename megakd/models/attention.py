@@ -1,10 +1,11 @@
-"""Queries, keys and values of a model's layers, noted while its forward runs.
+"""Queries, keys and values of a model's layers, recorded by hooks during a forward.
 
-Whatever computes the attention (eager, sdpa, flash), the projections in front of it are modules,
-as are the norms between (Qwen3), and hooks on them see the vectors. The hooks live as long as one
-forward: they come after those of DeepSpeed, whose outputs carry what gathers a sharded weight
-again in the backward, and they are gone when gradient checkpointing repeats the forward. They
-compute nothing, for a repeated forward must save what the first one saved.
+In every implementation (eager, sdpa, flash), the inputs of the attention come from modules:
+projections, or norms after the projections (Qwen3). Hooks on these modules record the vectors.
+The hooks exist for one forward only. They run after the hooks of DeepSpeed, whose outputs carry the
+operation that gathers a sharded weight again in the backward, and they are removed before gradient
+checkpointing repeats the forward. They compute nothing, because a repeated forward must save the
+same tensors as the first forward.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class AttentionNotes:
-    """What the hooks of one forward have seen."""
+    """Recorder of the attention vectors of one forward."""
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
         self._architecture = architecture_of(model.config)
@@ -37,7 +38,7 @@ class AttentionNotes:
 
     @contextmanager
     def taking(self) -> Iterator[None]:
-        """Keeps the vectors of the attentions that run inside."""
+        """Record the vectors of the attentions that run inside the context."""
         modules = list(dict.fromkeys(m for parts in self._sources.values() for m in parts))
         modules += [block for block in self._blocks.values() if _is_repeated_in_shards(block)]
         modules += [] if self._rotary is None else [self._rotary]
@@ -51,14 +52,14 @@ class AttentionNotes:
         self._seen[module] = output
 
     def vectors(self) -> tuple[AttentionVectors | None, ...]:
-        """By layer, 0 being the embedding; None where nobody asked."""
+        """Return the vectors by layer, 0 being the embedding; None for a layer not requested."""
         count = self._architecture.number_of_layers(self._config)
         return tuple(self._of_layer(layer) for layer in range(count + 1))
 
     def _of_layer(self, layer: int) -> AttentionVectors | None:
         if layer not in self._sources:
             return None
-        # One module may give all three side by side.
+        # One module may produce all three, concatenated.
         seen = [self._seen[module] for module in dict.fromkeys(self._sources[layer])]
         if self._blocks[layer] in self._seen:
             output = self._seen[self._blocks[layer]]
@@ -76,33 +77,33 @@ class AttentionNotes:
 
 
 def _side_by_side(vectors: Tensor, unit: int) -> Tensor:
-    """[B, T, heads * width]; where none are left, as many zeros as the last unit had numbers.
+    """Return [B, T, heads * width]; without heads, return `unit` zeros per token.
 
-    Zeros relate all tokens alike, which is what an attention without heads says of them.
+    Zeros relate all tokens equally, which is correct for an attention without heads.
     """
-    flat = vectors.flatten(2)  # norms of single heads come with a dimension for them
+    flat = vectors.flatten(2)  # norms of single heads add a dimension for the heads
     return flat if flat.shape[-1] else nn.functional.pad(flat, (0, unit))
 
 
 class BackThroughLayer(torch.autograd.Function):
-    """Vectors as they are, whose gradient comes with a gradient of zero for the layer's output.
+    """Identity of vectors that also gives a gradient of zero to the layer's output.
 
-    For a layer that gradient checkpointing repeats in the backward and ZeRO 3 shards, where a
-    loss may reach the vectors alone. The repetition runs when a backward first needs something
-    of the layer, and lets go of all weights it has gathered but the last module's: the layer's
-    end must be the first to need something, or a projection loses its weight while in use.
+    This is for a layer that gradient checkpointing repeats in the backward and ZeRO 3 shards, if a
+    loss may reach only the vectors. The repetition starts when the backward first needs a tensor of
+    the layer, and then releases all gathered weights except those of the last module. The backward
+    must therefore need the layer's end first. Otherwise a projection loses its weight while in use.
     """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
-        """The vectors; `output` is the layer's."""
+        """Return the vectors; `output` is the output of the layer."""
         ctx.set_materialize_grads(False)
         ctx.shape, ctx.dtype, ctx.device = output.shape, output.dtype, output.device
         return tuple(vector.view_as(vector) for vector in vectors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Zeros for the output; the vectors' gradients as they come."""
+        """Return zeros for the output, and the gradients of the vectors unchanged."""
         return torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device), *gradients
 
 
@@ -112,12 +113,12 @@ def _is_repeated_in_shards(block: nn.Module) -> bool:
 
 
 def turned(vectors: Tensor, turns: tuple[Tensor, Tensor], width: int) -> Tensor:
-    """Heads turned by their positions (Su et al. 2021), halves of a head being the pairs.
+    """Rotate heads by their positions (Su et al. 2021); the two halves of a head form the pairs.
 
     Args:
         vectors: [B, T, heads * width].
         turns: cosines and sines, [1 or B, T, width] each, as Llama's family computes them.
-        width: of one head.
+        width: the width of one head.
     """
     cosines, sines = (turn[:, :, None] for turn in turns)  # [B, T, 1, width]
     heads = vectors.unflatten(-1, (-1, width))  # [B, T, heads, width]

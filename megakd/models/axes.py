@@ -1,7 +1,7 @@
-"""Which dimension of which weight belongs to which units: one table for all that is cut.
+"""Table of the dimensions of weights that belong to prunable units.
 
-Slicing a forward, sorting by importance, cutting, scoring weights and counting parameters read
-the same table, so that they cannot disagree.
+Slicing a forward, sorting by importance, cutting, scoring weights and counting parameters all read
+this table, so that they cannot disagree.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WIDTH = Axis("width")
 
 
 def weight_axes(model: PreTrainedModel) -> Mapping[str, Axes]:
-    """The axes of every parameter that units can be taken out of, by its name on the model.
+    """Return the axes of all parameters that contain prunable units, by name on the model.
 
     Args:
         model: any model of a known family, on any device, sharded or not.
@@ -38,8 +38,8 @@ def weight_axes(model: PreTrainedModel) -> Mapping[str, Axes]:
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{name}" if path else name
-            # What else an attention has is as wide as one head (the norms of Qwen3), or has a
-            # column for each head there ever was (the positions of T5): it is never cut.
+            # The other weights of an attention are as wide as one head (the norms of Qwen3), or
+            # have a column for each original head (the positions of T5): they are never cut.
             if full not in table and not full.startswith(tuple(attentions)):
                 shape = full_shape(parameter)
                 table[full] = _outside_layers(module, shape, width, path in outputs)
@@ -47,7 +47,7 @@ def weight_axes(model: PreTrainedModel) -> Mapping[str, Axes]:
 
 
 def output_modules(model: PreTrainedModel, architecture: Architecture) -> set[str]:
-    """The modules whose outputs are classes or tokens: the last one of each head."""
+    """Return the modules whose outputs are classes or tokens: the last module of each head."""
     heads = [architecture.head, *([architecture.masked.decoder] if architecture.masked else [])]
     last = {}
     for path, module in model.named_modules():
@@ -78,7 +78,7 @@ def _linear(
     model: PreTrainedModel, path: str, outputs: Axis, inputs: Axis
 ) -> Iterator[tuple[str, Axes]]:
     module = model.get_submodule(path)
-    # GPT-2's Conv1D keeps its weight the other way round.
+    # GPT-2's Conv1D stores the transposed weight.
     yield (
         f"{path}.weight",
         (outputs, inputs) if isinstance(module, nn.Linear) else (inputs, outputs),
@@ -93,20 +93,20 @@ def _outside_layers(
     width: int,
     is_output: bool,  # noqa: FBT001
 ) -> Axes:
-    """Embeddings, norms, poolers and heads: what is as wide as the hidden states follows them."""
+    """Return the axes of embeddings, norms, poolers and heads: sizes equal to the width."""
     axes = [WIDTH if size == width else None for size in shape]
     if isinstance(module, nn.Embedding) or is_output:
-        axes[0] = None  # tokens, positions, classes: as many as there are by chance or not
+        axes[0] = None  # tokens, positions or classes, even if their number equals the width
     return tuple(axes)
 
 
 def narrowed(tensor: Tensor, axes: Axes, view: View) -> Tensor:
-    """The part of a whole weight that a view keeps, its units being in order of importance.
+    """Return the part of a whole weight that a view keeps; the units are sorted by importance.
 
     Args:
-        tensor: the weight; the result shares its memory where one prefix is kept per dimension.
-        axes: of this weight.
-        view: what is kept.
+        tensor: the weight; the result shares its memory if each dimension keeps one prefix.
+        axes: the axes of this weight.
+        view: the units to keep.
     """
     for dimension, axis in enumerate(axes):
         kept = None if axis is None else axis.kept(view)
@@ -118,7 +118,7 @@ def narrowed(tensor: Tensor, axes: Axes, view: View) -> Tensor:
 
 
 def ordered(tensor: Tensor, axes: Axes, order: UnitOrder) -> Tensor:
-    """A whole weight with its units in the given order; the model computes what it did."""
+    """Return a whole weight with its units reordered; the model computes the same function."""
     for dimension, axis in enumerate(axes):
         units = None if axis is None else order.of(axis.kind, axis.number)
         if axis is None or units is None:
@@ -130,7 +130,7 @@ def ordered(tensor: Tensor, axes: Axes, order: UnitOrder) -> Tensor:
 
 
 def lengths(shape: torch.Size, axes: Axes, view: View) -> tuple[int, ...]:
-    """The shape that a view leaves of a weight."""
+    """Return the shape of a weight that is cut to a view."""
     kept = [None if axis is None else axis.length(view) for axis in axes]
     return tuple(
         size if length is None else length for size, length in zip(shape, kept, strict=True)

@@ -1,4 +1,4 @@
-"""How many weights a model has."""
+"""Parameter counts of models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OUTSIDE_THE_ENCODER = frozenset(
 
 
 def parameter_counts(shapes: Iterable[tuple[str, Sequence[int]]]) -> ParameterCounts:
-    """Counts weights from their names and full shapes, tied ones listed once."""
+    """Count weights from their names and full shapes; tied weights must be listed once."""
     total = inside = 0
     for name, shape in shapes:
         count = _product(shape)
@@ -30,7 +30,7 @@ def parameter_counts(shapes: Iterable[tuple[str, Sequence[int]]]) -> ParameterCo
 
 
 def named_shapes(model: nn.Module) -> Iterator[tuple[str, Sequence[int]]]:
-    """Each parameter's name and full shape, that of a ZeRO-3 shard included."""
+    """Yield the name and full shape of each parameter, also for ZeRO-3 shards."""
     for name, parameter in model.named_parameters():
         yield name, tuple(getattr(parameter, "ds_shape", parameter.shape))
 

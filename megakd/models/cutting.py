@@ -1,4 +1,4 @@
-"""A view of a model as a model of its own: its config, its weights, its folder."""
+"""Views of a model written as independent models: config, weights and folder."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
     from megakd.config.run import TaskConfig
     from megakd.contract.units import Axes, UnitOrder, View
-    from megakd.models.loading import ModelSource
     from megakd.models.matching import Match
+    from megakd.models.source import ModelSource
 
 CUT = "cut_"
-"""Model types and classes (`Cut`) of what no stock config can say start with it."""
-# What a config of another shape must not inherit.
+"""Prefix of model types that no stock config can describe; their classes start with `Cut`."""
+# Keys that a config of another shape must not inherit.
 SHAPE_KEYS = (
     *(HEAD_COUNTS, NEURON_COUNTS, HEAD_WIDTH, QUERIES_PER_KEY),
     *("model_type", "auto_map", "architectures"),
@@ -52,16 +52,16 @@ SHAPE_KEYS = (
 def cut_config(
     config: PretrainedConfig, view: View, order: UnitOrder | None = None
 ) -> PretrainedConfig:
-    """The config of a model that was cut to a view; a stock one wherever it can say the shape.
+    """Return the config of a model cut to a view: a stock config if it can describe the shape.
 
     Args:
-        config: of the whole model, which may be a cut one itself; not changed.
-        view: units that are left, of those the config's model has.
-        order: what its units are sorted by first; only models whose heads have columns in a
-            shared bias of positions must write it down.
+        config: the config of the whole model, which may itself be cut; it is not changed.
+        view: the units to keep, out of the units of the config's model.
+        order: the order of the units before the cut. The config records it only if the heads have
+            columns in a shared position bias.
 
     Raises:
-        ModelError: the view asks for more than there is.
+        ModelError: the view keeps more units than the model has.
     """
     architecture = architecture_of(config)
     whole = architecture.units(config)
@@ -74,7 +74,7 @@ def cut_config(
 
 
 def cut_class_name(model: PreTrainedModel, config: PretrainedConfig) -> str:
-    """The class with the head of `model` that a config from `cut_config` is for."""
+    """Return the name of the class for a config from `cut_config`, with the head of `model`."""
     stock = type(model).__name__.removeprefix("Cut")
     return f"Cut{stock}" if config.model_type.startswith(CUT) else stock
 
@@ -85,14 +85,14 @@ def cut_state(
     view: View | None,
     order: UnitOrder | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Weights with their units in order, then without those that a view leaves out.
+    """Yield weights with their units reordered, and then cut to a view.
 
     Args:
-        state: names and whole tensors, one at a time; what stands for a tensor on ranks that do
-            not hold it, an empty vector, comes through as it is.
-        axes: of the model that the state is of.
+        state: names and whole tensors, one at a time. An empty vector, which stands for a tensor on
+            ranks that do not hold it, is passed on unchanged.
+        axes: the axes of the model that the state belongs to.
         view: None keeps all units.
-        order: None keeps them as they are.
+        order: None keeps the order of the units.
     """
     for name, tensor in state:
         of_tensor = axes.get(name)
@@ -114,23 +114,23 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
     order: UnitOrder | None = None,
     extra: Extra | None = None,
 ) -> None:
-    """Writes a stored model with its units sorted, cut to a view, or both; for one rank.
+    """Write a stored model with its units sorted, cut to a view, or both; call on one rank.
 
-    From file to file, one tensor at a time in its own dtype. The head stays, its labels in the
-    data's order, as a model that goes on learning has them.
+    Tensors are copied from file to file, one at a time, in their own dtypes. The head stays, with
+    its labels in the data's order, as in a model that continues to learn.
 
     Args:
-        source: from `resolve_model`; what is written has the head that the task needs.
-        folder: is written whole or not at all.
-        task: what the model is for.
+        source: from `resolve_model`; the written model has the head that the task needs.
+        folder: written completely or not at all.
+        task: the task of the model.
         label_names: the data's labels.
         tokenizer: saved beside the weights.
-        view: units that are left; None: all.
-        order: what units are sorted by before that; None: nothing.
+        view: the units to keep; None: all.
+        order: the order of the units before the cut; None: unchanged.
         extra: small files that belong to the folder, see `write_model_folder`.
 
     Raises:
-        ModelError: the model does not fit the task, or has less than the view asks for.
+        ModelError: the model does not fit the task, or has fewer units than the view keeps.
         MegakdError: the disk is full.
     """
     if source.folder is None:
@@ -162,7 +162,7 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
 
 
 def _checked(view: View, whole: View) -> View:
-    """The view with its width written out, if it lies within the model."""
+    """Check that a view lies within the model, and return the view with an explicit width."""
     for kind, wanted, there in (
         ("heads", view.heads, whole.heads),
         ("neurons", view.neurons, whole.neurons),
@@ -183,7 +183,7 @@ def _checked(view: View, whole: View) -> View:
 
 
 def _check_order(order: UnitOrder | None, units: View) -> None:
-    """Raises unless every unit of the model comes once."""
+    """Raise unless the order lists every unit of the model once."""
     if order is None:
         return
     width = [] if order.width is None else [order.width]
@@ -198,7 +198,7 @@ def _check_order(order: UnitOrder | None, units: View) -> None:
 
 
 def _with_columns(config: PretrainedConfig, view: View, order: UnitOrder | None) -> Any:
-    """Of a family that says every shape itself: T5."""
+    """Return the cut config of a family whose config states every shape: T5."""
     architecture = architecture_of(config)
     cut: Any = copy.deepcopy(config)
     whole = architecture.units(config)
@@ -211,14 +211,14 @@ def _with_columns(config: PretrainedConfig, view: View, order: UnitOrder | None)
         cut.head_columns = [own[:kept] for own, kept in zip(columns, view.heads, strict=True)]
     if view != whole:
         cut.head_counts, cut.neuron_counts = list(view.heads), list(view.neurons)
-        setattr(cut, architecture.neurons, max(view.neurons) or 1)  # no longer the teacher's
+        setattr(cut, architecture.neurons, max(view.neurons) or 1)  # not the value of the teacher
         cut.head_width = architecture.heads(config).width
         setattr(cut, architecture.width, view.width)
     return cut
 
 
 def _stock_config(config: PretrainedConfig, view: View) -> PretrainedConfig | None:
-    """The family's own config of this shape; None where it cannot say it."""
+    """Return the family's own config of this shape; None if it cannot describe the shape."""
     if any(len({*counts}) != 1 or 0 in counts for counts in (view.heads, view.neurons)):
         return None
     architecture = architecture_of(config)
@@ -233,7 +233,7 @@ def _stock_config(config: PretrainedConfig, view: View) -> PretrainedConfig | No
     try:
         cut = _changed(config, config.model_type.removeprefix(CUT), changes)
     except (StrictDataclassError, ValueError):
-        return None  # such as Llama's, which wants heads that divide the width
+        return None  # Llama's config, for example, requires heads that divide the width
     found = architecture_named(cut.model_type)
     fits = cut.hidden_size % getattr(cut, found.attention_heads) == 0 or "head_dim" in changes
     return cut if fits and found.heads(cut).width == heads.width else None
@@ -255,10 +255,10 @@ def _own_config(config: PretrainedConfig, view: View) -> PretrainedConfig:
 
 
 def _widths(config: PretrainedConfig, view: View) -> dict[str, Any]:
-    """The keys that follow the residual width."""
+    """Return the config keys that follow the residual width."""
     key = architecture_of(config).width
     changes: dict[str, Any] = {key: view.width}
-    # ELECTRA's embeddings have a width of their own, unless it is the same.
+    # ELECTRA's embeddings may have another width, which does not change.
     if getattr(config, "embedding_size", None) == getattr(config, key):
         changes["embedding_size"] = view.width
     return changes
@@ -267,7 +267,7 @@ def _widths(config: PretrainedConfig, view: View) -> dict[str, Any]:
 def _changed(
     config: PretrainedConfig, model_type: str, changes: Mapping[str, Any]
 ) -> PretrainedConfig:
-    """A config of another type with all that this one says, but for the changes."""
+    """Return a config of another type with the keys of this config, except for the changes."""
     own = OWN_MODELS.get(model_type)
     made = CONFIG_MAPPING[model_type] if own is None else own.config
     kept = {key: value for key, value in config.to_dict().items() if key not in SHAPE_KEYS}
@@ -283,7 +283,7 @@ def _empty(source: ModelSource, task: TaskConfig, config: PretrainedConfig) -> P
 def _check_shapes(
     match: Match, axes: Mapping[str, Axes], view: View | None, cut: PreTrainedModel
 ) -> None:
-    """What will be written must be what the new config asks for; nothing is read yet."""
+    """Check that the tensors to write fit the new config; no tensor is read yet."""
     wanted = cut.state_dict()
     for name, stored in match.stored.items():
         shape = torch.Size(stored.shape)
@@ -300,14 +300,14 @@ def _check_shapes(
 def _with_labels(
     state: Iterable[tuple[str, Tensor]], outputs: Collection[str], labels: Sequence[int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The rows of the head's last module in another order."""
+    """Yield the state with the rows of the head's last module in the order of `labels`."""
     for name, tensor in state:
         is_output = name.rpartition(".")[0] in outputs
         yield name, tensor[list(labels)] if is_output else tensor
 
 
 def _stored(match: Match, where: str) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors in the order of the disk."""
+    """Yield the model's tensors in their order on the disk."""
     reader = WeightReader(where)
     for name, stored in sorted(match.stored.items(), key=lambda i: (i[1].file, i[1].offset)):
         yield name, reader.read(stored)

@@ -1,8 +1,9 @@
-"""A model that can work as any of its sub-networks, without a copy of one weight.
+"""Models that can run as any of their sub-networks without a copy of the weights.
 
-Once the units are in order of importance, a sub-network is a prefix of every weight. Its forward
-multiplies with the prefixes alone, so a view of a tenth of the units costs about a tenth of the
-attentions and feed-forwards; its gradients are those of the whole weights, zero outside.
+If the units are sorted by importance, a sub-network is a prefix of every weight. Its forward
+multiplies only with the prefixes, so that a view of a tenth of the units costs about a tenth of the
+attentions and feed-forwards. Its gradients have the size of the whole weights and are zero outside
+the prefixes.
 """
 
 from __future__ import annotations
@@ -47,15 +48,14 @@ MIXINS: Mapping[type[nn.Module], type[ElasticModule]] = {
 
 
 class Elastic:
-    """Makes a model elastic in place, before or after `deepspeed.initialize`, at any ZeRO stage.
+    """A model made elastic in place, before or after `deepspeed.initialize`, at any ZeRO stage.
 
-    Parameters, their names and the state dict stay as they are, and so does the function of the
-    model outside `viewing`. Every module runs in every view, those of layers without heads too,
-    so that ZeRO 3 sees the same modules in the same order. Several views may be forwarded before
-    one backward.
+    The parameters, their names, the state dict, and the function of the model outside `viewing` do
+    not change. Every module runs in every view, also in layers without heads, so that ZeRO 3 sees
+    the same modules in the same order. Several views may run forward before one backward.
 
     Raises:
-        ModelError: The family is not known, or the model is elastic already.
+        ModelError: The family is not known, or the model is already elastic.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -77,7 +77,7 @@ class Elastic:
         table = weight_axes(model)
         needing_heads = self._prepare_attentions(model, architecture, table)
         for path, module in model.named_modules():
-            # A cut model's weight without elements is a buffer.
+            # In a cut model, a weight without elements is a buffer.
             tensors = [
                 *module.named_parameters(recurse=False),
                 *module.named_buffers(recurse=False),
@@ -97,7 +97,7 @@ class Elastic:
     def _prepare_attentions(
         self, model: PreTrainedModel, architecture: Architecture, table: Mapping[str, Axes]
     ) -> set[str]:
-        """Paths of the projections that must give one head of zeros where a view has none."""
+        """Return the paths of projections that must give one head of zeros if a view has none."""
         needing: set[str] = set()
         for paths in architecture.attentions(model.config):
             core = model.get_submodule(paths.core)
@@ -113,13 +113,13 @@ class Elastic:
 
     @contextmanager
     def viewing(self, view: View | None) -> Iterator[None]:
-        """The model works as a view of itself inside; in nested use the inner view counts.
+        """Run the model as a view of itself inside the context; the innermost context counts.
 
         Args:
-            view: units kept; None for the whole model. The same on all ranks.
+            view: the units to keep, the same on all ranks; None for the whole model.
 
         Raises:
-            ModelError: The view is of another model.
+            ModelError: The view does not fit the model.
         """
         if view is not None:
             self._check(view)
@@ -130,10 +130,10 @@ class Elastic:
 
     @contextmanager
     def sharing_embeddings(self) -> Iterator[None]:
-        """The embeddings are computed once per input inside, with one dropout for all views.
+        """Compute the embeddings once per input inside the context, with one dropout for all views.
 
-        Their gradient is the sum over all views, which must go through one backward. Views of
-        different residual width share with those of their own width.
+        The gradient of the embeddings is the sum over all views, which must go through one
+        backward. A view shares embeddings only with views of the same residual width.
         """
         former, self._views.shared = self._views.shared, {}
         try:
@@ -166,7 +166,7 @@ def _mixin_for(module: nn.Module) -> type[ElasticModule] | None:
     for stock, mixin in MIXINS.items():
         if isinstance(module, stock):
             return mixin
-    # A norm is what has vectors for parameters; its class differs by family.
+    # A module whose parameters are all vectors is a norm; its class differs by family.
     parameters = dict(module.named_parameters(recurse=False))
     vectors = all(len(full_shape(parameter)) == 1 for parameter in parameters.values())
     return ElasticNorm if vectors and "weight" in parameters else None

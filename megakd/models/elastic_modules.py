@@ -1,7 +1,7 @@
-"""Modules of a model that work with a prefix of their weights, as long as the current view says.
+"""Modules that compute with a prefix of their weights, as the current view defines it.
 
-Each of them is a class laid over the module's own by changing `__class__`: parameters, names and
-hooks stay what they were, and with no view the module's own forward runs.
+Each class here is laid over the class of a module by assigning `__class__`. Parameters, names and
+hooks do not change, and without a view the module's original forward runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megakd.engine.sharding import full_shape
 
 
 class Prefix(NamedTuple):
-    """What is kept of one dimension: the first `length` of each of its `parts`."""
+    """The kept part of one dimension: the first `length` entries of each of its `parts`."""
 
     length: int
     parts: int = 1
@@ -30,7 +30,7 @@ Prefixes = tuple[Prefix, ...]
 
 
 def window(whole: Tensor, prefixes: Prefixes) -> Tensor:
-    """A view of what is kept, every dimension as two: [parts, length]."""
+    """Return the kept part as a view, in which every dimension becomes two: [parts, length]."""
     for dimension, (length, parts) in reversed(list(enumerate(prefixes))):
         size = whole.shape[dimension] // parts
         whole = whole.unflatten(dimension, (parts, size)).narrow(dimension + 1, 0, length)
@@ -38,12 +38,12 @@ def window(whole: Tensor, prefixes: Prefixes) -> Tensor:
 
 
 def taken(whole: Tensor, prefixes: Prefixes) -> Tensor:
-    """What is kept of a weight; shares its memory unless a dimension has several parts."""
+    """Return the kept part of a weight; it shares memory unless a dimension has several parts."""
     return window(whole, prefixes).reshape([length * parts for length, parts in prefixes])
 
 
 def padded(part: Tensor, shape: torch.Size, prefixes: Prefixes) -> Tensor:
-    """A whole tensor that is `part` where `taken` takes it, and zero elsewhere."""
+    """Return a whole tensor with `part` in the places that `taken` reads, and zeros elsewhere."""
     whole = part.new_zeros(shape)
     target = window(whole, prefixes)
     target.copy_(part.reshape(target.shape))
@@ -52,10 +52,10 @@ def padded(part: Tensor, shape: torch.Size, prefixes: Prefixes) -> Tensor:
 
 @dataclass
 class Views:
-    """What all modules of one elastic model read.
+    """State that all modules of one elastic model read.
 
-    current: the view they work with; None for the whole model.
-    shared: outputs of the embeddings by what they were made of; None where nothing is shared.
+    current: the active view; None for the whole model.
+    shared: outputs of the embeddings by their inputs; None if nothing is shared.
     """
 
     current: View | None = None
@@ -63,7 +63,7 @@ class Views:
 
     @contextmanager
     def at(self, view: View | None) -> Iterator[None]:
-        """Works with `view` inside, and with the former one afterwards."""
+        """Activate `view` inside the context, and restore the previous view afterwards."""
         former, self.current = self.current, view
         try:
             yield
@@ -73,10 +73,10 @@ class Views:
 
 @dataclass(frozen=True)
 class Elasticity:
-    """What one module knows of the model's views.
+    """The views as seen by one module.
 
-    axes, shapes: of its own parameters, by name.
-    needs_heads: it makes queries, keys or values for an attention that fails without any.
+    axes, shapes: axes and shapes of the module's own parameters, by name.
+    needs_heads: the module makes queries, keys or values for an attention that fails without heads.
     """
 
     views: Views
@@ -85,7 +85,7 @@ class Elasticity:
     needs_heads: bool = False
 
     def prefixes(self, name: str) -> Prefixes | None:
-        """What the current view keeps of a parameter; None: all of it."""
+        """Return the prefixes of a parameter in the current view; None: the whole parameter."""
         view, axes = self.views.current, self.axes.get(name)
         if view is None or axes is None:
             return None
@@ -103,15 +103,15 @@ def _prefix(axis: Axis | None, size: int, view: View) -> Prefix:
 
 
 class PrefixLinear(torch.autograd.Function):
-    """x W^T + b with prefixes of W and b; their gradients are zero outside.
+    """x W^T + b with prefixes of W and b; the gradients are zero outside the prefixes.
 
-    A map from nothing gives zeros, without its bias: a sub-layer that has lost all heads or
-    neurons says nothing, as in MiniDisc's code. Its bias gets a gradient of zero.
+    A map without inputs returns zeros, without its bias: a sub-layer without heads or neurons
+    contributes nothing, as in MiniDisc's code. The gradient of its bias is zero.
 
-    It keeps the parameter, not the slice, and slices again in the backward: under ZeRO 3 a slice
-    would hold the whole gathered weight from the forward to the backward, whereas the parameter
-    is let go of and gathered anew. Empty prefixes are fine, which DeepSpeed's own linear function
-    is not.
+    The function saves the parameter, not the slice, and slices again in the backward. Under ZeRO 3
+    a slice would hold the whole gathered weight from the forward to the backward, whereas the
+    parameter is released and gathered again. Empty prefixes are allowed, unlike in DeepSpeed's own
+    linear function.
     """
 
     @staticmethod
@@ -123,15 +123,15 @@ class PrefixLinear(torch.autograd.Function):
         prefixes: Prefixes,
         output_dimension: int,
     ) -> Tensor:
-        """Outputs [..., O] of inputs [..., I], O and I being as long as the prefixes.
+        """Return outputs [..., O] of inputs [..., I]; the prefixes define O and I.
 
         Args:
-            ctx: of autograd.
-            inputs: any number of leading dimensions.
-            weight: whole, or sharded and gathered at the moment.
+            ctx: the autograd context.
+            inputs: tensor with any number of leading dimensions.
+            weight: whole, or sharded and currently gathered.
             bias: whole, or None.
-            prefixes: of the weight's two dimensions.
-            output_dimension: which of the two the outputs are: 0 of a Linear, 1 of a Conv1D.
+            prefixes: prefixes of the weight's two dimensions.
+            output_dimension: dimension of the outputs in the weight: 0 in a Linear, 1 in a Conv1D.
         """
         ctx.save_for_backward(inputs if ctx.needs_input_grad[1] else None, weight)
         ctx.prefixes, ctx.output_dimension = prefixes, output_dimension
@@ -147,7 +147,7 @@ class PrefixLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of inputs, weight and bias."""
+        """Return the gradients of inputs, weight and bias."""
         inputs, weight = ctx.saved_tensors
         (gradient,) = gradients
         rows, shapes = _as_rows(gradient), ctx.shapes  # [N, O]
@@ -166,7 +166,7 @@ class PrefixLinear(torch.autograd.Function):
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
-    # The number of rows is said, for it cannot be told where the last dimension is empty.
+    # The number of rows is explicit, because -1 is ambiguous if the last dimension is empty.
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
@@ -176,21 +176,21 @@ def _matrix(weight: Tensor, prefixes: Prefixes, output_dimension: int) -> Tensor
 
 
 class ElasticModule(nn.Module):
-    """A module that knows of the views; `stock` is the class it had."""
+    """Base of modules that follow the views; `stock` is the module's original class."""
 
     elasticity: Elasticity
     stock: ClassVar[type[nn.Module]]
 
 
 class ElasticLinear(ElasticModule):
-    """A linear map of a prefix of the inputs to a prefix of the outputs."""
+    """A linear map from a prefix of the inputs to a prefix of the outputs."""
 
     weight: Tensor
     bias: Tensor | None
     output_dimension: ClassVar[int] = 0
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[..., I] -> [..., O]; one head of zeros where an attention needs one and gets none."""
+        """Map [..., I] to [..., O]; give one head of zeros if a required head is missing."""
         prefixes = self.elasticity.prefixes("weight")
         if prefixes is None:
             return super().forward(inputs)
@@ -206,26 +206,26 @@ class ElasticLinear(ElasticModule):
 
 
 class ElasticConv1D(ElasticLinear):
-    """The same for GPT-2's Conv1D, which keeps its weight the other way round."""
+    """`ElasticLinear` for GPT-2's Conv1D, which stores the transposed weight."""
 
     output_dimension = 1
 
 
 class ElasticEmbedding(ElasticModule):
-    """A table of which a prefix of the columns is used."""
+    """An embedding that uses a prefix of its columns."""
 
     def forward(self, numbers: Tensor) -> Tensor:
-        """[...] -> [..., D]."""
+        """Return the embeddings [..., D] of numbers [...]."""
         rows = super().forward(numbers)
         prefixes = self.elasticity.prefixes("weight")
         return rows if prefixes is None else rows[..., : prefixes[1].length]
 
 
 class ElasticNorm(ElasticModule):
-    """A norm of narrower vectors: its statistics are those of what is there."""
+    """A norm of narrower vectors; its statistics cover only the kept entries."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
+        """Return the normalized hidden states [..., D]."""
         prefixes = self.elasticity.prefixes("weight")
         if prefixes is None:
             return super().forward(hidden)
@@ -233,13 +233,13 @@ class ElasticNorm(ElasticModule):
 
 
 class _NarrowNorm:
-    """What a norm's own forward is given as `self` under a view."""
+    """Stand-in for `self` in the forward of a stock norm under a view."""
 
     def __init__(self, norm: nn.Module, prefixes: Prefixes) -> None:
         self._norm = norm
         self.normalized_shape = (prefixes[0].length,)
         for name, parameter in norm.named_parameters(recurse=False):
-            # Copied, for a slice would keep the whole vector that ZeRO 3 has gathered.
+            # A copy, because a slice would keep the whole vector that ZeRO 3 has gathered.
             setattr(self, name, taken(parameter, prefixes).clone())
 
     def __getattr__(self, name: str) -> Any:
@@ -247,11 +247,11 @@ class _NarrowNorm:
 
 
 class ElasticSplit(ElasticModule):
-    """An attention that cuts queries, keys and values out of one output, as GPT-2's does."""
+    """An attention that splits one output into queries, keys and values, as in GPT-2."""
 
     @property
     def split_size(self) -> int:
-        """The width of each of the three; of one head where there is none."""
+        """The width of queries, of keys and of values; at least one head if heads are needed."""
         view, (axis, *_) = self.elasticity.views.current, self.elasticity.axes["heads"]
         if view is None or axis is None:
             return vars(self)["split_size"]
@@ -260,9 +260,9 @@ class ElasticSplit(ElasticModule):
 
 
 class ElasticLayer(ElasticModule):
-    """A layer that gradient checkpointing repeats with the view of its forward.
+    """A layer that gradient checkpointing repeats with the view of the first forward.
 
-    The repetition comes in the backward, when the view may be another one.
+    The repetition runs in the backward, when another view may be active.
     """
 
     @property
@@ -286,13 +286,13 @@ class ElasticLayer(ElasticModule):
 
 
 class ElasticSource(ElasticModule):
-    """The embeddings: while their output is shared, equal inputs give the very same tensor.
+    """The embeddings; while their output is shared, equal inputs give the same tensor.
 
-    The whole call is left out, hooks included: under ZeRO 3 the weights are gathered once.
+    The whole call is skipped, hooks included, so that ZeRO 3 gathers the weights only once.
     """
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """What the module gives, made anew only if it was not made before."""
+        """Return the module's output; reuse a shared output of the same inputs."""
         views = self.elasticity.views
         if views.shared is None:
             return super().__call__(*inputs, **options)
@@ -300,13 +300,13 @@ class ElasticSource(ElasticModule):
         given = [*inputs, *options.items()]
         key = (width, self.training, torch.is_grad_enabled(), *(_identity(part) for part in given))
         if key not in views.shared:
-            # With the inputs, so that their memory is not used again for others.
+            # The inputs are kept too, so that their memory is not reused for other tensors.
             views.shared[key] = (given, super().__call__(*inputs, **options))
         return views.shared[key][1]
 
 
 def _identity(part: Any) -> Hashable:
-    """Equal for tensors that look at the same memory in the same way, unchanged since."""
+    """Return a key that is equal for unchanged tensors with the same memory and layout."""
     if isinstance(part, tuple):
         return tuple(_identity(element) for element in part)
     if not isinstance(part, Tensor):
@@ -321,20 +321,20 @@ def _laid_over(mixin: type[ElasticModule], stock: type[nn.Module]) -> type[nn.Mo
 
 
 def make_elastic(module: nn.Module, mixin: type[ElasticModule], elasticity: Elasticity) -> None:
-    """Lays `mixin` over the class of the module."""
+    """Lay `mixin` over the class of a module."""
     module.__class__ = _laid_over(mixin, type(module))
     vars(module)["elasticity"] = elasticity
 
 
 def weights_in_view(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a linear map as the current view has them, for who reads them directly.
+    """Return the weight and bias of a linear map in the current view, for code that reads them.
 
     Args:
-        module: elastic or not; under ZeRO 3 inside the forward of a module that owns it.
+        module: elastic or not; under ZeRO 3, call inside the forward of a module that owns it.
 
     Returns:
-        weight [O, I] and bias [O] or None; slices that share the weight's memory and lead
-        gradients to it.
+        weight [O, I] and bias [O] or None. Slices share the memory of the weight, and gradients
+        flow to the weight.
     """
     weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
     bias: Tensor | None = getattr(module, "bias", None)

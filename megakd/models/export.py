@@ -1,4 +1,4 @@
-"""A finished model as a Hugging Face folder that transformers loads with nothing of megakd."""
+"""Export of a finished model as a Hugging Face folder that transformers loads without megakd."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ def write_model_folder(
     architecture: str | None = None,
     extra: Extra | None = None,
 ) -> None:
-    """Writes a model's folder whole or not at all; for the rank that writes.
+    """Write a model folder completely or not at all; call on the rank that writes.
 
-    A model of a class that transformers lacks gets the file of that class beside its weights, so
-    that plain transformers loads it with `trust_remote_code=True`.
+    If transformers lacks the class of the model, the file of the class is written beside the
+    weights, so that plain transformers loads the folder with `trust_remote_code=True`.
 
     Args:
-        folder: replaced as a whole when everything is written and synced.
-        config: of the model; not changed.
-        state: names and tensors, each needed only until its shard of 5 GB is written. It is
-            taken to its end even when writing fails, for there may be collectives behind it.
+        folder: replaced as a whole after everything is written and synced.
+        config: the config of the model; it is not changed.
+        state: names and tensors; each tensor is needed only until its shard of 5 GB is written. The
+            iterator is consumed even if writing fails, because it may contain collectives.
         tokenizer: saved beside the weights.
         architecture: the class of the model, for config.json.
         extra: small files that belong to the folder, by name: README.md, result.json. A function
-            is called once the weights are written.
+            is called after the weights are written.
 
     Raises:
-        MegakdError: the disk is full; the old folder is as it was.
+        MegakdError: the disk is full; the old folder is unchanged.
     """
     tensors = iter(state)
     try:
@@ -74,9 +74,9 @@ def write_model_folder(
 
 
 def write_weights(folder: Path, state: Iterable[tuple[str, Tensor]]) -> torch.dtype:
-    """Streams tensors into model.safetensors, or into shards with an index.
+    """Stream tensors into model.safetensors, or into shards with an index.
 
-    Two names of one memory (tied weights) are written once, if they come in the same shard.
+    Tied weights, which are two names of one memory, are written once if they are in one shard.
 
     Returns:
         The dtype of most floating-point weights.
@@ -87,11 +87,11 @@ def write_weights(folder: Path, state: Iterable[tuple[str, Tensor]]) -> torch.dt
     shards: list[dict[str, int]] = []
     dtypes: Counter[torch.dtype] = Counter()
     for number, shard in enumerate(_shards(state)):
-        # The final name holds the number of shards, which is not known yet.
+        # The final name contains the number of shards, which is not known yet.
         save_file(shard, folder / f"{number}.part", metadata={"format": "pt"})
         shards.append({name: tensor.nbytes for name, tensor in shard.items()})
         _count_dtypes(shard, dtypes)
-        shard.clear()  # or it would live on while the next one fills
+        shard.clear()  # frees the tensors before the next shard is filled
     if not shards:
         raise ValueError(f"the model to be written to {folder} has no tensors")
     _name_shards(folder, shards)
@@ -99,18 +99,18 @@ def write_weights(folder: Path, state: Iterable[tuple[str, Tensor]]) -> torch.dt
 
 
 def weight_bytes(folder: Path) -> int:
-    """The size on disk of a folder's safetensors files."""
+    """Return the size on disk of a folder's safetensors files."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def brings_code(folder: Path) -> bool:
-    """Whether transformers needs a file of the folder, and our trust in it, to load the model."""
+    """Return true if transformers needs `trust_remote_code` and a file of the folder to load it."""
     keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return keys["model_type"] in OWN_MODELS
 
 
 def hub_id(spec: str) -> str | None:
-    """`spec` if it names a model on the Hub, None if it is a folder of this machine."""
+    """Return `spec` if it names a model on the Hub, or None if it is a local folder."""
     is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", spec) is not None
     return spec if is_id and not Path(spec).exists() else None
 
@@ -130,7 +130,7 @@ def _exported(
 def _write_config(
     folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    # Not save_pretrained: it refuses the generation keys that older configs on the Hub carry.
+    # save_pretrained refuses the generation keys that older configs on the Hub carry.
     config.to_json_file(str(folder / "config.json"))
     own = OWN_MODELS[config.model_type].models if config.model_type in OWN_MODELS else {}
     ours = own.get("AutoModelForCausalLM")
@@ -142,10 +142,10 @@ def _write_config(
 def _generation(
     config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> GenerationConfig:
-    """The model's own settings, with the tokenizer's ids where the two disagree.
+    """Return the model's generation settings, with the tokenizer's ids if the ids differ.
 
-    A Llama config says bos 1 and eos 2 unless told otherwise, whatever the tokenizer says, and
-    a text would never end.
+    A Llama config defaults to bos 1 and eos 2. With other ids in the tokenizer, a text would never
+    end.
     """
     generation = GenerationConfig.from_model_config(config)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -157,13 +157,13 @@ def _generation(
 
 
 def _shards(state: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Groups of tensors that fit a shard; the same memory under a second name is left out."""
+    """Yield groups of tensors that fit into a shard; omit second names of the same memory."""
     shard: dict[str, Tensor] = {}
     size = 0
     seen: set[tuple[Any, ...]] = set()
     for name, given in state:
         tensor = _plain(given)
-        # The pointer identifies memory only while `shard` keeps it from being used again.
+        # The pointer identifies memory only while `shard` keeps the tensor alive.
         identity = (tensor.data_ptr(), tensor.dtype, tensor.shape)
         if identity in seen and tensor.numel():
             continue
@@ -178,7 +178,7 @@ def _shards(state: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """A dense CPU tensor that is alone in its memory, copied only if it has to be."""
+    """Return a dense CPU tensor that shares memory with no other; copy only if necessary."""
     plain = tensor.detach().to("cpu").contiguous()
     return plain.clone() if plain.untyped_storage().nbytes() > plain.nbytes else plain
 

@@ -1,4 +1,4 @@
-"""Whether a model fits the run, decided from configs, headers and a model without memory."""
+"""Checks that a model fits the run, based on configs, headers and a model without memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from megakd.config.run import TaskConfig
-    from megakd.models.loading import ModelSource
+    from megakd.models.source import ModelSource
 
 
 def plan_loading(
@@ -41,9 +41,9 @@ def plan_loading(
     tokenizer_size: int,
     need_head: bool,
 ) -> tuple[PretrainedConfig, Match]:
-    """The config to build with and what the checkpoint gives; everything is checked.
+    """Return the config to build with and the matched checkpoint tensors, after all checks.
 
-    Args and errors are those of `megakd.models.loading.check_model`.
+    For arguments and errors see `megakd.models.loading.check_model`.
     """
     _check_sizes(source, task, tokenizer_size)
     config = copy.deepcopy(source.config)
@@ -92,7 +92,7 @@ def _check_labels(source: ModelSource, task: TaskConfig, label_names: Sequence[s
 def build_empty(
     source: ModelSource, task: TaskConfig, config: PretrainedConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The model without values; its buffers, such as rotary tables, are right."""
+    """Build the model without parameter values; its buffers, such as rotary tables, are valid."""
     register_own_models()
     try:
         with initialization.no_init_weights():
@@ -109,5 +109,5 @@ def build_empty(
 
 
 def one_line(error: Exception) -> str:
-    """The text of an error without its line breaks."""
+    """Return the text of an error without line breaks."""
     return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""First values of new parameters, the same at every ZeRO stage and for any number of ranks."""
+"""Initial values of new parameters, the same at every ZeRO stage and for any number of ranks."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 def initialize_parameters(
     model: PreTrainedModel, parameters: Iterable[nn.Parameter], *, seed: int
 ) -> None:
-    """Gives parameters the first values that the model's own class draws for them.
+    """Set parameters to the initial values that the model's own class draws for them.
 
-    Each module draws from a generator of its own, seeded by (seed, the module's name), in fp32
-    on the CPU, so neither the other modules nor the device, the dtype or the ranks matter. Only
-    one module is whole at a time, on the ranks that write. A collective for a sharded model.
+    Each module draws from its own generator, seeded by (seed, module name), in fp32 on the CPU. The
+    values do not depend on other modules, the device, the dtype or the ranks. Only one module is
+    whole at a time, on the ranks that write. This is a collective for a sharded model.
 
     Args:
         model: The model, sharded or not.
-        parameters: Those to set; all others keep their values.
+        parameters: The parameters to set; all others keep their values.
         seed: The run's seed.
     """
     waiting = {id(parameter) for parameter in parameters}
@@ -55,10 +55,10 @@ def _seed_of(seed: int, name: str) -> int:
 
 
 def _draw(model: PreTrainedModel, name: str, seed: int) -> dict[str, Tensor]:
-    """What `_init_weights` gives a module's own parameters, in fp32 on the CPU.
+    """Return the values that `_init_weights` gives a module's own parameters, in fp32 on the CPU.
 
-    After the module those around it have a say, from the inside out, as in transformers: an
-    attention may know better than the Linear how large its weights should be (GPT-2, T5).
+    After the module itself, the modules around it may change the values, from the inside out, as in
+    transformers: an attention may know the scale of its weights better than the Linear (GPT-2, T5).
     """
     path = name.split(".") if name else []
     owners = [model.get_submodule(".".join(path[:end])) for end in range(len(path), -1, -1)]
@@ -70,9 +70,9 @@ def _draw(model: PreTrainedModel, name: str, seed: int) -> dict[str, Tensor]:
 
 @contextmanager
 def _hidden(model: PreTrainedModel) -> Iterator[dict[str, dict[str, nn.Parameter]]]:
-    """Parameters without memory in place of all of the model's, which come by module and name.
+    """Replace all parameters by parameters without memory; yield the originals by module and name.
 
-    Whatever a rule does to a whole attention must not reach the weights that it has already.
+    The rule of a whole attention must not change the weights that the attention already has.
     """
     modules = dict(model.named_modules())
     found = {name: dict(part.named_parameters(recurse=False)) for name, part in modules.items()}
@@ -91,7 +91,7 @@ def _hidden(model: PreTrainedModel) -> Iterator[dict[str, dict[str, nn.Parameter
 
 @contextmanager
 def _stand_ins(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """Whole fp32 parameters of NaN in place of the module's own while the context lasts."""
+    """Replace a module's own parameters by whole fp32 parameters of NaN inside the context."""
     own = dict(module.named_parameters(recurse=False))
     values = {
         key: nn.Parameter(torch.full(parameter.shape, float("nan"), dtype=torch.float32))
@@ -108,7 +108,7 @@ def _stand_ins(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
 
 @contextmanager
 def _cpu_seeded(seed: int) -> Iterator[None]:
-    """The CPU's generator starts at `seed` and is left as it was found."""
+    """Seed the CPU generator inside the context, and restore its state afterwards."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:

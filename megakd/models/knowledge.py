@@ -1,6 +1,6 @@
-"""What is read from a model: logits or (hidden, head), hidden states, attention vectors.
+"""Outputs read from a model: logits or (hidden, head), hidden states, attention vectors.
 
-The one place where a teacher and a student run their forward, so that both are read alike.
+Teachers and students run their forward only here, so that both are read in the same way.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ LOGITS_AT_ONCE = 1 << 24
 
 
 class Needs(NamedTuple):
-    """What the chosen losses ask of a model's forward.
+    """Outputs that the chosen losses need from a model's forward.
 
-    attention_layers: layers, from 1, whose queries, keys and values are wanted.
+    attention_layers: layers, from 1, whose queries, keys and values are needed.
     """
 
     hidden_states: bool = False
@@ -33,36 +33,36 @@ class Needs(NamedTuple):
 
 
 class LanguageModelHead:
-    """The output matrix of a language model, found by name so that ties stay ties."""
+    """The output matrix of a language model, found by name so that tied weights stay tied."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
 
     def read(self) -> tuple[Tensor, Tensor | None]:
-        """(weight [V, D], bias [V] or None); under ZeRO-3 only inside a module's forward.
+        """Return (weight [V, D], bias [V] or None); under ZeRO-3 only inside a module's forward.
 
-        As narrow as the hidden states of the view that the model works as at this moment.
+        The matrix is as narrow as the hidden states of the current view.
         """
         return weights_in_view(self._module)
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Keeps it whole for as long as the context lasts; a collective under ZeRO-3."""
+        """Keep the matrix gathered inside the context; a collective under ZeRO-3."""
         with gathered(self._module.parameters(recurse=False)):
             yield
 
 
 def language_model_head(model: nn.Module) -> LanguageModelHead:
-    """The head of a causal or masked LM by the architecture map."""
+    """Return the head of a causal or masked LM, found with the architecture table."""
     return LanguageModelHead(architecture_of(model.config).language_head_of(model))  # type: ignore[arg-type]
 
 
 def opened_head(model: nn.Module, batch: Batch) -> AbstractContextManager[object]:
-    """Hold the output matrix of a language model whole around a forward that reads it.
+    """Keep the output matrix of a language model gathered around a forward that reads it.
 
-    Under ZeRO-3 DeepSpeed fetches ahead what the forward before has read, and waits for a
-    parameter in the forward of the module that owns it. The output matrix is read without its
-    module's forward, so that it would still be on its way. A collective under ZeRO-3.
+    Under ZeRO-3 DeepSpeed prefetches the parameters that the previous forward read, and waits for a
+    parameter in the forward of the module that owns it. The output matrix is read without the
+    forward of its module, so its prefetch could be incomplete. This is a collective under ZeRO-3.
     """
     return language_model_head(model).open() if _is_language(batch) else nullcontext()
 
@@ -72,13 +72,13 @@ def _is_language(batch: Batch) -> bool:
 
 
 def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
-    """Runs the model once and keeps what the losses need.
+    """Run the model once and return the outputs that the losses need.
 
     Args:
         model: a classifier or regressor (logits [B, C]), or a language model, which runs up to
             its output matrix: the losses take (hidden, head) and never form [B, T, V].
         batch: inputs as the model's forward takes them.
-        needs: hidden states or not, and of which layers the attention vectors.
+        needs: whether hidden states are needed, and the layers of the attention vectors.
     """
     if not needs.attention_layers:
         return _read(model, batch, needs)
@@ -97,9 +97,9 @@ def _read(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
 
 
 def most_likely(model: nn.Module, batch: Batch, count: int) -> TopK:
-    """A language model's most likely next tokens at every position, [B, T, count].
+    """Return a language model's most likely next tokens at every position, [B, T, count].
 
-    Logits are formed for a few positions at a time. Under ZeRO 3 only inside a module's forward.
+    Logits are formed for a few positions at a time. Under ZeRO 3, call inside a module's forward.
     """
     hidden = _read_language_model(model, batch, Needs()).hidden
     if hidden is None:
@@ -117,7 +117,7 @@ def most_likely(model: nn.Module, batch: Batch, count: int) -> TopK:
 
 
 def _accepted_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Without the second text's type where a family (RoBERTa, DistilBERT) knows no second type."""
+    """Return the inputs, without token types if the family (RoBERTa, DistilBERT) has one type."""
     if getattr(model.config, "type_vocab_size", 0) > 1:
         return batch.inputs
     return {name: value for name, value in batch.inputs.items() if name != "token_type_ids"}
@@ -125,13 +125,13 @@ def _accepted_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 def _read_language_model(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
     architecture = architecture_of(model.config)  # type: ignore[arg-type]
-    # Encoders keep no cache, and not all of them know the word.
+    # Encoders have no cache, and some of them do not accept the option.
     options = {} if architecture.masked else {"use_cache": False}
     backbone = architecture.backbone_of(model)
     out = backbone(**batch.inputs, **options, output_hidden_states=needs.hidden_states)
     hidden = out.last_hidden_state
     if batch.targets is not None:
-        # An MLM's head is asked at a few positions only: [N, D].
+        # The head of an MLM is applied to a few positions only: [N, D].
         hidden = hidden.flatten(0, 1)[batch.targets]
     return Knowledge(
         hidden=architecture.before_language_head(model, hidden),

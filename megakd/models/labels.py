@@ -1,4 +1,4 @@
-"""Labels are matched between data, teacher and student by name, never by number alone."""
+"""Matching of labels between data, teacher and student by name, never by number alone."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ GENERIC = re.compile(r"LABEL_\d+")
 def label_order(
     model_config: PretrainedConfig, label_names: Sequence[str], *, where: str
 ) -> tuple[int, ...] | None:
-    """The index that brings a model's logits into the data's order of labels.
+    """Return the index that brings a model's logits into the data's order of labels.
 
     Args:
         model_config: Its `id2label` names the columns of the logits.
-        label_names: The data's names, in the data's order; empty where a task has none.
-        where: The key of the run config that names the model, for the message.
+        label_names: The data's names, in the data's order; empty if the task has none.
+        where: The key of the run config that names the model, for error messages.
 
     Returns:
-        `order` such that `logits[:, order]` is in the data's order; None where it is already.
+        `order` such that `logits[:, order]` is in the data's order; None if no change is needed.
 
     Raises:
-        ModelError: Another number of labels, or names that do not match.
+        ModelError: The number of labels differs, or the names do not match.
     """
     if not label_names:
         return None
@@ -41,7 +41,7 @@ def label_order(
             " was fine-tuned on these labels"
         )
     if generic_labels(model_config):
-        return None  # in the order that `label_check` has looked at
+        return None  # `label_check` verifies this order
     columns = {name.casefold(): column for column, name in enumerate(names)}
     order = tuple(columns.get(name.casefold(), -1) for name in label_names)
     if sorted(order) != list(range(len(names))):
@@ -54,7 +54,7 @@ def label_order(
 
 
 def labels_agree(model_config: PretrainedConfig, label_names: Sequence[str]) -> bool:
-    """Whether a stored head has the data's labels in the data's order, or one score for none."""
+    """Return true if a stored head has the data's labels in order, or one score without labels."""
     names = model_label_names(model_config)
     if not label_names:
         return len(names) == 1
@@ -63,18 +63,18 @@ def labels_agree(model_config: PretrainedConfig, label_names: Sequence[str]) -> 
 
 
 def generic_labels(model_config: PretrainedConfig) -> tuple[str, ...] | None:
-    """The names of a model's labels if all of them are LABEL_0, LABEL_1, …; else None."""
+    """Return the names of a model's labels if all of them are LABEL_0, LABEL_1, …; else None."""
     names = model_label_names(model_config)
     return names if names and all(GENERIC.fullmatch(name) for name in names) else None
 
 
 def model_label_names(model_config: PretrainedConfig) -> tuple[str, ...]:
-    """The names of a model's labels in the order of its logits."""
+    """Return the names of a model's labels in the order of its logits."""
     return tuple(str(name) for _, name in sorted((model_config.id2label or {}).items()))
 
 
 def set_labels(model_config: PretrainedConfig, label_names: Sequence[str]) -> None:
-    """Writes the data's labels into a config; none at all means one score (regression)."""
+    """Write the data's labels into a config; no labels mean one score (regression)."""
     names = tuple(label_names) or ("LABEL_0",)
     model_config.id2label = dict(enumerate(names))
     model_config.label2id = {name: number for number, name in enumerate(names)}
@@ -82,11 +82,11 @@ def set_labels(model_config: PretrainedConfig, label_names: Sequence[str]) -> No
 
 
 def _finetune(where: str) -> str:
-    """What helps a teacher."""
+    """Return the advice to fine-tune, which applies to teachers only."""
     owner = where.removesuffix(".model")
     return f"set {owner}.finetune or " if owner.startswith("teacher") else ""
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first names, for a message."""
+    """Return the first names as text for a message."""
     return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

@@ -1,4 +1,4 @@
-"""Some layers of a stored model as a model of its own; no weight is read or copied for that."""
+"""Models made of some layers of a stored model; no weight is read or copied for this."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from megakd.models.architectures import Architecture
-    from megakd.models.loading import ModelSource
+    from megakd.models.source import ModelSource
     from megakd.models.weights import StoredTensor
 
 _PER_LAYER = (HEAD_COUNTS, NEURON_COUNTS, HEAD_COLUMNS, "layer_types")
-"""Keys of a config that list something for every layer, those of no layer behind them."""
+"""Config keys that list a value per layer, followed by values for parts outside the layers."""
 _OF_ALL_LAYERS = "relative_attention_bias"
-"""T5 keeps it in the first layer, whichever that is."""
+"""T5's position bias, which is always stored in the first layer."""
 
 
 def with_layers(source: ModelSource, wanted: int | Sequence[int], *, where: str) -> ModelSource:
-    """The model with fewer layers, in the order that is given; embeddings and head stay.
+    """Return the model with fewer layers, in the given order; embeddings and head stay.
 
     Args:
         source: a stored model, or the shape of one.
-        wanted: numbers of layers from 1, or how many of them, spread evenly: i of n is layer
-            round(i * L / n), so that the last one stays.
-        where: the key of the run config that says so.
+        wanted: numbers of layers from 1, or the count of layers, spread evenly: i of n is layer
+            round(i * L / n), so that the last layer stays.
+        where: the key of the run config that sets the layers.
 
     Raises:
         ModelError: the model has no such layer.
@@ -77,8 +77,8 @@ def _config_with(
 def _renamed(
     stored: Mapping[str, StoredTensor], architecture: Architecture, numbers: Sequence[int]
 ) -> dict[str, StoredTensor]:
-    """What is left of the tensors, under the numbers that the layers have now."""
-    # A checkpoint of the bare backbone leaves its name out.
+    """Return the remaining tensors, with the new numbers of their layers in their names."""
+    # A checkpoint of the bare backbone omits the name of the backbone.
     path = rf"((?:{re.escape(architecture.backbone)}\.)?{re.escape(architecture.blocks)}\.)(\d+)\."
     places = {number - 1: place for place, number in enumerate(numbers)}
     found: dict[str, StoredTensor] = {}

@@ -1,7 +1,7 @@
-"""From a model's name in the run config to a model in memory, sharded or not, in one way.
+"""Loading of models, from a name in the run config to a model in memory, sharded or not.
 
-`resolve_model` finds it and reads its config, `check_model` says whether it fits the run before
-anything large is touched, `load_model` builds it empty and fills it tensor by tensor.
+`resolve_model` finds a model and reads its config, `check_model` checks that the model fits the run
+before anything large is loaded, and `load_model` builds it empty and fills it tensor by tensor.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 import difflib
 import json
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +34,14 @@ from megakd.models.fresh import initialize_parameters
 from megakd.models.original_t5 import built_as, read_original
 from megakd.models.own_models import register_own_models
 from megakd.models.sizes import check_sizes
-from megakd.models.weights import StoredTensor, WeightReader, check_weight_files
+from megakd.models.source import ModelSource
+from megakd.models.weights import WeightReader, check_weight_files
 from megakd.storage.finished_folder import check_given
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from megakd.config.run import TaskConfig
     from megakd.models.architectures import Architecture
@@ -48,39 +49,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
-# Keys of older config files that transformers still reads, beside those its classes list.
+# Keys of older config files that transformers still reads although its classes do not list them.
 LEGACY_KEYS = frozenset(
     {"num_labels", "torch_dtype", "rope_theta", "rope_scaling", "pretraining_tp"}
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSource:
-    """A model that was found and whose files are whole; no weights are in memory.
-
-    name: For messages and the report.
-    folder: None for a model that starts from random weights.
-    where: The key of the run config, such as `teacher.model`.
-    stored: The tensors of its weight files.
-    wants_vocabulary: Starts from random weights and takes the tokenizer's size.
-    layers: Which of the folder's layers it has, from 1, in this order; None: all.
-    """
-
-    name: str
-    folder: Path | None
-    config: PretrainedConfig = field(repr=False)
-    architecture: Architecture
-    where: str
-    stored: Mapping[str, StoredTensor] = field(default_factory=dict, repr=False)
-    wants_vocabulary: bool = False
-    trust_remote_code: bool = False
-    layers: tuple[int, ...] | None = None
-
-    @property
-    def stored_dtype(self) -> torch.dtype | None:
-        """The dtype of the largest stored tensor; None for a model from scratch."""
-        largest = max(self.stored.values(), key=lambda s: torch.Size(s.shape).numel(), default=None)
-        return largest.dtype if largest else None
 
 
 def resolve_model(
@@ -92,25 +64,25 @@ def resolve_model(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> ModelSource:
-    """Finds a model and reads its config; weight files are checked before all else.
+    """Find a model and read its config; the weight files are checked first.
 
     Args:
         spec: A folder, a Hub id, or a config to start from random weights.
-        task: What the model is for.
+        task: The task of the model.
         where: The key of the run config, such as `teacher.model`, for messages.
-        architecture: What a T5 checkpoint is read as, see `original_t5`; None: `enct5`.
+        architecture: The model type to read a T5 checkpoint as, see `original_t5`; None: `enct5`.
         trust_remote_code: Whether code that comes with a model may be run.
         allow_pickle: Whether pickle weights may be read.
 
     Raises:
-        ModelError: It is not there, damaged, or no model for the task.
+        ModelError: The model does not exist, is damaged, or cannot be used for the task.
     """
     register_own_models()
     if isinstance(spec, ScratchModel):
         return _scratch_source(spec.config, task, where, architecture)
     folder = _folder_of(spec, where, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     stored = check_weight_files(folder, where, allow_pickle=allow_pickle)
-    if is_first_rank():  # the others wait or see the same folder: reading it once is enough
+    if is_first_rank():  # the other ranks wait or see the same folder: one check is enough
         check_given(folder, where)
     keys = _read_config(folder, where, trust_remote_code=trust_remote_code)
     model_type = built_as(keys["model_type"], architecture, where)
@@ -138,10 +110,10 @@ def resolve_model(
 def with_vocabulary(
     source: ModelSource, size: int, *, pad_token_id: int | None = None
 ) -> ModelSource:
-    """Gives a model from scratch the tokenizer's vocabulary where its config names none.
+    """Set the vocabulary size of a model from scratch if its config does not set one.
 
     Args:
-        source: Any source; one with a vocabulary of its own comes back as it is.
+        source: Any source; a source with its own vocabulary is returned unchanged.
         size: Number of tokens of the tokenizer.
         pad_token_id: The tokenizer's, whose embedding row stays zero; None keeps the config's.
     """
@@ -153,7 +125,7 @@ def with_vocabulary(
         config.pad_token_id = pad_token_id
     for key in ("bos_token_id", "eos_token_id"):
         token = getattr(config, key, None)
-        if isinstance(token, int) and token >= size:  # GPT-2's own, in another vocabulary
+        if isinstance(token, int) and token >= size:  # GPT-2's default, in another vocabulary
             setattr(config, key, None)
     return replace(source, config=config, wants_vocabulary=False)
 
@@ -166,17 +138,17 @@ def check_model(
     tokenizer_size: int,
     need_head: bool,
 ) -> None:
-    """Whether the model fits the run, from headers and configs alone.
+    """Check that a model fits the run, based on headers and configs alone.
 
     Args:
         source: From `resolve_model`.
-        task: What the model is for.
-        label_names: The data's labels in the data's order; empty where there are none.
+        task: The task of the model.
+        label_names: The data's labels in the data's order; empty if there are none.
         tokenizer_size: Number of tokens of the tokenizer.
         need_head: Whether the head must come with the weights (a teacher that is not trained).
 
     Raises:
-        ModelError: Tokenizer, length, head, labels or weights do not fit, in this order.
+        ModelError: Tokenizer, length, head, labels or weights do not fit, checked in this order.
     """
     source = with_vocabulary(source, tokenizer_size)
     plan_loading(source, task, label_names, tokenizer_size=tokenizer_size, need_head=need_head)
@@ -193,19 +165,19 @@ def load_model(  # noqa: PLR0913  (each is another fact about the run)
     seed: int,
     need_head: bool,
 ) -> PreTrainedModel:
-    """Builds the model and fills it, in the same way at every ZeRO stage; a collective at 3.
+    """Build a model and fill it, in the same way at every ZeRO stage; a collective at stage 3.
 
-    The model is built empty, sharded module by module if `ds` says ZeRO 3. Then tensor by tensor:
-    rank 0 reads, all ranks keep their shard. What the checkpoint does not have is drawn from
-    (seed, module name), the same whatever the stage and the number of ranks.
+    The model is built empty, and sharded module by module if `ds` sets ZeRO 3. Then it is filled
+    tensor by tensor: rank 0 reads, and all ranks keep their shards. Weights that the checkpoint
+    lacks are drawn from (seed, module name) and do not depend on the stage or the number of ranks.
 
     Args:
         source: From `resolve_model`.
-        task: What the model is for.
-        label_names: The data's labels in the data's order; empty where there are none.
+        task: The task of the model.
+        label_names: The data's labels in the data's order; empty if there are none.
         tokenizer_size: Number of tokens of the tokenizer.
         ds: A loaded `ds_configs` file; None for a model without an engine.
-        dtype: Of the parameters.
+        dtype: The dtype of the parameters.
         seed: The run's seed.
         need_head: Whether the head must come with the weights; otherwise a head that is missing
             or was made for other labels is replaced by a new one.
@@ -215,7 +187,7 @@ def load_model(  # noqa: PLR0913  (each is another fact about the run)
         checkpoint's labels (see `label_order`), otherwise in the data's.
 
     Raises:
-        ModelError: As `check_model`.
+        ModelError: See `check_model`.
     """
     source = with_vocabulary(source, tokenizer_size)
     config, match = plan_loading(
@@ -262,7 +234,7 @@ def _scratch_source(
 
 
 def _check_config_keys(model_type: str, keys: Mapping[str, Any], where: str) -> None:
-    """Refuses a misspelled key: transformers takes any, and would silently use a default."""
+    """Raise on a misspelled key: transformers would accept the key and silently use a default."""
     default = CONFIG_MAPPING[model_type]()
     known = {*default.to_dict(), *default.attribute_map, *LEGACY_KEYS}
     for key in keys:
@@ -282,7 +254,7 @@ def _architecture(model_type: str, task: TaskConfig, where: str) -> Architecture
 
 
 def _folder_of(spec: str, where: str, *, trust_remote_code: bool, allow_pickle: bool) -> Path:
-    """The folder that holds the model, fetched from the Hub if it is not one itself."""
+    """Return the folder that holds the model; fetch it from the Hub if `spec` is no folder."""
     path = Path(spec).expanduser()
     if path.is_dir():
         return path
@@ -325,7 +297,7 @@ def _read_config(folder: Path, where: str, *, trust_remote_code: bool) -> dict[s
 
 
 def _fill(model: PreTrainedModel, match: Match, where: str) -> None:
-    """Copies the stored tensors in, in the order of the disk; one whole tensor at a time."""
+    """Copy the stored tensors into the model in disk order, one whole tensor at a time."""
     tensors = model.state_dict(keep_vars=True)
     reader = WeightReader(where)
     in_disk_order = sorted(match.stored.items(), key=lambda item: (item[1].file, item[1].offset))

@@ -1,4 +1,4 @@
-"""Which stored tensor goes into which parameter, decided from names and shapes alone."""
+"""Matching of stored tensors with parameters, based on names and shapes alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from megakd.models.loading import ModelSource
+    from megakd.models.source import ModelSource
     from megakd.models.weights import StoredTensor
 
 LEGACY_ENDINGS = {".gamma": ".weight", ".beta": ".bias"}
@@ -23,11 +23,11 @@ LEGACY_ENDINGS = {".gamma": ".weight", ".beta": ".bias"}
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """What a checkpoint gives to a model.
+    """The tensors that a checkpoint provides for a model.
 
     stored: the model's tensors that the checkpoint has; tied ones under their first name.
-    missing: parameters it lacks.
-    unused: keys that no parameter takes.
+    missing: parameters that the checkpoint lacks.
+    unused: keys of the checkpoint that no parameter uses.
     """
 
     stored: Mapping[str, StoredTensor]
@@ -38,15 +38,15 @@ class Match:
 def match_names(
     model: PreTrainedModel, stored: Mapping[str, StoredTensor], *, leave_out: Iterable[str] = ()
 ) -> Match:
-    """Pairs stored tensors with a model's, whichever head the checkpoint was saved with.
+    """Match stored tensors with a model's, for any head that the checkpoint was saved with.
 
-    The prefix of the backbone is added where a bare backbone was stored, and the names of old
+    The prefix of the backbone is added if a bare backbone was stored, and the names of old
     TensorFlow checkpoints (gamma, beta) are read.
 
     Args:
         model: The model, on any device; its names and ties are read.
         stored: The checkpoint's tensors.
-        leave_out: Modules that are not to be loaded.
+        leave_out: Modules that must not be loaded.
     """
     tensors = model.state_dict(keep_vars=True)
     first: dict[int, str] = {}
@@ -69,7 +69,7 @@ def match_names(
 
 
 def _model_name(key: str, names: Collection[str], prefix: str) -> str | None:
-    """The model's name for a stored key."""
+    """Return the model's name for a stored key, or None if there is none."""
     ending = next((old for old in LEGACY_ENDINGS if key.endswith(old)), "")
     modern = key.removesuffix(ending) + LEGACY_ENDINGS.get(ending, "")
     for name in (key, modern, f"{prefix}.{modern}"):
@@ -79,7 +79,7 @@ def _model_name(key: str, names: Collection[str], prefix: str) -> str | None:
 
 
 def check_head(match: Match, source: ModelSource, *, task: str) -> None:
-    """Raises if the checkpoint lacks any part that belongs to the task."""
+    """Raise if the checkpoint lacks a part that belongs to the task."""
     lacking = [name for name in match.missing if source.architecture.of_the_task(name)]
     if lacking:
         raise ModelError(
@@ -89,7 +89,7 @@ def check_head(match: Match, source: ModelSource, *, task: str) -> None:
 
 
 def check_backbone(match: Match, source: ModelSource) -> None:
-    """Raises if the checkpoint lacks any part that no training could replace."""
+    """Raise if the checkpoint lacks a part that training cannot replace."""
     lacking = [name for name in match.missing if not source.architecture.of_the_task(name)]
     if lacking:
         raise ModelError(
@@ -100,7 +100,7 @@ def check_backbone(match: Match, source: ModelSource) -> None:
 
 
 def check_shapes(match: Match, model: PreTrainedModel, *, where: str) -> None:
-    """Raises if a stored tensor has another shape than its parameter."""
+    """Raise if the shape of a stored tensor differs from the shape of its parameter."""
     tensors = model.state_dict(keep_vars=True)
     for name, stored in match.stored.items():
         expected = tuple(tensors[name].shape)
@@ -112,7 +112,7 @@ def check_shapes(match: Match, model: PreTrainedModel, *, where: str) -> None:
 
 
 def check_dtypes(match: Match, model: PreTrainedModel, *, where: str) -> None:
-    """Raise if a tensor of whole numbers would be taken for weights."""
+    """Raise if a tensor of whole numbers would be loaded as weights."""
     tensors = model.state_dict(keep_vars=True)
     for name, stored in match.stored.items():
         if tensors[name].is_floating_point() and not stored.dtype.is_floating_point:
@@ -128,7 +128,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def check_ties(model: PreTrainedModel, stored: Mapping[str, StoredTensor], *, where: str) -> None:
-    """Raises if the config ties two tensors and the checkpoint holds different values for them."""
+    """Raise if the config ties two tensors for which the checkpoint holds different values."""
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         if target in stored and source in stored:
             reader = WeightReader(where)

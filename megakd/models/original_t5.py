@@ -1,4 +1,4 @@
-"""T5 and mT5 as they are published, read as the models for texts of `modeling_t5`."""
+"""Published T5 and mT5 checkpoints, read as the text models of `modeling_t5`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 ORIGINALS = ("t5", "mt5")
 READ_AS = {cls.model_type: cls for cls in (EncT5Config, T5EncoderConfig)}
-"""What an original can be read as; the first is taken where nobody asks."""
+"""Config classes that an original can be read as; the first is the default."""
 KEPT_KEYS = (
     *("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"),
     *("relative_attention_num_buckets", "relative_attention_max_distance"),
@@ -24,20 +24,20 @@ KEPT_KEYS = (
     *("pad_token_id", "eos_token_id"),
 )
 DECODER = "decoder.block.0."
-# The matrix of the vocabulary, and its copy in old files; the decoder here knows a prompt alone.
+# The vocabulary matrix and its copy in old files; the decoder here embeds only a prompt.
 EMBEDDINGS = {"shared.weight": "encoder.embed_tokens.weight", "decoder.embed_tokens.weight": None}
 
 
 def built_as(model_type: str, wanted: str | None, where: str) -> str:
-    """The model type that a stored or named one is built as.
+    """Return the model type that a stored or named model is built as.
 
     Args:
-        model_type: as config.json or the run config says.
+        model_type: the type in config.json or in the run config.
         wanted: `teacher.architecture` or `student.architecture`.
         where: the key of the run config that names the model.
 
     Raises:
-        ModelError: `wanted` is no way to read this model.
+        ModelError: this model cannot be read as `wanted`.
     """
     if model_type in ORIGINALS:
         return wanted or next(iter(READ_AS))
@@ -52,13 +52,13 @@ def built_as(model_type: str, wanted: str | None, where: str) -> str:
 def read_original(
     config: PretrainedConfig, stored: Mapping[str, StoredTensor], model_type: str, where: str
 ) -> tuple[PretrainedConfig, dict[str, StoredTensor]]:
-    """Config and tensors of an original, by the names of the model it is read as.
+    """Return the config and tensors of an original, under the names of the model it is read as.
 
-    The prompt and the head are not in it and start new; all but the decoder's first layer is not
+    The original has no prompt and no head, which start new. Of its decoder, only the first layer is
     used.
 
     Raises:
-        ModelError: It has no decoder, and the model needs one.
+        ModelError: The original has no decoder, and the model needs one.
     """
     if model_type == EncT5Config.model_type and not any(key.startswith(DECODER) for key in stored):
         raise ModelError(

@@ -1,4 +1,4 @@
-"""The models of `megakd.models.modeling` as transformers and exported folders must know them."""
+"""The models of `megakd.models.modeling`, with their registration in transformers."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class OwnModel(NamedTuple):
-    """One model type of ours.
+    """One model type of megakd.
 
-    config: its config class, whose file holds the models as well.
-    models: the class that each of transformers' auto classes stands for.
+    config: the config class; its file also defines the models.
+    models: the model class of each auto class of transformers.
     """
 
     config: type[PretrainedConfig]
@@ -36,12 +36,12 @@ class OwnModel(NamedTuple):
 
     @property
     def file(self) -> Path:
-        """What has to lie beside the weights where megakd is not installed."""
+        """The file that must be beside the weights to load the model without megakd."""
         return Path(inspect.getfile(self.config))
 
     @property
     def auto_map(self) -> dict[str, str]:
-        """What config.json says so that transformers finds the classes in that file."""
+        """The entry of config.json with which transformers finds the classes in the file."""
         classes = {"AutoConfig": self.config, **self.models}
         return {auto: f"{self.file.stem}.{cls.__name__}" for auto, cls in classes.items()}
 
@@ -67,7 +67,7 @@ CUT_FAMILIES = (
 
 
 def _cut(family: str) -> OwnModel:
-    """What is in the file of cut models of one family."""
+    """Return the config and model classes of the cut models of one family."""
     models = {
         auto: getattr(modeling_cut, f"Cut{family}{ending}")
         for ending, auto in AUTO_CLASSES.items()
@@ -93,7 +93,7 @@ OWN_MODELS: Mapping[str, OwnModel] = {
 
 @functools.cache
 def register_own_models() -> None:
-    """Makes transformers' auto classes of this process know them; once is enough."""
+    """Register the models with transformers' auto classes; only the first call has an effect."""
     for model_type, model in OWN_MODELS.items():
         AutoConfig.register(model_type, model.config)
         for auto, cls in model.models.items():
@@ -101,6 +101,6 @@ def register_own_models() -> None:
 
 
 def own_class(name: str) -> type[PreTrainedModel] | None:
-    """The model class of ours that has this name."""
+    """Return megakd's model class of this name, or None."""
     classes = (cls for model in OWN_MODELS.values() for cls in model.models.values())
     return next((cls for cls in classes if cls.__name__ == name), None)

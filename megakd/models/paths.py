@@ -1,4 +1,4 @@
-"""Where the parts of a layer are, as attribute paths, and what a family's heads look like."""
+"""Attribute paths of the parts of a layer, and of the heads of masked language models."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 class AttentionPaths(NamedTuple):
     """The modules of one attention.
 
-    projections: of queries, keys and values; the same three times where one module makes all.
-    output: takes the heads side by side.
-    core: cuts vectors into heads and mixes them, and cannot do so with none.
-    norms: what queries and keys go through after that, one head at a time; None: nothing.
+    projections: paths of queries, keys and values; equal paths if one module makes all three.
+    output: the module that takes the concatenated heads.
+    core: the module that splits vectors into heads and mixes them; it fails without heads.
+    norms: norms of queries and of keys after the projections, per head; None: no norms.
     """
 
     projections: tuple[str, str, str]
@@ -30,17 +30,17 @@ class AttentionPaths(NamedTuple):
 
     @property
     def is_fused(self) -> bool:
-        """Whether queries, keys and values come side by side from one module."""
+        """True if one module makes queries, keys and values, concatenated."""
         return len(set(self.projections)) == 1
 
     @property
     def vectors(self) -> tuple[str, str, str]:
-        """What gives the queries, keys and values that the core goes on with."""
+        """Paths of the modules that produce the queries, keys and values for the core."""
         queries, keys = self.norms or self.projections[:2]
         return queries, keys, self.projections[2]
 
     def under(self, module: str) -> AttentionPaths:
-        """The same paths, from the module's owner."""
+        """Return the same paths, relative to the owner of `module`."""
         queries, keys, values = (f"{module}.{path}" for path in self.projections)
         norms = self.norms and (f"{module}.{self.norms[0]}", f"{module}.{self.norms[1]}")
         return AttentionPaths(
@@ -51,9 +51,9 @@ class AttentionPaths(NamedTuple):
 class FeedForwardPaths(NamedTuple):
     """The modules of one feed-forward.
 
-    inputs: make the neurons.
-    output: takes them.
-    gated: the inputs where the config says `is_gated_act`, for families that have both kinds.
+    inputs: the modules that make the neurons.
+    output: the module that takes the neurons.
+    gated: replaces `inputs` if the config sets `is_gated_act`, in families that have both kinds.
     """
 
     inputs: tuple[str, ...]
@@ -61,11 +61,11 @@ class FeedForwardPaths(NamedTuple):
     gated: tuple[str, ...] = ()
 
     def of_kind(self, *, is_gated: bool) -> FeedForwardPaths:
-        """The same with the inputs that a config asks for."""
+        """Return the paths with the inputs of the gated or the ungated kind."""
         return FeedForwardPaths(self.gated if is_gated and self.gated else self.inputs, self.output)
 
     def under(self, module: str) -> FeedForwardPaths:
-        """The same paths, from the module's owner."""
+        """Return the same paths, relative to the owner of `module`."""
         inputs, gated = (
             tuple(f"{module}.{path}" for path in paths) for paths in (self.inputs, self.gated)
         )
@@ -84,12 +84,12 @@ ATTENTION_OF_LLAMA = AttentionPaths(
 
 
 def attention_of_t5(module: str) -> AttentionPaths:
-    """The parts of the T5Attention that is `module`."""
+    """Return the parts of the T5Attention at the path `module`."""
     return AttentionPaths((f"{module}.q", f"{module}.k", f"{module}.v"), f"{module}.o", module)
 
 
 def feed_forward_of_t5(module: str) -> FeedForwardPaths:
-    """The parts of the feed-forward that is `module`, gated (v1.1, mT5) or not."""
+    """Return the parts of the feed-forward at the path `module`, gated (v1.1, mT5) or not."""
     return FeedForwardPaths(
         (f"{module}.wi",), f"{module}.wo", gated=(f"{module}.wi_0", f"{module}.wi_1")
     )
@@ -97,13 +97,13 @@ def feed_forward_of_t5(module: str) -> FeedForwardPaths:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedHead:
-    """What a masked language model of a family has on its backbone.
+    """The head of a family's masked language models.
 
-    modules: attribute paths of all that belongs to the head.
-    transform: what hidden states go through before the decoder, in this order: paths of
-        modules, and functions for what is no module.
-    decoder: path of the output matrix [V, D], which is the embedding unless the config unties
-        them, with its bias [V].
+    modules: attribute paths of all modules that belong to the head.
+    transform: the steps between the hidden states and the decoder, in order: paths of modules, and
+        functions for steps that are no module.
+    decoder: path of the output matrix [V, D] with its bias [V]; the matrix is the embedding unless
+        the config unties them.
     """
 
     modules: tuple[str, ...]
@@ -127,7 +127,7 @@ MASKED_HEADS: Mapping[str, MaskedHead] = {
         transform=("vocab_transform", "activation", "vocab_layer_norm"),
         decoder="vocab_projector",
     ),
-    # The generator's; a discriminator has none.
+    # The head of the generator; a discriminator has none.
     "electra": MaskedHead(
         modules=("generator_predictions",),
         transform=("generator_predictions",),

@@ -1,4 +1,4 @@
-"""What a model predicts for a micro-batch."""
+"""Predictions of a model for a micro-batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megakd.models.knowledge import Needs, read_knowledge
 
 
 def predict(model: nn.Module, batch: Batch, kernels: Kernels = "auto") -> Predictions:
-    """Logits or scores of a micro-batch; of a language model the sums its metrics need."""
+    """Return logits or scores of a micro-batch; for a language model, the sums for its metrics."""
     read = read_knowledge(model, batch, Needs())
     if read.logits is not None:
         return Predictions(outputs=read.logits.float(), sums=None)

@@ -1,4 +1,4 @@
-"""Whether the sizes in a model's config can be a model's at all."""
+"""Checks of the sizes in a model's config."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 LARGEST = 2**24
-"""More than any model has of anything, and little enough for products of two sizes."""
+"""Larger than any size in a model, and small enough for products of two sizes."""
 
 
 def check_sizes(config: PretrainedConfig, architecture: Architecture, where: str) -> None:
-    """Refuse a config that no module can be built from.
+    """Raise if no module can be built from a config.
 
     Args:
-        config: of the model.
-        architecture: names the keys.
+        config: the config of the model.
+        architecture: the entry that names the keys.
         where: the key of the run config or the file that the config comes from.
 
     Raises:
-        ModelError: a size is no whole number from 1 to `LARGEST`, or the heads do not divide the
+        ModelError: a size is not a whole number from 1 to `LARGEST`, or the heads do not divide the
             width.
     """
-    if hasattr(config, HEAD_COUNTS):  # a cut model: a layer may have lost all that it had
+    if hasattr(config, HEAD_COUNTS):  # a cut model: a layer may have no heads or neurons left
         return
     for key in _size_keys(architecture):
         size = getattr(config, key, None)

@@ -41,7 +41,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where one tensor lies: its file, its key there, and its first byte (pickle: its position)."""
+    """Location of one tensor: file, key in the file, and first byte (for pickle, its position)."""
 
     file: Path
     key: str
@@ -51,7 +51,7 @@ class StoredTensor:
 
 
 class _Entry(NamedTuple):
-    """One tensor as a safetensors header describes it."""
+    """One tensor, as described in a safetensors header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -62,20 +62,20 @@ class _Entry(NamedTuple):
 def check_weight_files(
     folder: Path, where: str, *, allow_pickle: bool = False
 ) -> dict[str, StoredTensor]:
-    """What a model folder stores, once its weight files are known to be whole.
+    """Return the stored tensors of a model folder, after checking that its files are complete.
 
     Headers and lengths are compared; no tensor is read.
 
     Args:
         folder: A Hugging Face model folder.
-        where: The key of the run config that names it, such as `teacher.model`.
-        allow_pickle: Whether a folder that holds nothing but pickle files may be used.
+        where: The key of the run config that names the folder, such as `teacher.model`.
+        allow_pickle: Whether a folder that holds only pickle files may be used.
 
     Returns:
         The stored tensors by their names in the checkpoint.
 
     Raises:
-        ModelError: A file is missing, cut short, damaged, or a pickle that was not asked for.
+        ModelError: A file is missing, truncated or damaged, or is a pickle that is not allowed.
     """
     if not folder.is_dir():
         raise ModelError(f"{where}: {folder} does not exist or is not a folder")
@@ -97,7 +97,7 @@ def check_weight_files(
 
 
 def _files_of(folder: Path, single: str, index: str, where: str) -> list[Path]:
-    """The weight files of one format, in a fixed order; a single file goes before shards."""
+    """Return the weight files of one format in a fixed order; prefer a single file to shards."""
     if (folder / single).is_file():
         return [folder / single]
     if not (folder / index).is_file():
@@ -125,7 +125,7 @@ def _weight_map(index: Path, where: str) -> dict[str, str]:
 def _check_index(
     index: Path, stored: Mapping[str, StoredTensor], where: str, *, used: bool
 ) -> None:
-    """Every tensor the index promises must be in the files."""
+    """Raise if a tensor that the index lists is not in the files."""
     if not used:
         return
     expected = _weight_map(index, where)
@@ -169,7 +169,7 @@ def _load_pickle(file: Path, where: str) -> dict[str, Tensor]:
 
 
 def _read_header(file: Path, where: str) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file; its length must be what its header says."""
+    """Return the tensors of a safetensors file; its length must agree with its header."""
     actual = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -213,7 +213,7 @@ def _parse_header(text: bytes, file: Path, where: str) -> dict[str, _Entry]:
 
 
 def _data_bytes(entries: Mapping[str, _Entry], file: Path, where: str) -> int:
-    """The bytes behind the header; the tensors must follow one another without a gap."""
+    """Return the number of bytes after the header; tensors must follow each other without gaps."""
     end = 0
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != end or entry.stop < end:
@@ -246,17 +246,17 @@ def _stored(file: Path, key: str, entry: _Entry, data: int, where: str) -> Store
 
 @dataclass
 class WeightReader:
-    """Reads one tensor at a time into memory of its own.
+    """Reader of single tensors, each into its own memory.
 
-    A safetensors file is read, not mapped: pages of a mapped file stay resident, and the rank
-    that reads a model would come to hold all of it.
+    A safetensors file is read, not mapped: pages of a mapped file stay resident, and the rank that
+    reads a model would finally hold all of it.
     """
 
     where: str
     _pickle: tuple[Path, dict[str, Tensor]] | None = field(default=None, repr=False)
 
     def read(self, stored: StoredTensor) -> Tensor:
-        """The tensor as stored, on the CPU."""
+        """Return the tensor as stored, on the CPU."""
         if stored.file.suffix != ".safetensors":
             return self._unpickled(stored.file)[stored.key]
         data = torch.empty(math.prod(stored.shape) * stored.dtype.itemsize, dtype=torch.uint8)
@@ -272,7 +272,7 @@ class WeightReader:
 
 
 def _read_into(stream: RawIOBase, buffer: memoryview, stored: StoredTensor, where: str) -> None:
-    """Fills the buffer; one read gives at most 2 GB."""
+    """Fill the buffer; one read returns at most 2 GB."""
     done = 0
     while done < len(buffer):
         count = stream.readinto(buffer[done:])

@@ -1,1 +1,1 @@
-"""The process of a rank: signals, its launchers, where its time goes, its output."""
+"""The process of a rank: signals, launchers, wall-clock by phase, and standard output."""

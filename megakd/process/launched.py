@@ -1,4 +1,4 @@
-"""The launchers above this process: a launched rank ends when one of them does."""
+"""The launchers above this process. A launched rank ends when one of its launchers ends."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ MODULES = ("deepspeed.launcher.", "torch.distributed.run", "torch.distributed.la
 FILES = ("deepspeed/launcher/launch.py", "torch/distributed/run.py", "torch/distributed/launch.py")
 SLURM = "slurmstepd"
 RANK_VARIABLES = ("RANK", "SLURM_PROCID")
-# DeepSpeed's launcher sets the first one, torchrun the second one, and nobody else sets them.
+# Only DeepSpeed's launcher sets the first variable, and only torchrun sets the second.
 LAUNCHER_VARIABLES = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")
 
 
 class Launchers:
     """The chain of processes from a rank up to its outermost launcher on this host.
 
-    `deepspeed` is a chain of two: the runner and the launcher of the node. A process that no
-    launcher has started has an empty chain, and nothing ends it: not its shell either.
+    The chain of `deepspeed` has two processes: the runner and the launcher of the node. A process
+    that was not started by a launcher has an empty chain and is never ended this way, not even
+    when its shell ends.
     """
 
     def __init__(self) -> None:
         is_rank = any(name in os.environ for name in RANK_VARIABLES)
         self.chain = _up_to_launcher(psutil.Process().parents()) if is_rank else []
-        # A launcher that was killed while this rank started is no parent any more.
+        # A launcher that was killed while this rank started is no longer a parent.
         is_launched = any(name in os.environ for name in LAUNCHER_VARIABLES)
         self._was_gone = is_launched and not self.chain and os.getppid() == 1
 
@@ -36,7 +37,7 @@ class Launchers:
 
 
 def _up_to_launcher(parents: list[psutil.Process]) -> list[psutil.Process]:
-    """Keep the wrappers below the nearest launcher, that launcher, and its own launchers."""
+    """Return the wrappers below the nearest launcher, the launcher, and its own launchers."""
     launchers = [is_launcher(process) for process in parents]
     if True not in launchers:
         return []

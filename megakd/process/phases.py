@@ -1,4 +1,4 @@
-"""What the wall-clock of a run goes into: its start, data, models, training, scoring, timing."""
+"""Wall-clock of a run by phase: start, data, models, training, scoring, latency."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _running: ContextVar[_Clock | None] = ContextVar("phases", default=None)
 
 
 class _Clock:
-    """Adds the time since the last change of phase to the phase that has been going on."""
+    """A clock that adds the time since the last change of phase to the current phase."""
 
     def __init__(self, since_s: float) -> None:
         self.seconds: Seconds = {}
@@ -20,10 +20,10 @@ class _Clock:
         self._since = time.perf_counter() - since_s
 
     def change(self, phase: str) -> str:
-        """Begin a phase and return the one that it interrupts."""
+        """Begin a phase and return the name of the interrupted phase."""
         now = time.perf_counter()
         self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
-        # The start is over once something else has begun.
+        # The phase `start` does not resume once another phase has begun.
         before = "other" if self._phase == "start" else self._phase
         self._phase, self._since = phase, now
         return before
@@ -31,10 +31,10 @@ class _Clock:
 
 @contextmanager
 def counted(*, since_s: float = 0.0) -> Iterator[None]:
-    """Count the seconds of a run, which begins with the phase `start`; inside itself a no-op.
+    """Count the seconds of a run, which begins with the phase `start`; a nested call does nothing.
 
     Args:
-        since_s: how long ago the run began.
+        since_s: seconds since the run began.
     """
     if _running.get() is not None:
         yield
@@ -48,7 +48,7 @@ def counted(*, since_s: float = 0.0) -> Iterator[None]:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Count the body under a name; a phase inside the body takes its time out of this one."""
+    """Count the body under a name; the time of a nested phase is not counted for the outer one."""
     clock = _running.get()
     if clock is None:
         yield
@@ -61,7 +61,7 @@ def phase(name: str) -> Iterator[None]:
 
 
 def seconds() -> Seconds:
-    """Return the seconds of every phase so far, or nothing where no run is counted."""
+    """Return the seconds of every phase so far, or {} if no run is counted."""
     clock = _running.get()
     if clock is None:
         return {}

@@ -1,4 +1,4 @@
-"""Keeps standard output for what a command answers."""
+"""Redirection of prints, so that standard output has only the answer of a command."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def print_aside(*, when: bool = True) -> Iterator[None]:
-    """Send to standard error what anybody prints inside: Python, C++ or a process that is started.
+    """Redirect standard output of the body to standard error: Python, C++ and child processes.
 
-    Libraries print to standard output when they are imported or start, and a program that reads
-    JSON from there cannot tell that from the answer.
+    Libraries print to standard output when they are imported or started, and a program that reads
+    JSON from standard output cannot tell these prints from the answer.
 
     Args:
-        when: whether to do so.
+        when: whether to redirect.
     """
     if not when:
         yield

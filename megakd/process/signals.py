@@ -1,8 +1,8 @@
-"""SIGINT, SIGTERM and SIGUSR1: training saves a checkpoint first, everything else ends at once.
+"""SIGINT, SIGTERM and SIGUSR1: training saves a checkpoint first, other phases end at once.
 
-A thread reads the signals too, because the main thread may be waiting in a collective for a rank
-that never answers: a second signal ends the process even then. The same thread watches the
-launchers, whose end counts as a SIGTERM.
+A thread also reads the signals, because the main thread may wait in a collective for a rank that
+never answers; a second signal then still ends the process. The same thread watches the launchers,
+whose end is handled like a SIGTERM.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # Ctrl+C reaches a rank twice: from the terminal and, as SIGTERM, from its launcher.
 SAME_REQUEST_S = 2.0
 LOOK_EVERY_S = 1.0
-# Launchers give their ranks 30 s; nobody ends a rank that hangs when its launcher is gone.
+# Launchers give their ranks 30 s; without a launcher, no process would end a rank that hangs.
 GRACE_S = 120.0
 LAUNCHER_ENDED = "the end of its launcher"
 
 
 class Stopped(BaseException):
-    """The run ends because it was told to.
+    """The run was stopped by a signal or by the end of its launcher.
 
-    No `Exception`: what forgives the errors of a picture or a stopwatch must not forgive this.
+    Not an `Exception`: code that ignores the errors of a chart or a stopwatch must not ignore a
+    stop.
 
     Args:
         number: the signal.
-        reason: what stopped the run.
-        saved: what was saved before, such as "student saved at step 8".
+        reason: the cause of the stop, such as the name of the signal.
+        saved: description of what was saved, such as "student saved at step 8".
     """
 
     def __init__(self, number: int, reason: str, saved: str = "") -> None:
@@ -46,7 +47,7 @@ class Stopped(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """128 plus the signal's number, as a shell reports it."""
+        """128 plus the signal's number, as shells report it."""
         return 128 + self.number
 
     def __str__(self) -> str:
@@ -55,7 +56,7 @@ class Stopped(BaseException):
 
 
 class _Watch:
-    """The stop signals of this process, from `start` to `stop`."""
+    """Handler of the stop signals of this process, active from `start` to `stop`."""
 
     def __init__(self) -> None:
         self.requested = 0
@@ -71,7 +72,7 @@ class _Watch:
         self._before: dict[signal.Signals, Any] = {}
 
     def start(self) -> None:
-        """Install the handlers. A signal that is ignored, as under nohup, stays ignored."""
+        """Install the handlers; a signal that is ignored, such as under nohup, stays ignored."""
         self._before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
         for number, handler in self._before.items():
             if handler is not signal.SIG_IGN:
@@ -83,7 +84,7 @@ class _Watch:
         self._thread.start()
 
     def stop(self) -> None:
-        """Put everything back as it was."""
+        """Restore the previous handlers and end the thread."""
         signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -94,7 +95,7 @@ class _Watch:
             end.close()
 
     def release(self) -> None:
-        """In a forked child: end by a signal as any process does, and tell the parent nothing."""
+        """Restore the previous handlers in a forked child, so that the parent is not notified."""
         signal.set_wakeup_fd(-1)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -105,7 +106,7 @@ class _Watch:
             raise Stopped(number, self.reason)
 
     def request(self, number: int) -> bool:
-        """Note why the run stops; return false if it is stopping already."""
+        """Record why the run stops; return False if the run is already stopping."""
         if self.requested:
             return False
         self.requested = number
@@ -121,7 +122,7 @@ class _Watch:
             self._look_at_launchers()
 
     def _note(self, number: int) -> None:
-        """End at once at the second SIGINT or SIGTERM; SIGUSR1 is an early warning."""
+        """End the process at the second SIGINT or SIGTERM; SIGUSR1 is only an early warning."""
         if number not in (signal.SIGINT, signal.SIGTERM):
             return
         now = time.monotonic()
@@ -163,7 +164,7 @@ os.register_at_fork(after_in_child=_release_in_child)
 def watched() -> Iterator[None]:
     """Raise `Stopped` in the body at a stop signal, or when the launcher of this rank ends.
 
-    Does nothing off the main thread, where Python allows no handlers, and inside itself.
+    Does nothing outside the main thread, where Python allows no handlers, or if it is nested.
     """
     global _active  # noqa: PLW0603
     if _active is not None or threading.current_thread() is not threading.main_thread():
@@ -180,7 +181,7 @@ def watched() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Note stop signals in the body instead of raising; the body asks `requested`."""
+    """Record stop signals in the body instead of raising; the body calls `requested`."""
     watch = _active
     if watch is None:
         yield
@@ -193,12 +194,12 @@ def deferred() -> Iterator[None]:
 
 
 def requested() -> int:
-    """Return the stop signal that has come to this process, or 0."""
+    """Return the stop signal that this process has received, or 0."""
     return _active.requested if _active is not None else 0
 
 
 def stopped(number: int, saved: str) -> Stopped:
-    """Return the error of a stop that all ranks have agreed on; later signals change nothing."""
+    """Return the error of a stop that all ranks have agreed on; later signals are ignored."""
     watch = _active
     if watch is None:
         return Stopped(number, signal.Signals(number).name, saved)

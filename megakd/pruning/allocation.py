@@ -1,7 +1,7 @@
-"""Which units a sub-network of a given sparsity keeps: MiniDisc's specification.
+"""Sparsity allocation of MiniDisc: the units that a sub-network of a given sparsity keeps.
 
-Zhang et al. 2024, https://arxiv.org/abs/2205.14570, as the authors' code has it. Torch-free:
-scores, views and orders are numbers that configs, files and reports can hold.
+Zhang et al. 2024, https://arxiv.org/abs/2205.14570, as in the authors' code. The file does not
+import torch: scores, views and orders are numbers that configs, files and reports can hold.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ Allocation = Literal["global", "uniform"]
 Layers = tuple[tuple[float, ...], ...]
 """One number per unit, layer by layer."""
 
-# What a message calls a layer of a kind, and its units.
+# Names of the layers of a kind, and of their units, in messages.
 _NAMES = {
     "heads": ("attention", "attention heads (key-value groups where heads share keys)"),
     "neurons": ("feed-forward", "neurons"),
 }
 MOST_HEADS = Fraction(9, 10)
-"""Of the heads, where the residual width goes too; what they would lose beyond is neurons'."""
+"""Maximum share of heads to remove if the residual width is removed too; neurons lose the rest."""
 
 
 class UnitScores(NamedTuple):
-    """How important the units of a model are; only the order of a kind's scores has a meaning.
+    """Importance of the units of a model; only the order of the scores of a kind has a meaning.
 
-    heads: per attention, one score per key-value group. neurons: per feed-forward.
-    width: of the columns of the hidden states; None where they all stay.
+    heads: per attention, one score per key-value group.
+    neurons: per feed-forward, one score per neuron.
+    width: scores of the columns of the hidden states; None if all columns are kept.
     """
 
     heads: Layers
@@ -47,9 +48,10 @@ class UnitScores(NamedTuple):
 
 
 class Rounding(NamedTuple):
-    """How many units of a kind go together.
+    """Rounding of the numbers of units of a kind.
 
-    step: units are taken out in multiples of it. least: where fewer are left, none is.
+    step: units are removed in multiples of `step`.
+    least: a layer that would keep fewer units keeps none.
     """
 
     step: int
@@ -57,11 +59,17 @@ class Rounding(NamedTuple):
 
     @staticmethod
     def of(rows: int, round_to: int) -> Rounding:
-        """For units of so many rows of a weight, which is cut in multiples of `round_to` rows."""
+        """Return the rounding for units of `rows` rows, cut in multiples of `round_to` rows."""
         return Rounding(round_to // math.gcd(round_to, rows), -(-round_to // rows))
 
     def kept(self, count: int, removed: int, *, never_all: bool = False) -> int:
-        """Units that are left of `count`; `never_all` keeps the fewest there can be, not none."""
+        """Return the number of units to keep out of `count`.
+
+        Args:
+            count: units of the layer.
+            removed: units to remove, before rounding.
+            never_all: whether a layer keeps the smallest possible number of units instead of none.
+        """
         removed = min(self.step * round(removed / self.step), count)
         kept = count - removed
         if kept >= self.least or not removed:
@@ -70,7 +78,7 @@ class Rounding(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """Which share of each kind of unit a sub-network lacks."""
+    """Share of the units of each kind that a sub-network leaves out."""
 
     heads: Fraction
     neurons: Fraction
@@ -78,7 +86,7 @@ class Shares(NamedTuple):
 
 
 def unit_order(scores: UnitScores) -> UnitOrder:
-    """Each layer's units by falling score; equal ones as they stand in the model."""
+    """Return the units of each layer sorted by score, the highest first; ties keep their order."""
     return UnitOrder(
         heads=tuple(_falling(layer) for layer in scores.heads),
         neurons=tuple(_falling(layer) for layer in scores.neurons),
@@ -91,23 +99,24 @@ def _falling(layer: Sequence[float]) -> tuple[int, ...]:
 
 
 def shares_of(scores: UnitScores, sparsity: float, head_width: int) -> Shares:
-    """How a sparsity is split between the kinds of units.
+    """Return the shares of heads, neurons and width to leave out at a sparsity.
 
-    Heads and neurons lose the same share. Where the residual width goes too, it and they remove
-    1 - sqrt(1 - sparsity) each, so that the sparsity is the share of all weights between them
-    that go: the task-agnostic variant, as the code of MiniMoE by the same authors has it. There
-    heads lose nine tenths at most; of the heads beyond, as many weights are taken from the
-    neurons, a head having four rows where a neuron has two.
+    Heads and neurons lose the same share. If the residual width is removed too, the width, the
+    heads and the neurons lose 1 - sqrt(1 - sparsity) each, so that the sparsity is the share of the
+    removed weights. This is the task-agnostic variant, as in the code of MiniMoE by the same
+    authors. In this variant, at most nine tenths of the heads are removed. Instead of further
+    heads, neurons with the same number of weights are removed: for each column of the hidden
+    states, a head has 4 * head_width weights, and a neuron has 2.
 
     Args:
-        scores: of all units, those of the width if it goes too.
-        sparsity: in [0, 1). It counts as the decimal number it is written as.
+        scores: scores of all units, including the width if the width is removed too.
+        sparsity: in [0, 1); interpreted as the decimal number that is written.
         head_width: rows of a head's queries, keys and values.
     """
     share = Fraction(str(float(sparsity)))
     if scores.width is None:
         return Shares(share, share, Fraction(0))
-    # Decimal, for its square roots are exact where there is an exact one: of 0.81, 0.64, ….
+    # Decimal computes exact square roots, such as those of 0.81 and 0.64.
     share = Fraction(1 - (1 - Decimal(str(float(sparsity)))).sqrt())
     heads, neurons = (sum(map(len, layers)) for layers in (scores.heads, scores.neurons))
     beyond = max(share - MOST_HEADS, Fraction(0)) * heads * 2 * head_width / max(neurons, 1)
@@ -123,32 +132,33 @@ def view_at(
     head_width: int = 64,
     with_heads: Collection[int] = (),
 ) -> View:
-    """The sub-network that lacks this share of the heads and, apart from them, of the neurons.
+    """Return the sub-network that leaves out a share of the heads and a share of the neurons.
 
-    Where the residual width is scored it goes too, and all of them by the square root; see
-    `shares_of`.
+    If `scores` has scores of the residual width, the width is reduced too, and the shares follow
+    from the square root; see `shares_of`.
 
-    The heads of all layers are ranked together and the round(sparsity * heads) least important
-    are left out, and so with the neurons; then each layer's cut is rounded to a multiple of
-    `round_to` rows, and a layer with fewer rows left than that keeps none. Views of rising
-    sparsity lie within each other. Halves round to the even number, as everywhere in Python; the
-    sparsity counts as the decimal number it is written as, so that 0.35 of 90 is 31.5, which it
-    is not in floating point.
+    The heads of all layers are ranked together, and the round(sparsity * heads) least important
+    heads are left out; likewise for the neurons. The cut of each layer is then rounded to a
+    multiple of `round_to` rows, and a layer with fewer remaining rows keeps none. A view contains
+    every view of higher sparsity. Halves are rounded to the even number, as in Python. The sparsity
+    is interpreted as the decimal number that is written, so that 0.35 of 90 is exactly 31.5, unlike
+    in floating point.
 
-    Differs from the authors' code: where a head's rows are no multiple of `round_to`, as many
-    whole heads as make one are taken out together.
+    Differs from the authors' code: if the rows of a head are not a multiple of `round_to`, whole
+    heads are removed together, as many as form a multiple.
 
     Args:
-        scores: of the units of the whole model.
+        scores: scores of the units of the whole model.
         sparsity: share to leave out, at least 0 and below 1.
-        allocation: `global` as above; `uniform` takes the same share of every layer.
-        round_to: in rows of the weights; 1 rounds nothing.
+        allocation: `global` as above; `uniform` removes the same share of every layer.
+        round_to: multiple of rows of the weights to round to; 1 does not round.
         head_width: rows of a head's queries, keys and values; 64 as in the paper's models.
-        with_heads: attentions, from 0, that keep their most important head however sparse it gets.
+        with_heads: attentions, numbered from 0, that keep their most important head at any
+            sparsity.
 
     Raises:
         ConfigError: the sparsity is out of range.
-        TeacherError: no heads or no neurons would be left (`uniform`: of a layer), or no width.
+        TeacherError: no heads, neurons or width would remain (`uniform`: in a layer).
     """
     if not 0 <= sparsity < 1:
         raise ConfigError(
@@ -176,7 +186,7 @@ def view_at(
 
 
 def _width(whole: int, share: Fraction, round_to: int) -> int | None:
-    """Columns that are left of the hidden states, a multiple of `round_to`; None: all."""
+    """Return the columns of the hidden states to keep, a multiple of `round_to`; None: all."""
     kept = round_to * round((1 - share) * whole / round_to)
     return None if kept >= whole or not share else kept
 
@@ -192,28 +202,35 @@ def _too_narrow(scores: UnitScores, share: Fraction, round_to: int) -> str:
 def _removed(
     layers: Layers, share: Fraction, allocation: Allocation, fewest: Sequence[int]
 ) -> list[int]:
-    """How many units each layer loses, before rounding; `fewest` of each go after all others."""
+    """Return the units that each layer loses, before rounding.
+
+    The `fewest` most important units of each layer are removed after all other units.
+    """
     if allocation == "uniform":
         return [round(share * len(layer)) for layer in layers]
     scores = np.concatenate([np.asarray(layer, dtype=float) for layer in layers])
     layer_of = np.concatenate([np.full(len(layer), i) for i, layer in enumerate(layers)])
     place = np.concatenate([np.arange(len(layer)) for layer in layers])
     spared = np.concatenate([_best(*pair) for pair in zip(layers, fewest, strict=True)])
-    # By rising score. Among equals the last of each layer go first, as `unit_order` has them.
+    # By rising score. Of equal scores, the last units of a layer are removed first, consistent
+    # with `unit_order`.
     rising = np.lexsort((-layer_of, -place, scores, spared))
     lost = layer_of[rising[: round(share * len(scores))]]
     return np.bincount(lost, minlength=len(layers)).tolist()
 
 
 def _best(layer: Sequence[float], count: int) -> NDArray[np.bool_]:
-    """Which units of a layer are among its `count` most important ones."""
+    """Return a bool per unit: whether the unit is among the `count` most important of a layer."""
     best = np.zeros(len(layer), dtype=bool)
     best[list(_falling(layer)[:count])] = True
     return best
 
 
 def _exhausted(kind: str, layers: Layers, removed: Sequence[int], rounding: Rounding) -> str:
-    """Which layer runs out: of those that do, the one that had most left before rounding."""
+    """Return the message for layers that keep no units.
+
+    The message names the layer that would keep the most units before rounding.
+    """
     layer, units = _NAMES[kind]
     left = [len(scores) - count for scores, count in zip(layers, removed, strict=True)]
     last = max(
@@ -239,19 +256,19 @@ def _advice(sparsity: float) -> str:
 
 
 def scores_to_json(scores: UnitScores) -> str:
-    """As text; every number is read back exactly."""
+    """Return scores as JSON text, from which every number is read back exactly."""
     return json.dumps(scores._asdict(), allow_nan=False)
 
 
 def scores_from_json(text: str, *, where: str) -> UnitScores:
-    """What `scores_to_json` wrote.
+    """Return the scores in a text that `scores_to_json` wrote.
 
     Args:
-        text: a file's content.
+        text: content of a file.
         where: the file, for the message.
 
     Raises:
-        CheckpointError: it is something else, or damaged.
+        CheckpointError: the text does not hold scores, or is damaged.
     """
     try:
         tree = json.loads(text)

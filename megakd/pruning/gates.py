@@ -1,9 +1,9 @@
-"""How much a model's loss depends on each of its units: gradients of gates.
+"""Sensitivity of a model's loss to each unit, measured by gradients of gates.
 
-A gate is a one that multiplies a unit's values on their way into the module that takes them. Its
-gradient is the sum over the unit's weights of weight times gradient there, at no gradient of a
-weight (Michel et al. 2019, https://arxiv.org/abs/1905.10650). A column of the hidden states has
-one gate in many places: where they enter each layer, and where they leave the last.
+A gate is a factor 1 that multiplies the values of a unit before the next module. The gradient of a
+gate is the sum over the unit's weights of weight times gradient, without computing a gradient of a
+weight (Michel et al. 2019, https://arxiv.org/abs/1905.10650). A column of the hidden states has one
+gate in several places: at the input of each layer, and at the output of the last layer.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SMALLEST_NORM = 1e-17
-"""Keeps a layer whose scores are all zero at zero; the authors' number."""
+"""Added to norms, so that scores of zero stay zero; the value of the authors' code."""
 
 
 class Gates:
-    """The gates of all heads and neurons of a model, whole or sharded, and of its width if asked.
+    """The gates of all heads and neurons of a model, sharded or not, and optionally of its width.
 
-    Plain tensors beside the model, on every rank alike, which no engine shards, casts or trains.
+    Gates are plain tensors outside the model, equal on all ranks. No engine shards, casts or trains
+    the gates.
 
-    tensors: per attention one gate per key-value group, then per feed-forward one per neuron,
-        then for the width one per column of the hidden states.
+    tensors: per attention one gate per key-value group, then per feed-forward one gate per neuron,
+        then for the width one gate per column of the hidden states.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Gates:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Forwards that run inside go through the gates."""
+        """Insert the gates into all forwards in the body."""
         with ExitStack() as hooks:
             gates = self.tensors[: len(self._modules)]
             for module, gate, size in zip(self._modules, gates, self._sizes, strict=True):
@@ -77,11 +78,11 @@ class Gates:
             yield
 
     def gradients(self, loss: Tensor) -> Tensor:
-        """[units] fp32: of all gates, of a scalar from a forward that went through them."""
+        """Return [units] fp32 gradients of all gates for a scalar loss of a forward with gates."""
         return torch.cat(torch.autograd.grad(loss, self.tensors))
 
     def scores(self, totals: Tensor) -> UnitScores:
-        """The scores of each layer, and those of the width, divided by their L2 norm.
+        """Return the scores of each layer and of the width, each divided by its L2 norm.
 
         Args:
             totals: [units], sums of absolute gradients in the order of `gradients`.
@@ -129,28 +130,28 @@ def _out_through(gate: Tensor) -> Callable[[nn.Module, Any, Any], Any]:
         del module, inputs
         if isinstance(output, Tensor):
             return Gate.apply(output, gate, 1)
-        hidden, *others = output  # T5 gives the bias of positions beside the hidden states
+        hidden, *others = output  # T5 returns the position bias in addition to the hidden states
         return (Gate.apply(hidden, gate, 1), *others)
 
     return hook
 
 
 class Gate(torch.autograd.Function):
-    """Multiplies by ones, which is to do nothing, and forms their gradient in fp32.
+    """Multiplication by ones, which returns the values unchanged and sums gradients in fp32.
 
-    A product would keep an fp32 copy of every activation of a model in bf16, or round the sums.
+    A real product would keep an fp32 copy of every activation of a bf16 model, or round the sums.
     """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, gate: Tensor, size: int) -> Tensor:
-        """The values [..., units * size] as they are; `gate` [units] are ones."""
+        """Return the values [..., units * size] unchanged; `gate` [units] holds ones."""
         ctx.save_for_backward(values)
         ctx.shape = (gate.numel(), size)
         return values.view_as(values)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        """The values' gradient as it comes; the gate's [units], over all positions."""
+        """Return the values' gradient unchanged, and the gate's [units], summed over positions."""
         (values,), (gradient,) = ctx.saved_tensors, gradients
         products = (values.float() * gradient.float()).flatten(0, -2).sum(0)
         return gradient, products.unflatten(0, ctx.shape).sum(1), None

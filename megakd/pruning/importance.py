@@ -1,12 +1,12 @@
-"""Measures how important each unit of a model is, on data, at the model's ZeRO stage.
+"""Measurement of the importance of a model's units on data, at the model's ZeRO stage.
 
-The expected sensitivity of MiniDisc (Zhang et al. 2024, https://arxiv.org/abs/2205.14570), as the
-authors' code has it: the sum over batches of |d loss / d gate|, with the loss on labels, without
-dropout. A batch is `method.importance_batch_size` rows of all ranks together. Signed gradients are
-added up over the ranks and micro-batches of a batch, divided by the batch's number of labels, and
-only then made absolute: how a batch is dealt to ranks and cut into micro-batches does not change
-the scores. A micro-batch has `train.per_device_train_batch_size` rows at most, which the device
-has memory for.
+The importance is the expected sensitivity of MiniDisc (Zhang et al. 2024,
+https://arxiv.org/abs/2205.14570), as in the authors' code: the sum over batches of
+|d loss / d gate|, with the loss on labels, without dropout. A batch has
+`method.importance_batch_size` rows over all ranks. Signed gradients are summed over the ranks and
+micro-batches of a batch, and divided by the batch's number of labels. The absolute value is taken
+afterwards, so that the scores do not depend on the split into ranks and micro-batches. A
+micro-batch has at most `train.per_device_train_batch_size` rows, which fit into device memory.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 
 
 class GateGradients(nn.Module):
-    """What the engine owns: a frozen model whose forward ends with the gradients of its gates.
+    """The module of the engine: a frozen model whose forward returns the gradients of its gates.
 
     The backward runs inside the engine's forward, where ZeRO 3 gathers the weights that a module
-    needs to pass a gradient on, whether they learn or not; outside, an engine would take it for
-    a training step. No gradient of a weight is formed, for none is asked for.
+    needs to propagate a gradient, trained or frozen. Outside, an engine would treat the backward as
+    a training step. No gradient of a weight is computed.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class GateGradients(nn.Module):
         self.per_unit = dict.fromkeys(objective.counters, torch.ones((), device=device))
 
     def forward(self, batch: Batch) -> Tensor:
-        """[units + 1] fp32: gradients of the loss summed over labels, and how many those are."""
+        """Return [units + 1] fp32: gradients of the summed loss, and the number of labels."""
         with torch.enable_grad(), weights_let_go(), self.gates.in_place():
             reading = LossInputs(
                 student=self.frozen.read(batch),
@@ -87,13 +87,13 @@ def measure_importance(
     batch_size: int,
     with_width: bool = False,
 ) -> UnitScores:
-    """The scores of all units of a model, the same on every rank; a collective.
+    """Return the scores of all units of a model, the same on every rank; a collective.
 
     Args:
-        assembly: the run: its task says the loss, its tokenizer pads.
-        ready: the model, and how it is held.
-        rows: labelled examples, such as the validation split as the paper's code has it.
-        batch_size: rows of a batch, all ranks together.
+        assembly: the run, with the task that determines the loss and the tokenizer for padding.
+        ready: the model, and its config.
+        rows: labelled examples, such as the validation split, which the paper's code uses.
+        batch_size: rows of a batch over all ranks.
         with_width: whether the columns of the hidden states are scored too.
 
     Raises:
@@ -114,7 +114,8 @@ def measure_importance(
     module = GateGradients(frozen, objective, device, with_width=with_width)
     engine = frozen_engine(module, ds=ds, dtype=dtype, rows=shape.per_device)
     try:
-        # What ZeRO 3 gathers comes in blocks of many sizes: kept, the heap grows to twice of it.
+        # ZeRO 3 allocates blocks of many sizes; if they were kept, the heap would grow to twice
+        # their size.
         with freed_memory_returned():
             totals = _totals(engine, _dealt(assembly, rows, shape, batch_size))
     finally:
@@ -124,7 +125,7 @@ def measure_importance(
             f"none of the {len(rows)} rows that importance is measured on carries a label; set "
             f"method.importance_split to a split with labels"
         )
-    # The last digits of a sum may differ between ranks, and the order of units may not.
+    # The last digits of a sum may differ between ranks, but the order of units must be equal.
     return module.gates.scores(agree(totals.cpu()))
 
 
@@ -141,13 +142,13 @@ def _dealt(
 
 @torch.no_grad()
 def _totals(engine: Engine, batches: Iterable[Iterable[Batch]]) -> Tensor | None:
-    """[units] fp64: absolute gradients of the mean loss per label, summed over batches.
+    """Return [units] fp64: absolute gradients of the mean loss per label, summed over batches.
 
-    None: no batch has a label on any rank.
+    Returns None if no batch has a label on any rank.
     """
     totals, labels = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
-        # In fp64: another cut into micro-batches adds in another order.
+        # In fp64, because another split into micro-batches changes the order of additions.
         found = all_reduce_(torch.stack([engine(part).double() for part in batch]).sum(0))
         gradients, count = found[:-1], found[-1]
         totals = totals + (gradients / count.clamp(min=1)).abs()

@@ -1,4 +1,4 @@
-"""A teacher whose units are sorted, models cut out of it, and how large their views are."""
+"""The sorted teacher, models cut out of it, and the sizes of their views."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megakd.models.counting import parameter_counts
 from megakd.models.cutting import cut_config, reshape_folder
 from megakd.models.export import Extra
 from megakd.models.fitting import build_empty
-from megakd.models.loading import ModelSource
+from megakd.models.source import ModelSource
 from megakd.pruning.allocation import (
     UnitScores,
     scores_from_json,
@@ -42,14 +42,14 @@ from megakd.training.stage_result import RESULT, read_result, result_text
 
 UNITS = "units.json"
 Weights = tuple[tuple[str, torch.Size, Axes], ...]
-"""Names, shapes, and which units lie along each dimension."""
+"""Name, shape and units along each dimension of every weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SortedTeacher:
-    """A model whose units lie by falling importance, and the scores they were sorted by.
+    """A model with units sorted by importance, the most important first, and the scores.
 
-    scores: of the units as the teacher had them.
+    scores: scores of the units in the teacher's original order.
     """
 
     source: ModelSource
@@ -64,17 +64,17 @@ class SortedTeacher:
         residual: bool = False,
         with_heads: Collection[int] = (),
     ) -> View:
-        """The prefix of every layer that is left at a sparsity.
+        """Return the prefix of every layer that remains at a sparsity.
 
         Args:
-            sparsity: share to leave out.
-            allocation: how it is spread over the layers.
-            round_to: in rows and columns of the weights.
-            residual: whether the width of the hidden states goes too.
-            with_heads: attentions, from 0, that may not lose all heads.
+            sparsity: share of the units to leave out.
+            allocation: how the share is spread over the layers.
+            round_to: multiple of rows and columns of the weights to round to.
+            residual: whether the width of the hidden states is reduced too.
+            with_heads: attentions, numbered from 0, that must keep a head.
 
         Raises:
-            TeacherError: heads, neurons or the width run out.
+            TeacherError: no heads, neurons or width would remain.
         """
         return view_at(
             self.scores if residual else self.scores._replace(width=None),
@@ -87,7 +87,7 @@ class SortedTeacher:
 
 
 def unscored(source: ModelSource) -> SortedTeacher:
-    """All units alike: shows whether a grid can be cut at all before anything is scored."""
+    """Return a model with equal scores of all units, to check a grid of sparsities in advance."""
     units = source.architecture.units(source.config)
     heads = tuple((1.0,) * count for count in units.heads)
     neurons = tuple((1.0,) * count for count in units.neurons)
@@ -96,7 +96,7 @@ def unscored(source: ModelSource) -> SortedTeacher:
 
 
 class Reshaping(NamedTuple):
-    """A model, how its units are cut or sorted, and the small files beside its weights."""
+    """A model, the view to cut or the order to sort its units by, and additional small files."""
 
     source: ModelSource
     view: View | None = None
@@ -106,7 +106,10 @@ class Reshaping(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PruningStore:
-    """Makes folders under `stages/` that no training makes; each once, a collective."""
+    """The builder of model folders in `stages/` without training.
+
+    Each folder is built once. Building is a collective.
+    """
 
     assembly: Assembly
     stages: Path
@@ -115,16 +118,17 @@ class PruningStore:
     def sorted_teacher(
         self, ready: ReadyTeacher, *, split: str, batch_size: int, residual: bool
     ) -> StageResult:
-        """The teacher with its heads and neurons sorted, computing what it did.
+        """Return the teacher with sorted heads and neurons, which computes the same outputs.
 
         Args:
             ready: the teacher.
-            split: whose labels say what is important.
-            batch_size: rows of a batch of all ranks, of whose gradient the absolute value is taken.
+            split: the split whose labels determine the importance.
+            batch_size: rows of a batch over all ranks, whose gradient is summed before the absolute
+                value is taken.
             residual: whether the columns of the hidden states are sorted too.
 
         Raises:
-            MegakdError: its importance cannot be measured, or the folder not be written.
+            MegakdError: the importance cannot be measured, or the folder cannot be written.
         """
 
         def prepare() -> Reshaping:
@@ -146,13 +150,13 @@ class PruningStore:
         return self._made("specification", tree, prepare)
 
     def scores(self, folder: Path) -> UnitScores:
-        """What the folder's units were sorted by."""
+        """Return the scores by which the units of a folder were sorted."""
         path = folder / UNITS
         text = on_main(lambda: path.read_text(encoding="utf-8"))
         return scores_from_json(text, where=str(path))
 
     def cut(self, source: ModelSource, view: View, name: str) -> StageResult:
-        """A model cut to a view, as it is, untrained.
+        """Cut a model to a view, without training.
 
         Raises:
             MegakdError: the folder cannot be written.
@@ -161,7 +165,7 @@ class PruningStore:
         return self._made(name, identity, lambda: Reshaping(source, view=view))
 
     def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
-        """How many weights are left of a model at a view; nothing is loaded."""
+        """Return the number of weights of a model at a view, without loading the weights."""
         model = source.config.to_json_string()
         if model not in self._weights:
             self._weights[model] = weights_of(source, self.assembly.config.task)
@@ -174,7 +178,7 @@ class PruningStore:
         return self.assembly.prepared.encoded.content_hash
 
     def _made(self, name: str, identity: Any, prepare: Callable[[], Reshaping]) -> StageResult:
-        """Make a folder unless it is there; `prepare` is a collective that may take long."""
+        """Build a folder if it does not exist; `prepare` is a collective that may take long."""
         folder, fingerprint = self.stages / name, flatten(identity)
         result = read_result(folder, fingerprint)
         if result is not None:
@@ -189,7 +193,10 @@ class PruningStore:
     def _result_text(
         self, result: StageResult, fingerprint: Fingerprint, began: float
     ) -> Callable[[], str]:
-        """Give what makes result.json once the weights are written; a collective."""
+        """Return a function that returns the text of result.json; a collective.
+
+        The function is called after the weights are written.
+        """
         device = self.assembly.ranks.device
         others = max(gather(peak_memory_bytes(device)))
 
@@ -215,7 +222,7 @@ class PruningStore:
 
 
 def largest_first(sources: Mapping[str, ModelSource], task: TaskConfig) -> tuple[str, ...]:
-    """The names of models by falling number of weights; none is loaded for that."""
+    """Return names of models by number of weights, the largest first, without loading weights."""
     shapes = {
         name: [(weight, shape) for weight, shape, _ in weights_of(source, task)]
         for name, source in sources.items()
@@ -224,7 +231,7 @@ def largest_first(sources: Mapping[str, ModelSource], task: TaskConfig) -> tuple
 
 
 def shape_of_cut(source: ModelSource, view: View, task: TaskType) -> ModelSource:
-    """What a model will be when it is cut to a view, before its weights are there."""
+    """Return a model as it will be after a cut to a view, without weights."""
     config = cut_config(source.config, view)
     architecture = architecture_named(config.model_type, task)
     return dataclasses.replace(
@@ -233,7 +240,7 @@ def shape_of_cut(source: ModelSource, view: View, task: TaskType) -> ModelSource
 
 
 def weights_of(source: ModelSource, task: TaskConfig) -> Weights:
-    """The weights of a model, which is not loaded for that."""
+    """Return the names, shapes and axes of a model's weights, without loading the weights."""
     with torch.device("meta"), sharded_construction(None, torch.float32):
         empty = build_empty(source, task, source.config, torch.float32)
     axes = weight_axes(empty)

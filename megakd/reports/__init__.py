@@ -1,1 +1,1 @@
-"""report.json, report.html, the result table and the model card."""
+"""Reports of a run: report.json, report.html, the result table and the model card."""

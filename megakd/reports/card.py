@@ -24,13 +24,13 @@ AUTO_CLASSES: Mapping[TaskType, tuple[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What a model card says beside the numbers of the report.
+    """Content of a model card in addition to the numbers of the report.
 
-    student: Hub id or folder; None where it started from random weights.
-    teachers: likewise.
+    student: Hub id or folder that the student started from; None for random weights.
+    teachers: Hub ids or folders of the teachers; None for random weights.
     objective: one readable line per loss term.
-    command: what was typed to make this model.
-    brings_code: the model's class lies beside the weights, see `brings_code`.
+    command: the command that trained the model.
+    brings_code: whether the model's class is stored with the weights, see `brings_code`.
     """
 
     title: str
@@ -43,7 +43,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts, report: Report) -> str:
-    """README.md: what the model is, how it was made, what it scores, how to load it."""
+    """Return the content of README.md: description of the model, command, scores and usage."""
     auto_class, _ = AUTO_CLASSES[facts.task_type]
     front = yaml.safe_dump(_front_matter(facts, report), sort_keys=False, allow_unicode=True)
     versions = report["environment"].get("versions", {})
@@ -67,7 +67,7 @@ def _front_matter(facts: CardFacts, report: Report) -> dict[str, Any]:
     front["pipeline_tag"] = AUTO_CLASSES[facts.task_type][1]
     front["tags"] = ["megakd", "knowledge-distillation", report["method"]]
     specs = (facts.student, *facts.teachers)
-    # A folder of this machine is no base model that anyone could look up.
+    # A local folder is not a base model that users of the card could look up.
     base = next((name for spec in specs if spec and (name := hub_id(spec))), None)
     return front if base is None else {**front, "base_model": base}
 

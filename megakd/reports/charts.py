@@ -1,7 +1,7 @@
-"""The geometry of the report's charts: data to places in a small SVG, which the template draws.
+"""The geometry of the report's charts: positions in a small SVG, which the template draws.
 
-All charts have the size of a phone's screen, so that no chart is ever scaled down to be unreadable;
-a wide page puts several charts side by side. Places are in units of the view box.
+All charts have the width of a phone's screen, so that no chart has to be scaled down; a wide page
+shows several charts side by side. Positions are in units of the view box.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import NamedTuple
 WIDTH, HEIGHT = 340, 214
 TOP, BOTTOM, RIGHT = 10, 176, 328
 LETTER, BOLD_LETTER, LINE = 6.3, 7.4, 12.0
-"""The width of a letter, about, and the height of a line of text."""
+"""Approximate width of a letter and of a bold letter, and height of a line of text."""
 LOG_FROM = 8.0
-"""Positive values of which the largest is so many times the smallest get a logarithmic scale."""
+"""Positive values get a logarithmic scale if maximum / minimum exceeds this ratio."""
 TICKS = 4
 SMALLEST = 1e-300
-"""No scale spans less, nor begins below."""
+"""Lower limit of the span of a scale, and of the start of a logarithmic scale."""
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 
 
 class Dot(NamedTuple):
-    """A model in a plane: `kind` is teacher, assistant, student or baseline."""
+    """A model in a scatter chart; `kind` is teacher, assistant, student or baseline."""
 
     name: str
     kind: str
@@ -73,7 +73,7 @@ class Path(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Values of an axis to places from `start` to `end`."""
+    """A mapping from values of an axis to positions from `start` to `end`."""
 
     low: float
     high: float
@@ -82,12 +82,12 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Return the place of a value."""
+        """Return the position of a value."""
         low, high, value = ((math.log(v) if self.log else v) for v in (self.low, self.high, value))
         return round(self.start + (self.end - self.start) * (value - low) / (high - low), 1)
 
     def ticks(self, *, whole: bool = False) -> list[float]:
-        """Return round values within the scale; `whole` allows integers alone."""
+        """Return round values within the scale; `whole` allows only integers."""
         return self._decades() if self.log else self._steps(whole=whole)
 
     def _steps(self, *, whole: bool) -> list[float]:
@@ -111,9 +111,9 @@ class Scale:
 class Chart:
     """One chart, ready to be drawn.
 
-    title: what is shown; `unit` stands behind the title.
-    label: the chart in words, for those who do not see it.
-    x_title: what is along the x axis.
+    title: title of the chart; `unit` follows the title.
+    label: description of the chart in words, for screen readers.
+    x_title: title of the x axis.
     """
 
     title: str
@@ -145,12 +145,12 @@ def line_chart(
     """Return a chart of lines over the steps of training.
 
     Args:
-        curves: at least one, with at least one point each.
-        title: what is shown.
-        unit: of the values; with a per cent sign fractions are shown as percentages.
-        label: the chart in words.
+        curves: at least one curve, with at least one point each.
+        title: title of the chart.
+        unit: unit of the values; with a per cent sign, fractions are shown as percentages.
+        label: description of the chart in words.
         may_be_log: whether a wide range of values gets a logarithmic scale.
-        bounds: values that the y axis always shows.
+        bounds: values that the y axis always contains.
     """
     xs, ys = _values(curves, 0), [*_values(curves, 1), *(bounds or ())]
     log = may_be_log and min(ys) > 0 and max(ys) / min(ys) > LOG_FROM
@@ -169,14 +169,14 @@ def line_chart(
 def choice_chart(
     points: Sequence[Point], chosen: Point, *, title: str, label: str, x_title: str
 ) -> Chart:
-    """Return a chart of one value per candidate, with a tick for each, and one marked.
+    """Return a chart of one value per candidate, with a tick for each and the chosen one marked.
 
     Args:
         points: (x, y) of the candidates.
-        chosen: one of the points.
-        title: what y is.
-        label: the chart in words.
-        x_title: what x is.
+        chosen: the point of the chosen candidate.
+        title: title of the y values.
+        label: description of the chart in words.
+        x_title: title of the x axis.
     """
     xs = [x for x, _ in points]
     y, y_ticks, left = _vertical([value for _, value in points], headroom=0.25)
@@ -199,14 +199,14 @@ def choice_chart(
 
 
 def plane_chart(dots: Sequence[Dot], *, title: str, unit: str, label: str, x_title: str) -> Chart:
-    """Return a chart of models by a measure of size, on a logarithmic scale, each with its name.
+    """Return a scatter chart of named models over a measure of size on a logarithmic scale.
 
     Args:
-        dots: at least one, all x positive.
-        title: what y is.
-        unit: of y.
-        label: the chart in words.
-        x_title: the measure.
+        dots: at least one model; all x values are positive.
+        title: title of the y values.
+        unit: unit of the y values.
+        label: description of the chart in words.
+        x_title: name of the measure of size.
     """
     xs, ys = [dot.x for dot in dots], [dot.y for dot in dots]
     y, y_ticks, left = _vertical(ys, headroom=0.15, percent=unit.startswith("%"))
@@ -231,7 +231,7 @@ def _values(curves: Iterable[Curve], axis: int) -> list[float]:
 def _vertical(
     values: Sequence[float], *, log: bool = False, percent: bool = False, headroom: float = 0.06
 ) -> tuple[Scale, list[tuple[float, str]], float]:
-    """Return the scale of the y axis, its ticks, and where the chart's area begins."""
+    """Return the scale of the y axis, its ticks, and the left edge of the chart's area."""
     low, high = min(values), max(values)
     if log:
         factor = math.exp(0.06 * (math.log(high) - math.log(low)))
@@ -243,7 +243,7 @@ def _vertical(
         low, high = low - pad, high + pad
     scale = Scale(low=low, high=high, start=BOTTOM, end=TOP, log=log)
     factor = 100 if percent else 1
-    # No fraction is above 1, though a little room is left there.
+    # Fractions do not exceed 1, although the axis has a little room above 1.
     shown = [value for value in scale.ticks() if not percent or value < 1 + 1e-9]
     ticks = [(scale(value), tick(factor * value)) for value in shown]
     return scale, ticks, 10 + LETTER * max((len(text) for _, text in ticks), default=0)
@@ -264,7 +264,7 @@ def _draw(
 
 
 def _apart(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
-    """Leave out the text of ticks that would touch the text of the tick before."""
+    """Remove the text of ticks that would touch the text of the previous tick."""
     found: list[tuple[float, str]] = []
     end = -math.inf
     for place, text in ticks:
@@ -276,7 +276,7 @@ def _apart(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
 
 
 def _names(dots: Sequence[Dot], places: Sequence[Point], left: float) -> list[Word]:
-    """Place each name beside its dot, where the name covers the least."""
+    """Return the models' names, each placed beside its dot where the name covers the least."""
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in places]
     words = []
     for dot, (x, y) in zip(dots, places, strict=True):
@@ -304,7 +304,7 @@ def _box(offer: tuple[float, float, str], length: float) -> Box:
 
 
 def _cost(box: Box, taken: Sequence[Box], left: float) -> float:
-    """Return the area of what a name covers, and of what of the name is outside the chart."""
+    """Return the cost of a position: the covered area, and the parts outside the chart."""
     outside = max(0.0, left - box[0]) + max(0.0, box[2] - WIDTH)
     above = max(0.0, -box[1]) + max(0.0, box[3] - BOTTOM)
     return sum(_overlap(box, other) for other in taken) + LINE * outside + 60 * above
@@ -317,7 +317,7 @@ def _overlap(one: Box, other: Box) -> float:
 
 
 def tick(value: float) -> str:
-    """Return a number in few letters: 20k, 0.15."""
+    """Return a short text of a number, such as 20k or 0.15."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.4g}{unit}"

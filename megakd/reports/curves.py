@@ -1,4 +1,4 @@
-"""The part of a report about training: losses, evaluations and speed, stage by stage."""
+"""The training section of a report: losses, evaluations and speed of every stage."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ COLUMNS_SHOWN = 24
 POINTS_ON_THE_PAGE = 24_000
 POINTS_PER_LINE = (24, 300)
 SELECTION = "select"
-"""The group of what a strategy logs of its own choices."""
+"""The group of values that a strategy logs about its choices."""
 SPEED = ("learning_rate", "gradient_norm", "tokens_per_s", "teacher_share", "data_share")
-NOT_DRAWN = ("step_seconds", "memory_bytes")  # as tokens_per_s and the peak of a stage say it
+NOT_DRAWN = ("step_seconds", "memory_bytes")  # tokens_per_s and a stage's peak show the same
 UNITS = {
     "loss": "weighted sum",
     "top1_agreement": "%",
@@ -37,7 +37,7 @@ UNITS = {
     "data_share": "% of the time",
 }
 OUTCOMES = ("reward", "held_out_loss")
-"""What a selector logs beside its weights."""
+"""Values that a selector logs in addition to its weights."""
 WEIGHTS = "weight of each kind of knowledge"
 CHOICES_TITLE, OUTCOME_TITLE = "Choices", "Outcome of the choices"
 EVALUATION_TITLE, SPEED_TITLE = "Evaluation", "Speed and step size"
@@ -47,18 +47,18 @@ Groups = Mapping[str, Sequence[Panel]]
 
 
 class _Kind(NamedTuple):
-    """The charts of one kind."""
+    """The charts of one kind, such as losses or evaluations."""
 
     title: str
     panels: list[Panel]
 
 
 def training_sections(stages: Mapping[str, Groups], names: Sequence[str]) -> Iterator[Block]:
-    """Yield each stage's curves, the stages that the report names first.
+    """Yield the curves of each stage; the stages of the report come first.
 
     Args:
-        stages: what was logged, see `report_history.panels`.
-        names: of the stages, in their order.
+        stages: the logged values by stage, see `history.panels`.
+        names: names of the report's stages, in order.
     """
     order = [*(name for name in names if name in stages), *(n for n in stages if n not in names)]
     kinds = {name: [kind for kind in _kinds(stages[name]) if kind.panels] for name in order}
@@ -89,7 +89,7 @@ def _kinds(groups: Groups) -> list[_Kind]:
 
 
 def _drawable(panels: Sequence[Panel]) -> list[Panel]:
-    """Return the curves that have two points or more."""
+    """Return the curves that have at least two points."""
     found = []
     for panel in panels:
         curves = {view: curve for view, curve in panel.curves.items() if len(curve.points) > 1}
@@ -99,14 +99,14 @@ def _drawable(panels: Sequence[Panel]) -> list[Panel]:
 
 
 def _weights(choices: Sequence[Panel]) -> list[Panel]:
-    """Join the weights of the kinds of knowledge in one panel, a curve for each kind."""
+    """Join the weights of the kinds of knowledge in one panel, with a curve for each kind."""
     kinds = {panel.name: panel.curves[""] for panel in choices if "" in panel.curves}
     weights = {name: curve for name, curve in kinds.items() if name not in OUTCOMES}
     return _drawable([Panel(WEIGHTS, weights)])
 
 
 def _merged(panels: Sequence[Panel]) -> list[Panel]:
-    """Join panels of the same curves: the loss of a single term is that term."""
+    """Join panels with equal curves, such as the loss and its only term."""
     found: list[Panel] = []
     for panel in panels:
         same = next((i for i, other in enumerate(found) if _alike(other, panel)), None)
@@ -118,7 +118,7 @@ def _merged(panels: Sequence[Panel]) -> list[Panel]:
 
 
 def _alike(one: Panel, other: Panel) -> bool:
-    """Return whether two panels show the same curves, but for rounding."""
+    """Return whether two panels show equal curves up to rounding."""
     return one.curves.keys() == other.curves.keys() and all(
         len(curve.points) == len(other.curves[view].points)
         and all(
@@ -130,7 +130,7 @@ def _alike(one: Panel, other: Panel) -> bool:
 
 
 def _group(kind: _Kind, stage: str, points: int) -> Iterator[Block]:
-    """Yield the charts of one kind and, folded, their numbers; speed is folded as a whole."""
+    """Yield the charts of one kind with folded numbers; the charts of speed are folded too."""
     whole = "kept" if kind.title == EVALUATION_TITLE else "all"
     views = list(dict.fromkeys(view for panel in kind.panels for view in panel.curves))
     looks = _looks(views)
@@ -142,7 +142,7 @@ def _group(kind: _Kind, stage: str, points: int) -> Iterator[Block]:
 
 
 def _looks(views: Sequence[str]) -> dict[str, tuple[str, bool]]:
-    """Return colour and dashes of each view's line; the model itself is the view ""."""
+    """Return colour and dashing of each view's line; the model itself has the view ""."""
     named = [view for view in views if view]
     last = max(1, len(named) - 1)
     ramp = {view: f"ramp-{i * (RAMP_LENGTH - 1) // last}" for i, view in enumerate(named)}
@@ -168,7 +168,7 @@ def _chart(
 
 
 def _unit(name: str, title: str) -> str:
-    """Return the unit of a number; a choice is a weight without a unit."""
+    """Return the unit of a value; weights of choices have no unit."""
     last = name.rpartition(" = ")[2]
     if title == EVALUATION_TITLE:
         return "lower is better" if lower_is_better(last) else "%"
@@ -178,7 +178,7 @@ def _unit(name: str, title: str) -> str:
 
 
 def _ends(panel: Panel) -> str:
-    """Return first and last value of the curve of the model itself."""
+    """Return a sentence with the first and the last value of the curve of the model itself."""
     curve = panel.curves.get("")
     if curve is None:
         return ""

@@ -1,4 +1,4 @@
-"""What metrics.jsonl holds, as curves: one per stage, number and view."""
+"""The content of metrics.jsonl as curves, one per stage, number and view."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Points = Sequence[tuple[int, float]]
 class Curve(NamedTuple):
     """One number over the steps of a stage.
 
-    points: (step, value), steps rising, all values finite.
-    not_finite: how many logged values are left out because they were NaN or infinite.
+    points: (step, value) with rising steps and finite values.
+    not_finite: number of logged values that are left out because they were NaN or infinite.
     """
 
     points: Points
@@ -25,7 +25,7 @@ class Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """Curves that belong in one picture: a number's name, and a curve by view.
+    """Curves of one chart: the name of a number, and its curve by view.
 
     The curve of the model itself has the view "".
     """
@@ -35,9 +35,9 @@ class Panel(NamedTuple):
 
 
 def read_history(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The whole lines of metrics.jsonl in their order; none where there is no such file.
+    """Yield the records of metrics.jsonl in order; none if the file does not exist.
 
-    A line that a kill has cut, or that is damaged, is passed over.
+    Truncated lines of a killed run and damaged lines are skipped.
     """
     if not path.is_file():
         return
@@ -52,9 +52,9 @@ def read_history(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def panels(history: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[Panel]]]:
-    """All curves by stage and group (`train`, `eval`), in the order they were first logged.
+    """Return all curves by stage and group (`train`, `eval`), in the order of their first record.
 
-    A step that comes twice, because a run was killed and resumed, counts as it was last logged.
+    If a step was logged twice, because the run was killed and resumed, the last value is used.
     """
     found: dict[str, dict[str, dict[int, float | None]]] = {}
     for record in history:
@@ -89,18 +89,18 @@ def _curve(values: Mapping[int, float | None]) -> Curve:
 
 
 def _is_finite(value: float) -> bool:
-    # JSON's integers have no bounds, and beyond these no axis can be drawn.
+    # Integers of JSON are unbounded, and an axis with larger values cannot be drawn.
     return abs(value) <= 1e300
 
 
 def _numbers_in_order(view: str) -> list[tuple[int, float, str]]:
-    """sparsity-0.85 before sparsity-0.9, stage 2 before stage 10."""
+    """Return a sort key with sparsity-0.85 before sparsity-0.9, and stage 2 before stage 10."""
     pieces = re.split(r"(\d+(?:\.\d+)?)", view)
     return [(1, float(p), "") if i % 2 else (0, 0.0, p) for i, p in enumerate(pieces) if p]
 
 
 def thinned(points: Points, limit: int) -> Points:
-    """At most `limit` of the points (at least 4): the ends, and each stretch's low and high."""
+    """Return at most `limit` points (at least 4): both ends, and the extremes of each stretch."""
     if len(points) <= limit:
         return points
     inner = points[1:-1]
@@ -116,7 +116,7 @@ def thinned(points: Points, limit: int) -> Points:
 
 
 def evenly(items: Sequence[Any], limit: int) -> list[Any]:
-    """At most `limit` of the items (at least 2), as evenly spread as can be, with both ends."""
+    """Return at most `limit` of the items (at least 2), evenly spaced, with both ends."""
     if len(items) <= limit:
         return list(items)
     return [items[index * (len(items) - 1) // (limit - 1)] for index in range(limit)]

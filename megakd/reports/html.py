@@ -1,7 +1,7 @@
-"""report.html: a run in one file, from report.json and metrics.jsonl alone.
+"""report.html: the report of a run in one file, built only from report.json and metrics.jsonl.
 
-The file loads nothing from elsewhere and holds no script. The same input always gives the same
-bytes. A section without content is left out.
+The file loads no other files and has no scripts. Equal inputs result in equal bytes. A section
+without content is left out.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ from megakd.storage import atomic
 
 HTML_REPORT = "report.html"
 SIZES = 3
-"""How many columns of `model_rows` are sizes; these follow the name."""
+"""Number of columns of sizes in `model_rows`; these columns follow the name."""
 LATER_KEYS = frozenset(
     {"assistants", "latency", "cost", "teachers", "pool", "samples", "evaluation_sets"}
 )
-"""Keys that reports of earlier versions lack."""
+"""Keys that reports of earlier versions do not have."""
 
 
 def write_html_report(output_dir: Path) -> Path:
@@ -73,7 +73,7 @@ def write_html_report(output_dir: Path) -> Path:
         The path of the file.
 
     Raises:
-        CheckpointError: there is no report.json, or the file is not a report of megakd.
+        CheckpointError: report.json does not exist, or is not a report of megakd.
     """
     report = read_report(output_dir / "report.json")
     config = output_dir / "config.yaml"
@@ -91,7 +91,7 @@ def read_report(path: Path) -> Report:
     """Read report.json.
 
     Raises:
-        CheckpointError: the file is not there, or is no report of megakd.
+        CheckpointError: the file does not exist, or is not a report of megakd.
     """
     again = f"remove {path} and start the run's command again: its finished stages are used again"
     if not path.is_file():
@@ -117,7 +117,7 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
 
     Args:
         report: the content of report.json.
-        history: the records of metrics.jsonl in their order.
+        history: the records of metrics.jsonl in order.
         config: the content of config.yaml.
     """
     title = f"{report['method']} on {report['task']}"
@@ -141,7 +141,7 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
 
 
 def _headline(report: Report) -> str:
-    """Return what came of the run, in a few sentences."""
+    """Return a few sentences with the main results of the run."""
     student, teacher = report["student"], report["teacher"]
     name, split = report["metric_name"], report["evaluated_on"]
     mine = score(name, student["metrics"].get(name))
@@ -165,7 +165,7 @@ def _headline(report: Report) -> str:
 
 
 def comparison(report: Report) -> str:
-    """Return how the student's main metric compares with the teacher's, in one sentence."""
+    """Return a sentence that compares the student's main metric with the teacher's."""
     name, beside = report["metric_name"], against_teacher(report, report["student"]["metrics"])
     if beside == "-":
         return ""
@@ -178,7 +178,7 @@ def comparison(report: Report) -> str:
 
 
 def _models(report: Report) -> Iterator[Block]:
-    """Yield the tables of scores and sizes, scores first, and of times."""
+    """Yield the table of scores and sizes, with scores first, and the table of times."""
     times = milliseconds(report)
     titles, *rows = model_rows(report)
     width = len(titles) - 2 * len(times)
@@ -260,7 +260,7 @@ def _samples(report: Report) -> Iterator[Block]:
 
 
 def _shown(sample: SampleReport) -> SampleReport:
-    """Show line breaks as signs: a model that writes nothing else would fill the page."""
+    """Replace line breaks by symbols: an answer of only line breaks would fill the page."""
     said = sample["teacher"]
     return {
         "prompt": _with_signs(sample["prompt"]),
@@ -303,7 +303,7 @@ def _rule(candidates: Sequence[CandidateReport]) -> str:
 
 
 def _lambda(candidates: Sequence[CandidateReport]) -> str:
-    """Return the weight of sparsity in the rows' trade-offs, if the rows agree on one."""
+    """Return the weight of sparsity in the trade-offs if it is the same in all rows, else ""."""
     weights = [
         (row["tradeoff"] - row["metric"]) / row["sparsity"]
         for row in _weighed(candidates)

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 WARM_UP_FORWARDS = 3
 TIMED_BATCHES = (1, 32)
 LONG_FORWARD_MS = 100.0
-"""A first forward that takes longer is already a measurement: start-up costs vanish in it."""
+"""A first forward that takes longer counts as a measurement: start-up costs are negligible."""
 LEAST_REPEATS, ENOUGH_MS = 3, 500.0
-"""Timing of a batch ends after this long, all models together, but not before so many forwards."""
+"""Timing of a batch ends after `ENOUGH_MS` over all models, but not before `LEAST_REPEATS`."""
 
 
 def measure_latencies(
@@ -39,18 +39,18 @@ def measure_latencies(
     repeats: int = 20,
     device: torch.device | None = None,
 ) -> list[LatencyReport]:
-    """Time models in turns, so that other work on the machine slows all of them alike.
+    """Time models alternately, so that other load on the machine slows all models alike.
 
-    The order of the models rotates, because a forward finds the caches of the forward before it.
-    All models are in memory at once.
+    The order of the models rotates, because a forward depends on the caches that the previous
+    forward filled. All models are in memory at once.
 
     Args:
-        models: by name; a loaded model is used where it is, a Hugging Face folder is loaded.
-        batches: texts per forward, one measurement each.
-        length: tokens per text, all of them real.
-        repeats: timed forwards of each model and batch, after a few untimed ones. Slow models
+        models: models by name; a loaded model stays on its device, a Hugging Face folder is loaded.
+        batches: numbers of texts per forward, one measurement each.
+        length: tokens per text, without padding.
+        repeats: timed forwards of each model and batch, after a few warm-up forwards. Slow models
             are timed less often, see `ENOUGH_MS`.
-        device: where a folder's model is loaded; None means the CPU.
+        device: device for models that are loaded from a folder; None means the CPU.
 
     Returns:
         The medians, batch by batch, in the order of `models`.
@@ -74,7 +74,7 @@ def measure_latencies(
 
 
 def _place(model: PreTrainedModel) -> str:
-    """Return the name of the model's device, of a CPU with its number of threads."""
+    """Return the name of the model's device, for a CPU with the number of threads."""
     device = next(model.parameters()).device
     threads = torch.get_num_threads()
     words = f" ({threads} thread{'' if threads == 1 else 's'})" if device.type == "cpu" else ""
@@ -97,7 +97,7 @@ def _medians(
 
 
 def _warm_up(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[float]:
-    """Return the milliseconds of a long first forward, which counts, or nothing."""
+    """Run warm-up forwards; return the milliseconds of a long first forward, or an empty list."""
     for _ in range(WARM_UP_FORWARDS):
         first = _milliseconds(model, inputs)
         if first > LONG_FORWARD_MS:
@@ -107,7 +107,7 @@ def _warm_up(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[float]:
 
 @contextmanager
 def _ready(model: PreTrainedModel | Path, device: torch.device | None) -> Iterator[PreTrainedModel]:
-    """Give the model in evaluation mode, and restore its mode afterwards."""
+    """Yield the model in evaluation mode, and restore its mode afterwards."""
     loaded = _load(model, device) if isinstance(model, Path) else model
     was_training = loaded.training
     loaded.eval()
@@ -133,7 +133,7 @@ def _load(folder: Path, device: torch.device | None) -> PreTrainedModel:
 
 
 def _inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
-    # Random words, the same every time; a private generator leaves the run's draws alone.
+    # The same random tokens every time; a separate generator leaves the run's random state alone.
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch, length), generator=generator)  # [B, T]

@@ -1,4 +1,4 @@
-"""The blocks that a report's page is made of; `templates/report.html.jinja` says how they look."""
+"""The blocks of a report's page, which `templates/report.html.jinja` renders."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 TEMPLATE = "report.html.jinja"
 RAMP_LENGTH = 12
-"""How many colours `ramp-0`, `ramp-1`, … the lines of a chart have."""
+"""Number of colours `ramp-0`, `ramp-1`, … for the lines of a chart."""
 
 
 def _ramp(anchors: Sequence[str]) -> list[str]:
-    """Return colours from the first anchor to the last, evenly mixed."""
+    """Return evenly interpolated colours from the first anchor to the last."""
     numbers = [[int(anchor[i : i + 2], 16) for i in (1, 3, 5)] for anchor in anchors]
     mixed = []
     for index in range(RAMP_LENGTH):
@@ -30,7 +30,7 @@ def _ramp(anchors: Sequence[str]) -> list[str]:
     return mixed
 
 
-# name -> its colour on a light and on a dark page.
+# name -> colour on a light page and on a dark page.
 COLOURS = {
     "paper": ("#fdfdfc", "#14181d"),
     "ink": ("#1d2731", "#e4e8ed"),
@@ -64,9 +64,9 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of plain text; the first row holds the titles, the first cell of a row its heading.
+    """Rows of plain text. The first row holds the titles; the first cell of a row is its heading.
 
-    chosen: numbers of the rows to mark, from 1 as row 0 holds the titles.
+    chosen: numbers of the rows to mark, counted from 1, because row 0 holds the titles.
     """
 
     kind: ClassVar = "table"
@@ -77,7 +77,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """Charts side by side, their legend, a caption, and the numbers that they show."""
+    """Charts side by side, with a legend, a caption, and the numbers of the charts."""
 
     kind: ClassVar = "figure"
     charts: Sequence[Chart]
@@ -98,7 +98,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Bars:
-    """Horizontal bars of one unit."""
+    """Horizontal bars with the same unit."""
 
     kind: ClassVar = "bars"
     title: str
@@ -137,7 +137,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Listing:
-    """Text as it was written."""
+    """Preformatted text."""
 
     kind: ClassVar = "listing"
     text: str
@@ -145,7 +145,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Folded:
-    """Blocks that open at a click."""
+    """Blocks that are hidden until the user clicks on the summary."""
 
     kind: ClassVar = "folded"
     summary: str
@@ -166,7 +166,7 @@ Block = Paragraph | Table | Figure | BarGroups | Facts | Samples | Listing | Fol
 
 
 def page(title: str, blocks: Sequence[Block]) -> str:
-    """Return a whole document that loads nothing from elsewhere."""
+    """Return an HTML document that loads no other files."""
     template = _environment().get_template(TEMPLATE)
     return template.render(title=title, blocks=blocks, colours=COLOURS)
 

@@ -1,4 +1,4 @@
-"""What a run says at its end: report.json, and the counts and versions in it."""
+"""report.json, which is written at the end of a run, and the environment in the report."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ LIBRARIES = ("megakd", "torch", "transformers", "deepspeed", "datasets", "tokeni
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Writes report.json whole or not at all."""
+    """Write report.json, whole or not at all."""
     atomic.write_json(path, report)
 
 
 def environment(
     *, ranks: int, device: torch.device, corpus_content_hash: str | None
 ) -> dict[str, Any]:
-    """What the numbers of a report depend on: versions, ranks, device, data."""
+    """Return the conditions of a report's numbers: versions, ranks, device and data."""
     import torch
 
     return {

@@ -1,7 +1,8 @@
-"""Samples for the report: a few held-out prompts that the teacher and the student answer.
+"""Samples for the report: a few held-out prompts with answers of the teacher and the student.
 
-The scored engines answer, so that a model needs to fit no single rank. All ranks ask the same
-questions in the same number of steps, because under ZeRO-3 every forward is a collective.
+The engines of the evaluation compute the answers, so that a model does not have to fit on a single
+rank. All ranks use the same prompts in the same number of steps, because under ZeRO-3 every forward
+is a collective.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ MASKS, FIRST_MASK, MASK_EVERY = 4, 2, 6
 
 
 class Answering(Protocol):
-    """A language model that tells its most likely tokens; a collective under ZeRO-3."""
+    """A language model that returns its most likely tokens; a collective under ZeRO-3."""
 
     def top_k(self, batch: Batch, count: int) -> TopK:
         """Return the most likely tokens at the batch's targets, [N, count]."""
@@ -40,7 +41,7 @@ class Answering(Protocol):
 
 
 class Prompts(Protocol):
-    """Questions that are put to several models."""
+    """Prompts that several models answer."""
 
     @property
     def shown(self) -> Sequence[str]:
@@ -59,9 +60,9 @@ def held_out_prompts(
 
     Args:
         rows: encoded held-out rows; the first few are used.
-        tokenizer: of all models.
-        task: its type and length count.
-        device: of this rank.
+        tokenizer: tokenizer of all models.
+        task: the task; only `type` and `max_length` are used.
+        device: device of this rank.
     """
     first = rows.select(range(min(ROWS_READ, len(rows))))
     if task.type == "causal_lm":
@@ -73,27 +74,27 @@ def held_out_prompts(
 
 @dataclass(frozen=True)
 class Sampler:
-    """Puts the same prompts to several models.
+    """The answers of several models to the same prompts.
 
-    prompts: None where the task has none.
+    prompts: the prompts; None if the task has no prompts.
     """
 
     prompts: Prompts | None
     _answers: dict[str, list[str]] = field(default_factory=dict)
 
     def asking(self, name: str) -> Callable[[Answering], None] | None:
-        """Return a function that asks the model of that name; None where there is no prompt."""
+        """Return a function that stores the answers of the model `name`; None without prompts."""
         prompts = self.prompts
         if prompts is None:
             return None
         return lambda model: self._answers.update({name: prompts.answers(model)})
 
     def samples(self, *, teacher: str | None, student: str) -> list[SampleReport]:
-        """Return the samples as report.json holds them.
+        """Return the samples in the form of report.json.
 
         Args:
-            teacher: the name of the teacher to show; None if there is none.
-            student: the student's name.
+            teacher: name of the teacher to show; None without a teacher.
+            student: name of the student.
         """
         shown = [] if self.prompts is None else self.prompts.shown
         return [
@@ -110,8 +111,8 @@ class Sampler:
 class Continuations:
     """Beginnings of documents that a decoder continues greedily.
 
-    ids: [B, T] tokens of the beginnings, all of one length.
-    new_tokens: how many tokens follow; a text ends earlier at the end-of-text token.
+    ids: [B, T] tokens of the beginnings, which have the same length.
+    new_tokens: number of tokens to generate; a text ends earlier at the end-of-text token.
     """
 
     ids: Tensor
@@ -133,7 +134,7 @@ class Continuations:
         return [self._text(row[begun:]) for row in ids.tolist()]
 
     def _batch(self, ids: Tensor) -> Batch:
-        """Ask for the token after the last one of each row."""
+        """Return a batch whose targets are the tokens after the last token of each row."""
         rows, length = ids.shape
         inputs = {"input_ids": ids, "position_ids": torch.arange(length).expand(rows, -1)}
         labels = torch.full_like(ids, IGNORE)
@@ -165,7 +166,7 @@ def _continuations(
 
 
 def _documents(rows: Dataset) -> Iterator[list[int]]:
-    """Yield the tokens of each document that begins in a row, as far as the row holds it."""
+    """Yield the tokens of each document that begins in a row, up to the end of the row."""
     continues = False
     for row in rows:
         ids, places, labels = (
@@ -176,17 +177,17 @@ def _documents(rows: Dataset) -> Iterator[list[int]]:
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
             if start > 0 or not continues:
                 yield ids[start:end]
-        # A document ends without a next token.
+        # At the end of a document, there is no next token as label.
         continues = labels[-1] != IGNORE
 
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenWords:
-    """Texts with hidden tokens that a masked language model fills in.
+    """Texts with masked tokens that a masked language model predicts.
 
-    batch: the texts with their masks, on this rank's device; `targets` are the hidden tokens.
+    batch: the texts with masks, on this rank's device; `targets` are the masked positions.
     shown: the texts.
-    masks: hidden tokens of each text, in the order of the targets.
+    masks: number of masked tokens of each text, in the order of the targets.
     """
 
     batch: Batch
@@ -195,7 +196,7 @@ class HiddenWords:
     tokenizer: PreTrainedTokenizerBase
 
     def answers(self, model: Answering) -> list[str]:
-        """Return the most likely token of each mask, the tokens of a text in one line."""
+        """Return the most likely token of each mask, with the tokens of a text in one line."""
         said = model.top_k(self.batch, 1).ids.flatten().split(list(self.masks))
         return [", ".join(self._word(token) for token in ids.tolist()) for ids in said]
 
@@ -229,11 +230,11 @@ def _hidden_words(
 
 
 def _shortened(ids: list[int]) -> list[int]:
-    """Keep the beginning of a text, and its last token, which ends the text."""
+    """Return the beginning of a text with the last token, which marks the end of the text."""
     return ids if len(ids) <= TEXT_TOKENS else [*ids[: TEXT_TOKENS - 1], ids[-1]]
 
 
 def _hidden(ids: Sequence[int], special: set[int]) -> list[int]:
-    """Return the positions to hide: every few tokens one, never a special token."""
+    """Return the positions to mask: one of every few tokens, but no special tokens."""
     plain = [place for place, token in enumerate(ids) if token not in special]
     return (plain[FIRST_MASK::MASK_EVERY] or plain[:1])[:MASKS]

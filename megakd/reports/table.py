@@ -1,4 +1,4 @@
-"""The rows and columns of a report, and the report as plain text."""
+"""The tables of a report, and the report as plain text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MOST_CLASSES_SHOWN = 6
 PERPLEXITY = "perplexity"
 WITHOUT_EMBEDDINGS = "non-embedding"
-"""The count that leaves out embeddings, pooler and heads, of an encoder or a decoder."""
+"""Title of the parameter count without embeddings, pooler and heads."""
 
 
 def result_table(report: Report, *, final: Path | None = None) -> str:
@@ -25,7 +25,7 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
 
     Args:
         report: the content of report.json.
-        final: the student's folder.
+        final: folder of the student.
     """
     lines = [f"{report['method']} on {report['task']}, scored on {report['evaluated_on']}", ""]
     lines += [*aligned_rows(model_rows(report)), *model_notes(report)]
@@ -55,7 +55,7 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
 
 
 def elsewhere_lines(seconds: Mapping[str, float]) -> list[str]:
-    """Return what the last start of a run spent its time on beside training, if that is known."""
+    """Return a line with the time outside training of the last start of a run, if known."""
     if not seconds:
         return []
     parts = {name: value for name, value in seconds.items() if name != "training"}
@@ -64,7 +64,7 @@ def elsewhere_lines(seconds: Mapping[str, float]) -> list[str]:
 
 
 def cost_line(cost: CostReport) -> str:
-    """Return the cost of a method's choice, beside that of the other way to make the choice."""
+    """Return a line with the cost of a method's choice and of the alternative method."""
     spent, whole = cost["seconds"], cost["alternative_seconds"]
     ratio = f"{whole / spent:.1f}x" if spent > 0 else ""
     times = {"": "", "1.0x": " (as long)"}.get(ratio, f" ({ratio})")
@@ -80,9 +80,9 @@ def _trials(number: int) -> str:
 
 
 def sized_models(report: Report) -> dict[str, ModelReport]:
-    """Return the models that have an own size, by name, from the teacher to the student.
+    """Return the models with a size of their own by name, from the teacher to the student.
 
-    A report of an earlier version has no assistants, latencies, cost or pool of teachers.
+    Reports of earlier versions have no assistants, latencies, cost or pool of teachers.
     """
     assistants = {entry["name"]: entry for entry in report.get("assistants", ())}
     return {**teachers_of(report), **assistants, STUDENT: report["student"]}
@@ -95,12 +95,12 @@ def teachers_of(report: Report) -> dict[str, ModelReport]:
 
 
 def largest(teachers: Mapping[str, ModelReport]) -> str | None:
-    """Return the name of the teacher that students are compared with; None without a teacher."""
+    """Return the name of the largest teacher, the reference of comparisons; None without one."""
     return max(teachers, key=lambda name: teachers[name]["parameters"], default=None)
 
 
 def milliseconds(report: Report) -> dict[int, dict[str, float]]:
-    """Return the measured times of a forward by batch size, smallest first, and model."""
+    """Return the measured times of a forward by batch size, the smallest first, and by model."""
     speedup = report["speedup"]
     found: dict[int, dict[str, float]] = {}
     if speedup is not None:
@@ -118,14 +118,14 @@ def _is_time(value: float | None) -> bool:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Return whether a value of report.json is a number: null stands for one not finite."""
+    """Return whether a value of report.json is a finite number; NaN is stored as null."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return math.isfinite(value)
 
 
 def model_rows(report: Report) -> list[list[str]]:
-    """Return titles, then one row per model: sizes, scores, and the times that were measured."""
+    """Return titles, then one row per model with sizes, scores and measured times."""
     comparison = [against_title(report["metric_name"])] if report["teacher"] is not None else []
     titles = ["", "parameters", WITHOUT_EMBEDDINGS, "size MB", *metric_names(report), *comparison]
     times = milliseconds(report)
@@ -146,14 +146,14 @@ def scored_models(report: Report) -> list[tuple[str, ModelReport, Mapping[str, f
 
 
 def model_notes(report: Report) -> list[str]:
-    """Return the lines that explain the columns of `model_rows`."""
+    """Return lines that explain the columns of `model_rows`."""
     lower = [name for name in metric_names(report) if lower_is_better(name)]
     direction = [f"{', '.join(lower)}: lower is better"] if lower else []
     return [*direction, *latency_notes(report)]
 
 
 def latency_notes(report: Report) -> list[str]:
-    """Return what was timed, where and in which dtype, as far as the report says it."""
+    """Return a line with length, dtype and device of the timing, if the report has them."""
     timed = [entry for entry in report.get("latency", ()) if "length" in entry]
     if not timed:
         return []
@@ -181,7 +181,7 @@ def _scores(report: Report, metrics: Mapping[str, float]) -> list[str]:
 
 
 def metric_names(report: Report) -> list[str]:
-    """Return the metrics of the table; the loss is one where it says more than the others."""
+    """Return the metrics of the table; `loss` only if lower is better for the main metric."""
     names = list(report["student"]["metrics"])
     says_more = lower_is_better(report["metric_name"])
     return [name for name in names if name != "loss" or says_more]
@@ -195,15 +195,16 @@ def score(name: str, value: float | None) -> str:
 
 
 def against_title(metric_name: str) -> str:
-    """Return what `against_teacher` is called in a table."""
+    """Return the title of the column with `against_teacher`."""
     return "vs teacher" if lower_is_better(metric_name) else "kept"
 
 
 def against_teacher(report: Report, metrics: Mapping[str, float]) -> str:
-    """Return a model's main metric beside the teacher's.
+    """Return a comparison of a model's main metric with the teacher's.
 
-    The share of the score that is kept; where lower is better, nothing is kept: the factor by
-    which a perplexity is larger (x1.20), and the difference of any other metric (+0.18).
+    If higher is better, the comparison is the percentage of the teacher's score. For perplexity,
+    it is the ratio to the teacher's perplexity (x1.20). For other metrics for which lower is
+    better, it is the difference (+0.18).
     """
     name, teacher = report["metric_name"], report["teacher"]
     mine = metrics.get(name)
@@ -254,7 +255,7 @@ def class_rows(report: Report, *, most: int) -> list[list[str]]:
 
 
 def set_rows(report: Report) -> list[list[str]]:
-    """Titles, then one row per evaluation set and model; empty without sets."""
+    """Return titles, then one row per evaluation set and model; empty without sets."""
     sets = report.get("evaluation_sets", {})
     names = list(report["student"]["metrics"])
     rows = [
@@ -271,7 +272,7 @@ def set_rows(report: Report) -> list[list[str]]:
 
 
 def pool_rows(pool: PoolReport, metric_name: str) -> list[list[str]]:
-    """Return titles, then one row per teacher; `score` is what the teacher is worth."""
+    """Return titles, then one row per teacher, with the score if teachers were ranked."""
     is_ranked = any(one["score"] is not None for one in pool["teachers"])
     rows = [["taught by", pool["distribution"], "steps"]]
     rows[0] += [f"{metric_name} (validation)"] if is_ranked else []
@@ -282,7 +283,7 @@ def pool_rows(pool: PoolReport, metric_name: str) -> list[list[str]]:
 
 
 def _as_metric(name: str, worth: float | None) -> float | None:
-    """Return the metric behind a worth: higher is always worth more, so the sign may be turned."""
+    """Return the metric of a worth, which is the negated metric if lower is better."""
     return -worth if is_number(worth) and lower_is_better(name) else worth
 
 
@@ -300,7 +301,7 @@ def stage_rows(report: Report) -> list[list[str]]:
 
 
 def aligned_rows(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return lines: first cells at the left of their column, others at the right."""
+    """Return lines with the first cells left-aligned and the other cells right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
@@ -310,7 +311,7 @@ def aligned_rows(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def short_count(number: float) -> str:
-    """Return a large number in three or more digits: 22.71M."""
+    """Return a large number with at least three digits, such as 22.71M."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.2f}{unit}"
@@ -318,12 +319,12 @@ def short_count(number: float) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """Return bytes in decimal gigabytes."""
+    """Return a size in bytes as text in decimal gigabytes."""
     return f"{size / 1e9:.2f} GB"
 
 
 def duration(seconds: float) -> str:
-    """Return hours and minutes, minutes and seconds, or seconds."""
+    """Return a duration as hours and minutes, minutes and seconds, or seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -1,4 +1,4 @@
-"""`megakd cache`: makes the caches that a run config names, each of one teacher's answers."""
+"""`megakd cache`: writes the caches of a run config, each with the answers of one teacher."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from megakd.training.precision import check_device
 
 
 def cache_teachers(config: RunConfig) -> list[Path]:
-    """Fine-tunes the teachers where the config says so, and keeps their answers; a collective.
+    """Fine-tune the teachers if the config asks for it, and cache their answers; a collective.
 
     Returns:
         The folders of the caches.
 
     Raises:
         ConfigError: no teacher of the config has a cache.
-        MegakdError: bad input, or a folder that holds other answers.
+        MegakdError: the input is invalid, or a folder holds other answers.
     """
     named = [name for name, spec in config.teacher_specs.items() if spec.cache is not None]
     if not named:

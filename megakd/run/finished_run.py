@@ -1,7 +1,7 @@
-"""A finished run: its record, its result table, its student in `final/`, its stages.
+"""A finished run: its record, its result table, its student in `final/`, and its stages.
 
-A run is finished when its output folder has a report.json. run.json says what the run was made
-from, which stage became `final/`, and the checksums of `final/` and of the report.
+A run is finished when its output folder has a report.json. run.json records the inputs of the run,
+the stage that became `final/`, and the checksums of `final/` and of the report.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ RUN = "run.json"
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether the output folder holds the finished run of this config; reads the config alone.
+    """Return true if the output folder holds the finished run of this config; read only the config.
 
-    A run that is to take more steps than the one there is not finished.
+    A run is not finished if the config asks for more steps than the run in the folder took.
 
     Raises:
         CheckpointError: the folder holds another config's finished run.
@@ -66,24 +66,24 @@ def is_finished(config: RunConfig) -> bool:
 
 
 def _compared(config: RunConfig) -> tuple[Fingerprint, Fingerprint]:
-    """Return the config in the output folder and this one: the keys that a result depends on."""
+    """Return the stored config and this config, reduced to the keys that results depend on."""
     trees = (_config_there(config.output_dir / CONFIG), config_tree(config))
     there, here = ({k: v for k, v in flatten(t).items() if not _is_free(k)} for t in trees)
     return there, here
 
 
 def _config_there(path: Path) -> Any:
-    """What a run was started with, in all keys that there are by now."""
+    """Return the config that a run was started with, with all keys of this version."""
     if not path.is_file():
         return {}
     try:
         return config_tree(load_config(path))
-    except ConfigError:  # of a version whose keys are no longer known: they are shown as they are
+    except ConfigError:  # from a version with other keys: the file is shown unchanged
         return parse_yaml(path.read_text(encoding="utf-8", errors="replace"), source=str(path))
 
 
 def _is_free(key: str) -> bool:
-    """Whether a key may change between two starts of one run."""
+    """Return true if a key may change between two starts of one run."""
     return key.startswith(("output_dir", "log.", "save.")) or key.endswith(
         ("resume_from_checkpoint", "per_device_eval_batch_size")
     )
@@ -92,11 +92,11 @@ def _is_free(key: str) -> bool:
 def finished_table(config: RunConfig, *, command: str) -> str:
     """Verify a finished run and return its result table; a collective.
 
-    A `final/` that was removed is made again from its stage.
+    A `final/` that was removed is copied again from its stage.
 
     Args:
-        config: the run.
-        command: what was typed, for the model card of a `final/` that is made again.
+        config: the config of the run.
+        command: the command as typed, for the model card of a `final/` that is copied again.
 
     Raises:
         CheckpointError: the data or a model has changed since, or a file is damaged.
@@ -121,19 +121,19 @@ def finished_table(config: RunConfig, *, command: str) -> str:
 
 
 def run_inputs(config: RunConfig, found: Materials) -> Fingerprint:
-    """Return what a run's results depend on outside its config: data, tokenizer and models."""
+    """Return the inputs besides the config that results depend on: data, tokenizer and models."""
     tree: dict[str, Any] = {
         "task.dataset": found.splits.content_hash,
         "task.tokenizer": tokenizer_content(found.tokenizer),
     }
     for role, source in found.sources.items():
         tree[f"{config.key_of(role)}.model"] = model_identity(source, seed=config.seed)
-    # The version of transformers is written into every config that is loaded.
+    # transformers writes its version into every config that is loaded.
     return {k: v for k, v in flatten(tree).items() if not k.endswith("transformers_version")}
 
 
 def _compare_inputs(config: RunConfig, there: Fingerprint) -> None:
-    """Refuse a run whose inputs have changed; say so if some are no longer on this machine."""
+    """Raise if the inputs of a run have changed; warn if inputs are no longer on this machine."""
     try:
         found = materials(config)
         here = on_main(lambda: run_inputs(config, found))
@@ -154,7 +154,7 @@ def _compare_inputs(config: RunConfig, there: Fingerprint) -> None:
 
 
 def _not_here(config: RunConfig) -> list[str]:
-    """The keys that name a model or data which is no path on this machine."""
+    """Return the keys that name a model or data without a path on this machine."""
     task = config.task
     specs = {f"{config.key_of(n)}.model": spec.model for n, spec in config.teacher_specs.items()}
     specs |= {"student.model": config.student.model, "task.tokenizer": task.tokenizer}
@@ -169,7 +169,7 @@ def _not_here(config: RunConfig) -> list[str]:
 
 
 def _record_there(out: Path) -> dict[str, Any] | None:
-    """Read run.json; None for a run of a version that wrote none."""
+    """Read run.json; return None for a run of a version that did not write the file."""
     path = out / RUN
     if not path.is_file():
         logger.warning(
@@ -193,7 +193,7 @@ def _report_there(out: Path, record: Mapping[str, Any] | None) -> Report:
 
 
 def _again(report: Path) -> str:
-    """Say how the files that a run ends with are made again."""
+    """Return instructions for making the final files of a run again."""
     return (
         f"remove {report} and start the same command again: the stages that have finished are "
         f"used again"
@@ -209,7 +209,7 @@ def _missing_of_final(out: Path, record: Mapping[str, Any]) -> list[str]:
     """Check that `final/` is this run's student, and return the names of the missing files.
 
     Raises:
-        CheckpointError: a file was changed, or is another run's.
+        CheckpointError: a file was changed or belongs to another run.
     """
     final = out / FINAL
     atomic.recover(final)
@@ -231,14 +231,14 @@ def _stage_of_final(out: Path, record: Mapping[str, Any]) -> Path:
 def publish(
     config: RunConfig, student: Path, report: Report, *, inputs: Fingerprint, command: str
 ) -> str:
-    """Write final/, run.json and then report.json: a run with a report is finished.
+    """Write final/, run.json and then report.json, which marks the run as finished.
 
     Args:
-        config: the run.
+        config: the config of the run.
         student: the folder of the stage that becomes `final/`.
-        report: of the run.
+        report: the report of the run.
         inputs: see `run_inputs`.
-        command: what was typed, for the model card.
+        command: the command as typed, for the model card.
 
     Returns:
         The result table.
@@ -260,7 +260,7 @@ def publish(
 
 
 def _write_final(config: RunConfig, stage: Path, report: Report, command: str) -> None:
-    """Copy a stage's model to `final/` with its card; files of the user stay."""
+    """Copy a stage's model to `final/` with its card; keep the files of the user."""
     final, remedy = config.output_dir / FINAL, remake(stage)
     open_finished(stage, remedy=remedy)
     kept = users_files(final)
@@ -294,15 +294,15 @@ def _draw(output_dir: Path) -> None:
     """Write report.html beside report.json."""
     try:
         write_html_report(output_dir)
-    except Exception as error:  # noqa: BLE001 - the run is over: no picture may spoil it
+    except Exception as error:  # noqa: BLE001 - a picture must not fail a finished run
         logger.warning("report.html could not be drawn (megakd report tries again): %s", error)
 
 
 def model_folder(config: RunConfig, model: str | None) -> Path:
-    """The folder to look at: the one given, else the run's `final/`.
+    """Return the given folder, or the run's `final/` if no folder is given.
 
     Raises:
-        CheckpointError: it does not exist.
+        CheckpointError: the folder does not exist.
     """
     folder = Path(model) if model else config.output_dir / FINAL
     if folder.is_dir():
@@ -319,7 +319,7 @@ def export_run(config: RunConfig, stage: str | None, to: Path) -> Path:
     """Copy a finished stage's model to a folder of its own.
 
     Args:
-        config: of the run.
+        config: the config of the run.
         stage: the stage's name; None takes the stage that became `final/`.
         to: a folder that does not exist.
 

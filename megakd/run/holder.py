@@ -1,12 +1,13 @@
-"""One run at a time in an output folder.
+"""Lock that allows one run at a time in an output folder.
 
-`lock.json` names the run that holds the folder: host, process, its start. It is made by a hard
-link, which fails if the name exists, on network storage too. A holder that was killed leaves the
-file behind, and the next run takes it over: at once if the dead process was one of this host,
-else after a minute without a sign of life, which a living holder gives every few seconds.
+`lock.json` names the run that holds the folder: host, process and start time. The file is created
+by a hard link, which fails if the name exists, also on network storage. A holder that was killed
+leaves the file behind, and the next run takes the folder over: at once if the dead process was on
+this host, else after `DEAD_AFTER_S` without a sign of life. A living holder gives a sign every
+`BEAT_S`.
 
-Two runs may find the same holder dead at the same time. A run therefore claims the place of a dead
-holder by a file that is named after that holder, which only one of them can make.
+Two runs may find the same holder dead at the same time. Therefore a run claims the place of a dead
+holder with a file that is named after that holder. Only one run can create this file.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, err
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds an output folder.
+    """The process that holds an output folder.
 
-    place: host, boot and process namespace: where the process number means something.
-    start: the start of the process, which tells it from a later one with the same number.
+    place: host, boot and process namespace, within which the process number is valid.
+    start: the start of the process, which distinguishes processes with the same number.
     """
 
     host: str
@@ -56,15 +57,15 @@ class Holder:
     key: str
 
     def is_alive_here(self) -> bool:
-        """Return true if the process runs; asked on the holder's own host only."""
+        """Return true if the process runs; call only on the holder's own host."""
         try:
             return process_start(self.pid) == self.start
-        except psutil.AccessDenied:  # another user's
+        except psutil.AccessDenied:  # a process of another user
             return True
 
 
 def this_process() -> Holder:
-    """Return the holder that this process will be."""
+    """Return the holder that describes this process."""
     since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     start = process_start(os.getpid()) or ""
     return Holder(socket.gethostname(), os.getpid(), since, _place(), start, uuid.uuid4().hex)
@@ -82,7 +83,7 @@ def _place() -> str:
 
 
 def process_start(pid: int) -> str | None:
-    """Return when a process started; None if it does not run."""
+    """Return the start time of a process; None if the process does not run."""
     try:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:
@@ -90,7 +91,7 @@ def process_start(pid: int) -> str | None:
         started = process.create_time()
     except psutil.NoSuchProcess:
         return None
-    # In ticks since the boot where the system counts so: setting the clock does not change them.
+    # In ticks since the boot if available: setting the clock does not change the ticks.
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     except OSError:
@@ -99,7 +100,7 @@ def process_start(pid: int) -> str | None:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold an output folder on rank 0 for the length of the body; a collective.
+    """Hold an output folder on rank 0 while the body runs; a collective.
 
     Raises:
         InUseError: another run holds the folder, on all ranks alike.
@@ -124,7 +125,7 @@ class FolderLock:
 
     Args:
         folder: the folder.
-        lost: called, in a thread, if another run has taken the lock of this living holder.
+        lost: called, in a thread, if another run takes the lock while this holder is alive.
     """
 
     def __init__(self, folder: Path, lost: Callable[[Path], None] | None = None) -> None:
@@ -136,7 +137,7 @@ class FolderLock:
         self._thread = threading.Thread(target=self._give_signs, name="lock", daemon=True)
 
     def take(self) -> None:
-        """Hold the folder from now on.
+        """Take the lock of the folder.
 
         Raises:
             InUseError: another run holds the folder.
@@ -152,12 +153,12 @@ class FolderLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Let other runs have the folder."""
+        """Release the folder for other runs."""
         self._released.set()
         self._thread.join()
         if read_holder(self.path) == self.holder:
             self.path.unlink(missing_ok=True)
-            if self._is_new:  # a run that was refused before it began leaves nothing behind
+            if self._is_new:  # a run that was refused before its start leaves nothing behind
                 with contextlib.suppress(OSError):
                     self.path.parent.rmdir()
 
@@ -180,7 +181,7 @@ class FolderLock:
         claim = self._claim_on(last)
         if not self._create(claim):
             return False
-        # Between the look and the claim another run may have come and gone.
+        # Between the check and the claim, another run may have started and ended.
         is_ours = self._last()[0] == self.holder
         if is_ours:
             self._write(self._draft)
@@ -189,7 +190,7 @@ class FolderLock:
         return is_ours
 
     def _last(self) -> tuple[Holder | None, Path]:
-        """Follow the claims from the first holder to the one that nobody has replaced."""
+        """Return the current holder and its file, following the claims on dead holders."""
         path = self.path
         last = read_holder(path)
         while last is not None:
@@ -212,7 +213,7 @@ class FolderLock:
             file.write(json.dumps(dataclasses.asdict(self.holder), indent=2) + "\n")
 
     def _create(self, path: Path) -> bool:
-        """Make a file that names this process; return false if the file exists."""
+        """Create a file that names this process; return false if the file exists."""
         try:
             self._write(self._draft)
             os.link(self._draft, path)
@@ -227,7 +228,7 @@ class FolderLock:
         return True
 
     def _create_unlinked(self, path: Path) -> bool:
-        """Do the same on storage without hard links, where a reader may see a half file."""
+        """Create the file on storage without hard links, where a reader may see a partial file."""
         try:
             self._write(path, "x")
         except FileExistsError:
@@ -257,29 +258,29 @@ class FolderLock:
         )
 
     def _give_signs(self) -> None:
-        """Touch the lock every few seconds; end if it is another run's."""
+        """Touch the lock every few seconds; call `lost` if another run has the lock."""
         while not self._released.wait(BEAT_S):
             try:
                 if read_holder(self.path) != self.holder and not self._create(self.path):
                     self._lost(self.path)
                     return
                 os.utime(self.path)
-            except OSError as error:  # the storage may be back at the next sign
+            except OSError as error:  # the storage may work again at the next sign
                 logger.warning("%s could not be touched: %s", self.path, error)
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Return who a lock names; None if there is no lock."""
+    """Return the holder that a lock names; None if there is no lock."""
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):  # half a file, of a holder that may still be writing
+    except (ValueError, TypeError):  # a partial file of a holder that may still be writing
         return Holder("an unknown host", 0, "an unknown time", "", "", "unreadable")
 
 
 def _changed_at(path: Path) -> int | None:
-    """Return the time of the last change, which network storage tells only of an open file."""
+    """Return the time of the last change; network storage reports it only for an open file."""
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns

@@ -1,4 +1,4 @@
-"""Uploads the finished student to the Hugging Face Hub."""
+"""Upload of the finished student to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def check_hub(config: SaveConfig) -> None:
 
 
 def push_to_hub(config: SaveConfig, final: Path) -> str | None:
-    """Upload the student and return a line that says so; None if the config does not ask for this.
+    """Upload the student and return a status line; return None if the config asks for no upload.
 
-    A run that has finished does not fail here: the line then says how to repeat the upload.
+    A finished run does not fail here: after an error, the line says how to repeat the upload.
 
     Args:
-        config: names the repository.
+        config: the settings that name the repository.
         final: the student's folder.
     """
     repository = config.push_to_hub

@@ -1,4 +1,4 @@
-"""Where a method's stages are run: engines, data, evaluation, and what is finished already."""
+"""The lab that runs a method's stages: engines, data, evaluation and finished results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from megakd.errors import ConfigError
 from megakd.losses.stage_losses import shape_of
 from megakd.models.counting import named_shapes, parameter_counts
 from megakd.models.knowledge import Needs
-from megakd.models.loading import ModelSource, resolve_model
+from megakd.models.loading import resolve_model
+from megakd.models.source import ModelSource
 from megakd.pruning.store import PruningStore, SortedTeacher, largest_first, unscored
 from megakd.run.stage_identity import stage_identity
 from megakd.storage.fingerprint import Fingerprint, flatten
@@ -52,12 +53,12 @@ Look = Callable[[FrozenTeacher], None]
 
 
 class Lab:
-    """Runs the stages of one run config, each once.
+    """Runner of the stages of one run config; each stage runs once.
 
     config: the run.
-    assembly: what the engines of all stages are built from.
+    assembly: the parts that the engines of all stages are built from.
     results: the stages that have finished, in order.
-    record: what a method wants to be reported beside them.
+    record: the additional results of a method for the report.
     """
 
     def __init__(
@@ -74,15 +75,15 @@ class Lab:
         self._store = PruningStore(assembly=self.assembly, stages=config.output_dir / "stages")
 
     def hard_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
-        """The loss on labels that fits the task."""
+        """Return the loss on labels that fits the task."""
         return hard_terms(self.config.task.type, weight)
 
     def soft_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
-        """The loss on the teacher's outputs that fits the task."""
+        """Return the loss on the teacher's outputs that fits the task."""
         return soft_terms(self.config.task.type, weight)
 
     def teacher(self, name: str | None = None) -> str:
-        """A teacher's name, by default the only one's, after fine-tuning it where that is asked."""
+        """Return a teacher's name, by default `teacher`, after fine-tuning it if configured."""
         name = name or TEACHER
         if name not in self._teachers:
             self._teachers[name] = ReadyTeacher(
@@ -91,7 +92,7 @@ class Lab:
         return name
 
     def teachers(self) -> tuple[str, ...]:
-        """The names of all teachers, which are fine-tuned one by one where the config says so."""
+        """Return the names of all teachers; fine-tune each teacher first if the config says so."""
         return tuple(self.teacher(name) for name in self.config.teacher_specs)
 
     def _ready_teacher(self, name: str) -> ModelSource:
@@ -101,17 +102,17 @@ class Lab:
         return self._source(self.train(stage).folder, name)
 
     def largest_first(self) -> tuple[str, ...]:
-        """The names of all teachers by falling number of weights."""
+        """Return the names of all teachers by decreasing number of weights."""
         sources = {name: self._prepared.sources[name] for name in self.config.teacher_specs}
         return largest_first(sources, self.config.task)
 
     def worth(self, metrics: Mapping[str, float]) -> float:
-        """The metric that stands for the task, turned round where less of it is better."""
+        """Return the main metric of the task, negated if lower values are better."""
         metric = self._prepared.metric
         return metric.of(metrics) if metric.higher_is_better else -metric.of(metrics)
 
     def dev_score(self, name: str) -> float:
-        """What a teacher is worth on the validation split; measured once."""
+        """Return the worth of a teacher on the validation split; measured once."""
         ready = self._teachers[name]
         folder = self.config.output_dir / "stages" / f"{name}-scored"
         identity = {
@@ -131,7 +132,7 @@ class Lab:
 
     @property
     def teacher_layers(self) -> int:
-        """How many layers the teacher has."""
+        """The number of layers of the teacher."""
         return self._shape(TEACHER).layers
 
     @property
@@ -141,30 +142,30 @@ class Lab:
         return source.architecture.heads(source.config)
 
     def metric(self, name: str | None) -> Metric:
-        """A metric of the task that can be weighed against sparsity; None: the one it stands for.
+        """Return a metric that can be weighed against sparsity; None: the main metric of the task.
 
         Raises:
-            ConfigError: the task has no such metric, or it is no fraction of what can be had.
+            ConfigError: the task has no such metric, or the metric is not a score between 0 and 1.
         """
         return weighable(name, self._prepared.metric, self._prepared.metrics.names)
 
     def unscored(self) -> SortedTeacher:
-        """The teacher's units, all alike: what can be cut is known before it is trained."""
+        """Return the teacher with equal unit scores, to find possible cuts before it is trained."""
         return unscored(self._prepared.sources[TEACHER])
 
     def sorted_teacher(
         self, teacher: str, split: str, *, batch_size: int, residual: bool
     ) -> SortedTeacher:
-        """The teacher with its units sorted by importance; measured once.
+        """Return the teacher with its units sorted by importance; measured once.
 
         Args:
-            teacher: its name.
-            split: whose labels say what is important.
-            batch_size: rows of a batch, of whose gradient the absolute value is taken.
-            residual: whether the columns of the hidden states are units too.
+            teacher: the name of the teacher.
+            split: the split whose labels determine the importance.
+            batch_size: rows per batch; the absolute value of each batch's gradient is taken.
+            residual: whether the columns of the hidden states are also units.
 
         Raises:
-            MegakdError: its importance cannot be measured.
+            MegakdError: the importance cannot be measured.
         """
         ready = self._teachers[teacher]
         result = self._store.sorted_teacher(
@@ -177,7 +178,7 @@ class Lab:
         )
 
     def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
-        """A model cut to a view, in `stages/<name>`, not trained; itself where that is all."""
+        """Return a model cut to a view in `stages/<name>`, untrained; `source` for a whole view."""
         units = source.architecture.units(source.config)
         if view._replace(width=view.width or units.width) == units:
             return source
@@ -185,34 +186,35 @@ class Lab:
         return self.source(result.folder)
 
     def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
-        """How many weights a view of a model has."""
+        """Return the number of weights of a view of a model."""
         return self._store.parameters(source, view)
 
     def as_teacher(self, result: StageResult, *, like: str = TEACHER) -> str:
-        """Makes a stage's model a teacher, by the stage's name.
+        """Make a stage's model a teacher under the stage's name, and return the name.
 
         Args:
-            result: of the stage.
-            like: the teacher in the config whose engine and dtype it takes.
+            result: the result of the stage.
+            like: the configured teacher whose engine and dtype are used.
         """
         source = self._source(result.folder, like)
         self._teachers[result.name] = ReadyTeacher(source, self.config.teacher_specs[like])
         return result.name
 
     def assistant(self, result: StageResult, sparsity: float) -> str:
-        """Makes a stage's model the teacher of the student, which the report shows."""
+        """Make a stage's model the teacher of the student, and list it in the report."""
         self.record.assistants.append(Assistant(result.name, sparsity, result.folder))
         return self.as_teacher(result)
 
     def fresh_like(self, folder: Path) -> ModelSource:
-        """A model of the same shape that starts from random weights."""
+        """Return a model of the same shape that starts from random weights."""
         return dataclasses.replace(self.source(folder), folder=None, stored={})
 
     def train(self, stage: Stage) -> StageResult:
-        """Runs a stage, or takes its result if it has finished before; a collective.
+        """Run a stage, or return its result if it has already finished; a collective.
 
         Raises:
-            MegakdError: bad input, a loss that is not finite, or a checkpoint of another config.
+            MegakdError: the input is invalid, a loss is not finite, or a checkpoint belongs to
+                another config.
         """
         stage = completed(stage, self.config)
         if stage.start is None and stage.role == STUDENT:
@@ -228,7 +230,7 @@ class Lab:
         return result
 
     def _start(self) -> ModelSource | None:
-        """Layers of the teacher as it teaches, fine-tuned; None where the student is given."""
+        """Return the student's layers of the fine-tuned teacher; None if the student is given."""
         role = self.config.start_role
         if role == STUDENT or self.config.student.layers is None:
             return None
@@ -251,7 +253,7 @@ class Lab:
                 teacher.destroy()
 
     def needs(self, stage: Stage) -> Needs:
-        """Return what a stage's losses read of its teachers."""
+        """Return the outputs of the teachers that a stage's losses read."""
         return self.assembly.losses(stage).teacher_needs()
 
     def widths(self, teacher: str) -> tuple[int, int]:
@@ -262,14 +264,14 @@ class Lab:
         return shape_of(self._prepared.sources[role], self.config.task.type, self._prepared.classes)
 
     def steps_of_student(self) -> int:
-        """Optimiser steps that `train` asks for where all rows are trained on."""
+        """Return the number of optimiser steps that `train` asks for if all rows are used."""
         shape = step_shape(self.config.train, self._ranks)
         return total_steps(
             self.config.train, shape.steps_per_epoch(len(self._prepared.encoded.train))
         )
 
     def probe(self, stage: str) -> HeldOutProbe | None:
-        """What a strategy that measures may use in a stage."""
+        """Return the probe of a stage, for strategies that measure."""
         return HeldOutProbe(
             scorer=self.assembly.scorer(),
             rows=self._prepared.encoded.validation,
@@ -277,11 +279,11 @@ class Lab:
         )
 
     def made_by(self, result: StageResult, name: str, read: Callable[[str], T]) -> T | None:
-        """What the strategy of a stage has left in its folder."""
+        """Read a file that the strategy of a stage has written into the stage's folder."""
         return main_first(lambda: read(str(result.folder / name)))
 
     def cache(self, name: str) -> Path:
-        """Keeps a teacher's answers to the training rows where its config says; a collective.
+        """Cache a teacher's answers to the training rows in the configured folder; a collective.
 
         Raises:
             MegakdError: the folder holds other answers, or the teacher cannot be used.
@@ -305,7 +307,7 @@ class Lab:
         return self.assembly.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=needs)
 
     def source(self, folder: Path) -> ModelSource:
-        """A finished folder as a model to load."""
+        """Return a finished folder as a model to load."""
         return self._source(folder, STUDENT)
 
     def _source(self, folder: Path, role: str) -> ModelSource:
@@ -317,14 +319,14 @@ class Lab:
 
     @property
     def teacher_folders(self) -> dict[str, Path | None]:
-        """Where the weights of the config's teachers are that a method has asked for."""
+        """The folders with the weights of the configured teachers that a method has asked for."""
         names = [name for name in self.config.teacher_specs if name in self._teachers]
         return {name: self._teachers[name].source.folder for name in names}
 
     def score_teacher(
         self, name: str, rows: Dataset | None = None, *, look: Look | None = None
     ) -> ModelReport:
-        """Return a teacher's size and metrics as `score` does; a collective."""
+        """Return a teacher's size and metrics, see `score`; a collective."""
         ready = self._teachers[name]
         dtype = self.assembly.teacher_dtype(ready)
         return self.score(ready.source, ready.spec.deepspeed, dtype=dtype, rows=rows, look=look)
@@ -338,12 +340,12 @@ class Lab:
         rows: Dataset | None = None,
         look: Look | None = None,
     ) -> ModelReport:
-        """Return size and metrics of a model; a collective.
+        """Return the size and metrics of a model; a collective.
 
         Args:
             source: the model.
-            deepspeed: how it is sharded.
-            dtype: of its weights.
+            deepspeed: the DeepSpeed config that defines the sharding.
+            dtype: the dtype of the weights.
             rows: the encoded rows to score, by default `held_out`.
             look: called with the model while it is loaded, on all ranks.
         """
@@ -367,6 +369,6 @@ class Lab:
 
     @property
     def held_out(self) -> Dataset:
-        """The split that the report's metrics are about."""
+        """The split that the report's metrics are computed on."""
         encoded = self._prepared.encoded
         return encoded.test if encoded.test is not None else encoded.validation

@@ -50,14 +50,14 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig, *, command: str) -> str:
-    """Does everything the config says and gives the result table.
+    """Run everything that the config asks for and return the result table.
 
     Args:
-        config: the run.
-        command: what was typed, for the model card.
+        config: the config of the run.
+        command: the command as typed, for the model card.
 
     Raises:
-        MegakdError: bad input or a run that cannot go on, on all ranks alike.
+        MegakdError: the input is invalid or the run cannot continue, on all ranks alike.
     """
     finished = is_finished(config)
     if not finished:
@@ -71,13 +71,13 @@ def run(config: RunConfig, *, command: str) -> str:
 
 @contextmanager
 def started() -> Iterator[Ranks]:
-    """The process group for the length of a run, and the log of rank 0."""
+    """Set up the process group and the log of rank 0 for the length of a run."""
     keep_freed_memory()
     ranks = distributed.start()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("megakd").setLevel(logging.INFO if ranks.is_main else logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
-    # DeepSpeed calls torch by names that torch is about to rename; no user can mend that.
+    # DeepSpeed calls torch functions that torch is about to rename; users cannot change this.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     failed = True
     try:
@@ -85,7 +85,7 @@ def started() -> Iterator[Ranks]:
             yield ranks
         failed = False
     except Stopped as stop:
-        failed = not stop.saved  # all ranks stop together then
+        failed = not stop.saved  # after a save, all ranks stop together
         raise
     finally:
         distributed.stop(failed=failed)
@@ -113,17 +113,17 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     finally:
         reporter.close()
     table = on_main(lambda: publish(config, student.folder, report, inputs=inputs, command=command))
-    # The run is finished: the other ranks need not wait for the upload.
+    # The run is finished: the other ranks do not wait for the upload.
     uploaded = push_to_hub(config.save, config.output_dir / FINAL) if ranks.is_main else None
     return table if uploaded is None else f"{table}\n{uploaded}"
 
 
 def reporter_of(config: RunConfig, ranks: Ranks) -> Reporter:
-    """Return what logs a run; a collective.
+    """Return the reporter that logs a run; a collective.
 
     Raises:
-        MegakdError: the library of a service in `log.report_to` is not installed, or the folder
-            has something else in the place of the log.
+        MegakdError: the library of a service in `log.report_to` is not installed, or the path of
+            the log is used by something else.
     """
     services = config.log.report_to
     on_main(lambda: check_trackers(services))
@@ -136,9 +136,9 @@ def reporter_of(config: RunConfig, ranks: Ranks) -> Reporter:
 
 
 def _record_config(config: RunConfig) -> None:
-    """config.yaml of a new run; one that is there is replaced when the run has finished.
+    """Write config.yaml of a new run; an existing file is replaced when the run has finished.
 
-    So a start that is refused, because it would go on with another config, changes nothing.
+    Therefore a start that is refused because of another config changes nothing.
     """
     path = config.output_dir / CONFIG
     if not path.exists():
@@ -221,7 +221,7 @@ def _stage_entry(result: StageResult) -> Any:
 
 
 def _latency(lab: Lab, students: Mapping[str, Path], device: torch.device) -> list[LatencyReport]:
-    """Time all models side by side on rank 0, if the whole teacher fits beside the others."""
+    """Time all models side by side on rank 0, if all of them fit into its memory."""
     teachers = {name: folder for name, folder in lab.teacher_folders.items() if folder}
     if not teachers:
         return []
@@ -234,13 +234,13 @@ def _latency(lab: Lab, students: Mapping[str, Path], device: torch.device) -> li
         length = lab.config.task.max_length
         return measure_latencies(models, batches=TIMED_BATCHES, length=length, device=device)
     except (MegakdError, OSError, ValueError, torch.OutOfMemoryError) as error:
-        # The run is over and its student is good: a stopwatch must not spoil it.
+        # The run is finished and its student is valid: a failed timing must not fail the run.
         logger.warning("latency could not be measured: %s", error)
         return []
 
 
 def _speedup(latency: Sequence[LatencyReport], teacher: str | None) -> Speedup | None:
-    """The largest teacher and the student with one text at a time."""
+    """Return the times of the largest teacher and the student for one text at a time."""
     ms = {entry["model"]: entry["ms"] for entry in latency if entry["batch"] == 1}
     if teacher not in ms:
         return None
@@ -248,10 +248,11 @@ def _speedup(latency: Sequence[LatencyReport], teacher: str | None) -> Speedup |
 
 
 def check_output_folder(config: RunConfig) -> None:
-    """Refuses to overwrite a run, and a checkpoint path that is not there.
+    """Refuse to overwrite a run or to resume from a checkpoint path that does not exist.
 
     Raises:
         CheckpointError: the folder holds a run that may not be resumed, or the path is wrong.
+        ConfigError: the folder cannot be written to.
     """
     out, resume = config.output_dir, config.train.resume_from_checkpoint
     if resume is False and any((out / name).exists() for name in (CONFIG, "checkpoints", "stages")):
@@ -270,10 +271,10 @@ def check_output_folder(config: RunConfig) -> None:
 
 
 def check_checkpoint_given(where: str, path: bool | str | None) -> None:  # noqa: FBT001
-    """Refuses a checkpoint path that is not there.
+    """Refuse a checkpoint path that does not exist.
 
     Raises:
-        CheckpointError: it does not exist.
+        CheckpointError: the path does not exist.
     """
     if isinstance(path, str) and not Path(path).is_dir():
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""`megakd evaluate`: scores a model on the held-out rows of a run, or on rows of one's own."""
+"""`megakd evaluate`: scores a model on the held-out rows of a run, or on given rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from megakd.engine.distributed import main_first, on_main
 from megakd.errors import TeacherError
 from megakd.models.knowledge import Needs
 from megakd.models.labels import generic_labels, model_label_names
-from megakd.models.loading import ModelSource, resolve_model
+from megakd.models.loading import resolve_model
+from megakd.models.source import ModelSource
 from megakd.run.finished_run import model_folder
 from megakd.run.main import started
 from megakd.training.engines import Assembly
@@ -43,9 +44,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What is scored.
+    """The rows that are scored.
 
-    file: the file or data set. split: which of its rows. count: how many are scored.
+    file: the file or data set. split: the split of the rows. count: the number of scored rows.
     """
 
     file: str
@@ -60,17 +61,17 @@ def evaluate_model(
     """Score a model folder, by default the run's `final/`.
 
     Args:
-        config: the run; of a file of one's own, only its `task` and `student.deepspeed` count.
+        config: the config of the run; with `data`, only `task` and `student.deepspeed` are used.
         model: a model folder; None takes the run's `final/`.
         data: a file, pattern or folder to score instead of the run's held-out rows.
-        trusts_order: generic labels (LABEL_0, …) are known to be in the data's order.
+        trusts_order: assume that generic labels (LABEL_0, …) are in the data's order.
 
     Returns:
         `model`, `file`, `split`, `rows`, `metrics`, and `evaluation_sets`: by name `file`, `rows`
         and `metrics`.
 
     Raises:
-        MegakdError: there is no such model or data, or they do not fit each other.
+        MegakdError: the model or the data does not exist, or they do not fit each other.
     """
     folder = model_folder(config, model)
     given = data or _without_training_rows(config)
@@ -93,7 +94,7 @@ def evaluate_model(
 
 
 def _without_training_rows(config: RunConfig) -> str | None:
-    """The run's data set if it is a folder that can only be scored."""
+    """Return the run's data set if it is a folder that can only be scored."""
     if config.task.dataset is None:
         return None
     path = Path(config.task.dataset).expanduser()
@@ -101,7 +102,7 @@ def _without_training_rows(config: RunConfig) -> str | None:
 
 
 def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, Rows]:
-    """The test rows of the run if they carry labels, else its validation rows."""
+    """Return the test rows of the run if they carry labels, else its validation rows."""
     prepared = prepare(config)
     check_vocabularies(config.task, prepared.tokenizer, [source])
     splits, encoded, name = prepared.splits, prepared.encoded, config.task.data_name
@@ -116,10 +117,10 @@ def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, Rows]:
 
 
 def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[RunInputs, Rows]:
-    """Rows of one's own, with the labels and the tokenizer of the model alone."""
+    """Return the rows of given data, with the labels and the tokenizer of the model alone."""
     task, cache = config.task, cache_folder()
     if not isinstance(task.tokenizer, str):
-        task = dataclasses.replace(task, tokenizer=None)  # a recipe was for the run's text
+        task = dataclasses.replace(task, tokenizer=None)  # a tokenizer recipe is for the run's text
     problems = list(without_tokenizer(task, [source]))
     if problems:
         raise TeacherError("\n".join(problems))
@@ -153,7 +154,7 @@ def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[Run
 
 
 def _classes(source: ModelSource, table: Table, config: RunConfig) -> Classes:
-    """The model's own labels, by name or number; the file's where the model's are generic."""
+    """Return the model's labels, by name or number, or the file's if the model's are generic."""
     names = model_label_names(source.config)
     if generic_labels(source.config) is None:
         return Classes(names, numbered=True)

@@ -1,4 +1,4 @@
-"""What a stage's weights depend on: a result of anything else is not taken for its own."""
+"""Fingerprint of a stage: everything that its weights depend on, to recognize its own results."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _PLAIN = (str, int, float, bool, type(None))
 
 
 def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
-    """Everything except the number of ranks.
+    """Return everything that a stage's weights depend on, except for the number of ranks.
 
     Args:
-        stage: with nothing left open, see `recipes.completed`.
-        assembly: of the run; the stage's teachers are ready in it.
+        stage: the stage with all options set, see `recipes.completed`.
+        assembly: the assembly of the run, in which the stage's teachers are ready.
     """
     config, where = assembly.config, f"{assembly.config.key_of(stage.role)}.deepspeed"
     tree: dict[str, Any] = {
@@ -69,7 +69,7 @@ def _teacher(assembly: Assembly, name: str) -> Mapping[str, Any]:
 
 
 def _training(train: TrainConfig) -> Mapping[str, Any]:
-    """Without what may differ between two parts of one run: all kernels compute the same."""
+    """Return the training options that must not change in a run; all kernels compute the same."""
     tree = asdict(train) | {"resume_from_checkpoint": None}
     del tree["kernels"]
     return tree
@@ -78,9 +78,9 @@ def _training(train: TrainConfig) -> Mapping[str, Any]:
 def facts_of(value: Any) -> Mapping[str, Any]:
     """Return everything that the decisions of a strategy or a judge depend on.
 
-    A class states its facts by a `facts` property, or by being a dataclass of plain values itself:
-    what a plain subclass keeps in attributes would not count, and a changed option would reuse the
-    result of another one.
+    A class states its facts by a `facts` property, or by being a dataclass of plain values itself.
+    The attributes of a plain subclass would not count, and a changed option would reuse the result
+    of another option.
 
     Raises:
         MegakdError: the class states no facts, or a fact is not a plain value.

@@ -1,4 +1,4 @@
-"""The benchmark's submission files of a GLUE task, from a model and the unlabelled test split."""
+"""Submission files for a GLUE task, from a model and the unlabelled test split."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ if TYPE_CHECKING:
 
 HEADER = "index\tprediction\n"
 SCORES = (0.0, 5.0)
-"""The range of STS-B."""
+"""The range of the scores in STS-B."""
 
 
 def write_submission(
     config: RunConfig, model: str | None, folder: Path, *, trusts_order: bool = False
 ) -> list[Path]:
-    """Predicts the test rows of the run's GLUE task and writes them as GLUE takes them.
+    """Predict the test rows of the run's GLUE task and write them in GLUE's format.
 
-    One file per test split, `index` counting its rows from 0; MNLI has two, and one more for the
-    diagnostic set where that is at hand. A file is written whole or not at all, and none before
-    all of them are predicted.
+    One file is written per test split, and its `index` counts the rows from 0. MNLI has two test
+    splits, and one more file for the diagnostic set if that set is available. A file is written
+    completely or not at all, and only after all files are predicted.
 
     Args:
-        config: the run; its task must be one of GLUE's.
+        config: the config of the run; its task must be a GLUE task.
         model: a model folder; None takes the run's `final/`.
-        folder: where the files go; files of the same names are replaced.
-        trusts_order: generic labels (LABEL_0, …) are known to be in the data's order.
+        folder: the folder of the files; files of the same names are replaced.
+        trusts_order: assume that generic labels (LABEL_0, …) are in the data's order.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
-        MegakdError: another task, a test file or a model that is not there, or a model that
-            does not fit the task, on all ranks alike.
+        MegakdError: the task is not a GLUE task, a test file or the model does not exist, or the
+            model does not fit the task, on all ranks alike.
     """
     glue = TASKS[_glue_name(config)]
     chosen = model_folder(config, model)
@@ -86,7 +86,7 @@ def _check_writable(folder: Path) -> None:
 def _outputs(
     config: RunConfig, ranks: Ranks, chosen: Path, found: SubmissionRows, *, trusts_order: bool
 ) -> dict[str, Tensor]:
-    """What the model says of every test row, by the stem of the file; a collective."""
+    """Return the model's outputs for every test row, by the stem of the file; a collective."""
     prepared = prepare(config)
     assembly = Assembly(config=config, prepared=prepared, ranks=ranks)
     source = main_first(lambda: resolve_model(str(chosen), config.task, where="student.model"))
@@ -114,11 +114,11 @@ def _outputs(
 
 
 def classes_of(names: tuple[str, ...], *, by_name: bool) -> Callable[[Tensor], Iterator[str]]:
-    """How the class of the largest logit is written: its name or its number.
+    """Return a function that writes the class of the largest logit as a name or a number.
 
     Args:
-        names: in the order of the logits.
-        by_name: as in the task's own files.
+        names: the class names in the order of the logits.
+        by_name: write names, as in the task's own files.
     """
 
     def written(outputs: Tensor) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Files on the disk: written whole or not at all, with checksums and fingerprints."""
+"""Files on disk: atomic writes, checksums and fingerprints."""

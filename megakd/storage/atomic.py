@@ -1,7 +1,8 @@
-"""Files and folders that are written whole or not at all, whenever the run is killed.
+"""Atomic writes: files and folders are written whole or not at all, even if the run is killed.
 
-A file goes to a temporary sibling that is synced and renamed. A folder takes two renames, so a
-kill between them leaves only the old folder under its aside name: `recover` puts it back.
+A file is written to a temporary sibling, which is synced and renamed. A folder takes two renames.
+If the run is killed between the two renames, the old folder is left under a temporary name, and
+`recover` renames the old folder back.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file, or leaves what was there.
+    """Write a UTF-8 file; if writing fails, the old file is unchanged.
 
     Raises:
         MegakdError: the disk is full.
@@ -48,20 +49,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, tree: object) -> None:
-    """Writes `tree` as indented JSON, or leaves what was there; see `json_text`."""
+    """Write `tree` as indented JSON with `write_text`; see `json_text`."""
     write_text(path, json_text(tree, indent=2) + "\n")
 
 
 def json_text(tree: object, *, indent: int | None = None) -> str:
-    """Strict JSON: a number that is not finite becomes null, for JSON has no word for it."""
+    """Return strict JSON; a number that is not finite becomes null, as JSON cannot express it."""
     return json.dumps(_finite(tree), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """Gives an empty temporary folder that takes the place of `path` when the body succeeds.
+    """Yield an empty temporary folder that replaces `path` when the body succeeds.
 
-    When the body fails the temporary folder is removed and `path` is as it was.
+    If the body fails, the temporary folder is removed and `path` is unchanged.
 
     Raises:
         MegakdError: the disk is full.
@@ -82,15 +83,15 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
 
 def write_content(path: Path, content: str | bytes) -> None:
-    """Writes a file inside a folder that is not yet in its place."""
+    """Write a file inside a temporary folder, without a sync or a rename."""
     path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def recover(path: Path) -> bool:
-    """Undoes what a killed `replaced_folder(path)` left behind; harmless at any other time.
+    """Clean up after a killed `replaced_folder(path)`; does nothing if there is nothing to clean.
 
     Returns:
-        True if the old folder had to be put back.
+        True if the old folder was restored.
     """
     temporary, aside = _sibling(path, "new"), _sibling(path, "old")
     restored = aside.exists() and not path.exists()
@@ -102,14 +103,18 @@ def recover(path: Path) -> bool:
 
 
 def sha256_of(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file, read in pieces."""
+    """Return the hexadecimal SHA-256 of a file, which is read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def reports_full_disk(path: Path) -> Iterator[None]:
-    """Turns the many faces of a full disk into one message; other errors pass."""
+    """Convert all errors of a full disk into one message; other errors are not changed.
+
+    Raises:
+        MegakdError: the disk is full.
+    """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -123,10 +128,10 @@ def reports_full_disk(path: Path) -> Iterator[None]:
 
 
 def full_disk_reason(error: BaseException) -> str | None:
-    """The system's words for a full disk, quota or size limit behind `error`, else None.
+    """Return the system's text for a full disk, quota or size limit that caused `error`, or None.
 
-    Looks along the chain: torch.save into an open file raises a RuntimeError whose context is
-    the OSError; safetensors and shutil.copytree have only the number, in their text.
+    The chain of causes is searched: torch.save into an open file raises a RuntimeError whose
+    context is the OSError. safetensors and shutil.copytree have only the number, in their text.
     """
     link: BaseException | None = error
     while link is not None:
@@ -143,7 +148,7 @@ def _error_number(text: str) -> int | None:
 
 
 def _sibling(path: Path, suffix: str) -> Path:
-    # The name is fixed, not random, so that the next run finds what a killed one left.
+    # The name is fixed, not random, so that the next run finds the files of a killed run.
     return path.with_name(f".{path.name}.{suffix}")
 
 
@@ -164,7 +169,7 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # Without this the files are on the disk and the names that lead to them may not be.
+    # Without this sync, the files are on disk, but their names in the folder may not be.
     _sync(folder)
 
 

@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all, however many processes make them at once."""
+"""Folders that exist whole or not at all, even if several processes build them at once."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from pathlib import Path
 from megakd.errors import DataError
 
 MANIFEST = "manifest.json"
-# Reading every byte of a cache at each start costs about a second per GiB and rank; beyond
-# this much the lengths alone are compared.
+# Reading every byte of a cache at each start costs about a second per GiB and rank; in larger
+# folders only the lengths of the files are compared.
 CHECKED_BYTES = 1 << 30
 _BLOCK = 1 << 22
 
 
 def whole_folder(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Reuses the folder if it is whole, else builds it beside and renames it into place.
+    """Reuse the folder if it is whole; otherwise build a temporary folder and rename it.
 
-    Several processes may build at once: whoever renames first wins, and the others use what
-    it wrote. A damaged folder is moved away, never changed in place, so that a process that
-    has it memory-mapped keeps reading what it opened.
+    Several processes may build at once: the first process to rename wins, and the others use its
+    result. A damaged folder is moved away and never changed in place, so that a process that has
+    its files memory-mapped keeps reading the same content.
 
     Args:
-        folder: where the result lies; its name should be a content key.
-        build: fills the (existing, empty) folder that it is given.
+        folder: the folder of the result; its name should be a content key.
+        build: function that fills an existing, empty folder.
 
     Raises:
         DataError: the folder cannot be written.
@@ -40,7 +40,7 @@ def whole_folder(folder: Path, build: Callable[[Path], None]) -> Path:
     with _writable(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name[:16]}.", dir=folder.parent))
-        # One deeper, since a temporary folder is closed to other users and would stay so.
+        # A subfolder, because `mkdtemp` makes a folder that other users cannot read.
         draft = scratch / "draft"
         try:
             draft.mkdir()
@@ -53,7 +53,7 @@ def whole_folder(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file that the manifest lists is there with its length and checksum."""
+    """Return whether every file of the manifest exists with the listed length and checksum."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         check_bytes = sum(entry["bytes"] for entry in manifest.values()) <= CHECKED_BYTES
@@ -68,7 +68,7 @@ def is_whole(folder: Path) -> bool:
 
 @contextmanager
 def _writable(folder: Path) -> Iterator[None]:
-    """Turns a failure to write below `folder` into a message."""
+    """Convert an OSError while writing below `folder` into a DataError."""
     try:
         yield
     except OSError as error:
@@ -96,7 +96,7 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _put_in_place(draft: Path, folder: Path) -> None:
-    """Renames the draft; a whole folder of someone else wins, a damaged one makes room."""
+    """Rename the draft to `folder`; keep a whole folder that exists, replace a damaged one."""
     try:
         draft.rename(folder)
     except OSError as error:
@@ -111,7 +111,7 @@ def _put_in_place(draft: Path, folder: Path) -> None:
         folder.rename(damaged / folder.name)
         draft.rename(folder)
     except OSError:
-        # Another builder was at the same point and came first.
+        # Another process has replaced the damaged folder first.
         if not is_whole(folder):
             raise
     finally:

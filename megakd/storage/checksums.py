@@ -12,7 +12,7 @@ from typing import Any
 from megakd.storage.atomic import json_text, sha256_of, write_json
 
 Entries = Mapping[str, Mapping[str, Any]]
-"""Relative file name -> its `size` in bytes and its `sha256`."""
+"""Mapping from a relative file name to the file's `size` in bytes and `sha256`."""
 CHECKSUM = "checksum"
 _SETTLED_NS = 2_000_000_000
 _KNOWN: dict[tuple[int, int, int, int], str] = {}
@@ -29,7 +29,7 @@ def entries_of(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def files_of(folder: Path) -> list[str]:
-    """Return the names of all files below a folder, relative to the folder and in order."""
+    """Return the sorted names of all files below a folder, relative to the folder."""
     return sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
 
 
@@ -52,7 +52,7 @@ def _known_sha256(path: Path) -> str:
     key = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
     if key not in _KNOWN:
         digest = sha256_of(path)
-        # A file that has just been written may change again within one tick of its time stamp.
+        # A file that was just written may change again without a change of its time stamp.
         if time.time_ns() - facts.st_mtime_ns < _SETTLED_NS:
             return digest
         _KNOWN[key] = digest
@@ -69,7 +69,7 @@ def read_signed(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is not what was written.
+        ValueError: the content differs from what was written.
     """
     record = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(record, dict) or record.pop(CHECKSUM, None) != checksum_of(record):
@@ -79,6 +79,6 @@ def read_signed(path: Path) -> dict[str, Any]:
 
 def checksum_of(record: Mapping[str, Any]) -> str:
     """Return the SHA-256 of the content of a JSON record."""
-    # Read back first, so that what is hashed is what a reader of the file will have.
+    # Converted to JSON and back first, so that the hash is computed from what a reader will have.
     content = json.loads(json_text(record))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a result depends on, as a flat mapping, and how two of them differ."""
+"""Fingerprints: flat mappings of the values that a result depends on, and their differences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _READ_WHOLE = 1 << 28
 
 
 def flatten(tree: Any, prefix: str = "") -> Fingerprint:
-    """A nested tree as dotted keys, lists by position."""
+    """Return a nested tree as a flat mapping with dotted keys; list items get their position."""
     if isinstance(tree, Mapping):
         items = [(str(key), value) for key, value in tree.items()]
     elif isinstance(tree, Sequence) and not isinstance(tree, str):
@@ -30,7 +30,7 @@ def flatten(tree: Any, prefix: str = "") -> Fingerprint:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], *, most: int = 5) -> str:
-    """`key: 3 there, 4 here; …` for the fields that differ, or an empty string."""
+    """Return `key: 3 there, 4 here; …` for the fields that differ, or an empty string."""
     shown = [
         f"{key}: {_shown(there, key)} there, {_shown(here, key)} here"
         for key in dict.fromkeys([*there, *here])
@@ -46,10 +46,11 @@ def _shown(fields: Mapping[str, Any], key: str) -> str:
 
 
 def files_identity(files: Iterable[Path]) -> str:
-    """A hash of files' names, sizes and contents; of large ones 64 KiB of every MiB.
+    """Return a hash of the names, sizes and contents of files; large files are sampled.
 
-    That is cheap for a model of any size and meets every large matrix: a model of which only some
-    layers were trained further has the ends of the one that it was.
+    Of a file above 256 MiB, 64 KiB of every MiB and the last 64 KiB are read. This is fast for
+    models of any size and samples every large matrix, also in the middle of the file: if only some
+    layers were trained further, the beginning and the end of the file are unchanged.
     """
     digest = hashlib.sha256()
     for path in files:
@@ -61,7 +62,7 @@ def files_identity(files: Iterable[Path]) -> str:
 
 @functools.cache
 def _content(path: Path, size: int, written: tuple[int, int]) -> bytes:
-    del written  # a file that was written anew is read anew
+    del written  # part of the cache key: a rewritten file is read again
     digest, step = hashlib.sha256(), _BLOCK if size <= _READ_WHOLE else _STRIDE
     with path.open("rb") as file:
         for start in (*range(0, size, step), max(0, size - _BLOCK)):

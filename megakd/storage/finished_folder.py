@@ -1,8 +1,8 @@
-"""Finished folders: a model with the files beside it, and the checksums of what megakd wrote.
+"""Finished folders: a model, its companion files, and checksums of all files that megakd wrote.
 
-`sealed_folder` and `copy_finished` write a finished folder. `open_finished` (a folder of a run)
-and `check_given` (a folder that a user names) verify a finished folder; everything that reads one
-calls one of the two first.
+`sealed_folder` and `copy_finished` write a finished folder. `open_finished` (for a folder of a
+run) and `check_given` (for a folder that a user names) verify a finished folder. All code that
+reads a finished folder calls one of these two functions first.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ CARD = "README.md"
 
 @contextmanager
 def sealed_folder(path: Path) -> Iterator[Path]:
-    """Give an empty temporary folder that takes the place of `path`, with checksums.
+    """Yield an empty temporary folder that replaces `path` and gets checksums of its files.
 
     Raises:
-        MegakdError: the disk is full; `path` is as it was.
+        MegakdError: the disk is full; `path` is unchanged.
     """
     with atomic.replaced_folder(path) as temporary:
         yield temporary
@@ -47,7 +47,7 @@ def write_finished(path: Path, files: Mapping[str, str | bytes]) -> None:
     """Write a finished folder of small files.
 
     Raises:
-        MegakdError: the disk is full; `path` is as it was.
+        MegakdError: the disk is full; `path` is unchanged.
     """
     with sealed_folder(path) as temporary:
         for name, content in files.items():
@@ -66,14 +66,14 @@ def copy_finished(
 
     Args:
         source: a finished folder; files that megakd did not write are not copied.
-        target: replaced as a whole when everything is written.
+        target: folder that is replaced as a whole when all files are written.
         changes: file name -> content of the file in the copy, or None to leave the file out.
         remedy: see `open_finished`.
-        keep: files of the old `target` that go into the new one; no checksums are kept of them.
+        keep: files of the old `target` to copy into the new `target`, without checksums.
 
     Raises:
         CheckpointError: `source` is damaged.
-        MegakdError: the disk is full; `target` is as it was.
+        MegakdError: the disk is full; `target` is unchanged.
     """
     listed = open_finished(source, remedy=remedy)
     with atomic.replaced_folder(target) as temporary:
@@ -88,10 +88,10 @@ def copy_finished(
 
 
 def users_files(folder: Path) -> list[str]:
-    """Return the names of a finished folder's files that a user has added, or the changed card.
+    """Return the files that a user added to a finished folder, and the card if it was edited.
 
     Raises:
-        CheckpointError: a user's files cannot be told from megakd's, or a file was changed.
+        CheckpointError: the checksums cannot be read, or a file other than the card was changed.
     """
     there = set(files_of(folder)) - {CHECKSUMS} if folder.is_dir() else set[str]()
     if not there:
@@ -115,10 +115,10 @@ def open_finished(folder: Path, *, remedy: str) -> Mapping[str, Any]:
 
     Args:
         folder: the folder.
-        remedy: what the user has to do if the folder is damaged, for the message.
+        remedy: instruction for the user if the folder is damaged; part of the message.
 
     Raises:
-        CheckpointError: a file is missing, cut off or changed.
+        CheckpointError: a file is missing, truncated or changed.
     """
     found = damage(folder)
     if found is not None:
@@ -129,15 +129,15 @@ def open_finished(folder: Path, *, remedy: str) -> Mapping[str, Any]:
 def check_given(folder: Path, where: str, *, wanted: Callable[[str], bool] = bool) -> None:
     """Verify a folder that a user names, if megakd wrote the folder.
 
-    Files may have been left out on the way, such as by the Hub; a changed file is refused.
+    Files may be missing, for example after a transfer through the Hub; a changed file is refused.
 
     Args:
         folder: any folder.
         where: the key of the run config, such as `teacher.model`.
-        wanted: says of a file name whether the file is going to be read.
+        wanted: function from a file name to whether the file will be read.
 
     Raises:
-        ModelError: a file is not what megakd wrote.
+        ModelError: a file differs from the file that megakd wrote.
     """
     if not (folder / CHECKSUMS).is_file():
         return
@@ -150,11 +150,11 @@ def check_given(folder: Path, where: str, *, wanted: Callable[[str], bool] = boo
 
 
 def damage(folder: Path, *, wanted: Callable[[str], bool] = bool) -> str | None:
-    """Return what is wrong with a finished folder, or None; the model card may be changed.
+    """Return what is wrong with a finished folder, or None; the model card may be edited.
 
     Args:
         folder: the folder.
-        wanted: says of a file name whether the file counts.
+        wanted: function from a file name to whether the file is checked.
     """
     try:
         listed = entries(folder)
@@ -165,7 +165,7 @@ def damage(folder: Path, *, wanted: Callable[[str], bool] = bool) -> str | None:
 
 
 def entries(folder: Path) -> Mapping[str, Any]:
-    """Return size and checksum of every file that megakd wrote into a folder.
+    """Return the size and the checksum of every file that megakd wrote into a folder.
 
     Raises:
         OSError: the folder has no checksums.

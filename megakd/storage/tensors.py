@@ -1,4 +1,4 @@
-"""Tensors in a file."""
+"""Files of tensors."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 
 def write_tensors(path: Path, state: Any) -> None:
-    """`torch.save`, except that a failure is the operating system's own error.
+    """Call `torch.save`, and raise the operating system's own error on failure.
 
     Raises:
-        OSError: with the system's number, such as that of a full disk.
+        OSError: writing failed; the error has the system's number, such as that of a full disk.
     """
     try:
-        # By way of an open file: what torch opens itself hides the system's error.
+        # Into an open file: if torch opens the file itself, it hides the system's error.
         with path.open("wb") as file:
             torch.save(state, file)
     except RuntimeError as error:

@@ -1,1 +1,1 @@
-"""Frozen models that answer."""
+"""Frozen teachers, and caches of their answers."""

@@ -1,9 +1,9 @@
-"""A teacher's answers to every training row, computed once, kept on disk and read from there.
+"""Caches of a teacher's answers to all training rows, computed once and read from disk.
 
-A cache is a folder: `cache.json` says what the answers depend on and lists the shards with their
-checksums; a shard is a folder of numpy files, written whole or not at all. Classifiers and
-regressors keep their logits in fp32, language models the k best ids of every position with their
-log-probabilities, whose missing mass the loss knows.
+A cache is a folder. `cache.json` holds the fingerprint of the answers and lists the shards with
+their checksums. A shard is a folder of numpy files, written whole or not at all. For classifiers
+and regressors a shard holds logits in fp32. For language models a shard holds the k most likely
+ids of every position with their log-probabilities; the loss derives the remaining probability.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ VERSION = 2
 SHARD_ROWS = 4096
 SHARD_BYTES = 256 << 20
 Answers = Mapping[str, Tensor]
-"""`logits` [B, C], or `ids` and `logprobs` [B, T, k], of some rows."""
+"""Answers to some rows: `logits` [B, C], or `ids` and `logprobs` [B, T, k]."""
 
 
 class Shard(NamedTuple):
-    """Some rows one after the other: where they begin, how many, and the files' checksums."""
+    """A range of consecutive rows: the first row, the number of rows, and the files' checksums."""
 
     name: str
     start: int
@@ -54,13 +54,16 @@ class Shard(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What one row's answer takes: bytes, and how many tokens it has on average."""
+    """Size of the answer to one row: bytes, and the mean number of tokens."""
 
     row_bytes: int
     tokens_per_row: float
 
     def rows_per_shard(self) -> int:
-        """So many that little is lost when a start is killed, and no file grows too large."""
+        """Return the rows per shard: few, so that a killed process loses little work.
+
+        The limits are `SHARD_ROWS` rows and `SHARD_BYTES` bytes.
+        """
         return max(1, min(SHARD_ROWS, SHARD_BYTES // self.row_bytes))
 
 
@@ -73,19 +76,19 @@ def build_cache(
     layout: Layout,
     asking: Callable[[], AbstractContextManager[Callable[[Dataset], Answers]]],
 ) -> None:
-    """Write the answers to all rows that no whole shard answers; a collective.
+    """Write the answers to all rows that no undamaged shard holds; a collective.
 
     Args:
-        folder: of the cache.
-        facts: what the answers depend on.
+        folder: folder of the cache.
+        facts: fingerprint of the answers.
         rows: the training split.
-        ranks: where this process stands; each rank verifies a share of the shards.
-        layout: of a row's answer.
-        asking: loads the teacher, where anything is left to ask, and gives what asks it about
-            some rows; the same on every rank.
+        ranks: this process and the number of ranks; each rank verifies a part of the shards.
+        layout: size of the answer to one row.
+        asking: context manager that loads the teacher and returns a function from rows to
+            answers; entered only if answers are missing. The answers are the same on every rank.
 
     Raises:
-        TeacherError: the folder holds the answers to something else.
+        TeacherError: the folder holds answers with another fingerprint.
         MegakdError: the disk is full, or the teacher cannot answer.
     """
     shards = _whole_shards(folder, on_main(lambda: _begun(folder, facts)), ranks)
@@ -107,7 +110,7 @@ def build_cache(
 
 
 def _whole_shards(folder: Path, shards: Sequence[Shard], ranks: Ranks) -> list[Shard]:
-    """Return the shards that are not damaged, saying which ones are; a collective."""
+    """Return the undamaged shards, and log a warning for damaged shards; a collective."""
     mine = shards[ranks.rank :: ranks.world_size]
     found = together(lambda: {s.name: damage_of(folder / s.name, s.files) for s in mine})
     damaged = {name: said for share in gather(found) for name, said in share.items() if said}
@@ -117,7 +120,7 @@ def _whole_shards(folder: Path, shards: Sequence[Shard], ranks: Ranks) -> list[S
 
 
 def _missing(shards: Sequence[Shard], total: int, step: int) -> Iterator[range]:
-    """The numbers of the rows that no shard answers, at most `step` at a time."""
+    """Yield the numbers of the rows that no shard holds, at most `step` numbers at a time."""
     first = 0
     ends = [(shard.start, shard.start + shard.rows) for shard in _in_order(shards)]
     for start, stop in [*ends, (total, total)]:
@@ -140,7 +143,7 @@ def _announce(folder: Path, layout: Layout, rows: int, done: int) -> None:
 
 
 def _begun(folder: Path, facts: Fingerprint) -> list[Shard]:
-    """The shards that are there already."""
+    """Return the shards that the folder already holds."""
     if not (folder / MANIFEST).is_file():
         return []
     return _read_manifest(folder, facts)[0]
@@ -162,10 +165,11 @@ def _record(folder: Path, facts: Fingerprint, shards: Sequence[Shard], *, total:
 
 
 def _read_manifest(folder: Path, facts: Fingerprint) -> tuple[list[Shard], int]:
-    """The shards and how many rows there are to be.
+    """Return the shards, and the number of rows of the complete cache.
 
     Raises:
-        TeacherError: it is not there, damaged, or of other data or another teacher.
+        TeacherError: the manifest is missing or damaged, or its fingerprint differs, such as for
+            other data or another teacher.
     """
     path = folder / MANIFEST
     try:
@@ -192,7 +196,7 @@ def _read_manifest(folder: Path, facts: Fingerprint) -> tuple[list[Shard], int]:
 
 
 class CachedTeacher:
-    """Answers micro-batches of training rows from a cache; nothing of the teacher is loaded."""
+    """A teacher that answers micro-batches of training rows from a cache, without a model."""
 
     def __init__(self, folder: Path, facts: Fingerprint, ranks: Ranks) -> None:
         shards, rows = on_main(lambda: _read_manifest(folder, facts))
@@ -208,7 +212,7 @@ class CachedTeacher:
         self._shards = [_opened(folder / shard.name, shard) for shard in shards]
 
     def __call__(self, batch: Batch) -> Knowledge:
-        """What the teacher said of these rows; rows that only keep the ranks in step get zeros."""
+        """Return the teacher's answers to the rows of a batch; dummy rows get zeros."""
         if batch.rows is None:
             raise TypeError("a cache answers training rows alone, and this batch has no numbers")
         numbers = batch.rows.tolist()
@@ -223,10 +227,10 @@ class CachedTeacher:
         return Knowledge(top_k=TopK(moved["ids"][:, :length], moved["logprobs"][:, :length]))
 
     def prefetch(self) -> None:
-        """Fetch nothing: the system reads ahead in the files by itself."""
+        """Do nothing: the operating system reads ahead in the files."""
 
     def evict(self) -> None:
-        """Free nothing."""
+        """Do nothing."""
 
     def _row(self, key: str, number: int) -> Any:
         if number < 0:
@@ -235,7 +239,7 @@ class CachedTeacher:
         return self._shards[index][key][number - self._starts[index]]
 
     def destroy(self) -> None:
-        """Lets go of the files."""
+        """Close the files."""
         self._shards.clear()
 
 

@@ -1,4 +1,4 @@
-"""A frozen teacher: an inference engine of its own, with its own DeepSpeed config and dtype."""
+"""A frozen teacher with its own inference engine, DeepSpeed config and dtype."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from megakd.models.predictions import predict
 
 
 class FrozenModel(nn.Module):
-    """What the teacher's engine owns: the model, and how its answers are read.
+    """The module of the teacher's engine: a model, and the code that reads its outputs.
 
-    label_order puts the teacher's classes into the data's order; None keeps them.
+    label_order: puts the teacher's classes into the data's order; None keeps the order.
     """
 
     def __init__(
@@ -45,30 +45,30 @@ class FrozenModel(nn.Module):
     def forward(
         self, batch: Batch, *, scoring: bool = False, top_k: int | None = None
     ) -> Knowledge | Predictions | TopK:
-        """Knowledge for the student's losses, or what else somebody asks for."""
+        """Return the outputs for the student's losses, predictions, or the `top_k` tokens."""
         if top_k is not None:
             return most_likely(self.model, batch, top_k)
         if scoring:
             said = predict(self.model, batch, self.kernels)
             return said._replace(outputs=self._ordered(said.outputs))
-        # The student's engine reads the head; a module in an output would puzzle DeepSpeed.
+        # The student's engine reads the head; DeepSpeed cannot handle a module in the outputs.
         return self.read(batch)._replace(head=None)
 
     def read(self, batch: Batch) -> Knowledge:
-        """What the model says of a micro-batch; called by the module that the engine owns."""
+        """Return the model's outputs for a micro-batch; called inside the engine's forward."""
         read = read_knowledge(self.model, batch, self.needs)
         return read._replace(logits=self._ordered(read.logits))
 
     def _ordered(self, logits: torch.Tensor | None) -> torch.Tensor | None:
         if logits is None or self.label_order is None:
             return logits
-        # Moved once: a list, or an index elsewhere, would be copied at every micro-batch.
+        # Moved once: a list or a tensor on another device would be copied at every micro-batch.
         self.label_order = self.label_order.to(logits.device)
         return logits[:, self.label_order]
 
 
 class FrozenTeacher:
-    """Answers one micro-batch at a time; under ZeRO-3 all ranks must ask together."""
+    """A teacher that answers one micro-batch at a time; a collective under ZeRO-3."""
 
     def __init__(
         self, module: FrozenModel, *, ds: Mapping[str, Any], dtype: Dtype, rows: int
@@ -77,16 +77,16 @@ class FrozenTeacher:
         self._prefetch = Prefetch(module)
 
     def prefetch(self) -> None:
-        """Start to fetch the shards from where they wait; see `Teacher`."""
+        """Start to copy the shards from host memory to the device; see `Teacher`."""
         self._prefetch.start()
 
     def evict(self) -> None:
-        """Leave the shards where they wait."""
+        """Move the shards back to host memory, which frees the device copies."""
         self._prefetch.drop()
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Knowledge:
-        """What the student's losses need of this micro-batch, detached."""
+        """Return the outputs for a micro-batch that the student's losses need, detached."""
         self._prefetch.wait()
         read: Knowledge = self._engine(batch)
         if read.hidden is None:
@@ -95,22 +95,22 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Predictions:
-        """Outputs of one micro-batch, for the teacher's own metrics."""
+        """Return predictions for one micro-batch, for the teacher's own metrics."""
         with opened_head(self.model, batch):
             return self._engine(batch, scoring=True)
 
     @torch.no_grad()
     def top_k(self, batch: Batch, count: int) -> TopK:
-        """The most likely next tokens of a language model at every position."""
+        """Return the most likely next tokens of a language model at every position."""
         with opened_head(self.model, batch):
             return self._engine(batch, top_k=count)
 
     @property
     def model(self) -> nn.Module:
-        """The model itself, perhaps sharded."""
+        """The model itself, whose parameters may be sharded."""
         return self._engine.module.model
 
     def destroy(self) -> None:
-        """Frees the engine's memory and hooks."""
+        """Free the engine's memory and remove its hooks."""
         self._prefetch.drop()
         self._engine.destroy()

@@ -1,4 +1,7 @@
-"""Notes whether a teacher's answers are finite: the learning rate is not to blame for those."""
+"""Detection of teachers' answers that are not finite.
+
+The error message can then name the teacher instead of the learning rate as the cause.
+"""
 
 from __future__ import annotations
 
@@ -17,34 +20,34 @@ if TYPE_CHECKING:
 
 
 class WatchedTeacher:
-    """A teacher with a note, on the device, of an answer that is NaN or infinite."""
+    """A teacher with a flag on the device that is set when an answer is NaN or infinite."""
 
     def __init__(self, teacher: Teacher) -> None:
         self._teacher = teacher
         self.failed: Tensor | None = None
 
     def __call__(self, batch: Batch) -> Knowledge:
-        """Ask the teacher; nothing is read from the device."""
+        """Return the teacher's answer and update the flag, without a device sync."""
         read = self._teacher(batch)
         bad = ~_finite(read, batch)
         self.failed = bad if self.failed is None else self.failed | bad
         return read
 
     def prefetch(self) -> None:
-        """Pass on that the next step asks the teacher."""
+        """Call `prefetch` of the teacher."""
         self._teacher.prefetch()
 
     def evict(self) -> None:
-        """Pass on that the next step asks other teachers."""
+        """Call `evict` of the teacher."""
         self._teacher.evict()
 
 
 def failed_teachers(teachers: Mapping[str, object], device: torch.device) -> list[str]:
-    """Return the teachers that have given an answer that is not finite, on any rank; a collective.
+    """Return the teachers with an answer that was not finite on any rank; a collective.
 
     Args:
-        teachers: of a stage; one that is not watched has not failed.
-        device: of the notes.
+        teachers: teachers of a stage, by name; a teacher that is not watched has not failed.
+        device: device of the flags.
     """
     if not teachers:
         return []
@@ -55,7 +58,7 @@ def failed_teachers(teachers: Mapping[str, object], device: torch.device) -> lis
 
 
 def _finite(read: Knowledge, batch: Batch) -> Tensor:
-    """A scalar; what padding and empty rows say does not count."""
+    """Return a bool scalar: whether the outputs are finite, without padding and dummy rows."""
     valid = batch.valid
     if read.logits is not None:
         said, counts = read.logits, valid.any(dim=1)  # [B, C]

@@ -1,1 +1,1 @@
-"""The training loop and what a stage needs around it."""
+"""The training loop and the parts that a stage needs around it."""

@@ -1,4 +1,4 @@
-"""The weights of the best evaluation, beside the checkpoints and outside their limit."""
+"""The weights of the best evaluation, beside the checkpoints and not counted in their limit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RECORD = "best.json"
 
 @dataclass(kw_only=True)
 class BestCheckpoint:
-    """`checkpoints/<stage>/best/`: a model folder with the step and the scores it has.
+    """`checkpoints/<stage>/best/`: a model folder with its step and its scores.
 
     write: writes the learner's model folder with the record; a collective.
     """
@@ -36,11 +36,11 @@ class BestCheckpoint:
     step: int | None = None
 
     def resume(self, step: int, best_step: int | None) -> None:
-        """Takes up what is there, and forgets it if the run goes on from before it.
+        """Take over the stored best weights; remove them if the run resumes before their step.
 
         Args:
-            step: from which the run goes on.
-            best_step: the step of the best evaluation up to there, as the checkpoint says.
+            step: the step that the run resumes from.
+            best_step: the step of the best evaluation until then, as recorded in the checkpoint.
         """
 
         def read() -> Mapping[str, Any] | None:
@@ -62,12 +62,12 @@ class BestCheckpoint:
             self.step, self.score = record["step"], record["score"]
 
     def consider(self, step: int, score: float, evaluation: Mapping[str, Any]) -> bool:
-        """Keeps the learner's weights if no earlier evaluation was as good; a collective.
+        """Keep the learner's weights if no earlier evaluation was as good; a collective.
 
         Args:
-            step: of the evaluation.
-            score: more is better; a tie keeps the earlier one, NaN never wins.
-            evaluation: what is recorded beside the weights.
+            step: the step of the evaluation.
+            score: higher is better; a tie keeps the earlier weights, and NaN never wins.
+            evaluation: the record that is stored beside the weights.
         """
         if math.isnan(score) or (self.score is not None and not score > self.score):
             return False
@@ -76,7 +76,7 @@ class BestCheckpoint:
         return True
 
     def kept(self) -> dict[str, Any] | None:
-        """Return the record of the best evaluation, or None, saying so if it was lost."""
+        """Return the record of the best evaluation, or None; warn if the record was lost."""
         record = self.record()
         if record is None and self.step is not None:
             logger.warning(
@@ -86,12 +86,12 @@ class BestCheckpoint:
         return record
 
     def record(self) -> dict[str, Any] | None:
-        """Return what was recorded with the folder, or None if the folder is not whole."""
+        """Return the record in the folder, or None if the folder is not complete."""
         if damage(self.folder) is not None:
             return None
         try:
             record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
-            # JSON has no word for a number that is not finite.
+            # JSON cannot represent a number that is not finite.
             score = -math.inf if record["score"] is None else float(record["score"])
             evaluation = dict(record["evaluation"])
             return {"step": int(record["step"]), "score": score, "evaluation": evaluation}
@@ -100,10 +100,10 @@ class BestCheckpoint:
 
 
 class Kept(NamedTuple):
-    """What a stage has kept.
+    """The weights that a stage has kept, with their evaluations.
 
-    chosen: the evaluation that chose the view: its scores compare the views with each other.
-    evaluation: that of the weights in `folder`: the view's own best, where that is kept as well.
+    chosen: the evaluation that chose the view; its scores compare the views with each other.
+    evaluation: the evaluation of the weights in `folder`: the view's own best, if kept as well.
     """
 
     folder: Path
@@ -112,12 +112,12 @@ class Kept(NamedTuple):
 
 
 class BestCheckpoints:
-    """The best evaluation of a stage, and the best one of each view that its judge asks for.
+    """The best evaluation of a stage, and the best evaluation of each view that its judge requests.
 
     Args:
-        folder: of the stage's checkpoints; gets `best/` and `best-<view>/`.
-        write: as `BestCheckpoint.write`.
-        views: those that the judge may ask for.
+        folder: the folder of the stage's checkpoints; gets `best/` and `best-<view>/`.
+        write: see `BestCheckpoint.write`.
+        views: the views that the judge may request.
     """
 
     def __init__(
@@ -132,28 +132,28 @@ class BestCheckpoints:
         }
 
     def consider(self, step: int, scores: Scores, verdict: Verdict) -> None:
-        """Keep the learner's weights where no earlier evaluation was as good; a collective."""
+        """Keep the learner's weights if no earlier evaluation was as good; a collective."""
         evaluation = Evaluation(scores, verdict.view, verdict.cut)
         self.all.consider(step, verdict.score, evaluation.record())
         for view, score in verdict.own.items():
             self.own[view].consider(step, score, Evaluation(scores, view).record())
 
     def steps(self) -> dict[str, int | None]:
-        """Return the steps of the best evaluations, for a checkpoint; `best` is that of all."""
+        """Return the steps of the best evaluations, for a checkpoint; `best` is the best of all."""
         return {name: best.step for name, best in self._named()}
 
     def resume(self, step: int, steps: Mapping[str, int | None]) -> None:
-        """Take up what is there, and forget what comes after `step`; a collective.
+        """Take over the stored best weights; remove the weights later than `step`; a collective.
 
         Args:
-            step: the step from which the run goes on.
-            steps: those of the checkpoint.
+            step: the step that the run resumes from.
+            steps: the steps recorded in the checkpoint.
         """
         for name, best in self._named():
             best.resume(step, steps.get(name))
 
     def kept(self) -> Kept | None:
-        """Return what the stage gives; None if no evaluation has been kept; a collective."""
+        """Return the weights that the stage gives; None if no evaluation was kept; a collective."""
         record = on_main(self.all.kept)
         if record is None:
             return None

@@ -1,10 +1,10 @@
-"""Checkpoints written whole or not at all, verified before they are used.
+"""Checkpoints that are written completely or not at all, and verified before they are used.
 
     checkpoints/<stage>/step-<n>/    DeepSpeed's shards, state.pt, rank-<r>.pt, manifest.json
     checkpoints/<stage>/latest       the name of the newest, replaced last
 
 A checkpoint is written under another name and renamed when every file is on the disk and its
-checksum is in the manifest; a kill at any moment leaves the one before it untouched.
+checksum is in the manifest. A kill at any moment leaves the previous checkpoint untouched.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from megakd.training.longer import is_longer
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT = 2
-"""Raised when what a checkpoint holds is named anew, so that older ones are refused in one line."""
+"""Increased when the content of checkpoints changes, so that older ones are refused in one line."""
 LATEST = "latest"
 _PARTIAL = ".partial"
 _PREFIX = "step-"
@@ -50,10 +50,10 @@ class Checkpoints:
     """The checkpoints of one stage.
 
     folder: `checkpoints/<stage>`.
-    fingerprint: what the run depends on; one written by another run is refused.
-    keep: how many to keep; None keeps all.
-    ranks: where this process stands; every method is a collective.
-    may_grow: whether a checkpoint of a shorter run is gone on from, see `longer`.
+    fingerprint: what the run depends on; a checkpoint with another fingerprint is refused.
+    keep: the number of checkpoints to keep; None keeps all.
+    ranks: the ranks of the run; every method is a collective.
+    may_grow: whether the checkpoint of a shorter run may be continued, see `longer`.
     """
 
     folder: Path
@@ -69,16 +69,16 @@ class Checkpoints:
         state: Mapping[str, Any],
         own: Mapping[str, Any],
     ) -> Path:
-        """Writes one checkpoint.
+        """Write one checkpoint.
 
         Args:
-            step: optimiser steps taken.
+            step: the number of optimiser steps taken.
             write_engine: writes the engine's shards into (folder, tag).
             state: the loop's state, the same on every rank.
-            own: this rank's share of what is not.
+            own: the part of the state that differs between ranks, for this rank.
 
         Raises:
-            CheckpointError: it could not be written; those before it are untouched.
+            CheckpointError: the checkpoint could not be written; earlier checkpoints are untouched.
         """
         partial = self.folder / f"{_PREFIX}{step}{_PARTIAL}"
         try:
@@ -113,7 +113,7 @@ class Checkpoints:
             write_tensors(folder / "state.pt", dict(state))
 
     def _hash_share(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """Every rank reads back a share of the files, and forces them to the disk."""
+        """Read back this rank's share of the files and force them to the disk; return checksums."""
         share = files_of(folder)[self.ranks.rank :: self.ranks.world_size]
         for name in share:
             with (folder / name).open("rb+") as file:
@@ -139,14 +139,14 @@ class Checkpoints:
         return final
 
     def _remove_old(self, newest: Path) -> None:
-        """Keeps the newest few; one that is further than the run is a damaged leftover."""
+        """Keep the newest few checkpoints; a checkpoint of a later step is a damaged leftover."""
         every = self._by_age()
         behind = every[every.index(newest) :]
         limit = len(behind) if self.keep is None else self.keep
         for old in [*every[: every.index(newest)], *behind[limit:]]:
             try:
                 shutil.rmtree(old)
-            except OSError as error:  # the new one is good, which is what matters
+            except OSError as error:  # the new checkpoint is good, so the run continues
                 logger.warning("%s could not be removed: %s", old, error)
 
     def _could_not_write(self, step: int, error: Exception) -> CheckpointError:
@@ -160,14 +160,14 @@ class Checkpoints:
         )
 
     def _by_age(self) -> list[Path]:
-        """Whole checkpoints, the newest first."""
+        """Return the complete checkpoints, the newest first."""
         if not self.folder.is_dir():
             return []
         found = [f for f in self.folder.iterdir() if _NAME.fullmatch(f.name) and f.is_dir()]
         return sorted(found, key=lambda f: int(f.name.removeprefix(_PREFIX)), reverse=True)
 
     def newest(self) -> Path | None:
-        """The checkpoint `latest` names, or the newest there is."""
+        """Return the checkpoint that `latest` names, or else the newest checkpoint."""
         pointer = self.folder / LATEST
         if pointer.is_file():
             name = pointer.read_text(encoding="utf-8", errors="replace").strip()
@@ -176,10 +176,10 @@ class Checkpoints:
         return next(iter(self._by_age()), None)
 
     def newest_good(self) -> Path | None:
-        """The newest undamaged checkpoint of this very run, saying which ones it passes over.
+        """Return the newest undamaged checkpoint of this run; warn about damaged ones.
 
         Raises:
-            CheckpointError: it belongs to another config or another number of ranks.
+            CheckpointError: the checkpoint belongs to another config or another number of ranks.
         """
         newest = agree(self.newest())
         older = agree([c for c in self._by_age() if c != newest])
@@ -193,7 +193,7 @@ class Checkpoints:
         return None
 
     def damage(self, checkpoint: Path) -> str | None:
-        """What is wrong with a checkpoint's files, or None; a collective."""
+        """Return the damage to a checkpoint's files, or None; a collective."""
         return next((d for d in gather(self._own_damage(checkpoint)) if d is not None), None)
 
     def _own_damage(self, checkpoint: Path) -> str | None:
@@ -224,19 +224,19 @@ class Checkpoints:
     def load(
         self, checkpoint: Path, read_engine: Callable[[Path, str], None]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Reads a checkpoint: engine shards, random state; gives `state` and this rank's `own`."""
+        """Load engine shards and random state; return `state` and this rank's `own`."""
         read_engine(checkpoint.parent, checkpoint.name)
         state = _read_plain(checkpoint / "state.pt")
         mine = _read_plain(checkpoint / f"rank-{self.ranks.rank}.pt")
-        # Last: reading the shards may have drawn random numbers.
+        # Last, because reading the shards may draw random numbers.
         _set_random_state(mine["random"])
         return state, mine["own"]
 
     def given(self, checkpoint: Path) -> Path | None:
-        """A checkpoint the user named, verified; None if it is another stage's.
+        """Verify a checkpoint that the user named; return None if it belongs to another stage.
 
         Raises:
-            CheckpointError: it is damaged or of another run.
+            CheckpointError: the checkpoint is damaged or belongs to another run.
         """
         if together(lambda: self._stage_of(checkpoint)) != self.folder.name:
             return None
@@ -257,10 +257,10 @@ class Checkpoints:
 
 
 def check_plain(state: Any, key: str = "state") -> None:
-    """Refuse to save an object of a class: its pickle names the file that defines the class.
+    """Raise if a state holds an object of a class: its pickle would name the file of the class.
 
-    A checkpoint of plain values can be read by every later version of the code, wherever the code
-    of a strategy has moved to.
+    A checkpoint of plain values can be read by every later version, even if the code of a strategy
+    has moved.
 
     Raises:
         TypeError: a value is neither a tensor nor a number, string, list, tuple or mapping.
@@ -280,7 +280,7 @@ def check_plain(state: Any, key: str = "state") -> None:
 
 
 def _read_plain(path: Path) -> dict[str, Any]:
-    """Read what `check_plain` has passed.
+    """Load a file of values that `check_plain` has accepted.
 
     Raises:
         CheckpointError: the file names a class, as the files of version 0.1 do.
@@ -311,7 +311,7 @@ def _random_state() -> dict[str, Any]:
 
 
 def _numpy_state() -> dict[str, Any]:
-    # Data collators of others draw from NumPy's old global generator.
+    # Third-party data collators draw from NumPy's old global generator.
     state = dict(np.random.get_state(legacy=False))  # noqa: NPY002
     inner = state["state"]
     return {**state, "state": {**inner, "key": inner["key"].tolist()}}
@@ -326,12 +326,13 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def seed_everything(seed: int, rank: int, first_step: int = 0) -> None:
-    """Start a stage's random numbers: dropout differs by rank, everything else by design not.
+    """Seed a stage's random generators; only torch's, which dropout uses, differs between ranks.
 
     Args:
-        seed: of the run.
-        rank: of this process.
-        first_step: of the stage's window, which must not draw what the window before has drawn.
+        seed: the seed of the run.
+        rank: the rank of this process.
+        first_step: the first step of the stage's window, which must not repeat the random numbers
+            of the previous window.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002

@@ -1,4 +1,4 @@
-"""Ends a stage whose evaluations no longer improve, by the rule of Hugging Face's callback."""
+"""Early stopping of a stage, by the rule of Hugging Face's callback."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 @dataclass(kw_only=True)
 class EarlyStopping:
-    """Counts evaluations in a row without a better score.
+    """Counter of consecutive evaluations without a better score.
 
-    patience: how many end the stage; None never ends it.
+    patience: the number of such evaluations that ends the stage; None never ends it.
     threshold: a score is better if it exceeds the best score by more than this.
     """
 
@@ -22,25 +22,25 @@ class EarlyStopping:
     misses: int = 0
 
     def consider(self, score: float) -> None:
-        """Take the score of an evaluation, the same on every rank; higher is better."""
+        """Record the score of an evaluation, the same on every rank; higher is better."""
         is_better = not math.isnan(score) and (
             self.best is None or score - self.best > self.threshold
         )
         self.misses = 0 if is_better else self.misses + 1
-        # A small improvement is remembered though it does not count: scores that creep up slowly
+        # A small improvement is stored although it does not count: scores that increase slowly
         # end the stage.
         if not math.isnan(score):
             self.best = score if self.best is None else max(self.best, score)
 
     @property
     def stopped(self) -> bool:
-        """Whether the stage has come to its end."""
+        """True if the stage must end."""
         return self.patience is not None and self.misses >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed stage needs."""
+        """Return the state that a resumed stage needs."""
         return {"best": self.best, "misses": self.misses}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what `state_dict` returned."""
+        """Load the state that `state_dict` returned."""
         self.best, self.misses = state["best"], state["misses"]

@@ -1,4 +1,4 @@
-"""Builds the engines of a stage from what was prepared: the learner, and each frozen model."""
+"""Engines of a stage, built from the prepared inputs: the learner, and each frozen model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from megakd.losses.class_weights import with_class_weights
 from megakd.losses.stage_losses import StageLosses, learners_of, stage_losses
 from megakd.models.knowledge import Needs
 from megakd.models.labels import label_order
-from megakd.models.loading import ModelSource, load_model
+from megakd.models.loading import load_model
+from megakd.models.source import ModelSource
 from megakd.process.phases import phase
 from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
 from megakd.teachers.cached import Answers, CachedTeacher, Layout, build_cache
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 
 
 class ReadyTeacher(NamedTuple):
-    """A model that can teach, fine-tuned or given, and how the config wants it held."""
+    """A model that can teach, fine-tuned or given, and its section of the config."""
 
     source: ModelSource
     spec: TeacherConfig
@@ -60,9 +61,9 @@ class ReadyTeacher(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Assembly:
-    """What engines are built from.
+    """The parts that engines are built from.
 
-    teachers: those that are ready, by name; a method may add to them.
+    teachers: the teachers that are ready, by name; a method may add teachers.
     """
 
     config: RunConfig
@@ -71,18 +72,18 @@ class Assembly:
     teachers: Mapping[str, ReadyTeacher] = field(default_factory=dict)
 
     def identity_of(self, source: ModelSource) -> Mapping[str, Any]:
-        """What a model is, wherever its folder lies; random weights are drawn from the seed."""
+        """Return a model's identity, independent of its folder; random weights depend on a seed."""
         return model_identity(source, seed=self.config.seed)
 
     def learners(self, stage: Stage) -> dict[str, ModelSource]:
-        """Return the models that learn in a stage by role; the first is the one it gives."""
+        """Return the models that learn in a stage, by role; the first is the stage's result."""
         return learners_of(stage, {**self.prepared.sources, **self._ready()})
 
     def _ready(self) -> dict[str, ModelSource]:
         return {name: ready.source for name, ready in self.teachers.items()}
 
     def losses(self, stage: Stage) -> StageLosses:
-        """Return the loss terms of a stage, and what they ask of its teachers."""
+        """Return the loss terms of a stage, and the outputs that they need from its teachers."""
         terms = with_class_weights(stage.objective, self.prepared.splits)
         return stage_losses(
             replace(stage, objective=terms),
@@ -94,7 +95,7 @@ class Assembly:
 
     @phase("models")
     def student(self, stage: Stage) -> tuple[StudentEngine, StudentBundle]:
-        """Return the engine of the models that learn in this stage, and the bundle in it.
+        """Return the engine of the models that learn in this stage, and the bundle in the engine.
 
         Raises:
             MegakdError: a model or the DeepSpeed config cannot be used.
@@ -109,7 +110,7 @@ class Assembly:
             role: self._load(source, ds, dtype, need_head=False)
             for role, source in self.learners(stage).items()
         }
-        # Projections start alike on every rank and leave the stage's random numbers alone.
+        # Projections start equal on every rank and do not change the stage's random numbers.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             bundle = build_bundle(
@@ -128,7 +129,7 @@ class Assembly:
     def frozen(
         self, source: ModelSource, spec: str | Mapping[str, Any], *, dtype: Dtype, needs: Needs
     ) -> FrozenTeacher:
-        """A model that only answers, in an engine of its own.
+        """Return a frozen model, in its own engine.
 
         Raises:
             MegakdError: the model or its DeepSpeed config cannot be used.
@@ -141,7 +142,7 @@ class Assembly:
     def frozen_module(
         self, source: ModelSource, ds: Mapping[str, Any], *, dtype: Dtype, needs: Needs
     ) -> FrozenModel:
-        """A loaded model that an engine without an optimizer can own; `ds` is of that engine.
+        """Load a model for an engine without an optimizer; `ds` is the config of that engine.
 
         Raises:
             MegakdError: the model cannot be used.
@@ -154,15 +155,15 @@ class Assembly:
         return FrozenModel(model, needs=needs, label_order=order, kernels=kernels)
 
     def cached(self, ready: ReadyTeacher, folder: Path) -> CachedTeacher:
-        """A teacher's answers from disk.
+        """Return a teacher whose answers are read from disk.
 
         Raises:
-            TeacherError: they are damaged, not complete, or to other questions.
+            TeacherError: the answers are damaged, incomplete, or for other inputs.
         """
         return CachedTeacher(folder, self._cache_facts(ready), self.ranks)
 
     def build_cache(self, ready: ReadyTeacher, folder: Path) -> None:
-        """Asks a teacher about every training row and keeps what it says; a collective.
+        """Query a teacher with every training row and cache its answers; a collective.
 
         Raises:
             MegakdError: the teacher cannot be used, or the folder holds other answers.
@@ -200,7 +201,7 @@ class Assembly:
         return self.scorer().answers(ask, rows)
 
     def _answer_bytes(self, ready: ReadyTeacher) -> int:
-        """Of one row: fp32 logits, or int32 ids and fp16 logarithms."""
+        """Return the bytes of one row: fp32 logits, or int32 ids and fp16 logarithms."""
         task = self.config.task
         if task.type == "causal_lm":
             return task.max_length * ready.spec.cache_top_k * 6
@@ -208,11 +209,11 @@ class Assembly:
 
     @cached_property
     def _texts(self) -> str:
-        """A key of the training rows as a teacher reads them; all of them are read for it."""
+        """A key of the training rows as a teacher reads them; computing it reads all rows."""
         return on_main(lambda: tokens_key(self.prepared.encoded.train))
 
     def _cache_facts(self, ready: ReadyTeacher) -> Fingerprint:
-        """All that a teacher's answers depend on."""
+        """Return all facts that a teacher's answers depend on."""
         task, prepared = self.config.task, self.prepared
         facts: dict[str, Any] = {
             "task": task.type,
@@ -228,10 +229,10 @@ class Assembly:
         return flatten(facts)
 
     def scorer(self, train: TrainConfig | None = None) -> Scorer:
-        """Return what scores any model on a held-out split of this run.
+        """Return a scorer for any model on a held-out split of this run.
 
         Args:
-            train: of the stage that is evaluated; None: outside the stages.
+            train: the settings of the stage that is evaluated; None: outside the stages.
         """
         return Scorer(
             metrics=self.prepared.metrics,
@@ -242,7 +243,7 @@ class Assembly:
         )
 
     def teacher_dtype(self, ready: ReadyTeacher) -> Dtype:
-        """What a model that only answers is held in."""
+        """Return the dtype of a frozen model's weights."""
         return frozen_dtype(ready.spec, ready.source.stored_dtype, self.ranks.device.type)
 
     def _load(
@@ -266,7 +267,7 @@ class Assembly:
 
 
 def model_identity(source: ModelSource, *, seed: int) -> Mapping[str, Any]:
-    """What a model is, wherever its folder lies; random weights are drawn from the seed."""
+    """Return a model's identity, independent of its folder; random weights depend on `seed`."""
     files = sorted({stored.file for stored in source.stored.values()})
     identity: dict[str, Any] = {
         "config": source.config.to_diff_dict(),
@@ -280,10 +281,10 @@ def model_identity(source: ModelSource, *, seed: int) -> Mapping[str, Any]:
 
 
 def _check_finite(model: PreTrainedModel, source: ModelSource, dtype: Dtype) -> None:
-    """Refuse a model whose weights would make every loss NaN, before the learning rate is blamed.
+    """Raise if a model's weights would make every loss NaN, before the learning rate is blamed.
 
     Raises:
-        ModelError: on all ranks alike.
+        ModelError: a weight is not finite; raised on all ranks alike.
     """
     bad = names_of_bad_weights(model)
     if bad:

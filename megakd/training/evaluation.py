@@ -1,4 +1,4 @@
-"""What an evaluation comes to, and the one number that ranks evaluations."""
+"""Evaluations, and the single metric that ranks them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class Evaluation(NamedTuple):
-    """The scores of all views of a model, or of the model itself, and the one that is kept.
+    """The scores of all views of a model, or of the model itself, and the view that is kept.
 
-    cut: how the model is written; None where `view` says that.
+    cut: how the model is cut when it is written; None if `view` defines the cut.
     """
 
     scores: Scores
@@ -27,11 +27,11 @@ class Evaluation(NamedTuple):
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """Of what is kept."""
+        """The metrics of the view that is kept."""
         return {} if self.view is None else self.scores[self.view]
 
     def scalars(self) -> dict[str, float]:
-        """For the log: what is kept, and every view under its name."""
+        """Return the values for the log: the kept metrics, and every view's metrics by name."""
         named = {
             f"eval/{view}/{name}": value
             for view, values in self.scores.items()
@@ -41,14 +41,14 @@ class Evaluation(NamedTuple):
         return named | {f"eval/{name}": value for name, value in self.metrics.items()}
 
     def record(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Return the evaluation in a form that JSON can store."""
         scores = {v: dict(s) for v, s in self.scores.items()}
         cut = None if self.cut is None else cut_record(self.cut)
         return {"view": self.view, "scores": scores, "cut": cut}
 
     @staticmethod
     def read(record: Mapping[str, Any]) -> Evaluation:
-        """What `record` gave; JSON has no word for a number that is not finite."""
+        """Return the evaluation of a `record`; JSON stores a number that is not finite as null."""
         scores = {
             view: {k: math.nan if v is None else v for k, v in values.items()}
             for view, values in record["scores"].items()
@@ -58,7 +58,7 @@ class Evaluation(NamedTuple):
 
 
 def cut_record(cut: Cut) -> dict[str, Any]:
-    """Return a cut as JSON can hold it."""
+    """Return a cut in a form that JSON can store."""
     return {
         "order": None if cut.order is None else cut.order._asdict(),
         "view": cut.view._asdict(),
@@ -66,7 +66,7 @@ def cut_record(cut: Cut) -> dict[str, Any]:
 
 
 def read_cut(record: Mapping[str, Any]) -> Cut:
-    """Return the cut that `cut_record` gave."""
+    """Return the cut of a record from `cut_record`."""
     order, view = record["order"], record["view"]
     if order is not None:
         layers = {kind: tuple(map(tuple, order[kind])) for kind in ("heads", "neurons")}
@@ -76,7 +76,7 @@ def read_cut(record: Mapping[str, Any]) -> Cut:
 
 
 def headline(metrics: Sequence[str]) -> Metric:
-    """The number that stands for a task: the mean where it has several official metrics."""
+    """Return the main metric of a task: the mean if the task has several official metrics."""
     parts = tuple(metrics)
     name = parts[0] if len(parts) == 1 else "mean_" + "_".join(parts)
     return Metric(name=name, parts=parts, higher_is_better=not lower_is_better(parts[0]))
@@ -86,12 +86,12 @@ def weighable(name: str | None, main: Metric, metrics: Sequence[str]) -> Metric:
     """Return a metric that can be weighed against sparsity: at most 1, and higher is better.
 
     Args:
-        name: of the metric; None takes the one that ranks evaluations.
-        main: ranks evaluations.
-        metrics: all that an evaluation computes.
+        name: the name of the metric; None takes the metric that ranks evaluations.
+        main: the metric that ranks evaluations.
+        metrics: the names of all metrics that an evaluation computes.
 
     Raises:
-        ConfigError: there is no such metric; names the others.
+        ConfigError: there is no such metric; the message lists the others.
     """
     found = [main, *(headline([metric]) for metric in metrics)]
     known = {metric.name: metric for metric in found if metric.higher_is_better}
@@ -110,10 +110,10 @@ def weighable(name: str | None, main: Metric, metrics: Sequence[str]) -> Metric:
 
 
 def language_model_metrics(sums: Tensor) -> dict[str, float]:
-    """The loss in nats per target, its perplexity, and the share of targets that are right.
+    """Return the loss in nats per target, its perplexity, and the share of correct targets.
 
     Args:
-        sums: [3], see `Predictions.sums`: cross-entropy in nats, right tokens, targets.
+        sums: [3], see `Predictions.sums`: cross-entropy in nats, correct tokens, targets.
 
     Raises:
         DataError: there is no target.
@@ -125,6 +125,6 @@ def language_model_metrics(sums: Tensor) -> dict[str, float]:
             "nothing but unknown tokens"
         )
     loss = nats / targets
-    # Past 700 nats the exponential leaves fp64; a loss like that has no perplexity to speak of.
+    # Above 700 nats the exponential overflows fp64; the perplexity is reported as infinite.
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return {"perplexity": perplexity, "loss": loss, "accuracy": right / targets}

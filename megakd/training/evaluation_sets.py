@@ -1,4 +1,4 @@
-"""Scores of several models on the named sets of rows of a run."""
+"""Scores of several models on the named evaluation sets of a run."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def row_count(rows: Dataset) -> int:
-    """How many rows of text are scored: those with a label, or all of a language task."""
+    """Return the number of scored rows: rows with a label, or all rows of a language task."""
     return int(np.count_nonzero(is_labelled(rows)))
 
 
 @dataclass(frozen=True)
 class SetScores:
-    """Scores models on every named set while they are loaded, and keeps the metrics."""
+    """Scorer of loaded models on every named set; it keeps the metrics."""
 
     prepared: RunInputs
     scorer: Scorer
@@ -35,7 +35,7 @@ class SetScores:
     def scoring(
         self, model: str, and_then: Callable[[FrozenTeacher], None] | None
     ) -> Callable[[FrozenTeacher], None]:
-        """Return a function that scores the loaded model of that name, and then calls another."""
+        """Return a function that scores a loaded model under a name and then calls `and_then`."""
 
         def score(loaded: FrozenTeacher) -> None:
             for name, rows in self.prepared.encoded.evaluation_sets.items():
@@ -47,7 +47,7 @@ class SetScores:
         return score
 
     def report(self) -> dict[str, EvaluationSetReport]:
-        """Return the scores as report.json holds them."""
+        """Return the scores in the format of report.json."""
         return {
             name: {"rows": row_count(rows), "metrics": self._metrics.get(name, {})}
             for name, rows in self.prepared.splits.evaluation_sets.items()

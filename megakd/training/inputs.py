@@ -1,6 +1,6 @@
 """Everything a run needs before a model's weights are loaded: data, tokenizer, model configs.
 
-Checks go from cheap to dear: weight files, then data and tokenizer, then heads and labels.
+Checks run from cheap to expensive: weight files, then data and tokenizer, then heads and labels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from megakd.losses.objective import check_terms
 from megakd.losses.stage_losses import shape_of
 from megakd.models.labels import label_order
 from megakd.models.layers import with_layers
-from megakd.models.loading import ModelSource, check_model, resolve_model, with_vocabulary
+from megakd.models.loading import check_model, resolve_model, with_vocabulary
+from megakd.models.source import ModelSource
 from megakd.training.metrics import TaskMetrics, task_metrics
 from megakd.training.vocabulary_checks import other_vocabularies, without_tokenizer
 
@@ -41,10 +42,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Materials:
-    """What a run is made of, before anything large is touched.
+    """The parts of a run, before anything large is loaded.
 
     sources: the teachers by name, then `student`.
-    metrics: what an evaluation computes.
+    metrics: the metrics that an evaluation computes.
     """
 
     splits: Splits
@@ -54,33 +55,34 @@ class Materials:
 
     @property
     def metric(self) -> Metric:
-        """The number that ranks evaluations of this task."""
+        """The metric that ranks evaluations of this task."""
         return self.metrics.main
 
     @property
     def classes(self) -> int:
-        """How many classes the data has; 0 for a task without classes."""
+        """The number of classes in the data; 0 for a task without classes."""
         return len(self.splits.label_names)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunInputs(Materials):
-    """The same with the encoded data: all that is known before any weights are in memory."""
+    """`Materials` with the encoded data: everything that is known before weights are in memory."""
 
     encoded: Encoded
 
 
 def cache_folder() -> Path:
-    """Where encoded data and built corpora live; `MEGAKD_CACHE` moves it."""
+    """Return the folder of encoded data and built corpora, which `MEGAKD_CACHE` can change."""
     return Path(os.environ.get("MEGAKD_CACHE", Path.home() / ".cache" / "megakd"))
 
 
 def prepare(config: RunConfig) -> RunInputs:
-    """Finds, checks and encodes what a run is made of; a collective.
+    """Find, check and encode the inputs of a run; a collective.
 
     Raises:
-        MegakdError: bad input, named; no model's weights have been loaded, and nothing that
-            configs, labels and vocabularies can tell is found out after a long encoding.
+        MegakdError: the input is invalid; the message names it. No model's weights have been
+            loaded. All problems that configs, labels and vocabularies show are raised before the
+            data is encoded.
     """
     found = materials(config)
     check_run(config, found)
@@ -108,10 +110,10 @@ def _say_positive_label(metrics: TaskMetrics) -> None:
 
 
 def materials(config: RunConfig) -> Materials:
-    """Models, data and tokenizer of a run; a collective.
+    """Return the models, data and tokenizer of a run; a collective.
 
     Raises:
-        MegakdError: bad input, named.
+        MegakdError: the input is invalid; the message names it.
     """
     task, cache = config.task, cache_folder()
     sources, problems = _resolved(config)
@@ -123,7 +125,7 @@ def materials(config: RunConfig) -> Materials:
     problems += _strangers(config, sources, splits.label_names)
     folders = [s.folder for s in sources.values() if s.folder]
     if problems and not any(map(has_tokenizer_files, folders)):
-        raise TeacherError("\n".join(problems))  # a tokenizer would be trained for nothing
+        raise TeacherError("\n".join(problems))  # do not train a tokenizer in vain
     tokenizer = main_first(
         lambda: load_tokenizer(task, splits, model_folders=folders, cache_dir=cache)
     )
@@ -141,7 +143,7 @@ def materials(config: RunConfig) -> Materials:
 def _strangers(
     config: RunConfig, sources: Mapping[str, ModelSource], labels: Sequence[str]
 ) -> Iterator[str]:
-    """Teachers that were trained on other labels."""
+    """Yield an error for each teacher that was trained on other labels."""
     for name, spec in config.teacher_specs.items():
         if spec.finetune is None and name in sources:
             try:
@@ -151,10 +153,10 @@ def _strangers(
 
 
 def check_run(config: RunConfig, materials: Materials) -> None:
-    """Everything that can be said of models and losses before any weights are loaded.
+    """Run all checks of models and losses that are possible before any weights are loaded.
 
     Raises:
-        MegakdError: naming the key and both values.
+        MegakdError: two values do not fit; the message names the key and both values.
     """
     for name, spec in config.teacher_specs.items():
         key = config.key_of(name)
@@ -181,12 +183,12 @@ def check_run(config: RunConfig, materials: Materials) -> None:
 
 
 def check_losses(config: RunConfig, materials: Materials) -> None:
-    """Whether the objective can work with every teacher.
+    """Check that the objective can work with every teacher.
 
     Raises:
-        ConfigError: layers are compared, and the teachers' are not alike; or class weights do
+        ConfigError: layers are compared, and the teachers' layers differ; or class weights do
             not fit the labels.
-        TeacherError: layers or vocabularies that a chosen term cannot match.
+        TeacherError: a chosen term cannot match the layers or vocabularies.
     """
     terms, task = config.objective or (), config.task.type
     shapes = {
@@ -208,9 +210,9 @@ def check_losses(config: RunConfig, materials: Materials) -> None:
 
 
 def _resolved(config: RunConfig) -> tuple[dict[str, ModelSource], list[str]]:
-    """The models of the config by role, checked, and what is wrong with the other teachers.
+    """Return the checked models of the config by role, and the errors of the other teachers.
 
-    Rank 0 downloads before the others look; all ranks come to the same.
+    Rank 0 downloads before the other ranks read; all ranks return the same.
 
     Raises:
         MegakdError: the student, or the only teacher, cannot be used.
@@ -227,7 +229,7 @@ def _resolved(config: RunConfig) -> tuple[dict[str, ModelSource], list[str]]:
             if role not in config.teacher_specs or not config.teachers:
                 raise
             wrong[role] = str(error)
-    # A folder may be missing on one node alone.
+    # A folder may be missing on one node only.
     everywhere = {role: said for found in gather(wrong) for role, said in found.items()}
     if not everywhere:
         return with_student(config, sources), []
@@ -236,12 +238,12 @@ def _resolved(config: RunConfig) -> tuple[dict[str, ModelSource], list[str]]:
 
 
 def with_student(config: RunConfig, sources: dict[str, ModelSource]) -> dict[str, ModelSource]:
-    """The same with the student, where it begins as a teacher or as some layers of a model."""
+    """Return the sources with the student, derived from the model that it starts as."""
     return {**sources, STUDENT: as_student(sources[config.start_role], config)}
 
 
 def as_student(source: ModelSource, config: RunConfig) -> ModelSource:
-    """The model that the student begins as, with the layers that it takes of it."""
+    """Return the model that the student starts as, with the layers that the student keeps."""
     student, layers = dataclasses.replace(source, where="student.model"), config.student.layers
     return student if layers is None else with_layers(student, layers, where="student.layers")
 

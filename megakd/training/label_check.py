@@ -1,7 +1,8 @@
-"""Whether generic labels of a model (LABEL_0, …) stand in the order of the data's labels.
+"""Check that generic labels of a model (LABEL_0, …) are in the order of the data's labels.
 
-Names that match need no check. Generic names say nothing, so the model is asked: on the validation
-rows it must be right clearly more often than chance, and no other order may fit clearly better.
+Names that match need no check. Generic names carry no information, so the model is tested: on the
+validation rows it must be correct clearly more often than chance, and no other order may fit
+clearly better.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from megakd.models.loading import ModelSource
+    from megakd.models.source import ModelSource
 
 logger = logging.getLogger(__name__)
 SMALLEST_MARGIN = 0.05
@@ -38,13 +39,13 @@ REORDERING_ERRORS = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class LabelFit:
-    """How well a model's outputs fit the data's labels, output for label in the given order.
+    """Fit between a model's outputs and the data's labels, output for label in the given order.
 
-    score: balanced accuracy: the share of right rows of each class that occurs, averaged.
-    chance: 1 over the number of classes that occur, which is what any constant answer scores.
+    score: balanced accuracy: the share of correct rows of each class that occurs, averaged.
+    chance: 1 over the number of classes that occur, which is the score of any constant answer.
     margin: 2 standard errors of a model that guesses, and at least 0.05.
-    rows: how many carry a label.
-    better: the outputs by label under which clearly more rows are right; None: the order given.
+    rows: the number of rows with a label.
+    better: the outputs by label that make clearly more rows correct; None: the order given.
     better_score: the balanced accuracy of that order.
     """
 
@@ -57,7 +58,7 @@ class LabelFit:
 
     @property
     def is_good(self) -> bool:
-        """Whether the order can be trusted."""
+        """True if the order can be trusted."""
         return self.better is None and self.score >= self.chance + self.margin
 
 
@@ -66,7 +67,7 @@ def label_fit(outputs: Tensor, labels: Sequence[int] | NDArray[np.int64]) -> Lab
 
     Args:
         outputs: [N, C] logits.
-        labels: [N] class numbers, -100 where a row has none.
+        labels: [N] class numbers, -100 for a row without a label.
     """
     truth = np.asarray(labels)
     classes = outputs.shape[1]
@@ -98,7 +99,7 @@ def _balanced(counts: NDArray[Any], order: NDArray[Any]) -> float:
 
 
 def _clearly_better(counts: NDArray[Any], given: NDArray[Any]) -> NDArray[Any] | None:
-    """The order with the most right rows, if the rows that it wins outnumber those it loses."""
+    """Return the order with the most correct rows, if it is clearly better than the given order."""
     from scipy.optimize import linear_sum_assignment
 
     _, order = linear_sum_assignment(counts, maximize=True)
@@ -109,16 +110,16 @@ def _clearly_better(counts: NDArray[Any], given: NDArray[Any]) -> NDArray[Any] |
 
 
 def require_fit(fit: LabelFit, source: ModelSource, names: Sequence[str], *, remedy: str) -> None:
-    """Log a good fit; refuse any other.
+    """Log a good fit; raise on any other fit.
 
     Args:
-        fit: of the model's outputs.
+        fit: the fit of the model's outputs.
         source: the model.
         names: the data's labels in their order.
-        remedy: what accepts the order as it is.
+        remedy: the option that accepts the order unchanged.
 
     Raises:
-        TeacherError: naming both lists, the score and the order that fits.
+        TeacherError: the fit is not good; names both lists, the score and the order that fits.
     """
     both = _both(source, names)
     scored = (
@@ -141,7 +142,7 @@ def require_fit(fit: LabelFit, source: ModelSource, names: Sequence[str], *, rem
 
 
 def tell_order(source: ModelSource, names: Sequence[str]) -> None:
-    """Log an order that the user has vouched for."""
+    """Log an order that the user has confirmed."""
     logger.warning("%s: %s, as told", source.where, _both(source, names))
 
 
@@ -151,9 +152,9 @@ def _both(source: ModelSource, names: Sequence[str]) -> str:
 
 
 def check_label_orders(assembly: Assembly) -> None:
-    """Check every teacher of the config that is given with generic labels; a collective.
+    """Check every teacher of the config that has generic labels and no fine-tuning; a collective.
 
-    A check costs one evaluation on the validation split; its result is kept below `stages/`.
+    A check costs one evaluation on the validation split. Its result is kept below `stages/`.
 
     Raises:
         TeacherError: the labels of a teacher do not seem to be in the data's order.
@@ -173,14 +174,14 @@ def check_label_order(
     """Check one model on the validation split; a collective.
 
     Args:
-        assembly: of the run.
+        assembly: the assembly of the run.
         ready: the model.
-        name: of the folder that keeps the result; None keeps nothing.
-        is_accepted: the user says that the labels are in the data's order.
-        remedy: how the user would say so.
+        name: the name of the folder that keeps the result; None keeps nothing.
+        is_accepted: the user states that the labels are in the data's order.
+        remedy: the option with which the user can state this.
 
     Raises:
-        TeacherError: as `require_fit`.
+        TeacherError: see `require_fit`.
     """
     names, source = assembly.prepared.splits.label_names, ready.source
     if not names or source.folder is None or not needs_check(source, names):
@@ -219,7 +220,7 @@ def _read(metrics: Mapping[str, float]) -> dict[str, Any]:
 
 
 def needs_check(source: ModelSource, names: Sequence[str]) -> bool:
-    """Whether a model's labels are generic and the data's are names."""
+    """Return true if a model's labels are generic and the data's labels are names."""
     own = generic_labels(source.config)
     return own is not None and not all(name.isdecimal() or name in own for name in names)
 

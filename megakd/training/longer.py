@@ -1,4 +1,4 @@
-"""A run that is started again with more steps: what may change, and which stages go on."""
+"""Restart of a run with more steps: the options that may change, and the stages that continue."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LENGTHS = tuple(
 
 
 def is_longer(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Return true if two flat configs or fingerprints differ, and in raised lengths alone."""
+    """Return true if two flat configs or fingerprints differ only in increased lengths."""
     changed = [k for k in {*there, *here} if there.get(k, ABSENT) != here.get(k, ABSENT)]
     return bool(changed) and all(_is_raised(there, here, key) for key in changed)
 
@@ -30,6 +30,6 @@ def _is_raised(there: Mapping[str, Any], here: Mapping[str, Any], key: str) -> b
 def may_grow(stage: str, config: RunConfig) -> bool:
     """Return true for a stage that no other stage is made from: the student's and the baselines'.
 
-    A teacher or an assistant that learned on would leave behind students of what it was before.
+    If a teacher or an assistant continued to learn, its students would belong to an older teacher.
     """
     return stage in (STUDENT, *config.baselines)

@@ -1,4 +1,4 @@
-"""What a stage's log says: every term apart, gradient norm, speed, shares, and what is wrong."""
+"""Meter for a stage's log: every loss term, gradient norm, speed, time shares and problems."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NEVER = 2**62
 
 
 class TrainMeter:
-    """Gathers reports on the device and reads them at logging steps only."""
+    """Meter that gathers reports on the device and reads them at logging steps only."""
 
     def __init__(self, objective: Objective, trainer: Trainer, stage: Stage, ranks: Ranks) -> None:
         self._objective, self._trainer, self._ranks = objective, trainer, ranks
@@ -49,12 +49,12 @@ class TrainMeter:
         self._began = time.perf_counter()
 
     def begin(self) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self._began = time.perf_counter()
         self._since, self._window_before = self._began - self._window_before, 0.0
 
     def add(self, report: StepReport) -> None:
-        """Takes one step's report; reads nothing."""
+        """Add one step's report without reading from the device."""
         for name, value in report.parts.items():
             self._parts[name] = self._parts[name] + value if name in self._parts else value
             self._counts[name] = self._counts.get(name, 0) + 1
@@ -68,13 +68,13 @@ class TrainMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves evaluations and saves out of the speed."""
+        """Exclude evaluations and saves from the speed."""
         began = time.perf_counter()
         yield
         self._paused_s += time.perf_counter() - began
 
     def scalars(self, *, waited_s: float) -> dict[str, float]:
-        """The means since the last call, over ranks and the steps that had it; a collective."""
+        """Return means since the last call, over ranks and the steps with a value; a collective."""
         names = list(self._parts)
         zero = torch.zeros((), device=self._ranks.device)
         stacked = torch.stack([self._parts[n].float() for n in names] or [zero])
@@ -123,10 +123,10 @@ class TrainMeter:
         self._warned = bool(empty)
 
     def check_finite(self, newest: Callable[[], Path | None]) -> None:
-        """Stops the run at a loss or gradient that is NaN or infinite; a collective.
+        """Raise at a loss or gradient that is NaN or infinite; a collective.
 
         Args:
-            newest: finds the last good checkpoint; asked, on rank 0, only if the run stops.
+            newest: finds the last good checkpoint; called, on rank 0, only if the run stops.
 
         Raises:
             TrainingError: names the first such step and the last good checkpoint.
@@ -136,7 +136,7 @@ class TrainMeter:
             return
         bad = torch.where(first < 0, _NEVER, first)
         if self._norm is not None and not self._scales_loss:
-            # DeepSpeed's norm is -1 where a gradient is NaN or infinite.
+            # DeepSpeed's norm is -1 if a gradient is NaN or infinite.
             norm = self._norm.to(bad.device)
             here = bad.clamp(max=self._trainer.step - 1)
             bad = torch.where(torch.isfinite(norm) & (norm >= 0), bad, here)
@@ -150,7 +150,7 @@ class TrainMeter:
             )
 
     def _remedy(self) -> str:
-        """What to change; a teacher that said NaN is to blame before anything else."""
+        """Return advice for the user; a teacher with NaN outputs is named before anything else."""
         failed = failed_teachers(self._trainer.teachers, self._ranks.device)
         if failed:
             return (
@@ -160,15 +160,15 @@ class TrainMeter:
         return "lower train.learning_rate or check the data"
 
     def tokens_per_second(self) -> float:
-        """Valid tokens of all ranks per second of training, over the whole stage."""
+        """Return the valid tokens of all ranks per second of training, over the whole stage."""
         return self._total_tokens / max(1e-9, self._total_seconds)
 
     def elapsed_seconds(self) -> float:
-        """Wall-clock of the stage, evaluations and saves included, over all its runs."""
+        """Return the wall-clock time of the stage over all its runs, with evaluations and saves."""
         return self._elapsed_before + time.perf_counter() - self._began
 
     def state_dict(self) -> dict[str, Any]:
-        """The totals so far."""
+        """Return the totals so far."""
         return {
             "tokens": self._total_tokens,
             "seconds": self._total_seconds,
@@ -176,12 +176,12 @@ class TrainMeter:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes what `state_dict` gave."""
+        """Load the totals that `state_dict` returned."""
         self._total_tokens, self._total_seconds = state["tokens"], state["seconds"]
         self._elapsed_before = state["elapsed"]
 
     def window_state(self) -> dict[str, Any]:
-        """What this rank has gathered since the last logging step, which a save may fall after."""
+        """Return this rank's values since the last logging step, which may precede a save."""
         return {
             "parts": {name: value.cpu() for name, value in self._parts.items()},
             "counts": dict(self._counts),
@@ -192,7 +192,7 @@ class TrainMeter:
         }
 
     def load_window_state(self, state: Mapping[str, Any]) -> None:
-        """Takes what `window_state` gave on this rank; `begin` then goes on with its clock."""
+        """Load the values of `window_state` on this rank; `begin` then continues its clock."""
         device = self._ranks.device
         self._parts = {name: value.to(device) for name, value in state["parts"].items()}
         self._counts = dict(state["counts"])

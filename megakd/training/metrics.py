@@ -1,4 +1,4 @@
-"""Metrics of classification and regression from a model's outputs, and the choice among them."""
+"""Metrics of classification and regression from a model's outputs, and their selection."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ LOSS = "loss"
 
 @dataclass(frozen=True, kw_only=True)
 class TaskMetrics:
-    """The numbers that an evaluation computes.
+    """The metrics that an evaluation computes.
 
-    names: in the order of the report; the loss on labels is always computed too.
-    main: ranks evaluations.
-    label_names: of the classes; empty without classes.
+    names: metric names in the order of the report; the loss on labels is always computed too.
+    main: the metric that ranks evaluations.
+    label_names: the names of the classes; empty without classes.
     positive: the class that f1, precision and recall are about.
     """
 
@@ -99,13 +99,13 @@ class TaskMetrics:
 def task_metrics(
     config: EvalConfig, task: TaskType, official: Sequence[str], label_names: Sequence[str] = ()
 ) -> TaskMetrics:
-    """Return the metrics of a run: the official ones of its data, and those of the config.
+    """Return the metrics of a run: the official metrics of its data, and those in the config.
 
     Args:
         config: names further metrics, the one that ranks evaluations, and the positive label.
         task: classification, regression, mlm or causal_lm.
-        official: metrics of the data set.
-        label_names: of the classes.
+        official: the official metrics of the data set.
+        label_names: the names of the classes.
 
     Raises:
         ConfigError: a metric needs a positive label and there is none, or the label is unknown.
@@ -171,7 +171,7 @@ def _accuracy(predicted: Numbers, truth: Numbers) -> float:
 
 
 def _cross_entropy(predicted: Numbers, truth: Numbers) -> float:
-    """Return the mean in nats."""
+    """Return the mean cross-entropy in nats."""
     shifted = predicted - predicted.max(axis=1, keepdims=True)
     chosen = shifted[np.arange(len(truth)), truth.astype(int)]
     return float((np.log(np.exp(shifted).sum(axis=1)) - chosen).mean())
@@ -182,7 +182,7 @@ def _squared_error(predicted: Numbers, truth: Numbers) -> float:
 
 
 def _of_one_label(name: str, said: NDArray[np.bool_], is_so: NDArray[np.bool_]) -> float:
-    """Return precision, recall or F1; 0 where it is undefined."""
+    """Return precision, recall or F1; 0 if it is undefined."""
     from sklearn import metrics
 
     of: Callable[..., float] = getattr(metrics, f"{name}_score")
@@ -190,7 +190,7 @@ def _of_one_label(name: str, said: NDArray[np.bool_], is_so: NDArray[np.bool_]) 
 
 
 def _over_labels(name: str) -> Callable[[Numbers, Numbers], float]:
-    """Return a mean over the labels that occur or are predicted, as scikit-learn takes it."""
+    """Return a mean over the labels that occur or are predicted, as scikit-learn computes it."""
     kind, _, average = name.partition("_")
 
     def value(predicted: Numbers, truth: Numbers) -> float:
@@ -228,7 +228,7 @@ def _correlation(
             logger.info("%s is undefined, all %s are %g: counted as 0", name, what, values[0])
             return 0.0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scipy doubts its digits for nearly constant values
+        warnings.simplefilter("ignore")  # scipy warns about precision for nearly constant values
         value = float(of(truth, predicted))
     if math.isnan(value):
         logger.info("%s is undefined for these %d rows: counted as 0", name, len(truth))

@@ -1,4 +1,4 @@
-"""The dtypes and kernels of a run, and whether the device has them."""
+"""The dtypes and kernels of a run, and checks that the device supports them."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ STORED_DTYPE: dict[torch.dtype | None, Dtype] = {
 
 
 def frozen_dtype(spec: TeacherConfig, stored: torch.dtype | None, device: str) -> Dtype:
-    """`teacher.dtype`, else as stored on a GPU and fp32 on a CPU."""
+    """Return `teacher.dtype`; by default the stored dtype on a GPU, and fp32 on a CPU."""
     if spec.dtype is not None:
         return spec.dtype
     return "fp32" if device == "cpu" else STORED_DTYPE.get(stored, "fp32")
 
 
 def training_dtype(train: TrainConfig) -> Dtype:
-    """What `train.bf16` and `train.fp16` say."""
+    """Return the dtype that `train.bf16` and `train.fp16` choose."""
     return "bf16" if train.bf16 else "fp16" if train.fp16 else "fp32"
 
 
 def check_device(config: RunConfig, ranks: Ranks) -> None:
-    """Refuses what the device cannot compute in or with, before a teacher is trained for nothing.
+    """Raise if the device lacks a dtype or kernel, before a teacher is trained in vain.
 
     Raises:
-        ConfigError: naming the dtype and those the device has, or the kernels.
+        ConfigError: names the dtype and the supported dtypes, or the kernels.
     """
     check_dtype(training_dtype(config.train), ranks, "train")
     check_kernels(config.train.kernels, ranks, "train")
@@ -57,10 +57,10 @@ def check_device(config: RunConfig, ranks: Ranks) -> None:
 
 
 def check_dtype(dtype: Dtype, ranks: Ranks, where: str) -> None:
-    """Refuses what the device cannot compute in, before anything is loaded.
+    """Raise if the device does not support a dtype, before anything is loaded.
 
     Raises:
-        ConfigError: the dtype is not to be had there.
+        ConfigError: the device does not support the dtype.
     """
     known = supported_dtypes()
     if TORCH_DTYPE[dtype] not in known:
@@ -69,10 +69,10 @@ def check_dtype(dtype: Dtype, ranks: Ranks, where: str) -> None:
 
 
 def check_kernels(kernels: Kernels, ranks: Ranks, where: str) -> None:
-    """Refuses a code path that this device cannot run, before anything is loaded.
+    """Raise if this device cannot run the chosen kernels, before anything is loaded.
 
     Raises:
-        ConfigError: it is not to be had there.
+        ConfigError: the device does not support the kernels.
     """
     try:
         resolve_implementation(kernels, ranks.device)

@@ -1,4 +1,4 @@
-"""What a strategy that measures may use while a stage runs; all of it is collective."""
+"""Measurements for a strategy while a stage runs; all methods are collectives."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ BEGINNING = "beginning"
 
 @dataclass(frozen=True)
 class HeldOutProbe:
-    """Sums over ranks, the loss on held-out rows, and the student as it was at first.
+    """Sums over ranks, the loss on held-out rows, and the initial state of the student.
 
-    scorer: of the run. rows: that the loss is measured on.
-    folder: where the student's beginning is kept.
+    scorer: the scorer of the run. rows: the rows that the loss is measured on.
+    folder: the folder that stores the initial state of the student.
     """
 
     scorer: Scorer
@@ -32,17 +32,17 @@ class HeldOutProbe:
     folder: Path
 
     def add_up(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, in place."""
+        """Sum a tensor over all ranks, in place."""
         return all_reduce_(tensor)
 
     def loss(self, student: StudentEngine) -> float:
-        """Cross-entropy or squared error on the rows, the same on every rank."""
+        """Return cross-entropy or squared error on the rows, the same on every rank."""
         return self.scorer.loss(student.predict, self.rows)
 
     def remember(self, student: StudentEngine) -> None:
-        """Keeps the student, its optimizer included."""
+        """Save the student, its optimizer included."""
         student.save(self.folder, BEGINNING)
 
     def reset(self, student: StudentEngine) -> None:
-        """Makes it what it was, without a new engine."""
+        """Restore the saved student without a new engine."""
         student.load(self.folder, BEGINNING)

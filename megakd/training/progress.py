@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, its trackers, and a bar or a line per logging."""
+"""Output of a run while it trains: metrics.jsonl, trackers, and a progress bar or log lines."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ SHOWN = {LOSS: "loss", LEARNING_RATE: "lr", TOKENS_PER_SECOND: "tok/s", MEMORY_B
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """How long a stage is.
+    """The length of a stage.
 
     step: optimiser steps that were done before this start.
-    total_steps: of the stage.
+    total_steps: the optimiser steps of the stage.
     steps_per_epoch: the optimiser steps of one pass over the rows.
     """
 
@@ -47,12 +47,12 @@ class Extent:
     steps_per_epoch: int
 
     def epoch(self, step: int) -> float:
-        """Return how many passes over the rows a step has completed."""
+        """Return the number of passes over the rows that are completed after a step."""
         return round(step / self.steps_per_epoch, 4)
 
 
 class Progress:
-    """The bar of one stage where standard error is a terminal, else log lines."""
+    """The progress bar of one stage if standard error is a terminal, else log lines."""
 
     def __init__(self, stage: str, extent: Extent) -> None:
         self._stage, self._extent = stage, extent
@@ -80,12 +80,12 @@ class Progress:
             self._bar.set_postfix_str(", ".join(part.replace(" ", "=", 1) for part in shown))
 
     def _seconds_left(self, step: int) -> float:
-        """Return the time to the last step at the speed since this start, evaluations included."""
+        """Return the seconds left, at the speed since this start, evaluations included."""
         done = max(1, step - self._extent.step)
         return (time.perf_counter() - self._began) / done * (self._extent.total_steps - step)
 
     def close(self) -> None:
-        """Leave the finished bar where it is."""
+        """Close the bar and leave it on the screen."""
         if self._bar is not None:
             self._bar.close()
 
@@ -97,7 +97,7 @@ def _bar(stage: str, step: int, total_steps: int) -> tqdm:
 
 
 def _shown(scalars: Mapping[str, float]) -> list[str]:
-    """Return the numbers of a short line; metrics.jsonl has all of them, also those of views."""
+    """Return the numbers of a short line; metrics.jsonl has all numbers, also those of views."""
     training = [f"{name} {_short(k, scalars[k])}" for k, name in SHOWN.items() if k in scalars]
     return training + [
         f"{key} {value:.4g}"
@@ -119,7 +119,7 @@ def _clock(seconds: float) -> str:
 
 
 class Reporter:
-    """Scalars to metrics.jsonl, the trackers and the terminal; does nothing off the main rank."""
+    """Writer of scalars to metrics.jsonl, trackers and terminal; only the main rank writes."""
 
     def __init__(
         self, output_dir: Path, *, is_main: bool, trackers: Sequence[Tracker] = ()
@@ -132,7 +132,7 @@ class Reporter:
         self._progress: Progress | None = None
 
     def check(self) -> None:
-        """Look at metrics.jsonl before any long work.
+        """Check that metrics.jsonl can be written, before any long work.
 
         Raises:
             MegakdError: the run could not log its first number.
@@ -142,7 +142,7 @@ class Reporter:
                 self._path.open("ab").close()
 
     def begin(self, stage: str, extent: Extent) -> None:
-        """A stage starts or goes on."""
+        """Start or resume a stage."""
         self._end_progress()
         self.resume(stage, extent.step)
         self._extents[stage] = extent
@@ -150,7 +150,7 @@ class Reporter:
             self._progress = Progress(stage, extent)
 
     def resume(self, stage: str, step: int) -> None:
-        """Forget what was logged for `stage` after `step`, for those steps come again."""
+        """Remove the entries for `stage` after `step`, because these steps are repeated."""
         if not self._is_main:
             return
         self._close_file()
@@ -168,7 +168,7 @@ class Reporter:
             self._progress.advance(step)
 
     def log(self, step: int, scalars: Mapping[str, float], *, stage: str) -> None:
-        """Record numbers of an optimiser step (or of an evaluation after it)."""
+        """Record numbers of an optimiser step, or of an evaluation after it."""
         if not self._is_main:
             return
         values = {key: float(value) for key, value in scalars.items()}
@@ -182,7 +182,7 @@ class Reporter:
             self._progress.show(step, values)
 
     def close(self) -> None:
-        """Close every file; a later `log` opens what it needs."""
+        """Close every file; a later `log` opens the files again."""
         self._end_progress()
         self._close_file()
         for tracker in self._trackers:
@@ -193,7 +193,7 @@ class Reporter:
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 _cut_half_line(self._path)
-                # Without a buffer: its rest would fail again when the file is closed.
+                # Unbuffered: the rest of a buffer would fail again when the file is closed.
                 self._file = self._path.open("ab", buffering=0)
             content = line.encode() + b"\n"
             if self._file.write(content) < len(content):
@@ -212,7 +212,7 @@ class Reporter:
 
 @contextmanager
 def _reports_unusable(path: Path) -> Iterator[None]:
-    """Turn a failure to read or write the run's numbers into one message.
+    """Turn a failure to read or write the run's numbers into one error.
 
     Raises:
         MegakdError: the file cannot be used, or the disk is full.
@@ -228,7 +228,7 @@ def _reports_unusable(path: Path) -> Iterator[None]:
 
 
 def _whole_lines(path: Path) -> Iterator[str]:
-    """The lines of metrics.jsonl without the half one that a kill may have left."""
+    """Yield the complete lines of metrics.jsonl, without a partial line left by a kill."""
     if path.exists():
         with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
             yield from (line for line in file if line.endswith("\n"))
@@ -238,8 +238,8 @@ def _comes_again(line: str, stage: str, step: int) -> bool:
     try:
         record = json.loads(line)
     except json.JSONDecodeError:
-        return True  # damaged: worth nothing to any reader
-    # A stage that starts over has done nothing, not even its evaluation at step 0.
+        return True  # a damaged line is of no use
+    # A stage that starts over repeats everything, also its evaluation at step 0.
     return record.get("stage") == stage and (record.get("step", 0) > step or step == 0)
 
 

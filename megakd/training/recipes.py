@@ -1,4 +1,4 @@
-"""The stages that a run config itself asks for, whatever its method, and what they inherit."""
+"""The stages that a run config asks for with any method, and the options that they inherit."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def finetuning_stage(config: RunConfig, name: str) -> Stage | None:
-    """How a teacher is fine-tuned; None where the config does not ask for it.
+    """Return the stage that fine-tunes a teacher; None if the config does not ask for it.
 
     Args:
-        config: the run.
-        name: the teacher's.
+        config: the config of the run.
+        name: the name of the teacher.
     """
     if config.teacher_specs[name].finetune is None:
         return None
@@ -38,9 +38,9 @@ def label_terms(config: RunConfig, *, smoothed: bool = True) -> tuple[TermConfig
     """Return the loss on labels alone, with the options that the objective gives to this term.
 
     Args:
-        config: the run.
-        smoothed: keep the label smoothing. A teacher does without: a smoothed teacher says less of
-            how alike the labels are (Mueller et al. 2019).
+        config: the config of the run.
+        smoothed: keep the label smoothing. Teachers are trained without: the outputs of a smoothed
+            teacher say less about the similarity of labels (Mueller et al. 2019).
     """
     given = [t for t in config.objective or () if isinstance(t, HardCrossEntropy)]
     if not given:
@@ -50,9 +50,9 @@ def label_terms(config: RunConfig, *, smoothed: bool = True) -> tuple[TermConfig
 
 
 def completed(stage: Stage, config: RunConfig) -> Stage:
-    """A stage with what the run's sections say where it says nothing itself.
+    """Return a stage with unset options taken from the sections of the run.
 
-    A teacher that learns, whoever it learns from, does as its `finetune` says where it is there.
+    A teacher that learns, from any source, uses its `finetune` section if it is set.
     """
     teacher = config.teacher_specs.get(stage.role)
     finetune = teacher.finetune if teacher else None
@@ -64,7 +64,7 @@ def completed(stage: Stage, config: RunConfig) -> Stage:
 
 
 def baseline_stage(lab: Lab, name: str, student: StageResult) -> Stage:
-    """Return the stage of a baseline that the config lists; the method builds its own ones."""
+    """Return the stage of a baseline that the config lists; methods define further baselines."""
     if name == "alone":
         return _alone(lab, student)
     method = lab.config.method
@@ -72,10 +72,10 @@ def baseline_stage(lab: Lab, name: str, student: StageResult) -> Stage:
 
 
 def _alone(lab: Lab, student: StageResult) -> Stage:
-    """The same student, trained on the labels alone as `train` says, or `alone` where it does.
+    """Return the stage that trains the student on labels alone, by `alone` if set, else by `train`.
 
-    One that was cut out of its teacher has no weights of its own to begin with: its shape starts
-    from random ones. One that has some of its layers starts from those again.
+    A student that was cut out of its teacher has no weights of its own at the start, so its shape
+    starts from random weights. A student made of layers of a model starts from these layers again.
     """
     config = lab.config
     is_cut = config.student.model == FROM_TEACHER and config.student.layers is None
@@ -89,6 +89,6 @@ def _alone(lab: Lab, student: StageResult) -> Stage:
 
 
 def scoring_preset(deepspeed: str | Mapping[str, Any]) -> str:
-    """Return how a finished student is held while it is scored: sharded if it was trained so."""
+    """Return the preset for scoring a finished student: sharded if it was trained sharded."""
     ds = load_ds_config(deepspeed, where="student.deepspeed")
     return "teacher_zero3" if zero_stage(ds) == 3 else "teacher_zero0"

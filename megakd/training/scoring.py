@@ -1,4 +1,4 @@
-"""Scores a model on a held-out split, all ranks together."""
+"""Scores of a model on a held-out split, computed by all ranks together."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ Ask = Callable[[Batch], Mapping[str, torch.Tensor]]
 
 
 class Scored(NamedTuple):
-    """The metrics of a model, and of a classifier precision and recall by class."""
+    """The metrics of a model; for a classifier, also precision and recall by class."""
 
     metrics: dict[str, float]
     by_class: list[ClassReport]
 
 
 class Answers(NamedTuple):
-    """Outputs and labels of the rows seen so far, without the dummy ones."""
+    """Outputs and labels of the rows seen so far, without the dummy rows."""
 
     outputs: list[torch.Tensor]
     labels: list[torch.Tensor]
 
     def add(self, outputs: torch.Tensor, batch: Batch) -> None:
-        """Takes one micro-batch."""
+        """Add one micro-batch."""
         real = batch.valid.any(dim=1)
         self.outputs.append(outputs[real].cpu())
         self.labels.append(batch.labels[real].cpu())
@@ -46,11 +46,11 @@ class Answers(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """Turns a split and a forward into the task's metrics.
+    """Scorer that computes the task's metrics from a split and a forward.
 
-    metrics: what is computed; a language model's come from sums, the others from all outputs.
+    metrics: the metrics to compute, from sums for a language model, else from all outputs.
     batch_size: rows per rank.
-    masking: hides tokens of every row, the same ones at every evaluation (mlm).
+    masking: hides tokens of every row, the same tokens at every evaluation (mlm).
     """
 
     metrics: TaskMetrics
@@ -68,7 +68,7 @@ class Scorer:
         return self.scored(predict, rows).metrics
 
     def scored(self, predict: Predict, rows: Dataset) -> Scored:
-        """Return the metrics of `predict` on `rows` with those by class, the same on every rank.
+        """Return the metrics of `predict` on `rows`, also by class, the same on every rank.
 
         Raises:
             MegakdError: nothing can be scored, on all ranks alike.
@@ -80,13 +80,13 @@ class Scorer:
                 sums += said.sums.cpu()
             if said.outputs is not None:
                 answers.add(said.outputs, batch)
-        # Every rank has at least one batch, so all take the same way.
+        # Every rank has at least one batch, so all ranks take the same branch.
         return self._rows(answers) if answers.outputs else self._language_model(sums)
 
     def loss(self, predict: Predict, rows: Dataset) -> float:
-        """The mean loss on labels: cross-entropy in nats, or squared error; the same on every rank.
+        """Return the mean cross-entropy in nats or the mean squared error, the same on every rank.
 
-        A target of a language model, a labelled row of the others.
+        The mean is over the targets of a language model, or over the labelled rows of other tasks.
         """
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in self.batches(rows):
@@ -99,7 +99,7 @@ class Scorer:
         return total / max(1.0, count)
 
     def outputs(self, predict: Predict, rows: Dataset) -> torch.Tensor:
-        """What `predict` says of every row, labelled or not, the same on every rank.
+        """Return the outputs of `predict` for every row, labelled or not, the same on every rank.
 
         Returns:
             [N, C] fp32 logits or [N, 1] scores, in the order of the rows.
@@ -112,24 +112,24 @@ class Scorer:
         return self.answers(ask, rows)["outputs"]
 
     def answers(self, ask: Ask, rows: Dataset) -> dict[str, torch.Tensor]:
-        """What a model says of every row, the same on every rank.
+        """Return a model's answers for every row, the same on every rank.
 
         Args:
-            ask: tensors of one shape, by name, of every micro-batch; their rows come first.
-            rows: all are asked about, in their order.
+            ask: returns tensors of one shape, by name, for every micro-batch; rows come first.
+            rows: the rows to ask about, in their order.
         """
         said = [ask(batch) for batch in self.batches(rows)]
         found = {}
         for name in said[0]:
             mine = torch.stack([answer[name].cpu() for answer in said])
-            # [turns, ranks, batch_size, …]: the order in which the rows were dealt out, so that
-            # the dummy rows, which fill the last batches, all stand at the end.
+            # [turns, ranks, batch_size, …]: the order in which the rows were distributed, so that
+            # the dummy rows, which fill the last batches, come last.
             dealt = torch.stack(gather(mine), dim=1)
             found[name] = dealt.flatten(0, 2)[: len(rows)]
         return found
 
     def batches(self, rows: Dataset) -> Iterator[Batch]:
-        """This rank's share of the rows on its device, as many batches as any rank has."""
+        """Yield this rank's share of the rows on its device, equally many batches on each rank."""
         ranks = self.ranks
         for batch in evaluation_batches(
             rows,
@@ -157,7 +157,7 @@ class Scorer:
 
 
 def _missed(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """[2] fp64: the summed loss of the labelled rows, and how many those are."""
+    """Return [2] fp64: the summed loss of the labelled rows, and their number."""
     if labels.is_floating_point():
         error = (outputs.double().squeeze(-1) - labels.double()).square()
         return torch.stack([error.nansum(), (~error.isnan()).sum().double()])

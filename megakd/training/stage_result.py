@@ -1,4 +1,4 @@
-"""result.json: what a finished stage came to, in its folder, read once the folder is verified."""
+"""result.json: the result of a finished stage, read only after its folder is verified."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESULT = "result.json"
 
 
 def result_text(result: StageResult, fingerprint: Fingerprint) -> str:
-    """result.json of a stage: what it came to, and what that depends on."""
+    """Return the content of result.json: the result of a stage, and its fingerprint."""
     record = asdict(result) | {"folder": None, "fingerprint": fingerprint}
     return atomic.json_text(record, indent=2)
 
@@ -37,15 +37,15 @@ def read_result(
     """Return a finished stage's result; None if the stage has steps to take; a collective.
 
     Args:
-        folder: of the stage.
+        folder: the folder of the stage.
         fingerprint: what the result depends on.
-        may_grow: whether a result of fewer steps is gone on with, see `longer`.
+        may_grow: whether a result of fewer steps may be continued, see `longer`.
 
     Raises:
-        CheckpointError: the folder is damaged, or holds the result of another config, the fields
-            named.
+        CheckpointError: the folder is damaged, or holds the result of another config; the message
+            names the differing fields.
     """
-    # Rank 0 looks: on a network disk the others may not see yet what it sees.
+    # Only rank 0 reads: on a network disk, other ranks may not see the files yet.
     found = on_main(lambda: _result_there(folder))
     if found is None:
         return None
@@ -70,7 +70,7 @@ def read_result(
 
 
 def _result_there(folder: Path) -> tuple[StageResult, Fingerprint] | None:
-    """Read result.json of a stage's folder, all files of which are verified."""
+    """Read result.json of a stage's folder, after verifying all files of the folder."""
     path = folder / RESULT
     if not (path.is_file() or (folder / CHECKSUMS).is_file()):
         return None
@@ -85,7 +85,7 @@ def _result_there(folder: Path) -> tuple[StageResult, Fingerprint] | None:
 
 
 def remake(folder: Path) -> str:
-    """Say how a stage's damaged folder is made again."""
+    """Return instructions for making a damaged stage folder again."""
     report = folder.parent.parent / "report.json"
     also = f" and {report}" if report.is_file() else ""
     return (

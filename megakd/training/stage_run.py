@@ -1,4 +1,4 @@
-"""Runs one stage around the loop: resume, log, evaluate, save, and the finished model."""
+"""One stage around the training loop: resume, log, evaluate, save, and write the model."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 class StageRun:
     """One stage, from its engines to its finished model folder.
 
-    Engines are built on entering and freed on leaving the context.
+    The constructor builds the engines, and `close` frees them.
     """
 
     def __init__(
@@ -120,18 +120,18 @@ class StageRun:
 
     @property
     def keeps_best(self) -> bool:
-        """Whether the best evaluation, not the last step, is what the stage gives."""
+        """True if the stage returns the best evaluation instead of the last step."""
         wanted = self.config.eval.keep_best
         return self.config.eval.eval_steps is not None if wanted is None else wanted
 
     def run(self, folder: Path) -> StageResult:
-        """Trains what is left to train and writes the model folder; a collective.
+        """Train the remaining steps and write the model folder; a collective.
 
         Raises:
             MegakdError: the loss is not finite, or a checkpoint cannot be read or written.
         """
         start = self._resume()
-        # On rank 0, and its full disk is everybody's error.
+        # On rank 0; a full disk there is an error on all ranks.
         on_main(lambda: self.reporter.begin(self.stage.name, self.extent(start)))
         self.trainer.strategy.begin(self.student, start)
         self.health.begin()
@@ -157,13 +157,13 @@ class StageRun:
         return result
 
     def extent(self, step: int) -> Extent:
-        """Return how long the stage is, for its log, at a start from `step`."""
+        """Return the length of the stage at a start from `step`, for its log."""
         return Extent(
             step=step, total_steps=self.steps, steps_per_epoch=self.source.steps_per_epoch
         )
 
     def _on_device(self, start: int) -> Generator[Sequence[Batch], None, None]:
-        # A stage that had stopped early when it was killed has no step left.
+        # A stage that had stopped early before it was killed has no step left.
         stop = start if self.stopping.stopped else self.steps
         with closing(self.source.iterate(start, stop)) as steps:
             for batches in steps:
@@ -211,7 +211,7 @@ class StageRun:
         is_told = self.stop_vote.passed()
         if last or is_told or _due(step, self.config.save.save_steps):
             self._save(step)
-        # A signal in the last step may have come too late for the vote.
+        # A signal in the last step may be too late for the vote.
         number = agreed_signal() if is_told or last else 0
         if number:
             raise signals.stopped(number, f"{self.stage.name} saved at step {step}")
@@ -266,12 +266,12 @@ class StageRun:
     def _write_result(
         self, result: StageResult, evaluation: Evaluation, *, best: Path | None
     ) -> None:
-        """Write the finished stage's folder; its result.json makes it finished.
+        """Write the folder of the finished stage; result.json marks the folder as finished.
 
         Args:
-            result: of the stage.
-            evaluation: says how the learner is cut.
-            best: the folder that it is a copy of; None writes the learner as it is.
+            result: the result of the stage.
+            evaluation: defines how the learner is cut.
+            best: the folder to copy; None writes the learner in its current state.
         """
         record = {
             RESULT: result_text(result, self.checkpoints.fingerprint),
@@ -290,7 +290,7 @@ class StageRun:
     def _write_model(
         self, folder: Path, extra: Mapping[str, str | bytes], evaluation: Evaluation
     ) -> None:
-        """The learner, cut as an evaluation says, with small files beside; a collective."""
+        """Write the learner, cut as an evaluation says, with extra small files; a collective."""
         model = self.student.student
         view = self.stage.views.get(evaluation.view or "")
         cut = evaluation.cut or (None if view is None else Cut(None, view))
@@ -321,12 +321,12 @@ class StageRun:
             logger.info(text)
 
     def close(self) -> None:
-        """Frees the engine."""
+        """Free the engine."""
         self.student.destroy()
 
 
 def step_shape(train: TrainConfig, ranks: Ranks) -> StepShape:
-    """How the rows of a step are dealt to this rank."""
+    """Return the distribution of a step's rows, for this rank."""
     return StepShape(
         train.per_device_train_batch_size,
         train.gradient_accumulation_steps,

@@ -1,7 +1,7 @@
-"""Where logged numbers go besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow.
+"""Services for logged numbers besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow.
 
-Each stage is a run of its own there, so that its steps begin at 0 and a resumed stage goes on with
-its curve. All of this happens on the main rank.
+Each stage is a separate run of the service, so that its steps begin at 0 and a resumed stage
+continues its curve. Only the main rank uses trackers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Tracker(Protocol):
     """A service that draws curves."""
 
     def begin(self, stage: str, step: int) -> None:
-        """Start a stage, or go on with it if `step` steps were logged before."""
+        """Start a stage, or continue it if `step` steps were logged before."""
         ...
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
@@ -38,7 +38,7 @@ class Tracker(Protocol):
         ...
 
     def close(self) -> None:
-        """Close everything; a later `log` opens what it needs."""
+        """Close all open runs; a later `log` opens them again."""
         ...
 
 
@@ -65,8 +65,8 @@ def make_trackers(
 
     Args:
         names: as in `log.report_to`.
-        folder: the run's `output_dir`, whose name stands for the run.
-        config: what a service shows beside the curves.
+        folder: the run's `output_dir`, whose name identifies the run.
+        config: the run config that a service shows beside the curves.
     """
     makers: dict[str, Callable[[], Tracker]] = {
         "tensorboard": lambda: TensorBoard(folder),
@@ -76,7 +76,7 @@ def make_trackers(
     return [makers[name]() for name in names]
 
 
-# Flushed after every log, by the thread that can answer for a failure.
+# Files are flushed after every log, by the thread that can handle a failure.
 _NEVER_S = 10**9
 
 
@@ -89,7 +89,7 @@ class TensorBoard:
         self._lost = False
 
     def begin(self, stage: str, step: int) -> None:
-        """Forget what was logged after `step`, for those steps come again."""
+        """Remove the entries after `step`, because these steps are repeated."""
         if self._lost:
             return
         with self._forgiving():
@@ -97,7 +97,7 @@ class TensorBoard:
             self._open(stage, purge_step=step + 1 if step else 0)
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Write the numbers and flush them; a disk that is full is said once and left alone."""
+        """Write the numbers and flush them; if the disk is full, warn once and write no more."""
         if self._lost:
             return
         with self._forgiving():
@@ -109,7 +109,7 @@ class TensorBoard:
 
     @contextmanager
     def _forgiving(self) -> Iterator[None]:
-        """Give up the curves, which metrics.jsonl has too, rather than the run."""
+        """Stop writing curves on an error, but not the run; metrics.jsonl has all numbers."""
         try:
             yield
         except OSError as error:
@@ -126,7 +126,7 @@ class TensorBoard:
 
         folder = self._folder / stage
         folder.mkdir(parents=True, exist_ok=True)
-        # The writer's own thread writes first, and would print a traceback if it could not.
+        # The writer's own thread writes first, and would print a traceback on a failure.
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(4096))
         self._writers[stage] = SummaryWriter(
@@ -147,14 +147,14 @@ class TensorBoard:
 
 @dataclass
 class _RunIds:
-    """The run of each stage at a service, kept in the output folder for a resumed run."""
+    """The run id of each stage at a service, kept in the output folder for a resumed run."""
 
     path: Path
     service: str
     of_stage: dict[str, str] = field(default_factory=dict)
 
     def begin(self, stage: str, step: int) -> str | None:
-        """Return the run to go on with; None if the stage starts anew."""
+        """Return the run to continue; None if the stage starts anew."""
         self.of_stage = self._read().get(self.service, {}) | self.of_stage
         return self.of_stage.get(stage) if step else None
 
@@ -168,7 +168,7 @@ class _RunIds:
 
 
 class WeightsAndBiases:
-    """A run per stage at wandb, all in one group; WANDB_PROJECT names the project."""
+    """Tracker with one wandb run per stage, all in one group; WANDB_PROJECT names the project."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self._folder, self._config = folder, config
@@ -177,7 +177,7 @@ class WeightsAndBiases:
         self._stage: str | None = None
 
     def begin(self, stage: str, step: int) -> None:
-        """Finish the stage before and start or resume the run of this one."""
+        """Finish the run of the previous stage, and start or resume the run of this stage."""
         wandb = _module("wandb")
         self.close()
         known = self._ids.begin(stage, step)
@@ -200,7 +200,7 @@ class WeightsAndBiases:
         self._ids.remember(stage, self._run.id)
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Send the numbers; wandb itself sends them again after a lost connection."""
+        """Send the numbers; wandb sends them again after a lost connection."""
         if self._stage != stage:
             self.begin(stage, step)
         self._run.log(dict(values), step=step)
@@ -213,7 +213,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run per stage; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say where."""
+    """Tracker with one run per stage, at MLFLOW_TRACKING_URI in MLFLOW_EXPERIMENT_NAME."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self._folder, self._config = folder, config
@@ -244,7 +244,7 @@ class MLflow:
         return run.info.run_id
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Send the numbers; a server that does not answer is said once and left alone."""
+        """Send the numbers; if the server does not answer, warn once and send no more."""
         if self._lost:
             return
         mlflow, entities = _module("mlflow"), _module("mlflow.entities")
@@ -274,10 +274,10 @@ class MLflow:
 
 
 def _module(name: str) -> Any:
-    """Return the library of a service, which not every installation has."""
+    """Import the library of a service, which may not be installed."""
     return importlib.import_module(name)
 
 
 def _mlflow_name(key: str) -> str:
-    """Return a name with the characters that MLflow allows."""
+    """Return a metric name with only the characters that MLflow allows."""
     return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in key)

@@ -1,4 +1,4 @@
-"""The one training loop. It knows no model, no loss, no teacher and no method."""
+"""The training loop, which depends on no model, no loss, no teacher and no method."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megakd.engine.stopwatch import Stopwatch
 
 
 class Learner(Protocol):
-    """The student's engine, as the loop sees it."""
+    """Interface of the student's engine that the loop uses."""
 
     def forward_backward(
         self,
@@ -27,20 +27,20 @@ class Learner(Protocol):
         *,
         boundary: bool,
     ) -> Losses:
-        """Adds one micro-batch to the step's gradient."""
+        """Add one micro-batch to the step's gradient."""
         ...
 
     def step(self, learning_rate: float) -> None:
-        """Applies the step's gradient."""
+        """Apply the step's gradient."""
         ...
 
     def gradient_norm(self) -> Tensor | None:
-        """Of the last step, before clipping."""
+        """Return the gradient norm of the last step, before clipping."""
         ...
 
 
 class Meter:
-    """Sums what the losses report, on the device, until somebody reads it."""
+    """Sums of the reported losses, kept on the device until they are read."""
 
     def __init__(self) -> None:
         self.first_bad_step: Tensor | None = None
@@ -48,7 +48,7 @@ class Meter:
         self._parts: dict[str, Tensor] = {}
 
     def add(self, step: int, losses: Losses) -> None:
-        """Takes one micro-batch; remembers the first step whose loss is not finite."""
+        """Add one micro-batch; remember the first step whose loss is not finite."""
         for name, value in losses.parts.items():
             self._parts[name] = self._parts[name] + value if name in self._parts else value
         total = losses.total.detach()
@@ -58,17 +58,17 @@ class Meter:
         self.first_bad_step = torch.where(bad, step, self.first_bad_step)
 
     def take(self) -> dict[str, Tensor]:
-        """This rank's share of the step's parts, and starts the next step."""
+        """Return this rank's part of the step's losses, and start the next step."""
         parts, self._parts = self._parts, {}
         return parts
 
 
 @dataclass
 class Trainer:
-    """Steps until told to stop.
+    """Training loop that takes steps until it is told to stop.
 
     student: the engine that learns.
-    teachers: by name, those that the strategy may plan.
+    teachers: the teachers that the strategy may plan, by name.
     strategy: plans each step.
     count_units: micro-batches of this rank -> global unit counts, on the device.
     learning_rate: step -> rate.
@@ -83,16 +83,16 @@ class Trainer:
     meter: Meter = field(default_factory=Meter)
 
     def fit(self, steps: Iterable[Sequence[Batch]]) -> Iterator[StepReport]:
-        """Takes one optimiser step per item of `steps` and yields its report.
+        """Take one optimiser step per item of `steps` and yield its report.
 
-        The caller logs, evaluates and saves between two steps; `self.step` is then the number
-        of steps taken, which with the strategy's state is all that the loop must resume.
+        The caller logs, evaluates and saves between two steps. `self.step` is then the number of
+        steps taken. The loop resumes from `self.step` and the strategy's state alone.
         """
         for batches in steps:
             yield self.train_step(batches)
 
     def train_step(self, batches: Sequence[Batch]) -> StepReport:
-        """One optimiser step over this rank's micro-batches."""
+        """Take one optimiser step over this rank's micro-batches."""
         plan = self.strategy.passes(self.step)
         counts = self.count_units(batches)
         for batch, is_last in _mark_last(batches):
@@ -120,21 +120,21 @@ class Trainer:
             return {name: self.teachers[name](batch.of(name)) for name in frozen}
 
     def _call_up(self, plan: Sequence[Pass]) -> None:
-        """The next step's teachers make ready while the student learns, and the others rest."""
+        """Prefetch the teachers of the next step while the student learns, and evict the others."""
         if self.teachers.keys() <= {*teacher_names(plan)}:
             return
         upcoming = teacher_names(self.strategy.passes(self.step + 1))
-        # Who rests goes first: there is room for the others then.
+        # Evict first, to make room for the prefetched teachers.
         for name in sorted(self.teachers, key=lambda name: name in upcoming):
             teacher = self.teachers[name]
             (teacher.prefetch if name in upcoming else teacher.evict)()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the loop must resume, the same on every rank."""
+        """Return the state that the loop must resume, the same on every rank."""
         return {"step": self.step, "strategy": self.strategy.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes what `state_dict` gave."""
+        """Load the state that `state_dict` returned."""
         self.step = state["step"]
         self.strategy.load_state_dict(state["strategy"])
 

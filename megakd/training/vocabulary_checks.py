@@ -1,4 +1,4 @@
-"""Whether the run's tokenizer is the one that pretrained weights were trained with."""
+"""Checks that the run's tokenizer is the tokenizer that pretrained weights were trained with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megakd.config.run import TaskConfig
-    from megakd.models.loading import ModelSource
+    from megakd.models.source import ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 def check_vocabularies(
     task: TaskConfig, tokenizer: PreTrainedTokenizerBase, sources: Iterable[ModelSource]
 ) -> None:
-    """Refuse models whose weights were trained with another tokenizer than the run's.
+    """Raise if a model's weights were trained with a tokenizer other than the run's.
 
     Raises:
-        TeacherError: naming all such models.
+        TeacherError: names all such models.
     """
     models = list(sources)
     problems = [*without_tokenizer(task, models), *other_vocabularies(task, tokenizer, models)]
@@ -34,10 +34,10 @@ def check_vocabularies(
 
 
 def without_tokenizer(task: TaskConfig, sources: Iterable[ModelSource]) -> Iterator[str]:
-    """Models with weights and without tokenizer files, one line each; no tokenizer is read.
+    """Yield an error for each model with weights and without tokenizer files; read no tokenizer.
 
-    Their embeddings mean nothing under a tokenizer that is trained on the run's text, or under
-    another model's. A tokenizer that `task.tokenizer` names is taken as told.
+    The embeddings of such a model mean nothing with a tokenizer that is trained on the run's text,
+    or with another model's tokenizer. A tokenizer that `task.tokenizer` names is accepted.
     """
     if isinstance(task.tokenizer, str):
         return
@@ -53,9 +53,9 @@ def without_tokenizer(task: TaskConfig, sources: Iterable[ModelSource]) -> Itera
 def other_vocabularies(
     task: TaskConfig, tokenizer: PreTrainedTokenizerBase, sources: Iterable[ModelSource]
 ) -> Iterator[str]:
-    """Models that come with another tokenizer than the run's, one line each.
+    """Yield an error for each model that comes with another tokenizer than the run's.
 
-    A tokenizer that `task.tokenizer` names is taken as told, with a line in the log.
+    A tokenizer that `task.tokenizer` names is accepted, with a line in the log.
     """
     vocabulary = tokenizer.get_vocab()
     for source, folder in _pretrained(sources):
@@ -77,7 +77,7 @@ def other_vocabularies(
 def _tell(
     source: ModelSource, own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Say how many tokens mean something else to a model than to the run's tokenizer."""
+    """Warn about the number of tokens with another meaning in the run's tokenizer."""
     vocabulary = tokenizer.get_vocab()
     other = sum(vocabulary.get(token) != number for token, number in own.get_vocab().items())
     if other:
@@ -92,7 +92,7 @@ def _tell(
 
 
 def _pretrained(sources: Iterable[ModelSource]) -> Iterator[tuple[ModelSource, Path]]:
-    """The models with stored weights, each folder once."""
+    """Yield the models with stored weights, each folder once."""
     seen: set[Path] = set()
     for source in sources:
         if source.folder is not None and source.folder not in seen:

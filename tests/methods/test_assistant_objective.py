@@ -13,7 +13,7 @@ from megakd.errors import ConfigError
 from megakd.methods.assistants import check_reach, objective_of, views_of
 from megakd.methods.direct import DirectConfig
 from megakd.models.architectures import architecture_of
-from megakd.models.loading import ModelSource
+from megakd.models.source import ModelSource
 from megakd.pruning.allocation import UnitScores
 from megakd.pruning.store import SortedTeacher, unscored
 

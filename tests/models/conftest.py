@@ -14,8 +14,9 @@ from transformers import (
 )
 
 from megakd.config.run import ScratchModel, TaskConfig
-from megakd.models.loading import ModelSource, load_model, resolve_model
+from megakd.models.loading import load_model, resolve_model
 from megakd.models.own_models import register_own_models
+from megakd.models.source import ModelSource
 
 register_own_models()
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2")

@@ -20,8 +20,9 @@ from megakd.config.run import TaskConfig
 from megakd.contract.units import UnitOrder, View
 from megakd.models.architectures import architecture_of
 from megakd.models.cutting import cut_config, cut_state
-from megakd.models.loading import ModelSource, load_model, resolve_model
+from megakd.models.loading import load_model, resolve_model
 from megakd.models.own_models import register_own_models
+from megakd.models.source import ModelSource
 
 register_own_models()
 VOCABULARY = 60

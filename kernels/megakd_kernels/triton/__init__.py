@@ -1,1 +1,1 @@
-"""Triton kernels; imported only when one of them is used."""
+"""Triton kernels; imported only when a kernel is used."""

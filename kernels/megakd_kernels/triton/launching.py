@@ -1,4 +1,4 @@
-"""What all launches of row kernels have in common."""
+"""Helpers that all launches of row kernels share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_rows(**tensors: Tensor | None) -> None:
-    """Raises ValueError for rows that a kernel cannot read: another type, columns apart."""
+    """Raise ValueError if a kernel cannot read the rows: wrong dtype, or columns not adjacent."""
     for name, rows in tensors.items():
         if rows is None:
             continue
@@ -23,7 +23,7 @@ def check_rows(**tensors: Tensor | None) -> None:
 
 
 def warp_kind(warp: Warp) -> int:
-    """How raw logits become the model's, as kernels are compiled for it."""
+    """Return the kind of logit transform that a kernel is compiled for."""
     if warp.softcap != 0.0:
         return CAPPED.value
     return AS_THEY_ARE.value if warp.scale == 1.0 else SCALED.value

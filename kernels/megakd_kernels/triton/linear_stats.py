@@ -1,10 +1,10 @@
 """Statistics of two LM heads in one sweep that stores no logit.
 
-A program owns a tile of rows and a stretch of the vocabulary. Per block of ids it multiplies the
-hidden states with both heads, tile by tile, and folds the logits into running sums; what is
-stored is eleven numbers per row and stretch, which `_joined` adds up. Row maxima and sums are
-kept apart, and the gap between the models is formed from raw logits, whose difference is exact
-where they are close; terms of a block are summed in fp32, blocks in fp64.
+A program owns a tile of rows and a stretch of the vocabulary. For each block of ids it multiplies
+the hidden states with both heads, tile by tile, and adds the logits to running sums. It stores
+eleven numbers per row and stretch, which `_joined` adds up. Row maxima and sums are kept
+separate. The gap between the models is formed from raw logits, because the difference of close
+logits is exact. Terms of a block are summed in fp32, blocks in fp64.
 Shapes: N rows, V vocabulary, H width.
 """
 
@@ -23,15 +23,15 @@ from megakd_kernels.statistics import RowStats, StatsTask
 from megakd_kernels.triton.launching import warp_kind
 from megakd_kernels.triton.row_math import LOG2_E, warped
 
-# Finite, so that no difference is NaN. What is hidden lies as far below the first maximum as that
-# below every logit, so that its exponential is 0 against either.
+# Finite, so that no difference is NaN. A hidden logit is as far below the first maximum as the
+# first maximum is below every real logit, so that its exponential is 0 relative to both.
 _FIRST_MAXIMUM = tl.constexpr(-1e30)
 _HIDDEN = tl.constexpr(-2e30)
 
 _FIELDS = 11
-# Programs per multiprocessor: enough that the last wave does not matter much.
+# Programs per multiprocessor, enough to make the cost of the last wave small.
 _WAVES = 4
-# Blocks of ids below which a program spends its time on starting and storing.
+# Fewest blocks of ids per program; with fewer blocks, starting and storing take most time.
 _FEWEST_BLOCKS = 8
 
 
@@ -43,9 +43,9 @@ def _logits(
     BLOCK_WIDTH: tl.constexpr, UPCAST: tl.constexpr, HAS_BIAS: tl.constexpr,
     WARP: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_ROWS, BLOCK_IDS] fp32; anything where a row does not count or an id is not known."""
+    """Return logits [BLOCK_ROWS, BLOCK_IDS] in fp32; undefined for masked rows and ids."""
     total = tl.zeros([BLOCK_ROWS, BLOCK_IDS], tl.float32)
-    # An index times a stride may be beyond int32.
+    # An index times a stride may exceed int32.
     row_starts = hidden + rows.to(tl.int64)[:, None] * hidden_row
     id_starts = weight + ids.to(tl.int64)[None, :] * weight_row
     for start in range(0, WIDTH, BLOCK_WIDTH):
@@ -85,9 +85,9 @@ def _statistics_kernel(
     WARP_S: tl.constexpr, WARP_T: tl.constexpr,
     HAS_TEACHER: tl.constexpr, HAS_LABELS: tl.constexpr, OWN_HARD: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums [fields, stretches, N] of one tile of rows over one stretch of ids.
+    """Store partial sums [fields, stretches, N] of one tile of rows over one stretch of ids.
 
-    steepness: log2(e) / temperature, from logits to exponents of 2.
+    steepness: log2(e) / temperature, which converts logits to exponents of 2.
     """
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     within = rows < count
@@ -109,7 +109,7 @@ def _statistics_kernel(
 
     first = tl.program_id(1) * stretch
     last = tl.minimum(first + stretch, used)
-    # Prompts and padding come in runs: a tile without a row that counts multiplies nothing.
+    # Rows of prompts and padding are adjacent: a tile without a row that counts skips all products.
     last = first + (last - first) * tl.max(counted.to(tl.int32), 0)
     for start in range(first, last, BLOCK_IDS):
         ids = start + tl.arange(0, BLOCK_IDS)
@@ -142,14 +142,14 @@ def _statistics_kernel(
             common = tl.maximum(tl.max(is_top.to(tl.int32), 1), tl.where(still, common, 0))
             sum_s *= tl.exp2((max_s - new_s) * steepness)
             sum_s += _total(tl.exp2((s - new_s[:, None]) * steepness))
-            # Gaps less that of the first maxima: large equal shifts cost no digits.
+            # Subtract the gap of the first maxima, so that a large common shift costs no digits.
             is_first = (max_t == _FIRST_MAXIMUM) & (new_s > _FIRST_MAXIMUM)
             shift = tl.where(is_first, new_t - new_s, shift)
             below = t - new_t[:, None]
             mass = tl.exp2(below * steepness)
             moved = max_t - new_t
             decay = tl.exp2(moved * steepness)
-            # 0 times an infinite gap or depth is 0: the teacher gives the id nothing.
+            # The product of 0 and an infinite gap or depth is 0: the teacher's probability is 0.
             gap = tl.where(decay > 0, gap * decay, 0.0)
             gap += _total(tl.where(mass > 0, mass * ((t - s) - shift[:, None]), 0.0))
             depth = decay * (depth + sum_t * moved)
@@ -176,7 +176,7 @@ def _statistics_kernel(
 
 
 class _Tiling(NamedTuple):
-    """Rows, ids and widths of a tile, and how a launch is cut and staged."""
+    """Rows, ids and width of a tile, and the launch options."""
 
     rows: int
     ids: int
@@ -187,11 +187,11 @@ class _Tiling(NamedTuple):
 
 
 def tiled_stats(student: Side, teacher: Side | None, task: StatsTask) -> RowStats:
-    """Statistics per row in fp32; anything in rows that are not valid.
+    """Compute the statistics per row in fp32; values of rows that are not valid are undefined.
 
     Args:
-        student: all of its ids.
-        teacher: the shared ids, or None.
+        student: head with all ids.
+        teacher: head with the shared ids, or None.
         task: see `StatsTask`; chunk_mb is not read.
     """
     count = len(student.hidden)
@@ -204,7 +204,7 @@ def tiled_stats(student: Side, teacher: Side | None, task: StatsTask) -> RowStat
         return RowStats(*partials.new_zeros(4, 0).float().unbind(0))
     soft = student if teacher is None else teacher
     blocks = triton.cdiv(used, tiling.ids)
-    # A launch goes to the current device, which need not be the one of the tensors.
+    # A launch uses the current device, which may differ from the device of the tensors.
     kernel: Any = _statistics_kernel
     with torch.cuda.device_of(student.hidden):
         kernel[(triton.cdiv(count, tiling.rows), tiling.stretches)](
@@ -242,7 +242,7 @@ def tiled_stats(student: Side, teacher: Side | None, task: StatsTask) -> RowStat
 
 
 def _joined(partials: Tensor, task: StatsTask, *, has_teacher: bool, own_hard: bool) -> RowStats:
-    """From the sums of the stretches to those of the rows; in fp64, it is little."""
+    """Join the sums of the stretches to row statistics, in fp64 because the tensors are small."""
     max_s, sum_s, max_t, sum_t, gap, depth, shift, common, max_hard, sum_hard, target = partials
     ce = kl = entropy = torch.zeros_like(max_s[0])
     peak, total = _merge(max_hard, sum_hard, 1.0) if own_hard else _merge(max_s, sum_s, 1.0)
@@ -259,7 +259,7 @@ def _joined(partials: Tensor, task: StatsTask, *, has_teacher: bool, own_hard: b
         offset = peak_t - peak_s
         gaps = decay * (gap + sum_t * (shift - offset))
         gaps = torch.where(decay > 0, gaps, 0).sum(0) / total_t
-        # Rounding may leave -1e-8 where the truth is 0.
+        # Rounding may give -1e-8 if the exact value is 0.
         kl = (gaps / temperature - (total_t / total_s).log()).clamp(min=0)
         depths = (decay * (depth + sum_t * moved)).sum(0) / total_t
         entropy = total_t.log() - depths / temperature
@@ -268,7 +268,7 @@ def _joined(partials: Tensor, task: StatsTask, *, has_teacher: bool, own_hard: b
 
 
 def _merge(maxima: Tensor, sums: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Maximum and sum of exponentials of whole rows, [stretches, N] -> [N] each."""
+    """Return maximum and sum of exponentials of whole rows, [stretches, N] -> [N] each."""
     peak = maxima.amax(0)
     return peak, (sums * ((maxima - peak) / temperature).exp()).sum(0)
 
@@ -283,9 +283,9 @@ def _strides(side: Side, warp: Warp) -> tuple[float, ...]:
 
 
 def _multiplies_wide(side: Side) -> bool:
-    """Whether products run in fp32: where types differ, and on a CPU.
+    """Return whether products run in fp32: if the dtypes differ, and on a CPU.
 
-    The interpreter would multiply the bit patterns of bf16.
+    On a CPU, Triton's interpreter would multiply the bit patterns of bf16.
     """
     return side.hidden.dtype != side.weight.dtype or side.hidden.is_cpu
 

@@ -1,4 +1,4 @@
-"""The relation loss by flash kernels: launches them over blocks that can meet, saves no pairs.
+"""The relation loss with flash kernels, launched over blocks that can interact; no pairs saved.
 
 Shapes: B batch, L positions, D width, A relation heads, n blocks of positions.
 """
@@ -18,16 +18,16 @@ from megakd_kernels.triton.relation_flash_kernels import backward_kernel, forwar
 
 _NARROWEST_DOT = 16
 _INTERPRETER_BLOCK = 16
-# Block and pipeline stages, best first; the first that fits the shared memory is taken. fp32
-# begins with blocks of 32: its products run in registers, which blocks of 64 overflow.
+# Block and pipeline stages, best first; the first pair that fits the shared memory is used. fp32
+# begins with blocks of 32: its products run in registers, which overflow with blocks of 64.
 _TILINGS = ((64, 2), (64, 1), (32, 2), (32, 1), (16, 1))
 _WIDE_TILINGS = _TILINGS[2:]
-# Bytes of a position of one head in both models above which four warps run out of registers.
+# Bytes per position of one head in both models, above which four warps need too many registers.
 _BYTES_OF_FOUR_WARPS = 384
 
 
 class _Plan(NamedTuple):
-    """Launch options: positions of a block, head widths padded to what tl.dot takes."""
+    """Launch options: positions of a block, and head widths padded for tl.dot."""
 
     block: int
     padded_student: int
@@ -37,7 +37,7 @@ class _Plan(NamedTuple):
 
 
 def forward(relation: Relation) -> tuple[Tensor, Tensor]:
-    """The scalar loss and the statistics [4, B, A, L] of its rows, which `backward` reads."""
+    """Return the scalar loss and the row statistics [4, B, A, L] that `backward` reads."""
     batch, length = relation.weight.shape
     statistics = relation.weight.new_empty(4, batch, relation.heads, length)
     values = relation.weight.new_empty(batch, relation.heads, length)
@@ -58,10 +58,10 @@ def backward(
     wants_queries: bool,
     wants_keys: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the student's queries and keys, [B, L, Ds] in their dtype.
+    """Return the gradients of the student's queries and keys, [B, L, Ds] in their dtype.
 
-    One that is not wanted has no elements; that of the queries is the whole gradient of a self
-    relation.
+    A gradient that is not requested has no elements. The gradient of the queries is the whole
+    gradient of a self relation.
     """
     queries, keys = relation.student_queries, relation.student_keys
     soft_queries, soft_keys = relation.teacher_queries, relation.teacher_keys
@@ -88,9 +88,9 @@ def _launch(
     rows: tuple[Tensor, ...],
     **directions: bool,
 ) -> None:
-    """Runs one program per block, head and example; `sides` own and stream, student first.
+    """Run one program per block, head and example; `sides`: own and streamed, student first.
 
-    rows: the kernel's tensors of one value per row, statistics [4, B, A, L] first.
+    rows: kernel tensors with one value per row, statistics [4, B, A, L] first.
     """
     own_student, _, own_teacher, _ = sides
     batch, length, student_width = own_student.shape
@@ -99,7 +99,7 @@ def _launch(
     valid, segments = relation.valid, relation.segments
     placeholder = rows[0]
     ranges = _block_ranges(relation, plan.block)
-    # A launch goes to the current device, which need not be the one of the tensors.
+    # A launch uses the current device, which may differ from the device of the tensors.
     with torch.cuda.device_of(own_student):
         kernel[(triton.cdiv(length, plan.block) * heads * batch,)](
             *sides,
@@ -121,7 +121,7 @@ def _launch(
             CAUSAL=relation.causal,
             MASKED=valid is not None,
             SEGMENTED=segments is not None,
-            # The interpreter multiplies the bit patterns of bf16.
+            # Triton's interpreter multiplies the bit patterns of bf16.
             UPCAST=not own_student.is_cuda,
             num_warps=plan.warps,
             num_stages=plan.stages,
@@ -149,7 +149,10 @@ def _plan(student: Tensor, teacher: Tensor, heads: int) -> _Plan:
 
 
 def _tiling(row_bytes: int, itemsize: int, shared_memory: int) -> tuple[int, int]:
-    """Block and stages: own rows, a streamed block per stage and a tile of scores must fit."""
+    """Return block and stages that fit the shared memory.
+
+    Own rows, one streamed block per stage, and a tile of scores must fit.
+    """
     tilings = _WIDE_TILINGS if itemsize > 2 else _TILINGS
     for block, stages in tilings:
         if (1 + stages) * block * row_bytes + 4 * block * block <= shared_memory:
@@ -158,9 +161,10 @@ def _tiling(row_bytes: int, itemsize: int, shared_memory: int) -> tuple[int, int
 
 
 def _block_ranges(relation: Relation, block: int) -> Tensor | None:
-    """[B, n, 2] int32: the blocks [first, last) that a block can meet; None: all of them.
+    """Return [B, n, 2] int32: the blocks [first, last) that each block can interact with.
 
-    Skips padding, and documents of other segments; formed on the device, without waiting.
+    The ranges skip padding and other segments. None means all blocks. The tensor is formed on
+    the device, without waiting.
     """
     valid, ids = relation.valid, relation.segments
     if valid is None and ids is None:

@@ -1,8 +1,8 @@
 """Kernels of the relation loss: one sweep forward, one backward, no atomics.
 
-A program owns a block of positions of one head and streams the blocks that can meet it; scores
-live in registers, in base 2. Row maximum and log Z are kept apart: their sum would lose the
-small differences of large scores. Endings: _s student, _t teacher.
+A program owns a block of positions of one head and streams the blocks that can interact with it.
+Scores stay in registers, in base 2. Row maximum and log Z are kept separate: their sum would lose
+the small differences of large scores. Endings: _s student, _t teacher.
 Shapes: B batch, L positions, D width, A relation heads.
 """
 
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 _LN_2 = tl.constexpr(math.log(2))
-# Finite, so that no difference is NaN. A hidden score lies as far below the first maximum as
-# that below every score, so that it vanishes against either.
+# Finite, so that no difference is NaN. A hidden score is as far below the first maximum as the
+# first maximum is below every real score, so that its exponential is 0 relative to both.
 _FIRST_MAXIMUM = tl.constexpr(-1e30)
 _HIDDEN_SCORE = tl.constexpr(-2e30)
 
@@ -24,7 +24,7 @@ def _load_block(
     pointer, offset, rows, counted, row_stride, stride,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK, PADDED], zeros beyond the width and where a position does not count."""
+    """Return [BLOCK, PADDED], with zeros beyond the width and for positions that do not count."""
     columns = tl.arange(0, PADDED)
     addresses = offset + rows.to(tl.int64)[:, None] * row_stride + columns[None, :] * stride
     mask = counted[:, None] & (columns < WIDTH)[None, :]
@@ -44,7 +44,7 @@ def _counted(valid, offset, rows, length, MASKED: tl.constexpr):
 
 @triton.jit
 def _segments_of(segments, offset, rows, length, SEGMENTED: tl.constexpr):
-    """Segment of each position; where there are none, anything: it is not read."""
+    """Return the segment of each position; an unused value without segments."""
     found = rows
     if SEGMENTED:
         found = tl.load(segments + offset + rows, mask=rows < length, other=0)
@@ -61,7 +61,7 @@ def forward_kernel(
     PADDED_S: tl.constexpr, PADDED_T: tl.constexpr, BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, SEGMENTED: tl.constexpr, UPCAST: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Statistics [4, B, A, L] (maximum and log2 Z, student then teacher) and values [B, A, L]."""
+    """Store statistics [4, B, A, L] (maximum, log2 Z; student, teacher) and values [B, A, L]."""
     blocks = tl.cdiv(length, BLOCK)
     block = tl.program_id(0) % blocks
     head = ((tl.program_id(0) // blocks) % heads).to(tl.int64)
@@ -118,7 +118,7 @@ def forward_kernel(
         shift_s = max_s - new_max_s
         shift_t = max_t - new_max_t
         decay_t = tl.exp2(shift_t)
-        # gap = sum p ((t - max_t) - (s - max_s)): when a maximum moves, so does every term.
+        # gap = sum p ((t - max_t) - (s - max_s)): a new maximum changes every term.
         gap = decay_t * (gap + z_t * (shift_t - shift_s)) + tl.sum(p * (t - s), 1)
         z_t = decay_t * z_t + tl.sum(p, 1)
         z_s = tl.exp2(shift_s) * z_s + tl.sum(tl.exp2(s), 1)
@@ -140,8 +140,8 @@ def forward_kernel(
 
 @triton.jit
 def _softmax_gap(s, t, max_s, log_z_s, max_t, log_z_t, visible):
-    """Q - p of visible pairs, 0 of the others; statistics broadcast against the scores."""
-    # Hidden before the exponential: what is hidden may lie above the maximum of the visible.
+    """Return q - p for visible pairs, else 0; statistics broadcast against the scores."""
+    # Masked before the exponential: a hidden score may exceed the maximum of the visible scores.
     log_q = tl.where(visible, (s - max_s) - log_z_s, _HIDDEN_SCORE)
     log_p = tl.where(visible, (t - max_t) - log_z_t, _HIDDEN_SCORE)
     return tl.exp2(log_q) - tl.exp2(log_p)
@@ -158,10 +158,10 @@ def backward_kernel(
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, SEGMENTED: tl.constexpr, UPCAST: tl.constexpr,
     AS_QUERIES: tl.constexpr, AS_KEYS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Gradient [B, L, D] of the own positions, as queries of the others, as their keys, or both.
+    """Store the gradient [B, L, D] of the own positions, used as queries, as keys, or as both.
 
-    Both is the relation of a tensor with itself: the scores are symmetric, so that one tile
-    gives the gradient of row i against column j and that of row j against column i.
+    Both applies to a self relation: the scores are symmetric, so that one tile gives the gradient
+    of row i against column j and the gradient of row j against column i.
     """
     blocks = tl.cdiv(length, BLOCK)
     block = tl.program_id(0) % blocks
@@ -194,8 +194,8 @@ def backward_kernel(
         last = tl.load(ranges + (example * blocks + block) * 2 + 1)
 
     total = tl.zeros([BLOCK, PADDED_S], tl.float32)
-    # Under a causal mask only the diagonal block needs both directions; otherwise all do, and
-    # there is one part.
+    # Under a causal mask only the diagonal block needs both directions. Without the mask all
+    # blocks do, and there is one part.
     for part in tl.static_range(3):  # pyright: ignore[reportGeneralTypeIssues]
         begin = first
         end = last
@@ -250,7 +250,7 @@ def backward_kernel(
                         max_t[None, :], log_z_t[None, :], visible,
                     )  # fmt: skip
                 if x_columns.dtype == tl.float16:
-                    # Small weights would vanish in fp16; TF32 holds fp16 exactly.
+                    # Small weights would underflow in fp16; TF32 represents fp16 exactly.
                     total = tl.dot(change, x_columns.to(tl.float32), total,
                                    input_precision="tf32")  # fmt: skip
                 else:

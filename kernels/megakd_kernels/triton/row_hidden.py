@@ -1,11 +1,11 @@
 """Losses between rows of projected student states and teacher states, with their gradients.
 
-One program per row. Every state is read once; rows wider than 8192 are read twice by the cosine.
+One program per row. Each state is read once; the cosine reads rows wider than 8192 twice.
 Shapes: C rows of a chunk, Ht width.
 """
 
 # No `from __future__ import annotations`: Triton reads the tl.constexpr annotations as objects.
-# Its functions are typed for what calls them in Python, not for what its compiler makes of them.
+# Triton's type annotations describe Python calls, not compiled kernels.
 # pyright: reportArgumentType=false, reportOperatorIssue=false
 import torch
 import triton
@@ -15,29 +15,29 @@ from torch import Tensor
 from megakd_kernels.triton.launching import check_rows
 from megakd_kernels.triton.row_kd_sweeps import write_zeros
 
-# Half of these fit the registers of a program twice.
+# Widest block of a program, whose registers hold two blocks of half this width.
 _WIDEST_BLOCK = 8192
-# A shorter vector has cosine 0 with every other; the square of hidden.SMALLEST_NORM.
+# Vectors with a smaller square have cosine 0; this is the square of hidden.SMALLEST_NORM.
 _SMALLEST_SQUARE = tl.constexpr(1e-24)
 
 
 def squared_error_rows(
     projected: Tensor, target: Tensor, valid: Tensor, gradient: Tensor | None = None
 ) -> Tensor:
-    """Mean over the width of (z - y)^2, and its gradient 2 (z - y) / Ht.
+    """Return the mean over the width of (z - y)^2; form its gradient 2 (z - y) / Ht.
 
     Args:
         projected: z [C, Ht] fp32, bf16 or fp16, any row stride; becomes the gradient unless
             `gradient` is given.
-        target: y [C, Ht] in one of these types.
+        target: y [C, Ht] in one of these dtypes.
         valid: [C] bool; other rows have the value 0 and a gradient of zeros, and are not read.
-        gradient: [C, Ht] in one of these types, to be written instead of `projected`.
+        gradient: output [C, Ht] in one of these dtypes, written instead of `projected`.
 
     Returns:
         [C] fp32.
 
     Raises:
-        ValueError: another type, or columns that are not adjacent.
+        ValueError: another dtype, or columns that are not adjacent.
     """
     return _run(_squared_error_kernel, projected, target, valid, gradient)
 
@@ -45,22 +45,22 @@ def squared_error_rows(
 def one_minus_cosine_rows(
     projected: Tensor, target: Tensor, valid: Tensor, gradient: Tensor | None = None
 ) -> Tensor:
-    """1 - z . y / (|z| |y|), and its gradient (cosine z / |z| - y / |y|) / |z|.
+    """Return 1 - z . y / (|z| |y|); form its gradient (cosine z / |z| - y / |y|) / |z|.
 
     A vector shorter than 1e-12 has the value 1 and no gradient.
 
     Args:
         projected: z [C, Ht] fp32, bf16 or fp16, any row stride; becomes the gradient unless
             `gradient` is given.
-        target: y [C, Ht] in one of these types.
+        target: y [C, Ht] in one of these dtypes.
         valid: [C] bool; other rows have the value 0 and a gradient of zeros, and are not read.
-        gradient: [C, Ht] in one of these types, to be written instead of `projected`.
+        gradient: output [C, Ht] in one of these dtypes, written instead of `projected`.
 
     Returns:
         [C] fp32.
 
     Raises:
-        ValueError: another type, or columns that are not adjacent.
+        ValueError: another dtype, or columns that are not adjacent.
     """
     return _run(_cosine_kernel, projected, target, valid, gradient)
 
@@ -80,7 +80,7 @@ def _squared_error_kernel(
     projected, target, gradient, valid, values,
     width, stride_z, stride_y, stride_g, BLOCK: tl.constexpr, IS_ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # times a stride it may be beyond int32
+    row = tl.program_id(0).to(tl.int64)  # the product with a stride may exceed int32
     gradient += row * stride_g
     if tl.load(valid + row) == 0:
         write_zeros(gradient, width, BLOCK)
@@ -107,7 +107,7 @@ def _cosine_kernel(
     projected, target, gradient, valid, values,
     width, stride_z, stride_y, stride_g, BLOCK: tl.constexpr, IS_ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # times a stride it may be beyond int32
+    row = tl.program_id(0).to(tl.int64)  # the product with a stride may exceed int32
     gradient += row * stride_g
     if tl.load(valid + row) == 0:
         write_zeros(gradient, width, BLOCK)
@@ -151,7 +151,7 @@ def _run(
     out = projected if gradient is None else gradient
     check_rows(projected=projected, target=target, gradient=out)
     count, width = projected.shape
-    # Rows that are not valid are left at zero.
+    # Rows that are not valid stay zero.
     values = projected.new_zeros(count, dtype=torch.float32)
     if values.numel() == 0 or width == 0:
         return values

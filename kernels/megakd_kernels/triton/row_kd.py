@@ -1,8 +1,8 @@
 """Distillation losses of whole rows of logits: values and gradient in one launch.
 
-The Triton implementation of `row_plan.RowKernel`; its sweeps are in `row_kd_sweeps`. Reads the
-logits twice for the KL divergences and cross-entropy and three times for losses that mix p and q
-(once less without a gradient), and writes the gradient once.
+This is the Triton implementation of `row_plan.RowKernel`; its sweeps are in `row_kd_sweeps`. The
+kernel reads the logits twice for the KL divergences and cross-entropy, and three times for losses
+that mix p and q (once less without a gradient). It writes the gradient once.
 Shapes: R rows, V ids.
 """
 
@@ -50,30 +50,30 @@ _KINDS = {
 _SLOTS = {name: slot for slot, name in enumerate(_KINDS)}
 _CE_SLOT = tl.constexpr(len(_KINDS))
 
-# Sweeps of a launch: all of them, or one at a time for rows that lie on several ranks.
+# Sweeps of a launch: all sweeps, or one sweep at a time for rows that lie on several ranks.
 _STATISTICS = tl.constexpr(1)
 _MEANS = tl.constexpr(2)
 _LAST = tl.constexpr(4)
 _ALL = tl.constexpr(7)
 
-# What such rows keep between the launches: maxima, sums (see `statistics`; and the target), means.
+# Values that such rows keep between launches: maxima, sums (`statistics` and target), means.
 _MAXIMA = 3
 _SUMS = 7
 _FOUND = tl.constexpr(_MAXIMA + _SUMS)
 _KEPT = 18
 _TARGET = tl.constexpr(9)
 
-# A sum over finite gaps is below it, one that an excluded id is part of above.
+# A sum over finite gaps is below this value; a sum with an excluded id is above.
 _INFINITE = tl.constexpr(1e8)
 
 
 @triton.jit
 def _store_value(values, slot, row, rows, value, value_scale, rest):
-    # A row that gives mass to an id the other model excludes is infinitely far away.
+    # The divergence is infinite if a row gives mass to an id that the other model excludes.
     value = tl.where(value > _INFINITE, float("inf"), value)
-    # Rounding may leave -1e-7 where the truth is 0 or just above.
+    # Rounding may give -1e-7 if the exact value is 0 or slightly above 0.
     value = tl.where(value < 0.0, 0.0, value) * value_scale
-    # Comparisons lose a NaN; a row that has one has it in its sums.
+    # Comparisons drop a NaN; the sums of a row with a NaN keep it.
     value = tl.where(rest == rest, value, rest)  # noqa: PLR0124
     tl.store(values + slot * rows + row, value.to(tl.float32))
 
@@ -109,7 +109,7 @@ def _load_means(parts, row, rows):
     )
 
 
-# Counts of rows differ from block to block, the first id from rank to rank.
+# The number of rows differs between blocks, and the first id differs between ranks.
 @triton.jit(do_not_specialize=["rows", "vocab_start"])
 def _row_kernel(
     student, teacher, gradient, valid, labels, kd_factor, ce_factor, values, agrees, parts,
@@ -119,8 +119,8 @@ def _row_kernel(
     PARTS: tl.constexpr, SWEEPS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row. bits: log2(e) / T. inverse: 1 / T. values: [7, R]. parts: [18, R] fp64."""
-    row = tl.program_id(0).to(tl.int64)  # times a stride it may be beyond int32
+    """Process one row. bits: log2(e) / T. inverse: 1 / T. values: [7, R]. parts: [18, R] fp64."""
+    row = tl.program_id(0).to(tl.int64)  # the product with a stride may exceed int32
     student += row * stride_s
     teacher += row * stride_t
     gradient += row * stride_g
@@ -138,7 +138,7 @@ def _row_kernel(
         is_here = (own >= 0) & (own < width)
         label = tl.where(is_here, own, -1).to(tl.int32)
         ce = tl.load(ce_factor + row)
-        # Read before any of the row is overwritten.
+        # Read before any part of the row is overwritten.
         raw = tl.load(student + own, mask=is_here, other=0.0)
         target = tl.where(is_here, warped(raw, scale_s, cap_s, WARP_S), 0.0)
 
@@ -186,7 +186,7 @@ def _row_kernel(
     if REVERSE_KL & PARTS:
         value = offset - reverse / q_sum * inverse
         _store_value(values, 1, row, rows, value, value_scale, rest)
-        # An infinite row passes nothing on: its gradient is of its finite ids alone.
+        # An infinite value adds nothing: the gradient of the row comes only from its finite ids.
         constant -= factor * weight_reverse * tl.minimum(value, 1e30).to(tl.float32)
     if JSD & PARTS:
         _store_value(values, 2, row, rows, beta * jsd_p - (1 - beta) * jsd_q, value_scale, rest)
@@ -208,7 +208,7 @@ def _row_kernel(
         hard_scale = (ce / hard_sum).to(tl.float32)
         if SOFT & PARTS:
             if not (TEMPERED & PARTS):
-                # Cross-entropy's q is the divergences' times a number of the row.
+                # The q of cross-entropy is the q of the divergences times a factor per row.
                 share = tl.exp2((peak - hard_peak) * LOG2_E) * (q_sum / hard_sum)
                 constant += ce * share.to(tl.float32)
         else:
@@ -231,9 +231,9 @@ def _row_kernel(
 
 @dataclass(frozen=True, kw_only=True)
 class TritonRows:
-    """Runs a plan on blocks of rows.
+    """Row kernel that runs a plan on blocks of rows.
 
-    block: ids a program reads at a time, a power of two; None: from a table.
+    block: number of ids that a program reads at a time, a power of two; None: from a table.
     """
 
     plan: RowPlan
@@ -243,12 +243,12 @@ class TritonRows:
     def run_(
         self, student: Tensor, teacher: Tensor | None, inputs: RowInputs, gradient: Tensor | None
     ) -> RowTerms:
-        """See `RowKernel`; logits are fp32, bf16 or fp16, and kept where `gradient` is elsewhere.
+        """Run the plan as `RowKernel.run_`; keep the logits if `gradient` is another tensor.
 
-        Rows that are not valid may hold anything.
+        Logits are fp32, bf16 or fp16. Rows that are not valid may hold anything.
 
         Raises:
-            ValueError: another type, columns that are not adjacent, or nothing to compute.
+            ValueError: another dtype, columns that are not adjacent, or nothing to compute.
         """
         if teacher is None and inputs.labels is None:
             raise ValueError("rows without a teacher need labels")
@@ -280,14 +280,14 @@ class TritonRows:
     def _launch(
         self, student: Tensor, teacher: Tensor | None, inputs: RowInputs, gradient: Tensor | None
     ) -> dict[str, Any]:
-        """The kernel's arguments."""
+        """Return the arguments of the kernel."""
         plan = self.plan
         count, width = student.shape
         labels = inputs.labels if plan.with_ce or teacher is None else None
         form = gradient if plan.with_gradient else None
         weights = dict.fromkeys(_KINDS, 0.0)
         for name, weight in plan.mixture:
-            # A name may come twice: a limit of one divergence is another.
+            # A name may occur twice, because the limit of one divergence is another divergence.
             weights[name] += weight
         parts = self._parts(teacher, labels, form)
         block, warps = _table(width)
@@ -298,7 +298,7 @@ class TritonRows:
             "valid": inputs.valid,
             "labels": inputs.valid if labels is None else labels,
             "kd_factor": inputs.kd_factor, "ce_factor": inputs.ce_factor,
-            # Rows that are not valid are left at zero.
+            # Rows that are not valid stay zero.
             "values": student.new_zeros(len(_KINDS) + 1, count, dtype=torch.float32),
             "agrees": torch.zeros_like(inputs.valid),
             "parts": student.new_zeros(
@@ -322,7 +322,7 @@ class TritonRows:
         }  # fmt: skip
 
     def _parts(self, teacher: Tensor | None, labels: Tensor | None, form: Tensor | None) -> int:
-        """What the kernel is compiled for."""
+        """Return the parts that the kernel is compiled for, as bits."""
         parts = 0 if labels is None else HARD.value
         if teacher is not None:
             parts |= SOFT.value
@@ -335,24 +335,24 @@ class TritonRows:
         return parts if form is None else parts | GRADIENT.value
 
     def _joined(self, found: Tensor) -> Tensor:
-        """Maxima and sums [10, R] of whole rows from those over this rank's ids."""
+        """Return maxima and sums [10, R] of whole rows from the values of this rank's ids."""
         own = found[:_MAXIMA]
         joined = self.reduce.maximum(own)
         lower = own - joined
         soft, soft_t, hard = lower.unbind(0)
         soft, soft_t = (soft / self.plan.temperature).exp(), (soft_t / self.plan.temperature).exp()
         is_top = (lower[:2] == 0).all(0)
-        # In the order of the sums: q, p, cross-entropy's, p gap, q gap, common maximum, target.
+        # In the order of the sums: q, p, cross-entropy, p gap, q gap, common maximum, target.
         scales = [soft, soft_t, hard.exp(), soft_t, soft, is_top, torch.ones_like(soft)]
         sums = self.reduce.total(found[_MAXIMA:] * torch.stack(scales))
         return torch.cat([joined, sums])
 
 
 def _table(width: int) -> tuple[int, int]:
-    """Ids per step and warps of a program: eight logits of either model per thread.
+    """Return ids per step and warps of a program, with eight logits of each model per thread.
 
-    By ptxas' count for sm_90 the registers then suffice for four programs of a KL divergence per
-    multiprocessor and three of a mixing loss; no step of theirs waits for another thread.
+    According to ptxas for sm_90, the registers then suffice per multiprocessor for four programs
+    of a KL divergence or three programs of a mixing loss. No step waits for another thread.
     """
     block = min(2048, max(128, triton.next_power_of_2(width)))
     return block, max(1, block // 256)

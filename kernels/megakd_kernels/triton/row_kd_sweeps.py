@@ -1,16 +1,17 @@
-"""The sweeps of one program over the ids of one row of logits, student's and teacher's.
+"""The sweeps of one program over the ids of one row of student and teacher logits.
 
-Sweep 1 takes maxima and sums online; with them the two KL divergences and cross-entropy are
-known. Losses that mix p and q need normalised probabilities and hence sweep 2, for their means.
-The last sweep writes the gradient. Formulas: `row_mixtures`, whose names are used here.
+Sweep 1 computes maxima and sums online, which give the two KL divergences and cross-entropy.
+Losses that mix p and q need normalised probabilities, so sweep 2 computes their means. The last
+sweep writes the gradient. Formulas and names are those of `row_mixtures`.
 
-Numerics: row maxima and sums apart; the gap from raw logits, less the difference of the maxima
-before anything is rounded. Running values are kept for every lane (a few adjacent ids of a block,
-of one thread) and joined once, in fp64: no step of a loop waits for another thread.
+Numerics: row maxima and sums are kept separate. The gap is formed from raw logits, and the
+difference of the maxima is subtracted before rounding. Running values are kept for every lane (a
+few adjacent ids of a block, in one thread) and joined once, in fp64, so that no step of a loop
+waits for another thread.
 """
 
 # No `from __future__ import annotations`: Triton reads the tl.constexpr annotations as objects.
-# Its functions are typed for what calls them in Python, not for what its compiler makes of them.
+# Triton's type annotations describe Python calls, not compiled kernels.
 # pyright: reportArgumentType=false, reportAssignmentType=false
 # pyright: reportOperatorIssue=false, reportReturnType=false
 import triton
@@ -29,7 +30,7 @@ from megakd_kernels.triton.row_math import (
     warped,
 )
 
-# What is computed: bits of PARTS.
+# Computed parts, as bits of PARTS.
 FORWARD_KL = tl.constexpr(1)
 REVERSE_KL = tl.constexpr(2)
 JSD = tl.constexpr(4)
@@ -37,34 +38,34 @@ SKEW_KL = tl.constexpr(8)
 SKEW_RKL = tl.constexpr(16)
 TVD = tl.constexpr(32)
 MIXED = tl.constexpr(4 + 8 + 16 + 32)
-# There is a teacher; cross-entropy is wanted; the temperature is not 1; a gradient is wanted.
+# With a teacher; with cross-entropy; with a temperature other than 1; with a gradient.
 SOFT = tl.constexpr(64)
 HARD = tl.constexpr(128)
 TEMPERED = tl.constexpr(256)
 GRADIENT = tl.constexpr(512)
-# The row is a part of one: it may have no finite logit.
+# With a row that is only part of a whole row: it may have no finite logit.
 SHARD = tl.constexpr(1024)
 
-# Whether a block may reach beyond the ids there are, and whether it is read once more.
+# Whether a block may exceed the ids, and whether it is read again.
 _RAGGED = tl.constexpr(1)
 _FULL = tl.constexpr(0)
 _AGAIN = tl.constexpr(1)
 _ONCE = tl.constexpr(0)
 
-# Adjacent ids that one lane runs over; a thread loads as many at once.
+# Number of adjacent ids per lane; a thread loads this many ids at once.
 _LANE = tl.constexpr(4)
-# exp(80) is finite in fp32, and q <= exp(-80) no longer counts in a sum with 1.
+# exp(80) is finite in fp32, and q <= exp(-80) does not change a sum with 1.
 _LARGEST_GAP = tl.constexpr(80.0)
 
 
 @triton.jit
 def _logits(row, ids, limit, warp, WARP: tl.constexpr, RAGGED: tl.constexpr, AGAIN: tl.constexpr):
-    """Logits of a block of ids in fp32, -inf beyond the limit."""
+    """Return the logits of a block of ids in fp32, -inf beyond the limit."""
     policy: tl.constexpr = "" if AGAIN else "evict_first"
     if RAGGED:
         known = ids < limit
         raw = tl.load(row + ids, mask=known, other=MINUS_INFINITY, eviction_policy=policy)
-        # A scale may be negative and a cap is finite.
+        # Masked again: a scale may be negative, and a cap is finite.
         return tl.where(known, warped(raw, warp[0], warp[1], WARP), MINUS_INFINITY)
     return warped(tl.load(row + ids, eviction_policy=policy), warp[0], warp[1], WARP)
 
@@ -81,7 +82,7 @@ def _lane_sum(values):
 
 @triton.jit
 def _base(peak):
-    """What to subtract before exp: without a finite logit so far the sum is 0, not NaN."""
+    """Return the value to subtract before exp; without a finite logit the sum is 0, not NaN."""
     return tl.where(peak == MINUS_INFINITY, 0.0, peak)
 
 
@@ -90,7 +91,7 @@ def _add_statistics(
     state, rows, ids, shared, shift, bits, warp_s, warp_t,
     PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Adds a block of shared ids to the running maxima and sums of the lanes."""
+    """Add a block of shared ids to the running maxima and sums of the lanes."""
     old, old_t, q_sum, p_sum, hard_sum, forward, reverse, common = state
     s = _by_lane(_logits(rows[0], ids, shared, warp_s, WARP_S, RAGGED, _AGAIN))
     t = _by_lane(_logits(rows[1], ids, shared, warp_t, WARP_T, RAGGED, _AGAIN))
@@ -111,7 +112,7 @@ def _add_statistics(
             forward = forward * decay_t + tl.sum(p * gap, 1).to(tl.float64)
         if REVERSE_KL & PARTS:
             reverse = reverse * decay + tl.sum(q * gap, 1).to(tl.float64)
-    # A common maximum lies in this block, or before it if neither maximum is new.
+    # A common maximum is in this block, or in an earlier block if neither maximum is new.
     here = (s == peak[:, None]) & (t == peak_t[:, None])
     is_old = (peak == old) & (peak_t == old_t)
     common = tl.maximum(tl.max(here.to(tl.int32), 1), tl.where(is_old, common, 0))
@@ -120,7 +121,7 @@ def _add_statistics(
 
 @triton.jit
 def _add_hard(state, student, ids, width, warp, WARP: tl.constexpr, RAGGED: tl.constexpr):
-    """Adds ids that only the student has to the softmax of cross-entropy."""
+    """Add ids that only the student has to the softmax of cross-entropy."""
     old, total = state
     s = _by_lane(_logits(student, ids, width, warp, WARP, RAGGED, _AGAIN))
     peak = tl.maximum(old, tl.max(s, 1))
@@ -134,7 +135,7 @@ def _first_shift(
     rows, shared, warp_s, warp_t,
     WARP_S: tl.constexpr, WARP_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """About what teacher's logits are above the student's, so that sums of gaps stay small."""
+    """Return a typical gap between the logits of the models, which keeps sums of gaps small."""
     ids = tl.arange(0, BLOCK)
     peak = tl.max(_logits(rows[0], ids, shared, warp_s, WARP_S, _RAGGED, _AGAIN), 0)
     peak_t = tl.max(_logits(rows[1], ids, shared, warp_t, WARP_T, _RAGGED, _AGAIN), 0)
@@ -144,7 +145,7 @@ def _first_shift(
 
 @triton.jit
 def _decay(lanes, peak, bits, PARTS: tl.constexpr):
-    """What the lanes' sums are multiplied by; a whole row without a finite logit gives NaN."""
+    """Return the factor of the lanes' sums; NaN for a whole row without a finite logit."""
     base = peak
     if SHARD & PARTS:
         base = _base(peak)
@@ -156,10 +157,10 @@ def statistics(
     rows, shared, width, bits, warp_s, warp_t,
     PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
-    """Sweep 1.
+    """Run sweep 1.
 
     Returns the maxima of student, teacher and cross-entropy, their sums of exp, the sums of
-    p_exp (t - s) and q_exp (t - s), and whether both maxima are at one id.
+    p_exp (t - s) and q_exp (t - s), and whether both maxima are at the same id.
     """
     block = tl.arange(0, BLOCK)
     lowest = tl.full([BLOCK // _LANE], MINUS_INFINITY, tl.float32)
@@ -209,9 +210,9 @@ def _probabilities(
     rows, ids, shared, bits, inverse, reach, warp_s, warp_t,
     WARP_S: tl.constexpr, WARP_T: tl.constexpr, RAGGED: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """The student's logits of a block, exp of both (not yet divided by their sums), the gap.
+    """Return student logits of a block, exp of both models (not normalised), and the gap.
 
-    reach: both maxima, their difference, and what the gap lacks once that is subtracted.
+    reach: both maxima, their difference, and the remaining correction of the gap.
     """
     peak, peak_t, difference, rest = reach
     s = _logits(rows[0], ids, shared, warp_s, WARP_S, RAGGED, AGAIN)
@@ -225,7 +226,7 @@ def _add_means(
     state, rows, ids, shared, bits, inverse, reach, beta, skew, warp_s, warp_t,
     PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Adds a block of shared ids to the lanes' sums of `means`."""
+    """Add a block of shared ids to the lanes' sums of `means`."""
     jsd_p, jsd_q, skew_p, skew_q, skew_r, skew_v, tvd_p, tvd_q = state
     _, q, p, gap = _probabilities(
         rows, ids, shared, bits, inverse, reach, warp_s, warp_t, WARP_S, WARP_T, RAGGED, _AGAIN
@@ -243,7 +244,7 @@ def _add_means(
         skew_r += _lane_sum(q * log1p((1.0 - skew) * excess))
         skew_v -= _lane_sum(q * below_mixture(excess, skew))
     if TVD & PARTS:
-        # p - q = p (1 - exp(-gap)) keeps its digits when p is close to q.
+        # p - q = p (1 - exp(-gap)) keeps its digits if p is close to q.
         above = tl.maximum(excess, 0.0)
         tvd_p += _lane_sum(p * (above / (1.0 + above)))
         tvd_q += _lane_sum(q * sign(gap))
@@ -255,7 +256,7 @@ def means(
     rows, shared, bits, inverse, reach, sums, beta, skew, warp_s, warp_t,
     PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
-    """Sweep 2: means over p or q, those of `row_mixtures`' partial sums; 0 where not asked for."""
+    """Run sweep 2: return the partial sums of `row_mixtures` as means over p or q, 0 if unused."""
     block = tl.arange(0, BLOCK)
     zero = tl.zeros([BLOCK // _LANE], tl.float64)
     state = (zero, zero, zero, zero, zero, zero, zero, zero)
@@ -295,9 +296,10 @@ def _write_soft(
     gradient, rows, ids, shared, bits, inverse, reach, factors, beta, skew, hard, warp_s, warp_t,
     PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of a block of shared ids.
+    """Write the gradient of a block of shared ids.
 
-    It is q_exp (constant + slopes) / q_sum - teacher * p_exp, and that of cross-entropy.
+    The gradient is q_exp (constant + slopes) / q_sum - teacher * p_exp, plus the gradient of
+    cross-entropy.
     """
     q_scale, p_scale, constant, on_reverse, on_jsd, on_skew, on_skew_reverse, on_tvd = factors
     hard_peak, hard_scale, label, ce_factor = hard
@@ -306,7 +308,7 @@ def _write_soft(
     )
     slopes = tl.zeros_like(q)
     if REVERSE_KL & PARTS:
-        # Where q is 0 the gradient is too: 0 times a gap that no factor takes to infinity.
+        # The gradient is 0 if q is 0: the gap is limited so that no factor makes it infinite.
         slopes -= on_reverse * tl.minimum(tl.maximum(gap, -1e30), 1e6)
     if MIXED & PARTS:
         gap = tl.minimum(gap, _LARGEST_GAP)
@@ -335,7 +337,7 @@ def _write_hard(
     gradient, student, ids, width, hard, warp,
     PARTS: tl.constexpr, WARP: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of ids that only the student has."""
+    """Write the gradient of ids that only the student has."""
     hard_peak, hard_scale, label, ce_factor = hard
     if HARD & PARTS:
         s = _logits(student, ids, width, warp, WARP, RAGGED, _ONCE)
@@ -352,7 +354,7 @@ def write_gradient(
     gradient, rows, shared, width, bits, inverse, reach, factors, beta, skew, hard, warp_s, warp_t,
     PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The last sweep; `gradient` may lie over the student's row, of which a block is read before.
+    """Run the last sweep; `gradient` may overwrite the student's row, block after block.
 
     factors: see `_write_soft`. hard: cross-entropy's maximum, factor / sum, label, factor.
     """
@@ -380,7 +382,7 @@ def write_gradient(
 
 @triton.jit
 def write_zeros(gradient, width, BLOCK: tl.constexpr) -> None:
-    """Zeros for a row that does not count."""
+    """Write zeros for a row that does not count."""
     block = tl.arange(0, BLOCK)
     for start in range(0, width, BLOCK):
         _store(gradient, start + block, tl.zeros([BLOCK], tl.float32), width, _RAGGED)

@@ -1,7 +1,7 @@
 """Elementwise functions of the row kernels, in fp32, on blocks of one row.
 
-Triton has no expm1, log1p or tanh of its own, and those of libdevice do not run in its
-interpreter; these are as exact (about two units in the last place), and the same in both.
+Triton has no expm1, log1p or tanh, and the libdevice versions do not run in its interpreter. The
+functions here are equally exact (about two units in the last place) and work in both.
 """
 
 # No `from __future__ import annotations`: Triton reads the tl.constexpr annotations as objects.
@@ -12,7 +12,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 MINUS_INFINITY = tl.constexpr(-math.inf)
-# How raw logits become the model's; see `row_plan.Warp`.
+# Kinds of logit transforms; see `row_plan.Warp`.
 AS_THEY_ARE = tl.constexpr(0)
 SCALED = tl.constexpr(1)
 CAPPED = tl.constexpr(2)
@@ -21,17 +21,17 @@ CAPPED = tl.constexpr(2)
 _LN2_HIGH = tl.constexpr(0.693359375)
 _LN2_LOW = tl.constexpr(math.log(2.0) - 0.693359375)
 _LN2 = tl.constexpr(math.log(2.0))
-# Below it expm1 is -1 in fp32, above it tanh(x / 2) is 1.
+# Below -30 expm1 is -1 in fp32; above 30 tanh(x / 2) is 1.
 _FLAT = tl.constexpr(30.0)
-# Stands for log(p / 0): no sum of it over a row overflows, and 0 times it is 0.
+# Represents log(p / 0): its sum over a row does not overflow, and its product with 0 is 0.
 _IMPOSSIBLE = tl.constexpr(1e32)
-# The bits of 0.75: exponents are counted from there, so that a mantissa lies in [0.75, 1.5).
+# The bits of 0.75: exponents are relative to 0.75, so that a mantissa is in [0.75, 1.5).
 _BITS_OF_THREE_QUARTERS = tl.constexpr(0x3F400000)
 
 
 @triton.jit
 def expm1(x) -> tl.tensor:
-    """exp(x) - 1 for x up to 88; the Taylor series on [-ln 2 / 2, ln 2 / 2], then scaled."""
+    """Return exp(x) - 1 for x up to 88: a Taylor series on [-ln 2 / 2, ln 2 / 2], then scaled."""
     x = tl.where(x < -_FLAT, -_FLAT, x)
     exponent = tl.floor(x * LOG2_E + 0.5)
     r = (x - exponent * _LN2_HIGH) - exponent * _LN2_LOW
@@ -44,7 +44,7 @@ def expm1(x) -> tl.tensor:
 
 @triton.jit
 def log1p(x) -> tl.tensor:
-    """log(1 + x) for x above -1 and up to 1e37: 2 artanh(m / (2 + m)) after scaling."""
+    """Return log(1 + x) for x above -1 and up to 1e37: 2 artanh(m / (2 + m)) after scaling."""
     bits = (1.0 + x).to(tl.int32, bitcast=True)
     exponent = (bits - _BITS_OF_THREE_QUARTERS) >> 23
     scale = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
@@ -58,7 +58,7 @@ def log1p(x) -> tl.tensor:
 
 @triton.jit
 def tanh(x) -> tl.tensor:
-    """The hyperbolic tangent, through expm1 so that small x keep their digits."""
+    """Return the hyperbolic tangent, computed with expm1 so that small x keep their digits."""
     doubled = 2.0 * x
     # Not tl.minimum, which would hide a NaN.
     doubled = tl.where(doubled > _FLAT, _FLAT, doubled)
@@ -68,7 +68,7 @@ def tanh(x) -> tl.tensor:
 
 @triton.jit
 def warped(raw, scale, softcap, WARP: tl.constexpr) -> tl.tensor:
-    """The model's logits from raw ones, in fp32."""
+    """Return the logits of the model from raw logits, in fp32."""
     logits = raw.to(tl.float32)
     if WARP == SCALED:
         logits *= scale
@@ -79,7 +79,7 @@ def warped(raw, scale, softcap, WARP: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def warp_slope(gradient, logits, scale, softcap, WARP: tl.constexpr) -> tl.tensor:
-    """The gradient with respect to raw logits from that with respect to the model's."""
+    """Convert the gradient of the model's logits to the gradient of the raw logits."""
     if WARP == SCALED:
         gradient *= scale
     if WARP == CAPPED:
@@ -90,10 +90,11 @@ def warp_slope(gradient, logits, scale, softcap, WARP: tl.constexpr) -> tl.tenso
 
 @triton.jit
 def gap_of(s, t, difference) -> tl.tensor:
-    """The gap (t - s) - difference, without the rounding error of t - s (Knuth's two-sum).
+    """Return the gap (t - s) - difference without the rounding error of t - s (Knuth's two-sum).
 
-    That error would be the gap's own where the models' logits lie far apart by a common amount.
-    An excluded id is at a huge finite distance, one that both exclude at none.
+    The rounding error would be as large as the gap if the logits of the models differ by a large
+    common amount. The gap of an excluded id is huge and finite; it is 0 if both models exclude
+    the id.
     """
     raw = t - s
     back = raw - t
@@ -105,17 +106,17 @@ def gap_of(s, t, difference) -> tl.tensor:
 
 @triton.jit
 def over_mixture(excess, skew) -> tl.tensor:
-    """The excess p / m - 1 over m = skew p + (1 - skew) q, from that of p over q."""
+    """Return p / m - 1 with m = skew p + (1 - skew) q, from excess = p / q - 1."""
     return (1.0 - skew) * excess / (1.0 + skew * excess)
 
 
 @triton.jit
 def below_mixture(excess, skew) -> tl.tensor:
-    """What q lacks of m = (1 - skew) p + skew q, 1 - q / m, from the excess of p over q."""
+    """Return 1 - q / m with m = (1 - skew) p + skew q, from excess = p / q - 1."""
     return (1.0 - skew) * excess / (1.0 + (1.0 - skew) * excess)
 
 
 @triton.jit
 def sign(x) -> tl.tensor:
-    """Of x: -1, 0 or 1."""
+    """Return the sign of x: -1, 0 or 1."""
     return (x > 0).to(tl.float32) - (x < 0).to(tl.float32)

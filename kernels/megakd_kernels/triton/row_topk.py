@@ -1,9 +1,10 @@
 """Distillation from a cached teacher's k best ids, for whole rows of logits, in one launch.
 
-The Triton implementation of `row_topk.TopKRowKernel`. A program takes the logits of its row's ids
-out of the row, which leaves -inf there, streams the others once for their maximum and sum, and
-once more to write their gradient; then it puts that of its own ids into the gaps. Reads the row
-twice (once without a gradient) and writes it once. Shapes: R rows, V ids, k ids kept.
+This is the Triton implementation of `row_topk.TopKRowKernel`. A program loads the logits of the
+ids K of its row and replaces them with -inf. It streams the other logits once for their maximum
+and sum, and once more to write their gradient. Then it writes the gradient of the ids in K. It
+reads the row twice (once without a gradient) and writes it once.
+Shapes: R rows, V ids, k ids kept.
 """
 
 # No `from __future__ import annotations`: Triton reads the tl.constexpr annotations as objects.
@@ -30,7 +31,7 @@ _IDS_PER_WARP = 512
 def _sums_of_others(
     row, width, bits, HARD: tl.constexpr, TEMPERED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Maximum of the ids still in the row, and their sums at the temperature and at 1, in fp64."""
+    """Return the maximum of the ids not in K, and fp64 sums at the temperature and at 1."""
     peak = tl.full((), MINUS_INFINITY, tl.float32)
     total = tl.full((), 0.0, tl.float64)
     hard_total = tl.full((), 0.0, tl.float64)
@@ -38,7 +39,7 @@ def _sums_of_others(
         ids = start + tl.arange(0, BLOCK)
         s = tl.load(row + ids, mask=ids < width, other=MINUS_INFINITY).to(tl.float32)
         new_peak = tl.maximum(peak, tl.max(s, 0))
-        # As long as nothing is finite the sums are 0, not NaN.
+        # Without a finite logit the sums are 0, not NaN.
         base = tl.where(new_peak == MINUS_INFINITY, 0.0, new_peak)
         decay = tl.exp2((peak - base) * bits).to(tl.float64)
         total = total * decay + tl.sum(tl.exp2((s - base) * bits), 0).to(tl.float64)
@@ -52,7 +53,7 @@ def _sums_of_others(
 
 @triton.jit
 def _slope(s, base, bits, slope, hard_slope, HARD: tl.constexpr, TEMPERED: tl.constexpr):
-    """The gradient of ids that are not in K, without that of a label; 0 for the logit -inf."""
+    """Return the gradient of ids not in K, without the label's part; 0 for the logit -inf."""
     gradient = slope * tl.exp2((s - base) * bits)
     if HARD and TEMPERED:
         gradient += hard_slope * tl.exp2((s - base) * LOG2_E)
@@ -67,8 +68,8 @@ def _topk_kernel(
     HARD: tl.constexpr, TEMPERED: tl.constexpr, GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """One row. bits: log2(e) / T. inverse: 1 / T. count: k."""
-    row = tl.program_id(0).to(tl.int64)  # times a stride it may be beyond int32
+    """Process one row. bits: log2(e) / T. inverse: 1 / T. count: k."""
+    row = tl.program_id(0).to(tl.int64)  # the product with a stride may exceed int32
     student += row * stride_s
     gradient += row * stride_g
     if tl.load(valid + row) == 0:
@@ -86,7 +87,7 @@ def _topk_kernel(
     if HARD:
         label = tl.load(labels + row)
         target = tl.load(student + label).to(tl.float32)
-    # Every lane has read the row before one changes it, and the other way round.
+    # All lanes read the row before a lane changes it, and change it before a lane reads it again.
     tl.debug_barrier()
     tl.store(student + chosen, tl.full([KEPT], MINUS_INFINITY, student.dtype.element_ty), is_kept)
     tl.debug_barrier()
@@ -101,7 +102,7 @@ def _topk_kernel(
     wanted = tl.load(log_p + row * count + lanes, mask=lanes < count, other=MINUS_INFINITY)
     p = tl.exp(wanted.to(tl.float64))
     log_q = below * inverse - log_total
-    # -inf less -inf is not computed: what p leaves out has no part.
+    # Ids with p = 0 are left out, so that -inf - (-inf) is not computed.
     value = tl.sum(p * (tl.where(p > 0, wanted, 0.0) - tl.where(p > 0, log_q, 0.0)), 0)
     left = tl.load(rest + row).to(tl.float64)
     if left > 0:
@@ -124,7 +125,7 @@ def _topk_kernel(
         pull = factor * tl.load(mass + row)
         if HARD and not TEMPERED:
             pull += ce
-        # q of an id that is not in K is its exponential times this share.
+        # The q of an id that is not in K is its exponential times this share.
         share = tl.exp2(drop * bits) / total
         slope = pull * share - factor * left / tl.where(others > 0, others, 1.0)
         slope = slope.to(tl.float32)
@@ -140,7 +141,7 @@ def _topk_kernel(
             if TEMPERED:
                 own_change += ce * tl.exp2(below * LOG2_E) / hard_total
             own_change -= tl.where(chosen == label, ce, 0.0)
-        # Some lane wrote 0 where another writes now.
+        # Another lane has written 0 to the positions written now.
         tl.debug_barrier()
         own_change = own_change.to(tl.float32).to(gradient.dtype.element_ty)
         tl.store(gradient + chosen, own_change, mask=is_kept)
@@ -152,9 +153,9 @@ def _topk_kernel(
 
 @dataclass(frozen=True, kw_only=True)
 class TritonTopKRows:
-    """Runs a plan on blocks of rows.
+    """Row kernel that runs a plan on blocks of rows.
 
-    block: ids a program reads at a time, a power of two; None: from the width.
+    block: number of ids that a program reads at a time, a power of two; None: from the width.
     """
 
     plan: TopKPlan
@@ -163,17 +164,20 @@ class TritonTopKRows:
     def run_(
         self, student: Tensor, teacher: TopK, inputs: RowInputs, gradient: Tensor | None
     ) -> RowTerms:
-        """See `row_topk.TopKRowKernel`; logits are fp32, bf16 or fp16, with adjacent columns."""
+        """Run the plan as `row_topk.TopKRowKernel.run_`.
+
+        Logits are fp32, bf16 or fp16, with adjacent columns.
+        """
         count, width = student.shape
         plan = self.plan
         labels = inputs.labels if plan.with_ce else None
-        # Rows that are not valid are left at zero.
+        # Rows that are not valid stay zero.
         divergence, ce = student.new_zeros(2, count, dtype=torch.float32).unbind(0)
         agrees = torch.zeros_like(inputs.valid)
         form = gradient if plan.with_gradient else None
         block = self.block or _block(width)
         kernel: Any = _topk_kernel
-        # A launch goes to the current device, which need not be the one of the tensors.
+        # A launch uses the current device, which may differ from the device of the tensors.
         with torch.cuda.device_of(student):
             kernel[(count,)](
                 student,

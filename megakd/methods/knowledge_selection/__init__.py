@@ -1,10 +1,10 @@
 """Knowledge selection: an actor decides at every step which kinds of knowledge the student uses.
 
-Wang et al. 2022 (https://arxiv.org/abs/2302.00444). A teacher offers several kinds: labels,
-responses, features, relations; not all are needed, and which of them helps changes along
-training. Stage 1 trains a selector by actor-critic over episodes, in which the student begins
-anew; the reward is how far its loss on held-out data falls over a phase. Stage 2 freezes the
-selector and distils the student with its choices.
+Wang et al. 2022 (https://arxiv.org/abs/2302.00444). A teacher offers several kinds of knowledge:
+labels, responses, features, relations. Not all kinds are needed, and the helpful kinds change
+during training. Stage 1 trains a selector with actor-critic learning over episodes; the student
+starts again in every episode. The reward is the decrease of the student's loss on held-out data
+over a phase. Stage 2 freezes the selector and distils the student with the selector's choices.
 """
 
 from __future__ import annotations
@@ -36,23 +36,26 @@ STAGE = "selector"
 class KnowledgeSelectionConfig(OneTeacherOptions):
     """The terms of the objective are kinds of knowledge, weighed anew at every step.
 
-    policy: `learned` by a selector, or a control: `all` kinds as the objective has them,
-        `random_soft` or `random_hard` weights.
-    action: of the learned policy: weights between 0 and 1, or a kind is used or not.
-    threshold: from which on a hard action uses a kind.
-    episodes: of stage 1; the student begins each anew.
-    episode_steps: optimiser steps of an episode; null: as many as of the student.
-    phase_steps: after so many the reward is measured; null: a tenth of an episode. 1 is the
-        algorithm without its refinement.
-    exploration: beta, what it is worth to do something else than in the phase before.
-    noise: standard deviation of what is added to the actions of a phase in stage 1.
-    restraint: how strongly weights are held back at a half; 0 lets any slope drive them apart.
-    gamma: what a later reward is worth.
-    gamma_on: `next` discounts what follows a phase; `reward` the phase's own reward.
-    updates: steps of actor and critic after every phase, on steps that are remembered.
+    policy: `learned` by a selector, or a control: `all` uses the weights of the objective,
+        `random_soft` and `random_hard` draw random weights.
+    action: action of the learned policy: `soft` gives weights between 0 and 1; `hard` uses a kind
+        or not.
+    threshold: smallest value at which a hard action uses a kind.
+    episodes: number of episodes of stage 1; the student starts again in every episode.
+    episode_steps: optimizer steps of an episode; null: as many as for the student.
+    phase_steps: optimizer steps of a phase, after which the reward is measured; null: a tenth of an
+        episode. 1 is the paper's algorithm without its refinement.
+    exploration: beta, weight of the reward for actions that differ from the previous phase.
+    noise: standard deviation of the noise added to the actions of a phase in stage 1.
+    restraint: strength of the penalty that keeps weights near 0.5; with 0, any slope of the critic
+        drives weights to 0 or 1.
+    gamma: discount factor of later rewards.
+    gamma_on: `next` discounts the value after a phase; `reward` discounts the phase's own reward.
+    updates: training steps of actor and critic after every phase, on stored steps.
     hidden: width of the selector's layers.
-    selector_learning_rate: of actor and critic (Adam).
-    selector: a saved one in place of stage 1: a file, or a run's stages/selector folder.
+    selector_learning_rate: learning rate of actor and critic (Adam).
+    selector: saved selector to use instead of stage 1: a file, or the folder stages/selector of a
+        run.
     """
 
     name: Literal["knowledge_selection"]
@@ -74,12 +77,12 @@ class KnowledgeSelectionConfig(OneTeacherOptions):
 
     @property
     def looks_into_teacher(self) -> bool:
-        """A learned policy reads the hidden states of the teacher."""
+        """True for a learned policy, which reads the hidden states of the teacher."""
         return self.policy == "learned"
 
 
 def run(config: KnowledgeSelectionConfig, lab: Lab) -> StageResult:
-    """Stage 1 where a selector is to be learned, then the student."""
+    """Run stage 1 if a selector has to be learned, then train the student."""
     teacher, kinds = lab.teacher(config.teacher), _kinds(lab)
     if config.policy == "all":
         return lab.train(_student(teacher, kinds, Constant((Pass(teacher=teacher),))))
@@ -94,7 +97,7 @@ def run(config: KnowledgeSelectionConfig, lab: Lab) -> StageResult:
 
 
 def _kinds(lab: Lab) -> tuple[TermConfig, ...]:
-    """The config's terms, else the paper's four: labels, responses, features, relations."""
+    """Return the config's terms, or the paper's four: labels, responses, features, relations."""
     states = (HiddenMse(loss="hidden_mse"), RelationFsp(loss="relation_fsp"))
     return lab.config.objective or (*lab.hard_terms(), *lab.soft_terms(), *states)
 
@@ -134,7 +137,7 @@ def _choosing(config: KnowledgeSelectionConfig, lab: Lab) -> Choosing:
         threshold=config.threshold,
         noise=config.noise,
         seed=lab.config.seed,
-        # The first token of a language model's text has seen nothing, or means nothing by itself.
+        # The state of the first token does not represent the text in language models.
         whole_texts=lab.config.task.type in LANGUAGE_TASKS,
     )
 
@@ -142,7 +145,7 @@ def _choosing(config: KnowledgeSelectionConfig, lab: Lab) -> Choosing:
 def _selector(
     config: KnowledgeSelectionConfig, lab: Lab, teacher: str, kinds: tuple[TermConfig, ...]
 ) -> Selector:
-    """The saved one, or what stage 1 comes to."""
+    """Return the saved selector, or train a selector in stage 1."""
     from megakd.methods.knowledge_selection.selecting import SELECTOR
     from megakd.methods.knowledge_selection.selector import Shape, load_selector
 
@@ -204,16 +207,16 @@ def _stage_1(
         _student(teacher, kinds, strategy, reads_states=True),
         name=STAGE,
         episodes=config.episodes,
-        # The selector learns in whole episodes, however its students score.
+        # The selector learns in whole episodes, regardless of the students' scores.
         train=dataclasses.replace(lab.config.train, max_steps=steps, early_stopping_patience=None),
     )
 
 
 def _fitting(selector: Selector, shape: Shape, path: Path) -> Selector:
-    """The selector, if it is for these models and kinds.
+    """Return the selector if it fits the models and the kinds of knowledge.
 
     Raises:
-        TeacherError: naming both.
+        TeacherError: the selector does not fit; the message names both shapes.
     """
     if selector.shape[:3] != shape[:3]:
         raise TeacherError(

@@ -1,4 +1,4 @@
-"""The strategies of knowledge selection: a selector that learns or is frozen, and random ones."""
+"""The strategies of knowledge selection: a selector that learns or is frozen, or random weights."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ if TYPE_CHECKING:
 
 SELECTOR = "selector.safetensors"
 WINDOW = 20
-"""Phases whose rewards say how large a reward usually is."""
+"""Number of recent phases from which the usual size of a reward is computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choosing:
-    """How actions are made of what the actor says.
+    """Settings of the conversion from outputs of the actor to actions.
 
-    hard: a kind is used or not. threshold: from which on it is. noise: standard deviation of
-        what is added to a phase's actions while learning, to try others.
-    whole_texts: a state is the mean over all tokens, not over the first of each text.
+    hard: whether a kind is either used or not, instead of a weight between 0 and 1.
+    threshold: smallest value at which a hard action uses a kind.
+    noise: standard deviation of the noise added to a phase's actions while learning, for
+        exploration.
+    whole_texts: whether a state is the mean over all tokens, not only over each text's first token.
     """
 
     hard: bool
@@ -51,11 +53,11 @@ class Choosing:
 
 
 class Selecting(Stateless):
-    """Asks a frozen selector at every step which kinds of knowledge count how much.
+    """A strategy in which a frozen selector chooses the weights of the kinds at every step.
 
-    State of a step: the last hidden states of both models at the first position of each row (of
-    language models at all positions), the mean over all ranks, in the step's first micro-batch.
-    Reading the action costs the step one wait for the device.
+    The state of a step is computed from the last hidden states of both models in the step's first
+    micro-batch: the mean over all ranks at the first position of each row (for language models, at
+    all positions). Reading the action costs one device sync per step.
     """
 
     def __init__(
@@ -68,12 +70,12 @@ class Selecting(Stateless):
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What the stage's result depends on."""
+        """Plain values that the stage's result depends on."""
         frozen = hashlib.sha256(self.selector.to_bytes()).hexdigest()
         return {"selector": frozen, **vars(self.choosing)}
 
     def passes(self, step: int) -> tuple[Pass, ...]:
-        """Return one pass, whose weights are chosen when both models have answered."""
+        """Return one pass; its weights are chosen after the forward of both models."""
         weigh = None if self.probe is None else functools.partial(self.weigh, step)
         return (Pass(teacher=self.teacher, weigh=weigh),)
 
@@ -88,7 +90,7 @@ class Selecting(Stateless):
 
     @torch.no_grad()
     def _summaries(self, reading: LossInputs) -> Tensor:
-        """[S + T], on the CPU."""
+        """Return [S + T], the mean states of student and teacher, on the CPU."""
         valid = reading.batch.valid
         both = [said.hidden_states[-1] for said in (reading.student, reading.taught)]
         if self.choosing.whole_texts:
@@ -114,10 +116,10 @@ class Selecting(Stateless):
         return torch.zeros(())
 
     def _note(self, summaries: Tensor, action: tuple[float, ...]) -> None:
-        """Take note of what was decided in a step."""
+        """Record the state and the action of a step."""
 
     def scalars(self) -> Mapping[str, float]:
-        """The mean weight of each kind since the last call."""
+        """Return the mean weight of each kind since the last call."""
         taken, self._window = self._window, []
         if not taken:
             return {}
@@ -126,20 +128,22 @@ class Selecting(Stateless):
         return {f"select/{kind}": mean for kind, mean in zip(kinds, means, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been chosen since the last logging."""
+        """Return the actions since the last logging."""
         return {"window": list(self._window)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         self._window = list(state["window"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Episodes:
-    """How an episode is cut, and what is rewarded beside the loss that goes down.
+    """Settings of the episodes and of their rewards.
 
-    steps: of an episode. phase_steps: after so many the reward is measured.
-    exploration: beta, what doing something else is worth.
+    number: number of episodes.
+    steps: steps of an episode.
+    phase_steps: steps of a phase, after which the reward is measured.
+    exploration: beta, weight of the reward for actions that differ from earlier actions.
     """
 
     number: int
@@ -150,11 +154,16 @@ class Episodes:
 
 @dataclass
 class Running:
-    """The phase that is going on, and what is known of the ones before.
+    """The current phase, and the memory of earlier phases.
 
-    loss: on held-out rows, at the last measurement; beginning: of the student as it was at first.
-    rewards: of the last phases, before they are divided by their usual size.
-    pending: the last phase, which waits to see what comes after it.
+    summaries, actions: states and actions of the steps of the current phase.
+    loss: loss on held-out rows at the last measurement.
+    beginning: loss on held-out rows of the initial student.
+    rewards: decreases of the loss in the last phases, before the division by their usual size.
+    before: mean action of the previous phase.
+    counts: number of phases by their usual hard action.
+    pending: the last phase, which is learned when the first state after the phase is known.
+    logged: rewards since the last logging.
     """
 
     summaries: list[Tensor] = field(default_factory=list)
@@ -168,20 +177,20 @@ class Running:
     logged: list[float] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the phase as plain values, which no later layout of the code can orphan."""
+        """Return the phase as plain values, which later versions of the code can read."""
         counts = [(list(action), count) for action, count in self.counts.items()]
         return {**vars(self), "rewards": list(self.rewards), "counts": counts}
 
     @staticmethod
     def of(state: Mapping[str, Any]) -> Running:
-        """Return the phase that `state_dict` described."""
+        """Return the phase from a state that `state_dict` returned."""
         counts = {tuple(action): count for action, count in state["counts"]}
         rewards = deque(state["rewards"], maxlen=WINDOW)
         return Running(**{**state, "rewards": rewards, "counts": counts})
 
 
 class LearningToSelect(Selecting):
-    """Trains the selector over episodes; the student begins each of them anew."""
+    """A strategy that trains the selector over episodes; the student starts again in each."""
 
     def __init__(
         self,
@@ -201,18 +210,18 @@ class LearningToSelect(Selecting):
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What the stage's result depends on."""
+        """Plain values that the stage's result depends on."""
         return {**super().facts, **vars(self.episodes), **vars(self.learning)}
 
     def begin(self, student: Any, step: int) -> None:
-        """Keeps the student as it is before the first episode."""
+        """Keep the initial student, to which every episode is reset."""
         self._student = student
         if step == 0 and self.probe is not None:
             self.probe.remember(student)
             self.running.loss = self.running.beginning = self.probe.loss(student)
 
     def _noise(self, step: int, kinds: int) -> Tensor:
-        # The steps of a phase share its reward, and what is tried in them.
+        # The steps of a phase share the reward and the noise.
         episode, step = divmod(step, self.episodes.steps)
         phase = step // self.episodes.phase_steps
         drawn = random.Random(f"{self.choosing.seed}:noise:{episode}:{phase}")
@@ -223,7 +232,7 @@ class LearningToSelect(Selecting):
         self.running.actions.append(action)
 
     def after_update(self, report: Any) -> None:
-        """Ends phases and episodes; the phase before learns when its successor has begun."""
+        """End phases and episodes; learn a phase after the first step of the next phase."""
         run, done = self.running, report.step % self.episodes.steps + 1
         if run.pending is not None:
             self._learn(run.summaries[0])
@@ -253,14 +262,18 @@ class LearningToSelect(Selecting):
         run.logged.append(reward)
 
     def _usual(self, gain: float) -> float:
-        """A fall of the loss in units of how much it usually changes."""
+        """Return a decrease of the loss divided by the usual size of recent changes."""
         rewards = self.running.rewards
         rewards.append(gain)
         size = math.sqrt(sum(value * value for value in rewards) / len(rewards))
         return gain / size if size > 0 else 0.0
 
     def _exploration(self, actions: Tensor) -> float:
-        """More where the phase did something else than the one before, or than most."""
+        """Return the exploration reward.
+
+        The reward is higher if the actions differ from the previous phase (soft actions) or are
+        rare (hard actions).
+        """
         run, beta = self.running, self.episodes.exploration
         mean = actions.mean(0)
         before, run.before = run.before, mean
@@ -278,7 +291,7 @@ class LearningToSelect(Selecting):
         self.running.pending = None
 
     def scalars(self) -> Mapping[str, float]:
-        """Weights, and the mean reward and the last loss of the phases since the last call."""
+        """Return mean weights, and mean reward and last loss of the phases since the last call."""
         rewards, self.running.logged = self.running.logged, []
         if not rewards:
             return super().scalars()
@@ -287,16 +300,16 @@ class LearningToSelect(Selecting):
         return {**super().scalars(), **measured}
 
     def files(self) -> Mapping[str, bytes]:
-        """The selector, for stage 2 and for other students."""
+        """Return the selector's file, for stage 2 and for other students."""
         return {SELECTOR: self.selector.to_bytes()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Selector, optimizers, and the phase that is going on."""
+        """Return the state of the selector, of the optimizers and of the current phase."""
         learner = self.learner.state_dict()
         return {**super().state_dict(), "learner": learner, "running": self.running.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         super().load_state_dict(state)
         self.learner.load_state_dict(state["learner"])
         self.running = Running.of(state["running"])
@@ -304,7 +317,7 @@ class LearningToSelect(Selecting):
 
 @dataclass(frozen=True)
 class RandomWeights(Stateless):
-    """Weights that are drawn anew at every step: a function of seed and step."""
+    """A strategy with random weights at every step, as a function of seed and step."""
 
     teacher: str
     kinds: tuple[str, ...]
@@ -313,7 +326,7 @@ class RandomWeights(Stateless):
     seed: int
 
     def passes(self, step: int) -> tuple[Pass, ...]:
-        """One pass with the weights of this step."""
+        """Return one pass with the weights of the step."""
         drawn = random.Random(f"{self.seed}:kinds:{step}")
         factors = tuple(drawn.random() for _ in self.kinds)
         if self.hard:

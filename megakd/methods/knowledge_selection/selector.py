@@ -1,7 +1,7 @@
-"""The actor and the critic that say which kinds of knowledge a step uses, and how much of each.
+"""The actor and the critic that choose the weights of the kinds of knowledge in a step.
 
-Deterministic policy gradients over a state that summarises student and teacher (Wang et al. 2022,
-https://arxiv.org/abs/2302.00444, section on the knowledge selection module).
+They learn by deterministic policy gradients over a state that summarises student and teacher (Wang
+et al. 2022, https://arxiv.org/abs/2302.00444, section on the knowledge selection module).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megakd.storage.finished_folder import check_given
 
 
 class Shape(NamedTuple):
-    """What a selector is for: widths of the summaries, and the kinds it chooses from."""
+    """Shape of a selector: widths of both summaries, kinds of knowledge, width of its layers."""
 
     student: int
     teacher: int
@@ -33,7 +33,7 @@ class Shape(NamedTuple):
 
 
 def _layers(*widths: int) -> nn.Sequential:
-    """Linear layers with ReLU between them."""
+    """Return linear layers with ReLU between them."""
     parts: list[nn.Module] = []
     for first, second in pairwise(widths):
         parts += [nn.Linear(first, second), nn.ReLU()]
@@ -52,34 +52,34 @@ class Selector(nn.Module):
         self.student = _layers(shape.student, hidden, hidden)
         self.teacher = _layers(shape.teacher, hidden, hidden)
         self.actor = _layers(2 * hidden, hidden, hidden, kinds)
-        # It begins with a half of everything, where the sigmoid is steepest.
+        # Initial weights are about 0.5 for all kinds, where the sigmoid is steepest.
         nn.init.uniform_(cast("nn.Linear", self.actor[-1]).weight, -1e-3, 1e-3)
         nn.init.zeros_(cast("nn.Linear", self.actor[-1]).bias)
         self.critic = _layers(2 * hidden + kinds, hidden, hidden, 1)
 
     def state(self, summaries: Tensor) -> Tensor:
-        """[N, S + T] summaries side by side to [N, 2 * hidden]."""
+        """Return [N, 2 * hidden] states for [N, S + T] concatenated summaries."""
         student, teacher = summaries.split([self.shape.student, self.shape.teacher], dim=-1)
         return torch.cat([self.student(student), self.teacher(teacher)], dim=-1)
 
     def action(self, state: Tensor) -> Tensor:
-        """[N, K] between 0 and 1."""
+        """Return [N, K] actions between 0 and 1."""
         return self.actor(state).sigmoid()
 
     def value(self, state: Tensor, action: Tensor) -> Tensor:
-        """[N]: the reward that is to be expected from here on."""
+        """Return [N] expected returns of actions in states."""
         return self.critic(torch.cat([state, action], dim=-1)).squeeze(-1)
 
     def to_bytes(self) -> bytes:
-        """The selector as a safetensors file that says what it is for."""
+        """Return the content of a safetensors file with the selector and its shape."""
         return save(self.state_dict(), metadata={"shape": json.dumps(self.shape._asdict())})
 
 
 def load_selector(path: str) -> Selector:
-    """What `Selector.to_bytes` gave.
+    """Load a selector that `Selector.to_bytes` wrote.
 
     Raises:
-        TeacherError: it is not there, or no selector.
+        TeacherError: the file does not exist, or is not a selector.
     """
     file_name = Path(path).name
     check_given(Path(path).parent, "method.selector", wanted=lambda name: name == file_name)
@@ -98,14 +98,16 @@ def load_selector(path: str) -> Selector:
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
-    """How a selector learns.
+    """Settings of the training of a selector.
 
-    gamma: what a later reward is worth. gamma_on: `next` discounts what comes after a phase, as
-        usual; `reward` the reward of the phase, as the equation is printed in one account of it.
-    restraint: how strongly the actor is held back at a half of everything. Without it any slope
-        of the critic, however small, drives a weight to 0 or 1 in time.
-    updates: steps of actor and critic after every phase, each on `samples` remembered steps.
-    memory: how many steps are remembered.
+    rate: learning rate of actor and critic.
+    gamma: discount factor of later rewards.
+    gamma_on: `next` discounts the value after a phase, as usual; `reward` discounts the reward of
+        the phase, as the equation is printed in one of the method's publications.
+    restraint: strength of the penalty that keeps the actor's weights near 0.5. Without the penalty,
+        any slope of the critic, however small, eventually drives a weight to 0 or 1.
+    updates: training steps of actor and critic after every phase, each on `samples` stored steps.
+    memory: maximum number of stored steps.
     """
 
     rate: float = 1e-3
@@ -118,7 +120,7 @@ class Learning:
 
 
 class Transition(NamedTuple):
-    """A phase: what was seen and done in its steps, what it brought, and what was seen next.
+    """A phase: summaries and actions of its steps, the reward, and the following summary.
 
     summaries: [N, S + T]. actions: [N, K]. following: [S + T], or None at the end of an episode.
     """
@@ -132,8 +134,8 @@ class Transition(NamedTuple):
 class Samples(NamedTuple):
     """Steps of many phases.
 
-    summaries: [N, S + T]. actions: [N, K]. rewards: [N], each of its phase. following: [N, S + T]
-    goes_on: [N], 0 where the episode ended with the phase.
+    summaries: [N, S + T]. actions: [N, K]. rewards: [N], the reward of each step's phase.
+    following: [N, S + T]. goes_on: [N], 0 if the episode ended with the phase, else 1.
     """
 
     summaries: Tensor
@@ -144,7 +146,7 @@ class Samples(NamedTuple):
 
     @staticmethod
     def of(phase: Transition) -> Samples:
-        """The steps of a phase, which share its reward and what follows it."""
+        """Return the steps of a phase, which share the reward and the following summary."""
         steps, following = len(phase.summaries), phase.following
         ends = following is None
         then = phase.summaries[-1] if following is None else following
@@ -157,20 +159,20 @@ class Samples(NamedTuple):
         )
 
     def joined(self, others: Samples, most: int) -> Samples:
-        """These and others, the last `most` of them."""
+        """Return these samples followed by other samples, truncated to the last `most` samples."""
         return Samples(*(torch.cat(pair)[-most:] for pair in zip(self, others, strict=True)))
 
     def drawn(self, count: int, generator: torch.Generator) -> Samples:
-        """Some of them, any of which may come twice."""
+        """Return `count` random samples, drawn with replacement."""
         chosen = torch.randint(len(self.rewards), (count,), generator=generator)
         return Samples(*(part[chosen] for part in self))
 
 
 class ActorCritic:
-    """Trains a selector phase by phase; the same on every rank that is given the same.
+    """The training of a selector, phase by phase; equal inputs give equal selectors on all ranks.
 
-    Learning from the last phase alone, the critic would take whatever the actor did in it for the
-    reason of the reward; so steps of earlier phases are remembered, and learned from again.
+    Steps of earlier phases are stored and learned again. With only the last phase, the critic would
+    attribute the reward to all actions of this phase.
     """
 
     def __init__(self, selector: Selector, learning: Learning, *, seed: int = 0) -> None:
@@ -183,7 +185,7 @@ class ActorCritic:
         self._critic = torch.optim.Adam(selector.critic.parameters(), lr=learning.rate)
 
     def learn(self, phase: Transition) -> None:
-        """The critic towards reward + gamma * Q of what follows, the actor towards a higher Q."""
+        """Train the critic towards reward + gamma * Q(next), and the actor towards a higher Q."""
         new, known = Samples.of(phase), self._memory
         self._memory = new if known is None else known.joined(new, self.learning.memory)
         for _ in range(self.learning.updates):
@@ -213,14 +215,14 @@ class ActorCritic:
         state = selector.state(some.summaries)
         said = selector.actor(state)
         held_back = self.learning.restraint * said.square().sum(-1)
-        # Detached: else the summaries' networks would learn to show the critic a state it likes.
+        # Detached; otherwise the summary networks would learn states that the critic prefers.
         value = selector.value(state.detach(), said.sigmoid())
         self._actor.zero_grad()
         (held_back - value).mean().backward()
         self._actor.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
+        """Return the state that a resumed run needs."""
         return {
             "selector": self.selector.state_dict(),
             "actor": self._actor.state_dict(),
@@ -230,7 +232,7 @@ class ActorCritic:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         self.selector.load_state_dict(state["selector"])
         self._actor.load_state_dict(state["actor"])
         self._critic.load_state_dict(state["critic"])
@@ -240,7 +242,7 @@ class ActorCritic:
 
 
 def hardened(action: Sequence[float], threshold: float) -> tuple[float, ...]:
-    """Which kinds are used: those that reach the threshold, or the largest where none does."""
+    """Return 1 for kinds that reach the threshold, else 0; if no kind does, 1 for the largest."""
     largest = max(action)
     used = [value >= threshold for value in action]
     if not any(used):
@@ -249,5 +251,5 @@ def hardened(action: Sequence[float], threshold: float) -> tuple[float, ...]:
 
 
 def alike(one: Tensor, other: Tensor) -> float:
-    """The cosine between two actions [K]."""
+    """Return the cosine between two actions [K]."""
     return float(functional.cosine_similarity(one, other, dim=0))

@@ -1,4 +1,4 @@
-"""Model classes that transformers lacks: each file needs torch and transformers alone.
+"""Model classes that transformers lacks; each file needs only torch and transformers.
 
-An exported folder of such a model carries its file, and loads without megakd.
+An exported folder of such a model contains the file and loads without megakd.
 """

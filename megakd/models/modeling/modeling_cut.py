@@ -1,9 +1,9 @@
-"""Models whose layers keep different numbers of heads and neurons: stock ones, with parts cut out.
+"""Stock models with parts cut out, whose layers keep different numbers of heads and neurons.
 
-One file that needs torch and transformers alone: it lies beside the weights of such a model, which
-`AutoModel.from_pretrained(folder, trust_remote_code=True)` loads. A config says how many units
-each layer has; all other keys mean what they mean in the stock config. The width of the hidden
-states need not be heads times the width of a head any more.
+This file needs only torch and transformers. It is stored beside the weights of such a model, which
+`AutoModel.from_pretrained(folder, trust_remote_code=True)` loads. The config states the number of
+units of each layer; all other keys have their stock meaning. The width of the hidden states may
+differ from the number of heads times the width of a head.
 """
 
 from __future__ import annotations
@@ -65,16 +65,16 @@ if TYPE_CHECKING:
 
 
 class Parts(NamedTuple):
-    """Where the parts of a family's layers are.
+    """Locations of the parts of a family's layers.
 
     layer: the stock class of a layer.
-    blocks: path of the list of layers on the backbone.
-    core: of a layer, the module that cuts vectors into heads.
-    queries, keys: modules on the core; `keys` is empty where `queries` makes all three.
-    output: takes the heads, on the layer.
-    inputs: make the neurons, on the layer.
-    down: takes them, on the layer.
-    neurons: key of the config.
+    blocks: path on the backbone of the list of layers.
+    core: path on the layer of the module that splits vectors into heads.
+    queries, keys: modules on the core; `keys` is empty if `queries` makes all three.
+    output: path on the layer of the module that takes the heads.
+    inputs: paths on the layer of the modules that make the neurons.
+    down: path on the layer of the module that takes the neurons.
+    neurons: config key of the number of neurons.
     """
 
     layer: type[nn.Module]
@@ -90,15 +90,15 @@ class Parts(NamedTuple):
 
 @dataclass(kw_only=True, repr=False)
 class _Shape:
-    """The keys that the config of a cut model has in place of the stock counts.
+    """Config keys of a cut model, in place of the stock counts.
 
     head_counts: key-value groups of each attention.
     neuron_counts: neurons of each feed-forward.
-    head_width: of one head.
-    queries_per_key: heads of queries that share keys and values.
+    head_width: width of one head.
+    queries_per_key: number of query heads that share keys and values.
 
-    The stock keys say one number for all layers. As attributes they are those of the largest
-    layer; in config.json they would be wrong, and are not there.
+    The stock keys hold one number for all layers. As attributes they hold the numbers of the
+    largest layer. In config.json they would be wrong, so they are omitted.
     """
 
     parts: ClassVar[Parts]
@@ -115,7 +115,7 @@ class _Shape:
         width = getattr(self, "head_dim", None) or self.hidden_size // heads
         self.head_width = self.head_width or width
         if hasattr(self, "rope_parameters"):
-            self.head_dim = self.head_width  # what turns queries and keys is as wide as they are
+            self.head_dim = self.head_width  # the rotary embedding is as wide as a head
         if self.head_counts is None:
             self.head_counts = [heads // self.queries_per_key] * self.num_hidden_layers
         if self.neuron_counts is None:
@@ -128,17 +128,17 @@ class _Shape:
         setattr(self, self.parts.neurons, max(self.neuron_counts, default=0))
 
     def to_dict(self: Any) -> dict[str, Any]:
-        """Return the keys of config.json: without counts that hold for no layer, or for one."""
+        """Return the keys of config.json, without the stock counts, which differ by layer."""
         found = super().to_dict()  # pyright: ignore[reportAttributeAccessIssue]
         for key in ("num_attention_heads", "num_key_value_heads", self.parts.neurons):
             found.pop(self.attribute_map.get(key, key), None)
         return found
 
     def validate(self: Any) -> None:
-        """All stock rules but the one that heads side by side are as wide as hidden states.
+        """Apply all stock rules except that all heads together are as wide as the hidden states.
 
         Raises:
-            ValueError: There is not one number for each layer.
+            ValueError: A list does not have one number for each layer.
         """
         for rule in self.__class_validators__:
             if rule.__name__ != "validate_architecture":
@@ -150,7 +150,7 @@ class _Shape:
 
 
 class _Cut:
-    """Laid over a stock model: its layers are made one by one, each at its own size."""
+    """Mixin for a stock model that builds the layers one by one, each in its own size."""
 
     def __init__(self: Any, config: Any) -> None:
         with _set(config, num_hidden_layers=0):
@@ -163,7 +163,7 @@ class _Cut:
 
 @contextmanager
 def _set(config: Any, **values: int) -> Iterator[None]:
-    """The config with other values; not a copy, for every module keeps the one it is given."""
+    """Set values inside the context, on the config itself: modules keep a reference to it."""
     found = {key: getattr(config, key) for key in values if hasattr(config, key)}
     for key in found:
         setattr(config, key, values[key])
@@ -175,7 +175,7 @@ def _set(config: Any, **values: int) -> Iterator[None]:
 
 
 def _layer(config: Any, number: int) -> nn.Module:
-    """A stock layer, made as small as it can be, whose linear maps are then replaced."""
+    """Return a stock layer, built as small as possible, with its linear maps replaced."""
     parts: Parts = config.parts
     heads = {"num_attention_heads": config.queries_per_key, "num_key_value_heads": 1}
     with _set(config, **heads, **{parts.neurons: 1}):
@@ -210,10 +210,10 @@ def _resize(
 
 
 class _EmptyLinear(nn.Linear):
-    """A map from nothing, which gives zeros without its bias, or to nothing.
+    """A map without inputs, which returns zeros without its bias, or a map without outputs.
 
-    A sub-layer that has lost all heads or neurons says nothing. Its bias stays, with a gradient
-    of zero. What has no elements is a buffer: ZeRO 3 cannot gather a parameter without any.
+    A sub-layer without heads or neurons contributes nothing. Its bias stays, with a gradient of
+    zero. Tensors without elements are buffers, because ZeRO 3 cannot gather an empty parameter.
     """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
@@ -221,24 +221,24 @@ class _EmptyLinear(nn.Linear):
         _without_empty_parameters(self)
 
     def reset_parameters(self) -> None:
-        """There is nothing to draw."""
+        """Set the bias to zero; there is no value to draw."""
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name for it)
-        """[..., I] -> [..., O], one of them 0."""
+        """Map [..., I] to [..., O]; I or O is 0."""
         return _of_nothing(input, self.out_features, self.bias)
 
 
 class _EmptyConv1D(Conv1D):
-    """The same for GPT-2's maps."""
+    """`_EmptyLinear` for GPT-2's maps."""
 
     def __init__(self, outputs: int, inputs: int) -> None:
         super().__init__(outputs, inputs)
         _without_empty_parameters(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., I] -> [..., O], one of them 0."""
+        """Map [..., I] to [..., O]; I or O is 0."""
         return _of_nothing(x, self.nf, self.bias)
 
 
@@ -250,13 +250,13 @@ def _without_empty_parameters(module: nn.Module) -> None:
 
 
 def _of_nothing(hidden: Tensor, outputs: int, bias: Tensor | None) -> Tensor:
-    # Made of the input, so that a gradient of zero reaches all that came before, and the bias.
+    # Made from the input, so that a gradient of zero reaches all earlier modules and the bias.
     zeros = nn.functional.pad(hidden[..., :0], (0, outputs))
     return zeros if bias is None else zeros + 0.0 * bias
 
 
 def _tell_heads(core: Any, config: Any, number: int) -> None:
-    """Corrects what an attention took from the config of a layer of another size."""
+    """Correct the sizes that an attention has taken from the config of a smaller layer."""
     heads, width = config.head_counts[number], config.head_width
     if hasattr(core, "split_size"):  # GPT-2's
         core.num_heads, core.head_dim, core.split_size = heads, width, heads * width
@@ -273,15 +273,15 @@ def _tell_heads(core: Any, config: Any, number: int) -> None:
 def _without_heads(
     core: Any, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The forward of an attention that has no heads: its output map makes something of nothing."""
+    """Run an attention without heads: its output map takes an input of width 0."""
     parts, width = core.config.parts, core.config.head_width
     batch, length, _width = hidden_states.shape
     if past_key_values is not None:
-        # The first layer's cache is asked how many tokens there were.
+        # The cache of the first layer is asked for the number of past tokens.
         marks = hidden_states.new_zeros(batch, 1, length, 1)
         past_key_values.update(marks, marks, core.layer_idx)
     nothing = hidden_states[..., :0]
-    # All modules are called: hooks on them, such as DeepSpeed's, count on that.
+    # All modules are called, because hooks such as DeepSpeed's rely on it.
     for name in (parts.queries, *parts.keys):
         nothing = nothing + getattr(core, name)(hidden_states)[..., :0]
     for norm in (getattr(core, "q_norm", None), getattr(core, "k_norm", None)):
@@ -291,7 +291,7 @@ def _without_heads(
     if path != parts.output:
         nothing = getattr(core, path)(nothing)
         nothing = core.resid_dropout(nothing) if hasattr(core, "resid_dropout") else nothing
-    # None would be left out of the list of attentions.
+    # None would be missing from the list of attentions.
     is_eager = core.config._attn_implementation == "eager"  # noqa: SLF001  (what modules read)
     return nothing, nothing.new_zeros(batch, 0, length, length) if is_eager else None
 

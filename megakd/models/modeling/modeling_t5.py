@@ -1,8 +1,8 @@
-"""T5 that classifies or scores texts, with any number of heads and neurons per layer.
+"""T5 models that classify or score texts, with any number of heads and neurons per layer.
 
-Needs torch and transformers alone, so that a folder with this file in it loads anywhere
-(`trust_remote_code=True`). Module names are those of T5, whose weights fit as they are, but for
-`shared`, which is `encoder.embed_tokens` here: nothing shares it.
+This file needs only torch and transformers, so that a folder with this file loads anywhere
+(`trust_remote_code=True`). Module names are those of T5, so that its weights fit unchanged. The
+exception is `shared`, which is `encoder.embed_tokens` here, because no other module shares it.
 
 Shapes: B texts, T tokens, D width, H heads.
 """
@@ -28,14 +28,14 @@ from transformers.models.t5.modeling_t5 import (
 
 
 class T5EncoderConfig(T5Config):
-    """T5's, for an encoder alone, whose layers may have lost heads and neurons.
+    """Config of a T5 encoder whose layers may have lost heads and neurons.
 
-    head_counts: heads left, one number per attention; None: `num_heads` in all of them, which
-        stays the number of columns of the bias that positions add.
-    neuron_counts: likewise per feed-forward; None: `d_ff`.
-    head_width: of one head; None: `d_kv`.
-    head_columns: for each head of each attention, its column of that bias, which all layers of a
-        stack share; None: heads have kept their order, and the first ones are left.
+    head_counts: heads left, one number per attention; None: `num_heads` in all of them. The number
+        of columns of the position bias stays `num_heads`.
+    neuron_counts: neurons left, one number per feed-forward; None: `d_ff`.
+    head_width: width of one head; None: `d_kv`.
+    head_columns: for each head of each attention, its column of the position bias, which all layers
+        of a stack share; None: the heads use the first columns, in order.
     """
 
     model_type = "t5_encoder"
@@ -46,10 +46,10 @@ class T5EncoderConfig(T5Config):
     head_columns: list[list[int]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Fills in what is derived, and refuses lists that do not fit the layers.
+        """Set the derived values, and check that the lists fit the layers.
 
         Raises:
-            ValueError: Another number of attentions or feed-forwards than the model has.
+            ValueError: A list does not have one entry for each attention or feed-forward.
         """
         if self.head_width is not None:
             self.d_kv = self.head_width
@@ -65,37 +65,37 @@ class T5EncoderConfig(T5Config):
                 raise ValueError(f"{key} has {len(given)} entries and the model {count} such parts")
 
     def counts(self) -> tuple[int, int]:
-        """How many attentions and feed-forwards the model has."""
+        """Return the numbers of attentions and feed-forwards of the model."""
         return self.num_layers, self.num_layers
 
     def heads_of(self, attention: int) -> int:
-        """Heads of one attention."""
+        """Return the number of heads of one attention."""
         return self.num_heads if self.head_counts is None else self.head_counts[attention]
 
     def neurons_of(self, feed_forward: int) -> int:
-        """Neurons of one feed-forward."""
+        """Return the number of neurons of one feed-forward."""
         return self.d_ff if self.neuron_counts is None else self.neuron_counts[feed_forward]
 
 
 class EncT5Config(T5EncoderConfig):
-    """The same with one decoder layer, whose attentions come last: to itself, to the encoder."""
+    """`T5EncoderConfig` with one decoder layer; its self- and cross-attention come last."""
 
     model_type = "enct5"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """One decoder layer, whatever T5 the config was made from."""
+        """Set one decoder layer, for any T5 that the config was made from."""
         self.num_decoder_layers = 1
         super().__post_init__(**kwargs)
 
     def counts(self) -> tuple[int, int]:
-        """Two attentions and one feed-forward more than the encoder has."""
+        """Return two attentions and one feed-forward more than in the encoder."""
         return self.num_layers + 2, self.num_layers + 1
 
 
 class EmptyLinear(nn.Linear):
-    """A map from nothing or to nothing.
+    """A map without inputs or without outputs.
 
-    Its weight, which has no elements, is a buffer: ZeRO 3 cannot gather a parameter without any.
+    Its weight has no elements and is a buffer, because ZeRO 3 cannot gather an empty parameter.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -105,15 +105,15 @@ class EmptyLinear(nn.Linear):
         self.register_buffer("weight", weight)
 
     def reset_parameters(self) -> None:
-        """There is nothing to draw."""
+        """Do nothing: there is no value to draw."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name for it)
-        """[..., I] -> [..., O], one of them 0; a gradient of zero reaches the input."""
+        """Map [..., I] to [..., O], one of them 0; a gradient of zero reaches the input."""
         return nn.functional.pad(input[..., :0], (0, self.out_features))
 
 
 def _empty(module: nn.Module, *, inputs: tuple[str, ...], output: str) -> None:
-    """Takes everything between the inputs and the output out of a module."""
+    """Remove everything between the inputs and the output of a module."""
     for name in inputs:
         if hasattr(module, name):
             setattr(module, name, EmptyLinear(getattr(module, name).in_features, 0))
@@ -121,10 +121,10 @@ def _empty(module: nn.Module, *, inputs: tuple[str, ...], output: str) -> None:
 
 
 class WidthsAttention(T5Attention):
-    """T5's, with as many heads as its projections give at this moment.
+    """T5's attention, with as many heads as its projections currently give.
 
-    handles_no_heads: none at all is allowed; every module is called even then, and every
-        parameter gets a gradient, if one of zero.
+    handles_no_heads: an attention without heads is allowed. Every module is called even then, and
+        every parameter gets a gradient, which may be zero.
     """
 
     handles_no_heads = True
@@ -152,7 +152,7 @@ class WidthsAttention(T5Attention):
         position_bias: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """As T5Attention; the bias [1, H, T, T] goes on to the next layer whole."""
+        """Compute T5Attention; the next layer gets the whole bias [1, H, T, T]."""
         source = hidden_states if key_value_states is None else key_value_states
         vectors = self.q(hidden_states), self.k(source), self.v(source)
         if position_bias is None and self.has_relative_attention_bias:
@@ -192,7 +192,7 @@ class WidthsAttention(T5Attention):
         )
 
     def _own_bias(self, position_bias: Tensor | None, heads: int) -> Tensor | None:
-        """Of the first heads this attention has, [1, heads, T, T]."""
+        """Return the position bias of the heads that this attention has, [1, heads, T, T]."""
         if position_bias is None:
             return None
         if self.columns is None:
@@ -202,21 +202,21 @@ class WidthsAttention(T5Attention):
 
 
 def _nothing(queries: Tensor, keys: Tensor, values: Tensor, position_bias: Tensor | None) -> Tensor:
-    """What no heads say, [B, T, 0], through which a gradient of zero reaches all."""
+    """Return an output without heads, [B, T, 0], through which a gradient of zero reaches all."""
     nothing = queries + keys.sum(1, keepdim=True) + values.sum(1, keepdim=True)
     return nothing if position_bias is None else nothing + position_bias[:, :0].sum((2, 3))
 
 
 class WidthsBlock(T5Block):
-    """A layer of T5 whose parts have sizes of their own.
+    """A layer of T5 whose parts have their own sizes.
 
-    attention: number of its first attention; a decoder's second one follows.
+    attention: number of its first attention; a decoder's second attention follows.
     """
 
     def __init__(
         self, config: T5EncoderConfig, attention: int, feed_forward: int, *, is_first: bool
     ) -> None:
-        # The attentions made here are replaced at once, so they are small.
+        # The attentions made here are replaced below, so they are small.
         neurons = config.neurons_of(feed_forward)
         sizes = changed(config, num_heads=1, d_ff=max(neurons, 1))
         super().__init__(sizes, layer_idx=attention)
@@ -231,7 +231,7 @@ class WidthsBlock(T5Block):
 
 
 class WidthsStack(T5Stack):
-    """T5's encoder or decoder of such layers.
+    """T5's encoder or decoder, made of `WidthsBlock` layers.
 
     first: number of its first attention and feed-forward in the lists of the config.
     """
@@ -248,7 +248,7 @@ class WidthsStack(T5Stack):
 
 
 class T5ClassifierModel(T5PreTrainedModel):
-    """What the two models below have in common: an encoder and a linear head."""
+    """Base of the two models below: an encoder and a linear head."""
 
     config_class = T5EncoderConfig
     base_model_prefix = "encoder"
@@ -261,11 +261,11 @@ class T5ClassifierModel(T5PreTrainedModel):
         self.classifier = nn.Linear(config.d_model, self.num_labels)
 
     def get_input_embeddings(self) -> nn.Module:
-        """Of the tokens."""
+        """Return the embeddings of the tokens."""
         return self.encoder.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Of the tokens."""
+        """Set the embeddings of the tokens."""
         self.encoder.embed_tokens = value
 
     @torch.no_grad()
@@ -286,15 +286,15 @@ class T5ClassifierModel(T5PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
-        """Logits of whole texts.
+        """Return the logits of whole texts.
 
         Args:
             input_ids: [B, T].
-            attention_mask: [B, T], 0 at padding; None: there is none.
-            labels: [B] classes, or scores for one label, for the loss.
-            token_type_ids: not read; tokenizers of other families give them.
+            attention_mask: [B, T], 0 at padding; None: no padding.
+            labels: [B] classes, or scores if there is one label, for the loss.
+            token_type_ids: ignored; tokenizers of other families return them.
             output_hidden_states: whether to return the encoder's, L + 1 of [B, T, D].
-            return_dict: False: a tuple.
+            return_dict: False: return a tuple.
         """
         del token_type_ids
         encoded = self.encoder(
@@ -312,16 +312,15 @@ class T5ClassifierModel(T5PreTrainedModel):
         return output.to_tuple() if return_dict is False else output
 
     def summary(self, encoded: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """One vector per text, [B, D], from the encoder's last hidden states [B, T, D]."""
+        """Return one vector per text, [B, D], from the encoder's last hidden states [B, T, D]."""
         raise NotImplementedError
 
 
 class T5EncoderForSequenceClassification(T5ClassifierModel):
     """T5's encoder, the mean over a text's tokens, and a linear head.
 
-    T5 itself has no vector for a whole text. The mean is a choice: the first token means nothing
-    to T5, and the mean is what works best of what needs no new layers (Ni et al. 2022,
-    Sentence-T5).
+    T5 itself has no vector for a whole text. The first token has no meaning for T5, and the mean
+    works best among the choices that need no new layers (Ni et al. 2022, Sentence-T5).
     """
 
     def __init__(self, config: T5EncoderConfig) -> None:
@@ -329,7 +328,7 @@ class T5EncoderForSequenceClassification(T5ClassifierModel):
         self.post_init()
 
     def summary(self, encoded: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The mean over the tokens that are no padding, [B, D]."""
+        """Return the mean over the tokens that are not padding, [B, D]."""
         if attention_mask is None:
             return encoded.mean(1)
         weights = attention_mask.to(encoded.dtype)[..., None]
@@ -337,10 +336,10 @@ class T5EncoderForSequenceClassification(T5ClassifierModel):
 
 
 class EncT5ForSequenceClassification(T5ClassifierModel):
-    """EncT5 (Liu et al. 2021): T5's encoder, one decoder layer, and a linear head on it.
+    """EncT5 (Liu et al. 2021): T5's encoder, one decoder layer, and a linear head on the decoder.
 
     The decoder sees one position, a learned prompt: the only token of its vocabulary,
-    `decoder.embed_tokens`. From there it attends to the encoder's states.
+    `decoder.embed_tokens`. This position attends to the encoder's states.
     """
 
     config_class = EncT5Config
@@ -352,7 +351,7 @@ class EncT5ForSequenceClassification(T5ClassifierModel):
         self.post_init()
 
     def summary(self, encoded: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The decoder's answer to its prompt, [B, D]."""
+        """Return the decoder's output for its prompt, [B, D]."""
         prompt = torch.zeros(len(encoded), 1, dtype=torch.long, device=encoded.device)
         decoded = self.decoder(
             input_ids=prompt,
@@ -364,7 +363,7 @@ class EncT5ForSequenceClassification(T5ClassifierModel):
 
 
 def changed(config: T5EncoderConfig, **keys: Any) -> T5EncoderConfig:
-    """A copy of a config with other values; nothing derived is computed again."""
+    """Return a copy of a config with other values; derived values are not computed again."""
     other = copy.copy(config)
     for key, value in keys.items():
         setattr(other, key, value)

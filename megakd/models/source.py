@@ -1,0 +1,42 @@
+"""A model that was found: its folder, config and stored tensors, before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from megakd.models.architectures import Architecture
+from megakd.models.weights import StoredTensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model that was found and whose files are complete; no weights are in memory.
+
+    name: Name for messages and the report.
+    folder: None for a model that starts from random weights.
+    where: The key of the run config, such as `teacher.model`.
+    stored: The tensors of its weight files.
+    wants_vocabulary: The model starts from random weights and takes the tokenizer's size.
+    layers: The layers of the folder that the model has, from 1, in this order; None: all.
+    """
+
+    name: str
+    folder: Path | None
+    config: PretrainedConfig = field(repr=False)
+    architecture: Architecture
+    where: str
+    stored: Mapping[str, StoredTensor] = field(default_factory=dict, repr=False)
+    wants_vocabulary: bool = False
+    trust_remote_code: bool = False
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """The dtype of the largest stored tensor; None for a model from scratch."""
+        largest = max(self.stored.values(), key=lambda s: torch.Size(s.shape).numel(), default=None)
+        return largest.dtype if largest else None
