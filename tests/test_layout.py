@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,22 @@ def test_a_file_imports_from_its_own_room_or_a_lower_rank() -> None:
     wrong = {module_name(p): upward_imports(p) for p in files}
 
     assert {name: found for name, found in wrong.items() if found} == {}
+
+
+def test_no_files_import_each_other_in_a_circle_also_for_types() -> None:
+    known = {module_name(p): p for p in package_sources()}
+
+    def module_of(name: str) -> str:
+        return name if name in known or "." not in name else module_of(name.rpartition(".")[0])
+
+    graph = {
+        name: {module_of(found) for found in all_imports(path) if is_within(found, "megakd")}
+        for name, path in known.items()
+    }
+
+    # A package's own `__init__` may name what lies in the package.
+    order = TopologicalSorter({name: below - {name} for name, below in graph.items()})
+    assert set(order.static_order()) >= set(known)  # raises CycleError
 
 
 @pytest.mark.parametrize("importer", FORBIDDEN)

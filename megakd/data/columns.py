@@ -15,8 +15,9 @@ from megakd.config.run import TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.data.cache import cached_folder, key_of, read_rows, write_rows
 from megakd.data.choosing import is_labelled
+from megakd.data.found import Found
 from megakd.data.labels import Classes, Labeller, find_classes, score
-from megakd.data.tables import SPLIT_NAMES, Found, Record, SplitName, Table
+from megakd.data.tables import SPLIT_NAMES, Record, SplitName, Table
 from megakd.errors import DataError
 
 logger = logging.getLogger(__name__)

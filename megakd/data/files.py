@@ -15,8 +15,9 @@ from pathlib import Path
 from megakd.config.run import Files, TaskConfig, listed_files
 from megakd.data.columns import rows_of_tables
 from megakd.data.documents import read_documents
+from megakd.data.found import Found
 from megakd.data.readers import joined, read_csv, read_json, read_jsonl, read_parquet, read_tsv
-from megakd.data.tables import SPLIT_ALIASES, Found, SplitName, Table
+from megakd.data.tables import SPLIT_ALIASES, SplitName, Table
 from megakd.errors import DataError
 
 READERS = {

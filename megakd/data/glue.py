@@ -13,10 +13,11 @@ from pathlib import Path
 
 from megakd.config.run import TaskConfig
 from megakd.data.columns import rows_of_tables
+from megakd.data.found import Found
 from megakd.data.hub import hub_table, load_hub
 from megakd.data.labels import Classes
 from megakd.data.readers import read_tsv
-from megakd.data.tables import Found, SplitName, Table
+from megakd.data.tables import SplitName, Table
 from megakd.errors import ConfigError, DataError
 
 HUB_NAME = "nyu-mll/glue"

@@ -15,8 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from megakd.config.run import TaskConfig
 from megakd.data.columns import rows_of_tables
+from megakd.data.found import Found
 from megakd.data.readers import class_names_of
-from megakd.data.tables import SPLIT_ALIASES, Found, Record, SplitName, Table
+from megakd.data.tables import SPLIT_ALIASES, Record, SplitName, Table
 from megakd.errors import DataError
 
 ROWS_PER_READ = 1000

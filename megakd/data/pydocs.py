@@ -29,8 +29,9 @@ from megakd.data.docstrings import (
     source_files,
     source_roots,
 )
+from megakd.data.found import Found
 from megakd.data.labels import Classes
-from megakd.data.tables import SPLIT_NAMES, Found, SplitName
+from megakd.data.tables import SPLIT_NAMES, SplitName
 from megakd.errors import ConfigError, DataError
 from megakd.storage.atomic import write_json
 

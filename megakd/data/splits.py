@@ -15,10 +15,11 @@ from megakd.data.cache import key_of
 from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels
 from megakd.data.columns import scored_rows
 from megakd.data.files import files_table, local_rows, looks_like_path, matching_files, named_rows
+from megakd.data.found import Found
 from megakd.data.glue import glue_rows
 from megakd.data.hub import hub_rows
 from megakd.data.pydocs import pydocs_rows
-from megakd.data.tables import Found, Table
+from megakd.data.tables import Table
 from megakd.errors import ConfigError, DataError
 
 

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
-
-from datasets import Dataset
-
-if TYPE_CHECKING:
-    from megakd.data.labels import Classes
+from typing import Literal, NamedTuple
 
 SplitName = Literal["train", "validation", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -51,24 +46,3 @@ class Table:
     records: Callable[[], Iterator[Record]]
     digest: str
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """The rows of a data set before a selection; columns as in `splits.Splits`.
-
-    name: name of the data set in messages.
-    classes: classes with which labels are read; None without classes.
-    source_hash: sha256 of the sources of the rows.
-    """
-
-    name: str
-    splits: Mapping[SplitName, Dataset]
-    classes: Classes | None
-    metrics: tuple[str, ...]
-    source_hash: str
-
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        """Class names in the order of their numbers."""
-        return self.classes.names if self.classes else ()

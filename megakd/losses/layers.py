@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import megakd_kernels
 from megakd.contract.batch import AttentionVectors, Batch, Knowledge, LossInputs, Unit
+from megakd.contract.layer_mapping import Pairs
 from megakd.contract.positions import first_positions
-from megakd.contract.shapes import Pairs
 from megakd.contract.terms import (
     AttentionMse,
     HiddenCosine,

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from megakd.contract.batch import LossInputs, Unit
-from megakd.contract.shapes import Shape, _check_heads, layer_pairs, relation_heads
+from megakd.contract.layer_mapping import _check_heads, layer_pairs, relation_heads
+from megakd.contract.shapes import Shape
 from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
 from megakd.contract.terms import (
     ATTENTION_TERMS,

@@ -159,7 +159,8 @@ def view_of(config: AssistantOptions, lab: Lab, ranked: SortedModel, sparsity: f
 
 def _attentions_read(config: AssistantOptions, lab: Lab) -> frozenset[int]:
     """Return attentions, numbered from 0, whose vectors a loss compares; they must keep a head."""
-    from megakd.contract.shapes import Shape, layer_pairs
+    from megakd.contract.layer_mapping import layer_pairs
+    from megakd.contract.shapes import Shape
 
     shape = Shape(lab.teacher_layers, width=0, vocabulary=0)
     terms = [term for term in objective_of(config, lab) if isinstance(term, ATTENTION_TERMS)]

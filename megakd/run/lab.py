@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from datasets import Dataset
 
 from megakd.config.run import RunConfig
-from megakd.config.schedules import total_steps
+from megakd.config.stage_schedule import total_steps
 from megakd.contract.metrics import Metric
 from megakd.contract.results import (
     Assistant,

@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megakd.config.schedules import learning_rate_schedule, total_steps
+from megakd.config.stage_schedule import learning_rate_schedule, total_steps
 from megakd.contract.batch import Batch, Counts
 from megakd.contract.metrics import WHOLE, MetricJudge
 from megakd.contract.stage import BatchSource, Cut, Stage, StageResult, StepReport, Teacher

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megakd.contract.batch import IGNORE, Batch, Knowledge, LossInputs
-from megakd.contract.shapes import Heads, Shape, layer_pairs
+from megakd.contract.layer_mapping import layer_pairs
+from megakd.contract.shapes import Heads, Shape
 from megakd.contract.terms import (
     AttentionMse,
     EmbeddingMse,
