@@ -18,7 +18,7 @@ from megakd.config.file import load_config
 from megakd.planning.cluster import GIGA, Cluster, Rates
 from megakd.planning.options import DEVICE_BASE
 from megakd.planning.plan import plan_run
-from megakd.planning.rehearsals import Rehearsals
+from megakd.planning.simulated_phase import Traces
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,8 +98,8 @@ def row(name: str, folder: Path) -> str:
     """One row of the table: memory and time by number of nodes."""
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(run_config(name), sort_keys=False), encoding="utf-8")
-    config, known = load_config(path), Rehearsals()
-    plans = [plan_run(config, on(nodes), advise=False, rehearsals=known) for nodes in NODES]
+    config, known = load_config(path), Traces()
+    plans = [plan_run(config, on(nodes), advise=False, traces=known) for nodes in NODES]
     return f"| {LABELS[name]} | {' | '.join(cell(plan) for plan in plans)} |"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from megakd.planning.cluster import Cluster
 from megakd.planning.gathering import Coordinator, Gathered, Gathering
 from megakd.planning.ledger import Holder, Ledger, Part, Place
-from megakd.planning.moments import NOTHING, Amount, Inventory, Rehearsal, amount_of, block, mapped
+from megakd.planning.moments import NOTHING, Amount, Inventory, Trace, amount_of, block, mapped
 
 _BUCKET = 500_000_000  # elements, DeepSpeed's default
 
@@ -77,12 +77,12 @@ class Setting:
         return min(elements, self.inventory.numel) if self.is_cpu else elements
 
 
-def engine_of(setting: Setting) -> Whole | Shards:
+def engine_of(setting: Setting) -> Unsharded | ShardedWeights:
     """Return the engine of a model at its ZeRO stage, without an optimizer."""
-    return Shards(setting) if setting.stage == 3 else Whole(setting)
+    return ShardedWeights(setting) if setting.stage == 3 else Unsharded(setting)
 
 
-class Whole:
+class Unsharded:
     """Engine with whole weights on every rank."""
 
     def __init__(self, setting: Setting) -> None:
@@ -101,12 +101,12 @@ class Whole:
             at.ledger.put(at.holder("weights"), at.ledger.of(where))
             at.ledger.drop(where)
 
-    def gathering(self, rehearsal: Rehearsal) -> Gathering:
+    def gathering(self, trace: Trace) -> Gathering:
         """Return a gathering without gathered weights."""
-        return _nothing(rehearsal)
+        return _nothing(trace)
 
 
-class Shards(Whole):
+class ShardedWeights(Unsharded):
     """Engine with one shard of the weights per rank: ZeRO 3."""
 
     def load(self) -> None:
@@ -121,14 +121,14 @@ class Shards(Whole):
         at.ledger.briefly(at.holder("weights", "host", "read"), largest)
         at.ledger.drop(at.holder("gather"))
 
-    def gathering(self, rehearsal: Rehearsal) -> Gathering:
+    def gathering(self, trace: Trace) -> Gathering:
         """Return the weights that are gathered while the model runs."""
         at = self.at
         if at.ranks == 1 and at.place("offload_param") == "device":
-            return _nothing(rehearsal)
+            return _nothing(trace)
         plays = Coordinator(at.inventory, at.zero, itemsize=at.itemsize, in_place=not at.is_cpu)
-        return plays.play(rehearsal.moments)
+        return plays.play(trace.moments)
 
 
-def _nothing(rehearsal: Rehearsal) -> Gathering:
-    return Gathering(tuple(Gathered(NOTHING, NOTHING) for _ in rehearsal.moments), 0)
+def _nothing(trace: Trace) -> Gathering:
+    return Gathering(tuple(Gathered(NOTHING, NOTHING) for _ in trace.moments), 0)

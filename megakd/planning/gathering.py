@@ -18,7 +18,7 @@ _BILLION = 1_000_000_000
 
 
 class Gathered(NamedTuple):
-    """Whole weights at one moment, and temporary copies made by a collective."""
+    """Unsharded weights at one moment, and temporary copies made by a collective."""
 
     kept: Amount
     arriving: Amount
@@ -44,7 +44,7 @@ def persistent(inventory: Inventory, zero: Mapping[str, Any]) -> set[int]:
 
 
 class Coordinator:
-    """Simulates one pass over the moments of a rehearsal."""
+    """Simulates one pass over the moments of a trace."""
 
     def __init__(
         self, inventory: Inventory, zero: Mapping[str, Any], *, itemsize: int, in_place: bool

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megakd.planning.engines import Setting, Whole
+from megakd.planning.engines import Setting, Unsharded
 from megakd.planning.ledger import Holder, Place
 from megakd.planning.moments import NOTHING, Amount, amount_of, block
 
@@ -31,7 +31,7 @@ def scratch_of_update(setting: Setting, weights: Amount, largest: int) -> Amount
     return block(largest * FP32).times(2 if setting.moments else 1) if setting.is_cpu else weights
 
 
-class Replicated(Whole):
+class Replicated(Unsharded):
     """Engine of ZeRO 0 in fp32: torch's optimizer on every rank."""
 
     def __init__(self, setting: Setting) -> None:
@@ -91,7 +91,7 @@ class Mastered(Replicated):
         self._step()
 
 
-class Divided(Whole):
+class Divided(Unsharded):
     """Engine of ZeRO 1 and 2: whole weights in a flat buffer per group; the rest in shards."""
 
     def __init__(self, setting: Setting) -> None:

@@ -1,4 +1,4 @@
-"""Results of a rehearsed step: its parameters, and the memory in use at every moment."""
+"""Results of a traced step: its parameters, and the memory in use at every moment."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class Trace:
     """Record of one forward, and optionally its backward, run without computing any values.
 
     moments: moments of forward and backward, in order; the backward begins at `turn`.

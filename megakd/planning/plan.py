@@ -10,7 +10,7 @@ from megakd.config.run import RunConfig
 from megakd.planning.advice import Case, find_changes
 from megakd.planning.cluster import Cluster
 from megakd.planning.memory_plan import Change, Plan
-from megakd.planning.rehearsals import Rehearsals
+from megakd.planning.simulated_phase import Traces
 from megakd.planning.sources import planned_sources
 from megakd.planning.stages import phases_of
 from megakd.planning.timeline import Timeline
@@ -29,7 +29,7 @@ def plan_run(
     cluster: Cluster,
     *,
     advise: bool = True,
-    rehearsals: Rehearsals | None = None,
+    traces: Traces | None = None,
 ) -> Plan:
     """Plan a run from configs only, and search for changes if the run does not fit.
 
@@ -37,13 +37,13 @@ def plan_run(
         config: config of the run.
         cluster: machines of the run.
         advise: whether to search for changes.
-        rehearsals: rehearsals of earlier plans, which take most of the time; None: no earlier
-            rehearsals.
+        traces: traces of earlier plans, which take most of the time; None: no earlier
+            traces.
 
     Raises:
         MegakdError: a model's config cannot be read, or the run cannot work.
     """
-    base, known = host_base_bytes(), rehearsals or Rehearsals()
+    base, known = host_base_bytes(), traces or Traces()
 
     def planned(case: Case) -> Plan:
         phases = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megakd.planning.engines import Setting, Shards
+from megakd.planning.engines import Setting, ShardedWeights
 from megakd.planning.learners import FP32, FP64, Divided, Mastered, Replicated, scratch_of_update
 from megakd.planning.ledger import Place
 from megakd.planning.moments import NOTHING, Amount, amount_of, block
@@ -12,7 +12,7 @@ from megakd.planning.moments import NOTHING, Amount, amount_of, block
 _SUB_GROUP = 1_000_000_000  # elements per update
 
 
-class Sharded(Shards):
+class Sharded(ShardedWeights):
     """ZeRO 3: everything is sharded; weights are gathered while the model runs."""
 
     def __init__(self, setting: Setting) -> None:

@@ -12,12 +12,12 @@ from megakd.contract.stage import Stage
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER, Dtype
 from megakd.models.export import SHARD_BYTES
 from megakd.planning.cluster import Cluster
-from megakd.planning.engines import Setting, Whole, engine_of
+from megakd.planning.engines import Setting, Unsharded, engine_of
 from megakd.planning.gathering import Gathering
 from megakd.planning.ledger import Holder, Ledger, Part
-from megakd.planning.moments import Amount, Inventory, Moment, Rehearsal, block
-from megakd.planning.rehearsals import Rehearsals, act_of, planned_dtype
+from megakd.planning.moments import Amount, Inventory, Moment, Trace, block
 from megakd.planning.sharded import Learner, learner_of
+from megakd.planning.simulated_phase import Traces, planned_dtype, simulated_phase
 from megakd.planning.stages import Phase, Work
 from megakd.training.engines import ReadyTeacher
 from megakd.training.precision import TORCH_DTYPE, training_dtype
@@ -51,28 +51,26 @@ class PhasePlan:
 
 
 @dataclass
-class Cast:
-    """A frozen model on the rank: its engine, its rehearsal, and its gathered weights."""
+class FrozenPart:
+    """A frozen model on the rank: its engine, its trace, and its gathered weights."""
 
     name: str
-    engine: Whole
-    run: Rehearsal
+    engine: Unsharded
+    run: Trace
     gathering: Gathering
 
 
 class Timeline:
     """Simulates a phase."""
 
-    def __init__(
-        self, phase: Phase, config: RunConfig, cluster: Cluster, known: Rehearsals
-    ) -> None:
+    def __init__(self, phase: Phase, config: RunConfig, cluster: Cluster, known: Traces) -> None:
         self.phase, self.config, self.cluster = phase, config, cluster
-        self.act = act_of(phase, config, cluster.device, known)
+        self.traced = simulated_phase(phase, config, cluster.device, known)
         ledger = Ledger(cluster.device)
         self.plan = PhasePlan(phase.name, ledger, required=phase.work != "timing")
         self.ledger = self.plan.ledger
-        self._teachers: list[Cast] = []
-        single = self.act.single
+        self._teachers: list[FrozenPart] = []
+        single = self.traced.single
         self._of_one_view = single and max(moment.live.total for moment in single.moments)
 
     def play(self) -> PhasePlan:
@@ -86,15 +84,15 @@ class Timeline:
         self._train(self.phase.stage)
         return self.plan
 
-    def _frozen(self, name: str, ready: ReadyTeacher, role: str = TEACHER) -> Cast:
+    def _frozen(self, name: str, ready: ReadyTeacher, role: str = TEACHER) -> FrozenPart:
         self.ledger.when = f"loading the {role}"
-        part, dtype = self.act.teachers[name], planned_dtype(ready, self.cluster.device)
+        part, dtype = self.traced.teachers[name], planned_dtype(ready, self.cluster.device)
         setting = self._setting(role, part.inventory, ready.spec.deepspeed, dtype)
         setting.owner = name
         engine = engine_of(setting)
         engine.load()
         self.plan.load_peak = self.ledger.peaks["host"].total
-        return Cast(name, engine, part.runs[0], engine.gathering(part.runs[0]))
+        return FrozenPart(name, engine, part.runs[0], engine.gathering(part.runs[0]))
 
     def _setting(
         self, role: str, inventory: Inventory, spec: str | Mapping[str, Any], dtype: Dtype
@@ -111,21 +109,21 @@ class Timeline:
 
     def _work_alone(self, work: Work) -> None:
         """Load all frozen models, then run them one after another."""
-        casts = []
+        frozen_parts = []
         for name, ready in self.phase.teachers.items():
             is_teacher = work == "importance" or name in self.config.teacher_specs
-            casts.append(self._frozen(name, ready, TEACHER if is_teacher else STUDENT))
+            frozen_parts.append(self._frozen(name, ready, TEACHER if is_teacher else STUDENT))
         self.ledger.when = _WORK[work]
         if work == "scoring":
             self.ledger.when += f" (eval.per_device_eval_batch_size {self.config.eval_rows()})"
-        for cast in casts:
+        for frozen in frozen_parts:
             # Activations of gates count as elastic: no weight gets a gradient.
-            self._run(cast, "elastic" if work == "importance" else "activations")
+            self._run(frozen, "elastic" if work == "importance" else "activations")
 
     def _train(self, stage: Stage) -> None:
         role = STUDENT if stage.role == STUDENT else TEACHER
         dtype = training_dtype(stage.train)
-        setting = self._setting(role, self.act.learner.inventory, stage.deepspeed, dtype)
+        setting = self._setting(role, self.traced.learner.inventory, stage.deepspeed, dtype)
         setting.moments = MOMENTS[stage.train.optim]
         learner = learner_of(setting)
         self.ledger.when = f"loading the {role}"
@@ -149,9 +147,10 @@ class Timeline:
     def _fetch_ahead(self) -> None:
         """Allocate memory for prefetching: one teacher from the host at a time is on the device."""
         waiting = [
-            cast.engine.at
-            for cast in self._teachers
-            if self.act.asked[cast.name] < 1 and cast.engine.at.place("offload_param") == "host"
+            frozen.engine.at
+            for frozen in self._teachers
+            if self.traced.asked[frozen.name] < 1
+            and frozen.engine.at.place("offload_param") == "host"
         ]
         if waiting and self.cluster.device != "cpu":
             largest = max(waiting, key=lambda at: at.inventory.numel * at.itemsize)
@@ -160,23 +159,23 @@ class Timeline:
 
     def _micro_batch(self, learner: Learner, number: int, last: bool) -> None:  # noqa: FBT001
         self.ledger.when = "the teacher's forward"
-        for cast in self._teachers:
-            if self.act.asked[cast.name] < 1:
+        for frozen in self._teachers:
+            if self.traced.asked[frozen.name] < 1:
                 self.ledger.drop(_ANSWERS)  # earlier answers belong to another step
-            self._run(cast, "activations")
-            self.ledger.put(_ANSWERS, block(self.act.answers))
-        runs = self.act.learner.runs
+            self._run(frozen, "activations")
+            self.ledger.put(_ANSWERS, block(self.traced.answers))
+        runs = self.traced.learner.runs
         for index, run in enumerate(runs):
             first = number == 0 and index == 0
             self._group(learner, run, first=first, last=last and index == len(runs) - 1)
         self.ledger.drop(_ANSWERS)
 
-    def _group(self, learner: Learner, run: Rehearsal, *, first: bool, last: bool) -> None:
+    def _group(self, learner: Learner, run: Trace, *, first: bool, last: bool) -> None:
         """Simulate one forward and one backward of the student's engine."""
         self.ledger.when = "the student's forward"
-        heads = [cast.engine.at.holder("gather", "device", "head") for cast in self._teachers]
-        for holder, cast in zip(heads, self._teachers, strict=True):
-            self.ledger.put(holder, self._head(cast))
+        heads = [frozen.engine.at.holder("gather", "device", "head") for frozen in self._teachers]
+        for holder, frozen in zip(heads, self._teachers, strict=True):
+            self.ledger.put(holder, self._head(frozen))
         gathering = learner.gathering(run)
         for index, moment in enumerate(run.moments):
             if index == run.turn:
@@ -189,23 +188,23 @@ class Timeline:
         self._let_go(learner)
         learner.end_backward(last=last)
 
-    def _head(self, cast: Cast) -> Amount:
+    def _head(self, frozen: FrozenPart) -> Amount:
         """Return the bytes of the teacher's output matrix, gathered from its shards."""
-        at = cast.engine.at
+        at = frozen.engine.at
         if at.stage != 3 or self.config.task.type not in LANGUAGE_TASKS:
             return Amount()
-        source = self.phase.teachers[cast.name].source
+        source = self.phase.teachers[frozen.name].source
         width = source.architecture.hidden_width(source.config)
         return block(source.config.vocab_size * width * at.itemsize)
 
-    def _run(self, cast: Cast, part: Part) -> None:
+    def _run(self, frozen: FrozenPart, part: Part) -> None:
         """Simulate the forward of a frozen model."""
-        for index, moment in enumerate(cast.run.moments):
-            self._hold(cast.engine, moment, cast.gathering, index, part)
-        self._let_go(cast.engine)
+        for index, moment in enumerate(frozen.run.moments):
+            self._hold(frozen.engine, moment, frozen.gathering, index, part)
+        self._let_go(frozen.engine)
 
     def _hold(
-        self, engine: Whole, moment: Moment, gathering: Gathering, index: int, part: Part
+        self, engine: Unsharded, moment: Moment, gathering: Gathering, index: int, part: Part
     ) -> None:
         at, ledger = engine.at, self.ledger
         live, views = self._divided(moment.live, at.role)
@@ -225,7 +224,7 @@ class Timeline:
         share = min(1.0, self._of_one_view / live.total)
         return live.times(share), live.times(1 - share)
 
-    def _let_go(self, engine: Whole) -> None:
+    def _let_go(self, engine: Unsharded) -> None:
         """Free the activations and the weights that ZeRO 3 gathered."""
         for part in ("activations", "elastic"):
             self.ledger.drop(engine.at.holder(part, "device", "live"))
@@ -233,7 +232,7 @@ class Timeline:
         self.ledger.drop(engine.at.holder("gather"))
 
     def _evaluate(self, learner: Learner, rows: int) -> None:
-        run = self.act.evaluation
+        run = self.traced.evaluation
         if run is None:
             return
         self.ledger.when = f"evaluating (eval.per_device_eval_batch_size {rows})"
@@ -244,21 +243,21 @@ class Timeline:
 
     def _count(self, learner: Learner, micro_batches: int) -> None:
         """Compute the operations and the network bytes of one step."""
-        runs = self.act.learner.runs
-        asked = self.act.asked
-        teachers = sum(asked[cast.name] * cast.run.flops for cast in self._teachers)
+        runs = self.traced.learner.runs
+        asked = self.traced.asked
+        teachers = sum(asked[frozen.name] * frozen.run.flops for frozen in self._teachers)
         self.plan.flops = micro_batches * (teachers + sum(run.flops for run in runs))
         ranks = self.cluster.ranks
         rest = (ranks - 1) / ranks
-        for cast in self._teachers:
-            at = cast.engine.at
-            gathered = cast.gathering.numel * at.itemsize + self._head(cast).total
-            sent = asked[cast.name] * micro_batches * rest * gathered
+        for frozen in self._teachers:
+            at = frozen.engine.at
+            gathered = frozen.gathering.numel * at.itemsize + self._head(frozen).total
+            sent = asked[frozen.name] * micro_batches * rest * gathered
             self.plan.network[TEACHER] = self.plan.network.get(TEACHER, 0.0) + sent
         self.plan.network[learner.at.role] = rest * sent_by(learner, runs, micro_batches)
 
 
-def sent_by(learner: Learner, runs: tuple[Rehearsal, ...], micro_batches: int) -> float:
+def sent_by(learner: Learner, runs: tuple[Trace, ...], micro_batches: int) -> float:
     """Return the bytes that a learner's engine reduces and gathers in a step.
 
     With W ranks, a rank sends (W - 1) / W of these bytes.

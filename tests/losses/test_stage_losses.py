@@ -15,7 +15,7 @@ from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.contract.terms import HiddenMse, SoftTargetKl, soft_terms
 from megakd.losses.stage_losses import shape_of, stage_losses
 from megakd.models.knowledge import Needs
-from megakd.planning.rehearsals import Rehearsals, act_of
+from megakd.planning.simulated_phase import Traces, simulated_phase
 from megakd.planning.sources import planned_sources
 from megakd.planning.stages import Phase
 from megakd.training.engines import ReadyTeacher
@@ -99,7 +99,7 @@ def test_a_model_that_learns_alone_asks_no_teacher(tmp_path: Path) -> None:
 
 def test_a_plan_holds_the_hidden_states_that_a_strategy_reads(tmp_path: Path) -> None:
     config = config_of(tmp_path, "classification", bert)
-    sources, known = planned_sources(config), Rehearsals()
+    sources, known = planned_sources(config), Traces()
     teacher = ReadyTeacher(sources[TEACHER], config.teacher_specs[TEACHER])
 
     def answers(*, reads_states: bool) -> int:
@@ -110,7 +110,7 @@ def test_a_plan_holds_the_hidden_states_that_a_strategy_reads(tmp_path: Path) ->
             stage=completed(stage, config),
             teachers={TEACHER: teacher},
         )
-        return act_of(phase, config, "cpu", known).answers
+        return simulated_phase(phase, config, "cpu", known).answers
 
     embedding_and_layers, rows, width = 4, 2, 32
     more = answers(reads_states=True) - answers(reads_states=False)

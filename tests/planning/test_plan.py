@@ -18,7 +18,7 @@ from megakd.planning.ledger import PARTS, Peak
 from megakd.planning.memory_plan import Plan
 from megakd.planning.page import page
 from megakd.planning.plan import plan_run
-from megakd.planning.rehearsals import Rehearsals
+from megakd.planning.simulated_phase import Traces
 
 CLASSES = {"type": "classification", "dataset": "anything", "max_length": 16}
 CAUSAL = {"type": "causal_lm", "dataset": "anything", "max_length": 16}
@@ -38,16 +38,16 @@ def config_of(tmp_path: Path, *overrides: str, **sections: Any) -> RunConfig:
 
 
 # Of the same few models, made once for all tests here.
-REHEARSALS = Rehearsals()
+REHEARSALS = Traces()
 
 
 def planned(config: RunConfig, **cluster: Any) -> Plan:
     place = Cluster(**{"device": "cuda", **cluster})
-    return plan_run(config, place, advise=False, rehearsals=REHEARSALS)
+    return plan_run(config, place, advise=False, traces=REHEARSALS)
 
 
 def advised(config: RunConfig, cluster: Cluster) -> Plan:
-    return plan_run(config, cluster, rehearsals=REHEARSALS)
+    return plan_run(config, cluster, traces=REHEARSALS)
 
 
 def test_the_json_has_the_keys_of_the_contract(tmp_path: Path) -> None:

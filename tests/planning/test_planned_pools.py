@@ -14,11 +14,11 @@ from megakd.planning.cluster import Cluster
 from megakd.planning.ledger import Share
 from megakd.planning.memory_plan import Plan
 from megakd.planning.plan import plan_run
-from megakd.planning.rehearsals import Rehearsals
+from megakd.planning.simulated_phase import Traces
 from megakd.planning.timeline import PhasePlan
 
 TEACHER = {"model": bert(3, width=32, vocab_size=64)}
-REHEARSALS = Rehearsals()
+REHEARSALS = Traces()
 
 
 def planned(folder: Path, names: str, method: dict[str, Any], **keys: Any) -> Plan:
@@ -31,7 +31,7 @@ def planned(folder: Path, names: str, method: dict[str, Any], **keys: Any) -> Pl
         "train": {"per_device_train_batch_size": 4},
     }
     config = load_config(write_config(folder / "run.yaml", tree))
-    return plan_run(config, Cluster(device="cuda", ranks=2), advise=False, rehearsals=REHEARSALS)
+    return plan_run(config, Cluster(device="cuda", ranks=2), advise=False, traces=REHEARSALS)
 
 
 def trained(plan: Plan) -> list[PhasePlan]:

@@ -1,4 +1,4 @@
-"""The rehearsals of a phase; each rehearsal runs once, however often a plan uses it."""
+"""The traces of a phase; each trace runs once, however often a plan uses it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from megakd.models.fitting import build_empty
 from megakd.models.knowledge import Needs, language_model_head
 from megakd.models.source import ModelSource
 from megakd.planning.cluster import Device
-from megakd.planning.moments import Inventory, Rehearsal
-from megakd.planning.rehearsal import VALUELESS, inventory, rehearse, repeat_alike
+from megakd.planning.moments import Inventory, Trace
 from megakd.planning.stages import Phase
+from megakd.planning.tracing import VALUELESS, inventory, repeat_alike, trace_call
 from megakd.pruning.importance import GateGradients
 from megakd.reports.latency import TIMED_BATCHES
 from megakd.teachers.frozen import FrozenModel
@@ -38,30 +38,30 @@ PLANS = 100
 Made = TypeVar("Made")
 
 
-class Performance(NamedTuple):
-    """The weights of one engine and its rehearsals."""
+class TracedModel(NamedTuple):
+    """The weights of one engine and its traces."""
 
     inventory: Inventory
-    runs: tuple[Rehearsal, ...]
+    runs: tuple[Trace, ...]
 
 
 class Answer(NamedTuple):
-    """The rehearsal of a teacher, and its outputs."""
+    """The trace of a teacher, and its outputs."""
 
-    part: Performance
+    part: TracedModel
     said: Knowledge
 
 
 class Learned(NamedTuple):
-    """The rehearsal of a learner; `single`: its first pass if several passes share a backward."""
+    """The trace of a learner; `single`: its first pass if several passes share a backward."""
 
-    part: Performance
-    single: Rehearsal | None
+    part: TracedModel
+    single: Trace | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Act:
-    """A rehearsed phase.
+class SimulatedPhase:
+    """A traced phase.
 
     teachers: by name. asked: mean number of answers per micro-batch of each teacher.
     learner: the groups of passes of the learner, with one backward per group.
@@ -70,16 +70,16 @@ class Act:
     answers: bytes of the outputs of a step's teachers, kept while the learner runs.
     """
 
-    teachers: dict[str, Performance]
+    teachers: dict[str, TracedModel]
     asked: dict[str, float] = field(default_factory=dict)
-    learner: Performance = field(default_factory=lambda: Performance(Inventory(()), ()))
-    single: Rehearsal | None = None
-    evaluation: Rehearsal | None = None
+    learner: TracedModel = field(default_factory=lambda: TracedModel(Inventory(()), ()))
+    single: Trace | None = None
+    evaluation: Trace | None = None
     answers: int = 0
 
 
-class Rehearsals:
-    """Cache of rehearsals by everything that they depend on; they do not depend on sharding."""
+class Traces:
+    """Cache of traces by everything that they depend on; they do not depend on sharding."""
 
     def __init__(self) -> None:
         self._known: dict[str, Any] = {}
@@ -92,16 +92,18 @@ class Rehearsals:
         return self._known[name]
 
 
-def act_of(phase: Phase, config: RunConfig, device: Device, known: Rehearsals) -> Act:
-    """Rehearse a phase with models that have no memory.
+def simulated_phase(
+    phase: Phase, config: RunConfig, device: Device, known: Traces
+) -> SimulatedPhase:
+    """Trace a phase with models that have no memory.
 
     Raises:
         MegakdError: the losses cannot work with these models.
     """
-    theatre = Theatre(config, device, known)
+    tracer = PhaseTracer(config, device, known)
     if phase.stage is None:
-        return theatre.alone(phase)
-    return theatre.training(phase, phase.stage)
+        return tracer.alone(phase)
+    return tracer.training(phase, phase.stage)
 
 
 def planned_dtype(teacher: ReadyTeacher, device: Device) -> Dtype:
@@ -112,15 +114,15 @@ def planned_dtype(teacher: ReadyTeacher, device: Device) -> Dtype:
     return frozen_dtype(teacher.spec, stored, device)
 
 
-class Theatre:
-    """Rehearses the phases of a run."""
+class PhaseTracer:
+    """Traces the phases of a run."""
 
-    def __init__(self, config: RunConfig, device: Device, known: Rehearsals) -> None:
+    def __init__(self, config: RunConfig, device: Device, known: Traces) -> None:
         self.config, self._known = config, known
         self._device: Device = device
 
-    def training(self, phase: Phase, stage: Stage) -> Act:
-        """Rehearse the training of a student with teachers."""
+    def training(self, phase: Phase, stage: Stage) -> SimulatedPhase:
+        """Trace the training of a student with teachers."""
         rows = stage.train.per_device_train_batch_size
         batch = self._known.once(("batch", self.config.task, rows), lambda: self._batch(rows))
         needs = self._losses(stage, phase).teacher_needs()
@@ -152,7 +154,7 @@ class Theatre:
             ("evaluation", *traits, scored), lambda: self._evaluation(phase, stage, scored)
         )
         plans = [teacher_names(stage.strategy.passes(step)) for step in range(PLANS)]
-        return Act(
+        return SimulatedPhase(
             teachers={name: answer.part for name, answer in answers.items()},
             asked={name: sum(name in plan for plan in plans) / PLANS for name in answers},
             learner=learned.part,
@@ -162,15 +164,15 @@ class Theatre:
         )
 
     def _traits(self, ready: ReadyTeacher) -> tuple[str, str, str]:
-        """Return the traits of a frozen model that its rehearsal depends on."""
+        """Return the traits of a frozen model that its trace depends on."""
         return _shown(ready.source), planned_dtype(ready, self._device), self._device
 
     def _answer(self, ready: ReadyTeacher, batch: Batch, needs: Needs) -> Answer:
         dtype = planned_dtype(ready, self._device)
         model = self._model(ready.source, dtype).requires_grad_(requires_grad=False)
         frozen = self._frozen(model, needs)
-        run = rehearse(frozen, lambda: frozen(batch), backward=False, device=self._device)
-        part = Performance(inventory(frozen), (run.rehearsal,))
+        run = trace_call(frozen, lambda: frozen(batch), backward=False, device=self._device)
+        part = TracedModel(inventory(frozen), (run.trace,))
         return Answer(part, _with_head(run.said, model))
 
     def _learn(
@@ -180,20 +182,20 @@ class Theatre:
         one = torch.ones((), dtype=torch.long, device=VALUELESS)
         counts = dict.fromkeys(bundle.counters, one)
 
-        def backward_of(passes: Sequence[Pass]) -> Rehearsal:
+        def backward_of(passes: Sequence[Pass]) -> Trace:
             def call() -> Any:
                 return bundle(batch, knowledge, passes, counts)
 
-            return rehearse(bundle, call, backward=True, device=self._device).rehearsal
+            return trace_call(bundle, call, backward=True, device=self._device).trace
 
         plan = stage.strategy.passes(0)
         groups = backward_groups(plan, stage.passes_per_backward)
         runs = tuple(backward_of(group) for group in groups)
         several = len({planned.view for planned in groups[0]}) > 1
         single = backward_of(groups[0][:1]) if several else None
-        return Learned(Performance(inventory(bundle), runs), single)
+        return Learned(TracedModel(inventory(bundle), runs), single)
 
-    def _evaluation(self, phase: Phase, stage: Stage, rows: int) -> Rehearsal:
+    def _evaluation(self, phase: Phase, stage: Stage, rows: int) -> Trace:
         bundle = self._bundle(phase, stage).eval()
         view = {"view": next(iter(stage.views))} if stage.views else {}
         batch = self._batch(rows)
@@ -201,10 +203,10 @@ class Theatre:
         def call() -> Any:
             return bundle(batch, **view)
 
-        return rehearse(bundle, call, backward=False, device=self._device).rehearsal
+        return trace_call(bundle, call, backward=False, device=self._device).trace
 
-    def alone(self, phase: Phase) -> Act:
-        """Rehearse work with frozen models: importance, scoring, timing."""
+    def alone(self, phase: Phase) -> SimulatedPhase:
+        """Trace work with frozen models: importance, scoring, timing."""
         measured = phase.importance
         if measured is not None:
             gates = functools.partial(self._gates, with_width=measured.with_width)
@@ -214,7 +216,7 @@ class Theatre:
         else:
             rows, play = max(TIMED_BATCHES), self._forward
         key = (phase.work, self.config.task, measured, rows)
-        return Act(
+        return SimulatedPhase(
             teachers={
                 name: self._known.once(
                     (*key, *self._traits(ready)), lambda ready=ready: play(ready, rows)
@@ -223,36 +225,36 @@ class Theatre:
             }
         )
 
-    def _predictions(self, ready: ReadyTeacher, rows: int) -> Performance:
+    def _predictions(self, ready: ReadyTeacher, rows: int) -> TracedModel:
         model = self._model(ready.source, planned_dtype(ready, self._device))
         frozen, batch = self._frozen(model, Needs()), self._batch(rows)
-        run = rehearse(
+        run = trace_call(
             frozen, lambda: frozen(batch, scoring=True), backward=False, device=self._device
         )
-        return Performance(inventory(frozen), (run.rehearsal,))
+        return TracedModel(inventory(frozen), (run.trace,))
 
-    def _forward(self, ready: ReadyTeacher, rows: int) -> Performance:
+    def _forward(self, ready: ReadyTeacher, rows: int) -> TracedModel:
         model = self._model(ready.source, planned_dtype(ready, self._device)).eval()
         with VALUELESS:
             ids = torch.ones((rows, self.config.task.max_length), dtype=torch.long)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        run = rehearse(model, lambda: model(**inputs), backward=False, device=self._device)
-        return Performance(inventory(model), (run.rehearsal,))
+        run = trace_call(model, lambda: model(**inputs), backward=False, device=self._device)
+        return TracedModel(inventory(model), (run.trace,))
 
     def _importance_rows(self, batch_size: int) -> int:
         """Return the rows of a micro-batch on one rank; several ranks may use fewer rows."""
         most = self.config.train.per_device_train_batch_size
         return StepShape.of_batch(batch_size, most, rank=0, world=1).per_device
 
-    def _gates(self, ready: ReadyTeacher, rows: int, *, with_width: bool) -> Performance:
+    def _gates(self, ready: ReadyTeacher, rows: int, *, with_width: bool) -> TracedModel:
         source, dtype = ready.source, planned_dtype(ready, self._device)
         model = self._model(source, dtype).requires_grad_(requires_grad=False)
         objective = label_objective(source, self.config.task.type, _classes(source))
         frozen = self._frozen(model, Needs())
         module = GateGradients(frozen, objective, VALUELESS, with_width=with_width).eval()
         batch = self._batch(rows)
-        run = rehearse(module, lambda: module(batch), backward=False, device=self._device)
-        return Performance(inventory(module), (run.rehearsal,))
+        run = trace_call(module, lambda: module(batch), backward=False, device=self._device)
+        return TracedModel(inventory(module), (run.trace,))
 
     def _frozen(self, model: nn.Module, needs: Needs) -> FrozenModel:
         return FrozenModel(model, needs=needs, label_order=None, kernels="chunked").eval()

@@ -1,6 +1,6 @@
 """Forward and backward of a model on tensors that have shapes but no values.
 
-The rehearsal executes the same code as a run: the bundle, its losses, gradient checkpointing,
+The trace executes the same code as a run: the bundle, its losses, gradient checkpointing,
 elastic views, and the attention of the installed transformers version. Nothing is computed or
 allocated. A torch mode sees each operator, the sizes of its results, and the time of their
 release.
@@ -27,7 +27,7 @@ from megakd.planning.moments import (
     Inventory,
     Moment,
     Parameter,
-    Rehearsal,
+    Trace,
     block,
 )
 from megakd.planning.workspaces import loss_flops, loss_workspace
@@ -37,9 +37,9 @@ VALUELESS = torch.device("meta")
 
 
 class Run(NamedTuple):
-    """A rehearsal and the result of its call."""
+    """A trace and the result of its call."""
 
-    rehearsal: Rehearsal
+    trace: Trace
     said: Any
 
 
@@ -52,7 +52,7 @@ def inventory(module: nn.Module) -> Inventory:
     return Inventory(parameters)
 
 
-def rehearse(module: nn.Module, call: Callable[[], Any], *, backward: bool, device: str) -> Run:
+def trace_call(module: nn.Module, call: Callable[[], Any], *, backward: bool, device: str) -> Run:
     """Call a module once and, if requested, run the backward from the total of its losses.
 
     Args:
@@ -68,8 +68,8 @@ def rehearse(module: nn.Module, call: Callable[[], Any], *, backward: bool, devi
         watch.turn()
         if backward:
             result.total.backward()
-    rehearsal = Rehearsal(tuple(watch.moments), watch.turned, watch.held, watch.flops)
-    return Run(rehearsal, result)
+    trace = Trace(tuple(watch.moments), watch.turned, watch.held, watch.flops)
+    return Run(trace, result)
 
 
 def repeat_alike(module: nn.Module, device: str) -> None:

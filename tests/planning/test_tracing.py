@@ -1,4 +1,4 @@
-"""A rehearsed step holds what a real one holds, though nothing is computed."""
+"""A traced step holds what a real one holds, though nothing is computed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from megakd.planning.rehearsal import VALUELESS, inventory, rehearse, repeat_alike
+from megakd.planning.tracing import VALUELESS, inventory, repeat_alike, trace_call
 
 ROWS, LENGTH = 2, 16
 LLAMA = {
@@ -70,21 +70,21 @@ def test_a_rehearsal_holds_what_autograd_saves(make: Any) -> None:
     with VALUELESS:
         module, ids = make(), torch.ones(ROWS, LENGTH, dtype=torch.long)
 
-    rehearsed = rehearse(module, lambda: module(ids), backward=True, device="cpu").rehearsal
+    traced = trace_call(module, lambda: module(ids), backward=True, device="cpu").trace
 
     # The ids are the caller's; beside what is saved there are masks and the outputs themselves.
-    assert real - ids.nbytes <= rehearsed.held.total <= 1.1 * real + 8192
+    assert real - ids.nbytes <= traced.held.total <= 1.1 * real + 8192
 
 
 def test_every_gradient_is_finished_once_and_activations_are_freed() -> None:
     with VALUELESS:
         module, ids = llama(), torch.ones(ROWS, LENGTH, dtype=torch.long)
 
-    rehearsed = rehearse(module, lambda: module(ids), backward=True, device="cpu").rehearsal
+    traced = trace_call(module, lambda: module(ids), backward=True, device="cpu").trace
 
-    finished = [number for moment in rehearsed.moments for number in moment.finished]
+    finished = [number for moment in traced.moments for number in moment.finished]
     assert sorted(finished) == list(range(len(inventory(module).parameters)))
-    assert rehearsed.moments[-1].live.total < rehearsed.held.total / 2
+    assert traced.moments[-1].live.total < traced.held.total / 2
 
 
 def test_a_tied_weight_is_counted_once() -> None:
@@ -101,9 +101,9 @@ def test_the_modules_come_in_the_order_of_forward_and_backward() -> None:
     with VALUELESS:
         module, ids = llama(), torch.ones(ROWS, LENGTH, dtype=torch.long)
 
-    rehearsed = rehearse(module, lambda: module(ids), backward=True, device="cpu").rehearsal
+    traced = trace_call(module, lambda: module(ids), backward=True, device="cpu").trace
 
-    order = [m.module for m in rehearsed.moments if m.own]
+    order = [m.module for m in traced.moments if m.own]
     forward, backward = order[: len(order) // 2], order[len(order) // 2 :]
     assert forward[0] == "model.model.embed_tokens"
     assert backward[-1] == "model.model.embed_tokens"
@@ -118,9 +118,9 @@ def test_gradient_checkpointing_holds_less_and_repeats_forwards() -> None:
         if checkpoints:
             module.model.activation_checkpointing_enable({"use_reentrant": False})
             repeat_alike(module, "cpu")
-        run = rehearse(module, lambda m=module, i=ids: m(i), backward=True, device="cpu")
-        repeated = [m for m in run.rehearsal.moments[run.rehearsal.turn :] if m.forward]
-        held[checkpoints] = (run.rehearsal.held.total, bool(repeated))
+        run = trace_call(module, lambda m=module, i=ids: m(i), backward=True, device="cpu")
+        repeated = [m for m in run.trace.moments[run.trace.turn :] if m.forward]
+        held[checkpoints] = (run.trace.held.total, bool(repeated))
 
     assert held[True][0] < held[False][0] / 2
     assert (held[False][1], held[True][1]) == (False, True)
@@ -131,10 +131,10 @@ def test_matrix_products_are_counted() -> None:
         module = Linear()
         ids = torch.ones(4, 8)
 
-    rehearsed = rehearse(module, lambda: module(ids), backward=True, device="cpu").rehearsal
+    traced = trace_call(module, lambda: module(ids), backward=True, device="cpu").trace
 
     forward = 2 * 4 * 8 * 16
-    assert rehearsed.flops == 2 * forward  # and the weight's gradient; the inputs need none
+    assert traced.flops == 2 * forward  # and the weight's gradient; the inputs need none
 
 
 class Linear(nn.Module):
