@@ -22,7 +22,7 @@ _LIFETIMES = {"weights": "models", "optimizer": "models", "gather": "module"}
 HOLES = {"step": 0.4, "module": 0.1}
 """Extra share of the heap by the lifetime of its blocks, for holes that no later block fills.
 
-Fitted to the eleven runs of `benchmarks/plan.py`.
+Fitted to the runs of `benchmarks/plan.py`.
 """
 
 
