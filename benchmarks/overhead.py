@@ -38,8 +38,8 @@ from overhead_case import TEMPERATURE, WEIGHTS, write_case
 
 from megakd.config.file import load_config
 from megakd.contract.batch import Batch, Knowledge
-from megakd.contract.stage import Constant, Pass, Stage
-from megakd.data.loader import STEPS_AHEAD, StepLoader
+from megakd.contract.stage import BatchSource, Constant, Pass, Stage
+from megakd.data.loader import STEPS_AHEAD
 from megakd.engine.distributed import Ranks, gather
 from megakd.engine.student import device_batch
 from megakd.losses.bundle import StudentBundle
@@ -138,10 +138,10 @@ class WatchedCollate:
 class MeasuredStage(StageRun):
     """A stage whose loop hands over after every step."""
 
-    def _loader(self) -> StepLoader:
+    def _source(self) -> BatchSource:
         self.watched = WatchedCollate(self.scorer.collate)
         self.scorer = dataclasses.replace(self.scorer, collate=self.watched)  # type: ignore[arg-type]
-        return super()._loader()
+        return super()._source()
 
     def steps_one_by_one(self) -> Iterator[None]:
         """What `run` does between a stage's start and its end."""
