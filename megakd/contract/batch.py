@@ -5,6 +5,7 @@ Shapes: B rows of a micro-batch, T positions, V vocabulary or classes, D width, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -169,7 +170,7 @@ class LossInputs:
     scale: float = 1.0
     left_out: frozenset[str] = frozenset()
 
-    @property
+    @functools.cached_property
     def taught(self) -> Knowledge:
         """The teacher's outputs, detached; in `teacher`, a teacher that learns has a gradient."""
         if self.teacher is None:

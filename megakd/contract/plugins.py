@@ -100,8 +100,11 @@ class FromPackage:
     @functools.cached_property
     def own_names(self) -> frozenset[str]:
         """The names of megakd's own dataclasses."""
-        kinds = get_args(get_args(self.own)[0])
-        return frozenset(get_args(get_type_hints(kind)[self.tag])[0] for kind in kinds)
+        return frozenset(map(self.name_of, get_args(get_args(self.own)[0])))
+
+    def name_of(self, kind: type) -> str:
+        """Return the name of one of megakd's own dataclasses."""
+        return get_args(get_type_hints(kind)[self.tag])[0]
 
     def branch(self, value: Any) -> str:
         """Return the branch of the union of megakd's own options and plug-in options."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Discriminator, Field, Tag
 
@@ -60,8 +60,7 @@ def file_of(config: MethodOptions) -> Any:
 
 def methods_that_cut() -> list[str]:
     """Return the names of the methods that cut the student out of its teacher."""
-    cutting = (kind for kind in _options() if kind.cuts_student)
-    return [get_args(get_type_hints(kind)["name"])[0] for kind in cutting]
+    return [PLUGIN_METHOD.name_of(kind) for kind in _options() if kind.cuts_student]
 
 
 def baselines_of(config: MethodOptions) -> tuple[str, ...]:

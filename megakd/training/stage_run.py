@@ -65,8 +65,8 @@ class StageRun:
     ) -> None:
         self.stage, self.assembly, self.reporter = stage, assembly, reporter
         self.config, self.prepared, self.ranks = assembly.config, assembly.prepared, assembly.ranks
-        first = stage.window.first if stage.window else 0
-        seed_everything(self.config.seed, self.ranks.rank, first)
+        self.first_step = stage.window.first if stage.window else 0
+        seed_everything(self.config.seed, self.ranks.rank, self.first_step)
         self.student: StudentEngine
         self.student, self.bundle = assembly.student(stage)
         self.scorer = assembly.scorer(stage.train)
@@ -82,7 +82,7 @@ class StageRun:
             strategy=stage.strategy,
             count_units=self._count_units,
             learning_rate=lambda step: rate(step % steps),
-            step=first,
+            step=self.first_step,
         )
         folder = self.config.output_dir / "checkpoints" / stage.name
         self.checkpoints = Checkpoints(
@@ -146,7 +146,7 @@ class StageRun:
             name=self.stage.name,
             folder=folder,
             metrics=(kept.evaluation if kept else chosen).metrics,
-            steps=self.trainer.step - (self.stage.window.first if self.stage.window else 0),
+            steps=self.trainer.step - self.first_step,
             seconds=self.health.elapsed_seconds(),
             tokens_per_second=self.health.tokens_per_second(),
             peak_memory_bytes=max(gather(peak_memory_bytes(self.ranks.device))),

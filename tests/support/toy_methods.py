@@ -54,6 +54,7 @@ def run(config: Any, lab: Any) -> Any:
 def _prune(config: Pruner, lab: Any) -> Any:
     teacher, start = lab.teacher(), None
     for number, (first, last) in enumerate(pairwise((0, *config.ends))):
+        there, keep = (32, *config.keep)[number : number + 2]
         sensitivity = Sensitivity(teacher, lab.probe(f"window-{number}"))
         result = lab.train(
             Stage(
@@ -62,7 +63,7 @@ def _prune(config: Pruner, lab: Any) -> Any:
                 start=start,
                 objective=lab.soft_terms(),
                 strategy=sensitivity,
-                judge=KeepSensitive(sensitivity, lab.metric(None), config.keep[number], last),
+                judge=KeepSensitive(sensitivity, lab.metric(None), there, keep, last),
                 window=Window(first, last, config.ends[-1]),
             )
         )
@@ -116,6 +117,7 @@ class KeepSensitive:
 
     sensitivity: Sensitivity
     metric: Metric
+    there: int  # neurons that the model of this window has; those beyond were never summed
     keep: int
     last: int
 
@@ -127,14 +129,9 @@ class KeepSensitive:
         score = self.metric.of(scores[WHOLE]) if step == self.last else float("nan")
         heads, here = tuple(range(HEADS)), len(next(iter(self.sensitivity.sums.values()), ()))
         assert here == 32 or not self.sensitivity.sums
-        listed = [layer[: self._there(step)] for layer in self.sensitivity.order()]
+        listed = [layer[: self.there] for layer in self.sensitivity.order()]
         order = UnitOrder((heads,) * LAYERS, tuple(listed))
         return Verdict(score, WHOLE, cut=Cut(order, View((HEADS,) * LAYERS, (self.keep,) * LAYERS)))
-
-    def _there(self, step: int) -> int:
-        """Return the neurons that the model of this window has; those beyond were never summed."""
-        del step
-        return 32 if self.keep == 24 else 24
 
 
 def _pair(config: Pair, lab: Any) -> Any:
