@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def drawn(figure: str, style: str) -> str:
-    """Return a figure's charts side by side, each with its title, as one SVG."""
+    """Return a figure's charts side by side with their titles and their legend, as one SVG."""
     titles = re.findall(r'<p class="name">(.*?)</p>', figure)
     charts = re.findall(r"<svg.*?</svg>", figure, re.DOTALL)
     width, height = (int(n) for n in re.findall(r'viewBox="0 0 (\d+) (\d+)"', charts[0])[0])
@@ -50,7 +50,12 @@ def drawn(figure: str, style: str) -> str:
         place = f'<svg x="{x}" y="{y + TITLE}" width="{width}" height="{height}"'
         parts.append(chart.replace("<svg", place, 1))
     columns, rows = min(COLUMNS, len(charts)), -(-len(charts) // COLUMNS)
-    size = f"0 0 {columns * (width + GAP) - GAP} {rows * (height + TITLE)}"
+    bottom = rows * (height + TITLE)
+    names = re.findall(r"<li><span[^>]*></span>(.*?)</li>", figure)
+    if names:
+        bottom += TITLE
+        parts.append(f'<text x="4" y="{bottom - 8}">{" · ".join(names)}</text>')
+    size = f"0 0 {columns * (width + GAP) - GAP} {bottom}"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}">'
     return "\n".join([head, style, *parts, "</svg>"]) + "\n"
 

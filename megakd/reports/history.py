@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,14 +25,8 @@ class Curve(NamedTuple):
     not_finite: int = 0
 
 
-class Panel(NamedTuple):
-    """Curves of one chart: the name of a number, and its curve by view.
-
-    The curve of the model itself has the view "".
-    """
-
-    name: str
-    curves: Mapping[str, Curve]
+Panels = dict[str, dict[str, Curve]]
+"""Curves by the name of a number and by view; the curve of the model itself has the view ""."""
 
 
 def read_history(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -43,15 +38,13 @@ def read_history(path: Path) -> Iterator[Mapping[str, Any]]:
         return
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            try:
+            with suppress(json.JSONDecodeError):
                 record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, Mapping):
-                yield record
+                if isinstance(record, Mapping):
+                    yield cast("Mapping[str, Any]", record)
 
 
-def panels(history: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[Panel]]]:
+def panels(history: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Panels]]:
     """Return all curves by stage and group (`train`, `eval`), in the order of their first record.
 
     If a step was logged twice, because the run was killed and resumed, the last value is used.
@@ -68,50 +61,37 @@ def panels(history: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[Pan
     return {stage: _grouped(curves) for stage, curves in found.items()}
 
 
-def _grouped(curves: Mapping[str, Mapping[int, float | None]]) -> dict[str, list[Panel]]:
-    groups: dict[str, dict[str, dict[str, Curve]]] = {}
+def _grouped(curves: Mapping[str, Mapping[int, float | None]]) -> dict[str, Panels]:
+    groups: dict[str, Panels] = {}
     for key, values in curves.items():
         group, _, rest = key.partition("/")
         view, _, name = rest.rpartition("/")
-        groups.setdefault(group, {}).setdefault(name, {})[view] = _curve(values)
-    return {
-        group: [
-            Panel(name, {view: views[view] for view in sorted(views, key=_numbers_in_order)})
-            for name, views in named.items()
-        ]
-        for group, named in groups.items()
-    }
+        # Integers of JSON are unbounded, and an axis with larger values cannot be drawn.
+        finite = [(s, float(v)) for s, v in values.items() if v is not None and abs(v) <= 1e300]
+        curve = Curve(tuple(sorted(finite)), len(values) - len(finite))
+        groups.setdefault(group, {}).setdefault(name, {})[view] = curve
+    for named in groups.values():
+        named.update(
+            {name: dict(sorted(views.items(), key=_in_order)) for name, views in named.items()}
+        )
+    return groups
 
 
-def _curve(values: Mapping[int, float | None]) -> Curve:
-    finite = [(s, float(v)) for s, v in sorted(values.items()) if v is not None and _is_finite(v)]
-    return Curve(tuple(finite), len(values) - len(finite))
-
-
-def _is_finite(value: float) -> bool:
-    # Integers of JSON are unbounded, and an axis with larger values cannot be drawn.
-    return abs(value) <= 1e300
-
-
-def _numbers_in_order(view: str) -> list[tuple[int, float, str]]:
+def _in_order(view: tuple[str, Curve]) -> list[float | str]:
     """Return a sort key with sparsity-0.85 before sparsity-0.9, and stage 2 before stage 10."""
-    pieces = re.split(r"(\d+(?:\.\d+)?)", view)
-    return [(1, float(p), "") if i % 2 else (0, 0.0, p) for i, p in enumerate(pieces) if p]
+    pieces = re.split(r"(\d+(?:\.\d+)?)", view[0])
+    return [float(piece) if i % 2 else piece for i, piece in enumerate(pieces)]
 
 
 def thinned(points: Points, limit: int) -> Points:
     """Return at most `limit` points (at least 4): both ends, and the extremes of each stretch."""
     if len(points) <= limit:
         return points
-    inner = points[1:-1]
-    stretches = max(1, (limit - 2) // 2)
+    inner, stretches = points[1:-1], max(1, (limit - 2) // 2)
     kept = [points[0]]
     for number in range(stretches):
-        first = number * len(inner) // stretches
-        stretch = inner[first : (number + 1) * len(inner) // stretches]
-        low = min(stretch, key=lambda point: point[1])
-        high = max(stretch, key=lambda point: point[1])
-        kept += sorted({low, high})
+        first, end = (n * len(inner) // stretches for n in (number, number + 1))
+        kept += sorted({pick(inner[first:end], key=lambda p: p[1]) for pick in (min, max)})
     return (*kept, points[-1])
 
 

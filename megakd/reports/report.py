@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from typing import (
-    TYPE_CHECKING,
-    Any,
-)
+from typing import TYPE_CHECKING, Any
 
 from megakd.contract.results import Report
 from megakd.engine.device import device_name

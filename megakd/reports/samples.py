@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
 PROMPTS = 3
 PROMPT_TOKENS, NEW_TOKENS = 16, 16
-ROWS_READ = 32
 TEXT_TOKENS = 32
-MASKS, FIRST_MASK, MASK_EVERY = 4, 2, 6
 
 
 class Answering(Protocol):
@@ -37,19 +35,6 @@ class Answering(Protocol):
 
     def top_k(self, batch: Batch, count: int) -> TopK:
         """Return the most likely tokens at the batch's targets, [N, count]."""
-        ...
-
-
-class Prompts(Protocol):
-    """Prompts that several models answer."""
-
-    @property
-    def shown(self) -> Sequence[str]:
-        """The prompts as text."""
-        ...
-
-    def answers(self, model: Answering) -> list[str]:
-        """Return a model's answer to each prompt, the same on every rank; a collective."""
         ...
 
 
@@ -64,7 +49,7 @@ def held_out_prompts(
         task: the task; only `type` and `max_length` are used.
         device: device of this rank.
     """
-    first = rows.select(range(min(ROWS_READ, len(rows))))
+    first = rows.select(range(min(32, len(rows))))
     if task.type == "causal_lm":
         return _continuations(first, tokenizer, task.max_length, device)
     if task.type == "mlm":
@@ -90,20 +75,14 @@ class Sampler:
         return lambda model: self._answers.update({name: prompts.answers(model)})
 
     def samples(self, *, teacher: str | None, student: str) -> list[SampleReport]:
-        """Return the samples in the form of report.json.
-
-        Args:
-            teacher: name of the teacher to show; None without a teacher.
-            student: name of the student.
-        """
-        shown = [] if self.prompts is None else self.prompts.shown
+        """Return the samples of report.json; `teacher` is the teacher to show, if any."""
+        if self.prompts is None:
+            return []
+        shown, mine = self.prompts.shown, self._answers[student]
+        theirs = [None] * len(shown) if teacher is None else self._answers[teacher]
         return [
-            {
-                "prompt": prompt,
-                "teacher": None if teacher is None else self._answers[teacher][number],
-                "student": self._answers[student][number],
-            }
-            for number, prompt in enumerate(shown)
+            {"prompt": prompt, "teacher": said, "student": own}
+            for prompt, said, own in zip(shown, theirs, mine, strict=True)
         ]
 
 
@@ -148,6 +127,32 @@ class Continuations:
         return cast("str", self.tokenizer.decode(kept, skip_special_tokens=True))
 
 
+@dataclass(frozen=True, kw_only=True)
+class HiddenWords:
+    """Texts with masked tokens that a masked language model predicts.
+
+    batch: the texts with masks, on this rank's device; `targets` are the masked positions.
+    shown: the texts.
+    masks: number of masked tokens of each text, in the order of the targets.
+    """
+
+    batch: Batch
+    shown: Sequence[str]
+    masks: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase
+
+    def answers(self, model: Answering) -> list[str]:
+        """Return the most likely token of each mask, with the tokens of a text in one line."""
+        said = model.top_k(self.batch, 1).ids.flatten().split(list(self.masks))
+        return [", ".join(self._word(token) for token in ids.tolist()) for ids in said]
+
+    def _word(self, token: int) -> str:
+        return cast("str", self.tokenizer.decode([token])).strip()
+
+
+Prompts = Continuations | HiddenWords
+
+
 def _continuations(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, device: torch.device
 ) -> Continuations | None:
@@ -181,33 +186,12 @@ def _documents(rows: Dataset) -> Iterator[list[int]]:
         continues = labels[-1] != IGNORE
 
 
-@dataclass(frozen=True, kw_only=True)
-class HiddenWords:
-    """Texts with masked tokens that a masked language model predicts.
-
-    batch: the texts with masks, on this rank's device; `targets` are the masked positions.
-    shown: the texts.
-    masks: number of masked tokens of each text, in the order of the targets.
-    """
-
-    batch: Batch
-    shown: Sequence[str]
-    masks: Sequence[int]
-    tokenizer: PreTrainedTokenizerBase
-
-    def answers(self, model: Answering) -> list[str]:
-        """Return the most likely token of each mask, with the tokens of a text in one line."""
-        said = model.top_k(self.batch, 1).ids.flatten().split(list(self.masks))
-        return [", ".join(self._word(token) for token in ids.tolist()) for ids in said]
-
-    def _word(self, token: int) -> str:
-        return cast("str", self.tokenizer.decode([token])).strip()
-
-
 def _hidden_words(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, device: torch.device
 ) -> HiddenWords | None:
-    texts = [_shortened(cast("Mapping[str, list[int]]", row)["input_ids"]) for row in rows]
+    texts = [cast("Mapping[str, list[int]]", row)["input_ids"] for row in rows]
+    # The last token marks the end of a text.
+    texts = [t if len(t) <= TEXT_TOKENS else [*t[: TEXT_TOKENS - 1], t[-1]] for t in texts]
     special = {int(number) for number in tokenizer.all_special_ids}
     hidden = [_hidden(ids, special) for ids in texts]
     chosen = [(ids, places) for ids, places in zip(texts, hidden, strict=True) if places][:PROMPTS]
@@ -229,12 +213,7 @@ def _hidden_words(
     )
 
 
-def _shortened(ids: list[int]) -> list[int]:
-    """Return the beginning of a text with the last token, which marks the end of the text."""
-    return ids if len(ids) <= TEXT_TOKENS else [*ids[: TEXT_TOKENS - 1], ids[-1]]
-
-
 def _hidden(ids: Sequence[int], special: set[int]) -> list[int]:
-    """Return the positions to mask: one of every few tokens, but no special tokens."""
+    """Return up to four positions to mask: one of every six tokens, but no special tokens."""
     plain = [place for place, token in enumerate(ids) if token not in special]
-    return (plain[FIRST_MASK::MASK_EVERY] or plain[:1])[:MASKS]
+    return (plain[2::6] or plain[:1])[:4]

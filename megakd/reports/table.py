@@ -1,10 +1,14 @@
-"""The tables of a report, and the report as plain text."""
+"""The tables of a report as rows of text, and the report as plain text.
+
+The first row of a table has the titles; a table without further rows is left out.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypeGuard
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from megakd.contract.metrics import lower_is_better
 from megakd.contract.tasks import STUDENT, TEACHER
@@ -12,12 +16,21 @@ from megakd.contract.tasks import STUDENT, TEACHER
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from megakd.contract.results import CandidateReport, CostReport, ModelReport, PoolReport, Report
+    from megakd.contract.results import CandidateReport, CostReport, ModelReport, Report
 
-MOST_CLASSES_SHOWN = 6
-PERPLEXITY = "perplexity"
-WITHOUT_EMBEDDINGS = "non-embedding"
-"""Title of the parameter count without embeddings, pooler and heads."""
+Rows = list[list[str]]
+
+LATER_KEYS: Mapping[str, Any] = {
+    **dict.fromkeys(("assistants", "latency", "teachers", "samples"), ()),
+    **dict.fromkeys(("cost", "pool")),
+    **{key: {} for key in ("evaluation_sets", "seconds")},
+}
+"""Keys that reports of earlier versions do not have, with their empty values."""
+
+
+def completed(report: Report) -> Report:
+    """Return a report of any version with all keys."""
+    return cast("Report", {**LATER_KEYS, **report})
 
 
 def result_table(report: Report, *, final: Path | None = None) -> str:
@@ -27,31 +40,37 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
         report: the content of report.json.
         final: folder of the student.
     """
-    lines = [f"{report['method']} on {report['task']}, scored on {report['evaluated_on']}", ""]
-    lines += [*aligned_rows(model_rows(report)), *model_notes(report)]
-    classes = class_rows(report, most=MOST_CLASSES_SHOWN)
-    if classes:
-        lines += ["", *aligned_rows(classes)]
-    sets = set_rows(report)
-    if sets:
-        lines += ["", *aligned_rows(sets)]
-    if report["candidates"]:
-        lines += ["", *aligned_rows(candidate_rows(report["candidates"]))]
-    pool = report.get("pool")
-    if pool is not None:
-        lines += ["", *aligned_rows(pool_rows(pool, report["metric_name"]))]
-    if report["stages"]:
-        lines += ["", *aligned_rows(stage_rows(report))]
-        peak = max(stage["peak_memory_bytes"] for stage in report["stages"])
-        seconds = sum(stage["seconds"] for stage in report["stages"])
-        lines += ["", f"training {duration(seconds)}, peak memory {gigabytes(peak)} per rank"]
-        lines += elsewhere_lines(report.get("seconds") or {})
-    cost = report.get("cost")
-    if cost is not None:
-        lines.append(cost_line(cost))
-    if final is not None:
-        lines.append(f"the student is in {final}")
-    return "\n".join(lines)
+    report = completed(report)
+    tables = [
+        class_rows(report, most=6),
+        set_rows(report),
+        candidate_rows(report["candidates"]),
+        pool_rows(report),
+        stage_rows(report),
+    ]
+    blocks = [
+        [f"{report['method']} on {report['task']}, scored on {report['evaluated_on']}"],
+        [*aligned_rows(beside(*model_parts(report))), *_model_notes(report)],
+        *(aligned_rows(rows) for rows in tables if rows[1:]),
+        [*_time_lines(report), *([f"the student is in {final}"] if final else [])],
+    ]
+    return "\n\n".join("\n".join(lines) for lines in blocks if lines)
+
+
+def _model_notes(report: Report) -> list[str]:
+    """Return lines that explain the columns of the models."""
+    lower, note = lower_metrics(report), latency_note(report)
+    return [*([f"{', '.join(lower)}: lower is better"] if lower else []), *([note] if note else [])]
+
+
+def _time_lines(report: Report) -> list[str]:
+    lines: list[str] = []
+    if stages := report["stages"]:
+        peak = gigabytes(max(stage["peak_memory_bytes"] for stage in stages))
+        seconds = duration(sum(stage["seconds"] for stage in stages))
+        lines = [f"training {seconds}, peak memory {peak} per rank"]
+        lines += elsewhere_lines(report["seconds"])
+    return [*lines, cost_line(report["cost"])] if report["cost"] else lines
 
 
 def elsewhere_lines(seconds: Mapping[str, float]) -> list[str]:
@@ -79,18 +98,22 @@ def _trials(number: int) -> str:
     return f"{number} trial{'' if number == 1 else 's'}"
 
 
-def sized_models(report: Report) -> dict[str, ModelReport]:
-    """Return the models with a size of their own by name, from the teacher to the student.
+def scored_models(report: Report) -> list[tuple[str, ModelReport, Mapping[str, float]]]:
+    """Return name, size and metrics of all models from the teachers to the baselines.
 
-    Reports of earlier versions have no assistants, latencies, cost or pool of teachers.
+    A baseline has the student's size.
     """
-    assistants = {entry["name"]: entry for entry in report.get("assistants", ())}
-    return {**teachers_of(report), **assistants, STUDENT: report["student"]}
+    assistants = {entry["name"]: entry for entry in report["assistants"]}
+    sized = {**teachers_of(report), **assistants, STUDENT: report["student"]}
+    baselines = report["baselines"].items()
+    return [(name, model, model["metrics"]) for name, model in sized.items()] + [
+        (name, report["student"], metrics) for name, metrics in baselines
+    ]
 
 
 def teachers_of(report: Report) -> dict[str, ModelReport]:
     """Return the teachers of the config by name."""
-    pool: dict[str, ModelReport] = {entry["name"]: entry for entry in report.get("teachers", ())}
+    pool: dict[str, ModelReport] = {entry["name"]: entry for entry in report["teachers"]}
     return pool or ({} if report["teacher"] is None else {TEACHER: report["teacher"]})
 
 
@@ -102,89 +125,79 @@ def largest(teachers: Mapping[str, ModelReport]) -> str | None:
 def milliseconds(report: Report) -> dict[int, dict[str, float]]:
     """Return the measured times of a forward by batch size, the smallest first, and by model."""
     speedup = report["speedup"]
-    found: dict[int, dict[str, float]] = {}
+    entries = [(entry["batch"], entry["model"], entry["ms"]) for entry in report["latency"]]
     if speedup is not None:
         teacher = largest(teachers_of(report)) or TEACHER
-        times = {teacher: speedup["teacher_ms"], STUDENT: speedup["student_ms"]}
-        found[speedup["batch"]] = {name: ms for name, ms in times.items() if _is_time(ms)}
-    for entry in report.get("latency", ()):
-        if _is_time(entry["ms"]):
-            found.setdefault(entry["batch"], {})[entry["model"]] = entry["ms"]
+        pair = ((teacher, speedup["teacher_ms"]), (STUDENT, speedup["student_ms"]))
+        entries = [*((speedup["batch"], name, ms) for name, ms in pair), *entries]
+    found: dict[int, dict[str, float]] = {}
+    for batch, name, ms in entries:
+        if is_number(ms) and ms > 0:
+            found.setdefault(batch, {})[name] = ms
     return dict(sorted(found.items()))
-
-
-def _is_time(value: float | None) -> bool:
-    return is_number(value) and value > 0
 
 
 def is_number(value: object) -> TypeGuard[float]:
     """Return whether a value of report.json is a finite number; NaN is stored as null."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return math.isfinite(value)
+    is_bool = isinstance(value, bool)
+    return not is_bool and isinstance(value, int | float) and math.isfinite(value)
 
 
-def model_rows(report: Report) -> list[list[str]]:
-    """Return titles, then one row per model with sizes, scores and measured times."""
-    comparison = [against_title(report["metric_name"])] if report["teacher"] is not None else []
-    titles = ["", "parameters", WITHOUT_EMBEDDINGS, "size MB", *metric_names(report), *comparison]
-    times = milliseconds(report)
-    for batch in times:
-        titles += [f"ms (batch {batch})", "speed-up"]
-    reference = largest(teachers_of(report))
-    return [titles] + [
-        [name, *_size(model), *_scores(report, metrics), *speeds(name, reference, times)]
-        for name, model, metrics in scored_models(report)
-    ]
+def model_parts(report: Report) -> tuple[Rows, Rows, Rows, Rows]:
+    """Return the models' names, sizes, scores and times, for `beside`."""
+    times, metrics = milliseconds(report), metric_names(report)
+    reference = largest(teachers_of(report)) or TEACHER
+    against = "vs teacher" if lower_is_better(report["metric_name"]) else "kept"
+    names, sizes = [[""]], [["parameters", "non-embedding", "size MB"]]
+    scores = [[*metrics, *([against] if report["teacher"] else [])]]
+    speeds = [[title for batch in times for title in (f"ms (batch {batch})", "speed-up")]]
+    for name, model, values in scored_models(report):
+        weights = model.get("bytes")
+        size = f"{weights / 1e6:,.1f}" if is_number(weights) else "-"
+        counts = map(short_count, (model["parameters"], model["encoder_parameters"]))
+        compared = [against_teacher(report, values)] if report["teacher"] else []
+        names.append([name])
+        sizes.append([*counts, size])
+        scores.append([*(score(metric, values.get(metric)) for metric in metrics), *compared])
+        speeds.append([cell for ms in times.values() for cell in _speed(ms, name, reference)])
+    return names, sizes, scores, speeds
 
 
-def scored_models(report: Report) -> list[tuple[str, ModelReport, Mapping[str, float]]]:
-    """Return name, size and metrics of all models; a baseline has the student's size."""
-    sized = [(name, model, model["metrics"]) for name, model in sized_models(report).items()]
-    baselines = report["baselines"].items()
-    return sized + [(name, report["student"], metrics) for name, metrics in baselines]
+def beside(*parts: Rows) -> Rows:
+    """Return the columns of several tables of the same rows as one table."""
+    return [list(chain(*cells)) for cells in zip(*parts, strict=True)]
 
 
-def model_notes(report: Report) -> list[str]:
-    """Return lines that explain the columns of `model_rows`."""
-    lower = [name for name in metric_names(report) if lower_is_better(name)]
-    direction = [f"{', '.join(lower)}: lower is better"] if lower else []
-    return [*direction, *latency_notes(report)]
+def timed_rows(report: Report) -> Rows:
+    """Return a row per model that was timed."""
+    names, _, _, times = model_parts(report)
+    return [row for row in beside(names, times) if set(row[1:]) - {"-"}]
 
 
-def latency_notes(report: Report) -> list[str]:
+def latency_note(report: Report) -> str:
     """Return a line with length, dtype and device of the timing, if the report has them."""
-    timed = [entry for entry in report.get("latency", ()) if "length" in entry]
+    timed = [entry for entry in report["latency"] if "length" in entry]
     if not timed:
-        return []
+        return ""
     lengths, devices = (
-        dict.fromkeys(str(entry.get(key, "")) for entry in timed) for key in ("length", "device")
+        ", ".join(dict.fromkeys(str(entry.get(key, "")) for entry in timed))
+        for key in ("length", "device")
     )
     dtypes = {entry["model"]: entry.get("dtype", "") for entry in timed}
-    alike = len(set(dtypes.values())) == 1
-    held = [next(iter(dtypes.values()))] if alike else [f"{n} {d}" for n, d in dtypes.items()]
-    return [
-        f"ms: median of one forward, {', '.join(lengths)} tokens per text, {', '.join(held)}, "
-        f"on {', '.join(devices)}"
-    ]
-
-
-def _size(model: ModelReport) -> list[str]:
-    size = model.get("bytes")
-    counts = (model["parameters"], model["encoder_parameters"])
-    return [*map(short_count, counts), f"{size / 1e6:,.1f}" if is_number(size) else "-"]
-
-
-def _scores(report: Report, metrics: Mapping[str, float]) -> list[str]:
-    comparison = [] if report["teacher"] is None else [against_teacher(report, metrics)]
-    return [*(score(name, metrics.get(name)) for name in metric_names(report)), *comparison]
+    alike = set(dtypes.values())
+    held = alike if len(alike) == 1 else [f"{name} {dtype}" for name, dtype in dtypes.items()]
+    return f"ms: median of one forward, {lengths} tokens per text, {', '.join(held)}, on {devices}"
 
 
 def metric_names(report: Report) -> list[str]:
     """Return the metrics of the table; `loss` only if lower is better for the main metric."""
-    names = list(report["student"]["metrics"])
     says_more = lower_is_better(report["metric_name"])
-    return [name for name in names if name != "loss" or says_more]
+    return [name for name in report["student"]["metrics"] if name != "loss" or says_more]
+
+
+def lower_metrics(report: Report) -> list[str]:
+    """Return the metrics of the table for which lower is better."""
+    return [name for name in metric_names(report) if lower_is_better(name)]
 
 
 def score(name: str, value: float | None) -> str:
@@ -192,11 +205,6 @@ def score(name: str, value: float | None) -> str:
     if not is_number(value):
         return "-"
     return f"{value:.3f}" if lower_is_better(name) else f"{value:.1%}"
-
-
-def against_title(metric_name: str) -> str:
-    """Return the title of the column with `against_teacher`."""
-    return "vs teacher" if lower_is_better(metric_name) else "kept"
 
 
 def against_teacher(report: Report, metrics: Mapping[str, float]) -> str:
@@ -208,114 +216,105 @@ def against_teacher(report: Report, metrics: Mapping[str, float]) -> str:
     """
     name, teacher = report["metric_name"], report["teacher"]
     mine = metrics.get(name)
-    reference = None if teacher is None else teacher["metrics"].get(name)
-    if not (is_number(mine) and is_number(reference)):
+    theirs = None if teacher is None else teacher["metrics"].get(name)
+    if not (is_number(mine) and is_number(theirs)):
         return "-"
-    if lower_is_better(name) and name != PERPLEXITY:
-        return f"{mine - reference:+.3f}"
-    if mine <= 0 or reference <= 0:
+    if lower_is_better(name) and name != "perplexity":
+        return f"{mine - theirs:+.3f}"
+    if mine <= 0 or theirs <= 0:
         return "-"
-    return f"x{mine / reference:.2f}" if name == PERPLEXITY else f"{mine / reference:.1%}"
+    return f"x{mine / theirs:.2f}" if name == "perplexity" else f"{mine / theirs:.1%}"
 
 
-def speeds(name: str, reference: str | None, times: Mapping[int, Mapping[str, float]]) -> list[str]:
-    """Return milliseconds and speed-up of a model for each batch size."""
-    cells = []
-    for measured in times.values():
-        mine, teacher = measured.get(name), measured.get(reference or TEACHER)
-        cells.append("-" if mine is None else f"{mine:.2f}")
-        cells.append("-" if mine is None or teacher is None else f"{teacher / mine:.2f}x")
-    return cells
+def _speed(times: Mapping[str, float], name: str, reference: str) -> tuple[str, str]:
+    """Return milliseconds and speed-up of a model at one batch size."""
+    if name not in times:
+        return "-", "-"
+    ratio = f"{times[reference] / times[name]:.2f}x" if reference in times else "-"
+    return f"{times[name]:.2f}", ratio
 
 
-def candidate_rows(candidates: Sequence[CandidateReport]) -> list[list[str]]:
-    """Return titles, then one row per candidate; metric and trade-off are fractions."""
+def candidate_rows(candidates: Sequence[CandidateReport]) -> Rows:
+    """Return a row per candidate; metric and trade-off are fractions."""
     rows = [["iteration", "sparsity", "parameters", "metric", "trade-off", "chosen"]]
-    for row in candidates:
-        weighed = [_fraction(row["metric"]), _fraction(row["tradeoff"])]
-        size = [f"{row['sparsity']:g}", short_count(row["parameters"])]
-        rows.append([str(row["iteration"]), *size, *weighed, "yes" if row["chosen"] else "-"])
+    for one in candidates:
+        weighed = (f"{v:.4f}" if is_number(v) else "-" for v in (one["metric"], one["tradeoff"]))
+        size = [f"{one['sparsity']:g}", short_count(one["parameters"])]
+        rows.append([str(one["iteration"]), *size, *weighed, "yes" if one["chosen"] else "-"])
     return rows
 
 
-def _fraction(value: float | None) -> str:
-    return f"{value:.4f}" if is_number(value) else "-"
-
-
-def class_rows(report: Report, *, most: int) -> list[list[str]]:
-    """Return titles and a row per label of the student; empty if there are more than `most`."""
+def class_rows(report: Report, *, most: int) -> Rows:
+    """Return the student's scores by label; no rows if there are more than `most` labels."""
     classes = report["student"].get("per_class", ())
-    if not classes or len(classes) > most:
-        return []
     rows = [["student, by label", "precision", "recall", "f1", "rows"]]
-    for one in classes:
+    for one in classes if len(classes) <= most else ():
         scores = (one["precision"], one["recall"], one["f1"])
         rows.append([one["label"], *(f"{value:.1%}" for value in scores), f"{one['rows']:,}"])
     return rows
 
 
-def set_rows(report: Report) -> list[list[str]]:
-    """Return titles, then one row per evaluation set and model; empty without sets."""
-    sets = report.get("evaluation_sets", {})
-    names = list(report["student"]["metrics"])
-    rows = [
-        [
-            name,
-            model,
-            f"{entry['rows']:,}",
-            *(score(metric, metrics.get(metric)) for metric in names),
-        ]
-        for name, entry in sets.items()
-        for model, metrics in entry["metrics"].items()
-    ]
-    return [["evaluation set", "model", "rows", *names], *rows] if rows else []
-
-
-def pool_rows(pool: PoolReport, metric_name: str) -> list[list[str]]:
-    """Return titles, then one row per teacher, with the score if teachers were ranked."""
-    is_ranked = any(one["score"] is not None for one in pool["teachers"])
-    rows = [["taught by", pool["distribution"], "steps"]]
-    rows[0] += [f"{metric_name} (validation)"] if is_ranked else []
-    for one in pool["teachers"]:
-        ranked_by = [score(metric_name, _as_metric(metric_name, one["score"]))] if is_ranked else []
-        rows.append([one["name"], f"{one['weight']:.3f}", f"{one['steps']:,}", *ranked_by])
+def set_rows(report: Report) -> Rows:
+    """Return a row per evaluation set and model."""
+    metrics = list(report["student"]["metrics"])
+    rows = [["evaluation set", "model", "rows", *metrics]]
+    for name, entry in report["evaluation_sets"].items():
+        for model, values in entry["metrics"].items():
+            scores = (score(metric, values.get(metric)) for metric in metrics)
+            rows.append([name, model, f"{entry['rows']:,}", *scores])
     return rows
 
 
-def _as_metric(name: str, worth: float | None) -> float | None:
-    """Return the metric of a worth, which is the negated metric if lower is better."""
-    return -worth if is_number(worth) and lower_is_better(name) else worth
+def pool_rows(report: Report) -> Rows:
+    """Return a row per teacher of a pool, with the score if teachers were ranked."""
+    pool, metric = report["pool"], report["metric_name"]
+    if pool is None:
+        return []
+    # A teacher is ranked by its metric, negated if lower is better.
+    sign = -1 if lower_is_better(metric) else 1
+    rows = [["taught by", pool["distribution"], "steps", f"{metric} (validation)"]]
+    for one in pool["teachers"]:
+        worth = score(metric, None if one["score"] is None else sign * one["score"])
+        rows.append([one["name"], f"{one['weight']:.3f}", f"{one['steps']:,}", worth])
+    is_ranked = any(one["score"] is not None for one in pool["teachers"])
+    return rows if is_ranked else [row[:-1] for row in rows]
 
 
-def stage_rows(report: Report) -> list[list[str]]:
-    """Return titles, then one row per stage."""
+def stage_rows(report: Report) -> Rows:
+    """Return a row per stage with its time and memory."""
     rows = [["stage", "steps", "time", "tokens/s", "peak memory"]]
     for stage in report["stages"]:
         trained = stage["steps"] > 0 and is_number(stage["tokens_per_second"])
         speed = f"{stage['tokens_per_second']:,.0f}" if trained else "-"
-        memory = gigabytes(stage["peak_memory_bytes"])
-        rows.append(
-            [stage["name"], f"{stage['steps']:,}", duration(stage["seconds"]), speed, memory]
-        )
+        used = [duration(stage["seconds"]), speed, gigabytes(stage["peak_memory_bytes"])]
+        rows.append([stage["name"], f"{stage['steps']:,}", *used])
     return rows
+
+
+def stage_scores(report: Report) -> Rows:
+    """Return a row per stage with the scores of the model that the stage keeps."""
+    stages = report["stages"]
+    names = list(dict.fromkeys(name for stage in stages for name in stage["metrics"]))
+    scores = ([score(name, stage["metrics"].get(name)) for name in names] for stage in stages)
+    return [names, *scores]
 
 
 def aligned_rows(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return lines with the first cells left-aligned and the other cells right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
+    lines: list[str] = []
     for first, *others in rows:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return lines
 
 
-def short_count(number: float) -> str:
-    """Return a large number with at least three digits, such as 22.71M."""
+def short_count(number: float, form: str = ".2f") -> str:
+    """Return a number with a unit from a thousand on, such as 22.71M."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.2f}{unit}"
-    return f"{number:g}"
+        if abs(number) >= size:
+            return f"{number / size:{form}}{unit}"
+    return f"{number:.4g}" if abs(number) > 1e-12 else "0"
 
 
 def gigabytes(size: float) -> str:
@@ -326,7 +325,6 @@ def gigabytes(size: float) -> str:
 def duration(seconds: float) -> str:
     """Return a duration as hours and minutes, minutes and seconds, or seconds."""
     minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h {minutes:02d}m"
+    if minutes >= 60:
+        return f"{minutes // 60}h {minutes % 60:02d}m"
     return f"{minutes}m {rest:02d}s" if minutes else f"{seconds:.1f}s"

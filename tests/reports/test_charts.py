@@ -1,42 +1,41 @@
-"""Charts as places in a picture: scales, ticks, and where names go."""
+"""Charts as places in a picture: scales, ticks, and the numbers of models."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reports import candidates, report_of
 
 from megakd.reports.charts import (
-    BOLD_LETTER,
     BOTTOM,
     RIGHT,
     TOP,
-    WIDTH,
     Chart,
-    Curve,
     Dot,
+    Line,
     Scale,
-    choice_chart,
+    choice_charts,
     line_chart,
     plane_chart,
-    tick,
 )
-from megakd.reports.page import COLOURS, RAMP_LENGTH
+from megakd.reports.html import html_report
+from megakd.reports.table import short_count
 
 
 def lines(*curves: list[tuple[float, float]], **options) -> Chart:
     return line_chart(
-        [Curve(points, f"ramp-{i}") for i, points in enumerate(curves)],
+        [Line(points, f"ramp-{i}") for i, points in enumerate(curves)],
         **{"title": "loss", "label": "", **options},
     )
 
 
 def places(chart: Chart) -> list[list[tuple[float, float]]]:
-    pairs = [[p.split(",") for p in path.points.split()] for path in chart.paths]
-    return [[(float(x), float(y)) for x, y in line] for line in pairs]
+    return [[(chart.x(x), chart.y(y)) for x, y in line.points] for line in chart.lines]
 
 
 def test_a_larger_value_stands_higher_and_all_lines_stay_inside() -> None:
@@ -46,7 +45,9 @@ def test_a_larger_value_stands_higher_and_all_lines_stay_inside() -> None:
     assert first[1] < last[1]
     assert other[1][1] < first[1]
     assert all(
-        chart.left <= x <= RIGHT and TOP <= y <= BOTTOM for line in places(chart) for x, y in line
+        chart.x.start <= x <= RIGHT and TOP <= y <= BOTTOM
+        for line in places(chart)
+        for x, y in line
     )
 
 
@@ -64,7 +65,7 @@ def test_any_values_have_ticks_inside_in_rising_order(points) -> None:
     heights = [y for y, _ in chart.y_ticks]
     assert all(TOP - 1 <= y <= BOTTOM + 1 for y in heights)
     assert all(a > b for a, b in itertools.pairwise(heights))
-    assert all(chart.left <= x <= RIGHT for x, _ in chart.x_ticks)
+    assert all(chart.x.start <= x <= RIGHT for x, _ in chart.x_ticks)
 
 
 def test_ticks_are_round_numbers() -> None:
@@ -95,51 +96,62 @@ def test_bounds_are_always_shown() -> None:
     assert [text for _, text in chart.y_ticks][0::2] == ["0", "1"]
 
 
-def test_the_chosen_candidate_is_marked_with_its_value() -> None:
-    points = [(0.5, 0.91), (0.3, 0.9), (0.1, 0.84)]
+def test_the_chosen_candidate_is_marked() -> None:
+    rows = candidates()[4:]
 
-    chart = choice_chart(points, points[1], title="metric", label="", x_title="scale")
+    metric, tradeoff = choice_charts(rows, rows[-1])
 
-    assert [word.text for word in chart.words] == ["chosen: 0.9000"]
-    assert [m.x for m in chart.marks if m.colour == "chosen"] == [chart.rule]
-    assert [text for _, text in chart.x_ticks] == ["0.1", "0.3", "0.5"]
+    assert metric.chosen == pytest.approx((0.1, 0.8677))
+    assert tradeoff.chosen == pytest.approx((0.1, 0.8677 + 0.2 * 0.9))
+    assert [text for _, text in metric.x_ticks] == ["0.1", "0.2", "0.3"]
+    assert metric.lines[0].points[0] == metric.chosen
 
 
-def box(word) -> tuple[float, float, float, float]:
-    length = BOLD_LETTER * len(word.text)
-    start = word.x - {"start": 0, "middle": length / 2, "end": length}[word.anchor]
-    return start, word.y - 9, start + length, word.y + 3
+def numbers(chart: Chart) -> list[tuple[float, float, float, float]]:
+    boxes = [(place, chart.y(dot.y), 7 * len(str(dot.number))) for dot, place in chart.dots]
+    return [(x, y - 4, x + width, y + 4) for x, y, width in boxes]
 
 
 def overlap(a, b) -> bool:
     return min(a[2], b[2]) > max(a[0], b[0]) and min(a[3], b[3]) > max(a[1], b[1])
 
 
-def test_every_model_is_named_once_and_names_cover_neither_names_nor_dots() -> None:
+def test_numbers_stand_right_of_their_dots_and_do_not_cover_each_other() -> None:
+    sizes = (1e7, 2e7, 1e6, 1e6, 1e6, 1.1e6, 1e6, 1e6, 5e6, 5.2e6, 5.4e6)
+    values = (0.9, 0.9, 0.8, 0.79, 0.8, 0.8, 0.7, 0.8, 0.85, 0.85, 0.85)
     dots = [
-        Dot("large", "teacher", 1e7, 0.9),
-        Dot("huge", "teacher", 2e7, 0.9),
-        Dot("student", "student", 1e6, 0.8),
-        Dot("alone", "baseline", 1e6, 0.79),
-        Dot("direct", "baseline", 1.1e6, 0.8),
+        Dot(number, str(number), "teacher", *place)
+        for number, place in enumerate(zip(sizes, values, strict=True), 1)
     ]
 
-    chart = plane_chart(dots, title="accuracy", unit="%", label="", x_title="size")
+    chart = plane_chart(dots, metric="accuracy", measure="size")
 
-    assert [word.text for word in chart.words] == [dot.name for dot in dots]
-    boxes = [box(word) for word in chart.words]
-    assert not any(overlap(a, b) for a, b in itertools.combinations(boxes, 2))
-    assert all(b[0] >= 0 and b[2] <= WIDTH for b in boxes)
-    assert [mark.hollow for mark in chart.marks] == [False, False, False, True, True]
+    assert [dot for dot, _ in chart.dots] == dots
+    assert not any(overlap(a, b) for a, b in itertools.combinations(numbers(chart), 2))
+    assert all(chart.x(dot.x) + 6 < place for dot, place in chart.dots)
+    assert max(box[2] for box in numbers(chart)) <= 340
+
+
+@pytest.mark.parametrize("spread", [1.0, 1.5, 3.0, 10.0, 100.0, 1e4, 1e9])
+def test_a_scale_of_sizes_has_ticks_that_do_not_touch(spread: float) -> None:
+    dots = [Dot(1, "a", "teacher", 3.3e3, 0.5), Dot(2, "b", "student", 3.3e3 * spread, 0.6)]
+
+    ticks = plane_chart(dots, metric="accuracy", measure="size").x_ticks
+
+    assert len(ticks) > 1
+    boxes = [(x - 3 * len(text), x + 3 * len(text)) for x, text in ticks]
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(boxes))
 
 
 def test_a_lower_perplexity_stands_lower() -> None:
-    dots = [Dot("teacher", "teacher", 10, 8.0), Dot("student", "student", 1, 10.0)]
+    dots = [Dot(1, "teacher", "teacher", 10, 8.0), Dot(2, "student", "student", 1, 10.0)]
 
-    chart = plane_chart(dots, title="perplexity", unit="", label="", x_title="size")
+    chart = plane_chart(dots, metric="perplexity", measure="size")
 
-    assert chart.marks[0].y > chart.marks[1].y
-    assert chart.marks[0].x > chart.marks[1].x
+    assert chart.y(8.0) > chart.y(10.0)
+    assert chart.x(10) > chart.x(1)
+    assert chart.unit == "lower is better"
+    assert chart.label == "perplexity against size: teacher 8.000 at 10, student 10.000 at 1."
 
 
 @pytest.mark.parametrize(
@@ -147,27 +159,29 @@ def test_a_lower_perplexity_stands_lower() -> None:
     [(0.0, "0"), (0.15, "0.15"), (999, "999"), (1500, "1.5k"), (22.71e6, "22.71M"), (-2e9, "-2B")],
 )
 def test_numbers_at_axes_are_short(value: float, text: str) -> None:
-    assert tick(value) == text
+    assert short_count(value, ".4g") == text
 
 
-def test_every_colour_stands_out_on_its_page() -> None:
-    weak = {
-        (name, side)
-        for name, pair in COLOURS.items()
-        for side in (0, 1)
-        if name not in ("paper", "line") and contrast(pair[side], COLOURS["paper"][side]) < 4.5
-    }
-
-    assert weak == set()
-    assert len({COLOURS[f"ramp-{i}"] for i in range(RAMP_LENGTH)}) == RAMP_LENGTH
+@pytest.fixture(scope="module", params=["light", "dark"])
+def colours(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The colours of the page by name."""
+    rules = re.findall(r":root \{ .*", html_report(report_of(), []))
+    return dict(re.findall(r"--([\w-]+): (#\w{6});", rules[request.param == "dark"]))
 
 
-def test_four_lines_of_a_chart_have_colours_that_differ() -> None:
-    shown = [COLOURS[f"ramp-{i * (RAMP_LENGTH - 1) // 3}"] for i in range(4)]
+def test_every_colour_stands_out_on_its_page(colours: dict[str, str]) -> None:
+    words = {name: colour for name, colour in colours.items() if name not in ("paper", "line")}
 
-    for side in (0, 1):
-        rgb = [[int(pair[side][i : i + 2], 16) for i in (1, 3, 5)] for pair in shown]
-        assert min(math.dist(a, b) for a, b in itertools.combinations(rgb, 2)) > 60
+    assert {n for n, c in words.items() if contrast(c, colours["paper"]) < 4.5} == set()
+    assert {"teacher", "assistant", "student", "baseline", "chosen"} < set(words)
+    assert len({colours[f"ramp-{i}"] for i in range(12)}) == 12
+
+
+def test_four_lines_of_a_chart_have_colours_that_differ(colours: dict[str, str]) -> None:
+    shown = [colours[f"ramp-{i * 11 // 3}"] for i in range(4)]
+
+    rgb = [[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in shown]
+    assert min(math.dist(a, b) for a, b in itertools.combinations(rgb, 2)) > 60
 
 
 def contrast(one: str, other: str) -> float:

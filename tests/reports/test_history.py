@@ -28,19 +28,19 @@ def test_numbers_become_curves_by_stage_group_and_name() -> None:
     found = panels(history)
 
     assert list(found) == ["student", "teacher"]
-    assert [panel.name for panel in found["student"]["train"]] == ["loss", "learning_rate"]
-    assert found["student"]["train"][0].curves == {"": Curve(((10, 2.0), (20, 1.0)))}
-    assert found["student"]["eval"][0].curves == {"": Curve(((10, 0.5),))}
+    assert list(found["student"]["train"]) == ["loss", "learning_rate"]
+    assert found["student"]["train"]["loss"] == {"": Curve(((10, 2.0), (20, 1.0)))}
+    assert found["student"]["eval"]["accuracy"] == {"": Curve(((10, 0.5),))}
 
 
 def test_views_of_a_number_share_a_panel_in_the_order_of_their_numbers() -> None:
     views = ("sparsity-0.9", "sparsity-0.85", "sparsity-0.5")
     history = [line(1, **{f"eval/{view}/f1": 0.5 for view in views}, **{"eval/f1": 0.6})]
 
-    (panel,) = panels(history)["student"]["eval"]
+    shown = panels(history)["student"]["eval"]
 
-    assert panel.name == "f1"
-    assert list(panel.curves) == ["", "sparsity-0.5", "sparsity-0.85", "sparsity-0.9"]
+    assert list(shown) == ["f1"]
+    assert list(shown["f1"]) == ["", "sparsity-0.5", "sparsity-0.85", "sparsity-0.9"]
 
 
 def test_a_step_that_comes_again_counts_as_it_was_last_logged() -> None:
@@ -48,7 +48,7 @@ def test_a_step_that_comes_again_counts_as_it_was_last_logged() -> None:
 
     found = panels(line(step, **{"train/loss": value}) for step, value in steps)
 
-    assert found["student"]["train"][0].curves[""].points == ((10, 1.0), (20, 2.0), (30, 3.0))
+    assert found["student"]["train"]["loss"][""].points == ((10, 1.0), (20, 2.0), (30, 3.0))
 
 
 def test_values_that_are_not_finite_are_counted_and_left_out() -> None:
@@ -56,7 +56,7 @@ def test_values_that_are_not_finite_are_counted_and_left_out() -> None:
 
     found = panels(line(i, **{"train/loss": value}) for i, value in enumerate(values))
 
-    assert found["student"]["train"][0].curves[""] == Curve(((0, 1.0), (6, 2.0)), 5)
+    assert found["student"]["train"]["loss"][""] == Curve(((0, 1.0), (6, 2.0)), 5)
 
 
 def test_records_of_another_kind_are_passed_over() -> None:

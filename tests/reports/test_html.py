@@ -108,6 +108,36 @@ def test_every_model_has_its_sizes_scores_and_times(page: Page) -> None:
     assert {"teacher", "alone"} <= set(scored)
 
 
+def test_the_legend_explains_the_number_of_every_dot(text: str) -> None:
+    legend = re.findall(r'<span class="key (\w+)" style="color:var\(--(\w+)\)"></span>(.+?)<', text)
+
+    assert legend[:4] == [
+        ("dot", "teacher", "1 teacher"),
+        ("dot", "assistant", "2 assistant-1"),
+        ("dot", "student", "3 student"),
+        ("hollow", "baseline", "4 alone"),
+    ]
+    charts = re.findall(r"<svg.*?</svg>", text, re.DOTALL)[:3]
+    for chart in charts:
+        assert re.findall(r'<circle.*class="(\w+)"', chart) == ["dot", "dot", "dot", "hollow"]
+        assert re.findall(r'class="word".*var\(--(\w+)\)">(\d)<', chart) == [
+            *(("teacher", "1"), ("assistant", "2"), ("student", "3"), ("baseline", "4"))
+        ]
+
+
+def test_a_model_keeps_its_number_where_another_has_no_time() -> None:
+    report = chosen_report()
+    report["latency"] = [one for one in report["latency"] if one["model"] != "assistant-1"]
+
+    charts = re.findall(r"<svg.*?</svg>", html_report(report, []), re.DOTALL)
+
+    assert [re.findall(r'class="word".*>(\d)<', chart) for chart in charts[:3]] == [
+        ["1", "2", "3", "4"],
+        ["1", "3", "4"],
+        ["1", "3", "4"],
+    ]
+
+
 def test_what_trying_every_assistant_costs_stands_beside_this_run(text: str) -> None:
     assert "7 trials, about 25m 00s (2.5x)" in text
     assert "<span>MaxiDisc</span>" in text
@@ -304,5 +334,5 @@ def test_a_picture_that_fails_does_not_spoil_the_run(
 
     finished_run._draw(tmp_path / "out")
 
-    assert "report.html could not be drawn" in caplog.text
+    assert "report.html could not be written" in caplog.text
     assert "no room in out" in caplog.text

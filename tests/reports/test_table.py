@@ -8,7 +8,7 @@ from typing import Any
 
 from reports import chosen_report, language_report, report_of
 
-from megakd.reports.table import cost_line, milliseconds, result_table
+from megakd.reports.table import completed, cost_line, milliseconds, result_table
 
 
 def cells(table: str, row: str) -> list[str]:
@@ -152,7 +152,7 @@ def test_times_of_the_pair_and_of_all_models_are_one_table() -> None:
     speedup = {"batch": 4, "teacher_ms": 8.0, "student_ms": 2.0}
     latency = [{"model": "student", "batch": 1, "ms": 1.0}, {"model": "x", "batch": 4, "ms": None}]
 
-    times = milliseconds(report_of(speedup=speedup, latency=latency))
+    times = milliseconds(completed(report_of(speedup=speedup, latency=latency)))
 
     assert times == {1: {"student": 1.0}, 4: {"teacher": 8.0, "student": 2.0}}
 
