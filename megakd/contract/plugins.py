@@ -141,7 +141,7 @@ def _as_json(options: Any) -> Any:
 def wrong_options(kind: Any, base: type, methods: tuple[str, ...]) -> str | None:
     """Return why a class cannot be the options of a plug-in; None if the class is valid."""
     if not (isinstance(kind, type) and issubclass(kind, base) and kind is not base):
-        return f"{getattr(kind, '__name__', kind)} is no dataclass derived from {base.__name__}"
+        return f"{getattr(kind, '__name__', kind)} is not a dataclass derived from {base.__name__}"
     own = vars(kind)
     if not (
         own.get("__is_pydantic_dataclass__")
@@ -169,19 +169,19 @@ def metric_of(name: str) -> Callable[[Any, Any], float]:
     found = load_plugin(METRICS, name)
     if not (callable(found) and isinstance(getattr(found, "higher_is_better", None), bool)):
         raise ConfigError(
-            f'"{name}" is no function(outputs, labels) with an attribute higher_is_better, true '
+            f'"{name}" is not a function(outputs, labels) with an attribute higher_is_better, true '
             "or false; docs/plugins.md shows an example"
         )
     return cast("Callable[[Any, Any], float]", found)
 
 
 def code_of(value: Any) -> dict[str, str]:
-    """Return a hash of the file that defines a class of another package; {} for megakd's classes.
+    """Return a hash of the file of an object of another package; {} for megakd's own objects.
 
-    The hash is part of a result's fingerprint: after an edit, results of the old code are not
-    reused.
+    The file is the module of the object's class, or of the function. The hash is part of a
+    result's fingerprint: after an edit, results of the old code are not reused.
     """
-    module = sys.modules.get(type(value).__module__)
+    module = sys.modules.get(value.__module__)
     if module is None or module.__name__.partition(".")[0] == "megakd":
         return {}
     file = inspect.getsourcefile(module)

@@ -50,8 +50,8 @@ class Cluster:
     def __post_init__(self) -> None:
         if self.ranks < 1 or self.nodes < 1 or self.ranks % self.nodes:
             raise ConfigError(
-                f"{self.ranks} ranks cannot be shared by {self.nodes} nodes alike: --ranks is the "
-                "number of all ranks, a multiple of --nodes"
+                f"{self.ranks} ranks cannot be divided equally between {self.nodes} nodes; --ranks "
+                "is the number of all ranks and must be a multiple of --nodes"
             )
 
     @property
@@ -71,7 +71,9 @@ def rates_of(path: Path) -> Rates:
     except (OSError, ValueError) as error:
         raise ConfigError(f"the rates in {path} cannot be read: {error}") from error
     if not isinstance(found, dict) or not set(found) <= {"tflops", "gbps"}:
-        raise ConfigError(f'{path}: rates are a mapping such as {{"tflops": 400, "gbps": 45}}')
+        raise ConfigError(
+            f'{path}: must hold a mapping such as {{"tflops": 400, "gbps": 45}}, got {found!r}'
+        )
     if not all(isinstance(value, int | float) for value in found.values()):
-        raise ConfigError(f"{path}: rates are numbers, got {found}")
+        raise ConfigError(f"{path}: tflops and gbps must be numbers, got {found}")
     return Rates(**found)

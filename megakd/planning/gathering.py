@@ -1,27 +1,27 @@
-"""Weights that ZeRO 3 gathers, keeps and frees while a model runs, as DeepSpeed's coordinator does.
+"""Weights that ZeRO 3 gathers while a model runs.
 
-From the third step on, DeepSpeed knows the order of all modules. It gathers a module's weights
-when the module is entered, and prefetches the weights of the next modules, up to a bucket. It
-frees a module's weights after use unless they are used again within the reuse distance.
+From the third step on, DeepSpeed knows the order of all modules. A module's weights are whole
+while the module runs, and stay whole until their next use if that use is within the reuse
+distance. Every module also prefetches weights of later modules, up to a bucket.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
-from megakd.planning.moments import NOTHING, Amount, Inventory, Moment, amount_of, block
+from megakd.planning.moments import Amount, Inventory, Moment, amount_of, block
 
 _BILLION = 1_000_000_000
 
 
 class Gathered(NamedTuple):
-    """Unsharded weights at one moment, and temporary copies made by a collective."""
+    """Unsharded weights at one moment, and the buffer in which new weights arrive."""
 
-    kept: Amount
-    arriving: Amount
+    kept: Amount = Amount()
+    arriving: Amount = Amount()
 
 
 class Gathering(NamedTuple):
@@ -43,88 +43,77 @@ def persistent(inventory: Inventory, zero: Mapping[str, Any]) -> set[int]:
     return chosen
 
 
-class Coordinator:
-    """Simulates one pass over the moments of a trace."""
+def gathering_of(
+    moments: Sequence[Moment],
+    inventory: Inventory,
+    zero: Mapping[str, Any],
+    *,
+    itemsize: int,
+    in_place: bool,
+) -> Gathering:
+    """Return the gathered weights at every moment.
 
-    def __init__(
-        self, inventory: Inventory, zero: Mapping[str, Any], *, itemsize: int, in_place: bool
-    ) -> None:
-        """Store the model and its `zero_optimization` settings.
+    Args:
+        moments: the moments of a trace.
+        inventory: the parameters of the engine's module.
+        zero: the section `zero_optimization` of the DeepSpeed config.
+        itemsize: bytes of a weight.
+        in_place: whether a single parameter is gathered without a buffer (gloo needs a buffer).
+    """
+    sizes = [parameter.numel for parameter in inventory.parameters]
+    found: list[Gathered] = []
+    numel = 0
+    for whole, new in _whole_and_new(moments, inventory, zero):
+        fetched = sum(sizes[n] for n in new)
+        arriving = 0 if in_place and len(new) == 1 else fetched * itemsize
+        found.append(Gathered(amount_of(sizes[n] * itemsize for n in whole), block(arriving)))
+        numel += fetched
+    return Gathering(tuple(found), numel)
 
-        Args:
-            inventory: the parameters of the engine's module.
-            zero: the section of the DeepSpeed config.
-            itemsize: bytes of a weight.
-            in_place: whether a single parameter is gathered without a buffer (gloo needs a buffer).
-        """
-        self._sizes = [parameter.numel for parameter in inventory.parameters]
-        self._itemsize, self._in_place = itemsize, in_place
-        self._kept = persistent(inventory, zero)
-        self._prefetch = _setting(zero, "prefetch_bucket_size", 50_000_000)
-        self._reuse = _setting(zero, "max_reuse_distance", _BILLION)
-        self._live = _setting(zero, "max_live_parameters", _BILLION)
-        self._here: set[int] = set()
-        self._queue: deque[tuple[int, int]] = deque()
-        self._fetched_for: dict[int, int] = {}
-        self.numel = 0
 
-    def play(self, moments: Sequence[Moment]) -> Gathering:
-        """Return the gathered weights at every moment."""
-        steps = [sorted(set(moment.own) | moment.used) for moment in moments]
-        self._queue = deque((n, step) for step, own in enumerate(steps) for n in own)
-        said = []
-        for step, own in enumerate(steps):
-            arriving = self._fetch(set(own) - self._here)
-            self._skip(own, step)
-            arriving = arriving.plus(self._fetch(self._next()))
-            said.append(Gathered(self._bytes(self._here), arriving))
-            self._release(own, steps, step)
-        return Gathering(tuple(said), self.numel)
+def _whole_and_new(
+    moments: Sequence[Moment], inventory: Inventory, zero: Mapping[str, Any]
+) -> Iterator[tuple[set[int], set[int]]]:
+    """Yield for each moment the parameters that are whole, and those that are gathered then."""
+    sizes = [parameter.numel for parameter in inventory.parameters]
+    used = [set(moment.own) | moment.used for moment in moments]
+    bucket = _setting(zero, "prefetch_bucket_size", 50_000_000)
+    live = _setting(zero, "max_live_parameters", _BILLION)
+    reuses = _reuses(used, sizes, _setting(zero, "max_reuse_distance", _BILLION))
+    until = dict.fromkeys(persistent(inventory, zero), len(used))  # the last moment of each
+    waiting = deque((moment, number) for moment, own in enumerate(used) for number in sorted(own))
+    whole = set[int]()
+    for now, own in enumerate(used):
+        while waiting and waiting[0][0] <= now:
+            waiting.popleft()
+        kept = {number for number in whole if until.get(number, -1) >= now}
+        whole = own | kept
+        room = min(live - sum(sizes[n] for n in whole), bucket)
+        while waiting and room > 0:
+            when, number = waiting.popleft()
+            until[number] = max(until.get(number, -1), when)
+            room -= 0 if number in whole else sizes[number]
+            whole.add(number)
+        yield whole, whole - kept
+        for number in own:
+            until[number] = max(until.get(number, -1), reuses.get((now, number), now))
 
-    def _skip(self, own: Sequence[int], step: int) -> None:
-        waiting = {n for n in own if self._fetched_for.get(n, -1) < step}
-        while self._queue and waiting:
-            number, used = self._queue.popleft()
-            self._fetched_for[number] = used
-            waiting.discard(number)
 
-    def _next(self) -> set[int]:
-        """Return the parameters to prefetch: the next parameters that are not present yet."""
-        room = min(self._live - sum(self._sizes[n] for n in self._here), self._prefetch)
-        chosen: set[int] = set()
-        numel = 0
-        while self._queue and numel < room:
-            number, used = self._queue.popleft()
-            self._fetched_for[number] = max(self._fetched_for.get(number, -1), used)
-            if number not in self._here and number not in chosen:
-                chosen.add(number)
-                numel += self._sizes[number]
-        return chosen
-
-    def _fetch(self, numbers: set[int]) -> Amount:
-        if not numbers:
-            return NOTHING
-        self._here |= numbers
-        numel = sum(self._sizes[n] for n in numbers)
-        self.numel += numel
-        # Several parameters are gathered through one common buffer.
-        if len(numbers) == 1 and self._in_place:
-            return NOTHING
-        return block(numel * self._itemsize)
-
-    def _release(self, own: Sequence[int], steps: Sequence[Sequence[int]], step: int) -> None:
-        going = {n for n in own if n not in self._kept}
-        going -= {n for n in own if self._fetched_for.get(n, -1) > step}
-        distance = 0
-        for later in islice(steps, step + 1, None):
-            if distance >= self._reuse or not going:
-                break
-            going.difference_update(later)
-            distance += sum(self._sizes[n] for n in later)
-        self._here -= going
-
-    def _bytes(self, numbers: set[int]) -> Amount:
-        return amount_of(self._sizes[n] * self._itemsize for n in numbers)
+def _reuses(
+    used: Sequence[set[int]], sizes: Sequence[int], reuse: int
+) -> dict[tuple[int, int], int]:
+    """Return the next use of each parameter after each use, if it is within the reuse distance."""
+    # distance[b] - distance[a]: elements that the moments from a to b - 1 use.
+    distance = [0, *accumulate(sum(sizes[n] for n in numbers) for numbers in used)]
+    last: dict[int, int] = {}
+    found = {}
+    for moment, numbers in enumerate(used):
+        for number in numbers:
+            before = last.get(number)
+            if before is not None and distance[moment] - distance[before + 1] < reuse:
+                found[before, number] = moment
+            last[number] = moment
+    return found
 
 
 def _setting(zero: Mapping[str, Any], name: str, default: int) -> int:

@@ -113,6 +113,10 @@ class Inventory:
 
     parameters: tuple[Parameter, ...]
 
+    def of(self, numbers: Iterable[int]) -> Inventory:
+        """Return the inventory of some parameters."""
+        return Inventory(tuple(self.parameters[number] for number in numbers))
+
     @property
     def numel(self) -> int:
         """Number of weights."""

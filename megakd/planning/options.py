@@ -18,14 +18,22 @@ DEVICE_BASE = 1_500_000_000
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for the machines of the run and their rates."""
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    parser.add_argument("--ranks", type=int, metavar="N", help="of all nodes; default: 8 a node")
-    parser.add_argument("--nodes", type=int, metavar="M", help="default: 1")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: what this machine has")
-    parser.add_argument("--gpu_memory_gb", type=float, metavar="GB", help="1e9 bytes of a GPU")
-    parser.add_argument("--host_memory_gb", type=float, metavar="GB", help="1e9 bytes of a node")
-    parser.add_argument("--tflops", type=float, help="1e12 operations a second that a rank reaches")
-    parser.add_argument("--gbps", type=float, help="1e9 bytes a second that a rank sends")
-    parser.add_argument("--rates", type=Path, metavar="F", help="a JSON file with tflops and gbps")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="ranks of all nodes; default: 8 per node, 1 on CPUs"
+    )
+    parser.add_argument("--nodes", type=int, metavar="M", help="nodes; default: 1")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: the device of this machine"
+    )
+    parser.add_argument(
+        "--gpu_memory_gb", type=float, metavar="GB", help="memory of a GPU in 1e9 bytes"
+    )
+    parser.add_argument(
+        "--host_memory_gb", type=float, metavar="GB", help="memory of a node in 1e9 bytes"
+    )
+    parser.add_argument("--tflops", type=float, help="1e12 operations per second and rank")
+    parser.add_argument("--gbps", type=float, help="1e9 bytes per second that a rank sends")
+    parser.add_argument("--rates", type=Path, metavar="F", help="JSON file with tflops and gbps")
 
 
 def cluster_of(arguments: argparse.Namespace) -> Cluster:
@@ -41,7 +49,7 @@ def cluster_of(arguments: argparse.Namespace) -> Cluster:
             raise ConfigError(f"--{name} must be above 0, got {value:g}")
     device = given.get("device") or ("cuda" if memory is not None else _own_device())
     if device == "cpu" and memory is not None:
-        raise ConfigError("--gpu_memory_gb is of GPUs, and --device is cpu; drop one")
+        raise ConfigError("--gpu_memory_gb cannot be used with --device cpu; remove one of the two")
     ranks, nodes = _places(given.get("ranks"), given.get("nodes"), device)
     cluster = Cluster(ranks=ranks, nodes=nodes, device=cast("Device", device), rates=_rates(given))
     if host is None and device == "cpu":

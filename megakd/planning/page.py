@@ -59,7 +59,7 @@ def _phases(plan: Plan) -> list[list[str]]:
         sent = sum(phase.network.values())
         rows.append(
             [
-                phase.name if phase.required else f"{phase.name} (only where it fits)",
+                phase.name if phase.required else f"{phase.name} (optional)",
                 _gigabytes(peak.total),
                 peak.when,
                 _gigabytes(host) if plan.cluster.device == "cuda" else "-",
@@ -78,19 +78,25 @@ def _seconds(plan: Plan, phase: PhasePlan) -> str:
 
 def _verdict(plan: Plan) -> str:
     base = plan.host_base_bytes
-    lines = [f"Beside this a rank's process takes {_gigabytes(base)} GB of the host."]
+    lines = [
+        f"In addition, the process of a rank takes {_gigabytes(base)} GB of the host's memory."
+    ]
     if plan.cluster.device == "cpu":
-        lines[0] += f" Together: {_gigabytes(plan.peak_bytes_per_rank + base)} GB."
+        lines[0] += f" Total: {_gigabytes(plan.peak_bytes_per_rank + base)} GB per rank."
     if plan.fits is None:
-        return "\n".join([*lines, "Whether it fits nobody said: give --gpu_memory_gb."])
+        unknown = "The plan cannot say whether the run fits; set --gpu_memory_gb."
+        return "\n".join([*lines, unknown])
     if plan.fits:
-        return "\n".join([*lines, "It fits."])
+        return "\n".join([*lines, "The run fits."])
     missing = _gigabytes(plan.overflow)
     if not plan.changes:
-        return "\n".join([*lines, f"It does not fit: {missing} GB a rank are missing, and no"
-                          " settings that were tried make it fit."])  # fmt: skip
-    count = ("This change", "These two changes", "These three changes")[len(plan.changes) - 1]
-    lines.append(f"It does not fit: {missing} GB a rank are missing. {count} would do:")
+        none = "No setting that megakd tried makes the run fit."
+        return "\n".join(
+            [*lines, f"The run does not fit: {missing} GB per rank are missing. {none}"]
+        )
+    lines.append(
+        f"The run does not fit: {missing} GB per rank are missing. Each of these changes is enough:"
+    )
     lines += [
         f"  {' '.join(change.settings)}  ({_gigabytes(change.peak_bytes_per_rank)} GB)"
         for change in plan.changes

@@ -39,24 +39,17 @@ Made = TypeVar("Made")
 
 
 class TracedModel(NamedTuple):
-    """The weights of one engine and its traces."""
+    """The weights of one engine and its traces.
+
+    runs: a forward; for a learner, each group of passes with its backward.
+    said: the outputs of the first run.
+    single: the first pass of a learner alone, if several passes share a backward.
+    """
 
     inventory: Inventory
     runs: tuple[Trace, ...]
-
-
-class Answer(NamedTuple):
-    """The trace of a teacher, and its outputs."""
-
-    part: TracedModel
-    said: Knowledge
-
-
-class Learned(NamedTuple):
-    """The trace of a learner; `single`: its first pass if several passes share a backward."""
-
-    part: TracedModel
-    single: Trace | None
+    said: Any = None
+    single: Trace | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +57,6 @@ class SimulatedPhase:
     """A traced phase.
 
     teachers: by name. asked: mean number of answers per micro-batch of each teacher.
-    learner: the groups of passes of the learner, with one backward per group.
-    single: the first pass only, if several passes share a backward.
     evaluation: evaluation of the learner, without gradient.
     answers: bytes of the outputs of a step's teachers, kept while the learner runs.
     """
@@ -73,7 +64,6 @@ class SimulatedPhase:
     teachers: dict[str, TracedModel]
     asked: dict[str, float] = field(default_factory=dict)
     learner: TracedModel = field(default_factory=lambda: TracedModel(Inventory(()), ()))
-    single: Trace | None = None
     evaluation: Trace | None = None
     answers: int = 0
 
@@ -155,10 +145,9 @@ class PhaseTracer:
         )
         plans = [teacher_names(stage.strategy.passes(step)) for step in range(PLANS)]
         return SimulatedPhase(
-            teachers={name: answer.part for name, answer in answers.items()},
+            teachers=answers,
             asked={name: sum(name in plan for plan in plans) / PLANS for name in answers},
-            learner=learned.part,
-            single=learned.single,
+            learner=learned,
             evaluation=evaluation,
             answers=max(_bytes_of_answers(knowledge, plan) for plan in plans),
         )
@@ -167,17 +156,21 @@ class PhaseTracer:
         """Return the traits of a frozen model that its trace depends on."""
         return _shown(ready.source), planned_dtype(ready, self._device), self._device
 
-    def _answer(self, ready: ReadyTeacher, batch: Batch, needs: Needs) -> Answer:
+    def _traced(self, module: nn.Module, call: Callable[[], Any]) -> TracedModel:
+        """Trace a forward without gradient."""
+        run = trace_call(module, call, backward=False, device=self._device)
+        return TracedModel(inventory(module), (run.trace,), run.said)
+
+    def _answer(self, ready: ReadyTeacher, batch: Batch, needs: Needs) -> TracedModel:
         dtype = planned_dtype(ready, self._device)
         model = self._model(ready.source, dtype).requires_grad_(requires_grad=False)
         frozen = self._frozen(model, needs)
-        run = trace_call(frozen, lambda: frozen(batch), backward=False, device=self._device)
-        part = TracedModel(inventory(frozen), (run.trace,))
-        return Answer(part, _with_head(run.said, model))
+        traced = self._traced(frozen, lambda: frozen(batch))
+        return traced._replace(said=_with_head(traced.said, model))
 
     def _learn(
         self, phase: Phase, stage: Stage, batch: Batch, knowledge: dict[str, Knowledge]
-    ) -> Learned:
+    ) -> TracedModel:
         bundle = self._bundle(phase, stage)
         one = torch.ones((), dtype=torch.long, device=VALUELESS)
         counts = dict.fromkeys(bundle.counters, one)
@@ -193,17 +186,13 @@ class PhaseTracer:
         runs = tuple(backward_of(group) for group in groups)
         several = len({planned.view for planned in groups[0]}) > 1
         single = backward_of(groups[0][:1]) if several else None
-        return Learned(TracedModel(inventory(bundle), runs), single)
+        return TracedModel(inventory(bundle), runs, single=single)
 
     def _evaluation(self, phase: Phase, stage: Stage, rows: int) -> Trace:
         bundle = self._bundle(phase, stage).eval()
         view = {"view": next(iter(stage.views))} if stage.views else {}
         batch = self._batch(rows)
-
-        def call() -> Any:
-            return bundle(batch, **view)
-
-        return trace_call(bundle, call, backward=False, device=self._device).trace
+        return self._traced(bundle, lambda: bundle(batch, **view)).runs[0]
 
     def alone(self, phase: Phase) -> SimulatedPhase:
         """Trace work with frozen models: importance, scoring, timing."""
@@ -228,18 +217,14 @@ class PhaseTracer:
     def _predictions(self, ready: ReadyTeacher, rows: int) -> TracedModel:
         model = self._model(ready.source, planned_dtype(ready, self._device))
         frozen, batch = self._frozen(model, Needs()), self._batch(rows)
-        run = trace_call(
-            frozen, lambda: frozen(batch, scoring=True), backward=False, device=self._device
-        )
-        return TracedModel(inventory(frozen), (run.trace,))
+        return self._traced(frozen, lambda: frozen(batch, scoring=True))
 
     def _forward(self, ready: ReadyTeacher, rows: int) -> TracedModel:
         model = self._model(ready.source, planned_dtype(ready, self._device)).eval()
         with VALUELESS:
             ids = torch.ones((rows, self.config.task.max_length), dtype=torch.long)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        run = trace_call(model, lambda: model(**inputs), backward=False, device=self._device)
-        return TracedModel(inventory(model), (run.trace,))
+        return self._traced(model, lambda: model(**inputs))
 
     def _importance_rows(self, batch_size: int) -> int:
         """Return the rows of a micro-batch on one rank; several ranks may use fewer rows."""
@@ -253,8 +238,7 @@ class PhaseTracer:
         frozen = self._frozen(model, Needs())
         module = GateGradients(frozen, objective, VALUELESS, with_width=with_width).eval()
         batch = self._batch(rows)
-        run = trace_call(module, lambda: module(batch), backward=False, device=self._device)
-        return TracedModel(inventory(module), (run.trace,))
+        return self._traced(module, lambda: module(batch))
 
     def _frozen(self, model: nn.Module, needs: Needs) -> FrozenModel:
         return FrozenModel(model, needs=needs, label_order=None, kernels="chunked").eval()

@@ -61,15 +61,15 @@ def _source(given: TeacherConfig | StudentConfig, task: TaskConfig, where: str) 
     is_local = path.exists() or path.is_absolute() or len(path.parts) > 2 or spec[0] in ".~"
     if is_local and not (path / _CONFIG).is_file():
         raise ModelError(
-            f"{where}: {path / _CONFIG} does not exist; a plan needs a model's config.json, and "
-            "nothing else of it"
+            f"{where}: {path / _CONFIG} does not exist; a plan needs the config.json of the model, "
+            "but no weights"
         )
     try:
         found = AutoConfig.from_pretrained(
             str(path if is_local else spec), trust_remote_code=given.trust_remote_code
         )
     except (StrictDataclassError, OSError, ValueError, TypeError, KeyError) as error:
-        named = path / _CONFIG if is_local else f"{spec} is no folder, and its config on the Hub"
+        named = path / _CONFIG if is_local else f"{spec} is not a folder, and the config on the Hub"
         raise ModelError(f"{where}: {named} cannot be read: {one_line(error)}") from error
     model_type = built_as(found.model_type, given.architecture, where)
     try:

@@ -10,18 +10,16 @@ from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 from megakd.config.run import RunConfig, TeacherConfig
-from megakd.contract.results import MethodRecord, ParameterCounts
-from megakd.contract.shapes import Heads
+from megakd.contract.results import ParameterCounts
 from megakd.contract.stage import Stage, StageResult, untrained
-from megakd.contract.tasks import STUDENT, TEACHER
-from megakd.contract.terms import TermConfig, hard_terms, soft_terms
+from megakd.contract.tasks import TEACHER
 from megakd.contract.units import View
-from megakd.losses.stage_losses import learners_of
 from megakd.methods import run_method
 from megakd.models.source import ModelSource
 from megakd.pruning.store import SortedTeacher, largest_first, shape_of_cut, unscored
-from megakd.training.engines import ReadyTeacher
-from megakd.training.recipes import baseline_stage, completed, finetuning_stage, scoring_preset
+from megakd.training.engines import ReadyTeacher, learning_models
+from megakd.training.lab_base import LabBase
+from megakd.training.recipes import baseline_stage, completed, scoring_preset
 
 IMPORTANCE = "specification"
 Work = Literal["training", "importance", "scoring", "timing"]
@@ -86,66 +84,24 @@ class _AnyScore(Mapping[str, float]):
         return 0
 
 
-class PlanningLab:
+class PlanningLab(LabBase):
     """Lab that records the stages of a method instead of running them."""
 
     def __init__(self, config: RunConfig, sources: Mapping[str, ModelSource]) -> None:
-        self.config = config
+        super().__init__(config, sources)
         self.phases: list[Phase] = []
-        self.results: list[StageResult] = []
-        self.record = MethodRecord()
         self._assistants: list[StageResult] = []
-        self._sources = dict(sources)
         self._made: dict[Path, ModelSource] = {}
-        self._teachers: dict[str, ReadyTeacher] = {}
-
-    def hard_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
-        """Return the loss on labels for the task."""
-        return hard_terms(self.config.task.type, weight)
-
-    def soft_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
-        """Return the loss on the teacher's outputs for the task."""
-        return soft_terms(self.config.task.type, weight)
-
-    @property
-    def teacher_layers(self) -> int:
-        """Number of layers of the teacher."""
-        teacher = self._sources[TEACHER]
-        return teacher.architecture.number_of_layers(teacher.config)
-
-    @property
-    def teacher_heads(self) -> Heads:
-        """The attention heads of the teacher."""
-        teacher = self._sources[TEACHER]
-        return teacher.architecture.heads(teacher.config)
-
-    def teacher(self, name: str | None = None) -> str:
-        """Return a teacher's name, after recording its fine-tuning."""
-        name = name or TEACHER
-        if name not in self._teachers:
-            spec = self.config.teacher_specs[name]
-            self._teachers[name] = ReadyTeacher(self._sources[name], spec)
-            stage = finetuning_stage(self.config, name)
-            if stage is not None:
-                self.train(stage)
-        return name
-
-    def teachers(self) -> tuple[str, ...]:
-        """Return the names of all teachers, after recording their fine-tuning."""
-        return tuple(self.teacher(name) for name in self.config.teacher_specs)
 
     def largest_first(self) -> tuple[str, ...]:
         """Return the names of all teachers by decreasing number of weights."""
         sources = {name: self._sources[name] for name in self.config.teacher_specs}
         return largest_first(sources, self.config.task)
 
-    def widths(self, teacher: str) -> tuple[int, int]:
-        """Return the hidden widths of the student and of a teacher."""
-        student, taught = (
-            source.architecture.hidden_width(source.config)
-            for source in (self._sources[STUDENT], self._sources[teacher])
-        )
-        return student, taught
+    def _source(self, folder: Path, role: str) -> ModelSource:
+        """Return the model that a stage writes to its folder."""
+        del role
+        return self._made[folder]
 
     def steps_of_student(self) -> int:
         """Return `max_steps`, or 1 if it is not set, because the rows are not counted."""
@@ -194,8 +150,7 @@ class PlanningLab:
     def train(self, stage: Stage) -> StageResult:
         """Record a stage; return a result whose chosen view is the widest view."""
         stage = completed(stage, self.config)
-        ready = {name: teacher.source for name, teacher in self._teachers.items()}
-        learners = learners_of(stage, {**self._sources, **ready})
+        learners = learning_models(stage, self._sources, self._teachers)
         teachers = {name: self._teachers[name] for name in stage.teachers}
         phase = Phase(name=stage.name, learners=learners, stage=stage, teachers=teachers)
         self.phases.append(phase)
@@ -247,20 +202,6 @@ class PlanningLab:
         """Return the shape of the cut model; the cut itself runs tensor by tensor on one rank."""
         del name
         return shape_of_cut(source, view, self.config.task.type)
-
-    def source(self, folder: Path) -> ModelSource:
-        """Return the model that a stage writes to its folder."""
-        return self._made[folder]
-
-    def fresh_like(self, folder: Path) -> ModelSource:
-        """Return another model of the same shape."""
-        return self._made[folder]
-
-    def as_teacher(self, result: StageResult, *, like: str = TEACHER) -> str:
-        """Make a stage's model a teacher with the name of the stage."""
-        spec = self.config.teacher_specs[like]
-        self._teachers[result.name] = ReadyTeacher(self._made[result.folder], spec)
-        return result.name
 
     def assistant(self, result: StageResult, sparsity: float) -> str:
         """Make a stage's model a teacher that is scored at the end."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -36,9 +36,10 @@ from megakd.pruning.allocation import (
     view_at,
 )
 from megakd.pruning.importance import measure_importance
-from megakd.storage.fingerprint import Fingerprint, flatten
+from megakd.storage.fingerprint import Fingerprint
 from megakd.training.engines import Assembly, ReadyTeacher
-from megakd.training.stage_result import RESULT, read_result, result_text
+from megakd.training.once import once
+from megakd.training.stage_result import RESULT, result_text
 
 UNITS = "units.json"
 Weights = tuple[tuple[str, torch.Size, Axes], ...]
@@ -112,7 +113,6 @@ class PruningStore:
     """
 
     assembly: Assembly
-    stages: Path
     _weights: dict[str, Weights] = field(default_factory=dict, init=False, repr=False)
 
     def sorted_teacher(
@@ -139,15 +139,13 @@ class PruningStore:
             extra = {UNITS: scores_to_json(scores)}
             return Reshaping(ready.source, order=unit_order(scores), extra=extra)
 
-        tree = {
-            "model": self.assembly.identity_of(ready.source),
+        facts = {
+            **self.assembly.frozen_facts(ready),
             "split": split,
             "residual": residual,
-            "data": self._data,
-            "dtype": self.assembly.teacher_dtype(ready),
             "batch": batch_size,
         }
-        return self._made("specification", tree, prepare)
+        return self._made("specification", facts, prepare)
 
     def scores(self, folder: Path) -> UnitScores:
         """Return the scores by which the units of a folder were sorted."""
@@ -161,8 +159,8 @@ class PruningStore:
         Raises:
             MegakdError: the folder cannot be written.
         """
-        identity = {"model": self.assembly.identity_of(source), "view": view._asdict()}
-        return self._made(name, identity, lambda: Reshaping(source, view=view))
+        facts = {"model": self.assembly.identity_of(source), "view": view._asdict()}
+        return self._made(name, facts, lambda: Reshaping(source, view=view))
 
     def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
         """Return the number of weights of a model at a view, without loading the weights."""
@@ -173,22 +171,19 @@ class PruningStore:
             (name, lengths(shape, axes, view)) for name, shape, axes in self._weights[model]
         )
 
-    @property
-    def _data(self) -> str:
-        return self.assembly.prepared.encoded.content_hash
-
-    def _made(self, name: str, identity: Any, prepare: Callable[[], Reshaping]) -> StageResult:
+    def _made(
+        self, name: str, facts: Mapping[str, Any], prepare: Callable[[], Reshaping]
+    ) -> StageResult:
         """Build a folder if it does not exist; `prepare` is a collective that may take long."""
-        folder, fingerprint = self.stages / name, flatten(identity)
-        result = read_result(folder, fingerprint)
-        if result is not None:
-            return result
-        began = time.perf_counter()
-        reshaping = prepare()
-        text = self._result_text(untrained(name, folder), fingerprint, began)
-        forget_models()
-        on_main(lambda: self._reshape(reshaping, folder, {**reshaping.extra, RESULT: text}))
-        return cast("StageResult", read_result(folder, fingerprint))
+
+        def make(folder: Path, fingerprint: Fingerprint) -> None:
+            began = time.perf_counter()
+            reshaping = prepare()
+            text = self._result_text(untrained(name, folder), fingerprint, began)
+            forget_models()
+            on_main(lambda: self._reshape(reshaping, folder, {**reshaping.extra, RESULT: text}))
+
+        return once(self.assembly, name, facts, make)
 
     def _result_text(
         self, result: StageResult, fingerprint: Fingerprint, began: float

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,37 +14,31 @@ from datasets import Dataset
 from megakd.config.run import RunConfig
 from megakd.config.stage_schedule import total_steps
 from megakd.contract.metrics import Metric
-from megakd.contract.results import (
-    Assistant,
-    MethodRecord,
-    ModelReport,
-    ParameterCounts,
-)
-from megakd.contract.shapes import Heads, Shape
-from megakd.contract.stage import Stage, StageResult, untrained
+from megakd.contract.results import Assistant, ModelReport, ParameterCounts
+from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, TEACHER, Dtype
-from megakd.contract.terms import TermConfig, hard_terms, soft_terms
 from megakd.contract.units import View
 from megakd.engine.distributed import Ranks, main_first
 from megakd.errors import ConfigError
-from megakd.losses.stage_losses import shape_of
 from megakd.models.counting import named_shapes, parameter_counts
 from megakd.models.knowledge import Needs
 from megakd.models.loading import resolve_model
 from megakd.models.source import ModelSource
 from megakd.pruning.store import PruningStore, SortedTeacher, largest_first, unscored
 from megakd.run.stage_identity import stage_identity
-from megakd.storage.fingerprint import Fingerprint, flatten
+from megakd.storage.fingerprint import Fingerprint
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher
-from megakd.training.engines import Assembly, ReadyTeacher
+from megakd.training.engines import Assembly
 from megakd.training.evaluation import weighable
 from megakd.training.inputs import RunInputs, as_student
+from megakd.training.lab_base import LabBase
 from megakd.training.longer import may_grow
+from megakd.training.once import measured_once
 from megakd.training.probe import HeldOutProbe
 from megakd.training.progress import Reporter
-from megakd.training.recipes import completed, finetuning_stage
-from megakd.training.stage_result import read_result, write_result
+from megakd.training.recipes import completed
+from megakd.training.stage_result import read_result
 from megakd.training.stage_run import StageRun, step_shape
 
 logger = logging.getLogger(__name__)
@@ -52,7 +46,7 @@ T = TypeVar("T")
 Look = Callable[[FrozenTeacher], None]
 
 
-class Lab:
+class Lab(LabBase):
     """Runner of the stages of one run config; each stage runs once.
 
     config: the run.
@@ -64,42 +58,12 @@ class Lab:
     def __init__(
         self, config: RunConfig, prepared: RunInputs, ranks: Ranks, reporter: Reporter
     ) -> None:
-        self.config = config
-        self.results: list[StageResult] = []
+        super().__init__(config, prepared.sources)
         self._prepared, self._ranks, self._reporter = prepared, ranks, reporter
-        self.record = MethodRecord()
-        self._teachers: dict[str, ReadyTeacher] = {}
         self.assembly = Assembly(
             config=config, prepared=prepared, ranks=ranks, teachers=self._teachers
         )
-        self._store = PruningStore(assembly=self.assembly, stages=config.output_dir / "stages")
-
-    def hard_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
-        """Return the loss on labels that fits the task."""
-        return hard_terms(self.config.task.type, weight)
-
-    def soft_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
-        """Return the loss on the teacher's outputs that fits the task."""
-        return soft_terms(self.config.task.type, weight)
-
-    def teacher(self, name: str | None = None) -> str:
-        """Return a teacher's name, by default `teacher`, after fine-tuning it if configured."""
-        name = name or TEACHER
-        if name not in self._teachers:
-            self._teachers[name] = ReadyTeacher(
-                self._ready_teacher(name), self.config.teacher_specs[name]
-            )
-        return name
-
-    def teachers(self) -> tuple[str, ...]:
-        """Return the names of all teachers; fine-tune each teacher first if the config says so."""
-        return tuple(self.teacher(name) for name in self.config.teacher_specs)
-
-    def _ready_teacher(self, name: str) -> ModelSource:
-        stage = finetuning_stage(self.config, name)
-        if stage is None:
-            return self._prepared.sources[name]
-        return self._source(self.train(stage).folder, name)
+        self._store = PruningStore(assembly=self.assembly)
 
     def largest_first(self) -> tuple[str, ...]:
         """Return the names of all teachers by decreasing number of weights."""
@@ -113,33 +77,12 @@ class Lab:
 
     def dev_score(self, name: str) -> float:
         """Return the worth of a teacher on the validation split; measured once."""
-        ready = self._teachers[name]
-        folder = self.config.output_dir / "stages" / f"{name}-scored"
-        identity = {
-            "model": self.assembly.identity_of(ready.source),
-            "dtype": self.assembly.teacher_dtype(ready),
-        }
-        data = {"task": self.config.task.type, "data": self._prepared.encoded.content_hash}
-        fingerprint = flatten(identity | data)
-        result = read_result(folder, fingerprint)
-        if result is None:
-            began = time.perf_counter()
-            metrics = self.score_teacher(name, self._prepared.encoded.validation)["metrics"]
-            result = untrained(f"{name}-scored", folder, time.perf_counter() - began)
-            result = dataclasses.replace(result, metrics=metrics)
-            write_result(result, fingerprint)
-        return self.worth(result.metrics)
 
-    @property
-    def teacher_layers(self) -> int:
-        """The number of layers of the teacher."""
-        return self._shape(TEACHER).layers
+        def measure() -> Mapping[str, float]:
+            return self.score_teacher(name, self._prepared.encoded.validation)["metrics"]
 
-    @property
-    def teacher_heads(self) -> Heads:
-        """The attention heads of the teacher."""
-        source = self._prepared.sources[TEACHER]
-        return source.architecture.heads(source.config)
+        facts = self.assembly.frozen_facts(self._teachers[name])
+        return self.worth(measured_once(self.assembly, f"{name}-scored", facts, measure).metrics)
 
     def metric(self, name: str | None) -> Metric:
         """Return a metric that can be weighed against sparsity; None: the main metric of the task.
@@ -182,32 +125,16 @@ class Lab:
         units = source.architecture.units(source.config)
         if view._replace(width=view.width or units.width) == units:
             return source
-        result = self._store.cut(source, view, name)
-        return self.source(result.folder)
+        return self.source(self._store.cut(source, view, name).folder)
 
     def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
         """Return the number of weights of a view of a model."""
         return self._store.parameters(source, view)
 
-    def as_teacher(self, result: StageResult, *, like: str = TEACHER) -> str:
-        """Make a stage's model a teacher under the stage's name, and return the name.
-
-        Args:
-            result: the result of the stage.
-            like: the configured teacher whose engine and dtype are used.
-        """
-        source = self._source(result.folder, like)
-        self._teachers[result.name] = ReadyTeacher(source, self.config.teacher_specs[like])
-        return result.name
-
     def assistant(self, result: StageResult, sparsity: float) -> str:
         """Make a stage's model the teacher of the student, and list it in the report."""
         self.record.assistants.append(Assistant(result.name, sparsity, result.folder))
         return self.as_teacher(result)
-
-    def fresh_like(self, folder: Path) -> ModelSource:
-        """Return a model of the same shape that starts from random weights."""
-        return dataclasses.replace(self.source(folder), folder=None, stored={})
 
     def train(self, stage: Stage) -> StageResult:
         """Run a stage, or return its result if it has already finished; a collective.
@@ -220,10 +147,10 @@ class Lab:
         if stage.start is None and stage.role == STUDENT:
             stage = dataclasses.replace(stage, start=self._start())
         fingerprint = stage_identity(stage, self.assembly)
-        folder = self.config.output_dir / "stages" / stage.name
+        folder = self.assembly.stage_folder(stage.name)
         result = read_result(folder, fingerprint, may_grow=may_grow(stage.name, self.config))
         if result is not None:
-            logger.info("%s: finished before, taken from %s", stage.name, folder)
+            logger.info("%s: already finished, taken from %s", stage.name, folder)
         else:
             result = self._run(stage, fingerprint, folder)
         self.results.append(result)
@@ -237,31 +164,24 @@ class Lab:
         return as_student(self._teachers[self.teacher(role)].source, self.config)
 
     def _run(self, stage: Stage, fingerprint: Fingerprint, folder: Path) -> StageResult:
-        teachers = {name: self._frozen(name, self.needs(stage)) for name in stage.teachers}
-        run = StageRun(
-            stage,
-            self.assembly,
-            teachers=teachers,
-            reporter=self._reporter,
-            fingerprint=fingerprint,
-        )
-        try:
+        teachers: dict[str, FrozenTeacher | CachedTeacher] = {}
+        with ExitStack() as opened:
+            for name in stage.teachers:
+                teachers[name] = self._frozen(name, self.needs(stage))
+                opened.callback(teachers[name].destroy)
+            run = StageRun(
+                stage,
+                self.assembly,
+                teachers=teachers,
+                reporter=self._reporter,
+                fingerprint=fingerprint,
+            )
+            opened.callback(run.close)
             return run.run(folder)
-        finally:
-            run.close()
-            for teacher in teachers.values():
-                teacher.destroy()
 
     def needs(self, stage: Stage) -> Needs:
         """Return the outputs of the teachers that a stage's losses read."""
         return self.assembly.losses(stage).teacher_needs()
-
-    def widths(self, teacher: str) -> tuple[int, int]:
-        """Return the widths of the hidden states of the student and of a teacher."""
-        return self._shape(STUDENT).width, self._shape(teacher).width
-
-    def _shape(self, role: str) -> Shape:
-        return shape_of(self._prepared.sources[role], self.config.task.type, self._prepared.classes)
 
     def steps_of_student(self) -> int:
         """Return the number of optimiser steps that `train` asks for if all rows are used."""
@@ -299,16 +219,12 @@ class Lab:
         if ready.spec.cache is not None:
             if needs != Needs():
                 raise ConfigError(
-                    f"{self.config.key_of(name)}.cache holds the teacher's outputs alone, and the "
-                    "losses of this method look into it; remove the key, or list soft targets"
+                    f"{self.config.key_of(name)}.cache holds only the outputs of the teacher, and "
+                    "the losses of this method need more; remove the key, or use only soft targets"
                 )
             return self.assembly.cached(ready, ready.spec.cache)
         dtype = self.assembly.teacher_dtype(ready)
         return self.assembly.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=needs)
-
-    def source(self, folder: Path) -> ModelSource:
-        """Return a finished folder as a model to load."""
-        return self._source(folder, STUDENT)
 
     def _source(self, folder: Path, role: str) -> ModelSource:
         return main_first(

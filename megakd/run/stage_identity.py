@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from megakd.config.deepspeed import load_ds_config
-from megakd.config.file import config_tree
 from megakd.contract.plugins import code_of
 from megakd.errors import MegakdError
 from megakd.storage.fingerprint import Fingerprint, flatten
@@ -30,8 +29,7 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
     config, where = assembly.config, f"{assembly.config.key_of(stage.role)}.deepspeed"
     tree: dict[str, Any] = {
         "seed": config.seed,
-        "task": {k: v for k, v in config_tree(config)["task"].items() if k != "evaluation_sets"},
-        "data": assembly.prepared.encoded.content_hash,
+        **assembly.conditions,
         **_learners(stage, assembly),
         "train": _training(stage.train),
         "objective": [asdict(term) | code_of(term) for term in stage.objective],
@@ -40,7 +38,8 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
         "strategy": facts_of(stage.strategy),
         "views": {name: view._asdict() for name, view in stage.views.items()},
         "judge": None if stage.judge is None else facts_of(stage.judge),
-        "eval": {k: v for k, v in asdict(config.eval).items() if "batch" not in k},
+        # Under a key of their own: a teacher may have any name, such as "train".
+        "teachers": {name: _teacher(assembly, name) for name in stage.teachers},
     }
     if stage.episodes > 1:
         tree["episodes"] = stage.episodes
@@ -48,7 +47,7 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
         tree["window"] = stage.window._asdict()
     if stage.batches is not None:
         tree["batches"] = facts_of(stage.batches)
-    return flatten(tree | {name: _teacher(assembly, name) for name in stage.teachers})
+    return flatten(tree)
 
 
 def _learners(stage: Stage, assembly: Assembly) -> Mapping[str, Any]:
@@ -61,10 +60,7 @@ def _learners(stage: Stage, assembly: Assembly) -> Mapping[str, Any]:
 
 def _teacher(assembly: Assembly, name: str) -> Mapping[str, Any]:
     ready = assembly.teachers[name]
-    facts = {
-        "model": assembly.identity_of(ready.source),
-        "dtype": assembly.teacher_dtype(ready),
-    }
+    facts = assembly.frozen_facts(ready)
     return facts if ready.spec.cache is None else {**facts, "cached": ready.spec.cache_top_k}
 
 
@@ -92,9 +88,9 @@ def facts_of(value: Any) -> Mapping[str, Any]:
         facts = asdict(value)
     else:
         raise MegakdError(
-            f"{kind} does not say what its decisions depend on, so a result of other options could "
-            f"be taken for its own; decorate {kind} itself with @dataclass(frozen=True), or give "
-            f"it a `facts` property that returns all of its options"
+            f"{kind} does not declare its options, so results of different options could be "
+            f"confused; decorate {kind} itself with @dataclass(frozen=True), or give it a `facts` "
+            "property that returns all of its options"
         )
     for key, fact in flatten(facts).items():
         if not isinstance(fact, _PLAIN):

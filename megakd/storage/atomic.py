@@ -73,7 +73,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         try:
             yield temporary
-            _sync_tree(temporary)
+            sync_tree(temporary)
             if path.exists():
                 path.replace(aside)
             temporary.replace(path)
@@ -159,7 +159,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Wait until all files below a folder, and their names, are on the disk."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             _sync(path)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import errno
-import json
-import os
 import shutil
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from megakd.errors import DataError
+from megakd.storage.atomic import sync_tree
+from megakd.storage.checksums import damage_of
+from megakd.storage.finished_folder import entries, seal
 
-MANIFEST = "manifest.json"
 # Reading every byte of a cache at each start costs about a second per GiB and rank; in larger
 # folders only the lengths of the files are compared.
 CHECKED_BYTES = 1 << 30
-_BLOCK = 1 << 22
 
 
 def whole_folder(folder: Path, build: Callable[[Path], None]) -> Path:
@@ -45,7 +43,8 @@ def whole_folder(folder: Path, build: Callable[[Path], None]) -> Path:
         try:
             draft.mkdir()
             build(draft)
-            _write_manifest(draft)
+            seal(draft)
+            sync_tree(draft)
             _put_in_place(draft, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -53,16 +52,13 @@ def whole_folder(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 def is_whole(folder: Path) -> bool:
-    """Return whether every file of the manifest exists with the listed length and checksum."""
+    """Return whether every file has the size and, up to 1 GiB in all, the checksum as written."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        check_bytes = sum(entry["bytes"] for entry in manifest.values()) <= CHECKED_BYTES
-        return all(
-            (folder / name).stat().st_size == entry["bytes"]
-            and (not check_bytes or _checksum(folder / name) == entry["crc32"])
-            for name, entry in manifest.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        listed = entries(folder)
+        if sum(entry["size"] for entry in listed.values()) <= CHECKED_BYTES:
+            return damage_of(folder, listed) is None
+        return all((folder / name).stat().st_size == e["size"] for name, e in listed.items())
+    except (OSError, ValueError):
         return False
 
 
@@ -75,24 +71,8 @@ def _writable(folder: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         raise DataError(
             f"cannot write prepared data to {folder}: {reason}. Free space there or make the "
-            f"folder writable; nothing half-written was kept"
+            "folder writable; no partial files were kept"
         ) from error
-
-
-def _write_manifest(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "crc32": _checksum(path),
-        }
-        for path in files
-    }
-    for path in files:
-        _sync(path)
-    listing = folder / MANIFEST
-    listing.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _sync(listing)
 
 
 def _put_in_place(draft: Path, folder: Path) -> None:
@@ -116,19 +96,3 @@ def _put_in_place(draft: Path, folder: Path) -> None:
             raise
     finally:
         shutil.rmtree(damaged, ignore_errors=True)
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -31,10 +31,11 @@ def sealed_folder(path: Path) -> Iterator[Path]:
     """
     with atomic.replaced_folder(path) as temporary:
         yield temporary
-        _seal(temporary)
+        seal(temporary)
 
 
-def _seal(folder: Path) -> None:
+def seal(folder: Path) -> None:
+    """Write the checksums of all files of a new folder."""
     write_signed(folder / CHECKSUMS, {"files": entries_of(folder, files_of(folder))})
 
 
@@ -82,7 +83,7 @@ def copy_finished(
         for name, content in changes.items():
             if content is not None:
                 atomic.write_content(temporary / name, content)
-        _seal(temporary)
+        seal(temporary)
         for name in keep:
             _copy_file(target / name, temporary / name)
 

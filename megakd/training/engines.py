@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,8 +12,10 @@ import torch
 from torch.nn import functional
 
 from megakd.config.deepspeed import load_ds_config
+from megakd.config.file import config_tree
 from megakd.config.run import RunConfig, TeacherConfig, TrainConfig
 from megakd.contract.batch import Batch
+from megakd.contract.plugins import code_of, is_metric, metric_of
 from megakd.contract.stage import Stage
 from megakd.contract.tasks import Dtype
 from megakd.data.encoding import Collator, tokenizer_content, tokens_key
@@ -59,6 +61,20 @@ class ReadyTeacher(NamedTuple):
     spec: TeacherConfig
 
 
+def learning_models(
+    stage: Stage, sources: Mapping[str, ModelSource], teachers: Mapping[str, ReadyTeacher]
+) -> dict[str, ModelSource]:
+    """Return the models that learn in a stage, by role; the first is the stage's result.
+
+    Args:
+        stage: the stage.
+        sources: the models of the config by role.
+        teachers: the teachers that are ready; they replace the models of the config.
+    """
+    ready = {name: teacher.source for name, teacher in teachers.items()}
+    return learners_of(stage, {**sources, **ready})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Assembly:
     """The parts that engines are built from.
@@ -75,12 +91,32 @@ class Assembly:
         """Return a model's identity, independent of its folder; random weights depend on a seed."""
         return model_identity(source, seed=self.config.seed)
 
+    @property
+    def conditions(self) -> Mapping[str, Any]:
+        """What all stages depend on: the task, the data, and the metrics with their code."""
+        metrics = [name for name in self.prepared.metrics.names if is_metric(name)]
+        return {
+            "task": {
+                key: value
+                for key, value in config_tree(self.config)["task"].items()
+                if key != "evaluation_sets"
+            },
+            "data": self.prepared.encoded.content_hash,
+            "eval": {k: v for k, v in asdict(self.config.eval).items() if "batch" not in k},
+            "metrics": {name: code_of(metric_of(name)) for name in metrics},
+        }
+
+    def frozen_facts(self, ready: ReadyTeacher) -> Mapping[str, Any]:
+        """Return what the answers of a frozen model depend on."""
+        return {"model": self.identity_of(ready.source), "dtype": self.teacher_dtype(ready)}
+
+    def stage_folder(self, name: str) -> Path:
+        """Return the folder of a finished stage."""
+        return self.config.output_dir / "stages" / name
+
     def learners(self, stage: Stage) -> dict[str, ModelSource]:
         """Return the models that learn in a stage, by role; the first is the stage's result."""
-        return learners_of(stage, {**self.prepared.sources, **self._ready()})
-
-    def _ready(self) -> dict[str, ModelSource]:
-        return {name: ready.source for name, ready in self.teachers.items()}
+        return learning_models(stage, self.prepared.sources, self.teachers)
 
     def losses(self, stage: Stage) -> StageLosses:
         """Return the loss terms of a stage, and the outputs that they need from its teachers."""
@@ -269,8 +305,10 @@ class Assembly:
 def model_identity(source: ModelSource, *, seed: int) -> Mapping[str, Any]:
     """Return a model's identity, independent of its folder; random weights depend on `seed`."""
     files = sorted({stored.file for stored in source.stored.values()})
+    config = flatten(source.config.to_diff_dict())
     identity: dict[str, Any] = {
-        "config": source.config.to_diff_dict(),
+        # transformers writes its own version into every config that it loads.
+        "config": {k: v for k, v in config.items() if not k.endswith("transformers_version")},
         "weights": files_identity(files),
     }
     if source.layers is not None:
@@ -290,6 +328,6 @@ def _check_finite(model: PreTrainedModel, source: ModelSource, dtype: Dtype) -> 
     if bad:
         raise ModelError(
             f"{source.where}: {len(bad)} weight tensors of {source.name} are not finite (NaN or "
-            f"infinite) in {dtype}, the first is {bad[0]}; fetch or export the model again, and "
-            "where fp16 is too narrow for its weights choose bf16 or fp32"
+            f"infinite) in {dtype}, the first is {bad[0]}; fetch or export the model again, or set "
+            "the dtype to bf16 or fp32 if fp16 is too narrow for the weights"
         )

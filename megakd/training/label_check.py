@@ -7,7 +7,6 @@ clearly better.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -17,13 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megakd.contract.batch import IGNORE
-from megakd.contract.stage import untrained
 from megakd.errors import TeacherError
 from megakd.models.knowledge import Needs
 from megakd.models.labels import generic_labels, listed
-from megakd.storage.fingerprint import flatten
 from megakd.training.engines import Assembly, ReadyTeacher
-from megakd.training.stage_result import read_result, write_result
+from megakd.training.once import measured_once
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -133,22 +130,25 @@ def require_fit(fit: LabelFit, source: ModelSource, names: Sequence[str], *, rem
     if fit.better is not None:
         own = generic_labels(source.config) or ()
         fitting = [f"{own[n]} is {name}" for n, name in zip(fit.better, names, strict=True)]
-        hint = f"; {listed(fitting)} would give {fit.better_score:.3f}"
+        hint = f"; the order {listed(fitting)} gives {fit.better_score:.3f}"
     raise TeacherError(
-        f"{source.where} {source.name}: {both}: {scored} and {fit.chance + fit.margin:.3f} is "
-        f"needed{hint}; write the right names into id2label of the model's config.json, or "
+        f"{source.where} {source.name}: {both}: {scored}, and {fit.chance + fit.margin:.3f} is "
+        f"required{hint}; write the right names into id2label of the model's config.json, or "
         f"{remedy} if this order is right"
     )
 
 
 def tell_order(source: ModelSource, names: Sequence[str]) -> None:
     """Log an order that the user has confirmed."""
-    logger.warning("%s: %s, as told", source.where, _both(source, names))
+    logger.warning("%s: %s, as configured", source.where, _both(source, names))
 
 
 def _both(source: ModelSource, names: Sequence[str]) -> str:
     own = generic_labels(source.config) or ()
-    return f"the labels {listed(own)} are taken for the data's {listed(names)}, in this order"
+    return (
+        f"the labels {listed(own)} are read as the labels {listed(names)} of the data, in this "
+        "order"
+    )
 
 
 def check_label_orders(assembly: Assembly) -> None:
@@ -196,27 +196,17 @@ def check_label_order(
 
 def _check_once(assembly: Assembly, ready: ReadyTeacher, name: str, *, remedy: str) -> None:
     names, source = assembly.prepared.splits.label_names, ready.source
-    folder = assembly.config.output_dir / "stages" / f"{name}-labels"
-    facts: Mapping[str, Any] = {
-        "model": assembly.identity_of(source),
-        "dtype": assembly.teacher_dtype(ready),
-        "data": assembly.prepared.encoded.content_hash,
-        "labels": list(names),
-    }
-    known = read_result(folder, flatten(facts))
-    fit = LabelFit(**_read(known.metrics)) if known else _measured(assembly, ready)
+
+    def measure() -> Mapping[str, float]:
+        fit = _measured(assembly, ready)
+        if not fit.is_good:  # only a good fit is kept
+            require_fit(fit, source, names, remedy=remedy)
+        return {key: getattr(fit, key) for key in ("score", "chance", "margin", "rows")}
+
+    facts = {**assembly.frozen_facts(ready), "labels": list(names)}
+    known = measured_once(assembly, f"{name}-labels", facts, measure)
+    fit = LabelFit(**dict[str, Any](known.metrics))
     require_fit(fit, source, names, remedy=remedy)
-    if known is None:
-        metrics = {key: value for key, value in vars(fit).items() if key in _KEPT}
-        result = dataclasses.replace(untrained(f"{name}-labels", folder, 0.0), metrics=metrics)
-        write_result(result, flatten(facts))
-
-
-_KEPT = ("score", "chance", "margin", "rows")
-
-
-def _read(metrics: Mapping[str, float]) -> dict[str, Any]:
-    return {key: metrics[key] for key in _KEPT}
 
 
 def needs_check(source: ModelSource, names: Sequence[str]) -> bool:
@@ -228,7 +218,9 @@ def needs_check(source: ModelSource, names: Sequence[str]) -> bool:
 def _measured(assembly: Assembly, ready: ReadyTeacher) -> LabelFit:
     rows = assembly.prepared.encoded.validation
     dtype = assembly.teacher_dtype(ready)
-    logger.info("%s: its generic labels are checked on %d rows", ready.source.where, len(rows))
+    logger.info(
+        "%s: checking the order of the generic labels on %d rows", ready.source.where, len(rows)
+    )
     model = assembly.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=Needs())
     try:
         outputs = assembly.scorer().outputs(model.predict, rows)

@@ -9,6 +9,7 @@ import pytest
 from megakd.contract.lab import Lab as Contract
 from megakd.planning.stages import PlanningLab
 from megakd.run.lab import Lab
+from megakd.training.lab_base import LabBase
 
 METHODS = {
     name: member
@@ -31,11 +32,13 @@ def test_a_lab_takes_the_arguments_that_the_contract_names(lab, name):
 
 @pytest.mark.parametrize("lab", [Lab, PlanningLab])
 def test_a_lab_has_the_properties_of_the_contract(lab):
-    assert [name for name in PROPERTIES if not isinstance(vars(lab).get(name), property)] == []
+    assert [name for name in PROPERTIES if not isinstance(getattr(lab, name, None), property)] == []
 
 
 @pytest.mark.parametrize("lab", [Lab, PlanningLab])
 def test_a_lab_sets_the_attributes_of_the_contract_when_it_is_made(lab):
-    source = inspect.getsource(lab.__init__)
+    source = inspect.getsource(LabBase.__init__)
 
+    assert issubclass(lab, LabBase)
+    assert "super().__init__(" in inspect.getsource(lab.__init__)
     assert [name for name in Contract.__annotations__ if f"self.{name}" not in source] == []

@@ -140,11 +140,11 @@ def test_the_run_config_of_the_page_is_valid_and_survives_being_written(page, tm
         ({"loss": "huberr"}, 'unknown loss "huberr"'),
         (
             {"loss": "broken_plugins:NoUnit"},
-            "NoUnit.unit is not set to examples, targets or tokens",
+            "NoUnit.unit must be examples, targets or tokens",
         ),
         ({"loss": "broken_plugins:NoTotal"}, "NoTotal has no total()"),
         ({"loss": "broken_plugins:Plain"}, "Plain lacks the decorator @dataclass(config=STRICT"),
-        ({"loss": "json:loads"}, "loads is no dataclass derived from PluginTerm"),
+        ({"loss": "json:loads"}, "loads is not a dataclass derived from PluginTerm"),
     ],
 )
 def test_options_of_a_plugin_are_checked_as_megakds_own_are(term, message):
@@ -160,7 +160,7 @@ def test_options_of_a_plugin_are_checked_as_megakds_own_are(term, message):
         ),
         ({"name": "my_method:WarmUp", "label_steps": 0}, "method.label_steps: must be at least 1"),
         ({"name": "broken_plugins:NoRun"}, "has no function run(config, lab)"),
-        ({"name": "broken_plugins:Good"}, "Good is no dataclass derived from MethodOptions"),
+        ({"name": "broken_plugins:Good"}, "Good is not a dataclass derived from MethodOptions"),
     ],
 )
 def test_options_of_a_plugged_in_method_are_checked(method, message):
@@ -178,17 +178,20 @@ def test_a_plugin_is_refused_where_its_task_or_a_teacher_is_missing():
         teacher={"model": "teacher", "cache": "answers"},
     )
 
-    assert "is for classification, regression, and task.type is causal_lm" in text
-    assert 'my_losses:Huber compares with a teacher, and method "finetune" has none' in alone
-    assert 'method "my_method:WarmUp" learns from a teacher and there is none' in without
-    assert "broken_plugins:Inside looks into the teacher, and teacher.cache holds" in cached
+    assert "supports only task.type classification, regression, and task.type is causal_lm" in text
+    assert 'my_losses:Huber compares with a teacher, and method "finetune" has no teacher' in alone
+    assert 'and method "my_method:WarmUp" needs a teacher; set teacher.model' in without
+    assert (
+        "broken_plugins:Inside needs more than the outputs of the teacher, and teacher.cache holds"
+        in cached
+    )
 
 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
         ({"metric": "my_metrics:worst_labl"}, "did you mean my_metrics:worst_label?"),
-        ({"metrics": ["json:loads"]}, 'eval.metrics[0]: "json:loads" is no function(outputs'),
+        ({"metrics": ["json:loads"]}, 'eval.metrics[0]: "json:loads" is not a function(outputs'),
         ({"metric": "no_such_module:x"}, "module no_such_module cannot be imported"),
     ],
 )
@@ -245,7 +248,7 @@ def test_a_plugin_that_gives_no_single_number_is_named():
     said = Knowledge(logits=torch.zeros(1, 2))
     reading = LossInputs(said, said, batch, {group.term.loss: 1.0}, {"examples": torch.tensor(1.0)})
 
-    with pytest.raises(ConfigError, match=r"broken_plugins:Vector gave shape \(1, 2\); total"):
+    with pytest.raises(ConfigError, match=r"broken_plugins:Vector returned shape \(1, 2\); total"):
         group(reading)
 
 

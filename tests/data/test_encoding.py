@@ -201,7 +201,7 @@ def test_calling_a_tokenizer_does_not_change_its_content():
     assert encoding.tokenizer_content(tokenizer) == before
 
 
-@pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "no manifest"])
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "no checksums"])
 def test_a_damaged_cache_is_built_again(tmp_path, damage):
     first = encode_splits(_texts(), _bert(), _task(), cache_dir=tmp_path)
     wanted = first.train.to_dict()
@@ -213,7 +213,7 @@ def test_a_damaged_cache_is_built_again(tmp_path, damage):
         "truncated": lambda: file.write_bytes(content[:middle]),
         "changed": lambda: file.write_bytes(content[:middle] + b"\xff" + content[middle + 1 :]),
         "missing": file.unlink,
-        "no manifest": (folder / "manifest.json").unlink,
+        "no checksums": (folder / "checksums.json").unlink,
     }
     # A copy in its place: the mapped file itself must stay as it is.
     file.unlink()
@@ -278,7 +278,7 @@ def test_text_without_labels_teaches_itself():
 def test_no_labels_at_all_is_an_error():
     rows = Dataset.from_dict({"text": ["a", "b"], "label": [-100, -100]})
 
-    with pytest.raises(DataError, match="none of the 2 training rows carries a label"):
+    with pytest.raises(DataError, match="none of the 2 training rows has a label"):
         labelled_only(rows)
 
 

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from megakd.planning.cluster import Cluster
-from megakd.planning.engines import Setting, engine_of
-from megakd.planning.ledger import Holder, Ledger, Part, Place
-from megakd.planning.moments import Inventory, Parameter
-from megakd.planning.sharded import learner_of
+from megakd.planning.engines import Frozen, Setting, Trained, trained
+from megakd.planning.ledger import Holding, Part, Place, Share, together
+from megakd.planning.moments import NOTHING, Inventory, Parameter
 
 RANKS = 4
 SIZES = (500,) * 8
@@ -30,27 +29,31 @@ def setting(
         zero={"reduce_bucket_size": 10, **zero},
         itemsize=itemsize,
         cluster=Cluster(ranks=ranks, device="cuda"),
-        ledger=Ledger("cuda"),
         moments=moments,
     )
 
 
-def trained(zero: dict[str, Any], **options: int) -> Ledger:
-    """After one whole step."""
-    at = setting(zero, **options)
-    engine = learner_of(at)
-    engine.load()
-    engine.initialize()
-    engine.begin_backward(first=True)
-    engine.finish(range(len(SIZES)))
-    engine.end_backward(last=True)
-    engine.update()
-    return at.ledger
+def engine(zero: dict[str, Any], **options: int) -> Trained:
+    return trained(setting(zero, **options))
 
 
-def held(ledger: Ledger, part: Part, place: Place = "device") -> int:
-    buffers = ("", "moments", "largest", "bucket", "flat", "sent", "scratch", "whole")
-    return sum(ledger.of(Holder("student", part, place, name)).total for name in buffers)
+def held(holding: Holding, part: Part, place: Place = "device") -> int:
+    return holding.get(Share("student", part, place), NOTHING).total
+
+
+def most(holdings: list[Holding]) -> int:
+    """Return the most bytes of the device."""
+    return max(
+        sum(amount.total for share, amount in holding.items() if share.place == "device")
+        for holding in holdings
+    )
+
+
+def step(engine: Trained) -> list[Holding]:
+    """Return what an engine holds during a step."""
+    whole = engine.at.inventory
+    extra = [engine.backward(whole, adds=False, last=True), *engine.updating()]
+    return [engine.initializing(), *(together(engine.resting(), held) for held in extra)]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -61,34 +64,34 @@ def test_the_shards_of_all_ranks_are_the_whole_and_padding(ranks: int) -> None:
 
 
 def test_zero_0_keeps_weights_and_both_moments_whole() -> None:
-    ledger = trained({"stage": 0})
+    resting = engine({"stage": 0}).resting()
 
-    assert held(ledger, "weights") == 4 * P
-    assert held(ledger, "optimizer") == 8 * P
+    assert held(resting, "weights") == 4 * P
+    assert held(resting, "optimizer") == 8 * P
 
 
 def test_zero_0_in_bf16_keeps_weights_in_fp32_too() -> None:
-    ledger = trained({"stage": 0}, itemsize=2)
+    resting = engine({"stage": 0}, itemsize=2).resting()
 
-    assert held(ledger, "weights") == 2 * P
-    assert held(ledger, "optimizer") == 12 * P
+    assert held(resting, "weights") == 2 * P
+    assert held(resting, "optimizer") == 12 * P
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_zero_1_and_2_shard_all_but_the_weights(stage: int, itemsize: int) -> None:
-    ledger = trained({"stage": stage}, itemsize=itemsize)
+    resting = engine({"stage": stage}, itemsize=itemsize).resting()
 
-    assert held(ledger, "weights") == itemsize * P
-    assert held(ledger, "optimizer") == 12 * P // RANKS
+    assert held(resting, "weights") == itemsize * P
+    assert held(resting, "optimizer") == 12 * P // RANKS
 
 
 @pytest.mark.parametrize(("itemsize", "moments"), [(4, 8), (2, 12)])
 def test_zero_3_shards_everything(itemsize: int, moments: int) -> None:
-    ledger = trained({"stage": 3}, itemsize=itemsize)
+    resting = engine({"stage": 3}, itemsize=itemsize).resting()
 
-    assert held(ledger, "weights") == itemsize * P // RANKS
-    assert held(ledger, "optimizer") == moments * P // RANKS
+    assert held(resting, "weights") == itemsize * P // RANKS
+    assert held(resting, "optimizer") == moments * P // RANKS
 
 
 @pytest.mark.parametrize(
@@ -96,70 +99,81 @@ def test_zero_3_shards_everything(itemsize: int, moments: int) -> None:
     [(0, 4, 0), (0, 2, 4 * P), (1, 4, P), (2, 2, P), (3, 4, 0), (3, 2, P)],
 )
 def test_sgd_keeps_no_moments(stage: int, itemsize: int, kept: int) -> None:
-    ledger = trained({"stage": stage}, itemsize=itemsize, moments=0)
+    resting = engine({"stage": stage}, itemsize=itemsize, moments=0).resting()
 
-    assert held(ledger, "optimizer") == kept  # the weights in fp32, at most
+    assert held(resting, "optimizer") == kept  # the weights in fp32, at most
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_sgd_takes_less_at_its_peak(stage: int) -> None:
     adamw, sgd = (
-        trained({"stage": stage}, itemsize=2, moments=moments).peaks["device"].total
-        for moments in (2, 0)
+        most(step(engine({"stage": stage}, itemsize=2, moments=moments))) for moments in (2, 0)
     )
 
     assert sgd < adamw
 
 
 def test_gradients_are_whole_at_zero_1_and_in_shards_at_zero_2() -> None:
-    after: dict[int, int] = {}
-    for stage in (1, 2):
-        at = setting({"stage": stage})
-        engine = learner_of(at)
-        engine.load()
-        engine.initialize()
-        engine.begin_backward(first=True)
-        engine.finish(range(len(SIZES)))
-        after[stage] = (
-            held(at.ledger, "gradients")
-            - at.ledger.of(Holder("student", "gradients", "device", "bucket")).total
-        )
+    one, two = (engine({"stage": stage}).backward(inventory(), adds=False) for stage in (1, 2))
+    bucket, sent = 10, SIZES[0]  # a gradient is larger than the bucket, and is sent directly
 
-    assert after[1] == 4 * P
-    assert after[2] == 4 * P // RANKS
+    assert held(one, "gradients") == 4 * P
+    assert held(two, "gradients") == 4 * (P // RANKS + bucket + sent)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_whole_gradients_appear_one_by_one_in_the_first_backward_only(stage: int) -> None:
+    half = inventory(SIZES[: len(SIZES) // 2])
+    first, later = (engine({"stage": stage}).backward(half, adds=adds) for adds in (False, True))
+
+    assert held(first, "gradients") == 2 * P
+    assert held(later, "gradients") == 4 * P
+
+
+def test_a_full_bucket_of_zero_2_is_copied_before_it_is_sent() -> None:
+    small = engine({"stage": 2, "reduce_bucket_size": 1000})
+    two, three = (
+        held(small.backward(inventory(SIZES[:n]), adds=False), "gradients") for n in (2, 3)
+    )
+
+    assert three - two == 4 * 1000
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offload_moves_the_optimizer_to_the_host(stage: int) -> None:
     offload = {"offload_optimizer": {"device": "cpu"}}
 
-    here, away = trained({"stage": stage}), trained({"stage": stage, **offload})
+    here, away = engine({"stage": stage}), engine({"stage": stage, **offload})
 
-    assert held(away, "optimizer") == 0
-    assert held(away, "optimizer", "host") >= 12 * P // RANKS
-    assert away.peaks["device"].total < here.peaks["device"].total
+    assert held(away.resting(), "optimizer") == 0
+    assert held(away.resting(), "optimizer", "host") >= 12 * P // RANKS
+    assert most(step(away)) < most(step(here))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_optimizer_on_a_disk_takes_no_memory(stage: int) -> None:
+    resting = engine({"stage": stage, "offload_optimizer": {"device": "nvme"}}).resting()
+
+    assert held(resting, "optimizer") == held(resting, "optimizer", "host") == 0
 
 
 def test_offload_of_weights_leaves_none_on_the_device() -> None:
-    ledger = trained({"stage": 3, "offload_param": {"device": "cpu"}})
+    resting = engine({"stage": 3, "offload_param": {"device": "cpu"}}).resting()
 
-    assert held(ledger, "weights") == 0
-    assert held(ledger, "weights", "host") == 4 * P // RANKS
+    assert held(resting, "weights") == 0
+    assert held(resting, "weights", "host") == 4 * P // RANKS
 
 
 def test_a_frozen_model_has_its_weights_and_nothing_else() -> None:
     for zero, expected in (({"stage": 0}, 4 * P), ({"stage": 3}, 4 * P // RANKS)):
-        at = setting(zero)
-        engine_of(at).load()
+        resting = Frozen(setting(zero)).resting()
 
-        assert held(at.ledger, "weights") == expected
-        assert held(at.ledger, "optimizer") == held(at.ledger, "gradients") == 0
+        assert held(resting, "weights") == expected
+        assert list(resting) == [Share("student", "weights")]
 
 
 def test_a_whole_model_is_read_on_the_host_and_a_sharded_one_a_tensor_at_a_time() -> None:
-    whole, shards = setting({"stage": 0}), setting({"stage": 3})
-    engine_of(whole).load()
-    engine_of(shards).load()
+    whole, shards = (Frozen(setting({"stage": stage})).loading() for stage in (0, 3))
 
-    assert whole.ledger.peaks["host"].total >= 4 * P
-    assert shards.ledger.peaks["host"].total == 4 * max(SIZES)
+    assert held(whole, "weights", "host") == 4 * (P + SIZES[-1])
+    assert held(shards, "weights", "host") == 4 * max(SIZES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megakd.planning.gathering import Coordinator, Gathering, persistent
+from megakd.planning.gathering import Gathering, gathering_of, persistent
 from megakd.planning.moments import Inventory, Moment, Parameter
 
 SIZES = (100, 100, 100, 100)
@@ -14,8 +14,7 @@ ALONE = {"param_persistence_threshold": 0, "prefetch_bucket_size": 0, "max_reuse
 
 def played(order: tuple[int, ...], zero: dict[str, Any]) -> Gathering:
     moments = [Moment(f"m{n}", forward=True, own=(n,)) for n in order]
-    coordinator = Coordinator(PARAMETERS, zero, itemsize=4, in_place=True)
-    return coordinator.play(moments)
+    return gathering_of(moments, PARAMETERS, zero, itemsize=4, in_place=True)
 
 
 def kept(gathering: Gathering) -> list[int]:
@@ -46,9 +45,16 @@ def test_a_short_reuse_distance_keeps_what_comes_soon() -> None:
 def test_what_comes_next_is_fetched_ahead_up_to_the_bucket() -> None:
     gathering = played((0, 1, 2, 3), {**ALONE, "prefetch_bucket_size": 150})
 
-    assert max(kept(gathering)) == 3 * 400
-    assert gathering.moments[0].arriving.total == 2 * 400
+    assert kept(gathering) == [3 * 400, 3 * 400, 2 * 400, 400]
+    assert [moment.arriving.total for moment in gathering.moments] == [3 * 400, 0, 0, 0]
     assert gathering.numel == 4 * 100
+
+
+def test_every_module_fetches_another_bucket_until_the_limit_of_live_weights() -> None:
+    limited = {**ALONE, "prefetch_bucket_size": 100, "max_live_parameters": 300}
+    order = (0, 0, 0, 0, 1, 2, 3)
+
+    assert kept(played(order, limited)) == [800, 1200, 1200, 1200, 1200, 800, 400]
 
 
 def test_no_more_is_fetched_ahead_than_may_be_alive() -> None:

@@ -28,7 +28,7 @@ SELECTION = {"name": "knowledge_selection", "episodes": 1}
     [
         (
             {"method": SELECTION, "student": {"model": bert(1)}},
-            ("relation_fsp compares flows", "the only layer that the student has"),
+            ("relation_fsp needs two mapped layers", "the only layer that the student has"),
         ),
         (
             {

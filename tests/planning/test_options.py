@@ -89,9 +89,9 @@ def test_a_dry_run_prints_the_plan_of_the_ranks_it_was_started_with(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--ranks", "3", "--nodes", "2"], "3 ranks cannot be shared by 2 nodes"),
+        (["--ranks", "3", "--nodes", "2"], "3 ranks cannot be divided equally between 2 nodes"),
         (["--gpu_memory_gb", "0"], "--gpu_memory_gb must be above 0"),
-        (["--device", "cpu", "--gpu_memory_gb", "80"], "--device is cpu"),
+        (["--device", "cpu", "--gpu_memory_gb", "80"], "cannot be used with --device cpu"),
         (["--tflops", "-1"], "tflops must be above 0"),
     ],
 )

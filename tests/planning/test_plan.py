@@ -38,16 +38,16 @@ def config_of(tmp_path: Path, *overrides: str, **sections: Any) -> RunConfig:
 
 
 # Of the same few models, made once for all tests here.
-REHEARSALS = Traces()
+TRACES = Traces()
 
 
 def planned(config: RunConfig, **cluster: Any) -> Plan:
     place = Cluster(**{"device": "cuda", **cluster})
-    return plan_run(config, place, advise=False, traces=REHEARSALS)
+    return plan_run(config, place, advise=False, traces=TRACES)
 
 
 def advised(config: RunConfig, cluster: Cluster) -> Plan:
-    return plan_run(config, cluster, traces=REHEARSALS)
+    return plan_run(config, cluster, traces=TRACES)
 
 
 def test_the_json_has_the_keys_of_the_contract(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_run_fits_where_its_models_cannot_be_timed_side_by_side(tmp_path: Path
 
     assert not timing.required
     assert plan.peak_bytes_per_rank < 10**15
-    assert "latency (only where it fits)" in page(plan)
+    assert "latency (optional)" in page(plan)
 
 
 def test_a_language_model_is_planned_with_its_loss(tmp_path: Path) -> None:
@@ -224,8 +224,8 @@ def test_what_fits_says_so_and_what_does_not_names_changes_that_would(tmp_path: 
 
     assert fitting.fits
     assert not_fitting.fits is False
-    assert "It fits." in page(fitting)
-    assert "It does not fit" in page(not_fitting)
+    assert "The run fits." in page(fitting)
+    assert "The run does not fit" in page(not_fitting)
     assert not_fitting.changes
     for change in not_fitting.changes:
         assert change.peak_bytes_per_rank <= 0.95 * small.device_memory  # type: ignore[operator]
@@ -268,7 +268,7 @@ def test_a_model_without_a_config_is_refused_before_the_network_is_asked(tmp_pat
 
 
 def test_ranks_are_shared_by_the_nodes_alike() -> None:
-    with pytest.raises(ConfigError, match="9 ranks cannot be shared by 2 nodes"):
+    with pytest.raises(ConfigError, match="9 ranks cannot be divided equally between 2 nodes"):
         Cluster(ranks=9, nodes=2)
 
 
@@ -279,7 +279,7 @@ def test_rates_come_from_a_file(tmp_path: Path) -> None:
     wrong.write_text('{"speed": 1}')
 
     assert rates_of(path) == Rates(tflops=400, gbps=45)
-    with pytest.raises(ConfigError, match="rates are a mapping"):
+    with pytest.raises(ConfigError, match="must hold a mapping"):
         rates_of(wrong)
     with pytest.raises(ConfigError, match="must be above 0"):
         Rates(tflops=0)

@@ -18,7 +18,7 @@ from megakd.planning.simulated_phase import Traces
 from megakd.planning.timeline import PhasePlan
 
 TEACHER = {"model": bert(3, width=32, vocab_size=64)}
-REHEARSALS = Traces()
+TRACES = Traces()
 
 
 def planned(folder: Path, names: str, method: dict[str, Any], **keys: Any) -> Plan:
@@ -31,7 +31,7 @@ def planned(folder: Path, names: str, method: dict[str, Any], **keys: Any) -> Pl
         "train": {"per_device_train_batch_size": 4},
     }
     config = load_config(write_config(folder / "run.yaml", tree))
-    return plan_run(config, Cluster(device="cuda", ranks=2), advise=False, traces=REHEARSALS)
+    return plan_run(config, Cluster(device="cuda", ranks=2), advise=False, traces=TRACES)
 
 
 def trained(plan: Plan) -> list[PhasePlan]:

@@ -65,7 +65,7 @@ def saved_bytes(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("make", [llama, lambda: bert(0.0), lambda: bert(0.1)])
-def test_a_rehearsal_holds_what_autograd_saves(make: Any) -> None:
+def test_a_trace_holds_what_autograd_saves(make: Any) -> None:
     real = saved_bytes(make())
     with VALUELESS:
         module, ids = make(), torch.ones(ROWS, LENGTH, dtype=torch.long)

@@ -6,109 +6,53 @@ import dataclasses
 import gc
 import json
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from lab_scene import (
+    SIZE,
+    config_of,
+    lab_of,
+    prepared_of,
+    pretend_one_rank,
+    save_teacher,
+    stage_of,
+)
 
 from megakd.config.run import (
     EvalConfig,
     FinetuneOverrides,
     LogConfig,
+    PooledTeacher,
     RunConfig,
     SaveConfig,
     ScratchModel,
-    StudentConfig,
     TaskConfig,
     TeacherConfig,
     TrainConfig,
 )
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.terms import HiddenMse, SoftTargetKl
-from megakd.data.encoding import Encoded
-from megakd.data.splits import Splits
-from megakd.engine import distributed
-from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError, ConfigError, TeacherError
-from megakd.methods.single import SingleConfig
-from megakd.models.loading import resolve_model
 from megakd.run import lab as lab_module
 from megakd.run.lab import Lab
 from megakd.run.stage_identity import stage_identity
 from megakd.storage.fingerprint import differences
-from megakd.training.evaluation import headline
-from megakd.training.inputs import RunInputs, check_run
-from megakd.training.metrics import TaskMetrics
+from megakd.training.inputs import check_run
 from megakd.training.recipes import completed, scoring_preset
 from megakd.training.stage_result import write_result
-
-SIZE = {
-    "vocab_size": 20,
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 8,
-    "max_position_embeddings": 40,
-}
-ONE_RANK = Ranks(0, 1, 0, torch.device("cpu"))
-Build = Callable[..., Lab]
 
 
 @pytest.fixture(autouse=True)
 def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank without a process group."""
-    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
+    pretend_one_rank(monkeypatch)
 
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path / "teacher"
-    BertForSequenceClassification(BertConfig(**SIZE)).save_pretrained(folder)
-    return folder
-
-
-def config_of(tmp_path: Path, **sections: Any) -> RunConfig:
-    config = {"model_type": "bert", **SIZE, "num_hidden_layers": 1}
-    defaults: dict[str, Any] = {
-        "output_dir": tmp_path / "run",
-        "task": TaskConfig(type="classification", dataset="d", max_length=32),
-        "student": StudentConfig(model=ScratchModel(config=config)),
-        "teacher": TeacherConfig(model=str(tmp_path / "teacher")),
-        "method": SingleConfig(name="single"),
-    }
-    return RunConfig(**(defaults | sections))
-
-
-def prepared_of(config: RunConfig, content: str = "rows") -> RunInputs:
-    nothing: Any = None
-    specs = {"teacher": config.teacher, "student": config.student}
-    tokenizer: Any = range(20)  # all that is asked of it here is its size
-    return RunInputs(
-        splits=Splits(nothing, nothing, None, ("no", "yes"), ("accuracy",), content),
-        metrics=TaskMetrics(names=("accuracy",), main=headline(["accuracy"])),
-        encoded=Encoded(nothing, nothing, None, content, 8.0),
-        tokenizer=tokenizer,
-        sources={
-            role: resolve_model(spec.model, config.task, where=f"{role}.model")
-            for role, spec in specs.items()
-            if spec is not None
-        },
-    )
-
-
-def lab_of(config: RunConfig, content: str = "rows") -> Lab:
-    reporter: Any = None
-    return Lab(config, prepared_of(config, content), ONE_RANK, reporter)
-
-
-def stage_of(**changes: Any) -> Stage:
-    kl = SoftTargetKl(loss="soft_target_kl")
-    return Stage(**{"name": "student", "teachers": ("teacher",), "objective": (kl,), **changes})
+    return save_teacher(tmp_path / "teacher")
 
 
 def fingerprint(config: RunConfig, content: str = "rows", **changes: Any) -> dict[str, Any]:
@@ -245,7 +189,7 @@ def test_what_weights_depend_on_in_the_config_is_named(tmp_path, teacher, change
         ({"labelled_only": True}, "labelled_only"),
         ({"deepspeed": "zero3"}, "deepspeed.zero_optimization.stage"),
         ({"role": "teacher"}, "model."),
-        ({"teachers": ()}, "teacher."),
+        ({"teachers": ()}, "teachers.teacher."),
     ],
     ids=["objective", "rows", "zero stage", "learner", "teacher"],
 )
@@ -267,7 +211,57 @@ def test_other_weights_of_a_teacher_are_another_fingerprint(tmp_path, teacher):
     weights = teacher / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
 
-    assert differences(before, fingerprint(config)).startswith("teacher.model.weights: ")
+    assert differences(before, fingerprint(config)).startswith("teachers.teacher.model.weights: ")
+
+
+@pytest.mark.parametrize("name", ["train", "data", "model", "task", "seed", "strategy"])
+def test_a_teacher_named_like_a_part_of_the_fingerprint_hides_nothing(tmp_path, teacher, name):
+    def fingerprints(**sections: Any) -> dict[str, Any]:
+        teachers = (PooledTeacher(name=name, model=str(teacher)),)
+        lab = lab_of(config_of(tmp_path, teacher=None, teachers=teachers, **sections))
+        lab.teacher(name)
+        return stage_identity(completed(stage_of(teachers=(name,)), lab.config), lab.assembly)
+
+    before = fingerprints()
+    after = fingerprints(seed=7, train=TrainConfig(learning_rate=1.0))
+
+    assert differences(before, after).startswith(("seed: ", "train.learning_rate: "))
+    assert {"seed", "train.learning_rate"} < {k for k in after if after[k] != before.get(k)}
+
+
+def test_a_model_that_becomes_a_teacher_does_not_answer_from_the_cache_of_another(
+    tmp_path, teacher
+):
+    spec = TeacherConfig(model=str(teacher), cache=tmp_path / "answers")
+    lab = lab_of(config_of(tmp_path, teacher=spec))
+
+    name = lab.as_teacher(result(teacher))
+
+    assert lab._teachers[name].spec == dataclasses.replace(spec, cache=None)
+
+
+def test_a_teacher_that_cannot_be_loaded_leaves_no_engine_of_another(
+    tmp_path, teacher, monkeypatch
+):
+    lab = lab_of(config_of(tmp_path))
+    lab.teacher()
+    lab._teachers["second"] = lab._teachers["teacher"]
+    destroyed: list[str] = []
+
+    class Loaded:
+        def destroy(self) -> None:
+            destroyed.append("teacher")
+
+    def frozen(name: str, needs: Any) -> Loaded:
+        if name == "second":
+            raise TeacherError("second cannot be loaded")
+        return Loaded()
+
+    monkeypatch.setattr(lab, "_frozen", frozen)
+
+    with pytest.raises(TeacherError, match="second cannot be loaded"):
+        lab.train(stage_of(teachers=("teacher", "second")))
+    assert destroyed == ["teacher"]
 
 
 def test_a_teacher_that_was_only_moved_is_the_same(tmp_path, teacher):
@@ -330,7 +324,8 @@ def test_a_layer_mapping_beyond_a_model_is_refused_before_anything_loads(tmp_pat
     config = config_of(tmp_path, objective=(term,))
 
     with pytest.raises(
-        TeacherError, match="layer_mapping 7:1: the student has 1 layers, the teach"
+        TeacherError,
+        match="layer_mapping 7:1: a layer does not exist; the student has layers 0 to 1",
     ):
         check_run(config, prepared_of(config))
 
@@ -348,7 +343,7 @@ def test_a_teacher_of_random_weights_that_is_not_trained_is_warned_about(tmp_pat
 
     check_run(config, prepared_of(config))
 
-    assert "teacher.model starts from random weights" in caplog.text
+    assert "teacher.model has random weights" in caplog.text
 
 
 def test_a_run_that_fits_is_not_refused(tmp_path, teacher):

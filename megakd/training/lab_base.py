@@ -1,0 +1,103 @@
+"""The members that the lab of a run and the lab of a plan share."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+from megakd.config.run import RunConfig
+from megakd.contract.results import MethodRecord
+from megakd.contract.shapes import Heads
+from megakd.contract.stage import Stage, StageResult
+from megakd.contract.tasks import STUDENT, TEACHER
+from megakd.contract.terms import TermConfig, hard_terms, soft_terms
+from megakd.models.source import ModelSource
+from megakd.training.engines import ReadyTeacher
+from megakd.training.recipes import finetuning_stage
+
+
+class LabBase(ABC):
+    """The part of a lab that follows from the configs of the run and of its models.
+
+    config, results, record: see `contract.lab.Lab`.
+    """
+
+    def __init__(self, config: RunConfig, sources: Mapping[str, ModelSource]) -> None:
+        self.config = config
+        self.results: list[StageResult] = []
+        self.record = MethodRecord()
+        self._sources = sources
+        self._teachers: dict[str, ReadyTeacher] = {}
+
+    @abstractmethod
+    def train(self, stage: Stage) -> StageResult:
+        """Run or record a stage."""
+
+    @abstractmethod
+    def _source(self, folder: Path, role: str) -> ModelSource:
+        """Return the model that a stage wrote; messages name the config's section of `role`."""
+
+    def hard_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
+        """Return the loss on labels that fits the task."""
+        return hard_terms(self.config.task.type, weight)
+
+    def soft_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
+        """Return the loss on the teacher's outputs that fits the task."""
+        return soft_terms(self.config.task.type, weight)
+
+    def teacher(self, name: str | None = None) -> str:
+        """Return a teacher's name, by default `teacher`, after fine-tuning it if configured."""
+        name = name or TEACHER
+        if name not in self._teachers:
+            stage = finetuning_stage(self.config, name)
+            source = self._sources[name]
+            if stage is not None:
+                source = self._source(self.train(stage).folder, name)
+            self._teachers[name] = ReadyTeacher(source, self.config.teacher_specs[name])
+        return name
+
+    def teachers(self) -> tuple[str, ...]:
+        """Return the names of all teachers; fine-tune each teacher first if the config says so."""
+        return tuple(self.teacher(name) for name in self.config.teacher_specs)
+
+    def as_teacher(self, result: StageResult, *, like: str = TEACHER) -> str:
+        """Make a stage's model a teacher under the stage's name, and return the name.
+
+        Args:
+            result: the result of the stage.
+            like: the configured teacher whose engine and dtype are used.
+        """
+        # A cache holds the answers of the configured teacher, not those of another model.
+        spec = dataclasses.replace(self.config.teacher_specs[like], cache=None)
+        self._teachers[result.name] = ReadyTeacher(self._source(result.folder, like), spec)
+        return result.name
+
+    @property
+    def teacher_layers(self) -> int:
+        """The number of layers of the teacher."""
+        teacher = self._sources[TEACHER]
+        return teacher.architecture.number_of_layers(teacher.config)
+
+    @property
+    def teacher_heads(self) -> Heads:
+        """The attention heads of the teacher."""
+        teacher = self._sources[TEACHER]
+        return teacher.architecture.heads(teacher.config)
+
+    def widths(self, teacher: str) -> tuple[int, int]:
+        """Return the widths of the hidden states of the student and of a teacher."""
+        student, taught = (self._sources[role] for role in (STUDENT, teacher))
+        return (
+            student.architecture.hidden_width(student.config),
+            taught.architecture.hidden_width(taught.config),
+        )
+
+    def source(self, folder: Path) -> ModelSource:
+        """Return the model in the folder of a finished stage."""
+        return self._source(folder, STUDENT)
+
+    def fresh_like(self, folder: Path) -> ModelSource:
+        """Return a model of the same shape that starts from random weights."""
+        return dataclasses.replace(self.source(folder), folder=None, stored={})

@@ -1,0 +1,84 @@
+"""A lab of one rank with tiny models, and without data, engines or a process group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from megakd.config.run import RunConfig, ScratchModel, StudentConfig, TaskConfig, TeacherConfig
+from megakd.contract.stage import Stage
+from megakd.contract.terms import SoftTargetKl
+from megakd.data.encoding import Encoded
+from megakd.data.splits import Splits
+from megakd.engine import distributed
+from megakd.engine.distributed import Ranks
+from megakd.methods.single import SingleConfig
+from megakd.models.loading import resolve_model
+from megakd.run.lab import Lab
+from megakd.training.evaluation import headline
+from megakd.training.inputs import RunInputs
+from megakd.training.metrics import TaskMetrics
+
+SIZE = {
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "max_position_embeddings": 40,
+}
+ONE_RANK = Ranks(0, 1, 0, torch.device("cpu"))
+
+
+def pretend_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank without a process group."""
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
+
+
+def save_teacher(folder: Path) -> Path:
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig(**SIZE)).save_pretrained(folder)
+    return folder
+
+
+def config_of(tmp_path: Path, **sections: Any) -> RunConfig:
+    config = {"model_type": "bert", **SIZE, "num_hidden_layers": 1}
+    defaults: dict[str, Any] = {
+        "output_dir": tmp_path / "run",
+        "task": TaskConfig(type="classification", dataset="d", max_length=32),
+        "student": StudentConfig(model=ScratchModel(config=config)),
+        "teacher": TeacherConfig(model=str(tmp_path / "teacher")),
+        "method": SingleConfig(name="single"),
+    }
+    return RunConfig(**(defaults | sections))
+
+
+def prepared_of(config: RunConfig, content: str = "rows") -> RunInputs:
+    nothing: Any = None
+    specs = {**config.teacher_specs, "student": config.student}
+    tokenizer: Any = range(20)  # all that is asked of it here is its size
+    return RunInputs(
+        splits=Splits(nothing, nothing, None, ("no", "yes"), ("accuracy",), content),
+        metrics=TaskMetrics(names=("accuracy",), main=headline(["accuracy"])),
+        encoded=Encoded(nothing, nothing, None, content, 8.0),
+        tokenizer=tokenizer,
+        sources={
+            role: resolve_model(spec.model, config.task, where=f"{role}.model")
+            for role, spec in specs.items()
+        },
+    )
+
+
+def lab_of(config: RunConfig, content: str = "rows") -> Lab:
+    reporter: Any = None
+    return Lab(config, prepared_of(config, content), ONE_RANK, reporter)
+
+
+def stage_of(**changes: Any) -> Stage:
+    kl = SoftTargetKl(loss="soft_target_kl")
+    return Stage(**{"name": "student", "teachers": ("teacher",), "objective": (kl,), **changes})

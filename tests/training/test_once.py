@@ -1,0 +1,108 @@
+"""A measurement is made once, and never taken for one under other conditions."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab_scene import config_of, lab_of, pretend_one_rank, save_teacher
+
+from megakd.config.run import EvalConfig, TaskConfig
+from megakd.contract import plugins
+from megakd.errors import CheckpointError
+from megakd.run.lab import Lab
+from megakd.training.once import measured_once
+
+METRIC = "def mine(outputs, labels):\n    return 1.0\n\n\nmine.higher_is_better = True\n"
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_one_rank(monkeypatch)
+
+
+@pytest.fixture
+def scored(tmp_path: Path) -> Callable[..., tuple[Lab, list[str]]]:
+    """A lab in which a teacher has a score, and the list of its measurements."""
+    save_teacher(tmp_path / "teacher")
+
+    def make(**sections: Any) -> tuple[Lab, list[str]]:
+        lab, measured = lab_of(config_of(tmp_path, **sections)), list[str]()
+
+        def score_teacher(name: str, rows: Any) -> dict[str, Any]:
+            measured.append(name)
+            return {"metrics": {"accuracy": 0.75}}
+
+        lab.score_teacher = score_teacher  # type: ignore[method-assign,assignment]
+        lab.teacher()
+        return lab, measured
+
+    return make
+
+
+def test_a_measurement_is_made_once_and_kept_for_the_next_start(scored):
+    lab, measured = scored()
+    again, measured_again = scored()
+
+    scores = [lab.dev_score("teacher"), lab.dev_score("teacher"), again.dev_score("teacher")]
+
+    assert scores == [0.75] * 3
+    assert (measured, measured_again) == (["teacher"], [])
+
+
+@pytest.mark.parametrize(
+    ("sections", "field"),
+    [
+        ({"eval": EvalConfig(metric="f1")}, "eval.metric"),
+        ({"eval": EvalConfig(metric="f1", positive_label="yes")}, "eval.positive_label"),
+        (
+            {"task": TaskConfig(type="classification", dataset="d", max_length=16)},
+            "task.max_length",
+        ),
+    ],
+)
+def test_a_score_under_other_conditions_is_refused_with_the_key(scored, sections, field):
+    lab, _ = scored()
+    lab.dev_score("teacher")
+    other, measured = scored(**sections)
+
+    with pytest.raises(CheckpointError, match="holds the result of another config") as refused:
+        other.dev_score("teacher")
+
+    assert field in str(refused.value)
+    assert not measured
+
+
+def test_a_score_by_a_metric_whose_code_was_edited_is_refused(scored, tmp_path, monkeypatch):
+    path = tmp_path / "edited_metric.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    for edited in ("", "# edited\n"):
+        path.write_text(METRIC + edited, encoding="utf-8")
+        importlib.invalidate_caches()
+        plugins._hash_of.cache_clear()
+        lab, _ = scored()
+        metrics = dataclasses.replace(lab._prepared.metrics, names=("edited_metric:mine",))
+        prepared = dataclasses.replace(lab._prepared, metrics=metrics)
+        lab.assembly = dataclasses.replace(lab.assembly, prepared=prepared)
+        if edited:
+            with pytest.raises(CheckpointError, match=r"metrics\.edited_metric:mine\.code"):
+                lab.dev_score("teacher")
+        else:
+            lab.dev_score("teacher")
+    del sys.modules["edited_metric"]
+
+
+def test_a_measurement_that_fails_keeps_nothing(scored):
+    lab, _ = scored()
+
+    def fails() -> dict[str, float]:
+        raise ValueError("no rows")
+
+    with pytest.raises(ValueError, match="no rows"):
+        measured_once(lab.assembly, "teacher-scored", {}, fails)
+    assert not (lab.config.output_dir / "stages").exists()
