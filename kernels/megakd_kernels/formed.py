@@ -36,7 +36,8 @@ def refuse_second_derivative() -> None:
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "the fused losses have no second derivative (create_graph=True); use impl='reference'"
+            "the fused losses do not support second derivatives (create_graph=True); use "
+            "impl='reference'"
         )
 
 

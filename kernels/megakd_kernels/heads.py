@@ -44,7 +44,8 @@ def check_same_rows(student: Side, teacher: Side | None) -> None:
     """Raise ValueError if the two models have different numbers of rows."""
     if teacher is not None and len(teacher.hidden) != len(student.hidden):
         raise ValueError(
-            f"the student has {len(student.hidden)} rows and the teacher {len(teacher.hidden)}"
+            f"the student has {len(student.hidden)} rows and the teacher {len(teacher.hidden)}; "
+            "both must have the same number of rows"
         )
 
 

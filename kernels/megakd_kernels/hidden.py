@@ -141,7 +141,7 @@ def _flatten(
 def _check_widths(student: int, projection: Tensor | None, teacher: int) -> None:
     if projection is None and student != teacher:
         raise ValueError(
-            f"the student is {student} wide and the teacher {teacher}: a projection is needed"
+            f"the student is {student} wide and the teacher {teacher}; pass a projection"
         )
     if projection is not None and tuple(projection.shape) != (teacher, student):
         raise ValueError(

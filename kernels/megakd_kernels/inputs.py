@@ -115,7 +115,9 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
             "they must be [..., H] and [V, H]"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{name}_bias is {list(bias.shape)} for {len(weight)} ids")
+        raise ValueError(
+            f"{name}_bias is {list(bias.shape)}; it must be [{len(weight)}], one value per id"
+        )
     _check_floating(**{f"{name}_hidden": hidden, f"{name}_weight": weight})
 
 
@@ -161,7 +163,7 @@ def check_labels(labels: Tensor, is_known: Tensor, ignore_index: int, named: str
     wrong = labels[~is_known & (labels != ignore_index)]
     if wrong.numel():
         raise ValueError(
-            f"label {int(wrong[0])} is none of the student's ids, {named}, and not ignore_index "
+            f"label {int(wrong[0])} is not one of the student's ids, {named}, and not ignore_index "
             f"{ignore_index}"
         )
 

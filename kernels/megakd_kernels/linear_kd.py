@@ -158,7 +158,10 @@ def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-o
 
 def _refuse_shards(group: ProcessGroup | None) -> None:
     if group is not None:
-        raise ValueError("impl 'reference' forms whole rows: use it without a process_group")
+        raise ValueError(
+            "impl 'reference' forms whole rows and does not support a process_group; use another "
+            "impl"
+        )
 
 
 def _reference(

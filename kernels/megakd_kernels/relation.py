@@ -161,8 +161,8 @@ def _check_keys(
         if keys.shape != queries.shape or keys.device != queries.device:
             raise ValueError(
                 f"{owner}_keys is {list(keys.shape)} on {keys.device} and {owner}_queries "
-                f"{list(queries.shape)} on {queries.device}; they must be alike (repeat the "
-                "keys of grouped-query attention)"
+                f"{list(queries.shape)} on {queries.device}; both must have the same shape and "
+                "device (repeat the keys of grouped-query attention)"
             )
 
 
@@ -180,8 +180,8 @@ def _check_masks(queries: Tensor, **masks: Tensor | None) -> None:
             continue
         if mask.shape != queries.shape[:2] or mask.device != queries.device:
             raise ValueError(
-                f"{name} is {list(mask.shape)} on {mask.device}; student_queries "
-                f"{list(queries.shape)} on {queries.device} need {list(queries.shape[:2])} there"
+                f"{name} is {list(mask.shape)} on {mask.device}; it must be "
+                f"{list(queries.shape[:2])} on {queries.device}, like student_queries"
             )
         if name != "token_weight" and (mask.is_floating_point() or mask.is_complex()):
             raise ValueError(f"{name} is {mask.dtype}; it must be bool or integers")

@@ -105,8 +105,8 @@ class Objective:
             raise ValueError(f"ce_weight is {self.ce_weight} but labels is None; pass labels")
         if not has_teacher and not self.wants_ce:
             raise ValueError(
-                "without a teacher cross-entropy is the loss, and ce_weight is 0: "
-                "pass labels and a ce_weight, or a teacher"
+                "without a teacher, cross-entropy is the only loss, and ce_weight is 0; pass "
+                "labels and a ce_weight, or a teacher"
             )
         if self.reduction == "none" and needs_grad:
             raise ValueError(
@@ -212,8 +212,8 @@ def _check_reduction(reduction: str, num_items: Number | None) -> None:
     one_of("reduction", reduction, REDUCTIONS)
     if (reduction == "num_items") != (num_items is not None):
         raise ValueError(
-            f"reduction {reduction!r} with num_items {num_items}: "
-            "num_items is needed by reduction 'num_items' and read by no other"
+            f"reduction {reduction!r} with num_items {num_items}: reduction 'num_items' needs "
+            "num_items, and no other reduction uses it"
         )
     if isinstance(num_items, int | float) and num_items <= 0:
         raise ValueError(f"num_items must be above 0, got {num_items}")

@@ -142,7 +142,7 @@ def linear_stats(  # noqa: PLR0913, the public contract: options are keyword-onl
     student = checked_side("student", student_hidden, student_weight, student_bias)
     teacher = checked_teacher(teacher_hidden, teacher_weight, teacher_bias)
     if teacher is None and labels is None:
-        raise ValueError("there is nothing to compare the student with: pass a teacher or labels")
+        raise ValueError("the student has no target: pass a teacher or labels")
     check_same_rows(student, teacher)
     ids = shard_of(None, 0, len(student.weight), vocab_size)
     rows = select_rows(
@@ -257,7 +257,7 @@ def _full_logits(side: Side, valid: Tensor, bend: Warp, dtype: torch.dtype) -> T
 
 def _label_is_top(logits: Tensor, labels: Tensor | None) -> Tensor:
     if labels is None:
-        raise ValueError("without a teacher the labels are what is compared")
+        raise ValueError("rows without a teacher need labels")
     return logits.gather(1, labels[:, None]).squeeze(1) == logits.amax(-1)
 
 

@@ -285,8 +285,8 @@ def _check_ids(ids: Tensor, is_known: Tensor, vocabulary: int) -> None:
     unknown = ids[~is_known]
     if unknown.numel():
         raise ValueError(
-            f"topk_ids hold {int(unknown[0])}, and the student has {vocabulary} ids: "
-            "the cache is of another vocabulary"
+            f"topk_ids hold {int(unknown[0])}, and the student has {vocabulary} ids: the cache was "
+            "made for another vocabulary"
         )
     ordered = ids.sort(1).values
     twice = ordered[:, 1:][(ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)]
@@ -310,17 +310,17 @@ def _check_logprobs(cache: _Cache) -> None:
 def _check_mode(mode: str, objective: Objective) -> None:
     if mode not in TOPK_MODES:
         nearest = difflib.get_close_matches(mode, TOPK_MODES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown mode {mode!r}, nearest is {nearest!r}; known: {TOPK_MODES}")
+        raise ValueError(f"unknown mode {mode!r}; did you mean {nearest!r}? known: {TOPK_MODES}")
     if mode in {"tail", "truncated"} and objective.temperature != 1.0:
         raise ValueError(
             f"mode {mode!r} at temperature {objective.temperature}: the cache holds "
-            "log-probabilities at temperature 1, which do not say what the other ids weigh at "
-            "another; use temperature 1, or mode 'renorm'"
+            "log-probabilities at temperature 1, which do not determine the weight of the other "
+            "ids at another temperature; use temperature 1, or mode 'renorm'"
         )
     if mode == "subset" and objective.wants_ce:
         raise ValueError(
             f"mode 'subset' with ce_weight {objective.ce_weight}: cross-entropy needs the logits "
-            "of all ids, which this mode is there to avoid; use mode 'renorm', or ce_weight 0"
+            "of all ids, which this mode does not form; use mode 'renorm', or ce_weight 0"
         )
 
 

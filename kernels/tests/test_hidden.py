@@ -188,12 +188,16 @@ def test_a_second_backward_gives_the_same_and_upstream_scales(states, loss):
 @pytest.mark.parametrize("needs", ["student", "projection"])
 def test_only_the_gradients_asked_for_are_formed(states, loss, needs):
     student, projection, teacher, valid = states
-    leaf = {"student": student, "projection": projection}[needs].requires_grad_()
+    leaves = {"student": student, "projection": projection}
+    both = [leaf.clone().requires_grad_() for leaf in leaves.values()]
+    whole = torch.autograd.grad(loss(*both, teacher, valid=valid), both)
+    leaves[needs].requires_grad_()
 
     loss(student, projection, teacher, valid=valid).backward()
 
-    assert leaf.grad is not None
-    assert (student.grad is None) != (projection.grad is None)
+    for (name, leaf), gradient in zip(leaves.items(), whole, strict=True):
+        assert (leaf.grad is not None) == (name == needs)
+        assert leaf.grad is None or torch.equal(leaf.grad, gradient)
 
 
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
@@ -211,7 +215,7 @@ def test_projected_states_of_all_rows_never_exist(kind, monkeypatch, largest_ten
 
 
 def test_different_widths_need_a_projection(states):
-    with pytest.raises(ValueError, match="student is 3 wide and the teacher 5: a projection"):
+    with pytest.raises(ValueError, match="student is 3 wide and the teacher 5; pass a projection"):
         mk.hidden_mse_projection_loss(states[0], None, states[2], valid=None)
 
 

@@ -47,7 +47,7 @@ def _addresses(config: RunConfig) -> Iterator[str]:
         folder = "a local folder" if isinstance(value, Path) else "a local folder or file"
         takes = folder if isinstance(value, Path) else f"{folder}, or an id on the Hugging Face Hub"
         near = f'; write "{hub[1]}"' if hub and not isinstance(value, Path) else ""
-        yield f'{key}: "{value}" is an address, and this key takes {takes}{near}'
+        yield f'{key}: must be {takes} (got the URL "{value}"){near}'
 
 
 def _places(config: RunConfig) -> Iterator[tuple[str, str | Path]]:
@@ -72,8 +72,8 @@ def _places(config: RunConfig) -> Iterator[tuple[str, str | Path]]:
 def _teacher(config: RunConfig) -> Iterator[str]:
     if config.method.needs_teacher and not config.teacher_specs:
         yield (
-            f'teacher: method "{config.method.name}" learns from a teacher and there is none; '
-            'set teacher.model, or method.name to "finetune"'
+            f'teacher: missing, and method "{config.method.name}" needs a teacher; set '
+            'teacher.model, or set method.name to "finetune"'
         )
 
 
@@ -84,29 +84,36 @@ def _method(config: RunConfig) -> Iterator[str]:
 def _pool(config: RunConfig) -> Iterator[str]:
     if config.teacher is not None and config.teachers:
         yield (
-            "teachers: there is a teacher section too; put that teacher into the list and remove "
-            "the section (teacher=null)"
+            "teachers: teacher is set too; move that teacher into the list and remove the section "
+            "(teacher=null)"
         )
     names = [spec.name for spec in config.teachers]
     for name, count in Counter(names).items():
         if count > 1:
-            yield f'teachers: the name "{name}" is given {count} times; every teacher has its own'
+            yield (
+                f'teachers: the name "{name}" is used {count} times; give every teacher a '
+                "different name"
+            )
     for name in sorted({STUDENT, TEACHER, *config.baselines}.intersection(names)):
-        yield f'{config.key_of(name)}.name: "{name}" is what another model of a run is called'
+        yield (
+            f'{config.key_of(name)}.name: "{name}" is the name of another model of the run; choose '
+            "a different name"
+        )
 
 
 def _baselines(config: RunConfig) -> Iterator[str]:
     if config.alone is not None and "alone" not in config.baselines:
-        yield "alone: says how a baseline is trained that is not listed; add baselines: [alone]"
+        yield "alone: baselines does not list alone; add baselines: [alone], or remove the section"
     known = baselines_of(config.method)
     for name, count in Counter(config.baselines).items():
         if name not in known:
             yield (
-                f'baselines: method "{config.method.name}" has no baseline "{name}"'
-                f"{suggestion(name, known)} ({', '.join(known)})"
+                f'baselines: method "{config.method.name}" has no baseline '
+                f'"{name}"{suggestion(name, known)} (known: '
+                f"{', '.join(known)})"
             )
         if count > 1:
-            yield f'baselines: "{name}" is listed {count} times'
+            yield f'baselines: "{name}" is listed {count} times; list every baseline once'
 
 
 def _student(config: RunConfig) -> Iterator[str]:
@@ -114,9 +121,9 @@ def _student(config: RunConfig) -> Iterator[str]:
     if student.model == FROM_TEACHER and student.layers is None and not method.cuts_student:
         cutting = " or ".join(methods_that_cut())
         yield (
-            f'student.model: "{FROM_TEACHER}" is cut out of the teacher, and method '
-            f'"{method.name}" cuts nothing; say which layers the student has '
-            f"(student.layers), give a model, or set method.name to {cutting}"
+            f'student.model: "{FROM_TEACHER}" needs a method that cuts the teacher, or the layers '
+            f'to keep (got method "{method.name}"); set student.layers, set student.model to a '
+            f"model, or set method.name to {cutting}"
         )
 
 
@@ -126,14 +133,23 @@ def _caches(config: RunConfig) -> Iterator[str]:
         return
     task, key = config.task.type, f"{cached[0]}.cache"
     if task == "mlm":
-        yield f"{key}: mlm hides other tokens in every epoch, so no answer serves twice; remove it"
+        yield (
+            f"{key}: task.type mlm masks other tokens in every epoch, so cached outputs cannot be "
+            "used again; remove the key"
+        )
     method = config.method
     if method.looks_into_teacher:
-        yield f'{key}: method "{method.name}" looks into the teacher itself; remove the key'
+        yield (
+            f'{key}: method "{method.name}" needs more than the outputs of the teacher, and a '
+            "cache holds only outputs; remove the key"
+        )
     for index, term in enumerate(config.objective or ()):
         where = f"objective[{index}].loss: {term.loss}"
         if looks_inside(term):
-            yield f"{where} looks into the teacher, and {key} holds its outputs alone"
+            yield (
+                f"{where} needs more than the outputs of the teacher, and {key} holds only "
+                "outputs; remove the key or the term"
+            )
         elif task == "causal_lm" and compares(term):
             yield from _of_the_largest(term, where, key)
 
@@ -141,33 +157,42 @@ def _caches(config: RunConfig) -> Iterator[str]:
 def _of_the_largest(term: TermConfig, where: str, key: str) -> Iterator[str]:
     """Yield why a term cannot be computed from only the teacher's largest probabilities."""
     if not isinstance(term, SoftTargetKl):
-        yield f"{where} needs all probabilities of the teacher, and {key} holds the largest"
+        yield (
+            f"{where} needs all probabilities of the teacher, and {key} holds only the largest; "
+            "remove the key or the term"
+        )
     elif term.temperature != 1:
         yield (
-            f"{where} at temperature {term.temperature:g}: {key} does not say how much the tokens "
-            "that it lacks weigh there; set it to 1"
+            f"{where} at temperature {term.temperature:g}: {key} holds only the largest "
+            f"probabilities, at temperature 1; set temperature to 1, or remove {key}"
         )
 
 
 def _layers(config: RunConfig) -> Iterator[str]:
     student = config.student
     if student.layers is not None and isinstance(student.model, ScratchModel):
-        yield "student.layers: a model from random weights has none to start from; remove the key"
+        yield "student.layers: a model with random weights has no layers to keep; remove the key"
     if isinstance(student.layers, tuple) and len({*student.layers}) < len(student.layers):
-        yield f"student.layers: a layer is listed twice in {list(student.layers)}"
+        yield (
+            f"student.layers: a layer is listed twice in {list(student.layers)}; list every layer "
+            "once"
+        )
     if student.teacher is not None and student.model != FROM_TEACHER:
-        yield f'student.teacher: student.model is not "{FROM_TEACHER}"; remove the key'
+        yield f'student.teacher: applies only to student.model "{FROM_TEACHER}"; remove the key'
     elif student.teacher is not None and student.teacher not in config.teacher_specs:
         yield no_such_teacher(config, "student.teacher", student.teacher)
     elif student.model == FROM_TEACHER and config.teachers and student.teacher is None:
         names = " or ".join(config.teacher_specs)
-        yield f'student.teacher: "{FROM_TEACHER}" can mean each of several; set it to {names}'
+        yield (
+            f'student.teacher: missing, and student.model "{FROM_TEACHER}" needs one of the '
+            f"teachers; set student.teacher to {names}"
+        )
 
 
 def _precision(config: RunConfig) -> Iterator[str]:
     train = config.train
     if train.bf16 and train.fp16:
-        yield "train: bf16 and fp16 are both true; keep one"
+        yield "train: bf16 and fp16 are both true; set one of them to false"
         return
     for name, spec in config.teacher_specs.items():
         if spec.finetune is None:
@@ -176,8 +201,8 @@ def _precision(config: RunConfig) -> Iterator[str]:
         fp16 = train.fp16 if spec.finetune.fp16 is None else spec.finetune.fp16
         if bf16 and fp16:
             yield (
-                f"{config.key_of(name)}.finetune: bf16 and fp16 are both true, one of them taken "
-                "over from train; set the other to false"
+                f"{config.key_of(name)}.finetune: bf16 and fp16 are both true (a key that is not "
+                "set here is inherited from train); set one of them to false here"
             )
 
 
@@ -187,39 +212,42 @@ def _task(config: RunConfig) -> Iterator[str]:
     if task.dataset == "pydocs":
         for key in ("text_columns", "label_column", "dataset_config"):
             if getattr(task, key) is not None:
-                yield f"task.{key}: the dataset pydocs takes none; remove the key"
+                yield f"task.{key}: not supported with task.dataset pydocs; remove the key"
     if task.labelled_examples is not None and task.type in LANGUAGE_TASKS:
         yield (
-            "task.labelled_examples: only classification and regression have labels to keep, "
-            f"and task.type is {task.type}; remove the key"
+            "task.labelled_examples: supported only for classification and regression, and "
+            f"task.type is {task.type}; remove the key"
         )
     if task.mlm_probability is not None and task.type != "mlm":
         yield (
-            "task.mlm_probability: only mlm masks tokens, "
-            f"and task.type is {task.type}; remove the key"
+            f"task.mlm_probability: supported only for mlm, and task.type is {task.type}; remove "
+            "the key"
         )
 
 
 def _files(task: TaskConfig) -> Iterator[str]:
     if task.dataset is None and task.train_files is None:
-        yield "task.dataset: missing, and it has no default; name data, or task.train_files"
+        yield "task.dataset: missing, and it has no default; set task.dataset or task.train_files"
     if task.dataset is not None:
         for key in ("train_files", "validation_files", "test_files"):
             if getattr(task, key) is not None:
                 yield (
-                    f"task.{key}: task.dataset brings its own splits; remove one of the two (files "
-                    "that are only scored can be task.evaluation_sets)"
+                    f"task.{key}: cannot be combined with task.dataset, which has its own splits; "
+                    "remove one of the two (task.evaluation_sets takes files that are only scored)"
                 )
     elif task.data_dir is not None or task.dataset_config is not None:
         key = "data_dir" if task.data_dir is not None else "dataset_config"
-        yield f"task.{key}: goes with task.dataset, and task.train_files is set; remove the key"
+        yield (
+            f"task.{key}: supported only with task.dataset, and task.train_files is set; remove "
+            "the key"
+        )
 
 
 def _evaluation(config: RunConfig) -> Iterator[str]:
     if config.eval.keep_best and config.eval.eval_steps is None:
         yield (
-            "eval.keep_best: true needs evaluations to choose from; set eval.eval_steps, "
-            "or leave keep_best out"
+            "eval.keep_best: true needs evaluations during training; set eval.eval_steps, or "
+            "remove the key"
         )
 
 

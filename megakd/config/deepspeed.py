@@ -82,7 +82,7 @@ def merged_ds_config(
     if group > 1 and world_size % group:
         raise ConfigError(
             f"zero_hpz_partition_size {group} does not divide the {world_size} ranks of this run; "
-            "set it to the number of GPUs of a node"
+            "set the key to the number of GPUs of a node"
         )
     # For every optimizer except its own Adam, DeepSpeed requires explicit permission.
     sgd = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
@@ -121,11 +121,13 @@ def check_frozen_stage(ds: Mapping[str, Any], *, where: str) -> None:
     if stage not in (0, 3):
         raise ConfigError(
             f"{where}: ZeRO stage {stage} shards gradients and optimizer state, and a frozen model "
-            "has none; use stage 0 (teacher_zero0, a copy per rank) or 3 (teacher_zero3, sharded)"
+            "has neither; use stage 0 (teacher_zero0, a copy per rank) or 3 (teacher_zero3, "
+            "sharded)"
         )
     if ds.get("zero_optimization", {}).get("zero_hpz_partition_size", 1) > 1:
         raise ConfigError(
-            f"{where}: DeepSpeed cannot use zero_hpz_partition_size without an optimizer; remove it"
+            f"{where}: DeepSpeed cannot use zero_hpz_partition_size without an optimizer; remove "
+            "the key"
         )
 
 
@@ -152,8 +154,8 @@ def _find(spec: str, *, where: str) -> Path:
         near = difflib.get_close_matches(spec, preset_names(), n=1)
         hint = f'; did you mean "{near[0]}"?' if near else ";"
         raise ConfigError(
-            f'{where}: unknown preset "{spec}"{hint} known: {", ".join(preset_names())}; '
-            "a file's path ends in .json"
+            f'{where}: unknown preset "{spec}"{hint} known: {", ".join(preset_names())}; the path '
+            "of a file must end in .json"
         )
     return preset
 
@@ -164,11 +166,11 @@ def _read_json(path: Path, *, where: str) -> Any:
     except json.JSONDecodeError as error:
         problem = f"is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
     except UnicodeDecodeError as error:
-        problem = f"is not UTF-8 text (byte {error.start})"
+        problem = f"is not UTF-8 text (byte {error.start}); save the file as UTF-8"
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
     except _DuplicateKeyError as error:
-        problem = f'gives the key "{error}" twice'
+        problem = f'contains the key "{error}" twice; remove one of them'
     raise ConfigError(f"{where}: {path} {problem}")
 
 

@@ -133,7 +133,9 @@ def refuse_dotted_keys(ds: Mapping[str, Any], source: str) -> None:
         outer, dot, inner = key.partition(".")
         if dot:
             nested = f'{{"{outer}": {{"{inner}": …}}}}'
-            raise ConfigError(f'{source}: DeepSpeed knows no dotted key "{key}"; nest it: {nested}')
+            raise ConfigError(
+                f'{source}: DeepSpeed does not support the dotted key "{key}"; write {nested}'
+            )
 
 
 def without_owned_keys(ds: Mapping[str, Any], source: str, *, where: str) -> dict[str, Any]:
@@ -167,12 +169,12 @@ def check_sections(ds: Mapping[str, Any], source: str) -> None:
         if near and key not in _SECTIONS:
             raise ConfigError(f'{source}: unknown key "{key}"; did you mean "{near[0]}"?')
         if value == "auto":
-            raise ConfigError(f'{source}: {key} cannot be "auto"; give a value or remove it')
+            raise ConfigError(f'{source}: {key} cannot be "auto"; set a value or remove the key')
     reduction = ds.get("gradient_allreduce_op", "mean")
     if reduction != "mean":
         raise ConfigError(
-            f"{source}: gradient_allreduce_op is {json.dumps(reduction)}, and the losses are "
-            "scaled for the mean over ranks; remove it"
+            f'{source}: gradient_allreduce_op must be "mean" (got {json.dumps(reduction)}), '
+            "because the losses are scaled for the mean over ranks; remove the key"
         )
 
 
@@ -213,8 +215,8 @@ def _check_offload(key: str, offload: Any, stage: int, source: str) -> None:
         )
     if device != "none" and stage < _OFFLOAD_FROM_STAGE[key]:
         raise ConfigError(
-            f"{where} needs ZeRO stage {_OFFLOAD_FROM_STAGE[key]} or above, and the stage "
-            f"is {stage}"
+            f"{where} needs ZeRO stage {_OFFLOAD_FROM_STAGE[key]} or above, and the stage is "
+            f"{stage}; raise zero_optimization.stage, or remove the key"
         )
 
 
@@ -253,4 +255,7 @@ def _owner(field: str, where: str) -> str:
 
 
 def _owned_elsewhere(key: str, owner: str, source: str) -> str:
-    return f'{source} sets "{key}", which belongs to {owner}; remove it there and set {owner}'
+    return (
+        f'{source} sets "{key}", which megakd takes from {owner}; remove the key there and set '
+        f"{owner}"
+    )

@@ -82,7 +82,7 @@ def _read(path: Path) -> str:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(
             f"config file {path} is not UTF-8 text: line {line} has the byte "
-            f"0x{error.object[error.start]:02x}; save it as UTF-8"
+            f"0x{error.object[error.start]:02x}; save the file as UTF-8"
         ) from error
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
@@ -202,7 +202,7 @@ def _slot(node: Any, keys: Sequence[str], override: str) -> str | int:
         raise ConfigError(f'override "{override}": {where} is {shown(node)} and has no keys')
     if not key.isdecimal() or int(key) >= len(node):
         raise ConfigError(
-            f'override "{override}": {where} is a list of {len(node)}, numbered from 0; '
-            f'it has no item "{key}"'
+            f'override "{override}": {where} is a list of {len(node)} items, numbered from 0, '
+            f'without an item "{key}"'
         )
     return int(key)

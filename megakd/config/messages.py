@@ -227,7 +227,7 @@ def _mismatch(details: Sequence[ErrorDetails]) -> str:
     expected += dict.fromkeys(_EXPECTED[d["type"]] for d in details if d["type"] in _EXPECTED)
     near = suggestion(value, choices) if isinstance(value, str) else ""
     is_number = isinstance(value, bool | int | float)
-    hint = "; quote it to make it text" if is_number and "text" in expected else ""
+    hint = "; put the value in quotes to make it text" if is_number and "text" in expected else ""
     listed = ", ".join(expected[:-1]) + " or " * (len(expected) > 1) + expected[-1]
     return f"must be {listed} (got {shown(value)}){near}{hint}"
 

@@ -30,12 +30,9 @@ def objective_problems(config: RunConfig) -> Iterator[str]:
     terms = config.objective or ()
     for name, count in Counter(term.loss for term in terms).items():
         if count > 1:
-            yield (
-                f'objective: "{name}" is listed twice; keep one term, '
-                "and say with its weight how much it counts"
-            )
+            yield f'objective: "{name}" is listed {count} times; keep one term and set its weight'
     if terms and not any(term.weight for term in terms):
-        yield "objective: every weight is 0, so there is nothing to learn; give a term a weight"
+        yield "objective: every weight is 0; set at least one weight above 0"
     for index, term in enumerate(terms):
         yield from _term(config, term, f"objective[{index}]")
 
@@ -44,15 +41,18 @@ def _term(config: RunConfig, term: TermConfig, key: str) -> Iterator[str]:
     task, where = config.task.type, f"{key}.loss: {term.loss}"
     if getattr(term, "row_weight", "equal") != "equal" and task in LANGUAGE_TASKS:
         yield (
-            f"{key}.row_weight: weighs rows by their labels, and task.type {task} has none of its "
-            "own; leave it out"
+            f"{key}.row_weight: needs one label per row, which task.type {task} does not have; "
+            "remove the key"
         )
     fitting = _tasks_of(term)
     if task not in fitting:
-        yield f"{where} is for {', '.join(fitting)}, and task.type is {task}"
+        yield (
+            f"{where} supports only task.type {', '.join(fitting)}, and task.type is {task}; "
+            "remove the term"
+        )
     elif compares(term) and not (config.method.needs_teacher or config.teacher_specs):
         yield (
-            f'{where} compares with a teacher, and method "{config.method.name}" has none; '
+            f'{where} compares with a teacher, and method "{config.method.name}" has no teacher; '
             "remove the term or choose another method"
         )
 

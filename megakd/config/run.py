@@ -40,8 +40,8 @@ def listed_files(files: Files | None) -> tuple[str, ...]:
 def _free_set_name(name: str) -> str:
     if name in ("train", "validation", "test") or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise ValueError(
-            "an evaluation set's name has letters, digits, -, _ and . alone and is not train, "
-            f"validation or test; got {name!r}"
+            "the name of an evaluation set must consist of letters, digits, -, _ and ., start with "
+            f"a letter or digit, and not be train, validation or test (got {name!r})"
         )
     return name
 
@@ -180,7 +180,8 @@ class TeacherConfig:
 def _plain_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", text):
         raise ValueError(
-            f"a teacher's name has letters, digits, - and _ alone, such as bert-base; got {text!r}"
+            "the name of a teacher must consist of letters, digits, - and _, and start with a "
+            f"letter or digit, such as bert-base (got {text!r})"
         )
     return text
 
@@ -232,7 +233,7 @@ class EvalConfig:
 
 def _repository(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text):
-        raise ValueError(f"a repository of the Hub is user/name; got {text!r}")
+        raise ValueError(f"must be a Hub repository of the form user/name (got {text!r})")
     return text
 
 

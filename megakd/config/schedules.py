@@ -164,7 +164,7 @@ class CosineWithMinLr(ConstantWithWarmup):
         """Return a message unless exactly one lowest rate is set and is below the peak rate."""
         del warm, total
         if (self.min_lr is None) == (self.min_lr_rate is None):
-            return "set one of min_lr and min_lr_rate"
+            return "set exactly one of min_lr and min_lr_rate"
         if self.min_lr is not None and self.min_lr >= peak:
             return f"min_lr {self.min_lr:g} must be below learning_rate {peak:g}"
         return None
@@ -224,7 +224,8 @@ class WarmupStableDecay(ConstantWithWarmup):
         if total is not None and needed > total:
             return (
                 f"warm-up {warm}, stable {self.num_stable_steps or 0} and decay "
-                f"{self.num_decay_steps} are {needed} steps, and the stage has {total}"
+                f"{self.num_decay_steps} take {needed} steps, and the stage has {total}; lower one "
+                "of the three, or train longer"
             )
         return None
 

@@ -25,8 +25,9 @@ def training_problems(config: RunConfig) -> Iterator[str]:
         yield from _schedule(where, train)
         if train.early_stopping_patience is not None and config.eval.eval_steps is None:
             yield (
-                f"{where}.early_stopping_patience: {train.early_stopping_patience} evaluations "
-                "are counted, and there are none; set eval.eval_steps"
+                f"{where}.early_stopping_patience: {train.early_stopping_patience} counts "
+                "evaluations, and eval.eval_steps is not set; set eval.eval_steps, or remove the "
+                "key"
             )
     yield from _metrics(config)
     yield from _hard_terms(config)
@@ -47,12 +48,15 @@ def _metrics(config: RunConfig) -> Iterator[str]:
                 f"{', '.join(known)}"
             )
     if config.eval.positive_label is not None and task != "classification":
-        yield f"eval.positive_label: task.type {task} has no labels by name; remove the key"
+        yield f"eval.positive_label: task.type {task} has no named labels; remove the key"
 
 
 def _plugin_metric(name: str, where: str, task: TaskType) -> Iterator[str]:
     if task in LANGUAGE_TASKS:
-        yield f"{where}: {name} is given all outputs, which {task} never forms; leave it out"
+        yield (
+            f"{where}: {name} needs the outputs of all rows at once, which task.type {task} does "
+            "not form; remove the metric"
+        )
         return
     try:
         metric_of(name)
@@ -67,9 +71,9 @@ def _hard_terms(config: RunConfig) -> Iterator[str]:
         for key in ("class_weights", "label_smoothing"):
             if isinstance(term, HardCrossEntropy) and getattr(term, key):
                 yield (
-                    f"objective[{index}].{key}: for classification only, and task.type is "
-                    f"{config.task.type}: a language model's loss never forms the probabilities "
-                    "of all tokens; remove the key"
+                    f"objective[{index}].{key}: supported only for classification, and task.type "
+                    f"is {config.task.type}, whose loss does not form the probabilities of all "
+                    "tokens; remove the key"
                 )
 
 

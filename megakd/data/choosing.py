@@ -51,9 +51,9 @@ def cut_validation(rows: Dataset, *, name: str) -> tuple[Dataset, Dataset]:
     keys, labelled = row_keys(rows), is_labelled(rows)
     if not labelled.any() or np.unique(keys).size < 2:
         raise DataError(
-            f"{name} has no validation split, and none can be cut from its {len(rows)} row(s): "
-            "that takes 2 different texts, at least one of them with a label; "
-            "add a file validation.*"
+            f"{name} has no validation split, and megakd cannot cut one from its {len(rows)} "
+            "row(s), because a cut needs 2 different texts and at least one label; add a file "
+            "validation.*"
         )
     held = labelled & (keys < np.uint64(int(VALIDATION_FRACTION * HASH_RANGE)))
     rest = ~np.isin(keys, keys[held])
@@ -82,7 +82,7 @@ def keep_labels(rows: Dataset, count: int | None, *, seed: int, name: str) -> Da
     if count > candidates.size:
         raise DataError(
             f"task.labelled_examples: {count}, but the training split of {name} has "
-            f"{candidates.size} labelled rows; take at most that many"
+            f"{candidates.size} labelled rows; set at most that number"
         )
     keys = row_keys(rows, salt=str(seed))[candidates]
     kept = candidates[_lowest(keys, count)]

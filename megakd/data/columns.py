@@ -173,8 +173,8 @@ def choose_fields(table: Table, task: TaskConfig) -> Fields:
     label = next((column for column in usual if column in table.columns), None)
     if label is None:
         raise DataError(
-            f"{table.name}: column {usual[0]!r} does not exist; the columns there are "
-            f"{', '.join(table.columns)}; name the one with the labels in task.label_column"
+            f"{table.name}: column {usual[0]!r} does not exist; the columns are "
+            f"{', '.join(table.columns)}; set task.label_column to the column with the labels"
         )
     return Fields(text, label)
 
@@ -185,16 +185,16 @@ def _usual_text(table: Table, task: TaskConfig) -> tuple[str, ...]:
         if all(column in table.columns for column in columns):
             return columns
     raise DataError(
-        f"{table.name}: column 'text' does not exist; the columns there are "
-        f"{', '.join(table.columns)}; name those with the text in task.text_columns"
+        f"{table.name}: column 'text' does not exist; the columns are {', '.join(table.columns)}; "
+        "set task.text_columns to the columns with the text"
     )
 
 
 def _require(table: Table, column: str, key: str) -> None:
     if column not in table.columns:
         raise DataError(
-            f"{table.name}: column {column!r} ({key}) does not exist; "
-            f"the columns there are {', '.join(table.columns)}"
+            f"{table.name}: column {column!r} ({key}) does not exist; the columns are "
+            f"{', '.join(table.columns)}"
         )
 
 
@@ -281,7 +281,7 @@ def _rows(
 def _text(table: Table, column: str, record: Record) -> str:
     text = record.values.get(column)
     if not isinstance(text, str):
-        problem = "is missing" if text is None else f"is no text: {text!r}"
+        problem = "is missing" if text is None else f"is not text: {text!r}"
         raise DataError(f"{table.name}, {record.place}: column {column!r} {problem}")
     try:
         text.encode("utf-8")

@@ -188,8 +188,8 @@ def labelled_only(rows: Dataset) -> Dataset:
     carries = ~np.isnan(labels) if labels.dtype.kind == "f" else labels != IGNORE
     if not carries.any():
         raise DataError(
-            f"none of the {len(rows)} training rows carries a label, and this stage learns from "
-            f"labels only; check task.label_column, or train without this stage"
+            f"none of the {len(rows)} training rows has a label, and this stage learns only from "
+            "labels; check task.label_column, or train without this stage"
         )
     return rows if carries.all() else rows.select(np.flatnonzero(carries))
 
@@ -222,7 +222,7 @@ class Collator:
         columns = _columns(rows) or {"input_ids": _NOTHING}
         lengths = np.concatenate([columns["input_ids"][1], np.zeros(dummy_rows, dtype=np.int64)])
         if not len(lengths):
-            raise ValueError("a micro-batch needs at least one row, be it a dummy")
+            raise ValueError("a micro-batch needs at least one row, which may be a dummy row")
         width = self._width(int(lengths.max()))
         valid = np.arange(width) < lengths[:, None]  # [B, T]
         padded = {

@@ -55,7 +55,9 @@ def local_rows(path: Path, task: TaskConfig, *, cache_dir: Path) -> Found:
     else:
         tables = _file_tables(path, "task.dataset", to_be_split=True)
     if "train" not in tables:
-        raise DataError(f"{path} holds {', '.join(tables)} and no list named 'train'")
+        raise DataError(
+            f"{path} holds {', '.join(tables)} and no list named 'train'; add that list"
+        )
     return rows_of_tables(tables, task, name=str(path), cache_dir=cache_dir)
 
 
@@ -105,7 +107,10 @@ def matching_files(files: Files, key: str) -> list[Path]:
             raise DataError(f"{key}: {path} does not exist")
     doubled = next((path for path in found if found.count(path) > 1), None)
     if doubled is not None:
-        raise DataError(f"{key}: {doubled} is named more than once; its rows would count twice")
+        raise DataError(
+            f"{key}: {doubled} is listed more than once, which would count its rows twice; list "
+            "every file once"
+        )
     return found
 
 
@@ -125,7 +130,7 @@ def _one_table(path: Path, key: str) -> Table:
     tables = _file_tables(path, key, to_be_split=False)
     if len(tables) > 1:
         raise DataError(
-            f"{key}: {path} holds the splits {', '.join(tables)}; give one list of rows"
+            f"{key}: {path} holds the splits {', '.join(tables)}; give a file with one list of rows"
         )
     return next(iter(tables.values()))
 
@@ -151,7 +156,10 @@ def scored_table(given: str) -> tuple[Table, str]:
     split: SplitName = "test" if "test" in tables else "validation"
     if split not in tables:
         there = ", ".join(tables) or "no split"
-        raise DataError(f"--data: {path} holds {there} and neither test nor validation to score")
+        raise DataError(
+            f"--data: {path} holds {there}, and neither a test nor a validation split; give a file "
+            "or folder with one of the two"
+        )
     return tables[split], split
 
 
@@ -202,8 +210,8 @@ def _folder_tables(folder: Path) -> dict[SplitName, Table]:
         return {"train": read_documents(texts, str(folder), to_be_split=True)}
     there = ", ".join(path.name for path in sorted(folder.iterdir())[:10]) or "nothing"
     raise DataError(
-        f"{folder}: train.* does not exist (with one of {', '.join(SUFFIXES)}); "
-        f"what is there: {there}"
+        f"{folder}: the file train.* does not exist (supported endings: {', '.join(SUFFIXES)}); "
+        f"the folder holds: {there}"
     )
 
 
@@ -211,7 +219,7 @@ def _split_table(paths: list[Path], folder: Path, *, to_be_split: bool) -> Table
     stems = {re.sub(r"-\d+-of-\d+$", "", path.stem) + path.suffix for path in paths}
     if len(stems) > 1:
         raise DataError(
-            f"{folder}: {' and '.join(sorted(stems))} are the same split; keep one of them"
+            f"{folder}: {' and '.join(sorted(stems))} are names of the same split; keep one of them"
         )
     suffix = _known_suffix(paths[0], "task.dataset")
     if suffix == ".txt":
@@ -222,5 +230,7 @@ def _split_table(paths: list[Path], folder: Path, *, to_be_split: bool) -> Table
 def _known_suffix(path: Path, key: str) -> str:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise DataError(f"{key}: {path} has none of the known endings {', '.join(SUFFIXES)}")
+        raise DataError(
+            f"{key}: {path} has an unsupported ending; supported: {', '.join(SUFFIXES)}"
+        )
     return suffix

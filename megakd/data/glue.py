@@ -160,12 +160,12 @@ def _plain(name: str) -> str:
 def _check(task: TaskConfig, glue: GlueTask) -> None:
     fitting = "classification" if glue.classes else "regression"
     if task.type != fitting:
-        raise ConfigError(f"task.type: {task.dataset} is a {fitting} task, got {task.type}")
+        raise ConfigError(f"task.type: must be {fitting} for {task.dataset} (got {task.type})")
     for key in ("text_columns", "label_column", "dataset_config"):
         if getattr(task, key) is not None:
             raise ConfigError(
-                f"task.{key}: {task.dataset} has its own columns; leave this key out, "
-                f"got {getattr(task, key)!r}"
+                f"task.{key}: not supported with {task.dataset}, which has its own columns; remove "
+                f"the key (got {getattr(task, key)!r})"
             )
 
 
@@ -193,15 +193,15 @@ def task_folder(data_dir: Path, name: str) -> Path:
         if folder.is_dir() and _plain(folder.name) == _plain(name):
             return folder
     raise DataError(
-        f"task.data_dir: {data_dir / 'train.tsv'} does not exist, and {data_dir} has no folder "
-        f"for the GLUE task {name}"
+        f"task.data_dir: {data_dir / 'train.tsv'} does not exist, and {data_dir} has no folder for "
+        f"the GLUE task {name}; set task.data_dir to the folder that holds train.tsv"
     )
 
 
 def _hub(name: str, glue: GlueTask) -> dict[SplitName, Table]:
     advice = (
         "set task.data_dir to a folder with GLUE's own TSV files (train.tsv, "
-        f"{glue.validation}.tsv) to do without the Hub"
+        f"{glue.validation}.tsv) to train without the Hub"
     )
     configuration = glue.folder or name
     found = load_hub(HUB_NAME, configuration, advice=advice)

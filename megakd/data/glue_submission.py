@@ -82,8 +82,9 @@ def _local(data_dir: Path, name: str, glue: GlueTask) -> dict[str, Table]:
     for stem, path in files.items():
         if not path.is_file():
             raise DataError(
-                f"{path} does not exist: the submission file {stem}.tsv answers GLUE's unlabelled "
-                f"test rows; put the file there, or leave task.data_dir out to take it from the Hub"
+                f"{path} does not exist, and the submission file {stem}.tsv needs GLUE's "
+                "unlabelled test rows; put the file there, or remove task.data_dir to load the "
+                "rows from the Hub"
             )
     if glue.folder == "mnli":
         files |= _diagnostic_file(folder)
@@ -95,12 +96,12 @@ def _diagnostic_file(folder: Path) -> dict[str, Path]:
     places = [base / name for base in (folder, folder.parent) for name in DIAGNOSTIC_FILES]
     path = next((path for path in places if path.is_file()), None)
     if path is None:
-        logger.info("no %s.tsv: %s has no AX/AX.tsv", DIAGNOSTIC, folder.parent)
+        logger.info("%s.tsv is not written: %s has no AX/AX.tsv", DIAGNOSTIC, folder.parent)
     return {} if path is None else {DIAGNOSTIC: path}
 
 
 def _hub(name: str, glue: GlueTask) -> dict[str, Table]:
-    advice = "set task.data_dir to a folder with GLUE's own TSV files to do without the Hub"
+    advice = "set task.data_dir to a folder with GLUE's own TSV files to work without the Hub"
     configuration = glue.folder or name
     found = load_hub(HUB_NAME, configuration, advice=advice)
     tables = {}
@@ -115,6 +116,6 @@ def _hub_diagnostic(advice: str) -> dict[str, Table]:
     try:
         found = load_hub(HUB_NAME, "ax", advice=advice)
     except DataError as error:
-        logger.warning("no %s.tsv: %s", DIAGNOSTIC, error)
+        logger.warning("%s.tsv is not written: %s", DIAGNOSTIC, error)
         return {}
     return {DIAGNOSTIC: hub_table(f"{HUB_NAME} ax (test)", found["test"])}

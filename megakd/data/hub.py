@@ -31,8 +31,8 @@ def hub_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
             fit the task.
     """
     advice = (
-        "task.dataset may also be pydocs, glue/<task>, or a local file or folder, "
-        f"but {task.data_name!r} is none on this machine"
+        "task.dataset may also be pydocs, glue/<task>, or a local file or folder, but "
+        f"{task.data_name!r} does not exist on this machine"
     )
     tables = hub_tables(task.data_name, task.dataset_config, advice=advice)
     if "train" not in tables:

@@ -70,7 +70,7 @@ class Classes:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         shown = ", ".join(self.names[:MAX_NAMES_SHOWN])
         more = ", …" if len(self.names) > MAX_NAMES_SHOWN else ""
-        return f"is none of the {len(self.names)} classes of this data set ({shown}{more}){hint}"
+        return f"is not one of the {len(self.names)} classes of this data set ({shown}{more}){hint}"
 
 
 def find_classes(table: Table, column: str) -> Classes:
@@ -93,8 +93,8 @@ def find_classes(table: Table, column: str) -> Classes:
             first_seen.setdefault(value, record.place)
     if not first_seen:
         raise DataError(
-            f"{table.name}: column {column!r} holds no label in any row; "
-            "at least the training rows that name the classes need one"
+            f"{table.name}: column {column!r} has no label in any row; add labels to the training "
+            "rows, or set task.label_column to another column"
         )
     numbers = _all_integers(table, first_seen)
     if len(first_seen if numbers is None else numbers) < 2:
@@ -124,8 +124,8 @@ def class_value(table: Table, column: str, record: Record) -> int | str | None:
         word = value.strip()
         return word if word and _integer(word) != IGNORE else None
     raise DataError(
-        f"{table.name}, {record.place}: label {value!r} in column {column!r} is no class; "
-        "a class is a whole number or a word (scores need task.type: regression)"
+        f"{table.name}, {record.place}: label {value!r} in column {column!r} is not a class; a "
+        "class is a whole number or a word (scores need task.type: regression)"
     )
 
 
@@ -142,7 +142,7 @@ def score(table: Table, column: str, record: Record) -> float:
     if number is None:
         raise DataError(
             f"{table.name}, {record.place}: {value!r} in column {column!r} is not a finite number; "
-            "task.type regression needs scores"
+            "task.type regression needs a number as label"
         )
     return number
 
@@ -173,8 +173,8 @@ def _all_integers(table: Table, first_seen: Mapping[int | str, str]) -> dict[int
     if len(words) < len(first_seen):
         number = next(value for value in first_seen if _integer(value) is not None)
         raise DataError(
-            f"{table.name}: labels are numbers and words at once: {number!r} "
-            f"({first_seen[number]}) and {words[0]!r} ({first_seen[words[0]]}); use one kind"
+            f"{table.name}: the labels mix numbers and words: {number!r} ({first_seen[number]}) "
+            f"and {words[0]!r} ({first_seen[words[0]]}); use only numbers or only words"
         )
     return None
 
@@ -185,8 +185,8 @@ def _numbered(table: Table, numbers: Mapping[int, str]) -> Classes:
         if not 0 <= number < count:
             raise DataError(
                 f"{table.name}, {place}: label {number} is outside 0..{count - 1}, although there "
-                f"are {count} different labels: classes are numbered from 0 without gaps; "
-                "renumber them or use words for names"
+                f"are {count} different labels: classes are numbered from 0 without gaps; renumber "
+                "the classes, or use words"
             )
     return Classes(tuple(str(number) for number in range(count)), numbered=True)
 

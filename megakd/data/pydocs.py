@@ -174,12 +174,14 @@ def _normal(text: str) -> str:
 
 def _check(task: TaskConfig) -> None:
     if task.type not in VIEW_OF:
-        raise ConfigError(f"task.type: pydocs serves {', '.join(VIEW_OF)}, got {task.type}")
+        raise ConfigError(
+            f"task.type: task.dataset pydocs supports {', '.join(VIEW_OF)} (got {task.type})"
+        )
     for key in ("data_dir", "dataset_config", "text_columns", "label_column"):
         if getattr(task, key) is not None:
             raise ConfigError(
-                f"task.{key}: pydocs is built in and has no such choice; leave this key out, "
-                f"got {str(getattr(task, key))!r}"
+                f"task.{key}: not supported with task.dataset pydocs; remove the key (got "
+                f"{str(getattr(task, key))!r})"
             )
 
 

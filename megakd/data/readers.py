@@ -74,8 +74,8 @@ def read_json(path: Path) -> dict[SplitName, Table]:
         if lists:
             return lists
     raise DataError(
-        f"{path} is neither a JSON list of rows nor an object with a list named 'train'; "
-        "one object per line is what a .jsonl file holds"
+        f"{path} is neither a JSON list of rows nor an object with a list named 'train'; use the "
+        "ending .jsonl for a file with one object per line"
     )
 
 
@@ -105,8 +105,8 @@ def joined(tables: Sequence[Table], name: str) -> Table:
     for table in tables[1:]:
         if set(table.columns) != set(first.columns):
             raise DataError(
-                f"{table.name} has the columns {', '.join(table.columns)}, "
-                f"but {first.name} has {', '.join(first.columns)}"
+                f"{table.name} has the columns {', '.join(table.columns)}, but {first.name} has "
+                f"{', '.join(first.columns)}; all files need the same columns"
             )
 
     def records() -> Iterator[Record]:
@@ -203,8 +203,7 @@ def _json_object(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
 def _refuse_doubled(tree: object, place: str) -> None:
     if isinstance(tree, DoubledKeys):
         raise DataError(
-            f"{place}: the key {tree.key!r} stands there more than once, and only one of its "
-            "values could be used; remove the others"
+            f"{place}: the key {tree.key!r} occurs more than once; keep one of its values"
         )
 
 
@@ -219,7 +218,10 @@ def _with_header(
     columns = tuple(header or first)
     doubled = sorted({name for name in columns if columns.count(name) > 1})
     if doubled:
-        raise DataError(f"{path}: column {doubled[0]!r} is there more than once")
+        raise DataError(
+            f"{path}: column {doubled[0]!r} occurs more than once; rename or remove one of the "
+            "columns"
+        )
 
     def records() -> Iterator[Record]:
         rows = fields_of(path)
@@ -245,7 +247,7 @@ def _csv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
             try:
                 values = next(reader, None)
             except csv.Error as error:
-                raise DataError(f"{path}, line {first_line}: not csv: {error}") from error
+                raise DataError(f"{path}, line {first_line}: not valid CSV: {error}") from error
             if values is None:
                 return
             if values:
@@ -278,7 +280,7 @@ def _jsonl_records(path: Path) -> Iterator[Record]:
         if isinstance(row, str):
             row = {"text": row}
         if not isinstance(row, dict):
-            raise DataError(f"{path}, {place} is no JSON object: {line.strip()[:60]!r}")
+            raise DataError(f"{path}, {place} is not a JSON object: {line.strip()[:60]!r}")
         yield Record(place, cast("Mapping[str, object]", row))
 
 
@@ -306,7 +308,7 @@ def _listed_records(name: str, rows: list[object]) -> Iterator[Record]:
             yield Record(place, dict(zip(("text", "label"), row, strict=True)))
         else:
             raise DataError(
-                f"{name}, {place} is neither a text, an object nor [text, label]: {row!r:.60}"
+                f"{name}, {place} must be a text, an object or [text, label] (got {row!r:.60})"
             )
 
 

@@ -69,7 +69,7 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
         ConfigError: keys of the task contradict each other.
     """
     if task.type in LANGUAGE_TASKS and task.labelled_examples is not None:
-        raise ConfigError(f"task.labelled_examples: {task.type} has no labels; leave this key out")
+        raise ConfigError(f"task.labelled_examples: {task.type} has no labels; remove the key")
     # Missing files are found before the training rows are read.
     sets = {name: _set_table(name, files) for name, files in task.evaluation_sets.items()}
     found = _find(task, cache_dir)
@@ -108,8 +108,8 @@ def _set_rows(name: str, table: Table, task: TaskConfig, found: Found, cache_dir
         kind = {True: "pairs of texts", False: "single texts"}
         raise DataError(
             f"task.evaluation_sets.{name}: {table.name} holds {kind['text_pair' in here]}, and the "
-            f"training rows are {kind['text_pair' in trained]}; name the columns in "
-            "task.text_columns"
+            f"training rows are {kind['text_pair' in trained]}; set task.text_columns to the text "
+            "columns"
         )
     return rows
 
@@ -123,15 +123,15 @@ def _find(task: TaskConfig, cache_dir: Path) -> Found:
         return glue_rows(task, cache_dir=cache_dir)
     if task.data_dir is not None:
         raise ConfigError(
-            f"task.data_dir: {task.data_dir} is only read for glue/<task>; "
-            f"task.dataset {task.dataset!r} names its own file, folder or Hub id"
+            f"task.data_dir: {task.data_dir} is used only for glue/<task>, and task.dataset "
+            f"{task.dataset!r} names its own file, folder or Hub id; remove the key"
         )
     path = Path(task.dataset).expanduser()
     if path.exists() or looks_like_path(task.dataset):
         if task.dataset_config is not None:
             raise ConfigError(
                 f"task.dataset_config: {task.dataset_config!r} names a configuration on the Hub, "
-                f"but task.dataset {task.dataset!r} is a local path; leave this key out"
+                f"but task.dataset {task.dataset!r} is a local path; remove the key"
             )
         return local_rows(path, task, cache_dir=cache_dir)
     return hub_rows(task, cache_dir=cache_dir)

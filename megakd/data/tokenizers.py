@@ -78,7 +78,7 @@ def load_tokenizer(
     if task.type == "mlm" and tokenizer.mask_token_id is None:
         raise DataError(
             f"{origin} has no mask token, which mlm puts in the place of the tokens to predict; "
-            f"name one in its tokenizer_config.json (mask_token), or use another tokenizer"
+            "set mask_token in its tokenizer_config.json, or use another tokenizer"
         )
     logger.info("tokenizer: %s, %d tokens", origin, len(tokenizer))
     return tokenizer
@@ -116,7 +116,7 @@ def _named(spec: str, task_type: TaskType) -> PreTrainedTokenizerBase:
     if folder.is_dir():
         if not has_tokenizer_files(folder):
             raise DataError(
-                f'task.tokenizer "{spec}" holds no tokenizer files: looked for {LOOKED_FOR}'
+                f'task.tokenizer "{spec}" has no tokenizer files; the folder must hold {LOOKED_FOR}'
             )
         return from_folder(folder, task_type)
     if folder.is_file():
@@ -132,9 +132,9 @@ def _named(spec: str, task_type: TaskType) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
     except Exception as error:
         raise DataError(
-            f'task.tokenizer "{spec}" is no folder here, and the Hub does not give it: '
-            f"{_first_line(error)}. Check the name; without a network, download it before or "
-            f"give a folder that holds {LOOKED_FOR}"
+            f'task.tokenizer "{spec}" is not a local folder and cannot be loaded from the Hub: '
+            f"{_first_line(error)}. Check the name; without a network, download the tokenizer "
+            f"first, or give a folder that holds {LOOKED_FOR}"
         ) from error
 
 
@@ -152,8 +152,8 @@ def from_folder(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
     except Exception as error:
         # Broken files may raise KeyError, JSONDecodeError or a plain Exception.
         raise DataError(
-            f"the tokenizer files in {folder} cannot be read: {_first_line(error)}. Fetch them "
-            f"again, or give another tokenizer as task.tokenizer"
+            f"the tokenizer files in {folder} cannot be read: {_first_line(error)}. Download the "
+            "files again, or set task.tokenizer to another tokenizer"
         ) from error
 
 
@@ -267,9 +267,8 @@ def _sentencepiece_file(folder: Path) -> Path | None:
 def _give_pad_token(tokenizer: PreTrainedTokenizerBase, task_type: TaskType, origin: str) -> None:
     if task_type != "causal_lm":
         raise DataError(
-            f"{origin} has no pad token, which {task_type} needs to put texts of different "
-            f"length into one batch; name one in its tokenizer_config.json (pad_token), or use "
-            f"another tokenizer"
+            f"{origin} has no pad token, which {task_type} needs to put texts of different length "
+            "into one batch; set pad_token in its tokenizer_config.json, or use another tokenizer"
         )
     # A packed row is padded only at its end, and padding is a separate document.
     if tokenizer.eos_token is not None:

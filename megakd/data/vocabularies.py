@@ -232,8 +232,9 @@ def _unigram_pieces(sentences: Iterator[str], size: int) -> list[tuple[str, floa
         )
     except RuntimeError as error:
         raise DataError(
-            f"no unigram tokenizer of {size} pieces can be trained on the training text: {error}; "
-            f"change task.tokenizer.vocab_size or use task.tokenizer.type wordpiece or bpe"
+            f"a unigram tokenizer of {size} pieces cannot be trained on the training text: "
+            f"{error}; change task.tokenizer.vocab_size, or set task.tokenizer.type to wordpiece "
+            "or bpe"
         ) from error
     trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     return [(trained.IdToPiece(i), trained.GetScore(i)) for i in range(1, len(trained))][:size]

@@ -319,12 +319,12 @@ def architecture_named(model_type: str, task: TaskType | None = None) -> Archite
     architecture = ARCHITECTURES.get(model_type)
     if architecture is None:
         raise ModelError(
-            f"model_type {model_type!r} is not known; use one of {known}{_how_to_add()}"
+            f"model_type {model_type!r} is not supported; use one of {known}{_how_to_add()}"
         )
     if task is not None and task not in architecture.tasks:
         raise ModelError(
-            f"model_type {model_type!r} is for {', '.join(architecture.tasks)} and cannot do"
-            f" task.type {task}; use one of {known}"
+            f"model_type {model_type!r} supports {', '.join(architecture.tasks)} and not task.type "
+            f"{task}; use one of {known}"
         )
     return architecture if task is None else architecture.for_task(task)
 
@@ -333,6 +333,6 @@ def _how_to_add() -> str:
     needed = [field.name for field in fields(Architecture) if field.default is MISSING]
     others = [field.name for field in fields(Architecture) if field.default is not MISSING]
     return (
-        f"; or add the family to FAMILIES in {__name__.replace('.', '/')}.py: an Architecture"
-        f" with {', '.join(needed)}, and where it differs from BERT {', '.join(others)}"
+        f"; or add the family to FAMILIES in {__name__.replace('.', '/')}.py: an Architecture with "
+        f"{', '.join(needed)}, and, where the family differs from BERT, {', '.join(others)}"
     )

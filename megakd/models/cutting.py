@@ -134,7 +134,7 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
         MegakdError: the disk is full.
     """
     if source.folder is None:
-        raise ModelError(f"{source.where}: {source.name} has no weights yet that could be cut")
+        raise ModelError(f"{source.where}: {source.name} has no stored weights that could be cut")
     whole, match = plan_loading(
         source, task, label_names, tokenizer_size=len(tokenizer), need_head=True
     )
@@ -169,7 +169,8 @@ def _checked(view: View, whole: View) -> View:
     ):
         if len(wanted) != len(there):
             raise ModelError(
-                f"the view has {kind} for {len(wanted)} layers and the model {len(there)}"
+                f"the view lists {kind} for {len(wanted)} layers, and the model has {len(there)} "
+                "layers"
             )
         for number, (kept, count) in enumerate(zip(wanted, there, strict=True)):
             if not 0 <= kept <= count:
@@ -178,7 +179,9 @@ def _checked(view: View, whole: View) -> View:
                 )
     width = whole.width if view.width is None else view.width
     if width is None or not 0 < width <= (whole.width or 0):
-        raise ModelError(f"the view keeps a width of {view.width} of {whole.width}")
+        raise ModelError(
+            f"the view keeps a width of {view.width}, and the model has a width of {whole.width}"
+        )
     return view._replace(width=width)
 
 
@@ -247,9 +250,9 @@ def _own_config(config: PretrainedConfig, view: View) -> PretrainedConfig:
     name = f"{CUT}{config.model_type.removeprefix(CUT)}"
     if name not in OWN_MODELS:
         raise ModelError(
-            f"no {config.model_type} model can keep {view.heads} heads and {view.neurons} neurons"
-            " in its layers; keep the same number in all of them, or write its class in"
-            " megakd/models/modeling/modeling_cut.py"
+            f"a {config.model_type} model cannot keep {view.heads} heads and {view.neurons} "
+            "neurons in its layers; keep the same number in all layers, or write its class in "
+            "megakd/models/modeling/modeling_cut.py"
         )
     return _changed(config, name, changes)
 
@@ -292,8 +295,8 @@ def _check_shapes(
         if name not in wanted or wanted[name].shape != shape:
             expected = list(wanted[name].shape) if name in wanted else None
             raise RuntimeError(
-                f"a cut {name} is {list(shape)} and the cut model's {expected}: the family's entry"
-                " in ARCHITECTURES does not agree with its class"
+                f"the cut weight {name} has the shape {list(shape)}, and the cut model expects "
+                f"{expected}: the family's entry in ARCHITECTURES does not agree with its class"
             )
 
 

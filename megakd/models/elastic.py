@@ -60,7 +60,9 @@ class Elastic:
 
     def __init__(self, model: PreTrainedModel) -> None:
         if any(isinstance(module, ElasticModule) for module in model.modules()):
-            raise ModelError(f"{type(model).__name__} is elastic already; use the Elastic it has")
+            raise ModelError(
+                f"{type(model).__name__} is already elastic; use the existing Elastic of the model"
+            )
         architecture = architecture_of(model.config)
         self._units = architecture.units(model.config)
         self._views = Views()
@@ -148,18 +150,20 @@ class Elastic:
         if view.width is None or view.width == units.width:
             return
         if units.width is None or not 0 < view.width < units.width:
-            raise ModelError(f"a view of width {view.width} of a model {units.width} wide")
+            raise ModelError(
+                f"a view of width {view.width} does not fit a model of width {units.width}"
+            )
         if self._rigid is not None:
             raise ModelError(
-                f"the width of this model cannot be narrowed: {self._rigid} belongs to a module of"
-                " unknown kind; leave View.width at None, or add its kind to MIXINS"
+                f"the width of this model cannot be narrowed: {self._rigid} belongs to a module of "
+                "an unsupported kind; leave View.width at None, or add the kind to MIXINS"
             )
 
 
 def _check_counts(kind: str, kept: tuple[int, ...], there: tuple[int, ...]) -> None:
     fits = len(kept) == len(there) and all(0 <= k <= t for k, t in zip(kept, there, strict=True))
     if not fits:
-        raise ModelError(f"a view of {kind} {kept} of a model that has {there}")
+        raise ModelError(f"a view of {kind} {kept} does not fit a model that has {there}")
 
 
 def _mixin_for(module: nn.Module) -> type[ElasticModule] | None:

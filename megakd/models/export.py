@@ -60,17 +60,37 @@ def write_model_folder(
     tensors = iter(state)
     try:
         with sealed_folder(folder) as temporary:
-            dtype = write_weights(temporary, tensors)
-            _write_config(temporary, _exported(config, dtype, architecture), tokenizer)
-            if config.model_type in OWN_MODELS:
-                file = OWN_MODELS[config.model_type].file
-                shutil.copyfile(file, temporary / file.name)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(str(temporary))
-            for name, content in (extra or {}).items():
-                write_content(temporary / name, content() if callable(content) else content)
+            fill_model_folder(
+                temporary,
+                config=config,
+                state=tensors,
+                tokenizer=tokenizer,
+                architecture=architecture,
+                extra=extra,
+            )
     finally:
         deque(tensors, maxlen=0)
+
+
+def fill_model_folder(
+    folder: Path,
+    *,
+    config: PretrainedConfig,
+    state: Iterable[tuple[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    architecture: str | None,
+    extra: Extra | None,
+) -> None:
+    """Write the files of `write_model_folder` into a folder that the caller seals."""
+    dtype = write_weights(folder, state)
+    _write_config(folder, _exported(config, dtype, architecture), tokenizer)
+    if config.model_type in OWN_MODELS:
+        file = OWN_MODELS[config.model_type].file
+        shutil.copyfile(file, folder / file.name)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+    for name, content in (extra or {}).items():
+        write_content(folder / name, content() if callable(content) else content)
 
 
 def write_weights(folder: Path, state: Iterable[tuple[str, Tensor]]) -> torch.dtype:

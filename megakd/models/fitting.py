@@ -69,8 +69,9 @@ def plan_loading(
 def _check_sizes(source: ModelSource, task: TaskConfig, tokenizer_size: int) -> None:
     if tokenizer_size > source.config.vocab_size:
         raise ModelError(
-            f"{source.where}: the tokenizer has {tokenizer_size} tokens and the model's embedding"
-            f" {source.config.vocab_size}; set task.tokenizer to the model's own"
+            f"{source.where}: the tokenizer has {tokenizer_size} tokens, and the embedding of the "
+            f"model has {source.config.vocab_size}; set task.tokenizer to the tokenizer of the "
+            "model"
         )
     longest = source.architecture.longest_input(source.config)
     if longest is not None and task.max_length > longest:
@@ -101,8 +102,8 @@ def build_empty(
             )
     except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise ModelError(
-            f"{source.where}: no {config.model_type} model can be built from this config:"
-            f" {one_line(error)}"
+            f"{source.where}: a {config.model_type} model cannot be built from this config: "
+            f"{one_line(error)}"
         ) from error
     model.tie_weights()
     return model

@@ -119,5 +119,5 @@ def _cpu_seeded(seed: int) -> Iterator[None]:
 
 def _complete(values: Tensor, name: str) -> Tensor:
     if values.isnan().any():
-        raise RuntimeError(f"the model's class gives {name} no first value")
+        raise RuntimeError(f"the class of the model does not initialize {name}")
     return values

@@ -54,10 +54,14 @@ def _numbers(wanted: int | Sequence[int], count: int, where: str) -> tuple[int, 
     if isinstance(wanted, int) and many <= count:
         return tuple(round(index * count / many) for index in range(1, many + 1))
     if isinstance(wanted, int):
-        raise ModelError(f"{where}: {wanted} layers are wanted and the model has {count}")
+        raise ModelError(
+            f"{where}: must be at most {count}, the number of layers of the model (got {wanted})"
+        )
     beyond = [number for number in wanted if number > count]
     if beyond:
-        raise ModelError(f"{where}: there is no layer {beyond[0]}; the model has {count}, from 1")
+        raise ModelError(
+            f"{where}: layer {beyond[0]} does not exist; the model has the layers 1 to {count}"
+        )
     return tuple(wanted)
 
 

@@ -208,7 +208,7 @@ def _scratch_source(
 ) -> ModelSource:
     model_type = keys.get("model_type")
     if not isinstance(model_type, str):
-        raise ModelError(f"{where}.config has no model_type; give one, such as model_type: bert")
+        raise ModelError(f"{where}.config has no model_type; set one, such as model_type: bert")
     model_type = built_as(model_type, architecture, where)
     family = _architecture(model_type, task, f"{where}.config")
     rest = {key: value for key, value in keys.items() if key != "model_type"}
@@ -220,8 +220,8 @@ def _scratch_source(
     check_sizes(config, family, f"{where}.config")
     if getattr(config, "sinusoidal_pos_embds", False):
         raise ModelError(
-            f"{where}.config: sinusoidal_pos_embds: true is not supported for a model from scratch;"
-            " leave it out, and positions are learned"
+            f"{where}.config: sinusoidal_pos_embds: true is not supported for a model from "
+            "scratch; remove the key to use learned positions"
         )
     return ModelSource(
         name=f"new {model_type}",
@@ -241,8 +241,8 @@ def _check_config_keys(model_type: str, keys: Mapping[str, Any], where: str) -> 
         if key not in known:
             nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)[0]
             raise ModelError(
-                f"{where}.config.{key}: no such key in a {model_type} config;"
-                f" did you mean {nearest}?"
+                f"{where}.config.{key}: unknown key of a {model_type} config; did you mean "
+                f"{nearest}?"
             )
 
 
@@ -270,8 +270,8 @@ def _folder_of(spec: str, where: str, *, trust_remote_code: bool, allow_pickle: 
         )
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{where}: {spec} is neither a folder nor can it be fetched from the Hub"
-            f" ({one_line(error)}); check the name and the network, or give a folder"
+            f"{where}: {spec} is not a local folder and cannot be downloaded from the Hub "
+            f"({one_line(error)}); check the name and the network, or give a folder"
         ) from error
 
 
@@ -283,11 +283,11 @@ def _read_config(folder: Path, where: str, *, trust_remote_code: bool) -> dict[s
     except FileNotFoundError:
         raise ModelError(f"{where}: {file} does not exist") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{where}: {file} is no model config: {error!r}") from error
+        raise ModelError(f"{where}: {file} is not a model config: {error!r}") from error
     if "auto_map" in keys and model_type not in CONFIG_MAPPING and not trust_remote_code:
         raise ModelError(
-            f"{where}: {folder} is a {model_type!r} model, which runs code of its own; set"
-            f" {where.partition('.')[0]}.trust_remote_code: true if you trust it"
+            f"{where}: {folder} is a {model_type!r} model, which runs its own code; set "
+            f"{where.partition('.')[0]}.trust_remote_code: true if you trust that code"
         )
     if "quantization_config" in keys:
         raise ModelError(
@@ -312,7 +312,7 @@ def _check_sharded(model: PreTrainedModel) -> None:
         name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_id")
     ]
     if is_sharded(model) and whole:
-        raise RuntimeError(f"{len(whole)} parameters escaped sharding, among them {whole[0]}")
+        raise RuntimeError(f"{len(whole)} parameters are not sharded, among them {whole[0]}")
 
 
 def _log_match(source: ModelSource, match: Match) -> None:
@@ -320,11 +320,14 @@ def _log_match(source: ModelSource, match: Match) -> None:
         return
     if match.missing:
         logger.info(
-            "%s: %d weights start new: %s", source.where, len(match.missing), match.missing[0]
+            "%s: %d weights are newly initialized, such as %s",
+            source.where,
+            len(match.missing),
+            match.missing[0],
         )
     if match.unused:
         logger.info(
-            "%s: %d stored weights are not used: %s",
+            "%s: %d stored weights are not used, such as %s",
             source.where,
             len(match.unused),
             match.unused[0],

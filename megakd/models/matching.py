@@ -93,9 +93,9 @@ def check_backbone(match: Match, source: ModelSource) -> None:
     lacking = [name for name in match.missing if not source.architecture.of_the_task(name)]
     if lacking:
         raise ModelError(
-            f"{source.where}: {source.folder} lacks {len(lacking)} weights of a"
-            f" {source.config.model_type} model ({_some(lacking)}); do its config.json and its"
-            " weights belong together?"
+            f"{source.where}: {source.folder} lacks {len(lacking)} weights of a "
+            f"{source.config.model_type} model ({_some(lacking)}); check that config.json and the "
+            "weights belong to the same model"
         )
 
 
@@ -106,8 +106,9 @@ def check_shapes(match: Match, model: PreTrainedModel, *, where: str) -> None:
         expected = tuple(tensors[name].shape)
         if stored.shape != expected:
             raise ModelError(
-                f"{where}: {stored.file} holds {stored.key} of shape {list(stored.shape)} and the"
-                f" config asks for {list(expected)}; do config.json and weights belong together?"
+                f"{where}: {stored.file} holds {stored.key} of shape {list(stored.shape)}, and "
+                f"config.json requires {list(expected)}; check that config.json and the weights "
+                "belong to the same model"
             )
 
 
@@ -117,9 +118,9 @@ def check_dtypes(match: Match, model: PreTrainedModel, *, where: str) -> None:
     for name, stored in match.stored.items():
         if tensors[name].is_floating_point() and not stored.dtype.is_floating_point:
             raise ModelError(
-                f"{where}: {stored.file} holds {stored.key} as {_dtype_name(stored.dtype)}, and"
-                f" weights are numbers with a fraction; a quantized model cannot be loaded: give"
-                f" the model in fp32, bf16 or fp16"
+                f"{where}: {stored.file} holds {stored.key} as {_dtype_name(stored.dtype)}, which "
+                "is not a floating-point type, and quantized models are not supported; give the "
+                "model in fp32, bf16 or fp16"
             )
 
 

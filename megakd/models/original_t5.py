@@ -43,8 +43,8 @@ def built_as(model_type: str, wanted: str | None, where: str) -> str:
         return wanted or next(iter(READ_AS))
     if wanted not in (None, model_type):
         raise ModelError(
-            f"{where.partition('.')[0]}.architecture: {wanted} is a way to read a T5 checkpoint,"
-            f" and {where} is a {model_type!r} model; leave the key out"
+            f"{where.partition('.')[0]}.architecture: {wanted} applies only to a T5 checkpoint, "
+            f"and {where} is a {model_type!r} model; remove the key"
         )
     return model_type
 
@@ -62,8 +62,8 @@ def read_original(
     """
     if model_type == EncT5Config.model_type and not any(key.startswith(DECODER) for key in stored):
         raise ModelError(
-            f"{where} holds T5's encoder alone, and {model_type} takes over the first decoder"
-            f" layer; set {where.partition('.')[0]}.architecture: {T5EncoderConfig.model_type}"
+            f"{where} holds only the encoder of T5, and {model_type} needs the first decoder "
+            f"layer; set {where.partition('.')[0]}.architecture: {T5EncoderConfig.model_type}"
         )
     keys = {key: getattr(config, key) for key in KEPT_KEYS}
     names = {key: EMBEDDINGS.get(key, key) for key in stored}

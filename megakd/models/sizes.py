@@ -32,12 +32,12 @@ def check_sizes(config: PretrainedConfig, architecture: Architecture, where: str
         size = getattr(config, key, None)
         if size is not None and not (isinstance(size, int) and 1 <= size <= LARGEST):
             raise ModelError(
-                f"{where}: {key} is {size!r}; give a whole number from 1 to {LARGEST:,}"
+                f"{where}: {key} must be a whole number from 1 to {LARGEST:,} (got {size!r})"
             )
     heads, width = getattr(config, architecture.attention_heads), architecture.hidden_width(config)
     if getattr(config, "head_dim", None) is None and width % heads:
         raise ModelError(
-            f"{where}: {architecture.width} {width} does not divide into "
+            f"{where}: {architecture.width} {width} is not divisible by "
             f"{architecture.attention_heads} {heads}"
         )
 

@@ -91,8 +91,8 @@ def check_weight_files(
         _check_index(folder / index, stored, where, used=files[0].name != single)
         return stored
     raise ModelError(
-        f"{where}: {folder} has no weights: neither {SAFETENSORS} nor {SAFETENSORS_INDEX} is there"
-        f" (pickle files are read only with {where.partition('.')[0]}.allow_pickle: true)"
+        f"{where}: {folder} has no weights: neither {SAFETENSORS} nor {SAFETENSORS_INDEX} exists "
+        f"(pickle files are read only with {where.partition('.')[0]}.allow_pickle: true)"
     )
 
 
@@ -164,7 +164,7 @@ def _load_pickle(file: Path, where: str) -> dict[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ModelError(f"{where}: {file} is damaged or no weight file: {error}") from error
+        raise ModelError(f"{where}: {file} is damaged or not a weight file: {error}") from error
     return {key: tensor for key, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 
@@ -278,7 +278,7 @@ def _read_into(stream: RawIOBase, buffer: memoryview, stored: StoredTensor, wher
         count = stream.readinto(buffer[done:])
         if not count:
             raise ModelError(
-                f"{where}: {stored.file} ended after {done} of the {len(buffer)} bytes of"
-                f" {stored.key}; was it changed while it was read?"
+                f"{where}: {stored.file} ended after {done} of the {len(buffer)} bytes of "
+                f"{stored.key}; the file may have changed during reading"
             )
         done += count

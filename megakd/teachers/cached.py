@@ -115,7 +115,7 @@ def _whole_shards(folder: Path, shards: Sequence[Shard], ranks: Ranks) -> list[S
     found = together(lambda: {s.name: damage_of(folder / s.name, s.files) for s in mine})
     damaged = {name: said for share in gather(found) for name, said in share.items() if said}
     for name, said in damaged.items():
-        logger.warning("%s is damaged (%s): its rows are asked again", folder / name, said)
+        logger.warning("%s is damaged (%s): its rows are computed again", folder / name, said)
     return [shard for shard in shards if shard.name not in damaged]
 
 
@@ -136,7 +136,8 @@ def _in_order(shards: Iterable[Shard]) -> list[Shard]:
 def _announce(folder: Path, layout: Layout, rows: int, done: int) -> None:
     size = rows * layout.row_bytes
     logger.info(
-        "%s: %d rows of %d bytes (%.1f bytes a token), %.1f MB in %d shards; %d rows are there",
+        "%s: %d rows of %d bytes (%.1f bytes per token), %.1f MB in %d shards; %d rows are "
+        "already cached",
         *(folder, rows, layout.row_bytes, layout.row_bytes / max(layout.tokens_per_row, 1)),
         *(size / 1e6, -(-rows // layout.rows_per_shard()), done),
     )
@@ -178,19 +179,20 @@ def _read_manifest(folder: Path, facts: Fingerprint) -> tuple[list[Shard], int]:
         there, rows, version = tree["facts"], int(tree["rows"]), tree["version"]
     except FileNotFoundError as error:
         raise TeacherError(
-            f"{path} does not exist; make the cache first: launch/cache_teacher.py --config F"
+            f"{path} does not exist; create the cache first: launch/cache_teacher.py --config F"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise TeacherError(
-            f"{path} is damaged or of an earlier version ({error}); remove {folder} and make the "
-            "cache anew: launch/cache_teacher.py --config F"
+            f"{path} is damaged or of an earlier version ({error}); remove {folder} and create the "
+            "cache again: launch/cache_teacher.py --config F"
         ) from error
     here = json.loads(json.dumps(facts))
     differing = differences({"version": version, **there}, {"version": VERSION, **here})
     if differing:
         raise TeacherError(
-            f"{folder} holds the answers to something else ({differing}); give another folder as "
-            "the teacher's cache, or remove this one and make it anew"
+            f"{folder} holds the cache of another teacher, other data or another setting "
+            f"({differing}); set the teacher's cache to another folder, or remove this folder and "
+            "create the cache again"
         )
     return shards, rows
 
@@ -203,7 +205,8 @@ class CachedTeacher:
         found = sum(shard.rows for shard in shards)
         if found != rows:
             raise TeacherError(
-                f"{folder} holds {found} of {rows} rows; launch/cache_teacher.py goes on with it"
+                f"{folder} holds {found} of {rows} rows; complete the cache: "
+                "launch/cache_teacher.py --config F"
             )
         mine = shards[ranks.rank :: ranks.world_size]
         together(lambda: _verify(folder, mine))
@@ -214,7 +217,7 @@ class CachedTeacher:
     def __call__(self, batch: Batch) -> Knowledge:
         """Return the teacher's answers to the rows of a batch; dummy rows get zeros."""
         if batch.rows is None:
-            raise TypeError("a cache answers training rows alone, and this batch has no numbers")
+            raise TypeError("a cache holds only training rows, and this batch has no row numbers")
         numbers = batch.rows.tolist()
         said = {
             key: torch.from_numpy(np.stack([self._row(key, number) for number in numbers]))
@@ -249,7 +252,7 @@ def _verify(folder: Path, shards: Sequence[Shard]) -> None:
         if damage is not None:
             raise TeacherError(
                 f"{folder / shard.name} is damaged: {damage}; launch/cache_teacher.py --config F "
-                "asks the teacher about its rows again"
+                "computes its rows again"
             )
 
 

@@ -15,11 +15,11 @@ from megakd.errors import ConfigError
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["alone={max_steps: 3}"], "alone: says how a baseline is trained that is not listed"),
-        (["teacher=null"], 'teacher: method "single" learns from a teacher and there is none'),
+        (["alone={max_steps: 3}"], "alone: baselines does not list alone; add baselines: [alone]"),
+        (["teacher=null"], 'teacher: missing, and method "single" needs a teacher; set'),
         (
             ["method.name=finetune", "objective=null"],
-            'teacher: method "finetune" learns from the labels alone and has no use for a teacher',
+            'teacher: method "finetune" learns only from the labels and does not use a teacher',
         ),
         (
             ["method.name=finetune", "teacher=null", "objective=[{loss: soft_target_kl}]"],
@@ -36,18 +36,21 @@ from megakd.errors import ConfigError
             )
             for name in ("soft_target_tvd", "embedding_mse", "relation_fsp", "attention_mse")
         ),
-        (["train.bf16=true", "train.fp16=true"], "train: bf16 and fp16 are both true; keep one"),
+        (
+            ["train.bf16=true", "train.fp16=true"],
+            "train: bf16 and fp16 are both true; set one of them",
+        ),
         (
             ["train.bf16=true", "teacher.finetune.fp16=true"],
-            "teacher.finetune: bf16 and fp16 are both true, one of them taken over from train",
+            "teacher.finetune: bf16 and fp16 are both true (a key that is not set here is",
         ),
         (
             ["objective.1={loss: hard_mse}"],
-            "objective[1].loss: hard_mse is for regression, and task.type is classification",
+            "objective[1].loss: hard_mse supports only task.type regression, and task.type is cl",
         ),
         (
             ["objective.1={loss: soft_target_mse}", "task.type=causal_lm"],
-            "objective[1].loss: soft_target_mse is for regression, and task.type is causal_lm",
+            "objective[1].loss: soft_target_mse supports only task.type regression, and task.type",
         ),
         (
             [
@@ -55,28 +58,28 @@ from megakd.errors import ConfigError
                 "task.dataset=glue/stsb",
                 "objective=[{loss: soft_target_kl}]",
             ],
-            "objective[0].loss: soft_target_kl is for classification, mlm, causal_lm, and task."
-            "type is regression",
+            "objective[0].loss: soft_target_kl supports only task.type classification, mlm, "
+            "causal_lm, and task.type is regression",
         ),
         (
             ["objective.1={loss: hard_cross_entropy}"],
-            'objective: "hard_cross_entropy" is listed twice',
+            'objective: "hard_cross_entropy" is listed 2 times; keep one',
         ),
         (["objective.0.weight=0", "objective.1.weight=0"], "objective: every weight is 0"),
-        (["eval.keep_best=true"], "eval.keep_best: true needs evaluations to choose from"),
-        (["task.text_columns=[a]"], "task.text_columns: the dataset pydocs takes none"),
-        (["task.label_column=a"], "task.label_column: the dataset pydocs takes none"),
+        (["eval.keep_best=true"], "eval.keep_best: true needs evaluations during training"),
+        (["task.text_columns=[a]"], "task.text_columns: not supported with task.dataset pydocs"),
+        (["task.label_column=a"], "task.label_column: not supported with task.dataset pydocs"),
         (
             ["task.type=causal_lm", "task.labelled_examples=5"],
-            "task.labelled_examples: only classification and regression have labels to keep",
+            "task.labelled_examples: supported only for classification and regression",
         ),
         (
             ["task.type=mlm", "task.labelled_examples=5"],
-            "labels to keep, and task.type is mlm; remove the key",
+            "classification and regression, and task.type is mlm; remove the key",
         ),
         (
             ["task.type=causal_lm", "task.mlm_probability=0.2"],
-            "task.mlm_probability: only mlm masks tokens, and task.type is causal_lm; remove",
+            "task.mlm_probability: supported only for mlm, and task.type is causal_lm; remove",
         ),
         (["task.type=mlm", "task.mlm_probability=0"], "task.mlm_probability: must be above 0"),
         (["task.type=mlm", "task.mlm_probability=1.5"], "task.mlm_probability: must be at most 1"),
@@ -87,16 +90,16 @@ from megakd.errors import ConfigError
         ),
         (
             ["task.type=mlm", "objective.1={loss: hard_mse}"],
-            "objective[1].loss: hard_mse is for regression, and task.type is mlm",
+            "objective[1].loss: hard_mse supports only task.type regression, and task.type is mlm",
         ),
         (["baselines=[alone, alone]"], 'baselines: "alone" is listed 2 times'),
-        (["baselines=[allone]"], 'has no baseline "allone"; did you mean "alone"? (alone)'),
-        (["baselines=[direct]"], 'has no baseline "direct" (alone)'),
+        (["baselines=[allone]"], 'has no baseline "allone"; did you mean "alone"? (known: alone)'),
+        (["baselines=[direct]"], 'has no baseline "direct" (known: alone)'),
         (["student.deepspeed=zero22"], 'student.deepspeed: unknown preset "zero22"; did you mean'),
         (["teacher.deepspeed=zero2"], "teacher.deepspeed: ZeRO stage 2 shards gradients and opti"),
         (
             ["teacher.finetune.deepspeed={gradient_clipping: 1}"],
-            'teacher.finetune.deepspeed sets "gradient_clipping", which belongs to '
+            'teacher.finetune.deepspeed sets "gradient_clipping", which megakd takes from '
             "teacher.finetune.max_grad_norm",
         ),
     ],
@@ -131,12 +134,13 @@ def test_settings_near_those_refusals_are_accepted(run_file: Path, overrides: li
     [
         (
             ["train.early_stopping_patience=2"],
-            "train.early_stopping_patience: 2 evaluations are counted, and there are none; set "
+            "train.early_stopping_patience: 2 counts evaluations, and eval.eval_steps is not set; "
+            "set "
             "eval.eval_steps",
         ),
         (
             ["teacher.finetune={early_stopping_patience: 2}"],
-            "teacher.finetune.early_stopping_patience: 2 evaluations are counted",
+            "teacher.finetune.early_stopping_patience: 2 counts evaluations",
         ),
         (
             ["train.lr_scheduler_type=constant", "train.warmup_steps=3"],
@@ -164,7 +168,8 @@ def test_settings_near_those_refusals_are_accepted(run_file: Path, overrides: li
         ),
         (
             ["train.lr_scheduler_type=cosine_with_min_lr"],
-            "train.lr_scheduler_type: cosine_with_min_lr: set one of min_lr and min_lr_rate",
+            "train.lr_scheduler_type: cosine_with_min_lr: set exactly one of min_lr and "
+            "min_lr_rate",
         ),
         (
             ["train.lr_scheduler_type=warmup_stable_decay"],
@@ -176,7 +181,7 @@ def test_settings_near_those_refusals_are_accepted(run_file: Path, overrides: li
                 "train.lr_scheduler_type=warmup_stable_decay",
                 "train.lr_scheduler_kwargs={num_decay_steps: 20}",
             ],
-            "warmup_stable_decay: warm-up 0, stable 0 and decay 20 are 20 steps, and the stage",
+            "warmup_stable_decay: warm-up 0, stable 0 and decay 20 take 20 steps, and the stage",
         ),
         (
             ["log.tensorboard=true"],
@@ -192,9 +197,12 @@ def test_settings_near_those_refusals_are_accepted(run_file: Path, overrides: li
         ),
         (
             ["task.type=causal_lm", "eval.positive_label=x"],
-            "eval.positive_label: task.type causal_lm has no labels by name; remove the key",
+            "eval.positive_label: task.type causal_lm has no named labels; remove the key",
         ),
-        (["save.push_to_hub=me"], "save.push_to_hub: a repository of the Hub is user/name; got"),
+        (
+            ["save.push_to_hub=me"],
+            "save.push_to_hub: must be a Hub repository of the form user/name (got",
+        ),
     ],
 )
 def test_how_a_stage_is_trained_and_logged_is_checked_with_the_config(run_file, overrides, message):
@@ -215,13 +223,28 @@ def test_a_teacher_with_another_schedule_does_not_inherit_its_options(run_file):
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ({"train_files": "a", "dataset": "b"}, "task.train_files: task.dataset brings its own"),
-        ({"dataset": "b", "test_files": ["a"]}, "task.test_files: task.dataset brings its own"),
-        ({"test_files": "a"}, "task.dataset: missing, and it has no default; name data, or task"),
-        ({"train_files": "a", "data_dir": "b"}, "task.data_dir: goes with task.dataset"),
+        (
+            {"train_files": "a", "dataset": "b"},
+            "task.train_files: cannot be combined with task.dataset",
+        ),
+        (
+            {"dataset": "b", "test_files": ["a"]},
+            "task.test_files: cannot be combined with task.dataset",
+        ),
+        (
+            {"test_files": "a"},
+            "task.dataset: missing, and it has no default; set task.dataset or task",
+        ),
+        ({"train_files": "a", "data_dir": "b"}, "task.data_dir: supported only with task.dataset"),
         ({"train_files": []}, "task.train_files"),
-        ({"dataset": "b", "evaluation_sets": {"test": "a"}}, "is not train, validation or test"),
-        ({"dataset": "b", "evaluation_sets": {"a b": "a"}}, "an evaluation set's name has letters"),
+        (
+            {"dataset": "b", "evaluation_sets": {"test": "a"}},
+            "and not be train, validation or test",
+        ),
+        (
+            {"dataset": "b", "evaluation_sets": {"a b": "a"}},
+            "the name of an evaluation set must consist of letters",
+        ),
     ],
 )
 def test_data_is_named_in_one_way(tmp_path, task, message):

@@ -78,8 +78,11 @@ def test_a_section_is_removed_with_null(run_file: Path) -> None:
         ("train.max_steps", 'override "train.max_steps" is not of the form key=value'),
         ("=3", 'override "=3" is not of the form key=value'),
         ("a..b=3", 'override "a..b=3" is not of the form key=value'),
-        ("objective.2.weight=1", "objective is a list of 2, numbered from 0; it has no item"),
-        ("objective.x=1", 'objective is a list of 2, numbered from 0; it has no item "x"'),
+        (
+            "objective.2.weight=1",
+            "objective is a list of 2 items, numbered from 0, without an item",
+        ),
+        ("objective.x=1", 'objective is a list of 2 items, numbered from 0, without an item "x"'),
         ("student.model.config=1", 'student.model is "student" and has no keys'),
         ("output_dir.a.b=1", 'output_dir is "runs/x" and has no keys'),
         ("train.max_steps=[1", 'override "train.max_steps=[1": line 1: while parsing a flow seq'),
@@ -122,8 +125,11 @@ def test_an_override_that_cannot_be_applied_is_refused(
         ("student.model={}", "student.model.config: missing, and it has no default"),
         ("student=null", "student: must be a mapping (got null)"),
         ("student={}", "student.model: missing, and it has no default"),
-        ("student.model=3", "student.model: must be text or a mapping (got 3); quote it to make"),
-        ("output_dir=2024", "output_dir: must be text (got 2024); quote it to make it text"),
+        ("student.model=3", "student.model: must be text or a mapping (got 3); put the value in"),
+        (
+            "output_dir=2024",
+            "output_dir: must be text (got 2024); put the value in quotes to make it text",
+        ),
         ("train.max_steps=true", "train.max_steps: must be a whole number (got true)"),
         ("train.max_steps=1e3", "train.max_steps: must be a whole number (got 1000.0)"),
         ("train.max_steps='10'", 'train.max_steps: must be a whole number (got "10")'),
@@ -153,7 +159,7 @@ def test_an_override_that_cannot_be_applied_is_refused(
         ),
         (
             "objective.1={loss: hidden_mse, layer_mapping: ['7:1', 7-2]}",
-            "objective[1].layer_mapping[1]: a layer pair is student:teacher, such as 2:6; got",
+            "objective[1].layer_mapping[1]: must be a layer pair student:teacher, such as 2:6 (got",
         ),
         (
             "objective.1={loss: hidden_mse, layer_mapping: []}",

@@ -97,14 +97,17 @@ def test_every_synonym_stands_for_keys_that_exist_and_is_none_itself(word: str) 
     [
         (
             "teacher.model=https://huggingface.co/google-bert/bert-base-uncased",
-            'teacher.model: "https://huggingface.co/google-bert/bert-base-uncased" is an address, '
-            "and this key takes a local folder or file, or an id on the Hugging Face Hub; "
+            "teacher.model: must be a local folder or file, or an id on the Hugging Face Hub "
+            '(got the URL "https://huggingface.co/google-bert/bert-base-uncased"); '
             'write "google-bert/bert-base-uncased"',
         ),
-        ("student.model=http://x.org/model", 'student.model: "http://x.org/model" is an address'),
-        ("task.dataset=s3://bucket/rows.csv", 'task.dataset: "s3://bucket/rows.csv" is an address'),
-        ("output_dir=gs://bucket/runs", "this key takes a local folder"),
-        ("task.tokenizer=https://x.org/t", 'task.tokenizer: "https://x.org/t" is an address'),
+        (
+            "student.model=http://x.org/model",
+            'on the Hugging Face Hub (got the URL "http://x.org/model")',
+        ),
+        ("task.dataset=s3://bucket/rows.csv", '(got the URL "s3://bucket/rows.csv")'),
+        ("output_dir=gs://bucket/runs", "output_dir: must be a local folder (got the URL"),
+        ("task.tokenizer=https://x.org/t", '(got the URL "https://x.org/t")'),
     ],
 )
 def test_a_web_address_is_refused_as_it_was_written(
@@ -121,7 +124,7 @@ def test_an_evaluated_model_that_is_not_there_is_named(run_file: Path) -> None:
     with pytest.raises(MegakdError, match="train first, or give --model FOLDER"):
         model_folder(config, None)
 
-    assert str(given.value).startswith("--model nosuch: there is no such folder")
+    assert str(given.value).startswith("--model nosuch: the folder does not exist")
     assert "give --model" not in str(given.value)
 
 

@@ -82,7 +82,7 @@ def test_phases_longer_than_the_stage_are_refused_with_both_numbers():
         lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 30}
     )
 
-    with pytest.raises(ConfigError, match="decay 30 are 30 steps, and the stage has 20"):
+    with pytest.raises(ConfigError, match="decay 30 take 30 steps, and the stage has 20"):
         learning_rate_schedule(train, 20)
 
 

@@ -116,7 +116,7 @@ def test_two_files_of_one_split_are_refused(tmp_path: Path):
     as_csv(tmp_path / "train.csv", ROWS)
     as_jsonl(tmp_path / "train.jsonl", ROWS)
 
-    with pytest.raises(DataError, match=r"train\.csv and train\.jsonl are the same split"):
+    with pytest.raises(DataError, match=r"train\.csv and train\.jsonl are names of the same split"):
         load(tmp_path, tmp_path)
 
 
@@ -143,7 +143,10 @@ def test_columns_may_be_named(tmp_path: Path):
 
     splits = load(path, tmp_path, text_columns=("body",), label_column="topic")
 
-    assert {row["text"] for row in splits.train} <= {f"text {n}" for n in range(6)}
+    assert splits.train.column_names == ["text", "label"]
+    found = {(row["text"], splits.label_names[row["label"]]) for row in splits.train}
+    assert found
+    assert found <= {(f"text {n}", str(n % 2)) for n in range(6)}
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -153,7 +156,7 @@ def test_a_missing_label_column_names_those_there(kind: str, tmp_path: Path):
     with pytest.raises(
         DataError,
         match=r"column 'topic' \(task.label_column\) does not exist; "
-        r"the columns there are text, label",
+        r"the columns are text, label",
     ):
         load(path, tmp_path, label_column="topic")
 
@@ -179,7 +182,7 @@ def test_a_column_missing_in_validation_is_refused(tmp_path: Path):
 def test_a_folder_without_a_training_file_says_what_is_there(tmp_path: Path):
     as_csv(tmp_path / "data.csv", ROWS)
 
-    with pytest.raises(DataError, match=r"train\.\* does not exist .* what is there: data\.csv"):
+    with pytest.raises(DataError, match=r"train\.\* does not exist .* the folder holds: data\.csv"):
         load(tmp_path, tmp_path)
 
 
@@ -196,7 +199,7 @@ def test_a_path_that_does_not_exist_is_refused(name: str, tmp_path: Path):
 def test_an_unknown_ending_is_refused(tmp_path: Path):
     (tmp_path / "x.xlsx").write_bytes(b"PK")
 
-    with pytest.raises(DataError, match=r"x\.xlsx has none of the known endings \.csv"):
+    with pytest.raises(DataError, match=r"x\.xlsx has an unsupported ending; supported: \.csv"):
         load(tmp_path / "x.xlsx", tmp_path)
 
 

@@ -135,7 +135,9 @@ def test_an_unknown_task_names_the_nearest(tmp_path: Path):
 
 
 def test_another_type_of_task_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"task\.type: glue/stsb is a regression task, got class"):
+    with pytest.raises(
+        ConfigError, match=r"task\.type: must be regression for glue/stsb \(got class"
+    ):
         load("stsb", tmp_path, tmp_path)
 
 
@@ -144,7 +146,10 @@ def test_own_columns_are_refused(tmp_path: Path):
         type="classification", dataset="glue/sst2", data_dir=tmp_path, label_column="x"
     )
 
-    with pytest.raises(ConfigError, match=r"task\.label_column: glue/sst2 has its own columns"):
+    with pytest.raises(
+        ConfigError,
+        match=r"task\.label_column: not supported with glue/sst2, which has its own columns",
+    ):
         load_splits(task, seed=1, cache_dir=tmp_path)
 
 
@@ -170,7 +175,7 @@ def test_a_missing_file_is_refused(tmp_path: Path):
 def test_the_folder_of_another_task_is_refused_by_its_columns(tmp_path: Path):
     in_both(tmp_path, ["index", "sentence1", "sentence2", "label"], ["0", "a", "b", "1"])
 
-    message = r"column 'sentence' .* does not exist; the columns there are index, sentence1"
+    message = r"column 'sentence' .* does not exist; the columns are index, sentence1"
     with pytest.raises(DataError, match=message):
         load("sst2", tmp_path, tmp_path)
 

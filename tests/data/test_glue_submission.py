@@ -91,7 +91,7 @@ def test_a_missing_test_file_says_what_it_is_for(tmp_path):
     folder = write_glue(tmp_path, "mnli")
     (folder / "test_mismatched.tsv").unlink()
 
-    message = r"test_mismatched\.tsv does not exist: the submission file MNLI-mm\.tsv answers"
+    message = r"test_mismatched\.tsv does not exist, and the submission file MNLI-mm\.tsv needs"
     with pytest.raises(DataError, match=message):
         submission_rows(task_on("mnli", tmp_path), cache_dir=tmp_path / "cache")
 
@@ -109,7 +109,7 @@ def test_a_test_file_of_other_columns_is_refused(tmp_path):
     folder = write_glue(tmp_path, "rte")
     (folder / "test.tsv").write_text("index\tsentence\n0\ta\n")
 
-    with pytest.raises(DataError, match=r"column 'sentence1' .* does not exist; the columns there"):
+    with pytest.raises(DataError, match=r"column 'sentence1' .* does not exist; the columns are"):
         submission_rows(task_on("rte", tmp_path), cache_dir=tmp_path / "cache")
 
 
@@ -140,7 +140,7 @@ def test_the_hub_gives_the_test_rows_without_looking_at_labels(
     expected = {"MNLI-m": ["a", "b"], "MNLI-mm": ["c"]}
     assert texts == expected | ({"AX": ["d"]} if has_diagnostic else {})
     assert {label for rows in found.rows.values() for label in rows["label"]} == {IGNORE}
-    assert ("no AX.tsv: the Hub cannot be reached" in caplog.text) != has_diagnostic
+    assert ("AX.tsv is not written: the Hub cannot be reached" in caplog.text) != has_diagnostic
 
 
 def test_a_hub_copy_without_test_split_is_refused(tmp_path, monkeypatch):

@@ -89,9 +89,9 @@ def test_a_score_that_is_no_number_is_refused_with_its_row(wrong: str, tmp_path:
         ((0, 1, 99), r"x\.csv, line 4: label 99 is outside 0\.\.2"),
         ((1, 2, 3), r"x\.csv, line 4: label 3 is outside 0\.\.2"),
         ((0, -1, 1), r"x\.csv, line 3: label -1 is outside 0\.\.2"),
-        ((0, "cat", 1), r"numbers and words at once: '0' \(line 2\) and 'cat' \(line 3\)"),
+        ((0, "cat", 1), r"the labels mix numbers and words: '0' \(line 2\) and 'cat' \(line 3\)"),
         ((1, 1, 1), r"all labels in column 'label' are '1'; classification needs at least 2"),
-        (("", "", ""), r"column 'label' holds no label in any row"),
+        (("", "", ""), r"column 'label' has no label in any row"),
     ],
     ids=["gap", "from one", "negative", "mixed", "one class", "none"],
 )
@@ -105,8 +105,8 @@ def test_labels_that_are_no_classes_are_refused(labels: tuple, message: str, tmp
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ([1], r"line 2: label \[1\] in column 'label' is no class"),
-        (0.5, r"line 2: label 0\.5 .* is no class; .* task\.type: regression"),
+        ([1], r"line 2: label \[1\] in column 'label' is not a class"),
+        (0.5, r"line 2: label 0\.5 .* is not a class; .* task\.type: regression"),
     ],
     ids=["list", "fraction"],
 )
@@ -129,6 +129,6 @@ def test_an_unknown_class_name_is_refused_with_the_nearest(tmp_path: Path):
     as_csv(tmp_path / "train.csv", [("a", "negative"), ("b", "positive")])
     as_csv(tmp_path / "dev.csv", [("a", "postive")])
 
-    message = r"dev\.csv, line 2: label 'postive' is none of the 2 .* did you mean 'positive'\?"
+    message = r"dev\.csv, line 2: label 'postive' is not one of the 2 .* did you mean 'positive'\?"
     with pytest.raises(DataError, match=message):
         load(tmp_path, tmp_path)

@@ -163,7 +163,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a folder": ({"train_files": "."}, r"task\.train_files: .* is a folder; name its files"),
     "twice": (
         {"train_files": ("one.jsonl", "o*.jsonl")},
-        r"task\.train_files: .*one\.jsonl is named more than once",
+        r"task\.train_files: .*one\.jsonl is listed more than once",
     ),
     "no such set": (
         {"train_files": "one.jsonl", "evaluation_sets": {"hard": ("hard.jsonl", "gone.jsonl")}},
@@ -183,13 +183,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an unknown label": (
         {"train_files": "one.jsonl", "evaluation_sets": {"c": ("hard.jsonl", "c.jsonl")}},
-        r"evaluation_sets\.c, c\.jsonl line 1: label 'c' is none of the 2 classes",
+        r"evaluation_sets\.c, c\.jsonl line 1: label 'c' is not one of the 2 classes",
     ),
     "no labels": (
         {"train_files": "one.jsonl", "evaluation_sets": {"n": "none.jsonl"}},
         r"none\.jsonl has no labelled rows to score",
     ),
-    "an ending": ({"train_files": "x.xml"}, r"task\.train_files: .*x\.xml has none of the known"),
+    "an ending": (
+        {"train_files": "x.xml"},
+        r"task\.train_files: .*x\.xml has an unsupported ending",
+    ),
 }
 
 

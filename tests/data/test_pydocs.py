@@ -285,10 +285,11 @@ def test_neither_hash_seed_nor_place_changes_the_rows(root: Path, tmp_path: Path
     [
         (
             {"type": "regression"},
-            r"task\.type: pydocs serves classification, mlm, causal_lm, got regression",
+            r"task\.type: task\.dataset pydocs supports classification, mlm, causal_lm \(got "
+            r"regression\)",
         ),
-        ({"data_dir": Path("x")}, r"task\.data_dir: pydocs is built in"),
-        ({"label_column": "x"}, r"task\.label_column: pydocs is built in"),
+        ({"data_dir": Path("x")}, r"task\.data_dir: not supported with task\.dataset pydocs"),
+        ({"label_column": "x"}, r"task\.label_column: not supported with task\.dataset pydocs"),
     ],
     ids=["type", "data_dir", "label_column"],
 )

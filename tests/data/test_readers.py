@@ -121,15 +121,15 @@ def test_half_a_surrogate_pair_is_refused(tmp_path: Path):
     ("name", "content", "message"),
     [
         ("x.csv", "text,label\na,1,2\n", r"x\.csv, line 2: 3 fields, but there are 2 columns"),
-        ("x.csv", 'text,label\n"a,1\n', r"x\.csv, line 2: not csv: unexpected end of data"),
-        ("x.csv", "text,text\na,b\n", r"x\.csv: column 'text' is there more than once"),
+        ("x.csv", 'text,label\n"a,1\n', r"x\.csv, line 2: not valid CSV: unexpected end of data"),
+        ("x.csv", "text,text\na,b\n", r"x\.csv: column 'text' occurs more than once"),
         ("x.tsv", "text\tlabel\na\n", r"x\.tsv, line 2: 1 fields, but there are 2 columns"),
         ("x.jsonl", '{"text": "a"}\n{"text"\n', r"x\.jsonl, line 2 is not JSON"),
-        ("x.jsonl", "7\n", r"x\.jsonl, line 1 is no JSON object"),
-        ("x.jsonl", '{"text": 7}\n', r"line 1: column 'text' is no text: 7"),
+        ("x.jsonl", "7\n", r"x\.jsonl, line 1 is not a JSON object"),
+        ("x.jsonl", '{"text": 7}\n', r"line 1: column 'text' is not text: 7"),
         ("x.jsonl", '{"text": "a"}\n{"b": 1}\n', r"line 2: column 'text' is missing"),
         ("x.json", "{}", r"x\.json is neither a JSON list of rows nor"),
-        ("x.json", "[[1, 2, 3]]", r"row 1 is neither a text, an object nor \[text, label\]"),
+        ("x.json", "[[1, 2, 3]]", r"row 1 must be a text, an object or \[text, label\]"),
         ("x.parquet", "PAR1", r"x\.parquet is not a readable parquet file"),
     ],
     ids=lambda value: value if str(value).startswith("x.") else "",
@@ -158,7 +158,7 @@ def test_a_key_that_a_row_repeats_is_refused_with_its_line(tmp_path: Path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 1, "label": 0}\n')
 
-    with pytest.raises(DataError, match=r"x\.jsonl, line 2: the key 'label' stands there more"):
+    with pytest.raises(DataError, match=r"x\.jsonl, line 2: the key 'label' occurs more than once"):
         load(path, tmp_path)
 
 

@@ -77,7 +77,9 @@ def test_only_labelled_rows_are_held_out_and_their_texts_leave_training():
 
 @pytest.mark.parametrize("texts", [["same"], ["same", "same"]], ids=["one row", "one text"])
 def test_nothing_can_be_cut_from_one_text(texts: list[str]):
-    with pytest.raises(DataError, match=r"x has no validation split, and none can be cut from"):
+    with pytest.raises(
+        DataError, match=r"x has no validation split, and megakd cannot cut one from"
+    ):
         cut_validation(rows_of(texts), name="x")
 
 
@@ -185,7 +187,7 @@ def test_the_content_hash_tells_choices_apart(tmp_path: Path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"data_dir": Path("glue")}, r"task\.data_dir: glue is only read for glue/<task>"),
+        ({"data_dir": Path("glue")}, r"task\.data_dir: glue is used only for glue/<task>"),
         ({"dataset_config": "en"}, r"task\.dataset_config: 'en' names a configuration on the Hub"),
     ],
     ids=["data_dir", "dataset_config"],

@@ -259,7 +259,9 @@ def test_a_folder_that_is_not_there_is_named(tmp_path, spec):
 
 
 def test_a_folder_without_tokenizer_files_says_what_was_looked_for(tmp_path):
-    with pytest.raises(DataError, match=r"holds no tokenizer files: looked for tokenizer\.json, v"):
+    with pytest.raises(
+        DataError, match=r"has no tokenizer files; the folder must hold tokenizer\.json, v"
+    ):
         _load(_task(tokenizer=str(tmp_path)), tmp_path)
 
 
@@ -297,14 +299,16 @@ def test_a_broken_tokenizer_of_a_model_is_not_passed_over(tmp_path):
 def test_a_hub_id_without_a_network_is_explained(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
-    with pytest.raises(DataError, match=r'"no-one/nothing" is no folder here, and the Hub does'):
+    with pytest.raises(
+        DataError, match=r'"no-one/nothing" is not a local folder and cannot be loaded'
+    ):
         _load(_task(tokenizer="no-one/nothing"), tmp_path)
 
 
 def test_text_too_varied_for_the_vocabulary_is_an_error(tmp_path):
     varied = _splits([" ".join(chr(0x4E00 + n) for n in range(600))])
 
-    with pytest.raises(DataError, match=r"no unigram tokenizer of .* can be trained"):
+    with pytest.raises(DataError, match=r"a unigram tokenizer of .* cannot be trained"):
         _load(_task(tokenizer=_recipe("unigram", 300)), tmp_path, splits=varied)
 
 

@@ -125,7 +125,7 @@ def test_a_pooler_and_a_head_belong_to_the_task_and_a_layer_does_not():
 
 
 def test_an_unknown_family_is_an_error_that_names_those_known():
-    with pytest.raises(ModelError, match=r"'bart' is not known; use one of bert, .*llama"):
+    with pytest.raises(ModelError, match=r"'bart' is not supported; use one of bert, .*llama"):
         architecture_of(BartConfig())
 
 
@@ -135,7 +135,7 @@ def test_an_unknown_family_is_an_error_that_says_what_to_write_and_where():
 
     text = str(caught.value)
     assert "add the family to FAMILIES in megakd/models/architectures.py" in text
-    assert "an Architecture with model_type, tasks, backbone, head, and where" in text
+    assert "an Architecture with model_type, tasks, backbone, head, and, where" in text
     assert "attention, feed_forward," in text
 
 

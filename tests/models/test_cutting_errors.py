@@ -43,10 +43,10 @@ def reshape(found, folder, **changes):
         (View((6, 7, 6), (20, 20, 20)), "keeps 7 heads of layer 2, which has 6"),
         (View((6, 6, 6), (20, 20, 21)), "keeps 21 neurons of layer 3, which has 20"),
         (View((6, -1, 6), (20, 20, 20)), "keeps -1 heads of layer 2"),
-        (View((6, 6), (20, 20, 20)), "heads for 2 layers and the model 3"),
-        (View((6, 6, 6), (20, 20)), "neurons for 2 layers and the model 3"),
-        (View((6, 6, 6), (20, 20, 20), 25), "a width of 25 of 24"),
-        (View((6, 6, 6), (20, 20, 20), 0), "a width of 0 of 24"),
+        (View((6, 6), (20, 20, 20)), "heads for 2 layers, and the model has 3"),
+        (View((6, 6, 6), (20, 20)), "neurons for 2 layers, and the model has 3"),
+        (View((6, 6, 6), (20, 20, 20), 25), "a width of 25, and the model has a width of 24"),
+        (View((6, 6, 6), (20, 20, 20), 0), "a width of 0, and the model has a width of 24"),
     ],
 )
 def test_a_view_lies_within_the_model(tmp_path, view, message):
@@ -71,7 +71,7 @@ def test_a_model_without_weights_has_nothing_to_cut(tmp_path):
     spec = ScratchModel(config={"model_type": "bert"})
     scratch = resolve_model(spec, task(), where="teacher.model")
 
-    with pytest.raises(ModelError, match=r"teacher\.model: new bert has no weights yet"):
+    with pytest.raises(ModelError, match=r"teacher\.model: new bert has no stored weights"):
         reshape(scratch, tmp_path / "cut")
 
 
@@ -81,7 +81,9 @@ def test_weights_of_another_model_are_refused(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 21}))
     other = source_of(found.folder, "classification")
 
-    with pytest.raises(ModelError, match=r"config\.json and weights belong together"):
+    with pytest.raises(
+        ModelError, match=r"check that config\.json and the weights belong to the same model"
+    ):
         reshape(other, tmp_path / "cut")
 
     assert not (tmp_path / "cut").exists()

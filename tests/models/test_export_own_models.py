@@ -188,7 +188,7 @@ def test_weights_that_do_not_fit_the_counts_are_refused(tmp_path):
     save_file({**tensors, name: torch.zeros(12, 24)}, folder / "model.safetensors")
     (folder / CHECKSUMS).unlink()
 
-    with pytest.raises(Exception, match=r"shape \[12, 24\] and the config asks for \[8, 24\]"):
+    with pytest.raises(Exception, match=r"shape \[12, 24\], and config\.json requires \[8, 24\]"):
         loaded(folder, "classification")
 
 

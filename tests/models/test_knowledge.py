@@ -183,4 +183,9 @@ def test_the_logits_of_a_causal_lm_are_never_formed(monkeypatch):
     model = decoder(tied=False)
     monkeypatch.setattr(model.lm_head, "forward", None)
 
-    assert read_knowledge(model, batch(IDS), Needs()).hidden is not None
+    read = read_knowledge(model, batch(IDS), Needs())
+
+    assert read.logits is None
+    assert read.hidden is not None
+    assert read.head is not None
+    assert read.head.read()[0] is model.lm_head.weight

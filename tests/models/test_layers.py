@@ -122,8 +122,8 @@ def source_like(layers: int):
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (9, "9 layers are wanted and the model has 3"),
-        ((1, 7), "there is no layer 7; the model has 3"),
+        (9, r"must be at most 3, the number of layers of the model \(got 9\)"),
+        ((1, 7), "layer 7 does not exist; the model has the layers 1 to 3"),
     ],
     ids=str,
 )

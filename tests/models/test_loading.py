@@ -98,8 +98,8 @@ def test_a_masked_language_model_gives_its_encoder_and_its_head_is_named_in_the_
 
     reference = AutoModelForMaskedLM.from_pretrained(folder).bert
     assert same_values(model.bert.encoder, reference.encoder)
-    assert "5 stored weights are not used: cls.predictions" in caplog.text
-    assert "4 weights start new: bert.pooler" in caplog.text
+    assert "5 stored weights are not used, such as cls.predictions" in caplog.text
+    assert "4 weights are newly initialized, such as bert.pooler" in caplog.text
 
 
 def test_the_gamma_and_beta_of_old_checkpoints_are_read(tiny):

@@ -197,5 +197,5 @@ def test_missing_backbone_weights_are_no_missing_head(tiny):
 def test_a_decoder_is_refused_and_the_families_that_can_are_named(tiny):
     text = refusal(tiny, tiny.scratch("llama"), need_head=False)
 
-    assert "model_type 'llama' is for causal_lm and cannot do task.type mlm" in text
+    assert "model_type 'llama' supports causal_lm and not task.type mlm" in text
     assert text.endswith("use one of bert, roberta, distilbert, electra")

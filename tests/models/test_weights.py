@@ -157,8 +157,8 @@ def test_a_pickle_that_runs_code_or_is_cut_short_is_refused_even_when_allowed(tm
     torch.save({"a": print}, file)
     code = refusal(tmp_path, allow_pickle=True)
 
-    assert "is damaged or no weight file" in cut
-    assert "is damaged or no weight file" in code
+    assert "is damaged or not a weight file" in cut
+    assert "is damaged or not a weight file" in code
 
 
 def test_a_file_that_shrinks_after_the_check_is_named(folder):

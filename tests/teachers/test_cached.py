@@ -84,7 +84,7 @@ def test_a_start_that_was_killed_is_gone_on_with_and_no_row_is_asked_twice(tmp_p
     first, second = Teacher(most=12), Teacher()
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "cache", rows, first)
-    with pytest.raises(TeacherError, match=r"holds 10 of 23 rows; launch"):
+    with pytest.raises(TeacherError, match=r"holds 10 of 23 rows; complete the cache: launch"):
         CachedTeacher(tmp_path / "cache", FACTS, ONE_RANK)
 
     folder = build(tmp_path / "cache", rows, second)
@@ -170,7 +170,7 @@ def test_an_edited_list_of_shards_is_refused_with_what_to_remove(tmp_path, rows)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "does not exist; make the cache first"),
+        (None, "does not exist; create the cache first"),
         ("{", "is damaged or of an earlier version"),
         ("[]", "is damaged or of an earlier version"),
     ],
@@ -191,7 +191,10 @@ def test_what_it_will_take_is_said_before_it_begins(tmp_path, rows, caplog):
     build(tmp_path / "cache", rows, Teacher())
 
     first = caplog.messages[0]
-    assert "23 rows of 12 bytes (2.0 bytes a token), 0.0 MB in 5 shards; 0 rows are there" in first
+    assert (
+        "23 rows of 12 bytes (2.0 bytes per token), 0.0 MB in 5 shards; 0 rows are already cached"
+        in first
+    )
 
 
 def test_the_list_has_a_checksum_for_every_file(tmp_path, rows):

@@ -62,7 +62,7 @@ class T5EncoderConfig(T5Config):
         ):
             given = getattr(self, key)
             if given is not None and len(given) != count:
-                raise ValueError(f"{key} has {len(given)} entries and the model {count} such parts")
+                raise ValueError(f"{key} must have {count} entries (got {len(given)})")
 
     def counts(self) -> tuple[int, int]:
         """Return the numbers of attentions and feed-forwards of the model."""
