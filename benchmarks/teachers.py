@@ -77,9 +77,11 @@ POOL = {
     **{f"one-{name}": f"{{name: single, teacher: {name}}}" for name in LAYERS},
 }
 SELECTION = {
-    "all": ("method.policy=all",),
-    "random_soft": ("method.policy=random_soft",),
-    "random_hard": ("method.policy=random_hard",),
+    # Whole sections: the controls refuse the options of a selector.
+    **{
+        policy: (f"method={{name: knowledge_selection, policy: {policy}}}",)
+        for policy in ("all", "random_soft", "random_hard")
+    },
     "soft": ("method.action=soft",),
     "hard": ("method.action=hard",),
 }

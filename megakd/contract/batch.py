@@ -174,5 +174,5 @@ class LossInputs:
     def taught(self) -> Knowledge:
         """The teacher's outputs, detached; in `teacher`, a teacher that learns has a gradient."""
         if self.teacher is None:
-            raise TypeError("a term that compares with a teacher was planned without one")
+            raise TypeError("a term that compares with a teacher was planned without a teacher")
         return self.teacher.detached()

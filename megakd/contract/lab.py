@@ -60,6 +60,13 @@ class HeldOutProbe(Protocol):
         """Sum a tensor over all ranks, in place."""
         ...
 
+    def agree(self, value: T) -> T:
+        """Return the value of the first rank on every rank.
+
+        Processors may round differently, and a decision that differs between ranks stops the run.
+        """
+        ...
+
     def loss(self, student: Any) -> float:
         """Return the loss on held-out rows, the same on every rank."""
         ...
@@ -70,6 +77,14 @@ class HeldOutProbe(Protocol):
 
     def reset(self, student: Any) -> None:
         """Restore the weights and the optimizer that `remember` kept."""
+        ...
+
+    def check_remembered(self) -> None:
+        """Check that `reset` has something to restore.
+
+        Raises:
+            MegakdError: nothing is kept; the message tells what to do.
+        """
         ...
 
 
@@ -188,8 +203,16 @@ class Lab(Protocol):
         """
         ...
 
-    def assistant(self, result: StageResult, sparsity: float) -> str:
-        """Register a stage's model as the student's teacher, and report it as an assistant."""
+    def assistant(
+        self, result: StageResult, sparsity: float | None, *, like: str = "teacher"
+    ) -> str:
+        """Register a stage's model as a teacher, and report it as an assistant.
+
+        Args:
+            result: result of the stage.
+            sparsity: share of the teacher's units that the model lacks; None if it was not cut.
+            like: see `as_teacher`.
+        """
         ...
 
     def train(self, stage: Stage) -> StageResult:

@@ -40,8 +40,9 @@ def layer_pairs(term: StateTerm | AttentionTerm, student: Shape, teacher: Shape)
         s, t = (int(number) for number in text.split(":"))
         if s > student.layers or t > teacher.layers:
             raise TeacherError(
-                f"{term.loss}.layer_mapping {text}: the student has {student.layers} layers, the "
-                f"teacher {teacher.layers} (0 is the embedding output)"
+                f"{term.loss}.layer_mapping {text}: a layer does not exist; the student has layers "
+                f"0 to {student.layers}, the teacher 0 to {teacher.layers} (0 is the embedding "
+                "output)"
             )
         if isinstance(term, ATTENTION_TERMS) and 0 in (s, t):
             raise TeacherError(
@@ -52,7 +53,12 @@ def layer_pairs(term: StateTerm | AttentionTerm, student: Shape, teacher: Shape)
     return tuple(pairs)
 
 
-def _check_heads(term: AttentionTerm, student: Shape, teacher: Shape) -> None:
+def check_heads(term: AttentionTerm, student: Shape, teacher: Shape) -> None:
+    """Check that a loss on attention can compare the heads of the student and the teacher.
+
+    Raises:
+        TeacherError: the numbers of heads do not fit.
+    """
     if isinstance(term, RelationKl):
         relation_heads(term, student, teacher)
         return
@@ -61,7 +67,8 @@ def _check_heads(term: AttentionTerm, student: Shape, teacher: Shape) -> None:
     if ours != theirs:
         raise TeacherError(
             f"attention_mse: the teacher has {theirs} attention heads, the student {ours}, and "
-            f"their attention is compared head by head; relation_kl works with any numbers"
+            "attention_mse compares head by head; use relation_kl, which supports different "
+            "numbers of heads"
         )
 
 
@@ -86,7 +93,7 @@ def relation_heads(term: RelationKl, student: Shape, teacher: Shape) -> int:
             given = "" if term.relation_heads else " (null: the teacher's attention heads)"
             raise TeacherError(
                 f"relation_kl.relation_heads {count}{given} does not divide the {vectors}, which "
-                f"are {width} wide; numbers that divide all of them: {fitting}"
+                f"are {width} wide; use a number that divides all of the vectors: {fitting}"
             )
     return count
 
@@ -98,5 +105,8 @@ def _width(relation: Relation, heads: Heads) -> int:
 
 def _heads(term: AttentionTerm, model: Shape, role: str) -> Heads:
     if model.heads is None:
-        raise TeacherError(f"{term.loss}: the {role} has no attention that megakd knows of")
+        raise TeacherError(
+            f"{term.loss}: megakd does not support the attention of the {role}; remove the term, "
+            f"or use another model as {role}"
+        )
     return model.heads

@@ -51,7 +51,7 @@ class OneTeacherOptions(MethodOptions):
         names = [spec.name for spec in config.teachers]
         if names and self.teacher is None:
             yield (
-                f'teachers: method "{self.name}" learns from one of them; set method.teacher to '
+                f'teachers: method "{self.name}" uses one of the teachers; set method.teacher to '
                 f"{' or '.join(names)}"
             )
         if self.teacher is not None and self.teacher not in config.teacher_specs:
@@ -61,7 +61,10 @@ class OneTeacherOptions(MethodOptions):
 def no_such_teacher(config: Any, key: str, name: str) -> str:
     """Return the error message for a key that names a teacher which the config does not have."""
     known = ", ".join(config.teacher_specs)
-    return f'{key}: there is no teacher "{name}"{suggestion(name, config.teacher_specs)} ({known})'
+    return (
+        f'{key}: there is no teacher "{name}"{suggestion(name, config.teacher_specs)} (known: '
+        f"{known})"
+    )
 
 
 def wrong_method(kind: Any) -> str | None:

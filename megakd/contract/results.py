@@ -33,10 +33,13 @@ class ModelReport(TypedDict):
 
 
 class AssistantReport(ModelReport):
-    """A teacher assistant: a model between the teacher and the student in size."""
+    """A teacher assistant: a model between the teacher and the student in size.
+
+    sparsity: share of the teacher's units that the assistant lacks; None if it was not cut.
+    """
 
     name: str
-    sparsity: float
+    sparsity: float | None
 
 
 class PooledReport(ModelReport):
@@ -204,10 +207,13 @@ class ParameterCounts(NamedTuple):
 
 
 class Assistant(NamedTuple):
-    """A teacher assistant: a model between the teacher and the student in size."""
+    """A teacher assistant: a model between the teacher and the student in size.
+
+    sparsity: share of the teacher's units that the assistant lacks; None if it was not cut.
+    """
 
     name: str
-    sparsity: float
+    sparsity: float | None
     folder: Path
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from megakd.errors import MegakdError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -23,12 +25,16 @@ if TYPE_CHECKING:
 class Pass:
     """One pass of a step: its teacher, its learner, the sub-network, and the weights of terms.
 
-    teacher: name of a frozen teacher, or of a model that learns in the same stage, whose outputs
-        then carry a gradient.
+    teacher: name of a frozen teacher, or of a model that learns in the same stage. The terms read
+        the teacher's outputs detached (`LossInputs.taught`), so the teacher learns only from its
+        own passes; `LossInputs.teacher` of a model that learns carries a gradient.
     learner: role of the model that learns; None for the first learner of the stage.
     view: sub-network of the first learner.
     weights: term name -> weight that replaces the objective's weight; None keeps the objective's
-        weights. A term with weight 0 here is skipped: it is neither computed nor reported.
+        weights. A term with weight 0 here adds nothing to the loss. The term is neither computed
+        nor reported, unless another pass of the same learner and width has a weight for it. A
+        language model computes and reports terms on hard and soft targets together, all or none.
+        If all terms of a pass have weight 0, the loss of the pass is 0, with gradients of 0.
     scale: factor of the pass's loss.
     weigh: function from the outputs of both models for a micro-batch (a `LossInputs`) to factors
         by which the weights are multiplied. It is called in the student's forward and returns the
@@ -52,7 +58,15 @@ def backward_groups(plan: Sequence[Pass], size: int | None) -> list[Sequence[Pas
     Args:
         plan: the passes of a step.
         size: passes per group; None puts all passes into one group.
+
+    Raises:
+        MegakdError: the plan is empty.
     """
+    if not plan:
+        raise MegakdError(
+            "the strategy's passes() returned 0 passes for a step, and a step needs at least 1; "
+            "return a Pass, for example one whose `weights` are all 0 for a step without a loss"
+        )
     size = size or len(plan)
     return [plan[first : first + size] for first in range(0, len(plan), size)]
 
@@ -96,7 +110,7 @@ class Strategy(Protocol):
         ...
 
     def passes(self, step: int) -> tuple[Pass, ...]:
-        """Return the passes of a step: a function of (config, seed, step) without side effects.
+        """Return at least one pass: a function of (config, seed, step) without side effects.
 
         The loop may call this for any step, any number of times. During a step, the loop also
         calls this for the next step if a teacher of the stage is idle.
@@ -137,7 +151,9 @@ class Stateless:
 
     def passes(self, step: int) -> tuple[Pass, ...]:
         """Return the passes of a step; a subclass overrides this method."""
-        raise TypeError(f"{type(self).__name__} plans nothing at step {step}")
+        raise TypeError(
+            f"{type(self).__name__} does not implement passes() (called for step {step})"
+        )
 
     def before_update(self, step: int, student: Any) -> None:
         """Do nothing."""
@@ -263,8 +279,9 @@ class Stage:
 
     name: names the folders `checkpoints/<name>` and `stages/<name>`.
     role: role whose model spec the learner comes from: `student`, or a teacher's name.
-    beside: roles of further models that learn in the same engine and are named by passes; the
-        stage's model is the model of `role`.
+    beside: roles of further models that learn in the same engine and are named by passes. The
+        stage's model is the model of `role`; the others are written into folders of the stage's
+        folder that have the names of their roles.
     teachers: names of the teachers that passes may use; empty for supervised training.
     labelled_only: train only on the rows that carry a label.
     start: the model that training starts from (a `ModelSource`), in place of the role's model.

@@ -28,7 +28,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 def _layer_pair(text: str) -> str:
     if not re.fullmatch(r"\d+:\d+", text):
-        raise ValueError(f"a layer pair is student:teacher, such as 2:6; got {text!r}")
+        raise ValueError(f"must be a layer pair student:teacher, such as 2:6 (got {text!r})")
     return text
 
 
@@ -41,7 +41,7 @@ def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def _some_weight(weights: dict[str, float]) -> dict[str, float]:
     if not any(weights.values()):
-        raise ValueError("every weight is 0, so nothing can be learned; raise one")
+        raise ValueError("every weight is 0; set at least one weight above 0")
     return weights
 
 
@@ -276,7 +276,7 @@ class PluginTerm:
 
     def total(self, student: Knowledge, teacher: Knowledge | None, batch: Batch) -> Tensor:
         """Return the sum over the unit in fp32, without `weight`, as a 0-dimensional tensor."""
-        raise TypeError(f"{type(self).__name__} computes nothing")
+        raise TypeError(f"{type(self).__name__} does not implement total()")
 
     def check(self, student: Shape, teacher: Shape | None) -> None:
         """Raise a TeacherError if the shapes of the two models do not fit the loss."""
@@ -286,7 +286,7 @@ def _wrong_term(kind: Any) -> str | None:
     wrong = wrong_options(kind, PluginTerm, ("total",))
     if wrong is None and getattr(kind, "unit", None) not in COUNTERS:
         *others, last = COUNTERS
-        return f"{kind.__name__}.unit is not set to {', '.join(others)} or {last}"
+        return f"{kind.__name__}.unit must be {', '.join(others)} or {last}"
     return wrong
 
 

@@ -110,18 +110,18 @@ class StudentBundle(nn.Module):
             with self._viewing(view):
                 return predict(self.student, batch, self.kernels)
         plan = [replace(planned, learner=self._key(planned.learner)) for planned in plan]
-        ledger = Ledger(counts, self.objective, self.world_size)
-        readings = self._read(batch, knowledge or {}, plan, ledger)
+        sums = LossSums(counts, self.objective, self.world_size)
+        readings = self._read(batch, knowledge or {}, plan, sums)
         # Losses run after all views of a width, so that a head has one gradient, not one per view.
         for together in readings.values():
             with self._viewing(together[0].planned.view):
                 evaluated = self.objective([read.reading for read in together])
             for read, one in zip(together, evaluated, strict=True):
-                ledger.add(read.planned, one, share=read.share)
-        return ledger.losses()
+                sums.add(read.planned, one, share=read.share)
+        return sums.losses()
 
     def _read(
-        self, batch: Batch, knowledge: Mapping[str, Knowledge], plan: Sequence[Pass], ledger: Ledger
+        self, batch: Batch, knowledge: Mapping[str, Knowledge], plan: Sequence[Pass], sums: LossSums
     ) -> dict[tuple[str | None, int | None], list[ReadPass]]:
         """Return the passes with the outputs of both models, by learner and width of the view."""
         said = self._said(batch, plan)
@@ -137,7 +137,7 @@ class StudentBundle(nn.Module):
                     said[planned.learner, planned.view],
                     answers[planned.teacher] if planned.teacher else None,
                     planned,
-                    ledger.per_unit(planned.learner),
+                    sums.per_unit(planned.learner),
                 ),
                 1 / passes[planned.learner, planned.view],
             )
@@ -205,7 +205,7 @@ class StudentBundle(nn.Module):
         return self.elastic.sharing_embeddings()
 
 
-class Ledger:
+class LossSums:
     """Sum of the losses of all passes of a micro-batch.
 
     counts: global unit counts of the step.

@@ -53,14 +53,15 @@ def _in_order(term: HardCrossEntropy, splits: Splits) -> dict[str, float]:
     for label in given:
         if label not in labels:
             raise ConfigError(
-                f'hard_cross_entropy.class_weights: the data have no label "{label}"'
-                f"{suggestion(label, labels)} ({', '.join(labels[:10])})"
+                "hard_cross_entropy.class_weights: the data have no label "
+                f'"{label}"{suggestion(label, labels)} (known: '
+                f"{', '.join(labels[:10])})"
             )
     missing = [label for label in labels if label not in given]
     if missing:
         raise ConfigError(
-            f"hard_cross_entropy.class_weights: no weight for {', '.join(missing[:10])}; "
-            "1 is a weight too"
+            f"hard_cross_entropy.class_weights: no weight for {', '.join(missing[:10])}; set a "
+            "weight for every label (1 is neutral)"
         )
     return {label: given[label] for label in labels}
 
@@ -70,7 +71,7 @@ def _balanced(labels: Sequence[str], numbers: np.ndarray) -> dict[str, float]:
     absent = [label for label, count in zip(labels, counts, strict=True) if count == 0]
     if absent:
         raise ConfigError(
-            "hard_cross_entropy.class_weights: balanced divides by the rows of a label, and no "
-            f"labelled training row is {', '.join(absent[:10])}; give the weights by label"
+            "hard_cross_entropy.class_weights: balanced divides by the number of rows of a label, "
+            f"and no training row has the label {', '.join(absent[:10])}; set the weights by label"
         )
     return dict(zip(labels, (counts.sum() / (len(labels) * counts)).tolist(), strict=True))

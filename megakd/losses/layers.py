@@ -41,7 +41,7 @@ class LayerTerm(TermGroup):
 
     def layer(self, reading: LossInputs, index: int) -> Tensor:
         """Return the sum over tokens of the pair number `index`."""
-        raise TypeError(f"{type(self).__name__} computes nothing")
+        raise TypeError(f"{type(self).__name__} does not implement layer()")
 
     def layers(self, reading: LossInputs) -> Sequence[Tensor]:
         """Return the sums of all pairs."""

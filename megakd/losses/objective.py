@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from megakd.contract.batch import LossInputs, Unit
-from megakd.contract.layer_mapping import _check_heads, layer_pairs, relation_heads
+from megakd.contract.batch import Knowledge, LossInputs, Unit
+from megakd.contract.layer_mapping import check_heads, layer_pairs, relation_heads
 from megakd.contract.shapes import Shape
 from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
 from megakd.contract.terms import (
@@ -31,7 +31,7 @@ from megakd.contract.unit_counts import COUNTERS, UnitCounter
 from megakd.errors import ConfigError, TeacherError
 from megakd.losses.layers import AttentionMatrices, FspMatrices, HiddenStates, Relations
 from megakd.losses.plugin_losses import PluginLoss
-from megakd.losses.rows import HardClasses, Scores, SoftClasses
+from megakd.losses.rows import HardClasses, RegressionScores, SoftClasses
 from megakd.losses.targets import AGREEMENT, Evaluated, TermGroup, language_model_groups
 from megakd.models.knowledge import Needs
 
@@ -70,7 +70,10 @@ class Objective(nn.Module):
         Args:
             readings: loss inputs of one batch, by views of one width.
         """
-        of_groups = [group.of_all(readings) for group in self._wanted(readings)]
+        wanted = self._wanted(readings)
+        if not wanted:
+            return [Evaluated(_zero(reading.student), {}) for reading in readings]
+        of_groups = [group.of_all(readings) for group in wanted]
         return [_added(parts) for parts in zip(*of_groups, strict=True)]
 
     def _wanted(self, readings: Sequence[LossInputs]) -> list[TermGroup]:
@@ -78,6 +81,18 @@ class Objective(nn.Module):
         groups = cast("list[TermGroup]", list(self.groups))
         left_out = frozenset.intersection(*(reading.left_out for reading in readings))
         return [g for g in groups if not left_out.issuperset(g.units.keys() - {AGREEMENT})]
+
+
+def _zero(said: Knowledge) -> Tensor:
+    """Return 0 with a gradient of 0 for every weight that a model's outputs were computed with.
+
+    A constant would have no backward, with which ZeRO reduces gradients and frees gathered weights.
+    """
+    outputs = said.hidden if said.logits is None else said.logits
+    if outputs is None:
+        raise TypeError("a model without logits and without hidden states has no loss")
+    # Padding may hold NaN, and NaN times 0 is NaN.
+    return outputs.float().nan_to_num(0.0, 0.0, 0.0).mul(0.0).sum()
 
 
 def _added(parts: Sequence[Evaluated]) -> Evaluated:
@@ -110,7 +125,7 @@ def build_objective(
         groups.extend(HardClasses(t) for t in hard)
         groups.extend(SoftClasses(t) for t in soft)
     groups.extend(PluginLoss(t) for t in terms if isinstance(t, PluginTerm))
-    groups.extend(Scores(t) for t in terms if isinstance(t, HardMse | SoftTargetMse))
+    groups.extend(RegressionScores(t) for t in terms if isinstance(t, HardMse | SoftTargetMse))
     if teacher is not None:
         groups.extend(_intermediate_groups(terms, task, student, teacher))
     return Objective(groups, {t.loss: t.weight for t in terms})
@@ -160,20 +175,23 @@ def check_terms(
     """
     for term in terms:
         if compares(term) and teacher is None:
-            raise ConfigError(f"{term.loss} compares with a teacher and this stage has none")
+            raise ConfigError(
+                f"{term.loss} compares with a teacher, and this stage has no teacher; remove the "
+                "term"
+            )
         if isinstance(term, SOFT_TARGET_DIVERGENCES) and task not in LANGUAGE_TASKS and teacher:
             _check_classes(term.loss, student, teacher)
         if isinstance(term, INTERMEDIATE_TERMS) and teacher is not None:
             pairs = layer_pairs(term, student, teacher)
             if isinstance(term, RelationFsp) and len(pairs) == 1:
                 raise TeacherError(
-                    "relation_fsp compares flows from one mapped layer to the next, and layer_"
-                    f"mapping {term.layer_mapping} maps the only layer that the student has; name "
-                    "two pairs in that term of the objective: layer_mapping: "
+                    "relation_fsp needs two mapped layers, and layer_mapping "
+                    f"{term.layer_mapping} maps the only layer that the student has; set two "
+                    "pairs in that term of the objective: layer_mapping: "
                     f'["0:0", "{student.layers}:{teacher.layers}"]'
                 )
         if isinstance(term, ATTENTION_TERMS) and teacher is not None:
-            _check_heads(term, student, teacher)
+            check_heads(term, student, teacher)
         if isinstance(term, PluginTerm):
             term.check(student, teacher)
 

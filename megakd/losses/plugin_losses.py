@@ -32,8 +32,8 @@ class PluginLoss(TermGroup):
         if not isinstance(total, Tensor) or total.dim() != 0:
             given = f"shape {tuple(total.shape)}" if isinstance(total, Tensor) else type(total)
             raise ConfigError(
-                f"objective: {name} gave {given}; total() gives the sum over {self.term.unit} as "
-                "a tensor without dimensions"
+                f"objective: {name} returned {given}; total() must return the sum over "
+                f"{self.term.unit} as a tensor without dimensions"
             )
         total = total.float()
         scale = reading.weights[name] * reading.per_unit[self.term.unit]
@@ -49,7 +49,7 @@ def logits_of(knowledge: Knowledge) -> Tensor:
     if knowledge.logits is not None:
         return knowledge.logits.float()
     if knowledge.hidden is None or knowledge.head is None:
-        raise TypeError("nothing was kept that logits could be formed of")
+        raise TypeError("the hidden states or the head, which form the logits, were not kept")
     weight, bias = knowledge.head.read()
     logits = (knowledge.hidden.to(weight.dtype) @ weight.T).float()  # [N, V]
     return (logits if bias is None else logits + bias.float()).flatten(0, -2)

@@ -24,7 +24,9 @@ class HardClasses(TermGroup):
         super().__init__()
         self.smoothing = term.label_smoothing
         if term.class_weights == "balanced":
-            raise TypeError("balanced class weights come to weights by label before the loss")
+            raise TypeError(
+                "balanced class weights must be converted to weights by label before the loss"
+            )
         weights = term.class_weights
         self.class_weights = None if weights is None else tuple(weights.values())
         self._on_device: Tensor | None = None
@@ -105,7 +107,7 @@ class SoftClasses(TermGroup):
         return Evaluated(out.loss * scale, sums)
 
 
-class Scores(TermGroup):
+class RegressionScores(TermGroup):
     """`hard_mse` or `soft_target_mse` of a regressor, which has one output per row."""
 
     def __init__(self, term: HardMse | SoftTargetMse) -> None:
@@ -149,5 +151,5 @@ def _trust_in_scores(taught: Tensor, labels: Tensor) -> Tensor:
 
 def _logits(knowledge: Knowledge) -> Tensor:
     if knowledge.logits is None:
-        raise TypeError("a loss on logits met a language model, which has (hidden, head)")
+        raise TypeError("a loss on logits received a language model, which has (hidden, head)")
     return knowledge.logits

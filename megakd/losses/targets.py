@@ -60,7 +60,7 @@ class TermGroup(nn.Module):
 
     def forward(self, reading: LossInputs) -> Evaluated:
         """Return the weighted total of the group, not yet scaled, and the sums of its terms."""
-        raise TypeError(f"{type(self).__name__} computes nothing")
+        raise TypeError(f"{type(self).__name__} does not implement forward()")
 
     def of_all(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
         """Return one result per reading; only the sum of the scaled totals has a meaning."""
@@ -228,13 +228,13 @@ def _scaled(evaluated: Evaluated, scale: float) -> Evaluated:
 
 def _hidden(knowledge: Knowledge) -> Tensor:
     if knowledge.hidden is None:
-        raise TypeError("a loss on (hidden, head) met a classifier, which has logits")
+        raise TypeError("a loss on (hidden, head) received a classifier, which has logits")
     return knowledge.hidden
 
 
 def _head(knowledge: Knowledge) -> tuple[Tensor, Tensor | None]:
     if knowledge.head is None:
-        raise TypeError("a loss on (hidden, head) met a classifier, which has logits")
+        raise TypeError("a loss on (hidden, head) received a classifier, which has logits")
     return knowledge.head.read()
 
 

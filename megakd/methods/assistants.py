@@ -44,7 +44,10 @@ RELATION_HEADS = 32
 
 def _rising(sparsities: tuple[float, ...]) -> tuple[float, ...]:
     if any(second <= first for first, second in pairwise(sparsities)):
-        raise ValueError(f"the grid must rise, each sparsity once; got {list(sparsities)}")
+        raise ValueError(
+            "the sparsities must be in increasing order without duplicates (got "
+            f"{list(sparsities)})"
+        )
     return sparsities
 
 
@@ -87,11 +90,21 @@ class AssistantOptions(MethodOptions):
         """True: the importance of units is measured inside the teacher."""
         return True
 
+    @property
+    def used_sparsities(self) -> tuple[float, ...]:
+        """The sparsities of the grid that the method cuts at; some methods override this."""
+        return self.sparsities
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the method weighs a metric against sparsity; some methods override this."""
+        return True
+
     def problems(self, config: Any) -> Iterator[str]:
         """Yield a line for every setting that contradicts a student cut out of one teacher."""
         if config.teachers:
             yield (
-                f'teachers: method "{self.name}" cuts one teacher; give it in a section '
+                f'teachers: method "{self.name}" needs exactly one teacher; use the section '
                 "teacher, or set method.name to a method for several teachers"
             )
         yield from self._problems_of_student(config.student)
@@ -100,13 +113,13 @@ class AssistantOptions(MethodOptions):
             grid = ", ".join(f"{sparsity:g}" for sparsity in self.sparsities)
             yield (
                 f"method.target_sparsity: {self.target_sparsity:g} is not among method.sparsities "
-                f"({grid}); add it there, or choose one of them"
+                f"({grid}); add the value to method.sparsities, or choose one of them"
             )
 
     def _problems_of_student(self, student: Any) -> Iterator[str]:
         if student.layers is not None:
             yield (
-                f'student.layers: method "{self.name}" takes heads and neurons out of all layers; '
+                f'student.layers: method "{self.name}" removes heads and neurons from all layers; '
                 'remove the key, or set method.name to "single"'
             )
         if student.model != FROM_TEACHER:
@@ -119,14 +132,15 @@ class AssistantOptions(MethodOptions):
         if any(isinstance(term, AttentionMse) for term in terms):
             yield (
                 "objective: attention_mse compares attention head by head, and the student has "
-                "fewer heads than its teacher; relation_kl works with any number"
+                "fewer heads than its teacher; use relation_kl, which supports different numbers "
+                "of heads"
             )
         states = [term.loss for term in terms if isinstance(term, STATE_TERMS)]
         if self.residual and states:
             yield (
-                f"objective: {', '.join(states)} compares hidden states of one width, and with "
-                "method.residual every candidate's are narrower than its teacher's; relation_kl "
-                "and soft targets work, or set method.residual to false"
+                f"objective: {', '.join(states)} compares hidden states of the same width, and "
+                "method.residual: true makes the hidden states of every candidate narrower; use "
+                "relation_kl or soft targets, or set method.residual to false"
             )
 
 
@@ -196,13 +210,14 @@ def ranked_units(config: AssistantOptions, lab: Lab, teacher: str) -> SortedMode
 
 
 def check_reach(config: AssistantOptions, lab: Lab) -> None:
-    """Check, before any training, that all candidates can be cut and compared.
+    """Check, before any training, that all models can be cut that the method will cut.
 
     Raises:
         MegakdError: heads, neurons or the width run out, the metric cannot be weighed, or
             relations cannot be compared between candidates.
     """
-    lab.metric(config.metric)
+    if config.weighs:
+        lab.metric(config.metric)
     terms = objective_of(config, lab)
     for term in terms:
         if isinstance(term, RelationKl):
@@ -211,12 +226,13 @@ def check_reach(config: AssistantOptions, lab: Lab) -> None:
         (term,) = terms
         logger.info(
             "objective: relation_kl of the last layer, of queries, keys and values, with %s "
-            "relation heads; it teaches no output head, which stays the teacher's, narrowed",
+            "relation heads; the output head is not trained: the student keeps the narrowed head "
+            "of the teacher",
             getattr(term, "relation_heads", None),
         )
     # The distribution of units over the layers, and so the effect of rounding, is not yet known.
     exact = dataclasses.replace(config, round_to=1) if config.allocation == "global" else config
-    views_of(exact, lab, lab.unscored(), config.sparsities)
+    views_of(exact, lab, lab.unscored(), config.used_sparsities)
 
 
 def _check_relations(term: RelationKl, heads: Heads) -> None:
@@ -232,8 +248,8 @@ def _check_relations(term: RelationKl, heads: Heads) -> None:
         fitting = ", ".join(str(n) for n in range(1, unit + 1) if unit % n == 0)
         raise ConfigError(
             f"objective: relation_kl.relation_heads {term.relation_heads} (null: the teacher's "
-            f"attention heads) does not divide {unit}, by which the candidates' vectors grow with "
-            f"every head that they keep; numbers that do: {fitting}"
+            f"attention heads) does not divide {unit}, the width that each head adds to a "
+            f"candidate's vectors; use one of {fitting}"
         )
 
 

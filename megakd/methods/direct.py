@@ -20,6 +20,16 @@ class DirectConfig(AssistantOptions):
 
     name: Literal["direct"]
 
+    @property
+    def used_sparsities(self) -> tuple[float, ...]:
+        """The target alone."""
+        return (self.target_sparsity,)
+
+    @property
+    def weighs(self) -> bool:
+        """False: there is only one model."""
+        return False
+
 
 def run(config: DirectConfig, lab: Lab) -> StageResult:
     """Cut the target out of the sorted teacher and distil it."""

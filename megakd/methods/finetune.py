@@ -27,7 +27,7 @@ class FinetuneConfig(MethodOptions):
         for key in ("teacher", "teachers"):
             if getattr(config, key):
                 yield (
-                    f'{key}: method "finetune" learns from the labels alone and has no use for a '
+                    f'{key}: method "finetune" learns only from the labels and does not use a '
                     f'teacher; remove the section ({key}=null), or set method.name to "single"'
                 )
 

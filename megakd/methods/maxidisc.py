@@ -34,8 +34,13 @@ class MaxiDiscConfig(AssistantOptions):
 
     name: Literal["maxidisc"]
 
+    @property
+    def used_sparsities(self) -> tuple[float, ...]:
+        """The sparsities up to the target."""
+        return tuple(s for s in self.sparsities if s <= self.target_sparsity)
 
-class Path(NamedTuple):
+
+class Route(NamedTuple):
     """An assistant and the student that it taught; both are the same stage without an assistant."""
 
     sparsity: float
@@ -47,43 +52,39 @@ def run(config: MaxiDiscConfig, lab: Lab) -> StageResult:
     """Train two legs per assistant, and return the student with the best validation score."""
     _, ranked = ranked_teacher(config, lab)
     metric = lab.metric(config.metric)
-    paths = [
-        _path(config, lab, ranked, sparsity)
-        for sparsity in config.sparsities
-        if sparsity <= config.target_sparsity
-    ]
-    best = paths[0]
-    for path in paths[1:]:
+    routes = [_route(config, lab, ranked, sparsity) for sparsity in config.used_sparsities]
+    best = routes[0]
+    for path in routes[1:]:
         if metric.of(path.student.metrics) > metric.of(best.student.metrics):
             best = path
-    _record(config, lab, ranked, paths, best)
+    _record(config, lab, ranked, routes, best)
     return best.student
 
 
-def _path(config: MaxiDiscConfig, lab: Lab, ranked: SortedModel, sparsity: float) -> Path:
+def _route(config: MaxiDiscConfig, lab: Lab, ranked: SortedModel, sparsity: float) -> Route:
     view = view_of(config, lab, ranked, sparsity)
     name = view_name(sparsity)
     start = lab.cut(ranked.source, view, f"cut-{name}")
     first = lab.train(leg(config, lab, f"leg-{name}", teacher=lab.teacher(), start=start))
     if sparsity == config.target_sparsity:
-        return Path(sparsity, first, first)
+        return Route(sparsity, first, first)
     target = view_of(config, lab, ranked, config.target_sparsity)
     assistant = lab.as_teacher(first)
     start = lab.cut(lab.source(first.folder), target, f"cut-through-{name}")
     second = lab.train(leg(config, lab, f"student-through-{name}", teacher=assistant, start=start))
-    return Path(sparsity, first, second)
+    return Route(sparsity, first, second)
 
 
 def _record(
     config: MaxiDiscConfig,
     lab: Lab,
     ranked: SortedModel,
-    paths: list[Path],
-    best: Path,
+    routes: list[Route],
+    best: Route,
 ) -> None:
     metric = lab.metric(config.metric)
-    views = views_of(config, lab, ranked, [path.sparsity for path in paths])
-    for path in paths:
+    views = views_of(config, lab, ranked, [path.sparsity for path in routes])
+    for path in routes:
         value, view = metric.of(path.assistant.metrics), views[view_name(path.sparsity)]
         lab.record.candidates.append(
             {

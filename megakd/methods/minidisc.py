@@ -68,9 +68,10 @@ class MiniDiscConfig(AssistantOptions):
         wants_assistant = not self.target_may_win and self.iterations > 1
         if wants_assistant and min(self.sparsities) >= self.target_sparsity:
             yield (
-                f"method.target_may_win: false leaves no candidate, for none of method.sparsities "
-                f"is below method.target_sparsity {self.target_sparsity:g}; add one, set it to "
-                "true, or set method.iterations to 1"
+                "method.target_may_win: false leaves no candidate, because all of "
+                f"method.sparsities are at least method.target_sparsity {self.target_sparsity:g}; "
+                "add a lower sparsity, set method.target_may_win to true, or set method.iterations "
+                "to 1"
             )
 
 

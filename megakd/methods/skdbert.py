@@ -20,6 +20,7 @@ from megakd.contract.methods import MethodOptions, no_such_teacher
 from megakd.contract.stage import Constant, Pass, Stage, Stateless
 from megakd.contract.terms import STRICT, Count, Weight
 from megakd.methods.pools import soft_objective, taught
+from megakd.methods.unused_options import unused
 
 if TYPE_CHECKING:
     from megakd.contract.lab import Lab
@@ -32,7 +33,8 @@ class SkdbertConfig(MethodOptions):
 
     distribution: `uniform`; `teacher_rank`, by the teachers' scores on the validation split;
         `student_rank`, by the scores of pilot students, each taught by one teacher; or `weights`.
-    weights: weights of the teachers by name, for distribution `weights`; need not sum to 1.
+    weights: weights of the teachers by name, for distribution `weights`; need not sum to 1. A
+        teacher of weight 0 is neither fine-tuned nor loaded.
     rank_exponent: a teacher's weight is its rank to this power, and the worst teacher has rank 1;
         0 is uniform.
     pilot_steps: optimizer steps of each pilot student of `student_rank`; null: as many as for the
@@ -46,36 +48,53 @@ class SkdbertConfig(MethodOptions):
     pilot_steps: Count | None = None
 
     def problems(self, config: Any) -> Iterator[str]:
-        """Yield a line if weights do not fit the distribution or the teachers."""
+        """Yield a line if weights or other keys do not fit the distribution or the teachers."""
         if self.distribution == "weights":
             yield from self._problems_of_weights(config)
         elif self.weights is not None:
             yield (
-                f"method.weights: method.distribution is {self.distribution}, which takes none; "
-                'set it to "weights", or remove them'
+                f"method.weights: method.distribution {self.distribution} does not use weights; "
+                'set method.distribution to "weights", or remove the key'
             )
+        how = f"method.distribution {self.distribution}"
+        if self.distribution not in ("teacher_rank", "student_rank"):
+            yield from unused(self, {"rank_exponent"}, f"{how} ranks no teacher")
+        if self.distribution != "student_rank":
+            yield from unused(self, {"pilot_steps"}, f"{how} trains no pilot student")
 
     def _problems_of_weights(self, config: Any) -> Iterator[str]:
         if self.weights is None:
-            yield 'method.weights: method.distribution is "weights" and there are none'
+            yield (
+                'method.weights: missing, and method.distribution is "weights"; set a weight for '
+                "every teacher"
+            )
             return
         for name in self.weights:
             if name not in config.teacher_specs:
                 yield no_such_teacher(config, "method.weights", name)
         missing = [name for name in config.teacher_specs if name not in self.weights]
         if missing:
-            yield f"method.weights: none for {', '.join(missing)}; 0 is a weight too"
+            yield (
+                f"method.weights: no weight for {', '.join(missing)}; set a weight for every "
+                "teacher (0 is allowed)"
+            )
         elif not any(self.weights.values()):
-            yield "method.weights: all are 0, so no teacher could ever be drawn; raise one"
+            yield "method.weights: every weight is 0; set at least one weight above 0"
 
 
 def run(config: SkdbertConfig, lab: Lab) -> StageResult:
     """Prepare the teachers and their probabilities, then train the student."""
-    names = lab.teachers()
-    probabilities = probabilities_of(config, lab, names)
+    names = tuple(name for name in lab.config.teacher_specs if _may_teach(config, name))
+    probabilities = probabilities_of(config, lab, tuple(map(lab.teacher, names)))
     drawn = Drawn(names, tuple(probabilities.values()), lab.config.seed)
     stage = Stage(name="student", teachers=names, objective=soft_objective(lab), strategy=drawn)
-    return taught(lab, stage, weights=probabilities, how=config.distribution)
+    never = dict.fromkeys(lab.config.teacher_specs, 0.0)
+    return taught(lab, stage, weights=never | probabilities, how=config.distribution)
+
+
+def _may_teach(config: SkdbertConfig, name: str) -> bool:
+    """Return false for a teacher of weight 0, which is neither fine-tuned nor loaded."""
+    return config.weights is None or config.weights[name] > 0
 
 
 def probabilities_of(config: SkdbertConfig, lab: Lab, names: Sequence[str]) -> dict[str, float]:

@@ -8,7 +8,7 @@ previous teacher, with the learning rate and the steps of its section `finetune`
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from megakd.contract.methods import MethodOptions, no_such_teacher
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.contract.terms import STRICT
+from megakd.errors import ConfigError
 from megakd.methods.pools import soft_objective
 
 if TYPE_CHECKING:
@@ -34,22 +35,58 @@ class TakdConfig(MethodOptions):
     order: tuple[str, ...] | None = None
 
     def problems(self, config: Any) -> Iterator[str]:
-        """Yield a line for every teacher in `order` that does not exist or is listed twice."""
+        """Yield a line for every teacher in `order` that does not exist or is listed twice.
+
+        The chain is checked too if the config says how the chain begins.
+        """
         for name, count in Counter(self.order or ()).items():
             if name not in config.teacher_specs:
                 yield no_such_teacher(config, "method.order", name)
             if count > 1:
-                yield f'method.order: "{name}" is listed {count} times'
+                yield f'method.order: "{name}" is listed {count} times; list every teacher once'
+        if self.order and not set(self.order) - config.teacher_specs.keys():
+            yield from _problems_of_chain(config, self.order)
 
 
 def run(config: TakdConfig, lab: Lab) -> StageResult:
-    """Train one leg per teacher after the first teacher, then the leg of the student."""
-    first, *others = config.order or lab.largest_first()
+    """Train one leg per teacher after the first teacher, then the leg of the student.
+
+    Raises:
+        ConfigError: a setting contradicts the chain; raised before anything is trained.
+    """
+    first, *others = chain = config.order or lab.largest_first()
+    problems = "\n".join(_problems_of_chain(lab.config, chain))
+    if problems:
+        raise ConfigError(problems)
     teacher = lab.teacher(first)
     for name in others:
         leg = lab.train(_leg(lab, f"{name}-taught", role=name, teacher=teacher))
-        teacher = lab.as_teacher(leg, like=name)
+        teacher = lab.assistant(leg, None, like=name)
     return lab.train(_leg(lab, "student", role="student", teacher=teacher))
+
+
+def _problems_of_chain(config: Any, chain: Sequence[str]) -> Iterator[str]:
+    """Yield a line for every setting that needs a later teacher as it was before its leg.
+
+    Args:
+        config: the config of the run.
+        chain: the names of the teachers, in the order in which they are taught.
+    """
+    first, *later = chain
+    for name in later:
+        key, cache = config.key_of(name), config.teacher_specs[name].cache
+        if cache is not None:
+            yield (
+                f'{key}.cache: method "takd" trains {name} before {name} teaches, so the answers '
+                f"in {cache} do not apply; remove the key (only the first teacher, {first}, can "
+                "have a cache)"
+            )
+    if config.start_role in later:
+        yield (
+            f'student.teacher: method "takd" trains {config.start_role}, but the student would '
+            f"start from {config.start_role} without this training; set student.teacher to "
+            f"{first}, or set student.model to a model"
+        )
 
 
 def _leg(lab: Lab, name: str, *, role: str, teacher: str) -> Stage:

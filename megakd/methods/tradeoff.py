@@ -72,10 +72,11 @@ def choose(
     """
     candidates = {s: metric for s, metric in scores.items() if s >= teacher_sparsity}
     if target not in candidates:
-        known = ", ".join(f"{s:g}" for s in sorted(candidates)) or "there are none"
+        known = ", ".join(f"{s:g}" for s in sorted(candidates)) or "none"
         raise ConfigError(
             f"method.target_sparsity {target:g} is not among the candidates that are at least as "
-            f"sparse as their teacher ({teacher_sparsity:g}): {known}; add it to method.sparsities"
+            f"sparse as their teacher ({teacher_sparsity:g}): {known}; add the value to "
+            "method.sparsities"
         )
     for sparsity, metric in candidates.items():
         check_metric(metric, sparsity)
@@ -100,12 +101,12 @@ def check_metric(metric: float, sparsity: float) -> None:
     """
     if math.isnan(metric):
         raise TrainingError(
-            f"the candidate of sparsity {sparsity:g} has no score (nan), so that none can be "
-            f"chosen; lower train.learning_rate if training has diverged"
+            f"the candidate of sparsity {sparsity:g} has no score (nan), so no candidate can be "
+            "chosen; lower train.learning_rate if training has diverged"
         )
     if abs(metric) > 1 + _ABOVE_ONE:
         raise ConfigError(
             f"the candidate of sparsity {sparsity:g} scores {metric:g}: the trade-off needs a "
-            f"metric from 0 to 1 (a correlation from -1), of which more is better; perplexity and "
-            f"loss are none, set method.metric: accuracy"
+            "metric from 0 to 1 (a correlation from -1), where higher is better; perplexity and "
+            "loss are not supported: set method.metric, for example to accuracy"
         )

@@ -156,7 +156,10 @@ class PlanningLab(LabBase):
         self.phases.append(phase)
         view, learner = next(iter(stage.views), None), phase.learner
         made = learner if view is None else self.cut(learner, stage.views[view], stage.name)
-        return self._result(stage.name, made, views=tuple(stage.views), view=view)
+        result = self._result(stage.name, made, views=tuple(stage.views), view=view)
+        for role, beside in list(learners.items())[1:]:
+            self._made[result.folder / role] = beside
+        return result
 
     def _result(
         self,
@@ -203,11 +206,11 @@ class PlanningLab(LabBase):
         del name
         return shape_of_cut(source, view, self.config.task.type)
 
-    def assistant(self, result: StageResult, sparsity: float) -> str:
+    def assistant(self, result: StageResult, sparsity: float | None, *, like: str = TEACHER) -> str:
         """Make a stage's model a teacher that is scored at the end."""
         del sparsity
         self._assistants.append(result)
-        return self.as_teacher(result)
+        return self.as_teacher(result, like=like)
 
     def metric(self, name: str | None) -> Any:
         """Return a metric with the same score for every model."""

@@ -135,8 +135,9 @@ def line_chart(
         bounds: values that the y axis always contains.
     """
     xs, ys = ([point[axis] for line in lines for point in line.points] for axis in (0, 1))
+    ys = [*ys, *bounds]
     log = may_be_log and min(ys) > 0 and max(ys) / min(ys) > 8
-    y, y_ticks = _vertical([*ys, *bounds], log=log, percent=unit.startswith("%"))
+    y, y_ticks = _vertical(ys, log=log, percent=unit.startswith("%"))
     x = _horizontal(min(xs), max(*xs, min(xs) + 1e-9), y_ticks)
     return Chart(
         title=title, unit=", ".join(filter(None, (unit, "log scale" if log else ""))), label=label,

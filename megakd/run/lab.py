@@ -18,6 +18,7 @@ from megakd.contract.results import Assistant, ModelReport, ParameterCounts
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, TEACHER, Dtype
 from megakd.contract.units import View
+from megakd.engine.device import reset_peak_memory
 from megakd.engine.distributed import Ranks, main_first
 from megakd.errors import ConfigError
 from megakd.models.counting import named_shapes, parameter_counts
@@ -131,10 +132,10 @@ class Lab(LabBase):
         """Return the number of weights of a view of a model."""
         return self._store.parameters(source, view)
 
-    def assistant(self, result: StageResult, sparsity: float) -> str:
-        """Make a stage's model the teacher of the student, and list it in the report."""
+    def assistant(self, result: StageResult, sparsity: float | None, *, like: str = TEACHER) -> str:
+        """Make a stage's model a teacher, and list it in the report."""
         self.record.assistants.append(Assistant(result.name, sparsity, result.folder))
-        return self.as_teacher(result)
+        return self.as_teacher(result, like=like)
 
     def train(self, stage: Stage) -> StageResult:
         """Run a stage, or return its result if it has already finished; a collective.
@@ -164,6 +165,7 @@ class Lab(LabBase):
         return as_student(self._teachers[self.teacher(role)].source, self.config)
 
     def _run(self, stage: Stage, fingerprint: Fingerprint, folder: Path) -> StageResult:
+        reset_peak_memory(self._ranks.device)
         teachers: dict[str, FrozenTeacher | CachedTeacher] = {}
         with ExitStack() as opened:
             for name in stage.teachers:

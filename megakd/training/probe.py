@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from megakd.engine.distributed import all_reduce_
+from megakd.engine.distributed import agree, all_reduce_, on_main
+from megakd.errors import CheckpointError
+from megakd.storage import atomic
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -15,8 +18,9 @@ if TYPE_CHECKING:
     from megakd.engine.student import StudentEngine
     from megakd.training.scoring import Scorer
 
-
+T = TypeVar("T")
 BEGINNING = "beginning"
+"""Folder of the initial state of a student, in the folder of a stage's checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,10 @@ class HeldOutProbe:
         """Sum a tensor over all ranks, in place."""
         return all_reduce_(tensor)
 
+    def agree(self, value: T) -> T:
+        """Return the value of rank 0 on every rank."""
+        return agree(value)
+
     def loss(self, student: StudentEngine) -> float:
         """Return cross-entropy or squared error on the rows, the same on every rank."""
         return self.scorer.loss(student.predict, self.rows)
@@ -46,3 +54,36 @@ class HeldOutProbe:
     def reset(self, student: StudentEngine) -> None:
         """Restore the saved student without a new engine."""
         student.load(self.folder, BEGINNING)
+
+    def check_remembered(self) -> None:
+        """Check that there is a saved student.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        on_main(self._check_folder)
+
+    def _check_folder(self) -> None:
+        folder = self.folder / BEGINNING
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder} does not exist, and the next episodes start from this student; resume "
+                f"from a checkpoint beside a folder {BEGINNING}/, or remove {self.folder} to train "
+                "the stage again"
+            )
+
+
+def take_beginning(source: Path, target: Path) -> None:
+    """Copy the initial student of the stage if the stage resumes from another run's checkpoint.
+
+    Args:
+        source: the folder of the checkpoint that the stage resumes from.
+        target: the folder of the stage's own checkpoints.
+
+    Raises:
+        MegakdError: the disk is full.
+    """
+    if source.resolve() == target.resolve() or not (source / BEGINNING).is_dir():
+        return
+    with atomic.replaced_folder(target / BEGINNING) as temporary:
+        shutil.copytree(source / BEGINNING, temporary, dirs_exist_ok=True)

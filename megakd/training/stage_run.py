@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -22,9 +21,6 @@ from megakd.engine.distributed import gather, on_main, together
 from megakd.engine.stop_vote import StopVote, agreed_signal
 from megakd.engine.student import StudentEngine, device_batch
 from megakd.errors import CheckpointError
-from megakd.models.axes import weight_axes
-from megakd.models.cutting import cut_class_name, cut_config, cut_state
-from megakd.models.export import write_model_folder
 from megakd.process import signals
 from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint
@@ -37,7 +33,9 @@ from megakd.training.engines import Assembly
 from megakd.training.evaluation import Evaluation
 from megakd.training.longer import may_grow
 from megakd.training.meters import TrainMeter
+from megakd.training.probe import take_beginning
 from megakd.training.progress import Extent, Reporter
+from megakd.training.stage_folder import Learned, consume, write_stage_folder
 from megakd.training.stage_result import RESULT, result_text
 from megakd.training.trainer import Trainer
 
@@ -176,14 +174,15 @@ class StageRun:
         checkpoint = checkpoint or self.checkpoints.newest_good()
         if checkpoint is None:
             if wanted is True:
-                self._say(f"{name}: no checkpoint to resume from, starts at step {first}")
+                self._say(f"{name}: no checkpoint to resume from, starting at step {first}")
             self.best.resume(first, {})
             return first
         if wanted is False:
             raise CheckpointError(
-                f"{checkpoint} is there and resume_from_checkpoint is false; use another "
-                f"output_dir, remove {self.checkpoints.folder}, or set it to true"
+                f"{checkpoint} exists and resume_from_checkpoint is false; use another output_dir, "
+                f"remove {self.checkpoints.folder}, or set resume_from_checkpoint to true"
             )
+        on_main(lambda: take_beginning(checkpoint.parent, self.checkpoints.folder))
         state, own = self.checkpoints.load(checkpoint, self.student.load)
         self.trainer.load_state_dict(state["trainer"])
         self.source.load_state_dict(state["batches"])
@@ -191,6 +190,8 @@ class StageRun:
         self.health.load_window_state(own["window"])
         self.evaluation = Evaluation.read(state["evaluation"])
         self.stopping.load_state_dict(state["early_stopping"])
+        if self.checkpoints.has_grown(checkpoint):
+            self.stopping.extend()
         step = self.trainer.step
         self._say(f"{self.stage.name}: resumed at step {step} from {checkpoint}")
         self.best.resume(step, state["best_steps"])
@@ -221,7 +222,7 @@ class StageRun:
         if not _due(step, self.config.log.logging_steps):
             self._log(step)
         self._say(
-            f"{self.stage.name}: stopped at step {step} of {self.steps}, for "
+            f"{self.stage.name}: stopped at step {step} of {self.steps}, because "
             f"{self.stopping.misses} evaluations in a row were not better "
             "(train.early_stopping_patience)"
         )
@@ -290,29 +291,19 @@ class StageRun:
     def _write_model(
         self, folder: Path, extra: Mapping[str, str | bytes], evaluation: Evaluation
     ) -> None:
-        """Write the learner, cut as an evaluation says, with extra small files; a collective."""
-        model = self.student.student
+        """Write the learners, the first cut as an evaluation says, and small files; collective."""
         view = self.stage.views.get(evaluation.view or "")
         cut = evaluation.cut or (None if view is None else Cut(None, view))
-        state = self.student.student_state()
-        config, architecture = model.config, type(model).__name__
-        if cut is not None:
-            state = cut_state(state, weight_axes(model), cut.view, cut.order)
-            config = cut_config(config, cut.view, cut.order)
-            architecture = cut_class_name(model, config)
+        first, *beside = self.bundle.learners
+        models = {self.stage.role: Learned.of(first, cut)}
+        models |= zip(self.stage.beside, map(Learned.of, beside), strict=True)
 
         def write() -> None:
-            if not self.ranks.is_main:
-                deque(state, maxlen=0)
-                return
-            write_model_folder(
-                folder,
-                config=config,
-                state=state,
-                tokenizer=self.prepared.tokenizer,
-                architecture=architecture,
-                extra=extra,
-            )
+            if self.ranks.is_main:
+                tokenizer = self.prepared.tokenizer
+                write_stage_folder(folder, models, tokenizer=tokenizer, extra=extra)
+            else:
+                consume(models)
 
         together(write)
 

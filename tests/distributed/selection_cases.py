@@ -12,6 +12,7 @@ from megakd.engine import distributed
 from megakd.engine.student import StudentEngine
 from megakd.methods import run_method
 from megakd.methods.knowledge_selection.selecting import Selecting
+from megakd.methods.knowledge_selection.selector import Selector
 from megakd.run.lab import Lab
 from megakd.training.inputs import prepare
 from megakd.training.probe import HeldOutProbe
@@ -68,6 +69,21 @@ class Watch:
         for state in student._engine.optimizer.state.values():
             found.update(str(float(state["exp_avg"].abs().sum())).encode())
         return found.hexdigest()
+
+
+def learn_apart(config_path: str, overrides: list[str]) -> dict:
+    """Runs the method on ranks whose actors say something else, as on other processors."""
+    said, rank = Selector.action, distributed.ranks().rank
+
+    def other(selector, state):
+        action = said(selector, state)
+        return action if rank == 0 else 1 - action
+
+    Selector.action = other
+    try:
+        return learn(config_path, overrides)
+    finally:
+        Selector.action = said
 
 
 def learn(config_path: str, overrides: list[str]) -> dict:

@@ -33,11 +33,11 @@ def config(tmp_path_factory) -> str:
 def learn(workers, config, tmp_path):
     """The findings of all ranks."""
 
-    def learned(ranks: int, *overrides: str) -> list[dict]:
+    def learned(ranks: int, *overrides: str, how: str = "learn") -> list[dict]:
         out = tmp_path / str(len(list(tmp_path.iterdir())))
         rows = f"train.per_device_train_batch_size={4 // ranks}"
         settings = [f"output_dir={out}", rows, *overrides]
-        return workers(ranks).run("selection_cases.learn", config, settings)
+        return workers(ranks).run(f"selection_cases.{how}", config, settings)
 
     return learned
 
@@ -78,6 +78,42 @@ def test_a_student_that_begins_anew_is_as_it_was(learn, student):
 
     assert len(found["beginnings"]) == EPISODES
     assert found["beginnings"][0] == found["beginnings"][1]
+
+
+@pytest.mark.parametrize(
+    ("student", "action"),
+    [("zero2", "soft"), pytest.param("zero3", "hard", marks=pytest.mark.slow)],
+)
+def test_ranks_whose_processors_differ_take_the_action_of_the_first(learn, student, action):
+    settings = (f"student.deepspeed={student}", f"method.action={action}", "method.noise=1.0")
+
+    first, second = learn(2, *settings, how="learn_apart")
+
+    assert first["actions"] == second["actions"]
+    assert len({*map(tuple, first["actions"])}) > 1
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        pytest.param("zero0", marks=pytest.mark.slow),
+        pytest.param("zero1", marks=pytest.mark.slow),
+        "zero2",
+        "zero3",
+    ],
+)
+def test_a_step_without_any_kind_is_taken_alike_at_every_zero_stage(learn, student):
+    """Noise switches both kinds off in some phases: their loss is 0, with gradients of 0."""
+    kinds = "objective=[{loss: hard_cross_entropy}, {loss: hidden_mse}]"
+    settings = (kinds, "method.noise=20.0")
+
+    first, second = learn(2, *settings, f"student.deepspeed={student}")
+    (alone,) = learn(1, *settings, "student.deepspeed=zero0")
+
+    assert (0.0, 0.0) in [tuple(action) for action in first["actions"]]
+    assert first["actions"] == second["actions"]
+    for name, weight in first["weights"].items():
+        assert (weight - alone["weights"][name]).abs().max().item() <= 1e-4, name
 
 
 def test_one_choice_serves_all_micro_batches_of_a_step(learn):

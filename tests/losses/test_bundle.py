@@ -97,6 +97,45 @@ def test_the_world_size_is_in_the_gradient_that_will_be_averaged_and_not_in_the_
     torch.testing.assert_close(found[1].parts, found[0].parts)
 
 
+OFF = {"hard_cross_entropy": 0.0, "soft_target_kl": 0.0}
+
+
+def test_a_pass_without_any_term_has_a_loss_of_zero_with_gradients_of_zero():
+    student = bundle()
+
+    found = losses(student, Pass(teacher="a", weights=OFF))
+    found.total.backward()
+
+    assert found.total.item() == 0
+    assert {name: value.item() for name, value in found.parts.items()} == {"loss": 0.0}
+    for name, weight in student.named_parameters():
+        assert weight.grad is not None, name
+        assert not weight.grad.any(), name
+
+
+def test_a_pass_without_any_term_adds_nothing_to_the_others():
+    alone = gradient(bundle(), Pass(teacher="a")).clone()
+
+    both = gradient(bundle(), Pass(teacher="a"), Pass(teacher="b", weights=OFF))
+
+    torch.testing.assert_close(both, alone, rtol=0, atol=0)
+
+
+def test_outputs_that_are_not_finite_give_a_pass_without_any_term_no_gradient():
+    student = bundle()
+    inputs = INPUTS.clone()
+    inputs[3] = torch.nan
+    made = Batch({"numbers": inputs}, LABELS, VALID)
+    bias = student.student.get_parameter("linear.bias")
+
+    found = student(made, {"a": taught(1)}, (Pass(teacher="a", weights=OFF),), count_units([made]))
+    found.total.backward()
+
+    assert found.total.item() == 0
+    assert bias.grad is not None
+    assert not bias.grad.any()
+
+
 def test_micro_batches_of_any_size_add_up_to_the_whole():
     student, plan = bundle(), Pass(teacher="a")
     counts, whole = count_units([batch()]), losses(bundle(), plan)
@@ -152,9 +191,13 @@ def test_what_a_pass_gives_no_weight_is_neither_computed_nor_reported(monkeypatc
 
 def test_a_term_whose_own_weight_is_nothing_is_still_reported():
     student = bundle()
+    weighted = losses(student, Pass(teacher="a"))
     student.objective.weights["soft_target_kl"] = 0.0
 
-    assert losses(student, Pass(teacher="a")).parts["soft_target_kl"] > 0
+    found = losses(student, Pass(teacher="a"))
+
+    assert found.parts["soft_target_kl"] == weighted.parts["soft_target_kl"] > 0
+    assert found.total.item() == pytest.approx(0.25 * found.parts["hard_cross_entropy"].item())
 
 
 def test_a_pass_may_ask_for_factors_when_both_models_have_spoken():
@@ -245,6 +288,23 @@ def tiny_llama() -> LlamaForCausalLM:
         max_position_embeddings=16,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def test_a_pass_without_any_term_gives_a_language_model_gradients_of_zero():
+    model = tiny_llama()
+    ids = torch.tensor([[5, 6, 7], [8, 9, 3]])
+    given = Batch({"input_ids": ids}, ids, torch.ones(2, 3).bool())
+    objective = build_objective((CE,), "causal_lm", Shape(1, 8, 20), None)
+    student = StudentBundle({"student": model}, objective, world_size=1)
+
+    plan = [Pass(weights={"hard_cross_entropy": 0.0})]
+    found = student(given, None, plan, count_units([given]))
+    found.total.backward()
+
+    assert found.total.item() == 0
+    without = [name for name, weight in model.named_parameters() if weight.grad is None]
+    assert without == ["lm_head.weight"]  # as with terms on hidden states alone
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 def test_views_of_one_width_form_one_gradient_of_the_head(monkeypatch):

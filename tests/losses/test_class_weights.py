@@ -53,8 +53,8 @@ def test_weights_by_name_come_in_the_order_of_the_data():
     ("given", "labels", "message"),
     [
         ({"bad": 1.0, "goood": 1.0}, [0], 'no label "goood"; did you mean "good"'),
-        ({"bad": 1.0}, [0], "no weight for good, rare; 1 is a weight too"),
-        ("balanced", [0, 1, -100], "no labelled training row is rare"),
+        ({"bad": 1.0}, [0], "no weight for good, rare; set a weight for every label"),
+        ("balanced", [0, 1, -100], "no training row has the label rare"),
     ],
 )
 def test_weights_that_do_not_fit_the_labels_are_refused(given, labels, message):
@@ -85,10 +85,13 @@ def test_a_baseline_learns_as_the_objective_says_and_a_teacher_is_never_smoothed
     [
         ("objective.0.class_weights=even", "objective[0].class_weights: must be"),
         ("objective.0.class_weights={a: -1}", "objective[0].class_weights.a: must be at least 0"),
-        ("objective.0.class_weights={a: 0, b: 0}", "every weight is 0, so nothing can be learned"),
+        (
+            "objective.0.class_weights={a: 0, b: 0}",
+            "every weight is 0; set at least one weight above 0",
+        ),
         ("objective.0.label_smoothing=1", "objective[0].label_smoothing: must be below 1"),
-        ("task.type=causal_lm", "objective[0].class_weights: for classification only"),
-        ("task.type=mlm", "objective[0].label_smoothing: for classification only"),
+        ("task.type=causal_lm", "objective[0].class_weights: supported only for classification"),
+        ("task.type=mlm", "objective[0].label_smoothing: supported only for classification"),
     ],
 )
 def test_options_that_cannot_work_are_refused_with_the_config(tmp_path, override, message):

@@ -373,5 +373,5 @@ def test_a_term_that_compares_refuses_to_run_without_a_teacher(task):
     student = said(torch.zeros(1, 1, 3), torch.eye(3))._replace(logits=torch.zeros(1, 3))
     batch = Batch({}, torch.ones(1, 1).long(), torch.ones(1, 1, dtype=torch.bool))
 
-    with pytest.raises(TypeError, match="compares with a teacher was planned without one"):
+    with pytest.raises(TypeError, match="compares with a teacher was planned without a teacher"):
         objective([LossInputs(student, None, batch, objective.weights, ONE_EACH)])[0]

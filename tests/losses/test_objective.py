@@ -105,7 +105,10 @@ def test_pairs_are_taken_as_written_and_0_is_the_embedding_output():
 def test_a_pair_beyond_a_model_is_refused_as_written_with_both_layer_counts(pair):
     with pytest.raises(
         TeacherError,
-        match=rf"hidden_mse\.layer_mapping {pair}: the student has 2 layers, the teacher 12",
+        match=(
+            rf"hidden_mse\.layer_mapping {pair}: a layer does not exist; the student has layers 0 "
+            r"to 2, the teacher 0 to 12"
+        ),
     ):
         mapped(("1:1", pair), 2, 12)
 
@@ -121,7 +124,7 @@ def test_a_pair_beyond_a_model_is_found_before_anything_is_built():
 def test_a_term_that_compares_is_refused_without_a_teacher(term):
     task = "regression" if term is SOFT_MSE else "classification"
 
-    with pytest.raises(ConfigError, match=f"{term.loss} compares with a teacher and this stage"):
+    with pytest.raises(ConfigError, match=f"{term.loss} compares with a teacher, and this stage"):
         build_objective((term,), task, STUDENT, None)
 
 
@@ -134,13 +137,17 @@ def test_classes_that_differ_are_refused_with_both_numbers(term):
 def test_vocabularies_of_different_padding_are_no_reason_to_refuse_a_language_model():
     padded = Shape(12, 6, 152064)
 
-    assert build_objective((KL,), "causal_lm", Shape(2, 4, 151936), padded).needs_teacher
+    objective = build_objective((KL,), "causal_lm", Shape(2, 4, 151936), padded)
+
+    assert objective.needs_teacher
+    assert "soft_target_kl" in objective.weights
 
 
-def test_hard_terms_need_no_teacher():
-    objective = build_objective((CE,), "classification", STUDENT, None)
+def test_terms_that_compare_need_a_teacher_and_hard_ones_do_not():
+    hard = build_objective((CE,), "classification", STUDENT, None)
+    both = build_objective((CE, KL), "classification", STUDENT, TEACHER)
 
-    assert not objective.needs_teacher
+    assert [hard.needs_teacher, both.needs_teacher] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -222,13 +229,21 @@ def test_the_embedding_has_no_attention_to_map(term, pair):
 def test_an_attention_layer_beyond_a_model_is_refused_as_written(term):
     mapped_wrongly = replace(term, layer_mapping=("3:1",))
 
-    with pytest.raises(TeacherError, match=rf"{term.loss}\.layer_mapping 3:1: the student has 2"):
+    with pytest.raises(
+        TeacherError,
+        match=(
+            rf"{term.loss}\.layer_mapping 3:1: a layer does not exist; the student has layers 0 "
+            r"to 2"
+        ),
+    ):
         check_terms((mapped_wrongly,), "classification", STUDENT, TEACHER)
 
 
 @pytest.mark.parametrize("term", [ATTENTION, RELATION], ids=named)
 def test_a_model_without_attention_has_none_to_compare(term):
-    with pytest.raises(TeacherError, match=f"{term.loss}: the teacher has no attention"):
+    with pytest.raises(
+        TeacherError, match=f"{term.loss}: megakd does not support the attention of the teacher"
+    ):
         check_terms((term,), "classification", STUDENT, Shape(12, 6, 3))
 
 
@@ -238,7 +253,7 @@ def test_attention_of_other_heads_is_refused_with_both_numbers_and_a_term_that_w
     with pytest.raises(
         TeacherError,
         match=r"attention_mse: the teacher has 16 attention heads, the student 2.*"
-        r"relation_kl works with any numbers",
+        r"use relation_kl, which supports different numbers of heads",
     ):
         check_terms((ATTENTION,), "classification", STUDENT, teacher)
 
@@ -261,7 +276,7 @@ def test_relations_have_the_teachers_heads_unless_told_otherwise():
         (
             {},
             r"relation_heads 12 \(null: the teacher's attention heads\) does not divide the "
-            r"student's key vectors, which are 32 wide; .* all of them: 1, 2, 4, 8, 16$",
+            r"student's key vectors, which are 32 wide; .* all of the vectors: 1, 2, 4, 8, 16$",
         ),
         (
             {"relation_heads": 5},
@@ -270,7 +285,7 @@ def test_relations_have_the_teachers_heads_unless_told_otherwise():
         (
             {"relation_heads": 7, "relations": ("query_key",)},
             r"relation_heads 7 does not divide the student's query vectors, which are 96 wide; "
-            r".* all of them: 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 96$",
+            r".* all of the vectors: 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 96$",
         ),
     ],
     ids=["grouped keys of the student", "given", "only what is compared"],

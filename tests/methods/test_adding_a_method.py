@@ -15,7 +15,9 @@ PARTS = ("megakd", "kernels", "launch", "ds_configs", "tests/support", "tests/co
 
 
 @pytest.fixture(scope="module")
-def followed(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def followed(
+    built_operator: None, repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A copy of the code with the page's files in it."""
     copy = tmp_path_factory.mktemp("contributor")
     for part in (*PARTS, "pyproject.toml"):

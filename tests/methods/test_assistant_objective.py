@@ -9,9 +9,11 @@ import pytest
 from transformers import BertConfig, LlamaConfig, PretrainedConfig
 
 from megakd.contract.terms import RelationKl, SoftTargetKl
-from megakd.errors import ConfigError
+from megakd.errors import ConfigError, TeacherError
 from megakd.methods.assistants import check_reach, objective_of, views_of
 from megakd.methods.direct import DirectConfig
+from megakd.methods.maxidisc import MaxiDiscConfig
+from megakd.methods.minidisc import MiniDiscConfig
 from megakd.models.architectures import architecture_of
 from megakd.models.source import ModelSource
 from megakd.pruning.allocation import UnitScores
@@ -95,6 +97,31 @@ def test_every_number_of_heads_must_fall_into_the_parts_of_the_relations(config,
         return
     with pytest.raises(ConfigError, match=r"does not divide 64, .* 1, 2, 4, 8, 16, 32, 64$"):
         check_reach(config, teacher)
+
+
+GRID = {"target_sparsity": 0.5, "sparsities": (0.5, 0.95), "allocation": "uniform"}
+
+
+@pytest.mark.parametrize("method", [DirectConfig, MaxiDiscConfig])
+def test_a_sparsity_that_is_never_cut_at_is_not_checked(method):
+    few_heads = lab(BertConfig(**{**BASE, "num_attention_heads": 4}))
+
+    check_reach(method(name=method.__name__.removesuffix("Config").lower(), **GRID), few_heads)
+    with pytest.raises(TeacherError, match=r"would keep 0 \(at sparsity"):
+        check_reach(MiniDiscConfig(name="minidisc", **GRID), few_heads)
+
+
+def test_a_metric_is_asked_for_only_where_something_is_weighed():
+    teacher = lab(BertConfig(**BASE))
+    asked: list[str | None] = []
+    teacher.metric = asked.append
+
+    check_reach(PLAIN, teacher)
+    none = list(asked)
+    check_reach(MaxiDiscConfig(name="maxidisc", metric="f1"), teacher)
+
+    assert none == []
+    assert asked == ["f1"]
 
 
 @pytest.mark.parametrize("config", [PLAIN, RESIDUAL])

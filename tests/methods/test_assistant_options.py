@@ -44,34 +44,53 @@ def test_the_schedules_are_one_switch_apart(run_file, name):
         ("method.tradeoff=.inf", r"method.tradeoff: .*finite"),
         ("method.target_sparsity=1.0", r"method.target_sparsity: must be below 1"),
         ("method.target_sparsity=0", r"method.target_sparsity: must be above 0"),
-        ("method.target_sparsity=0.77", r"0.77 is not among method.sparsities \(0.5, .*add it"),
+        (
+            "method.target_sparsity=0.77",
+            r"0.77 is not among method.sparsities \(0.5, .*add the value",
+        ),
         ("method.sparsities=[0.9, 1.2]", r"method.sparsities\[1\]: must be below 1"),
-        ("method.sparsities=[0.9, 0.5]", r"method.sparsities: the grid must rise.*\[0.9, 0.5\]"),
-        ("method.sparsities=[0.5, 0.9, 0.9]", r"method.sparsities: the grid must rise"),
+        (
+            "method.sparsities=[0.9, 0.5]",
+            r"method.sparsities: the sparsities must be in increasing order.*\[0.9, 0.5\]",
+        ),
+        (
+            "method.sparsities=[0.5, 0.9, 0.9]",
+            r"method.sparsities: the sparsities must be in increasing order",
+        ),
         ("method.sparsities=[]", r"method.sparsities: .*at least 1"),
-        ("baselines=[single]", r'method "minidisc" has no baseline "single" \(alone, direct\)'),
+        (
+            "baselines=[single]",
+            r'method "minidisc" has no baseline "single" \(known: alone, direct\)',
+        ),
         (
             "method={name: minidisc, target_may_win: false, target_sparsity: 0.5}",
-            r"method.target_may_win: false leaves no candidate.*below method.target_sparsity 0.5",
+            r"method.target_may_win: false leaves no candidate.*at least method.target_sparsity "
+            r"0.5",
         ),
         ("method.iterations=0", r"method.iterations: must be at least 1"),
         ("method.allocation=even", r"method.allocation: .*global.*uniform"),
         ("student.model=bert-base", r'student.model: method "minidisc" cuts the student out'),
-        ("teacher=null", r'teacher: method "minidisc" learns from a teacher and there is none'),
+        ("teacher=null", r'teacher: missing, and method "minidisc" needs a teacher'),
         ("objective=[{loss: attention_mse}]", r"attention_mse compares attention head by head"),
         ("method.residual=1", r"method.residual: "),
         *(
-            (f"objective=[{{loss: {loss}}}]", rf"objective: {loss} compares hidden states of one")
+            (
+                f"objective=[{{loss: {loss}}}]",
+                rf"objective: {loss} compares hidden states of the same width",
+            )
             for loss in ("hidden_mse", "hidden_cosine", "embedding_mse", "relation_fsp")
         ),
-        ("method.name=single", r'student.model: "from_teacher" is cut out.*"single" cuts nothing'),
+        (
+            "method.name=single",
+            r'student.model: "from_teacher" needs a method that cuts.*\(got method "single"\)',
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_key(run_file, override, message):
     overrides = [override]
     if override == "method.name=single":
         overrides.append("objective=[{loss: soft_target_kl}]")
-    if "hidden states of one" in message:
+    if "hidden states of the same width" in message:
         overrides.append("method.residual=true")
 
     with pytest.raises(ConfigError, match=message):

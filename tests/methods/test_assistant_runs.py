@@ -277,7 +277,7 @@ def test_a_leg_that_has_finished_is_not_trained_again(bench):
     said = finish(bench.one_rank, bench.folder / "maxidisc.yaml")
 
     assert {p: p.stat().st_mtime_ns for p in out.glob("stages/*/model.safetensors")} == before
-    assert "finished before, taken from" in said.err
+    assert "already finished, taken from" in said.err
     assert len(before) == 2 * len(GRID) - 1 + 1 + 2 * len(GRID) - 1
 
 
@@ -286,9 +286,13 @@ def test_a_leg_that_has_finished_is_not_trained_again(bench):
     [
         (
             {"name": "minidisc", "sparsities": [0.75, 0.95], "allocation": "uniform"},
-            r"runs out of attention heads .* attention \d of 2 has 4 and would keep 0, at sparsity",
+            r"no attention heads .* of the teacher are left: attention \d of 2 has 4 and would "
+            r"keep 0 \(at sparsity",
         ),
-        ({"name": "minidisc", "metric": "f1"}, "method.metric: f1 cannot be weighed on this task"),
+        (
+            {"name": "minidisc", "metric": "f1"},
+            "method.metric: f1 cannot be weighed against sparsity in this task",
+        ),
     ],
 )
 def test_what_cannot_be_cut_or_weighed_is_said_before_a_model_loads(bench, method, message):

@@ -21,12 +21,12 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "one name twice": (
         {"name": "skdbert"},
         {"teachers": ["small", "large", "small"]},
-        ('the name "small" is given 2 times',),
+        ('the name "small" is used 2 times',),
     ),
     "the student's name": (
         {"name": "skdbert"},
         {"teachers": [{"name": "student", "model": bert(1)}]},
-        ("teachers[0].name", '"student" is what another model of a run is called'),
+        ("teachers[0].name", '"student" is the name of another model of the run'),
     ),
     "a negative weight": (
         {"name": "skdbert", "distribution": "weights", "weights": {"small": -1, "large": 1}},
@@ -36,17 +36,20 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "weights of zero": (
         {"name": "skdbert", "distribution": "weights", "weights": {"small": 0, "large": 0}},
         {"teachers": ["small", "large"]},
-        ("method.weights", "all are 0"),
+        ("method.weights", "method.weights: every weight is 0"),
     ),
     "a weight of nobody": (
         {"name": "skdbert", "distribution": "weights", "weights": {"smal": 1, "large": 1}},
         {"teachers": ["small", "large"]},
-        ('there is no teacher "smal"; did you mean "small"?', "none for small"),
+        (
+            'there is no teacher "smal"; did you mean "small"?',
+            "method.weights: no weight for small",
+        ),
     ),
     "weights without use": (
         {"name": "skdbert", "weights": {"small": 1, "large": 1}},
         {"teachers": ["small", "large"]},
-        ("method.distribution is uniform, which takes none",),
+        ("method.distribution uniform does not use weights",),
     ),
     "one of several": (
         {"name": "single"},
@@ -56,12 +59,12 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "kinds of one of several": (
         {"name": "knowledge_selection"},
         {"teachers": ["small", "large"]},
-        ('method "knowledge_selection" learns from one of them',),
+        ('method "knowledge_selection" uses one of the teachers',),
     ),
     "a name of two words": (
         {"name": "skdbert"},
         {"teachers": [{"name": "b c", "model": bert(1)}]},
-        ("teachers[0].name", "letters, digits, - and _ alone", "'b c'"),
+        ("teachers[0].name", "must consist of letters, digits, - and _", "'b c'"),
     ),
     "nobody": (
         {"name": "single", "teacher": "huge"},
@@ -71,12 +74,12 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "a cut of several": (
         {"name": "minidisc"},
         {"teachers": ["small", "large"], "student": {"model": "from_teacher"}},
-        ('method "minidisc" cuts one teacher',),
+        ('method "minidisc" needs exactly one teacher',),
     ),
     "a teacher beside the pool": (
         {"name": "skdbert"},
         {"teachers": ["small", "large"], "teacher": {"model": bert(1)}},
-        ("there is a teacher section too",),
+        ("teacher is set too",),
     ),
     "layers of unlike teachers": (
         {"name": "skdbert"},
@@ -86,7 +89,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "layers of nobody": (
         {"name": "skdbert"},
         {"teachers": ["small", "large"], "student": {"model": "from_teacher", "layers": 1}},
-        ("student.teacher", "set it to small or large"),
+        ("student.teacher", "set student.teacher to small or large"),
     ),
     "a student without layers": (
         {"name": "skdbert"},
@@ -94,7 +97,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
             "teachers": ["small", "large"],
             "student": {"model": "from_teacher", "teacher": "large"},
         },
-        ("say which layers the student has (student.layers)",),
+        ("set student.layers",),
     ),
     "more layers than there are": (
         {"name": "skdbert"},
@@ -102,12 +105,12 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
             "teachers": ["small", "large"],
             "student": {"model": "from_teacher", "teacher": "large", "layers": [1, 4]},
         },
-        ("student.layers: there is no layer 4; the model has 3",),
+        ("student.layers: layer 4 does not exist; the model has the layers 1 to 3",),
     ),
     "layers of random weights": (
         {"name": "skdbert"},
         {"teachers": ["small", "large"], "student": {"layers": 1}},
-        ("student.layers: a model from random weights has none",),
+        ("student.layers: a model with random weights has no layers",),
     ),
     "a round trip": (
         {"name": "takd", "order": ["large", "small", "large"]},
@@ -127,6 +130,16 @@ def test_pools_that_cannot_work_are_refused_before_anything_is_loaded(bench, cas
 
     for fragment in fragments:
         assert fragment in said.err
+
+
+def test_a_cache_of_a_teacher_that_is_taught_first_is_refused_before_its_leg(bench):
+    """Without method.order the sizes of the teachers tell which are taught."""
+    small, large = bench.teachers("small", "large")
+
+    said = bench.refused({"name": "takd"}, teachers=[{**small, "cache": "answers"}, large])
+
+    assert 'teachers[0].cache: method "takd" trains small before small teaches' in said.err
+    assert "only the first teacher, large, can have a cache" in said.err
 
 
 def test_all_teachers_with_another_task_other_labels_or_tokens_are_named_at_once(bench, tmp_path):
@@ -152,8 +165,8 @@ def test_all_teachers_with_another_task_other_labels_or_tokens_are_named_at_once
     assert f"teachers[4].model: {tmp_path / 'nobody'}" in said.err
     assert "teachers[1].model: the model has 3 labels" in said.err
     assert "teachers[2].model: the model has 3 labels" in said.err
-    assert "teachers[1].model" in said.err.split("comes with a tokenizer")[0]
-    assert "comes with a tokenizer" in said.err
+    assert "teachers[1].model" in said.err.split("has a tokenizer")[0]
+    assert "has a tokenizer" in said.err
 
 
 def _three_classes(folder: Path) -> Path:

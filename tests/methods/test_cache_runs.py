@@ -113,7 +113,10 @@ def test_a_cache_of_other_texts_or_another_teacher_is_refused(classes):
     said = [classes.one_rank.train("--config", path) for path in (shorter, larger)]
 
     assert [one.code for one in said] == [2, 2]
-    assert "first-answers holds the answers to something else (max_length: " in said[0].err
+    assert (
+        "first-answers holds the cache of another teacher, other data or another setting "
+        "(max_length: " in said[0].err
+    )
     assert "teacher.config.num_hidden_layers: 2 there, 3 here" in said[1].err
 
 
@@ -145,7 +148,7 @@ def test_a_cache_that_was_not_made_is_asked_for(classes):
     said = classes.one_rank.train("--config", classes.config("early", cache="nowhere"))
 
     assert said.code == 2
-    assert "nowhere/cache.json does not exist; make the cache first" in said.err
+    assert "nowhere/cache.json does not exist; create the cache first" in said.err
 
 
 def test_a_config_without_a_cache_has_nothing_to_make(classes):
@@ -175,12 +178,16 @@ def test_every_teacher_of_a_pool_has_its_own_cache(classes):
 @pytest.mark.parametrize(
     ("kind", "sections", "message"),
     [
-        ("classes", {"objective": [{"loss": "hidden_mse"}]}, "hidden_mse looks into the teacher"),
-        ("classes", {"task": {"type": "mlm"}}, "mlm hides other tokens in every epoch"),
+        (
+            "classes",
+            {"objective": [{"loss": "hidden_mse"}]},
+            "hidden_mse needs more than the outputs of the teacher",
+        ),
+        ("classes", {"task": {"type": "mlm"}}, "task.type mlm masks other tokens in every epoch"),
         (
             "classes",
             {"method": {"name": "knowledge_selection"}},
-            'method "knowledge_selection" looks into the teacher itself',
+            'method "knowledge_selection" needs more than the outputs of the teacher',
         ),
         (
             "language",
@@ -190,7 +197,7 @@ def test_every_teacher_of_a_pool_has_its_own_cache(classes):
         (
             "language",
             {"objective": [{"loss": "soft_target_kl", "temperature": 2.0}]},
-            "does not say how much the tokens that it lacks weigh there",
+            "holds only the largest probabilities, at temperature 1",
         ),
     ],
 )
@@ -215,4 +222,4 @@ def test_kinds_that_look_inside_cannot_be_weighed_from_a_cache(classes):
     said = classes.one_rank.train("--config", config)
 
     assert said.code == 2
-    assert "teacher.cache holds the teacher's outputs alone" in said.err
+    assert "teacher.cache holds only the outputs of the teacher" in said.err

@@ -89,7 +89,9 @@ def test_without_a_weight_on_size_the_best_score_is_chosen():
 
 
 def test_a_metric_of_which_less_is_better_cannot_be_weighed():
-    with pytest.raises(ConfigError, match=r"method.metric: perplexity stands.*to accuracy"):
+    with pytest.raises(
+        ConfigError, match=r"method.metric: perplexity, the default of this task.*to accuracy"
+    ):
         weighable(None, headline(["perplexity"]), METRICS["causal_lm"])
     assert weighable("accuracy", headline(["perplexity"]), METRICS["causal_lm"]) == ACCURACY
 

@@ -163,6 +163,10 @@ def test_teachers_in_a_row_begin_with_the_largest(bench):
     out = bench.run("takd", {"name": "takd"})
 
     assert stages(out) == ["middle-taught", "small-taught", "student"]
+    legs = {one["name"]: one for one in read(out)["assistants"]}
+    assert list(legs) == ["middle-taught", "small-taught"]
+    assert {one["sparsity"] for one in legs.values()} == {None}
+    assert all(one["metrics"]["accuracy"] >= 0 for one in legs.values())
     given = load_file(bench.folder / "small" / "final" / "model.safetensors")
     taught = load_file(out / "stages" / "small-taught" / "model.safetensors")
     assert given.keys() == taught.keys()

@@ -209,5 +209,5 @@ def test_relations_that_no_candidate_can_be_cut_into_are_refused_before_a_model_
     said = one_rank.train("--config", write_config(tmp_path / "run.yaml", run.tree))
 
     assert (said.code, said.loaded) == (2, ())
-    wanted = r"relation_heads 16 .* does not divide 8, by which .* that do: 1, 2, 4, 8"
+    wanted = r"relation_heads 16 .* does not divide 8, the width that .* use one of 1, 2, 4, 8"
     assert re.search(wanted, said.err), said.err

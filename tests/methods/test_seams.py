@@ -13,6 +13,9 @@ import torch
 from tiny_runs import bert, config_tree, write_config, write_reviews
 from transformers import AutoModelForSequenceClassification
 
+from megakd.errors import CheckpointError, ModelError
+from megakd.storage.finished_folder import check_given, open_finished
+
 TASK = {"type": "classification"}
 
 
@@ -128,19 +131,70 @@ def pair(folder: Path, **sections: Any) -> Path:
     )
 
 
-def test_two_models_learn_in_one_engine_from_batches_that_a_method_makes(one_rank, tmp_path):
-    config = pair(tmp_path, log={"logging_steps": 1}, save={"save_steps": 1})
-
+@pytest.fixture(scope="module")
+def paired(one_rank, tmp_path_factory) -> Path:
+    """A run of two models that learn, which was stopped once."""
+    folder = tmp_path_factory.mktemp("paired")
+    config = pair(folder, log={"logging_steps": 1}, save={"save_steps": 1})
     stopped = one_rank.train("--config", config, stop_at=("student", 2))
     said = one_rank.train("--config", config)
-    planned = one_rank.megakd("plan", config)
-
     assert stopped.code != 0
     assert said.code == 0, said.err
+    return folder / "out"
+
+
+def test_a_method_of_two_models_that_learn_is_planned(one_rank, tmp_path):
+    planned = one_rank.megakd("plan", pair(tmp_path))
+
     assert planned.code == 0, planned.err
-    out = tmp_path / "out"
+
+
+def test_two_models_learn_in_one_engine_from_batches_that_a_method_makes(paired):
+    out = paired
     own = [value for _, value in logged(out, "train/teacher/hard_cross_entropy")["student"]]
     assert own[-1] < own[0]
     assert "train/soft_target_kl" in (out / "metrics.jsonl").read_text()
     state = torch.load(out / "checkpoints" / "student" / "step-4" / "state.pt", weights_only=True)
     assert state["batches"]["made"] == [0, 1, 2, 3]
+
+
+def in_checkpoint(checkpoint: Path, learner: int) -> dict[str, torch.Tensor]:
+    """What the engine has of a learner; ZeRO 2 keeps the weights whole."""
+    engine = torch.load(checkpoint / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    prefix = f"learners.{learner}."
+    return {k.removeprefix(prefix): v for k, v in engine.items() if k.startswith(prefix)}
+
+
+@pytest.mark.parametrize("folder", ["stages/student", "final"])
+def test_every_model_that_learns_is_written_and_loads_with_transformers(paired, folder):
+    checkpoint = paired / "checkpoints" / "student" / "step-4"
+
+    for learner, place in enumerate((paired / folder, paired / folder / "teacher")):
+        model = AutoModelForSequenceClassification.from_pretrained(place)
+        trained = in_checkpoint(checkpoint, learner)
+        assert trained
+        for name, weight in model.state_dict().items():
+            torch.testing.assert_close(weight, trained[name], rtol=0, atol=0, msg=name)
+
+
+def test_damage_of_a_model_that_learned_beside_another_is_found(paired, tmp_path):
+    stage = Path(shutil.copytree(paired / "stages" / "student", tmp_path / "student"))
+    weights_there = stage / "teacher" / "model.safetensors"
+    spoilt = bytearray(weights_there.read_bytes())
+    spoilt[-1] ^= 1
+    weights_there.write_bytes(spoilt)
+
+    with pytest.raises(CheckpointError, match=r"checksum of teacher/model\.safetensors differs"):
+        open_finished(stage, remedy="")
+    with pytest.raises(ModelError, match=r"checksum of model\.safetensors differs"):
+        check_given(stage / "teacher", "teacher.model")
+
+
+def test_the_best_evaluation_keeps_every_model_that_learns(one_rank, tmp_path):
+    config = pair(tmp_path, eval={"eval_steps": 2, "keep_best": True})
+
+    said = one_rank.train("--config", config)
+
+    assert said.code == 0, said.err
+    kept = tmp_path / "out" / "checkpoints" / "student" / "best" / "teacher"
+    assert_same_weights(kept, tmp_path / "out" / "stages" / "student" / "teacher")

@@ -14,6 +14,7 @@ from megakd.methods.knowledge_selection.selecting import (
     Choosing,
     Episodes,
     LearningToSelect,
+    RandomWeights,
     Running,
     Selecting,
 )
@@ -21,7 +22,7 @@ from megakd.methods.knowledge_selection.selector import (
     ActorCritic,
     Learning,
     Selector,
-    Shape,
+    SelectorShape,
     Transition,
 )
 from megakd.training.checkpoint import check_plain
@@ -36,9 +37,17 @@ class Measured:
 
     def __init__(self, losses: list[float]) -> None:
         self.losses, self.asked, self.remembered, self.resets = losses, 0, 0, 0
+        self.checked = 0
 
     def add_up(self, total: torch.Tensor) -> None:
         """One rank has the sums of all."""
+
+    def agree(self, value: Any) -> Any:
+        """One rank agrees with itself."""
+        return value
+
+    def check_remembered(self) -> None:
+        self.checked += 1
 
     def loss(self, student: Any) -> float:
         del student
@@ -66,7 +75,7 @@ class Heard:
 
 def selector() -> Selector:
     torch.manual_seed(0)
-    return Selector(Shape(student=STUDENT, teacher=TEACHER, kinds=KINDS, hidden=4))
+    return Selector(SelectorShape(student=STUDENT, teacher=TEACHER, kinds=KINDS, hidden=4))
 
 
 def choosing(**changes: Any) -> Choosing:
@@ -271,6 +280,72 @@ def test_a_frozen_selector_stays_as_it_is():
         strategy.after_update(cast("Any", SimpleNamespace(step=step)))
 
     assert frozen.to_bytes() == before
+
+
+class FirstRankSays(Measured):
+    """On a rank whose processor computes other actions than that of the first rank."""
+
+    def agree(self, value: Any) -> Any:
+        del value
+        return (0.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_the_action_of_the_first_rank_is_taken_whatever_this_rank_computes(hard):
+    probe = cast("HeldOutProbe", FirstRankSays([]))
+    strategy = Selecting("teacher", selector(), choosing(hard=hard), probe)
+
+    assert weighed(strategy, 0, said(0)) == dict(zip(KINDS, (0.0, 1.0, 1.0), strict=True))
+
+
+class Noisy(Selecting):
+    """Adds known numbers to what the actor says."""
+
+    noise = (-3.0, -1.0, -2.0)
+
+    def _noise(self, step: int, kinds: int) -> torch.Tensor:
+        del step, kinds
+        return torch.tensor(self.noise)
+
+
+def test_a_hard_action_far_below_the_threshold_still_uses_the_kind_with_the_largest_value():
+    probe = cast("HeldOutProbe", Measured([]))
+    strategy = Noisy("teacher", selector(), choosing(hard=True), probe)
+
+    assert list(weighed(strategy, 0, said(0)).values()) == [0.0, 1.0, 0.0]
+
+
+def test_a_soft_action_may_use_no_kind_and_stays_between_0_and_1():
+    probe = cast("HeldOutProbe", Measured([]))
+    strategy = Noisy("teacher", selector(), choosing(), probe)
+    none = list(weighed(strategy, 0, said(0)).values())
+    strategy.noise = (3.0, -3.0, 0.0)
+    some = list(weighed(strategy, 1, said(1)).values())
+
+    assert none == [0.0, 0.0, 0.0]
+    assert some[:2] == [1.0, 0.0]
+    assert 0 < some[2] < 1
+
+
+@pytest.mark.parametrize(("step", "checks"), [(0, 0), (1, 1), (3, 1), (4, 0), (5, 0)])
+def test_a_run_that_goes_on_needs_its_initial_student_if_an_episode_is_still_to_begin(step, checks):
+    strategy, measured, _ = learning([5.0], number=3, steps=2, phase_steps=2)
+
+    strategy.begin("a student", step)
+
+    assert measured.checked == checks
+
+
+@pytest.mark.parametrize(("threshold", "used"), [(0.0, 3), (1.0, 1)])
+def test_random_hard_weights_use_the_kinds_that_reach_the_threshold(threshold, used):
+    strategy = RandomWeights(
+        "teacher", KINDS, (2.0, 2.0, 2.0), hard=True, seed=1, threshold=threshold
+    )
+
+    for step in range(20):
+        (planned,) = strategy.passes(step)
+        assert planned.weights is not None
+        assert sorted(planned.weights.values()) == [0.0] * (3 - used) + [2.0] * used
 
 
 @pytest.mark.parametrize("whole_texts", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from whole_run import finish, forgotten, read, records
 
 EPISODES, STEPS, PHASE = 2, 8, 3
 KINDS = ("hard_cross_entropy", "soft_target_kl", "hidden_mse", "relation_fsp")
-LEARNED = {"name": "knowledge_selection", "episodes": EPISODES, "phase_steps": PHASE, "hidden": 8}
+PLAIN = {"name": "knowledge_selection"}
+LEARNED = {**PLAIN, "episodes": EPISODES, "phase_steps": PHASE, "hidden": 8}
 
 
 class Bench:
@@ -115,11 +117,55 @@ def test_a_run_that_goes_on_chooses_what_it_would_have_chosen(bench, tmp_path, a
     assert (killed / selector).read_bytes() == (whole / selector).read_bytes()
 
 
+def test_a_checkpoint_of_another_folder_is_continued_with_its_initial_student(bench, tmp_path):
+    """Every episode that is left starts from the student that the other run had stored."""
+    other = bench.run("other", LEARNED, save={"save_steps": 5, "save_total_limit": None})
+    checkpoints = other / "checkpoints" / "selector"
+    config = bench.config("moved", LEARNED)
+    given = f"train.resume_from_checkpoint={checkpoints / 'step-5'}"
+
+    said = finish(bench.one_rank, config, given)
+
+    assert "selector: resumed at step 5" in said.err
+    assert same(weights(bench.folder / "moved"), weights(other))
+    assert same(weights(bench.folder / "moved", "selector"), weights(other, "selector"))
+
+
+def test_a_checkpoint_without_its_initial_student_is_refused_before_a_step_is_taken(bench):
+    other = bench.run("bare", LEARNED, save={"save_steps": 5, "save_total_limit": None})
+    checkpoints = other / "checkpoints" / "selector"
+    shutil.rmtree(checkpoints / "beginning")
+    config = bench.config("refused", LEARNED)
+
+    said = [
+        bench.one_rank.train(
+            *("--config", config, f"output_dir={bench.folder / f'refused-{step}'}"),
+            f"train.resume_from_checkpoint={checkpoints / f'step-{step}'}",
+        )
+        for step in (5, 10)
+    ]
+
+    assert [one.code for one in said] == [2, 0]  # no episode begins after step 10 of 16
+    assert "resume from a checkpoint beside a folder beginning/" in said[0].err
+
+
+def test_noise_that_switches_every_kind_off_is_a_step_without_a_loss(bench):
+    method = {**LEARNED, "noise": 20.0, "phase_steps": 1}
+    kinds = [{"loss": "hard_cross_entropy"}, {"loss": "soft_target_kl"}]
+
+    out = bench.run("noisy", method, objective=kinds, log={"logging_steps": 1})
+
+    logged = [r for r in records(out, "selector") if "train/loss" in r]
+    nothing = [r for r in logged if not any(f"train/{kind}" in r for kind in KINDS)]
+    assert nothing
+    assert all(record["train/loss"] == 0 for record in nothing)
+
+
 def test_a_saved_selector_serves_another_student_without_stage_1(bench, soft):
     saved = soft / "stages" / "selector"
     deeper = {"model": bert(3)}
 
-    out = bench.run("reused", {**LEARNED, "selector": str(saved)}, student=deeper)
+    out = bench.run("reused", {**PLAIN, "selector": str(saved)}, student=deeper)
 
     assert [stage["name"] for stage in read(out)["stages"]] == ["student"]
 
@@ -127,13 +173,13 @@ def test_a_saved_selector_serves_another_student_without_stage_1(bench, soft):
 def test_the_same_selector_gives_the_same_student(bench, soft):
     saved = soft / "stages" / "selector" / "selector.safetensors"
 
-    out = bench.run("again", {**LEARNED, "selector": str(saved)})
+    out = bench.run("again", {**PLAIN, "selector": str(saved)})
 
     assert same(weights(out), weights(soft))
 
 
 def test_a_selector_of_other_widths_or_kinds_is_refused(bench, soft):
-    method = {**LEARNED, "selector": str(soft / "stages" / "selector")}
+    method = {**PLAIN, "selector": str(soft / "stages" / "selector")}
     wide = bench.config("wide", method, student={"model": bert(1, width=24)})
     few = bench.config("few", method, objective=[{"loss": "soft_target_kl"}])
 
@@ -141,8 +187,8 @@ def test_a_selector_of_other_widths_or_kinds_is_refused(bench, soft):
 
     assert [one.code for one in said] == [2, 2]
     assert "is for a student of width 16" in said[0].err
-    assert "these are 24, 16" in said[0].err
-    assert "these are 16, 16 and soft_target_kl" in said[1].err
+    assert "this run has the widths 24 and 16" in said[0].err
+    assert "this run has the widths 16 and 16 and soft_target_kl" in said[1].err
 
 
 def test_every_episode_begins_with_the_same_student(bench):
@@ -175,12 +221,12 @@ def test_all_kinds_are_the_objective_itself(bench):
     kinds = [{"loss": kind} for kind in KINDS]
     plain = bench.run("plain", {"name": "single"}, objective=kinds)
 
-    assert same(weights(bench.run("all", {**LEARNED, "policy": "all"})), weights(plain))
+    assert same(weights(bench.run("all", {**PLAIN, "policy": "all"})), weights(plain))
 
 
 @pytest.mark.parametrize("policy", ["random_soft", "random_hard"])
 def test_random_weights_are_drawn_anew_at_every_step(bench, policy):
-    out = bench.run(policy, {**LEARNED, "policy": policy}, log={"logging_steps": 1})
+    out = bench.run(policy, {**PLAIN, "policy": policy}, log={"logging_steps": 1})
 
     logged = [r for r in records(out, "student") if "train/loss" in r]
     used = {tuple(f"train/{kind}" in record for kind in KINDS) for record in logged}
@@ -188,6 +234,12 @@ def test_random_weights_are_drawn_anew_at_every_step(bench, policy):
         assert len(used) > 1
     else:
         assert used == {(True,) * 4}
+        parts = torch.tensor([[record[f"train/{kind}"] for kind in KINDS] for record in logged])
+        losses = torch.tensor([record["train/loss"] for record in logged])
+        assert (losses < parts.sum(1)).all()
+        # No weights that stay the same give all these losses.
+        same_weights = torch.linalg.lstsq(parts, losses[:, None]).solution
+        assert torch.dist(parts @ same_weights, losses[:, None]) > 0.01 * losses.norm()
 
 
 def test_one_kind_alone_is_plain_training_with_it(bench):
@@ -214,8 +266,15 @@ def test_kinds_of_a_language_model_are_weighed_too(one_rank, tmp_path):
 
     finish(one_rank, write_config(tmp_path / "run.yaml", tree))
 
+    kinds = ("hard_cross_entropy", "soft_target_kl")
     logged = [r for r in records(tmp_path / "out", "student") if "select/soft_target_kl" in r]
     assert logged
+    for record in logged:
+        used = {kind: record[f"select/{kind}"] for kind in kinds}
+        assert all(0 <= share <= 1 for share in used.values())
+        if sorted(used.values()) == [0, 1]:
+            (only,) = (kind for kind, share in used.items() if share)
+            assert record["train/loss"] == pytest.approx(record[f"train/{only}"], rel=1e-5)
 
 
 def test_a_phase_that_is_longer_than_its_episode_is_refused(bench):

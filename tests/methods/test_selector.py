@@ -13,14 +13,14 @@ from megakd.methods.knowledge_selection.selector import (
     Learning,
     Samples,
     Selector,
-    Shape,
+    SelectorShape,
     Transition,
     hardened,
     load_selector,
 )
 
 KINDS = ("labels", "responses", "features", "relations")
-SHAPE = Shape(student=6, teacher=8, kinds=KINDS, hidden=32)
+SHAPE = SelectorShape(student=6, teacher=8, kinds=KINDS, hidden=32)
 
 
 def selector(seed: int = 0) -> Selector:
@@ -195,5 +195,5 @@ def test_a_file_that_is_no_selector_is_named(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
 
-    with pytest.raises(TeacherError, match=r"method\.selector: .*(does not exist|no saved)"):
+    with pytest.raises(TeacherError, match=r"method\.selector: .*(does not exist|is not a saved)"):
         load_selector(str(path))

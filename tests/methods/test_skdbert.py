@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from megakd.methods.skdbert import Drawn, SkdbertConfig, probabilities_of, ranks
+from megakd.contract.stage import Stage, StageResult, untrained
+from megakd.methods.skdbert import Drawn, SkdbertConfig, probabilities_of, ranks, run
 
 NAMES = ("small", "middle", "large")
 Finite = st.floats(-10, 10, allow_nan=False)
@@ -73,6 +78,40 @@ def test_weights_need_not_sum_to_one():
     found = probabilities_of(config, Scored({}), NAMES)
 
     assert found == {"small": 0.25, "middle": 0.0, "large": 0.75}
+
+
+class Preparing:
+    """A lab that notes which teachers are prepared, and trains nothing."""
+
+    def __init__(self) -> None:
+        specs = dict.fromkeys(NAMES)
+        self.config = SimpleNamespace(teacher_specs=specs, objective=("a term",), seed=1)
+        self.record = SimpleNamespace(dev_scores={}, pool=None)
+        self.prepared: list[str] = []
+        self.trained: list[Stage] = []
+
+    def teacher(self, name: str) -> str:
+        self.prepared.append(name)
+        return name
+
+    def train(self, stage: Stage) -> StageResult:
+        self.trained.append(stage)
+        return replace(untrained(stage.name, Path(stage.name)), steps=10)
+
+
+def test_a_teacher_of_weight_zero_is_never_prepared_and_reported_with_no_step():
+    weights = {"small": 1.0, "middle": 0.0, "large": 3.0}
+    lab: Any = Preparing()
+
+    run(SkdbertConfig(name="skdbert", distribution="weights", weights=weights), lab)
+
+    (stage,) = lab.trained
+    assert lab.prepared == ["small", "large"]
+    assert stage.teachers == ("small", "large")
+    told = {one["name"]: (one["weight"], one["steps"]) for one in lab.record.pool["teachers"]}
+    assert list(told) == list(NAMES)
+    assert told["middle"] == (0.0, 0)
+    assert told["small"][1] + told["large"][1] == 10
 
 
 def test_teachers_are_drawn_as_often_as_they_are_likely():

@@ -87,7 +87,9 @@ def test_a_score_that_is_not_a_number_is_refused():
 
 @pytest.mark.parametrize("metric", [38.2, -1.5, math.inf])
 def test_a_metric_that_is_no_fraction_is_refused_with_one_that_is(metric):
-    with pytest.raises(ConfigError, match=r"sparsity 0\.7 scores .*method\.metric: accuracy"):
+    with pytest.raises(
+        ConfigError, match=r"sparsity 0\.7 scores .*method\.metric, for example to accuracy"
+    ):
         chosen(GRID | {0.7: metric})
 
 

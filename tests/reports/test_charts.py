@@ -82,6 +82,7 @@ def test_a_wide_range_is_logarithmic_and_says_so() -> None:
     assert lines(wide, unit="nats", may_be_log=True).unit == "nats, log scale"
     assert lines(zero, unit="nats", may_be_log=True).unit == "nats"
     assert lines(wide, unit="nats").unit == "nats"
+    assert lines(wide, unit="nats", may_be_log=True, bounds=(0.0, 1.0)).unit == "nats"
 
 
 def test_fractions_are_percentages_and_none_is_above_a_hundred() -> None:

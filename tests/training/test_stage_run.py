@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,16 +41,16 @@ def stage_with(checkpoint: Path, *, wanted: bool | str) -> Any:
 def test_a_stage_that_may_not_resume_refuses_to_write_over_its_checkpoints():
     newest = Path("checkpoints/student/step-8")
 
-    message = f"{newest} is there and resume_from_checkpoint is false; use another output_dir"
+    message = f"{newest} exists and resume_from_checkpoint is false; use another output_dir"
     with pytest.raises(CheckpointError, match=message):
         StageRun._resume(stage_with(newest, wanted=False))
 
 
-def written(folder: Path) -> StageResult:
+def written(folder: Path, **changes: Any) -> StageResult:
     result = StageResult(
+        **{"metrics": {"accuracy": 0.5}, **changes},
         name="student",
         folder=folder,
-        metrics={"accuracy": 0.5},
         steps=12,
         seconds=1.5,
         tokens_per_second=100.0,
@@ -63,6 +64,19 @@ def test_a_finished_stage_is_taken_as_it_was(tmp_path):
     result = written(tmp_path / "student")
 
     assert read_result(tmp_path / "student", FINGERPRINT) == result
+
+
+def test_a_metric_that_is_no_number_is_still_one_after_a_restart(tmp_path):
+    result = written(
+        tmp_path / "student", metrics={"own": math.nan}, scores={"w": {"own": math.inf}}
+    )
+
+    found = read_result(tmp_path / "student", FINGERPRINT)
+
+    assert found is not None
+    assert found.steps == result.steps
+    assert math.isnan(found.metrics["own"])
+    assert math.isnan(found.scores["w"]["own"])
 
 
 def test_a_stage_without_a_result_has_not_finished(tmp_path):
@@ -118,5 +132,5 @@ def test_a_result_of_a_version_with_other_fields_is_refused_without_a_traceback(
     folder = tmp_path / "student"
     write_finished(folder, {RESULT: json.dumps({"fingerprint": FINGERPRINT, "name": "student"})})
 
-    with pytest.raises(CheckpointError, match=f"{RESULT} is no result of this version"):
+    with pytest.raises(CheckpointError, match=f"{RESULT} is not a result of this version"):
         read_result(folder, FINGERPRINT)

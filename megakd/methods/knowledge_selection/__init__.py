@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -21,15 +21,25 @@ from megakd.contract.methods import OneTeacherOptions
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.contract.terms import STRICT, Count, Fraction, HiddenMse, Positive, RelationFsp, Weight
 from megakd.errors import ConfigError, TeacherError
+from megakd.methods.unused_options import unused
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from megakd.contract.lab import Lab
     from megakd.contract.stage import StageResult, Strategy
     from megakd.contract.terms import TermConfig
     from megakd.methods.knowledge_selection.selecting import Choosing
-    from megakd.methods.knowledge_selection.selector import Selector, Shape
+    from megakd.methods.knowledge_selection.selector import Selector, SelectorShape
 
 STAGE = "selector"
+STAGE_1 = frozenset(
+    {
+        *("episodes", "episode_steps", "phase_steps", "exploration", "noise", "restraint"),
+        *("gamma", "gamma_on", "updates", "hidden", "selector_learning_rate"),
+    }
+)
+"""Options that only the training of a selector reads."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -40,7 +50,7 @@ class KnowledgeSelectionConfig(OneTeacherOptions):
         `random_soft` and `random_hard` draw random weights.
     action: action of the learned policy: `soft` gives weights between 0 and 1; `hard` uses a kind
         or not.
-    threshold: smallest value at which a hard action uses a kind.
+    threshold: smallest value at which a hard action, or `random_hard`, uses a kind.
     episodes: number of episodes of stage 1; the student starts again in every episode.
     episode_steps: optimizer steps of an episode; null: as many as for the student.
     phase_steps: optimizer steps of a phase, after which the reward is measured; null: a tenth of an
@@ -79,6 +89,25 @@ class KnowledgeSelectionConfig(OneTeacherOptions):
     def looks_into_teacher(self) -> bool:
         """True for a learned policy, which reads the hidden states of the teacher."""
         return self.policy == "learned"
+
+    def problems(self, config: Any) -> Iterator[str]:
+        """Yield a line for every key without effect, and for every kind that is never used."""
+        yield from super().problems(config)
+        policy, action = f"method.policy {self.policy}", f"method.action {self.action}"
+        if self.policy != "learned":
+            yield from unused(self, STAGE_1 | {"action", "selector"}, f"{policy} has no selector")
+        elif self.selector is not None:
+            yield from unused(self, STAGE_1, "method.selector gives a selector that has learned")
+        if self.policy != "random_hard" and (self.policy, self.action) != ("learned", "hard"):
+            how = action if self.policy == "learned" else policy
+            yield from unused(self, {"threshold"}, f"{how} does not choose by a threshold")
+        for term in (config.objective or ()) if self.policy != "all" else ():
+            if term.weight == 0:
+                yield (
+                    f"objective: {term.loss} has weight 0, and {policy} multiplies the weights of "
+                    "the objective, so no step can use the term; remove the term, or set a weight "
+                    "above 0"
+                )
 
 
 def run(config: KnowledgeSelectionConfig, lab: Lab) -> StageResult:
@@ -125,6 +154,7 @@ def _random(
         tuple(kind.weight for kind in kinds),
         hard=config.policy == "random_hard",
         seed=lab.config.seed,
+        threshold=config.threshold,
     )
 
 
@@ -147,9 +177,9 @@ def _selector(
 ) -> Selector:
     """Return the saved selector, or train a selector in stage 1."""
     from megakd.methods.knowledge_selection.selecting import SELECTOR
-    from megakd.methods.knowledge_selection.selector import Shape, load_selector
+    from megakd.methods.knowledge_selection.selector import SelectorShape, load_selector
 
-    shape = Shape(*lab.widths(teacher), tuple(kind.loss for kind in kinds), config.hidden)
+    shape = SelectorShape(*lab.widths(teacher), tuple(kind.loss for kind in kinds), config.hidden)
     if config.selector is not None:
         path = config.selector / SELECTOR if config.selector.is_dir() else config.selector
         return _fitting(load_selector(str(path)), shape, path)
@@ -157,7 +187,7 @@ def _selector(
     return lab.made_by(result, SELECTOR, load_selector) or _new(lab, shape)
 
 
-def _new(lab: Lab, shape: Shape) -> Selector:
+def _new(lab: Lab, shape: SelectorShape) -> Selector:
     import torch
 
     from megakd.methods.knowledge_selection.selector import Selector
@@ -172,7 +202,7 @@ def _stage_1(
     lab: Lab,
     teacher: str,
     kinds: tuple[TermConfig, ...],
-    shape: Shape,
+    shape: SelectorShape,
 ) -> Stage:
     from megakd.methods.knowledge_selection.selecting import Episodes, LearningToSelect
     from megakd.methods.knowledge_selection.selector import Learning
@@ -181,8 +211,8 @@ def _stage_1(
     phase = config.phase_steps or max(1, math.ceil(steps / 10))
     if phase > steps:
         raise ConfigError(
-            f"method.phase_steps: a phase of {phase} steps does not fit into an episode of {steps}"
-            "; lower it, or raise method.episode_steps"
+            f"method.phase_steps: a phase of {phase} steps does not fit into an episode of "
+            f"{steps}; lower method.phase_steps, or raise method.episode_steps"
         )
     strategy = LearningToSelect(
         teacher,
@@ -212,7 +242,7 @@ def _stage_1(
     )
 
 
-def _fitting(selector: Selector, shape: Shape, path: Path) -> Selector:
+def _fitting(selector: Selector, shape: SelectorShape, path: Path) -> Selector:
     """Return the selector if it fits the models and the kinds of knowledge.
 
     Raises:
@@ -222,6 +252,7 @@ def _fitting(selector: Selector, shape: Shape, path: Path) -> Selector:
         raise TeacherError(
             f"method.selector: {path} is for a student of width {selector.shape.student}, a "
             f"teacher of width {selector.shape.teacher} and {', '.join(selector.shape.kinds)}; "
-            f"these are {shape.student}, {shape.teacher} and {', '.join(shape.kinds)}"
+            f"this run has the widths {shape.student} and {shape.teacher} and "
+            f"{', '.join(shape.kinds)}"
         )
     return selector

@@ -105,11 +105,18 @@ class Selecting(Stateless):
 
     @torch.no_grad()
     def _chosen(self, step: int, summaries: Tensor) -> tuple[float, ...]:
+        """Return the action, on all ranks that of the first rank.
+
+        Other ranks may have another kind of processor, whose last digits differ. Ranks that use
+        different kinds would wait for each other forever.
+        """
         action = self.selector.action(self.selector.state(summaries[None]))[0]
-        action = (action + self._noise(step, len(action))).clamp(0, 1)
-        values = tuple(action.tolist())
-        choosing = self.choosing
-        return hardened(values, choosing.threshold) if choosing.hard else values
+        values = tuple((action + self._noise(step, len(action))).tolist())
+        if self.choosing.hard:
+            chosen = hardened(values, self.choosing.threshold)
+        else:
+            chosen = tuple(min(max(value, 0.0), 1.0) for value in values)
+        return chosen if self.probe is None else self.probe.agree(chosen)
 
     def _noise(self, step: int, kinds: int) -> Tensor:
         del step, kinds
@@ -214,11 +221,20 @@ class LearningToSelect(Selecting):
         return {**super().facts, **vars(self.episodes), **vars(self.learning)}
 
     def begin(self, student: Any, step: int) -> None:
-        """Keep the initial student, to which every episode is reset."""
+        """Keep the initial student, to which every episode is reset.
+
+        Raises:
+            MegakdError: the stage continues with episodes left, and the initial student is not
+                there.
+        """
         self._student = student
-        if step == 0 and self.probe is not None:
+        if self.probe is None:
+            return
+        if step == 0:
             self.probe.remember(student)
             self.running.loss = self.running.beginning = self.probe.loss(student)
+        elif step < (self.episodes.number - 1) * self.episodes.steps:
+            self.probe.check_remembered()
 
     def _noise(self, step: int, kinds: int) -> Tensor:
         # The steps of a phase share the reward and the noise.
@@ -249,7 +265,7 @@ class LearningToSelect(Selecting):
     @property
     def _measuring(self) -> HeldOutProbe:
         if self.probe is None:
-            raise TypeError("a selector that learns needs something to measure with")
+            raise TypeError("a selector that learns needs a held-out probe")
         return self.probe
 
     def _end_phase(self) -> None:
@@ -317,20 +333,26 @@ class LearningToSelect(Selecting):
 
 @dataclass(frozen=True)
 class RandomWeights(Stateless):
-    """A strategy with random weights at every step, as a function of seed and step."""
+    """A strategy with random weights at every step, as a function of seed and step.
+
+    weights: weights of the objective, by which the random weights are multiplied.
+    hard: whether a kind is either used or not, instead of a weight between 0 and 1.
+    threshold: smallest random weight at which `hard` uses a kind.
+    """
 
     teacher: str
     kinds: tuple[str, ...]
     weights: tuple[float, ...]
     hard: bool
     seed: int
+    threshold: float = 0.5
 
     def passes(self, step: int) -> tuple[Pass, ...]:
         """Return one pass with the weights of the step."""
         drawn = random.Random(f"{self.seed}:kinds:{step}")
         factors = tuple(drawn.random() for _ in self.kinds)
         if self.hard:
-            factors = hardened(factors, 0.5)
+            factors = hardened(factors, self.threshold)
         chosen = zip(self.kinds, self.weights, factors, strict=True)
         weights = {kind: weight * factor for kind, weight, factor in chosen}
         return (Pass(teacher=self.teacher, weights=weights),)

@@ -23,7 +23,7 @@ from megakd.errors import TeacherError
 from megakd.storage.finished_folder import check_given
 
 
-class Shape(NamedTuple):
+class SelectorShape(NamedTuple):
     """Shape of a selector: widths of both summaries, kinds of knowledge, width of its layers."""
 
     student: int
@@ -46,7 +46,7 @@ class Selector(nn.Module):
     Shapes: N steps, S and T widths of the summaries, K kinds.
     """
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: SelectorShape) -> None:
         super().__init__()
         self.shape, hidden, kinds = shape, shape.hidden, len(shape.kinds)
         self.student = _layers(shape.student, hidden, hidden)
@@ -86,13 +86,13 @@ def load_selector(path: str) -> Selector:
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})["shape"])
-            shape = Shape(**{**facts, "kinds": tuple(facts["kinds"])})
+            shape = SelectorShape(**{**facts, "kinds": tuple(facts["kinds"])})
             selector = Selector(shape)
             selector.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except FileNotFoundError as error:
         raise TeacherError(f"method.selector: {path} does not exist") from error
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise TeacherError(f"method.selector: {path} is no saved selector: {error}") from error
+        raise TeacherError(f"method.selector: {path} is not a saved selector: {error}") from error
     return selector
 
 
@@ -242,9 +242,12 @@ class ActorCritic:
 
 
 def hardened(action: Sequence[float], threshold: float) -> tuple[float, ...]:
-    """Return 1 for kinds that reach the threshold, else 0; if no kind does, 1 for the largest."""
+    """Return 1 for kinds that reach the threshold, else 0; if no kind does, 1 for the largest.
+
+    With noise, values may be below 0; a threshold of 0 still uses all kinds.
+    """
     largest = max(action)
-    used = [value >= threshold for value in action]
+    used = [max(value, 0.0) >= threshold for value in action]
     if not any(used):
         used = [index == list(action).index(largest) for index in range(len(action))]
     return tuple(map(float, used))

@@ -1,0 +1,29 @@
+"""Options that the other options of a method leave without an effect."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator
+
+from megakd.contract.methods import MethodOptions
+
+
+def unused(options: MethodOptions, names: Collection[str], why: str) -> Iterator[str]:
+    """Yield a line for every option that differs from its default and has no effect.
+
+    Args:
+        options: the options of a method.
+        names: names of the options that have no effect.
+        why: clause that states why, such as `method.distribution uniform ranks no teacher`.
+    """
+    for option in dataclasses.fields(options):
+        value = getattr(options, option.name)
+        if option.name in names and value != option.default:
+            yield (
+                f"method.{option.name}: {value} has no effect (default {_shown(option.default)}), "
+                f"because {why}; remove the key"
+            )
+
+
+def _shown(default: object) -> str:
+    return "null" if default is None else str(default)

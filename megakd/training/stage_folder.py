@@ -1,0 +1,82 @@
+"""The folder of a stage's models: the stage's own model, and a folder for each other learner.
+
+    stages/<stage>/           the model of the stage's role
+    stages/<stage>/<role>/    a model that learned beside it, with checksums of its own
+
+The whole folder is written completely or not at all.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from megakd.contract.stage import Cut
+from megakd.engine.sharding import gathered_state
+from megakd.models.axes import weight_axes
+from megakd.models.cutting import cut_class_name, cut_config, cut_state
+from megakd.models.export import Extra, fill_model_folder, write_model_folder
+from megakd.storage.finished_folder import sealed_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+class Learned(NamedTuple):
+    """A model to write.
+
+    state: names and tensors; every rank must iterate to the end.
+    architecture: the class of the model, for config.json.
+    """
+
+    config: PretrainedConfig
+    state: Iterator[tuple[str, Tensor]]
+    architecture: str
+
+    @staticmethod
+    def of(model: Any, cut: Cut | None = None) -> Learned:
+        """Return a model of an engine, cut if `cut` is given."""
+        config, state = model.config, gathered_state(model)
+        if cut is None:
+            return Learned(config, state, type(model).__name__)
+        config = cut_config(config, cut.view, cut.order)
+        state = cut_state(state, weight_axes(model), cut.view, cut.order)
+        return Learned(config, iter(state), cut_class_name(model, config))
+
+
+def consume(models: Mapping[str, Learned]) -> None:
+    """Iterate over the rest of all states, which contain collectives."""
+    for model in models.values():
+        deque(model.state, maxlen=0)
+
+
+def write_stage_folder(
+    folder: Path,
+    models: Mapping[str, Learned],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    extra: Extra,
+) -> None:
+    """Write the models of a stage completely or not at all; call on the rank that writes.
+
+    Args:
+        folder: replaced as a whole after everything is written and synced.
+        models: the models by role; the first is written into `folder` itself. All states are
+            consumed even if writing fails.
+        tokenizer: saved beside the weights of every model.
+        extra: small files that belong to `folder`, see `write_model_folder`.
+
+    Raises:
+        MegakdError: the disk is full; the old folder is unchanged.
+    """
+    (first, *_), others = models.values(), list(models.items())[1:]
+    try:
+        with sealed_folder(folder) as temporary:
+            fill_model_folder(temporary, **first._asdict(), tokenizer=tokenizer, extra=extra)
+            for role, model in others:
+                write_model_folder(temporary / role, **model._asdict(), tokenizer=tokenizer)
+    finally:
+        consume(models)
