@@ -180,11 +180,11 @@ def run_rank(path: Path) -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
-    from megakd.engine.device import peak_memory_bytes
+    from megakd.engine.device import peak_memory_of_process
     from megakd.run.main import run
 
     run(load_config(path), command="python benchmarks/plan.py")
-    print(peak_memory_bytes(torch.device("cpu")), flush=True)
+    print(peak_memory_of_process(torch.device("cpu")), flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -115,9 +115,7 @@ def _run_command(name: str, words: Sequence[str], *, prog: str) -> int:
 def _overview() -> str:
     lines = [f"  {name:10}{description}" for name, (_, _, description) in _COMMANDS.items()]
     usage = "usage: megakd {" + ",".join(_COMMANDS) + "} ...\n"
-    return "\n".join(
-        [usage, *lines, "\nOptions: megakd COMMAND --help. Version: megakd --version."]
-    )
+    return "\n".join([usage, *lines, "\nSee also: megakd COMMAND --help, megakd --version."])
 
 
 def _guarded(command: Callable[[], int]) -> int:
@@ -177,11 +175,7 @@ def _add_plan(parser: _Parser) -> None:
 
 def _add_evaluate(parser: _Parser) -> None:
     _add_config(parser)
-    parser.add_argument(
-        "--model",
-        metavar="FOLDER",
-        help="score the model in this folder instead of the run's final/",
-    )
+    parser.add_argument("--model", metavar="FOLDER", help="the model to score; default: final/")
     parser.add_argument(
         "--data",
         metavar="FILE",
@@ -211,9 +205,7 @@ def _add_export(parser: _Parser) -> None:
         metavar="NAME",
         help="the stage to export; default: the stage that final/ was copied from",
     )
-    parser.add_argument(
-        "--to", metavar="FOLDER", type=Path, help="the folder to write the model to"
-    )
+    parser.add_argument("--to", metavar="FOLDER", type=Path, help="the folder to write to")
 
 
 def _add_report(parser: _Parser) -> None:
@@ -222,9 +214,7 @@ def _add_report(parser: _Parser) -> None:
 
 def _add_methods(parser: _Parser) -> None:
     parser.add_argument("--losses", action="store_true", help="list the loss terms instead")
-    parser.add_argument(
-        "name", nargs="?", metavar="NAME", help="show only this method, or this loss"
-    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="show only this method or loss")
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
@@ -329,10 +319,7 @@ def _scores(found: Mapping[str, Any]) -> str:
 
 def _submit(config: RunConfig, arguments: argparse.Namespace) -> int:
     if arguments.json:
-        raise ConfigError(
-            "--json cannot be combined with --submission, which computes no metrics; remove one of "
-            "the two"
-        )
+        raise ConfigError("--submission computes no metrics; remove --submission or --json")
     if arguments.data is not None:
         raise ConfigError(
             "--data cannot be combined with --submission, which predicts the test rows of the "

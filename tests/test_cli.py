@@ -146,7 +146,7 @@ def test_another_rank_fails_silently_with_the_same_code(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--config is missing: launch/train.py --config F names the run's YAML file"),
+        ([], "--config is missing; give the run's YAML file: launch/train.py --config F"),
         (["train.max_steps=1"], "--config is missing"),
         (["--config"], "argument --config: expected one argument"),
         (["--config", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
@@ -260,7 +260,7 @@ def test_export_without_a_target_is_refused(
     run_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["export", run_file]) == 2
-    assert "--to is missing: it names the folder" in capsys.readouterr().err
+    assert "--to is missing; give the folder" in capsys.readouterr().err
 
 
 def test_methods_lists_every_method_with_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -352,7 +352,7 @@ def test_one_method_or_loss_is_listed_alone(
             'unknown method "minidsic"; did you mean "minidisc"? known: direct, finetune',
         ),
         (["--losses", "soft_target_k"], 'unknown loss "soft_target_k"; did you mean "soft_target'),
-        (["hidden_mse"], "it is a loss: megakd methods --losses hidden_mse"),
+        (["hidden_mse"], "hidden_mse is a loss: megakd methods --losses hidden_mse"),
         (["no_such_module:X"], "module no_such_module cannot be imported"),
     ],
 )

@@ -7,6 +7,7 @@ import gc
 import hashlib
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -144,7 +145,7 @@ def _first_slurm_host() -> str:
         )
     except (OSError, subprocess.CalledProcessError) as error:
         raise MegakdError(
-            f"cannot tell the first host of SLURM_NODELIST={hosts!r} ({error}); set MASTER_ADDR"
+            f"cannot find the first host of SLURM_NODELIST={hosts!r} ({error}); set MASTER_ADDR"
         ) from error
     return found.stdout.split()[0]
 
@@ -160,8 +161,8 @@ def _complete_environment() -> None:
     missing = [name for name in needed if name not in os.environ]
     if missing:
         raise MegakdError(
-            f"RANK is set but {', '.join(missing)} not: start with `deepspeed`, `torchrun` or "
-            f"`srun`, or unset RANK for one process"
+            f"RANK is set without {', '.join(missing)}; start with `deepspeed`, `torchrun` or "
+            "`srun`, or unset RANK to run one process"
         )
 
 
@@ -174,8 +175,22 @@ def free_port() -> int:
 
 def _local_world() -> int:
     """Return the number of ranks of this host, from torchrun's, DeepSpeed's or Slurm's variable."""
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
-    return next((int(os.environ[n]) for n in names if os.environ.get(n, "").isdigit()), 1)
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return _slurm_tasks_of_node() or 1
+
+
+def _slurm_tasks_of_node() -> int | None:
+    """Return the tasks of a step of srun on this node; Slurm lists the nodes as `4(x2),3`."""
+    listed = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", listed)
+    tasks = [int(count) for count, times in parts for _ in range(int(times or 1))]
+    node = os.environ.get("SLURM_NODEID", "")
+    if node.isdigit() and int(node) < len(tasks):
+        return tasks[int(node)]
+    per_node = os.environ.get("SLURM_NTASKS_PER_NODE", "")
+    return int(per_node) if per_node.isdigit() else None
 
 
 def _share_cores() -> None:
@@ -234,7 +249,11 @@ def on_main(action: Callable[[], T]) -> T:
 
 
 def main_first(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0, then on the other ranks, which can reuse the files of rank 0."""
+    """Run `action` on rank 0, then on the other ranks, which can reuse the files of rank 0.
+
+    Raises:
+        MegakdError: the error of the first rank that failed, on all ranks.
+    """
     first: T | None = None
 
     def run() -> None:
@@ -242,7 +261,7 @@ def main_first(action: Callable[[], T]) -> T:
         first = action()
 
     on_main(run)
-    return first if dist.get_rank() == 0 else action()  # type: ignore[return-value]
+    return together(lambda: first if dist.get_rank() == 0 else action())  # type: ignore[return-value]
 
 
 def together(action: Callable[[], T]) -> T:
@@ -295,7 +314,7 @@ def reports_lost_peer() -> Iterator[None]:
             raise
         raise PeerLostError(
             f"rank {os.environ.get('RANK', '0')} ends because another rank has ended ({reason}); "
-            f"see what that rank or its launcher says"
+            "see the output of that rank or of its launcher"
         ) from error
 
 

@@ -104,5 +104,6 @@ def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 
 def _offloads_optimizer(ds: Mapping[str, Any]) -> bool:
-    target = ds.get("zero_optimization", {}).get("offload_optimizer", {})
+    zero = ds.get("zero_optimization") or {}
+    target = zero.get("offload_optimizer") or {}  # `null` is an absent section
     return target.get("device", "none") != "none"

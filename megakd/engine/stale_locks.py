@@ -27,7 +27,7 @@ def remove_dead_locks(folder: Path) -> list[Path]:
     """Remove and return build locks that no process of this host holds open; log each of them."""
     dead = _remove_unused(sorted(folder.glob("**/lock")))
     for lock in dead:
-        logger.warning("removed %s: left by a start that was killed", lock)
+        logger.warning("removed the lock %s of a process that was killed", lock)
     return dead
 
 
@@ -39,28 +39,51 @@ def remove_dead_buffers(folder: Path = SHARED_MEMORY) -> list[Path]:
 def _remove_unused(paths: Sequence[Path]) -> list[Path]:
     """Remove files that no process has open or mapped.
 
-    Another process may open a file during this check. Every file is therefore renamed first, so
-    that no process can open it any more, and renamed back if a process is using the file.
+    A file that is in use is not touched: its owner would fail if it did not find the file. A file
+    that was found unused is renamed, so that no process can open it any more. Then the processes
+    are inspected again, because one may have opened the file in the meantime.
     """
-    moved = {path: aside for path in paths if (aside := _move_aside(path)) is not None}
-    used = set(_files_in_use()) if moved else set()
+    versions = {path: version for path in paths if (version := _version(path)) is not None}
+    moved = {
+        path: aside
+        for path in _unused(list(versions))
+        if (aside := _move_aside(path, versions[path])) is not None
+    }
+    unused = _unused(list(moved.values()))
     for path, aside in moved.items():
-        if str(aside.resolve()) in used:
+        if aside not in unused:
             _put_back(aside, path)
         aside.unlink(missing_ok=True)
-    return [path for path, aside in moved.items() if str(aside.resolve()) not in used]
+    return [path for path, aside in moved.items() if aside in unused]
 
 
-def _move_aside(path: Path) -> Path | None:
+def _unused(paths: Sequence[Path]) -> list[Path]:
+    used = set(_files_in_use()) if paths else set[str]()
+    return [path for path in paths if str(path.resolve()) not in used]
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Return a value that differs if a file was removed and created again; None without file."""
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return None
+    return facts.st_ino, facts.st_ctime_ns
+
+
+def _move_aside(path: Path, version: tuple[int, int]) -> Path | None:
+    """Rename a file; return None if the file was removed, or replaced by a new owner."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.unused")
+    if _version(path) != version:
+        return None
     try:
         return path.rename(aside)
-    except FileNotFoundError:  # another process has removed the file
+    except FileNotFoundError:
         return None
 
 
 def _put_back(aside: Path, path: Path) -> None:
-    # A hard link never replaces a file that another process may have created in the meantime.
+    """Restore a file that a process has open; never replace a file of another process."""
     with contextlib.suppress(FileExistsError):
         path.hardlink_to(aside)
 
@@ -87,8 +110,8 @@ def check_shared_memory(ranks: int, folder: Path = SHARED_MEMORY) -> None:
     free, needed = shutil.disk_usage(folder).free, ranks * BYTES_PER_RANK
     if free < needed:
         raise MegakdError(
-            f"{folder} has {free / 1e6:.0f} MB free and {ranks} CPU ranks need "
-            f"{needed / 1e6:.0f} MB of it; enlarge it (in Docker: --shm-size=1g)"
+            f"{folder} has {free / 1e6:.0f} MB free, and {ranks} CPU ranks need {needed / 1e6:.0f} "
+            "MB; increase its size (in Docker: --shm-size=1g)"
         )
 
 

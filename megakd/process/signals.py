@@ -52,7 +52,7 @@ class Stopped(BaseException):
 
     def __str__(self) -> str:
         done = f", {self.saved}" if self.saved else ""
-        return f"stopped by {self.reason}{done}; start the same command again to go on"
+        return f"stopped by {self.reason}{done}; start the same command again to continue"
 
 
 class _Watch:
@@ -139,7 +139,9 @@ class _Watch:
                     self.reason, self._first = LAUNCHER_ENDED, self._orphaned_at
                     os.kill(os.getpid(), signal.SIGTERM)
         elif time.monotonic() - self._orphaned_at > GRACE_S:
-            _end_at_once(signal.SIGTERM, f"no end {GRACE_S:.0f} s after its launcher")
+            _end_at_once(
+                signal.SIGTERM, f"still running {GRACE_S:.0f} s after the end of its launcher"
+            )
 
 
 def _end_at_once(number: int, reason: str) -> None:
@@ -181,7 +183,12 @@ def watched() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Record stop signals in the body instead of raising; the body calls `requested`."""
+    """Record stop signals in the body instead of raising; the body calls `requested`.
+
+    Raises:
+        Stopped: a signal came, and the body ended without an answer to it. Like a signal outside
+            the body, it is raised on each rank that has received the signal.
+    """
     watch = _active
     if watch is None:
         yield
@@ -191,6 +198,8 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         watch.deferred = False
+    if watch.requested:
+        raise Stopped(watch.requested, watch.reason)
 
 
 def requested() -> int:

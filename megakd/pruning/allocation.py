@@ -162,7 +162,8 @@ def view_at(
     """
     if not 0 <= sparsity < 1:
         raise ConfigError(
-            f"a sparsity is at least 0 and below 1, the share left out; got {sparsity}"
+            "a sparsity is the share of units to remove, and must be at least 0 and below 1 (got "
+            f"{sparsity})"
         )
     shares = shares_of(scores, sparsity, head_width)
     kept: dict[str, tuple[int, ...]] = {}
@@ -194,8 +195,8 @@ def _width(whole: int, share: Fraction, round_to: int) -> int | None:
 def _too_narrow(scores: UnitScores, share: Fraction, round_to: int) -> str:
     whole = len(scores.width or ())
     return (
-        f"the teacher's hidden states run out of width: they are {whole} wide and would keep "
-        f"{float((1 - share) * whole):.3g}, which rounds to none in steps of {round_to}"
+        f"no column of the teacher's hidden states is left: they are {whole} wide and would keep "
+        f"{float((1 - share) * whole):.3g}, which rounds to 0 in steps of {round_to}"
     )
 
 
@@ -238,20 +239,21 @@ def _exhausted(kind: str, layers: Layers, removed: Sequence[int], rounding: Roun
         key=lambda i: left[i],
     )
     text = (
-        f"the teacher runs out of {units}: {layer} {last + 1} of {len(layers)} has "
+        f"no {units} of the teacher are left: {layer} {last + 1} of {len(layers)} has "
         f"{len(layers[last])} and would keep {left[last]}"
     )
     if left[last]:
         text += (
-            f", and rounding takes them out by {rounding.step}, leaving {rounding.least} or none"
+            f"; rounding removes units in steps of {rounding.step} and keeps at least "
+            f"{rounding.least} or none"
         )
     return text
 
 
 def _advice(sparsity: float) -> str:
     return (
-        f", at sparsity {sparsity:g}; lower method.target_sparsity and leave the higher ones out "
-        f"of method.sparsities, lower method.round_to, or take a wider teacher"
+        f" (at sparsity {sparsity:g}); lower method.target_sparsity and remove the higher values "
+        "from method.sparsities, lower method.round_to, or use a wider teacher"
     )
 
 
@@ -277,8 +279,8 @@ def scores_from_json(text: str, *, where: str) -> UnitScores:
         return found if width is None else found._replace(width=_layers([width])[0])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{where} does not hold the importance of a model's units ({error}); remove it, and it "
-            f"is measured again"
+            f"{where} does not hold the importance of a model's units ({error}); remove the file "
+            "to measure the importance again"
         ) from error
 
 

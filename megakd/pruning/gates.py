@@ -108,8 +108,8 @@ class Gates:
         else:
             what = "columns of the hidden states"
         return (
-            f"the importance of the {what} is not finite: the teacher's loss or its "
-            f"gradient overflows; set teacher.dtype to bf16 or fp32, or train the teacher anew"
+            f"the importance of the {what} is not finite: the teacher's loss or its gradient "
+            "overflows; set teacher.dtype to bf16 or fp32, or train the teacher again"
         )
 
 

@@ -122,8 +122,8 @@ def measure_importance(
         engine.destroy()
     if totals is None:
         raise DataError(
-            f"none of the {len(rows)} rows that importance is measured on carries a label; set "
-            f"method.importance_split to a split with labels"
+            f"none of the {len(rows)} rows that importance is measured on has a label; set "
+            "method.importance_split to a split with labels"
         )
     # The last digits of a sum may differ between ranks, but the order of units must be equal.
     return module.gates.scores(agree(totals.cpu()))

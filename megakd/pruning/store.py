@@ -17,7 +17,7 @@ from megakd.contract.results import ParameterCounts
 from megakd.contract.stage import StageResult, untrained
 from megakd.contract.tasks import TaskType
 from megakd.contract.units import Axes, UnitOrder, View
-from megakd.engine.device import peak_memory_bytes
+from megakd.engine.device import peak_memory_bytes, reset_peak_memory
 from megakd.engine.distributed import gather, on_main
 from megakd.engine.memory import forget_models
 from megakd.engine.sharding import sharded_construction
@@ -178,6 +178,7 @@ class PruningStore:
 
         def make(folder: Path, fingerprint: Fingerprint) -> None:
             began = time.perf_counter()
+            reset_peak_memory(self.assembly.ranks.device)
             reshaping = prepare()
             text = self._result_text(untrained(name, folder), fingerprint, began)
             forget_models()

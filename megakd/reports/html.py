@@ -50,11 +50,11 @@ def read_report(path: Path) -> Report:
     Raises:
         CheckpointError: the file does not exist, or is not a report of megakd.
     """
-    again = f"remove {path} and start the run's command again: its finished stages are used again"
+    again = f"remove {path} and start the command of the run again, which reuses finished stages"
     if not path.is_file():
         raise CheckpointError(
-            f"{path} does not exist: it is written when the run is complete; start the run's "
-            f"command again to go on with it"
+            f"{path} does not exist: megakd writes the file when the run is complete; start the "
+            "command of the run again to continue the run"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -64,7 +64,7 @@ def read_report(path: Path) -> Report:
     missing = sorted(Report.__required_keys__ - table.LATER_KEYS.keys() - present)
     if missing:
         raise CheckpointError(
-            f"{path} is no report of megakd: it lacks {', '.join(missing)}; {again}"
+            f"{path} is not a report of megakd: {', '.join(missing)} missing; {again}"
         )
     return cast("Report", content)
 

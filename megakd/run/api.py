@@ -1,8 +1,9 @@
 """Python interface of megakd: several trainings, evaluations and plans in one process.
 
-Each call restores the parts of the process that it changes (logging, warnings, environment, random
-states). The process group stays open until the process ends, because DeepSpeed can join only one
-group in a process.
+Each call restores logging, warnings, the environment, the random states and the number of threads.
+Two changes last until the process ends: the process group stays open, because DeepSpeed can join
+only one group in a process, and the memory allocator keeps freed memory, see
+`engine.memory.keep_freed_memory`.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def plan(config: Config, overrides: Sequence[str] = (), **cluster: Unpack[Cluste
 
 @contextlib.contextmanager
 def _undone() -> Iterator[None]:
-    """Restore the parts of the process that a call changes, except for the process group."""
+    """Restore what a call changes in the process, except for the group and the allocator."""
     import numpy as np
     import torch
 

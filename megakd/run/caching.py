@@ -27,8 +27,8 @@ def cache_teachers(config: RunConfig) -> list[Path]:
     named = [name for name, spec in config.teacher_specs.items() if spec.cache is not None]
     if not named:
         raise ConfigError(
-            "no teacher has a cache: set teacher.cache (of a pool, teachers[0].cache, …) to the "
-            "folder that its answers go to"
+            "no teacher has a cache: set teacher.cache (of several teachers: teachers[0].cache, …) "
+            "to a folder for the outputs of the teacher"
         )
     with started() as ranks, held(config.output_dir):
         check_device(config, ranks)

@@ -32,7 +32,7 @@ from megakd.storage.fingerprint import Fingerprint, differences, flatten
 from megakd.storage.finished_folder import CARD, copy_finished, entries, open_finished, users_files
 from megakd.training.best_checkpoint import RECORD
 from megakd.training.engines import model_identity
-from megakd.training.inputs import Materials, materials
+from megakd.training.inputs import UnencodedInputs, unencoded_inputs
 from megakd.training.longer import is_longer
 from megakd.training.stage_result import RESULT, remake
 
@@ -60,7 +60,7 @@ def is_finished(config: RunConfig) -> bool:
     if differing:
         raise CheckpointError(
             f"{config.output_dir} holds a finished run of another config ({differing}); use "
-            f"another output_dir, or go back to that config"
+            "another output_dir, or use that config again"
         )
     return True
 
@@ -120,7 +120,7 @@ def finished_table(config: RunConfig, *, command: str) -> str:
     return result_table(report, final=out / FINAL)
 
 
-def run_inputs(config: RunConfig, found: Materials) -> Fingerprint:
+def run_inputs(config: RunConfig, found: UnencodedInputs) -> Fingerprint:
     """Return the inputs besides the config that results depend on: data, tokenizer and models."""
     tree: dict[str, Any] = {
         "task.dataset": found.splits.content_hash,
@@ -128,44 +128,57 @@ def run_inputs(config: RunConfig, found: Materials) -> Fingerprint:
     }
     for role, source in found.sources.items():
         tree[f"{config.key_of(role)}.model"] = model_identity(source, seed=config.seed)
-    # transformers writes its version into every config that is loaded.
-    return {k: v for k, v in flatten(tree).items() if not k.endswith("transformers_version")}
+    return flatten(tree)
 
 
 def _compare_inputs(config: RunConfig, there: Fingerprint) -> None:
     """Raise if the inputs of a run have changed; warn if inputs are no longer on this machine."""
     try:
-        found = materials(config)
+        found = unencoded_inputs(config)
         here = on_main(lambda: run_inputs(config, found))
     except MegakdError as error:
-        gone = agree(_not_here(config))
+        # The error is that of all ranks, so that all ranks decide alike.
+        gone = agree(_not_here(config, error))
         if not gone:
             raise
         logger.warning(
-            "%s cannot be compared with what the run was made from: %s", ", ".join(gone), error
+            "%s cannot be compared with the inputs that the run was made from: %s",
+            ", ".join(gone),
+            error,
         )
         return
     differing = differences(there, json.loads(atomic.json_text(here)))
     if differing:
         raise CheckpointError(
             f"{config.output_dir} holds a finished run that was made from other data or models "
-            f"({differing}); use another output_dir, or put back what the run was made from"
+            f"({differing}); use another output_dir, or restore the original data and models"
         )
 
 
-def _not_here(config: RunConfig) -> list[str]:
-    """Return the keys that name a model or data without a path on this machine."""
+def _not_here(config: RunConfig, error: MegakdError) -> list[str]:
+    """Return the keys whose model or data is no longer here, and therefore led to an error.
+
+    A name that may be the Hub's counts only if the error is about the Hub: every name of the Hub
+    is without a path on this machine.
+    """
     task = config.task
     specs = {f"{config.key_of(n)}.model": spec.model for n, spec in config.teacher_specs.items()}
     specs |= {"student.model": config.student.model, "task.tokenizer": task.tokenizer}
     specs |= {"task.dataset": task.dataset, "task.data_dir": task.data_dir}
+    is_of_hub = "the Hub" in str(error)
     return [
         key
         for key, spec in specs.items()
-        if isinstance(spec, str)
+        if isinstance(spec, str | Path)
         and spec not in (FROM_TEACHER, "pydocs")
         and not Path(spec).expanduser().exists()
+        and (is_of_hub or not _may_be_on_hub(spec))
     ]
+
+
+def _may_be_on_hub(spec: str | Path) -> bool:
+    is_local = isinstance(spec, Path) or spec.startswith((".", "/", "~"))
+    return not is_local and str(spec).count("/") <= 1
 
 
 def _record_there(out: Path) -> dict[str, Any] | None:
@@ -173,8 +186,8 @@ def _record_there(out: Path) -> dict[str, Any] | None:
     path = out / RUN
     if not path.is_file():
         logger.warning(
-            "%s is missing: the run's data, models and student cannot be compared with what it "
-            "was made from",
+            "%s is missing: the data, models and student of the run cannot be compared with those "
+            "the run was made from",
             path,
         )
         return None
@@ -195,8 +208,7 @@ def _report_there(out: Path, record: Mapping[str, Any] | None) -> Report:
 def _again(report: Path) -> str:
     """Return instructions for making the final files of a run again."""
     return (
-        f"remove {report} and start the same command again: the stages that have finished are "
-        f"used again"
+        f"remove {report} and start the same command again: finished stages are not trained again"
     )
 
 
@@ -245,6 +257,9 @@ def publish(
     """
     out = config.output_dir
     _write_final(config, student, report, command)
+    # A prolonged run has a report: without the report, a kill from here on leaves a run that has
+    # not finished, and the next start publishes again.
+    (out / REPORT).unlink(missing_ok=True)
     own = {name: entry for name, entry in entries(out / FINAL).items() if name != CARD}
     record = {
         "student": student.name,
@@ -265,7 +280,7 @@ def _write_final(config: RunConfig, stage: Path, report: Report, command: str) -
     open_finished(stage, remedy=remedy)
     kept = users_files(final)
     if kept:
-        logger.warning("%s: kept, for megakd did not write them: %s", final, ", ".join(kept))
+        logger.warning("%s: files that megakd did not write are kept: %s", final, ", ".join(kept))
     card = model_card(_card_facts(config, stage, command), report)
     changes = {CARD: card, RESULT: None, RECORD: None}
     copy_finished(stage, final, changes=changes, keep=kept, remedy=remedy)
@@ -295,7 +310,9 @@ def _draw(output_dir: Path) -> None:
     try:
         write_html_report(output_dir)
     except Exception as error:  # noqa: BLE001 - a picture must not fail a finished run
-        logger.warning("report.html could not be drawn (megakd report tries again): %s", error)
+        logger.warning(
+            "report.html could not be written (run megakd report to try again): %s", error
+        )
 
 
 def model_folder(config: RunConfig, model: str | None) -> Path:
@@ -309,7 +326,7 @@ def model_folder(config: RunConfig, model: str | None) -> Path:
         return folder
     if model:
         raise CheckpointError(
-            f"--model {model}: there is no such folder; give the folder of a model, such as a "
+            f"--model {model}: the folder does not exist; give the folder of a model, such as a "
             "run's final/ or stages/<stage>"
         )
     raise CheckpointError(f"{folder} does not exist; train first, or give --model FOLDER")
@@ -328,12 +345,14 @@ def export_run(config: RunConfig, stage: str | None, to: Path) -> Path:
     """
     stages = config.output_dir / "stages"
     name = stage or _student_stage(config.output_dir)
-    if not (stages / name / RESULT).is_file():
+    if name not in _with_model(stages):
+        is_finished = (stages / name / RESULT).is_file()
         raise CheckpointError(
-            f"stage {name!r} of {config.output_dir} has not finished; {_finished_stages(stages)}"
+            f"stage {name!r} of {config.output_dir} "
+            f"{'gives no model' if is_finished else 'has not finished'}; {_finished_stages(stages)}"
         )
     if to.exists():
-        raise CheckpointError(f"{to} exists already; give a folder that does not")
+        raise CheckpointError(f"{to} already exists; give a folder that does not exist")
     folder = stages / name
     copy_finished(folder, to, changes={RESULT: None, RECORD: None}, remedy=remake(folder))
     return to
@@ -343,12 +362,17 @@ def _student_stage(out: Path) -> str:
     record = _record_there(out) if (out / REPORT).is_file() else None
     if record is None:
         raise CheckpointError(
-            f"{out} holds no finished run, whose student could be exported; finish the run, or "
-            f"give --stage NAME; {_finished_stages(out / 'stages')}"
+            f"{out} holds no finished run to export; finish the run, or give --stage NAME; "
+            f"{_finished_stages(out / 'stages')}"
         )
     return record["student"]
 
 
 def _finished_stages(stages: Path) -> str:
-    names = sorted(path.parent.name for path in stages.glob(f"*/{RESULT}"))
-    return f"finished: {', '.join(names) or 'none'}"
+    return f"finished stages: {', '.join(_with_model(stages)) or 'none'}"
+
+
+def _with_model(stages: Path) -> list[str]:
+    """Return the finished stages that give a model; others, such as a scoring, give only scores."""
+    finished = (path.parent for path in stages.glob(f"*/{RESULT}"))
+    return sorted(folder.name for folder in finished if (folder / "config.json").is_file())

@@ -240,7 +240,7 @@ class FolderLock:
             return not holder.is_alive_here()
         logger.warning(
             "%s names process %d on %s, which cannot be seen from this host: waiting up to %.0f s "
-            "for a sign of life",
+            "for a change of the file",
             *(path, holder.pid, holder.host, DEAD_AFTER_S),
         )
         first, deadline = _changed_at(path), time.monotonic() + DEAD_AFTER_S
@@ -266,7 +266,9 @@ class FolderLock:
                     return
                 os.utime(self.path)
             except OSError as error:  # the storage may work again at the next sign
-                logger.warning("%s could not be touched: %s", self.path, error)
+                logger.warning(
+                    "the modification time of %s could not be updated: %s", self.path, error
+                )
 
 
 def read_holder(path: Path) -> Holder | None:
@@ -289,6 +291,6 @@ def _changed_at(path: Path) -> int | None:
 
 
 def _end_at_once(path: Path) -> None:
-    message = f"megakd: error: another run has taken {path} over: this run ends\n"
+    message = f"megakd: error: another run has taken {path}; this run ends\n"
     os.write(2, message.encode())
     os._exit(2)

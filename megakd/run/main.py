@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from megakd.contract.tasks import STUDENT
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks, agree, on_main
 from megakd.engine.memory import earlier_objects_left_alone, forget_models, keep_freed_memory
-from megakd.errors import CheckpointError, ConfigError, MegakdError
+from megakd.errors import CheckpointError, ConfigError
 from megakd.methods import run_method
 from megakd.models.export import weight_bytes
 from megakd.planning.method_check import check_method
@@ -62,11 +62,16 @@ def run(config: RunConfig, *, command: str) -> str:
     finished = is_finished(config)
     if not finished:
         check_output_folder(config)
-    with counted(), started() as ranks:
-        if agree(finished):
-            return finished_table(config, command=command)
-        with held(config.output_dir):
-            return _run(config, command, ranks)
+    with counted(), ExitStack() as lock:
+        with started() as ranks:
+            if agree(finished):
+                table = finished_table(config, command=command)
+            else:
+                lock.enter_context(held(config.output_dir))
+                table = _run(config, command, ranks)
+        # All ranks have left the process group, so no rank waits for the upload.
+        uploaded = push_to_hub(config.save, config.output_dir / FINAL) if ranks.is_main else None
+    return table if uploaded is None else f"{table}\n{uploaded}"
 
 
 @contextmanager
@@ -112,10 +117,7 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
         report = _report(lab, prepared, ranks, student, baselines)
     finally:
         reporter.close()
-    table = on_main(lambda: publish(config, student.folder, report, inputs=inputs, command=command))
-    # The run is finished: the other ranks do not wait for the upload.
-    uploaded = push_to_hub(config.save, config.output_dir / FINAL) if ranks.is_main else None
-    return table if uploaded is None else f"{table}\n{uploaded}"
+    return on_main(lambda: publish(config, student.folder, report, inputs=inputs, command=command))
 
 
 def reporter_of(config: RunConfig, ranks: Ranks) -> Reporter:
@@ -228,13 +230,13 @@ def _latency(lab: Lab, students: Mapping[str, Path], device: torch.device) -> li
     assistants = {made.name: made.folder for made in lab.record.assistants}
     models = {**teachers, **assistants, **students}
     if 2 * sum(map(weight_bytes, models.values())) > psutil.virtual_memory().available:
-        logger.warning("the teacher is too large to time on one rank: no latency in the report")
+        logger.warning("latency is not measured: the teacher is too large for one rank")
         return []
     try:
         length = lab.config.task.max_length
         return measure_latencies(models, batches=TIMED_BATCHES, length=length, device=device)
-    except (MegakdError, OSError, ValueError, torch.OutOfMemoryError) as error:
-        # The run is finished and its student is valid: a failed timing must not fail the run.
+    except Exception as error:  # noqa: BLE001 - the code of a model may raise any error
+        # All stages are finished and the student is valid: a failed timing must not fail the run.
         logger.warning("latency could not be measured: %s", error)
         return []
 
@@ -257,17 +259,30 @@ def check_output_folder(config: RunConfig) -> None:
     out, resume = config.output_dir, config.train.resume_from_checkpoint
     if resume is False and any((out / name).exists() for name in (CONFIG, "checkpoints", "stages")):
         raise CheckpointError(
-            f"{out} holds a run and train.resume_from_checkpoint is false; use another "
-            f"output_dir, remove that folder, or set it to true"
+            f"{out} holds a run and train.resume_from_checkpoint is false; use another output_dir, "
+            "remove that folder, or set train.resume_from_checkpoint to true"
         )
     check_checkpoint_given("train.resume_from_checkpoint", resume)
     for name, spec in config.teacher_specs.items():
         if spec.finetune is not None:
             where = f"{config.key_of(name)}.finetune.resume_from_checkpoint"
             check_checkpoint_given(where, spec.finetune.resume_from_checkpoint)
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    check_writable(out, where="output_dir")
+
+
+def check_writable(folder: Path, *, where: str) -> None:
+    """Check that a folder can be written to, or can be created.
+
+    Args:
+        folder: the folder.
+        where: the option that names the folder, for the message.
+
+    Raises:
+        ConfigError: the folder, or the nearest folder above it that exists, is not writable.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise ConfigError(f"output_dir: {there} is not a folder that can be written to")
+        raise ConfigError(f"{where}: {there} is not a writable folder")
 
 
 def check_checkpoint_given(where: str, path: bool | str | None) -> None:  # noqa: FBT001

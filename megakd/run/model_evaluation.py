@@ -111,7 +111,7 @@ def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, Rows]:
         return prepared, Rows(file=name, split="test", count=count, encoded=encoded.test)
     split = "validation"
     if splits.is_cut:
-        split += f" ({VALIDATION_FRACTION:.0%} of the training rows, cut off by hash)"
+        split += f" ({VALIDATION_FRACTION:.0%} of the training rows, selected by hash)"
     count = row_count(splits.validation)
     return prepared, Rows(file=name, split=split, count=count, encoded=encoded.validation)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from megakd.errors import ConfigError, TrainingError
 from megakd.models.knowledge import Needs
 from megakd.models.loading import resolve_model
 from megakd.run.finished_run import model_folder
-from megakd.run.main import started
+from megakd.run.main import check_writable, started
 from megakd.storage import atomic
 from megakd.training.engines import Assembly, ReadyTeacher
 from megakd.training.inputs import cache_folder, prepare
@@ -59,7 +58,7 @@ def write_submission(
     """
     glue = TASKS[_glue_name(config)]
     chosen = model_folder(config, model)
-    _check_writable(folder)
+    check_writable(folder, where="--submission")
     answer = classes_of(glue.classes, by_name=not glue.numbered) if glue.classes else _scores
     with started() as ranks:
         cache = cache_folder()
@@ -71,16 +70,10 @@ def write_submission(
 def _glue_name(config: RunConfig) -> str:
     if not config.task.data_name.startswith("glue/"):
         raise ConfigError(
-            f"task.dataset: {config.task.data_name} is no GLUE task, and --submission writes the "
-            f"benchmark's own files; it takes a run on glue/<task>, such as glue/mrpc"
+            f"task.dataset: {config.task.data_name} is not a GLUE task, and --submission writes "
+            "GLUE's submission files; use the config of a run on glue/<task>, such as glue/mrpc"
         )
     return glue_name(config.task.data_name)
-
-
-def _check_writable(folder: Path) -> None:
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise ConfigError(f"--submission: {there} is not a folder that can be written to")
 
 
 def _outputs(
@@ -141,7 +134,7 @@ def _write(
         if bad:
             raise TrainingError(
                 f"{stem}.tsv is not written: the model's outputs are not finite for {bad} of "
-                f"{len(said)} test rows; its training has diverged"
+                f"{len(said)} test rows; training has diverged: lower train.learning_rate"
             )
     paths = []
     for stem, said in outputs.items():

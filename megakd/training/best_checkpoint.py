@@ -48,8 +48,8 @@ class BestCheckpoint:
             record = self.record()
             if record is None and best_step is not None:
                 logger.warning(
-                    "%s is missing or damaged (%s): the best evaluation, of step %d, is lost; only "
-                    "those after step %d count",
+                    "%s is missing or damaged (%s): the best evaluation, of step %d, is lost; "
+                    "only evaluations after step %d are compared",
                     *(self.folder, damage(self.folder), best_step, step),
                 )
             if record is None or record["step"] > step:
@@ -71,7 +71,9 @@ class BestCheckpoint:
         """
         if math.isnan(score) or (self.score is not None and not score > self.score):
             return False
-        self.write(self.folder, {"step": step, "score": score, "evaluation": evaluation})
+        # JSON cannot represent an infinite number: it is stored as text.
+        stored = score if math.isfinite(score) else str(score)
+        self.write(self.folder, {"step": step, "score": stored, "evaluation": evaluation})
         self.score, self.step = score, step
         return True
 
@@ -91,8 +93,7 @@ class BestCheckpoint:
             return None
         try:
             record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
-            # JSON cannot represent a number that is not finite.
-            score = -math.inf if record["score"] is None else float(record["score"])
+            score = float(record["score"])
             evaluation = dict(record["evaluation"])
             return {"step": int(record["step"]), "score": score, "evaluation": evaluation}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -151,7 +151,9 @@ class Checkpoints:
 
     def _could_not_write(self, step: int, error: Exception) -> CheckpointError:
         newest = self.newest()
-        kept = f"the last good one is {newest}" if newest else "there is none before it"
+        kept = (
+            f"the last good checkpoint is {newest}" if newest else "there is no earlier checkpoint"
+        )
         full = full_disk_reason(error)
         cure = "free some space and start" if full else "start"
         return CheckpointError(
@@ -189,7 +191,9 @@ class Checkpoints:
                 self._check_origin(candidate)
                 return candidate
             if self.ranks.is_main:
-                logger.warning("%s is damaged (%s): using the one before it", candidate, damage)
+                logger.warning(
+                    "%s is damaged (%s): using the checkpoint before it", candidate, damage
+                )
         return None
 
     def damage(self, checkpoint: Path) -> str | None:
@@ -213,13 +217,18 @@ class Checkpoints:
         if differing and not (self.may_grow and is_longer(there, here)):
             raise CheckpointError(
                 f"{checkpoint} was written with another config ({differing}); use another "
-                f"output_dir, or go back to that config"
+                "output_dir, or use that config again"
             )
         if manifest["ranks"] != self.ranks.world_size:
             raise CheckpointError(
                 f"{checkpoint} was written by {manifest['ranks']} ranks and this run has "
-                f"{self.ranks.world_size}; start it with {manifest['ranks']}"
+                f"{self.ranks.world_size}; start this run with {manifest['ranks']} ranks"
             )
+
+    def has_grown(self, checkpoint: Path) -> bool:
+        """Return true if this run has more steps than the run of a checkpoint; a collective."""
+        there = on_main(lambda: read_signed(checkpoint / MANIFEST)["fingerprint"])
+        return is_longer(there, json.loads(json_text(self.fingerprint)))
 
     def load(
         self, checkpoint: Path, read_engine: Callable[[Path, str], None]
@@ -293,9 +302,9 @@ def _read_plain(path: Path) -> dict[str, Any]:
 
 def _of_another_version(checkpoint: Path) -> CheckpointError:
     return CheckpointError(
-        f"{checkpoint} was written by another version of megakd and cannot be read by this one; "
-        f"remove the folder {checkpoint.parent} to train this stage anew, or go on with the "
-        f"version that wrote it"
+        f"{checkpoint} was written by another version of megakd and cannot be read by this "
+        f"version; remove the folder {checkpoint.parent} to train this stage again, or use the "
+        "version that wrote the checkpoint"
     )
 
 

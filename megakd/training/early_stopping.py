@@ -37,6 +37,11 @@ class EarlyStopping:
         """True if the stage must end."""
         return self.patience is not None and self.misses >= self.patience
 
+    def extend(self) -> None:
+        """Let a stage that has stopped continue, because it was given more steps."""
+        if self.stopped:
+            self.misses = 0
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed stage needs."""
         return {"best": self.best, "misses": self.misses}

@@ -49,12 +49,14 @@ class Evaluation(NamedTuple):
     @staticmethod
     def read(record: Mapping[str, Any]) -> Evaluation:
         """Return the evaluation of a `record`; JSON stores a number that is not finite as null."""
-        scores = {
-            view: {k: math.nan if v is None else v for k, v in values.items()}
-            for view, values in record["scores"].items()
-        }
+        scores = {view: numbers(values) for view, values in record["scores"].items()}
         cut = record["cut"]
         return Evaluation(scores, record["view"], None if cut is None else read_cut(cut))
+
+
+def numbers(values: Mapping[str, float | None]) -> dict[str, float]:
+    """Return metrics that were read from JSON, which stores a number that is not finite as null."""
+    return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 def cut_record(cut: Cut) -> dict[str, Any]:
@@ -98,13 +100,13 @@ def weighable(name: str | None, main: Metric, metrics: Sequence[str]) -> Metric:
     fitting = ", ".join(known)
     if name is None and main.name not in known:
         raise ConfigError(
-            f"method.metric: {main.name} stands for this task and cannot be weighed against "
+            f"method.metric: {main.name}, the default of this task, cannot be weighed against "
             f"sparsity, because it is not a score between 0 and 1; set method.metric to {fitting}"
         )
     if name is not None and name not in known:
         raise ConfigError(
-            f"method.metric: {name} cannot be weighed on this task; use one of {fitting}, or "
-            f"leave it out"
+            f"method.metric: {name} cannot be weighed against sparsity in this task; use one of "
+            f"{fitting}, or remove the key"
         )
     return known[name or main.name]
 
@@ -121,8 +123,8 @@ def language_model_metrics(sums: Tensor) -> dict[str, float]:
     nats, right, targets = (float(value) for value in sums.tolist())
     if targets == 0:
         raise DataError(
-            "the held-out text has no target to score: it is empty, one token long, or holds "
-            "nothing but unknown tokens"
+            "the held-out text has no target to score: it is empty, has only one token, or has "
+            "only unknown tokens"
         )
     loss = nats / targets
     # Above 700 nats the exponential overflows fp64; the perplexity is reported as infinite.

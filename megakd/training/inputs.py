@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Materials:
+class UnencodedInputs:
     """The parts of a run, before anything large is loaded.
 
     sources: the teachers by name, then `student`.
@@ -65,8 +65,8 @@ class Materials:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunInputs(Materials):
-    """`Materials` with the encoded data: everything that is known before weights are in memory."""
+class RunInputs(UnencodedInputs):
+    """All inputs of a run, with the encoded data; no weights are in memory yet."""
 
     encoded: Encoded
 
@@ -84,7 +84,7 @@ def prepare(config: RunConfig) -> RunInputs:
             loaded. All problems that configs, labels and vocabularies show are raised before the
             data is encoded.
     """
-    found = materials(config)
+    found = unencoded_inputs(config)
     check_run(config, found)
     _say_positive_label(found.metrics)
     encoded = main_first(
@@ -103,13 +103,13 @@ def _say_positive_label(metrics: TaskMetrics) -> None:
     about_one = [name for name in metrics.names if name in ONE_LABEL_METRICS]
     if about_one and metrics.label_names:
         logger.info(
-            "%s: about the label %s (eval.positive_label)",
+            "%s: computed for the label %s (eval.positive_label)",
             ", ".join(about_one),
             metrics.label_names[metrics.positive],
         )
 
 
-def materials(config: RunConfig) -> Materials:
+def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
     """Return the models, data and tokenizer of a run; a collective.
 
     Raises:
@@ -137,7 +137,7 @@ def materials(config: RunConfig) -> Materials:
         role: with_vocabulary(source, len(tokenizer), pad_token_id=pad)
         for role, source in sources.items()
     }
-    return Materials(splits=splits, metrics=metrics, tokenizer=tokenizer, sources=sources)
+    return UnencodedInputs(splits=splits, metrics=metrics, tokenizer=tokenizer, sources=sources)
 
 
 def _strangers(
@@ -152,7 +152,7 @@ def _strangers(
                 yield str(error)
 
 
-def check_run(config: RunConfig, materials: Materials) -> None:
+def check_run(config: RunConfig, inputs: UnencodedInputs) -> None:
     """Run all checks of models and losses that are possible before any weights are loaded.
 
     Raises:
@@ -163,26 +163,26 @@ def check_run(config: RunConfig, materials: Materials) -> None:
         check_frozen_stage(
             load_ds_config(spec.deepspeed, where=f"{key}.deepspeed"), where=f"{key}.deepspeed"
         )
-        if spec.finetune is None and materials.sources[name].folder is None:
+        if spec.finetune is None and inputs.sources[name].folder is None:
             logger.warning(
-                "%s.model starts from random weights and %s.finetune is not set: there is nothing "
-                "to learn from it",
+                "%s.model has random weights and %s.finetune is not set: the student would learn "
+                "from an untrained teacher",
                 key,
                 key,
             )
     load_ds_config(config.student.deepspeed, where="student.deepspeed")
-    for role, source in materials.sources.items():
+    for role, source in inputs.sources.items():
         check_model(
             source,
             task=config.task,
-            label_names=materials.splits.label_names,
-            tokenizer_size=len(materials.tokenizer),
+            label_names=inputs.splits.label_names,
+            tokenizer_size=len(inputs.tokenizer),
             need_head=role in config.teacher_specs and not config.teacher_specs[role].finetune,
         )
-    check_losses(config, materials)
+    check_losses(config, inputs)
 
 
-def check_losses(config: RunConfig, materials: Materials) -> None:
+def check_losses(config: RunConfig, inputs: UnencodedInputs) -> None:
     """Check that the objective can work with every teacher.
 
     Raises:
@@ -192,19 +192,18 @@ def check_losses(config: RunConfig, materials: Materials) -> None:
     """
     terms, task = config.objective or (), config.task.type
     shapes = {
-        role: shape_of(source, task, materials.classes)
-        for role, source in materials.sources.items()
+        role: shape_of(source, task, inputs.classes) for role, source in inputs.sources.items()
     }
     teachers = {name: shapes[name] for name in config.teacher_specs}
     compared = [term.loss for term in terms if looks_inside(term)]
     if compared and len(set(teachers.values())) > 1:
         shapes = ", ".join(f"{name} {s.layers} x {s.width}" for name, s in teachers.items())
         raise ConfigError(
-            f"objective: {', '.join(compared)} compares layers, and the teachers have other "
-            f"numbers of layers, widths or heads (layers x width: {shapes}); soft targets work "
-            "with all of them"
+            f"objective: {', '.join(compared)} compares layers, and the teachers differ in number "
+            f"of layers, width or heads (layers x width: {shapes}); use soft targets, which "
+            "support such teachers"
         )
-    with_class_weights(terms, materials.splits)
+    with_class_weights(terms, inputs.splits)
     for teacher in teachers.values() or (None,):
         check_terms(terms, task, shapes[STUDENT], teacher)
 

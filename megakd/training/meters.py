@@ -114,8 +114,8 @@ class TrainMeter:
         empty = int(self._without_targets)
         if empty and self._ranks.is_main:
             logger.warning(
-                "%s: %d of the last %d steps had no label at all (all masked): they contribute "
-                "zero; said once",
+                "%s: %d of the last %d steps had no label at all (all masked) and contribute zero "
+                "(logged once)",
                 self._stage,
                 empty,
                 self._steps,
@@ -145,8 +145,8 @@ class TrainMeter:
             good = on_main(newest)
             raise TrainingError(
                 f"{self._stage}: the loss or its gradient is not finite (NaN or infinite) at step "
-                f"{step + 1}; the last good checkpoint is {good or 'none, nothing was saved yet'}; "
-                f"{self._remedy()}, then start again"
+                f"{step + 1}; the last good checkpoint is "
+                f"{good or 'none (nothing was saved yet)'}; {self._remedy()}, then start again"
             )
 
     def _remedy(self) -> str:
@@ -154,8 +154,8 @@ class TrainMeter:
         failed = failed_teachers(self._trainer.teachers, self._ranks.device)
         if failed:
             return (
-                f"the outputs of {', '.join(failed)} are not finite: check its weights, or hold it "
-                "in a wider dtype (bf16 or fp32)"
+                f"the outputs of {', '.join(failed)} are not finite: check the weights, or set the "
+                "dtype to bf16 or fp32"
             )
         return "lower train.learning_rate or check the data"
 

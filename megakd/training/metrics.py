@@ -74,7 +74,7 @@ class TaskMetrics:
         said, is_so = _classes(predicted) == self.positive, truth == self.positive
         if not is_so.any() and not said.any():
             logger.info(
-                "%s is undefined, no label and no prediction is positive: counted as 0", name
+                "%s is undefined because no label and no prediction is positive: counted as 0", name
             )
         return _of_one_label(name, said, is_so)
 
@@ -127,20 +127,20 @@ def _positive(label: str | None, names: Sequence[str], label_names: Sequence[str
     if label is None:
         if about_one and len(label_names) > 2:
             raise ConfigError(
-                f"eval.positive_label: {about_one[0]} is about one label against all others, and "
-                f"the data have {len(label_names)} labels; set it to one of {listed}, or use "
+                f"eval.positive_label: missing, and {about_one[0]} needs one of the "
+                f"{len(label_names)} labels; set the key to one of {listed}, or use "
                 f"{about_one[0]}_macro"
             )
         return 1
     if not about_one:
         raise ConfigError(
-            "eval.positive_label: no metric of this run is about one label; remove the key, or "
+            "eval.positive_label: no metric of this run uses a positive label; remove the key, or "
             "set eval.metric to f1, precision or recall"
         )
     if label not in label_names:
         raise ConfigError(
-            f'eval.positive_label: the data have no label "{label}"'
-            f"{suggestion(label, label_names)} ({listed})"
+            "eval.positive_label: the data have no label "
+            f'"{label}"{suggestion(label, label_names)} (known: {listed})'
         )
     return list(label_names).index(label)
 
@@ -151,7 +151,7 @@ def _scored_rows(outputs: Tensor, labels: Tensor) -> tuple[Numbers, Numbers]:
     predicted = outputs.detach().cpu().double().numpy().reshape(len(truth), -1)
     if not has_label.any():
         raise DataError(
-            f"none of the {len(truth)} held-out rows carries a label, so nothing can be scored"
+            f"none of the {len(truth)} held-out rows has a label, so no metric can be computed"
         )
     bad = int((~np.isfinite(predicted[has_label])).any(axis=1).sum())
     if bad:
@@ -225,7 +225,9 @@ def _correlation(
 ) -> float:
     for what, values in (("predictions", predicted), ("labels", truth)):
         if np.ptp(values) == 0:
-            logger.info("%s is undefined, all %s are %g: counted as 0", name, what, values[0])
+            logger.info(
+                "%s is undefined because all %s are %g: counted as 0", name, what, values[0]
+            )
             return 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scipy warns about precision for nearly constant values

@@ -65,7 +65,9 @@ def check_dtype(dtype: Dtype, ranks: Ranks, where: str) -> None:
     known = supported_dtypes()
     if TORCH_DTYPE[dtype] not in known:
         has = ", ".join(name for name, t in TORCH_DTYPE.items() if t in known)
-        raise ConfigError(f"{where}: {dtype} is not to be had on {ranks.device.type}; it has {has}")
+        raise ConfigError(
+            f"{where}: {dtype} is not supported on {ranks.device.type}; supported: {has}"
+        )
 
 
 def check_kernels(kernels: Kernels, ranks: Ranks, where: str) -> None:

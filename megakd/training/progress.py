@@ -222,8 +222,8 @@ def _reports_unusable(path: Path) -> Iterator[None]:
             yield
     except OSError as error:
         raise MegakdError(
-            f"{path} cannot be used ({error.strerror or error}), and a run keeps its numbers "
-            "there; move away what is there, then start the same command again"
+            f"{path} cannot be used ({error.strerror or error}), and the run writes its metrics "
+            "there; move the file or folder away, then start the same command again"
         ) from error
 
 

@@ -31,8 +31,8 @@ class Scored(NamedTuple):
     by_class: list[ClassReport]
 
 
-class Answers(NamedTuple):
-    """Outputs and labels of the rows seen so far, without the dummy rows."""
+class SeenOutputs(NamedTuple):
+    """SeenOutputs and labels of the rows seen so far, without the dummy rows."""
 
     outputs: list[torch.Tensor]
     labels: list[torch.Tensor]
@@ -73,7 +73,7 @@ class Scorer:
         Raises:
             MegakdError: nothing can be scored, on all ranks alike.
         """
-        sums, answers = torch.zeros(3, dtype=torch.float64), Answers([], [])
+        sums, answers = torch.zeros(3, dtype=torch.float64), SeenOutputs([], [])
         for batch in self.batches(rows):
             said = predict(batch)
             if said.sums is not None:
@@ -145,7 +145,7 @@ class Scorer:
         all_reduce_(sums)
         return Scored(on_main(lambda: language_model_metrics(sums)), [])
 
-    def _rows(self, answers: Answers) -> Scored:
+    def _rows(self, answers: SeenOutputs) -> Scored:
         outputs = gather(torch.cat(answers.outputs))
         labels = gather(torch.cat(answers.labels))
 

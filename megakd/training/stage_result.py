@@ -13,6 +13,7 @@ from megakd.errors import CheckpointError
 from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint, differences
 from megakd.storage.finished_folder import CHECKSUMS, open_finished, write_finished
+from megakd.training.evaluation import numbers
 from megakd.training.longer import is_longer
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,8 @@ def read_result(
     here = json.loads(atomic.json_text(fingerprint))
     if may_grow and is_longer(there, here):
         logger.info(
-            "%s: finished with %d steps, goes on (%s); the learning rate follows the schedule of "
-            "the longer run from there",
+            "%s: finished with %d steps and continues (%s); from there the learning rate follows "
+            "the schedule of the longer run",
             result.name,
             result.steps,
             differences(there, here),
@@ -64,7 +65,7 @@ def read_result(
     if differing:
         raise CheckpointError(
             f"{folder} holds the result of another config ({differing}); use another output_dir, "
-            f"go back to that config, or remove the folder"
+            "use that config again, or remove the folder"
         )
     return result
 
@@ -79,9 +80,16 @@ def _result_there(folder: Path) -> tuple[StageResult, Fingerprint] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         fingerprint = dict(record.pop("fingerprint"))
-        return StageResult(**{**record, "folder": folder}), fingerprint
+        read = {
+            "folder": folder,
+            "metrics": numbers(record["metrics"]),
+            "scores": {view: numbers(values) for view, values in record["scores"].items()},
+        }
+        return StageResult(**{**record, **read}), fingerprint
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no result of this version ({error}); {remedy}") from error
+        raise CheckpointError(
+            f"{path} is not a result of this version ({error}); {remedy}"
+        ) from error
 
 
 def remake(folder: Path) -> str:
@@ -89,6 +97,6 @@ def remake(folder: Path) -> str:
     report = folder.parent.parent / "report.json"
     also = f" and {report}" if report.is_file() else ""
     return (
-        f"remove {folder}{also} and start the same command again: the stage is made again, from "
-        f"its last checkpoint if it has one"
+        f"remove {folder}{also} and start the same command again: the stage runs again, from its "
+        "last checkpoint if there is one"
     )

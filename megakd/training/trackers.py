@@ -115,8 +115,8 @@ class TensorBoard:
         except OSError as error:
             if not self._lost:
                 logger.warning(
-                    "%s cannot be written (%s): TensorBoard gets no more numbers of this run; "
-                    "metrics.jsonl has them all",
+                    "%s cannot be written (%s): no further values of this run are written to "
+                    "TensorBoard; metrics.jsonl has all values",
                     *(self._folder, error.strerror or error),
                 )
             self._lost = True
@@ -257,8 +257,8 @@ class MLflow:
         except mlflow.MlflowException as error:
             self._lost = True
             logger.warning(
-                "mlflow does not answer (%s): it gets no more numbers of this run; metrics.jsonl "
-                "has them all",
+                "mlflow does not respond (%s): no further values of this run are sent to mlflow; "
+                "metrics.jsonl has all values",
                 error,
             )
 

@@ -98,7 +98,7 @@ class Trainer:
         for batch, is_last in _mark_last(batches):
             knowledge = self._ask_teachers(plan, batch)
             if is_last:
-                self._call_up(plan)
+                self._prefetch(plan)
             losses = self.student.forward_backward(batch, knowledge, plan, counts, boundary=is_last)
             self.meter.add(self.step, losses)
         self.strategy.before_update(self.step, self.student)
@@ -119,7 +119,7 @@ class Trainer:
             frozen = [name for name in teacher_names(plan) if name in self.teachers]
             return {name: self.teachers[name](batch.of(name)) for name in frozen}
 
-    def _call_up(self, plan: Sequence[Pass]) -> None:
+    def _prefetch(self, plan: Sequence[Pass]) -> None:
         """Prefetch the teachers of the next step while the student learns, and evict the others."""
         if self.teachers.keys() <= {*teacher_names(plan)}:
             return

@@ -44,9 +44,9 @@ def without_tokenizer(task: TaskConfig, sources: Iterable[ModelSource]) -> Itera
     for source, folder in _pretrained(sources):
         if not has_tokenizer_files(folder):
             yield (
-                f"{source.where}: {source.name} has weights and no tokenizer files ({LOOKED_FOR}),"
-                " and its embeddings fit the tokenizer of their training alone; set "
-                "task.tokenizer to a folder or Hub id with that tokenizer"
+                f"{source.where}: {source.name} has weights and no tokenizer files ({LOOKED_FOR}), "
+                "and its embeddings fit only the tokenizer of its training; set task.tokenizer to "
+                "a folder or Hub id with that tokenizer"
             )
 
 
@@ -68,9 +68,10 @@ def other_vocabularies(
             _tell(source, own, tokenizer)
         else:
             yield (
-                f"{source.where} {source.name} comes with a tokenizer of {len(own)} tokens, and "
-                f"the run's has {len(tokenizer)} others: soft targets need one vocabulary; choose "
-                f"models of one tokenizer, or set task.tokenizer if they really share it"
+                f"{source.where} {source.name} has a tokenizer of {len(own)} tokens, and the run "
+                f"has another tokenizer, of {len(tokenizer)} tokens; soft targets need one "
+                "vocabulary: choose models with the same tokenizer, or set task.tokenizer if the "
+                "models share one"
             )
 
 
@@ -82,8 +83,8 @@ def _tell(
     other = sum(vocabulary.get(token) != number for token, number in own.get_vocab().items())
     if other:
         logger.warning(
-            "%s: %d of the %d tokens of the model's own tokenizer have another number, or none, "
-            "in task.tokenizer %s, which is used as told",
+            "%s: %d of the %d tokens of the model's own tokenizer have another id, or no id, in "
+            "task.tokenizer %s, which is used as configured",
             source.where,
             other,
             len(own),

@@ -115,13 +115,13 @@ def different_rank_errors() -> str:
     return "nothing was raised"
 
 
-def main_rank_errors() -> str:
-    """Rank 0 alone fails inside `main_first`; the others must not go on."""
+def main_first_errors(failing: int) -> str:
+    """One rank alone fails inside `main_first`; the others must not go on."""
     from megakd.errors import DataError
 
     def action():
-        if distributed.ranks().rank == 0:
-            raise DataError("rank 0 cannot download it")
+        if distributed.ranks().rank == failing:
+            raise DataError(f"rank {failing} cannot read it")
         return "went on"
 
     try:

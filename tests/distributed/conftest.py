@@ -28,9 +28,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "launch" / "train.py"
 # A start takes seconds; many times that on a busy machine.
 TIMEOUT_S = 240
-# The first start with new caches compiles DeepSpeed's shared-memory operator.
-BUILD_TIMEOUT_S = 600
-START_AND_STOP = "from megakd.engine import distributed as d; d.start(); d.stop()"
 
 
 class Group:
@@ -113,20 +110,7 @@ def _locks() -> str:
 
 
 @pytest.fixture(scope="session")
-def _built_extensions(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """DeepSpeed's operator, compiled once, so that no test's start takes minutes."""
-    if any(Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("**/*.so")):
-        return
-    program = tmp_path_factory.mktemp("build") / "start_and_stop.py"
-    program.write_text(START_AND_STOP, encoding="utf-8")
-    group = Group([str(program)], world=1, logs=program.parent)
-    assert group.wait(BUILD_TIMEOUT_S) == [0], group.text
-
-
-@pytest.fixture(scope="session")
-def launch(
-    _built_extensions: None, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Group]:
+def launch(built_operator: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Group]:
     """Starts `launch/train.py` on two ranks: `launch("--config", path)`."""
 
     def start(*arguments: str, world: int = 2, program: Path = TRAIN) -> Group:
@@ -137,7 +121,7 @@ def launch(
 
 
 @pytest.fixture(scope="session")
-def workers(_built_extensions: None) -> Iterator[Callable[[int], GlooWorkers]]:
+def workers(built_operator: None) -> Iterator[Callable[[int], GlooWorkers]]:
     """World size -> its long-lived ranks, started when first asked for."""
     from gloo_workers import GlooWorkers
 

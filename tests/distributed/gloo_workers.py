@@ -5,17 +5,17 @@ Starting DeepSpeed costs seconds; every test of a session shares one group per w
 
 from __future__ import annotations
 
-import gc
 import importlib
-import multiprocessing
 import os
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from megakd.engine.distributed import free_port
+from forked_ranks import FORKS, leave_modules_alone, settle_in
 
-START_TIMEOUT_S = 300  # the first start on a machine compiles DeepSpeed's shared-memory operator
+from megakd.engine import distributed
+
+START_TIMEOUT_S = 300  # many times what a start takes, for a busy machine
 CALL_TIMEOUT_S = 180
 
 
@@ -23,12 +23,13 @@ class GlooWorkers:
     """`world` ranks; `run` calls the same function on all of them."""
 
     def __init__(self, world: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        port = free_port()
-        pipes = [context.Pipe() for _ in range(world)]
+        port = distributed.free_port()
+        pipes = [FORKS.Pipe() for _ in range(world)]
         self._ends = [mine for mine, _ in pipes]
         self._ranks = [
-            context.Process(target=_serve, args=(theirs, rank, world, port), daemon=True)
+            FORKS.Process(
+                target=_serve, args=(theirs, rank, world, port, dict(os.environ)), daemon=True
+            )
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for rank in self._ranks:
@@ -65,11 +66,14 @@ class GlooWorkers:
             rank.join()
 
 
-def _serve(requests: Connection, rank: int, world: int, port: int) -> None:
+def _serve(
+    requests: Connection, rank: int, world: int, port: int, variables: dict[str, str]
+) -> None:
+    settle_in(variables)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_SIZE": world}
     os.environ.update({key: str(value) for key, value in place.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    _answer(requests, _start)
+    _answer(requests, distributed.start)
     while True:
         try:
             name, arguments = requests.recv()
@@ -77,16 +81,7 @@ def _serve(requests: Connection, rank: int, world: int, port: int) -> None:
             return
         module, _, function = name.rpartition(".")
         _answer(requests, getattr(importlib.import_module(module or "cases"), function), *arguments)
-
-
-def _start() -> None:
-    import megakd.run.main  # noqa: F401 - the modules are in memory before the freeze
-    from megakd.engine import distributed
-
-    distributed.start()
-    # A collection walks over all modules for half a second, and stages collect several times.
-    gc.collect()
-    gc.freeze()
+        leave_modules_alone()
 
 
 def _answer(requests: Connection, action, *arguments) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 
 from unit_counts import counts_of, numbers
 
@@ -15,7 +16,7 @@ def votes(stopping_rank: int) -> dict:
     """One rank gets SIGUSR1 between two steps: what all of them count and decide."""
     vote, counts = StopVote(), counts_of(3, 2, 1 + ranks().rank)
     decided, summed = [vote.passed()], []
-    with signals.watched(), signals.deferred():
+    with suppress(signals.Stopped), signals.watched(), signals.deferred():
         for step in range(3):
             summed.append(numbers(vote.sum_counts(counts)))
             if step == 1 and ranks().rank == stopping_rank:

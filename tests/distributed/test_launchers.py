@@ -7,12 +7,13 @@ import json
 import random
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import BUILD_TIMEOUT_S, TRAIN, free_port
-from launchers import DEEPSPEED, TORCHRUN, start
+from conftest import TIMEOUT_S, TRAIN, free_port
+from forked_ranks import start_rank
+from launchers import DEEPSPEED, TORCHRUN, environment, start
 from tiny_runs import bert, config_tree, write_config, write_reviews
 
 STEPS = 2
@@ -47,8 +48,26 @@ def by_hand(launch, config, tmp_path_factory) -> Path:
 def finish(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     """Exit code and output of every process; all are ended whatever happens."""
     try:
-        said = [process.communicate(timeout=BUILD_TIMEOUT_S)[0] for process in processes]
+        said = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
         return [(p.returncode, text) for p, text in zip(processes, said, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def finish_forked(
+    words: Sequence[str], *places: Mapping[str, object], logs: Path
+) -> list[tuple[int, str]]:
+    """The same for processes that need not be started from nothing, one for each place."""
+    files = [logs / f"log-{rank}.txt" for rank in range(len(places))]
+    processes = [
+        start_rank(words, variables=environment(place), log=file)
+        for place, file in zip(places, files, strict=True)
+    ]
+    try:
+        for process in processes:
+            process.join(TIMEOUT_S)
+        return [(p.exitcode, file.read_text()) for p, file in zip(processes, files, strict=True)]
     finally:
         for process in processes:
             process.kill()
@@ -104,7 +123,8 @@ def test_processes_that_srun_starts_find_each_other(config, by_hand, tmp_path):
     out = tmp_path / "out"
 
     job = job_of_a_free_port()
-    said = finish([start(train(config, out), slurm(rank, 2, job)) for rank in range(2)])
+    places = [slurm(rank, 2, job) for rank in range(2)]
+    said = finish_forked(train(config, out), *places, logs=tmp_path)
 
     assert_finished(said, out, ranks=2)
     assert weights(out) == weights(by_hand)
@@ -127,10 +147,11 @@ def test_one_process_needs_no_launcher(config, by_hand, tmp_path, variables):
 
 
 def test_half_of_a_launchers_variables_is_an_error_that_names_the_other_half(config, tmp_path):
-    said = finish([start(train(config, tmp_path / "out"), {"RANK": 0, "WORLD_SIZE": 2})])
+    half = {"RANK": 0, "WORLD_SIZE": 2}
+    said = finish_forked(train(config, tmp_path / "out"), half, logs=tmp_path)
 
     assert said[0][0] == 2
-    message = "megakd: error: RANK is set but MASTER_ADDR, MASTER_PORT not: start with `deepspeed`"
+    message = "megakd: error: RANK is set without MASTER_ADDR, MASTER_PORT; start with `deepspeed`"
     assert message in said[0][1]
     assert "Traceback" not in said[0][1]
 

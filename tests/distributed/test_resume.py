@@ -344,9 +344,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(truth, launch, l
     ):
         newest, before = run.checkpoint(stage, STEPS), run.checkpoint(stage, STEPS - SAVE_STEPS)
         assert f"{newest} is damaged ({damage}" in said
-        assert "using the one before it" in said
+        assert "using the checkpoint before it" in said
         assert f"{stage}: resumed at step {STEPS - SAVE_STEPS} from {before}" in said
-    assert said.count(f"removed {lock}: left by a start that was killed") == 1
+    assert said.count(f"removed the lock {lock} of a process that was killed") == 1
     assert_same_run(run, truth)
 
 
@@ -376,7 +376,7 @@ def test_a_disk_that_is_full_on_one_rank_stops_all_with_one_message(truth, launc
     assert codes == [2] * WORLD, group.text
     assert group.text.count("megakd: error:") == 1
     assert f"the checkpoint of step 8 could not be written to {folder}: " in group.text
-    assert f"the last good one is {folder / 'step-4'}; free some space" in group.text
+    assert f"the last good checkpoint is {folder / 'step-4'}; free some space" in group.text
     assert "Traceback" not in group.text
     assert {path.name for path in folder.iterdir()} >= {"step-4", "latest"}
     assert not [path.name for path in folder.iterdir() if "step-8" in path.name]

@@ -28,7 +28,7 @@ def test_half_a_launcher_is_refused_naming_what_is_missing(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
 
-    with pytest.raises(MegakdError, match="RANK is set but MASTER_ADDR, MASTER_PORT not"):
+    with pytest.raises(MegakdError, match="RANK is set without MASTER_ADDR, MASTER_PORT"):
         distributed._complete_environment()
 
 
@@ -95,3 +95,24 @@ def test_a_collective_whose_other_end_is_gone_is_one_line(monkeypatch):
 def test_another_failure_of_the_same_type_is_shown_as_it_is():
     with pytest.raises(RuntimeError, match="shape"), distributed.reports_lost_peer():
         raise RuntimeError("wrong shape")
+
+
+@pytest.mark.parametrize(
+    ("node", "ranks"), [("0", 4), ("1", 4), ("2", 3)], ids=["first", "repeated", "last"]
+)
+def test_a_step_of_srun_gives_the_ranks_of_each_node(monkeypatch, node, ranks):
+    slurm_step(monkeypatch, SLURM_STEP_TASKS_PER_NODE="4(x2),3", SLURM_NODEID=node)
+
+    assert distributed._local_world() == ranks
+
+
+def test_the_launchers_own_number_of_ranks_wins_over_slurms(monkeypatch):
+    slurm_step(monkeypatch, SLURM_STEP_TASKS_PER_NODE="1(x2)", SLURM_NODEID="0", LOCAL_SIZE="2")
+
+    assert distributed._local_world() == 2
+
+
+def test_an_older_slurm_gives_the_tasks_that_were_asked_for(monkeypatch):
+    slurm_step(monkeypatch, SLURM_NTASKS_PER_NODE="2")
+
+    assert distributed._local_world() == 2

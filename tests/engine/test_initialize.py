@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch import nn
 
 from megakd.config.deepspeed import load_ds_config, merged_ds_config
 from megakd.config.run import TrainConfig
-from megakd.engine.initialize import _optimizer
+from megakd.engine.initialize import _offloads_optimizer, _optimizer
 
 
 def optimizer_of(**train) -> torch.optim.Optimizer:
@@ -34,6 +35,17 @@ def test_matrices_decay_and_vectors_do_not_under_either():
             for parameter in group["params"]
         }
         assert decay == {2: 0.1, 1: 0.0}
+
+
+@pytest.mark.parametrize("target", [None, {}, {"device": "none"}])
+def test_an_optimizer_without_a_target_is_not_offloaded(target):
+    assert not _offloads_optimizer({"zero_optimization": {"offload_optimizer": target}})
+    assert not _offloads_optimizer({"zero_optimization": None})
+    assert not _offloads_optimizer({})
+
+
+def test_an_optimizer_on_the_host_is_offloaded():
+    assert _offloads_optimizer({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
 
 
 def test_deepspeed_is_told_that_sgd_may_be_used():

@@ -1,12 +1,10 @@
 import json
 import os
-import subprocess
-import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import start_rank
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -22,8 +20,7 @@ from megakd.engine.sharding import (
 from megakd.models.loading import load_model, resolve_model
 
 PROGRAM = Path(__file__).with_name("sharding_ranks.py")
-ROOT = Path(__file__).resolve().parents[2]
-# The first start on a machine compiles DeepSpeed's shared-memory operator.
+# A start takes seconds; many times that on a busy machine.
 TIMEOUT_S = 240
 BERT = {
     "model_type": "bert",
@@ -56,25 +53,24 @@ def run_ranks(arguments, *, world, log_folder):
         "LOCAL_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
     }
     logs = [log_folder / f"log{rank}.txt" for rank in range(world)]
-    with ExitStack() as stack:
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, str(PROGRAM), *arguments],
-                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=stack.enter_context(log.open("w")),
-                stderr=subprocess.STDOUT,
-            )
-            for rank, log in enumerate(logs)
-        ]
-        try:
-            codes = [rank.wait(TIMEOUT_S) for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
+    ranks = [
+        start_rank(
+            [str(PROGRAM), *arguments],
+            variables={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            log=log,
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        for rank in ranks:
+            rank.join(TIMEOUT_S)
+        codes = [rank.exitcode for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
     assert codes == [0] * world, "".join(log.read_text()[-3000:] for log in logs)
 
 
@@ -86,7 +82,7 @@ def llama_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ranks(llama_folder, tmp_path_factory):
+def ranks(built_operator, llama_folder, tmp_path_factory):
     """The results of both ranks, from one start."""
     output = tmp_path_factory.mktemp("ranks")
     run_ranks([str(llama_folder), json.dumps(BERT), str(output)], world=2, log_folder=output)

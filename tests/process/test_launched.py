@@ -71,7 +71,7 @@ def test_a_rank_ends_when_any_process_above_it_that_launched_it_ends(chain, link
 
         # The pipe closes when the last of the three has ended.
         assert process.stdout.read() == (
-            "stopped by the end of its launcher; start the same command again to go on\n"
+            "stopped by the end of its launcher; start the same command again to continue\n"
         )
 
 

@@ -62,7 +62,7 @@ def test_a_command_that_does_not_train_ends_at_once_with_one_line(capsys, number
     shown = capsys.readouterr().err
     name = signal.Signals(number).name
     assert code == 128 + number
-    assert shown == f"megakd: stopped by {name}; start the same command again to go on\n"
+    assert shown == f"megakd: stopped by {name}; start the same command again to continue\n"
 
 
 def test_only_rank_0_says_that_the_run_was_stopped(capsys, monkeypatch):
@@ -83,22 +83,39 @@ def test_what_forgives_errors_does_not_forgive_a_stop():
         forgiving()
 
 
-def test_training_is_told_and_not_interrupted():
-    with watched(), deferred():
-        assert requested() == 0
-        signal.raise_signal(signal.SIGUSR1)
+def stage(seen: list[int], error: Exception | None = None) -> None:
+    """A stage that SIGTERM comes to, and what it sees before and after."""
+    with deferred():
+        seen.append(requested())
+        signal.raise_signal(signal.SIGTERM)
+        seen.append(requested())
+        if error:
+            raise error
 
-        assert requested() == signal.SIGUSR1
+
+def test_training_is_told_and_stops_at_the_latest_when_the_stage_ends():
+    seen: list[int] = []
+
+    with watched(), pytest.raises(Stopped) as stop:
+        stage(seen)
+
+    assert seen == [0, signal.SIGTERM]
+    assert (stop.value.number, stop.value.saved) == (signal.SIGTERM, "")
+
+
+def test_an_error_of_a_stage_is_not_hidden_by_a_signal():
+    with watched(), pytest.raises(KeyError, match="real"):
+        stage([], KeyError("real"))
 
 
 def test_a_signal_after_the_agreed_stop_does_not_disturb_the_clean_up():
     with watched():
-        with deferred():
-            stop = signals.stopped(signal.SIGTERM, "student saved at step 8")
+        with pytest.raises(Stopped) as raised, deferred():
+            raise signals.stopped(signal.SIGTERM, "student saved at step 8")
         signal.raise_signal(signal.SIGTERM)
 
-    assert str(stop) == (
-        "stopped by SIGTERM, student saved at step 8; start the same command again to go on"
+    assert str(raised.value) == (
+        "stopped by SIGTERM, student saved at step 8; start the same command again to continue"
     )
 
 

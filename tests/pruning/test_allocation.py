@@ -216,7 +216,9 @@ def test_the_width_is_a_multiple_of_the_rounding_or_whole(found, sparsity, round
 def test_hidden_states_that_run_out_of_width_are_refused():
     found = scores((12,), (3072,))._replace(width=(1.0,) * 24)
 
-    with pytest.raises(TeacherError, match=r"are 24 wide and would keep 2.4, .*none in steps of 8"):
+    with pytest.raises(
+        TeacherError, match=r"are 24 wide and would keep 2.4, .*rounds to 0 in steps of 8"
+    ):
         view_at(found, 0.99)
     assert view_at(found, 0.99, round_to=1).width == 2
 
@@ -246,7 +248,7 @@ def test_a_sparsity_is_the_decimal_number_it_is_written_as():
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan")])
 def test_a_sparsity_out_of_range_is_refused(sparsity):
-    with pytest.raises(ConfigError, match=f"at least 0 and below 1, .* got {sparsity}"):
+    with pytest.raises(ConfigError, match=rf"at least 0 and below 1 \(got {sparsity}\)"):
         view_at(scores((2,), (32,)), sparsity)
 
 
@@ -256,13 +258,18 @@ def test_a_teacher_without_enough_heads_is_refused():
     ) as info:
         view_at(scores((2, 2), (32, 32)), 0.9)
 
-    assert "at sparsity 0.9; lower method.target_sparsity" in str(info.value)
+    assert "(at sparsity 0.9); lower method.target_sparsity" in str(info.value)
 
 
 def test_a_teacher_without_enough_neurons_is_refused_saying_what_rounding_does():
-    with pytest.raises(TeacherError, match="neurons: feed-forward 1 of 1 has 32 and would keep 3"):
+    with pytest.raises(
+        TeacherError,
+        match="neurons of the teacher are left: feed-forward 1 of 1 has 32 and would keep 3",
+    ):
         view_at(scores((20,), (32,)), 0.9)
-    with pytest.raises(TeacherError, match="takes them out by 8, leaving 8 or none"):
+    with pytest.raises(
+        TeacherError, match="removes units in steps of 8 and keeps at least 8 or none"
+    ):
         view_at(scores((20,), (32,)), 0.9)
 
 

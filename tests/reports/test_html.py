@@ -309,13 +309,13 @@ def test_a_folder_without_a_report_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["report", str(tmp_path)]) == 2
-    message = f"{tmp_path / 'report.json'} does not exist: it is written when the run is complete"
+    message = f"{tmp_path / 'report.json'} does not exist: megakd writes the file when the run is complete"
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is not JSON"), ("[]", "is no report of megakd"), ("{}", "it lacks baselines, cand")],
+    [("{", "is not JSON"), ("[]", "is not a report of megakd"), ("{}", "megakd: baselines, cand")],
 )
 def test_a_file_that_is_no_report_is_named(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "report.json").write_text(content)

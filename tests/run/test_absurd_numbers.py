@@ -20,15 +20,21 @@ CONFIG_KEYS = {
     "log.logging_steps=1000000000000000000000000": "log.logging_steps: must be at most",
 }
 SIZES = {
-    "hidden_size=0": "hidden_size is 0",
-    "hidden_size=-16": "hidden_size is -16",
-    "hidden_size=1000000000000": "hidden_size is 1000000000000",
-    "hidden_size=15": "hidden_size 15 does not divide into num_attention_heads 2",
-    "num_attention_heads=0": "num_attention_heads is 0",
-    "num_hidden_layers=0": "num_hidden_layers is 0",
-    "intermediate_size=0": "intermediate_size is 0",
-    "vocab_size=0": "vocab_size is 0",
-    "max_position_embeddings=0": "max_position_embeddings is 0",
+    "hidden_size=0": "hidden_size must be a whole number from 1 to 16,777,216 (got 0)",
+    "hidden_size=-16": "hidden_size must be a whole number from 1 to 16,777,216 (got -16)",
+    "hidden_size=1000000000000": (
+        "hidden_size must be a whole number from 1 to 16,777,216 (got 1000000000000)"
+    ),
+    "hidden_size=15": "hidden_size 15 is not divisible by num_attention_heads 2",
+    "num_attention_heads=0": (
+        "num_attention_heads must be a whole number from 1 to 16,777,216 (got 0)"
+    ),
+    "num_hidden_layers=0": "num_hidden_layers must be a whole number from 1 to 16,777,216 (got 0)",
+    "intermediate_size=0": "intermediate_size must be a whole number from 1 to 16,777,216 (got 0)",
+    "vocab_size=0": "vocab_size must be a whole number from 1 to 16,777,216 (got 0)",
+    "max_position_embeddings=0": (
+        "max_position_embeddings must be a whole number from 1 to 16,777,216 (got 0)"
+    ),
 }
 
 
@@ -62,7 +68,7 @@ def test_a_folder_whose_config_has_such_a_size_is_refused_with_the_file(bench):
 
     said = bench.start(bench.tree(teacher={"model": str(folder)}))
 
-    assert_refused(said, bench, "teacher.model", file, "num_attention_heads is 0")
+    assert_refused(said, bench, "teacher.model", file, "num_attention_heads must be a whole number")
 
 
 def test_a_batch_of_more_rows_than_there_are_is_a_batch_of_all_rows(bench):

@@ -59,7 +59,7 @@ Path(sys.argv[3]).write_text(json.dumps(said))
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory) -> dict:
+def said(built_operator, tmp_path_factory) -> dict:
     """What the notebook-like script has found."""
     folder = tmp_path_factory.mktemp("notebook")
     task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}

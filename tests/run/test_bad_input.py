@@ -24,19 +24,19 @@ DATA: dict[str, tuple[str, str | bytes, dict[str, Any], tuple[str, ...]]] = {
         "train.jsonl",
         '{"body":"a","label":1}\n',
         {},
-        ("column 'text' does not exist", "columns there are body, label"),
+        ("column 'text' does not exist", "columns are body, label"),
     ),
     "no such text column": (
         "train.jsonl",
         GOOD_ROWS,
         {"text_columns": ["body"]},
-        ("column 'body' (task.text_columns) does not exist", "columns there are text, label"),
+        ("column 'body' (task.text_columns) does not exist", "columns are text, label"),
     ),
     "no such label column": (
         "train.jsonl",
         GOOD_ROWS,
         {"label_column": "class"},
-        ("column 'class' (task.label_column) does not exist", "columns there are text, label"),
+        ("column 'class' (task.label_column) does not exist", "columns are text, label"),
     ),
     "a label outside the range": (
         "train.jsonl",
@@ -87,7 +87,7 @@ def test_a_validation_file_with_a_class_of_its_own(bench):
 
     said = bench.start(bench.tree({"dataset": str(data)}))
 
-    assert_refused(said, bench, "validation.jsonl, line 1", "'neutral' is none of the 2 classes")
+    assert_refused(said, bench, "validation.jsonl, line 1", "'neutral' is not one of the 2 classes")
 
 
 @pytest.mark.parametrize(
@@ -116,22 +116,22 @@ def test_an_output_folder_that_cannot_be(bench, below):
 
     said = bench.start(bench.tree(), f"output_dir={file / below}")
 
-    assert_refused(said, bench, f"output_dir: {file} is not a folder that can be written to")
+    assert_refused(said, bench, f"output_dir: {file} is not a writable folder")
 
 
 HIDDEN = {"loss": "hidden_mse"}
 BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a pair beyond the student": (
         {"objective": [{**HIDDEN, "layer_mapping": ["7:1"]}], "teacher": LATE},
-        ("hidden_mse.layer_mapping 7:1", "the student has 1 layers, the teacher 2"),
+        ("hidden_mse.layer_mapping 7:1", "the student has layers 0 to 1, the teacher 0 to 2"),
     ),
     "a pair beyond the teacher": (
         {"objective": [{**HIDDEN, "layer_mapping": ["1:1", "1:9"]}]},
-        ("hidden_mse.layer_mapping 1:9", "the student has 1 layers, the teacher 2"),
+        ("hidden_mse.layer_mapping 1:9", "the student has layers 0 to 1, the teacher 0 to 2"),
     ),
     "a small embedding": (
         {"student": {"model": bert(1, vocab_size=10)}, "teacher": LATE},
-        ("student.model: the tokenizer has", "the model's embedding 10"),
+        ("student.model: the tokenizer has", "the embedding of the model has 10"),
     ),
     "a long text": (
         {"task": {"max_length": 99}, "teacher": LATE},
@@ -139,7 +139,7 @@ BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "heads that do not divide": (
         {"student": {"model": bert(1, num_attention_heads=3)}, "teacher": LATE},
-        ("student.model.config: hidden_size 16 does not divide into num_attention_heads 3",),
+        ("student.model.config: hidden_size 16 is not divisible by num_attention_heads 3",),
     ),
     "a key no model has": (
         {"student": {"model": bert(1, hiden_size=3)}},
@@ -147,15 +147,15 @@ BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "a family for another task": (
         {"student": {"model": llama(1)}},
-        ("student.model.config: model_type 'llama' is for causal_lm", "task.type classification"),
+        ("student.model.config: model_type 'llama' supports causal_lm", "task.type classification"),
     ),
     "a dtype that the device lacks": (
         {"train": {"fp16": True}, "teacher": {**LATE, "finetune": {"fp16": False}}},
-        ("train: fp16 is not to be had on cpu; it has fp32, bf16",),
+        ("train: fp16 is not supported on cpu; supported: fp32, bf16",),
     ),
     "a dtype that the teacher's device lacks": (
         {"teacher": {**LATE, "dtype": "fp16"}},
-        ("teacher.dtype: fp16 is not to be had on cpu; it has fp32, bf16",),
+        ("teacher.dtype: fp16 is not supported on cpu; supported: fp32, bf16",),
     ),
     "kernels that the device lacks": (
         {"train": {"kernels": "triton"}, "teacher": {**LATE, "finetune": {}}},
@@ -171,15 +171,22 @@ BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "relation heads that do not divide": (
         {"teacher": LATE, "objective": [{"loss": "relation_kl", "relation_heads": 3}]},
-        ("relation_kl.relation_heads 3 does not divide", "all of them: 1, 2, 4, 8, 16"),
+        ("relation_kl.relation_heads 3 does not divide", "all of the vectors: 1, 2, 4, 8, 16"),
     ),
     "a flow from the only layer": (
         {"teacher": LATE, "objective": [{"loss": "relation_fsp"}]},
-        ("relation_fsp compares flows", "uniform maps the only layer", '["0:0", "1:2"]'),
+        (
+            "relation_fsp needs two mapped layers",
+            "uniform maps the only layer",
+            '["0:0", "1:2"]',
+        ),
     ),
     "a layer that is no layer": (
         {"teacher": LATE, "objective": [{"loss": "relation_kl", "layer_mapping": ["1:3"]}]},
-        ("relation_kl.layer_mapping 1:3: the student has 1 layers, the teacher 2",),
+        (
+            "relation_kl.layer_mapping 1:3: a layer does not exist; the student has layers 0 to "
+            "1, the teacher 0 to 2",
+        ),
     ),
     "a preset that only trains": (
         {"teacher": {**LATE, "deepspeed": "zero2"}},

@@ -75,8 +75,8 @@ TEACHERS: dict[str, tuple[tuple[Callable[[Path], None], ...], tuple[str, ...]]] 
     "no head": ((remove_head,), ("teacher.model", "has no head for classification")),
     "labels": ((rename_labels,), ("labels (cat, dog)", "of the data (negative, positive)")),
     "pickle": ((into_pickle,), ("only pickle weights", "set teacher.allow_pickle: true")),
-    "own code": ((into_own_code,), ("code of its own", "teacher.trust_remote_code: true")),
-    "family": ((into_other_family,), ("model_type 'bart' is not known", "bert, roberta")),
+    "own code": ((into_own_code,), ("its own code", "teacher.trust_remote_code: true")),
+    "family": ((into_other_family,), ("model_type 'bart' is not supported", "bert, roberta")),
     # Several faults at once: weight files, then the tokenizer, then head and labels.
     "all": ((remove_head, break_tokenizer, cut_short), ("is cut short or damaged",)),
     "two": ((remove_head, break_tokenizer), ("the tokenizer files in",)),
@@ -154,7 +154,7 @@ def test_a_student_with_a_tokenizer_of_its_own(bench, other_tokenizer):
 
     said = bench.start(tree)
 
-    assert_refused(said, bench, f"student.model {student} comes with a tokenizer of", "others")
+    assert_refused(said, bench, f"student.model {student} has a tokenizer of", "another tokenizer")
 
 
 def test_a_model_with_another_tokenizer_is_not_scored(bench, other_tokenizer):
@@ -164,7 +164,7 @@ def test_a_model_with_another_tokenizer_is_not_scored(bench, other_tokenizer):
 
     said = bench.one_rank.megakd("evaluate", config, override, "--model", other)
 
-    assert_refused(said, bench, f"{other} comes with a tokenizer of")
+    assert_refused(said, bench, f"{other} has a tokenizer of")
 
 
 def test_a_model_to_score_that_is_not_there(bench):
@@ -172,4 +172,4 @@ def test_a_model_to_score_that_is_not_there(bench):
         "evaluate", write_config(bench.folder / "run.yaml", bench.tree()), "--model", "nowhere"
     )
 
-    assert_refused(said, bench, "--model nowhere: there is no such folder; give the folder of a")
+    assert_refused(said, bench, "--model nowhere: the folder does not exist; give the folder of a")

@@ -104,7 +104,7 @@ def test_a_split_that_was_cut_off_is_said_to_be_one(one_rank, whole_run: WholeRu
     found = scored(one_rank.megakd("evaluate", config, "--json"))
 
     assert found["file"] == str(data)
-    assert found["split"] == "validation (5% of the training rows, cut off by hash)"
+    assert found["split"] == "validation (5% of the training rows, selected by hash)"
     assert found["rows"] < 20
 
 
@@ -112,7 +112,7 @@ def test_a_split_that_was_cut_off_is_said_to_be_one(one_rank, whole_run: WholeRu
     ("name", "content", "message"),
     [
         ("gone.jsonl", None, "--data: {} does not exist"),
-        ("x.jsonl", '{"text": "a", "label": "neutral"}\n', "label 'neutral' is none of the 2"),
+        ("x.jsonl", '{"text": "a", "label": "neutral"}\n', "label 'neutral' is not one of the 2"),
         ("x.jsonl", '{"text": "a"}\n', "column 'label' does not exist"),
     ],
 )
@@ -174,7 +174,7 @@ def test_generic_labels_are_scored_if_they_fit_and_refused_if_they_do_not(
 
     told = said(good)
     assert scored(told)["metrics"]["accuracy"] > 0.8
-    assert "LABEL_0, LABEL_1 are taken for the data's negative, positive" in told.err
+    assert "LABEL_0, LABEL_1 are read as the labels negative, positive of the data" in told.err
     refused = said(bad)
     assert refused.code == 2
     assert "or give --trust_label_order if this order is right" in refused.err

@@ -12,6 +12,10 @@ from one_rank import OneRank, Said
 from tiny_runs import config_tree, write_config, write_reviews
 from whole_run import WholeRun, finish
 
+from megakd.config.file import load_config
+from megakd.errors import DataError
+from megakd.run import finished_run
+
 WEIGHTS = "model.safetensors"
 
 
@@ -105,7 +109,7 @@ def test_a_teacher_that_is_gone_is_said_and_the_table_is_printed(finished):
     said = finished.again()
 
     assert said.code == 0, said.err
-    assert "teacher.model cannot be compared with what the run was made from" in said.err
+    assert "teacher.model cannot be compared with the inputs that the run was made from" in said.err
 
 
 @pytest.mark.parametrize("missing", [None, WEIGHTS])
@@ -196,7 +200,7 @@ def test_a_report_that_was_removed_is_made_again_and_files_of_the_user_stay(fini
     said = finished.again()
 
     assert said.code == 0, said.err
-    assert "final: kept, for megakd did not write them: README.md, notes.txt" in said.err
+    assert "final: files that megakd did not write are kept: README.md, notes.txt" in said.err
     assert (finished.out / "final" / "notes.txt").read_text() == "mine"
     assert (finished.out / "final" / "README.md").read_text() == "my card"
     assert finished.again().code == 0
@@ -250,3 +254,43 @@ def test_the_record_names_the_stage_of_the_student_and_what_it_was_made_from(fin
     assert record["student"] == "student"
     assert {"task.dataset", "task.tokenizer", "teacher.model.weights"} <= record["inputs"].keys()
     assert WEIGHTS in record["final"]
+
+
+@pytest.mark.parametrize("moment", ["dump_config", "write_signed", "write_report"])
+def test_a_longer_run_that_is_killed_while_it_is_published_goes_on(finished, monkeypatch, moment):
+    longer = load_config(finished.config, ["train.max_steps=6"])
+    report = json.loads((finished.out / "report.json").read_text())
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finished_run, moment, kill)
+    stage = finished.out / "stages" / "student"
+    with pytest.raises(KeyboardInterrupt):
+        finished_run.publish(longer, stage, report, inputs={}, command="train")
+
+    said = finished.again("train.max_steps=6")
+
+    assert said.code == 0, said.err
+    assert json.loads((finished.out / "report.json").read_text())["stages"][0]["steps"] == 6
+    assert finished.again("train.max_steps=6").code == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "gone"),
+    [
+        ("reviews/train.jsonl: row 3 has no label", []),
+        ("teacher.model: owner/name cannot be downloaded from the Hub", ["teacher.model"]),
+    ],
+)
+def test_a_name_on_the_hub_excuses_only_an_error_of_the_hub(original, error, gone):
+    config = load_config(original / "run.yaml", ["teacher.model=owner/name"])
+
+    assert finished_run._not_here(config, DataError(error)) == gone
+
+
+@pytest.mark.parametrize("key", ["teacher.model", "task.dataset"])
+def test_a_path_that_is_gone_excuses_any_error(original, key):
+    config = load_config(original / "run.yaml", [f"{key}=./nowhere"])
+
+    assert finished_run._not_here(config, DataError("anything")) == [key]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+from checkpoint_store import ALONE
 
 from megakd.config.run import SaveConfig
 from megakd.errors import ConfigError
-from megakd.run import hub
+from megakd.run import hub, main
 
 PRIVATE = SaveConfig(push_to_hub="me/student", hub_private=True)
 
@@ -78,3 +83,39 @@ def test_a_failed_upload_is_one_line_with_the_command_that_repeats_it(api, tmp_p
         f"the student was not uploaded to me/student ({step} failed); upload it with: "
         f"hf upload me/student {tmp_path} --private"
     )
+
+
+@pytest.fixture
+def happened(api, monkeypatch):
+    """What happens in a run that has nothing to do but to begin, to end and to upload."""
+    order = []
+
+    @contextmanager
+    def noting(word, value=None):
+        yield value
+        order.append(word)
+
+    def upload(*_):
+        order.append("uploaded")
+        return "uploaded"
+
+    monkeypatch.setattr(main, "started", lambda: noting("left the group", ALONE))
+    monkeypatch.setattr(main, "held", lambda _: noting("released the folder"))
+    monkeypatch.setattr(main, "agree", lambda value: value)
+    monkeypatch.setattr(main, "check_output_folder", lambda _: None)
+    monkeypatch.setattr(main, "_run", lambda *_: "table")
+    monkeypatch.setattr(main, "finished_table", lambda *_, **__: "table")
+    monkeypatch.setattr(main, "push_to_hub", upload)
+    return order
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_uploads_when_no_other_rank_waits_for_it(happened, monkeypatch, tmp_path, finished):
+    monkeypatch.setattr(main, "is_finished", lambda _: finished)
+    config: Any = SimpleNamespace(save=PRIVATE, output_dir=tmp_path)
+
+    said = main.run(config, command="train")
+
+    assert said == "table\nuploaded"
+    released = [] if finished else ["released the folder"]
+    assert happened == ["left the group", "uploaded", *released]

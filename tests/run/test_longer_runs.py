@@ -39,7 +39,7 @@ def test_a_longer_run_has_the_weights_of_one_that_was_as_long_from_the_start(ben
 
     assert said.code == 0, said.err
     (key, steps) = next(iter(longer.items()))
-    assert "student: finished with 3 steps, goes on" in said.err
+    assert "student: finished with 3 steps and continues" in said.err
     assert f"train.{key}: {shorter[key]} there, {steps} here" in said.err
     report = json.loads((bench.folder / "out" / "report.json").read_text())
     assert [stage["steps"] for stage in report["stages"]] == [6]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from whole_run import EPOCHS, LABELLED, ROWS_PER_STEP, STEPS, read, records
 
 from megakd.config.file import load_config
 from megakd.data.splits import load_splits
-from megakd.errors import CheckpointError
-from megakd.run.main import check_checkpoint_given
+from megakd.errors import CheckpointError, ConfigError
+from megakd.run import main
+from megakd.run.main import check_checkpoint_given, check_writable
 
 REPORT_KEYS = {
     "method",
@@ -254,3 +257,30 @@ def test_a_checkpoint_path_that_is_not_there_is_refused_with_its_key(tmp_path):
 
     for fine in (str(tmp_path), True, None):
         check_checkpoint_given("train.resume_from_checkpoint", fine)
+
+
+@pytest.mark.parametrize("error", [AttributeError("no such layer"), ImportError("no einops")])
+def test_a_model_whose_code_cannot_be_timed_does_not_fail_a_run(
+    tmp_path, monkeypatch, caplog, error
+):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(main, "measure_latencies", fail)
+    monkeypatch.setattr(main, "weight_bytes", lambda _: 1)
+    lab: Any = SimpleNamespace(
+        teacher_folders={"teacher": tmp_path},
+        record=SimpleNamespace(assistants=[]),
+        config=SimpleNamespace(task=SimpleNamespace(max_length=4)),
+    )
+
+    assert main._latency(lab, {}, torch.device("cpu")) == []
+    assert f"latency could not be measured: {error}" in caplog.text
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused_with_the_option(tmp_path):
+    (tmp_path / "file").touch()
+
+    with pytest.raises(ConfigError, match=r"--submission: .*file is not a writable folder"):
+        check_writable(tmp_path / "file" / "deep", where="--submission")
+    check_writable(tmp_path / "deep" / "deeper", where="--submission")

@@ -9,6 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 from whole_run import finish, read
 
+from megakd.storage.finished_folder import write_finished
+
 
 @pytest.fixture
 def out(whole_run) -> Path:
@@ -100,7 +102,7 @@ def test_a_fine_tuned_teacher_is_used_again_when_only_the_student_changes(
         "baselines=[]",
     )
 
-    assert "teacher-finetune: finished before" in said.err
+    assert "teacher-finetune: already finished" in said.err
     assert "teacher-finetune: no checkpoint" not in said.err
     assert read(unfinished)["teacher"]["metrics"] == read(out)["teacher"]["metrics"]
     assert read(unfinished)["student"]["parameters"] < read(out)["student"]["parameters"]
@@ -145,7 +147,7 @@ def test_a_stage_is_exported_once(one_rank, out, config, tmp_path):
     AutoTokenizer.from_pretrained(target)
     again = one_rank.megakd("export", config, "--stage", "teacher-finetune", "--to", target)
     assert again.code == 2
-    assert f"{target} exists already" in again.err
+    assert f"{target} already exists" in again.err
 
 
 def test_a_stage_that_has_not_finished_is_not_exported(one_rank, config, tmp_path):
@@ -153,7 +155,23 @@ def test_a_stage_that_has_not_finished_is_not_exported(one_rank, config, tmp_pat
 
     assert said.code == 2
     assert "stage 'assistant'" in said.err
-    assert "finished: alone, student, teacher-finetune" in said.err
+    assert "has not finished; finished stages: alone, student, teacher-finetune" in said.err
+
+
+def test_a_stage_that_gives_only_scores_is_neither_exported_nor_offered(
+    one_rank, config, unfinished, tmp_path
+):
+    write_finished(unfinished / "stages" / "teacher-scored", {"result.json": "{}"})
+
+    said = one_rank.megakd(
+        *("export", config, f"output_dir={unfinished}"),
+        *("--stage", "teacher-scored", "--to", tmp_path / "x"),
+    )
+
+    assert said.code == 2
+    assert "stage 'teacher-scored'" in said.err
+    assert "gives no model; finished stages: teacher-finetune\n" in said.err
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_stage_that_became_the_student_is_exported_by_default(one_rank, out, config, tmp_path):
@@ -172,7 +190,7 @@ def test_a_run_that_has_not_finished_has_no_student_to_export(
     )
 
     assert said.code == 2
-    assert "give --stage NAME; finished: teacher-finetune" in said.err
+    assert "give --stage NAME; finished stages: teacher-finetune" in said.err
 
 
 def test_methods_and_losses_are_listed_without_a_run(one_rank):

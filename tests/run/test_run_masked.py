@@ -157,7 +157,7 @@ def test_a_decoder_as_student_is_refused(bench):
     assert_refused(
         said,
         bench,
-        "student.model.config: model_type 'llama' is for causal_lm and cannot do task.type mlm",
+        "student.model.config: model_type 'llama' supports causal_lm and not task.type mlm",
         "use one of bert, roberta, distilbert, electra",
     )
 
@@ -169,7 +169,7 @@ def test_an_encoder_as_student_of_a_causal_lm_is_refused(bench):
     assert_refused(
         bench.start(tree),
         bench,
-        "student.model.config: model_type 'bert' is for classification, regression, mlm and cannot",
+        "student.model.config: model_type 'bert' supports classification, regression, mlm and not",
         "use one of llama, mistral, qwen2",
     )
 
@@ -188,4 +188,6 @@ def test_a_tokenizer_without_a_mask_token_is_refused(bench):
 def test_labels_to_keep_are_refused(bench):
     said = bench.start(masked_tree(bench), "task.labelled_examples=4")
 
-    assert_refused(said, bench, "task.labelled_examples: only classification and regression have")
+    assert_refused(
+        said, bench, "task.labelled_examples: supported only for classification and regression"
+    )

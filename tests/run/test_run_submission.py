@@ -115,7 +115,7 @@ def test_another_task_has_no_submission(one_rank, rte, tmp_path):
     said = one_rank.megakd("evaluate", run, "--model", model, "--submission", tmp_path)
 
     assert said.code == 2
-    assert "task.dataset: pydocs is no GLUE task, and --submission writes" in said.err
+    assert "task.dataset: pydocs is not a GLUE task, and --submission writes" in said.err
     assert said.loaded == ()
 
 
@@ -126,7 +126,7 @@ def test_a_missing_test_file_is_named_before_a_model_is_loaded(one_rank, rte, tm
     said = one_rank.megakd("evaluate", run, "--model", model, "--submission", tmp_path)
 
     assert said.code == 2
-    assert "RTE/test.tsv does not exist: the submission file RTE.tsv answers" in said.err
+    assert "RTE/test.tsv does not exist, and the submission file RTE.tsv needs" in said.err
     assert said.loaded == ()
 
 
@@ -173,7 +173,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(one_rank, rte, tmp_path):
 
     assert said.code == 2
     assert "--submission: " in said.err
-    assert "taken is not a folder that can be written to" in said.err
+    assert "taken is not a writable folder" in said.err
     assert said.loaded == ()
 
 
@@ -183,7 +183,7 @@ def test_json_and_a_submission_exclude_each_other(one_rank, rte, tmp_path):
     said = one_rank.megakd("evaluate", run, "--json", "--submission", tmp_path)
 
     assert said.code == 2
-    assert "--json prints metrics, and --submission scores nothing; drop one" in said.err
+    assert "--submission computes no metrics; remove --submission or --json" in said.err
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_a_stopped_run_saves_once_and_ends_as_if_it_had_never_been_stopped(
     assert said.code == 143, said.err
     assert said.err.splitlines()[-1] == (
         f"megakd: stopped by SIGTERM, student saved at step {at}; start the same command again "
-        "to go on"
+        "to continue"
     )
     assert f"step-{at}" in saved(out)
     assert not (out / "report.json").exists()

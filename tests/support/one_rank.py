@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import multiprocessing
 import os
 import signal
 import traceback
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-TIMEOUT_S = 300  # the first start with new caches compiles DeepSpeed's shared-memory operator
+from forked_ranks import FORKS, settle_in
+
+TIMEOUT_S = 300  # many times what a command takes, for a busy machine
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -33,9 +34,8 @@ class OneRank:
     """Runs commands as a user would, without the seconds of a start."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._end, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._end, theirs = FORKS.Pipe()
+        self._process = FORKS.Process(target=_serve, args=(theirs, dict(os.environ)), daemon=True)
         self._process.start()
 
     def train(self, *arguments: object, stop_at: tuple[str, int] | None = None) -> Said:
@@ -62,7 +62,8 @@ class OneRank:
         self._process.join()
 
 
-def _serve(requests: Connection) -> None:
+def _serve(requests: Connection, variables: dict[str, str]) -> None:
+    settle_in(variables)
     import megakd.training.engines
     from megakd import cli
     from megakd.engine import distributed

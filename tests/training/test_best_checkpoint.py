@@ -62,6 +62,16 @@ def test_a_score_that_is_no_number_never_wins(tmp_path):
     assert best.step == 6
 
 
+@pytest.mark.parametrize("score", [math.inf, -math.inf])
+def test_an_infinite_score_is_the_same_after_a_resume(tmp_path, score):
+    evaluated(best_of(tmp_path), {3: score})
+    best = best_of(tmp_path)
+
+    best.resume(4, best_step=3)
+
+    assert (best.step, best.score) == (3, score)
+
+
 def test_a_resumed_run_goes_on_with_the_best_it_had(tmp_path):
     evaluated(best_of(tmp_path), {3: 0.7})
     best = best_of(tmp_path)

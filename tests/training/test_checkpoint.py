@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
         return
     assert store.newest_good() == store.folder / "step-4"
     assert re.search(rf"{newest} is damaged \({said}", caplog.text)
-    assert "using the one before it" in caplog.text
+    assert "using the checkpoint before it" in caplog.text
 
 
 def test_no_bit_of_a_manifest_can_change_unseen(tmp_path):
@@ -179,7 +179,9 @@ def test_a_checkpoint_of_other_ranks_is_refused_with_both_numbers(tmp_path):
     newest = save(checkpoints(tmp_path), 4)
     four = Ranks(rank=0, world_size=4, local_rank=0, device=torch.device("cpu"))
 
-    with pytest.raises(CheckpointError, match="written by 1 ranks and this run has 4; start it"):
+    with pytest.raises(
+        CheckpointError, match="written by 1 ranks and this run has 4; start this run with 1"
+    ):
         checkpoints(tmp_path, ranks=four)._check_origin(newest)
 
 
@@ -268,3 +270,10 @@ def test_a_checkpoint_whose_contents_had_other_names_is_refused_in_one_line(tmp_
         store.newest_good()
 
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("steps", "is_longer"), [(8, True), (4, False)])
+def test_a_checkpoint_of_a_shorter_run_is_known_as_one(tmp_path, steps, is_longer):
+    folder = save(checkpoints(tmp_path, **{"train.max_steps": 4}), 4)
+
+    assert checkpoints(tmp_path, **{"train.max_steps": steps}).has_grown(folder) is is_longer

@@ -113,8 +113,8 @@ def refuses_for_lack_of_space(store: Checkpoints) -> Any:
     return pytest.raises(
         CheckpointError,
         match=rf"^the checkpoint of step 8 could not be written to {store.folder}: "
-        r"(No space left on device|File too large); nothing else was changed, the last good one "
-        rf"is {store.folder}/step-4; free some space and start the same command again$",
+        r"(No space left on device|File too large); nothing else was changed, the last good "
+        rf"checkpoint is {store.folder}/step-4; free some space and start the same command again$",
     )
 
 
@@ -192,7 +192,9 @@ def test_another_failure_is_reported_as_what_it_is(tmp_path):
     def refused(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "shard.pt")
 
-    with pytest.raises(CheckpointError, match=r"Permission denied.*there is none before it; start"):
+    with pytest.raises(
+        CheckpointError, match=r"Permission denied.*there is no earlier checkpoint; start"
+    ):
         store.save(8, refused, {}, {})
 
 

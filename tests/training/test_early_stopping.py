@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,26 @@ def test_so_many_evaluations_in_a_row_without_a_better_score_end_a_stage(scores,
 def test_small_improvements_do_not_count_and_raise_the_best_score_all_the_same():
     assert stops_at([0.50, 0.54, 0.58, 0.62], patience=3, threshold=0.05) == 4
     assert stops_at([0.50, 0.56, 0.62, 0.68], patience=3, threshold=0.05) is None
+
+
+def test_a_stage_that_gets_more_steps_stops_after_as_many_evaluations_again():
+    stopping = EarlyStopping(patience=2, best=0.5, misses=2)
+
+    stopping.extend()
+
+    assert not stopping.stopped
+    stopping.consider(0.4)
+    assert not stopping.stopped
+    stopping.consider(0.4)
+    assert stopping.stopped
+
+
+def test_a_stage_that_had_not_stopped_keeps_its_count_when_it_gets_more_steps():
+    stopping = EarlyStopping(patience=2, best=0.5, misses=1)
+
+    stopping.extend()
+
+    assert stopping.misses == 1
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +111,14 @@ def test_a_killed_run_stops_at_the_same_step_with_the_same_weights(
     assert read(copy)["stages"][0]["steps"] == STOPPED
     ours, theirs = weights(copy), weights(out)
     assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def test_a_stage_that_stopped_early_continues_when_the_run_gets_more_steps(
+    stopped, one_rank, tmp_path
+):
+    out = Path(shutil.copytree(stopped.parent / "out", tmp_path / "out"))
+
+    said = finish(one_rank, stopped, f"output_dir={out}", f"train.max_steps={2 * PLANNED}")
+
+    assert f"student: finished with {STOPPED} steps and continues" in said.err
+    assert read(out)["stages"][0]["steps"] == STOPPED + EVALUATED_EVERY * PATIENCE

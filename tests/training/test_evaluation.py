@@ -100,7 +100,7 @@ def test_an_undefined_correlation_is_0_and_said(name, scores, labels, what, capl
         values = metrics_of((name,), torch.tensor(scores), torch.tensor(labels))
 
     assert values[name] == 0.0
-    assert f"{name} is undefined, all {what} are" in caplog.text
+    assert f"{name} is undefined because all {what} are" in caplog.text
 
 
 def test_nearly_constant_scores_raise_no_warning() -> None:
@@ -134,7 +134,7 @@ def test_one_row_of_one_class_has_an_f1() -> None:
 
 
 def test_no_labelled_row_is_an_error() -> None:
-    with pytest.raises(DataError, match="none of the 2 held-out rows carries a label"):
+    with pytest.raises(DataError, match="none of the 2 held-out rows has a label"):
         metrics_of(("accuracy",), logits_of([0, 1]), torch.tensor([-100, -100]))
 
 

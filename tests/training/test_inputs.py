@@ -133,7 +133,7 @@ def test_models_with_different_vocabularies_are_refused_with_both_sizes(data, tm
     student = model_folder(tmp_path / "student", (*WORDS, "more", "words"))
 
     with pytest.raises(
-        TeacherError, match=r"student\.model .*student comes with a tokenizer of 10 tokens, .* 8 "
+        TeacherError, match=r"student\.model .*student has a tokenizer of 10 tokens, .* 8 "
     ):
         prepare(config_of(data, teacher=teacher, student=student))
 
@@ -142,7 +142,7 @@ def test_vocabularies_of_one_size_and_other_words_are_refused_too(data, tmp_path
     teacher = model_folder(tmp_path / "teacher")
     student = model_folder(tmp_path / "student", (*WORDS[:-1], "movie"))
 
-    with pytest.raises(TeacherError, match=r"set task\.tokenizer if they really share it"):
+    with pytest.raises(TeacherError, match=r"set task\.tokenizer if the models share one"):
         prepare(config_of(data, teacher=teacher, student=student))
 
 
@@ -198,7 +198,7 @@ def test_a_tokenizer_trained_on_the_text_does_not_replace_the_teachers_own(data,
     recipe = TokenizerConfig(type="wordpiece", vocab_size=300)
     config = dataclasses.replace(config, task=dataclasses.replace(config.task, tokenizer=recipe))
 
-    with pytest.raises(TeacherError, match=r"teacher comes with a tokenizer of 8 tokens"):
+    with pytest.raises(TeacherError, match=r"teacher has a tokenizer of 8 tokens"):
         prepare(config)
 
 

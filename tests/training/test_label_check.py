@@ -104,14 +104,14 @@ def test_a_good_teacher_with_generic_labels_is_told_with_both_lists_and_checked_
     said = finish(one_rank, config)
 
     assert (
-        "teacher.model: the labels LABEL_0, LABEL_1 are taken for the data's negative, positive"
-        in said.err
+        "teacher.model: the labels LABEL_0, LABEL_1 are read as the labels negative, positive of "
+        "the data" in said.err
     )
-    assert "its generic labels are checked on 26 rows" in said.err
+    assert "checking the order of the generic labels on 26 rows" in said.err
     (tmp_path / "out" / "report.json").unlink()
     again = finish(one_rank, config)
-    assert "are checked on" not in again.err
-    assert "are taken for the data's" in again.err
+    assert "checking the order" not in again.err
+    assert "are read as the labels" in again.err
 
 
 @pytest.mark.parametrize("command", ["train", "cache"])
@@ -125,7 +125,7 @@ def test_a_teacher_whose_labels_stand_the_other_way_round_teaches_nobody(
     said = one_rank.megakd(command, config)
 
     assert said.code == 2
-    assert "LABEL_1 is negative, LABEL_0 is positive would give" in said.err
+    assert "the order LABEL_1 is negative, LABEL_0 is positive gives" in said.err
     assert "or set teacher.label_order to data if this order is right" in said.err
     assert not cache.exists()
     assert not (tmp_path / "out" / "stages").exists()
@@ -136,5 +136,8 @@ def test_the_order_can_be_vouched_for(one_rank, whole_run, generic, tmp_path):
 
     said = finish(one_rank, written(whole_run, tmp_path, **teacher))
 
-    assert "are taken for the data's negative, positive, in this order, as told" in said.err
-    assert "are checked on" not in said.err
+    assert (
+        "are read as the labels negative, positive of the data, in this order, as configured"
+        in said.err
+    )
+    assert "checking the order" not in said.err

@@ -75,10 +75,13 @@ def test_the_official_metrics_rank_evaluations_unless_one_is_chosen():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"metric": "f1"}, "f1 is about one label .* 3 labels; set it to one of bad, fine, good, "),
-        ({"metrics": ("recall",)}, "eval.positive_label: recall is about .* use recall_macro"),
+        ({"metric": "f1"}, "f1 needs one of the 3 labels; set the key to one of bad, fine, good, "),
+        (
+            {"metrics": ("recall",)},
+            "eval.positive_label: missing, and recall needs one .* use recall_macro",
+        ),
         ({"metric": "f1", "positive_label": "goood"}, 'no label "goood"; did you mean "good"'),
-        ({"positive_label": "good"}, "no metric of this run is about one label; remove the key"),
+        ({"positive_label": "good"}, "no metric of this run uses a positive label; remove the key"),
     ],
 )
 def test_a_positive_label_that_is_missing_wrong_or_idle_is_refused(keys, message):

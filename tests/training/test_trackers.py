@@ -131,7 +131,7 @@ def test_a_server_that_goes_away_is_said_once_and_does_not_stop_a_run(
     run_of(tmp_path / "out", service, "student", range(1, 4))
 
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("mlflow does not answer (no answer): it gets no more numbers")
+    assert said.startswith("mlflow does not respond (no answer): no further values")
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
@@ -168,7 +168,7 @@ def test_curves_that_cannot_be_written_are_said_once_and_do_not_stop_a_run(tmp_p
     board.log("student", 3, {"train/loss": 0.25})
 
     assert caplog.text.count("cannot be written (No space left on device)") == 1
-    assert "metrics.jsonl has them all" in caplog.text
+    assert "metrics.jsonl has all values" in caplog.text
     board.close()
     assert caplog.text.count("cannot be written") == 1
     events.close()
@@ -182,4 +182,4 @@ def test_a_file_in_the_place_of_the_curves_does_not_stop_a_run(tmp_path, caplog)
     board.log("student", 1, {"train/loss": 1.0})
     board.close()
 
-    assert caplog.text.count("TensorBoard gets no more numbers of this run") == 1
+    assert caplog.text.count("no further values of this run are written to TensorBoard") == 1

@@ -5,6 +5,7 @@ All else is as under a launcher: an own process group, environment, arguments an
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -13,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["megakd.run.main"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["megakd.run.main"])
 
 
 def start_rank(command: Sequence[str], *, variables: Mapping[str, str], log: Path) -> BaseProcess:
@@ -22,10 +23,10 @@ def start_rank(command: Sequence[str], *, variables: Mapping[str, str], log: Pat
 
     Args:
         command: the path of a Python program and its arguments.
-        variables: of the environment.
+        variables: of the environment, all of them.
         log: the file that takes standard output and standard error.
     """
-    process = _CONTEXT.Process(target=_run, args=(list(command), dict(variables), str(log)))
+    process = FORKS.Process(target=_run, args=(list(command), dict(variables), str(log)))
     process.start()
     return process
 
@@ -35,6 +36,22 @@ def _run(command: list[str], variables: dict[str, str], log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, sys.stdout.fileno())
     os.dup2(descriptor, sys.stderr.fileno())
-    os.environ.update(variables)
+    settle_in(variables)
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
+
+
+def settle_in(variables: Mapping[str, str]) -> None:
+    """Give a forked process its environment, and leave what it has inherited out of collections."""
+    os.environ.clear()
+    os.environ.update(variables)
+    gc.freeze()
+
+
+def leave_modules_alone() -> None:
+    """Leave all that has been imported by now out of collections.
+
+    A collection walks over all modules for half a second, and stages collect several times.
+    """
+    gc.collect()
+    gc.freeze()
