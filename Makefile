@@ -50,7 +50,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	# CUDA builds of torch bring their own; elsewhere the kernels' tests need its interpreter.
 	python -c 'import triton' 2>/dev/null ||
 		python -m pip install --disable-pip-version-check --no-deps 'triton==$(TRITON)' ||
-		echo 'triton $(TRITON) is not to be had: the tests of its kernels will be skipped' >&2
+		echo 'triton $(TRITON) is not available: the tests of the Triton kernels will be skipped' >&2
 	touch $@
 
 quickstart: install

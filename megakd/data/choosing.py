@@ -64,10 +64,14 @@ def cut_validation(rows: Dataset, *, name: str) -> tuple[Dataset, Dataset]:
 
 
 def at_most(rows: Dataset, count: int | None) -> Dataset:
-    """Return the `count` rows with the lowest hashes, in their order; all rows if None."""
+    """Return the `count` rows with the lowest hashes, in their order; all rows if None.
+
+    Labelled rows come first, because rows without a label are not scored.
+    """
     if count is None or count >= len(rows):
         return rows
-    return rows.select(np.flatnonzero(_lowest(row_keys(rows), count)))
+    order = np.lexsort((row_keys(rows), ~is_labelled(rows)))
+    return rows.select(np.sort(order[:count]))
 
 
 def keep_labels(rows: Dataset, count: int | None, *, seed: int, name: str) -> Dataset:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -25,8 +27,6 @@ from megakd.errors import DataError
 from megakd.storage.built_once import whole_folder
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
@@ -145,7 +145,7 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        content: Any = sorted(tokenizer.get_vocab().items())
+        content: Any = _saved_files(tokenizer)
     else:
         content = json.loads(backend.to_str())
         # The settings of the last call, which are not properties of the tokenizer.
@@ -156,8 +156,22 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
             "content": content,
             "inputs": list(tokenizer.model_input_names),
             "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+            # Settings that every call passes to the backend, which does not store them.
+            "truncation_side": tokenizer.truncation_side,
+            "split_special_tokens": tokenizer.split_special_tokens,
         }
     )
+
+
+def _saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the sha256 of every file that a tokenizer without a backend is saved as."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {
+            path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(Path(folder).rglob("*"))
+            if path.is_file()
+        }
 
 
 def tokens_key(rows: Dataset) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megakd.config.run import Files, TaskConfig, listed_files
@@ -65,7 +65,8 @@ def named_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
     """Return the rows of `task.train_files`, and of the validation and test files if given.
 
     Raises:
-        DataError: a file does not exist or cannot be read, or columns differ between files.
+        DataError: a file does not exist, cannot be read or belongs to two splits, or columns differ
+            between files.
     """
     given: dict[SplitName, Files | None] = {
         "train": task.train_files,
@@ -77,6 +78,7 @@ def named_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
         for split, files in given.items()
         if files is not None
     }
+    _refuse_shared({f"task.{split}_files": found for split, found in paths.items()})
     tables: dict[SplitName, Table] = {}
     for split, found in paths.items():
         is_cut = split == "train" and "validation" not in paths
@@ -105,13 +107,33 @@ def matching_files(files: Files, key: str) -> list[Path]:
             found += matches
         else:
             raise DataError(f"{key}: {path} does not exist")
-    doubled = next((path for path in found if found.count(path) > 1), None)
-    if doubled is not None:
-        raise DataError(
-            f"{key}: {doubled} is listed more than once, which would count its rows twice; list "
-            "every file once"
-        )
+    _refuse_doubled(found, key)
     return found
+
+
+def _refuse_doubled(paths: Sequence[Path], key: str) -> None:
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        earlier = seen.setdefault(path.resolve(), path)
+        if earlier is not path:
+            other = "" if str(earlier) == str(path) else f" (also as {earlier})"
+            raise DataError(
+                f"{key}: {path} is listed more than once{other}, which would count its rows twice; "
+                "list every file once"
+            )
+
+
+def _refuse_shared(paths: Mapping[str, Sequence[Path]]) -> None:
+    """Raise a DataError if two settings name the same file."""
+    seen: dict[Path, str] = {}
+    for key, found in paths.items():
+        for path in found:
+            earlier = seen.setdefault(path.resolve(), key)
+            if earlier != key:
+                raise DataError(
+                    f"{key}: {path} is also a file of {earlier}, and rows of one split must not be "
+                    f"in another; remove it from {earlier} or {key}"
+                )
 
 
 def files_table(paths: Sequence[Path], key: str, *, to_be_split: bool = False) -> Table:

@@ -16,8 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from megakd.config.run import TaskConfig
 from megakd.data.columns import rows_of_tables
 from megakd.data.found import Found
-from megakd.data.readers import class_names_of
-from megakd.data.tables import SPLIT_ALIASES, Record, SplitName, Table
+from megakd.data.readers import by_split, class_names_of
+from megakd.data.tables import Record, SplitName, Table
 from megakd.errors import DataError
 
 ROWS_PER_READ = 1000
@@ -44,14 +44,12 @@ def hub_tables(name: str, configuration: str | None, *, advice: str) -> dict[Spl
     """Return the splits of a Hub data set that have a usual name.
 
     Raises:
-        DataError: the data set cannot be loaded; the message ends with `advice`.
+        DataError: two names mean the same split, or the data set cannot be loaded; then the
+            message ends with `advice`.
     """
     found = load_hub(name, configuration, advice=advice)
-    return {
-        split: hub_table(f"{name} ({key})", rows)
-        for key, rows in found.items()
-        if (split := SPLIT_ALIASES.get(str(key)))
-    }
+    keys = by_split(map(str, found), f"the Hub data set {name}")
+    return {split: hub_table(f"{name} ({key})", found[key]) for split, key in keys.items()}
 
 
 def load_hub(name: str, configuration: str | None, *, advice: str) -> DatasetDict:
@@ -71,6 +69,15 @@ def load_hub(name: str, configuration: str | None, *, advice: str) -> DatasetDic
     except (DatasetsError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise DataError(
             f"the data set {label} cannot be loaded from the Hub: {_first_line(error)}; {advice}"
+        ) from error
+    except RuntimeError as error:
+        if "script" not in str(error):
+            raise
+        raise DataError(
+            f"the Hub data set {label} is a script, which `datasets` does not run "
+            f"({_first_line(error)}); use a version of the data set in parquet files (such as its "
+            "branch refs/convert/parquet), or download the rows as local files and set "
+            "task.train_files"
         ) from error
     if not isinstance(found, DatasetDict):
         raise DataError(f"the Hub data set {label} has no splits; {advice}")

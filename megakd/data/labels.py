@@ -5,8 +5,12 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
+from functools import cached_property
+
+import numpy as np
 
 from megakd.contract.batch import IGNORE
 from megakd.data.tables import Record, Table
@@ -14,6 +18,8 @@ from megakd.errors import DataError
 
 INTEGER = re.compile(r"[+-]?\d+(\.0*)?")
 MAX_NAMES_SHOWN = 8
+NO_CLASS = -1
+"""`datasets` writes this number into a column with class names for a row without a class."""
 
 Labeller = Callable[[Table, str, Record], "int | float"]
 
@@ -34,6 +40,11 @@ class Classes:
     def __post_init__(self) -> None:
         object.__setattr__(self, "number_of", {name: n for n, name in enumerate(self.names)})
 
+    @cached_property
+    def _digits_are_names(self) -> bool:
+        """Whether a class is called by the number of another, so that 1 can only be a name."""
+        return any(_integer(name) not in {None, n} for n, name in enumerate(self.names))
+
     def label(self, table: Table, column: str, record: Record) -> int:
         """Return the class number of a row, or -100 without a label.
 
@@ -41,22 +52,25 @@ class Classes:
             DataError: the value is not a class of this data set.
         """
         value = class_value(table, column, record)
+        own = table.class_names.get(column)
+        has_own_names = own is not None and isinstance(value, int)
+        if own is not None and isinstance(value, int):
+            value = _own_name(own, value, table, record)
         if value is None:
             return IGNORE
-        own = table.class_names.get(column, self.names)
-        if own != self.names and isinstance(value, int) and 0 <= value < len(own):
-            value = own[value]  # this file has another order of the classes
-        if isinstance(value, str) and not (self.numbered and _integer(value) is not None):
-            number = self.number_of.get(value)
-            if number is not None:
-                return number
-        if self.numbered and (number := _integer(value)) is not None:
+        if (number := self.number_of.get(str(value))) is not None:
+            return number
+        if self.numbered and not has_own_names and (number := _integer(value)) is not None:
             return self._checked(number, table, record)
         raise DataError(f"{table.name}, {record.place}: label {value!r} {self._unknown(value)}")
 
     def _checked(self, number: int, table: Table, record: Record) -> int:
+        if self._digits_are_names and str(number) in self.number_of:
+            return self.number_of[str(number)]  # 2.0 is the class "2"
         if number in self.unlabelled:
             return IGNORE
+        if self._digits_are_names:
+            raise DataError(f"{table.name}, {record.place}: label {number} {self._unknown(number)}")
         if 0 <= number < len(self.names):
             return number
         raise DataError(
@@ -84,8 +98,8 @@ def find_classes(table: Table, column: str) -> Classes:
             classes.
     """
     if column in table.class_names:
-        # `datasets` uses -1 for a row without a class.
-        return Classes(table.class_names[column], numbered=True, unlabelled=frozenset({-1, IGNORE}))
+        unlabelled = frozenset({NO_CLASS, IGNORE})
+        return Classes(table.class_names[column], numbered=True, unlabelled=unlabelled)
     first_seen: dict[int | str, str] = {}
     for record in table.records():
         value = class_value(table, column, record)
@@ -141,20 +155,38 @@ def score(table: Table, column: str, record: Record) -> float:
     number = _finite_or_nan(value)
     if number is None:
         raise DataError(
-            f"{table.name}, {record.place}: {value!r} in column {column!r} is not a finite number; "
-            "task.type regression needs a number as label"
+            f"{table.name}, {record.place}: {value!r} in column {column!r} is not a finite number "
+            "of at most 3.4e38 (float32); task.type regression needs a number as label, with "
+            "digits, a decimal point and an exponent only"
         )
     return number
 
 
 def _finite_or_nan(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    """Return a number that is finite as float32, or NaN; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         return None
+    if isinstance(value, str) and "_" in value:
+        return None  # Python reads 1_000 as 1000
     try:
         number = float(value)
     except (ValueError, OverflowError):
         return None
-    return None if math.isinf(number) else number
+    with np.errstate(over="ignore"):
+        return None if np.isinf(np.float32(number)) else number
+
+
+def _own_name(names: Sequence[str], number: int, table: Table, record: Record) -> str | None:
+    """Return the class name that a file declares for its number; None for "no label"."""
+    if number == NO_CLASS:
+        return None
+    if 0 <= number < len(names):
+        return names[number]
+    raise DataError(
+        f"{table.name}, {record.place}: label {number} is outside 0..{len(names) - 1}, the "
+        f"{len(names)} class names that the file declares ({', '.join(names[:MAX_NAMES_SHOWN])}); "
+        f"a row without a label has an empty label, {NO_CLASS} or {IGNORE}"
+    )
 
 
 def _integer(value: int | str) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -66,17 +66,40 @@ def read_json(path: Path) -> dict[SplitName, Table]:
     if isinstance(tree, list):
         return {"train": _listed(str(path), cast("list[object]", tree), digest)}
     if isinstance(tree, dict):
-        lists: dict[SplitName, Table] = {
-            split: _listed(f"{path} ({name})", cast("list[object]", rows), f"{digest}:{name}")
+        lists = {
+            name: cast("list[object]", rows)
             for name, rows in cast("dict[str, object]", tree).items()
-            if (split := SPLIT_ALIASES.get(name)) and isinstance(rows, list)
+            if isinstance(rows, list)
         }
-        if lists:
-            return lists
+        if found := by_split(lists, str(path)):
+            return {
+                split: _listed(f"{path} ({name})", lists[name], f"{digest}:{name}")
+                for split, name in found.items()
+            }
     raise DataError(
         f"{path} is neither a JSON list of rows nor an object with a list named 'train'; use the "
         "ending .jsonl for a file with one object per line"
     )
+
+
+def by_split(names: Iterable[str], place: str) -> dict[SplitName, str]:
+    """Return the name of every split among names; names that mean no split are left out.
+
+    Raises:
+        DataError: two names mean the same split.
+    """
+    found: dict[SplitName, str] = {}
+    for name in names:
+        split = SPLIT_ALIASES.get(name)
+        if split is None:
+            continue
+        if split in found:
+            raise DataError(
+                f"{place}: {found[split]!r} and {name!r} are names of the same split ({split}); "
+                f"keep one of them, or put the rows to use into a file and set task.{split}_files"
+            )
+        found[split] = name
+    return found
 
 
 def read_parquet(path: Path) -> Table:
@@ -97,7 +120,7 @@ def joined(tables: Sequence[Table], name: str) -> Table:
     """Return the concatenation of tables, such as the shards of one split.
 
     Raises:
-        DataError: the columns of two tables differ.
+        DataError: the columns of two tables differ, or the class names of a column.
     """
     if len(tables) == 1:
         return tables[0]
@@ -108,11 +131,13 @@ def joined(tables: Sequence[Table], name: str) -> Table:
                 f"{table.name} has the columns {', '.join(table.columns)}, but {first.name} has "
                 f"{', '.join(first.columns)}; all files need the same columns"
             )
+    numberings = [_numberings(table, first) for table in tables]
 
     def records() -> Iterator[Record]:
-        for table in tables:
+        for table, numbering in zip(tables, numberings, strict=True):
             for record in table.records():
-                yield Record(f"{Path(table.name).name} {record.place}", record.values)
+                values = _renumbered(record.values, numbering) if numbering else record.values
+                yield Record(f"{Path(table.name).name} {record.place}", values)
 
     return Table(
         name=name,
@@ -121,6 +146,41 @@ def joined(tables: Sequence[Table], name: str) -> Table:
         digest=":".join(table.digest for table in tables),
         class_names=first.class_names,
     )
+
+
+def _numberings(table: Table, first: Table) -> dict[str, tuple[int, ...]]:
+    """Return, by column, the number in `first` of each class of `table` where their orders differ.
+
+    Raises:
+        DataError: a column has other class names in the two tables, or names in only one.
+    """
+    numberings: dict[str, tuple[int, ...]] = {}
+    for column in sorted({*first.class_names, *table.class_names}):
+        expected, own = (part.class_names.get(column, ()) for part in (first, table))
+        if sorted(own) != sorted(expected):
+            raise DataError(
+                f"{table.name}: column {column!r} has {_names_in_words(own)}, but in {first.name} "
+                f"it has {_names_in_words(expected)}; write all files with the same class names"
+            )
+        if own != expected:
+            numberings[column] = tuple(map(expected.index, own))
+    return numberings
+
+
+def _names_in_words(names: Sequence[str]) -> str:
+    return f"the class names {', '.join(names)}" if names else "no class names"
+
+
+def _renumbered(
+    values: Mapping[str, object], numberings: Mapping[str, tuple[int, ...]]
+) -> dict[str, object]:
+    """Return a row with the class numbers of the first file; other numbers stay (-1: no class)."""
+    changed = dict(values)
+    for column, numbers in numberings.items():
+        value = values.get(column)
+        if isinstance(value, int) and 0 <= value < len(numbers):
+            changed[column] = numbers[value]
+    return changed
 
 
 def class_names_of(features: Features) -> dict[str, tuple[str, ...]]:

@@ -42,8 +42,7 @@ def label_order(
         )
     if generic_labels(model_config):
         return None  # `label_check` verifies this order
-    columns = {name.casefold(): column for column, name in enumerate(names)}
-    order = tuple(columns.get(name.casefold(), -1) for name in label_names)
+    order = _columns(names, label_names)
     if sorted(order) != list(range(len(names))):
         raise ModelError(
             f"{where}: the model's labels ({listed(names)}) are not those of the data"
@@ -58,7 +57,7 @@ def labels_agree(model_config: PretrainedConfig, label_names: Sequence[str]) -> 
     names = model_label_names(model_config)
     if not label_names:
         return len(names) == 1
-    same = [name.casefold() for name in names] == [name.casefold() for name in label_names]
+    same = _columns(names, label_names) == tuple(range(len(names)))
     return same or (generic_labels(model_config) is not None and len(names) == len(label_names))
 
 
@@ -79,6 +78,23 @@ def set_labels(model_config: PretrainedConfig, label_names: Sequence[str]) -> No
     model_config.id2label = dict(enumerate(names))
     model_config.label2id = {name: number for number, name in enumerate(names)}
     model_config.problem_type = "single_label_classification" if label_names else "regression"
+
+
+def _columns(names: Sequence[str], label_names: Sequence[str]) -> tuple[int, ...]:
+    """Return the model's column of each of the data's labels; -1 for a label it does not have.
+
+    Upper and lower case are told apart only for names that differ in nothing else.
+    """
+    columns = {name: column for column, name in enumerate(names)}
+    by_fold: dict[str, list[int]] = {}
+    for name, column in columns.items():
+        by_fold.setdefault(name.casefold(), []).append(column)
+
+    def column_of(label: str) -> int:
+        alike = by_fold.get(label.casefold(), [])
+        return columns.get(label, alike[0] if len(alike) == 1 else -1)
+
+    return tuple(map(column_of, label_names))
 
 
 def _finetune(where: str) -> str:
