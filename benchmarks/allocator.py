@@ -1,4 +1,4 @@
-"""What large pages and kept memory save of a CPU training step; `python benchmarks/allocator.py`.
+"""Time that large pages and kept memory save in a CPU step; `python benchmarks/allocator.py`.
 
 Every setting runs in a process of its own, all of them by turns, on the same BERT of MiniLM's shape
 (6 layers of width 384) and the same batch of 16 texts of 24 tokens, on one thread. CPU time.

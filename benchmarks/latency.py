@@ -1,4 +1,4 @@
-"""How much faster a forward is when a model has been cut, against the whole of it.
+"""Speed-up of a forward of a cut model, against the whole model.
 
 `python benchmarks/latency.py [--shape 6x384] [--grid 0.5,0.9] [--lengths 24,128]`, in one process.
 

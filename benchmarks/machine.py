@@ -1,4 +1,4 @@
-"""What every benchmark says: the machine, the spread of its numbers, and a Markdown row."""
+"""Shared output of the benchmarks: the machine, the spread of numbers, and a Markdown row."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Spread(NamedTuple):
 
 
 def spread_of(values: Sequence[float], *, resamples: int = 2000) -> Spread:
-    """How far at least two values lie apart; the same at every call."""
+    """Return the spread of at least two values; the same at every call."""
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     rng = random.Random(0)
     medians = sorted(

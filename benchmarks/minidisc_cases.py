@@ -38,7 +38,7 @@ class Case:
 
 
 def pydocs(_: Path, __: Path) -> Config:
-    """Which Python package a docstring belongs to."""
+    """The task of finding the Python package of a docstring."""
     return {"dataset": "pydocs", "max_length": 24, "max_eval_examples": 2000}
 
 
@@ -75,7 +75,7 @@ CASES = {
 
 
 def prepared_task(name: str, data: Path, folder: Path) -> Config:
-    """The task's section; makes what it reads."""
+    """Return the section `task`; write the data that the task reads."""
     case = CASES[name]
     case.prepare(ROOT / data, ROOT / folder)
     return {"type": "classification", **case.task(data, folder)}
@@ -111,7 +111,7 @@ def schedule_config(task: Config, given: argparse.Namespace) -> Config:
 
 
 def training_sections(given: argparse.Namespace, *, steps: int, rate: float) -> Config:
-    """How a leg is trained, scored and saved."""
+    """The settings for training, scoring and saving a leg."""
     evaluate_every = max(1, steps // given.evaluations)
     return {
         "train": {

@@ -1,4 +1,4 @@
-"""What the legs of `minidisc.py` come to: correlations, paired differences, times."""
+"""Summary of the legs of `minidisc.py`: correlations, paired differences, times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a run takes beside its training: start, data, models, scoring, latency and report.
+"""Time of a run beside its training: start, data, models, scoring, latency and report.
 
 `python benchmarks/outside_training.py [--against CHECKOUT] [--pairs 3] [key=value …]` trains the
 `stories` case of real_runs.py for 40 steps on one CPU rank, each time into a new folder, in turns

@@ -1,4 +1,4 @@
-"""What megakd adds to a training step, against a bare loop with the same engines and batch.
+"""Overhead of megakd in a training step, against a bare loop with the same engines and batch.
 
 `python benchmarks/overhead.py [--ranks 2] [--pairs 100] [--profile]`, on CPU ranks.
 
@@ -68,7 +68,7 @@ class Clocks(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """The same batch taken through both loops."""
+    """Run one batch through both loops."""
 
     megakd: Clocks
     bare: Clocks
@@ -144,7 +144,7 @@ class MeasuredStage(StageRun):
         return super()._source()
 
     def steps_one_by_one(self) -> Iterator[None]:
-        """What `run` does between a stage's start and its end."""
+        """Run the body of `run` between the start and the end of a stage."""
         if self.ranks.is_main:
             self.reporter.begin(self.stage.name, self.extent(0))
         self.health.begin()
@@ -154,7 +154,7 @@ class MeasuredStage(StageRun):
 
 
 class BareLoop:
-    """The same engines without megakd around them."""
+    """A bare loop with the same engines."""
 
     def __init__(self, stage: StageRun, teacher: FrozenTeacher) -> None:
         self._student = stage.student._engine  # noqa: SLF001 - the engine is what is shared

@@ -104,7 +104,7 @@ def measured(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> list
 
 
 def strategies(names: Sequence[str], given: argparse.Namespace) -> tuple[Any, Any]:
-    """What is compared, and with what."""
+    """The two sides of the comparison."""
     alone = Constant((Pass(teacher=names[0]),))
     if given.what == ["pool"]:
         return Drawn(tuple(names), (1 / len(names),) * len(names), seed=1), alone

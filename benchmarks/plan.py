@@ -104,7 +104,7 @@ class Compared(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Of the prediction, as a share of what was measured."""
+        """The error of the prediction, as a share of the measured bytes."""
         return self.predicted / self.measured - 1
 
 

@@ -1,4 +1,4 @@
-"""What a step with seven candidates costs, against a plain distillation step at full width.
+"""Cost of a step with seven candidates, against a plain distillation step at full width.
 
 `python benchmarks/sandwich.py [--stages 0,2,3] [--pairs 12]`, on two CPU ranks.
 

@@ -21,7 +21,7 @@ def scores(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def gain(report: Mapping[str, Any]) -> float:
-    """How much better the student is distilled than alone; negative where it is worse."""
+    """Return the gain of the distilled student over the student alone; negative for a loss."""
     found = scores(report)
     difference = found["distilled"] - found["alone"]
     return -difference if report["metric_name"] in LOWER_IS_BETTER else difference

@@ -42,7 +42,7 @@ Settings = tuple[str, str, tuple[str, ...]]
 
 
 class Learning(NamedTuple):
-    """What suits a task.
+    """The settings of a task.
 
     steps: of the student.
     teacher_steps: of each teacher, from labels.
@@ -148,7 +148,7 @@ def _teacher_tree(
 
 
 def _student_trees() -> dict[str, dict[str, Any]]:
-    """What the student's cells say of models and methods, by config."""
+    """Return the models and methods of the student's cells, by config."""
     model = bert(layers=2, width=64)
     model["config"]["initializer_range"] = INITIALIZER_RANGE
     student = {"model": model, "deepspeed": "zero2"}

@@ -1,4 +1,4 @@
-"""What the cells of `teachers.py` came to: a table, and Markdown rows."""
+"""Summary of the cells of `teachers.py`: a table, and Markdown rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Cell(NamedTuple):
 
 
 def cell_of(task: str, seed: int, name: str, report: Mapping[str, Any]) -> Cell:
-    """What a report says of a cell."""
+    """Return the results of a cell from its report."""
     stages = report["stages"]
     return Cell(
         task,
@@ -77,7 +77,7 @@ def _groups(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
 
 
 def table(cells: Sequence[Cell]) -> str:
-    """A line per task and method: mean and deviation over the seeds, and what it took."""
+    """Return a line per task and method: mean and deviation over the seeds, and the time."""
     lines = [["task", "method", "seeds", "mean", "sd", "steps", "teacher steps", "seconds"]]
     for (task, name), group in _groups(cells).items():
         mean, deviation = mean_and_deviation([cell.score for cell in group])

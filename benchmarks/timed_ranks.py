@@ -1,4 +1,4 @@
-"""What benchmarks that time whole steps on several ranks have in common."""
+"""Shared parts of the benchmarks that time whole steps on several ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run_rank(given: argparse.Namespace, measured: Measure) -> None:
 
 
 def read(folder: Path) -> Any:
-    """What all ranks have measured."""
+    """The measurements of all ranks."""
     return json.loads((folder / "measured.json").read_text(encoding="utf-8"))
 
 

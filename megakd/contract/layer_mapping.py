@@ -1,4 +1,4 @@
-"""Which layers of two models a loss compares, and into how many parts it cuts their vectors."""
+"""The layers of two models that a loss compares, and the parts that it cuts vectors into."""
 
 from __future__ import annotations
 

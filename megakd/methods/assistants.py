@@ -97,7 +97,7 @@ class AssistantOptions(MethodOptions):
 
     @property
     def weighs(self) -> bool:
-        """Whether the method weighs a metric against sparsity; some methods override this."""
+        """True if the method weighs a metric against sparsity; some methods override this."""
         return True
 
     def problems(self, config: Any) -> Iterator[str]:

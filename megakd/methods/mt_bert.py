@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class MtBertConfig(MethodOptions):
-    """Every teacher of the pool runs at every step; those that miss a row's label count less."""
+    """Every teacher of the pool runs at every step; a wrong prediction counts less in its row."""
 
     name: Literal["mt_bert"]
 

@@ -209,7 +209,7 @@ class Divided(Trained):
         )
 
     def accumulated(self) -> Holding:
-        """Return the gradients: whole at ZeRO 1, those that overlap the rank's shard at ZeRO 2."""
+        """Return the gradients: all at ZeRO 1, the overlap with the rank's shard at ZeRO 2."""
         return super().accumulated() if self.at.stage == 1 else self._own(self.at.inventory.numel)
 
     def backward(self, done: Inventory, *, adds: bool, last: bool = False) -> Holding:

@@ -74,7 +74,7 @@ def gathering_of(
 def _whole_and_new(
     moments: Sequence[Moment], inventory: Inventory, zero: Mapping[str, Any]
 ) -> Iterator[tuple[set[int], set[int]]]:
-    """Yield for each moment the parameters that are whole, and those that are gathered then."""
+    """Yield for each moment the whole parameters and the newly gathered parameters."""
     sizes = [parameter.numel for parameter in inventory.parameters]
     used = [set(moment.own) | moment.used for moment in moments]
     bucket = _setting(zero, "prefetch_bucket_size", 50_000_000)

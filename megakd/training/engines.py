@@ -93,7 +93,7 @@ class Assembly:
 
     @property
     def conditions(self) -> Mapping[str, Any]:
-        """What all stages depend on: the task, the data, and the metrics with their code."""
+        """The task, the data, and the metrics with their code; every stage depends on them."""
         metrics = [name for name in self.prepared.metrics.names if is_metric(name)]
         return {
             "task": {
