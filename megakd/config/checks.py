@@ -27,7 +27,6 @@ def config_problems(config: RunConfig) -> list[str]:
     """Return the problems of a config that no data or model can solve, one line per problem."""
     checks = (
         *(_addresses, _teacher, _pool, _method, _baselines, _student, _layers, _caches),
-        _precision,
         objective_problems,
         _task,
         _evaluation,
@@ -187,23 +186,6 @@ def _layers(config: RunConfig) -> Iterator[str]:
             f'student.teacher: missing, and student.model "{FROM_TEACHER}" needs one of the '
             f"teachers; set student.teacher to {names}"
         )
-
-
-def _precision(config: RunConfig) -> Iterator[str]:
-    train = config.train
-    if train.bf16 and train.fp16:
-        yield "train: bf16 and fp16 are both true; set one of them to false"
-        return
-    for name, spec in config.teacher_specs.items():
-        if spec.finetune is None:
-            continue
-        bf16 = train.bf16 if spec.finetune.bf16 is None else spec.finetune.bf16
-        fp16 = train.fp16 if spec.finetune.fp16 is None else spec.finetune.fp16
-        if bf16 and fp16:
-            yield (
-                f"{config.key_of(name)}.finetune: bf16 and fp16 are both true (a key that is not "
-                "set here is inherited from train); set one of them to false here"
-            )
 
 
 def _task(config: RunConfig) -> Iterator[str]:

@@ -119,6 +119,30 @@ _OFFLOAD_KEYS = {
         ]
     ),
 }
+# Keys of `zero_optimization` and of its offload sections whose values are whole numbers.
+_WHOLE = frozenset(
+    [
+        "allgather_bucket_size",
+        "buffer_count",
+        "buffer_size",
+        "max_in_cpu",
+        "max_live_parameters",
+        "max_reuse_distance",
+        "model_persistence_threshold",
+        "module_granularity_threshold",
+        "param_persistence_threshold",
+        "prefetch_bucket_size",
+        "reduce_bucket_size",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_model_persistence_threshold",
+        "stage3_module_granularity_threshold",
+        "stage3_param_persistence_threshold",
+        "stage3_prefetch_bucket_size",
+        "sub_group_size",
+        "zero_hpz_partition_size",
+    ]
+)
 _OFFLOAD_FROM_STAGE = {"offload_optimizer": 1, "offload_param": 3}
 _DEVICES = ("none", "cpu", "nvme")
 
@@ -182,32 +206,54 @@ def check_zero(ds: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return the config without `"auto"` in `zero_optimization`, so that DeepSpeed's default holds.
 
     Raises:
-        ConfigError: the stage is not 0 to 3, a key is unknown, or the offload section is invalid
-            or needs a higher stage.
+        ConfigError: the stage is not 0 to 3, a key is unknown, a size is not a whole number, or an
+            offload section is invalid or needs a higher stage.
     """
     if "zero_optimization" not in ds:
         return dict(ds)
-    zero = ds["zero_optimization"]
+    zero, where = ds["zero_optimization"], f"{source}: zero_optimization"
     if not isinstance(zero, Mapping):
-        raise ConfigError(f"{source}: zero_optimization must be a mapping (got {json.dumps(zero)})")
-    _refuse_unknown(zero, _ZERO_KEYS, f"{source}: zero_optimization")
+        raise ConfigError(f"{where} must be a mapping (got {json.dumps(zero)})")
+    _refuse_unknown(zero, _ZERO_KEYS, where)
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        raise ConfigError(
-            f"{source}: zero_optimization.stage must be 0, 1, 2 or 3 (got {json.dumps(stage)})"
-        )
+        raise ConfigError(f"{where}.stage must be 0, 1, 2 or 3 (got {json.dumps(stage)})")
+    zero = _without_auto(zero)
+    _check_whole_numbers(zero, where)
     for key in _OFFLOAD_KEYS:
-        _check_offload(key, zero.get(key), int(stage), source)
-    return {**ds, "zero_optimization": {k: v for k, v in zero.items() if v != "auto"}}
+        _check_offload(key, zero.get(key), int(stage), where)
+    return {**ds, "zero_optimization": zero}
 
 
-def _check_offload(key: str, offload: Any, stage: int, source: str) -> None:
-    where = f"{source}: zero_optimization.{key}"
-    if offload is None or offload == "auto":
+def _without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section without keys that are `"auto"`, also in nested sections."""
+    return {
+        key: _without_auto(value) if isinstance(value, Mapping) else value
+        for key, value in section.items()
+        if value != "auto"
+    }
+
+
+def _check_whole_numbers(section: Mapping[str, Any], where: str) -> None:
+    for key, value in section.items():
+        if key not in _WHOLE:
+            continue
+        # 5e8 is a fraction in JSON, and DeepSpeed accepts it.
+        is_whole = isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0
+        if not is_whole or value < 0:
+            raise ConfigError(
+                f"{where}.{key} must be a whole number, 0 or above (got {json.dumps(value)})"
+            )
+
+
+def _check_offload(key: str, offload: Any, stage: int, section: str) -> None:
+    where = f"{section}.{key}"
+    if offload is None:
         return
     if not isinstance(offload, Mapping):
         raise ConfigError(f"{where} must be a mapping (got {json.dumps(offload)})")
     _refuse_unknown(offload, _OFFLOAD_KEYS[key], where)
+    _check_whole_numbers(offload, where)
     device = offload.get("device", "none")
     if device not in _DEVICES:
         raise ConfigError(

@@ -20,6 +20,22 @@ Epochs = Annotated[float, Field(gt=0, le=1e9)]
 MicroBatches = Annotated[int, Field(ge=1, le=2**20)]
 
 
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        user = path.parts[0]
+        raise ValueError(
+            f"{user} is the home folder of a user that does not exist (got {str(path)!r}); "
+            "give the whole path"
+        ) from None
+
+
+Folder = Annotated[Path, AfterValidator(_expanded)]
+"""A path in which `~` is the home folder."""
+Checkpoint = Annotated[str, AfterValidator(lambda text: str(_expanded(Path(text))))]
+
+
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class TokenizerConfig:
     """A tokenizer trained on the training text."""
@@ -134,7 +150,7 @@ class TrainConfig:
     kernels: Kernels = "auto"
     """Implementation of the losses; all give the same result up to rounding. auto is triton on a
     GPU."""
-    resume_from_checkpoint: bool | str = True
+    resume_from_checkpoint: bool | Checkpoint = True
 
 
 if TYPE_CHECKING:
@@ -168,7 +184,7 @@ class TeacherConfig:
     label_order: Literal["data"] | None = None
     """`data`: generic labels (LABEL_0, …) have the order of the data's labels; None: the order is
     checked."""
-    cache: Path | None = None
+    cache: Folder | None = None
     """Folder with the teacher's answers to the training rows, written by launch/cache_teacher.py.
     The student learns from the folder instead of the model."""
     cache_top_k: Count = 64
@@ -262,7 +278,7 @@ class LogConfig:
 class RunConfig:
     """One run, from the teacher to the exported student."""
 
-    output_dir: Path
+    output_dir: Folder
     task: TaskConfig
     student: StudentConfig
     method: MethodConfig

@@ -29,8 +29,22 @@ def training_problems(config: RunConfig) -> Iterator[str]:
                 "evaluations, and eval.eval_steps is not set; set eval.eval_steps, or remove the "
                 "key"
             )
+    yield from _precision(config)
     yield from _metrics(config)
     yield from _hard_terms(config)
+
+
+def _precision(config: RunConfig) -> Iterator[str]:
+    """Yield the trainings with both 16-bit precisions; if `train` has both, only that one."""
+    if config.train.bf16 and config.train.fp16:
+        yield "train: bf16 and fp16 are both true; set one of them to false"
+        return
+    for where, train in _trainings(config):
+        if train.bf16 and train.fp16:
+            yield (
+                f"{where}: bf16 and fp16 are both true (a key that is not set here is inherited "
+                "from train); set one of them to false here"
+            )
 
 
 def _metrics(config: RunConfig) -> Iterator[str]:

@@ -22,7 +22,7 @@ from megakd.errors import DataError
 
 logger = logging.getLogger(__name__)
 # Increase this number when the same source results in different rows.
-VERSION = 1
+VERSION = 2
 # Increase this number when a folder of rows gets different files.
 LAYOUT = 2
 PAIR_DEFAULTS = (

@@ -51,16 +51,15 @@ class Classes:
         Raises:
             DataError: the value is not a class of this data set.
         """
-        value = class_value(table, column, record)
+        value, may_be_number = class_value(table, column, record), self.numbered
         own = table.class_names.get(column)
-        has_own_names = own is not None and isinstance(value, int)
         if own is not None and isinstance(value, int):
-            value = _own_name(own, value, table, record)
+            value, may_be_number = _own_name(own, value, table, record), False
         if value is None:
             return IGNORE
         if (number := self.number_of.get(str(value))) is not None:
             return number
-        if self.numbered and not has_own_names and (number := _integer(value)) is not None:
+        if may_be_number and (number := _integer(value)) is not None:
             return self._checked(number, table, record)
         raise DataError(f"{table.name}, {record.place}: label {value!r} {self._unknown(value)}")
 

@@ -388,5 +388,5 @@ def _parquet_errors(path: Path) -> Iterator[None]:
             yield
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: text is not UTF-8 ({error})") from error
-    except pa.ArrowException as error:
+    except (pa.ArrowException, ValueError) as error:  # ValueError: an unknown feature of datasets
         raise DataError(f"{path} is not a readable parquet file: {error}") from error

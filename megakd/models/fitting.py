@@ -73,11 +73,24 @@ def _check_sizes(source: ModelSource, task: TaskConfig, tokenizer_size: int) -> 
             f"model has {source.config.vocab_size}; set task.tokenizer to the tokenizer of the "
             "model"
         )
+    _check_padding(source)
     longest = source.architecture.longest_input(source.config)
     if longest is not None and task.max_length > longest:
         raise ModelError(
             f"{source.where}: task.max_length is {task.max_length} and the model takes at most"
             f" {longest} tokens; lower task.max_length"
+        )
+
+
+def _check_padding(source: ModelSource) -> None:
+    """Raise if a model that counts its positions from the padding token has none."""
+    token = source.config.pad_token_id
+    if source.architecture.counts_padding and not isinstance(token, int):
+        file = ".config" if source.folder is None else f": {source.folder / 'config.json'}"
+        raise ModelError(
+            f"{source.where}{file}: pad_token_id must be a whole number (got {token!r}), because "
+            f"a {source.config.model_type} model counts positions from it; set pad_token_id to the "
+            "number of the padding token of the tokenizer"
         )
 
 
@@ -100,7 +113,7 @@ def build_empty(
             model = AUTO_CLASSES[task.type].from_config(
                 copy.deepcopy(config), dtype=dtype, trust_remote_code=source.trust_remote_code
             )
-    except (ValueError, TypeError, KeyError, AssertionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
         raise ModelError(
             f"{source.where}: a {config.model_type} model cannot be built from this config: "
             f"{one_line(error)}"

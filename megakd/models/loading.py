@@ -48,10 +48,22 @@ if TYPE_CHECKING:
     from megakd.models.matching import Match
 
 logger = logging.getLogger(__name__)
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+# Subfolders, other frameworks, and the weights a second time in the format of another library.
+NOT_FROM_HUB = ("*/*", "*.msgpack", "consolidated*.safetensors")
 # Keys of older config files that transformers still reads although its classes do not list them.
 LEGACY_KEYS = frozenset(
     {"num_labels", "torch_dtype", "rope_theta", "rope_scaling", "pretraining_tp"}
+)
+
+# What transformers raises for a config with a wrong value.
+CONFIG_ERRORS = (
+    StrictDataclassError,
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
 )
 
 
@@ -91,8 +103,8 @@ def resolve_model(
         config = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (StrictDataclassError, OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{where}: {folder / 'config.json'}: {one_line(error)}") from error
+    except CONFIG_ERRORS as error:
+        raise _invalid_config(error, f"{where}: {folder / 'config.json'}", model_type) from error
     check_sizes(config, family, f"{where}: {folder / 'config.json'}")
     if model_type != keys["model_type"]:
         config, stored = read_original(config, stored, model_type, where)
@@ -215,8 +227,8 @@ def _scratch_source(
     _check_config_keys(model_type, rest, where)
     try:
         config = CONFIG_MAPPING[model_type](**rest)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise ModelError(f"{where}.config: {one_line(error)}") from error
+    except CONFIG_ERRORS as error:
+        raise _invalid_config(error, f"{where}.config", model_type) from error
     check_sizes(config, family, f"{where}.config")
     if getattr(config, "sinusoidal_pos_embds", False):
         raise ModelError(
@@ -230,6 +242,17 @@ def _scratch_source(
         architecture=family,
         where=where,
         wants_vocabulary="vocab_size" not in keys,
+    )
+
+
+def _invalid_config(error: Exception, where: str, model_type: str) -> ModelError:
+    """Return an error with the words of transformers, and a hint if they name no key."""
+    if not isinstance(error, AttributeError | KeyError):
+        return ModelError(f"{where}: {one_line(error)}")
+    return ModelError(
+        f"{where}: a value has the wrong form ({type(error).__name__}: {one_line(error)}); compare "
+        f"the config with that of another {model_type} model (id2label is a mapping from numbers "
+        "to names)"
     )
 
 
@@ -266,7 +289,7 @@ def _folder_of(spec: str, where: str, *, trust_remote_code: bool, allow_pickle: 
     patterns += ["*.py"] if trust_remote_code else []
     try:
         return Path(
-            snapshot_download(spec, allow_patterns=patterns, ignore_patterns=["*/*", "*.msgpack"])
+            snapshot_download(spec, allow_patterns=patterns, ignore_patterns=[*NOT_FROM_HUB])
         )
     except (OSError, ValueError) as error:
         raise ModelError(
@@ -282,8 +305,14 @@ def _read_config(folder: Path, where: str, *, trust_remote_code: bool) -> dict[s
         model_type = keys["model_type"]
     except FileNotFoundError:
         raise ModelError(f"{where}: {file} does not exist") from None
+    except OSError as error:
+        raise ModelError(f"{where}: {file} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{where}: {file} is not a model config: {error!r}") from error
+    if not isinstance(model_type, str):
+        raise ModelError(
+            f"{where}: {file}: model_type must be a text, such as bert (got {model_type!r})"
+        )
     if "auto_map" in keys and model_type not in CONFIG_MAPPING and not trust_remote_code:
         raise ModelError(
             f"{where}: {folder} is a {model_type!r} model, which runs its own code; set "

@@ -73,7 +73,7 @@ class RunInputs(UnencodedInputs):
 
 def cache_folder() -> Path:
     """Return the folder of encoded data and built corpora, which `MEGAKD_CACHE` can change."""
-    return Path(os.environ.get("MEGAKD_CACHE", Path.home() / ".cache" / "megakd"))
+    return Path(os.environ.get("MEGAKD_CACHE") or "~/.cache/megakd").expanduser()
 
 
 def prepare(config: RunConfig) -> RunInputs:

@@ -45,6 +45,14 @@ from megakd.errors import ConfigError
             "teacher.finetune: bf16 and fp16 are both true (a key that is not set here is",
         ),
         (
+            ["train.bf16=true", "baselines=[alone]", "alone={fp16: true}"],
+            "alone: bf16 and fp16 are both true (a key that is not set here is inherited from",
+        ),
+        (
+            ["baselines=[alone]", "alone={bf16: true, fp16: true}"],
+            "alone: bf16 and fp16 are both true (a key that is not set here is inherited from",
+        ),
+        (
             ["objective.1={loss: hard_mse}"],
             "objective[1].loss: hard_mse supports only task.type regression, and task.type is cl",
         ),

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import csv
 import json
+from decimal import Decimal
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
@@ -75,7 +78,7 @@ def test_scores_are_read_for_regression(tmp_path: Path):
     assert splits.metrics == ("pearson", "spearman")
 
 
-@pytest.mark.parametrize("wrong", ["good", "inf", "1,5"])
+@pytest.mark.parametrize("wrong", ["good", "inf", "1,5", "1_000", "1e39", "-1e300"])
 def test_a_score_that_is_no_number_is_refused_with_its_row(wrong: str, tmp_path: Path):
     path = as_csv(tmp_path / "x.csv", [("a", "0.5"), ("b", wrong)])
 
@@ -132,3 +135,15 @@ def test_an_unknown_class_name_is_refused_with_the_nearest(tmp_path: Path):
     message = r"dev\.csv, line 2: label 'postive' is not one of the 2 .* did you mean 'positive'\?"
     with pytest.raises(DataError, match=message):
         load(tmp_path, tmp_path)
+
+
+def test_decimals_in_a_parquet_file_are_scores(tmp_path: Path):
+    scores = pa.array([Decimal("1.50"), Decimal("2.25"), None], pa.decimal128(5, 2))
+    for name in ("train", "dev"):
+        table = pa.table({"text": ["a", "b", "c"], "label": scores})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+
+    labels = load(tmp_path, tmp_path, type="regression").train["label"][:]
+
+    assert labels[:2] == [1.5, 2.25]
+    assert labels[2] != labels[2]

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from tiny_runs import write_jsonl, write_text
@@ -214,3 +216,115 @@ def test_a_missing_set_is_found_before_the_training_rows_are_read(folder: Path):
 
     with pytest.raises(DataError, match=r"evaluation_sets\.hard"):
         load(folder, train_files="one.jsonl", evaluation_sets={"hard": "gone.jsonl"})
+
+
+def write_classes(path: Path, names: Sequence[str] | None, labels: dict[str, int]) -> None:
+    """Write texts and class numbers, with the names of the classes in the schema if given."""
+    kind = Value("int64") if names is None else ClassLabel(names=list(names))
+    columns = {"text": list(labels), "label": list(labels.values())}
+    features = Features({"text": Value("string"), "label": kind})
+    Dataset.from_dict(columns, features=features).to_parquet(path)
+
+
+def named_labels(splits: Splits, part: Dataset) -> dict[str, str | None]:
+    labels = [splits.label_names[label] if label >= 0 else None for label in part["label"][:]]
+    return dict(zip(part["text"][:], labels, strict=True))
+
+
+def test_files_of_one_list_with_other_orders_of_the_classes_are_matched_by_name(folder: Path):
+    write_classes(folder / "x.parquet", ["neg", "pos"], {"n1": 0, "p1": 1})
+    write_classes(folder / "y.parquet", ["pos", "neg"], {"p2": 0, "n2": 1, "none": -1})
+
+    write_jsonl(folder / "v.jsonl", [{"text": "v", "label": "pos"}])
+
+    splits = load(folder, train_files=("x.parquet", "y.parquet"), validation_files="v.jsonl")
+
+    assert named_labels(splits, splits.train) == {
+        "n1": "neg",
+        "p1": "pos",
+        "p2": "pos",
+        "n2": "neg",
+        "none": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "own"),
+    [
+        (["neg", "other"], "the class names neg, other"),
+        (["neg", "pos", "other"], "the class names neg, pos, other"),
+        (None, "no class names"),
+    ],
+)
+def test_files_of_one_list_with_other_class_names_are_refused_with_both_lists(
+    folder: Path, names: Sequence[str] | None, own: str
+):
+    write_classes(folder / "x.parquet", ["neg", "pos"], {"a": 0, "b": 1})
+    write_classes(folder / "y.parquet", names, {"c": 0, "d": 1})
+
+    message = rf"y\.parquet: column 'label' has {own}, but in .*x\.parquet it has .* neg, pos"
+    with pytest.raises(DataError, match=message):
+        load(folder, train_files=("x.parquet", "y.parquet"))
+
+
+def test_classes_with_digits_as_names_are_matched_by_name(folder: Path):
+    write_classes(folder / "x.parquet", ["1", "2", "3"], {"one": 0, "two": 1, "three": 2})
+    write_classes(folder / "y.parquet", ["2", "3", "1"], {"two": 0, "three": 1, "one": 2})
+    (folder / "z.csv").write_text("text,label\none,1\ntwo,2.0\nthree,3\n")
+
+    splits = load(
+        folder,
+        train_files="x.parquet",
+        validation_files="y.parquet",
+        evaluation_sets={"csv": "z.csv"},
+    )
+
+    expected = {"one": "1", "two": "2", "three": "3"}
+    for part in (splits.train, splits.validation, splits.evaluation_sets["csv"]):
+        assert named_labels(splits, part) == expected
+
+
+def test_a_number_that_is_no_class_is_refused_where_classes_have_digits_as_names(folder: Path):
+    write_classes(folder / "x.parquet", ["1", "2", "3"], {"one": 0, "two": 1, "three": 2})
+    (folder / "z.csv").write_text("text,label\none,0\ntwo,1\n")
+
+    message = r"z\.csv, line 2: label 0 is not one of the 3 classes .* \(1, 2, 3\)"
+    with pytest.raises(DataError, match=message):
+        load(folder, train_files="x.parquet", validation_files="z.csv")
+
+
+@pytest.mark.parametrize("order", [["neg", "pos"], ["pos", "neg"]])
+def test_words_and_numbers_with_these_names_are_the_same_classes(folder: Path, order: list[str]):
+    (folder / "words.csv").write_text("text,label\na,neg\nb,pos\n")
+    labels = {"n": order.index("neg"), "p": order.index("pos"), "none": -1}
+    write_classes(folder / "y.parquet", order, labels)
+
+    splits = load(folder, train_files="words.csv", validation_files="y.parquet")
+
+    assert named_labels(splits, splits.validation) == {"n": "neg", "p": "pos", "none": None}
+
+
+def test_a_number_beyond_the_class_names_of_its_file_is_refused_with_them(folder: Path):
+    write_classes(folder / "x.parquet", ["a", "b"], {"x": 0, "y": 1})
+    table = pq.read_table(folder / "x.parquet")
+    wrong = pa.table({"text": ["x", "y"], "label": [0, 7]}, schema=table.schema)
+    pq.write_table(wrong, folder / "y.parquet")
+
+    message = r"y\.parquet, row 2: label 7 is outside 0\.\.1, the 2 class names .* \(a, b\)"
+    with pytest.raises(DataError, match=message):
+        load(folder, train_files="one.jsonl", validation_files="y.parquet")
+
+
+def test_a_file_in_two_spellings_is_refused_with_both(folder: Path):
+    with pytest.raises(DataError, match=r"one\.jsonl is listed more than once \(also as .*\.\./"):
+        load(folder, train_files=(f"../{folder.name}/one.jsonl", "one.jsonl"))
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_file_of_two_splits_is_refused_with_both_keys(folder: Path, split: str):
+    (folder / "link.jsonl").symlink_to(folder / "two.jsonl")
+    keys = {"train_files": ("one.jsonl", "two.jsonl"), f"{split}_files": "link.jsonl"}
+
+    message = rf"task\.{split}_files: .*link\.jsonl is also a file of task\.train_files"
+    with pytest.raises(DataError, match=message):
+        load(folder, **keys)

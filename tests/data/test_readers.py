@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megakd.config.run import TaskConfig
-from megakd.data.readers import read_csv
+from megakd.data.readers import read_csv, read_parquet
 from megakd.data.splits import Splits, load_splits
 from megakd.errors import DataError
 
@@ -97,6 +98,18 @@ def test_text_that_is_not_utf8_is_refused_with_its_line(kind: str, tmp_path: Pat
     message = rf"x\.{kind}, line 3: text is not UTF-8 \(byte 0xe9 at position \d+\)"
     with pytest.raises(DataError, match=message):
         load(path, tmp_path, type="causal_lm")
+
+
+def test_a_parquet_column_of_an_unknown_kind_is_refused_with_the_file(tmp_path: Path):
+    kinds = {"text": {"_type": "KindOfALaterVersion"}}
+    table = pa.table({"text": ["a"]}).replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": kinds}})}
+    )
+    path = tmp_path / "rows.parquet"
+    pq.write_table(table, path)
+
+    with pytest.raises(DataError, match=r"rows\.parquet is not a readable parquet file: .*Kind"):
+        read_parquet(path)
 
 
 def test_parquet_text_that_is_not_utf8_is_refused(tmp_path: Path):
@@ -217,4 +230,12 @@ def test_a_split_whose_texts_are_all_empty_is_refused(tmp_path: Path):
     path = as_csv(tmp_path / "x.csv", [("", 0), (" ", 1)])
 
     with pytest.raises(DataError, match="all 2 rows have an empty text"):
+        load(path, tmp_path)
+
+
+def test_two_lists_of_one_split_in_a_json_file_are_refused_with_both(tmp_path: Path):
+    path = tmp_path / "x.json"
+    path.write_text('{"train": [["a", 0], ["b", 1]], "val": [["c", 0]], "dev": [["d", 1]]}')
+
+    with pytest.raises(DataError, match=r"x\.json: 'val' and 'dev' are names of the same split"):
         load(path, tmp_path)

@@ -291,3 +291,42 @@ def test_a_cache_that_cannot_be_written_is_said_with_its_folder(tmp_path: Path):
 
     with pytest.raises(DataError, match=r"cannot write the data cache .*/cache/rows"):
         load(write_csv(tmp_path / "x.csv", 4), tmp_path)
+
+
+def test_held_out_rows_with_a_label_are_chosen_before_those_without():
+    labels = [n % 2 if n % 50 == 0 else -100 for n in range(1000)]
+    rows = rows_of([f"text {n}" for n in range(1000)], labels)
+
+    chosen, fewer = at_most(rows, 50), at_most(rows, 7)
+
+    assert sum(label != -100 for label in chosen["label"]) == 20
+    assert len(chosen) == 50
+    assert all(label != -100 for label in fewer["label"])
+    assert len(fewer) == 7
+
+
+def test_two_hub_splits_with_names_of_one_split_are_refused_with_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    part = rows_of(["a", "b"])
+    hub = DatasetDict({"train": part, "validation": part, "dev": part})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: hub)
+
+    message = r"someone/somedata: 'validation' and 'dev' are names of the same split \(validation\)"
+    with pytest.raises(DataError, match=message):
+        load("someone/somedata", tmp_path)
+
+
+def test_a_hub_data_set_that_is_a_script_is_refused_with_other_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: object) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported, but found somedata.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+
+    message = (
+        r"someone/somedata is a script, .* found somedata\.py\); use .* parquet .* local files"
+    )
+    with pytest.raises(DataError, match=message):
+        load("someone/somedata", tmp_path)

@@ -53,6 +53,17 @@ def test_a_head_with_the_same_names_in_another_order_does_not_agree():
     assert not labels_agree(named("b", "a"), ("a", "b"))
 
 
+def test_labels_that_differ_only_in_case_are_matched_exactly():
+    assert label_order(named("us", "Other", "US"), ("US", "us", "other"), where="x") == (2, 0, 1)
+    assert labels_agree(named("US", "us"), ("US", "us"))
+    assert not labels_agree(named("us", "US"), ("US", "us"))
+
+
+def test_a_label_like_two_labels_of_the_model_is_an_error():
+    with pytest.raises(ModelError, match=r"labels \(US, us, a\) are not those of the data"):
+        label_order(named("US", "us", "a"), ("US", "Us", "a"), where="teacher.model")
+
+
 def test_labels_are_written_into_a_config():
     classifier, regressor = BertConfig(), BertConfig()
 

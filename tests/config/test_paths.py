@@ -1,0 +1,67 @@
+"""Folders in the run config and in MEGAKD_CACHE: `~` is the home folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from run_files import message_of
+
+from megakd.config.file import load_config
+from megakd.training.inputs import cache_folder
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_every_folder_of_the_config_may_begin_with_the_home_folder(
+    run_file: Path, home: Path
+) -> None:
+    overrides = [
+        "output_dir=~/runs/x",
+        "teacher.cache=~/answers",
+        "train.resume_from_checkpoint=~/step-1",
+        "teacher.finetune.resume_from_checkpoint=~/step-2",
+        "baselines=[alone]",
+        "alone.resume_from_checkpoint=~/step-3",
+    ]
+
+    config = load_config(run_file, overrides)
+
+    assert config.output_dir == home / "runs/x"
+    assert config.teacher is not None
+    assert config.teacher.finetune is not None
+    assert config.alone is not None
+    assert config.teacher.cache == home / "answers"
+    trainings = (config.train, config.teacher.finetune, config.alone)
+    assert [train.resume_from_checkpoint for train in trainings] == [
+        str(home / f"step-{number}") for number in (1, 2, 3)
+    ]
+
+
+def test_true_and_false_for_a_checkpoint_are_no_paths(run_file: Path) -> None:
+    config = load_config(run_file, ["train.resume_from_checkpoint=false"])
+
+    assert config.train.resume_from_checkpoint is False
+
+
+@pytest.mark.parametrize("key", ["output_dir", "train.resume_from_checkpoint"])
+def test_the_home_folder_of_nobody_is_refused(run_file: Path, key: str) -> None:
+    text = message_of(run_file, f"{key}=~nosuchuser/x")
+
+    assert f"{key}: ~nosuchuser is the home folder of a user that does not exist" in text
+    assert "'~nosuchuser/x'" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "folder"), [("", ".cache/megakd"), ("~", "."), ("~/fast/cache", "fast/cache")]
+)
+def test_an_empty_cache_variable_is_the_default_and_a_home_folder_is_expanded(
+    home: Path, monkeypatch: pytest.MonkeyPatch, value: str, folder: str
+) -> None:
+    monkeypatch.setenv("MEGAKD_CACHE", value)
+
+    assert cache_folder() == home / folder
