@@ -34,6 +34,7 @@ from megakd.process.garbage import no_collections
 from megakd.process.phases import counted
 from megakd.process.quiet_stdout import print_aside
 from megakd.process.signals import Stopped, watched
+from megakd.storage.atomic import json_text
 
 _USER_ERROR = 2
 _PEER_LOST = 1
@@ -80,7 +81,7 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unknown option {unknown[0]}{self._nearest(unknown[0])}")
         launched = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]
-        arguments.prog, arguments.command = self.prog, shlex.join([self.prog, *launched])
+        arguments.prog, arguments.command = self.prog, f"{self.prog} {shlex.join(launched)}"
         return arguments
 
     def _nearest(self, word: str) -> str:
@@ -262,7 +263,7 @@ def _print_plan(config: RunConfig, arguments: argparse.Namespace) -> int:
         from megakd.planning.plan import plan_run
 
         plan = plan_run(config, cluster)
-    _say(json.dumps(plan.as_json(), indent=2) if as_json else page(plan))
+    _say(json_text(plan.as_json(), indent=2) if as_json else page(plan))
     return 0
 
 
@@ -285,7 +286,8 @@ def _cache(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    data = arguments.data or _take_local_dataset(arguments)
+    local = _take_local_dataset(arguments) if arguments.submission is None else None
+    data = arguments.data or local
     config = _config(arguments)
     _prefer_large_pages()
     if arguments.submission is not None:
@@ -296,18 +298,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         found = model_evaluation.evaluate_model(
             config, arguments.model, data=data, trusts_order=arguments.trust_label_order
         )
-    _say(json.dumps(found, indent=2) if arguments.json else _scores(found))
+    _say(json_text(found, indent=2) if arguments.json else _scores(found))
     return 0
 
 
 def _take_local_dataset(arguments: argparse.Namespace) -> str | None:
-    """Remove `task.dataset=FILE` from the settings and return FILE, which will be scored."""
-    for word in arguments.overrides:
-        key, _, value = word.partition("=")
-        if key == "task.dataset" and Path(value).expanduser().exists():
-            arguments.overrides.remove(word)
-            return value
-    return None
+    """Remove `task.dataset=FILE`, the last of the settings, and return FILE to be scored."""
+    given = [word for word in arguments.overrides if word.startswith("task.dataset=")]
+    value = given[-1].partition("=")[2] if given else ""
+    if not value or not Path(value).expanduser().exists():
+        return None
+    arguments.overrides = [word for word in arguments.overrides if word not in given]
+    return value
 
 
 def _scores(found: Mapping[str, Any]) -> str:

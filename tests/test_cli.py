@@ -241,6 +241,18 @@ def test_a_file_named_to_evaluate_is_scored_and_is_not_the_runs_data(
     assert runs.asked == [("evaluate", None, "pydocs", None, str(mine), True)]
 
 
+def test_of_several_files_named_to_evaluate_the_last_is_scored(
+    run_file: str, runs: Runs, tmp_path: Path
+) -> None:
+    files = [tmp_path / name for name in ("a.csv", "b.csv")]
+    for file in files:
+        file.touch()
+
+    assert cli.main(["evaluate", run_file, *(f"task.dataset={file}" for file in files)]) == 0
+
+    assert runs.asked == [("evaluate", None, "pydocs", None, str(files[1]), False)]
+
+
 def test_another_data_set_that_is_no_file_is_the_runs(run_file: str, runs: Runs) -> None:
     assert cli.main(["evaluate", run_file, "task.dataset=glue/rte"]) == 0
 

@@ -199,6 +199,8 @@ def select_rows(count: int, *, like: Tensor, masks: Masks, ids: Ids | None) -> R
         return Rows(counted, weight, None, torch.zeros_like(weight))
     if ids is None:
         return Rows(counted, weight, torch.zeros_like(labels), torch.where(labelled, weight, 0))
+    # A row that does not count may hold any label.
+    labels, labelled = torch.where(counted, labels, masks.ignore_index), labelled & counted
     is_known = ids.known(labels)
     check_labels(labels, is_known, masks.ignore_index, ids.named)
     hard_weight = torch.where(labelled, torch.where(is_known, weight, math.nan * weight), 0)

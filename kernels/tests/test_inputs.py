@@ -42,6 +42,36 @@ def test_where_labels_are_not_looked_at_a_wrong_one_spoils_its_row_alone(
     torch.testing.assert_close(gradients[0][others], expected[0][others])
 
 
+@IMPLS
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_row_without_weight_may_hold_any_label(make_problem, impl, looks, monkeypatch):
+    monkeypatch.setattr("megakd_kernels.inputs.may_look_at", lambda _: looks)
+    problem = make_problem()
+    labels, weight = problem.labels.clone(), (torch.arange(13) != 5).float()
+    options = {"token_weight": weight, "ce_weight": 1.0, "impl": impl}
+    expected = problem.solve(labels=labels, **options)
+    labels[5] = 10**6
+
+    torch.testing.assert_close(problem.solve(labels=labels, **options), expected)
+
+
+@IMPLS
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_row_that_is_not_valid_may_hold_any_label(impl, looks, monkeypatch):
+    monkeypatch.setattr("megakd_kernels.inputs.may_look_at", lambda _: looks)
+    student, teacher = torch.randn(2, 3, 5)
+    options = {
+        "t_squared": True, "ce_weight": 1.0, "impl": impl, "valid": torch.tensor([1, 0, 1]).bool()
+    }  # fmt: skip
+
+    losses = [
+        mk.kd_loss_from_logits(student, teacher, torch.tensor([1, label, 2]), **options).loss
+        for label in (0, 999)
+    ]
+
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
 def test_labels_that_are_no_integers_are_refused(make_problem, dtype):
     problem = make_problem()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,8 +27,8 @@ class Rates:
 
     def __post_init__(self) -> None:
         for name, value in (("tflops", self.tflops), ("gbps", self.gbps)):
-            if value is not None and value <= 0:
-                raise ConfigError(f"the rate {name} must be above 0, got {value}")
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"the rate {name} must be a finite number above 0, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,10 @@ class Cluster:
     rates: Rates = Rates()
 
     def __post_init__(self) -> None:
-        if self.ranks < 1 or self.nodes < 1 or self.ranks % self.nodes:
+        for name, value in (("ranks", self.ranks), ("nodes", self.nodes)):
+            if value < 1:
+                raise ConfigError(f"--{name} must be at least 1, got {value}")
+        if self.ranks % self.nodes:
             raise ConfigError(
                 f"{self.ranks} ranks cannot be divided equally between {self.nodes} nodes; --ranks "
                 "is the number of all ranks and must be a multiple of --nodes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -45,8 +46,8 @@ def cluster_of(arguments: argparse.Namespace) -> Cluster:
     given = vars(arguments)
     memory, host = given.get("gpu_memory_gb"), given.get("host_memory_gb")
     for name, value in (("gpu_memory_gb", memory), ("host_memory_gb", host)):
-        if value is not None and value <= 0:
-            raise ConfigError(f"--{name} must be above 0, got {value:g}")
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"--{name} must be a finite number above 0, got {value:g}")
     device = given.get("device") or ("cuda" if memory is not None else _own_device())
     if device == "cpu" and memory is not None:
         raise ConfigError("--gpu_memory_gb cannot be used with --device cpu; remove one of the two")
@@ -71,11 +72,18 @@ def _places(ranks: int | None, nodes: int | None, device: str) -> tuple[int, int
     node.
     """
     if ranks is None and nodes is None and "WORLD_SIZE" in os.environ:
-        world = int(os.environ["WORLD_SIZE"])
-        local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world
-        return world, max(1, world // int(local))
+        world = _number("WORLD_SIZE")
+        local = next((n for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if os.environ.get(n)), None)
+        return world, 1 if local is None else max(1, world // _number(local))
     nodes = 1 if nodes is None else nodes
     return (8 if device == "cuda" else 1) * nodes if ranks is None else ranks, nodes
+
+
+def _number(variable: str) -> int:
+    text = os.environ[variable]
+    if not text.isdecimal() or int(text) == 0:
+        raise ConfigError(f"{variable}={text} is not a number above 0; unset it or use --ranks")
+    return int(text)
 
 
 def _rates(given: dict[str, object]) -> Rates:

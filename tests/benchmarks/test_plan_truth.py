@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,10 +21,13 @@ _SPEC.loader.exec_module(benchmark)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [5, 6])
-def test_the_predicted_peak_is_within_a_tenth_of_the_measured(number: int, tmp_path: Path) -> None:
-    found = benchmark.compared(benchmark.CASES[number - 1], tmp_path)
+def test_the_predicted_peak_is_within_a_tenth_of_the_measured(number: int) -> None:
+    """In a process of its own: the plan counts the memory of the process that plans."""
+    command = [sys.executable, str(BENCHMARKS / "plan.py"), "--cases", str(number)]
 
-    assert abs(found.error) <= benchmark.TOLERANCE
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
 
 
 def test_every_case_is_a_run_that_megakd_accepts(tmp_path: Path) -> None:

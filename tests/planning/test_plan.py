@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -281,5 +282,6 @@ def test_rates_come_from_a_file(tmp_path: Path) -> None:
     assert rates_of(path) == Rates(tflops=400, gbps=45)
     with pytest.raises(ConfigError, match="must hold a mapping"):
         rates_of(wrong)
-    with pytest.raises(ConfigError, match="must be above 0"):
-        Rates(tflops=0)
+    for wrong_rate in (0, math.nan, math.inf):
+        with pytest.raises(ConfigError, match="must be a finite number above 0"):
+            Rates(tflops=wrong_rate)

@@ -177,6 +177,19 @@ def test_a_file_in_the_place_of_the_folder_is_refused(one_rank, rte, tmp_path):
     assert said.loaded == ()
 
 
+def test_a_submission_of_a_file_is_refused_and_not_of_the_runs_own_data(one_rank, rte, tmp_path):
+    run, _ = rte
+    (tmp_path / "mine.jsonl").write_text("{}")
+
+    said = one_rank.megakd(
+        "evaluate", run, f"task.dataset={tmp_path / 'mine.jsonl'}", "--submission", tmp_path / "s"
+    )
+
+    assert said.code == 2
+    assert "mine.jsonl" in said.err
+    assert not (tmp_path / "s").exists()
+
+
 def test_json_and_a_submission_exclude_each_other(one_rank, rte, tmp_path):
     run, _ = rte
 
