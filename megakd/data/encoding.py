@@ -24,7 +24,9 @@ from megakd.data.cache import key_of, read_rows
 from megakd.data.rows import LABELS_AT_ONCE, arrow_batches, rows_key
 from megakd.data.token_tables import token_tables
 from megakd.errors import DataError
+from megakd.storage.atomic import sha256_of
 from megakd.storage.built_once import whole_folder
+from megakd.storage.checksums import files_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -167,11 +169,7 @@ def _saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Return the sha256 of every file that a tokenizer without a backend is saved as."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return {
-            path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(Path(folder).rglob("*"))
-            if path.is_file()
-        }
+        return {name: sha256_of(Path(folder, name)) for name in files_of(Path(folder))}
 
 
 def tokens_key(rows: Dataset) -> str:

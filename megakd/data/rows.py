@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ def rows_key(rows: Dataset) -> str:
             digest.update(table.column("label").to_numpy().tobytes())
     names = sorted({*rows.column_names} - {"label"})
     for table in arrow_batches(rows.select_columns(names), TEXTS_AT_ONCE):
-        for name in names:
-            digest.update(json.dumps(table.column(name).to_pylist()).encode())
+        # Arrow's format for other processes depends on the values, not on how they are stored.
+        for batch in table.combine_chunks().to_batches():
+            digest.update(batch.replace_schema_metadata(None).serialize())
     return digest.hexdigest()

@@ -14,7 +14,6 @@ from megakd.contract.batch import Batch, Counts, Knowledge, Losses, Predictions
 from megakd.contract.stage import Pass, backward_groups
 from megakd.engine.distributed import together
 from megakd.engine.initialize import Engine
-from megakd.engine.sharding import gathered_state
 from megakd.engine.shards import Shard, local_shards
 from megakd.errors import CheckpointError
 from megakd.storage.tensors import write_tensors
@@ -125,10 +124,6 @@ class StudentEngine:
         self._engine.eval()
         with self._engine.module.opened_head(batch):
             return self._engine(batch, view=view)
-
-    def student_state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the student's weights one at a time, on the CPU of rank 0, without projections."""
-        return gathered_state(self.student)
 
     def save(self, folder: Path, tag: str) -> None:
         """Write the engine's shards into folder/tag; a collective.

@@ -6,7 +6,6 @@ the stage that became `final/`, and the checksums of `final/` and of the report.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +27,7 @@ from megakd.reports.table import result_table
 from megakd.run.holder import held
 from megakd.storage import atomic
 from megakd.storage.checksums import checksum_of, damage_of, read_signed, write_signed
-from megakd.storage.fingerprint import Fingerprint, differences, flatten
+from megakd.storage.fingerprint import Fingerprint, as_read_back, differences, flatten
 from megakd.storage.finished_folder import CARD, copy_finished, entries, open_finished, users_files
 from megakd.training.best_checkpoint import RECORD
 from megakd.training.engines import model_identity
@@ -147,7 +146,7 @@ def _compare_inputs(config: RunConfig, there: Fingerprint) -> None:
             error,
         )
         return
-    differing = differences(there, json.loads(atomic.json_text(here)))
+    differing = differences(there, as_read_back(here))
     if differing:
         raise CheckpointError(
             f"{config.output_dir} holds a finished run that was made from other data or models "

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from megakd.storage.atomic import json_text
 
 Fingerprint = dict[str, Any]
 ABSENT = object()
@@ -27,6 +30,11 @@ def flatten(tree: Any, prefix: str = "") -> Fingerprint:
     for key, value in items:
         flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
     return flat
+
+
+def as_read_back(fingerprint: Fingerprint) -> Fingerprint:
+    """Return a fingerprint as it is after it was written to JSON and read again."""
+    return json.loads(json_text(fingerprint))
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], *, most: int = 5) -> str:

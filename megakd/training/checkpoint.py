@@ -10,7 +10,6 @@ checksum is in the manifest. A kill at any moment leaves the previous checkpoint
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import pickle
@@ -29,9 +28,9 @@ from torch import Tensor
 
 from megakd.engine.distributed import Ranks, agree, gather, on_main, together
 from megakd.errors import CheckpointError, MegakdError
-from megakd.storage.atomic import full_disk_reason, json_text, write_text
+from megakd.storage.atomic import full_disk_reason, write_text
 from megakd.storage.checksums import damage_of, entries_of, files_of, read_signed, write_signed
-from megakd.storage.fingerprint import Fingerprint, differences
+from megakd.storage.fingerprint import Fingerprint, as_read_back, differences
 from megakd.storage.tensors import write_tensors
 from megakd.training.longer import is_longer
 
@@ -211,7 +210,7 @@ class Checkpoints:
         manifest = read_signed(checkpoint / MANIFEST)
         if manifest.get("format") != FORMAT:
             raise _of_another_version(checkpoint)
-        here = json.loads(json_text(self.fingerprint))
+        here = as_read_back(self.fingerprint)
         there = manifest["fingerprint"]
         differing = differences(there, here)
         if differing and not (self.may_grow and is_longer(there, here)):
@@ -228,7 +227,7 @@ class Checkpoints:
     def has_grown(self, checkpoint: Path) -> bool:
         """Return true if this run has more steps than the run of a checkpoint; a collective."""
         there = on_main(lambda: read_signed(checkpoint / MANIFEST)["fingerprint"])
-        return is_longer(there, json.loads(json_text(self.fingerprint)))
+        return is_longer(there, as_read_back(self.fingerprint))
 
     def load(
         self, checkpoint: Path, read_engine: Callable[[Path, str], None]

@@ -11,7 +11,7 @@ from megakd.contract.stage import StageResult
 from megakd.engine.distributed import on_main
 from megakd.errors import CheckpointError
 from megakd.storage import atomic
-from megakd.storage.fingerprint import Fingerprint, differences
+from megakd.storage.fingerprint import Fingerprint, as_read_back, differences
 from megakd.storage.finished_folder import CHECKSUMS, open_finished, write_finished
 from megakd.training.evaluation import numbers
 from megakd.training.longer import is_longer
@@ -51,7 +51,7 @@ def read_result(
     if found is None:
         return None
     result, there = found
-    here = json.loads(atomic.json_text(fingerprint))
+    here = as_read_back(fingerprint)
     if may_grow and is_longer(there, here):
         logger.info(
             "%s: finished with %d steps and continues (%s); from there the learning rate follows "

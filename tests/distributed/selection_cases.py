@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from megakd.config.file import load_config
 from megakd.engine import distributed
+from megakd.engine.sharding import gathered_state
 from megakd.engine.student import StudentEngine
 from megakd.methods import run_method
 from megakd.methods.knowledge_selection.selecting import Selecting
@@ -64,7 +65,7 @@ class Watch:
     def _digest(self, student) -> str:
         """Of the weights, and of the moments that the optimizer has."""
         found = hashlib.sha256()
-        for _, tensor in student.student_state():
+        for _, tensor in gathered_state(student.student):
             found.update(tensor.float().numpy().tobytes())
         for state in student._engine.optimizer.state.values():
             found.update(str(float(state["exp_avg"].abs().sum())).encode())
