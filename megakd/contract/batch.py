@@ -73,17 +73,19 @@ class AttentionVectors(NamedTuple):
     keys: [B, T, key heads * width], likewise; there may be fewer key heads than query heads.
     values: [B, T, key heads * width].
     width: the width of one head.
+    scale: factor of the attention scores; None: 1 / sqrt(width).
     """
 
     queries: Tensor
     keys: Tensor
     values: Tensor
     width: int
+    scale: float | None = None
 
     def detached(self) -> AttentionVectors:
         """Return the vectors detached from the graph."""
         queries, keys, values = (p.detach() for p in (self.queries, self.keys, self.values))
-        return AttentionVectors(queries, keys, values, self.width)
+        return AttentionVectors(queries, keys, values, self.width, self.scale)
 
 
 class TopK(NamedTuple):

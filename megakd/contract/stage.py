@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megakd.contract.batch import Batch, Counts, Knowledge
-    from megakd.contract.units import UnitOrder, View
+    from megakd.contract.units import Cut, View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,13 +191,6 @@ class Constant(Stateless):
 
 Scores = Mapping[str, Mapping[str, float]]
 """Metrics of one evaluation, by the name of the view."""
-
-
-class Cut(NamedTuple):
-    """Instructions to cut a model: sort the units by `order`, then keep the units of `view`."""
-
-    order: UnitOrder | None
-    view: View
 
 
 class Verdict(NamedTuple):

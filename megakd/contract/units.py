@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 Kind = Literal["heads", "neurons", "width"]
+Columns = Literal["queries", "values"]
+"""Columns inside each head: those of its queries and keys, or those of its values."""
 
 
 class View(NamedTuple):
@@ -19,11 +21,14 @@ class View(NamedTuple):
     heads: key-value groups kept, one number per attention of the model.
     neurons: neurons kept, one number per feed-forward of the model.
     width: width of the hidden states; None keeps the full width.
+    head_width: columns kept in every head, of its queries and keys and of its values; None keeps
+        all columns.
     """
 
     heads: tuple[int, ...]
     neurons: tuple[int, ...]
     width: int | None = None
+    head_width: int | None = None
 
     def within(self, other: View) -> bool:
         """Return whether `other` contains this view."""
@@ -37,17 +42,39 @@ class UnitOrder(NamedTuple):
     """Units sorted by importance, the most important first, as indices into the stored model.
 
     heads: one list per attention. neurons: one list per feed-forward. width: None keeps the order.
+    queries, values: per attention, and per head of the stored model, the columns inside the head;
+        None keeps the order.
     """
 
     heads: tuple[tuple[int, ...], ...]
     neurons: tuple[tuple[int, ...], ...]
     width: tuple[int, ...] | None = None
+    queries: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    values: tuple[tuple[tuple[int, ...], ...], ...] | None = None
 
     def of(self, kind: Kind, number: int) -> tuple[int, ...] | None:
         """Return the order of one attention, of one feed-forward, or of the width."""
         if kind == "width":
             return self.width
         return (self.heads if kind == "heads" else self.neurons)[number]
+
+    def inside(self, columns: Columns | None, number: int) -> tuple[tuple[int, ...], ...] | None:
+        """Return the order of the columns inside each head of one attention; None: unchanged."""
+        if columns is None:
+            return None
+        listed = self.queries if columns == "queries" else self.values
+        return None if listed is None else listed[number]
+
+
+class Cut(NamedTuple):
+    """Instructions to cut a model: sort the units by `order`, then keep the units of `view`.
+
+    order: None keeps the order of the stored model.
+    view: None keeps all units.
+    """
+
+    order: UnitOrder | None
+    view: View | None
 
 
 class Axis(NamedTuple):
@@ -57,23 +84,62 @@ class Axis(NamedTuple):
         feed-forward 0; the width has only number 0.
     size: rows or columns per unit.
     parts: how often the list of units repeats (3 if queries, keys and values lie side by side).
+    columns: the columns inside each head, if they can be cut too.
     """
 
     kind: Kind
     number: int = 0
     size: int = 1
     parts: int = 1
+    columns: Columns | None = None
 
-    def kept(self, view: View) -> int | None:
+    def kept(self, view: View | None) -> int | None:
         """Return the number of units that a view keeps of this dimension; None: all."""
+        if view is None:
+            return None
         if self.kind == "width":
             return view.width
         return (view.heads if self.kind == "heads" else view.neurons)[self.number]
 
-    def length(self, view: View) -> int | None:
+    def length(self, view: View | None) -> int | None:
         """Return the number of rows or columns that a view keeps; None: all."""
         kept = self.kept(view)
-        return None if kept is None else kept * self.size * self.parts
+        return None if kept is None else kept * self.size_in(view) * self.parts
+
+    def size_in(self, view: View | None) -> int:
+        """Return the rows or columns that a view keeps of a unit."""
+        width = None if view is None or self.columns is None else view.head_width
+        return self.size if width is None else width
+
+    def is_sorted_in(self, order: UnitOrder | None) -> bool:
+        """Return whether an order moves the units of this dimension or the columns inside them."""
+        if order is None:
+            return False
+        moves = order.of(self.kind, self.number) is not None
+        return moves or order.inside(self.columns, self.number) is not None
+
+    def keeps_prefix(self, cut: Cut) -> bool:
+        """Return whether the kept rows are the first rows of each part."""
+        return not self.is_sorted_in(cut.order) and self.size_in(cut.view) == self.size
+
+    def rows(self, cut: Cut, length: int) -> list[int]:
+        """Return the rows or columns that a cut keeps, in the order of the cut model.
+
+        Args:
+            cut: the cut.
+            length: rows or columns of the whole weight along this dimension.
+        """
+        part = length // self.parts
+        order = None if cut.order is None else cut.order.of(self.kind, self.number)
+        inside = None if cut.order is None else cut.order.inside(self.columns, self.number)
+        units = (order or range(part // self.size))[: self.kept(cut.view)]
+        size, every = self.size_in(cut.view), tuple(range(self.size))
+        rows = [
+            unit * self.size + column
+            for unit in units
+            for column in (inside[unit] if inside else every)[:size]
+        ]
+        return [first + row for first in range(0, length, part or 1) for row in rows]
 
 
 Axes = tuple[Axis | None, ...]

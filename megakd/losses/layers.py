@@ -154,7 +154,8 @@ class AttentionMatrices(LayerTerm):
         queries = _heads(vectors.queries, valid, vectors.width)
         keys = _heads(vectors.keys, valid, vectors.width)
         keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
-        scores = queries @ keys.mT * vectors.width**-0.5
+        scale = vectors.width**-0.5 if vectors.scale is None else vectors.scale
+        scores = queries @ keys.mT * scale
         if self.fit == "scores":
             return scores
         return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)

@@ -46,6 +46,8 @@ AUTO_CLASSES: Mapping[TaskType, type] = {
 # Config keys of a cut model, whose layers differ in shape.
 HEAD_COUNTS, NEURON_COUNTS, HEAD_WIDTH = "head_counts", "neuron_counts", "head_width"
 QUERIES_PER_KEY = "queries_per_key"
+SCORE_WIDTH = "score_width"
+"""Config key of a cut model: the width whose root divides attention scores."""
 HEAD_COLUMNS = "head_columns"
 """Config key of a cut model, and of a model whose sorted heads have columns in a shared bias."""
 
@@ -70,6 +72,8 @@ class Architecture:
     positions: config key of the number of positions; None: any number.
     counts_padding: position ids start after the padding id, which leaves fewer positions.
     shares_bias: all layers share a position bias with one column per head.
+    cuts_inside_heads: the columns of a head can be cut one by one; rotary positions pair columns,
+        so that such families lose whole heads.
     """
 
     model_type: str
@@ -93,6 +97,7 @@ class Architecture:
     positions: str | None = "max_position_embeddings"
     counts_padding: bool = False
     shares_bias: bool = False
+    cuts_inside_heads: bool = False
 
     def number_of_layers(self, config: PretrainedConfig) -> int:
         """Return the number of layers in a config."""
@@ -109,6 +114,10 @@ class Architecture:
         width = getattr(config, HEAD_WIDTH, None) or getattr(config, "head_dim", None)
         width = width or self.hidden_width(config) // queries
         return Heads(queries, keys, width)
+
+    def score_width(self, config: PretrainedConfig) -> int:
+        """Return the width whose root divides attention scores; a cut head may be narrower."""
+        return getattr(config, SCORE_WIDTH, None) or self.heads(config).width
 
     def longest_input(self, config: PretrainedConfig) -> int | None:
         """Return the largest number of tokens with positions; None if any number is allowed."""
@@ -203,6 +212,7 @@ def _encoder(model_type: str, *, renewed: tuple[str, ...] = ()) -> Architecture:
         head="classifier",
         renewed=renewed,
         masked=MASKED_HEADS[model_type],
+        cuts_inside_heads=True,
     )
 
 

@@ -33,6 +33,8 @@ class AttentionNotes:
         self._config = model.config
         self._sources = {i: self._architecture.vectors_of(model, i) for i in layers}
         self._blocks = {i: self._architecture.block_of(model, i) for i in layers}
+        attentions = self._architecture.attentions(model.config)
+        self._cores = {i: model.get_submodule(attentions[i - 1].core) for i in layers}
         self._rotary = self._architecture.rotary_of(model)
         self._seen: dict[nn.Module, Any] = {}
 
@@ -67,13 +69,17 @@ class AttentionNotes:
             seen = list(BackThroughLayer.apply(output, *seen))
         parts = seen[0].chunk(3, dim=-1) if self._architecture.attention.is_fused else seen
         heads = self._architecture.heads(self._config)
-        width, unit = heads.width, heads.width * (heads.queries // heads.keys)
+        core = self._cores[layer]
+        # An attention that runs as a cut of itself has narrower heads than its config says.
+        width = getattr(core, "attention_head_size", heads.width)
+        unit = width * (heads.queries // heads.keys)
         queries = _side_by_side(parts[0], unit)
         keys, values = (_side_by_side(part, width) for part in parts[1:])
         if self._rotary is not None:
             turns = self._seen[self._rotary]
             queries, keys = (turned(part, turns, width) for part in (queries, keys))
-        return AttentionVectors(queries, keys, values, width)
+        scale = getattr(core, "scaling", width**-0.5)
+        return AttentionVectors(queries, keys, values, width, float(scale))
 
 
 def _side_by_side(vectors: Tensor, unit: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from megakd.contract.units import Axes, Axis, UnitOrder, View
+from megakd.contract.units import Axes, Axis, Cut, UnitOrder, View
 from megakd.engine.sharding import full_shape
 from megakd.models.architectures import architecture_of
 
@@ -60,13 +60,15 @@ def _of_layers(model: PreTrainedModel, architecture: Architecture) -> Iterator[t
     config = model.config
     heads = architecture.heads(config)
     shared = heads.queries // heads.keys
+    matched, summed = ("queries", "values") if architecture.cuts_inside_heads else (None, None)
     for number, paths in enumerate(architecture.attentions(config)):
-        queries = Axis("heads", number, heads.width * shared)
-        keys = Axis("heads", number, heads.width)
+        queries = Axis("heads", number, heads.width * shared, columns=matched)
+        keys = Axis("heads", number, heads.width, columns=matched)
+        values = keys._replace(columns=summed)
         parts = 3 if paths.is_fused else 1
-        for path, axis in zip(paths.projections, (queries, keys, keys), strict=True):
+        for path, axis in zip(paths.projections, (queries, keys, values), strict=True):
             yield from _linear(model, path, axis._replace(parts=parts), WIDTH)
-        yield from _linear(model, paths.output, WIDTH, queries)
+        yield from _linear(model, paths.output, WIDTH, queries._replace(columns=summed))
     for number, paths in enumerate(architecture.feed_forwards(config)):
         neurons = Axis("neurons", number)
         for path in paths.inputs:
@@ -108,25 +110,34 @@ def narrowed(tensor: Tensor, axes: Axes, view: View) -> Tensor:
         axes: the axes of this weight.
         view: the units to keep.
     """
+    cut = Cut(None, view)
     for dimension, axis in enumerate(axes):
-        kept = None if axis is None else axis.kept(view)
-        if axis is None or kept is None:
+        length = None if axis is None else axis.length(view)
+        if axis is None or length is None:
             continue
-        whole = tensor.unflatten(dimension, (axis.parts, -1))
-        tensor = whole.narrow(dimension + 1, 0, kept * axis.size).flatten(dimension, dimension + 1)
+        if axis.keeps_prefix(cut):
+            whole = tensor.unflatten(dimension, (axis.parts, -1))
+            tensor = whole.narrow(dimension + 1, 0, length // axis.parts)
+            tensor = tensor.flatten(dimension, dimension + 1)
+        else:
+            tensor = _rows(tensor, dimension, axis, cut)
     return tensor
 
 
 def ordered(tensor: Tensor, axes: Axes, order: UnitOrder) -> Tensor:
     """Return a whole weight with its units reordered; the model computes the same function."""
+    cut = Cut(order, None)
     for dimension, axis in enumerate(axes):
-        units = None if axis is None else order.of(axis.kind, axis.number)
-        if axis is None or units is None:
-            continue
-        index = torch.tensor(units, dtype=torch.long, device=tensor.device)
-        cut = tensor.unflatten(dimension, (axis.parts, len(units), axis.size))
-        tensor = cut.index_select(dimension + 1, index).flatten(dimension, dimension + 2)
+        if axis is not None and axis.is_sorted_in(order):
+            tensor = _rows(tensor, dimension, axis, cut)
     return tensor
+
+
+def _rows(tensor: Tensor, dimension: int, axis: Axis, cut: Cut) -> Tensor:
+    rows = axis.rows(cut, tensor.shape[dimension])
+    return tensor.index_select(
+        dimension, torch.tensor(rows, dtype=torch.long, device=tensor.device)
+    )
 
 
 def lengths(shape: torch.Size, axes: Axes, view: View) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from megakd.models.architectures import (
     HEAD_WIDTH,
     NEURON_COUNTS,
     QUERIES_PER_KEY,
+    SCORE_WIDTH,
     architecture_named,
     architecture_of,
 )
@@ -44,13 +45,13 @@ CUT = "cut_"
 """Prefix of model types that no stock config can describe; their classes start with `Cut`."""
 # Keys that a config of another shape must not inherit.
 SHAPE_KEYS = (
-    *(HEAD_COUNTS, NEURON_COUNTS, HEAD_WIDTH, QUERIES_PER_KEY),
+    *(HEAD_COUNTS, NEURON_COUNTS, HEAD_WIDTH, QUERIES_PER_KEY, SCORE_WIDTH),
     *("model_type", "auto_map", "architectures"),
 )
 
 
 def cut_config(
-    config: PretrainedConfig, view: View, order: UnitOrder | None = None
+    config: PretrainedConfig, view: View, order: UnitOrder | None = None, *, learns: bool = False
 ) -> PretrainedConfig:
     """Return the config of a model cut to a view: a stock config if it can describe the shape.
 
@@ -59,18 +60,47 @@ def cut_config(
         view: the units to keep, out of the units of the config's model.
         order: the order of the units before the cut. The config records it only if the heads have
             columns in a shared position bias.
+        learns: whether the model continues to learn with its optimizer's state, so that its weights
+            must not be rescaled; see `rescaled`.
 
     Raises:
         ModelError: the view keeps more units than the model has.
     """
     architecture = architecture_of(config)
     whole = architecture.units(config)
-    view = _checked(view, whole)
+    view = _checked(config, view, whole)
     if architecture.shares_bias:
         return _with_columns(config, view, order)
-    if view == whole:
+    rescales = architecture.score_width(config) != _head_width(config, view)
+    if view == whole and (learns or not rescales):
         return copy.deepcopy(config)
-    return _stock_config(config, view) or _own_config(config, view)
+    stock = None if learns and rescales else _stock_config(config, view)
+    return stock or _own_config(config, view, learns=learns)
+
+
+def rescaled(
+    state: Iterable[tuple[str, Tensor]], config: PretrainedConfig, view: View
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield a cut model's weights so that scores are divided by the root of the new head width.
+
+    A stock model divides attention scores by the root of the width of its heads. If heads lose
+    columns, the factor sqrt(new width / old width) in the queries keeps the scores.
+
+    Args:
+        state: names and tensors of the cut model.
+        config: the config of the model before the cut.
+        view: the cut.
+    """
+    architecture = architecture_of(config)
+    factor = (_head_width(config, view) / architecture.score_width(config)) ** 0.5
+    queries = {paths.projections[0] for paths in architecture.attentions(config)}
+    for name, tensor in state:
+        is_query = factor != 1 and name.rpartition(".")[0] in queries
+        yield name, tensor * factor if is_query else tensor
+
+
+def _head_width(config: PretrainedConfig, view: View) -> int:
+    return view.head_width or architecture_of(config).heads(config).width
 
 
 def cut_class_name(model: PreTrainedModel, config: PretrainedConfig) -> str:
@@ -151,17 +181,18 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
         state = _with_labels(state, output_modules(uncut, source.architecture), labels)
     cut = _empty(source, task, config)
     _check_shapes(match, axes, view, cut)
+    kept = cut_state(state, axes, view, order)
     write_model_folder(
         folder,
         config=config,
-        state=cut_state(state, axes, view, order),
+        state=kept if view is None else rescaled(kept, whole, view),
         tokenizer=tokenizer,
         architecture=type(cut).__name__,
         extra=extra,
     )
 
 
-def _checked(view: View, whole: View) -> View:
+def _checked(config: PretrainedConfig, view: View, whole: View) -> View:
     """Check that a view lies within the model, and return the view with an explicit width."""
     for kind, wanted, there in (
         ("heads", view.heads, whole.heads),
@@ -182,7 +213,22 @@ def _checked(view: View, whole: View) -> View:
         raise ModelError(
             f"the view keeps a width of {view.width}, and the model has a width of {whole.width}"
         )
-    return view._replace(width=width)
+    return view._replace(width=width, head_width=_checked_heads(config, view))
+
+
+def _checked_heads(config: PretrainedConfig, view: View) -> int | None:
+    """Check the columns that a view keeps of every head; return None if it keeps all."""
+    architecture = architecture_of(config)
+    there = architecture.heads(config).width
+    if view.head_width in (None, there):
+        return None
+    if not architecture.cuts_inside_heads or not 0 < view.head_width < there:
+        raise ModelError(
+            f"the view keeps {view.head_width} columns of every head, and the heads of the "
+            f"{config.model_type} model have {there} columns"
+            + ("" if architecture.cuts_inside_heads else ", which cannot be cut one by one")
+        )
+    return view.head_width
 
 
 def _check_order(order: UnitOrder | None, units: View) -> None:
@@ -239,14 +285,17 @@ def _stock_config(config: PretrainedConfig, view: View) -> PretrainedConfig | No
         return None  # Llama's config, for example, requires heads that divide the width
     found = architecture_named(cut.model_type)
     fits = cut.hidden_size % getattr(cut, found.attention_heads) == 0 or "head_dim" in changes
-    return cut if fits and found.heads(cut).width == heads.width else None
+    return cut if fits and found.heads(cut).width == _head_width(config, view) else None
 
 
-def _own_config(config: PretrainedConfig, view: View) -> PretrainedConfig:
+def _own_config(config: PretrainedConfig, view: View, *, learns: bool) -> PretrainedConfig:
     changes = _widths(config, view)
     changes[HEAD_COUNTS], changes[NEURON_COUNTS] = list(view.heads), list(view.neurons)
-    heads = architecture_of(config).heads(config)
-    changes[HEAD_WIDTH], changes[QUERIES_PER_KEY] = heads.width, heads.queries // heads.keys
+    architecture = architecture_of(config)
+    heads, width = architecture.heads(config), _head_width(config, view)
+    changes[HEAD_WIDTH], changes[QUERIES_PER_KEY] = width, heads.queries // heads.keys
+    if learns and width != architecture.score_width(config):
+        changes[SCORE_WIDTH] = architecture.score_width(config)
     name = f"{CUT}{config.model_type.removeprefix(CUT)}"
     if name not in OWN_MODELS:
         raise ModelError(

@@ -3,7 +3,8 @@
 If the units are sorted by importance, a sub-network is a prefix of every weight. Its forward
 multiplies only with the prefixes, so that a view of a tenth of the units costs about a tenth of the
 attentions and feed-forwards. Its gradients have the size of the whole weights and are zero outside
-the prefixes.
+the prefixes. If the units are not sorted, a sub-network is a list of rows and columns of every
+weight, which each forward copies.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from megakd.contract.units import Axes, View
+from megakd.contract.units import Axes, Cut, View
 from megakd.engine.sharding import full_shape
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
-from megakd.models.axes import weight_axes
+from megakd.models.axes import WIDTH, weight_axes
 from megakd.models.elastic_modules import (
     ElasticConv1D,
     ElasticEmbedding,
-    Elasticity,
+    ElasticHeads,
     ElasticLayer,
     ElasticLinear,
     ElasticModule,
     ElasticNorm,
     ElasticSource,
     ElasticSplit,
-    Views,
     make_elastic,
 )
+from megakd.models.kept import Elasticity, Views
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +65,10 @@ class Elastic:
                 f"{type(model).__name__} is already elastic; use the existing Elastic of the model"
             )
         architecture = architecture_of(model.config)
-        self._units = architecture.units(model.config)
+        self.units = architecture.units(model.config)
+        self.axes = weight_axes(model)
+        width = architecture.heads(model.config).width
+        self._columns_of_heads = width if architecture.cuts_inside_heads else 0
         self._views = Views()
         self._rigid: str | None = None
         self._lay_over_weights(model, architecture)
@@ -76,7 +80,7 @@ class Elastic:
         make_elastic(embeddings, ElasticSource, known or Elasticity(self._views))
 
     def _lay_over_weights(self, model: PreTrainedModel, architecture: Architecture) -> None:
-        table = weight_axes(model)
+        table = self.axes
         needing_heads = self._prepare_attentions(model, architecture, table)
         for path, module in model.named_modules():
             # In a cut model, a weight without elements is a buffer.
@@ -105,12 +109,13 @@ class Elastic:
             core = model.get_submodule(paths.core)
             needs_heads = not getattr(core, "handles_no_heads", False)
             needing |= set(paths.projections) if needs_heads else set()
+            heads = tuple(a for a in table[f"{paths.projections[0]}.weight"] if a is not None)
+            axes = {"heads": tuple(axis for axis in heads if axis.kind == "heads")}
+            elasticity = Elasticity(self._views, axes, needs_heads=needs_heads)
             if paths.is_fused:
-                heads = tuple(a for a in table[f"{paths.projections[0]}.weight"] if a is not None)
-                axes = {"heads": tuple(axis for axis in heads if axis.kind == "heads")}
-                make_elastic(
-                    core, ElasticSplit, Elasticity(self._views, axes, needs_heads=needs_heads)
-                )
+                make_elastic(core, ElasticSplit, elasticity)
+            elif architecture.cuts_inside_heads:
+                make_elastic(core, ElasticHeads, elasticity)
         return needing
 
     @contextmanager
@@ -118,17 +123,44 @@ class Elastic:
         """Run the model as a view of itself inside the context; the innermost context counts.
 
         Args:
-            view: the units to keep, the same on all ranks; None for the whole model.
+            view: the units to keep, the same on all ranks; None runs the model as `keep` has left
+                it, by default whole.
 
         Raises:
             ModelError: The view does not fit the model.
         """
+        cut = self._views.base
         if view is not None:
             self._check(view)
-            if view.width == self._units.width:
-                view = view._replace(width=None)
-        with self._views.at(view):
+            cut = Cut(None, view._replace(width=None) if view.width == self.units.width else view)
+        with self._views.at(cut):
             yield
+
+    def keep(self, cut: Cut | None) -> None:
+        """Run the model as a cut of itself from now on, without changing a weight.
+
+        The outputs are those of the model that is cut in this way (`cut_state`). Weights that are
+        not kept get gradients of zero.
+
+        Args:
+            cut: the units to keep, the same on all ranks; None for the whole model.
+
+        Raises:
+            ModelError: The cut does not fit the model.
+        """
+        if cut is not None and cut.view is not None:
+            self._check(cut.view)
+        self._views.keep(cut)
+
+    def follow(self, linear: nn.Module) -> None:
+        """Let a linear map outside the model take the kept columns of the hidden states as input.
+
+        Args:
+            linear: map [O, D] whose `weights_in_view` then have only the kept columns.
+        """
+        axes = {"weight": (None, WIDTH)}
+        shapes = {name: full_shape(weight) for name, weight in linear.named_parameters()}
+        make_elastic(linear, ElasticLinear, Elasticity(self._views, axes, shapes))
 
     @contextmanager
     def sharing_embeddings(self) -> Iterator[None]:
@@ -144,9 +176,14 @@ class Elastic:
             self._views.shared = former
 
     def _check(self, view: View) -> None:
-        units = self._units
+        units = self.units
         _check_counts("heads", view.heads, units.heads)
         _check_counts("neurons", view.neurons, units.neurons)
+        if view.head_width is not None and not 0 < view.head_width <= self._columns_of_heads:
+            raise ModelError(
+                f"a view of {view.head_width} columns per head does not fit a model whose heads "
+                f"can be cut to 1 to {self._columns_of_heads} columns"
+            )
         if view.width is None or view.width == units.width:
             return
         if units.width is None or not 0 < view.width < units.width:

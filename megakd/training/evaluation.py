@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megakd.contract.metrics import WHOLE, Metric, lower_is_better
-from megakd.contract.stage import Cut, Scores
-from megakd.contract.units import UnitOrder, View
+from megakd.contract.stage import Scores
+from megakd.contract.units import Cut, UnitOrder, View
 from megakd.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megakd.contract.stage import Cut
+from megakd.contract.units import Cut
 from megakd.engine.sharding import gathered_state
 from megakd.models.axes import weight_axes
-from megakd.models.cutting import cut_class_name, cut_config, cut_state
+from megakd.models.cutting import cut_class_name, cut_config, cut_state, rescaled
 from megakd.models.export import Extra, fill_model_folder, write_model_folder
 from megakd.storage.finished_folder import sealed_folder
 
@@ -37,13 +37,20 @@ class Learned(NamedTuple):
     architecture: str
 
     @staticmethod
-    def of(model: Any, cut: Cut | None = None) -> Learned:
-        """Return a model of an engine, cut if `cut` is given."""
-        config, state = model.config, gathered_state(model)
-        if cut is None:
-            return Learned(config, state, type(model).__name__)
-        config = cut_config(config, cut.view, cut.order)
+    def of(model: Any, cut: Cut | None = None, *, learns: bool = False) -> Learned:
+        """Return a model of an engine.
+
+        Args:
+            model: the model.
+            cut: how the model is cut; None: not.
+            learns: whether the model continues to learn, see `cut_config`.
+        """
+        whole, state = model.config, gathered_state(model)
+        if cut is None or cut.view is None:
+            return Learned(whole, state, type(model).__name__)
+        config = cut_config(whole, cut.view, cut.order, learns=learns)
         state = cut_state(state, weight_axes(model), cut.view, cut.order)
+        state = state if learns else rescaled(state, whole, cut.view)
         return Learned(config, iter(state), cut_class_name(model, config))
 
 

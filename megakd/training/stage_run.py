@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from megakd.config.stage_schedule import learning_rate_schedule, total_steps
 from megakd.contract.batch import Batch, Counts
 from megakd.contract.metrics import WHOLE, MetricJudge
-from megakd.contract.stage import BatchSource, Cut, Stage, StageResult, StepReport, Teacher
+from megakd.contract.stage import BatchSource, Stage, StageResult, StepReport, Teacher
 from megakd.contract.unit_counts import count_units
+from megakd.contract.units import Cut
 from megakd.data.encoding import labelled_only
 from megakd.data.loader import StepLoader, StepShape
 from megakd.engine.device import peak_memory_bytes

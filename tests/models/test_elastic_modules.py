@@ -22,7 +22,8 @@ from torch import nn
 
 from megakd.models.architectures import architecture_of
 from megakd.models.elastic import Elastic
-from megakd.models.elastic_modules import Prefix, PrefixLinear, padded, taken
+from megakd.models.elastic_modules import NarrowLinear
+from megakd.models.kept import Kept, padded, taken
 
 SEVERAL = (UNEVEN, WITHOUT, None, NARROW)
 
@@ -139,9 +140,9 @@ def test_shared_embeddings_follow_tokens_and_mode():
 def test_gradients_of_a_prefix_are_those_of_finite_differences(inputs, outputs, leading, is_linear):
     generator = torch.Generator().manual_seed(1)
     parts = 1 if is_linear else 3
-    sizes = ((4, Prefix(outputs)), (5, Prefix(inputs)))
+    sizes = ((4, Kept(outputs)), (5, Kept(inputs)))
     if not is_linear:
-        sizes = ((5, Prefix(inputs)), (4 * parts, Prefix(outputs, parts)))
+        sizes = ((5, Kept(inputs)), (4 * parts, Kept(outputs, parts)))
     shape, prefixes = (tuple(part) for part in zip(*sizes, strict=True))
 
     def drawn(*shape):
@@ -150,19 +151,19 @@ def test_gradients_of_a_prefix_are_those_of_finite_differences(inputs, outputs, 
     given = drawn(*leading, inputs), drawn(*shape), drawn(4 * parts)
     side = 0 if is_linear else 1
 
-    assert PrefixLinear.apply(*given, prefixes, side).shape == (*leading, outputs * parts)
+    assert NarrowLinear.apply(*given, prefixes, side).shape == (*leading, outputs * parts)
     for bias in (given[2], None):
         assert torch.autograd.gradcheck(
-            lambda x, w, b=bias: PrefixLinear.apply(x, w, b, prefixes, side), given[:2]
+            lambda x, w, b=bias: NarrowLinear.apply(x, w, b, prefixes, side), given[:2]
         )
     assert torch.autograd.gradcheck(
-        lambda b: PrefixLinear.apply(*given[:2], b, prefixes, side), given[2:]
+        lambda b: NarrowLinear.apply(*given[:2], b, prefixes, side), given[2:]
     )
 
 
 def test_a_prefix_of_several_parts_is_one_of_each():
     whole = torch.arange(12).view(1, 12)
-    prefixes = (Prefix(1), Prefix(2, 3))
+    prefixes = (Kept(1), Kept(2, 3))
 
     part = taken(whole, prefixes)
 

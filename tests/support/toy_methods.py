@@ -17,7 +17,6 @@ from megakd.contract.metrics import WHOLE, Metric
 from megakd.contract.stage import (
     BatchSource,
     Constant,
-    Cut,
     Pass,
     Stage,
     Stateless,
@@ -26,7 +25,7 @@ from megakd.contract.stage import (
     Window,
 )
 from megakd.contract.terms import STRICT
-from megakd.contract.units import UnitOrder, View
+from megakd.contract.units import Cut, UnitOrder, View
 
 LAYERS, HEADS, WIDTH = 2, 2, 16
 

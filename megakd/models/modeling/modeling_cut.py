@@ -96,6 +96,7 @@ class _Shape:
     neuron_counts: neurons of each feed-forward.
     head_width: width of one head.
     queries_per_key: number of query heads that share keys and values.
+    score_width: width whose root divides attention scores; None: `head_width`.
 
     The stock keys hold one number for all layers. As attributes they hold the numbers of the
     largest layer. In config.json they would be wrong, so they are omitted.
@@ -106,6 +107,7 @@ class _Shape:
     neuron_counts: list[int] | None = None
     head_width: int | None = None
     queries_per_key: int | None = None
+    score_width: int | None = None
 
     def __post_init__(self: Any, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # pyright: ignore[reportAttributeAccessIssue]
@@ -132,6 +134,8 @@ class _Shape:
         found = super().to_dict()  # pyright: ignore[reportAttributeAccessIssue]
         for key in ("num_attention_heads", "num_key_value_heads", self.parts.neurons):
             found.pop(self.attribute_map.get(key, key), None)
+        if self.score_width is None:
+            found.pop("score_width", None)
         return found
 
     def validate(self: Any) -> None:
@@ -264,7 +268,8 @@ def _tell_heads(core: Any, config: Any, number: int) -> None:
         if core.scale_attn_by_inverse_layer_idx:
             core.scaling /= number + 1
     elif hasattr(core, "attention_head_size"):
-        core.attention_head_size, core.scaling = width, width**-0.5
+        core.attention_head_size = width
+        core.scaling = (config.score_width or width) ** -0.5
         setattr(core, "n_heads" if hasattr(core, "n_heads") else "num_attention_heads", heads)
     if heads == 0:
         core.forward = partial(_without_heads, core)

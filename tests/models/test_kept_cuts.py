@@ -1,0 +1,246 @@
+"""Models that run as a cut of themselves against the models that the cut leaves."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_cuts import AUTO, DECODERS, MASKED, VOCABULARY, build, full_view, order_of
+
+from megakd.contract.units import Cut, UnitOrder, View
+from megakd.errors import ModelError
+from megakd.models.architectures import architecture_of
+from megakd.models.axes import narrowed, ordered, weight_axes
+from megakd.models.cutting import cut_config, cut_state, rescaled
+from megakd.models.elastic import Elastic
+
+LANGUAGE = [*((name, "causal_lm") for name in DECODERS), *((name, "mlm") for name in MASKED)]
+
+
+def language_model(family, kind, **changes):
+    model = build(family, kind, attention_dropout=0.0, **changes)
+    return model.eval()
+
+
+def pruned(model, *, seed=0, width=17, neurons=(7, 20, 1), head_width=None, heads=None) -> Cut:
+    """A cut whose kept units lie anywhere in the model, in their stored order."""
+    rng, full = random.Random(seed), full_view(model)
+    architecture = architecture_of(model.config)
+    columns = architecture.heads(model.config).width
+
+    def picked(count, kept):
+        chosen = sorted(rng.sample(range(count), kept))
+        return (*chosen, *(unit for unit in range(count) if unit not in chosen))
+
+    heads = heads or full.heads
+    inside = [
+        tuple(tuple(picked(columns, head_width or columns) for _ in range(n)) for n in full.heads)
+        for _ in range(2)
+    ]
+    order = UnitOrder(
+        heads=tuple(map(picked, full.heads, heads)),
+        neurons=tuple(map(picked, full.neurons, neurons)),
+        width=picked(full.width, width),
+        queries=inside[0] if head_width else None,
+        values=inside[1] if head_width else None,
+    )
+    return Cut(order, View(tuple(heads), tuple(neurons), width, head_width))
+
+
+def cuts_of(model):
+    if architecture_of(model.config).cuts_inside_heads:
+        return pruned(model, head_width=3)
+    return pruned(model, heads=tuple(1 + (number % 2) for number in range(3)))
+
+
+def cut_model(model, cut, *, kind, learns=False):
+    config = cut_config(model.config, cut.view, cut.order, learns=learns)
+    made = AUTO[kind].from_config(config).eval()
+    state = cut_state(model.state_dict().items(), weight_axes(model), cut.view, cut.order)
+    state = dict(state if learns else rescaled(state, model.config, cut.view))
+    made.load_state_dict(state, strict=True)
+    made.tie_weights()
+    return made
+
+
+def run(model):
+    ids = torch.arange(2, 26).reshape(2, 12) % VOCABULARY
+    options = {"use_cache": False} if architecture_of(model.config).masked is None else {}
+    return model(input_ids=ids, output_hidden_states=True, **options)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize(("family", "kind"), LANGUAGE)
+def test_a_model_that_keeps_a_cut_computes_what_the_cut_model_computes(family, kind, learns):
+    model = language_model(family, kind)
+    cut = cuts_of(model)
+    small = cut_model(model, cut, kind=kind, learns=learns)
+    elastic = Elastic(model)
+
+    elastic.keep(cut)
+
+    masked, dense = run(model), run(small)
+    torch.testing.assert_close(masked.logits, dense.logits, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(masked.hidden_states, dense.hidden_states, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "kind"), LANGUAGE)
+def test_gradients_are_those_of_the_cut_model_and_zero_elsewhere(family, kind):
+    model = language_model(family, kind)
+    cut, axes = cuts_of(model), weight_axes(model)
+    small = cut_model(model, cut, kind=kind, learns=True)
+    Elastic(model).keep(cut)
+
+    run(model).logits.square().sum().backward()
+    run(small).logits.square().sum().backward()
+
+    theirs = dict(small.named_parameters())
+    for name, weight in model.named_parameters():
+        if weight.grad is None:
+            continue
+        of_weight = axes.get(name, (None,) * weight.dim())
+        kept = narrowed(ordered(weight.grad, of_weight, cut.order), of_weight, cut.view)
+        torch.testing.assert_close(kept, theirs[name].grad, atol=1e-3, rtol=1e-4, msg=name)
+        total = weight.grad.abs().sum()
+        torch.testing.assert_close(total, kept.abs().sum(), rtol=1e-5, atol=1e-5, msg=name)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    width=st.integers(1, 24),
+    neurons=st.tuples(*[st.integers(0, 20)] * 3),
+    head_width=st.integers(1, 4),
+)
+def test_any_choice_of_units_runs_as_the_cut_model(bert, seed, width, neurons, head_width):
+    model, elastic = bert
+    cut = pruned(model, seed=seed, width=width, neurons=neurons, head_width=head_width)
+    small = cut_model(model, cut, kind="mlm", learns=True)
+
+    elastic.keep(cut)
+
+    torch.testing.assert_close(run(model).logits, run(small).logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def bert():
+    model = language_model("bert", "mlm")
+    return model, Elastic(model)
+
+
+def test_keeping_nothing_special_runs_the_whole_model_again():
+    model = language_model("bert", "mlm")
+    before = run(model).logits
+    elastic = Elastic(model)
+    elastic.keep(cuts_of(model))
+    assert not torch.allclose(run(model).logits, before)
+
+    elastic.keep(None)
+
+    assert torch.equal(run(model).logits, before)
+
+
+def test_a_whole_cut_runs_the_stock_forward_bit_for_bit():
+    model = language_model("bert", "mlm")
+    before = run(model).logits
+    full = full_view(model)
+
+    Elastic(model).keep(Cut(None, full))
+
+    assert torch.equal(run(model).logits, before)
+
+
+def test_a_view_inside_a_kept_cut_leaves_the_cut_in_place_afterwards():
+    model = language_model("bert", "mlm")
+    elastic, cut = Elastic(model), cuts_of(language_model("bert", "mlm"))
+    elastic.keep(cut)
+    before = run(model).logits
+
+    with elastic.viewing(View((2, 2, 2), (5, 5, 5))):
+        inside = run(model).logits
+
+    assert not torch.allclose(inside, before)
+    assert torch.equal(run(model).logits, before)
+
+
+def test_heads_that_lose_columns_are_exported_as_stock_bert_with_the_same_scores():
+    # 6 heads of 4 columns keep 2 each, and the width 12: stock BERT computes heads of 12 / 6.
+    model = language_model("bert", "mlm")
+    cut = pruned(model, width=12, head_width=2, neurons=(5, 5, 5))
+
+    stock = cut_model(model, cut, kind="mlm")
+
+    assert stock.config.model_type == "bert"
+    assert stock.config.hidden_size == 12
+    Elastic(model).keep(cut)
+    torch.testing.assert_close(run(model).logits, run(stock).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_learns_on_keeps_its_weights_and_states_its_scale():
+    model = language_model("bert", "mlm")
+    cut = pruned(model, width=12, head_width=2, neurons=(5, 5, 5))
+
+    config = cut_config(model.config, cut.view, cut.order, learns=True)
+
+    assert (config.model_type, config.head_width, config.score_width) == ("cut_bert", 2, 4)
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    small = cut_model(model, cut, kind="mlm", learns=True)
+    assert small.get_parameter(name).flatten()[0] in model.get_parameter(name)
+
+
+def test_cutting_twice_equals_cutting_once():
+    model = language_model("bert", "mlm")
+    first = pruned(model, width=18, head_width=3, neurons=(9, 9, 9))
+    halfway = cut_model(model, first, kind="mlm", learns=True)
+    second = pruned(halfway, width=12, head_width=2, neurons=(5, 5, 5), seed=3)
+
+    final = cut_model(halfway, second, kind="mlm")
+
+    assert final.config.model_type == "bert"
+    elastic = Elastic(halfway)
+    elastic.keep(second)
+    torch.testing.assert_close(run(halfway).logits, run(final).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_the_scale_survives_a_cut_that_leaves_the_heads_alone():
+    model = language_model("bert", "mlm")
+    halfway = cut_model(
+        model, pruned(model, width=18, head_width=3, neurons=(5, 5, 5)), kind="mlm", learns=True
+    )
+    whole = Cut(None, full_view(halfway))
+
+    exported = cut_model(halfway, whole, kind="mlm")
+
+    # 6 heads of 3 columns make 18: the stock class can say the shape once the queries are scaled.
+    assert exported.config.model_type == "bert"
+    torch.testing.assert_close(run(halfway).logits, run(exported).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_columns_inside_heads_are_refused_where_positions_pair_them():
+    model = language_model("llama", "causal_lm")
+    view = full_view(model)._replace(head_width=2)
+
+    with pytest.raises(ModelError, match="cannot be cut one by one"):
+        cut_config(model.config, view)
+    with pytest.raises(ModelError, match="2 columns per head does not fit"):
+        Elastic(model).keep(Cut(None, view))
+
+
+@pytest.mark.parametrize("family", MASKED)
+def test_an_order_of_columns_inside_heads_leaves_the_outputs_as_they_were(family):
+    model = language_model(family, "mlm")
+    before, columns = run(model).logits, architecture_of(model.config).heads(model.config).width
+    turn = tuple((c + 1) % columns for c in range(columns))
+    inside = tuple((turn,) * heads for heads in full_view(model).heads)
+    order = order_of(model)._replace(queries=inside, values=inside)
+    axes = weight_axes(model)
+
+    other = copy.deepcopy(model)
+    other.load_state_dict(dict(cut_state(model.state_dict().items(), axes, None, order)))
+
+    torch.testing.assert_close(run(other).logits, before, atol=1e-5, rtol=1e-5)
