@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from megakd.config.file import load_config
+from megakd.errors import MegakdError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -56,7 +59,12 @@ def main(overrides: Sequence[str]) -> int:
     """Run the quickstart and return the exit code, 0 only if the report is complete."""
     os.chdir(ROOT)
     try:
-        arguments = [*teacher_overrides(TEACHER, OUTPUT, REQUIREMENT), *overrides]
+        output = output_of(overrides)
+    except MegakdError as error:
+        print(f"quickstart: error: {error}", file=sys.stderr)
+        return 2
+    try:
+        arguments = [*teacher_overrides(TEACHER, output, REQUIREMENT), *overrides]
         code = run_launcher(launch_command(arguments))
     except KeyboardInterrupt:
         print("quickstart: stopped; run `make quickstart` to start again", file=sys.stderr)
@@ -64,12 +72,22 @@ def main(overrides: Sequence[str]) -> int:
     if code != 0:
         return code
     # The launcher also returns 0 when a rank was killed by a signal.
-    report = OUTPUT / "report.json"
+    report = output / "report.json"
     if not is_complete(report):
         print(f"quickstart: error: the run ended without {report}", file=sys.stderr)
         return 1
-    print(f"quickstart: the report is {report}, the student {OUTPUT / 'final'}")
+    print(f"quickstart: the report is {report}, the student {output / 'final'}")
     return 0
+
+
+def output_of(overrides: Sequence[str]) -> Path:
+    """Return the output folder of the run: the last `output_dir=FOLDER` of the overrides, if any.
+
+    Raises:
+        MegakdError: the value is not a path.
+    """
+    given = [word for word in overrides if word.partition("=")[0].strip() == "output_dir"]
+    return load_config(CONFIG, given).output_dir if given else OUTPUT
 
 
 def run_launcher(command: Sequence[str]) -> int:

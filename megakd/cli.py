@@ -7,13 +7,9 @@ imported only when a command needs it.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import inspect
-import json
 import os
 import shlex
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -22,15 +18,16 @@ from typing import Any, NoReturn
 
 import psutil
 
+from megakd.config.catalogue import catalogue
 from megakd.config.file import dump_config, load_config
 from megakd.config.run import RunConfig
-from megakd.config.schema import defaults, options, paths_ending_in
+from megakd.config.schema import paths_ending_in
 from megakd.config.synonyms import synonyms
-from megakd.contract.terms import PLUGIN_TERM, TermConfig
 from megakd.errors import ConfigError, MegakdError, PeerLostError, suggestion
-from megakd.methods import PLUGIN_METHOD, MethodConfig
 from megakd.planning.options import add_plan_options, cluster_of
+from megakd.process.answer import tell
 from megakd.process.garbage import no_collections
+from megakd.process.home import in_home
 from megakd.process.phases import counted
 from megakd.process.quiet_stdout import print_aside
 from megakd.process.signals import Stopped, watched
@@ -74,6 +71,10 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} ({self.prog} --help lists the options)")
+
+    def print_help(self, file: Any = None) -> None:
+        del file
+        _say(self.format_help())
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
         """Parse options and settings in any order; refuse options that do not exist."""
@@ -143,11 +144,11 @@ def _is_rank_0() -> bool:
 
 def _say(text: str) -> None:
     if _is_rank_0():
-        sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+        tell(text)
 
 
 def _add_config(parser: _Parser) -> None:
-    parser.add_argument("--config", metavar="F", type=Path, help="the run's YAML file")
+    parser.add_argument("--config", metavar="F", type=in_home, help="the run's YAML file")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -161,10 +162,11 @@ def _add_config(parser: _Parser) -> None:
 
 def _add_train(parser: _Parser) -> None:
     _add_config(parser)
-    parser.add_argument(
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
         "--print-config", action="store_true", help="print the resolved config and stop"
     )
-    parser.add_argument(
+    either.add_argument(
         "--dry_run", "--dry-run", action="store_true", help="print the run's plan and stop"
     )
 
@@ -176,7 +178,12 @@ def _add_plan(parser: _Parser) -> None:
 
 def _add_evaluate(parser: _Parser) -> None:
     _add_config(parser)
-    parser.add_argument("--model", metavar="FOLDER", help="the model to score; default: final/")
+    parser.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="the model to score, default: final/; student.allow_pickle and "
+        "student.trust_remote_code apply to it",
+    )
     parser.add_argument(
         "--data",
         metavar="FILE",
@@ -193,7 +200,7 @@ def _add_evaluate(parser: _Parser) -> None:
     parser.add_argument(
         "--submission",
         metavar="DIR",
-        type=Path,
+        type=in_home,
         help="write GLUE's submission files of the task to this folder, from the unlabelled test "
         "rows, instead of scoring",
     )
@@ -206,11 +213,13 @@ def _add_export(parser: _Parser) -> None:
         metavar="NAME",
         help="the stage to export; default: the stage that final/ was copied from",
     )
-    parser.add_argument("--to", metavar="FOLDER", type=Path, help="the folder to write to")
+    parser.add_argument("--to", metavar="FOLDER", type=in_home, help="the folder to write to")
 
 
 def _add_report(parser: _Parser) -> None:
-    parser.add_argument("folder", metavar="DIR", type=Path, help="the output_dir of a finished run")
+    parser.add_argument(
+        "folder", metavar="DIR", type=in_home, help="the output_dir of a finished run"
+    )
 
 
 def _add_methods(parser: _Parser) -> None:
@@ -221,7 +230,7 @@ def _add_methods(parser: _Parser) -> None:
 def _config(arguments: argparse.Namespace) -> RunConfig:
     path, overrides = arguments.config, list(arguments.overrides)
     if path is None and overrides and "=" not in overrides[0]:
-        path = Path(overrides.pop(0))
+        path = in_home(overrides.pop(0))
     if path is None:
         raise ConfigError(
             f"--config is missing; give the run's YAML file: {arguments.prog} --config F"
@@ -279,9 +288,11 @@ def _prefer_large_pages() -> None:
 def _cache(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     _prefer_large_pages()
-    from megakd.run.caching import cache_teachers
+    with print_aside():
+        from megakd.run.caching import cache_teachers
 
-    _say("\n".join(map(str, cache_teachers(config))))
+        paths = cache_teachers(config)
+    _say("\n".join(map(str, paths)))
     return 0
 
 
@@ -292,7 +303,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     _prefer_large_pages()
     if arguments.submission is not None:
         return _submit(config, arguments)
-    with print_aside(when=arguments.json):
+    with print_aside():
         from megakd.run import model_evaluation
 
         found = model_evaluation.evaluate_model(
@@ -327,11 +338,12 @@ def _submit(config: RunConfig, arguments: argparse.Namespace) -> int:
             "--data cannot be combined with --submission, which predicts the test rows of the "
             "task; remove --data"
         )
-    from megakd.run import submission
+    with print_aside():
+        from megakd.run import submission
 
-    paths = submission.write_submission(
-        config, arguments.model, arguments.submission, trusts_order=arguments.trust_label_order
-    )
+        paths = submission.write_submission(
+            config, arguments.model, arguments.submission, trusts_order=arguments.trust_label_order
+        )
     _say("\n".join(map(str, paths)))
     return 0
 
@@ -340,9 +352,11 @@ def _export(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     if arguments.to is None:
         raise ConfigError("--to is missing; give the folder to write the model to")
-    from megakd.run import finished_run
+    with print_aside():
+        from megakd.run import finished_run
 
-    _say(str(finished_run.export_run(config, arguments.stage, arguments.to)))
+        folder = finished_run.export_run(config, arguments.stage, arguments.to)
+    _say(str(folder))
     return 0
 
 
@@ -354,32 +368,8 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _methods(arguments: argparse.Namespace) -> int:
-    kinds = options(TermConfig, "loss") if arguments.losses else options(MethodConfig, "name")
-    if arguments.name is not None:
-        kinds = {arguments.name: _named(arguments.name, kinds, losses=arguments.losses)}
-    _say("\n\n".join(_entry(name, kind) for name, kind in kinds.items()))
+    _say(catalogue(arguments.name, losses=arguments.losses))
     return 0
-
-
-def _named(name: str, kinds: Mapping[str, type], *, losses: bool) -> type:
-    """Return the options class of one method or loss; `module:name` is accepted too."""
-    if name in kinds:
-        return kinds[name]
-    if ":" in name:
-        return (PLUGIN_TERM if losses else PLUGIN_METHOD).kind(name)
-    near, noun = suggestion(name, kinds), "loss" if losses else "method"
-    if not losses and name in options(TermConfig, "loss"):
-        near = f"; {name} is a loss: megakd methods --losses {name}"
-    raise ConfigError(f'unknown {noun} "{name}"{near or ";"} known: {", ".join(kinds)}')
-
-
-def _entry(name: str, kind: type) -> str:
-    """Return the name and the docstring of a variant, and its options with defaults."""
-    lines = [name, textwrap.indent(inspect.getdoc(kind) or "", "  ")]
-    for option, default in defaults(kind).items():
-        is_required = default is dataclasses.MISSING
-        lines.append(f"    {option}: {'required' if is_required else json.dumps(default)}")
-    return "\n".join(lines)
 
 
 def _table(metrics: Mapping[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -275,27 +276,6 @@ def test_export_without_a_target_is_refused(
     assert "--to is missing; give the folder" in capsys.readouterr().err
 
 
-def test_methods_lists_every_method_with_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["methods"]) == 0
-
-    listed = capsys.readouterr().out
-    assert "single\n  Distil one teacher into the student." in listed
-    assert "finetune\n  Train the student on the labels alone." in listed
-
-
-def test_methods_lists_losses_with_options_and_defaults(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert cli.main(["methods", "--losses"]) == 0
-
-    listed = capsys.readouterr().out
-    assert "soft_target_jsd\n  beta·KL(teacher || m)" in listed
-    assert "    temperature: 1.0\n    t_squared: true\n    beta: 0.5\n" in listed
-    assert '    layer_mapping: "uniform"\n' in listed
-    assert '    relations: ["query", "key", "value"]\n    relation_heads: null\n' in listed
-    assert "    loss:" not in listed
-
-
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evalute"]) == 2
     assert 'unknown command "evalute"; did you mean "evaluate"?' in capsys.readouterr().err
@@ -338,44 +318,65 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"megakd \d+\.\d+\S*\n", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(
-    ("words", "first", "absent"),
-    [
-        (["minidisc"], "minidisc", "skdbert"),
-        (["--losses", "soft_target_kl"], "soft_target_kl", "hidden_mse"),
-        (["soft_target_kl", "--losses"], "soft_target_kl", "hidden_mse"),
-    ],
-)
-def test_one_method_or_loss_is_listed_alone(
-    words: list[str], first: str, absent: str, capsys: pytest.CaptureFixture[str]
+def test_printing_the_config_and_a_dry_run_exclude_each_other(
+    run_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["methods", *words]) == 0
-
-    shown = capsys.readouterr().out
-    assert shown.startswith(f"{first}\n")
-    assert absent not in shown
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (
-            ["minidsic"],
-            'unknown method "minidsic"; did you mean "minidisc"? known: direct, finetune',
-        ),
-        (["--losses", "soft_target_k"], 'unknown loss "soft_target_k"; did you mean "soft_target'),
-        (["hidden_mse"], "hidden_mse is a loss: megakd methods --losses hidden_mse"),
-        (["no_such_module:X"], "module no_such_module cannot be imported"),
-    ],
-)
-def test_a_method_that_does_not_exist_gets_the_nearest_name(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["methods", *words]) == 2
+    assert cli.train_main([run_file, "--print-config", "--dry-run"]) == 2
 
     shown = capsys.readouterr()
-    assert message in shown.err
+    assert "--dry-run: not allowed with argument --print-config" in shown.err
     assert shown.out == ""
+
+
+@pytest.mark.parametrize("words", ["methods", "methods --help", "--help"])
+def test_a_reader_that_ends_early_ends_the_command_quietly(words: str) -> None:
+    code = "import sys; from megakd import cli; sys.exit(cli.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *words.split()]
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read()
+
+    assert (process.returncode, errors) == (0, b"")
+
+
+@pytest.mark.parametrize("config", ["--config=~/run.yaml", "~/run.yaml"])
+def test_paths_in_the_home_folder_are_found(
+    config: str, run_file: str, runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Path(run_file).parent
+    monkeypatch.setenv("HOME", str(home))
+
+    assert cli.main(["export", config, "--to=~/made"]) == 0
+    assert runs.asked == [("export", Path("runs/x"), None, home / "made")]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_only_the_answer_of_a_command_reaches_standard_output(
+    command: str,
+    run_file: str,
+    runs: Runs,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quiet = {name: getattr(runs, name) for name in ("evaluate_model", "export_run")}
+
+    def noisy(name: str, *facts: Any, **how: Any) -> Any:
+        os.write(1, b"[INFO] a library says hello\n")
+        return quiet[name](*facts, **how)
+
+    for name in quiet:
+        monkeypatch.setattr(runs, name, functools.partial(noisy, name))
+    words = ["--to", "made"] if command == "export" else []
+
+    assert cli.main([command, run_file, *words]) == 0
+
+    shown = capfd.readouterr()
+    assert "hello" in shown.err
+    assert "hello" not in shown.out
+    assert shown.out.startswith("made\n" if command == "export" else "reviews, test: 7 rows\n")
 
 
 def test_nothing_but_json_reaches_standard_output_whatever_libraries_print(

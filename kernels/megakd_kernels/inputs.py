@@ -28,6 +28,11 @@ class Rows(NamedTuple):
     labels: Tensor | None
     hard_weight: Tensor
 
+    @property
+    def labelled(self) -> Tensor:
+        """[N] bool, rows that count and have a label that is an id of the student."""
+        return (self.hard_weight != 0) & ~self.hard_weight.isnan()
+
 
 class Masks(NamedTuple):
     """Row masks that a caller may pass; every tensor has one entry per row."""

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from megakd_kernels.inputs import Rows
 from megakd_kernels.row_plan import Warp
-from megakd_kernels.row_terms import RowFactors, RowValues, weigh
+from megakd_kernels.row_terms import RowFactors, RowValues
 from megakd_kernels.settings import (
     Implementation,
     KDOutput,
     Objective,
     as_scalar,
     reduction_scale,
+    weigh,
     weighted_total,
 )
 
@@ -27,13 +28,14 @@ class Normalisation:
     The factors are relative to |kd_weight| + |ce_weight|, which becomes part of the final scale.
     A weight of 1e-7 (such as 1 / count) then costs a low-precision gradient no digits.
 
-    kd_factor, ce_factor: [N]; magnitude: 0-d.
+    kd_factor, ce_factor: [N]; compared: [N] bool, rows of `agreement`; magnitude: 0-d.
     """
 
     objective: Objective
     rows: Rows
     kd_factor: Tensor
     ce_factor: Tensor
+    compared: Tensor
     magnitude: Tensor
 
     @classmethod
@@ -49,6 +51,7 @@ class Normalisation:
             rows=rows,
             kd_factor=weight * (kd / magnitude),
             ce_factor=rows.hard_weight * (ce / magnitude),
+            compared=rows.valid if with_teacher else rows.labelled,
             magnitude=magnitude,
         )
 
@@ -70,7 +73,7 @@ class Normalisation:
             loss = weighted_total(objective, divergences, ce)
         else:
             loss = values.total * (scale * self.magnitude)
-        return KDOutput.of(loss, divergences, ce, values.agrees & rows.valid, rows.valid)
+        return KDOutput.of(loss, divergences, ce, values.agrees & self.compared, rows.valid)
 
 
 def operator_options(

@@ -15,7 +15,7 @@ from torch import Tensor
 from megakd_kernels.inputs import Rows, compute_dtype
 from megakd_kernels.row_plan import Warp
 from megakd_kernels.row_terms import spread
-from megakd_kernels.settings import KDOutput, Objective, reduction_scale, weighted_total
+from megakd_kernels.settings import KDOutput, Objective, as_scalar, reduction_scale, weighted_total
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -44,7 +44,8 @@ def kd_loss(
         agrees = _is_right(student, rows)
     else:
         teacher = warped(teacher[valid].detach().to(dtype), warps[1])
-        values = divergence_rows(student[:, :shared], teacher[:, :shared], objective)
+        soft = _without_gradient_at_weight_0(student[:, :shared], objective)
+        values = divergence_rows(soft, teacher[:, :shared], objective)
         agrees = share_a_maximum(student[:, :shared], teacher[:, :shared])
     ce = _cross_entropy_rows(student, rows, objective)
     weighted = values * rows.weight[valid]
@@ -66,7 +67,11 @@ def divergence_rows(student: Tensor, teacher: Tensor, objective: Objective) -> T
     """Return each divergence of the mixture per row, [n_div, N], with T^2 if requested."""
     log_q = F.log_softmax(student / objective.temperature, dim=-1)
     log_p = F.log_softmax(teacher / objective.temperature, dim=-1)
-    values = [_divergence(name, log_p, log_q, objective) for name, _ in objective.mixture]
+    # See `_without_gradient_at_weight_0`.
+    values = [
+        _divergence(name, log_p, log_q if weight != 0 else log_q.detach(), objective)
+        for name, weight in objective.mixture
+    ]
     if not values:
         return student.new_zeros(0, len(student))
     return torch.stack(values) * objective.value_scale
@@ -148,12 +153,22 @@ def _cross_entropy_rows(student: Tensor, rows: Rows, objective: Objective) -> Te
     return F.cross_entropy(student, labels, ignore_index=-100, reduction="none") * weight
 
 
+def _without_gradient_at_weight_0(student: Tensor, objective: Objective) -> Tensor:
+    """Return the logits of the divergences; their gradient is 0 if kd_weight is 0.
+
+    Autograd would form 0 times the infinite slope of an infinite divergence, which is NaN.
+    """
+    weight = as_scalar(objective.kd_weight, student)
+    return torch.where(weight != 0, student, student.detach())
+
+
 def _is_right(student: Tensor, rows: Rows) -> Tensor:
-    """Return [n] bool: whether the label is a most likely id."""
+    """Return [n] bool: whether a row has a label, and the label is a most likely id."""
     if rows.labels is None:
         raise ValueError("cross-entropy needs labels")
     target = student.gather(1, rows.labels[rows.valid][:, None])
-    return (target == student.amax(-1, keepdim=True)).squeeze(1)
+    is_right = (target == student.amax(-1, keepdim=True)).squeeze(1)
+    return is_right & rows.labelled[rows.valid]
 
 
 def share_a_maximum(student: Tensor, teacher: Tensor) -> Tensor:

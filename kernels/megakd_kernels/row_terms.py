@@ -15,6 +15,7 @@ from torch import Tensor
 from megakd_kernels.chunking import slices
 from megakd_kernels.row_losses import RowLosses
 from megakd_kernels.row_plan import Reduce, RowInputs, RowKernel, RowPlan, RowTerms, Scratch
+from megakd_kernels.settings import weigh
 
 
 class RowValues(NamedTuple):
@@ -56,10 +57,11 @@ class RowFactors:
     def values(
         self, weights: Sequence[float], divergences: Tensor, ce: Tensor, agrees: Tensor
     ) -> RowValues:
-        """Return the values with their total, without infinite values of rows with factor 0."""
+        """Return the values with their total, without infinite values whose factor is 0."""
         total = weigh(ce, self.ce).sum()
         for weight, value in zip(weights, divergences, strict=True):
-            total = total + weight * weigh(value, self.kd).sum()
+            if weight != 0:
+                total = total + weight * weigh(value, self.kd).sum()
         return RowValues(total, divergences, ce, agrees)
 
     def inputs(self, part: slice, slope: float) -> RowInputs:
@@ -115,11 +117,6 @@ def block_of(logits: Tensor, gradient: Tensor | None, part: slice) -> tuple[Tens
     if gradient is None:
         return block, None
     return block, block if gradient is logits else gradient[part]
-
-
-def weigh(values: Tensor, weight: Tensor) -> Tensor:
-    """Return values * weight; 0 for weight 0 even if the value is infinite; NaN for weight NaN."""
-    return torch.where(weight != 0, values * weight, 0)
 
 
 def spread(values: Tensor, kept: Tensor, count: int) -> Tensor:

@@ -182,12 +182,20 @@ def reduction_scale(objective: Objective, n_valid: Tensor, like: Tensor) -> Tens
 
 
 def weighted_total(objective: Objective, divergences: Tensor, ce: Tensor) -> Tensor:
-    """Return kd_weight * mixture . divergences + ce_weight * ce, [n_div, ...], [...] -> [...]."""
+    """Return kd_weight * mixture . divergences + ce_weight * ce, [n_div, ...], [...] -> [...].
+
+    A term of weight 0 adds 0, even if its value is infinite.
+    """
     mixed = torch.zeros_like(ce)
     for (_, weight), value in zip(objective.mixture, divergences.unbind(0), strict=False):
-        mixed = mixed + weight * value
-    total = as_scalar(objective.kd_weight, ce) * mixed if len(divergences) else mixed
-    return total + as_scalar(objective.ce_weight, ce) * ce if objective.wants_ce else total
+        mixed = mixed + weight * value if weight != 0 else mixed
+    total = weigh(mixed, as_scalar(objective.kd_weight, ce)) if len(divergences) else mixed
+    return total + weigh(ce, as_scalar(objective.ce_weight, ce)) if objective.wants_ce else total
+
+
+def weigh(values: Tensor, weight: Tensor) -> Tensor:
+    """Return values * weight; 0 for weight 0 even if the value is infinite; NaN for weight NaN."""
+    return torch.where(weight != 0, values * weight, 0)
 
 
 def _mixture(divergence: Divergence, beta: float, skew: float) -> tuple[tuple[str, float], ...]:

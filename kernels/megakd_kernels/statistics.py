@@ -34,8 +34,8 @@ from megakd_kernels.inputs import (
 from megakd_kernels.linear_chunks import Side
 from megakd_kernels.row_losses import LOG2, RowLosses
 from megakd_kernels.row_plan import RowInputs, RowPlan, Scratch, Warp
-from megakd_kernels.row_terms import row_blocks, spread, weigh
-from megakd_kernels.settings import resolve_implementation, warp
+from megakd_kernels.row_terms import row_blocks, spread
+from megakd_kernels.settings import resolve_implementation, warp, weigh
 from megakd_kernels.vocab_parallel import shard_of
 
 

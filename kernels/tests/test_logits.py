@@ -156,3 +156,17 @@ def test_low_precision_logits_are_computed_in_fp32(logits, impl, distance):
     assert distance(loss.detach(), expected.detach()) < 1e-5
     gradients = torch.autograd.grad(loss, student)[0], torch.autograd.grad(expected, truth)[0]
     assert distance(*gradients) < 5e-3
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("impl", ["chunked", "reference", "triton"])
+def test_without_a_teacher_only_labelled_rows_can_agree(impl):
+    student = torch.tensor([[3.0, 1.0], [3.0, 1.0], [1.0, 3.0]])  # id 0 is the best of row 1
+
+    output = mk.kd_loss_from_logits(
+        student, None, torch.tensor([0, -100, 0]), t_squared=True, ce_weight=1.0,
+        valid=torch.tensor([True, True, True]), impl=impl,
+    )  # fmt: skip
+
+    assert output.agreement.item() == 1
+    assert output.row_agrees.tolist() == [True, False, False]

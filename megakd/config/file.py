@@ -74,6 +74,10 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _read(path: Path) -> str:
+    if path.is_dir():
+        own = path / "config.yaml"
+        such = f", such as {own}" if own.is_file() else ""
+        raise ConfigError(f"config file {path} is a folder; give the run's YAML file{such}")
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

@@ -216,6 +216,8 @@ def _tag_line(path: KeyPath, detail: ErrorDetails, tree: Any) -> str:
         return f"{where}: missing; {listed}"
     value = detail["input"][tag]
     noun = path[-1] if tag == "name" else tag
+    if not isinstance(value, str):
+        return f"{where}: must be text (got {shown(value)}); {listed}"
     near = suggestion(value, known)
     return f"{where}: unknown {noun} {shown(value)}{near or ';'} {listed}"
 
@@ -226,10 +228,20 @@ def _mismatch(details: Sequence[ErrorDetails]) -> str:
     expected = [f'"{word}"' for word in choices]
     expected += dict.fromkeys(_EXPECTED[d["type"]] for d in details if d["type"] in _EXPECTED)
     near = suggestion(value, choices) if isinstance(value, str) else ""
-    is_number = isinstance(value, bool | int | float)
-    hint = "; put the value in quotes to make it text" if is_number and "text" in expected else ""
+    hint = _form_hint(value, expected)
     listed = ", ".join(expected[:-1]) + " or " * (len(expected) > 1) + expected[-1]
     return f"must be {listed} (got {shown(value)}){near}{hint}"
+
+
+def _form_hint(value: Any, expected: Sequence[str]) -> str:
+    """Return how to write a value that has the right content and the wrong form."""
+    if isinstance(value, bool | int | float) and "text" in expected:
+        return "; put the value in quotes to make it text"
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        return f"; write {value[0]} without brackets" if "text" in expected else ""
+    if isinstance(value, str) and list(expected) == ["a list"]:
+        return f"; write [{value}]"
+    return ""
 
 
 def _tag_hint(path: KeyPath, details: Sequence[ErrorDetails], tree: Any) -> str:

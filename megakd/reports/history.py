@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 if TYPE_CHECKING:
     from pathlib import Path
 
+_LAST_STEP = 2**53
+"""A record with a larger step is damaged: an axis could not tell the step from the next."""
+
 Points = Sequence[tuple[int, float]]
 
 
@@ -38,7 +41,8 @@ def read_history(path: Path) -> Iterator[Mapping[str, Any]]:
         return
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            with suppress(json.JSONDecodeError):
+            # An integer of too many digits and a structure that is too deep are damage, too.
+            with suppress(ValueError, RecursionError):
                 record = json.loads(line)
                 if isinstance(record, Mapping):
                     yield cast("Mapping[str, Any]", record)
@@ -52,7 +56,7 @@ def panels(history: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Panels]]
     found: dict[str, dict[str, dict[int, float | None]]] = {}
     for record in history:
         stage, step = record.get("stage"), record.get("step")
-        if not isinstance(stage, str) or not isinstance(step, int):
+        if not isinstance(stage, str) or not isinstance(step, int) or abs(step) > _LAST_STEP:
             continue
         curves = found.setdefault(stage, {})
         for key, value in record.items():

@@ -6,11 +6,10 @@ Equal inputs result in equal bytes. A section without content is left out.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from megakd.contract.metrics import lower_is_better
 from megakd.contract.results import CandidateReport, Report
@@ -20,6 +19,7 @@ from megakd.reports import table
 from megakd.reports.charts import Chart, Dot, choice_charts, plane_chart
 from megakd.reports.curves import training
 from megakd.reports.history import panels, read_history
+from megakd.reports.reading import read_report
 from megakd.reports.table import is_number, milliseconds
 from megakd.reports.templating import TEMPLATES
 from megakd.storage import atomic
@@ -32,41 +32,34 @@ def write_html_report(output_dir: Path) -> Path:
         The path of the file.
 
     Raises:
-        CheckpointError: report.json does not exist, or is not a report of megakd.
+        CheckpointError: report.json does not exist or is not a report of megakd, config.yaml is
+            damaged, or the file cannot be written.
     """
+    if output_dir.is_file():
+        raise CheckpointError(
+            f"{output_dir} is a file; give the output_dir of a finished run, such as "
+            f"{output_dir.parent}"
+        )
     report = read_report(output_dir / "report.json")
-    config = output_dir / "config.yaml"
-    text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    text = _text_of(output_dir / "config.yaml")
     path = output_dir / "report.html"
-    atomic.write_text(
-        path, html_report(report, read_history(output_dir / "metrics.jsonl"), config=text)
-    )
+    page = html_report(report, read_history(output_dir / "metrics.jsonl"), config=text)
+    try:
+        atomic.write_text(path, page)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
     return path
 
 
-def read_report(path: Path) -> Report:
-    """Read report.json.
-
-    Raises:
-        CheckpointError: the file does not exist, or is not a report of megakd.
-    """
-    again = f"remove {path} and start the command of the run again, which reuses finished stages"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path} does not exist: megakd writes the file when the run is complete; start the "
-            "command of the run again to continue the run"
-        )
+def _text_of(config: Path) -> str:
+    """Return the text of config.yaml, or an empty text if the file does not exist."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: it is not JSON ({error}); {again}") from error
-    present = set(cast("dict[str, Any]", content)) if isinstance(content, dict) else set[str]()
-    missing = sorted(Report.__required_keys__ - table.LATER_KEYS.keys() - present)
-    if missing:
+        return config.read_text(encoding="utf-8") if config.is_file() else ""
+    except UnicodeDecodeError as error:
         raise CheckpointError(
-            f"{path} is not a report of megakd: {', '.join(missing)} missing; {again}"
-        )
-    return cast("Report", content)
+            f"{config} is damaged: it is not UTF-8 text (byte 0x{error.object[error.start]:02x} at "
+            f"position {error.start}); restore the file, or remove it to draw the report without it"
+        ) from error
 
 
 def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config: str = "") -> str:
@@ -96,18 +89,23 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
 
 
 def _gains(report: Report) -> list[str]:
-    """Return how much smaller and faster than the largest teacher the student is."""
+    """Return how the student's size and speed compare with those of the largest teacher."""
     if report["teacher"] is None:
         return []
     sizes = (report["teacher"]["encoder_parameters"], report["student"]["encoder_parameters"])
-    ratio = f"{sizes[0] / sizes[1]:.1f}x" if all(sizes) else ""
-    gains = [f"has {ratio} fewer parameters without embeddings"] if ratio else []
+    gains = [f"has {_times_fewer(*sizes)} parameters without embeddings"] if all(sizes) else []
     reference = table.largest(table.teachers_of(report)) or TEACHER
     return gains + [
         f"is {times[reference] / times[STUDENT]:.1f}x as fast at batch {batch}"
         for batch, times in milliseconds(report).items()
         if {reference, STUDENT} <= times.keys()
     ]
+
+
+def _times_fewer(teacher: float, student: float) -> str:
+    """Return a comparison of two sizes: 10.9x fewer, 2.0x more, or as many."""
+    times = f"{max(teacher, student) / min(teacher, student):.1f}x"
+    return "as many" if times == "1.0x" else f"{times} {'more' if student > teacher else 'fewer'}"
 
 
 def _comparison(report: Report) -> str:
@@ -120,7 +118,8 @@ def _comparison(report: Report) -> str:
         return f"It keeps {beside} of the teacher's score."
     if not beside.startswith("x"):
         return f"Its {name} differs from the teacher's by {beside} (lower is better)."
-    nats = math.log(float(beside[1:])) if float(beside[1:]) > 0 else 0
+    teacher = report["teacher"]
+    nats = math.log(metrics[name] / teacher["metrics"][name]) if teacher else 0.0
     return f"Its {name} is {beside[1:]} times the teacher's, {nats:+.2f} nats (lower is better)."
 
 

@@ -21,7 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from megakd.config import file as config_file
+from megakd.config.messages import shown
 from megakd.config.run import RunConfig
+from megakd.errors import ConfigError, suggestion
+from megakd.process.home import in_home
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -60,7 +63,12 @@ class ClusterOptions(TypedDict, total=False):
     host_memory_gb: float
     tflops: float
     gbps: float
-    rates: Path
+    rates: str | Path
+
+
+_NUMBERS = {"ranks": "a whole number", "nodes": "a whole number"} | dict.fromkeys(
+    ("gpu_memory_gb", "host_memory_gb", "tflops", "gbps"), "a number"
+)
 
 
 def load_config(config: Config, overrides: Sequence[str] = ()) -> RunConfig:
@@ -79,6 +87,11 @@ def load_config(config: Config, overrides: Sequence[str] = ()) -> RunConfig:
         if not overrides:
             return config
         return config_file.config_of(config_file.config_tree(config), overrides)
+    if not isinstance(config, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(
+            f"config is {shown(config)}; give the path of a YAML file, a mapping with the sections "
+            "of such a file, or a RunConfig"
+        )
     return config_file.config_of(config, overrides)
 
 
@@ -146,14 +159,38 @@ def plan(config: Config, overrides: Sequence[str] = (), **cluster: Unpack[Cluste
             `tflops`, `gbps`, `rates`.
 
     Raises:
-        MegakdError: a model's config or a number cannot be read.
+        MegakdError: a model's config or a number cannot be read, or an option does not exist.
     """
     checked = load_config(config, overrides)
+    _check_cluster(cluster)
+    rates, machines = cluster.get("rates"), dict(cluster)
+    machines["rates"] = in_home(rates) if isinstance(rates, str) else rates
     with _undone():
         from megakd.planning.options import cluster_of
         from megakd.planning.plan import plan_run
 
-        return plan_run(checked, cluster_of(argparse.Namespace(**cluster)))
+        return plan_run(checked, cluster_of(argparse.Namespace(**machines)))
+
+
+def _check_cluster(cluster: Mapping[str, Any]) -> None:
+    """Raise ConfigError if an option of a plan does not exist or its value has another type."""
+    known = list(ClusterOptions.__annotations__)
+    for name, value in cluster.items():
+        if name not in known:
+            near = suggestion(name, known) or ";"
+            raise ConfigError(f'plan: unknown option "{name}"{near} known: {", ".join(known)}')
+        if value is not None and not _has_type(name, value):
+            expected = {"device": '"cpu" or "cuda"', "rates": "a path", **_NUMBERS}[name]
+            raise ConfigError(f"plan: {name} must be {expected} (got {shown(value)})")
+
+
+def _has_type(name: str, value: object) -> bool:
+    if name == "device":
+        return value in ("cpu", "cuda")
+    if name == "rates":
+        return isinstance(value, str | Path)
+    allowed = int if _NUMBERS[name] == "a whole number" else int | float
+    return isinstance(value, allowed) and not isinstance(value, bool)
 
 
 @contextlib.contextmanager

@@ -18,13 +18,15 @@ from megakd.contract.results import Report
 from megakd.contract.tasks import FROM_TEACHER, STUDENT
 from megakd.data.encoding import tokenizer_content
 from megakd.engine.distributed import agree, on_main
-from megakd.errors import CheckpointError, ConfigError, MegakdError
+from megakd.errors import CheckpointError, ConfigError, MegakdError, suggestion
 from megakd.models.export import brings_code
 from megakd.reports.card import CardFacts, model_card
-from megakd.reports.html import read_report, write_html_report
+from megakd.reports.html import write_html_report
+from megakd.reports.reading import read_report
 from megakd.reports.report import write_report
 from megakd.reports.table import result_table
 from megakd.run.holder import held
+from megakd.run.writable import check_writable
 from megakd.storage import atomic
 from megakd.storage.checksums import checksum_of, damage_of, read_signed, write_signed
 from megakd.storage.fingerprint import Fingerprint, as_read_back, differences, flatten
@@ -314,23 +316,6 @@ def _draw(output_dir: Path) -> None:
         )
 
 
-def model_folder(config: RunConfig, model: str | None) -> Path:
-    """Return the given folder, or the run's `final/` if no folder is given.
-
-    Raises:
-        CheckpointError: the folder does not exist.
-    """
-    folder = Path(model) if model else config.output_dir / FINAL
-    if folder.is_dir():
-        return folder
-    if model:
-        raise CheckpointError(
-            f"--model {model}: the folder does not exist; give the folder of a model, such as a "
-            "run's final/ or stages/<stage>"
-        )
-    raise CheckpointError(f"{folder} does not exist; train first, or give --model FOLDER")
-
-
 def export_run(config: RunConfig, stage: str | None, to: Path) -> Path:
     """Copy a finished stage's model to a folder of its own.
 
@@ -341,17 +326,15 @@ def export_run(config: RunConfig, stage: str | None, to: Path) -> Path:
 
     Raises:
         CheckpointError: the stage has not finished or is damaged, or the folder exists.
+        ConfigError: the folder cannot be written to.
     """
     stages = config.output_dir / "stages"
     name = stage or _student_stage(config.output_dir)
     if name not in _with_model(stages):
-        is_finished = (stages / name / RESULT).is_file()
-        raise CheckpointError(
-            f"stage {name!r} of {config.output_dir} "
-            f"{'gives no model' if is_finished else 'has not finished'}; {_finished_stages(stages)}"
-        )
+        raise CheckpointError(_no_model_of(name, stages))
     if to.exists():
         raise CheckpointError(f"{to} already exists; give a folder that does not exist")
+    check_writable(to, where="--to")
     folder = stages / name
     copy_finished(folder, to, changes={RESULT: None, RECORD: None}, remedy=remake(folder))
     return to
@@ -365,6 +348,15 @@ def _student_stage(out: Path) -> str:
             f"{_finished_stages(out / 'stages')}"
         )
     return record["student"]
+
+
+def _no_model_of(stage: str, stages: Path) -> str:
+    """Return why a stage cannot be exported."""
+    if not (stages / stage).is_dir():
+        near = suggestion(stage, (folder.name for folder in stages.glob("*/")))
+        return f'{stages.parent} has no stage "{stage}"{near or ";"} {_finished_stages(stages)}'
+    problem = "gives no model" if (stages / stage / RESULT).is_file() else "has not finished"
+    return f"stage {stage!r} of {stages.parent} {problem}; {_finished_stages(stages)}"
 
 
 def _finished_stages(stages: Path) -> str:

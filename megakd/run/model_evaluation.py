@@ -22,10 +22,9 @@ from megakd.engine.distributed import main_first, on_main
 from megakd.errors import TeacherError
 from megakd.models.knowledge import Needs
 from megakd.models.labels import generic_labels, model_label_names
-from megakd.models.loading import resolve_model
 from megakd.models.source import ModelSource
-from megakd.run.finished_run import model_folder
 from megakd.run.main import started
+from megakd.run.scored_model import model_folder, scored_model
 from megakd.training.engines import Assembly
 from megakd.training.evaluation_sets import row_count
 from megakd.training.inputs import RunInputs, cache_folder, prepare
@@ -76,7 +75,7 @@ def evaluate_model(
     folder = model_folder(config, model)
     given = data or _without_training_rows(config)
     with started() as ranks:
-        source = main_first(lambda: resolve_model(str(folder), config.task, where="--model"))
+        source = main_first(lambda: scored_model(config, folder))
         if given is not None:
             prepared, rows = _given_rows(config, source, given)
         else:

@@ -13,9 +13,9 @@ from megakd.data.glue_submission import SubmissionRows, submission_rows
 from megakd.engine.distributed import Ranks, main_first, on_main
 from megakd.errors import ConfigError, TrainingError
 from megakd.models.knowledge import Needs
-from megakd.models.loading import resolve_model
-from megakd.run.finished_run import model_folder
-from megakd.run.main import check_writable, started
+from megakd.run.main import started
+from megakd.run.scored_model import model_folder, scored_model
+from megakd.run.writable import check_writable
 from megakd.storage import atomic
 from megakd.training.engines import Assembly, ReadyTeacher
 from megakd.training.inputs import cache_folder, prepare
@@ -82,7 +82,7 @@ def _outputs(
     """Return the model's outputs for every test row, by the stem of the file; a collective."""
     prepared = prepare(config)
     assembly = Assembly(config=config, prepared=prepared, ranks=ranks)
-    source = main_first(lambda: resolve_model(str(chosen), config.task, where="student.model"))
+    source = main_first(lambda: scored_model(config, chosen))
     check_vocabularies(config.task, prepared.tokenizer, [source])
     preset = scoring_preset(config.student.deepspeed)
     ready = ReadyTeacher(source, TeacherConfig(model=str(chosen), deepspeed=preset, dtype="fp32"))

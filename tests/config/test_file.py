@@ -110,7 +110,7 @@ def test_an_override_that_cannot_be_applied_is_refused(
             'objective[1].loss: unknown loss "soft_target_kll"; did you mean "soft_target_kl"? '
             "known: hard_cross_entropy, hard_mse, soft_target_kl,",
         ),
-        ("objective.1.loss=3", "objective[1].loss: unknown loss 3; known: hard_cross_entropy"),
+        ("objective.1.loss=3", "objective[1].loss: must be text (got 3); known: hard_cross_en"),
         ("objective.1={weight: 1}", "objective[1].loss: missing; known: hard_cross_entropy, "),
         ("objective=[3]", "objective[0]: must be a mapping (got 3)"),
         ("objective=[]", "objective: needs at least 1 item(s) (got [])"),
@@ -247,7 +247,7 @@ def test_a_file_that_cannot_be_read_is_named(
 
 
 def test_a_folder_in_place_of_the_file_is_named(tmp_path: Path) -> None:
-    assert f"config file {tmp_path} cannot be read: Is a directory" in message_of(tmp_path)
+    assert f"config file {tmp_path} is a folder; give the run's YAML file" in message_of(tmp_path)
 
 
 words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=9)

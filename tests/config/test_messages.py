@@ -13,7 +13,7 @@ from megakd.config.run import RunConfig
 from megakd.config.schema import annotation_at
 from megakd.config.synonyms import SYNONYMS
 from megakd.errors import ConfigError, MegakdError
-from megakd.run.finished_run import model_folder
+from megakd.run.scored_model import model_folder
 
 
 def test_a_mistake_on_the_command_line_names_the_override_and_not_the_file(run_file: Path) -> None:
@@ -114,6 +114,35 @@ def test_a_web_address_is_refused_as_it_was_written(
     run_file: Path, override: str, message: str
 ) -> None:
     assert message in message_of(run_file, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("output_dir=[a]", 'must be text (got ["a"]); write a without brackets'),
+        ("student.model=[a]", 'must be text or a mapping (got ["a"]); write a without brackets'),
+        ("student.model=[a, b]", 'student.model: must be text or a mapping (got ["a", "b"])'),
+        ("task.text_columns=a", 'must be a list (got "a"); write [a]'),
+        ("method.name=[single]", 'method.name: must be text (got ["single"]); known: direct'),
+        ("objective=[{loss: 3}]", "objective[0].loss: must be text (got 3); known: hard_cross_en"),
+    ],
+)
+def test_a_value_in_the_wrong_form_is_told_in_the_right_one(
+    run_file: Path, override: str, message: str
+) -> None:
+    assert message in message_of(run_file, override)
+
+
+def test_a_finished_run_in_place_of_a_config_is_answered_with_its_config(run_file: Path) -> None:
+    folder = run_file.parent
+    (folder / "config.yaml").touch()
+
+    with pytest.raises(MegakdError) as given:
+        load_config(folder)
+
+    assert f"{folder} is a folder; give the run's YAML file, such as {folder / 'config.yaml'}" in (
+        str(given.value)
+    )
 
 
 def test_an_evaluated_model_that_is_not_there_is_named(run_file: Path) -> None:

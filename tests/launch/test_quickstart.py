@@ -176,6 +176,42 @@ def test_a_launcher_that_returns_0_without_a_report_is_a_failure(
     assert "the run ended without runs/quickstart/report.json" in capsys.readouterr().err
 
 
+def test_the_output_folder_of_the_command_line_is_where_the_report_is_sought(
+    quickstart: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[Path] = []
+    monkeypatch.chdir(tmp_path)  # main changes the folder
+    monkeypatch.setattr(
+        quickstart, "teacher_overrides", lambda _, out, __: (asked.append(out), ())[1]
+    )
+    monkeypatch.setattr(quickstart, "launch_command", lambda _: [sys.executable, "-c", ""])
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "report.json").write_text('{"student": {}}')
+
+    code = quickstart.main(["output_dir=elsewhere", "seed=7", f"output_dir={out}"])
+
+    assert (code, asked) == (0, [out])
+    said = capsys.readouterr().out
+    assert said == f"quickstart: the report is {out / 'report.json'}, the student {out / 'final'}\n"
+
+
+def test_an_output_folder_that_is_no_path_is_refused_before_a_teacher_is_fetched(
+    quickstart: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(quickstart, "teacher_overrides")
+
+    assert quickstart.main(["output_dir=[a]"]) == 2
+    assert "output_dir: must be text" in capsys.readouterr().err
+
+
 # A launcher of two processes, of which the second one waits for a rank that takes its time.
 RUNNER = """
 import subprocess, sys

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from html_page import Page
-from reports import ASSISTANT, SCORES, TRADEOFF, chosen_report, report_of
+from reports import ASSISTANT, SCORES, TRADEOFF, chosen_report, language_report, report_of
 from whole_run import WholeRun, read
 
 from megakd import cli
@@ -322,6 +322,64 @@ def test_a_file_that_is_no_report_is_named(tmp_path: Path, content: str, message
 
     with pytest.raises(CheckpointError, match=message):
         write_html_report(tmp_path)
+
+
+def test_a_config_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    (folder / "config.yaml").write_bytes(b"seed: 1 # \xff\n")
+
+    with pytest.raises(CheckpointError, match=r"config.yaml is damaged: it is not UTF-8 text"):
+        write_html_report(folder)
+
+
+def test_records_with_numbers_beyond_any_axis_are_passed_over(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('\n{"stage": "student", "step": ' + "9" * 5000 + ', "train/loss": 1.0}\n')
+        file.write('{"stage": "student", "step": ' + "9" * 400 + ', "train/loss": 1.0}\n')
+
+    written = write_html_report(folder).read_text(encoding="utf-8")
+
+    assert written == html_report(report_of(), history()[:8], config=CONFIG)
+
+
+def test_a_file_in_place_of_the_folder_is_told_with_the_folder(tmp_path: Path) -> None:
+    file = folder_of(tmp_path) / "report.json"
+
+    with pytest.raises(CheckpointError) as refused:
+        write_html_report(file)
+
+    assert str(refused.value) == (
+        f"{file} is a file; give the output_dir of a finished run, such as {tmp_path}"
+    )
+
+
+def test_a_page_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    (folder / "report.html").mkdir()
+
+    with pytest.raises(CheckpointError, match=r"report.html cannot be written: Is a directory"):
+        write_html_report(folder)
+
+
+@pytest.mark.parametrize(
+    ("student", "said"),
+    [(2_000_000, "5.3x fewer"), (21_291_264, "2.0x more"), (10_645_633, "as many")],
+)
+def test_the_sizes_of_student_and_teacher_are_compared(student: int, said: str) -> None:
+    report = report_of()
+    report["student"]["encoder_parameters"] = student
+
+    assert f"It has {said} parameters without embeddings" in html_report(report, [])
+
+
+def test_nats_are_those_of_the_exact_perplexities() -> None:
+    report = language_report()
+    assert report["teacher"] is not None
+    report["teacher"]["metrics"]["perplexity"] = 1000.0
+    report["student"]["metrics"]["perplexity"] = 4.0  # a ratio of 0.004, 0.00 once rounded
+
+    assert "-5.52 nats" in html_report(report, [])
 
 
 def test_a_picture_that_fails_does_not_spoil_the_run(

@@ -12,7 +12,7 @@ import pytest
 from tiny_runs import config_tree, write_config, write_reviews
 
 import megakd
-from megakd.errors import ConfigError
+from megakd.errors import ConfigError, MegakdError
 
 NOTEBOOK = """
 import json, logging, os, random, sys, warnings
@@ -108,6 +108,36 @@ def test_a_config_may_be_a_path_a_mapping_or_a_config(tmp_path):
     assert megakd.load_config(config, ["seed=7"]).seed == 7
     with pytest.raises(ConfigError, match=r"config: sed = 1: unknown key; did you mean .seed."):
         megakd.load_config({**tree, "sed": 1})
+
+
+@pytest.mark.parametrize(("config", "shown"), [(None, "null"), (3, "3"), (["a"], '["a"]')])
+def test_what_is_no_config_is_refused_saying_what_is_one(config, shown):
+    with pytest.raises(ConfigError) as refused:
+        megakd.load_config(config)
+
+    assert str(refused.value).startswith(f"config is {shown}; give the path of a YAML file, a map")
+
+
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [
+        ({"rank": 2}, 'plan: unknown option "rank"; did you mean "ranks"? known: ranks, nodes'),
+        ({"zzz": 2}, 'plan: unknown option "zzz"; known: ranks, nodes, device'),
+        ({"ranks": 2.5}, "plan: ranks must be a whole number (got 2.5)"),
+        ({"nodes": True}, "plan: nodes must be a whole number (got true)"),
+        ({"tflops": "300"}, 'plan: tflops must be a number (got "300")'),
+        ({"device": "gpu"}, 'plan: device must be "cpu" or "cuda" (got "gpu")'),
+        ({"rates": 3}, "plan: rates must be a path (got 3)"),
+        ({"rates": "nowhere.json"}, "nowhere.json"),
+    ],
+)
+def test_an_option_that_plan_does_not_know_is_refused(tmp_path, cluster, message):
+    tree = config_tree(tmp_path, {"type": "classification", "dataset": "pydocs"})
+
+    with pytest.raises(MegakdError) as refused:
+        megakd.plan(tree, **cluster)
+
+    assert message in str(refused.value)
 
 
 def test_the_configs_of_the_page_are_valid(repository, tmp_path, monkeypatch):

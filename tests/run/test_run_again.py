@@ -150,12 +150,41 @@ def test_a_stage_is_exported_once(one_rank, out, config, tmp_path):
     assert f"{target} already exists" in again.err
 
 
-def test_a_stage_that_has_not_finished_is_not_exported(one_rank, config, tmp_path):
-    said = one_rank.megakd("export", config, "--stage", "assistant", "--to", tmp_path / "x")
+@pytest.mark.parametrize(
+    ("stage", "near"), [("studnet", '; did you mean "student"?'), ("assistant", ";")]
+)
+def test_a_stage_that_does_not_exist_is_answered_with_those_that_do(
+    one_rank, config, out, tmp_path, stage, near
+):
+    said = one_rank.megakd("export", config, "--stage", stage, "--to", tmp_path / "x")
+
+    assert said.code == 2
+    known = "finished stages: alone, student, teacher-finetune"
+    assert f'{out} has no stage "{stage}"{near} {known}' in said.err
+
+
+def test_a_stage_that_has_not_finished_is_not_exported(one_rank, config, unfinished, tmp_path):
+    (unfinished / "stages" / "assistant").mkdir()
+
+    said = one_rank.megakd(
+        *("export", config, f"output_dir={unfinished}"),
+        *("--stage", "assistant", "--to", tmp_path / "x"),
+    )
 
     assert said.code == 2
     assert "stage 'assistant'" in said.err
-    assert "has not finished; finished stages: alone, student, teacher-finetune" in said.err
+    assert "has not finished; finished stages: teacher-finetune" in said.err
+
+
+def test_a_target_below_a_file_is_refused_with_the_option(one_rank, config, tmp_path):
+    (tmp_path / "file").touch()
+    target = tmp_path / "file" / "deep" / "model"
+
+    said = one_rank.megakd("export", config, "--stage", "student", "--to", target)
+
+    assert said.code == 2
+    assert f"megakd: error: --to: {tmp_path / 'file'} is not a writable folder" in said.err
+    assert said.out == ""
 
 
 def test_a_stage_that_gives_only_scores_is_neither_exported_nor_offered(

@@ -1,0 +1,51 @@
+"""The methods and loss terms as text: what each does, and its options with defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import textwrap
+from collections.abc import Mapping
+
+from megakd.config.schema import defaults, options
+from megakd.contract.terms import PLUGIN_TERM, TermConfig
+from megakd.errors import ConfigError, suggestion
+from megakd.methods import PLUGIN_METHOD, MethodConfig
+
+
+def catalogue(name: str | None = None, *, losses: bool = False) -> str:
+    """Return the methods, or the loss terms, with their docstrings and options.
+
+    Args:
+        name: only this method or loss, which may be a `module:name`; None: all.
+        losses: whether to list the loss terms instead of the methods.
+
+    Raises:
+        ConfigError: there is no method or loss of this name.
+    """
+    kinds = options(TermConfig, "loss") if losses else options(MethodConfig, "name")
+    if name is not None:
+        kinds = {name: _named(name, kinds, losses=losses)}
+    return "\n\n".join(_entry(known, kind) for known, kind in kinds.items())
+
+
+def _named(name: str, kinds: Mapping[str, type], *, losses: bool) -> type:
+    """Return the options class of one method or loss."""
+    if name in kinds:
+        return kinds[name]
+    if ":" in name:
+        return (PLUGIN_TERM if losses else PLUGIN_METHOD).kind(name)
+    near, noun = suggestion(name, kinds) or ";", "loss" if losses else "method"
+    if not losses and name in options(TermConfig, "loss"):
+        near = f"; {name} is a loss: megakd methods --losses {name};"
+    raise ConfigError(f'unknown {noun} "{name}"{near} known: {", ".join(kinds)}')
+
+
+def _entry(name: str, kind: type) -> str:
+    """Return the name and the docstring of a variant, and its options with defaults."""
+    lines = [name, textwrap.indent(inspect.getdoc(kind) or "", "  ")]
+    for option, default in defaults(kind).items():
+        is_required = default is dataclasses.MISSING
+        lines.append(f"    {option}: {'required' if is_required else json.dumps(default)}")
+    return "\n".join(lines)

@@ -1,0 +1,71 @@
+"""`megakd methods`: what there is, and what a wrong name is answered with."""
+
+from __future__ import annotations
+
+import pytest
+
+from megakd import cli
+
+
+def test_methods_lists_every_method_with_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods"]) == 0
+
+    listed = capsys.readouterr().out
+    assert "single\n  Distil one teacher into the student." in listed
+    assert "finetune\n  Train the student on the labels alone." in listed
+
+
+def test_methods_lists_losses_with_options_and_defaults(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["methods", "--losses"]) == 0
+
+    listed = capsys.readouterr().out
+    assert "soft_target_jsd\n  beta·KL(teacher || m)" in listed
+    assert "    temperature: 1.0\n    t_squared: true\n    beta: 0.5\n" in listed
+    assert '    layer_mapping: "uniform"\n' in listed
+    assert '    relations: ["query", "key", "value"]\n    relation_heads: null\n' in listed
+    assert "    loss:" not in listed
+
+
+@pytest.mark.parametrize(
+    ("words", "first", "absent"),
+    [
+        (["minidisc"], "minidisc", "skdbert"),
+        (["--losses", "soft_target_kl"], "soft_target_kl", "hidden_mse"),
+        (["soft_target_kl", "--losses"], "soft_target_kl", "hidden_mse"),
+    ],
+)
+def test_one_method_or_loss_is_listed_alone(
+    words: list[str], first: str, absent: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["methods", *words]) == 0
+
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{first}\n")
+    assert absent not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["minidsic"],
+            'unknown method "minidsic"; did you mean "minidisc"? known: direct, finetune',
+        ),
+        (["--losses", "soft_target_k"], 'unknown loss "soft_target_k"; did you mean "soft_target'),
+        (
+            ["hidden_mse"],
+            "hidden_mse is a loss: megakd methods --losses hidden_mse; known: direct, finetune",
+        ),
+        (["no_such_module:X"], "module no_such_module cannot be imported"),
+    ],
+)
+def test_a_method_that_does_not_exist_gets_the_nearest_name(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["methods", *words]) == 2
+
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.out == ""
