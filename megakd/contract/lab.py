@@ -190,6 +190,14 @@ class Lab(Protocol):
         """Return the model in the folder of a stage."""
         ...
 
+    def model(self, teacher: str) -> Model:
+        """Return the model of a teacher that is ready, for a student that starts as its teacher."""
+        ...
+
+    def units(self, source: Model) -> View:
+        """Return the units of a model; `head_width` is set if columns of heads can be cut."""
+        ...
+
     def fresh_like(self, folder: Path) -> Model:
         """Return a model of the shape in `folder` that starts from random weights."""
         ...

@@ -100,6 +100,23 @@ class StageReport(TypedDict):
     metrics: Mapping[str, float]
 
 
+class PruningReport(TypedDict):
+    """The student of a method that prunes during training, at one evaluation.
+
+    width: columns of the hidden states.
+    parameters: weights of the student as the export would cut it.
+    teacher_kl: mean divergence of the student's predictions from the teacher's on held-out rows, in
+        nats per target; null if the objective has no soft targets.
+    step_seconds: median duration of the steps since the previous row; null without such a step.
+    """
+
+    step: int
+    width: int
+    parameters: int
+    teacher_kl: float | None
+    step_seconds: float | None
+
+
 class Speedup(TypedDict):
     """Median milliseconds of a forward of each model; the models are timed alternately."""
 
@@ -193,6 +210,7 @@ class Report(TypedDict):
     latency: Sequence[LatencyReport]
     cost: CostReport | None
     pool: PoolReport | None
+    pruning: Sequence[PruningReport]
     samples: Sequence[SampleReport]
     evaluation_sets: Mapping[str, EvaluationSetReport]
     seconds: Mapping[str, float]
@@ -229,4 +247,5 @@ class MethodRecord:
     assistants: list[Assistant] = field(default_factory=list)
     cost: CostReport | None = None
     pool: PoolReport | None = None
+    pruning: list[PruningReport] = field(default_factory=list)
     dev_scores: dict[str, float] = field(default_factory=dict)

@@ -133,6 +133,20 @@ class Strategy(Protocol):
         """Restore the state that `state_dict` returned."""
         ...
 
+    def shards(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Return values that this rank keeps for each element of its `local_shards`.
+
+        A resumed run and the next window of a run continue with these values.
+
+        Returns:
+            By kind of value, and by name of the weight: [n].
+        """
+        ...
+
+    def load_shards(self, shards: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restore this rank's values, which `shards` returned; called before `begin`."""
+        ...
+
     def scalars(self) -> Mapping[str, float]:
         """Return values to log for the steps since the last call, the same on every rank."""
         ...
@@ -166,6 +180,13 @@ class Stateless:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def shards(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Return {}: the strategy keeps no value per weight."""
+        return {}
+
+    def load_shards(self, shards: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Do nothing."""
 
     def scalars(self) -> Mapping[str, float]:
@@ -285,6 +306,12 @@ class Stage:
     episodes: how often the steps of `train` are repeated; the learning rate schedule restarts
         every time.
     window: the part of a longer run that the stage covers; None: all steps of `train`.
+    pruned_to: the units of the first learner that remain at the end of the stage, for a strategy
+        that prunes the learner with `student.keep`; None for all other strategies. The judge's
+        verdict states which units they are (`Verdict.cut`).
+    shards_kept: number of fp32 values per weight that the strategy keeps, for the memory plan.
+    measures_losses: whether every evaluation also measures the losses of the objective on the
+        held-out rows, without dropout, as metrics with the names of the terms.
     batches: function from the source of the training rows' batches to the source of the stage's
         batches; None uses the training rows' batches.
     reads_states: whether the strategy reads hidden states of both models.
@@ -305,6 +332,9 @@ class Stage:
     passes_per_backward: int | None = None
     episodes: int = 1
     window: Window | None = None
+    pruned_to: View | None = None
+    shards_kept: int = 0
+    measures_losses: bool = False
     batches: Callable[[BatchSource], BatchSource] | None = None
     reads_states: bool = False
 

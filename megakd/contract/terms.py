@@ -172,6 +172,9 @@ class SoftTargetMse:
     row_weight: RowWeight = "equal"
 
 
+Projection = Literal["learned", "identity"]
+
+
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class HiddenMse:
     """Squared error between hidden states of mapped layers (Romero et al. 2015; Jiao et al. 2020).
@@ -179,12 +182,16 @@ class HiddenMse:
     layer_mapping: `uniform`, `last`, or student:teacher pairs; 0 is the embedding output.
     positions: `all`, or `first` for the first position of each text, which is [CLS] in encoders;
         `first` is averaged over rows.
+    projection: the matrices that map the student's states to the teacher's width. `learned`: random
+        at the start, only if the widths differ. `identity`: the identity at the start, also if the
+        widths are equal, so that a student that starts as its teacher has no loss.
     """
 
     loss: Literal["hidden_mse"]
     weight: Weight = 1.0
     layer_mapping: LayerMapping = "uniform"
     positions: Positions = "all"
+    projection: Projection = "learned"
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -204,10 +211,14 @@ class HiddenCosine:
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class EmbeddingMse:
-    """Squared error between the embedding outputs (Jiao et al. 2020, TinyBERT, section 3.1)."""
+    """Squared error between the embedding outputs (Jiao et al. 2020, TinyBERT, section 3.1).
+
+    projection: as in hidden_mse.
+    """
 
     loss: Literal["embedding_mse"]
     weight: Weight = 1.0
+    projection: Projection = "learned"
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -144,3 +144,15 @@ class Axis(NamedTuple):
 
 Axes = tuple[Axis | None, ...]
 """One entry per dimension of a weight; None if the dimension cannot be cut."""
+
+
+class Maker(NamedTuple):
+    """A matrix whose outputs are units: the paper's columns of a weight.
+
+    axis: the units. dimension: the dimension of the matrix along which the units lie.
+    shape: rows and columns of the whole matrix.
+    """
+
+    axis: Axis
+    dimension: int
+    shape: tuple[int, int]

@@ -80,7 +80,13 @@ def _of_whole(parameter: Tensor) -> tuple[Tensor, Tensor, int] | None:
     """Return a part of a weight that every rank holds whole, so that ranks do not overlap."""
     if parameter.grad is None:
         return None
-    size = -(-parameter.numel() // dist.get_world_size())
-    part = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
+    part = own_part(parameter)
     weight, gradient = parameter.detach().flatten(), parameter.grad.flatten()
     return weight[part].float(), gradient[part], part.start
+
+
+def own_part(parameter: Tensor) -> slice:
+    """Return this rank's share of a flattened weight that every rank holds whole."""
+    size = -(-parameter.numel() // dist.get_world_size())
+    first = min(dist.get_rank() * size, parameter.numel())
+    return slice(first, min(first + size, parameter.numel()))

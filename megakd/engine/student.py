@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from megakd.contract.batch import Batch, Counts, Knowledge, Losses, Predictions
 from megakd.contract.stage import Pass, backward_groups
+from megakd.contract.units import Cut, Maker, View
 from megakd.engine.distributed import together
 from megakd.engine.initialize import Engine
+from megakd.engine.optimizer_state import OptimizerState
 from megakd.engine.shards import Shard, local_shards
 from megakd.errors import CheckpointError
 from megakd.storage.tensors import write_tensors
@@ -95,6 +97,25 @@ class StudentEngine:
         scale = self._engine.optimizer.loss_scale if self._engine.fp16_enabled() else 1.0
         return local_shards(self.student, loss_scale=float(scale))
 
+    @property
+    def optimizer_state(self) -> OptimizerState:
+        """The weights and moments that the optimizer keeps."""
+        return OptimizerState(self._engine)
+
+    def keep(self, cut: Cut | None) -> None:
+        """Run the first learner as a cut of itself from now on, see `Elastic.keep`."""
+        self._engine.module.elastic.keep(cut)
+
+    @property
+    def units(self) -> View:
+        """The units of the first learner, in a stage with `pruned_to`."""
+        return self._engine.module.elastic.prunable
+
+    @property
+    def makers(self) -> Mapping[str, Maker]:
+        """The matrices that produce units by name, in a stage with `pruned_to`."""
+        return self._engine.module.elastic.makers
+
     def step(self, learning_rate: float) -> None:
         """Clip the gradient of the step, and update the weights with this learning rate."""
         for group in self._engine.optimizer.param_groups:
@@ -117,6 +138,22 @@ class StudentEngine:
             return None
         gradients = [p.grad for p in self.bundle.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
+
+    @torch.no_grad()
+    def measure(
+        self, batch: Batch, knowledge: Mapping[str, Knowledge], plan: Sequence[Pass]
+    ) -> Losses:
+        """Return the losses of one micro-batch without dropout and without a gradient.
+
+        The reported parts are sums over this rank's units.
+        """
+        self._engine.eval()
+        counts = dict.fromkeys(
+            self._engine.module.counters,
+            torch.ones((), dtype=torch.long, device=batch.valid.device),
+        )
+        with self._engine.module.opened_head(batch):
+            return self._forward(batch, knowledge, plan, counts)
 
     @torch.no_grad()
     def predict(self, batch: Batch, view: str | None = None) -> Predictions:

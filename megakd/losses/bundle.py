@@ -16,10 +16,11 @@ from megakd.contract.batch import Batch, Counts, Knowledge, Losses, LossInputs, 
 from megakd.contract.stage import Pass, teacher_names
 from megakd.contract.tasks import Kernels
 from megakd.contract.unit_counts import UnitCounter, unit_weights
-from megakd.contract.units import View
+from megakd.contract.units import Axes, View
 from megakd.losses.objective import WEIGHTED_LOSS, Objective
 from megakd.losses.stage_losses import StageLosses
 from megakd.losses.targets import Evaluated
+from megakd.models.axes import WIDTH, weight_axes
 from megakd.models.elastic import Elastic
 from megakd.models.knowledge import Needs, opened_head, read_knowledge
 from megakd.models.predictions import predict
@@ -41,7 +42,8 @@ class StudentBundle(nn.Module):
     """The models that learn and their objective, so that losses run inside the engine's forward.
 
     learners: models by role; the first learner is the model that the stage returns.
-    views: sub-networks of the first learner that passes may name.
+    views: sub-networks of the first learner that passes may name; if this is a mapping, also an
+        empty one, the learner can run as a cut of itself (`Elastic.keep`).
     teacher_needs: outputs needed from the other learners, which may teach the first learner.
     """
 
@@ -59,8 +61,11 @@ class StudentBundle(nn.Module):
         self._roles = tuple(learners)
         self.learners = nn.ModuleList(learners.values())
         self.views = dict(views or {})
-        self.elastic = Elastic(self.student) if views else None  # type: ignore[arg-type]
+        self.elastic = None if views is None else Elastic(self.student)  # type: ignore[arg-type]
         self.objective = objective
+        if self.elastic is not None:
+            for projection in objective.projections():
+                self.elastic.follow(projection)
         self.world_size = world_size
         self.kernels: Kernels = kernels
         self._teacher_needs = teacher_needs or Needs()
@@ -83,6 +88,15 @@ class StudentBundle(nn.Module):
             for unit, count in own.items()
         }
         return own | others
+
+    @property
+    def axes(self) -> dict[str, Axes]:
+        """The axes of all weights that change when the first learner is cut, by name."""
+        table = weight_axes(self.student)  # type: ignore[arg-type]
+        own = {f"learners.0.{name}": axes for name, axes in table.items()}
+        followers = {*self.objective.projections()}
+        names = (name for name, module in self.named_modules() if module in followers)
+        return own | {f"{name}.weight": (None, WIDTH) for name in names}
 
     def opened_head(self, batch: Batch) -> AbstractContextManager[object]:
         """Gather the student's output matrix during a forward without passes."""
@@ -273,11 +287,13 @@ def build_bundle(
         for model in learners.values():
             # With reentrant checkpointing, hooks that read parts of a block would run twice.
             model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    stage = losses.stage
+    views = None if stage.pruned_to is None and not stage.views else stage.views
     return StudentBundle(
         learners,
         objective,
         world_size=world_size,
         kernels=kernels,
-        views=losses.stage.views,
+        views=views,
         teacher_needs=losses.teacher_needs(),
     )

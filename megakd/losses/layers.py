@@ -26,6 +26,7 @@ from megakd.contract.terms import (
 )
 from megakd.losses.fsp import counted, flow_errors
 from megakd.losses.targets import Evaluated, TermGroup
+from megakd.models.elastic_modules import weights_in_view
 from megakd.models.knowledge import Needs
 
 
@@ -55,15 +56,28 @@ class LayerTerm(TermGroup):
 
 
 class Projections(nn.ModuleList):
-    """Linear projections, one per mapped layer; empty if both widths are equal."""
+    """Linear projections, one per mapped layer.
 
-    def __init__(self, layers: int, student: int, teacher: int) -> None:
-        count = layers if student != teacher else 0
+    Args:
+        layers: number of mapped layers.
+        student, teacher: widths of the hidden states.
+        is_identity: whether the projections exist also for equal widths and start as the identity.
+    """
+
+    def __init__(
+        self, layers: int, student: int, teacher: int, *, is_identity: bool = False
+    ) -> None:
+        count = layers if is_identity or student != teacher else 0
         super().__init__(nn.Linear(student, teacher, bias=False) for _ in range(count))
+        for linear in self if is_identity else ():
+            nn.init.eye_(cast("nn.Linear", linear).weight)
 
     def weight(self, index: int) -> Tensor | None:
-        """Return [teacher, student] of the mapped layer number `index`; None if there is none."""
-        return cast("nn.Linear", self[index]).weight if len(self) else None
+        """Return [teacher, student] of the mapped layer number `index`; None if there is none.
+
+        If the student runs as a cut of itself, the matrix has the student's kept columns.
+        """
+        return weights_in_view(self[index])[0] if len(self) else None
 
 
 class FspMatrices(LayerTerm):
@@ -95,8 +109,8 @@ class FspMatrices(LayerTerm):
 class HiddenStates(LayerTerm):
     """`hidden_mse`, `hidden_cosine`, `embedding_mse`: terms on hidden states of mapped layers.
 
-    Errors are averaged over the width. If the widths differ, projections are learned with the
-    student, kept for resuming, and dropped at export.
+    Errors are averaged over the width. If the widths differ, or the term says so, projections are
+    learned with the student, kept for resuming, and dropped at export.
     """
 
     needs = Needs(hidden_states=True)
@@ -108,7 +122,8 @@ class HiddenStates(LayerTerm):
             if isinstance(term, HiddenCosine)
             else megakd_kernels.hidden_mse_projection_loss
         )
-        self.projections = Projections(len(pairs), *widths)
+        is_identity = getattr(term, "projection", "learned") == "identity"
+        self.projections = Projections(len(pairs), *widths, is_identity=is_identity)
         self.first_alone = getattr(term, "positions", "all") == "first"
         if self.first_alone:
             self.units = {term.loss: "examples"}

@@ -29,7 +29,13 @@ from megakd.contract.terms import (
 )
 from megakd.contract.unit_counts import COUNTERS, UnitCounter
 from megakd.errors import ConfigError, TeacherError
-from megakd.losses.layers import AttentionMatrices, FspMatrices, HiddenStates, Relations
+from megakd.losses.layers import (
+    AttentionMatrices,
+    FspMatrices,
+    HiddenStates,
+    Projections,
+    Relations,
+)
 from megakd.losses.plugin_losses import PluginLoss
 from megakd.losses.rows import HardClasses, RegressionScores, SoftClasses
 from megakd.losses.targets import AGREEMENT, Evaluated, TermGroup, language_model_groups
@@ -75,6 +81,11 @@ class Objective(nn.Module):
             return [Evaluated(_zero(reading.student), {}) for reading in readings]
         of_groups = [group.of_all(readings) for group in wanted]
         return [_added(parts) for parts in zip(*of_groups, strict=True)]
+
+    def projections(self) -> list[nn.Linear]:
+        """Return the learned maps from the student's hidden states to the teacher's."""
+        found = (module for module in self.modules() if isinstance(module, Projections))
+        return [cast("nn.Linear", linear) for module in found for linear in module]
 
     def _wanted(self, readings: Sequence[LossInputs]) -> list[TermGroup]:
         """Return the groups that have a term which at least one reading includes."""

@@ -190,6 +190,11 @@ class Architecture:
             width=self.hidden_width(config),
         )
 
+    def prunable(self, config: PretrainedConfig) -> View:
+        """Return the units; `head_width` is set if columns of heads can be cut one by one."""
+        width = self.heads(config).width if self.cuts_inside_heads else None
+        return self.units(config)._replace(head_width=width)
+
     def neurons_per_layer(self, config: PretrainedConfig) -> int:
         """Return the number of neurons of a feed-forward that was not cut."""
         # The value may be None in GPT-2's config.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from megakd.contract.units import Axes, Axis, Cut, UnitOrder, View
+from megakd.contract.units import Axes, Axis, Cut, Maker, UnitOrder, View
 from megakd.engine.sharding import full_shape
 from megakd.models.architectures import architecture_of
 
@@ -44,6 +44,31 @@ def weight_axes(model: PreTrainedModel) -> Mapping[str, Axes]:
                 shape = full_shape(parameter)
                 table[full] = _outside_layers(module, shape, width, path in outputs)
     return {name: axes for name, axes in table.items() if any(axes)}
+
+
+def unit_makers(model: PreTrainedModel) -> dict[str, Maker]:
+    """Return the matrices of the layers and embeddings whose outputs are units, by name.
+
+    The columns of the hidden states are made by the embeddings and by the outputs of attentions
+    and feed-forwards, heads by queries, keys and values, neurons by the inputs of feed-forwards.
+    """
+    architecture, table = architecture_of(model.config), weight_axes(model)
+    layers = (
+        *architecture.attentions(model.config),
+        *architecture.feed_forwards(model.config),
+    )
+    paths = {path for part in layers for path in part.makers}
+    found: dict[str, Maker] = {}
+    for path, module in model.named_modules():
+        name, is_embedding = f"{path}.weight", isinstance(module, nn.Embedding)
+        if name not in table or not (is_embedding or path in paths):
+            continue
+        dimension = 1 if is_embedding or not isinstance(module, nn.Linear) else 0
+        axis = table[name][dimension]
+        if axis is not None:
+            rows, columns = full_shape(module.get_parameter("weight"))
+            found[name] = Maker(axis, dimension, (rows, columns))
+    return found
 
 
 def output_modules(model: PreTrainedModel, architecture: Architecture) -> set[str]:

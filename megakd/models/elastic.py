@@ -21,7 +21,7 @@ from megakd.contract.units import Axes, Cut, View
 from megakd.engine.sharding import full_shape
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
-from megakd.models.axes import WIDTH, weight_axes
+from megakd.models.axes import WIDTH, unit_makers, weight_axes
 from megakd.models.elastic_modules import (
     ElasticConv1D,
     ElasticEmbedding,
@@ -67,8 +67,8 @@ class Elastic:
         architecture = architecture_of(model.config)
         self.units = architecture.units(model.config)
         self.axes = weight_axes(model)
-        width = architecture.heads(model.config).width
-        self._columns_of_heads = width if architecture.cuts_inside_heads else 0
+        self.makers = unit_makers(model)
+        self.prunable = architecture.prunable(model.config)
         self._views = Views()
         self._rigid: str | None = None
         self._lay_over_weights(model, architecture)
@@ -179,10 +179,11 @@ class Elastic:
         units = self.units
         _check_counts("heads", view.heads, units.heads)
         _check_counts("neurons", view.neurons, units.neurons)
-        if view.head_width is not None and not 0 < view.head_width <= self._columns_of_heads:
+        columns = self.prunable.head_width or 0
+        if view.head_width is not None and not 0 < view.head_width <= columns:
             raise ModelError(
                 f"a view of {view.head_width} columns per head does not fit a model whose heads "
-                f"can be cut to 1 to {self._columns_of_heads} columns"
+                f"can be cut to 1 to {columns} columns"
             )
         if view.width is None or view.width == units.width:
             return

@@ -34,6 +34,11 @@ class AttentionPaths(NamedTuple):
         return len(set(self.projections)) == 1
 
     @property
+    def makers(self) -> tuple[str, ...]:
+        """Paths of all linear maps."""
+        return (*self.projections, self.output)
+
+    @property
     def vectors(self) -> tuple[str, str, str]:
         """Paths of the modules that produce the queries, keys and values for the core."""
         queries, keys = self.norms or self.projections[:2]
@@ -59,6 +64,11 @@ class FeedForwardPaths(NamedTuple):
     inputs: tuple[str, ...]
     output: str
     gated: tuple[str, ...] = ()
+
+    @property
+    def makers(self) -> tuple[str, ...]:
+        """Paths of all linear maps."""
+        return (*self.inputs, self.output)
 
     def of_kind(self, *, is_gated: bool) -> FeedForwardPaths:
         """Return the paths with the inputs of the gated or the ungated kind."""

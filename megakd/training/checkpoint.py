@@ -13,7 +13,6 @@ import errno
 import logging
 import os
 import pickle
-import random
 import re
 import shutil
 from collections import OrderedDict
@@ -22,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,10 +31,11 @@ from megakd.storage.checksums import damage_of, entries_of, files_of, read_signe
 from megakd.storage.fingerprint import Fingerprint, as_read_back, differences
 from megakd.storage.tensors import write_tensors
 from megakd.training.longer import is_longer
+from megakd.training.random_state import random_state, set_random_state
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 """Increased when the content of checkpoints changes, so that older ones are refused in one line."""
 LATEST = "latest"
 _PARTIAL = ".partial"
@@ -104,7 +103,7 @@ class Checkpoints:
         partial.mkdir()
 
     def _write_state(self, folder: Path, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-        mine = {"random": _random_state(), "own": dict(own)}
+        mine = {"random": random_state(), "own": dict(own)}
         check_plain(mine)
         write_tensors(folder / f"rank-{self.ranks.rank}.pt", mine)
         if self.ranks.is_main:
@@ -237,7 +236,7 @@ class Checkpoints:
         state = _read_plain(checkpoint / "state.pt")
         mine = _read_plain(checkpoint / f"rank-{self.ranks.rank}.pt")
         # Last, because reading the shards may draw random numbers.
-        _set_random_state(mine["random"])
+        set_random_state(mine["random"])
         return state, mine["own"]
 
     def given(self, checkpoint: Path) -> Path | None:
@@ -305,43 +304,3 @@ def _of_another_version(checkpoint: Path) -> CheckpointError:
         f"version; remove the folder {checkpoint.parent} to train this stage again, or use the "
         "version that wrote the checkpoint"
     )
-
-
-def _random_state() -> dict[str, Any]:
-    state = {
-        "python": random.getstate(),
-        "numpy": _numpy_state(),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _numpy_state() -> dict[str, Any]:
-    # Third-party data collators draw from NumPy's old global generator.
-    state = dict(np.random.get_state(legacy=False))  # noqa: NPY002
-    inner = state["state"]
-    return {**state, "state": {**inner, "key": inner["key"].tolist()}}
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def seed_everything(seed: int, rank: int, first_step: int = 0) -> None:
-    """Seed a stage's random generators; only torch's, which dropout uses, differs between ranks.
-
-    Args:
-        seed: the seed of the run.
-        rank: the rank of this process.
-        first_step: the first step of the stage's window, which must not repeat the random numbers
-            of the previous window.
-    """
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    torch.manual_seed(seed * 10007 + rank + 1_000_003 * first_step)

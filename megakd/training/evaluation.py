@@ -61,20 +61,22 @@ def numbers(values: Mapping[str, float | None]) -> dict[str, float]:
 
 def cut_record(cut: Cut) -> dict[str, Any]:
     """Return a cut in a form that JSON can store."""
-    return {
-        "order": None if cut.order is None else cut.order._asdict(),
-        "view": cut.view._asdict(),
-    }
+    return {name: part and part._asdict() for name, part in cut._asdict().items()}
 
 
 def read_cut(record: Mapping[str, Any]) -> Cut:
     """Return the cut of a record from `cut_record`."""
     order, view = record["order"], record["view"]
-    if order is not None:
-        layers = {kind: tuple(map(tuple, order[kind])) for kind in ("heads", "neurons")}
-        order = UnitOrder(**layers, width=order["width"] and tuple(order["width"]))
-    kept = View(tuple(view["heads"]), tuple(view["neurons"]), view["width"])
-    return Cut(order, kept)
+    return Cut(order and UnitOrder(**_tuples(order)), view and View(**_tuples(view)))
+
+
+def _tuples(value: Any) -> Any:
+    """Return a value of JSON with tuples in place of lists."""
+    if isinstance(value, list):
+        return tuple(_tuples(entry) for entry in value)
+    if isinstance(value, dict):
+        return {name: _tuples(entry) for name, entry in value.items()}
+    return value
 
 
 def headline(metrics: Sequence[str]) -> Metric:

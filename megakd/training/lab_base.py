@@ -13,6 +13,7 @@ from megakd.contract.shapes import Heads
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.contract.terms import TermConfig, hard_terms, soft_terms
+from megakd.contract.units import View
 from megakd.models.source import ModelSource
 from megakd.training.engines import ReadyTeacher
 from megakd.training.recipes import finetuning_stage
@@ -97,6 +98,14 @@ class LabBase(ABC):
     def source(self, folder: Path) -> ModelSource:
         """Return the model in the folder of a finished stage."""
         return self._source(folder, STUDENT)
+
+    def model(self, teacher: str) -> ModelSource:
+        """Return the model of a teacher that is ready."""
+        return self._teachers[teacher].source
+
+    def units(self, source: ModelSource) -> View:
+        """Return the units of a model; `head_width` is set if columns of heads can be cut."""
+        return source.architecture.prunable(source.config)
 
     def fresh_like(self, folder: Path) -> ModelSource:
         """Return a model of the same shape that starts from random weights."""

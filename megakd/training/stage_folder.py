@@ -2,6 +2,7 @@
 
     stages/<stage>/           the model of the stage's role
     stages/<stage>/<role>/    a model that learned beside it, with checksums of its own
+    stages/<stage>/training_state/    see `window_state`
 
 The whole folder is written completely or not at all.
 """
@@ -23,6 +24,8 @@ from megakd.storage.finished_folder import sealed_folder
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from megakd.training.window_state import WindowState
 
 
 class Learned(NamedTuple):
@@ -54,10 +57,12 @@ class Learned(NamedTuple):
         return Learned(config, iter(state), cut_class_name(model, config))
 
 
-def consume(models: Mapping[str, Learned]) -> None:
+def consume(models: Mapping[str, Learned], window: WindowState | None) -> None:
     """Iterate over the rest of all states, which contain collectives."""
     for model in models.values():
         deque(model.state, maxlen=0)
+    if window is not None:
+        deque(window.tensors, maxlen=0)
 
 
 def write_stage_folder(
@@ -66,6 +71,7 @@ def write_stage_folder(
     *,
     tokenizer: PreTrainedTokenizerBase | None,
     extra: Extra,
+    window: WindowState | None = None,
 ) -> None:
     """Write the models of a stage completely or not at all; call on the rank that writes.
 
@@ -75,6 +81,7 @@ def write_stage_folder(
             consumed even if writing fails.
         tokenizer: saved beside the weights of every model.
         extra: small files that belong to `folder`, see `write_model_folder`.
+        window: the training state, if the next window of the run continues.
 
     Raises:
         MegakdError: the disk is full; the old folder is unchanged.
@@ -85,5 +92,7 @@ def write_stage_folder(
             fill_model_folder(temporary, **first._asdict(), tokenizer=tokenizer, extra=extra)
             for role, model in others:
                 write_model_folder(temporary / role, **model._asdict(), tokenizer=tokenizer)
+            if window is not None:
+                window.write(temporary)
     finally:
-        consume(models)
+        consume(models, window)

@@ -28,17 +28,20 @@ from megakd.storage.fingerprint import Fingerprint
 from megakd.storage.finished_folder import copy_finished
 from megakd.teachers.watched import WatchedTeacher
 from megakd.training.best_checkpoint import RECORD, BestCheckpoints
-from megakd.training.checkpoint import Checkpoints, seed_everything
+from megakd.training.checkpoint import Checkpoints
 from megakd.training.early_stopping import EarlyStopping
 from megakd.training.engines import Assembly
 from megakd.training.evaluation import Evaluation
+from megakd.training.held_out import held_out_losses
 from megakd.training.longer import may_grow
 from megakd.training.meters import TrainMeter
 from megakd.training.probe import take_beginning
 from megakd.training.progress import Extent, Reporter
+from megakd.training.random_state import seed_everything
 from megakd.training.stage_folder import Learned, consume, write_stage_folder
 from megakd.training.stage_result import RESULT, result_text
 from megakd.training.trainer import Trainer
+from megakd.training.window_state import WindowState, continue_window
 
 if TYPE_CHECKING:
     from megakd.config.run import TrainConfig
@@ -120,8 +123,15 @@ class StageRun:
     @property
     def keeps_best(self) -> bool:
         """True if the stage returns the best evaluation instead of the last step."""
+        if self.goes_on:
+            return False
         wanted = self.config.eval.keep_best
         return self.config.eval.eval_steps is not None if wanted is None else wanted
+
+    @property
+    def goes_on(self) -> bool:
+        """True if another window of the run follows: the stage returns its last step."""
+        return self.stage.window is not None and self.stage.window.last < self.stage.window.total
 
     def run(self, folder: Path) -> StageResult:
         """Train the remaining steps and write the model folder; a collective.
@@ -177,6 +187,8 @@ class StageRun:
             if wanted is True:
                 self._say(f"{name}: no checkpoint to resume from, starting at step {first}")
             self.best.resume(first, {})
+            if first:
+                continue_window(self._previous(), self.student, self.trainer.strategy, self.ranks)
             return first
         if wanted is False:
             raise CheckpointError(
@@ -185,6 +197,7 @@ class StageRun:
             )
         on_main(lambda: take_beginning(checkpoint.parent, self.checkpoints.folder))
         state, own = self.checkpoints.load(checkpoint, self.student.load)
+        self.trainer.strategy.load_shards(own["shards"])
         self.trainer.load_state_dict(state["trainer"])
         self.source.load_state_dict(state["batches"])
         self.health.load_state_dict(state["health"])
@@ -197,6 +210,16 @@ class StageRun:
         self._say(f"{self.stage.name}: resumed at step {step} from {checkpoint}")
         self.best.resume(step, state["best_steps"])
         return step
+
+    def _previous(self) -> Path:
+        """Return the folder of the previous window, from which this window starts."""
+        folder = getattr(self.stage.start, "folder", None)
+        if folder is None:
+            raise TypeError(
+                f"{self.stage.name}: a window from step {self.first_step} needs `start`, the model "
+                "of the previous window's stage"
+            )
+        return folder
 
     def _after_step(self, report: StepReport) -> None:
         step = self.trainer.step
@@ -243,13 +266,20 @@ class StageRun:
             verdict = self.judge(scores, step)
             self.evaluation = Evaluation(scores, verdict.view, verdict.cut)
             self._report(step, self.evaluation.scalars())
-            self.stopping.consider(verdict.score)
+            if not self.goes_on:
+                self.stopping.consider(verdict.score)
             if self.keeps_best:
                 self.best.consider(step, scores, verdict)
 
     def _score(self, view: str) -> dict[str, float]:
         predict = functools.partial(self.student.predict, view=None if view == WHOLE else view)
-        return self.scorer.score(predict, self.prepared.encoded.validation)
+        rows = self.prepared.encoded.validation
+        scores = self.scorer.score(predict, rows)
+        if self.stage.measures_losses:
+            plan = self.trainer.strategy.passes(self.trainer.step)
+            batches = self.scorer.batches(rows)
+            scores |= held_out_losses(self.trainer, self.bundle, plan, batches)
+        return scores
 
     def _save(self, step: int) -> None:
         self.health.check_finite(self.checkpoints.newest)
@@ -262,7 +292,11 @@ class StageRun:
                 "early_stopping": self.stopping.state_dict(),
                 "best_steps": self.best.steps(),
             }
-            own = {"window": self.health.window_state()}
+            shards = self.trainer.strategy.shards()
+            own = {
+                "window": self.health.window_state(),
+                "shards": {kind: dict(parts) for kind, parts in shards.items()},
+            }
             self.checkpoints.save(step, self.student.save, state, own)
 
     def _write_result(
@@ -280,7 +314,7 @@ class StageRun:
             **self.trainer.strategy.files(),
         }
         if best is None:
-            self._write_model(result.folder, record, evaluation)
+            self._write_model(result.folder, record, evaluation, goes_on=self.goes_on)
         else:
             remedy = f"remove {best} and start the same command again"
             on_main(lambda: copy_finished(best, result.folder, changes=record, remedy=remedy))
@@ -290,23 +324,32 @@ class StageRun:
         self._write_model(folder, {RECORD: text}, Evaluation.read(record["evaluation"]))
 
     def _write_model(
-        self, folder: Path, extra: Mapping[str, str | bytes], evaluation: Evaluation
+        self,
+        folder: Path,
+        extra: Mapping[str, str | bytes],
+        evaluation: Evaluation,
+        *,
+        goes_on: bool = False,
     ) -> None:
         """Write the learners, the first cut as an evaluation says, and small files; collective."""
         view = self.stage.views.get(evaluation.view or "")
         cut = evaluation.cut or (None if view is None else Cut(None, view))
         first, *beside = self.bundle.learners
-        models = {self.stage.role: Learned.of(first, cut)}
+        models = {self.stage.role: Learned.of(first, cut, learns=goes_on)}
         models |= zip(self.stage.beside, map(Learned.of, beside), strict=True)
+        window = self._window_state(cut) if goes_on else None
 
         def write() -> None:
             if self.ranks.is_main:
                 tokenizer = self.prepared.tokenizer
-                write_stage_folder(folder, models, tokenizer=tokenizer, extra=extra)
+                write_stage_folder(folder, models, tokenizer=tokenizer, extra=extra, window=window)
             else:
-                consume(models)
+                consume(models, window)
 
         together(write)
+
+    def _window_state(self, cut: Cut | None) -> WindowState:
+        return WindowState.of(self.student, self.trainer.strategy, self.bundle.axes, cut)
 
     def _say(self, text: str) -> None:
         if self.ranks.is_main:

@@ -30,6 +30,12 @@ class Learner(Protocol):
         """Add one micro-batch to the step's gradient."""
         ...
 
+    def measure(
+        self, batch: Batch, knowledge: Mapping[str, Knowledge], plan: Sequence[Pass]
+    ) -> Losses:
+        """Return the losses of one micro-batch without learning."""
+        ...
+
     def step(self, learning_rate: float) -> None:
         """Apply the step's gradient."""
         ...
@@ -96,7 +102,7 @@ class Trainer:
         plan = self.strategy.passes(self.step)
         counts = self.count_units(batches)
         for batch, is_last in _mark_last(batches):
-            knowledge = self._ask_teachers(plan, batch)
+            knowledge = self.ask_teachers(plan, batch)
             if is_last:
                 self._prefetch(plan)
             losses = self.student.forward_backward(batch, knowledge, plan, counts, boundary=is_last)
@@ -113,7 +119,8 @@ class Trainer:
         self.step += 1
         return report
 
-    def _ask_teachers(self, plan: Sequence[Pass], batch: Batch) -> dict[str, Knowledge]:
+    def ask_teachers(self, plan: Sequence[Pass], batch: Batch) -> dict[str, Knowledge]:
+        """Return the outputs of the frozen teachers of the passes for a micro-batch."""
         with self.meter.teacher.running():
             # A teacher that learns in this stage answers inside the student's engine.
             frozen = [name for name in teacher_names(plan) if name in self.teachers]

@@ -29,7 +29,8 @@ from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
 from megakd.training import checkpoint as checkpoint_module
-from megakd.training.checkpoint import Checkpoints, check_plain, seed_everything
+from megakd.training.checkpoint import Checkpoints, check_plain
+from megakd.training.random_state import seed_everything
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,176 @@
+"""Whole weights, moments and other values of the optimizer, read and set at every ZeRO stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megakd.engine.distributed import all_reduce_
+from megakd.engine.sharding import full_shape, gathered, is_first_rank, is_zero_param, writes_here
+from megakd.engine.shards import own_part
+
+WEIGHT = "weight"
+"""Name of the fp32 weights among the values of the optimizer; the others are its moments."""
+
+
+class Slot(NamedTuple):
+    """The part of one weight that this rank's optimizer updates.
+
+    owner: tensor by which the optimizer knows its state, which may hold several weights.
+    start: first element of the part in `owner`.
+    offset: first element of the part in the flattened weight.
+    size: number of elements; 0 if this rank holds no part.
+    is_shared: every rank holds and updates the whole weight, and the part is this rank's share.
+    """
+
+    owner: Tensor
+    start: int
+    offset: int
+    size: int
+    is_shared: bool = False
+
+
+class OptimizerState:
+    """The values that a training engine's optimizer keeps, one whole tensor at a time.
+
+    Every method is a collective.
+
+    Args:
+        engine: a DeepSpeed engine with AdamW or SGD.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._outer = engine.optimizer
+        self._inner: torch.optim.Optimizer = getattr(self._outer, "optimizer", self._outer)
+        is_adam = "betas" in self._inner.param_groups[0]
+        self.moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq") if is_adam else ()
+        self._parameters: dict[str, nn.Parameter] = {
+            name: parameter
+            for name, parameter in engine.module.named_parameters()
+            if parameter.requires_grad
+        }
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of values: the weights, then the moments."""
+        return (WEIGHT, *self.moments)
+
+    @property
+    def steps(self) -> int:
+        """The number of updates that the bias correction of AdamW counts; 0 without moments."""
+        counts = (int(s["step"]) for s in self._inner.state.values() if "step" in s)
+        # A rank may hold no part of any weight.
+        largest = torch.tensor(max(counts, default=0))
+        return int(all_reduce_(largest, largest=True))
+
+    def whole(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield the kind of value, the name of the weight, and the value; ranks must all iterate.
+
+        Yields:
+            fp32 tensors on the CPU, in the shape of the weight; ranks other than 0 get an empty
+            tensor.
+        """
+        for name, parameter in self._parameters.items():
+            slot = self._slot(parameter)
+            for kind in self.kinds:
+                here = _put_together(self._part(slot, kind), slot.offset, parameter)
+                yield kind, name, here if is_first_rank() else torch.empty(0)
+
+    def load(self, read: Callable[[str, str], Tensor], *, steps: int) -> None:
+        """Set all values, in the order of `whole`.
+
+        Args:
+            read: function from the kind of value and the name of the weight to the whole tensor.
+            steps: see the property.
+        """
+        for name, parameter in self._parameters.items():
+            slot = self._slot(parameter)
+            for kind in self.kinds:
+                value = read(kind, name)
+                self._set(slot, kind, value)
+                if kind == WEIGHT:
+                    with gathered([parameter], modify=True):
+                        if writes_here(parameter):
+                            parameter.data.copy_(value.reshape(full_shape(parameter)))
+        self._set_steps(steps)
+
+    def put_together(self, name: str, part: Tensor) -> Tensor:
+        """Return a whole tensor on the CPU, of the parts of a weight that the ranks hold.
+
+        Args:
+            name: name of the weight in the engine's module.
+            part: [n] values of the elements that `local_shards` gives this rank; may be empty.
+        """
+        parameter = self._parameters[name]
+        return _put_together(part, self._slot(parameter).offset, parameter)
+
+    def own_part(self, name: str, whole: Tensor) -> Tensor:
+        """Return this rank's part of a whole tensor, as `local_shards` splits the weight."""
+        slot = self._slot(self._parameters[name])
+        return whole.flatten().narrow(0, slot.offset, slot.size)
+
+    def _part(self, slot: Slot, kind: str) -> Tensor:
+        """Return this rank's part of a value, [size]; a moment that was never set is zero."""
+        state: Mapping[str, Any] = self._inner.state.get(slot.owner, {})
+        source = slot.owner if kind == WEIGHT else state.get(kind)
+        if source is None:
+            return torch.zeros(slot.size)
+        return source.detach().flatten().narrow(0, slot.start, slot.size)
+
+    def _set(self, slot: Slot, kind: str, value: Tensor) -> None:
+        if kind == WEIGHT:
+            target = slot.owner.detach()
+        else:
+            state = self._inner.state[slot.owner]
+            if kind not in state:
+                state[kind] = torch.zeros_like(slot.owner, requires_grad=False)
+            target = state[kind]
+        if slot.is_shared:
+            target.copy_(value.reshape(target.shape))
+        elif slot.size:
+            part = value.flatten().narrow(0, slot.offset, slot.size)
+            target.view(-1).narrow(0, slot.start, slot.size).copy_(part)
+
+    def _set_steps(self, steps: int) -> None:
+        if not self.moments:
+            return
+        counts_in_tensors = isinstance(self._inner, torch.optim.AdamW)
+        for group in self._inner.param_groups:
+            for owner in group["params"]:
+                state = self._inner.state[owner]
+                for moment in self.moments:
+                    state.setdefault(moment, torch.zeros_like(owner, requires_grad=False))
+                state["step"] = torch.tensor(float(steps)) if counts_in_tensors else steps
+
+    def _slot(self, parameter: Any) -> Slot:
+        if is_zero_param(parameter):
+            return self._slot_of_partition(parameter)
+        if not hasattr(parameter, "_hp_mapping"):  # every rank holds and updates the whole weight
+            part = own_part(parameter)
+            return Slot(parameter, part.start, part.start, part.stop - part.start, is_shared=True)
+        mapping: Any = parameter._hp_mapping  # noqa: SLF001  (as deepspeed.utils does)
+        if mapping is None:
+            return Slot(torch.empty(0), 0, 0, 0)
+        flats = getattr(self._outer, "single_partition_of_fp32_groups", None)
+        flats = self._outer.fp32_groups_flat_partition if flats is None else flats
+        there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return Slot(flats[mapping.param_group_index], there.start, here.start, there.numel)
+
+    def _slot_of_partition(self, parameter: Any) -> Slot:
+        place = self._outer.grad_position[self._outer.get_param_id(parameter)]
+        group, start, size = (int(number) for number in place)
+        offset = dist.get_rank() * size
+        # The last ranks hold padding.
+        own = max(0, min(size, parameter.ds_numel - offset))
+        return Slot(self._outer.fp32_partitioned_groups_flat[group], start, offset, own)
+
+
+def _put_together(part: Tensor, offset: int, parameter: Any) -> Tensor:
+    """Return a whole tensor on the CPU, made of the parts of all ranks."""
+    whole = torch.zeros(full_shape(parameter).numel(), device=parameter.device)
+    whole[offset : offset + len(part)] = part.to(whole.device, torch.float32)
+    return all_reduce_(whole).cpu().reshape(full_shape(parameter))

@@ -1,0 +1,133 @@
+"""The training state at the end of a window, with which the next window of a run continues.
+
+    stages/<stage>/training_state/    whole tensors in fp32, as safetensors, and rest.pt
+
+The tensors are the weights, the optimizer's moments and the strategy's shards. They are cut like
+the model of the window.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from megakd.engine.distributed import gather, on_main
+from megakd.errors import CheckpointError
+from megakd.models.cutting import cut_state
+from megakd.models.export import write_weights
+from megakd.models.weights import WeightReader, check_weight_files
+from megakd.storage.atomic import write_content
+from megakd.training.random_state import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megakd.contract.stage import Strategy
+    from megakd.contract.units import Axes, Cut
+    from megakd.engine.distributed import Ranks
+    from megakd.engine.student import StudentEngine
+
+FOLDER = "training_state"
+REST = "rest.pt"
+LEARNER = "learners.0."
+"""Prefix of the first learner's weights in the engine's module."""
+
+
+class WindowState(NamedTuple):
+    """What the next window needs in addition to the model.
+
+    tensors: keys `<kind>/<weight>` and whole tensors; every rank must iterate to the end.
+    rest: the remaining values, as the content of a file.
+    """
+
+    tensors: Iterator[tuple[str, Tensor]]
+    rest: bytes
+
+    @staticmethod
+    def of(
+        student: StudentEngine, strategy: Strategy, axes: Mapping[str, Axes], cut: Cut | None
+    ) -> WindowState:
+        """Return the state of a stage, cut if `cut` is given; a collective.
+
+        Args:
+            student: the engine.
+            strategy: its shards continue.
+            axes: the axes of the weights in the engine's module.
+            cut: how the model of the stage is cut.
+        """
+        tensors = _whole(student, strategy)
+        if cut is not None:
+            tensors = _cut(tensors, axes, cut)
+        rest = {"steps": student.optimizer_state.steps, "random": gather(random_state())}
+        file = io.BytesIO()
+        torch.save(rest, file)
+        return WindowState(tensors, file.getvalue())
+
+    def write(self, folder: Path) -> None:
+        """Write the state into the folder of a stage that is not sealed yet."""
+        (folder / FOLDER).mkdir()
+        write_weights(folder / FOLDER, self.tensors)
+        write_content(folder / FOLDER / REST, self.rest)
+
+
+def _whole(student: StudentEngine, strategy: Strategy) -> Iterator[tuple[str, Tensor]]:
+    values = student.optimizer_state
+    for kind, name, tensor in values.whole():
+        yield f"{kind}/{name}", tensor
+    for kind, parts in strategy.shards().items():
+        # A rank may hold no part of some weights.
+        for name in sorted({name for names in gather(list(parts)) for name in names}):
+            part = parts.get(name, torch.empty(0))
+            yield f"{kind}/{LEARNER}{name}", values.put_together(LEARNER + name, part)
+
+
+def _cut(
+    tensors: Iterator[tuple[str, Tensor]], axes: Mapping[str, Axes], cut: Cut
+) -> Iterator[tuple[str, Tensor]]:
+    for key, tensor in tensors:
+        of_weight = axes.get(key.partition("/")[2])
+        yield from cut_state(
+            [(key, tensor)], {} if of_weight is None else {key: of_weight}, cut.view, cut.order
+        )
+
+
+def continue_window(folder: Path, student: StudentEngine, strategy: Strategy, ranks: Ranks) -> None:
+    """Load the state that the previous window of a run has written; a collective.
+
+    The random numbers continue if the number of ranks is the same, else the stage's seed counts.
+
+    Args:
+        folder: the folder of the previous window's stage.
+        student: the engine of this window, whose model has the shape of the previous result.
+        strategy: gets its shards.
+        ranks: the ranks of the run.
+
+    Raises:
+        CheckpointError: the folder has no training state.
+    """
+    if not on_main((folder / FOLDER / REST).is_file):
+        raise CheckpointError(
+            f"{folder} has no {FOLDER}/, with which the next window of the run continues; remove "
+            f"{folder} to train its stage again"
+        )
+    where = f"{folder.name}/{FOLDER}"
+    stored, reader = check_weight_files(folder / FOLDER, where), WeightReader(where)
+    rest = torch.load(folder / FOLDER / REST, weights_only=True)
+    values = student.optimizer_state
+    values.load(
+        lambda kind, name: reader.read(stored[f"{kind}/{name}"]),
+        steps=rest["steps"],
+    )
+    shards: dict[str, dict[str, Tensor]] = {}
+    for key in sorted(stored):
+        kind, _, name = key.partition("/")
+        if kind not in values.kinds:
+            part = values.own_part(name, reader.read(stored[key])).clone()
+            shards.setdefault(kind, {})[name.removeprefix(LEARNER)] = part.to(ranks.device)
+    strategy.load_shards(shards)
+    if len(rest["random"]) == ranks.world_size:
+        set_random_state(rest["random"][ranks.rank])
