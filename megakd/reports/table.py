@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Rows = list[list[str]]
 
 LATER_KEYS: Mapping[str, Any] = {
-    **dict.fromkeys(("assistants", "latency", "teachers", "samples"), ()),
+    **dict.fromkeys(("assistants", "latency", "teachers", "samples", "pruning"), ()),
     **dict.fromkeys(("cost", "pool")),
     **{key: {} for key in ("evaluation_sets", "seconds")},
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,7 +21,7 @@ from megakd.contract.tasks import STUDENT
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks, agree, on_main
 from megakd.engine.memory import earlier_objects_left_alone, forget_models, keep_freed_memory
-from megakd.errors import CheckpointError, ConfigError
+from megakd.errors import CheckpointError
 from megakd.methods import run_method
 from megakd.models.export import weight_bytes
 from megakd.planning.method_check import check_method
@@ -36,6 +35,7 @@ from megakd.run.finished_run import CONFIG, FINAL, finished_table, is_finished, 
 from megakd.run.holder import held
 from megakd.run.hub import check_hub, push_to_hub
 from megakd.run.lab import Lab
+from megakd.run.writable import check_writable
 from megakd.storage import atomic
 from megakd.storage.finished_folder import users_files
 from megakd.training.evaluation_sets import SetScores
@@ -190,6 +190,7 @@ def _report(
         latency=latency,
         cost=lab.record.cost,
         pool=lab.record.pool,
+        pruning=lab.record.pruning,
         samples=sampler.samples(teacher=largest(teachers), student=STUDENT),
         evaluation_sets=sets.report(),
         seconds=seconds(),
@@ -268,21 +269,6 @@ def check_output_folder(config: RunConfig) -> None:
             where = f"{config.key_of(name)}.finetune.resume_from_checkpoint"
             check_checkpoint_given(where, spec.finetune.resume_from_checkpoint)
     check_writable(out, where="output_dir")
-
-
-def check_writable(folder: Path, *, where: str) -> None:
-    """Check that a folder can be written to, or can be created.
-
-    Args:
-        folder: the folder.
-        where: the option that names the folder, for the message.
-
-    Raises:
-        ConfigError: the folder, or the nearest folder above it that exists, is not writable.
-    """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise ConfigError(f"{where}: {there} is not a writable folder")
 
 
 def check_checkpoint_given(where: str, path: bool | str | None) -> None:  # noqa: FBT001

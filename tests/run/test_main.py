@@ -17,9 +17,9 @@ from whole_run import EPOCHS, LABELLED, ROWS_PER_STEP, STEPS, read, records
 
 from megakd.config.file import load_config
 from megakd.data.splits import load_splits
-from megakd.errors import CheckpointError, ConfigError
+from megakd.errors import CheckpointError
 from megakd.run import main
-from megakd.run.main import check_checkpoint_given, check_writable
+from megakd.run.main import check_checkpoint_given
 
 REPORT_KEYS = {
     "method",
@@ -39,6 +39,7 @@ REPORT_KEYS = {
     "seconds",
     "cost",
     "pool",
+    "pruning",
     "evaluation_sets",
     "environment",
 }
@@ -276,11 +277,3 @@ def test_a_model_whose_code_cannot_be_timed_does_not_fail_a_run(
 
     assert main._latency(lab, {}, torch.device("cpu")) == []
     assert f"latency could not be measured: {error}" in caplog.text
-
-
-def test_a_file_in_the_place_of_a_folder_is_refused_with_the_option(tmp_path):
-    (tmp_path / "file").touch()
-
-    with pytest.raises(ConfigError, match=r"--submission: .*file is not a writable folder"):
-        check_writable(tmp_path / "file" / "deep", where="--submission")
-    check_writable(tmp_path / "deep" / "deeper", where="--submission")

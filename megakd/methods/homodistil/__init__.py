@@ -1,0 +1,295 @@
+"""HomoDistil: prune the student out of the teacher while distilling (Liang et al. 2023).
+
+https://arxiv.org/abs/2302.09632. The student starts as its teacher. The units with the smallest
+sensitivity are removed a few at a time while the student is distilled on open text, so that the
+student's predictions stay close to the teacher's along the whole way.
+
+Differs from the paper: units that must go together form one group (the columns of the hidden
+states over all layers; queries and keys of a head; values and output of a head; the neurons of a
+feed-forward), because independent choices for each matrix would only leave zeros. Loss weights, the
+decay of the average, and the steps at which pruning ends were not found in the paper and are
+options. Losses on hidden states are means over width and layers instead of sums. Units that were
+removed do not return (`monotone`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from megakd.contract.methods import OneTeacherOptions
+from megakd.contract.stage import Constant, Pass, Stage, Window
+from megakd.contract.tasks import FROM_TEACHER, LANGUAGE_TASKS, STUDENT
+from megakd.contract.terms import (
+    STRICT,
+    AttentionMse,
+    Count,
+    EmbeddingMse,
+    HiddenCosine,
+    HiddenMse,
+    RelationFsp,
+)
+from megakd.errors import ConfigError
+from megakd.methods.homodistil.schedule import SHARE_OF_RUN, Schedule, Shape, Target
+from megakd.methods.homodistil.target import target_of
+
+if TYPE_CHECKING:
+    from megakd.contract.lab import Lab, Model
+    from megakd.contract.results import PruningReport
+    from megakd.contract.stage import StageResult
+    from megakd.contract.terms import TermConfig
+    from megakd.contract.units import View
+
+PRUNING = "pruning.json"
+"""File in a stage's folder with the rows of the report."""
+AVERAGES = {"sensitivity": 1, "platon": 2, "magnitude": 0, "random": 0}
+"""Number of values that each score keeps for every weight."""
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class HomoDistilConfig(OneTeacherOptions):
+    """The student starts as its teacher and loses its least sensitive units while it learns.
+
+    target_width: columns of the student's hidden states; neurons and heads shrink by the same
+        share.
+    target_sparsity: share of the columns, neurons and columns of heads (or heads) to remove, in
+        place of `target_width`.
+    schedule: how the number of units falls from `pruning_start` to `pruning_end`: `cubic`, `linear`
+        or, as a control, `one_shot` at `pruning_start`.
+    pruning_start: step after which the first units are removed.
+    pruning_end: step after which the last units are removed; null: after 70 % of the steps.
+    every: steps between two removals.
+    cuts: how often the weights of removed units are cut out of the model during training; 0 keeps
+        them until the end.
+    score: `sensitivity` |weight * gradient|, averaged; `platon` multiplies it by its uncertainty;
+        `magnitude` and `random` are controls.
+    sensitivity_beta: decay of the average; 0 uses the sensitivities of the last step only.
+    uncertainty_beta: decay of the uncertainty of `platon`.
+    monotone: whether removed units never return; false ranks again all units that are not cut out.
+    round_to: multiple for the target's width and neurons; null: 64 in families that lose whole
+        heads (decoders with rotary positions, GPT-2), 1 in others.
+    """
+
+    cuts_student: ClassVar[bool] = True
+    name: Literal["homodistil"]
+    target_width: Count | None = None
+    target_sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
+    schedule: Shape = "cubic"
+    pruning_start: Annotated[int, Field(ge=0)] = 0
+    pruning_end: Count | None = None
+    every: Count = 1
+    cuts: Annotated[int, Field(ge=0, le=100)] = 4
+    score: Literal["sensitivity", "platon", "magnitude", "random"] = "sensitivity"
+    sensitivity_beta: Decay = 0.85
+    uncertainty_beta: Decay = 0.95
+    monotone: bool = True
+    round_to: Count | None = None
+
+    @property
+    def looks_into_teacher(self) -> bool:
+        """True: the student starts as the teacher, and hidden states are compared."""
+        return True
+
+    def problems(self, config: Any) -> Iterator[str]:
+        """Yield a line for every setting that contradicts a student pruned out of its teacher."""
+        yield from super().problems(config)
+        if (self.target_width is None) == (self.target_sparsity is None):
+            yield (
+                f"method: set exactly one of target_width (got {self.target_width}) and "
+                f"target_sparsity (got {self.target_sparsity})"
+            )
+        if config.task.type not in LANGUAGE_TASKS:
+            yield (
+                f"task.type: homodistil prunes on text and needs {' or '.join(LANGUAGE_TASKS)} "
+                f"(got {config.task.type}); fine-tune the pruned model on the task afterwards"
+            )
+        if config.student.model != FROM_TEACHER or config.student.layers is not None:
+            yield (
+                f'student: method "homodistil" prunes the student out of its teacher; set '
+                f'student.model to "{FROM_TEACHER}" and remove student.layers'
+            )
+        yield from self._problems_of_schedule(config.train.max_steps)
+        yield from _problems_of_objective(config.objective or ())
+
+    def _problems_of_schedule(self, max_steps: int | None) -> Iterator[str]:
+        start, end = self.pruning_start, self.pruning_end
+        if end is not None and end <= start and self.schedule != "one_shot":
+            yield (
+                f"method.pruning_end: {end} is not after method.pruning_start {start}; raise "
+                "pruning_end or lower pruning_start"
+            )
+        for key, step in (("pruning_start", start), ("pruning_end", end)):
+            if max_steps is not None and step is not None and step > max_steps:
+                yield (
+                    f"method.{key}: {step} is after the end of the run, train.max_steps "
+                    f"{max_steps}; lower method.{key} or raise train.max_steps"
+                )
+
+
+def _problems_of_objective(terms: Any) -> Iterator[str]:
+    for term in terms:
+        if isinstance(term, HiddenMse | EmbeddingMse) and term.projection != "identity":
+            yield (
+                f"objective: {term.loss} compares hidden states whose width falls during the run; "
+                "set projection: identity in the term"
+            )
+        if isinstance(term, HiddenCosine | RelationFsp):
+            yield (
+                f"objective: {term.loss} has no projection that starts as the identity; use "
+                "hidden_mse with projection: identity"
+            )
+
+
+def run(config: HomoDistilConfig, lab: Lab) -> StageResult:
+    """Distil in windows; after each window but the last, removed units are cut out."""
+    teacher = lab.teacher(config.teacher)
+    start = lab.model(teacher)
+    target = target_of(
+        lab.units(start),
+        width=config.target_width,
+        sparsity=config.target_sparsity,
+        round_to=config.round_to,
+    )
+    course = Course(config, teacher, target, schedule_of(config, lab))
+    result = lab.train(course.stage(lab, start, course.windows[0]))
+    lab.record.pruning += _rows(lab, result)
+    for window in course.windows[1:]:
+        result = lab.train(course.stage(lab, lab.source(result.folder), window))
+        lab.record.pruning += _rows(lab, result)
+    return result
+
+
+class Course(NamedTuple):
+    """The run from the teacher to the student.
+
+    target: the units of both. schedule: when units are removed.
+    """
+
+    config: HomoDistilConfig
+    teacher: str
+    target: Target
+    schedule: Schedule
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """The parts of the run between the cuts."""
+        total = self.schedule.total
+        cuts = self.schedule.milestones(self.config.cuts) if self.config.cuts else ()
+        return tuple(Window(first, last, total) for first, last in pairwise((0, *cuts, total)))
+
+    def stage(self, lab: Lab, start: Model, window: Window) -> Stage:
+        """Return the stage of a window, which starts from the model of the previous window."""
+        from megakd.methods.homodistil.pruning import HomotopyJudge, Pruning
+
+        is_last = window.last == window.total
+        name = STUDENT if is_last else f"pruning-{self.windows.index(window) + 1}"
+        size = functools.partial(_parameters, lab, start)
+        pruning = Pruning(self, lab.config.seed, lab.probe(name), size)
+        return Stage(
+            name=name,
+            teachers=(self.teacher,),
+            start=start,
+            objective=objective_of(lab, self.target.whole, self.target.goal),
+            strategy=pruning,
+            judge=HomotopyJudge(pruning, lab.worth),
+            window=window,
+            pruned_to=self.target.at(self.schedule.left(window.last)),
+            shards_kept=AVERAGES[self.config.score],
+            measures_losses=True,
+        )
+
+
+def _parameters(lab: Lab, model: Model, view: View) -> int:
+    return lab.parameters(model, view).parameters
+
+
+def schedule_of(config: HomoDistilConfig, lab: Lab) -> Schedule:
+    """Return the schedule of a run.
+
+    Raises:
+        ConfigError: pruning ends before it starts, or after the run.
+    """
+    total, start = lab.steps_of_student(), config.pruning_start
+    end = config.pruning_end or max(start + 1, int(SHARE_OF_RUN * total))
+    last = start if config.schedule == "one_shot" else end
+    if last > total or start >= total:
+        train = lab.config.train
+        length = (
+            f"train.max_steps {train.max_steps}"
+            if train.max_steps
+            else f"train.num_train_epochs {train.num_train_epochs:g} over the training text"
+        )
+        raise ConfigError(
+            f"method: pruning takes place from step {start} to step {last}, and the run has only "
+            f"{total} steps ({length}); give more text, train longer, or lower method.pruning_end"
+        )
+    return Schedule(config.schedule, start, end, config.every, total)
+
+
+def objective_of(lab: Lab, teacher: View, student: View) -> tuple[TermConfig, ...]:
+    """Return the objective of the config, or the objective of the paper with equal weights.
+
+    Attention can be compared only if the student keeps all heads.
+
+    Raises:
+        ConfigError: the objective compares attention, and the student loses heads.
+    """
+    keeps_heads = student.heads == teacher.heads
+    given = lab.config.objective
+    if given is None:
+        hidden = HiddenMse(loss="hidden_mse", projection="identity", layer_mapping="uniform")
+        embedding = EmbeddingMse(loss="embedding_mse", projection="identity")
+        attention = (AttentionMse(loss="attention_mse"),) if keeps_heads else ()
+        return (*lab.hard_terms(1.0), *lab.soft_terms(1.0), hidden, *attention, embedding)
+    if not keeps_heads and any(isinstance(term, AttentionMse) for term in given):
+        raise ConfigError(
+            "objective: attention_mse compares attention head by head, and the student loses heads "
+            f"(from {teacher.heads[0]} to {student.heads[0]} key-value groups in each layer); "
+            "remove the term"
+        )
+    return given
+
+
+def random_start(config: HomoDistilConfig, lab: Lab, student: StageResult) -> Stage:
+    """Return the stage of the baseline `random`: the student's shape from random weights.
+
+    The model is distilled with the same objective and for the same number of steps; matrices from
+    its hidden states to the teacher's are learned from random values.
+    """
+    teacher = lab.teacher(config.teacher)
+    start = lab.fresh_like(student.folder)
+    objective = objective_of(lab, lab.units(lab.model(teacher)), lab.units(start))
+    return Stage(
+        name="random",
+        teachers=(teacher,),
+        start=start,
+        objective=tuple(
+            dataclasses.replace(term, projection="learned")
+            if isinstance(term, HiddenMse | EmbeddingMse)
+            else term
+            for term in objective
+        ),
+        strategy=Constant((Pass(teacher=teacher),)),
+        measures_losses=True,
+    )
+
+
+BASELINES = {"random": random_start}
+
+
+def _rows(lab: Lab, result: StageResult) -> list[PruningReport]:
+    """Return the rows of the report that the strategy of a stage has written."""
+    return lab.made_by(result, PRUNING, _read) or []
+
+
+def _read(path: str) -> list[PruningReport]:
+    return json.loads(Path(path).read_text(encoding="utf-8"))

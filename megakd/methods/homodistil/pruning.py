@@ -1,0 +1,335 @@
+"""The strategy that prunes the student while the student learns, and the judge of the run."""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megakd.contract.metrics import WHOLE
+from megakd.contract.stage import Pass, Scores, Stateless, StepReport, Verdict
+from megakd.contract.units import Cut, UnitOrder, View
+from megakd.methods.homodistil import PRUNING
+from megakd.methods.homodistil.sensitivity import (
+    SENSITIVITY,
+    UNCERTAINTY,
+    Averages,
+    Group,
+    group_sizes,
+    unit_sums,
+    update_averages,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megakd.contract.lab import HeldOutProbe
+    from megakd.contract.results import PruningReport
+    from megakd.methods.homodistil import Course
+
+Chosen = dict[Group, list[int]]
+"""Kept units of every group, rising; columns inside heads are numbered over all heads."""
+
+
+@dataclass
+class State:
+    """The state of a window.
+
+    averages: see `update_averages`.
+    rows: rows of the report.
+    kept: units of the student; None before the window begins.
+    scores: scores of the last step, if units are removed after the step.
+    seconds: durations of the steps since the last row.
+    clock: end of the last step, unless something else happened since then.
+    """
+
+    averages: Averages = field(default_factory=dict)
+    rows: list[PruningReport] = field(default_factory=list)
+    kept: Chosen | None = None
+    scores: Tensor | None = None
+    student: Any = None
+    seconds: list[float] = field(default_factory=list)
+    clock: float | None = None
+
+
+@dataclass(frozen=True)
+class Pruning(Stateless):
+    """Removes the least sensitive units a few at a time, as the schedule says.
+
+    course: the run from the teacher to the student.
+    seed: seed of `score: random`.
+    probe: None if nothing is trained.
+    size: function from units to the number of weights of a model with these units.
+    """
+
+    course: Course
+    seed: int
+    probe: HeldOutProbe | None
+    size: Callable[[View], int]
+    now: State = field(default_factory=State)
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """The values that the decisions of the strategy depend on."""
+        options = {
+            name: value for name, value in asdict(self.course.config).items() if name != "cuts"
+        }
+        return {
+            **options,
+            "teacher": self.course.teacher,
+            "schedule": self.course.schedule._asdict(),
+            "seed": self.seed,
+        }
+
+    def begin(self, student: Any, step: int) -> None:
+        """Run the student as the cut of itself that it was at the last step."""
+        self.now.student = student
+        if self.now.kept is None:
+            self.now.kept = everything(student)
+        else:
+            student.keep(cut_of(student, self.now.kept))
+
+    def passes(self, step: int) -> tuple[Pass, ...]:
+        """Return one pass with the teacher."""
+        return (Pass(teacher=self.course.teacher),)
+
+    def before_update(self, step: int, student: Any) -> None:
+        """Add the sensitivities of the step to the averages, and score the units if they are due.
+
+        The gradients are complete and not clipped, and the weights are those of the gradients.
+        """
+        score, due = self.course.config.score, self.course.schedule.prunes_after(step + 1)
+        scored = (shard for shard in student.local_shards() if shard.name in student.makers)
+        if score in ("sensitivity", "platon"):
+            uncertainty = self.course.config.uncertainty_beta if score == "platon" else None
+            update_averages(
+                self.now.averages,
+                scored,
+                beta=self.course.config.sensitivity_beta,
+                uncertainty_beta=uncertainty,
+            )
+        if due:
+            self.now.scores = self._unit_scores(step + 1, student)
+
+    def _unit_scores(self, step: int, student: Any) -> Tensor:
+        """Return the scores of all units, the same on every rank."""
+        if self.course.config.score == "random":
+            count = sum(group_sizes(student.makers, student.units).values())
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+            return torch.rand(count, generator=generator, dtype=torch.float64)
+        shards = {shard.name: shard for shard in student.local_shards()}
+        values = {}
+        for name in student.makers:
+            if name not in shards:
+                continue
+            shard = shards[name]
+            values[name] = (self._weight_scores(name, shard.weight), shard.offset)
+        here = unit_sums(values, student.makers, student.units)
+        if self.probe is None:
+            return here
+        return self.probe.agree(self.probe.add_up(here))
+
+    def _weight_scores(self, name: str, weight: Tensor) -> Tensor:
+        if self.course.config.score == "magnitude":
+            return weight.detach()
+        average = self.now.averages[SENSITIVITY][name]
+        return (
+            average * self.now.averages[UNCERTAINTY][name]
+            if UNCERTAINTY in self.now.averages
+            else average
+        )
+
+    def after_update(self, report: StepReport) -> None:
+        """Remove the units with the lowest scores if a removal is due."""
+        now, step = time.perf_counter(), report.step + 1
+        if self.now.clock is not None:
+            self.now.seconds.append(now - self.now.clock)
+        self.now.clock = now
+        if self.now.scores is None or self.now.kept is None:
+            return
+        student, wanted = self.now.student, self.course.target.at(self.course.schedule.left(step))
+        self.now.kept = select(
+            self.now.scores, self.now.kept, wanted, student, monotone=self.course.config.monotone
+        )
+        self.now.scores = None
+        student.keep(cut_of(student, self.now.kept))
+
+    def cut(self) -> Cut:
+        """Return the cut that the student is now."""
+        kept = everything(self.now.student) if self.now.kept is None else self.now.kept
+        return cut_of(self.now.student, kept)
+
+    def note(self, step: int, scores: Mapping[str, float]) -> None:
+        """Add a row of the report: the size and the distance from the teacher after a step."""
+        view = self.cut().view
+        if view is None:
+            return
+        self.now.rows.append(
+            {
+                "step": step,
+                "width": view.width or 0,
+                "parameters": self.size(view),
+                "teacher_kl": scores.get("soft_target_kl"),
+                "step_seconds": statistics.median(self.now.seconds) if self.now.seconds else None,
+            }
+        )
+        self.now.seconds.clear()
+        self.now.clock = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the kept units and the rows of the report."""
+        kept = self.now.kept or {}
+        return {
+            "kept": [[list(group), units] for group, units in kept.items()],
+            "rows": self.now.rows,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
+        self.now.kept = {Group(*group): list(units) for group, units in state["kept"]} or None
+        self.now.rows = list(state["rows"])
+
+    def shards(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Return the averages of this rank's weights."""
+        return self.now.averages
+
+    def load_shards(self, shards: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restore the averages."""
+        self.now.averages = {kind: dict(values) for kind, values in shards.items()}
+
+    def scalars(self) -> Mapping[str, float]:
+        """Return the width and the number of weights of the student."""
+        view = self.cut().view
+        if view is None:
+            return {}
+        return {"pruning/width": view.width or 0, "pruning/parameters": self.size(view)}
+
+    def files(self) -> Mapping[str, bytes]:
+        """Return the rows of the report."""
+        return {PRUNING: json.dumps(self.now.rows).encode()}
+
+
+def everything(student: Any) -> Chosen:
+    """Return all units of a student's groups."""
+    sizes = group_sizes(student.makers, student.units)
+    return {group: [*range(size)] for group, size in sizes.items()}
+
+
+def select(scores: Tensor, kept: Chosen, wanted: View, student: Any, *, monotone: bool) -> Chosen:
+    """Return the units with the highest scores in every group; of equal scores, the first units.
+
+    Args:
+        scores: scores of all groups side by side, as `unit_sums` returns them.
+        kept: the units that are kept now.
+        wanted: number of units to keep.
+        student: the student.
+        monotone: whether only units that are kept now can be kept.
+    """
+    found: Chosen = {}
+    groups = group_sizes(student.makers, student.units)
+    for (group, size), values in zip(groups.items(), scores.split([*groups.values()]), strict=True):
+        allowed = torch.full((size,), -1.0, dtype=torch.float64)
+        places = kept[group] if monotone else range(size)
+        allowed[list(places)] = values[list(places)].clamp(min=0).nan_to_num(0.0)
+        if group.columns is None:
+            found[group] = _highest(allowed[None], _count(group, wanted))[0]
+            continue
+        heads = student.units.heads[group.number]
+        best = _highest(allowed.view(heads, -1), wanted.head_width or 0)
+        width = size // max(heads, 1)
+        found[group] = [head * width + column for head, own in enumerate(best) for column in own]
+    return found
+
+
+def _count(group: Group, wanted: View) -> int:
+    if group.kind == "width":
+        return wanted.width or 0
+    return (wanted.heads if group.kind == "heads" else wanted.neurons)[group.number]
+
+
+def _highest(scores: Tensor, count: int) -> list[list[int]]:
+    """Return the places of the highest scores of every row, rising."""
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return order.sort(dim=1).values.tolist()
+
+
+def cut_of(student: Any, kept: Chosen) -> Cut:
+    """Return the cut that leaves the kept units of a student, in their stored order."""
+    units = student.units
+    listed = functools.partial(_listed, kept)
+    heads = tuple(
+        listed(Group("heads", number, None), count) for number, count in enumerate(units.heads)
+    )
+    neurons = tuple(
+        listed(Group("neurons", number, None), count) for number, count in enumerate(units.neurons)
+    )
+    width = listed(Group("width", 0, None), units.width or 0)
+    inside = {
+        columns: tuple(
+            _inside(kept[Group("heads", number, columns)], count, units.head_width)
+            for number, count in enumerate(units.heads)
+        )
+        for columns in (("queries", "values") if units.head_width else ())
+    }
+    order = UnitOrder(heads, neurons, width, inside.get("queries"), inside.get("values"))
+    return Cut(order, _view(kept, units))
+
+
+def _view(kept: Chosen, units: View) -> View:
+    def counts(kind: Any, there: Sequence[int]) -> tuple[int, ...]:
+        return tuple(
+            len(kept.get(Group(kind, number, None), range(count)))
+            for number, count in enumerate(there)
+        )
+
+    columns = None
+    if units.head_width is not None:
+        first = kept[Group("heads", 0, "queries")]
+        columns = len(first) // max(units.heads[0], 1)
+    width = len(kept[Group("width", 0, None)])
+    return View(counts("heads", units.heads), counts("neurons", units.neurons), width, columns)
+
+
+def _listed(kept: Chosen, group: Group, count: int) -> tuple[int, ...]:
+    """Return all units of a group, the kept units first."""
+    first = kept.get(group, [])
+    chosen = {*first}
+    return (*first, *(unit for unit in range(count) if unit not in chosen))
+
+
+def _inside(kept: Sequence[int], heads: int, width: int) -> tuple[tuple[int, ...], ...]:
+    """Return all columns inside each head of an attention, the kept columns first."""
+    found = []
+    for head in range(heads):
+        own = [column - head * width for column in kept if column // width == head]
+        found.append((*own, *(column for column in range(width) if column not in {*own})))
+    return tuple(found)
+
+
+@dataclass
+class HomotopyJudge:
+    """Compares evaluations only after the end of pruning: before it, the student is too large.
+
+    worth: the main metric of the task, negated if lower values are better.
+    """
+
+    pruning: Pruning
+    worth: Callable[[Mapping[str, float]], float]
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """The step from which evaluations count."""
+        return {"end": self.pruning.course.schedule.end}
+
+    def __call__(self, scores: Scores, step: int) -> Verdict:
+        """Return the score of the student, and how the student is cut now."""
+        self.pruning.note(step, scores[WHOLE])
+        done = self.pruning.course.schedule.left(step) == 0
+        score = self.worth(scores[WHOLE]) if done else float("nan")
+        return Verdict(score, WHOLE, cut=self.pruning.cut())

@@ -1,0 +1,106 @@
+"""The number of units that remain after every step, and the steps after which the model is cut."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+from megakd.contract.units import View
+
+Shape = Literal["cubic", "linear", "one_shot"]
+POWERS: Mapping[Shape, int] = {"cubic": 3, "linear": 1}
+SHARE_OF_RUN = 0.7
+"""Part of the steps after which pruning ends if the config does not say when."""
+
+
+class Shares(NamedTuple):
+    """The share of the units of each kind that the student keeps."""
+
+    heads: Fraction
+    neurons: Fraction
+    width: Fraction
+    head_width: Fraction
+
+
+class Target(NamedTuple):
+    """The units of the teacher, and the shares of them that the student keeps.
+
+    whole: `head_width` is set if the columns of heads are pruned instead of whole heads.
+    """
+
+    whole: View
+    shares: Shares
+
+    def at(self, left: Fraction) -> View:
+        """Return the units that remain when `left` of the way to the student is left, 1 to 0."""
+        whole, shares = self
+        parts = Shares(*(share + (1 - share) * left for share in shares))
+        columns = whole.head_width
+        return View(
+            tuple(round(parts.heads * count) for count in whole.heads),
+            tuple(round(parts.neurons * count) for count in whole.neurons),
+            round(parts.width * (whole.width or 0)),
+            None if columns is None else round(parts.head_width * columns),
+        )
+
+    @property
+    def goal(self) -> View:
+        """The units of the student."""
+        return self.at(Fraction(0))
+
+
+class Schedule(NamedTuple):
+    """Pruning from `start` to `end`, in steps that the run has taken.
+
+    shape: see `left`.
+    start, end: first and last step after which units may be removed.
+    every: steps between two removals.
+    total: steps of the run.
+    """
+
+    shape: Shape
+    start: int
+    end: int
+    every: int
+    total: int
+
+    def prunes_after(self, step: int) -> bool:
+        """Return whether units are selected anew after a step; steps are counted from 1."""
+        if self.shape == "one_shot":
+            return step == max(1, self.start)
+        if not max(1, self.start) <= step <= self.end:
+            return False
+        return (step - self.start) % self.every == 0 or step == self.end
+
+    def left(self, step: int) -> Fraction:
+        """Return the part of the way to the goal that is left after a step, from 1 to 0.
+
+        With p = (step - start) / (end - start) this is (1 - p)^3 for `cubic` and 1 - p for
+        `linear`; `one_shot` removes everything at once. Between two removals the part of the
+        earlier removal counts.
+        """
+        if self.shape == "one_shot":
+            return Fraction(int(step < max(1, self.start)))
+        if step >= self.end:
+            return Fraction(0)
+        last = self.start + (step - self.start) // self.every * self.every
+        done = Fraction(max(0, last - self.start), self.end - self.start)
+        return (1 - done) ** POWERS[self.shape]
+
+    def milestones(self, cuts: int) -> tuple[int, ...]:
+        """Return the steps after which the masked units are cut out, at most `cuts`, rising.
+
+        A cut follows as soon as 1/cuts, 2/cuts, … of all units that will be removed are masked.
+        The end of the run is no milestone: the export cuts the model anyway.
+        """
+        first = max(1, self.start)
+        if self.shape == "one_shot":
+            return (first,) if first < self.total else ()
+        removals = [*range(self.start, self.end, self.every), self.end]
+        found = {
+            bisect_left(removals, Fraction(number, cuts), key=lambda step: 1 - self.left(step))
+            for number in range(1, cuts + 1)
+        }
+        return tuple(sorted(removals[place] for place in found if removals[place] < self.total))

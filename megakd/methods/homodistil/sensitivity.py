@@ -1,0 +1,114 @@
+"""Scores of units, from this rank's shards of the weights and of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megakd.contract.units import Columns, Kind, Maker, View
+
+SENSITIVITY, UNCERTAINTY = "sensitivity", "uncertainty"
+Averages = dict[str, dict[str, Tensor]]
+"""By kind of average, and by name of the weight: [n] fp32 for this rank's elements."""
+
+
+class Group(NamedTuple):
+    """Units that are ranked together: those of one attention, one feed-forward, or the width.
+
+    columns: the columns inside the heads of an attention; None for whole units.
+    """
+
+    kind: Kind
+    number: int
+    columns: Columns | None
+
+
+def update_averages(
+    averages: Averages, shards: Iterable[Any], *, beta: float, uncertainty_beta: float | None
+) -> None:
+    """Add the sensitivities of a step to exponential averages, in place.
+
+    The sensitivity of a weight is |weight * gradient|, the first-order estimate of the change of
+    the loss without the weight. Its average is beta * average + (1 - beta) * sensitivity. The
+    uncertainty is the average of |sensitivity - average| (PLATON, Zhang et al. 2022, equation 7).
+
+    Args:
+        averages: changed; the averages start at zero.
+        shards: this rank's part of the weights and gradients, see `local_shards`.
+        beta: decay of the average.
+        uncertainty_beta: decay of the uncertainty; None keeps no uncertainty.
+    """
+    for shard in shards:
+        value = (shard.weight.detach() * shard.gradient).abs_()
+        average = averages.setdefault(SENSITIVITY, {}).setdefault(
+            shard.name, torch.zeros_like(value)
+        )
+        average.lerp_(value, 1 - beta)
+        if uncertainty_beta is not None:
+            spread = averages.setdefault(UNCERTAINTY, {}).setdefault(
+                shard.name, torch.zeros_like(value)
+            )
+            spread.lerp_(value.sub_(average).abs_(), 1 - uncertainty_beta)
+
+
+def group_sizes(makers: Mapping[str, Maker], units: View) -> dict[Group, int]:
+    """Return the number of scores of every group, in a fixed order."""
+    found: dict[Group, int] = {}
+    for maker in makers.values():
+        axis = maker.axis
+        group = Group(axis.kind, axis.number, axis.columns)
+        count = units.width if axis.kind == "width" else getattr(units, axis.kind)[axis.number]
+        found[group] = (count or 0) * (axis.size if axis.columns else 1)
+    return found
+
+
+def unit_sums(
+    values: Mapping[str, tuple[Tensor, int]], makers: Mapping[str, Maker], units: View
+) -> Tensor:
+    """Return the L1 scores of all groups side by side, fp64, of this rank's elements.
+
+    The score of a unit is the sum over the weights that produce the unit. The sum over all ranks is
+    the score of the whole model.
+
+    Args:
+        values: by name of the weight, this rank's values [n] and their offset in the weight.
+        makers: the matrices that produce units.
+        units: the units of the model.
+    """
+    sizes = group_sizes(makers, units)
+    sums = {group: torch.zeros(size, dtype=torch.float64) for group, size in sizes.items()}
+    for name, maker in makers.items():
+        if name not in values:
+            continue
+        lines = line_sums(*values[name], maker.shape, maker.dimension)
+        axis = maker.axis
+        lines = lines.view(axis.parts, -1).sum(0)
+        if not axis.columns:
+            lines = lines.view(-1, axis.size).sum(1)
+        sums[Group(axis.kind, axis.number, axis.columns)] += lines
+    return torch.cat(list(sums.values()))
+
+
+def line_sums(values: Tensor, offset: int, shape: tuple[int, int], dimension: int) -> Tensor:
+    """Return the sums of absolute values over a part of a matrix, per row or per column, fp64.
+
+    Args:
+        values: [n] consecutive elements of the flattened matrix.
+        offset: index of the first element.
+        shape: rows and columns of the whole matrix.
+        dimension: 0 returns sums per row, 1 per column.
+    """
+    first, before = divmod(offset, shape[1])
+    count = -(-(before + len(values)) // shape[1])
+    lines = values.new_zeros(count * shape[1])
+    lines[before : before + len(values)] = values.abs()
+    grid = lines.view(count, shape[1])
+    sums = torch.zeros(shape[dimension], dtype=torch.float64)
+    if dimension == 0:
+        sums[first : first + count] = grid.sum(1, dtype=torch.float64).cpu()
+    else:
+        sums += grid.sum(0, dtype=torch.float64).cpu()
+    return sums

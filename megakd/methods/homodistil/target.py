@@ -1,0 +1,90 @@
+"""The student's units, from the target of the config and the teacher's units."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from megakd.errors import ConfigError
+from megakd.methods.homodistil.schedule import Shares, Target
+
+if TYPE_CHECKING:
+    from megakd.contract.units import View
+
+DECODER_GRID = 64
+"""Multiple of widths and neurons of students that lose whole heads, as servers expect."""
+
+
+def target_of(
+    whole: View, *, width: int | None, sparsity: float | None, round_to: int | None
+) -> Target:
+    """Return the target: the same share of every kind of units, on a grid if there is one.
+
+    Args:
+        whole: the teacher's units.
+        width: `method.target_width`.
+        sparsity: `method.target_sparsity`, if `width` is None.
+        round_to: `method.round_to`; None: 1 if columns of heads are pruned, else 64.
+
+    Raises:
+        ConfigError: the target is not below the teacher's width, not on the grid, or leaves a
+            kind of units empty; the message lists the widths that are possible.
+    """
+    there = whole.width or 0
+    grid = round_to or (1 if whole.head_width is not None else DECODER_GRID)
+    share = Fraction(width, there) if width else 1 - Fraction(str(sparsity))
+    wanted = width or max(grid, grid * round(share * there / grid))
+    if not 0 < wanted < there or wanted % grid:
+        raise ConfigError(_impossible(wanted, there, grid))
+    if grid == 1:
+        share = Fraction(wanted, there) if width else share
+        found = Target(whole, Shares(Fraction(1), share, share, share))
+    else:
+        found = Target(whole, _on_grid(whole, share, Fraction(wanted, there), grid))
+    _check_goal(found)
+    return found
+
+
+def _on_grid(whole: View, share: Fraction, width: Fraction, grid: int) -> Shares:
+    """Return shares that give multiples of the grid, and whole heads unless columns are pruned."""
+    neurons, heads = whole.neurons[0], whole.heads[0]
+    kept = max(grid, grid * round(share * neurons / grid))
+    of_neurons = min(Fraction(kept, neurons), Fraction(1)) if neurons else Fraction(1)
+    if whole.head_width is not None:
+        return Shares(Fraction(1), of_neurons, width, share)
+    return Shares(Fraction(max(1, round(share * heads)), heads), of_neurons, width, Fraction(1))
+
+
+def _check_goal(target: Target) -> None:
+    goal = target.goal
+    kept = {
+        "heads": min(goal.heads),
+        "neurons": min(goal.neurons),
+        "columns of hidden states": goal.width or 0,
+        "columns of heads": 1 if goal.head_width is None else goal.head_width,
+    }
+    empty = [name for name, count in kept.items() if count < 1]
+    if empty:
+        raise ConfigError(
+            f"method.target_width or method.target_sparsity leaves a layer without "
+            f"{' and '.join(empty)} (teacher: {target.whole}, student: {goal}); raise the width or "
+            "lower the sparsity"
+        )
+
+
+def _impossible(wanted: int, there: int, grid: int) -> str:
+    possible = [*range(grid, there, grid)]
+    if not possible:
+        return (
+            f"method.round_to: the teacher's hidden states have {there} columns, and no multiple "
+            f"of {grid} is below {there}; set method.round_to to a smaller number"
+        )
+    known = (
+        ", ".join(map(str, possible))
+        if len(possible) <= 16
+        else f"{possible[0]}, {possible[1]}, … {possible[-1]}"
+    )
+    return (
+        f"method.target_width: {wanted} is not possible for a teacher of width {there}; use one of "
+        f"{known} (multiples of {grid}, see method.round_to)"
+    )
