@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from megakd.config.deepspeed import load_ds_config, zero_stage
 from megakd.config.file import config_of, config_tree
 from megakd.config.run import RunConfig
 from megakd.planning.cluster import Cluster
-
-if TYPE_CHECKING:
-    from megakd.planning.memory_plan import Plan
+from megakd.planning.memory_plan import Change, Plan
 
 WANTED = 3
 _MOST_TOGETHER = 4
@@ -38,7 +36,7 @@ class Case(NamedTuple):
         return Case(self.config, cluster, (*self.settings, f"--nodes {nodes} --ranks {ranks}"))
 
 
-def find_changes(case: Case, planner: Callable[[Case], Plan]) -> list[tuple[Case, Plan]]:
+def find_changes(case: Case, planner: Callable[[Case], Plan]) -> list[Change]:
     """Return at most three ways to make a run fit, in order of increasing cost in speed.
 
     Single settings are tried one by one. If no single setting is enough, the setting with the
@@ -48,12 +46,16 @@ def find_changes(case: Case, planner: Callable[[Case], Plan]) -> list[tuple[Case
         case: a run that does not fit.
         planner: plans a case.
     """
-    found: list[tuple[Case, Plan]] = []
+    found: list[Change] = []
     for _ in range(_MOST_TOGETHER):
         rest: list[tuple[Case, Plan]] = []
         for other in candidates(case):
             plan = planner(other)
-            (found if plan.fits else rest).append((other, plan))
+            if not plan.fits:
+                rest.append((other, plan))
+                continue
+            settings, peak = list(other.settings), plan.peak_bytes_per_rank
+            found.append(Change(settings=settings, peak_bytes_per_rank=peak))
             if len(found) == WANTED:
                 return found
         if found or not rest:
@@ -84,12 +86,12 @@ def _of_teachers(config: RunConfig, setting: str, *, finetuned: bool = False) ->
 def _sharding(config: RunConfig) -> Iterator[str]:
     specs = config.teacher_specs.values()
     for stage in (2, 3):
-        if _stage(config.student.deepspeed, "student.deepspeed") < stage:
+        if _stage(config.student.deepspeed) < stage:
             yield f"student.deepspeed=zero{stage}"
-    if any(_stage(spec.deepspeed, "teacher.deepspeed") == 0 for spec in specs):
+    if any(_stage(spec.deepspeed) == 0 for spec in specs):
         yield _of_teachers(config, "deepspeed=teacher_zero3")
     trained = [spec.finetune for spec in specs if spec.finetune]
-    if any(_stage(one.deepspeed, "teacher.finetune.deepspeed") < 3 for one in trained):
+    if any(_stage(one.deepspeed) < 3 for one in trained):
         yield _of_teachers(config, "finetune.deepspeed=zero3", finetuned=True)
 
 
@@ -124,5 +126,5 @@ def _offload(config: RunConfig) -> Iterator[str]:
         yield _of_teachers(config, f"deepspeed={offloaded}")
 
 
-def _stage(spec: Any, where: str) -> int:
-    return zero_stage(load_ds_config(spec, where=where))
+def _stage(spec: Any) -> int:
+    return zero_stage(load_ds_config(spec, where="deepspeed"))

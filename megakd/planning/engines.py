@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -24,11 +25,11 @@ _SUB_GROUP = 1_000_000_000  # elements that ZeRO 3 updates at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """A model under DeepSpeed: its role, its `zero_optimization`, and its machines.
+class Frozen:
+    """A frozen model: whole weights on every rank, or at ZeRO 3 a shard on each rank.
 
+    zero: the section `zero_optimization` of the DeepSpeed config.
     itemsize: bytes of a weight in the forward.
-    moments: number of fp32 values that the optimizer keeps per weight.
     """
 
     role: str
@@ -36,7 +37,6 @@ class Setting:
     zero: Mapping[str, Any]
     itemsize: int
     cluster: Cluster
-    moments: int = 2
 
     @property
     def ranks(self) -> int:
@@ -68,14 +68,92 @@ class Setting:
         """Return the holding of an amount; memory on a disk is not counted."""
         return {} if place is None else {Share(self.role, part, place): amount}
 
+    def loading(self) -> Holding:
+        """Return the most memory in use while the model is loaded tensor by tensor."""
+        if self.stage < 3:  # a tensor that is read is copied to the tensors before it
+            sizes = [parameter.numel * self.itemsize for parameter in self.inventory]
+            most = max(map(operator.add, accumulate(sizes), sizes), default=0)
+            on_gpu = {} if self.is_cpu else Frozen.resting(self)
+            return together(self.held("weights", mapped(most), "host"), on_gpu)
+        largest = block(self.inventory.largest * self.itemsize)
+        # Rank 0 reads a tensor, which all ranks gather; gloo adds a buffer.
+        return together(
+            Frozen.resting(self),
+            self.held("gather", largest.times(2 if self.is_gloo else 1)),
+            self.held("weights", largest, "host"),
+        )
+
+    def resting(self) -> Holding:
+        """Return the memory in use while the model waits."""
+        if self.stage < 3:
+            return self.held("weights", mapped(self.inventory.numel * self.itemsize))
+        shards = self.inventory.sharded(self.ranks, self.itemsize)
+        return self.held("weights", mapped(shards.total), self.place("offload_param"))
+
+    def gathering(self, trace: Trace) -> Gathering:
+        """Return the weights that ZeRO 3 gathers while the model runs."""
+        if self.stage < 3 or (self.ranks == 1 and self.place("offload_param") == "device"):
+            return Gathering(tuple(Gathered() for _ in trace.moments), 0)
+        in_place = not self.is_cpu
+        return gathering_of(trace, self.zero, itemsize=self.itemsize, in_place=in_place)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(Frozen):
+    """A trained model at ZeRO 0; the subclasses are the other stages.
+
+    moments: number of fp32 values that the optimizer keeps per weight.
+    """
+
+    moments: int = 2
+
+    def initializing(self) -> Holding:
+        """Return the memory in use while DeepSpeed builds the engine; an update needs more."""
+        return self.resting()
+
+    def resting(self) -> Holding:
+        """Return the memory in use between two steps, from the second step on."""
+        copies = self.moments + (self.itemsize < FP32)
+        return together(
+            super().resting(), self.held("optimizer", self.inventory.amount(FP32).times(copies))
+        )
+
+    def accumulated(self) -> Holding:
+        """Return the additional memory of gradients between two micro-batches of a step."""
+        return self.held("gradients", self.inventory.amount(self.itemsize))
+
+    def backward(self, done: Inventory, *, adds: bool, last: bool = False) -> Holding:
+        """Return the additional memory of gradients during a backward.
+
+        Args:
+            done: parameters with a complete gradient.
+            adds: whether the gradients are added to those of an earlier backward of the step.
+            last: whether this is the end of the step's last backward, where gradients are sent.
+        """
+        own = self.accumulated() if adds else self.held("gradients", done.amount(self.itemsize))
+        sent = min(self.inventory.numel, _BUCKET + self.inventory.largest) if last else 0
+        return together(own, self.held("gradients", block(sent * self.itemsize)))
+
+    def updating(self) -> Iterator[Holding]:
+        """Yield the additional memory of each part of an update."""
+        whole = self.inventory.amount(FP32)
+        yield together(
+            self.accumulated(),
+            self.held("gradients", whole) if self.itemsize < FP32 else {},
+            self.held("optimizer", self.scratch(whole, self.inventory.largest)),
+        )
+
     def share(self, numel: int) -> int:
         """Return the padded share of a rank in `numel` elements."""
         return -(-numel // self.ranks)
 
-    def groups(self) -> list[int]:
-        """Return the elements per optimizer group: matrices (weight decay), vectors (no decay)."""
-        decays = sum(p.numel for p in self.inventory.parameters if p.decays)
-        return [size for size in (decays, self.inventory.numel - decays) if size]
+    @cached_property
+    def groups(self) -> list[list[int]]:
+        """The parameters' elements by optimizer group: with weight decay, then without."""
+        groups = (
+            [p.numel for p in self.inventory if p.decays == decays] for decays in (True, False)
+        )
+        return [group for group in groups if group]
 
     def bucket(self, name: str) -> int:
         """Return the elements of a communication buffer; on a CPU only the part that is written."""
@@ -94,192 +172,114 @@ class Setting:
         return block(largest * FP32).times(2 if self.moments else 1) if self.is_cpu else weights
 
 
-class Frozen:
-    """A frozen model: whole weights on every rank, or at ZeRO 3 a shard on each rank."""
-
-    def __init__(self, setting: Setting) -> None:
-        self.at = setting
-
-    def loading(self) -> Holding:
-        """Return the most memory in use while the model is loaded tensor by tensor."""
-        at = self.at
-        if at.stage < 3:  # a tensor that is read is copied to the tensors before it
-            sizes = [parameter.numel * at.itemsize for parameter in at.inventory.parameters]
-            most = max(map(operator.add, accumulate(sizes), sizes), default=0)
-            on_gpu = {} if at.is_cpu else Frozen.resting(self)
-            return together(at.held("weights", mapped(most), "host"), on_gpu)
-        largest = block(at.inventory.largest * at.itemsize)
-        # Rank 0 reads a tensor, which all ranks gather; gloo adds a buffer.
-        return together(
-            Frozen.resting(self),
-            at.held("gather", largest.times(2 if at.is_gloo else 1)),
-            at.held("weights", largest, "host"),
-        )
-
-    def resting(self) -> Holding:
-        """Return the memory in use while the model waits."""
-        at = self.at
-        if at.stage < 3:
-            return at.held("weights", mapped(at.inventory.numel * at.itemsize))
-        shards = at.inventory.sharded(at.ranks, at.itemsize)
-        return at.held("weights", mapped(shards.total), at.place("offload_param"))
-
-    def gathering(self, trace: Trace) -> Gathering:
-        """Return the weights that ZeRO 3 gathers while the model runs."""
-        at = self.at
-        if at.stage < 3 or (at.ranks == 1 and at.place("offload_param") == "device"):
-            return Gathering(tuple(Gathered() for _ in trace.moments), 0)
-        return gathering_of(
-            trace.moments, at.inventory, at.zero, itemsize=at.itemsize, in_place=not at.is_cpu
-        )
-
-
-class Trained(Frozen):
-    """A trained model at ZeRO 0; the subclasses are the other stages."""
-
-    def initializing(self) -> Holding:
-        """Return the memory in use while DeepSpeed builds the engine; an update needs more."""
-        return self.resting()
-
-    def resting(self) -> Holding:
-        """Return the memory in use between two steps, from the second step on."""
-        at = self.at
-        copies = at.moments + (at.itemsize < FP32)
-        return together(
-            super().resting(), at.held("optimizer", at.inventory.amount(FP32).times(copies))
-        )
-
-    def accumulated(self) -> Holding:
-        """Return the additional memory of gradients between two micro-batches of a step."""
-        return self.at.held("gradients", self.at.inventory.amount(self.at.itemsize))
-
-    def backward(self, done: Inventory, *, adds: bool, last: bool = False) -> Holding:
-        """Return the additional memory of gradients during a backward.
-
-        Args:
-            done: parameters with a complete gradient.
-            adds: whether the gradients are added to those of an earlier backward of the step.
-            last: whether this is the end of the step's last backward, where gradients are sent.
-        """
-        at = self.at
-        own = self.accumulated() if adds else at.held("gradients", done.amount(at.itemsize))
-        sent = min(at.inventory.numel, _BUCKET + at.inventory.largest) if last else 0
-        return together(own, at.held("gradients", block(sent * at.itemsize)))
-
-    def updating(self) -> Iterator[Holding]:
-        """Yield the additional memory of each part of an update."""
-        at = self.at
-        whole = at.inventory.amount(FP32)
-        yield together(
-            self.accumulated(),
-            at.held("gradients", whole) if at.itemsize < FP32 else {},
-            at.held("optimizer", at.scratch(whole, at.inventory.largest)),
-        )
-
-
 class Divided(Trained):
     """ZeRO 1 and 2: whole weights in a flat buffer per group; the optimizer in shards."""
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        self._place: Place | None = setting.place("offload_optimizer")
-        self._shard = amount_of(setting.share(group) * FP32 for group in setting.groups())
-        self._touched = _most_touched(setting)
-
     def initializing(self) -> Holding:
         """Return the weights with a flat copy of a group."""
-        at = self.at
-        copied = at.held("weights", block(max(at.groups()) * at.itemsize))
+        copied = self.held("weights", block(max(self._sizes) * self.itemsize))
         return together(Frozen.resting(self), copied)
 
     def resting(self) -> Holding:
         """Return the flat weights and the shard of the optimizer, wherever the shard is."""
-        at, place = self.at, self._place
-        weights = at.held("weights", amount_of(group * at.itemsize for group in at.groups()))
-        optimizer = self._shard.times(1 + at.moments)
+        place = self.place("offload_optimizer")
+        weights = self.held("weights", amount_of(size * self.itemsize for size in self._sizes))
+        optimizer = self._shard.times(1 + self.moments)
         if place == "device":
-            return together(weights, at.held("optimizer", optimizer))
-        narrow = amount_of(at.share(group) * at.itemsize for group in at.groups())
-        largest = block(at.inventory.largest * at.itemsize)
+            return together(weights, self.held("optimizer", optimizer))
+        narrow = amount_of(self.share(size) * self.itemsize for size in self._sizes)
+        largest = block(self.inventory.largest * self.itemsize)
         return together(
             weights,
-            at.held("optimizer", optimizer.plus(narrow), place),
-            at.held("gradients", largest),
-            at.held("gradients", self._shard.plus(largest), place),
+            self.held("optimizer", optimizer.plus(narrow), place),
+            self.held("gradients", largest),
+            self.held("gradients", self._shard.plus(largest), place),
         )
 
     def accumulated(self) -> Holding:
         """Return the gradients: all at ZeRO 1, the overlap with the rank's shard at ZeRO 2."""
-        return super().accumulated() if self.at.stage == 1 else self._own(self.at.inventory.numel)
+        return super().accumulated() if self.stage == 1 else self._own(self.inventory.numel)
 
     def backward(self, done: Inventory, *, adds: bool, last: bool = False) -> Holding:
         """Return the gradients; ZeRO 1 sends them at the end of a step, ZeRO 2 immediately."""
         sending = self._buckets(done, last=last)
-        if self.at.stage == 1:
+        if self.stage == 1:
             return together(super().backward(done, adds=adds), sending if last else {})
         return together(self._own(done.numel), self.accumulated() if adds else {}, sending)
 
     def _own(self, done: int) -> Holding:
         """Return the gradients that overlap the rank's shard, among `done` elements."""
-        at = self.at
-        share = min(1.0, done / at.inventory.numel) if at.is_cpu else 1.0
-        own = block(share * self._touched * at.itemsize)
-        return at.held("gradients", own) if self._place == "device" else {}
+        share = min(1.0, done / self.inventory.numel) if self.is_cpu else 1.0
+        own = block(share * self._touched * self.itemsize)
+        return self.held("gradients", own) if self.place("offload_optimizer") == "device" else {}
 
     def _buckets(self, done: Inventory, *, last: bool) -> Holding:
         """Return the buckets; a bucket for several ranks is copied before it is sent."""
-        at = self.at
-        limit = int(at.zero.get("reduce_bucket_size", _BUCKET))
+        limit = int(self.zero.get("reduce_bucket_size", _BUCKET))
         filled = written = copied = 0
-        for parameter in done.parameters:
+        for parameter in done:
             copied = 0
             if filled + parameter.numel > limit:
                 copied, filled = filled, 0
             filled += parameter.numel
             # A gradient larger than the bucket is sent directly.
             written = max(written, filled if filled <= limit else 0)
-        copied = max(copied, filled if last else 0) if at.ranks > 1 else 0
+        copied = max(copied, filled if last else 0) if self.ranks > 1 else 0
         # A GPU allocates a buffer at once; on a CPU it takes memory where it is written.
-        share = written / limit if at.is_cpu else 1.0
-        count = 2 if at.zero.get("overlap_comm") else 1
-        buckets = block(limit * at.itemsize).times(share * count)
-        return at.held("gradients", buckets.plus(block(copied * at.itemsize)))
+        share = written / limit if self.is_cpu else 1.0
+        count = 2 if self.zero.get("overlap_comm") else 1
+        buckets = block(limit * self.itemsize).times(share * count)
+        return self.held("gradients", buckets.plus(block(copied * self.itemsize)))
 
     def updating(self) -> Iterator[Holding]:
         """Yield the memory of norm, flat fp32 gradients, scratch, and the gathered weights."""
-        at = self.at
-        if self._place == "device":
-            largest = max(at.share(group) for group in at.groups())
-            own, flat = self._own(at.inventory.numel), block(largest * FP32)
-            yield together(own, at.held("gradients", block(at.inventory.largest * FP64)))
-            yield together(own, at.held("gradients", flat))
-            scratch = at.held("optimizer", at.scratch(flat, largest))
-            yield together(at.held("gradients", flat), scratch)
-        if at.is_gloo:  # gloo gathers the new weights through a buffer
-            bucket = min(at.bucket("allgather_bucket_size"), at.inventory.numel)
-            yield at.held("gather", block(bucket * at.itemsize))
+        if self.place("offload_optimizer") == "device":
+            largest = max(self.share(size) for size in self._sizes)
+            own, flat = self._own(self.inventory.numel), block(largest * FP32)
+            yield together(own, self.held("gradients", block(self.inventory.largest * FP64)))
+            yield together(own, self.held("gradients", flat))
+            scratch = self.held("optimizer", self.scratch(flat, largest))
+            yield together(self.held("gradients", flat), scratch)
+        if self.is_gloo:  # gloo gathers the new weights through a buffer
+            yield self.held("gather", block(self.bucket("allgather_bucket_size") * self.itemsize))
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """The elements of each optimizer group."""
+        return [sum(group) for group in self.groups]
+
+    @property
+    def _shard(self) -> Amount:
+        """A rank's share of all weights in fp32."""
+        return amount_of(self.share(size) * FP32 for size in self._sizes)
+
+    @cached_property
+    def _touched(self) -> int:
+        """The most elements, over ranks, of the parameters that overlap a rank's shard."""
+        touched = [0] * self.ranks
+        for group in self.groups:
+            share, start = self.share(sum(group)), 0
+            for numel in group:
+                for rank in range(start // share, (start + numel - 1) // share + 1):
+                    touched[rank] += numel
+                start += numel
+        return max(touched)
 
 
 class Sharded(Trained):
     """ZeRO 3: everything is sharded; weights are gathered while the model runs."""
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        self._place: Place | None = setting.place("offload_optimizer")
-        self._sub_groups = _sub_groups(setting)
-        self._bucket = block(setting.bucket("reduce_bucket_size") * setting.itemsize)
-
     def resting(self) -> Holding:
         """Return flat shards of weights, optimizer and gradients, and a bucket."""
-        at, place, weights = self.at, self._place, self.at.place("offload_param")
-        narrow = block(sum(at.share(p.numel) for p in at.inventory.parameters) * at.itemsize)
+        place, weights = self.place("offload_optimizer"), self.place("offload_param")
+        narrow = block(sum(self.share(p.numel) for p in self.inventory) * self.itemsize)
         in_fp32 = amount_of(size * FP32 for size in self._sub_groups)
-        is_master = at.itemsize == FP32 and place == weights == "device"
+        is_master = self.itemsize == FP32 and place == weights == "device"
         return together(
-            at.held("weights", narrow, weights),
-            at.held("optimizer", in_fp32.times(at.moments + (not is_master)), place),
-            at.held("gradients", narrow.plus(in_fp32) if place == "host" else narrow, place),
-            at.held("gradients", self._bucket),
+            self.held("weights", narrow, weights),
+            self.held("optimizer", in_fp32.times(self.moments + (not is_master)), place),
+            self.held("gradients", narrow.plus(in_fp32) if place == "host" else narrow, place),
+            self.held("gradients", self._bucket),
         )
 
     def accumulated(self) -> Holding:
@@ -288,53 +288,41 @@ class Sharded(Trained):
 
     def backward(self, done: Inventory, *, adds: bool, last: bool = False) -> Holding:
         """Return the copies of the bucket that order gradients by rank."""
-        del done, adds, last
-        at, largest = self.at, self.at.inventory.largest
+        largest = self.inventory.largest
         # A gradient larger than the bucket is sent directly.
-        direct = largest if largest > at.bucket("reduce_bucket_size") else 0
-        copies = self._bucket.times(2 if at.is_gloo else 1)  # gloo adds a copy
-        return at.held("gradients", copies.plus(block(direct * at.itemsize)))
+        direct = largest if largest > self.bucket("reduce_bucket_size") else 0
+        copies = self._bucket.times(2 if self.is_gloo else 1)  # gloo adds a copy
+        return self.held("gradients", copies.plus(block(direct * self.itemsize)))
 
     def updating(self) -> Iterator[Holding]:
         """Yield the memory of the norm, and of a sub-group: flat fp32 gradients and scratch."""
-        at = self.at
-        if self._place == "device":
+        if self.place("offload_optimizer") == "device":
             largest = max(self._sub_groups)
             flat = block(largest * FP32)
-            yield at.held("gradients", block(at.share(at.inventory.largest) * FP64))
-            yield at.held("gradients", flat.plus(at.scratch(flat, largest)))
+            yield self.held("gradients", block(self.share(self.inventory.largest) * FP64))
+            yield self.held("gradients", flat.plus(self.scratch(flat, largest)))
+
+    @cached_property
+    def _sub_groups(self) -> list[int]:
+        """The elements of each sub-group; sub-groups are updated in sequence."""
+        most = int(self.zero.get("sub_group_size", _SUB_GROUP))
+        sizes: list[int] = []
+        for group in self.groups:
+            size = 0
+            for numel in group:
+                size += self.share(numel)
+                if size >= most:
+                    sizes.append(size)
+                    size = 0
+            sizes += [size] if size else []
+        return sizes
+
+    @property
+    def _bucket(self) -> Amount:
+        return block(self.bucket("reduce_bucket_size") * self.itemsize)
 
 
-def trained(setting: Setting) -> Trained:
-    """Return the engine of a trained model at its ZeRO stage."""
-    return (Trained, Divided, Divided, Sharded)[setting.stage](setting)
-
-
-def _most_touched(setting: Setting) -> int:
-    """Return the most elements, over ranks, of the parameters that overlap a rank's shard."""
-    touched = [0] * setting.ranks
-    for decays in (True, False):
-        numels = [p.numel for p in setting.inventory.parameters if p.decays == decays]
-        share, start = setting.share(sum(numels)), 0
-        for numel in numels:
-            for rank in range(start // share, (start + numel - 1) // share + 1):
-                touched[rank] += numel
-            start += numel
-    return max(touched)
-
-
-def _sub_groups(setting: Setting) -> list[int]:
-    """Return the number of elements of each sub-group; sub-groups are updated in sequence."""
-    most = int(setting.zero.get("sub_group_size", _SUB_GROUP))
-    sizes: list[int] = []
-    for decays in (True, False):
-        size = 0
-        for parameter in setting.inventory.parameters:
-            if parameter.decays != decays:
-                continue
-            size += setting.share(parameter.numel)
-            if size >= most:
-                sizes.append(size)
-                size = 0
-        sizes += [size] if size else []
-    return sizes
+def trained(zero: Mapping[str, Any], **model: Any) -> Trained:
+    """Return the engine of a trained model at its ZeRO stage; `model`: fields of `Trained`."""
+    engine = (Trained, Divided, Divided, Sharded)[int(zero.get("stage", 0))]
+    return engine(zero=zero, **model)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from megakd.planning.moments import Amount, Inventory, Moment, amount_of, block
+from megakd.planning.moments import Amount, Inventory, Trace, amount_of, block
 
 _BILLION = 1_000_000_000
 
@@ -36,7 +36,7 @@ def persistent(inventory: Inventory, zero: Mapping[str, Any]) -> set[int]:
     threshold = _setting(zero, "param_persistence_threshold", 100_000)
     left = _setting(zero, "model_persistence_threshold", 2**63)
     chosen = set()
-    for number, parameter in enumerate(inventory.parameters):
+    for number, parameter in enumerate(inventory):
         if parameter.numel <= threshold and parameter.numel <= left:
             chosen.add(number)
             left -= parameter.numel
@@ -44,26 +44,20 @@ def persistent(inventory: Inventory, zero: Mapping[str, Any]) -> set[int]:
 
 
 def gathering_of(
-    moments: Sequence[Moment],
-    inventory: Inventory,
-    zero: Mapping[str, Any],
-    *,
-    itemsize: int,
-    in_place: bool,
+    trace: Trace, zero: Mapping[str, Any], *, itemsize: int, in_place: bool
 ) -> Gathering:
     """Return the gathered weights at every moment.
 
     Args:
-        moments: the moments of a trace.
-        inventory: the parameters of the engine's module.
+        trace: a trace of the engine's module.
         zero: the section `zero_optimization` of the DeepSpeed config.
         itemsize: bytes of a weight.
         in_place: whether a single parameter is gathered without a buffer (gloo needs a buffer).
     """
-    sizes = [parameter.numel for parameter in inventory.parameters]
+    sizes = [parameter.numel for parameter in trace.inventory]
     found: list[Gathered] = []
     numel = 0
-    for whole, new in _whole_and_new(moments, inventory, zero):
+    for whole, new in _whole_and_new(trace, sizes, zero):
         fetched = sum(sizes[n] for n in new)
         arriving = 0 if in_place and len(new) == 1 else fetched * itemsize
         found.append(Gathered(amount_of(sizes[n] * itemsize for n in whole), block(arriving)))
@@ -72,15 +66,14 @@ def gathering_of(
 
 
 def _whole_and_new(
-    moments: Sequence[Moment], inventory: Inventory, zero: Mapping[str, Any]
+    trace: Trace, sizes: Sequence[int], zero: Mapping[str, Any]
 ) -> Iterator[tuple[set[int], set[int]]]:
     """Yield for each moment the whole parameters and the newly gathered parameters."""
-    sizes = [parameter.numel for parameter in inventory.parameters]
-    used = [set(moment.own) | moment.used for moment in moments]
+    used = [moment.used for moment in trace.moments]
     bucket = _setting(zero, "prefetch_bucket_size", 50_000_000)
     live = _setting(zero, "max_live_parameters", _BILLION)
     reuses = _reuses(used, sizes, _setting(zero, "max_reuse_distance", _BILLION))
-    until = dict.fromkeys(persistent(inventory, zero), len(used))  # the last moment of each
+    until = dict.fromkeys(persistent(trace.inventory, zero), len(used))  # the last moment of each
     waiting = deque((moment, number) for moment, own in enumerate(used) for number in sorted(own))
     whole = set[int]()
     for now, own in enumerate(used):

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from megakd.planning.moments import NOTHING, Amount
 
 Part = Literal["weights", "gradients", "optimizer", "activations", "gather", "workspace", "elastic"]
-PARTS: tuple[Part, ...] = (
-    "weights",
-    "gradients",
-    "optimizer",
-    "activations",
-    "gather",
-    "workspace",
-    "elastic",
-)
+PARTS: tuple[Part, ...] = get_args(Part)
 Place = Literal["device", "host"]
 _LIFETIMES = {"weights": "models", "optimizer": "models", "gather": "module"}
 HOLES = {"step": 0.4, "module": 0.1}
@@ -60,7 +53,7 @@ class Peak:
 class Ledger:
     """The peaks of a rank.
 
-    peaks: by place. most: peak bytes by kind. moments: peak bytes of the device by activity.
+    peaks: by place. most: peak bytes by kind.
 
     On a CPU rank both places are the same, and the process keeps the memory of freed small
     blocks: the C library reuses it in the next step (see `engine.memory`). Freed memory serves
@@ -69,17 +62,15 @@ class Ledger:
 
     def __init__(self, device: str) -> None:
         self.peaks: dict[Place, Peak] = {"device": Peak(), "host": Peak()}
-        self.most: dict[Share, int] = {}
-        self.moments: dict[str, int] = {}
+        self.most: Counter[Share] = Counter()
         self._is_cpu = device == "cpu"
-        self._kept: dict[str, int] = {}
+        self._kept: Counter[str] = Counter()
 
     def look(self, when: str, *holdings: Holding) -> None:
         """Record what a rank holds at one time, during the activity `when`."""
         held = together(*holdings)
         shares = {share: amount.total for share, amount in held.items() if amount.total}
-        for share, total in shares.items():
-            self.most[share] = max(self.most.get(share, 0), total)
+        self.most |= Counter(shares)  # the maximum of each
         if self._is_cpu:
             total = self._with_heap(held)
             totals: dict[Place, int] = {"device": total, "host": total}
@@ -87,7 +78,6 @@ class Ledger:
             totals = {"device": 0, "host": 0}
             for share, total in shares.items():
                 totals[share.place] += total
-        self.moments[when] = max(self.moments.get(when, 0), totals["device"])
         for place, total in totals.items():
             if total > self.peaks[place].total:
                 here = {s: size for s, size in shares.items() if self._is_cpu or s.place == place}
@@ -95,11 +85,9 @@ class Ledger:
 
     def _with_heap(self, held: Holding) -> int:
         """Return the bytes in use on a CPU, with the small blocks that the heap keeps."""
-        small: dict[str, int] = {}
+        small: Counter[str] = Counter()
         for share, amount in held.items():
-            lifetime = _LIFETIMES.get(share.part, "step")
-            small[lifetime] = small.get(lifetime, 0) + amount.small
-        for lifetime, size in small.items():
-            self._kept[lifetime] = max(self._kept.get(lifetime, 0), size)
+            small[_LIFETIMES.get(share.part, "step")] += amount.small
+        self._kept |= small
         kept = sum(size * (1 + HOLES.get(lived, 0.0)) for lived, size in self._kept.items())
         return sum(amount.large for amount in held.values()) + round(kept)

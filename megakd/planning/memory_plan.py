@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
 
 from megakd.config.run import RunConfig
 from megakd.planning.cluster import GIGA, Cluster
-from megakd.planning.ledger import PARTS, Place, Share
+from megakd.planning.ledger import PARTS, Part, Place, Share
 from megakd.planning.timeline import PhasePlan
 
 ROLES = ("teacher", "student")
@@ -20,7 +20,7 @@ SPARE = 0.05
 class Change:
     """A tested change that makes a run fit: settings of the config or of the command."""
 
-    settings: tuple[str, ...]
+    settings: list[str]
     peak_bytes_per_rank: int
 
 
@@ -36,7 +36,7 @@ class Plan:
     cluster: Cluster
     phases: Sequence[PhasePlan]
     host_base_bytes: int
-    changes: Sequence[Change] = field(default_factory=tuple)
+    changes: Sequence[Change] = ()
 
     @property
     def required(self) -> list[PhasePlan]:
@@ -64,66 +64,65 @@ class Plan:
         return max(phase.load_peak for phase in self.required)
 
     @property
+    def rooms(self) -> list[float]:
+        """Free bytes of the device, and of a rank's share of the host, where a size is known."""
+        cluster, rooms = self.cluster, []
+        if cluster.device == "cuda" and cluster.device_memory is not None:
+            usable = cluster.device_memory * (1 - SPARE) - cluster.device_base
+            rooms.append(usable - self.peak_bytes_per_rank)
+        if cluster.host_memory is not None:
+            taken = cluster.ranks_per_node * (self.host_base_bytes + self.host_bytes_per_rank)
+            rooms.append((cluster.host_memory - taken) / cluster.ranks_per_node)
+        return rooms
+
+    @property
     def fits(self) -> bool | None:
         """True if device and host have enough memory; None if no memory size is known."""
-        rooms = [room for room in (self._device_room(), self._host_room()) if room is not None]
-        return all(room >= 0 for room in rooms) if rooms else None
+        return all(room >= 0 for room in self.rooms) if self.rooms else None
 
     @property
     def overflow(self) -> float:
         """Missing bytes of the device, or of a rank's share of the host."""
-        host = self._host_room()
-        rooms = [self._device_room(), None if host is None else host / self.cluster.ranks_per_node]
-        return max((-room for room in rooms if room is not None), default=0.0)
+        return max((-room for room in self.rooms), default=0.0)
 
-    def _device_room(self) -> float | None:
-        cluster = self.cluster
-        if cluster.device_memory is None or cluster.device == "cpu":
-            return None
-        usable = cluster.device_memory * (1 - SPARE) - cluster.device_base
-        return usable - self.peak_bytes_per_rank
-
-    def _host_room(self) -> float | None:
-        cluster = self.cluster
-        if cluster.host_memory is None:
-            return None
-        per_rank = self.host_base_bytes + self.host_bytes_per_rank
-        return cluster.host_memory - cluster.ranks_per_node * per_rank
+    @property
+    def last_training(self) -> PhasePlan | None:
+        """The last phase that trains; its speed is the speed of the run."""
+        return next((phase for phase in reversed(self.phases) if phase.flops), None)
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Seconds per step of the last training: operations, then network, without overlap."""
-        seconds = [self.seconds_of(phase) for phase in self.phases if phase.flops]
-        return seconds[-1] if seconds else None
+        """Seconds per step of the last training."""
+        return self.last_training and self.seconds_of(self.last_training)
 
     def seconds_of(self, phase: PhasePlan) -> float | None:
-        """Return the seconds of one step, or None if a rate is missing."""
+        """Return the seconds of a step: operations, then network, without overlap.
+
+        The result is None if the phase does not train, or if a rate is missing.
+        """
         rates = self.cluster.rates
-        sent = sum(phase.network.values())
-        if rates.tflops is None or (rates.gbps is None and sent):
+        if not phase.flops or rates.tflops is None or (rates.gbps is None and phase.sent):
             return None
-        network = sent / (rates.gbps * GIGA) if rates.gbps else 0.0
+        network = phase.sent / (rates.gbps * GIGA) if rates.gbps else 0.0
         return phase.flops / (rates.tflops * 1e12) + network
 
-    def part(self, role: str, part: str, place: Place) -> int:
-        """Return the most bytes that a part needs in any required phase."""
-        share = Share(role, part, place)  # type: ignore[arg-type]
-        return max(phase.ledger.most.get(share, 0) for phase in self.required)
+    def part(self, role: str, part: Part) -> int:
+        """Return the most bytes of the device that a part needs in any required phase."""
+        # A CPU has one memory.
+        places: tuple[Place, ...] = get_args(Place) if self.cluster.device == "cpu" else ("device",)
+        return sum(
+            max(phase.ledger.most[Share(role, part, place)] for phase in self.required)
+            for place in places
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
-        places: tuple[Place, ...] = ("device",)
-        if self.cluster.device == "cpu":
-            places = ("device", "host")
-        roles = {
-            role: {part: sum(self.part(role, part, p) for p in places) for part in PARTS}
-            for role in ROLES
-        }
+        last = self.last_training
         return {
             "ranks": self.cluster.ranks,
             "nodes": self.cluster.nodes,
             "device": self.cluster.device,
-            "roles": roles,
+            "roles": {role: {part: self.part(role, part) for part in PARTS} for role in ROLES},
             "peak_bytes_per_rank": self.peak_bytes_per_rank,
             "peak_phase": self.highest.name,
             "peak_moment": self.highest.ledger.peaks["device"].when,
@@ -132,16 +131,12 @@ class Plan:
             "host_bytes_per_rank": self.host_bytes_per_rank,
             "device_memory_bytes": self.cluster.device_memory,
             "host_memory_bytes": self.cluster.host_memory,
-            "network_bytes_per_step": round(sum(self._last_network().values())),
+            "network_bytes_per_step": round(last.sent) if last else 0,
             "seconds_per_step": self.seconds_per_step,
             "fits": self.fits,
-            "changes": [_change_json(change) for change in self.changes],
+            "changes": [asdict(change) for change in self.changes],
             "phases": [self._phase_json(phase) for phase in self.phases],
         }
-
-    def _last_network(self) -> Mapping[str, float]:
-        trained = [phase.network for phase in self.phases if phase.flops]
-        return trained[-1] if trained else {}
 
     def _phase_json(self, phase: PhasePlan) -> dict[str, Any]:
         peak = phase.ledger.peaks["device"]
@@ -152,12 +147,7 @@ class Plan:
             "peak_moment": peak.when,
             "load_peak_bytes_per_rank": phase.load_peak,
             "host_bytes_per_rank": phase.ledger.peaks["host"].total,
-            "network_bytes_per_step": round(sum(phase.network.values())),
+            "network_bytes_per_step": round(phase.sent),
             "flops_per_step": phase.flops,
-            "seconds_per_step": self.seconds_of(phase) if phase.flops else None,
+            "seconds_per_step": self.seconds_of(phase),
         }
-
-
-def _change_json(change: Change) -> dict[str, Any]:
-    settings = list(change.settings)
-    return {"settings": settings, "peak_bytes_per_rank": change.peak_bytes_per_rank}

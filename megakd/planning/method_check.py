@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 from megakd.config.stage_schedule import total_steps
 from megakd.contract.metrics import Metric
 from megakd.losses.stage_losses import stage_losses
-from megakd.methods import run_method
 from megakd.planning.stages import PlanningLab
 from megakd.training.evaluation import weighable
-from megakd.training.recipes import baseline_stage
 from megakd.training.stage_run import step_shape
 
 if TYPE_CHECKING:
@@ -44,11 +42,7 @@ def check_method(config: RunConfig, prepared: RunInputs, ranks: Ranks) -> None:
         MegakdError: an option does not fit the data or the models, or a loss cannot work between
             the models of a stage.
     """
-    lab = CheckingLab(config, prepared, ranks)
-    student = run_method(config.method, lab)  # type: ignore[arg-type]
-    for name in config.baselines:
-        lab.train(baseline_stage(lab, name, student))  # type: ignore[arg-type]
-    for phase in lab.phases:
+    for phase in CheckingLab(config, prepared, ranks).play():
         if phase.stage is not None:
             stage_losses(
                 phase.stage,

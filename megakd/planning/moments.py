@@ -42,13 +42,9 @@ NOTHING = Amount()
 
 def amount_of(sizes: Iterable[int]) -> Amount:
     """Return the amount of blocks with these sizes."""
-    small = large = 0
-    for size in sizes:
-        if size >= MAPPED_BYTES:
-            large += size
-        else:
-            small += size
-    return Amount(small, large)
+    known = list(sizes)
+    large = sum(size for size in known if size >= MAPPED_BYTES)
+    return Amount(sum(known) - large, large)
 
 
 def block(size: float) -> Amount:
@@ -64,28 +60,51 @@ def mapped(size: float) -> Amount:
     return Amount(large=round(size))
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """One weight of a model; `decays`: the weight is a matrix, not a bias or norm."""
 
-    name: str
     numel: int
     decays: bool
+
+
+class Inventory(tuple[Parameter, ...]):
+    """The weights of a module in module order; tied weights occur once."""
+
+    __slots__ = ()
+
+    def of(self, numbers: Iterable[int]) -> Inventory:
+        """Return the inventory of some parameters."""
+        return Inventory(self[number] for number in numbers)
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return sum(parameter.numel for parameter in self)
+
+    @property
+    def largest(self) -> int:
+        """Number of weights of the largest parameter."""
+        return max((parameter.numel for parameter in self), default=0)
+
+    def amount(self, itemsize: int) -> Amount:
+        """Return the memory of all whole parameters, one block per parameter."""
+        return amount_of(parameter.numel * itemsize for parameter in self)
+
+    def sharded(self, ranks: int, itemsize: int) -> Amount:
+        """Return the memory of a rank's shards if every parameter has one shard per rank."""
+        return amount_of(-(-parameter.numel // ranks) * itemsize for parameter in self)
 
 
 @dataclass
 class Moment:
     """The time from the entry of one module to the entry of the next module.
 
-    module: its path. forward: entered by a forward, possibly a forward repeated in a backward.
-    own: numbers of the module's parameters. used: numbers of all parameters that are read.
+    module: its path. used: numbers of its own parameters and of all others that are read.
     live: peak bytes of activations. workspace: additional bytes of the losses' chunks.
     finished: numbers of the parameters whose gradient becomes complete.
     """
 
     module: str
-    forward: bool
-    own: tuple[int, ...] = ()
     used: set[int] = field(default_factory=set)
     live: Amount = NOTHING
     workspace: Amount = NOTHING
@@ -96,41 +115,12 @@ class Moment:
 class Trace:
     """Record of one forward, and optionally its backward, run without computing any values.
 
+    inventory: the weights of the module.
     moments: moments of forward and backward, in order; the backward begins at `turn`.
-    held: activations between forward and backward.
     flops: operations of matrix products.
     """
 
+    inventory: Inventory
     moments: Sequence[Moment]
     turn: int
-    held: Amount
     flops: float
-
-
-@dataclass(frozen=True)
-class Inventory:
-    """The weights of a module in module order; tied weights occur once."""
-
-    parameters: tuple[Parameter, ...]
-
-    def of(self, numbers: Iterable[int]) -> Inventory:
-        """Return the inventory of some parameters."""
-        return Inventory(tuple(self.parameters[number] for number in numbers))
-
-    @property
-    def numel(self) -> int:
-        """Number of weights."""
-        return sum(parameter.numel for parameter in self.parameters)
-
-    @property
-    def largest(self) -> int:
-        """Number of weights of the largest parameter."""
-        return max((parameter.numel for parameter in self.parameters), default=0)
-
-    def amount(self, itemsize: int) -> Amount:
-        """Return the memory of all whole parameters, one block per parameter."""
-        return amount_of(parameter.numel * itemsize for parameter in self.parameters)
-
-    def sharded(self, ranks: int, itemsize: int) -> Amount:
-        """Return the memory of a rank's shards if every parameter has one shard per rank."""
-        return amount_of(-(-p.numel // ranks) * itemsize for p in self.parameters)

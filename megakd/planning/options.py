@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any
+
+import psutil
 
 from megakd.errors import ConfigError
 from megakd.planning.cluster import GIGA, Cluster, Device, Rates, rates_of
@@ -44,25 +47,25 @@ def cluster_of(arguments: argparse.Namespace) -> Cluster:
         ConfigError: a number is out of range, or GPU memory is given for CPU ranks.
     """
     given = vars(arguments)
-    memory, host = given.get("gpu_memory_gb"), given.get("host_memory_gb")
-    for name, value in (("gpu_memory_gb", memory), ("host_memory_gb", host)):
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"--{name} must be a finite number above 0, got {value:g}")
-    device = given.get("device") or ("cuda" if memory is not None else _own_device())
+    memory, host = _bytes(given, "gpu_memory_gb"), _bytes(given, "host_memory_gb")
+    device: Device = given.get("device") or ("cuda" if memory is not None else _own_device())
     if device == "cpu" and memory is not None:
         raise ConfigError("--gpu_memory_gb cannot be used with --device cpu; remove one of the two")
     ranks, nodes = _places(given.get("ranks"), given.get("nodes"), device)
-    cluster = Cluster(ranks=ranks, nodes=nodes, device=cast("Device", device), rates=_rates(given))
-    if host is None and device == "cpu":
-        import psutil
+    rates = _rates(given)
+    cluster = Cluster(ranks=ranks, nodes=nodes, device=device, host_memory=host, rates=rates)
+    if device == "cuda":
+        return replace(cluster, device_memory=memory or _own_memory(), device_base=DEVICE_BASE)
+    host = host or psutil.virtual_memory().total
+    return replace(cluster, host_memory=host, device_memory=round(host / cluster.ranks_per_node))
 
-        host = psutil.virtual_memory().total / GIGA
-    cluster = replace(cluster, host_memory=None if host is None else round(host * GIGA))
-    if device == "cpu":
-        share = None if host is None else round(host * GIGA / cluster.ranks_per_node)
-        return replace(cluster, device_memory=share)
-    size = _own_memory() if memory is None else round(memory * GIGA)
-    return replace(cluster, device_memory=size, device_base=DEVICE_BASE)
+
+def _bytes(given: Mapping[str, Any], name: str) -> int | None:
+    """Return an option in bytes, or None if it is not given."""
+    size = given.get(name)
+    if size is not None and not 0 < size < math.inf:
+        raise ConfigError(f"--{name} must be a finite number above 0, got {size:g}")
+    return None if size is None else round(size * GIGA)
 
 
 def _places(ranks: int | None, nodes: int | None, device: str) -> tuple[int, int]:
@@ -86,14 +89,13 @@ def _number(variable: str) -> int:
     return int(text)
 
 
-def _rates(given: dict[str, object]) -> Rates:
-    path = given.get("rates")
-    rates = rates_of(path) if isinstance(path, Path) else Rates()
+def _rates(given: Mapping[str, Any]) -> Rates:
+    rates = rates_of(given["rates"]) if given.get("rates") else Rates()
     named = {name: given[name] for name in ("tflops", "gbps") if given.get(name) is not None}
-    return replace(rates, **named)  # type: ignore[arg-type]
+    return replace(rates, **named)
 
 
-def _own_device() -> str:
+def _own_device() -> Device:
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return "cpu"
     import torch

@@ -10,7 +10,6 @@ from megakd.reports.table import aligned_rows
 
 if TYPE_CHECKING:
     from megakd.planning.memory_plan import Plan
-    from megakd.planning.timeline import PhasePlan
 
 
 def page(plan: Plan) -> str:
@@ -44,64 +43,47 @@ def _parts(plan: Plan) -> list[list[str]]:
         ]
         if any(cells):
             rows.append([part, *(_gigabytes(cell) for cell in cells)])
-    kept = peak.total - sum(peak.shares.values())
-    if kept > 0:
-        rows.append(["kept by the C library", _gigabytes(kept), *([""] * (len(roles) - 1))])
-    rows.append(["together", _gigabytes(peak.total), *([""] * (len(roles) - 1))])
+    sums = {"kept by the C library": peak.total - sum(peak.shares.values()), "together": peak.total}
+    blank = [""] * (len(roles) - 1)
+    rows += [[name, _gigabytes(size), *blank] for name, size in sums.items() if size]
     return rows
 
 
 def _phases(plan: Plan) -> list[list[str]]:
     rows = [["phase", "peak", "at", "host", "loading", "network/step", "s/step"]]
-    for phase in plan.phases:
-        peak = phase.ledger.peaks["device"]
-        host = phase.ledger.peaks["host"].total
-        sent = sum(phase.network.values())
+    for phase in plan.as_json()["phases"]:
+        seconds = phase["seconds_per_step"]
         rows.append(
             [
-                phase.name if phase.required else f"{phase.name} (optional)",
-                _gigabytes(peak.total),
-                peak.when,
-                _gigabytes(host) if plan.cluster.device == "cuda" else "-",
-                _gigabytes(phase.load_peak),
-                _gigabytes(sent) if phase.flops else "-",
-                _seconds(plan, phase),
+                phase["name"] if phase["required"] else f"{phase['name']} (optional)",
+                _gigabytes(phase["peak_bytes_per_rank"]),
+                phase["peak_moment"],
+                _gigabytes(phase["host_bytes_per_rank"]) if plan.cluster.device == "cuda" else "-",
+                _gigabytes(phase["load_peak_bytes_per_rank"]),
+                _gigabytes(phase["network_bytes_per_step"]) if phase["flops_per_step"] else "-",
+                "-" if seconds is None else f"{seconds:.3g}",
             ]
         )
     return rows
 
 
-def _seconds(plan: Plan, phase: PhasePlan) -> str:
-    seconds = plan.seconds_of(phase) if phase.flops else None
-    return "-" if seconds is None else f"{seconds:.3g}"
-
-
 def _verdict(plan: Plan) -> str:
     base = plan.host_base_bytes
-    lines = [
-        f"In addition, the process of a rank takes {_gigabytes(base)} GB of the host's memory."
-    ]
+    text = f"In addition, the process of a rank takes {_gigabytes(base)} GB of the host's memory."
     if plan.cluster.device == "cpu":
-        lines[0] += f" Total: {_gigabytes(plan.peak_bytes_per_rank + base)} GB per rank."
+        text += f" Total: {_gigabytes(plan.peak_bytes_per_rank + base)} GB per rank."
     if plan.fits is None:
-        unknown = "The plan cannot say whether the run fits; set --gpu_memory_gb."
-        return "\n".join([*lines, unknown])
+        return f"{text}\nThe plan cannot say whether the run fits; set --gpu_memory_gb."
     if plan.fits:
-        return "\n".join([*lines, "The run fits."])
-    missing = _gigabytes(plan.overflow)
+        return f"{text}\nThe run fits."
+    text += f"\nThe run does not fit: {_gigabytes(plan.overflow)} GB per rank are missing."
     if not plan.changes:
-        none = "No setting that megakd tried makes the run fit."
-        return "\n".join(
-            [*lines, f"The run does not fit: {missing} GB per rank are missing. {none}"]
-        )
-    lines.append(
-        f"The run does not fit: {missing} GB per rank are missing. Each of these changes is enough:"
-    )
-    lines += [
+        return f"{text} No setting that megakd tried makes the run fit."
+    changes = (
         f"  {' '.join(change.settings)}  ({_gigabytes(change.peak_bytes_per_rank)} GB)"
         for change in plan.changes
-    ]
-    return "\n".join(lines)
+    )
+    return "\n".join([f"{text} Each of these changes is enough:", *changes])
 
 
 def _gigabytes(size: float) -> str:

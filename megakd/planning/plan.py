@@ -9,10 +9,10 @@ import psutil
 from megakd.config.run import RunConfig
 from megakd.planning.advice import Case, find_changes
 from megakd.planning.cluster import Cluster
-from megakd.planning.memory_plan import Change, Plan
+from megakd.planning.memory_plan import Plan
 from megakd.planning.simulated_phase import Traces
 from megakd.planning.sources import planned_sources
-from megakd.planning.stages import phases_of
+from megakd.planning.stages import PlanningLab
 from megakd.planning.timeline import Timeline
 
 MISCELLANY = 60_000_000
@@ -43,24 +43,18 @@ def plan_run(
     Raises:
         MegakdError: a model's config cannot be read, or the run cannot work.
     """
-    base, known = host_base_bytes(), traces or Traces()
+    base, known = host_base_bytes(), Traces() if traces is None else traces
 
     def planned(case: Case) -> Plan:
-        phases = [
-            Timeline(phase, case.config, case.cluster, known).play()
-            for phase in phases_of(case.config, planned_sources(case.config))
-        ]
+        lab = PlanningLab(case.config, planned_sources(case.config))
+        phases = [Timeline(phase, case.config, case.cluster, known).play() for phase in lab.play()]
         return Plan(config=case.config, cluster=case.cluster, phases=phases, host_base_bytes=base)
 
     case = Case(config, cluster)
     plan = planned(case)
     if plan.fits is not False or not advise:
         return plan
-    changes = [
-        Change(settings=other.settings, peak_bytes_per_rank=found.peak_bytes_per_rank)
-        for other, found in find_changes(case, planned)
-    ]
-    return replace(plan, changes=changes)
+    return replace(plan, changes=find_changes(case, planned))
 
 
 def host_base_bytes() -> int:
@@ -68,8 +62,8 @@ def host_base_bytes() -> int:
 
     The result is the size of this process, after the imports of a run, plus `MISCELLANY`.
     """
-    from megakd.reports import html, latency
+    from megakd.reports import html
     from megakd.training import progress, stage_run
 
-    del html, latency, progress, stage_run
+    del html, progress, stage_run
     return psutil.Process().memory_info().rss + MISCELLANY

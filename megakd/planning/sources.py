@@ -114,10 +114,9 @@ def _with_classes(sources: Mapping[str, ModelSource], task: TaskConfig) -> dict[
         return dict(sources)
     teacher = next(iter(sources.values()))
     outputs = 1 if task.type == "regression" else max(2, teacher.config.num_labels or 0)
-    return {role: _with_labels(source, outputs) for role, source in sources.items()}
-
-
-def _with_labels(source: ModelSource, outputs: int) -> ModelSource:
-    config: PretrainedConfig = copy.deepcopy(source.config)
-    config.num_labels = outputs
-    return dataclasses.replace(source, config=config)
+    found = {}
+    for role, source in sources.items():
+        config: PretrainedConfig = copy.deepcopy(source.config)
+        config.num_labels = outputs
+        found[role] = dataclasses.replace(source, config=config)
+    return found

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from megakd.config.deepspeed import load_ds_config
 from megakd.config.run import RunConfig
 from megakd.contract.stage import Stage
-from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER, Dtype
+from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER
 from megakd.models.export import SHARD_BYTES
 from megakd.planning.cluster import Cluster
-from megakd.planning.engines import Frozen, Setting, Trained, trained
-from megakd.planning.gathering import Gathering
+from megakd.planning.engines import Frozen, Trained, trained
 from megakd.planning.ledger import Holding, Ledger, Part, Share, together
-from megakd.planning.moments import NOTHING, Amount, Inventory, Moment, Trace, block
+from megakd.planning.moments import NOTHING, Amount, Moment, Trace, block
 from megakd.planning.simulated_phase import Traces, planned_dtype, simulated_phase
 from megakd.planning.stages import Phase, Work
-from megakd.training.engines import ReadyTeacher
 from megakd.training.precision import TORCH_DTYPE, training_dtype
 
 _WORK: Mapping[Work, str] = {
@@ -45,14 +43,10 @@ class PhasePlan:
     network: dict[str, float] = field(default_factory=dict)
     required: bool = True
 
-
-class FrozenPart(NamedTuple):
-    """A frozen model on the rank: its engine, its trace, and its gathered weights."""
-
-    name: str
-    engine: Frozen
-    run: Trace
-    gathering: Gathering
+    @property
+    def sent(self) -> float:
+        """Bytes that a rank sends in one training step."""
+        return sum(self.network.values())
 
 
 class Timeline:
@@ -61,12 +55,9 @@ class Timeline:
     def __init__(self, phase: Phase, config: RunConfig, cluster: Cluster, known: Traces) -> None:
         self.phase, self.config, self.cluster = phase, config, cluster
         self.traced = simulated_phase(phase, config, cluster.device, known)
-        ledger = Ledger(cluster.device)
-        self.plan = PhasePlan(phase.name, ledger, required=phase.work != "timing")
-        self._look = ledger.look
+        self.plan = PhasePlan(phase.name, Ledger(cluster.device), required=phase.work != "timing")
         self._resting: Holding = {}
-        single = self.traced.learner.single
-        self._of_one_view = single and max(moment.live.total for moment in single.moments)
+        self._answers: Holding = {Share(TEACHER, "activations"): block(self.traced.answers)}
 
     def play(self) -> PhasePlan:
         """Record the memory of the phase from the first build to the last checkpoint."""
@@ -76,199 +67,182 @@ class Timeline:
             self._train(self.phase.stage)
         return self.plan
 
+    def _look(self, when: str, *held: Holding) -> None:
+        """Record what the rank holds in addition to its models and optimizers."""
+        self.plan.ledger.look(when, self._resting, *held)
+
     def _load(self, engine: Frozen) -> None:
         """Record the loading of a model, in addition to the models on the rank."""
-        self._look(f"loading the {engine.at.role}", self._resting, engine.loading())
+        self._look(f"loading the {engine.role}", engine.loading())
         self.plan.load_peak = self.plan.ledger.peaks["host"].total
 
-    def _frozen(self, name: str, ready: ReadyTeacher, role: str = TEACHER) -> FrozenPart:
-        part, dtype = self.traced.teachers[name], planned_dtype(ready, self.cluster.device)
-        engine = Frozen(self._setting(role, part.inventory, ready.spec.deepspeed, dtype))
+    def _model(self, role: str, run: Trace, spec: str | Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of an engine, except those of its precision."""
+        zero = load_ds_config(spec, where=f"{role}.deepspeed").get("zero_optimization", {})
+        return {"role": role, "inventory": run.inventory, "zero": zero, "cluster": self.cluster}
+
+    def _frozen(self, name: str, role: str = TEACHER) -> Frozen:
+        """Return the engine of a frozen model after loading it."""
+        ready = self.phase.teachers[name]
+        model = self._model(role, self.traced.teachers[name], ready.spec.deepspeed)
+        dtype = TORCH_DTYPE[planned_dtype(ready, self.cluster.device)]
+        engine = Frozen(itemsize=dtype.itemsize, **model)
         self._load(engine)
         self._resting = together(self._resting, engine.resting())
-        return FrozenPart(name, engine, part.runs[0], engine.gathering(part.runs[0]))
-
-    def _setting(
-        self, role: str, inventory: Inventory, spec: str | Mapping[str, Any], dtype: Dtype,
-        moments: int = 0,
-    ) -> Setting:  # fmt: skip
-        return Setting(
-            role=role,
-            inventory=inventory,
-            zero=load_ds_config(spec, where=f"{role}.deepspeed").get("zero_optimization", {}),
-            itemsize=TORCH_DTYPE[dtype].itemsize,
-            cluster=self.cluster,
-            moments=moments,
-        )
+        return engine
 
     def _work_alone(self, work: Work) -> None:
         """Load all frozen models, then run them one after another."""
-        parts = []
-        for name, ready in self.phase.teachers.items():
+        engines = {}
+        for name in self.phase.teachers:
             is_teacher = work == "importance" or name in self.config.teacher_specs
-            parts.append(self._frozen(name, ready, TEACHER if is_teacher else STUDENT))
+            engines[name] = self._frozen(name, TEACHER if is_teacher else STUDENT)
         when = _WORK[work]
         if work == "scoring":
-            when += f" (eval.per_device_eval_batch_size {self.config.eval_rows()})"
+            when += f" (eval.per_device_eval_batch_size {self.phase.rows})"
         # Activations of gates count as elastic: no weight gets a gradient.
         kind: Part = "elastic" if work == "importance" else "activations"
-        for part in parts:
-            for _, held in self._moments(part.engine, part.run, part.gathering, kind):
-                self._look(when, self._resting, held)
+        for name, engine in engines.items():
+            self._forward(when, engine, self.traced.teachers[name], kind=kind)
 
     def _train(self, stage: Stage) -> None:
-        frozen = [
-            self._frozen(name, ready)
-            for name, ready in self.phase.teachers.items()
-            if ready.spec.cache is None
-        ]
+        teachers = self.phase.teachers
+        asked = [name for name, ready in teachers.items() if ready.spec.cache is None]
+        frozen = {name: self._frozen(name) for name in asked}
         role = STUDENT if stage.role == STUDENT else TEACHER
-        dtype, moments = training_dtype(stage.train), MOMENTS[stage.train.optim]
-        inventory = self.traced.learner.inventory
-        learner = trained(self._setting(role, inventory, stage.deepspeed, dtype, moments))
+        model = self._model(role, self.traced.learner[0], stage.deepspeed)
+        dtype, moments = TORCH_DTYPE[training_dtype(stage.train)], MOMENTS[stage.train.optim]
+        learner = trained(itemsize=dtype.itemsize, moments=moments, **model)
         self._load(learner)
-        self._look("initializing DeepSpeed", self._resting, learner.initializing())
+        self._look("initializing DeepSpeed", learner.initializing())
         self._resting = together(self._resting, learner.resting(), self._fetched(frozen))
-        gatherings = [learner.gathering(run) for run in self.traced.learner.runs]
         micro_batches = stage.train.gradient_accumulation_steps
         self._ask(frozen, learner.accumulated() if micro_batches > 1 else {})
-        heads = together(*(part.engine.at.held("gather", self._head(part)) for part in frozen))
-        for number, gathering in enumerate(gatherings):
-            adds = micro_batches > 1 or number > 0
-            self._learn(learner, number, gathering, heads, adds=adds)
+        heads = [engine.held("gather", self._head(name, engine)) for name, engine in frozen.items()]
+        for number, run in enumerate(self.traced.learner):
+            self._learn(learner, run, together(*heads), adds=micro_batches > 1 or number > 0)
         for held in learner.updating():
-            self._look("updating the weights", self._resting, held)
-        self._evaluate(learner, self.config.eval_rows(stage.train))
-        written = block(min(inventory.numel * learner.at.itemsize, SHARD_BYTES))
-        copied = learner.at.held("weights", written, "host")
-        self._look("writing the model", self._resting, copied)
-        gathered = sum(gathering.numel for gathering in gatherings)
-        self._count(learner, frozen, gathered, micro_batches)
+            self._look("updating the weights", held)
+        if self.traced.evaluation is not None:
+            rows = self.config.eval_rows(stage.train)
+            when = f"evaluating (eval.per_device_eval_batch_size {rows})"
+            self._forward(when, learner, self.traced.evaluation)
+        written = block(min(learner.inventory.numel * learner.itemsize, SHARD_BYTES))
+        self._look("writing the model", learner.held("weights", written, "host"))
+        self._count(learner, frozen, micro_batches)
 
-    def _fetched(self, frozen: list[FrozenPart]) -> Holding:
+    def _fetched(self, frozen: Mapping[str, Frozen]) -> Holding:
         """Return the memory for prefetching: one teacher from the host is on the device."""
         waiting = [
-            part.engine.at
-            for part in frozen
-            if self.traced.asked[part.name] < 1 and part.engine.at.place("offload_param") == "host"
+            engine
+            for name, engine in frozen.items()
+            if self.traced.asked[name] < 1 and engine.place("offload_param") == "host"
         ]
         if not waiting or self.cluster.device == "cpu":
             return {}
-        largest = max(waiting, key=lambda at: at.inventory.numel * at.itemsize)
+        largest = max(waiting, key=lambda engine: engine.inventory.numel * engine.itemsize)
         shards = largest.inventory.sharded(largest.ranks, largest.itemsize)
         return largest.held("weights", shards)
 
-    @property
-    def _answers(self) -> Holding:
-        return {Share(TEACHER, "activations"): block(self.traced.answers)}
-
-    def _ask(self, frozen: list[FrozenPart], gradients: Holding) -> None:
+    def _ask(self, frozen: Mapping[str, Frozen], gradients: Holding) -> None:
         """Record the teachers' forwards, with the answers of the teachers before."""
         answers: Holding = {}
-        for part in frozen:
-            is_drawn = self.traced.asked[part.name] < 1  # earlier answers are of another step
-            for _, held in self._moments(part.engine, part.run, part.gathering):
-                waiting = {} if is_drawn else answers
-                self._look("the teacher's forward", self._resting, gradients, waiting, held)
+        for name, engine in frozen.items():
+            is_drawn = self.traced.asked[name] < 1  # earlier answers are of another step
+            waiting = {} if is_drawn else answers
+            run = self.traced.teachers[name]
+            self._forward("the teacher's forward", engine, run, gradients, waiting)
             answers = self._answers
 
-    def _learn(
-        self, learner: Trained, number: int, gathering: Gathering, heads: Holding, *, adds: bool
-    ) -> None:
+    def _learn(self, learner: Trained, run: Trace, heads: Holding, *, adds: bool) -> None:
         """Record one forward and one backward of the student's engine.
 
         Args:
             learner: the engine.
-            number: number of the group of passes that share the backward.
-            gathering: the weights that the engine gathers for the group.
+            run: trace of the group of passes that share the backward.
             heads: output matrices of the teachers, which the forward gathers.
             adds: whether an earlier backward of the step left gradients.
         """
-        run, inventory = self.traced.learner.runs[number], learner.at.inventory
-        waiting = together(self._resting, self._answers)
-        forward = together(waiting, heads, learner.accumulated() if adds else {})
+        earlier = learner.accumulated() if adds else {}
         done: list[int] = []
-        for index, (moment, held) in enumerate(self._moments(learner, run, gathering)):
+        for index, (moment, held) in enumerate(self._moments(learner, run)):
             if index < run.turn:
-                self._look("the student's forward", forward, held)
+                self._look("the student's forward", self._answers, heads, earlier, held)
                 continue
             done += moment.finished
-            gradients = learner.backward(inventory.of(done), adds=adds)
-            self._look("the student's backward", waiting, gradients, held)
-        gradients = learner.backward(inventory, adds=adds, last=True)
-        self._look("the student's backward", waiting, gradients)
+            gradients = learner.backward(run.inventory.of(done), adds=adds)
+            self._look("the student's backward", self._answers, gradients, held)
+        gradients = learner.backward(run.inventory, adds=adds, last=True)
+        self._look("the student's backward", self._answers, gradients)
 
-    def _head(self, frozen: FrozenPart) -> Amount:
+    def _head(self, name: str, engine: Frozen) -> Amount:
         """Return the bytes of the teacher's output matrix, gathered from its shards."""
-        at = frozen.engine.at
-        if at.stage != 3 or self.config.task.type not in LANGUAGE_TASKS:
+        if engine.stage != 3 or self.config.task.type not in LANGUAGE_TASKS:
             return NOTHING
-        source = self.phase.teachers[frozen.name].source
+        source = self.phase.teachers[name].source
         width = source.architecture.hidden_width(source.config)
-        return block(source.config.vocab_size * width * at.itemsize)
+        return block(source.config.vocab_size * width * engine.itemsize)
+
+    def _forward(
+        self, when: str, engine: Frozen, run: Trace, *others: Holding, kind: Part = "activations"
+    ) -> None:
+        """Record every moment of a forward, with what else the rank holds."""
+        for _, held in self._moments(engine, run, kind):
+            self._look(when, *others, held)
 
     def _moments(
-        self, engine: Frozen, run: Trace, gathering: Gathering, part: Part = "activations"
+        self, engine: Frozen, run: Trace, kind: Part = "activations"
     ) -> Iterator[tuple[Moment, Holding]]:
         """Yield what each moment of a trace holds, with all buffers that it needs on the way."""
-        at = engine.at
-        for moment, gathered in zip(run.moments, gathering.moments, strict=True):
-            live, views = self._divided(moment.live, at.role)
+        for moment, gathered in zip(run.moments, engine.gathering(run).moments, strict=True):
+            live, views = self._divided(moment.live, engine.role)
             # gloo gathers into a buffer and copies the buffer.
-            arriving = gathered.arriving.times(2 if at.is_gloo else 1)
+            arriving = gathered.arriving.times(2 if engine.is_gloo else 1)
             yield (
                 moment,
                 together(
-                    at.held(part, live),
-                    at.held("elastic", views),
-                    at.held("gather", gathered.kept.plus(arriving)),
-                    at.held("workspace", moment.workspace),
+                    engine.held(kind, live),
+                    engine.held("elastic", views),
+                    engine.held("gather", gathered.kept.plus(arriving)),
+                    engine.held("workspace", moment.workspace),
                 ),
             )
 
     def _divided(self, live: Amount, role: str) -> tuple[Amount, Amount]:
         """Split activations between one view and the other views that share its backward."""
-        if self._of_one_view is None or role == TEACHER or not live.total:
+        of_one_view = self.traced.of_one_view
+        if of_one_view is None or role == TEACHER or not live.total:
             return live, NOTHING
-        share = min(1.0, self._of_one_view / live.total)
+        share = min(1.0, of_one_view / live.total)
         return live.times(share), live.times(1 - share)
 
-    def _evaluate(self, learner: Trained, rows: int) -> None:
-        run = self.traced.evaluation
-        if run is not None:
-            when = f"evaluating (eval.per_device_eval_batch_size {rows})"
-            for _, held in self._moments(learner, run, learner.gathering(run)):
-                self._look(when, self._resting, held)
-
-    def _count(
-        self, learner: Trained, frozen: list[FrozenPart], gathered: int, micro_batches: int
-    ) -> None:
+    def _count(self, learner: Trained, frozen: Mapping[str, Frozen], micro_batches: int) -> None:
         """Compute the operations and the network bytes of one step.
 
         Args:
             learner: the engine of the student.
-            frozen: the teachers.
-            gathered: number of weights that the engine gathers per micro-batch.
+            frozen: the engines of the teachers.
             micro_batches: number of micro-batches per step.
         """
-        runs, asked = self.traced.learner.runs, self.traced.asked
-        teachers = sum(asked[part.name] * part.run.flops for part in frozen)
-        self.plan.flops = micro_batches * (teachers + sum(run.flops for run in runs))
-        answered = sum(
-            asked[part.name]
-            * (part.gathering.numel * part.engine.at.itemsize + self._head(part).total)
-            for part in frozen
-        )
-        weights = learner.at.inventory.numel * learner.at.itemsize
-        backwards = micro_batches * len(runs)
+        flops = sum(run.flops for run in self.traced.learner)
+        answered = 0.0
+        for name, engine in frozen.items():
+            run, asked = self.traced.teachers[name], self.traced.asked[name]
+            gathered = engine.gathering(run).numel * engine.itemsize
+            flops += asked * run.flops
+            answered += asked * (gathered + self._head(name, engine).total)
+        self.plan.flops = micro_batches * flops
+        gathered = sum(learner.gathering(run).numel for run in self.traced.learner)
+        weights = learner.inventory.numel * learner.itemsize
+        backwards = micro_batches * len(self.traced.learner)
         sent = {
             0: 2 * weights,  # an all-reduce
             1: 3 * weights,  # an all-reduce, and the new weights are gathered
             2: (2 * backwards + 1) * weights,
-            3: micro_batches * gathered * learner.at.itemsize + backwards * weights,
+            3: micro_batches * gathered * learner.itemsize + backwards * weights,
         }
         ranks = self.cluster.ranks
         rest = (ranks - 1) / ranks
         self.plan.network[TEACHER] = rest * micro_batches * answered
-        own = rest * sent[learner.at.stage]
-        self.plan.network[learner.at.role] = self.plan.network.get(learner.at.role, 0.0) + own
+        own = rest * sent[learner.stage]
+        self.plan.network[learner.role] = self.plan.network.get(learner.role, 0.0) + own

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megakd_kernels.chunking import ChunkPlan, gradient_dtype, plan_chunks, plan_row_chunks
+from megakd_kernels.chunking import gradient_dtype, plan_chunks, plan_row_chunks
 
 _FP32 = torch.float32
+_LIKE = {device: torch.empty(0, device=to) for device, to in (("cpu", "cpu"), ("cuda", "meta"))}
+_ROW_BUFFERS = 5
+"""Block buffers of the row kernels on a CPU; a GPU has none."""
 _RELATION_TILE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 
@@ -44,62 +47,46 @@ def _name(function: Any) -> str:
 
 
 def _linear(args: tuple[Any, ...], device: str) -> int:
-    hidden, weight, teacher = args[0], args[1], args[4]
-    widths = [len(weight)] + ([len(teacher)] if isinstance(teacher, Tensor) else [])
-    rows, like = len(hidden), _like(device)
+    """Return the bytes of a chunk: logits of both models, hidden states, and gradients."""
+    hidden, heads = args[0], [head for head in (args[1], args[4]) if head is not None]
+    widths = tuple(map(len, heads))
     narrow = _FP32 if device == "cpu" else gradient_dtype(hidden, _FP32)
     plan = plan_row_chunks(
-        rows,
-        widths=tuple(widths),
-        like=like,
+        len(hidden),
+        widths=widths,
+        like=_LIKE[device],
         gradient=narrow,
         chunk_mb=1024,
         implementation="chunked" if device == "cpu" else "triton",
     )
-    buffers = plan.chunk * sum(widths) * 4
-    if narrow != _FP32:
-        buffers += min(plan.group, rows) * widths[0] * narrow.itemsize
-    return buffers + _row_scratch(plan, max(widths), device) + _whole_cast(hidden, plan)
-
-
-def _whole_cast(hidden: Tensor, plan: ChunkPlan) -> int:
-    """Return the bytes of a chunk's hidden states in fp32, with zeros in masked rows."""
-    return min(plan.group, len(hidden)) * hidden.shape[1] * 4
-
-
-def _row_scratch(plan: ChunkPlan, width: int, device: str) -> int:
-    """Return the scratch bytes of row kernels: five block buffers on a CPU, else 0."""
-    return 5 * plan.block * width * 4 if device == "cpu" else 0
+    group = min(plan.group, len(hidden))
+    # The hidden states are in fp32, with zeros in masked rows.
+    buffers = plan.chunk * sum(widths) * 4 + group * hidden.shape[1] * 4
+    if device == "cpu":
+        return buffers + _ROW_BUFFERS * plan.block * max(widths) * 4
+    return buffers + (group * widths[0] * narrow.itemsize if narrow != _FP32 else 0)
 
 
 def _stats(args: tuple[Any, ...], device: str) -> int:
-    hidden, weight = args[0], args[1]
+    rows, width = len(args[0]), len(args[1])
     if device != "cpu":
         return 0
-    plan = plan_chunks(len(hidden), widths=(len(weight),), like=_like(device), chunk_mb=1024)
-    return plan.chunk * len(weight) * 4 + _row_scratch(plan, len(weight), device)
+    plan = plan_chunks(rows, widths=(width,), like=_LIKE[device], chunk_mb=1024)
+    return (plan.chunk + _ROW_BUFFERS * plan.block) * width * 4
 
 
 def _hidden(args: tuple[Any, ...], device: str) -> int:
     student, teacher = args[0], args[2]
     widths = (student.shape[1], teacher.shape[1], teacher.shape[1])
-    plan = plan_chunks(len(student), widths=widths, like=_like(device), chunk_mb=64)
+    plan = plan_chunks(len(student), widths=widths, like=_LIKE[device], chunk_mb=64)
     return plan.chunk * sum(widths) * 4
 
 
 def _relation(args: tuple[Any, ...], device: str) -> int:
     """Return the bytes of three tiles (rows, keys, all relation heads) and of one example."""
-    student, teacher = args[0], args[1]
-    return (
-        3 * _RELATION_TILE_BYTES[device]
-        + 8 * math.prod(student.shape[1:])
-        + 8 * math.prod(teacher.shape[1:])
-    )
-
-
-def _like(device: str) -> Tensor:
-    """Return an empty fp32 tensor on the CPU or on the meta device."""
-    return torch.empty(0, dtype=_FP32, device="cpu" if device == "cpu" else "meta")
+    student, teacher = args[0], args[2]
+    example = math.prod(student.shape[1:]) + math.prod(teacher.shape[1:])
+    return 3 * _RELATION_TILE_BYTES[device] + 8 * example
 
 
 _WORKSPACES = {

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megakd.planning.cluster import Cluster
-from megakd.planning.engines import Frozen, Setting, Trained, trained
+from megakd.planning.engines import Frozen, Trained, trained
 from megakd.planning.ledger import Holding, Part, Place, Share, together
 from megakd.planning.moments import NOTHING, Inventory, Parameter
 
@@ -17,24 +17,21 @@ P = sum(SIZES)
 
 
 def inventory(sizes: tuple[int, ...] = SIZES) -> Inventory:
-    return Inventory(tuple(Parameter(f"p{n}", n, decays=True) for n in sizes))
+    return Inventory(Parameter(n, decays=True) for n in sizes)
 
 
-def setting(
-    zero: dict[str, Any], *, itemsize: int = 4, ranks: int = RANKS, moments: int = 2
-) -> Setting:
-    return Setting(
-        role="student",
-        inventory=inventory(),
-        zero={"reduce_bucket_size": 10, **zero},
-        itemsize=itemsize,
-        cluster=Cluster(ranks=ranks, device="cuda"),
-        moments=moments,
-    )
+def model(zero: dict[str, Any], *, itemsize: int = 4, ranks: int = RANKS) -> dict[str, Any]:
+    return {
+        "role": "student",
+        "inventory": inventory(),
+        "zero": {"reduce_bucket_size": 10, **zero},
+        "itemsize": itemsize,
+        "cluster": Cluster(ranks=ranks, device="cuda"),
+    }
 
 
-def engine(zero: dict[str, Any], **options: int) -> Trained:
-    return trained(setting(zero, **options))
+def engine(zero: dict[str, Any], *, moments: int = 2, **options: int) -> Trained:
+    return trained(moments=moments, **model(zero, **options))
 
 
 def held(holding: Holding, part: Part, place: Place = "device") -> int:
@@ -51,7 +48,7 @@ def most(holdings: list[Holding]) -> int:
 
 def step(engine: Trained) -> list[Holding]:
     """Return what an engine holds during a step."""
-    whole = engine.at.inventory
+    whole = engine.inventory
     extra = [engine.backward(whole, adds=False, last=True), *engine.updating()]
     return [engine.initializing(), *(together(engine.resting(), held) for held in extra)]
 
@@ -166,14 +163,14 @@ def test_offload_of_weights_leaves_none_on_the_device() -> None:
 
 def test_a_frozen_model_has_its_weights_and_nothing_else() -> None:
     for zero, expected in (({"stage": 0}, 4 * P), ({"stage": 3}, 4 * P // RANKS)):
-        resting = Frozen(setting(zero)).resting()
+        resting = Frozen(**model(zero)).resting()
 
         assert held(resting, "weights") == expected
         assert list(resting) == [Share("student", "weights")]
 
 
 def test_a_whole_model_is_read_on_the_host_and_a_sharded_one_a_tensor_at_a_time() -> None:
-    whole, shards = (Frozen(setting({"stage": stage})).loading() for stage in (0, 3))
+    whole, shards = (Frozen(**model({"stage": stage})).loading() for stage in (0, 3))
 
     assert held(whole, "weights", "host") == 4 * (P + SIZES[-1])
     assert held(shards, "weights", "host") == 4 * max(SIZES)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from megakd.planning.gathering import Gathering, gathering_of, persistent
-from megakd.planning.moments import Inventory, Moment, Parameter
+from megakd.planning.moments import Inventory, Moment, Parameter, Trace
 
 SIZES = (100, 100, 100, 100)
-PARAMETERS = Inventory(tuple(Parameter(f"p{i}", n, decays=True) for i, n in enumerate(SIZES)))
+PARAMETERS = Inventory(Parameter(n, decays=True) for n in SIZES)
 ALONE = {"param_persistence_threshold": 0, "prefetch_bucket_size": 0, "max_reuse_distance": 0}
 
 
 def played(order: tuple[int, ...], zero: dict[str, Any]) -> Gathering:
-    moments = [Moment(f"m{n}", forward=True, own=(n,)) for n in order]
-    return gathering_of(moments, PARAMETERS, zero, itemsize=4, in_place=True)
+    moments = [Moment(f"m{n}", {n}) for n in order]
+    trace = Trace(PARAMETERS, moments, turn=len(moments), flops=0.0)
+    return gathering_of(trace, zero, itemsize=4, in_place=True)
 
 
 def kept(gathering: Gathering) -> list[int]:

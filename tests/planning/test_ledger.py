@@ -58,4 +58,3 @@ def test_the_moment_of_the_peak_is_named() -> None:
         ledger.look(when, {LIVE: Amount(small=size)})
 
     assert ledger.peaks["device"].when == "b"
-    assert ledger.moments == {"a": 1, "b": 3, "c": 2}

@@ -118,10 +118,15 @@ def test_an_evaluation_that_is_the_peak_is_named_with_its_key(tmp_path: Path) ->
 
 
 def test_an_evaluation_needs_no_more_than_training_where_no_batch_is_given(tmp_path: Path) -> None:
-    moments = planned(config_of(tmp_path)).highest.ledger.moments
+    traces = Traces()
+    plan_run(config_of(tmp_path), Cluster(device="cuda"), traces=traces)
 
-    (evaluating,) = (size for when, size in moments.items() if when.startswith("evaluating"))
-    assert evaluating < moments["the student's backward"]
+    (trained,) = (traced for traced in traces.values() if traced.learner)
+    evaluation, training = (
+        max(moment.live.total for moment in trace.moments)
+        for trace in (trained.evaluation, trained.learner[0])
+    )
+    assert evaluation < training
 
 
 def test_rates_turn_operations_and_bytes_into_seconds(tmp_path: Path) -> None:
@@ -195,6 +200,27 @@ def test_minidisc_plans_importance_and_its_trials(tmp_path: Path) -> None:
         assert before_scoring == ["specification", "trial-1", "trial-2"]
 
     assert held[None] > held[1] == 0
+
+
+def test_candidates_that_share_a_backward_hold_less_with_gradient_checkpointing(
+    tmp_path: Path,
+) -> None:
+    student = {"model": "from_teacher"}
+
+    def activations(*overrides: str) -> int:
+        plan = planned(config_of(tmp_path, *overrides, student=student, method=MINIDISC))
+        student_parts = plan.as_json()["roles"]["student"]
+        return student_parts["activations"] + student_parts["elastic"]
+
+    assert activations("train.gradient_checkpointing=true") < activations()
+
+
+def test_relations_of_queries_and_of_queries_with_keys_are_planned(tmp_path: Path) -> None:
+    loss = "objective=[{loss: relation_kl, relation_heads: 2, relations: [query, query_key]}]"
+
+    plan = planned(config_of(tmp_path, loss))
+
+    assert plan.as_json()["roles"]["student"]["workspace"] > 0
 
 
 @pytest.mark.parametrize("name", ["maxidisc", "direct"])
