@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 from megakd.config.deepspeed import check_frozen_stage, load_ds_config
 from megakd.config.objective import objective_problems
 from megakd.config.run import ScratchModel, listed_files
+from megakd.config.task_checks import task_problems
 from megakd.config.training_checks import training_problems
 from megakd.contract.methods import no_such_teacher
-from megakd.contract.tasks import FROM_TEACHER, LANGUAGE_TASKS, STUDENT, TEACHER
+from megakd.contract.tasks import FROM_TEACHER, STUDENT, TEACHER
 from megakd.contract.terms import SoftTargetKl, compares, looks_inside
 from megakd.errors import ConfigError, suggestion
 from megakd.methods import baselines_of, methods_that_cut
 
 if TYPE_CHECKING:
-    from megakd.config.run import RunConfig, TaskConfig
+    from megakd.config.run import RunConfig
     from megakd.contract.terms import TermConfig
 
 
@@ -28,7 +29,7 @@ def config_problems(config: RunConfig) -> list[str]:
     checks = (
         *(_addresses, _teacher, _pool, _method, _baselines, _student, _layers, _caches),
         objective_problems,
-        _task,
+        task_problems,
         _evaluation,
         _deepspeed,
         training_problems,
@@ -185,43 +186,6 @@ def _layers(config: RunConfig) -> Iterator[str]:
         yield (
             f'student.teacher: missing, and student.model "{FROM_TEACHER}" needs one of the '
             f"teachers; set student.teacher to {names}"
-        )
-
-
-def _task(config: RunConfig) -> Iterator[str]:
-    task = config.task
-    yield from _files(task)
-    if task.dataset == "pydocs":
-        for key in ("text_columns", "label_column", "dataset_config"):
-            if getattr(task, key) is not None:
-                yield f"task.{key}: not supported with task.dataset pydocs; remove the key"
-    if task.labelled_examples is not None and task.type in LANGUAGE_TASKS:
-        yield (
-            "task.labelled_examples: supported only for classification and regression, and "
-            f"task.type is {task.type}; remove the key"
-        )
-    if task.mlm_probability is not None and task.type != "mlm":
-        yield (
-            f"task.mlm_probability: supported only for mlm, and task.type is {task.type}; remove "
-            "the key"
-        )
-
-
-def _files(task: TaskConfig) -> Iterator[str]:
-    if task.dataset is None and task.train_files is None:
-        yield "task.dataset: missing, and it has no default; set task.dataset or task.train_files"
-    if task.dataset is not None:
-        for key in ("train_files", "validation_files", "test_files"):
-            if getattr(task, key) is not None:
-                yield (
-                    f"task.{key}: cannot be combined with task.dataset, which has its own splits; "
-                    "remove one of the two (task.evaluation_sets takes files that are only scored)"
-                )
-    elif task.data_dir is not None or task.dataset_config is not None:
-        key = "data_dir" if task.data_dir is not None else "dataset_config"
-        yield (
-            f"task.{key}: supported only with task.dataset, and task.train_files is set; remove "
-            "the key"
         )
 
 

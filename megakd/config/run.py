@@ -87,10 +87,16 @@ class TaskConfig:
     tokenizer: str | TokenizerConfig | None = None
     mlm_probability: Annotated[float, Field(gt=0, le=1)] | None = None
     """Fraction of the tokens that are predicted; None: 0.15. Only for mlm."""
+    whole_word_masking: bool = False
+    """Choose all tokens of a word together. Only for mlm."""
     labelled_examples: Count | None = None
     """Keep the labels of this many training rows, chosen by hash; other rows become unlabelled."""
     max_eval_examples: Count | None = None
-    """Score at most this many rows of each held-out split, chosen by hash."""
+    """Score at most this many rows of each held-out split, chosen by hash. With streaming
+    and no validation split: hold out this many texts from the beginning of the stream."""
+    streaming: bool = False
+    """Read the training texts during training, without a copy on disk. Only for mlm and
+    causal_lm; needs train.max_steps."""
 
     @property
     def data_name(self) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def training_problems(config: RunConfig) -> Iterator[str]:
     """Yield the problems of all training settings, the metrics, and the loss on labels."""
-    for where, train in _trainings(config):
+    for where, train in trainings(config):
         yield from _schedule(where, train)
         if train.early_stopping_patience is not None and config.eval.eval_steps is None:
             yield (
@@ -39,7 +39,7 @@ def _precision(config: RunConfig) -> Iterator[str]:
     if config.train.bf16 and config.train.fp16:
         yield "train: bf16 and fp16 are both true; set one of them to false"
         return
-    for where, train in _trainings(config):
+    for where, train in trainings(config):
         if train.bf16 and train.fp16:
             yield (
                 f"{where}: bf16 and fp16 are both true (a key that is not set here is inherited "
@@ -91,7 +91,7 @@ def _hard_terms(config: RunConfig) -> Iterator[str]:
                 )
 
 
-def _trainings(config: RunConfig) -> Iterator[tuple[str, TrainConfig]]:
+def trainings(config: RunConfig) -> Iterator[tuple[str, TrainConfig]]:
     """Yield key and settings of every training of the run, with inherited keys."""
     yield "train", config.train
     for name, spec in config.teacher_specs.items():

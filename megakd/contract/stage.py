@@ -264,7 +264,10 @@ class BatchSource(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain values that a resumed run needs, the same on every rank."""
+        """Return plain values that a resumed run needs, the same on every rank; may be a collective.
+
+        The next window of a run continues with these values too.
+        """
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from megakd.data.cache import cached_folder, key_of, read_rows, write_rows
 from megakd.data.choosing import is_labelled
 from megakd.data.found import Found
 from megakd.data.labels import Classes, Labeller, find_classes, score
+from megakd.data.row_text import document_of, text_of
 from megakd.data.tables import SPLIT_NAMES, Record, SplitName, Table
 from megakd.errors import DataError
 
@@ -149,7 +150,7 @@ def unlabelled_rows(
         DataError: a column does not exist, a value is not text, or there are no rows.
     """
     for column in text:
-        _require(table, column, "task.text_columns")
+        require(table, column, "task.text_columns")
     classes = None if task.type == "regression" else Classes((), numbered=True)
     return _rows_of(table, Fields(text, None), task, classes, cache_dir=cache_dir)
 
@@ -163,11 +164,11 @@ def choose_fields(table: Table, task: TaskConfig) -> Fields:
     """
     text = task.text_columns or _usual_text(table, task)
     for column in text:
-        _require(table, column, "task.text_columns")
+        require(table, column, "task.text_columns")
     if task.type in LANGUAGE_TASKS:
         return Fields(text, None)
     if task.label_column is not None:
-        _require(table, task.label_column, "task.label_column")
+        require(table, task.label_column, "task.label_column")
         return Fields(text, task.label_column)
     usual = LABEL_DEFAULTS[task.type]
     label = next((column for column in usual if column in table.columns), None)
@@ -190,7 +191,8 @@ def _usual_text(table: Table, task: TaskConfig) -> tuple[str, ...]:
     )
 
 
-def _require(table: Table, column: str, key: str) -> None:
+def require(table: Table, column: str, key: str) -> None:
+    """Raise a DataError that names `key` if a table does not have a column."""
     if column not in table.columns:
         raise DataError(
             f"{table.name}: column {column!r} ({key}) does not exist; the columns are "
@@ -201,10 +203,10 @@ def _require(table: Table, column: str, key: str) -> None:
 def _fields_of(table: Table, split: SplitName, train: Fields) -> Fields:
     """Return the columns of the training split; a test split may have no labels."""
     for column in train.text:
-        _require(table, column, "task.text_columns")
+        require(table, column, "task.text_columns")
     if train.label is None or (split == "test" and train.label not in table.columns):
         return Fields(train.text, None)
-    _require(table, train.label, "task.label_column")
+    require(table, train.label, "task.label_column")
     return train
 
 
@@ -262,32 +264,16 @@ def _rows(
 ) -> Iterator[dict[str, object]]:
     """Yield the rows of a split, and count the rows without text in `blank`."""
     for record in table.records():
-        texts = [_text(table, column, record) for column in fields.text]
-        has_text = [bool(text.strip()) for text in texts]
         if task_type in LANGUAGE_TASKS:
-            # A blank document has no tokens; two columns (question, answer) make one document.
-            if any(has_text):
-                yield {"text": "\n".join(texts)}
-            else:
+            document = document_of(table.name, fields.text, record)
+            if document is None:
                 blank.add(record)
+            else:
+                yield {"text": document}
             continue
-        if not all(has_text):
+        texts = [text_of(table.name, column, record) for column in fields.text]
+        if not all(text.strip() for text in texts):
             blank.add(record)
         row: dict[str, object] = dict(zip(("text", "text_pair"), texts, strict=False))
         row["label"] = labeller(table, fields.label or "", record)
         yield row
-
-
-def _text(table: Table, column: str, record: Record) -> str:
-    text = record.values.get(column)
-    if not isinstance(text, str):
-        problem = "is missing" if text is None else f"is not text: {text!r}"
-        raise DataError(f"{table.name}, {record.place}: column {column!r} {problem}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{table.name}, {record.place}: column {column!r} is not UTF-8: it holds half of a "
-            f"surrogate pair at character {error.start}"
-        ) from error
-    return text

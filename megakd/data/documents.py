@@ -7,6 +7,7 @@ most contexts, and small enough that a held-out split can be cut from a single b
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from megakd.data.readers import digest_of, readable, text_lines
@@ -32,17 +33,19 @@ def read_documents(paths: Sequence[Path], name: str, *, to_be_split: bool) -> Ta
             size += path.stat().st_size
     length = min(PIECE_CHARACTERS, size // FEWEST_PIECES) if to_be_split else PIECE_CHARACTERS
 
-    def records() -> Iterator[Record]:
-        for path in paths:
-            for number, piece in pieces(text_lines(path), length):
-                yield Record(f"{path.name} line {number}", {"text": piece})
-
     return Table(
         name=name,
         columns=("text",),
-        records=records,
+        records=partial(documents_of, paths, length),
         digest=":".join([*(digest_of(path) for path in paths), str(length)]),
     )
+
+
+def documents_of(paths: Sequence[Path], length: int = PIECE_CHARACTERS) -> Iterator[Record]:
+    """Yield the pieces of files, see `pieces`."""
+    for path in paths:
+        for number, piece in pieces(text_lines(path), length):
+            yield Record(f"{path.name} line {number}", {"text": piece})
 
 
 def pieces(lines: Iterator[str], length: int) -> Iterator[tuple[int, str]]:

@@ -23,6 +23,7 @@ from megakd.contract.batch import IGNORE, Batch
 from megakd.data.cache import key_of, read_rows
 from megakd.data.rows import LABELS_AT_ONCE, arrow_batches, rows_key
 from megakd.data.token_tables import token_tables
+from megakd.data.words import WORD_STARTS
 from megakd.errors import DataError
 from megakd.storage.atomic import sha256_of
 from megakd.storage.built_once import whole_folder
@@ -34,24 +35,38 @@ if TYPE_CHECKING:
 
     from megakd.config.run import TaskConfig
     from megakd.data.splits import Splits
+    from megakd.data.text_stream import TextStream
 
 logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 10_000
 
 # Part of every key: increase this number when the encoded rows would differ.
 VERSION = 1
+# Part of the keys of rows with words, likewise.
+WORDS_VERSION = 1
 LENGTH_MULTIPLE = 8
-_FILL = {"labels": IGNORE, "token_type_ids": 0}
+_FILL = {"labels": IGNORE, "token_type_ids": 0, WORD_STARTS: 0}
+
+
+class StreamedRows(NamedTuple):
+    """Training rows that are encoded while they are needed: the texts, and how to encode them."""
+
+    texts: TextStream
+    tokenizer: PreTrainedTokenizerBase
+    task: TaskConfig
 
 
 class Encoded(NamedTuple):
     """The splits as token numbers, memory-mapped.
 
     Columns for classification and regression: `input_ids`, `label`, and for pairs `token_type_ids`
-    if the tokenizer returns them. For mlm: only `input_ids`, with a row per window of a text (see
-    `windows`). For causal_lm: `input_ids`, `position_ids` and `labels` (see `packing`).
+    if the tokenizer returns them. For mlm: `input_ids`, with a row per window of a text (see
+    `windows`), and `word_starts` for whole-word masking (see `words`). For causal_lm: `input_ids`,
+    `position_ids` and `labels` (see `packing`).
 
-    tokens_per_row: mean number of tokens of a training row, without padding.
+    tokens_per_row: mean number of tokens of a training row, or with a stream of a validation row,
+        without padding.
+    stream: the training rows with `task.streaming`; `train` is then empty.
     evaluation_sets: further rows to score, by name; not part of content_hash.
     """
 
@@ -61,17 +76,18 @@ class Encoded(NamedTuple):
     content_hash: str
     tokens_per_row: float
     evaluation_sets: Mapping[str, Dataset] = MappingProxyType({})
+    stream: StreamedRows | None = None
 
 
 def encode_splits(
     splits: Splits, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, *, cache_dir: Path
 ) -> Encoded:
-    """Encode all splits, or reuse the result of an earlier call with equal content.
+    """Encode all splits except a stream, or reuse the result of an earlier call with equal content.
 
     Args:
         splits: texts and labels.
         tokenizer: the tokenizer; the key contains its content, not its name.
-        task: the task; only `type` and `max_length` are used.
+        task: the task; only `type`, `max_length` and `whole_word_masking` are used.
         cache_dir: folder for the arrow files, which are written whole or not at all into a
             subfolder named by a content key. Ranks may call this function at the same time, but it
             is cheaper to let one rank run first.
@@ -84,7 +100,10 @@ def encode_splits(
     made, key = encode_rows(
         present, tokenizer, task, content_hash=splits.content_hash, cache_dir=cache_dir
     )
-    tokens = _token_count(made["train"])
+    counted, stream = made.get("train", made["validation"]), None
+    if splits.stream is not None:
+        stream = StreamedRows(splits.stream, tokenizer, task)
+        made["train"] = made["validation"].select([])
     sets: Mapping[str, Dataset] = {}
     if splits.evaluation_sets:
         sets, _ = encode_rows(
@@ -95,7 +114,13 @@ def encode_splits(
             cache_dir=cache_dir,
         )
     return Encoded(
-        made["train"], made["validation"], made.get("test"), key, tokens / len(made["train"]), sets
+        train=made["train"],
+        validation=made["validation"],
+        test=made.get("test"),
+        content_hash=key,
+        tokens_per_row=_token_count(counted) / len(counted),
+        evaluation_sets=sets,
+        stream=stream,
     )
 
 
@@ -112,7 +137,7 @@ def encode_rows(
     Args:
         rows: rows by name, which messages use; all rows have the same columns.
         tokenizer: the tokenizer; the key contains its content, not its name.
-        task: the task; only `type` and `max_length` are used.
+        task: the task; only `type`, `max_length` and `whole_word_masking` are used.
         content_hash: hash of the sources of the rows.
         cache_dir: folder that contains the folder named by the key.
 
@@ -120,16 +145,17 @@ def encode_rows(
         DataError: see `encode_splits`.
     """
     _check_room_for_text(next(iter(rows.values())), tokenizer, task)
-    key = key_of(
-        {
-            "version": VERSION,
-            "content": content_hash,
-            "rows": {name: rows_key(split) for name, split in rows.items()},
-            "tokenizer": tokenizer_content(tokenizer),
-            "max_length": task.max_length,
-            "type": task.type,
-        }
-    )
+    parts = {
+        "version": VERSION,
+        "content": content_hash,
+        "rows": {name: rows_key(split) for name, split in rows.items()},
+        "tokenizer": tokenizer_content(tokenizer),
+        "max_length": task.max_length,
+        "type": task.type,
+    }
+    if task.whole_word_masking:
+        parts["words"] = WORDS_VERSION
+    key = key_of(parts)
 
     def build(folder: Path) -> None:
         logger.info("encoding %s rows", {name: len(split) for name, split in rows.items()})
@@ -210,7 +236,8 @@ class Collator:
     """A function that collates rows to one padded micro-batch.
 
     For causal_lm, `inputs` has `input_ids` and `position_ids`, and the model must be called with
-    `use_cache=False`; see `packing`. For mlm, no tokens are masked or labelled yet; see `masking`.
+    `use_cache=False`; see `packing`. For mlm, no tokens are masked or labelled yet; see `masking`,
+    which also takes `word_starts` out of `inputs`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:
@@ -319,7 +346,8 @@ def _from_values(values: Sequence[object]) -> tuple[NDArray, NDArray]:
 
 
 def _named(splits: Splits) -> tuple[tuple[str, Dataset | None], ...]:
-    return (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
+    train = splits.train if splits.stream is None else None
+    return (("train", train), ("validation", splits.validation), ("test", splits.test))
 
 
 def _check_room_for_text(

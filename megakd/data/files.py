@@ -16,7 +16,8 @@ from megakd.config.run import Files, TaskConfig, listed_files
 from megakd.data.columns import rows_of_tables
 from megakd.data.documents import read_documents
 from megakd.data.found import Found
-from megakd.data.readers import joined, read_csv, read_json, read_jsonl, read_parquet, read_tsv
+from megakd.data.json_files import read_json, read_jsonl
+from megakd.data.readers import joined, read_csv, read_parquet, read_tsv
 from megakd.data.tables import SPLIT_ALIASES, SplitName, Table
 from megakd.errors import DataError
 
@@ -51,7 +52,7 @@ def local_rows(path: Path, task: TaskConfig, *, cache_dir: Path) -> Found:
     if not path.exists():
         raise DataError(f"task.dataset: {path} does not exist")
     if path.is_dir():
-        tables = _folder_tables(path)
+        tables = _tables_of(folder_files(path), path)
     else:
         tables = _file_tables(path, "task.dataset", to_be_split=True)
     if "train" not in tables:
@@ -68,6 +69,20 @@ def named_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
         DataError: a file does not exist, cannot be read or belongs to two splits, or columns differ
             between files.
     """
+    paths = named_files(task)
+    tables: dict[SplitName, Table] = {}
+    for split, found in paths.items():
+        is_cut = split == "train" and "validation" not in paths
+        tables[split] = files_table(found, f"task.{split}_files", to_be_split=is_cut)
+    return rows_of_tables(tables, task, name=task.data_name, cache_dir=cache_dir)
+
+
+def named_files(task: TaskConfig) -> dict[SplitName, list[Path]]:
+    """Return the files of `task.train_files`, `validation_files` and `test_files` by split.
+
+    Raises:
+        DataError: a file does not exist, or is named twice.
+    """
     given: dict[SplitName, Files | None] = {
         "train": task.train_files,
         "validation": task.validation_files,
@@ -79,11 +94,7 @@ def named_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
         if files is not None
     }
     _refuse_shared({f"task.{split}_files": found for split, found in paths.items()})
-    tables: dict[SplitName, Table] = {}
-    for split, found in paths.items():
-        is_cut = split == "train" and "validation" not in paths
-        tables[split] = files_table(found, f"task.{split}_files", to_be_split=is_cut)
-    return rows_of_tables(tables, task, name=task.data_name, cache_dir=cache_dir)
+    return paths
 
 
 def matching_files(files: Files, key: str) -> list[Path]:
@@ -168,7 +179,7 @@ def scored_table(given: str) -> tuple[Table, str]:
     """
     path = Path(given).expanduser()
     if path.is_dir():
-        tables = _splits_of_folder(path)
+        tables = _tables_of(_shards(path), path)
     elif path.suffix.lower() == ".json" and path.is_file():
         tables = read_json(path)
     else:
@@ -186,7 +197,7 @@ def scored_table(given: str) -> tuple[Table, str]:
 
 
 def _file_tables(path: Path, key: str, *, to_be_split: bool) -> dict[SplitName, Table]:
-    suffix = _known_suffix(path, key)
+    suffix = known_suffix(path, key)
     if suffix == ".txt":
         return {"train": read_documents([path], str(path), to_be_split=to_be_split)}
     if suffix == ".json":
@@ -207,29 +218,36 @@ def _shards(folder: Path) -> dict[SplitName, list[Path]]:
         split = SPLIT_ALIASES.get(named["split"]) if named else None
         if split is not None:
             shards.setdefault(split, []).append(path)
+    for paths in shards.values():
+        _refuse_two_names(paths, folder)
     return shards
+
+
+def _refuse_two_names(paths: Sequence[Path], folder: Path) -> None:
+    """Raise a DataError if files of one split are not shards of the same name."""
+    stems = {re.sub(r"-\d+-of-\d+$", "", path.stem) + path.suffix for path in paths}
+    if len(stems) > 1:
+        raise DataError(
+            f"{folder}: {' and '.join(sorted(stems))} are names of the same split; keep one of them"
+        )
 
 
 def _data_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
-def _splits_of_folder(folder: Path) -> dict[SplitName, Table]:
-    shards = _shards(folder)
-    is_split = "validation" not in shards
-    return {
-        split: _split_table(paths, folder, to_be_split=is_split and split == "train")
-        for split, paths in shards.items()
-    }
+def folder_files(folder: Path) -> dict[SplitName, list[Path]]:
+    """Return the files of each split of a folder; txt files without such names are for training.
 
-
-def _folder_tables(folder: Path) -> dict[SplitName, Table]:
+    Raises:
+        DataError: there are no training files, or two files are named like the same split.
+    """
     shards = _shards(folder)
     if "train" in shards:
-        return _splits_of_folder(folder)
+        return shards
     texts = [path for path in _data_files(folder) if path.suffix.lower() == ".txt"]
     if texts and not shards:
-        return {"train": read_documents(texts, str(folder), to_be_split=True)}
+        return {"train": texts}
     there = ", ".join(path.name for path in sorted(folder.iterdir())[:10]) or "nothing"
     raise DataError(
         f"{folder}: the file train.* does not exist (supported endings: {', '.join(SUFFIXES)}); "
@@ -237,19 +255,27 @@ def _folder_tables(folder: Path) -> dict[SplitName, Table]:
     )
 
 
+def _tables_of(files: Mapping[SplitName, list[Path]], folder: Path) -> dict[SplitName, Table]:
+    is_cut = "validation" not in files
+    return {
+        split: _split_table(paths, folder, to_be_split=is_cut and split == "train")
+        for split, paths in files.items()
+    }
+
+
 def _split_table(paths: list[Path], folder: Path, *, to_be_split: bool) -> Table:
-    stems = {re.sub(r"-\d+-of-\d+$", "", path.stem) + path.suffix for path in paths}
-    if len(stems) > 1:
-        raise DataError(
-            f"{folder}: {' and '.join(sorted(stems))} are names of the same split; keep one of them"
-        )
-    suffix = _known_suffix(paths[0], "task.dataset")
-    if suffix == ".txt":
-        return read_documents(paths, str(paths[0]), to_be_split=to_be_split)
+    if known_suffix(paths[0], "task.dataset") == ".txt":
+        name = str(paths[0] if len(paths) == 1 else folder)
+        return read_documents(paths, name, to_be_split=to_be_split)
     return joined([_one_table(path, "task.dataset") for path in paths], str(folder))
 
 
-def _known_suffix(path: Path, key: str) -> str:
+def known_suffix(path: Path, key: str) -> str:
+    """Return the ending of a file, lower-cased.
+
+    Raises:
+        DataError: no reader reads files with this ending.
+    """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise DataError(

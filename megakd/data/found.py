@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from datasets import Dataset
 
 from megakd.data.labels import Classes
 from megakd.data.tables import SplitName
+
+if TYPE_CHECKING:
+    from megakd.data.text_stream import TextStream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +22,7 @@ class Found:
     name: name of the data set in messages.
     classes: classes with which labels are read; None without classes.
     source_hash: sha256 of the sources of the rows.
+    stream: the training texts if they are read during training; the training split is then empty.
     """
 
     name: str
@@ -25,6 +30,7 @@ class Found:
     classes: Classes | None
     metrics: tuple[str, ...]
     source_hash: str
+    stream: TextStream | None = None
 
     @property
     def label_names(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -30,14 +31,18 @@ def hub_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
         DataError: the Hub cannot be reached, the data set does not exist, or its columns do not
             fit the task.
     """
-    advice = (
-        "task.dataset may also be pydocs, glue/<task>, or a local file or folder, but "
-        f"{task.data_name!r} does not exist on this machine"
-    )
-    tables = hub_tables(task.data_name, task.dataset_config, advice=advice)
+    tables = hub_tables(task.data_name, task.dataset_config, advice=hub_advice(task))
     if "train" not in tables:
         raise DataError(f"the Hub data set {task.data_name} has no split named 'train'")
     return rows_of_tables(tables, task, name=task.data_name, cache_dir=cache_dir)
+
+
+def hub_advice(task: TaskConfig) -> str:
+    """Return what to do if the Hub data set of a task cannot be loaded."""
+    return (
+        "task.dataset may also be pydocs, glue/<task>, or a local file or folder, but "
+        f"{task.data_name!r} does not exist on this machine"
+    )
 
 
 def hub_tables(name: str, configuration: str | None, *, advice: str) -> dict[SplitName, Table]:
@@ -58,9 +63,19 @@ def load_hub(name: str, configuration: str | None, *, advice: str) -> DatasetDic
     Raises:
         DataError: the data set cannot be loaded; the message ends with `advice`.
     """
+    with hub_errors(name, configuration, advice=advice) as label:
+        found = datasets.load_dataset(name, configuration)
+    if not isinstance(found, DatasetDict):
+        raise DataError(f"the Hub data set {label} has no splits; {advice}")
+    return found
+
+
+@contextmanager
+def hub_errors(name: str, configuration: str | None, *, advice: str) -> Iterator[str]:
+    """Convert errors about a Hub data set into a DataError; give the name for messages."""
     label = f"{name} ({configuration})" if configuration else name
     try:
-        found = datasets.load_dataset(name, configuration)
+        yield label
     except ConnectionError as error:
         raise DataError(
             f"the Hub cannot be reached to load the data set {label}, and it is not in the "
@@ -79,9 +94,6 @@ def load_hub(name: str, configuration: str | None, *, advice: str) -> DatasetDic
             "branch refs/convert/parquet), or download the rows as local files and set "
             "task.train_files"
         ) from error
-    if not isinstance(found, DatasetDict):
-        raise DataError(f"the Hub data set {label} has no splits; {advice}")
-    return found
 
 
 def hub_table(name: str, rows: Dataset) -> Table:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from megakd.data.made_ahead import made_ahead
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
+    from concurrent.futures import Future
 
     from datasets import Dataset
     from numpy.typing import NDArray
@@ -126,16 +128,10 @@ class StepLoader:
         The thread ends with the iterator, even if the consumer stops early. An error in the thread
         is raised here.
         """
-        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step-loader")
-        ahead: deque[Future[tuple[Batch, ...]]] = deque()
-        try:
-            for index in range(start, stop + STEPS_AHEAD):
-                if index < stop:
-                    ahead.append(executor.submit(self.step, index))
-                if index >= start + STEPS_AHEAD:
-                    yield self._awaited(ahead.popleft())
-        finally:
-            executor.shutdown(cancel_futures=True)
+        steps = (partial(self.step, index) for index in range(start, stop))
+        with closing(made_ahead(steps, STEPS_AHEAD)) as futures:
+            for step in futures:
+                yield self._awaited(step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return {}: the rows of a step follow from the seed."""
@@ -238,7 +234,10 @@ def global_batches(
 
 def _check_rows(rows: Dataset) -> None:
     if not len(rows):
-        raise DataError("cannot evaluate on a split that has no rows")
+        raise DataError(
+            "cannot evaluate on a split that has no rows; with task.streaming only the held-out "
+            "splits have rows"
+        )
 
 
 def _collated(table: Dataset, rows: NDArray[np.int64], collate: Collate, *, size: int) -> Batch:

@@ -1,8 +1,10 @@
 """Dynamic masks of masked language modelling (Devlin et al. 2019, BERT, section 3.1).
 
 A mask is a pure function of (seed, draw, row, position). It does not depend on the split of a step
-into ranks and micro-batches, on the padding, or on where a run was resumed. Shapes: B rows of a
-micro-batch, T positions.
+into ranks and micro-batches, on the padding, or on where a run was resumed. With whole words, the
+position of a word's first token decides for all tokens of the word whether they are chosen. Each
+chosen token is then masked, replaced or kept for itself, as in BERT's `create_pretraining_data.py`.
+Shapes: B rows of a micro-batch, T positions.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 
 from megakd.contract.batch import IGNORE, Batch
+from megakd.data.words import WORD_STARTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +52,8 @@ class Masking:
     mask_id: the mask token.
     special_ids: tokens that are never masked.
     vocabulary: tokens that may replace a masked token at random.
-    probability: probability of each token to be chosen; at least one token per row is chosen.
+    probability: probability of each token to be chosen; at least one token per row is chosen, or
+        one word if the batch has `word_starts`.
     """
 
     def __init__(
@@ -65,23 +69,31 @@ class Masking:
         self._vocabulary = np.array(vocabulary, dtype=np.int64)
         self._probability = probability
 
-    def __call__(self, batch: Batch, rows: NDArray[np.int64], *, seed: int, draw: int) -> Batch:
+    def __call__(
+        self, batch: Batch, rows: NDArray[np.int64], *, seed: int, draw: int | NDArray[np.int64]
+    ) -> Batch:
         """Return the batch with masked `input_ids`, and with `labels` [B, T] and `targets`.
 
         Args:
-            batch: batch on the CPU, which is not changed.
-            rows: numbers of the batch's rows in the data set; further rows are dummy rows.
+            batch: batch on the CPU, which is not changed. If its `inputs` have `word_starts`
+                [B, T], all tokens of a word are chosen together; see `words`.
+            rows: numbers of the batch's rows in the data set, at least 0; further rows are dummy
+                rows.
             seed: seed of the run.
-            draw: number of the mask to use for a row, such as the epoch.
+            draw: number of the mask to use for a row, such as the epoch, for all rows or by row.
         """
         ids = batch.inputs["input_ids"].numpy()  # [B, T]
         real = batch.valid.numpy()
         maskable = real & ~np.isin(ids, self._special_ids)
         numbers = _numbers(seed, draw, rows, ids.shape)
-        chosen = _chosen(numbers.choice, maskable, self._probability)
+        starts, choice = batch.inputs.get(WORD_STARTS), numbers.choice
+        if starts is not None:
+            choice = np.take_along_axis(choice, starts.numpy(), axis=1)
+        chosen = _chosen(choice, maskable, self._probability)
         shown = np.where(chosen, self._shown(ids, numbers), ids)
         labels = np.where(chosen, ids, IGNORE)
         inputs = {**batch.inputs, "input_ids": torch.from_numpy(shown)}
+        inputs.pop(WORD_STARTS, None)
         targets = np.flatnonzero(chosen) if chosen.any() else np.zeros(1, dtype=np.int64)
         return Batch(inputs, torch.from_numpy(labels), batch.valid, torch.from_numpy(targets))
 
@@ -110,17 +122,25 @@ def task_masking(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> Maskin
 def _chosen(
     choice: NDArray[np.float64], maskable: NDArray[np.bool_], probability: float
 ) -> NDArray[np.bool_]:
-    """Return [B, T] bool: maskable positions below the probability, and the lowest of each row."""
-    lowest = np.where(maskable, choice, np.inf).argmin(axis=1)
-    is_lowest = np.arange(choice.shape[1]) == lowest[:, None]
-    return maskable & ((choice < probability) | is_lowest)
+    """Return [B, T] bool: maskable positions below the probability, and the lowest of each row.
+
+    The positions of a word have the same number, and the lowest are all positions of one word.
+    """
+    lowest = np.where(maskable, choice, np.inf).min(axis=1, keepdims=True)
+    return maskable & ((choice < probability) | (choice == lowest))
 
 
-def _numbers(seed: int, draw: int, rows: NDArray[np.int64], shape: tuple[int, ...]) -> _Numbers:
+def _numbers(
+    seed: int,
+    draw: int | NDArray[np.int64],
+    rows: NDArray[np.int64],
+    shape: tuple[int, ...],
+) -> _Numbers:
     """Return random numbers of SplitMix64 (Steele, Lea and Flood 2014), one stream per row."""
     key = np.zeros((shape[0], 1), dtype=np.uint64)
     parts = np.zeros((3, shape[0], 1), dtype=np.uint64)
-    parts[0], parts[1] = seed, draw
+    parts[0] = seed
+    parts[1, : len(rows), 0] = draw
     parts[2, : len(rows), 0] = rows
     for part in parts:
         key = _mixed(key + part + _GOLDEN)

@@ -1,4 +1,4 @@
-"""Strict, streaming readers of local files: csv, tsv, jsonl, json, parquet and txt.
+"""Strict, streaming readers of local files: csv, tsv, parquet and lines of text.
 
 A text file that is not UTF-8 is refused with the number of the line. A csv file may have quoted
 fields (RFC 4180). A tsv file has no quoting: `"` is a character of the text, as in GLUE's files.
@@ -7,13 +7,11 @@ fields (RFC 4180). A tsv file has no quoting: `"` is a character of the text, as
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,13 +25,31 @@ BOM = b"\xef\xbb\xbf"
 PARQUET_BATCH_ROWS = 1000
 
 
-def read_csv(path: Path) -> Table:
+Digest = Callable[[Path], str]
+"""A function that returns a hash of a file."""
+
+
+def digest_of(path: Path) -> str:
+    """Return the sha256 of a file.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with readable(path):
+        return sha256_of(path)
+
+
+def read_csv(path: Path, *, digest: Digest = digest_of) -> Table:
     """Read a csv file with a header; fields may be quoted and contain line breaks."""
-    return _with_header(path, _csv_fields)
+    return _with_header(path, _csv_fields, digest=digest)
 
 
 def read_tsv(
-    path: Path, *, header: Sequence[str] | None = None, skip_broken: bool = False
+    path: Path,
+    *,
+    header: Sequence[str] | None = None,
+    skip_broken: bool = False,
+    digest: Digest = digest_of,
 ) -> Table:
     """Read a tsv file without quoting.
 
@@ -41,45 +57,9 @@ def read_tsv(
         path: the file.
         header: names of the columns if the file has no header.
         skip_broken: whether lines with a wrong number of fields are skipped instead of refused.
+        digest: function that returns the hash of the file.
     """
-    return _with_header(path, _tsv_fields, header=header, skip_broken=skip_broken)
-
-
-def read_jsonl(path: Path) -> Table:
-    """Read a file with one JSON object (or one string) per line."""
-    columns: dict[str, None] = {}
-    for record in _jsonl_records(path):
-        columns.update(dict.fromkeys(record.values))
-    return Table(
-        name=str(path),
-        columns=tuple(columns),
-        records=partial(_jsonl_records, path),
-        digest=digest_of(path),
-    )
-
-
-def read_json(path: Path) -> dict[SplitName, Table]:
-    """Read a JSON list of strings, objects or [text, label], or a mapping from splits to lists."""
-    tree = parse_json("".join(text_lines(path)), str(path))
-    _refuse_doubled(tree, str(path))
-    digest = digest_of(path)
-    if isinstance(tree, list):
-        return {"train": _listed(str(path), cast("list[object]", tree), digest)}
-    if isinstance(tree, dict):
-        lists = {
-            name: cast("list[object]", rows)
-            for name, rows in cast("dict[str, object]", tree).items()
-            if isinstance(rows, list)
-        }
-        if found := by_split(lists, str(path)):
-            return {
-                split: _listed(f"{path} ({name})", lists[name], f"{digest}:{name}")
-                for split, name in found.items()
-            }
-    raise DataError(
-        f"{path} is neither a JSON list of rows nor an object with a list named 'train'; use the "
-        "ending .jsonl for a file with one object per line"
-    )
+    return _with_header(path, _tsv_fields, header=header, skip_broken=skip_broken, digest=digest)
 
 
 def by_split(names: Iterable[str], place: str) -> dict[SplitName, str]:
@@ -102,7 +82,7 @@ def by_split(names: Iterable[str], place: str) -> dict[SplitName, str]:
     return found
 
 
-def read_parquet(path: Path) -> Table:
+def read_parquet(path: Path, *, digest: Digest = digest_of) -> Table:
     """Read a parquet file, and the class names that `datasets` may have stored in its schema."""
     with _parquet_errors(path):
         schema = pq.read_schema(path)
@@ -111,7 +91,7 @@ def read_parquet(path: Path) -> Table:
         name=str(path),
         columns=tuple(schema.names),
         records=partial(_parquet_records, path),
-        digest=digest_of(path),
+        digest=digest(path),
         class_names=class_names_of(features),
     )
 
@@ -192,16 +172,6 @@ def class_names_of(features: Features) -> dict[str, tuple[str, ...]]:
     }
 
 
-def digest_of(path: Path) -> str:
-    """Return the sha256 of a file.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    with readable(path):
-        return sha256_of(path)
-
-
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
     """Convert system errors about a file into a DataError."""
@@ -231,48 +201,13 @@ def text_lines(path: Path) -> Iterator[str]:
                 ) from error
 
 
-class DoubledKeys(dict[str, object]):
-    """A JSON object with a repeated key.
-
-    key: the first repeated key.
-    """
-
-    def __init__(self, pairs: Sequence[tuple[str, object]]) -> None:
-        super().__init__(pairs)
-        names = [name for name, _ in pairs]
-        self.key = next(name for name in names if names.count(name) > 1)
-
-
-def parse_json(text: str, place: str) -> object:
-    """Return the content of a JSON text; objects that repeat a key become `DoubledKeys`.
-
-    Raises:
-        DataError: the text is not JSON.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=_json_object)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place} is not JSON: {error}") from error
-
-
-def _json_object(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
-    plain = dict(pairs)
-    return plain if len(plain) == len(pairs) else DoubledKeys(pairs)
-
-
-def _refuse_doubled(tree: object, place: str) -> None:
-    if isinstance(tree, DoubledKeys):
-        raise DataError(
-            f"{place}: the key {tree.key!r} occurs more than once; keep one of its values"
-        )
-
-
 def _with_header(
     path: Path,
     fields_of: Callable[[Path], Iterator[tuple[int, list[str]]]],
     *,
     header: Sequence[str] | None = None,
     skip_broken: bool = False,
+    digest: Digest,
 ) -> Table:
     _, first = next(fields_of(path), (0, []))
     columns = tuple(header or first)
@@ -296,7 +231,7 @@ def _with_header(
                     f"columns ({', '.join(columns)})"
                 )
 
-    return Table(name=str(path), columns=columns, records=records, digest=digest_of(path))
+    return Table(name=str(path), columns=columns, records=records, digest=digest(path))
 
 
 def _csv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -328,48 +263,6 @@ def _tsv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
     for number, line in enumerate(text_lines(path), start=1):
         if content := line.rstrip("\r\n"):
             yield number, content.split("\t")
-
-
-def _jsonl_records(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(text_lines(path), start=1):
-        if not line.strip():
-            continue
-        place = f"line {number}"
-        row = parse_json(line, f"{path}, {place}")
-        _refuse_doubled(row, f"{path}, {place}")
-        if isinstance(row, str):
-            row = {"text": row}
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, {place} is not a JSON object: {line.strip()[:60]!r}")
-        yield Record(place, cast("Mapping[str, object]", row))
-
-
-def _listed(name: str, rows: list[object], digest: str) -> Table:
-    columns: dict[str, None] = {}
-    for record in _listed_records(name, rows):
-        columns.update(dict.fromkeys(record.values))
-    return Table(
-        name=name,
-        columns=tuple(columns),
-        records=partial(_listed_records, name, rows),
-        digest=digest,
-    )
-
-
-def _listed_records(name: str, rows: list[object]) -> Iterator[Record]:
-    for number, row in enumerate(rows, start=1):
-        place = f"row {number}"
-        _refuse_doubled(row, f"{name}, {place}")
-        if isinstance(row, dict):
-            yield Record(place, cast("Mapping[str, object]", row))
-        elif isinstance(row, str):
-            yield Record(place, {"text": row})
-        elif isinstance(row, list) and len(row) == 2:
-            yield Record(place, dict(zip(("text", "label"), row, strict=True)))
-        else:
-            raise DataError(
-                f"{name}, {place} must be a text, an object or [text, label] (got {row!r:.60})"
-            )
 
 
 def _parquet_records(path: Path) -> Iterator[Record]:

@@ -19,7 +19,9 @@ from megakd.data.found import Found
 from megakd.data.glue import glue_rows
 from megakd.data.hub import hub_rows
 from megakd.data.pydocs import pydocs_rows
+from megakd.data.streamed_rows import streamed_files, streamed_hub_rows
 from megakd.data.tables import Table
+from megakd.data.text_stream import TextStream
 from megakd.errors import ConfigError, DataError
 
 
@@ -36,6 +38,7 @@ class Splits(NamedTuple):
     evaluation_sets: further rows to score, by name; always with labels.
     sets_hash: sha256 of the sources of the evaluation sets; empty without evaluation sets.
     is_cut: whether the validation rows were cut from the training rows.
+    stream: the training texts with `task.streaming`; `train` is then empty.
     """
 
     train: Dataset
@@ -47,6 +50,7 @@ class Splits(NamedTuple):
     evaluation_sets: Mapping[str, Dataset] = MappingProxyType({})
     sets_hash: str = ""
     is_cut: bool = False
+    stream: TextStream | None = None
 
     @property
     def whole_hash(self) -> str:
@@ -93,6 +97,7 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
         evaluation_sets=scored,
         sets_hash=key_of([(name, table.digest) for name, table in sets.items()]) if sets else "",
         is_cut=is_cut,
+        stream=found.stream,
     )
 
 
@@ -116,11 +121,10 @@ def _set_rows(name: str, table: Table, task: TaskConfig, found: Found, cache_dir
 
 def _find(task: TaskConfig, cache_dir: Path) -> Found:
     if task.dataset is None:
-        return named_rows(task, cache_dir=cache_dir)
-    if task.dataset == "pydocs":
-        return pydocs_rows(task, cache_dir=cache_dir)
-    if task.dataset.startswith("glue/"):
-        return glue_rows(task, cache_dir=cache_dir)
+        return _files(task, cache_dir)
+    if task.dataset == "pydocs" or task.dataset.startswith("glue/"):
+        find = pydocs_rows if task.dataset == "pydocs" else glue_rows
+        return find(task, cache_dir=cache_dir)
     if task.data_dir is not None:
         raise ConfigError(
             f"task.data_dir: {task.data_dir} is used only for glue/<task>, and task.dataset "
@@ -133,8 +137,16 @@ def _find(task: TaskConfig, cache_dir: Path) -> Found:
                 f"task.dataset_config: {task.dataset_config!r} names a configuration on the Hub, "
                 f"but task.dataset {task.dataset!r} is a local path; remove the key"
             )
-        return local_rows(path, task, cache_dir=cache_dir)
-    return hub_rows(task, cache_dir=cache_dir)
+        return _files(task, cache_dir)
+    return (streamed_hub_rows if task.streaming else hub_rows)(task, cache_dir=cache_dir)
+
+
+def _files(task: TaskConfig, cache_dir: Path) -> Found:
+    if task.streaming:
+        return streamed_files(task, cache_dir=cache_dir)
+    if task.dataset is None:
+        return named_rows(task, cache_dir=cache_dir)
+    return local_rows(Path(task.dataset).expanduser(), task, cache_dir=cache_dir)
 
 
 def _content_hash(found: Found, task: TaskConfig, seed: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pyarrow as pa
 from megakd.data.packing import pack
 from megakd.data.rows import arrow_batches
 from megakd.data.windows import windows
+from megakd.data.words import WORD_STARTS, check_words, word_starts
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,15 +32,14 @@ def token_tables(
     Args:
         rows: texts, and labels if the task has labels.
         tokenizer: a tokenizer, whose special tokens are added to every text.
-        task: the task; only `type` and `max_length` are used.
+        task: the task; only `type`, `max_length` and `whole_word_masking` are used.
         split: name of the rows in messages.
 
     Raises:
         DataError: the rows have no tokens.
     """
-    make = {"causal_lm": _packed_tables, "mlm": _window_tables}.get(task.type, _text_tables)
     empty = True
-    for table in make(rows, tokenizer, task):
+    for table in tables_of(rows, tokenizer, task):
         empty = False
         yield table
     if empty:
@@ -46,6 +47,14 @@ def token_tables(
             f"the {split} split has {len(rows)} rows and no tokens; check that "
             f"task.text_columns names the text and that the text is not blank"
         )
+
+
+def tables_of(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
+) -> Iterator[pa.Table]:
+    """Yield tables of encoded rows like `token_tables`, and no table if there are no tokens."""
+    make = {"causal_lm": _packed_tables, "mlm": _window_tables}.get(task.type, _text_tables)
+    return make(rows, tokenizer, task)
 
 
 def _text_tables(
@@ -74,7 +83,7 @@ def _packed_tables(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
 ) -> Iterator[pa.Table]:
     prefix, suffix = document_ends(tokenizer)
-    documents = (prefix + ids + suffix for ids in _texts(rows, tokenizer))
+    documents = (prefix + ids + suffix for ids, _ in _texts(rows, tokenizer))
     names = ("input_ids", "position_ids", "labels")
     return _tables_of(pack(documents, task.max_length), names)
 
@@ -82,14 +91,38 @@ def _packed_tables(
 def _window_tables(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
 ) -> Iterator[pa.Table]:
+    names = ("input_ids", WORD_STARTS) if task.whole_word_masking else ("input_ids",)
+    return _tables_of(_window_rows(rows, tokenizer, task), names)
+
+
+def _window_rows(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
+) -> Iterator[tuple[list[int], ...]]:
+    """Yield the tokens of each window, and the starts of their words if the task asks for them."""
     prefix, suffix = _frame(tokenizer)
     room = task.max_length - len(prefix) - len(suffix)
-    framed = (
-        ([*prefix, *window, *suffix],)
-        for ids in _texts(rows, tokenizer)
-        for window in windows(ids, room)
-    )
-    return _tables_of(framed, ("input_ids",))
+    for ids, starts in _texts(rows, tokenizer, with_words=task.whole_word_masking):
+        for window in windows(range(len(ids)), room):
+            here = slice(window[0], window[-1] + 1)
+            row = [*prefix, *ids[here], *suffix]
+            if starts is None:
+                yield (row,)
+            else:
+                yield row, _row_starts(starts[here], window[0], len(prefix), len(row))
+
+
+def _row_starts(starts: Sequence[int], first: int, before: int, length: int) -> list[int]:
+    """Return the starts of the words of a row of `length` tokens.
+
+    Args:
+        starts: the starts for the tokens of the window, counted from the start of the text. A word
+            that the window cuts starts with the window.
+        first: the position of the window in the text.
+        before: the number of special tokens before the window; each is a word of its own.
+        length: the number of tokens of the row.
+    """
+    inside = [before + max(0, start - first) for start in starts]
+    return [*range(before), *inside, *range(before + len(inside), length)]
 
 
 def _tables_of(rows: Iterable[tuple[Any, ...]], names: Sequence[str]) -> Iterator[pa.Table]:
@@ -109,18 +142,27 @@ def _table(rows: Sequence[tuple[Any, ...]], names: Sequence[str]) -> pa.Table:
     return pa.table({name: pa.array(list(arrays), type=_IDS) for name, arrays in columns})
 
 
-def _texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Yield the tokens of each text that is not empty, without special tokens."""
+def _texts(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, with_words: bool = False
+) -> Iterator[tuple[list[int], list[int] | None]]:
+    """Yield the tokens of each text that is not empty, without special tokens, and its words.
+
+    The second value is None without `with_words`, else see `words.word_starts`.
+    """
+    if with_words:
+        check_words(tokenizer)
     for batch in arrow_batches(rows, TEXTS_AT_ONCE):
+        texts = batch.column("text").to_pylist()
         encoded = tokenizer(
-            batch.column("text").to_pylist(),
+            texts,
             add_special_tokens=False,
             truncation=False,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
-        yield from (ids for ids in encoded["input_ids"] if ids)
+        starts = word_starts(encoded, texts) if with_words else repeat(None)
+        yield from ((ids, own) for ids, own in zip(encoded["input_ids"], starts) if ids)  # noqa: B905
 
 
 def document_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -22,6 +22,7 @@ from megakd.config.run import TokenizerConfig
 from megakd.data.cache import key_of
 from megakd.data.rows import arrow_batches, rows_key
 from megakd.data.vocabularies import VERSION, encoder_template, train_tokenizer
+from megakd.data.words import check_words
 from megakd.errors import DataError
 from megakd.storage.built_once import whole_folder
 from megakd.storage.finished_folder import check_given
@@ -70,7 +71,8 @@ def load_tokenizer(
 
     Raises:
         DataError: the folder, Hub id or tokenizer files cannot be used, the tokenizer of an
-            encoder has no pad token, or the tokenizer for mlm has no mask token.
+            encoder has no pad token, the tokenizer for mlm has no mask token, or the tokenizer for
+            whole-word masking does not tell words.
     """
     tokenizer, origin = _resolved(task, splits, model_folders, cache_dir)
     if tokenizer.pad_token_id is None:
@@ -80,6 +82,8 @@ def load_tokenizer(
             f"{origin} has no mask token, which mlm puts in the place of the tokens to predict; "
             "set mask_token in its tokenizer_config.json, or use another tokenizer"
         )
+    if task.whole_word_masking:
+        check_words(tokenizer)
     logger.info("tokenizer: %s, %d tokens", origin, len(tokenizer))
     return tokenizer
 
@@ -108,6 +112,12 @@ def _resolved(
             return from_folder(found, task.type), f"the tokenizer in {found}"
         kind = "bpe" if task.type == "causal_lm" else "wordpiece"
         spec = TokenizerConfig(type=kind, vocab_size=DEFAULT_VOCAB_SIZE)
+    if splits.stream is not None:
+        raise DataError(
+            "task.tokenizer: not set, no model has tokenizer files, and a tokenizer cannot be "
+            "trained on a stream (task.streaming is true); set task.tokenizer to a folder or a Hub "
+            "id"
+        )
     return _trained(spec, task.type, splits, cache_dir), f"{spec.type} trained on the training text"
 
 

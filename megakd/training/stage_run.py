@@ -15,8 +15,8 @@ from megakd.contract.metrics import WHOLE, MetricJudge
 from megakd.contract.stage import BatchSource, Stage, StageResult, StepReport, Teacher
 from megakd.contract.unit_counts import count_units
 from megakd.contract.units import Cut
-from megakd.data.encoding import labelled_only
-from megakd.data.loader import StepLoader, StepShape
+from megakd.data.batch_source import batch_source
+from megakd.data.loader import StepShape
 from megakd.engine.device import peak_memory_bytes
 from megakd.engine.distributed import gather, on_main, together
 from megakd.engine.stop_vote import StopVote, agreed_signal
@@ -103,14 +103,15 @@ class StageRun:
         self.health = TrainMeter(self.bundle.objective, self.trainer, stage, self.ranks)
 
     def _source(self) -> BatchSource:
-        rows, shape = self.prepared.encoded.train, step_shape(self.stage.train, self.ranks)
-        rows = labelled_only(rows) if self.stage.labelled_only else rows
-        loader = StepLoader(
-            rows,
+        loader = batch_source(
+            self.prepared.encoded,
             self.scorer.collate,
-            shape=shape,
+            shape=step_shape(self.stage.train, self.ranks),
             seed=self.config.seed,
             masking=self.scorer.masking,
+            only_labelled=self.stage.labelled_only,
+            max_steps=self.stage.train.max_steps,
+            gather=gather,
         )
         return self.stage.batches(loader) if self.stage.batches else loader
 
@@ -188,7 +189,8 @@ class StageRun:
                 self._say(f"{name}: no checkpoint to resume from, starting at step {first}")
             self.best.resume(first, {})
             if first:
-                continue_window(self._previous(), self.student, self.trainer.strategy, self.ranks)
+                strategy = self.trainer.strategy
+                continue_window(self._previous(), self.student, strategy, self.source, self.ranks)
             return first
         if wanted is False:
             raise CheckpointError(
@@ -349,7 +351,8 @@ class StageRun:
         together(write)
 
     def _window_state(self, cut: Cut | None) -> WindowState:
-        return WindowState.of(self.student, self.trainer.strategy, self.bundle.axes, cut)
+        strategy, axes = self.trainer.strategy, self.bundle.axes
+        return WindowState.of(self.student, strategy, self.source, axes=axes, cut=cut)
 
     def _say(self, text: str) -> None:
         if self.ranks.is_main:

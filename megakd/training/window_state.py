@@ -26,7 +26,7 @@ from megakd.training.random_state import random_state, set_random_state
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megakd.contract.stage import Strategy
+    from megakd.contract.stage import BatchSource, Strategy
     from megakd.contract.units import Axes, Cut
     from megakd.engine.distributed import Ranks
     from megakd.engine.student import StudentEngine
@@ -49,20 +49,30 @@ class WindowState(NamedTuple):
 
     @staticmethod
     def of(
-        student: StudentEngine, strategy: Strategy, axes: Mapping[str, Axes], cut: Cut | None
+        student: StudentEngine,
+        strategy: Strategy,
+        batches: BatchSource,
+        *,
+        axes: Mapping[str, Axes],
+        cut: Cut | None,
     ) -> WindowState:
         """Return the state of a stage, cut if `cut` is given; a collective.
 
         Args:
             student: the engine.
             strategy: its shards continue.
+            batches: the source of the stage's batches, whose position continues.
             axes: the axes of the weights in the engine's module.
             cut: how the model of the stage is cut.
         """
         tensors = _whole(student, strategy)
         if cut is not None:
             tensors = _cut(tensors, axes, cut)
-        rest = {"steps": student.optimizer_state.steps, "random": gather(random_state())}
+        rest = {
+            "steps": student.optimizer_state.steps,
+            "batches": batches.state_dict(),
+            "random": gather(random_state()),
+        }
         file = io.BytesIO()
         torch.save(rest, file)
         return WindowState(tensors, file.getvalue())
@@ -95,7 +105,13 @@ def _cut(
         )
 
 
-def continue_window(folder: Path, student: StudentEngine, strategy: Strategy, ranks: Ranks) -> None:
+def continue_window(
+    folder: Path,
+    student: StudentEngine,
+    strategy: Strategy,
+    batches: BatchSource,
+    ranks: Ranks,
+) -> None:
     """Load the state that the previous window of a run has written; a collective.
 
     The random numbers continue if the number of ranks is the same, else the stage's seed counts.
@@ -104,6 +120,7 @@ def continue_window(folder: Path, student: StudentEngine, strategy: Strategy, ra
         folder: the folder of the previous window's stage.
         student: the engine of this window, whose model has the shape of the previous result.
         strategy: gets its shards.
+        batches: gets its position.
         ranks: the ranks of the run.
 
     Raises:
@@ -129,5 +146,6 @@ def continue_window(folder: Path, student: StudentEngine, strategy: Strategy, ra
             part = values.own_part(name, reader.read(stored[key])).clone()
             shards.setdefault(kind, {})[name.removeprefix(LEARNER)] = part.to(ranks.device)
     strategy.load_shards(shards)
+    batches.load_state_dict(rest["batches"])
     if len(rest["random"]) == ranks.world_size:
         set_random_state(rest["random"][ranks.rank])

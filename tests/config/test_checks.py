@@ -89,6 +89,14 @@ from megakd.errors import ConfigError
             ["task.type=causal_lm", "task.mlm_probability=0.2"],
             "task.mlm_probability: supported only for mlm, and task.type is causal_lm; remove",
         ),
+        (
+            ["task.type=causal_lm", "task.whole_word_masking=true"],
+            "task.whole_word_masking: supported only for mlm, and task.type is causal_lm; remove",
+        ),
+        (
+            ["task.streaming=true"],
+            "task.streaming: supported only for mlm and causal_lm, and task.type is classification",
+        ),
         (["task.type=mlm", "task.mlm_probability=0"], "task.mlm_probability: must be above 0"),
         (["task.type=mlm", "task.mlm_probability=1.5"], "task.mlm_probability: must be at most 1"),
         (
@@ -121,10 +129,69 @@ def test_fields_that_contradict_each_other_are_refused(
     assert "\n" not in text
 
 
+STREAM = (
+    *("task.type=mlm", "task.streaming=true", "train.max_steps=9", "task.dataset=null"),
+    *("task.train_files=a.jsonl", "task.validation_files=b.jsonl", "task.tokenizer=t"),
+    "objective=[{loss: soft_target_kl}]",
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["train.max_steps=null"],
+            "train.max_steps: missing, and task.streaming is true: a stream has no end, so "
+            "num_train_epochs says nothing about its length; set train.max_steps, or remove task.s",
+        ),
+        (
+            ["teacher.finetune.num_train_epochs=2"],
+            "teacher.finetune.max_steps: missing, and task.streaming is true",
+        ),
+        (
+            ["baselines=[alone]", "alone={num_train_epochs: 2}"],
+            "alone.max_steps: missing, and task.streaming is true",
+        ),
+        (
+            ["task.validation_files=null"],
+            "task.streaming: a stream has no end, so no share of it can be held out; set "
+            "task.validation_files, or set task.max_eval_examples",
+        ),
+        (
+            ["task.train_files=null", "task.validation_files=null", "task.dataset=pydocs"],
+            "task.streaming: task.dataset pydocs is small and is always read before training",
+        ),
+        (
+            ["task.train_files=null", "task.validation_files=null", "task.dataset=glue/sst2"],
+            "task.streaming: task.dataset glue/sst2 is small",
+        ),
+        (
+            ["task.tokenizer={type: bpe}"],
+            "task.tokenizer: a bpe cannot be trained on a stream (task.streaming is true); set a",
+        ),
+        (
+            ["task.type=causal_lm", "teacher.finetune=null", "teacher.cache=answers"],
+            "teacher.cache: holds one answer per training row, and the rows of a stream have no",
+        ),
+    ],
+)
+def test_a_stream_needs_a_number_of_steps_and_no_numbers_of_rows(
+    run_file: Path, overrides: list[str], message: str
+) -> None:
+    text = message_of(run_file, *STREAM, *overrides)
+
+    assert message in text
+    assert "\n" not in text
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
         ["eval.keep_best=true", "eval.eval_steps=5"],
+        ["task.type=mlm", "task.whole_word_masking=true", "objective=[{loss: soft_target_kl}]"],
+        [*STREAM],
+        [*STREAM, "task.type=causal_lm"],
+        [*STREAM, "task.validation_files=null", "task.max_eval_examples=5"],
         ["train.bf16=true", "teacher.finetune={bf16: false, fp16: true}"],
         ["task.type=causal_lm", "objective=[{loss: soft_target_jsd}, {loss: hidden_mse}]"],
         ["task.type=mlm", "task.mlm_probability=0.3", "objective=[{loss: soft_target_kl}]"],

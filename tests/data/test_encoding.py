@@ -47,6 +47,7 @@ class _Splits(NamedTuple):
     metrics: tuple[str, ...] = ()
     content_hash: str = "content"
     evaluation_sets: Any = MappingProxyType({})
+    stream: Any = None
 
 
 def _bert(words=WORDS) -> PreTrainedTokenizerFast:

@@ -25,6 +25,7 @@ SENTENCES = [
 class _Splits(NamedTuple):
     train: Any
     content_hash: str = "content"
+    stream: Any = None
 
 
 def _task(kind="classification", tokenizer=None) -> TaskConfig:

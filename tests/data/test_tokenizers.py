@@ -30,6 +30,7 @@ KINDS = ["wordpiece", "bpe", "unigram"]
 class _Splits(NamedTuple):
     train: Any
     content_hash: str = "content"
+    stream: Any = None
 
 
 def _splits(texts=SENTENCES, pairs=None) -> _Splits:

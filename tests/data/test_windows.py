@@ -27,6 +27,7 @@ class _Splits(NamedTuple):
     test: Any = None
     content_hash: str = "content"
     evaluation_sets: Any = MappingProxyType({})
+    stream: Any = None
 
 
 def _tokenizer(**roles: str) -> PreTrainedTokenizerFast:

@@ -1,0 +1,137 @@
+"""Strict readers of local JSON files: jsonl, with one object per line, and json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import cast
+
+from megakd.data.readers import Digest, by_split, digest_of, text_lines
+from megakd.data.tables import Record, SplitName, Table
+from megakd.errors import DataError
+
+
+def read_jsonl(
+    path: Path, *, digest: Digest = digest_of, rows_for_columns: int | None = None
+) -> Table:
+    """Read a file with one JSON object (or one string) per line.
+
+    Args:
+        path: the file.
+        digest: function that returns the hash of the file.
+        rows_for_columns: number of rows from whose keys the columns are taken; None: all rows.
+    """
+    columns: dict[str, None] = {}
+    for record in islice(_jsonl_records(path), rows_for_columns):
+        columns.update(dict.fromkeys(record.values))
+    return Table(
+        name=str(path),
+        columns=tuple(columns),
+        records=partial(_jsonl_records, path),
+        digest=digest(path),
+    )
+
+
+def read_json(path: Path) -> dict[SplitName, Table]:
+    """Read a JSON list of strings, objects or [text, label], or a mapping from splits to lists."""
+    tree = parse_json("".join(text_lines(path)), str(path))
+    _refuse_doubled(tree, str(path))
+    digest = digest_of(path)
+    if isinstance(tree, list):
+        return {"train": _listed(str(path), cast("list[object]", tree), digest)}
+    if isinstance(tree, dict):
+        lists = {
+            name: cast("list[object]", rows)
+            for name, rows in cast("dict[str, object]", tree).items()
+            if isinstance(rows, list)
+        }
+        if found := by_split(lists, str(path)):
+            return {
+                split: _listed(f"{path} ({name})", lists[name], f"{digest}:{name}")
+                for split, name in found.items()
+            }
+    raise DataError(
+        f"{path} is neither a JSON list of rows nor an object with a list named 'train'; use the "
+        "ending .jsonl for a file with one object per line"
+    )
+
+
+class DoubledKeys(dict[str, object]):
+    """A JSON object with a repeated key.
+
+    key: the first repeated key.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[str, object]]) -> None:
+        super().__init__(pairs)
+        names = [name for name, _ in pairs]
+        self.key = next(name for name in names if names.count(name) > 1)
+
+
+def parse_json(text: str, place: str) -> object:
+    """Return the content of a JSON text; objects that repeat a key become `DoubledKeys`.
+
+    Raises:
+        DataError: the text is not JSON.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_json_object)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place} is not JSON: {error}") from error
+
+
+def _json_object(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    plain = dict(pairs)
+    return plain if len(plain) == len(pairs) else DoubledKeys(pairs)
+
+
+def _refuse_doubled(tree: object, place: str) -> None:
+    if isinstance(tree, DoubledKeys):
+        raise DataError(
+            f"{place}: the key {tree.key!r} occurs more than once; keep one of its values"
+        )
+
+
+def _jsonl_records(path: Path) -> Iterator[Record]:
+    for number, line in enumerate(text_lines(path), start=1):
+        if not line.strip():
+            continue
+        place = f"line {number}"
+        row = parse_json(line, f"{path}, {place}")
+        _refuse_doubled(row, f"{path}, {place}")
+        if isinstance(row, str):
+            row = {"text": row}
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, {place} is not a JSON object: {line.strip()[:60]!r}")
+        yield Record(place, cast("Mapping[str, object]", row))
+
+
+def _listed(name: str, rows: list[object], digest: str) -> Table:
+    columns: dict[str, None] = {}
+    for record in _listed_records(name, rows):
+        columns.update(dict.fromkeys(record.values))
+    return Table(
+        name=name,
+        columns=tuple(columns),
+        records=partial(_listed_records, name, rows),
+        digest=digest,
+    )
+
+
+def _listed_records(name: str, rows: list[object]) -> Iterator[Record]:
+    for number, row in enumerate(rows, start=1):
+        place = f"row {number}"
+        _refuse_doubled(row, f"{name}, {place}")
+        if isinstance(row, dict):
+            yield Record(place, cast("Mapping[str, object]", row))
+        elif isinstance(row, str):
+            yield Record(place, {"text": row})
+        elif isinstance(row, list) and len(row) == 2:
+            yield Record(place, dict(zip(("text", "label"), row, strict=True)))
+        else:
+            raise DataError(
+                f"{name}, {place} must be a text, an object or [text, label] (got {row!r:.60})"
+            )

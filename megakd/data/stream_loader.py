@@ -1,0 +1,264 @@
+"""Distribution of a stream of texts to steps, ranks and micro-batches, with an exact position.
+
+A rank reads its share of the texts in blocks, encodes a block, shuffles the rows of the block, and
+fills its micro-batches with the rows. A position names a block by the place in the files where it
+begins, so that a resumed run encodes only this block again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from contextlib import closing
+from functools import partial
+from itertools import islice, repeat
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+from megakd.data.loader import STEPS_AHEAD
+from megakd.data.made_ahead import made_ahead
+from megakd.data.token_tables import tables_of
+from megakd.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+    from concurrent.futures import Future
+
+    from numpy.typing import NDArray
+
+    from megakd.contract.batch import Batch
+    from megakd.data.encoding import StreamedRows
+    from megakd.data.loader import Collate, StepShape
+    from megakd.data.masking import Masking
+
+logger = logging.getLogger(__name__)
+BLOCK_CHARACTERS = 1_000_000
+"""A block has at least this many characters, unless the texts end."""
+CHARACTERS_PER_LENGTH = 128
+"""A block also has this many characters per token of `max_length`, which is about 32 packed rows.
+The last row of a block of causal_lm is shorter than the others."""
+BLOCKS_AHEAD = 1
+
+
+class Position(NamedTuple):
+    """The place of a rank in its share of a stream.
+
+    epoch: how often the rank has read its share to the end.
+    block: number of the block in the epoch.
+    files: state of the `datasets` stream at the beginning of the block; None at the beginning.
+    taken: number of the block's rows that earlier steps have used.
+    """
+
+    epoch: int = 0
+    block: int = 0
+    files: Mapping[str, Any] | None = None
+    taken: int = 0
+
+
+class Block(NamedTuple):
+    """The encoded and shuffled rows of a block; the position is that of the first row to use."""
+
+    rows: pa.Table
+    position: Position
+
+
+Parts = list[tuple[pa.Table, int]]
+"""Parts of blocks, with the epoch of each part."""
+
+
+class EncodedStream:
+    """The encoded rows of one rank's share of a stream, without end.
+
+    characters: the smallest number of characters of a block; None: see `BLOCK_CHARACTERS`.
+    """
+
+    def __init__(
+        self, rows: StreamedRows, *, shape: StepShape, seed: int, characters: int | None = None
+    ) -> None:
+        self.shape, self.seed, self.name = shape, seed, rows.texts.name
+        self._stream, self._tokenizer, self._task = rows
+        least = max(BLOCK_CHARACTERS, CHARACTERS_PER_LENGTH * rows.task.max_length)
+        self._characters = characters or least
+
+    def parts(self, position: Position) -> Generator[tuple[Parts, Position], None, None]:
+        """Yield parts of blocks with a rank's rows of a step, and the position after them.
+
+        Raises:
+            DataError: the rank's share has no text.
+        """
+        parts: Parts = []
+        missing = size = self.shape.per_device * self.shape.accumulation
+        blocks = self._blocks(position)
+        tasks = repeat(partial(next, blocks))
+        with closing(blocks), closing(made_ahead(tasks, BLOCKS_AHEAD)) as futures:
+            for future in futures:
+                block = future.result()
+                used = block.position.taken
+                while used < len(block.rows):
+                    part = block.rows.slice(used, missing)
+                    parts.append((part, block.position.epoch))
+                    used, missing = used + len(part), missing - len(part)
+                    if missing == 0:
+                        yield parts, block.position._replace(taken=used)
+                        parts, missing = [], size
+
+    def _blocks(self, position: Position) -> Generator[Block, None, None]:
+        """Yield the blocks from a position on; the share starts again after its last block."""
+        while True:
+            has_rows = position.block > 0
+            for block in self._blocks_of_epoch(position):
+                has_rows = True
+                yield block
+            if not has_rows:
+                raise DataError(
+                    f"{self.name} has no text for rank {self.shape.rank} of "
+                    f"{self.shape.world}: every rank needs at least one text with tokens; use more "
+                    "texts or fewer ranks"
+                )
+            position = Position(position.epoch + 1)
+
+    def _blocks_of_epoch(self, position: Position) -> Iterator[Block]:
+        share = self._stream.share(self.shape.rank, self.shape.world)
+        if position.files is not None:
+            share.load_state_dict(dict(position.files))
+        rows = iter(share)
+        while texts := self._texts(rows):
+            table = self._encoded(texts, position)
+            if table is not None:
+                yield Block(table, position)
+            position = Position(position.epoch, position.block + 1, share.state_dict())
+
+    def _texts(self, rows: Iterator[Mapping[str, object]]) -> list[str]:
+        """Return the texts of the next block; an empty list at the end of the share.
+
+        Raises:
+            DataError: a file or the Hub cannot be read.
+        """
+        texts: list[str] = []
+        characters = 0
+        try:
+            for row in rows:
+                text = self._stream.document(row)
+                if text is not None:
+                    texts.append(text)
+                    characters += len(text)
+                if characters >= self._characters:
+                    break
+        except OSError as error:
+            raise DataError(
+                f"{self.name} cannot be read any further: {error}; start the same command again to "
+                "continue from the last checkpoint"
+            ) from error
+        return texts
+
+    def _encoded(self, texts: list[str], position: Position) -> pa.Table | None:
+        """Return the rows of a block in an order of its own; None if the texts have no tokens."""
+        tables = list(tables_of(Dataset.from_dict({"text": texts}), self._tokenizer, self._task))
+        if not tables:
+            return None
+        table = cast("Any", pa).concat_tables(tables)  # pyarrow carries no types
+        order = np.random.default_rng([self.seed, position.epoch, position.block])
+        return table.take(order.permutation(len(table)))
+
+
+class StreamLoader:
+    """The rows of a stream, grouped by optimizer step.
+
+    Every step has `rows_per_step` rows, without dummy rows, and every rank has the same number of
+    micro-batches. A rank that has read its share starts its share again.
+
+    `masking` chooses new masks every time that a text is read, as a function of (seed, epoch,
+    tokens of the row): the rows of a stream have no numbers.
+    """
+
+    def __init__(
+        self,
+        rows: EncodedStream,
+        collate: Collate,
+        *,
+        steps_per_epoch: int,
+        gather: Callable[[Any], list[Any]],
+        masking: Masking | None = None,
+    ) -> None:
+        self._rows, self._collate, self._masking = rows, collate, masking
+        self._gather = gather
+        self.steps_per_epoch = steps_per_epoch
+        """Steps that the log counts as one epoch, because nobody knows the length of a stream."""
+        self.waited_s = 0.0
+        """Seconds that the consumers of `iterate` spent waiting for data."""
+        self._step, self._position = 0, Position()
+
+    def iterate(self, start: int, stop: int) -> Generator[Sequence[Batch], None, None]:
+        """Yield the steps from `start` up to, excluding, `stop`, prepared in a background thread.
+
+        The texts of steps before `start` are read and dropped if neither a checkpoint nor an
+        earlier call gives the position of a step up to `start`.
+        """
+        if self._step > start:
+            self._step, self._position = 0, Position()
+        if start > self._step:
+            logger.info("reading the texts of %d earlier steps again", start - self._step)
+        steps = self._steps(self._position, skip=start - self._step)
+        tasks = (partial(next, steps) for _ in range(start, stop))
+        with closing(steps), closing(made_ahead(tasks, STEPS_AHEAD)) as futures:
+            for step, future in enumerate(futures, start=start + 1):
+                batches, position = self._awaited(future)
+                self._say_epoch(position)
+                # Of the step that is used, not of the steps that are prepared.
+                self._step, self._position = step, position
+                yield batches
+
+    def _say_epoch(self, position: Position) -> None:
+        if self._rows.shape.rank == 0 and position.epoch > self._position.epoch:
+            logger.info(
+                "%s: rank 0 has read its texts %d time(s) and starts again",
+                self._rows.name,
+                position.epoch,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the positions of all ranks after the last step of `iterate`; a collective."""
+        return {"step": self._step, "ranks": self._gather(self._position._asdict())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
+        self._step = state["step"]
+        self._position = Position(**state["ranks"][self._rows.shape.rank])
+
+    def _steps(
+        self, position: Position, *, skip: int
+    ) -> Generator[tuple[Sequence[Batch], Position], None, None]:
+        with closing(self._rows.parts(position)) as steps:
+            for parts, after in islice(steps, skip, None):
+                rows = cast("Any", pa).concat_tables([part for part, _ in parts])
+                epochs = np.concatenate([np.full(len(part), epoch) for part, epoch in parts])
+                yield tuple(self._micro_batches(rows, epochs)), after
+
+    def _micro_batches(self, rows: pa.Table, epochs: NDArray[np.int64]) -> Iterator[Batch]:
+        size = self._rows.shape.per_device
+        for start in range(0, len(rows), size):
+            mine = cast("Any", rows).slice(start, size)
+            batch = self._collate(mine)
+            if self._masking is not None:
+                draw = epochs[start : start + size]
+                batch = self._masking(batch, row_hashes(mine), seed=self._rows.seed, draw=draw)
+            yield batch
+
+    def _awaited(self, step: Future[tuple[Sequence[Batch], Position]]) -> Any:
+        began = time.perf_counter()
+        try:
+            return step.result()
+        finally:
+            self.waited_s += time.perf_counter() - began
+
+
+def row_hashes(rows: pa.Table) -> NDArray[np.int64]:
+    """Return a number below 2^63 per row, which depends only on the row's tokens."""
+    column = cast("Any", rows).column("input_ids")
+    texts = (ids.values.to_numpy().tobytes() for ids in column)
+    digests = (hashlib.blake2b(text, digest_size=8).digest() for text in texts)
+    return np.array([int.from_bytes(d, "little") >> 1 for d in digests], dtype=np.int64)

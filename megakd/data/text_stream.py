@@ -1,0 +1,71 @@
+"""Texts that are read while they are needed: never whole in memory, and without a copy on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+from datasets import IterableDataset
+from datasets.distributed import split_dataset_by_node
+
+from megakd.data.cache import key_of
+from megakd.data.choosing import text_hash
+from megakd.data.row_text import document_of
+from megakd.data.tables import Record, Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextStream:
+    """The training texts of a run, in the order of their files.
+
+    name: name of the texts in messages.
+    rows: the rows; `datasets` reads the share of each rank and says where a rank is.
+    columns: the columns of text; two columns make one document.
+    digest: hash of the sources.
+    held_out: hashes of the texts that are validation texts, which the stream leaves out.
+    """
+
+    name: str
+    rows: IterableDataset
+    columns: tuple[str, ...]
+    digest: str
+    held_out: frozenset[int] = frozenset()
+
+    def share(self, rank: int, world: int) -> IterableDataset:
+        """Return the rows of one rank, from the beginning.
+
+        If the number of files is a multiple of `world`, a rank reads only its own files. Otherwise
+        every rank reads all files and uses one row of each `world` rows.
+        """
+        return split_dataset_by_node(self.rows, rank=rank, world_size=world)
+
+    def document(self, row: Mapping[str, object]) -> str | None:
+        """Return the text of a row; None for a row without text and for a validation text.
+
+        Raises:
+            DataError: a value is missing or is not text.
+        """
+        text = document_of(self.name, self.columns, Record("a row", row))
+        if text is None or (self.held_out and text_hash(text) in self.held_out):
+            return None
+        return text
+
+    def documents(self) -> Iterator[str]:
+        """Yield the texts of all ranks, from the beginning."""
+        for row in self.rows:
+            text = self.document(row)
+            if text is not None:
+                yield text
+
+    def first(self, count: int) -> Table:
+        """Return the first texts, as a table."""
+        return Table(
+            name=self.name,
+            columns=("text",),
+            records=lambda: (
+                Record(f"text {number}", {"text": text})
+                for number, text in enumerate(islice(self.documents(), count), start=1)
+            ),
+            digest=key_of(self.digest, count),
+        )

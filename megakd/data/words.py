@@ -1,0 +1,62 @@
+"""Words of a text as its tokenizer cuts them, for masks of whole words.
+
+A word is what the tokenizer's pre-tokenizer cuts off, or a part of this between two white spaces.
+The second rule is for tokenizers that do not cut texts at white space before they look for pieces.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megakd.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from tokenizers import Encoding
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+WORD_STARTS = "word_starts"
+"""Column of encoded rows: by token, the position in the row of the first token of its word."""
+
+
+def check_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise if a tokenizer does not tell the words that tokens belong to.
+
+    Raises:
+        DataError: the tokenizer is not a fast tokenizer.
+    """
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"task.whole_word_masking: the tokenizer is a {type(tokenizer).__name__}, which does "
+            "not tell the words that its tokens belong to; use a fast tokenizer (a folder with a "
+            "tokenizer.json), or remove the key"
+        )
+
+
+def word_starts(encoded: BatchEncoding, texts: Sequence[str]) -> Iterator[list[int]]:
+    """Yield, for each text, the position of the first token of each token's word.
+
+    Args:
+        encoded: the encoded texts, by a fast tokenizer.
+        texts: the texts.
+    """
+    for text, encoding in zip(texts, encoded.encodings or (), strict=True):
+        yield _starts(encoding, text)
+
+
+def _starts(encoding: Encoding, text: str) -> list[int]:
+    starts: list[int] = []
+    word, end = None, 0
+    # A token that belongs to no word, such as a special token in the text, is a word of its own.
+    for position, (own, (first, last)) in enumerate(
+        zip(encoding.word_ids, encoding.offsets, strict=True)
+    ):
+        continues = own is not None and own == word and not _has_space(text[end : first + 1])
+        starts.append(starts[-1] if continues else position)
+        word, end = own, max(end, last)
+    return starts
+
+
+def _has_space(text: str) -> bool:
+    return any(map(str.isspace, text))

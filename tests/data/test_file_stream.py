@@ -1,0 +1,143 @@
+"""Streams of local files: the same texts as the other readers, little read at the start."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import IterableDataset
+from tiny_runs import write_jsonl
+
+from megakd.config.run import TaskConfig
+from megakd.data.choosing import text_hash
+from megakd.data.file_stream import file_stream, sample_of, table_of
+from megakd.data.files import named_rows
+from megakd.data.text_stream import TextStream
+from megakd.errors import DataError
+
+TEXTS = ["one, two", 'say "three"', "four", "  ", "five\nsix"]
+KEY = "task.train_files"
+
+
+def task(*paths: Path, **keys: Any) -> TaskConfig:
+    return TaskConfig(type="mlm", train_files=tuple(map(str, paths)), **keys)
+
+
+def stream(*paths: Path, **keys: Any) -> TextStream:
+    return file_stream(paths, task(*paths, **keys), key=KEY)
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    """The texts in the format that the ending names."""
+    quoted = ['"{}"'.format(text.replace('"', '""')) for text in texts]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": texts, "number": range(len(texts))}), path)
+    elif path.suffix == ".csv":
+        path.write_text("\n".join(["text", *quoted]) + "\n", encoding="utf-8")
+    elif path.suffix == ".tsv":
+        path.write_text("\n".join(["text", *texts[:3]]) + "\n", encoding="utf-8")
+    elif path.suffix == ".txt":
+        path.write_text("\n\n".join(text * 900 for text in texts), encoding="utf-8")
+    else:
+        write_jsonl(path, ({"text": text} for text in texts))
+    return path
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "ndjson", "csv", "tsv", "parquet", "txt"])
+def test_a_stream_has_the_texts_of_the_files_as_without_streaming(tmp_path, ending):
+    paths = [write(tmp_path / f"{n}.{ending}", TEXTS[n:]) for n in range(2)]
+    held = write_jsonl(tmp_path / "held.jsonl", [{"text": "held"}])
+    rows = named_rows(task(*paths, validation_files=str(held)), cache_dir=tmp_path / "cache")
+
+    assert list(stream(*paths).documents()) == rows.splits["train"]["text"][:]
+    assert list(stream(*paths).documents())  # a second time
+
+
+def test_two_columns_make_one_document(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"q": "why", "a": "so"}])
+
+    assert list(stream(path, text_columns=("q", "a")).documents()) == ["why\nso"]
+
+
+def test_only_the_beginning_of_a_jsonl_file_is_read_before_training(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\nthis is no JSON\n', encoding="utf-8")
+    made = stream(path)
+
+    with pytest.raises(DataError, match=r"a.jsonl, line 2 is not JSON"):
+        list(made.documents())
+
+
+def test_a_file_without_the_column_is_named_before_training(tmp_path):
+    paths = [
+        write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}]),
+        write_jsonl(tmp_path / "b.jsonl", [{"body": "b"}]),
+    ]
+
+    with pytest.raises(DataError, match=r"b.jsonl: column 'text' .* does not exist; .* are body"):
+        stream(*paths)
+
+
+def test_files_without_rows_are_refused_only_if_all_are_empty(tmp_path):
+    empty, full = (tmp_path / "a.jsonl"), write_jsonl(tmp_path / "b.jsonl", [{"text": "b"}])
+    empty.write_text("", encoding="utf-8")
+
+    assert list(stream(empty, full).documents()) == ["b"]
+    with pytest.raises(DataError, match=r"task.train_files: .*a.jsonl has no rows"):
+        stream(empty)
+
+
+def test_a_json_file_is_refused_because_it_is_read_whole(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(["a"]), encoding="utf-8")
+
+    with pytest.raises(DataError, match=r"task.train_files: .*a.json is a json file, .* \.jsonl"):
+        table_of(path, KEY)
+
+
+def test_the_digest_reads_name_size_beginning_and_end(tmp_path):
+    path = tmp_path / "a.txt"
+    content = bytearray(b"x" * 300_000)
+
+    def digest(name: str = "a.txt", at: int | None = None, extra: bytes = b"") -> str:
+        changed = bytearray(content)
+        if at is not None:
+            changed[at] = ord("y")
+        path.write_bytes(changed + extra)
+        return sample_of(path.rename(tmp_path / name))
+
+    plain = digest()
+    assert plain == digest()
+    assert plain == digest(at=150_000)  # the price of a digest that is cheap
+    assert len({plain, digest(at=3), digest(at=299_990), digest(extra=b"x"), digest("b.txt")}) == 5
+
+
+def test_texts_that_are_held_out_are_left_out_wherever_they_stand(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ({"text": text} for text in "abacad"))
+    plain = stream(path)
+    rest = dataclasses.replace(plain, held_out=frozenset([text_hash("a")]))
+
+    assert list(rest.documents()) == ["b", "c", "d"]
+    assert [record.values["text"] for record in plain.first(2).records()] == ["a", "b"]
+
+
+def test_each_rank_reads_only_its_own_files_if_their_number_is_a_multiple(tmp_path):
+    paths = [write_jsonl(tmp_path / f"{n}.jsonl", [{"text": f"{n}"}] * 3) for n in range(4)]
+    shares = [{row["text"] for row in stream(*paths).share(rank, 2)} for rank in range(2)]
+
+    assert shares == [{"0", "2"}, {"1", "3"}]
+
+
+def test_a_cache_of_datasets_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied", "datasets")
+
+    monkeypatch.setattr(IterableDataset, "from_generator", refuse)
+
+    with pytest.raises(DataError, match=r"`datasets` cannot be used: .*set HF_DATASETS_CACHE"):
+        stream(write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}]))

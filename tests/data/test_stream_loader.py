@@ -1,0 +1,369 @@
+"""Batches of a stream: every row once per epoch, exact positions, the shares of the ranks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_runs import write_jsonl
+
+from megakd.config.run import TaskConfig
+from megakd.contract.batch import IGNORE, Batch
+from megakd.data.batch_source import batch_source
+from megakd.data.encoding import Collator, Encoded, StreamedRows, encode_rows
+from megakd.data.file_stream import file_stream
+from megakd.data.loader import StepLoader, StepShape
+from megakd.data.masking import task_masking
+from megakd.data.stream_loader import EncodedStream, Position, StreamLoader
+from megakd.data.vocabularies import train_tokenizer
+from megakd.errors import ConfigError, DataError
+from megakd.training.checkpoint import check_plain
+
+WORDS = [f"w{number}" for number in range(60)]
+Steps = list[tuple[Batch, ...]]
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> dict[str, Any]:
+    """One token per word, for each task."""
+    return {
+        task: train_tokenizer(
+            lambda: [" ".join(WORDS)] * 2, kind=kind, vocab_size=600, for_encoder=e
+        )
+        for task, kind, e in (("mlm", "wordpiece", True), ("causal_lm", "bpe", False))
+    }
+
+
+def texts_of(count: int) -> list[str]:
+    """Different texts of 1 to 20 words."""
+    return [
+        " ".join(WORDS[(7 * n + k) % 60] for k in range(1 + (5 * n) % 20)) + f" {WORDS[n % 60]}"
+        for n in range(count)
+    ]
+
+
+def write_files(folder: Path, texts: Sequence[str], files: int) -> list[Path]:
+    return [
+        write_jsonl(folder / f"{number}.jsonl", ({"text": text} for text in texts[number::files]))
+        for number in range(files)
+    ]
+
+
+class Scene:
+    """A stream of files, and loaders of its ranks."""
+
+    def __init__(self, paths: list[Path], tokenizer: Any, kind: Any = "mlm", **keys: Any) -> None:
+        names = tuple(map(str, paths))
+        given = {"max_length": 12, "train_files": names, "streaming": True} | keys
+        self.task = TaskConfig(type=kind, **given)
+        self.rows = StreamedRows(
+            file_stream(paths, self.task, key="task.train_files"), tokenizer, self.task
+        )
+
+    def loader(
+        self, shape: StepShape, *, characters: int = 200, seed: int = 3, states: Any = None
+    ) -> StreamLoader:
+        rows = EncodedStream(self.rows, shape=shape, seed=seed, characters=characters)
+        return StreamLoader(
+            rows,
+            Collator(self.rows.tokenizer, self.task),
+            steps_per_epoch=9,
+            gather=states or (lambda value: [value] * shape.world),
+            masking=task_masking(self.rows.tokenizer, self.task),
+        )
+
+
+@pytest.fixture
+def scene(tmp_path, tokenizers) -> Scene:
+    return Scene(write_files(tmp_path, texts_of(40), 3), tokenizers["mlm"])
+
+
+def truth(batches: Sequence[Batch]) -> list[tuple[int, ...]]:
+    """The tokens of every row before they were masked."""
+    found = []
+    for batch in batches:
+        ids = batch.inputs["input_ids"]
+        ids = (
+            ids.where(batch.labels == IGNORE, batch.labels)
+            if "attention_mask" in batch.inputs
+            else ids
+        )
+        found += [tuple(row[real].tolist()) for row, real in zip(ids, batch.valid, strict=True)]
+    return found
+
+
+def seen(steps: Any) -> list[Any]:
+    """Everything of every batch, as plain values."""
+    return [
+        [
+            ({name: value.tolist() for name, value in batch.inputs.items()}, batch.labels.tolist())
+            for batch in batches
+        ]
+        for batches in steps
+    ]
+
+
+def expected(scene: Scene, tmp_path: Path, texts: Sequence[str]) -> Counter[tuple[int, ...]]:
+    """The rows that the same texts have without streaming."""
+    rows = Dataset.from_dict({"text": list(texts)})
+    made, _ = encode_rows(
+        {"train": rows}, scene.rows.tokenizer, scene.task, content_hash="x", cache_dir=tmp_path
+    )
+    return Counter(map(tuple, made["train"]["input_ids"]))
+
+
+def test_an_epoch_has_every_window_once_as_without_streaming(scene, tmp_path):
+    rows = expected(scene, tmp_path / "cache", texts_of(40))
+    count = sum(rows.values())
+    steps = scene.loader(StepShape(1, 1)).iterate(0, 2 * count)
+
+    found = [truth(batches)[0] for batches in steps]
+
+    assert Counter(found[:count]) == rows
+    assert Counter(found[count:]) == rows
+    assert found[:count] != found[count:]  # blocks are shuffled anew
+
+
+@given(
+    files=st.integers(1, 4),
+    world=st.integers(1, 3),
+    characters=st.sampled_from([1, 150, 10_000]),
+)
+@settings(max_examples=20, deadline=None)
+def test_the_ranks_share_every_row_of_an_epoch(
+    tmp_path_factory, tokenizers, files, world, characters
+):
+    folder = tmp_path_factory.mktemp("stream")
+    scene = Scene(write_files(folder, texts_of(30), files), tokenizers["mlm"])
+    rows = expected(scene, folder / "cache", texts_of(30))
+    found: Counter[tuple[int, ...]] = Counter()
+    for rank in range(world):
+        encoded = EncodedStream(
+            scene.rows, shape=StepShape(1, 1, rank, world), seed=0, characters=characters
+        )
+        for parts, position in encoded.parts(Position()):
+            if position.epoch or parts[0][1]:
+                break
+            found.update(map(tuple, parts[0][0].column("input_ids").to_pylist()))
+
+    assert found == rows
+
+
+def test_every_step_has_all_rows_in_full_micro_batches_also_between_epochs(scene):
+    for batches in scene.loader(StepShape(3, 2, 1, 2)).iterate(0, 40):
+        assert len(batches) == 2
+        assert all(len(batch.labels) == 3 and batch.valid.any(dim=1).all() for batch in batches)
+        assert all(batch.rows is None for batch in batches)
+
+
+@given(stop=st.integers(0, 25), rank=st.integers(0, 1), characters=st.sampled_from([1, 90, 10_000]))
+@settings(max_examples=20, deadline=None)
+def test_a_resumed_run_gets_the_batches_that_it_would_have_got(
+    tmp_path_factory, tokenizers, stop, rank, characters
+):
+    folder = tmp_path_factory.mktemp("stream")
+    scene = Scene(write_files(folder, texts_of(20), 3), tokenizers["mlm"])
+    shape = StepShape(2, 1, rank, 2)
+    through = seen(scene.loader(shape, characters=characters).iterate(0, 30))
+    interrupted = scene.loader(shape, characters=characters)
+    list(interrupted.iterate(0, stop))
+
+    state = interrupted.state_dict()
+    check_plain(state)
+    resumed = scene.loader(shape, characters=characters)
+    resumed.load_state_dict(json.loads(json.dumps(state)))
+
+    assert seen(resumed.iterate(stop, 30)) == through[stop:]
+
+
+def test_the_state_is_that_of_the_last_step_that_was_used_not_of_those_prepared(scene):
+    loader = scene.loader(StepShape(2, 1))
+    states = [loader.state_dict() for _ in loader.iterate(0, 10)]
+
+    for step, state in enumerate(states, start=1):
+        other = scene.loader(StepShape(2, 1))
+        list(other.iterate(0, step))
+        assert state == other.state_dict()
+
+
+def test_the_state_holds_the_position_of_every_rank_and_each_rank_takes_its_own(scene):
+    loaders = [scene.loader(StepShape(2, 1, rank, 2)) for rank in range(2)]
+    through = [seen(loader.iterate(0, 12)) for loader in loaders]
+    loaders = [scene.loader(StepShape(2, 1, rank, 2)) for rank in range(2)]
+    positions = []
+    for loader in loaders:
+        list(loader.iterate(0, 7))
+        positions.append(loader.state_dict()["ranks"][0])
+    assert positions[0] != positions[1]
+    state = scene.loader(StepShape(2, 1, 0, 2), states=lambda _: positions).state_dict() | {
+        "step": 7
+    }
+
+    for rank in range(2):
+        resumed = scene.loader(StepShape(2, 1, rank, 2))
+        resumed.load_state_dict(state)
+        assert seen(resumed.iterate(7, 12)) == through[rank][7:]
+
+
+@pytest.mark.parametrize("start", [0, 1, 9])
+def test_a_stage_that_starts_later_gets_the_batches_of_a_run_from_the_beginning(scene, start):
+    through = seen(scene.loader(StepShape(2, 2)).iterate(0, 12))
+
+    assert seen(scene.loader(StepShape(2, 2)).iterate(start, 12)) == through[start:]
+
+
+def test_a_source_may_be_asked_for_pieces_and_for_earlier_steps(scene):
+    through = seen(scene.loader(StepShape(2, 1)).iterate(0, 9))
+    loader = scene.loader(StepShape(2, 1))
+
+    pieces = [seen(loader.iterate(step, step + 1)) for step in (0, 1, 2, 5, 3, 8)]
+
+    assert pieces == [[through[step]] for step in (0, 1, 2, 5, 3, 8)]
+
+
+def test_a_consumer_that_stops_early_leaves_no_thread_and_the_position_of_its_step(scene):
+    before = threading.active_count()
+    loader = scene.loader(StepShape(2, 1))
+    steps = loader.iterate(0, 100)
+    first = [next(steps), next(steps)]
+    steps.close()
+
+    assert threading.active_count() == before
+    assert loader.state_dict()["step"] == len(first)
+
+
+def masked(scene: Scene, shapes: Sequence[StepShape], steps: int) -> dict[Any, set[Any]]:
+    """Labels by tokens of all rows of some steps."""
+    found: dict[Any, set[Any]] = {}
+    for shape in shapes:
+        for batches in scene.loader(shape).iterate(0, steps):
+            for batch in batches:
+                for row, labels, real in zip(
+                    truth([batch]), batch.labels, batch.valid, strict=True
+                ):
+                    found.setdefault(row, set()).add(tuple(labels[real].tolist()))
+    return found
+
+
+def test_the_masks_of_an_epoch_depend_neither_on_ranks_nor_on_micro_batches(scene):
+    alone = masked(scene, [StepShape(4, 1)], 5)
+    shared = masked(scene, [StepShape(1, 2, rank, 2) for rank in range(2)], 5)
+
+    both = alone.keys() & shared.keys()
+    assert len(both) > 5
+    assert all(alone[row] == shared[row] for row in both)
+
+
+def test_every_epoch_masks_the_rows_anew(tmp_path, tokenizers):
+    scene = Scene(write_files(tmp_path, texts_of(4), 1), tokenizers["mlm"])
+    rows = sum(expected(scene, tmp_path / "cache", texts_of(4)).values())
+
+    masks = masked(scene, [StepShape(1, 1)], 6 * rows)
+
+    assert max(map(len, masks.values())) > 2
+
+
+def test_causal_texts_are_packed_and_every_token_occurs_once_per_epoch(tmp_path, tokenizers):
+    texts = texts_of(30)
+    scene = Scene(write_files(tmp_path, texts, 2), tokenizers["causal_lm"], "causal_lm")
+    eos = scene.rows.tokenizer.eos_token_id
+    wanted = Counter(n for ids in scene.rows.tokenizer(texts)["input_ids"] for n in (*ids, eos))
+    encoded = EncodedStream(scene.rows, shape=StepShape(1, 1), seed=0, characters=300)
+    found: Counter[int] = Counter()
+    short = 0
+    for parts, position in encoded.parts(Position()):
+        if parts[0][1]:
+            break
+        blocks = position.block + 1
+        (ids,) = parts[0][0].column("input_ids").to_pylist()
+        found.update(ids)
+        short += len(ids) < 12
+
+    assert found == wanted
+    assert short <= blocks  # only the last row of a block is short
+    assert blocks > 3
+
+
+def test_the_log_says_once_per_epoch_that_a_stream_starts_again(tmp_path, tokenizers, caplog):
+    scene = Scene(write_files(tmp_path, texts_of(4), 1), tokenizers["mlm"])
+    rows = sum(expected(scene, tmp_path / "cache", texts_of(4)).values())
+    steps = scene.loader(StepShape(1, 1)).iterate(0, 3 * rows)
+
+    with caplog.at_level(logging.INFO, logger="megakd.data.stream_loader"):
+        for step, _ in enumerate(steps):
+            assert len(caplog.messages) == step // rows
+
+    assert "0.jsonl: rank 0 has read its texts 2 time(s) and starts again" in caplog.messages[1]
+
+
+def test_a_rank_without_texts_is_told_how_many_ranks_there_are(tmp_path, tokenizers):
+    scene = Scene(write_files(tmp_path, ["w1 w2"], 1), tokenizers["mlm"])
+
+    with pytest.raises(DataError, match=r"has no text for rank 1 of 2: .*use more texts or fewer"):
+        next(scene.loader(StepShape(1, 1, 1, 2)).iterate(0, 1))
+
+
+def test_a_wrong_value_far_inside_is_an_error_of_the_step_that_needs_it(tmp_path, tokenizers):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "w1"}] * 5 + [{"text": 3}])
+    scene = Scene([path], tokenizers["mlm"])
+    steps = scene.loader(StepShape(1, 1), characters=1).iterate(0, 9)
+
+    with pytest.raises(DataError, match=r"a.jsonl, line 6: column 'text' is not text: 3"):
+        list(steps)
+
+
+def test_a_connection_that_breaks_is_an_error_that_says_how_to_continue(scene, monkeypatch):
+    def broken(*_: Any) -> Any:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(type(scene.rows.texts), "document", broken)
+
+    with pytest.raises(DataError, match=r"cannot be read any further: no route .*checkpoint"):
+        next(scene.loader(StepShape(1, 1)).iterate(0, 1))
+
+
+def test_only_a_bounded_part_of_the_texts_is_read_ahead(tmp_path, tokenizers, monkeypatch):
+    read: list[str] = []
+    scene = Scene(write_files(tmp_path, ["w1 w2 w3"] * 500, 1), tokenizers["mlm"])
+    plain = type(scene.rows.texts).document
+    monkeypatch.setattr(type(scene.rows.texts), "document", lambda *a: read.append("") or plain(*a))
+    steps = scene.loader(StepShape(1, 1), characters=80).iterate(0, 100)
+    next(steps)
+    steps.close()
+
+    assert len(read) < 60
+
+
+def source(encoded: Encoded, *, max_steps: int | None = None) -> Any:
+    return batch_source(
+        encoded,
+        lambda *_, **__: None,  # type: ignore[arg-type]
+        shape=StepShape(1, 1),
+        seed=0,
+        masking=None,
+        only_labelled=False,
+        max_steps=max_steps,
+        gather=lambda value: [value],
+    )
+
+
+def test_the_source_of_a_stage_follows_from_its_rows(scene):
+    rows = Dataset.from_dict({"input_ids": [[1]]})
+    finite = Encoded(rows, rows, None, "key", 1.0)
+    streamed = finite._replace(train=rows.select([]), stream=scene.rows)
+
+    assert isinstance(source(finite), StepLoader)
+    made = source(streamed, max_steps=7)
+    assert isinstance(made, StreamLoader)
+    assert made.steps_per_epoch == 7
+    with pytest.raises(ConfigError, match=r"max_steps: missing .*\(task.streaming is true\)"):
+        source(streamed)
