@@ -11,7 +11,7 @@ import yaml
 from megakd.contract.results import Report
 from megakd.contract.tasks import TaskType
 from megakd.models.export import hub_id
-from megakd.reports.table import result_table
+from megakd.reports.table import completed, result_table, short_count
 from megakd.reports.templating import TEMPLATES
 
 AUTO_CLASSES: Mapping[TaskType, tuple[str, str]] = {
@@ -62,7 +62,18 @@ def model_card(facts: CardFacts, report: Report) -> str:
         start=_shown(facts.student) or "random weights",
         teachers=[_shown(spec) or "a teacher from random weights" for spec in facts.teachers],
         auto_class=auto_class,
+        pruned=_pruned(completed(report)),
     )
+
+
+def _pruned(report: Report) -> str:
+    """Return a line about a student that was pruned while it learned, else ""."""
+    if not report["pruning"]:
+        return ""
+    whole = report["teacher"] or report["pruning"][0]
+    first, last = (short_count(size["parameters"]) for size in (whole, report["student"]))
+    sizes = f"from {first} to {last} parameters"
+    return f"The student was pruned from its teacher during distillation, {sizes}."
 
 
 def _shown(spec: str | None) -> str:

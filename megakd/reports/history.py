@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 if TYPE_CHECKING:
     from pathlib import Path
 
-_LAST_STEP = 2**53
+LAST_STEP = 2**53
 """A record with a larger step is damaged: an axis could not tell the step from the next."""
 
 Points = Sequence[tuple[int, float]]
@@ -56,7 +56,7 @@ def panels(history: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Panels]]
     found: dict[str, dict[str, dict[int, float | None]]] = {}
     for record in history:
         stage, step = record.get("stage"), record.get("step")
-        if not isinstance(stage, str) or not isinstance(step, int) or abs(step) > _LAST_STEP:
+        if not isinstance(stage, str) or not isinstance(step, int) or abs(step) > LAST_STEP:
             continue
         curves = found.setdefault(stage, {})
         for key, value in record.items():

@@ -19,6 +19,7 @@ from megakd.reports import table
 from megakd.reports.charts import Chart, Dot, choice_charts, plane_chart
 from megakd.reports.curves import training
 from megakd.reports.history import panels, read_history
+from megakd.reports.pruning import pruning_section
 from megakd.reports.reading import read_report
 from megakd.reports.table import is_number, milliseconds
 from megakd.reports.templating import TEMPLATES
@@ -83,6 +84,7 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
         legend=[(f"{dot.number} {dot.name}", dot.kind, dot.look) for dot in models],
         choices=_choices(report["candidates"]),
         weight=_weight(report["candidates"]),
+        pruning=pruning_section(report),
         training=stages,
         left_out=left_out,
     )

@@ -12,11 +12,18 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from megakd.contract.metrics import lower_is_better
 from megakd.contract.tasks import STUDENT, TEACHER
+from megakd.reports.history import LAST_STEP, evenly
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from megakd.contract.results import CandidateReport, CostReport, ModelReport, Report
+    from megakd.contract.results import (
+        CandidateReport,
+        CostReport,
+        ModelReport,
+        PruningReport,
+        Report,
+    )
 
 Rows = list[list[str]]
 
@@ -46,6 +53,7 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
         set_rows(report),
         candidate_rows(report["candidates"]),
         pool_rows(report),
+        pruning_rows(report, most=6),
         stage_rows(report),
     ]
     blocks = [
@@ -278,6 +286,32 @@ def pool_rows(report: Report) -> Rows:
         rows.append([one["name"], f"{one['weight']:.3f}", f"{one['steps']:,}", worth])
     is_ranked = any(one["score"] is not None for one in pool["teachers"])
     return rows if is_ranked else [row[:-1] for row in rows]
+
+
+def pruning_course(report: Report) -> list[PruningReport]:
+    """Return the rows of `pruning` by rising step; the last row counts if a step has several."""
+    rows = {row["step"]: row for row in report["pruning"] if abs(row["step"]) <= LAST_STEP}
+    return [rows[step] for step in sorted(rows)]
+
+
+def pruning_rows(report: Report, *, most: int) -> Rows:
+    """Return size, divergence and step time of a pruned student at up to `most` (>= 2) steps."""
+    rows = [["pruned, step", "width", "parameters", "KL (nats)", "step time"]]
+    for row in evenly(pruning_course(report), most):
+        divergence, seconds = row["teacher_kl"], row["step_seconds"]
+        far = f"{divergence:.4f}" if is_number(divergence) else "-"
+        size = [f"{row['width']:,}", short_count(row["parameters"])]
+        rows.append([f"{row['step']:,}", *size, far, step_time(seconds)])
+    return rows
+
+
+def step_time(seconds: float | None) -> str:
+    """Return the duration of a step as text, in milliseconds below a second."""
+    if not is_number(seconds):
+        return "-"
+    if seconds >= 60:
+        return duration(seconds)
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
 def stage_rows(report: Report) -> Rows:

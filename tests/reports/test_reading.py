@@ -15,6 +15,7 @@ from megakd.reports.html import html_report, write_html_report
 from megakd.reports.reading import read_report
 from megakd.reports.report import write_report
 
+ROW = {"step": 1, "width": 8, "parameters": 90, "teacher_kl": None, "step_seconds": None}
 DAMAGE: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
     "no stages": (("stages",), None, "stages is null, and must be a list"),
     "a null stage": (("stages", 0), None, "stages[0] is null, and must be a mapping"),
@@ -25,6 +26,13 @@ DAMAGE: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
     "metrics in a list": (("baselines", "alone"), [0.5], "baselines.alone is [0.5], and must be"),
     "a number for a name": (("method",), 3, "method is 3, and must be text"),
     "a text for a teacher": (("teacher",), "bert", 'teacher is "bert", and must be a mapping'),
+    "no pruning": (("pruning",), None, "pruning is null, and must be a list"),
+    "pruning in one": (("pruning",), [ROW, [2]], "pruning[1] is [2], and must be a mapping"),
+    "a null width": (("pruning",), [{**ROW, "width": None}], "pruning[0].width is null"),
+    "a null step": (("pruning",), [{**ROW, "step": None}], "pruning[0].step is null"),
+    "an endless size": (("pruning",), [{**ROW, "parameters": math.inf}], "pruning[0].parameters"),
+    "a wordy KL": (("pruning",), [{**ROW, "teacher_kl": "far"}], 'pruning[0].teacher_kl is "far"'),
+    "half a pruning": (("pruning",), [{"step": 1}], "pruning[0].width is missing"),
     "half a candidate": (("candidates",), [{"iteration": 1}], "candidates[0].sparsity is missing"),
 }
 
@@ -63,3 +71,18 @@ def test_what_a_run_writes_is_read_back(tmp_path: Path, report: Any) -> None:
 
     assert read_report(path)["student"]["metrics"] == dict.fromkeys(report["student"]["metrics"])
     assert html_report(read_report(path), [])
+
+
+def test_a_pruned_student_without_divergence_or_step_time_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    rows = [ROW, {**ROW, "step": 2, "teacher_kl": math.nan, "step_seconds": 0.5}]
+    write_report(path, report_of(pruning=rows))
+
+    assert read_report(path)["pruning"] == [ROW, {**ROW, "step": 2, "step_seconds": 0.5}]
+
+
+def test_a_report_of_an_earlier_version_has_no_pruning(tmp_path: Path) -> None:
+    report: Any = {key: value for key, value in report_of().items() if key != "pruning"}
+    write_report(tmp_path / "report.json", report)
+
+    assert "Pruning" not in html_report(read_report(tmp_path / "report.json"), [])

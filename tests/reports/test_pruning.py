@@ -1,0 +1,241 @@
+"""The report of a student that is pruned while it learns: words, charts and tables."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+from html_page import Page
+from reports import language_report, report_of
+
+from megakd.reports.card import CardFacts, model_card
+from megakd.reports.html import html_report
+from megakd.reports.pruning import pruning_section
+from megakd.reports.table import pruning_rows, result_table, step_time
+
+HUGE = 1e308
+FACTS = CardFacts(
+    title="a student",
+    task_type="mlm",
+    student=None,
+    teachers=(None,),
+    objective=(),
+    command="megakd run",
+)
+
+
+def row(step: float, kl: float | None = 0.5, seconds: float | None = 0.2, **changes: Any) -> Any:
+    size = {"width": 100 - step, "parameters": 20_000_000 - 100_000 * step}
+    return {"step": step, **size, "teacher_kl": kl, "step_seconds": seconds, **changes}
+
+
+ROWS = [row(10, 0.1, 0.4), row(20, 0.15, None), row(30, 0.4, 0.25), row(40, 0.3, 0.2)]
+
+
+def words(*rows: Any) -> str:
+    section = pruning_section(report_of(pruning=list(rows)))
+    assert section is not None
+    return " ".join(section.sentences)
+
+
+def section_of(text: str) -> str:
+    return text.partition("<h2>Pruning</h2>")[2].partition("</section>")[0]
+
+
+def block(table: str) -> list[list[str]]:
+    lines = next(part for part in table.split("\n\n") if part.startswith("pruned")).splitlines()
+    return [re.split(r"\s{2,}", line) for line in lines]
+
+
+def test_the_words_give_sizes_the_largest_rise_and_the_step_time() -> None:
+    assert words(*ROWS) == (
+        "The student starts as its teacher of 22.71M parameters and loses units during training. "
+        "Between step 10 and step 40, it goes from 19.00M parameters (width 90) to 16.00M "
+        "parameters (width 60). Its KL divergence from the teacher is 0.1 nats at step 10 and 0.3 "
+        "nats at step 40; the largest rise between two evaluations is 0.25 nats, from step 20 to "
+        "step 30. The median step time is 400.0 ms before step 10 and 200.0 ms before step 40."
+    )
+
+
+def test_a_single_evaluation_is_told_without_a_comparison_and_without_a_chart() -> None:
+    text = html_report(report_of(pruning=[row(10)]), [])
+
+    assert "At step 10, it has 19.00M parameters (width 90)." in text
+    assert "is 0.5 nats at step 10." in text
+    assert "The median step time is 200.0 ms before step 10." in text
+    assert "<svg" not in section_of(text)
+    assert ["10", "90", "19.00M", "0.5000", "200.0 ms"] in [cells for _, cells in Page(text).rows]
+
+
+@pytest.mark.parametrize("values", [(0.4, 0.3, 0.2), (0.3, 0.3)], ids=["falls", "stays"])
+def test_a_divergence_that_never_rises_is_told(values: tuple[float, ...]) -> None:
+    assert "it rises between no two evaluations." in words(
+        *(row(10 * number, value) for number, value in enumerate(values, 1))
+    )
+
+
+def test_a_rise_across_an_evaluation_without_a_value_names_both_steps() -> None:
+    said = words(row(10, 0.1), row(20, None), row(30, 0.9), row(40, 1.0))
+
+    assert "0.8 nats, from step 10 to step 30" in said
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, math.inf, -math.inf, HUGE])
+def test_values_that_cannot_be_drawn_leave_their_chart_out(missing: float | None) -> None:
+    report = report_of(pruning=[row(step, missing, missing) for step in (10, 20, 30)])
+
+    text = html_report(report, [])
+
+    assert Page(text).faults == []
+    assert "Its KL divergence from the teacher was not measured." in text
+    assert "median step time" not in section_of(text)
+    assert re.findall('class="name">(.*?)<', section_of(text)) == ["parameters of the student"]
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, math.inf, HUGE])
+def test_some_missing_values_are_left_out_of_the_charts_and_told(missing: float | None) -> None:
+    section = pruning_section(report_of(pruning=[*ROWS, row(50, missing, missing)]))
+
+    assert section is not None
+    assert [len(chart.lines[0].points) for chart in section.charts] == [4, 5, 3]
+    assert "Evaluations without a value are left out." in section.caption
+
+
+def test_charts_of_all_values_start_at_zero_and_describe_themselves() -> None:
+    page = Page(html_report(report_of(pruning=[row(10, 0.1), row(20, 0.2)]), []))
+    section = pruning_section(report_of(pruning=[row(10, 0.1), row(20, 0.2)]))
+
+    assert [label for label in page.labels if label.startswith("Pruning")] == [
+        "Pruning over the steps: KL divergence from the teacher. From 0.1 to 0.2.",
+        "Pruning over the steps: parameters of the student. From 19M to 18M.",
+        "Pruning over the steps: step time. From 0.2 to 0.2.",
+    ]
+    assert section is not None
+    assert all(chart.y.low < 0 for chart in section.charts)
+    assert "without a value" not in section.caption
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [row(0, 0.0, 0.0, parameters=0, width=0), row(1, 0.0, 0.0, parameters=0, width=0)],
+        [row(1, 1e-310), row(2, -1e-310)],
+        [row(1, 1e300), row(2, -1e300)],
+        [row(2**53 - 1), row(2**53)],
+        [row(0.5), row(0.75)],
+        [row(1, parameters=10**299), row(2, parameters=1)],
+    ],
+    ids=["zeros", "tiny", "huge", "late steps", "fractions of steps", "many parameters"],
+)
+def test_extreme_numbers_have_a_page_and_a_table(rows: list[Any]) -> None:
+    report = report_of(pruning=rows)
+
+    text = html_report(report, [])
+
+    assert Page(text).faults == []
+    assert len(re.findall("<svg", section_of(text))) == 3
+    assert not re.search(r"\b(nan|inf)\b", section_of(text) + result_table(report))
+
+
+def test_steps_beyond_any_axis_are_left_out() -> None:
+    report = report_of(pruning=[row(10), row(1e200), row(10**30)])
+
+    assert (
+        pruning_rows(report, most=6)[1:] == pruning_rows(report_of(pruning=[row(10)]), most=6)[1:]
+    )
+    assert pruning_section(report_of(pruning=[row(1e200)])) is None
+
+
+def test_rows_are_ordered_by_step_and_the_last_row_of_a_step_counts() -> None:
+    shuffled = [ROWS[2], row(10, 9.0), ROWS[3], ROWS[0], ROWS[1]]
+
+    assert words(*shuffled) == words(*ROWS)
+
+
+def test_thousands_of_evaluations_stay_small_and_keep_the_largest_rise() -> None:
+    rows = [row(step, 0.5 + (step >= 4321), width=8, parameters=9) for step in range(1, 20_001)]
+
+    text = html_report(report_of(pruning=rows), [])
+
+    assert len(text.encode()) < 60_000
+    assert "1 nats, from step 4,320 to step 4,321" in text
+    assert "15 of 20,000 evaluations" in text
+    assert "lowest and highest value of each stretch" in text
+    assert len(block(result_table(report_of(pruning=rows)))) == 7
+
+
+@pytest.mark.parametrize("pruning", [[], ()], ids=["a list", "a tuple"])
+def test_a_method_that_does_not_prune_during_training_has_no_section(pruning: Any) -> None:
+    report = report_of(pruning=pruning)
+
+    assert "Pruning" not in Page(html_report(report, [])).headings
+    assert result_table(report) == result_table(report_of())
+    assert "was pruned" not in model_card(FACTS, report)
+
+
+def test_the_section_stands_before_time_and_memory() -> None:
+    headings = Page(html_report(report_of(pruning=ROWS), [])).headings
+
+    assert headings.index("Pruning") + 1 == headings.index("Time and memory")
+
+
+def test_a_report_without_a_teacher_gives_no_size_of_the_teacher() -> None:
+    report = report_of(pruning=ROWS, teacher=None)
+    section = pruning_section(report)
+
+    assert section is not None
+    assert section.sentences[0].startswith("The student starts as its teacher and loses units")
+    assert "from 19.00M to 2.09M parameters" in model_card(FACTS, report)
+
+
+@pytest.mark.parametrize(
+    ("number", "steps"),
+    [(1, [1]), (6, [1, 2, 3, 4, 5, 6]), (7, [1, 2, 3, 4, 5, 7]), (51, [1, 11, 21, 31, 41, 51])],
+)
+def test_the_table_of_a_run_has_up_to_six_rows_with_the_first_and_the_last(
+    number: int, steps: list[int]
+) -> None:
+    report = report_of(pruning=[row(step, width=9) for step in range(1, number + 1)])
+
+    titles, *rows = block(result_table(report))
+
+    assert titles == ["pruned, step", "width", "parameters", "KL (nats)", "step time"]
+    assert [int(cells[0]) for cells in rows] == steps
+
+
+def test_the_table_has_dashes_for_missing_values() -> None:
+    size = {"width": 1024, "parameters": 5_339}
+    rows = [row(1000, None, None, **size), row(2000, **size)]
+
+    assert block(result_table(report_of(pruning=rows)))[1:] == [
+        ["1,000", "1,024", "5.34k", "-", "-"],
+        ["2,000", "1,024", "5.34k", "0.5000", "200.0 ms"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "-"),
+        (math.nan, "-"),
+        (math.inf, "-"),
+        (0.0, "0.0 ms"),
+        (0.0123, "12.3 ms"),
+        (0.25, "250.0 ms"),
+        (1.0, "1.00 s"),
+        (59.5, "59.50 s"),
+        (75.0, "1m 15s"),
+    ],
+)
+def test_a_step_time_has_a_unit_of_its_size(seconds: float | None, text: str) -> None:
+    assert step_time(seconds) == text
+
+
+def test_the_model_card_says_that_the_student_was_pruned_from_its_teacher() -> None:
+    card = model_card(FACTS, language_report(pruning=ROWS))
+
+    line = "from 22.71M to 2.09M parameters."
+    assert f"\n\nThe student was pruned from its teacher during distillation, {line}\n\n##" in card
+    assert "pruned, step" in card
