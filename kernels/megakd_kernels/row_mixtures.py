@@ -75,7 +75,8 @@ class Block:
         out, constant = self.q_exp, self.constant / self.q_sum
         out.mul_(constant if self.slopes is None else self.slopes.add_(constant))
         if self.teacher is not None:
-            out.addcmul_(self.p_exp, self.teacher, value=-1)
+            # Two roundings instead of a fused one: q = p gives a gradient of exactly zero.
+            out.sub_(torch.mul(self.p_exp, self.teacher, out=self.product))
 
 
 class MixtureTerm(Protocol):

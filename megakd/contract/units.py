@@ -147,12 +147,14 @@ Axes = tuple[Axis | None, ...]
 
 
 class Maker(NamedTuple):
-    """A matrix whose outputs are units: the paper's columns of a weight.
+    """A matrix whose outputs are units.
 
-    axis: the units. dimension: the dimension of the matrix along which the units lie.
+    axis: the units. inputs: the units along the other dimension; None if it cannot be cut.
+    dimension: the dimension of the matrix along which `axis` lies.
     shape: rows and columns of the whole matrix.
     """
 
     axis: Axis
+    inputs: Axis | None
     dimension: int
     shape: tuple[int, int]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -87,8 +87,11 @@ class OptimizerState:
             read: function from the kind of value and the name of the weight to the whole tensor.
             steps: see the property.
         """
+        owners: dict[int, Tensor] = {}
         for name, parameter in self._parameters.items():
             slot = self._slot(parameter)
+            if slot.size or slot.is_shared:
+                owners[id(slot.owner)] = slot.owner
             for kind in self.kinds:
                 value = read(kind, name)
                 self._set(slot, kind, value)
@@ -96,7 +99,7 @@ class OptimizerState:
                     with gathered([parameter], modify=True):
                         if writes_here(parameter):
                             parameter.data.copy_(value.reshape(full_shape(parameter)))
-        self._set_steps(steps)
+        self._set_steps(owners.values(), steps)
 
     def put_together(self, name: str, part: Tensor) -> Tensor:
         """Return a whole tensor on the CPU, of the parts of a weight that the ranks hold.
@@ -122,6 +125,8 @@ class OptimizerState:
         return source.detach().flatten().narrow(0, slot.start, slot.size)
 
     def _set(self, slot: Slot, kind: str, value: Tensor) -> None:
+        if not (slot.size or slot.is_shared):
+            return
         if kind == WEIGHT:
             target = slot.owner.detach()
         else:
@@ -131,20 +136,15 @@ class OptimizerState:
             target = state[kind]
         if slot.is_shared:
             target.copy_(value.reshape(target.shape))
-        elif slot.size:
+        else:
             part = value.flatten().narrow(0, slot.offset, slot.size)
             target.view(-1).narrow(0, slot.start, slot.size).copy_(part)
 
-    def _set_steps(self, steps: int) -> None:
-        if not self.moments:
-            return
+    def _set_steps(self, owners: Iterable[Tensor], steps: int) -> None:
         counts_in_tensors = isinstance(self._inner, torch.optim.AdamW)
-        for group in self._inner.param_groups:
-            for owner in group["params"]:
-                state = self._inner.state[owner]
-                for moment in self.moments:
-                    state.setdefault(moment, torch.zeros_like(owner, requires_grad=False))
-                state["step"] = torch.tensor(float(steps)) if counts_in_tensors else steps
+        for owner in owners if self.moments else ():
+            step = torch.tensor(float(steps)) if counts_in_tensors else steps
+            self._inner.state[owner]["step"] = step
 
     def _slot(self, parameter: Any) -> Slot:
         if is_zero_param(parameter):

@@ -64,10 +64,10 @@ def unit_makers(model: PreTrainedModel) -> dict[str, Maker]:
         if name not in table or not (is_embedding or path in paths):
             continue
         dimension = 1 if is_embedding or not isinstance(module, nn.Linear) else 0
-        axis = table[name][dimension]
+        axis, inputs = table[name][dimension], table[name][1 - dimension]
         if axis is not None:
             rows, columns = full_shape(module.get_parameter("weight"))
-            found[name] = Maker(axis, dimension, (rows, columns))
+            found[name] = Maker(axis, inputs, dimension, (rows, columns))
     return found
 
 

@@ -18,15 +18,14 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.methods import OneTeacherOptions
-from megakd.contract.stage import Constant, Pass, Stage, Window
+from megakd.contract.stage import Constant, Pass, Stage
 from megakd.contract.tasks import FROM_TEACHER, LANGUAGE_TASKS, STUDENT
 from megakd.contract.terms import (
     STRICT,
@@ -38,18 +37,24 @@ from megakd.contract.terms import (
     RelationFsp,
 )
 from megakd.errors import ConfigError
-from megakd.methods.homodistil.schedule import SHARE_OF_RUN, Schedule, Shape, Target
+from megakd.methods.homodistil.schedule import (
+    ROWS,
+    SHARE_OF_RUN,
+    Course,
+    Schedule,
+    Score,
+    Scoring,
+    Shape,
+)
 from megakd.methods.homodistil.target import target_of
 
 if TYPE_CHECKING:
     from megakd.contract.lab import Lab, Model
     from megakd.contract.results import PruningReport
-    from megakd.contract.stage import StageResult
+    from megakd.contract.stage import StageResult, Window
     from megakd.contract.terms import TermConfig
     from megakd.contract.units import View
 
-PRUNING = "pruning.json"
-"""File in a stage's folder with the rows of the report."""
 AVERAGES = {"sensitivity": 1, "platon": 2, "magnitude": 0, "random": 0}
 """Number of values that each score keeps for every weight."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -88,7 +93,7 @@ class HomoDistilConfig(OneTeacherOptions):
     pruning_end: Count | None = None
     every: Count = 1
     cuts: Annotated[int, Field(ge=0, le=100)] = 4
-    score: Literal["sensitivity", "platon", "magnitude", "random"] = "sensitivity"
+    score: Score = "sensitivity"
     sensitivity_beta: Decay = 0.85
     uncertainty_beta: Decay = 0.95
     monotone: bool = True
@@ -159,53 +164,41 @@ def run(config: HomoDistilConfig, lab: Lab) -> StageResult:
         sparsity=config.target_sparsity,
         round_to=config.round_to,
     )
-    course = Course(config, teacher, target, schedule_of(config, lab))
-    result = lab.train(course.stage(lab, start, course.windows[0]))
+    scoring = Scoring(
+        score=config.score,
+        sensitivity_beta=config.sensitivity_beta,
+        uncertainty_beta=config.uncertainty_beta,
+        monotone=config.monotone,
+        seed=lab.config.seed,
+    )
+    course = Course(teacher, target, schedule_of(config, lab), scoring)
+    first, *others = course.windows(config.cuts)
+    result = lab.train(_stage(course, lab, start, first, 1))
     lab.record.pruning += _rows(lab, result)
-    for window in course.windows[1:]:
-        result = lab.train(course.stage(lab, lab.source(result.folder), window))
+    for number, window in enumerate(others, start=2):
+        result = lab.train(_stage(course, lab, lab.source(result.folder), window, number))
         lab.record.pruning += _rows(lab, result)
     return result
 
 
-class Course(NamedTuple):
-    """The run from the teacher to the student.
+def _stage(course: Course, lab: Lab, start: Model, window: Window, number: int) -> Stage:
+    """Return the stage of a window, which starts from the model of the previous window."""
+    from megakd.methods.homodistil.pruning import HomotopyJudge, Pruning
 
-    target: the units of both. schedule: when units are removed.
-    """
-
-    config: HomoDistilConfig
-    teacher: str
-    target: Target
-    schedule: Schedule
-
-    @property
-    def windows(self) -> tuple[Window, ...]:
-        """The parts of the run between the cuts."""
-        total = self.schedule.total
-        cuts = self.schedule.milestones(self.config.cuts) if self.config.cuts else ()
-        return tuple(Window(first, last, total) for first, last in pairwise((0, *cuts, total)))
-
-    def stage(self, lab: Lab, start: Model, window: Window) -> Stage:
-        """Return the stage of a window, which starts from the model of the previous window."""
-        from megakd.methods.homodistil.pruning import HomotopyJudge, Pruning
-
-        is_last = window.last == window.total
-        name = STUDENT if is_last else f"pruning-{self.windows.index(window) + 1}"
-        size = functools.partial(_parameters, lab, start)
-        pruning = Pruning(self, lab.config.seed, lab.probe(name), size)
-        return Stage(
-            name=name,
-            teachers=(self.teacher,),
-            start=start,
-            objective=objective_of(lab, self.target.whole, self.target.goal),
-            strategy=pruning,
-            judge=HomotopyJudge(pruning, lab.worth),
-            window=window,
-            pruned_to=self.target.at(self.schedule.left(window.last)),
-            shards_kept=AVERAGES[self.config.score],
-            measures_losses=True,
-        )
+    name = STUDENT if window.last == window.total else f"pruning-{number}"
+    pruning = Pruning(course, lab.probe(name), functools.partial(_parameters, lab, start))
+    return Stage(
+        name=name,
+        teachers=(course.teacher,),
+        start=start,
+        objective=objective_of(lab, course.target.whole, course.target.goal),
+        strategy=pruning,
+        judge=HomotopyJudge(pruning, lab.worth),
+        window=window,
+        pruned_to=course.target.at(course.schedule.left(window.last)),
+        shards_kept=AVERAGES[course.scoring.score],
+        measures_losses=True,
+    )
 
 
 def _parameters(lab: Lab, model: Model, view: View) -> int:
@@ -288,7 +281,7 @@ BASELINES = {"random": random_start}
 
 def _rows(lab: Lab, result: StageResult) -> list[PruningReport]:
     """Return the rows of the report that the strategy of a stage has written."""
-    return lab.made_by(result, PRUNING, _read) or []
+    return lab.made_by(result, ROWS, _read) or []
 
 
 def _read(path: str) -> list[PruningReport]:

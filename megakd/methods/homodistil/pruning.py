@@ -7,7 +7,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from megakd.contract.metrics import WHOLE
 from megakd.contract.stage import Pass, Scores, Stateless, StepReport, Verdict
 from megakd.contract.units import Cut, UnitOrder, View
-from megakd.methods.homodistil import PRUNING
+from megakd.methods.homodistil.schedule import ROWS, Course
 from megakd.methods.homodistil.sensitivity import (
     SENSITIVITY,
     UNCERTAINTY,
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from megakd.contract.lab import HeldOutProbe
     from megakd.contract.results import PruningReport
-    from megakd.methods.homodistil import Course
 
 Chosen = dict[Group, list[int]]
 """Kept units of every group, rising; columns inside heads are numbered over all heads."""
@@ -63,13 +62,11 @@ class Pruning(Stateless):
     """Removes the least sensitive units a few at a time, as the schedule says.
 
     course: the run from the teacher to the student.
-    seed: seed of `score: random`.
     probe: None if nothing is trained.
     size: function from units to the number of weights of a model with these units.
     """
 
     course: Course
-    seed: int
     probe: HeldOutProbe | None
     size: Callable[[View], int]
     now: State = field(default_factory=State)
@@ -77,14 +74,12 @@ class Pruning(Stateless):
     @property
     def facts(self) -> Mapping[str, Any]:
         """The values that the decisions of the strategy depend on."""
-        options = {
-            name: value for name, value in asdict(self.course.config).items() if name != "cuts"
-        }
+        course = self.course
         return {
-            **options,
-            "teacher": self.course.teacher,
-            "schedule": self.course.schedule._asdict(),
-            "seed": self.seed,
+            "teacher": course.teacher,
+            "shares": [str(share) for share in course.target.shares],
+            "schedule": course.schedule._asdict(),
+            "scoring": course.scoring._asdict(),
         }
 
     def begin(self, student: Any, step: int) -> None:
@@ -104,14 +99,14 @@ class Pruning(Stateless):
 
         The gradients are complete and not clipped, and the weights are those of the gradients.
         """
-        score, due = self.course.config.score, self.course.schedule.prunes_after(step + 1)
+        score, due = self.course.scoring.score, self.course.schedule.prunes_after(step + 1)
         scored = (shard for shard in student.local_shards() if shard.name in student.makers)
         if score in ("sensitivity", "platon"):
-            uncertainty = self.course.config.uncertainty_beta if score == "platon" else None
+            uncertainty = self.course.scoring.uncertainty_beta if score == "platon" else None
             update_averages(
                 self.now.averages,
                 scored,
-                beta=self.course.config.sensitivity_beta,
+                beta=self.course.scoring.sensitivity_beta,
                 uncertainty_beta=uncertainty,
             )
         if due:
@@ -119,9 +114,9 @@ class Pruning(Stateless):
 
     def _unit_scores(self, step: int, student: Any) -> Tensor:
         """Return the scores of all units, the same on every rank."""
-        if self.course.config.score == "random":
+        if self.course.scoring.score == "random":
             count = sum(group_sizes(student.makers, student.units).values())
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+            generator = torch.Generator().manual_seed(self.course.scoring.seed * 1_000_003 + step)
             return torch.rand(count, generator=generator, dtype=torch.float64)
         shards = {shard.name: shard for shard in student.local_shards()}
         values = {}
@@ -130,13 +125,13 @@ class Pruning(Stateless):
                 continue
             shard = shards[name]
             values[name] = (self._weight_scores(name, shard.weight), shard.offset)
-        here = unit_sums(values, student.makers, student.units)
+        here = unit_sums(values, student.makers, student.units, self.cut())
         if self.probe is None:
             return here
         return self.probe.agree(self.probe.add_up(here))
 
     def _weight_scores(self, name: str, weight: Tensor) -> Tensor:
-        if self.course.config.score == "magnitude":
+        if self.course.scoring.score == "magnitude":
             return weight.detach()
         average = self.now.averages[SENSITIVITY][name]
         return (
@@ -155,7 +150,7 @@ class Pruning(Stateless):
             return
         student, wanted = self.now.student, self.course.target.at(self.course.schedule.left(step))
         self.now.kept = select(
-            self.now.scores, self.now.kept, wanted, student, monotone=self.course.config.monotone
+            self.now.scores, self.now.kept, wanted, student, monotone=self.course.scoring.monotone
         )
         self.now.scores = None
         student.keep(cut_of(student, self.now.kept))
@@ -212,7 +207,7 @@ class Pruning(Stateless):
 
     def files(self) -> Mapping[str, bytes]:
         """Return the rows of the report."""
-        return {PRUNING: json.dumps(self.now.rows).encode()}
+        return {ROWS: json.dumps(self.now.rows).encode()}
 
 
 def everything(student: Any) -> Chosen:

@@ -1,16 +1,21 @@
-"""The number of units that remain after every step, and the steps after which the model is cut."""
+"""When and how many units are removed: target, schedule and windows of a run."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
 from fractions import Fraction
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
+from megakd.contract.stage import Window
 from megakd.contract.units import View
 
 Shape = Literal["cubic", "linear", "one_shot"]
+Score = Literal["sensitivity", "platon", "magnitude", "random"]
 POWERS: Mapping[Shape, int] = {"cubic": 3, "linear": 1}
+ROWS = "pruning.json"
+"""File in a stage's folder with the rows of the report."""
 SHARE_OF_RUN = 0.7
 """Part of the steps after which pruning ends if the config does not say when."""
 
@@ -104,3 +109,35 @@ class Schedule(NamedTuple):
             for number in range(1, cuts + 1)
         }
         return tuple(sorted(removals[place] for place in found if removals[place] < self.total))
+
+
+class Scoring(NamedTuple):
+    """The scores by which units are removed; see `HomoDistilConfig`.
+
+    seed: seed of random scores.
+    """
+
+    score: Score
+    sensitivity_beta: float
+    uncertainty_beta: float
+    monotone: bool
+    seed: int
+
+
+class Course(NamedTuple):
+    """The run from the teacher to the student.
+
+    teacher: name of the teacher.
+    target: the units of both. schedule: when units are removed. scoring: which units.
+    """
+
+    teacher: str
+    target: Target
+    schedule: Schedule
+    scoring: Scoring
+
+    def windows(self, cuts: int) -> tuple[Window, ...]:
+        """Return the parts of the run between at most `cuts` cuts."""
+        total = self.schedule.total
+        ends = (*(self.schedule.milestones(cuts) if cuts else ()), total)
+        return tuple(Window(first, last, total) for first, last in pairwise((0, *ends)))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megakd.contract.units import Columns, Kind, Maker, View
+from megakd.contract.units import Columns, Cut, Kind, Maker, View
 
 SENSITIVITY, UNCERTAINTY = "sensitivity", "uncertainty"
 Averages = dict[str, dict[str, Tensor]]
@@ -66,49 +66,60 @@ def group_sizes(makers: Mapping[str, Maker], units: View) -> dict[Group, int]:
 
 
 def unit_sums(
-    values: Mapping[str, tuple[Tensor, int]], makers: Mapping[str, Maker], units: View
+    values: Mapping[str, tuple[Tensor, int]], makers: Mapping[str, Maker], units: View, cut: Cut
 ) -> Tensor:
     """Return the L1 scores of all groups side by side, fp64, of this rank's elements.
 
-    The score of a unit is the sum over the weights that produce the unit. The sum over all ranks is
-    the score of the whole model.
+    The score of a unit is the sum over the weights that produce the unit, except for weights whose
+    input is removed. The sum over all ranks is the score of the whole model.
 
     Args:
         values: by name of the weight, this rank's values [n] and their offset in the weight.
         makers: the matrices that produce units.
         units: the units of the model.
+        cut: the units that are kept now.
     """
     sizes = group_sizes(makers, units)
     sums = {group: torch.zeros(size, dtype=torch.float64) for group, size in sizes.items()}
     for name, maker in makers.items():
         if name not in values:
             continue
-        lines = line_sums(*values[name], maker.shape, maker.dimension)
         axis = maker.axis
-        lines = lines.view(axis.parts, -1).sum(0)
+        lines = line_sums(*values[name], maker, cut).view(axis.parts, -1).sum(0)
         if not axis.columns:
             lines = lines.view(-1, axis.size).sum(1)
         sums[Group(axis.kind, axis.number, axis.columns)] += lines
     return torch.cat(list(sums.values()))
 
 
-def line_sums(values: Tensor, offset: int, shape: tuple[int, int], dimension: int) -> Tensor:
-    """Return the sums of absolute values over a part of a matrix, per row or per column, fp64.
+def line_sums(values: Tensor, offset: int, maker: Maker, cut: Cut) -> Tensor:
+    """Return the sums of absolute values over a part of a matrix, fp64, per row or column.
 
     Args:
         values: [n] consecutive elements of the flattened matrix.
         offset: index of the first element.
-        shape: rows and columns of the whole matrix.
-        dimension: 0 returns sums per row, 1 per column.
+        maker: the matrix, and the dimension to sum along.
+        cut: only values with kept inputs count.
     """
-    first, before = divmod(offset, shape[1])
-    count = -(-(before + len(values)) // shape[1])
-    lines = values.new_zeros(count * shape[1])
+    columns, dimension = maker.shape[1], maker.dimension
+    first, before = divmod(offset, columns)
+    count = -(-(before + len(values)) // columns)
+    lines = values.new_zeros(count * columns)
     lines[before : before + len(values)] = values.abs()
-    grid = lines.view(count, shape[1])
-    sums = torch.zeros(shape[dimension], dtype=torch.float64)
+    grid, kept = lines.view(count, columns), _kept_inputs(maker, cut).to(values.device)
+    sums = torch.zeros(maker.shape[dimension], dtype=torch.float64)
     if dimension == 0:
-        sums[first : first + count] = grid.sum(1, dtype=torch.float64).cpu()
+        sums[first : first + count] = (grid * kept).sum(1, dtype=torch.float64).cpu()
     else:
-        sums += grid.sum(0, dtype=torch.float64).cpu()
+        sums += (grid * kept[first : first + count, None]).sum(0, dtype=torch.float64).cpu()
     return sums
+
+
+def _kept_inputs(maker: Maker, cut: Cut) -> Tensor:
+    """Return 1 for every kept input of a matrix and 0 for every other, [inputs]."""
+    length = maker.shape[1 - maker.dimension]
+    if maker.inputs is None:
+        return torch.ones(length)
+    kept = torch.zeros(length)
+    kept[maker.inputs.rows(cut, length)] = 1
+    return kept
