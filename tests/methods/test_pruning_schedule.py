@@ -1,0 +1,161 @@
+"""HomoDistil's target, schedule and windows: how many units remain after every step."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megakd.contract.units import View
+from megakd.errors import ConfigError
+from megakd.methods.homodistil.schedule import Course, Schedule, Scoring, Shares, Target
+from megakd.methods.homodistil.target import target_of
+
+BERT_BASE = View((12,) * 12, (3072,) * 12, 768, 64)
+LLAMA = View((8,) * 4, (1792,) * 4, 512)
+HALF = Target(View((4,) * 2, (40,) * 2, 24, 6), Shares(Fraction(1), *[Fraction(1, 2)] * 3))
+schedules = st.builds(
+    lambda shape, start, length, every, rest: Schedule(
+        shape, start, start + length, every, start + length + rest
+    ),
+    st.sampled_from(["cubic", "linear", "one_shot"]),
+    st.integers(0, 30),
+    st.integers(1, 80),
+    st.integers(1, 9),
+    st.integers(1, 30),
+)
+
+
+def course(schedule: Schedule) -> Course:
+    return Course(
+        "teacher", HALF, schedule, Scoring("sensitivity", 0.85, 0.95, monotone=True, seed=1)
+    )
+
+
+@given(schedules)
+def test_the_part_that_is_left_falls_from_one_to_zero(schedule):
+    left = [schedule.left(step) for step in range(schedule.total + 1)]
+
+    assert left[0] == 1
+    assert left[-1] == 0
+    assert all(later <= earlier for earlier, later in pairwise(left))
+    assert all(part == 1 for part in left[: schedule.start])
+
+
+@given(schedules)
+def test_units_change_only_after_the_steps_that_prune(schedule):
+    for step in range(1, schedule.total + 1):
+        if not schedule.prunes_after(step) and step > 1:
+            assert schedule.left(step) == schedule.left(step - 1)
+
+
+def test_a_cubic_schedule_removes_most_units_early():
+    schedule = Schedule("cubic", 0, 100, 1, 200)
+
+    removed = [float(1 - schedule.left(step)) for step in (0, 25, 50, 100)]
+
+    # Section 5.4 of the notes on the paper: 58 % after a quarter, 87.5 % after half of the way.
+    assert removed == pytest.approx([0, 0.578125, 0.875, 1])
+
+
+def test_a_linear_schedule_removes_units_evenly():
+    schedule = Schedule("linear", 10, 30, 5, 40)
+
+    assert [float(schedule.left(step)) for step in (10, 14, 15, 20, 30)] == [1, 1, 0.75, 0.5, 0]
+
+
+@given(schedules, st.integers(1, 8))
+def test_windows_cover_the_run_once_and_end_where_units_go(schedule, cuts):
+    windows = course(schedule).windows(cuts)
+
+    assert windows[0].first == 0
+    assert windows[-1].last == schedule.total
+    assert all(a.last == b.first for a, b in pairwise(windows))
+    assert all(schedule.prunes_after(window.last) for window in windows[:-1])
+    assert len(windows) <= cuts + 1
+
+
+def test_cuts_follow_as_soon_as_their_share_of_the_units_is_masked():
+    schedule = Schedule("cubic", 0, 100, 1, 200)
+
+    found = schedule.milestones(4)
+
+    removed = [1 - schedule.left(step) for step in found]
+    earlier = [1 - schedule.left(step - 1) for step in found]
+    for number, (now, before) in enumerate(zip(removed, earlier, strict=True), start=1):
+        assert before < Fraction(number, 4) <= now
+
+
+def test_without_cuts_a_run_is_one_window():
+    assert len(course(Schedule("cubic", 0, 70, 1, 100)).windows(0)) == 1
+
+
+def test_a_long_run_plans_its_windows_at_once():
+    # `megakd plan` does not know the rows and takes a million steps.
+    assert len(course(Schedule("cubic", 0, 700_000, 1, 10**6)).windows(4)) == 5
+
+
+@pytest.mark.parametrize(
+    ("width", "head_width", "neurons"),
+    [(576, 48, 2304), (256, 21, 1024), (240, 20, 960), (224, 19, 896)],
+)
+def test_the_widths_of_the_paper_are_the_same_share_of_everything(width, head_width, neurons):
+    goal = target_of(BERT_BASE, width=width, sparsity=None, round_to=None).goal
+
+    assert goal == View((12,) * 12, (neurons,) * 12, width, head_width)
+
+
+@given(st.integers(1, 767), st.integers(0, 1000))
+def test_every_kind_keeps_the_same_rounded_share_at_every_time(width, thousandths):
+    left = Fraction(thousandths, 1000)
+    target = target_of(BERT_BASE, width=width, sparsity=None, round_to=1) if width >= 12 else None
+    if target is None:
+        return
+    share = Fraction(width, 768)
+    part = share + (1 - share) * left
+
+    assert target.at(left) == View(
+        (12,) * 12, (round(part * 3072),) * 12, round(part * 768), round(part * 64)
+    )
+
+
+def test_a_sparsity_is_the_share_that_every_kind_loses():
+    goal = target_of(BERT_BASE, width=None, sparsity=0.75, round_to=None).goal
+
+    assert goal == View((12,) * 12, (768,) * 12, 192, 16)
+
+
+def test_decoders_lose_whole_heads_and_keep_multiples_of_64():
+    goal = target_of(LLAMA, width=None, sparsity=0.5, round_to=None).goal
+
+    assert goal == View((4,) * 4, (896,) * 4, 256)
+
+
+def test_a_decoder_keeps_a_head_and_a_grid_step_of_neurons_at_any_sparsity():
+    goal = target_of(LLAMA, width=64, sparsity=None, round_to=None).goal
+
+    assert goal == View((1,) * 4, (256,) * 4, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 100}, "100 is not possible for a teacher of width 512; use one of 64, 128, 192"),
+        ({"width": 512}, "512 is not possible for a teacher of width 512"),
+        ({"width": 600}, "multiples of 64, see method.round_to"),
+        ({"width": 8, "round_to": 700}, "no multiple of 700 is below 512"),
+    ],
+)
+def test_a_width_that_the_grid_cannot_make_is_refused_with_those_it_can(options, message):
+    options = {"width": None, "sparsity": None, "round_to": None} | options
+
+    with pytest.raises(ConfigError, match=message):
+        target_of(LLAMA, **options)
+
+
+def test_a_target_that_leaves_a_head_without_columns_is_refused():
+    with pytest.raises(ConfigError, match="without columns of heads"):
+        target_of(BERT_BASE, width=4, sparsity=None, round_to=None)

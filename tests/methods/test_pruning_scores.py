@@ -1,0 +1,196 @@
+"""HomoDistil's averages, unit scores and selections, against sums over whole matrices."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_cuts import build, full_view
+
+from megakd.contract.units import Axis, Cut, Maker, UnitOrder, View
+from megakd.engine.shards import Shard
+from megakd.methods.homodistil.pruning import cut_of, everything, select
+from megakd.methods.homodistil.sensitivity import (
+    SENSITIVITY,
+    UNCERTAINTY,
+    Group,
+    group_sizes,
+    line_sums,
+    unit_sums,
+    update_averages,
+)
+from megakd.models.architectures import architecture_of
+from megakd.models.axes import unit_makers
+
+NEURONS = Axis("neurons", 0)
+WIDTH = Axis("width")
+EVERYTHING = Cut(None, None)
+
+
+def shards(weight, gradient):
+    return [Shard("w", torch.tensor(weight), torch.tensor(gradient), 0)]
+
+
+def test_the_average_is_the_exponential_mean_of_the_sensitivities():
+    averages: dict = {}
+
+    update_averages(averages, shards([2.0, -3.0], [1.0, 1.0]), beta=0.5, uncertainty_beta=None)
+    update_averages(averages, shards([4.0, 0.5], [-1.0, 2.0]), beta=0.5, uncertainty_beta=None)
+
+    # The mean of half the first step (1, 1.5) and the second step (4, 1).
+    assert averages[SENSITIVITY]["w"].tolist() == [2.5, 1.25]
+    assert UNCERTAINTY not in averages
+
+
+def test_beta_0_keeps_the_sensitivities_of_the_last_step():
+    averages: dict = {}
+
+    for weight in ([5.0], [2.0]):
+        update_averages(averages, shards(weight, [-3.0]), beta=0.0, uncertainty_beta=None)
+
+    assert averages[SENSITIVITY]["w"].tolist() == [6.0]
+
+
+def test_the_uncertainty_is_the_mean_distance_from_the_average():
+    averages: dict = {}
+
+    update_averages(averages, shards([2.0], [1.0]), beta=0.5, uncertainty_beta=0.75)
+
+    # The average is 1, the sensitivity 2: a quarter of the distance of 1.
+    assert averages[UNCERTAINTY]["w"].tolist() == [0.25]
+
+
+def test_updates_leave_weights_and_gradients_alone():
+    (shard,) = shards([2.0], [-1.0])
+
+    update_averages({}, [shard], beta=0.5, uncertainty_beta=0.5)
+
+    assert (shard.weight.tolist(), shard.gradient.tolist()) == ([2.0], [-1.0])
+
+
+@given(
+    rows=st.integers(1, 6),
+    columns=st.integers(1, 6),
+    bounds=st.tuples(st.integers(0, 36), st.integers(0, 36)),
+    dimension=st.integers(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_sums_of_any_shard_are_its_part_of_the_sums_of_the_matrix(
+    rows, columns, bounds, dimension, seed
+):
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    first, last = sorted(min(bound, matrix.numel()) for bound in bounds)
+    part = torch.zeros(matrix.numel())
+    part[first:last] = matrix.flatten()[first:last].abs()
+    maker = Maker(NEURONS, None, dimension, (rows, columns))
+
+    found = line_sums(matrix.flatten()[first:last], first, maker, EVERYTHING)
+
+    torch.testing.assert_close(found, part.view(rows, columns).double().sum(1 - dimension))
+
+
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_weights_with_a_removed_input_do_not_count(dimension):
+    matrix = torch.arange(12.0).view(3, 4) if dimension == 0 else torch.arange(12.0).view(4, 3)
+    cut = Cut(UnitOrder((), (), (3, 0, 1, 2)), View((), (), 2))
+    maker = Maker(NEURONS, WIDTH, dimension, tuple(matrix.shape))
+
+    found = line_sums(matrix.flatten(), 0, maker, cut)
+
+    kept = matrix[:, [0, 3]] if dimension == 0 else matrix[[0, 3]]
+    torch.testing.assert_close(found, kept.double().sum(1 - dimension))
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("bert", "mlm"), ("llama", "causal_lm"), ("gpt2", "causal_lm")]
+)
+def test_scores_of_shards_add_up_to_the_scores_of_the_model(family, kind):
+    model = build(family, kind)
+    student, weights = student_of(model), dict(model.named_parameters())
+    whole = {name: (weights[name].detach().flatten(), 0) for name in student.makers}
+    halves = [
+        {n: (v[: len(v) // 3], 0) for n, (v, _) in whole.items()},
+        {n: (v[len(v) // 3 :], len(v) // 3) for n, (v, _) in whole.items()},
+    ]
+    cut = cut_of(student, everything(student))
+
+    scores = [unit_sums(values, student.makers, student.units, cut) for values in (whole, *halves)]
+
+    torch.testing.assert_close(scores[0], scores[1] + scores[2])
+    assert len(scores[0]) == sum(group_sizes(student.makers, student.units).values())
+
+
+def student_of(model):
+    architecture = architecture_of(model.config)
+    return SimpleNamespace(makers=unit_makers(model), units=architecture.prunable(model.config))
+
+
+def test_bert_has_a_group_for_each_axis_of_every_layer():
+    groups = group_sizes(**vars(student_of(build("bert", "mlm"))))
+
+    assert groups[Group("width", 0, None)] == 24
+    assert groups[Group("heads", 2, "queries")] == groups[Group("heads", 2, "values")] == 24
+    assert groups[Group("neurons", 1, None)] == 20
+    assert len(groups) == 1 + 3 * 3
+
+
+def test_llama_has_a_group_of_key_value_groups():
+    groups = group_sizes(**vars(student_of(build("llama", "causal_lm"))))
+
+    assert groups[Group("heads", 0, None)] == 3
+    assert all(group.columns is None for group in groups)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), width=st.integers(1, 24), columns=st.integers(1, 4))
+def test_a_selection_keeps_the_best_units_of_every_group(seed, width, columns):
+    student = student_of(BERT)
+    sizes = group_sizes(student.makers, student.units)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(sum(sizes.values()), generator=generator, dtype=torch.float64)
+    wanted = full_view(BERT)._replace(width=width, neurons=(7, 1, 20), head_width=columns)
+
+    kept = select(scores, everything(student), wanted, student, monotone=True)
+
+    parts = dict(zip(sizes, scores.split([*sizes.values()]), strict=True))
+    best = parts[Group("width", 0, None)].topk(width).indices.sort().values.tolist()
+    assert kept[Group("width", 0, None)] == best
+    for number, count in enumerate((7, 1, 20)):
+        group = Group("neurons", number, None)
+        assert kept[group] == parts[group].topk(count).indices.sort().values.tolist()
+    queries = kept[Group("heads", 0, "queries")]
+    assert [place // 4 for place in queries] == [head for head in range(6) for _ in range(columns)]
+    assert cut_of(student, kept).view == wanted
+
+
+BERT = build("bert", "mlm")
+
+
+def test_removed_units_return_only_if_the_selection_is_not_monotone():
+    student = student_of(BERT)
+    count = sum(group_sizes(student.makers, student.units).values())
+    rising = torch.arange(count, dtype=torch.float64)
+    wanted = full_view(BERT)._replace(width=3, head_width=2, neurons=(4, 4, 4))
+    before = select(rising, everything(student), wanted, student, monotone=True)
+
+    same = select(rising.flip(0), before, wanted, student, monotone=True)
+    other = select(rising.flip(0), before, wanted, student, monotone=False)
+
+    assert same == before
+    assert other != before
+
+
+def test_of_equal_scores_the_first_units_stay():
+    student = student_of(BERT)
+    count = sum(group_sizes(student.makers, student.units).values())
+    wanted = full_view(BERT)._replace(width=3, head_width=2)
+
+    kept = select(
+        torch.zeros(count, dtype=torch.float64), everything(student), wanted, student, monotone=True
+    )
+
+    assert kept[Group("width", 0, None)] == [0, 1, 2]
+    assert kept[Group("heads", 1, "values")][:4] == [0, 1, 4, 5]
