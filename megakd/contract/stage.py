@@ -314,7 +314,8 @@ class Stage:
         verdict states which units they are (`Verdict.cut`).
     shards_kept: number of fp32 values per weight that the strategy keeps, for the memory plan.
     measures_losses: whether every evaluation also measures the losses of the objective on the
-        held-out rows, without dropout, as metrics with the names of the terms.
+        held-out rows, without dropout, as metrics with the names of the terms; the first evaluation
+        is before the first step.
     batches: function from the source of the training rows' batches to the source of the stage's
         batches; None uses the training rows' batches.
     reads_states: whether the strategy reads hidden states of both models.

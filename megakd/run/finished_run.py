@@ -26,6 +26,7 @@ from megakd.reports.reading import read_report
 from megakd.reports.report import write_report
 from megakd.reports.table import result_table
 from megakd.run.holder import held
+from megakd.run.next_run import write_next_config
 from megakd.run.writable import check_writable
 from megakd.storage import atomic
 from megakd.storage.checksums import checksum_of, damage_of, read_signed, write_signed
@@ -270,6 +271,7 @@ def publish(
     }
     atomic.write_text(out / CONFIG, dump_config(config))
     write_signed(out / RUN, record)
+    write_next_config(config, out / FINAL)
     write_report(out / REPORT, report)
     _draw(out)
     return result_table(report, final=out / FINAL)

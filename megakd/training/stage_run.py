@@ -145,6 +145,8 @@ class StageRun:
         on_main(lambda: self.reporter.begin(self.stage.name, self.extent(start)))
         self.trainer.strategy.begin(self.student, start)
         self.health.begin()
+        if start == 0 and self.stage.measures_losses:
+            self._evaluate(0)
         with signals.deferred(), closing(self._on_device(start)) as steps:
             for report in self.trainer.fit(steps):
                 self._after_step(report)
@@ -185,7 +187,9 @@ class StageRun:
         checkpoint = self.checkpoints.given(Path(wanted)) if isinstance(wanted, str) else None
         checkpoint = checkpoint or self.checkpoints.newest_good()
         if checkpoint is None:
-            if wanted is True:
+            if first:
+                self._say(f"{name}: continues from {self._previous().name} at step {first}")
+            elif wanted is True:
                 self._say(f"{name}: no checkpoint to resume from, starting at step {first}")
             self.best.resume(first, {})
             if first:

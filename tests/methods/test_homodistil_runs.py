@@ -66,10 +66,16 @@ def test_the_student_has_the_target_width_in_every_matrix(pruned):
     assert model.bert.encoder.layer[0].attention.self.query.weight.shape == (12, 12)
 
 
+def test_the_first_row_of_the_report_is_the_teacher_itself(pruned):
+    first = json.loads((pruned / "report.json").read_text())["pruning"][0]
+
+    assert (first["step"], first["width"], first["teacher_kl"]) == (0, 24, 0.0)
+
+
 def test_sizes_fall_at_the_cuts_and_the_report_lists_them(pruned):
     rows = json.loads((pruned / "report.json").read_text())["pruning"]
 
-    assert [row["step"] for row in rows] == [*range(1, 9)]
+    assert [row["step"] for row in rows] == [*range(9)]
     assert [row["width"] for row in rows] == sorted((row["width"] for row in rows), reverse=True)
     assert rows[-1]["width"] == 12
     stages = ["pruning-1", "pruning-2", "student"]
@@ -188,7 +194,7 @@ def test_a_one_shot_run_jumps_further_from_its_teacher(one_rank, tmp_path):
         said = one_rank.train("--config", config)
         assert said.code == 0, said.err
         rows = json.loads((tmp_path / schedule / "out" / "report.json").read_text())["pruning"]
-        course = [0.0, *(row["teacher_kl"] for row in rows)]
+        course = [row["teacher_kl"] for row in rows]
         jumps[schedule] = max(b - a for a, b in pairwise(course))
 
     assert jumps["cubic"] <= jumps["one_shot"] / 2
