@@ -278,8 +278,10 @@ class BatchSource(Protocol):
 class Window(NamedTuple):
     """The part of a longer run that a stage covers: steps `first` up to `last` of `total`.
 
-    Learning rate, data order and the step numbers of the strategy continue from one window to the
-    next. The optimizer starts afresh.
+    Learning rate, data order, step numbers of the strategy, the optimizer's moments, learned
+    projections, the strategy's shards and random numbers continue from one window to the next, also
+    if the model was cut between the windows. Each window but the first starts from the folder of
+    the previous window's stage.
     """
 
     first: int

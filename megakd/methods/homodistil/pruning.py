@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import operator
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +18,6 @@ from megakd.contract.stage import Pass, Scores, Stateless, StepReport, Verdict
 from megakd.contract.units import Cut, UnitOrder, View
 from megakd.methods.homodistil.schedule import ROWS, Course
 from megakd.methods.homodistil.sensitivity import (
-    SENSITIVITY,
-    UNCERTAINTY,
     Averages,
     Group,
     group_sizes,
@@ -43,6 +42,7 @@ class State:
     averages: see `update_averages`.
     rows: rows of the report.
     kept: units of the student; None before the window begins.
+    cut: how the student is cut to these units.
     scores: scores of the last step, if units are removed after the step.
     seconds: durations of the steps since the last row.
     clock: end of the last step, unless something else happened since then.
@@ -51,6 +51,7 @@ class State:
     averages: Averages = field(default_factory=dict)
     rows: list[PruningReport] = field(default_factory=list)
     kept: Chosen | None = None
+    cut: Cut = Cut(None, None)  # noqa: RUF009  (a named tuple)
     scores: Tensor | None = None
     student: Any = None
     seconds: list[float] = field(default_factory=list)
@@ -87,8 +88,14 @@ class Pruning(Stateless):
         self.now.student = student
         if self.now.kept is None:
             self.now.kept = everything(student)
+            self.now.cut = cut_of(student, self.now.kept)
         else:
-            student.keep(cut_of(student, self.now.kept))
+            self._keep(self.now.kept)
+
+    def _keep(self, kept: Chosen) -> None:
+        student = self.now.student
+        self.now.kept, self.now.cut = kept, cut_of(student, kept)
+        student.keep(self.now.cut)
 
     def passes(self, step: int) -> tuple[Pass, ...]:
         """Return one pass with the teacher."""
@@ -118,27 +125,22 @@ class Pruning(Stateless):
             count = sum(group_sizes(student.makers, student.units).values())
             generator = torch.Generator().manual_seed(self.course.scoring.seed * 1_000_003 + step)
             return torch.rand(count, generator=generator, dtype=torch.float64)
-        shards = {shard.name: shard for shard in student.local_shards()}
-        values = {}
-        for name in student.makers:
-            if name not in shards:
-                continue
-            shard = shards[name]
-            values[name] = (self._weight_scores(name, shard.weight), shard.offset)
-        here = unit_sums(values, student.makers, student.units, self.cut())
+        values = {
+            shard.name: (self._weight_scores(shard), shard.offset)
+            for shard in student.local_shards()
+            if shard.name in student.makers
+        }
+        here = unit_sums(values, student.makers, student.units, self.cut)
         if self.probe is None:
             return here
         return self.probe.agree(self.probe.add_up(here))
 
-    def _weight_scores(self, name: str, weight: Tensor) -> Tensor:
+    def _weight_scores(self, shard: Any) -> Tensor:
+        """Return the scores [n] of this rank's elements of a weight."""
         if self.course.scoring.score == "magnitude":
-            return weight.detach()
-        average = self.now.averages[SENSITIVITY][name]
-        return (
-            average * self.now.averages[UNCERTAINTY][name]
-            if UNCERTAINTY in self.now.averages
-            else average
-        )
+            return shard.weight.detach()
+        kinds = [kind[shard.name] for kind in self.now.averages.values()]
+        return functools.reduce(operator.mul, kinds)
 
     def after_update(self, report: StepReport) -> None:
         """Remove the units with the lowest scores if a removal is due."""
@@ -148,21 +150,20 @@ class Pruning(Stateless):
         self.now.clock = now
         if self.now.scores is None or self.now.kept is None:
             return
-        student, wanted = self.now.student, self.course.target.at(self.course.schedule.left(step))
-        self.now.kept = select(
-            self.now.scores, self.now.kept, wanted, student, monotone=self.course.scoring.monotone
-        )
+        student, scores = self.now.student, self.now.scores
+        wanted = self.course.target.at(self.course.schedule.left(step))
+        monotone = self.course.scoring.monotone
+        self._keep(select(scores, self.now.kept, wanted, student, monotone=monotone))
         self.now.scores = None
-        student.keep(cut_of(student, self.now.kept))
 
+    @property
     def cut(self) -> Cut:
-        """Return the cut that the student is now."""
-        kept = everything(self.now.student) if self.now.kept is None else self.now.kept
-        return cut_of(self.now.student, kept)
+        """The cut of the student now."""
+        return self.now.cut
 
     def note(self, step: int, scores: Mapping[str, float]) -> None:
         """Add a row of the report: the size and the distance from the teacher after a step."""
-        view = self.cut().view
+        view = self.cut.view
         if view is None:
             return
         self.now.rows.append(
@@ -200,7 +201,7 @@ class Pruning(Stateless):
 
     def scalars(self) -> Mapping[str, float]:
         """Return the width and the number of weights of the student."""
-        view = self.cut().view
+        view = self.cut.view
         if view is None:
             return {}
         return {"pruning/width": view.width or 0, "pruning/parameters": self.size(view)}
@@ -285,8 +286,9 @@ def _view(kept: Chosen, units: View) -> View:
 
     columns = None
     if units.head_width is not None:
-        first = kept[Group("heads", 0, "queries")]
-        columns = len(first) // max(units.heads[0], 1)
+        number = next((n for n, count in enumerate(units.heads) if count), 0)
+        chosen = kept[Group("heads", number, "queries")]
+        columns = len(chosen) // max(units.heads[number], 1)
     width = len(kept[Group("width", 0, None)])
     return View(counts("heads", units.heads), counts("neurons", units.neurons), width, columns)
 
@@ -327,4 +329,4 @@ class HomotopyJudge:
         self.pruning.note(step, scores[WHOLE])
         done = self.pruning.course.schedule.left(step) == 0
         score = self.worth(scores[WHOLE]) if done else float("nan")
-        return Verdict(score, WHOLE, cut=self.pruning.cut())
+        return Verdict(score, WHOLE, cut=self.pruning.cut)

@@ -46,6 +46,8 @@ def update_averages(
         average = averages.setdefault(SENSITIVITY, {}).setdefault(
             shard.name, torch.zeros_like(value)
         )
+        # Under fp16 a step may overflow, and its update is skipped.
+        value = torch.where(value.isfinite(), value, average)
         average.lerp_(value, 1 - beta)
         if uncertainty_beta is not None:
             spread = averages.setdefault(UNCERTAINTY, {}).setdefault(

@@ -47,23 +47,25 @@ def target_of(
 
 def _on_grid(whole: View, share: Fraction, width: Fraction, grid: int) -> Shares:
     """Return shares that give multiples of the grid, and whole heads unless columns are pruned."""
-    neurons, heads = whole.neurons[0], whole.heads[0]
+    # A teacher that was cut may have layers without heads or neurons.
+    neurons, heads = max(whole.neurons), max(whole.heads)
     kept = max(grid, grid * round(share * neurons / grid))
     of_neurons = min(Fraction(kept, neurons), Fraction(1)) if neurons else Fraction(1)
     if whole.head_width is not None:
         return Shares(Fraction(1), of_neurons, width, share)
-    return Shares(Fraction(max(1, round(share * heads)), heads), of_neurons, width, Fraction(1))
+    of_heads = Fraction(max(1, round(share * heads)), heads) if heads else Fraction(1)
+    return Shares(of_heads, of_neurons, width, Fraction(1))
 
 
 def _check_goal(target: Target) -> None:
-    goal = target.goal
+    whole, goal = target.whole, target.goal
     kept = {
-        "heads": min(goal.heads),
-        "neurons": min(goal.neurons),
-        "columns of hidden states": goal.width or 0,
-        "columns of heads": 1 if goal.head_width is None else goal.head_width,
+        "heads": zip(whole.heads, goal.heads, strict=True),
+        "neurons": zip(whole.neurons, goal.neurons, strict=True),
+        "columns of hidden states": [(1, goal.width or 0)],
+        "columns of heads": [(1, 1 if goal.head_width is None else goal.head_width)],
     }
-    empty = [name for name, count in kept.items() if count < 1]
+    empty = [name for name, counts in kept.items() if any(a and not b for a, b in counts)]
     if empty:
         raise ConfigError(
             f"method.target_width or method.target_sparsity leaves a layer without "
