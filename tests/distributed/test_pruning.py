@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_runs import config_tree, save_tokenizer, write_config, write_text
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, LlamaConfig
 
@@ -194,3 +196,29 @@ def test_at_step_0_no_term_separates_the_student_from_its_teacher(workers, folde
     assert all(values.count_nonzero() == 0 for values in found["sensitivities"][0].values())
     first = found["logged"][0]
     assert [first[f"train/{term['loss']}"] for term in DISTILLATION] == [0.0] * 4
+
+
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_a_run_killed_within_a_window_ends_with_the_same_weights(launch, folder, tmp_path, zero):
+    settings = {"save": {"save_steps": 1}, "log": {"logging_steps": 1}}
+    whole, killed = (
+        config_of(folder, tmp_path / kind, "dropout", zero=zero, **settings)
+        for kind in ("whole", "killed")
+    )
+    checkpoints = tmp_path / "killed" / "out" / "checkpoints" / "pruning-2"
+
+    assert launch("--config", str(whole)).wait() == [0, 0]
+    first = launch("--config", str(killed))
+    assert first.wait_until(lambda: any(checkpoints.glob("step-*/manifest.json"))), first.text
+    first.kill()
+    second = launch("--config", str(killed))
+
+    assert second.wait() == [0, 0], second.text
+    # The kill may come late, in the window after it.
+    assert re.search("(pruning-2|student): resumed at step", second.text)
+    one, other = (
+        load_file(tmp_path / kind / "out" / "final" / "model.safetensors")
+        for kind in ("whole", "killed")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
