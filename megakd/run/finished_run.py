@@ -37,6 +37,7 @@ from megakd.training.engines import model_identity
 from megakd.training.inputs import UnencodedInputs, unencoded_inputs
 from megakd.training.longer import is_longer
 from megakd.training.stage_result import RESULT, remake
+from megakd.training.window_state import files_of_window
 
 logger = logging.getLogger(__name__)
 REPORT = "report.json"
@@ -338,7 +339,8 @@ def export_run(config: RunConfig, stage: str | None, to: Path) -> Path:
         raise CheckpointError(f"{to} already exists; give a folder that does not exist")
     check_writable(to, where="--to")
     folder = stages / name
-    copy_finished(folder, to, changes={RESULT: None, RECORD: None}, remedy=remake(folder))
+    own = dict.fromkeys((RESULT, RECORD, *files_of_window(entries(folder))))
+    copy_finished(folder, to, changes=own, remedy=remake(folder))
     return to
 
 

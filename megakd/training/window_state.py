@@ -9,7 +9,7 @@ the model of the window.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -82,6 +82,11 @@ class WindowState(NamedTuple):
         (folder / FOLDER).mkdir()
         write_weights(folder / FOLDER, self.tensors)
         write_content(folder / FOLDER / REST, self.rest)
+
+
+def files_of_window(names: Iterable[str]) -> list[str]:
+    """Return the files of a training state among the files of a stage's folder."""
+    return [name for name in names if name.startswith(f"{FOLDER}/")]
 
 
 def _whole(student: StudentEngine, strategy: Strategy) -> Iterator[tuple[str, Tensor]]:

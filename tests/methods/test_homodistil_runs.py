@@ -94,6 +94,17 @@ def test_a_model_in_flight_loads_with_plain_transformers_and_keeps_its_scale(pru
     AutoModelForMaskedLM.from_pretrained(pruned / "stages" / "pruning-1", trust_remote_code=True)
 
 
+def test_an_exported_model_in_flight_has_no_training_state(one_rank, pruned, tmp_path):
+    config = pruned.parent / "run.yaml"
+
+    said = one_rank.megakd("export", config, "--stage", "pruning-1", "--to", tmp_path / "model")
+
+    assert said.code == 0, said.err
+    assert (pruned / "stages" / "pruning-1" / "training_state").is_dir()
+    assert not (tmp_path / "model" / "training_state").exists()
+    AutoModelForMaskedLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+
+
 @pytest.mark.parametrize("stop", [("pruning-1", 1), ("pruning-2", 3), ("student", 7)])
 def test_a_run_stopped_in_any_window_ends_with_the_same_weights(one_rank, pruned, tmp_path, stop):
     config = pruning(tmp_path, save={"save_steps": 1}, eval={"eval_steps": 1, "keep_best": False})
