@@ -264,9 +264,9 @@ class BatchSource(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain values that a resumed run needs, the same on every rank; may be a collective.
+        """Return plain values that a resumed run and the next window need, equal on every rank.
 
-        The next window of a run continues with these values too.
+        The call may be a collective.
         """
         ...
 

@@ -182,20 +182,11 @@ class StageRun:
                 yield [device_batch(batch, self.ranks.device) for batch in batches]
 
     def _resume(self) -> int:
-        name, first = self.stage.name, self.trainer.step
         wanted = self.stage.train.resume_from_checkpoint
         checkpoint = self.checkpoints.given(Path(wanted)) if isinstance(wanted, str) else None
         checkpoint = checkpoint or self.checkpoints.newest_good()
         if checkpoint is None:
-            if first:
-                self._say(f"{name}: continues from {self._previous().name} at step {first}")
-            elif wanted is True:
-                self._say(f"{name}: no checkpoint to resume from, starting at step {first}")
-            self.best.resume(first, {})
-            if first:
-                strategy = self.trainer.strategy
-                continue_window(self._previous(), self.student, strategy, self.source, self.ranks)
-            return first
+            return self._begin()
         if wanted is False:
             raise CheckpointError(
                 f"{checkpoint} exists and resume_from_checkpoint is false; use another output_dir, "
@@ -216,6 +207,18 @@ class StageRun:
         self._say(f"{self.stage.name}: resumed at step {step} from {checkpoint}")
         self.best.resume(step, state["best_steps"])
         return step
+
+    def _begin(self) -> int:
+        """Begin without a checkpoint: at step 0, or where the previous window has ended."""
+        name, first, strategy = self.stage.name, self.first_step, self.trainer.strategy
+        self.best.resume(first, {})
+        if first:
+            previous = self._previous()
+            self._say(f"{name}: continues from {previous.name} at step {first}")
+            continue_window(previous, self.student, strategy, self.source, self.ranks)
+        elif self.stage.train.resume_from_checkpoint is True:
+            self._say(f"{name}: no checkpoint to resume from, starting at step 0")
+        return first
 
     def _previous(self) -> Path:
         """Return the folder of the previous window, from which this window starts."""
