@@ -1,0 +1,138 @@
+"""HomoDistil on a real pretrained decoder, against its controls: losses, and jumps on the way.
+
+`python benchmarks/homodistil_decoder.py --data FOLDER [--seeds 1,2,3]`, on the CPU, one rank.
+
+The teacher is a Llama of 260,000 weights, pretrained on TinyStories by the author of llama2.c. The
+student keeps half of the width, of the neurons and of the key-value groups. Every variant sees the
+same 1000 stories for as many steps at the same rate. `cubic` is the method; `one_shot` removes all
+units after 20 steps; `platon`, `magnitude` and `random_scores` choose the units by other scores;
+`random` is the student's shape from random weights, distilled; `alone` learns without a teacher.
+Each run has a folder below `--out`, is gone on with where it was, and is done once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from homodistil_summary import largest_jump
+from launching import ROOT, write_config
+from legs import Leg, report_of
+from machine import markdown_row, mean_and_deviation, print_row
+from options import integers
+from stories_tokenizer import write_tokenizer
+from summary import aligned
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+STORIES = Path("lm/tinystories_sample/tinystories_1000.json")
+MODEL = Path("weights/stories260K")
+RUNS = {
+    "cubic": ("baselines=[random, alone]",),
+    "one_shot": ("method.schedule=one_shot", "method.pruning_start=20"),
+    "platon": ("method.score=platon",),
+    "magnitude": ("method.score=magnitude",),
+    "random_scores": ("method.score=random",),
+}
+BASELINES = ("random", "alone")
+Rows = dict[str, list[tuple[float, float]]]
+"""By variant and seed: the loss, and the largest jump of the divergence (NaN for baselines)."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs what has not finished, and prints the table."""
+    given = parse(arguments)
+    for path in (given.data / STORIES, given.data / MODEL):
+        if not path.exists():
+            print(f"homodistil_decoder: error: {path} does not exist", file=sys.stderr)
+            return 1
+    write_tokenizer(given.data / MODEL / "tok512.bin", given.out / "tokenizer")
+    write_config(given.out / "run.yaml", config(given))
+    reports = {
+        (name, seed): report_of(leg(given, name, seed), ranks=1)
+        for seed in given.seeds
+        for name in RUNS
+    }
+    show(rows(reports), shlex.join(["python", "benchmarks/homodistil_decoder.py", *arguments]))
+    return 0
+
+
+def config(given: argparse.Namespace) -> dict[str, Any]:
+    """The run that the variants change."""
+    steps = given.steps
+    return {
+        "output_dir": str(given.out / "run"),
+        "task": {
+            "type": "causal_lm",
+            "dataset": str(given.data / STORIES),
+            "text_columns": ["text"],
+            "max_length": 256,
+            "tokenizer": str(given.out / "tokenizer"),
+            "max_eval_examples": 16,
+        },
+        "teacher": {"model": str(given.data / MODEL / "hf"), "deepspeed": "teacher_zero0"},
+        "student": {"model": "from_teacher", "deepspeed": "zero2"},
+        "method": {"name": "homodistil", "target_width": 32, "round_to": 4, "cuts": 4},
+        "train": {
+            "per_device_train_batch_size": 4,
+            "max_steps": steps,
+            "learning_rate": 3e-3,
+            "warmup_ratio": 0.02,
+        },
+        "eval": {"eval_steps": max(1, steps // 40), "keep_best": False},
+    }
+
+
+def leg(given: argparse.Namespace, name: str, seed: int) -> Leg:
+    """One run."""
+    folder = f"{name}-{seed}"
+    return Leg(folder, given.out / "run.yaml", given.out / folder, (*RUNS[name], f"seed={seed}"))
+
+
+def rows(reports: Mapping[tuple[str, int], Mapping[str, Any]]) -> Rows:
+    """The numbers of every variant over the seeds."""
+    found: Rows = {name: [] for name in (*RUNS, *BASELINES)}
+    for (name, _), report in reports.items():
+        loss = report["student"]["metrics"]["loss"]
+        found[name].append((loss, largest_jump(report["pruning"])))
+        for baseline, metrics in report["baselines"].items():
+            found[baseline].append((metrics["loss"], float("nan")))
+    return found
+
+
+def show(found: Rows, command: str) -> None:
+    """The table, and the row for docs/measurements.md."""
+    lines, means, spreads = [["variant", "held-out loss", "largest jump"]], [], []
+    for name, pairs in found.items():
+        (loss, loss_sd), (jump, jump_sd) = (
+            mean_and_deviation([pair[place] for pair in pairs]) for place in range(2)
+        )
+        lines.append([name, f"{loss:.3f} ±{loss_sd:.3f}", f"{jump:.3f} ±{jump_sd:.3f}"])
+        means.append(f"{name} {loss:.3f}")
+        spreads.append(f"{name} {loss_sd:.3f}")
+    print(aligned(lines))
+    ratios = [a[1] / b[1] for a, b in zip(found["cubic"], found["one_shot"], strict=True)]
+    means.append("jump of cubic over one_shot " + ", ".join(f"{ratio:.3f}" for ratio in ratios))
+    what = "HomoDistil of a pretrained Llama, held-out loss in nats per token"
+    print_row(markdown_row(what, command, "; ".join(means), "sd: " + "; ".join(spreads)))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options."""
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--data", type=Path, required=True, help="holds lm/ and weights/")
+    parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/homodistil_decoder"))
+    given = parser.parse_args(arguments)
+    given.data, given.out = given.data.resolve(), ROOT / given.out
+    return given
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

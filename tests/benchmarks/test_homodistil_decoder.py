@@ -1,0 +1,59 @@
+"""The decoder's benchmark: its runs are valid and alike, its numbers are right."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from megakd.config.file import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import homodistil_decoder  # noqa: E402
+from launching import write_config  # noqa: E402
+
+
+def test_the_variants_are_valid_and_differ_in_the_method_alone(tmp_path):
+    given = homodistil_decoder.parse(["--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    write_config(given.out / "run.yaml", homodistil_decoder.config(given))
+
+    configs = [
+        load_config(leg.config, [*leg.overrides, f"output_dir={leg.output}"])
+        for leg in (homodistil_decoder.leg(given, name, 7) for name in homodistil_decoder.RUNS)
+    ]
+
+    assert {config.seed for config in configs} == {7}
+    assert len({(config.train, config.task.dataset) for config in configs}) == 1
+    assert [config.method.schedule for config in configs].count("one_shot") == 1
+    assert [c.method.score for c in configs].count("sensitivity") == 2
+
+
+def report(loss: float, divergences: list[float], **baselines: float) -> dict:
+    return {
+        "student": {"metrics": {"loss": loss}},
+        "pruning": [{"teacher_kl": value} for value in divergences],
+        "baselines": {name: {"loss": value} for name, value in baselines.items()},
+    }
+
+
+def test_the_table_has_losses_and_the_largest_rise_of_the_divergence(capsys):
+    reports = {
+        ("cubic", 1): report(2.0, [0.0, 0.3, 0.1, 0.2], random=3.0, alone=3.5),
+        ("one_shot", 1): report(2.5, [0.0, 4.0, 1.0]),
+    }
+
+    found = homodistil_decoder.rows(reports)
+
+    assert found["cubic"] == [(2.0, pytest.approx(0.3))]
+    assert found["one_shot"] == [(2.5, 4.0)]
+    assert found["alone"][0][0] == 3.5
+    assert math.isnan(found["alone"][0][1])
+
+
+def test_data_that_is_missing_is_named(tmp_path, capsys):
+    assert homodistil_decoder.main(["--data", str(tmp_path)]) == 1
+    assert "tinystories_1000.json does not exist" in capsys.readouterr().err
