@@ -107,6 +107,10 @@ class AssistantOptions(MethodOptions):
                 f'teachers: method "{self.name}" needs exactly one teacher; use the section '
                 "teacher, or set method.name to a method for several teachers"
             )
+        if config.task.streaming and self.importance_split == "train":
+            yield (
+                "method.importance_split: train cannot be read with task.streaming; use validation"
+            )
         yield from self._problems_of_student(config.student)
         yield from self._problems_of_objective(config.objective or ())
         if self.target_sparsity not in self.sparsities:

@@ -100,3 +100,11 @@ def test_what_cannot_work_is_refused_with_its_key(run_file, override, message):
 def test_options_of_another_schedule_are_unknown_keys(run_file):
     with pytest.raises(ConfigError, match=r"method.iterations"):
         load_config(run_file, ["method.name=direct", "method.iterations=3"])
+
+
+def test_importance_cannot_be_measured_on_a_stream(run_file):
+    stream = ["task.type=mlm", "task.dataset=texts.jsonl", "task.streaming=true"]
+    stream += ["task.tokenizer=tokenizer", "task.max_eval_examples=5", "train.max_steps=5"]
+
+    with pytest.raises(ConfigError, match=r"method.importance_split: train cannot be read"):
+        load_config(run_file, [*stream, "method.importance_split=train"])
