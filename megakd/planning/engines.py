@@ -8,7 +8,7 @@ weights in fp32.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -117,6 +117,24 @@ class Trained(Frozen):
         return together(
             super().resting(), self.held("optimizer", self.inventory.amount(FP32).times(copies))
         )
+
+    def averages(self, numbers: Collection[int], values: int) -> Holding:
+        """Return the values that a strategy keeps for each element of its shards.
+
+        The values lie where the product of a weight and its gradient lies: beside the shards of the
+        optimizer, or on the host if these are on a disk.
+
+        Args:
+            numbers: numbers of the weights for which values are kept.
+            values: number of fp32 values per element.
+        """
+        own = amount_of(size * FP32 for size in self._own_sizes(numbers))
+        place = self.place("offload_optimizer") or "host"
+        return self.held("averages", own.times(values), place)
+
+    def _own_sizes(self, numbers: Collection[int]) -> list[int]:
+        """Return the elements of the rank's shards of some weights; ZeRO 0 divides them too."""
+        return [self.share(parameter.numel) for parameter in self.inventory.of(numbers)]
 
     def accumulated(self) -> Holding:
         """Return the additional memory of gradients between two micro-batches of a step."""
@@ -257,13 +275,31 @@ class Divided(Trained):
     def _touched(self) -> int:
         """The most elements, over ranks, of the parameters that overlap a rank's shard."""
         touched = [0] * self.ranks
-        for group in self.groups:
-            share, start = self.share(sum(group)), 0
-            for numel in group:
-                for rank in range(start // share, (start + numel - 1) // share + 1):
-                    touched[rank] += numel
-                start += numel
+        for rank, number, _ in self._pieces():
+            touched[rank] += self.inventory[number].numel
         return max(touched)
+
+    def _own_sizes(self, numbers: Collection[int]) -> list[int]:
+        """Return the parts of some weights in the shard of the rank that has the most of them."""
+        own: list[list[int]] = [[] for _ in range(self.ranks)]
+        for rank, number, size in self._pieces():
+            if number in numbers:
+                own[rank].append(size)
+        return max(own, key=sum)
+
+    def _pieces(self) -> Iterator[tuple[int, int, int]]:
+        """Yield rank, number of the weight, and elements of each part of a weight in a shard."""
+        for decays in (True, False):
+            numbers = [
+                n for n, parameter in enumerate(self.inventory) if parameter.decays == decays
+            ]
+            share, start = self.share(self.inventory.of(numbers).numel), 0
+            for number in numbers:
+                stop = start + self.inventory[number].numel
+                for rank in range(start // share, (stop - 1) // share + 1):
+                    first, last = max(start, rank * share), min(stop, (rank + 1) * share)
+                    yield rank, number, last - first
+                start = stop
 
 
 class Sharded(Trained):

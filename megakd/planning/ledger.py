@@ -9,10 +9,24 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from megakd.planning.moments import NOTHING, Amount
 
-Part = Literal["weights", "gradients", "optimizer", "activations", "gather", "workspace", "elastic"]
+Part = Literal[
+    "weights",
+    "gradients",
+    "optimizer",
+    "averages",
+    "activations",
+    "gather",
+    "workspace",
+    "elastic",
+]
 PARTS: tuple[Part, ...] = get_args(Part)
 Place = Literal["device", "host"]
-_LIFETIMES = {"weights": "models", "optimizer": "models", "gather": "module"}
+_LIFETIMES = {
+    "weights": "models",
+    "optimizer": "models",
+    "averages": "models",
+    "gather": "module",
+}
 HOLES = {"step": 0.4, "module": 0.1}
 """Extra share of the heap by the lifetime of its blocks, for holes that no later block fills.
 

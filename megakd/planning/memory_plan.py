@@ -150,4 +150,9 @@ class Plan:
             "network_bytes_per_step": round(phase.sent),
             "flops_per_step": phase.flops,
             "seconds_per_step": self.seconds_of(phase),
+            "pruned_to": phase.pruned
+            and {
+                "parameters": phase.pruned.parameters,
+                "width": phase.pruned.width,
+            },
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from megakd.planning.cluster import GIGA
@@ -50,12 +51,15 @@ def _parts(plan: Plan) -> list[list[str]]:
 
 
 def _phases(plan: Plan) -> list[list[str]]:
-    rows = [["phase", "peak", "at", "host", "loading", "network/step", "s/step"]]
+    head = ["phase", "peak", "at", "host", "loading", "network/step", "s/step"]
+    is_pruned = any(phase.pruned for phase in plan.phases)
+    rows = [[head[0], *(["width", "weights"] if is_pruned else []), *head[1:]]]
     for phase in plan.as_json()["phases"]:
         seconds = phase["seconds_per_step"]
         rows.append(
             [
                 phase["name"] if phase["required"] else f"{phase['name']} (optional)",
+                *(_left(phase["pruned_to"]) if is_pruned else []),
                 _gigabytes(phase["peak_bytes_per_rank"]),
                 phase["peak_moment"],
                 _gigabytes(phase["host_bytes_per_rank"]) if plan.cluster.device == "cuda" else "-",
@@ -65,6 +69,11 @@ def _phases(plan: Plan) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def _left(size: Mapping[str, int] | None) -> list[str]:
+    """Return the width and the number of weights of a learner after it was pruned in a phase."""
+    return ["-", "-"] if size is None else [str(size["width"]), f"{size['parameters']:,}"]
 
 
 def _verdict(plan: Plan) -> str:

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from megakd.config.run import RunConfig
-from megakd.contract.batch import Batch, Knowledge
+from megakd.contract.batch import Batch, Knowledge, Unit
 from megakd.contract.stage import Pass, Stage, backward_groups, teacher_names
 from megakd.contract.tasks import Dtype
 from megakd.data.masking import DEFAULT_PROBABILITY
@@ -24,6 +24,7 @@ from megakd.models.knowledge import Needs, language_model_head
 from megakd.models.source import ModelSource
 from megakd.planning.cluster import Device
 from megakd.planning.moments import Trace
+from megakd.planning.pruned import Pruned, largest_mask, pruned
 from megakd.planning.stages import Phase
 from megakd.planning.tracing import VALUELESS, repeat_alike, trace_call
 from megakd.pruning.importance import GateGradients
@@ -35,6 +36,14 @@ PLANS = 100
 """Number of steps over which the use of teachers is counted."""
 
 
+class Measured(NamedTuple):
+    """The losses of held-out rows, without gradient: teachers, bytes of their outputs, learner."""
+
+    teachers: Mapping[str, Trace]
+    answers: int
+    learner: Trace
+
+
 @dataclass(frozen=True, kw_only=True)
 class SimulatedPhase:
     """A traced phase.
@@ -43,16 +52,22 @@ class SimulatedPhase:
     asked: mean number of answers per micro-batch of each teacher.
     answers: bytes of the outputs of a step's teachers, kept while the learner runs.
     learner: each group of passes of the learner with its backward.
+    masked: the same of a learner that has lost its first units; empty if it loses none.
     of_one_view: peak bytes of activations of the first pass, if several views share a backward.
     evaluation: evaluation of the learner, without gradient.
+    measured: the losses of an evaluation that also measures them; None if a step needs more.
+    pruned: what is left of a learner that is pruned in the phase.
     """
 
     teachers: Mapping[str, Trace]
     asked: Mapping[str, float] = field(default_factory=dict)
     answers: int = 0
     learner: Sequence[Trace] = ()
+    masked: Sequence[Trace] = ()
     of_one_view: int | None = None
     evaluation: Trace | None = None
+    measured: Measured | None = None
+    pruned: Pruned | None = None
 
 
 class Traces(dict[str, SimulatedPhase]):
@@ -100,54 +115,81 @@ class _Tracer:
         if stage is None:
             return repr(facts)
         train, learners = stage.train, list(map(_shown, phase.learners.values()))
-        losses = (stage.objective, stage.views, stage.strategy, stage.reads_states)
+        # A strategy that is not made of plain values lists the values that it depends on.
+        strategy = getattr(stage.strategy, "facts", stage.strategy)
+        losses = (stage.objective, stage.views, strategy, stage.reads_states)
+        pruning = (stage.pruned_to, stage.measures_losses)
         rows = (train.per_device_train_batch_size, self._config.eval_rows(train))
         held = (training_dtype(train), train.gradient_checkpointing, stage.passes_per_backward)
-        return repr((facts, learners, losses, rows, held))
+        return repr((facts, learners, losses, pruning, rows, held))
 
     def training(self, stage: Stage) -> SimulatedPhase:
         """Trace the training of a student with teachers."""
         batch = self._batch(stage.train.per_device_train_batch_size)
         losses = self._losses(stage)
-        needs = losses.teacher_needs()
+        teachers, knowledge = self._asked(losses, batch)
+        plans = [teacher_names(stage.strategy.passes(step)) for step in range(PLANS)]
+        sizes = {name: _said_bytes(said) for name, said in knowledge.items()}
+        waiting = [sum(size for name, size in sizes.items() if name in plan) for plan in plans]
+        bundle = self._bundle(stage, losses)
+        found = self._learner(stage, bundle, batch, knowledge)
+        scored = self._batch(self._config.eval_rows(stage.train))
+        evaluation, _ = self._forward(bundle.eval(), scored, view=next(iter(stage.views), None))
+        return replace(
+            found,
+            teachers=teachers,
+            asked={name: sum(name in plan for plan in plans) / PLANS for name in teachers},
+            answers=max(waiting),
+            evaluation=evaluation,
+            measured=self._measured(stage, bundle, losses, scored),
+        )
+
+    def _asked(
+        self, losses: StageLosses, batch: Batch
+    ) -> tuple[dict[str, Trace], dict[str, Knowledge]]:
+        """Trace the forward of every teacher; return the outputs too."""
         teachers: dict[str, Trace] = {}
         knowledge: dict[str, Knowledge] = {}
         for name, ready in self._phase.teachers.items():
-            frozen = self._frozen(ready, needs)
+            frozen = self._frozen(ready, losses.teacher_needs())
             teachers[name], said = self._forward(frozen, batch)
             if said.hidden is not None:
                 said = said._replace(head=language_model_head(frozen.model))
             knowledge[name] = said
-        plans = [teacher_names(stage.strategy.passes(step)) for step in range(PLANS)]
-        sizes = {name: _said_bytes(said) for name, said in knowledge.items()}
-        waiting = [sum(size for name, size in sizes.items() if name in plan) for plan in plans]
-        return replace(
-            self._learner(stage, self._bundle(stage, losses), batch, knowledge),
-            teachers=teachers,
-            asked={name: sum(name in plan for plan in plans) / PLANS for name in teachers},
-            answers=max(waiting),
-        )
+        return teachers, knowledge
 
     def _learner(
         self, stage: Stage, bundle: StudentBundle, batch: Batch, knowledge: Mapping[str, Knowledge]
     ) -> SimulatedPhase:
-        """Trace the passes of a step, and an evaluation."""
-        one = torch.ones((), dtype=torch.long, device=VALUELESS)
-        counts = dict.fromkeys(bundle.counters, one)
+        """Trace the passes of a step, of a learner that is pruned also with its first mask."""
 
         def backward_of(passes: Sequence[Pass]) -> Trace:
-            call = partial(bundle, batch, knowledge, passes, counts)
+            call = partial(bundle, batch, knowledge, passes, _ones(bundle))
             return trace_call(bundle, call, backward=True, device=self._device)[0]
 
         groups = backward_groups(stage.strategy.passes(0), stage.passes_per_backward)
-        learner, of_one_view = [backward_of(group) for group in groups], None
+        found = SimulatedPhase(teachers={}, learner=[backward_of(group) for group in groups])
         if len({planned.view for planned in groups[0]}) > 1:
             of_one_view = max(m.live.total for m in backward_of(groups[0][:1]).moments)
-        scored = self._batch(self._config.eval_rows(stage.train))
-        evaluation, _ = self._forward(bundle.eval(), scored, view=next(iter(stage.views), None))
-        return SimulatedPhase(
-            teachers={}, learner=learner, of_one_view=of_one_view, evaluation=evaluation
-        )
+            found = replace(found, of_one_view=of_one_view)
+        if bundle.elastic is None or stage.pruned_to is None:
+            return found
+        mask = largest_mask(bundle.elastic.prunable, stage.pruned_to)
+        bundle.elastic.keep(mask)
+        masked = () if mask is None else [backward_of(group) for group in groups]
+        return replace(found, masked=masked, pruned=pruned(bundle, stage.pruned_to))
+
+    def _measured(
+        self, stage: Stage, bundle: StudentBundle, losses: StageLosses, batch: Batch
+    ) -> Measured | None:
+        """Trace the held-out losses, unless a training step has as many rows."""
+        rows = len(batch.valid)
+        if not stage.measures_losses or rows <= stage.train.per_device_train_batch_size:
+            return None
+        teachers, knowledge = self._asked(losses, batch)
+        said, passes = sum(map(_said_bytes, knowledge.values())), stage.strategy.passes(0)
+        trace, _ = self._forward(bundle.eval(), batch, knowledge, passes, _ones(bundle))
+        return Measured(teachers, said, trace)
 
     def alone(self) -> SimulatedPhase:
         """Trace work with frozen models: importance, scoring, timing."""
@@ -221,6 +263,11 @@ class _Tracer:
                 return Batch(inputs, ids.clone(), valid, targets)
             dtype = torch.float32 if task.type == "regression" else torch.long
             return Batch(inputs, torch.ones(rows, dtype=dtype), valid)
+
+
+def _ones(bundle: StudentBundle) -> dict[Unit, torch.Tensor]:
+    """Return a count of 1 for every unit of the losses."""
+    return dict.fromkeys(bundle.counters, torch.ones((), dtype=torch.long, device=VALUELESS))
 
 
 def _said_bytes(said: Knowledge) -> int:

@@ -12,9 +12,10 @@ from megakd.contract.stage import Stage
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER
 from megakd.models.export import SHARD_BYTES
 from megakd.planning.cluster import Cluster
-from megakd.planning.engines import Frozen, Trained, trained
+from megakd.planning.engines import FP32, Frozen, Trained, trained
 from megakd.planning.ledger import Holding, Ledger, Part, Share, together
 from megakd.planning.moments import NOTHING, Amount, Moment, Trace, block
+from megakd.planning.pruned import Pruned
 from megakd.planning.simulated_phase import Traces, planned_dtype, simulated_phase
 from megakd.planning.stages import Phase, Work
 from megakd.training.precision import TORCH_DTYPE, training_dtype
@@ -34,6 +35,7 @@ class PhasePlan:
     load_peak: peak bytes of the host while the models are built and loaded.
     flops, network: operations, and bytes sent by role, of one training step.
     required: False if the run continues without the phase when memory is short.
+    pruned: what is left of a learner that is pruned in the phase.
     """
 
     name: str
@@ -42,6 +44,7 @@ class PhasePlan:
     flops: float = 0.0
     network: dict[str, float] = field(default_factory=dict)
     required: bool = True
+    pruned: Pruned | None = None
 
     @property
     def sent(self) -> float:
@@ -55,7 +58,8 @@ class Timeline:
     def __init__(self, phase: Phase, config: RunConfig, cluster: Cluster, known: Traces) -> None:
         self.phase, self.config, self.cluster = phase, config, cluster
         self.traced = simulated_phase(phase, config, cluster.device, known)
-        self.plan = PhasePlan(phase.name, Ledger(cluster.device), required=phase.work != "timing")
+        required, left = phase.work != "timing", self.traced.pruned
+        self.plan = PhasePlan(phase.name, Ledger(cluster.device), required=required, pruned=left)
         self._resting: Holding = {}
         self._answers: Holding = {Share(TEACHER, "activations"): block(self.traced.answers)}
 
@@ -115,21 +119,53 @@ class Timeline:
         learner = trained(itemsize=dtype.itemsize, moments=moments, **model)
         self._load(learner)
         self._look("initializing DeepSpeed", learner.initializing())
-        self._resting = together(self._resting, learner.resting(), self._fetched(frozen))
+        left = self.traced.pruned
+        averages = learner.averages(left.makers, stage.shards_kept) if left else {}
+        self._resting = together(self._resting, learner.resting(), averages, self._fetched(frozen))
         micro_batches = stage.train.gradient_accumulation_steps
         self._ask(frozen, learner.accumulated() if micro_batches > 1 else {})
         heads = [engine.held("gather", self._head(name, engine)) for name, engine in frozen.items()]
-        for number, run in enumerate(self.traced.learner):
-            self._learn(learner, run, together(*heads), adds=micro_batches > 1 or number > 0)
+        for runs in (self.traced.learner, self.traced.masked):
+            for number, run in enumerate(runs):
+                self._learn(learner, run, together(*heads), adds=micro_batches > 1 or number > 0)
         for held in learner.updating():
             self._look("updating the weights", held)
-        if self.traced.evaluation is not None:
-            rows = self.config.eval_rows(stage.train)
-            when = f"evaluating (eval.per_device_eval_batch_size {rows})"
-            self._forward(when, learner, self.traced.evaluation)
+        self._evaluate(learner, frozen, together(*heads), self.config.eval_rows(stage.train))
         written = block(min(learner.inventory.numel * learner.itemsize, SHARD_BYTES))
         self._look("writing the model", learner.held("weights", written, "host"))
+        if left is not None and stage.window and stage.window.last < stage.window.total:
+            self._write_state(learner, left, stage.shards_kept)
         self._count(learner, frozen, micro_batches)
+
+    def _evaluate(
+        self, learner: Trained, frozen: Mapping[str, Frozen], heads: Holding, rows: int
+    ) -> None:
+        """Record an evaluation, and the measurement of the losses on its rows."""
+        when = f"evaluating (eval.per_device_eval_batch_size {rows})"
+        if self.traced.evaluation is not None:
+            self._forward(when, learner, self.traced.evaluation)
+        if self.traced.measured is None:
+            return
+        teachers, said, run = self.traced.measured
+        answers: Holding = {Share(TEACHER, "activations"): block(said)}
+        for name, engine in frozen.items():
+            self._forward(when, engine, teachers[name], answers)
+        self._forward(when, learner, run, answers, heads)
+
+    def _write_state(self, learner: Trained, left: Pruned, kept: int) -> None:
+        """Record the training state that rank 0 writes for the next window.
+
+        The state is written as files of at most `SHARD_BYTES`, which are put together on the host.
+        To read it takes less than a step: each rank reads one tensor after the other.
+        """
+        state = left.state(values=1 + learner.moments, kept=kept)
+        state = state.times(min(1.0, SHARD_BYTES / max(1, state.total)))
+        whole = block(learner.inventory.largest * FP32)
+        self._look(
+            "writing the state for the next window",
+            learner.held("workspace", state.plus(whole), "host"),
+            learner.held("gather", whole),
+        )
 
     def _fetched(self, frozen: Mapping[str, Frozen]) -> Holding:
         """Return the memory for prefetching: one teacher from the host is on the device."""
