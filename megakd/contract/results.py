@@ -105,8 +105,8 @@ class PruningReport(TypedDict):
 
     width: columns of the hidden states.
     parameters: weights of the student as the export would cut it.
-    teacher_kl: mean divergence of the student's predictions from the teacher's on held-out rows, in
-        nats per target; null if the objective has no soft targets.
+    teacher_kl: `soft_target_kl` on held-out rows, in nats per target, times T^2 at a temperature T
+        other than 1; null if the objective has no such term.
     step_seconds: median duration of the steps since the previous row; null without such a step.
     """
 

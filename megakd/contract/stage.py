@@ -222,12 +222,14 @@ class Verdict(NamedTuple):
         these views, the stage returns the weights of that view's best evaluation.
     cut: how the model of this evaluation is cut when written, for a method that prunes during
         training; replaces the units that `view` keeps.
+    counts: whether early stopping counts this evaluation.
     """
 
     score: float
     view: str
     own: Mapping[str, float] = MappingProxyType({})
     cut: Cut | None = None
+    counts: bool = True
 
 
 class Judge(Protocol):

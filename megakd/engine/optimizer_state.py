@@ -48,6 +48,7 @@ class OptimizerState:
         self._inner: torch.optim.Optimizer = getattr(self._outer, "optimizer", self._outer)
         is_adam = "betas" in self._inner.param_groups[0]
         self.moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq") if is_adam else ()
+        self._masters = _masters(self._outer)
         self._parameters: dict[str, nn.Parameter] = {
             name: parameter
             for name, parameter in engine.module.named_parameters()
@@ -150,8 +151,10 @@ class OptimizerState:
         if is_zero_param(parameter):
             return self._slot_of_partition(parameter)
         if not hasattr(parameter, "_hp_mapping"):  # every rank holds and updates the whole weight
-            part = own_part(parameter)
-            return Slot(parameter, part.start, part.start, part.stop - part.start, is_shared=True)
+            part: slice = own_part(parameter)
+            owner = self._masters.get(id(parameter))
+            owner = parameter if owner is None else owner
+            return Slot(owner, part.start, part.start, part.stop - part.start, is_shared=True)
         mapping: Any = parameter._hp_mapping  # noqa: SLF001  (as deepspeed.utils does)
         if mapping is None:
             return Slot(torch.empty(0), 0, 0, 0)
@@ -167,6 +170,18 @@ class OptimizerState:
         # The last ranks hold padding.
         own = max(0, min(size, parameter.ds_numel - offset))
         return Slot(self._outer.fp32_partitioned_groups_flat[group], start, offset, own)
+
+
+def _masters(optimizer: Any) -> dict[int, Tensor]:
+    """Return the fp32 copies of bf16 and fp16 weights at ZeRO 0, by the weight's id."""
+    if not hasattr(optimizer, "fp32_groups") or not hasattr(optimizer, "fp16_groups"):
+        return {}
+    groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    return {
+        id(weight): master
+        for weights, masters in groups
+        for weight, master in zip(weights, masters, strict=True)
+    }
 
 
 def _put_together(part: Tensor, offset: int, parameter: Any) -> Tensor:

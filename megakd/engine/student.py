@@ -16,6 +16,7 @@ from megakd.contract.units import Cut, Maker, View
 from megakd.engine.distributed import together
 from megakd.engine.initialize import Engine
 from megakd.engine.optimizer_state import OptimizerState
+from megakd.engine.release import destroy
 from megakd.engine.shards import Shard, local_shards
 from megakd.errors import CheckpointError
 from megakd.storage.tensors import write_tensors
@@ -193,7 +194,7 @@ class StudentEngine:
 
     def destroy(self) -> None:
         """Free the engine's memory and remove its hooks."""
-        self._engine.destroy()
+        destroy(self._engine)
 
 
 class CarefulWriter:

@@ -61,12 +61,14 @@ def unit_makers(model: PreTrainedModel) -> dict[str, Maker]:
     found: dict[str, Maker] = {}
     for path, module in model.named_modules():
         name, is_embedding = f"{path}.weight", isinstance(module, nn.Embedding)
-        if name not in table or not (is_embedding or path in paths):
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        # A weight without elements, in a layer without heads or neurons, is no parameter.
+        if name not in table or weight is None or not (is_embedding or path in paths):
             continue
         dimension = 1 if is_embedding or not isinstance(module, nn.Linear) else 0
         axis, inputs = table[name][dimension], table[name][1 - dimension]
         if axis is not None:
-            rows, columns = full_shape(module.get_parameter("weight"))
+            rows, columns = full_shape(weight)
             found[name] = Maker(axis, inputs, dimension, (rows, columns))
     return found
 

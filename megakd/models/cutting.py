@@ -185,7 +185,7 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
     write_model_folder(
         folder,
         config=config,
-        state=kept if view is None else rescaled(kept, whole, view),
+        state=rescaled(kept, whole, view or units),
         tokenizer=tokenizer,
         architecture=type(cut).__name__,
         extra=extra,
@@ -311,8 +311,15 @@ def _widths(config: PretrainedConfig, view: View) -> dict[str, Any]:
     key = architecture_of(config).width
     changes: dict[str, Any] = {key: view.width}
     # ELECTRA's embeddings may have another width, which does not change.
-    if getattr(config, "embedding_size", None) == getattr(config, key):
+    embeddings, before = getattr(config, "embedding_size", None), getattr(config, key)
+    if embeddings == before:
         changes["embedding_size"] = view.width
+    elif embeddings is not None and embeddings == view.width:
+        raise ModelError(
+            f"the view keeps a width of {view.width}, which is the embedding_size of the "
+            f"{config.model_type} model: at equal widths the class has no projection from the "
+            "embeddings, and their weights would be lost; keep another width"
+        )
     return changes
 
 

@@ -113,8 +113,9 @@ class ElasticLinear(ElasticModule):
             inputs = inputs[..., :0]
         outputs = NarrowLinear.apply(inputs, self.weight, self.bias, kept, self.output_dimension)
         if outputs.shape[-1] == 0 and self.elasticity.needs_heads:
-            axis = self.elasticity.axes["weight"][self.output_dimension]
-            outputs = nn.functional.pad(outputs, (0, axis.size * axis.parts if axis else 0))
+            axis, cut = self.elasticity.axes["weight"][self.output_dimension], self.elasticity.cut
+            size = axis.size_in(cut and cut.view) * axis.parts if axis else 0
+            outputs = nn.functional.pad(outputs, (0, size))
         return outputs
 
 

@@ -130,6 +130,11 @@ class Elasticity:
     shapes: Mapping[str, torch.Size] = field(default_factory=dict)
     needs_heads: bool = False
 
+    @property
+    def cut(self) -> Cut | None:
+        """How the model runs now."""
+        return self.views.current
+
     def kept(self, name: str, device: torch.device) -> Dimensions | None:
         """Return the kept part of a parameter now; None: the whole parameter."""
         axes = self.axes.get(name)

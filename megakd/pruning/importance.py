@@ -24,6 +24,7 @@ from megakd.data.loader import StepShape, global_batches
 from megakd.engine.distributed import agree, all_reduce_
 from megakd.engine.initialize import Engine, frozen_engine
 from megakd.engine.memory import freed_memory_returned
+from megakd.engine.release import destroy
 from megakd.engine.sharding import weights_let_go
 from megakd.engine.student import device_batch
 from megakd.errors import DataError
@@ -119,7 +120,7 @@ def measure_importance(
         with freed_memory_returned():
             totals = _totals(engine, _dealt(assembly, rows, shape, batch_size))
     finally:
-        engine.destroy()
+        destroy(engine)
     if totals is None:
         raise DataError(
             f"none of the {len(rows)} rows that importance is measured on has a label; set "

@@ -20,6 +20,7 @@ from megakd.contract.tasks import STUDENT, TEACHER, Dtype
 from megakd.contract.units import View
 from megakd.engine.device import reset_peak_memory
 from megakd.engine.distributed import Ranks, main_first
+from megakd.engine.memory import forget_models
 from megakd.errors import ConfigError
 from megakd.models.counting import named_shapes, parameter_counts
 from megakd.models.knowledge import Needs
@@ -165,6 +166,8 @@ class Lab(LabBase):
         return as_student(self._teachers[self.teacher(role)].source, self.config)
 
     def _run(self, stage: Stage, fingerprint: Fingerprint, folder: Path) -> StageResult:
+        # The engine of the last stage must not count.
+        forget_models()
         reset_peak_memory(self._ranks.device)
         teachers: dict[str, FrozenTeacher | CachedTeacher] = {}
         with ExitStack() as opened:

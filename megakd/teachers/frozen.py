@@ -12,6 +12,7 @@ from megakd.contract.batch import Batch, Knowledge, Predictions, TopK
 from megakd.contract.tasks import Dtype, Kernels
 from megakd.engine.initialize import frozen_engine
 from megakd.engine.prefetch import Prefetch
+from megakd.engine.release import destroy
 from megakd.models.knowledge import (
     Needs,
     language_model_head,
@@ -113,4 +114,4 @@ class FrozenTeacher:
     def destroy(self) -> None:
         """Free the engine's memory and remove its hooks."""
         self._prefetch.drop()
-        self._engine.destroy()
+        destroy(self._engine)

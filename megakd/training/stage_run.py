@@ -275,7 +275,7 @@ class StageRun:
             verdict = self.judge(scores, step)
             self.evaluation = Evaluation(scores, verdict.view, verdict.cut)
             self._report(step, self.evaluation.scalars())
-            if not self.goes_on:
+            if verdict.counts and not self.goes_on:
                 self.stopping.consider(verdict.score)
             if self.keeps_best:
                 self.best.consider(step, scores, verdict)

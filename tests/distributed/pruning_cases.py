@@ -72,3 +72,18 @@ def whole_sensitivities(student) -> dict[str, torch.Tensor]:
     return {
         name: (both[0] * both[1]).abs().view(shapes[name]).double() for name, both in joined.items()
     }
+
+
+def alive_after(config_path: str) -> int:
+    """Run the method; return the number of models that are still in memory afterwards."""
+    from transformers import PreTrainedModel
+
+    gc.collect()
+    before = sum(isinstance(found, PreTrainedModel) for found in gc.get_objects())
+    config = load_config(Path(config_path))
+    reporter = Reporter(config.output_dir, is_main=distributed.ranks().is_main)
+    lab = Lab(config, prepare(config), distributed.ranks(), reporter)
+    run_method(config.method, lab)
+    del lab
+    gc.collect()
+    return sum(isinstance(found, PreTrainedModel) for found in gc.get_objects()) - before

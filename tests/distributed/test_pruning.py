@@ -165,9 +165,10 @@ def test_a_cut_changes_nothing_of_what_follows_with_dropout(workers, folder, tmp
     assert_same(with_cuts, without)
 
 
-def test_bf16_students_keep_their_fp32_weights_across_cuts(workers, folder, tmp_path):
+@pytest.mark.parametrize("zero", [0, 2])
+def test_bf16_students_keep_their_fp32_weights_across_cuts(workers, folder, tmp_path, zero):
     masked, cut = (
-        config_of(folder, tmp_path / kind, zero=2, train={"bf16": True})
+        config_of(folder, tmp_path / kind, zero=zero, train={"bf16": True})
         for kind in ("masked", "cut")
     )
 
@@ -222,3 +223,10 @@ def test_a_run_killed_within_a_window_ends_with_the_same_weights(launch, folder,
     )
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_no_engine_of_a_finished_window_stays_in_memory(workers, folder, tmp_path, zero):
+    path = config_of(folder, tmp_path, zero=zero)
+
+    assert workers(2).run("pruning_cases.alive_after", str(path)) == [0, 0]

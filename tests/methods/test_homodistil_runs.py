@@ -174,6 +174,21 @@ def test_best_evaluations_count_only_after_the_end_of_pruning(one_rank, tmp_path
     assert not (tmp_path / "out/checkpoints/pruning-1/best").exists()
 
 
+def test_early_stopping_waits_for_the_end_of_pruning(one_rank, tmp_path):
+    config = pruning(
+        tmp_path,
+        method={"cuts": 0, "pruning_end": 6},
+        train={"early_stopping_patience": 1},
+        eval={"eval_steps": 1},
+    )
+
+    said = one_rank.train("--config", config)
+
+    assert said.code == 0, said.err
+    final = json.loads((tmp_path / "out" / "final" / "config.json").read_text())
+    assert final["hidden_size"] == 12
+
+
 def test_the_random_baseline_has_the_shape_of_the_student(one_rank, tmp_path):
     config = pruning(tmp_path, baselines=["alone", "random"], method={"cuts": 1})
 
@@ -218,10 +233,15 @@ def test_a_one_shot_run_jumps_further_from_its_teacher(one_rank, tmp_path):
         ({"method": {"target_width": None}}, "target_width (got None) and target_sparsity (got N"),
         ({"method": {"pruning_start": 6}}, "pruning_end: 6 is not after method.pruning_start 6"),
         ({"method": {"pruning_end": 9}}, "pruning_end: 9 is after the end of the run"),
-        ({"method": {"target_width": 24}}, "24 is not possible for a teacher of width 24; use one"),
+        ({"method": {"target_width": 24}}, "24 is not possible for a teacher of width 24; use a"),
         ({"method": {"target_width": 1}}, "without columns of heads"),
         ({"student": {"layers": 1}}, "remove student.layers"),
         ({"objective": [{"loss": "hidden_mse"}]}, "set projection: identity in the term"),
+        ({"objective": [{"loss": "relation_kl"}]}, "their width falls during the run"),
+        (
+            {"method": {"target_width": None, "target_sparsity": 0.001}},
+            "method.target_sparsity: 0.001",
+        ),
         ({"objective": [{"loss": "hidden_cosine"}]}, "hidden_mse with projection: identity"),
         ({"train": {"max_steps": None, "num_train_epochs": 0.1}}, "num_train_epochs 0.1 over the"),
     ],

@@ -143,7 +143,10 @@ def test_a_decoder_keeps_a_head_and_a_grid_step_of_neurons_at_any_sparsity():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 100}, "100 is not possible for a teacher of width 512; use one of 64, 128, 192"),
+        (
+            {"width": 100},
+            "100 is not possible for a teacher of width 512; use a width of 64, 128, 192",
+        ),
         ({"width": 512}, "512 is not possible for a teacher of width 512"),
         ({"width": 600}, "multiples of 64, see method.round_to"),
         ({"width": 8, "round_to": 700}, "no multiple of 700 is below 512"),

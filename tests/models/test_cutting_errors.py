@@ -18,6 +18,7 @@ from tiny_cuts import (
     tokenizer,
     view_of,
 )
+from transformers import ElectraConfig
 
 from megakd.config.run import ScratchModel
 from megakd.contract.units import View
@@ -157,3 +158,13 @@ def test_the_class_of_a_cut_of_a_cut_model_has_the_same_head():
     assert cut_class_name(model, model.config) == "CutQwen2ForCausalLM"
     assert cut_class_name(model, config) == "Qwen2ForCausalLM"
     assert full_view(model) == View((1, 3, 2), (7, 20, 1), 24)
+
+
+def test_embeddings_that_would_lose_their_projection_are_refused():
+    config = ElectraConfig(
+        hidden_size=24, embedding_size=16, num_attention_heads=4, num_hidden_layers=1
+    )
+    view = View((4,), (config.intermediate_size,), 16)
+
+    with pytest.raises(ModelError, match="width of 16, which is the embedding_size"):
+        cut_config(config, view)

@@ -9,13 +9,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_cuts import AUTO, DECODERS, MASKED, VOCABULARY, build, full_view, order_of
+from tiny_cuts import (
+    AUTO,
+    DECODERS,
+    MASKED,
+    VOCABULARY,
+    build,
+    full_view,
+    loaded,
+    order_of,
+    saved,
+    source_of,
+    task,
+    tokenizer,
+)
 
 from megakd.contract.units import Cut, UnitOrder, View
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
 from megakd.models.axes import narrowed, ordered, weight_axes
-from megakd.models.cutting import cut_config, cut_state, rescaled
+from megakd.models.cutting import cut_config, cut_state, rescaled, reshape_folder
 from megakd.models.elastic import Elastic
 
 LANGUAGE = [*((name, "causal_lm") for name in DECODERS), *((name, "mlm") for name in MASKED)]
@@ -244,3 +257,32 @@ def test_an_order_of_columns_inside_heads_leaves_the_outputs_as_they_were(family
     other.load_state_dict(dict(cut_state(model.state_dict().items(), axes, None, order)))
 
     torch.testing.assert_close(run(other).logits, before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["cut_bert", "cut_llama"])
+def test_layers_without_heads_or_neurons_run_as_cuts_too(family):
+    kind = "mlm" if family == "cut_bert" else "causal_lm"
+    stock = build(family.removeprefix("cut_"), kind)
+    counts = View((2, 0, 3), (9, 0, 20))
+    model = cut_model(stock, Cut(None, counts), kind=kind, learns=True).eval()
+    head_width = 3 if family == "cut_bert" else None
+    cut = pruned(model, neurons=(4, 0, 7), head_width=head_width)
+    small = cut_model(model, cut, kind=kind, learns=True)
+
+    Elastic(model).keep(cut)
+
+    torch.testing.assert_close(run(model).logits, run(small).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_sorting_a_model_in_flight_leaves_its_outputs_as_they_were(tmp_path):
+    model = language_model("bert", "mlm")
+    halfway = cut_model(model, pruned(model, width=18, head_width=3), kind="mlm", learns=True)
+    folder = saved(halfway, tmp_path / "halfway")
+
+    reshape_folder(
+        source_of(folder, "mlm"), tmp_path / "sorted", task=task("mlm"), label_names=(),
+        tokenizer=tokenizer(), order=order_of(halfway),
+    )  # fmt: skip
+
+    sorted_model = loaded(tmp_path / "sorted", "mlm")
+    torch.testing.assert_close(run(sorted_model).logits, run(halfway).logits, atol=1e-5, rtol=1e-5)

@@ -35,6 +35,7 @@ from megakd.contract.terms import (
     HiddenCosine,
     HiddenMse,
     RelationFsp,
+    RelationKl,
 )
 from megakd.errors import ConfigError
 from megakd.methods.homodistil.schedule import (
@@ -147,6 +148,11 @@ def _problems_of_objective(terms: Any) -> Iterator[str]:
                 f"objective: {term.loss} compares hidden states whose width falls during the run; "
                 "set projection: identity in the term"
             )
+        if isinstance(term, RelationKl):
+            yield (
+                "objective: relation_kl cuts the vectors of all heads into equal parts, and their "
+                "width falls during the run; use attention_mse or soft targets"
+            )
         if isinstance(term, HiddenCosine | RelationFsp):
             yield (
                 f"objective: {term.loss} has no projection that starts as the identity; use "
@@ -223,7 +229,8 @@ def schedule_of(config: HomoDistilConfig, lab: Lab) -> Schedule:
         )
         raise ConfigError(
             f"method: pruning takes place from step {start} to step {last}, and the run has only "
-            f"{total} steps ({length}); give more text, train longer, or lower method.pruning_end"
+            f"{total} steps ({length}); give more text, train longer, or lower "
+            f"method.{'pruning_start' if config.pruning_end is None else 'pruning_end'}"
         )
     return Schedule(config.schedule, start, end, config.every, total)
 

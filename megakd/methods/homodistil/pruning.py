@@ -237,8 +237,8 @@ def select(scores: Tensor, kept: Chosen, wanted: View, student: Any, *, monotone
             found[group] = _highest(allowed[None], _count(group, wanted))[0]
             continue
         heads = student.units.heads[group.number]
-        best = _highest(allowed.view(heads, -1), wanted.head_width or 0)
         width = size // max(heads, 1)
+        best = _highest(allowed.view(heads, width), wanted.head_width or 0)
         found[group] = [head * width + column for head, own in enumerate(best) for column in own]
     return found
 
@@ -268,7 +268,7 @@ def cut_of(student: Any, kept: Chosen) -> Cut:
     width = listed(Group("width", 0, None), units.width or 0)
     inside = {
         columns: tuple(
-            _inside(kept[Group("heads", number, columns)], count, units.head_width)
+            _inside(kept.get(Group("heads", number, columns), ()), count, units.head_width)
             for number, count in enumerate(units.heads)
         )
         for columns in (("queries", "values") if units.head_width else ())
@@ -325,8 +325,8 @@ class HomotopyJudge:
         return {"end": self.pruning.course.schedule.end}
 
     def __call__(self, scores: Scores, step: int) -> Verdict:
-        """Return the score of the student, and how the student is cut now."""
+        """Return the score of the student and how it is cut now; add a row to the report."""
         self.pruning.note(step, scores[WHOLE])
         done = self.pruning.course.schedule.left(step) == 0
         score = self.worth(scores[WHOLE]) if done else float("nan")
-        return Verdict(score, WHOLE, cut=self.pruning.cut)
+        return Verdict(score, WHOLE, cut=self.pruning.cut, counts=done)

@@ -43,17 +43,20 @@ def update_averages(
     """
     for shard in shards:
         value = (shard.weight.detach() * shard.gradient).abs_()
-        average = averages.setdefault(SENSITIVITY, {}).setdefault(
-            shard.name, torch.zeros_like(value)
-        )
+        average = _like(value, averages.setdefault(SENSITIVITY, {}), shard.name)
         # Under fp16 a step may overflow, and its update is skipped.
         value = torch.where(value.isfinite(), value, average)
         average.lerp_(value, 1 - beta)
         if uncertainty_beta is not None:
-            spread = averages.setdefault(UNCERTAINTY, {}).setdefault(
-                shard.name, torch.zeros_like(value)
-            )
+            spread = _like(value, averages.setdefault(UNCERTAINTY, {}), shard.name)
             spread.lerp_(value.sub_(average).abs_(), 1 - uncertainty_beta)
+
+
+def _like(value: Tensor, averages: dict[str, Tensor], name: str) -> Tensor:
+    """Return the average of a weight, on the device of its gradient; zero at the start."""
+    known = averages.get(name)
+    averages[name] = torch.zeros_like(value) if known is None else known.to(value.device)
+    return averages[name]
 
 
 def group_sizes(makers: Mapping[str, Maker], units: View) -> dict[Group, int]:

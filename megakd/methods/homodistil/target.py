@@ -35,7 +35,12 @@ def target_of(
     share = Fraction(width, there) if width else 1 - Fraction(str(sparsity))
     wanted = width or max(grid, grid * round(share * there / grid))
     if not 0 < wanted < there or wanted % grid:
-        raise ConfigError(_impossible(wanted, there, grid))
+        asked = (
+            f"target_width: {wanted}"
+            if width
+            else f"target_sparsity: {sparsity:g} (width {wanted})"
+        )
+        raise ConfigError(_impossible(asked, there, grid))
     if grid == 1:
         share = Fraction(wanted, there) if width else share
         found = Target(whole, Shares(Fraction(1), share, share, share))
@@ -69,12 +74,13 @@ def _check_goal(target: Target) -> None:
     if empty:
         raise ConfigError(
             f"method.target_width or method.target_sparsity leaves a layer without "
-            f"{' and '.join(empty)} (teacher: {target.whole}, student: {goal}); raise the width or "
-            "lower the sparsity"
+            f"{' and '.join(empty)}: the student would have {goal.heads[0]} heads, "
+            f"{goal.neurons[0]} neurons, a width of {goal.width} and {goal.head_width} columns per "
+            "head; raise the width or lower the sparsity"
         )
 
 
-def _impossible(wanted: int, there: int, grid: int) -> str:
+def _impossible(asked: str, there: int, grid: int) -> str:
     possible = [*range(grid, there, grid)]
     if not possible:
         return (
@@ -87,6 +93,6 @@ def _impossible(wanted: int, there: int, grid: int) -> str:
         else f"{possible[0]}, {possible[1]}, … {possible[-1]}"
     )
     return (
-        f"method.target_width: {wanted} is not possible for a teacher of width {there}; use one of "
+        f"method.{asked} is not possible for a teacher of width {there}; use a width of "
         f"{known} (multiples of {grid}, see method.round_to)"
     )
