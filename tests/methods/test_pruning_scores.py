@@ -194,3 +194,15 @@ def test_of_equal_scores_the_first_units_stay():
 
     assert kept[Group("width", 0, None)] == [0, 1, 2]
     assert kept[Group("heads", 1, "values")][:4] == [0, 1, 4, 5]
+
+
+def test_a_step_that_overflowed_leaves_finite_averages():
+    averages: dict = {}
+
+    update_averages(
+        averages, shards([1.0, 1.0, 1.0], [float("inf"), float("nan"), 2.0]), beta=0.5,
+        uncertainty_beta=0.5,
+    )  # fmt: skip
+
+    assert averages[SENSITIVITY]["w"].tolist() == [0.0, 0.0, 1.0]
+    assert all(values["w"].isfinite().all() for values in averages.values())

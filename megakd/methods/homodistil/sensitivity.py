@@ -44,8 +44,8 @@ def update_averages(
     for shard in shards:
         value = (shard.weight.detach() * shard.gradient).abs_()
         average = _like(value, averages.setdefault(SENSITIVITY, {}), shard.name)
-        # Under fp16 a step may overflow, and its update is skipped.
-        value = torch.where(value.isfinite(), value, average)
+        # Under fp16 a step may overflow; its update is skipped, and an infinite value would stay.
+        value.nan_to_num_(nan=0.0, posinf=0.0)
         average.lerp_(value, 1 - beta)
         if uncertainty_beta is not None:
             spread = _like(value, averages.setdefault(UNCERTAINTY, {}), shard.name)
