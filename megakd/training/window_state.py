@@ -21,6 +21,7 @@ from megakd.models.cutting import cut_state
 from megakd.models.export import write_weights
 from megakd.models.weights import WeightReader, check_weight_files
 from megakd.storage.atomic import write_content
+from megakd.storage.finished_folder import check_given
 from megakd.training.random_state import random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def continue_window(
 
     Raises:
         CheckpointError: the folder has no training state.
+        ModelError: the training state is damaged.
     """
     if not on_main((folder / FOLDER / REST).is_file):
         raise CheckpointError(
@@ -137,6 +139,7 @@ def continue_window(
             f"{folder} to train its stage again"
         )
     where = f"{folder.name}/{FOLDER}"
+    on_main(lambda: check_given(folder, where, wanted=lambda name: name.startswith(FOLDER)))
     stored, reader = check_weight_files(folder / FOLDER, where), WeightReader(where)
     rest = torch.load(folder / FOLDER / REST, weights_only=True)
     values = student.optimizer_state

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megakd.contract.metrics import WHOLE, MetricJudge
+from megakd.contract.stage import Verdict
 from megakd.errors import DataError, TrainingError
 from megakd.storage.atomic import json_text
 from megakd.training.evaluation import Evaluation, headline, language_model_metrics
@@ -179,7 +180,9 @@ def test_the_headline_of_one_metric_is_that_metric() -> None:
 def test_a_judge_says_that_more_is_better_whatever_the_metric(metric, score) -> None:
     judge = MetricJudge(headline((metric,)), "narrow")
 
-    assert judge({"wide": {metric: 9.0}, "narrow": {metric: 0.6}}, 0) == (score, "narrow", {}, None)
+    verdict = judge({"wide": {metric: 9.0}, "narrow": {metric: 0.6}}, 0)
+
+    assert verdict == Verdict(score, "narrow")
 
 
 def test_an_evaluation_is_read_as_it_was_recorded() -> None:
