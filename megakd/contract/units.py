@@ -111,8 +111,8 @@ class Axis(NamedTuple):
         width = None if view is None or self.columns is None else view.head_width
         return self.size if width is None else width
 
-    def is_sorted_in(self, order: UnitOrder | None) -> bool:
-        """Return whether an order moves the units of this dimension or the columns inside them."""
+    def is_listed_in(self, order: UnitOrder | None) -> bool:
+        """Return whether an order lists the units of this dimension or the columns inside them."""
         if order is None:
             return False
         moves = order.of(self.kind, self.number) is not None
@@ -120,7 +120,7 @@ class Axis(NamedTuple):
 
     def keeps_prefix(self, cut: Cut) -> bool:
         """Return whether the kept rows are the first rows of each part."""
-        return not self.is_sorted_in(cut.order) and self.size_in(cut.view) == self.size
+        return not self.is_listed_in(cut.order) and self.size_in(cut.view) == self.size
 
     def rows(self, cut: Cut, length: int) -> list[int]:
         """Return the rows or columns that a cut keeps, in the order of the cut model.

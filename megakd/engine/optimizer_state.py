@@ -112,7 +112,7 @@ class OptimizerState:
         parameter = self._parameters[name]
         return _put_together(part, self._slot(parameter).offset, parameter)
 
-    def own_part(self, name: str, whole: Tensor) -> Tensor:
+    def part_of(self, name: str, whole: Tensor) -> Tensor:
         """Return this rank's part of a whole tensor, as `local_shards` splits the weight."""
         slot = self._slot(self._parameters[name])
         return whole.flatten().narrow(0, slot.offset, slot.size)

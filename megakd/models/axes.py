@@ -155,7 +155,7 @@ def ordered(tensor: Tensor, axes: Axes, order: UnitOrder) -> Tensor:
     """Return a whole weight with its units reordered; the model computes the same function."""
     cut = Cut(order, None)
     for dimension, axis in enumerate(axes):
-        if axis is not None and axis.is_sorted_in(order):
+        if axis is not None and axis.is_listed_in(order):
             tensor = _rows(tensor, dimension, axis, cut)
     return tensor
 

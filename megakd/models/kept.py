@@ -29,7 +29,7 @@ Dimensions = tuple[Kept, ...]
 """The kept part of a weight: one entry per dimension."""
 
 
-def window(whole: Tensor, kept: Dimensions) -> Tensor:
+def _prefix_view(whole: Tensor, kept: Dimensions) -> Tensor:
     """Return the kept prefixes as a view, in which every dimension becomes two: [parts, length]."""
     for dimension, (length, parts, _) in reversed(list(enumerate(kept))):
         size = whole.shape[dimension] // parts
@@ -40,7 +40,7 @@ def window(whole: Tensor, kept: Dimensions) -> Tensor:
 def taken(whole: Tensor, kept: Dimensions) -> Tensor:
     """Return the kept part of a weight, which shares memory if each dimension keeps one prefix."""
     firsts = _prefixes(kept, whole.shape)
-    part = window(whole, firsts).reshape([k.length * k.parts for k in firsts])
+    part = _prefix_view(whole, firsts).reshape([k.length * k.parts for k in firsts])
     for dimension, (_, _, rows) in enumerate(kept):
         part = part if rows is None else part.index_select(dimension, rows)
     return part
@@ -57,7 +57,7 @@ def padded(part: Tensor, shape: torch.Size, kept: Dimensions) -> Tensor:
     if part.shape == shape:
         return part
     whole = part.new_zeros(shape)
-    target = window(whole, _prefixes(kept, shape))
+    target = _prefix_view(whole, _prefixes(kept, shape))
     target.copy_(part.reshape(target.shape))
     return whole
 

@@ -151,7 +151,7 @@ def continue_window(
     for key in sorted(stored):
         kind, _, name = key.partition("/")
         if kind not in values.kinds:
-            part = values.own_part(name, reader.read(stored[key])).clone()
+            part = values.part_of(name, reader.read(stored[key])).clone()
             shards.setdefault(kind, {})[name.removeprefix(LEARNER)] = part.to(ranks.device)
     strategy.load_shards(shards)
     batches.load_state_dict(rest["batches"])

@@ -178,13 +178,12 @@ def run(config: HomoDistilConfig, lab: Lab) -> StageResult:
         seed=lab.config.seed,
     )
     course = Course(teacher, target, schedule_of(config, lab), scoring)
-    first, *others = course.windows(config.cuts)
-    result = lab.train(_stage(course, lab, start, first, 1))
-    lab.record.pruning += _rows(lab, result)
-    for number, window in enumerate(others, start=2):
-        result = lab.train(_stage(course, lab, lab.source(result.folder), window, number))
-        lab.record.pruning += _rows(lab, result)
-    return result
+    results: list[StageResult] = []
+    for number, window in enumerate(course.windows(config.cuts), start=1):
+        results.append(lab.train(_stage(course, lab, start, window, number)))
+        lab.record.pruning += _rows(lab, results[-1])
+        start = lab.source(results[-1].folder)
+    return results[-1]
 
 
 def _stage(course: Course, lab: Lab, start: Model, window: Window, number: int) -> Stage:

@@ -60,7 +60,8 @@ class Schedule(NamedTuple):
     """Pruning from `start` to `end`, in steps that the run has taken.
 
     shape: see `left`.
-    start, end: first and last step after which units may be removed.
+    start, end: first and last step after which units may be removed; `one_shot` removes all units
+        after `start`.
     every: steps between two removals.
     total: steps of the run.
     """
