@@ -219,9 +219,10 @@ code = subprocess.Popen([sys.executable, "-c", sys.argv[1]]).wait()
 sys.exit(code)
 """
 LAUNCHER = """
-import signal, sys, time
+import os, signal, sys, time
 def stop(*_):
-    print("the ranks have saved", flush=True)
+    # The signal may come while "ready" is still being flushed, and print must not be re-entered.
+    os.write(1, b"the ranks have saved\\n")
     sys.exit(1)
 signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGINT, signal.SIG_IGN)
