@@ -10,12 +10,14 @@ from megakd.contract.stage import Scores, Verdict
 from megakd.errors import ConfigError
 
 LOWER_IS_BETTER = ("perplexity", "loss")
+LOSSES = ("hard_", "soft_target_", "hidden_", "embedding_", "attention_", "relation_")
+"""Beginnings of the names of loss terms, which an evaluation may report too."""
 
 
 def lower_is_better(name: str) -> bool:
     """Return whether lower values of a metric are better; False if its package is missing."""
     if not is_metric(name):
-        return name in LOWER_IS_BETTER
+        return name in LOWER_IS_BETTER or name.startswith(LOSSES)
     try:
         return not getattr(metric_of(name), "higher_is_better", True)
     except ConfigError:
