@@ -39,8 +39,8 @@ RUNS = {
     "random_scores": ("method.score=random",),
 }
 BASELINES = ("random", "alone")
-Rows = dict[str, list[tuple[float, float]]]
-"""By variant and seed: the loss, and the largest jump of the divergence (NaN for baselines)."""
+Rows = dict[str, list[tuple[float, float | None]]]
+"""By variant and seed: the loss, and the largest jump of the divergence (None of a baseline)."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -100,7 +100,7 @@ def rows(reports: Mapping[tuple[str, int], Mapping[str, Any]]) -> Rows:
         loss = report["student"]["metrics"]["loss"]
         found[name].append((loss, largest_jump(report["pruning"])))
         for baseline, metrics in report["baselines"].items():
-            found[baseline].append((metrics["loss"], float("nan")))
+            found[baseline].append((metrics["loss"], None))
     return found
 
 
@@ -108,17 +108,27 @@ def show(found: Rows, command: str) -> None:
     """The table, and the row for docs/measurements.md."""
     lines, means, spreads = [["variant", "held-out loss", "largest jump"]], [], []
     for name, pairs in found.items():
-        (loss, loss_sd), (jump, jump_sd) = (
-            mean_and_deviation([pair[place] for pair in pairs]) for place in range(2)
-        )
-        lines.append([name, f"{loss:.3f} ±{loss_sd:.3f}", f"{jump:.3f} ±{jump_sd:.3f}"])
+        loss, deviation = mean_and_deviation([loss for loss, _ in pairs])
+        lines.append([name, f"{loss:.3f} ±{deviation:.3f}", _jump([jump for _, jump in pairs])])
         means.append(f"{name} {loss:.3f}")
-        spreads.append(f"{name} {loss_sd:.3f}")
+        spreads.append(f"{name} {deviation:.3f}")
     print(aligned(lines))
-    ratios = [a[1] / b[1] for a, b in zip(found["cubic"], found["one_shot"], strict=True)]
+    ratios = [
+        cubic / one_shot
+        for (_, cubic), (_, one_shot) in zip(found["cubic"], found["one_shot"], strict=True)
+        if cubic and one_shot
+    ]
     means.append("jump of cubic over one_shot " + ", ".join(f"{ratio:.3f}" for ratio in ratios))
     what = "HomoDistil of a pretrained Llama, held-out loss in nats per token"
     print_row(markdown_row(what, command, "; ".join(means), "sd: " + "; ".join(spreads)))
+
+
+def _jump(jumps: Sequence[float | None]) -> str:
+    known = [jump for jump in jumps if jump is not None]
+    if not known:
+        return "-"
+    mean, deviation = mean_and_deviation(known)
+    return f"{mean:.3f} ±{deviation:.3f}"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 
@@ -42,16 +41,21 @@ def report(loss: float, divergences: list[float], **baselines: float) -> dict:
 
 def test_the_table_has_losses_and_the_largest_rise_of_the_divergence(capsys):
     reports = {
-        ("cubic", 1): report(2.0, [0.0, 0.3, 0.1, 0.2], random=3.0, alone=3.5),
-        ("one_shot", 1): report(2.5, [0.0, 4.0, 1.0]),
+        (name, seed): report(2.5, [0.0, 4.0, 1.0])
+        for name in homodistil_decoder.RUNS
+        for seed in (1, 2)
     }
+    for seed in (1, 2):
+        reports["cubic", seed] = report(1.0 + seed, [0.0, 0.3, 0.1, 0.2], random=3.0, alone=3.5)
 
     found = homodistil_decoder.rows(reports)
+    homodistil_decoder.show(found, "the command")
 
-    assert found["cubic"] == [(2.0, pytest.approx(0.3))]
-    assert found["one_shot"] == [(2.5, 4.0)]
-    assert found["alone"][0][0] == 3.5
-    assert math.isnan(found["alone"][0][1])
+    assert found["cubic"] == [(2.0, pytest.approx(0.3)), (3.0, pytest.approx(0.3))]
+    assert found["alone"] == [(3.5, None)] * 2
+    said = capsys.readouterr().out
+    assert "2.500 ±0.707  0.300 ±0.000" in said
+    assert "jump of cubic over one_shot 0.075, 0.075" in said
 
 
 def test_data_that_is_missing_is_named(tmp_path, capsys):
