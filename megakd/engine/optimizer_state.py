@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megakd.engine.distributed import all_reduce_
 from megakd.engine.sharding import full_shape, gathered, is_first_rank, is_zero_param, writes_here
-from megakd.engine.shards import own_part
+from megakd.engine.shards import own_part, own_partition
 
 WEIGHT = "weight"
 """Name of the fp32 weights among the values of the optimizer; the others are its moments."""
@@ -166,9 +165,7 @@ class OptimizerState:
     def _slot_of_partition(self, parameter: Any) -> Slot:
         place = self._outer.grad_position[self._outer.get_param_id(parameter)]
         group, start, size = (int(number) for number in place)
-        offset = dist.get_rank() * size
-        # The last ranks hold padding.
-        own = max(0, min(size, parameter.ds_numel - offset))
+        offset, own = own_partition(parameter, size)
         return Slot(self._outer.fp32_partitioned_groups_flat[group], start, offset, own)
 
 

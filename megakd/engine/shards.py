@@ -58,9 +58,7 @@ def _of_partition(parameter: Any) -> tuple[Tensor, Tensor, int] | None:
     optimizer = parameter._z3_optimizer  # noqa: SLF001 - as deepspeed.utils does
     weight = optimizer.get_local_fp32_param(parameter).flatten()
     gradient = optimizer.get_local_fp32_grad_for_param(parameter).flatten()
-    offset = dist.get_rank() * len(weight)
-    # The last ranks hold padding.
-    own = max(0, min(len(weight), parameter.ds_numel - offset))
+    offset, own = own_partition(parameter, len(weight))
     return weight[:own], gradient[:own], offset
 
 
@@ -90,3 +88,14 @@ def own_part(parameter: Tensor) -> slice:
     size = -(-parameter.numel() // dist.get_world_size())
     first = min(dist.get_rank() * size, parameter.numel())
     return slice(first, min(first + size, parameter.numel()))
+
+
+def own_partition(parameter: Any, size: int) -> tuple[int, int]:
+    """Return the offset and the length of this rank's part of a weight that ZeRO 3 has split.
+
+    Args:
+        parameter: the weight.
+        size: elements that every rank holds; the last ranks hold padding.
+    """
+    offset = dist.get_rank() * size
+    return offset, max(0, min(size, parameter.ds_numel - offset))

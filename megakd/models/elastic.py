@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from megakd.contract.units import Axes, Cut, View
+from megakd.contract.units import Axes, Cut, Maker, View
 from megakd.engine.sharding import full_shape
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
@@ -66,8 +67,7 @@ class Elastic:
             )
         architecture = architecture_of(model.config)
         self.units = architecture.units(model.config)
-        self.axes = weight_axes(model)
-        self.makers = unit_makers(model)
+        self._model = model
         self.prunable = architecture.prunable(model.config)
         self._views = Views()
         self._rigid: str | None = None
@@ -79,8 +79,13 @@ class Elastic:
         known = embeddings.elasticity if isinstance(embeddings, ElasticModule) else None
         make_elastic(embeddings, ElasticSource, known or Elasticity(self._views))
 
+    @cached_property
+    def makers(self) -> dict[str, Maker]:
+        """The matrices that produce units, by name."""
+        return unit_makers(self._model)
+
     def _lay_over_weights(self, model: PreTrainedModel, architecture: Architecture) -> None:
-        table = self.axes
+        table = weight_axes(model)
         needing_heads = self._prepare_attentions(model, architecture, table)
         for path, module in model.named_modules():
             # In a cut model, a weight without elements is a buffer.

@@ -180,9 +180,10 @@ def run(config: HomoDistilConfig, lab: Lab) -> StageResult:
     course = Course(teacher, target, schedule_of(config, lab), scoring)
     results: list[StageResult] = []
     for number, window in enumerate(course.windows(config.cuts), start=1):
+        if results:
+            start = lab.source(results[-1].folder)
         results.append(lab.train(_stage(course, lab, start, window, number)))
         lab.record.pruning += _rows(lab, results[-1])
-        start = lab.source(results[-1].folder)
     return results[-1]
 
 

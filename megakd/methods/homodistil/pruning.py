@@ -7,7 +7,7 @@ import json
 import operator
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import torch
 
 from megakd.contract.metrics import WHOLE
 from megakd.contract.stage import Pass, Scores, Stateless, StepReport, Verdict
-from megakd.contract.units import Cut, UnitOrder, View
+from megakd.contract.units import Axis, Cut, UnitOrder, View
 from megakd.methods.homodistil.schedule import ROWS, Course
 from megakd.methods.homodistil.sensitivity import (
     Averages,
@@ -106,30 +106,39 @@ class Pruning(Stateless):
 
         The gradients are complete and not clipped, and the weights are those of the gradients.
         """
-        score, due = self.course.scoring.score, self.course.schedule.prunes_after(step + 1)
-        scored = (shard for shard in student.local_shards() if shard.name in student.makers)
-        if score in ("sensitivity", "platon"):
-            uncertainty = self.course.scoring.uncertainty_beta if score == "platon" else None
-            update_averages(
-                self.now.averages,
-                scored,
-                beta=self.course.scoring.sensitivity_beta,
-                uncertainty_beta=uncertainty,
-            )
-        if due:
-            self.now.scores = self._unit_scores(step + 1, student)
-
-    def _unit_scores(self, step: int, student: Any) -> Tensor:
-        """Return the scores of all units, the same on every rank."""
+        due = self.course.schedule.prunes_after(step + 1)
         if self.course.scoring.score == "random":
-            count = sum(group_sizes(student.makers, student.units).values())
-            generator = torch.Generator().manual_seed(self.course.scoring.seed * 1_000_003 + step)
-            return torch.rand(count, generator=generator, dtype=torch.float64)
-        values = {
-            shard.name: (self._weight_scores(shard), shard.offset)
-            for shard in student.local_shards()
-            if shard.name in student.makers
-        }
+            self.now.scores = self._random_scores(step + 1, student) if due else None
+            return
+        values: dict[str, tuple[Tensor, int]] = {}
+        for shard in self._scored(student, due=due):
+            self._observe(shard)
+            if due:
+                values[shard.name] = (self._weight_scores(shard), shard.offset)
+        if due:
+            self.now.scores = self._unit_scores(values, student)
+
+    def _scored(self, student: Any, *, due: bool) -> Iterator[Any]:
+        """Yield the shards of the weights that produce units, if this step reads them."""
+        if due or self.course.scoring.score != "magnitude":
+            yield from (shard for shard in student.local_shards() if shard.name in student.makers)
+
+    def _observe(self, shard: Any) -> None:
+        """Add the sensitivities of a shard to the averages, for the scores that need them."""
+        scoring = self.course.scoring
+        if scoring.score == "magnitude":
+            return
+        uncertainty = scoring.uncertainty_beta if scoring.score == "platon" else None
+        averages, beta = self.now.averages, scoring.sensitivity_beta
+        update_averages(averages, [shard], beta=beta, uncertainty_beta=uncertainty)
+
+    def _random_scores(self, step: int, student: Any) -> Tensor:
+        count = sum(group_sizes(student.makers, student.units).values())
+        generator = torch.Generator().manual_seed(self.course.scoring.seed * 1_000_003 + step)
+        return torch.rand(count, generator=generator, dtype=torch.float64)
+
+    def _unit_scores(self, values: Mapping[str, tuple[Tensor, int]], student: Any) -> Tensor:
+        """Return the scores of all units, the same on every rank."""
         here = unit_sums(values, student.makers, student.units, self.cut)
         if self.probe is None:
             return here
@@ -139,7 +148,7 @@ class Pruning(Stateless):
         """Return the scores [n] of this rank's elements of a weight."""
         if self.course.scoring.score == "magnitude":
             return shard.weight.detach()
-        kinds = [kind[shard.name] for kind in self.now.averages.values()]
+        kinds = (kind[shard.name] for kind in self.now.averages.values())
         return functools.reduce(operator.mul, kinds)
 
     def after_update(self, report: StepReport) -> None:
@@ -234,19 +243,14 @@ def select(scores: Tensor, kept: Chosen, wanted: View, student: Any, *, monotone
         places = kept[group] if monotone else range(size)
         allowed[list(places)] = values[list(places)].clamp(min=0).nan_to_num(0.0)
         if group.columns is None:
-            found[group] = _highest(allowed[None], _count(group, wanted))[0]
+            count = Axis(group.kind, group.number).kept(wanted) or 0
+            found[group] = _highest(allowed[None], count)[0]
             continue
         heads = student.units.heads[group.number]
         width = size // max(heads, 1)
         best = _highest(allowed.view(heads, width), wanted.head_width or 0)
         found[group] = [head * width + column for head, own in enumerate(best) for column in own]
     return found
-
-
-def _count(group: Group, wanted: View) -> int:
-    if group.kind == "width":
-        return wanted.width or 0
-    return (wanted.heads if group.kind == "heads" else wanted.neurons)[group.number]
 
 
 def _highest(scores: Tensor, count: int) -> list[list[int]]:

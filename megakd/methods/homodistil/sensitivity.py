@@ -65,8 +65,7 @@ def group_sizes(makers: Mapping[str, Maker], units: View) -> dict[Group, int]:
     for maker in makers.values():
         axis = maker.axis
         group = Group(axis.kind, axis.number, axis.columns)
-        count = units.width if axis.kind == "width" else getattr(units, axis.kind)[axis.number]
-        found[group] = (count or 0) * (axis.size if axis.columns else 1)
+        found[group] = (axis.kept(units) or 0) * (axis.size if axis.columns else 1)
     return found
 
 
