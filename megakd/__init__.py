@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megakd.config.run import RunConfig
     from megakd.errors import MegakdError
+    from megakd.models.int8 import load_int8
     from megakd.run.api import RunResult, evaluate, load_config, plan, train
 
 __all__ = [
@@ -17,10 +18,15 @@ __all__ = [
     "RunResult",
     "evaluate",
     "load_config",
+    "load_int8",
     "plan",
     "train",
 ]
-_HOMES = {"MegakdError": "megakd.errors", "RunConfig": "megakd.config.run"}
+_HOMES = {
+    "MegakdError": "megakd.errors",
+    "RunConfig": "megakd.config.run",
+    "load_int8": "megakd.models.int8",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -261,7 +261,7 @@ def _repository(text: str) -> str:
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class SaveConfig:
-    """Settings of checkpoints and of the upload to the Hub."""
+    """Settings of checkpoints, of the upload to the Hub, and of further formats of the student."""
 
     save_steps: Count = 500
     save_total_limit: Count | None = 2
@@ -269,6 +269,8 @@ class SaveConfig:
     """Upload final/ to this repository of the Hugging Face Hub, such as user/name."""
     hub_private: bool = False
     """Create the repository as a private repository."""
+    int8: bool = False
+    """Also write the student with int8 weights, one scale per row, into final/int8/."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

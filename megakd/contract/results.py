@@ -18,11 +18,19 @@ class ClassReport(TypedDict):
     rows: int
 
 
+class QuantizedReport(TypedDict):
+    """Size on disk and scores of a model's weights in another number format."""
+
+    bytes: int
+    metrics: Mapping[str, float]
+
+
 class ModelReport(TypedDict):
     """Size and scores of a model.
 
     bytes: size of the weights on disk.
     per_class: scores of a classifier for each label, in the order of the labels.
+    int8: the student's int8 weights, if the run writes them.
     """
 
     parameters: int
@@ -30,6 +38,7 @@ class ModelReport(TypedDict):
     metrics: Mapping[str, float]
     bytes: NotRequired[int]
     per_class: NotRequired[Sequence[ClassReport]]
+    int8: NotRequired[QuantizedReport]
 
 
 class AssistantReport(ModelReport):

@@ -11,7 +11,13 @@ import yaml
 from megakd.contract.results import Report
 from megakd.contract.tasks import TaskType
 from megakd.models.export import hub_id
-from megakd.reports.table import completed, result_table, short_count
+from megakd.reports.table import (
+    completed,
+    megabytes,
+    result_table,
+    short_count,
+    times_smaller,
+)
 from megakd.reports.templating import TEMPLATES
 
 AUTO_CLASSES: Mapping[TaskType, tuple[str, str]] = {
@@ -63,6 +69,7 @@ def model_card(facts: CardFacts, report: Report) -> str:
         teachers=[_shown(spec) or "a teacher from random weights" for spec in facts.teachers],
         auto_class=auto_class,
         pruned=_pruned(completed(report)),
+        size=_size(report),
     )
 
 
@@ -74,6 +81,21 @@ def _pruned(report: Report) -> str:
     first, last = (short_count(size["parameters"]) for size in (whole, report["student"]))
     sizes = f"from {first} to {last} parameters"
     return f"The student was pruned from its teacher during distillation, {sizes}."
+
+
+def _size(report: Report) -> str:
+    """Return a sentence with the student's size, and a comparison with the largest teacher."""
+    student = report["student"]
+    sentence = f"The student has {short_count(student['parameters'])} parameters"
+    if (weights := student.get("bytes")) is not None:
+        sentence += f" in {megabytes(weights)} MB of weights"
+    if "int8" in student:
+        sentence += f" ({megabytes(student['int8']['bytes'])} MB as int8)"
+    times = times_smaller(report, student)
+    if times not in ("-", "1.0x"):
+        teacher = "largest teacher" if len(report.get("teachers", ())) > 1 else "teacher"
+        sentence += f"; it is {times} smaller than its {teacher}"
+    return f"{sentence}."
 
 
 def _shown(spec: str | None) -> str:

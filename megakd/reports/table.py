@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
 
 Rows = list[list[str]]
+INT8_ROW = f"{STUDENT} (int8)"
 
 LATER_KEYS: Mapping[str, Any] = {
     **dict.fromkeys(("assistants", "latency", "teachers", "samples", "pruning"), ()),
@@ -119,6 +120,17 @@ def scored_models(report: Report) -> list[tuple[str, ModelReport, Mapping[str, f
     ]
 
 
+def shown_models(report: Report) -> list[tuple[str, ModelReport, Mapping[str, float]]]:
+    """Return `scored_models`, and the student's int8 weights after the student."""
+    models = scored_models(report)
+    student = report["student"]
+    if "int8" in student:
+        int8 = student["int8"]
+        place = [name for name, _, _ in models].index(STUDENT) + 1
+        models.insert(place, (INT8_ROW, {**student, "bytes": int8["bytes"]}, int8["metrics"]))
+    return models
+
+
 def teachers_of(report: Report) -> dict[str, ModelReport]:
     """Return the teachers of the config by name."""
     pool: dict[str, ModelReport] = {entry["name"]: entry for entry in report["teachers"]}
@@ -156,19 +168,36 @@ def model_parts(report: Report) -> tuple[Rows, Rows, Rows, Rows]:
     times, metrics = milliseconds(report), metric_names(report)
     reference = largest(teachers_of(report)) or TEACHER
     against = "vs teacher" if lower_is_better(report["metric_name"]) else "kept"
-    names, sizes = [[""]], [["parameters", "non-embedding", "size MB"]]
+    fewer = ["smaller"] if report["teacher"] else []
+    names, sizes = [[""]], [["parameters", "non-embedding", "size MB", *fewer]]
     scores = [[*metrics, *([against] if report["teacher"] else [])]]
     speeds = [[title for batch in times for title in (f"ms (batch {batch})", "speed-up")]]
-    for name, model, values in scored_models(report):
-        weights = model.get("bytes")
-        size = f"{weights / 1e6:,.1f}" if is_number(weights) else "-"
-        counts = map(short_count, (model["parameters"], model["encoder_parameters"]))
+    for name, model, values in shown_models(report):
         compared = [against_teacher(report, values)] if report["teacher"] else []
         names.append([name])
-        sizes.append([*counts, size])
+        sizes.append(_sizes(report, model))
         scores.append([*(score(metric, values.get(metric)) for metric in metrics), *compared])
         speeds.append([cell for ms in times.values() for cell in _speed(ms, name, reference)])
     return names, sizes, scores, speeds
+
+
+def _sizes(report: Report, model: ModelReport) -> list[str]:
+    counts = map(short_count, (model["parameters"], model["encoder_parameters"]))
+    fewer = [times_smaller(report, model)] if report["teacher"] else []
+    return [*counts, megabytes(model.get("bytes")), *fewer]
+
+
+def times_smaller(report: Report, model: ModelReport) -> str:
+    """Return the largest teacher's parameters divided by the model's, such as 12.3x, or "-"."""
+    teacher = report["teacher"]
+    if teacher is None or not model["parameters"]:
+        return "-"
+    return f"{teacher['parameters'] / model['parameters']:.1f}x"
+
+
+def megabytes(size: float | None) -> str:
+    """Return a size in bytes as a number of decimal megabytes, or "-" if the size is unknown."""
+    return f"{size / 1e6:,.1f}" if is_number(size) else "-"
 
 
 def beside(*parts: Rows) -> Rows:

@@ -20,6 +20,7 @@ from megakd.data.encoding import tokenizer_content
 from megakd.engine.distributed import agree, on_main
 from megakd.errors import CheckpointError, ConfigError, MegakdError, suggestion
 from megakd.models.export import brings_code
+from megakd.models.int8 import INT8, write_int8
 from megakd.reports.card import CardFacts, model_card
 from megakd.reports.html import write_html_report
 from megakd.reports.reading import read_report
@@ -49,7 +50,8 @@ RUN = "run.json"
 def is_finished(config: RunConfig) -> bool:
     """Return true if the output folder holds the finished run of this config; read only the config.
 
-    A run is not finished if the config asks for more steps than the run in the folder took.
+    A run is not finished if the config asks for more steps than the run in the folder took, or for
+    int8 weights that the run did not write.
 
     Raises:
         CheckpointError: the folder holds another config's finished run.
@@ -65,7 +67,7 @@ def is_finished(config: RunConfig) -> bool:
             f"{config.output_dir} holds a finished run of another config ({differing}); use "
             "another output_dir, or use that config again"
         )
-    return True
+    return not config.save.int8 or _has_int8(config.output_dir)
 
 
 def _compared(config: RunConfig) -> tuple[Fingerprint, Fingerprint]:
@@ -83,6 +85,11 @@ def _config_there(path: Path) -> Any:
         return config_tree(load_config(path))
     except ConfigError:  # from a version with other keys: the file is shown unchanged
         return parse_yaml(path.read_text(encoding="utf-8", errors="replace"), source=str(path))
+
+
+def _has_int8(out: Path) -> bool:
+    """Return true if the config of a finished run asked for int8 weights."""
+    return flatten(_config_there(out / CONFIG)).get("save.int8") is True
 
 
 def _is_free(key: str) -> bool:
@@ -287,7 +294,13 @@ def _write_final(config: RunConfig, stage: Path, report: Report, command: str) -
         logger.warning("%s: files that megakd did not write are kept: %s", final, ", ".join(kept))
     card = model_card(_card_facts(config, stage, command), report)
     changes = {CARD: card, RESULT: None, RECORD: None}
-    copy_finished(stage, final, changes=changes, keep=kept, remedy=remedy)
+    # The report decides, because save.int8 may change between two starts of a finished run.
+    add = _add_int8 if "int8" in report["student"] else None
+    copy_finished(stage, final, changes=changes, keep=kept, add=add, remedy=remedy)
+
+
+def _add_int8(folder: Path) -> None:
+    write_int8(folder, folder / INT8)
 
 
 def _card_facts(config: RunConfig, stage: Path, command: str) -> CardFacts:
@@ -323,7 +336,7 @@ def export_run(config: RunConfig, stage: str | None, to: Path) -> Path:
     """Copy a finished stage's model to a folder of its own.
 
     Args:
-        config: the config of the run.
+        config: the config of the run; with `save.int8`, the int8 weights are written too.
         stage: the stage's name; None takes the stage that became `final/`.
         to: a folder that does not exist.
 
@@ -340,7 +353,8 @@ def export_run(config: RunConfig, stage: str | None, to: Path) -> Path:
     check_writable(to, where="--to")
     folder = stages / name
     own = dict.fromkeys((RESULT, RECORD, *files_of_window(entries(folder))))
-    copy_finished(folder, to, changes=own, remedy=remake(folder))
+    add = _add_int8 if config.save.int8 else None
+    copy_finished(folder, to, changes=own, add=add, remedy=remake(folder))
     return to
 
 

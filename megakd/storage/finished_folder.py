@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def copy_finished(
     changes: Mapping[str, str | bytes | None],
     remedy: str,
     keep: Sequence[str] = (),
+    add: Callable[[Path], None] | None = None,
 ) -> None:
     """Verify a finished folder and make `target` a finished folder with the same files.
 
@@ -71,9 +73,10 @@ def copy_finished(
         changes: file name -> content of the file in the copy, or None to leave the file out.
         remedy: see `open_finished`.
         keep: files of the old `target` to copy into the new `target`, without checksums.
+        add: called with the new folder, to write files that belong to the folder.
 
     Raises:
-        CheckpointError: `source` is damaged.
+        CheckpointError: `source` is damaged, or `add` writes a file that should be kept.
         MegakdError: the disk is full; `target` is unchanged.
     """
     listed = open_finished(source, remedy=remedy)
@@ -83,9 +86,22 @@ def copy_finished(
         for name, content in changes.items():
             if content is not None:
                 atomic.write_content(temporary / name, content)
+        if add is not None:
+            add(temporary)
+            _check_kept(target, {*keep} - changes.keys(), temporary)
         seal(temporary)
         for name in keep:
             _copy_file(target / name, temporary / name)
+
+
+def _check_kept(target: Path, keep: AbstractSet[str], temporary: Path) -> None:
+    """Raise if a file of the user has the name of a file that megakd has written."""
+    clash = sorted(name for name in keep if (temporary / name).exists())
+    if clash:
+        raise CheckpointError(
+            f"{target} holds files that megakd did not write and has to write: {', '.join(clash)}; "
+            "move these files away and start the same command again"
+        )
 
 
 def users_files(folder: Path) -> list[str]:

@@ -98,11 +98,11 @@ def test_a_choice_that_is_not_the_highest_is_told() -> None:
 def test_every_model_has_its_sizes_scores_and_times(page: Page) -> None:
     titles = next(cells for _, cells in page.rows if "non-embedding" in cells)
     scored, timed = (
-        {cells[0]: cells[1:] for _, cells in page.rows if len(cells) == width} for width in (8, 5)
+        {cells[0]: cells[1:] for _, cells in page.rows if len(cells) == width} for width in (9, 5)
     )
 
     assert titles == ["accuracy", "f1", "mean_accuracy_f1", "kept", *titles[4:]]
-    assert scored["assistant-1"][-4:] == ["97.6%", "15.00M", "3.19M", "60.0"]
+    assert scored["assistant-1"][-5:] == ["97.6%", "15.00M", "3.19M", "60.0", "1.5x"]
     assert timed["student"] == ["2.00", "6.00x", "31.00", "10.00x"]
     assert timed["alone"] == ["2.50", "4.80x", "40.00", "7.75x"]
     assert {"teacher", "alone"} <= set(scored)

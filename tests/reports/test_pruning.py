@@ -237,5 +237,5 @@ def test_the_model_card_says_that_the_student_was_pruned_from_its_teacher() -> N
     card = model_card(FACTS, language_report(pruning=ROWS))
 
     line = "from 22.71M to 2.09M parameters."
-    assert f"\n\nThe student was pruned from its teacher during distillation, {line}\n\n##" in card
+    assert f"\n\nThe student was pruned from its teacher during distillation, {line}\n\n" in card
     assert "pruned, step" in card

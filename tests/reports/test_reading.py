@@ -26,6 +26,12 @@ DAMAGE: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
     "metrics in a list": (("baselines", "alone"), [0.5], "baselines.alone is [0.5], and must be"),
     "a number for a name": (("method",), 3, "method is 3, and must be text"),
     "a text for a teacher": (("teacher",), "bert", 'teacher is "bert", and must be a mapping'),
+    "int8 without bytes": (
+        ("student", "int8"),
+        {"metrics": {}},
+        "student.int8.bytes is missing",
+    ),
+    "int8 in words": (("student", "int8"), "small", 'student.int8 is "small", and must be a'),
     "no pruning": (("pruning",), None, "pruning is null, and must be a list"),
     "pruning in one": (("pruning",), [ROW, [2]], "pruning[1] is [2], and must be a mapping"),
     "a null width": (("pruning",), [{**ROW, "width": None}], "pruning[0].width is null"),

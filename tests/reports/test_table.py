@@ -20,15 +20,18 @@ def test_the_table_has_sizes_scores_and_speed_of_each_model() -> None:
     table = result_table(report_of())
 
     assert cells(table, "teacher") == [
-        *("teacher", "22.71M", "10.65M", "90.9", "80.0%", "90.0%", "85.0%"),
+        *("teacher", "22.71M", "10.65M", "90.9", "1.0x"),
+        *("80.0%", "90.0%", "85.0%"),
         *("100.0%", "50.00", "1.00x"),
     ]
     assert cells(table, "student") == [
-        *("student", "2.09M", "99.97k", "8.4", "75.0%", "85.0%", "80.0%"),
+        *("student", "2.09M", "99.97k", "8.4", "10.9x"),
+        *("75.0%", "85.0%", "80.0%"),
         *("94.1%", "5.00", "10.00x"),
     ]
     assert cells(table, "alone") == [
-        *("alone", "2.09M", "99.97k", "8.4", "70.0%", "80.0%", "75.0%"),
+        *("alone", "2.09M", "99.97k", "8.4", "10.9x"),
+        *("70.0%", "80.0%", "75.0%"),
         *("88.2%", "-", "-"),
     ]
 
@@ -55,8 +58,8 @@ def test_the_table_says_what_was_scored_and_what_it_cost() -> None:
 def test_of_a_perplexity_the_factor_is_told_and_nothing_is_kept() -> None:
     table = result_table(language_report())
 
-    assert cells(table, "teacher")[4:] == ["8.000", "2.079", "40.0%", "x1.00"]
-    assert cells(table, "student")[4:] == ["10.000", "2.303", "40.0%", "x1.25"]
+    assert cells(table, "teacher")[5:] == ["8.000", "2.079", "40.0%", "x1.00"]
+    assert cells(table, "student")[5:] == ["10.000", "2.303", "40.0%", "x1.25"]
     assert cells(table, "alone")[-1] == "x2.00"
     assert "vs teacher" in table
     assert "kept" not in table
@@ -94,6 +97,13 @@ def test_a_pool_that_nobody_ranked_has_no_scores() -> None:
     table = result_table(report_of(pool={"distribution": "uniform", "teachers": [one]}))
 
     assert cells(table, "taught by") == ["taught by", "uniform", "steps"]
+
+
+def test_sizes_are_compared_with_the_largest_teacher_alone() -> None:
+    table = result_table(report_of(teacher=None, speedup=None))
+
+    assert "size MB" in table
+    assert "smaller" not in table
 
 
 def test_a_run_without_teacher_or_stages_has_a_table_without_comparison() -> None:
@@ -137,6 +147,7 @@ def test_an_assistant_stands_between_teacher_and_student() -> None:
     names = [line.split()[0] for line in table.splitlines()[3:7]]
     assert names == ["teacher", "assistant-1", "student", "alone"]
     assert cells(table, "assistant-1")[:4] == ["assistant-1", "15.00M", "3.19M", "60.0"]
+    assert cells(table, "assistant-1")[4] == "1.5x"
     assert cells(table, "assistant-1")[-5:] == ["97.6%", "5.00", "2.40x", "101.00", "3.07x"]
     assert cells(table, "alone")[-4:] == ["2.50", "4.80x", "40.00", "7.75x"]
 

@@ -1,0 +1,317 @@
+"""Int8 weights of a finished model: one scale per row, in a folder of their own, and their loader.
+
+    final/int8/model.safetensors    `<name>` as int8 [rows, ...] and `<name>.scale` as fp32 [rows]
+
+Every floating-point tensor with at least two dimensions is stored in this form: symmetric, rounded
+to nearest, weight = value * scale. All other tensors are stored unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, initialization
+
+from megakd.errors import ModelError
+from megakd.models.export import INDEX_NAME, write_weights
+from megakd.models.fitting import one_line
+from megakd.models.loading import CONFIG_ERRORS
+from megakd.models.own_models import own_class, register_own_models
+from megakd.models.weights import SAFETENSORS, StoredTensor, WeightReader, check_weight_files
+from megakd.storage.atomic import write_content
+from megakd.storage.finished_folder import CHECKSUMS, check_given, sealed_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
+INT8 = "int8"
+"""Name of the folder below `final/`."""
+FORMAT = "int8 per row, symmetric"
+SCALE = ".scale"
+_STEPS = 127
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+_WHERE = "int8 weights"
+_QUANTIZED_KEYS = {"dtype": "int8", "quantization_config": {"quant_method": "megakd_int8"}}
+# auto_map names a file that plain transformers runs; torch_dtype is an older name of dtype.
+_FULL_PRECISION_KEYS = ("dtype", "torch_dtype", "quantization_config", "auto_map")
+_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+class _Place(NamedTuple):
+    """Location of a stored tensor, and of its scale if the tensor is quantised."""
+
+    values: StoredTensor
+    scale: StoredTensor | None
+
+
+def quantize(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 values and the scale of each row, so that weights are about values * scale.
+
+    In fp32, |values * scale - weights| <= scale / 2, up to rounding in the last digits.
+
+    Args:
+        weights: [rows, ...], finite, of a floating-point dtype.
+
+    Returns:
+        Values between -127 and 127 in the shape of `weights`, and fp32 scales [rows]: max |row| /
+        127, or 0 for a row of zeros.
+    """
+    rows = weights.to(torch.float32).flatten(1)
+    largest = rows.abs().amax(1)
+    # Below the smallest normal number, a scale has too few digits for the error bound.
+    scale = torch.where(largest > 0, (largest / _STEPS).clamp(min=_SMALLEST_SCALE), largest)
+    divisor = torch.where(scale > 0, scale, 1.0)
+    values = (rows / divisor[:, None]).round_().to(torch.int8)
+    return values.view(weights.shape), scale
+
+
+def dequantize(values: Tensor, scale: Tensor) -> Tensor:
+    """Return the fp32 weights of int8 values [rows, ...] and scales [rows]."""
+    return values.to(torch.float32) * scale.view(-1, *[1] * (values.ndim - 1))
+
+
+def write_int8(folder: Path, to: Path) -> None:
+    """Write a finished model with int8 weights into a folder of its own, whole or not at all.
+
+    The folder also holds the config and the tokenizer. `load_int8` loads the folder. The config
+    states the dtype int8, so that plain transformers refuses the folder by default; transformers
+    would take the int8 values for weights.
+
+    Args:
+        folder: a finished model folder in fp32, bf16 or fp16; the weights may be in shards.
+        to: folder that is replaced as a whole.
+
+    Raises:
+        ModelError: a weight is not finite or already int8, or `load_int8` cannot build the model.
+        MegakdError: the disk is full; `to` is unchanged.
+    """
+    check_given(folder, _WHERE)
+    state = dict(_quantized(folder))
+    with sealed_folder(to) as temporary:
+        metadata = {"format": "pt", "quantization": FORMAT}
+        save_file(state, temporary / SAFETENSORS, metadata=metadata)
+        _sort_metadata(temporary / SAFETENSORS)
+        _write_companions(folder, temporary, _QUANTIZED_KEYS)
+
+
+def write_restored(folder: Path, to: Path) -> None:
+    """Write a model folder with the fp32 weights that `load_int8` computes from an int8 folder.
+
+    Raises:
+        ModelError: `folder` is damaged, or does not hold int8 weights of megakd.
+    """
+    reader, places = WeightReader(_WHERE), _places(folder)
+    with sealed_folder(to) as temporary:
+        write_weights(temporary, ((n, _restored(reader, place)) for n, place in places.items()))
+        _write_companions(folder, temporary, {"dtype": "float32"})
+
+
+def load_int8(folder: str | Path) -> PreTrainedModel:
+    """Return the model of an int8 folder with dequantised fp32 weights, in evaluation mode.
+
+    Args:
+        folder: folder `int8` of a finished run's `final/`, or a copy of that folder.
+
+    Raises:
+        ModelError: the folder is damaged or incomplete, or does not hold int8 weights of megakd.
+    """
+    folder = Path(folder).expanduser()
+    places = _places(folder)
+    model = _built(folder)
+    tensors = model.state_dict(keep_vars=True)
+    _check_fit(folder, places, tensors)
+    reader = WeightReader(_WHERE)
+    with torch.no_grad():
+        for name, place in places.items():
+            tensors[name].copy_(_restored(reader, place))
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _quantized(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of the int8 file; of tied weights, only the first."""
+    stored = check_weight_files(folder, _WHERE)
+    with torch.device("meta"):
+        tensors = _built(folder).state_dict(keep_vars=True)
+    reader = WeightReader(_WHERE)
+    seen: set[int] = set()
+    for name, place in stored.items():
+        # Tied weights that lie in two shards are stored twice.
+        if name in tensors and id(tensors[name]) in seen:
+            continue
+        seen.add(id(tensors.get(name)))
+        tensor = _checked(reader.read(place), f"{folder}: {name}")
+        if not _is_matrix(tensor):
+            yield name, tensor
+            continue
+        if name + SCALE in stored:
+            raise ModelError(
+                f"{folder} has a weight {name + SCALE}, which is the name of a scale in int8 "
+                "weights; leave out save.int8"
+            )
+        values, scale = quantize(tensor)
+        yield name, values
+        yield name + SCALE, scale
+
+
+def _sort_metadata(file: Path) -> None:
+    """Sort the metadata of a safetensors file, so that equal weights have equal checksums.
+
+    safetensors writes the metadata in random order; the length of the header stays the same.
+    """
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        stream.seek(8)
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+        stream.write(text.encode().ljust(size))
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel() > 0
+
+
+def _checked(tensor: Tensor, where: str) -> Tensor:
+    if tensor.dtype == torch.int8 and tensor.ndim >= 2:
+        raise ModelError(f"{where} is stored as int8; give the folder of the model in fp32 or bf16")
+    if not tensor.is_floating_point():
+        return tensor
+    # A value of fp64 may exceed fp32.
+    if not torch.isfinite(tensor.to(torch.float32)).all():
+        raise ModelError(
+            f"{where} holds values that are not finite, which int8 cannot express; train the model "
+            "again, for example with a lower learning rate, or leave out save.int8"
+        )
+    return tensor
+
+
+def _places(folder: Path) -> dict[str, _Place]:
+    """Return the stored tensors of a verified int8 folder.
+
+    Raises:
+        ModelError: see `load_int8`.
+    """
+    file = folder / SAFETENSORS
+    if not file.is_file():
+        raise ModelError(f"{file} does not exist; {_remedy(folder)}")
+    check_given(folder, _WHERE)
+    stored = check_weight_files(folder, _WHERE)
+    with safe_open(file, "pt") as opened:
+        found = (opened.metadata() or {}).get("quantization")
+    if found != FORMAT:
+        raise ModelError(
+            f"{file} does not hold int8 weights of megakd (its metadata name the quantization "
+            f"{found!r}, not {FORMAT!r}); {_remedy(folder)}"
+        )
+    scales = {name + SCALE for name, place in stored.items() if _is_quantized(place)}
+    places = {name: place for name, place in stored.items() if name not in scales}
+    return {name: _place(file, stored, name) for name in places}
+
+
+def _remedy(folder: Path) -> str:
+    """Return instructions for a folder that is not an int8 folder."""
+    if (folder / INT8 / SAFETENSORS).is_file():
+        return f"give {folder / INT8}"
+    return (
+        f"give the folder {INT8} below the final/ of a run with save.int8: true, or load a folder "
+        "with full-precision weights by from_pretrained of transformers"
+    )
+
+
+def _is_quantized(place: StoredTensor) -> bool:
+    return place.dtype == torch.int8 and len(place.shape) >= 2
+
+
+def _place(file: Path, stored: Mapping[str, StoredTensor], name: str) -> _Place:
+    values = stored[name]
+    if not _is_quantized(values):
+        return _Place(values, None)
+    scale = stored.get(name + SCALE)
+    expected = values.shape[:1]
+    if scale is None or (scale.shape, scale.dtype) != (expected, torch.float32):
+        found = "is missing" if scale is None else f"is {scale.dtype} {list(scale.shape)}"
+        raise ModelError(
+            f"{file} is damaged: {name + SCALE} {found}, and must be torch.float32 "
+            f"{list(expected)}; copy the folder again"
+        )
+    return _Place(values, scale)
+
+
+def _restored(reader: WeightReader, place: _Place) -> Tensor:
+    tensor = reader.read(place.values)
+    return tensor if place.scale is None else dequantize(tensor, reader.read(place.scale))
+
+
+def _check_fit(folder: Path, places: Mapping[str, _Place], tensors: Mapping[str, Tensor]) -> None:
+    """Raise if the stored tensors are not those of the model; tied weights have several names."""
+    filled = {id(tensors[name]) for name in places if name in tensors}
+    missing = [name for name, tensor in tensors.items() if id(tensor) not in filled]
+    extra = [name for name in places if name not in tensors]
+    wrong = [
+        f"{name} {list(place.values.shape)} instead of {list(tensors[name].shape)}"
+        for name, place in places.items()
+        if name in tensors and place.values.shape != tuple(tensors[name].shape)
+    ]
+    problems = {"missing": missing, "unknown to the model": extra, "of another shape": wrong}
+    for problem, names in problems.items():
+        if names:
+            raise ModelError(
+                f"{folder}: config.json and {SAFETENSORS} do not belong together: {len(names)} "
+                f"weights are {problem} ({', '.join(names[:3])}); copy the folder again, or write "
+                "it again with megakd export and save.int8=true"
+            )
+
+
+def _built(folder: Path) -> PreTrainedModel:
+    """Return the model of config.json without values; its buffers are valid."""
+    register_own_models()
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{file} does not exist; copy the folder again")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model_class = _class_of(config, file)
+        config.dtype = torch.float32
+        vars(config).pop("quantization_config", None)
+        with initialization.no_init_weights():
+            model = model_class(config).float()
+    except CONFIG_ERRORS as error:
+        raise ModelError(
+            f"{file} is not the config of a model that megakd can build ({one_line(error)}); copy "
+            "the folder again"
+        ) from error
+    model.tie_weights()
+    return model
+
+
+def _class_of(config: PretrainedConfig, file: Path) -> type[PreTrainedModel]:
+    name = (config.architectures or ["none"])[0]
+    found: Any = own_class(name) or getattr(transformers, name, None)
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+        raise ModelError(
+            f"{file} names the architecture {name!r}, which neither megakd nor transformers "
+            f"{transformers.__version__} has; int8 weights need a class of one of the two"
+        )
+    return found
+
+
+def _write_companions(folder: Path, to: Path, keys: Mapping[str, Any]) -> None:
+    """Copy the tokenizer files, and write config.json with `keys` for the dtype of the weights."""
+    for path in (path for pattern in _COMPANIONS for path in folder.glob(pattern)):
+        if path.name not in (INDEX_NAME, CHECKSUMS):
+            shutil.copyfile(path, to / path.name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    rest = {key: value for key, value in config.items() if key not in _FULL_PRECISION_KEYS}
+    write_content(to / "config.json", json.dumps({**rest, **keys}, indent=2) + "\n")

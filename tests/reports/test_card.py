@@ -1,0 +1,76 @@
+"""The model card's words on the size of the student and on its int8 weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from reports import report_of
+
+from megakd.reports.card import CardFacts, model_card
+from megakd.reports.reading import read_report
+from megakd.reports.report import write_report
+
+FACTS = CardFacts(
+    title="a student",
+    task_type="classification",
+    student=None,
+    teachers=(None,),
+    objective=("soft_target_kl (weight 1.0)",),
+    command="megakd train run.yaml",
+)
+INT8: Any = {"bytes": 2_190_000, "metrics": {"accuracy": 0.74, "mean_accuracy_f1": 0.79}}
+
+
+def int8_report() -> Any:
+    report = report_of()
+    report["student"]["int8"] = INT8
+    return report
+
+
+def test_the_card_says_how_large_the_student_is_and_how_much_smaller_than_its_teacher() -> None:
+    line = "The student has 2.09M parameters in 8.4 MB of weights; it is 10.9x smaller than its"
+
+    assert f"\n\n{line} teacher.\n\n" in model_card(FACTS, report_of())
+
+
+def test_of_several_teachers_the_largest_is_compared() -> None:
+    teacher = report_of()["teacher"]
+    assert teacher is not None
+    pool = [{"name": name, **teacher} for name in ("small", "large")]
+
+    assert "smaller than its largest teacher." in model_card(FACTS, report_of(teachers=pool))
+
+
+def test_a_student_without_a_teacher_or_as_large_as_its_teacher_is_not_compared() -> None:
+    report = report_of()
+    alone = model_card(dataclasses.replace(FACTS, teachers=()), report_of(teacher=None))
+    alike = model_card(FACTS, report_of(teacher=report["student"]))
+
+    for card in (alone, alike):
+        assert "\n\nThe student has 2.09M parameters in 8.4 MB of weights.\n\n" in card
+
+
+def test_int8_weights_are_in_the_size_the_results_and_the_use() -> None:
+    card = model_card(FACTS, int8_report())
+
+    assert "in 8.4 MB of weights (2.2 MB as int8); it is 10.9x smaller" in card
+    assert re.search(r"^student \(int8\) .* 74\.0%", card, re.MULTILINE)
+    assert 'model = megakd.load_int8("path/to/this/folder/int8")' in card
+
+
+def test_a_card_without_int8_weights_does_not_name_them() -> None:
+    assert "int8" not in model_card(FACTS, report_of())
+
+
+def test_a_card_has_no_two_blank_lines_in_a_row() -> None:
+    card = model_card(FACTS, int8_report())
+
+    assert "\n\n\n" not in card
+
+
+def test_a_report_with_int8_weights_is_read_as_it_was_written(tmp_path) -> None:
+    write_report(tmp_path / "report.json", int8_report())
+
+    assert read_report(tmp_path / "report.json")["student"].get("int8") == INT8

@@ -1,0 +1,165 @@
+"""Runs with save.int8: final/int8, its score in the report, and what happens when it is damaged."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from one_rank import OneRank
+from tiny_runs import config_tree, write_config, write_reviews
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from whole_run import WholeRun, finish, read
+
+import megakd
+from megakd.models.export import weight_bytes
+from megakd.models.int8 import INT8, dequantize, quantize
+from megakd.models.weights import SAFETENSORS
+from megakd.storage.finished_folder import entries
+
+ROW = f"{INT8}/{SAFETENSORS}"
+
+
+@pytest.fixture(scope="module")
+def original(one_rank: OneRank, whole_run: WholeRun, tmp_path_factory) -> Path:
+    """The folder of a short run that writes int8 weights."""
+    folder = tmp_path_factory.mktemp("int8")
+    reviews = write_reviews(folder / "reviews")
+    task = {"type": "classification", "dataset": str(reviews)}
+    tree = config_tree(
+        folder / "out",
+        task,
+        teacher={"model": str(whole_run.teacher)},
+        method={"name": "single"},
+        baselines=["alone"],
+        save={"int8": True},
+    )
+    finish(one_rank, write_config(folder / "run.yaml", tree))
+    return folder
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Iterator[Path]:
+    """The run in its place, which its stages depend on; put back after the test."""
+    backup = shutil.copytree(original, tmp_path / "backup")
+    yield original
+    shutil.rmtree(original)
+    shutil.move(backup, original)
+
+
+def test_the_student_is_loaded_from_int8_with_nearly_the_same_logits(original):
+    final = original / "out" / "final"
+    full = AutoModelForSequenceClassification.from_pretrained(final).eval()
+    tokens = AutoTokenizer.from_pretrained(final / INT8)("a good film", return_tensors="pt")
+
+    loaded = megakd.load_int8(final / INT8)
+
+    for name, weight in full.state_dict().items():
+        expected = dequantize(*quantize(weight)) if weight.ndim > 1 else weight
+        assert torch.equal(loaded.state_dict()[name], expected), name
+    with torch.inference_mode():
+        logits, expected = (model(**tokens).logits for model in (loaded, full))
+    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_the_report_has_the_score_and_the_size_of_the_int8_weights(original, one_rank, tmp_path):
+    out = original / "out"
+    student = read(out)["student"]
+
+    assert student[INT8].keys() == {"bytes", "metrics"}
+    assert student[INT8]["bytes"] == weight_bytes(out / "final" / INT8)
+    assert student[INT8]["bytes"] < 0.5 * student["bytes"] == 0.5 * weight_bytes(out / "final")
+    assert student[INT8]["metrics"].keys() == student["metrics"].keys()
+    megakd.load_int8(out / "final" / INT8).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(out / "final").save_pretrained(tmp_path / "model")
+    said = one_rank.megakd(
+        "evaluate", original / "run.yaml", "--model", tmp_path / "model", "--json"
+    )
+    assert json.loads(said.out)["metrics"] == pytest.approx(student[INT8]["metrics"], abs=1e-6)
+
+
+def test_table_page_and_card_show_the_int8_weights_and_nothing_temporary_stays(original, one_rank):
+    out = original / "out"
+
+    table = finish(one_rank, original / "run.yaml").out
+
+    rows = [line for line in table.splitlines() if re.match(r"(teacher|student|alone)", line)]
+    assert [row.split("  ")[0] for row in rows[:4]] == [
+        *("teacher", "student", "student (int8)", "alone")
+    ]
+    assert "student (int8)" in (out / "report.html").read_text()
+    card = (out / "final" / "README.md").read_text()
+    assert "megakd.load_int8(" in card
+    assert "student (int8)" in card
+    assert not (out / ".int8").exists()
+
+
+def test_missing_int8_weights_are_written_again_whatever_the_config_says(folder, one_rank):
+    final = folder / "out" / "final"
+    before = (final / ROW).read_bytes()
+    shutil.rmtree(final / INT8)
+
+    said = finish(one_rank, folder / "run.yaml", "save.int8=false")
+
+    assert re.search(rf"lacks .*{ROW}.*copied again from", said.err)
+    assert (final / ROW).read_bytes() == before
+    assert said.loaded == ()
+    assert "copied again" not in finish(one_rank, folder / "run.yaml").err
+
+
+def test_damaged_int8_weights_are_refused_with_what_to_do(folder, one_rank):
+    file = folder / "out" / "final" / ROW
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    said = one_rank.train("--config", folder / "run.yaml")
+
+    assert said.code == 2
+    assert f"is not the student of this run: the checksum of {ROW} differs; move" in said.err
+
+
+def test_a_finished_run_without_int8_weights_adds_them_without_training(folder, one_rank):
+    out = folder / "out"
+    (out / "report.json").unlink()
+    without = finish(one_rank, folder / "run.yaml", "save.int8=false")
+    weights = (out / "final" / SAFETENSORS).read_bytes()
+    assert "student (int8)" not in without.out
+    assert not (out / "final" / INT8).exists()
+
+    said = finish(one_rank, folder / "run.yaml")
+
+    assert "student (int8)" in said.out
+    assert "student: already finished" in said.err
+    assert (out / "final" / SAFETENSORS).read_bytes() == weights
+    assert ROW in entries(out / "final")
+    assert finish(one_rank, folder / "run.yaml").loaded == ()
+
+
+def test_files_of_the_user_with_the_names_of_int8_files_are_not_overwritten(folder, one_rank):
+    out = folder / "out"
+    (out / "report.json").unlink()
+    finish(one_rank, folder / "run.yaml", "save.int8=false")
+    (out / "final" / INT8).mkdir()
+    (out / "final" / ROW).write_text("mine")
+
+    said = one_rank.train("--config", folder / "run.yaml")
+
+    assert said.code == 2
+    assert f"has to write: {ROW}; move these files away" in said.err
+    assert (out / "final" / ROW).read_text() == "mine"
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_an_export_has_int8_weights_if_the_config_asks(original, one_rank, tmp_path, wanted):
+    setting = f"save.int8={str(wanted).lower()}"
+    said = one_rank.megakd("export", original / "run.yaml", setting, "--to", tmp_path / "x")
+
+    assert said.code == 0, said.err
+    assert (tmp_path / "x" / INT8).exists() == wanted
+    if wanted:
+        final = original / "out" / "final"
+        assert (tmp_path / "x" / ROW).read_bytes() == (final / ROW).read_bytes()
