@@ -47,5 +47,6 @@ def _entry(name: str, kind: type) -> str:
     lines = [name, textwrap.indent(inspect.getdoc(kind) or "", "  ")]
     for option, default in defaults(kind).items():
         is_required = default is dataclasses.MISSING
-        lines.append(f"    {option}: {'required' if is_required else json.dumps(default)}")
+        shown = json.dumps(None if is_required else default, default=dataclasses.asdict)
+        lines.append(f"    {option}: {'required' if is_required else shown}")
     return "\n".join(lines)

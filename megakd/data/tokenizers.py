@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -40,7 +41,8 @@ logger = logging.getLogger(__name__)
 
 LOOKED_FOR = "tokenizer.json, vocab.txt, vocab.json with merges.txt, or one *.model"
 DEFAULT_VOCAB_SIZE = 8000
-_STOCK_MODEL_NAMES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+MODEL_FILE = "spiece.model"
+_STOCK_MODEL_NAMES = (MODEL_FILE, "tokenizer.model", "sentencepiece.bpe.model")
 _SENTENCEPIECE_BPE = 2
 # Usual names of special tokens, for files that do not declare their special tokens.
 _USUAL_NAMES = {
@@ -52,6 +54,39 @@ _USUAL_NAMES = {
     "bos_token": ("<s>", "<|begin_of_text|>", "<|endoftext|>"),
     "eos_token": ("</s>", "<|end_of_text|>", "<|endoftext|>"),
 }
+
+
+class SentencePieceTokenizer(PreTrainedTokenizerFast):
+    """A tokenizer that is saved together with its SentencePiece model, as spiece.model.
+
+    transformers saves such a tokenizer as tokenizer.json only.
+    """
+
+    sentencepiece_model: bytes
+
+    @classmethod
+    def with_model(cls, folder: Path) -> SentencePieceTokenizer:
+        """Read a tokenizer and its SentencePiece model from a folder."""
+        tokenizer = cls.from_pretrained(folder, local_files_only=True)
+        tokenizer.sentencepiece_model = (folder / MODEL_FILE).read_bytes()
+        return tokenizer
+
+    def _save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        file_names: tuple[str, ...],
+        legacy_format: bool | None = None,  # noqa: FBT001 - the signature is transformers'
+        filename_prefix: str | None = None,
+    ) -> tuple[str, ...]:
+        names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        model = Path(save_directory, prefix + MODEL_FILE)
+        model.write_bytes(self.sentencepiece_model)
+        return (*names, str(model))
+
+
+# `save_pretrained` writes this name, by which transformers finds its class without megakd.
+SentencePieceTokenizer.__name__ = PreTrainedTokenizerFast.__name__
 
 
 def load_tokenizer(
@@ -177,7 +212,15 @@ def _read(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
     if is_bare_model and model and not (says_its_class and model.name in _STOCK_MODEL_NAMES):
         return _from_sentencepiece(model, task_type)
     if says_its_class:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        is_generic = (
+            type(found) is PreTrainedTokenizerFast and (folder / "tokenizer.json").is_file()
+        )
+        if is_generic and (folder / MODEL_FILE).is_file():
+            return SentencePieceTokenizer.with_model(folder)
+        return found
     if (folder / "tokenizer.json").is_file():
         return _from_json(folder / "tokenizer.json", task_type)
     if (folder / "vocab.txt").is_file():
@@ -195,13 +238,14 @@ def _from_sentencepiece(path: Path, task_type: TaskType) -> PreTrainedTokenizerB
     extractor = SentencePieceExtractor(str(path))
     # A class generated at run time, whose fields are unknown to the type checker.
     proto: Any = extractor.proto
-    if any(piece.piece == "[CLS]" for piece in proto.pieces):
+    unknown = proto.pieces[proto.trainer_spec.unk_id].piece
+    if unknown == "<unk>" and any(piece.piece == "[CLS]" for piece in proto.pieces):
+        # ALBERT's models are of this kind; the student vocabularies of megakd have [UNK].
         # transformers finds a SentencePiece file only by its name.
         with tempfile.TemporaryDirectory() as folder:
-            shutil.copyfile(path, Path(folder, "spiece.model"))
+            shutil.copyfile(path, Path(folder, MODEL_FILE))
             return AlbertTokenizer.from_pretrained(folder, local_files_only=True)
-    tokenizer = Tokenizer(_sentencepiece_model(extractor, proto))
-    _read_texts_as(proto, tokenizer)
+    tokenizer = sentencepiece_backend(extractor)
     roles = _special_roles(tokenizer, task_type)
     if "cls_token" in roles and "sep_token" in roles:
         tokenizer.post_processor = encoder_template(
@@ -226,7 +270,19 @@ def _from_sentencepiece(path: Path, task_type: TaskType) -> PreTrainedTokenizerB
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
 
 
-def _sentencepiece_model(extractor: SentencePieceExtractor, proto: Any) -> models.Model:
+def sentencepiece_backend(extractor: SentencePieceExtractor) -> Tokenizer:
+    """Return a tokenizer with the ids and pieces of a SentencePiece model, without a template.
+
+    The tokenizer encodes texts as SentencePiece does, with the exceptions of their normalizers:
+    U+0085 (a space only here), İ in lower-cased models, and accents on letters in unusual forms.
+    """
+    tokenizer = Tokenizer(_sentencepiece_model(extractor))
+    _read_texts_as(extractor.proto, tokenizer)
+    return tokenizer
+
+
+def _sentencepiece_model(extractor: SentencePieceExtractor) -> models.Model:
+    proto: Any = extractor.proto
     trained = proto.trainer_spec
     if trained.model_type == _SENTENCEPIECE_BPE:
         made: Any = extractor.extract(models.BPE)
@@ -245,6 +301,9 @@ def _read_texts_as(proto: Any, tokenizer: Tokenizer) -> None:
     """Set the normalizer, pre-tokenizer and decoder to SentencePiece's treatment of characters."""
     spec, trained = proto.normalizer_spec, proto.trainer_spec
     steps: list[normalizers.Normalizer] = []
+    if spec.name.endswith("_cf"):
+        # `Precompiled` drops accents that follow a letter which it replaces: E and U+0301 give e.
+        steps += [normalizers.NFKC(), normalizers.Lowercase()]
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
@@ -303,7 +362,7 @@ def _trained(
     def build(folder: Path) -> None:
         logger.info("training a %s of %d tokens", recipe.type, recipe.vocab_size)
         tokenizer = train_tokenizer(
-            lambda: _texts(splits),
+            lambda: training_texts(splits),
             kind=recipe.type,
             vocab_size=recipe.vocab_size,
             for_encoder=for_encoder,
@@ -314,7 +373,8 @@ def _trained(
     return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
-def _texts(splits: Splits) -> Iterator[str]:
+def training_texts(splits: Splits) -> Iterator[str]:
+    """Yield the texts of all training rows, and the texts that they are paired with."""
     columns = [name for name in ("text", "text_pair") if name in splits.train.column_names]
     for table in arrow_batches(splits.train.select_columns(columns), 1000):
         for name in columns:

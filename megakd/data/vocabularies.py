@@ -148,14 +148,14 @@ def _train_on_pieces(
     def words(run: str) -> list[str]:
         return [word for word, _ in whole.pre_tokenize_str(normalizer.normalize_str(run))]
 
-    _tell_long_words(texts(), words)
+    tell_long_words(texts(), words)
     pieces = [whole, pre_tokenizers.FixedLength(LONGEST_WORD)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
     tokenizer.train_from_iterator(texts(), trainer)
     tokenizer.pre_tokenizer = whole
 
 
-def _tell_long_words(texts: Iterable[str], words: Callable[[str], Iterable[str]]) -> None:
+def tell_long_words(texts: Iterable[str], words: Callable[[str], Iterable[str]]) -> None:
     """Log the number of words that are too long for training; `words` splits text into words."""
     runs = (run for text in texts for run in _LONG_RUN.findall(text))
     found = [word for run in runs for word in words(run) if len(word) > LONGEST_WORD]
@@ -177,8 +177,8 @@ def _unigram(texts: Callable[[], Iterable[str]], size: int, special: list[str]) 
     if "[CLS]" in special:
         steps.append(normalizers.Lowercase())
     normalizer = normalizers.Sequence(steps)
-    _tell_long_words(texts(), lambda run: normalizer.normalize_str(run).split(" "))
-    pieces = _unigram_pieces(_sentences(texts(), normalizer), size - len(special))
+    tell_long_words(texts(), lambda run: normalizer.normalize_str(run).split(" "))
+    pieces = _unigram_pieces(sentences(texts(), normalizer), size - len(special))
     vocabulary = [(token, 0.0) for token in special] + pieces
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=special.index(UNKNOWN)))
     tokenizer.normalizer = normalizer
@@ -187,7 +187,7 @@ def _unigram(texts: Callable[[], Iterable[str]], size: int, special: list[str]) 
     return tokenizer
 
 
-def _sentences(texts: Iterable[str], normalizer: normalizers.Normalizer) -> Iterator[str]:
+def sentences(texts: Iterable[str], normalizer: normalizers.Normalizer) -> Iterator[str]:
     """Yield sentences short enough for SentencePiece, which silently drops long sentences."""
     for text in texts:
         words = normalizer.normalize_str(text).split(" ")

@@ -1,0 +1,399 @@
+"""Vocabularies of students: exact sizes, the SentencePiece model beside them, what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import pytest
+import sentencepiece
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, BertConfig, BertTokenizer, PreTrainedTokenizerFast
+
+from megakd.contract.vocabulary import StudentVocabulary
+from megakd.data import student_vocabularies
+from megakd.data.encoding import tokenizer_content
+from megakd.data.student_vocabularies import (
+    check_special_tokens,
+    load_student_tokenizer,
+    overlap,
+)
+from megakd.data.tokenizers import from_folder
+from megakd.data.vocabularies import encoder_template
+from megakd.errors import DataError
+
+FIRST = "The teacher writes a letter; the student, naïve, reads 42 (short) letters!"
+
+
+def _invented() -> list[str]:
+    """Return sentences with enough parts of words for a unigram vocabulary."""
+    rng = random.Random(0)
+    syllables = re.findall("..", "tarinokeselmibafuesingerlyprocodestunal")
+    words = ["".join(rng.choices(syllables, k=rng.randrange(1, 4))) for _ in range(150)]
+    return [FIRST, *(" ".join(rng.choices(words, k=8)) for _ in range(80))]
+
+
+SENTENCES = _invented()
+ROLES = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+KINDS = ["wordpiece", "unigram", "bpe"]
+SENTENCEPIECE_KINDS = ["unigram", "bpe"]
+
+
+class _Splits(NamedTuple):
+    train: Any
+    content_hash: str = "content"
+    stream: Any = None
+
+
+def _load(folder, kind, size=100, texts=SENTENCES):
+    splits: Any = _Splits(Dataset.from_dict({"text": list(texts) * 5}))
+    vocabulary = StudentVocabulary(type=kind, size=size)
+    return load_student_tokenizer(vocabulary, splits, cache_dir=folder)
+
+
+@pytest.mark.parametrize("size", [100, 120])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_tokenizer_has_the_size_and_frames_texts_and_pairs(tmp_path, kind, size):
+    tokenizer = _load(tmp_path, kind, size)
+
+    single, pair = tokenizer("The Student"), tokenizer("the student", "a letter")
+
+    assert len(tokenizer) == len(tokenizer.get_vocab()) == size
+    assert tokenizer.special_tokens_map == ROLES
+    assert [tokenizer.convert_tokens_to_ids(token) for token in ROLES.values()] == [0, 1, 2, 3, 4]
+    assert [single["input_ids"][0], single["input_ids"][-1]] == [2, 3]
+    assert pair["input_ids"].count(3) == 2
+    assert set(pair["token_type_ids"]) == {0, 1}
+    assert tokenizer.decode(single["input_ids"], skip_special_tokens=True) == "the student"
+    assert tokenizer("the [MASK] reads")["input_ids"].count(4) == 1
+
+
+def test_the_defaults_are_the_papers():
+    assert StudentVocabulary() == StudentVocabulary(type="wordpiece", size=4928)
+
+
+@pytest.mark.parametrize("wrong", [{"size": 99}, {"type": "char"}, {"vocab_size": 200}])
+def test_values_outside_the_choices_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        StudentVocabulary(**wrong)
+
+
+@pytest.fixture(scope="module", params=SENTENCEPIECE_KINDS)
+def trained(request, tmp_path_factory):
+    """Return a tokenizer, and SentencePiece with the model of the tokenizer."""
+    tokenizer = _load(tmp_path_factory.mktemp("trained"), request.param)
+    model = tokenizer.sentencepiece_model
+    return tokenizer, sentencepiece.SentencePieceProcessor(model_proto=model)
+
+
+CHARACTERS = [*sorted(set("".join(SENTENCES))), "É", "E\u0301", "Q\u0303", "▁", "▅", "字", "\t"]
+
+
+@given(text=st.lists(st.sampled_from(CHARACTERS)).map("".join) | st.text("tari ", max_size=60))
+def test_texts_are_encoded_as_sentencepiece_encodes_them(trained, text):
+    tokenizer, reference = trained
+
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == reference.encode(text)
+
+
+def test_ids_and_pieces_are_those_of_the_sentencepiece_model(trained):
+    tokenizer, reference = trained
+    numbers = list(range(100))
+
+    assert len(tokenizer) == len(reference) == 100
+    assert tokenizer.convert_ids_to_tokens(numbers) == reference.id_to_piece(numbers)
+
+
+# Many segmentations of such words have the same score.
+def test_repeated_letters_are_encoded_as_sentencepiece_encodes_them(trained):
+    tokenizer, reference = trained
+    words = [part * n for part in ("e", "r", "ta", "est", "erer") for n in range(1, 60)]
+
+    assert tokenizer(words, add_special_tokens=False)["input_ids"] == reference.encode(words)
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE_KINDS)
+def test_real_text_is_encoded_as_sentencepiece_encodes_it(tmp_path, shared_data, kind):
+    folder = shared_data / "lm" / "wikitext-2-raw"
+    if not folder.is_dir():
+        pytest.skip("needs wikitext-2-raw in ../shared/data/lm")
+    lines = (folder / "valid.txt").read_text(encoding="utf-8").splitlines()
+    tokenizer = _load(tmp_path, kind, 1000, lines[:300])
+    reference = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.sentencepiece_model)
+
+    encoded = tokenizer(lines[300:1000], add_special_tokens=False)["input_ids"]
+
+    assert encoded == reference.encode(lines[300:1000])
+
+
+CODE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_student_vocabularies import trained_backends
+print(trained_backends(Path({folder!r})))
+"""
+
+
+def trained_backends(folder) -> str:
+    """Return all files of one tokenizer of each kind."""
+    made = []
+    for kind in KINDS:
+        _load(folder / kind, kind).save_pretrained(folder / f"{kind}-saved")
+        files = sorted((folder / f"{kind}-saved").iterdir())
+        made.append({file.name: file.read_bytes().hex() for file in files})
+    return json.dumps(made)
+
+
+def test_equal_texts_give_equal_files_in_every_process(tmp_path, repository):
+    code = CODE.format(tests=str(repository / "tests/data"), folder=str(tmp_path / "there"))
+
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={"PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path), "HF_HUB_OFFLINE": "1"},
+    ).stdout.strip()
+
+    assert elsewhere == trained_backends(tmp_path / "here")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vocabulary_is_trained_once(tmp_path, monkeypatch, kind):
+    first = _load(tmp_path, kind)
+    monkeypatch.setattr(student_vocabularies, "_trained", None)
+
+    assert tokenizer_content(_load(tmp_path, kind)) == tokenizer_content(first)
+
+
+@pytest.mark.parametrize("config", [None, BertConfig()], ids=["alone", "beside a model"])
+@pytest.mark.parametrize("kind", SENTENCEPIECE_KINDS)
+def test_the_sentencepiece_model_is_saved_wherever_the_tokenizer_is_saved(tmp_path, kind, config):
+    tokenizer = _load(tmp_path / "cache", kind)
+    tokenizer.save_pretrained(tmp_path / "final")
+    if config is not None:
+        config.save_pretrained(tmp_path / "final")
+
+    again = from_folder(tmp_path / "final", "classification")
+    again.save_pretrained(tmp_path / "copy")
+    plain = AutoTokenizer.from_pretrained(tmp_path / "copy")
+
+    model = tokenizer.sentencepiece_model
+    assert (tmp_path / "final" / "spiece.model").read_bytes() == model
+    assert (tmp_path / "copy" / "spiece.model").read_bytes() == model
+    assert type(plain) is PreTrainedTokenizerFast
+    assert tokenizer_content(plain) == tokenizer_content(again) == tokenizer_content(tokenizer)
+    text = "The naïve Student, reads 42 [MASK]"
+    assert plain(text)["input_ids"] == again(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE_KINDS)
+def test_the_sentencepiece_model_alone_gives_the_same_tokenizer(tmp_path, kind):
+    tokenizer = _load(tmp_path / "cache", kind)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "spiece.model").write_bytes(tokenizer.sentencepiece_model)
+
+    bare = from_folder(tmp_path / "bare", "classification")
+
+    text = "The naïve Student, reads"
+    assert bare(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert bare.special_tokens_map == tokenizer.special_tokens_map
+
+
+def _largest(error: Any) -> int:
+    return int(str(error.value).rsplit("at most ", 1)[1].split(",")[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_too_little_text_is_an_error_that_names_the_largest_size(tmp_path, kind):
+    with pytest.raises(
+        DataError,
+        match=r"the training text gives only \d+ pieces.*method\.student_vocabulary\.size is 5000; "
+        r"set method\.student_vocabulary\.size to at most \d+, or give more text",
+    ) as error:
+        _load(tmp_path, kind, 5000)
+
+    largest = _largest(error)
+    assert len(_load(tmp_path, kind, largest)) == largest
+    with pytest.raises(DataError, match=f"gives only {largest} pieces"):
+        _load(tmp_path, kind, largest + 1)
+
+
+# 150 characters, of which a vocabulary of 1000 pieces keeps only the 100 most frequent.
+def test_the_largest_size_of_a_varied_text_is_reachable(tmp_path):
+    varied = [" ".join(chr(0x4E00 + n) * 2 for n in range(150)), *SENTENCES]
+    with pytest.raises(DataError, match="occur at least twice") as error:
+        _load(tmp_path, "wordpiece", 2000, varied)
+
+    largest = _largest(error)
+
+    assert len(_load(tmp_path, "wordpiece", largest, varied)) == largest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_characters_than_pieces_is_an_error_that_names_the_smallest_size(tmp_path, kind):
+    varied = [" ".join(chr(0x400 + n) for n in range(48, 200)), *SENTENCES]
+
+    with pytest.raises(
+        DataError, match=r"take \d+ pieces, and method\.student_vocabulary\.size is 100; set"
+    ) as error:
+        _load(tmp_path, kind, 100, varied)
+
+    smallest = int(str(error.value).rsplit(" ", 1)[1])
+    assert len(_load(tmp_path, kind, smallest, varied)) == smallest
+    with pytest.raises(DataError, match=f"to at least {smallest}"):
+        _load(tmp_path, kind, smallest - 1, varied)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_real_text_fits_the_smallest_size_or_names_a_size_that_fits(tmp_path, shared_data, kind):
+    file = shared_data / "lm" / "wikitext-2-raw" / "valid.txt"
+    if not file.is_file():
+        pytest.skip("needs wikitext-2-raw in ../shared/data/lm")
+    lines = file.read_text(encoding="utf-8").splitlines()[:200]
+
+    try:
+        size = len(_load(tmp_path, kind, 100, lines))
+    except DataError as error:
+        size = int(str(error).rsplit("at least ", 1)[1])
+
+    assert len(_load(tmp_path, kind, size, lines)) == size
+
+
+@pytest.mark.parametrize("texts", [[""], ["a"]], ids=["nothing", "one letter"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_with_hardly_a_word_is_an_error(tmp_path, kind, texts):
+    with pytest.raises(DataError, match=r"the training text gives (no|only) .*(data|more text)"):
+        _load(tmp_path, kind, 100, texts)
+
+
+def test_a_stream_is_refused(tmp_path):
+    splits: Any = _Splits(Dataset.from_dict({"text": []}), stream=object())
+
+    with pytest.raises(DataError, match=r"cannot be trained on a stream \(task\.streaming is true"):
+        load_student_tokenizer(StudentVocabulary(), splits, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE_KINDS)
+def test_long_texts_and_reserved_characters_are_not_lost_to_the_vocabulary(tmp_path, kind):
+    texts = [*SENTENCES, "zebra ▅ " * 3000]
+
+    tokenizer = _load(tmp_path, kind, 100, texts)
+
+    assert "▁zebra" in tokenizer.get_vocab()
+
+
+def _word_level(vocabulary, *, template=("[CLS]", "[SEP]"), roles=()) -> PreTrainedTokenizerFast:
+    numbers = {word: number for number, word in enumerate(vocabulary)}
+    backend = Tokenizer(models.WordPiece(numbers, unk_token=ROLES["unk_token"]))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = encoder_template(backend, cls=template[0], sep=template[1])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **{**ROLES, **dict(roles)})
+
+
+def test_overlap_is_the_share_of_the_pieces_that_the_teacher_has():
+    student = _word_level([*ROLES.values(), "the", "##s", "s", "cat"])
+    teacher = _word_level(["[unused0]", *ROLES.values(), "the", "##s", "dog", "##cat", "a"])
+
+    assert overlap(student, teacher) == 0.5
+    assert overlap(teacher, student) == 2 / 6
+    assert overlap(student, student) == 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_of_trained_vocabularies_are_accepted(tmp_path, kind):
+    check_special_tokens(_load(tmp_path, kind), "student")
+
+
+WORDS = [*ROLES.values(), "a"]
+
+
+@pytest.mark.parametrize("role", ["pad", "unk", "cls", "sep", "mask"])
+def test_a_missing_special_token_is_named(role):
+    tokenizer = _word_level(WORDS, roles={f"{role}_token": None})
+
+    with pytest.raises(
+        DataError,
+        match=f"^teacher.model: the tokenizer has no {role} token, which .*; set {role}_token in",
+    ):
+        check_special_tokens(tokenizer, "teacher.model")
+
+
+def test_one_token_in_two_roles_is_refused():
+    tokenizer = _word_level(WORDS, roles={"sep_token": "[PAD]"})
+
+    with pytest.raises(
+        DataError, match=r"student: \[PAD\] is both the pad token and the sep token"
+    ):
+        check_special_tokens(tokenizer, "student")
+
+
+def test_swapped_cls_and_sep_are_refused():
+    tokenizer = _word_level(WORDS, roles={"cls_token": "[SEP]", "sep_token": "[CLS]"})
+
+    with pytest.raises(
+        DataError, match=r"student: the tokenizer puts \[CLS\] first .* and \[SEP\], its cls token,"
+    ):
+        check_special_tokens(tokenizer, "student")
+
+
+def test_a_wrong_last_token_is_refused():
+    tokenizer = _word_level(WORDS, template=("[CLS]", "[MASK]"))
+
+    with pytest.raises(
+        DataError, match=r"puts \[MASK\] last in an encoded text, and \[SEP\], its sep token,"
+    ):
+        check_special_tokens(tokenizer, "student")
+
+
+class _Forgetful:
+    """A tokenizer whose vocabulary is not what its special tokens say."""
+
+    def __init__(self, vocabulary) -> None:
+        self._vocabulary = vocabulary
+        for role, token in ROLES.items():
+            setattr(self, role, token)
+
+    def get_vocab(self):
+        return self._vocabulary
+
+    def convert_ids_to_tokens(self, number):
+        return {number: token for token, number in self._vocabulary.items()}[number]
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [
+        ({"[PAD]": 0}, r"student: the unk token \[UNK\] is not in the vocabulary"),
+        ({"[PAD]": 0, "x": 0}, r"the pad token \[PAD\] has the id 0, which is the id of x"),
+    ],
+    ids=["absent", "id of another token"],
+)
+def test_a_special_token_without_an_id_of_its_own_is_refused(vocabulary, message):
+    tokenizer: Any = _Forgetful(vocabulary)
+
+    with pytest.raises(DataError, match=message):
+        check_special_tokens(tokenizer, "student")
+
+
+def test_a_published_vocabulary_passes_the_check(shared_data):
+    folder = shared_data / "tokenizers" / "bert-base-uncased"
+    if not folder.is_dir():
+        pytest.skip("needs bert-base-uncased in ../shared/data/tokenizers")
+    check_special_tokens(BertTokenizer.from_pretrained(folder), "teacher")
