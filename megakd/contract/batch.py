@@ -23,6 +23,17 @@ Counts = Mapping[Unit, "Tensor"]
 IGNORE = -100
 
 
+class Targets(NamedTuple):
+    """Positions that a model with two vocabularies predicts from its second vocabulary.
+
+    positions: [N] int64 positions of the flattened [B * T]; at least one position.
+    labels: [N] int64 numbers in the second vocabulary; -100 = no label.
+    """
+
+    positions: Tensor
+    labels: Tensor
+
+
 class Batch(NamedTuple):
     """One micro-batch of one rank, aligned so that no loss has to shift labels or logits.
 
@@ -35,6 +46,9 @@ class Batch(NamedTuple):
     targets: [N] int64 positions of the flattened [B * T] that a language model predicts: the
         labelled positions, and at least one position; None predicts all positions.
     others: by role, the same rows encoded for models with another tokenizer.
+    second: what the model predicts from its second vocabulary; `labels` and `targets` are then
+        those of its first vocabulary. In `input_ids`, numbers of the second vocabulary follow those
+        of the first.
     """
 
     inputs: dict[str, Tensor]
@@ -43,9 +57,10 @@ class Batch(NamedTuple):
     targets: Tensor | None = None
     rows: Tensor | None = None
     others: Mapping[str, Batch] | None = None
+    second: Targets | None = None
 
     def of(self, role: str | None) -> Batch:
-        """Return the rows encoded for the model of a role; None is the first learner."""
+        """Return the rows encoded for the model of a role; None: as they are."""
         return self.others.get(role, self) if self.others and role else self
 
     @property
@@ -110,6 +125,7 @@ class Knowledge(NamedTuple):
     attention: by layer, numbered like hidden states; None at 0 and at layers that were not
         requested.
     top_k: the part of a language model's logits that a cache keeps; replaces `hidden` and `head`.
+    second: `hidden` and `head` at the positions that the batch predicts from a second vocabulary.
     """
 
     logits: Tensor | None = None
@@ -118,6 +134,7 @@ class Knowledge(NamedTuple):
     hidden_states: tuple[Tensor, ...] = ()
     attention: tuple[AttentionVectors | None, ...] = ()
     top_k: TopK | None = None
+    second: Knowledge | None = None
 
     def detached(self) -> Knowledge:
         """Return the outputs detached from the graph."""
@@ -128,6 +145,7 @@ class Knowledge(NamedTuple):
             hidden_states=tuple(states.detach() for states in self.hidden_states),
             attention=tuple(None if one is None else one.detached() for one in self.attention),
             top_k=self.top_k,
+            second=None if self.second is None else self.second.detached(),
         )
 
 

@@ -202,6 +202,15 @@ class Lab(Protocol):
         """Return a model of the shape in `folder` that starts from random weights."""
         ...
 
+    def with_embeddings(self, result: StageResult) -> Model:
+        """Return the student with the embeddings that a stage has learned for its vocabulary.
+
+        Args:
+            result: result of a stage whose model read mixed text through a table as wide as the
+                student's, see `Stage.mixed`.
+        """
+        ...
+
     def as_teacher(self, result: StageResult, *, like: str = "teacher") -> str:
         """Register a stage's model as a teacher, and return the stage's name.
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.plugins import wrong_options
 from megakd.contract.terms import STRICT
 from megakd.errors import suggestion
+
+if TYPE_CHECKING:
+    from megakd.contract.vocabulary import StudentVocabulary
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -29,6 +32,16 @@ class MethodOptions:
     @property
     def looks_into_teacher(self) -> bool:
         """True if the method needs more than a teacher's outputs; a cache holds only outputs."""
+        return False
+
+    @property
+    def own_vocabulary(self) -> StudentVocabulary | None:
+        """The vocabulary that is trained for the student alone; None: all models share one."""
+        return None
+
+    def reads_mixed_rows(self, config: Any) -> bool:
+        """Return whether a stage of the run reads rows that are cut with two vocabularies."""
+        del config
         return False
 
     def problems(self, config: Any) -> Iterator[str]:

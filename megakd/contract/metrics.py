@@ -9,7 +9,7 @@ from megakd.contract.plugins import is_metric, metric_of
 from megakd.contract.stage import Scores, Verdict
 from megakd.errors import ConfigError
 
-LOWER_IS_BETTER = ("perplexity", "loss")
+LOWER_IS_BETTER = ("perplexity", "loss", "nats_per_character")
 LOSSES = ("hard_", "soft_target_", "hidden_", "embedding_", "attention_", "relation_")
 """Beginnings of the names of loss terms, which an evaluation may report too."""
 

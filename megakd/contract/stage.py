@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from megakd.contract.batch import Batch, Counts, Knowledge
     from megakd.contract.units import Cut, View
+    from megakd.contract.vocabulary import MixedReading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,6 +323,8 @@ class Stage:
         is before the first step.
     batches: function from the source of the training rows' batches to the source of the stage's
         batches; None uses the training rows' batches.
+    mixed: by role, the models with a tokenizer of their own, and how they read the training text.
+    rates: by role of a learner, the factor of its learning rate; 1 if not listed.
     reads_states: whether the strategy reads hidden states of both models.
     """
 
@@ -344,6 +347,8 @@ class Stage:
     shards_kept: int = 0
     measures_losses: bool = False
     batches: Callable[[BatchSource], BatchSource] | None = None
+    mixed: Mapping[str, MixedReading] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
     reads_states: bool = False
 
 

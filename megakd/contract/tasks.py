@@ -28,6 +28,7 @@ METRICS: dict[TaskType, tuple[str, ...]] = {
         "loss",
     ),
     "regression": ("pearson", "spearman", "loss"),
-    **dict.fromkeys(LANGUAGE_TASKS, ("perplexity", "loss", "accuracy")),
+    "mlm": ("perplexity", "loss", "accuracy", "nats_per_character"),
+    "causal_lm": ("perplexity", "loss", "accuracy"),
 }
 """Allowed values of `eval.metric` by task."""

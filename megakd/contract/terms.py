@@ -267,6 +267,26 @@ class RelationKl:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
+class ParameterProjection:
+    """Squared error between weights of the student and of a teacher that learns beside it.
+
+    A method sets this term; it is not an option of `objective`.
+
+    direction: `down` maps the teacher's weights to the student's shapes, `up` the reverse.
+    layers: whether the weights of the layers are compared.
+    embeddings: whether the tables of embeddings for the student's pieces are compared too.
+    epsilon: divisor of the sum of squared errors; null: the number of compared elements.
+    """
+
+    loss: Literal["parameter_projection"] = "parameter_projection"
+    direction: Literal["down", "up"]
+    layers: bool = True
+    embeddings: bool = True
+    epsilon: Positive | None = None
+    weight: Weight = 1.0
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class PluginTerm:
     """Base class for the options of a loss of another package; see docs/plugins.md.
 

@@ -23,7 +23,8 @@ def _examples(batch: Batch) -> Tensor:
 
 def _targets(batch: Batch) -> Tensor:
     labels = batch.labels
-    return (~labels.isnan() if labels.is_floating_point() else labels != IGNORE).sum()
+    count = (~labels.isnan() if labels.is_floating_point() else labels != IGNORE).sum()
+    return count if batch.second is None else count + (batch.second.labels != IGNORE).sum()
 
 
 def _tokens(batch: Batch) -> Tensor:

@@ -22,7 +22,7 @@ from datasets import Dataset
 from megakd.contract.batch import IGNORE, Batch
 from megakd.data.cache import key_of, read_rows
 from megakd.data.rows import LABELS_AT_ONCE, arrow_batches, rows_key
-from megakd.data.token_tables import token_tables
+from megakd.data.token_tables import check_room_for_text, token_tables
 from megakd.data.words import WORD_STARTS
 from megakd.errors import DataError
 from megakd.storage.atomic import sha256_of
@@ -46,6 +46,8 @@ VERSION = 1
 WORDS_VERSION = 1
 LENGTH_MULTIPLE = 8
 _FILL = {"labels": IGNORE, "token_type_ids": 0, WORD_STARTS: 0}
+_PADDED = ("input_ids", "position_ids", *_FILL)
+"""Columns with a value per token; rows may have further columns for other models."""
 
 
 class StreamedRows(NamedTuple):
@@ -77,6 +79,11 @@ class Encoded(NamedTuple):
     tokens_per_row: float
     evaluation_sets: Mapping[str, Dataset] = MappingProxyType({})
     stream: StreamedRows | None = None
+
+    @property
+    def held_out(self) -> Dataset:
+        """The split that the report's metrics are computed on."""
+        return self.validation if self.test is None else self.test
 
 
 def encode_splits(
@@ -144,7 +151,7 @@ def encode_rows(
     Raises:
         DataError: see `encode_splits`.
     """
-    _check_room_for_text(next(iter(rows.values())), tokenizer, task)
+    check_room_for_text(next(iter(rows.values())), tokenizer, task)
     parts = {
         "version": VERSION,
         "content": content_hash,
@@ -157,13 +164,33 @@ def encode_rows(
         parts["words"] = WORDS_VERSION
     key = key_of(parts)
 
+    tables = {
+        name: token_tables(split, tokenizer, task, split=name) for name, split in rows.items()
+    }
+    return cached_tables(tables, key, cache_dir=cache_dir), key
+
+
+def cached_tables(
+    tables: Mapping[str, Iterable[pa.Table]], key: str, *, cache_dir: Path
+) -> dict[str, Dataset]:
+    """Return encoded rows by name, memory-mapped.
+
+    Args:
+        tables: the tables of each file; only read if the folder of the key does not exist.
+        key: hash of everything that the tables depend on.
+        cache_dir: folder that contains the folder named by the key.
+
+    Raises:
+        DataError: the cache cannot be written.
+    """
+
     def build(folder: Path) -> None:
-        logger.info("encoding %s rows", {name: len(split) for name, split in rows.items()})
-        for name, split in rows.items():
-            _write(folder / f"{name}.arrow", token_tables(split, tokenizer, task, split=name))
+        logger.info("encoding the rows of %s", ", ".join(tables))
+        for name, made in tables.items():
+            _write(folder / f"{name}.arrow", made)
 
     folder = whole_folder(cache_dir / "encoded" / key, build)
-    return {name: read_rows(folder / f"{name}.arrow") for name in rows}, key
+    return {name: read_rows(folder / f"{name}.arrow") for name in tables}
 
 
 def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -206,7 +233,7 @@ def tokens_key(rows: Dataset) -> str:
     names = sorted(set(rows.column_names) - {"label", "labels"})
     digest = hashlib.sha256()
     for table in arrow_batches(rows.select_columns(names), ROWS_AT_ONCE):
-        for name, (values, lengths) in sorted(_columns(table).items()):
+        for name, (values, lengths) in sorted(columns_of(table).items()):
             digest.update(f"{name} {len(lengths)}".encode())
             digest.update(lengths.astype(np.int64).tobytes())
             digest.update(values.astype(np.int64).tobytes())
@@ -258,7 +285,7 @@ class Collator:
             dummy_rows: number of rows to add at the end, which keep the ranks in step. Dummy rows
                 have no valid position and no label, and the outputs of a model for them are finite.
         """
-        columns = _columns(rows) or {"input_ids": _NOTHING}
+        columns = columns_of(rows) or {"input_ids": _NOTHING}
         lengths = np.concatenate([columns["input_ids"][1], np.zeros(dummy_rows, dtype=np.int64)])
         if not len(lengths):
             raise ValueError("a micro-batch needs at least one row, which may be a dummy row")
@@ -267,7 +294,7 @@ class Collator:
         padded = {
             name: self._padded(name, values, valid)
             for name, (values, _) in columns.items()
-            if name != "label"
+            if name in _PADDED
         }
         if self._type == "causal_lm":
             return _language_batch(padded, valid, lengths)
@@ -282,7 +309,7 @@ class Collator:
         padded[valid] = values
         return padded
 
-    def _text_batch(self, padded: dict[str, NDArray], columns: _Columns, valid: NDArray) -> Batch:
+    def _text_batch(self, padded: dict[str, NDArray], columns: Columns, valid: NDArray) -> Batch:
         """Return a batch in which a dummy row attends to its first position, to avoid NaN."""
         attention = valid.astype(np.int64)
         attention[~valid.any(axis=1), 0] = 1
@@ -291,7 +318,7 @@ class Collator:
         labels = self._labels(columns, valid.shape)
         return Batch(inputs, torch.from_numpy(labels), torch.from_numpy(valid))
 
-    def _labels(self, columns: _Columns, shape: tuple[int, ...]) -> NDArray:
+    def _labels(self, columns: Columns, shape: tuple[int, ...]) -> NDArray:
         """Return [B] labels; for mlm [B, T], all -100 because no token is masked yet."""
         if self._type == "mlm":
             return np.full(shape, IGNORE, dtype=np.int64)
@@ -316,12 +343,12 @@ def _language_batch(padded: dict[str, NDArray], valid: NDArray, lengths: NDArray
     return Batch(inputs, torch.from_numpy(labels), torch.from_numpy(valid))
 
 
-# Column name -> (values of all rows concatenated, number of values per row).
-_Columns = dict[str, "tuple[NDArray, NDArray]"]
+Columns = dict[str, "tuple[NDArray, NDArray]"]
+"""Column name -> (values of all rows concatenated, number of values per row)."""
 _NOTHING = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
 
-def _columns(rows: object) -> _Columns:
+def columns_of(rows: object) -> Columns:
     """Return the columns of rows given as an arrow table, a mapping of columns or a sequence."""
     if isinstance(rows, pa.Table):
         table = cast("Any", rows)  # pyarrow carries no types
@@ -348,21 +375,6 @@ def _from_values(values: Sequence[object]) -> tuple[NDArray, NDArray]:
 def _named(splits: Splits) -> tuple[tuple[str, Dataset | None], ...]:
     train = splits.train if splits.stream is None else None
     return (("train", train), ("validation", splits.validation), ("test", splits.test))
-
-
-def _check_room_for_text(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
-) -> None:
-    if task.type == "causal_lm":
-        return
-    is_pair = "text_pair" in rows.column_names
-    special = tokenizer.num_special_tokens_to_add(pair=is_pair)
-    if task.max_length <= special:
-        raise DataError(
-            f"task.max_length is {task.max_length}, but the tokenizer adds {special} special "
-            f"tokens to every {'pair' if is_pair else 'text'}, which leaves no room for text; "
-            f"raise task.max_length above {special}"
-        )
 
 
 def _write(path: Path, tables: Iterable[pa.Table]) -> None:

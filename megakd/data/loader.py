@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ from megakd.data.made_ahead import made_ahead
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator, Iterator, Mapping
     from concurrent.futures import Future
 
     from datasets import Dataset
@@ -31,6 +32,24 @@ class Collate(Protocol):
 
     def __call__(self, rows: object, *, dummy_rows: int = 0) -> Batch:
         """Return the micro-batch."""
+        ...
+
+
+class OtherReading(Protocol):
+    """A function that encodes rows for a model with another tokenizer."""
+
+    def __call__(
+        self, rows: object, numbers: NDArray[np.int64], *, size: int, seed: int, draw: int
+    ) -> Batch:
+        """Return the micro-batch of another model.
+
+        Args:
+            rows: rows of the data set, as for `Collate`.
+            numbers: numbers of the rows in the data set.
+            size: number of rows of the micro-batch; dummy rows come last.
+            seed: seed of the run.
+            draw: number of the pass over the data.
+        """
         ...
 
 
@@ -86,7 +105,8 @@ class StepLoader:
     remaining rows, which are distributed evenly and filled up with dummy rows. No row occurs twice
     in an epoch, and every rank has the same number of micro-batches in every step.
 
-    `masking` chooses new masks in every epoch, as a function of (seed, epoch, row).
+    `masking` chooses new masks in every epoch, as a function of (seed, epoch, row). `others` encode
+    the same rows for models with another tokenizer, by role.
     """
 
     def __init__(
@@ -97,6 +117,7 @@ class StepLoader:
         shape: StepShape,
         seed: int,
         masking: Masking | None = None,
+        others: Mapping[str, OtherReading] = MappingProxyType({}),
     ) -> None:
         if not len(rows):
             raise DataError("the training split has no rows")
@@ -109,7 +130,7 @@ class StepLoader:
         self.waited_s = 0.0
         """Seconds that the consumers of `iterate` spent waiting for data."""
         self._seed = seed
-        self._masking = masking
+        self._masking, self._others = masking, others
         self._latest: tuple[int, NDArray[np.int64]] | None = None
 
     def step(self, index: int) -> tuple[Batch, ...]:
@@ -151,13 +172,15 @@ class StepLoader:
     def _micro_batch(self, index: int, number: int) -> Batch:
         shape = self._shape
         mine = self.step_rows(index)[number :: shape.accumulation * shape.world]
-        batch = _collated(self._rows, mine, self._collate, size=self._size)
+        rows = self._rows[mine] if len(mine) else {}
+        batch = self._collate(rows, dummy_rows=self._size - len(mine))
+        drawn = {"seed": self._seed, "draw": index // self.steps_per_epoch}
         if self._masking is not None:
-            draw = index // self.steps_per_epoch
-            batch = self._masking(batch, mine, seed=self._seed, draw=draw)
+            batch = self._masking(batch, mine, **drawn)
+        others = {r: read(rows, mine, size=self._size, **drawn) for r, read in self._others.items()}
         numbers = np.full(self._size, -1)
         numbers[: len(mine)] = mine
-        return batch._replace(rows=torch.from_numpy(numbers))
+        return batch._replace(rows=torch.from_numpy(numbers), others=others or None)
 
     def _awaited(self, step: Future[tuple[Batch, ...]]) -> tuple[Batch, ...]:
         began = time.perf_counter()

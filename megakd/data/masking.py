@@ -4,6 +4,7 @@ A mask is a pure function of (seed, draw, row, position). It does not depend on 
 into ranks and micro-batches, on the padding, or on where a run was resumed. With whole words, the
 position of a word's first token decides for all tokens of the word whether they are chosen. Each
 chosen token is then masked, replaced or kept for itself, as in BERT's `create_pretraining_data.py`.
+Rows may mix the tokens of two vocabularies, see `SecondTokens`.
 Shapes: B rows of a micro-batch, T positions.
 """
 
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 import torch
 
-from megakd.contract.batch import IGNORE, Batch
+from megakd.contract.batch import IGNORE, Batch, Targets
+from megakd.data.splitmix import row_keys, uniform
 from megakd.data.words import WORD_STARTS
 
 if TYPE_CHECKING:
@@ -32,9 +34,6 @@ MASKED_SHARE, RANDOM_SHARE = 0.8, 0.1
 The other chosen tokens are not changed.
 """
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-
 
 class _Numbers(NamedTuple):
     """Three random numbers in [0, 1) for each position, [B, T] fp64."""
@@ -42,6 +41,30 @@ class _Numbers(NamedTuple):
     choice: NDArray[np.float64]
     fate: NDArray[np.float64]
     token: NDArray[np.float64]
+
+
+class SecondTokens(NamedTuple):
+    """The tokens of a second vocabulary, between the tokens of the first in `input_ids`.
+
+    offset: the number in `input_ids` of the second vocabulary's token 0. Smaller numbers are tokens
+        of the first vocabulary.
+    vocabulary: tokens that may replace a masked token of the second vocabulary at random, numbered
+        as in `input_ids`.
+    """
+
+    offset: int
+    vocabulary: NDArray[np.int64]
+
+    def contains(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return whether each token is of the second vocabulary."""
+        return ids >= self.offset
+
+    def targets(self, ids: NDArray[np.int64], chosen: NDArray[np.bool_]) -> Targets:
+        """Return the chosen positions of the second vocabulary, at least one, with labels."""
+        chosen = chosen & self.contains(ids)
+        positions = _targets(chosen)
+        labels = np.where(chosen, ids - self.offset, IGNORE).ravel()[positions]
+        return Targets(torch.from_numpy(positions), torch.from_numpy(labels))
 
 
 class Masking:
@@ -54,6 +77,9 @@ class Masking:
     vocabulary: tokens that may replace a masked token at random.
     probability: probability of each token to be chosen; at least one token per row is chosen, or
         one word if the batch has `word_starts`.
+    second: the second vocabulary, if the rows mix two. A random token is then of the same
+        vocabulary as the token that it replaces. The labels of the second vocabulary are in
+        `Batch.second`, in its own numbering, and `labels` and `targets` leave them out.
     """
 
     def __init__(
@@ -63,11 +89,13 @@ class Masking:
         special_ids: Sequence[int],
         vocabulary: Sequence[int],
         probability: float = DEFAULT_PROBABILITY,
+        second: SecondTokens | None = None,
     ) -> None:
         self._mask_id = mask_id
         self._special_ids = np.array(special_ids, dtype=np.int64)
         self._vocabulary = np.array(vocabulary, dtype=np.int64)
         self._probability = probability
+        self._second = second
 
     def __call__(
         self, batch: Batch, rows: NDArray[np.int64], *, seed: int, draw: int | NDArray[np.int64]
@@ -91,32 +119,76 @@ class Masking:
             choice = np.take_along_axis(choice, starts.numpy(), axis=1)
         chosen = _chosen(choice, maskable, self._probability)
         shown = np.where(chosen, self._shown(ids, numbers), ids)
-        labels = np.where(chosen, ids, IGNORE)
         inputs = {**batch.inputs, "input_ids": torch.from_numpy(shown)}
         inputs.pop(WORD_STARTS, None)
-        targets = np.flatnonzero(chosen) if chosen.any() else np.zeros(1, dtype=np.int64)
-        return Batch(inputs, torch.from_numpy(labels), batch.valid, torch.from_numpy(targets))
+        second = None if self._second is None else self._second.targets(ids, chosen)
+        if self._second is not None:
+            chosen = chosen & ~self._second.contains(ids)
+        return Batch(
+            inputs,
+            torch.from_numpy(np.where(chosen, ids, IGNORE)),
+            batch.valid,
+            torch.from_numpy(_targets(chosen)),
+            second=second,
+        )
 
     def _shown(self, ids: NDArray[np.int64], numbers: _Numbers) -> NDArray[np.int64]:
         """Return the token that each position would show if the position were chosen."""
-        place = (numbers.token * len(self._vocabulary)).astype(np.int64)
+        random = _picked(self._vocabulary, numbers.token)
+        if self._second is not None:
+            others = _picked(self._second.vocabulary, numbers.token)
+            random = np.where(self._second.contains(ids), others, random)
         is_masked = numbers.fate < MASKED_SHARE
         is_random = numbers.fate < MASKED_SHARE + RANDOM_SHARE
-        shown = np.where(is_random, self._vocabulary[place], ids)
-        return np.where(is_masked, self._mask_id, shown)
+        return np.where(is_masked, self._mask_id, np.where(is_random, random, ids))
 
 
-def task_masking(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> Masking | None:
-    """Return the masking of an mlm task; None for other tasks."""
+def task_masking(
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskConfig,
+    *,
+    second: PreTrainedTokenizerBase | None = None,
+) -> Masking | None:
+    """Return the masking of an mlm task; None for other tasks.
+
+    Args:
+        tokenizer: the tokenizer of the rows, which has the mask token.
+        task: the task; only `type` and `mlm_probability` are used.
+        second: the tokenizer of the second vocabulary, whose token 0 has the number
+            `len(tokenizer)` in the rows; None if the rows have one vocabulary.
+    """
     if task.type != "mlm":
         return None
-    special = {int(number) for number in tokenizer.all_special_ids}
+    special, ordinary = _special_and_ordinary(tokenizer)
+    others = None
+    if second is not None:
+        offset = len(tokenizer)
+        more_special, more = _special_and_ordinary(second)
+        special += [offset + number for number in more_special]
+        others = SecondTokens(offset, offset + np.array(more, dtype=np.int64))
     return Masking(
         mask_id=cast("int", tokenizer.mask_token_id),  # transformers' own type allows several
-        special_ids=sorted(special),
-        vocabulary=sorted(set(tokenizer.get_vocab().values()) - special),
+        special_ids=special,
+        vocabulary=ordinary,
         probability=task.mlm_probability or DEFAULT_PROBABILITY,
+        second=others,
     )
+
+
+def _special_and_ordinary(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the special tokens of a tokenizer, and all other tokens."""
+    special = {int(number) for number in tokenizer.all_special_ids}
+    return sorted(special), sorted(set(tokenizer.get_vocab().values()) - special)
+
+
+def _picked(vocabulary: NDArray[np.int64], numbers: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return a token for each random number in [0, 1)."""
+    return vocabulary[(numbers * len(vocabulary)).astype(np.int64)]
+
+
+def _targets(chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the chosen positions of the flattened rows; position 0 if there are none."""
+    return np.flatnonzero(chosen) if chosen.any() else np.zeros(1, dtype=np.int64)
 
 
 def _chosen(
@@ -136,22 +208,6 @@ def _numbers(
     rows: NDArray[np.int64],
     shape: tuple[int, ...],
 ) -> _Numbers:
-    """Return random numbers of SplitMix64 (Steele, Lea and Flood 2014), one stream per row."""
-    key = np.zeros((shape[0], 1), dtype=np.uint64)
-    parts = np.zeros((3, shape[0], 1), dtype=np.uint64)
-    parts[0] = seed
-    parts[1, : len(rows), 0] = draw
-    parts[2, : len(rows), 0] = rows
-    for part in parts:
-        key = _mixed(key + part + _GOLDEN)
-    counter = np.arange(1, 3 * shape[1] + 1, dtype=np.uint64)
-    values = _mixed(key + counter * _GOLDEN) >> np.uint64(11)  # [B, 3T]
-    uniform = values.astype(np.float64) * 2.0**-53
-    return _Numbers(uniform[:, 0::3], uniform[:, 1::3], uniform[:, 2::3])
-
-
-def _mixed(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return SplitMix64's output function, modulo 2^64."""
-    state = (state ^ (state >> np.uint64(30))) * _FIRST
-    state = (state ^ (state >> np.uint64(27))) * _SECOND
-    return state ^ (state >> np.uint64(31))
+    keys = row_keys(seed, draw, rows, size=shape[0])[:, None]
+    values = uniform(keys, np.arange(1, 3 * shape[1] + 1, dtype=np.uint64))  # [B, 3T]
+    return _Numbers(values[:, 0::3], values[:, 1::3], values[:, 2::3])

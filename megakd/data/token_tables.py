@@ -16,7 +16,7 @@ from megakd.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
     from megakd.config.run import TaskConfig
 
@@ -38,14 +38,48 @@ def token_tables(
     Raises:
         DataError: the rows have no tokens.
     """
+    yield from with_tokens(tables_of(rows, tokenizer, task), rows, split=split)
+
+
+def with_tokens(tables: Iterable[pa.Table], rows: Dataset, *, split: str) -> Iterator[pa.Table]:
+    """Yield the tables of encoded rows, at least one table.
+
+    Args:
+        tables: the tables.
+        rows: the texts that the tables are made of.
+        split: name of the rows in messages.
+
+    Raises:
+        DataError: there are no tables.
+    """
     empty = True
-    for table in tables_of(rows, tokenizer, task):
+    for table in tables:
         empty = False
         yield table
     if empty:
         raise DataError(
             f"the {split} split has {len(rows)} rows and no tokens; check that "
             f"task.text_columns names the text and that the text is not blank"
+        )
+
+
+def check_room_for_text(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
+) -> None:
+    """Raise if the tokenizer's special tokens fill the rows of a task.
+
+    Raises:
+        DataError: `max_length` leaves no room for text.
+    """
+    if task.type == "causal_lm":
+        return
+    is_pair = "text_pair" in rows.column_names
+    special = tokenizer.num_special_tokens_to_add(pair=is_pair)
+    if task.max_length <= special:
+        raise DataError(
+            f"task.max_length is {task.max_length}, but the tokenizer adds {special} special "
+            f"tokens to every {'pair' if is_pair else 'text'}, which leaves no room for text; "
+            f"raise task.max_length above {special}"
         )
 
 
@@ -85,21 +119,21 @@ def _packed_tables(
     prefix, suffix = document_ends(tokenizer)
     documents = (prefix + ids + suffix for ids, _ in _texts(rows, tokenizer))
     names = ("input_ids", "position_ids", "labels")
-    return _tables_of(pack(documents, task.max_length), names)
+    return tables_of_lists(pack(documents, task.max_length), names)
 
 
 def _window_tables(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
 ) -> Iterator[pa.Table]:
     names = ("input_ids", WORD_STARTS) if task.whole_word_masking else ("input_ids",)
-    return _tables_of(_window_rows(rows, tokenizer, task), names)
+    return tables_of_lists(_window_rows(rows, tokenizer, task), names)
 
 
 def _window_rows(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
 ) -> Iterator[tuple[list[int], ...]]:
     """Yield the tokens of each window, and the starts of their words if the task asks for them."""
-    prefix, suffix = _frame(tokenizer)
+    prefix, suffix = frame(tokenizer)
     room = task.max_length - len(prefix) - len(suffix)
     for ids, starts in _texts(rows, tokenizer, with_words=task.whole_word_masking):
         for window in windows(range(len(ids)), room):
@@ -125,7 +159,7 @@ def _row_starts(starts: Sequence[int], first: int, before: int, length: int) -> 
     return [*range(before), *inside, *range(before + len(inside), length)]
 
 
-def _tables_of(rows: Iterable[tuple[Any, ...]], names: Sequence[str]) -> Iterator[pa.Table]:
+def tables_of_lists(rows: Iterable[tuple[Any, ...]], names: Sequence[str]) -> Iterator[pa.Table]:
     """Yield tables of rows in which every column is a list of token numbers."""
     batch: list[tuple[Any, ...]] = []
     for row in rows:
@@ -153,28 +187,33 @@ def _texts(
         check_words(tokenizer)
     for batch in arrow_batches(rows, TEXTS_AT_ONCE):
         texts = batch.column("text").to_pylist()
-        encoded = tokenizer(
-            texts,
-            add_special_tokens=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
+        encoded = plain_encoding(texts, tokenizer)
         starts = word_starts(encoded, texts) if with_words else repeat(None)
         yield from ((ids, own) for ids, own in zip(encoded["input_ids"], starts) if ids)  # noqa: B905
 
 
+def plain_encoding(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
+    """Return the encoding of whole texts, without special tokens."""
+    return tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+
+
 def document_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Return the special tokens before and after a document, which always ends with eos."""
-    prefix, suffix = _frame(tokenizer)
+    prefix, suffix = frame(tokenizer)
     eos = tokenizer.eos_token_id
     if eos is not None and suffix[-1:] != [eos]:
         suffix = [*suffix, eos]
     return prefix, suffix
 
 
-def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Return the special tokens that the tokenizer adds before and after a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]

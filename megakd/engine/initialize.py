@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import deepspeed
@@ -17,10 +18,18 @@ from megakd.config.run import TrainConfig
 from megakd.contract.tasks import Dtype
 
 Engine = Any  # deepspeed.DeepSpeedEngine carries no types
+RATE = "rate"
+"""Key of an optimizer's parameter group: the factor of the learning rate."""
 
 
 def training_engine(
-    model: nn.Module, *, ds: Mapping[str, Any], train: TrainConfig, dtype: Dtype, world_size: int
+    model: nn.Module,
+    *,
+    ds: Mapping[str, Any],
+    train: TrainConfig,
+    dtype: Dtype,
+    world_size: int,
+    rates: Mapping[str, float] = MappingProxyType({}),
 ) -> Engine:
     """Return a training engine: AdamW or SGD, explicit clipping, one micro-batch per backward.
 
@@ -30,9 +39,11 @@ def training_engine(
         train: config of learning rate, clipping and batch size.
         dtype: dtype of the weights in the forward.
         world_size: number of ranks.
+        rates: by prefix of parameter names, the factor of their learning rate; others have 1.
     """
     config = merged_ds_config(ds, train, dtype=dtype, world_size=world_size)
-    optimizer = _optimizer(model, train, offloaded=_offloads_optimizer(ds))
+    groups = _parameter_groups(model, train.weight_decay, rates)
+    optimizer = _optimizer(groups, train, offloaded=_offloads_optimizer(ds))
     _import_muon_without_compiling()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
@@ -71,8 +82,9 @@ def _import_muon_without_compiling() -> None:
         compiler.compile = compile_of_deepspeed
 
 
-def _optimizer(model: nn.Module, train: TrainConfig, *, offloaded: bool) -> torch.optim.Optimizer:
-    groups = _decay_groups(model, train.weight_decay)
+def _optimizer(
+    groups: list[dict[str, Any]], train: TrainConfig, *, offloaded: bool
+) -> torch.optim.Optimizer:
     if train.optim == "sgd":
         return torch.optim.SGD(groups, lr=train.learning_rate)
     betas = (train.adam_beta1, train.adam_beta2)
@@ -85,22 +97,23 @@ def _optimizer(model: nn.Module, train: TrainConfig, *, offloaded: bool) -> torc
     return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=train.adam_epsilon)
 
 
-def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return parameter groups: matrices with weight decay, biases and norms without.
+def _parameter_groups(
+    model: nn.Module, weight_decay: float, rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Return parameter groups by factor of the learning rate and by weight decay.
 
-    Hugging Face's Trainer uses the same rule.
+    Matrices have weight decay, biases and norms have none, as in Hugging Face's Trainer.
     """
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            (matrices if len(shape) > 1 else vectors).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+            rate = next((r for prefix, r in rates.items() if name.startswith(prefix)), 1.0)
+            is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+            groups.setdefault((rate, is_matrix), []).append(parameter)
+    return [
+        {"params": groups[key], "weight_decay": weight_decay if key[1] else 0.0, RATE: key[0]}
+        for key in sorted(groups, key=lambda key: (key[0] != 1.0, key[0], not key[1]))
     ]
-    return [group for group in groups if group["params"]]
 
 
 def _offloads_optimizer(ds: Mapping[str, Any]) -> bool:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megakd.contract.batch import Batch, Counts, Knowledge, Losses, Predictions
+from megakd.contract.batch import Batch, Counts, Knowledge, Losses, Predictions, Targets
 from megakd.contract.stage import Pass, backward_groups
 from megakd.contract.units import Cut, Maker, View
 from megakd.engine.distributed import together
-from megakd.engine.initialize import Engine
+from megakd.engine.initialize import RATE, Engine
 from megakd.engine.optimizer_state import OptimizerState
 from megakd.engine.release import destroy
 from megakd.engine.shards import Shard, local_shards
@@ -120,7 +120,7 @@ class StudentEngine:
     def step(self, learning_rate: float) -> None:
         """Clip the gradient of the step, and update the weights with this learning rate."""
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get(RATE, 1.0)
         self._norm = self._whole_gradient_norm()
         self._engine.step()
 
@@ -229,8 +229,8 @@ def device_batch(batch: Batch, device: torch.device) -> Batch:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Batch):
-        return Batch(*(_moved(part, device) for part in value))
+    if isinstance(value, Batch | Targets):
+        return type(value)(*(_moved(part, device) for part in value))
     if isinstance(value, Mapping):
         return {name: _moved(part, device) for name, part in value.items()}
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

@@ -81,13 +81,16 @@ class StudentBundle(nn.Module):
 
         A unit of the first learner has no prefix.
         """
-        own = self.objective.counters
-        others = {
-            f"{role}_{unit}": functools.partial(_counted_as, role, count)
-            for role in self._roles[1:]
-            for unit, count in own.items()
+        return {
+            _unit_of(self._key(role), unit): functools.partial(_counted_as, role, count)
+            for role in self._roles
+            for unit, count in self.objective.counters.items()
         }
-        return own | others
+
+    def rates(self, factors: Mapping[str, float]) -> dict[str, float]:
+        """Return factors of learning rates by prefix of parameter names, from factors by role."""
+        numbers = {role: number for number, role in enumerate(self._roles)}
+        return {f"learners.{numbers[role]}.": factor for role, factor in factors.items()}
 
     @property
     def axes(self) -> dict[str, Axes]:
@@ -147,7 +150,7 @@ class StudentBundle(nn.Module):
             read = ReadPass(
                 planned,
                 self._reading(
-                    batch.of(planned.learner),
+                    batch.of(planned.learner or self._roles[0]),
                     said[planned.learner, planned.view],
                     answers[planned.teacher] if planned.teacher else None,
                     planned,
@@ -168,7 +171,8 @@ class StudentBundle(nn.Module):
             for role, view in wanted:
                 with self._viewing(view):
                     model, needs = self._model_of(role)
-                    found[role, view] = read_knowledge(model, batch.of(role), needs)
+                    own = batch.of(role or self._roles[0])
+                    found[role, view] = read_knowledge(model, own, needs)
         return found
 
     def _teaching(self, plan: Sequence[Pass]) -> list[str]:
@@ -281,6 +285,7 @@ def build_bundle(
         MegakdError: a loss term cannot work with these models.
     """
     objective = losses.objective()
+    objective.bind(learners)
     # ZeRO 3 puts all parameters of a model into one buffer, which has one dtype.
     objective.to(dtype)
     if losses.stage.train.gradient_checkpointing:

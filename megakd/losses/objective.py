@@ -19,6 +19,7 @@ from megakd.contract.terms import (
     AttentionMse,
     HardCrossEntropy,
     HardMse,
+    ParameterProjection,
     PluginTerm,
     RelationFsp,
     RelationKl,
@@ -36,6 +37,7 @@ from megakd.losses.layers import (
     Projections,
     Relations,
 )
+from megakd.losses.parameter_projections import ParameterProjections
 from megakd.losses.plugin_losses import PluginLoss
 from megakd.losses.rows import HardClasses, RegressionScores, SoftClasses
 from megakd.losses.targets import AGREEMENT, Evaluated, TermGroup, language_model_groups
@@ -81,6 +83,15 @@ class Objective(nn.Module):
             return [Evaluated(_zero(reading.student), {}) for reading in readings]
         of_groups = [group.of_all(readings) for group in wanted]
         return [_added(parts) for parts in zip(*of_groups, strict=True)]
+
+    def bind(self, learners: Mapping[str, nn.Module]) -> None:
+        """Show the models of the stage, by role, to the groups that read weights.
+
+        Raises:
+            MegakdError: a group cannot work with these models.
+        """
+        for group in cast("list[TermGroup]", list(self.groups)):
+            group.bind(learners)
 
     def projections(self) -> list[nn.Linear]:
         """Return the learned maps from the student's hidden states to the teacher's."""
@@ -137,6 +148,7 @@ def build_objective(
         groups.extend(SoftClasses(t) for t in soft)
     groups.extend(PluginLoss(t) for t in terms if isinstance(t, PluginTerm))
     groups.extend(RegressionScores(t) for t in terms if isinstance(t, HardMse | SoftTargetMse))
+    groups.extend(ParameterProjections(t) for t in terms if isinstance(t, ParameterProjection))
     if teacher is not None:
         groups.extend(_intermediate_groups(terms, task, student, teacher))
     return Objective(groups, {t.loss: t.weight for t in terms})

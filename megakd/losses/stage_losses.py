@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from megakd.contract.shapes import Shape
 from megakd.contract.stage import Stage
 from megakd.contract.tasks import TaskType
-from megakd.contract.terms import hard_terms
+from megakd.contract.terms import ParameterProjection, hard_terms
+from megakd.errors import TeacherError
 from megakd.losses.objective import Objective, build_objective, check_terms, teacher_needs
 from megakd.models.knowledge import Needs
 from megakd.models.source import ModelSource
@@ -20,12 +21,14 @@ class StageLosses:
 
     teacher: the shape of the first teacher; None without a teacher. If losses compare layers, all
         teachers of a stage have the same shape.
+    families: the families of the models that learn, in their order.
     """
 
     stage: Stage
     task: TaskType
     student: Shape
     teacher: Shape | None
+    families: tuple[str, ...] = ()
 
     def teacher_needs(self) -> Needs:
         """Return the outputs that the losses and the strategy need from the teachers' forward."""
@@ -40,6 +43,27 @@ class StageLosses:
             MegakdError: a term does not work; the message names the term and both values.
         """
         check_terms(self.stage.objective, self.task, self.student, self.teacher)
+        terms = (t for t in self.stage.objective if isinstance(t, ParameterProjection))
+        if self.teacher is not None and any(term.layers for term in terms):
+            self._check_alike(self.teacher)
+
+    def _check_alike(self, teacher: Shape) -> None:
+        """Check that the models that learn have the same layers, apart from sizes."""
+        if self.student.layers != teacher.layers:
+            raise TeacherError(
+                "method.projections: compares the models layer by layer, and the teacher has "
+                f"{teacher.layers} layers and the student {self.student.layers}; set the "
+                f"student's number of layers to {teacher.layers}, set method.version to 2, which "
+                "compares no weights, or set method.projections to dual"
+            )
+        if len(set(self.families)) > 1:
+            student, other = self.families
+            raise TeacherError(
+                "method.projections: compares weights by name, and the teacher is a model of type "
+                f"{other} and the student of type {student}; set model_type of the student to "
+                f"{other}, set method.version to 2, which compares no weights, or set "
+                "method.projections to dual"
+            )
 
     def objective(self) -> Objective:
         """Build the objective, which also states the outputs needed from the student's forward.
@@ -75,7 +99,8 @@ def stage_losses(
     student, *beside = (shape_of(source, task, classes) for source in learners.values())
     frozen = (shape_of(source, task, classes) for source in teachers)
     teacher = next(iter((*frozen, *beside)), None)
-    return StageLosses(stage=stage, task=task, student=student, teacher=teacher)
+    families = tuple(source.config.model_type for source in learners.values())
+    return StageLosses(stage=stage, task=task, student=student, teacher=teacher, families=families)
 
 
 def learners_of(stage: Stage, sources: Mapping[str, ModelSource]) -> dict[str, ModelSource]:

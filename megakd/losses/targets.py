@@ -10,6 +10,7 @@ any split into micro-batches and ranks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -58,6 +59,9 @@ class TermGroup(nn.Module):
     needs = Needs()
     needs_teacher = False
 
+    def bind(self, learners: Mapping[str, nn.Module]) -> None:
+        """Do nothing; a group that reads weights finds them in the learners, by role."""
+
     def forward(self, reading: LossInputs) -> Evaluated:
         """Return the weighted total of the group, not yet scaled, and the sums of its terms."""
         raise TypeError(f"{type(self).__name__} does not implement forward()")
@@ -71,7 +75,7 @@ class LanguageModelTargets(TermGroup):
     """Hard and soft targets of a language model, computed from (hidden, head) without [B, T, V].
 
     Terms and readings share a pass over the rows where possible, so that there is one gradient of
-    the head.
+    the head. Each target of a model with two vocabularies is predicted by one of two heads.
     """
 
     def __init__(self, soft: tuple[SoftTarget, ...], *, hard: bool) -> None:
@@ -84,7 +88,9 @@ class LanguageModelTargets(TermGroup):
     def forward(self, reading: LossInputs) -> Evaluated:
         """Return nats (times T² for the soft terms), summed over positions with a label."""
         out = self._scored(_stacked([reading], with_teacher=bool(self.soft)), reading)
-        return Evaluated(out.loss, self._sums(out, slice(None), 1.0))
+        found = Evaluated(out.loss, self._sums(out, slice(None), 1.0))
+        second = _second(reading)
+        return found if second is None else _joined(found, self(second))
 
     def of_all(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
         """Compute readings together if they differ only in the student's outputs and in scale."""
@@ -220,6 +226,22 @@ def _alike(readings: Sequence[LossInputs]) -> Iterable[list[int]]:
         alike = (id(reading.teacher), tuple(reading.weights.items()))
         found.setdefault(alike if reading.scale > 0 else index, []).append(index)
     return found.values()
+
+
+def _second(reading: LossInputs) -> LossInputs | None:
+    """Return the targets of a model's second vocabulary; None if a batch has no such targets."""
+    said, targets = reading.student.second, reading.batch.second
+    if said is None or targets is None:
+        return None
+    if reading.teacher is not None:
+        raise TypeError("soft targets need one vocabulary, and this model predicts from two")
+    batch = reading.batch._replace(labels=targets.labels, targets=None, second=None)
+    return replace(reading, student=said, batch=batch)
+
+
+def _joined(first: Evaluated, second: Evaluated) -> Evaluated:
+    sums = {name: value + second.sums[name] for name, value in first.sums.items()}
+    return Evaluated(first.total + second.total, sums)
 
 
 def _scaled(evaluated: Evaluated, scale: float) -> Evaluated:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 5_000_000_000
 INDEX_NAME = "model.safetensors.index.json"
-Extra = Mapping[str, str | bytes | Callable[[], str]]
+Extra = Mapping[str, str | bytes | Callable[[], str | bytes]]
 
 
 def write_model_folder(

@@ -18,6 +18,7 @@ from megakd.engine.sharding import gathered
 from megakd.models.architectures import architecture_of
 from megakd.models.attention import AttentionNotes
 from megakd.models.elastic_modules import weights_in_view
+from megakd.models.second_vocabulary import SecondHead, second_vocabulary
 
 LOGITS_AT_ONCE = 1 << 24
 
@@ -128,7 +129,8 @@ def _read_language_model(model: nn.Module, batch: Batch, needs: Needs) -> Knowle
     # Encoders have no cache, and some of them do not accept the option.
     options = {} if architecture.masked else {"use_cache": False}
     backbone = architecture.backbone_of(model)
-    out = backbone(**batch.inputs, **options, output_hidden_states=needs.hidden_states)
+    inputs = _of_both_vocabularies(model, batch)
+    out = backbone(**inputs, **options, output_hidden_states=needs.hidden_states)
     hidden = out.last_hidden_state
     if batch.targets is not None:
         # The head of an MLM is applied to a few positions only: [N, D].
@@ -137,4 +139,26 @@ def _read_language_model(model: nn.Module, batch: Batch, needs: Needs) -> Knowle
         hidden=architecture.before_language_head(model, hidden),
         head=language_model_head(model),
         hidden_states=tuple(out.hidden_states or ()),
+        second=_of_second_vocabulary(model, batch, out.last_hidden_state),
     )
+
+
+def _of_both_vocabularies(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Return the inputs, with embeddings in place of token numbers if a batch is mixed."""
+    second = second_vocabulary(model)
+    if second is None or batch.second is None:
+        return batch.inputs
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    inputs = dict(batch.inputs)
+    return {"inputs_embeds": second(inputs.pop("input_ids"), table), **inputs}
+
+
+def _of_second_vocabulary(model: nn.Module, batch: Batch, hidden: Tensor) -> Knowledge | None:
+    """Return the inputs of the second output layer, at the positions that it predicts."""
+    second = second_vocabulary(model)
+    if second is None or batch.second is None:
+        return None
+    architecture = architecture_of(model.config)  # type: ignore[arg-type]
+    chosen = hidden.flatten(0, 1)[batch.second.positions]
+    chosen = second.before_head(architecture.before_language_head(model, chosen))
+    return Knowledge(hidden=chosen, head=SecondHead(second))

@@ -151,7 +151,7 @@ def _pickle_refused(folder: Path, name: str, where: str) -> str:
 
 def _read_keys(file: Path, where: str) -> dict[str, StoredTensor]:
     if file.suffix == ".safetensors":
-        return _read_header(file, where)
+        return stored_tensors(file, where)
     return {
         key: StoredTensor(
             file=file, key=key, shape=tuple(tensor.shape), dtype=tensor.dtype, offset=position
@@ -168,7 +168,7 @@ def _load_pickle(file: Path, where: str) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 
-def _read_header(file: Path, where: str) -> dict[str, StoredTensor]:
+def stored_tensors(file: Path, where: str) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file; its length must agree with its header."""
     actual = file.stat().st_size
     with file.open("rb") as stream:

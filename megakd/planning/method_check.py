@@ -9,7 +9,7 @@ from megakd.contract.metrics import Metric
 from megakd.losses.stage_losses import stage_losses
 from megakd.planning.stages import PlanningLab
 from megakd.training.evaluation import weighable
-from megakd.training.stage_run import step_shape
+from megakd.training.stage_batches import step_shape
 
 if TYPE_CHECKING:
     from megakd.config.run import RunConfig

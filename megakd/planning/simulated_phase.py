@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from megakd.config.run import RunConfig
-from megakd.contract.batch import Batch, Knowledge, Unit
+from megakd.contract.batch import Batch, Knowledge, Targets, Unit
 from megakd.contract.stage import Pass, Stage, backward_groups, teacher_names
 from megakd.contract.tasks import Dtype
 from megakd.data.masking import DEFAULT_PROBABILITY
@@ -21,6 +21,7 @@ from megakd.losses.class_weights import with_even_weights
 from megakd.losses.stage_losses import StageLosses, label_objective, stage_losses
 from megakd.models.fitting import build_empty
 from megakd.models.knowledge import Needs, language_model_head
+from megakd.models.second_vocabulary import SecondSize, build_second_vocabulary
 from megakd.models.source import ModelSource
 from megakd.planning.cluster import Device
 from megakd.planning.moments import Trace
@@ -118,7 +119,7 @@ class _Tracer:
         # A strategy that is not made of plain values lists the values that it depends on.
         strategy = getattr(stage.strategy, "facts", stage.strategy)
         losses = (stage.objective, stage.views, strategy, stage.reads_states)
-        pruning = (stage.pruned_to, stage.measures_losses)
+        pruning = (stage.pruned_to, stage.measures_losses, stage.mixed)
         rows = (train.per_device_train_batch_size, self._config.eval_rows(train))
         held = (training_dtype(train), train.gradient_checkpointing, stage.passes_per_backward)
         return repr((facts, learners, losses, pruning, rows, held))
@@ -126,6 +127,7 @@ class _Tracer:
     def training(self, stage: Stage) -> SimulatedPhase:
         """Trace the training of a student with teachers."""
         batch = self._batch(stage.train.per_device_train_batch_size)
+        batch = batch._replace(others=self._mixed(stage, batch) or None)
         losses = self._losses(stage)
         teachers, knowledge = self._asked(losses, batch)
         plans = [teacher_names(stage.strategy.passes(step)) for step in range(PLANS)]
@@ -225,6 +227,9 @@ class _Tracer:
         dtype = training_dtype(stage.train)
         learners = {role: self._model(one, dtype) for role, one in self._phase.learners.items()}
         with VALUELESS:
+            for role, size in self._second_sizes(stage).items():
+                model, kind = learners[role], TORCH_DTYPE[dtype]
+                build_second_vocabulary(model, size, ds=None, dtype=kind)
             bundle = build_bundle(
                 losses, learners, dtype=TORCH_DTYPE[dtype], world_size=1, kernels="chunked"
             )
@@ -232,6 +237,29 @@ class _Tracer:
             for model in learners.values():
                 repeat_alike(model, self._device)
         return bundle.train()
+
+    def _second_sizes(self, stage: Stage) -> dict[str, SecondSize]:
+        """Return the second vocabularies of the learners, see `training.engines.second_sizes`."""
+        vocabulary, learners = self._config.method.own_vocabulary, self._phase.learners
+        return {
+            role: SecondSize(vocabulary.size, learners[role].config.vocab_size, reading.width)
+            for role, reading in stage.mixed.items()
+            if vocabulary is not None and reading.probability > 0
+        }
+
+    def _mixed(self, stage: Stage, batch: Batch) -> dict[str, Batch]:
+        """Return the rows as models with a tokenizer of their own read them, by role."""
+        found = {}
+        for role, reading in stage.mixed.items():
+            count = 0 if batch.targets is None else len(batch.targets)
+            second = math.ceil(reading.probability * count)
+            with VALUELESS:
+                numbers = [
+                    torch.ones(max(1, n), dtype=torch.long) for n in (count - second, second)
+                ]
+            targets = Targets(numbers[1], numbers[1])
+            found[role] = batch._replace(targets=numbers[0], second=targets)
+        return found
 
     def _losses(self, stage: Stage) -> StageLosses:
         classes = _classes(self._phase.learner)

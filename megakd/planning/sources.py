@@ -48,8 +48,11 @@ def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
         if spec.model != FROM_TEACHER
     }
     sources = with_student(config, sources)
-    size = _vocabulary(config.task, sources)
-    sources = {role: with_vocabulary(source, size) for role, source in sources.items()}
+    own, size = config.method.own_vocabulary, _vocabulary(config.task, sources)
+    sources = {
+        role: with_vocabulary(source, own.size if own and role == STUDENT else size)
+        for role, source in sources.items()
+    }
     return _with_classes(sources, config.task)
 
 

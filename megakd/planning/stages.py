@@ -13,7 +13,7 @@ from typing import Any, Literal
 from megakd.config.run import RunConfig, TeacherConfig
 from megakd.contract.results import ParameterCounts
 from megakd.contract.stage import Stage, StageResult, untrained
-from megakd.contract.tasks import TEACHER
+from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.contract.units import View
 from megakd.data.loader import StepShape
 from megakd.methods import run_method
@@ -112,6 +112,10 @@ class PlanningLab(LabBase):
     def steps_of_student(self) -> int:
         """Return `max_steps`, or a large number if it is not set: the rows are not counted."""
         return self.config.train.max_steps or UNKNOWN_STEPS
+
+    def with_embeddings(self, result: StageResult) -> ModelSource:
+        """Return the student; its size does not depend on the embeddings."""
+        return self._sources[STUDENT]
 
     def probe(self, stage: str) -> None:
         """Do nothing, because there is nothing to measure."""

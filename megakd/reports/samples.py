@@ -79,7 +79,8 @@ class Sampler:
         if self.prompts is None:
             return []
         shown, mine = self.prompts.shown, self._answers[student]
-        theirs = [None] * len(shown) if teacher is None else self._answers[teacher]
+        # A teacher with a tokenizer of its own cannot read the prompts.
+        theirs = self._answers.get(teacher or "") or [None] * len(shown)
         return [
             {"prompt": prompt, "teacher": said, "student": own}
             for prompt, said, own in zip(shown, theirs, mine, strict=True)

@@ -25,6 +25,7 @@ from megakd.errors import ConfigError
 from megakd.models.counting import named_shapes, parameter_counts
 from megakd.models.knowledge import Needs
 from megakd.models.loading import resolve_model
+from megakd.models.second_vocabulary import FILE, with_table
 from megakd.models.source import ModelSource
 from megakd.pruning.store import PruningStore, SortedTeacher, largest_first, unscored
 from megakd.run.stage_identity import stage_identity
@@ -40,8 +41,9 @@ from megakd.training.once import measured_once
 from megakd.training.probe import HeldOutProbe
 from megakd.training.progress import Reporter
 from megakd.training.recipes import completed
+from megakd.training.stage_batches import step_shape
 from megakd.training.stage_result import read_result
-from megakd.training.stage_run import StageRun, step_shape
+from megakd.training.stage_run import StageRun
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -81,7 +83,8 @@ class Lab(LabBase):
         """Return the worth of a teacher on the validation split; measured once."""
 
         def measure() -> Mapping[str, float]:
-            return self.score_teacher(name, self._prepared.encoded.validation)["metrics"]
+            rows = self._prepared.of(name).encoded.validation
+            return self.score_teacher(name, rows)["metrics"]
 
         facts = self.assembly.frozen_facts(self._teachers[name])
         return self.worth(measured_once(self.assembly, f"{name}-scored", facts, measure).metrics)
@@ -195,6 +198,11 @@ class Lab(LabBase):
             self.config.train, shape.steps_per_epoch(len(self._prepared.encoded.train))
         )
 
+    def with_embeddings(self, result: StageResult) -> ModelSource:
+        """Return the student with the embeddings that a stage has learned for its vocabulary."""
+        student = self._prepared.sources[STUDENT]
+        return main_first(lambda: with_table(student, self.config.task, result.folder / FILE))
+
     def probe(self, stage: str) -> HeldOutProbe | None:
         """Return the probe of a stage, for strategies that measure."""
         return HeldOutProbe(
@@ -250,7 +258,9 @@ class Lab(LabBase):
         """Return a teacher's size and metrics, see `score`; a collective."""
         ready = self._teachers[name]
         dtype = self.assembly.teacher_dtype(ready)
-        return self.score(ready.source, ready.spec.deepspeed, dtype=dtype, rows=rows, look=look)
+        return self.score(
+            ready.source, ready.spec.deepspeed, dtype=dtype, rows=rows, look=look, role=name
+        )
 
     def score(
         self,
@@ -260,6 +270,7 @@ class Lab(LabBase):
         dtype: Dtype = "fp32",
         rows: Dataset | None = None,
         look: Look | None = None,
+        role: str = STUDENT,
     ) -> ModelReport:
         """Return the size and metrics of a model; a collective.
 
@@ -269,11 +280,13 @@ class Lab(LabBase):
             dtype: the dtype of the weights.
             rows: the encoded rows to score, by default `held_out`.
             look: called with the model while it is loaded, on all ranks.
+            role: the role whose tokenizer the model has.
         """
-        model = self.assembly.frozen(source, deepspeed, dtype=dtype, needs=Needs())
-        rows = self.held_out if rows is None else rows
+        own = self.assembly.of(role)
+        model = own.frozen(source, deepspeed, dtype=dtype, needs=Needs())
+        rows = own.prepared.encoded.held_out if rows is None else rows
         try:
-            scored = self.assembly.scorer().scored(model.predict, rows)
+            scored = own.scorer().scored(model.predict, rows)
             counts = parameter_counts(named_shapes(model.model))
             if look is not None:
                 look(model)
@@ -287,9 +300,3 @@ class Lab(LabBase):
         if scored.by_class:
             report["per_class"] = scored.by_class
         return report
-
-    @property
-    def held_out(self) -> Dataset:
-        """The split that the report's metrics are computed on."""
-        encoded = self._prepared.encoded
-        return encoded.test if encoded.test is not None else encoded.validation

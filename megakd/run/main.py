@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,12 @@ from megakd.process.phases import counted, phase, seconds
 from megakd.process.signals import Stopped
 from megakd.reports.latency import TIMED_BATCHES, measure_latencies
 from megakd.reports.report import environment
-from megakd.reports.samples import Sampler, held_out_prompts
+from megakd.reports.samples import Answering, Sampler, held_out_prompts
 from megakd.reports.table import largest
 from megakd.run.finished_run import CONFIG, FINAL, finished_table, is_finished, publish, run_inputs
 from megakd.run.holder import held
 from megakd.run.hub import check_hub, push_to_hub
+from megakd.run.int8_score import score_int8
 from megakd.run.lab import Lab
 from megakd.run.writable import check_writable
 from megakd.storage import atomic
@@ -147,6 +148,14 @@ def _record_config(config: RunConfig) -> None:
         atomic.write_text(path, dump_config(config))
 
 
+def _asking(
+    sampler: Sampler, prepared: RunInputs, teacher: str
+) -> Callable[[Answering], None] | None:
+    """Return the sampler's function for a teacher; None if it has another tokenizer."""
+    same = prepared.tokenizer_of(teacher) is prepared.tokenizer
+    return sampler.asking(teacher) if same else None
+
+
 def _report(
     lab: Lab,
     prepared: RunInputs,
@@ -156,11 +165,15 @@ def _report(
 ) -> Report:
     config = lab.config
     preset = scoring_preset(config.student.deepspeed)
-    sampler = Sampler(held_out_prompts(lab.held_out, prepared.tokenizer, config.task, ranks.device))
-    sets = SetScores(prepared, lab.assembly.scorer())
+    prompts = held_out_prompts(
+        prepared.encoded.held_out, prepared.tokenizer, config.task, ranks.device
+    )
+    sampler, sets = Sampler(prompts), SetScores(lab.assembly)
     with phase("scoring"):
         teachers = {
-            name: lab.score_teacher(name, look=sets.scoring(name, sampler.asking(name)))
+            name: lab.score_teacher(
+                name, look=sets.scoring(name, _asking(sampler, prepared, name), role=name)
+            )
             for name in lab.teacher_folders
         }
         scored = {
@@ -169,6 +182,8 @@ def _report(
             )
             for name, result in {STUDENT: student, **baselines}.items()
         }
+        if config.save.int8:
+            scored[STUDENT]["int8"] = score_int8(lab, student.folder, preset)
         assistants = [_assistant(lab, made) for made in lab.record.assistants]
     students = {STUDENT: student.folder, **{n: made.folder for n, made in baselines.items()}}
     forget_models()

@@ -29,7 +29,7 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
     config, where = assembly.config, f"{assembly.config.key_of(stage.role)}.deepspeed"
     tree: dict[str, Any] = {
         "seed": config.seed,
-        **assembly.conditions,
+        **assembly.of(stage.role).conditions,
         **_learners(stage, assembly),
         "train": _training(stage.train),
         "objective": [asdict(term) | code_of(term) for term in stage.objective],
@@ -47,6 +47,11 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
         tree["window"] = stage.window._asdict()
     if stage.batches is not None:
         tree["batches"] = facts_of(stage.batches)
+    if stage.rates:
+        tree["rates"] = dict(stage.rates)
+    if stage.mixed:
+        tree["mixed"] = {role: reading._asdict() for role, reading in stage.mixed.items()}
+        tree["mixed_rows"] = assembly.mixed_rows.key
     return flatten(tree)
 
 

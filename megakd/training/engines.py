@@ -18,6 +18,7 @@ from megakd.contract.batch import Batch
 from megakd.contract.plugins import code_of, is_metric, metric_of
 from megakd.contract.stage import Stage
 from megakd.contract.tasks import Dtype
+from megakd.data.characters import characters_of_tokens
 from megakd.data.encoding import Collator, tokenizer_content, tokens_key
 from megakd.data.masking import task_masking
 from megakd.engine.distributed import Ranks, on_main
@@ -32,12 +33,13 @@ from megakd.losses.stage_losses import StageLosses, learners_of, stage_losses
 from megakd.models.knowledge import Needs
 from megakd.models.labels import label_order
 from megakd.models.loading import load_model
+from megakd.models.second_vocabulary import SecondSize, add_second_vocabulary
 from megakd.models.source import ModelSource
 from megakd.process.phases import phase
 from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
 from megakd.teachers.cached import Answers, CachedTeacher, Layout, build_cache
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
-from megakd.training.inputs import RunInputs
+from megakd.training.inputs import MixedRows, RunInputs, UnencodedInputs
 from megakd.training.precision import (
     TORCH_DTYPE,
     check_dtype,
@@ -87,9 +89,21 @@ class Assembly:
     ranks: Ranks
     teachers: Mapping[str, ReadyTeacher] = field(default_factory=dict)
 
+    def of(self, role: str) -> Assembly:
+        """Return the assembly with the tokenizer and the data of the model of a role."""
+        own = self.prepared.of(role)
+        return self if own is self.prepared else replace(self, prepared=own)
+
     def identity_of(self, source: ModelSource) -> Mapping[str, Any]:
         """Return a model's identity, independent of its folder; random weights depend on a seed."""
         return model_identity(source, seed=self.config.seed)
+
+    @property
+    def mixed_rows(self) -> MixedRows:
+        """The training rows for both vocabularies."""
+        if self.prepared.mixed is None:
+            raise TypeError("a stage reads mixed text, and its method declares no mixed rows")
+        return self.prepared.mixed
 
     @property
     def conditions(self) -> Mapping[str, Any]:
@@ -146,6 +160,10 @@ class Assembly:
             role: self._load(source, ds, dtype, need_head=False)
             for role, source in self.learners(stage).items()
         }
+        for role, size in second_sizes(stage, self.prepared).items():
+            add_second_vocabulary(
+                learners[role], size, ds=ds, dtype=TORCH_DTYPE[dtype], seed=self.config.seed
+            )
         # Projections start equal on every rank and do not change the stage's random numbers.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
@@ -157,7 +175,12 @@ class Assembly:
                 kernels=stage.train.kernels,
             )
         engine = training_engine(
-            bundle, ds=ds, train=stage.train, dtype=dtype, world_size=self.ranks.world_size
+            bundle,
+            ds=ds,
+            train=stage.train,
+            dtype=dtype,
+            world_size=self.ranks.world_size,
+            rates=bundle.rates(stage.rates),
         )
         return StudentEngine(engine, passes_per_backward=stage.passes_per_backward), bundle
 
@@ -276,7 +299,15 @@ class Assembly:
             batch_size=self.config.eval_rows(train),
             ranks=self.ranks,
             masking=task_masking(self.prepared.tokenizer, self.config.task),
+            characters=self._characters,
         )
+
+    @cached_property
+    def _characters(self) -> torch.Tensor | None:
+        """The number of characters of every token, with which evaluations of mlm are compared."""
+        if self.config.task.type != "mlm":
+            return None
+        return characters_of_tokens(self.prepared.tokenizer)
 
     def teacher_dtype(self, ready: ReadyTeacher) -> Dtype:
         """Return the dtype of a frozen model's weights."""
@@ -291,7 +322,8 @@ class Assembly:
                 source,
                 task=self.config.task,
                 label_names=self.prepared.splits.label_names,
-                tokenizer_size=len(self.prepared.tokenizer),
+                # Checked with the tokenizer of the model's role before the run.
+                tokenizer_size=source.config.vocab_size,
                 ds=ds,
                 dtype=TORCH_DTYPE[dtype],
                 seed=self.config.seed,
@@ -300,6 +332,16 @@ class Assembly:
         _check_finite(model, source, dtype)
         torch.nn.Module.to(model, self.ranks.device)  # transformers' own `to` is typed wrongly
         return model
+
+
+def second_sizes(stage: Stage, inputs: UnencodedInputs) -> dict[str, SecondSize]:
+    """Return the second vocabularies that the learners of a stage get, by role."""
+    pair = inputs.pair
+    return {
+        role: SecondSize(len(pair.student), pair.offset, reading.width)
+        for role, reading in stage.mixed.items()
+        if pair is not None and reading.probability > 0
+    }
 
 
 def model_identity(source: ModelSource, *, seed: int) -> Mapping[str, Any]:

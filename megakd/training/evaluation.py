@@ -116,13 +116,16 @@ def weighable(name: str | None, main: Metric, metrics: Sequence[str]) -> Metric:
 def language_model_metrics(sums: Tensor) -> dict[str, float]:
     """Return the loss in nats per target, its perplexity, and the share of correct targets.
 
+    The loss in nats per character compares models with different vocabularies.
+
     Args:
-        sums: [3], see `Predictions.sums`: cross-entropy in nats, correct tokens, targets.
+        sums: [3], see `Predictions.sums`: cross-entropy in nats, correct tokens, targets; or [4],
+            followed by the number of characters of the targets.
 
     Raises:
         DataError: there is no target.
     """
-    nats, right, targets = (float(value) for value in sums.tolist())
+    nats, right, targets, *characters = (float(value) for value in sums.tolist())
     if targets == 0:
         raise DataError(
             "the held-out text has no target to score: it is empty, has only one token, or has "
@@ -131,4 +134,7 @@ def language_model_metrics(sums: Tensor) -> dict[str, float]:
     loss = nats / targets
     # Above 700 nats the exponential overflows fp64; the perplexity is reported as infinite.
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    return {"perplexity": perplexity, "loss": loss, "accuracy": right / targets}
+    found = {"perplexity": perplexity, "loss": loss, "accuracy": right / targets}
+    if characters:
+        found["nats_per_character"] = nats / max(1.0, characters[0])
+    return found

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megakd.contract.tasks import STUDENT
 from megakd.data.choosing import is_labelled
 
 if TYPE_CHECKING:
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
 
     from megakd.contract.results import EvaluationSetReport
     from megakd.teachers.frozen import FrozenTeacher
-    from megakd.training.inputs import RunInputs
-    from megakd.training.scoring import Scorer
+    from megakd.training.engines import Assembly
 
 
 def row_count(rows: Dataset) -> int:
@@ -28,18 +28,28 @@ def row_count(rows: Dataset) -> int:
 class SetScores:
     """Scorer of loaded models on every named set; it keeps the metrics."""
 
-    prepared: RunInputs
-    scorer: Scorer
+    assembly: Assembly
     _metrics: dict[str, dict[str, Mapping[str, float]]] = field(default_factory=dict)
 
     def scoring(
-        self, model: str, and_then: Callable[[FrozenTeacher], None] | None
+        self,
+        model: str,
+        and_then: Callable[[FrozenTeacher], None] | None,
+        *,
+        role: str = STUDENT,
     ) -> Callable[[FrozenTeacher], None]:
-        """Return a function that scores a loaded model under a name and then calls `and_then`."""
+        """Return a function that scores a loaded model and then calls `and_then`.
+
+        Args:
+            model: name of the model in the report.
+            and_then: called with the loaded model; None: nothing.
+            role: the role whose tokenizer the model has.
+        """
+        own = self.assembly.of(role)
 
         def score(loaded: FrozenTeacher) -> None:
-            for name, rows in self.prepared.encoded.evaluation_sets.items():
-                metrics = self.scorer.score(loaded.predict, rows)
+            for name, rows in own.prepared.encoded.evaluation_sets.items():
+                metrics = own.scorer().score(loaded.predict, rows)
                 self._metrics.setdefault(name, {})[model] = metrics
             if and_then is not None:
                 and_then(loaded)
@@ -50,5 +60,5 @@ class SetScores:
         """Return the scores in the format of report.json."""
         return {
             name: {"rows": row_count(rows), "metrics": self._metrics.get(name, {})}
-            for name, rows in self.prepared.splits.evaluation_sets.items()
+            for name, rows in self.assembly.prepared.splits.evaluation_sets.items()
         }

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from megakd.config.deepspeed import check_frozen_stage, load_ds_config
 from megakd.config.run import RunConfig, StudentConfig, TeacherConfig
@@ -20,7 +20,14 @@ from megakd.contract.metrics import Metric
 from megakd.contract.tasks import FROM_TEACHER, ONE_LABEL_METRICS, STUDENT
 from megakd.contract.terms import looks_inside
 from megakd.data.encoding import Encoded, encode_splits
+from megakd.data.mixed_rows import encode_mixed
+from megakd.data.shared_words import VocabularyPair
 from megakd.data.splits import Splits, load_splits
+from megakd.data.student_vocabularies import (
+    check_special_tokens,
+    load_student_tokenizer,
+    overlap,
+)
 from megakd.data.tokenizers import has_tokenizer_files, load_tokenizer
 from megakd.engine.distributed import gather, main_first
 from megakd.errors import ConfigError, MegakdError, TeacherError
@@ -35,7 +42,10 @@ from megakd.training.metrics import TaskMetrics, task_metrics
 from megakd.training.vocabulary_checks import other_vocabularies, without_tokenizer
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+    from megakd.contract.vocabulary import StudentVocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +54,29 @@ logger = logging.getLogger(__name__)
 class UnencodedInputs:
     """The parts of a run, before anything large is loaded.
 
+    tokenizer: the tokenizer of the data and of all models; with `teacher_tokenizer`, the student's.
     sources: the teachers by name, then `student`.
     metrics: the metrics that an evaluation computes.
+    teacher_tokenizer: the tokenizer of the teachers, if the student has a vocabulary of its own.
     """
 
     splits: Splits
     metrics: TaskMetrics
     tokenizer: PreTrainedTokenizerBase
     sources: Mapping[str, ModelSource]
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+
+    def tokenizer_of(self, role: str) -> PreTrainedTokenizerBase:
+        """Return the tokenizer of the model of a role: `student`, or a teacher's name."""
+        is_teacher = role != STUDENT and role in self.sources
+        return (is_teacher and self.teacher_tokenizer) or self.tokenizer
+
+    @property
+    def pair(self) -> VocabularyPair | None:
+        """The vocabularies of student and teacher; None if all models share a vocabulary."""
+        if self.teacher_tokenizer is None:
+            return None
+        return VocabularyPair(self.tokenizer, self.teacher_tokenizer)
 
     @property
     def metric(self) -> Metric:
@@ -64,11 +89,32 @@ class UnencodedInputs:
         return len(self.splits.label_names)
 
 
+class MixedRows(NamedTuple):
+    """Training rows that are encoded for two vocabularies, and their key; see `data.mixed_rows`."""
+
+    rows: Dataset
+    key: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunInputs(UnencodedInputs):
-    """All inputs of a run, with the encoded data; no weights are in memory yet."""
+    """All inputs of a run, with the encoded data; no weights are in memory yet.
+
+    encoded: the data for `tokenizer`.
+    teacher_encoded: the data for `teacher_tokenizer`.
+    mixed: the training rows for both tokenizers; None if the method does not read such rows.
+    """
 
     encoded: Encoded
+    teacher_encoded: Encoded | None = None
+    mixed: MixedRows | None = None
+
+    def of(self, role: str) -> RunInputs:
+        """Return the inputs with the tokenizer of a role, and with the data for this tokenizer."""
+        own = self.tokenizer_of(role)
+        if own is self.tokenizer or self.teacher_encoded is None:
+            return self
+        return dataclasses.replace(self, tokenizer=own, encoded=self.teacher_encoded)
 
 
 def cache_folder() -> Path:
@@ -87,16 +133,43 @@ def prepare(config: RunConfig) -> RunInputs:
     found = unencoded_inputs(config)
     check_run(config, found)
     _say_positive_label(found.metrics)
-    encoded = main_first(
-        lambda: encode_splits(found.splits, found.tokenizer, config.task, cache_dir=cache_folder())
-    )
     return RunInputs(
         splits=found.splits,
         metrics=found.metrics,
         tokenizer=found.tokenizer,
         sources=found.sources,
-        encoded=encoded,
+        teacher_tokenizer=found.teacher_tokenizer,
+        mixed=_mixed(config, found),
+        encoded=_encoded(config, found.splits, found.tokenizer),
+        teacher_encoded=(
+            None
+            if found.teacher_tokenizer is None
+            else _encoded(config, found.splits, found.teacher_tokenizer)
+        ),
     )
+
+
+def _encoded(config: RunConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    return main_first(
+        lambda: encode_splits(splits, tokenizer, config.task, cache_dir=cache_folder())
+    )
+
+
+def _mixed(config: RunConfig, found: UnencodedInputs) -> MixedRows | None:
+    """Return the training rows for both vocabularies, if the method reads such rows."""
+    splits, pair = found.splits, found.pair
+    if pair is None or not config.method.reads_mixed_rows(config):
+        return None
+    made = main_first(
+        lambda: encode_mixed(
+            splits.train,
+            pair,
+            config.task,
+            content_hash=splits.content_hash,
+            cache_dir=cache_folder(),
+        )
+    )
+    return MixedRows(*made)
 
 
 def _say_positive_label(metrics: TaskMetrics) -> None:
@@ -123,21 +196,57 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
     splits = main_first(lambda: load_splits(task, seed=config.seed, cache_dir=cache))
     metrics = task_metrics(config.eval, task.type, splits.metrics, splits.label_names)
     problems += _strangers(config, sources, splits.label_names)
-    folders = [s.folder for s in sources.values() if s.folder]
+    vocabulary = config.method.own_vocabulary
+    # A student with a vocabulary of its own does not read the tokenizer of the other models.
+    sharing = {r: s for r, s in sources.items() if vocabulary is None or r != STUDENT}
+    folders = [s.folder for s in sharing.values() if s.folder]
     if problems and not any(map(has_tokenizer_files, folders)):
         raise TeacherError("\n".join(problems))  # do not train a tokenizer in vain
     tokenizer = main_first(
         lambda: load_tokenizer(task, splits, model_folders=folders, cache_dir=cache)
     )
-    problems += other_vocabularies(task, tokenizer, sources.values())
+    problems += other_vocabularies(task, tokenizer, sharing.values())
     if problems:
         raise TeacherError("\n".join(problems))
-    pad = cast("int | None", tokenizer.pad_token_id)  # transformers' own type allows several
-    sources = {
-        role: with_vocabulary(source, len(tokenizer), pad_token_id=pad)
+    own = None if vocabulary is None else _student_tokenizer(vocabulary, splits, tokenizer)
+    found = UnencodedInputs(
+        splits=splits,
+        metrics=metrics,
+        tokenizer=own or tokenizer,
+        sources=sources,
+        teacher_tokenizer=tokenizer if own else None,
+    )
+    sized = {
+        role: _with_vocabulary_of(found.tokenizer_of(role), source)
         for role, source in sources.items()
     }
-    return UnencodedInputs(splits=splits, metrics=metrics, tokenizer=tokenizer, sources=sources)
+    return dataclasses.replace(found, sources=sized)
+
+
+def _student_tokenizer(
+    vocabulary: StudentVocabulary, splits: Splits, teacher: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a student with a vocabulary of its own, trained on the text.
+
+    Raises:
+        DataError: the text cannot fill the vocabulary, or a tokenizer lacks a special token.
+    """
+    check_special_tokens(teacher, "the teacher's tokenizer")
+    own = main_first(lambda: load_student_tokenizer(vocabulary, splits, cache_dir=cache_folder()))
+    logger.info(
+        "student's vocabulary: a %s of %d pieces trained on the training text; %.1f %% of the "
+        "pieces are in the teacher's vocabulary of %d too",
+        vocabulary.type,
+        len(own),
+        100 * overlap(own, teacher),
+        len(teacher),
+    )
+    return own
+
+
+def _with_vocabulary_of(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> ModelSource:
+    pad = cast("int | None", tokenizer.pad_token_id)  # transformers' own type allows several
+    return with_vocabulary(source, len(tokenizer), pad_token_id=pad)
 
 
 def _strangers(
@@ -176,7 +285,7 @@ def check_run(config: RunConfig, inputs: UnencodedInputs) -> None:
             source,
             task=config.task,
             label_names=inputs.splits.label_names,
-            tokenizer_size=len(inputs.tokenizer),
+            tokenizer_size=len(inputs.tokenizer_of(role)),
             need_head=role in config.teacher_specs and not config.teacher_specs[role].finetune,
         )
     check_losses(config, inputs)

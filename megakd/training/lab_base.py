@@ -37,6 +37,10 @@ class LabBase(ABC):
         """Run or record a stage."""
 
     @abstractmethod
+    def with_embeddings(self, result: StageResult) -> ModelSource:
+        """Return the student with the embeddings that a stage has learned for its vocabulary."""
+
+    @abstractmethod
     def _source(self, folder: Path, role: str) -> ModelSource:
         """Return the model that a stage wrote; messages name the config's section of `role`."""
 

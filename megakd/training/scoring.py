@@ -51,6 +51,7 @@ class Scorer:
     metrics: the metrics to compute, from sums for a language model, else from all outputs.
     batch_size: rows per rank.
     masking: hides tokens of every row, the same tokens at every evaluation (mlm).
+    characters: [V] number of characters of every token, for mlm, see `characters_of_tokens`.
     """
 
     metrics: TaskMetrics
@@ -58,6 +59,7 @@ class Scorer:
     batch_size: int
     ranks: Ranks
     masking: Masking | None = None
+    characters: torch.Tensor | None = None
 
     def score(self, predict: Predict, rows: Dataset) -> dict[str, float]:
         """Return the metrics of `predict` on `rows`, the same on every rank.
@@ -73,11 +75,12 @@ class Scorer:
         Raises:
             MegakdError: nothing can be scored, on all ranks alike.
         """
-        sums, answers = torch.zeros(3, dtype=torch.float64), SeenOutputs([], [])
+        sums, answers = torch.zeros(4, dtype=torch.float64), SeenOutputs([], [])
         for batch in self.batches(rows):
             said = predict(batch)
             if said.sums is not None:
-                sums += said.sums.cpu()
+                sums[:3] += said.sums.cpu()
+                sums[3] += self._characters_of(batch)
             if said.outputs is not None:
                 answers.add(said.outputs, batch)
         # Every rank has at least one batch, so all ranks take the same branch.
@@ -143,7 +146,15 @@ class Scorer:
 
     def _language_model(self, sums: torch.Tensor) -> Scored:
         all_reduce_(sums)
-        return Scored(on_main(lambda: language_model_metrics(sums)), [])
+        known = sums if self.characters is not None else sums[:3]
+        return Scored(on_main(lambda: language_model_metrics(known)), [])
+
+    def _characters_of(self, batch: Batch) -> int:
+        """Return the number of characters of a micro-batch's targets."""
+        if self.characters is None:
+            return 0
+        labels = batch.labels.cpu()
+        return int(self.characters[labels[labels != IGNORE]].sum())
 
     def _rows(self, answers: SeenOutputs) -> Scored:
         outputs = gather(torch.cat(answers.outputs))

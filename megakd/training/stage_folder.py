@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megakd.contract.units import Cut
@@ -19,6 +20,11 @@ from megakd.engine.sharding import gathered_state
 from megakd.models.axes import weight_axes
 from megakd.models.cutting import cut_class_name, cut_config, cut_state, rescaled
 from megakd.models.export import Extra, fill_model_folder, write_model_folder
+from megakd.models.second_vocabulary import (
+    FILE,
+    second_vocabulary,
+    without_second_vocabulary,
+)
 from megakd.storage.finished_folder import sealed_folder
 
 if TYPE_CHECKING:
@@ -32,29 +38,43 @@ class Learned(NamedTuple):
     """A model to write.
 
     state: names and tensors; every rank must iterate to the end.
+    tokenizer: saved beside the weights.
     architecture: the class of the model, for config.json.
+    extra: further files of the model by name, see `write_model_folder`.
     """
 
     config: PretrainedConfig
     state: Iterator[tuple[str, Tensor]]
+    tokenizer: PreTrainedTokenizerBase | None
     architecture: str
+    extra: Extra = MappingProxyType({})
 
     @staticmethod
-    def of(model: Any, cut: Cut | None = None, *, learns: bool = False) -> Learned:
+    def of(
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        cut: Cut | None = None,
+        learns: bool = False,
+    ) -> Learned:
         """Return a model of an engine.
 
         Args:
             model: the model.
+            tokenizer: the tokenizer of the model.
             cut: how the model is cut; None: not.
             learns: whether the model continues to learn, see `cut_config`.
         """
         whole, state = model.config, gathered_state(model)
         if cut is None or cut.view is None:
-            return Learned(whole, state, type(model).__name__)
+            extra = {}
+            if second_vocabulary(model) is not None:
+                state, extra[FILE] = without_second_vocabulary(state)
+            return Learned(whole, state, tokenizer, type(model).__name__, extra)
         config = cut_config(whole, cut.view, cut.order, learns=learns)
         state = cut_state(state, weight_axes(model), cut.view, cut.order)
         state = state if learns else rescaled(state, whole, cut.view)
-        return Learned(config, iter(state), cut_class_name(model, config))
+        return Learned(config, iter(state), tokenizer, cut_class_name(model, config))
 
 
 def consume(models: Mapping[str, Learned], window: WindowState | None) -> None:
@@ -69,7 +89,6 @@ def write_stage_folder(
     folder: Path,
     models: Mapping[str, Learned],
     *,
-    tokenizer: PreTrainedTokenizerBase | None,
     extra: Extra,
     window: WindowState | None = None,
 ) -> None:
@@ -79,7 +98,6 @@ def write_stage_folder(
         folder: replaced as a whole after everything is written and synced.
         models: the models by role; the first is written into `folder` itself. All states are
             consumed even if writing fails.
-        tokenizer: saved beside the weights of every model.
         extra: small files that belong to `folder`, see `write_model_folder`.
         window: the training state, if the next window of the run continues.
 
@@ -89,9 +107,10 @@ def write_stage_folder(
     (first, *_), others = models.values(), list(models.items())[1:]
     try:
         with sealed_folder(folder) as temporary:
-            fill_model_folder(temporary, **first._asdict(), tokenizer=tokenizer, extra=extra)
+            files = {**first.extra, **extra}
+            fill_model_folder(temporary, **first._replace(extra=files)._asdict())
             for role, model in others:
-                write_model_folder(temporary / role, **model._asdict(), tokenizer=tokenizer)
+                write_model_folder(temporary / role, **model._asdict())
             if window is not None:
                 window.write(temporary)
     finally:

@@ -7,16 +7,14 @@ import logging
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megakd.config.stage_schedule import learning_rate_schedule, total_steps
 from megakd.contract.batch import Batch, Counts
 from megakd.contract.metrics import WHOLE, MetricJudge
-from megakd.contract.stage import BatchSource, Stage, StageResult, StepReport, Teacher
+from megakd.contract.stage import Stage, StageResult, StepReport, Teacher
 from megakd.contract.unit_counts import count_units
 from megakd.contract.units import Cut
-from megakd.data.batch_source import batch_source
-from megakd.data.loader import StepShape
 from megakd.engine.device import peak_memory_bytes
 from megakd.engine.distributed import gather, on_main, together
 from megakd.engine.stop_vote import StopVote, agreed_signal
@@ -38,14 +36,11 @@ from megakd.training.meters import TrainMeter
 from megakd.training.probe import take_beginning
 from megakd.training.progress import Extent, Reporter
 from megakd.training.random_state import seed_everything
+from megakd.training.stage_batches import stage_batches
 from megakd.training.stage_folder import Learned, consume, write_stage_folder
 from megakd.training.stage_result import RESULT, result_text
 from megakd.training.trainer import Trainer
 from megakd.training.window_state import WindowState, continue_window
-
-if TYPE_CHECKING:
-    from megakd.config.run import TrainConfig
-    from megakd.engine.distributed import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +61,14 @@ class StageRun:
         fingerprint: Fingerprint,
     ) -> None:
         self.stage, self.assembly, self.reporter = stage, assembly, reporter
-        self.config, self.prepared, self.ranks = assembly.config, assembly.prepared, assembly.ranks
+        own = assembly.of(stage.role)
+        self.config, self.prepared, self.ranks = assembly.config, own.prepared, assembly.ranks
         self.first_step = stage.window.first if stage.window else 0
         seed_everything(self.config.seed, self.ranks.rank, self.first_step)
         self.student: StudentEngine
         self.student, self.bundle = assembly.student(stage)
-        self.scorer = assembly.scorer(stage.train)
-        self.source = self._source()
+        self.scorer = own.scorer(stage.train)
+        self.source = stage_batches(stage, assembly)
         train = stage.train
         steps = stage.window.total if stage.window else self._steps_of_train()
         self.steps = stage.window.last if stage.window else stage.episodes * steps
@@ -101,19 +97,6 @@ class StageRun:
             patience=train.early_stopping_patience, threshold=train.early_stopping_threshold
         )
         self.health = TrainMeter(self.bundle.objective, self.trainer, stage, self.ranks)
-
-    def _source(self) -> BatchSource:
-        loader = batch_source(
-            self.prepared.encoded,
-            self.scorer.collate,
-            shape=step_shape(self.stage.train, self.ranks),
-            seed=self.config.seed,
-            masking=self.scorer.masking,
-            only_labelled=self.stage.labelled_only,
-            max_steps=self.stage.train.max_steps,
-            gather=gather,
-        )
-        return self.stage.batches(loader) if self.stage.batches else loader
 
     def _steps_of_train(self) -> int:
         return total_steps(self.stage.train, self.source.steps_per_epoch)
@@ -344,14 +327,16 @@ class StageRun:
         view = self.stage.views.get(evaluation.view or "")
         cut = evaluation.cut or (None if view is None else Cut(None, view))
         first, *beside = self.bundle.learners
-        models = {self.stage.role: Learned.of(first, cut, learns=goes_on)}
-        models |= zip(self.stage.beside, map(Learned.of, beside), strict=True)
+        of_role = self.assembly.prepared.tokenizer_of
+        role = self.stage.role
+        models = {role: Learned.of(first, of_role(role), cut=cut, learns=goes_on)}
+        for name, model in zip(self.stage.beside, beside, strict=True):
+            models[name] = Learned.of(model, of_role(name))
         window = self._window_state(cut) if goes_on else None
 
         def write() -> None:
             if self.ranks.is_main:
-                tokenizer = self.prepared.tokenizer
-                write_stage_folder(folder, models, tokenizer=tokenizer, extra=extra, window=window)
+                write_stage_folder(folder, models, extra=extra, window=window)
             else:
                 consume(models, window)
 
@@ -368,16 +353,6 @@ class StageRun:
     def close(self) -> None:
         """Free the engine."""
         self.student.destroy()
-
-
-def step_shape(train: TrainConfig, ranks: Ranks) -> StepShape:
-    """Return the distribution of a step's rows, for this rank."""
-    return StepShape(
-        train.per_device_train_batch_size,
-        train.gradient_accumulation_steps,
-        ranks.rank,
-        ranks.world_size,
-    )
 
 
 def _due(step: int, every: int | None) -> bool:

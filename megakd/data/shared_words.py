@@ -1,0 +1,238 @@
+"""Words of texts in two vocabularies, word by word, for texts that mix both vocabularies.
+
+Words are those of `words`. Both vocabularies must cut a text into the same words, and the pieces of
+a word must spell the same word in both.
+"""
+
+from __future__ import annotations
+
+import functools
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+
+from megakd.data.token_tables import plain_encoding
+from megakd.data.words import word_starts
+from megakd.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+FREE, ALWAYS_STUDENT, ALWAYS_TEACHER = range(3)
+"""Values of `SharedWords.fixed`."""
+_DIFFERENT = -1
+KNOWN_WORDS = 1 << 18
+"""Number of words whose spelling is remembered."""
+_AROUND, _LONGEST = 20, 60
+_ADVICE = (
+    "use a WordPiece teacher such as BERT, and a WordPiece student vocabulary with the teacher's "
+    "normalizer and pre-tokenizer"
+)
+
+
+class VocabularyPair(NamedTuple):
+    """The tokenizers of a student and of its teacher, which reads the pieces of both.
+
+    In the teacher's input, numbers below `offset` are the teacher's tokens; `offset` + n is the
+    student's token n.
+    """
+
+    student: PreTrainedTokenizerBase
+    teacher: PreTrainedTokenizerBase
+
+    @property
+    def offset(self) -> int:
+        """The number of the student's token 0 in the teacher's input."""
+        return len(self.teacher)
+
+
+class WordPieces(NamedTuple):
+    """The pieces of a text in one vocabulary, without special tokens.
+
+    ids: [pieces] int32.
+    starts: [words + 1] int64 positions in `ids` of the first piece of each word, and the number of
+        pieces.
+    """
+
+    ids: NDArray[np.int32]
+    starts: NDArray[np.int64]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """The number of pieces of each word [words], at least 1."""
+        return np.diff(self.starts)
+
+    def only(self, kept: NDArray[np.bool_]) -> WordPieces:
+        """Return the words that a mask [words] keeps."""
+        lengths = self.lengths
+        starts = np.concatenate([[0], np.cumsum(lengths[kept])])
+        return WordPieces(self.ids[np.repeat(kept, lengths)], starts)
+
+
+class SharedWords(NamedTuple):
+    """The words of a text in both vocabularies.
+
+    spans: [words, 2] int64 first character of each word, and the character after its last one.
+    fixed: [words] int32 `FREE`, or the vocabulary that always cuts the word, because the other does
+        not know the word. The teacher's [UNK] stands for words that both do not know.
+    """
+
+    text: str
+    spans: NDArray[np.int64]
+    student: WordPieces
+    teacher: WordPieces
+    fixed: NDArray[np.int32]
+
+    def word(self, number: int) -> str:
+        """Return a word as it stands in the text."""
+        first, last = self.spans[number]
+        return self.text[first:last]
+
+    def only(self, kept: NDArray[np.bool_]) -> SharedWords:
+        """Return the words that a mask [words] keeps."""
+        return SharedWords(
+            self.text,
+            self.spans[kept],
+            self.student.only(kept),
+            self.teacher.only(kept),
+            self.fixed[kept],
+        )
+
+
+class WordCutter:
+    """A function that cuts texts into words in both vocabularies.
+
+    Raises:
+        DataError: a tokenizer is not a fast tokenizer.
+    """
+
+    def __init__(self, pair: VocabularyPair) -> None:
+        for role, tokenizer in zip(pair._fields, pair, strict=True):
+            _check_words(role, tokenizer)
+        self._pair = pair
+        self._student, self._teacher = map(_Spelling, pair)
+        # Most words of a text occur many times.
+        self._known = functools.lru_cache(KNOWN_WORDS)(self._fixed)
+
+    def __call__(self, texts: Sequence[str]) -> Iterator[SharedWords]:
+        """Yield the words of each text.
+
+        Raises:
+            DataError: the vocabularies cut a text into different words, or spell a word
+                differently.
+        """
+        ours, theirs = (_words(plain_encoding(texts, part), texts) for part in self._pair)
+        for text, (student, spans), (teacher, others) in zip(texts, ours, theirs, strict=True):
+            if not np.array_equal(spans, others):
+                raise _different_words(text, spans, others)
+            cut = zip(_tuples(student), _tuples(teacher), strict=True)
+            fixed = np.array([self._known(*pieces) for pieces in cut], dtype=np.int32)
+            words = SharedWords(text, spans, student, teacher, fixed)
+            if (fixed == _DIFFERENT).any():
+                raise self._different_spelling(words, int((fixed == _DIFFERENT).argmax()))
+            yield words
+
+    def _fixed(self, student: tuple[int, ...], teacher: tuple[int, ...]) -> int:
+        """Return the value of `fixed` for the pieces of a word."""
+        if not self._student.special.isdisjoint(student):
+            return ALWAYS_TEACHER
+        if not self._teacher.special.isdisjoint(teacher):
+            return ALWAYS_STUDENT
+        return FREE if self._student(student) == self._teacher(teacher) else _DIFFERENT
+
+    def _different_spelling(self, words: SharedWords, number: int) -> DataError:
+        ours, theirs = ([*_tuples(part)][number] for part in (words.student, words.teacher))
+        return DataError(
+            "method.student_vocabulary: the two vocabularies spell a word differently, and mixed "
+            f'segmentation replaces a word by the same word: the pieces of "{words.word(number)}" '
+            f'join to "{self._student(ours)}" for the student and to "{self._teacher(theirs)}" for '
+            f"the teacher; {_ADVICE}"
+        )
+
+
+class _Spelling:
+    """A function that joins the pieces of a word; `special` are the special tokens and [UNK]."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        vocabulary = tokenizer.get_vocab()
+        model = cast("Any", tokenizer).backend_tokenizer.model  # of fast tokenizers only
+        prefix = getattr(model, "continuing_subword_prefix", None) or ""
+        self.special = frozenset(int(number) for number in tokenizer.all_special_ids)
+        self._first = {number: piece for piece, number in vocabulary.items()}
+        self._inside = {n: piece.removeprefix(prefix) for n, piece in self._first.items()}
+
+    def __call__(self, pieces: tuple[int, ...]) -> str:
+        return self._first[pieces[0]] + "".join(self._inside[number] for number in pieces[1:])
+
+
+def _check_words(role: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"method.student_vocabulary: the tokenizer of the {role} is a "
+            f"{type(tokenizer).__name__}, which does not tell the words that its tokens belong to; "
+            "use a fast tokenizer (a folder with a tokenizer.json)"
+        )
+
+
+def _words(
+    encoded: BatchEncoding, texts: Sequence[str]
+) -> Iterator[tuple[WordPieces, NDArray[np.int64]]]:
+    """Yield the pieces of each text, and the spans [words, 2] of its words."""
+    encodings = encoded.encodings or ()
+    for word_start, encoding in zip(word_starts(encoded, texts), encodings, strict=True):
+        count = len(word_start)
+        firsts = np.flatnonzero(np.array(word_start) == np.arange(count))
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        begins = np.minimum.reduceat(offsets[:, 0], firsts) if count else firsts
+        ends = np.maximum.reduceat(offsets[:, 1], firsts) if count else firsts
+        pieces = WordPieces(np.array(encoding.ids, dtype=np.int32), np.append(firsts, count))
+        yield pieces, np.stack([begins, ends], axis=1)
+
+
+def _tuples(pieces: WordPieces) -> Iterator[tuple[int, ...]]:
+    """Yield the pieces of each word."""
+    ids, starts = pieces.ids.tolist(), pieces.starts.tolist()
+    return (tuple(ids[a:b]) for a, b in pairwise(starts))
+
+
+def _different_words(
+    text: str, student: NDArray[np.int64], teacher: NDArray[np.int64]
+) -> DataError:
+    """Return the error that shows how both vocabularies cut the first place that differs."""
+    start, end = _first_difference(student, teacher)
+    around = text[max(0, start - _AROUND) : end + _AROUND]
+    return DataError(
+        "method.student_vocabulary: the two vocabularies cut the text into different words, and "
+        f'mixed segmentation replaces word by word: "{_short(text[start:end])}" in '
+        f'"{_short(around)}" is {_cut(text, student, start, end)} for the student and '
+        f"{_cut(text, teacher, start, end)} for the teacher; {_ADVICE}"
+    )
+
+
+def _first_difference(ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> tuple[int, int]:
+    """Return the span of the first words that differ, up to where both have a word's end."""
+    count = min(len(ours), len(theirs))
+    differs = np.append((ours[:count] != theirs[:count]).any(axis=1), [True])
+    first = int(differs.argmax())
+    rest = np.concatenate([ours[first:], theirs[first:]])
+    start = int(rest[:, 0].min())
+    end, wider = start, start + 1
+    while wider > end:
+        end = wider
+        wider = int(rest[rest[:, 0] < end, 1].max())
+    return start, end
+
+
+def _cut(text: str, spans: NDArray[np.int64], start: int, end: int) -> str:
+    inside = spans[(spans[:, 0] >= start) & (spans[:, 0] < end)].tolist()
+    return _short(" | ".join(text[first:last] for first, last in inside)) or "no word"
+
+
+def _short(text: str) -> str:
+    """Return the text on one line, cut to the length that a message shows."""
+    line = text.replace("\n", "\\n")
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"

@@ -1,0 +1,228 @@
+"""Squared errors between the weights of two models that learn together, through shared projections.
+
+Zhao et al. 2019 (arXiv 1909.11687 v1): no activations are compared. Every weight of a layer of the
+teacher is mapped to the shape of the student's weight (`down`), or the student's weight is mapped
+to the teacher's shape (`up`). A matrix belongs to a pair of sizes, and all layers and all weights
+with an axis of these sizes share the matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megakd.contract.batch import Batch, LossInputs, Unit
+from megakd.contract.terms import ParameterProjection
+from megakd.contract.unit_counts import UnitCounter
+from megakd.engine.sharding import full_shape
+from megakd.errors import TeacherError
+from megakd.losses.targets import Evaluated, TermGroup
+from megakd.models.architectures import architecture_of
+from megakd.models.second_vocabulary import second_vocabulary
+
+NAME = "parameter_projection"
+
+
+def _one(batch: Batch) -> Tensor:
+    """Count a micro-batch, so that the mean over all micro-batches is the loss, counted once."""
+    return torch.ones((), dtype=torch.long, device=batch.valid.device)
+
+
+class Place(NamedTuple):
+    """A weight in its module; the weight is read there, because ZeRO 3 gathers it when it is read.
+
+    shape: shape of the whole weight.
+    """
+
+    module: nn.Module
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """Return the weight; under ZeRO-3 only inside a module's forward."""
+        return getattr(self.module, self.name)
+
+
+class Compared(NamedTuple):
+    """A weight of the student and the weight of the teacher that it is compared with.
+
+    is_table: whether the weights are tables of embeddings, whose rows are the same pieces.
+    """
+
+    student: Place
+    teacher: Place
+    is_table: bool = False
+
+
+class SharedProjections(nn.ParameterDict):
+    """The matrices of all pairs of sizes, for rows and for columns.
+
+    Args:
+        direction: `down` maps weights of the teacher, `up` maps weights of the student.
+    """
+
+    def __init__(self, direction: str) -> None:
+        super().__init__()
+        self.is_down = direction == "down"
+
+    def need(self, compared: Compared) -> None:
+        """Create the matrices for a pair of weights, unless they exist.
+
+        The entries are drawn from a normal distribution with variance 1 / (size that is mapped).
+        """
+        wide, narrow = self._ends(compared.teacher, compared.student)
+        for side, given, wanted in _sides(compared, wide.shape, narrow.shape):
+            key = _key(side, given, wanted)
+            if key not in self:
+                shape = (wanted, given) if side == "rows" else (given, wanted)
+                self[key] = nn.Parameter(torch.randn(shape) * given**-0.5)
+
+    def errors(self, compared: Compared) -> Tensor:
+        """Return the differences between the mapped and the other weight, in fp32."""
+        mapped, other = self._ends(compared.teacher, compared.student)
+        value = mapped.read()
+        for side, given, wanted in _sides(compared, mapped.shape, other.shape):
+            matrix = self[_key(side, given, wanted)]
+            value = matrix @ value if side == "rows" else value @ matrix
+        return value.float() - other.read().float()
+
+    def elements(self, compared: Compared) -> int:
+        """Return the number of differences."""
+        return torch.Size(self._ends(compared.teacher, compared.student)[1].shape).numel()
+
+    def _ends(self, teacher: Place, student: Place) -> tuple[Place, Place]:
+        """Return the weight that is mapped, and the weight that it is compared with."""
+        return (teacher, student) if self.is_down else (student, teacher)
+
+
+def _sides(
+    compared: Compared, mapped: tuple[int, ...], other: tuple[int, ...]
+) -> list[tuple[str, int, int]]:
+    """Return the axes to map, with both sizes; vectors have rows, tables have columns."""
+    rows = [] if compared.is_table else [("rows", mapped[0], other[0])]
+    return rows if len(mapped) == 1 else [*rows, ("columns", mapped[1], other[1])]
+
+
+def _key(side: str, given: int, wanted: int) -> str:
+    return f"{side}_{given}_to_{wanted}"
+
+
+class LayerErrors(nn.Module):
+    """The sum of squared errors of one layer.
+
+    Under ZeRO 3 the weights of one layer of each model are gathered for this module's forward, and
+    again for its backward.
+
+    Args:
+        compared: the weights of the layer.
+        projections: the shared matrices, which are parameters of another module.
+    """
+
+    def __init__(self, compared: tuple[Compared, ...], projections: SharedProjections) -> None:
+        super().__init__()
+        # Tuples, so that the modules are not registered a second time.
+        self._compared, self._projections = compared, (projections,)
+
+    def forward(self) -> Tensor:
+        """Return the sum over all weights of the layer, fp32."""
+        (projections,) = self._projections
+        sums = [projections.errors(compared).square().sum() for compared in self._compared]
+        return torch.stack(sums).sum()
+
+
+class ParameterProjections(TermGroup):
+    """`parameter_projection`: the mean squared error over all compared elements.
+
+    With `epsilon` the loss is the paper's sum of squared errors divided by epsilon, which is the
+    weight of the cross-entropies there. The loss is counted once per step (`once`): every rank
+    computes the same loss.
+    """
+
+    units: Mapping[str, Unit] = MappingProxyType({NAME: "once"})
+    counters: Mapping[Unit, UnitCounter] = MappingProxyType({"once": _one})
+
+    def __init__(self, term: ParameterProjection) -> None:
+        super().__init__()
+        self.term = term
+        self.projections = SharedProjections(term.direction)
+        self.layers = nn.ModuleList()
+        self.elements = 0
+
+    def bind(self, learners: Mapping[str, nn.Module]) -> None:
+        """Find the weights to compare, and create the matrices.
+
+        Args:
+            learners: the student and the teacher, which learn together.
+
+        Raises:
+            TeacherError: the models do not have the same layers and weights.
+        """
+        student, teacher = learners.values()
+        layers = compared_layers(student, teacher) if self.term.layers else []
+        if self.term.embeddings:
+            layers.append(_tables(student, teacher))
+        for compared in layers:
+            for pair in compared:
+                self.projections.need(pair)
+                self.elements += self.projections.elements(pair)
+            self.layers.append(LayerErrors(tuple(compared), self.projections))
+
+    def forward(self, reading: LossInputs) -> Evaluated:
+        """Return the loss, which does not depend on the batch."""
+        total = torch.stack([layer() for layer in self.layers]).sum()
+        total = total / (self.term.epsilon or self.elements)
+        scale = reading.weights[NAME] * reading.per_unit["once"]
+        return Evaluated(total * scale, {NAME: total.detach()})
+
+
+def compared_layers(student: nn.Module, teacher: nn.Module) -> list[list[Compared]]:
+    """Return the weights of all layers of two models of one family and depth, by layer.
+
+    Raises:
+        TeacherError: a layer of one of the models has other weights.
+    """
+    ours, theirs = _blocks(student), _blocks(teacher)
+    if len(ours) != len(theirs) or any(
+        own.keys() != other.keys() for own, other in zip(ours, theirs, strict=False)
+    ):
+        raise TeacherError(
+            "method.projections: compares the weights of a layer of the student with those of the "
+            f"same layer of the teacher, and the models have other layers ({len(ours)} and "
+            f"{len(theirs)} layers); use two models of one family and depth"
+        )
+    return [
+        [Compared(own[name], other[name]) for name in own]
+        for own, other in zip(ours, theirs, strict=True)
+    ]
+
+
+def _blocks(model: nn.Module) -> list[dict[str, Place]]:
+    """Return the weights of every layer by name, see `Place`."""
+    architecture = architecture_of(model.config)  # type: ignore[arg-type]
+    count = architecture.number_of_layers(model.config)  # type: ignore[arg-type]
+    blocks = (architecture.block_of(model, layer) for layer in range(1, count + 1))
+    return [
+        {
+            f"{path}.{name}": Place(module, name, tuple(full_shape(parameter)))
+            for path, module in block.named_modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+        for block in blocks
+    ]
+
+
+def _tables(student: nn.Module, teacher: nn.Module) -> list[Compared]:
+    """Return the tables of embeddings for the student's pieces."""
+    second = second_vocabulary(teacher)
+    if second is None:
+        raise TypeError("the teacher has no table of embeddings for the student's pieces")
+    ours: nn.Module = student.get_input_embeddings()  # type: ignore[operator]
+    return [Compared(_table(ours), _table(second.table), is_table=True)]
+
+
+def _table(module: nn.Module) -> Place:
+    return Place(module, "weight", tuple(full_shape(module.weight)))  # type: ignore[arg-type]

@@ -1,0 +1,249 @@
+"""Students with a small vocabulary of their own, and teachers that read both vocabularies.
+
+Version 1 (Zhao et al. 2019, arXiv 1909.11687 v1): teacher and student learn masked tokens together.
+Each word of the teacher's text is cut with the student's vocabulary with probability `p`, and the
+weights of both models are compared through shared projections. Version 2 (Zhao et al. 2021, arXiv
+1909.11687 v2, EACL): the teacher first learns the student's pieces through a narrow table of
+embeddings, and the student then starts from this table.
+
+Differs from the paper: the weight of the cross-entropies beside the sum of squared errors was not
+found, and is the number of compared elements by default (`epsilon`). Whether the tables of
+embeddings are compared was not found either (`embeddings`). The paper's teacher learns next
+sentences too; here it learns masked tokens only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from megakd.contract.methods import OneTeacherOptions
+from megakd.contract.stage import Constant, Pass, Stage
+from megakd.contract.tasks import STUDENT
+from megakd.contract.terms import (
+    STRICT,
+    Count,
+    Fraction,
+    HiddenCosine,
+    ParameterProjection,
+    Positive,
+    Weight,
+)
+from megakd.contract.vocabulary import MixedReading, StudentVocabulary
+
+if TYPE_CHECKING:
+    from megakd.contract.lab import Lab
+    from megakd.contract.stage import StageResult
+
+Projections = Literal["none", "dual", "down", "up"]
+PATIENT_KD = "patient_kd"
+OF_VERSION = {
+    "projections": 1,
+    "embeddings": 1,
+    "epsilon": 1,
+    "teacher_steps": 2,
+}
+"""Options that only one version has."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class MixedVocabularyConfig(OneTeacherOptions):
+    """The student has a small vocabulary of its own, which the teacher learns to read too.
+
+    version: 1 trains both models together with shared projections, 2 trains the teacher first.
+    student_vocabulary: type and size of the vocabulary, which is trained on the training text.
+    p: probability of each word of the teacher's text to be cut with the student's vocabulary.
+    projections: of version 1: `none` trains the student alone; `dual` trains both models and
+        compares nothing; `down` maps the teacher's weights to the student's shapes; `up` maps the
+        student's weights to the teacher's shapes. Null: `down`.
+    embeddings: of version 1: whether the tables of embeddings for the student's pieces are compared
+        too. Null: true with `down` and `up`.
+    epsilon: of version 1: weight of the cross-entropies beside the sum of squared errors; null: the
+        number of compared elements, so that errors are averaged.
+    teacher_learning_rate: learning rate of the teacher; null: as the student's.
+    teacher_steps: of version 2: steps in which the teacher learns; null: as many as the student.
+    patient_kd_weight: weight of the hidden states in the baseline `patient_kd`.
+    """
+
+    name: Literal["mixed_vocabulary"]
+    version: Literal[1, 2] = 1
+    student_vocabulary: StudentVocabulary = StudentVocabulary()
+    p: Fraction = 0.5
+    projections: Projections | None = None
+    embeddings: bool | None = None
+    epsilon: Positive | None = None
+    teacher_learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    teacher_steps: Count | None = None
+    patient_kd_weight: Weight = 10.0
+
+    @property
+    def looks_into_teacher(self) -> bool:
+        """True: the teacher learns too."""
+        return True
+
+    @property
+    def own_vocabulary(self) -> StudentVocabulary:
+        """The vocabulary of the student."""
+        return self.student_vocabulary
+
+    @property
+    def direction(self) -> Projections:
+        """The kind of projections, with the default of version 1."""
+        return self.projections or "down"
+
+    @property
+    def trains_teacher(self) -> bool:
+        """Return whether the teacher reads mixed text."""
+        return self.version == 2 or self.direction != "none"
+
+    def reads_mixed_rows(self, config: Any) -> bool:
+        """Return whether a model reads rows that are encoded for both vocabularies."""
+        return self.trains_teacher or PATIENT_KD in config.baselines
+
+    def problems(self, config: Any) -> Iterator[str]:
+        """Yield a line for every setting that does not fit the method or its version."""
+        yield from super().problems(config)
+        yield from self._of_another_version()
+        yield from self._of_vocabulary(config)
+        if config.task.type != "mlm":
+            yield (
+                f"task.type: mixed_vocabulary learns masked tokens of text and needs mlm (got "
+                f"{config.task.type}); fine-tune the student on the task afterwards"
+            )
+        if config.task.streaming:
+            yield (
+                "task.streaming: the student's vocabulary is trained on the training text before "
+                "training, which a stream does not allow; remove the key"
+            )
+        if config.objective is not None:
+            yield (
+                "objective: mixed_vocabulary has the losses of its version; remove the section, "
+                "and see method.projections and method.epsilon"
+            )
+        yield from self._of_student(config.student.model)
+
+    def _of_another_version(self) -> Iterator[str]:
+        for key, version in OF_VERSION.items():
+            if version != self.version and getattr(self, key) is not None:
+                yield (
+                    f"method.{key}: an option of version {version}, and method.version is "
+                    f"{self.version}; remove the key, or set method.version to {version}"
+                )
+        if self.direction == "none" and self.embeddings:
+            yield (
+                "method.embeddings: compares tables of teacher and student, and "
+                "method.projections none trains the student alone; remove the key"
+            )
+
+    def _of_vocabulary(self, config: Any) -> Iterator[str]:
+        kind = self.student_vocabulary.type
+        if kind != "wordpiece" and self.reads_mixed_rows(config):
+            yield (
+                f"method.student_vocabulary.type: a {kind} vocabulary has other words than the "
+                "teacher's, and mixed text is cut word by word; use wordpiece, or train the "
+                "student alone (method.version 1, method.projections none, no baseline "
+                f"{PATIENT_KD})"
+            )
+
+    def _of_student(self, model: Any) -> Iterator[str]:
+        shape = getattr(model, "config", None)
+        if shape is None:
+            yield (
+                f'student.model: "{model}" has the embeddings of another vocabulary, and the '
+                "student of mixed_vocabulary starts from random weights with a vocabulary of its "
+                "own; give its shape as student.model: {config: {model_type: bert, …}}"
+            )
+        elif shape.get("vocab_size", self.student_vocabulary.size) != self.student_vocabulary.size:
+            yield (
+                f"student.model.config.vocab_size: {shape['vocab_size']}, and "
+                f"method.student_vocabulary.size is {self.student_vocabulary.size}; remove the key"
+            )
+
+
+def run(config: MixedVocabularyConfig, lab: Lab) -> StageResult:
+    """Train the student as the version says."""
+    teacher = lab.teacher(config.teacher)
+    if config.version == 2:
+        return _after_teacher(config, lab, teacher)
+    if config.direction == "none":
+        return lab.train(Stage(name=STUDENT, objective=lab.hard_terms()))
+    return lab.train(_together(config, lab, teacher))
+
+
+def _together(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> Stage:
+    """Return the stage of version 1, in which student and teacher learn (section 4, L_final)."""
+    projections = _projections(config)
+    # The projections are computed once, in the student's pass.
+    without = {term.loss: 0.0 for term in projections} or None
+    return Stage(
+        name=STUDENT,
+        beside=(teacher,),
+        objective=(*lab.hard_terms(), *projections),
+        strategy=Constant((Pass(), Pass(learner=teacher, weights=without))),
+        mixed={teacher: MixedReading(config.p)},
+        rates=_rates(config, lab, teacher),
+    )
+
+
+def _projections(config: MixedVocabularyConfig) -> tuple[Any, ...]:
+    """Return the comparison of weights; with `dual`, of nothing or of the tables alone."""
+    # With p = 0 the teacher has no table for the student's pieces.
+    tables = config.p > 0 and config.embeddings is not False
+    if config.direction == "dual" and not (tables and config.embeddings):
+        return ()
+    return (
+        ParameterProjection(
+            direction="up" if config.direction == "up" else "down",
+            layers=config.direction != "dual",
+            embeddings=tables,
+            epsilon=config.epsilon,
+        ),
+    )
+
+
+def _rates(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> dict[str, float]:
+    """Return the teacher's learning rate as a factor of the student's."""
+    own, rate = config.teacher_learning_rate, lab.config.train.learning_rate
+    return {} if own is None or rate == 0 else {teacher: own / rate}
+
+
+def _after_teacher(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> StageResult:
+    """Train the teacher on mixed text, then the student from the table that the teacher learned."""
+    student_width, _ = lab.widths(teacher)
+    settings = {"max_steps": config.teacher_steps, "learning_rate": config.teacher_learning_rate}
+    given = {key: value for key, value in settings.items() if value is not None}
+    stage_one = Stage(
+        name="mixed-teacher",
+        role=teacher,
+        start=lab.model(teacher),
+        objective=lab.hard_terms(),
+        mixed={teacher: MixedReading(config.p, width=student_width)},
+        train=dataclasses.replace(lab.config.train, **given),
+    )
+    start = lab.with_embeddings(lab.train(stage_one))
+    return lab.train(Stage(name=STUDENT, start=start, objective=lab.hard_terms()))
+
+
+def patient_kd(config: MixedVocabularyConfig, lab: Lab, student: StageResult) -> Stage:
+    """Return the stage of the baseline `patient_kd` (Sun et al. 2019) with the same student.
+
+    The frozen teacher reads the same words with its own vocabulary, and the first positions of all
+    mapped layers are compared.
+    """
+    del student
+    teacher = lab.teacher(config.teacher)
+    patient = HiddenCosine(loss="hidden_cosine", positions="first", weight=config.patient_kd_weight)
+    return Stage(
+        name=PATIENT_KD,
+        teachers=(teacher,),
+        objective=(*lab.hard_terms(), patient),
+        strategy=Constant((Pass(teacher=teacher),)),
+        mixed={teacher: MixedReading(0.0)},
+    )
+
+
+BASELINES = {PATIENT_KD: patient_kd}

@@ -1,0 +1,63 @@
+"""What the gloo ranks run of mixed vocabularies: whole runs, with their start and batches noted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from megakd.config.file import load_config
+from megakd.engine import distributed
+from megakd.engine.sharding import gathered_state
+from megakd.methods import run_method
+from megakd.models.second_vocabulary import FILE
+from megakd.run.lab import Lab
+from megakd.training.engines import Assembly
+from megakd.training.inputs import prepare
+from megakd.training.progress import Reporter
+from megakd.training.trainer import Trainer
+
+
+def learn(config_path: str, overrides: list[str]) -> dict[str, Any]:
+    """Run the method; return by stage: initial weights, batches, gradients and final weights."""
+    config = load_config(Path(config_path), overrides)
+    reporter = Reporter(config.output_dir, is_main=distributed.ranks().is_main)
+    lab = Lab(config, prepare(config), distributed.ranks(), reporter)
+    notes: dict[str, dict[str, Any]] = {}
+    build, step = Assembly.student, Trainer.train_step
+
+    def building(self, stage):
+        engine, bundle = build(self, stage)
+        notes[stage.name] = {"initial": dict(gathered_state(bundle)), "batches": [], "parts": []}
+        return engine, bundle
+
+    def stepping(self, batches):
+        here = list(notes.values())[-1]
+        here["batches"].append(list(batches))
+        report = step(self, batches)
+        parts = {name: distributed.all_reduce_(v.clone()) for name, v in report.parts.items()}
+        here["parts"].append({name: float(value) for name, value in parts.items()})
+        return report
+
+    Assembly.student, Trainer.train_step = building, stepping  # type: ignore[method-assign]
+    try:
+        run_method(config.method, lab)
+    finally:
+        Assembly.student, Trainer.train_step = build, step  # type: ignore[method-assign]
+    for result in lab.results:
+        notes[result.name]["final"] = folder_weights(result.folder)
+    return notes
+
+
+def folder_weights(folder: Path) -> dict[str, Any]:
+    """All weights below a stage's folder, by path."""
+    found = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        prefix = "/".join(
+            (*file.relative_to(folder).parts[:-1], file.stem if file.name == FILE else "")
+        )
+        found |= {
+            f"{prefix.strip('/')}/{name}".lstrip("/"): w for name, w in load_file(file).items()
+        }
+    return found

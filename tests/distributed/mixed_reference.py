@@ -1,0 +1,163 @@
+"""Training with two vocabularies in plain PyTorch, from the equations, on one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import BertConfig, BertForMaskedLM
+
+IGNORE = -100
+
+
+class Pair:
+    """A student and a teacher with a second table, from the initial weights of a bundle.
+
+    initial: weights of the bundle by name.
+    configs: the learners by role, in the bundle's order.
+    method: options of the method, and `offset`, the number of the first piece of the student.
+    """
+
+    def __init__(
+        self, initial: dict[str, Tensor], configs: dict[str, BertConfig], method: dict[str, Any]
+    ) -> None:
+        self.models: dict[str, BertForMaskedLM] = {}
+        self.second: dict[str, Tensor] = {}
+        self.method = method
+        for number, (role, config) in enumerate(configs.items()):
+            prefix = f"learners.{number}."
+            own = {n.removeprefix(prefix): w for n, w in initial.items() if n.startswith(prefix)}
+            extra = {n: own.pop(n) for n in list(own) if n.startswith("second_vocabulary.")}
+            model = BertForMaskedLM(config)
+            model.load_state_dict(own, strict=False)
+            model.tie_weights()
+            self.models[role] = model
+            if extra:
+                self.second = {
+                    n.removeprefix("second_vocabulary."): nn.Parameter(w.clone())
+                    for n, w in extra.items()
+                }
+        self.projections = {
+            name.rpartition(".")[2]: nn.Parameter(weight.clone())
+            for name, weight in initial.items()
+            if name.startswith("objective.")
+        }
+
+    def parameters(self) -> list[nn.Parameter]:
+        found = [p for model in self.models.values() for p in model.parameters()]
+        return [*found, *self.second.values(), *self.projections.values()]  # type: ignore[list-item]
+
+    def weights(self, prefixes: dict[str, str]) -> dict[str, Tensor]:
+        """All weights of the models, as `mixed_cases.folder_weights` names them."""
+        found = {
+            f"{prefixes[role]}{name}": weight.detach()
+            for role, model in self.models.items()
+            for name, weight in model.named_parameters()
+        }
+        prefix = f"{prefixes['teacher']}second_vocabulary/"
+        return found | {f"{prefix}{name}": weight.detach() for name, weight in self.second.items()}
+
+    def table(self) -> Tensor:
+        """The table of the student's pieces in the teacher's width."""
+        table = self.second["table.weight"]
+        if "lift.weight" not in self.second:
+            return table
+        return functional.linear(table, self.second["lift.weight"], self.second["lift.bias"])
+
+    def student_loss(self, batch: Any) -> tuple[Tensor, int]:
+        out = self.models["student"](**batch.inputs).logits
+        labels = batch.labels
+        total = functional.cross_entropy(
+            out.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+        return total, int((labels != IGNORE).sum())
+
+    def teacher_loss(self, batch: Any) -> tuple[Tensor, int]:
+        """Cross-entropy of mixed text; each target has the softmax of its own vocabulary."""
+        model, inputs = self.models["teacher"], dict(batch.inputs)
+        own = model.bert.embeddings.word_embeddings.weight
+        joint = torch.cat([own[: self.method["offset"]], self.table()])
+        vectors = functional.embedding(inputs.pop("input_ids"), joint)
+        hidden = model.bert(inputs_embeds=vectors, **inputs).last_hidden_state
+        hidden = model.cls.predictions.transform(hidden).flatten(0, 1)
+        first = functional.cross_entropy(
+            model.cls.predictions.decoder(hidden),
+            batch.labels.flatten(),
+            ignore_index=IGNORE,
+            reduction="sum",
+        )
+        chosen = functional.linear(
+            hidden[batch.second.positions], self.table(), self.second["bias"]
+        )
+        second = functional.cross_entropy(
+            chosen, batch.second.labels, ignore_index=IGNORE, reduction="sum"
+        )
+        count = (batch.labels != IGNORE).sum() + (batch.second.labels != IGNORE).sum()
+        return first + second, int(count)
+
+    def projection_loss(self) -> Tensor:
+        """The mean squared error over all compared elements."""
+        total, elements, is_down = torch.zeros(()), 0, self.method["projections"] != "up"
+        ours, theirs = (
+            dict(self.models[role].bert.encoder.layer.named_parameters())
+            for role in ("student", "teacher")
+        )
+        layers = [] if self.method["projections"] == "dual" else ours
+        pairs = [(ours[name], theirs[name], False) for name in layers]
+        student = self.models["student"].bert.embeddings.word_embeddings.weight
+        pairs.append((student, self.second["table.weight"], True))
+        for own, other, is_table in pairs:
+            source, target = (other, own) if is_down else (own, other)
+            value = source
+            if not is_table:
+                value = self._matrix("rows", source.shape[0], target.shape[0]) @ value
+            if source.dim() > 1:
+                value = value @ self._matrix("columns", source.shape[1], target.shape[1])
+            total = total + (value - target).square().sum()
+            elements += target.numel()
+        return total / self.method.get("epsilon", elements)
+
+    def _matrix(self, side: str, given: int, wanted: int) -> Tensor:
+        return self.projections[f"{side}_{given}_to_{wanted}"]
+
+
+def trained(pair: Pair, steps: list[list[Any]], train: dict, *, learners: list[str]) -> list[dict]:
+    """Take AdamW steps over batches of one rank; return the losses of every step."""
+    matrices = [p for p in pair.parameters() if p.dim() > 1]
+    vectors = [p for p in pair.parameters() if p.dim() < 2]
+    factor = train.get("teacher_factor", 1.0)
+    teachers = {id(p) for p in pair.models["teacher"].parameters()}
+    teachers |= {id(p) for p in pair.second.values()}
+    groups = [
+        {
+            "params": [p for p in some if (id(p) in teachers) == slow],
+            "weight_decay": decay,
+            "factor": factor if slow else 1.0,
+        }
+        for some, decay in ((matrices, train["weight_decay"]), (vectors, 0.0))
+        for slow in (False, True)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, eps=train["adam_epsilon"])
+    found = []
+    for number, batches in enumerate(steps):
+        rate = train["learning_rate"] * (1 - number / len(steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        optimizer.zero_grad()
+        parts = {role: _mean(pair, role, batches) for role in learners}
+        if pair.projections:
+            parts["projection"] = pair.projection_loss()
+        torch.stack(list(parts.values())).sum().backward()
+        optimizer.step()
+        found.append({name: float(value.detach()) for name, value in parts.items()})
+    return found
+
+
+def _mean(pair: Pair, role: str, batches: list[Any]) -> Tensor:
+    """Return the sum over the micro-batches of a step, divided by their targets."""
+    loss = pair.teacher_loss if role == "teacher" else pair.student_loss
+    own = [batch.of(role) for batch in batches]
+    sums, counts = zip(*map(loss, own), strict=True)
+    return torch.stack(sums).sum() / sum(counts)

@@ -1,0 +1,171 @@
+"""Mixed vocabularies at any ranks and ZeRO stages against training in plain PyTorch."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from mixed_reference import Pair, trained
+from tiny_runs import config_tree, save_tokenizer, write_config
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TEACHER = {
+    "num_hidden_layers": 2,
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    **NO_DROPOUT,
+}
+STUDENT = TEACHER | {"hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 20}
+PIECES = 100
+TRAIN = {
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 4,
+    "learning_rate": 0.01,
+    "adam_epsilon": 0.01,
+    "weight_decay": 0.01,
+    "max_grad_norm": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A text, and a teacher with random weights and its tokenizer."""
+    folder = tmp_path_factory.mktemp("mixed")
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(150)]
+    texts = [" ".join(rng.choices(words, k=rng.randint(3, 30))) for _ in range(120)]
+    (folder / "text.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    save_tokenizer(folder / "teacher", texts, kind="wordpiece")
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(vocab_size=320, **TEACHER))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder / "teacher")
+    return folder
+
+
+def config_of(folder: Path, out: Path, *, zero=0, train=None, **method) -> Path:
+    tree = config_tree(
+        out / "out",
+        {"type": "mlm", "dataset": str(folder / "text.txt"), "max_length": 24},
+        teacher={"model": str(folder / "teacher")},
+        method={
+            "name": "mixed_vocabulary",
+            "student_vocabulary": {"type": "wordpiece", "size": PIECES},
+            **method,
+        },
+        train={**TRAIN, **(train or {})},
+    )
+    model = {"config": {"model_type": "bert", **STUDENT}}
+    tree["student"] = {"model": model, "deepspeed": ZERO3 if zero == 3 else f"zero{zero}"}
+    return write_config(out / "run.yaml", tree)
+
+
+METHODS = {
+    "down": {"projections": "down"},
+    "up": {"projections": "up", "teacher_learning_rate": 0.002},
+    "dual": {"projections": "dual"},
+    "tables": {"projections": "dual", "embeddings": True, "epsilon": 500.0},
+    "version 2": {"version": 2, "teacher_steps": 3},
+}
+TOGETHER = [name for name in METHODS if name != "version 2"]
+
+
+@pytest.fixture(scope="module")
+def alone(workers, folder, tmp_path_factory) -> dict:
+    """By method: one rank at ZeRO 0 with the batch of two ranks."""
+    found = {}
+    for name, method in METHODS.items():
+        train = {"per_device_train_batch_size": 6}
+        path = config_of(folder, tmp_path_factory.mktemp(name), train=train, **method)
+        found[name] = workers(1).run("mixed_cases.learn", str(path), [])[0]
+    return found
+
+
+def reference_of(
+    folder: Path, notes: dict, method: dict, *, learners: list[str]
+) -> tuple[Pair, list[dict]]:
+    """Return the models and the losses of every step of plain PyTorch on the same batches."""
+    offset = len(AutoTokenizer.from_pretrained(folder / "teacher"))
+    assert offset < 320  # the teacher's table has further rows, as tables with padding have
+    roles = {"student": BertConfig(vocab_size=PIECES, **STUDENT)} if "student" in learners else {}
+    roles["teacher"] = BertConfig(vocab_size=320, **TEACHER)
+    pair = Pair(notes["initial"], roles, {**method, "offset": offset})
+    train = dict(TRAIN)
+    if "teacher_learning_rate" in method:
+        train["teacher_factor"] = method["teacher_learning_rate"] / TRAIN["learning_rate"]
+    return pair, trained(pair, notes["batches"], train, learners=learners)
+
+
+def assert_same(found: dict, expected: dict, *, tolerance=1e-5) -> None:
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, atol=tolerance, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_one_rank_learns_as_plain_pytorch_does(folder, alone, name):
+    notes, method = alone[name]["student"], METHODS[name]
+
+    pair, losses = reference_of(folder, notes, method, learners=["student", "teacher"])
+
+    names = {
+        "hard_cross_entropy": "student",
+        "teacher/hard_cross_entropy": "teacher",
+        "parameter_projection": "projection",
+    }
+    for parts, expected in zip(notes["parts"], losses, strict=True):
+        found = {names[name]: value for name, value in parts.items() if name in names}
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert_same(notes["final"], pair.weights({"student": "", "teacher": "teacher/"}))
+
+
+def test_the_first_stage_of_version_2_learns_as_plain_pytorch_does(folder, alone):
+    notes = alone["version 2"]["mixed-teacher"]
+
+    pair, losses = reference_of(folder, notes, {}, learners=["teacher"])
+
+    assert notes["initial"]["learners.0.second_vocabulary.table.weight"].shape == (PIECES, 12)
+    assert [parts["hard_cross_entropy"] for parts in notes["parts"]] == pytest.approx(
+        [expected["teacher"] for expected in losses], rel=1e-5
+    )
+    assert_same(notes["final"], pair.weights({"teacher": ""}))
+
+
+def test_the_student_of_version_2_starts_from_the_table_that_its_teacher_learned(alone):
+    learned = alone["version 2"]["mixed-teacher"]["final"]["second_vocabulary/table.weight"]
+    initial = alone["version 2"]["student"]["initial"]
+
+    assert torch.equal(initial["learners.0.bert.embeddings.word_embeddings.weight"], learned)
+
+
+def test_dual_training_alone_does_not_reach_the_student(folder, alone):
+    notes = alone["dual"]["student"]
+
+    pair, _ = reference_of(folder, notes, METHODS["dual"], learners=["student"])
+
+    student = dict(pair.models["student"].named_parameters())
+    found = {name: notes["final"][name] for name in student}
+    assert_same(found, {name: weight.detach() for name, weight in student.items()})
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", METHODS)
+def test_two_ranks_end_as_one_rank(workers, folder, tmp_path, alone, name, zero):
+    path = config_of(folder, tmp_path, zero=zero, **METHODS[name])
+
+    both = workers(2).run("mixed_cases.learn", str(path), [])[0]
+
+    assert both.keys() == alone[name].keys()
+    for stage, notes in both.items():
+        assert_same(notes["final"], alone[name][stage]["final"])
+        for found, expected in zip(notes["parts"], alone[name][stage]["parts"], strict=True):
+            assert found == pytest.approx(expected, rel=1e-4)
