@@ -22,7 +22,7 @@ import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from homodistil_cases import (
     BOOKS,
@@ -41,7 +41,7 @@ from homodistil_cases import (
 from homodistil_summary import BASELINES, PRUNED, TEACHER, Found, show
 from launching import ROOT, write_config
 from legs import Leg, finished, report_of
-from options import integers
+from options import integers, words_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -172,9 +172,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--data", type=Path, required=True, help="holds lm/, glue/, clinc150/, …")
-    parser.add_argument("--stages", type=_words(STAGES), default=[*STAGES], help="with commas")
+    parser.add_argument("--stages", type=words_of(STAGES), default=[*STAGES], help="with commas")
     parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")
-    parser.add_argument("--tasks", type=_words(TASKS), default=[*CHOSEN], help=f"of {[*TASKS]}")
+    parser.add_argument("--tasks", type=words_of(TASKS), default=[*CHOSEN], help=f"of {[*TASKS]}")
     parser.add_argument("--ranks", type=int, default=2, help="of the stages teacher and prune")
     parser.add_argument("--jobs", type=int, default=2, help="tasks side by side, of one rank each")
     bf16 = {"action": argparse.BooleanOptionalAction, "default": True}
@@ -193,17 +193,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     # The runs start in the repository.
     given.data, given.out = given.data.resolve(), ROOT / given.out
     return given
-
-
-def _words(known: Iterable[str]) -> Any:
-    def read(text: str) -> list[str]:
-        found = text.split(",")
-        for word in found:
-            if word not in known:
-                raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(known)}")
-        return found
-
-    return read
 
 
 if __name__ == "__main__":

@@ -219,12 +219,16 @@ def teacher_config(folder: Path, given: argparse.Namespace) -> Config:
 def _pretraining(
     task: Config, model: Any, rows: int, steps: int, given: argparse.Namespace
 ) -> Config:
-    train = _train(rows // given.ranks, steps, given.sizes.teacher_rate) | {"bf16": given.bf16}
+    train = train_section(rows // given.ranks, steps, given.sizes.teacher_rate) | {
+        "bf16": given.bf16
+    }
     return {
         "task": task,
         "student": {"model": model, "deepspeed": "zero2"},
         "method": {"name": "finetune"},
-        **_sections(train, evaluate_every=max(1, steps // 20), log_every=max(1, steps // 100)),
+        **common_sections(
+            train, evaluate_every=max(1, steps // 20), log_every=max(1, steps // 100)
+        ),
     }
 
 
@@ -236,14 +240,14 @@ def pruning_config(folder: Path, given: argparse.Namespace) -> Config:
         "target_width": sizes.student,
         "pruning_start": sizes.start,
     }
-    train = _train(sizes.short_rows // given.ranks, sizes.steps, sizes.rate)
+    train = train_section(sizes.short_rows // given.ranks, sizes.steps, sizes.rate)
     every = max(1, sizes.steps // sizes.evaluations)
     return {
         "task": text_task(folder / "text", sizes.short),
         "teacher": {"model": str(folder / "teacher" / "final"), "deepspeed": "teacher_zero0"},
         "student": {"model": "from_teacher", "deepspeed": "zero2"},
         "method": method,
-        **_sections(train, evaluate_every=every, log_every=every),
+        **common_sections(train, evaluate_every=every, log_every=every),
     }
 
 
@@ -253,7 +257,7 @@ def task_config(task: str, folder: Path, given: argparse.Namespace) -> Config:
     section = TASKS[task].section(given.data, folder)
     # The students have learned no later position.
     section |= {"max_length": sizes.short, "max_eval_examples": sizes.task_scored}
-    train = _train(sizes.task_rows, sizes.task_steps, sizes.task_rate)
+    train = train_section(sizes.task_rows, sizes.task_steps, sizes.task_rate)
     return {
         # A model of a stage has the teacher's tokens.
         "task": {
@@ -263,11 +267,12 @@ def task_config(task: str, folder: Path, given: argparse.Namespace) -> Config:
         },
         "student": {"model": "overridden", "deepspeed": "zero0"},
         "method": {"name": "finetune"},
-        **_sections(train, evaluate_every=sizes.task_steps, log_every=50),
+        **common_sections(train, evaluate_every=sizes.task_steps, log_every=50),
     }
 
 
-def _train(rows: int, steps: int, rate: float) -> Config:
+def train_section(rows: int, steps: int, rate: float) -> Config:
+    """The section `train`: so many rows of every rank, and a rate that falls to 0."""
     return {
         "per_device_train_batch_size": rows,
         "max_steps": steps,
@@ -278,7 +283,7 @@ def _train(rows: int, steps: int, rate: float) -> Config:
     }
 
 
-def _sections(train: Config, *, evaluate_every: int, log_every: int) -> Config:
+def common_sections(train: Config, *, evaluate_every: int, log_every: int) -> Config:
     """Whatever was learned last is the result: no evaluation chooses it."""
     return {
         "train": train,

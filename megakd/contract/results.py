@@ -180,6 +180,19 @@ class CostReport(TypedDict):
     alternative_seconds: float
 
 
+class VocabularyReport(TypedDict):
+    """The vocabulary that was trained for the student alone.
+
+    size: number of pieces, including special tokens.
+    overlap: share of the pieces that the teacher's vocabulary has too.
+    """
+
+    type: str
+    size: int
+    teacher_size: int
+    overlap: float
+
+
 class EvaluationSetReport(TypedDict):
     """A named set of rows, and the metrics of each model on them.
 
@@ -220,6 +233,7 @@ class Report(TypedDict):
     cost: CostReport | None
     pool: PoolReport | None
     pruning: Sequence[PruningReport]
+    vocabulary: VocabularyReport | None
     samples: Sequence[SampleReport]
     evaluation_sets: Mapping[str, EvaluationSetReport]
     seconds: Mapping[str, float]

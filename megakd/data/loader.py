@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from contextlib import closing
 from functools import partial
 from types import MappingProxyType
@@ -177,7 +178,10 @@ class StepLoader:
         drawn = {"seed": self._seed, "draw": index // self.steps_per_epoch}
         if self._masking is not None:
             batch = self._masking(batch, mine, **drawn)
-        others = {r: read(rows, mine, size=self._size, **drawn) for r, read in self._others.items()}
+        others = {
+            role: read(rows, mine, size=self._size, **drawn | {"seed": _seed_of(self._seed, role)})
+            for role, read in self._others.items()
+        }
         numbers = np.full(self._size, -1)
         numbers[: len(mine)] = mine
         return batch._replace(rows=torch.from_numpy(numbers), others=others or None)
@@ -188,6 +192,11 @@ class StepLoader:
             return step.result()
         finally:
             self.waited_s += time.perf_counter() - began
+
+
+def _seed_of(seed: int, role: str) -> int:
+    """Return the seed of another model's masks, which are independent of the first model's."""
+    return zlib.crc32(f"{seed}:{role}".encode())
 
 
 def evaluation_batches(

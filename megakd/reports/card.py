@@ -11,13 +11,8 @@ import yaml
 from megakd.contract.results import Report
 from megakd.contract.tasks import TaskType
 from megakd.models.export import hub_id
-from megakd.reports.table import (
-    completed,
-    megabytes,
-    result_table,
-    short_count,
-    times_smaller,
-)
+from megakd.reports.quantities import short_count
+from megakd.reports.table import completed, megabytes, result_table, times_smaller
 from megakd.reports.templating import TEMPLATES
 
 AUTO_CLASSES: Mapping[TaskType, tuple[str, str]] = {

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from megakd.contract.metrics import lower_is_better
 from megakd.contract.results import CandidateReport
-from megakd.reports.table import score, short_count
+from megakd.reports.quantities import short_count
+from megakd.reports.table import score
 
 TOP, BOTTOM, RIGHT = 10, 176, 322
 LETTER = 6.3

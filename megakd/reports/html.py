@@ -20,8 +20,9 @@ from megakd.reports.charts import Chart, Dot, choice_charts, plane_chart
 from megakd.reports.curves import training
 from megakd.reports.history import panels, read_history
 from megakd.reports.pruning import pruning_section
+from megakd.reports.quantities import is_number
 from megakd.reports.reading import read_report
-from megakd.reports.table import is_number, milliseconds
+from megakd.reports.table import milliseconds
 from megakd.reports.templating import TEMPLATES
 from megakd.storage import atomic
 

@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from megakd.reports.charts import Chart, Line, line_chart
 from megakd.reports.history import Points, thinned
-from megakd.reports.table import (
-    Rows,
-    is_number,
-    pruning_course,
-    pruning_rows,
-    short_count,
-    step_time,
-)
+from megakd.reports.quantities import is_number, short_count, step_time
+from megakd.reports.table import Rows, pruning_course, pruning_rows
 
 if TYPE_CHECKING:
     from megakd.contract.results import PruningReport, Report

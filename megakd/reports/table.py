@@ -5,14 +5,14 @@ The first row of a table has the titles; a table without further rows is left ou
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from megakd.contract.metrics import lower_is_better
 from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.reports.history import LAST_STEP, evenly
+from megakd.reports.quantities import duration, gigabytes, is_number, short_count, step_time
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +30,7 @@ INT8_ROW = f"{STUDENT} (int8)"
 
 LATER_KEYS: Mapping[str, Any] = {
     **dict.fromkeys(("assistants", "latency", "teachers", "samples", "pruning"), ()),
-    **dict.fromkeys(("cost", "pool")),
+    **dict.fromkeys(("cost", "pool", "vocabulary")),
     **{key: {} for key in ("evaluation_sets", "seconds")},
 }
 """Keys that reports of earlier versions do not have, with their empty values."""
@@ -68,8 +68,20 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
 
 def _model_notes(report: Report) -> list[str]:
     """Return lines that explain the columns of the models."""
-    lower, note = lower_metrics(report), latency_note(report)
-    return [*([f"{', '.join(lower)}: lower is better"] if lower else []), *([note] if note else [])]
+    lower = lower_metrics(report)
+    notes = [f"{', '.join(lower)}: lower is better"] if lower else []
+    return [*notes, *filter(None, (latency_note(report), vocabulary_note(report)))]
+
+
+def vocabulary_note(report: Report) -> str:
+    """Return a line about the student's own vocabulary; empty if all models share one."""
+    found = report["vocabulary"]
+    if found is None:
+        return ""
+    return (
+        f"student's vocabulary: {found['type']} of {found['size']:,} pieces, "
+        f"{found['overlap']:.1%} of them also in the teacher's {found['teacher_size']:,}"
+    )
 
 
 def _time_lines(report: Report) -> list[str]:
@@ -155,12 +167,6 @@ def milliseconds(report: Report) -> dict[int, dict[str, float]]:
         if is_number(ms) and ms > 0:
             found.setdefault(batch, {})[name] = ms
     return dict(sorted(found.items()))
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Return whether a value of report.json is a finite number; NaN is stored as null."""
-    is_bool = isinstance(value, bool)
-    return not is_bool and isinstance(value, int | float) and math.isfinite(value)
 
 
 def model_parts(report: Report) -> tuple[Rows, Rows, Rows, Rows]:
@@ -334,15 +340,6 @@ def pruning_rows(report: Report, *, most: int) -> Rows:
     return rows
 
 
-def step_time(seconds: float | None) -> str:
-    """Return the duration of a step as text, in milliseconds below a second."""
-    if not is_number(seconds):
-        return "-"
-    if seconds >= 60:
-        return duration(seconds)
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
-
-
 def stage_rows(report: Report) -> Rows:
     """Return a row per stage with its time and memory."""
     rows = [["stage", "steps", "time", "tokens/s", "peak memory"]]
@@ -370,24 +367,3 @@ def aligned_rows(rows: Sequence[Sequence[str]]) -> list[str]:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return lines
-
-
-def short_count(number: float, form: str = ".2f") -> str:
-    """Return a number with a unit from a thousand on, such as 22.71M."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:{form}}{unit}"
-    return f"{number:.4g}" if abs(number) > 1e-12 else "0"
-
-
-def gigabytes(size: float) -> str:
-    """Return a size in bytes as text in decimal gigabytes."""
-    return f"{size / 1e9:.2f} GB"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration as hours and minutes, minutes and seconds, or seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60}h {minutes % 60:02d}m"
-    return f"{minutes}m {rest:02d}s" if minutes else f"{seconds:.1f}s"

@@ -40,7 +40,7 @@ from megakd.run.writable import check_writable
 from megakd.storage import atomic
 from megakd.storage.finished_folder import users_files
 from megakd.training.evaluation_sets import SetScores
-from megakd.training.inputs import RunInputs, prepare
+from megakd.training.inputs import RunInputs, prepare, vocabulary_report
 from megakd.training.label_check import check_label_orders
 from megakd.training.precision import check_device
 from megakd.training.progress import Reporter
@@ -206,6 +206,7 @@ def _report(
         cost=lab.record.cost,
         pool=lab.record.pool,
         pruning=lab.record.pruning,
+        vocabulary=vocabulary_report(config, prepared),
         samples=sampler.samples(teacher=largest(teachers), student=STUDENT),
         evaluation_sets=sets.report(),
         seconds=seconds(),

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from megakd.contract.results import VocabularyReport
     from megakd.contract.vocabulary import StudentVocabulary
 
 logger = logging.getLogger(__name__)
@@ -194,9 +195,11 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
     if problems and not config.teachers:
         raise TeacherError("\n".join(problems))
     splits = main_first(lambda: load_splits(task, seed=config.seed, cache_dir=cache))
-    metrics = task_metrics(config.eval, task.type, splits.metrics, splits.label_names)
-    problems += _strangers(config, sources, splits.label_names)
     vocabulary = config.method.own_vocabulary
+    # The loss per token does not compare models of different vocabularies.
+    official = splits.metrics if vocabulary is None else ("nats_per_character",)
+    metrics = task_metrics(config.eval, task.type, official, splits.label_names)
+    problems += _strangers(config, sources, splits.label_names)
     # A student with a vocabulary of its own does not read the tokenizer of the other models.
     sharing = {r: s for r, s in sources.items() if vocabulary is None or r != STUDENT}
     folders = [s.folder for s in sharing.values() if s.folder]
@@ -242,6 +245,19 @@ def _student_tokenizer(
         len(teacher),
     )
     return own
+
+
+def vocabulary_report(config: RunConfig, inputs: UnencodedInputs) -> VocabularyReport | None:
+    """Return the report's entry on the student's vocabulary; None if all models share one."""
+    vocabulary, pair = config.method.own_vocabulary, inputs.pair
+    if vocabulary is None or pair is None:
+        return None
+    return {
+        "type": vocabulary.type,
+        "size": len(pair.student),
+        "teacher_size": len(pair.teacher),
+        "overlap": overlap(*pair),
+    }
 
 
 def _with_vocabulary_of(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> ModelSource:

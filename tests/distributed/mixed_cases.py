@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from megakd.config.file import load_config
 from megakd.engine import distributed
 from megakd.engine.sharding import gathered_state
+from megakd.losses.parameter_projections import LayerErrors
 from megakd.methods import run_method
 from megakd.models.second_vocabulary import FILE
 from megakd.run.lab import Lab
@@ -60,4 +61,38 @@ def folder_weights(folder: Path) -> dict[str, Any]:
         found |= {
             f"{prefix.strip('/')}/{name}".lstrip("/"): w for name, w in load_file(file).items()
         }
+    return found
+
+
+def open_layers(config_path: str, overrides: list[str]) -> list[int]:
+    """Run the method; return how many compared layers are gathered whenever a layer is compared."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    found: list[int] = []
+    known: dict[int, LayerErrors] = {}
+    forward = LayerErrors.forward
+
+    def comparing(self):
+        known[id(self)] = self
+        result = forward(self)
+        weights = [
+            [
+                place.module._parameters.get(place.name)
+                for pair in layer._compared
+                for place in pair[:2]
+            ]
+            for layer in known.values()
+        ]
+        is_open = [
+            any(getattr(w, "ds_status", None) == ZeroParamStatus.AVAILABLE for w in layer)
+            for layer in weights
+        ]
+        found.append(sum(is_open))
+        return result
+
+    LayerErrors.forward = comparing  # type: ignore[method-assign]
+    try:
+        learn(config_path, overrides)
+    finally:
+        LayerErrors.forward = forward  # type: ignore[method-assign]
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -12,6 +13,14 @@ from tiny_runs import config_tree, save_tokenizer, write_config
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+WITHOUT_PREFETCH = {
+    "zero_optimization": {
+        **ZERO3["zero_optimization"],
+        "stage3_prefetch_bucket_size": 0,
+        # Weights of tiny models would be kept from the forward to their comparison.
+        "stage3_max_reuse_distance": 0,
+    }
+}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TEACHER = {
     "num_hidden_layers": 2,
@@ -169,3 +178,13 @@ def test_two_ranks_end_as_one_rank(workers, folder, tmp_path, alone, name, zero)
         assert_same(notes["final"], alone[name][stage]["final"])
         for found, expected in zip(notes["parts"], alone[name][stage]["parts"], strict=True):
             assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_zero_3_gathers_one_layer_of_each_model_at_a_time(workers, folder, tmp_path):
+    path = config_of(folder, tmp_path, projections="down", embeddings=False)
+    override = f"student.deepspeed={json.dumps(WITHOUT_PREFETCH)}"
+
+    found = workers(2).run("mixed_cases.open_layers", str(path), [override])[0]
+
+    # 4 steps of 2 micro-batches, each with both layers.
+    assert found == [1] * 16

@@ -24,7 +24,7 @@ from megakd.reports.charts import (
     plane_chart,
 )
 from megakd.reports.html import html_report
-from megakd.reports.table import short_count
+from megakd.reports.quantities import short_count
 
 
 def lines(*curves: list[tuple[float, float]], **options) -> Chart:

@@ -13,7 +13,8 @@ from reports import language_report, report_of
 from megakd.reports.card import CardFacts, model_card
 from megakd.reports.html import html_report
 from megakd.reports.pruning import pruning_section
-from megakd.reports.table import pruning_rows, result_table, step_time
+from megakd.reports.quantities import step_time
+from megakd.reports.table import pruning_rows, result_table
 
 HUGE = 1e308
 FACTS = CardFacts(

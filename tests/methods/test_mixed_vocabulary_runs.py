@@ -1,0 +1,300 @@
+"""Mixed vocabularies through the real commands: results, stops, and settings that cannot work."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import bert, config_tree, write_config
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+METHOD = {"name": "mixed_vocabulary", "student_vocabulary": {"size": 100}}
+TRAIN = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 0.01}
+TEACHER_TOKENIZER = {"type": "wordpiece", "vocab_size": 300}
+
+
+def words() -> list[str]:
+    rng = random.Random(0)
+    return ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(150)]
+
+
+def mixed(folder: Path, **sections: Any) -> Path:
+    """A run config of a teacher with random weights, so that no time goes into its training."""
+    text = folder / "text.txt"
+    if not text.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        rng, known = random.Random(1), words()
+        rows = (" ".join(rng.choices(known, k=rng.randint(3, 30))) for _ in range(100))
+        text.write_text("\n\n".join(rows), encoding="utf-8")
+    task = {"type": "mlm", "dataset": str(text), "tokenizer": TEACHER_TOKENIZER, "max_length": 24}
+    tree = config_tree(
+        folder / "out",
+        {**task, **sections.pop("task", {})},
+        teacher={"model": bert(2, 16), **sections.pop("teacher", {})},
+        student={"model": bert(2, 8)},
+        method={**METHOD, **sections.pop("method", {})},
+        train={**TRAIN, **sections.pop("train", {})},
+    )
+    for key, section in sections.items():
+        tree[key] = {**tree[key], **section} if isinstance(tree.get(key), dict) else section
+    return write_config(folder / "run.yaml", tree)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights below a folder by path and name."""
+    return {
+        f"{file.relative_to(folder)}:{name}": weight
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, weight in load_file(file).items()
+    }
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def trained(one_rank, tmp_path_factory) -> Path:
+    """A run of version 1 with both baselines."""
+    folder = tmp_path_factory.mktemp("mixed")
+    path = mixed(folder, baselines=["alone", "patient_kd"], eval={"eval_steps": 3})
+    said = one_rank.train("--config", path)
+    assert said.code == 0, said.err
+    assert "100 pieces trained on the training text" in said.err
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def after_teacher(one_rank, tmp_path_factory) -> Path:
+    """A run of version 2."""
+    folder = tmp_path_factory.mktemp("mixed-2")
+    path = mixed(folder, method={"version": 2, "teacher_steps": 4})
+    said = one_rank.train("--config", path)
+    assert said.code == 0, said.err
+    return folder / "out"
+
+
+@pytest.mark.parametrize("made", ["trained", "after_teacher"])
+def test_the_student_is_a_plain_model_with_its_own_vocabulary(made, request):
+    out = request.getfixturevalue(made)
+
+    model = AutoModelForMaskedLM.from_pretrained(out / "final")
+    tokenizer = AutoTokenizer.from_pretrained(out / "final")
+
+    assert (model.config.vocab_size, len(tokenizer)) == (100, 100)
+    assert model.config.hidden_size == 8
+    names = load_file(out / "final" / "model.safetensors").keys()
+    assert not [name for name in names if "second" in name or "projection" in name]
+    encoded = tokenizer(" ".join(words()), return_tensors="pt", truncation=True, max_length=24)
+    assert model(**encoded).logits.isfinite().all()
+
+
+def test_the_stage_keeps_the_teacher_with_its_tokenizer_and_both_vocabularies(trained):
+    folder = trained / "stages" / "student" / "teacher"
+
+    teacher = AutoModelForMaskedLM.from_pretrained(folder)
+
+    assert teacher.config.vocab_size == len(AutoTokenizer.from_pretrained(folder)) > 100
+    second = load_file(folder / "second_vocabulary.safetensors")
+    assert second["table.weight"].shape == (100, 16)
+
+
+def test_the_report_compares_models_by_nats_per_character(trained):
+    report = json.loads((trained / "report.json").read_text())
+
+    assert report["metric_name"] == "nats_per_character"
+    assert report["vocabulary"]["size"] == 100
+    assert report["vocabulary"]["teacher_size"] > 100
+    assert 0.5 < report["vocabulary"]["overlap"] <= 1
+    assert report["baselines"].keys() == {"alone", "patient_kd"}
+    assert report["student"]["metrics"]["nats_per_character"] > 0
+    assert report["teacher"]["metrics"]["nats_per_character"] > 0
+    assert all(sample["teacher"] is None for sample in report["samples"])
+
+
+def test_the_teacher_is_scored_on_text_in_its_own_tokens(one_rank, trained, tmp_path):
+    """The scores of the report are those of the same model in a run of its own."""
+    report = json.loads((trained / "report.json").read_text())
+    text = trained.parent / "text.txt"
+    task = {"type": "mlm", "dataset": str(text), "tokenizer": TEACHER_TOKENIZER, "max_length": 24}
+    tree = config_tree(tmp_path / "out", task, student={"model": bert(2, 16)}, train=TRAIN)
+    tree["train"] |= {"learning_rate": 0.0, "max_steps": 1}
+
+    said = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
+
+    assert said.code == 0, said.err
+    own = json.loads((tmp_path / "out" / "report.json").read_text())["student"]["metrics"]
+    assert report["teacher"]["metrics"] == pytest.approx(own)
+
+
+def test_the_student_starts_from_the_table_that_its_teacher_learned(after_teacher):
+    stages = json.loads((after_teacher / "report.json").read_text())["stages"]
+
+    assert [(stage["name"], stage["steps"]) for stage in stages] == [
+        ("mixed-teacher", 4),
+        ("student", 6),
+    ]
+    second = load_file(after_teacher / "stages/mixed-teacher/second_vocabulary.safetensors")
+    assert second["table.weight"].shape == (100, 8)
+    assert second["lift.weight"].shape == (16, 8)
+
+
+@pytest.mark.parametrize("method", [{}, {"version": 2}], ids=["version 1", "version 2"])
+def test_a_stopped_run_goes_on_to_the_same_weights_of_all_models(
+    one_rank, tmp_path, trained, method
+):
+    stages = {"student": 4, "mixed-teacher": 2} if method else {"student": 4}
+    paths = [
+        mixed(tmp_path / name, method=method, save={"save_steps": 1}) for name in ("cut", "whole")
+    ]
+
+    for stage, step in reversed(stages.items()):
+        stopped = one_rank.train("--config", paths[0], stop_at=(stage, step))
+        assert stopped.code != 0
+    said = [one_rank.train("--config", path) for path in paths]
+
+    assert [one.code for one in said] == [0, 0], said[0].err
+    assert f"student: resumed at step {stages['student'] + 1}" in said[0].err
+    assert_same_weights(tmp_path / "cut/out/stages", tmp_path / "whole/out/stages")
+
+
+def test_a_changed_option_trains_the_stage_again(one_rank, tmp_path):
+    first = one_rank.train("--config", mixed(tmp_path))
+    for method in ({"p": 0.25}, {"teacher_learning_rate": 0.001}, {"projections": "up"}):
+        path = mixed(tmp_path, method=method)
+        said = one_rank.train("--config", path)
+
+        assert said.code != 0
+        assert "another config" in said.err
+    assert first.code == 0, first.err
+
+
+def test_a_finished_run_prints_its_table_again(one_rank, trained):
+    path = trained.parent / "run.yaml"
+
+    said = one_rank.train("--config", path)
+
+    assert said.code == 0, said.err
+    assert said.loaded == ()
+    assert "student's vocabulary: wordpiece of 100 pieces" in said.out
+
+
+def test_the_student_is_fine_tuned_by_the_config_that_the_run_writes(one_rank, trained, tmp_path):
+    rows = [
+        json.dumps({"text": word, "label": "long" if len(word) > 4 else "short"})
+        for word in words()
+    ]
+    (tmp_path / "task.jsonl").write_text("\n".join(rows), encoding="utf-8")
+
+    said = one_rank.train(
+        "--config",
+        trained / "finetune.yaml",
+        f"task.dataset={tmp_path / 'task.jsonl'}",
+        "task.label_column=label",
+        "train.max_steps=3",
+        f"output_dir={tmp_path / 'tuned'}",
+    )
+
+    assert said.code == 0, said.err
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "tuned" / "final")) == 100
+
+
+def test_a_plan_covers_both_models_and_both_vocabularies(one_rank, tmp_path):
+    peaks = {}
+    for kind in ("none", "dual", "down"):
+        path = mixed(tmp_path / kind, method={"projections": kind})
+        said = one_rank.megakd("plan", path, "--json")
+        assert said.code == 0, said.err
+        peaks[kind] = json.loads(said.out)["roles"]["student"]["weights"]
+
+    assert peaks["none"] < peaks["dual"] < peaks["down"]
+
+
+SENTENCEPIECE = {"student_vocabulary": {"type": "unigram", "size": 100}}
+WRONG = {
+    "task": ({"task": {"type": "causal_lm"}}, "needs mlm"),
+    "p": ({"method": {"p": 1.5}}, "method.p"),
+    "version 1 option": (
+        {"method": {"version": 2, "projections": "down"}},
+        "method.projections: an option of version 1, and method.version is 2",
+    ),
+    "version 2 option": (
+        {"method": {"teacher_steps": 5}},
+        "method.teacher_steps: an option of version 2",
+    ),
+    "depth": (
+        {"student": {"model": bert(1, 8)}},
+        "the teacher has 2 layers and the student 1",
+    ),
+    "family": (
+        {
+            "student": {
+                "model": {
+                    "config": {
+                        "model_type": "electra",
+                        "num_hidden_layers": 2,
+                        "hidden_size": 8,
+                        "embedding_size": 8,
+                        "num_attention_heads": 2,
+                        "intermediate_size": 16,
+                    }
+                }
+            }
+        },
+        "of type bert and the student of type electra",
+    ),
+    "size": (
+        {"method": {"student_vocabulary": {"size": 5000}}},
+        "method.student_vocabulary.size is 5000",
+    ),
+    "small size": ({"method": {"student_vocabulary": {"size": 10}}}, "method.student_vocabulary"),
+    "words": (
+        {"method": SENTENCEPIECE},
+        "a unigram vocabulary has other words than the teacher's",
+    ),
+    "teacher's words": (
+        {"task": {"tokenizer": {"type": "bpe", "vocab_size": 300}}},
+        "method.student_vocabulary: the two vocabularies cut the text into different words",
+    ),
+    "stream": ({"task": {"streaming": True}}, "task.streaming"),
+    "objective": ({"objective": [{"loss": "hard_cross_entropy"}]}, "objective: mixed_vocabulary"),
+    "student's folder": ({"student": {"model": "some/model"}}, "starts from random weights"),
+    "student's size": (
+        {"student": {"model": bert(2, 8, vocab_size=50)}},
+        "student.model.config.vocab_size: 50, and method.student_vocabulary.size is 100",
+    ),
+    "no tables": (
+        {"method": {"projections": "none", "embeddings": True}},
+        "method.embeddings: compares tables",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_work_is_refused_before_any_training(one_rank, tmp_path, name):
+    sections, message = WRONG[name]
+
+    said = one_rank.train("--config", mixed(tmp_path, **sections))
+
+    assert said.code != 0
+    assert message in said.err
+    assert not said.loaded
+    assert "Traceback" not in said.err
+
+
+def test_a_vocabulary_of_sentencepiece_is_used_alone(one_rank, tmp_path):
+    path = mixed(tmp_path, method={**SENTENCEPIECE, "projections": "none"})
+
+    said = one_rank.train("--config", path)
+
+    assert said.code == 0, said.err
+    final = tmp_path / "out" / "final"
+    assert (final / "spiece.model").is_file()
+    assert len(AutoTokenizer.from_pretrained(final)) == 100

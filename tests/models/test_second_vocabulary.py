@@ -1,0 +1,183 @@
+"""A second vocabulary of a model: inputs, targets, gradients and files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load
+from torch.nn import functional
+from transformers import (
+    AutoModelForMaskedLM,
+    BertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    RobertaConfig,
+)
+
+from megakd.contract.batch import IGNORE, Batch, LossInputs, Targets
+from megakd.engine.sharding import gathered_state
+from megakd.losses.targets import LanguageModelTargets
+from megakd.models.knowledge import Needs, read_knowledge
+from megakd.models.second_vocabulary import (
+    SecondSize,
+    add_second_vocabulary,
+    second_vocabulary,
+    without_second_vocabulary,
+)
+
+OWN, PIECES = 30, 20
+COMMON = {"vocab_size": OWN, "pad_token_id": 0}
+CONFIGS = {
+    "bert": BertConfig(
+        num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=16, **COMMON
+    ),
+    "roberta": RobertaConfig(
+        num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=16, **COMMON
+    ),
+    "electra": ElectraConfig(
+        num_hidden_layers=1,
+        hidden_size=8,
+        embedding_size=6,
+        num_attention_heads=2,
+        intermediate_size=16,
+        **COMMON,
+    ),
+    "distilbert": DistilBertConfig(n_layers=1, dim=8, n_heads=2, hidden_dim=16, **COMMON),
+}
+
+
+def model_of(family: str, width: int | None = None):
+    model = AutoModelForMaskedLM.from_config(CONFIGS[family]).eval()
+    size = SecondSize(PIECES, OWN, width)
+    add_second_vocabulary(model, size, ds=None, dtype=torch.float32, seed=1)
+    return model
+
+
+def batch_of(ids: list[int], first: dict[int, int], second: dict[int, int]) -> Batch:
+    """One row with labels by position, in the numbers of each vocabulary."""
+    tokens = torch.tensor([ids])
+    labels = torch.full_like(tokens, IGNORE)
+    for place, label in first.items():
+        labels[0, place] = label
+    return Batch(
+        {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)},
+        labels,
+        torch.ones_like(tokens, dtype=torch.bool),
+        torch.tensor([*first] or [0]),
+        second=Targets(
+            torch.tensor([*second] or [0]), torch.tensor([*second.values()] or [IGNORE])
+        ),
+    )
+
+
+def loss_of(model, batch: Batch) -> torch.Tensor:
+    read = read_knowledge(model, batch, Needs())
+    reading = LossInputs(
+        student=read,
+        teacher=None,
+        batch=batch,
+        weights={"hard_cross_entropy": 1.0},
+        per_unit={"targets": torch.ones(())},
+        kernels="reference",
+    )
+    return LanguageModelTargets((), hard=True)(reading).total
+
+
+def lifted(model) -> torch.Tensor:
+    second = second_vocabulary(model)
+    assert second is not None
+    return second.table.weight if second.lift is None else second.lift(second.table.weight)
+
+
+@pytest.mark.parametrize("width", [None, 4])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_target_has_the_softmax_of_its_own_vocabulary(family, width):
+    model = model_of(family, width)
+    batch = batch_of([1, 5, OWN + 3, 7, OWN + 9], {1: 6, 3: 7}, {2: 4, 4: 9})
+
+    total = loss_of(model, batch)
+
+    own = model.get_input_embeddings().weight
+    vectors = functional.embedding(batch.inputs["input_ids"], torch.cat([own, lifted(model)]))
+    out = model(inputs_embeds=vectors, attention_mask=batch.inputs["attention_mask"])
+    chosen = {}
+
+    def note(_module, inputs):
+        chosen["hidden"] = inputs[0]
+
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        hook = head.register_forward_pre_hook(note)
+        model(inputs_embeds=vectors, attention_mask=batch.inputs["attention_mask"])
+        hook.remove()
+    bias = second_vocabulary(model).bias  # type: ignore[union-attr]
+    others = functional.linear(chosen["hidden"], lifted(model), bias)[0]
+    expected = functional.cross_entropy(
+        out.logits[0, [1, 3]], torch.tensor([6, 7]), reduction="sum"
+    ) + functional.cross_entropy(others[[2, 4]], torch.tensor([4, 9]), reduction="sum")
+    torch.testing.assert_close(total, expected)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_text_without_pieces_of_the_student_has_the_plain_loss(family):
+    model, plain = model_of(family), AutoModelForMaskedLM.from_config(CONFIGS[family]).eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    batch = batch_of([1, 5, 8, 7, 2], {1: 6, 3: 7}, {})
+
+    mixed, ordinary = loss_of(model, batch), loss_of(plain, batch._replace(second=None))
+
+    assert torch.equal(mixed, ordinary)
+
+
+def test_pieces_that_do_not_occur_have_no_gradient():
+    model = model_of("bert")
+    batch = batch_of([1, 5, OWN + 3, 7, 2], {1: 6, 3: 7}, {})
+
+    loss_of(model, batch).backward()
+
+    gradient = second_vocabulary(model).table.weight.grad  # type: ignore[union-attr]
+    assert gradient[3].abs().sum() > 0  # type: ignore[index]
+    gradient[3] = 0  # type: ignore[index]
+    assert not gradient.any()  # type: ignore[union-attr]
+    assert not second_vocabulary(model).bias.grad.any()  # type: ignore[union-attr]
+
+
+def test_targets_of_the_student_do_not_touch_the_output_layer_of_the_teacher():
+    model = model_of("bert")
+    batch = batch_of([OWN + 1, OWN + 5, OWN + 3], {}, {1: 6, 2: 7})
+
+    loss_of(model, batch).backward()
+
+    # The table is tied to the output matrix: neither lookups nor targets reach it.
+    assert not model.get_input_embeddings().weight.grad.any()
+    assert not model.cls.predictions.bias.grad.any()
+    assert second_vocabulary(model).bias.grad.any()  # type: ignore[union-attr]
+
+
+def test_new_weights_depend_on_the_seed_alone():
+    first, second = model_of("bert", 4), model_of("bert", 4)
+
+    for one, other in zip(
+        second_vocabulary(first).parameters(),  # type: ignore[union-attr]
+        second_vocabulary(second).parameters(),  # type: ignore[union-attr]
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+def test_the_files_of_a_model_keep_both_vocabularies_apart():
+    model = model_of("bert", 4)
+
+    state, content = without_second_vocabulary(gathered_state(model))
+    names = [name for name, _ in state]
+
+    assert names == [
+        n for n, _ in gathered_state(AutoModelForMaskedLM.from_config(CONFIGS["bert"]))
+    ]
+    stored = load(content())
+    assert {name: tuple(weight.shape) for name, weight in stored.items()} == {
+        "table.weight": (PIECES, 4),
+        "lift.weight": (8, 4),
+        "lift.bias": (8,),
+        "bias": (PIECES,),
+    }
