@@ -177,7 +177,8 @@ def _gain(values: Sequence[float]) -> str:
     if not values:
         return "-"
     mean, deviation = mean_and_deviation(values)
-    return f"{mean:+.3g} ±{deviation:.2g} ({', '.join(f'{value:+.3g}' for value in values)})"
+    by_seed = ", ".join(f"{value:+.3g}" for value in values)
+    return by_seed if len(values) == 1 else f"{mean:+.3g} ±{deviation:.2g} ({by_seed})"
 
 
 def _plain(value: float) -> str:

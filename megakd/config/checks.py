@@ -125,6 +125,11 @@ def _student(config: RunConfig) -> Iterator[str]:
             f'to keep (got method "{method.name}"); set student.layers, set student.model to a '
             f"model, or set method.name to {cutting}"
         )
+    if config.save.int8 and student.trust_remote_code:
+        yield (
+            "save.int8: a model with code of its own (student.trust_remote_code) cannot be "
+            "restored from int8 weights; remove one of the two keys"
+        )
 
 
 def _caches(config: RunConfig) -> Iterator[str]:

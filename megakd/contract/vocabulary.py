@@ -31,8 +31,9 @@ class MixedReading(NamedTuple):
 
     probability: probability of each word to be cut with the student's vocabulary. Above 0, the
         model gets a second table of embeddings and a second output layer, for the student's pieces.
-    width: columns of this table, lifted by an affine map; None: the width of the model's own table.
+    is_narrow: whether this table has the columns of the student's table and is lifted by an affine
+        map; otherwise the table has the columns of the model's own table.
     """
 
     probability: float
-    width: int | None = None
+    is_narrow: bool = False

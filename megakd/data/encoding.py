@@ -43,7 +43,7 @@ ROWS_AT_ONCE = 10_000
 # Part of every key: increase this number when the encoded rows would differ.
 VERSION = 1
 # Part of the keys of rows with words, likewise.
-WORDS_VERSION = 1
+WORDS_VERSION = 2
 LENGTH_MULTIPLE = 8
 _FILL = {"labels": IGNORE, "token_type_ids": 0, WORD_STARTS: 0}
 _PADDED = ("input_ids", "position_ids", *_FILL)
@@ -87,7 +87,12 @@ class Encoded(NamedTuple):
 
 
 def encode_splits(
-    splits: Splits, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, *, cache_dir: Path
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskConfig,
+    *,
+    cache_dir: Path,
+    with_train: bool = True,
 ) -> Encoded:
     """Encode all splits except a stream, or reuse the result of an earlier call with equal content.
 
@@ -98,19 +103,20 @@ def encode_splits(
         cache_dir: folder for the arrow files, which are written whole or not at all into a
             subfolder named by a content key. Ranks may call this function at the same time, but it
             is cheaper to let one rank run first.
+        with_train: whether the training rows are encoded; otherwise `train` is empty.
 
     Raises:
         DataError: `max_length` leaves no room for text, a split has no tokens, or the cache
             cannot be written.
     """
-    present = {name: rows for name, rows in _named(splits) if rows is not None}
+    present = {n: r for n, r in _named(splits) if r is not None and (with_train or n != "train")}
     made, key = encode_rows(
         present, tokenizer, task, content_hash=splits.content_hash, cache_dir=cache_dir
     )
     counted, stream = made.get("train", made["validation"]), None
     if splits.stream is not None:
         stream = StreamedRows(splits.stream, tokenizer, task)
-        made["train"] = made["validation"].select([])
+    made.setdefault("train", made["validation"].select([]))
     sets: Mapping[str, Dataset] = {}
     if splits.evaluation_sets:
         sets, _ = encode_rows(

@@ -41,12 +41,13 @@ class MixedText:
 
     pair: the tokenizers.
     task: a task of type mlm, as for `encode_mixed`.
-    probability: probability of a word to be cut with the student's vocabulary, 0 to 1. A word that
-        only one of the vocabularies knows is always cut with that vocabulary.
+    probability: probability of a word to be cut with the student's vocabulary, 0 to 1. Above 0, a
+        word that only one of the vocabularies knows is always cut with that vocabulary.
     """
 
     def __init__(self, pair: VocabularyPair, task: TaskConfig, *, probability: float) -> None:
-        masking = task_masking(pair.teacher, task, second=pair.student)
+        second = pair.student if probability > 0 else None
+        masking = task_masking(pair.teacher, task, second=second)
         if masking is None:
             raise ValueError(f"only a task of type mlm has mixed text, got {task.type}")
         if not 0 <= probability <= 1:
@@ -96,7 +97,9 @@ class MixedText:
         A word that only one vocabulary knows is cut with that vocabulary.
         """
         fixed, words = columns["fixed"]
-        is_student = np.where(fixed == FREE, heads, fixed == ALWAYS_STUDENT)
+        # With probability 0 the teacher has no table for the student's pieces.
+        is_known = (fixed == ALWAYS_STUDENT) & (self._probability > 0)
+        is_student = np.where(fixed == FREE, heads, is_known)
         lengths = np.where(is_student, columns["student_lengths"][0], columns["teacher_lengths"][0])
         starts = np.where(is_student, self._student_starts(columns), self._teacher_starts(columns))
         pieces = [columns["teacher_ids"][0], columns["input_ids"][0] + self._offset]

@@ -229,7 +229,7 @@ def _first_difference(ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> tup
 
 def _cut(text: str, spans: NDArray[np.int64], start: int, end: int) -> str:
     inside = spans[(spans[:, 0] >= start) & (spans[:, 0] < end)].tolist()
-    return _short(" | ".join(text[first:last] for first, last in inside)) or "no word"
+    return _short(" | ".join(f'"{text[first:last]}"' for first, last in inside)) or "no word"
 
 
 def _short(text: str) -> str:

@@ -6,6 +6,7 @@ The second rule is for tokenizers that do not cut texts at white space before th
 
 from __future__ import annotations
 
+import unicodedata
 from typing import TYPE_CHECKING
 
 from megakd.errors import DataError
@@ -59,4 +60,9 @@ def _starts(encoding: Encoding, text: str) -> list[int]:
 
 
 def _has_space(text: str) -> bool:
-    return any(map(str.isspace, text))
+    """Return whether a text has white space that BERT's normalizer keeps.
+
+    The normalizer removes control characters such as form feeds, so that their neighbours are one
+    word.
+    """
+    return any(sign in "\t\n\r" or unicodedata.category(sign).startswith("Z") for sign in text)

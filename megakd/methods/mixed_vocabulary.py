@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass as plain_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.methods import OneTeacherOptions
-from megakd.contract.stage import Constant, Pass, Stage
+from megakd.contract.metrics import WHOLE
+from megakd.contract.stage import Constant, Pass, Scores, Stage, Verdict
 from megakd.contract.tasks import STUDENT
 from megakd.contract.terms import (
     STRICT,
@@ -108,6 +110,7 @@ class MixedVocabularyConfig(OneTeacherOptions):
         """Yield a line for every setting that does not fit the method or its version."""
         yield from super().problems(config)
         yield from self._of_another_version()
+        yield from self._without_effect(config)
         yield from self._of_vocabulary(config)
         if config.task.type != "mlm":
             yield (
@@ -133,10 +136,38 @@ class MixedVocabularyConfig(OneTeacherOptions):
                     f"method.{key}: an option of version {version}, and method.version is "
                     f"{self.version}; remove the key, or set method.version to {version}"
                 )
-        if self.direction == "none" and self.embeddings:
+        if self.version == 2 and self.p == 0:
             yield (
-                "method.embeddings: compares tables of teacher and student, and "
-                "method.projections none trains the student alone; remove the key"
+                "method.p: 0, and in version 2 the student starts from the pieces that its teacher "
+                "has read; set a probability above 0, such as 0.5"
+            )
+
+    def _without_effect(self, config: Any) -> Iterator[str]:
+        """Yield the options that the other options leave without an effect."""
+        given = {
+            key: getattr(self, key) is not None
+            for key in ("embeddings", "epsilon", "teacher_learning_rate")
+        }
+        if self.version == 1 and self.direction == "none":
+            for key in (key for key, is_set in given.items() if is_set):
+                yield (
+                    f"method.{key}: has no effect, because method.projections none trains the "
+                    "student alone; remove the key"
+                )
+        elif self.direction == "dual" and self.epsilon is not None and not self.embeddings:
+            yield (
+                "method.epsilon: has no effect, because method.projections dual compares nothing; "
+                "remove the key, or set method.embeddings to true"
+            )
+        if self.p == 0 and self.embeddings:
+            yield (
+                "method.embeddings: compares tables for the student's pieces, and with method.p 0 "
+                "the teacher has no such table; set a probability above 0, or remove the key"
+            )
+        if self.teacher_learning_rate and config.train.learning_rate == 0:
+            yield (
+                f"method.teacher_learning_rate: {self.teacher_learning_rate:g} follows the "
+                "schedule of train.learning_rate, which is 0; raise train.learning_rate"
             )
 
     def _of_vocabulary(self, config: Any) -> Iterator[str]:
@@ -213,7 +244,6 @@ def _rates(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> dict[str, f
 
 def _after_teacher(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> StageResult:
     """Train the teacher on mixed text, then the student from the table that the teacher learned."""
-    student_width, _ = lab.widths(teacher)
     settings = {"max_steps": config.teacher_steps, "learning_rate": config.teacher_learning_rate}
     given = {key: value for key, value in settings.items() if value is not None}
     stage_one = Stage(
@@ -221,11 +251,26 @@ def _after_teacher(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> Sta
         role=teacher,
         start=lab.model(teacher),
         objective=lab.hard_terms(),
-        mixed={teacher: MixedReading(config.p, width=student_width)},
+        mixed={teacher: MixedReading(config.p, is_narrow=True)},
         train=dataclasses.replace(lab.config.train, **given),
+        judge=LastStep(),
     )
     start = lab.with_embeddings(lab.train(stage_one))
     return lab.train(Stage(name=STUDENT, start=start, objective=lab.hard_terms()))
+
+
+@plain_dataclass(frozen=True)
+class LastStep:
+    """A judge that prefers later evaluations: text in the teacher's words says little of the table.
+
+    Evaluations score the teacher's own vocabulary, and the student starts from the table for its
+    pieces.
+    """
+
+    def __call__(self, scores: Scores, step: int) -> Verdict:
+        """Return the step as the score, which early stopping does not count."""
+        del scores
+        return Verdict(float(step), WHOLE, counts=False)
 
 
 def patient_kd(config: MixedVocabularyConfig, lab: Lab, student: StageResult) -> Stage:

@@ -30,7 +30,7 @@ from megakd.planning.stages import Phase
 from megakd.planning.tracing import VALUELESS, repeat_alike, trace_call
 from megakd.pruning.importance import GateGradients
 from megakd.teachers.frozen import FrozenModel
-from megakd.training.engines import ReadyTeacher
+from megakd.training.engines import ReadyTeacher, second_sizes
 from megakd.training.precision import TORCH_DTYPE, frozen_dtype, training_dtype
 
 PLANS = 100
@@ -239,13 +239,12 @@ class _Tracer:
         return bundle.train()
 
     def _second_sizes(self, stage: Stage) -> dict[str, SecondSize]:
-        """Return the second vocabularies of the learners, see `training.engines.second_sizes`."""
+        """Return the second vocabularies of the learners, with sizes from configs alone."""
         vocabulary, learners = self._config.method.own_vocabulary, self._phase.learners
-        return {
-            role: SecondSize(vocabulary.size, learners[role].config.vocab_size, reading.width)
-            for role, reading in stage.mixed.items()
-            if vocabulary is not None and reading.probability > 0
-        }
+        offsets = [learners[role].config.vocab_size for role in stage.mixed if role in learners]
+        if vocabulary is None or self._phase.student is None or not offsets:
+            return {}
+        return second_sizes(stage, self._phase.student, pieces=vocabulary.size, offset=max(offsets))
 
     def _mixed(self, stage: Stage, batch: Batch) -> dict[str, Batch]:
         """Return the rows as models with a tokenizer of their own read them, by role."""

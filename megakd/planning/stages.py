@@ -38,6 +38,7 @@ class Phase:
     teachers: the frozen models by name: teachers of a training, or the models of other work.
     rows: rows of a batch of other work on one rank.
     with_width: whether the importance of the width is measured too.
+    student: the student of the run, for a stage whose models read its vocabulary.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Phase:
     teachers: Mapping[str, ReadyTeacher] = field(default_factory=dict)
     rows: int = 0
     with_width: bool = False
+    student: ModelSource | None = None
 
     @property
     def learner(self) -> ModelSource:
@@ -143,7 +145,13 @@ class PlanningLab(LabBase):
         stage = completed(stage, self.config)
         learners = learning_models(stage, self._sources, self._teachers)
         teachers = {name: self._teachers[name] for name in stage.teachers}
-        phase = Phase(name=stage.name, learners=learners, stage=stage, teachers=teachers)
+        phase = Phase(
+            name=stage.name,
+            learners=learners,
+            stage=stage,
+            teachers=teachers,
+            student=self._sources[STUDENT],
+        )
         self.phases.append(phase)
         view, folder = next(iter(stage.views), None), Path("stages") / stage.name
         learner = phase.learner

@@ -37,6 +37,7 @@ from megakd.training.best_checkpoint import RECORD
 from megakd.training.engines import model_identity
 from megakd.training.inputs import UnencodedInputs, unencoded_inputs
 from megakd.training.longer import is_longer
+from megakd.training.stage_folder import files_of_others
 from megakd.training.stage_result import RESULT, remake
 from megakd.training.window_state import files_of_window
 
@@ -134,8 +135,10 @@ def run_inputs(config: RunConfig, found: UnencodedInputs) -> Fingerprint:
     """Return the inputs besides the config that results depend on: data, tokenizer and models."""
     tree: dict[str, Any] = {
         "task.dataset": found.splits.content_hash,
-        "task.tokenizer": tokenizer_content(found.tokenizer),
+        "task.tokenizer": tokenizer_content(found.teacher_tokenizer or found.tokenizer),
     }
+    if found.teacher_tokenizer is not None:
+        tree["method.student_vocabulary"] = tokenizer_content(found.tokenizer)
     for role, source in found.sources.items():
         tree[f"{config.key_of(role)}.model"] = model_identity(source, seed=config.seed)
     return flatten(tree)
@@ -288,12 +291,12 @@ def publish(
 def _write_final(config: RunConfig, stage: Path, report: Report, command: str) -> None:
     """Copy a stage's model to `final/` with its card; keep the files of the user."""
     final, remedy = config.output_dir / FINAL, remake(stage)
-    open_finished(stage, remedy=remedy)
+    there = open_finished(stage, remedy=remedy)
     kept = users_files(final)
     if kept:
         logger.warning("%s: files that megakd did not write are kept: %s", final, ", ".join(kept))
     card = model_card(_card_facts(config, stage, command), report)
-    changes = {CARD: card, RESULT: None, RECORD: None}
+    changes = {CARD: card, **dict.fromkeys((RESULT, RECORD, *files_of_others(there)))}
     # The report decides, because save.int8 may change between two starts of a finished run.
     add = _add_int8 if "int8" in report["student"] else None
     copy_finished(stage, final, changes=changes, keep=kept, add=add, remedy=remedy)
@@ -352,7 +355,8 @@ def export_run(config: RunConfig, stage: str | None, to: Path) -> Path:
         raise CheckpointError(f"{to} already exists; give a folder that does not exist")
     check_writable(to, where="--to")
     folder = stages / name
-    own = dict.fromkeys((RESULT, RECORD, *files_of_window(entries(folder))))
+    there = entries(folder)
+    own = dict.fromkeys((RESULT, RECORD, *files_of_window(there), *files_of_others(there)))
     add = _add_int8 if config.save.int8 else None
     copy_finished(folder, to, changes=own, add=add, remedy=remake(folder))
     return to

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megakd.config.run import listed_files
+from megakd.contract.tasks import STUDENT
 from megakd.data.choosing import VALIDATION_FRACTION
 from megakd.data.columns import DEFAULT_METRICS, choose_fields, scored_rows
 from megakd.data.encoding import Encoded, encode_rows
 from megakd.data.files import has_train_split, scored_table
 from megakd.data.labels import Classes, find_classes
 from megakd.data.splits import Splits
-from megakd.data.tokenizers import load_tokenizer
+from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
 from megakd.engine.distributed import main_first, on_main
 from megakd.errors import TeacherError
 from megakd.models.knowledge import Needs
@@ -36,7 +36,7 @@ from megakd.training.vocabulary_checks import check_vocabularies, without_tokeni
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from megakd.config.run import RunConfig
+    from megakd.config.run import RunConfig, TaskConfig
     from megakd.data.tables import Table
     from megakd.teachers.frozen import FrozenTeacher
 
@@ -102,8 +102,8 @@ def _without_training_rows(config: RunConfig) -> str | None:
 
 def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, Rows]:
     """Return the test rows of the run if they carry labels, else its validation rows."""
-    prepared = prepare(config)
-    check_vocabularies(config.task, prepared.tokenizer, [source])
+    prepared = _as_read_by(source, prepare(config), config.task)
+    check_vocabularies(_own_tokenizer(config), prepared.tokenizer, [source])
     splits, encoded, name = prepared.splits, prepared.encoded, config.task.data_name
     if splits.test is not None and encoded.test is not None:
         count = row_count(splits.test)
@@ -115,11 +115,27 @@ def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, Rows]:
     return prepared, Rows(file=name, split=split, count=count, encoded=encoded.validation)
 
 
+def _own_tokenizer(config: RunConfig) -> TaskConfig:
+    """Return the task without a tokenizer, if models of the run have tokenizers of their own."""
+    task = config.task
+    return task if config.method.own_vocabulary is None else replace(task, tokenizer=None)
+
+
+def _as_read_by(source: ModelSource, prepared: RunInputs, task: TaskConfig) -> RunInputs:
+    """Return the inputs with the tokenizer in the folder of a model, if two tokenizers are used."""
+    folder, pair = source.folder, prepared.pair
+    if pair is None or folder is None or not has_tokenizer_files(folder):
+        return prepared
+    is_teacher = from_folder(folder, task.type).get_vocab() == pair.teacher.get_vocab()
+    roles = [role for role in prepared.sources if role != STUDENT]
+    return prepared.of(roles[0]) if is_teacher else prepared
+
+
 def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[RunInputs, Rows]:
     """Return the rows of given data, with the labels and the tokenizer of the model alone."""
-    task, cache = config.task, cache_folder()
+    task, cache = _own_tokenizer(config), cache_folder()
     if not isinstance(task.tokenizer, str):
-        task = dataclasses.replace(task, tokenizer=None)  # a tokenizer recipe is for the run's text
+        task = replace(task, tokenizer=None)  # a tokenizer recipe is for the run's text
     problems = list(without_tokenizer(task, [source]))
     if problems:
         raise TeacherError("\n".join(problems))

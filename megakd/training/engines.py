@@ -17,7 +17,7 @@ from megakd.config.run import RunConfig, TeacherConfig, TrainConfig
 from megakd.contract.batch import Batch
 from megakd.contract.plugins import code_of, is_metric, metric_of
 from megakd.contract.stage import Stage
-from megakd.contract.tasks import Dtype
+from megakd.contract.tasks import STUDENT, Dtype
 from megakd.data.characters import characters_of_tokens
 from megakd.data.encoding import Collator, tokenizer_content, tokens_key
 from megakd.data.masking import task_masking
@@ -39,7 +39,7 @@ from megakd.process.phases import phase
 from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
 from megakd.teachers.cached import Answers, CachedTeacher, Layout, build_cache
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
-from megakd.training.inputs import MixedRows, RunInputs, UnencodedInputs
+from megakd.training.inputs import MixedRows, RunInputs
 from megakd.training.precision import (
     TORCH_DTYPE,
     check_dtype,
@@ -160,7 +160,7 @@ class Assembly:
             role: self._load(source, ds, dtype, need_head=False)
             for role, source in self.learners(stage).items()
         }
-        for role, size in second_sizes(stage, self.prepared).items():
+        for role, size in self._second_sizes(stage).items():
             add_second_vocabulary(
                 learners[role], size, ds=ds, dtype=TORCH_DTYPE[dtype], seed=self.config.seed
             )
@@ -183,6 +183,12 @@ class Assembly:
             rates=bundle.rates(stage.rates),
         )
         return StudentEngine(engine, passes_per_backward=stage.passes_per_backward), bundle
+
+    def _second_sizes(self, stage: Stage) -> dict[str, SecondSize]:
+        pair, student = self.prepared.pair, self.prepared.sources[STUDENT]
+        if pair is None:
+            return {}
+        return second_sizes(stage, student, pieces=len(pair.student), offset=pair.offset)
 
     @phase("models")
     def frozen(
@@ -334,13 +340,22 @@ class Assembly:
         return model
 
 
-def second_sizes(stage: Stage, inputs: UnencodedInputs) -> dict[str, SecondSize]:
-    """Return the second vocabularies that the learners of a stage get, by role."""
-    pair = inputs.pair
+def second_sizes(
+    stage: Stage, student: ModelSource, *, pieces: int, offset: int
+) -> dict[str, SecondSize]:
+    """Return the second vocabularies that the learners of a stage get, by role.
+
+    Args:
+        stage: the stage.
+        student: the student, whose table a narrow table is as wide as.
+        pieces: size of the student's vocabulary.
+        offset: size of the vocabulary of the learners that read mixed text.
+    """
+    narrow = student.architecture.embedding_width(student.config)
     return {
-        role: SecondSize(len(pair.student), pair.offset, reading.width)
+        role: SecondSize(pieces, offset, narrow if reading.is_narrow else None)
         for role, reading in stage.mixed.items()
-        if pair is not None and reading.probability > 0
+        if reading.probability > 0
     }
 
 

@@ -145,14 +145,28 @@ def prepare(config: RunConfig) -> RunInputs:
         teacher_encoded=(
             None
             if found.teacher_tokenizer is None
-            else _encoded(config, found.splits, found.teacher_tokenizer)
+            else _encoded(
+                config,
+                found.splits,
+                found.teacher_tokenizer,
+                with_train=any(spec.finetune for spec in config.teacher_specs.values()),
+            )
         ),
     )
 
 
-def _encoded(config: RunConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def _encoded(
+    config: RunConfig,
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    with_train: bool = True,
+) -> Encoded:
+    cache = cache_folder()
     return main_first(
-        lambda: encode_splits(splits, tokenizer, config.task, cache_dir=cache_folder())
+        lambda: encode_splits(
+            splits, tokenizer, config.task, cache_dir=cache, with_train=with_train
+        )
     )
 
 

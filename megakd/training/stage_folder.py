@@ -10,7 +10,7 @@ The whole folder is written completely or not at all.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +25,7 @@ from megakd.models.second_vocabulary import (
     second_vocabulary,
     without_second_vocabulary,
 )
-from megakd.storage.finished_folder import sealed_folder
+from megakd.storage.finished_folder import CHECKSUMS, sealed_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +75,17 @@ class Learned(NamedTuple):
         state = cut_state(state, weight_axes(model), cut.view, cut.order)
         state = state if learns else rescaled(state, whole, cut.view)
         return Learned(config, iter(state), tokenizer, cut_class_name(model, config))
+
+
+def files_of_others(names: Iterable[str]) -> list[str]:
+    """Return the files of the models that learned beside a stage's own model.
+
+    Args:
+        names: the files of a stage's folder.
+    """
+    known = list(names)
+    roles = {name.removesuffix(f"/{CHECKSUMS}") for name in known if name.endswith(f"/{CHECKSUMS}")}
+    return [name for name in known if name.partition("/")[0] in roles]
 
 
 def consume(models: Mapping[str, Learned], window: WindowState | None) -> None:

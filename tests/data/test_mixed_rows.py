@@ -179,12 +179,12 @@ def with_backend(tokenizer: PreTrainedTokenizerBase, **parts: Any) -> PreTrained
     [
         (
             {"pre_tokenizer": pre_tokenizers.WhitespaceSplit()},
-            "\"bad'ge\" in \"face head a bad'ge bee\" is bad | ' | ge for the student and bad'ge "
-            "for the teacher; use a WordPiece teacher",
+            '"bad\'ge" in "face head a bad\'ge bee" is "bad" | "\'" | "ge" for the student and '
+            '"bad\'ge" for the teacher; use a WordPiece teacher',
         ),
         (
             {"normalizer": normalizers.Replace("head", "")},
-            '"head" in "face head a bad\'ge bee" is head for the student and no word for the',
+            '"head" in "face head a bad\'ge bee" is "head" for the student and no word for the',
         ),
     ],
     ids=["pre-tokenizer", "missing word"],

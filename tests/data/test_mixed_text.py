@@ -117,7 +117,8 @@ class Scene:
 
 def second(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """The positions and labels of the student's pieces, without the position that only fills up."""
-    assert batch.second is not None
+    if batch.second is None:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     has_label = (batch.second.labels != IGNORE).numpy()
     return batch.second.positions.numpy()[has_label], batch.second.labels.numpy()[has_label]
 
@@ -158,7 +159,8 @@ def near(count: float, of: float, share: float) -> bool:
 def test_with_probability_0_the_batch_is_the_one_of_the_teachers_tokenizer(
     pair, tmp_path_factory, whole_words, texts, seed, draw
 ):
-    texts = ["bad", *(text.replace("x", "") for text in texts)]
+    # The teacher does not know x: such words are unknown to it, as in any text of its own.
+    texts = ["bad", *texts]
     scene = Scene(pair, texts, tmp_path_factory.mktemp("c"), whole_word_masking=whole_words)
     alone = scene.teacher_alone(seed=seed, draw=draw, dummy_rows=2)
 
@@ -172,11 +174,10 @@ def test_with_probability_0_the_batch_is_the_one_of_the_teachers_tokenizer(
     assert batch.targets is not None
     assert alone.targets is not None
     assert torch.equal(batch.targets, alone.targets)
-    assert batch.second is not None
-    assert [part.tolist() for part in batch.second] == [[0], [IGNORE]]
+    assert batch.second is None
 
 
-@given(texts=TEXTS, probability=PROBABILITIES, draw=st.integers(0, 3))
+@given(texts=TEXTS, probability=PROBABILITIES.filter(bool), draw=st.integers(0, 3))
 @settings(max_examples=50, deadline=None)
 def test_the_words_are_the_same_whatever_the_coins_and_no_vocabulary_cuts_an_unknown_word(
     pair, tmp_path_factory, texts, probability, draw

@@ -96,6 +96,18 @@ def test_the_student_is_a_plain_model_with_its_own_vocabulary(made, request):
     assert model(**encoded).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("exported", [False, True])
+def test_the_student_leaves_without_its_teacher(one_rank, trained, tmp_path, exported):
+    folder = trained / "final"
+    if exported:
+        folder = tmp_path / "exported"
+        said = one_rank.megakd("export", trained.parent / "run.yaml", "--to", folder)
+        assert said.code == 0, said.err
+
+    assert not (folder / "teacher").exists()
+    assert not [*folder.rglob("second_vocabulary*")]
+
+
 def test_the_stage_keeps_the_teacher_with_its_tokenizer_and_both_vocabularies(trained):
     folder = trained / "stages" / "student" / "teacher"
 
@@ -122,12 +134,9 @@ def test_the_report_compares_models_by_nats_per_character(trained):
 def test_the_teacher_is_scored_on_text_in_its_own_tokens(one_rank, trained, tmp_path):
     """The scores of the report are those of the same model in a run of its own."""
     report = json.loads((trained / "report.json").read_text())
-    text = trained.parent / "text.txt"
-    task = {"type": "mlm", "dataset": str(text), "tokenizer": TEACHER_TOKENIZER, "max_length": 24}
-    tree = config_tree(tmp_path / "out", task, student={"model": bert(2, 16)}, train=TRAIN)
-    tree["train"] |= {"learning_rate": 0.0, "max_steps": 1}
+    path = plain(tmp_path, trained.parent / "text.txt")
 
-    said = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
+    said = one_rank.train("--config", path, "train.learning_rate=0", "train.max_steps=1")
 
     assert said.code == 0, said.err
     own = json.loads((tmp_path / "out" / "report.json").read_text())["student"]["metrics"]
@@ -271,8 +280,24 @@ WRONG = {
         "student.model.config.vocab_size: 50, and method.student_vocabulary.size is 100",
     ),
     "no tables": (
-        {"method": {"projections": "none", "embeddings": True}},
+        {"method": {"p": 0.0, "embeddings": True}},
         "method.embeddings: compares tables",
+    ),
+    "nothing to read": (
+        {"method": {"version": 2, "p": 0.0}},
+        "method.p: 0, and in version 2 the student starts from the pieces that its teacher has",
+    ),
+    "no comparison": (
+        {"method": {"projections": "dual", "epsilon": 3.0}},
+        "method.epsilon: has no effect, because method.projections dual compares nothing",
+    ),
+    "alone": (
+        {"method": {"projections": "none", "teacher_learning_rate": 0.1}},
+        "method.teacher_learning_rate: has no effect",
+    ),
+    "no rate": (
+        {"method": {"teacher_learning_rate": 0.1}, "train": {"learning_rate": 0.0}},
+        "method.teacher_learning_rate: 0.1 follows the schedule of train.learning_rate",
     ),
 }
 
@@ -287,6 +312,108 @@ def test_what_cannot_work_is_refused_before_any_training(one_rank, tmp_path, nam
     assert message in said.err
     assert not said.loaded
     assert "Traceback" not in said.err
+
+
+ELECTRA = {
+    "config": {
+        "model_type": "electra",
+        "num_hidden_layers": 2,
+        "hidden_size": 12,
+        "embedding_size": 8,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 32,
+    }
+}
+
+
+def test_a_student_with_a_table_narrower_than_its_states_starts_from_its_teachers(
+    one_rank, tmp_path
+):
+    path = mixed(tmp_path, method={"version": 2}, student={"model": ELECTRA})
+
+    said = one_rank.train("--config", path)
+
+    assert said.code == 0, said.err
+    folder = tmp_path / "out/stages/mixed-teacher"
+    assert load_file(folder / "second_vocabulary.safetensors")["table.weight"].shape == (100, 8)
+
+
+def test_the_table_of_the_last_step_is_handed_over(one_rank, tmp_path):
+    # The teacher's own text is learned best at once, and forgotten at this rate.
+    path = mixed(
+        tmp_path,
+        method={"version": 2, "p": 1.0},
+        train={"learning_rate": 0.3},
+        eval={"eval_steps": 1},
+    )
+
+    said = one_rank.train("--config", path)
+
+    assert said.code == 0, said.err
+    best = tmp_path / "out/checkpoints/mixed-teacher/best/best.json"
+    assert json.loads(best.read_text())["step"] == 6
+
+
+def plain(folder: Path, text: Path) -> Path:
+    """A run config of a model of the teacher's shape, trained alone with its own vocabulary."""
+    task = {"type": "mlm", "dataset": str(text), "tokenizer": TEACHER_TOKENIZER, "max_length": 24}
+    tree = config_tree(folder / "out", task, student={"model": bert(2, 16)}, train=TRAIN)
+    return write_config(folder / "run.yaml", tree)
+
+
+@pytest.mark.parametrize("sections", [{"baselines": ["patient_kd"]}, {"method": {"p": 0.0}}])
+def test_words_that_the_teacher_does_not_know_are_unknown_to_it(one_rank, tmp_path, sections):
+    mixed(tmp_path)
+    known = (tmp_path / "text.txt").read_text()
+    (tmp_path / "known.txt").write_text(known, encoding="utf-8")
+    teacher = one_rank.train("--config", plain(tmp_path / "teacher", tmp_path / "known.txt"))
+    rare = "".join(f"\n\n\u0436\u0448 {word}" for word in words())
+    (tmp_path / "text.txt").write_text(known + rare, encoding="utf-8")
+    folder = str(tmp_path / "teacher/out/final")
+
+    said = one_rank.train(
+        "--config", mixed(tmp_path, task={"tokenizer": None}, teacher={"model": folder}, **sections)
+    )
+
+    assert (teacher.code, said.code) == (0, 0), said.err
+
+
+def test_each_model_is_evaluated_with_its_own_tokenizer(one_rank, trained, tmp_path):
+    report = json.loads((trained / "report.json").read_text())
+    own = plain(tmp_path, trained.parent / "text.txt")
+    teacher = trained / "stages/student/teacher"
+    configs = {"mixed": trained.parent / "run.yaml", "own": own}
+
+    def metrics_of(config: str, model: Path) -> dict[str, float]:
+        said = one_rank.megakd("evaluate", configs[config], "--model", model, "--json")
+        assert said.code == 0, said.err
+        return json.loads(said.out)["metrics"]
+
+    student = metrics_of("mixed", trained / "final")
+    assert student == pytest.approx(report["student"]["metrics"])
+    mixed_run, own_run = (metrics_of(name, teacher) for name in configs)
+    assert mixed_run == pytest.approx(own_run)
+
+
+def test_a_finished_run_is_compared_with_the_tokenizer_of_the_teacher(one_rank, tmp_path):
+    mixed(tmp_path)
+    made = one_rank.train("--config", plain(tmp_path / "teacher", tmp_path / "text.txt"))
+    folder = tmp_path / "teacher/out/final"
+    path = mixed(tmp_path, task={"tokenizer": None}, teacher={"model": str(folder)})
+    first = one_rank.train("--config", path)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    one, other = [*vocabulary][-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "checksums.json").unlink()
+
+    again = one_rank.train("--config", path)
+
+    assert (made.code, first.code) == (0, 0), first.err
+    assert again.code != 0
+    assert "task.tokenizer" in again.err
 
 
 def test_a_vocabulary_of_sentencepiece_is_used_alone(one_rank, tmp_path):

@@ -1,0 +1,289 @@
+"""The benchmark of mixed vocabularies: its runs are valid, its sizes and numbers are right."""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from megakd.config.file import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import homodistil_cases  # noqa: E402
+import mixed_vocabulary  # noqa: E402
+import mixed_vocabulary_cases as cases  # noqa: E402
+import mixed_vocabulary_summary as summary  # noqa: E402
+from mixed_vocabulary_summary import Found  # noqa: E402
+
+TEACHER = homodistil_cases.Sizes()
+ARMS = ("alone", "dual", "dual_tables", "down", "up", "version_2")
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Two books and a task, as the folder of real data has them."""
+    folder, rng = tmp_path / "data", random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 7))) for _ in range(300)]
+    books = folder / homodistil_cases.BOOKS
+    books.mkdir(parents=True)
+    for book in ("one", "two"):
+        paragraphs = (" ".join(rng.choices(words, k=40)) for _ in range(60))
+        (books / f"{book}.txt").write_text("\n\n".join(paragraphs))
+    rows = [[" ".join(rng.choices(words, k=5)), f"intent {n % 3}"] for n in range(30)]
+    (folder / "clinc150").mkdir()
+    (folder / "clinc150" / "data_full.json").write_text(json.dumps({"train": rows, "val": rows}))
+    return folder
+
+
+@pytest.fixture
+def teacher(tmp_path) -> Path:
+    """The config of a pretrained teacher; its weights are not read."""
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    shape = {
+        "num_hidden_layers": TEACHER.layers,
+        "hidden_size": TEACHER.width,
+        "intermediate_size": 4 * TEACHER.width,
+        "num_attention_heads": TEACHER.heads,
+        "max_position_embeddings": TEACHER.length,
+    }
+    keys = {"model_type": "bert", "vocab_size": TEACHER.vocabulary, "dtype": "bfloat16", **shape}
+    (folder / "config.json").write_text(json.dumps(keys))
+    return folder
+
+
+def words(data: Path, *more: str) -> list[str]:
+    out = str(data.parent / "out")
+    return ["--data", str(data), "--out", out, "--tasks", "clinc150", *more]
+
+
+def with_teacher(data: Path, teacher: Path, *more: str) -> list[str]:
+    return words(data, "--teacher", str(teacher), *more)
+
+
+def loaded(given) -> tuple[dict, dict]:
+    """Return the configs of the runs on text, and of those on tasks, by name."""
+    mixed_vocabulary.make_teacher(given)
+    mixed_vocabulary.write_configs(given)
+    texts, tasks = (
+        {
+            leg.name: load_config(leg.config, [*leg.overrides, f"output_dir={leg.output}"])
+            for leg in legs
+        }
+        for legs in (mixed_vocabulary.student_legs(given), mixed_vocabulary.task_legs(given))
+    )
+    return texts, tasks
+
+
+@pytest.mark.parametrize("text", ["books", "pydocs"])
+def test_every_run_is_a_valid_config_of_the_same_text_steps_and_rate(data, teacher, text):
+    given = mixed_vocabulary.parse(
+        with_teacher(data, teacher, "--seeds", "1,2", "--quick", "--text", text)
+    )
+
+    texts, _ = loaded(given)
+
+    assert [*texts] == [f"{arm}-{seed}" for seed in (1, 2) for arm in (*ARMS, "large_alone")]
+    assert len({config.train for config in texts.values()}) == 1
+    tasks = [config.task for config in texts.values()]
+    files = str(given.out / "text" / "train.jsonl") if text == "books" else None
+    assert {(task.dataset, task.train_files) for task in tasks} == {
+        ("pydocs" if text == "pydocs" else None, files)
+    }
+    assert {(task.max_length, task.whole_word_masking) for task in tasks} == {(16, True)}
+    assert all(config.eval.keep_best is False for config in texts.values())
+
+
+def test_the_arms_differ_in_the_method_alone(data, teacher):
+    given = mixed_vocabulary.parse(with_teacher(data, teacher, "--seeds", "3"))
+
+    texts, _ = loaded(given)
+
+    small = [texts[f"{arm}-3"] for arm in ARMS]
+    methods = [config.method for config in small]
+    assert [(m.version, m.direction, m.embeddings) for m in methods] == [
+        (1, "none", None),
+        (1, "dual", None),
+        (1, "dual", True),
+        (1, "down", None),
+        (1, "up", None),
+        (2, "down", None),
+    ]
+    assert [config.baselines for config in small] == [("patient_kd",), *[()] * 5]
+    assert {m.teacher_learning_rate for m in methods} == {1e-4}
+    assert methods[-1].teacher_steps == 500
+    assert len({(str(config.student), config.teacher.model) for config in small}) == 1
+
+
+def test_a_model_of_a_task_is_read_with_its_own_tokenizer(data, teacher):
+    given = mixed_vocabulary.parse(with_teacher(data, teacher, "--seeds", "1"))
+
+    texts, tasks = loaded(given)
+
+    assert len(tasks) == 2 + len(texts)
+    assert {config.task.tokenizer for config in tasks.values()} == {None}
+    assert tasks["clinc150-teacher-1"].student.model == str(teacher)
+    assert tasks["clinc150-patient_kd-1"].student.model == str(
+        given.out / "alone-1" / "stages" / "patient_kd"
+    )
+    assert texts["large_alone-1"].task.tokenizer == str(teacher)
+
+
+def test_options_change_the_small_student_and_the_training(data, teacher):
+    more = ["--width", "32", "--vocabulary", "500", "--steps", "7", "--teacher-rate", "0"]
+    given = mixed_vocabulary.parse(with_teacher(data, teacher, *more))
+
+    config = cases.students_config(given)
+
+    assert config["student"]["model"]["config"]["hidden_size"] == 32
+    assert config["method"]["student_vocabulary"]["size"] == 500
+    assert config["method"]["teacher_learning_rate"] == 0
+    assert config["train"]["max_steps"] == 7
+
+
+def parameters(shape: dict, vocabulary: int) -> int:
+    """Return the number of weights of a masked language model of a shape."""
+    keys = {key: value for key, value in shape.items() if key != "model_type"}
+    with torch.device("meta"):
+        model = BertForMaskedLM(BertConfig(vocab_size=vocabulary, **keys))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_small_student_takes_under_7_mb_and_a_tenth_of_the_large_one(data, teacher):
+    given = mixed_vocabulary.parse(with_teacher(data, teacher))
+
+    small = parameters(cases.small_shape(given), given.student.vocabulary)
+    large = parameters(cases.large_shape(teacher), TEACHER.vocabulary)
+
+    assert 4 * small < 7e6
+    assert large >= 10 * small
+
+
+def test_a_teacher_that_is_not_there_is_named_with_the_command_that_makes_it(data, capsys):
+    code = mixed_vocabulary.main(with_teacher(data, data / "no"))
+
+    said = capsys.readouterr().err
+    command = ["python", "benchmarks/homodistil.py", "--data", str(data), "--stages", "teacher"]
+    assert code == 1
+    assert f"{data / 'no'} does not exist; make it with `{shlex.join(command)}`" in said
+
+
+def test_data_that_is_not_there_is_named(data, capsys):
+    (data / "clinc150" / "data_full.json").unlink()
+
+    code = mixed_vocabulary.main(words(data, "--quick"))
+
+    assert code == 1
+    assert f"{data / 'clinc150' / 'data_full.json'} does not exist" in capsys.readouterr().err
+
+
+def text_report(nats: float, *, teacher=True, parameters=100, stages=None) -> dict:
+    named = {"student": nats, "teacher": 0.5, "patient_kd": nats - 0.1}
+    metrics = {name: {"nats_per_character": value} for name, value in named.items()}
+    return {
+        "evaluation_sets": {"held_out": {"metrics": metrics}},
+        "student": {"parameters": parameters, "bytes": 4 * parameters},
+        "teacher": {"parameters": 1000} if teacher else None,
+        "stages": [
+            {"name": n, "seconds": s} for n, s in {"student": 4.0, **(stages or {})}.items()
+        ],
+    }
+
+
+@pytest.fixture
+def found() -> Found:
+    """Two seeds of three arms; one task is not finished in the second seed."""
+    reports: dict = {}
+    for seed in (1, 2):
+        reports[f"alone-{seed}"] = text_report(1.0 + seed, stages={"patient_kd": 6.0})
+        before = {"mixed-teacher": 3.0}
+        reports[f"version_2-{seed}"] = text_report(1.6 + seed * 1.1, stages=before)
+        reports[f"large_alone-{seed}"] = text_report(0.9, teacher=False, parameters=1000)
+    scores = {"alone": (0.5, 0.7), "version_2": (0.8, None), "large_alone": (0.8, 0.84)}
+    for name, by_seed in scores.items():
+        for seed, accuracy in enumerate(by_seed, start=1):
+            done = {"metric_name": "accuracy", "student": {"metrics": {"accuracy": accuracy}}}
+            done |= {"teacher": None}
+            reports[f"sst2-{name}-{seed}"] = None if accuracy is None else done
+    return Found(reports, [1, 2], ["sst2"], teacher_bytes=2_000_000)
+
+
+def test_a_line_has_the_scores_sizes_and_times_of_its_model(found):
+    first = {title: by[1] for title, by in summary.numbers(found, "version_2").items()}
+
+    assert first["nats/char"] == pytest.approx(2.7)
+    assert first["sst2"] == pytest.approx(80)
+    assert first["parameters"] == 100
+    assert first["MB"] == pytest.approx(4e-4)
+    assert first["of teacher"] == pytest.approx(0.1)
+    assert first["seconds"] == 7.0
+
+
+def test_the_baseline_and_the_teacher_are_read_from_the_run_of_alone(found):
+    patient, teacher = (summary.numbers(found, name) for name in ("patient_kd", "teacher"))
+
+    assert summary.numbers(found, "alone")["seconds"] == {1: 4.0, 2: 4.0}
+    assert patient["nats/char"] == pytest.approx({1: 1.9, 2: 2.9})
+    assert patient["seconds"] == {1: 6.0, 2: 6.0}
+    assert (teacher["parameters"][1], teacher["MB"][1]) == (1000, 2.0)
+    assert "seconds" not in teacher
+
+
+def test_the_test_split_is_read_where_no_set_has_a_name():
+    report = text_report(1.0) | {"evaluation_sets": {}}
+    for name, nats in (("student", 0.7), ("teacher", 0.4)):
+        report[name]["metrics"] = {"nats_per_character": nats}
+    report["baselines"] = {"patient_kd": {"nats_per_character": 0.6}}
+
+    read = [summary.nats(report, name) for name in ("alone", "down", "patient_kd", "teacher")]
+
+    assert read == [0.7, 0.7, 0.6, 0.4]
+
+
+def test_differences_pair_the_seeds_that_both_have(found):
+    lines = {model: summary.numbers(found, model) for model in summary.MODELS}
+
+    gains = summary.less_alone(lines, "version_2", ["sst2"])
+
+    assert gains["nats/char"] == pytest.approx({1: 0.7, 2: 0.8})
+    assert gains["sst2"] == pytest.approx({1: 30.0})
+
+
+def test_the_tables_and_rows_show_means_differences_and_verdicts(found, capsys):
+    summary.show(found, "books", "python x.py")
+
+    shown = capsys.readouterr().out
+    assert "2.5 ±0.71" in shown
+    assert "+0.75 ±0.071 (+0.7, +0.8)" in shown
+    assert "small student: 100 parameters, 0.00 MB, below 7 MB: yes" in shown
+    assert "large_alone: 1,000 parameters, 10.00 times as many, at least 10: yes" in shown
+    best = "SST-2: best small student version_2 80.00, large_alone 82.00; within 3 points: yes"
+    assert best in shown
+    assert "| mixed vocabulary, books, alone | `python x.py` |" in shown
+    assert "less alone: nats/char " in shown
+
+
+@pytest.mark.slow
+def test_the_whole_chain_runs_and_a_second_start_repeats_nothing(data):
+    command = words(data, "--quick", "--seeds", "1", "--ranks", "1", "--jobs", "1")
+    program = [sys.executable, "benchmarks/mixed_vocabulary.py", *command]
+
+    first, second = (
+        subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
+        for _ in range(2)
+    )
+
+    assert first.returncode == 0, first.stderr
+    assert "has not finished" not in first.stdout
+    assert "| mixed vocabulary, books, version_2 |" in first.stdout
+    assert "tokens/s" not in second.stdout
+    assert second.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]

@@ -1,0 +1,132 @@
+"""The sizes of the ready configs of mixed vocabularies are those in their comments and docs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, BertModel
+
+from megakd.config.file import load_config
+from megakd.models.int8 import write_int8
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "mixed-vocabulary.md").read_text(encoding="utf-8")
+EXAMPLES = ROOT / "launch" / "examples"
+CONFIGS = sorted([*EXAMPLES.glob("extreme_*.yaml"), *EXAMPLES.glob("eacl_*.yaml")])
+TEACHERS = {
+    "google-bert/bert-base-uncased": BertConfig(),
+    "google-bert/bert-large-uncased": BertConfig(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    ),
+}
+
+
+def count(model: nn.Module) -> int:
+    """Return the number of weights; `parameters` has shared weights once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def encoder(shape: BertConfig) -> nn.Module:
+    """Return a BERT without pooler and token head, without values."""
+    with torch.device("meta"):
+        return BertModel(shape, add_pooling_layer=False)
+
+
+def student_of(path: Path, **changes: int) -> BertConfig:
+    config = load_config(path)
+    shape = dict(config.student.model.config)  # type: ignore[union-attr]
+    assert shape.pop("model_type") == "bert"
+    size = config.method.own_vocabulary.size  # type: ignore[union-attr]
+    return BertConfig(**{"vocab_size": size, **shape, **changes})
+
+
+def row_of(path: Path) -> list[str]:
+    """Return the cells of a config's row in the table of the documentation."""
+    (line,) = re.findall(rf"^\| `{path.stem}` .*$", PAGE, re.MULTILINE)
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_table_has_the_counted_weights_and_the_sizes_of_the_written_files(
+    path: Path, tmp_path: Path
+) -> None:
+    shape = student_of(path)
+    weights = count(encoder(shape))
+    teacher = count(encoder(TEACHERS[load_config(path).teacher_specs["teacher"].model]))  # type: ignore[index]
+    BertForMaskedLM(shape).save_pretrained(tmp_path)
+    write_int8(tmp_path, tmp_path / "int8")
+
+    _, *cells = row_of(path)
+
+    files = [folder / "model.safetensors" for folder in (tmp_path, tmp_path / "int8")]
+    assert cells == [
+        f"{weights:,}",
+        f"{weights * 4 / 1e6:.2f}",
+        *(f"{file.stat().st_size / 1e6:.2f}" for file in files),
+        f"{teacher / weights:.1f}",
+    ]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_comment_of_a_config_has_the_same_numbers(path: Path) -> None:
+    comment = " ".join(re.findall(r"^# ?(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE))
+    _, _, megabytes, *_, smaller = row_of(path)
+
+    assert f"{megabytes} MB in fp32" in comment
+    assert f"{smaller} times fewer" in comment
+    assert student_of(path).hidden_size % student_of(path).num_attention_heads == 0
+
+
+# The sizes of the issue, in MB of 10^6 bytes.
+@pytest.mark.parametrize(("width", "megabytes"), [(48, 2.33), (92, 6.79), (96, 7.31)])
+def test_the_encoder_alone_has_the_megabytes_of_the_issue(
+    width: int, megabytes: float, tmp_path: Path
+) -> None:
+    shape = student_of(EXAMPLES / f"extreme_{width}.yaml")
+    file = tmp_path / "model.safetensors"
+
+    save_file(BertModel(shape, add_pooling_layer=False).state_dict(), file)
+
+    weights = count(encoder(shape))
+    assert round(weights * 4 / 1e6, 2) == megabytes
+    # The file begins with the names and shapes of the tensors.
+    assert 0 < file.stat().st_size - weights * 4 < 40_000
+
+
+def test_a_student_of_under_seven_megabytes_is_sixty_times_smaller_with_its_token_head(
+    tmp_path: Path,
+) -> None:
+    shape = student_of(EXAMPLES / "extreme_92.yaml")
+
+    model = BertForMaskedLM(shape)
+    model.save_pretrained(tmp_path)
+
+    with torch.device("meta"):
+        teacher = count(BertForMaskedLM(BertConfig()))
+    assert (tmp_path / "model.safetensors").stat().st_size < 7_000_000
+    assert teacher / count(model) > 60
+
+
+# 6.2M and 10.9M are the sizes that we remember from the EACL paper.
+@pytest.mark.parametrize(("layers", "weights"), [(6, "6.20M"), (12, "10.94M")])
+def test_512_positions_and_the_pooler_give_the_sizes_of_the_eacl_paper(
+    layers: int, weights: str
+) -> None:
+    shape = student_of(EXAMPLES / f"eacl_{layers}x256.yaml", max_position_embeddings=512)
+
+    with torch.device("meta"):
+        found = count(BertModel(shape))
+
+    assert f"{found / 1e6:.2f}M" == weights
+    assert weights in PAGE
+
+
+def test_the_extreme_students_are_written_with_int8_weights_too() -> None:
+    assert [load_config(path).save.int8 for path in CONFIGS] == [
+        path.stem.startswith("extreme") for path in CONFIGS
+    ]
