@@ -40,6 +40,7 @@ from mixed_vocabulary_cases import (
     TEACHER,
     Student,
     Text,
+    arm_overrides,
     large_config,
     own_task_config,
     students_config,
@@ -151,16 +152,10 @@ def student_legs(given: argparse.Namespace) -> list[Leg]:
         _leg(given, f"{name}-{seed}", config, (*own, f"seed={seed}"))
         for seed in given.seeds
         for name, config, own in (
-            *((arm, STUDENTS, arm_overrides(given, arm)) for arm in ARMS),
+            *((arm, STUDENTS, arm_overrides(arm, given.student)) for arm in ARMS),
             (LARGE, LARGE, ()),
         )
     ]
-
-
-def arm_overrides(given: argparse.Namespace, arm: str) -> tuple[str, ...]:
-    """Return what wins over the config `students`."""
-    steps = (f"method.teacher_steps={given.student.teacher_steps}",)
-    return (*ARMS[arm], *(steps if arm == "version_2" else ()))
 
 
 def task_legs(given: argparse.Namespace) -> list[Leg]:

@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 
 Config = dict[str, Any]
 Text = Literal["books", "pydocs"]
-ALONE, PATIENT_KD, LARGE, TEACHER = "alone", "patient_kd", "large_alone", "teacher"
+ALONE, PATIENT_KD, VERSION_2 = "alone", "patient_kd", "version_2"
+LARGE, TEACHER = "large_alone", "teacher"
 ARMS = {
     ALONE: ("method.projections=none", f"baselines=[{PATIENT_KD}]"),
     "dual": ("method.projections=dual",),
     "dual_tables": ("method.projections=dual", "method.embeddings=true"),
     "down": ("method.projections=down",),
     "up": ("method.projections=up",),
-    "version_2": ("method.version=2",),
+    VERSION_2: ("method.version=2",),
 }
 """The runs of the small student, with the settings that win over the config `students`."""
 SMALL = (ALONE, PATIENT_KD, *(name for name in ARMS if name != ALONE))
@@ -91,7 +92,6 @@ def students_config(given: argparse.Namespace) -> Config:
     method = {
         "name": "mixed_vocabulary",
         "student_vocabulary": {"type": "wordpiece", "size": student.vocabulary},
-        "teacher_learning_rate": student.teacher_rate,
     }
     return {
         "task": text_section(given),
@@ -100,6 +100,14 @@ def students_config(given: argparse.Namespace) -> Config:
         "method": method,
         **_training(given),
     }
+
+
+def arm_overrides(arm: str, student: Student) -> tuple[str, ...]:
+    """Return what wins over the config `students`; the teacher learns in all arms but `alone`."""
+    learning = {"teacher_learning_rate": student.teacher_rate} if arm != ALONE else {}
+    if arm == VERSION_2:
+        learning["teacher_steps"] = student.teacher_steps
+    return (*ARMS[arm], *(f"method.{key}={value}" for key, value in learning.items()))
 
 
 def large_config(given: argparse.Namespace) -> Config:
