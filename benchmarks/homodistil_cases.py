@@ -32,6 +32,7 @@ class Sizes(NamedTuple):
     piece: characters. pieces: read of every book; None: all.
     sampled: held-out pieces scored during training.
     rows: of a global batch of text. evaluations: of a run of the stage `prune`.
+    early: the step after which `early` has its final size.
     short: the length of the rows of the students, and of those with which the teacher begins;
         batches have as many tokens. From random weights a model learns sooner in short rows that
         neighbours matter: every position of its table is seen more often.
@@ -56,6 +57,7 @@ class Sizes(NamedTuple):
     steps: int = 1000
     rate: float = 1e-3
     start: int = 20
+    early: int = 300
     evaluations: int = 80
     task_steps: int = 800
     task_rows: int = 32
@@ -84,6 +86,7 @@ QUICK = Sizes(
     teacher_steps=10,
     steps=10,
     start=2,
+    early=4,
     evaluations=5,
     task_steps=4,
     task_rows=4,

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 TEACHER = "teacher"
-PRUNED = {"homodistil": "cubic", "one_shot": "one_shot"}
-"""The students that are pruned, by schedule."""
+CUBIC, ONE_SHOT, EARLY = "homodistil", "one_shot", "early"
+PRUNED = {CUBIC: "cubic", ONE_SHOT: "one_shot", EARLY: "cubic"}
+"""The students that are pruned, by schedule; the last has its final size sooner."""
 BASELINES = ("random", "alone")
 VARIANTS = (*PRUNED, *BASELINES)
 MEAN = "tasks"
@@ -92,7 +93,8 @@ def seconds(found: Found, variant: str, seed: int) -> float | None:
 
 def homotopy(found: Found) -> dict[int, tuple[float, float]]:
     """By seed the largest jumps of the schedules, gradual and at once."""
-    pairs = {seed: [found.pruning(name, seed) for name in PRUNED] for seed in found.seeds}
+    names = (CUBIC, ONE_SHOT)
+    pairs = {seed: [found.pruning(name, seed) for name in names] for seed in found.seeds}
     return {
         seed: (largest_jump(cubic["pruning"]), largest_jump(one_shot["pruning"]))
         for seed, (cubic, one_shot) in pairs.items()

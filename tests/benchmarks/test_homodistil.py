@@ -54,11 +54,15 @@ def test_every_run_is_a_valid_config_of_the_same_text_steps_and_rate(data):
     others = [*homodistil.teacher_legs(given), *homodistil.task_legs(given)]
     configs = [load_config(leg.config, [*leg.overrides]) for leg in others]
 
-    assert [(c.method.schedule, c.seed, c.baselines) for c in pruning] == [
-        ("cubic", 1, ("random", "alone")),
-        ("one_shot", 1, ()),
-        ("cubic", 2, ("random", "alone")),
-        ("one_shot", 2, ()),
+    found = [(c.method.schedule, c.method.pruning_end, c.seed, c.baselines) for c in pruning]
+    assert found == [
+        run
+        for seed in (1, 2)
+        for run in (
+            ("cubic", None, seed, ("random", "alone")),
+            ("one_shot", None, seed, ()),
+            ("cubic", given.sizes.early, seed, ()),
+        )
     ]
     assert len({c.train for c in pruning}) == 1
     assert {str(c.task.train_files) for c in (*pruning, *configs[:2])} == {
@@ -69,7 +73,7 @@ def test_every_run_is_a_valid_config_of_the_same_text_steps_and_rate(data):
     assert (first.task.max_length, second.task.max_length) == (sizes.short, sizes.length)
     assert first.train.per_device_train_batch_size * given.ranks == sizes.short_rows
     assert second.student.model == str(given.out / "teacher-short" / "final")
-    assert len(configs) == 2 + 2 * 5
+    assert len(configs) == 2 + 2 * 6
     assert all(config.eval.keep_best is False for config in (*pruning, *configs))
 
 
@@ -118,6 +122,7 @@ def found() -> Found:
     for seed in (1, 2):
         reports[f"homodistil-{seed}"] = text_report(4.0 + seed, 0.2, baselines=True)
         reports[f"one_shot-{seed}"] = text_report(4.5, 0.8 * seed, baselines=False)
+        reports[f"early-{seed}"] = text_report(4.4, 0.3, baselines=False)
     for seed, accuracy in ((1, 0.5), (2, 0.7)):
         for task in ("sst2", "mrpc"):
             metrics = {"metrics": {"accuracy": accuracy}}
