@@ -11,11 +11,12 @@ from torch import nn
 
 from megakd.config.deepspeed import load_ds_config, merged_ds_config
 from megakd.config.run import TrainConfig
-from megakd.engine.initialize import _offloads_optimizer, _optimizer
+from megakd.engine.initialize import RATE, _offloads_optimizer, _optimizer, _parameter_groups
 
 
 def optimizer_of(**train) -> torch.optim.Optimizer:
-    return _optimizer(nn.Linear(3, 2), TrainConfig(weight_decay=0.1, **train), offloaded=False)
+    groups = _parameter_groups(nn.Linear(3, 2), 0.1, {})
+    return _optimizer(groups, TrainConfig(weight_decay=0.1, **train), offloaded=False)
 
 
 def test_adamw_learns_unless_sgd_is_asked_for():
@@ -35,6 +36,20 @@ def test_matrices_decay_and_vectors_do_not_under_either():
             for parameter in group["params"]
         }
         assert decay == {2: 0.1, 1: 0.0}
+
+
+def test_a_part_of_the_model_has_a_learning_rate_of_its_own():
+    model = nn.ModuleDict({"slow": nn.Linear(3, 2), "fast": nn.Linear(3, 2)})
+
+    groups = _parameter_groups(model, 0.1, {"slow.": 0.25})
+
+    found = {id(p): (g[RATE], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert {name: found[id(p)] for name, p in model.named_parameters()} == {
+        "slow.weight": (0.25, 0.1),
+        "slow.bias": (0.25, 0.0),
+        "fast.weight": (1.0, 0.1),
+        "fast.bias": (1.0, 0.0),
+    }
 
 
 @pytest.mark.parametrize("target", [None, {}, {"device": "none"}])

@@ -3,46 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from mixed_runs import SENTENCEPIECE, mixed, plain, words
 from safetensors.torch import load_file
-from tiny_runs import bert, config_tree, write_config
 from transformers import AutoModelForMaskedLM, AutoTokenizer
-
-METHOD = {"name": "mixed_vocabulary", "student_vocabulary": {"size": 100}}
-TRAIN = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 0.01}
-TEACHER_TOKENIZER = {"type": "wordpiece", "vocab_size": 300}
-
-
-def words() -> list[str]:
-    rng = random.Random(0)
-    return ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(150)]
-
-
-def mixed(folder: Path, **sections: Any) -> Path:
-    """A run config of a teacher with random weights, so that no time goes into its training."""
-    text = folder / "text.txt"
-    if not text.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        rng, known = random.Random(1), words()
-        rows = (" ".join(rng.choices(known, k=rng.randint(3, 30))) for _ in range(100))
-        text.write_text("\n\n".join(rows), encoding="utf-8")
-    task = {"type": "mlm", "dataset": str(text), "tokenizer": TEACHER_TOKENIZER, "max_length": 24}
-    tree = config_tree(
-        folder / "out",
-        {**task, **sections.pop("task", {})},
-        teacher={"model": bert(2, 16), **sections.pop("teacher", {})},
-        student={"model": bert(2, 8)},
-        method={**METHOD, **sections.pop("method", {})},
-        train={**TRAIN, **sections.pop("train", {})},
-    )
-    for key, section in sections.items():
-        tree[key] = {**tree[key], **section} if isinstance(tree.get(key), dict) else section
-    return write_config(folder / "run.yaml", tree)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -226,94 +193,6 @@ def test_a_plan_covers_both_models_and_both_vocabularies(one_rank, tmp_path):
     assert peaks["none"] < peaks["dual"] < peaks["down"]
 
 
-SENTENCEPIECE = {"student_vocabulary": {"type": "unigram", "size": 100}}
-WRONG = {
-    "task": ({"task": {"type": "causal_lm"}}, "needs mlm"),
-    "p": ({"method": {"p": 1.5}}, "method.p"),
-    "version 1 option": (
-        {"method": {"version": 2, "projections": "down"}},
-        "method.projections: an option of version 1, and method.version is 2",
-    ),
-    "version 2 option": (
-        {"method": {"teacher_steps": 5}},
-        "method.teacher_steps: an option of version 2",
-    ),
-    "depth": (
-        {"student": {"model": bert(1, 8)}},
-        "the teacher has 2 layers and the student 1",
-    ),
-    "family": (
-        {
-            "student": {
-                "model": {
-                    "config": {
-                        "model_type": "electra",
-                        "num_hidden_layers": 2,
-                        "hidden_size": 8,
-                        "embedding_size": 8,
-                        "num_attention_heads": 2,
-                        "intermediate_size": 16,
-                    }
-                }
-            }
-        },
-        "of type bert and the student of type electra",
-    ),
-    "size": (
-        {"method": {"student_vocabulary": {"size": 5000}}},
-        "method.student_vocabulary.size is 5000",
-    ),
-    "small size": ({"method": {"student_vocabulary": {"size": 10}}}, "method.student_vocabulary"),
-    "words": (
-        {"method": SENTENCEPIECE},
-        "a unigram vocabulary has other words than the teacher's",
-    ),
-    "teacher's words": (
-        {"task": {"tokenizer": {"type": "bpe", "vocab_size": 300}}},
-        "method.student_vocabulary: the two vocabularies cut the text into different words",
-    ),
-    "stream": ({"task": {"streaming": True}}, "task.streaming"),
-    "objective": ({"objective": [{"loss": "hard_cross_entropy"}]}, "objective: mixed_vocabulary"),
-    "student's folder": ({"student": {"model": "some/model"}}, "starts from random weights"),
-    "student's size": (
-        {"student": {"model": bert(2, 8, vocab_size=50)}},
-        "student.model.config.vocab_size: 50, and method.student_vocabulary.size is 100",
-    ),
-    "no tables": (
-        {"method": {"p": 0.0, "embeddings": True}},
-        "method.embeddings: compares tables",
-    ),
-    "nothing to read": (
-        {"method": {"version": 2, "p": 0.0}},
-        "method.p: 0, and in version 2 the student starts from the pieces that its teacher has",
-    ),
-    "no comparison": (
-        {"method": {"projections": "dual", "epsilon": 3.0}},
-        "method.epsilon: has no effect, because method.projections dual compares nothing",
-    ),
-    "alone": (
-        {"method": {"projections": "none", "teacher_learning_rate": 0.1}},
-        "method.teacher_learning_rate: has no effect",
-    ),
-    "no rate": (
-        {"method": {"teacher_learning_rate": 0.1}, "train": {"learning_rate": 0.0}},
-        "method.teacher_learning_rate: 0.1 follows the schedule of train.learning_rate",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_what_cannot_work_is_refused_before_any_training(one_rank, tmp_path, name):
-    sections, message = WRONG[name]
-
-    said = one_rank.train("--config", mixed(tmp_path, **sections))
-
-    assert said.code != 0
-    assert message in said.err
-    assert not said.loaded
-    assert "Traceback" not in said.err
-
-
 ELECTRA = {
     "config": {
         "model_type": "electra",
@@ -353,13 +232,6 @@ def test_the_table_of_the_last_step_is_handed_over(one_rank, tmp_path):
     assert said.code == 0, said.err
     best = tmp_path / "out/checkpoints/mixed-teacher/best/best.json"
     assert json.loads(best.read_text())["step"] == 6
-
-
-def plain(folder: Path, text: Path) -> Path:
-    """A run config of a model of the teacher's shape, trained alone with its own vocabulary."""
-    task = {"type": "mlm", "dataset": str(text), "tokenizer": TEACHER_TOKENIZER, "max_length": 24}
-    tree = config_tree(folder / "out", task, student={"model": bert(2, 16)}, train=TRAIN)
-    return write_config(folder / "run.yaml", tree)
 
 
 @pytest.mark.parametrize("sections", [{"baselines": ["patient_kd"]}, {"method": {"p": 0.0}}])

@@ -165,16 +165,21 @@ def in_checkpoint(checkpoint: Path, learner: int) -> dict[str, torch.Tensor]:
     return {k.removeprefix(prefix): v for k, v in engine.items() if k.startswith(prefix)}
 
 
-@pytest.mark.parametrize("folder", ["stages/student", "final"])
-def test_every_model_that_learns_is_written_and_loads_with_transformers(paired, folder):
+def test_every_model_that_learns_is_written_and_loads_with_transformers(paired):
     checkpoint = paired / "checkpoints" / "student" / "step-4"
+    stage = paired / "stages" / "student"
 
-    for learner, place in enumerate((paired / folder, paired / folder / "teacher")):
+    for learner, place in enumerate((stage, stage / "teacher")):
         model = AutoModelForSequenceClassification.from_pretrained(place)
         trained = in_checkpoint(checkpoint, learner)
         assert trained
         for name, weight in model.state_dict().items():
             torch.testing.assert_close(weight, trained[name], rtol=0, atol=0, msg=name)
+
+
+def test_the_student_leaves_without_the_model_that_learned_beside_it(paired):
+    assert weights(paired / "final").keys() == weights(paired / "stages" / "student").keys()
+    assert not (paired / "final" / "teacher").exists()
 
 
 def test_damage_of_a_model_that_learned_beside_another_is_found(paired, tmp_path):

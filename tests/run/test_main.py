@@ -36,6 +36,7 @@ REPORT_KEYS = {
     "speedup",
     "latency",
     "samples",
+    "vocabulary",
     "seconds",
     "cost",
     "pool",
