@@ -173,7 +173,7 @@ class StepLoader:
     def _micro_batch(self, index: int, number: int) -> Batch:
         shape = self._shape
         mine = self.step_rows(index)[number :: shape.accumulation * shape.world]
-        rows = self._rows[mine] if len(mine) else {}
+        rows = _taken(self._rows, mine)
         batch = self._collate(rows, dummy_rows=self._size - len(mine))
         drawn = {"seed": self._seed, "draw": index // self.steps_per_epoch}
         if self._masking is not None:
@@ -273,7 +273,12 @@ def _check_rows(rows: Dataset) -> None:
 
 
 def _collated(table: Dataset, rows: NDArray[np.int64], collate: Collate, *, size: int) -> Batch:
-    return collate(table[rows] if len(rows) else {}, dummy_rows=size - len(rows))
+    return collate(_taken(table, rows), dummy_rows=size - len(rows))
+
+
+def _taken(table: Dataset, rows: NDArray[np.int64]) -> object:
+    """Return rows of a data set as `Collate` takes them."""
+    return table[rows] if len(rows) else {}
 
 
 def evaluation_turns(count: int, *, batch_size: int, world: int) -> int:

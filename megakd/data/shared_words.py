@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from megakd.data.token_tables import plain_encoding
-from megakd.data.words import word_starts
+from megakd.data.words import check_words, word_starts
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ class WordCutter:
 
     def __init__(self, pair: VocabularyPair) -> None:
         for role, tokenizer in zip(pair._fields, pair, strict=True):
-            _check_words(role, tokenizer)
+            whose = f"method.student_vocabulary: the tokenizer of the {role}"
+            check_words(tokenizer, whose=whose, otherwise="")
         self._pair = pair
         self._student, self._teacher = map(_Spelling, pair)
         # Most words of a text occur many times.
@@ -167,15 +168,6 @@ class _Spelling:
 
     def __call__(self, pieces: tuple[int, ...]) -> str:
         return self._first[pieces[0]] + "".join(self._inside[number] for number in pieces[1:])
-
-
-def _check_words(role: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"method.student_vocabulary: the tokenizer of the {role} is a "
-            f"{type(tokenizer).__name__}, which does not tell the words that its tokens belong to; "
-            "use a fast tokenizer (a folder with a tokenizer.json)"
-        )
 
 
 def _words(

@@ -21,17 +21,26 @@ WORD_STARTS = "word_starts"
 """Column of encoded rows: by token, the position in the row of the first token of its word."""
 
 
-def check_words(tokenizer: PreTrainedTokenizerBase) -> None:
+def check_words(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    whose: str = "task.whole_word_masking: the tokenizer",
+    otherwise: str = ", or remove the key",
+) -> None:
     """Raise if a tokenizer does not tell the words that tokens belong to.
+
+    Args:
+        tokenizer: any tokenizer.
+        whose: the key that needs words, and the tokenizer, for the message.
+        otherwise: what the user can do instead, for the message.
 
     Raises:
         DataError: the tokenizer is not a fast tokenizer.
     """
     if not tokenizer.is_fast:
         raise DataError(
-            f"task.whole_word_masking: the tokenizer is a {type(tokenizer).__name__}, which does "
-            "not tell the words that its tokens belong to; use a fast tokenizer (a folder with a "
-            "tokenizer.json), or remove the key"
+            f"{whose} is a {type(tokenizer).__name__}, which does not tell the words that its "
+            f"tokens belong to; use a fast tokenizer (a folder with a tokenizer.json){otherwise}"
         )
 
 

@@ -9,7 +9,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 
-from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError
 from megakd.models.architectures import (
     HEAD_COLUMNS,
@@ -23,7 +22,7 @@ from megakd.models.architectures import (
 )
 from megakd.models.axes import lengths, narrowed, ordered, output_modules, weight_axes
 from megakd.models.export import Extra, write_model_folder
-from megakd.models.fitting import build_empty, plan_loading
+from megakd.models.fitting import plan_loading, valueless_model
 from megakd.models.labels import label_order, set_labels
 from megakd.models.own_models import OWN_MODELS
 from megakd.models.weights import WeightReader
@@ -174,12 +173,12 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
     units = source.architecture.units(whole)
     _check_order(order, units)
     config = cut_config(whole, units if view is None else view, order)
-    uncut = _empty(source, task, whole)
+    uncut = valueless_model(source, task, whole)
     axes = weight_axes(uncut)
     state = _stored(match, source.where)
     if labels is not None:
         state = _with_labels(state, output_modules(uncut, source.architecture), labels)
-    cut = _empty(source, task, config)
+    cut = valueless_model(source, task, config)
     _check_shapes(match, axes, view, cut)
     kept = cut_state(state, axes, view, order)
     write_model_folder(
@@ -332,11 +331,6 @@ def _changed(
     kept = {key: value for key, value in config.to_dict().items() if key not in SHAPE_KEYS}
     own_names = {made.attribute_map.get(key, key): value for key, value in changes.items()}
     return made.from_dict({**kept, **own_names})
-
-
-def _empty(source: ModelSource, task: TaskConfig, config: PretrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"), sharded_construction(None, torch.float32):
-        return build_empty(source, task, config, torch.float32)
 
 
 def _check_shapes(

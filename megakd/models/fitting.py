@@ -51,8 +51,7 @@ def plan_loading(
     keeps_head = need_head or not is_classifier or labels_agree(config, label_names)
     if is_classifier and not need_head:
         set_labels(config, label_names)
-    with torch.device("meta"), sharded_construction(None, torch.float32):
-        empty = build_empty(source, task, config, torch.float32)
+    empty = valueless_model(source, task, config)
     leave_out = () if keeps_head else (source.architecture.head,)
     match = match_names(empty, source.stored, leave_out=leave_out)
     if source.folder is not None:
@@ -101,6 +100,14 @@ def _check_labels(source: ModelSource, task: TaskConfig, label_names: Sequence[s
             " needs 1; set teacher.finetune or give a model that was fine-tuned on scores"
         )
     label_order(source.config, label_names, where=source.where)
+
+
+def valueless_model(
+    source: ModelSource, task: TaskConfig, config: PretrainedConfig
+) -> PreTrainedModel:
+    """Build the model with names and shapes alone: whole, in fp32, and without memory."""
+    with torch.device("meta"), sharded_construction(None, torch.float32):
+        return build_empty(source, task, config, torch.float32)
 
 
 def build_empty(

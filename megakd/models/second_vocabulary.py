@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from megakd.engine.sharding import full_shape, gathered, sharded_construction, writes_here
-from megakd.models.fitting import build_empty
+from megakd.models.fitting import valueless_model
 from megakd.models.fresh import initialize_parameters
 from megakd.models.weights import stored_tensors
 
@@ -179,8 +179,7 @@ def with_table(source: ModelSource, task: TaskConfig, file: Path) -> ModelSource
         task: the task of the model.
         file: weights of a second vocabulary with as many pieces and columns as the model's table.
     """
-    with torch.device("meta"), sharded_construction(None, torch.float32):
-        empty = build_empty(source, task, source.config, torch.float32)
+    empty = valueless_model(source, task, source.config)
     table = empty.get_input_embeddings().weight
     name = next(name for name, known in empty.named_parameters() if known is table)
     return replace(source, stored={name: stored_tensors(file, source.where)[TABLE]})

@@ -20,13 +20,12 @@ from megakd.contract.units import Axes, UnitOrder, View
 from megakd.engine.device import peak_memory_bytes, reset_peak_memory
 from megakd.engine.distributed import gather, on_main
 from megakd.engine.memory import forget_models
-from megakd.engine.sharding import sharded_construction
 from megakd.models.architectures import architecture_named
 from megakd.models.axes import lengths, weight_axes
 from megakd.models.counting import parameter_counts
 from megakd.models.cutting import cut_config, reshape_folder
 from megakd.models.export import Extra
-from megakd.models.fitting import build_empty
+from megakd.models.fitting import valueless_model
 from megakd.models.source import ModelSource
 from megakd.pruning.allocation import (
     UnitScores,
@@ -237,8 +236,7 @@ def shape_of_cut(source: ModelSource, view: View, task: TaskType) -> ModelSource
 
 def weights_of(source: ModelSource, task: TaskConfig) -> Weights:
     """Return the names, shapes and axes of a model's weights, without loading the weights."""
-    with torch.device("meta"), sharded_construction(None, torch.float32):
-        empty = build_empty(source, task, source.config, torch.float32)
+    empty = valueless_model(source, task, source.config)
     axes = weight_axes(empty)
     return tuple(
         (name, weight.shape, axes.get(name, (None,) * weight.dim()))
