@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,12 +39,20 @@ from homodistil_cases import (
     write_text,
 )
 from homodistil_summary import BASELINES, CUBIC, EARLY, ONE_SHOT, PRUNED, TEACHER, Found, show
-from launching import ROOT, write_config
-from legs import Leg, finished, report_of
+from launching import ROOT
+from legs import (
+    Leg,
+    leg_of,
+    report_of,
+    reports_of,
+    run_side_by_side,
+    task_legs_of,
+    write_leg_configs,
+)
 from options import integers, words_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
 Models = dict[str, Path]
 CHANGEABLE = {
@@ -84,9 +91,7 @@ def write_configs(given: argparse.Namespace) -> None:
         "prune": pruning_config(given.out, given),
         **{f"task-{name}": task_config(name, given.out, given) for name in given.tasks},
     }
-    for name, tree in trees.items():
-        whole = {"output_dir": str(given.out / name), **tree}
-        write_config(given.out / "configs" / f"{name}.yaml", whole)
+    write_leg_configs(given.out, trees)
 
 
 def teach(given: argparse.Namespace) -> None:
@@ -104,17 +109,13 @@ def prune(given: argparse.Namespace) -> None:
 
 def tune(given: argparse.Namespace) -> None:
     """Every model on every task, `--jobs` side by side."""
-    with ThreadPoolExecutor(given.jobs) as pool:
-        list(pool.map(lambda leg: report_of(leg, ranks=1, jobs=given.jobs), task_legs(given)))
+    run_side_by_side(task_legs(given), jobs=given.jobs)
 
 
 def tell(given: argparse.Namespace) -> None:
     """The table of what has finished."""
-    legs = [*teacher_legs(given), *pruning_legs(given), *task_legs(given)]
-    reports = {leg.name: finished(leg) for leg in legs}
-    for name, report in reports.items():
-        if report is None:
-            print(f"{name} has not finished", flush=True)
+    runs = [*teacher_legs(given), *pruning_legs(given), *task_legs(given)]
+    reports = reports_of(runs)
     show(Found(reports, given.seeds, given.tasks), given.command)
 
 
@@ -123,7 +124,7 @@ STAGES = {"teacher": teach, "prune": prune, "tasks": tune, "table": tell}
 
 def teacher_legs(given: argparse.Namespace) -> list[Leg]:
     """The runs that make the teacher; the second goes on with the model of the first."""
-    return [_leg(given, name, name, ()) for name in (SHORT, TEACHER)]
+    return [leg_of(given.out, name, name, ()) for name in (SHORT, TEACHER)]
 
 
 def pruning_legs(given: argparse.Namespace) -> list[Leg]:
@@ -134,8 +135,8 @@ def pruning_legs(given: argparse.Namespace) -> list[Leg]:
         EARLY: (f"method.pruning_end={given.sizes.early}",),
     }
     return [
-        _leg(
-            given,
+        leg_of(
+            given.out,
             f"{name}-{seed}",
             "prune",
             (f"method.schedule={schedule}", *further[name], f"seed={seed}"),
@@ -148,15 +149,9 @@ def pruning_legs(given: argparse.Namespace) -> list[Leg]:
 def task_legs(given: argparse.Namespace) -> list[Leg]:
     """A run per model, task and seed."""
     return [
-        _leg(
-            given,
-            f"{task}-{name}-{seed}",
-            f"task-{task}",
-            (f"student.model={folder}", f"seed={seed}"),
-        )
+        leg
         for seed in given.seeds
-        for name, folder in models(given, seed).items()
-        for task in given.tasks
+        for leg in task_legs_of(given.out, models(given, seed), given.tasks, seed=seed)
     ]
 
 
@@ -168,11 +163,6 @@ def models(given: argparse.Namespace, seed: int) -> Models:
         **{name: given.out / f"{name}-{seed}" / "final" for name in PRUNED},
         **{name: first / "stages" / name for name in BASELINES},
     }
-
-
-def _leg(given: argparse.Namespace, name: str, config: str, overrides: Iterable[str]) -> Leg:
-    path = given.out / "configs" / f"{config}.yaml"
-    return Leg(name, path, given.out / name, tuple(overrides))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

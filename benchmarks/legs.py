@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from launching import ROOT, trained
+from launching import ROOT, trained, write_config
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
 
@@ -27,6 +29,48 @@ def report_of(leg: Leg, *, ranks: int, jobs: int = 1) -> dict[str, Any]:
         print(f"{leg.output}:", flush=True)
         report = trained(leg.config, leg.output, ranks=ranks, overrides=leg.overrides, jobs=jobs)
     return report
+
+
+def write_leg_configs(out: Path, trees: Mapping[str, Any]) -> None:
+    """Write the configs that legs of a folder override, by name."""
+    for name, tree in trees.items():
+        write_config(out / "configs" / f"{name}.yaml", {"output_dir": str(out / name), **tree})
+
+
+def leg_of(out: Path, name: str, config: str, overrides: Iterable[str]) -> Leg:
+    """Return the leg of a folder that overrides one of its configs."""
+    return Leg(name, out / "configs" / f"{config}.yaml", out / name, tuple(overrides))
+
+
+def task_legs_of(
+    out: Path, models: Mapping[str, Path], tasks: Sequence[str], *, seed: int
+) -> list[Leg]:
+    """Return a leg per model and task, which overrides the config `task-<task>`."""
+    return [
+        leg_of(
+            out,
+            f"{task}-{name}-{seed}",
+            f"task-{task}",
+            (f"student.model={folder}", f"seed={seed}"),
+        )
+        for name, folder in models.items()
+        for task in tasks
+    ]
+
+
+def run_side_by_side(some: Iterable[Leg], *, jobs: int) -> None:
+    """Run legs of one rank each, `jobs` at a time."""
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda leg: report_of(leg, ranks=1, jobs=jobs), some))
+
+
+def reports_of(some: Iterable[Leg]) -> dict[str, dict[str, Any] | None]:
+    """Return the reports of legs by name, and print which legs have not finished."""
+    reports = {leg.name: finished(leg) for leg in some}
+    for name, report in reports.items():
+        if report is None:
+            print(f"{name} has not finished", flush=True)
+    return reports
 
 
 def finished(leg: Leg) -> dict[str, Any] | None:

@@ -23,13 +23,20 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from homodistil_cases import BOOKS, QUICK, TASKS, write_text
-from launching import ROOT, write_config
-from legs import Leg, finished, report_of
+from launching import ROOT
+from legs import (
+    Leg,
+    leg_of,
+    report_of,
+    reports_of,
+    run_side_by_side,
+    task_legs_of,
+    write_leg_configs,
+)
 from mixed_vocabulary_cases import (
     ALONE,
     ARMS,
@@ -103,9 +110,8 @@ def make_teacher(given: argparse.Namespace) -> None:
     if reads_books(given):
         write_text(given.data, given.out / "text", given.sizes)
     if given.trains_teacher:
-        path = given.out / "configs" / f"{TEACHER}.yaml"
-        write_config(path, {"output_dir": str(given.out / TEACHER), **tiny_teacher_config(given)})
-        report_of(_leg(given, TEACHER, TEACHER, ()), ranks=given.ranks)
+        write_leg_configs(given.out, {TEACHER: tiny_teacher_config(given)})
+        report_of(leg_of(given.out, TEACHER, TEACHER, ()), ranks=given.ranks)
 
 
 def write_configs(given: argparse.Namespace) -> None:
@@ -115,9 +121,7 @@ def write_configs(given: argparse.Namespace) -> None:
         LARGE: large_config(given),
         **{f"task-{name}": own_task_config(name, given) for name in given.tasks},
     }
-    for name, tree in trees.items():
-        whole = {"output_dir": str(given.out / name), **tree}
-        write_config(given.out / "configs" / f"{name}.yaml", whole)
+    write_leg_configs(given.out, trees)
 
 
 def learn(given: argparse.Namespace) -> None:
@@ -128,16 +132,12 @@ def learn(given: argparse.Namespace) -> None:
 
 def tune(given: argparse.Namespace) -> None:
     """Train every model on every task, `--jobs` side by side."""
-    with ThreadPoolExecutor(given.jobs) as pool:
-        list(pool.map(lambda leg: report_of(leg, ranks=1, jobs=given.jobs), task_legs(given)))
+    run_side_by_side(task_legs(given), jobs=given.jobs)
 
 
 def tell(given: argparse.Namespace) -> None:
     """Print the tables of what has finished."""
-    reports = {leg.name: finished(leg) for leg in (*student_legs(given), *task_legs(given))}
-    for name, report in reports.items():
-        if report is None:
-            print(f"{name} has not finished", flush=True)
+    reports = reports_of([*student_legs(given), *task_legs(given)])
     teacher_bytes = sum(file.stat().st_size for file in given.teacher.glob("*.safetensors"))
     found = Found(reports, given.seeds, given.tasks, teacher_bytes)
     show(found, given.text, given.command)
@@ -149,7 +149,7 @@ STAGES = {STUDENTS: learn, "tasks": tune, "table": tell}
 def student_legs(given: argparse.Namespace) -> list[Leg]:
     """Return the runs on text of all seeds; `patient_kd` is a baseline of `alone`."""
     return [
-        _leg(given, f"{name}-{seed}", config, (*own, f"seed={seed}"))
+        leg_of(given.out, f"{name}-{seed}", config, (*own, f"seed={seed}"))
         for seed in given.seeds
         for name, config, own in (
             *((arm, STUDENTS, arm_overrides(arm, given.student)) for arm in ARMS),
@@ -161,15 +161,9 @@ def student_legs(given: argparse.Namespace) -> list[Leg]:
 def task_legs(given: argparse.Namespace) -> list[Leg]:
     """Return a run per model, task and seed."""
     return [
-        _leg(
-            given,
-            f"{task}-{name}-{seed}",
-            f"task-{task}",
-            (f"student.model={folder}", f"seed={seed}"),
-        )
+        leg
         for seed in given.seeds
-        for name, folder in models(given, seed).items()
-        for task in given.tasks
+        for leg in task_legs_of(given.out, models(given, seed), given.tasks, seed=seed)
     ]
 
 
@@ -180,11 +174,6 @@ def models(given: argparse.Namespace, seed: int) -> dict[str, Path]:
         **{name: given.out / f"{name}-{seed}" / "final" for name in (*ARMS, LARGE)},
         PATIENT_KD: given.out / f"{ALONE}-{seed}" / "stages" / PATIENT_KD,
     }
-
-
-def _leg(given: argparse.Namespace, name: str, config: str, overrides: tuple[str, ...]) -> Leg:
-    path = given.out / "configs" / f"{config}.yaml"
-    return Leg(name, path, given.out / name, overrides)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tiny_books import write_real_data
 
 from megakd.config.file import load_config
 
@@ -26,16 +26,7 @@ WORDS = ("the", "whale", "ship", "sea", "of", "a", "captain", "saw", "his", "whi
 @pytest.fixture
 def data(tmp_path) -> Path:
     """Two books and a task, as the folder of real data has them."""
-    folder, rng = tmp_path / "data", random.Random(0)
-    books = folder / homodistil_cases.BOOKS
-    books.mkdir(parents=True)
-    for book in ("one", "two"):
-        paragraphs = (" ".join(rng.choices(WORDS, k=40)) for _ in range(60))
-        (books / f"{book}.txt").write_text("\n\n".join(paragraphs))
-    rows = [[" ".join(rng.choices(WORDS, k=5)), f"intent {n % 3}"] for n in range(30)]
-    (folder / "clinc150").mkdir()
-    (folder / "clinc150" / "data_full.json").write_text(json.dumps({"train": rows, "val": rows}))
-    return folder
+    return write_real_data(tmp_path / "data", homodistil_cases.BOOKS, WORDS)
 
 
 def words(data: Path, *more: str) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_books import write_real_data
 from transformers import BertConfig, BertForMaskedLM
 
 from megakd.config.file import load_config
@@ -31,17 +32,9 @@ ARMS = ("alone", "dual", "dual_tables", "down", "up", "version_2")
 @pytest.fixture
 def data(tmp_path) -> Path:
     """Two books and a task, as the folder of real data has them."""
-    folder, rng = tmp_path / "data", random.Random(0)
+    rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 7))) for _ in range(300)]
-    books = folder / homodistil_cases.BOOKS
-    books.mkdir(parents=True)
-    for book in ("one", "two"):
-        paragraphs = (" ".join(rng.choices(words, k=40)) for _ in range(60))
-        (books / f"{book}.txt").write_text("\n\n".join(paragraphs))
-    rows = [[" ".join(rng.choices(words, k=5)), f"intent {n % 3}"] for n in range(30)]
-    (folder / "clinc150").mkdir()
-    (folder / "clinc150" / "data_full.json").write_text(json.dumps({"train": rows, "val": rows}))
-    return folder
+    return write_real_data(tmp_path / "data", homodistil_cases.BOOKS, words)
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,6 +12,7 @@ import sentencepiece
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from other_process import said_elsewhere
 from pydantic import ValidationError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, BertConfig, BertTokenizer, PreTrainedTokenizerFast
@@ -140,15 +139,6 @@ def test_real_text_is_encoded_as_sentencepiece_encodes_it(tmp_path, shared_data,
     assert encoded == reference.encode(lines[300:1000])
 
 
-CODE = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_student_vocabularies import trained_backends
-print(trained_backends(Path({folder!r})))
-"""
-
-
 def trained_backends(folder) -> str:
     """Return all files of one tokenizer of each kind."""
     made = []
@@ -159,16 +149,8 @@ def trained_backends(folder) -> str:
     return json.dumps(made)
 
 
-def test_equal_texts_give_equal_files_in_every_process(tmp_path, repository):
-    code = CODE.format(tests=str(repository / "tests/data"), folder=str(tmp_path / "there"))
-
-    elsewhere = subprocess.run(
-        [sys.executable, "-c", code],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={"PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path), "HF_HUB_OFFLINE": "1"},
-    ).stdout.strip()
+def test_equal_texts_give_equal_files_in_every_process(tmp_path):
+    elsewhere = said_elsewhere(__file__, "trained_backends", tmp_path / "there")
 
     assert elsewhere == trained_backends(tmp_path / "here")
 

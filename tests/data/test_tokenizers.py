@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import huggingface_hub.constants
 import pytest
 from datasets import Dataset
+from other_process import said_elsewhere
 from transformers import AutoTokenizer, BertConfig, LlamaConfig, RobertaConfig
 
 from megakd.config.run import TaskConfig, TokenizerConfig
@@ -97,31 +96,14 @@ def test_what_texts_are_paired_with_is_trained_on_too(tmp_path):
     assert tokenizer.tokenize("zyx") == ["zyx"]
 
 
-CODE = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_tokenizers import trained_backends
-print(trained_backends(Path({folder!r})))
-"""
-
-
 def trained_backends(folder) -> str:
     """All there is to know about one tokenizer of each kind."""
     made = [_load(_task(tokenizer=_recipe(kind)), folder) for kind in KINDS]
     return json.dumps([tokenizer.backend_tokenizer.to_str() for tokenizer in made])
 
 
-def test_the_same_text_gives_the_same_tokenizers_in_every_process(tmp_path, repository):
-    code = CODE.format(tests=str(repository / "tests/data"), folder=str(tmp_path / "there"))
-
-    elsewhere = subprocess.run(
-        [sys.executable, "-c", code],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={"PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path), "HF_HUB_OFFLINE": "1"},
-    ).stdout.strip()
+def test_the_same_text_gives_the_same_tokenizers_in_every_process(tmp_path):
+    elsewhere = said_elsewhere(__file__, "trained_backends", tmp_path / "there")
 
     assert elsewhere == trained_backends(tmp_path / "here")
 
