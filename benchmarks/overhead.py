@@ -40,7 +40,8 @@ from megakd.config.file import load_config
 from megakd.contract.batch import Batch, Knowledge
 from megakd.contract.stage import BatchSource, Constant, Pass, Stage
 from megakd.data.loader import STEPS_AHEAD
-from megakd.engine.distributed import Ranks, gather
+from megakd.engine.collectives import gather
+from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
 from megakd.losses.bundle import StudentBundle
 from megakd.run.lab import Lab
@@ -249,7 +250,7 @@ def data_share(stage: StageRun, steps: Iterator[None], count: int) -> float:
 def run_rank(given: argparse.Namespace) -> None:
     """One rank's part, in the folder that holds the case."""
     config = load_config(given.case / "run.yaml")
-    with started() as ranks:
+    with started(config) as ranks:
         stage, teacher = build(config, ranks)
         try:
             measured = measure(stage, BareLoop(stage, teacher), given)

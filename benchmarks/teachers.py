@@ -241,7 +241,7 @@ def plant(folder: Path) -> Path:
     from megakd.config.file import load_config
     from megakd.data.splits import load_splits
     from megakd.data.tables import SPLIT_NAMES
-    from megakd.training.inputs import cache_folder
+    from megakd.training.run_data import cache_folder
 
     task = load_config(ROOT / folder / "kinds.yaml").task
     task = dataclasses.replace(task, labelled_examples=None, max_eval_examples=None)

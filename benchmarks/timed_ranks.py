@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from megakd.config.file import load_config
-from megakd.engine.distributed import gather
+from megakd.engine.collectives import gather
 from megakd.run.main import started
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def run_rank(given: argparse.Namespace, measured: Measure) -> None:
     """One rank's part, in the folder that holds the case; rank 0 writes what all have measured."""
     config = load_config(given.case / "run.yaml")
-    with started() as ranks:
+    with started(config) as ranks:
         found = gather(measured(config, ranks, given))
         if ranks.is_main:
             (given.case / "measured.json").write_text(json.dumps(found), encoding="utf-8")

@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -206,6 +206,13 @@ def _add_evaluate(parser: _Parser) -> None:
     )
 
 
+def _add_encode(parser: _Parser) -> None:
+    _add_config(parser)
+    parser.add_argument(
+        "--to", metavar="FOLDER", type=in_home, help="the folder to write, default: task.encoded"
+    )
+
+
 def _add_export(parser: _Parser) -> None:
     _add_config(parser)
     parser.add_argument(
@@ -296,6 +303,16 @@ def _cache(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _encode(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    with print_aside():
+        from megakd.run.encoding import encode_run
+
+        folder = encode_run(config, arguments.to)
+    _say(f"the run reads the encoded data with task.encoded={folder}")
+    return 0
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     local = _take_local_dataset(arguments) if arguments.submission is None else None
     data = arguments.data or local
@@ -309,7 +326,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         found = model_evaluation.evaluate_model(
             config, arguments.model, data=data, trusts_order=arguments.trust_label_order
         )
-    _say(json_text(found, indent=2) if arguments.json else _scores(found))
+    from megakd.reports.table import scores_text
+
+    _say(json_text(found, indent=2) if arguments.json else scores_text(found))
     return 0
 
 
@@ -321,13 +340,6 @@ def _take_local_dataset(arguments: argparse.Namespace) -> str | None:
         return None
     arguments.overrides = [word for word in arguments.overrides if word not in given]
     return value
-
-
-def _scores(found: Mapping[str, Any]) -> str:
-    parts = [f"{found['file']}, {found['split']}: {found['rows']} rows", _table(found["metrics"])]
-    for name, entry in found["evaluation_sets"].items():
-        parts += ["", f"{name} ({entry['file']}): {entry['rows']} rows", _table(entry["metrics"])]
-    return "\n".join(parts)
 
 
 def _submit(config: RunConfig, arguments: argparse.Namespace) -> int:
@@ -372,15 +384,11 @@ def _methods(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _table(metrics: Mapping[str, float]) -> str:
-    width = max((len(name) for name in metrics), default=0)
-    return "\n".join(f"{name:{width}}  {value:.4f}" for name, value in metrics.items())
-
-
 _COMMANDS: dict[str, tuple[Callable[[_Parser], None], Callable[[argparse.Namespace], int], str]] = {
     "train": (_add_train, _train, "Distil a teacher into a student, as described by a run config."),
     "plan": (_add_plan, _plan, "Estimate memory and time of a run without loading a model."),
     "cache": (_add_config, _cache, "Cache the teachers' outputs for the training rows on disk."),
+    "encode": (_add_encode, _encode, "Encode the data of a run into a folder, before the run."),
     "evaluate": (_add_evaluate, _evaluate, "Score a model on a run's held-out rows, or on a file."),
     "export": (_add_export, _export, "Write a finished stage as a Hugging Face folder."),
     "report": (_add_report, _report, "Write the report.html of a finished run again."),

@@ -45,6 +45,10 @@ class PeerLostError(MegakdError):
     """Another rank has ended while this rank waited for it."""
 
 
+class CollectiveTimeoutError(PeerLostError):
+    """Another rank did not join a collective within `train.collective_timeout`."""
+
+
 def suggestion(word: object, known: Iterable[str]) -> str:
     """Return `; did you mean "x"?` for the nearest known word, or an empty string."""
     near = difflib.get_close_matches(str(word), list(known), n=1)

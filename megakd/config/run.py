@@ -97,6 +97,8 @@ class TaskConfig:
     streaming: bool = False
     """Read the training texts during training, without a copy on disk. Only for mlm and
     causal_lm; needs train.max_steps."""
+    encoded: Folder | None = None
+    """Folder that `megakd encode` has written; the run reads no text."""
 
     @property
     def data_name(self) -> str:
@@ -157,6 +159,9 @@ class TrainConfig:
     """Implementation of the losses; all give the same result up to rounding. auto is triton on a
     GPU."""
     resume_from_checkpoint: bool | Checkpoint = True
+    collective_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+    """Seconds that a rank waits for the other ranks in a collective of tensors. Waits for rank 0,
+    which reads, encodes or writes files, have a limit of 24 hours. Only in `train`."""
 
 
 if TYPE_CHECKING:

@@ -22,9 +22,25 @@ def task_problems(config: RunConfig) -> Iterator[str]:
         for key in ("text_columns", "label_column", "dataset_config"):
             if getattr(task, key) is not None:
                 yield f"task.{key}: not supported with task.dataset pydocs; remove the key"
+    if task.encoded is not None:
+        yield from _encoded(config)
     if task.streaming and task.type in LANGUAGE_TASKS:
         yield from _stream(task)
         yield from _stream_of_run(config)
+
+
+def _encoded(config: RunConfig) -> Iterator[str]:
+    """Yield the settings that need the texts, which a folder of encoded data does not hold."""
+    if config.task.streaming:
+        yield (
+            "task.encoded: cannot be combined with task.streaming, which reads texts during "
+            "training; remove one of the two"
+        )
+    if config.method.own_vocabulary is not None:
+        yield (
+            f"task.encoded: method {config.method.name} trains a vocabulary on the texts, and the "
+            "folder holds no texts; remove the key"
+        )
 
 
 def _files(task: TaskConfig) -> Iterator[str]:

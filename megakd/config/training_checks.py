@@ -29,9 +29,20 @@ def training_problems(config: RunConfig) -> Iterator[str]:
                 "evaluations, and eval.eval_steps is not set; set eval.eval_steps, or remove the "
                 "key"
             )
+    yield from _limits(config)
     yield from _precision(config)
     yield from _metrics(config)
     yield from _hard_terms(config)
+
+
+def _limits(config: RunConfig) -> Iterator[str]:
+    own = {f"{config.key_of(n)}.finetune": s.finetune for n, s in config.teacher_specs.items()}
+    for where, train in {**own, "alone": config.alone}.items():
+        if train is not None and train.collective_timeout is not None:
+            yield (
+                f"{where}.collective_timeout: the limit holds for the whole run; remove the key, "
+                "and set train.collective_timeout"
+            )
 
 
 def _precision(config: RunConfig) -> Iterator[str]:

@@ -6,9 +6,7 @@ Shapes: B rows of a micro-batch, T positions.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -20,14 +18,13 @@ import torch
 from datasets import Dataset
 
 from megakd.contract.batch import IGNORE, Batch
-from megakd.data.cache import key_of, read_rows
-from megakd.data.rows import LABELS_AT_ONCE, arrow_batches, rows_key
+from megakd.data.cache import read_rows
+from megakd.data.encoded_keys import encoded_key
+from megakd.data.rows import LABELS_AT_ONCE, arrow_batches
 from megakd.data.token_tables import check_room_for_text, token_tables
 from megakd.data.words import WORD_STARTS
 from megakd.errors import DataError
-from megakd.storage.atomic import sha256_of
 from megakd.storage.built_once import whole_folder
-from megakd.storage.checksums import files_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,10 +37,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 10_000
 
-# Part of every key: increase this number when the encoded rows would differ.
-VERSION = 1
-# Part of the keys of rows with words, likewise.
-WORDS_VERSION = 2
 LENGTH_MULTIPLE = 8
 _FILL = {"labels": IGNORE, "token_type_ids": 0, WORD_STARTS: 0}
 _PADDED = ("input_ids", "position_ids", *_FILL)
@@ -158,18 +151,7 @@ def encode_rows(
         DataError: see `encode_splits`.
     """
     check_room_for_text(next(iter(rows.values())), tokenizer, task)
-    parts = {
-        "version": VERSION,
-        "content": content_hash,
-        "rows": {name: rows_key(split) for name, split in rows.items()},
-        "tokenizer": tokenizer_content(tokenizer),
-        "max_length": task.max_length,
-        "type": task.type,
-    }
-    if task.whole_word_masking:
-        parts["words"] = WORDS_VERSION
-    key = key_of(parts)
-
+    key = encoded_key(rows, tokenizer, task, content_hash=content_hash)
     tables = {
         name: token_tables(split, tokenizer, task, split=name) for name, split in rows.items()
     }
@@ -193,42 +175,10 @@ def cached_tables(
     def build(folder: Path) -> None:
         logger.info("encoding the rows of %s", ", ".join(tables))
         for name, made in tables.items():
-            _write(folder / f"{name}.arrow", made)
+            write_tables(folder / f"{name}.arrow", made)
 
     folder = whole_folder(cache_dir / "encoded" / key, build)
     return {name: read_rows(folder / f"{name}.arrow") for name in tables}
-
-
-def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a sha256 of everything that determines the tokens of a text.
-
-    The hash is the same in every process.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        content: Any = _saved_files(tokenizer)
-    else:
-        content = json.loads(backend.to_str())
-        # The settings of the last call, which are not properties of the tokenizer.
-        content.update(truncation=None, padding=None)
-    return key_of(
-        {
-            "class": type(tokenizer).__name__,
-            "content": content,
-            "inputs": list(tokenizer.model_input_names),
-            "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-            # Settings that every call passes to the backend, which does not store them.
-            "truncation_side": tokenizer.truncation_side,
-            "split_special_tokens": tokenizer.split_special_tokens,
-        }
-    )
-
-
-def _saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return the sha256 of every file that a tokenizer without a backend is saved as."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {name: sha256_of(Path(folder, name)) for name in files_of(Path(folder))}
 
 
 def tokens_key(rows: Dataset) -> str:
@@ -383,7 +333,7 @@ def _named(splits: Splits) -> tuple[tuple[str, Dataset | None], ...]:
     return (("train", train), ("validation", splits.validation), ("test", splits.test))
 
 
-def _write(path: Path, tables: Iterable[pa.Table]) -> None:
+def write_tables(path: Path, tables: Iterable[pa.Table]) -> None:
     """Write tables in Arrow's stream format, which `datasets` can memory-map."""
     writer = None
     with pa.OSFile(str(path), "wb") as sink:

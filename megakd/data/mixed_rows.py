@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from megakd.data.cache import key_of
-from megakd.data.encoding import cached_tables, tokenizer_content
+from megakd.data.encoded_keys import tokenizer_content
+from megakd.data.encoding import cached_tables
 from megakd.data.rows import arrow_batches, rows_key
 from megakd.data.shared_words import VocabularyPair, WordCutter
 from megakd.data.token_tables import (

@@ -36,31 +36,50 @@ class PackedRow(NamedTuple):
     labels: NDArray[np.int32]
 
 
-class _Row:
-    """A row under construction."""
+class Packer:
+    """Rows under construction; a document that does not fit continues in the next row.
 
-    def __init__(self, length: int) -> None:
+    Args:
+        length: tokens of a row, at least 1.
+        begun: an unfinished row, see `rest`.
+    """
+
+    def __init__(self, length: int, begun: PackedRow | None = None) -> None:
+        if length < 1:
+            raise ValueError(f"a packed row has at least 1 token, got length {length}")
         self._tokens = np.empty((3, length), dtype=np.int32)
-        self.used = 0
+        self._used = 0
+        if begun is not None:
+            self._used = len(begun.input_ids)
+            self._tokens[:, : self._used] = np.stack(begun)
 
-    @property
-    def free(self) -> int:
-        return self._tokens.shape[1] - self.used
+    def add(self, document: ArrayLike) -> Iterator[PackedRow]:
+        """Add the tokens of a document, and yield the rows that are full."""
+        ids = np.asarray(document, dtype=np.int32)
+        labels = np.append(ids[1:], np.int32(IGNORE))
+        start = 0
+        while start < len(ids):
+            start += self._put(ids[start:], labels[start:])
+            if self._used == self._tokens.shape[1]:
+                yield self._row()
+                self._used = 0
 
-    def add(self, ids: NDArray[np.int32], labels: NDArray[np.int32]) -> int:
-        """Add as many tokens as fit, and return their number."""
-        count = min(len(ids), self.free)
-        end = self.used + count
-        self._tokens[0, self.used : end] = ids[:count]
-        self._tokens[1, self.used : end] = np.arange(count)
-        self._tokens[2, self.used : end] = labels[:count]
-        self.used = end
+    def rest(self) -> PackedRow | None:
+        """Return the unfinished row; None if it has no token."""
+        return self._row() if self._used else None
+
+    def _put(self, ids: NDArray[np.int32], labels: NDArray[np.int32]) -> int:
+        """Copy as many tokens as fit, and return their number."""
+        count = min(len(ids), self._tokens.shape[1] - self._used)
+        end = self._used + count
+        self._tokens[0, self._used : end] = ids[:count]
+        self._tokens[1, self._used : end] = np.arange(count)
+        self._tokens[2, self._used : end] = labels[:count]
+        self._used = end
         return count
 
-    def take(self) -> PackedRow:
-        """Return the row and start an empty row."""
-        row = self._tokens[:, : self.used].copy()
-        self.used = 0
+    def _row(self) -> PackedRow:
+        row = self._tokens[:, : self._used].copy()
         return PackedRow(row[0], row[1], row[2])
 
 
@@ -74,16 +93,9 @@ def pack(documents: Iterable[ArrayLike], length: int) -> Iterator[PackedRow]:
     Yields:
         Full rows, then a shorter row with the remaining tokens.
     """
-    if length < 1:
-        raise ValueError(f"a packed row has at least 1 token, got length {length}")
-    row = _Row(length)
+    packer = Packer(length)
     for document in documents:
-        ids = np.asarray(document, dtype=np.int32)
-        labels = np.append(ids[1:], np.int32(IGNORE))
-        start = 0
-        while start < len(ids):
-            start += row.add(ids[start:], labels[start:])
-            if row.free == 0:
-                yield row.take()
-    if row.used:
-        yield row.take()
+        yield from packer.add(document)
+    rest = packer.rest()
+    if rest is not None:
+        yield rest

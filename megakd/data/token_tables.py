@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from megakd.data.packing import pack
+from megakd.data.packing import PackedRow, pack
 from megakd.data.rows import arrow_batches
 from megakd.data.windows import windows
 from megakd.data.words import WORD_STARTS, check_words, word_starts
@@ -116,10 +116,13 @@ def _text_tables(
 def _packed_tables(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
 ) -> Iterator[pa.Table]:
+    return tables_of_lists(pack(documents_of(rows, tokenizer), task.max_length), PackedRow._fields)
+
+
+def documents_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Yield the tokens of every text that is not empty, as documents of causal_lm."""
     prefix, suffix = document_ends(tokenizer)
-    documents = (prefix + ids + suffix for ids, _ in _texts(rows, tokenizer))
-    names = ("input_ids", "position_ids", "labels")
-    return tables_of_lists(pack(documents, task.max_length), names)
+    yield from (prefix + ids + suffix for ids, _ in _texts(rows, tokenizer))
 
 
 def _window_tables(

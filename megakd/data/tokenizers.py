@@ -21,6 +21,7 @@ from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
 from megakd.config.run import TokenizerConfig
 from megakd.data.cache import key_of
+from megakd.data.encoded_folder import TOKENIZER
 from megakd.data.rows import arrow_batches, rows_key
 from megakd.data.vocabularies import VERSION, encoder_template, train_tokenizer
 from megakd.data.words import check_words
@@ -153,7 +154,11 @@ def _resolved(
             "trained on a stream (task.streaming is true); set task.tokenizer to a folder or a Hub "
             "id"
         )
-    return _trained(spec, task.type, splits, cache_dir), f"{spec.type} trained on the training text"
+    if task.encoded is not None:
+        trained = PreTrainedTokenizerFast.from_pretrained(task.encoded / TOKENIZER)
+    else:
+        trained = _trained(spec, task.type, splits, cache_dir)
+    return trained, f"{spec.type} trained on the training text"
 
 
 def _named(spec: str, task_type: TaskType) -> PreTrainedTokenizerBase:

@@ -1,4 +1,4 @@
-"""Ranks, collectives and start-up, for deepspeed, torchrun, srun and plain python alike."""
+"""Ranks and start-up, for deepspeed, torchrun, srun and plain python alike."""
 
 from __future__ import annotations
 
@@ -12,31 +12,25 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
-from megakd.engine import stale_locks
-from megakd.errors import MegakdError, PeerLostError
+from megakd.engine import activity, stale_locks
+from megakd.engine.collectives import backend_for, reports_lost_peer
+from megakd.errors import MegakdError
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT_S = 600.0
+"""Limit of a collective of tensors; the default of `train.collective_timeout`."""
+TORCHRUN = "TORCHELASTIC_RUN_ID"
 _KEPT: list[bool] = []
 """Not empty if the process group is kept until the process ends."""
-# Parts of error messages of gloo, of its sockets, and of NCCL.
-_PEER_LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "remote process exited",
-)
 
 
 @dataclass(frozen=True)
@@ -54,8 +48,11 @@ class Ranks:
         return self.rank == 0
 
 
-def start() -> Ranks:
+def start(*, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> Ranks:
     """Join the process group of the launcher, or create a group of one process without launcher.
+
+    Args:
+        collective_timeout_s: limit of a collective of tensors.
 
     Raises:
         MegakdError: the launcher's variables are incomplete.
@@ -68,7 +65,8 @@ def start() -> Ranks:
     if os.environ["LOCAL_RANK"] == "0":
         stale_locks.remove_dead_locks(extensions)
         stale_locks.remove_dead_buffers()
-    _init_process_group()
+    activity.begin(collective_timeout_s)
+    _init_process_group(timedelta(seconds=collective_timeout_s))
     return ranks()
 
 
@@ -92,24 +90,32 @@ def _accelerator() -> Any:
     return get_accelerator()
 
 
-def _init_process_group() -> None:
+def _init_process_group(timeout: timedelta) -> None:
     if dist.is_initialized():
+        # The group of an earlier run in this process.
+        distributed_c10d._set_pg_timeout(timeout)  # noqa: SLF001 - torch has no public function
         return
     # DeepSpeed's groups use torch's default timeout and ignore the timeout that DeepSpeed is given.
-    torch.distributed.distributed_c10d.default_pg_timeout = COLLECTIVE_TIMEOUT
+    distributed_c10d.default_pg_timeout = timeout
     import deepspeed
     from deepspeed.utils import logger as deepspeed_logger
 
     deepspeed_logger.setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "warning").upper())
-    on_cpu = _accelerator().device_name() == "cpu"
-    if on_cpu:
+    accelerator = _accelerator()
+    device = accelerator.device_name()
+    if device == "cpu":
         stale_locks.check_shared_memory(_local_world())
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT)
-    if on_cpu:
+    deepspeed.init_distributed(
+        dist_backend=backend_for(device, accelerator.communication_backend_name()),
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timeout,
+    )
+    if device == "cpu":
         dist.barrier()
         stale_locks.release_own_buffer()
     else:
-        _accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def adopt_slurm_variables() -> None:
@@ -194,9 +200,21 @@ def _slurm_tasks_of_node() -> int | None:
 
 
 def _share_cores() -> None:
+    """Share the cores that this process may use between the ranks of the host."""
     local_world = _local_world()
-    if "OMP_NUM_THREADS" not in os.environ and local_world > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+    given = os.environ.get("OMP_NUM_THREADS")
+    # torchrun sets 1 where the user sets nothing, which leaves the optimizer on the CPU one core.
+    if local_world == 1 or (given is not None and not (given == "1" and TORCHRUN in os.environ)):
+        return
+    torch.set_num_threads(max(1, _cores_of_rank(local_world)))
+
+
+def _cores_of_rank(local_world: int) -> int:
+    """Return this rank's cores; the cores that the process may use, not those of the host."""
+    allowed = len(os.sched_getaffinity(0))
+    per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    # srun gives each task its own cores; other launchers give all ranks the same cores.
+    return min(allowed, int(per_task)) if per_task.isdigit() else allowed // local_world
 
 
 def _put_ninja_on_path() -> None:
@@ -219,103 +237,6 @@ def use_own_extensions_folder() -> Path:
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def agree(value: T) -> T:
-    """Return rank 0's value on every rank, for values that decide control flow; a collective."""
-    if dist.get_world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def on_main(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0, and return its result or raise its error on every rank.
-
-    Raises:
-        MegakdError: the error of rank 0, on all ranks, so that no rank waits for another rank.
-    """
-    outcome: tuple[T | None, Exception | None] = (None, None)
-    if dist.get_rank() == 0:
-        try:
-            outcome = (action(), None)
-        except (MegakdError, OSError) as error:
-            outcome = (None, error)
-    result, error = agree(outcome)
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]
-
-
-def main_first(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0, then on the other ranks, which can reuse the files of rank 0.
-
-    Raises:
-        MegakdError: the error of the first rank that failed, on all ranks.
-    """
-    first: T | None = None
-
-    def run() -> None:
-        nonlocal first
-        first = action()
-
-    on_main(run)
-    return together(lambda: first if dist.get_rank() == 0 else action())  # type: ignore[return-value]
-
-
-def together(action: Callable[[], T]) -> T:
-    """Run `action`, which has no collectives, on every rank; raise on all ranks if one fails.
-
-    Raises:
-        MegakdError: the error of the first rank that failed.
-    """
-    result: T | None = None
-    error: Exception | None = None
-    try:
-        result = action()
-    except (MegakdError, OSError) as raised:
-        error = raised
-    errors = gather(error)
-    first = next((e for e in errors if e is not None), None)
-    if first is not None:
-        raise first
-    return result  # type: ignore[return-value]
-
-
-def gather(value: T) -> list[T]:
-    """Return the values of all ranks, by rank; a collective."""
-    if dist.get_world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def all_reduce_(tensor: torch.Tensor, *, largest: bool = False) -> torch.Tensor:
-    """Reduce `tensor` over the ranks in place: the sum, or the maximum if `largest`."""
-    if dist.get_world_size() > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
-    return tensor
-
-
-@contextmanager
-def reports_lost_peer() -> Iterator[None]:
-    """Convert the error of a collective with a rank that has ended into a one-line error.
-
-    Raises:
-        PeerLostError: another rank has ended.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        reason = next((words for words in _PEER_LOST if words in str(error)), None)
-        if reason is None:
-            raise
-        raise PeerLostError(
-            f"rank {os.environ.get('RANK', '0')} ends because another rank has ended ({reason}); "
-            "see the output of that rank or of its launcher"
-        ) from error
 
 
 def keep_group() -> None:

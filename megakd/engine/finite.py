@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from deepspeed.runtime.zero.partition_parameters import is_zero_param
 
-from megakd.engine.distributed import gather
+from megakd.engine.collectives import gather
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

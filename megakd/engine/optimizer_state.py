@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megakd.engine.distributed import all_reduce_
+from megakd.engine.collectives import all_reduce_
 from megakd.engine.sharding import full_shape, gathered, is_first_rank, is_zero_param, writes_here
 from megakd.engine.shards import own_part, own_partition
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megakd.contract.batch import Counts
-from megakd.engine.distributed import all_reduce_, gather
+from megakd.engine.collectives import all_reduce_, gather
 from megakd.process import signals
 
 

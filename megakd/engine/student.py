@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megakd.contract.batch import Batch, Counts, Knowledge, Losses, Predictions, Targets
 from megakd.contract.stage import Pass, backward_groups
 from megakd.contract.units import Cut, Maker, View
-from megakd.engine.distributed import together
+from megakd.engine.collectives import together
 from megakd.engine.initialize import RATE, Engine
 from megakd.engine.optimizer_state import OptimizerState
 from megakd.engine.release import destroy

@@ -21,7 +21,7 @@ from megakd.config.deepspeed import load_ds_config
 from megakd.contract.batch import LossInputs
 from megakd.contract.unit_counts import count_units
 from megakd.data.loader import StepShape, global_batches
-from megakd.engine.distributed import agree, all_reduce_
+from megakd.engine.collectives import agree, all_reduce_
 from megakd.engine.initialize import Engine, frozen_engine
 from megakd.engine.memory import freed_memory_returned
 from megakd.engine.release import destroy

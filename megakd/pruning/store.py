@@ -17,8 +17,8 @@ from megakd.contract.results import ParameterCounts
 from megakd.contract.stage import StageResult, untrained
 from megakd.contract.tasks import TaskType
 from megakd.contract.units import Axes, UnitOrder, View
+from megakd.engine.collectives import gather, on_main
 from megakd.engine.device import peak_memory_bytes, reset_peak_memory
-from megakd.engine.distributed import gather, on_main
 from megakd.engine.memory import forget_models
 from megakd.models.architectures import architecture_named
 from megakd.models.axes import lengths, weight_axes

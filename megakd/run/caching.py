@@ -30,7 +30,7 @@ def cache_teachers(config: RunConfig) -> list[Path]:
             "no teacher has a cache: set teacher.cache (of several teachers: teachers[0].cache, …) "
             "to a folder for the outputs of the teacher"
         )
-    with started() as ranks, held(config.output_dir):
+    with started(config) as ranks, held(config.output_dir):
         check_device(config, ranks)
         reporter = reporter_of(config, ranks)
         try:

@@ -16,8 +16,8 @@ from megakd.config.run import RunConfig
 from megakd.config.yaml12 import parse_yaml
 from megakd.contract.results import Report
 from megakd.contract.tasks import FROM_TEACHER, STUDENT
-from megakd.data.encoding import tokenizer_content
-from megakd.engine.distributed import agree, on_main
+from megakd.data.encoded_keys import tokenizer_content
+from megakd.engine.collectives import agree, on_main
 from megakd.errors import CheckpointError, ConfigError, MegakdError, suggestion
 from megakd.models.export import brings_code
 from megakd.models.int8 import INT8, write_int8
@@ -95,8 +95,8 @@ def _has_int8(out: Path) -> bool:
 
 def _is_free(key: str) -> bool:
     """Return true if a key may change between two starts of one run."""
-    return key.startswith(("output_dir", "log.", "save.")) or key.endswith(
-        ("resume_from_checkpoint", "per_device_eval_batch_size")
+    return key.startswith(("output_dir", "log.", "save.", "task.encoded")) or key.endswith(
+        ("resume_from_checkpoint", "per_device_eval_batch_size", "collective_timeout")
     )
 
 

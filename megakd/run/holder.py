@@ -29,7 +29,7 @@ from pathlib import Path
 
 import psutil
 
-from megakd.engine.distributed import on_main
+from megakd.engine.collectives import on_main
 from megakd.errors import CheckpointError, InUseError
 
 logger = logging.getLogger(__name__)

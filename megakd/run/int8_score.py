@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megakd.engine.distributed import on_main
+from megakd.engine.collectives import on_main
 from megakd.engine.sharding import is_first_rank
 from megakd.models.export import weight_bytes
 from megakd.models.int8 import INT8, write_int8, write_restored

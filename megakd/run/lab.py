@@ -18,8 +18,9 @@ from megakd.contract.results import Assistant, ModelReport, ParameterCounts
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, TEACHER, Dtype
 from megakd.contract.units import View
+from megakd.engine.collectives import main_first
 from megakd.engine.device import reset_peak_memory
-from megakd.engine.distributed import Ranks, main_first
+from megakd.engine.distributed import Ranks
 from megakd.engine.memory import forget_models
 from megakd.errors import ConfigError
 from megakd.models.counting import named_shapes, parameter_counts

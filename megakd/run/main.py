@@ -19,7 +19,9 @@ from megakd.contract.results import Assistant, AssistantReport, LatencyReport, R
 from megakd.contract.stage import StageResult
 from megakd.contract.tasks import STUDENT
 from megakd.engine import distributed
-from megakd.engine.distributed import Ranks, agree, on_main
+from megakd.engine.activity import doing
+from megakd.engine.collectives import agree, on_main, reports_lost_peer
+from megakd.engine.distributed import Ranks
 from megakd.engine.memory import earlier_objects_left_alone, forget_models, keep_freed_memory
 from megakd.errors import CheckpointError
 from megakd.methods import run_method
@@ -64,7 +66,7 @@ def run(config: RunConfig, *, command: str) -> str:
     if not finished:
         check_output_folder(config)
     with counted(), ExitStack() as lock:
-        with started() as ranks:
+        with started(config) as ranks:
             if agree(finished):
                 table = finished_table(config, command=command)
             else:
@@ -76,10 +78,10 @@ def run(config: RunConfig, *, command: str) -> str:
 
 
 @contextmanager
-def started() -> Iterator[Ranks]:
+def started(config: RunConfig) -> Iterator[Ranks]:
     """Set up the process group and the log of rank 0 for the length of a run."""
     keep_freed_memory()
-    ranks = distributed.start()
+    ranks = distributed.start(collective_timeout_s=config.train.collective_timeout)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("megakd").setLevel(logging.INFO if ranks.is_main else logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
@@ -87,7 +89,7 @@ def started() -> Iterator[Ranks]:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     failed = True
     try:
-        with distributed.reports_lost_peer(), earlier_objects_left_alone():
+        with reports_lost_peer(), earlier_objects_left_alone():
             yield ranks
         failed = False
     except Stopped as stop:
@@ -101,7 +103,7 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     check_device(config, ranks)
     on_main(lambda: check_hub(config.save))
     reporter = reporter_of(config, ranks)
-    with phase("data"):
+    with phase("data"), doing("reading the data"):
         prepared = prepare(config)
     lab = Lab(config, prepared, ranks, reporter)
     check_label_orders(lab.assembly)
@@ -187,7 +189,7 @@ def _report(
         assistants = [_assistant(lab, made) for made in lab.record.assistants]
     students = {STUDENT: student.folder, **{n: made.folder for n, made in baselines.items()}}
     forget_models()
-    with phase("latency"):
+    with phase("latency"), doing("measuring latency"):
         latency = on_main(lambda: _latency(lab, students, ranks.device))
     return Report(
         method=config.method.name,

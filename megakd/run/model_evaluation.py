@@ -18,7 +18,7 @@ from megakd.data.files import has_train_split, scored_table
 from megakd.data.labels import Classes, find_classes
 from megakd.data.splits import Splits
 from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
-from megakd.engine.distributed import main_first, on_main
+from megakd.engine.collectives import main_first, on_main
 from megakd.errors import TeacherError
 from megakd.models.knowledge import Needs
 from megakd.models.labels import generic_labels, model_label_names
@@ -27,10 +27,11 @@ from megakd.run.main import started
 from megakd.run.scored_model import model_folder, scored_model
 from megakd.training.engines import Assembly
 from megakd.training.evaluation_sets import row_count
-from megakd.training.inputs import RunInputs, cache_folder, prepare
+from megakd.training.inputs import RunInputs, prepare
 from megakd.training.label_check import label_fit, needs_check, require_fit, tell_order
 from megakd.training.metrics import task_metrics
 from megakd.training.recipes import scoring_preset
+from megakd.training.run_data import cache_folder
 from megakd.training.vocabulary_checks import check_vocabularies, without_tokenizer
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def evaluate_model(
     """
     folder = model_folder(config, model)
     given = data or _without_training_rows(config)
-    with started() as ranks:
+    with started(config) as ranks:
         source = main_first(lambda: scored_model(config, folder))
         if given is not None:
             prepared, rows = _given_rows(config, source, given)

@@ -72,7 +72,7 @@ def _teacher(assembly: Assembly, name: str) -> Mapping[str, Any]:
 def _training(train: TrainConfig) -> Mapping[str, Any]:
     """Return the training options that must not change in a run; all kernels compute the same."""
     tree = asdict(train) | {"resume_from_checkpoint": None}
-    del tree["kernels"]
+    del tree["kernels"], tree["collective_timeout"]
     return tree
 
 

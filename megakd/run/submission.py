@@ -10,7 +10,8 @@ from megakd.config.run import TeacherConfig
 from megakd.data.encoding import encode_rows
 from megakd.data.glue import TASKS, glue_name
 from megakd.data.glue_submission import SubmissionRows, submission_rows
-from megakd.engine.distributed import Ranks, main_first, on_main
+from megakd.engine.collectives import main_first, on_main
+from megakd.engine.distributed import Ranks
 from megakd.errors import ConfigError, TrainingError
 from megakd.models.knowledge import Needs
 from megakd.run.main import started
@@ -18,9 +19,10 @@ from megakd.run.scored_model import model_folder, scored_model
 from megakd.run.writable import check_writable
 from megakd.storage import atomic
 from megakd.training.engines import Assembly, ReadyTeacher
-from megakd.training.inputs import cache_folder, prepare
+from megakd.training.inputs import prepare
 from megakd.training.label_check import check_label_order
 from megakd.training.recipes import scoring_preset
+from megakd.training.run_data import cache_folder
 from megakd.training.vocabulary_checks import check_vocabularies
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ def write_submission(
     chosen = model_folder(config, model)
     check_writable(folder, where="--submission")
     answer = classes_of(glue.classes, by_name=not glue.numbered) if glue.classes else _scores
-    with started() as ranks:
+    with started(config) as ranks:
         cache = cache_folder()
         found = main_first(lambda: submission_rows(config.task, cache_dir=cache))
         outputs = _outputs(config, ranks, chosen, found, trusts_order=trusts_order)

@@ -22,7 +22,8 @@ from datasets import Dataset
 from torch import Tensor
 
 from megakd.contract.batch import Batch, Knowledge, TopK
-from megakd.engine.distributed import Ranks, gather, on_main, together
+from megakd.engine.collectives import gather, on_main, together
+from megakd.engine.distributed import Ranks
 from megakd.errors import TeacherError
 from megakd.storage import atomic
 from megakd.storage.checksums import (

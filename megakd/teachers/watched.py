@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megakd.engine.distributed import all_reduce_
+from megakd.engine.collectives import all_reduce_
 
 if TYPE_CHECKING:
     from torch import Tensor

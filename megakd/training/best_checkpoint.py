@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megakd.engine.distributed import on_main
+from megakd.engine.collectives import on_main
 from megakd.storage import atomic
 from megakd.storage.finished_folder import damage
 from megakd.training.evaluation import Evaluation

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megakd.engine.distributed import Ranks, agree, gather, on_main, together
+from megakd.engine.collectives import agree, gather, on_main, together
+from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError, MegakdError
 from megakd.storage.atomic import full_disk_reason, write_text
 from megakd.storage.checksums import damage_of, entries_of, files_of, read_signed, write_signed

@@ -19,9 +19,11 @@ from megakd.contract.plugins import code_of, is_metric, metric_of
 from megakd.contract.stage import Stage
 from megakd.contract.tasks import STUDENT, Dtype
 from megakd.data.characters import characters_of_tokens
-from megakd.data.encoding import Collator, tokenizer_content, tokens_key
+from megakd.data.encoded_keys import tokenizer_content
+from megakd.data.encoding import Collator, tokens_key
 from megakd.data.masking import task_masking
-from megakd.engine.distributed import Ranks, on_main
+from megakd.engine.collectives import on_main
+from megakd.engine.distributed import Ranks
 from megakd.engine.finite import names_of_bad_weights
 from megakd.engine.initialize import training_engine
 from megakd.engine.memory import forget_models, freed_memory_returned
@@ -39,7 +41,7 @@ from megakd.process.phases import phase
 from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
 from megakd.teachers.cached import Answers, CachedTeacher, Layout, build_cache
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
-from megakd.training.inputs import MixedRows, RunInputs
+from megakd.training.inputs import RunInputs
 from megakd.training.precision import (
     TORCH_DTYPE,
     check_dtype,
@@ -47,6 +49,7 @@ from megakd.training.precision import (
     frozen_dtype,
     training_dtype,
 )
+from megakd.training.run_data import MixedRows
 from megakd.training.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -113,7 +116,7 @@ class Assembly:
             "task": {
                 key: value
                 for key, value in config_tree(self.config)["task"].items()
-                if key != "evaluation_sets"
+                if key not in ("encoded", "evaluation_sets")
             },
             "data": self.prepared.encoded.content_hash,
             "eval": {k: v for k, v in asdict(self.config.eval).items() if "batch" not in k},

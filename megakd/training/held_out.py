@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megakd.contract.unit_counts import count_units
-from megakd.engine.distributed import all_reduce_
+from megakd.engine.collectives import all_reduce_
 
 if TYPE_CHECKING:
     from megakd.contract.batch import Batch

@@ -8,28 +8,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 
 from megakd.config.deepspeed import check_frozen_stage, load_ds_config
 from megakd.config.run import RunConfig, StudentConfig, TeacherConfig
 from megakd.contract.metrics import Metric
 from megakd.contract.tasks import FROM_TEACHER, ONE_LABEL_METRICS, STUDENT
 from megakd.contract.terms import looks_inside
-from megakd.data.encoding import Encoded, encode_splits
-from megakd.data.mixed_rows import encode_mixed
+from megakd.data.encoding import Encoded
 from megakd.data.shared_words import VocabularyPair
-from megakd.data.splits import Splits, load_splits
+from megakd.data.splits import Splits
 from megakd.data.student_vocabularies import (
     check_special_tokens,
     load_student_tokenizer,
     overlap,
 )
 from megakd.data.tokenizers import has_tokenizer_files, load_tokenizer
-from megakd.engine.distributed import gather, main_first
+from megakd.engine.collectives import gather, main_first
 from megakd.errors import ConfigError, MegakdError, TeacherError
 from megakd.losses.class_weights import with_class_weights
 from megakd.losses.objective import check_terms
@@ -39,10 +36,10 @@ from megakd.models.layers import with_layers
 from megakd.models.loading import check_model, resolve_model, with_vocabulary
 from megakd.models.source import ModelSource
 from megakd.training.metrics import TaskMetrics, task_metrics
+from megakd.training.run_data import MixedRows, cache_folder, encoded_rows, mixed_rows, splits_of
 from megakd.training.vocabulary_checks import other_vocabularies, without_tokenizer
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from megakd.contract.results import VocabularyReport
@@ -90,13 +87,6 @@ class UnencodedInputs:
         return len(self.splits.label_names)
 
 
-class MixedRows(NamedTuple):
-    """Training rows that are encoded for two vocabularies, and their key; see `data.mixed_rows`."""
-
-    rows: Dataset
-    key: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunInputs(UnencodedInputs):
     """All inputs of a run, with the encoded data; no weights are in memory yet.
@@ -118,11 +108,6 @@ class RunInputs(UnencodedInputs):
         return dataclasses.replace(self, tokenizer=own, encoded=self.teacher_encoded)
 
 
-def cache_folder() -> Path:
-    """Return the folder of encoded data and built corpora, which `MEGAKD_CACHE` can change."""
-    return Path(os.environ.get("MEGAKD_CACHE") or "~/.cache/megakd").expanduser()
-
-
 def prepare(config: RunConfig) -> RunInputs:
     """Find, check and encode the inputs of a run; a collective.
 
@@ -140,12 +125,12 @@ def prepare(config: RunConfig) -> RunInputs:
         tokenizer=found.tokenizer,
         sources=found.sources,
         teacher_tokenizer=found.teacher_tokenizer,
-        mixed=_mixed(config, found),
-        encoded=_encoded(config, found.splits, found.tokenizer),
+        mixed=mixed_rows(config, found.splits, found.pair),
+        encoded=encoded_rows(config, found.splits, found.tokenizer),
         teacher_encoded=(
             None
             if found.teacher_tokenizer is None
-            else _encoded(
+            else encoded_rows(
                 config,
                 found.splits,
                 found.teacher_tokenizer,
@@ -153,38 +138,6 @@ def prepare(config: RunConfig) -> RunInputs:
             )
         ),
     )
-
-
-def _encoded(
-    config: RunConfig,
-    splits: Splits,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    with_train: bool = True,
-) -> Encoded:
-    cache = cache_folder()
-    return main_first(
-        lambda: encode_splits(
-            splits, tokenizer, config.task, cache_dir=cache, with_train=with_train
-        )
-    )
-
-
-def _mixed(config: RunConfig, found: UnencodedInputs) -> MixedRows | None:
-    """Return the training rows for both vocabularies, if the method reads such rows."""
-    splits, pair = found.splits, found.pair
-    if pair is None or not config.method.reads_mixed_rows(config):
-        return None
-    made = main_first(
-        lambda: encode_mixed(
-            splits.train,
-            pair,
-            config.task,
-            content_hash=splits.content_hash,
-            cache_dir=cache_folder(),
-        )
-    )
-    return MixedRows(*made)
 
 
 def _say_positive_label(metrics: TaskMetrics) -> None:
@@ -208,7 +161,7 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
     problems += without_tokenizer(task, sources.values())
     if problems and not config.teachers:
         raise TeacherError("\n".join(problems))
-    splits = main_first(lambda: load_splits(task, seed=config.seed, cache_dir=cache))
+    splits = splits_of(config)
     vocabulary = config.method.own_vocabulary
     # The loss per token does not compare models of different vocabularies.
     official = splits.metrics if vocabulary is None else ("nats_per_character",)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megakd.contract.stage import Stage, StepReport
+from megakd.engine.collectives import all_reduce_, on_main
 from megakd.engine.device import peak_memory_bytes
-from megakd.engine.distributed import Ranks, all_reduce_, on_main
+from megakd.engine.distributed import Ranks
 from megakd.errors import TrainingError
 from megakd.losses.objective import WEIGHTED_LOSS, Objective
 from megakd.teachers.watched import failed_teachers

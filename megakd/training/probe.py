@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from megakd.engine.distributed import agree, all_reduce_, on_main
+from megakd.engine.collectives import agree, all_reduce_, on_main
 from megakd.errors import CheckpointError
 from megakd.storage import atomic
 

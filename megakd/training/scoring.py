@@ -15,7 +15,8 @@ from megakd.contract.results import ClassReport
 from megakd.data.encoding import Collator
 from megakd.data.loader import evaluation_batches
 from megakd.data.masking import Masking
-from megakd.engine.distributed import Ranks, all_reduce_, gather, on_main
+from megakd.engine.collectives import all_reduce_, gather, on_main
+from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
 from megakd.training.evaluation import language_model_metrics
 from megakd.training.metrics import TaskMetrics

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from megakd.data.batch_source import batch_source
 from megakd.data.loader import StepShape
 from megakd.data.mixed_text import MixedText
-from megakd.engine.distributed import gather
+from megakd.engine.collectives import gather
 
 if TYPE_CHECKING:
     from megakd.config.run import TrainConfig

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megakd.contract.stage import StageResult
-from megakd.engine.distributed import on_main
+from megakd.engine.collectives import on_main
 from megakd.errors import CheckpointError
 from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint, as_read_back, differences

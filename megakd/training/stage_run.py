@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from megakd.contract.metrics import WHOLE, MetricJudge
 from megakd.contract.stage import Stage, StageResult, StepReport, Teacher
 from megakd.contract.unit_counts import count_units
 from megakd.contract.units import Cut
+from megakd.engine.activity import doing
+from megakd.engine.collectives import gather, on_main, together
 from megakd.engine.device import peak_memory_bytes
-from megakd.engine.distributed import gather, on_main, together
 from megakd.engine.stop_vote import StopVote, agreed_signal
 from megakd.engine.student import StudentEngine, device_batch
 from megakd.errors import CheckpointError
@@ -123,14 +125,16 @@ class StageRun:
         Raises:
             MegakdError: the loss is not finite, or a checkpoint cannot be read or written.
         """
-        start = self._resume()
+        with doing(f"loading stage {self.stage.name}"):
+            start = self._resume()
         # On rank 0; a full disk there is an error on all ranks.
         on_main(lambda: self.reporter.begin(self.stage.name, self.extent(start)))
         self.trainer.strategy.begin(self.student, start)
         self.health.begin()
         if start == 0 and self.stage.measures_losses:
             self._evaluate(0)
-        with signals.deferred(), closing(self._on_device(start)) as steps:
+        training = doing(f"training stage {self.stage.name}")
+        with training, signals.deferred(), closing(self._on_device(start)) as steps:
             for report in self.trainer.fit(steps):
                 self._after_step(report)
                 if self.stopping.stopped:
@@ -253,7 +257,7 @@ class StageRun:
 
     def _evaluate(self, step: int) -> None:
         self.health.check_finite(self.checkpoints.newest)
-        with self.health.paused():
+        with self.health.paused(), doing(f"scoring stage {self.stage.name} at step {step}"):
             scores = {view: self._score(view) for view in self.stage.views or (WHOLE,)}
             verdict = self.judge(scores, step)
             self.evaluation = Evaluation(scores, verdict.view, verdict.cut)
@@ -275,7 +279,7 @@ class StageRun:
 
     def _save(self, step: int) -> None:
         self.health.check_finite(self.checkpoints.newest)
-        with self.health.paused():
+        with self.health.paused(), self._saving(step):
             state = {
                 "trainer": self.trainer.state_dict(),
                 "batches": self.source.state_dict(),
@@ -290,6 +294,24 @@ class StageRun:
                 "shards": {kind: dict(parts) for kind, parts in shards.items()},
             }
             self.checkpoints.save(step, self.student.save, state, own)
+
+    @contextmanager
+    def _saving(self, step: int) -> Iterator[None]:
+        """Name the activity, and warn if the limit of collectives is too low for a save."""
+        began = time.perf_counter()
+        with doing(f"saving step {step} of stage {self.stage.name}"):
+            yield
+        seconds, limit = time.perf_counter() - began, self.config.train.collective_timeout
+        if seconds > limit / 2 and self.ranks.is_main:
+            logger.warning(
+                "%s: saving step %d took %.1f s, and train.collective_timeout is %g s; ranks "
+                "write at different speeds, so set it to %.0f or more",
+                self.stage.name,
+                step,
+                seconds,
+                limit,
+                10 * seconds,
+            )
 
     def _write_result(
         self, result: StageResult, evaluation: Evaluation, *, best: Path | None

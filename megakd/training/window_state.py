@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from megakd.engine.distributed import gather, on_main
+from megakd.engine.collectives import gather, on_main
 from megakd.errors import CheckpointError
 from megakd.models.cutting import cut_state
 from megakd.models.export import write_weights

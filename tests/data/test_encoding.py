@@ -372,7 +372,7 @@ def test_keys_do_not_depend_on_the_process(tmp_path):
         "import sys, json\n"
         "from transformers import PreTrainedTokenizerFast\n"
         "from datasets import Dataset\n"
-        "from megakd.data.encoding import tokenizer_content\n"
+        "from megakd.data.encoded_keys import tokenizer_content\n"
         "from megakd.data.rows import rows_key\n"
         f"tokenizer = PreTrainedTokenizerFast.from_pretrained({str(folder)!r})\n"
         "rows = Dataset.from_dict({'text': ['a', 'b'], 'label': [0, 1]})\n"

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megakd.config.run import TaskConfig
-from megakd.data.encoding import encode_rows, tokenizer_content
+from megakd.data.encoded_keys import tokenizer_content
+from megakd.data.encoding import encode_rows
 
 TASK = TaskConfig(type="classification", dataset="none", max_length=2)
 

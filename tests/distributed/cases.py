@@ -9,7 +9,7 @@ import torch
 
 from megakd.config.file import load_config
 from megakd.contract.stage import Constant, Pass, Stage
-from megakd.engine import distributed
+from megakd.engine import collectives, distributed
 from megakd.engine.sharding import full_shape, gathered_state
 from megakd.run.lab import Lab
 from megakd.training.inputs import prepare
@@ -45,7 +45,7 @@ def joined_shards(student) -> dict:
         part = slice(shard.offset, shard.offset + len(shard.weight))
         whole[shard.name][0, part] += shard.weight.detach()
         whole[shard.name][1, part] += shard.gradient
-    return {name: distributed.all_reduce_(both) for name, both in whole.items()}
+    return {name: collectives.all_reduce_(both) for name, both in whole.items()}
 
 
 def train(config_path: str, overrides: list[str], steps: int) -> dict:
@@ -77,7 +77,7 @@ def train(config_path: str, overrides: list[str], steps: int) -> dict:
     losses = []
     for index in range(steps):
         report = run.trainer.train_step(run.source.step(index))
-        parts = {n: distributed.all_reduce_(v.clone().float()) for n, v in report.parts.items()}
+        parts = {n: collectives.all_reduce_(v.clone().float()) for n, v in report.parts.items()}
         losses.append({name: float(value) for name, value in parts.items()})
     norm = run.student.gradient_norm()
     result = {
@@ -98,36 +98,6 @@ def train(config_path: str, overrides: list[str], steps: int) -> dict:
     del run, frozen
     gc.collect()
     return result
-
-
-def different_rank_errors() -> str:
-    """Rank 1 alone fails; every rank must learn of it instead of waiting."""
-    from megakd.errors import DataError
-
-    def action():
-        if distributed.ranks().rank == 1:
-            raise DataError("rank 1 has no such file")
-
-    try:
-        distributed.together(action)
-    except DataError as error:
-        return str(error)
-    return "nothing was raised"
-
-
-def main_first_errors(failing: int) -> str:
-    """One rank alone fails inside `main_first`; the others must not go on."""
-    from megakd.errors import DataError
-
-    def action():
-        if distributed.ranks().rank == failing:
-            raise DataError(f"rank {failing} cannot read it")
-        return "went on"
-
-    try:
-        return distributed.main_first(action)
-    except DataError as error:
-        return str(error)
 
 
 def steps_taken(config_path: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from megakd.config.file import load_config
-from megakd.engine import distributed
+from megakd.engine import collectives, distributed
 from megakd.engine.sharding import gathered_state
 from megakd.losses.parameter_projections import LayerErrors
 from megakd.methods import run_method
@@ -37,7 +37,7 @@ def learn(config_path: str, overrides: list[str]) -> dict[str, Any]:
         here = list(notes.values())[-1]
         here["batches"].append(list(batches))
         report = step(self, batches)
-        parts = {name: distributed.all_reduce_(v.clone()) for name, v in report.parts.items()}
+        parts = {name: collectives.all_reduce_(v.clone()) for name, v in report.parts.items()}
         here["parts"].append({name: float(value) for name, value in parts.items()})
         return report
 

@@ -179,14 +179,3 @@ def test_a_sharded_student_is_really_sharded(workers, folder, tmp_path):
 
     whole = sum(tensor.numel() for tensor in shares[0]["initial"].values())
     assert all(share["local_elements"] <= 0.51 * whole for share in shares)
-
-
-def test_every_rank_learns_of_an_error_on_one_rank(workers):
-    assert workers(2).run("different_rank_errors") == ["rank 1 has no such file"] * 2
-
-
-@pytest.mark.parametrize("failing", [0, 1])
-def test_an_error_of_one_rank_keeps_the_others_from_going_on(workers, failing):
-    said = workers(2).run("main_first_errors", failing)
-
-    assert said == [f"rank {failing} cannot read it"] * 2

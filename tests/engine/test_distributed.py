@@ -3,6 +3,7 @@ import os
 import pytest
 
 from megakd.engine import distributed
+from megakd.engine.collectives import backend_for, reports_lost_peer
 from megakd.errors import MegakdError, PeerLostError
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -87,13 +88,13 @@ def test_a_collective_whose_other_end_is_gone_is_one_line(monkeypatch):
 
     with (
         pytest.raises(PeerLostError, match="rank 3 ends because another rank has ended"),
-        distributed.reports_lost_peer(),
+        reports_lost_peer(),
     ):
         raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:4711")
 
 
 def test_another_failure_of_the_same_type_is_shown_as_it_is():
-    with pytest.raises(RuntimeError, match="shape"), distributed.reports_lost_peer():
+    with pytest.raises(RuntimeError, match="shape"), reports_lost_peer():
         raise RuntimeError("wrong shape")
 
 
@@ -116,3 +117,53 @@ def test_an_older_slurm_gives_the_tasks_that_were_asked_for(monkeypatch):
     slurm_step(monkeypatch, SLURM_NTASKS_PER_NODE="2")
 
     assert distributed._local_world() == 2
+
+
+def test_a_gpu_has_a_backend_of_its_own_and_one_for_the_cpu():
+    assert backend_for("cuda", "nccl") == "cpu:gloo,cuda:nccl"
+    assert backend_for("cpu", "gloo") == "gloo"
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Threads that a start sets, with 8 of the host's 64 cores allowed and 4 ranks."""
+    found = []
+    monkeypatch.setattr(distributed.torch, "set_num_threads", found.append)
+    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(distributed.os, "cpu_count", lambda: 64)
+    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    return found
+
+
+def test_ranks_share_the_cores_that_they_may_use_and_not_those_of_the_host(threads):
+    distributed._share_cores()
+
+    assert threads == [2]
+
+
+def test_a_task_of_srun_uses_the_cores_of_its_own(threads, monkeypatch):
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
+
+    distributed._share_cores()
+
+    assert threads == [6]
+
+
+def test_a_number_of_threads_that_the_user_sets_is_left(threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    distributed._share_cores()
+
+    assert threads == []
+
+
+def test_the_one_thread_that_torchrun_sets_is_raised(threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+
+    distributed._share_cores()
+
+    assert threads == [2]

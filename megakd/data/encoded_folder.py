@@ -1,0 +1,163 @@
+"""Folders of encoded data: shards of token numbers, the tokenizer, and a manifest.
+
+`megakd encode` writes a folder shard by shard, and goes on after the last whole shard when it was
+stopped. A run with `task.encoded` maps the shards into memory and reads no text. The rows are those
+that a run encodes by itself, with the same key.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import concatenate_datasets
+
+from megakd.config.run import TokenizerConfig
+from megakd.data.cache import read_rows
+from megakd.data.encoded_keys import VERSION, tokenizer_content
+from megakd.data.encoding import Encoded
+from megakd.data.splits import Splits
+from megakd.errors import DataError
+from megakd.storage.built_once import CHECKED_BYTES
+from megakd.storage.checksums import damage_of, read_signed
+from megakd.storage.fingerprint import Fingerprint, as_read_back, differences, flatten
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from megakd.config.run import TaskConfig
+
+FORMAT = 1
+MANIFEST, PROGRESS, TOKENIZER = "manifest.json", "progress.json", "tokenizer"
+SETS = "sets"
+"""Prefix of the evaluation sets among the names of the rows: `sets/NAME`."""
+# Keys of `task` on which the rows do not depend, or which have facts of their own.
+_FREE = ("encoded", "tokenizer", "mlm_probability", "streaming")
+Record = Mapping[str, Any]
+
+
+def facts_of(task: TaskConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Fingerprint:
+    """Return what the rows of a folder depend on, besides the texts.
+
+    Args:
+        task: the task; the keys that choose and shape the rows are facts.
+        tokenizer: the tokenizer of the data.
+        seed: seed of the run; a fact only if it chooses the labels to keep.
+    """
+    facts: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "task": {k: str(v) if k == "data_dir" else v for k, v in asdict(task).items()},
+        "tokenizer": {"tokens": len(tokenizer), "content": tokenizer_content(tokenizer)[:16]},
+    }
+    if isinstance(task.tokenizer, TokenizerConfig):
+        facts["tokenizer"]["recipe"] = asdict(task.tokenizer)
+    for key in _FREE:
+        del facts["task"][key]
+    if task.labelled_examples is not None:
+        facts["seed"] = seed
+    return as_read_back(flatten(facts))
+
+
+def read_manifest(folder: Path, *, where: str = "task.encoded") -> Record:
+    """Return the manifest of a finished folder.
+
+    Raises:
+        DataError: the folder does not exist here, is not finished, or is damaged.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            f"{where}: {folder} does not exist on {socket.gethostname()}; write it with `megakd "
+            "encode`, copy it to every node, or give a folder that all nodes share"
+        )
+    if not (folder / MANIFEST).is_file():
+        unfinished = (folder / PROGRESS).is_file()
+        state = "is not finished; start" if unfinished else "holds no encoded data; write it with"
+        raise DataError(f"{where}: {folder} {state} `megakd encode`")
+    try:
+        manifest = read_signed(folder / MANIFEST)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{where}: {folder / MANIFEST} cannot be read ({error})") from error
+    if manifest["facts"]["format"] != FORMAT:
+        raise DataError(
+            f"{where}: {folder} has format {manifest['facts']['format']}, and this version of "
+            f"megakd reads format {FORMAT}; encode the data again"
+        )
+    return manifest
+
+
+def open_splits(folder: Path) -> Splits:
+    """Return the rows of a folder, memory-mapped: token numbers and labels, without texts.
+
+    Raises:
+        DataError: the folder does not exist here, is not finished, or is damaged.
+    """
+    manifest = read_manifest(folder)
+    _check_files(folder, manifest)
+    rows = {name: _mapped(folder, shards) for name, shards in manifest["shards"].items()}
+    sets = {n.removeprefix(f"{SETS}/"): r for n, r in rows.items() if n.startswith(f"{SETS}/")}
+    return Splits(
+        train=rows["train"],
+        validation=rows["validation"],
+        test=rows.get("test"),
+        label_names=tuple(manifest["label_names"]),
+        metrics=tuple(manifest["metrics"]),
+        content_hash=manifest["content_hash"],
+        evaluation_sets=sets,
+        sets_hash=manifest["sets_hash"],
+        is_cut=manifest["is_cut"],
+    )
+
+
+def as_encoded(folder: Path, splits: Splits, facts: Fingerprint) -> Encoded:
+    """Return the rows of `open_splits` as the encoded rows of a run.
+
+    Raises:
+        DataError: the rows were encoded with another tokenizer or with other settings.
+    """
+    manifest = read_manifest(folder)
+    differing = differences(manifest["facts"], facts)
+    if differing:
+        raise DataError(
+            f"task.encoded: {folder} was encoded with other settings ({differing}); encode again "
+            "with this config into another folder, or use the settings of the folder"
+        )
+    train = manifest["shards"]["train"]
+    return Encoded(
+        train=splits.train,
+        validation=splits.validation,
+        test=splits.test,
+        content_hash=manifest["keys"]["key"],
+        tokens_per_row=sum(s["tokens"] for s in train) / sum(s["rows"] for s in train),
+        evaluation_sets=splits.evaluation_sets,
+    )
+
+
+def _check_files(folder: Path, manifest: Record) -> None:
+    """Compare the sizes of all files, and the checksums if the files are small."""
+    entries = {s["file"]: s for shards in manifest["shards"].values() for s in shards if s["rows"]}
+    small = sum(entry["size"] for entry in entries.values()) <= CHECKED_BYTES
+    found = damage_of(folder, entries) if small else _wrong_size(folder, entries)
+    if found is not None:
+        raise DataError(
+            f"task.encoded: {folder} is damaged: {found}; copy the folder again, or remove it and "
+            "encode the data again"
+        )
+
+
+def _wrong_size(folder: Path, entries: Mapping[str, Record]) -> str | None:
+    for name, entry in entries.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else 0
+        if size != entry["size"]:
+            return f"{name} has {size} bytes, {entry['size']} were written"
+    return None
+
+
+def _mapped(folder: Path, shards: list[Record]) -> Dataset:
+    files = [read_rows(folder / shard["file"]) for shard in shards if shard["rows"]]
+    return files[0] if len(files) == 1 else concatenate_datasets(files)

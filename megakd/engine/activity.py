@@ -1,0 +1,85 @@
+"""The activity of every rank, for the message of a rank that has waited too long for the others.
+
+The activities change a few times per evaluation or save, never per step. They are kept in the
+store of the process group, where a rank can read them without the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+_PREFIX = "megakd/activity"
+_current: list[str] = ["starting"]
+_limit: list[float] = []
+
+
+def begin(limit_s: float) -> None:
+    """Forget the activities of an earlier run, and record the limit of its collectives."""
+    _current[:] = ["starting"]
+    _limit[:] = [limit_s]
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Name the activity of this rank in the body, such as `scoring stage student`."""
+    _current.append(what)
+    _publish()
+    try:
+        yield
+    except RuntimeError:
+        raise  # of a collective: the message names the activity
+    except BaseException:
+        _current.pop()
+        raise
+    _current.pop()
+    _publish()
+
+
+def _publish() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        record = json.dumps([_current[-1], time.time()])
+        _store().set(f"{_PREFIX}/{dist.get_rank()}", record)
+
+
+def too_long() -> str:
+    """Return the message of a rank whose collective has reached the limit."""
+    rank = os.environ.get("RANK", "0")
+    waited = f"{_limit[0]:g} s" if _limit else "too long"
+    return (
+        f"rank {rank} has waited {waited} for the other ranks (train.collective_timeout) while "
+        f"{_current[-1]}; {_others()}. If that work may take so long, raise "
+        "train.collective_timeout; otherwise see the output of the other ranks"
+    )
+
+
+def _others() -> str:
+    found = {rank: _of(rank) for rank in range(dist.get_world_size()) if rank != dist.get_rank()}
+    told = [
+        f"rank {rank} was {record[0]}, begun {max(0.0, time.time() - record[1]):.0f} s ago"
+        for rank, record in found.items()
+        if record is not None and record[0] != _current[-1]
+    ]
+    # With many ranks, those that do something else are the interesting ones.
+    return ", ".join(told[:8]) or "all other ranks were doing the same"
+
+
+def _of(rank: int) -> Any:
+    """Return a rank's activity and its time; None if the rank has told none or is gone."""
+    key = f"{_PREFIX}/{rank}"
+    try:
+        store = _store()
+        return json.loads(store.get(key)) if store.check([key]) else None
+    except RuntimeError:  # the store ends with rank 0
+        return None
+
+
+def _store() -> Any:
+    return distributed_c10d._get_default_store()  # noqa: SLF001 - the only store all ranks share

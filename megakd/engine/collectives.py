@@ -1,0 +1,209 @@
+"""Collectives: sums of tensors from any device, and Python objects, of all ranks of a run.
+
+Tensors go through the default process group, with the limit of `train.collective_timeout`: the
+ranks compute the same, so that none waits long. Python objects go through a group of their own on
+the CPU, where ranks wait hours for a rank that reads, encodes or writes files.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megakd.engine import activity
+from megakd.errors import CollectiveTimeoutError, MegakdError, PeerLostError
+
+T = TypeVar("T")
+WORK_LIMIT = timedelta(hours=24)
+"""How long ranks wait for the work of another rank; a rank that dies ends the wait at once."""
+_GROUPS: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+"""The group for objects, by the default group."""
+# Parts of error messages of gloo, of its sockets, and of NCCL.
+_PEER_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+)
+_TIMED_OUT = ("Timed out waiting", "collective operation timeout")
+
+
+def backend_for(device: str, own: str) -> str:
+    """Return the backends of the default process group.
+
+    Args:
+        device: type of the accelerator's devices: `cpu`, `cuda`.
+        own: backend of the accelerator, such as `nccl`.
+    """
+    return own if device == "cpu" else f"cpu:gloo,{device}:{own}"
+
+
+def all_reduce_(tensor: torch.Tensor, *, largest: bool = False) -> torch.Tensor:
+    """Reduce a tensor of any device over the ranks in place: the sum, or the maximum."""
+    if dist.get_world_size() == 1:
+        return tensor
+    known = {device.type for device in _default_group()._device_types}  # noqa: SLF001
+    # A group that somebody else has started may have no backend for the CPU.
+    group = None if not known or tensor.device.type in known else _object_group()
+    operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+    dist.all_reduce(tensor, op=operation, group=group)
+    return tensor
+
+
+def agree(value: T) -> T:
+    """Return rank 0's value on every rank, for values that decide control flow; a collective."""
+    if dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_object_group())
+    return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """Return the values of all ranks, by rank; a collective."""
+    if dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_object_group())
+    return values
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0, and return its result or raise its error on every rank.
+
+    Raises:
+        MegakdError: the error of rank 0, on all ranks, so that no rank waits for another rank.
+    """
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if dist.get_rank() == 0:
+        try:
+            outcome = (action(), None)
+        except (MegakdError, OSError) as error:
+            outcome = (None, error)
+    result, error = agree(outcome)
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def main_first(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0, then on the other ranks, which can reuse the files of rank 0.
+
+    Raises:
+        MegakdError: the error of the first rank that failed, on all ranks.
+    """
+    first: T | None = None
+
+    def run() -> None:
+        nonlocal first
+        first = action()
+
+    on_main(run)
+    return together(lambda: first if dist.get_rank() == 0 else action())  # type: ignore[return-value]
+
+
+def once_per_node(action: Callable[[], T], *, place: str) -> T:
+    """Run `action` on rank 0 and, where its files are missing, on the first rank of each node.
+
+    All other ranks get the pickled result of the first rank of their node. The pickle of a
+    memory-mapped data set contains the paths of the files, not the rows.
+
+    Args:
+        action: function that writes files, or finds the files, and returns what maps the files.
+        place: folder of the files; ranks of one host with different folders are different nodes.
+
+    Raises:
+        MegakdError: the error of the first rank that failed, on all ranks.
+    """
+    if dist.get_world_size() == 1:
+        return action()
+    own: list[T] = []  # the result on a rank that ran `action`
+
+    def pickled() -> bytes:
+        own.append(action())
+        return pickle.dumps(own[0])
+
+    made = on_main(pickled)
+    nodes = gather((socket.gethostname(), place))
+    first = nodes.index(nodes[dist.get_rank()])  # the first rank of this node
+    is_first = first == dist.get_rank()
+    # The files of rank 0 are there on its own node, and on every node that shares the folder.
+    lacks = together(lambda: is_first and not own and not _can_open(made))
+    filled = gather(together(pickled if lacks else bytes))
+    return together(lambda: own[0] if own else pickle.loads(filled[first] or made))  # noqa: S301
+
+
+def _can_open(made: bytes) -> bool:
+    try:
+        pickle.loads(made)  # noqa: S301 - from rank 0 of this run
+    except OSError:
+        return False
+    return True
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run `action`, which has no collectives, on every rank; raise on all ranks if one fails.
+
+    Raises:
+        MegakdError: the error of the first rank that failed.
+    """
+    result: T | None = None
+    error: Exception | None = None
+    try:
+        result = action()
+    except (MegakdError, OSError) as raised:
+        error = raised
+    errors = gather(error)
+    first = next((e for e in errors if e is not None), None)
+    if first is not None:
+        raise first
+    return result  # type: ignore[return-value]
+
+
+def _default_group() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    if group is None:
+        raise RuntimeError("no process group has been started")
+    return group
+
+
+def _object_group() -> dist.ProcessGroup:
+    """Return the group for objects; its first use is a collective."""
+    world = _default_group()
+    if world not in _GROUPS:
+        group = dist.new_group(backend="gloo", timeout=WORK_LIMIT)
+        assert isinstance(group, dist.ProcessGroup)  # noqa: S101 - every rank is a member
+        _GROUPS.clear()  # of a default group that has ended
+        _GROUPS[world] = group
+    return _GROUPS[world]
+
+
+@contextmanager
+def reports_lost_peer() -> Iterator[None]:
+    """Convert the error of a collective that another rank has left into a one-line error.
+
+    Raises:
+        PeerLostError: another rank has ended.
+        CollectiveTimeoutError: another rank did not join within `train.collective_timeout`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error)
+        if any(words in said for words in _TIMED_OUT):
+            raise CollectiveTimeoutError(activity.too_long()) from error
+        reason = next((words for words in _PEER_LOST if words in said), None)
+        if reason is None:
+            raise
+        raise PeerLostError(
+            f"rank {os.environ.get('RANK', '0')} ends because another rank has ended ({reason}); "
+            "see the output of that rank or of its launcher"
+        ) from error

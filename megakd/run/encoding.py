@@ -1,0 +1,53 @@
+"""`megakd encode`: the data of a run as token numbers in a folder, before the run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from megakd.data.encode_shards import write_encoded
+from megakd.data.encoded_folder import facts_of
+from megakd.engine.collectives import on_main
+from megakd.errors import ConfigError
+from megakd.run.main import started
+from megakd.run.writable import check_writable
+from megakd.training.inputs import check_run, unencoded_inputs
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from megakd.config.run import RunConfig
+
+
+def encode_run(config: RunConfig, folder: Path | None) -> Path:
+    """Encode the data of a run into a folder that `task.encoded` of the run can name.
+
+    Only rank 0 works. A call that was stopped goes on after its last whole shard, and a finished
+    folder with the same data is left as it is.
+
+    Args:
+        config: the config of the run.
+        folder: the folder; None takes `task.encoded`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: no folder is given, or the method needs the texts.
+        MegakdError: the input is invalid, or the folder holds other data or cannot be written.
+    """
+    target = folder or config.task.encoded
+    if target is None:
+        raise ConfigError("--to is missing; give the folder for the encoded data")
+    if config.task.streaming or config.method.own_vocabulary is not None:
+        key = "task.streaming" if config.task.streaming else "method.student_vocabulary"
+        raise ConfigError(f"{key}: a run with this key reads the texts, and no encoded data")
+    check_writable(target, where="--to")
+    task = replace(config.task, encoded=None)
+    config = replace(config, task=task)
+    with started(config):
+        found = unencoded_inputs(config)
+        check_run(config, found)
+        facts = facts_of(task, found.tokenizer, seed=config.seed)
+        on_main(lambda: write_encoded(target, found.splits, found.tokenizer, task, facts=facts))
+    return target

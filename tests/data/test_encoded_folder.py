@@ -1,0 +1,220 @@
+"""Folders of encoded data: the rows of a run, resumed shard by shard, refused with a reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_runs import reviews, write_jsonl
+
+from megakd.config.run import TaskConfig, TokenizerConfig
+from megakd.data import encode_shards, encoded_folder
+from megakd.data.encode_shards import write_encoded
+from megakd.data.encoded_folder import MANIFEST, as_encoded, facts_of, open_splits
+from megakd.data.encoding import encode_splits
+from megakd.data.splits import load_splits
+from megakd.data.tokenizers import load_tokenizer
+from megakd.errors import DataError
+
+TYPES = ("classification", "mlm", "causal_lm")
+
+
+class Data:
+    """The data of a run, loaded and encoded by the run itself and by way of a folder."""
+
+    def __init__(self, folder, kind, count=57, **keys):
+        write_jsonl(folder / "rows.jsonl", reviews(count, "train"))
+        write_jsonl(folder / "more.jsonl", reviews(9, "more"))
+        self.cache, self.folder = folder / "cache", folder / "encoded"
+        names = {"dataset": str(folder / "rows.jsonl"), "text_columns": ("text",)}
+        sets = {"more": str(folder / "more.jsonl")}
+        recipe = TokenizerConfig(type="bpe" if kind == "causal_lm" else "wordpiece", vocab_size=300)
+        base = {"max_length": 16, "tokenizer": recipe, "evaluation_sets": sets, **names}
+        self.task = TaskConfig(**{"type": kind, **base, **keys})
+        self.splits = load_splits(self.task, seed=1, cache_dir=self.cache)
+        self.tokenizer = load_tokenizer(
+            self.task, self.splits, model_folders=[], cache_dir=self.cache
+        )
+
+    def facts(self, **changes):
+        task = dataclasses.replace(self.task, **changes)
+        return facts_of(task, self.tokenizer, seed=1)
+
+    def write(self, **changes):
+        facts = self.facts(**changes)
+        write_encoded(self.folder, self.splits, self.tokenizer, self.task, facts=facts)
+
+    def by_the_run(self):
+        return encode_splits(self.splits, self.tokenizer, self.task, cache_dir=self.cache)
+
+    def from_folder(self, **changes):
+        return as_encoded(self.folder, open_splits(self.folder), self.facts(**changes))
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Shards of ten texts."""
+    monkeypatch.setattr(encode_shards, "TEXTS_PER_SHARD", 10)
+
+
+def plain(encoded):
+    """All rows of encoded data as Python values."""
+    sets = {name: rows.to_dict() for name, rows in encoded.evaluation_sets.items()}
+    return {"train": encoded.train.to_dict(), "held": encoded.validation.to_dict(), **sets}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.usefixtures("small_shards")
+def test_the_folder_has_the_rows_and_the_key_of_the_run(tmp_path, kind):
+    data = Data(tmp_path, kind)
+    data.write()
+
+    found, expected = data.from_folder(), data.by_the_run()
+
+    assert plain(found) == plain(expected)
+    assert found.content_hash == expected.content_hash
+    assert found.tokens_per_row == expected.tokens_per_row
+    assert len(list(data.folder.glob("train-*.arrow"))) > 2
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.usefixtures("small_shards")
+def test_a_stopped_call_goes_on_after_its_last_whole_shard(tmp_path, monkeypatch, kind):
+    data = Data(tmp_path, kind)
+    written, write_tables = [], encode_shards.write_tables
+
+    def stop_in_third(path, tables):
+        if len(written) == 2:
+            path.write_bytes(b"half a shard")
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write_tables(path, tables)
+
+    monkeypatch.setattr(encode_shards, "write_tables", stop_in_third)
+    with pytest.raises(KeyboardInterrupt):
+        data.write()
+    with pytest.raises(DataError, match=r"is not finished; start `megakd encode`"):
+        data.from_folder()
+    again = []
+    monkeypatch.setattr(
+        encode_shards, "write_tables", lambda p, t: (again.append(p.name), write_tables(p, t))
+    )
+
+    data.write()
+
+    assert plain(data.from_folder()) == plain(data.by_the_run())
+    assert not set(written) & set(again)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_finished_folder_is_left_as_it_is(tmp_path):
+    data = Data(tmp_path, "mlm")
+    data.write()
+    before = {f.name: f.stat().st_mtime_ns for f in data.folder.iterdir()}
+
+    data.write()
+
+    assert {f.name: f.stat().st_mtime_ns for f in data.folder.iterdir()} == before
+
+
+def test_another_setting_is_refused_with_both_values(tmp_path):
+    data = Data(tmp_path, "classification")
+    data.write()
+
+    with pytest.raises(DataError, match=r"task.max_length: 16 there, 32 here"):
+        data.from_folder(max_length=32)
+    with pytest.raises(DataError, match=r"task.max_length: 16 there, 32 here.*another folder"):
+        data.write(max_length=32)
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    data = Data(tmp_path, "mlm")
+    data.write()
+    data.tokenizer.add_tokens(["another"])
+
+    with pytest.raises(DataError, match=r"tokenizer.tokens: \d+ there, \d+ here"):
+        data.from_folder()
+
+
+def test_the_seed_counts_only_if_it_chooses_labels(tmp_path):
+    data = Data(tmp_path, "classification")
+    fewer = dataclasses.replace(data.task, labelled_examples=10)
+
+    def fact(task, seed):
+        return facts_of(task, data.tokenizer, seed=seed)
+
+    assert fact(data.task, 1) == fact(data.task, 2)
+    assert fact(fewer, 1) != fact(fewer, 2)
+
+
+def test_other_texts_are_refused_when_they_are_encoded_into_the_folder(tmp_path):
+    data = Data(tmp_path, "classification")
+    data.write()
+    shutil.rmtree(data.cache)
+
+    with pytest.raises(DataError, match=r"holds data of other settings or texts \(.*key: "):
+        Data(tmp_path, "classification", count=80).write()
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_another_version_and_a_damaged_file_are_refused(tmp_path, monkeypatch):
+    data = Data(tmp_path, "classification")
+    data.write()
+    shard = next(data.folder.glob("train-00001-*"))
+    whole = shard.read_bytes()
+
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(DataError, match=rf"is damaged: {shard.name} has {len(whole) - 1} bytes"):
+        data.from_folder()
+    shard.write_bytes(whole[:-1] + b"x")
+    with pytest.raises(DataError, match=rf"is damaged: the checksum of {shard.name} differs"):
+        data.from_folder()
+    shard.write_bytes(whole)
+    monkeypatch.setattr(encoded_folder, "FORMAT", 2)
+    with pytest.raises(DataError, match=r"has format 1, and this version of megakd reads format 2"):
+        data.from_folder()
+
+
+def test_a_folder_that_is_not_there_names_the_host(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoded_folder.socket, "gethostname", lambda: "node-7")
+
+    with pytest.raises(DataError, match=r"nowhere does not exist on node-7; write it with"):
+        open_splits(tmp_path / "nowhere")
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    data = Data(tmp_path, "classification")
+    data.folder.mkdir()
+    (data.folder / "thesis.tex").write_text("mine")
+
+    with pytest.raises(DataError, match=r"holds other files \(thesis.tex\); give an empty folder"):
+        data.write()
+    assert not (data.folder / MANIFEST).exists()
+
+
+def test_a_changed_manifest_is_refused(tmp_path):
+    data = Data(tmp_path, "classification")
+    data.write()
+    manifest = json.loads((data.folder / MANIFEST).read_text())
+    manifest["label_names"] = ["x", "y"]
+    (data.folder / MANIFEST).write_text(json.dumps(manifest))
+
+    with pytest.raises(DataError, match=r"manifest.json cannot be read \(its checksum differs\)"):
+        open_splits(data.folder)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(count=st.integers(5, 40), shard=st.integers(1, 12), length=st.integers(2, 40))
+def test_packed_rows_do_not_depend_on_the_size_of_the_shards(
+    tmp_path_factory, count, shard, length
+):
+    data = Data(tmp_path_factory.mktemp("data"), "causal_lm", count, max_length=length)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode_shards, "TEXTS_PER_SHARD", shard)
+        data.write()
+
+    assert plain(data.from_folder()) == plain(data.by_the_run())

@@ -1,0 +1,87 @@
+"""What gloo ranks do in `test_collectives.py`, each returning what a test looks at."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from megakd.config.file import load_config
+from megakd.engine import collectives, distributed
+from megakd.errors import DataError
+from megakd.training.inputs import prepare
+
+
+def different_rank_errors() -> str:
+    """Rank 1 alone fails; every rank must learn of it instead of waiting."""
+
+    def action():
+        if distributed.ranks().rank == 1:
+            raise DataError("rank 1 has no such file")
+
+    try:
+        collectives.together(action)
+    except DataError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def main_first_errors(failing: int) -> str:
+    """One rank alone fails inside `main_first`; the others must not go on."""
+
+    def action():
+        if distributed.ranks().rank == failing:
+            raise DataError(f"rank {failing} cannot read it")
+        return "went on"
+
+    try:
+        return collectives.main_first(action)
+    except DataError as error:
+        return str(error)
+
+
+def rows_of_node(folders: list[str], failing: int | None = None) -> dict[str, object]:
+    """Make rows once per node, in this rank's folder."""
+    rank = distributed.ranks().rank
+    ran = []
+
+    def action() -> Dataset:
+        ran.append(rank)
+        if rank == failing:
+            raise DataError(f"rank {rank} cannot read it")
+        path = Path(folders[rank]) / "rows"
+        Dataset.from_dict({"number": [rank, 10, 20]}).save_to_disk(str(path))
+        return Dataset.load_from_disk(str(path)).select([0, 2])
+
+    try:
+        rows = collectives.once_per_node(action, place=folders[rank])
+    except DataError as error:
+        return {"ran": ran, "said": str(error)}
+    files = [entry["filename"] for entry in rows.cache_files]
+    return {"ran": ran, "rows": list(rows["number"]), "files": files}
+
+
+def rows_of_separate_node(folders: list[str], failing: int | None = None) -> dict[str, object]:
+    """Do as `rows_of_node`; no rank sees the disk of another node."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "_can_open", lambda _: False)
+        return rows_of_node(folders, failing)
+
+
+def files_read(config_path: str, folder: str) -> list[str]:
+    """Prepare the inputs of a run, and return the files below a folder that this rank has read."""
+    found: list[str] = []
+    listening = [True]
+
+    def note(event: str, arguments: tuple[object, ...]) -> None:
+        if listening and event == "open" and str(arguments[0]).startswith(folder):
+            found.append(Path(str(arguments[0])).name)
+
+    sys.addaudithook(note)  # cannot be removed
+    try:
+        rows = prepare(load_config(Path(config_path))).encoded.train
+    finally:
+        listening.clear()
+    return [*sorted(set(found)), str(len(rows))]

@@ -1,0 +1,88 @@
+"""Collectives between ranks: errors, rows made once per node, limits, and tensors on the CPU."""
+
+from pathlib import Path
+
+import pytest
+from tiny_runs import config_tree, write_config, write_reviews
+
+PROGRAM = Path(__file__).with_name("collective_ranks.py")
+
+
+def test_every_rank_learns_of_an_error_on_one_rank(workers):
+    said = workers(2).run("collective_cases.different_rank_errors")
+
+    assert said == ["rank 1 has no such file"] * 2
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_one_rank_keeps_the_others_from_going_on(workers, failing):
+    said = workers(2).run("collective_cases.main_first_errors", failing)
+
+    assert said == [f"rank {failing} cannot read it"] * 2
+
+
+def test_one_rank_of_a_node_makes_the_rows_and_the_others_map_its_files(workers, tmp_path):
+    first, second = workers(2).run("collective_cases.rows_of_node", [str(tmp_path)] * 2)
+
+    assert (first["ran"], second["ran"]) == ([0], [])
+    assert first["rows"] == second["rows"] == [0, 20]
+    assert second["files"] == first["files"]
+
+
+def test_a_node_that_sees_the_files_of_rank_0_makes_none(workers, tmp_path):
+    places = [str(tmp_path / "a"), str(tmp_path / "b")]
+
+    first, second = workers(2).run("collective_cases.rows_of_node", places)
+
+    assert (first["ran"], second["ran"]) == ([0], [])
+    assert second["rows"] == first["rows"]
+
+
+def test_a_node_that_does_not_see_the_files_of_rank_0_makes_its_own(workers, tmp_path):
+    places = [str(tmp_path / "a"), str(tmp_path / "b")]
+
+    first, second = workers(2).run("collective_cases.rows_of_separate_node", places)
+
+    assert (first["ran"], second["ran"]) == ([0], [1])
+    assert (first["rows"], second["rows"]) == ([0, 20], [1, 20])
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_node_that_cannot_make_its_rows_ends_all_ranks(workers, tmp_path, failing):
+    places = [str(tmp_path / "a"), str(tmp_path / "b")]
+
+    found = workers(2).run("collective_cases.rows_of_separate_node", places, failing)
+
+    assert [answer["said"] for answer in found] == [f"rank {failing} cannot read it"] * 2
+
+
+def test_only_one_rank_of_a_node_reads_the_texts(workers, tmp_path):
+    task = {"type": "classification", "dataset": str(write_reviews(tmp_path / "texts"))}
+    config = write_config(tmp_path / "run.yaml", config_tree(tmp_path / "out", task))
+
+    first, second = workers(2).run(
+        "collective_cases.files_read", str(config), str(tmp_path / "texts")
+    )
+
+    assert first == ["train.jsonl", "validation.jsonl", "64"]
+    assert second == ["64"]
+
+
+def test_a_rank_that_waits_too_long_says_who_is_doing_what(launch):
+    ranks = launch("late", program=PROGRAM)
+
+    assert ranks.wait() == [0, 0], ranks.text
+    assert "rank 1 has waited 2 s for the other ranks (train.collective_timeout)" in ranks.text
+    assert "while training stage student; rank 0 was saving step 5, begun " in ranks.text
+
+
+def test_a_wait_for_the_work_of_rank_0_may_exceed_the_limit(launch):
+    ranks = launch("work", program=PROGRAM)
+
+    assert ranks.wait() == [0, 0], ranks.text
+
+
+def test_a_tensor_on_the_cpu_is_reduced_by_a_group_without_a_backend_for_it(launch):
+    ranks = launch("accelerators", program=PROGRAM)
+
+    assert ranks.wait() == [0, 0], ranks.text

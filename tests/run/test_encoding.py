@@ -1,0 +1,110 @@
+"""`megakd encode`, and runs that read its folder instead of the texts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from tiny_runs import config_tree, write_config, write_reviews
+
+TASKS = ("classification", "mlm", "causal_lm")
+
+
+@pytest.fixture
+def texts(tmp_path):
+    return write_reviews(tmp_path / "texts")
+
+
+def config_of(folder, texts, kind="classification", **keys):
+    task = {"type": kind, "dataset": str(texts), "text_columns": ["text"], **keys}
+    return write_config(folder / "run.yaml", config_tree(folder / "out", task))
+
+
+def outcome(config):
+    """The bytes of the student's weights, and its metrics."""
+    out = config.parent / "out"
+    report = json.loads((out / "report.json").read_text())
+    return (out / "final/model.safetensors").read_bytes(), report["student"]["metrics"]
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_run_on_the_folder_gives_the_weights_of_a_run_on_the_texts(
+    one_rank, tmp_path, texts, kind, monkeypatch
+):
+    plain = config_of(tmp_path / "plain", texts, kind)
+    other = config_of(tmp_path / "other", texts, kind)
+    assert one_rank.train("--config", plain).code == 0
+    encoded = tmp_path / "encoded"
+
+    said = one_rank.megakd("encode", other, "--to", encoded)
+
+    assert said.code == 0, said.err
+    assert said.out == f"the run reads the encoded data with task.encoded={encoded}\n"
+    shutil.rmtree(texts)
+    said = one_rank.train("--config", other, f"task.encoded={encoded}")
+    assert said.code == 0, said.err
+    weights = [
+        (tmp_path / n / "out/final/model.safetensors").read_bytes() for n in ("plain", "other")
+    ]
+    assert weights[0] == weights[1]
+    reports = [
+        json.loads((tmp_path / n / "out/report.json").read_text()) for n in ("plain", "other")
+    ]
+    assert reports[0]["student"]["metrics"] == reports[1]["student"]["metrics"]
+
+
+def test_a_run_that_began_with_the_texts_goes_on_with_the_folder(one_rank, tmp_path, texts):
+    config = config_of(tmp_path, texts)
+    one_rank.train("--config", config, stop_at=("student", 2))
+    assert one_rank.megakd("encode", config, "--to", tmp_path / "encoded").code == 0
+
+    said = one_rank.train("--config", config, f"task.encoded={tmp_path / 'encoded'}")
+
+    assert said.code == 0, said.err
+    assert "student: resumed at step 3" in said.err
+
+
+def test_no_folder_is_refused(one_rank, tmp_path, texts):
+    said = one_rank.megakd("encode", config_of(tmp_path, texts))
+
+    assert said.code == 2
+    assert "--to is missing; give the folder for the encoded data" in said.err
+
+
+def test_another_length_than_the_folders_is_refused_before_a_model_is_loaded(
+    one_rank, tmp_path, texts
+):
+    config = config_of(tmp_path, texts)
+    assert one_rank.megakd("encode", config, "--to", tmp_path / "encoded").code == 0
+
+    said = one_rank.train(
+        "--config", config, f"task.encoded={tmp_path / 'encoded'}", "task.max_length=12"
+    )
+
+    assert said.code == 2
+    assert "was encoded with other settings (task.max_length: 16 there, 12 here)" in said.err
+    assert not said.loaded
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ("task.type=mlm", "task.streaming=true", "task.max_eval_examples=5"),
+            "task.encoded: cannot be combined with task.streaming",
+        ),
+        (
+            ("method.name=mixed_vocabulary", "task.type=mlm", "teacher.model=x"),
+            "task.encoded: method mixed_vocabulary trains a vocabulary on the texts",
+        ),
+    ],
+    ids=["stream", "vocabulary"],
+)
+def test_a_run_that_needs_the_texts_is_refused(one_rank, tmp_path, texts, settings, message):
+    config = config_of(tmp_path, texts)
+
+    said = one_rank.train("--config", config, f"task.encoded={tmp_path}", *settings)
+
+    assert said.code == 2
+    assert message in said.err
