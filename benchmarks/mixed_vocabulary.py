@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 STUDENTS = "students"
 PRETRAINED = Path("runs/bench/homodistil/teacher/final")
 CHOSEN = ("sst2", "banking77")
-OF_TRAINING = {"steps": int, "rate": float, "task_steps": int}
+OF_TRAINING = {"steps": int, "rate": float, "task_steps": int, "task_rate": float}
 OF_STUDENT = {
     "layers": int,
     "width": int,
@@ -152,7 +152,7 @@ def student_legs(given: argparse.Namespace) -> list[Leg]:
         leg_of(given.out, f"{name}-{seed}", config, (*own, f"seed={seed}"))
         for seed in given.seeds
         for name, config, own in (
-            *((arm, STUDENTS, arm_overrides(arm, given.student)) for arm in ARMS),
+            *((arm, STUDENTS, arm_overrides(arm, given.student)) for arm in given.arms),
             (LARGE, LARGE, ()),
         )
     ]
@@ -169,10 +169,11 @@ def task_legs(given: argparse.Namespace) -> list[Leg]:
 
 def models(given: argparse.Namespace, seed: int) -> dict[str, Path]:
     """Return the folders of a seed's finished models."""
+    alone = given.out / f"{ALONE}-{seed}"
     return {
         TEACHER: given.teacher,
-        **{name: given.out / f"{name}-{seed}" / "final" for name in (*ARMS, LARGE)},
-        PATIENT_KD: given.out / f"{ALONE}-{seed}" / "stages" / PATIENT_KD,
+        **{name: given.out / f"{name}-{seed}" / "final" for name in (*given.arms, LARGE)},
+        **({PATIENT_KD: alone / "stages" / PATIENT_KD} if ALONE in given.arms else {}),
     }
 
 
@@ -209,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", choices=get_args(Text), default="books")
     parser.add_argument("--teacher", type=Path, help=f"pretrained encoder; default: {PRETRAINED}")
     parser.add_argument("--tasks", type=words_of(TASKS), default=[*CHOSEN], help=f"of {[*TASKS]}")
+    parser.add_argument("--arms", type=words_of(ARMS), default=[*ARMS], help=f"of {[*ARMS]}")
     parser.add_argument("--ranks", type=int, default=2, help=f"of the stage {STUDENTS}")
     parser.add_argument("--jobs", type=int, default=2, help="tasks side by side, of one rank each")
     for name, kind in (OF_TRAINING | OF_STUDENT).items():
