@@ -121,7 +121,8 @@ class Knowledge(NamedTuple):
     hidden: [B, T, D] input of the LM head, or [N, D] if the batch has `targets`; None for a
         classifier.
     head: the LM head; `hidden` and `head` replace logits that are never formed.
-    hidden_states: L + 1 tensors [B, T, D] (0 is the embedding output), or empty.
+    hidden_states: [B, T, D] by layer, 0 being the embedding output; None at layers that were not
+        requested. Empty if no layer was.
     attention: by layer, numbered like hidden states; None at 0 and at layers that were not
         requested.
     top_k: the part of a language model's logits that a cache keeps; replaces `hidden` and `head`.
@@ -131,10 +132,21 @@ class Knowledge(NamedTuple):
     logits: Tensor | None = None
     hidden: Tensor | None = None
     head: Head | None = None
-    hidden_states: tuple[Tensor, ...] = ()
+    hidden_states: tuple[Tensor | None, ...] = ()
     attention: tuple[AttentionVectors | None, ...] = ()
     top_k: TopK | None = None
     second: Knowledge | None = None
+
+    def states(self, layer: int) -> Tensor:
+        """Return the hidden states [B, T, D] of a layer; negative numbers count from the end.
+
+        Raises:
+            TypeError: the layer was not requested.
+        """
+        found = self.hidden_states[layer] if self.hidden_states else None
+        if found is None:
+            raise TypeError(f"the hidden states of layer {layer} were not read")
+        return found
 
     def detached(self) -> Knowledge:
         """Return the outputs detached from the graph."""
@@ -142,7 +154,7 @@ class Knowledge(NamedTuple):
             logits=None if self.logits is None else self.logits.detach(),
             hidden=None if self.hidden is None else self.hidden.detach(),
             head=self.head,
-            hidden_states=tuple(states.detach() for states in self.hidden_states),
+            hidden_states=tuple(None if s is None else s.detach() for s in self.hidden_states),
             attention=tuple(None if one is None else one.detached() for one in self.attention),
             top_k=self.top_k,
             second=None if self.second is None else self.second.detached(),

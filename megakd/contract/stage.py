@@ -325,7 +325,7 @@ class Stage:
         batches; None uses the training rows' batches.
     mixed: by role, the models with a tokenizer of their own, and how they read the training text.
     rates: by role of a learner, the factor of its learning rate; 1 if not listed.
-    reads_states: whether the strategy reads hidden states of both models.
+    reads_states: whether the strategy reads the last hidden states of both models.
     """
 
     name: str

@@ -87,10 +87,9 @@ class FspMatrices(LayerTerm):
     The matrices are learned and kept like the projections of `HiddenStates`.
     """
 
-    needs = Needs(hidden_states=True)
-
     def __init__(self, term: RelationFsp, pairs: Pairs, widths: tuple[int, int]) -> None:
         super().__init__(term.loss, pairs)
+        self.needs = Needs().with_hidden(*(student for student, _ in pairs))
         self.units = {term.loss: "examples"}
         self.projections = Projections(len(pairs), *widths)
 
@@ -98,8 +97,8 @@ class FspMatrices(LayerTerm):
         """Return the sums over rows of all flows."""
         weights = [self.projections.weight(index) for index in range(len(self.projections))]
         return flow_errors(
-            [reading.student.hidden_states[student] for student, _ in self.pairs],
-            [reading.taught.hidden_states[teacher] for _, teacher in self.pairs],
+            [reading.student.states(student) for student, _ in self.pairs],
+            [reading.taught.states(teacher) for _, teacher in self.pairs],
             valid=reading.batch.valid,
             projections=cast("list[Tensor]", weights) or None,
             kernels=reading.kernels,
@@ -113,10 +112,9 @@ class HiddenStates(LayerTerm):
     learned with the student, kept for resuming, and dropped at export.
     """
 
-    needs = Needs(hidden_states=True)
-
     def __init__(self, term: StateTerm, pairs: Pairs, widths: tuple[int, int]) -> None:
         super().__init__(term.loss, pairs)
+        self.needs = Needs().with_hidden(*(student for student, _ in pairs))
         self.loss = (
             megakd_kernels.hidden_cosine_projection_loss
             if isinstance(term, HiddenCosine)
@@ -132,8 +130,8 @@ class HiddenStates(LayerTerm):
         """Return the squared error, or one minus the cosine."""
         student, teacher = self.pairs[index]
         valid = reading.batch.valid
-        ours = reading.student.hidden_states[student]
-        theirs = reading.taught.hidden_states[teacher]
+        ours = reading.student.states(student)
+        theirs = reading.taught.states(teacher)
         if self.first_alone:
             ours, theirs = first_positions(ours, valid), first_positions(theirs, valid)
             valid = valid.any(1)

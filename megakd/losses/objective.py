@@ -62,10 +62,9 @@ class Objective(nn.Module):
         self.counters: dict[Unit, UnitCounter] = dict(COUNTERS)
         for group in groups:
             self.counters |= group.counters
-        layers = {layer for group in groups for layer in group.needs.attention_layers}
         self.needs = Needs(
-            hidden_states=any(g.needs.hidden_states for g in groups),
-            attention_layers=tuple(sorted(layers)),
+            hidden_layers=tuple(sorted({n for g in groups for n in g.needs.hidden_layers})),
+            attention_layers=tuple(sorted({n for g in groups for n in g.needs.attention_layers})),
         )
         self.needs_teacher = any(g.needs_teacher for g in groups)
 
@@ -146,7 +145,7 @@ def build_objective(
     else:
         groups.extend(HardClasses(t) for t in hard)
         groups.extend(SoftClasses(t) for t in soft)
-    groups.extend(PluginLoss(t) for t in terms if isinstance(t, PluginTerm))
+    groups.extend(PluginLoss(t, student.layers) for t in terms if isinstance(t, PluginTerm))
     groups.extend(RegressionScores(t) for t in terms if isinstance(t, HardMse | SoftTargetMse))
     groups.extend(ParameterProjections(t) for t in terms if isinstance(t, ParameterProjection))
     if teacher is not None:
@@ -175,16 +174,19 @@ def _intermediate_groups(
 
 def teacher_needs(terms: Sequence[TermConfig], student: Shape, teacher: Shape) -> Needs:
     """Return the outputs that the terms need from the teacher's forward."""
-    layers = {
-        pair[1]
-        for term in terms
-        if isinstance(term, ATTENTION_TERMS)
-        for pair in layer_pairs(term, student, teacher)
-    }
-    return Needs(
-        hidden_states=any(map(reads_states, terms)),
-        attention_layers=tuple(sorted(layers)),
-    )
+    needs = Needs()
+    for term in terms:
+        if isinstance(term, PluginTerm) and reads_states(term):
+            needs = needs.with_hidden(*range(teacher.layers + 1))
+        if not isinstance(term, INTERMEDIATE_TERMS):
+            continue
+        layers = (layer for _, layer in layer_pairs(term, student, teacher))
+        needs = (
+            needs.with_attention(*layers)
+            if isinstance(term, ATTENTION_TERMS)
+            else needs.with_hidden(*layers)
+        )
+    return needs
 
 
 def check_terms(

@@ -12,13 +12,20 @@ from megakd.models.knowledge import Needs
 
 
 class PluginLoss(TermGroup):
-    """A term whose sum over the unit is computed by another package."""
+    """A term whose sum over the unit is computed by another package.
 
-    def __init__(self, term: PluginTerm) -> None:
+    Args:
+        term: the term.
+        layers: number of layers of the student; the term may read the states of all.
+    """
+
+    def __init__(self, term: PluginTerm, layers: int) -> None:
         super().__init__()
         self.term = term
         self.units = {term.loss: term.unit}
-        self.needs = Needs(hidden_states=term.reads_hidden_states)
+        self.needs = Needs()
+        if term.reads_hidden_states:
+            self.needs = self.needs.with_hidden(*range(layers + 1))
         self.needs_teacher = term.needs_teacher
 
     def forward(self, reading: LossInputs) -> Evaluated:

@@ -34,7 +34,8 @@ class StageLosses:
         """Return the outputs that the losses and the strategy need from the teachers' forward."""
         if self.teacher is None:
             return Needs()
-        return self._with_states(teacher_needs(self.stage.objective, self.student, self.teacher))
+        needs = teacher_needs(self.stage.objective, self.student, self.teacher)
+        return self._with_states(needs, self.teacher)
 
     def check(self) -> None:
         """Check that all terms work with these models.
@@ -72,11 +73,11 @@ class StageLosses:
             MegakdError: a term cannot work with these models.
         """
         made = build_objective(self.stage.objective, self.task, self.student, self.teacher)
-        made.needs = self._with_states(made.needs)
+        made.needs = self._with_states(made.needs, self.student)
         return made
 
-    def _with_states(self, needs: Needs) -> Needs:
-        return needs._replace(hidden_states=needs.hidden_states or self.stage.reads_states)
+    def _with_states(self, needs: Needs, shape: Shape) -> Needs:
+        return needs.with_hidden(shape.layers) if self.stage.reads_states else needs
 
 
 def stage_losses(

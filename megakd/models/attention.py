@@ -35,7 +35,7 @@ class AttentionNotes:
         self._blocks = {i: self._architecture.block_of(model, i) for i in layers}
         attentions = self._architecture.attentions(model.config)
         self._cores = {i: model.get_submodule(attentions[i - 1].core) for i in layers}
-        self._rotary = self._architecture.rotary_of(model)
+        self._rotary = self._architecture.rotary_of(model) if layers else None
         self._seen: dict[nn.Module, Any] = {}
 
     @contextmanager

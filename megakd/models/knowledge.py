@@ -19,6 +19,7 @@ from megakd.models.architectures import architecture_of
 from megakd.models.attention import AttentionNotes
 from megakd.models.elastic_modules import weights_in_view
 from megakd.models.second_vocabulary import SecondHead, second_vocabulary
+from megakd.models.states import StateNotes
 
 LOGITS_AT_ONCE = 1 << 24
 
@@ -26,11 +27,20 @@ LOGITS_AT_ONCE = 1 << 24
 class Needs(NamedTuple):
     """Outputs that the chosen losses need from a model's forward.
 
+    hidden_layers: layers, from 0 for the embedding output, whose hidden states are needed.
     attention_layers: layers, from 1, whose queries, keys and values are needed.
     """
 
-    hidden_states: bool = False
+    hidden_layers: tuple[int, ...] = ()
     attention_layers: tuple[int, ...] = ()
+
+    def with_hidden(self, *layers: int) -> Needs:
+        """Return the needs with the hidden states of further layers."""
+        return self._replace(hidden_layers=tuple(sorted({*self.hidden_layers, *layers})))
+
+    def with_attention(self, *layers: int) -> Needs:
+        """Return the needs with the attention vectors of further layers."""
+        return self._replace(attention_layers=tuple(sorted({*self.attention_layers, *layers})))
 
 
 class LanguageModelHead:
@@ -79,22 +89,24 @@ def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
         model: a classifier or regressor (logits [B, C]), or a language model, which runs up to
             its output matrix: the losses take (hidden, head) and never form [B, T, V].
         batch: inputs as the model's forward takes them.
-        needs: whether hidden states are needed, and the layers of the attention vectors.
+        needs: the layers whose hidden states and attention vectors are needed.
     """
-    if not needs.attention_layers:
-        return _read(model, batch, needs)
-    notes = AttentionNotes(model, needs.attention_layers)  # type: ignore[arg-type]
-    with notes.taking():
-        read = _read(model, batch, needs)
-    return read._replace(attention=notes.vectors())
+    if needs == Needs():
+        return _read(model, batch)
+    states = StateNotes(model, needs.hidden_layers)  # type: ignore[arg-type]
+    vectors = AttentionNotes(model, needs.attention_layers)  # type: ignore[arg-type]
+    with states.taking(), vectors.taking():
+        read = _read(model, batch)
+    return read._replace(
+        hidden_states=states.states() if needs.hidden_layers else (),
+        attention=vectors.vectors() if needs.attention_layers else (),
+    )
 
 
-def _read(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
+def _read(model: nn.Module, batch: Batch) -> Knowledge:
     if _is_language(batch):
-        return _read_language_model(model, batch, needs)
-    inputs = _accepted_inputs(model, batch)
-    out = model(**inputs, output_hidden_states=needs.hidden_states)
-    return Knowledge(logits=out.logits, hidden_states=tuple(out.hidden_states or ()))
+        return _read_language_model(model, batch)
+    return Knowledge(logits=model(**_accepted_inputs(model, batch)).logits)
 
 
 def most_likely(model: nn.Module, batch: Batch, count: int) -> TopK:
@@ -102,7 +114,7 @@ def most_likely(model: nn.Module, batch: Batch, count: int) -> TopK:
 
     Logits are formed for a few positions at a time. Under ZeRO 3, call inside a module's forward.
     """
-    hidden = _read_language_model(model, batch, Needs()).hidden
+    hidden = _read_language_model(model, batch).hidden
     if hidden is None:
         raise TypeError("a language model was read without its hidden states")
     weight, bias = language_model_head(model).read()
@@ -124,13 +136,13 @@ def _accepted_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return {name: value for name, value in batch.inputs.items() if name != "token_type_ids"}
 
 
-def _read_language_model(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
+def _read_language_model(model: nn.Module, batch: Batch) -> Knowledge:
     architecture = architecture_of(model.config)  # type: ignore[arg-type]
     # Encoders have no cache, and some of them do not accept the option.
     options = {} if architecture.masked else {"use_cache": False}
     backbone = architecture.backbone_of(model)
     inputs = _of_both_vocabularies(model, batch)
-    out = backbone(**inputs, **options, output_hidden_states=needs.hidden_states)
+    out = backbone(**inputs, **options)
     hidden = out.last_hidden_state
     if batch.targets is not None:
         # The head of an MLM is applied to a few positions only: [N, D].
@@ -138,7 +150,6 @@ def _read_language_model(model: nn.Module, batch: Batch, needs: Needs) -> Knowle
     return Knowledge(
         hidden=architecture.before_language_head(model, hidden),
         head=language_model_head(model),
-        hidden_states=tuple(out.hidden_states or ()),
         second=_of_second_vocabulary(model, batch, out.last_hidden_state),
     )
 

@@ -243,7 +243,7 @@ def test_its_sum_is_weighed_and_counted_like_any_other_and_ignores_empty_rows():
 
 def test_a_plugin_that_gives_no_single_number_is_named():
     config = config_of({**CONFIG, "objective": [{"loss": "broken_plugins:Vector"}]})
-    group = PluginLoss(config.objective[0])
+    group = PluginLoss(config.objective[0], layers=1)
     batch = Batch({}, torch.zeros(1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool))
     said = Knowledge(logits=torch.zeros(1, 2))
     reading = LossInputs(said, said, batch, {group.term.loss: 1.0}, {"examples": torch.tensor(1.0)})
@@ -256,8 +256,9 @@ def test_a_plugin_that_reads_hidden_states_gets_them_from_both_models():
     config = config_of({**CONFIG, "objective": [{"loss": "broken_plugins:Inside"}]})
     shapes = Shape(1, 4, 2), Shape(2, 8, 2)
 
-    assert build_objective(config.objective, "classification", *shapes).needs.hidden_states
-    assert teacher_needs(config.objective, *shapes).hidden_states
+    made = build_objective(config.objective, "classification", *shapes)
+    assert made.needs.hidden_layers == (0, 1)
+    assert teacher_needs(config.objective, *shapes).hidden_layers == (0, 1, 2)
 
 
 def test_logits_of_a_language_model_are_formed_at_its_targets():

@@ -12,7 +12,7 @@ from megakd.config.file import load_config
 from megakd.config.run import RunConfig
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.contract.tasks import STUDENT, TEACHER
-from megakd.contract.terms import HiddenMse, SoftTargetKl, soft_terms
+from megakd.contract.terms import EmbeddingMse, HiddenMse, SoftTargetKl, soft_terms
 from megakd.losses.stage_losses import shape_of, stage_losses
 from megakd.models.knowledge import Needs
 from megakd.planning.simulated_phase import Traces, simulated_phase
@@ -65,15 +65,16 @@ def distilled(*objective: Any, reads_states: bool = False) -> Stage:
 
 
 @pytest.mark.parametrize(
-    ("stage", "reads"),
+    ("stage", "student", "teacher"),
     [
-        (distilled(KL), False),
-        (distilled(KL, reads_states=True), True),
-        (distilled(KL, HiddenMse(loss="hidden_mse")), True),
+        (distilled(KL), (), ()),
+        (distilled(KL, reads_states=True), (2,), (3,)),
+        (distilled(EmbeddingMse(loss="embedding_mse"), reads_states=True), (0, 2), (0, 3)),
+        (distilled(KL, HiddenMse(loss="hidden_mse")), (1, 2), (2, 3)),
     ],
 )
 def test_hidden_states_are_read_for_losses_and_for_a_strategy(
-    tmp_path: Path, stage: Stage, *, reads: bool
+    tmp_path: Path, stage: Stage, student: tuple[int, ...], teacher: tuple[int, ...]
 ) -> None:
     sources = planned_sources(config_of(tmp_path, "classification", bert))
     losses = stage_losses(
@@ -84,8 +85,8 @@ def test_hidden_states_are_read_for_losses_and_for_a_strategy(
         classes=2,
     )
 
-    assert losses.teacher_needs() == Needs(hidden_states=reads)
-    assert losses.objective().needs == Needs(hidden_states=reads)
+    assert losses.teacher_needs() == Needs(hidden_layers=teacher)
+    assert losses.objective().needs == Needs(hidden_layers=student)
 
 
 def test_a_model_that_learns_alone_asks_no_teacher(tmp_path: Path) -> None:
@@ -112,6 +113,6 @@ def test_a_plan_holds_the_hidden_states_that_a_strategy_reads(tmp_path: Path) ->
         )
         return simulated_phase(phase, config, "cpu", known).answers
 
-    embedding_and_layers, rows, width = 4, 2, 32
+    last_layer, rows, width = 1, 2, 32
     more = answers(reads_states=True) - answers(reads_states=False)
-    assert more == embedding_and_layers * rows * TASK["max_length"] * width * 4
+    assert more == last_layer * rows * TASK["max_length"] * width * 4

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from megakd.contract.batch import Knowledge
 from megakd.methods.knowledge_selection.selecting import (
     Choosing,
     Episodes,
@@ -87,7 +88,7 @@ def said(step: int, valid: torch.Tensor | None = None) -> Any:
     generator = torch.Generator().manual_seed(step)
     valid = torch.ones(2, 3, dtype=torch.bool) if valid is None else valid
     student, teacher = (
-        SimpleNamespace(hidden_states=[torch.randn(2, 3, width, generator=generator)])
+        Knowledge(hidden_states=(torch.randn(2, 3, width, generator=generator),))
         for width in (STUDENT, TEACHER)
     )
     return SimpleNamespace(batch=SimpleNamespace(valid=valid), student=student, taught=teacher)
@@ -357,7 +358,7 @@ def test_a_state_is_the_mean_over_first_tokens_or_over_all_without_padding(whole
 
     found = strategy._summaries(reading)
 
-    states = torch.cat([reading.student.hidden_states[-1], reading.taught.hidden_states[-1]], -1)
+    states = torch.cat([reading.student.states(-1), reading.taught.states(-1)], -1)
     wanted = states[0, :2].mean(0) if whole_texts else states[0, 0]
     assert torch.allclose(found, wanted)
 

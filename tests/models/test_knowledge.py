@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from transformers import (
@@ -18,6 +20,7 @@ from transformers import (
 
 from megakd.contract.batch import Batch
 from megakd.contract.units import View
+from megakd.models.architectures import architecture_of
 from megakd.models.elastic import Elastic
 from megakd.models.knowledge import Needs, language_model_head, read_knowledge
 from megakd.models.modeling.modeling_t5 import (
@@ -27,7 +30,7 @@ from megakd.models.modeling.modeling_t5 import (
     T5EncoderForSequenceClassification,
 )
 
-STATES = Needs(hidden_states=True)
+STATES = Needs(hidden_layers=(0, 1, 2))
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 3, 3]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
 SIZE = {
@@ -79,6 +82,46 @@ def test_a_classifier_is_read_as_its_logits_and_its_hidden_states(family):
     torch.testing.assert_close(read.hidden_states, tuple(theirs.hidden_states))
     assert len(read.hidden_states) == 3  # 0 is the embedding output
     assert (read.hidden, read.head) == (None, None)
+
+
+FAMILIES = ("bert", "roberta", "distilbert", "t5_encoder", "enct5", "llama")
+
+
+@pytest.mark.parametrize("layers", [(0,), (1,), (2,), (0, 2)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_the_states_of_the_layers_asked_for_are_read(family, layers):
+    model = decoder(tied=True) if family == "llama" else encoder(family)
+    given = batch(IDS if family == "llama" else torch.tensor([0, 1]))
+    everything = read_knowledge(model, given, STATES)
+
+    read = read_knowledge(model, given, Needs(hidden_layers=layers))
+
+    for layer in range(3):
+        if layer in layers:
+            assert torch.equal(read.states(layer), everything.states(layer))
+        else:
+            with pytest.raises(TypeError, match=f"states of layer {layer} were not read"):
+                read.states(layer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_states_of_other_layers_are_free_when_the_next_layers_run(family):
+    model = decoder(tied=True) if family == "llama" else encoder(family)
+    given = batch(IDS if family == "llama" else torch.tensor([0, 1]))
+    made = []
+    for layer in (1, 2):
+        block = architecture_of(model.config).block_of(model, layer)
+        block.register_forward_hook(
+            lambda _, __, output: made.append(
+                weakref.ref(output if isinstance(output, torch.Tensor) else output[0])
+            )
+        )
+
+    with torch.no_grad():
+        read = read_knowledge(model, given, Needs(hidden_layers=(0,)))
+
+    assert [state() for state in made] == [None, None]
+    assert read.states(0) is not None
 
 
 @pytest.mark.parametrize(
@@ -163,7 +206,7 @@ def test_attention_is_read_of_the_layers_that_are_needed_beside_all_else(family)
     given = batch(torch.tensor([0, 1]) if family == "bert" else IDS)
     plain = read_knowledge(model, given, STATES)
 
-    read = read_knowledge(model, given, Needs(hidden_states=True, attention_layers=(2,)))
+    read = read_knowledge(model, given, STATES._replace(attention_layers=(2,)))
 
     assert [layer is None for layer in read.attention] == [True, True, False]
     torch.testing.assert_close(read.hidden_states, plain.hidden_states)

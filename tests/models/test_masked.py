@@ -58,7 +58,7 @@ def test_hidden_states_times_the_head_plus_its_bias_are_the_models_logits(tiny, 
     given = batch(tiny, targets=False)
     theirs = model(**given.inputs, output_hidden_states=True)
 
-    read = read_knowledge(model, given, Needs(hidden_states=True))
+    read = read_knowledge(model, given, Needs(hidden_layers=(0, 1, 2)))
 
     assert read.logits is None
     with read.head.open():
@@ -72,7 +72,7 @@ def test_hidden_states_times_the_head_plus_its_bias_are_the_models_logits(tiny, 
 def test_a_head_may_be_narrower_than_the_layers(tiny):
     model = tiny.load(saved(tiny, "electra", embedding_size=6), tiny.task("mlm"))
 
-    read = read_knowledge(model, batch(tiny, targets=True), Needs(hidden_states=True))
+    read = read_knowledge(model, batch(tiny, targets=True), Needs(hidden_layers=(0, 1, 2)))
 
     assert read.hidden.shape == (3, 6)
     assert read.hidden_states[0].shape == (2, 12, 16)

@@ -24,11 +24,11 @@ class Echo(nn.Module):
     config = SimpleNamespace(type_vocab_size=2)
 
     def forward(self, logits: Tensor, **_: Any) -> Any:
-        return SimpleNamespace(logits=logits, hidden_states=(logits[:, None],))
+        return SimpleNamespace(logits=logits)
 
 
 def frozen(order: tuple[int, ...] | None) -> FrozenModel:
-    return FrozenModel(Echo(), needs=Needs(hidden_states=True), label_order=order)
+    return FrozenModel(Echo(), needs=Needs(), label_order=order)
 
 
 @pytest.mark.parametrize(
@@ -46,10 +46,6 @@ def test_a_teachers_classes_are_put_into_the_order_of_the_data(order, expected):
     assert taught.logits is not None
     assert scored.outputs is not None
     assert taught.logits.tolist() == scored.outputs.tolist() == expected
-
-
-def test_hidden_states_are_handed_on():
-    assert len(frozen(None)(BATCH).hidden_states) == 1
 
 
 def test_an_order_is_no_part_of_the_teachers_weights():

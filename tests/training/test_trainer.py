@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 from unit_counts import numbers
 from waiting import Waiting, no_waiting
 
@@ -236,31 +237,31 @@ def test_the_step_and_the_strategy_are_all_that_a_resumed_loop_needs():
     assert told.events[:2] == [("loaded", 15), ("plan", 3)]
 
 
+class Body(nn.Module):
+    """An embedding and one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4)
+        self.layers = nn.ModuleList([nn.Tanh()])
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        return BaseModelOutput(self.layers[0](self.embedding(input_ids)))
+
+
 class Tiny(nn.Module):
     """Answers as a classifier, a regressor or (by its parts) a causal LM does."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
-        self.config = SimpleNamespace(model_type="llama", type_vocab_size=2)
-        self.embedding = nn.Embedding(9, 4)
+        self.config = SimpleNamespace(model_type="llama", num_hidden_layers=1)
+        self.model = Body()
         self.lm_head = nn.Linear(4, 9, bias=False)
         self.classifier = nn.Linear(4, outputs)
 
-    @property
-    def model(self) -> Any:
-        return self._backbone
-
-    def get_submodule(self, target: str) -> Any:
-        return self._backbone if target == "model" else super().get_submodule(target)
-
-    def _backbone(self, input_ids: Tensor, **_: Any) -> Any:
-        hidden = self.embedding(input_ids)
-        return SimpleNamespace(last_hidden_state=hidden, hidden_states=(hidden, hidden.tanh()))
-
     def forward(self, input_ids: Tensor, **_: Any) -> Any:
-        said = self._backbone(input_ids)
-        logits = self.classifier(said.last_hidden_state[:, 0])
-        return SimpleNamespace(logits=logits, hidden_states=said.hidden_states)
+        hidden = self.model(input_ids).last_hidden_state
+        return SimpleNamespace(logits=self.classifier(hidden[:, 0]))
 
 
 class Learner:

@@ -92,7 +92,7 @@ class Selecting(Stateless):
     def _summaries(self, reading: LossInputs) -> Tensor:
         """Return [S + T], the mean states of student and teacher, on the CPU."""
         valid = reading.batch.valid
-        both = [said.hidden_states[-1] for said in (reading.student, reading.taught)]
+        both = [said.states(-1) for said in (reading.student, reading.taught)]
         if self.choosing.whole_texts:
             rows, sums = valid, [states[valid].float().sum(0) for states in both]
         else:
