@@ -88,6 +88,7 @@ def merged_ds_config(
     sgd = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     return {
         **_engine_config(ds, dtype=dtype, micro_batch=train.per_device_train_batch_size),
+        **_accumulation(ds, dtype),
         **(sgd if train.optim == "sgd" else {}),
         # Always set: DeepSpeed's default is 1.0, not off.
         "gradient_clipping": float(train.max_grad_norm),
@@ -184,6 +185,16 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if twice:
         raise _DuplicateKeyError(twice[0])
     return dict(pairs)
+
+
+def _accumulation(ds: Mapping[str, Any], dtype: Dtype) -> dict[str, Any]:
+    """Return the section that makes 16-bit gradients add up in fp32, where DeepSpeed can.
+
+    ZeRO 0 refuses the key, and at ZeRO 1 DeepSpeed would change to another optimizer.
+    """
+    if dtype == "fp32" or zero_stage(ds) not in (2, 3):
+        return {}
+    return {"data_types": {"grad_accum_dtype": "fp32", **ds.get("data_types", {})}}
 
 
 def _engine_config(ds: Mapping[str, Any], *, dtype: Dtype, micro_batch: int) -> dict[str, Any]:

@@ -148,7 +148,8 @@ class TrainConfig:
     adam_epsilon: Positive = 1e-8
     max_grad_norm: Weight = 1.0
     """Maximum global gradient norm for clipping; 0 switches clipping off."""
-    bf16: bool = False
+    bf16: bool | None = None
+    """None: true on a GPU that has bf16, unless fp16 is set; false on a CPU."""
     fp16: bool = False
     gradient_checkpointing: bool = False
     early_stopping_patience: Count | None = None
@@ -188,7 +189,7 @@ class TeacherConfig:
     deepspeed: str | dict[str, Any] = "teacher_zero3"
     """Preset name, path or inline mapping; ZeRO 0 (replicated) or 3 (sharded)."""
     dtype: Dtype | None = None
-    """None: on a GPU the dtype of the checkpoint, on a CPU fp32."""
+    """None: on a CPU fp32; on a GPU the dtype of the checkpoint, and bf16 for fp32."""
     architecture: Literal["enct5", "t5_encoder"] | None = None
     """Architecture to load a T5 or mT5 checkpoint as; None: enct5."""
     finetune: FinetuneOverrides | None = None

@@ -6,6 +6,7 @@ import re
 import resource
 from pathlib import Path
 
+import psutil
 import torch
 
 PROCESS = Path("/proc/self")
@@ -44,6 +45,15 @@ def _peak_of_host() -> int:
 def peak_memory_of_process(device: torch.device) -> int:
     """Return the peak memory since the process began, see `peak_memory_bytes`."""
     return max(_EARLIER.get(device.type, 0), peak_memory_bytes(device))
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Return the memory that this rank could still use on a device."""
+    if device.type == "cuda":
+        # Memory that torch has cached is not free for the driver, and free for torch.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return psutil.virtual_memory().available
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -116,6 +116,8 @@ def _init_process_group(timeout: timedelta) -> None:
         stale_locks.release_own_buffer()
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        # What stays fp32 is multiplied in TF32 on tensor cores.
+        torch.set_float32_matmul_precision("high")
 
 
 def adopt_slurm_variables() -> None:

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from megakd.config.deepspeed import load_ds_config, zero_stage
 from megakd.config.file import config_of, config_tree
 from megakd.config.run import RunConfig
-from megakd.planning.cluster import Cluster
+from megakd.planning.cluster import Cluster, Device
 from megakd.planning.memory_plan import Change, Plan
+from megakd.training.precision import training_dtype
 
 WANTED = 3
 _MOST_TOGETHER = 4
@@ -68,7 +69,7 @@ def candidates(case: Case) -> Iterator[Case]:
     """Yield single settings that save memory, in order of increasing cost in speed."""
     if case.cluster.ranks > 1:
         yield from map(case.changed, _sharding(case.config))
-    yield from map(case.changed, _precision(case.config))
+    yield from map(case.changed, _precision(case.config, case.cluster.device))
     if 2 * case.cluster.nodes <= _MOST_NODES:
         yield case.on_more_nodes()
     yield from map(case.changed, _activations(case.config))
@@ -95,10 +96,11 @@ def _sharding(config: RunConfig) -> Iterator[str]:
         yield _of_teachers(config, "finetune.deepspeed=zero3", finetuned=True)
 
 
-def _precision(config: RunConfig) -> Iterator[str]:
-    if not config.train.bf16 and not config.train.fp16:
+def _precision(config: RunConfig, device: Device) -> Iterator[str]:
+    if training_dtype(config.train, device) == "fp32":
         yield "train.bf16=true"
-    if any(spec.dtype in {None, "fp32"} for spec in config.teacher_specs.values()):
+    wide = {"fp32"} if device == "cuda" else {None, "fp32"}
+    if any(spec.dtype in wide for spec in config.teacher_specs.values()):
         yield _of_teachers(config, "dtype=bf16")
 
 

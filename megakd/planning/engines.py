@@ -228,7 +228,9 @@ class Divided(Trained):
     def _own(self, done: int) -> Holding:
         """Return the gradients that overlap the rank's shard, among `done` elements."""
         share = min(1.0, done / self.inventory.numel) if self.is_cpu else 1.0
-        own = block(share * self._touched * self.itemsize)
+        # ZeRO 2 adds up its gradients in fp32.
+        itemsize = FP32 if self.stage == 2 else self.itemsize
+        own = block(share * self._touched * itemsize)
         return self.held("gradients", own) if self.place("offload_optimizer") == "device" else {}
 
     def _buckets(self, done: Inventory, *, last: bool) -> Holding:
@@ -308,13 +310,14 @@ class Sharded(Trained):
     def resting(self) -> Holding:
         """Return flat shards of weights, optimizer and gradients, and a bucket."""
         place, weights = self.place("offload_optimizer"), self.place("offload_param")
-        narrow = block(sum(self.share(p.numel) for p in self.inventory) * self.itemsize)
+        elements = sum(self.share(p.numel) for p in self.inventory)
+        narrow, sums = block(elements * self.itemsize), block(elements * FP32)
         in_fp32 = amount_of(size * FP32 for size in self._sub_groups)
         is_master = self.itemsize == FP32 and place == weights == "device"
         return together(
             self.held("weights", narrow, weights),
             self.held("optimizer", in_fp32.times(self.moments + (not is_master)), place),
-            self.held("gradients", narrow.plus(in_fp32) if place == "host" else narrow, place),
+            self.held("gradients", sums.plus(in_fp32) if place == "host" else sums, place),
             self.held("gradients", self._bucket),
         )
 

@@ -121,7 +121,8 @@ class _Tracer:
         losses = (stage.objective, stage.views, strategy, stage.reads_states)
         pruning = (stage.pruned_to, stage.measures_losses, stage.mixed)
         rows = (train.per_device_train_batch_size, self._config.eval_rows(train))
-        held = (training_dtype(train), train.gradient_checkpointing, stage.passes_per_backward)
+        dtype = training_dtype(train, self._device)
+        held = (dtype, train.gradient_checkpointing, stage.passes_per_backward)
         return repr((facts, learners, losses, pruning, rows, held))
 
     def training(self, stage: Stage) -> SimulatedPhase:
@@ -224,7 +225,7 @@ class _Tracer:
         return FrozenModel(model, needs=needs, label_order=None, kernels="chunked").eval()
 
     def _bundle(self, stage: Stage, losses: StageLosses) -> StudentBundle:
-        dtype = training_dtype(stage.train)
+        dtype = training_dtype(stage.train, self._device)
         learners = {role: self._model(one, dtype) for role, one in self._phase.learners.items()}
         with VALUELESS:
             for role, size in self._second_sizes(stage).items():

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from megakd.config.run import RunConfig, TeacherConfig
 from megakd.contract.results import ParameterCounts
 from megakd.contract.stage import Stage, StageResult, untrained
-from megakd.contract.tasks import STUDENT, TEACHER
+from megakd.contract.tasks import STUDENT, TEACHER, Dtype
 from megakd.contract.units import View
 from megakd.data.loader import StepShape
 from megakd.methods import run_method
@@ -98,7 +98,9 @@ class PlanningLab(LabBase):
         }
         if stored:
             timed = {**stored, **made}
-            whole = {name: _ready(one.source, "teacher_zero0") for name, one in timed.items()}
+            whole = {
+                name: _ready(one.source, "teacher_zero0", "fp32") for name, one in timed.items()
+            }
             rows = max(TIMED_BATCHES)
             self.phases.append(Phase(name="latency", work="timing", teachers=whole, rows=rows))
 
@@ -205,6 +207,6 @@ class PlanningLab(LabBase):
         return ParameterCounts(0, 0)
 
 
-def _ready(source: ModelSource, preset: str) -> ReadyTeacher:
+def _ready(source: ModelSource, preset: str, dtype: Dtype | None = None) -> ReadyTeacher:
     """Return a finished model with the settings for scoring or timing."""
-    return ReadyTeacher(source, TeacherConfig(model=source.name, deepspeed=preset, dtype="fp32"))
+    return ReadyTeacher(source, TeacherConfig(model=source.name, deepspeed=preset, dtype=dtype))

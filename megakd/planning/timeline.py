@@ -115,7 +115,8 @@ class Timeline:
         frozen = {name: self._frozen(name) for name in asked}
         role = STUDENT if stage.role == STUDENT else TEACHER
         model = self._model(role, self.traced.learner[0], stage.deepspeed)
-        dtype, moments = TORCH_DTYPE[training_dtype(stage.train)], MOMENTS[stage.train.optim]
+        dtype = TORCH_DTYPE[training_dtype(stage.train, self.cluster.device)]
+        moments = MOMENTS[stage.train.optim]
         learner = trained(itemsize=dtype.itemsize, moments=moments, **model)
         self._load(learner)
         self._look("initializing DeepSpeed", learner.initializing())

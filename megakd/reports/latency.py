@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,12 @@ from megakd.models.own_models import own_class, register_own_models
 from megakd.storage.finished_folder import check_given
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
 
 WARM_UP_FORWARDS = 3
 TIMED_BATCHES = (1, 32)
+LAST_POSITIONS = "logits_to_keep"
 LONG_FORWARD_MS = 100.0
 """A first forward that takes longer counts as a measurement: start-up costs are negligible."""
 LEAST_REPEATS, ENOUGH_MS = 3, 500.0
@@ -38,11 +39,13 @@ def measure_latencies(
     length: int,
     repeats: int = 20,
     device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[LatencyReport]:
     """Time models alternately, so that other load on the machine slows all models alike.
 
     The order of the models rotates, because a forward depends on the caches that the previous
-    forward filled. All models are in memory at once.
+    forward filled. All models are in memory at once. A causal LM computes the logits of the last
+    position, as it does before it generates.
 
     Args:
         models: models by name; a loaded model stays on its device, a Hugging Face folder is loaded.
@@ -51,12 +54,13 @@ def measure_latencies(
         repeats: timed forwards of each model and batch, after a few warm-up forwards. Slow models
             are timed less often, see `ENOUGH_MS`.
         device: device for models that are loaded from a folder; None means the CPU.
+        dtype: dtype for these models; None means the stored dtype.
 
     Returns:
         The medians, batch by batch, in the order of `models`.
     """
     with ExitStack() as stack:
-        ready = [stack.enter_context(_ready(model, device)) for model in models.values()]
+        ready = [stack.enter_context(_ready(model, device, dtype)) for model in models.values()]
         return [
             LatencyReport(
                 model=name,
@@ -96,7 +100,7 @@ def _medians(
     return [statistics.median(series) for series in times]
 
 
-def _warm_up(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[float]:
+def _warm_up(model: PreTrainedModel, inputs: dict[str, Any]) -> list[float]:
     """Run warm-up forwards; return the milliseconds of a long first forward, or an empty list."""
     for _ in range(WARM_UP_FORWARDS):
         first = _milliseconds(model, inputs)
@@ -106,9 +110,11 @@ def _warm_up(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[float]:
 
 
 @contextmanager
-def _ready(model: PreTrainedModel | Path, device: torch.device | None) -> Iterator[PreTrainedModel]:
+def _ready(
+    model: PreTrainedModel | Path, device: torch.device | None, dtype: torch.dtype | None
+) -> Iterator[PreTrainedModel]:
     """Yield the model in evaluation mode, and restore its mode afterwards."""
-    loaded = _load(model, device) if isinstance(model, Path) else model
+    loaded = _load(model, device, dtype) if isinstance(model, Path) else model
     was_training = loaded.training
     loaded.eval()
     try:
@@ -117,7 +123,7 @@ def _ready(model: PreTrainedModel | Path, device: torch.device | None) -> Iterat
         loaded.train(was_training)
 
 
-def _load(folder: Path, device: torch.device | None) -> PreTrainedModel:
+def _load(folder: Path, device: torch.device | None, dtype: torch.dtype | None) -> PreTrainedModel:
     check_given(folder, "latency")
     register_own_models()
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -128,20 +134,21 @@ def _load(folder: Path, device: torch.device | None) -> PreTrainedModel:
             f"{folder / 'config.json'} names the architecture {name!r}, which transformers "
             f"{transformers.__version__} does not have: its latency cannot be measured"
         )
-    model = found.from_pretrained(folder, dtype="auto")
+    model = found.from_pretrained(folder, dtype=dtype or "auto")
     return model.to(device or torch.device("cpu"))
 
 
-def _inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
+def _inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Any]:
     # The same random tokens every time; a separate generator leaves the run's random state alone.
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch, length), generator=generator)  # [B, T]
     device = next(model.parameters()).device
-    return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+    last = {LAST_POSITIONS: 1} if LAST_POSITIONS in signature(model.forward).parameters else {}
+    return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device), **last}
 
 
-def _milliseconds(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
+def _milliseconds(model: PreTrainedModel, inputs: dict[str, Any]) -> float:
     device = inputs["input_ids"].device
     _finish(device)
     start = time.perf_counter()

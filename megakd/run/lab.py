@@ -268,7 +268,7 @@ class Lab(LabBase):
         source: ModelSource,
         deepspeed: str | Mapping[str, Any],
         *,
-        dtype: Dtype = "fp32",
+        dtype: Dtype | None = None,
         rows: Dataset | None = None,
         look: Look | None = None,
         role: str = STUDENT,
@@ -278,12 +278,13 @@ class Lab(LabBase):
         Args:
             source: the model.
             deepspeed: the DeepSpeed config that defines the sharding.
-            dtype: the dtype of the weights.
+            dtype: the dtype of the weights; None: that of the assembly, fp32 on a CPU.
             rows: the encoded rows to score, by default `held_out`.
             look: called with the model while it is loaded, on all ranks.
             role: the role whose tokenizer the model has.
         """
         own = self.assembly.of(role)
+        dtype = dtype or own.scoring_dtype()
         model = own.frozen(source, deepspeed, dtype=dtype, needs=Needs())
         rows = own.prepared.encoded.held_out if rows is None else rows
         try:

@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
 
@@ -21,6 +20,7 @@ from megakd.contract.tasks import STUDENT
 from megakd.engine import distributed
 from megakd.engine.activity import doing
 from megakd.engine.collectives import agree, on_main, reports_lost_peer
+from megakd.engine.device import free_memory_bytes
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import earlier_objects_left_alone, forget_models, keep_freed_memory
 from megakd.errors import CheckpointError
@@ -44,7 +44,7 @@ from megakd.storage.finished_folder import users_files
 from megakd.training.evaluation_sets import SetScores
 from megakd.training.inputs import RunInputs, prepare, vocabulary_report
 from megakd.training.label_check import check_label_orders
-from megakd.training.precision import check_device
+from megakd.training.precision import TORCH_DTYPE, check_device
 from megakd.training.progress import Reporter
 from megakd.training.recipes import baseline_stage, scoring_preset
 from megakd.training.trackers import check_trackers, make_trackers
@@ -242,18 +242,28 @@ def _stage_entry(result: StageResult) -> Any:
 
 
 def _latency(lab: Lab, students: Mapping[str, Path], device: torch.device) -> list[LatencyReport]:
-    """Time all models side by side on rank 0, if all of them fit into its memory."""
+    """Time all models side by side on rank 0, if all of them fit into the device's memory."""
     teachers = {name: folder for name, folder in lab.teacher_folders.items() if folder}
     if not teachers:
         return []
     assistants = {made.name: made.folder for made in lab.record.assistants}
     models = {**teachers, **assistants, **students}
-    if 2 * sum(map(weight_bytes, models.values())) > psutil.virtual_memory().available:
-        logger.warning("latency is not measured: the teacher is too large for one rank")
+    needed, free = 2 * sum(map(weight_bytes, models.values())), free_memory_bytes(device)
+    if needed > free:
+        logger.warning(
+            "latency is not measured: the models need about %.1f GB side by side, and %.1f GB are "
+            "free on %s",
+            needed / 1e9,
+            free / 1e9,
+            device,
+        )
         return []
     try:
         length = lab.config.task.max_length
-        return measure_latencies(models, batches=TIMED_BATCHES, length=length, device=device)
+        dtype = None if device.type == "cpu" else TORCH_DTYPE[lab.assembly.scoring_dtype()]
+        return measure_latencies(
+            models, batches=TIMED_BATCHES, length=length, device=device, dtype=dtype
+        )
     except Exception as error:  # noqa: BLE001 - the code of a model may raise any error
         # All stages are finished and the student is valid: a failed timing must not fail the run.
         logger.warning("latency could not be measured: %s", error)

@@ -83,7 +83,8 @@ def evaluate_model(
             prepared, rows = _held_out(config, source)
         assembly = Assembly(config=config, prepared=prepared, ranks=ranks)
         preset = scoring_preset(config.student.deepspeed)
-        loaded = assembly.frozen(source, preset, dtype="fp32", needs=Needs())
+        dtype = assembly.scoring_dtype()
+        loaded = assembly.frozen(source, preset, dtype=dtype, needs=Needs())
         try:
             metrics = _metrics(assembly, source, loaded, rows, trusts_order=trusts_order)
             sets = _sets(assembly, loaded)

@@ -10,6 +10,7 @@ from megakd.config.deepspeed import load_ds_config
 from megakd.contract.plugins import code_of
 from megakd.errors import MegakdError
 from megakd.storage.fingerprint import Fingerprint, flatten
+from megakd.training.precision import training_dtype
 
 if TYPE_CHECKING:
     from megakd.config.run import TrainConfig
@@ -31,7 +32,7 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
         "seed": config.seed,
         **assembly.of(stage.role).conditions,
         **_learners(stage, assembly),
-        "train": _training(stage.train),
+        "train": _training(stage.train, assembly.ranks.device.type),
         "objective": [asdict(term) | code_of(term) for term in stage.objective],
         "deepspeed": load_ds_config(stage.deepspeed, where=where),
         "labelled_only": stage.labelled_only,
@@ -69,9 +70,10 @@ def _teacher(assembly: Assembly, name: str) -> Mapping[str, Any]:
     return facts if ready.spec.cache is None else {**facts, "cached": ready.spec.cache_top_k}
 
 
-def _training(train: TrainConfig) -> Mapping[str, Any]:
+def _training(train: TrainConfig, device: str) -> Mapping[str, Any]:
     """Return the training options that must not change in a run; all kernels compute the same."""
-    tree = asdict(train) | {"resume_from_checkpoint": None}
+    bf16 = training_dtype(train, device) == "bf16"
+    tree = asdict(train) | {"resume_from_checkpoint": None, "bf16": bf16}
     del tree["kernels"], tree["collective_timeout"]
     return tree
 

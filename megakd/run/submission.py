@@ -87,7 +87,8 @@ def _outputs(
     source = main_first(lambda: scored_model(config, chosen))
     check_vocabularies(config.task, prepared.tokenizer, [source])
     preset = scoring_preset(config.student.deepspeed)
-    ready = ReadyTeacher(source, TeacherConfig(model=str(chosen), deepspeed=preset, dtype="fp32"))
+    dtype = assembly.scoring_dtype()
+    ready = ReadyTeacher(source, TeacherConfig(model=str(chosen), deepspeed=preset, dtype=dtype))
     check_label_order(
         assembly, ready, None, is_accepted=trusts_order, remedy="give --trust_label_order"
     )
@@ -100,7 +101,7 @@ def _outputs(
         return encoded
 
     encoded = main_first(encode)
-    frozen = assembly.frozen(source, preset, dtype="fp32", needs=Needs())
+    frozen = assembly.frozen(source, preset, dtype=dtype, needs=Needs())
     try:
         scorer = assembly.scorer()
         return {stem: scorer.outputs(frozen.predict, rows) for stem, rows in encoded.items()}

@@ -47,6 +47,7 @@ from megakd.training.precision import (
     check_dtype,
     check_kernels,
     frozen_dtype,
+    scoring_dtype,
     training_dtype,
 )
 from megakd.training.run_data import MixedRows
@@ -156,7 +157,7 @@ class Assembly:
         losses = self.losses(stage)
         losses.check()  # before anything is loaded
         ds = load_ds_config(stage.deepspeed, where=f"{self.config.key_of(stage.role)}.deepspeed")
-        dtype = training_dtype(stage.train)
+        dtype = training_dtype(stage.train, self.ranks.device.type)
         check_dtype(dtype, self.ranks, "train")
         check_kernels(stage.train.kernels, self.ranks, "train")
         learners = {
@@ -317,6 +318,10 @@ class Assembly:
         if self.config.task.type != "mlm":
             return None
         return characters_of_tokens(self.prepared.tokenizer)
+
+    def scoring_dtype(self) -> Dtype:
+        """Return the dtype in which finished models are scored."""
+        return scoring_dtype(self.config.train, self.ranks.device.type)
 
     def teacher_dtype(self, ready: ReadyTeacher) -> Dtype:
         """Return the dtype of a frozen model's weights."""

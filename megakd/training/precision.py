@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from megakd.contract.tasks import Dtype, Kernels
     from megakd.engine.distributed import Ranks
 
+logger = logging.getLogger(__name__)
 TORCH_DTYPE: dict[Dtype, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -27,15 +29,56 @@ STORED_DTYPE: dict[torch.dtype | None, Dtype] = {
 
 
 def frozen_dtype(spec: TeacherConfig, stored: torch.dtype | None, device: str) -> Dtype:
-    """Return `teacher.dtype`; by default the stored dtype on a GPU, and fp32 on a CPU."""
+    """Return `teacher.dtype`; by default the stored 16-bit dtype on a GPU, or `default_dtype`.
+
+    Args:
+        spec: the config of the model.
+        stored: the dtype of the weight files.
+        device: type of the device, `cpu` or `cuda`.
+    """
     if spec.dtype is not None:
         return spec.dtype
-    return "fp32" if device == "cpu" else STORED_DTYPE.get(stored, "fp32")
+    found = STORED_DTYPE.get(stored, "fp32")
+    return found if device != "cpu" and found != "fp32" else default_dtype(device)
 
 
-def training_dtype(train: TrainConfig) -> Dtype:
-    """Return the dtype that `train.bf16` and `train.fp16` choose."""
-    return "bf16" if train.bf16 else "fp16" if train.fp16 else "fp32"
+def training_dtype(train: TrainConfig, device: str) -> Dtype:
+    """Return the dtype that `train.bf16` and `train.fp16` choose, by default `default_dtype`."""
+    if train.fp16:
+        return "fp16"
+    if train.bf16 is None:
+        return default_dtype(device)
+    return "bf16" if train.bf16 else "fp32"
+
+
+def default_dtype(device: str) -> Dtype:
+    """Return bf16 on a GPU and fp32 elsewhere: tensor cores multiply fp32 about 10 times slower.
+
+    A plan for GPUs on a host without a GPU assumes that the GPUs have bf16, as all have since 2020.
+    """
+    if device != "cuda":
+        return "fp32"
+    here = torch.cuda.is_available()
+    has_bf16 = not here or torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
+
+
+def scoring_dtype(train: TrainConfig, device: str) -> Dtype:
+    """Return the dtype in which finished models are scored: on a GPU the dtype of training."""
+    return "fp32" if device == "cpu" else training_dtype(train, device)
+
+
+def say_precision(config: RunConfig, device: str) -> None:
+    """Log the dtypes that a GPU chooses by default."""
+    if device == "cpu":
+        return
+    dtypes = [f"training in {training_dtype(config.train, device)} (train.bf16, train.fp16)"]
+    for name, spec in config.teacher_specs.items():
+        if spec.dtype is None:
+            key = config.key_of(name)
+            other = default_dtype(device)
+            dtypes.append(f"{name} in 16 bits as stored, or {other} ({key}.dtype)")
+    logger.info("precision on %s: %s", device, ", ".join(dtypes))
 
 
 def check_device(config: RunConfig, ranks: Ranks) -> None:
@@ -44,7 +87,9 @@ def check_device(config: RunConfig, ranks: Ranks) -> None:
     Raises:
         ConfigError: names the dtype and the supported dtypes, or the kernels.
     """
-    check_dtype(training_dtype(config.train), ranks, "train")
+    device = ranks.device.type
+    say_precision(config, device)
+    check_dtype(training_dtype(config.train, device), ranks, "train")
     check_kernels(config.train.kernels, ranks, "train")
     for name, spec in config.teacher_specs.items():
         key = config.key_of(name)
@@ -52,7 +97,7 @@ def check_device(config: RunConfig, ranks: Ranks) -> None:
             check_dtype(spec.dtype, ranks, f"{key}.dtype")
         if spec.finetune is not None:
             train = inherit(config.train, spec.finetune)
-            check_dtype(training_dtype(train), ranks, f"{key}.finetune")
+            check_dtype(training_dtype(train, device), ranks, f"{key}.finetune")
             check_kernels(train.kernels, ranks, f"{key}.finetune")
 
 

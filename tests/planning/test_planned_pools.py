@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def test_pilots_are_planned_too(tmp_path):
 def test_a_change_is_named_for_every_teacher_of_the_pool(tmp_path):
     plan = planned(tmp_path, "ab", {"name": "skdbert"})
 
-    changes = {case.settings: case.config for case in candidates(Case(plan.config, plan.cluster))}
+    on_cpu = Case(plan.config, replace(plan.cluster, device="cpu"))
+    changes = {case.settings: case.config for case in candidates(on_cpu)}
 
     found = changes["teachers.0.dtype=bf16 teachers.1.dtype=bf16",]
     assert [teacher.dtype for teacher in found.teachers] == ["bf16", "bf16"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,3 +173,30 @@ def test_a_folder_of_an_unknown_architecture_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(ModelError, match=r"config\.json names the architecture 'Novel'"):
         milliseconds(llama(), tmp_path, batch=1, length=4)
+
+
+def test_a_causal_model_is_timed_with_the_logits_of_the_last_position_alone(monkeypatch):
+    model = llama()
+    shapes = []
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def noted(*arguments, **options):
+        out = forward(*arguments, **options)
+        shapes.append(tuple(out.logits.shape[:2]))
+        return out
+
+    monkeypatch.setattr(model, "forward", noted)
+    measure_latencies({"a": model}, batches=(2,), length=4, repeats=1)
+
+    assert set(shapes) == {(2, 1)}
+
+
+def test_a_stored_model_is_timed_in_the_dtype_asked_for(tmp_path):
+    llama().save_pretrained(tmp_path)
+
+    found = measure_latencies(
+        {"a": tmp_path}, batches=(1,), length=4, repeats=1, dtype=torch.bfloat16
+    )
+
+    assert [entry["dtype"] for entry in found] == ["bfloat16"]
