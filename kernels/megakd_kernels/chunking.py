@@ -24,6 +24,7 @@ _SCRATCH_BUFFERS = 5
 _ALIGNMENT = 64
 # Ids per piece if the device has no matrix product with a result of another dtype.
 _PIECE_IDS = 4096
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 class ChunkPlan(NamedTuple):
@@ -110,14 +111,14 @@ def slices(length: int, step: int) -> Iterator[slice]:
 def masked_rows(hidden: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the rows [C, H] with zeros where not valid, so that invalid rows have no effect."""
     kept = hidden.masked_fill(~valid[:, None], 0)
-    return kept if _multiplies_narrow(kept, dtype) else kept.to(dtype)
+    return kept if _projects_narrow(kept, dtype) else kept.to(dtype)
 
 
 def project_into(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Write hidden [C, H] @ weight [V, H].T + bias [V] to out [C, V], in out's dtype."""
     if weight.dtype == hidden.dtype == out.dtype:
         torch.mm(hidden, weight.T, out=out)
-    elif _is_native(hidden, weight, out):
+    elif weight.dtype == hidden.dtype and _projects_narrow(hidden, out.dtype):
         torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
     else:
         hidden = hidden.to(out.dtype)
@@ -163,12 +164,17 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _multiplies_narrow(tensor: Tensor, result: torch.dtype) -> bool:
-    """Return whether the device multiplies tensors of this dtype with fp32 results.
+    """Return whether gradients are multiplied in the dtype of this tensor, with fp32 results.
 
     fp16 is excluded: gradients multiplied by token weights of 1e-6 would underflow to 0.
     """
-    is_candidate = tensor.is_cuda and tensor.dtype == torch.bfloat16 and result == torch.float32
-    return is_candidate and _has_wide_results(tensor.device)
+    return tensor.dtype == torch.bfloat16 and _projects_narrow(tensor, result)
+
+
+def _projects_narrow(tensor: Tensor, result: torch.dtype) -> bool:
+    """Return whether the device multiplies tensors of this dtype with fp32 results."""
+    is_candidate = tensor.is_cuda and tensor.dtype in _NARROW and result == torch.float32
+    return is_candidate and _has_wide_results(tensor.device, tensor.dtype)
 
 
 def _is_native(left: Tensor, right: Tensor, out: Tensor) -> bool:
@@ -176,12 +182,12 @@ def _is_native(left: Tensor, right: Tensor, out: Tensor) -> bool:
 
 
 @functools.cache
-def _has_wide_results(device: torch.device) -> bool:
-    """Return whether bf16 products with fp32 results work.
+def _has_wide_results(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether products of a 16-bit dtype with fp32 results work.
 
-    The product is tried once per device, because torch versions and GPUs differ.
+    The product is tried once per device and dtype, because torch versions and GPUs differ.
     """
-    narrow = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+    narrow = torch.zeros(16, 16, dtype=dtype, device=device)
     out = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
         torch.mm(narrow, narrow, out_dtype=torch.float32, out=out)

@@ -36,6 +36,10 @@ Folder = Annotated[Path, AfterValidator(_expanded)]
 Checkpoint = Annotated[str, AfterValidator(lambda text: str(_expanded(Path(text))))]
 
 
+Attention = Literal["varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
+"""`varlen` computes packed rows document by document; the others are those of transformers."""
+
+
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class TokenizerConfig:
     """A tokenizer trained on the training text."""
@@ -92,8 +96,9 @@ class TaskConfig:
     labelled_examples: Count | None = None
     """Keep the labels of this many training rows, chosen by hash; other rows become unlabelled."""
     max_eval_examples: Count | None = None
-    """Score at most this many rows of each held-out split, chosen by hash. With streaming
-    and no validation split: hold out this many texts from the beginning of the stream."""
+    """Score at most this many rows of each held-out split, chosen by hash. None: all rows, but at
+    most 5000 of a validation split that is cut from the training rows. With streaming and no
+    validation split: hold out this many texts from the beginning of the stream."""
     streaming: bool = False
     """Read the training texts during training, without a copy on disk. Only for mlm and
     causal_lm; needs train.max_steps."""
@@ -203,6 +208,8 @@ class TeacherConfig:
     """Number of tokens to keep per position; only for language models."""
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    attn_implementation: Attention | None = None
+    """None: on a GPU `varlen` for causal_lm in 16 bits, else the choice of transformers."""
 
 
 def _plain_name(text: str) -> str:
@@ -238,6 +245,8 @@ class StudentConfig:
     """Architecture to load a T5 or mT5 checkpoint as; None: enct5."""
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    attn_implementation: Attention | None = None
+    """None: on a GPU `varlen` for causal_lm in 16 bits, else the choice of transformers."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -34,6 +34,17 @@ class Targets(NamedTuple):
     labels: Tensor
 
 
+class Documents(NamedTuple):
+    """The documents in packed rows; padding at the end of a row is a document too.
+
+    starts: [documents + 1] int32, the first position of each in the flattened [B * T], and B * T.
+    longest: length of the longest document.
+    """
+
+    starts: Tensor
+    longest: int
+
+
 class Batch(NamedTuple):
     """One micro-batch of one rank, aligned so that no loss has to shift labels or logits.
 
@@ -49,6 +60,7 @@ class Batch(NamedTuple):
     second: what the model predicts from its second vocabulary; `labels` and `targets` are then
         those of its first vocabulary. In `input_ids`, numbers of the second vocabulary follow those
         of the first.
+    documents: the documents in packed rows; None without packing.
     """
 
     inputs: dict[str, Tensor]
@@ -58,6 +70,7 @@ class Batch(NamedTuple):
     rows: Tensor | None = None
     others: Mapping[str, Batch] | None = None
     second: Targets | None = None
+    documents: Documents | None = None
 
     def of(self, role: str | None) -> Batch:
         """Return the rows encoded for the model of a role; None: as they are."""

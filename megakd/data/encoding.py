@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 
-from megakd.contract.batch import IGNORE, Batch
+from megakd.contract.batch import IGNORE, Batch, Documents
 from megakd.data.cache import read_rows
 from megakd.data.encoded_keys import encoded_key
 from megakd.data.rows import LABELS_AT_ONCE, arrow_batches
@@ -296,7 +296,15 @@ def _language_batch(padded: dict[str, NDArray], valid: NDArray, lengths: NDArray
         "input_ids": torch.from_numpy(padded["input_ids"]),
         "position_ids": torch.from_numpy(positions),
     }
-    return Batch(inputs, torch.from_numpy(labels), torch.from_numpy(valid))
+    labels, valid = torch.from_numpy(labels), torch.from_numpy(valid)
+    return Batch(inputs, labels, valid, documents=_documents(positions))
+
+
+def _documents(positions: NDArray[np.int64]) -> Documents:
+    """Return the documents of rows [B, T]; positions restart with a document and with a row."""
+    begins = np.diff(positions, axis=1, prepend=positions[:, :1]) != 1
+    starts = np.append(np.flatnonzero(begins), positions.size).astype(np.int32)
+    return Documents(torch.from_numpy(starts), int(np.diff(starts).max(initial=0)))
 
 
 Columns = dict[str, "tuple[NDArray, NDArray]"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megakd.contract.batch import Batch, Counts, Knowledge, Losses, Predictions, Targets
+from megakd.contract.batch import Batch, Counts, Documents, Knowledge, Losses, Predictions, Targets
 from megakd.contract.stage import Pass, backward_groups
 from megakd.contract.units import Cut, Maker, View
 from megakd.engine.collectives import together
@@ -229,8 +229,12 @@ def device_batch(batch: Batch, device: torch.device) -> Batch:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Batch | Targets):
+    if isinstance(value, Batch | Targets | Documents):
         return type(value)(*(_moved(part, device) for part in value))
     if isinstance(value, Mapping):
         return {name: _moved(part, device) for name, part in value.items()}
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    # A copy from memory that is not pinned makes the host wait for the device.
+    pinned = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
+    return pinned.to(device, non_blocking=True)

@@ -18,10 +18,12 @@ from megakd.engine.sharding import gathered
 from megakd.models.architectures import architecture_of
 from megakd.models.attention import AttentionNotes
 from megakd.models.elastic_modules import weights_in_view
+from megakd.models.packed_attention import document_arguments
 from megakd.models.second_vocabulary import SecondHead, second_vocabulary
 from megakd.models.states import StateNotes
 
-LOGITS_AT_ONCE = 1 << 24
+LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}
+"""Most elements of a block of logits; a larger block reads the output matrix less often."""
 
 
 class Needs(NamedTuple):
@@ -119,7 +121,8 @@ def most_likely(model: nn.Module, batch: Batch, count: int) -> TopK:
         raise TypeError("a language model was read without its hidden states")
     weight, bias = language_model_head(model).read()
     found = []
-    for some in hidden.flatten(0, -2).split(max(1, LOGITS_AT_ONCE // len(weight))):
+    most = LOGITS_AT_ONCE.get(hidden.device.type, LOGITS_AT_ONCE["cpu"])
+    for some in hidden.flatten(0, -2).split(max(1, most // len(weight))):
         logits = functional.linear(some, weight, bias).float()
         best, ids = logits.topk(min(count, len(weight)), dim=-1)
         found.append((ids, best - logits.logsumexp(-1, keepdim=True)))
@@ -140,6 +143,7 @@ def _read_language_model(model: nn.Module, batch: Batch) -> Knowledge:
     architecture = architecture_of(model.config)  # type: ignore[arg-type]
     # Encoders have no cache, and some of them do not accept the option.
     options = {} if architecture.masked else {"use_cache": False}
+    options |= document_arguments(model, batch)
     backbone = architecture.backbone_of(model)
     inputs = _of_both_vocabularies(model, batch)
     out = backbone(**inputs, **options)

@@ -23,6 +23,7 @@ class ModelSource:
     stored: The tensors of its weight files.
     wants_vocabulary: The model starts from random weights and takes the tokenizer's size.
     layers: The layers of the folder that the model has, from 1, in this order; None: all.
+    attn_implementation: The config's choice of an attention; None: by task and device.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ModelSource:
     wants_vocabulary: bool = False
     trust_remote_code: bool = False
     layers: tuple[int, ...] | None = None
+    attn_implementation: str | None = None
 
     @property
     def stored_dtype(self) -> torch.dtype | None:

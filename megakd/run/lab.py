@@ -241,11 +241,10 @@ class Lab(LabBase):
         return self.assembly.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=needs)
 
     def _source(self, folder: Path, role: str) -> ModelSource:
-        return main_first(
-            lambda: resolve_model(
-                str(folder), self.config.task, where=f"{self.config.key_of(role)}.model"
-            )
-        )
+        where = f"{self.config.key_of(role)}.model"
+        found = main_first(lambda: resolve_model(str(folder), self.config.task, where=where))
+        spec = self.config.teacher_specs.get(role, self.config.student)
+        return dataclasses.replace(found, attn_implementation=spec.attn_implementation)
 
     @property
     def teacher_folders(self) -> dict[str, Path | None]:

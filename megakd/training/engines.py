@@ -35,6 +35,7 @@ from megakd.losses.stage_losses import StageLosses, learners_of, stage_losses
 from megakd.models.knowledge import Needs
 from megakd.models.labels import label_order
 from megakd.models.loading import load_model
+from megakd.models.packed_attention import set_attention
 from megakd.models.second_vocabulary import SecondSize, add_second_vocabulary
 from megakd.models.source import ModelSource
 from megakd.process.phases import phase
@@ -336,8 +337,7 @@ class Assembly:
                 source,
                 task=self.config.task,
                 label_names=self.prepared.splits.label_names,
-                # Checked with the tokenizer of the model's role before the run.
-                tokenizer_size=source.config.vocab_size,
+                tokenizer_size=source.config.vocab_size,  # checked before the run
                 ds=ds,
                 dtype=TORCH_DTYPE[dtype],
                 seed=self.config.seed,
@@ -345,6 +345,7 @@ class Assembly:
             )
         _check_finite(model, source, dtype)
         torch.nn.Module.to(model, self.ranks.device)  # transformers' own `to` is typed wrongly
+        set_attention(model, source, self.config.task.type, self.ranks.device)
         return model
 
 

@@ -336,11 +336,12 @@ def with_student(config: RunConfig, sources: dict[str, ModelSource]) -> dict[str
 def as_student(source: ModelSource, config: RunConfig) -> ModelSource:
     """Return the model that the student starts as, with the layers that the student keeps."""
     student, layers = dataclasses.replace(source, where="student.model"), config.student.layers
+    student = dataclasses.replace(student, attn_implementation=config.student.attn_implementation)
     return student if layers is None else with_layers(student, layers, where="student.layers")
 
 
 def _resolve(spec: TeacherConfig | StudentConfig, config: RunConfig, role: str) -> ModelSource:
-    return resolve_model(
+    found = resolve_model(
         spec.model,
         config.task,
         where=f"{config.key_of(role)}.model",
@@ -348,3 +349,4 @@ def _resolve(spec: TeacherConfig | StudentConfig, config: RunConfig, role: str) 
         trust_remote_code=spec.trust_remote_code,
         allow_pickle=spec.allow_pickle,
     )
+    return dataclasses.replace(found, attn_implementation=spec.attn_implementation)

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from megakd.config.run import inherit
 from megakd.engine.distributed import supported_dtypes
@@ -91,6 +92,7 @@ def check_device(config: RunConfig, ranks: Ranks) -> None:
     say_precision(config, device)
     check_dtype(training_dtype(config.train, device), ranks, "train")
     check_kernels(config.train.kernels, ranks, "train")
+    check_attention(config, ranks)
     for name, spec in config.teacher_specs.items():
         key = config.key_of(name)
         if spec.dtype is not None:
@@ -99,6 +101,25 @@ def check_device(config: RunConfig, ranks: Ranks) -> None:
             train = inherit(config.train, spec.finetune)
             check_dtype(training_dtype(train, device), ranks, f"{key}.finetune")
             check_kernels(train.kernels, ranks, f"{key}.finetune")
+
+
+def check_attention(config: RunConfig, ranks: Ranks) -> None:
+    """Raise if the task, the device or this installation lacks a chosen attention.
+
+    Raises:
+        ConfigError: names the attention and those that can be used.
+    """
+    chosen = {config.key_of(n): s.attn_implementation for n, s in config.teacher_specs.items()}
+    on_gpu = ranks.device.type == "cuda"
+    has = ["sdpa", "eager"] + ["varlen"] * (config.task.type == "causal_lm")
+    has += ["flash_attention_2"] * (on_gpu and is_flash_attn_2_available())
+    has += ["flash_attention_3"] * (on_gpu and is_flash_attn_3_available())
+    for key, name in {**chosen, "student": config.student.attn_implementation}.items():
+        if name is not None and name not in has:
+            raise ConfigError(
+                f"{key}.attn_implementation: {name} cannot be used on {ranks.device.type} with "
+                f"task.type {config.task.type} in this environment; use one of {', '.join(has)}"
+            )
 
 
 def check_dtype(dtype: Dtype, ranks: Ranks, where: str) -> None:

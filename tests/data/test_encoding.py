@@ -28,6 +28,7 @@ from transformers import (
 
 from megakd.config.run import TaskConfig
 from megakd.data import encoding
+from megakd.data.encoded_keys import tokenizer_content
 from megakd.data.encoding import Collator, encode_splits, labelled_only
 from megakd.data.packing import PackedRow
 from megakd.data.rows import rows_key
@@ -158,7 +159,7 @@ def test_what_the_tokenizer_puts_around_a_text_is_kept_around_a_document():
 
 def test_encoding_again_reads_what_is_there(tmp_path, monkeypatch):
     first = encode_splits(_texts(), _bert(), _task(), cache_dir=tmp_path)
-    monkeypatch.setattr(encoding, "_write", None)
+    monkeypatch.setattr(encoding, "write_tables", None)
 
     again = encode_splits(_texts(), _bert(), _task(), cache_dir=tmp_path)
 
@@ -195,11 +196,11 @@ def test_whatever_changes_the_rows_changes_the_key(tmp_path, change):
 
 def test_calling_a_tokenizer_does_not_change_its_content():
     tokenizer = _bert()
-    before = encoding.tokenizer_content(tokenizer)
+    before = tokenizer_content(tokenizer)
 
     tokenizer(["a", "b c d"], truncation=True, max_length=3, padding=True)
 
-    assert encoding.tokenizer_content(tokenizer) == before
+    assert tokenizer_content(tokenizer) == before
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "no checksums"])
@@ -232,7 +233,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(encoding, "_write", broken)
+    monkeypatch.setattr(encoding, "write_tables", broken)
 
     with pytest.raises(DataError, match=r"cannot write prepared data to .*No space left on device"):
         encode_splits(_texts(), _bert(), _task(), cache_dir=tmp_path)
@@ -387,7 +388,7 @@ def test_keys_do_not_depend_on_the_process(tmp_path):
     ).stdout
 
     rows = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
-    assert json.loads(printed) == [encoding.tokenizer_content(_bert()), rows_key(rows)]
+    assert json.loads(printed) == [tokenizer_content(_bert()), rows_key(rows)]
 
 
 def test_max_length_is_the_tasks(tmp_path):

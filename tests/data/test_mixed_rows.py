@@ -233,7 +233,7 @@ def test_rows_without_room_for_text_are_refused(pair, tmp_path):
 
 def test_encoding_again_reads_what_is_there(pair, tmp_path, monkeypatch):
     first = encoded(["bad cabbage"], pair, tmp_path)
-    monkeypatch.setattr(encoding, "_write", None)
+    monkeypatch.setattr(encoding, "write_tables", None)
 
     assert encoded(["bad cabbage"], pair, tmp_path).to_dict() == first.to_dict()
 

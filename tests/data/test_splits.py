@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakd.config.run import TaskConfig
+from megakd.data import splits
 from megakd.data.cache import cached_folder
 from megakd.data.choosing import at_most, cut_validation, keep_labels
 from megakd.data.splits import Splits, load_splits
@@ -330,3 +332,31 @@ def test_a_hub_data_set_that_is_a_script_is_refused_with_other_ways(
     )
     with pytest.raises(DataError, match=message):
         load("someone/somedata", tmp_path)
+
+
+def test_a_cut_validation_split_is_scored_up_to_a_limit_that_the_log_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO, logger="megakd")
+    monkeypatch.setattr(splits, "MOST_CUT_ROWS", 3)
+    path = write_csv(tmp_path / "rows.csv", 400)
+
+    limited, whole = load(path, tmp_path), load(path, tmp_path, max_eval_examples=1000)
+
+    assert len(limited.validation) == 3
+    assert len(whole.validation) > 3
+    assert len(limited.train) == len(whole.train)
+    assert caplog.messages == [
+        f"validation: 3 of the {len(whole.validation)} rows that are held out are scored; "
+        "task.max_eval_examples sets another number"
+    ]
+
+
+def test_a_validation_split_of_the_data_has_no_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(splits, "MOST_CUT_ROWS", 3)
+    write_csv(tmp_path / "train.csv", 40)
+    write_csv(tmp_path / "validation.csv", 20)
+
+    assert len(load(tmp_path, tmp_path / "cache").validation) == 20

@@ -1,0 +1,175 @@
+"""Attention within the documents of packed rows, without a mask.
+
+A mask of packed rows has an element for every pair of positions, keeps fused attention from its
+fast path, and makes the host wait for the device when transformers builds the mask. Here the
+boundaries of the documents come from the collator. On a GPU, torch's attention for sequences of
+different lengths skips everything outside of a document and after a query; on a CPU the documents
+are computed one after the other.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+
+from megakd.errors import ModelError
+from megakd.models.architectures import architecture_of
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from megakd.contract.batch import Batch
+    from megakd.contract.tasks import TaskType
+    from megakd.models.source import ModelSource
+
+_MOST_WIDTH = 256
+VARLEN = "varlen"
+"""Name of this attention in configs of models and in `attn_implementation`."""
+
+
+def register_packed_attention() -> None:
+    """Make transformers know this attention; no mask belongs to the name."""
+    AttentionInterface.register(VARLEN, attend)
+
+
+def document_arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Return the arguments of a decoder's forward that state the documents of its rows."""
+    name: str = model.config._attn_implementation or ""  # type: ignore[union-attr]  # noqa: SLF001
+    if batch.documents is None or not name.startswith((VARLEN, "flash_attention")):
+        return {}
+    starts, longest = batch.documents
+    return {
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def set_attention(
+    model: PreTrainedModel, source: ModelSource, task: TaskType, device: torch.device
+) -> None:
+    """Choose the attention of a loaded model.
+
+    Args:
+        model: the model.
+        source: the origin of the model. Without `attn_implementation`, packed rows on a GPU use
+            `varlen` if torch's kernel supports the model; transformers chooses elsewhere.
+        task: the task of the model.
+        device: the device that the model runs on.
+
+    Raises:
+        ModelError: torch's kernel does not support the model.
+    """
+    register_packed_attention()
+    name, on_gpu = source.attn_implementation, device.type == "cuda"
+    if name is None and task == "causal_lm" and on_gpu and _has_kernel(model):
+        name = VARLEN
+    if name == VARLEN and on_gpu and not _has_kernel(model):
+        raise ModelError(
+            f"{source.where.removesuffix('.model')}.attn_implementation: varlen needs bf16 or "
+            "fp16 on a GPU, no attention dropout, and heads of at most 256 columns, a multiple of "
+            "8; use sdpa"
+        )
+    if name is not None:
+        model.set_attn_implementation(name)
+
+
+def _has_kernel(model: PreTrainedModel) -> bool:
+    """Return whether torch's attention for different lengths supports a model on a GPU."""
+    config = model.config
+    width = architecture_of(config).heads(config).width
+    dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
+    is_narrow = model.dtype in (torch.bfloat16, torch.float16)
+    return is_narrow and not dropout and width % 8 == 0 and width <= _MOST_WIDTH
+
+
+def attend(  # noqa: PLR0913  (the arguments are transformers')
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """Return causal attention within documents, as transformers calls its attentions.
+
+    Args:
+        module: the attention, which has no dropout.
+        query: [B, heads, T, width].
+        key: [B, key heads, T, width].
+        value: like `key`.
+        attention_mask: not used; transformers builds no mask for this attention.
+        scaling: factor of the scores; None: 1 / sqrt(width).
+        sliding_window: number of positions that a query sees, itself included; None: all.
+        cu_seq_lens_q: [documents + 1] int32, the first position of each document in [B * T], and
+            B * T; None: every row is a document.
+        max_length_q: length of the longest document.
+        unused: further arguments of transformers.
+
+    Returns:
+        [B, T, heads, width], and no attention weights.
+    """
+    del module, attention_mask, unused
+    batch, _, length, _ = query.shape
+    if cu_seq_lens_q is None or max_length_q is None:
+        cu_seq_lens_q = torch.arange(
+            0, (batch + 1) * length, length, dtype=torch.int32, device=query.device
+        )
+        max_length_q = length
+    flat = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]  # [B * T, heads, w]
+    if query.is_cuda:
+        out = varlen_attn(
+            *flat,
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max_length_q,
+            max_length_q,
+            scale=scaling,
+            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    else:
+        out = _one_by_one(flat, cu_seq_lens_q.tolist(), scaling, sliding_window)
+    return out.unflatten(0, (batch, length)), None  # type: ignore[union-attr]
+
+
+def _one_by_one(
+    flat: list[Tensor], starts: list[int], scaling: float | None, window: int | None
+) -> Tensor:
+    """Return the attention of every document, [B * T, heads, width]."""
+    heads, key_heads = flat[0].shape[1], flat[1].shape[1]
+    parts = []
+    for first, end in pairwise(starts):
+        query, key, value = (part[first:end].transpose(0, 1) for part in flat)
+        near = None if window is None or end - first <= window else _near(query, window)
+        parts.append(
+            functional.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=near,
+                is_causal=near is None,
+                scale=scaling,
+                enable_gqa=heads != key_heads,
+            ).transpose(0, 1)
+        )
+    return torch.cat(parts)
+
+
+def _near(query: Tensor, window: int) -> Tensor:
+    """Return [T, T] bool: True where a query sees a key."""
+    seen = query.new_ones(query.shape[1], query.shape[1], dtype=torch.bool).tril()
+    return seen.triu(1 - window)
