@@ -94,10 +94,10 @@ class Selecting(Stateless):
         valid = reading.batch.valid
         both = [said.states(-1) for said in (reading.student, reading.taught)]
         if self.choosing.whole_texts:
-            rows, sums = valid, [states[valid].float().sum(0) for states in both]
+            rows, sums = valid, [_sum_of(states.flatten(0, 1), valid.flatten()) for states in both]
         else:
             rows = valid.any(dim=1)
-            sums = [first_positions(states, valid)[rows].float().sum(0) for states in both]
+            sums = [_sum_of(first_positions(states, valid), rows) for states in both]
         total = torch.cat([*sums, rows.sum()[None]])
         if self.probe is not None:
             self.probe.add_up(total)
@@ -356,3 +356,8 @@ class RandomWeights(Stateless):
         chosen = zip(self.kinds, self.weights, factors, strict=True)
         weights = {kind: weight * factor for kind, weight, factor in chosen}
         return (Pass(teacher=self.teacher, weights=weights),)
+
+
+def _sum_of(states: Tensor, chosen: Tensor) -> Tensor:
+    """Return the fp32 sum [D] of the chosen rows of [N, D]; indexing would make the host wait."""
+    return states.float().masked_fill(~chosen[:, None], 0).sum(0)

@@ -1,0 +1,264 @@
+"""Every phase of runs on a pretended GPU: no tensor of the CPU meets one of the GPU, no waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pretend_cuda import CUDA, SYNCS, moved_to_cuda, pretended_cuda
+from tiny_runs import write_config
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, unset_fake_temporarily
+
+from megakd.config.file import load_config
+from megakd.contract.batch import Batch, Documents, Knowledge, LossInputs
+from megakd.contract.stage import Stage, backward_groups
+from megakd.methods.knowledge_selection.selecting import Choosing, Selecting
+from megakd.methods.knowledge_selection.selector import Selector, SelectorShape
+from megakd.models.packed_attention import set_attention
+from megakd.planning import simulated_phase
+from megakd.planning.moments import Inventory, Trace
+from megakd.planning.simulated_phase import SimulatedPhase, _ones, _Tracer
+from megakd.planning.sources import planned_sources
+from megakd.planning.stages import PlanningLab
+from megakd_kernels import chunking
+
+# The elastic embedding recognises tokens by their memory, which pretended tensors do not have.
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+NO_TRACE = Trace(Inventory(()), (), 0, {})
+LAYERS, WIDTH, HEADS, VOCABULARY = 2, 32, 4, 300
+
+
+class OnGpu(_Tracer):
+    """Runs the forwards of a phase on the pretended GPU; the losses form their gradients there."""
+
+    def _forward(self, module: nn.Module, *args: Any, **options: Any) -> tuple[Trace, Any]:
+        with torch.no_grad():
+            return NO_TRACE, module(*args, **options)
+
+    def _learner(
+        self, stage: Stage, bundle: Any, batch: Batch, knowledge: Mapping[str, Knowledge]
+    ) -> SimulatedPhase:
+        for group in backward_groups(stage.strategy.passes(0), stage.passes_per_backward):
+            losses = bundle(batch, knowledge, group, _ones(bundle))
+            assert losses.total.device == CUDA
+            assert losses.total.requires_grad
+        return SimulatedPhase(teachers={}, learner=[])
+
+    def _bundle(self, *arguments: Any) -> Any:
+        return self._moved(super()._bundle, *arguments)
+
+    def _frozen(self, *arguments: Any) -> Any:
+        return self._moved(super()._frozen, *arguments)
+
+    def _moved(self, build: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
+        """Return a module that is built without a device and then moved, as in a run."""
+        with pytest.MonkeyPatch.context() as patch, unset_fake_temporarily():
+            patch.setattr(simulated_phase, "VALUELESS", torch.device("meta"))
+            module = build(*arguments)
+        return moved_to_cuda(module)
+
+    def _model(self, source: Any, dtype: Any) -> Any:
+        model = super()._model(source, dtype)
+        set_attention(model, source, self._task.type, CUDA)
+        return model
+
+    def _batch(self, rows: int) -> Batch:
+        batch = super()._batch(rows)
+        if self._task.type != "causal_lm":
+            return batch
+        length = batch.valid.shape[1]
+        starts = torch.arange(0, rows * length + 1, length // 2, dtype=torch.int32, device=CUDA)
+        return batch._replace(documents=Documents(starts, length // 2))
+
+
+@pytest.fixture
+def run_on_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Callable[[Mapping[str, Any]], list[str]]]:
+    """Function that runs all phases of a config, and returns the names of the phases."""
+    monkeypatch.setattr(simulated_phase, "VALUELESS", CUDA)
+    # The importance of units is the gradient of gates, and a backward needs a real GPU.
+    monkeypatch.setattr(torch.autograd, "grad", lambda _, tensors: [t.detach() for t in tensors])
+
+    def run(tree: Mapping[str, Any]) -> list[str]:
+        config = load_config(write_config(tmp_path / "run.yaml", tree), [])
+        phases = PlanningLab(config, planned_sources(config)).play()
+        for phase in phases:
+            with pretended_cuda():
+                tracer = OnGpu(phase, config, "cuda")
+                tracer.alone() if phase.stage is None else tracer.training(phase.stage)
+        return [phase.name for phase in phases]
+
+    return run
+
+
+def model(family: str, layers: int = LAYERS, width: int = WIDTH) -> dict[str, Any]:
+    """The config of a tiny model without dropout."""
+    if family in ("t5_encoder", "enct5"):
+        sizes = {"d_model": width, "num_layers": layers, "num_heads": HEADS, "d_kv": 8, "d_ff": 32}
+        keys = {**sizes, "dropout_rate": 0.0}
+    elif family == "distilbert":
+        sizes = {"dim": width, "n_layers": layers, "n_heads": HEADS, "hidden_dim": 32}
+        keys = {**sizes, "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+    elif family == "gpt2":
+        sizes = {"n_embd": width, "n_layer": layers, "n_head": HEADS, "n_positions": 64}
+        keys = {**sizes, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    else:
+        keys = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": HEADS}
+        keys |= {"intermediate_size": 32, "max_position_embeddings": 64}
+        if family in ENCODERS:
+            keys |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        else:
+            keys |= {"num_key_value_heads": 2}
+    return {"config": {"model_type": family, "vocab_size": VOCABULARY, **keys}}
+
+
+def tree_of(
+    folder: Path, task: str, teacher: Any, student: Any, method: Any, **sections: Any
+) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder / "out"),
+        "task": {"type": task, "dataset": "anything", "max_length": 16},
+        **({"teacher": {"model": teacher}} if teacher else {}),
+        "student": {"model": student},
+        "method": method,
+        "train": {"per_device_train_batch_size": 4, "max_steps": 8},
+        **sections,
+    }
+
+
+ENCODERS = ("bert", "roberta", "electra", "distilbert")
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+CLASSIFIERS = (*ENCODERS, "t5_encoder", "enct5")
+INSIDE = ("hidden_mse", "hidden_cosine", "embedding_mse", "relation_kl", "relation_fsp")
+SOFT = (
+    "soft_target_kl",
+    "soft_target_reverse_kl",
+    "soft_target_jsd",
+    "soft_target_skew_kl",
+    "soft_target_skew_reverse_kl",
+    "soft_target_tvd",
+)
+
+
+def losses_of(task: str) -> list[dict[str, Any]]:
+    """All terms of a task."""
+    if task == "regression":
+        names: Sequence[str] = ("hard_mse", "soft_target_mse", *INSIDE, "attention_mse")
+    else:
+        names = ("hard_cross_entropy", *SOFT, *INSIDE, "attention_mse")
+    return [{"loss": name} for name in names]
+
+
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [
+        *((family, "classification") for family in CLASSIFIERS),
+        *((family, "regression") for family in CLASSIFIERS),
+        *((family, "mlm") for family in ENCODERS),
+        *((family, "causal_lm") for family in DECODERS),
+    ],
+)
+def test_every_family_and_loss_stays_on_the_gpu(run_on_gpu, tmp_path, family, task):
+    teacher, student = model(family, layers=4), model(family, width=16)
+    method = {"name": "single"}
+
+    names = run_on_gpu(tree_of(tmp_path, task, teacher, student, method, objective=losses_of(task)))
+
+    assert "student" in names
+
+
+POOL = [{"name": f"of_{layers}", "model": model("bert", layers=layers)} for layers in (4, 3)]
+CUT = {"target_sparsity": 0.5, "sparsities": [0.25, 0.5]}
+OWN = {"name": "mixed_vocabulary", "student_vocabulary": {"size": 200}}
+METHODS = {
+    "finetune": ("classification", {"name": "finetune"}),
+    "direct": ("classification", {"name": "direct", **CUT}),
+    "minidisc": ("classification", {"name": "minidisc", **CUT}),
+    "maxidisc": ("classification", {"name": "maxidisc", **CUT}),
+    "minidisc_lm": ("causal_lm", {"name": "minidisc", **CUT}),
+    "homodistil": ("mlm", {"name": "homodistil", "target_width": 16, "cuts": 2, "pruning_end": 6}),
+    "down": ("mlm", {**OWN, "projections": "down"}),
+    "up": ("mlm", {**OWN, "projections": "up"}),
+    "dual": ("mlm", {**OWN, "projections": "dual", "embeddings": True}),
+    "version 2": ("mlm", {**OWN, "version": 2}),
+    **{
+        name: ("classification", {"name": name})
+        for name in ("skdbert", "mean_of_teachers", "mt_bert", "takd")
+    },
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_stays_on_the_gpu(run_on_gpu, tmp_path, name):
+    task, method = METHODS[name]
+    family = "llama" if task == "causal_lm" else "bert"
+    cut = name in ("direct", "minidisc", "maxidisc", "minidisc_lm", "homodistil")
+    teacher, student = model(family), "from_teacher" if cut else model(family, width=16)
+    tree = tree_of(tmp_path, task, teacher, student, method)
+    if name in ("skdbert", "mean_of_teachers", "mt_bert", "takd"):
+        del tree["teacher"]
+        tree["teachers"] = POOL
+    if name == "finetune":
+        del tree["teacher"]
+    if method["name"] == "mixed_vocabulary":
+        del tree["student"]["model"]["config"]["vocab_size"]
+
+    assert run_on_gpu(tree)
+
+
+def test_knowledge_selection_reads_its_action_on_the_host():
+    """The intended wait: the host has to know which losses of a step count."""
+    shape = SelectorShape(student=2, teacher=3, kinds=("labels", "responses"), hidden=4)
+    choosing = Choosing(hard=False, threshold=0.5, noise=0.0, seed=1)
+    strategy = Selecting("teacher", Selector(shape), choosing, None)
+    with pretended_cuda():
+        said = [Knowledge(hidden_states=(torch.zeros(4, 5, n, device=CUDA),)) for n in (2, 3)]
+        batch = Batch({}, torch.zeros(4, device=CUDA), torch.ones(4, 5, device=CUDA) > 0)
+        reading = LossInputs(said[0], said[1], batch, {}, {})
+
+        with pytest.raises(SYNCS) as raised:
+            strategy.weigh(0, reading)
+
+    assert {"weigh", "_chosen"} <= {entry.name for entry in raised.traceback}
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda hidden: hidden + torch.zeros(hidden.shape),
+        lambda hidden: hidden * hidden.sum().item(),
+        lambda hidden: hidden[hidden.sum(-1) > 0],
+        lambda hidden: hidden if hidden.sum() > 0 else -hidden,
+    ],
+    ids=["device", "item", "shape", "branch"],
+)
+def test_the_pretended_gpu_notices_mistakes(mistake):
+    with pretended_cuda():
+        hidden = torch.zeros(2, 3, device=CUDA)
+        with pytest.raises((*SYNCS, FakeTensorDeviceMismatchError)):
+            mistake(hidden)
+
+
+def test_heads_in_fp16_are_multiplied_as_they_are(monkeypatch):
+    """Gradients in fp16 would underflow, so only products with hidden states are narrow."""
+    monkeypatch.setattr(chunking, "_has_wide_results", lambda *_: True)
+    products = []
+
+    def noted(left, right, *, out, out_dtype=None):
+        products.append((left.dtype, right.dtype, out_dtype))
+        return out
+
+    monkeypatch.setattr(chunking.torch, "mm", noted)
+    with pretended_cuda():
+        hidden, weight = (torch.zeros(4, 8, dtype=torch.float16, device=CUDA) for _ in range(2))
+        rows = chunking.masked_rows(hidden, torch.ones(4, device=CUDA) > 0, torch.float32)
+        chunking.project_into(torch.zeros(4, 4, device=CUDA), rows, weight, None)
+
+        assert rows.dtype == torch.float16
+        assert products == [(torch.float16, torch.float16, torch.float32)]
+        assert chunking.gradient_dtype(hidden, torch.float32) == torch.float32
