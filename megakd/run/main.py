@@ -22,6 +22,7 @@ from megakd.engine.activity import doing
 from megakd.engine.collectives import agree, on_main, reports_lost_peer
 from megakd.engine.device import free_memory_bytes
 from megakd.engine.distributed import Ranks
+from megakd.engine.environment import warn_of_missing_variables
 from megakd.engine.memory import earlier_objects_left_alone, forget_models, keep_freed_memory
 from megakd.errors import CheckpointError
 from megakd.methods import run_method
@@ -90,6 +91,7 @@ def started(config: RunConfig) -> Iterator[Ranks]:
     failed = True
     try:
         with reports_lost_peer(), earlier_objects_left_alone():
+            warn_of_missing_variables()
             yield ranks
         failed = False
     except Stopped as stop:

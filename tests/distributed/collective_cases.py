@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from datasets import Dataset
 
 from megakd.config.file import load_config
 from megakd.engine import collectives, distributed
+from megakd.engine.environment import warn_of_missing_variables
 from megakd.errors import DataError
 from megakd.training.inputs import prepare
 
@@ -61,6 +65,30 @@ def rows_of_node(folders: list[str], failing: int | None = None) -> dict[str, ob
         return {"ran": ran, "said": str(error)}
     files = [entry["filename"] for entry in rows.cache_files]
     return {"ran": ran, "rows": list(rows["number"]), "files": files}
+
+
+def missing_variables(lacking_rank: int) -> list[str]:
+    """Return what this rank logs if one rank lacks two variables."""
+    with pytest.MonkeyPatch.context() as patch, noted("megakd") as messages:
+        if distributed.ranks().rank != lacking_rank:
+            patch.setenv("MEGAKD_CACHE_TEST", "x")
+            patch.setenv("HF_TEST", "secret")
+            patch.setenv("UNRELATED", "x")
+        warn_of_missing_variables()
+    return messages
+
+
+@contextmanager
+def noted(name: str) -> Iterator[list[str]]:
+    """The messages that a logger gets in the body."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(name).addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logging.getLogger(name).removeHandler(handler)
 
 
 def rows_of_separate_node(folders: list[str], failing: int | None = None) -> dict[str, object]:

@@ -68,6 +68,16 @@ def test_only_one_rank_of_a_node_reads_the_texts(workers, tmp_path):
     assert second == ["64"]
 
 
+def test_variables_that_a_launcher_has_not_passed_on_are_named(workers):
+    first, second = workers(2).run("collective_cases.missing_variables", 1)
+
+    (said,) = first
+    assert "lacks variables that rank 0 has: HF_TEST, MEGAKD_CACHE_TEST; add lines" in said
+    assert "secret" not in said
+    assert second == first
+    assert workers(2).run("collective_cases.missing_variables", 0) == [[], []]
+
+
 def test_a_rank_that_waits_too_long_says_who_is_doing_what(launch):
     ranks = launch("late", program=PROGRAM)
 
