@@ -206,6 +206,9 @@ class TeacherConfig:
     The student learns from the folder instead of the model."""
     cache_top_k: Count = 64
     """Number of tokens to keep per position; only for language models."""
+    micro_batches_per_call: Count | None = None
+    """Micro-batches of a step that the teacher answers in one forward. None: at ZeRO 3 as many as
+    fit into memory, else 1."""
     trust_remote_code: bool = False
     allow_pickle: bool = False
     attn_implementation: Attention | None = None

@@ -5,7 +5,7 @@ Shapes: B rows of a micro-batch, T positions, V vocabulary or classes, D width, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -87,6 +87,10 @@ class Teacher(Protocol):
 
     def __call__(self, batch: Batch) -> Knowledge:
         """Return the outputs for a micro-batch that the student's losses need, detached."""
+        ...
+
+    def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
+        """Yield the outputs for every micro-batch of a step, in order."""
         ...
 
     def prefetch(self) -> None:

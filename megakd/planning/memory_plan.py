@@ -150,6 +150,7 @@ class Plan:
             "network_bytes_per_step": round(phase.sent),
             "flops_per_step": phase.flops,
             "seconds_per_step": self.seconds_of(phase),
+            "micro_batches_per_call": phase.per_call,
             "pruned_to": phase.pruned
             and {
                 "parameters": phase.pruned.parameters,

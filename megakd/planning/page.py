@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def page(plan: Plan) -> str:
     """Return the text that `megakd plan` prints."""
     tables = ("\n".join(aligned_rows(rows)) for rows in (_parts(plan), _phases(plan)))
-    return "\n\n".join([_head(plan), *tables, _verdict(plan)])
+    return "\n\n".join([_head(plan), *tables, *_calls(plan), _verdict(plan)])
 
 
 def _head(plan: Plan) -> str:
@@ -69,6 +69,17 @@ def _phases(plan: Plan) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def _calls(plan: Plan) -> list[str]:
+    """Return a paragraph on teachers that answer several micro-batches at once, if any."""
+    lines = [
+        f"{phase.name}: {name} answers {count} micro-batches in one forward "
+        f"({plan.config.key_of(name)}.micro_batches_per_call)"
+        for phase in plan.phases
+        for name, count in phase.per_call.items()
+    ]
+    return ["\n".join(lines)] if lines else []
 
 
 def _left(size: Mapping[str, int] | None) -> list[str]:

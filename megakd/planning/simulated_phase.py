@@ -13,6 +13,7 @@ from torch import nn
 
 from megakd.config.run import RunConfig
 from megakd.contract.batch import Batch, Knowledge, Targets, Unit
+from megakd.contract.joined_batches import joined, part_of, parts_of
 from megakd.contract.stage import Pass, Stage, backward_groups, teacher_names
 from megakd.contract.tasks import Dtype
 from megakd.data.masking import DEFAULT_PROBABILITY
@@ -30,6 +31,7 @@ from megakd.planning.stages import Phase
 from megakd.planning.tracing import VALUELESS, repeat_alike, trace_call
 from megakd.pruning.importance import GateGradients
 from megakd.teachers.frozen import FrozenModel
+from megakd.training.asking import micro_batches_per_call
 from megakd.training.engines import ReadyTeacher, second_sizes
 from megakd.training.precision import TORCH_DTYPE, frozen_dtype, training_dtype
 
@@ -51,6 +53,7 @@ class SimulatedPhase:
 
     teachers: the forward of each frozen model by name.
     asked: mean number of answers per micro-batch of each teacher.
+    per_call: number of micro-batches that each teacher answers in one forward.
     answers: bytes of the outputs of a step's teachers, kept while the learner runs.
     learner: each group of passes of the learner with its backward.
     masked: the same of a learner that has lost its first units; empty if it loses none.
@@ -62,6 +65,7 @@ class SimulatedPhase:
 
     teachers: Mapping[str, Trace]
     asked: Mapping[str, float] = field(default_factory=dict)
+    per_call: Mapping[str, int] = field(default_factory=dict)
     answers: int = 0
     learner: Sequence[Trace] = ()
     masked: Sequence[Trace] = ()
@@ -123,16 +127,30 @@ class _Tracer:
         rows = (train.per_device_train_batch_size, self._config.eval_rows(train))
         dtype = training_dtype(train, self._device)
         held = (dtype, train.gradient_checkpointing, stage.passes_per_backward)
-        return repr((facts, learners, losses, pruning, rows, held))
+        asking = (train.gradient_accumulation_steps, self._sharding())
+        return repr((facts, learners, losses, pruning, rows, held, asking))
+
+    def _sharding(self) -> list[Any]:
+        """Return the settings that decide how many micro-batches a teacher answers at once."""
+        specs = [ready.spec for ready in self._phase.teachers.values()]
+        return [(spec.micro_batches_per_call, spec.deepspeed) for spec in specs]
 
     def training(self, stage: Stage) -> SimulatedPhase:
         """Trace the training of a student with teachers."""
         batch = self._batch(stage.train.per_device_train_batch_size)
         batch = batch._replace(others=self._mixed(stage, batch) or None)
         losses = self._losses(stage)
-        teachers, knowledge = self._asked(losses, batch)
+        per_call = {
+            name: self._per_call(stage, ready, losses.teacher_needs())
+            for name, ready in self._phase.teachers.items()
+        }
+        teachers, answers = self._asked(losses, batch, per_call)
+        knowledge = {
+            name: part_of(said, next(parts_of([batch] * per_call[name])))
+            for name, said in answers.items()
+        }
         plans = [teacher_names(stage.strategy.passes(step)) for step in range(PLANS)]
-        sizes = {name: _said_bytes(said) for name, said in knowledge.items()}
+        sizes = {name: _said_bytes(said) for name, said in answers.items()}
         waiting = [sum(size for name, size in sizes.items() if name in plan) for plan in plans]
         bundle = self._bundle(stage, losses)
         found = self._learner(stage, bundle, batch, knowledge)
@@ -141,21 +159,29 @@ class _Tracer:
         return replace(
             found,
             teachers=teachers,
+            per_call=per_call,
             asked={name: sum(name in plan for plan in plans) / PLANS for name in teachers},
             answers=max(waiting),
             evaluation=evaluation,
             measured=self._measured(stage, bundle, losses, scored),
         )
 
+    def _per_call(self, stage: Stage, ready: ReadyTeacher, needs: Needs) -> int:
+        dtype = planned_dtype(ready, self._device)
+        return micro_batches_per_call(
+            ready, needs, stage.train, self._config, dtype=dtype, device=self._device
+        )
+
     def _asked(
-        self, losses: StageLosses, batch: Batch
+        self, losses: StageLosses, batch: Batch, per_call: Mapping[str, int]
     ) -> tuple[dict[str, Trace], dict[str, Knowledge]]:
-        """Trace the forward of every teacher; return the outputs too."""
+        """Trace the forward of every teacher for its micro-batches; return the outputs too."""
         teachers: dict[str, Trace] = {}
         knowledge: dict[str, Knowledge] = {}
         for name, ready in self._phase.teachers.items():
             frozen = self._frozen(ready, losses.teacher_needs())
-            teachers[name], said = self._forward(frozen, batch)
+            together = joined([batch] * per_call[name]) if per_call[name] > 1 else batch
+            teachers[name], said = self._forward(frozen, together)
             if said.hidden is not None:
                 said = said._replace(head=language_model_head(frozen.model))
             knowledge[name] = said
@@ -189,7 +215,8 @@ class _Tracer:
         rows = len(batch.valid)
         if not stage.measures_losses or rows <= stage.train.per_device_train_batch_size:
             return None
-        teachers, knowledge = self._asked(losses, batch)
+        once = dict.fromkeys(self._phase.teachers, 1)
+        teachers, knowledge = self._asked(losses, batch, once)
         said, passes = sum(map(_said_bytes, knowledge.values())), stage.strategy.passes(0)
         trace, _ = self._forward(bundle.eval(), batch, knowledge, passes, _ones(bundle))
         return Measured(teachers, said, trace)

@@ -36,6 +36,7 @@ class PhasePlan:
     flops, network: operations, and bytes sent by role, of one training step.
     required: False if the run continues without the phase when memory is short.
     pruned: what is left of a learner that is pruned in the phase.
+    per_call: micro-batches of a step that teachers answer in one forward, if more than one.
     """
 
     name: str
@@ -45,6 +46,7 @@ class PhasePlan:
     network: dict[str, float] = field(default_factory=dict)
     required: bool = True
     pruned: Pruned | None = None
+    per_call: dict[str, int] = field(default_factory=dict)
 
     @property
     def sent(self) -> float:
@@ -261,14 +263,18 @@ class Timeline:
             frozen: the engines of the teachers.
             micro_batches: number of micro-batches per step.
         """
-        flops = sum(run.flops for run in self.traced.learner)
+        flops = micro_batches * sum(run.flops for run in self.traced.learner)
         answered = 0.0
         for name, engine in frozen.items():
-            run, asked = self.traced.teachers[name], self.traced.asked[name]
+            run, per_call = self.traced.teachers[name], self.traced.per_call[name]
+            calls = self.traced.asked[name] * -(-micro_batches // per_call)
             gathered = engine.gathering(run).numel * engine.itemsize
-            flops += asked * run.flops
-            answered += asked * (gathered + self._head(name, engine).total)
-        self.plan.flops = micro_batches * flops
+            flops += self.traced.asked[name] * run.flops * micro_batches / per_call
+            answered += calls * gathered
+            # The student's forward gathers the head for every micro-batch.
+            answered += self.traced.asked[name] * micro_batches * self._head(name, engine).total
+        self.plan.flops = flops
+        self.plan.per_call = {n: many for n, many in self.traced.per_call.items() if many > 1}
         gathered = sum(learner.gathering(run).numel for run in self.traced.learner)
         weights = learner.inventory.numel * learner.itemsize
         backwards = micro_batches * len(self.traced.learner)
@@ -280,6 +286,6 @@ class Timeline:
         }
         ranks = self.cluster.ranks
         rest = (ranks - 1) / ranks
-        self.plan.network[TEACHER] = rest * micro_batches * answered
+        self.plan.network[TEACHER] = rest * answered
         own = rest * sent[learner.stage]
         self.plan.network[learner.role] = self.plan.network.get(learner.role, 0.0) + own

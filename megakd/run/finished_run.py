@@ -48,6 +48,15 @@ FINAL = "final"
 RUN = "run.json"
 
 
+_FREE = (
+    "resume_from_checkpoint",
+    "per_device_eval_batch_size",
+    "collective_timeout",
+    "micro_batches_per_call",
+)
+"""Ends of config keys on which no result depends."""
+
+
 def is_finished(config: RunConfig) -> bool:
     """Return true if the output folder holds the finished run of this config; read only the config.
 
@@ -95,9 +104,7 @@ def _has_int8(out: Path) -> bool:
 
 def _is_free(key: str) -> bool:
     """Return true if a key may change between two starts of one run."""
-    return key.startswith(("output_dir", "log.", "save.", "task.encoded")) or key.endswith(
-        ("resume_from_checkpoint", "per_device_eval_batch_size", "collective_timeout")
-    )
+    return key.startswith(("output_dir", "log.", "save.", "task.encoded")) or key.endswith(_FREE)
 
 
 def finished_table(config: RunConfig, *, command: str) -> str:

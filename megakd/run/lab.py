@@ -33,6 +33,7 @@ from megakd.run.stage_identity import stage_identity
 from megakd.storage.fingerprint import Fingerprint
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher
+from megakd.training.asking import micro_batches_per_call
 from megakd.training.engines import Assembly
 from megakd.training.evaluation import weighable
 from megakd.training.inputs import RunInputs, as_student
@@ -176,7 +177,7 @@ class Lab(LabBase):
         teachers: dict[str, FrozenTeacher | CachedTeacher] = {}
         with ExitStack() as opened:
             for name in stage.teachers:
-                teachers[name] = self._frozen(name, self.needs(stage))
+                teachers[name] = self._frozen(name, self.needs(stage), stage)
                 opened.callback(teachers[name].destroy)
             run = StageRun(
                 stage,
@@ -228,7 +229,7 @@ class Lab(LabBase):
         self.assembly.build_cache(ready, ready.spec.cache)
         return ready.spec.cache
 
-    def _frozen(self, name: str, needs: Needs) -> FrozenTeacher | CachedTeacher:
+    def _frozen(self, name: str, needs: Needs, stage: Stage) -> FrozenTeacher | CachedTeacher:
         ready = self._teachers[name]
         if ready.spec.cache is not None:
             if needs != Needs():
@@ -238,7 +239,13 @@ class Lab(LabBase):
                 )
             return self.assembly.cached(ready, ready.spec.cache)
         dtype = self.assembly.teacher_dtype(ready)
-        return self.assembly.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=needs)
+        spec = ready.spec.deepspeed
+        teacher = self.assembly.frozen(ready.source, spec, dtype=dtype, needs=needs)
+        device = self._ranks.device.type
+        teacher.per_call = micro_batches_per_call(
+            ready, needs, stage.train, self.config, dtype=dtype, device=device
+        )
+        return teacher
 
     def _source(self, folder: Path, role: str) -> ModelSource:
         where = f"{self.config.key_of(role)}.model"

@@ -230,6 +230,10 @@ class CachedTeacher:
         length = batch.valid.shape[1]
         return Knowledge(top_k=TopK(moved["ids"][:, :length], moved["logprobs"][:, :length]))
 
+    def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
+        """Yield the answers to every micro-batch."""
+        return map(self, batches)
+
     def prefetch(self) -> None:
         """Do nothing: the operating system reads ahead in the files."""
 

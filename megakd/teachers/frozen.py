@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from megakd.contract.batch import Batch, Knowledge, Predictions, TopK
+from megakd.contract.joined_batches import joined, part_of, parts_of
 from megakd.contract.tasks import Dtype, Kernels
 from megakd.engine.initialize import frozen_engine
 from megakd.engine.prefetch import Prefetch
@@ -69,11 +70,16 @@ class FrozenModel(nn.Module):
 
 
 class FrozenTeacher:
-    """A teacher that answers one micro-batch at a time; a collective under ZeRO-3."""
+    """A teacher that answers micro-batches; a collective under ZeRO-3.
+
+    per_call: micro-batches of a step that one forward answers. A sharded teacher is gathered once
+        per forward.
+    """
 
     def __init__(
         self, module: FrozenModel, *, ds: Mapping[str, Any], dtype: Dtype, rows: int
     ) -> None:
+        self.per_call = 1
         self._engine = frozen_engine(module, ds=ds, dtype=dtype, rows=rows)
         self._prefetch = Prefetch(module)
 
@@ -93,6 +99,16 @@ class FrozenTeacher:
         if read.hidden is None:
             return read
         return read._replace(head=language_model_head(self.model))
+
+    def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
+        """Yield the outputs for every micro-batch of a step; `per_call` share a forward."""
+        for first in range(0, len(batches), self.per_call):
+            group = batches[first : first + self.per_call]
+            if len(group) == 1:
+                yield self(group[0])
+                continue
+            said = self(joined(group))
+            yield from (part_of(said, part) for part in parts_of(group))
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Predictions:

@@ -5,7 +5,7 @@ The error message can then name the teacher instead of the learning rate as the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +28,14 @@ class WatchedTeacher:
 
     def __call__(self, batch: Batch) -> Knowledge:
         """Return the teacher's answer and update the flag, without a device sync."""
-        read = self._teacher(batch)
+        return self._watched(batch, self._teacher(batch))
+
+    def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
+        """Yield the teacher's answers to every micro-batch, and update the flag."""
+        for batch, read in zip(batches, self._teacher.answers(batches), strict=True):
+            yield self._watched(batch, read)
+
+    def _watched(self, batch: Batch, read: Knowledge) -> Knowledge:
         bad = ~_finite(read, batch)
         self.failed = bad if self.failed is None else self.failed | bad
         return read

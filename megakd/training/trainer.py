@@ -101,8 +101,7 @@ class Trainer:
         """Take one optimiser step over this rank's micro-batches."""
         plan = self.strategy.passes(self.step)
         counts = self.count_units(batches)
-        for batch, is_last in _mark_last(batches):
-            knowledge = self.ask_teachers(plan, batch)
+        for batch, knowledge, is_last in self._answered(plan, batches):
             if is_last:
                 self._prefetch(plan)
             losses = self.student.forward_backward(batch, knowledge, plan, counts, boundary=is_last)
@@ -119,12 +118,27 @@ class Trainer:
         self.step += 1
         return report
 
+    def _answered(
+        self, plan: Sequence[Pass], batches: Sequence[Batch]
+    ) -> Iterator[tuple[Batch, dict[str, Knowledge], bool]]:
+        """Yield each micro-batch with the teachers' outputs, and whether it is the last one."""
+        answers = {
+            name: self.teachers[name].answers([batch.of(name) for batch in batches])
+            for name in self._frozen(plan)
+        }
+        for index, batch in enumerate(batches):
+            with self.meter.teacher.running():
+                knowledge = {name: next(found) for name, found in answers.items()}
+            yield batch, knowledge, index == len(batches) - 1
+
     def ask_teachers(self, plan: Sequence[Pass], batch: Batch) -> dict[str, Knowledge]:
         """Return the outputs of the frozen teachers of the passes for a micro-batch."""
         with self.meter.teacher.running():
-            # A teacher that learns in this stage answers inside the student's engine.
-            frozen = [name for name in teacher_names(plan) if name in self.teachers]
-            return {name: self.teachers[name](batch.of(name)) for name in frozen}
+            return {name: self.teachers[name](batch.of(name)) for name in self._frozen(plan)}
+
+    def _frozen(self, plan: Sequence[Pass]) -> list[str]:
+        """Return the teachers that answer; one that learns answers inside the student's engine."""
+        return [name for name in teacher_names(plan) if name in self.teachers]
 
     def _prefetch(self, plan: Sequence[Pass]) -> None:
         """Prefetch the teachers of the next step while the student learns, and evict the others."""
@@ -144,8 +158,3 @@ class Trainer:
         """Load the state that `state_dict` returned."""
         self.step = state["step"]
         self.strategy.load_state_dict(state["strategy"])
-
-
-def _mark_last(batches: Sequence[Batch]) -> Iterator[tuple[Batch, bool]]:
-    for index, batch in enumerate(batches):
-        yield batch, index == len(batches) - 1

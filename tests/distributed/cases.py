@@ -65,7 +65,7 @@ def train(config_path: str, overrides: list[str], steps: int) -> dict:
         train=config.train,
         deepspeed=config.student.deepspeed,
     )
-    frozen = {name: lab._frozen(name, lab.needs(stage)) for name in teachers}
+    frozen = {name: lab._frozen(name, lab.needs(stage), stage) for name in teachers}
     run = StageRun(
         stage,
         lab.assembly,

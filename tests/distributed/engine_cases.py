@@ -42,8 +42,8 @@ def two_engines(config_path: str, folder: str) -> dict:
     return facts
 
 
-def _started(config_path: str):
-    config = load_config(Path(config_path))
+def _started(config_path: str, overrides: list[str] | None = None):
+    config = load_config(Path(config_path), overrides or [])
     ranks, prepared = distributed.ranks(), prepare(config)
     reporter = Reporter(config.output_dir, is_main=False)
     lab = Lab(config, prepared, ranks, reporter)
@@ -56,7 +56,7 @@ def _started(config_path: str):
         train=config.train,
         deepspeed=config.student.deepspeed,
     )
-    teacher = lab._frozen(name, lab.needs(stage))
+    teacher = lab._frozen(name, lab.needs(stage), stage)
     run = StageRun(
         stage,
         lab.assembly,
@@ -112,6 +112,29 @@ def head_gathers(config_path: str) -> list[dict]:
     run.close()
     teacher.destroy()
     return found
+
+
+def teacher_gathers(config_path: str, overrides: list[str]) -> int:
+    """How many weights of the teacher the ranks make whole in the second step."""
+    run, teacher = _started(config_path, overrides)
+    counted = [0]
+    for parameter in teacher.model.parameters():
+        for way in ("all_gather", "all_gather_coalesced"):
+            setattr(parameter, way, _counting(getattr(parameter, way), counted))
+    for step in range(2):
+        counted[0] = 0
+        run.trainer.train_step(run.source.step(step))
+    run.close()
+    teacher.destroy()
+    return counted[0]
+
+
+def _counting(gather, counted: list[int]):
+    def counting(*args, **options):
+        counted[0] += len((args[0] if args else options.get("param_list")) or [None])
+        return gather(*args, **options)
+
+    return counting
 
 
 def _note_gathers(parameter, head, counted: dict, name: str) -> None:

@@ -42,6 +42,9 @@ class Watched:
         weights = self.teacher.model.parameters()
         return sum(getattr(weight, "ds_tensor", weight).numel() for weight in weights)
 
+    def answers(self, batches):
+        return map(self, batches)
+
     def destroy(self) -> None:
         self.teacher.destroy()
 
@@ -55,8 +58,8 @@ def learn(config_path: str, overrides: list[str]) -> dict:
     held: dict[str, int] = {}
     frozen = lab._frozen
 
-    def watched(name, needs):
-        teacher = Watched(name, frozen(name, needs), asked)
+    def watched(name, needs, stage):
+        teacher = Watched(name, frozen(name, needs, stage), asked)
         held[name] = teacher.elements
         return teacher
 

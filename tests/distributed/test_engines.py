@@ -251,9 +251,25 @@ def test_a_sharded_head_is_made_whole_once_per_micro_batch_whatever_the_losses(
         {"loss": "soft_target_kl"},
         {"loss": "soft_target_reverse_kl", "temperature": 2.0},
     ]
+    tree["teacher"]["micro_batches_per_call"] = 1
     Path(path).write_text(json.dumps(tree))
 
     _, *found = workers(2).run("engine_cases.head_gathers", path)[0]
 
     # In the first micro-batch DeepSpeed learns who reads the head.
     assert found == [{"teacher": teacher, "student": 1}] * 3
+
+
+def test_a_sharded_teacher_is_made_whole_once_per_step(workers, write):
+    everything = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    path = write(teacher=everything, gradient_accumulation_steps=3)
+
+    def gathers(*overrides):
+        return workers(2).run("engine_cases.teacher_gathers", path, list(overrides))[0]
+
+    together, pairs = gathers(), gathers("teacher.micro_batches_per_call=2")
+    one_by_one = gathers("teacher.micro_batches_per_call=1")
+
+    assert together > 0
+    assert pairs == 2 * together
+    assert one_by_one == 3 * together

@@ -179,3 +179,21 @@ def test_a_sharded_student_is_really_sharded(workers, folder, tmp_path):
 
     whole = sum(tensor.numel() for tensor in shares[0]["initial"].values())
     assert all(share["local_elements"] <= 0.51 * whole for share in shares)
+
+
+@pytest.mark.parametrize("student", ["bert-student", "llama-tied", "masked-tied"])
+def test_a_teacher_that_answers_a_step_at_once_teaches_the_same(workers, folder, tmp_path, student):
+    weights = CLASSIFICATION if student.startswith("bert") else LANGUAGE
+    tree = config_tree(folder, student, weights, student_zero=2, teacher_zero=3)
+    tree["train"] |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    path = write(tree, tmp_path / "config.yaml")
+
+    together, one_by_one = (
+        workers(2).run("train", path, [f"teacher.micro_batches_per_call={count}"], STEPS)[0]
+        for count in (3, 1)
+    )
+
+    for ours, theirs in zip(together["losses"], one_by_one["losses"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
+    for name, weight in together["final"].items():
+        torch.testing.assert_close(weight, one_by_one["final"][name], rtol=1e-5, atol=1e-6)

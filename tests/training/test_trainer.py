@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,6 +75,9 @@ class Teacher:
     def __call__(self, batch: Batch) -> Knowledge:
         self.told.add("asked", self.name)
         return Knowledge()
+
+    def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
+        return map(self, batches)
 
     def prefetch(self) -> None:
         self.told.add("next", self.name)
@@ -308,9 +311,17 @@ def test_no_operation_of_a_step_makes_the_host_wait_for_the_device(task):
     frozen = FrozenModel(Tiny(outputs), needs=objective.needs, label_order=order)
     frozen.requires_grad_(requires_grad=False)
     lm_head = SimpleNamespace(read=lambda: (torch.ones(9, 4), None))
+
+    class Headed(Teacher):
+        def __init__(self) -> None:
+            """Tell nobody."""
+
+        def __call__(self, batch: Batch) -> Knowledge:
+            return frozen(batch)._replace(head=lm_head)
+
     trainer = Trainer(
         student=Learner(StudentBundle({"student": Tiny(outputs)}, objective, world_size=1)),
-        teachers={"teacher": lambda batch: frozen(batch)._replace(head=lm_head)},
+        teachers={"teacher": Headed()},
         strategy=Constant((Pass(teacher="teacher"),)),
         count_units=count_units,
         learning_rate=lambda step: 0.1 / (1 + step),

@@ -1,0 +1,159 @@
+"""Several micro-batches as one batch, and the outputs for it cut back into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megakd.contract.batch import (
+    IGNORE,
+    AttentionVectors,
+    Batch,
+    Documents,
+    Knowledge,
+    Targets,
+)
+
+
+class Part(NamedTuple):
+    """The place of a micro-batch in the joined batch.
+
+    rows: its rows.
+    length: its positions per row; the joined batch may have more.
+    targets, second: its predicted positions from the first and the second vocabulary.
+    """
+
+    rows: slice
+    length: int
+    targets: slice
+    second: slice
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Return the rows of all micro-batches, padded to the longest row.
+
+    The rows have no numbers, and no readings of models with other tokenizers.
+
+    Args:
+        batches: micro-batches of one task, on one device.
+    """
+    length = max(batch.valid.shape[1] for batch in batches)
+    return Batch(
+        inputs={
+            name: torch.cat([_longer(name, batch.inputs[name], length) for batch in batches])
+            for name in batches[0].inputs
+        },
+        labels=torch.cat([_longer("labels", batch.labels, length) for batch in batches]),
+        valid=torch.cat([_longer("valid", batch.valid, length) for batch in batches]),
+        targets=_targets([batch.targets for batch in batches], batches, length),
+        second=_second(batches, length),
+        documents=_documents(batches, length),
+    )
+
+
+def _longer(name: str, values: Tensor, length: int) -> Tensor:
+    """Return [B, length] values; padding is a document of its own, and no target."""
+    more = length - values.shape[1] if values.dim() > 1 else 0
+    if more == 0:
+        return values
+    if name == "position_ids":
+        positions = torch.arange(more, device=values.device).expand(len(values), more)
+        return torch.cat([values, positions], dim=1)
+    return functional.pad(values, (0, more), value=IGNORE if name == "labels" else 0)
+
+
+def _targets(
+    targets: Sequence[Tensor | None], batches: Sequence[Batch], length: int
+) -> Tensor | None:
+    """Return the positions in the flattened joined batch."""
+    found, first = [], 0
+    for own, batch in zip(targets, batches, strict=True):
+        rows, shorter = batch.valid.shape
+        if own is None:
+            return None
+        found.append(_moved(own, shorter, length) + first * length)
+        first += rows
+    return torch.cat(found)
+
+
+def _moved(positions: Tensor, shorter: int, length: int) -> Tensor:
+    """Return positions of rows of `shorter` tokens in rows of `length` tokens."""
+    return positions + positions.div(shorter, rounding_mode="floor") * (length - shorter)
+
+
+def _second(batches: Sequence[Batch], length: int) -> Targets | None:
+    given = [batch.second for batch in batches]
+    if any(second is None for second in given):
+        return None
+    known = [second for second in given if second is not None]
+    positions = _targets([second.positions for second in known], batches, length)
+    if positions is None:
+        return None
+    return Targets(positions, torch.cat([second.labels for second in known]))
+
+
+def _documents(batches: Sequence[Batch], length: int) -> Documents | None:
+    starts, longest, first = [], 0, 0
+    for batch in batches:
+        if batch.documents is None:
+            return None
+        rows, shorter = batch.valid.shape
+        own = batch.documents.starts[:-1]
+        starts.append(_moved(own, shorter, length) + first * length)
+        if shorter < length:  # the added positions of each row
+            numbers = torch.arange(rows, device=own.device, dtype=own.dtype)
+            starts.append((numbers + first) * length + shorter)
+        longest = max(longest, batch.documents.longest, length - shorter)
+        first += rows
+    end = torch.full((1,), first * length, device=starts[0].device, dtype=starts[0].dtype)
+    return Documents(torch.cat([*starts, end]).sort().values, longest)
+
+
+def parts_of(batches: Sequence[Batch]) -> Iterator[Part]:
+    """Yield the places of the micro-batches in `joined(batches)`."""
+    row = target = second = 0
+    for batch in batches:
+        rows, length = batch.valid.shape
+        targets = 0 if batch.targets is None else len(batch.targets)
+        others = 0 if batch.second is None else len(batch.second.positions)
+        yield Part(
+            slice(row, row + rows),
+            length,
+            slice(target, target + targets),
+            slice(second, second + others),
+        )
+        row, target, second = row + rows, target + targets, second + others
+
+
+def part_of(said: Knowledge, part: Part) -> Knowledge:
+    """Return the outputs for one micro-batch of a joined batch, without a copy."""
+    return said._replace(
+        logits=None if said.logits is None else said.logits[part.rows],
+        hidden=None if said.hidden is None else _hidden(said.hidden, part),
+        hidden_states=tuple(None if s is None else _cut(s, part) for s in said.hidden_states),
+        attention=tuple(None if a is None else _vectors(a, part) for a in said.attention),
+        second=None if said.second is None else _second_part(said.second, part),
+    )
+
+
+def _hidden(hidden: Tensor, part: Part) -> Tensor:
+    """Return [N, D] at the targets, or [B, T, D]."""
+    return hidden[part.targets] if hidden.dim() == 2 else _cut(hidden, part)
+
+
+def _cut(values: Tensor, part: Part) -> Tensor:
+    return values[part.rows, : part.length]
+
+
+def _vectors(vectors: AttentionVectors, part: Part) -> AttentionVectors:
+    queries, keys, values = (_cut(v, part) for v in vectors[:3])
+    return vectors._replace(queries=queries, keys=keys, values=values)
+
+
+def _second_part(said: Knowledge, part: Part) -> Knowledge:
+    hidden = said.hidden
+    return said if hidden is None else said._replace(hidden=hidden[part.second])

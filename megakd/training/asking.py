@@ -1,0 +1,55 @@
+"""How many micro-batches of a step a teacher answers in one forward; the same for run and plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megakd.config.deepspeed import load_ds_config, zero_stage
+from megakd.training.precision import TORCH_DTYPE
+
+if TYPE_CHECKING:
+    from megakd.config.run import RunConfig, TrainConfig
+    from megakd.contract.tasks import Dtype
+    from megakd.models.knowledge import Needs
+    from megakd.training.engines import ReadyTeacher
+
+BUDGET = {"cpu": 256 << 20, "cuda": 2 << 30}
+"""Bytes for the answers of a step and the activations of the forward that computes them."""
+_SHARDED = 3
+_IN_FLIGHT = 12
+"""Tensors as wide as the hidden states that a forward without gradient holds at a time."""
+
+
+def micro_batches_per_call(
+    ready: ReadyTeacher,
+    needs: Needs,
+    train: TrainConfig,
+    config: RunConfig,
+    *,
+    dtype: Dtype,
+    device: str,
+) -> int:
+    """Return the number of micro-batches of a step that one forward answers.
+
+    By default a replicated teacher answers them one by one. A teacher at ZeRO 3 is gathered in
+    every forward, so it answers as many together as fit into `BUDGET`.
+
+    Args:
+        ready: the teacher and its config; `micro_batches_per_call` overrides the default.
+        needs: outputs that the losses read.
+        train: settings of the stage.
+        config: the config of the run.
+        dtype: dtype of the teacher.
+        device: type of the device.
+    """
+    accumulation = train.gradient_accumulation_steps
+    if ready.spec.micro_batches_per_call is not None:
+        return min(ready.spec.micro_batches_per_call, accumulation)
+    if zero_stage(load_ds_config(ready.spec.deepspeed, where="teacher.deepspeed")) != _SHARDED:
+        return 1
+    source = ready.source
+    tokens = train.per_device_train_batch_size * config.task.max_length
+    kept = 1 + len(needs.hidden_layers) + 3 * len(needs.attention_layers)
+    width = source.architecture.hidden_width(source.config) * TORCH_DTYPE[dtype].itemsize
+    needed = tokens * width * (kept + _IN_FLIGHT)
+    return max(1, min(accumulation, BUDGET[device] // needed))

@@ -1,0 +1,133 @@
+"""Micro-batches as one batch: the same documents, targets and outputs as one by one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+
+from megakd.config.run import TaskConfig
+from megakd.contract.batch import AttentionVectors, Batch, Knowledge, Targets
+from megakd.contract.joined_batches import joined, part_of, parts_of
+from megakd.data.encoding import Collator
+from megakd.data.packing import pack
+from megakd.models.knowledge import Needs, read_knowledge
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 32,
+}
+NEEDS = Needs(hidden_layers=(0, 2), attention_layers=(1,))
+LENGTHS = ((3, 9, 2), (6,), (1, 14, 14, 5))
+
+
+def packed(lengths, length=16):
+    rng = np.random.default_rng(len(lengths))
+    rows = pack((rng.integers(2, 40, size=n) for n in lengths), length)
+    task = TaskConfig(type="causal_lm", dataset="d", max_length=length)
+    collate = Collator(SimpleNamespace(pad_token_id=0), task)
+    return collate([row._asdict() for row in rows], dummy_rows=len(lengths) % 2)
+
+
+def texts(lengths, targets=()):
+    """Rows of an encoder of different lengths; `targets` are predicted."""
+    width = -(-max(lengths) // 8) * 8
+    valid = torch.arange(width) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(2, 40, valid.shape, generator=torch.Generator().manual_seed(width))
+    inputs = {"input_ids": ids.masked_fill(~valid, 0), "attention_mask": valid.long()}
+    return Batch(inputs, ids.clone(), valid, torch.tensor(targets) if targets else None)
+
+
+def assert_close(found: Knowledge, expected: Knowledge, batch: Batch) -> None:
+    """Equal outputs where positions count; padding may hold anything."""
+    hidden = (found.hidden, expected.hidden)
+    if batch.targets is None:
+        hidden = tuple(one[batch.valid] for one in hidden)
+    torch.testing.assert_close(*hidden, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours[batch.valid], theirs[batch.valid], rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(found.attention, expected.attention, strict=True):
+        for part in range(3):
+            if ours is not None:
+                torch.testing.assert_close(
+                    ours[part][batch.valid], theirs[part][batch.valid], rtol=1e-5, atol=1e-6
+                )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+def test_packed_micro_batches_are_answered_together_as_one_by_one(attention):
+    from megakd.models.packed_attention import register_packed_attention
+
+    register_packed_attention()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=1)).eval()
+    model.set_attn_implementation(attention)
+    batches = [packed(lengths) for lengths in LENGTHS]
+    assert len({batch.valid.shape for batch in batches}) > 1
+
+    with torch.no_grad():
+        said = read_knowledge(model, joined(batches), NEEDS)
+        for batch, part in zip(batches, parts_of(batches), strict=True):
+            assert_close(part_of(said, part), read_knowledge(model, batch, NEEDS), batch)
+
+
+@pytest.mark.parametrize("predicted", [True, False], ids=["targets", "all"])
+def test_masked_texts_are_answered_together_as_one_by_one(predicted):
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(**SIZES)).eval()
+    targets = [(1, 2, 10), (3,), (0, 17, 25, 33)] if predicted else [()] * 3
+    lengths = [(5, 3), (8,), (10, 2, 16)]
+    batches = [texts(own, chosen) for own, chosen in zip(lengths, targets, strict=True)]
+
+    with torch.no_grad():
+        said = read_knowledge(model, joined(batches), NEEDS)
+        for batch, part in zip(batches, parts_of(batches), strict=True):
+            assert_close(part_of(said, part), read_knowledge(model, batch, NEEDS), batch)
+
+
+@given(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=5), min_size=1, max_size=4))
+def test_documents_and_targets_name_the_same_tokens(groups):
+    batches = [packed(lengths) for lengths in groups]
+    chosen = [batch.valid.flatten().nonzero()[::3, 0] for batch in batches]
+    batches = [
+        batch._replace(targets=own, second=Targets(own[:1], torch.ones(1, dtype=torch.long)))
+        for batch, own in zip(batches, chosen, strict=True)
+    ]
+
+    whole = joined(batches)
+
+    ids = torch.cat([b.inputs["input_ids"].flatten()[b.targets] for b in batches])
+    assert torch.equal(whole.inputs["input_ids"].flatten()[whole.targets], ids)
+    assert whole.second is not None
+    assert len(whole.second.positions) == len(batches)
+    starts, longest = whole.documents
+    positions = whole.inputs["position_ids"].flatten()
+    assert torch.equal(starts[:-1].long(), (positions == 0).nonzero()[:, 0])
+    assert starts[-1] == positions.numel()
+    assert longest >= int(starts.diff().max())
+    assert not whole.valid.sum() - sum(int(batch.valid.sum()) for batch in batches)
+
+
+def test_logits_and_vectors_are_cut_by_rows_and_length():
+    batches = [texts((3, 5)), texts((16,))]
+    vectors = AttentionVectors(*(torch.arange(3 * 16 * 2.0).view(3, 16, 2) for _ in range(3)), 2)
+    said = Knowledge(logits=torch.arange(3.0)[:, None], attention=(None, vectors))
+
+    first, second = (part_of(said, part) for part in parts_of(batches))
+
+    assert first.logits.flatten().tolist() == [0, 1]
+    assert second.logits.flatten().tolist() == [2]
+    assert first.attention[0] is None
+    assert first.attention[1].queries.shape == (2, 8, 2)
+    assert torch.equal(second.attention[1].values, vectors.values[2:])

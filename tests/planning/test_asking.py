@@ -1,0 +1,109 @@
+"""How many micro-batches a teacher answers in one forward: the rule, and the plan that shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import bert, write_config
+
+from megakd.config.file import load_config
+from megakd.config.run import RunConfig
+from megakd.models.knowledge import Needs
+from megakd.planning.cluster import Cluster
+from megakd.planning.memory_plan import Plan
+from megakd.planning.page import page
+from megakd.planning.plan import plan_run
+from megakd.planning.sources import planned_sources
+from megakd.training import asking
+from megakd.training.asking import micro_batches_per_call
+from megakd.training.engines import ReadyTeacher
+
+
+def config_of(folder: Path, *overrides: str) -> RunConfig:
+    tree = {
+        "output_dir": str(folder / "out"),
+        "task": {"type": "classification", "dataset": "anything", "max_length": 16},
+        "teacher": {"model": bert(3, width=32, vocab_size=300)},
+        "student": {"model": bert(1, vocab_size=300), "deepspeed": "zero0"},
+        "method": {"name": "single"},
+        "objective": [{"loss": "soft_target_kl"}, {"loss": "hidden_mse"}],
+        "train": {
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 6,
+            "max_steps": 8,
+        },
+    }
+    return load_config(write_config(folder / "run.yaml", tree), overrides)
+
+
+def per_call(config: RunConfig, needs: Needs = Needs()) -> int:  # noqa: B008
+    ready = ReadyTeacher(planned_sources(config)["teacher"], config.teacher_specs["teacher"])
+    return micro_batches_per_call(ready, needs, config.train, config, dtype="fp32", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ((), 6),
+        (("teacher.deepspeed=teacher_zero0",), 1),
+        (("teacher.deepspeed=teacher_zero0", "teacher.micro_batches_per_call=3"), 3),
+        (("teacher.micro_batches_per_call=2",), 2),
+        (("teacher.micro_batches_per_call=50",), 6),
+        (("train.gradient_accumulation_steps=1",), 1),
+    ],
+)
+def test_a_sharded_teacher_answers_all_micro_batches_at_once_unless_told(tmp_path, settings, count):
+    assert per_call(config_of(tmp_path, *settings)) == count
+
+
+def test_answers_that_do_not_fit_are_asked_for_in_groups(tmp_path, monkeypatch):
+    config = config_of(tmp_path)
+    row = 4 * 16 * 32 * 4  # rows, tokens, columns, bytes of one micro-batch
+    monkeypatch.setitem(asking.BUDGET, "cpu", row * (1 + asking._IN_FLIGHT) * 3)
+
+    assert per_call(config) == 3
+    assert per_call(config, Needs(hidden_layers=(1, 2, 3))) == 2
+    monkeypatch.setitem(asking.BUDGET, "cpu", 1)
+    assert per_call(config) == 1
+
+
+def planned(folder: Path, *overrides: str, **cluster: Any) -> Plan:
+    place = Cluster(**{"ranks": 2, **cluster})
+    return plan_run(config_of(folder, *overrides), place, advise=False)
+
+
+def test_a_plan_shows_the_calls_and_counts_their_network(tmp_path):
+    together = planned(tmp_path)
+    one_by_one = planned(tmp_path, "teacher.micro_batches_per_call=1")
+
+    (ours,), (theirs,) = (
+        [phase for phase in plan.phases if phase.flops] for plan in (together, one_by_one)
+    )
+    assert ours.per_call == {"teacher": 6}
+    assert ours.network["teacher"] == pytest.approx(theirs.network["teacher"] / 6)
+    assert ours.flops == pytest.approx(theirs.flops)
+    line = (
+        "student: teacher answers 6 micro-batches in one forward (teacher.micro_batches_per_call)"
+    )
+    assert line in page(together)
+    assert "in one forward" not in page(one_by_one)
+    phases = {phase["name"]: phase for phase in together.as_json()["phases"]}
+    assert phases["student"]["micro_batches_per_call"] == {"teacher": 6}
+
+
+def test_a_plan_holds_the_answers_of_all_micro_batches(tmp_path):
+    together = planned(tmp_path, ranks=1)
+    one_by_one = planned(tmp_path, "teacher.micro_batches_per_call=1", ranks=1)
+
+    def held(plan: Plan) -> int:
+        return max(
+            size
+            for phase in plan.phases
+            if phase.flops
+            for share, size in phase.ledger.most.items()
+            if (share.role, share.part) == ("teacher", "activations")
+        )
+
+    assert held(together) > 4 * held(one_by_one)
