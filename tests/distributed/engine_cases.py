@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import torch
 
 from megakd.config.file import load_config
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.engine import distributed
+from megakd.engine.memory import forget_models
 from megakd.run.lab import Lab
 from megakd.training.inputs import prepare
 from megakd.training.progress import Reporter
@@ -148,3 +150,17 @@ def _note_gathers(parameter, head, counted: dict, name: str) -> None:
             return real(*args, **options)
 
         setattr(parameter, way, gather)
+
+
+def resident_memory(config_path: str, overrides: list[str], stages: int) -> list[int]:
+    """The resident bytes of this rank after each of several stages, with their models freed."""
+    sizes = []
+    for _ in range(stages):
+        run, teacher = _started(config_path, overrides)
+        run.trainer.train_step(run.source.step(0))
+        run.close()
+        teacher.destroy()
+        del run, teacher
+        forget_models()
+        sizes.append(psutil.Process().memory_info().rss)
+    return sizes
