@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def sharded_construction(ds: Mapping[str, Any] | None, dtype: torch.dtype) -> Iterator[None]:
-    """Shard modules during construction in the body, if `ds` sets ZeRO 3.
+def sharded_construction(
+    ds: Mapping[str, Any] | None, dtype: torch.dtype, device: torch.device | None = None
+) -> Iterator[None]:
+    """Shard modules during construction in the body if `ds` sets ZeRO 3, else build them in place.
 
     transformers has a process-wide switch that shards every model built after the switch is set.
     The switch is off in the body and restored afterwards, so that only `ds` decides.
@@ -37,16 +39,22 @@ def sharded_construction(ds: Mapping[str, Any] | None, dtype: torch.dtype) -> It
     Args:
         ds: a loaded `ds_configs` file; None for a model without an engine.
         dtype: dtype of the parameters; the caller builds the modules in this dtype.
+        device: device of modules that are not sharded. The ranks of a node would otherwise each
+            hold a whole model in the memory of the host. None: the CPU.
     """
     found = transformers_switch._hf_deepspeed_config_weak_ref  # noqa: SLF001  (no public reader)
     transformers_switch.unset_hf_deepspeed_config()
     try:
-        with _zero_init(ds, dtype) if ds is not None and _is_zero3(ds) else nullcontext():
+        with _zero_init(ds, dtype) if ds is not None and _is_zero3(ds) else _on(device):
             yield
     finally:
         owner = found() if found is not None else None
         if owner is not None:
             transformers_switch.set_hf_deepspeed_config(owner)
+
+
+def _on(device: torch.device | None) -> AbstractContextManager[Any]:
+    return nullcontext() if device is None or device.type == "cpu" else device
 
 
 def _is_zero3(ds: Mapping[str, Any]) -> bool:

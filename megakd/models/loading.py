@@ -20,6 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from megakd.config.run import ScratchModel
+from megakd.engine.finite import names_of_bad_weights
 from megakd.engine.sharding import (
     gathered,
     is_first_rank,
@@ -176,6 +177,7 @@ def load_model(  # noqa: PLR0913  (each is another fact about the run)
     dtype: torch.dtype,
     seed: int,
     need_head: bool,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Build a model and fill it, in the same way at every ZeRO stage; a collective at stage 3.
 
@@ -193,6 +195,7 @@ def load_model(  # noqa: PLR0913  (each is another fact about the run)
         seed: The run's seed.
         need_head: Whether the head must come with the weights; otherwise a head that is missing
             or was made for other labels is replaced by a new one.
+        device: Device of a model that is not sharded; None: the CPU.
 
     Returns:
         The model in training mode. With `need_head` the outputs are in the order of the
@@ -205,7 +208,7 @@ def load_model(  # noqa: PLR0913  (each is another fact about the run)
     config, match = plan_loading(
         source, task, label_names, tokenizer_size=tokenizer_size, need_head=need_head
     )
-    with sharded_construction(ds, dtype):
+    with sharded_construction(ds, dtype, device):
         model = build_empty(source, task, config, dtype)
     _fill(model, match, source.where)
     parameters = dict(model.named_parameters())
@@ -342,6 +345,22 @@ def _check_sharded(model: PreTrainedModel) -> None:
     ]
     if is_sharded(model) and whole:
         raise RuntimeError(f"{len(whole)} parameters are not sharded, among them {whole[0]}")
+
+
+def check_finite(model: PreTrainedModel, source: ModelSource) -> None:
+    """Raise if a model's weights would make every loss NaN, before the learning rate is blamed.
+
+    Raises:
+        ModelError: a weight is not finite; raised on all ranks alike.
+    """
+    dtype = str(model.dtype).removeprefix("torch.")
+    bad = names_of_bad_weights(model)
+    if bad:
+        raise ModelError(
+            f"{source.where}: {len(bad)} weight tensors of {source.name} are not finite (NaN or "
+            f"infinite) in {dtype}, the first is {bad[0]}; fetch or export the model again, or set "
+            "the dtype to bf16 or fp32 if fp16 is too narrow for the weights"
+        )
 
 
 def _log_match(source: ModelSource, match: Match) -> None:

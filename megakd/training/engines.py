@@ -24,17 +24,15 @@ from megakd.data.encoding import Collator, tokens_key
 from megakd.data.masking import task_masking
 from megakd.engine.collectives import on_main
 from megakd.engine.distributed import Ranks
-from megakd.engine.finite import names_of_bad_weights
 from megakd.engine.initialize import training_engine
 from megakd.engine.memory import forget_models, freed_memory_returned
 from megakd.engine.student import StudentEngine
-from megakd.errors import ModelError
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.class_weights import with_class_weights
 from megakd.losses.stage_losses import StageLosses, learners_of, stage_losses
 from megakd.models.knowledge import Needs
 from megakd.models.labels import label_order
-from megakd.models.loading import load_model
+from megakd.models.loading import check_finite, load_model
 from megakd.models.packed_attention import set_attention
 from megakd.models.second_vocabulary import SecondSize, add_second_vocabulary
 from megakd.models.source import ModelSource
@@ -342,8 +340,9 @@ class Assembly:
                 dtype=TORCH_DTYPE[dtype],
                 seed=self.config.seed,
                 need_head=need_head,
+                device=self.ranks.device,
             )
-        _check_finite(model, source, dtype)
+        check_finite(model, source)
         torch.nn.Module.to(model, self.ranks.device)  # transformers' own `to` is typed wrongly
         set_attention(model, source, self.config.task.type, self.ranks.device)
         return model
@@ -382,18 +381,3 @@ def model_identity(source: ModelSource, *, seed: int) -> Mapping[str, Any]:
     if source.folder is None:
         identity["seed"] = seed
     return identity
-
-
-def _check_finite(model: PreTrainedModel, source: ModelSource, dtype: Dtype) -> None:
-    """Raise if a model's weights would make every loss NaN, before the learning rate is blamed.
-
-    Raises:
-        ModelError: a weight is not finite; raised on all ranks alike.
-    """
-    bad = names_of_bad_weights(model)
-    if bad:
-        raise ModelError(
-            f"{source.where}: {len(bad)} weight tensors of {source.name} are not finite (NaN or "
-            f"infinite) in {dtype}, the first is {bad[0]}; fetch or export the model again, or set "
-            "the dtype to bf16 or fp32 if fp16 is too narrow for the weights"
-        )

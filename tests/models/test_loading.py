@@ -234,3 +234,13 @@ def test_the_real_llama_of_the_shared_data_answers_as_transformers_loads_it(tiny
 
     reference = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(model(tiny.input_ids).logits, reference(tiny.input_ids).logits)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_a_model_is_built_on_its_device_and_never_whole_on_the_host(tiny, model_type):
+    """`meta` stands for a GPU: a tensor of the host among these would be found."""
+    task = tiny.task_for(model_type)
+
+    model = tiny.load(tiny.save(model_type), task, device=torch.device("meta"))
+
+    assert {p.device.type for p in model.parameters()} == {"meta"}
