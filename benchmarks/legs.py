@@ -43,7 +43,12 @@ def leg_of(out: Path, name: str, config: str, overrides: Iterable[str]) -> Leg:
 
 
 def task_legs_of(
-    out: Path, models: Mapping[str, Path], tasks: Sequence[str], *, seed: int
+    out: Path,
+    models: Mapping[str, Path],
+    tasks: Sequence[str],
+    *,
+    seed: int,
+    overrides: Sequence[str] = (),
 ) -> list[Leg]:
     """Return a leg per model and task, which overrides the config `task-<task>`."""
     return [
@@ -51,7 +56,7 @@ def task_legs_of(
             out,
             f"{task}-{name}-{seed}",
             f"task-{task}",
-            (f"student.model={folder}", f"seed={seed}"),
+            (f"student.model={folder}", f"seed={seed}", *overrides),
         )
         for name, folder in models.items()
         for task in tasks

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 STUDENTS = "students"
+WIDE_TASK_RATE = 5e-4
 PRETRAINED = Path("runs/bench/homodistil/teacher/final")
 CHOSEN = ("sst2", "banking77")
 OF_TRAINING = {"steps": int, "rate": float, "task_steps": int, "task_rate": float}
@@ -159,12 +160,15 @@ def student_legs(given: argparse.Namespace) -> list[Leg]:
 
 
 def task_legs(given: argparse.Namespace) -> list[Leg]:
-    """Return a run per model, task and seed."""
-    return [
-        leg
-        for seed in given.seeds
-        for leg in task_legs_of(given.out, models(given, seed), given.tasks, seed=seed)
-    ]
+    """Return a run per model, task and seed; wide models learn tasks at a rate of their own."""
+    legs = list[Leg]()
+    for seed in given.seeds:
+        found = models(given, seed)
+        wide = {name: found.pop(name) for name in (TEACHER, LARGE)}
+        slower = (f"train.learning_rate={given.wide_task_rate}",)
+        legs += task_legs_of(given.out, wide, given.tasks, seed=seed, overrides=slower)
+        legs += task_legs_of(given.out, found, given.tasks, seed=seed)
+    return legs
 
 
 def models(given: argparse.Namespace, seed: int) -> dict[str, Path]:
@@ -216,6 +220,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, kind in (OF_TRAINING | OF_STUDENT).items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=kind, help="in place of the benchmark's own")
+    wide = "rate of the teacher and of large_alone on tasks; they diverge at the small models' rate"
+    parser.add_argument("--wide-task-rate", type=float, default=WIDE_TASK_RATE, help=wide)
     parser.add_argument("--quick", action="store_true", help="tiny models and a few steps")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/mixed_vocabulary"))
     # The tiny teacher's config reads this option of homodistil.py.

@@ -47,7 +47,7 @@ SHAPE = (
     "max_position_embeddings",
 )
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-BOOK_SIZES = Sizes(evaluations=10, rate=2e-3, task_rate=2e-3)
+BOOK_SIZES = Sizes(evaluations=10, rate=2e-3, task_rate=1e-3)
 
 
 class Student(NamedTuple):
