@@ -296,11 +296,11 @@ def _language_batch(padded: dict[str, NDArray], valid: NDArray, lengths: NDArray
         "input_ids": torch.from_numpy(padded["input_ids"]),
         "position_ids": torch.from_numpy(positions),
     }
-    labels, valid = torch.from_numpy(labels), torch.from_numpy(valid)
-    return Batch(inputs, labels, valid, documents=_documents(positions))
+    tensors = torch.from_numpy(labels), torch.from_numpy(valid)
+    return Batch(inputs, *tensors, documents=_documents(positions))
 
 
-def _documents(positions: NDArray[np.int64]) -> Documents:
+def _documents(positions: Any) -> Documents:
     """Return the documents of rows [B, T]; positions restart with a document and with a row."""
     begins = np.diff(positions, axis=1, prepend=positions[:, :1]) != 1
     starts = np.append(np.flatnonzero(begins), positions.size).astype(np.int32)

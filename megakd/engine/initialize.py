@@ -96,7 +96,8 @@ def _optimizer(
             groups, lr=train.learning_rate, betas=betas, eps=train.adam_epsilon, adamw_mode=True
         )
     # One kernel for all weights; the CPU's loop is kept, with the same bits as before.
-    fused = True if get_accelerator().device_name() == "cuda" else None
+    accelerator: Any = get_accelerator()
+    fused = True if accelerator.device_name() == "cuda" else None
     return torch.optim.AdamW(
         groups, lr=train.learning_rate, betas=betas, eps=train.adam_epsilon, fused=fused
     )

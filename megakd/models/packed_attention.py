@@ -131,8 +131,10 @@ def attend(  # noqa: PLR0913  (the arguments are transformers')
         max_length_q = length
     flat = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]  # [B * T, heads, w]
     if query.is_cuda:
-        out = varlen_attn(
-            *flat,
+        out: Any = varlen_attn(
+            flat[0],
+            flat[1],
+            flat[2],
             cu_seq_lens_q,
             cu_seq_lens_q,
             max_length_q,
@@ -143,7 +145,7 @@ def attend(  # noqa: PLR0913  (the arguments are transformers')
         )
     else:
         out = _one_by_one(flat, cu_seq_lens_q.tolist(), scaling, sliding_window)
-    return out.unflatten(0, (batch, length)), None  # type: ignore[union-attr]
+    return out.unflatten(0, (batch, length)), None
 
 
 def _one_by_one(
