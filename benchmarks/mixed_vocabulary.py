@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 STUDENTS = "students"
-WIDE_TASK_RATE = 5e-4
+WIDE_RATE, WIDE_TASK_RATE = 1e-3, 5e-4
 PRETRAINED = Path("runs/bench/homodistil/teacher/final")
 CHOSEN = ("sst2", "banking77")
 OF_TRAINING = {"steps": int, "rate": float, "task_steps": int, "task_rate": float}
@@ -154,7 +154,7 @@ def student_legs(given: argparse.Namespace) -> list[Leg]:
         for seed in given.seeds
         for name, config, own in (
             *((arm, STUDENTS, arm_overrides(arm, given.student)) for arm in given.arms),
-            (LARGE, LARGE, ()),
+            (LARGE, LARGE, (f"train.learning_rate={given.wide_rate}",)),
         )
     ]
 
@@ -220,8 +220,10 @@ def _parser() -> argparse.ArgumentParser:
     for name, kind in (OF_TRAINING | OF_STUDENT).items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=kind, help="in place of the benchmark's own")
-    wide = "rate of the teacher and of large_alone on tasks; they diverge at the small models' rate"
-    parser.add_argument("--wide-task-rate", type=float, default=WIDE_TASK_RATE, help=wide)
+    wide = "rate of large_alone, which diverges at the small models' rate"
+    parser.add_argument("--wide-rate", type=float, default=WIDE_RATE, help=wide)
+    on_tasks = "rate of the teacher and of large_alone on tasks"
+    parser.add_argument("--wide-task-rate", type=float, default=WIDE_TASK_RATE, help=on_tasks)
     parser.add_argument("--quick", action="store_true", help="tiny models and a few steps")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/mixed_vocabulary"))
     # The tiny teacher's config reads this option of homodistil.py.
