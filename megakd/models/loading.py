@@ -353,9 +353,9 @@ def check_finite(model: PreTrainedModel, source: ModelSource) -> None:
     Raises:
         ModelError: a weight is not finite; raised on all ranks alike.
     """
-    dtype = str(model.dtype).removeprefix("torch.")
     bad = names_of_bad_weights(model)
     if bad:
+        dtype = str(model.dtype).removeprefix("torch.")
         raise ModelError(
             f"{source.where}: {len(bad)} weight tensors of {source.name} are not finite (NaN or "
             f"infinite) in {dtype}, the first is {bad[0]}; fetch or export the model again, or set "

@@ -41,8 +41,10 @@ def register_packed_attention() -> None:
 
 def document_arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """Return the arguments of a decoder's forward that state the documents of its rows."""
+    if batch.documents is None:
+        return {}
     name: str = model.config._attn_implementation or ""  # type: ignore[union-attr]  # noqa: SLF001
-    if batch.documents is None or not name.startswith((VARLEN, "flash_attention")):
+    if not name.startswith((VARLEN, "flash_attention")):
         return {}
     starts, longest = batch.documents
     return {

@@ -242,7 +242,10 @@ def test_a_baseline_of_the_method_is_planned_and_importance_once(tmp_path: Path)
 
 
 def test_what_fits_says_so_and_what_does_not_names_changes_that_would(tmp_path: Path) -> None:
-    config = config_of(tmp_path, "student.deepspeed=zero0", "teacher.deepspeed=teacher_zero0")
+    wide = ("train.bf16=false", "teacher.dtype=fp32")
+    config = config_of(
+        tmp_path, "student.deepspeed=zero0", "teacher.deepspeed=teacher_zero0", *wide
+    )
     peak = planned(config, ranks=8).peak_bytes_per_rank
     roomy = Cluster(ranks=8, device="cuda", device_memory=2 * peak)
     small = Cluster(ranks=8, device="cuda", device_memory=round(0.95 * peak))

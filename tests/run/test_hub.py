@@ -99,7 +99,7 @@ def happened(api, monkeypatch):
         order.append("uploaded")
         return "uploaded"
 
-    monkeypatch.setattr(main, "started", lambda: noting("left the group", ALONE))
+    monkeypatch.setattr(main, "started", lambda _: noting("left the group", ALONE))
     monkeypatch.setattr(main, "held", lambda _: noting("released the folder"))
     monkeypatch.setattr(main, "agree", lambda value: value)
     monkeypatch.setattr(main, "check_output_folder", lambda _: None)

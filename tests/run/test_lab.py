@@ -252,7 +252,7 @@ def test_a_teacher_that_cannot_be_loaded_leaves_no_engine_of_another(
         def destroy(self) -> None:
             destroyed.append("teacher")
 
-    def frozen(name: str, needs: Any) -> Loaded:
+    def frozen(name: str, needs: Any, stage: Any) -> Loaded:
         if name == "second":
             raise TeacherError("second cannot be loaded")
         return Loaded()
