@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 STUDENTS = "students"
-WIDE_RATE, WIDE_TASK_RATE = 1e-3, 5e-4
+WIDE_RATE, WIDE_TASK_RATE = 1e-3, 1e-4
 PRETRAINED = Path("runs/bench/homodistil/teacher/final")
 CHOSEN = ("sst2", "banking77")
 OF_TRAINING = {"steps": int, "rate": float, "task_steps": int, "task_rate": float}
