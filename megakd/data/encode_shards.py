@@ -27,6 +27,7 @@ from megakd.data.rows import TEXTS_AT_ONCE
 from megakd.data.token_tables import (
     check_room_for_text,
     documents_of,
+    no_tokens,
     tables_of,
     tables_of_lists,
 )
@@ -78,7 +79,7 @@ class _Progress:
                 )
             return
         there = read_signed(self.path)
-        differing = differences({**there["facts"], **there["keys"]}, {**self.facts, **self.keys})
+        differing = _differing(there, self.facts, self.keys)
         if differing:
             raise DataError(
                 f"{self.folder} holds unfinished data of other settings or texts ({differing}); "
@@ -147,13 +148,18 @@ def _rows_of(splits: Splits) -> dict[str, Dataset]:
 def _check_same(folder: Path, facts: Fingerprint, keys: Mapping[str, Any]) -> None:
     """Raise a DataError if a finished folder holds other data, or is damaged."""
     there = read_manifest(folder, where="--to")
-    differing = differences({**there["facts"], **there["keys"]}, {**facts, **keys})
+    differing = _differing(there, facts, keys)
     if differing:
         raise DataError(
             f"{folder} holds data of other settings or texts ({differing}); give another folder, "
             "or remove this folder"
         )
     open_splits(folder)
+
+
+def _differing(there: Mapping[str, Any], facts: Fingerprint, keys: Mapping[str, Any]) -> str:
+    """Return the facts and keys of a folder that differ from these, with both values."""
+    return differences({**there["facts"], **there["keys"]}, {**facts, **keys})
 
 
 def _manifest(progress: _Progress, splits: Splits) -> dict[str, Any]:
@@ -189,10 +195,7 @@ def _write_shards(
             progress.rests[name] = shard.rest
             progress.save()
     if not any(entry["rows"] for entry in done):
-        raise DataError(
-            f"the {name} split has {len(texts)} rows and no tokens; check that task.text_columns "
-            "names the text and that the text is not blank"
-        )
+        raise no_tokens(texts, name)
 
 
 class _Shard:

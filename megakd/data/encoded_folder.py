@@ -21,8 +21,8 @@ from megakd.data.encoded_keys import VERSION, tokenizer_content
 from megakd.data.encoding import Encoded
 from megakd.data.splits import Splits
 from megakd.errors import DataError
-from megakd.storage.built_once import CHECKED_BYTES
-from megakd.storage.checksums import damage_of, read_signed
+from megakd.storage.built_once import damage_at_start
+from megakd.storage.checksums import read_signed
 from megakd.storage.fingerprint import Fingerprint, as_read_back, differences, flatten
 
 if TYPE_CHECKING:
@@ -140,22 +140,12 @@ def as_encoded(folder: Path, splits: Splits, facts: Fingerprint) -> Encoded:
 def _check_files(folder: Path, manifest: Record) -> None:
     """Compare the sizes of all files, and the checksums if the files are small."""
     entries = {s["file"]: s for shards in manifest["shards"].values() for s in shards if s["rows"]}
-    small = sum(entry["size"] for entry in entries.values()) <= CHECKED_BYTES
-    found = damage_of(folder, entries) if small else _wrong_size(folder, entries)
+    found = damage_at_start(folder, entries)
     if found is not None:
         raise DataError(
             f"task.encoded: {folder} is damaged: {found}; copy the folder again, or remove it and "
             "encode the data again"
         )
-
-
-def _wrong_size(folder: Path, entries: Mapping[str, Record]) -> str | None:
-    for name, entry in entries.items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else 0
-        if size != entry["size"]:
-            return f"{name} has {size} bytes, {entry['size']} were written"
-    return None
 
 
 def _mapped(folder: Path, shards: list[Record]) -> Dataset:

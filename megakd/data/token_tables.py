@@ -57,10 +57,15 @@ def with_tokens(tables: Iterable[pa.Table], rows: Dataset, *, split: str) -> Ite
         empty = False
         yield table
     if empty:
-        raise DataError(
-            f"the {split} split has {len(rows)} rows and no tokens; check that "
-            f"task.text_columns names the text and that the text is not blank"
-        )
+        raise no_tokens(rows, split)
+
+
+def no_tokens(rows: Dataset, split: str) -> DataError:
+    """Return the error of rows that have no tokens."""
+    return DataError(
+        f"the {split} split has {len(rows)} rows and no tokens; check that task.text_columns names "
+        "the text and that the text is not blank"
+    )
 
 
 def check_room_for_text(

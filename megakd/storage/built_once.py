@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megakd.errors import DataError
 from megakd.storage.atomic import sync_tree
-from megakd.storage.checksums import damage_of
+from megakd.storage.checksums import Entries, damage_of
 from megakd.storage.finished_folder import entries, seal
 
 # Reading every byte of a cache at each start costs about a second per GiB and rank; in larger
@@ -54,12 +54,15 @@ def whole_folder(folder: Path, build: Callable[[Path], None]) -> Path:
 def is_whole(folder: Path) -> bool:
     """Return whether every file has the size and, up to 1 GiB in all, the checksum as written."""
     try:
-        listed = entries(folder)
-        if sum(entry["size"] for entry in listed.values()) <= CHECKED_BYTES:
-            return damage_of(folder, listed) is None
-        return all((folder / name).stat().st_size == e["size"] for name, e in listed.items())
+        return damage_at_start(folder, entries(folder)) is None
     except (OSError, ValueError):
         return False
+
+
+def damage_at_start(folder: Path, listed: Entries) -> str | None:
+    """Return what is wrong with a cache; files above 1 GiB in all are not read."""
+    size = sum(entry["size"] for entry in listed.values())
+    return damage_of(folder, listed, reads=size <= CHECKED_BYTES)
 
 
 @contextmanager

@@ -33,15 +33,21 @@ def files_of(folder: Path) -> list[str]:
     return sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
 
 
-def damage_of(folder: Path, entries: Entries) -> str | None:
-    """Return what is wrong with the first damaged file, or None if all files are whole."""
+def damage_of(folder: Path, entries: Entries, *, reads: bool = True) -> str | None:
+    """Return what is wrong with the first damaged file, or None if all files are whole.
+
+    Args:
+        folder: the folder.
+        entries: what was written into the folder.
+        reads: whether the files are read for their checksums; otherwise only sizes are compared.
+    """
     for name, entry in entries.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != entry["size"]:
             return f"{name} has {path.stat().st_size} bytes, {entry['size']} were written"
-        if _known_sha256(path) != entry["sha256"]:
+        if reads and _known_sha256(path) != entry["sha256"]:
             return f"the checksum of {name} differs"
     return None
 

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from megakd.config.file import config_of
+from megakd.config.file import load_config
 from megakd.config.run import TeacherConfig, TrainConfig
 from megakd.training import precision
 from megakd.training.precision import (
@@ -14,15 +14,6 @@ from megakd.training.precision import (
     scoring_dtype,
     training_dtype,
 )
-
-CONFIG = {
-    "output_dir": "runs/x",
-    "task": {"type": "classification", "dataset": "pydocs"},
-    "teacher": {"model": "teacher"},
-    "student": {"model": "student"},
-    "method": {"name": "single"},
-    "objective": [{"loss": "soft_target_kl"}],
-}
 
 
 @pytest.fixture
@@ -80,9 +71,9 @@ def test_models_are_scored_as_they_run_on_a_gpu_and_in_fp32_on_a_cpu():
     assert scoring_dtype(TrainConfig(bf16=True), "cpu") == "fp32"
 
 
-def test_the_log_says_what_a_gpu_chooses(caplog):
+def test_the_log_says_what_a_gpu_chooses(run_file, caplog):
     caplog.set_level(logging.INFO, logger="megakd")
-    config = config_of(CONFIG, [])
+    config = load_config(run_file)
 
     say_precision(config, "cpu")
     assert not caplog.messages
