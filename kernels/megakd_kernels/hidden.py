@@ -12,17 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megakd_kernels import hidden_ops, reference
+from megakd_kernels import formed, hidden_ops, reference
 from megakd_kernels.hidden_ops import SMALLEST_NORM
 from megakd_kernels.inputs import (
     check_constants,
     check_not_sharded,
     compute_dtype,
+    may_look_at,
     needs_gradient,
     under_autocast,
     without_autocast,
 )
-from megakd_kernels.settings import resolve_implementation
+from megakd_kernels.settings import is_small, resolve_implementation
 
 
 class _Inputs(NamedTuple):
@@ -99,16 +100,18 @@ def hidden_cosine_projection_loss(
 def _loss(kind: str, inputs: _Inputs, impl: str) -> Tensor:
     implementation = resolve_implementation(impl, inputs.student.device)
     with without_autocast(inputs.student.device):
-        if implementation == "reference":
+        if implementation == "reference" or is_small(impl, *inputs):
             return _reference(kind, inputs)
         needed = [needs_gradient(inputs.student), needs_gradient(inputs.projection)]
-        return hidden_ops.hidden_loss(*inputs, needed, kind, implementation)[0]
+        return formed.run(hidden_ops.hidden_loss, *inputs, needed, kind, implementation)[0]
 
 
 def _reference(kind: str, inputs: _Inputs) -> Tensor:
     student, projection, teacher, valid = inputs
     dtype = compute_dtype(student, projection, teacher)
-    projected, target = student[valid].to(dtype), teacher[valid].to(dtype)
+    if not (may_look_at(valid) and bool(valid.all())):
+        student, teacher = student[valid], teacher[valid]
+    projected, target = student.to(dtype), teacher.to(dtype)
     if projection is not None:
         projected = reference.project(projected, projection, None, dtype)
     if kind == "mse":

@@ -195,11 +195,11 @@ def select_rows(count: int, *, like: Tensor, masks: Masks, ids: Ids | None) -> R
         counted = labelled
     else:
         counted = torch.ones(count, dtype=torch.bool, device=like.device)
-    given = torch.ones_like(counted, dtype=like.dtype)
+    weight = counted.to(like.dtype)
     if masks.token_weight is not None:
         given = masks.token_weight.detach().reshape(-1).to(like.dtype)
         counted = counted & (given != 0)
-    weight = torch.where(counted, given, 0)
+        weight = torch.where(counted, given, 0)
     if labels is None or labelled is None:
         return Rows(counted, weight, None, torch.zeros_like(weight))
     if ids is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megakd_kernels import ops, reference
+from megakd_kernels import formed, ops, reference
 from megakd_kernels.heads import check_same_rows, checked_side, checked_teacher, heads_dtype
 from megakd_kernels.inputs import (
     Masks,
@@ -202,7 +202,9 @@ def _formed(
     soft = (None, None, None) if teacher is None else teacher
     factors = (normalised.kd_factor, normalised.ce_factor)
     with without_autocast(student.hidden.device):
-        values = ops.linear_kd(*student, *soft, rows.valid, rows.labels, *factors, needed, *options)
+        values = formed.run(
+            ops.linear_kd, *student, *soft, rows.valid, rows.labels, *factors, needed, *options
+        )
         return normalised.output(RowValues(*values[:4]))
 
 

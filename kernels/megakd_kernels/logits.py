@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megakd_kernels import ops, reference
+from megakd_kernels import formed, ops, reference
 from megakd_kernels.inputs import (
     Masks,
     Rows,
@@ -26,6 +26,7 @@ from megakd_kernels.settings import (
     KDOutput,
     Number,
     Objective,
+    is_small,
     resolve_implementation,
 )
 from megakd_kernels.vocab_parallel import Shard
@@ -108,6 +109,10 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
     with without_autocast(student.device):
         if implementation == "reference":
             output = reference.kd_loss(student, teacher, rows, objective, shared)
+        elif is_small(impl, student, teacher):
+            # In fp64, so that the result is as exact as that of the operator.
+            soft = None if teacher is None else teacher.double()
+            output = reference.kd_loss(student.double(), soft, rows, objective, shared)
         else:
             options = operator_options(objective, shared, (Warp(), Warp()), implementation)
             output = _formed(student, teacher, rows, objective, options)
@@ -140,7 +145,8 @@ def _formed(
 ) -> KDOutput:
     normalised = Normalisation.of(rows, objective, with_teacher=teacher is not None)
     factors = (normalised.kd_factor, normalised.ce_factor)
-    values = ops.logits_kd(
-        student, teacher, rows.valid, rows.labels, *factors, needs_gradient(student), *options
-    )
+    values = formed.run(
+        ops.logits_kd, student, teacher, rows.valid, rows.labels, *factors,
+        needs_gradient(student), *options,
+    )  # fmt: skip
     return normalised.output(RowValues(*values[:4]))

@@ -154,7 +154,7 @@ def _linear_rows(
 
     run_chunks(used, score, formed, valid=factors.valid, plan=sizes, round_logits=flat.round_logits)
     formed.finish(len(used.weight))
-    formed.hidden = reduce.total(formed.hidden)
+    (formed.hidden,) = reduce.totals([formed.hidden])
     return scorer.values(), formed
 
 
@@ -216,13 +216,17 @@ def logits_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
     scorer = RowScorer(kernel, plan, factors, sizes.block)
     # The loss works in place: in the gradient if it is needed, else in a buffer of one chunk.
     work = kd_factor.new_empty(count if needed else min(sizes.chunk, count), width)
+    all_count = valid.is_cpu and bool(valid.all())
     for chunk in slices(count, sizes.chunk):
-        out_of_use = ~valid[chunk, None]
-        target = work[chunk] if needed else work[: len(out_of_use)]
-        target.copy_(student_logits[chunk]).masked_fill_(out_of_use, 0)
+        target = work[chunk] if needed else work[: chunk.stop - chunk.start]
+        target.copy_(student_logits[chunk])
         soft = None
         if teacher_logits is not None:
-            soft = teacher_logits[chunk, :shared].to(work.dtype).masked_fill(out_of_use, 0)
+            soft = teacher_logits[chunk, :shared].to(work.dtype, copy=True)
+        if not all_count:
+            out_of_use = ~valid[chunk, None]
+            target.masked_fill_(out_of_use, 0)
+            soft = None if soft is None else soft.masked_fill_(out_of_use, 0)
         scorer.run_(chunk, target, soft, target if needed else None)
     total, values, ce, agrees = scorer.values()
     return total, values, ce, agrees, work if needed else work.new_empty(0)

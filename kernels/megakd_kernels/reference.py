@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megakd_kernels.inputs import Rows, compute_dtype
+from megakd_kernels.inputs import Rows, compute_dtype, may_look_at
 from megakd_kernels.row_plan import Warp
 from megakd_kernels.row_terms import spread
 from megakd_kernels.settings import KDOutput, Objective, as_scalar, reduction_scale, weighted_total
@@ -34,33 +34,49 @@ def kd_loss(
 ) -> KDOutput:
     """Return the distillation loss of raw logits [N, V]; `rows` says which rows count.
 
-    Rows that do not count are removed, so that their values are not part of the graph.
+    Rows that do not count are removed, so that their values are not part of the graph. The
+    results have the dtype of the weights of the rows.
     """
     dtype = compute_dtype(student, teacher)
-    valid = rows.valid
-    student = warped(student[valid].to(dtype), warps[0])
+    kept = _kept(rows.valid)
+    student = warped(_taken(student, kept).to(dtype), warps[0])
     values = student.new_zeros(0, len(student))
     if teacher is None:
         agrees = _is_right(student, rows)
     else:
-        teacher = warped(teacher[valid].detach().to(dtype), warps[1])
+        teacher = warped(_taken(teacher, kept).detach().to(dtype), warps[1])
         soft = _without_gradient_at_weight_0(student[:, :shared], objective)
         values = divergence_rows(soft, teacher[:, :shared], objective)
         agrees = share_a_maximum(student[:, :shared], teacher[:, :shared])
     ce = _cross_entropy_rows(student, rows, objective)
-    weighted = values * rows.weight[valid]
-    total = weighted_total(objective, weighted, ce)
+    weighted = values * _taken(rows.weight, kept)
+    total, count = weighted_total(objective, weighted, ce), rows.valid.sum()
     if objective.reduction == "none":
-        loss = torch.zeros_like(rows.weight).masked_scatter(valid, total)
+        loss = _spread(total, kept, rows)
     else:
         # The sum over an empty slice keeps the graph connected if no row is valid.
-        loss = total.sum() + student[:0].sum()
-        loss = loss * reduction_scale(objective, valid.sum(), total)
-    kept = valid.nonzero().squeeze(1)
-    divergences, hard, agreed = (
-        spread(part.detach(), kept, len(valid)) for part in (weighted, ce, agrees)
-    )
-    return KDOutput.of(loss, divergences, hard, agreed, valid)
+        loss = total.sum() if len(student) else student.sum()
+        loss = loss * reduction_scale(objective, count, total)
+    divergences, hard = (_spread(part.detach(), kept, rows) for part in (weighted, ce))
+    agreed = agrees if kept is None else spread(agrees, kept, len(rows.valid))
+    return KDOutput.of(loss.to(rows.weight.dtype), divergences, hard, agreed, count)
+
+
+def _kept(valid: Tensor) -> Tensor | None:
+    """Return the indices of the rows that count; None if all rows do."""
+    if may_look_at(valid) and bool(valid.all()):
+        return None
+    return valid.nonzero().squeeze(1)
+
+
+def _taken(values: Tensor, kept: Tensor | None) -> Tensor:
+    return values if kept is None else values[kept]
+
+
+def _spread(values: Tensor, kept: Tensor | None, rows: Rows) -> Tensor:
+    """Return values [..., n] of the kept rows among all rows, in the dtype of the weights."""
+    values = values.to(rows.weight.dtype)
+    return values if kept is None else spread(values, kept, len(rows.valid))
 
 
 def divergence_rows(student: Tensor, teacher: Tensor, objective: Objective) -> Tensor:
@@ -158,6 +174,8 @@ def _without_gradient_at_weight_0(student: Tensor, objective: Objective) -> Tens
 
     Autograd would form 0 times the infinite slope of an infinite divergence, which is NaN.
     """
+    if not isinstance(objective.kd_weight, Tensor):
+        return student if objective.kd_weight != 0 else student.detach()
     weight = as_scalar(objective.kd_weight, student)
     return torch.where(weight != 0, student, student.detach())
 

@@ -96,11 +96,10 @@ class RowLosses:
         order = sorted(range(len(terms)), key=lambda index: terms[index].limits_gap)
         factors = [(inputs.kd_factor * weight)[:, None] for _, weight in plan.mixture]
         partial = {i: terms[i].partial_sums(block, factors[i], plan) for i in order}
-        sums = reduce.total(torch.stack([s for i in order for s in partial[i]]))
-        values, taken = {}, 0
+        sums = iter(reduce.totals([s for i in order for s in partial[i]]))
+        values = dict[int, Tensor]()
         for i in order:
-            mine = sums[taken : taken + len(partial[i])]
-            taken += len(mine)
+            mine = [next(sums) for _ in partial[i]]
             values[i] = terms[i].finish(block, mine, factors[i], plan).squeeze(1)
         divergences = torch.stack([values[i] for i in range(len(terms))])
         # Rounding may give -1e-7 if the exact value is 0 or slightly above 0.
@@ -124,10 +123,9 @@ class RowLosses:
     def _hard_softmax(self, student: Tensor, labels: Tensor, out: Tensor) -> _HardSoftmax:
         reduce = self.reduce
         target = self._own_target(student, labels)
-        peak = reduce.maximum(_row_maximum(student))
+        (peak,) = reduce.maxima([_row_maximum(student)])
         torch.sub(student, peak, out=out).mul_(1 / LOG2).exp2_()
-        sums = reduce.total(torch.stack([out.sum(-1, keepdim=True), target]))
-        total, target = sums.unbind(0)
+        total, target = reduce.totals([out.sum(-1, keepdim=True), target])
         is_right = (target == peak).squeeze(1)
         return _HardSoftmax((peak - target) + total.log(), out, total, is_right)
 
@@ -149,8 +147,7 @@ class RowLosses:
         """Return both softmaxes with their gap, the student's row maximum, and row agreement."""
         reduce, temperature = self.reduce, self.plan.temperature
         product = self._take("product", student)
-        peaks = reduce.maximum(torch.stack([_row_maximum(student), _row_maximum(teacher)]))
-        peak, teacher_peak = peaks.unbind(0)
+        peak, teacher_peak = reduce.maxima([_row_maximum(student), _row_maximum(teacher)])
         teacher_peak = _near_(teacher, teacher_peak, peak)
         gap = torch.sub(teacher, student, out=self._take("gap", student))
         student.sub_(peak)
@@ -161,7 +158,7 @@ class RowLosses:
         # Summed in fp64: an error of the sum is an error of every gap, and no mean removes it.
         q_sum = student.mul_(bits).exp2_().sum(-1, keepdim=True, dtype=torch.float64)
         p_sum = teacher.mul_(bits).exp2_().sum(-1, keepdim=True, dtype=torch.float64)
-        q_sum, p_sum, found = reduce.total(torch.stack([q_sum, p_sum, common.double()])).unbind(0)
+        q_sum, p_sum, found = reduce.totals([q_sum, p_sum, common])
         # The gap of an id that both models exclude is 0. A NaN logit still shows in q_sum or p_sum.
         gap.nan_to_num_(nan=0.0, posinf=_IMPOSSIBLE, neginf=-_IMPOSSIBLE)
         if temperature != 1.0:
@@ -198,7 +195,8 @@ class RowLosses:
         self, student: Tensor, block: Block, hard: _HardSoftmax | None, inputs: RowInputs
     ) -> None:
         block.write_gradient_()
-        student[:, self.plan.shared :].zero_()
+        if self.plan.shared < student.shape[1]:
+            student[:, self.plan.shared :].zero_()
         if hard is not None:
             student.addcmul_(hard.exponentials, inputs.ce_factor[:, None] / hard.total)
         if self.plan.with_ce:
@@ -231,10 +229,11 @@ def _near_(teacher: Tensor, teacher_peak: Tensor, peak: Tensor) -> Tensor:
     exact, and a shift would only round the logits.
     """
     shift = teacher_peak - peak
-    shift = torch.where(shift.isfinite() & (shift.abs() > _LARGEST_SHIFT), shift, 0)
     # The shift is read only on a CPU, where reading is free: most models need no pass for it.
-    if not teacher.is_cpu or bool(shift.any()):
-        teacher.sub_(shift)
+    if teacher.is_cpu and bool((shift.abs() <= _LARGEST_SHIFT).all()):
+        return teacher_peak
+    shift = torch.where(shift.isfinite() & (shift.abs() > _LARGEST_SHIFT), shift, 0)
+    teacher.sub_(shift)
     return teacher_peak - shift
 
 

@@ -88,7 +88,7 @@ class MixtureTerm(Protocol):
         """Return sums [R, 1] over the local ids; factor [R, 1] scales the gradient."""
         ...
 
-    def finish(self, block: Block, sums: Tensor, factor: Tensor, plan: RowPlan) -> Tensor:
+    def finish(self, block: Block, sums: Sequence[Tensor], factor: Tensor, plan: RowPlan) -> Tensor:
         """Return the value [R, 1] from the sums over all ids."""
         ...
 
@@ -105,7 +105,7 @@ class ForwardKL:
         block.teacher = share if block.teacher is None else block.teacher + share
         return [block.teacher_sum(block.gap)]
 
-    def finish(self, block: Block, sums: Tensor, factor: Tensor, plan: RowPlan) -> Tensor:
+    def finish(self, block: Block, sums: Sequence[Tensor], factor: Tensor, plan: RowPlan) -> Tensor:
         """Return the sum."""
         del plan
         block.constant = block.constant + factor
@@ -125,7 +125,7 @@ class ReverseKL:
         block.add_slope(torch.clamp(block.gap, -1e30, 1e6, out=block.product), -factor)
         return [total]
 
-    def finish(self, block: Block, sums: Tensor, factor: Tensor, plan: RowPlan) -> Tensor:
+    def finish(self, block: Block, sums: Sequence[Tensor], factor: Tensor, plan: RowPlan) -> Tensor:
         """Return minus the sum."""
         del plan
         value = -sums[0]
@@ -149,9 +149,9 @@ class JensenShannon:
         teacher_part = block.teacher_sum(block.gap) - block.teacher_sum(mix)
         return [block.student_sum(mix), teacher_part]
 
-    def finish(self, block: Block, sums: Tensor, factor: Tensor, plan: RowPlan) -> Tensor:
+    def finish(self, block: Block, sums: Sequence[Tensor], factor: Tensor, plan: RowPlan) -> Tensor:
         """Return the weighted sum of both halves."""
-        student_part, teacher_part = sums.unbind(0)
+        student_part, teacher_part = sums
         block.constant = block.constant + (1 - plan.beta) * factor * student_part
         return plan.beta * teacher_part - (1 - plan.beta) * student_part
 
@@ -172,9 +172,9 @@ class SkewKL:
         block.add_slope(excess, -(1 - plan.skew) * factor)
         return [value, block.student_sum(excess)]
 
-    def finish(self, block: Block, sums: Tensor, factor: Tensor, plan: RowPlan) -> Tensor:
+    def finish(self, block: Block, sums: Sequence[Tensor], factor: Tensor, plan: RowPlan) -> Tensor:
         """Return the first sum; the second is part of the gradient."""
-        value, excess = sums.unbind(0)
+        value, excess = sums
         block.constant = block.constant + (1 - plan.skew) * factor * excess
         return value
 
@@ -196,9 +196,9 @@ class SkewReverseKL:
         block.add_slope(excess, -plan.skew * factor)
         return [total, block.student_sum(excess)]
 
-    def finish(self, block: Block, sums: Tensor, factor: Tensor, plan: RowPlan) -> Tensor:
+    def finish(self, block: Block, sums: Sequence[Tensor], factor: Tensor, plan: RowPlan) -> Tensor:
         """Return minus the first sum; the second is part of the gradient."""
-        total, excess = sums.unbind(0)
+        total, excess = sums
         block.constant = block.constant + factor * (total + plan.skew * excess)
         return -total
 
@@ -222,10 +222,10 @@ class TotalVariation:
         block.add_slope(sign, -0.5 * factor)
         return [value, block.student_sum(sign)]
 
-    def finish(self, block: Block, sums: Tensor, factor: Tensor, plan: RowPlan) -> Tensor:
+    def finish(self, block: Block, sums: Sequence[Tensor], factor: Tensor, plan: RowPlan) -> Tensor:
         """Return the first sum; the second is part of the gradient."""
         del plan
-        value, sign = sums.unbind(0)
+        value, sign = sums
         block.constant = block.constant + 0.5 * factor * sign
         return value
 

@@ -5,6 +5,7 @@ Shapes: R rows of a block, V ids; notation as in the public functions: q student
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -88,23 +89,23 @@ class RowTerms(NamedTuple):
 class Reduce(Protocol):
     """Reductions that join the parts of a row on several ranks."""
 
-    def maximum(self, values: Tensor) -> Tensor:
-        """Return the elementwise maximum over the ranks, as a new tensor or `values` itself."""
+    def maxima(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the elementwise maxima over the ranks; shapes and dtypes are equal."""
         ...
 
-    def total(self, values: Tensor) -> Tensor:
-        """Return the elementwise sum over the ranks, as a new tensor or `values` itself."""
+    def totals(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the elementwise sums over the ranks, in the first dtype; shapes are equal."""
         ...
 
 
 class WholeRows:
     """Reductions for complete rows, which have nothing to join."""
 
-    def maximum(self, values: Tensor) -> Tensor:
+    def maxima(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return `values`."""
         return values
 
-    def total(self, values: Tensor) -> Tensor:
+    def totals(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return `values`."""
         return values
 

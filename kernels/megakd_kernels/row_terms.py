@@ -71,14 +71,11 @@ class RowFactors:
 
 
 class RowScorer:
-    """Runs a row kernel over chunks of logits and stores the values."""
+    """Runs a row kernel over chunks of logits, in the order of the rows, and keeps the values."""
 
     def __init__(self, kernel: RowKernel, plan: RowPlan, factors: RowFactors, block: int) -> None:
         self._kernel, self._plan, self._factors, self._block = kernel, plan, factors, block
-        count, like = len(factors.valid), factors.kd
-        self._divergences = like.new_zeros(len(plan.mixture), count)
-        self._ce = torch.zeros_like(like)
-        self._agrees = torch.zeros_like(factors.valid)
+        self._found: list[RowTerms] = []
 
     def run_(
         self, rows: slice, student: Tensor, teacher: Tensor | None, gradient: Tensor | None
@@ -88,18 +85,22 @@ class RowScorer:
         for part, here in row_blocks(rows, self._block):
             logits, formed = block_of(student, gradient, part)
             soft = None if teacher is None else teacher[part]
-            terms = self._kernel.run_(logits, soft, self._factors.inputs(here, slope), formed)
-            self._store(here, terms)
-
-    def _store(self, rows: slice, terms: RowTerms) -> None:
-        self._divergences[:, rows] = terms.divergences
-        self._ce[rows] = terms.ce
-        self._agrees[rows] = terms.agrees
+            inputs = self._factors.inputs(here, slope)
+            self._found.append(self._kernel.run_(logits, soft, inputs, formed))
 
     def values(self) -> RowValues:
         """Return the values of all rows and their total."""
         weights = [weight for _, weight in self._plan.mixture]
-        return self._factors.values(weights, self._divergences, self._ce, self._agrees)
+        return self._factors.values(weights, *self._joined())
+
+    def _joined(self) -> RowTerms:
+        if len(self._found) == 1:
+            return self._found[0]
+        if self._found:
+            return RowTerms(*(torch.cat(parts, dim=-1) for parts in zip(*self._found, strict=True)))
+        like = self._factors.kd
+        divergences = like.new_zeros(len(self._plan.mixture), 0)
+        return RowTerms(divergences, like, self._factors.valid)
 
 
 def row_blocks(rows: slice, block: int) -> Iterator[tuple[slice, slice]]:

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from megakd_kernels.row_plan import Warp
 
@@ -24,6 +25,9 @@ LOGITS_DTYPES = ("fp32", "bf16")
 ENVIRONMENT_VARIABLE = "MEGAKD_KERNELS"
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+# Numbers on a CPU below which eager torch is faster than an operator.
+_SMALL = 1 << 15
 
 Implementation = Literal["triton", "chunked", "reference"]
 Divergence = str | Mapping[str, float]
@@ -56,11 +60,11 @@ class KDOutput(NamedTuple):
 
     @classmethod
     def of(
-        cls, loss: Tensor, divergences: Tensor, ce: Tensor, agrees: Tensor, valid: Tensor
+        cls, loss: Tensor, divergences: Tensor, ce: Tensor, agrees: Tensor, n_valid: Tensor
     ) -> KDOutput:
         """Sum the row values; `loss` is already reduced."""
         divergences, ce = divergences.detach(), ce.detach()
-        sums = (divergences.sum(1), ce.sum(), valid.sum(), agrees.sum())
+        sums = (divergences.sum(1), ce.sum(), n_valid, agrees.sum())
         return cls(loss, *sums, divergences, ce, agrees)
 
 
@@ -143,6 +147,19 @@ def resolve_implementation(impl: str, device: torch.device) -> Implementation:
     return "reference" if impl == "reference" else "chunked"
 
 
+def is_small(impl: str, *tensors: Tensor | None) -> bool:
+    """Return whether eager torch is faster than an operator, which has 100 steps in Python.
+
+    A caller who names an implementation gets it, also for a few numbers on a CPU.
+    """
+    if impl != "auto" or os.environ.get(ENVIRONMENT_VARIABLE) or torch.compiler.is_compiling():
+        return False
+    given = [tensor for tensor in tensors if tensor is not None]
+    return sum(tensor.numel() for tensor in given) <= _SMALL and all(
+        type(tensor) in {Tensor, Parameter} and tensor.is_cpu for tensor in given
+    )
+
+
 def _check_triton(source: str, device: torch.device) -> None:
     if not HAS_TRITON:
         raise ValueError(f"{source} 'triton': the package triton is not installed; use 'chunked'")
@@ -171,13 +188,13 @@ def as_scalar(value: Number, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
-def reduction_scale(objective: Objective, n_valid: Tensor, like: Tensor) -> Tensor:
+def reduction_scale(objective: Objective, n_valid: Tensor, like: Tensor) -> Number:
     """Return the factor from the sum to the loss; a divisor of 0 counts as 1."""
-    divisor = torch.ones((), dtype=like.dtype, device=like.device)
     if objective.reduction == "mean":
-        divisor = n_valid.to(like.dtype)
-    elif objective.reduction == "num_items" and objective.num_items is not None:
-        divisor = as_scalar(objective.num_items, like)
+        return n_valid.clamp(min=1).to(like.dtype).reciprocal()
+    if objective.reduction != "num_items" or objective.num_items is None:
+        return 1.0
+    divisor = as_scalar(objective.num_items, like)
     return torch.where(divisor > 0, divisor, 1).reciprocal()
 
 
@@ -186,16 +203,24 @@ def weighted_total(objective: Objective, divergences: Tensor, ce: Tensor) -> Ten
 
     A term of weight 0 adds 0, even if its value is infinite.
     """
-    mixed = torch.zeros_like(ce)
+    total = weigh(ce, objective.ce_weight) if objective.wants_ce else torch.zeros_like(ce)
     for (_, weight), value in zip(objective.mixture, divergences.unbind(0), strict=False):
-        mixed = mixed + weight * value if weight != 0 else mixed
-    total = weigh(mixed, as_scalar(objective.kd_weight, ce)) if len(divergences) else mixed
-    return total + weigh(ce, as_scalar(objective.ce_weight, ce)) if objective.wants_ce else total
+        if weight != 0:
+            total = total + weigh(weigh(value, weight), objective.kd_weight)
+    return total
 
 
-def weigh(values: Tensor, weight: Tensor) -> Tensor:
-    """Return values * weight; 0 for weight 0 even if the value is infinite; NaN for weight NaN."""
-    return torch.where(weight != 0, values * weight, 0)
+def weigh(values: Tensor, weight: Number) -> Tensor:
+    """Return values * weight; 0 for weight 0 even if the value is infinite; NaN for weight NaN.
+
+    weight: number, or tensor that broadcasts to the values.
+    """
+    if isinstance(weight, Tensor):
+        weight = weight.detach().to(values.device, values.dtype)
+        return torch.where(weight != 0, values * weight, 0)
+    if weight == 0:
+        return torch.zeros_like(values)
+    return values if weight == 1 else values * weight
 
 
 def _mixture(divergence: Divergence, beta: float, skew: float) -> tuple[tuple[str, float], ...]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megakd_kernels import reference, topk_ops
+from megakd_kernels import formed, reference, topk_ops
 from megakd_kernels.heads import checked_side
 from megakd_kernels.inputs import (
     Masks,
@@ -155,8 +155,8 @@ def _formed(
     implementation: str,
 ) -> KDOutput:
     normalised = Normalisation.of(rows, objective, with_teacher=True)
-    values = topk_ops.topk_kd(
-        *student, *teacher, rows.valid, rows.labels,
+    values = formed.run(
+        topk_ops.topk_kd, *student, *teacher, rows.valid, rows.labels,
         normalised.kd_factor, normalised.ce_factor,
         [needs_gradient(tensor) for tensor in student],
         float(objective.temperature), float(objective.value_scale), objective.wants_ce,

@@ -8,6 +8,7 @@ gradient of the hidden states is summed once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,18 +25,20 @@ class GroupReduce:
         # Operators take the name of a process group, not the group.
         self._group = _group_named(name)
 
-    def maximum(self, values: Tensor) -> Tensor:
-        """Return the elementwise maximum over the ranks."""
+    def maxima(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the elementwise maxima over the ranks, in one collective."""
         return self._joined(values, distributed.ReduceOp.MAX)
 
-    def total(self, values: Tensor) -> Tensor:
-        """Return the elementwise sum over the ranks."""
+    def totals(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the elementwise sums over the ranks, in one collective."""
         return self._joined(values, distributed.ReduceOp.SUM)
 
-    def _joined(self, values: Tensor, operation: distributed.ReduceOp.RedOpType) -> Tensor:
-        joined = values.contiguous().clone()
+    def _joined(
+        self, values: Sequence[Tensor], operation: distributed.ReduceOp.RedOpType
+    ) -> Sequence[Tensor]:
+        joined = torch.stack([value.to(values[0].dtype) for value in values])
         distributed.all_reduce(joined, op=operation, group=self._group)
-        return joined
+        return joined.unbind(0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,21 +1,18 @@
 """Compiles every Triton kernel for sm_90, as the public functions launch it, without a GPU.
 
-The interpreter is blind to types and constants that the compiler refuses. Prints the most shared
-memory that a kernel asks for, and how many variants were compiled. Run by `test_triton_compiles`.
+The interpreter is blind to types and constants that the compiler refuses. Prints one JSON object
+per variant: name, shared memory, stack, and whether its products run on tensor cores. Run by
+`test_triton_compiles`.
 """
 
-import importlib
-import os
-import pkgutil
+import json
 import sys
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 import megakd_kernels as mk
-from megakd_kernels import triton as kernels
+from bench.offline import compile_instead_of_launching
+from bench.sass import examine
 from megakd_kernels.row_plan import RowInputs, RowPlan
 from megakd_kernels.triton import row_hidden
 from megakd_kernels.triton.row_kd import TritonRows
@@ -24,37 +21,18 @@ ALL = dict.fromkeys(mk.DIVERGENCES, 0.5)
 COMPILED = {}
 
 
-class AbsentGpu:
-    """Answers what the compiler asks of a driver."""
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, _device):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
+def remember(name, kernel):
+    COMPILED[kernel.hash] = name, kernel
 
 
-def compile_instead_of_launching():
-    for module in pkgutil.iter_modules(kernels.__path__):
-        importlib.import_module(f"{kernels.__name__}.{module.name}")
-    driver.set_active(AbsentGpu())
-    launch = JITFunction.run
-
-    def compile_only(self, *arguments, grid, warmup, **options):
-        del warmup
-        kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
-        COMPILED[kernel.hash] = kernel.metadata.shared
-        return kernel
-
-    JITFunction.run = compile_only
-    # The kernels are defined by now; this only lets CPU tensors through.
-    os.environ["TRITON_INTERPRET"] = "1"
+def show():
+    for name, kernel in COMPILED.values():
+        facts = {
+            "name": name, "shared": kernel.metadata.shared, "stack": examine(kernel).stack,
+            "has_dot": "tt.dot" in kernel.asm["ttir"],
+            "on_tensor_cores": "wgmma" in kernel.asm["ptx"],
+        }  # fmt: skip
+        sys.stdout.write(json.dumps(facts) + "\n")
 
 
 def compile_heads(dtype):
@@ -96,8 +74,8 @@ def compile_relations(dtype):
 
 
 if __name__ == "__main__":
-    compile_instead_of_launching()
+    compile_instead_of_launching(remember)
     compile_heads(torch.bfloat16)
     compile_narrow_gradients()
     compile_relations(torch.bfloat16)
-    sys.stdout.write(f"{max(COMPILED.values())} {len(COMPILED)}")
+    show()

@@ -20,14 +20,15 @@ def linear_loss(student, weight, teacher, teacher_weight, labels, **options):
 def logits_loss(student, weight, teacher, teacher_weight, labels):
     return mk.kd_loss_from_logits(
         student @ weight.T, teacher @ teacher_weight.T, labels, t_squared=True, divergence=ALL,
-        ce_weight=0.5,
+        ce_weight=0.5, impl="chunked",
     ).loss  # fmt: skip
 
 
 def projection_loss(student, weight, teacher, teacher_weight, labels):
     valid = labels != -100
-    mse = mk.hidden_mse_projection_loss(student, weight[:9], teacher, valid=valid)
-    return mse + mk.hidden_cosine_projection_loss(student, weight[:9], teacher, valid=valid)
+    states, options = (student, weight[:9], teacher), {"valid": valid, "impl": "chunked"}
+    mse = mk.hidden_mse_projection_loss(*states, **options)
+    return mse + mk.hidden_cosine_projection_loss(*states, **options)
 
 
 LOSSES = pytest.mark.parametrize("loss", [linear_loss, logits_loss, projection_loss])

@@ -53,11 +53,13 @@ class Rank:
     meeting: Meeting
     rank: int
 
-    def maximum(self, values):
-        return self.meeting.join(self.rank, values, lambda parts: parts.amax(0))
+    def maxima(self, values):
+        (one,) = values
+        return [self.meeting.join(self.rank, one, lambda parts: parts.amax(0))]
 
-    def total(self, values):
-        return self.meeting.join(self.rank, values, lambda parts: parts.sum(0))
+    def totals(self, values):
+        (one,) = values
+        return [self.meeting.join(self.rank, one, lambda parts: parts.sum(0))]
 
 
 def make_rows():

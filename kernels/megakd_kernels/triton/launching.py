@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import os
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from megakd_kernels.row_plan import Warp
 from megakd_kernels.triton.row_math import AS_THEY_ARE, CAPPED, SCALED
 
+# The blocks in flight take 32 KiB of shared memory, which leaves room for four programs of a KL
+# divergence per multiprocessor of sm_90.
+_STAGES = 3
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Card(NamedTuple):
+    """Multiprocessors of a GPU, and bytes of shared memory that one program may use."""
+
+    processors: int
+    shared_memory: int
+
+
+def card_of(tensor: Tensor) -> Card | None:
+    """Return the GPU that holds the tensor; None on a CPU, where Triton's interpreter runs.
+
+    The interpreter needs small tiles, and it would multiply the bit patterns of bf16.
+    """
+    if not tensor.is_cuda:
+        return None
+    found = torch.cuda.get_device_properties(tensor.device)
+    return Card(found.multi_processor_count, found.shared_memory_per_block_optin)
 
 
 def check_rows(**tensors: Tensor | None) -> None:
@@ -27,3 +51,11 @@ def warp_kind(warp: Warp) -> int:
     if warp.softcap != 0.0:
         return CAPPED.value
     return AS_THEY_ARE.value if warp.scale == 1.0 else SCALED.value
+
+
+def stages() -> int:
+    """Return how many blocks of a row are in flight at a time; 1 loads a block when it is used.
+
+    MEGAKD_ROW_STAGES overrides the default, so that a benchmark can compare depths.
+    """
+    return int(os.environ.get("MEGAKD_ROW_STAGES") or _STAGES)

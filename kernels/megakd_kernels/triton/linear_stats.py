@@ -20,7 +20,8 @@ from torch import Tensor
 from megakd_kernels.linear_chunks import Side
 from megakd_kernels.row_plan import Warp
 from megakd_kernels.statistics import RowStats, StatsTask
-from megakd_kernels.triton.launching import warp_kind
+from megakd_kernels.triton import launching
+from megakd_kernels.triton.launching import Card, warp_kind
 from megakd_kernels.triton.row_math import LOG2_E, warped
 
 # Finite, so that no difference is NaN. A hidden logit is as far below the first maximum as the
@@ -283,25 +284,25 @@ def _strides(side: Side, warp: Warp) -> tuple[float, ...]:
 
 
 def _multiplies_wide(side: Side) -> bool:
-    """Return whether products run in fp32: if the dtypes differ, and on a CPU.
-
-    On a CPU, Triton's interpreter would multiply the bit patterns of bf16.
-    """
-    return side.hidden.dtype != side.weight.dtype or side.hidden.is_cpu
+    """Return whether products run in fp32: if the dtypes differ, and in the interpreter."""
+    return side.hidden.dtype != side.weight.dtype or launching.card_of(side.hidden) is None
 
 
 def _tiling(student: Side, teacher: Side | None, used: int) -> _Tiling:
-    if student.hidden.is_cpu:
+    card = launching.card_of(student.hidden)
+    if card is None:
         return _Tiling(rows=16, ids=32, width=32, stretches=2, warps=4, stages=1)
     sides = [student] if teacher is None else [student, teacher]
     is_narrow = all(not _multiplies_wide(side) and side.weight.itemsize == 2 for side in sides)
     rows, ids = (128, 128) if is_narrow else (64, 64)
-    processors = torch.cuda.get_device_properties(student.hidden.device).multi_processor_count
-    tiles = triton.cdiv(len(student.hidden), rows)
-    blocks = triton.cdiv(used, ids)
-    wanted = triton.cdiv(_WAVES * processors, max(tiles, 1))
-    stretches = max(1, min(wanted, blocks // _FEWEST_BLOCKS))
     return _Tiling(
-        rows=rows, ids=ids, width=64 if is_narrow else 32, stretches=stretches,
+        rows=rows, ids=ids, width=64 if is_narrow else 32,
+        stretches=_stretches(card, triton.cdiv(len(student.hidden), rows), triton.cdiv(used, ids)),
         warps=8 if is_narrow else 4, stages=3,
     )  # fmt: skip
+
+
+def _stretches(card: Card, tiles: int, blocks: int) -> int:
+    """Return the number of stretches of the vocabulary that keeps the processors busy."""
+    wanted = triton.cdiv(_WAVES * card.processors, max(tiles, 1))
+    return max(1, min(wanted, blocks // _FEWEST_BLOCKS))

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megakd_kernels.row_plan import Reduce, RowInputs, RowPlan, RowTerms, WholeRows
-from megakd_kernels.triton.launching import check_rows, warp_kind
+from megakd_kernels.triton.launching import check_rows, stages, warp_kind
 from megakd_kernels.triton.row_kd_sweeps import (
     FORWARD_KL,
     GRADIENT,
@@ -36,7 +36,7 @@ from megakd_kernels.triton.row_kd_sweeps import (
     write_gradient,
     write_zeros,
 )
-from megakd_kernels.triton.row_math import LOG2_E, warped
+from megakd_kernels.triton.row_math import LOG2_E, mixture_series, warped
 
 _WHOLE_ROWS = WholeRows()
 _KINDS = {
@@ -114,12 +114,15 @@ def _load_means(parts, row, rows):
 def _row_kernel(
     student, teacher, gradient, valid, labels, kd_factor, ce_factor, values, agrees, parts,
     rows, width, shared, vocab_start, stride_s, stride_t, stride_g,
-    bits, inverse, value_scale, beta, skew, scale_s, cap_s, scale_t, cap_t,
+    bits, inverse, value_scale, mixes, scale_s, cap_s, scale_t, cap_t,
     weight_forward, weight_reverse, weight_jsd, weight_skew, weight_skew_reverse, weight_tvd,
     PARTS: tl.constexpr, SWEEPS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Process one row. bits: log2(e) / T. inverse: 1 / T. values: [7, R]. parts: [18, R] fp64."""
+    """Process one row. bits: log2(e) / T. inverse: 1 / T. values: [7, R]. parts: [18, R] fp64.
+
+    mixes: `mixture_series` of the shares of p in m, for the JSD, the skew KL and its reverse.
+    """
     row = tl.program_id(0).to(tl.int64)  # the product with a stride may exceed int32
     student += row * stride_s
     teacher += row * stride_t
@@ -144,7 +147,7 @@ def _row_kernel(
 
     if _STATISTICS & SWEEPS:
         found = statistics(
-            logits, shared, width, bits, warp_s, warp_t, PARTS, WARP_S, WARP_T, BLOCK
+            logits, shared, width, bits, warp_s, warp_t, PARTS, WARP_S, WARP_T, BLOCK, STAGES
         )
     else:
         found = _load_found(parts, row, rows)
@@ -164,8 +167,8 @@ def _row_kernel(
 
     if _MEANS & SWEEPS:
         mean = means(
-            logits, shared, bits, inverse, reach, (q_sum, p_sum), beta, skew, warp_s, warp_t,
-            PARTS, WARP_S, WARP_T, BLOCK,
+            logits, shared, bits, inverse, reach, (q_sum, p_sum), mixes, warp_s, warp_t,
+            PARTS, WARP_S, WARP_T, BLOCK, STAGES,
         )  # fmt: skip
     else:
         mean = _load_means(parts, row, rows)
@@ -174,6 +177,7 @@ def _row_kernel(
             tl.store(parts + (_FOUND + field) * rows + row, mean[field])
         return
     jsd_p, jsd_q, skew_p, skew_q, skew_r, skew_v, tvd_p, tvd_q = mean
+    beta, skew = mixes[0][0], mixes[1][0]
 
     constant = 0.0
     factor = 0.0
@@ -193,10 +197,10 @@ def _row_kernel(
         constant += (1 - beta) * factor * weight_jsd * jsd_q.to(tl.float32)
     if SKEW_KL & PARTS:
         _store_value(values, 3, row, rows, skew_p, value_scale, rest)
-        constant += (1 - skew) * factor * weight_skew * skew_q.to(tl.float32)
+        constant += (1 - skew) / skew * factor * weight_skew * skew_q.to(tl.float32)
     if SKEW_RKL & PARTS:
         _store_value(values, 4, row, rows, -skew_r, value_scale, rest)
-        constant += factor * weight_skew_reverse * (skew_r + skew * skew_v).to(tl.float32)
+        constant += factor * weight_skew_reverse * (skew_r - skew_v).to(tl.float32)
     if TVD & PARTS:
         _store_value(values, 5, row, rows, tvd_p, value_scale, rest)
         constant += 0.5 * factor * weight_tvd * tvd_q.to(tl.float32)
@@ -219,13 +223,13 @@ def _row_kernel(
         factors = (
             (1.0 / q_sum).to(tl.float32), (factor * weight_forward / p_sum).to(tl.float32),
             constant, factor * weight_reverse, (1 - beta) * factor * weight_jsd,
-            (1 - skew) * factor * weight_skew, factor * weight_skew_reverse,
+            (1 - skew) / skew * factor * weight_skew, factor * weight_skew_reverse,
             0.5 * factor * weight_tvd,
         )  # fmt: skip
         write_gradient(
-            gradient, logits, shared, width, bits, inverse, reach, factors, beta, skew,
+            gradient, logits, shared, width, bits, inverse, reach, factors, mixes,
             (hard_peak, hard_scale, label, ce), warp_s, warp_t,
-            PARTS, WARP_S, WARP_T, BLOCK,
+            PARTS, WARP_S, WARP_T, BLOCK, STAGES,
         )  # fmt: skip
 
 
@@ -262,7 +266,7 @@ class TritonRows:
                     parts[: _MAXIMA + _SUMS] = self._joined(parts[: _MAXIMA + _SUMS])
                     if launch["PARTS"] & MIXED.value:
                         self._run(launch, _MEANS)
-                        parts[_MAXIMA + _SUMS :] = self.reduce.total(parts[_MAXIMA + _SUMS :])
+                        (parts[_MAXIMA + _SUMS :],) = self.reduce.totals([parts[_MAXIMA + _SUMS :]])
                     self._run(launch, _LAST)
                 else:
                     self._run(launch, _ALL)
@@ -310,7 +314,10 @@ class TritonRows:
             "stride_t": 0 if teacher is None else teacher.stride(0),
             "stride_g": 0 if form is None else form.stride(0),
             "bits": 1 / (math.log(2.0) * plan.temperature), "inverse": 1 / plan.temperature,
-            "value_scale": plan.value_scale, "beta": plan.beta, "skew": plan.skew,
+            "value_scale": plan.value_scale,
+            "mixes": tuple(
+                mixture_series(share) for share in (plan.beta, plan.skew, 1 - plan.skew)
+            ),
             "scale_s": plan.student_warp.scale, "cap_s": plan.student_warp.softcap,
             "scale_t": plan.teacher_warp.scale, "cap_t": plan.teacher_warp.softcap,
             "weight_forward": weights["forward_kl"], "weight_reverse": weights["reverse_kl"],
@@ -318,7 +325,7 @@ class TritonRows:
             "weight_skew_reverse": weights["skew_rkl"], "weight_tvd": weights["tvd"],
             "PARTS": parts,
             "WARP_S": warp_kind(plan.student_warp), "WARP_T": warp_kind(plan.teacher_warp),
-            "BLOCK": self.block or block, "num_warps": warps,
+            "BLOCK": self.block or block, "STAGES": stages(), "num_warps": warps,
         }  # fmt: skip
 
     def _parts(self, teacher: Tensor | None, labels: Tensor | None, form: Tensor | None) -> int:
@@ -337,14 +344,14 @@ class TritonRows:
     def _joined(self, found: Tensor) -> Tensor:
         """Return maxima and sums [10, R] of whole rows from the values of this rank's ids."""
         own = found[:_MAXIMA]
-        joined = self.reduce.maximum(own)
+        (joined,) = self.reduce.maxima([own])
         lower = own - joined
         soft, soft_t, hard = lower.unbind(0)
         soft, soft_t = (soft / self.plan.temperature).exp(), (soft_t / self.plan.temperature).exp()
         is_top = (lower[:2] == 0).all(0)
         # In the order of the sums: q, p, cross-entropy, p gap, q gap, common maximum, target.
         scales = [soft, soft_t, hard.exp(), soft_t, soft, is_top, torch.ones_like(soft)]
-        sums = self.reduce.total(found[_MAXIMA:] * torch.stack(scales))
+        (sums,) = self.reduce.totals([found[_MAXIMA:] * torch.stack(scales)])
         return torch.cat([joined, sums])
 
 

@@ -13,18 +13,16 @@ waits for another thread.
 # No `from __future__ import annotations`: Triton reads the tl.constexpr annotations as objects.
 # Triton's type annotations describe Python calls, not compiled kernels.
 # pyright: reportArgumentType=false, reportAssignmentType=false
-# pyright: reportOperatorIssue=false, reportReturnType=false
+# pyright: reportOperatorIssue=false, reportReturnType=false, reportGeneralTypeIssues=false
 import triton
 import triton.language as tl
 
 from megakd_kernels.triton.row_math import (
     LOG2_E,
     MINUS_INFINITY,
-    below_mixture,
     expm1,
     gap_of,
-    log1p,
-    over_mixture,
+    log_mixture,
     sign,
     warp_slope,
     warped,
@@ -54,7 +52,7 @@ _ONCE = tl.constexpr(0)
 
 # Number of adjacent ids per lane; a thread loads this many ids at once.
 _LANE = tl.constexpr(4)
-# exp(80) is finite in fp32, and q <= exp(-80) does not change a sum with 1.
+# exp(80) is finite in fp32, and a probability below exp(-80) does not change a sum with 1.
 _LARGEST_GAP = tl.constexpr(80.0)
 
 
@@ -155,7 +153,8 @@ def _decay(lanes, peak, bits, PARTS: tl.constexpr):
 @triton.jit
 def statistics(
     rows, shared, width, bits, warp_s, warp_t,
-    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
     """Run sweep 1.
 
@@ -175,7 +174,7 @@ def statistics(
             shift = _first_shift(rows, shared, warp_s, warp_t, WARP_S, WARP_T, BLOCK)
         first = shared
         whole = shared // BLOCK * BLOCK
-        for start in range(0, whole, BLOCK):
+        for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
             state = _add_statistics(
                 state, rows, start + block, shared, shift, bits, warp_s, warp_t,
                 PARTS, WARP_S, WARP_T, _FULL,
@@ -223,7 +222,7 @@ def _probabilities(
 
 @triton.jit
 def _add_means(
-    state, rows, ids, shared, bits, inverse, reach, beta, skew, warp_s, warp_t,
+    state, rows, ids, shared, bits, inverse, reach, mixes, warp_s, warp_t,
     PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Add a block of shared ids to the lanes' sums of `means`."""
@@ -231,45 +230,51 @@ def _add_means(
     _, q, p, gap = _probabilities(
         rows, ids, shared, bits, inverse, reach, warp_s, warp_t, WARP_S, WARP_T, RAGGED, _AGAIN
     )
-    gap = tl.minimum(gap, _LARGEST_GAP)
-    excess = expm1(gap)
+    gap = tl.minimum(tl.maximum(gap, -_LARGEST_GAP), _LARGEST_GAP)
     if JSD & PARTS:
-        mix = log1p(beta * excess)
+        mix, _ = log_mixture(gap, mixes[0])
         jsd_p += _lane_sum(p * (gap - mix))
         jsd_q += _lane_sum(q * mix)
     if SKEW_KL & PARTS:
-        skew_p += _lane_sum(p * (gap - log1p(skew * excess)))
-        skew_q += _lane_sum(q * over_mixture(excess, skew))
+        mix, tilt = log_mixture(gap, mixes[1])
+        skew_p += _lane_sum(p * (gap - mix))
+        skew_q += _lane_sum(q * tilt)
     if SKEW_RKL & PARTS:
-        skew_r += _lane_sum(q * log1p((1.0 - skew) * excess))
-        skew_v -= _lane_sum(q * below_mixture(excess, skew))
+        mix, tilt = log_mixture(gap, mixes[2])
+        skew_r += _lane_sum(q * mix)
+        skew_v += _lane_sum(q * tilt)
     if TVD & PARTS:
         # p - q = p (1 - exp(-gap)) keeps its digits if p is close to q.
-        above = tl.maximum(excess, 0.0)
-        tvd_p += _lane_sum(p * (above / (1.0 + above)))
+        tvd_p -= _lane_sum(p * expm1(-tl.maximum(gap, 0.0)))
         tvd_q += _lane_sum(q * sign(gap))
     return jsd_p, jsd_q, skew_p, skew_q, skew_r, skew_v, tvd_p, tvd_q
 
 
 @triton.jit
 def means(
-    rows, shared, bits, inverse, reach, sums, beta, skew, warp_s, warp_t,
-    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, BLOCK: tl.constexpr,
+    rows, shared, bits, inverse, reach, sums, mixes, warp_s, warp_t,
+    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
-    """Run sweep 2: return the partial sums of `row_mixtures` as means over p or q, 0 if unused."""
+    """Run sweep 2: return means over p or q, 0 if unused.
+
+    Returns: over p of log(p / m) and over q of log(m / q) for the JSD; over p of log(p / m) and
+    over q of the tilt for the skew KL; over q of log(m / q) and of the tilt for the skew reverse
+    KL; over p of max(1 - q / p, 0) and over q of sign(p - q) for the total variation.
+    """
     block = tl.arange(0, BLOCK)
     zero = tl.zeros([BLOCK // _LANE], tl.float64)
     state = (zero, zero, zero, zero, zero, zero, zero, zero)
     if MIXED & PARTS:
         whole = shared // BLOCK * BLOCK
-        for start in range(0, whole, BLOCK):
+        for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
             state = _add_means(
-                state, rows, start + block, shared, bits, inverse, reach, beta, skew,
+                state, rows, start + block, shared, bits, inverse, reach, mixes,
                 warp_s, warp_t, PARTS, WARP_S, WARP_T, _FULL,
             )  # fmt: skip
         if whole < shared:
             state = _add_means(
-                state, rows, whole + block, shared, bits, inverse, reach, beta, skew,
+                state, rows, whole + block, shared, bits, inverse, reach, mixes,
                 warp_s, warp_t, PARTS, WARP_S, WARP_T, _RAGGED,
             )  # fmt: skip
     jsd_p, jsd_q, skew_p, skew_q, skew_r, skew_v, tvd_p, tvd_q = state
@@ -293,7 +298,7 @@ def _store(gradient, ids, values, limit, RAGGED: tl.constexpr):
 
 @triton.jit
 def _write_soft(
-    gradient, rows, ids, shared, bits, inverse, reach, factors, beta, skew, hard, warp_s, warp_t,
+    gradient, rows, ids, shared, bits, inverse, reach, factors, mixes, hard, warp_s, warp_t,
     PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of a block of shared ids.
@@ -311,15 +316,14 @@ def _write_soft(
         # The gradient is 0 if q is 0: the gap is limited so that no factor makes it infinite.
         slopes -= on_reverse * tl.minimum(tl.maximum(gap, -1e30), 1e6)
     if MIXED & PARTS:
-        gap = tl.minimum(gap, _LARGEST_GAP)
-        excess = expm1(gap)
+        gap = tl.minimum(tl.maximum(gap, -_LARGEST_GAP), _LARGEST_GAP)
         if JSD & PARTS:
-            slopes -= on_jsd * log1p(beta * excess)
+            slopes -= on_jsd * log_mixture(gap, mixes[0])[0]
         if SKEW_KL & PARTS:
-            slopes -= on_skew * over_mixture(excess, skew)
+            slopes -= on_skew * log_mixture(gap, mixes[1])[1]
         if SKEW_RKL & PARTS:
-            mix = log1p((1.0 - skew) * excess)
-            slopes -= on_skew_reverse * (mix - skew * below_mixture(excess, skew))
+            mix, tilt = log_mixture(gap, mixes[2])
+            slopes -= on_skew_reverse * (mix - tilt)
         if TVD & PARTS:
             slopes -= on_tvd * sign(gap)
     values = q * (q_scale * (constant + slopes))
@@ -351,8 +355,9 @@ def _write_hard(
 
 @triton.jit
 def write_gradient(
-    gradient, rows, shared, width, bits, inverse, reach, factors, beta, skew, hard, warp_s, warp_t,
-    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, BLOCK: tl.constexpr,
+    gradient, rows, shared, width, bits, inverse, reach, factors, mixes, hard, warp_s, warp_t,
+    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
     """Run the last sweep; `gradient` may overwrite the student's row, block after block.
 
@@ -363,15 +368,15 @@ def write_gradient(
     if SOFT & PARTS:
         first = shared
         whole = shared // BLOCK * BLOCK
-        for start in range(0, whole, BLOCK):
+        for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
             _write_soft(
                 gradient, rows, start + block, shared, bits, inverse, reach, factors,
-                beta, skew, hard, warp_s, warp_t, PARTS, WARP_S, WARP_T, _FULL,
+                mixes, hard, warp_s, warp_t, PARTS, WARP_S, WARP_T, _FULL,
             )  # fmt: skip
         if whole < shared:
             _write_soft(
                 gradient, rows, whole + block, shared, bits, inverse, reach, factors,
-                beta, skew, hard, warp_s, warp_t, PARTS, WARP_S, WARP_T, _RAGGED,
+                mixes, hard, warp_s, warp_t, PARTS, WARP_S, WARP_T, _RAGGED,
             )  # fmt: skip
     whole = first + (width - first) // BLOCK * BLOCK
     for start in range(first, whole, BLOCK):

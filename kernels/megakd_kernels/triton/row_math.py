@@ -1,11 +1,14 @@
 """Elementwise functions of the row kernels, in fp32, on blocks of one row.
 
-Triton has no expm1, log1p or tanh, and the libdevice versions do not run in its interpreter. The
+Triton has no expm1 or tanh, and the libdevice versions do not run in its interpreter. The
 functions here are equally exact (about two units in the last place) and work in both.
 """
 
 # No `from __future__ import annotations`: Triton reads the tl.constexpr annotations as objects.
+# Triton's type annotations describe Python calls, not compiled kernels.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportReturnType=false
 import math
+import os
 
 import triton
 import triton.language as tl
@@ -23,10 +26,14 @@ _LN2_LOW = tl.constexpr(math.log(2.0) - 0.693359375)
 _LN2 = tl.constexpr(math.log(2.0))
 # Below -30 expm1 is -1 in fp32; above 30 tanh(x / 2) is 1.
 _FLAT = tl.constexpr(30.0)
-# Represents log(p / 0): its sum over a row does not overflow, and its product with 0 is 0.
+# Represents an excluded logit and log(p / 0): its sum over a row does not overflow, and its product
+# with 0 is 0.
 _IMPOSSIBLE = tl.constexpr(1e32)
-# The bits of 0.75: exponents are relative to 0.75, so that a mantissa is in [0.75, 1.5).
-_BITS_OF_THREE_QUARTERS = tl.constexpr(0x3F400000)
+# Gaps below this value use the series of `log_mixture`, whose relative error is then below 3e-7.
+_NEAR = tl.constexpr(0.4)
+# Triton decides when it defines a kernel whether the kernel is compiled.
+_IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+_TERMS = 8
 
 
 @triton.jit
@@ -40,20 +47,6 @@ def expm1(x) -> tl.tensor:
     series = r + r * r * (0.5 + series)
     scale = ((exponent.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
     return scale * series + (scale - 1.0)
-
-
-@triton.jit
-def log1p(x) -> tl.tensor:
-    """Return log(1 + x) for x above -1 and up to 1e37: 2 artanh(m / (2 + m)) after scaling."""
-    bits = (1.0 + x).to(tl.int32, bitcast=True)
-    exponent = (bits - _BITS_OF_THREE_QUARTERS) >> 23
-    scale = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-    # (1 + x) * scale - 1, in [-0.25, 0.5), without rounding 1 + x.
-    m = x * scale + (scale - 1.0)
-    s = m / (2.0 + m)
-    square = s * s
-    series = square * (1 / 3 + square * (1 / 5 + square * (1 / 7 + square * (1 / 9))))
-    return exponent.to(tl.float32) * _LN2 + 2.0 * (s + s * series)
 
 
 @triton.jit
@@ -93,30 +86,75 @@ def gap_of(s, t, difference) -> tl.tensor:
     """Return the gap (t - s) - difference without the rounding error of t - s (Knuth's two-sum).
 
     The rounding error would be as large as the gap if the logits of the models differ by a large
-    common amount. The gap of an excluded id is huge and finite; it is 0 if both models exclude
-    the id.
+    common amount. The gap of an excluded id is huge and finite; the gap of an id that both models
+    exclude is -difference, and its probabilities are 0. A NaN may be lost here: the sums of the
+    row keep it.
     """
+    s, t = tl.maximum(s, -_IMPOSSIBLE), tl.maximum(t, -_IMPOSSIBLE)
     raw = t - s
     back = raw - t
     error = (t - (raw - back)) - (s + back)
-    gap = (raw - difference) + tl.where(error == error, error, 0.0)  # noqa: PLR0124, NaN
-    gap = tl.where(gap == gap, gap, 0.0)  # noqa: PLR0124, NaN
-    return tl.minimum(tl.maximum(gap, -_IMPOSSIBLE), _IMPOSSIBLE)
+    return (raw - difference) + error
 
 
 @triton.jit
-def over_mixture(excess, skew) -> tl.tensor:
-    """Return p / m - 1 with m = skew p + (1 - skew) q, from excess = p / q - 1."""
-    return (1.0 - skew) * excess / (1.0 + skew * excess)
+def _log2(x) -> tl.tensor:
+    """Return log2(x) of a normal number above 0, with an absolute error below 3e-7 near 1."""
+    if _IS_INTERPRETED:
+        return tl.log2(x)
+    # Triton's log2 takes 24 instructions, because it is exact to the last place.
+    code: tl.constexpr = "lg2.approx.ftz.f32 $0, $1;"
+    return tl.inline_asm_elementwise(code, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
-def below_mixture(excess, skew) -> tl.tensor:
-    """Return 1 - q / m with m = (1 - skew) p + skew q, from excess = p / q - 1."""
-    return (1.0 - skew) * excess / (1.0 + (1.0 - skew) * excess)
+def _reciprocal(x) -> tl.tensor:
+    """Return 1 / x of a normal number, up to one unit in the last place."""
+    if _IS_INTERPRETED:
+        return 1.0 / x
+    # Triton's division also handles denormal numbers, in eight instructions.
+    code: tl.constexpr = "rcp.approx.ftz.f32 $0, $1;"
+    return tl.inline_asm_elementwise(code, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def log_mixture(gap, mix) -> tuple[tl.tensor, tl.tensor]:
+    """Return log(m / q), and the tilt a (p / m - 1), of m = a p + (1 - a) q; gap = log(p / q).
+
+    log(m / q) = log(1 + a (exp(gap) - 1)) is the cumulant generating function of a coin, and
+    a p / m is its derivative. Small gaps use its Taylor series, so that close p and q keep their
+    digits.
+
+    gap: in [-80, 80]. mix: a, then the coefficients of gap^2 to gap^8 (`mixture_series`).
+    """
+    share = mix[0]
+    # Horner's scheme for the series from gap^2 on, divided by gap^2, and for its derivative.
+    series, bend = mix[7], tl.zeros_like(gap)
+    for power in tl.static_range(6, 0, -1):  # pyright: ignore[reportGeneralTypeIssues]
+        bend = bend * gap + series
+        series = series * gap + mix[power]
+    is_near = tl.abs(gap) < _NEAR
+    ratio = tl.exp2(gap * LOG2_E)
+    mixed = (1.0 - share) + share * ratio
+    log = tl.where(is_near, gap * (share + gap * series), _log2(mixed) * _LN2)
+    far = share * (1.0 - share) * (ratio - 1.0) * _reciprocal(mixed)
+    tilt = tl.where(is_near, gap * (2.0 * series + gap * bend), far)
+    return log, tilt
 
 
 @triton.jit
 def sign(x) -> tl.tensor:
     """Return the sign of x: -1, 0 or 1."""
     return (x > 0).to(tl.float32) - (x < 0).to(tl.float32)
+
+
+def mixture_series(share: float) -> tuple[float, ...]:
+    """Return `share` and the coefficients of x^2 to x^8 in log(1 + share (exp(x) - 1)).
+
+    The derivative of this function satisfies u' = u - u^2.
+    """
+    slopes = [share]
+    for power in range(_TERMS - 1):
+        squares = sum(slopes[i] * slopes[power - i] for i in range(power + 1))
+        slopes.append((slopes[power] - squares) / (power + 1))
+    return (share, *(slope / (power + 1) for power, slope in enumerate(slopes) if power))
