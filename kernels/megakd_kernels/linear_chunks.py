@@ -23,6 +23,7 @@ from megakd_kernels.chunking import (
     project_into,
     slices,
 )
+from megakd_kernels.streams import Lanes
 
 
 class Side(NamedTuple):
@@ -115,7 +116,7 @@ def run_chunks(
     *,
     valid: Tensor,
     plan: ChunkPlan,
-    round_logits: bool,
+    lanes: Lanes,
 ) -> None:
     """Project, score and back-project all rows.
 
@@ -125,26 +126,27 @@ def run_chunks(
         gradients: filled, unless all gradients are empty.
         valid: [N] bool; hidden states of other rows may hold anything.
         plan: chunk sizes.
-        round_logits: round the logits to bf16 and back, as a bf16 model does.
+        lanes: order of products and row kernels.
     """
     dtype = gradients.hidden.dtype
     narrow = gradient_dtype(student.hidden, dtype)
     needs_gradient = any(g.numel() for g in (gradients.hidden, gradients.weight, gradients.bias))
     count, ids = len(student.hidden), len(student.weight)
     like = gradients.bias
-    logits = logits_buffer(min(plan.chunk, count), ids, like)
-    formed = logits
+    buffers = [logits_buffer(min(plan.chunk, count), ids, like) for _ in range(lanes.copies)]
+    separate = None
     if needs_gradient and narrow != dtype:
-        formed = logits_buffer(min(plan.group, count), ids, like, narrow)
+        separate = logits_buffer(min(plan.group, count), ids, like, narrow)
     for group in slices(count, plan.group):
         hidden = masked_rows(student.hidden[group], valid[group], dtype)
+        formed = separate
         for part in slices(len(hidden), plan.chunk):
-            out = logits[: part.stop - part.start]
+            out = buffers[lanes.begin()][: part.stop - part.start]
             project_into(out, hidden[part], student.weight, student.bias)
-            if round_logits:
-                out.copy_(out.to(torch.bfloat16))
-            gradient = out if formed is logits else formed[part]
+            formed = out if separate is None else separate
+            gradient = out if separate is None else separate[part]
             rows = slice(group.start + part.start, group.start + part.stop)
             loss(rows, out, gradient if needs_gradient else None)
-        if needs_gradient:
+        lanes.join()
+        if needs_gradient and formed is not None:
             gradients.add(group, formed[: len(hidden)], hidden, student.weight)

@@ -65,7 +65,7 @@ def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-o
     logit_scale_s: float = 1.0,
     logit_scale_t: float = 1.0,
     logits_dtype: str = "fp32",
-    chunk_mb: float = 1024,
+    chunk_mb: float | None = None,
     process_group: ProcessGroup | None = None,
     vocab_start: int = 0,
     impl: str = "auto",
@@ -113,7 +113,8 @@ def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-o
         logit_scale_s: factor of the student's raw logits, before the cap.
         logit_scale_t: the same for the teacher.
         logits_dtype: "fp32", or "bf16" to round the logits as a bf16 model does.
-        chunk_mb: budget of the chunk buffers in MiB (less is used on a CPU).
+        chunk_mb: budget of the chunk buffers in MiB; None: a fortieth of the GPU's memory,
+            between 1024 and 4096 (64 on a CPU, at most).
         process_group: ranks that share the vocabulary; every rank has the same rows and a slice
             of both heads, cut at the same ids. Labels and vocab_size refer to the whole
             vocabulary; the result is the same on all ranks.

@@ -50,7 +50,7 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
     num_items: Number | None = None,
     reduction: str = "sum",
     valid: Tensor | None = None,
-    chunk_mb: float = 1024,
+    chunk_mb: float | None = None,
     impl: str = "auto",
 ) -> KDOutput:
     """Return divergences and cross-entropy of logits, in nats; options as in `linear_kd_loss`.
@@ -77,7 +77,8 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
         reduction: "sum"; "mean" over the valid rows; "num_items"; "none": [...],
             allowed only without gradient.
         valid: [...] bool; rows that are False may hold anything.
-        chunk_mb: budget of the chunk buffers in MiB (less is used on a CPU).
+        chunk_mb: budget of the chunk buffers in MiB; None: a fortieth of the GPU's memory,
+            between 1024 and 4096 (64 on a CPU, at most).
         impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
 
     Returns:

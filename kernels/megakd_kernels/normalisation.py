@@ -117,5 +117,5 @@ def operator_options(
         group,
         implementation,
         objective.logits_dtype == "bf16",
-        float(objective.chunk_mb),
+        objective.chunk_mb or 0.0,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megakd_kernels.chunking import (
     ChunkPlan,
+    chunk_budget_on,
     gradient_dtype,
     logits_buffer,
     masked_rows,
@@ -26,6 +27,7 @@ from megakd_kernels.inputs import rows_to_keep
 from megakd_kernels.linear_chunks import Needed, Side, StudentGradients, run_chunks
 from megakd_kernels.row_plan import Reduce, RowPlan, Warp, WholeRows
 from megakd_kernels.row_terms import RowFactors, RowScorer, RowValues, row_kernel
+from megakd_kernels.streams import lanes_on
 from megakd_kernels.vocab_parallel import GroupReduce
 
 
@@ -134,25 +136,29 @@ def _linear_rows(
     formed = StudentGradients.empty(student, needed, dtype)
     plan = flat.unpack(with_teacher=teacher is not None, with_gradient=needed.any)
     widths = [len(used.weight)] + ([] if teacher is None else [len(teacher.weight)])
-    sizes = _sizes(len(used.hidden), widths, used.hidden, factors.kd, flat)
+    lanes = lanes_on(used.hidden.device, flat.implementation)
+    sizes = _sizes(len(used.hidden), widths * lanes.copies, used.hidden, factors.kd, flat)
     reduce = flat.reduce()
     kernel = row_kernel(flat.implementation, plan, reduce, block=sizes.block, like=factors.kd)
     scorer = RowScorer(kernel, plan, factors, sizes.block)
-    soft = None
+    soft = list[Tensor]()
     if teacher is not None:
-        soft = logits_buffer(min(sizes.chunk, len(used.hidden)), len(teacher.weight), factors.kd)
+        most = min(sizes.chunk, len(used.hidden))
+        soft = [logits_buffer(most, widths[1], factors.kd) for _ in range(lanes.copies)]
 
     def score(rows: slice, logits: Tensor, gradient: Tensor | None) -> None:
         target = None
-        if teacher is not None and soft is not None:
-            target = soft[: len(logits)]
+        if teacher is not None:
+            target = soft[lanes.turn][: len(logits)]
             kept = masked_rows(teacher.hidden[rows], factors.valid[rows], dtype)
             project_into(target, kept, teacher.weight, teacher.bias)
-            if flat.round_logits:
-                target.copy_(target.to(torch.bfloat16))
-        scorer.run_(rows, logits, target, gradient)
+        with lanes.rows():
+            for rounded in (logits, target) if flat.round_logits else ():
+                if rounded is not None:
+                    rounded.copy_(rounded.to(torch.bfloat16))
+            scorer.run_(rows, logits, target, gradient)
 
-    run_chunks(used, score, formed, valid=factors.valid, plan=sizes, round_logits=flat.round_logits)
+    run_chunks(used, score, formed, valid=factors.valid, plan=sizes, lanes=lanes)
     formed.finish(len(used.weight))
     (formed.hidden,) = reduce.totals([formed.hidden])
     return scorer.values(), formed
@@ -161,7 +167,8 @@ def _linear_rows(
 def _sizes(rows: int, widths: list[int], hidden: Tensor, like: Tensor, flat: FlatPlan) -> ChunkPlan:
     plan = plan_row_chunks(
         rows, widths=tuple(widths), like=like, gradient=gradient_dtype(hidden, like.dtype),
-        chunk_mb=flat.chunk_mb, implementation=flat.implementation,
+        chunk_mb=chunk_budget_on(like.device, flat.chunk_mb, has_shards=bool(flat.group)),
+        implementation=flat.implementation,
     )  # fmt: skip
     # Each block costs three collectives if its rows lie on several ranks.
     return plan._replace(block=plan.chunk) if flat.group else plan

@@ -82,7 +82,7 @@ class Objective:
     reduction: str
     num_items: Number | None
     logits_dtype: str = "fp32"
-    chunk_mb: float = 1024
+    chunk_mb: float | None = None
     mixture: tuple[tuple[str, float], ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class Objective:
             raise ValueError(f"beta must lie in [0, 1], got {self.beta}")
         if not 0 <= self.skew < 1:
             raise ValueError(f"skew must lie in [0, 1), got {self.skew}")
-        if not self.chunk_mb > 0:
+        if self.chunk_mb is not None and not self.chunk_mb > 0:
             raise ValueError(f"chunk_mb must be above 0, got {self.chunk_mb}")
         one_of("logits_dtype", self.logits_dtype, LOGITS_DTYPES)
         _check_reduction(self.reduction, self.num_items)

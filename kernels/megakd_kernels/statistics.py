@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megakd_kernels import reference
 from megakd_kernels.chunking import (
+    chunk_budget_on,
     logits_buffer,
     masked_rows,
     plan_chunks,
@@ -103,7 +104,7 @@ def linear_stats(  # noqa: PLR0913, the public contract: options are keyword-onl
     softcap_t: float | None = None,
     logit_scale_s: float = 1.0,
     logit_scale_t: float = 1.0,
-    chunk_mb: float = 1024,
+    chunk_mb: float | None = None,
     impl: str = "auto",
 ) -> LinearStats:
     """Return divergence, cross-entropy, teacher entropy and agreement of two LM heads.
@@ -129,7 +130,8 @@ def linear_stats(  # noqa: PLR0913, the public contract: options are keyword-onl
         softcap_t: the same for the teacher.
         logit_scale_s: factor of the student's logits, before the cap.
         logit_scale_t: the same for the teacher.
-        chunk_mb: budget of the chunk buffers in MiB (less is used on a CPU, none by "triton").
+        chunk_mb: budget of the chunk buffers in MiB; None: as in `linear_kd_loss`. "triton" needs
+            none.
         impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
 
     Returns:
@@ -159,7 +161,7 @@ def linear_stats(  # noqa: PLR0913, the public contract: options are keyword-onl
         ids.shared(None if teacher is None else len(teacher.weight)),
         float(temperature),
         [*warp("s", logit_scale_s, softcap_s), *warp("t", logit_scale_t, softcap_t)],
-        float(chunk_mb),
+        chunk_mb or 0.0,
         resolve_implementation(impl, student.hidden.device),
     )
     kl, ce, entropy, agrees = stats.unbind(0)
@@ -271,7 +273,12 @@ def _chunked(student: Side, teacher: Side | None, task: StatsTask) -> RowStats:
     count = len(used.hidden)
     like = used.hidden.new_empty((), dtype=heads_dtype(student, teacher))
     widths = tuple(len(side.weight) for side, _ in sides)
-    sizes = plan_chunks(count, widths=widths, like=like, chunk_mb=task.chunk_mb)
+    sizes = plan_chunks(
+        count,
+        widths=widths,
+        like=like,
+        chunk_mb=chunk_budget_on(like.device, task.chunk_mb),
+    )
     buffers = [logits_buffer(sizes.chunk, width, like) for width in widths]
     losses = RowLosses(plan=_row_plan(task, len(sides)), scratch=Scratch(sizes.block, like))
     stats = RowStats(*like.new_zeros(4, count).unbind(0))
@@ -334,10 +341,10 @@ def _warp_(logits: Tensor, bend: Warp) -> Tensor:
     return logits
 
 
-def _check_options(temperature: float, chunk_mb: float) -> None:
+def _check_options(temperature: float, chunk_mb: float | None) -> None:
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
-    if not chunk_mb > 0:
+    if chunk_mb is not None and not chunk_mb > 0:
         raise ValueError(f"chunk_mb must be above 0, got {chunk_mb}")
 
 

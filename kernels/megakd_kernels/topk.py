@@ -63,7 +63,7 @@ def topk_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-onl
     num_items: Number | None = None,
     reduction: str = "sum",
     student_bias: Tensor | None = None,
-    chunk_mb: float = 1024,
+    chunk_mb: float | None = None,
     impl: str = "auto",
 ) -> KDOutput:
     """Return KL(teacher || student) on the teacher's k best ids, and cross-entropy, in nats.
@@ -99,7 +99,8 @@ def topk_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-onl
         reduction: "sum"; "mean" over the valid rows; "num_items"; "none": [N] or [B, T],
             allowed only without gradient.
         student_bias: [V].
-        chunk_mb: budget of the chunk buffers in MiB (less is used on a CPU).
+        chunk_mb: budget of the chunk buffers in MiB; None: a fortieth of the GPU's memory,
+            between 1024 and 4096 (64 on a CPU, at most).
         impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
 
     Returns:
@@ -160,7 +161,7 @@ def _formed(
         normalised.kd_factor, normalised.ce_factor,
         [needs_gradient(tensor) for tensor in student],
         float(objective.temperature), float(objective.value_scale), objective.wants_ce,
-        mode == "subset", implementation, float(objective.chunk_mb),
+        mode == "subset", implementation, objective.chunk_mb or 0.0,
     )  # fmt: skip
     return normalised.output(RowValues(*values[:4]))
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megakd_kernels.chunking import (
+    chunk_budget_on,
     gradient_dtype,
     masked_rows,
     plan_chunks,
@@ -26,6 +27,7 @@ from megakd_kernels.linear_chunks import Needed, Side, StudentGradients, run_chu
 from megakd_kernels.row_plan import RowTerms, Scratch
 from megakd_kernels.row_terms import RowFactors, RowValues, block_of, row_blocks
 from megakd_kernels.row_topk import TopK, TopKPlan, TopKRowKernel, TopKRows
+from megakd_kernels.streams import OneLane
 
 
 @torch.library.custom_op("megakd::topk_kd", mutates_args=())
@@ -66,10 +68,11 @@ def topk_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
     if kept is not None:
         student, teacher, factors = student.rows(kept), teacher.rows(kept), factors.rows(kept)
     run = _Run(student, teacher, factors, plan, wanted)
+    budget = chunk_budget_on(student.hidden.device, chunk_mb)
     if within_ids:
-        run.over_ids(chunk_mb)
+        run.over_ids(budget)
     else:
-        run.over_vocabulary(implementation, chunk_mb)
+        run.over_vocabulary(implementation, budget)
     values, formed = run.values(), run.formed
     if kept is not None:
         values, formed = values.spread(kept, len(valid)), formed.spread(kept, len(valid))
@@ -134,7 +137,7 @@ class _Run:
 
         run_chunks(
             self._student, score, self.formed, valid=self._factors.valid, plan=sizes,
-            round_logits=False,
+            lanes=OneLane(),
         )  # fmt: skip
         self.formed.finish(ids)
 

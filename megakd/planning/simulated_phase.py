@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from megakd.models.fitting import build_empty
 from megakd.models.knowledge import Needs, language_model_head
 from megakd.models.second_vocabulary import SecondSize, build_second_vocabulary
 from megakd.models.source import ModelSource
-from megakd.planning.cluster import Device
+from megakd.planning.cluster import Cluster, Device
 from megakd.planning.moments import Trace
 from megakd.planning.pruned import Pruned, largest_mask, pruned
 from megakd.planning.stages import Phase
@@ -80,14 +80,14 @@ class Traces(dict[str, SimulatedPhase]):
 
 
 def simulated_phase(
-    phase: Phase, config: RunConfig, device: Device, known: Traces
+    phase: Phase, config: RunConfig, cluster: Cluster, known: Traces
 ) -> SimulatedPhase:
     """Trace a phase with models that have no memory.
 
     Raises:
         MegakdError: the losses cannot work with these models.
     """
-    tracer = _Tracer(phase, config, device)
+    tracer = _Tracer(phase, config, cluster)
     key = tracer.key()
     if key not in known:
         known[key] = tracer.alone() if phase.stage is None else tracer.training(phase.stage)
@@ -105,9 +105,10 @@ def planned_dtype(teacher: ReadyTeacher, device: Device) -> Dtype:
 class _Tracer:
     """Traces one phase."""
 
-    def __init__(self, phase: Phase, config: RunConfig, device: Device) -> None:
+    def __init__(self, phase: Phase, config: RunConfig, cluster: Cluster) -> None:
         self._phase, self._config, self._task = phase, config, config.task
-        self._device: Device = device
+        self._device: Device = cluster.device
+        self._memory = cluster.device_memory if cluster.device == "cuda" else None
 
     def key(self) -> str:
         """Return everything that the traces depend on."""
@@ -116,7 +117,8 @@ class _Tracer:
             (name, planned_dtype(ready, self._device), _shown(ready.source))
             for name, ready in phase.teachers.items()
         ]
-        facts = (self._device, self._task, phase.work, phase.rows, phase.with_width, frozen)
+        on = (self._device, self._memory)
+        facts = (on, self._task, phase.work, phase.rows, phase.with_width, frozen)
         if stage is None:
             return repr(facts)
         train, learners = stage.train, list(map(_shown, phase.learners.values()))
@@ -194,7 +196,7 @@ class _Tracer:
 
         def backward_of(passes: Sequence[Pass]) -> Trace:
             call = partial(bundle, batch, knowledge, passes, _ones(bundle))
-            return trace_call(bundle, call, backward=True, device=self._device)[0]
+            return self._trace(bundle, call, backward=True)[0]
 
         groups = backward_groups(stage.strategy.passes(0), stage.passes_per_backward)
         found = SimulatedPhase(teachers={}, learner=[backward_of(group) for group in groups])
@@ -244,7 +246,12 @@ class _Tracer:
     def _forward(self, module: nn.Module, *args: Any, **options: Any) -> tuple[Trace, Any]:
         """Trace a forward without gradient; return its result too."""
         call = partial(module, *args, **options)
-        return trace_call(module, call, backward=False, device=self._device)
+        return self._trace(module, call, backward=False)
+
+    def _trace(
+        self, module: nn.Module, call: Callable[[], Any], *, backward: bool
+    ) -> tuple[Trace, Any]:
+        return trace_call(module, call, backward=backward, device=self._device, memory=self._memory)
 
     def _frozen(self, ready: ReadyTeacher, needs: Needs) -> FrozenModel:
         model = self._model(ready.source, planned_dtype(ready, self._device))

@@ -59,7 +59,7 @@ class Timeline:
 
     def __init__(self, phase: Phase, config: RunConfig, cluster: Cluster, known: Traces) -> None:
         self.phase, self.config, self.cluster = phase, config, cluster
-        self.traced = simulated_phase(phase, config, cluster.device, known)
+        self.traced = simulated_phase(phase, config, cluster, known)
         required, left = phase.work != "timing", self.traced.pruned
         self.plan = PhasePlan(phase.name, Ledger(cluster.device), required=required, pruned=left)
         self._resting: Holding = {}

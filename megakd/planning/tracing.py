@@ -33,7 +33,12 @@ def inventory(module: nn.Module) -> Inventory:
 
 
 def trace_call(
-    module: nn.Module, call: Callable[[], Any], *, backward: bool, device: str
+    module: nn.Module,
+    call: Callable[[], Any],
+    *,
+    backward: bool,
+    device: str,
+    memory: int | None = None,
 ) -> tuple[Trace, Any]:
     """Call a module once and, if requested, run the backward from the total of its losses.
 
@@ -42,11 +47,12 @@ def trace_call(
         call: runs the forward; its result needs a field `total` for a backward.
         backward: whether a backward follows.
         device: cpu or cuda, which determines the attention.
+        memory: bytes of a GPU, which determine the buffers of the losses; None: not known.
 
     Returns:
         The trace, and the result of the call.
     """
-    with Watch(module, device) as watch:
+    with Watch(module, device, memory) as watch:
         with without_values(device), nullcontext() if backward else torch.no_grad():
             result = call()
         watch.turn()
@@ -122,9 +128,9 @@ class _Valueless(TorchFunctionMode):
 class Watch(TorchDispatchMode):
     """Mode that counts the memory in use by active module."""
 
-    def __init__(self, module: nn.Module, device: str) -> None:
+    def __init__(self, module: nn.Module, device: str, memory: int | None) -> None:
         super().__init__()
-        self._module, self._device = module, device
+        self._module, self._device, self._memory = module, device, memory
         self._number = {_storage(p): number for number, p in enumerate(module.parameters())}
         self._ignored = {_storage(tensor) for tensor in module.buffers()} | self._number.keys()
         self._known: dict[int, tuple[Amount, Any]] = {}
@@ -190,7 +196,7 @@ class Watch(TorchDispatchMode):
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
                 self._take(tensor)
-        workspace = block(loss_workspace(func, args, self._device))
+        workspace = block(loss_workspace(func, args, self._device, self._memory))
         moment.workspace = moment.workspace.most(workspace)
         moment.live = moment.live.most(self._live)
         return out

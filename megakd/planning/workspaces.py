@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megakd_kernels.chunking import gradient_dtype, plan_chunks, plan_row_chunks
+from megakd_kernels.chunking import (
+    LEAST_CHUNK_MB,
+    chunk_budget,
+    gradient_dtype,
+    plan_chunks,
+    plan_row_chunks,
+)
 
 _FP32 = torch.float32
 _LIKE = {device: torch.empty(0, device=to) for device, to in (("cpu", "cpu"), ("cuda", "meta"))}
@@ -17,7 +23,9 @@ _ROW_BUFFERS = 5
 _RELATION_TILE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 
-def loss_workspace(function: Any, args: tuple[Any, ...], device: str) -> int:
+def loss_workspace(
+    function: Any, args: tuple[Any, ...], device: str, memory: int | None = None
+) -> int:
     """Return the bytes that an operator of `megakd_kernels` holds in addition to its results.
 
     The result is 0 for other operators.
@@ -26,9 +34,11 @@ def loss_workspace(function: Any, args: tuple[Any, ...], device: str) -> int:
         function: the operator, as torch's dispatcher names it.
         args: arguments of the call.
         device: cpu or cuda, which determines the chunk size.
+        memory: bytes of a GPU, which determine the chunk size too; None: not known.
     """
     known = _WORKSPACES.get(_name(function))
-    return 0 if known is None else known(args, device)
+    budget = LEAST_CHUNK_MB if device == "cpu" else chunk_budget(memory)
+    return 0 if known is None else known(args, device, budget)
 
 
 def loss_flops(function: Any, args: tuple[Any, ...]) -> float:
@@ -46,7 +56,7 @@ def _name(function: Any) -> str:
     return getattr(function, "name", str)().partition(".")[0]
 
 
-def _linear(args: tuple[Any, ...], device: str) -> int:
+def _linear(args: tuple[Any, ...], device: str, budget: float) -> int:
     """Return the bytes of a chunk: logits of both models, hidden states, and gradients."""
     hidden, heads = args[0], [head for head in (args[1], args[4]) if head is not None]
     widths = tuple(map(len, heads))
@@ -56,7 +66,7 @@ def _linear(args: tuple[Any, ...], device: str) -> int:
         widths=widths,
         like=_LIKE[device],
         gradient=narrow,
-        chunk_mb=1024,
+        chunk_mb=budget,
         implementation="chunked" if device == "cpu" else "triton",
     )
     group = min(plan.group, len(hidden))
@@ -67,22 +77,22 @@ def _linear(args: tuple[Any, ...], device: str) -> int:
     return buffers + (group * widths[0] * narrow.itemsize if narrow != _FP32 else 0)
 
 
-def _stats(args: tuple[Any, ...], device: str) -> int:
+def _stats(args: tuple[Any, ...], device: str, budget: float) -> int:
     rows, width = len(args[0]), len(args[1])
     if device != "cpu":
         return 0
-    plan = plan_chunks(rows, widths=(width,), like=_LIKE[device], chunk_mb=1024)
+    plan = plan_chunks(rows, widths=(width,), like=_LIKE[device], chunk_mb=budget)
     return (plan.chunk + _ROW_BUFFERS * plan.block) * width * 4
 
 
-def _hidden(args: tuple[Any, ...], device: str) -> int:
+def _hidden(args: tuple[Any, ...], device: str, _: float) -> int:
     student, teacher = args[0], args[2]
     widths = (student.shape[1], teacher.shape[1], teacher.shape[1])
     plan = plan_chunks(len(student), widths=widths, like=_LIKE[device], chunk_mb=64)
     return plan.chunk * sum(widths) * 4
 
 
-def _relation(args: tuple[Any, ...], device: str) -> int:
+def _relation(args: tuple[Any, ...], device: str, _: float) -> int:
     """Return the bytes of three tiles (rows, keys, all relation heads) and of one example."""
     student, teacher = args[0], args[2]
     example = math.prod(student.shape[1:]) + math.prod(teacher.shape[1:])

@@ -15,6 +15,7 @@ from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.contract.terms import EmbeddingMse, HiddenMse, SoftTargetKl, soft_terms
 from megakd.losses.stage_losses import shape_of, stage_losses
 from megakd.models.knowledge import Needs
+from megakd.planning.cluster import Cluster
 from megakd.planning.simulated_phase import Traces, simulated_phase
 from megakd.planning.sources import planned_sources
 from megakd.planning.stages import Phase
@@ -111,7 +112,7 @@ def test_a_plan_holds_the_hidden_states_that_a_strategy_reads(tmp_path: Path) ->
             stage=completed(stage, config),
             teachers={TEACHER: teacher},
         )
-        return simulated_phase(phase, config, "cpu", known).answers
+        return simulated_phase(phase, config, Cluster(), known).answers
 
     last_layer, rows, width = 1, 2, 32
     more = answers(reads_states=True) - answers(reads_states=False)

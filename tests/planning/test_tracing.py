@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from megakd.planning.moments import Trace
 from megakd.planning.tracing import VALUELESS, inventory, repeat_alike, trace_call
+from megakd.planning.workspaces import loss_workspace
 
 ROWS, LENGTH = 2, 16
 LLAMA = {
@@ -155,3 +156,15 @@ class Linear(nn.Module):
     def forward(self, inputs: Tensor) -> Any:
         self.total = self.linear(inputs).sum()
         return self
+
+
+def test_the_buffers_of_the_head_grow_with_the_memory_of_the_gpu():
+    hidden, weight = torch.empty(8192, 64, device="meta"), torch.empty(128256, 64, device="meta")
+    operator = torch.ops.megakd.linear_kd.default
+    arguments = (hidden, weight, None, hidden, weight)
+
+    def buffers(memory):
+        return loss_workspace(operator, arguments, "cuda", memory) / 2**20
+
+    assert buffers(None) == buffers(24 * 2**30) == pytest.approx(1024, rel=0.05)
+    assert buffers(140 * 2**30) == pytest.approx(3584, rel=0.05)

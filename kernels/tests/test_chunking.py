@@ -1,0 +1,53 @@
+"""Chunk buffers: their budget, from the caller or from the memory of the GPU."""
+
+import pytest
+import torch
+
+import megakd_kernels as mk
+from megakd_kernels.chunking import (
+    LEAST_CHUNK_MB,
+    chunk_budget,
+    chunk_budget_on,
+    plan_fused_chunks,
+)
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("card", "budget"),
+    [(None, 1024), (24 * GIB, 1024), (80 * GIB, 2048), (140 * GIB, 3584), (288 * GIB, 4096)],
+)
+def test_the_budget_is_a_fortieth_of_the_card_within_limits(card, budget):
+    assert chunk_budget(card) == budget
+
+
+def test_a_card_of_140_gib_forms_the_gradient_of_8192_rows_in_two_products():
+    like = torch.empty(0)
+
+    def products(card):
+        plan = plan_fused_chunks(
+            8192, widths=(128256, 128256), like=like, gradient=torch.bfloat16,
+            chunk_mb=chunk_budget(card),
+        )  # fmt: skip
+        return -(-8192 // plan.group)
+
+    assert (products(24 * GIB), products(140 * GIB)) == (4, 2)
+
+
+def test_ranks_that_share_a_vocabulary_have_equal_chunks_on_all_cards(monkeypatch):
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: type("Card", (), {"total_memory": 80 * GIB})
+    )
+
+    assert chunk_budget_on(card, 0.0) == 2048
+    assert chunk_budget_on(card, 0.0, has_shards=True) == LEAST_CHUNK_MB
+    assert chunk_budget_on(card, 77.0) == 77.0
+
+
+def test_a_budget_of_zero_is_refused():
+    logits = torch.zeros(2, 3)
+
+    with pytest.raises(ValueError, match="chunk_mb must be above 0, got 0"):
+        mk.kd_loss_from_logits(logits, logits, t_squared=False, chunk_mb=0)
