@@ -92,6 +92,8 @@ def _saver(positions: tuple[int, ...]) -> Callable[..., None]:
         keyword_only_inputs: dict[str, Any] | None = None,
     ) -> None:
         del keyword_only_inputs
+        # Else autograd would form zeros as large as the gradients, for outputs that nobody uses.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[-len(positions) :])
         ctx.count = len(inputs)
         ctx.kinds = [_kind(inputs[position]) for position in positions]
@@ -104,10 +106,12 @@ def _kind(tensor: Tensor | None) -> tuple[torch.dtype, torch.Size] | None:
 
 
 def _backward(positions: tuple[int, ...]) -> Callable[..., Any]:
-    def backward(ctx: Any, upstream: Tensor, *others: Tensor | None) -> Any:
+    def backward(ctx: Any, upstream: Tensor | None, *others: Tensor | None) -> Any:
         del others
         refuse_second_derivative()
         gradients: list[Tensor | None] = [None] * ctx.count
+        if upstream is None:
+            return tuple(gradients)
         for position, kind, formed in zip(positions, ctx.kinds, ctx.saved_tensors, strict=True):
             if kind is not None and formed.shape == kind[1]:
                 gradients[position] = _scaled(formed, upstream, kind[0])

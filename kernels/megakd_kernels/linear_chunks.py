@@ -7,6 +7,7 @@ Shapes: N rows, C rows of a chunk, V vocabulary, H width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -64,6 +65,14 @@ class ChunkLoss(Protocol):
         ...
 
 
+class Workplace(NamedTuple):
+    """Chunk sizes, order of products and row kernels, and the student's logits [C, V] per lane."""
+
+    plan: ChunkPlan
+    lanes: Lanes
+    logits: Sequence[Tensor]
+
+
 @dataclass(kw_only=True)
 class StudentGradients:
     """Formed gradients in the compute dtype; empty if a gradient is not requested."""
@@ -115,8 +124,7 @@ def run_chunks(
     gradients: StudentGradients,
     *,
     valid: Tensor,
-    plan: ChunkPlan,
-    lanes: Lanes,
+    work: Workplace,
 ) -> None:
     """Project, score and back-project all rows.
 
@@ -125,15 +133,14 @@ def run_chunks(
         loss: called for consecutive chunks.
         gradients: filled, unless all gradients are empty.
         valid: [N] bool; hidden states of other rows may hold anything.
-        plan: chunk sizes.
-        lanes: order of products and row kernels.
+        work: chunk sizes, buffers and order.
     """
+    plan, lanes = work.plan, work.lanes
     dtype = gradients.hidden.dtype
     narrow = gradient_dtype(student.hidden, dtype)
     needs_gradient = any(g.numel() for g in (gradients.hidden, gradients.weight, gradients.bias))
     count, ids = len(student.hidden), len(student.weight)
     like = gradients.bias
-    buffers = [logits_buffer(min(plan.chunk, count), ids, like) for _ in range(lanes.copies)]
     separate = None
     if needs_gradient and narrow != dtype:
         separate = logits_buffer(min(plan.group, count), ids, like, narrow)
@@ -141,7 +148,7 @@ def run_chunks(
         hidden = masked_rows(student.hidden[group], valid[group], dtype)
         formed = separate
         for part in slices(len(hidden), plan.chunk):
-            out = buffers[lanes.begin()][: part.stop - part.start]
+            out = work.logits[lanes.begin()][: part.stop - part.start]
             project_into(out, hidden[part], student.weight, student.bias)
             formed = out if separate is None else separate
             gradient = out if separate is None else separate[part]

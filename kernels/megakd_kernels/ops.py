@@ -16,7 +16,7 @@ from megakd_kernels.chunking import (
     ChunkPlan,
     chunk_budget_on,
     gradient_dtype,
-    logits_buffer,
+    logits_buffers,
     masked_rows,
     plan_row_chunks,
     project_into,
@@ -24,7 +24,7 @@ from megakd_kernels.chunking import (
 )
 from megakd_kernels.formed import register_formed_gradients
 from megakd_kernels.inputs import rows_to_keep
-from megakd_kernels.linear_chunks import Needed, Side, StudentGradients, run_chunks
+from megakd_kernels.linear_chunks import Needed, Side, StudentGradients, Workplace, run_chunks
 from megakd_kernels.row_plan import Reduce, RowPlan, Warp, WholeRows
 from megakd_kernels.row_terms import RowFactors, RowScorer, RowValues, row_kernel
 from megakd_kernels.streams import lanes_on
@@ -141,15 +141,13 @@ def _linear_rows(
     reduce = flat.reduce()
     kernel = row_kernel(flat.implementation, plan, reduce, block=sizes.block, like=factors.kd)
     scorer = RowScorer(kernel, plan, factors, sizes.block)
-    soft = list[Tensor]()
-    if teacher is not None:
-        most = min(sizes.chunk, len(used.hidden))
-        soft = [logits_buffer(most, widths[1], factors.kd) for _ in range(lanes.copies)]
+    most = min(sizes.chunk, len(used.hidden))
+    buffers = [logits_buffers(most, widths, factors.kd) for _ in range(lanes.copies)]
 
     def score(rows: slice, logits: Tensor, gradient: Tensor | None) -> None:
         target = None
         if teacher is not None:
-            target = soft[lanes.turn][: len(logits)]
+            target = buffers[lanes.turn][1][: len(logits)]
             kept = masked_rows(teacher.hidden[rows], factors.valid[rows], dtype)
             project_into(target, kept, teacher.weight, teacher.bias)
         with lanes.rows():
@@ -158,7 +156,8 @@ def _linear_rows(
                     rounded.copy_(rounded.to(torch.bfloat16))
             scorer.run_(rows, logits, target, gradient)
 
-    run_chunks(used, score, formed, valid=factors.valid, plan=sizes, lanes=lanes)
+    work = Workplace(sizes, lanes, [own for own, *_ in buffers])
+    run_chunks(used, score, formed, valid=factors.valid, work=work)
     formed.finish(len(used.weight))
     (formed.hidden,) = reduce.totals([formed.hidden])
     return scorer.values(), formed

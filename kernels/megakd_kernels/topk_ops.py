@@ -16,6 +16,7 @@ from torch import Tensor
 from megakd_kernels.chunking import (
     chunk_budget_on,
     gradient_dtype,
+    logits_buffers,
     masked_rows,
     plan_chunks,
     plan_row_chunks,
@@ -23,7 +24,7 @@ from megakd_kernels.chunking import (
 )
 from megakd_kernels.formed import register_formed_gradients
 from megakd_kernels.inputs import rows_to_keep
-from megakd_kernels.linear_chunks import Needed, Side, StudentGradients, run_chunks
+from megakd_kernels.linear_chunks import Needed, Side, StudentGradients, Workplace, run_chunks
 from megakd_kernels.row_plan import RowTerms, Scratch
 from megakd_kernels.row_terms import RowFactors, RowValues, block_of, row_blocks
 from megakd_kernels.row_topk import TopK, TopKPlan, TopKRowKernel, TopKRows
@@ -135,10 +136,9 @@ class _Run:
                 inputs = self._factors.inputs(here, slope)
                 self._store(here, kernel.run_(block, self._teacher.rows(here), inputs, out))
 
-        run_chunks(
-            self._student, score, self.formed, valid=self._factors.valid, plan=sizes,
-            lanes=OneLane(),
-        )  # fmt: skip
+        logits = logits_buffers(min(sizes.chunk, len(self._student.hidden)), [ids], like)
+        work = Workplace(sizes, OneLane(), logits)
+        run_chunks(self._student, score, self.formed, valid=self._factors.valid, work=work)
         self.formed.finish(ids)
 
     def over_ids(self, chunk_mb: float) -> None:

@@ -1,5 +1,7 @@
 """The losses as operators: what torch.compile, autograd and a device that must not wait see."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -155,3 +157,30 @@ def test_the_way_of_an_accelerator_waits_for_no_value(inputs, monkeypatch, logit
         unread = losses()
 
     torch.testing.assert_close(unread, expected)
+
+
+class Made(TorchDispatchMode):
+    """Counts the tensors of a shape that come into being."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.storages = shape, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        is_new = not func.is_view and "alias" not in str(func) and "detach" not in str(func)
+        if isinstance(out, torch.Tensor) and out.shape == self.shape and is_new:
+            self.storages.add(out.untyped_storage().data_ptr())
+        return out
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_the_backward_makes_one_tensor_as_large_as_the_head(inputs, watched):
+    weight = inputs[1].requires_grad_()
+    with Made(None) if watched else nullcontext():  # a mode gets torch's operator
+        loss = linear_loss(inputs[0], weight, *inputs[2:], impl="chunked")
+
+    with Made(weight.shape) as made:
+        loss.backward()
+
+    assert len(made.storages) == 1
