@@ -54,8 +54,8 @@ def kd_loss(
     if objective.reduction == "none":
         loss = _spread(total, kept, rows)
     else:
-        # The sum over an empty slice keeps the graph connected if no row is valid.
-        loss = total.sum() if len(student) else student.sum()
+        # The sum over an empty slice keeps the graph connected if nothing counts.
+        loss = total.sum() + student[:0].sum()
         loss = loss * reduction_scale(objective, count, total)
     divergences, hard = (_spread(part.detach(), kept, rows) for part in (weighted, ce))
     agreed = agrees if kept is None else spread(agrees, kept, len(rows.valid))
