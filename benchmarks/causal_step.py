@@ -1,0 +1,223 @@
+"""A causal LM step of megakd against an eager bare loop: CPU time in pairs, and memory.
+
+`python benchmarks/causal_step.py [--pairs 20] [--divergences forward_kl,jsd] [--peers]`, one rank.
+
+Llamas with random weights, V = 32000: a student of 4 x 256 learns from a teacher of 8 x 512, at
+ZeRO 0 in fp32, from 4 x 256 tokens per step, by one soft target and without labels.
+
+* megakd: all that a stage does per step, as in `overhead.py`.
+* bare: full logits of both models, log_softmax, the divergence, backward, clipping, AdamW.
+* `--peers`: GKDTrainer and DistillationTrainer of TRL, against the same bare loop.
+
+Both sides of a pair start from the same weights, and take the same batches by turns in one process.
+Their losses must agree before the first step and after the warm-up. The extra memory of a step is
+the peak of resident memory above what was resident before the step, of each side in a process of
+its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import causal_step_trl as trl
+import torch
+from causal_step_bare import MIXTURES, Bare, loss_of, random_ids, random_models
+from causal_step_case import FULL, QUICK, TERMS, write_case
+from launching import ROOT, quickstart
+from machine import Spread, markdown_row, print_row, spread_of
+from options import words_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from causal_step_bare import Side
+
+TARGET, MEMORY_TARGET = 0.85, 0.5
+CLOSE = 1e-4
+MEMORY_STEPS = 3
+MIXTURE_HELP = "the bare loop's mixture of jsd; stacked is TRL's, which takes longer"
+
+
+class Seconds(NamedTuple):
+    """CPU seconds of one step of each side."""
+
+    side: float
+    bare: float
+
+
+class Result(NamedTuple):
+    """Pairs of steps, and the bytes that a step of each side takes."""
+
+    pairs: Sequence[Seconds]
+    memory: int
+    bare_memory: int
+
+    @property
+    def ratio(self) -> Spread:
+        """CPU time of a step against that of the bare step beside it."""
+        return spread_of([pair.side / pair.bare for pair in self.pairs])
+
+    @property
+    def memory_ratio(self) -> float:
+        """Extra memory against that of the bare loop."""
+        return self.memory / max(1, self.bare_memory)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure every divergence in processes of its own, or be one of these processes."""
+    given = parse(arguments)
+    if given.case is not None:
+        measure(given)
+        return 0
+    sides = ["megakd", *(trl.available() if given.peers else [])]
+    rows = []
+    for divergence in given.divergences:
+        with tempfile.TemporaryDirectory(prefix="megakd-causal-") as name:
+            write_case(Path(name), given.sizes, divergence)
+            bare_memory = in_child("bare", "memory", divergence, Path(name), given)
+            for side in sides:
+                pairs = in_child(side, "pairs", divergence, Path(name), given)
+                memory = in_child(side, "memory", divergence, Path(name), given)
+                result = Result([Seconds(*pair) for pair in pairs], memory, bare_memory)
+                rows.append(show(side, divergence, result, given))
+    print_row("\n".join(rows))
+    return 0
+
+
+def in_child(side: str, what: str, divergence: str, case: Path, given: argparse.Namespace) -> Any:
+    """Return what a process of its own has measured."""
+    place = ["--case", str(case), "--side", side, "--what", what, "--divergences", divergence]
+    command = [sys.executable, str(Path(__file__)), *given.arguments, *place]
+    paths = [str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | quickstart().ENVIRONMENT
+    environment |= {"OMP_NUM_THREADS": str(given.threads)}
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    subprocess.run(command, env=environment, check=True)
+    return json.loads((case / f"{side}-{what}.json").read_text(encoding="utf-8"))
+
+
+def measure(given: argparse.Namespace) -> None:
+    """Measure one side, and write what was found into the folder of the case."""
+    torch.set_num_threads(given.threads)
+    with opened(given) as side:
+        found = extra_memory(side, given) if given.what == "memory" else paired(side, given)
+    path = given.case / f"{given.side}-{given.what}.json"
+    path.write_text(json.dumps(found), encoding="utf-8")
+
+
+def opened(given: argparse.Namespace) -> AbstractContextManager[Side]:
+    """Build the side that is asked for, with batches for all of its steps."""
+    count = given.warm_up + max(given.pairs, MEMORY_STEPS)
+    divergence = given.divergences[0]
+    if given.side == "megakd":
+        import causal_step_megakd
+
+        return causal_step_megakd.opened(given.case, count)
+    if given.side == "bare":
+        loss = loss_of(divergence, given.mixture)
+        return nullcontext(Bare(random_models(given.sizes), random_ids(given.sizes, count), loss))
+    return trl.opened(given.side, given.case, given.sizes, divergence, count)
+
+
+def extra_memory(side: Side, given: argparse.Namespace) -> int:
+    """Return the bytes that a step takes beyond what is resident before it, the median of a few."""
+    from bench.memory import peak_in_process
+
+    for index in range(given.warm_up):
+        side.step(index)
+    steps = range(given.warm_up, given.warm_up + MEMORY_STEPS)
+    found = [peak_in_process(functools.partial(side.step, index)).bytes_ for index in steps]
+    return statistics.median_low(found)
+
+
+def paired(side: Side, given: argparse.Namespace) -> list[Seconds]:
+    """Take the steps of both sides by turns, after a look at their losses."""
+    bare = side.bare(loss_of(given.divergences[0], given.mixture))
+    check_agree(side, bare, 0)
+    for index in range(given.warm_up):
+        side.step(index)
+        bare.step(index)
+    check_agree(side, bare, given.warm_up)
+    steps = range(given.warm_up, given.warm_up + given.pairs)
+    return [timed_pair(side, bare, index) for index in steps]
+
+
+def check_agree(side: Side, bare: Bare, steps: int) -> None:
+    """Compare the losses of both sides after so many steps.
+
+    Raises:
+        ValueError: they differ, so the sides do not compute the same.
+    """
+    ours, theirs = side.loss(steps), bare.loss(steps)
+    if abs(ours - theirs) > CLOSE * abs(theirs):
+        raise ValueError(f"after {steps} steps the loss is {ours}, and the bare loop's {theirs}")
+    print(f"after {steps} steps the losses agree: {ours:.6f} and {theirs:.6f}", flush=True)
+
+
+def timed_pair(side: Side, bare: Bare, index: int) -> Seconds:
+    """Take both steps of a batch; who goes first changes with the batch."""
+    if index % 2:
+        first = timed(bare.step, index)
+        return Seconds(timed(side.step, index), first)
+    first = timed(side.step, index)
+    return Seconds(first, timed(bare.step, index))
+
+
+def timed(step: Callable[[int], None], index: int) -> float:
+    """Return the CPU seconds of all threads during a step."""
+    began = time.process_time()
+    step(index)
+    return time.process_time() - began
+
+
+def show(side: str, divergence: str, result: Result, given: argparse.Namespace) -> str:
+    """Print the line of a divergence; return the row for docs/measurements.md."""
+    low, high = result.ratio.interval
+    side_ms, bare_ms = (1000 * statistics.median(each) for each in zip(*result.pairs, strict=True))
+    numbers = f"CPU time {result.ratio.median:.3f} ({side_ms:.0f} against {bare_ms:.0f} ms)"
+    numbers += f", extra memory {result.memory_ratio:.2f} ({result.memory / 1e6:.0f} against "
+    numbers += f"{result.bare_memory / 1e6:.0f} MB)"
+    spread = f"95 %: {low:.3f} to {high:.3f}"
+    met = result.ratio.median <= TARGET and result.memory_ratio <= MEMORY_TARGET
+    judged = side == "megakd" and given.sizes == FULL
+    target = f"; targets {TARGET} and {MEMORY_TARGET}: {'met' if met else 'missed'}"
+    print(f"{divergence}, {side}: {numbers}, {spread}{target if judged else ''}", flush=True)
+    what = f"{divergence}, a step of {side} against a bare loop, {len(result.pairs)} pairs"
+    return markdown_row(what, given.command, numbers, spread)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options."""
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--pairs", type=int, default=20, help="at least 2")
+    parser.add_argument("--warm-up", type=int, default=4, help="steps that do not count")
+    parser.add_argument("--divergences", type=words_of(TERMS), default=list(TERMS))
+    parser.add_argument("--mixture", choices=MIXTURES, default=MIXTURES[0], help=MIXTURE_HELP)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--peers", action="store_true", help="TRL's trainers too")
+    parser.add_argument("--quick", action="store_true", help="tiny models, to try the program")
+    parser.add_argument("--case", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--what", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    given.sizes = QUICK if given.quick else FULL
+    given.arguments = list(arguments)
+    given.command = shlex.join(["python", "benchmarks/causal_step.py", *arguments])
+    return given
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,72 @@
+"""megakd's side of `causal_step.py`: a stage as `train.py` runs it."""
+
+from __future__ import annotations
+
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, cast
+
+from causal_step_bare import Bare, Models, plain_copy
+from overhead import MeasuredStage, build
+
+from megakd.config.file import load_config
+from megakd.contract.batch import IGNORE
+from megakd.engine.student import device_batch
+from megakd.losses.objective import WEIGHTED_LOSS
+from megakd.run.main import started
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+    from pathlib import Path
+
+    from causal_step_bare import Loss
+    from transformers import LlamaForCausalLM
+
+    from megakd.data.loader import StepLoader
+    from megakd.teachers.frozen import FrozenTeacher
+
+
+class Megakd:
+    """A stage with its loader, its teacher, its meters and its log."""
+
+    def __init__(self, stage: MeasuredStage, teacher: FrozenTeacher, count: int) -> None:
+        self._stage, self._teacher = stage, teacher
+        loader = cast("StepLoader", stage.source)
+        batches = (loader.step(index)[0] for index in range(count))
+        self._batches = [device_batch(batch, stage.ranks.device) for batch in batches]
+        self._steps = cast("Generator[None]", stage.steps_one_by_one())
+
+    def step(self, index: int) -> None:
+        """Take the stage's next step; the loader's thread has long finished at its end."""
+        del index  # the stage counts its own steps
+        next(self._steps)
+
+    def loss(self, index: int) -> float:
+        """Return the objective on a batch in nats per target, without learning."""
+        batch, plan = self._batches[index], self._stage.stage.strategy.passes(0)
+        knowledge = self._stage.trainer.ask_teachers(plan, batch)
+        losses = self._stage.student.measure(batch, knowledge, plan)
+        return float(losses.parts[WEIGHTED_LOSS] / (batch.labels != IGNORE).sum())
+
+    def bare(self, loss: Loss) -> Bare:
+        """Return a bare loop that starts from the same weights and sees the same batches."""
+        teacher = cast("LlamaForCausalLM", self._teacher.model)
+        models = Models(plain_copy(self._stage.student.student), plain_copy(teacher))
+        return Bare(models, [batch.inputs["input_ids"] for batch in self._batches], loss)
+
+    def close(self) -> None:
+        """End the loader's thread."""
+        self._steps.close()
+
+
+@contextmanager
+def opened(case: Path, count: int) -> Iterator[Megakd]:
+    """Build the engines of the case's run, and free them at the end."""
+    config = load_config(case / "run.yaml")
+    with started(config) as ranks:
+        stage, teacher = build(config, ranks)
+        try:
+            with closing(Megakd(stage, teacher, count)) as side:
+                yield side
+        finally:
+            stage.close()
+            teacher.destroy()
