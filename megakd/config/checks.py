@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megakd.config.deepspeed import check_frozen_stage, load_ds_config
+from megakd.config.deepspeed import (
+    check_frozen_stage,
+    check_trained_sharding,
+    load_ds_config,
+)
 from megakd.config.objective import objective_problems
 from megakd.config.run import ScratchModel, listed_files
 from megakd.config.task_checks import task_problems
@@ -213,7 +217,7 @@ def _deepspeed(config: RunConfig) -> Iterator[str]:
     for where, given in used.items():
         try:
             ds = load_ds_config(given, where=where)
-            if where in frozen:
-                check_frozen_stage(ds, where=where)
+            check = check_frozen_stage if where in frozen else check_trained_sharding
+            check(ds, where=where)
         except ConfigError as error:
             yield str(error)

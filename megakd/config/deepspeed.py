@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megakd.config.deepspeed_rules import (
+    OWN_SECTION,
+    check_own_section,
     check_sections,
     check_zero,
     refuse_dotted_keys,
@@ -53,12 +55,19 @@ def load_ds_config(spec: str | Mapping[str, Any], *, where: str) -> dict[str, An
     refuse_dotted_keys(ds, source)
     ds = without_owned_keys(ds, source, where=where)
     check_sections(ds, source)
-    return check_zero(ds, source)
+    ds = check_zero(ds, source)
+    check_own_section(ds, source)
+    return ds
 
 
 def zero_stage(ds: Mapping[str, Any]) -> int:
     """Return the ZeRO stage of a DeepSpeed config, 0 to 3; 0 if the config sets no stage."""
     return ds.get("zero_optimization", {}).get("stage", 0)
+
+
+def shards_within_node(ds: Mapping[str, Any]) -> bool:
+    """Return whether the weights are sharded over the ranks of a node, not over all ranks."""
+    return ds.get(OWN_SECTION, {}).get("shard_within_node", False)
 
 
 def merged_ds_config(
@@ -76,8 +85,10 @@ def merged_ds_config(
         world_size: number of ranks.
 
     Raises:
-        ConfigError: the size of a shard group of `ds` does not divide the number of ranks.
+        ConfigError: the size of a shard group of `ds` does not divide the number of ranks, or the
+            weights are sharded within nodes.
     """
+    check_trained_sharding(ds, where="student.deepspeed")
     group = ds.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
     if group > 1 and world_size % group:
         raise ConfigError(
@@ -129,6 +140,19 @@ def check_frozen_stage(ds: Mapping[str, Any], *, where: str) -> None:
         raise ConfigError(
             f"{where}: DeepSpeed cannot use zero_hpz_partition_size without an optimizer; remove "
             "the key"
+        )
+
+
+def check_trained_sharding(ds: Mapping[str, Any], *, where: str) -> None:
+    """Check that a DeepSpeed config works for a model that learns.
+
+    Raises:
+        ConfigError: the weights are sharded within nodes.
+    """
+    if shards_within_node(ds):
+        raise ConfigError(
+            f"{where}: megakd.shard_within_node works only for a frozen model, because a model "
+            "that learns is sharded over all ranks; use zero3, or remove the key"
         )
 
 
@@ -201,7 +225,7 @@ def _engine_config(ds: Mapping[str, Any], *, dtype: Dtype, micro_batch: int) -> 
     precision = {} if dtype == "fp32" else {dtype: {"enabled": True}}
     return {
         "steps_per_print": _NEVER,
-        **copy.deepcopy(dict(ds)),
+        **copy.deepcopy({key: value for key, value in ds.items() if key != OWN_SECTION}),
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
         **precision,

@@ -28,8 +28,12 @@ _OWNED = {
     "torch_autocast": "bf16",
 }
 _PRECISION = ("bf16", "fp16")
+OWN_SECTION = "megakd"
+"""The section with megakd's own keys, which DeepSpeed never gets."""
+_OWN_KEYS = frozenset(("shard_within_node",))
 # Top-level keys, for typos only: DeepSpeed silently ignores unknown keys at the top level.
 _SECTIONS = (
+    OWN_SECTION,
     "zero_optimization",
     "activation_checkpointing",
     "aio",
@@ -206,8 +210,8 @@ def check_zero(ds: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return the config without `"auto"` in `zero_optimization`, so that DeepSpeed's default holds.
 
     Raises:
-        ConfigError: the stage is not 0 to 3, a key is unknown, a size is not a whole number, or an
-            offload section is invalid or needs a higher stage.
+        ConfigError: the stage is not 0 to 3, a key is unknown, a size is not a whole number, an
+            offload section is invalid or needs a higher stage, or gradients would be wrong.
     """
     if "zero_optimization" not in ds:
         return dict(ds)
@@ -220,9 +224,33 @@ def check_zero(ds: Mapping[str, Any], source: str) -> dict[str, Any]:
         raise ConfigError(f"{where}.stage must be 0, 1, 2 or 3 (got {json.dumps(stage)})")
     zero = _without_auto(zero)
     _check_whole_numbers(zero, where)
+    _check_overlap(zero, int(stage), where)
     for key in _OFFLOAD_KEYS:
         _check_offload(key, zero.get(key), int(stage), where)
     return {**ds, "zero_optimization": zero}
+
+
+def check_own_section(ds: Mapping[str, Any], source: str) -> None:
+    """Check the section `megakd`.
+
+    Raises:
+        ConfigError: a key is unknown, or `shard_within_node` is not a boolean or needs ZeRO 3.
+    """
+    section, where = ds.get(OWN_SECTION, {}), f"{source}: {OWN_SECTION}"
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{where} must be a mapping (got {json.dumps(section)})")
+    _refuse_unknown(section, _OWN_KEYS, where)
+    within = section.get("shard_within_node", False)
+    if not isinstance(within, bool):
+        raise ConfigError(
+            f"{where}.shard_within_node must be true or false (got {json.dumps(within)})"
+        )
+    stage = ds.get("zero_optimization", {}).get("stage", 0)
+    if within and stage != 3:
+        raise ConfigError(
+            f"{where}.shard_within_node: true needs ZeRO stage 3, which shards the weights, and "
+            f"the stage is {stage}; set zero_optimization.stage to 3, or remove the key"
+        )
 
 
 def _without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,6 +272,17 @@ def _check_whole_numbers(section: Mapping[str, Any], where: str) -> None:
             raise ConfigError(
                 f"{where}.{key} must be a whole number, 0 or above (got {json.dumps(value)})"
             )
+
+
+def _check_overlap(zero: Mapping[str, Any], stage: int, where: str) -> None:
+    # DeepSpeed 0.19.8 then sends gradients only from the hooks of the last backward of a step:
+    # `reduce_gradients` in stage_1_and_2.py skips the weights that only earlier backwards reached.
+    if stage == 1 and zero.get("overlap_comm"):
+        raise ConfigError(
+            f"{where}.overlap_comm: true can give wrong gradients at ZeRO stage 1, because "
+            "DeepSpeed does not average weights that the last backward of a step does not reach; "
+            "remove the key, or use stage 2 or 3"
+        )
 
 
 def _check_offload(key: str, offload: Any, stage: int, section: str) -> None:

@@ -20,6 +20,9 @@ from deepspeed.runtime.zero.partition_parameters import (
 )
 from transformers.integrations import deepspeed as transformers_switch
 
+from megakd.config.deepspeed import shards_within_node, zero_stage
+from megakd.engine.nodes import node_group
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from contextlib import AbstractContextManager
@@ -45,7 +48,7 @@ def sharded_construction(
     found = transformers_switch._hf_deepspeed_config_weak_ref  # noqa: SLF001  (no public reader)
     transformers_switch.unset_hf_deepspeed_config()
     try:
-        with _zero_init(ds, dtype) if ds is not None and _is_zero3(ds) else _on(device):
+        with _zero_init(ds, dtype) if ds is not None and zero_stage(ds) == 3 else _on(device):
             yield
     finally:
         owner = found() if found is not None else None
@@ -55,10 +58,6 @@ def sharded_construction(
 
 def _on(device: torch.device | None) -> AbstractContextManager[Any]:
     return nullcontext() if device is None or device.type == "cpu" else device
-
-
-def _is_zero3(ds: Mapping[str, Any]) -> bool:
-    return ds.get("zero_optimization", {}).get("stage", 0) == 3
 
 
 def _zero_init(ds: Mapping[str, Any], dtype: torch.dtype) -> AbstractContextManager[Any]:
@@ -71,7 +70,9 @@ def _zero_init(ds: Mapping[str, Any], dtype: torch.dtype) -> AbstractContextMana
     # The dtype is set in the config: the argument `dtype` is replaced by bfloat16 on devices
     # without fp16. Created tensors keep their dtype, otherwise rotary tables lose precision.
     return deepspeed.zero.Init(
-        config_dict_or_path=config, tensor_overrides=[DeepSpeedTensorOverride.device]
+        config_dict_or_path=config,
+        data_parallel_group=node_group() if shards_within_node(ds) else None,
+        tensor_overrides=[DeepSpeedTensorOverride.device],
     )
 
 
@@ -91,8 +92,13 @@ def is_first_rank() -> bool:
 
 
 def writes_here(parameter: Tensor) -> bool:
-    """Return whether this rank sets a parameter's value inside `gathered(modify=True)`."""
-    return not is_zero_param(parameter) or is_first_rank()
+    """Return whether this rank sets a parameter's value inside `gathered(modify=True)`.
+
+    This is the first rank of those that share the parameter: rank 0, or the first rank of a node.
+    """
+    if not is_zero_param(parameter):
+        return True
+    return dist.get_rank(parameter.ds_process_group) == 0  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def gathered(parameters: Iterable[Tensor], *, modify: bool = False) -> AbstractContextManager[Any]:
@@ -104,7 +110,8 @@ def gathered(parameters: Iterable[Tensor], *, modify: bool = False) -> AbstractC
 
     Args:
         parameters: any mixture of sharded and plain parameters.
-        modify: whether values that rank 0 wrote are sent to all ranks on exit.
+        modify: whether values are sent on exit from the rank that wrote them (`writes_here`) to
+            all ranks that share the parameter.
     """
     unique = {id(parameter): parameter for parameter in parameters if is_zero_param(parameter)}
     closed = [

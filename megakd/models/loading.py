@@ -182,8 +182,9 @@ def load_model(  # noqa: PLR0913  (each is another fact about the run)
     """Build a model and fill it, in the same way at every ZeRO stage; a collective at stage 3.
 
     The model is built empty, and sharded module by module if `ds` sets ZeRO 3. Then it is filled
-    tensor by tensor: rank 0 reads, and all ranks keep their shards. Weights that the checkpoint
-    lacks are drawn from (seed, module name) and do not depend on the stage or the number of ranks.
+    tensor by tensor: rank 0 reads, or the first rank of each node that has its own copy, and all
+    ranks keep their shards. Weights that the checkpoint lacks are drawn from (seed, module name)
+    and do not depend on the stage or the number of ranks.
 
     Args:
         source: From `resolve_model`.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from megakd.config.deepspeed import load_ds_config, zero_stage
+from megakd.config.deepspeed import load_ds_config, shards_within_node, zero_stage
 from megakd.config.file import config_of, config_tree
 from megakd.config.run import RunConfig
 from megakd.planning.cluster import Cluster, Device
@@ -89,7 +89,7 @@ def _sharding(config: RunConfig) -> Iterator[str]:
     for stage in (2, 3):
         if _stage(config.student.deepspeed) < stage:
             yield f"student.deepspeed=zero{stage}"
-    if any(_stage(spec.deepspeed) == 0 for spec in specs):
+    if not all(_over_all_ranks(spec.deepspeed) for spec in specs):
         yield _of_teachers(config, "deepspeed=teacher_zero3")
     trained = [spec.finetune for spec in specs if spec.finetune]
     if any(_stage(one.deepspeed) < 3 for one in trained):
@@ -126,6 +126,11 @@ def _offload(config: RunConfig) -> Iterator[str]:
     offloaded = "teacher_zero3_offload"
     if any(spec.deepspeed != offloaded for spec in config.teacher_specs.values()):
         yield _of_teachers(config, f"deepspeed={offloaded}")
+
+
+def _over_all_ranks(spec: Any) -> bool:
+    ds = load_ds_config(spec, where="deepspeed")
+    return zero_stage(ds) == 3 and not shards_within_node(ds)
 
 
 def _stage(spec: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -57,6 +57,11 @@ class Cluster:
                 f"{self.ranks} ranks cannot be divided equally between {self.nodes} nodes; --ranks "
                 "is the number of all ranks and must be a multiple of --nodes"
             )
+
+    @property
+    def one_node(self) -> Cluster:
+        """One node of the cluster."""
+        return replace(self, ranks=self.ranks_per_node, nodes=1)
 
     @property
     def ranks_per_node(self) -> int:

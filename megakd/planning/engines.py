@@ -30,6 +30,7 @@ class Frozen:
 
     zero: the section `zero_optimization` of the DeepSpeed config.
     itemsize: bytes of a weight in the forward.
+    cluster: the ranks that share the model: all, or those of one node.
     """
 
     role: str
@@ -42,6 +43,11 @@ class Frozen:
     def ranks(self) -> int:
         """Number of ranks that share the model."""
         return self.cluster.ranks
+
+    @property
+    def received(self) -> float:
+        """The part of a gathered tensor that comes from other ranks."""
+        return (self.ranks - 1) / self.ranks
 
     @property
     def stage(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megakd.config.deepspeed import load_ds_config
+from megakd.config.deepspeed import load_ds_config, shards_within_node
 from megakd.config.run import RunConfig
 from megakd.contract.stage import Stage
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER
@@ -84,8 +84,10 @@ class Timeline:
 
     def _model(self, role: str, run: Trace, spec: str | Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields of an engine, except those of its precision."""
-        zero = load_ds_config(spec, where=f"{role}.deepspeed").get("zero_optimization", {})
-        return {"role": role, "inventory": run.inventory, "zero": zero, "cluster": self.cluster}
+        ds = load_ds_config(spec, where=f"{role}.deepspeed")
+        zero = ds.get("zero_optimization", {})
+        cluster = self.cluster.one_node if shards_within_node(ds) else self.cluster
+        return {"role": role, "inventory": run.inventory, "zero": zero, "cluster": cluster}
 
     def _frozen(self, name: str, role: str = TEACHER) -> Frozen:
         """Return the engine of a frozen model after loading it."""
@@ -267,12 +269,12 @@ class Timeline:
         answered = 0.0
         for name, engine in frozen.items():
             run, per_call = self.traced.teachers[name], self.traced.per_call[name]
-            calls = self.traced.asked[name] * -(-micro_batches // per_call)
+            asked, rest = self.traced.asked[name], engine.received
             gathered = engine.gathering(run).numel * engine.itemsize
-            flops += self.traced.asked[name] * run.flops * micro_batches / per_call
-            answered += calls * gathered
+            flops += asked * run.flops * micro_batches / per_call
+            answered += asked * -(-micro_batches // per_call) * rest * gathered
             # The student's forward gathers the head for every micro-batch.
-            answered += self.traced.asked[name] * micro_batches * self._head(name, engine).total
+            answered += asked * micro_batches * rest * self._head(name, engine).total
         self.plan.flops = flops
         self.plan.per_call = {n: many for n, many in self.traced.per_call.items() if many > 1}
         gathered = sum(learner.gathering(run).numel for run in self.traced.learner)
@@ -284,8 +286,6 @@ class Timeline:
             2: (2 * backwards + 1) * weights,
             3: micro_batches * gathered * learner.itemsize + backwards * weights,
         }
-        ranks = self.cluster.ranks
-        rest = (ranks - 1) / ranks
-        self.plan.network[TEACHER] = rest * answered
-        own = rest * sent[learner.stage]
+        self.plan.network[TEACHER] = answered
+        own = learner.received * sent[learner.stage]
         self.plan.network[learner.role] = self.plan.network.get(learner.role, 0.0) + own

@@ -11,6 +11,7 @@ from megakd.run.lab import Lab
 from megakd.run.main import reporter_of, started
 from megakd.training.inputs import prepare
 from megakd.training.label_check import check_label_orders
+from megakd.training.nodes import check_nodes
 from megakd.training.precision import check_device
 
 
@@ -32,6 +33,7 @@ def cache_teachers(config: RunConfig) -> list[Path]:
         )
     with started(config) as ranks, held(config.output_dir):
         check_device(config, ranks)
+        check_nodes(config)
         reporter = reporter_of(config, ranks)
         try:
             prepared = prepare(config)

@@ -33,6 +33,7 @@ PRESETS = {
     "zero3_offload": 3,
     "teacher_zero0": 0,
     "teacher_zero3": 3,
+    "teacher_zero3_node": 3,
     "teacher_zero3_offload": 3,
 }
 WHERE = "student.deepspeed"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megakd.config import deepspeed_rules as ds_rules
-from megakd.config.deepspeed import load_ds_config
+from megakd.config.deepspeed import load_ds_config, preset_names, zero_stage
 from megakd.errors import ConfigError
 
 WHERE = "teacher.deepspeed"
@@ -48,6 +48,30 @@ def test_a_size_that_is_not_a_whole_number_is_refused_with_its_key(value: object
         f"{WHERE}: zero_optimization.zero_hpz_partition_size {said}",
         f"{WHERE}: zero_optimization.offload_param.buffer_count {said}",
     ]
+
+
+def test_the_presets_send_gradients_during_the_backward_at_stage_3_alone() -> None:
+    """`tests/distributed/test_overlap.py` and docs/two-models.md say why."""
+    config = pytest.importorskip("deepspeed.runtime.zero.config")
+    presets = {name: load_ds_config(name, where=WHERE) for name in preset_names()}
+
+    overlapping = {
+        name
+        for name, ds in presets.items()
+        if config.DeepSpeedZeroConfig(**ds["zero_optimization"]).overlap_comm
+    }
+
+    assert overlapping == {name for name, ds in presets.items() if zero_stage(ds) == 3}
+
+
+def test_overlap_that_gives_wrong_gradients_is_refused() -> None:
+    refused, accepted = (
+        {"zero_optimization": {"stage": stage, "overlap_comm": True}} for stage in (1, 2)
+    )
+
+    said = "zero_optimization.overlap_comm: true can give wrong gradients at ZeRO stage 1, because"
+    assert message_of(refused).startswith(f"{WHERE}: {said}")
+    assert load_ds_config(accepted, where=WHERE) == accepted
 
 
 def test_the_keys_with_whole_numbers_are_those_of_the_installed_deepspeed() -> None:

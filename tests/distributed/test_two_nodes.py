@@ -12,7 +12,6 @@ from test_launchers import finish
 from tiny_runs import bert, config_tree, write_config, write_reviews
 
 STEPS = 2
-STAGES = ["zero3", pytest.param("zero2", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +71,20 @@ def losses(out: Path) -> list[tuple[str, int, float]]:
     ]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("launcher", [hostfile, rendezvous], ids=["hostfile", "torchrun"])
-def test_two_nodes_give_the_losses_of_one(config, one_launcher, tmp_path, launcher, stage):
+# On one node the teacher is always sharded over all ranks.
+@pytest.mark.parametrize(
+    ("launcher", "stage", "teacher"),
+    [
+        (hostfile, "zero3", "teacher_zero3"),
+        (rendezvous, "zero3", "teacher_zero3_node"),
+        pytest.param(hostfile, "zero2", "teacher_zero3_node", marks=pytest.mark.slow),
+        pytest.param(rendezvous, "zero2", "teacher_zero3", marks=pytest.mark.slow),
+    ],
+)
+def test_two_nodes_give_the_losses_of_one(config, one_launcher, tmp_path, launcher, stage, teacher):
     out, caches = tmp_path / "out", [tmp_path / f"cache-{node}" for node in range(2)]
-    run = (str(TRAIN), "--config", str(config), f"output_dir={out}", f"student.deepspeed={stage}")
+    models = (f"student.deepspeed={stage}", f"teacher.deepspeed={teacher}")
+    run = (str(TRAIN), "--config", str(config), f"output_dir={out}", *models)
 
     said = finish(
         [

@@ -74,6 +74,21 @@ def planned(folder: Path, *overrides: str, **cluster: Any) -> Plan:
     return plan_run(config_of(folder, *overrides), place, advise=False)
 
 
+def test_a_teacher_sharded_within_nodes_is_planned_over_the_ranks_of_a_node(tmp_path):
+    node = "teacher.deepspeed=teacher_zero3_node"
+
+    def weights_and_network(*overrides: str, **cluster: int) -> tuple[int, float]:
+        plan = planned(tmp_path, *overrides, device="cuda", **cluster)
+        (training,) = (phase for phase in plan.phases if phase.flops)
+        return plan.part("teacher", "weights"), training.network["teacher"]
+
+    assert weights_and_network(node) == weights_and_network()  # one node
+    on_two = weights_and_network(node, ranks=4, nodes=2)
+    assert on_two == pytest.approx(weights_and_network(ranks=2))
+    assert on_two[0] > weights_and_network(ranks=4, nodes=2)[0]
+    assert weights_and_network(node, nodes=2)[1] == 0  # a whole copy per rank
+
+
 def test_a_plan_shows_the_calls_and_counts_their_network(tmp_path):
     together = planned(tmp_path)
     one_by_one = planned(tmp_path, "teacher.micro_batches_per_call=1")

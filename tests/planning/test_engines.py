@@ -53,6 +53,17 @@ def step(engine: Trained) -> list[Holding]:
     return [engine.initializing(), *(together(engine.resting(), held) for held in extra)]
 
 
+def test_a_second_bucket_is_counted_where_gradients_are_sent_during_the_backward() -> None:
+    one, two = (
+        engine({"stage": 2, "reduce_bucket_size": P, "overlap_comm": overlap})
+        for overlap in (False, True)
+    )
+
+    sent = [held(e.backward(e.inventory, adds=False), "gradients") for e in (one, two)]
+
+    assert sent[1] - sent[0] == 4 * P
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_the_shards_of_all_ranks_are_the_whole_and_padding(ranks: int) -> None:
     shards = ranks * inventory().sharded(ranks, 4).total

@@ -1,0 +1,82 @@
+"""Process groups of the ranks of a node, over which a teacher can be sharded.
+
+A teacher that is sharded within nodes has one whole copy per node, so that no weight is gathered
+from another node. DeepSpeed gets the group with each parameter, from `zero.Init`: an `mpu` would
+change the group of every engine of the process, the student's included.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from megakd.engine.collectives import gather
+from megakd.errors import ConfigError
+
+_GROUPS: dict[dist.ProcessGroup, dist.ProcessGroup | None] = {}
+"""The group of this rank's node, by the default group; None if there is one node."""
+# The number of the node, from DeepSpeed's launcher, torchrun and Slurm. Two launchers on one host
+# are two nodes, as the launchers say.
+_NODE_NUMBERS = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")
+
+
+def node_group() -> dist.ProcessGroup | None:
+    """Return the process group of this rank's node; the first call is a collective.
+
+    Returns:
+        The group; None if the run has one node, whose group is the default group.
+
+    Raises:
+        ConfigError: the nodes have different numbers of ranks; raised on all ranks alike.
+    """
+    world = dist.group.WORLD
+    if world is None:
+        return None
+    if world not in _GROUPS:
+        nodes = ranks_by_node(gather(_own_node()))
+        _GROUPS.clear()  # of a default group that has ended
+        _GROUPS[world] = _own_group(nodes) if len(nodes) > 1 else None
+    return _GROUPS[world]
+
+
+def ranks_by_node(names: Sequence[str]) -> list[list[int]]:
+    """Return the ranks of each node.
+
+    Args:
+        names: the name of the node of each rank.
+
+    Raises:
+        ConfigError: the nodes have different numbers of ranks.
+    """
+    nodes: dict[str, list[int]] = {}
+    for rank, name in enumerate(names):
+        nodes.setdefault(name, []).append(rank)
+    most, least = (f(nodes, key=lambda name: len(nodes[name])) for f in (max, min))
+    if len(nodes[most]) != len(nodes[least]):
+        raise ConfigError(
+            "megakd.shard_within_node in a teacher's DeepSpeed config needs the same number of "
+            f"ranks on every node: {most} has {len(nodes[most])}, {least} has "
+            f"{len(nodes[least])}; start as many ranks on every node, or use the preset "
+            "teacher_zero3, which shards over all ranks"
+        )
+    return list(nodes.values())
+
+
+def _own_node() -> str:
+    number = next((os.environ[name] for name in _NODE_NUMBERS if os.environ.get(name)), None)
+    host = socket.gethostname()
+    return host if number is None else f"{host} (node {number})"
+
+
+def _own_group(nodes: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+    """Create the groups of all nodes, as every rank must, and return the group of this rank."""
+    # By default, a group of NCCL would ignore `train.collective_timeout`.
+    timeout = distributed_c10d.default_pg_timeout
+    groups = [dist.new_group(list(ranks), timeout=timeout) for ranks in nodes]
+    group = groups[next(n for n, ranks in enumerate(nodes) if dist.get_rank() in ranks)]
+    assert isinstance(group, dist.ProcessGroup)  # noqa: S101 - this rank is a member
+    return group

@@ -1,0 +1,71 @@
+"""What ranks that claim to be on several nodes tell of a teacher sharded within nodes."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch.distributed as dist
+from deepspeed.runtime.zero import partition_parameters
+from engine_cases import _local, _started, _weights
+
+from megakd.engine import collectives, nodes
+from megakd.engine.memory import forget_models
+from megakd.engine.sharding import gathered_state
+
+
+def taught(config_path: str, overrides: list[str], count: int) -> dict:
+    """Two steps with a teacher on `count` nodes: losses, weights, shards, and the gathers."""
+    with claimed_nodes(count), gathers() as groups:
+        run, teacher = _started(config_path, overrides)
+        batches = run.source.step(0)
+        groups.clear()
+        logits = teacher(batches[0]).logits
+        answering = list(groups)
+        losses = [_losses(run.trainer.train_step(run.source.step(step))) for step in range(2)]
+        facts = {
+            "logits": logits,
+            "losses": losses,
+            "groups": answering,
+            "weights": dict(gathered_state(teacher.model)),
+            "share": sum(_local(p).numel() for p in _weights(teacher))
+            / sum(getattr(p, "ds_numel", p.numel()) for p in _weights(teacher)),
+        }
+        model = weakref.ref(teacher.model)
+        run.close()
+        teacher.destroy()
+        del run, teacher
+        forget_models()
+    return {**facts, "freed": model() is None}
+
+
+def _losses(report) -> dict[str, float]:
+    return {
+        name: float(collectives.all_reduce_(value.clone().float()))
+        for name, value in report.parts.items()
+    }
+
+
+@contextmanager
+def claimed_nodes(count: int) -> Iterator[None]:
+    """Equally many ranks on each of `count` nodes of this host, as its launchers would say."""
+    node = dist.get_rank() * count // dist.get_world_size()
+    with patch.dict(os.environ, {"CROSS_RANK": str(node)}), patch.dict(nodes._GROUPS, clear=True):
+        yield
+
+
+@contextmanager
+def gathers() -> Iterator[list[int]]:
+    """The number of ranks of each gather of weights."""
+    groups: list[int] = []
+    gather = partition_parameters._dist_allgather_fn
+
+    def noting(part, whole, group=None):
+        groups.append(dist.get_world_size(group))
+        return gather(part, whole, group)
+
+    with patch.object(partition_parameters, "_dist_allgather_fn", noting):
+        yield groups

@@ -1,0 +1,53 @@
+"""A step of two backwards at each ZeRO stage; the second backward does not reach every weight."""
+
+from __future__ import annotations
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megakd.engine.release import destroy
+from megakd.engine.sharding import gathered_state
+
+
+class Pair(nn.Module):
+    """Two matrices of which the second can be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(4, 4, bias=False) for _ in range(2))
+
+    def forward(self, inputs: Tensor, *, both: bool) -> Tensor:
+        said = self.first(inputs)
+        return (said + self.second(inputs)).sum() if both else said.sum()
+
+
+def update(zero: dict) -> dict[str, float]:
+    """The change of each matrix in a step of SGD; the mean over ranks is 2 · 1.5 and 1.5."""
+    torch.manual_seed(0)
+    pair = Pair()
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "zero_optimization": {
+            "reduce_bucket_size": 1000,
+            "stage3_param_persistence_threshold": 0,
+            **zero,
+        },
+    }
+    before = {name: weight.clone() for name, weight in gathered_state(pair)}
+    optimizer = torch.optim.SGD(pair.parameters(), lr=1.0)
+    engine, *_ = deepspeed.initialize(model=pair, optimizer=optimizer, config=config)
+    inputs = torch.full((1, 4), float(dist.get_rank() + 1))
+    for is_last in (False, True):
+        engine.set_gradient_accumulation_boundary(is_last)
+        engine.backward(engine(inputs, both=not is_last), scale_wrt_gas=False)
+    engine.step()
+    after = dict(gathered_state(pair))
+    destroy(engine)
+    if dist.get_rank() > 0:  # rank 0 has read the weights
+        return {}
+    return {name: float((before[name] - after[name]).mean()) for name in before}
