@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -12,6 +14,8 @@ import torch
 PROCESS = Path("/proc/self")
 _EARLIER: dict[str, int] = {}
 """Type of device -> highest peak before the last reset."""
+_COUNTED: dict[str, int] = {}
+"""Type of device -> peak since the last reset, up to memory that was left out."""
 
 
 def device_name(device: torch.device) -> str:
@@ -25,9 +29,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     The memory is the GPU's, or the host's if the device is a CPU. A system that cannot reset the
     peak of the host gives the peak of the process.
     """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _peak_of_host()
+    now = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_of_host()
+    return max(now, _COUNTED.get(device.type, 0))
 
 
 def _peak_of_host() -> int:
@@ -56,9 +59,21 @@ def free_memory_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+@contextmanager
+def left_out_of_peak(device: torch.device) -> Iterator[None]:
+    """Leave memory that only the body uses out of the peak since the last reset."""
+    before = peak_memory_bytes(device)
+    try:
+        yield
+    finally:
+        reset_peak_memory(device)
+        _COUNTED[device.type] = before
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Begin the measurement of another peak, from the memory in use at present."""
     _EARLIER[device.type] = peak_memory_of_process(device)
+    _COUNTED.pop(device.type, None)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

@@ -72,7 +72,11 @@ class Sampler:
         prompts = self.prompts
         if prompts is None:
             return None
-        return lambda model: self._answers.update({name: prompts.answers(model)})
+        return lambda model: self.add(name, prompts.answers(model))
+
+    def add(self, name: str, answers: list[str]) -> None:
+        """Store the answers of the model `name`."""
+        self._answers[name] = answers
 
     def samples(self, *, teacher: str | None, student: str) -> list[SampleReport]:
         """Return the samples of report.json; `teacher` is the teacher to show, if any."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,22 +16,22 @@ from megakd.config.stage_schedule import total_steps
 from megakd.contract.metrics import Metric
 from megakd.contract.results import Assistant, ModelReport, ParameterCounts
 from megakd.contract.stage import Stage, StageResult
-from megakd.contract.tasks import STUDENT, TEACHER, Dtype
+from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.contract.units import View
 from megakd.engine.collectives import main_first
-from megakd.engine.device import reset_peak_memory
+from megakd.engine.device import left_out_of_peak, reset_peak_memory
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import forget_models
 from megakd.errors import ConfigError
-from megakd.models.counting import named_shapes, parameter_counts
 from megakd.models.knowledge import Needs
 from megakd.models.loading import resolve_model
 from megakd.models.second_vocabulary import FILE, with_table
 from megakd.models.source import ModelSource
 from megakd.pruning.store import PruningStore, SortedTeacher, largest_first, unscored
+from megakd.run.open_teachers import Opened, OpenTeachers
 from megakd.run.stage_identity import stage_identity
+from megakd.run.teacher_scores import Measured, TeacherScores, model_report
 from megakd.storage.fingerprint import Fingerprint
-from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.asking import micro_batches_per_call
 from megakd.training.engines import Assembly
@@ -69,7 +69,8 @@ class Lab(LabBase):
         self.assembly = Assembly(
             config=config, prepared=prepared, ranks=ranks, teachers=self._teachers
         )
-        self._store = PruningStore(assembly=self.assembly)
+        self._store, self._open = PruningStore(assembly=self.assembly), OpenTeachers()
+        self.teacher_scores = TeacherScores(self.assembly)
 
     def largest_first(self) -> tuple[str, ...]:
         """Return the names of all teachers by decreasing number of weights."""
@@ -85,8 +86,7 @@ class Lab(LabBase):
         """Return the worth of a teacher on the validation split; measured once."""
 
         def measure() -> Mapping[str, float]:
-            rows = self._prepared.of(name).encoded.validation
-            return self.score_teacher(name, rows)["metrics"]
+            return self.score_teacher(name, self._prepared.of(name).encoded.validation)
 
         facts = self.assembly.frozen_facts(self._teachers[name])
         return self.worth(measured_once(self.assembly, f"{name}-scored", facts, measure).metrics)
@@ -117,6 +117,7 @@ class Lab(LabBase):
         Raises:
             MegakdError: the importance cannot be measured.
         """
+        self.close()
         ready = self._teachers[teacher]
         result = self._store.sorted_teacher(
             ready, split=split, batch_size=batch_size, residual=residual
@@ -171,23 +172,50 @@ class Lab(LabBase):
         return as_student(self._teachers[self.teacher(role)].source, self.config)
 
     def _run(self, stage: Stage, fingerprint: Fingerprint, folder: Path) -> StageResult:
+        self._open.keep({name: self._teachers[name] for name in stage.teachers})
         # The engine of the last stage must not count.
         forget_models()
         reset_peak_memory(self._ranks.device)
-        teachers: dict[str, FrozenTeacher | CachedTeacher] = {}
-        with ExitStack() as opened:
-            for name in stage.teachers:
-                teachers[name] = self._frozen(name, self.needs(stage), stage)
-                opened.callback(teachers[name].destroy)
+        with ExitStack() as failed:
+            failed.callback(self._open.close)
             run = StageRun(
                 stage,
                 self.assembly,
-                teachers=teachers,
+                teachers={name: self._opened(name, stage) for name in stage.teachers},
                 reporter=self._reporter,
                 fingerprint=fingerprint,
             )
-            opened.callback(run.close)
-            return run.run(folder)
+            with closing(run):
+                result = run.run(folder)
+            failed.pop_all()  # the next stage may ask the same teachers
+        return result
+
+    def _opened(self, name: str, stage: Stage) -> Opened:
+        """Return a teacher of a stage; one that the last stage has asked is still open."""
+        teacher, needs = self._open.get(name), self.needs(stage)
+        if isinstance(teacher, FrozenTeacher):
+            teacher.ask_for(needs, per_call=self._per_call(name, needs, stage))
+            return teacher
+        is_alone = len(self._open) == 0
+        teacher = self._frozen(name, needs, stage)
+        self._open.add(name, self._teachers[name], teacher)
+        if is_alone:  # another teacher would be scored beside this one
+            self._score_opened(name, teacher)
+        return teacher
+
+    def close(self) -> None:
+        """Close the teachers that the last stage has left open."""
+        self._open.close()
+
+    def _score_opened(self, name: str, teacher: Opened) -> None:
+        """Measure a teacher for the report while a stage has it alone in memory."""
+        if name not in self.config.teacher_specs or not isinstance(teacher, FrozenTeacher):
+            return
+        if self.teacher_scores.known(name, self._teachers[name]) is not None:
+            return
+        with left_out_of_peak(self._ranks.device):
+            self.teacher_scores.measured(name, self._teachers[name], teacher)
+            forget_models()
 
     def needs(self, stage: Stage) -> Needs:
         """Return the outputs of the teachers that a stage's losses read."""
@@ -226,10 +254,11 @@ class Lab(LabBase):
         ready = self._teachers[name]
         if ready.spec.cache is None:
             raise TypeError(f"{name} has no cache")
+        self.close()
         self.assembly.build_cache(ready, ready.spec.cache)
         return ready.spec.cache
 
-    def _frozen(self, name: str, needs: Needs, stage: Stage) -> FrozenTeacher | CachedTeacher:
+    def _frozen(self, name: str, needs: Needs, stage: Stage) -> Opened:
         ready = self._teachers[name]
         if ready.spec.cache is not None:
             if needs != Needs():
@@ -241,11 +270,15 @@ class Lab(LabBase):
         dtype = self.assembly.teacher_dtype(ready)
         spec = ready.spec.deepspeed
         teacher = self.assembly.frozen(ready.source, spec, dtype=dtype, needs=needs)
-        device = self._ranks.device.type
-        teacher.per_call = micro_batches_per_call(
+        teacher.ask_for(needs, per_call=self._per_call(name, needs, stage))
+        return teacher
+
+    def _per_call(self, name: str, needs: Needs, stage: Stage) -> int:
+        ready, device = self._teachers[name], self._ranks.device.type
+        dtype = self.assembly.teacher_dtype(ready)
+        return micro_batches_per_call(
             ready, needs, stage.train, self.config, dtype=dtype, device=device
         )
-        return teacher
 
     def _source(self, folder: Path, role: str) -> ModelSource:
         where = f"{self.config.key_of(role)}.model"
@@ -259,52 +292,52 @@ class Lab(LabBase):
         names = [name for name in self.config.teacher_specs if name in self._teachers]
         return {name: self._teachers[name].source.folder for name in names}
 
-    def score_teacher(
-        self, name: str, rows: Dataset | None = None, *, look: Look | None = None
-    ) -> ModelReport:
-        """Return a teacher's size and metrics, see `score`; a collective."""
-        ready = self._teachers[name]
-        dtype = self.assembly.teacher_dtype(ready)
-        return self.score(
-            ready.source, ready.spec.deepspeed, dtype=dtype, rows=rows, look=look, role=name
-        )
+    def score_teacher(self, name: str, rows: Dataset) -> Mapping[str, float]:
+        """Return the metrics of a teacher on some rows; a collective."""
+        with self._measured_teacher(name) as (model, _):
+            return self.assembly.of(name).scorer().score(model.predict, rows)
+
+    def measured_teacher(self, name: str) -> Measured:
+        """Return what the report says of a teacher; load it if no stage has; a collective."""
+        known = self.teacher_scores.known(name, self._teachers[name])
+        if known is not None:
+            return known
+        with self._measured_teacher(name) as (_, measured):
+            return measured
+
+    @contextmanager
+    def _measured_teacher(self, name: str) -> Iterator[tuple[FrozenTeacher, Measured]]:
+        """Load a teacher for the body, and measure it for the report."""
+        self.close()
+        ready, own = self._teachers[name], self.assembly.of(name)
+        dtype = own.teacher_dtype(ready)
+        model = own.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=Needs())
+        try:
+            yield model, self.teacher_scores.measured(name, ready, model)
+        finally:
+            model.destroy()
 
     def score(
         self,
         source: ModelSource,
         deepspeed: str | Mapping[str, Any],
         *,
-        dtype: Dtype | None = None,
-        rows: Dataset | None = None,
         look: Look | None = None,
-        role: str = STUDENT,
     ) -> ModelReport:
-        """Return the size and metrics of a model; a collective.
+        """Return the size and metrics of a finished model on the held-out rows; a collective.
 
         Args:
-            source: the model.
+            source: the model, which has the student's tokenizer.
             deepspeed: the DeepSpeed config that defines the sharding.
-            dtype: the dtype of the weights; None: that of the assembly, fp32 on a CPU.
-            rows: the encoded rows to score, by default `held_out`.
             look: called with the model while it is loaded, on all ranks.
-            role: the role whose tokenizer the model has.
         """
-        own = self.assembly.of(role)
-        dtype = dtype or own.scoring_dtype()
-        model = own.frozen(source, deepspeed, dtype=dtype, needs=Needs())
-        rows = own.prepared.encoded.held_out if rows is None else rows
+        self.close()
+        dtype = self.assembly.scoring_dtype()
+        model = self.assembly.frozen(source, deepspeed, dtype=dtype, needs=Needs())
         try:
-            scored = own.scorer().scored(model.predict, rows)
-            counts = parameter_counts(named_shapes(model.model))
+            report = model_report(self.assembly, model)
             if look is not None:
                 look(model)
         finally:
             model.destroy()
-        report: ModelReport = {
-            "parameters": counts.parameters,
-            "encoder_parameters": counts.encoder_parameters,
-            "metrics": scored.metrics,
-        }
-        if scored.by_class:
-            report["per_class"] = scored.by_class
         return report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,14 @@ import transformers
 
 from megakd.config.file import config_tree, dump_config
 from megakd.config.run import RunConfig
-from megakd.contract.results import Assistant, AssistantReport, LatencyReport, Report, Speedup
+from megakd.contract.results import (
+    Assistant,
+    AssistantReport,
+    LatencyReport,
+    ModelReport,
+    Report,
+    Speedup,
+)
 from megakd.contract.stage import StageResult
 from megakd.contract.tasks import STUDENT
 from megakd.engine import distributed
@@ -32,7 +39,7 @@ from megakd.process.phases import counted, phase, seconds
 from megakd.process.signals import Stopped
 from megakd.reports.latency import TIMED_BATCHES, measure_latencies
 from megakd.reports.report import environment
-from megakd.reports.samples import Answering, Sampler, held_out_prompts
+from megakd.reports.samples import Sampler
 from megakd.reports.table import largest
 from megakd.run.finished_run import CONFIG, FINAL, finished_table, is_finished, publish, run_inputs
 from megakd.run.holder import held
@@ -45,6 +52,7 @@ from megakd.storage.finished_folder import users_files
 from megakd.training.evaluation_sets import SetScores
 from megakd.training.inputs import RunInputs, prepare, vocabulary_report
 from megakd.training.label_check import check_label_orders
+from megakd.training.nodes import check_nodes
 from megakd.training.precision import TORCH_DTYPE, check_device
 from megakd.training.progress import Reporter
 from megakd.training.recipes import baseline_stage, scoring_preset
@@ -103,6 +111,7 @@ def started(config: RunConfig) -> Iterator[Ranks]:
 
 def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     check_device(config, ranks)
+    check_nodes(config)
     on_main(lambda: check_hub(config.save))
     reporter = reporter_of(config, ranks)
     with phase("data"), doing("reading the data"):
@@ -121,6 +130,7 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
             }
         report = _report(lab, prepared, ranks, student, baselines)
     finally:
+        lab.close()
         reporter.close()
     return on_main(lambda: publish(config, student.folder, report, inputs=inputs, command=command))
 
@@ -152,12 +162,16 @@ def _record_config(config: RunConfig) -> None:
         atomic.write_text(path, dump_config(config))
 
 
-def _asking(
-    sampler: Sampler, prepared: RunInputs, teacher: str
-) -> Callable[[Answering], None] | None:
-    """Return the sampler's function for a teacher; None if it has another tokenizer."""
-    same = prepared.tokenizer_of(teacher) is prepared.tokenizer
-    return sampler.asking(teacher) if same else None
+def _teachers(lab: Lab, sampler: Sampler, sets: SetScores) -> dict[str, ModelReport]:
+    """Return size and metrics of every teacher; add its answers and its metrics on the sets."""
+    reports = {}
+    for name in lab.teacher_folders:
+        measured = lab.measured_teacher(name)
+        reports[name] = measured.report
+        sets.add(name, measured.sets)
+        if measured.answers is not None:
+            sampler.add(name, measured.answers)
+    return reports
 
 
 def _report(
@@ -169,17 +183,9 @@ def _report(
 ) -> Report:
     config = lab.config
     preset = scoring_preset(config.student.deepspeed)
-    prompts = held_out_prompts(
-        prepared.encoded.held_out, prepared.tokenizer, config.task, ranks.device
-    )
-    sampler, sets = Sampler(prompts), SetScores(lab.assembly)
+    sampler, sets = Sampler(lab.teacher_scores.prompts), SetScores(lab.assembly)
     with phase("scoring"):
-        teachers = {
-            name: lab.score_teacher(
-                name, look=sets.scoring(name, _asking(sampler, prepared, name), role=name)
-            )
-            for name in lab.teacher_folders
-        }
+        teachers = _teachers(lab, sampler, sets)
         scored = {
             name: lab.score(
                 lab.source(result.folder), preset, look=sets.scoring(name, sampler.asking(name))

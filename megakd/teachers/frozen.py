@@ -83,6 +83,12 @@ class FrozenTeacher:
         self._engine = frozen_engine(module, ds=ds, dtype=dtype, rows=rows)
         self._prefetch = Prefetch(module)
 
+    def ask_for(self, needs: Needs, *, per_call: int) -> None:
+        """Set the outputs that a stage reads, and how many micro-batches share a forward."""
+        self.evict()  # the last stage may have prefetched a step that it did not take
+        self._engine.module.needs = needs
+        self.per_call = per_call
+
     def prefetch(self) -> None:
         """Start to copy the shards from host memory to the device; see `Teacher`."""
         self._prefetch.start()

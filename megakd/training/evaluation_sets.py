@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megakd.contract.tasks import STUDENT
 from megakd.data.choosing import is_labelled
 
 if TYPE_CHECKING:
@@ -24,6 +23,17 @@ def row_count(rows: Dataset) -> int:
     return int(np.count_nonzero(is_labelled(rows)))
 
 
+def set_metrics(own: Assembly, loaded: FrozenTeacher) -> dict[str, dict[str, float]]:
+    """Return the metrics of a loaded model on each set, by name; a collective.
+
+    Args:
+        own: the assembly with the tokenizer of the model.
+        loaded: the model.
+    """
+    sets = own.prepared.encoded.evaluation_sets
+    return {name: own.scorer().score(loaded.predict, rows) for name, rows in sets.items()}
+
+
 @dataclass(frozen=True)
 class SetScores:
     """Scorer of loaded models on every named set; it keeps the metrics."""
@@ -35,26 +45,25 @@ class SetScores:
         self,
         model: str,
         and_then: Callable[[FrozenTeacher], None] | None,
-        *,
-        role: str = STUDENT,
     ) -> Callable[[FrozenTeacher], None]:
         """Return a function that scores a loaded model and then calls `and_then`.
 
         Args:
-            model: name of the model in the report.
+            model: name of the model in the report, which has the student's tokenizer.
             and_then: called with the loaded model; None: nothing.
-            role: the role whose tokenizer the model has.
         """
-        own = self.assembly.of(role)
 
         def score(loaded: FrozenTeacher) -> None:
-            for name, rows in own.prepared.encoded.evaluation_sets.items():
-                metrics = own.scorer().score(loaded.predict, rows)
-                self._metrics.setdefault(name, {})[model] = metrics
+            self.add(model, set_metrics(self.assembly, loaded))
             if and_then is not None:
                 and_then(loaded)
 
         return score
+
+    def add(self, model: str, metrics: Mapping[str, Mapping[str, float]]) -> None:
+        """Add the metrics of a model on each set."""
+        for name, measured in metrics.items():
+            self._metrics.setdefault(name, {})[model] = measured
 
     def report(self) -> dict[str, EvaluationSetReport]:
         """Return the scores in the format of report.json."""

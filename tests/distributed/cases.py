@@ -111,5 +111,6 @@ def steps_taken(config_path: str) -> int:
         name="student", teachers=(teacher,), objective=config.objective, strategy=strategy
     )
     result = lab.train(stage)
+    lab.close()
     gc.collect()
     return result.steps

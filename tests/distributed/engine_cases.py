@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -44,7 +45,7 @@ def two_engines(config_path: str, folder: str) -> dict:
     return facts
 
 
-def _started(config_path: str, overrides: list[str] | None = None):
+def _started(config_path: str, overrides: list[str] | None = None, *, scores: bool = False):
     config = load_config(Path(config_path), overrides or [])
     ranks, prepared = distributed.ranks(), prepare(config)
     reporter = Reporter(config.output_dir, is_main=False)
@@ -59,6 +60,8 @@ def _started(config_path: str, overrides: list[str] | None = None):
         deepspeed=config.student.deepspeed,
     )
     teacher = lab._frozen(name, lab.needs(stage), stage)
+    if scores:
+        lab._score_opened(name, teacher)
     run = StageRun(
         stage,
         lab.assembly,
@@ -67,6 +70,32 @@ def _started(config_path: str, overrides: list[str] | None = None):
         fingerprint={},
     )
     return run, teacher
+
+
+def losses(config_path: str, overrides: list[str], *scored: str) -> list[dict[str, float]]:
+    """This rank's losses of three steps, with a teacher that is scored before them if `scored`."""
+    run, teacher = _started(config_path, overrides, scores=bool(scored))
+    reports = [run.trainer.train_step(run.source.step(step)) for step in range(3)]
+    found = [{name: float(value) for name, value in r.parts.items()} for r in reports]
+    run.close()
+    teacher.destroy()
+    return found
+
+
+def consecutive_stages(config_path: str, out: str, *closed: str) -> int:
+    """Two stages with one teacher, `closed` between them; how often the teacher was opened."""
+    config = load_config(Path(config_path), [f"output_dir={out}"])
+    reporter = Reporter(config.output_dir, is_main=False)
+    lab = Lab(config, prepare(config), distributed.ranks(), reporter)
+    teacher = lab.teacher()
+    with patch.object(lab, "_frozen", wraps=lab._frozen) as opening:
+        for name, terms in (("first", config.objective), ("second", config.objective[:1])):
+            strategy = Constant((Pass(teacher=teacher),))
+            lab.train(Stage(name=name, teachers=(teacher,), objective=terms, strategy=strategy))
+            if closed:
+                lab.close()
+    lab.close()
+    return opening.call_count
 
 
 def _weights(teacher):

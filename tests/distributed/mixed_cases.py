@@ -44,6 +44,7 @@ def learn(config_path: str, overrides: list[str]) -> dict[str, Any]:
     Assembly.student, Trainer.train_step = building, stepping  # type: ignore[method-assign]
     try:
         run_method(config.method, lab)
+        lab.close()
     finally:
         Assembly.student, Trainer.train_step = build, step  # type: ignore[method-assign]
     for result in lab.results:

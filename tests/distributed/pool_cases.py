@@ -65,6 +65,7 @@ def learn(config_path: str, overrides: list[str]) -> dict:
 
     lab._frozen = watched
     result = run_method(config.method, lab)
+    lab.close()
     weights = load_file(result.folder / "model.safetensors")
     return {"asked": asked, "held": held, "weights": weights, "record": lab.record.pool}
 

@@ -47,6 +47,7 @@ def prune(config_path: str, overrides: list[str]) -> dict[str, Any]:
         result = run_method(config.method, lab)
     finally:
         pruning.select, pruning.Pruning.before_update = select, update
+        lab.close()
     gc.collect()
     return {
         "state": load_file(result.folder / "model.safetensors"),
@@ -84,6 +85,7 @@ def alive_after(config_path: str) -> int:
     reporter = Reporter(config.output_dir, is_main=distributed.ranks().is_main)
     lab = Lab(config, prepare(config), distributed.ranks(), reporter)
     run_method(config.method, lab)
+    lab.close()
     del lab
     gc.collect()
     return sum(isinstance(found, PreTrainedModel) for found in gc.get_objects()) - before

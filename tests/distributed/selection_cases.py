@@ -94,6 +94,7 @@ def learn(config_path: str, overrides: list[str]) -> dict:
     lab = Lab(config, prepare(config), distributed.ranks(), reporter)
     with Watch() as watch:
         result = run_method(config.method, lab)
+        lab.close()
     weights = load_file(result.folder / "model.safetensors")
     facts = {"actions": watch.actions, "beginnings": watch.beginnings, "measured": watch.measured}
     return {**facts, "weights": weights}

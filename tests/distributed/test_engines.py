@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_runs import NO_DROPOUT, bert, config_tree, llama, write_config, write_reviews, write_text
 
 ROWS = 41  # no number of ranks or rows per step divides it
@@ -273,6 +274,39 @@ def test_a_sharded_teacher_is_made_whole_once_per_step(workers, write):
     assert together > 0
     assert pairs == 2 * together
     assert one_by_one == 3 * together
+
+
+@pytest.mark.parametrize(("language", "tied"), [(False, True), (True, True), (True, False)])
+def test_a_sharded_teacher_teaches_the_same_after_it_was_scored(
+    workers, write, tmp_path, language, tied
+):
+    """Scoring reads the head in another order, which DeepSpeed's prefetch remembers."""
+    everything = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    models = (llama(2, 24, tie_word_embeddings=tied), llama(1)) if language else None
+    path = write(language=language, student="zero3", teacher=everything, models=models)
+    scores = tmp_path / "out" / "checkpoints" / "teacher-scores.json"
+
+    alone = workers(2).run("engine_cases.losses", path, [])
+    assert not scores.exists()
+    after = workers(2).run("engine_cases.losses", path, [], "scored")
+
+    assert scores.exists()
+    assert after == alone
+
+
+@pytest.mark.parametrize("student", ["zero2", "zero3"])
+def test_a_teacher_that_stays_open_between_stages_teaches_the_same(
+    workers, write, tmp_path, student
+):
+    path = write(student=student, max_steps=3)
+    kept, reopened = tmp_path / "kept", tmp_path / "reopened"
+
+    assert workers(2).run("engine_cases.consecutive_stages", path, str(kept)) == [1, 1]
+    again = workers(2).run("engine_cases.consecutive_stages", path, str(reopened), "closed")
+
+    assert again == [2, 2]
+    one, other = (load_file(out / "stages/second/model.safetensors") for out in (kept, reopened))
+    assert largest_difference(one, other) == 0
 
 
 @pytest.mark.slow

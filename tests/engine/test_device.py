@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from megakd.engine import device
-from megakd.engine.device import peak_memory_bytes, peak_memory_of_process, reset_peak_memory
+from megakd.engine.device import (
+    left_out_of_peak,
+    peak_memory_bytes,
+    peak_memory_of_process,
+    reset_peak_memory,
+)
 
 CPU = torch.device("cpu")
 LARGE = 400 << 20
@@ -20,6 +25,7 @@ def held_for_a_moment(size: int) -> None:
 @pytest.fixture(autouse=True)
 def _own_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "_EARLIER", {})
+    monkeypatch.setattr(device, "_COUNTED", {})
 
 
 def test_a_peak_from_before_the_reset_counts_for_the_process_alone():
@@ -39,6 +45,20 @@ def test_a_peak_after_the_reset_counts_although_the_memory_is_free_again():
     held_for_a_moment(LARGE)
 
     assert peak_memory_bytes(CPU) > before + LARGE / 2
+
+
+def test_memory_that_is_left_out_counts_for_the_process_alone():
+    reset_peak_memory(CPU)
+    held_for_a_moment(LARGE)
+    counted = peak_memory_bytes(CPU)
+
+    with left_out_of_peak(CPU):
+        held_for_a_moment(2 * LARGE)
+
+    assert peak_memory_bytes(CPU) == counted
+    assert peak_memory_of_process(CPU) > counted + LARGE / 2
+    reset_peak_memory(CPU)
+    assert peak_memory_bytes(CPU) < counted - LARGE / 2
 
 
 def test_without_a_reset_of_the_system_the_peak_of_the_process_is_given(tmp_path, monkeypatch):

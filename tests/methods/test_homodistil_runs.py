@@ -46,11 +46,24 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def pruned(one_rank, tmp_path_factory) -> Path:
+def finished(one_rank, tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
+    """The folder of a run, and the models that it has loaded."""
     folder = tmp_path_factory.mktemp("homodistil")
     said = one_rank.train("--config", pruning(folder, eval={"eval_steps": 1, "keep_best": False}))
     assert said.code == 0, said.err
-    return folder / "out"
+    return folder / "out", tuple(Path(name).name for name in said.loaded)
+
+
+@pytest.fixture(scope="module")
+def pruned(finished) -> Path:
+    return finished[0]
+
+
+def test_all_windows_and_the_report_load_the_teacher_once(finished):
+    """`new bert` is the teacher, then the student, which starts as the teacher."""
+    _, loaded = finished
+
+    assert loaded == ("new bert", "new bert", "pruning-1", "pruning-2", "student")
 
 
 def test_the_student_has_the_target_width_in_every_matrix(pruned):

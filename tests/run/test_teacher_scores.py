@@ -1,0 +1,98 @@
+"""Scores of a teacher for the report: measured where it is loaded anyway, and the same then."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab_scene import config_of, lab_of, pretend_one_rank, save_teacher, stage_of
+from whole_run import finish, forgotten, read
+
+from megakd.errors import TeacherError
+from megakd.run import lab as lab_module
+from megakd.run.teacher_scores import _read
+
+TEACHER = "stages/teacher-finetune"
+
+
+@pytest.fixture
+def out(whole_run) -> Path:
+    return whole_run.out
+
+
+@pytest.fixture
+def ended(out, tmp_path) -> Path:
+    """The run as a kill before its report would have left it."""
+    copy = Path(shutil.copytree(out, tmp_path / "ended"))
+    (copy / "report.json").unlink()
+    shutil.rmtree(copy / "final")
+    return copy
+
+
+def loads(said, folder: Path) -> int:
+    return said.loaded.count(str(folder / TEACHER))
+
+
+def test_a_teacher_is_loaded_once_for_teaching_and_for_the_report(whole_run, out):
+    assert loads(whole_run.said, out) == 1
+
+
+def test_a_teacher_that_no_stage_loads_is_loaded_for_the_report_with_the_same_scores(
+    one_rank, whole_run, out, ended
+):
+    (ended / "checkpoints" / "teacher-scores.json").unlink()
+
+    said = finish(one_rank, whole_run.config, f"output_dir={ended}")
+
+    assert loads(said, ended) == 1
+    assert read(ended)["teacher"] == read(out)["teacher"]
+
+
+def test_a_run_that_goes_on_does_not_measure_its_teacher_again(one_rank, whole_run, out, ended):
+    said = finish(one_rank, whole_run.config, f"output_dir={ended}")
+
+    assert loads(said, ended) == 0
+    assert read(ended)["teacher"] == read(out)["teacher"]
+
+
+def test_scores_of_other_rows_or_of_a_damaged_file_are_measured_again(
+    one_rank, whole_run, out, tmp_path
+):
+    killed = forgotten(out, tmp_path / "killed", stage="student", after=16, following=("alone",))
+    path = killed / "checkpoints" / "teacher-scores.json"
+    record = json.loads(path.read_text())
+    record["facts"]["rows"] = "others"
+    record["report"]["metrics"]["accuracy"] = 0.0
+    path.write_text(json.dumps(record))
+
+    said = finish(one_rank, whole_run.config, f"output_dir={killed}")
+
+    assert loads(said, killed) == 1
+    assert read(killed)["teacher"] == read(out)["teacher"]
+    path.write_text('{"facts": ')
+    assert _read(path, {}) is None
+
+
+def test_a_stage_measures_only_a_teacher_that_is_alone_in_memory(tmp_path, monkeypatch):
+    pretend_one_rank(monkeypatch)
+    save_teacher(tmp_path / "teacher")
+    lab, measured = lab_of(config_of(tmp_path)), list[str]()
+    lab.teacher()
+    lab._teachers["second"] = lab._teachers["teacher"]
+
+    class Loaded:
+        def destroy(self) -> None: ...
+
+    def stage_run(*_args: Any, **_facts: Any) -> None:
+        raise TeacherError("all teachers are loaded")
+
+    monkeypatch.setattr(lab, "_frozen", lambda *_: Loaded())
+    monkeypatch.setattr(lab, "_score_opened", lambda name, _: measured.append(name))
+    monkeypatch.setattr(lab_module, "StageRun", stage_run)
+
+    with pytest.raises(TeacherError, match="all teachers are loaded"):
+        lab.train(stage_of(teachers=("teacher", "second")))
+    assert measured == ["teacher"]
