@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import dataclasses
 import itertools
 import pstats
 import shlex
@@ -38,7 +37,7 @@ from overhead_case import TEMPERATURE, WEIGHTS, write_case
 
 from megakd.config.file import load_config
 from megakd.contract.batch import Batch, Knowledge
-from megakd.contract.stage import BatchSource, Constant, Pass, Stage
+from megakd.contract.stage import Constant, Pass, Stage
 from megakd.data.loader import STEPS_AHEAD
 from megakd.engine.collectives import gather
 from megakd.engine.distributed import Ranks
@@ -139,10 +138,10 @@ class WatchedCollate:
 class MeasuredStage(StageRun):
     """A stage whose loop hands over after every step."""
 
-    def _source(self) -> BatchSource:
-        self.watched = WatchedCollate(self.scorer.collate)
-        self.scorer = dataclasses.replace(self.scorer, collate=self.watched)  # type: ignore[arg-type]
-        return super()._source()
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        loader: Any = self.source
+        self.watched = loader._collate = WatchedCollate(loader._collate)  # noqa: SLF001
 
     def steps_one_by_one(self) -> Iterator[None]:
         """Run the body of `run` between the start and the end of a stage."""

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import megakd_kernels as mk
 from megakd_kernels.chunking import (
     LEAST_CHUNK_MB,
     chunk_budget,
     chunk_budget_on,
+    plan_chunks,
     plan_fused_chunks,
 )
 
@@ -44,6 +47,16 @@ def test_ranks_that_share_a_vocabulary_have_equal_chunks_on_all_cards(monkeypatc
     assert chunk_budget_on(card, 0.0) == 2048
     assert chunk_budget_on(card, 0.0, has_shards=True) == LEAST_CHUNK_MB
     assert chunk_budget_on(card, 77.0) == 77.0
+
+
+@given(st.integers(1, 5000), st.integers(1, 40000))
+def test_the_chunks_of_a_cpu_are_equal_and_within_the_budget(rows, ids):
+    sizes = plan_chunks(rows, widths=(ids, ids), like=torch.empty(0), chunk_mb=1024)
+
+    chunks = -(-rows // sizes.chunk)
+    assert sizes.chunk == 1 or sizes.chunk * 2 * ids * 4 <= 60 * 2**20
+    assert chunks * sizes.chunk - rows < chunks
+    assert sizes.block <= sizes.chunk
 
 
 def test_a_budget_of_zero_is_refused():

@@ -89,8 +89,7 @@ def test_the_measured_run_is_a_valid_config(tmp_path):
     assert len((tmp_path / "tokenizer" / "vocab.txt").read_text().splitlines()) == 300
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_overhead_is_measured_and_printed(ranks):
     models = ["--teacher", "1x32", "--student", "1x32", "--vocabulary", "300"]
     sizes = ["--rows", "2", "--length", "8", "--pairs", "4", "--warm-up", "1", "--alone", "3"]
