@@ -20,6 +20,7 @@ from megakd.methods.knowledge_selection.selecting import Choosing, Selecting
 from megakd.methods.knowledge_selection.selector import Selector, SelectorShape
 from megakd.models.packed_attention import set_attention
 from megakd.planning import simulated_phase
+from megakd.planning.cluster import Cluster
 from megakd.planning.moments import Inventory, Trace
 from megakd.planning.simulated_phase import SimulatedPhase, _ones, _Tracer
 from megakd.planning.sources import planned_sources
@@ -89,7 +90,7 @@ def run_on_gpu(
         phases = PlanningLab(config, planned_sources(config)).play()
         for phase in phases:
             with pretended_cuda():
-                tracer = OnGpu(phase, config, "cuda")
+                tracer = OnGpu(phase, config, Cluster(device="cuda"))
                 tracer.alone() if phase.stage is None else tracer.training(phase.stage)
         return [phase.name for phase in phases]
 
