@@ -27,7 +27,7 @@ ENVIRONMENT_VARIABLE = "MEGAKD_KERNELS"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # Numbers on a CPU below which eager torch is faster than an operator.
-_SMALL = 1 << 15
+_SMALL = 1 << 14
 
 Implementation = Literal["triton", "chunked", "reference"]
 Divergence = str | Mapping[str, float]

@@ -100,7 +100,7 @@ def topk_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-onl
             allowed only without gradient.
         student_bias: [V].
         chunk_mb: budget of the chunk buffers in MiB; None: a fortieth of the GPU's memory,
-            between 1024 and 4096 (60 on a CPU, at most).
+            between 1024 and 4096 (64 on a CPU, at most).
         impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
 
     Returns:

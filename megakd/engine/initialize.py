@@ -10,7 +10,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import compiler
 from torch import nn
 
@@ -95,11 +94,9 @@ def _optimizer(
         return DeepSpeedCPUAdam(
             groups, lr=train.learning_rate, betas=betas, eps=train.adam_epsilon, adamw_mode=True
         )
-    # One kernel for all weights; the CPU's loop is kept, with the same bits as before.
-    accelerator: Any = get_accelerator()
-    fused = True if accelerator.device_name() == "cuda" else None
+    # One pass over the weights, on a GPU and on a CPU, without temporary tensors.
     return torch.optim.AdamW(
-        groups, lr=train.learning_rate, betas=betas, eps=train.adam_epsilon, fused=fused
+        groups, lr=train.learning_rate, betas=betas, eps=train.adam_epsilon, fused=True
     )
 
 

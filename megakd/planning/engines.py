@@ -17,7 +17,7 @@ from typing import Any
 from megakd.planning.cluster import Cluster
 from megakd.planning.gathering import Gathered, Gathering, gathering_of
 from megakd.planning.ledger import Holding, Part, Place, Share, together
-from megakd.planning.moments import Amount, Inventory, Trace, amount_of, block, mapped
+from megakd.planning.moments import NOTHING, Amount, Inventory, Trace, amount_of, block, mapped
 
 FP32, FP64 = 4, 8
 _BUCKET = 500_000_000  # elements, DeepSpeed's default
@@ -185,15 +185,16 @@ class Trained(Frozen):
         return min(elements, self.inventory.numel) if self.is_cpu else elements
 
     def scratch(self, weights: Amount, largest: int) -> Amount:
-        """Return the scratch memory of an update: AdamW's denominator, SGD's decayed gradient.
+        """Return the scratch memory of an update: SGD's decayed gradient; fused AdamW has none.
 
         Args:
             weights: memory of all tensors that are updated together, in fp32. A GPU updates them
                 at once, with one copy.
-            largest: elements of the largest tensor. A CPU updates tensor by tensor; AdamW
-                then holds two copies.
+            largest: elements of the largest tensor. A CPU updates tensor by tensor.
         """
-        return block(largest * FP32).times(2 if self.moments else 1) if self.is_cpu else weights
+        if self.moments:
+            return NOTHING
+        return block(largest * FP32) if self.is_cpu else weights
 
 
 class Divided(Trained):
