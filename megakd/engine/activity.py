@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -46,7 +46,9 @@ def doing(what: str) -> Iterator[None]:
 def _publish() -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
         record = json.dumps([_current[-1], time.time()])
-        _store().set(f"{_PREFIX}/{dist.get_rank()}", record)
+        # torchrun holds the store. If torchrun was killed, the ranks still have to save.
+        with suppress(RuntimeError):
+            _store().set(f"{_PREFIX}/{dist.get_rank()}", record)
 
 
 def too_long() -> str:
