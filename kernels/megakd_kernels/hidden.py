@@ -15,10 +15,10 @@ from torch import Tensor
 from megakd_kernels import formed, hidden_ops, reference
 from megakd_kernels.hidden_ops import SMALLEST_NORM
 from megakd_kernels.inputs import (
+    all_count,
     check_constants,
     check_not_sharded,
     compute_dtype,
-    may_look_at,
     needs_gradient,
     under_autocast,
     without_autocast,
@@ -109,7 +109,7 @@ def _loss(kind: str, inputs: _Inputs, impl: str) -> Tensor:
 def _reference(kind: str, inputs: _Inputs) -> Tensor:
     student, projection, teacher, valid = inputs
     dtype = compute_dtype(student, projection, teacher)
-    if not (may_look_at(valid) and bool(valid.all())):
+    if not all_count(valid):
         student, teacher = student[valid], teacher[valid]
     projected, target = student.to(dtype), teacher.to(dtype)
     if projection is not None:

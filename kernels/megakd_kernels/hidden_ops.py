@@ -23,7 +23,7 @@ from megakd_kernels.chunking import (
     slices,
 )
 from megakd_kernels.formed import register_formed_gradients
-from megakd_kernels.inputs import compute_dtype, may_look_at
+from megakd_kernels.inputs import all_count, compute_dtype
 
 SMALLEST_NORM = 1e-12
 _CHUNK_MB = 64
@@ -143,7 +143,7 @@ def _squared_difference(
     Padding may hold anything: it is masked in the difference.
     """
     difference = torch.sub(student, teacher, out=out)
-    if not (may_look_at(valid) and bool(valid.all())):
+    if not all_count(valid):
         difference.masked_fill_(~valid[:, None], 0)
     width = student.shape[-1]
     value = torch.linalg.vector_norm(difference, dim=-1).square().sum() / width

@@ -59,6 +59,11 @@ def may_look_at(tensor: Tensor) -> bool:
     return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
+def all_count(valid: Tensor) -> bool:
+    """Return whether all rows count, as far as reading the mask is free; else False."""
+    return may_look_at(valid) and bool(valid.all())
+
+
 def rows_to_keep(valid: Tensor) -> Tensor | None:
     """Return the indices of the rows that count.
 

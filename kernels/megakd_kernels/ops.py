@@ -23,7 +23,7 @@ from megakd_kernels.chunking import (
     slices,
 )
 from megakd_kernels.formed import register_formed_gradients
-from megakd_kernels.inputs import rows_to_keep
+from megakd_kernels.inputs import all_count, rows_to_keep
 from megakd_kernels.linear_chunks import Needed, Side, StudentGradients, Workplace, run_chunks
 from megakd_kernels.row_plan import Reduce, RowPlan, Warp, WholeRows
 from megakd_kernels.row_terms import RowFactors, RowScorer, RowValues, row_kernel
@@ -222,14 +222,14 @@ def logits_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
     scorer = RowScorer(kernel, plan, factors, sizes.block)
     # The loss works in place: in the gradient if it is needed, else in a buffer of one chunk.
     work = kd_factor.new_empty(count if needed else min(sizes.chunk, count), width)
-    all_count = valid.is_cpu and bool(valid.all())
+    is_masked = not all_count(valid)
     for chunk in slices(count, sizes.chunk):
         target = work[chunk] if needed else work[: chunk.stop - chunk.start]
         target.copy_(student_logits[chunk])
         soft = None
         if teacher_logits is not None:
             soft = teacher_logits[chunk, :shared].to(work.dtype, copy=True)
-        if not all_count:
+        if is_masked:
             out_of_use = ~valid[chunk, None]
             target.masked_fill_(out_of_use, 0)
             soft = None if soft is None else soft.masked_fill_(out_of_use, 0)

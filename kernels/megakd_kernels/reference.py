@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megakd_kernels.inputs import Rows, compute_dtype, may_look_at
+from megakd_kernels.inputs import Rows, all_count, compute_dtype
 from megakd_kernels.row_plan import Warp
 from megakd_kernels.row_terms import spread
 from megakd_kernels.settings import KDOutput, Objective, as_scalar, reduction_scale, weighted_total
@@ -38,18 +38,19 @@ def kd_loss(
     results have the dtype of the weights of the rows.
     """
     dtype = compute_dtype(student, teacher)
-    kept = _kept(rows.valid)
+    kept = None if all_count(rows.valid) else rows.valid.nonzero().squeeze(1)
+    counted = Rows(*(None if part is None else _taken(part, kept) for part in rows))
     student = warped(_taken(student, kept).to(dtype), warps[0])
     values = student.new_zeros(0, len(student))
     if teacher is None:
-        agrees = _is_right(student, rows)
+        agrees = _is_right(student, counted)
     else:
         teacher = warped(_taken(teacher, kept).detach().to(dtype), warps[1])
         soft = _without_gradient_at_weight_0(student[:, :shared], objective)
         values = divergence_rows(soft, teacher[:, :shared], objective)
         agrees = share_a_maximum(student[:, :shared], teacher[:, :shared])
-    ce = _cross_entropy_rows(student, rows, objective)
-    weighted = values * _taken(rows.weight, kept)
+    ce = _cross_entropy_rows(student, counted, objective)
+    weighted = values * counted.weight
     total, count = weighted_total(objective, weighted, ce), rows.valid.sum()
     if objective.reduction == "none":
         loss = _spread(total, kept, rows)
@@ -62,14 +63,8 @@ def kd_loss(
     return KDOutput.of(loss.to(rows.weight.dtype), divergences, hard, agreed, count)
 
 
-def _kept(valid: Tensor) -> Tensor | None:
-    """Return the indices of the rows that count; None if all rows do."""
-    if may_look_at(valid) and bool(valid.all()):
-        return None
-    return valid.nonzero().squeeze(1)
-
-
 def _taken(values: Tensor, kept: Tensor | None) -> Tensor:
+    """Return the values of the kept rows; None: all rows are kept."""
     return values if kept is None else values[kept]
 
 
@@ -163,9 +158,9 @@ def _expectation(log_weight: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
 def _cross_entropy_rows(student: Tensor, rows: Rows, objective: Objective) -> Tensor:
     if not objective.wants_ce or rows.labels is None or rows.hard_weight is None:
         return student.new_zeros(len(student))
-    weight = rows.hard_weight[rows.valid]
+    weight = rows.hard_weight
     # An unlabelled row has no loss, even where its placeholder id has the logit -inf.
-    labels = torch.where(weight != 0, rows.labels[rows.valid], -100)
+    labels = torch.where(weight != 0, rows.labels, -100)
     return F.cross_entropy(student, labels, ignore_index=-100, reduction="none") * weight
 
 
@@ -184,9 +179,9 @@ def _is_right(student: Tensor, rows: Rows) -> Tensor:
     """Return [n] bool: whether a row has a label, and the label is a most likely id."""
     if rows.labels is None:
         raise ValueError("cross-entropy needs labels")
-    target = student.gather(1, rows.labels[rows.valid][:, None])
+    target = student.gather(1, rows.labels[:, None])
     is_right = (target == student.amax(-1, keepdim=True)).squeeze(1)
-    return is_right & rows.labelled[rows.valid]
+    return is_right & rows.labelled
 
 
 def share_a_maximum(student: Tensor, teacher: Tensor) -> Tensor:

@@ -98,9 +98,10 @@ class RowScorer:
             return self._found[0]
         if self._found:
             return RowTerms(*(torch.cat(parts, dim=-1) for parts in zip(*self._found, strict=True)))
-        like = self._factors.kd
-        divergences = like.new_zeros(len(self._plan.mixture), 0)
-        return RowTerms(divergences, like, self._factors.valid)
+        # No rows; the outputs of an operator must not be its inputs.
+        none = torch.zeros_like(self._factors.kd)
+        divergences = none.new_zeros(len(self._plan.mixture), 0)
+        return RowTerms(divergences, none, torch.zeros_like(self._factors.valid))
 
 
 def row_blocks(rows: slice, block: int) -> Iterator[tuple[slice, slice]]:

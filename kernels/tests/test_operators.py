@@ -184,3 +184,16 @@ def test_the_backward_makes_one_tensor_as_large_as_the_head(inputs, watched):
         loss.backward()
 
     assert len(made.storages) == 1
+
+
+@LOSSES
+def test_no_rows_give_no_loss_to_an_operator_that_is_watched(inputs, loss):
+    student, weight, teacher, teacher_weight, labels = inputs
+    leaves = [student[:0].detach().requires_grad_(), weight.detach().requires_grad_()]
+
+    with Made(None):  # a mode gets torch's operator
+        value = loss(*leaves, teacher[:0], teacher_weight, labels[:0])
+
+    value.backward()
+    assert value == 0
+    assert all((leaf.grad == 0).all() for leaf in leaves)
