@@ -33,6 +33,11 @@ class Rows(NamedTuple):
         """[N] bool, rows that count and have a label that is an id of the student."""
         return (self.hard_weight != 0) & ~self.hard_weight.isnan()
 
+    def taken(self, index: Tensor) -> Rows:
+        """Return a subset of the rows."""
+        labels = None if self.labels is None else self.labels[index]
+        return Rows(self.valid[index], self.weight[index], labels, self.hard_weight[index])
+
 
 class Masks(NamedTuple):
     """Row masks that a caller may pass; every tensor has one entry per row."""

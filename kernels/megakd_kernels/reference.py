@@ -39,7 +39,7 @@ def kd_loss(
     """
     dtype = compute_dtype(student, teacher)
     kept = None if all_count(rows.valid) else rows.valid.nonzero().squeeze(1)
-    counted = Rows(*(None if part is None else _taken(part, kept) for part in rows))
+    counted = rows if kept is None else rows.taken(kept)
     student = warped(_taken(student, kept).to(dtype), warps[0])
     values = student.new_zeros(0, len(student))
     if teacher is None:
