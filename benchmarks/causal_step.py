@@ -35,7 +35,7 @@ import causal_step_trl as trl
 import torch
 from causal_step_bare import MIXTURES, Bare, loss_of, random_ids, random_models
 from causal_step_case import FULL, QUICK, TERMS, write_case
-from launching import ROOT, quickstart
+from launching import bench_path, quickstart
 from machine import Spread, markdown_row, print_row, spread_of
 from options import words_of
 
@@ -100,10 +100,8 @@ def in_child(side: str, what: str, divergence: str, case: Path, given: argparse.
     """Return what a process of its own has measured."""
     place = ["--case", str(case), "--side", side, "--what", what, "--divergences", divergence]
     command = [sys.executable, str(Path(__file__)), *given.arguments, *place]
-    paths = [str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | quickstart().ENVIRONMENT
-    environment |= {"OMP_NUM_THREADS": str(given.threads)}
-    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    own = {"OMP_NUM_THREADS": str(given.threads), "PYTHONPATH": bench_path()}
+    environment = os.environ | quickstart().ENVIRONMENT | own
     subprocess.run(command, env=environment, check=True)
     return json.loads((case / f"{side}-{what}.json").read_text(encoding="utf-8"))
 

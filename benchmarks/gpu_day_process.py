@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import psutil
-from launching import ROOT, quickstart
+from launching import ROOT, bench_path, quickstart
 
 from megakd.storage.atomic import json_text
 
@@ -100,10 +100,9 @@ def environment(*, rehearse: bool) -> dict[str, str]:
     """Return the variables of a part's process; a rehearsal hides all GPUs."""
     # The interpreter of Triton is for the parts that ask for it.
     own = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    # `bench` is no installed package. The root stays away: its folder `kernels` would be found in
-    # place of Hugging Face's package of that name.
-    paths = [str(ROOT / "kernels"), own.get("PYTHONPATH", "")]
-    own["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    # The root stays away: its folder `kernels` would be found in place of Hugging Face's package
+    # of that name.
+    own["PYTHONPATH"] = bench_path()
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {**own, **offline, **(quickstart().ENVIRONMENT if rehearse else {})}
 

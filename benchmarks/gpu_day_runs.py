@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gpu_day_cases
 from gpu_day_process import end_tree, part_parser, say
-from launching import ROOT, quickstart, write_config
+from launching import ROOT, RunFailedError, under_launcher, write_config
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -41,10 +41,6 @@ CASES = {
     "causal_lm": Case(gpu_day_cases.causal_lm_tree, "student"),
     "minidisc": Case(gpu_day_cases.minidisc_tree, "trial-1"),
 }
-
-
-class RunFailedError(Exception):
-    """A run did not end as it should."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -148,14 +144,8 @@ def newest_step(folder: Path) -> int:
 
 def start(config: Path, output: Path, given: Namespace) -> subprocess.Popen[bytes]:
     """Start `deepspeed launch/train.py` with one rank."""
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", "1"]
-    port = ["--master_port", str(quickstart().free_port())]
     script = ["launch/train.py", "--config", str(config), f"output_dir={output}"]
-    if given.rehearse:
-        # The launcher shows GPUs to its ranks, also to those on the CPU: hide them again.
-        hidden = ["--no_python", "--no_local_rank", "env", "CUDA_VISIBLE_DEVICES="]
-        script = [*hidden, sys.executable, "-u", *script]
-    return subprocess.Popen([*launcher, *port, *script], cwd=ROOT)
+    return subprocess.Popen(under_launcher(script, 1, on_cpu=given.rehearse), cwd=ROOT)
 
 
 def report_numbers(report: dict[str, Any]) -> dict[str, Any]:

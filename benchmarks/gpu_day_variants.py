@@ -1,7 +1,7 @@
 """Part of `gpu_day.py`: a case of the kernels, timed with several values of one setting.
 
 The setting is an environment variable of the kernels, or `chunk_mb`. Every value has a process of
-its own, because the kernels read the variables when they are imported; the processes take turns,
+its own, so that a crash costs one value and memory is that of one value; the processes take turns,
 so that a clock that changes does not favour a value.
 """
 

@@ -86,14 +86,27 @@ def launched(
 
 def launch_command(program: str, config: Path, ranks: int, overrides: Sequence[str]) -> list[str]:
     """Plain python for one rank, DeepSpeed's launcher for more."""
-    script = [sys.executable, "-u", f"launch/{program}.py", "--config", str(config), *overrides]
+    script = [f"launch/{program}.py", "--config", str(config), *overrides]
     if ranks == 1:
-        return script
+        return [sys.executable, "-u", *script]
+    return under_launcher(script, ranks, on_cpu=True)
+
+
+def under_launcher(script: Sequence[str], ranks: int, *, on_cpu: bool) -> list[str]:
+    """The command that runs a script of Python on ranks of this machine, on a free port."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
     places = ["--num_gpus", str(ranks), "--master_port", str(quickstart().free_port())]
-    # The launcher shows GPUs to its ranks, also to those on the CPU: hide them again.
-    hidden = ["--no_python", "--no_local_rank", "env", "CUDA_VISIBLE_DEVICES="]
-    return [*launcher, *places, *hidden, *script]
+    if on_cpu:
+        # The launcher shows GPUs to its ranks, also to those on the CPU: hide them again.
+        hidden = ["--no_python", "--no_local_rank", "env", "CUDA_VISIBLE_DEVICES="]
+        script = [*hidden, sys.executable, "-u", *script]
+    return [*launcher, *places, *script]
+
+
+def bench_path() -> str:
+    """PYTHONPATH with the folder of `bench`, which is no installed package."""
+    paths = [str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(filter(None, paths))
 
 
 def start_ranks(program: Path, arguments: Sequence[str], ranks: int) -> int:
