@@ -27,7 +27,7 @@ import torch
 from datasets import Dataset
 from machine import markdown_row, print_row, spread_of
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.data.documents import documents_of
 from megakd.data.encoding import Collator
 from megakd.data.masking import task_masking

@@ -13,8 +13,9 @@ from megakd.config.deepspeed import (
     check_trained_sharding,
     load_ds_config,
 )
+from megakd.config.models import ScratchModel
 from megakd.config.objective import objective_problems
-from megakd.config.run import ScratchModel, listed_files
+from megakd.config.task import listed_files
 from megakd.config.task_checks import task_problems
 from megakd.config.training_checks import training_problems
 from megakd.contract.methods import no_such_teacher

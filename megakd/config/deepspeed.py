@@ -24,7 +24,7 @@ from megakd.config.deepspeed_rules import (
 from megakd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megakd.config.run import TrainConfig
+    from megakd.config.train import TrainConfig
     from megakd.contract.tasks import Dtype
 
 # `steps_per_print`: DeepSpeed's own log lines are switched off, because the run has its own log.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from megakd.config.run import TrainConfig
 from megakd.config.schedules import SCHEDULES, Schedule
+from megakd.config.train import TrainConfig
 from megakd.errors import ConfigError
 
 

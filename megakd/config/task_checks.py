@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megakd.config.run import TokenizerConfig
+from megakd.config.task import TokenizerConfig
 from megakd.config.training_checks import trainings
 from megakd.contract.tasks import LANGUAGE_TASKS
 
 if TYPE_CHECKING:
-    from megakd.config.run import RunConfig, TaskConfig
+    from megakd.config.run import RunConfig
+    from megakd.config.task import TaskConfig
 
 
 def task_problems(config: RunConfig) -> Iterator[str]:

@@ -6,16 +6,17 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megakd.config.messages import option_problems
-from megakd.config.run import inherit
 from megakd.config.schedules import SCHEDULES
 from megakd.config.stage_schedule import schedule_problem
+from megakd.config.train import inherit
 from megakd.contract.plugins import is_metric, metric_of
 from megakd.contract.tasks import LANGUAGE_TASKS, METRICS
 from megakd.contract.terms import HardCrossEntropy
 from megakd.errors import ConfigError, suggestion
 
 if TYPE_CHECKING:
-    from megakd.config.run import RunConfig, TrainConfig
+    from megakd.config.run import RunConfig
+    from megakd.config.train import TrainConfig
     from megakd.contract.tasks import TaskType
 
 

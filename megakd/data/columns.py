@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from datasets import Dataset, Features, Value
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.data.cache import cached_folder, key_of, read_rows, write_rows
 from megakd.data.choosing import is_labelled

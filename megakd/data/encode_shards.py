@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from megakd.config.run import TaskConfig
+    from megakd.config.task import TaskConfig
     from megakd.data.splits import Splits
 
 TEXTS_PER_SHARD = 100_000

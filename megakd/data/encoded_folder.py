@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import concatenate_datasets
 
-from megakd.config.run import TokenizerConfig
+from megakd.config.task import TokenizerConfig
 from megakd.data.cache import read_rows
 from megakd.data.encoded_keys import VERSION, tokenizer_content
 from megakd.data.encoding import Encoded
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from megakd.config.run import TaskConfig
+    from megakd.config.task import TaskConfig
 
 FORMAT = 1
 MANIFEST, PROGRESS, TOKENIZER = "manifest.json", "progress.json", "tokenizer"

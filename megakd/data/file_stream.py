@@ -9,7 +9,7 @@ from pathlib import Path
 
 from datasets import IterableDataset
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.data.cache import key_of
 from megakd.data.columns import choose_fields, require
 from megakd.data.documents import documents_of

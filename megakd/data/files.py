@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megakd.config.run import Files, TaskConfig, listed_files
+from megakd.config.task import Files, TaskConfig, listed_files
 from megakd.data.columns import rows_of_tables
 from megakd.data.documents import read_documents
 from megakd.data.found import Found

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.data.columns import rows_of_tables
 from megakd.data.found import Found
 from megakd.data.hub import hub_table, load_hub

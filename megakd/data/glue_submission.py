@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from datasets import Dataset
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.data.cache import key_of
 from megakd.data.columns import unlabelled_rows
 from megakd.data.glue import HUB_NAME, TASKS, GlueTask, glue_name, task_folder

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Value
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.data.columns import rows_of_tables
 from megakd.data.found import Found
 from megakd.data.readers import by_split, class_names_of

@@ -23,7 +23,7 @@ from megakd.data.words import WORD_STARTS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from megakd.config.run import TaskConfig
+    from megakd.config.task import TaskConfig
     from megakd.contract.batch import Batch
     from megakd.data.shared_words import VocabularyPair
 

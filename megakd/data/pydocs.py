@@ -19,7 +19,7 @@ from pathlib import Path
 
 from datasets import Features, Value
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.contract.tasks import TaskType
 from megakd.data.cache import cached_folder, key_of, read_rows, write_rows
 from megakd.data.choosing import HASH_RANGE, text_hash

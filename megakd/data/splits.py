@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from datasets import Dataset
 
-from megakd.config.run import Files, TaskConfig
+from megakd.config.task import Files, TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.data.cache import key_of
 from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels

@@ -12,7 +12,7 @@ from typing import Any, cast
 import datasets
 from datasets import Dataset, DatasetBuilder, Features, IterableDataset, Value
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.data.cache import key_of
 from megakd.data.choosing import text_hash
 from megakd.data.columns import DEFAULT_METRICS, VERSION, choose_fields, unlabelled_rows

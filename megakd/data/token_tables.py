@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-    from megakd.config.run import TaskConfig
+    from megakd.config.task import TaskConfig
 
 TEXTS_AT_ONCE = 1000
 _IDS = pa.list_(pa.int32())

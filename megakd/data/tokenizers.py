@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
-from megakd.config.run import TokenizerConfig
+from megakd.config.task import TokenizerConfig
 from megakd.data.cache import key_of
 from megakd.data.encoded_folder import TOKENIZER
 from megakd.data.rows import arrow_batches, rows_key
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from megakd.config.run import TaskConfig
+    from megakd.config.task import TaskConfig
     from megakd.contract.tasks import TaskType
     from megakd.data.splits import Splits
 

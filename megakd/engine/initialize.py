@@ -14,7 +14,7 @@ from deepspeed.runtime import compiler
 from torch import nn
 
 from megakd.config.deepspeed import frozen_ds_config, merged_ds_config
-from megakd.config.run import TrainConfig
+from megakd.config.train import TrainConfig
 from megakd.contract.tasks import Dtype
 
 Engine = Any  # deepspeed.DeepSpeedEngine carries no types

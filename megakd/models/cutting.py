@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from megakd.config.run import TaskConfig
+    from megakd.config.task import TaskConfig
     from megakd.contract.units import Axes, UnitOrder, View
     from megakd.models.matching import Match
     from megakd.models.source import ModelSource

@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from megakd.config.run import ScratchModel
+from megakd.config.models import ScratchModel
 from megakd.engine.finite import names_of_bad_weights
 from megakd.engine.sharding import (
     gathered,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from megakd.config.run import TaskConfig
+    from megakd.config.task import TaskConfig
     from megakd.models.architectures import Architecture
     from megakd.models.matching import Match
 

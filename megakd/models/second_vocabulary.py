@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from megakd.config.run import TaskConfig
+    from megakd.config.task import TaskConfig
     from megakd.models.source import ModelSource
 
 SECOND = "second_vocabulary"

@@ -12,14 +12,9 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
-from megakd.config.run import (
-    RunConfig,
-    ScratchModel,
-    StudentConfig,
-    TaskConfig,
-    TeacherConfig,
-    TokenizerConfig,
-)
+from megakd.config.models import ScratchModel, StudentConfig, TeacherConfig
+from megakd.config.run import RunConfig
+from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.contract.tasks import FROM_TEACHER, LANGUAGE_TASKS, STUDENT
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_named

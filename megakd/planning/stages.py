@@ -10,7 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from megakd.config.run import RunConfig, TeacherConfig
+from megakd.config.models import TeacherConfig
+from megakd.config.run import RunConfig
 from megakd.contract.results import ParameterCounts
 from megakd.contract.stage import Stage, StageResult, untrained
 from megakd.contract.tasks import STUDENT, TEACHER, Dtype

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megakd.config.run import listed_files
+from megakd.config.task import listed_files
 from megakd.contract.tasks import STUDENT
 from megakd.data.choosing import VALIDATION_FRACTION
 from megakd.data.columns import DEFAULT_METRICS, choose_fields, scored_rows
@@ -37,7 +37,8 @@ from megakd.training.vocabulary_checks import check_vocabularies, without_tokeni
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from megakd.config.run import RunConfig, TaskConfig
+    from megakd.config.run import RunConfig
+    from megakd.config.task import TaskConfig
     from megakd.data.tables import Table
     from megakd.teachers.frozen import FrozenTeacher
 

@@ -13,7 +13,7 @@ from megakd.storage.fingerprint import Fingerprint, flatten
 from megakd.training.precision import training_dtype
 
 if TYPE_CHECKING:
-    from megakd.config.run import TrainConfig
+    from megakd.config.train import TrainConfig
     from megakd.contract.stage import Stage
     from megakd.training.engines import Assembly
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megakd.config.run import TeacherConfig
+from megakd.config.models import TeacherConfig
 from megakd.data.encoding import encode_rows
 from megakd.data.glue import TASKS, glue_name
 from megakd.data.glue_submission import SubmissionRows, submission_rows

@@ -8,7 +8,8 @@ from megakd.config.deepspeed import load_ds_config, zero_stage
 from megakd.training.precision import TORCH_DTYPE
 
 if TYPE_CHECKING:
-    from megakd.config.run import RunConfig, TrainConfig
+    from megakd.config.run import RunConfig
+    from megakd.config.train import TrainConfig
     from megakd.contract.tasks import Dtype
     from megakd.models.knowledge import Needs
     from megakd.training.engines import ReadyTeacher

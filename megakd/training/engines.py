@@ -13,7 +13,9 @@ from torch.nn import functional
 
 from megakd.config.deepspeed import load_ds_config
 from megakd.config.file import config_tree
-from megakd.config.run import RunConfig, TeacherConfig, TrainConfig
+from megakd.config.models import TeacherConfig
+from megakd.config.run import RunConfig
+from megakd.config.train import TrainConfig
 from megakd.contract.batch import Batch
 from megakd.contract.plugins import code_of, is_metric, metric_of
 from megakd.contract.stage import Stage

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from megakd.config.deepspeed import check_frozen_stage, load_ds_config
-from megakd.config.run import RunConfig, StudentConfig, TeacherConfig
+from megakd.config.models import StudentConfig, TeacherConfig
+from megakd.config.run import RunConfig
 from megakd.contract.metrics import Metric
 from megakd.contract.tasks import FROM_TEACHER, ONE_LABEL_METRICS, STUDENT
 from megakd.contract.terms import looks_inside

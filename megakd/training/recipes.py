@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megakd.config.deepspeed import load_ds_config, zero_stage
-from megakd.config.run import RunConfig, inherit
+from megakd.config.run import RunConfig
+from megakd.config.train import inherit
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import FROM_TEACHER
 from megakd.contract.terms import HardCrossEntropy, TermConfig, hard_terms

@@ -10,7 +10,7 @@ from megakd.data.mixed_text import MixedText
 from megakd.engine.collectives import gather
 
 if TYPE_CHECKING:
-    from megakd.config.run import TrainConfig
+    from megakd.config.train import TrainConfig
     from megakd.contract.stage import BatchSource, Stage
     from megakd.engine.distributed import Ranks
     from megakd.training.engines import Assembly

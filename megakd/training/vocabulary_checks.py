@@ -13,7 +13,7 @@ from megakd.errors import TeacherError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from megakd.config.run import TaskConfig
+    from megakd.config.task import TaskConfig
     from megakd.models.source import ModelSource
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from megakd.config.deepspeed import (
     preset_names,
     zero_stage,
 )
-from megakd.config.run import TrainConfig
+from megakd.config.train import TrainConfig
 from megakd.errors import ConfigError
 
 PRESETS = {

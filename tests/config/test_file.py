@@ -12,16 +12,10 @@ from hypothesis import strategies as st
 from run_files import message_of
 
 from megakd.config.file import config_tree, dump_config, load_config
-from megakd.config.run import (
-    FinetuneOverrides,
-    RunConfig,
-    ScratchModel,
-    StudentConfig,
-    TaskConfig,
-    TeacherConfig,
-    TokenizerConfig,
-    TrainConfig,
-)
+from megakd.config.models import ScratchModel, StudentConfig, TeacherConfig
+from megakd.config.run import RunConfig
+from megakd.config.task import TaskConfig, TokenizerConfig
+from megakd.config.train import FinetuneOverrides, TrainConfig
 from megakd.contract.terms import HiddenMse, SoftTargetKl
 from megakd.methods.single import SingleConfig
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megakd.config.deepspeed import merged_ds_config
-from megakd.config.run import TrainConfig
+from megakd.config.train import TrainConfig
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from megakd.config.run import TrainConfig
 from megakd.config.schedules import SCHEDULES
 from megakd.config.stage_schedule import learning_rate_schedule, warmup_steps
+from megakd.config.train import TrainConfig
 from megakd.errors import ConfigError
 
 OPTIONS = [

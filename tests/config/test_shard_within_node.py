@@ -15,7 +15,7 @@ from megakd.config.deepspeed import (
     shards_within_node,
 )
 from megakd.config.file import load_config
-from megakd.config.run import TrainConfig
+from megakd.config.train import TrainConfig
 from megakd.errors import ConfigError
 
 WHERE = "teacher.deepspeed"

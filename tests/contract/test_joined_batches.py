@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.contract.batch import AttentionVectors, Batch, Knowledge, Targets
 from megakd.contract.joined_batches import joined, part_of, parts_of
 from megakd.data.encoding import Collator

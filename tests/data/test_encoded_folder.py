@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_runs import reviews, write_jsonl
 
-from megakd.config.run import TaskConfig, TokenizerConfig
+from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.data import encode_shards, encoded_folder
 from megakd.data.encode_shards import write_encoded
 from megakd.data.encoded_folder import MANIFEST, as_encoded, facts_of, open_splits

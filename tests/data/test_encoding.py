@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.data import encoding
 from megakd.data.encoded_keys import tokenizer_content
 from megakd.data.encoding import Collator, encode_splits, labelled_only

@@ -12,7 +12,7 @@ from slow_tokenizer import SPECIAL, WORDS, Words
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.data.encoded_keys import tokenizer_content
 from megakd.data.encoding import encode_rows
 

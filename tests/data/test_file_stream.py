@@ -13,7 +13,7 @@ import pytest
 from datasets import IterableDataset
 from tiny_runs import write_jsonl
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.data.choosing import text_hash
 from megakd.data.file_stream import file_stream, sample_of, table_of
 from megakd.data.files import named_rows

@@ -11,7 +11,7 @@ from datasets import Features, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.data.documents import pieces
 from megakd.data.splits import Splits, load_splits
 from megakd.errors import DataError

@@ -6,7 +6,7 @@ import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.data.glue import TASKS
 from megakd.data.splits import Splits, load_splits
 from megakd.errors import ConfigError, DataError

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from tiny_glue import TEST_ROWS, write_diagnostic, write_glue
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE
 from megakd.data.glue import TASKS
 from megakd.data.glue_submission import SUBMISSIONS, submission_rows

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.data.splits import Splits, load_splits
 from megakd.errors import DataError
 

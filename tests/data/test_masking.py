@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch
 from megakd.data.encoding import Collator
 from megakd.data.loader import StepLoader, StepShape, evaluation_batches

@@ -16,7 +16,7 @@ from slow_tokenizer import Words
 from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.data import encoding
 from megakd.data.encoding import Collator, encode_rows
 from megakd.data.mixed_rows import encode_mixed, word_windows

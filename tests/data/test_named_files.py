@@ -12,7 +12,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from tiny_runs import write_jsonl, write_text
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.data.splits import Splits, load_splits
 from megakd.errors import DataError
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from packed import unpack
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.data.encoding import Collator
 from megakd.data.packing import pack
 

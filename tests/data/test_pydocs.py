@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.data import pydocs
 from megakd.data.docstrings import read_docstrings, source_files, source_roots
 from megakd.data.pydocs import (
@@ -256,7 +256,7 @@ def test_the_corpus_is_built_once_and_anew_when_a_module_changes(
 
 def test_neither_hash_seed_nor_place_changes_the_rows(root: Path, tmp_path: Path):
     program = (
-        "import sys; from pathlib import Path; from megakd.config.run import TaskConfig\n"
+        "import sys; from pathlib import Path; from megakd.config.task import TaskConfig\n"
         "from megakd.data.pydocs import pydocs_rows\n"
         "task = TaskConfig(type='classification', dataset='pydocs')\n"
         "root, cache = map(Path, sys.argv[1:])\n"

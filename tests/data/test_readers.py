@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.data.readers import read_csv, read_parquet
 from megakd.data.splits import Splits, load_splits
 from megakd.errors import DataError

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 from datasets import Dataset
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.data.tokenizers import from_folder, load_tokenizer
 from megakd.errors import DataError
 

@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.data import splits
 from megakd.data.cache import cached_folder
 from megakd.data.choosing import at_most, cut_validation, keep_labels

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import write_jsonl
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch
 from megakd.data.batch_source import batch_source
 from megakd.data.encoding import Collator, Encoded, StreamedRows, encode_rows

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_runs import save_tokenizer, write_jsonl
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.data.encoding import encode_splits
 from megakd.data.splits import Splits, load_splits
 from megakd.data.tokenizers import from_folder, load_tokenizer

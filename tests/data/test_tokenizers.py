@@ -12,7 +12,7 @@ from datasets import Dataset
 from other_process import said_elsewhere
 from transformers import AutoTokenizer, BertConfig, LlamaConfig, RobertaConfig
 
-from megakd.config.run import TaskConfig, TokenizerConfig
+from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.data import tokenizers, vocabularies
 from megakd.data.tokenizers import has_tokenizer_files, load_tokenizer
 from megakd.errors import DataError

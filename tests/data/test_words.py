@@ -14,7 +14,7 @@ from slow_tokenizer import Words
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch
 from megakd.data.encoding import Collator, encode_rows
 from megakd.data.masking import Masking, task_masking

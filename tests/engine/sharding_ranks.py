@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
-from megakd.config.run import ScratchModel, TaskConfig
+from megakd.config.models import ScratchModel
+from megakd.config.task import TaskConfig
 from megakd.engine.sharding import gathered, gathered_state, is_sharded
 from megakd.models.loading import load_model, resolve_model
 

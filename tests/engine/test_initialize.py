@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from megakd.config.deepspeed import load_ds_config, merged_ds_config
-from megakd.config.run import TrainConfig
+from megakd.config.train import TrainConfig
 from megakd.engine.initialize import RATE, _offloads_optimizer, _optimizer, _parameter_groups
 
 

@@ -8,7 +8,8 @@ from forked_ranks import start_rank
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from megakd.config.run import ScratchModel, TaskConfig
+from megakd.config.models import ScratchModel
+from megakd.config.task import TaskConfig
 from megakd.engine.distributed import free_port
 from megakd.engine.sharding import (
     gathered,

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 
 from megakd.config.file import load_config
-from megakd.config.run import ScratchModel
+from megakd.config.models import ScratchModel
 
 PUBLISHED = b"the published weights"
 

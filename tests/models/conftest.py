@@ -13,7 +13,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from megakd.config.run import ScratchModel, TaskConfig
+from megakd.config.models import ScratchModel
+from megakd.config.task import TaskConfig
 from megakd.models.loading import load_model, resolve_model
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource

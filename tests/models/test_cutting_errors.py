@@ -20,7 +20,7 @@ from tiny_cuts import (
 )
 from transformers import ElectraConfig
 
-from megakd.config.run import ScratchModel
+from megakd.config.models import ScratchModel
 from megakd.contract.units import View
 from megakd.errors import ModelError
 from megakd.models import cutting

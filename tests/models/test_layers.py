@@ -111,7 +111,7 @@ def test_a_number_of_layers_is_spread_evenly_and_keeps_the_last(count, data):
 def source_like(layers: int):
     from transformers import BertConfig
 
-    from megakd.config.run import ScratchModel
+    from megakd.config.models import ScratchModel
     from megakd.models.loading import resolve_model
 
     keys = BertConfig(num_hidden_layers=layers).to_diff_dict()

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from megakd.config.run import ScratchModel
+from megakd.config.models import ScratchModel
 from megakd.errors import ModelError
 from megakd.models import loading
 from megakd.models.loading import check_model

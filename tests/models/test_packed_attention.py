@@ -117,7 +117,7 @@ def test_the_collator_states_where_documents_begin(tiny_task, lengths, length):
 
 @pytest.fixture(scope="module")
 def tiny_task():
-    from megakd.config.run import TaskConfig
+    from megakd.config.task import TaskConfig
 
     return TaskConfig(type="causal_lm", dataset="d", max_length=LENGTH)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import ElectraConfig, ElectraForMaskedLM
 
-from megakd.config.run import ScratchModel
+from megakd.config.models import ScratchModel
 from megakd.errors import ModelError
 from megakd.models import loading
 from megakd.models.counting import named_shapes, parameter_counts

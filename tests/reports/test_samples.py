@@ -12,7 +12,7 @@ from tiny_runs import bert, config_tree, llama, write_config, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from whole_run import finish, read
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.contract.batch import Batch, TopK
 from megakd.contract.tasks import TaskType
 from megakd.data.packing import pack

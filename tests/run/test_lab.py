@@ -21,18 +21,10 @@ from lab_scene import (
     stage_of,
 )
 
-from megakd.config.run import (
-    EvalConfig,
-    FinetuneOverrides,
-    LogConfig,
-    PooledTeacher,
-    RunConfig,
-    SaveConfig,
-    ScratchModel,
-    TaskConfig,
-    TeacherConfig,
-    TrainConfig,
-)
+from megakd.config.models import PooledTeacher, ScratchModel, TeacherConfig
+from megakd.config.run import EvalConfig, LogConfig, RunConfig, SaveConfig
+from megakd.config.task import TaskConfig
+from megakd.config.train import FinetuneOverrides, TrainConfig
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.terms import HiddenMse, SoftTargetKl
 from megakd.errors import CheckpointError, ConfigError, TeacherError

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from megakd.config.run import RunConfig, ScratchModel, StudentConfig, TaskConfig, TeacherConfig
+from megakd.config.models import ScratchModel, StudentConfig, TeacherConfig
+from megakd.config.run import RunConfig
+from megakd.config.task import TaskConfig
 from megakd.contract.stage import Stage
 from megakd.contract.terms import SoftTargetKl
 from megakd.data.encoding import Encoded

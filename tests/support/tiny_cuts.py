@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from megakd.config.run import TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.contract.units import UnitOrder, View
 from megakd.models.architectures import architecture_of
 from megakd.models.cutting import cut_config, cut_state

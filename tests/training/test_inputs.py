@@ -11,15 +11,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from megakd.config.run import (
-    FinetuneOverrides,
-    RunConfig,
-    ScratchModel,
-    StudentConfig,
-    TaskConfig,
-    TeacherConfig,
-    TokenizerConfig,
-)
+from megakd.config.models import ScratchModel, StudentConfig, TeacherConfig
+from megakd.config.run import RunConfig
+from megakd.config.task import TaskConfig, TokenizerConfig
+from megakd.config.train import FinetuneOverrides
 from megakd.contract.shapes import Shape
 from megakd.engine import distributed
 from megakd.errors import DataError, ModelError, TeacherError

@@ -11,7 +11,7 @@ import pytest
 import torch
 from unit_counts import counts_of
 
-from megakd.config.run import TrainConfig
+from megakd.config.train import TrainConfig
 from megakd.contract.batch import Losses
 from megakd.contract.shapes import Shape
 from megakd.contract.stage import Stage, StepReport

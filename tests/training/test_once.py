@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from lab_scene import config_of, lab_of, pretend_one_rank, save_teacher
 
-from megakd.config.run import EvalConfig, TaskConfig
+from megakd.config.run import EvalConfig
+from megakd.config.task import TaskConfig
 from megakd.contract import plugins
 from megakd.errors import CheckpointError
 from megakd.run.lab import Lab

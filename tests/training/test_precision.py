@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megakd.config.file import load_config
-from megakd.config.run import TeacherConfig, TrainConfig
+from megakd.config.models import TeacherConfig
+from megakd.config.train import TrainConfig
 from megakd.training import precision
 from megakd.training.precision import (
     frozen_dtype,

@@ -6,15 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megakd.config.run import (
-    FinetuneOverrides,
-    PooledTeacher,
-    RunConfig,
-    StudentConfig,
-    TaskConfig,
-    TrainConfig,
-    inherit,
-)
+from megakd.config.models import PooledTeacher, StudentConfig
+from megakd.config.run import RunConfig
+from megakd.config.task import TaskConfig
+from megakd.config.train import FinetuneOverrides, TrainConfig, inherit
 from megakd.contract.stage import Stage
 from megakd.methods.takd import TakdConfig
 from megakd.training.recipes import completed, finetuning_stage

@@ -1,0 +1,85 @@
+"""The section `task` of a run config: the task and its data."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
+
+from megakd.config.paths import Folder
+from megakd.contract.tasks import TaskType
+from megakd.contract.terms import STRICT, Count
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class TokenizerConfig:
+    """A tokenizer trained on the training text."""
+
+    type: Literal["wordpiece", "bpe", "unigram"]
+    vocab_size: Annotated[int, Field(ge=300)] = 8000
+
+
+Files = str | Annotated[tuple[str, ...], Field(min_length=1)]
+"""A path, a pattern such as shards/*.jsonl, or a list of paths and patterns."""
+
+
+def listed_files(files: Files | None) -> tuple[str, ...]:
+    """Return the paths and patterns of a setting as a tuple."""
+    return (files,) if isinstance(files, str) else files or ()
+
+
+def _free_set_name(name: str) -> str:
+    if name in ("train", "validation", "test") or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise ValueError(
+            "the name of an evaluation set must consist of letters, digits, -, _ and ., start with "
+            f"a letter or digit, and not be train, validation or test (got {name!r})"
+        )
+    return name
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class TaskConfig:
+    """The task and its data: either `dataset`, or separate files for every split."""
+
+    type: TaskType
+    dataset: str | None = None
+    train_files: Files | None = None
+    validation_files: Files | None = None
+    """None: 5 % of the training rows, chosen by hash."""
+    test_files: Files | None = None
+    evaluation_sets: dict[Annotated[str, AfterValidator(_free_set_name)], Files] = Field(
+        default_factory=dict
+    )
+    """Further sets by name; all their rows are scored at the end of the run."""
+    dataset_config: str | None = None
+    """The Hub configuration of `dataset`, if the data set has several configurations."""
+    data_dir: Path | None = None
+    text_columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)] | None = None
+    label_column: str | None = None
+    max_length: Annotated[int, Field(ge=2, le=2**24)] = 128
+    """In tokens. Longer texts are truncated; mlm splits them into windows, and causal_lm packs
+    texts to this length."""
+    tokenizer: str | TokenizerConfig | None = None
+    mlm_probability: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Fraction of the tokens that are predicted; None: 0.15. Only for mlm."""
+    whole_word_masking: bool = False
+    """Choose all tokens of a word together. Only for mlm."""
+    labelled_examples: Count | None = None
+    """Keep the labels of this many training rows, chosen by hash; other rows become unlabelled."""
+    max_eval_examples: Count | None = None
+    """Score at most this many rows of each held-out split, chosen by hash. None: all rows, but at
+    most 5000 of a validation split that is cut from the training rows. With streaming and no
+    validation split: hold out this many texts from the beginning of the stream."""
+    streaming: bool = False
+    """Read the training texts during training, without a copy on disk. Only for mlm and
+    causal_lm; needs train.max_steps."""
+    encoded: Folder | None = None
+    """Folder that `megakd encode` has written; the run reads no text."""
+
+    @property
+    def data_name(self) -> str:
+        """The name of the data: the data set, or the training files."""
+        return self.dataset or ", ".join(listed_files(self.train_files))

@@ -1,0 +1,104 @@
+"""The section `train` of a run config, and the sections that inherit its keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from megakd.config.paths import Checkpoint
+from megakd.config.schedules import ScheduleName
+from megakd.contract.tasks import Kernels
+from megakd.contract.terms import STRICT, Count, Fraction, Positive, Weight
+
+Epochs = Annotated[float, Field(gt=0, le=1e9)]
+MicroBatches = Annotated[int, Field(ge=1, le=2**20)]
+
+
+def _with_every_key_optional(kind: type, name: str) -> type:
+    """Return a dataclass with the keys of another dataclass, all optional."""
+    hints = get_type_hints(kind, include_extras=True)
+    annotations = {key: hint | None for key, hint in hints.items()}
+    body = {"__module__": __name__, "__annotations__": annotations, **dict.fromkeys(hints)}
+    return dataclass(config=STRICT, frozen=True, kw_only=True)(type(name, (), body))
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of a stage's training, with the names and defaults of Hugging Face's Trainer."""
+
+    per_device_train_batch_size: Count = 8
+    gradient_accumulation_steps: MicroBatches = 1
+    num_train_epochs: Epochs = 3.0
+    max_steps: Count | None = None
+    """In optimizer steps; overrides num_train_epochs."""
+    learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-5
+    lr_scheduler_type: ScheduleName = "linear"
+    lr_scheduler_kwargs: dict[str, Any] | None = None
+    """Options of the schedule, named as in Transformers: `{num_decay_steps: 100}`."""
+    warmup_ratio: Fraction = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """In optimizer steps; overrides warmup_ratio if above 0."""
+    weight_decay: Weight = 0.0
+    optim: Literal["adamw", "sgd"] = "adamw"
+    """sgd keeps no optimizer state, for models whose AdamW moments do not fit into memory."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_epsilon: Positive = 1e-8
+    max_grad_norm: Weight = 1.0
+    """Maximum global gradient norm for clipping; 0 switches clipping off."""
+    bf16: bool | None = None
+    """None: true on a GPU that has bf16, unless fp16 is set; false on a CPU."""
+    fp16: bool = False
+    gradient_checkpointing: bool = False
+    early_stopping_patience: Count | None = None
+    """Stop the stage after this many evaluations in a row without a better score."""
+    early_stopping_threshold: Weight = 0.0
+    """A score is better if it exceeds the best score by more than this."""
+    kernels: Kernels = "auto"
+    """Implementation of the losses; all give the same result up to rounding. auto is triton on a
+    GPU."""
+    resume_from_checkpoint: bool | Checkpoint = True
+    collective_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+    """Seconds that a rank waits for the other ranks in a collective of tensors. Waits for rank 0,
+    which reads, encodes or writes files, have a limit of 24 hours. Only in `train`."""
+
+
+if TYPE_CHECKING:
+
+    class TrainOverrides(TrainConfig):
+        """Every key of `train`, or None; keys that are not set are inherited."""
+
+else:
+    TrainOverrides = _with_every_key_optional(TrainConfig, "TrainOverrides")
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class FinetuneOverrides(TrainOverrides):
+    """`teacher.finetune`: every key of `train`, and the DeepSpeed config of the fine-tuning."""
+
+    deepspeed: str | dict[str, Any] = "zero2"
+
+
+def inherit(train: TrainConfig, overrides: TrainOverrides) -> TrainConfig:
+    """Return the settings of `train`, replaced by the keys that `overrides` sets.
+
+    An override of `num_train_epochs` resets an inherited `max_steps`, and an override of
+    `warmup_ratio` resets inherited `warmup_steps`, which would otherwise win. An override of
+    `lr_scheduler_type` resets inherited `lr_scheduler_kwargs`.
+
+    Args:
+        train: settings to inherit.
+        overrides: keys of `teacher.finetune` or `alone`.
+    """
+    given = {k: v for k, v in asdict(overrides).items() if v is not None and k != "deepspeed"}
+    if "num_train_epochs" in given and "max_steps" not in given:
+        given["max_steps"] = None
+    if "warmup_ratio" in given and "warmup_steps" not in given:
+        given["warmup_steps"] = 0
+    if "lr_scheduler_type" in given and "lr_scheduler_kwargs" not in given:
+        given["lr_scheduler_kwargs"] = None
+    return dataclasses.replace(train, **given)
