@@ -61,6 +61,8 @@ class Batch(NamedTuple):
         those of its first vocabulary. In `input_ids`, numbers of the second vocabulary follow those
         of the first.
     documents: the documents in packed rows; None without packing.
+    is_rollout: [B, T] bool, the positions of texts that a model has generated during the run; None
+        if there are none.
     """
 
     inputs: dict[str, Tensor]
@@ -71,6 +73,7 @@ class Batch(NamedTuple):
     others: Mapping[str, Batch] | None = None
     second: Targets | None = None
     documents: Documents | None = None
+    is_rollout: Tensor | None = None
 
     def of(self, role: str | None) -> Batch:
         """Return the rows encoded for the model of a role; None: as they are."""

@@ -1,0 +1,72 @@
+"""Rollouts: texts that a model generates from prompts, and the protocol of generators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+
+class Sampling(NamedTuple):
+    """How a model continues a prompt.
+
+    max_new_tokens: maximum number of tokens of a completion, the end token included.
+    temperature: divisor of the logits; 0 takes the most likely token.
+    top_p: sample from the smallest set of tokens with at least this probability.
+    top_k: sample from this many most likely tokens; None: from all tokens.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+
+
+class Completion(NamedTuple):
+    """The continuation of one prompt.
+
+    ids: the generated token numbers, with the end token if the completion is finished.
+    finished: whether the model ended the completion; False if the completion reached
+        `max_new_tokens`.
+    """
+
+    ids: tuple[int, ...]
+    finished: bool
+
+
+class Rollout(NamedTuple):
+    """One generated text, as it is written before the student learns from it.
+
+    row: number of the training row whose prompt was continued.
+    prompt: token numbers of the prompt.
+    completion: the continuation.
+    version: number of updates of the student that generated the text.
+    seed: seed of the completion's random numbers.
+    """
+
+    row: int
+    prompt: tuple[int, ...]
+    completion: Completion
+    version: int
+    seed: int
+
+
+class Generator(Protocol):
+    """A model that continues prompts; every call is a collective of all ranks."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Completion]:
+        """Continue this rank's prompts, in order; there may be none.
+
+        A completion depends on the weights, the prompt, the seed and `sampling`, but not on the
+        other prompts of the call or on the rank.
+
+        Args:
+            prompts: token numbers of each prompt.
+            seeds: a seed for each prompt.
+            sampling: how the prompts are continued.
+
+        Raises:
+            MegakdError: the generator cannot be used.
+        """
+        ...
