@@ -1,7 +1,8 @@
 """Times losses of a few numbers on a CPU, where fixed costs count: `python -m bench.small`.
 
 Prints the CPU time of forward and backward, one thread, the least of several rounds. `eager` forms
-the loss alone; the losses of this package also return sums, values per row and agreement.
+the loss alone; `chunked` also forms sums, values per row and agreement. With `auto`, the loss of
+logits forms them when one is read, which is not part of the time.
 """
 
 from __future__ import annotations

@@ -10,12 +10,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megakd_kernels import formed, hidden_ops, reference
 from megakd_kernels.hidden_ops import SMALLEST_NORM
 from megakd_kernels.inputs import (
     all_count,
+    as_matrix,
     check_constants,
     check_not_sharded,
     compute_dtype,
@@ -115,7 +117,7 @@ def _reference(kind: str, inputs: _Inputs) -> Tensor:
     if projection is not None:
         projected = reference.project(projected, projection, None, dtype)
     if kind == "mse":
-        return reference.hidden_mse(projected, target).sum()
+        return F.mse_loss(projected, target, reduction="sum") / target.shape[-1]
     return reference.hidden_cosine(projected, target, SMALLEST_NORM).sum()
 
 
@@ -130,8 +132,7 @@ def _flatten(
     check_not_sharded("projection", projection)
     check_constants(teacher_hidden=teacher)
     _check_widths(student.shape[-1], projection, teacher.shape[-1])
-    student = student.reshape(-1, student.shape[-1])
-    teacher = teacher.reshape(-1, teacher.shape[-1])
+    student, teacher = as_matrix(student), as_matrix(teacher)
     if valid is None:
         valid = torch.ones(len(student), dtype=torch.bool, device=student.device)
     if valid.numel() != len(student):

@@ -47,16 +47,28 @@ class Masks(NamedTuple):
     ignore_index: int
     valid: Tensor | None = None
 
+    @property
+    def are_absent(self) -> bool:
+        """True if all rows count alike and no row has a label."""
+        return self.labels is None and self.token_weight is None and self.valid is None
+
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Return fp32, or fp64 if any input is fp64 (gradient checks)."""
-    is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if is_double else torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def needs_gradient(tensor: Tensor | None) -> bool:
     """Return whether a gradient must be formed for the tensor now."""
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def as_matrix(values: Tensor) -> Tensor:
+    """Return values [..., V] as [N, V]; a matrix is returned itself, because a view takes time."""
+    return values if values.dim() == 2 else values.reshape(-1, values.shape[-1])
 
 
 def may_look_at(tensor: Tensor) -> bool:
@@ -99,8 +111,11 @@ def under_autocast(tensor: Tensor) -> Tensor:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context that switches autocast off; meta tensors have no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """Return a context that switches autocast off, if autocast is on."""
+    # Meta tensors have no autocast; to enter and leave a context of torch takes 3 microseconds.
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def check_constants(**tensors: Tensor | None) -> None:

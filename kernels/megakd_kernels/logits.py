@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megakd_kernels import formed, ops, reference
+from megakd_kernels import formed, ops, reference, small_logits
 from megakd_kernels.inputs import (
     Masks,
     Rows,
+    as_matrix,
     check_constants,
     compute_dtype,
     needs_gradient,
@@ -78,7 +79,7 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
             allowed only without gradient.
         valid: [...] bool; rows that are False may hold anything.
         chunk_mb: budget of the chunk buffers in MiB; None: a fortieth of the GPU's memory,
-            between 1024 and 4096 (64 on a CPU, at most).
+            between 1024 and 4096 (64 on a CPU).
         impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
 
     Returns:
@@ -100,12 +101,13 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
         has_labels=labels is not None,
         needs_grad=needs_gradient(student),
     )
-    like = student.new_empty((), dtype=compute_dtype(student, teacher))
     masks = Masks(labels, token_weight, ignore_index, valid)
-    shard = Shard(start=0, ids=student.shape[1], limit=None, group=None)
-    rows = select_rows(
-        len(student), like=like, masks=masks, ids=shard if objective.wants_ce else None
-    )
+    rows = None if masks.are_absent else _select(student, teacher, masks, objective)
+    if token_weight is None and is_small(impl, student, teacher, most=small_logits.MOST_NUMBERS):
+        output = small_logits.kd_loss(student, teacher, rows, objective, shared)
+        if output is not None:
+            return output
+    rows = rows or _select(student, teacher, masks, objective)
     implementation = resolve_implementation(impl, student.device)
     with without_autocast(student.device):
         if implementation == "reference":
@@ -122,10 +124,18 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
     return output
 
 
+def _select(student: Tensor, teacher: Tensor | None, masks: Masks, objective: Objective) -> Rows:
+    like = student.new_empty((), dtype=compute_dtype(student, teacher))
+    ids = Shard(start=0, ids=student.shape[1], limit=None, group=None)
+    return select_rows(
+        len(student), like=like, masks=masks, ids=ids if objective.wants_ce else None
+    )
+
+
 def _flatten(
     student: Tensor, teacher: Tensor | None, vocab_size: int | None
 ) -> tuple[Tensor, Tensor | None, int]:
-    flat = student.reshape(-1, student.shape[-1])
+    flat = as_matrix(student)
     if teacher is None:
         return flat, None, student.shape[-1]
     if teacher.shape[:-1] != student.shape[:-1]:
@@ -134,7 +144,7 @@ def _flatten(
             f"{list(teacher.shape)}; only the last dimension may differ"
         )
     shared = shared_vocabulary(student.shape[-1], teacher.shape[-1], vocab_size)
-    return flat, teacher.reshape(-1, teacher.shape[-1]), shared
+    return flat, as_matrix(teacher), shared
 
 
 def _formed(

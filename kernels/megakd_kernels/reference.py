@@ -43,7 +43,7 @@ def kd_loss(
     student = warped(_taken(student, kept).to(dtype), warps[0])
     values = student.new_zeros(0, len(student))
     if teacher is None:
-        agrees = _is_right(student, counted)
+        agrees = is_right(student, counted)
     else:
         teacher = warped(_taken(teacher, kept).detach().to(dtype), warps[1])
         soft = _without_gradient_at_weight_0(student[:, :shared], objective)
@@ -124,11 +124,6 @@ def warped(logits: Tensor, warp: Warp) -> Tensor:
     return warp.softcap * torch.tanh(scaled / warp.softcap) if warp.softcap else scaled
 
 
-def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the squared error per row, mean over the width; [N, H] and [N, H] -> [N]."""
-    return (student - teacher).square().mean(-1)
-
-
 def hidden_cosine(student: Tensor, teacher: Tensor, smallest: float) -> Tensor:
     """Return 1 - cosine per row; vectors shorter than `smallest` have cosine 0."""
     unit_student, unit_teacher = _unit(student, smallest), _unit(teacher, smallest)
@@ -175,7 +170,7 @@ def _without_gradient_at_weight_0(student: Tensor, objective: Objective) -> Tens
     return torch.where(weight != 0, student, student.detach())
 
 
-def _is_right(student: Tensor, rows: Rows) -> Tensor:
+def is_right(student: Tensor, rows: Rows) -> Tensor:
     """Return [n] bool: whether a row has a label, and the label is a most likely id."""
     if rows.labels is None:
         raise ValueError("cross-entropy needs labels")

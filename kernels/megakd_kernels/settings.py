@@ -26,8 +26,9 @@ ENVIRONMENT_VARIABLE = "MEGAKD_KERNELS"
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-# Numbers on a CPU below which eager torch is faster than an operator.
-_SMALL = 1 << 14
+# Numbers on a CPU up to which eager torch is faster than an operator.
+SMALL = 1 << 14
+_PLAIN = (Tensor, Parameter)
 
 Implementation = Literal["triton", "chunked", "reference"]
 Divergence = str | Mapping[str, float]
@@ -47,6 +48,8 @@ class KDOutput(NamedTuple):
         rows whose label is a most likely id. int64.
     row_divergences, row_ce, row_agrees: [n_div, N], [N], [N] bool, the terms of these sums, 0 for
         a row that does not count. They separate groups of rows that one call scores together.
+
+    The fields after `loss` may be formed at the first access (`deferred.DeferredOutput`).
     """
 
     loss: Tensor
@@ -147,17 +150,21 @@ def resolve_implementation(impl: str, device: torch.device) -> Implementation:
     return "reference" if impl == "reference" else "chunked"
 
 
-def is_small(impl: str, *tensors: Tensor | None) -> bool:
+def is_small(impl: str, *tensors: Tensor | None, most: int = SMALL) -> bool:
     """Return whether eager torch is faster than an operator, which has 100 steps in Python.
 
-    A caller who names an implementation gets it, also for a few numbers on a CPU.
+    So it is for at most `most` numbers on a CPU. A caller who names an implementation gets it.
     """
     if impl != "auto" or os.environ.get(ENVIRONMENT_VARIABLE) or torch.compiler.is_compiling():
         return False
-    given = [tensor for tensor in tensors if tensor is not None]
-    return sum(tensor.numel() for tensor in given) <= _SMALL and all(
-        type(tensor) in {Tensor, Parameter} and tensor.is_cpu for tensor in given
-    )
+    count = 0
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or not tensor.is_cpu:
+            return False
+        count += tensor.numel()
+    return count <= most
 
 
 def _check_triton(source: str, device: torch.device) -> None:
@@ -229,16 +236,16 @@ def _mixture(divergence: Divergence, beta: float, skew: float) -> tuple[tuple[st
         one_of("divergence", name, DIVERGENCES)
         if not math.isfinite(weight):
             raise ValueError(f"the weight of {name} must be finite, got {weight}")
-    # A degenerate formula means its limit; the limits of jsd follow GKD's convention.
-    limits = {
-        ("jsd", 0.0): "forward_kl", ("jsd", 1.0): "reverse_kl",
-        ("skew_kl", 0.0): "forward_kl", ("skew_rkl", 0.0): "reverse_kl",
-    }  # fmt: skip
-    options = {"jsd": beta, "skew_kl": skew, "skew_rkl": skew}
-    return tuple(
-        (limits.get((name, float(options.get(name, -1.0))), name), float(weight))
-        for name, weight in weights.items()
-    )
+    return tuple([(_limit(name, beta, skew), float(weight)) for name, weight in weights.items()])
+
+
+def _limit(name: str, beta: float, skew: float) -> str:
+    """Return the limit of a degenerate formula; the limits of jsd follow GKD's convention."""
+    if name == "jsd":
+        return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(float(beta), name)
+    if skew == 0:
+        return {"skew_kl": "forward_kl", "skew_rkl": "reverse_kl"}.get(name, name)
+    return name
 
 
 def _check_reduction(reduction: str, num_items: Number | None) -> None:

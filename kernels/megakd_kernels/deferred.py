@@ -1,0 +1,84 @@
+"""A `KDOutput` whose statistics are formed when one of them is first read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from megakd_kernels.settings import KDOutput
+
+# divergences [n_div, N], ce [N], agrees [N], n_valid, as `KDOutput.of` takes them.
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class DeferredOutput(KDOutput):
+    """Result of a loss so small that its statistics would take longer than the loss.
+
+    The statistics are formed together, at most once, at the first access to one of them or to the
+    output as a tuple. They come from tensors that nobody else has, so a change in place of the
+    logits or labels between the loss and the access changes nothing.
+    """
+
+    _form: Callable[[], Statistics] | None
+    _formed: KDOutput
+
+    # Whatever is derived from an output is a plain KDOutput.
+    _make = KDOutput._make  # pyright: ignore[reportAssignmentType]
+
+    def __new__(cls, *values: Tensor) -> KDOutput:  # pyright: ignore[reportInconsistentConstructor]
+        """Return the plain output of eight tensors, as code that rebuilds named tuples expects."""
+        return KDOutput(*values)
+
+    @classmethod
+    def of_loss(cls, loss: Tensor, form: Callable[[], Statistics]) -> KDOutput:
+        """Return an output with this loss; `form` computes the statistics, without gradient."""
+        # The tuple's own entries, except for the loss, are never read.
+        output = tuple.__new__(cls, (loss, *_NOT_FORMED))
+        output._form = form  # noqa: SLF001, its own
+        return output
+
+    def formed(self) -> KDOutput:
+        """Return the output with all statistics."""
+        if self._form is not None:
+            self._formed = KDOutput.of(self.loss, *self._form())
+            self._form = None
+        return self._formed
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Iterate over the fields."""
+        return iter(self.formed())
+
+    def __eq__(self, other: object) -> bool:
+        """Compare the fields, as tuples do."""
+        return tuple(self) == (tuple(other) if isinstance(other, tuple) else other)
+
+    def __reduce__(self) -> tuple[type[KDOutput], tuple[Tensor, ...]]:
+        """Copy and pickle as a plain output."""
+        return KDOutput, tuple(self)
+
+    def __hash__(self) -> int:
+        """Return the hash of the fields."""
+        return hash(self.formed())
+
+
+_NOT_FORMED = (None,) * (len(KDOutput._fields) - 1)
+_OF_TUPLES = ("__getitem__", "__contains__", "__add__", "__repr__", "_replace")
+
+
+def _field(name: str) -> property:
+    return property(lambda output: getattr(output.formed(), name))
+
+
+def _method(name: str) -> Callable[..., Any]:
+    def call(output: DeferredOutput, *arguments: Any, **options: Any) -> Any:
+        return getattr(output.formed(), name)(*arguments, **options)
+
+    return call
+
+
+for _name in KDOutput._fields[1:]:
+    setattr(DeferredOutput, _name, _field(_name))
+for _name in _OF_TUPLES:
+    setattr(DeferredOutput, _name, _method(_name))

@@ -1,0 +1,210 @@
+"""Few logits on a CPU: a second way to compute the common losses, with the results of the first."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import megakd_kernels as mk
+from megakd_kernels.deferred import DeferredOutput
+
+LABELS = torch.tensor([0, 3, 2, 1, 3, 0])
+COMMON = {
+    "divergence": {},
+    "mean": {"reduction": "mean", "temperature": 2.0},
+    "num_items": {"reduction": "num_items", "num_items": 7, "temperature": 3.0},
+    "T stays out": {"temperature": 2.0, "t_squared": False},
+    "weights": {"divergence": {"forward_kl": 0.7}, "kd_weight": 0.3},
+    "a limit of jsd": {"divergence": "jsd", "beta": 0},
+    "a limit of skew_kl": {"divergence": "skew_kl", "skew": 0.0},
+    "fewer ids": {"vocab_size": 4},
+    "both": {"labels": LABELS, "ce_weight": 0.4, "temperature": 2.0, "reduction": "mean"},
+    "both, fewer ids": {"labels": LABELS, "ce_weight": 2, "vocab_size": 4},
+    "all valid": {"valid": torch.ones(6, dtype=torch.bool)},
+    "labels that select": {"labels": LABELS},
+    "no weight": {"kd_weight": 0.0},
+    "cross-entropy": {"teacher": None, "labels": LABELS, "ce_weight": 1.0},
+    "mean cross-entropy": {
+        "teacher": None, "labels": LABELS, "ce_weight": 0.5, "reduction": "mean",
+    },
+}  # fmt: skip
+GENERAL = {
+    "another divergence": {"divergence": "reverse_kl"},
+    "a mixture": {"divergence": {"forward_kl": 0.5, "tvd": 0.5}},
+    "an invalid row": {"valid": torch.tensor([True, False, True, True, True, True])},
+    "an unlabelled row": {"labels": LABELS.masked_fill(LABELS == 2, -100), "ce_weight": 1.0},
+    "token weights": {"token_weight": torch.arange(6.0)},
+    "a weight on a device": {"kd_weight": torch.tensor(0.5)},
+    "a divisor on a device": {"reduction": "num_items", "num_items": torch.tensor(5)},
+}
+
+
+@pytest.fixture
+def models():
+    """Logits [6, 5] and [6, 7] in fp32; in row 1, two ids of each model are the most likely."""
+    generator = torch.Generator().manual_seed(0)
+    student = 3 * torch.randn(6, 5, generator=generator)
+    teacher = 3 * torch.randn(6, 7, generator=generator)
+    student[1, [0, 2]], teacher[1, [2, 3]] = 9.0, 9.0
+    return student, teacher
+
+
+def solve(student, teacher, /, *, dtype=None, **options):
+    """Return the output and the gradient of the student's logits."""
+    options = {"t_squared": True, "teacher": teacher, **options}
+    teacher, labels = options.pop("teacher"), options.pop("labels", None)
+    leaf = student.detach().to(dtype or student.dtype, copy=True).requires_grad_()
+    if teacher is not None and dtype is not None:
+        teacher = teacher.to(dtype)
+    output = mk.kd_loss_from_logits(leaf, teacher, labels, **options)
+    return output, torch.autograd.grad(output.loss, leaf)[0]
+
+
+def check_against_reference(student, teacher, /, **options):
+    output, gradient = solve(student, teacher, **options)
+    truth, expected = solve(student, teacher, dtype=torch.float64, impl="reference", **options)
+
+    for name, found, wanted in zip(truth._fields, output, truth, strict=True):
+        assert found.shape == wanted.shape, name
+        torch.testing.assert_close(
+            found.double(), wanted.double(), rtol=2e-6, atol=1e-9, msg=f"{name}: {found} {wanted}"
+        )
+    torch.testing.assert_close(gradient.double(), expected, rtol=2e-5, atol=5e-7)
+    plain = solve(student, teacher, impl="reference", **options)[0]
+    assert [part.dtype for part in output] == [part.dtype for part in plain]
+    return output
+
+
+@pytest.mark.parametrize("options", COMMON.values(), ids=COMMON)
+def test_the_common_cases_give_the_result_of_the_reference(models, options):
+    assert isinstance(check_against_reference(*models, **options), DeferredOutput)
+
+
+@pytest.mark.parametrize("options", GENERAL.values(), ids=GENERAL)
+def test_other_cases_are_left_to_the_general_code(models, options):
+    assert not isinstance(check_against_reference(*models, **options), DeferredOutput)
+
+
+ROW = st.lists(st.floats(-80, 80, width=32), min_size=4, max_size=4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(student=ROW, teacher=ROW, temperature=st.floats(0.25, 8))
+def test_logits_of_any_size_give_the_result_of_the_reference(student, teacher, temperature):
+    models = torch.tensor([student]), torch.tensor([teacher])
+    options = {"temperature": temperature, "labels": torch.tensor([1]), "ce_weight": 0.5}
+
+    found, gradient = solve(*models, **options)
+    truth, expected = solve(*models, dtype=torch.float64, impl="reference", **options)
+
+    torch.testing.assert_close(found.loss.double(), truth.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_a_probability_too_small_for_its_dtype_loses_no_gradient(flushed):
+    """exp(-88) is no normal number of fp32, and q/p is exp(88)."""
+    student, teacher = torch.tensor([[88.0, 0.0]]), torch.tensor([[0.0, 88.0]])
+    if not torch.set_flush_denormal(flushed):
+        pytest.skip("this processor keeps small numbers")
+    try:
+        output, gradient = solve(student, teacher)
+    finally:
+        torch.set_flush_denormal(False)
+
+    assert output.loss.item() == pytest.approx(88)
+    assert gradient.tolist() == [[pytest.approx(1.0), pytest.approx(-1.0)]]
+
+
+@pytest.mark.parametrize("who", ["student", "teacher", "both"])
+def test_excluded_ids_have_the_limits_of_the_reference(models, who):
+    student, teacher = models
+    if who != "teacher":
+        student[2, 1] = -math.inf
+    if who != "student":
+        teacher[2, 1] = -math.inf
+
+    output, gradient = solve(student, teacher)
+    expected, wanted = solve(student, teacher, impl="reference")
+
+    assert output.loss.isinf() == (who == "student")
+    for pair in zip(output, expected, strict=True):
+        torch.testing.assert_close(*pair)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("gap", [0.1, 0.01, 0.001])
+@pytest.mark.parametrize("shift", [0.0, 40.0])
+def test_close_models_keep_their_digits(gap, shift, distance):
+    generator = torch.Generator().manual_seed(3)
+    teacher = 3 * torch.randn(8, 300, generator=generator)
+    student = teacher + gap * torch.randn(8, 300, generator=generator) + shift
+    options = {"temperature": 2.0}
+
+    output, gradient = solve(student, teacher, **options)
+    truth, expected = solve(student, teacher, dtype=torch.float64, impl="reference", **options)
+
+    noise = 2e-7 * (1 + shift) / gap
+    assert distance(output.row_divergences, truth.row_divergences) < 2 * noise
+    assert distance(gradient, expected) < 5 * noise
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_has_the_dtype_of_the_logits_and_the_loss_that_of_the_computation(
+    models, dtype, distance
+):
+    student, teacher = (logits.to(dtype) for logits in models)
+    truth, expected = solve(student, teacher.double(), dtype=torch.float64, impl="reference")
+
+    output, gradient = solve(student, teacher)
+
+    assert (output.loss.dtype, gradient.dtype) == (torch.float32, dtype)
+    assert distance(output.loss.detach(), truth.loss.detach()) < 1e-5
+    assert distance(gradient, expected) < 5e-3
+
+
+def test_autocast_changes_nothing(models):
+    expected = solve(*models, temperature=2.0, labels=LABELS, ce_weight=1.0)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = solve(*models, temperature=2.0, labels=LABELS, ce_weight=1.0)
+
+    assert torch.equal(found[0].loss, expected[0].loss)
+    assert torch.equal(found[1], expected[1])
+
+
+def test_the_upstream_gradient_counts_and_a_kept_graph_gives_the_gradient_again(models):
+    student = models[0].requires_grad_()
+    loss = mk.kd_loss_from_logits(student, models[1], t_squared=True).loss
+
+    (once,) = torch.autograd.grad(loss, student, retain_graph=True)
+    (thrice,) = torch.autograd.grad(3 * loss, student)
+
+    torch.testing.assert_close(thrice, 3 * once)
+
+
+def test_a_gradient_of_the_gradient_is_refused(models):
+    student = models[0].requires_grad_()
+    loss = mk.kd_loss_from_logits(student, models[1], t_squared=True).loss
+
+    with pytest.raises(RuntimeError, match="do not support second derivatives"):
+        torch.autograd.grad(loss, student, create_graph=True)
+
+
+def test_transforms_of_functions_work(models):
+    def loss(student, teacher):
+        return mk.kd_loss_from_logits(student, teacher, t_squared=True).loss
+
+    gradient = torch.func.grad(loss)(*models)
+
+    torch.testing.assert_close(gradient, solve(*models)[1])
+
+
+def test_without_a_gradient_the_loss_is_a_constant(models):
+    with torch.no_grad():
+        found = mk.kd_loss_from_logits(models[0].requires_grad_(), models[1], t_squared=True).loss
+
+    assert not found.requires_grad
+    torch.testing.assert_close(found, solve(*models)[0].loss.detach())
