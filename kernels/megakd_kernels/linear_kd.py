@@ -114,7 +114,7 @@ def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-o
         logit_scale_t: the same for the teacher.
         logits_dtype: "fp32", or "bf16" to round the logits as a bf16 model does.
         chunk_mb: budget of the chunk buffers in MiB; None: a fortieth of the GPU's memory,
-            between 1024 and 4096 (64 on a CPU, at most).
+            between 1024 and 4096 (64 on a CPU).
         process_group: ranks that share the vocabulary; every rank has the same rows and a slice
             of both heads, cut at the same ids. Labels and vocab_size refer to the whole
             vocabulary; the result is the same on all ranks.

@@ -75,8 +75,10 @@ def topk_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-onl
     the loss is at most the full KL and at least 0;
     "truncated" is the part of the full sum over K, which may be below 0 and is meant for
     comparison with other programs; "subset" renormalises both on K and reads only the rows of the
-    weight that belong to K. If K is the whole vocabulary, all four modes equal forward_kl of
-    `linear_kd_loss`. As in `linear_kd_loss`, gradients are formed in the forward.
+    weight that belong to K. With ids drawn at random from the teacher's softmax and the logarithms
+    of their shares in the draws, "renorm" has an unbiased gradient of the full KL (Anshumann et al.
+    2025, https://arxiv.org/abs/2503.16870). If K is the whole vocabulary, all four modes equal
+    forward_kl of `linear_kd_loss`. As in `linear_kd_loss`, gradients are formed in the forward.
 
     Args:
         student_hidden: [N, Hs] or [B, T, Hs], any strides, fp32, bf16, fp16 or fp64.
@@ -84,7 +86,7 @@ def topk_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-onl
         topk_ids: [N, k] or [B, T, k] integer ids, distinct within a row; below 0 for missing
             entries.
         topk_logprobs: like topk_ids, natural logarithms of the teacher's softmax over its whole
-            vocabulary at temperature 1.
+            vocabulary at temperature 1, or of the shares of draws from it.
         labels: [N] or [B, T] integer ids. None: every row counts, unless its token_weight is 0.
         mode: "renorm", "tail", "truncated" or "subset"; see above.
         temperature: above 0. "tail" and "truncated" need temperature 1, because the cache does
@@ -100,7 +102,7 @@ def topk_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-onl
             allowed only without gradient.
         student_bias: [V].
         chunk_mb: budget of the chunk buffers in MiB; None: a fortieth of the GPU's memory,
-            between 1024 and 4096 (64 on a CPU, at most).
+            between 1024 and 4096 (64 on a CPU).
         impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
 
     Returns:

@@ -49,12 +49,17 @@ def test_ranks_that_share_a_vocabulary_have_equal_chunks_on_all_cards(monkeypatc
     assert chunk_budget_on(card, 77.0) == 77.0
 
 
-@given(st.integers(1, 5000), st.integers(1, 40000))
-def test_the_chunks_of_a_cpu_are_equal_and_within_the_budget(rows, ids):
-    sizes = plan_chunks(rows, widths=(ids, ids), like=torch.empty(0), chunk_mb=1024)
+def test_a_cpu_has_a_small_budget_unless_the_caller_names_another():
+    assert chunk_budget_on(torch.device("cpu"), 0.0) == 64
+    assert chunk_budget_on(torch.device("cpu"), 128.0) == 128
+
+
+@given(st.integers(1, 5000), st.integers(1, 40000), st.sampled_from([64, 128]))
+def test_the_chunks_of_a_cpu_are_equal_and_within_the_budget(rows, ids, budget):
+    sizes = plan_chunks(rows, widths=(ids, ids), like=torch.empty(0), chunk_mb=budget)
 
     chunks = -(-rows // sizes.chunk)
-    assert sizes.chunk == 1 or sizes.chunk * 2 * ids * 4 <= 64 * 2**20
+    assert sizes.chunk == 1 or sizes.chunk * 2 * ids * 4 <= budget * 2**20
     assert chunks * sizes.chunk - rows < chunks
     assert sizes.block <= sizes.chunk
 
