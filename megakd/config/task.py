@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
@@ -31,13 +31,28 @@ def listed_files(files: Files | None) -> tuple[str, ...]:
     return (files,) if isinstance(files, str) else files or ()
 
 
-def _free_set_name(name: str) -> str:
-    if name in ("train", "validation", "test") or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-        raise ValueError(
-            "the name of an evaluation set must consist of letters, digits, -, _ and ., start with "
-            f"a letter or digit, and not be train, validation or test (got {name!r})"
-        )
-    return name
+def _free_name(kind: str) -> AfterValidator:
+    """Return a check that a name is a file name and not the name of a split."""
+
+    def checked(name: str) -> str:
+        is_split = name in ("train", "validation", "test")
+        if is_split or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+            raise ValueError(
+                f"the name of {kind} must consist of letters, digits, -, _ and ., start with a "
+                f"letter or digit, and not be train, validation or test (got {name!r})"
+            )
+        return name
+
+    return AfterValidator(checked)
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class MixtureSource:
+    """One source of a mixture: its files, and its share of the training rows."""
+
+    files: Files
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Relative to the sum of all weights."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -50,7 +65,10 @@ class TaskConfig:
     validation_files: Files | None = None
     """None: 5 % of the training rows, chosen by hash."""
     test_files: Files | None = None
-    evaluation_sets: dict[Annotated[str, AfterValidator(_free_set_name)], Files] = Field(
+    mixture: dict[Annotated[str, _free_name("a source of a mixture")], MixtureSource] | None = None
+    """Several sources of training rows by name, in place of `train_files`; an epoch has rows of
+    every source in proportion to its weight. Only for causal_lm."""
+    evaluation_sets: dict[Annotated[str, _free_name("an evaluation set")], Files] = Field(
         default_factory=dict
     )
     """Further sets by name; all their rows are scored at the end of the run."""
@@ -59,6 +77,26 @@ class TaskConfig:
     data_dir: Path | None = None
     text_columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)] | None = None
     label_column: str | None = None
+    messages_column: str | None = None
+    """Column with lists of messages. None: `messages` or `conversations`. Only for causal_lm."""
+    prompt_column: str | None = None
+    """Column with prompts, texts or lists of messages. None: `prompt`. Only for causal_lm."""
+    completion_column: str | None = None
+    """Column with the answers to the prompts. None: `completion`. Only for causal_lm."""
+    chat_template: str | None = None
+    """File with a chat template in Jinja. None: the tokenizer's. Only for causal_lm."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the chat template, such as `enable_thinking: false`. A column of the
+    same name overrides them row by row. Only for causal_lm."""
+    reasoning: Literal["keep", "strip"] = "keep"
+    """strip: remove <think>…</think> and `reasoning_content` from answers. Only for causal_lm."""
+    train_on: Literal["all", "last"] = "all"
+    """The answers of a conversation whose tokens count. Only for causal_lm."""
+    truncation: Literal["keep_start", "drop"] = "keep_start"
+    """What happens to a conversation of more than max_length tokens. Only for causal_lm."""
+    end_tokens: Literal["check", "accept"] = "check"
+    """accept: allow a teacher that ends its answers with another token, and answers without an
+    end token. Only for causal_lm with conversations."""
     max_length: Annotated[int, Field(ge=2, le=2**24)] = 128
     """In tokens. Longer texts are truncated; mlm splits them into windows, and causal_lm packs
     texts to this length."""
@@ -81,5 +119,5 @@ class TaskConfig:
 
     @property
     def data_name(self) -> str:
-        """The name of the data: the data set, or the training files."""
-        return self.dataset or ", ".join(listed_files(self.train_files))
+        """The name of the data: the data set, the training files, or the sources of a mixture."""
+        return self.dataset or ", ".join(listed_files(self.train_files) or self.mixture or ())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megakd.config.chat_checks import chat_problems
 from megakd.config.task import TokenizerConfig
 from megakd.config.training_checks import trainings
 from megakd.contract.tasks import LANGUAGE_TASKS
@@ -19,8 +20,10 @@ def task_problems(config: RunConfig) -> Iterator[str]:
     task = config.task
     yield from _files(task)
     yield from _other_tasks(task)
+    yield from chat_problems(task)
     if task.dataset == "pydocs":
-        for key in ("text_columns", "label_column", "dataset_config"):
+        columns = ("messages_column", "prompt_column", "completion_column")
+        for key in ("text_columns", "label_column", "dataset_config", *columns):
             if getattr(task, key) is not None:
                 yield f"task.{key}: not supported with task.dataset pydocs; remove the key"
     if task.encoded is not None:
@@ -45,10 +48,13 @@ def _encoded(config: RunConfig) -> Iterator[str]:
 
 
 def _files(task: TaskConfig) -> Iterator[str]:
-    if task.dataset is None and task.train_files is None:
-        yield "task.dataset: missing, and it has no default; set task.dataset or task.train_files"
+    if task.dataset is None and task.train_files is None and task.mixture is None:
+        yield (
+            "task.dataset: missing, and it has no default; set task.dataset or task.train_files, "
+            "or task.mixture for several sources"
+        )
     if task.dataset is not None:
-        for key in ("train_files", "validation_files", "test_files"):
+        for key in ("train_files", "validation_files", "test_files", "mixture"):
             if getattr(task, key) is not None:
                 yield (
                     f"task.{key}: cannot be combined with task.dataset, which has its own splits; "
@@ -57,9 +63,13 @@ def _files(task: TaskConfig) -> Iterator[str]:
     elif task.data_dir is not None or task.dataset_config is not None:
         key = "data_dir" if task.data_dir is not None else "dataset_config"
         yield (
-            f"task.{key}: supported only with task.dataset, and task.train_files is set; remove "
-            "the key"
+            f"task.{key}: supported only with task.dataset, and task.{_files_key(task)} is set; "
+            "remove the key"
         )
+
+
+def _files_key(task: TaskConfig) -> str:
+    return "train_files" if task.mixture is None else "mixture"
 
 
 def _other_tasks(task: TaskConfig) -> Iterator[str]:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+import pyarrow as pa
 from datasets import Dataset, Features
 from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
@@ -58,6 +59,17 @@ def write_rows(rows: Iterable[Row], features: Features, path: Path) -> None:
         for batch in _batches(rows, tuple(features)):
             writer.write_batch(batch)
         writer.finalize()
+
+
+def write_tables(path: Path, tables: Iterable[pa.Table]) -> None:
+    """Write tables in Arrow's stream format, which `datasets` can memory-map."""
+    writer = None
+    with pa.OSFile(str(path), "wb") as sink:
+        for table in tables:
+            writer = writer or pa.ipc.new_stream(sink, table.schema)
+            writer.write_table(table)
+        if writer is not None:
+            writer.close()
 
 
 def read_rows(path: Path) -> Dataset:

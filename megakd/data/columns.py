@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,15 +10,17 @@ from datasets import Dataset, Features, Value
 
 from megakd.config.task import TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
+from megakd.data.blank_rows import BlankRows
 from megakd.data.cache import cached_folder, key_of, read_rows, write_rows
+from megakd.data.chat_row_files import conversation_rows
+from megakd.data.chat_rows import ChatColumns, chat_columns
 from megakd.data.choosing import is_labelled
 from megakd.data.found import Found
 from megakd.data.labels import Classes, Labeller, find_classes, score
 from megakd.data.row_text import document_of, text_of
-from megakd.data.tables import SPLIT_NAMES, Record, SplitName, Table
+from megakd.data.tables import SPLIT_NAMES, SplitName, Table
 from megakd.errors import DataError
 
-logger = logging.getLogger(__name__)
 # Increase this number when the same source results in different rows.
 VERSION = 2
 # Increase this number when a folder of rows gets different files.
@@ -42,23 +41,6 @@ DEFAULT_METRICS: Mapping[str, tuple[str, ...]] = {
     "mlm": ("perplexity",),
     "causal_lm": ("perplexity",),
 }
-
-
-BLANK_ROWS = "blank_rows.json"
-"""File in a folder of rows: the number of rows without text, and the place of the first."""
-
-
-@dataclass
-class BlankRows:
-    """Rows of a split with an empty text: their number, and the place of the first."""
-
-    count: int = 0
-    first: str = ""
-
-    def add(self, record: Record) -> None:
-        """Count one more row."""
-        self.first = self.first or record.place
-        self.count += 1
 
 
 class Fields(NamedTuple):
@@ -93,6 +75,8 @@ def rows_of_tables(
     for table in tables.values():
         if next(table.records(), None) is None:
             raise DataError(f"{table.name} has no rows")
+    if any(chat_columns(table, task) for table in tables.values()):
+        return _conversations(tables, task, name=name, cache_dir=cache_dir)
     train = choose_fields(tables["train"], task)
     if train.label is not None and task.type == "classification" and classes is None:
         classes = find_classes(tables["train"], train.label)
@@ -113,8 +97,40 @@ def rows_of_tables(
     )
 
 
+def _conversations(
+    tables: Mapping[SplitName, Table], task: TaskConfig, *, name: str, cache_dir: Path
+) -> Found:
+    """Return the conversations of every split; each split may have columns of its own."""
+    columns = {split: conversation_columns(table, task) for split, table in tables.items()}
+    return Found(
+        name=name,
+        splits={
+            split: conversation_rows(table, columns[split], cache_dir=cache_dir)
+            for split, table in tables.items()
+        },
+        classes=None,
+        metrics=DEFAULT_METRICS[task.type],
+        source_hash=key_of("chat", [(s, tables[s].digest, columns[s]) for s in sorted(tables)]),
+    )
+
+
+def conversation_columns(table: Table, task: TaskConfig) -> ChatColumns:
+    """Return the columns of a table that are read as conversations or as documents.
+
+    Raises:
+        DataError: a column that the task names does not exist, or there are no usual columns.
+    """
+    found = chat_columns(table, task)
+    return ChatColumns(text=choose_fields(table, task).text) if found is None else found
+
+
 def scored_rows(
-    table: Table, task: TaskConfig, classes: Classes | None, *, cache_dir: Path
+    table: Table,
+    task: TaskConfig,
+    classes: Classes | None,
+    *,
+    cache_dir: Path,
+    as_chat: bool = False,
 ) -> Dataset:
     """Return the rows of a file that is only scored, and not used for training or model selection.
 
@@ -123,12 +139,15 @@ def scored_rows(
         task: the task; names the columns, or leaves them to the defaults.
         classes: the classes of the training rows; None without classes.
         cache_dir: folder in which the rows are kept, by a hash of their content.
+        as_chat: whether the training rows are conversations, so that documents are read as such.
 
     Raises:
         DataError: a column does not exist, a label is not a class, or no row has a label.
     """
     if next(table.records(), None) is None:
         raise DataError(f"{table.name} has no rows")
+    if as_chat or chat_columns(table, task) is not None:
+        return conversation_rows(table, conversation_columns(table, task), cache_dir=cache_dir)
     rows = _rows_of(table, choose_fields(table, task), task, classes, cache_dir=cache_dir)
     if not is_labelled(rows).any():
         raise DataError(f"{table.name} has no labelled rows to score")
@@ -156,7 +175,7 @@ def unlabelled_rows(
 
 
 def choose_fields(table: Table, task: TaskConfig) -> Fields:
-    """Return the columns to read from the training split.
+    """Return the columns of texts and labels to read from the training split.
 
     Raises:
         DataError: a column that the task names does not exist, or the task names no column and
@@ -231,32 +250,15 @@ def _rows_of(
         blank = BlankRows()
         rows = _rows(table, fields, task.type, labeller, blank=blank)
         write_rows(rows, _features(fields, task), fresh / "rows.arrow")
-        (fresh / BLANK_ROWS).write_text(json.dumps(asdict(blank)), encoding="utf-8")
+        blank.write(fresh)
 
     folder = cached_folder(cache_dir / "rows" / key[:32], fill)
     dataset = read_rows(folder / "rows.arrow")
     if len(dataset) == 0:
         raise DataError(f"{table.name} has no rows")
-    blank = BlankRows(**json.loads((folder / BLANK_ROWS).read_text(encoding="utf-8")))
-    _tell_blank_rows(table, blank, rows=len(dataset), are_kept=task.type not in LANGUAGE_TASKS)
+    are_kept = task.type not in LANGUAGE_TASKS
+    BlankRows.read(folder).tell(table.name, rows=len(dataset), are_kept=are_kept)
     return dataset
-
-
-def _tell_blank_rows(table: Table, blank: BlankRows, *, rows: int, are_kept: bool) -> None:
-    """Log a warning for rows without text; raise a DataError if all kept rows have no text."""
-    if not blank.count:
-        return
-    if are_kept and blank.count == rows:
-        raise DataError(
-            f"{table.name}: all {rows} rows have an empty text; check task.text_columns"
-        )
-    logger.warning(
-        "%s: %d row(s) with an empty text, the first is %s; such rows are %s",
-        table.name,
-        blank.count,
-        blank.first,
-        "used as they are" if are_kept else "left out",
-    )
 
 
 def _rows(

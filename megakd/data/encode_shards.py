@@ -12,11 +12,14 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from megakd.data.chat_counts import SETS
+from megakd.data.chat_rows import is_chat
+from megakd.data.chat_tokens import ChatEncoder, none_left, tables_of_conversations
 from megakd.data.encoded_folder import (
     MANIFEST,
     PROGRESS,
-    SETS,
     TOKENIZER,
+    counts_of_shards,
     open_splits,
     read_manifest,
 )
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megakd.config.task import TaskConfig
+    from megakd.data.chat_counts import CountsByName
     from megakd.data.splits import Splits
 
 TEXTS_PER_SHARD = 100_000
@@ -189,13 +193,14 @@ def _write_shards(
     with tqdm(total=len(texts), initial=first, desc=name, unit="texts") as bar:
         for number in range(len(done), count):
             own = range(number * TEXTS_PER_SHARD, min((number + 1) * TEXTS_PER_SHARD, len(texts)))
-            shard = _Shard(texts, own, tokenizer, task, progress.rests.get(name))
+            shard = _Shard(name, texts, own, tokenizer, task, progress.rests.get(name))
             file = f"{name.replace('/', '-')}-{number:05d}-of-{count:05d}.arrow"
             done.append(shard.write(progress.folder / file, bar))
             progress.rests[name] = shard.rest
             progress.save()
     if not any(entry["rows"] for entry in done):
-        raise no_tokens(texts, name)
+        counts = counts_of_shards(done)
+        raise none_left(counts.values(), task, split=name) if counts else no_tokens(texts, name)
 
 
 class _Shard:
@@ -206,32 +211,43 @@ class _Shard:
 
     def __init__(
         self,
+        name: str,
         texts: Dataset,
         own: range,
         tokenizer: PreTrainedTokenizerBase,
         task: TaskConfig,
         rest: list[list[int]] | None,
     ) -> None:
-        self.texts, self.own, self.tokenizer, self.task = texts, own, tokenizer, task
+        self.name, self.texts, self.own = name, texts, own
+        self.tokenizer, self.task = tokenizer, task
         self.rest = rest or []
 
     def write(self, path: Path, bar: tqdm[Any]) -> dict[str, Any]:
         """Write the file of the shard, and return its entry; a shard without rows has no file."""
         counts = {"rows": 0, "tokens": 0}
+        chat: CountsByName = {}
 
         def counted() -> Iterator[pa.Table]:
-            for table in self._tables(bar):
+            for table in self._tables(bar, chat):
                 counts["rows"] += table.num_rows
                 counts["tokens"] += len(table.column("input_ids").combine_chunks().flatten())
                 yield table
 
         write_tables(path, counted())
+        entry: dict[str, Any] = {"file": path.name, **counts}
+        if chat:
+            entry["chat"] = {name: own.to_record() for name, own in chat.items()}
         if counts["rows"]:
-            return {"file": path.name, **counts, **entry_of(path)}
+            return {**entry, **entry_of(path)}
         path.unlink()
-        return {"file": path.name, **counts, "size": 0, "sha256": ""}
+        return {**entry, "size": 0, "sha256": ""}
 
-    def _tables(self, bar: tqdm[Any]) -> Iterator[pa.Table]:
+    def _tables(self, bar: tqdm[Any], chat: CountsByName) -> Iterator[pa.Table]:
+        if is_chat(self.texts):
+            encoder = ChatEncoder(self.tokenizer, self.task)
+            for part in self._parts(bar):
+                yield from tables_of_conversations(part, encoder, name=self.name, counts=chat)
+            return
         if self.task.type != "causal_lm":
             for part in self._parts(bar):
                 yield from tables_of(part, self.tokenizer, self.task)

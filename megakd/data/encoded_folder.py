@@ -8,7 +8,7 @@ that a run encodes by itself, with the same key.
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from datasets import concatenate_datasets
 
 from megakd.config.task import TokenizerConfig
-from megakd.data.cache import read_rows
+from megakd.data.cache import key_of, read_rows
+from megakd.data.chat_counts import SETS, ChatCounts
+from megakd.data.chat_encoding import say_chat
 from megakd.data.encoded_keys import VERSION, tokenizer_content
 from megakd.data.encoding import Encoded
 from megakd.data.splits import Splits
@@ -30,13 +32,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megakd.config.task import TaskConfig
+    from megakd.data.chat_counts import CountsByName
 
 FORMAT = 1
 MANIFEST, PROGRESS, TOKENIZER = "manifest.json", "progress.json", "tokenizer"
-SETS = "sets"
-"""Prefix of the evaluation sets among the names of the rows: `sets/NAME`."""
 # Keys of `task` on which the rows do not depend, or which have facts of their own.
-_FREE = ("encoded", "tokenizer", "mlm_probability", "streaming")
+_FREE = (
+    "encoded",
+    "tokenizer",
+    "mlm_probability",
+    "streaming",
+    "chat_template",
+    "end_tokens",
+)
 Record = Mapping[str, Any]
 
 
@@ -46,7 +54,7 @@ def facts_of(task: TaskConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int)
     Args:
         task: the task; the keys that choose and shape the rows are facts.
         tokenizer: the tokenizer of the data.
-        seed: seed of the run; a fact only if it chooses the labels to keep.
+        seed: seed of the run; a fact only if it chooses labels to keep or rows of a mixture.
     """
     facts: dict[str, Any] = {
         "format": FORMAT,
@@ -54,11 +62,13 @@ def facts_of(task: TaskConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int)
         "task": {k: str(v) if k == "data_dir" else v for k, v in asdict(task).items()},
         "tokenizer": {"tokens": len(tokenizer), "content": tokenizer_content(tokenizer)[:16]},
     }
+    if task.type == "causal_lm" and tokenizer.chat_template:
+        facts["tokenizer"]["chat_template"] = key_of(tokenizer.chat_template)[:16]
     if isinstance(task.tokenizer, TokenizerConfig):
         facts["tokenizer"]["recipe"] = asdict(task.tokenizer)
     for key in _FREE:
         del facts["task"][key]
-    if task.labelled_examples is not None:
+    if task.labelled_examples is not None or task.mixture is not None:
         facts["seed"] = seed
     return as_read_back(flatten(facts))
 
@@ -113,8 +123,16 @@ def open_splits(folder: Path) -> Splits:
     )
 
 
-def as_encoded(folder: Path, splits: Splits, facts: Fingerprint) -> Encoded:
+def as_encoded(
+    folder: Path, splits: Splits, tokenizer: PreTrainedTokenizerBase, facts: Fingerprint
+) -> Encoded:
     """Return the rows of `open_splits` as the encoded rows of a run.
+
+    Args:
+        folder: the folder.
+        splits: the rows of the folder.
+        tokenizer: the tokenizer of the run.
+        facts: see `facts_of`.
 
     Raises:
         DataError: the rows were encoded with another tokenizer or with other settings.
@@ -127,6 +145,9 @@ def as_encoded(folder: Path, splits: Splits, facts: Fingerprint) -> Encoded:
             "with this config into another folder, or use the settings of the folder"
         )
     train = manifest["shards"]["train"]
+    chat = counts_of_shards([s for shards in manifest["shards"].values() for s in shards])
+    if chat:
+        say_chat({"train": splits.train}, chat, tokenizer)
     return Encoded(
         train=splits.train,
         validation=splits.validation,
@@ -134,7 +155,17 @@ def as_encoded(folder: Path, splits: Splits, facts: Fingerprint) -> Encoded:
         content_hash=manifest["keys"]["key"],
         tokens_per_row=sum(s["tokens"] for s in train) / sum(s["rows"] for s in train),
         evaluation_sets=splits.evaluation_sets,
+        chat=chat or None,
     )
+
+
+def counts_of_shards(shards: Iterable[Record]) -> CountsByName:
+    """Return the numbers of the conversations in shards; empty for other rows."""
+    counts: CountsByName = {}
+    for shard in shards:
+        for name, record in shard.get("chat", {}).items():
+            counts.setdefault(name, ChatCounts()).add(ChatCounts.from_record(record))
+    return counts
 
 
 def _check_files(folder: Path, manifest: Record) -> None:

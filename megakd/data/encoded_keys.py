@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megakd.data.cache import key_of
+from megakd.data.chat_encoding import chat_key
+from megakd.data.chat_rows import is_chat
 from megakd.data.rows import rows_key
 from megakd.storage.atomic import sha256_of
 from megakd.storage.checksums import files_of
@@ -43,6 +45,8 @@ def encoded_key(
     }
     if task.whole_word_masking:
         parts["words"] = WORDS_VERSION
+    if any(map(is_chat, rows.values())):
+        parts["chat"] = chat_key(tokenizer, task)
     return key_of(parts)
 
 

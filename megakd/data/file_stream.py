@@ -11,12 +11,14 @@ from datasets import IterableDataset
 
 from megakd.config.task import TaskConfig
 from megakd.data.cache import key_of
+from megakd.data.chat_rows import chat_columns, read_columns
 from megakd.data.columns import choose_fields, require
 from megakd.data.documents import documents_of
 from megakd.data.files import READERS, known_suffix
 from megakd.data.json_files import read_jsonl
 from megakd.data.readers import readable
 from megakd.data.row_text import document_of
+from megakd.data.rows import PLACE
 from megakd.data.tables import Table
 from megakd.data.text_stream import TextStream
 from megakd.errors import DataError
@@ -40,14 +42,16 @@ def file_stream(paths: Sequence[Path], task: TaskConfig, *, key: str) -> TextStr
     tables = [table for table in tables if table.columns]
     if not tables:
         raise DataError(f"{key}: {', '.join(map(str, paths))} has no rows")
-    columns = choose_fields(tables[0], task).text
+    chat = chat_columns(tables[0], task)
+    columns = read_columns(tables[0], chat) if chat else choose_fields(tables[0], task).text
     for table in tables[1:]:
         for column in columns:
             require(table, column, "task.text_columns")
     # `datasets` distributes what is in a list, so that a list holds only the files.
     given = {"paths": [table.name for table in tables], "columns": columns, "key": key}
     try:
-        rows = IterableDataset.from_generator(_documents, gen_kwargs=given)
+        made = _rows if chat else _documents
+        rows = IterableDataset.from_generator(made, gen_kwargs=given)
     except OSError as error:
         raise DataError(
             f"the cache folder of the library `datasets` cannot be used: {error}; set "
@@ -56,8 +60,9 @@ def file_stream(paths: Sequence[Path], task: TaskConfig, *, key: str) -> TextStr
     return TextStream(
         name=task.data_name,
         rows=rows,
-        columns=("text",),
+        columns=columns if chat else ("text",),
         digest=key_of(columns, [table.digest for table in tables]),
+        chat=chat,
     )
 
 
@@ -68,6 +73,14 @@ def _documents(paths: list[str], columns: tuple[str, ...], key: str) -> Iterator
             text = document_of(table.name, columns, record)
             if text is not None:
                 yield {"text": text}
+
+
+def _rows(paths: list[str], columns: tuple[str, ...], key: str) -> Iterator[dict[str, object]]:
+    """Yield the columns of conversations as they are, and the places of the rows."""
+    for path in paths:
+        for record in table_of(Path(path), key).records():
+            place = f"{Path(path).name} {record.place}"
+            yield {**{column: record.values.get(column) for column in columns}, PLACE: place}
 
 
 def table_of(path: Path, key: str) -> Table:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 LABELS_AT_ONCE = 100_000
 TEXTS_AT_ONCE = 1000
+PLACE = "place"
+"""Column with the place of a row in messages, on which nothing else depends."""
 
 
 def arrow_batches(rows: Dataset, size: int) -> Iterator[pa.Table]:
@@ -30,7 +32,7 @@ def rows_key(rows: Dataset) -> str:
     if "label" in rows.column_names:
         for table in arrow_batches(rows.select_columns("label"), LABELS_AT_ONCE):
             digest.update(table.column("label").to_numpy().tobytes())
-    names = sorted({*rows.column_names} - {"label"})
+    names = sorted({*rows.column_names} - {"label", PLACE})
     for table in arrow_batches(rows.select_columns(names), TEXTS_AT_ONCE):
         # Arrow's format for other processes depends on the values, not on how they are stored.
         for batch in table.combine_chunks().to_batches():

@@ -13,12 +13,14 @@ from datasets import Dataset
 from megakd.config.task import Files, TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.data.cache import key_of
+from megakd.data.chat_rows import is_chat
 from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels
 from megakd.data.columns import scored_rows
 from megakd.data.files import files_table, local_rows, looks_like_path, matching_files, named_rows
 from megakd.data.found import Found
 from megakd.data.glue import glue_rows
 from megakd.data.hub import hub_rows
+from megakd.data.mixture import mixed, mixture_rows
 from megakd.data.pydocs import pydocs_rows
 from megakd.data.streamed_rows import streamed_files, streamed_hub_rows
 from megakd.data.tables import Table
@@ -36,7 +38,8 @@ class Splits(NamedTuple):
 
     train, validation, test: columns `text`, `text_pair` (pairs only) and `label`. The label is an
         int64 class number or a float32 score, and -100 or NaN for a row without a label. mlm and
-        causal_lm have no column `label`. test is None unless its rows carry labels.
+        causal_lm have no column `label`, and conversations have the columns of `chat_rows`.
+        test is None unless its rows carry labels.
     label_names: class names in the order of their numbers; empty without classes.
     metrics: names of the official metrics.
     content_hash: sha256 of the sources of the rows and of their selection, without the evaluation
@@ -71,7 +74,8 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
 
     Args:
         task: the data, the columns, and the number of labels.
-        seed: seed of the run; used only to choose the labels that `task.labelled_examples` keeps.
+        seed: seed of the run; used only to choose the labels that `task.labelled_examples` keeps,
+            and the rows of a mixture.
         cache_dir: folder in which the rows are kept.
 
     Raises:
@@ -93,6 +97,8 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
     test = found.splits.get("test")
     if test is not None and not is_labelled(test).any():
         test = None
+    if task.mixture is not None:
+        train = mixed(train, task.mixture, seed=seed)
     return Splits(
         train=keep_labels(train, task.labelled_examples, seed=seed, name=found.name),
         validation=_scored(validation, task, is_cut=is_cut),
@@ -113,8 +119,16 @@ def _set_table(name: str, files: Files) -> Table:
 
 
 def _set_rows(name: str, table: Table, task: TaskConfig, found: Found, cache_dir: Path) -> Dataset:
-    rows = scored_rows(table, task, found.classes, cache_dir=cache_dir)
+    as_chat = is_chat(found.splits["train"])
+    rows = scored_rows(table, task, found.classes, cache_dir=cache_dir, as_chat=as_chat)
+    if is_chat(rows) != as_chat:
+        raise DataError(
+            f"task.evaluation_sets.{name}: {table.name} holds conversations, and the training rows "
+            "are documents, which are packed; set task.text_columns to score a column of text"
+        )
     trained, here = set(found.splits["train"].column_names), set(rows.column_names)
+    if as_chat:
+        return rows
     if trained != here:
         kind = {True: "pairs of texts", False: "single texts"}
         raise DataError(
@@ -126,6 +140,8 @@ def _set_rows(name: str, table: Table, task: TaskConfig, found: Found, cache_dir
 
 
 def _find(task: TaskConfig, cache_dir: Path) -> Found:
+    if task.mixture is not None:
+        return mixture_rows(task, cache_dir=cache_dir)
     if task.dataset is None:
         return _files(task, cache_dir)
     if task.dataset == "pydocs" or task.dataset.startswith("glue/"):
@@ -169,6 +185,9 @@ def _scored(rows: Dataset, task: TaskConfig, *, is_cut: bool) -> Dataset:
 
 
 def _content_hash(found: Found, task: TaskConfig, seed: int) -> str:
+    if task.mixture is not None:
+        weights = [part.weight for part in task.mixture.values()]
+        return key_of(found.source_hash, weights, seed, task.max_eval_examples)
     if task.labelled_examples is None and task.max_eval_examples is None:
         return found.source_hash
     chosen_by = seed if task.labelled_examples is not None else None

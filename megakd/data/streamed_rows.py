@@ -14,8 +14,16 @@ from datasets import Dataset, DatasetBuilder, Features, IterableDataset, Value
 
 from megakd.config.task import TaskConfig
 from megakd.data.cache import key_of
+from megakd.data.chat_row_files import conversation_rows
+from megakd.data.chat_rows import CONVERSATION, chat_columns, read_columns
 from megakd.data.choosing import text_hash
-from megakd.data.columns import DEFAULT_METRICS, VERSION, choose_fields, unlabelled_rows
+from megakd.data.columns import (
+    DEFAULT_METRICS,
+    VERSION,
+    choose_fields,
+    conversation_columns,
+    unlabelled_rows,
+)
 from megakd.data.file_stream import file_stream
 from megakd.data.files import files_table, folder_files, named_files
 from megakd.data.found import Found
@@ -75,12 +83,15 @@ def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
             split: _hub_table(f"{name} ({key})", splits[key], key_of(digest, key), task)
             for split, key in keys.items()
         }
-    columns = choose_fields(tables.pop("train"), task).text
+    train = tables.pop("train")
+    chat = chat_columns(train, task)
+    columns = read_columns(train, chat) if chat else choose_fields(train, task).text
     stream = TextStream(
         name=name,
         rows=splits[keys["train"]].select_columns(list(columns)),
         columns=columns,
         digest=key_of(digest, columns),
+        chat=chat,
     )
     return _found(stream, tables, task, cache_dir=cache_dir)
 
@@ -111,14 +122,17 @@ def _found(
     stream: TextStream, tables: Mapping[SplitName, Table], task: TaskConfig, *, cache_dir: Path
 ) -> Found:
     held: dict[SplitName, Dataset] = {
-        split: unlabelled_rows(table, choose_fields(table, task).text, task, cache_dir=cache_dir)
+        split: _held_rows(stream, table, task, cache_dir=cache_dir)
         for split, table in tables.items()
     }
     digests = [VERSION, stream.digest, [(split, table.digest) for split, table in tables.items()]]
     if "validation" not in held:
         stream, held["validation"] = _cut(stream, task, cache_dir=cache_dir)
         digests.append(task.max_eval_examples)
-    nothing = Dataset.from_dict({"text": []}, features=Features({"text": Value("string")}))
+    names = held["validation"].column_names
+    nothing = Dataset.from_dict(
+        {name: [] for name in names}, features=Features({name: Value("string") for name in names})
+    )
     return Found(
         name=stream.name,
         splits={"train": nothing, **held},
@@ -127,6 +141,14 @@ def _found(
         source_hash=key_of("stream", *digests),
         stream=stream,
     )
+
+
+def _held_rows(stream: TextStream, table: Table, task: TaskConfig, *, cache_dir: Path) -> Dataset:
+    """Return held-out rows in the form of the streamed rows."""
+    if stream.chat is not None:
+        return conversation_rows(table, conversation_columns(table, task), cache_dir=cache_dir)
+    columns = choose_fields(table, task).text
+    return unlabelled_rows(table, columns, task, cache_dir=cache_dir)
 
 
 def _cut(stream: TextStream, task: TaskConfig, *, cache_dir: Path) -> tuple[TextStream, Dataset]:
@@ -138,8 +160,12 @@ def _cut(stream: TextStream, task: TaskConfig, *, cache_dir: Path) -> tuple[Text
             "no share of it can be held out; add a validation split, or set "
             "task.max_eval_examples to hold out this many texts from the beginning of the stream"
         )
-    rows = unlabelled_rows(stream.first(count), ("text",), task, cache_dir=cache_dir)
-    held = frozenset(map(text_hash, rows["text"]))
+    if stream.chat is None:
+        rows = unlabelled_rows(stream.first(count), ("text",), task, cache_dir=cache_dir)
+        held = frozenset(map(text_hash, rows["text"]))
+    else:
+        rows = conversation_rows(stream.first_rows(count), stream.chat, cache_dir=cache_dir)
+        held = frozenset(map(text_hash, rows[CONVERSATION]))
     rest = dataclasses.replace(stream, held_out=held)
     if next(rest.documents(), None) is None:
         raise DataError(

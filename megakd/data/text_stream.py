@@ -10,8 +10,10 @@ from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 
 from megakd.data.cache import key_of
+from megakd.data.chat_rows import ChatColumns, conversation_of
 from megakd.data.choosing import text_hash
 from megakd.data.row_text import document_of
+from megakd.data.rows import PLACE
 from megakd.data.tables import Record, Table
 
 
@@ -24,6 +26,7 @@ class TextStream:
     columns: the columns of text; two columns make one document.
     digest: hash of the sources.
     held_out: hashes of the texts that are validation texts, which the stream leaves out.
+    chat: the columns of conversations; None for documents. A conversation is a text in JSON.
     """
 
     name: str
@@ -31,6 +34,7 @@ class TextStream:
     columns: tuple[str, ...]
     digest: str
     held_out: frozenset[int] = frozenset()
+    chat: ChatColumns | None = None
 
     def share(self, rank: int, world: int) -> IterableDataset:
         """Return the rows of one rank, from the beginning.
@@ -46,10 +50,16 @@ class TextStream:
         Raises:
             DataError: a value is missing or is not text.
         """
-        text = document_of(self.name, self.columns, Record("a row", row))
+        text = self._text(Record(str(row.get(PLACE) or "a row"), row))
         if text is None or (self.held_out and text_hash(text) in self.held_out):
             return None
         return text
+
+    def _text(self, record: Record) -> str | None:
+        if self.chat is None:
+            return document_of(self.name, self.columns, record)
+        found = conversation_of(self.name, self.chat, record)
+        return None if found is None else found.to_json()
 
     def documents(self) -> Iterator[str]:
         """Yield the texts of all ranks, from the beginning."""
@@ -57,6 +67,20 @@ class TextStream:
             text = self.document(row)
             if text is not None:
                 yield text
+
+    def first_rows(self, count: int) -> Table:
+        """Return the first rows that have a text, as they are, as a table."""
+        return Table(
+            name=self.name,
+            columns=self.columns,
+            records=lambda: (
+                Record(f"row {number}", row)
+                for number, row in enumerate(
+                    islice((row for row in self.rows if self.document(row)), count), start=1
+                )
+            ),
+            digest=key_of(self.digest, count),
+        )
 
     def first(self, count: int) -> Table:
         """Return the first texts, as a table."""

@@ -21,6 +21,7 @@ from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
 from megakd.config.task import TokenizerConfig
 from megakd.data.cache import key_of
+from megakd.data.chat_template import read_template
 from megakd.data.encoded_folder import TOKENIZER
 from megakd.data.rows import arrow_batches, rows_key
 from megakd.data.vocabularies import VERSION, encoder_template, train_tokenizer
@@ -106,9 +107,9 @@ def load_tokenizer(
         cache_dir: folder below which trained tokenizers are kept.
 
     Raises:
-        DataError: the folder, Hub id or tokenizer files cannot be used, the tokenizer of an
-            encoder has no pad token, the tokenizer for mlm has no mask token, or the tokenizer for
-            whole-word masking does not tell words.
+        DataError: the folder, Hub id, template or tokenizer files cannot be used, the tokenizer of
+            an encoder has no pad token, the tokenizer for mlm has no mask token, or the tokenizer
+            for whole-word masking does not tell words.
     """
     tokenizer, origin = _resolved(task, splits, model_folders, cache_dir)
     if tokenizer.pad_token_id is None:
@@ -120,6 +121,8 @@ def load_tokenizer(
         )
     if task.whole_word_masking:
         check_words(tokenizer)
+    if task.chat_template is not None:
+        tokenizer.chat_template = read_template(task.chat_template)
     logger.info("tokenizer: %s, %d tokens", origin, len(tokenizer))
     return tokenizer
 

@@ -69,7 +69,7 @@ def encoded_rows(
     task, cache = config.task, cache_folder()
     if task.encoded is not None:
         facts = facts_of(task, tokenizer, seed=config.seed)
-        return as_encoded(task.encoded, splits, facts)
+        return as_encoded(task.encoded, splits, tokenizer, facts)
     return _once(
         config,
         lambda: encode_splits(splits, tokenizer, task, cache_dir=cache, with_train=with_train),

@@ -52,7 +52,9 @@ class Data:
         return encode_splits(self.splits, self.tokenizer, self.task, cache_dir=self.cache)
 
     def from_folder(self, **changes):
-        return as_encoded(self.folder, open_splits(self.folder), self.facts(**changes))
+        return as_encoded(
+            self.folder, open_splits(self.folder), self.tokenizer, self.facts(**changes)
+        )
 
 
 @pytest.fixture

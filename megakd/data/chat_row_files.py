@@ -1,0 +1,66 @@
+"""Conversations on disk: the rows of a table in one form, written once per content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from datasets import Dataset, Features, Value
+
+from megakd.data.blank_rows import BlankRows
+from megakd.data.cache import cached_folder, key_of, read_rows, write_rows
+from megakd.data.chat_rows import CONVERSATION, SOURCE, VERSION, conversations
+from megakd.data.rows import PLACE
+from megakd.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from megakd.data.chat_rows import ChatColumns
+    from megakd.data.tables import Table
+
+
+def conversation_rows(
+    table: Table, columns: ChatColumns, *, cache_dir: Path, source: str | None = None
+) -> Dataset:
+    """Return the rows of a table with the columns of `chat_rows`, memory-mapped.
+
+    Args:
+        table: the table.
+        columns: the columns to read.
+        cache_dir: folder in which the rows are kept, by a hash of their content.
+        source: the source of a mixture, for the column `source`; None: no such column.
+
+    Raises:
+        DataError: a row is not a conversation, or no row has text.
+    """
+    name = Path(table.name).name
+    key = key_of("chat", VERSION, table.digest, columns, name, source)
+    names = ("text", CONVERSATION, PLACE, *([] if source is None else [SOURCE]))
+
+    def fill(fresh: Path) -> None:
+        blank = BlankRows()
+        features = Features({column: Value("string") for column in names})
+        write_rows(_rows(table, columns, source, blank), features, fresh / "rows.arrow")
+        blank.write(fresh)
+
+    folder = cached_folder(cache_dir / "rows" / key[:32], fill)
+    rows = read_rows(folder / "rows.arrow")
+    if len(rows) == 0:
+        raise DataError(f"{table.name} has no rows with text")
+    BlankRows.read(folder).tell(table.name, rows=len(rows), are_kept=False)
+    return rows
+
+
+def _rows(
+    table: Table, columns: ChatColumns, source: str | None, blank: BlankRows
+) -> Iterator[dict[str, object]]:
+    """Yield the rows of a table, and count the rows without text in `blank`."""
+    own = {} if source is None else {SOURCE: source}
+    for record, conversation in conversations(table, columns):
+        if conversation is None:
+            blank.add(record)
+            continue
+        place = f"{Path(table.name).name}, {record.place}"
+        texts = {"text": conversation.text, CONVERSATION: conversation.to_json(), PLACE: place}
+        yield {**texts, **own}

@@ -1,0 +1,250 @@
+"""Rows of conversations: which columns of a table hold them, and one form for all shapes.
+
+Shapes: `messages` (or `conversations`), `prompt` and `completion`, `prompt` alone, and text. The
+rows of a data set with conversations have the columns `text` (the contents of all messages, for
+hashes and for the training of tokenizers), `conversation` (JSON of a `Conversation`) and `place`
+(the place of the row in messages).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from megakd.data.chat_messages import (
+    ASSISTANT,
+    Message,
+    from_json,
+    is_message_list,
+    messages_of,
+    without_nulls,
+)
+from megakd.data.row_text import document_of, text_of
+from megakd.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from megakd.config.task import TaskConfig
+    from megakd.data.tables import Record, Table
+
+# Part of the key of rows on disk: increase this number when the same source gives other rows.
+VERSION = 1
+CONVERSATION = "conversation"
+SOURCE = "source"
+MESSAGES_DEFAULTS = ("messages", "conversations")
+PROMPT, COMPLETION = "prompt", "completion"
+TOOLS, OPTIONS = "tools", "chat_template_kwargs"
+TEXT_DEFAULTS = ("text", "sentence", "content", "document")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """One row: either messages, which the chat template renders, or plain text.
+
+    messages: the messages; None for plain text.
+    counted: the numbers of the messages whose tokens can count; none in a row that is a prompt.
+    tools: the tools that the chat template is given.
+    options: further arguments of the chat template, in place of `task.chat_template_kwargs`.
+    prompt, completion: the plain text; without a completion the row is a prompt, and with an empty
+        prompt the row is a document.
+    """
+
+    messages: list[Message] | None = None
+    counted: list[int] = field(default_factory=list)
+    tools: list[Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    prompt: str = ""
+    completion: str | None = None
+
+    @property
+    def is_prompt(self) -> bool:
+        """True if the row has no answer, so that none of its tokens can count."""
+        return self.completion is None if self.messages is None else not self.counted
+
+    @property
+    def text(self) -> str:
+        """The text of the row, without the marks of a chat template."""
+        if self.messages is None:
+            return self.prompt + (self.completion or "")
+        return "\n".join(_text_of_message(message) for message in self.messages)
+
+    def to_json(self) -> str:
+        """Return the conversation as JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @staticmethod
+    def from_json(text: str) -> Conversation:
+        """Return the conversation that `to_json` wrote."""
+        return Conversation(**json.loads(text))
+
+
+def _text_of_message(message: Message) -> str:
+    parts = [message.get("reasoning_content", ""), message["content"]]
+    parts += [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return "\n".join(part for part in parts if isinstance(part, str) and part)
+
+
+def is_chat(rows: Dataset) -> bool:
+    """Return whether the rows of a split are conversations."""
+    return CONVERSATION in rows.column_names
+
+
+class ChatColumns(NamedTuple):
+    """The columns of a table of conversations; None or empty: not a column of the table.
+
+    messages: the column of messages.
+    prompt, completion: the columns of a prompt and its answer, texts or lists of messages.
+    text: the columns of a document.
+    """
+
+    messages: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    text: tuple[str, ...] = ()
+
+
+def chat_columns(table: Table, task: TaskConfig) -> ChatColumns | None:
+    """Return the columns of conversations; None for a table of documents.
+
+    Columns that the task names decide. Otherwise messages come first, then a prompt with a
+    completion, then a text, then a prompt alone.
+
+    Raises:
+        DataError: a column that the task names does not exist.
+    """
+    if task.type != "causal_lm" or task.text_columns is not None:
+        return None
+    named = ChatColumns(task.messages_column, task.prompt_column, task.completion_column)
+    if any(named):
+        _require_named(table, named)
+        return named
+    for column in MESSAGES_DEFAULTS:
+        if column in table.columns:
+            return ChatColumns(messages=column)
+    if PROMPT not in table.columns:
+        return None
+    if COMPLETION in table.columns:
+        return ChatColumns(prompt=PROMPT, completion=COMPLETION)
+    has_text = any(column in table.columns for column in TEXT_DEFAULTS)
+    return None if has_text else ChatColumns(prompt=PROMPT)
+
+
+def _require_named(table: Table, named: ChatColumns) -> None:
+    keys = ("messages_column", "prompt_column", "completion_column")
+    for key, column in zip(keys, named[:3], strict=True):
+        if column is not None and column not in table.columns:
+            raise DataError(
+                f"{table.name}: column {column!r} (task.{key}) does not exist; the columns are "
+                f"{', '.join(table.columns)}"
+            )
+
+
+def read_columns(table: Table, columns: ChatColumns) -> tuple[str, ...]:
+    """Return all columns of a table that a conversation is read from."""
+    wanted = {*columns[:3], *columns.text, TOOLS, OPTIONS}
+    return tuple(column for column in table.columns if column in wanted)
+
+
+def conversations(
+    table: Table, columns: ChatColumns
+) -> Iterator[tuple[Record, Conversation | None]]:
+    """Yield the conversation of every row; None for a row without text.
+
+    Raises:
+        DataError: a row is not a conversation; names the row and what is wrong.
+    """
+    for record in table.records():
+        yield record, conversation_of(table.name, columns, record)
+
+
+def conversation_of(name: str, columns: ChatColumns, record: Record) -> Conversation | None:
+    """Return the conversation of a row; None for a row without text.
+
+    Raises:
+        DataError: the row is not a conversation; names `name`, the row and what is wrong.
+    """
+    if columns.text:
+        document = document_of(name, columns.text, record)
+        return None if document is None else Conversation(completion=document)
+    made = (
+        _of_messages(name, columns.messages, record)
+        if columns.messages is not None
+        else _of_prompt(name, columns, record)
+    )
+    return made if made.text.strip() else None
+
+
+def _of_messages(name: str, column: str, record: Record) -> Conversation:
+    where = f"{name}, {record.place}: column {column!r}"
+    messages = messages_of(_present(record, column, where), where=where)
+    return _chat(name, record, messages, first=0)
+
+
+def _of_prompt(name: str, columns: ChatColumns, record: Record) -> Conversation:
+    prompt, completion = cast("str", columns.prompt), columns.completion
+    where = f"{name}, {record.place}: column"
+    shown = {
+        c: _present(record, c, f"{where} {c!r}") for c in (prompt, completion) if c is not None
+    }
+    lists = [column for column, value in shown.items() if is_message_list(value)]
+    if not lists:
+        texts = [text_of(name, column, record) for column in shown]
+        return Conversation(prompt=texts[0], completion=None if completion is None else texts[1])
+    if len(lists) < len(shown):
+        raise DataError(
+            f"{where} {lists[0]!r} is a list of messages and the other of {prompt!r} and "
+            f"{completion!r} is not; write both as texts, or both as lists of messages"
+        )
+    asked, *answers = (messages_of(v, where=f"{where} {c!r}") for c, v in shown.items())
+    if not answers:
+        return _chat(name, record, asked, first=len(asked))
+    return _chat(name, record, asked + answers[0], first=len(asked))
+
+
+def _chat(name: str, record: Record, messages: list[Message], *, first: int) -> Conversation:
+    """Return a conversation whose answers begin at message `first`.
+
+    Messages after the last answer are left out, because no token after them counts.
+
+    Raises:
+        DataError: no message from `first` on is an answer, or all answers have weight 0.
+    """
+    where = f"{name}, {record.place}"
+    options = {
+        "tools": _value(record, TOOLS, list, where),
+        "options": _value(record, OPTIONS, dict, where) or {},
+    }
+    if first == len(messages):
+        return Conversation(messages=messages, **options)
+    answers = [n for n in range(first, len(messages)) if messages[n]["role"] == ASSISTANT]
+    # OpenAI's fine-tuning format marks answers that are not learned with weight 0.
+    counted = [n for n in answers if messages[n].get("weight", 1) != 0]
+    if not counted:
+        roles = ", ".join(message["role"] for message in messages[first:])
+        raise DataError(
+            f"{where}: no message of role {ASSISTANT!r} to learn from (roles: {roles}); remove the "
+            f"row, or give rows without an answer in a column {PROMPT!r} (task.prompt_column)"
+        )
+    return Conversation(messages=messages[: counted[-1] + 1], counted=counted, **options)
+
+
+def _present(record: Record, column: str, where: str) -> object:
+    value = record.values.get(column)
+    if value is None:
+        raise DataError(f"{where} is missing")
+    return value
+
+
+def _value(record: Record, column: str, kind: type, where: str) -> Any:
+    """Return the list or object of a column, given as it is or as JSON text; None if missing."""
+    value = record.values.get(column)
+    if value is None or value in ("", []):
+        return None
+    found = from_json(value)
+    if not isinstance(found, kind):
+        wanted = {list: "a list", dict: "an object"}[kind]
+        raise DataError(f"{where}: column {column!r} is not {wanted}: {value!r:.80}")
+    return without_nulls(found)

@@ -1,0 +1,273 @@
+"""Conversations as text, and the parts of the text whose tokens count.
+
+The parts are the answers: what a model generates after the generation prompt, up to and including
+the token that ends its turn. They are found from the `{% generation %}` marks of the chat template,
+or else from renderings of the conversation up to each answer.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from megakd.data.chat_messages import ASSISTANT
+from megakd.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from megakd.config.task import TaskConfig
+    from megakd.data.chat_messages import Message
+    from megakd.data.chat_rows import Conversation
+
+MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+FIXED_DATE = datetime.date(2024, 7, 26)
+"""The date in templates that write today's date, so that rows do not depend on the day. Llama's
+templates write this date where they cannot read a clock."""
+THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+SHOWN_CHARACTERS = 40
+
+
+def read_template(file: str) -> str:
+    """Return the chat template in a file.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"task.chat_template: {file} cannot be read: {error}") from error
+
+
+class Rendered(NamedTuple):
+    """A conversation as text.
+
+    answers: the parts that count, as (first character, character after the last).
+    prompt_end: the number of characters that a generator continues.
+    lost_reasoning: whether the template has left out the reasoning of an answer.
+    """
+
+    text: str
+    answers: list[tuple[int, int]]
+    prompt_end: int
+    lost_reasoning: bool = False
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer with the settings of a task.
+
+    Raises:
+        DataError: the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:
+        if not tokenizer.chat_template:
+            raise DataError(
+                "the rows are conversations, and the tokenizer has no chat template; set "
+                "task.chat_template to a file with a template in Jinja, or give prompt and "
+                "completion as plain texts"
+            )
+        self._tokenizer, self._task = tokenizer, task
+        added = cast("Any", tokenizer).get_added_vocab()
+        self._special = tuple({*tokenizer.all_special_tokens, *added})
+        self._sources: dict[bool, str] = {}
+
+    def render(self, conversation: Conversation, *, where: str) -> Rendered:
+        """Return the text of a conversation and the parts that count.
+
+        Args:
+            conversation: messages.
+            where: the row, for messages of errors.
+
+        Raises:
+            DataError: the template refuses the conversation, leaves out a message, or renders the
+                beginning of the conversation differently when the rest follows.
+        """
+        messages = [_prepared(m, self._task) for m in conversation.messages or ()]
+        view = _View(self, conversation, messages, where)
+        if conversation.is_prompt:
+            text = view.up_to(len(messages), prompted=True)
+            return Rendered(text, [], len(text))
+        counted = (
+            conversation.counted[-1:] if self._task.train_on == "last" else conversation.counted
+        )
+        has_marks = MARKS.search(self.source(conversation.tools)) is not None
+        made = view.by_marks(counted) if has_marks else view.by_prefixes(counted)
+        ends = [(begin, self._end(made.text, begin, end)) for begin, end in made.answers]
+        shown = "".join(made.text[begin:end] for begin, end in ends)
+        lost = any(_reasoning(messages[number]) not in shown for number in counted)
+        return made._replace(answers=ends, lost_reasoning=lost)
+
+    def source(self, tools: Sequence[Any] | None) -> str:
+        """Return the text of the template, with a fixed date in place of today's.
+
+        Raises:
+            DataError: the tokenizer has several templates and none for these tools.
+        """
+        key = tools is not None  # some tokenizers have a template of their own for tools
+        if key not in self._sources:
+            try:
+                found = self._tokenizer.get_chat_template(tools=cast("list[Any] | None", tools))
+            except ValueError as error:  # several templates, and none of them is the default
+                raise DataError(f"{error}; set task.chat_template to a file") from error
+            fixed = TODAY.sub(lambda call: repr(FIXED_DATE.strftime(call[2])), found)
+            self._sources[key] = fixed
+        return self._sources[key]
+
+    def text_of(
+        self, messages: Sequence[Message], conversation: Conversation, **keys: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text of messages, and the parts that the template marks."""
+        rendered: Any = render_jinja_template(
+            [list(messages)],
+            tools=conversation.tools,
+            chat_template=self.source(conversation.tools),
+            **{
+                **self._tokenizer.special_tokens_map,
+                **self._task.chat_template_kwargs,
+                **conversation.options,
+                **keys,
+            },
+        )
+        texts, marks = rendered
+        return texts[0], marks[0] if marks else []
+
+    def _end(self, text: str, begin: int, end: int) -> int:
+        """Return the end of an answer without white space after its end token."""
+        stripped = text[begin:end].rstrip()
+        return begin + len(stripped) if stripped.endswith(self._special) else end
+
+
+class _View:
+    """One conversation with its template."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        conversation: Conversation,
+        messages: list[Message],
+        where: str,
+    ) -> None:
+        self._template, self._conversation, self._where = template, conversation, where
+        self._messages = messages
+
+    def up_to(self, count: int, *, prompted: bool) -> str:
+        """Return the text of the first messages, with the prompt for an answer on request."""
+        return self._rendered(count, add_generation_prompt=prompted)[0]
+
+    def by_prefixes(self, counted: Sequence[int]) -> Rendered:
+        """Return the text, with answers found from the renderings up to each answer."""
+        text = self._whole()[0]
+        answers: list[tuple[int, int]] = []
+        for number in counted:
+            begin = self._prefix(text, number, prompted=True)
+            is_last = number + 1 == len(self._messages)
+            end = len(text) if is_last else self._prefix(text, number + 1, prompted=False)
+            answers.append((begin, end))
+        return Rendered(text, answers, answers[-1][0])
+
+    def by_marks(self, counted: Sequence[int]) -> Rendered:
+        """Return the text, with answers as the template marks them."""
+        text, marks = self._whole(return_assistant_tokens_mask=True)
+        turns = [n for n, m in enumerate(self._messages) if m["role"] == ASSISTANT]
+        marks = [mark for mark in marks if mark[0] < mark[1]]
+        if len(marks) == len(turns):
+            marks = [mark for mark, turn in zip(marks, turns, strict=True) if turn in counted]
+        elif len(counted) < len(turns) or not marks:
+            raise DataError(
+                f"{self._where}: the chat template marks {len(marks)} parts with generation, and "
+                f"the conversation has {len(turns)} answers, of which {len(counted)} count; mark "
+                "every answer once, or remove the marks"
+            )
+        prompt = self.up_to(counted[-1], prompted=True)
+        is_prefix = text.startswith(prompt) and len(prompt) <= marks[-1][0]
+        return Rendered(text, marks, len(prompt) if is_prefix else marks[-1][0])
+
+    def _whole(self, **keys: bool) -> tuple[str, list[tuple[int, int]]]:
+        text, marks = self._rendered(len(self._messages), **keys)
+        for message in self._messages:
+            role, content = message["role"], message["content"].strip()
+            # Templates write results of tools and answers in forms of their own.
+            if role not in (ASSISTANT, "tool") and content not in text:
+                raise DataError(
+                    f"{self._where}: the chat template leaves out the message of role {role!r} "
+                    f"({content[:SHOWN_CHARACTERS]!r}); use the roles of the template, or set "
+                    "task.chat_template to a template that writes this role"
+                )
+        return text, marks
+
+    def _rendered(self, count: int, **keys: bool) -> tuple[str, list[tuple[int, int]]]:
+        messages = self._messages[:count]
+        try:
+            return self._template.text_of(messages, self._conversation, **keys)
+        except Exception as error:  # a template may do anything that Python can refuse
+            roles = ", ".join(message["role"] for message in messages)
+            raise DataError(
+                f"{self._where}: the chat template refuses the conversation (roles: "
+                f"{roles or 'none before the first answer'}): {error}"
+            ) from error
+
+    def _prefix(self, text: str, count: int, *, prompted: bool) -> int:
+        """Return the length of the text of the first messages, which must begin the whole text."""
+        prefix = self.up_to(count, prompted=prompted)
+        if text.startswith(prefix):
+            return len(prefix)
+        same = _shared_characters(prefix, text)
+        alone, whole = (t[same : same + SHOWN_CHARACTERS] for t in (prefix, text))
+        answer = count + 1 if prompted else count
+        raise DataError(
+            f"{self._where}: the chat template renders the beginning of the conversation up to "
+            f"answer {answer} differently when the rest follows: after "
+            f"{text[max(0, same - SHOWN_CHARACTERS) : same]!r} it writes {alone!r} alone and "
+            f"{whole!r} in the whole conversation, so that a model would not learn the "
+            f"text that it generates; {_remedy(self._conversation, count)}"
+        )
+
+
+def _shared_characters(one: str, two: str) -> int:
+    """Return the number of equal characters at the beginning of two different texts."""
+    shorter = min(len(one), len(two))
+    return next((n for n in range(shorter) if one[n] != two[n]), shorter)
+
+
+def _remedy(conversation: Conversation, count: int) -> str:
+    if count < conversation.counted[-1]:
+        return (
+            "set task.train_on: last to learn only the last answer of each conversation, or set "
+            "task.chat_template to a template that does not rewrite earlier answers"
+        )
+    return (
+        "check task.chat_template_kwargs and task.reasoning (enable_thinking: false contradicts "
+        "answers with reasoning), or set task.chat_template to another template"
+    )
+
+
+def _prepared(message: Message, task: TaskConfig) -> Message:
+    """Return a message as the template gets it."""
+    if task.reasoning == "keep" or message["role"] != ASSISTANT:
+        return message
+    kept = {key: value for key, value in message.items() if key not in REASONING_KEYS}
+    return {**kept, "content": without_reasoning(message["content"])}
+
+
+def without_reasoning(text: str) -> str:
+    """Return an answer without its <think>…</think>, of which the beginning may be missing."""
+    text = THINKING.sub("", text)
+    return text.split("</think>", 1)[-1].lstrip() if "</think>" in text else text
+
+
+def _reasoning(message: Message) -> str:
+    """Return the reasoning of an answer, or an empty text."""
+    for key in REASONING_KEYS:
+        if isinstance(message.get(key), str):
+            return message[key].strip()
+    before, mark, _ = message["content"].partition("</think>")
+    return before.replace("<think>", "").strip() if mark else ""

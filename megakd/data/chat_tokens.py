@@ -1,0 +1,343 @@
+"""Conversations as token numbers, with next tokens as labels where the next token counts.
+
+A row of the result is one conversation, not packed. Columns: `input_ids` and `labels`, lists of
+int32 (see `packing` for the labels), and `prompt_length`, the number of tokens that a generator
+continues: up to and including the generation prompt of the last answer. A document of a mixture is
+cut into rows of `max_length` without losing a target, and its prompt is its first token.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+import pyarrow as pa
+
+from megakd.contract.batch import IGNORE
+from megakd.data.chat_counts import ChatCounts
+from megakd.data.chat_rows import CONVERSATION, SOURCE, Conversation
+from megakd.data.chat_template import ChatTemplate, Rendered, without_reasoning
+from megakd.data.rows import PLACE, arrow_batches
+from megakd.data.token_tables import document_ends, plain_encoding
+from megakd.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    from megakd.config.task import TaskConfig
+    from megakd.data.chat_counts import CountsByName
+
+# Part of the key of encoded rows: increase this number when the encoded rows would differ.
+VERSION = 1
+ROWS_AT_ONCE = 500
+ENCODED_AT_ONCE = 32
+"""Conversations that are encoded together. The beginnings up to each answer are encoded too, which
+takes much memory for long conversations with many answers."""
+PROMPT_LENGTH = "prompt_length"
+
+
+class ChatRow(NamedTuple):
+    """One encoded row; see the module."""
+
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    prompt_length: int
+
+
+class Tokens(NamedTuple):
+    """The tokens of one conversation before it is cut to `max_length`.
+
+    counts: whether each token counts.
+    prompts: the numbers of tokens before each answer, in order; the last is what a generator
+        continues.
+    """
+
+    ids: NDArray[np.int32]
+    counts: NDArray[np.bool_]
+    prompts: list[int]
+
+
+def chat_tables(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskConfig,
+    *,
+    name: str,
+    counts: CountsByName,
+) -> Iterator[pa.Table]:
+    """Yield tables of encoded conversations, at least one table.
+
+    Args:
+        rows: conversations, see `chat_rows`.
+        tokenizer: a fast tokenizer; with a chat template if rows have messages.
+        task: the keys of conversations and `max_length`.
+        name: name of the rows in messages and in `counts`.
+        counts: filled with the numbers of the rows while the tables are read.
+
+    Raises:
+        DataError: a row cannot be rendered, or no row is left.
+    """
+    encoder = ChatEncoder(tokenizer, task)
+    empty = True
+    for table in tables_of_conversations(rows, encoder, name=name, counts=counts):
+        empty = False
+        yield table
+    if empty:
+        raise none_left(counts.values(), task, split=name)
+
+
+def none_left(counts: Iterable[ChatCounts], task: TaskConfig, *, split: str) -> DataError:
+    """Return the error of a split whose conversations are all left out."""
+    own = ChatCounts()
+    for part in counts:
+        own.add(part)
+    return DataError(
+        f"the {split} split has no conversation that can be learned from: {own.long_prompt} have a "
+        f"prompt that fills task.max_length ({task.max_length}), {own.too_long} are too long, and "
+        f"in {own.nothing_counts} no token counts; raise task.max_length, or check the answers"
+    )
+
+
+def tables_of_conversations(
+    rows: Dataset, encoder: ChatEncoder, *, name: str, counts: CountsByName
+) -> Iterator[pa.Table]:
+    """Yield tables of encoded conversations like `chat_tables`, and no table if no row is left."""
+    needed = [column for column in (CONVERSATION, PLACE, SOURCE) if column in rows.column_names]
+    for batch in arrow_batches(rows.select_columns(needed), ROWS_AT_ONCE):
+        columns: dict[str, list[str]] = {
+            column: batch.column(column).to_pylist() for column in batch.column_names
+        }
+        names = [f"{name}/{source}" for source in columns.get(SOURCE, ())] or [name] * len(batch)
+        conversations = list(map(Conversation.from_json, columns[CONVERSATION]))
+        made: list[ChatRow] = []
+        for tally, encoded in zip(names, encoder(conversations, columns[PLACE]), strict=True):
+            own = counts.setdefault(tally, ChatCounts())
+            own.add(encoded[1])
+            made += encoded[0]
+        if made:
+            yield _table(made)
+
+
+def _table(rows: Sequence[ChatRow]) -> pa.Table:
+    ids, labels, lengths = zip(*rows, strict=True)
+    listed = pa.list_(pa.int32())
+    return pa.table(
+        {
+            "input_ids": pa.array(list(ids), type=listed),
+            "labels": pa.array(list(labels), type=listed),
+            PROMPT_LENGTH: pa.array(list(lengths), type=pa.int32()),
+        }
+    )
+
+
+class ChatEncoder:
+    """Encoder of conversations.
+
+    Raises:
+        DataError: the tokenizer is not a fast tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:
+        if not tokenizer.is_fast:
+            raise DataError(
+                f"the tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}) cannot tell "
+                "which characters its tokens stand for, which conversations need; use a tokenizer "
+                "with tokenizer.json"
+            )
+        self._tokenizer, self._task = tokenizer, task
+        self._template: ChatTemplate | None = None
+        self._ends = document_ends(tokenizer)
+        added = cast("Any", tokenizer).get_added_vocab().values()
+        self._special = np.array(sorted({*tokenizer.all_special_ids, *added}), dtype=np.int32)
+
+    def __call__(
+        self, conversations: Sequence[Conversation], places: Sequence[str]
+    ) -> Iterator[tuple[list[ChatRow], ChatCounts]]:
+        """Yield the rows of each conversation, and their numbers.
+
+        Args:
+            conversations: the conversations.
+            places: the places of the conversations, for messages of errors.
+
+        Raises:
+            DataError: a conversation cannot be rendered or encoded.
+        """
+        rendered = [self._rendered(c, p) for c, p in zip(conversations, places, strict=True)]
+        encoded = (
+            tokens
+            for start in range(0, len(rendered), ENCODED_AT_ONCE)
+            for tokens in self._encoded(
+                rendered[start : start + ENCODED_AT_ONCE], places[start : start + ENCODED_AT_ONCE]
+            )
+        )
+        for conversation, text, tokens in zip(conversations, rendered, encoded, strict=True):
+            is_plain = conversation.messages is None
+            own = self._framed(conversation, tokens) if is_plain else tokens
+            yield self._rows(conversation, own, text)
+
+    def _rendered(self, conversation: Conversation, place: str) -> Rendered:
+        if conversation.messages is not None:
+            self._template = self._template or ChatTemplate(self._tokenizer, self._task)
+            return self._template.render(conversation, where=place)
+        prompt, answer = conversation.prompt, conversation.completion
+        if answer is None:
+            return Rendered(prompt, [], len(prompt))
+        if self._task.reasoning == "strip":
+            answer = without_reasoning(answer)
+        text = prompt + answer
+        return Rendered(text, [(len(prompt), len(text))], len(prompt))
+
+    def _encoded(self, rendered: Sequence[Rendered], places: Sequence[str]) -> Iterator[Tokens]:
+        """Yield the tokens of each text, in which no token reaches over the start of an answer."""
+        starts = [sorted({r.prompt_end, *(a[0] for a in r.answers)}) for r in rendered]
+        whole = self._pieces([r.text for r in rendered])
+        prompts = [r.text[:s] for r, own in zip(rendered, starts, strict=True) for s in own]
+        before = iter(plain_encoding(prompts, self._tokenizer)["input_ids"])
+        for text, own, pieces, place in zip(rendered, starts, whole, places, strict=True):
+            prefixes = [next(before) for _ in own]
+            if all(pieces.ids[: len(prefix)] == prefix for prefix in prefixes):
+                lengths = dict(zip(own, map(len, prefixes), strict=True))
+                yield _marked(text, pieces, lengths)
+            else:
+                yield _marked(text, *self._cut(text, own, pieces, place))
+
+    def _pieces(self, texts: Sequence[str]) -> list[_Pieces]:
+        made = self._tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        return [
+            _Pieces(ids, [begin for begin, _ in offsets])
+            for ids, offsets in zip(made["input_ids"], made["offset_mapping"], strict=True)
+        ]
+
+    def _cut(
+        self, text: Rendered, starts: Sequence[int], whole: _Pieces, place: str
+    ) -> tuple[_Pieces, dict[int, int]]:
+        """Return the tokens of a text that is cut at the starts of answers.
+
+        A tokenizer may join the end of a prompt and the beginning of an answer, such as two line
+        breaks, in one token. A generator continues the tokens of the prompt alone.
+
+        Raises:
+            DataError: the tokens of the parts do not give the text.
+        """
+        edges = [0, *(start for start in starts if start), len(text.text)]
+        parts = self._pieces([text.text[a:b] for a, b in pairwise(edges)])
+        ids: list[int] = []
+        offsets: list[int] = []
+        lengths = {0: 0}
+        for edge, part in zip(edges, parts, strict=False):
+            lengths[edge] = len(ids)
+            ids += part.ids
+            offsets += [edge + begin for begin in part.offsets]
+        lengths[edges[-1]] = len(ids)
+        if self._text(ids) != self._text(whole.ids):
+            cut = (s for s in starts if whole.ids[: lengths[s]] != ids[: lengths[s]])
+            start = next(cut, starts[-1])
+            near = text.text[max(0, start - 20) : start], text.text[start : start + 20]
+            raise DataError(
+                f"{place}: the tokens of the prompt are not the first tokens of the whole text: "
+                f"the tokenizer joins {near[0]!r} with {near[1]!r}; begin the answer without white "
+                "space, or end the prompt without"
+            )
+        return _Pieces(ids, offsets), lengths
+
+    def _text(self, ids: list[int]) -> str:
+        return cast("str", self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def _framed(self, conversation: Conversation, tokens: Tokens) -> Tokens:
+        """Return plain text with the tokenizer's tokens before and, with an answer, after it."""
+        before, after = self._ends
+        after = [] if conversation.is_prompt else after
+        ids = np.concatenate([np.array(before), tokens.ids, np.array(after)]).astype(np.int32)
+        counts = np.concatenate([np.zeros(len(before)), tokens.counts, np.ones(len(after))])
+        return Tokens(ids, counts.astype(np.bool_), [len(before) + n for n in tokens.prompts])
+
+    def _rows(
+        self, conversation: Conversation, tokens: Tokens, text: Rendered
+    ) -> tuple[list[ChatRow], ChatCounts]:
+        """Return the rows of a conversation that fit, and their numbers."""
+        made = ChatCounts(
+            rows=1, prompts=int(conversation.is_prompt), lost_reasoning=int(text.lost_reasoning)
+        )
+        if conversation.messages is None and not conversation.prompt:
+            rows = list(_document_rows(tokens, self._task.max_length))
+        else:
+            row = self._cut_row(conversation, tokens, made)
+            rows = [] if row is None else [row]
+        for row in rows:
+            targets = row.labels[row.labels != IGNORE]
+            made.kept += 1
+            made.tokens += len(row.input_ids)
+            made.targets += len(targets)
+            found, numbers = np.unique(targets[np.isin(targets, self._special)], return_counts=True)
+            made.add(ChatCounts(special=dict(zip(found.tolist(), numbers.tolist(), strict=True))))
+        return rows, made
+
+    def _cut_row(
+        self, conversation: Conversation, tokens: Tokens, made: ChatCounts
+    ) -> ChatRow | None:
+        """Return the row that fits in `max_length`; None, with a count in `made`, if none fits."""
+        most, is_prompt = self._task.max_length, conversation.is_prompt
+        if len(tokens.ids) > most and self._task.truncation == "drop":
+            made.too_long += 1
+            return None
+        # An answer counts if at least its first token is in the row.
+        prompts = [n for n in tokens.prompts if n <= most - (not is_prompt)]
+        if not prompts:
+            made.long_prompt += 1
+            return None
+        ids, counts = tokens.ids[:most], tokens.counts[:most]
+        labels = _labels(ids, counts)
+        if not is_prompt and (labels == IGNORE).all():
+            made.nothing_counts += 1
+            return None
+        made.truncated += int(len(ids) < len(tokens.ids))
+        return ChatRow(ids, labels, prompts[-1])
+
+
+class _Pieces(NamedTuple):
+    """Tokens, and the first character of each token."""
+
+    ids: list[int]
+    offsets: list[int]
+
+
+def _marked(text: Rendered, pieces: _Pieces, lengths: dict[int, int]) -> Tokens:
+    """Return tokens with those of the answers marked; `lengths` are the tokens before a start."""
+    counts = np.zeros(len(pieces.ids), dtype=np.bool_)
+    for begin, end in text.answers:
+        is_whole = end == len(text.text)
+        last = len(pieces.ids) if is_whole else bisect_left(pieces.offsets, end)
+        counts[lengths[begin] : last] = True
+    starts = sorted(
+        {*(begin for begin, _ in text.answers if begin < text.prompt_end), text.prompt_end}
+    )
+    return Tokens(np.array(pieces.ids, dtype=np.int32), counts, [lengths[s] for s in starts])
+
+
+def _labels(ids: NDArray[np.int32], counts: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Return [T] the next token where the next token counts, else -100; -100 at the end."""
+    labels = np.full(len(ids), IGNORE, dtype=np.int32)
+    labels[:-1] = np.where(counts[1:], ids[1:], IGNORE)
+    return labels
+
+
+def _document_rows(tokens: Tokens, length: int) -> Iterator[ChatRow]:
+    """Yield the rows of a document; the label of a row's last token is in the next row."""
+    labels = np.append(tokens.ids[1:], np.int32(IGNORE))
+    for start in range(0, len(tokens.ids), length):
+        part = slice(start, start + length)
+        if (labels[part] != IGNORE).any():
+            yield ChatRow(tokens.ids[part], labels[part], 1)

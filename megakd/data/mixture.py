@@ -1,0 +1,155 @@
+"""Mixtures: rows of several sources, and how many rows of each an epoch has.
+
+The rows of an epoch are chosen once, as a function of (weights, seed): the shares are exact in
+every epoch, and every row of every source is read at least once. The loader then orders the rows of
+each epoch anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+from megakd.data.cache import key_of
+from megakd.data.chat_row_files import conversation_rows
+from megakd.data.chat_rows import SOURCE
+from megakd.data.columns import DEFAULT_METRICS, conversation_columns
+from megakd.data.files import files_table, matching_files
+from megakd.data.found import Found
+from megakd.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from megakd.config.task import Files, MixtureSource, TaskConfig
+    from megakd.data.tables import SplitName, Table
+
+logger = logging.getLogger(__name__)
+MANY_TIMES = 10
+"""A source that an epoch reads more often than this is worth a warning."""
+
+
+def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
+    """Return the rows of all sources of `task.mixture`, and of the validation and test files.
+
+    Rows of documents become conversations without a prompt, which are not packed.
+
+    Raises:
+        DataError: a file does not exist, is in two sources, or cannot be read.
+    """
+    sources = task.mixture or {}
+    held: dict[SplitName, Files | None] = {
+        "validation": task.validation_files,
+        "test": task.test_files,
+    }
+    paths = {f"task.mixture.{name}.files": part.files for name, part in sources.items()}
+    paths |= {f"task.{split}_files": files for split, files in held.items() if files is not None}
+    found = {key: matching_files(files, key) for key, files in paths.items()}
+    _refuse_shared(found)
+    tables = {key: files_table(files, key) for key, files in found.items()}
+    parts = [
+        _rows(tables[f"task.mixture.{name}.files"], task, cache_dir=cache_dir, source=name)
+        for name in sources
+    ]
+    splits: dict[SplitName, Dataset] = {"train": concatenate_datasets(parts)}
+    for split in held:
+        if (table := tables.get(f"task.{split}_files")) is not None:
+            splits[split] = _rows(table, task, cache_dir=cache_dir)
+    digests = [(key, t.digest, conversation_columns(t, task)) for key, t in tables.items()]
+    return Found(
+        name="task.mixture",
+        splits=splits,
+        classes=None,
+        metrics=DEFAULT_METRICS[task.type],
+        source_hash=key_of("mixture", digests),
+    )
+
+
+def _rows(table: Table, task: TaskConfig, *, cache_dir: Path, source: str | None = None) -> Dataset:
+    columns = conversation_columns(table, task)
+    return conversation_rows(table, columns, cache_dir=cache_dir, source=source)
+
+
+def _refuse_shared(found: Mapping[str, list[Path]]) -> None:
+    seen: dict[Path, str] = {}
+    for key, paths in found.items():
+        for path in paths:
+            earlier = seen.setdefault(path.resolve(), key)
+            if earlier != key:
+                raise DataError(
+                    f"{key}: {path} is also a file of {earlier}; remove it from one of the two"
+                )
+
+
+def mixed(rows: Dataset, sources: Mapping[str, MixtureSource], *, seed: int) -> Dataset:
+    """Return the training rows of an epoch: rows of every source in proportion to its weight.
+
+    The source with the most rows in relation to its weight is read once. The others are read as
+    often as their weight asks: whole, and then a share that the seed chooses.
+
+    Args:
+        rows: the training rows of all sources, with a column `source`.
+        sources: the sources by name.
+        seed: seed of the run.
+
+    Raises:
+        DataError: all rows of a source are held out.
+    """
+    of_row = np.asarray(rows.select_columns(SOURCE).with_format("numpy")[:][SOURCE])
+    places = {name: np.flatnonzero(of_row == name) for name in sources}
+    for name, own in places.items():
+        if not len(own):
+            raise DataError(
+                f"task.mixture.{name}: no row is left for training after the validation rows are "
+                "cut; set task.validation_files, or give the source more rows"
+            )
+    sizes = np.array([len(own) for own in places.values()])
+    counts = rows_of_sources(sizes, np.array([part.weight for part in sources.values()]))
+    chosen = [
+        _drawn(own, int(count), np.random.default_rng([seed, number]))
+        for number, (own, count) in enumerate(zip(places.values(), counts, strict=True))
+    ]
+    for name, size, count in zip(sources, sizes, counts, strict=True):
+        _tell(name, int(size), int(count), share=count / counts.sum())
+    return rows.select(np.sort(np.concatenate(chosen)))
+
+
+def rows_of_sources(sizes: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the rows that an epoch reads of each source.
+
+    Args:
+        sizes: [S] rows of each source, at least 1.
+        weights: [S] positive weights.
+
+    Returns:
+        [S] numbers of rows, each at least the rows of its source. The shares differ from the
+        weights by less than a row.
+    """
+    total = (sizes / weights).max()
+    return np.maximum(sizes, np.rint(total * weights).astype(np.int64))
+
+
+def _drawn(places: NDArray[np.int64], count: int, random: np.random.Generator) -> NDArray[np.int64]:
+    """Return `count` rows: all rows as often as they fit, and a random choice of the rest."""
+    times, rest = divmod(count, len(places))
+    return np.concatenate([np.tile(places, times), random.permutation(places)[:rest]])
+
+
+def _tell(name: str, size: int, count: int, *, share: float) -> None:
+    times = count / size
+    logger.log(
+        logging.WARNING if times > MANY_TIMES else logging.INFO,
+        "mixture: %s has %d training rows; an epoch reads %d rows of it (%.1f %% of all rows, each "
+        "row %.2f times)",
+        name,
+        size,
+        count,
+        100 * share,
+        times,
+    )

@@ -1,0 +1,215 @@
+"""Encoded conversations: numbers, the table at the start, cutting, keys, and the folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_tokenizers import asked, chat_tokenizer, template_of
+from tiny_runs import write_jsonl
+
+from megakd.config.task import TaskConfig
+from megakd.data import chat_encoding, encode_shards
+from megakd.data.chat_counts import ChatCounts, table_lines
+from megakd.data.encode_shards import write_encoded
+from megakd.data.encoded_folder import as_encoded, facts_of, open_splits
+from megakd.data.encoding import Encoded, encode_splits
+from megakd.data.splits import Splits, load_splits
+from megakd.data.tokenizers import load_tokenizer, training_texts
+from megakd.errors import DataError
+
+IGNORE = -100
+
+
+class Data:
+    """Conversations on disk and how a run reads them."""
+
+    def __init__(self, folder: Path, rows: list[dict[str, Any]], **keys: Any) -> None:
+        self.folder = folder
+        self.tokenizer = chat_tokenizer("chatml", merges=False)
+        path = str(write_jsonl(folder / "train.jsonl", rows))
+        names = {"train_files": path, "validation_files": self._held()}
+        self.task = TaskConfig(**{"type": "causal_lm", "max_length": 64, **names, **keys})
+
+    def _held(self) -> str:
+        return str(write_jsonl(self.folder / "held.jsonl", [{"messages": asked("Hi", "Hello")}]))
+
+    @property
+    def splits(self) -> Splits:
+        return load_splits(self.task, seed=0, cache_dir=self.folder / "cache")
+
+    def encoded(self) -> Encoded:
+        return encode_splits(
+            self.splits, self.tokenizer, self.task, cache_dir=self.folder / "cache"
+        )
+
+    def counts(self) -> ChatCounts:
+        found = self.encoded().chat
+        assert found is not None
+        return found["train"]
+
+
+def chats(*turns: tuple[str, str]) -> list[dict[str, Any]]:
+    return [{"messages": asked(*turn)} for turn in turns]
+
+
+# The prompt of a conversation: <|im_start|>user\n….<|im_end|>\n<|im_start|>assistant\n
+FRAME = len("user\n\nassistant\n") + 3
+
+
+def test_the_table_counts_tokens_targets_truncated_and_dropped_rows(tmp_path):
+    rows = chats(("Hi", "abc"), ("Hi", "x" * 60), ("y" * 60, "abc"))
+    data = Data(
+        tmp_path, [*rows, {"messages": [*asked("Hi"), {"role": "assistant", "content": ""}]}]
+    )
+
+    counts = data.counts()
+
+    prompt = FRAME + 2
+    assert counts == ChatCounts(
+        rows=4,
+        kept=3,
+        tokens=(prompt + 4 + 1) + 64 + (prompt + 1 + 1),
+        targets=4 + (64 - prompt) + 1,
+        truncated=1,
+        long_prompt=1,
+        special={data.tokenizer.eos_token_id: 2},
+    )
+    share = f"{counts.targets / counts.tokens:.1%}"
+    cells = ["train", "4", "3", f"{counts.tokens}", f"{counts.targets}", share, "1", "1"]
+    assert table_lines({"train": counts})[1].split() == cells
+
+
+def test_rows_that_are_too_long_are_dropped_on_request(tmp_path):
+    rows = chats(("Hi", "abc"), ("Hi", "x" * 60))
+    counts = Data(tmp_path, rows, truncation="drop").counts()
+
+    assert (counts.kept, counts.too_long, counts.truncated) == (1, 1, 0)
+
+
+def test_a_cut_conversation_is_continued_at_the_last_answer_that_it_holds(tmp_path):
+    data = Data(tmp_path, [{"messages": asked("Hi", "abc", "Bye", "x" * 60, "Z", "z")}])
+    row = data.encoded().train[0]
+
+    text = data.tokenizer.decode(row["input_ids"][: row["prompt_length"]])
+    assert text.endswith("Bye<|im_end|>\n<|im_start|>assistant\n")
+    assert len(row["input_ids"]) == len(row["labels"]) == 64
+
+
+@pytest.mark.parametrize(("more", "answer"), [(0, "Hello"), (1, "See you")])
+def test_a_prompt_that_fills_the_row_is_not_the_prompt_of_the_row(tmp_path, more, answer):
+    """At least the first token of the answer must be in the row."""
+    messages = asked("Hi", "Hello", "Bye", "See you")
+    data = Data(tmp_path, [{"messages": messages}])
+    [prompts, before] = (
+        data.tokenizer.apply_chat_template(messages[:n], add_generation_prompt=True)["input_ids"]
+        for n in (1, 3)
+    )
+    data.task = dataclasses.replace(data.task, max_length=len(before) + more)
+
+    row = data.encoded().train[0]
+
+    assert row["prompt_length"] == len(prompts if answer == "Hello" else before)
+
+
+def test_labels_are_the_next_tokens(tmp_path):
+    rows = Data(tmp_path, chats(("Hi", "abc"), ("Hi", "x" * 60))).encoded().train
+
+    assert rows.column_names == ["input_ids", "labels", "prompt_length"]
+    for row in rows:
+        pairs = zip(row["input_ids"][1:], row["labels"][:-1], strict=True)
+        assert all(label in (IGNORE, token) for token, label in pairs)
+        assert row["labels"][-1] == IGNORE
+        assert row["labels"][row["prompt_length"] - 1] == row["input_ids"][row["prompt_length"]]
+
+
+def test_a_split_without_a_row_to_learn_from_is_refused_with_the_reasons(tmp_path):
+    with pytest.raises(DataError, match=r"2 have a prompt that fills task\.max_length \(64\)"):
+        Data(tmp_path, chats(("y" * 60, "a"), ("z" * 60, "b"))).encoded()
+
+
+def test_a_second_start_shows_the_same_table_and_row_without_encoding(
+    tmp_path, caplog, monkeypatch
+):
+    data = Data(tmp_path, chats(("Hi", "abc"), ("Hi", "x" * 60)))
+    caplog.set_level(logging.INFO)
+
+    def said() -> list[str]:
+        caplog.clear()
+        data.encoded()
+        return [
+            r.getMessage()
+            for r in caplog.records
+            if r.name.startswith("megakd.data.chat_c") or "first row" in r.getMessage()
+        ]
+
+    first = said()
+    monkeypatch.setattr(chat_encoding, "chat_tables", None)
+
+    assert said() == first
+    assert any("[[abc<|im_end|>]]" in line for line in first)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"reasoning": "strip"},
+        {"train_on": "last"},
+        {"truncation": "drop"},
+    ],
+)
+def test_every_setting_of_the_rendering_changes_the_key(tmp_path, keys):
+    rows = chats(("Hi", "abc"))
+    plain, other = Data(tmp_path, rows).encoded(), Data(tmp_path, rows, **keys).encoded()
+
+    assert plain.content_hash != other.content_hash
+
+
+def test_another_template_changes_the_key_and_the_rows(tmp_path):
+    data = Data(tmp_path, chats(("Hi", "abc")))
+    before = data.encoded()
+    data.tokenizer.chat_template = template_of("qwen3")
+
+    after = data.encoded()
+
+    assert before.content_hash != after.content_hash
+    assert before.train[0]["input_ids"] != after.train[0]["input_ids"]
+
+
+def test_a_template_in_a_file_replaces_the_tokenizers(tmp_path):
+    data = Data(tmp_path, chats(("Hi", "abc")))
+    data.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "own.jinja").write_text(template_of("qwen3"))
+    names = {"tokenizer": str(tmp_path / "tokenizer"), "chat_template": str(tmp_path / "own.jinja")}
+    task = dataclasses.replace(data.task, **names)
+
+    tokenizer = load_tokenizer(task, data.splits, model_folders=[], cache_dir=tmp_path / "cache")
+
+    assert tokenizer.chat_template == template_of("qwen3")
+
+
+def test_a_folder_of_encoded_conversations_has_the_rows_and_numbers_of_the_run(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(encode_shards, "TEXTS_PER_SHARD", 4)
+    data = Data(tmp_path, chats(*((f"Question {n}", "x" * 5 * n) for n in range(11))))
+    facts = facts_of(data.task, data.tokenizer, seed=0)
+    write_encoded(tmp_path / "encoded", data.splits, data.tokenizer, data.task, facts=facts)
+
+    run = data.encoded()
+    splits = open_splits(tmp_path / "encoded")
+    made = as_encoded(tmp_path / "encoded", splits, data.tokenizer, facts)
+
+    assert made.train[:] == run.train[:]
+    assert made.chat == run.chat
+    assert made.content_hash == run.content_hash
+
+
+def test_the_texts_of_conversations_train_a_tokenizer(tmp_path):
+    data = Data(tmp_path, chats(("Hi", "abc"), ("Bye", "def")))
+
+    assert list(training_texts(data.splits)) == ["Hi\nabc", "Bye\ndef"]

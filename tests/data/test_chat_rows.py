@@ -1,0 +1,214 @@
+"""Rows of conversations: every shape in one form, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from chat_tokenizers import asked
+from datasets import Dataset
+from tiny_runs import write_jsonl
+
+from megakd.config.task import TaskConfig
+from megakd.data.chat_rows import Conversation, conversations, is_chat
+from megakd.data.columns import conversation_columns
+from megakd.data.files import files_table
+from megakd.data.hub import hub_table
+from megakd.data.splits import load_splits
+from megakd.errors import ConfigError, DataError
+
+HELLO = asked("Hi", "Hello")
+CALL = {"name": "add", "arguments": {"a": 2, "b": 2}}
+
+
+def task(path: Path, **keys: Any) -> TaskConfig:
+    return TaskConfig(**{"type": "causal_lm", "train_files": str(path), **keys})
+
+
+def read(path: Path, **keys: Any) -> list[Conversation]:
+    """The rows of a file."""
+    table = files_table([path], "task.train_files")
+    columns = conversation_columns(table, task(path, **keys))
+    return [found for _, found in conversations(table, columns) if found is not None]
+
+
+def first_of(folder: Path, row: dict[str, Any], **keys: Any) -> Conversation:
+    return read(write_jsonl(folder / "rows.jsonl", [row]), **keys)[0]
+
+
+def refused(folder: Path, row: dict[str, Any], **keys: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        first_of(folder, row, **keys)
+    return str(caught.value)
+
+
+SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "keys"),
+    [
+        ({"messages": HELLO}, {}),
+        ({"messages": json.dumps(HELLO)}, {}),
+        ({"conversations": SHAREGPT}, {}),
+        ({"chat": SHAREGPT}, {"messages_column": "chat"}),
+        ({"prompt": HELLO[:1], "completion": HELLO[1:]}, {}),
+        ({"prompt": json.dumps(HELLO[:1]), "completion": HELLO[1:]}, {}),
+        ({"q": HELLO[:1], "a": HELLO[1:]}, {"prompt_column": "q", "completion_column": "a"}),
+        ({"messages": [*HELLO, *asked("and a question at the end")]}, {}),
+        ({"messages": [{**HELLO[0], "content": [{"type": "text", "text": "Hi"}]}, HELLO[1]]}, {}),
+        ({"messages": [{**m, "name": None, "tool_calls": None} for m in HELLO]}, {}),
+        ({"messages": HELLO, "text": "Hi Hello", "prompt": "Hi"}, {}),
+    ],
+)
+def test_all_shapes_of_a_conversation_give_the_same_row(tmp_path, row, keys):
+    found = first_of(tmp_path, row, **keys)
+
+    assert found == Conversation(messages=HELLO, counted=[1])
+    assert found.text == "Hi\nHello"
+
+
+def test_plain_prompt_and_completion_stay_text(tmp_path):
+    row = {"question": "2 + 2 =", "answer": " [4]"}
+    keys = {"prompt_column": "question", "completion_column": "answer"}
+
+    assert first_of(tmp_path, row, **keys) == Conversation(prompt="2 + 2 =", completion=" [4]")
+    assert first_of(tmp_path, row, prompt_column="question") == Conversation(prompt="2 + 2 =")
+
+
+def test_a_prompt_of_messages_has_no_answer_to_learn(tmp_path):
+    found = first_of(tmp_path, {"prompt": asked("Hi", "Hello", "Bye")})
+
+    assert found.is_prompt
+    assert found.messages == asked("Hi", "Hello", "Bye")
+
+
+def test_a_table_with_text_and_a_prompt_is_read_as_text(tmp_path):
+    path = write_jsonl(
+        tmp_path / "rows.jsonl", [{"text": f"a {n}", "prompt": "b"} for n in range(9)]
+    )
+
+    assert not is_chat(load_splits(task(path), seed=0, cache_dir=tmp_path / "cache").train)
+
+
+@pytest.mark.parametrize("arguments", [CALL["arguments"], json.dumps(CALL["arguments"])])
+def test_tool_calls_have_their_arguments_as_an_object(tmp_path, arguments):
+    call = {"id": "1", "type": "function", "function": {**CALL, "arguments": arguments}}
+    openai = [*asked("2 + 2?"), {"role": "assistant", "tool_calls": [call]}]
+    sharegpt = [
+        {"from": "human", "value": "2 + 2?"},
+        {"from": "function_call", "value": json.dumps({**CALL, "arguments": arguments})},
+    ]
+
+    found = [first_of(tmp_path, {"messages": rows}).messages for rows in (openai, sharegpt)]
+
+    for messages in found:
+        assert messages
+        assert messages[1]["tool_calls"][0]["function"] == CALL
+        assert messages[1]["content"] == ""
+
+
+def test_tools_and_options_of_a_row_are_read_from_json_and_from_lists(tmp_path):
+    tools, options = [{"type": "function", "function": {"name": "add"}}], {"enable_thinking": False}
+    given = {"messages": HELLO, "tools": tools, "chat_template_kwargs": options}
+    texts = {**given, "tools": json.dumps(tools), "chat_template_kwargs": json.dumps(options)}
+
+    for row in (given, texts):
+        assert first_of(tmp_path, row) == Conversation(
+            messages=HELLO, counted=[1], tools=tools, options=options
+        )
+
+
+def test_parquet_and_csv_and_the_hub_give_the_rows_of_jsonl(tmp_path):
+    rows = [
+        {"messages": asked("Hi", f"Hello {n}", system="Be kind"), "tools": None} for n in range(4)
+    ]
+    expected = read(write_jsonl(tmp_path / "rows.jsonl", rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerows([["messages"], *([json.dumps(row["messages"])] for row in rows)])
+
+    assert read(tmp_path / "rows.parquet") == expected
+    assert read(tmp_path / "rows.csv") == expected
+    table = hub_table("hub", Dataset.from_list(rows))
+    assert "messages" in table.columns
+
+
+def test_an_answer_with_weight_0_does_not_count(tmp_path):
+    messages = asked("Hi", "Hello", "Bye", "See you")
+    messages[1]["weight"] = 0
+
+    assert first_of(tmp_path, {"messages": messages}).counted == [3]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": asked("Hi")}, ("line 1", "'assistant'", "roles: user", "task.prompt_column")),
+        ({"messages": "Hi"}, ("line 1", "'messages'", "list of messages")),
+        ({"messages": [{"role": "user"}]}, ("message 1", "'user'", "no content")),
+        ({"messages": [{"text": "Hi"}]}, ("message 1", "role and content")),
+        ({"messages": [{"from": "moderator", "value": "Hi"}]}, ("'moderator'", "human")),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            ("image_url", "text"),
+        ),
+        ({"messages": HELLO, "tools": "add"}, ("'tools'", "not a list")),
+        ({"prompt": HELLO[:1], "completion": "Hello"}, ("'prompt'", "'completion'", "both")),
+        ({"prompt": 3, "completion": "Hello"}, ("'prompt'", "not text")),
+        ({"prompt": "Hi", "completion": None}, ("'completion'", "missing")),
+    ],
+)
+def test_a_row_that_is_no_conversation_is_refused_with_its_place(tmp_path, row, words):
+    message = refused(tmp_path, row)
+
+    for word in words:
+        assert word in message
+
+
+def test_a_column_that_does_not_exist_is_refused_with_the_key(tmp_path):
+    message = refused(tmp_path, {"messages": HELLO}, messages_column="chat")
+
+    assert "task.messages_column" in message
+    assert "'chat'" in message
+
+
+def test_rows_of_unknown_shape_keep_the_message_about_text(tmp_path):
+    assert "set task.text_columns" in refused(tmp_path, {"instruction": "Hi", "output": "Hello"})
+
+
+def test_a_stream_has_the_conversations_of_the_files_without_those_held_out(tmp_path):
+    rows = [{"messages": asked(f"Question {n}", f"Answer {n}"), "id": n} for n in range(9)]
+    paths = [str(write_jsonl(tmp_path / f"{n}.jsonl", rows[n::2])) for n in range(2)]
+    own = task(tmp_path, train_files=tuple(paths), streaming=True, max_eval_examples=2)
+
+    splits = load_splits(own, seed=0, cache_dir=tmp_path / "cache")
+
+    assert splits.stream is not None
+    streamed = list(splits.stream.documents())
+    held = splits.validation["conversation"][:]
+    assert is_chat(splits.train)
+    assert held + streamed == [c.to_json() for path in paths for c in read(Path(path))]
+
+
+def test_a_stream_without_validation_rows_says_how_to_hold_some_out(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": HELLO}] * 4)
+
+    with pytest.raises(ConfigError, match=r"task\.max_eval_examples"):
+        load_splits(task(path, streaming=True), seed=0, cache_dir=tmp_path / "cache")
+
+
+def test_equal_conversations_stay_in_one_split(tmp_path):
+    rows = [{"messages": asked(f"Question {n % 20}", "Answer")} for n in range(80)]
+    splits = load_splits(
+        task(write_jsonl(tmp_path / "rows.jsonl", rows)), seed=0, cache_dir=tmp_path / "cache"
+    )
+
+    assert not {*splits.train["text"]} & {*splits.validation["text"]}
+    assert len(splits.train) + len(splits.validation) == len(rows)

@@ -1,0 +1,364 @@
+"""Tokens of conversations: what counts, on the chat templates of real models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from chat_tokenizers import FAMILIES, asked, chat_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from megakd.config.task import TaskConfig
+from megakd.data.chat_messages import messages_of
+from megakd.data.chat_rows import Conversation
+from megakd.data.chat_tokens import ChatEncoder, ChatRow
+from megakd.errors import DataError
+
+IGNORE = -100
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+
+
+def task(**keys: Any) -> TaskConfig:
+    return TaskConfig(**{"type": "causal_lm", "dataset": "none", "max_length": 4096, **keys})
+
+
+def chat(messages: list[dict[str, Any]], **keys: Any) -> Conversation:
+    made = messages_of(messages, where="row 1")
+    counted = [n for n, message in enumerate(made) if message["role"] == "assistant"]
+    return Conversation(**{"messages": made, "counted": counted, **keys})
+
+
+def encoded(tokenizer: Any, conversation: Conversation, **keys: Any) -> ChatRow:
+    [(rows, _)] = ChatEncoder(tokenizer, task(**keys))([conversation], ["row 1"])
+    [row] = rows
+    return row
+
+
+def reference(tokenizer: Any, *parts: tuple[str, bool]) -> tuple[list[int], list[int]]:
+    """Tokens and labels of parts of text that are encoded one by one."""
+    ids: list[int] = []
+    counts: list[bool] = []
+    for text, does_count in parts:
+        own = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += own
+        counts += [does_count] * len(own)
+    after = zip(ids[1:], counts[1:], strict=True)
+    return ids, [*(token if does else IGNORE for token, does in after), IGNORE]
+
+
+def assert_row(row: ChatRow, tokenizer: Any, *parts: tuple[str, bool]) -> None:
+    ids, labels = reference(tokenizer, *parts)
+    assert row.input_ids.tolist() == ids
+    assert row.labels.tolist() == labels
+    last = [text for text, _ in parts[:-2]] if not parts[-1][1] else [t for t, _ in parts[:-1]]
+    assert row.prompt_length == len(reference(tokenizer, *((text, False) for text in last))[0])
+
+
+TURNS = {
+    "qwen3": ("<|im_start|>{}\n", "<|im_end|>", "\n", "assistant", ""),
+    "chatml": ("<|im_start|>{}\n", "<|im_end|>", "\n", "assistant", ""),
+    "marks": ("<|im_start|>{}\n", "<|im_end|>", "\n", "assistant", ""),
+    "llama3": (
+        "<|start_header_id|>{}<|end_header_id|>\n\n",
+        "<|eot_id|>",
+        "",
+        "assistant",
+        "<|begin_of_text|>",
+    ),
+    "gemma": ("<start_of_turn>{}\n", "<end_of_turn>", "\n", "model", "<bos>"),
+}
+
+
+def parts_of(family: str, *contents: str) -> list[tuple[str, bool]]:
+    """The conversation as the family writes it, by hand."""
+    header, end, after, name, bos = TURNS[family]
+    parts: list[tuple[str, bool]] = []
+    text = bos
+    for number, content in enumerate(contents):
+        if number % 2:
+            parts += [(text + header.format(name), False), (content + end, True)]
+            text = after
+        else:
+            text += header.format("user") + content + end + after
+    return [*parts, (text, False)] if text else parts
+
+
+@pytest.mark.parametrize("merges", [False, True])
+@pytest.mark.parametrize("family", ["chatml", "marks", "llama3", "gemma"])
+def test_every_answer_and_its_end_token_count_and_nothing_else(family, merges):
+    tokenizer = chat_tokenizer(family, merges=merges)
+    contents = ("What is 2 + 2?", "It is 4.", "And 3 + 3?", "6")
+
+    row = encoded(tokenizer, chat(asked(*contents)))
+
+    assert_row(row, tokenizer, *parts_of(family, *contents))
+    assert int(row.labels[row.labels != IGNORE][-1]) == tokenizer.eos_token_id
+
+
+TEXTS = st.text(
+    st.characters(codec="utf-8", exclude_characters="<", exclude_categories=["Cs"]),
+    min_size=1,
+    max_size=12,
+).filter(lambda text: bool(text.strip()))
+
+
+@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
+def test_a_template_with_marks_gives_the_rows_of_the_prefixes(turns):
+    conversation = chat(asked(*(text for turn in turns for text in turn)))
+
+    rows = [encoded(chat_tokenizer(f), conversation) for f in ("chatml", "marks")]
+
+    assert rows[0].input_ids.tolist() == rows[1].input_ids.tolist()
+    assert rows[0].labels.tolist() == rows[1].labels.tolist()
+    assert rows[0].prompt_length == rows[1].prompt_length
+
+
+@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3), st.sampled_from(sorted(TURNS)))
+def test_a_prompt_is_what_a_generator_continues(turns, family):
+    """The first tokens of the row are the tokens of the prompt alone, and the answer follows."""
+    tokenizer = chat_tokenizer(family)
+    messages = asked(*(text for turn in turns for text in turn))
+
+    row = encoded(tokenizer, chat(messages), train_on="last")
+
+    alone = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)
+    assert row.input_ids[: row.prompt_length].tolist() == alone["input_ids"]
+    assert (row.labels[: row.prompt_length - 1] == IGNORE).all()
+    said = row.labels[row.prompt_length - 1 :]
+    text = tokenizer.decode(said[said != IGNORE].tolist())
+    assert text.endswith(FAMILIES[family].end)
+    assert messages[-1]["content"].strip() in text
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(row.input_ids.tolist()) == whole
+
+
+def test_qwen3_without_reasoning_learns_the_empty_thinking_of_its_template():
+    tokenizer = chat_tokenizer("qwen3")
+
+    row = encoded(tokenizer, chat(asked("Hi", "Hello")))
+
+    assert_row(
+        row,
+        tokenizer,
+        ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", False),
+        ("<think>\n\n</think>\n\nHello<|im_end|>", True),
+        ("\n", False),
+    )
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_without_thinking_the_empty_thinking_belongs_to_the_prompt(by_row):
+    tokenizer, options = chat_tokenizer("qwen3"), {"enable_thinking": False}
+    own = {"options": options} if by_row else {}
+    keys = {} if by_row else {"chat_template_kwargs": options}
+
+    row = encoded(tokenizer, chat(asked("Hi", "Hello"), **own), **keys)
+
+    assert_row(
+        row,
+        tokenizer,
+        (
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+            False,
+        ),
+        ("Hello<|im_end|>", True),
+        ("\n", False),
+    )
+
+
+def test_tools_and_reasoning_of_an_answer_count():
+    tokenizer = chat_tokenizer("qwen3")
+    calling = {"role": "assistant", "reasoning_content": "I add.", "tool_calls": [CALL]}
+    messages = [*asked("2 + 2?"), calling, {"role": "tool", "content": "4"}]
+    final = {"role": "assistant", "content": "<think>\nSo 4.\n</think>\n\nIt is 4."}
+
+    row = encoded(tokenizer, chat([*messages, final], tools=[ADD]))
+
+    beginning = tokenizer.apply_chat_template(
+        messages[:1], tools=[ADD], tokenize=False, add_generation_prompt=True
+    )
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call><|im_end|>'
+    assert_row(
+        row,
+        tokenizer,
+        (beginning, False),
+        ("<think>\nI add.\n</think>\n\n" + call, True),
+        (
+            "\n<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>\n"
+            "<|im_start|>assistant\n",
+            False,
+        ),
+        ("<think>\nSo 4.\n</think>\n\nIt is 4.<|im_end|>", True),
+        ("\n", False),
+    )
+    assert "# Tools" in beginning
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": "<think>\nHm.\n</think>\n\nHello"},
+        {"content": "Hm.\n</think>\n\nHello"},
+        {"content": "Hello", "reasoning_content": "Hm."},
+    ],
+)
+def test_reasoning_is_stripped_on_request(answer):
+    tokenizer = chat_tokenizer("qwen3")
+    messages = [*asked("Hi"), {"role": "assistant", **answer}]
+
+    kept = encoded(tokenizer, chat(messages))
+    stripped = encoded(tokenizer, chat(messages), reasoning="strip")
+
+    assert "Hm." in tokenizer.decode(kept.input_ids.tolist())
+    assert (
+        stripped.input_ids.tolist()
+        == encoded(tokenizer, chat(asked("Hi", "Hello"))).input_ids.tolist()
+    )
+
+
+def test_a_template_that_rewrites_earlier_answers_is_refused_with_the_row_and_the_key():
+    tokenizer = chat_tokenizer("qwen3")
+    conversation = chat(asked("Hi", "Hello", "Bye", "See you"))
+
+    with pytest.raises(DataError) as caught:
+        encoded(tokenizer, conversation)
+    row = encoded(tokenizer, conversation, train_on="last")
+
+    for words in ("row 1", "answer 2", "<think>", "'Hello", "task.train_on: last"):
+        assert words in str(caught.value)
+    said = row.labels[row.labels != IGNORE].tolist()
+    assert tokenizer.decode(said) == "<think>\n\n</think>\n\nSee you<|im_end|>"
+
+
+def test_reasoning_against_enable_thinking_false_is_refused():
+    tokenizer = chat_tokenizer("qwen3")
+    conversation = chat(asked("Hi", "<think>\nHm.\n</think>\n\nHello"))
+
+    with pytest.raises(DataError, match=r"task\.chat_template_kwargs and task\.reasoning"):
+        encoded(tokenizer, conversation, chat_template_kwargs={"enable_thinking": False})
+
+
+@pytest.mark.parametrize(
+    ("family", "messages", "words"),
+    [
+        ("gemma", asked("Hi", "Hello", system="Be kind"), ("System role not supported", "system")),
+        ("gemma", [*asked("Hi"), *asked("Hi", "Hello")], ("must alternate", "user, user")),
+        (
+            "qwen3",
+            [{"role": "developer", "content": "Be kind"}, *asked("Hi", "Hello")],
+            ("developer", "leaves out"),
+        ),
+    ],
+)
+def test_a_role_that_the_template_does_not_know_is_refused(family, messages, words):
+    with pytest.raises(DataError) as caught:
+        encoded(chat_tokenizer(family), chat(messages))
+
+    for word in ("row 1", *words):
+        assert word in str(caught.value)
+
+
+def test_plain_texts_are_concatenated_and_end_with_the_end_token():
+    tokenizer = chat_tokenizer("chatml")
+
+    row = encoded(tokenizer, Conversation(prompt="2 + 2 =", completion=" 4"))
+
+    assert_row(row, tokenizer, ("2 + 2 =", False), (" 4<|im_end|>", True))
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [("Q\n", "\nA"), ("the c", "at sees")])
+def test_no_token_reaches_over_the_end_of_the_prompt(prompt, completion):
+    """The tokenizer would join both; a generator continues the tokens of the prompt alone."""
+    tokenizer = chat_tokenizer("chatml")
+    joined = tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
+
+    row = encoded(tokenizer, Conversation(prompt=prompt, completion=completion))
+
+    assert_row(row, tokenizer, (prompt, False), (completion + "<|im_end|>", True))
+    assert row.input_ids[:-1].tolist() != joined
+
+
+def test_a_tokenizer_that_cannot_cut_the_text_at_the_answer_is_refused_with_the_row():
+    """Metaspace puts a space before every part, so that the parts are another text."""
+    pieces = [("<unk>", 0.0), ("▁unhappy", -1.0), ("▁un", -2.0), ("▁happy", -2.0), ("</s>", -3.0)]
+    made = Tokenizer(models.Unigram(pieces, unk_id=0))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
+    made.decoder = decoders.Metaspace()  # type: ignore[assignment]
+    special = {"eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, **special)
+
+    row = encoded(tokenizer, Conversation(prompt="un", completion=" happy"))
+    with pytest.raises(DataError, match=r"row 1.*joins 'un' with 'happy'"):
+        encoded(tokenizer, Conversation(prompt="un", completion="happy"))
+
+    assert row.input_ids.tolist() == [2, 3, 4]
+    assert row.labels.tolist() == [3, 4, IGNORE]
+
+
+def test_a_prompt_alone_has_no_labels():
+    tokenizer = chat_tokenizer("chatml")
+    rows = [
+        encoded(tokenizer, Conversation(prompt="2 + 2 =")),
+        encoded(tokenizer, Conversation(messages=asked("2 + 2 ="))),
+    ]
+
+    for row in rows:
+        assert row.prompt_length == len(row.input_ids)
+        assert (row.labels == IGNORE).all()
+    assert tokenizer.decode(rows[1].input_ids.tolist()).endswith("<|im_start|>assistant\n")
+
+
+def test_only_answers_of_the_completion_count():
+    tokenizer = chat_tokenizer("chatml")
+    conversation = chat(asked("Hi", "Hello", "Bye", "See you"), counted=[3])
+
+    row = encoded(tokenizer, conversation)
+
+    assert tokenizer.decode(row.labels[row.labels != IGNORE].tolist()) == "See you<|im_end|>"
+    assert encoded(chat_tokenizer("marks"), conversation).labels.tolist() == row.labels.tolist()
+
+
+def test_todays_date_in_a_template_does_not_change_the_rows(monkeypatch):
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') + '\\n' }}" + tokenizer.chat_template
+
+    row = encoded(tokenizer, chat(asked("Hi", "Hello")))
+
+    assert tokenizer.decode(row.input_ids.tolist()).startswith("26 Jul 2024\n<|im_start|>user")
+
+
+def test_a_line_break_that_ends_an_answer_without_an_end_token_counts():
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+
+    row = encoded(tokenizer, chat(asked("Hi", "Hello", "Bye", "See you")))
+
+    said = row.labels[row.labels != IGNORE].tolist()
+    assert tokenizer.decode(said) == "Hello\nSee you\n"
+
+
+def test_a_document_loses_no_target():
+    tokenizer = chat_tokenizer("chatml", merges=False)
+    document = Conversation(completion="abcdefgh")
+    [(rows, counts)] = ChatEncoder(tokenizer, task(max_length=4))([document], ["row 1"])
+
+    targets = np.concatenate([row.labels[row.labels != IGNORE] for row in rows])
+    assert tokenizer.decode(targets.tolist()) == "bcdefgh<|im_end|>"
+    assert [row.prompt_length for row in rows] == [1] * len(rows)
+    assert counts.targets == len(targets)
+
+
+def test_a_tokenizer_without_a_template_is_refused_with_the_key():
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template = None
+
+    with pytest.raises(DataError, match=r"task\.chat_template"):
+        encoded(tokenizer, chat(asked("Hi", "Hello")))

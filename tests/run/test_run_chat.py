@@ -1,0 +1,110 @@
+"""Whole runs on conversations: learned, logged, continued in the report, encoded before."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chat_tokenizers import asked, chat_tokenizer
+from safetensors.torch import load_file
+from tiny_runs import config_tree, llama, write_config, write_jsonl
+from whole_run import finish, read
+
+ROWS = 40
+
+
+def questions(shared_data: Path) -> list[dict[str, str]]:
+    """The first questions of GSM8K with their answers."""
+    with (shared_data / "gsm8k" / "train.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line) for line in islice(file, ROWS)]
+
+
+def row_of(pair: dict[str, str], shape: str) -> dict[str, Any]:
+    if shape == "plain":
+        return {"prompt": f"{pair['question']}\n", "completion": pair["answer"]}
+    return {"messages": asked(pair["question"], pair["answer"])}
+
+
+def write_run(folder: Path, rows: list[dict[str, Any]], out: str, **task: Any) -> Path:
+    chat_tokenizer("chatml").save_pretrained(folder / "tokenizer")
+    path = write_jsonl(folder / "rows.jsonl", rows)
+    data = {"type": "causal_lm", "dataset": str(path), "tokenizer": str(folder / "tokenizer")}
+    model = {"max_position_embeddings": 512}
+    tree = config_tree(
+        folder / out,
+        {**data, "max_length": 512, **task},
+        teacher={"model": llama(1, **model), "finetune": {"max_steps": 2}},
+        student={"model": llama(1, **model)},
+        method={"name": "single"},
+        objective=[{"loss": "soft_target_kl"}, {"loss": "hard_cross_entropy"}],
+    )
+    return write_config(folder / f"{out}.yaml", tree)
+
+
+@pytest.mark.parametrize("shape", ["plain", "messages"])
+def test_a_run_on_real_questions_learns_and_says_what_counts(
+    one_rank, tmp_path, shared_data, shape
+):
+    rows = [row_of(pair, shape) for pair in questions(shared_data)]
+    config = write_run(tmp_path, rows, "out")
+
+    said = finish(one_rank, config)
+
+    report = read(tmp_path / "out")
+    assert report["student"]["metrics"]["perplexity"] > 1
+    assert report["samples"][0]["prompt"].rstrip().endswith(("?", "assistant"))
+    log = said.out + said.err
+    for words in ("rows of", "that count", "train", "validation", "[[Natalia sold 48/2"):
+        assert words in log
+    assert "<|im_end|>]]" in log
+
+
+def test_encoded_before_the_run_a_mixture_gives_the_same_weights_and_table(one_rank, tmp_path):
+    chats = [{"messages": asked(f"Question {n}?", f"It is {n}.")} for n in range(12)]
+    texts = [{"text": f"The number after {n} is {n + 1}."} for n in range(6)]
+    files = {"chats": chats, "texts": texts}
+    mixture = {
+        name: {"files": str(write_jsonl(tmp_path / f"{name}.jsonl", rows)), "weight": weight}
+        for (name, rows), weight in zip(files.items(), (0.6, 0.4), strict=True)
+    }
+    held = str(write_jsonl(tmp_path / "held.jsonl", chats[:3]))
+    keys = {"dataset": None, "mixture": mixture, "validation_files": held, "max_length": 64}
+    config = write_run(tmp_path, chats, "out", **keys)
+
+    plain = finish(one_rank, config)
+    encoded = one_rank.megakd("encode", config, "--to", tmp_path / "encoded")
+    assert encoded.code == 0, encoded.err
+    own = {**keys, "encoded": str(tmp_path / "encoded")}
+    mapped = finish(one_rank, write_run(tmp_path, chats, "mapped", **own))
+
+    tables = [
+        re.findall(r"^train/\w+ .*$", said.out + said.err, re.MULTILINE) for said in (plain, mapped)
+    ]
+    assert len(tables[0]) == 2
+    assert tables[0] == tables[1]
+    first, second = (
+        load_file(tmp_path / out / "final" / "model.safetensors") for out in ("out", "mapped")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_streamed_run_that_was_stopped_goes_on_to_the_same_weights(one_rank, tmp_path):
+    rows = [{"messages": asked(f"Question {n}?", f"It is {n}.")} for n in range(24)]
+    keys = {"streaming": True, "max_eval_examples": 4, "max_length": 64}
+    whole = write_run(tmp_path, rows, "whole", **keys)
+    stopped = write_run(tmp_path, rows, "stopped", **keys)
+
+    finish(one_rank, whole)
+    first = one_rank.train("--config", stopped, "save.save_steps=1", stop_at=("student", 2))
+    assert first.code != 0
+    finish(one_rank, stopped, "save.save_steps=1")
+
+    one, two = (
+        load_file(tmp_path / out / "final" / "model.safetensors") for out in ("whole", "stopped")
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
