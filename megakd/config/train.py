@@ -32,6 +32,10 @@ class TrainConfig:
 
     per_device_train_batch_size: Count = 8
     gradient_accumulation_steps: MicroBatches = 1
+    tokens_per_rank: Annotated[int, Field(ge=8, le=2**24)] | None = None
+    """Pack the rows of a step into micro-batches of at most this many tokens; a step keeps its
+    rows, per_device_train_batch_size * gradient_accumulation_steps * ranks, and its gradient. Only
+    for causal_lm. None: micro-batches of per_device_train_batch_size padded rows."""
     num_train_epochs: Epochs = 3.0
     max_steps: Count | None = None
     """In optimizer steps; overrides num_train_epochs."""
@@ -54,6 +58,9 @@ class TrainConfig:
     """None: true on a GPU that has bf16, unless fp16 is set; false on a CPU."""
     fp16: bool = False
     gradient_checkpointing: bool = False
+    activation_offload: bool = False
+    """Keep the inputs of checkpointed layers in host memory until the backward, for long rows.
+    Needs gradient_checkpointing; has no effect on a CPU."""
     early_stopping_patience: Count | None = None
     """Stop the stage after this many evaluations in a row without a better score."""
     early_stopping_threshold: Weight = 0.0
@@ -65,6 +72,12 @@ class TrainConfig:
     collective_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
     """Seconds that a rank waits for the other ranks in a collective of tensors. Waits for rank 0,
     which reads, encodes or writes files, have a limit of 24 hours. Only in `train`."""
+
+    def rows_at_once(self, max_length: int) -> int:
+        """Return the rows of `max_length` tokens that fit into memory as in a micro-batch."""
+        if self.tokens_per_rank is None:
+            return self.per_device_train_batch_size
+        return max(1, min(self.per_device_train_batch_size, self.tokens_per_rank // max_length))
 
 
 if TYPE_CHECKING:

@@ -30,6 +30,12 @@ def training_problems(config: RunConfig) -> Iterator[str]:
                 "evaluations, and eval.eval_steps is not set; set eval.eval_steps, or remove the "
                 "key"
             )
+        if train.activation_offload and not train.gradient_checkpointing:
+            yield (
+                f"{where}.activation_offload: moves the inputs of checkpointed layers to host "
+                f"memory, and gradient_checkpointing is false; set {where}.gradient_checkpointing "
+                "to true, or remove the key"
+            )
     yield from _limits(config)
     yield from _precision(config)
     yield from _metrics(config)

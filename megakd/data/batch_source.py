@@ -13,17 +13,18 @@ from megakd.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from megakd.contract.stage import BatchSource
+    from megakd.contract.batch_source import BatchSource
     from megakd.data.encoding import Encoded
-    from megakd.data.loader import Collate, OtherReading, StepShape
+    from megakd.data.loader import OtherReading
     from megakd.data.masking import Masking
+    from megakd.data.step_layout import Collate, StepLayout
 
 
 def batch_source(  # noqa: PLR0913  (each is another fact about the stage)
     encoded: Encoded,
     collate: Collate,
     *,
-    shape: StepShape,
+    layout: StepLayout,
     seed: int,
     masking: Masking | None,
     only_labelled: bool,
@@ -36,7 +37,7 @@ def batch_source(  # noqa: PLR0913  (each is another fact about the stage)
     Args:
         encoded: the encoded data.
         collate: function that collates a micro-batch.
-        shape: rows, micro-batches and ranks of a step.
+        layout: rows, micro-batches and ranks of a step.
         seed: seed of the run.
         masking: masks of mlm; None for other tasks.
         only_labelled: whether rows without a label are left out.
@@ -45,18 +46,24 @@ def batch_source(  # noqa: PLR0913  (each is another fact about the stage)
         others: by role, functions that encode the rows for models with another tokenizer.
 
     Raises:
-        ConfigError: a stream has no number of steps.
+        ConfigError: a stream has no number of steps, or its rows are to be packed by tokens.
         DataError: there are no rows.
     """
     if encoded.stream is None:
         rows = labelled_only(encoded.train) if only_labelled else encoded.train
-        return StepLoader(rows, collate, shape=shape, seed=seed, masking=masking, others=others)
+        return StepLoader(rows, collate, layout=layout, seed=seed, masking=masking, others=others)
     if max_steps is None:
         raise ConfigError(
             "max_steps: missing for a stage that trains on a stream (task.streaming is true); set "
             "max_steps in the section of the stage, such as train.max_steps"
         )
-    rows = EncodedStream(encoded.stream, shape=shape, seed=seed)
+    if layout.tokens_per_rank is not None:
+        raise ConfigError(
+            f"train.tokens_per_rank: {layout.tokens_per_rank} packs the rows of all ranks "
+            "together, and with a stream every rank reads rows of its own (task.streaming is "
+            "true); remove one of the two"
+        )
+    rows = EncodedStream(encoded.stream, shape=layout.shape, seed=seed)
     return StreamLoader(
         rows,
         collate,

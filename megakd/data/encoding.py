@@ -18,7 +18,10 @@ import torch
 from datasets import Dataset
 
 from megakd.contract.batch import IGNORE, Batch, Documents
-from megakd.data.cache import read_rows
+from megakd.data.cache import read_rows, write_tables
+from megakd.data.chat_counts import SETS
+from megakd.data.chat_encoding import counts_of, encode_chat
+from megakd.data.chat_rows import is_chat
 from megakd.data.encoded_keys import encoded_key
 from megakd.data.rows import LABELS_AT_ONCE, arrow_batches
 from megakd.data.token_tables import check_room_for_text, token_tables
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megakd.config.task import TaskConfig
+    from megakd.data.chat_counts import ChatCounts
     from megakd.data.splits import Splits
     from megakd.data.text_stream import TextStream
 
@@ -57,12 +61,15 @@ class Encoded(NamedTuple):
     Columns for classification and regression: `input_ids`, `label`, and for pairs `token_type_ids`
     if the tokenizer returns them. For mlm: `input_ids`, with a row per window of a text (see
     `windows`), and `word_starts` for whole-word masking (see `words`). For causal_lm: `input_ids`,
-    `position_ids` and `labels` (see `packing`).
+    `position_ids` and `labels` (see `packing`), or for conversations `input_ids`, `labels` and
+    `prompt_length` (see `chat_tokens`).
 
     tokens_per_row: mean number of tokens of a training row, or with a stream of a validation row,
         without padding.
     stream: the training rows with `task.streaming`; `train` is then empty.
     evaluation_sets: further rows to score, by name; not part of content_hash.
+    chat: the numbers of the conversations by split, and by `sets/NAME` for the evaluation sets;
+        None for other rows.
     """
 
     train: Dataset
@@ -72,6 +79,7 @@ class Encoded(NamedTuple):
     tokens_per_row: float
     evaluation_sets: Mapping[str, Dataset] = MappingProxyType({})
     stream: StreamedRows | None = None
+    chat: Mapping[str, ChatCounts] | None = None
 
     @property
     def held_out(self) -> Dataset:
@@ -106,19 +114,23 @@ def encode_splits(
     made, key = encode_rows(
         present, tokenizer, task, content_hash=splits.content_hash, cache_dir=cache_dir
     )
+    chat = counts_of(cache_dir, key) if is_chat(splits.validation) else None
     counted, stream = made.get("train", made["validation"]), None
     if splits.stream is not None:
         stream = StreamedRows(splits.stream, tokenizer, task)
     made.setdefault("train", made["validation"].select([]))
     sets: Mapping[str, Dataset] = {}
     if splits.evaluation_sets:
-        sets, _ = encode_rows(
+        sets, sets_key = encode_rows(
             splits.evaluation_sets,
             tokenizer,
             task,
             content_hash=splits.sets_hash,
             cache_dir=cache_dir,
         )
+        if chat is not None:
+            scored = counts_of(cache_dir, sets_key)
+            chat |= {f"{SETS}/{name}": own for name, own in scored.items()}
     return Encoded(
         train=made["train"],
         validation=made["validation"],
@@ -127,6 +139,7 @@ def encode_splits(
         tokens_per_row=_token_count(counted) / len(counted),
         evaluation_sets=sets,
         stream=stream,
+        chat=chat,
     )
 
 
@@ -152,6 +165,8 @@ def encode_rows(
     """
     check_room_for_text(next(iter(rows.values())), tokenizer, task)
     key = encoded_key(rows, tokenizer, task, content_hash=content_hash)
+    if any(map(is_chat, rows.values())):
+        return encode_chat(rows, tokenizer, task, key=key, cache_dir=cache_dir), key
     tables = {
         name: token_tables(split, tokenizer, task, split=name) for name, split in rows.items()
     }
@@ -219,8 +234,9 @@ class Collator:
     """A function that collates rows to one padded micro-batch.
 
     For causal_lm, `inputs` has `input_ids` and `position_ids`, and the model must be called with
-    `use_cache=False`; see `packing`. For mlm, no tokens are masked or labelled yet; see `masking`,
-    which also takes `word_starts` out of `inputs`.
+    `use_cache=False`; see `packing`. A row without `position_ids` is one document. A column
+    `is_rollout`, with one bool per row, fills `Batch.is_rollout`. For mlm, no tokens are masked or
+    labelled yet; see `masking`, which also takes `word_starts` out of `inputs`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:
@@ -245,7 +261,7 @@ class Collator:
         lengths = np.concatenate([columns["input_ids"][1], np.zeros(dummy_rows, dtype=np.int64)])
         if not len(lengths):
             raise ValueError("a micro-batch needs at least one row, which may be a dummy row")
-        width = self._width(int(lengths.max()))
+        width = padded_width(int(lengths.max()), self._max_length)
         valid = np.arange(width) < lengths[:, None]  # [B, T]
         padded = {
             name: self._padded(name, values, valid)
@@ -253,12 +269,9 @@ class Collator:
             if name in _PADDED
         }
         if self._type == "causal_lm":
-            return _language_batch(padded, valid, lengths)
+            batch = _language_batch(padded, valid, lengths)
+            return batch._replace(is_rollout=_rollout_positions(columns, valid))
         return self._text_batch(padded, columns, valid)
-
-    def _width(self, longest: int) -> int:
-        rounded = -(-max(longest, 1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        return min(rounded, self._max_length)
 
     def _padded(self, name: str, values: NDArray, valid: NDArray) -> NDArray[np.int64]:
         padded = np.full(valid.shape, _FILL.get(name, self._pad_id), dtype=np.int64)
@@ -287,21 +300,38 @@ class Collator:
         return labels
 
 
+def padded_width(longest: int, most: int) -> int:
+    """Return the positions of a padded row: a multiple of 8, at least 8, but at most `most`."""
+    rounded = -(-max(longest, 1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    return min(rounded, most)
+
+
+def _rollout_positions(columns: Columns, valid: NDArray) -> torch.Tensor | None:
+    """Return [B, T] bool: True at the tokens of generated texts; None without such a column."""
+    if "is_rollout" not in columns:
+        return None
+    generated, _ = columns["is_rollout"]
+    positions = valid.copy()
+    positions[: len(generated)] &= generated.astype(bool)[:, None]
+    return torch.from_numpy(positions)
+
+
 def _language_batch(padded: dict[str, NDArray], valid: NDArray, lengths: NDArray) -> Batch:
     """Return a batch with [B, T] labels; positions restart at padding, which no token sees."""
-    after_end = np.arange(valid.shape[1]) - lengths[:, None]  # [B, T]
-    positions = np.where(valid, padded.get("position_ids", after_end), after_end)
+    after_start = np.arange(valid.shape[1])
+    after_end = after_start - lengths[:, None]  # [B, T]
+    positions = np.where(valid, padded.get("position_ids", after_start), after_end)
     labels = padded.get("labels", np.full(valid.shape, IGNORE, dtype=np.int64))
     inputs = {
         "input_ids": torch.from_numpy(padded["input_ids"]),
         "position_ids": torch.from_numpy(positions),
     }
     tensors = torch.from_numpy(labels), torch.from_numpy(valid)
-    return Batch(inputs, *tensors, documents=_documents(positions))
+    return Batch(inputs, *tensors, documents=documents_of(positions))
 
 
-def _documents(positions: Any) -> Documents:
-    """Return the documents of rows [B, T]; positions restart with a document and with a row."""
+def documents_of(positions: Any) -> Documents:
+    """Return the documents of rows, from positions [B, T] that restart with every document."""
     begins = np.diff(positions, axis=1, prepend=positions[:, :1]) != 1
     starts = np.append(np.flatnonzero(begins), positions.size).astype(np.int32)
     return Documents(torch.from_numpy(starts), int(np.diff(starts).max(initial=0)))
@@ -339,17 +369,6 @@ def _from_values(values: Sequence[object]) -> tuple[NDArray, NDArray]:
 def _named(splits: Splits) -> tuple[tuple[str, Dataset | None], ...]:
     train = splits.train if splits.stream is None else None
     return (("train", train), ("validation", splits.validation), ("test", splits.test))
-
-
-def write_tables(path: Path, tables: Iterable[pa.Table]) -> None:
-    """Write tables in Arrow's stream format, which `datasets` can memory-map."""
-    writer = None
-    with pa.OSFile(str(path), "wb") as sink:
-        for table in tables:
-            writer = writer or pa.ipc.new_stream(sink, table.schema)
-            writer.write_table(table)
-        if writer is not None:
-            writer.close()
 
 
 def _token_count(rows: Dataset) -> int:

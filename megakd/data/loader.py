@@ -7,12 +7,14 @@ import zlib
 from contextlib import closing
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 from megakd.data.made_ahead import made_ahead
+from megakd.data.rows import arrow_batches
+from megakd.data.step_layout import micro_batch, row_lengths
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,16 +26,10 @@ if TYPE_CHECKING:
 
     from megakd.contract.batch import Batch
     from megakd.data.masking import Masking
+    from megakd.data.step_layout import Collate, StepLayout, StepShape
 
 STEPS_AHEAD = 2
-
-
-class Collate(Protocol):
-    """A function that collates rows to a padded micro-batch, with dummy rows at the end."""
-
-    def __call__(self, rows: object, *, dummy_rows: int = 0) -> Batch:
-        """Return the micro-batch."""
-        ...
+LENGTHS_AT_ONCE = 100_000
 
 
 class OtherReading(Protocol):
@@ -54,57 +50,14 @@ class OtherReading(Protocol):
         ...
 
 
-class StepShape(NamedTuple):
-    """Numbers of rows, micro-batches and ranks of an optimizer step.
-
-    per_device: rows of a micro-batch.
-    accumulation: micro-batches of a rank per step.
-    """
-
-    per_device: int
-    accumulation: int
-    rank: int = 0
-    world: int = 1
-
-    @staticmethod
-    def of_batch(batch_size: int, most: int, *, rank: int, world: int) -> StepShape:
-        """Return the shape that splits a global batch evenly into micro-batches of `most` rows.
-
-        Micro-batches have at most `most` rows. The last row of the last micro-batches may be a
-        dummy row.
-        """
-        accumulation = -(-batch_size // (most * world))
-        return StepShape(-(-batch_size // (accumulation * world)), accumulation, rank, world)
-
-    @property
-    def micro_batches(self) -> range:
-        """The numbers of this rank's micro-batches among the micro-batches of all ranks."""
-        return range(self.rank, self.accumulation * self.world, self.world)
-
-    @property
-    def rows_per_step(self) -> int:
-        """Number of rows of a step over all ranks and micro-batches."""
-        return self.per_device * self.accumulation * self.world
-
-    def most_rows(self, rows: int) -> int:
-        """Return the rows of a micro-batch if a step has at most `rows` rows.
-
-        Small data sets need fewer dummy rows this way.
-        """
-        return min(self.per_device, -(-rows // (self.accumulation * self.world)))
-
-    def steps_per_epoch(self, rows: int) -> int:
-        """Return the number of steps in which every row occurs once."""
-        return -(-rows // self.rows_per_step)
-
-
 class StepLoader:
     """The training rows, grouped by optimizer step.
 
     Every epoch is a new permutation of the rows, cut into steps of `rows_per_step`. The rows of a
     step do not depend on the split into micro-batches and ranks. The last step of an epoch has the
     remaining rows, which are distributed evenly and filled up with dummy rows. No row occurs twice
-    in an epoch, and every rank has the same number of micro-batches in every step.
+    in an epoch, and every rank has the same number of micro-batches in every step. With
+    `tokens_per_rank`, the same rows are packed by their lengths, and are not numbered.
 
     `masking` chooses new masks in every epoch, as a function of (seed, epoch, row). `others` encode
     the same rows for models with another tokenizer, by role.
@@ -115,19 +68,21 @@ class StepLoader:
         rows: Dataset,
         collate: Collate,
         *,
-        shape: StepShape,
+        layout: StepLayout,
         seed: int,
         masking: Masking | None = None,
         others: Mapping[str, OtherReading] = MappingProxyType({}),
     ) -> None:
         if not len(rows):
             raise DataError("the training split has no rows")
+        if layout.tokens_per_rank is not None and (masking or others):
+            raise TypeError("packed rows have no masks and no readings of other models")
         # Arrow tables do not create a Python object per token.
         self._rows = rows.with_format("arrow")
-        self._collate = collate
-        self._shape = shape
-        self._size = shape.most_rows(len(rows))
-        self.steps_per_epoch = shape.steps_per_epoch(len(rows))
+        self._collate, self._layout = collate, layout
+        self._lengths = None if layout.tokens_per_rank is None else _lengths(rows)
+        self._size = layout.shape.most_rows(len(rows))
+        self.steps_per_epoch = layout.shape.steps_per_epoch(len(rows))
         self.waited_s = 0.0
         """Seconds that the consumers of `iterate` spent waiting for data."""
         self._seed = seed
@@ -136,13 +91,17 @@ class StepLoader:
 
     def step(self, index: int) -> tuple[Batch, ...]:
         """Return this rank's micro-batches of step `index`, counted from 0 over all epochs."""
-        return tuple(self._micro_batch(index, number) for number in self._shape.micro_batches)
+        rows = self.step_rows(index)
+        # Without a budget, only the number of rows counts.
+        lengths = np.zeros_like(rows) if self._lengths is None else self._lengths[rows]
+        parts = self._layout.micro_batches(lengths)
+        return tuple(self._micro_batch(index, rows[part]) for part in parts)
 
     def step_rows(self, index: int) -> NDArray[np.int64]:
         """Return the row numbers of optimizer step `index` over all ranks."""
         epoch, position = divmod(index, self.steps_per_epoch)
-        start = position * self._shape.rows_per_step
-        return self._order(epoch)[start : start + self._shape.rows_per_step]
+        size = self._layout.shape.rows_per_step
+        return self._order(epoch)[position * size : (position + 1) * size]
 
     def iterate(self, start: int, stop: int) -> Generator[tuple[Batch, ...], None, None]:
         """Yield the steps from `start` up to, excluding, `stop`, prepared in a background thread.
@@ -162,6 +121,10 @@ class StepLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Do nothing."""
 
+    def scalars(self) -> dict[str, float]:
+        """Return {}: a loader logs nothing."""
+        return {}
+
     def _order(self, epoch: int) -> NDArray[np.int64]:
         # Kept for the epoch; replaced in one assignment, because two threads may run this code.
         latest = self._latest
@@ -170,11 +133,12 @@ class StepLoader:
             self._latest = latest = (epoch, generator.permutation(len(self._rows)))
         return latest[1]
 
-    def _micro_batch(self, index: int, number: int) -> Batch:
-        shape = self._shape
-        mine = self.step_rows(index)[number :: shape.accumulation * shape.world]
+    def _micro_batch(self, index: int, mine: NDArray[np.int64]) -> Batch:
+        """Return the micro-batch of some rows of step `index`."""
         rows = _taken(self._rows, mine)
-        batch = self._collate(rows, dummy_rows=self._size - len(mine))
+        batch = micro_batch(rows, len(mine), self._layout, self._collate, size=self._size)
+        if self._layout.tokens_per_rank is not None:
+            return batch
         drawn = {"seed": self._seed, "draw": index // self.steps_per_epoch}
         if self._masking is not None:
             batch = self._masking(batch, mine, **drawn)
@@ -192,6 +156,12 @@ class StepLoader:
             return step.result()
         finally:
             self.waited_s += time.perf_counter() - began
+
+
+def _lengths(rows: Dataset) -> NDArray[np.int64]:
+    """Return [N] tokens of every row, from the offsets of the arrow files."""
+    tables = arrow_batches(rows.select_columns("input_ids"), LENGTHS_AT_ONCE)
+    return np.concatenate([row_lengths(table) for table in tables])
 
 
 def _seed_of(seed: int, role: str) -> int:

@@ -19,8 +19,11 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from megakd.data.chat_rows import CONVERSATION
+from megakd.data.chat_tokens import ChatEncoder, tables_of_conversations
 from megakd.data.loader import STEPS_AHEAD
 from megakd.data.made_ahead import made_ahead
+from megakd.data.rows import PLACE
 from megakd.data.token_tables import tables_of
 from megakd.errors import DataError
 
@@ -32,8 +35,8 @@ if TYPE_CHECKING:
 
     from megakd.contract.batch import Batch
     from megakd.data.encoding import StreamedRows
-    from megakd.data.loader import Collate, StepShape
     from megakd.data.masking import Masking
+    from megakd.data.step_layout import Collate, StepShape
 
 logger = logging.getLogger(__name__)
 BLOCK_CHARACTERS = 1_000_000
@@ -157,12 +160,20 @@ class EncodedStream:
 
     def _encoded(self, texts: list[str], position: Position) -> pa.Table | None:
         """Return the rows of a block in an order of its own; None if the texts have no tokens."""
-        tables = list(tables_of(Dataset.from_dict({"text": texts}), self._tokenizer, self._task))
+        tables = list(self._tables(texts))
         if not tables:
             return None
         table = cast("Any", pa).concat_tables(tables)  # pyarrow carries no types
         order = np.random.default_rng([self.seed, position.epoch, position.block])
         return table.take(order.permutation(len(table)))
+
+    def _tables(self, texts: list[str]) -> Iterator[pa.Table]:
+        if self._stream.chat is None:
+            rows = Dataset.from_dict({"text": texts})
+            return tables_of(rows, self._tokenizer, self._task)
+        rows = Dataset.from_dict({CONVERSATION: texts, PLACE: [self.name] * len(texts)})
+        encoder = ChatEncoder(self._tokenizer, self._task)
+        return tables_of_conversations(rows, encoder, name=self.name, counts={})
 
 
 class StreamLoader:
@@ -228,6 +239,10 @@ class StreamLoader:
         """Restore the state that `state_dict` returned."""
         self._step = state["step"]
         self._position = Position(**state["ranks"][self._rows.shape.rank])
+
+    def scalars(self) -> dict[str, float]:
+        """Return {}: a loader logs nothing."""
+        return {}
 
     def _steps(
         self, position: Position, *, skip: int

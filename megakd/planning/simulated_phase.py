@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from megakd.config.run import RunConfig
-from megakd.contract.batch import Batch, Knowledge, Targets, Unit
+from megakd.contract.batch import Batch, Documents, Knowledge, Targets, Unit
 from megakd.contract.joined_batches import joined, part_of, parts_of
 from megakd.contract.stage import Pass, Stage, backward_groups, teacher_names
 from megakd.contract.tasks import Dtype
@@ -22,8 +22,11 @@ from megakd.losses.class_weights import with_even_weights
 from megakd.losses.stage_losses import StageLosses, label_objective, stage_losses
 from megakd.models.fitting import build_empty
 from megakd.models.knowledge import Needs, language_model_head
+from megakd.models.lora import add_adapters
+from megakd.models.packed_attention import VARLEN, attention_name, register_packed_attention
 from megakd.models.second_vocabulary import SecondSize, build_second_vocabulary
 from megakd.models.source import ModelSource
+from megakd.models.valueless_experts import send_tokens_to_one_expert
 from megakd.planning.cluster import Cluster, Device
 from megakd.planning.moments import Trace
 from megakd.planning.pruned import Pruned, largest_mask, pruned
@@ -34,6 +37,7 @@ from megakd.teachers.frozen import FrozenModel
 from megakd.training.asking import micro_batches_per_call
 from megakd.training.engines import ReadyTeacher, second_sizes
 from megakd.training.precision import TORCH_DTYPE, frozen_dtype, training_dtype
+from megakd.training.step_size import largest_step
 
 PLANS = 100
 """Number of steps over which the use of teachers is counted."""
@@ -126,11 +130,12 @@ class _Tracer:
         strategy = getattr(stage.strategy, "facts", stage.strategy)
         losses = (stage.objective, stage.views, strategy, stage.reads_states)
         pruning = (stage.pruned_to, stage.measures_losses, stage.mixed)
-        rows = (train.per_device_train_batch_size, self._config.eval_rows(train))
+        rows = (largest_step(train, self._task), self._config.eval_rows(train))
         dtype = training_dtype(train, self._device)
-        held = (dtype, train.gradient_checkpointing, stage.passes_per_backward)
-        asking = (train.gradient_accumulation_steps, self._sharding())
-        return repr((facts, learners, losses, pruning, rows, held, asking))
+        repeats = (train.gradient_checkpointing, train.activation_offload)
+        held = (dtype, repeats, stage.passes_per_backward)
+        held += (self._config.lora_of(stage.role), [*phase.bases])
+        return repr((facts, learners, losses, pruning, rows, held, self._sharding()))
 
     def _sharding(self) -> list[Any]:
         """Return the settings that decide how many micro-batches a teacher answers at once."""
@@ -139,7 +144,8 @@ class _Tracer:
 
     def training(self, stage: Stage) -> SimulatedPhase:
         """Trace the training of a student with teachers."""
-        batch = self._batch(stage.train.per_device_train_batch_size)
+        step = largest_step(stage.train, self._task)
+        batch = self._batch(step.rows, length=step.length)
         batch = batch._replace(others=self._mixed(stage, batch) or None)
         losses = self._losses(stage)
         per_call = {
@@ -214,8 +220,8 @@ class _Tracer:
         self, stage: Stage, bundle: StudentBundle, losses: StageLosses, batch: Batch
     ) -> Measured | None:
         """Trace the held-out losses, unless a training step has as many rows."""
-        rows = len(batch.valid)
-        if not stage.measures_losses or rows <= stage.train.per_device_train_batch_size:
+        step = largest_step(stage.train, self._task)
+        if not stage.measures_losses or batch.valid.numel() <= step.tokens:
             return None
         once = dict.fromkeys(self._phase.teachers, 1)
         teachers, knowledge = self._asked(losses, batch, once)
@@ -265,12 +271,17 @@ class _Tracer:
             for role, size in self._second_sizes(stage).items():
                 model, kind = learners[role], TORCH_DTYPE[dtype]
                 build_second_vocabulary(model, size, ds=None, dtype=kind)
+            lora = self._config.lora_of(stage.role)
+            if lora is not None:
+                source, model = self._phase.learner, learners[stage.role]
+                add_adapters(model, source, self._task, lora, seed=self._config.seed)
             bundle = build_bundle(
                 losses, learners, dtype=TORCH_DTYPE[dtype], world_size=1, kernels="chunked"
             )
         if stage.train.gradient_checkpointing:
             for model in learners.values():
-                repeat_alike(model, self._device)
+                offload = stage.train.activation_offload and self._device == "cuda"
+                repeat_alike(model, self._device, offload=offload)
         return bundle.train()
 
     def _second_sizes(self, stage: Stage) -> dict[str, SecondSize]:
@@ -301,27 +312,44 @@ class _Tracer:
             replace(stage, objective=with_even_weights(stage.objective, classes)),
             self._task.type,
             learners=self._phase.learners,
-            teachers=[ready.source for ready in self._phase.teachers.values()],
+            teachers=self._phase.teaching,
             classes=classes,
         )
 
     def _model(self, source: ModelSource, dtype: Dtype) -> Any:
         with VALUELESS:
-            return build_empty(source, self._task, source.config, TORCH_DTYPE[dtype])
+            model = build_empty(source, self._task, source.config, TORCH_DTYPE[dtype])
+        send_tokens_to_one_expert(model)
+        device = torch.device(self._device)
+        if attention_name(model, source, self._task.type, device) == VARLEN:
+            register_packed_attention()
+            model.set_attn_implementation(VARLEN)
+        return model
 
-    def _batch(self, rows: int) -> Batch:
-        """Return the largest possible batch: every text has `max_length` tokens."""
+    def _batch(self, rows: int, *, length: int | None = None) -> Batch:
+        """Return the largest possible batch, whose texts have `max_length` tokens.
+
+        Args:
+            rows: number of rows.
+            length: positions of a row, in which several texts are packed; None: one text.
+        """
         task = self._task
+        length = length or task.max_length
         with VALUELESS:
-            valid = torch.ones((rows, task.max_length), dtype=torch.bool)
-            ids = torch.ones((rows, task.max_length), dtype=torch.long)
+            valid = torch.ones((rows, length), dtype=torch.bool)
+            ids = torch.ones((rows, length), dtype=torch.long)
             if task.type == "causal_lm":
-                return Batch({"input_ids": ids, "position_ids": ids.clone()}, ids.clone(), valid)
+                inputs = {"input_ids": ids, "position_ids": ids.clone()}
+                # Half of the positions for each source, in values: losses select rows by them.
+                halves = torch.arange(ids.numel(), device="cpu").view(ids.shape) % 2 == 0
+                starts = torch.ones(ids.numel() // task.max_length + 1, dtype=torch.int32)
+                texts = Documents(starts, task.max_length)
+                return Batch(inputs, ids.clone(), valid, documents=texts, is_rollout=halves)
             others = {name: ids.clone() for name in ("attention_mask", "token_type_ids")}
             inputs = {"input_ids": ids, **others}
             if task.type == "mlm":
                 share = task.mlm_probability or DEFAULT_PROBABILITY
-                targets = torch.ones(math.ceil(share * rows * task.max_length), dtype=torch.long)
+                targets = torch.ones(math.ceil(share * rows * length), dtype=torch.long)
                 return Batch(inputs, ids.clone(), valid, targets)
             dtype = torch.float32 if task.type == "regression" else torch.long
             return Batch(inputs, torch.ones(rows, dtype=dtype), valid)

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from megakd.planning.moments import NOTHING, Amount, Inventory, Moment, Parameter, Trace, block
@@ -29,7 +31,9 @@ VALUELESS = torch.device("meta")
 
 def inventory(module: nn.Module) -> Inventory:
     """Return the parameters of a module; tied parameters occur once."""
-    return Inventory(Parameter(p.numel(), p.dim() > 1) for p in module.parameters())
+    return Inventory(
+        Parameter(p.numel(), p.dim() > 1, p.requires_grad) for p in module.parameters()
+    )
 
 
 def trace_call(
@@ -68,13 +72,37 @@ def without_values(device: str) -> Iterator[None]:
         yield
 
 
-def repeat_alike(model: Any, device: str) -> None:
+def repeat_alike(model: Any, device: str, *, offload: bool = False) -> None:
     """Make forwards that gradient checkpointing repeats run in the modes of the first forward.
 
     A backward does not restore the torch modes of its forward.
+
+    Args:
+        model: a model without values.
+        device: cpu or cuda, which determines the attention.
+        offload: whether the inputs of repeated layers wait in host memory.
     """
-    modes = {"context_fn": lambda: (nullcontext(), without_values(device))}
-    model.activation_checkpointing_enable({"use_reentrant": False, **modes})
+
+    def modes() -> tuple[Any, Any]:
+        return nullcontext(), without_values(device)
+
+    def repeated(function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        with saved_tensors_hooks(_shape_of, _made_of) if offload else nullcontext():
+            return checkpoint(function, *inputs, use_reentrant=False, context_fn=modes, **options)
+
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module._gradient_checkpointing_func = repeated  # noqa: SLF001  (transformers' own)
+
+
+def _shape_of(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
+
+
+def _made_of(saved: tuple[torch.Size, torch.dtype]) -> Tensor:
+    shape, dtype = saved
+    return torch.empty(shape, dtype=dtype, device=VALUELESS)
 
 
 class _Valueless(TorchFunctionMode):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from megakd.config.deepspeed import load_ds_config, zero_stage
 from megakd.training.precision import TORCH_DTYPE
+from megakd.training.step_size import largest_step
 
 if TYPE_CHECKING:
     from megakd.config.run import RunConfig
@@ -43,14 +44,13 @@ def micro_batches_per_call(
         dtype: dtype of the teacher.
         device: type of the device.
     """
-    accumulation = train.gradient_accumulation_steps
+    step = largest_step(train, config.task)
     if ready.spec.micro_batches_per_call is not None:
-        return min(ready.spec.micro_batches_per_call, accumulation)
+        return min(ready.spec.micro_batches_per_call, step.micro_batches)
     if zero_stage(load_ds_config(ready.spec.deepspeed, where="teacher.deepspeed")) != _SHARDED:
         return 1
     source = ready.source
-    tokens = train.per_device_train_batch_size * config.task.max_length
     kept = 1 + len(needs.hidden_layers) + 3 * len(needs.attention_layers)
     width = source.architecture.hidden_width(source.config) * TORCH_DTYPE[dtype].itemsize
-    needed = tokens * width * (kept + _IN_FLIGHT)
-    return max(1, min(accumulation, BUDGET[device] // needed))
+    needed = step.tokens * width * (kept + _IN_FLIGHT)
+    return max(1, min(step.micro_batches, BUDGET[device] // needed))

@@ -115,14 +115,16 @@ class Scorer:
 
         return self.answers(ask, rows)["outputs"]
 
-    def answers(self, ask: Ask, rows: Dataset) -> dict[str, torch.Tensor]:
+    def answers(self, ask: Ask, rows: Dataset, *, first: int = 0) -> dict[str, torch.Tensor]:
         """Return a model's answers for every row, the same on every rank.
 
         Args:
-            ask: returns tensors of one shape, by name, for every micro-batch; rows come first.
+            ask: returns tensors of one shape, by name, for every micro-batch, whose rows are
+                numbered; rows come first.
             rows: the rows to ask about, in their order.
+            first: number of the first row.
         """
-        said = [ask(batch) for batch in self.batches(rows)]
+        said = [ask(batch) for batch in self._numbered(rows, first)]
         found = {}
         for name in said[0]:
             mine = torch.stack([answer[name].cpu() for answer in said])
@@ -144,6 +146,13 @@ class Scorer:
             masking=self.masking,
         ):
             yield device_batch(batch, ranks.device)
+
+    def _numbered(self, rows: Dataset, first: int) -> Iterator[Batch]:
+        """Yield the batches of `batches` with row numbers; the first row has the number `first`."""
+        for turn, batch in enumerate(self.batches(rows)):
+            size = len(batch.valid)
+            own = (turn * self.ranks.world_size + self.ranks.rank) * size + torch.arange(size)
+            yield batch._replace(rows=torch.where(own < len(rows), first + own, -1))
 
     def _language_model(self, sums: torch.Tensor) -> Scored:
         all_reduce_(sums)

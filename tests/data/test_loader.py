@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakd.contract.batch import Batch
-from megakd.data.loader import StepLoader, StepShape, evaluation_batches, global_batches
+from megakd.data.loader import StepLoader, evaluation_batches, global_batches
+from megakd.data.step_layout import StepLayout, StepShape
 from megakd.errors import DataError
 
 COUNTS = st.integers(1, 40)
@@ -40,7 +41,7 @@ def _numbers(batches) -> list[int]:
 
 
 def _loader(count: int, shape: StepShape, seed: int = 3) -> StepLoader:
-    return StepLoader(_numbered(count), _collate, shape=shape, seed=seed)
+    return StepLoader(_numbered(count), _collate, layout=StepLayout(shape), seed=seed)
 
 
 @given(count=COUNTS, per_device=SMALL, accumulation=SMALL, world=SMALL, index=st.integers(0, 20))
@@ -97,9 +98,10 @@ def test_epochs_and_seeds_differ_and_a_step_is_always_the_same():
 
 def test_the_order_does_not_depend_on_the_process():
     code = (
-        "from megakd.data.loader import StepLoader, StepShape; from datasets import Dataset;"
+        "from megakd.data.loader import StepLoader; from datasets import Dataset;"
+        "from megakd.data.step_layout import StepLayout, StepShape;"
         "rows = Dataset.from_dict({'label': range(50)});"
-        "loader = StepLoader(rows, None, shape=StepShape(5, 1), seed=3);"
+        "loader = StepLoader(rows, None, layout=StepLayout(StepShape(5, 1)), seed=3);"
         "print(loader.step_rows(13).tolist())"
     )
     printed = subprocess.run(
@@ -140,7 +142,9 @@ def test_only_a_few_steps_are_fetched_ahead_and_in_one_thread():
         made.append(threading.current_thread().name)
         return _collate(rows, dummy_rows=dummy_rows)
 
-    steps = StepLoader(_numbered(100), counted, shape=StepShape(1, 1), seed=0).iterate(0, 90)
+    steps = StepLoader(_numbered(100), counted, layout=StepLayout(StepShape(1, 1)), seed=0).iterate(
+        0, 90
+    )
     next(steps)
     time.sleep(0.2)
     steps.close()
@@ -154,7 +158,7 @@ def test_an_error_in_the_thread_is_raised_where_the_step_is_wanted():
     def broken(rows, *, dummy_rows=0):
         raise DataError(f"row cannot be read, {dummy_rows}")
 
-    loader = StepLoader(_numbered(4), broken, shape=StepShape(4, 1), seed=0)
+    loader = StepLoader(_numbered(4), broken, layout=StepLayout(StepShape(4, 1)), seed=0)
 
     with pytest.raises(DataError, match="row cannot be read"):
         list(loader.iterate(0, 3))
@@ -165,7 +169,7 @@ def test_time_spent_waiting_is_counted():
         time.sleep(0.05)
         return _collate(rows, dummy_rows=dummy_rows)
 
-    loader = StepLoader(_numbered(4), slow, shape=StepShape(4, 1), seed=0)
+    loader = StepLoader(_numbered(4), slow, layout=StepLayout(StepShape(4, 1)), seed=0)
     began = time.perf_counter()
     list(loader.iterate(0, 2))
 
@@ -221,6 +225,6 @@ def test_evaluating_without_rows_is_an_error():
 
 def test_rows_chosen_from_a_split_are_read_as_chosen():
     chosen = _numbered(20).select(np.array([3, 17, 4, 11]))
-    loader = StepLoader(chosen, _collate, shape=StepShape(4, 1), seed=0)
+    loader = StepLoader(chosen, _collate, layout=StepLayout(StepShape(4, 1)), seed=0)
 
     assert sorted(_numbers(loader.step(0))) == [3, 4, 11, 17]

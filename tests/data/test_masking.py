@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch
 from megakd.data.encoding import Collator
-from megakd.data.loader import StepLoader, StepShape, evaluation_batches
+from megakd.data.loader import StepLoader, evaluation_batches
 from megakd.data.masking import Masking, task_masking
+from megakd.data.step_layout import StepLayout, StepShape
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD, UNK, CLS, SEP, MASK = range(5)
@@ -173,7 +174,11 @@ def test_no_other_task_masks(kind):
 
 def loader(rows: Dataset, shape: StepShape, **keys) -> StepLoader:
     return StepLoader(
-        rows, Collator(tokenizer(), task()), shape=shape, masking=masking(), **{"seed": 3} | keys
+        rows,
+        Collator(tokenizer(), task()),
+        layout=StepLayout(shape),
+        masking=masking(),
+        **{"seed": 3} | keys,
     )
 
 

@@ -21,8 +21,9 @@ from megakd.contract.batch import IGNORE, Batch
 from megakd.data.batch_source import batch_source
 from megakd.data.encoding import Collator, Encoded, StreamedRows, encode_rows
 from megakd.data.file_stream import file_stream
-from megakd.data.loader import StepLoader, StepShape
+from megakd.data.loader import StepLoader
 from megakd.data.masking import task_masking
+from megakd.data.step_layout import StepLayout, StepShape
 from megakd.data.stream_loader import EncodedStream, Position, StreamLoader
 from megakd.data.vocabularies import train_tokenizer
 from megakd.errors import ConfigError, DataError
@@ -347,7 +348,7 @@ def source(encoded: Encoded, *, max_steps: int | None = None) -> Any:
     return batch_source(
         encoded,
         lambda *_, **__: None,  # type: ignore[arg-type]
-        shape=StepShape(1, 1),
+        layout=StepLayout(StepShape(1, 1)),
         seed=0,
         masking=None,
         only_labelled=False,

@@ -189,6 +189,23 @@ def test_a_language_model_is_planned_with_its_loss(tmp_path: Path) -> None:
     assert plan.as_json()["roles"]["student"]["workspace"] > 0
 
 
+def test_terms_of_two_sources_are_planned_over_half_of_the_positions_each(tmp_path: Path) -> None:
+    models = {"teacher": {"model": llama(3, width=32, vocab_size=64)}}
+    models["student"] = {"model": llama(2, vocab_size=64)}
+    kl = {"loss": "soft_target_kl"}
+
+    both = [{**kl, "on": "data"}, {**kl, "on": "rollouts"}]
+    models["rollout"] = {"max_new_tokens": 8, "prompt_tokens": 4}
+    limited, whole = (
+        planned(config_of(tmp_path, task=CAUSAL, objective=terms, **models))
+        for terms in (both, [kl])
+    )
+
+    flops = [next(p.flops for p in plan.phases if p.flops) for plan in (limited, whole)]
+    assert flops[0] == pytest.approx(flops[1], rel=1e-3)
+    assert limited.as_json()["peak_bytes_per_rank"] >= whole.as_json()["peak_bytes_per_rank"]
+
+
 def test_minidisc_plans_importance_and_its_trials(tmp_path: Path) -> None:
     student = {"model": "from_teacher"}
     held = {}

@@ -161,7 +161,8 @@ class Linear(nn.Module):
 def test_the_buffers_of_the_head_grow_with_the_memory_of_the_gpu():
     hidden, weight = torch.empty(8192, 64, device="meta"), torch.empty(128256, 64, device="meta")
     operator = torch.ops.megakd.linear_kd.default
-    arguments = (hidden, weight, None, hidden, weight)
+    # The chunk size is the last argument; 0 is the default of the device.
+    arguments = (hidden, weight, None, hidden, weight, *(None,) * 15, 0.0)
 
     def buffers(memory):
         return loss_workspace(operator, arguments, "cuda", memory) / 2**20

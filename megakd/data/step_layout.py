@@ -1,0 +1,217 @@
+"""Micro-batches of an optimizer step: by number of rows, or packed by a token budget.
+
+Shapes: B rows of a micro-batch, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch.nn import functional
+
+from megakd.contract.batch import IGNORE, Batch
+from megakd.data.encoding import documents_of, padded_width
+from megakd.data.token_budget import budgeted
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+
+class Collate(Protocol):
+    """A function that collates rows to a padded micro-batch, with dummy rows at the end."""
+
+    def __call__(self, rows: object, *, dummy_rows: int = 0) -> Batch:
+        """Return the micro-batch."""
+        ...
+
+
+class StepShape(NamedTuple):
+    """Numbers of rows, micro-batches and ranks of an optimizer step.
+
+    per_device: rows of a micro-batch.
+    accumulation: micro-batches of a rank per step.
+    """
+
+    per_device: int
+    accumulation: int
+    rank: int = 0
+    world: int = 1
+
+    @staticmethod
+    def of_batch(batch_size: int, most: int, *, rank: int, world: int) -> StepShape:
+        """Return the shape that splits a global batch evenly into micro-batches of `most` rows.
+
+        Micro-batches have at most `most` rows. The last row of the last micro-batches may be a
+        dummy row.
+        """
+        accumulation = -(-batch_size // (most * world))
+        return StepShape(-(-batch_size // (accumulation * world)), accumulation, rank, world)
+
+    @property
+    def micro_batches(self) -> range:
+        """The numbers of this rank's micro-batches among the micro-batches of all ranks."""
+        return range(self.rank, self.accumulation * self.world, self.world)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Number of rows of a step over all ranks and micro-batches."""
+        return self.per_device * self.accumulation * self.world
+
+    def most_rows(self, rows: int) -> int:
+        """Return the rows of a micro-batch if a step has at most `rows` rows.
+
+        Small data sets need fewer dummy rows this way.
+        """
+        return min(self.per_device, -(-rows // (self.accumulation * self.world)))
+
+    def steps_per_epoch(self, rows: int) -> int:
+        """Return the number of steps in which every row occurs once."""
+        return -(-rows // self.rows_per_step)
+
+
+class StepLayout(NamedTuple):
+    """How the rows of an optimizer step become micro-batches.
+
+    shape: number of rows of a step. Without `tokens_per_rank`, also the numbers of micro-batches
+        and of their rows.
+    tokens_per_rank: the most tokens of a micro-batch, which is then one packed row. The number of
+        micro-batches may differ between steps. None: micro-batches of padded rows.
+    """
+
+    shape: StepShape
+    tokens_per_rank: int | None = None
+
+    def micro_batches(self, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Return the numbers of the rows in every micro-batch of this rank, equally many per rank.
+
+        Args:
+            lengths: [N] tokens of every row of the step, which are the same on all ranks.
+
+        Raises:
+            DataError: a row has more tokens than a micro-batch may have.
+        """
+        shape = self.shape
+        if self.tokens_per_rank is not None:
+            return budgeted(lengths, self.tokens_per_rank, ranks=shape.world)[
+                shape.rank :: shape.world
+            ]
+        parts = shape.accumulation * shape.world
+        return [np.arange(number, len(lengths), parts) for number in shape.micro_batches]
+
+    def most_micro_batches(self, longest: int) -> int:
+        """Return the largest number of micro-batches of a rank in a step.
+
+        Args:
+            longest: tokens of the longest row.
+        """
+        if self.tokens_per_rank is None:
+            return self.shape.accumulation
+        # When a row does not fit, every micro-batch has as many rows as of the longest rows fit.
+        rows = max(1, self.tokens_per_rank // longest)
+        return -(-self.shape.rows_per_step // (rows * self.shape.world))
+
+
+def collate_step(rows: object, layout: StepLayout, collate: Collate) -> tuple[Batch, ...]:
+    """Return this rank's micro-batches of a step.
+
+    Args:
+        rows: an arrow table or a mapping of columns with ALL rows of the step, in order, the same
+            on all ranks. A column `is_rollout` (one bool per row) fills `Batch.is_rollout`.
+        layout: how the rows become micro-batches.
+        collate: function that collates a micro-batch.
+
+    Raises:
+        DataError: a row has more tokens than a micro-batch may have.
+    """
+    lengths = row_lengths(rows)
+    size = layout.shape.most_rows(len(lengths))
+    found = tuple(
+        micro_batch(_taken(rows, mine), len(mine), layout, collate, size=size)
+        for mine in layout.micro_batches(lengths)
+    )
+    if "is_rollout" not in _names(rows):
+        return found
+    return tuple(_with_rollouts(batch) for batch in found)
+
+
+def micro_batch(
+    rows: object, count: int, layout: StepLayout, collate: Collate, *, size: int
+) -> Batch:
+    """Return one micro-batch, packed if the layout says so.
+
+    Args:
+        rows: the rows of the micro-batch, as `collate` takes them.
+        count: number of the rows; 0 gives a micro-batch in which nothing is valid.
+        layout: how the rows become micro-batches.
+        collate: function that collates the rows.
+        size: number of rows with dummy rows, which packed rows do not need.
+    """
+    if layout.tokens_per_rank is None:
+        return collate(rows, dummy_rows=size - count)
+    return packed_row(collate(rows, dummy_rows=int(count == 0)), most=layout.tokens_per_rank)
+
+
+def packed_row(batch: Batch, *, most: int) -> Batch:
+    """Return the valid positions of all rows as one row, [1, T].
+
+    Positions restart with every row, and wherever they restarted in a row. T is a multiple of 8,
+    but at most `most`; padding at the end is a document of its own.
+
+    Args:
+        batch: a micro-batch of a causal language model, on the CPU.
+        most: largest number of tokens, at least the number of valid positions.
+    """
+    count = int(batch.valid.sum())
+    padding = padded_width(count, most) - count
+
+    def flat(values: Tensor, fill: int) -> Tensor:
+        return functional.pad(values[batch.valid], (0, padding), value=fill)[None]
+
+    given = batch.inputs["position_ids"][batch.valid]
+    positions = torch.cat([given, torch.arange(padding)])[None]
+    return Batch(
+        {"input_ids": flat(batch.inputs["input_ids"], 0), "position_ids": positions},
+        flat(batch.labels, IGNORE),
+        flat(batch.valid, 0),
+        documents=documents_of(positions.numpy()),
+        is_rollout=None if batch.is_rollout is None else flat(batch.is_rollout, 0),
+    )
+
+
+def row_lengths(rows: object) -> NDArray[np.int64]:
+    """Return [N] tokens of every row, without reading the tokens of an arrow table."""
+    if isinstance(rows, pa.Table):
+        column = cast("Any", rows).column("input_ids")  # pyarrow carries no types
+        return cast("Any", pc).list_value_length(column).to_numpy().astype(np.int64)
+    columns = cast("Mapping[str, Sequence[Sequence[int]]]", rows)
+    return np.array([len(ids) for ids in columns["input_ids"]], dtype=np.int64)
+
+
+def _taken(rows: object, numbers: NDArray[np.int64]) -> object:
+    if not len(numbers):
+        return {}
+    if isinstance(rows, pa.Table):
+        return cast("Any", rows).take(numbers)
+    columns = cast("Mapping[str, Sequence[object]]", rows)
+    return {name: [values[number] for number in numbers] for name, values in columns.items()}
+
+
+def _names(rows: object) -> Sequence[str]:
+    if isinstance(rows, pa.Table):
+        return cast("Any", rows).column_names
+    return tuple(cast("Mapping[str, object]", rows))
+
+
+def _with_rollouts(batch: Batch) -> Batch:
+    """Return a batch with `is_rollout`, which a micro-batch without rows cannot know."""
+    if batch.is_rollout is not None:
+        return batch
+    return batch._replace(is_rollout=torch.zeros_like(batch.valid))

@@ -1,0 +1,178 @@
+"""Micro-batches of a step: packed rows hold what padded rows hold."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megakd.config.task import TaskConfig
+from megakd.contract.batch import IGNORE
+from megakd.data.encoding import Collator
+from megakd.data.loader import StepLoader
+from megakd.data.packing import pack
+from megakd.data.step_layout import StepLayout, StepShape, collate_step, packed_row, row_lengths
+
+LONGEST, BUDGET = 10, 21
+COLLATE = Collator(
+    SimpleNamespace(pad_token_id=7),
+    TaskConfig(type="causal_lm", dataset="none", max_length=LONGEST),
+)
+LENGTHS = st.lists(st.integers(1, LONGEST), min_size=1, max_size=9)
+
+
+def conversations(lengths: list[int], *, rollouts: bool = False) -> dict[str, list]:
+    """Columns of rows without positions; tokens are different everywhere."""
+    ends = np.cumsum([0, *lengths])
+    ids = [list(range(100 + first, 100 + end)) for first, end in pairwise(ends)]
+    rows = {
+        "input_ids": ids,
+        "labels": [[*row[1:], IGNORE] for row in ids],
+        "prompt_length": [1] * len(ids),
+    }
+    return rows | ({"is_rollout": [n % 2 == 0 for n in range(len(ids))]} if rollouts else {})
+
+
+def texts_of(batches) -> Counter:
+    """Every text with its positions, labels and origin, however the texts are laid out."""
+    found: Counter = Counter()
+    for batch in batches:
+        positions = batch.inputs["position_ids"]
+        generated = torch.zeros_like(batch.valid) if batch.is_rollout is None else batch.is_rollout
+        columns = (batch.inputs["input_ids"], positions, batch.labels, generated)
+        values = list(zip(*(c[batch.valid].tolist() for c in columns), strict=True))
+        starts = [n for n, value in enumerate(values) if value[1] == 0]
+        for first, end in pairwise([*starts, len(values)]):
+            found[tuple(values[first:end])] += 1
+    return found
+
+
+def steps(rows, ranks: int, budget: int | None) -> list:
+    """The micro-batches of all ranks."""
+    return [
+        batch
+        for rank in range(ranks)
+        for batch in collate_step(rows, StepLayout(StepShape(9, 1, rank, ranks), budget), COLLATE)
+    ]
+
+
+@given(lengths=LENGTHS, ranks=st.integers(1, 3), rollouts=st.booleans(), arrow=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_a_packed_step_holds_the_texts_of_the_padded_step(lengths, ranks, rollouts, arrow):
+    rows = conversations(lengths, rollouts=rollouts)
+    packed = steps(pa.table(rows) if arrow else rows, ranks, BUDGET)
+
+    assert texts_of(packed) == texts_of(steps(rows, ranks, None))
+    assert sum(texts_of(packed).values()) == len(lengths)
+    for batch in packed:
+        length = batch.valid.shape[1]
+        assert batch.valid.shape[0] == 1
+        assert length <= BUDGET
+        assert length % 8 == 0 or length == BUDGET
+        assert batch.labels[~batch.valid].eq(IGNORE).all()
+        assert (batch.is_rollout is not None) == rollouts
+
+
+@given(lengths=LENGTHS)
+@settings(max_examples=60, deadline=None)
+def test_the_documents_of_a_packed_row_are_its_texts_and_the_padding(lengths):
+    batch = packed_row(COLLATE(conversations(lengths)), most=100)
+    padding = batch.valid.shape[1] - sum(lengths)
+
+    sizes = [*lengths, *([padding] if padding else [])]
+    assert batch.documents is not None
+    assert batch.documents.starts.diff().tolist() == sizes
+    assert batch.documents.longest == max(sizes)
+
+
+def test_rows_that_are_packed_documents_keep_their_own_restarts():
+    rows = [row._asdict() for row in pack([[1, 2, 3], [4, 5], [6] * 9], 8)]
+
+    batch = packed_row(COLLATE(rows), most=16)
+
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, *range(6), 0, 1]]
+    assert batch.labels[0, 7] == 6  # the next token is in the next row
+
+
+def test_a_rank_without_rows_gets_a_micro_batch_with_nothing_valid():
+    rows = conversations([4], rollouts=True)
+    busy, idle = (
+        collate_step(rows, StepLayout(StepShape(9, 1, rank, 2), BUDGET), COLLATE)
+        for rank in range(2)
+    )
+
+    assert [batch.valid.sum().item() for batch in (*busy, *idle)] == [4, 0]
+    assert idle[0].labels.eq(IGNORE).all()
+    # No branch on the presence of generated texts may differ between ranks.
+    assert idle[0].is_rollout is not None
+    assert not idle[0].is_rollout.any()
+
+
+def test_padded_steps_have_the_dummy_rows_that_keep_the_ranks_in_step():
+    shares = [
+        [
+            len(b.valid)
+            for b in collate_step(
+                conversations([3] * 7), StepLayout(StepShape(4, 2, rank, 2)), COLLATE
+            )
+        ]
+        for rank in range(2)
+    ]
+
+    assert shares == [[2, 2], [2, 2]]
+
+
+def test_generated_texts_are_marked_and_padding_is_not():
+    batch = COLLATE(conversations([2, 3], rollouts=True), dummy_rows=1)
+
+    assert batch.is_rollout is not None
+    assert batch.is_rollout.tolist() == [[True, True] + [False] * 6, [False] * 8, [False] * 8]
+
+
+def test_positions_of_rows_without_positions_count_from_0_and_restart_at_padding():
+    batch = COLLATE(conversations([3]))
+
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
+
+
+def loader(rows: Dataset, budget: int | None, rank: int = 0, ranks: int = 1) -> StepLoader:
+    layout = StepLayout(StepShape(4 // ranks, 2, rank, ranks), budget)
+    return StepLoader(rows, COLLATE, layout=layout, seed=3)
+
+
+def test_the_loader_packs_the_rows_of_the_padded_step():
+    rng = np.random.default_rng(0)
+    rows = Dataset.from_dict(conversations(rng.integers(1, LONGEST + 1, size=21).tolist()))
+    chosen = rows.select(rng.permutation(21))
+
+    padded, packed = loader(chosen, None), loader(chosen, BUDGET)
+
+    assert packed.steps_per_epoch == padded.steps_per_epoch == 3
+    for index in range(7):
+        ranks = [loader(chosen, BUDGET, rank, 2) for rank in range(2)]
+        both = [part for own in ranks for part in own.step(index)]
+        assert texts_of(packed.step(index)) == texts_of(padded.step(index)) == texts_of(both)
+        assert all(batch.rows is None for batch in both)
+    assert len({len(packed.step(index)) for index in range(3)}) > 1
+
+
+def test_lengths_are_read_from_tables_and_columns_alike():
+    rows = conversations([3, 1, 7])
+
+    assert row_lengths(rows).tolist() == row_lengths(pa.table(rows)).tolist() == [3, 1, 7]
+
+
+def test_masks_and_other_readings_need_rows_of_their_own():
+    layout = StepLayout(StepShape(2, 1), BUDGET)
+    rows = Dataset.from_dict(conversations([2, 3]))
+
+    with pytest.raises(TypeError, match="packed rows have no masks"):
+        StepLoader(rows, COLLATE, layout=layout, seed=0, others={"student": COLLATE})

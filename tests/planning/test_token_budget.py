@@ -1,0 +1,140 @@
+"""The plan of a run whose rows are packed by a token budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import llama, write_config
+
+from megakd.config.file import load_config
+from megakd.config.run import RunConfig
+from megakd.models.knowledge import Needs
+from megakd.planning.advice import Case, candidates
+from megakd.planning.cluster import Cluster
+from megakd.planning.memory_plan import Plan
+from megakd.planning.plan import plan_run
+from megakd.planning.simulated_phase import Traces
+from megakd.planning.sources import planned_sources
+from megakd.training import asking
+from megakd.training.asking import micro_batches_per_call
+from megakd.training.engines import ReadyTeacher
+from megakd.training.step_size import largest_step
+
+LENGTH, TRACES = 64, Traces()
+
+
+def config_of(folder: Path, *overrides: str) -> RunConfig:
+    long = {"max_position_embeddings": LENGTH, "vocab_size": 64}
+    tree: dict[str, Any] = {
+        "output_dir": str(folder / "out"),
+        "task": {"type": "causal_lm", "dataset": "anything", "max_length": LENGTH},
+        "teacher": {"model": llama(3, width=32, **long)},
+        "student": {"model": llama(2, **long), "deepspeed": "zero0"},
+        "method": {"name": "single"},
+        "objective": [{"loss": "soft_target_kl"}, {"loss": "hidden_mse"}],
+        "train": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4},
+        "eval": {"per_device_eval_batch_size": 1},
+    }
+    return load_config(write_config(folder / "run.yaml", tree), overrides)
+
+
+def planned(folder: Path, *overrides: str, **cluster: Any) -> Plan:
+    place = Cluster(**{"device": "cuda", "ranks": 2, **cluster})
+    return plan_run(config_of(folder, *overrides), place, advise=False, traces=TRACES)
+
+
+def budget(texts: int) -> str:
+    return f"train.tokens_per_rank={texts * LENGTH}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size"),
+    [
+        ((), (4, 8, LENGTH)),
+        ((budget(8),), (4, 1, 8 * LENGTH)),
+        ((budget(3),), (11, 1, 3 * LENGTH)),
+        ((budget(100),), (1, 1, 100 * LENGTH)),
+        ((f"train.tokens_per_rank={2 * LENGTH - 1}",), (32, 1, 2 * LENGTH - 1)),
+    ],
+)
+def test_the_largest_step_has_one_row_of_the_budget_per_micro_batch(tmp_path, overrides, size):
+    config = config_of(tmp_path, *overrides)
+
+    assert largest_step(config.train, config.task) == size
+
+
+def test_a_teacher_is_asked_for_as_many_packed_rows_as_fit_into_memory(tmp_path, monkeypatch):
+    def per_call(*overrides: str) -> int:
+        config = config_of(tmp_path, *overrides)
+        ready = ReadyTeacher(planned_sources(config)["teacher"], config.teacher_specs["teacher"])
+        return micro_batches_per_call(
+            ready, Needs(), config.train, config, dtype="fp32", device="cpu"
+        )
+
+    assert per_call(budget(3)) == 11
+    assert per_call(budget(3), "teacher.micro_batches_per_call=50") == 11
+    row = 3 * LENGTH * 32 * 4  # tokens, columns, bytes of one packed row
+    monkeypatch.setitem(asking.BUDGET, "cpu", row * (1 + asking._IN_FLIGHT) * 2)
+    assert per_call(budget(3)) == 2
+
+
+def activations(plan: Plan, role: str = "student") -> int:
+    return plan.part(role, "activations") + plan.part(role, "workspace")
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_packed_row_needs_the_memory_of_as_many_padded_tokens(tmp_path, role):
+    one_by_one = "teacher.micro_batches_per_call=1"
+    padded = activations(planned(tmp_path, one_by_one), role)
+    packed = activations(planned(tmp_path, one_by_one, budget(8)), role)
+    twice = activations(planned(tmp_path, one_by_one, budget(16)), role)
+
+    assert packed == pytest.approx(padded, rel=0.02)
+    assert twice == pytest.approx(2 * packed, rel=0.05)
+
+
+def test_a_step_costs_as_many_operations_however_its_rows_are_packed(tmp_path):
+    padded, packed, longer = (
+        next(phase.flops for phase in planned(tmp_path, *overrides).phases if phase.flops)
+        for overrides in ((), (budget(8),), (budget(32),))
+    )
+
+    assert packed == pytest.approx(padded)
+    assert longer == pytest.approx(padded)
+
+
+def test_on_a_cpu_a_packed_row_also_has_a_mask_of_all_its_positions(tmp_path):
+    padded = activations(planned(tmp_path, device="cpu"))
+    packed = activations(planned(tmp_path, budget(8), device="cpu"))
+
+    assert packed > padded + (8 * LENGTH) ** 2
+
+
+def test_offloaded_layer_inputs_are_on_the_host_and_not_on_the_device(tmp_path):
+    repeats, rows = ("train.gradient_checkpointing=true", budget(32)), 32 * LENGTH
+    kept, away = (
+        planned(
+            tmp_path,
+            *repeats,
+            f"train.activation_offload={value}",
+            "student.model.config.num_hidden_layers=9",
+        )
+        for value in ("false", "true")
+    )
+
+    inputs = 9 * rows * 16 * 2  # layers, tokens, columns, bytes in bf16
+    assert activations(away) < activations(kept) - inputs / 2
+    assert away.host_bytes_per_rank >= inputs
+
+
+def test_a_smaller_budget_is_among_the_proposed_changes(tmp_path):
+    def proposed(*overrides: str) -> list[str]:
+        case = Case(config_of(tmp_path, *overrides), Cluster(ranks=2, device="cuda"))
+        found = [setting for other in candidates(case) for setting in other.settings]
+        return [setting for setting in found if "batch_size" in setting or "tokens" in setting]
+
+    assert proposed(budget(8)) == [f"train.tokens_per_rank={4 * LENGTH}"]
+    assert proposed(budget(1)) == []
+    assert proposed() == ["train.per_device_train_batch_size=4 train.gradient_accumulation_steps=8"]

@@ -1,0 +1,96 @@
+"""A whole run on rows packed by a token budget: learned, scored, resumed, in the result folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_runs import config_tree, llama, write_config, write_text
+from whole_run import finish, read, records
+
+STEPS, BUDGET = 12, 56
+
+
+@pytest.fixture(scope="module")
+def packed_run(one_rank, tmp_path_factory) -> Path:
+    """Steps of 8 rows of 16 tokens; the last step of every epoch has fewer rows."""
+    folder = tmp_path_factory.mktemp("packed")
+    tree = config_tree(
+        folder / "out",
+        {
+            "type": "causal_lm",
+            "dataset": str(write_text(folder / "stories.txt")),
+            "tokenizer": {"type": "bpe", "vocab_size": 320},
+        },
+        teacher={"model": llama(2, width=24), "finetune": {"max_steps": 40}},
+        student={"model": llama(1), "deepspeed": "zero3"},
+        method={"name": "single"},
+        objective=[
+            {"loss": "soft_target_kl", "weight": 0.5},
+            {"loss": "hard_cross_entropy", "weight": 0.5},
+            {"loss": "hidden_mse", "weight": 0.1, "layer_mapping": ["1:2"]},
+        ],
+        eval={"eval_steps": 4},
+        save={"save_steps": 5},
+    )
+    tree["train"] |= {
+        "per_device_train_batch_size": 8,
+        "max_steps": STEPS,
+        "tokens_per_rank": BUDGET,
+        "gradient_checkpointing": True,
+    }
+    finish(one_rank, write_config(folder / "run.yaml", tree))
+    return folder
+
+
+def test_teacher_and_student_learn(packed_run):
+    report = read(packed_run / "out")
+    logged = [r for r in records(packed_run / "out", "student") if "train/loss" in r]
+
+    assert report["teacher"]["metrics"]["perplexity"] < report["student"]["metrics"]["perplexity"]
+    assert logged[-1]["train/hard_cross_entropy"] < logged[0]["train/hard_cross_entropy"]
+
+
+def test_padded_rows_give_the_same_weights_up_to_rounding(one_rank, packed_run, tmp_path):
+    teacher = packed_run / "out" / "stages" / "teacher-finetune"
+    logged = []
+    for budget in (str(BUDGET), "null"):
+        out = tmp_path / budget
+        settings = (f"teacher.model={teacher}", "teacher.finetune=null", f"output_dir={out}")
+        finish(one_rank, packed_run / "run.yaml", *settings, f"train.tokens_per_rank={budget}")
+        logged.append([r for r in records(out, "student") if "train/loss" in r])
+
+    for packed, padded in zip(*logged, strict=True):
+        assert packed["train/loss"] == pytest.approx(padded["train/loss"], rel=1e-4)
+        assert packed["train/gradient_norm"] == pytest.approx(
+            padded["train/gradient_norm"], rel=1e-3
+        )
+
+
+def test_a_run_that_was_killed_ends_with_the_weights_it_would_have(one_rank, packed_run, tmp_path):
+    out = tmp_path / "killed"
+    shutil.copytree(packed_run / "out", out)
+    (out / "report.json").unlink()
+    for name in ("final", "stages/student", f"checkpoints/student/step-{STEPS}"):
+        shutil.rmtree(out / name)
+
+    said = finish(one_rank, packed_run / "run.yaml", f"output_dir={out}")
+
+    assert "student: resumed at step 10" in said.err
+    weights = "final/model.safetensors"
+    assert (out / weights).read_bytes() == (packed_run / "out" / weights).read_bytes()
+
+
+def test_a_run_is_not_continued_with_another_budget(one_rank, packed_run, tmp_path):
+    out = tmp_path / "other"
+    shutil.copytree(packed_run / "out", out)
+    (out / "report.json").unlink()
+    shutil.rmtree(out / "stages" / "student")
+
+    said = one_rank.train(
+        "--config", packed_run / "run.yaml", f"output_dir={out}", "train.tokens_per_rank=32"
+    )
+
+    assert said.code != 0
+    assert "tokens_per_rank: 56 there, 32 here" in said.err
