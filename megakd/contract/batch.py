@@ -21,6 +21,8 @@ Unit = str
 Counts = Mapping[Unit, "Tensor"]
 """int64 scalars by unit: the counts of one rank, or their sum over all ranks."""
 IGNORE = -100
+MOST_DRAWS = 255
+"""Most draws of a position in a cache, which keeps the count of a token in a byte."""
 
 
 class Targets(NamedTuple):
@@ -61,8 +63,8 @@ class Batch(NamedTuple):
         those of its first vocabulary. In `input_ids`, numbers of the second vocabulary follow those
         of the first.
     documents: the documents in packed rows; None without packing.
-    is_rollout: [B, T] bool, the positions of texts that a model has generated during the run; None
-        if there are none.
+    is_rollout: [B, T] bool, the positions of texts that a model has generated during the run, on
+        the CPU, so that losses select positions without a host sync; None if there are none.
     """
 
     inputs: dict[str, Tensor]
@@ -85,8 +87,29 @@ class Batch(NamedTuple):
         return self.labels if self.targets is None else self.labels.flatten()[self.targets]
 
 
+class LogitWarp(NamedTuple):
+    """What a language model does with the product z of its output matrix: cap(scale * z).
+
+    scale: factor of the product.
+    softcap: c in cap(z) = c tanh(z / c); None: no cap.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, product: Tensor) -> Tensor:
+        """Return the logits for a product of hidden states and output matrix, bias included."""
+        logits = product * self.scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+
 class Head(Protocol):
     """The output matrix of a language model, [V, D], which may be sharded until it is opened."""
+
+    @property
+    def warp(self) -> LogitWarp:
+        """The factor and the cap between the product and the logits."""
+        ...
 
     def read(self) -> tuple[Tensor, Tensor | None]:
         """Return (weight [V, D], bias [V] or None), readable while the head is open."""
@@ -130,6 +153,20 @@ class TopK(NamedTuple):
     logprobs: Tensor
 
 
+class Draws(NamedTuple):
+    """Tokens drawn at random, with replacement, from a language model's next-token distribution.
+
+    The share of a token in the draws is an unbiased estimate of its probability.
+
+    ids: [B, T, n] different token numbers; negative in unused slots and at positions without an
+        answer.
+    logprobs: [B, T, n] natural logarithms of the shares, -inf in unused slots.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+
+
 class Knowledge(NamedTuple):
     """Outputs of one model for one micro-batch; outputs of a frozen teacher carry no gradient.
 
@@ -141,7 +178,7 @@ class Knowledge(NamedTuple):
         requested. Empty if no layer was.
     attention: by layer, numbered like hidden states; None at 0 and at layers that were not
         requested.
-    top_k: the part of a language model's logits that a cache keeps; replaces `hidden` and `head`.
+    kept: the part of a language model's answer that a cache keeps; replaces `hidden` and `head`.
     second: `hidden` and `head` at the positions that the batch predicts from a second vocabulary.
     """
 
@@ -150,7 +187,7 @@ class Knowledge(NamedTuple):
     head: Head | None = None
     hidden_states: tuple[Tensor | None, ...] = ()
     attention: tuple[AttentionVectors | None, ...] = ()
-    top_k: TopK | None = None
+    kept: TopK | Draws | None = None
     second: Knowledge | None = None
 
     def states(self, layer: int) -> Tensor:
@@ -172,7 +209,7 @@ class Knowledge(NamedTuple):
             head=self.head,
             hidden_states=tuple(None if s is None else s.detach() for s in self.hidden_states),
             attention=tuple(None if one is None else one.detached() for one in self.attention),
-            top_k=self.top_k,
+            kept=self.kept,
             second=None if self.second is None else self.second.detached(),
         )
 

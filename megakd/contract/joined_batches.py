@@ -36,7 +36,8 @@ class Part(NamedTuple):
 def joined(batches: Sequence[Batch]) -> Batch:
     """Return the rows of all micro-batches, padded to the longest row.
 
-    The rows have no numbers, and no readings of models with other tokenizers.
+    The rows have no numbers, no readings of models with other tokenizers, and no mark of rollouts:
+    these belong to the micro-batches, and the models that answer do not read them.
 
     Args:
         batches: micro-batches of one task, on one device.

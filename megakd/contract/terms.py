@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from megakd.contract.batch import Unit
 from megakd.contract.plugins import LOSSES, OURS, THEIRS, FromPackage, wrong_options
+from megakd.contract.sources import Source
 from megakd.contract.unit_counts import COUNTERS
 
 if TYPE_CHECKING:
@@ -65,12 +66,14 @@ class HardCrossEntropy:
     class_weights: `balanced`, or a weight for every label by name (classification). The sum over
         rows is divided by the number of rows, not by the sum of weights.
     label_smoothing: the share of the target that is spread evenly over all labels (classification).
+    on: only the targets of `rollouts` or of `data`; null: of both (causal_lm).
     """
 
     loss: Literal["hard_cross_entropy"]
     weight: Weight = 1.0
     class_weights: Literal["balanced"] | ClassWeights | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    on: Source | None = None
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -82,32 +85,43 @@ class HardMse:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class SoftTargetKl:
+class _SoftTarget:
+    """Options of every soft target of classifiers and language models.
+
+    temperature: divisor of the logits of both models.
+    t_squared: whether the term is multiplied by temperature².
+    on: only the targets of `rollouts` or of `data`; null: of both (causal_lm).
+    """
+
+    loss: str
+    weight: Weight = 1.0
+    temperature: Positive = 1.0
+    t_squared: bool = True
+    on: Source | None = None
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class SoftTargetKl(_SoftTarget):
     """KL(teacher || student) at a temperature (Hinton et al. 2015, section 2).
 
     row_weight: `teacher_loss` divides the loss of a labelled row by 1 + the teacher's
         cross-entropy with the label.
+    on: as in hard_cross_entropy; every soft target but soft_target_mse has this option.
     """
 
     loss: Literal["soft_target_kl"]
-    weight: Weight = 1.0
-    temperature: Positive = 1.0
-    t_squared: bool = True
     row_weight: RowWeight = "equal"
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class SoftTargetReverseKl:
+class SoftTargetReverseKl(_SoftTarget):
     """KL(student || teacher) at a temperature (Gu et al. 2024, MiniLLM)."""
 
     loss: Literal["soft_target_reverse_kl"]
-    weight: Weight = 1.0
-    temperature: Positive = 1.0
-    t_squared: bool = True
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class SoftTargetJsd:
+class SoftTargetJsd(_SoftTarget):
     """beta·KL(teacher || m) + (1-beta)·KL(student || m), m = beta·teacher + (1-beta)·student.
 
     Agarwal et al. 2024, GKD, equation 1. beta 0 is forward KL and beta 1 is reverse KL, as in
@@ -115,48 +129,36 @@ class SoftTargetJsd:
     """
 
     loss: Literal["soft_target_jsd"]
-    weight: Weight = 1.0
-    temperature: Positive = 1.0
-    t_squared: bool = True
     beta: Fraction = 0.5
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class SoftTargetSkewKl:
+class SoftTargetSkewKl(_SoftTarget):
     """KL(teacher || m), m = skew·teacher + (1-skew)·student.
 
     Ko et al. 2024, DistiLLM; skew 0 is forward KL.
     """
 
     loss: Literal["soft_target_skew_kl"]
-    weight: Weight = 1.0
-    temperature: Positive = 1.0
-    t_squared: bool = True
     skew: Skew = 0.1
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class SoftTargetSkewReverseKl:
+class SoftTargetSkewReverseKl(_SoftTarget):
     """KL(student || m), m = (1-skew)·teacher + skew·student.
 
     Ko et al. 2024, DistiLLM; skew 0 is reverse KL.
     """
 
     loss: Literal["soft_target_skew_reverse_kl"]
-    weight: Weight = 1.0
-    temperature: Positive = 1.0
-    t_squared: bool = True
     skew: Skew = 0.1
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class SoftTargetTvd:
+class SoftTargetTvd(_SoftTarget):
     """Total variation: half the sum of |teacher - student| (Wen et al. 2023, f-Distill)."""
 
     loss: Literal["soft_target_tvd"]
-    weight: Weight = 1.0
-    temperature: Positive = 1.0
-    t_squared: bool = True
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -9,6 +9,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from megakd.contract.batch import IGNORE, Batch, Counts, Unit
+from megakd.contract.moving import copied_to
+from megakd.contract.sources import Source, of_source, second_targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,10 +33,29 @@ def _tokens(batch: Batch) -> Tensor:
     return batch.valid.sum()
 
 
+def _targets_on(source: Source, batch: Batch) -> Tensor:
+    labels = batch.target_labels
+    own = copied_to(of_source(batch, source), labels.device)
+    count = ((labels != IGNORE) & own).sum()
+    second = second_targets(batch)
+    return count if second is None else count + _targets_on(source, second)
+
+
 COUNTERS: Mapping[Unit, UnitCounter] = MappingProxyType(
     {"examples": _examples, "targets": _targets, "tokens": _tokens}
 )
 """The units of every run. A loss group may declare more in its `counters`."""
+SOURCE_UNITS: Mapping[Source, Unit] = MappingProxyType(
+    {"rollouts": "rollout_targets", "data": "data_targets"}
+)
+
+
+def source_counters(source: Source | None) -> Mapping[Unit, UnitCounter]:
+    """Return the function that counts the labelled positions of a source, by unit.
+
+    Without a source, `COUNTERS` has the unit.
+    """
+    return {} if source is None else {SOURCE_UNITS[source]: functools.partial(_targets_on, source)}
 
 
 def count_units(

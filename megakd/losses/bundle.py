@@ -23,6 +23,7 @@ from megakd.losses.targets import Evaluated
 from megakd.models.axes import WIDTH, weight_axes
 from megakd.models.elastic import Elastic
 from megakd.models.knowledge import Needs, opened_head, read_knowledge
+from megakd.models.lora import base_model
 from megakd.models.predictions import predict
 
 
@@ -141,8 +142,9 @@ class StudentBundle(nn.Module):
         self, batch: Batch, knowledge: Mapping[str, Knowledge], plan: Sequence[Pass], sums: LossSums
     ) -> dict[tuple[str | None, int | None], list[ReadPass]]:
         """Return the passes with the outputs of both models, by learner and width of the view."""
-        said = self._said(batch, plan)
-        own = {role: said[self._key(role), None] for role in self._teaching(plan)}
+        teaching = [name for name in teacher_names(plan) if name not in knowledge]
+        said = self._said(batch, plan, teaching)
+        own = {name: said[self._key(name), None] for name in teaching}
         answers = {**knowledge, **own}
         passes = Counter((planned.learner, planned.view) for planned in plan)
         found: dict[tuple[str | None, int | None], list[ReadPass]] = {}
@@ -162,22 +164,24 @@ class StudentBundle(nn.Module):
             found.setdefault((planned.learner, width), []).append(read)
         return found
 
-    def _said(self, batch: Batch, plan: Sequence[Pass]) -> Said:
-        """Run every learner and view of the passes once."""
-        wanted = {(self._key(role), None): None for role in self._teaching(plan)}
+    def _said(self, batch: Batch, plan: Sequence[Pass], teaching: Sequence[str]) -> Said:
+        """Run every learner and view of the passes once, and the teachers that answer here."""
+        wanted = {(self._key(name), None): None for name in teaching}
         wanted |= {(planned.learner, planned.view): None for planned in plan}
         found: dict[tuple[str | None, str | None], Knowledge] = {}
         with self._sharing(len(wanted) > 1):
             for role, view in wanted:
                 with self._viewing(view):
-                    model, needs = self._model_of(role)
-                    own = batch.of(role or self._roles[0])
-                    found[role, view] = read_knowledge(model, own, needs)
+                    found[role, view] = self._answer(role, batch.of(role or self._roles[0]))
         return found
 
-    def _teaching(self, plan: Sequence[Pass]) -> list[str]:
-        """Return the roles of the learners that teach in the passes."""
-        return [name for name in teacher_names(plan) if name in self._roles]
+    def _answer(self, name: str | None, batch: Batch) -> Knowledge:
+        """Return the outputs of a learner, or of the first learner without its adapters."""
+        if name is None or name in self._roles:
+            model, needs = self._model_of(name)
+            return read_knowledge(model, batch, needs)
+        with base_model(self.student) as base:
+            return read_knowledge(base, batch, self._teacher_needs)
 
     def _key(self, role: str | None) -> str | None:
         """Return the role, or None for the first learner."""
@@ -288,11 +292,13 @@ def build_bundle(
     objective.bind(learners)
     # ZeRO 3 puts all parameters of a model into one buffer, which has one dtype.
     objective.to(dtype)
-    if losses.stage.train.gradient_checkpointing:
+    stage, train = losses.stage, losses.stage.train
+    if train.gradient_checkpointing:
+        offload = train.activation_offload and torch.cuda.is_available()
         for model in learners.values():
             # With reentrant checkpointing, hooks that read parts of a block would run twice.
-            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    stage = losses.stage
+            options = {"use_reentrant": False}
+            model.activation_checkpointing_enable(options, offload=offload)  # type: ignore[operator]
     views = None if stage.pruned_to is None and not stage.views else stage.views
     return StudentBundle(
         learners,

@@ -12,6 +12,7 @@ from megakd.contract.batch import Knowledge, LossInputs, Unit
 from megakd.contract.layer_mapping import check_heads, layer_pairs, relation_heads
 from megakd.contract.shapes import Shape
 from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
+from megakd.contract.term_names import term_name
 from megakd.contract.terms import (
     ATTENTION_TERMS,
     INTERMEDIATE_TERMS,
@@ -40,7 +41,7 @@ from megakd.losses.layers import (
 from megakd.losses.parameter_projections import ParameterProjections
 from megakd.losses.plugin_losses import PluginLoss
 from megakd.losses.rows import HardClasses, RegressionScores, SoftClasses
-from megakd.losses.targets import AGREEMENT, Evaluated, TermGroup, language_model_groups
+from megakd.losses.targets import AGREEMENTS, Evaluated, TermGroup, language_model_groups
 from megakd.models.knowledge import Needs
 
 WEIGHTED_LOSS = "loss"
@@ -101,7 +102,7 @@ class Objective(nn.Module):
         """Return the groups that have a term which at least one reading includes."""
         groups = cast("list[TermGroup]", list(self.groups))
         left_out = frozenset.intersection(*(reading.left_out for reading in readings))
-        return [g for g in groups if not left_out.issuperset(g.units.keys() - {AGREEMENT})]
+        return [g for g in groups if not left_out.issuperset(g.units.keys() - AGREEMENTS)]
 
 
 def _zero(said: Knowledge) -> Tensor:
@@ -141,7 +142,7 @@ def build_objective(
     hard = tuple(t for t in terms if isinstance(t, HardCrossEntropy))
     groups: list[TermGroup] = []
     if task in LANGUAGE_TASKS:
-        groups.extend(language_model_groups(soft, hard=bool(hard)))
+        groups.extend(language_model_groups(soft, hard))
     else:
         groups.extend(HardClasses(t) for t in hard)
         groups.extend(SoftClasses(t) for t in soft)
@@ -150,7 +151,7 @@ def build_objective(
     groups.extend(ParameterProjections(t) for t in terms if isinstance(t, ParameterProjection))
     if teacher is not None:
         groups.extend(_intermediate_groups(terms, task, student, teacher))
-    return Objective(groups, {t.loss: t.weight for t in terms})
+    return Objective(groups, {term_name(t): t.weight for t in terms})
 
 
 def _intermediate_groups(

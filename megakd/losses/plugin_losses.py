@@ -59,4 +59,5 @@ def logits_of(knowledge: Knowledge) -> Tensor:
         raise TypeError("the hidden states or the head, which form the logits, were not kept")
     weight, bias = knowledge.head.read()
     logits = (knowledge.hidden.to(weight.dtype) @ weight.T).float()  # [N, V]
-    return (logits if bias is None else logits + bias.float()).flatten(0, -2)
+    logits = logits if bias is None else logits + bias.float()
+    return knowledge.head.warp(logits).flatten(0, -2)

@@ -12,15 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 import megakd_kernels
-from megakd.contract.batch import IGNORE, Knowledge, LossInputs, TopK, Unit
-from megakd.contract.terms import SoftTarget, SoftTargetKl
-from megakd.contract.unit_counts import UnitCounter
+from megakd.contract.batch import IGNORE, Draws, Knowledge, LogitWarp, LossInputs, TopK, Unit
+from megakd.contract.sources import Source, on_source, second_targets
+from megakd.contract.term_names import source_of, term_name
+from megakd.contract.terms import HardCrossEntropy, SoftTarget, SoftTargetKl
+from megakd.contract.unit_counts import SOURCE_UNITS, UnitCounter, source_counters
+from megakd.losses.chosen_targets import chosen_targets
 from megakd.models.knowledge import Needs
 
 DIVERGENCE = {
@@ -32,6 +35,10 @@ DIVERGENCE = {
     "soft_target_tvd": "tvd",
 }
 AGREEMENT = "top1_agreement"
+AGREEMENTS = frozenset(on_source(AGREEMENT, source) for source in (None, *get_args(Source)))
+"""Names of the statistic, which no weight can leave out: over all targets, and of each source."""
+_CPU_CHUNK_MB = 128.0
+"""Chunks of training on a CPU; the 64 MiB of a lone loss take 2 % more of a step's time."""
 
 
 class Evaluated(NamedTuple):
@@ -76,18 +83,29 @@ class LanguageModelTargets(TermGroup):
 
     Terms and readings share a pass over the rows where possible, so that there is one gradient of
     the head. Each target of a model with two vocabularies is predicted by one of two heads.
+
+    soft: soft targets of one source.
+    hard: whether the group has the cross-entropy with the labels of that source.
+    source: the source of the positions that are summed and counted; None: all positions.
     """
 
-    def __init__(self, soft: tuple[SoftTarget, ...], *, hard: bool) -> None:
+    def __init__(
+        self, soft: tuple[SoftTarget, ...], *, hard: bool, source: Source | None = None
+    ) -> None:
         super().__init__()
         self.soft, self.hard = soft, hard
+        self.source: Source | None = source
         self.needs_teacher = bool(soft)
-        names = [*(["hard_cross_entropy"] if hard else []), *(t.loss for t in soft)]
-        self.units = dict.fromkeys([*names, *([AGREEMENT] if soft else [])], "targets")
+        self.hard_name = on_source("hard_cross_entropy", source)
+        self.agreement = on_source(AGREEMENT, source)
+        self.unit = "targets" if source is None else SOURCE_UNITS[source]
+        names = [*([self.hard_name] if hard else []), *map(term_name, soft)]
+        self.units = dict.fromkeys([*names, *([self.agreement] if soft else [])], self.unit)
+        self.counters = source_counters(source)
 
     def forward(self, reading: LossInputs) -> Evaluated:
         """Return nats (times T² for the soft terms), summed over positions with a label."""
-        out = self._scored(_stacked([reading], with_teacher=bool(self.soft)), reading)
+        out = self._scored(self._stacked([reading]), reading)
         found = Evaluated(out.loss, self._sums(out, slice(None), 1.0))
         second = _second(reading)
         return found if second is None else _joined(found, self(second))
@@ -104,8 +122,9 @@ class LanguageModelTargets(TermGroup):
         first, *others = readings
         if not others:
             return super().of_all(readings)
-        out = self._scored(_stacked(readings, with_teacher=bool(self.soft)), first)
-        count = first.batch.target_labels.numel()
+        rows = self._stacked(readings)
+        out = self._scored(rows, first)
+        count = rows.labels.numel() // len(readings)
         sums = [
             self._sums(out, slice(index * count, (index + 1) * count), reading.scale)
             for index, reading in enumerate(readings)
@@ -115,11 +134,12 @@ class LanguageModelTargets(TermGroup):
 
     def _scored(self, rows: Rows, reading: LossInputs) -> megakd_kernels.KDOutput:
         head, bias = _head(reading.student)
-        if rows.top_k is not None:
-            return self._scored_from_top_k(rows, rows.top_k, reading)
+        if rows.kept is not None:
+            return self._scored_from_cache(rows, rows.kept, reading)
         teacher_head, teacher_bias = self._teacher_head(reading)
-        divergence = {DIVERGENCE[t.loss]: reading.weights[t.loss] for t in self.soft}
+        divergence = {DIVERGENCE[t.loss]: reading.weights[term_name(t)] for t in self.soft}
         shared = self.soft[0] if self.soft else SoftTargetKl(loss="soft_target_kl")
+        ours, theirs = _warp(reading.student), _warp(reading.taught if self.soft else None)
         return megakd_kernels.linear_kd_loss(
             rows.student,
             head,
@@ -134,34 +154,44 @@ class LanguageModelTargets(TermGroup):
             ce_weight=self._hard_weight(reading),
             token_weight=rows.weight,
             ignore_index=IGNORE,
-            num_items=1.0 / reading.per_unit["targets"],
+            num_items=1.0 / reading.per_unit[self.unit],
             reduction="num_items",
             student_bias=bias,
             teacher_bias=teacher_bias,
+            softcap_s=ours.softcap,
+            softcap_t=theirs.softcap,
+            logit_scale_s=ours.scale,
+            logit_scale_t=theirs.scale,
+            chunk_mb=_CPU_CHUNK_MB if rows.student.is_cpu else None,
             impl=reading.kernels,
         )
 
-    def _scored_from_top_k(
-        self, rows: Rows, top_k: TopK, reading: LossInputs
+    def _scored_from_cache(
+        self, rows: Rows, kept: TopK | Draws, reading: LossInputs
     ) -> megakd_kernels.KDOutput:
-        """Compute the loss from a cache; all tokens that the cache lacks count as one token.
+        """Compute the loss from a cache of the most likely tokens or of random draws.
 
-        This token has the remaining probability, 1 - the sum of the cached probabilities.
+        With the most likely tokens, all tokens that the cache lacks count as one token, which has
+        the remaining probability. With draws, the target is the share of each token in the draws;
+        the gradient softmax(student) - shares is an unbiased estimate of the gradient of forward KL
+        (Anshumann et al. 2025, https://arxiv.org/abs/2503.16870).
         """
+        if _warp(reading.student) != LogitWarp():
+            raise TypeError("a loss on cached probabilities has no factor or cap of logits")
         head, bias = _head(reading.student)
         (term,) = self.soft
         return megakd_kernels.topk_kd_loss(
             rows.student,
             head,
-            *top_k,
+            *kept,
             rows.labels,
-            mode="tail",
+            mode="renorm" if isinstance(kept, Draws) else "tail",
             t_squared=term.t_squared,
-            kd_weight=reading.weights[term.loss],
+            kd_weight=reading.weights[term_name(term)],
             ce_weight=self._hard_weight(reading),
             token_weight=rows.weight,
             ignore_index=IGNORE,
-            num_items=1.0 / reading.per_unit["targets"],
+            num_items=1.0 / reading.per_unit[self.unit],
             reduction="num_items",
             student_bias=bias,
             impl=reading.kernels,
@@ -170,18 +200,38 @@ class LanguageModelTargets(TermGroup):
     def _sums(self, out: megakd_kernels.KDOutput, rows: slice, scale: float) -> dict[str, Tensor]:
         """Return the sums of some of the rows, divided by the scale of these rows."""
         divergences = out.row_divergences[:, rows].sum(1) / scale
-        sums = {t.loss: divergences[i] for i, t in enumerate(self.soft)}
+        sums = {term_name(t): divergences[i] for i, t in enumerate(self.soft)}
         if self.hard:
-            sums["hard_cross_entropy"] = out.row_ce[rows].sum() / scale
+            sums[self.hard_name] = out.row_ce[rows].sum() / scale
         if self.soft:
-            sums[AGREEMENT] = out.row_agrees[rows].sum()
+            sums[self.agreement] = out.row_agrees[rows].sum()
         return sums
+
+    def _stacked(self, readings: Sequence[LossInputs]) -> Rows:
+        """Concatenate the rows of readings of one batch, and weight the rows by the scales."""
+        first, count = readings[0], len(readings)
+        own = chosen_targets(first.batch, self.source)
+        kept = first.taught.kept if self.soft else None
+        taught = own.of(_hidden(first.taught)) if self.soft and kept is None else None
+        kept = None if kept is None else kept._make(map(own.of, kept))
+        if count == 1:
+            return Rows(own.of(_hidden(first.student)), taught, own.labels, None, kept)
+        labels = own.labels.flatten()
+        # Filled on the device: copying a list to a GPU would wait for the GPU.
+        scales = [torch.full_like(labels, one.scale, dtype=torch.float32) for one in readings]
+        return Rows(
+            torch.cat([own.of(_hidden(reading.student)).flatten(0, -2) for reading in readings]),
+            None if taught is None else taught.flatten(0, -2).repeat(count, 1),
+            labels.repeat(count),
+            torch.cat(scales),
+            None if kept is None else kept._make(p.flatten(0, -2).repeat(count, 1) for p in kept),
+        )
 
     def _hard_weight(self, reading: LossInputs) -> float | Tensor:
         """Return the weight as a tensor: the number 0 would remove the term from the report."""
         if not self.hard:
             return 0.0
-        return reading.per_unit["targets"].new_full((), reading.weights["hard_cross_entropy"])
+        return reading.per_unit[self.unit].new_full((), reading.weights[self.hard_name])
 
     def _teacher_head(self, reading: LossInputs) -> tuple[Tensor | None, Tensor | None]:
         if not self.soft:
@@ -197,26 +247,7 @@ class Rows(NamedTuple):
     teacher: Tensor | None
     labels: Tensor
     weight: Tensor | None
-    top_k: TopK | None = None
-
-
-def _stacked(readings: Sequence[LossInputs], *, with_teacher: bool) -> Rows:
-    """Concatenate the rows of readings of one batch, and weight the rows by the scales."""
-    first, count = readings[0], len(readings)
-    top_k = first.taught.top_k if with_teacher else None
-    taught = _hidden(first.taught) if with_teacher and top_k is None else None
-    if count == 1:
-        return Rows(_hidden(first.student), taught, first.batch.target_labels, None, top_k)
-    labels = first.batch.target_labels.flatten()
-    # Filled on the device: copying a list to a GPU would wait for the GPU.
-    scales = [torch.full_like(labels, one.scale, dtype=torch.float32) for one in readings]
-    return Rows(
-        torch.cat([_hidden(reading.student).flatten(0, -2) for reading in readings]),
-        None if taught is None else taught.flatten(0, -2).repeat(count, 1),
-        labels.repeat(count),
-        torch.cat(scales),
-        None if top_k is None else TopK(*(part.flatten(0, -2).repeat(count, 1) for part in top_k)),
-    )
+    kept: TopK | Draws | None = None
 
 
 def _alike(readings: Sequence[LossInputs]) -> Iterable[list[int]]:
@@ -230,12 +261,11 @@ def _alike(readings: Sequence[LossInputs]) -> Iterable[list[int]]:
 
 def _second(reading: LossInputs) -> LossInputs | None:
     """Return the targets of a model's second vocabulary; None if a batch has no such targets."""
-    said, targets = reading.student.second, reading.batch.second
-    if said is None or targets is None:
+    said, batch = reading.student.second, second_targets(reading.batch)
+    if said is None or batch is None:
         return None
     if reading.teacher is not None:
         raise TypeError("soft targets need one vocabulary, and this model predicts from two")
-    batch = reading.batch._replace(labels=targets.labels, targets=None, second=None)
     return replace(reading, student=said, batch=batch)
 
 
@@ -260,15 +290,39 @@ def _head(knowledge: Knowledge) -> tuple[Tensor, Tensor | None]:
     return knowledge.head.read()
 
 
+def _warp(knowledge: Knowledge | None) -> LogitWarp:
+    """Return the factor and the cap of a model's logits."""
+    return LogitWarp() if knowledge is None or knowledge.head is None else knowledge.head.warp
+
+
 def _option(terms: Sequence[SoftTarget], name: str, default: float) -> float:
     """Return the value of an option that a call accepts once, from the terms that have it."""
     return next((getattr(term, name) for term in terms if hasattr(term, name)), default)
 
 
 def language_model_groups(
-    soft: tuple[SoftTarget, ...], *, hard: bool
+    soft: Sequence[SoftTarget], hard: Sequence[HardCrossEntropy] = ()
 ) -> tuple[LanguageModelTargets, ...]:
-    """Return as few groups as possible; the hard term is part of the first group."""
+    """Return as few groups as possible; terms of one group have the same source.
+
+    The hard term of a source is part of the first group of the source.
+    """
+    found = {source_of(term) for term in (*hard, *soft)}
+    return tuple(
+        group
+        for source in (None, "rollouts", "data")
+        if source in found
+        for group in _groups_of(
+            [term for term in soft if term.on == source],
+            hard=any(term.on == source for term in hard),
+            source=source,
+        )
+    )
+
+
+def _groups_of(
+    soft: Sequence[SoftTarget], *, hard: bool, source: Source | None
+) -> Iterable[LanguageModelTargets]:
     together: list[list[SoftTarget]] = []
     for term in soft:
         fitting = next((group for group in together if _one_pass([*group, term])), None)
@@ -276,13 +330,10 @@ def language_model_groups(
             together.append([term])
         else:
             fitting.append(term)
-    if not together:
-        return (LanguageModelTargets((), hard=True),) if hard else ()
-    first, *rest = together
-    return (
-        LanguageModelTargets(tuple(first), hard=hard),
-        *(LanguageModelTargets(tuple(terms), hard=False) for terms in rest),
-    )
+    first, *rest = together or [[]]
+    yield LanguageModelTargets(tuple(first), hard=hard, source=source)
+    for terms in rest:
+        yield LanguageModelTargets(tuple(terms), hard=False, source=source)
 
 
 def _one_pass(terms: Sequence[SoftTarget]) -> bool:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megakd.contract.unit_counts import count_units
+from megakd.contract.metrics import WHOLE
+from megakd.contract.unit_counts import SOURCE_UNITS, count_units
 from megakd.engine.collectives import all_reduce_
 
 if TYPE_CHECKING:
@@ -22,20 +23,30 @@ def held_out_losses(
 ) -> Mapping[str, float]:
     """Return the mean of every loss term over its own unit, the same on every rank; a collective.
 
+    A term that is limited to a source (`on`) is left out if the rows have no text of this source.
+
     Args:
         trainer: the loop of the stage, with its student and teachers.
         bundle: the module of the student's engine.
-        plan: passes of the first learner, without views.
+        plan: passes of the first learner, all of one view, or without views.
         batches: this rank's micro-batches; every rank has equally many.
     """
     units = bundle.objective.units
+    prefix = next((f"{planned.view}/" for planned in plan if planned.view), "")
     sums = torch.zeros(2, len(units), dtype=torch.float64)
     for batch in batches:
         parts = trainer.student.measure(batch, trainer.ask_teachers(plan, batch), plan).parts
         counts = count_units([batch], bundle.counters)
         for place, (name, unit) in enumerate(units.items()):
-            sums[0, place] += parts[name].double().cpu() if name in parts else 0.0
+            part = parts.get(prefix + name)
+            sums[0, place] += 0.0 if part is None else part.double().cpu()
             sums[1, place] += counts[unit].cpu()
     total, count = all_reduce_(sums)
-    means = total / count.clamp(min=1)
-    return dict(zip(units, means.tolist(), strict=True))
+    found = zip(units, (total / count.clamp(min=1)).tolist(), count.tolist(), strict=True)
+    # Without a text of its source, a term has no value.
+    return {n: mean for n, mean, number in found if number or units[n] not in SOURCE_UNITS.values()}
+
+
+def passes_of(view: str, plan: Sequence[Pass]) -> Sequence[Pass]:
+    """Return the passes of a view, or all passes of a stage without views."""
+    return [planned for planned in plan if planned.view == view] if view != WHOLE else plan

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megakd.contract.stage import Stage, StepReport
+from megakd.contract.unit_counts import SOURCE_UNITS
 from megakd.engine.collectives import all_reduce_, on_main
 from megakd.engine.device import peak_memory_bytes
 from megakd.engine.distributed import Ranks
@@ -37,7 +38,7 @@ class TrainMeter:
         # Under fp16 a gradient may overflow: DeepSpeed skips that step and lowers its scale.
         self._scales_loss = bool(stage.train.fp16)
         self._parts: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, int | Tensor] = {}
         self._steps = 0
         self._tokens: Tensor | None = None
         self._without_targets: Tensor | None = None
@@ -58,7 +59,7 @@ class TrainMeter:
         """Add one step's report without reading from the device."""
         for name, value in report.parts.items():
             self._parts[name] = self._parts[name] + value if name in self._parts else value
-            self._counts[name] = self._counts.get(name, 0) + 1
+            self._counts[name] = self._counts.get(name, 0) + self._has_value(name, report)
         self._steps += 1
         self._norm = report.gradient_norm
         tokens = report.counts["tokens"]
@@ -66,6 +67,13 @@ class TrainMeter:
         self._tokens = tokens if self._tokens is None else self._tokens + tokens
         before = self._without_targets
         self._without_targets = empty if before is None else before + empty
+
+    def _has_value(self, name: str, report: StepReport) -> int | Tensor:
+        """Return 1 for a step that has a value, which a step without texts of a source has not."""
+        unit = self._objective.units.get(name.rpartition("/")[2])
+        if unit is None or unit not in SOURCE_UNITS.values():
+            return 1
+        return (report.counts[unit] > 0).long()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -80,7 +88,8 @@ class TrainMeter:
         zero = torch.zeros((), device=self._ranks.device)
         stacked = torch.stack([self._parts[n].float() for n in names] or [zero])
         sums = dict(zip(names, all_reduce_(stacked).tolist(), strict=False))
-        parts = {name: value / self._counts[name] for name, value in sums.items()}
+        counts = {name: int(self._counts[name]) for name in sums}
+        parts = {name: value / counts[name] for name, value in sums.items() if counts[name]}
         tokens = int(self._tokens) if self._tokens is not None else 0
         seconds = max(1e-9, time.perf_counter() - self._since - self._paused_s)
         self._total_tokens += tokens
@@ -185,7 +194,7 @@ class TrainMeter:
         """Return this rank's values since the last logging step, which may precede a save."""
         return {
             "parts": {name: value.cpu() for name, value in self._parts.items()},
-            "counts": dict(self._counts),
+            "counts": {name: int(count) for name, count in self._counts.items()},
             "steps": self._steps,
             "tokens": _on_cpu(self._tokens),
             "without_targets": _on_cpu(self._without_targets),

@@ -22,7 +22,7 @@ def test_methods_lists_losses_with_options_and_defaults(
 
     listed = capsys.readouterr().out
     assert "soft_target_jsd\n  beta·KL(teacher || m)" in listed
-    assert "    temperature: 1.0\n    t_squared: true\n    beta: 0.5\n" in listed
+    assert "    temperature: 1.0\n    t_squared: true\n    on: null\n    beta: 0.5\n" in listed
     assert '    layer_mapping: "uniform"\n' in listed
     assert '    relations: ["query", "key", "value"]\n    relation_heads: null\n' in listed
     assert "    loss:" not in listed

@@ -15,7 +15,7 @@ from torch.nn import functional
 from megakd import cli
 from megakd.config.file import config_of, config_tree, dump_config, load_config
 from megakd.contract import plugins
-from megakd.contract.batch import Batch, Knowledge, LossInputs
+from megakd.contract.batch import Batch, Knowledge, LogitWarp, LossInputs
 from megakd.contract.metrics import lower_is_better
 from megakd.contract.shapes import Shape
 from megakd.errors import ConfigError
@@ -263,6 +263,8 @@ def test_a_plugin_that_reads_hidden_states_gets_them_from_both_models():
 
 def test_logits_of_a_language_model_are_formed_at_its_targets():
     class Head:
+        warp = LogitWarp()
+
         def read(self):
             return torch.eye(3, 2), torch.ones(3)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from unit_counts import counts_of
 
 import megakd_kernels
-from megakd.contract.batch import IGNORE, Batch, Knowledge, LossInputs
+from megakd.contract.batch import IGNORE, Batch, Knowledge, LogitWarp, LossInputs
 from megakd.contract.shapes import Shape
 from megakd.contract.terms import (
     HardCrossEntropy,
@@ -52,6 +52,8 @@ def named(case: Any) -> str:
 
 class Matrix:
     """A head that needs no opening."""
+
+    warp = LogitWarp()
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight

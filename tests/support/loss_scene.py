@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-from megakd.contract.batch import IGNORE, AttentionVectors, Batch, Counts, Knowledge, LossInputs
+from megakd.contract.batch import (
+    IGNORE,
+    AttentionVectors,
+    Batch,
+    Counts,
+    Knowledge,
+    LogitWarp,
+    LossInputs,
+)
 from megakd.contract.shapes import Heads, Shape
 from megakd.contract.terms import HardCrossEntropy, HardMse
 from megakd.contract.unit_counts import count_units, unit_weights
@@ -25,6 +33,8 @@ POSITIONS = torch.tensor([[0, 1, 0, 1, 2], *[[0, 1, 2, 3, 4]] * 3])
 
 class Matrix:
     """A head that needs no opening."""
+
+    warp = LogitWarp()
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight

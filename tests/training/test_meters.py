@@ -15,6 +15,7 @@ from megakd.config.train import TrainConfig
 from megakd.contract.batch import Losses
 from megakd.contract.shapes import Shape
 from megakd.contract.stage import Stage, StepReport
+from megakd.contract.tasks import TaskType
 from megakd.contract.terms import HardCrossEntropy, SoftTargetKl, TermConfig
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
@@ -25,6 +26,7 @@ from megakd.training.trainer import Meter
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
 KL = SoftTargetKl(loss="soft_target_kl")
+ON_ROLLOUTS = SoftTargetKl(loss="soft_target_kl", on="rollouts")
 FULL = (4, 3, 50)  # examples, targets, tokens of a step
 MASKED = (4, 0, 50)
 
@@ -43,19 +45,23 @@ def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 class Watched:
     """A health beside a loop that takes the steps it is told to take."""
 
-    def __init__(self, *terms: TermConfig, fp16: bool = False) -> None:
+    def __init__(
+        self, *terms: TermConfig, fp16: bool = False, task: TaskType = "classification"
+    ) -> None:
         shape = Shape(2, 4, 3)
         self.trainer: Any = SimpleNamespace(
             step=0, meter=Meter(), learning_rate=lambda step: 0.1 * step, teachers={}
         )
         self.health = TrainMeter(
-            build_objective(terms or (CE,), "classification", shape, shape),
+            build_objective(terms or (CE,), task, shape, shape),
             self.trainer,
             Stage(name="distil", train=TrainConfig(fp16=fp16)),
             Ranks(0, 1, 0, torch.device("cpu")),
         )
 
-    def step(self, *, norm: float | None = 1.0, counts: Any = FULL, **parts: float) -> None:
+    def step(
+        self, *, norm: float | None = 1.0, counts: Any = FULL, rollouts: int = 0, **parts: float
+    ) -> None:
         loss = torch.tensor(parts.get("loss", 1.0))
         said = {name: torch.tensor(value) for name, value in parts.items()}
         self.trainer.meter.add(self.trainer.step, Losses(loss, said))
@@ -63,7 +69,7 @@ class Watched:
             step=self.trainer.step,
             parts=self.trainer.meter.take(),
             gradient_norm=None if norm is None else torch.tensor(norm),
-            counts=counts_of(*counts),
+            counts=counts_of(*counts) | {"rollout_targets": torch.tensor(rollouts)},
         )
         self.trainer.step += 1
         self.health.add(report)
@@ -212,6 +218,22 @@ def test_every_term_is_logged_apart_as_its_mean_over_the_steps_since_the_last_lo
     assert [second[f"train/{name}"] for name in names] == [7.0, 0.0, 1.0, 7.0]
     assert first["train/gradient_norm"] == 1.0
     assert second["train/learning_rate"] == pytest.approx(0.2)  # of the step that was taken
+
+
+def test_a_term_on_rollouts_is_logged_as_its_mean_over_the_steps_that_have_rollouts():
+    name, resumed = "soft_target_kl_on_rollouts", Watched(ON_ROLLOUTS, task="causal_lm")
+    watched = Watched(ON_ROLLOUTS, task="causal_lm")
+    for value, rollouts in ((2.0, 5), (0.0, 0), (4.0, 1)):
+        watched.step(rollouts=rollouts, **{name: value, "loss": value})
+    resumed.health.load_window_state(watched.health.window_state())
+    resumed.step(rollouts=2, **{name: 6.0, "loss": 6.0})
+
+    first, after = watched.scalars(), resumed.scalars()
+    watched.step(rollouts=0, **{name: 0.0, "loss": 0.0})
+
+    assert (first[f"train/{name}"], first["train/loss"]) == (3.0, 2.0)
+    assert (after[f"train/{name}"], after["train/loss"]) == (4.0, 3.0)
+    assert f"train/{name}" not in watched.scalars()
 
 
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:

@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from megakd.contract.methods import OneTeacherOptions
 from megakd.contract.stage import Constant, Pass, Stage
+from megakd.contract.term_names import term_name
 from megakd.contract.terms import STRICT, Count, Fraction, HiddenMse, Positive, RelationFsp, Weight
 from megakd.errors import ConfigError, TeacherError
 from megakd.methods.unused_options import unused
@@ -150,7 +151,7 @@ def _random(
 
     return RandomWeights(
         teacher,
-        tuple(kind.loss for kind in kinds),
+        tuple(map(term_name, kinds)),
         tuple(kind.weight for kind in kinds),
         hard=config.policy == "random_hard",
         seed=lab.config.seed,
@@ -179,7 +180,7 @@ def _selector(
     from megakd.methods.knowledge_selection.selecting import SELECTOR
     from megakd.methods.knowledge_selection.selector import SelectorShape, load_selector
 
-    shape = SelectorShape(*lab.widths(teacher), tuple(kind.loss for kind in kinds), config.hidden)
+    shape = SelectorShape(*lab.widths(teacher), tuple(map(term_name, kinds)), config.hidden)
     if config.selector is not None:
         path = config.selector / SELECTOR if config.selector.is_dir() else config.selector
         return _fitting(load_selector(str(path)), shape, path)

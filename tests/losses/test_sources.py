@@ -1,0 +1,320 @@
+"""Terms that are limited to rollouts or to data: what they sum over and what divides the sums."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from source_scene import LENGTH, ROWS, Texts, head_of, objective_of, result, with_second
+from torch import Tensor
+from waiting import no_waiting
+
+import megakd_kernels
+from megakd.contract.batch import IGNORE, Knowledge, LossInputs
+from megakd.contract.term_names import term_name
+from megakd.contract.terms import (
+    HardCrossEntropy,
+    SoftTargetJsd,
+    SoftTargetKl,
+    SoftTargetReverseKl,
+    SoftTargetSkewKl,
+    SoftTargetSkewReverseKl,
+    SoftTargetTvd,
+)
+from megakd.contract.unit_counts import unit_weights
+
+CE = HardCrossEntropy(loss="hard_cross_entropy")
+KL = SoftTargetKl(loss="soft_target_kl", temperature=2.0)
+SKEW = SoftTargetSkewKl(loss="soft_target_skew_kl", skew=0.2)
+SKEW_REVERSE = SoftTargetSkewReverseKl(loss="soft_target_skew_reverse_kl", skew=0.2)
+TERMS: tuple[Any, ...] = (
+    CE,
+    KL,
+    SoftTargetReverseKl(loss="soft_target_reverse_kl"),
+    SoftTargetJsd(loss="soft_target_jsd", beta=0.3),
+    SKEW,
+    SKEW_REVERSE,
+    SoftTargetTvd(loss="soft_target_tvd"),
+)
+# DistiLLM-2: skew KL on texts of the teacher, skew reverse KL on texts of the student.
+PAIR = (replace(SKEW, on="data"), replace(SKEW_REVERSE, on="rollouts", weight=0.5))
+SOURCES = ("rollouts", "data")
+UNITS = {None: "targets", "rollouts": "rollout_targets", "data": "data_targets"}
+every_term = pytest.mark.parametrize("term", TERMS, ids=lambda term: term.loss)
+every_source = pytest.mark.parametrize("source", SOURCES)
+masks = st.lists(st.booleans(), min_size=ROWS * LENGTH, max_size=ROWS * LENGTH).map(
+    lambda marks: torch.tensor(marks).view(ROWS, LENGTH)
+)
+
+
+def assert_same(found: Any, wanted: Any, **tolerance: float) -> None:
+    torch.testing.assert_close(found.total, wanted.total, **tolerance)
+    torch.testing.assert_close(found.gradients, wanted.gradients, **tolerance)
+
+
+def test_a_term_on_rollouts_has_its_hand_value():
+    texts = Texts(torch.zeros(ROWS, LENGTH, dtype=torch.bool))
+    texts.rollouts[0, 2:4] = True
+    texts.hidden.zero_()
+    texts.head.zero_()
+    texts.head[5, 0] = 1.0  # the logit of token 5 is the first number of the hidden state
+    texts.hidden[0, 2, 0], texts.hidden[0, 3, 0] = math.log(3), math.log(2)
+    texts.labels[0, 2:4] = 5
+
+    found = result(texts, (replace(CE, on="rollouts"),)).total.item()
+
+    # 3 of 3 + 10 and 2 of 2 + 10, over two positions although thirteen others have a label
+    assert found == pytest.approx((math.log(13 / 3) + math.log(12 / 2)) / 2)
+
+
+@every_term
+@given(rollouts=masks)
+def test_the_sums_of_both_sources_are_the_sum_over_all_targets(term, rollouts):
+    texts = Texts(rollouts)
+    whole = result(texts, (term,))
+
+    parts = [result(texts, (replace(term, on=source),)) for source in SOURCES]
+
+    counted = [int(texts.of(source).sum()) for source in SOURCES]
+    names = [term_name(replace(term, on=source)) for source in SOURCES]
+    sums = [part.sums[name] for part, name in zip(parts, names, strict=True)]
+    torch.testing.assert_close(sums[0] + sums[1], whole.sums[term.loss])
+    together = sum(part.total * count for part, count in zip(parts, counted, strict=True))
+    torch.testing.assert_close(together / sum(counted), whole.total)
+    gradients = [
+        {name: count / sum(counted) * gradient for name, gradient in part.gradients.items()}
+        for part, count in zip(parts, counted, strict=True)
+    ]
+    for name, gradient in whole.gradients.items():
+        torch.testing.assert_close(gradients[0][name] + gradients[1][name], gradient)
+
+
+@given(rollouts=masks)
+def test_the_pair_of_distillm_2_is_its_fp64_formula_in_value_and_gradient(rollouts):
+    texts = Texts(rollouts)
+    hidden, head = (t.double().requires_grad_() for t in (texts.hidden, texts.head))
+    p = (texts.taught.double() @ texts.teacher_head.double().T).softmax(-1)
+    q = (hidden @ head.T).softmax(-1)
+    on_data = (p * (p / (0.2 * p + 0.8 * q)).log()).sum(-1)[texts.of("data")]
+    on_rollouts = (q * (q / (0.8 * p + 0.2 * q)).log()).sum(-1)[texts.of("rollouts")]
+    wanted = sum(
+        weight * values.sum() / max(1, len(values))
+        for weight, values in ((1.0, on_data), (0.5, on_rollouts))
+    )
+    wanted.backward()
+
+    found = result(texts, PAIR)
+
+    assert found.total.item() == pytest.approx(wanted.item(), rel=1e-5)
+    for name, leaf in (("hidden", hidden), ("head", head)):
+        torch.testing.assert_close(found.gradients[name], leaf.grad.float(), rtol=1e-4, atol=1e-6)
+
+
+@every_term
+@every_source
+def test_nan_at_positions_of_the_other_source_changes_nothing(term, source):
+    texts, poisoned = Texts(), Texts()
+    for values in (poisoned.hidden, poisoned.taught):
+        values[~poisoned.of(source)] = math.nan
+    limited = (replace(term, on=source),)
+
+    assert_same(result(poisoned, limited), result(texts, limited), rtol=0, atol=0)
+
+
+@every_term
+@every_source
+def test_cutting_a_step_into_micro_batches_changes_nothing(term, source):
+    texts, limited = Texts(), (replace(term, on=source),)
+    texts.rollouts[1] = True  # a micro-batch of one source
+    counts, whole = texts.counts(objective_of(limited)), result(texts, limited)
+
+    cuts = [slice(0, 1), slice(1, 2), slice(2, 4)]
+    parts = [result(texts, limited, rows=rows, counts=counts) for rows in cuts]
+
+    torch.testing.assert_close(sum(part.total for part in parts), whole.total)
+    torch.testing.assert_close(sum(p.gradients["head"] for p in parts), whole.gradients["head"])
+    torch.testing.assert_close(
+        torch.cat([part.gradients["hidden"] for part in parts]), whole.gradients["hidden"]
+    )
+    for name, value in whole.sums.items():
+        torch.testing.assert_close(sum(part.sums[name] for part in parts), value)
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["marked", "without marks"])
+@every_term
+def test_a_step_of_data_gives_a_term_on_rollouts_zero_with_gradients_of_zero(term, marked):
+    texts = Texts(torch.zeros(ROWS, LENGTH, dtype=torch.bool))
+    texts.hidden[0, 0] = math.nan
+    batch = texts.batch() if marked else texts.batch()._replace(is_rollout=None)
+
+    found = result(texts, (replace(term, on="rollouts"),), batch=batch)
+
+    assert found.total.item() == 0.0
+    assert all(value.item() == 0.0 for value in found.sums.values())
+    assert not any(gradient.any() for gradient in found.gradients.values())
+
+
+@every_term
+def test_texts_without_marks_are_data(term):
+    texts = Texts()
+    unmarked = texts.batch()._replace(is_rollout=None)
+
+    on_data = result(texts, (replace(term, on="data"),), batch=unmarked)
+
+    assert_same(on_data, result(texts, (term,)), rtol=0, atol=0)
+
+
+@every_term
+@every_source
+def test_masks_that_the_host_may_not_read_give_the_same_without_waiting(term, source, monkeypatch):
+    texts, limited = Texts(), (replace(term, on=source),)
+    wanted = result(texts, limited)
+    with monkeypatch.context() as patch:
+        patch.setenv("MEGAKD_KERNELS", "chunked")
+        with no_waiting():
+            found = result(texts, limited)
+
+    assert_same(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_products_run_over_the_rows_of_a_source_alone(monkeypatch):
+    texts, rows = Texts(), []
+    real = megakd_kernels.linear_kd_loss
+
+    def noting(hidden: Tensor, *tensors: Any, **options: Any) -> Any:
+        rows.append(hidden.shape[:-1].numel())
+        return real(hidden, *tensors, **options)
+
+    monkeypatch.setattr(megakd_kernels, "linear_kd_loss", noting)
+    result(texts, PAIR)
+    result(Texts(torch.ones(ROWS, LENGTH, dtype=torch.bool)), PAIR)
+
+    own = int(texts.rollouts.sum())
+    assert rows == [own, ROWS * LENGTH - own, ROWS * LENGTH, 1]
+
+
+@every_source
+def test_a_batch_of_few_targets_is_limited_to_those_of_the_source(source):
+    texts, limited = Texts(), (CE, replace(KL, on=source))
+    positions = (texts.labels != IGNORE).flatten().nonzero()[:, 0]
+
+    found = result(texts, limited, batch=texts.batch()._replace(targets=positions))
+
+    assert_same(found, result(texts, limited), rtol=1e-5, atol=1e-6)
+
+
+@every_source
+def test_targets_of_a_second_vocabulary_belong_to_their_source_too(source):
+    texts, limited = Texts(), (replace(CE, on=source),)
+    positions = (texts.labels != IGNORE).flatten().nonzero()[::2, 0]
+
+    found = result(texts, limited, batch=with_second(texts.batch(), positions))
+
+    # Both vocabularies have the same matrix here.
+    assert_same(found, result(texts, limited), rtol=1e-5, atol=1e-6)
+
+
+@every_source
+def test_cached_answers_are_limited_to_those_of_the_source(source):
+    texts, term = Texts(), SoftTargetKl(loss="soft_target_kl")
+    alone = Texts()
+    alone.labels = texts.labels.masked_fill(~texts.of(source), IGNORE)
+    taught = Knowledge(kept=texts.top_k())
+
+    found = result(texts, (replace(term, on=source),), taught=taught)
+
+    assert_same(found, result(alone, (term,), taught=taught), rtol=1e-5, atol=1e-6)
+
+
+def test_readings_of_several_views_together_equal_each_by_itself():
+    texts, objective = Texts(), objective_of(PAIR)
+    taught = Knowledge(hidden=texts.taught, head=head_of(texts.teacher_head))
+    per_unit = unit_weights(texts.counts(objective), 1)
+    readings = [
+        LossInputs(
+            student=Knowledge(hidden=texts.hidden * factor, head=head_of(texts.head)),
+            teacher=taught,
+            batch=texts.batch(),
+            weights=objective.weights,
+            per_unit=per_unit,
+            scale=scale,
+        )
+        for factor, scale in ((1.0, 0.5), (0.3, 0.25))
+    ]
+
+    together = objective(readings)
+    alone = [objective([reading])[0] for reading in readings]
+
+    totals = [torch.stack([one.total for one in found]).sum() for found in (together, alone)]
+    torch.testing.assert_close(*totals)
+    for found, wanted in zip(together, alone, strict=True):
+        torch.testing.assert_close(found.sums, wanted.sums)
+
+
+def test_the_same_loss_on_both_sources_has_two_weights_and_two_values():
+    texts = Texts()
+    terms = (replace(KL, on="data"), replace(KL, on="rollouts", weight=0.5), replace(CE, on="data"))
+
+    found = result(texts, terms)
+
+    means = {
+        name: found.sums[name].item() / int(texts.of(source).sum())
+        for source, name in (
+            ("data", "soft_target_kl_on_data"),
+            ("rollouts", "soft_target_kl_on_rollouts"),
+            ("data", "hard_cross_entropy_on_data"),
+        )
+    }
+    assert found.total.item() == pytest.approx(
+        sum(m * w for m, w in zip(means.values(), (1, 0.5, 1), strict=True))
+    )
+    assert objective_of(terms).weights == dict(zip(means, (1.0, 0.5, 1.0), strict=True))
+
+
+@every_source
+def test_a_limited_term_and_its_agreement_are_counted_in_targets_of_the_source(source):
+    objective = objective_of((KL, replace(SKEW, on=source)))
+
+    assert objective.units == {
+        "soft_target_kl": "targets",
+        "top1_agreement": "targets",
+        f"soft_target_skew_kl_on_{source}": UNITS[source],
+        f"top1_agreement_on_{source}": UNITS[source],
+    }
+    assert UNITS[source] in objective.counters
+
+
+def test_the_agreements_of_both_sources_add_up_to_the_agreement():
+    texts = Texts()
+    texts.taught[:, ::2, : texts.hidden.shape[-1]] = texts.hidden[:, ::2]
+    texts.taught[:, ::2, texts.hidden.shape[-1] :] = 0
+    texts.teacher_head[:, : texts.hidden.shape[-1]] = texts.head
+
+    sums = result(texts, (KL, *PAIR)).sums
+
+    parts = [sums[f"top1_agreement_on_{source}"] for source in SOURCES]
+    assert all(parts)
+    assert parts[0] + parts[1] == sums["top1_agreement"]
+
+
+def test_a_pass_may_leave_out_a_term_of_one_source():
+    texts, objective = Texts(), objective_of(PAIR)
+    off = dict.fromkeys(("soft_target_skew_reverse_kl_on_rollouts",), 0.0)
+    reading = LossInputs(
+        student=Knowledge(hidden=texts.hidden, head=head_of(texts.head)),
+        teacher=Knowledge(hidden=texts.taught, head=head_of(texts.teacher_head)),
+        batch=texts.batch(),
+        weights=objective.weights | off,
+        per_unit=unit_weights(texts.counts(objective), 1),
+        left_out=frozenset(off),
+    )
+
+    ((total, sums),) = objective([reading])
+
+    assert {*sums} == {"soft_target_skew_kl_on_data", "top1_agreement_on_data"}
+    torch.testing.assert_close(total, result(texts, PAIR[:1]).total)
