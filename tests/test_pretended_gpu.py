@@ -18,6 +18,7 @@ from megakd.contract.batch import Batch, Documents, Knowledge, LossInputs
 from megakd.contract.stage import Stage, backward_groups
 from megakd.methods.knowledge_selection.selecting import Choosing, Selecting
 from megakd.methods.knowledge_selection.selector import Selector, SelectorShape
+from megakd.models.architectures import FAMILIES
 from megakd.models.packed_attention import set_attention
 from megakd.planning import simulated_phase
 from megakd.planning.cluster import Cluster
@@ -67,13 +68,13 @@ class OnGpu(_Tracer):
         set_attention(model, source, self._task.type, CUDA)
         return model
 
-    def _batch(self, rows: int) -> Batch:
-        batch = super()._batch(rows)
+    def _batch(self, rows: int, *, length: int | None = None) -> Batch:
+        batch = super()._batch(rows, length=length)
         if self._task.type != "causal_lm":
             return batch
-        length = batch.valid.shape[1]
-        starts = torch.arange(0, rows * length + 1, length // 2, dtype=torch.int32, device=CUDA)
-        return batch._replace(documents=Documents(starts, length // 2))
+        row = batch.valid.shape[1]
+        starts = torch.arange(0, rows * row + 1, row // 2, dtype=torch.int32, device=CUDA)
+        return batch._replace(documents=Documents(starts, row // 2))
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def model(family: str, layers: int = LAYERS, width: int = WIDTH) -> dict[str, An
         if family in ENCODERS:
             keys |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         else:
-            keys |= {"num_key_value_heads": 2}
+            keys |= {"num_key_value_heads": 2, **OWN_KEYS.get(family, {})}
     return {"config": {"model_type": family, "vocab_size": VOCABULARY, **keys}}
 
 
@@ -133,7 +134,15 @@ def tree_of(
 
 
 ENCODERS = ("bert", "roberta", "electra", "distilbert")
-DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+DECODERS = tuple(name for name, entry in FAMILIES.items() if "causal_lm" in entry.tasks)
+# Heads as wide as torch's attention needs them, and few experts.
+OWN_KEYS = {
+    "gemma2": {"head_dim": 8},
+    "gemma3_text": {"head_dim": 8},
+    "phi3": {"pad_token_id": 0},
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2},
+}
 CLASSIFIERS = (*ENCODERS, "t5_encoder", "enct5")
 INSIDE = ("hidden_mse", "hidden_cosine", "embedding_mse", "relation_kl", "relation_fsp")
 SOFT = (
@@ -165,7 +174,8 @@ def losses_of(task: str) -> list[dict[str, Any]]:
     ],
 )
 def test_every_family_and_loss_stays_on_the_gpu(run_on_gpu, tmp_path, family, task):
-    teacher, student = model(family, layers=4), model(family, width=16)
+    is_mixture = FAMILIES[family].experts is not None
+    teacher, student = model(family, layers=4), model("llama" if is_mixture else family, width=16)
     method = {"name": "single"}
 
     names = run_on_gpu(tree_of(tmp_path, task, teacher, student, method, objective=losses_of(task)))

@@ -16,6 +16,7 @@ from torch import nn
 from megakd.config.deepspeed import frozen_ds_config, merged_ds_config
 from megakd.config.train import TrainConfig
 from megakd.contract.tasks import Dtype
+from megakd.engine.experts import gather_experts_together
 
 Engine = Any  # deepspeed.DeepSpeedEngine carries no types
 RATE = "rate"
@@ -42,6 +43,7 @@ def training_engine(
         rates: by prefix of parameter names, the factor of their learning rate; others have 1.
     """
     config = merged_ds_config(ds, train, dtype=dtype, world_size=world_size)
+    gather_experts_together(model)
     groups = _parameter_groups(model, train.weight_decay, rates)
     optimizer = _optimizer(groups, train, offloaded=_offloads_optimizer(ds))
     _import_muon_without_compiling()
@@ -59,6 +61,7 @@ def frozen_engine(model: nn.Module, *, ds: Mapping[str, Any], dtype: Dtype, rows
         rows: micro-batch size, which DeepSpeed requires.
     """
     model.requires_grad_(requires_grad=False)
+    gather_experts_together(model)
     config = frozen_ds_config(ds, dtype=dtype, micro_batch=rows)
     _import_muon_without_compiling()
     engine, *_ = deepspeed.initialize(model=model, config=config)

@@ -24,6 +24,8 @@ from megakd.models.architectures import architecture_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from megakd.models.architecture import RotaryForm
+
 
 class AttentionNotes:
     """Recorder of the attention vectors of one forward."""
@@ -36,7 +38,7 @@ class AttentionNotes:
         attentions = self._architecture.attentions(model.config)
         self._cores = {i: model.get_submodule(attentions[i - 1].core) for i in layers}
         self._rotary = self._architecture.rotary_of(model) if layers else None
-        self._seen: dict[nn.Module, Any] = {}
+        self._seen: dict[object, Any] = {}
 
     @contextmanager
     def taking(self) -> Iterator[None]:
@@ -49,9 +51,10 @@ class AttentionNotes:
                 hooks.callback(module.register_forward_hook(self._note).remove)
             yield
 
-    def _note(self, module: nn.Module, inputs: object, output: Any) -> None:
-        del inputs
-        self._seen[module] = output
+    def _note(self, module: nn.Module, inputs: Sequence[Any], output: Any) -> None:
+        # A rotary module may run once for each type of layers, which its last input names.
+        kind = inputs[-1] if inputs and isinstance(inputs[-1], str) else None
+        self._seen[module if kind is None else (module, kind)] = output
 
     def vectors(self) -> tuple[AttentionVectors | None, ...]:
         """Return the vectors by layer, 0 being the embedding; None for a layer not requested."""
@@ -67,19 +70,35 @@ class AttentionNotes:
             output = self._seen[self._blocks[layer]]
             output = output if isinstance(output, Tensor) else output[0]
             seen = list(BackThroughLayer.apply(output, *seen))
-        parts = seen[0].chunk(3, dim=-1) if self._architecture.attention.is_fused else seen
         heads = self._architecture.heads(self._config)
+        shared = heads.queries // heads.keys
+        parts = _split(seen[0], shared) if self._architecture.attention.is_fused else seen
+        if self._architecture.norms_by_head:
+            # An attention without heads norms [B, T, 0, width], see `modeling_cut`.
+            normed = (part.transpose(1, 2) if part.shape[2] else part for part in parts[:2])
+            parts = [*normed, parts[2]]
         core = self._cores[layer]
         # An attention that runs as a cut of itself has narrower heads than its config says.
         width = getattr(core, "attention_head_size", heads.width)
-        unit = width * (heads.queries // heads.keys)
-        queries = _side_by_side(parts[0], unit)
+        queries = _side_by_side(parts[0], width * shared)
         keys, values = (_side_by_side(part, width) for part in parts[1:])
         if self._rotary is not None:
-            turns = self._seen[self._rotary]
-            queries, keys = (turned(part, turns, width) for part in (queries, keys))
+            turns, form = self._turns(layer), self._architecture.rotary_form
+            queries, keys = (turned(part, turns, width, form) for part in (queries, keys))
         scale = getattr(core, "scaling", width**-0.5)
         return AttentionVectors(queries, keys, values, width, float(scale))
+
+    def _turns(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the cosines and sines of a layer, which may be those of its type."""
+        kinds = getattr(self._config, "layer_types", None)
+        of_kind = (self._rotary, kinds[layer - 1] if kinds else None)
+        return self._seen[of_kind if of_kind in self._seen else self._rotary]
+
+
+def _split(joint: Tensor, shared: int) -> Sequence[Tensor]:
+    """Return queries, keys and values; `shared` query heads use the same key head."""
+    unit = joint.shape[-1] // (shared + 2)
+    return joint.split((shared * unit, unit, unit), dim=-1)
 
 
 def _side_by_side(vectors: Tensor, unit: int) -> Tensor:
@@ -118,15 +137,26 @@ def _is_repeated_in_shards(block: nn.Module) -> bool:
     return is_repeated and is_sharded(block)
 
 
-def turned(vectors: Tensor, turns: tuple[Tensor, Tensor], width: int) -> Tensor:
-    """Rotate heads by their positions (Su et al. 2021); the two halves of a head form the pairs.
+def turned(
+    vectors: Tensor, turns: tuple[Tensor, Tensor], width: int, form: RotaryForm = "halves"
+) -> Tensor:
+    """Rotate heads by their positions (Su et al. 2021).
 
     Args:
         vectors: [B, T, heads * width].
-        turns: cosines and sines, [1 or B, T, width] each, as Llama's family computes them.
+        turns: cosines and sines, [1 or B, T, turned columns] each, or a half for `half_width`. The
+            columns of a head after the turned columns do not change.
         width: the width of one head.
+        form: the pairs of columns, see `Architecture.rotary_form`.
     """
-    cosines, sines = (turn[:, :, None] for turn in turns)  # [B, T, 1, width]
+    cosines, sines = (turn[:, :, None] for turn in turns)  # [B, T, 1, turned columns]
+    if form == "half_width":
+        cosines, sines = (torch.cat((turn, turn), dim=-1) for turn in (cosines, sines))
     heads = vectors.unflatten(-1, (-1, width))  # [B, T, heads, width]
+    moving, rest = heads.tensor_split((cosines.shape[-1],), dim=-1)
+    return torch.cat((moving * cosines + _swapped(moving) * sines, rest), dim=-1).flatten(2)
+
+
+def _swapped(heads: Tensor) -> Tensor:
     first, second = heads.chunk(2, dim=-1)
-    return (heads * cosines + torch.cat((-second, first), dim=-1) * sines).flatten(2)
+    return torch.cat((-second, first), dim=-1)

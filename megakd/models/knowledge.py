@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from megakd.contract.batch import Batch, Knowledge, TopK
+from megakd.contract.batch import Batch, Knowledge, LogitWarp
 from megakd.engine.sharding import gathered
 from megakd.models.architectures import architecture_of
 from megakd.models.attention import AttentionNotes
@@ -22,8 +20,8 @@ from megakd.models.packed_attention import document_arguments
 from megakd.models.second_vocabulary import SecondHead, second_vocabulary
 from megakd.models.states import StateNotes
 
-LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}
-"""Most elements of a block of logits; a larger block reads the output matrix less often."""
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 class Needs(NamedTuple):
@@ -46,10 +44,14 @@ class Needs(NamedTuple):
 
 
 class LanguageModelHead:
-    """The output matrix of a language model, found by name so that tied weights stay tied."""
+    """The output matrix of a language model, found by name so that tied weights stay tied.
 
-    def __init__(self, module: nn.Module) -> None:
+    warp: the factor and the cap between the product with the matrix and the logits.
+    """
+
+    def __init__(self, module: nn.Module, warp: LogitWarp) -> None:
         self._module = module
+        self.warp = warp
 
     def read(self) -> tuple[Tensor, Tensor | None]:
         """Return (weight [V, D], bias [V] or None); under ZeRO-3 only inside a module's forward.
@@ -67,7 +69,9 @@ class LanguageModelHead:
 
 def language_model_head(model: nn.Module) -> LanguageModelHead:
     """Return the head of a causal or masked LM, found with the architecture table."""
-    return LanguageModelHead(architecture_of(model.config).language_head_of(model))  # type: ignore[arg-type]
+    config: PretrainedConfig = model.config  # type: ignore[assignment]
+    architecture = architecture_of(config)
+    return LanguageModelHead(architecture.language_head_of(model), architecture.logit_warp(config))
 
 
 def opened_head(model: nn.Module, batch: Batch) -> AbstractContextManager[object]:
@@ -109,27 +113,6 @@ def _read(model: nn.Module, batch: Batch) -> Knowledge:
     if _is_language(batch):
         return _read_language_model(model, batch)
     return Knowledge(logits=model(**_accepted_inputs(model, batch)).logits)
-
-
-def most_likely(model: nn.Module, batch: Batch, count: int) -> TopK:
-    """Return a language model's most likely next tokens at every position, [B, T, count].
-
-    Logits are formed for a few positions at a time. Under ZeRO 3, call inside a module's forward.
-    """
-    hidden = _read_language_model(model, batch).hidden
-    if hidden is None:
-        raise TypeError("a language model was read without its hidden states")
-    weight, bias = language_model_head(model).read()
-    found = []
-    most = LOGITS_AT_ONCE.get(hidden.device.type, LOGITS_AT_ONCE["cpu"])
-    for some in hidden.flatten(0, -2).split(max(1, most // len(weight))):
-        logits = functional.linear(some, weight, bias).float()
-        best, ids = logits.topk(min(count, len(weight)), dim=-1)
-        found.append((ids, best - logits.logsumexp(-1, keepdim=True)))
-    ids, logprobs = (
-        torch.cat(parts).unflatten(0, hidden.shape[:-1]) for parts in zip(*found, strict=True)
-    )
-    return TopK(ids.int(), logprobs)
 
 
 def _accepted_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from megakd.errors import ModelError
 from megakd.models.architectures import HEAD_COLUMNS, HEAD_COUNTS, NEURON_COUNTS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
     from transformers import PretrainedConfig
@@ -43,7 +43,7 @@ def with_layers(source: ModelSource, wanted: int | Sequence[int], *, where: str)
     numbers = _numbers(wanted, count, where)
     return dataclasses.replace(
         source,
-        config=_config_with(source.config, architecture, numbers),
+        config=config_with_layers(source.config, architecture, numbers),
         stored=_renamed(source.stored, architecture, numbers),
         layers=numbers,
     )
@@ -65,9 +65,10 @@ def _numbers(wanted: int | Sequence[int], count: int, where: str) -> tuple[int, 
     return tuple(wanted)
 
 
-def _config_with(
+def config_with_layers(
     config: PretrainedConfig, architecture: Architecture, numbers: Sequence[int]
 ) -> PretrainedConfig:
+    """Return a copy of a config with some of its layers, counted from 1, in the given order."""
     fewer: Any = copy.deepcopy(config)
     count = architecture.number_of_layers(config)
     for key in _PER_LAYER:
@@ -82,14 +83,29 @@ def _renamed(
     stored: Mapping[str, StoredTensor], architecture: Architecture, numbers: Sequence[int]
 ) -> dict[str, StoredTensor]:
     """Return the remaining tensors, with the new numbers of their layers in their names."""
+    renumber = renumbering(architecture, numbers)
+    names = {name: renumber(name) for name in stored}
+    return {new: stored[name] for name, new in names.items() if new is not None}
+
+
+def renumbering(architecture: Architecture, numbers: Sequence[int]) -> Callable[[str], str | None]:
+    """Return a function from a weight's name to its name in the model with fewer layers.
+
+    The function returns None for a weight of a layer that is left out.
+
+    Args:
+        architecture: the family of the model.
+        numbers: the layers that stay, counted from 1, in their new order.
+    """
     # A checkpoint of the bare backbone omits the name of the backbone.
     path = rf"((?:{re.escape(architecture.backbone)}\.)?{re.escape(architecture.blocks)}\.)(\d+)\."
     places = {number - 1: place for place, number in enumerate(numbers)}
-    found: dict[str, StoredTensor] = {}
-    for name, tensor in stored.items():
+
+    def renumber(name: str) -> str | None:
         match = re.match(path, name)
         if match is None or _OF_ALL_LAYERS in name:
-            found[name] = tensor
-        elif int(match[2]) in places:
-            found[f"{match[1]}{places[int(match[2])]}.{name[match.end() :]}"] = tensor
-    return found
+            return name
+        place = places.get(int(match[2]))
+        return None if place is None else f"{match[1]}{place}.{name[match.end() :]}"
+
+    return renumber

@@ -161,8 +161,15 @@ def check_model(
         need_head: Whether the head must come with the weights (a teacher that is not trained).
 
     Raises:
-        ModelError: Tokenizer, length, head, labels or weights do not fit, checked in this order.
+        ModelError: Tokenizer, length, head, labels or weights do not fit, checked in this order;
+            or a mixture of experts is to be trained.
     """
+    if source.architecture.experts is not None and not need_head:
+        raise ModelError(
+            f"{source.where}: a {source.config.model_type} model is a mixture of experts, which is "
+            "supported as a teacher without finetune only, because training would need a loss that "
+            "balances the experts; use a dense model"
+        )
     source = with_vocabulary(source, tokenizer_size)
     plan_loading(source, task, label_names, tokenizer_size=tokenizer_size, need_head=need_head)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megakd.errors import ModelError
+from megakd.models.stored_experts import with_joint_experts
 from megakd.models.weights import WeightReader
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def match_names(
     skipped = tuple(f"{module}." for module in leave_out)
     taken: dict[str, StoredTensor] = {}
     used: set[str] = set()
+    stored = with_joint_experts(stored, tensors)
     for key, value in stored.items():
         name = _model_name(key, tensors, model.base_model_prefix)
         if name is None or name.startswith(skipped):

@@ -62,6 +62,9 @@ CUT_FAMILIES = (
     "Mistral",
     "Qwen2",
     "Qwen3",
+    "Gemma2",
+    "Phi",
+    "Granite",
     "GPT2",
 )
 
@@ -80,6 +83,13 @@ OWN_MODELS: Mapping[str, OwnModel] = {
     model.config.model_type: model
     for model in (
         *map(_cut, CUT_FAMILIES),
+        OwnModel(
+            modeling_cut.CutGemma3TextConfig,
+            {
+                "AutoModel": modeling_cut.CutGemma3TextModel,
+                "AutoModelForCausalLM": modeling_cut.CutGemma3ForCausalLM,
+            },
+        ),
         OwnModel(
             T5EncoderConfig,
             {"AutoModelForSequenceClassification": T5EncoderForSequenceClassification},

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from megakd.contract.batch import Batch
     from megakd.contract.tasks import TaskType
@@ -41,10 +42,12 @@ def register_packed_attention() -> None:
 
 def document_arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """Return the arguments of a decoder's forward that state the documents of its rows."""
-    if batch.documents is None:
-        return {}
-    name: str = model.config._attn_implementation or ""  # type: ignore[union-attr]  # noqa: SLF001
+    config: PretrainedConfig = model.config  # type: ignore[assignment]
+    name: str = config._attn_implementation or ""  # noqa: SLF001
     if not name.startswith((VARLEN, "flash_attention")):
+        is_blind = not architecture_of(config).masks_documents and "position_ids" in batch.inputs
+        return {"attention_mask": _document_masks(config, model, batch)} if is_blind else {}
+    if batch.documents is None:
         return {}
     starts, longest = batch.documents
     return {
@@ -52,6 +55,26 @@ def document_arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
         "cu_seq_lens_k": starts,
         "max_length_q": longest,
         "max_length_k": longest,
+    }
+
+
+def _document_masks(
+    config: PretrainedConfig, model: nn.Module, batch: Batch
+) -> dict[str, Tensor | None]:
+    """Return the masks of packed rows by type of layer, for a backbone that ignores positions."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    positions = batch.inputs["position_ids"]
+    facts: dict[str, Any] = {
+        "config": config,
+        # Its shape, dtype and device are read; a sharded table of embeddings is empty here.
+        "inputs_embeds": embeddings.weight.new_empty((*positions.shape, 0)),
+        "attention_mask": None,
+        "past_key_values": None,
+        "position_ids": positions,
+    }
+    return {
+        "full_attention": create_causal_mask(**facts),
+        "sliding_attention": create_sliding_window_causal_mask(**facts),
     }
 
 
@@ -68,13 +91,13 @@ def set_attention(
         device: the device that the model runs on.
 
     Raises:
-        ModelError: torch's kernel does not support the model.
+        ModelError: torch's kernel does not support the model, or the chosen attention lacks a part
+            of the model's attention.
     """
     register_packed_attention()
-    name, on_gpu = source.attn_implementation, device.type == "cuda"
-    if name is None and task == "causal_lm" and on_gpu and _has_kernel(model):
-        name = VARLEN
-    if name == VARLEN and on_gpu and not _has_kernel(model):
+    _check_scores(model, source)
+    name = attention_name(model, source, task, device)
+    if name == VARLEN and device.type == "cuda" and not _has_kernel(model):
         raise ModelError(
             f"{source.where.removesuffix('.model')}.attn_implementation: varlen needs bf16 or "
             "fp16 on a GPU, no attention dropout, and heads of at most 256 columns, a multiple of "
@@ -84,9 +107,35 @@ def set_attention(
         model.set_attn_implementation(name)
 
 
+def attention_name(
+    model: PreTrainedModel, source: ModelSource, task: TaskType, device: torch.device
+) -> str | None:
+    """Return the attention that a model uses on a device; None: transformers chooses."""
+    is_packed = task == "causal_lm" and device.type == "cuda"
+    if source.attn_implementation is None and is_packed and _has_kernel(model):
+        return VARLEN
+    return source.attn_implementation
+
+
+def _check_scores(model: PreTrainedModel, source: ModelSource) -> None:
+    """Raise if a model computes its attention in a way that the chosen attention lacks."""
+    name = source.attn_implementation
+    if name not in (VARLEN, "sdpa"):
+        return
+    config = model.config
+    lacking = architecture_of(config).lacking_in_fused_attention(config)
+    if lacking is not None:
+        raise ModelError(
+            f"{source.where.removesuffix('.model')}.attn_implementation: the {config.model_type} "
+            f"model has {lacking}, which {name} does not support; use eager, or remove the key"
+        )
+
+
 def _has_kernel(model: PreTrainedModel) -> bool:
     """Return whether torch's attention for different lengths supports a model on a GPU."""
     config = model.config
+    if architecture_of(config).lacking_in_fused_attention(config) is not None:
+        return False
     width = architecture_of(config).heads(config).width
     dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
     is_narrow = model.dtype in (torch.bfloat16, torch.float16)
@@ -145,6 +194,8 @@ def attend(  # noqa: PLR0913  (the arguments are transformers')
             window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
             enable_gqa=query.shape[1] != key.shape[1],
         )
+    elif query.is_meta:
+        out = _without_values(flat, length if length % max_length_q else max_length_q)
     else:
         out = _one_by_one(flat, cu_seq_lens_q.tolist(), scaling, sliding_window)
     return out.unflatten(0, (batch, length)), None
@@ -171,6 +222,16 @@ def _one_by_one(
             ).transpose(0, 1)
         )
     return torch.cat(parts)
+
+
+def _without_values(flat: list[Tensor], longest: int) -> Tensor:
+    """Return the attention of documents of one length, for a memory plan; [B * T, heads, width]."""
+    query, key, value = (part.unflatten(0, (-1, longest)).transpose(1, 2) for part in flat)
+    is_grouped = query.shape[1] != key.shape[1]
+    out = functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=is_grouped
+    )
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _near(query: Tensor, window: int) -> Tensor:

@@ -25,6 +25,8 @@ def predict(model: nn.Module, batch: Batch, kernels: Kernels = "auto") -> Predic
         labels=batch.target_labels,
         ignore_index=IGNORE,
         student_bias=bias,
+        softcap_s=read.head.warp.softcap,
+        logit_scale_s=read.head.warp.scale,
         impl=kernels,
     )
     sums = torch.stack([stats.ce_sum.double(), stats.agreement.double(), stats.n_valid.double()])

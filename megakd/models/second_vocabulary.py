@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from megakd.contract.batch import LogitWarp
 from megakd.engine.sharding import full_shape, gathered, sharded_construction, writes_here
 from megakd.models.fitting import valueless_model
 from megakd.models.fresh import initialize_parameters
@@ -91,6 +92,8 @@ class SecondVocabulary(nn.Module):
 
 class SecondHead:
     """The output layer of a second vocabulary; see `contract.batch.Head`."""
+
+    warp = LogitWarp()
 
     def __init__(self, second: SecondVocabulary) -> None:
         self._second = second

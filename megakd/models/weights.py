@@ -50,6 +50,17 @@ class StoredTensor:
     offset: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredExperts(StoredTensor):
+    """Tensors of single experts that make one tensor of the model; the fields but shape are of one.
+
+    shape: [experts, rows of all parts of an expert, columns].
+    parts: by expert, the tensors that follow each other along the rows.
+    """
+
+    parts: tuple[tuple[StoredTensor, ...], ...]
+
+
 class _Entry(NamedTuple):
     """One tensor, as described in a safetensors header."""
 
@@ -257,6 +268,10 @@ class WeightReader:
 
     def read(self, stored: StoredTensor) -> Tensor:
         """Return the tensor as stored, on the CPU."""
+        if isinstance(stored, StoredExperts):
+            return torch.stack(
+                [torch.cat([self.read(part) for part in parts]) for parts in stored.parts]
+            )
         if stored.file.suffix != ".safetensors":
             return self._unpickled(stored.file)[stored.key]
         data = torch.empty(math.prod(stored.shape) * stored.dtype.itemsize, dtype=torch.uint8)

@@ -30,8 +30,24 @@ GPT2 = {
     "attn_pdrop": 0.0,
 }
 T5 = {"num_heads": 4, "d_kv": 6, "d_ff": 32, "dropout_rate": 0.0}
+DECODER = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+}
+GEMMA = {**DECODER, "head_dim": 6, "sliding_window": 5, "query_pre_attn_scalar": 6}
+DEPTH, WIDTH = "num_hidden_layers", "hidden_size"
 # Keys that all layers share, then the names of depth and width.
 FAMILIES = {
+    "gemma2": ({**GEMMA, "model_type": "gemma2", "final_logit_softcapping": 0.5}, DEPTH, WIDTH),
+    "gemma3_text": ({**GEMMA, "model_type": "gemma3_text"}, DEPTH, WIDTH),
+    "phi": (
+        {**DECODER, "model_type": "phi", "num_attention_heads": 2, "num_key_value_heads": 1},
+        *(DEPTH, WIDTH),
+    ),
+    "phi3": ({**DECODER, "model_type": "phi3"}, DEPTH, WIDTH),
+    "granite": ({**DECODER, "model_type": "granite", "logits_scaling": 0.5}, DEPTH, WIDTH),
     "qwen3": (QWEN3, "num_hidden_layers", "hidden_size"),
     "gpt2": (GPT2, "n_layer", "n_embd"),
     "t5_encoder": ({**T5, "model_type": "t5_encoder"}, "num_layers", "d_model"),
@@ -58,7 +74,7 @@ def data(tmp_path_factory) -> Path:
 
 def config_tree(data: Path, out: Path, family: str, *, stage: int) -> dict:
     keys, depth, width = FAMILIES[family]
-    is_language = family in ("qwen3", "gpt2")
+    is_language = family not in ("t5_encoder", "enct5")
     ds = ZERO3 if stage == 3 else {"zero_optimization": {"stage": stage}}
     frozen = ZERO3 if stage == 3 else {"zero_optimization": {"stage": 0}}
     return {
@@ -92,6 +108,12 @@ def config_tree(data: Path, out: Path, family: str, *, stage: int) -> dict:
     "family",
     [
         pytest.param("qwen3", marks=pytest.mark.slow),
+        "gemma2",
+        "phi3",
+        *(
+            pytest.param(family, marks=pytest.mark.slow)
+            for family in ("gemma3_text", "phi", "granite")
+        ),
         "gpt2",
         pytest.param("t5_encoder", marks=pytest.mark.slow),
         "enct5",

@@ -15,12 +15,13 @@ from transformers import (
 
 from megakd.config.models import ScratchModel
 from megakd.config.task import TaskConfig
+from megakd.models.architectures import FAMILIES
 from megakd.models.loading import load_model, resolve_model
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource
 
 register_own_models()
-DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+DECODERS = tuple(name for name, entry in FAMILIES.items() if "causal_lm" in entry.tasks)
 TINY = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -58,7 +59,16 @@ T5 = {
     "vocab_size": 300,
     "feed_forward_proj": "gated-gelu",
 }
+# Caps and windows so small that they change the outputs of these models.
+GEMMA = {**TINY, "head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 9}
+EXPERTS = {**TINY, "num_experts_per_tok": 2}
 OTHERS = {
+    "gemma2": {**GEMMA, "final_logit_softcapping": 1.5, "attn_logit_softcapping": 0.5},
+    "gemma3_text": {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {**TINY, "pad_token_id": 0, "sliding_window": 5},
+    "granite": {**TINY, "logits_scaling": 0.4, "embedding_multiplier": 1.5},
+    "gpt_oss": {**EXPERTS, "num_local_experts": 4, "head_dim": 12, "sliding_window": 5},
+    "qwen3_moe": {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 32},
     "distilbert": DISTILBERT,
     "qwen3": QWEN3,
     "gpt2": GPT2,

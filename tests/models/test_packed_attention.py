@@ -16,6 +16,7 @@ from megakd.contract.batch import IGNORE
 from megakd.data.encoding import Collator
 from megakd.data.packing import pack
 from megakd.errors import ModelError
+from megakd.models.architectures import architecture_of
 from megakd.models.knowledge import Needs, read_knowledge
 from megakd.models.packed_attention import VARLEN, attend, set_attention
 
@@ -25,7 +26,15 @@ FAMILIES = {
     "qwen2": {},
     "qwen3": {},
     "gpt2": {},
+    "gemma2": {"attn_logit_softcapping": None},
+    "gemma3_text": {},
+    "phi": {},
+    "phi3": {},
+    "granite": {},
+    "qwen3_moe": {},
 }
+# Attentions that neither sdpa nor varlen compute.
+EAGER = ("gemma2", "gpt_oss")
 # Lengths of documents, in rows of 12 tokens; the last row is shorter.
 DOCUMENTS = (5, 2, 9, 1, 14, 3)
 LENGTH = 12
@@ -46,6 +55,10 @@ def model_of(tiny, family, dtype=torch.float32, **keys):
     return tiny.load(folder, tiny.task("causal_lm")).to(dtype).eval()
 
 
+def masked_attention(family):
+    return "eager" if family in EAGER else "sdpa"
+
+
 def hidden_and_gradient(model, batch, name):
     model.set_attn_implementation(name)
     model.zero_grad()
@@ -61,7 +74,7 @@ def test_documents_one_by_one_equal_masked_rows(tiny, family):
     set_attention(model, source_with(VARLEN), "causal_lm", torch.device("cpu"))
 
     ours, our_gradients = hidden_and_gradient(model, batch, VARLEN)
-    theirs, their_gradients = hidden_and_gradient(model, batch, "sdpa")
+    theirs, their_gradients = hidden_and_gradient(model, batch, masked_attention(family))
 
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert our_gradients.keys() == their_gradients.keys()
@@ -78,7 +91,7 @@ def test_documents_in_bf16_equal_masked_rows_up_to_rounding(tiny, family):
     set_attention(model, source_with(VARLEN), "causal_lm", torch.device("cpu"))
 
     ours, _ = hidden_and_gradient(model, batch, VARLEN)
-    theirs, _ = hidden_and_gradient(model, batch, "sdpa")
+    theirs, _ = hidden_and_gradient(model, batch, masked_attention(family))
 
     torch.testing.assert_close(ours.float(), theirs.float(), rtol=5e-2, atol=5e-2)
 
@@ -187,3 +200,46 @@ def test_padding_is_no_target_and_changes_nothing(tiny):
 
     assert torch.equal(before, after.hidden[batch.valid])
     assert (batch.labels[~batch.valid] == IGNORE).all()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *EAGER])
+def test_packed_documents_are_read_as_they_would_be_alone(tiny, family):
+    keys = {} if family in EAGER else FAMILIES[family]
+    model = tiny.load(tiny.save(family, **keys), tiny.task("causal_lm"))
+    batch = packed(tiny)
+    if family not in EAGER:
+        set_attention(model, source_with("sdpa"), "causal_lm", torch.device("cpu"))
+
+    together = read_knowledge(model, batch, Needs()).hidden.flatten(0, 1)
+
+    ids, valid = batch.inputs["input_ids"].flatten(), batch.valid.flatten()
+    backbone = architecture_of(model.config).backbone_of(model)
+    for first, end in pairwise(batch.documents.starts.tolist()):
+        if valid[first]:
+            alone = backbone(ids[None, first:end], use_cache=False).last_hidden_state[0]
+            torch.testing.assert_close(together[first:end], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sdpa", VARLEN])
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("gemma2", r"gemma2 model has a cap on attention scores \(attn_logit_softcapping: 0.5\)"),
+        ("gpt_oss", "gpt_oss model has attention sinks"),
+    ],
+)
+def test_an_attention_that_leaves_out_a_part_of_the_model_is_refused(tiny, family, message, name):
+    model = tiny.load(tiny.save(family), tiny.task("causal_lm"))
+
+    with pytest.raises(ModelError, match=f"{message}, which {name} does not support; use eager"):
+        set_attention(model, source_with(name), "causal_lm", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", EAGER)
+def test_a_gpu_computes_what_only_eager_attention_can_with_eager_attention(tiny, family):
+    model = tiny.load(tiny.save(family), tiny.task("causal_lm")).to(torch.bfloat16)
+    model.eval()
+
+    set_attention(model, source_with(None), "causal_lm", torch.device("cuda"))
+
+    assert model.config._attn_implementation == "eager"

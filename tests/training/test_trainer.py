@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from unit_counts import numbers
 from waiting import Waiting, no_waiting
 
-from megakd.contract.batch import IGNORE, Batch, Counts, Knowledge, Losses
+from megakd.contract.batch import IGNORE, Batch, Counts, Knowledge, LogitWarp, Losses
 from megakd.contract.shapes import Shape
 from megakd.contract.stage import Constant, Pass, StepReport
 from megakd.contract.terms import (
@@ -257,7 +257,9 @@ class Tiny(nn.Module):
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
-        self.config = SimpleNamespace(model_type="llama", num_hidden_layers=1)
+        self.config = SimpleNamespace(
+            model_type="llama", num_hidden_layers=1, _attn_implementation="sdpa"
+        )
         self.model = Body()
         self.lm_head = nn.Linear(4, 9, bias=False)
         self.classifier = nn.Linear(4, outputs)
@@ -310,7 +312,7 @@ def test_no_operation_of_a_step_makes_the_host_wait_for_the_device(task):
     order = (2, 0, 1) if task == "classification" else None
     frozen = FrozenModel(Tiny(outputs), needs=objective.needs, label_order=order)
     frozen.requires_grad_(requires_grad=False)
-    lm_head = SimpleNamespace(read=lambda: (torch.ones(9, 4), None))
+    lm_head = SimpleNamespace(read=lambda: (torch.ones(9, 4), None), warp=LogitWarp())
 
     class Headed(Teacher):
         def __init__(self) -> None:

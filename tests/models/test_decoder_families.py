@@ -1,0 +1,127 @@
+"""Every family of decoders: losses from (hidden, head) are those of the model's own logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from megakd.contract.batch import IGNORE, Batch
+from megakd.contract.shapes import Shape
+from megakd.contract.stage import Pass
+from megakd.contract.terms import HardCrossEntropy, SoftTargetKl
+from megakd.contract.unit_counts import count_units
+from megakd.losses.bundle import StudentBundle
+from megakd.losses.objective import build_objective
+from megakd.losses.plugin_losses import logits_of
+from megakd.models.architectures import FAMILIES
+from megakd.models.knowledge import Needs, language_model_head, read_knowledge
+from megakd.models.next_tokens import most_likely
+from megakd.models.predictions import predict
+from megakd.teachers.frozen import FrozenModel
+
+TERMS = (
+    HardCrossEntropy(loss="hard_cross_entropy", weight=0.25),
+    SoftTargetKl(loss="soft_target_kl", weight=0.75, temperature=2.0),
+)
+DECODERS = [name for name, entry in FAMILIES.items() if "causal_lm" in entry.tasks]
+DENSE = [name for name in DECODERS if FAMILIES[name].experts is None]
+BENT = ("gemma2", "granite")
+
+
+def batch_of(tiny) -> Batch:
+    """Two rows, one of them padded; the last token predicts nothing."""
+    ids = tiny.input_ids
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    valid[1, 9:] = False
+    labels = ids.roll(-1, 1).masked_fill(~valid, IGNORE)
+    labels[:, -1] = IGNORE
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    return Batch({"input_ids": ids, "position_ids": positions}, labels, valid)
+
+
+def model_of(tiny, family, dtype=torch.float64, **keys):
+    return tiny.load(tiny.save(family, **keys), tiny.task("causal_lm")).to(dtype)
+
+
+def dtype_of(family):
+    """The most precise dtype; the products of experts have no fp64."""
+    return torch.float64 if family in DENSE else torch.float32
+
+
+def answers(teacher, batch):
+    """The teacher's outputs, as `FrozenTeacher` gives them to a student."""
+    said = FrozenModel(teacher, needs=Needs(), label_order=None).read(batch)
+    return said.detached()._replace(head=language_model_head(teacher))
+
+
+def own_logits(model, batch):
+    return model(**batch.inputs, use_cache=False).logits
+
+
+def expected_loss(student_logits, teacher_logits, batch):
+    chosen = batch.labels != IGNORE
+    ours, theirs, labels = student_logits[chosen], teacher_logits[chosen], batch.labels[chosen]
+    soft = functional.kl_div(
+        (ours / 2).log_softmax(-1), (theirs / 2).softmax(-1), reduction="batchmean"
+    )
+    return 0.25 * functional.cross_entropy(ours, labels) + 0.75 * 4 * soft
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_the_loss_and_its_gradient_are_those_of_the_models_own_logits(tiny, family):
+    dtype, batch = dtype_of(family), batch_of(tiny)
+    teacher = model_of(tiny, family, dtype)
+    student = model_of(tiny, family if family in DENSE else "llama", dtype)
+    with torch.no_grad():
+        for number, weight in enumerate(student.parameters()):
+            weight.mul_(0.9 - 0.01 * number)
+    shape = Shape(2, 16, 300)
+    bundle = StudentBundle(
+        {"student": student}, build_objective(TERMS, "causal_lm", shape, shape), world_size=1
+    )
+
+    found = bundle(batch, {"t": answers(teacher, batch)}, [Pass(teacher="t")], count_units([batch]))
+    found.total.backward()
+    ours = {name: weight.grad for name, weight in student.named_parameters()}
+    student.zero_grad()
+    logits = own_logits(student, batch), own_logits(teacher, batch).detach()
+    expected = expected_loss(*logits, batch)
+    expected.backward()
+
+    assert found.total.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, weight in student.named_parameters():
+        torch.testing.assert_close(ours[name], weight.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_scores_caches_and_plugins_see_the_models_own_logits(tiny, family):
+    model, batch = model_of(tiny, family, dtype_of(family)), batch_of(tiny)
+    with torch.no_grad():
+        logits = own_logits(model, batch)
+        sums = predict(model, batch).sums
+        cached = most_likely(model, batch, 5)
+        plugged = logits_of(read_knowledge(model, batch, Needs()))
+
+    chosen = batch.labels != IGNORE
+    missed = functional.cross_entropy(logits[chosen], batch.labels[chosen], reduction="sum")
+    right = (logits.argmax(-1) == batch.labels)[chosen].sum()
+    best = logits.log_softmax(-1).topk(5)
+    assert sums.tolist() == pytest.approx([missed.item(), right.item(), chosen.sum().item()])
+    assert torch.equal(cached.ids, best.indices.int())
+    torch.testing.assert_close(cached.logprobs, best.values.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(plugged, logits.flatten(0, 1).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", BENT)
+def test_a_cap_or_a_factor_of_the_logits_changes_the_loss(tiny, family):
+    """Guards the two tests above: with other numbers they could not fail."""
+    keys = {"gemma2": {"final_logit_softcapping": None}, "granite": {"logits_scaling": 1.0}}
+    batch = batch_of(tiny)
+
+    bent, plain = (
+        predict(model_of(tiny, family, **changes), batch).sums[0].item()
+        for changes in ({}, keys[family])
+    )
+
+    assert abs(bent - plain) > 0.01 * plain
