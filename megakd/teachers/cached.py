@@ -3,7 +3,8 @@
 A cache is a folder. `cache.json` holds the fingerprint of the answers and lists the shards with
 their checksums. A shard is a folder of numpy files, written whole or not at all. For classifiers
 and regressors a shard holds logits in fp32. For language models a shard holds the k most likely
-ids of every position with their log-probabilities; the loss derives the remaining probability.
+ids of every position with their log-probabilities; the loss derives the remaining probability. Or
+a shard holds the ids of random draws with their counts.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from megakd.contract.batch import Batch, Knowledge, TopK
+from megakd.contract.batch import Batch, Draws, Knowledge, TopK
 from megakd.engine.collectives import gather, on_main, together
 from megakd.engine.distributed import Ranks
 from megakd.errors import TeacherError
@@ -42,7 +43,7 @@ VERSION = 2
 SHARD_ROWS = 4096
 SHARD_BYTES = 256 << 20
 Answers = Mapping[str, Tensor]
-"""Answers to some rows: `logits` [B, C], or `ids` and `logprobs` [B, T, k]."""
+"""Answers to some rows: `logits` [B, C]; `ids` and `logprobs` [B, T, k]; or `ids` and `counts`."""
 
 
 class Shard(NamedTuple):
@@ -75,7 +76,7 @@ def build_cache(
     *,
     ranks: Ranks,
     layout: Layout,
-    asking: Callable[[], AbstractContextManager[Callable[[Dataset], Answers]]],
+    asking: Callable[[], AbstractContextManager[Callable[[Dataset, int], Answers]]],
 ) -> None:
     """Write the answers to all rows that no undamaged shard holds; a collective.
 
@@ -85,8 +86,9 @@ def build_cache(
         rows: the training split.
         ranks: this process and the number of ranks; each rank verifies a part of the shards.
         layout: size of the answer to one row.
-        asking: context manager that loads the teacher and returns a function from rows to
-            answers; entered only if answers are missing. The answers are the same on every rank.
+        asking: context manager that loads the teacher and returns a function from rows and the
+            number of the first row to answers; entered only if answers are missing. The answers
+            are the same on every rank.
 
     Raises:
         TeacherError: the folder holds answers with another fingerprint.
@@ -99,7 +101,7 @@ def build_cache(
         return
     with asking() as answer:
         for numbers in missing:
-            part = answer(rows.select(numbers))
+            part = answer(rows.select(numbers), numbers.start)
 
             def write(start: int = numbers.start, part: Answers = part) -> Shard:
                 return _write(folder, start, part)
@@ -228,7 +230,8 @@ class CachedTeacher:
         if "logits" in moved:
             return Knowledge(logits=moved["logits"])
         length = batch.valid.shape[1]
-        return Knowledge(top_k=TopK(moved["ids"][:, :length], moved["logprobs"][:, :length]))
+        ids, others = (tensor[:, :length] for tensor in (moved.pop("ids"), *moved.values()))
+        return Knowledge(kept=_draws(ids, others) if "counts" in moved else TopK(ids, others))
 
     def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
         """Yield the answers to every micro-batch."""
@@ -249,6 +252,12 @@ class CachedTeacher:
     def destroy(self) -> None:
         """Close the files."""
         self._shards.clear()
+
+
+def _draws(ids: Tensor, counts: Tensor) -> Draws:
+    """Return draws as shares; positions without draws have the share 0."""
+    shares = counts.float() / counts.sum(-1, keepdim=True).clamp(min=1)
+    return Draws(ids, shares.log())
 
 
 def _verify(folder: Path, shards: Sequence[Shard]) -> None:

@@ -3,60 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from one_rank import OneRank
-from safetensors.torch import load_file
-from tiny_runs import NO_DROPOUT, bert, config_tree, llama, write_config, write_reviews, write_text
+from cache_bench import VOCABULARY, Bench, furthest
+from tiny_runs import NO_DROPOUT, bert, write_config
 from whole_run import finish
-
-VOCABULARY = 320
-KL = [{"loss": "soft_target_kl"}]
-
-
-class Bench:
-    """Data, and runs of one kind that differ in where the answers come from."""
-
-    def __init__(self, one_rank: OneRank, folder: Path, *, language: bool) -> None:
-        self.one_rank, self.folder = one_rank, folder
-        self.make = llama if language else bert
-        if language:
-            data = write_text(folder / "text.txt")
-            tokenizer = {"type": "bpe", "vocab_size": VOCABULARY}
-            self.task = {"type": "causal_lm", "dataset": str(data), "tokenizer": tokenizer}
-        else:
-            reviews = write_reviews(folder / "reviews")
-            self.task = {"type": "classification", "dataset": str(reviews)}
-        keys = {} if language else NO_DROPOUT
-        # Large weights: a teacher that says the same of every row would hide a wrong row.
-        self.models = self.make(2, width=24, initializer_range=0.5, **keys), self.make(1, **keys)
-
-    def config(self, out: str, *, cache: str | None = None, **sections: Any) -> Path:
-        big, small = self.models
-        teacher = {"model": big, **sections.pop("teacher", {})}
-        if cache is not None:
-            teacher["cache"] = str(self.folder / cache)
-        tree = config_tree(
-            self.folder / out,
-            self.task | sections.pop("task", {}),
-            teacher=teacher,
-            student=sections.pop("student", {"model": small}),
-            **{"method": {"name": "single"}, "objective": KL, **sections},
-        )
-        tree["train"] |= {"max_steps": 10, "adam_epsilon": 0.01}
-        return write_config(self.folder / f"{out}.yaml", tree)
-
-    def cache(self, config: Path) -> str:
-        said = self.one_rank.megakd("cache", config)
-        assert said.code == 0, said.err
-        return said.err
-
-    def weights(self, config: Path) -> dict[str, torch.Tensor]:
-        finish(self.one_rank, config)
-        return load_file(self.folder / config.stem / "final" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +19,6 @@ def classes(one_rank, tmp_path_factory) -> Bench:
 @pytest.fixture(scope="module")
 def language(one_rank, tmp_path_factory) -> Bench:
     return Bench(one_rank, tmp_path_factory.mktemp("language"), language=True)
-
-
-def furthest(found: dict, expected: dict) -> float:
-    assert found.keys() == expected.keys()
-    return max((found[name] - expected[name]).abs().max().item() for name in found)
 
 
 def test_a_classifier_learns_from_its_cache_what_it_learns_from_the_teacher(classes):

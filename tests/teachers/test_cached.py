@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from megakd.contract.batch import Batch
+from megakd.contract.batch import Batch, Draws
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
 from megakd.errors import TeacherError
@@ -22,6 +24,7 @@ ONE_RANK = Ranks(0, 1, 0, torch.device("cpu"))
 ROWS, CLASSES, PER_SHARD = 23, 3, 5
 FACTS = {"data": "these", "teacher.weights": "those"}
 LAYOUT = Layout(row_bytes=4 * CLASSES, tokens_per_row=6.0)
+Answering = Callable[[Dataset, int], dict[str, torch.Tensor]]
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +47,8 @@ class Teacher:
         self.asked: list[int] = []
         self.most = most
 
-    def __call__(self, part: Dataset) -> dict[str, torch.Tensor]:
+    def __call__(self, part: Dataset, first: int) -> dict[str, torch.Tensor]:
+        assert first == part["number"][0]
         numbers = torch.tensor(part["number"], dtype=torch.float32)
         if len(self.asked) + len(numbers) > self.most:
             raise KeyboardInterrupt
@@ -52,15 +56,15 @@ class Teacher:
         return {"logits": torch.stack([numbers, numbers + 0.5, numbers**2], dim=1)}
 
 
-def build(folder: Path, rows: Dataset, teacher: Teacher, facts=FACTS) -> Path:
+def build(folder: Path, rows: Dataset, teacher: Answering, facts=FACTS) -> Path:
     build_cache(
         folder, facts, rows, ranks=ONE_RANK, layout=LAYOUT, asking=lambda: nullcontext(teacher)
     )
     return folder
 
 
-def batch(numbers: list[int]) -> Batch:
-    valid = torch.ones(len(numbers), 4, dtype=torch.bool)
+def batch(numbers: list[int], length: int = 4) -> Batch:
+    valid = torch.ones(len(numbers), length, dtype=torch.bool)
     return Batch({}, torch.zeros(len(numbers)), valid, rows=torch.tensor(numbers))
 
 
@@ -78,6 +82,25 @@ def test_a_row_that_keeps_the_ranks_in_step_gets_zeros(tmp_path, rows):
     teacher = CachedTeacher(build(tmp_path / "cache", rows, Teacher()), FACTS, ONE_RANK)
 
     assert teacher(batch([4, -1])).logits[1].tolist() == [0, 0, 0]
+
+
+def test_draws_are_read_as_the_shares_of_their_tokens(tmp_path, rows):
+    ids = torch.tensor([[[3, 8, -1, -1], [-1] * 4, [-1] * 4]], dtype=torch.int32)
+    counts = torch.tensor([[[1, 3, 0, 0], [0] * 4, [0] * 4]], dtype=torch.uint8)
+
+    def say(part: Dataset, _: int) -> dict[str, torch.Tensor]:
+        return {"ids": ids.repeat(len(part), 1, 1), "counts": counts.repeat(len(part), 1, 1)}
+
+    folder = build(tmp_path / "cache", rows, say)
+    kept = CachedTeacher(folder, FACTS, ONE_RANK)(batch([4, -1], length=2)).kept
+
+    assert isinstance(kept, Draws)
+    assert kept.ids[0].tolist() == [[3, 8, -1, -1], [-1] * 4]
+    nothing = -math.inf
+    expected = [[math.log(0.25), math.log(0.75), nothing, nothing], [nothing] * 4]
+    torch.testing.assert_close(kept.logprobs[0], torch.tensor(expected))
+    assert kept.ids[1].tolist() == [[0] * 4] * 2  # a dummy row
+    assert (kept.logprobs[1] == nothing).all()
 
 
 def test_a_start_that_was_killed_is_gone_on_with_and_no_row_is_asked_twice(tmp_path, rows):
