@@ -9,9 +9,11 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megakd.config.paths import Folder
+from megakd.config.servers import TeacherServerConfig
 from megakd.config.train import FinetuneOverrides
+from megakd.contract.batch import MOST_DRAWS
 from megakd.contract.tasks import Dtype
-from megakd.contract.terms import STRICT, Count
+from megakd.contract.terms import STRICT, Count, Positive
 
 Attention = Literal["varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
 """`varlen` computes packed rows document by document; the others are those of transformers."""
@@ -32,6 +34,8 @@ class TeacherConfig:
     """The frozen model that the student learns from, with its own DeepSpeed engine."""
 
     model: str | ScratchModel
+    """A folder, a Hub id, a config, or `student_base`: the student without its adapters
+    (`student.lora`), which teaches without a second model in memory."""
     deepspeed: str | dict[str, Any] = "teacher_zero3"
     """Preset name, path or inline mapping; ZeRO 0 (replicated) or 3 (sharded)."""
     dtype: Dtype | None = None
@@ -47,6 +51,15 @@ class TeacherConfig:
     The student learns from the folder instead of the model."""
     cache_top_k: Count = 64
     """Number of tokens to keep per position; only for language models."""
+    cache_draws: Annotated[int, Field(ge=1, le=MOST_DRAWS)] | None = None
+    """Number of random draws to keep per position in place of the most likely tokens, such as 16;
+    only for causal_lm. The gradient of the soft targets is then unbiased."""
+    cache_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the draws. Runs with any `seed` can share a cache, and another `cache_seed` gives
+    other draws."""
+    server: TeacherServerConfig | None = None
+    """Inference servers that answer instead of the model, which is then not loaded; only for
+    causal_lm."""
     micro_batches_per_call: Count | None = None
     """Micro-batches of a step that the teacher answers in one forward. None: at ZeRO 3 as many as
     fit into memory, else 1."""
@@ -74,6 +87,29 @@ class PooledTeacher(TeacherConfig):
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters that learn in place of the student's own weights.
+
+    A linear layer W becomes W + alpha / r * B A with a frozen W (Hu et al. 2021,
+    https://arxiv.org/abs/2106.09685, section 4.1).
+    """
+
+    r: Count = 64
+    """Rank of the adapters."""
+    alpha: Positive | None = None
+    """Factor of the adapters' outputs, divided by `r`; None: 2 r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout of the adapters' inputs."""
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Names of the adapted linear layers, such as q_proj; None: all of attention and MLP."""
+
+    @property
+    def scale(self) -> float:
+        """The factor alpha, before the division by `r`."""
+        return 2.0 * self.r if self.alpha is None else self.alpha
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class StudentConfig:
     """The model that learns."""
 
@@ -84,6 +120,8 @@ class StudentConfig:
     """Numbers of the layers to keep, counted from 1, or how many layers to keep, evenly spaced."""
     teacher: str | None = None
     """Name of the teacher for `from_teacher`, if there are several teachers."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters of the model instead of its weights; None: train all weights."""
     deepspeed: str | dict[str, Any] = "zero2"
     architecture: Literal["enct5", "t5_encoder"] | None = None
     """Architecture to load a T5 or mT5 checkpoint as; None: enct5."""

@@ -12,6 +12,8 @@ TEACHER = "teacher"
 """The name of the teacher if the config has only one."""
 FROM_TEACHER = "from_teacher"
 """Value of `student.model` for a student that is made of parts of the teacher."""
+STUDENT_BASE = "student_base"
+"""Value of `teacher.model` for the student without its adapters, with no second model in memory."""
 LANGUAGE_TASKS: tuple[TaskType, ...] = ("mlm", "causal_lm")
 """Tasks whose labels are tokens of the text itself."""
 ONE_LABEL_METRICS = ("f1", "precision", "recall")

@@ -90,13 +90,44 @@ def fill_model_folder(
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
     for name, content in (extra or {}).items():
+        (folder / name).parent.mkdir(exist_ok=True)
         write_content(folder / name, content() if callable(content) else content)
 
 
-def write_weights(folder: Path, state: Iterable[tuple[str, Tensor]]) -> torch.dtype:
+def fill_serving_folder(
+    folder: Path,
+    *,
+    config: PretrainedConfig,
+    state: Iterable[tuple[str, Tensor]],
+    architecture: str,
+    shard_bytes: int,
+) -> None:
+    """Write the weights and the config for an inference server into a folder.
+
+    Names and bytes of the tensors are those of `fill_model_folder`.
+
+    Args:
+        folder: an empty folder.
+        config: the config of the model; it is not changed.
+        state: names and tensors; each tensor is needed only until its shard is written.
+        architecture: the class of the model, for config.json.
+        shard_bytes: largest size of a shard with more than one tensor.
+    """
+    dtype = write_weights(folder, state, shard_bytes=shard_bytes)
+    _write_config(folder, _exported(config, dtype, architecture), None)
+
+
+def write_weights(
+    folder: Path, state: Iterable[tuple[str, Tensor]], *, shard_bytes: int | None = None
+) -> torch.dtype:
     """Stream tensors into model.safetensors, or into shards with an index.
 
     Tied weights, which are two names of one memory, are written once if they are in one shard.
+
+    Args:
+        folder: a folder without weights.
+        state: names and tensors; each tensor is needed only until its shard is written.
+        shard_bytes: largest size of a shard with more than one tensor; None: 5 GB.
 
     Returns:
         The dtype of most floating-point weights.
@@ -106,7 +137,7 @@ def write_weights(folder: Path, state: Iterable[tuple[str, Tensor]]) -> torch.dt
     """
     shards: list[dict[str, int]] = []
     dtypes: Counter[torch.dtype] = Counter()
-    for number, shard in enumerate(_shards(state)):
+    for number, shard in enumerate(_shards(state, shard_bytes or SHARD_BYTES)):
         # The final name contains the number of shards, which is not known yet.
         save_file(shard, folder / f"{number}.part", metadata={"format": "pt"})
         shards.append({name: tensor.nbytes for name, tensor in shard.items()})
@@ -176,7 +207,7 @@ def _generation(
     return generation
 
 
-def _shards(state: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+def _shards(state: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
     """Yield groups of tensors that fit into a shard; omit second names of the same memory."""
     shard: dict[str, Tensor] = {}
     size = 0
@@ -187,7 +218,7 @@ def _shards(state: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         identity = (tensor.data_ptr(), tensor.dtype, tensor.shape)
         if identity in seen and tensor.numel():
             continue
-        if shard and size + tensor.nbytes > SHARD_BYTES:
+        if shard and size + tensor.nbytes > shard_bytes:
             yield shard
             shard, size, seen = {}, 0, set()
         shard[name] = tensor

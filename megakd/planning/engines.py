@@ -113,6 +113,11 @@ class Trained(Frozen):
 
     moments: int = 2
 
+    @cached_property
+    def learned(self) -> Inventory:
+        """The weights that learn; the others have no gradient and no optimizer state."""
+        return self.inventory.learned
+
     def initializing(self) -> Holding:
         """Return the memory in use while DeepSpeed builds the engine; an update needs more."""
         return self.resting()
@@ -121,7 +126,7 @@ class Trained(Frozen):
         """Return the memory in use between two steps, from the second step on."""
         copies = self.moments + (self.itemsize < FP32)
         return together(
-            super().resting(), self.held("optimizer", self.inventory.amount(FP32).times(copies))
+            super().resting(), self.held("optimizer", self.learned.amount(FP32).times(copies))
         )
 
     def averages(self, numbers: Collection[int], values: int) -> Holding:
@@ -144,7 +149,7 @@ class Trained(Frozen):
 
     def accumulated(self) -> Holding:
         """Return the additional memory of gradients between two micro-batches of a step."""
-        return self.held("gradients", self.inventory.amount(self.itemsize))
+        return self.held("gradients", self.learned.amount(self.itemsize))
 
     def backward(self, done: Inventory, *, adds: bool, last: bool = False) -> Holding:
         """Return the additional memory of gradients during a backward.
@@ -154,17 +159,18 @@ class Trained(Frozen):
             adds: whether the gradients are added to those of an earlier backward of the step.
             last: whether this is the end of the step's last backward, where gradients are sent.
         """
+        done = done.learned
         own = self.accumulated() if adds else self.held("gradients", done.amount(self.itemsize))
-        sent = min(self.inventory.numel, _BUCKET + self.inventory.largest) if last else 0
+        sent = min(self.learned.numel, _BUCKET + self.learned.largest) if last else 0
         return together(own, self.held("gradients", block(sent * self.itemsize)))
 
     def updating(self) -> Iterator[Holding]:
         """Yield the additional memory of each part of an update."""
-        whole = self.inventory.amount(FP32)
+        whole = self.learned.amount(FP32)
         yield together(
             self.accumulated(),
             self.held("gradients", whole) if self.itemsize < FP32 else {},
-            self.held("optimizer", self.scratch(whole, self.inventory.largest)),
+            self.held("optimizer", self.scratch(whole, self.learned.largest)),
         )
 
     def share(self, numel: int) -> int:
@@ -174,15 +180,13 @@ class Trained(Frozen):
     @cached_property
     def groups(self) -> list[list[int]]:
         """The parameters' elements by optimizer group: with weight decay, then without."""
-        groups = (
-            [p.numel for p in self.inventory if p.decays == decays] for decays in (True, False)
-        )
+        groups = ([p.numel for p in self.learned if p.decays == decays] for decays in (True, False))
         return [group for group in groups if group]
 
     def bucket(self, name: str) -> int:
         """Return the elements of a communication buffer; on a CPU only the part that is written."""
         elements = int(self.zero.get(name, _BUCKET))
-        return min(elements, self.inventory.numel) if self.is_cpu else elements
+        return min(elements, self.learned.numel) if self.is_cpu else elements
 
     def scratch(self, weights: Amount, largest: int) -> Amount:
         """Return the scratch memory of an update: SGD's decayed gradient; fused AdamW has none.
@@ -208,12 +212,14 @@ class Divided(Trained):
     def resting(self) -> Holding:
         """Return the flat weights and the shard of the optimizer, wherever the shard is."""
         place = self.place("offload_optimizer")
-        weights = self.held("weights", amount_of(size * self.itemsize for size in self._sizes))
+        flat = amount_of(size * self.itemsize for size in self._sizes)
+        frozen = mapped((self.inventory.numel - self.learned.numel) * self.itemsize)
+        weights = self.held("weights", flat.plus(frozen))
         optimizer = self._shard.times(1 + self.moments)
         if place == "device":
             return together(weights, self.held("optimizer", optimizer))
         narrow = amount_of(self.share(size) * self.itemsize for size in self._sizes)
-        largest = block(self.inventory.largest * self.itemsize)
+        largest = block(self.learned.largest * self.itemsize)
         return together(
             weights,
             self.held("optimizer", optimizer.plus(narrow), place),
@@ -223,18 +229,18 @@ class Divided(Trained):
 
     def accumulated(self) -> Holding:
         """Return the gradients: all at ZeRO 1, the overlap with the rank's shard at ZeRO 2."""
-        return super().accumulated() if self.stage == 1 else self._own(self.inventory.numel)
+        return super().accumulated() if self.stage == 1 else self._own(self.learned.numel)
 
     def backward(self, done: Inventory, *, adds: bool, last: bool = False) -> Holding:
         """Return the gradients; ZeRO 1 sends them at the end of a step, ZeRO 2 immediately."""
         sending = self._buckets(done, last=last)
         if self.stage == 1:
             return together(super().backward(done, adds=adds), sending if last else {})
-        return together(self._own(done.numel), self.accumulated() if adds else {}, sending)
+        return together(self._own(done.learned.numel), self.accumulated() if adds else {}, sending)
 
     def _own(self, done: int) -> Holding:
         """Return the gradients that overlap the rank's shard, among `done` elements."""
-        share = min(1.0, done / self.inventory.numel) if self.is_cpu else 1.0
+        share = min(1.0, done / self.learned.numel) if self.is_cpu else 1.0
         # ZeRO 2 adds up its gradients in fp32.
         itemsize = FP32 if self.stage == 2 else self.itemsize
         own = block(share * self._touched * itemsize)
@@ -244,7 +250,7 @@ class Divided(Trained):
         """Return the buckets; a bucket for several ranks is copied before it is sent."""
         limit = int(self.zero.get("reduce_bucket_size", _BUCKET))
         filled = written = copied = 0
-        for parameter in done:
+        for parameter in done.learned:
             copied = 0
             if filled + parameter.numel > limit:
                 copied, filled = filled, 0
@@ -262,8 +268,8 @@ class Divided(Trained):
         """Yield the memory of norm, flat fp32 gradients, scratch, and the gathered weights."""
         if self.place("offload_optimizer") == "device":
             largest = max(self.share(size) for size in self._sizes)
-            own, flat = self._own(self.inventory.numel), block(largest * FP32)
-            yield together(own, self.held("gradients", block(self.inventory.largest * FP64)))
+            own, flat = self._own(self.learned.numel), block(largest * FP32)
+            yield together(own, self.held("gradients", block(self.learned.largest * FP64)))
             yield together(own, self.held("gradients", flat))
             scratch = self.held("optimizer", self.scratch(flat, largest))
             yield together(self.held("gradients", flat), scratch)
@@ -300,7 +306,9 @@ class Divided(Trained):
         """Yield rank, number of the weight, and elements of each part of a weight in a shard."""
         for decays in (True, False):
             numbers = [
-                n for n, parameter in enumerate(self.inventory) if parameter.decays == decays
+                number
+                for number, parameter in enumerate(self.inventory)
+                if parameter.learns and parameter.decays == decays
             ]
             share, start = self.share(self.inventory.of(numbers).numel), 0
             for number in numbers:
@@ -317,8 +325,10 @@ class Sharded(Trained):
     def resting(self) -> Holding:
         """Return flat shards of weights, optimizer and gradients, and a bucket."""
         place, weights = self.place("offload_optimizer"), self.place("offload_param")
-        elements = sum(self.share(p.numel) for p in self.inventory)
-        narrow, sums = block(elements * self.itemsize), block(elements * FP32)
+        elements, learned = (
+            sum(self.share(p.numel) for p in known) for known in (self.inventory, self.learned)
+        )
+        narrow, sums = block(elements * self.itemsize), block(learned * FP32)
         in_fp32 = amount_of(size * FP32 for size in self._sub_groups)
         is_master = self.itemsize == FP32 and place == weights == "device"
         return together(
@@ -334,7 +344,7 @@ class Sharded(Trained):
 
     def backward(self, done: Inventory, *, adds: bool, last: bool = False) -> Holding:
         """Return the copies of the bucket that order gradients by rank."""
-        largest = self.inventory.largest
+        largest = self.learned.largest
         # A gradient larger than the bucket is sent directly.
         direct = largest if largest > self.bucket("reduce_bucket_size") else 0
         copies = self._bucket.times(2 if self.is_gloo else 1)  # gloo adds a copy
@@ -345,7 +355,7 @@ class Sharded(Trained):
         if self.place("offload_optimizer") == "device":
             largest = max(self._sub_groups)
             flat = block(largest * FP32)
-            yield self.held("gradients", block(self.share(self.inventory.largest) * FP64))
+            yield self.held("gradients", block(self.share(self.learned.largest) * FP64))
             yield self.held("gradients", flat.plus(self.scratch(flat, largest)))
 
     @cached_property

@@ -48,6 +48,6 @@ def check_method(config: RunConfig, prepared: RunInputs, ranks: Ranks) -> None:
                 phase.stage,
                 config.task.type,
                 learners=phase.learners,
-                teachers=[ready.source for ready in phase.teachers.values()],
+                teachers=phase.teaching,
                 classes=prepared.classes,
             ).check()

@@ -61,10 +61,15 @@ def mapped(size: float) -> Amount:
 
 
 class Parameter(NamedTuple):
-    """One weight of a model; `decays`: the weight is a matrix, not a bias or norm."""
+    """One weight of a model.
+
+    decays: the weight is a matrix, not a bias or norm.
+    learns: the weight is trained; False for frozen weights.
+    """
 
     numel: int
     decays: bool
+    learns: bool = True
 
 
 class Inventory(tuple[Parameter, ...]):
@@ -75,6 +80,11 @@ class Inventory(tuple[Parameter, ...]):
     def of(self, numbers: Iterable[int]) -> Inventory:
         """Return the inventory of some parameters."""
         return Inventory(self[number] for number in numbers)
+
+    @property
+    def learned(self) -> Inventory:
+        """The inventory of the parameters that learn."""
+        return Inventory(parameter for parameter in self if parameter.learns)
 
     @property
     def numel(self) -> int:

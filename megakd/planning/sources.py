@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 from megakd.config.models import ScratchModel, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig, TokenizerConfig
-from megakd.contract.tasks import FROM_TEACHER, LANGUAGE_TASKS, STUDENT
+from megakd.contract.tasks import FROM_TEACHER, LANGUAGE_TASKS, STUDENT, STUDENT_BASE
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_named
 from megakd.models.fitting import one_line
@@ -40,7 +40,7 @@ def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
     sources = {
         role: _source(spec, config.task, f"{config.key_of(role)}.model")
         for role, spec in specs.items()
-        if spec.model != FROM_TEACHER
+        if spec.model not in (FROM_TEACHER, STUDENT_BASE)
     }
     sources = with_student(config, sources)
     own, size = config.method.own_vocabulary, _vocabulary(config.task, sources)

@@ -63,6 +63,7 @@ def model_card(facts: CardFacts, report: Report) -> str:
         start=_shown(facts.student) or "random weights",
         teachers=[_shown(spec) or "a teacher from random weights" for spec in facts.teachers],
         auto_class=auto_class,
+        base=hub_id(facts.student or ""),
         pruned=_pruned(completed(report)),
         size=_size(report),
     )
@@ -82,6 +83,8 @@ def _size(report: Report) -> str:
     """Return a sentence with the student's size, and a comparison with the largest teacher."""
     student = report["student"]
     sentence = f"The student has {short_count(student['parameters'])} parameters"
+    if "trained_parameters" in student:
+        sentence += f" ({short_count(student['trained_parameters'])} of them trained, as adapters)"
     if (weights := student.get("bytes")) is not None:
         sentence += f" in {megabytes(weights)} MB of weights"
     if "int8" in student:

@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.nn import functional
 
 from megakd.config.deepspeed import load_ds_config
 from megakd.config.file import config_tree
@@ -35,6 +34,7 @@ from megakd.losses.stage_losses import StageLosses, learners_of, stage_losses
 from megakd.models.knowledge import Needs
 from megakd.models.labels import label_order
 from megakd.models.loading import check_finite, load_model
+from megakd.models.lora import add_adapters
 from megakd.models.packed_attention import set_attention
 from megakd.models.second_vocabulary import SecondSize, add_second_vocabulary
 from megakd.models.source import ModelSource
@@ -42,6 +42,12 @@ from megakd.process.phases import phase
 from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
 from megakd.teachers.cached import Answers, CachedTeacher, Layout, build_cache
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
+from megakd.training.cached_tokens import (
+    ask_tokens,
+    bytes_per_token,
+    kept_facts,
+    whole_answers,
+)
 from megakd.training.inputs import RunInputs
 from megakd.training.precision import (
     TORCH_DTYPE,
@@ -169,6 +175,7 @@ class Assembly:
             add_second_vocabulary(
                 learners[role], size, ds=ds, dtype=TORCH_DTYPE[dtype], seed=self.config.seed
             )
+        self._add_adapters(stage, learners)
         # Projections start equal on every rank and do not change the stage's random numbers.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
@@ -188,6 +195,12 @@ class Assembly:
             rates=bundle.rates(stage.rates),
         )
         return StudentEngine(engine, passes_per_backward=stage.passes_per_backward), bundle
+
+    def _add_adapters(self, stage: Stage, learners: Mapping[str, PreTrainedModel]) -> None:
+        lora, task = self.config.lora_of(stage.role), self.config.task
+        if lora is not None:
+            source = self.learners(stage)[stage.role]
+            add_adapters(learners[stage.role], source, task, lora, seed=self.config.seed)
 
     def _second_sizes(self, stage: Stage) -> dict[str, SecondSize]:
         pair, student = self.prepared.pair, self.prepared.sources[STUDENT]
@@ -249,32 +262,31 @@ class Assembly:
         )
 
     @contextmanager
-    def _asking(self, ready: ReadyTeacher) -> Iterator[Callable[[Dataset], Answers]]:
+    def _asking(self, ready: ReadyTeacher) -> Iterator[Callable[[Dataset, int], Answers]]:
         dtype = self.teacher_dtype(ready)
         model = self.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=Needs())
         try:
-            yield lambda rows: self._answers(model, ready, rows)
+            yield lambda rows, first: self._answers(model, ready, rows, first)
         finally:
             model.destroy()
 
-    def _answers(self, model: FrozenTeacher, ready: ReadyTeacher, rows: Dataset) -> Answers:
+    def _answers(
+        self, model: FrozenTeacher, ready: ReadyTeacher, rows: Dataset, first: int
+    ) -> Answers:
         if self.config.task.type != "causal_lm":
             return {"logits": self.scorer().outputs(model.predict, rows).float()}
         length = self.config.task.max_length
 
         def ask(batch: Batch) -> dict[str, torch.Tensor]:
-            said = model.top_k(batch, ready.spec.cache_top_k)
-            beyond = (0, 0, 0, length - said.ids.shape[1])
-            ids = functional.pad(said.ids, beyond, value=-1)
-            return {"ids": ids, "logprobs": functional.pad(said.logprobs.half(), beyond)}
+            return ask_tokens(model, batch, ready.spec, length=length)
 
-        return self.scorer().answers(ask, rows)
+        return whole_answers(self.scorer().answers(ask, rows, first=first), first=first)
 
     def _answer_bytes(self, ready: ReadyTeacher) -> int:
-        """Return the bytes of one row: fp32 logits, or int32 ids and fp16 logarithms."""
+        """Return the bytes of one row: fp32 logits, or the tokens of all positions."""
         task = self.config.task
         if task.type == "causal_lm":
-            return task.max_length * ready.spec.cache_top_k * 6
+            return task.max_length * bytes_per_token(ready.spec)
         return 4 * max(1, len(self.prepared.splits.label_names))
 
     @cached_property
@@ -295,7 +307,7 @@ class Assembly:
             "dtype": self.teacher_dtype(ready),
         }
         if task.type == "causal_lm":
-            facts["top_k"] = ready.spec.cache_top_k
+            facts |= kept_facts(ready.spec)
         return flatten(facts)
 
     def scorer(self, train: TrainConfig | None = None) -> Scorer:

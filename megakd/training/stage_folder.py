@@ -19,7 +19,9 @@ from megakd.contract.units import Cut
 from megakd.engine.sharding import gathered_state
 from megakd.models.axes import weight_axes
 from megakd.models.cutting import cut_class_name, cut_config, cut_state, rescaled
+from megakd.models.depth import renumbered
 from megakd.models.export import Extra, fill_model_folder, write_model_folder
+from megakd.models.lora import adapter_config, merged_state
 from megakd.models.second_vocabulary import (
     FILE,
     second_vocabulary,
@@ -67,14 +69,18 @@ class Learned(NamedTuple):
         """
         whole, state = model.config, gathered_state(model)
         if cut is None or cut.view is None:
-            extra = {}
+            extra: dict[str, Any] = {}
+            if adapter_config(model) is not None:
+                state, files = merged_state(model)
+                extra |= files
             if second_vocabulary(model) is not None:
                 state, extra[FILE] = without_second_vocabulary(state)
             return Learned(whole, state, tokenizer, type(model).__name__, extra)
         config = cut_config(whole, cut.view, cut.order, learns=learns)
         state = cut_state(state, weight_axes(model), cut.view, cut.order)
         state = state if learns else rescaled(state, whole, cut.view)
-        return Learned(config, iter(state), tokenizer, cut_class_name(model, config))
+        named = renumbered(state, whole, cut.view)
+        return Learned(config, named, tokenizer, cut_class_name(model, config))
 
 
 def files_of_others(names: Iterable[str]) -> list[str]:

@@ -39,7 +39,8 @@ class Watching(Constant):
 
 def joined_shards(student) -> dict:
     """Weights and gradients of the first learner by name, put together of all ranks' shards."""
-    sizes = {name: full_shape(p).numel() for name, p in student.student.named_parameters()}
+    learning = {n: p for n, p in student.student.named_parameters() if p.requires_grad}
+    sizes = {name: full_shape(p).numel() for name, p in learning.items()}
     whole = {name: torch.zeros(2, size) for name, size in sizes.items()}
     for shard in student.local_shards():
         part = slice(shard.offset, shard.offset + len(shard.weight))
@@ -65,7 +66,8 @@ def train(config_path: str, overrides: list[str], steps: int) -> dict:
         train=config.train,
         deepspeed=config.student.deepspeed,
     )
-    frozen = {name: lab._frozen(name, lab.needs(stage), stage) for name in teachers}
+    asked = [name for name in teachers if name not in config.base_teachers]
+    frozen = {name: lab._frozen(name, lab.needs(stage), stage) for name in asked}
     run = StageRun(
         stage,
         lab.assembly,

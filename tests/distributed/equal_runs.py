@@ -201,15 +201,19 @@ def write(tree, path: Path) -> str:
     return str(path)
 
 
-def plain_run(config_path, weights, initial):
-    """The same steps by `reference.train`, from the same weights and rows."""
+def plain_run(config_path, weights, initial, adapt=lambda student: student):
+    """The same steps by `reference.train`, from the same weights and rows.
+
+    adapt: student -> the student that learns, such as a student with adapters.
+    """
     import reference
 
     from megakd.config.file import load_config
     from megakd.data.encoding import Collator, encode_splits
-    from megakd.data.loader import StepLoader, StepShape
+    from megakd.data.loader import StepLoader
     from megakd.data.masking import task_masking
     from megakd.data.splits import load_splits
+    from megakd.data.step_layout import StepLayout, StepShape
     from megakd.data.tokenizers import load_tokenizer
     from megakd.training.run_data import cache_folder
 
@@ -222,7 +226,7 @@ def plain_run(config_path, weights, initial):
     loader = StepLoader(
         encoded.train,
         collate,
-        shape=StepShape(ROWS, 1),
+        layout=StepLayout(StepShape(ROWS, 1)),
         seed=config.seed,
         masking=task_masking(tokenizer, task),
     )
@@ -237,7 +241,7 @@ def plain_run(config_path, weights, initial):
     attention = {"attn_implementation": "eager"} if "attention_mse" in weights else {}
     projections = {n: v for n, v in initial.items() if not n.startswith("learners.")}
     return reference.train(
-        kind.from_pretrained(config.student.model, **attention),
+        adapt(kind.from_pretrained(config.student.model, **attention)),
         kind.from_pretrained(config.teacher.model, **attention).eval(),
         projections,
         [loader.step(index)[0] for index in range(STEPS)],

@@ -74,3 +74,28 @@ def test_a_report_with_int8_weights_is_read_as_it_was_written(tmp_path) -> None:
     write_report(tmp_path / "report.json", int8_report())
 
     assert read_report(tmp_path / "report.json")["student"].get("int8") == INT8
+
+
+def adapted_report() -> Any:
+    report = report_of()
+    report["student"]["trained_parameters"] = 40_000
+    return report
+
+
+def test_the_card_of_adapters_says_how_many_weights_were_trained_and_how_to_load_both() -> None:
+    card = model_card(dataclasses.replace(FACTS, student="org/base"), adapted_report())
+
+    assert "2.09M parameters (40.00k of them trained, as adapters) in 8.4 MB of weights;" in card
+    assert 'base = AutoModelForSequenceClassification.from_pretrained("org/base")' in card
+    assert 'PeftModel.from_pretrained(base, "path/to/this/folder/adapter")' in card
+    assert "student: 40.00k parameters trained, as adapters (LoRA) of a model of 2.09M" in card
+    assert "\n\n\n" not in card
+
+
+def test_a_card_names_no_folder_of_a_machine_as_the_base_of_its_adapters() -> None:
+    facts = dataclasses.replace(FACTS, student="/somewhere/base")
+
+    card = model_card(facts, adapted_report())
+
+    assert "/somewhere" not in card
+    assert 'from_pretrained("path/to/the/base/model")' in card

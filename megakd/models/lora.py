@@ -1,0 +1,349 @@
+"""Low-rank adapters of a student (LoRA), made by peft inside the plain Hugging Face model.
+
+A linear layer W becomes W + alpha / r * B A, where W is frozen and only A [r, in] and B [out, r]
+learn (Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1). The model keeps its class and
+its config, so the losses, the head and the export see a model of its family.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from megakd.contract.tasks import LANGUAGE_TASKS
+from megakd.engine.collectives import on_main
+from megakd.engine.sharding import gathered, gathered_state, is_first_rank
+from megakd.errors import ConfigError
+from megakd.models.fitting import valueless_model
+from megakd.models.weights import stored_tensors
+from megakd.storage.finished_folder import check_given
+
+if TYPE_CHECKING:
+    from peft import LoraConfig as PeftConfig
+
+    from megakd.config.models import LoraConfig
+    from megakd.config.task import TaskConfig
+    from megakd.models.architectures import Architecture
+    from megakd.models.export import Extra
+    from megakd.models.source import ModelSource
+
+ADAPTER = "adapter"
+"""Folder beside a merged model that holds the adapters in the format of peft."""
+WEIGHTS, CONFIG = f"{ADAPTER}/adapter_model.safetensors", f"{ADAPTER}/adapter_config.json"
+WHERE = "student.lora.target_modules"
+_NAME = "default"  # peft's name of a model's first adapter
+_OF_PEFT = "base_model.model."  # peft's prefix of all names
+_PEFT_TASKS = {
+    "classification": "SEQ_CLS",
+    "regression": "SEQ_CLS",
+    "causal_lm": "CAUSAL_LM",
+    "mlm": None,
+}
+
+
+def check_adapters(source: ModelSource, task: TaskConfig, lora: LoraConfig) -> None:
+    """Check the targets of the adapters on a model without memory, before any weight is loaded.
+
+    Raises:
+        ConfigError: a name in `target_modules` is no linear layer of attention or MLP.
+    """
+    model = valueless_model(source, task, source.config)
+    adapted_modules(model, source.architecture, lora)
+
+
+def adapted_modules(
+    model: nn.Module, architecture: Architecture, lora: LoraConfig
+) -> tuple[str, ...]:
+    """Return the paths of the linear layers that get adapters, in the order of the model.
+
+    Args:
+        model: the model without adapters.
+        architecture: the entry of the model's family.
+        lora: the config; without `target_modules`, all linear layers of attention and MLP.
+
+    Raises:
+        ConfigError: a name in `target_modules` is no linear layer of attention or MLP.
+    """
+    inside = _linear_layers(model, architecture)
+    if lora.target_modules is None:
+        return inside
+    for name in lora.target_modules:
+        if not any(_is_named(path, name) for path in inside):
+            raise ConfigError(_no_target(model, inside, name))
+    return tuple(p for p in inside if any(_is_named(p, name) for name in lora.target_modules))
+
+
+def _linear_layers(model: nn.Module, architecture: Architecture) -> tuple[str, ...]:
+    """Return the paths of all linear layers inside the blocks of a model."""
+    blocks = [f"{block}." for stream in architecture.streams(model.config) for block in stream]  # type: ignore[arg-type]
+    return tuple(
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and path.startswith(tuple(blocks))
+    )
+
+
+def _is_named(path: str, name: str) -> bool:
+    """Return whether a target's name means a module, as in peft: the path, or the end of it."""
+    return path == name or path.endswith(f".{name}")
+
+
+def _no_target(model: nn.Module, inside: Sequence[str], name: str) -> str:
+    known = list(dict.fromkeys(path.rpartition(".")[2] for path in inside))
+    if any(_is_named(path, name) for path, _ in model.named_modules() if path):
+        return (
+            f'{WHERE}: "{name}" is not a linear layer of attention or MLP; adapters are supported '
+            f"only there, not in embeddings, norms or the head (known: {', '.join(known)})"
+        )
+    near = difflib.get_close_matches(name, [*known, *inside], n=2)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f'{WHERE}: the student has no module "{name}"{hint} (known: {", ".join(known)})'
+
+
+def add_adapters(
+    model: Any, source: ModelSource, task: TaskConfig, lora: LoraConfig, *, seed: int
+) -> None:
+    """Give a loaded model adapters that do not change its outputs yet, and freeze the rest.
+
+    A is random and B is 0. The adapters have the dtype of the weights. They are drawn alike on all
+    ranks and are not sharded: the engine shards them with the other modules. The head of a
+    classifier, which is usually new, learns as a whole.
+
+    Args:
+        model: the model, sharded or not.
+        source: the source of the model.
+        task: the task of the model.
+        lora: the config of the adapters.
+        seed: the run's seed.
+
+    Raises:
+        ConfigError: a name in `target_modules` is no linear layer of attention or MLP.
+    """
+    from peft import inject_adapter_in_model
+
+    architecture = source.architecture
+    paths = adapted_modules(model, architecture, lora)
+    is_transposed = isinstance(model.get_submodule(paths[0]), Conv1D)
+    config = _peft_config(lora, _short_names(model, paths), is_transposed=is_transposed)
+    config.base_model_name_or_path = source.name
+    config.task_type = _PEFT_TASKS[task.type]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model, adapter_name=_NAME)
+    if task.type in LANGUAGE_TASKS:
+        return
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or architecture.of_the_task(name))
+    config.modules_to_save = [architecture.head, *architecture.renewed]
+
+
+def _peft_config(lora: LoraConfig, names: list[str], *, is_transposed: bool) -> PeftConfig:
+    from peft import LoraConfig as PeftConfig
+
+    # Other readers of adapter_config.json expect a whole number where alpha is one.
+    alpha: Any = int(lora.scale) if lora.scale.is_integer() else lora.scale
+    return PeftConfig(
+        r=lora.r,
+        lora_alpha=alpha,
+        lora_dropout=lora.dropout,
+        target_modules=names,
+        fan_in_fan_out=is_transposed,
+    )
+
+
+def _short_names(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """Return the shortest names that mean these modules and no others, such as q_proj."""
+    every = [path for path, _ in model.named_modules()]
+    for parts in (1, 2, 3):
+        names = sorted({".".join(path.split(".")[-parts:]) for path in paths})
+        if {p for p in every if any(_is_named(p, name) for name in names)} == {*paths}:
+            return names
+    return list(paths)
+
+
+def adapter_config(model: Any) -> PeftConfig | None:
+    """Return the config of a model's adapters; None for a model without adapters."""
+    return getattr(model, "peft_config", {}).get(_NAME)
+
+
+@contextmanager
+def base_model(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the model without its adapters, without dropout and without gradients.
+
+    Args:
+        model: a model with adapters, inside its engine's forward if the model is sharded.
+
+    Raises:
+        TypeError: the model has no adapters.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not layers:
+        raise TypeError("a teacher gave no outputs, and the student has no adapters to leave out")
+    was_training = model.training
+    model.eval()
+    for layer in layers:  # peft's public method would also change which weights learn
+        layer._disable_adapters = True  # noqa: SLF001
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False  # noqa: SLF001
+        model.train(was_training)
+
+
+class _Part(NamedTuple):
+    """A tensor of an adapted layer.
+
+    layer: path of the layer.
+    kind: `base_layer.weight`, `base_layer.bias`, `lora_A` or `lora_B`.
+    """
+
+    layer: str
+    kind: str
+
+
+def _part_of(name: str) -> _Part | None:
+    """Return the adapted layer that a tensor belongs to; None for other tensors."""
+    path, _, last = name.rpartition(".")
+    owner, _, kind = path.rpartition(".")
+    if kind == "base_layer":
+        return _Part(owner, f"{kind}.{last}")
+    layer, _, factor = owner.rpartition(".")
+    return _Part(layer, factor) if factor in ("lora_A", "lora_B") else None
+
+
+def merged_state(model: Any) -> tuple[Iterator[tuple[str, Tensor]], Extra]:
+    """Return the state of the plain model with merged adapters, and the files of the adapters.
+
+    The weights are gathered one at a time and merged in fp32 on rank 0.
+
+    Args:
+        model: a model with adapters, sharded or not.
+
+    Returns:
+        Names and tensors, which every rank must iterate to the end, and the files in the format of
+        peft, whose content is complete when the iterator has ended.
+    """
+    config = adapter_config(model)
+    if config is None:
+        raise TypeError("the model has no adapters")
+    kept: dict[str, Tensor] = {}
+    learned_whole = tuple(f"{path}." for path in config.modules_to_save or ())
+
+    def plain() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in _merged_tensors(model, config, kept):
+            if name.startswith(learned_whole):
+                kept[_peft_name(name)] = tensor
+            yield name, tensor
+
+    files: Extra = {WEIGHTS: lambda: save(kept, {"format": "pt"}), CONFIG: _config_text(config)}
+    return plain(), files
+
+
+def _merged_tensors(
+    model: Any, config: PeftConfig, kept: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of the plain model; put the adapters into `kept` by peft's names."""
+    parts: dict[str, Tensor] = {}
+    for name, tensor in gathered_state(model):
+        part = _part_of(name)
+        if part is None:
+            yield name, tensor
+        elif part.kind == "base_layer.bias":
+            yield f"{part.layer}.bias", tensor
+        else:
+            parts[part.kind] = tensor
+        if part is not None and part.kind == "lora_B":  # the last part of a layer
+            for factor in ("lora_A", "lora_B"):
+                kept[_peft_name(f"{part.layer}.{factor}.{_NAME}.weight")] = parts[factor]
+            yield f"{part.layer}.weight", _merged(parts, config)
+
+
+def _merged(parts: Mapping[str, Tensor], config: PeftConfig) -> Tensor:
+    """Return W + alpha / r * B A in the dtype of W; only on rank 0, other ranks hold no values.
+
+    Args:
+        parts: `base_layer.weight` [out, in], or [in, out] in GPT-2; `lora_A` [r, in]; `lora_B`
+            [out, r].
+        config: the config of the adapters.
+    """
+    weight, a, b = (parts[kind] for kind in ("base_layer.weight", "lora_A", "lora_B"))
+    if not is_first_rank():
+        return weight
+    change = (b.float() @ a.float()) * (config.lora_alpha / config.r)
+    return (weight.float() + (change.T if config.fan_in_fan_out else change)).to(weight.dtype)
+
+
+def _config_text(config: PeftConfig) -> str:
+    """Return adapter_config.json, as `PeftConfig.save_pretrained` writes it."""
+    tree = {**config.to_dict(), "inference_mode": True}
+    lists = {key: sorted(value) for key, value in tree.items() if isinstance(value, set)}
+    return json.dumps({**tree, **lists}, indent=2, sort_keys=True) + "\n"
+
+
+def adapter_files(model: Any) -> dict[str, str | bytes]:
+    """Return the files of a model's adapters by name, in the format of peft; a collective.
+
+    Returns:
+        The content of the files on rank 0; the weights are missing on the other ranks.
+    """
+    config = adapter_config(model)
+    if config is None:
+        raise TypeError("the model has no adapters")
+    kept: dict[str, Tensor] = {}
+    for name, parameter in _learned(model):
+        with gathered([parameter]):
+            if is_first_rank():
+                kept[_peft_name(name)] = parameter.detach().to("cpu", copy=True)
+    return {
+        Path(WEIGHTS).name: save(kept, {"format": "pt"}),
+        Path(CONFIG).name: _config_text(config),
+    }
+
+
+def load_adapters(model: Any, folder: Path) -> None:
+    """Set the adapters to the weights of a folder with `adapter_files`; a collective.
+
+    Rank 0 reads. Below ZeRO 3 the other ranks keep their weights, so the model may only be written
+    afterwards, which rank 0 does.
+
+    Raises:
+        ModelError: a file of the folder has changed.
+    """
+    on_main(lambda: check_given(folder, "best checkpoint"))
+    file = folder / Path(WEIGHTS).name
+    stored = load_file(file) if is_first_rank() else {}
+    for name, parameter in _learned(model):
+        with gathered([parameter], modify=True), torch.no_grad():
+            if is_first_rank():
+                parameter.copy_(stored[_peft_name(name)])
+
+
+def _learned(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+
+
+def _peft_name(name: str) -> str:
+    """Return the name of a weight in the files of peft, which leave out the adapter's own name."""
+    return f"{_OF_PEFT}{name}".replace(f".{_NAME}.weight", ".weight")
+
+
+def adapter_parameters(folder: Path) -> int | None:
+    """Return how many weights the adapters of a model's folder have; None without adapters."""
+    file = folder / WEIGHTS
+    if not file.is_file():
+        return None
+    stored = stored_tensors(file, str(folder)).values()
+    return sum(torch.Size(tensor.shape).numel() for tensor in stored)

@@ -1,0 +1,290 @@
+"""Adapters of a student: where they are put, what learns, and the files they are exported as."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertForSequenceClassification
+
+from megakd.config.models import LoraConfig
+from megakd.contract.batch import Batch
+from megakd.errors import ConfigError
+from megakd.models.architectures import FAMILIES
+from megakd.models.export import write_model_folder
+from megakd.models.knowledge import Needs, read_knowledge
+from megakd.models.lora import (
+    ADAPTER,
+    adapted_modules,
+    adapter_config,
+    adapter_parameters,
+    add_adapters,
+    base_model,
+    check_adapters,
+    merged_state,
+)
+
+DECODERS = [name for name, entry in FAMILIES.items() if "causal_lm" in entry.tasks]
+# peft 0.21.2 reads a property that transformers 5.23 renames.
+OF_PEFT = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+
+
+def adapted(tiny, model_type, *, task=None, lora=None, **saved):
+    """Return a saved model with adapters, and the same model without."""
+    task = task or tiny.task_for(model_type)
+    source = tiny.resolve(tiny.save(model_type, **saved), task)
+    plain, model = (tiny.load(source, task) for _ in range(2))
+    add_adapters(model, source, task, lora or LoraConfig(r=3), seed=1)
+    return plain, model.eval()
+
+
+def learned(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def set_adapters(model):
+    """Give the second factors values, as training does."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in learned(model).items():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def export(model, folder):
+    state, files = merged_state(model)
+    write_model_folder(folder, config=model.config, state=state, tokenizer=None, extra=files)
+    return folder
+
+
+@pytest.mark.parametrize("model_type", list(FAMILIES))
+def test_new_adapters_change_no_output_and_only_they_learn(tiny, model_type):
+    plain, model = adapted(tiny, model_type)
+    ids, mask = tiny.input_ids, torch.ones_like(tiny.input_ids)
+
+    with torch.no_grad():
+        logits, expected = (m(input_ids=ids, attention_mask=mask).logits for m in (model, plain))
+
+    assert type(model) is type(plain)
+    assert torch.equal(logits, expected)
+    entry = FAMILIES[model_type]
+    for name in learned(model):
+        is_head = model_type not in DECODERS and entry.of_the_task(name)
+        assert is_head or "lora_" in name, name
+    assert any("lora_A" in name for name in learned(model))
+
+
+@pytest.mark.parametrize("model_type", list(FAMILIES))
+def test_adapters_are_in_attention_and_mlp_and_never_in_embeddings_or_head(tiny, model_type):
+    plain, _ = adapted(tiny, model_type)
+    entry = FAMILIES[model_type].for_task(tiny.task_for(model_type).type)
+
+    paths = set(adapted_modules(plain, entry, LoraConfig()))
+
+    units = [*entry.attentions(plain.config), *entry.feed_forwards(plain.config)]
+    wanted = {path for unit in units for path in unit.makers}
+    # The experts of a mixture are stacked in one tensor, which is no linear layer.
+    assert paths == wanted & {path for path, _ in plain.named_modules()}
+    assert not any(path.startswith((entry.head, *entry.renewed)) for path in paths)
+
+
+@pytest.mark.filterwarnings(OF_PEFT)
+@pytest.mark.parametrize("model_type", DECODERS)
+def test_the_merged_folder_and_the_adapter_on_its_base_give_the_outputs_of_training(
+    tiny, tmp_path, model_type
+):
+    _, model = adapted(tiny, model_type, lora=LoraConfig(r=3, alpha=5.0))
+    set_adapters(model)
+
+    folder = export(model, tmp_path / "out")
+
+    merged = AutoModelForCausalLM.from_pretrained(folder).eval()
+    base = AutoModelForCausalLM.from_pretrained(tiny.folder).eval()
+    again = PeftModel.from_pretrained(base, folder / ADAPTER).eval()
+    with torch.no_grad():
+        found = [m(tiny.input_ids).logits for m in (merged, again)]
+        expected = model(tiny.input_ids).logits
+    for logits in found:
+        assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    assert adapter_parameters(folder) == sum(p.numel() for p in learned(model).values())
+
+
+@pytest.mark.filterwarnings(OF_PEFT)
+def test_a_classifier_exports_its_trained_head_beside_the_adapters(tiny, tmp_path):
+    _, model = adapted(tiny, "bert")
+    set_adapters(model)
+    with torch.no_grad():
+        model.classifier.weight.add_(1.0)
+        model.bert.pooler.dense.bias.sub_(1.0)
+
+    folder = export(model, tmp_path / "out")
+
+    base = BertForSequenceClassification.from_pretrained(tiny.folder).eval()
+    again = PeftModel.from_pretrained(base, folder / ADAPTER).eval()
+    merged = BertForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        expected = model(tiny.input_ids).logits
+        assert torch.allclose(again(tiny.input_ids).logits, expected, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(merged(tiny.input_ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings(OF_PEFT)
+def test_a_masked_language_model_keeps_its_head_frozen(tiny, tmp_path):
+    _, model = adapted(tiny, "bert", task=tiny.task("mlm"), auto=AutoModelForMaskedLM)
+    set_adapters(model)
+
+    assert all("lora_" in name for name in learned(model))
+    folder = export(model, tmp_path / "out")
+    merged = AutoModelForMaskedLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        assert torch.allclose(
+            merged(tiny.input_ids).logits, model(tiny.input_ids).logits, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_the_losses_read_hidden_states_and_attention_vectors_with_the_adapters(tiny):
+    plain, model = adapted(tiny, "llama")
+    set_adapters(model)
+    ids = tiny.input_ids
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    inputs = {"input_ids": ids, "position_ids": positions}
+    batch = Batch(inputs, ids, torch.ones_like(ids, dtype=torch.bool))
+    needs = Needs(hidden_layers=(0, 1, 2), attention_layers=(1,))
+
+    said, without = (read_knowledge(m, batch, needs) for m in (model, plain))
+
+    assert torch.equal(said.hidden_states[0], without.hidden_states[0])
+    assert not torch.allclose(said.hidden_states[1], without.hidden_states[1], atol=1e-3)
+    queries, plain_queries = (read.attention[1][0] for read in (said, without))
+    assert not torch.allclose(queries, plain_queries, atol=1e-3)
+    expected = model(**inputs, output_hidden_states=True).hidden_states
+    assert torch.allclose(said.hidden_states[1], expected[1], atol=1e-6)
+
+
+def test_adapters_have_the_dtype_of_the_base_and_the_values_of_the_seed(tiny):
+    task = tiny.task("causal_lm")
+    source = tiny.resolve(tiny.save("llama"), task)
+
+    def drawn(seed, dtype=torch.float32):
+        model = tiny.load(source, task, dtype=dtype)
+        before = torch.get_rng_state()
+        add_adapters(model, source, task, LoraConfig(r=2), seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        return learned(model)
+
+    first, again, other, narrow = drawn(1), drawn(1), drawn(2), drawn(1, torch.bfloat16)
+
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    assert {p.dtype for p in narrow.values()} == {torch.bfloat16}
+    assert all(torch.equal(first[name].bfloat16(), narrow[name]) for name in first)
+
+
+def test_the_base_answers_without_adapters_dropout_or_gradient_and_leaves_nothing_changed(tiny):
+    plain, model = adapted(tiny, "llama", lora=LoraConfig(r=3, dropout=0.5))
+    set_adapters(model)
+    model.train()
+    before = list(learned(model))
+
+    with base_model(model) as base:
+        logits = base(tiny.input_ids).logits
+
+    with torch.no_grad():
+        assert torch.equal(logits, plain(tiny.input_ids).logits)
+    assert not logits.requires_grad
+    assert all(module.training for module in model.modules())
+    assert list(learned(model)) == before
+    first, again = (model(tiny.input_ids).logits for _ in range(2))
+    assert not torch.equal(first, again)  # dropout of the adapters
+    with pytest.raises(TypeError, match="no adapters"), base_model(plain):
+        pass
+
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@settings(
+    max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+@given(
+    targets=st.lists(st.sampled_from(TARGETS), min_size=1, unique=True),
+    rank=st.integers(1, 6),
+    alpha=st.none() | st.floats(0.5, 8),
+)
+def test_any_choice_of_targets_rank_and_alpha_is_merged_as_it_was_trained(
+    tiny, targets, rank, alpha
+):
+    lora = LoraConfig(r=rank, alpha=alpha, target_modules=tuple(targets))
+    _, model = adapted(tiny, "llama", lora=lora)
+    set_adapters(model)
+
+    state, _ = merged_state(model)
+
+    plain = tiny.load(tiny.folder, tiny.task("causal_lm"))
+    assert {name.split(".lora_")[0].split(".")[-1] for name in learned(model)} == set(targets)
+    assert plain.load_state_dict(dict(state), strict=False).unexpected_keys == []
+    with torch.no_grad():
+        logits, expected = (m(tiny.input_ids).logits for m in (plain, model))
+    assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "wanted", "exported"),
+    [
+        ("llama", None, TARGETS),
+        ("bert", None, ["query", "key", "value", "output.dense", "intermediate.dense"]),
+        ("bert", ("dense",), ["output.dense", "intermediate.dense"]),
+        ("llama", ("0.self_attn.q_proj",), ["0.self_attn.q_proj"]),
+    ],
+)
+def test_the_adapter_names_its_targets_as_short_as_they_are_unique(
+    tiny, tmp_path, model_type, wanted, exported
+):
+    _, model = adapted(tiny, model_type, lora=LoraConfig(r=2, target_modules=wanted))
+
+    folder = export(model, tmp_path / "out")
+
+    found = json.loads((folder / ADAPTER / "adapter_config.json").read_text())
+    names = found["target_modules"]
+    assert {n.split(".")[-1] for n in names} == {n.split(".")[-1] for n in exported}
+    assert len(names) == len(exported) or model_type == "bert"
+    assert found["base_model_name_or_path"] == str(tiny.folder)
+    assert found["inference_mode"] is True
+    assert (found["r"], found["lora_alpha"]) == (2, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (
+            "q_porj",
+            r'has no module "q_porj"; did you mean q_proj or v_proj\? \(known: q_proj, k_proj',
+        ),
+        ("lm_head", r'"lm_head" is not a linear layer of attention or MLP.*not in embeddings'),
+        ("embed_tokens", r'"embed_tokens" is not a linear layer'),
+        ("input_layernorm", r'"input_layernorm" is not a linear layer'),
+    ],
+)
+def test_targets_that_cannot_be_adapted_are_refused_before_anything_is_loaded(
+    tiny, target, message
+):
+    task = tiny.task("causal_lm")
+    source = tiny.resolve(tiny.save("llama"), task)
+    for file in tiny.folder.glob("*.safetensors"):
+        file.unlink()  # nothing is read
+
+    with pytest.raises(ConfigError, match=message):
+        check_adapters(source, task, LoraConfig(target_modules=("q_proj", target)))
+
+
+def test_a_plain_model_has_no_adapters(tiny, tmp_path):
+    model = tiny.load(tiny.save("llama"), tiny.task("causal_lm"))
+
+    assert adapter_config(model) is None
+    assert adapter_parameters(tiny.folder) is None
+    with pytest.raises(TypeError, match="no adapters"):
+        merged_state(model)

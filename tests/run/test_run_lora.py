@@ -1,0 +1,247 @@
+"""Runs with student.lora: the merged student, its adapters, the report, and refused settings."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from one_rank import OneRank
+from peft import PeftModel
+from run_files import message_of
+from safetensors.torch import load_file
+from tiny_runs import (
+    bert,
+    config_tree,
+    llama,
+    save_tokenizer,
+    write_config,
+    write_reviews,
+    write_text,
+)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from whole_run import finish, read, records
+
+from megakd.config.file import load_config
+from megakd.errors import ConfigError
+from megakd.models.lora import ADAPTER
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
+LORA = {"r": 4, "alpha": 16.0}
+
+
+def write_base(folder: Path, text: Path) -> Path:
+    """A causal language model of random weights with its tokenizer, as a base has one."""
+    save_tokenizer(folder, text.read_text().split("\n\n"), kind="bpe")
+    keys = {k: v for k, v in llama(2)["config"].items() if k != "model_type"}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**keys, vocab_size=300)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory) -> Path:
+    """A text and a base model."""
+    folder = tmp_path_factory.mktemp("lora")
+    write_base(folder / "base", write_text(folder / "text.txt"))
+    return folder
+
+
+def tree_of(scene: Path, out: Path, **sections: Any) -> dict[str, Any]:
+    task = {"type": "causal_lm", "train_files": str(scene / "text.txt")}
+    tree = config_tree(out, task, method={"name": "single"}, **sections)
+    tree["teacher"] = {"model": str(scene / "base")}
+    tree["student"] = {"model": str(scene / "base"), "lora": LORA, **sections.get("student", {})}
+    tree["objective"] = [{"loss": "hard_cross_entropy"}, {"loss": "soft_target_kl"}]
+    return tree
+
+
+@pytest.fixture(scope="module")
+def run(one_rank: OneRank, scene: Path) -> Path:
+    """The output folder of a finished run that keeps its best evaluation and has a baseline."""
+    tree = tree_of(scene, scene / "out", baselines=["alone"], eval={"eval_steps": 2})
+    finish(one_rank, write_config(scene / "run.yaml", tree))
+    return scene / "out"
+
+
+def test_the_student_opens_with_transformers_and_its_adapters_open_on_the_base(scene, run):
+    merged = AutoModelForCausalLM.from_pretrained(run / "final")
+    base = AutoModelForCausalLM.from_pretrained(scene / "base")
+    ids = torch.arange(3, 19).reshape(2, 8)
+    with torch.no_grad():
+        before = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, run / "final" / ADAPTER).eval()
+        logits, expected = merged(ids).logits, adapted(ids).logits
+
+    assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits, before, atol=1e-3)
+
+
+def test_the_report_counts_trained_and_all_weights(run):
+    student = read(run)["student"]
+
+    adapters = load_file(run / "final" / ADAPTER / "adapter_model.safetensors")
+    whole = load_file(run / "final" / "model.safetensors")
+    assert student["trained_parameters"] == sum(t.numel() for t in adapters.values())
+    assert student["parameters"] == sum(t.numel() for t in whole.values())
+    assert "PeftModel.from_pretrained(" in (run / "final" / "README.md").read_text()
+    assert "as adapters (LoRA)" in (run / "report.html").read_text()
+
+
+def test_the_first_loss_is_that_of_the_base_and_training_lowers_it(run):
+    losses = [r["train/hard_cross_entropy"] for r in records(run, "student") if "train/loss" in r]
+
+    assert losses[-1] < losses[0]
+    assert records(run, "student")[0]["train/soft_target_kl"] < 1e-2
+
+
+def test_an_export_has_the_adapters_and_a_finished_run_says_so_again(run, one_rank, scene):
+    said = one_rank.megakd("export", scene / "run.yaml", "--to", scene / "exported")
+    again = finish(one_rank, scene / "run.yaml")
+
+    assert said.code == 0, said.err
+    assert (scene / "exported" / ADAPTER / "adapter_config.json").is_file()
+    assert "parameters trained, as adapters (LoRA)" in again.out
+    shutil.rmtree(run / "final" / ADAPTER)
+    finish(one_rank, scene / "run.yaml")
+    assert (run / "final" / ADAPTER / "adapter_model.safetensors").is_file()
+
+
+def test_other_adapters_are_another_run(run, one_rank, scene):
+    said = one_rank.train("--config", scene / "run.yaml", "student.lora.r=2")
+
+    assert said.code != 0
+    assert "student.lora.r" in said.err
+
+
+@pytest.mark.parametrize("preset", ["zero0", "zero1", "zero2", "zero3", "zero3_offload"])
+def test_adapters_train_in_bf16_with_checkpointed_blocks_and_resume(
+    one_rank, scene, tmp_path, preset
+):
+    tree = tree_of(scene, tmp_path / "out", student={"deepspeed": preset})
+    tree["train"] |= {"bf16": True, "gradient_checkpointing": True}
+    tree["student"]["lora"] = {**LORA, "dropout": 0.1}
+    config = write_config(tmp_path / "run.yaml", tree)
+    stopped = one_rank.train(
+        "--config", config, f"output_dir={tmp_path / 'again'}", stop_at=("student", 2)
+    )
+    assert stopped.code != 0
+
+    finish(one_rank, config)
+    finish(one_rank, config, f"output_dir={tmp_path / 'again'}")
+
+    found, expected = (
+        load_file(tmp_path / name / "final" / ADAPTER / "adapter_model.safetensors")
+        for name in ("again", "out")
+    )
+    assert {tensor.dtype for tensor in expected.values()} == {torch.bfloat16}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert any(tensor.any() for name, tensor in expected.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("method", ["mean_of_teachers", "mt_bert", "skdbert"])
+def test_a_pool_teaches_a_classifier_with_adapters_and_a_head(one_rank, tmp_path, method):
+    reviews = write_reviews(tmp_path / "reviews")
+    task = {"type": "classification", "dataset": str(reviews)}
+    first = config_tree(tmp_path / "base", task, student={"model": bert(2)})
+    finish(one_rank, write_config(tmp_path / "base.yaml", first))
+    base = tmp_path / "base" / "final"
+    tree = config_tree(
+        tmp_path / "out",
+        task,
+        teachers=[{"name": name, "model": str(base)} for name in ("one", "two")],
+        student={"model": str(base), "lora": LORA},
+        method={"name": method},
+    )
+    finish(one_rank, write_config(tmp_path / "run.yaml", tree))
+
+    before, after = (
+        AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+        for folder in (base, tmp_path / "out" / "final")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {"classifier.weight", "bert.pooler.dense.weight"} < changed
+    assert "bert.encoder.layer.0.attention.self.query.weight" in changed
+    assert not any("embeddings" in name or "LayerNorm" in name for name in changed)
+    assert not any(name.startswith("bert.encoder") and name.endswith("bias") for name in changed)
+
+
+def test_the_base_teaches_without_a_second_model_and_is_scored_as_the_teacher(
+    one_rank, scene, tmp_path
+):
+    loaded, reports = {}, {}
+    for name, model in {"base": "student_base", "second": str(scene / "base")}.items():
+        tree = tree_of(scene, tmp_path / name)
+        tree["teacher"] = {"model": model}
+        loaded[name] = finish(one_rank, write_config(tmp_path / f"{name}.yaml", tree)).loaded
+        reports[name] = read(tmp_path / name)
+
+    # The student's stage, then the scores of teacher and student, one after the other.
+    assert len(loaded["base"]) == 3
+    assert reports["base"]["teacher"]["metrics"] == reports["second"]["teacher"]["metrics"]
+    found, expected = (reports[name]["student"]["metrics"]["loss"] for name in ("base", "second"))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert "by distilling `base`" in (tmp_path / "base" / "final" / "README.md").read_text()
+
+
+CUT = {"name": "minidisc", "target_sparsity": 0.5, "sparsities": [0.25, 0.5]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": CUT}, 'student.lora: method "minidisc" needs the weights of the student'),
+        (
+            {"method": {"name": "homodistil", "target_width": 8}},
+            'student.lora: method "homodistil"',
+        ),
+        ({"student": {"model": llama(1), "lora": LORA}}, "student.lora: student.model has random"),
+        ({"student": {"layers": 1}}, "student.lora: student.layers makes a model that has no"),
+        ({"save": {"int8": True}}, "save.int8: not supported with student.lora"),
+        ({"student": {"lora": {"r": 0}}}, "student.lora.r"),
+        (
+            {"teacher": {"model": "student_base"}, "student": {"lora": None}},
+            'teacher.model: "student_base" is the student without its adapters, and student.lora',
+        ),
+        (
+            {"teacher": {"model": "student_base", "finetune": {"max_steps": 1}}},
+            "teacher.finetune: not supported with teacher.model",
+        ),
+        (
+            {"teacher": {"model": "student_base"}, "method": {"name": "takd"}},
+            'teacher.model: method "takd" trains the teachers',
+        ),
+        ({"student": {"lora": {"rank": 8}}}, "student.lora.rank"),
+        ({"student": {"lora": {"target_modules": []}}}, "student.lora.target_modules"),
+        ({"student": {"lora": {"dropout": 1.0}}}, "student.lora.dropout"),
+    ],
+)
+def test_settings_that_adapters_cannot_be_combined_with_are_refused(
+    scene, tmp_path, changes, message
+):
+    tree = tree_of(scene, tmp_path / "out", student=changes.get("student", {}))
+    tree |= {key: value for key, value in changes.items() if key != "student"}
+
+    assert message in message_of(write_config(tmp_path / "run.yaml", tree))
+
+
+def test_without_peft_the_extra_to_install_is_named(scene, tmp_path, monkeypatch):
+    monkeypatch.setattr("megakd.config.lora_checks.find_spec", lambda _: None)
+
+    with pytest.raises(ConfigError, match=r"pip install 'megakd\[lora\]'"):
+        load_config(write_config(tmp_path / "run.yaml", tree_of(scene, tmp_path / "out")), ())
+
+
+def test_a_wrong_target_is_refused_before_the_base_is_loaded(one_rank, scene, tmp_path):
+    tree = tree_of(scene, tmp_path / "out")
+    tree["student"]["lora"] = {"target_modules": ["q_porj"]}
+
+    said = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
+
+    assert said.code != 0
+    assert 'student.lora.target_modules: the student has no module "q_porj"' in said.err
+    assert said.loaded == ()
