@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megakd.contract.batch import Batch, Counts, Documents, Knowledge, Losses, Predictions, Targets
+from megakd.contract.moving import copied_to
 from megakd.contract.stage import Pass, backward_groups
 from megakd.contract.units import Cut, Maker, View
 from megakd.engine.collectives import together
@@ -171,12 +172,15 @@ class StudentEngine:
         """
         engine = self._engine
         writer, copy_scripts = engine.checkpoint_engine, engine._copy_recovery_script  # noqa: SLF001
-        careful = CarefulWriter(writer)
+        frozen = self._frozen_names()
+        careful = CarefulWriter(writer, leave_out=frozen)
         engine.checkpoint_engine = careful
         # Only rank 0 copies two scripts; a failure on a full disk would leave other ranks waiting.
         engine._copy_recovery_script = lambda _: None  # noqa: SLF001
         try:
-            engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+            engine.save_checkpoint(
+                str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=bool(frozen)
+            )
         finally:
             engine.checkpoint_engine = writer
             engine._copy_recovery_script = copy_scripts  # noqa: SLF001
@@ -188,9 +192,15 @@ class StudentEngine:
         Raises:
             CheckpointError: DeepSpeed could not read the checkpoint.
         """
-        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        is_whole = not self._frozen_names()
+        path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=is_whole)
         if path is None:  # DeepSpeed only warns, and the run would continue with new weights
             raise CheckpointError(f"DeepSpeed cannot read its checkpoint in {folder / tag}")
+
+    def _frozen_names(self) -> frozenset[str]:
+        """Return the names of all weights that do not learn; a tied weight has several names."""
+        named = self.bundle.named_parameters(remove_duplicate=False)
+        return frozenset(name for name, parameter in named if not parameter.requires_grad)
 
     def destroy(self) -> None:
         """Free the engine's memory and remove its hooks."""
@@ -201,10 +211,13 @@ class CarefulWriter:
     """DeepSpeed's checkpoint writer that keeps the error of a failed write for later.
 
     An error raised immediately on one rank would leave the other ranks in DeepSpeed's barriers.
+
+    leave_out: names of the module's weights that are not written. DeepSpeed leaves out a frozen
+        weight under its first name alone, and would write a tied weight under the second.
     """
 
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
+    def __init__(self, writer: Any, *, leave_out: Collection[str] = ()) -> None:
+        self._writer, self._leave_out = writer, leave_out
         self._failure: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -212,6 +225,10 @@ class CarefulWriter:
 
     def save(self, state_dict: Any, path: str) -> None:
         """Write one file; if writing fails, keep the error."""
+        if self._leave_out and "module" in state_dict:
+            module = state_dict["module"].items()
+            kept = {name: value for name, value in module if name not in self._leave_out}
+            state_dict = {**state_dict, "module": kept}
         try:
             write_tensors(Path(path), state_dict)
         except OSError as error:
@@ -224,17 +241,17 @@ class CarefulWriter:
 
 
 def device_batch(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with all tensors on a device, except the row numbers `rows`."""
-    return _moved(batch._replace(rows=None), device)._replace(rows=batch.rows)
+    """Return the batch with all tensors on a device, except `rows` and `is_rollout`."""
+    return _moved(batch, device)
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Batch | Targets | Documents):
+    if isinstance(value, Batch):
+        on_cpu = {"rows": value.rows, "is_rollout": value.is_rollout}
+        others = value._replace(rows=None, is_rollout=None)
+        return Batch(*(_moved(part, device) for part in others))._replace(**on_cpu)
+    if isinstance(value, Targets | Documents):
         return type(value)(*(_moved(part, device) for part in value))
     if isinstance(value, Mapping):
         return {name: _moved(part, device) for name, part in value.items()}
-    if not isinstance(value, Tensor):
-        return value
-    # A copy from memory that is not pinned makes the host wait for the device.
-    pinned = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
-    return pinned.to(device, non_blocking=True)
+    return copied_to(value, device) if isinstance(value, Tensor) else value

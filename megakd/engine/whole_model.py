@@ -1,0 +1,127 @@
+"""Whole weights of a model in an engine, for work that calls the model very often.
+
+Generation calls a model once per token. The hooks of ZeRO 3 would gather every weight for every
+token, and all ranks would have to generate equally many tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from megakd.engine.sharding import full_shape, gathered, is_sharded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import Tensor
+
+GROUP_ELEMENTS = 1 << 26
+"""Elements that are gathered at a time, beside the copy."""
+
+
+@contextmanager
+def whole_model(module: nn.Module) -> Iterator[nn.Module]:
+    """Give a model of an engine with whole weights in evaluation mode; a collective at ZeRO 3.
+
+    The body has no collectives: ranks may call the model different numbers of times.
+
+    Args:
+        module: the module of an engine at any ZeRO stage, or a part of the module.
+
+    Yields:
+        The module itself, in which the caller may not change anything, or at ZeRO 3 a copy without
+        the hooks of the engine. The copy has the dtype and the device of the gathered weights, and
+        is freed at the end of the body.
+    """
+    if not is_sharded(module):
+        with evaluating(module):
+            yield module
+        return
+    whole = _unsharded_copy(module)
+    try:
+        yield whole
+    finally:
+        for parameter in whole.parameters():
+            # Also if the caller keeps a reference to the copy.
+            parameter.data = parameter.data.new_empty(0)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Switch all modules to evaluation mode in the body, and restore the mode of each module."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _unsharded_copy(module: nn.Module) -> nn.Module:
+    """Return a copy with whole weights that need no gradient; a collective."""
+    parts = list(module.modules())
+    copies = {id(part): type(part).__new__(type(part)) for part in parts}
+    memo: dict[int, Any] = {**copies, **_whole_parameters(module.parameters())}
+    for part in parts:
+        vars(copies[id(part)]).update(_plain_members(part, memo))
+    return copies[id(module)].eval()
+
+
+def _plain_members(part: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
+    """Return copies of the attributes of one module, without hooks.
+
+    Args:
+        part: the module.
+        memo: copies of modules and parameters by the `id` of the original, as for
+            `copy.deepcopy`. Attributes that refer to a module then refer to its copy.
+    """
+    members = vars(nn.Module())
+    for name, empty in members.items():
+        if isinstance(empty, dict):
+            # Objects that remove a hook refer to these; the hooks themselves refer to the engine.
+            memo[id(vars(part)[name])] = empty
+    own = {name: value for name, value in vars(part).items() if _belongs_to_model(name, members)}
+    members |= copy.deepcopy(own, memo)
+    members["_buffers"] = copy.deepcopy(dict(part._buffers), memo)  # noqa: SLF001
+    members["_non_persistent_buffers_set"] = set(part._non_persistent_buffers_set)  # noqa: SLF001
+    for name in ("_parameters", "_modules"):
+        items = vars(part)[name].items()
+        members[name] = {key: None if item is None else memo[id(item)] for key, item in items}
+    return members
+
+
+def _belongs_to_model(name: str, members: dict[str, Any]) -> bool:
+    """Return whether an attribute is neither torch's nor one that DeepSpeed adds at ZeRO 3."""
+    of_deepspeed = name in ("_external_params", "_original_parameters") or name.startswith("ds_")
+    return name not in members and not of_deepspeed
+
+
+def _whole_parameters(parameters: Iterable[nn.Parameter]) -> dict[int, nn.Parameter]:
+    """Return copies of the gathered parameters, by the `id` of the original; a collective."""
+    found: dict[int, nn.Parameter] = {}
+    for group in _groups(parameters):
+        with gathered(group):
+            for parameter in group:
+                whole = parameter.detach().clone()
+                found[id(parameter)] = nn.Parameter(whole, requires_grad=False)
+    return found
+
+
+def _groups(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the parameters in groups of at most `GROUP_ELEMENTS`, or of a single parameter."""
+    group: list[Tensor] = []
+    size = 0
+    for parameter in parameters:
+        elements = full_shape(parameter).numel()
+        if group and size + elements > GROUP_ELEMENTS:
+            yield group
+            group, size = [], 0
+        group.append(parameter)
+        size += elements
+    if group:
+        yield group

@@ -1,0 +1,196 @@
+"""Completions of prompts by a model of transformers, independent of the batch they are in."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from megakd.contract.rollouts import Completion
+from megakd.engine.whole_model import evaluating
+from megakd.errors import DataError, ModelError
+from megakd.models.packed_attention import VARLEN
+from megakd.models.sampling import sampling_processors
+from megakd.storage.finished_folder import check_given
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import nn
+    from transformers import LogitsProcessorList, PretrainedConfig
+
+    from megakd.contract.rollouts import Sampling, TextTokens
+    from megakd.models.source import ModelSource
+
+
+def complete(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    *,
+    tokens: TextTokens,
+    rows_at_once: int,
+) -> list[Completion]:
+    """Continue prompts with a causal language model.
+
+    A completion depends on the weights, the prompt, the seed and `sampling`. The other prompts and
+    `rows_at_once` only change the rounding of the logits. The random generators, the model's
+    settings and the mode of its modules are the same afterwards.
+
+    Args:
+        model: a model of transformers with whole weights, on the device that computes.
+        prompts: token numbers of each prompt; there may be none.
+        seeds: a seed for each prompt, any integer.
+        sampling: how the prompts are continued.
+        tokens: the tokens of the texts; prompts and completions may contain the token of the
+            padding.
+        rows_at_once: number of prompts that are continued at the same time.
+
+    Raises:
+        DataError: a prompt is empty, or is too long for the model's context.
+        ModelError: the model cannot generate text.
+    """
+    generative, lengths = _generative(model), [len(prompt) for prompt in prompts]
+    check_prompt_lengths(lengths, sampling.max_new_tokens, context_length(generative.config))
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=False,  # the maximum of logits with noise is a sample
+        use_cache=True,
+        eos_token_id=sorted(tokens.end) or None,
+        pad_token_id=tokens.pad,
+    )
+    found: dict[int, Completion] = {}
+    with torch.no_grad(), evaluating(model), _settings(generative, config):
+        for rows in _batches(lengths, rows_at_once):
+            chosen = [prompts[row] for row in rows], [seeds[row] for row in rows]
+            processors = sampling_processors(
+                sampling,
+                chosen[1],
+                max(lengths[row] for row in rows),
+                generative.device,
+                tokens.known,
+            )
+            continued = _continued(generative, chosen[0], processors, config)
+            found |= zip(rows, (_completion(ids, tokens.end) for ids in continued), strict=True)
+    return [found[row] for row in range(len(prompts))]
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Return the number of positions of a model; None if its config states no limit."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def generation_config_of(source: ModelSource) -> GenerationConfig | None:
+    """Return the generation config in a model's folder, which may list further end tokens.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    if source.folder is None or not (Path(source.folder) / GENERATION_CONFIG_NAME).is_file():
+        return None
+    check_given(
+        Path(source.folder), source.where, wanted=lambda name: name == GENERATION_CONFIG_NAME
+    )
+    try:
+        return GenerationConfig.from_pretrained(source.folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{source.where}: {GENERATION_CONFIG_NAME} in {source.folder} cannot be read: {error}"
+        ) from error
+
+
+def check_prompt_lengths(lengths: Sequence[int], max_new_tokens: int, context: int | None) -> None:
+    """Check that every prompt has tokens, and leaves room for its completion.
+
+    Args:
+        lengths: number of tokens of each prompt.
+        max_new_tokens: maximum number of tokens of a completion.
+        context: number of positions of the model, see `context_length`.
+
+    Raises:
+        DataError: a prompt is empty or too long; the message names the first such prompt.
+    """
+    longest = None if context is None else context - max_new_tokens
+    for number, length in enumerate(lengths):
+        if length == 0:
+            raise DataError(f"prompt {number} has no tokens; give every prompt at least one token")
+        if longest is not None and length > longest:
+            raise DataError(
+                f"prompt {number} has {length} tokens, but a context of {context} tokens and "
+                f"max_new_tokens {max_new_tokens} leave {longest} tokens for a prompt; shorten the "
+                "prompts or lower max_new_tokens"
+            )
+
+
+def _generative(model: Any) -> Any:
+    if not isinstance(model, GenerationMixin):
+        raise ModelError(
+            f"{type(model).__name__} cannot generate text; use a causal language model"
+        )
+    return model
+
+
+@contextmanager
+def _settings(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Let `generate` follow `config` alone in the body, and restore the model's own settings.
+
+    The model's own generation config would add its settings, such as a repetition penalty.
+    """
+    given: Any = model.generation_config
+    attention: str | None = model.config._attn_implementation  # noqa: SLF001  (no public reader)
+    # The attention of packed rows has neither a mask nor a cache.
+    is_packed = (attention or "").startswith(VARLEN)
+    model.generation_config = config
+    if is_packed:
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.generation_config = given
+        if is_packed:
+            model.set_attn_implementation(attention)
+
+
+def _batches(lengths: Sequence[int], rows_at_once: int) -> Iterator[list[int]]:
+    """Yield the numbers of the prompts that are continued at the same time.
+
+    Prompts of similar length need little padding. The longest prompts come first: if the memory is
+    too small for them, the error comes at once.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    for first in range(0, len(order), rows_at_once):
+        yield order[first : first + rows_at_once]
+
+
+def _continued(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    processors: LogitsProcessorList,
+    config: GenerationConfig,
+) -> list[list[int]]:
+    """Return the new tokens of each prompt, and what follows until all prompts have ended."""
+    length, device = max(map(len, prompts)), model.device
+    pad = config.pad_token_id
+    padded = [[*[pad] * (length - len(prompt)), *prompt] for prompt in prompts]
+    mask = [[*[0] * (length - len(prompt)), *[1] * len(prompt)] for prompt in prompts]
+    ids = model.generate(
+        torch.tensor(padded, device=device),  # [B, T]
+        attention_mask=torch.tensor(mask, device=device),
+        generation_config=config,
+        logits_processor=processors,
+        synced_gpus=False,  # the weights are whole: a rank may stop before the others
+    )
+    return ids[:, length:].tolist()
+
+
+def _completion(ids: Sequence[int], end_tokens: frozenset[int]) -> Completion:
+    """Return the tokens until the first end token, which is included."""
+    for number, token in enumerate(ids):
+        if token in end_tokens:
+            return Completion(tuple(ids[: number + 1]), finished=True)
+    return Completion(tuple(ids), finished=False)

@@ -1,0 +1,235 @@
+"""Completions: what they depend on, where they end, and what they leave as it was."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from elastic_views import VOCABULARY, family_model
+from scipy import stats
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from megakd.contract.rollouts import Sampling, TextTokens
+from megakd.errors import DataError, ModelError
+from megakd.models.generation import check_prompt_lengths, complete, context_length
+from megakd.models.packed_attention import VARLEN, register_packed_attention
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma", "cut_llama")
+CUT = {"head_counts": [2, 0, 3], "neuron_counts": [7, 0, 33], "head_width": 8}
+PROMPTS = [[5, 6, 7], [8], [1, 2, 3, 4, 5, 6, 1], [9, 9, 9], [60, 50, 40, 30]]
+SEEDS = [11, 12, 13, 2**63 + 1, -14]
+GREEDY = Sampling(8, temperature=0)
+SAMPLED = Sampling(8)
+OPTIONS = {"tokens": TextTokens(frozenset(), pad=1), "rows_at_once": 8}
+
+
+def model_of(family: str, **changes):
+    """A tiny model in fp64, where rounding decides nothing."""
+    if family == "cut_llama":
+        return family_model(family, **CUT, **changes)
+    if family == "mistral":
+        return family_model(family, sliding_window=4, **changes)
+    if family != "gemma":
+        return family_model(family, **changes)
+    keys = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+    keys |= {"num_key_value_heads": 1, "intermediate_size": 32, "vocab_size": VOCABULARY}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING["gemma"](**keys)).double().eval()
+
+
+def completed(model, sampling=SAMPLED, *, prompts=PROMPTS, seeds=SEEDS, **options):
+    return complete(model, prompts, seeds, sampling, **{**OPTIONS, **options})
+
+
+def texts(model, sampling=SAMPLED, **options):
+    return [completion.ids for completion in completed(model, sampling, **options)]
+
+
+def without_cache(model, prompt, length):
+    """The most likely tokens, from whole forwards."""
+    ids = list(prompt)
+    for _ in range(length):
+        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return tuple(ids[len(prompt) :])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_completion_does_not_depend_on_the_other_prompts(family):
+    model = model_of(family)
+    order = [3, 0, 4, 2, 1]
+
+    alone = [
+        texts(model, prompts=[prompt], seeds=[seed])[0]
+        for prompt, seed in zip(PROMPTS, SEEDS, strict=True)
+    ]
+    together = texts(model)
+    in_pairs = texts(
+        model, prompts=[PROMPTS[i] for i in order], seeds=[SEEDS[i] for i in order], rows_at_once=2
+    )
+
+    assert together == alone
+    assert in_pairs == [alone[i] for i in order]
+    assert len(set(alone)) == len(alone)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_temperature_of_0_takes_the_most_likely_tokens(family):
+    model = model_of(family)
+
+    found = texts(model, GREEDY)
+
+    assert found == [without_cache(model, prompt, 8) for prompt in PROMPTS]
+    ids = torch.tensor([PROMPTS[2]])
+    plain = model.generate(
+        ids, attention_mask=ids * 0 + 1, max_new_tokens=8, do_sample=False, eos_token_id=None
+    )
+    assert found[2] == tuple(plain[0, 7:].tolist())
+
+
+def test_equal_seeds_and_prompts_give_equal_completions_and_other_seeds_others():
+    model = model_of("llama")
+
+    first, second, other = texts(model, prompts=[[5, 6]] * 3, seeds=[1, 1, 2])
+
+    assert first == second != other
+
+
+def test_first_tokens_follow_the_softmax_of_the_model():
+    model, prompt = model_of("qwen3"), [5, 6, 7]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[0, -1]
+    best = logits.topk(5).indices
+    probabilities = logits[best].softmax(-1).numpy()
+    sampling = Sampling(1, top_k=5)
+
+    found = texts(model, sampling, prompts=[prompt] * 4000, seeds=range(4000), rows_at_once=4000)
+
+    counts = np.bincount([ids[0] for ids in found], minlength=VOCABULARY)[best.numpy()]
+    assert counts.sum() == 4000
+    assert stats.chisquare(counts, 4000 * probabilities).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 8])
+@pytest.mark.parametrize("pads_with_end", [False, True])
+def test_a_completion_ends_with_its_first_end_token(rows_at_once, pads_with_end):
+    model = model_of("llama")
+    endless = texts(model)
+    ends = frozenset({endless[0][3], endless[1][0], endless[2][6]})
+    pad = min(ends) if pads_with_end else 1
+
+    found = completed(model, tokens=TextTokens(ends, pad), rows_at_once=rows_at_once)
+
+    for completion, ids in zip(found, endless, strict=True):
+        until = next((n + 1 for n, token in enumerate(ids) if token in ends), None)
+        assert completion.ids == ids[:until]
+        assert completion.finished == (until is not None)
+    assert {completion.finished for completion in found} == {True, False}
+
+
+@pytest.mark.parametrize("sampling", [SAMPLED, Sampling(12, temperature=0.0)])
+def test_tokens_that_the_tokenizer_does_not_have_are_never_generated(sampling):
+    model = model_of("llama")
+    assert max(map(max, texts(model, sampling))) >= 20
+
+    found = texts(model, sampling, tokens=TextTokens(frozenset(), pad=1, known=20))
+
+    assert max(map(max, found)) < 20
+
+
+def test_prompts_and_completions_may_contain_the_padding():
+    model = model_of("llama")
+    expected = texts(model)
+
+    for pad in (5, 9, expected[0][1], expected[2][0]):
+        assert texts(model, tokens=TextTokens(frozenset(), pad)) == expected
+
+
+def test_no_prompts_give_no_completions():
+    assert completed(model_of("gpt2"), prompts=[], seeds=[]) == []
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers():
+    model = model_of("gpt2", n_positions=16)
+
+    assert len(texts(model, prompts=[[3] * 8], seeds=[0])[0]) == 8
+    with pytest.raises(DataError, match=r"prompt 1 has 9 tokens.*16 tokens.* 8 leave 8 tokens"):
+        completed(model, prompts=[[3], [3] * 9], seeds=[0, 0])
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(DataError, match="prompt 1 has no tokens"):
+        completed(model_of("llama"), prompts=[[3], []], seeds=[0, 0])
+
+
+def test_a_model_without_a_limit_takes_prompts_of_any_length():
+    assert context_length(CONFIG_MAPPING["bloom"]()) is None
+
+    check_prompt_lengths([10**9], 10, None)
+
+
+def test_a_model_of_another_task_is_refused():
+    with pytest.raises(ModelError, match="DistilBertForSequenceClassification cannot generate"):
+        completed(family_model("distilbert"))
+
+
+def test_the_models_own_generation_config_changes_nothing_and_is_kept():
+    model = model_of("llama")
+    expected = texts(model, GREEDY)
+    own = model.generation_config
+    own.update(repetition_penalty=50.0, eos_token_id=expected[0][1], bad_words_ids=[[7]])
+    before = own.to_dict()
+
+    assert texts(model, GREEDY) == expected
+    assert model.generation_config is own
+    assert own.to_dict() == before
+
+
+def test_training_goes_on_as_if_nothing_had_been_generated():
+    model = model_of("gpt2", use_cache=False)  # with dropout
+    expected = texts(model)
+    model.train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.transformer.h[1].eval()
+    states = [random.getstate(), torch.get_rng_state(), np.random.get_state()[1]]  # noqa: NPY002
+    modes = {name: part.training for name, part in model.named_modules()}
+    config = copy.deepcopy(model.config.to_dict())
+
+    assert texts(model) == expected
+
+    assert {name: part.training for name, part in model.named_modules()} == modes
+    assert model.config.to_dict() == config
+    assert model.is_activation_checkpointing
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    assert np.array_equal(np.random.get_state()[1], states[2])  # noqa: NPY002
+
+
+def test_a_model_with_the_attention_of_packed_rows_generates_with_another_and_keeps_its_own():
+    register_packed_attention()
+    model = model_of("llama")
+    expected = texts(model)
+    model.set_attn_implementation(VARLEN)
+
+    assert texts(model) == expected
+    assert model.config._attn_implementation == VARLEN
+
+
+def test_a_failure_restores_the_model(monkeypatch):
+    register_packed_attention()
+    model = model_of("llama").train()
+    model.set_attn_implementation(VARLEN)
+    own = model.generation_config
+    monkeypatch.setattr(nn.Linear, "forward", lambda *_: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        completed(model)
+
+    assert model.generation_config is own
+    assert model.config._attn_implementation == VARLEN
+    assert all(part.training for part in model.modules())

@@ -1,0 +1,45 @@
+"""The end tokens of a model; tests/distributed generates with engines."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import GenerationConfig, LlamaConfig, PretrainedConfig
+
+from megakd.errors import DataError
+from megakd.training.local_generator import end_tokens_of
+
+
+class Tokenizer:
+    """Knows its end token and nothing else."""
+
+    def __init__(self, eos_token_id: int | None) -> None:
+        self.eos_token_id = eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "configs", "expected"),
+    [
+        (7, [], {7}),
+        (7, [None], {7}),
+        (7, [PretrainedConfig(eos_token_id=7)], {7}),
+        (9, [LlamaConfig(eos_token_id=[7, 8, 9])], {7, 8, 9}),
+        (9, [LlamaConfig(eos_token_id=9), GenerationConfig(eos_token_id=[9, 5])], {5, 9}),
+        (None, [LlamaConfig(eos_token_id=3)], {3}),
+        (None, [LlamaConfig(eos_token_id=3), GenerationConfig(eos_token_id=[4])], {3, 4}),
+        (0, [PretrainedConfig(eos_token_id=0)], {0}),
+    ],
+)
+def test_end_tokens_are_those_of_the_tokenizer_and_of_the_configs(tokenizer, configs, expected):
+    assert end_tokens_of(Tokenizer(tokenizer), *configs) == expected
+
+
+def test_the_default_of_a_config_does_not_end_texts_of_another_tokenizer():
+    default = LlamaConfig()
+    assert default.eos_token_id == 2
+
+    assert end_tokens_of(Tokenizer(7), default) == {7}
+
+
+def test_a_tokenizer_and_configs_without_an_end_token_are_refused():
+    with pytest.raises(DataError, match="no eos_token"):
+        end_tokens_of(Tokenizer(None), LlamaConfig(eos_token_id=None), GenerationConfig())
