@@ -13,10 +13,14 @@ from megakd.config.deepspeed import (
     check_trained_sharding,
     load_ds_config,
 )
-from megakd.config.models import ScratchModel
+from megakd.config.lora_checks import lora_problems
+from megakd.config.models import ScratchModel, TeacherConfig
 from megakd.config.objective import objective_problems
+from megakd.config.rollout_checks import rollout_problems
+from megakd.config.server_checks import server_problems, teacher_server_problems
 from megakd.config.task import listed_files
 from megakd.config.task_checks import task_problems
+from megakd.config.token_budget import token_budget_problems
 from megakd.config.training_checks import training_problems
 from megakd.contract.methods import no_such_teacher
 from megakd.contract.tasks import FROM_TEACHER, STUDENT, TEACHER
@@ -32,12 +36,17 @@ if TYPE_CHECKING:
 def config_problems(config: RunConfig) -> list[str]:
     """Return the problems of a config that no data or model can solve, one line per problem."""
     checks = (
-        *(_addresses, _teacher, _pool, _method, _baselines, _student, _layers, _caches),
+        *(_addresses, _teacher, _pool, _method, _baselines, _student, _layers, _caches, _draws),
         objective_problems,
         task_problems,
+        lora_problems,
         _evaluation,
         _deepspeed,
         training_problems,
+        token_budget_problems,
+        rollout_problems,
+        server_problems,
+        teacher_server_problems,
     )
     return [problem for check in checks for problem in check(config)]
 
@@ -63,8 +72,10 @@ def _places(config: RunConfig) -> Iterator[tuple[str, str | Path]]:
         "task.dataset": task.dataset,
         "task.data_dir": task.data_dir,
         "task.tokenizer": task.tokenizer,
+        "task.chat_template": task.chat_template,
     }
     sets = {f"evaluation_sets.{name}": files for name, files in task.evaluation_sets.items()}
+    sets |= {f"mixture.{name}.files": part.files for name, part in (task.mixture or {}).items()}
     keys = ("train_files", "validation_files", "test_files")
     for key, files in {**{key: getattr(task, key) for key in keys}, **sets}.items():
         places |= {f"task.{key}": path for path in listed_files(files)}
@@ -138,10 +149,10 @@ def _student(config: RunConfig) -> Iterator[str]:
 
 
 def _caches(config: RunConfig) -> Iterator[str]:
-    cached = [config.key_of(n) for n, spec in config.teacher_specs.items() if spec.cache]
+    cached = {f"{config.key_of(n)}.cache": s for n, s in config.teacher_specs.items() if s.cache}
     if not cached:
         return
-    task, key = config.task.type, f"{cached[0]}.cache"
+    task, key = config.task.type, next(iter(cached))
     if task == "mlm":
         yield (
             f"{key}: task.type mlm masks other tokens in every epoch, so cached outputs cannot be "
@@ -161,20 +172,40 @@ def _caches(config: RunConfig) -> Iterator[str]:
                 "outputs; remove the key or the term"
             )
         elif task == "causal_lm" and compares(term):
-            yield from _of_the_largest(term, where, key)
+            for own, spec in cached.items():
+                yield from _of_a_part(term, where, own, spec)
 
 
-def _of_the_largest(term: TermConfig, where: str, key: str) -> Iterator[str]:
-    """Yield why a term cannot be computed from only the teacher's largest probabilities."""
+def _draws(config: RunConfig) -> Iterator[str]:
+    for name, spec in config.teacher_specs.items():
+        if spec.cache_draws is None:
+            continue
+        key = config.key_of(name)
+        if spec.cache is None:
+            yield (
+                f"{key}.cache_draws: {spec.cache_draws}, and the teacher has no cache that keeps "
+                f"draws; set {key}.cache to a folder, or remove the key"
+            )
+        if config.task.type != "causal_lm":
+            yield (
+                f"{key}.cache_draws: applies only to task.type causal_lm (got "
+                f"{config.task.type}); remove the key"
+            )
+
+
+def _of_a_part(term: TermConfig, where: str, key: str, spec: TeacherConfig) -> Iterator[str]:
+    """Yield why a term cannot be computed from a part of the teacher's probabilities."""
+    part = "the largest" if spec.cache_draws is None else "random draws"
     if not isinstance(term, SoftTargetKl):
         yield (
-            f"{where} needs all probabilities of the teacher, and {key} holds only the largest; "
-            "remove the key or the term"
+            f"{where} needs all probabilities of the teacher, and {key} holds only {part}; remove "
+            "the key or the term"
         )
     elif term.temperature != 1:
+        held = f"{part} probabilities" if spec.cache_draws is None else part
         yield (
-            f"{where} at temperature {term.temperature:g}: {key} holds only the largest "
-            f"probabilities, at temperature 1; set temperature to 1, or remove {key}"
+            f"{where} at temperature {term.temperature:g}: {key} holds only {held}, at "
+            f"temperature 1; set temperature to 1, or remove {key}"
         )
 
 

@@ -92,21 +92,25 @@ def cut(text: str) -> str:
 def unknown_key(key: str, parent: KeyPath, tree: Any) -> str:
     """Return the message for an unknown key, with the keys that may be meant or all known keys."""
     known = known_keys(parent, tree)
-    meant = meant_by(key, known)
+    # The keys of a loss term are its own: other sections have keys of the same names.
+    is_item = any(isinstance(part, int) for part in parent)
+    meant = meant_by(key, known, elsewhere=not is_item)
     if meant:
         return f"unknown key; did you mean {meant}?"
     return f"unknown key; known: {', '.join(known)}"
 
 
-def meant_by(key: str, known: Sequence[str]) -> str:
+def meant_by(key: str, known: Sequence[str], *, elsewhere: bool = True) -> str:
     """Return the keys that a wrong key may mean, quoted; an empty string if there is no such key.
 
     Args:
         key: the key as written.
         known: keys of the section that holds the key.
+        elsewhere: whether a key of another section may be meant.
     """
     near = difflib.get_close_matches(key, known, n=1)
-    found = synonyms(key, known) or paths_ending_in(key)[:1] or near
+    others = paths_ending_in(key)[:1] if elsewhere else []
+    found = synonyms(key, known) or others or near
     return " or ".join(f'"{path}"' for path in found)
 
 

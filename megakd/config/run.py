@@ -8,11 +8,13 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
-from megakd.config.models import PooledTeacher, StudentConfig, TeacherConfig
+from megakd.config.generation import GenerationConfig
+from megakd.config.models import LoraConfig, PooledTeacher, StudentConfig, TeacherConfig
 from megakd.config.paths import Folder
+from megakd.config.rollout import RolloutConfig
 from megakd.config.task import TaskConfig
 from megakd.config.train import TrainConfig, TrainOverrides
-from megakd.contract.tasks import FROM_TEACHER, STUDENT, TEACHER
+from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE, TEACHER
 from megakd.contract.terms import STRICT, Count, TermConfig
 from megakd.methods import MethodConfig
 
@@ -24,7 +26,8 @@ class EvalConfig:
     eval_steps: Count | None = None
     per_device_eval_batch_size: Count | None = None
     """Rows per rank and forward; results do not depend on this number. None:
-    `per_device_train_batch_size` of the stage, or of `train` outside the stages."""
+    `per_device_train_batch_size` of the stage, or of `train` outside the stages; at most the rows
+    that fit into `tokens_per_rank`."""
     metric: str | None = None
     """Metric that chooses the best evaluation and is reported; None: the task's main metric."""
     metrics: tuple[str, ...] = ()
@@ -34,6 +37,10 @@ class EvalConfig:
     keep_best: bool | None = None
     """Export the weights of the best evaluation instead of the last step; None: true if eval_steps
     is set."""
+    losses: bool = False
+    """Also report the losses of the objective on the validation rows, without dropout."""
+    generation: GenerationConfig | None = None
+    """Also continue held-out prompts and score the texts."""
 
 
 def _repository(text: str) -> str:
@@ -82,6 +89,8 @@ class RunConfig:
     baselines: tuple[str, ...] = ()
     """Models of the student's shape to train for comparison: `alone`, and the baselines of the
     method."""
+    rollout: RolloutConfig | None = None
+    """Train the student on texts that it generates."""
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     save: SaveConfig = SaveConfig()
@@ -102,6 +111,16 @@ class RunConfig:
             return STUDENT
         return self.student.teacher or TEACHER
 
+    @property
+    def base_teachers(self) -> tuple[str, ...]:
+        """Names of the teachers that are the student without its adapters."""
+        specs = self.teacher_specs.items()
+        return tuple(name for name, spec in specs if spec.model == STUDENT_BASE)
+
+    def lora_of(self, role: str) -> LoraConfig | None:
+        """Return the adapters that the model of a role trains; None: it trains all weights."""
+        return self.student.lora if role == STUDENT else None
+
     def eval_rows(self, train: TrainConfig | None = None) -> int:
         """Return the number of rows that a rank scores at a time.
 
@@ -109,7 +128,7 @@ class RunConfig:
             train: settings of the stage that is evaluated; None outside the stages.
         """
         rows = self.eval.per_device_eval_batch_size
-        return rows or (train or self.train).per_device_train_batch_size
+        return rows or (train or self.train).rows_at_once(self.task.max_length)
 
     def key_of(self, role: str) -> str:
         """Return the config key of a model: `student`, `teacher` or, for example, `teachers[2]`.

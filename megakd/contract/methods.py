@@ -23,10 +23,15 @@ class MethodOptions:
     needs_teacher: whether a run without a teacher is refused.
     cuts_student: whether the method cuts the student out of the teacher, so that the config gives
         no student model.
+    learns_from_rollouts: whether the student can train on texts that it generates.
+    learns_adapters: whether the student can train low-rank adapters of its weights: no stage cuts
+        the student, and no loss compares its weights.
     """
 
     needs_teacher: ClassVar[bool] = True
     cuts_student: ClassVar[bool] = False
+    learns_from_rollouts: ClassVar[bool] = False
+    learns_adapters: ClassVar[bool] = False
     name: str
 
     @property

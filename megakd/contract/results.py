@@ -29,6 +29,8 @@ class ModelReport(TypedDict):
     """Size and scores of a model.
 
     bytes: size of the weights on disk.
+    trained_parameters: number of weights that were trained, if the rest stayed frozen
+        (`student.lora`).
     per_class: scores of a classifier for each label, in the order of the labels.
     int8: the student's int8 weights, if the run writes them.
     """
@@ -37,6 +39,7 @@ class ModelReport(TypedDict):
     encoder_parameters: int
     metrics: Mapping[str, float]
     bytes: NotRequired[int]
+    trained_parameters: NotRequired[int]
     per_class: NotRequired[Sequence[ClassReport]]
     int8: NotRequired[QuantizedReport]
 
@@ -86,6 +89,7 @@ class CandidateReport(TypedDict):
         was chosen, its own best evaluation is kept, which may be another evaluation.
     student_metric: metric of the student that the candidate has taught, if such a student was
         trained.
+    shape: shape of a candidate in words, if candidates of one size differ in shape.
     """
 
     iteration: int
@@ -96,6 +100,7 @@ class CandidateReport(TypedDict):
     chosen: bool
     kept_metric: NotRequired[float]
     student_metric: NotRequired[float]
+    shape: NotRequired[str]
 
 
 class StageReport(TypedDict):
@@ -164,6 +169,47 @@ class SampleReport(TypedDict):
     student: str
 
 
+class TextReport(TypedDict):
+    """A text that the student has generated from a held-out prompt.
+
+    wanted: the completion of the row.
+    finished: whether the student has ended the text; False if the text was cut.
+    matches: whether the answers of text and row are equal; null if texts are not compared.
+    """
+
+    prompt: str
+    text: str
+    wanted: str
+    finished: bool
+    matches: bool | None
+
+
+class GenerationReport(TypedDict):
+    """The last evaluation of a stage on generated texts.
+
+    metrics: `match` and the metrics that begin with `text_`.
+    texts: the texts for the first prompts.
+    """
+
+    stage: str
+    step: int
+    metrics: Mapping[str, float]
+    texts: Sequence[TextReport]
+
+
+class WarningReport(TypedDict):
+    """A warning that a stage has logged about its generated texts.
+
+    kind: `evaluation` for the texts of evaluations, `rollout` for those that the student learns
+        from.
+    """
+
+    stage: str
+    kind: str
+    step: int
+    message: str
+
+
 class CostReport(TypedDict):
     """Cost of a method's choice, and the estimated cost of an alternative method.
 
@@ -211,6 +257,7 @@ class Report(TypedDict):
     assistants: in the order in which they taught.
     baselines: name -> metrics of a model of the student's shape that was trained differently.
     samples: prompts and answers of language models.
+    generation: texts that evaluations have generated, an entry per stage.
     evaluation_sets: the sets of `task.evaluation_sets`, by name.
     seconds: wall-clock of the process that finished the run, by phase, up to the report: start
         (libraries, process group), data, models (loading, engines), training (evaluations and
@@ -235,6 +282,8 @@ class Report(TypedDict):
     pruning: Sequence[PruningReport]
     vocabulary: VocabularyReport | None
     samples: Sequence[SampleReport]
+    generation: Sequence[GenerationReport]
+    warnings: Sequence[WarningReport]
     evaluation_sets: Mapping[str, EvaluationSetReport]
     seconds: Mapping[str, float]
     environment: Mapping[str, Any]

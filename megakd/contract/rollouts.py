@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
+
+TOKENS_PER_TEXT, TRUNCATED = "rollout/tokens_per_text", "rollout/truncated"
+"""Logged means over the texts of the steps since the last log: length, and share without an end."""
+DISTINCT = "rollout/distinct_2"
+"""Logged mean over the same texts: share of distinct pairs among the neighbouring tokens of a text.
+"""
 
 
 class Sampling(NamedTuple):
@@ -19,6 +25,20 @@ class Sampling(NamedTuple):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None
+
+
+class TextTokens(NamedTuple):
+    """The tokens of generated texts.
+
+    end: tokens that end a text; if empty, all texts reach `max_new_tokens`.
+    pad: token of the padding of prompts, which the model does not see.
+    known: tokens from this number on are never generated: models have more tokens than their
+        tokenizers. None: all tokens of the model.
+    """
+
+    end: frozenset[int]
+    pad: int = 0
+    known: int | None = None
 
 
 class Completion(NamedTuple):
@@ -68,5 +88,49 @@ class Generator(Protocol):
 
         Raises:
             MegakdError: the generator cannot be used.
+        """
+        ...
+
+
+class RequestedTexts(Protocol):
+    """Texts that a remote generator is making."""
+
+    def completions(self) -> list[Completion]:
+        """Wait for the texts and return them in the order of the prompts; a collective.
+
+        Raises:
+            MegakdError: a text cannot be had; raised on every rank.
+        """
+        ...
+
+
+@runtime_checkable
+class RemoteGenerator(Generator, Protocol):
+    """A generator outside the ranks of the run, which works while the student learns.
+
+    The caller takes all requested texts before the next `update`, so that the weights do not change
+    under a text.
+    """
+
+    def update(self, version: int) -> None:
+        """Give the generator the weights that the student has now; a collective.
+
+        Args:
+            version: number of updates of the student.
+
+        Raises:
+            MegakdError: the generator does not take the weights.
+        """
+        ...
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
+    ) -> RequestedTexts:
+        """Ask for the continuations of this rank's prompts, and return at once; no collective.
+
+        Args:
+            prompts: token numbers of each prompt.
+            seeds: a seed for each prompt.
+            sampling: how the prompts are continued.
         """
         ...

@@ -63,6 +63,16 @@ def methods_that_cut() -> list[str]:
     return [PLUGIN_METHOD.name_of(kind) for kind in _options() if kind.cuts_student]
 
 
+def methods_with_rollouts() -> list[str]:
+    """Return the names of the methods whose student can train on texts that it generates."""
+    return [PLUGIN_METHOD.name_of(kind) for kind in _options() if kind.learns_from_rollouts]
+
+
+def methods_with_adapters() -> list[str]:
+    """Return the names of the methods whose student can train low-rank adapters."""
+    return [PLUGIN_METHOD.name_of(kind) for kind in _options() if kind.learns_adapters]
+
+
 def baselines_of(config: MethodOptions) -> tuple[str, ...]:
     """Return the baselines that a run of a method may list; all methods have `alone`."""
     return ("alone", *getattr(file_of(config), "BASELINES", {}))

@@ -20,6 +20,7 @@ class FinetuneConfig(MethodOptions):
     """Train the student on the labels alone."""
 
     needs_teacher: ClassVar[bool] = False
+    learns_adapters: ClassVar[bool] = True
     name: Literal["finetune"]
 
     def problems(self, config: Any) -> Iterator[str]:

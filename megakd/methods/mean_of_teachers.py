@@ -7,7 +7,7 @@ therefore not averaged.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class MeanOfTeachersConfig(MethodOptions):
     """Every teacher of the pool runs at every step, and all count alike."""
 
+    learns_adapters: ClassVar[bool] = True
     name: Literal["mean_of_teachers"]
 
 

@@ -9,7 +9,7 @@ Differs from the paper: for a row without a label, every teacher has weight 1, a
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 class MtBertConfig(MethodOptions):
     """Every teacher of the pool runs at every step; a wrong prediction counts less in its row."""
 
+    learns_adapters: ClassVar[bool] = True
     name: Literal["mt_bert"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class SingleConfig(OneTeacherOptions):
     """Distil one teacher into the student."""
 
+    learns_from_rollouts: ClassVar[bool] = True
+    learns_adapters: ClassVar[bool] = True
     name: Literal["single"]
 
 
@@ -32,5 +34,6 @@ def run(config: SingleConfig, lab: Lab) -> StageResult:
             teachers=(teacher,),
             objective=lab.config.objective or (*lab.hard_terms(0.5), *lab.soft_terms(0.5)),
             strategy=Constant((Pass(teacher=teacher),)),
+            rollouts=lab.config.rollout,
         )
     )

@@ -12,7 +12,7 @@ import dataclasses
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -41,6 +41,7 @@ class SkdbertConfig(MethodOptions):
         student itself.
     """
 
+    learns_adapters: ClassVar[bool] = True
     name: Literal["skdbert"]
     distribution: Literal["uniform", "teacher_rank", "student_rank", "weights"] = "uniform"
     weights: dict[str, Weight] | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -31,14 +31,21 @@ class TakdConfig(MethodOptions):
     order: names of teachers, the first to the last; null: all teachers, the largest first.
     """
 
+    learns_adapters: ClassVar[bool] = True
     name: Literal["takd"]
     order: tuple[str, ...] | None = None
 
     def problems(self, config: Any) -> Iterator[str]:
         """Yield a line for every teacher in `order` that does not exist or is listed twice.
 
-        The chain is checked too if the config says how the chain begins.
+        The chain is checked too if the config says how the chain begins. A teacher that is the
+        student without its adapters has no weights to train.
         """
+        for name in config.base_teachers:
+            yield (
+                f'{config.key_of(name)}.model: method "takd" trains the teachers, and the student '
+                "without its adapters has no weights of its own to train; set a model"
+            )
         for name, count in Counter(self.order or ()).items():
             if name not in config.teacher_specs:
                 yield no_such_teacher(config, "method.order", name)

@@ -8,17 +8,19 @@ from typing import Any
 
 from megakd.config.deepspeed import load_ds_config, shards_within_node
 from megakd.config.run import RunConfig
-from megakd.contract.stage import Stage
+from megakd.contract.stage import Stage, backward_groups
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER
 from megakd.models.export import SHARD_BYTES
 from megakd.planning.cluster import Cluster
 from megakd.planning.engines import FP32, Frozen, Trained, trained
+from megakd.planning.generation import generations
 from megakd.planning.ledger import Holding, Ledger, Part, Share, together
 from megakd.planning.moments import NOTHING, Amount, Moment, Trace, block
 from megakd.planning.pruned import Pruned
 from megakd.planning.simulated_phase import Traces, planned_dtype, simulated_phase
 from megakd.planning.stages import Phase, Work
 from megakd.training.precision import TORCH_DTYPE, training_dtype
+from megakd.training.step_size import largest_step
 
 _WORK: Mapping[Work, str] = {
     "importance": "measuring importance",
@@ -115,7 +117,7 @@ class Timeline:
 
     def _train(self, stage: Stage) -> None:
         teachers = self.phase.teachers
-        asked = [name for name, ready in teachers.items() if ready.spec.cache is None]
+        asked = [n for n, r in teachers.items() if r.spec.cache is None and r.spec.server is None]
         frozen = {name: self._frozen(name) for name in asked}
         role = STUDENT if stage.role == STUDENT else TEACHER
         model = self._model(role, self.traced.learner[0], stage.deepspeed)
@@ -127,20 +129,48 @@ class Timeline:
         left = self.traced.pruned
         averages = learner.averages(left.makers, stage.shards_kept) if left else {}
         self._resting = together(self._resting, learner.resting(), averages, self._fetched(frozen))
-        micro_batches = stage.train.gradient_accumulation_steps
+        micro_batches = largest_step(stage.train, self.config.task).micro_batches
         self._ask(frozen, learner.accumulated() if micro_batches > 1 else {})
         heads = [engine.held("gather", self._head(name, engine)) for name, engine in frozen.items()]
         for runs in (self.traced.learner, self.traced.masked):
             for number, run in enumerate(runs):
-                self._learn(learner, run, together(*heads), adds=micro_batches > 1 or number > 0)
+                beside = together(*heads, self._offloaded(stage, learner))
+                self._learn(learner, run, beside, adds=micro_batches > 1 or number > 0)
         for held in learner.updating():
             self._look("updating the weights", held)
+        self._generate(stage, {STUDENT: learner, **frozen})
         self._evaluate(learner, frozen, together(*heads), self.config.eval_rows(stage.train))
         written = block(min(learner.inventory.numel * learner.itemsize, SHARD_BYTES))
         self._look("writing the model", learner.held("weights", written, "host"))
         if left is not None and stage.window and stage.window.last < stage.window.total:
             self._write_state(learner, left, stage.shards_kept)
         self._count(learner, frozen, micro_batches)
+
+    def _offloaded(self, stage: Stage, learner: Trained) -> Holding:
+        """Return the inputs of all layers that `activation_offload` keeps on the host."""
+        if not stage.train.activation_offload or learner.is_cpu:
+            return {}
+        source, tokens = self.phase.learner, largest_step(stage.train, self.config.task).tokens
+        architecture = source.architecture
+        layers = architecture.number_of_layers(source.config)
+        width = architecture.hidden_width(source.config)
+        views = max(map(len, backward_groups(stage.strategy.passes(0), stage.passes_per_backward)))
+        size = views * layers * tokens * width * learner.itemsize
+        return learner.held("activations", block(size), "host")
+
+    def _generate(self, stage: Stage, engines: Mapping[str, Frozen]) -> None:
+        """Record the generation of texts; at ZeRO 3 the model that generates is gathered whole."""
+        sources = {STUDENT: self.phase.learner}
+        sources |= {name: ready.source for name, ready in self.phase.teachers.items()}
+        for texts in generations(stage, self.config):
+            engine = engines[texts.role]
+            whole = engine.inventory.numel * engine.itemsize if engine.stage == 3 else 0
+            own = texts.bytes(sources[texts.role].config, engine.itemsize)
+            self._look(
+                texts.when,
+                engine.held("gather", block(whole)),
+                engine.held("workspace", block(own)),
+            )
 
     def _evaluate(
         self, learner: Trained, frozen: Mapping[str, Frozen], heads: Holding, rows: int
@@ -195,20 +225,20 @@ class Timeline:
             self._forward("the teacher's forward", engine, run, gradients, waiting)
             answers = self._answers
 
-    def _learn(self, learner: Trained, run: Trace, heads: Holding, *, adds: bool) -> None:
+    def _learn(self, learner: Trained, run: Trace, beside: Holding, *, adds: bool) -> None:
         """Record one forward and one backward of the student's engine.
 
         Args:
             learner: the engine.
             run: trace of the group of passes that share the backward.
-            heads: output matrices of the teachers, which the forward gathers.
+            beside: gathered output matrices of the teachers, and offloaded activations.
             adds: whether an earlier backward of the step left gradients.
         """
         earlier = learner.accumulated() if adds else {}
         done: list[int] = []
         for index, (moment, held) in enumerate(self._moments(learner, run)):
             if index < run.turn:
-                self._look("the student's forward", self._answers, heads, earlier, held)
+                self._look("the student's forward", self._answers, beside, earlier, held)
                 continue
             done += moment.finished
             gradients = learner.backward(run.inventory.of(done), adds=adds)
@@ -278,7 +308,7 @@ class Timeline:
         self.plan.flops = flops
         self.plan.per_call = {n: many for n, many in self.traced.per_call.items() if many > 1}
         gathered = sum(learner.gathering(run).numel for run in self.traced.learner)
-        weights = learner.inventory.numel * learner.itemsize
+        weights = learner.learned.numel * learner.itemsize
         backwards = micro_batches * len(self.traced.learner)
         sent = {
             0: 2 * weights,  # an all-reduce

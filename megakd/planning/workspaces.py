@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megakd_kernels.chunking import (
-    LEAST_CHUNK_MB,
+    CPU_CHUNK_MB,
     chunk_budget,
     gradient_dtype,
     plan_chunks,
@@ -20,6 +20,8 @@ _FP32 = torch.float32
 _LIKE = {device: torch.empty(0, device=to) for device, to in (("cpu", "cpu"), ("cuda", "meta"))}
 _ROW_BUFFERS = 5
 """Block buffers of the row kernels on a CPU; a GPU has none."""
+_LINEAR_CHUNK_MB = 20
+"""Position of the chunk size in the arguments of `megakd::linear_kd`; 0: the default."""
 _RELATION_TILE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 
@@ -37,7 +39,7 @@ def loss_workspace(
         memory: bytes of a GPU, which determine the chunk size too; None: not known.
     """
     known = _WORKSPACES.get(_name(function))
-    budget = LEAST_CHUNK_MB if device == "cpu" else chunk_budget(memory)
+    budget = CPU_CHUNK_MB if device == "cpu" else chunk_budget(memory)
     return 0 if known is None else known(args, device, budget)
 
 
@@ -66,7 +68,7 @@ def _linear(args: tuple[Any, ...], device: str, budget: float) -> int:
         widths=widths,
         like=_LIKE[device],
         gradient=narrow,
-        chunk_mb=budget,
+        chunk_mb=args[_LINEAR_CHUNK_MB] or budget,
         implementation="chunked" if device == "cpu" else "triton",
     )
     group = min(plan.group, len(hidden))

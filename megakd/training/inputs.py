@@ -16,7 +16,7 @@ from megakd.config.deepspeed import check_frozen_stage, load_ds_config
 from megakd.config.models import StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.contract.metrics import Metric
-from megakd.contract.tasks import FROM_TEACHER, ONE_LABEL_METRICS, STUDENT
+from megakd.contract.tasks import FROM_TEACHER, ONE_LABEL_METRICS, STUDENT, STUDENT_BASE
 from megakd.contract.terms import looks_inside
 from megakd.data.encoding import Encoded
 from megakd.data.shared_words import VocabularyPair
@@ -35,8 +35,12 @@ from megakd.losses.stage_losses import shape_of
 from megakd.models.labels import label_order
 from megakd.models.layers import with_layers
 from megakd.models.loading import check_model, resolve_model, with_vocabulary
+from megakd.models.lora import check_adapters
 from megakd.models.source import ModelSource
+from megakd.training.cache_checks import check_caches
+from megakd.training.chat_checks import check_answers, check_chat_models
 from megakd.training.metrics import TaskMetrics, task_metrics
+from megakd.training.rollout_check import check_rollouts
 from megakd.training.run_data import MixedRows, cache_folder, encoded_rows, mixed_rows, splits_of
 from megakd.training.vocabulary_checks import other_vocabularies, without_tokenizer
 
@@ -120,7 +124,7 @@ def prepare(config: RunConfig) -> RunInputs:
     found = unencoded_inputs(config)
     check_run(config, found)
     _say_positive_label(found.metrics)
-    return RunInputs(
+    inputs = RunInputs(
         splits=found.splits,
         metrics=found.metrics,
         tokenizer=found.tokenizer,
@@ -139,6 +143,9 @@ def prepare(config: RunConfig) -> RunInputs:
             )
         ),
     )
+    check_answers(config, inputs.encoded.chat, inputs.tokenizer, inputs.sources[STUDENT])
+    check_rollouts(config, inputs.encoded, inputs.sources[STUDENT])
+    return inputs
 
 
 def _say_positive_label(metrics: TaskMetrics) -> None:
@@ -179,6 +186,7 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
     problems += other_vocabularies(task, tokenizer, sharing.values())
     if problems:
         raise TeacherError("\n".join(problems))
+    check_chat_models(task, splits.train, tokenizer, sources)
     own = None if vocabulary is None else _student_tokenizer(vocabulary, splits, tokenizer)
     found = UnencodedInputs(
         splits=splits,
@@ -272,7 +280,10 @@ def check_run(config: RunConfig, inputs: UnencodedInputs) -> None:
             tokenizer_size=len(inputs.tokenizer_of(role)),
             need_head=role in config.teacher_specs and not config.teacher_specs[role].finetune,
         )
+    if config.student.lora is not None:
+        check_adapters(inputs.sources[STUDENT], config.task, config.student.lora)
     check_losses(config, inputs)
+    check_caches(config, inputs.sources[STUDENT])
 
 
 def check_losses(config: RunConfig, inputs: UnencodedInputs) -> None:
@@ -309,7 +320,9 @@ def _resolved(config: RunConfig) -> tuple[dict[str, ModelSource], list[str]]:
     Raises:
         MegakdError: the student, or the only teacher, cannot be used.
     """
-    specs: dict[str, TeacherConfig | StudentConfig] = {**config.teacher_specs}
+    specs: dict[str, TeacherConfig | StudentConfig] = {
+        name: spec for name, spec in config.teacher_specs.items() if spec.model != STUDENT_BASE
+    }
     if config.student.model != FROM_TEACHER:
         specs[STUDENT] = config.student
     sources: dict[str, ModelSource] = {}
@@ -330,8 +343,16 @@ def _resolved(config: RunConfig) -> tuple[dict[str, ModelSource], list[str]]:
 
 
 def with_student(config: RunConfig, sources: dict[str, ModelSource]) -> dict[str, ModelSource]:
-    """Return the sources with the student, derived from the model that it starts as."""
-    return {**sources, STUDENT: as_student(sources[config.start_role], config)}
+    """Return the sources with the student, derived from the model that it starts as.
+
+    A teacher that is the student without its adapters has the same source.
+    """
+    student = as_student(sources[config.start_role], config)
+    bases = {
+        name: dataclasses.replace(student, where=f"{config.key_of(name)}.model")
+        for name in config.base_teachers
+    }
+    return {**sources, **bases, STUDENT: student}
 
 
 def as_student(source: ModelSource, config: RunConfig) -> ModelSource:

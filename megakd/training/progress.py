@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megakd.contract.rollouts import TOKENS_PER_TEXT, TRUNCATED
 from megakd.errors import MegakdError
 from megakd.storage import atomic
+from megakd.training.runaway import TextWatch
 
 if TYPE_CHECKING:
     from io import FileIO
@@ -30,7 +32,14 @@ LEARNING_RATE = "train/learning_rate"
 TOKENS_PER_SECOND = "train/tokens_per_s"
 MEMORY_BYTES = "train/memory_bytes"
 EVALUATION = "eval/"
-SHOWN = {LOSS: "loss", LEARNING_RATE: "lr", TOKENS_PER_SECOND: "tok/s", MEMORY_BYTES: "mem"}
+SHOWN = {
+    LOSS: "loss",
+    LEARNING_RATE: "lr",
+    TOKENS_PER_SECOND: "tok/s",
+    MEMORY_BYTES: "mem",
+    TOKENS_PER_TEXT: "tok/text",
+    TRUNCATED: "truncated",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +138,7 @@ class Reporter:
         self._trackers = trackers
         self._file: FileIO | None = None
         self._extents: dict[str, Extent] = {}
+        self._watches: dict[str, TextWatch] = {}
         self._progress: Progress | None = None
 
     def check(self) -> None:
@@ -159,6 +169,7 @@ class Reporter:
             kept = [line for line in lines if not _comes_again(line, stage, step)]
             if len(kept) < len(lines):
                 atomic.write_text(self._path, "".join(kept))
+        self._watches[stage] = _watch(stage, kept)
         for tracker in self._trackers:
             tracker.begin(stage, step)
 
@@ -176,6 +187,8 @@ class Reporter:
         epoch = {} if extent is None else {"epoch": extent.epoch(step)}
         record = {"stage": stage, "step": step, **epoch, "time": round(time.time(), 3), **values}
         self._append(atomic.json_text(record))
+        for warning in self._watches.setdefault(stage, TextWatch(stage)).add(step, values):
+            logger.warning("%s", warning["message"])
         for tracker in self._trackers:
             tracker.log(stage, step, values)
         if self._progress is not None:
@@ -232,6 +245,15 @@ def _whole_lines(path: Path) -> Iterator[str]:
     if path.exists():
         with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
             yield from (line for line in file if line.endswith("\n"))
+
+
+def _watch(stage: str, lines: Sequence[str]) -> TextWatch:
+    """Return the watch over the texts of a stage with the values of an earlier start."""
+    watch = TextWatch(stage)
+    for record in map(json.loads, lines):
+        if record.get("stage") == stage:
+            watch.add(record.get("step", 0), record)
+    return watch
 
 
 def _comes_again(line: str, stage: str, step: int) -> bool:

@@ -60,7 +60,11 @@ def completed(stage: Stage, config: RunConfig) -> Stage:
     train = inherit(config.train, finetune) if finetune else config.train
     deepspeed = finetune.deepspeed if finetune else config.student.deepspeed
     return dataclasses.replace(
-        stage, train=stage.train or train, deepspeed=stage.deepspeed or deepspeed
+        stage,
+        train=stage.train or train,
+        deepspeed=stage.deepspeed or deepspeed,
+        # A stage with views has several learners, and no losses of its own.
+        measures_losses=stage.measures_losses or (config.eval.losses and not stage.views),
     )
 
 

@@ -5,25 +5,38 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megakd.data.batch_source import batch_source
-from megakd.data.loader import StepShape
 from megakd.data.mixed_text import MixedText
+from megakd.data.step_layout import StepLayout, StepShape
 from megakd.engine.collectives import gather
+from megakd.training.generated_texts import generator_of, with_rollouts
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from megakd.config.train import TrainConfig
-    from megakd.contract.stage import BatchSource, Stage
+    from megakd.contract.batch_source import BatchSource
+    from megakd.contract.stage import Stage, Teacher
     from megakd.engine.distributed import Ranks
+    from megakd.engine.student import StudentEngine
+    from megakd.storage.fingerprint import Fingerprint
     from megakd.training.engines import Assembly
 
 
-def stage_batches(stage: Stage, assembly: Assembly) -> BatchSource:
-    """Return the batches of a stage, for this rank.
+def stage_batches(
+    stage: Stage,
+    assembly: Assembly,
+    models: Mapping[str, StudentEngine | Teacher],
+    fingerprint: Fingerprint,
+) -> BatchSource:
+    """Return the batches of a stage, for this rank; a collective.
 
     A stage whose models read mixed text uses the rows that are encoded for both vocabularies.
 
     Args:
         stage: the stage with all options set.
         assembly: the assembly of the run.
+        models: the engines of the stage, which may generate texts: `student`, and the teachers.
+        fingerprint: fingerprint of the stage.
 
     Raises:
         MegakdError: there are no rows, or a stream has no number of steps.
@@ -32,10 +45,11 @@ def stage_batches(stage: Stage, assembly: Assembly) -> BatchSource:
     scorer, encoded = own.scorer(stage.train), own.prepared.encoded
     if stage.mixed:
         encoded = encoded._replace(train=assembly.mixed_rows.rows)
+    layout = step_layout(stage.train, assembly.ranks)
     loader = batch_source(
         encoded,
         scorer.collate,
-        shape=step_shape(stage.train, assembly.ranks),
+        layout=layout,
         seed=assembly.config.seed,
         masking=scorer.masking,
         only_labelled=stage.labelled_only,
@@ -43,6 +57,15 @@ def stage_batches(stage: Stage, assembly: Assembly) -> BatchSource:
         gather=gather,
         others=_readings(stage, assembly),
     )
+    if stage.rollouts is not None:
+        return with_rollouts(
+            loader,
+            stage,
+            assembly,
+            layout=layout,
+            generator=generator_of(stage, assembly, models),
+            fingerprint=fingerprint,
+        )
     return stage.batches(loader) if stage.batches else loader
 
 
@@ -55,6 +78,11 @@ def _readings(stage: Stage, assembly: Assembly) -> dict[str, MixedText]:
         role: MixedText(pair, task, probability=reading.probability)
         for role, reading in stage.mixed.items()
     }
+
+
+def step_layout(train: TrainConfig, ranks: Ranks) -> StepLayout:
+    """Return the distribution of a step's rows over micro-batches, for this rank."""
+    return StepLayout(step_shape(train, ranks), train.tokens_per_rank)
 
 
 def step_shape(train: TrainConfig, ranks: Ranks) -> StepShape:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from megakd.config.stage_schedule import learning_rate_schedule, total_steps
 from megakd.contract.batch import Batch, Counts
 from megakd.contract.metrics import WHOLE, MetricJudge
 from megakd.contract.stage import Stage, StageResult, StepReport, Teacher
+from megakd.contract.tasks import STUDENT
 from megakd.contract.unit_counts import count_units
 from megakd.contract.units import Cut
 from megakd.engine.activity import doing
@@ -27,12 +28,14 @@ from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint
 from megakd.storage.finished_folder import copy_finished
 from megakd.teachers.watched import WatchedTeacher
+from megakd.training.best_adapters import adapters_put_back, write_best_adapters
 from megakd.training.best_checkpoint import RECORD, BestCheckpoints
 from megakd.training.checkpoint import Checkpoints
 from megakd.training.early_stopping import EarlyStopping
 from megakd.training.engines import Assembly
 from megakd.training.evaluation import Evaluation
-from megakd.training.held_out import held_out_losses
+from megakd.training.generated_texts import text_evaluation
+from megakd.training.held_out import held_out_losses, passes_of
 from megakd.training.longer import may_grow
 from megakd.training.meters import TrainMeter
 from megakd.training.probe import take_beginning
@@ -41,6 +44,7 @@ from megakd.training.random_state import seed_everything
 from megakd.training.stage_batches import stage_batches
 from megakd.training.stage_folder import Learned, consume, write_stage_folder
 from megakd.training.stage_result import RESULT, result_text
+from megakd.training.text_evaluation import Watch
 from megakd.training.trainer import Trainer
 from megakd.training.window_state import WindowState, continue_window
 
@@ -70,7 +74,9 @@ class StageRun:
         self.student: StudentEngine
         self.student, self.bundle = assembly.student(stage)
         self.scorer = own.scorer(stage.train)
-        self.source = stage_batches(stage, assembly)
+        models = {STUDENT: self.student, **teachers}
+        self.source = stage_batches(stage, assembly, models, fingerprint)
+        self.texts = text_evaluation(stage, assembly, self.student)
         train = stage.train
         steps = stage.window.total if stage.window else self._steps_of_train()
         self.steps = stage.window.last if stage.window else stage.episodes * steps
@@ -250,6 +256,7 @@ class StageRun:
     def _log(self, step: int) -> None:
         self.health.check_finite(self.checkpoints.newest)
         scalars = self.health.scalars(waited_s=self.source.waited_s)
+        scalars |= self.source.scalars()
         self._report(step, {**scalars, **self.trainer.strategy.scalars()})
 
     def _report(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -261,7 +268,8 @@ class StageRun:
             scores = {view: self._score(view) for view in self.stage.views or (WHOLE,)}
             verdict = self.judge(scores, step)
             self.evaluation = Evaluation(scores, verdict.view, verdict.cut)
-            self._report(step, self.evaluation.scalars())
+            curves = {} if self.texts is None else self.texts.by_position
+            self._report(step, {**self.evaluation.scalars(), **curves})
             if verdict.counts and not self.goes_on:
                 self.stopping.consider(verdict.score)
             if self.keeps_best:
@@ -272,10 +280,14 @@ class StageRun:
         rows = self.prepared.encoded.validation
         scores = self.scorer.score(predict, rows)
         if self.stage.measures_losses:
-            plan = self.trainer.strategy.passes(self.trainer.step)
-            batches = self.scorer.batches(rows)
-            scores |= held_out_losses(self.trainer, self.bundle, plan, batches)
+            scores |= self._losses(self.scorer.batches(rows), functools.partial(passes_of, view))
+        if self.texts is not None and view == WHOLE:
+            scores |= self.texts.scores(self.trainer.step, self._losses)
         return scores
+
+    def _losses(self, batches: Iterable[Batch], watch: Watch = tuple) -> Mapping[str, float]:
+        plan = watch(self.trainer.strategy.passes(self.trainer.step))
+        return held_out_losses(self.trainer, self.bundle, plan, batches)
 
     def _save(self, step: int) -> None:
         self.health.check_finite(self.checkpoints.newest)
@@ -321,13 +333,13 @@ class StageRun:
         Args:
             result: the result of the stage.
             evaluation: defines how the learner is cut.
-            best: the folder to copy; None writes the learner in its current state.
+            best: the folder to copy, or to take adapters from; None writes the learner as it is.
         """
         record = {
             RESULT: result_text(result, self.checkpoints.fingerprint),
             **self.trainer.strategy.files(),
         }
-        if best is None:
+        if best is None or adapters_put_back(self.bundle.student, best):
             self._write_model(result.folder, record, evaluation, goes_on=self.goes_on)
         else:
             remedy = f"remove {best} and start the same command again"
@@ -335,7 +347,8 @@ class StageRun:
 
     def _write_best(self, folder: Path, record: Mapping[str, Any]) -> None:
         text = atomic.json_text(record, indent=2)
-        self._write_model(folder, {RECORD: text}, Evaluation.read(record["evaluation"]))
+        if not write_best_adapters(folder, self.bundle.student, {RECORD: text}):
+            self._write_model(folder, {RECORD: text}, Evaluation.read(record["evaluation"]))
 
     def _write_model(
         self,

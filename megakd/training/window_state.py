@@ -27,7 +27,8 @@ from megakd.training.random_state import random_state, set_random_state
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megakd.contract.stage import BatchSource, Strategy
+    from megakd.contract.batch_source import BatchSource
+    from megakd.contract.stage import Strategy
     from megakd.contract.units import Axes, Cut
     from megakd.engine.distributed import Ranks
     from megakd.engine.student import StudentEngine

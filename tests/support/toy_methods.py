@@ -12,10 +12,10 @@ import torch
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.batch import Batch
+from megakd.contract.batch_source import BatchSource
 from megakd.contract.methods import MethodOptions
 from megakd.contract.metrics import WHOLE, Metric
 from megakd.contract.stage import (
-    BatchSource,
     Constant,
     Pass,
     Stage,
@@ -192,6 +192,9 @@ class Made:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.made = list(state["made"])
+
+    def scalars(self) -> dict[str, float]:
+        return {}
 
 
 def _shorter(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

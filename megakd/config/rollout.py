@@ -1,0 +1,127 @@
+"""The section `rollout` of a run config: training on text that is generated during the run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
+
+from megakd.config.servers import RolloutServerConfig
+from megakd.config.task import Files
+from megakd.contract.rollouts import Sampling
+from megakd.contract.tasks import STUDENT
+from megakd.contract.terms import STRICT, Count, Fraction
+
+RowSource = Literal["rollout", "replay", "data"]
+
+
+def _some_probability(mix: dict[RowSource, float]) -> dict[RowSource, float]:
+    total = sum(mix.values())
+    if abs(total - 1) > 1e-6:
+        shares = ", ".join(f"{name} {share:g}" for name, share in mix.items())
+        raise ValueError(f"the shares must add up to 1 (got {total:g}: {shares})")
+    return mix
+
+
+Mix = Annotated[dict[RowSource, Fraction], AfterValidator(_some_probability)]
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class SamplingConfig:
+    """How a completion is sampled; the defaults sample from the model as it is."""
+
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """0: the most likely token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Count | None = None
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class LengthStep:
+    """A length limit, from a step of the stage on."""
+
+    from_step: Annotated[int, Field(ge=0)]
+    max_new_tokens: Count
+
+
+def _ascending(lengths: tuple[LengthStep, ...]) -> tuple[LengthStep, ...]:
+    steps = [length.from_step for length in lengths]
+    if steps != sorted(set(steps)) or steps[0] != 0:
+        raise ValueError(f"from_step must begin with 0 and increase (got {steps})")
+    return lengths
+
+
+Lengths = Annotated[tuple[LengthStep, ...], Field(min_length=1), AfterValidator(_ascending)]
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class RolloutConfig:
+    """Rows of a step are replaced by texts that the student generates from the rows' prompts.
+
+    Agarwal et al. 2024, GKD, algorithm 1: `mix: {rollout: lambda, data: 1 - lambda}`.
+    """
+
+    max_new_tokens: Count | Lengths
+    """Maximum number of generated tokens per row, or a schedule: a list of `from_step` and
+    `max_new_tokens`."""
+    mix: Mix = Field(default_factory=lambda: {"rollout": 1.0})
+    """Probabilities of the sources of a row: `rollout` is a new text; `replay` is a text that was
+    generated at an earlier step of the stage; `data` is the row as it is."""
+    mix_per: Literal["step", "row"] = "step"
+    """Whether all rows of a step have one source, as in GKD, or each row has its own."""
+    from_step: Annotated[int, Field(ge=0)] = 0
+    """The steps before this step use the data alone."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """How many updates the student may be ahead of the texts: texts are generated for
+    `max_staleness` + 1 steps at a time. A server generates for `max_staleness` steps at a time,
+    one step ahead, while the student learns."""
+    by: str = STUDENT
+    """The model that generates: `student`, or the name of a teacher for sequence-level distillation
+    (Kim and Rush 2016)."""
+    sampling: SamplingConfig = SamplingConfig()
+    files: Files | None = None
+    """Read texts that another run has written (`rollouts/*.jsonl`) instead of generating texts."""
+    server: RolloutServerConfig | None = None
+    """Inference servers that generate the texts in place of the run's own engine."""
+    rows_per_call: Count = 64
+    """Rows that a rank continues at the same time."""
+    prompt_tokens: Count | None = None
+    """For rows without a prompt (plain text): the number of tokens at the beginning of a row that
+    are continued."""
+
+    def sampling_at(self, step: int) -> Sampling:
+        """Return how the prompts of a step are continued."""
+        given = self.sampling
+        return Sampling(
+            max_new_tokens=self.max_new_tokens_at(step),
+            temperature=given.temperature,
+            top_p=given.top_p,
+            top_k=given.top_k,
+        )
+
+    def max_new_tokens_at(self, step: int) -> int:
+        """Return the length limit of a step."""
+        if isinstance(self.max_new_tokens, int):
+            return self.max_new_tokens
+        begun = [length for length in self.max_new_tokens if length.from_step <= step]
+        return begun[-1].max_new_tokens
+
+    @property
+    def works_ahead(self) -> bool:
+        """Whether a server generates the next texts while the student learns."""
+        return self.server is not None and self.max_staleness > 0
+
+    @property
+    def longest(self) -> int:
+        """The largest length limit of all steps."""
+        if isinstance(self.max_new_tokens, int):
+            return self.max_new_tokens
+        return max(length.max_new_tokens for length in self.max_new_tokens)
+
+
+def rollout_block(step: int, config: RolloutConfig) -> range:
+    """Return the steps whose texts are generated together with the texts of `step`."""
+    size = config.max_staleness + (0 if config.works_ahead else 1)
+    first = config.from_step + (step - config.from_step) // size * size
+    return range(first, first + size)

@@ -1,0 +1,63 @@
+"""Checks of the section `rollout` that need neither data nor models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megakd.contract.methods import no_such_teacher
+from megakd.contract.tasks import STUDENT
+from megakd.methods import methods_with_rollouts
+
+if TYPE_CHECKING:
+    from megakd.config.rollout import RolloutConfig
+    from megakd.config.run import RunConfig
+
+
+def rollout_problems(config: RunConfig) -> Iterator[str]:
+    """Yield the problems of training on generated texts."""
+    if config.rollout is None:
+        return
+    if config.task.type != "causal_lm":
+        yield (
+            f"rollout: only causal_lm models generate text, and task.type is {config.task.type}; "
+            "remove the section"
+        )
+    if not config.method.learns_from_rollouts:
+        yield (
+            f'rollout: method "{config.method.name}" does not train on generated texts; set '
+            f"method.name to {' or '.join(methods_with_rollouts())}, or remove the section"
+        )
+    yield from _rows(config)
+    yield from _generator(config.rollout, config)
+
+
+def _rows(config: RunConfig) -> Iterator[str]:
+    if config.task.streaming:
+        yield (
+            "rollout: prompts are taken from rows on disk, and task.streaming is true; set "
+            "task.streaming to false"
+        )
+    for name, spec in config.teacher_specs.items():
+        if spec.cache is not None:
+            yield (
+                f"{config.key_of(name)}.cache: holds answers to the training rows, and rollout "
+                "trains on other texts; remove one of the two"
+            )
+
+
+def _generator(rollouts: RolloutConfig, config: RunConfig) -> Iterator[str]:
+    if rollouts.by != STUDENT and rollouts.by not in config.teacher_specs:
+        yield no_such_teacher(config, "rollout.by", rollouts.by)
+    if rollouts.files is None:
+        return
+    if rollouts.max_staleness:
+        yield (
+            f"rollout.max_staleness: {rollouts.max_staleness} applies to texts that are generated "
+            "during the run, and rollout.files is set; remove one of the two keys"
+        )
+    if rollouts.by != STUDENT:
+        yield (
+            f"rollout.by: {rollouts.by} does not generate texts if rollout.files is set; remove "
+            "one of the two keys"
+        )

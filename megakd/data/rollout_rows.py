@@ -1,0 +1,99 @@
+"""Generated texts as training rows, and the prompts that texts are generated from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+
+from megakd.contract.batch import IGNORE
+from megakd.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from numpy.typing import NDArray
+
+    from megakd.contract.rollouts import Rollout
+
+PROMPT_LENGTH = "prompt_length"
+"""Column of encoded rows: the number of tokens that a generator continues."""
+
+
+class TrainingRow(NamedTuple):
+    """One row of a step: tokens, next tokens (-100: not counted), and positions, all [T]."""
+
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    position_ids: NDArray[np.int32]
+    is_rollout: bool
+
+
+def rollout_row(rollout: Rollout) -> TrainingRow:
+    """Return a generated text as a row in which every token of the completion is a target."""
+    ids = np.array(rollout.prompt + rollout.completion.ids, dtype=np.int32)
+    labels = np.full(len(ids), IGNORE, dtype=np.int32)
+    first = len(rollout.prompt) - 1  # the position that predicts the first generated token
+    labels[first:-1] = ids[first + 1 :]
+    return TrainingRow(ids, labels, np.arange(len(ids), dtype=np.int32), is_rollout=True)
+
+
+def columns_of_rows(rows: Sequence[TrainingRow]) -> dict[str, list[Any]]:
+    """Return rows as a mapping of columns, as collators take them."""
+    return {name: [getattr(row, name) for row in rows] for name in TrainingRow._fields}
+
+
+class Prompts:
+    """The rows of a training split and the prompts in them.
+
+    Args:
+        rows: encoded rows of causal_lm.
+        prompt_tokens: length of the prompts if the rows do not have a column `prompt_length`.
+
+    Raises:
+        DataError: the rows have no prompts, or have prompts and `prompt_tokens` is given.
+    """
+
+    def __init__(self, rows: Dataset, *, prompt_tokens: int | None) -> None:
+        has_prompts = PROMPT_LENGTH in rows.column_names
+        if has_prompts and prompt_tokens is not None:
+            raise DataError(
+                f"rollout.prompt_tokens: {prompt_tokens} applies to plain text, and the training "
+                "rows have prompts of their own; remove the key"
+            )
+        if not has_prompts and prompt_tokens is None:
+            raise DataError(
+                "rollout: the training rows have no prompts; use rows with messages, with prompt "
+                "and completion, or with prompt, or set rollout.prompt_tokens to the number of "
+                "tokens at the beginning of each row that are continued"
+            )
+        self._rows, self._tokens = rows.with_format("numpy"), prompt_tokens
+        self._has_prompts = has_prompts
+
+    def prompt(self, row: int) -> tuple[int, ...]:
+        """Return the tokens of a row that a generator continues; at least one token."""
+        found = cast("dict[str, Any]", self._rows[int(row)])
+        ids = np.asarray(found["input_ids"])
+        length = int(found[PROMPT_LENGTH]) if self._has_prompts else self._tokens
+        return tuple(int(token) for token in ids[:length])
+
+    def row(self, row: int) -> TrainingRow:
+        """Return a row of the data as it is."""
+        found = cast("dict[str, Any]", self._rows[int(row)])
+        ids = np.asarray(found["input_ids"], dtype=np.int32)
+        positions = found.get("position_ids")
+        return TrainingRow(
+            ids,
+            np.asarray(found["labels"], dtype=np.int32),
+            np.arange(len(ids), dtype=np.int32) if positions is None else np.asarray(positions),
+            is_rollout=False,
+        )
+
+    def longest(self) -> tuple[int, int]:
+        """Return the length of the longest prompt, and the number of its row."""
+        if not self._has_prompts:
+            return self._tokens or 0, 0
+        column = cast("dict[str, Any]", self._rows.select_columns(PROMPT_LENGTH)[:])
+        lengths = np.asarray(column[PROMPT_LENGTH])
+        row = int(lengths.argmax())
+        return int(lengths[row]), row

@@ -1,0 +1,132 @@
+"""Rollouts on disk: a file per optimizer step, written whole before the student learns from it.
+
+rollouts/<stage>/fingerprint.json
+rollouts/<stage>/step-00000012.jsonl     a line with the number of texts, then a line per text
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from megakd.contract.rollouts import Completion, Rollout
+from megakd.errors import DataError
+from megakd.storage.atomic import write_json, write_text
+from megakd.storage.fingerprint import Fingerprint, as_read_back
+
+_FORMAT = 1
+_FINGERPRINT = "fingerprint.json"
+_NAME = re.compile(r"step-(\d+)\.jsonl")
+
+
+class RolloutStore:
+    """The rollouts of one stage; only rank 0 uses the files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def begin(self, fingerprint: Fingerprint) -> None:
+        """Keep the texts of an interrupted run of the same stage, and set others aside.
+
+        Args:
+            fingerprint: everything that the texts depend on, except for the number of steps.
+
+        Raises:
+            MegakdError: the disk is full.
+        """
+        path = self.folder / _FINGERPRINT
+        wanted = as_read_back(fingerprint)
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != wanted:
+            self.folder.replace(_free_name(self.folder))
+        write_json(path, wanted)
+
+    def has(self, step: int) -> bool:
+        """Return whether the texts of a step are written."""
+        return self._path(step).is_file()
+
+    def write(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        """Write the texts of a step.
+
+        Raises:
+            MegakdError: the disk is full.
+        """
+        head = {"format": _FORMAT, "step": step, "rollouts": len(rollouts)}
+        lines = [head, *map(_record, rollouts)]
+        write_text(self._path(step), "".join(json.dumps(line) + "\n" for line in lines))
+
+    def read(self, step: int) -> list[Rollout]:
+        """Return the texts of a step, in the order in which they were written.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        return read_rollouts(self._path(step))
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}.jsonl"
+
+
+def read_rollouts(path: Path) -> list[Rollout]:
+    """Return the texts of a file of a `RolloutStore`.
+
+    Raises:
+        DataError: the file cannot be read, has another format, or is not complete.
+    """
+    try:
+        head, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        if head["format"] != _FORMAT:
+            raise DataError(
+                f"{path} has format {head['format']}, and this version reads format {_FORMAT}; "
+                "generate the texts again"
+            )
+        found = [_rollout(line) for line in lines]
+        expected = int(head["rollouts"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(
+            f"{path} is not a complete file of rollouts ({type(error).__name__}: {error}); remove "
+            "the file, and its texts are generated again"
+        ) from error
+    if len(found) != expected:
+        raise DataError(
+            f"{path} holds {len(found)} rollouts instead of {expected}; remove the file, and its "
+            "texts are generated again"
+        )
+    return found
+
+
+def rollout_files(folder: Path) -> list[Path]:
+    """Return the files of a `RolloutStore`, by step."""
+    return sorted(path for path in folder.glob("*.jsonl") if _NAME.fullmatch(path.name))
+
+
+def _record(rollout: Rollout) -> dict[str, object]:
+    return {
+        "row": rollout.row,
+        "version": rollout.version,
+        "seed": rollout.seed,
+        "finished": rollout.completion.finished,
+        "prompt": list(rollout.prompt),
+        "completion": list(rollout.completion.ids),
+    }
+
+
+def _rollout(record: Mapping[str, Any]) -> Rollout:
+    ids = cast("list[int]", record["completion"])
+    return Rollout(
+        row=int(record["row"]),
+        prompt=tuple(map(int, record["prompt"])),
+        completion=Completion(tuple(map(int, ids)), finished=bool(record["finished"])),
+        version=int(record["version"]),
+        seed=int(record["seed"]),
+    )
+
+
+def _free_name(folder: Path) -> Path:
+    """Return a name beside a folder that is not in use."""
+    number = 1
+    while (found := folder.with_name(f"{folder.name}.before-{number}")).exists():
+        number += 1
+    return found

@@ -1,0 +1,162 @@
+"""Generated texts in a stage: its training batches, and its evaluation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megakd.contract.rollouts import TextTokens
+from megakd.contract.tasks import STUDENT
+from megakd.contract.text_names import TEXTS
+from megakd.data.files import matching_files
+from megakd.data.loader import StepLoader
+from megakd.data.rollout_rows import Prompts
+from megakd.data.rollout_store import RolloutStore
+from megakd.engine.collectives import on_main, together
+from megakd.engine.student import StudentEngine
+from megakd.errors import ConfigError
+from megakd.models.generation import generation_config_of
+from megakd.teachers.frozen import FrozenTeacher
+from megakd.training.file_generator import FileGenerator
+from megakd.training.local_generator import LocalGenerator, end_tokens_of
+from megakd.training.longer import LENGTHS
+from megakd.training.rollout_source import RolloutSource, StepRows
+from megakd.training.servers import server_generator
+from megakd.training.text_evaluation import TextEvaluation
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from megakd.contract.batch_source import BatchSource
+    from megakd.contract.rollouts import Generator
+    from megakd.contract.stage import Stage, Teacher
+    from megakd.data.step_layout import StepLayout
+    from megakd.storage.fingerprint import Fingerprint
+    from megakd.training.engines import Assembly
+
+ROLLOUTS = "rollouts"
+"""Folder of the generated texts in the folder of a run."""
+
+
+def with_rollouts(
+    loader: BatchSource,
+    stage: Stage,
+    assembly: Assembly,
+    *,
+    layout: StepLayout,
+    generator: Generator,
+    fingerprint: Fingerprint,
+) -> RolloutSource:
+    """Return batches in which generated texts replace rows; a collective.
+
+    Args:
+        loader: the loader of the stage's rows.
+        stage: a stage with `rollouts`.
+        assembly: the assembly of the run.
+        layout: how the rows of a step become micro-batches.
+        generator: the generator of the texts.
+        fingerprint: fingerprint of the stage.
+
+    Raises:
+        MegakdError: the rows are a stream, or texts cannot be written.
+    """
+    own, rollouts = assembly.of(stage.role), stage.rollouts
+    if not isinstance(loader, StepLoader):
+        raise ConfigError(
+            "rollout: prompts are taken from rows on disk, and task.streaming is true; set "
+            "task.streaming to false"
+        )
+    rows = StepRows(
+        loader,
+        Prompts(own.prepared.encoded.train, prompt_tokens=rollouts.prompt_tokens),
+        own.scorer(stage.train).collate,
+        layout,
+    )
+    store = RolloutStore(assembly.config.output_dir / ROLLOUTS / stage.name)
+    # A longer run continues with the texts of the shorter run.
+    facts = {key: value for key, value in fingerprint.items() if key not in LENGTHS}
+    on_main(lambda: store.begin(facts))
+    return RolloutSource(
+        rows, rollouts, generator=generator, store=store, seed=assembly.config.seed
+    )
+
+
+def generator_of(
+    stage: Stage, assembly: Assembly, models: Mapping[str, StudentEngine | Teacher]
+) -> Generator:
+    """Return the generator of a stage's texts; a collective.
+
+    Args:
+        stage: a stage with `rollouts`.
+        assembly: the assembly of the run.
+        models: the engines of the stage: `student`, and the teachers by name.
+
+    Raises:
+        MegakdError: a file of `rollout.files` cannot be read, or a server of `rollout.server` is
+            not there.
+    """
+    rollouts = stage.rollouts
+    if rollouts.files is not None:
+        paths = matching_files(rollouts.files, "rollout.files")
+        return together(lambda: FileGenerator(paths))
+    if rollouts.server is not None:
+        own, student = assembly.of(stage.role), models[STUDENT]
+        if not isinstance(student, StudentEngine):
+            raise TypeError(f"a {type(student).__name__} does not learn")
+        config, rank = assembly.config, assembly.ranks.rank
+        return server_generator(config, own.prepared, student.student, rank=rank)
+    return local_generator(
+        models[rollouts.by], assembly.of(stage.role), rows_at_once=rollouts.rows_per_call
+    )
+
+
+def text_evaluation(
+    stage: Stage, assembly: Assembly, student: StudentEngine
+) -> TextEvaluation | None:
+    """Return the evaluation of a stage on generated texts; None if there is none.
+
+    Raises:
+        MegakdError: the held-out rows have no prompts, or a package is missing.
+    """
+    generation = assembly.config.eval.generation
+    if generation is None or stage.role != STUDENT:
+        return None
+    own = assembly.of(stage.role)
+    return TextEvaluation(
+        generation,
+        own.prepared.encoded.validation,
+        own.prepared.tokenizer,
+        generator=local_generator(student, own, rows_at_once=generation.rows_per_call),
+        scorer=own.scorer(stage.train),
+        folder=assembly.config.output_dir / TEXTS / stage.name,
+    )
+
+
+def local_generator(
+    engine: StudentEngine | Teacher, own: Assembly, *, rows_at_once: int
+) -> LocalGenerator:
+    """Return the generator that uses the weights of an engine.
+
+    Args:
+        engine: engine of the student or of a frozen teacher.
+        own: the assembly with the tokenizer of the student.
+        rows_at_once: number of prompts that a rank continues at the same time.
+
+    Raises:
+        DataError: no token ends a text.
+    """
+    if not isinstance(engine, StudentEngine | FrozenTeacher):
+        raise TypeError(f"a {type(engine).__name__} generates no text")
+    inputs = own.prepared
+    tokenizer, source = inputs.tokenizer, inputs.sources[STUDENT]
+    pad = tokenizer.pad_token_id
+    sizes = [one.config.vocab_size for one in inputs.sources.values()]
+    return LocalGenerator(
+        engine,
+        tokens=TextTokens(
+            end=end_tokens_of(tokenizer, source.config, generation_config_of(source)),
+            pad=pad if isinstance(pad, int) else 0,
+            # No model can read a token that it does not have.
+            known=min(len(tokenizer), *sizes),
+        ),
+        rows_at_once=rows_at_once,
+    )

@@ -1,0 +1,246 @@
+"""Training batches from texts that a model generates during the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator as Iteration
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from megakd.config.rollout import rollout_block
+from megakd.contract.rollouts import DISTINCT, TOKENS_PER_TEXT, TRUNCATED, RemoteGenerator, Rollout
+from megakd.data.rollout_draws import RolloutDraws
+from megakd.data.rollout_rows import columns_of_rows, rollout_row
+from megakd.data.step_layout import StepLayout, collate_step
+from megakd.engine.activity import doing
+from megakd.engine.collectives import gather, on_main
+from megakd.training.text_evaluation import distinct_pairs
+
+if TYPE_CHECKING:
+    from megakd.config.rollout import RolloutConfig
+    from megakd.contract.batch import Batch
+    from megakd.contract.rollouts import Completion, Generator, RequestedTexts, Sampling
+    from megakd.data.loader import StepLoader
+    from megakd.data.rollout_rows import Prompts
+    from megakd.data.rollout_store import RolloutStore
+    from megakd.data.step_layout import Collate
+
+
+class StepRows(NamedTuple):
+    """The data behind a stage's rollouts.
+
+    loader: the loader of the training rows, which chooses the rows of each step.
+    prompts: the rows and their prompts.
+    collate: function that collates a micro-batch.
+    layout: how the rows of a step become micro-batches.
+    """
+
+    loader: StepLoader
+    prompts: Prompts
+    collate: Collate
+    layout: StepLayout
+
+
+class _Request(NamedTuple):
+    """Texts that are generated together.
+
+    steps: the steps that learn from the texts, in order; those whose texts are on disk keep them.
+    version: number of updates of the student that generates.
+    wanted: step and row of each text, over all ranks; rank r generates the texts r, r + world, …
+    texts: the texts of this rank, if a remote generator is making them.
+    """
+
+    steps: Sequence[int]
+    version: int
+    wanted: Sequence[tuple[int, int]]
+    texts: RequestedTexts | None = None
+
+
+class RolloutSource:
+    """The batches of a stage whose rows are replaced by texts that a model generates.
+
+    The rows of a step are those of the training data. A row's source (`rollout`, `replay` or
+    `data`) is a function of (config, seed, step). Texts are written to disk before the student
+    learns from them, and a resumed run reads them from disk.
+    """
+
+    def __init__(
+        self,
+        rows: StepRows,
+        config: RolloutConfig,
+        *,
+        generator: Generator,
+        store: RolloutStore,
+        seed: int,
+    ) -> None:
+        self._rows, self._config = rows, config
+        self._generator, self._store = generator, store
+        self._draws = RolloutDraws(config, seed=seed)
+        self.steps_per_epoch = rows.loader.steps_per_epoch
+        self.waited_s = 0.0
+        """Seconds that the loop has waited for batches, including the generation of texts."""
+        self._statistics = RolloutStatistics()
+        self._ahead: _Request | None = None
+
+    def iterate(self, start: int, stop: int) -> Iteration[Sequence[Batch], None, None]:
+        """Yield this rank's micro-batches of each step; every step is a collective."""
+        for step in range(start, stop):
+            began = time.perf_counter()
+            batches = self.step(step)
+            if step + 1 < stop:
+                self._request_ahead(step)
+            self.waited_s += time.perf_counter() - began
+            yield batches
+
+    def step(self, step: int) -> Sequence[Batch]:
+        """Return this rank's micro-batches of a step; a collective."""
+        rows = [int(row) for row in self._rows.loader.step_rows(step)]
+        sources = self._draws.sources(step, len(rows)).tolist()
+        fresh = iter(self._fresh(step) if "rollout" in sources else ())
+        replayed = iter(self._replayed(step, sources) if "replay" in sources else ())
+        made = [
+            self._rows.prompts.row(row)
+            if source == "data"
+            else rollout_row(next(fresh if source == "rollout" else replayed))
+            for row, source in zip(rows, sources, strict=True)
+        ]
+        return collate_step(columns_of_rows(made), self._rows.layout, self._rows.collate)
+
+    def scalars(self) -> dict[str, float]:
+        """Return statistics of the texts since the last call, the same on every rank."""
+        found, self._statistics = self._statistics.scalars(), RolloutStatistics()
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return {}: the sources follow from the seed, and the texts are on disk."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def _replayed(self, step: int, sources: Sequence[str]) -> list[Rollout]:
+        """Return the texts of earlier steps that some rows repeat; a collective."""
+        steps = self._draws.replayable(step)
+        drawn = [
+            self._draws.replayed(step, position, count=len(steps))
+            for position, source in enumerate(sources)
+            if source == "replay"
+        ]
+
+        def read() -> list[Rollout]:
+            texts = {index: self._store.read(steps[index]) for index in {i for i, _ in drawn}}
+            return [texts[index][int(part * len(texts[index]))] for index, part in drawn]
+
+        return on_main(read)
+
+    def _fresh(self, step: int) -> list[Rollout]:
+        """Return the new texts of a step in the order of its rows; a collective."""
+        if not on_main(lambda: self._store.has(step)):
+            request, self._ahead = self._ahead, None
+            if request is None or step not in request.steps:
+                later = [s for s in rollout_block(step, self._config) if s >= step]
+                request = self._request(later, version=step)
+            self._generate(request)
+        texts = on_main(lambda: self._store.read(step))
+        self._statistics.add(texts, step)
+        return texts
+
+    def _request_ahead(self, step: int) -> None:
+        """Let a remote generator make the next texts while the student learns; a collective."""
+        following = step + 1
+        if not self._config.works_ahead or following < self._config.from_step:
+            return
+        block = rollout_block(following, self._config)
+        if block[0] == following and not on_main(lambda: self._store.has(following)):
+            self._ahead = self._request(block, version=step)
+
+    def _request(self, steps: Sequence[int], *, version: int) -> _Request:
+        """Return what is generated for some steps; a remote generator begins. A collective."""
+        wanted = [(step, row) for step in steps for row in self._rows_to_continue(step)]
+        request = _Request(steps, version, wanted)
+        if not isinstance(self._generator, RemoteGenerator) or not wanted:
+            return request
+        with doing(f"sending the weights of step {version} to the servers"):
+            self._generator.update(version)
+        return request._replace(texts=self._generator.begin(*self._asked(request)))
+
+    def _generate(self, request: _Request) -> None:
+        """Generate and write the texts of some steps; a collective."""
+        began = time.perf_counter()
+        with doing(f"generating {len(request.wanted)} texts at step {request.steps[0]}"):
+            completions = self._completions(request)
+        self._statistics.seconds += time.perf_counter() - began
+        prompts, seeds, _ = self._asked(request)
+        own = [
+            (step, Rollout(row, prompt, completion, request.version, seed))
+            for (step, row), prompt, completion, seed in zip(
+                self._mine(request), prompts, completions, seeds, strict=True
+            )
+        ]
+        parts, world = gather(own), self._rows.layout.shape.world
+        made = [parts[number % world][number // world] for number in range(len(request.wanted))]
+        on_main(lambda: self._write(request.steps, made))
+
+    def _completions(self, request: _Request) -> list[Completion]:
+        if request.texts is not None:
+            return request.texts.completions()
+        return self._generator.generate(*self._asked(request))
+
+    def _mine(self, request: _Request) -> Sequence[tuple[int, int]]:
+        shape = self._rows.layout.shape
+        return request.wanted[shape.rank :: shape.world]
+
+    def _asked(self, request: _Request) -> tuple[list[tuple[int, ...]], list[int], Sampling]:
+        """Return the prompts and seeds of this rank, and how the prompts are continued."""
+        mine = self._mine(request)
+        prompts = [self._rows.prompts.prompt(row) for _, row in mine]
+        seeds = [self._draws.seed_of(step, row) for step, row in mine]
+        return prompts, seeds, self._config.sampling_at(request.steps[0])
+
+    def _write(self, steps: Sequence[int], made: Sequence[tuple[int, Rollout]]) -> None:
+        # Backwards: if the first step has its texts, the later steps have theirs too, and no texts
+        # of one block are generated by two versions of the student.
+        for step in reversed(steps):
+            if not self._store.has(step):
+                self._store.write(step, [rollout for at, rollout in made if at == step])
+
+    def _rows_to_continue(self, step: int) -> list[int]:
+        rows = self._rows.loader.step_rows(step)
+        sources = self._draws.sources(step, len(rows))
+        return [int(row) for row in rows[sources == "rollout"]]
+
+
+@dataclass
+class RolloutStatistics:
+    """Sums over the new texts since the last logged step.
+
+    seconds: time that generation has taken.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+    finished: int = 0
+    staleness: int = 0
+    distinct: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, rollouts: Sequence[Rollout], step: int) -> None:
+        """Add the new texts of a step."""
+        self.texts += len(rollouts)
+        self.tokens += sum(len(rollout.completion.ids) for rollout in rollouts)
+        self.finished += sum(rollout.completion.finished for rollout in rollouts)
+        self.staleness += sum(step - rollout.version for rollout in rollouts)
+        self.distinct += sum(distinct_pairs([rollout.completion]) for rollout in rollouts)
+
+    def scalars(self) -> dict[str, float]:
+        """Return means over the texts; {} without texts."""
+        if not self.texts:
+            return {}
+        return {
+            TOKENS_PER_TEXT: self.tokens / self.texts,
+            TRUNCATED: 1 - self.finished / self.texts,
+            DISTINCT: self.distinct / self.texts,
+            "rollout/staleness": self.staleness / self.texts,
+            "rollout/seconds": self.seconds,
+        }

@@ -1,0 +1,209 @@
+"""Training on generated texts: the same texts and weights on any ranks, and after any kill."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+STEPS = 6
+WORDS = ("the", "cat", "dog", "sat", "on", "a", "mat", "and", "ran", "to", "big", "red", "house")
+
+
+def llama(layers: int, width: int) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 2}
+    return {"config": {"model_type": "llama", "num_hidden_layers": layers, **sizes}}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    rng = random.Random(0)
+    for split, count in (("train", 120), ("validation", 8)):
+        lines = (" ".join(rng.choices(WORDS, k=30)) for _ in range(count))
+        (folder / f"{split}.txt").write_text("\n\n".join(lines))
+    return folder
+
+
+def write_config(folder: Path, texts: Path, *, zero: int, **sections: Any) -> Path:
+    """A student that learns from texts of its own, of earlier steps, and of the data."""
+    teacher = "teacher_zero3" if zero == 3 else "teacher_zero0"
+    tree: dict[str, Any] = {
+        "output_dir": "unused",
+        "task": {
+            "type": "causal_lm",
+            "train_files": str(texts / "train.txt"),
+            "validation_files": str(texts / "validation.txt"),
+            "max_length": 24,
+            "tokenizer": {"type": "bpe", "vocab_size": 300},
+        },
+        "teacher": {"model": llama(2, 16), "deepspeed": teacher},
+        "student": {"model": llama(1, 8), "deepspeed": f"zero{zero}"},
+        "method": {"name": "single"},
+        "objective": [{"loss": "soft_target_kl"}, {"loss": "hard_cross_entropy", "weight": 0.1}],
+        "rollout": {
+            "max_new_tokens": 10,
+            "prompt_tokens": 6,
+            "mix": {"rollout": 0.6, "replay": 0.2, "data": 0.2},
+            "mix_per": "row",
+        },
+        "train": {
+            "per_device_train_batch_size": 12,
+            "max_steps": STEPS,
+            "learning_rate": 0.01,
+            # Adam would turn rounding of tiny gradients into whole steps.
+            "adam_epsilon": 0.01,
+        },
+        "save": {"save_steps": 2},
+        "log": {"logging_steps": 1, "report_to": []},
+    }
+    for name, keys in sections.items():
+        tree[name] |= keys
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(tree))
+    return path
+
+
+def finish(launch: Callable[..., Any], config: Path, out: Path, *, world: int = 2) -> Path:
+    group = launch("--config", str(config), f"output_dir={out}", world=world)
+    assert group.wait() == [0] * world, group.text
+    return out
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "final" / "model.safetensors")
+
+
+def texts_of(out: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in (out / "rollouts" / "student").glob("*.jsonl")}
+
+
+def assert_close(found: Path, wanted: Path) -> None:
+    assert texts_of(found) == texts_of(wanted)
+    assert len(texts_of(wanted)) > STEPS // 2
+    for name, weight in weights(wanted).items():
+        torch.testing.assert_close(weights(found)[name], weight, rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.fixture(scope="module")
+def one_rank(launch, texts, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    return finish(launch, write_config(folder, texts, zero=0), folder / "out", world=1)
+
+
+@pytest.mark.parametrize(
+    ("zero", "world"),
+    [
+        pytest.param(0, 2, marks=pytest.mark.slow),
+        pytest.param(1, 2, marks=pytest.mark.slow),
+        (2, 3),
+        (3, 2),
+    ],
+)
+def test_texts_and_weights_do_not_depend_on_ranks_or_sharding(
+    launch, texts, one_rank, tmp_path, zero, world
+):
+    # All ranks together learn from 12 rows per step, packed by a budget instead of padded.
+    keys = {"per_device_train_batch_size": 12 // world, "tokens_per_rank": 40}
+
+    out = finish(
+        launch, write_config(tmp_path, texts, zero=zero, train=keys), tmp_path / "out", world=world
+    )
+
+    assert_close(out, one_rank)
+
+
+def test_a_run_killed_before_it_learns_from_a_text_ends_as_if_it_had_never_been(
+    launch, texts, tmp_path
+):
+    """The kill falls on generation, on learning, or on a checkpoint; texts are stale by a step."""
+    config = write_config(tmp_path, texts, zero=2, rollout={"max_staleness": 1})
+    wanted = finish(launch, config, tmp_path / "wanted")
+    out, store = tmp_path / "killed", tmp_path / "killed" / "rollouts" / "student"
+
+    for step in (0, 2, 4):
+        group = launch("--config", str(config), f"output_dir={out}")
+        assert group.wait_until((store / f"step-{step:08d}.jsonl").exists), group.text
+        group.kill()
+    written = texts_of(out)
+    finish(launch, config, out)
+
+    assert written.items() <= texts_of(out).items()
+    assert texts_of(out) == texts_of(wanted)
+    for name, weight in weights(wanted).items():
+        assert torch.equal(weights(out)[name], weight), name
+
+
+def test_a_lost_text_is_generated_again(launch, texts, tmp_path):
+    config = write_config(tmp_path, texts, zero=0, train={"max_steps": 2})
+    out = finish(launch, config, tmp_path / "out", world=1)
+    wanted, before = texts_of(out), weights(out)
+    for folder in ("checkpoints", "stages", "final"):
+        (out / folder).rename(tmp_path / folder)
+    for name in ("report.json", "report.html", "metrics.jsonl", "run.json"):
+        (out / name).unlink(missing_ok=True)
+    (out / "rollouts" / "student" / "step-00000001.jsonl").unlink()
+
+    finish(launch, config, out, world=1)
+
+    assert texts_of(out) == wanted
+    for name, weight in before.items():
+        assert torch.equal(weights(out)[name], weight), name
+
+
+def test_a_student_learns_from_the_texts_of_its_teacher_and_of_another_run(
+    launch, texts, tmp_path
+):
+    """Texts of the teacher, read again from their files, give the same weights."""
+    keys = {"mix": {"rollout": 1.0}, "by": "teacher"}
+    config = write_config(tmp_path, texts, zero=0, rollout=keys, train={"max_steps": 2})
+    first = finish(launch, config, tmp_path / "first", world=1)
+    files = {"mix": {"rollout": 1.0}, "files": str(first / "rollouts" / "student" / "*.jsonl")}
+    config = write_config(tmp_path, texts, zero=0, rollout=files, train={"max_steps": 2})
+
+    second = finish(launch, config, tmp_path / "second", world=1)
+
+    for name, weight in weights(first).items():
+        assert torch.equal(weights(second)[name], weight), name
+
+
+@pytest.mark.slow
+def test_a_student_learns_school_mathematics_from_its_own_answers_on_two_ranks(
+    launch, shared_data, tmp_path
+):
+    """Questions and answers of GSM8K, both models at ZeRO 3, packed rows, texts in evaluations."""
+    lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()
+    rows = [
+        {"prompt": row["question"] + "\n", "completion": row["answer"]}
+        for row in map(json.loads, lines[:300])
+    ]
+    for split, part in (("train", rows[:280]), ("validation", rows[280:])):
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    task = {
+        "train_files": str(tmp_path / "train.jsonl"),
+        "validation_files": str(tmp_path / "validation.jsonl"),
+        "tokenizer": {"type": "bpe", "vocab_size": 1000},
+        "max_length": 384,
+    }
+    rollout = {"max_new_tokens": 12, "prompt_tokens": None}
+    train = {"per_device_train_batch_size": 4, "max_steps": 3, "tokens_per_rank": 1024}
+    config = write_config(tmp_path, tmp_path, zero=3, task=task, rollout=rollout, train=train)
+    generation = {"max_new_tokens": 12, "rows": 4, "match": "exact", "answer": "#### (.+)"}
+    tree = json.loads(config.read_text())
+    config.write_text(json.dumps(tree | {"eval": {"losses": True, "generation": generation}}))
+
+    out = finish(launch, config, tmp_path / "out")
+
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    last = next(record for record in reversed(records) if "eval/match" in record)
+    assert 0 < last["eval/soft_target_kl"] < 10
+    assert 0 < last["eval/text_soft_target_kl"] < 10
+    assert 1 <= last["eval/text_tokens"] <= 12
+    assert all(text.startswith('{"format": 1') for text in texts_of(out).values())

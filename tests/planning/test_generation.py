@@ -1,0 +1,114 @@
+"""The plan of a run that generates texts: the cache of keys and values, and the gathered model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import llama, write_config
+from transformers import AutoConfig, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from megakd.config.file import load_config
+from megakd.contract.tasks import STUDENT
+from megakd.planning.cluster import Cluster
+from megakd.planning.generation import cached_numbers
+from megakd.planning.ledger import Share
+from megakd.planning.memory_plan import Plan
+from megakd.planning.plan import plan_run
+from megakd.planning.simulated_phase import Traces
+
+TRACES = Traces()
+
+
+def planned(folder: Path, *overrides: str) -> Plan:
+    tree: dict[str, Any] = {
+        "output_dir": str(folder / "out"),
+        "task": {"type": "causal_lm", "dataset": "anything", "max_length": 32},
+        "teacher": {"model": llama(3, width=32, vocab_size=64), "deepspeed": "teacher_zero0"},
+        "student": {"model": llama(2, vocab_size=64), "deepspeed": "zero0"},
+        "method": {"name": "single"},
+        "objective": [{"loss": "soft_target_kl"}],
+        "train": {"per_device_train_batch_size": 2},
+    }
+    config = load_config(write_config(folder / "run.yaml", tree), overrides)
+    return plan_run(config, Cluster(device="cuda", ranks=2), advise=False, traces=TRACES)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_the_cache_of_a_token_has_the_counted_numbers(key_heads: int) -> None:
+    keys = llama(3, width=32, vocab_size=64, num_key_value_heads=key_heads)["config"]
+    config = AutoConfig.for_model(**{**keys, "num_attention_heads": 4})
+    cache = DynamicCache()
+
+    LlamaForCausalLM(config)(torch.zeros(2, 5, dtype=torch.long), past_key_values=cache)
+
+    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)  # type: ignore[union-attr]
+    assert held == 2 * 5 * cached_numbers(config)
+
+
+def test_many_texts_at_once_raise_the_peak_and_are_named(tmp_path: Path) -> None:
+    few = planned(tmp_path, "rollout={max_new_tokens: 8}")
+    many = planned(
+        tmp_path,
+        "rollout={max_new_tokens: 8, rows_per_call: 65536}",
+        "train.per_device_train_batch_size=2",
+        "train.gradient_accumulation_steps=32768",
+    )
+
+    assert many.peak_bytes_per_rank > 65536 * 32 * 64  # more than a byte per cached number
+    assert many.highest.ledger.peaks["device"].when.startswith("generating texts (rollout.rows_per")
+    assert few.highest.ledger.peaks["device"].when != many.highest.ledger.peaks["device"].when
+
+
+@pytest.mark.parametrize(("preset", "copies"), [("zero3", 1), ("zero2", 0)])
+def test_only_a_sharded_student_is_gathered_whole_to_generate(
+    tmp_path: Path, preset: str, copies: int
+) -> None:
+    plan = planned(
+        tmp_path, f"student.deepspeed={preset}", "eval.generation={max_new_tokens: 8, rows: 65536}",
+        "eval.generation.rows_per_call=65536",
+    )  # fmt: skip
+    keys = llama(2, vocab_size=64)["config"]
+    model = LlamaForCausalLM(AutoConfig.for_model(**keys))
+
+    peak = plan.highest.ledger.peaks["device"]
+
+    assert "evaluating on texts" in peak.when
+    size = 2 * sum(parameter.numel() for parameter in model.parameters())  # in bf16
+    assert peak.shares.get(Share(STUDENT, "gather"), 0) == copies * size
+
+
+def test_texts_from_files_take_no_memory(tmp_path: Path) -> None:
+    plain, files = planned(tmp_path), planned(
+        tmp_path, "rollout={max_new_tokens: 8, files: texts.jsonl}"
+    )  # fmt: skip
+
+    assert files.peak_bytes_per_rank == plain.peak_bytes_per_rank
+
+
+def test_texts_of_servers_take_no_memory(tmp_path: Path) -> None:
+    keys = "max_new_tokens: 8, rows_per_call: 65536"
+    server = "url: ['http://a:1'], kind: sglang, model: m, push: full, folder: w"
+    batches = ("train.gradient_accumulation_steps=32768",)
+
+    own = planned(tmp_path, f"rollout={{{keys}}}", *batches)
+    served = planned(tmp_path, f"rollout={{{keys}, server: {{{server}}}}}", *batches)
+
+    assert served.peak_bytes_per_rank < own.peak_bytes_per_rank // 2
+
+
+def test_a_served_teacher_takes_no_memory(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    config = LlamaConfig(**sizes, vocab_size=64, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "big")
+    loaded = f"teacher={{model: {tmp_path / 'big'}, deepspeed: teacher_zero0}}"
+    served = f"teacher={{model: {tmp_path / 'big'}, server: {{url: ['http://a:1']}}}}"
+
+    own, other = planned(tmp_path, loaded), planned(tmp_path, served)
+
+    tree, without = own.as_json()["roles"], other.as_json()["roles"]
+    assert tree["teacher"]["weights"] > 0
+    assert without["teacher"]["weights"] == 0
+    assert other.peak_bytes_per_rank < own.peak_bytes_per_rank
