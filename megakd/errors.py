@@ -29,6 +29,10 @@ class TeacherError(ModelError):
     """The teacher cannot teach this student with the chosen losses."""
 
 
+class ServerError(MegakdError):
+    """An inference server cannot be reached, or its answer cannot be used."""
+
+
 class TrainingError(MegakdError):
     """Training cannot continue because a loss is not finite."""
 

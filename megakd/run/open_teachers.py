@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher
+from megakd.teachers.served import ServedTeacher
 from megakd.training.engines import ReadyTeacher
 
-Opened = FrozenTeacher | CachedTeacher
+Opened = FrozenTeacher | CachedTeacher | ServedTeacher
 
 
 class _Entry(NamedTuple):
@@ -39,10 +40,10 @@ class OpenTeachers:
     def keep(self, wanted: Mapping[str, ReadyTeacher]) -> None:
         """Close all teachers except those of the next stage, if their models are the same.
 
-        A teacher whose answers are cached is always closed; to open it costs nothing.
+        A teacher whose answers are cached or served is always closed; to open it costs nothing.
         """
         for name, (ready, teacher) in list(self._entries.items()):
-            if isinstance(teacher, CachedTeacher) or wanted.get(name) is not ready:
+            if not isinstance(teacher, FrozenTeacher) or wanted.get(name) is not ready:
                 del self._entries[name]
                 teacher.destroy()
 

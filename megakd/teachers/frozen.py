@@ -17,10 +17,10 @@ from megakd.engine.release import destroy
 from megakd.models.knowledge import (
     Needs,
     language_model_head,
-    most_likely,
     opened_head,
     read_knowledge,
 )
+from megakd.models.next_tokens import TokenCounts, drawn, most_likely
 from megakd.models.predictions import predict
 
 
@@ -45,11 +45,21 @@ class FrozenModel(nn.Module):
         self.label_order = None if label_order is None else torch.tensor(list(label_order))
 
     def forward(
-        self, batch: Batch, *, scoring: bool = False, top_k: int | None = None
-    ) -> Knowledge | Predictions | TopK:
-        """Return the outputs for the student's losses, predictions, or the `top_k` tokens."""
+        self,
+        batch: Batch,
+        *,
+        scoring: bool = False,
+        top_k: int | None = None,
+        numbers: torch.Tensor | None = None,
+    ) -> Knowledge | Predictions | TopK | TokenCounts:
+        """Return the outputs for the student's losses, predictions, the `top_k` tokens, or draws.
+
+        `numbers` are the random numbers of the draws.
+        """
         if top_k is not None:
             return most_likely(self.model, batch, top_k)
+        if numbers is not None:
+            return drawn(self.model, batch, numbers)
         if scoring:
             said = predict(self.model, batch, self.kernels)
             return said._replace(outputs=self._ordered(said.outputs))
@@ -127,6 +137,12 @@ class FrozenTeacher:
         """Return the most likely next tokens of a language model at every position."""
         with opened_head(self.model, batch):
             return self._engine(batch, top_k=count)
+
+    @torch.no_grad()
+    def draw(self, batch: Batch, numbers: torch.Tensor) -> TokenCounts:
+        """Return draws of next tokens of a language model, see `next_tokens.drawn`."""
+        with opened_head(self.model, batch):
+            return self._engine(batch, numbers=numbers)
 
     @property
     def model(self) -> nn.Module:

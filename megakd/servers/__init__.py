@@ -1,0 +1,1 @@
+"""Inference servers over HTTP, each in an environment of its own."""

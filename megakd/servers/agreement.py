@@ -1,0 +1,126 @@
+"""The checks of servers before a run: they serve the model, fit the texts, and agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from megakd.contract.rollouts import Sampling
+from megakd.errors import ServerError
+from megakd.servers.answers import checked_completion, first_difference
+from megakd.servers.protocol import ServedModel, TextRequest, TextServer
+
+PROBE_TOKENS = 16
+"""Tokens of the greedy texts that replicas are compared by."""
+TIMES = 2
+"""How often every replica continues every prompt of the comparison."""
+
+
+class Wanted(NamedTuple):
+    """What a run needs of its servers.
+
+    name: the name or the path of the model.
+    pushed: folder of pushed weights, which a server states as its model after a push; None: no
+        weights are pushed.
+    longest: tokens of the longest prompt and its text.
+    vocabulary: number of tokens of the student.
+    end_tokens: the tokens that end a text.
+    """
+
+    name: str
+    pushed: Path | None
+    longest: int
+    vocabulary: int
+    end_tokens: tuple[int, ...]
+
+
+def served_models(servers: Sequence[TextServer], wanted: Wanted) -> list[ServedModel]:
+    """Return the model of every replica, after checking that all replicas serve the same model.
+
+    Raises:
+        ServerError: a replica is not there, serves another model, has another version than the
+            first replica, or has too small a context.
+    """
+    found = [_served(server, wanted) for server in servers]
+    for server, model in zip(servers, found, strict=True):
+        if model.version != found[0].version:
+            raise ServerError(
+                f"{server.url} has version {model.version}, and "
+                f"{servers[0].url} has version {found[0].version}; use one version"
+            )
+        if model.context is not None and model.context < wanted.longest:
+            raise ServerError(
+                f"{server.url} has a context of {model.context} tokens, and the longest prompt and "
+                f"its text have {wanted.longest}; start the server with a larger context, or "
+                "shorten the texts"
+            )
+    return found
+
+
+def _served(server: TextServer, wanted: Wanted) -> ServedModel:
+    models = server.describe()
+    for model in models:
+        if any(_is_same(name, wanted) for name in model.names):
+            return model
+    named = ", ".join(sorted({name for model in models for name in model.names})) or "no model"
+    raise ServerError(
+        f"{server.url} serves {named}, and the run needs {wanted.name}; start the server with "
+        "that model, or set server.model to the name of the served model"
+    )
+
+
+def _is_same(name: str, wanted: Wanted) -> bool:
+    if name == wanted.name:
+        return True
+    if wanted.pushed is not None and Path(name).is_relative_to(wanted.pushed):
+        return True  # an earlier run, or this run before it was resumed, has pushed weights
+    return Path(name).exists() and Path(name).resolve() == Path(wanted.name).resolve()
+
+
+def check_agreement(
+    servers: Sequence[TextServer],
+    models: Sequence[ServedModel],
+    prompts: Sequence[tuple[int, ...]],
+    wanted: Wanted,
+) -> None:
+    """Compare the greedy texts of all replicas, each asked `TIMES` times, one text at a time.
+
+    Replicas that state different models are not compared with each other: some have weights that
+    an interrupted run has pushed, and all get new weights before the first text.
+
+    Raises:
+        ServerError: two texts for one prompt differ, or an answer cannot be used.
+    """
+    for number, prompt in enumerate(prompts):
+        first: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {}
+        for server, model in zip(servers, models, strict=True):
+            for _ in range(TIMES):
+                ids = _greedy(server, model, prompt, wanted)
+                other, text = first.setdefault(model.names, (server.url, ids))
+                place = first_difference(text, ids)
+                if place is not None:
+                    raise ServerError(_disagreement(other, server.url, number, prompt, place))
+
+
+def _greedy(
+    server: TextServer, model: ServedModel, prompt: tuple[int, ...], wanted: Wanted
+) -> tuple[int, ...]:
+    most = min(PROBE_TOKENS, wanted.longest - len(prompt))
+    sampling = Sampling(most, temperature=0.0)
+    request = TextRequest(prompt, 0, sampling, model.name, wanted.end_tokens)
+    text = server.complete(request)
+    return checked_completion(text, request, vocabulary=wanted.vocabulary, url=server.url).ids
+
+
+def _disagreement(one: str, other: str, number: int, prompt: tuple[int, ...], place: int) -> str:
+    pair = (
+        f"{one} answers differently when asked twice"
+        if one == other
+        else (f"{one} and {other} disagree")
+    )
+    return (
+        f"rollout.server: {pair}: the greedy texts for prompt {number + 1} ({len(prompt)} tokens, "
+        f"beginning with {list(prompt[:8])}) differ first at position {place}; check that all "
+        "replicas serve the same weights in the same precision, and that nobody else uses them"
+    )

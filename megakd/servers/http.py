@@ -1,0 +1,148 @@
+"""JSON over HTTP with the standard library: time limits, retries, and errors that name the server.
+
+Proxies of the environment are not used: inference servers are inside the cluster.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from megakd.errors import ServerError
+
+BUSY = (429, 503)
+"""Status codes of a server that may answer later."""
+PATIENCE_S = 60.0
+"""Seconds in which a server may be gone during a run, such as behind a switch that fails over."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
+_SHOWN = 400  # characters of an answer in a message
+
+
+class Reply(NamedTuple):
+    """The answer to a request.
+
+    where: method and address of the request, for messages.
+    """
+
+    status: int
+    text: str
+    where: str
+
+    def tree(self) -> Any:
+        """Return the JSON of an answer with status 200.
+
+        Raises:
+            ServerError: the status is another one, or the text is not JSON.
+        """
+        self.check()
+        try:
+            return json.loads(self.text)
+        except ValueError as error:
+            raise ServerError(
+                f"{self.where} answered with text that is not JSON: {_shown(self.text)}; check "
+                "that the address is that of the server itself"
+            ) from error
+
+    def check(self) -> None:
+        """Raise if the status is not 200.
+
+        Raises:
+            ServerError: the message has the status and the text of the answer.
+        """
+        if self.status != 200:
+            raise ServerError(f"{self.where} answered {self.status}: {_shown(self.text)}")
+
+
+class JsonServer:
+    """A server that is asked by JSON over HTTP; calls from several threads are independent.
+
+    Args:
+        url: address of the server.
+        time_limit_s: seconds for the answer to one request, including all retries.
+        patience_s: seconds in which refused and lost connections are tried again.
+    """
+
+    def __init__(self, url: str, *, time_limit_s: float, patience_s: float = PATIENCE_S) -> None:
+        self.url = url
+        self._limit, self._patience = time_limit_s, min(patience_s, time_limit_s)
+
+    def get(self, path: str) -> Reply:
+        """Return the answer to GET; see `post`."""
+        return self._ask("GET", path, None)
+
+    def post(self, path: str, tree: object) -> Reply:
+        """Return the answer to POST with a JSON body, whatever its status, after retries.
+
+        A busy server (429, 503) and lost connections are asked again with pauses that double. A
+        request may therefore arrive twice, and must have the same effect twice.
+
+        Raises:
+            ServerError: the server cannot be reached, or does not answer within the time limit.
+        """
+        return self._ask("POST", path, json.dumps(tree, allow_nan=False))
+
+    def _ask(self, method: str, path: str, body: str | None) -> Reply:
+        began, pause = time.monotonic(), _FIRST_PAUSE_S
+        while True:
+            left = self._limit - (time.monotonic() - began)
+            reply = self._attempt(method, path, body, timeout_s=left)
+            if isinstance(reply, Reply) and reply.status not in BUSY:
+                return reply
+            waited = time.monotonic() - began
+            if waited + pause >= (self._limit if isinstance(reply, Reply) else self._patience):
+                raise _gave_up(f"{method} {self.url}{path}", reply, waited_s=waited)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def _attempt(
+        self, method: str, path: str, body: str | None, *, timeout_s: float
+    ) -> Reply | ConnectionError:
+        """Return the answer to one request, or the error of a connection that may be tried again.
+
+        Raises:
+            ServerError: another attempt would not help.
+        """
+        where = f"{method} {self.url}{path}"
+        try:
+            return self._once(method, path, body, timeout_s=timeout_s)
+        except ConnectionError as error:
+            return error
+        except TimeoutError as error:
+            raise ServerError(
+                f"{where} got no answer within {self._limit:g} s (time_limit); see the log of the "
+                "server, or raise the limit"
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerError(f"{where} failed: {error}; check the address") from error
+
+    def _once(self, method: str, path: str, body: str | None, *, timeout_s: float) -> Reply:
+        parts = urlsplit(self.url)
+        secure = parts.scheme == "https"
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        connection = kind(parts.hostname or "", parts.port, timeout=max(timeout_s, 0.001))
+        try:
+            headers = {"Content-Type": "application/json", "Accept": "application/json"}
+            connection.request(method, parts.path + path, body=body, headers=headers)
+            answer = connection.getresponse()
+            text = answer.read().decode("utf-8", errors="replace")
+            return Reply(answer.status, text, f"{method} {self.url}{path}")
+        finally:
+            connection.close()
+
+
+def _gave_up(where: str, last: Reply | ConnectionError, *, waited_s: float) -> ServerError:
+    if isinstance(last, Reply):
+        return ServerError(
+            f"{where} was busy for {waited_s:.1f} s: the last answer was {last.status}: "
+            f"{_shown(last.text)}; see the log of the server, or raise time_limit"
+        )
+    return ServerError(
+        f"{where}: no server answers there ({last}); start the server, or correct the address"
+    )
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} …"

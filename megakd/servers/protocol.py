@@ -1,0 +1,134 @@
+"""What megakd asks of an inference server, whatever its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from megakd.contract.rollouts import Sampling
+
+
+class ServedModel(NamedTuple):
+    """What a server states about its model.
+
+    name: the name of the model in requests.
+    names: all names and paths by which the server states the model.
+    version: version of the server's program.
+    context: largest number of tokens of prompt and completion; None: not stated.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    version: str
+    context: int | None
+
+
+class TextRequest(NamedTuple):
+    """A prompt to continue.
+
+    model: name of the model, or of the adapter, that continues the prompt.
+    end_tokens: the tokens that end a text.
+    """
+
+    prompt: tuple[int, ...]
+    seed: int
+    sampling: Sampling
+    model: str
+    end_tokens: tuple[int, ...]
+
+
+class ServedText(NamedTuple):
+    """The answer of a server to a `TextRequest`, not yet checked.
+
+    ids: the generated tokens, with the token that ended the text.
+    reason: why the text ends: `stop`, `length`, or another word of the server.
+    prompt: the tokens that the server has continued; None: not stated.
+    prompt_tokens: the number of these tokens; None: not stated.
+    weights: version of the weights that generated the text; None: not stated.
+    """
+
+    ids: tuple[int, ...]
+    reason: str
+    prompt: tuple[int, ...] | None
+    prompt_tokens: int | None = None
+    weights: str | None = None
+
+
+class TextServer(Protocol):
+    """One replica of an inference server; its methods may be called from several threads.
+
+    All methods raise `ServerError` if the server cannot be reached, or does not answer as its
+    documentation says.
+    """
+
+    @property
+    def url(self) -> str:
+        """The address of the server."""
+        ...
+
+    def describe(self) -> Sequence[ServedModel]:
+        """Return the base models that the server serves; without adapters."""
+        ...
+
+    def complete(self, request: TextRequest) -> ServedText:
+        """Continue one prompt."""
+        ...
+
+
+class WeightServer(TextServer, Protocol):
+    """A server that can replace its weights while it runs."""
+
+    def load_weights(self, folder: Path, version: str) -> None:
+        """Replace the weights of the model by those of a model folder.
+
+        Args:
+            folder: a folder that the server can read.
+            version: a name for these weights, which later answers state.
+        """
+        ...
+
+
+class AdapterServer(TextServer, Protocol):
+    """A server that can load adapters while it runs."""
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load the adapters of a folder in the format of peft under a new name.
+
+        Args:
+            name: the name of the adapters in requests.
+            folder: a folder that the server can read.
+        """
+        ...
+
+    def unload_adapter(self, name: str) -> None:
+        """Remove adapters that were loaded by `load_adapter`."""
+        ...
+
+    def adapters(self) -> list[str]:
+        """Return the names of all loaded adapters."""
+        ...
+
+
+class BestTokens(NamedTuple):
+    """The most likely tokens at one position, most likely first.
+
+    logprobs: natural logarithms of the softmax over the whole vocabulary.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+class ScoringServer(TextServer, Protocol):
+    """A server that returns probabilities of the tokens of a given text."""
+
+    def top_k(self, ids: tuple[int, ...], count: int, model: str) -> list[BestTokens]:
+        """Return the most likely next tokens after each token of a text but the last.
+
+        Args:
+            ids: the tokens of the text, at least two.
+            count: number of tokens per position.
+            model: name of the model.
+        """
+        ...

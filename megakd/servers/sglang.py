@@ -1,0 +1,100 @@
+"""SGLang servers: `/generate` with token numbers, and weights that are read from a folder.
+
+Protocol: https://docs.sglang.io, "SGLang Native APIs", "Sampling Parameters" and "SGLang for RL
+Systems"; the fields are those of `GenerateReqInput` and `UpdateWeightFromDiskReqInput` in
+sglang/srt/managers/io_struct.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megakd.errors import ServerError
+from megakd.servers.fields import field_of, numbers_of
+from megakd.servers.http import JsonServer
+from megakd.servers.protocol import ServedModel, ServedText, TextRequest
+
+_SEED_BITS = 31
+
+
+class SglangServer:
+    """One replica of an SGLang server.
+
+    Args:
+        http: the connection to the server.
+    """
+
+    def __init__(self, http: JsonServer) -> None:
+        self._http = http
+
+    @property
+    def url(self) -> str:
+        """The address of the server."""
+        return self._http.url
+
+    def describe(self) -> list[ServedModel]:
+        """Return the base model; see `WeightServer`."""
+        path = field_of(self._http.get("/get_model_info").tree(), "model_path", str, self.url)
+        cards = field_of(self._http.get("/v1/models").tree(), "data", list, self.url)
+        base = [card for card in cards if card.get("parent") is None]
+        name = field_of(base[0], "id", str, self.url) if base else path
+        context = base[0].get("max_model_len") if base else None
+        return [ServedModel(name, (name, path), self._version(), context)]
+
+    def _version(self) -> str:
+        reply = self._http.get("/server_info")
+        if reply.status == 404:  # the name until 2026
+            reply = self._http.get("/get_server_info")
+        return field_of(reply.tree(), "version", str, self.url)
+
+    def complete(self, request: TextRequest) -> ServedText:
+        """Continue one prompt; see `WeightServer`."""
+        reply = self._http.post("/generate", _generate_request(request)).tree()
+        if isinstance(reply, list):
+            raise ServerError(f"{self.url}: {len(reply)} texts came back for one prompt")
+        about = field_of(reply, "meta_info", dict, self.url)
+        ended = field_of(about, "finish_reason", dict, self.url)
+        ids, reason = numbers_of(reply, "output_ids", self.url), str(ended.get("type"))
+        matched = ended.get("matched")
+        # The token that ended the text is left out of the numbers in some versions.
+        if reason == "stop" and isinstance(matched, int) and ids[-1:] != (matched,):
+            ids = (*ids, matched)
+        prompt = reply.get("prompt_token_ids")
+        return ServedText(
+            ids=ids,
+            reason=reason,
+            prompt=None if prompt is None else numbers_of(reply, "prompt_token_ids", self.url),
+            prompt_tokens=about.get("prompt_tokens"),
+            weights=about.get("weight_version"),
+        )
+
+    def load_weights(self, folder: Path, version: str) -> None:
+        """Replace the weights of the model; see `WeightServer`."""
+        body = {"model_path": str(folder), "weight_version": version}
+        reply = self._http.post("/update_weights_from_disk", body)
+        if reply.status != 200 or reply.tree().get("success") is not True:
+            raise ServerError(
+                f"{reply.where} did not load {folder}: {reply.text}; the server must be able to "
+                "read the folder, and must have been started with a model of the same config"
+            )
+
+
+def _generate_request(request: TextRequest) -> dict[str, Any]:
+    """Return the body of a request; all sampling rules are stated."""
+    sampling = request.sampling
+    return {
+        "input_ids": list(request.prompt),
+        "return_prompt_token_ids": True,
+        "sampling_params": {
+            "max_new_tokens": sampling.max_new_tokens,
+            "n": 1,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": -1 if sampling.top_k is None else sampling.top_k,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "stop_token_ids": list(request.end_tokens),
+            "sampling_seed": request.seed % 2**_SEED_BITS,
+        },
+    }

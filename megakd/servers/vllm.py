@@ -1,0 +1,156 @@
+"""vLLM servers: `/v1/completions` with token numbers, and adapters that are loaded at run time.
+
+Protocol: https://docs.vllm.ai, "OpenAI-Compatible Server" and "LoRA Adapters"; the fields are those
+of `CompletionRequest` and `CompletionResponseChoice` in vllm/entrypoints/openai.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from megakd.errors import ServerError
+from megakd.servers.fields import field_of, numbers_of
+from megakd.servers.http import JsonServer
+from megakd.servers.protocol import BestTokens, ServedModel, ServedText, TextRequest
+
+MOST_PROBABILITY = 1.01
+"""Sum of the probabilities of a position, with room for rounding in 16 bits."""
+
+
+class VllmServer:
+    """One replica of a vLLM server.
+
+    Args:
+        http: the connection to the server.
+    """
+
+    def __init__(self, http: JsonServer) -> None:
+        self._http = http
+
+    @property
+    def url(self) -> str:
+        """The address of the server."""
+        return self._http.url
+
+    def describe(self) -> list[ServedModel]:
+        """Return the base models; see `AdapterServer`."""
+        version = field_of(self._http.get("/version").tree(), "version", str, self.url)
+        return [
+            ServedModel(
+                name=card["id"],
+                names=(card["id"], card.get("root") or card["id"]),
+                version=version,
+                context=card.get("max_model_len"),
+            )
+            for card in self._cards()
+            if card.get("parent") is None
+        ]
+
+    def complete(self, request: TextRequest) -> ServedText:
+        """Continue one prompt; see `AdapterServer`."""
+        reply = self._http.post("/v1/completions", _completion_request(request)).tree()
+        choices = field_of(reply, "choices", list, self.url)
+        if len(choices) != 1:
+            raise ServerError(f"{self.url}: {len(choices)} texts came back for one prompt")
+        choice = choices[0]
+        if choice.get("token_ids") is None:
+            raise ServerError(
+                f"{self.url}: the answer has no token_ids, which vLLM returns with "
+                "return_token_ids; use a newer version of vLLM"
+            )
+        prompt = choice.get("prompt_token_ids")
+        return ServedText(
+            ids=numbers_of(choice, "token_ids", self.url),
+            reason=field_of(choice, "finish_reason", str, self.url),
+            prompt=None if prompt is None else numbers_of(choice, "prompt_token_ids", self.url),
+            prompt_tokens=(reply.get("usage") or {}).get("prompt_tokens"),
+        )
+
+    def top_k(self, ids: tuple[int, ...], count: int, model: str) -> list[BestTokens]:
+        """Return the most likely next tokens at every position; see `ScoringServer`."""
+        body = {"model": model, "prompt": list(ids), "max_tokens": 1, "n": 1}
+        reply = self._http.post(
+            "/v1/completions",
+            body | {"temperature": 0.0, "prompt_logprobs": count, "return_token_ids": True},
+        )
+        if reply.status == 400:
+            raise ServerError(
+                f"{reply.where} answered 400: {reply.text}; start vLLM with --max-logprobs {count} "
+                f"and --max-model-len of at least {len(ids) + 1}"
+            )
+        choices = field_of(reply.tree(), "choices", list, self.url)
+        if len(choices) != 1 or choices[0].get("prompt_token_ids") not in (None, list(ids)):
+            raise ServerError(f"{self.url}: the answer is not about the text that was sent")
+        first, *others = field_of(choices[0], "prompt_logprobs", list, self.url)
+        if first is not None or len(others) != len(ids) - 1:
+            raise ServerError(
+                f"{self.url}: {len(others) + 1} positions came back for a text of {len(ids)} tokens"
+            )
+        return [_best(entry, count, self.url) for entry in others]
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load adapters; see `AdapterServer`."""
+        reply = self._http.post(
+            "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}
+        )
+        if reply.status == 404:
+            raise ServerError(
+                f"{reply.where} answered 404: {reply.text}; start vLLM with --enable-lora and "
+                f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and let the server read {folder}"
+            )
+        reply.check()
+
+    def unload_adapter(self, name: str) -> None:
+        """Remove adapters; see `AdapterServer`."""
+        self._http.post("/v1/unload_lora_adapter", {"lora_name": name}).check()
+
+    def adapters(self) -> list[str]:
+        """Return the names of all loaded adapters."""
+        return [card["id"] for card in self._cards() if card.get("parent") is not None]
+
+    def _cards(self) -> list[dict[str, Any]]:
+        cards = field_of(self._http.get("/v1/models").tree(), "data", list, self.url)
+        for card in cards:
+            field_of(card, "id", str, f"{self.url}/v1/models")
+        return cards
+
+
+def _completion_request(request: TextRequest) -> dict[str, Any]:
+    """Return the body of a request; all sampling rules are stated.
+
+    A server takes rules that are not stated from the generation config of its model.
+    """
+    sampling = request.sampling
+    return {
+        "model": request.model,
+        "prompt": list(request.prompt),
+        "max_tokens": sampling.max_new_tokens,
+        "n": 1,
+        "seed": request.seed,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": -1 if sampling.top_k is None else sampling.top_k,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "stop_token_ids": list(request.end_tokens),
+        "return_token_ids": True,
+    }
+
+
+def _best(entry: dict[str, Any], count: int, url: str) -> BestTokens:
+    """Return the most likely tokens of a position, without the text's own token if it is unlikely.
+
+    Args:
+        entry: token number -> `logprob`; the text's own token is always among them.
+        count: number of tokens that were asked for.
+        url: address of the server.
+    """
+    pairs = sorted((-float(about["logprob"]), int(token)) for token, about in entry.items())
+    if len(pairs) < count:
+        raise ServerError(f"{url}: {len(pairs)} tokens came back at a position instead of {count}")
+    ids, logprobs = zip(*((token, -value) for value, token in pairs[:count]), strict=True)
+    if not (math.isfinite(sum(logprobs)) and sum(map(math.exp, logprobs)) < MOST_PROBABILITY):
+        raise ServerError(f"{url}: {list(logprobs)[:4]} … are no log-probabilities of one softmax")
+    return BestTokens(ids, logprobs)

@@ -1,0 +1,140 @@
+"""The inference servers of a run: checked before its models load, and as its generator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+from megakd.config.server_checks import served_name
+from megakd.contract.tasks import STUDENT
+from megakd.data.rollout_rows import Prompts
+from megakd.engine.collectives import on_main
+from megakd.errors import ServerError
+from megakd.servers.agreement import Wanted, check_agreement, served_models
+from megakd.servers.connect import replicas_of
+from megakd.training.local_generator import end_tokens_of
+from megakd.training.pushed_weights import AdapterPush, FullPush, run_name
+from megakd.training.server_generator import ServerGenerator
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from torch import nn
+
+    from megakd.config.rollout import RolloutConfig
+    from megakd.config.run import RunConfig
+    from megakd.config.servers import RolloutServerConfig
+    from megakd.servers.protocol import AdapterServer, TextServer, WeightServer
+    from megakd.training.inputs import RunInputs
+    from megakd.training.pushed_weights import Push
+
+FIRST_PATIENCE_S = 0.5
+"""Seconds in which a server must accept a connection before the run."""
+PROBES = 4
+"""Prompts by whose greedy texts the replicas are compared."""
+
+
+class Served(NamedTuple):
+    """The servers of a run, and what the run needs of them."""
+
+    rollouts: RolloutConfig
+    server: RolloutServerConfig
+    wanted: Wanted
+    probes: tuple[tuple[int, ...], ...]
+
+
+def check_servers(config: RunConfig, inputs: RunInputs) -> None:
+    """Check the servers of `rollout.server` before any model loads; a collective.
+
+    Raises:
+        ServerError: a server is not there, serves another model or version, has too small a
+            context, or disagrees with itself or with another replica; raised on every rank.
+    """
+    served = _served(config, inputs)
+    if served is None:
+        return
+
+    def check() -> None:
+        if served.wanted.pushed is not None:
+            _check_folder(served.wanted.pushed)
+        servers = replicas_of(served.server, patience_s=FIRST_PATIENCE_S)
+        models = served_models(servers, served.wanted)
+        check_agreement(servers, models, served.probes, served.wanted)
+
+    on_main(check)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise if rank 0 cannot write the folder of the pushed weights.
+
+    Raises:
+        ServerError: the message has the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".written").touch()
+        (folder / ".written").unlink()
+    except OSError as error:
+        raise ServerError(
+            f"rollout.server.folder: {folder} cannot be written ({error}); name a folder that rank "
+            "0 and all servers see"
+        ) from error
+
+
+def server_generator(
+    config: RunConfig, inputs: RunInputs, model: nn.Module, *, rank: int
+) -> ServerGenerator:
+    """Return the generator of `rollout.server`; a collective.
+
+    Args:
+        config: a run config with `rollout.server`.
+        inputs: the inputs of the run.
+        model: the student of the run.
+        rank: rank of this process.
+
+    Raises:
+        ServerError: a server is not there or has changed; raised on every rank.
+    """
+    served = _served(config, inputs)
+    if served is None:
+        raise TypeError("the run has no rollout.server")
+    servers = replicas_of(served.server)
+    models = on_main(lambda: [m.name for m in served_models(servers, served.wanted)])
+    return ServerGenerator(
+        servers,
+        models=models,
+        push=_push(config, served, servers, model),
+        end_tokens=frozenset(served.wanted.end_tokens),
+        vocabulary=served.wanted.vocabulary,
+        place=(rank, served.rollouts.rows_per_call),
+    )
+
+
+def _push(
+    config: RunConfig, served: Served, servers: Sequence[TextServer], model: nn.Module
+) -> Push | None:
+    folder = served.wanted.pushed
+    if folder is None:
+        return None
+    if served.server.push == "full":
+        return FullPush(model, cast("Sequence[WeightServer]", servers), folder)
+    keep = served.rollouts.max_staleness + 1
+    return AdapterPush(model, cast("Sequence[AdapterServer]", servers), folder, keep=keep)
+
+
+def _served(config: RunConfig, inputs: RunInputs) -> Served | None:
+    rollouts = config.rollout
+    if rollouts is None or rollouts.server is None:
+        return None
+    student, name = inputs.sources[STUDENT].config, served_name(config)
+    prompts = Prompts(inputs.encoded.train, prompt_tokens=rollouts.prompt_tokens)
+    folder = rollouts.server.folder
+    wanted = Wanted(
+        name=name or "",
+        pushed=None if folder is None else folder.resolve() / run_name(config.output_dir),
+        longest=prompts.longest()[0] + rollouts.longest,
+        vocabulary=student.vocab_size,
+        end_tokens=tuple(sorted(end_tokens_of(inputs.tokenizer, student))),
+    )
+    rows = range(min(PROBES, len(inputs.encoded.train)))
+    return Served(rollouts, rollouts.server, wanted, tuple(map(prompts.prompt, rows)))

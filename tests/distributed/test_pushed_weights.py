@@ -1,0 +1,95 @@
+"""Servers get the names and bytes of the exported model, shard by shard, at every ZeRO stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from equal_runs import LANGUAGE, config_tree, write, write_folder
+from safetensors.torch import load_file
+from server_stubs import Stub, serving
+from transformers import AutoModelForCausalLM
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("pushed"))
+
+
+def tree(folder, *, zero, student="llama-tied"):
+    return config_tree(folder, student, LANGUAGE, student_zero=zero, teacher_zero=0)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("zero", "student"), [(0, "llama-tied"), (3, "llama-tied"), (3, "llama-untied")]
+)
+def test_names_and_bytes_pushed_are_those_of_the_exported_model(
+    workers, folder, tmp_path, zero, student
+):
+    path, stubs = write(tree(folder, zero=zero, student=student), tmp_path / "c.yaml"), []
+    stubs = [Stub("sglang"), Stub("sglang")]
+    with serving(*stubs) as urls:
+        versions = workers(2).run("server_cases.full", path, [], str(tmp_path), urls)
+
+    last = tmp_path / "run" / "version-2"
+    pushed, wanted = tensors_of(last), tensors_of(tmp_path / "export")
+    assert versions == ["run-2", "run-2"]
+    assert len(list(last.glob("*.safetensors"))) > 3
+    assert pushed.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert pushed[name].dtype == tensor.dtype
+        assert bytes_of(pushed[name]) == bytes_of(tensor), name
+    # Earlier versions make room; every replica reads every version.
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["version-2"]
+    for stub in stubs:
+        asked = stub.of("/update_weights_from_disk")
+        assert [body["weight_version"] for body in asked] == ["run-1", "run-2"]
+    reloaded = AutoModelForCausalLM.from_pretrained(last)
+    assert reloaded.config.architectures == ["LlamaForCausalLM"]
+
+
+def test_a_push_that_fails_ends_on_all_ranks_with_the_same_message(workers, folder, tmp_path):
+    path = write(tree(folder, zero=3), tmp_path / "c.yaml")
+    stub = Stub("sglang")
+    failed = {"success": False, "message": "out of memory", "num_paused_requests": 0}
+    stub.spoil = lambda *_: failed
+    with serving(stub) as urls:
+        said = workers(2).run("server_cases.refused", path, [], str(tmp_path), urls)
+
+    assert said[0] == said[1]
+    room, refused = said[0]
+    assert "rollout.server.folder" in room
+    assert "the weights of the student take 1000000000.0 GB" in room
+    assert f"{stub.url}/update_weights_from_disk did not load" in refused
+    assert "out of memory" in refused
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_adapters_get_a_new_name_per_version_and_old_versions_are_unloaded(
+    workers, folder, tmp_path, zero
+):
+    config = tree(folder, zero=zero)
+    config["student"]["lora"] = {"r": 4}
+    path, stubs = write(config, tmp_path / "c.yaml"), [Stub("vllm"), Stub("vllm")]
+    for stub in stubs:  # a killed run has left its adapters, and another run uses the server
+        stub.loaded = {"run-2": "gone", "other-1": "there"}
+    with serving(*stubs) as urls:
+        names = workers(2).run("server_cases.adapters", path, [], str(tmp_path), urls)
+
+    assert names == [["run-1", "run-2", "run-3"]] * 2
+    for stub in stubs:
+        assert set(stub.loaded) == {"other-1", "run-2", "run-3"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run-2", "run-3"}
+    two, three = (tensors_of(tmp_path / "run" / name) for name in ("run-2", "run-3"))
+    assert two.keys() == three.keys()
+    assert all("lora_" in name for name in two)
+    assert any(not torch.equal(two[name], three[name]) for name in two)

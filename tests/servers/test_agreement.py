@@ -1,0 +1,127 @@
+"""Checks before a run: the right model everywhere, room for the texts, and equal replicas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from server_stubs import END, VOCABULARY, Counting, Stub, serving
+
+from megakd.config.servers import RolloutServerConfig
+from megakd.errors import ServerError
+from megakd.servers.agreement import Wanted, check_agreement, served_models
+from megakd.servers.connect import replicas_of
+
+WANTED = Wanted("tiny", None, 20, VOCABULARY, (END,))
+PROMPTS = [(4, 5), (6, 7, 8), (9,), (2, 3)]
+
+
+def checked(*stubs: Stub, wanted: Wanted = WANTED) -> None:
+    urls = tuple(stub.url for stub in stubs)
+    config = RolloutServerConfig(url=urls, kind=stubs[0].kind, push="none", time_limit=30)  # type: ignore[arg-type]
+    servers = replicas_of(config, patience_s=0.2)
+    check_agreement(servers, served_models(servers, wanted), PROMPTS, wanted)
+
+
+@pytest.fixture(params=["vllm", "sglang"])
+def pair(request: pytest.FixtureRequest) -> Any:
+    stubs = Stub(request.param), Stub(request.param)
+    with serving(*stubs):
+        yield stubs
+
+
+def test_equal_replicas_pass_and_each_is_asked_twice_per_prompt(pair):
+    checked(*pair)
+
+    for stub in pair:
+        texts = stub.of("/v1/completions") or stub.of("/generate")
+        assert len(texts) == 2 * len(PROMPTS)
+
+
+class Deviating(Counting):
+    """Continues one prompt in another way."""
+
+    def continue_(self, prompt: list[int], rules: dict[str, Any]) -> list[int]:
+        ids = super().continue_(prompt, rules)
+        return [*ids[:2], 0, *ids[3:]] if prompt == [6, 7, 8] else ids
+
+
+def test_replicas_that_disagree_are_refused_with_prompt_and_position(pair):
+    pair[1].model = Deviating()
+
+    with pytest.raises(ServerError) as caught:
+        checked(*pair)
+
+    said = str(caught.value)
+    assert f"{pair[0].url} and {pair[1].url} disagree" in said
+    assert "prompt 2 (3 tokens, beginning with [6, 7, 8]) differ first at position 2" in said
+
+
+class Wavering(Counting):
+    """Answers a prompt differently every second time."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def continue_(self, prompt: list[int], rules: dict[str, Any]) -> list[int]:
+        self.times += 1
+        return super().continue_(prompt, rules | {"most": rules["most"] - self.times % 2})
+
+
+def test_a_replica_that_disagrees_with_itself_is_refused():
+    stub = Stub("vllm", model=Wavering())
+
+    def full(_: str, tree: Any) -> Any:
+        for choice in tree.get("choices", []):
+            choice["finish_reason"] = "stop"
+            choice["token_ids"] = [*choice["token_ids"][:3], END]
+        return tree
+
+    stub.spoil = lambda path, tree: full(path, tree) if stub.model.times % 2 else tree
+    with serving(stub), pytest.raises(ServerError, match="answers differently when asked twice"):
+        checked(stub)
+
+
+def test_another_model_is_refused_with_both_names(pair):
+    pair[1].name, pair[1].path = "big", "/models/big"
+
+    with pytest.raises(ServerError, match=r"serves .*big.*, and the run needs tiny; start"):
+        checked(*pair)
+
+
+def test_a_model_is_recognized_by_its_path(pair):
+    checked(*pair, wanted=WANTED._replace(name="/models/tiny"))
+
+
+def test_pushed_weights_of_an_interrupted_run_are_recognized_and_not_compared(tmp_path: Path):
+    """One of two replicas has got new weights when the run was killed."""
+    stubs = Stub("sglang"), Stub("sglang", model=Deviating())
+    stubs[1].path = stubs[1].name = str(tmp_path / "run" / "version-3")
+    with serving(*stubs):
+        checked(*stubs, wanted=WANTED._replace(pushed=tmp_path / "run"))
+        with pytest.raises(ServerError, match="the run needs tiny"):
+            checked(*stubs, wanted=WANTED._replace(pushed=tmp_path / "other"))
+
+
+def test_replicas_of_two_versions_are_refused(pair):
+    pair[1].version = "0.32.1"
+
+    with pytest.raises(ServerError, match=r"has version 0\.32\.1, and .* has version 0\.33\.0"):
+        checked(*pair)
+
+
+def test_a_context_without_room_for_the_texts_is_refused(pair):
+    pair[0].context = 19
+
+    with pytest.raises(ServerError, match=r"context of 19 tokens, and .* have 20"):
+        checked(*pair)
+
+
+def test_a_replica_that_is_not_there_is_named(pair):
+    gone = Stub(pair[0].kind)
+    with serving(gone):
+        pass
+
+    with pytest.raises(ServerError, match=f"{gone.url}.*: no server answers there"):
+        checked(pair[0], gone)

@@ -1,0 +1,223 @@
+"""vLLM and SGLang: what is asked, what is understood, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from server_stubs import END, VOCABULARY, Stub, serving
+
+from megakd.contract.rollouts import Completion, Sampling
+from megakd.errors import ServerError
+from megakd.servers.answers import checked_completion
+from megakd.servers.http import JsonServer
+from megakd.servers.protocol import TextRequest
+from megakd.servers.sglang import SglangServer
+from megakd.servers.vllm import VllmServer
+
+KINDS = {"vllm": VllmServer, "sglang": SglangServer}
+ASKED = {"vllm": "/v1/completions", "sglang": "/generate"}
+REQUEST = TextRequest((5, 30), 7, Sampling(8, temperature=0.5), "tiny", (END,))
+
+
+def connected(stub: Stub) -> Any:
+    return KINDS[stub.kind](JsonServer(stub.url, time_limit_s=30, patience_s=0.2))
+
+
+def completion(stub: Stub, request: TextRequest = REQUEST) -> Completion:
+    text = connected(stub).complete(request)
+    return checked_completion(text, request, vocabulary=VOCABULARY, url=stub.url)
+
+
+@pytest.fixture(params=["vllm", "sglang"])
+def stub(request: pytest.FixtureRequest) -> Any:
+    stub = Stub(request.param)
+    with serving(stub):
+        yield stub
+
+
+def set_ids(stub: Stub, ids: list[int]) -> None:
+    """Let the server return other tokens."""
+
+    def spoil(path: str, tree: Any) -> Any:
+        if path == "/v1/completions":
+            tree["choices"][0]["token_ids"] = ids
+        if path == "/generate":
+            tree["output_ids"] = ids
+        return tree
+
+    stub.spoil = spoil
+
+
+def test_a_text_comes_back_with_its_end_token(stub: Stub):
+    assert completion(stub) == Completion((33, 36, 39, END), finished=True)
+
+
+def test_a_text_that_reaches_the_limit_is_not_finished(stub: Stub):
+    short = REQUEST._replace(sampling=Sampling(2))
+
+    assert completion(stub, short) == Completion((33, 36), finished=False)
+
+
+def test_all_sampling_rules_are_stated(stub: Stub):
+    """A server takes rules that are left out from the generation config of its model."""
+    sampling = Sampling(8, temperature=0.5, top_p=0.9, top_k=20)
+
+    completion(stub, REQUEST._replace(sampling=sampling, seed=2**62 + 7))
+
+    body = stub.of(ASKED[stub.kind])[0]
+    rules = body if stub.kind == "vllm" else body["sampling_params"]
+    wanted = {"temperature": 0.5, "top_p": 0.9, "top_k": 20, "min_p": 0.0}
+    wanted |= {"repetition_penalty": 1.0, "stop_token_ids": [END], "n": 1}
+    assert rules.items() >= wanted.items()
+    assert rules.get("seed", 2**62 + 7) == 2**62 + 7
+    assert 0 <= rules.get("sampling_seed", 0) < 2**31
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_without_top_k_all_tokens_may_be_drawn(stub: Stub, temperature: float):
+    completion(stub, REQUEST._replace(sampling=Sampling(8, temperature=temperature)))
+
+    body = stub.of(ASKED[stub.kind])[0]
+    assert (body if stub.kind == "vllm" else body["sampling_params"])["top_k"] == -1
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([33] * 8 + [END] * 2, "a text of 10 tokens came back, and 1 to 8 were asked for"),
+        ([33, VOCABULARY, END], "holds token 40, and the student has 40 tokens"),
+        ([33, END, 36, 39], "goes on after the end token 1 at position 1"),
+    ],
+)
+def test_an_answer_of_other_tokens_than_asked_for_is_refused(stub, ids, message):
+    set_ids(stub, ids)
+
+    with pytest.raises(ServerError, match=message):
+        completion(stub)
+
+
+def test_an_answer_to_another_prompt_is_refused(stub: Stub):
+    def spoil(path: str, tree: Any) -> Any:
+        (tree["choices"][0] if path == "/v1/completions" else tree)["prompt_token_ids"] = [5, 31]
+        return tree
+
+    stub.spoil = spoil
+    with pytest.raises(ServerError, match="prompt of 2 tokens that differs at position 1"):
+        completion(stub)
+
+
+def test_a_prompt_that_the_server_has_lengthened_is_refused(stub: Stub):
+    def spoil(_: str, tree: Any) -> Any:
+        tree.get("usage", tree.get("meta_info"))["prompt_tokens"] = 3
+        return tree
+
+    stub.spoil = spoil
+    with pytest.raises(ServerError, match="counts 3 tokens in a prompt of 2"):
+        completion(stub)
+
+
+def test_several_texts_for_one_prompt_are_refused(stub: Stub):
+    def spoil(path: str, tree: Any) -> Any:
+        if path == "/generate":
+            return [tree, tree]
+        return tree | {"choices": tree["choices"] * 2}
+
+    stub.spoil = spoil
+    with pytest.raises(ServerError, match="2 texts came back for one prompt"):
+        completion(stub)
+
+
+@pytest.mark.parametrize(
+    ("reason", "ids", "message"),
+    [
+        ("abort", [33], r"broken off \(finish_reason abort\)"),
+        ("length", [33, 36], "was cut after 2 tokens, and 8 were asked for"),
+    ],
+)
+def test_a_text_that_was_broken_off_is_refused(stub, reason, ids, message):
+    set_ids(stub, ids)
+    first = stub.spoil
+
+    def spoil(path: str, tree: Any) -> Any:
+        tree = first(path, tree)
+        if path == "/generate":
+            tree["meta_info"]["finish_reason"] = {"type": reason}
+        else:
+            tree["choices"][0]["finish_reason"] = reason
+        return tree
+
+    stub.spoil = spoil
+    with pytest.raises(ServerError, match=message):
+        completion(stub)
+
+
+def test_a_text_that_the_server_ends_with_another_token_is_refused():
+    stub = Stub("vllm")
+    set_ids(stub, [33, 36])  # finish_reason stays "stop"
+    with serving(stub), pytest.raises(ServerError, match=r"ended by token 36, .* ends .* \[1\]"):
+        completion(stub)
+
+
+def test_an_end_token_that_sglang_leaves_out_is_put_back():
+    stub = Stub("sglang")
+    set_ids(stub, [33, 36, 39])
+    with serving(stub):
+        assert completion(stub) == Completion((33, 36, 39, END), finished=True)
+
+
+def test_an_answer_without_token_numbers_names_the_remedy():
+    stub = Stub("vllm")
+    stub.spoil = lambda _, tree: tree | {"choices": [tree["choices"][0] | {"token_ids": None}]}
+    with serving(stub), pytest.raises(ServerError, match=r"no token_ids.*newer version of vLLM"):
+        completion(stub)
+
+
+def test_a_server_of_the_other_kind_is_recognized():
+    stub = Stub("sglang")
+    with serving(stub), pytest.raises(ServerError, match="/version answered 404"):
+        VllmServer(JsonServer(stub.url, time_limit_s=30)).describe()
+
+
+def test_the_version_of_an_older_sglang_is_found():
+    stub = Stub("sglang")
+    with serving(stub):
+        answer = stub.answer
+        renamed = {"/get_server_info": "/server_info", "/server_info": "/gone"}
+        stub.answer = lambda path, body: answer(renamed.get(path, path), body)
+        assert connected(stub).describe()[0].version == "0.33.0"
+
+
+def test_weights_are_loaded_under_their_version(tmp_path: Path):
+    stub = Stub("sglang")
+    with serving(stub):
+        server = connected(stub)
+        server.load_weights(tmp_path, "run-3")
+
+        assert server.complete(REQUEST).weights == "run-3"
+        with pytest.raises(ServerError, match=r"did not load .*/gone: .*weights iterator"):
+            server.load_weights(tmp_path / "gone", "run-4")
+
+
+def test_adapters_are_loaded_asked_and_unloaded(tmp_path: Path):
+    stub = Stub("vllm")
+    with serving(stub):
+        server = connected(stub)
+        server.load_adapter("run-1", tmp_path)
+        assert server.adapters() == ["run-1"]
+        assert [model.name for model in server.describe()] == ["tiny"]
+        assert completion(stub, REQUEST._replace(model="run-1")).finished
+        server.unload_adapter("run-1")
+
+        with pytest.raises(ServerError, match="`run-1` does not exist"):
+            completion(stub, REQUEST._replace(model="run-1"))
+
+
+def test_a_vllm_without_runtime_adapters_names_the_settings(tmp_path: Path):
+    stub = Stub("vllm")
+    with serving(stub):
+        answer = stub.answer
+        stub.answer = lambda path, body: answer(path.replace("/v1/load", "/gone"), body)
+        with pytest.raises(ServerError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
+            connected(stub).load_adapter("run-1", tmp_path)

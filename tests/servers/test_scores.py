@@ -1,0 +1,126 @@
+"""Probabilities from vLLM servers: what is understood, and answers that are not believed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from server_stubs import VOCABULARY, Counting, Stub, serving
+
+from megakd.errors import ServerError
+from megakd.servers.http import JsonServer
+from megakd.servers.protocol import BestTokens
+from megakd.servers.scores import check_reference, check_scores, difference
+from megakd.servers.vllm import VllmServer
+
+TEXT = (5, 8, 30, 2)
+
+
+def connected(stub: Stub) -> VllmServer:
+    return VllmServer(JsonServer(stub.url, time_limit_s=30))
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    stub = Stub("vllm")
+    with serving(stub):
+        yield stub
+
+
+def test_the_best_tokens_of_every_position_come_in_order(stub: Stub):
+    said = connected(stub).top_k(TEXT, 4, "tiny")
+
+    wanted = Counting().scores(list(TEXT))
+    assert len(said) == len(TEXT) - 1
+    for best, values in zip(said, wanted[:-1], strict=True):
+        order = sorted(range(VOCABULARY), key=lambda token: -values[token])
+        assert best.ids == tuple(order[:4])
+        assert best.logprobs == pytest.approx([values[token] for token in order[:4]])
+
+
+def test_the_own_token_of_the_text_is_no_best_token_if_it_is_unlikely(stub: Stub):
+    """vLLM adds it to every position."""
+    raw = stub.answer("/v1/completions", {"model": "tiny", "prompt": [5, 39], "prompt_logprobs": 2})
+
+    assert "39" in raw[1]["choices"][0]["prompt_logprobs"][1]
+    assert 39 not in connected(stub).top_k((5, 39), 2, "tiny")[0].ids
+
+
+def test_a_limit_of_the_server_names_its_flag(stub: Stub):
+    stub.most_logprobs = 20
+
+    with pytest.raises(ServerError, match=r"greater than max allowed.* --max-logprobs 64"):
+        connected(stub).top_k(TEXT, 64, "tiny")
+
+
+def spoiled(stub: Stub, change: Any) -> None:
+    def spoil(_: str, tree: Any) -> Any:
+        change(tree["choices"][0])
+        return tree
+
+    stub.spoil = spoil
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda choice: choice["prompt_logprobs"].pop(), "3 positions came back for .* 4 tokens"),
+        (lambda choice: choice["prompt_logprobs"][2].popitem(), "1 tokens came back .* of 2"),
+        (lambda choice: choice.update(prompt_token_ids=[1]), "not about the text that was sent"),
+        (
+            lambda choice: choice["prompt_logprobs"][1]["8"].update(logprob=0.5),
+            "no log-probabilities of one softmax",
+        ),
+    ],
+)
+def test_an_answer_about_something_else_is_refused(stub: Stub, change: Any, message: str):
+    spoiled(stub, change)
+
+    with pytest.raises(ServerError, match=message):
+        connected(stub).top_k((5, 8, 11, 14), 2, "tiny")
+
+
+class Other(Counting):
+    """A model of other probabilities: the same order, less certain."""
+
+    def __init__(self, shift: float) -> None:
+        self.shift = shift
+
+    def scores(self, prompt: list[int]) -> list[list[float]]:
+        return [[value - self.shift for value in values] for values in super().scores(prompt)]
+
+
+@pytest.mark.parametrize(("shift", "agrees"), [(0.02, True), (0.3, False)])
+def test_replicas_may_differ_by_rounding_alone(stub: Stub, shift: float, *, agrees: bool):
+    other = Stub("vllm", model=Other(shift))
+    with serving(other):
+        servers = [connected(stub), connected(other)]
+        if agrees:
+            assert len(check_scores(servers, ["tiny"] * 2, [TEXT], 4)) == 1
+            return
+        with pytest.raises(ServerError, match=r"differ by 0\.300 .* at most 0\.05") as caught:
+            check_scores(servers, ["tiny"] * 2, [TEXT], 4)
+    assert stub.url in str(caught.value)
+    assert other.url in str(caught.value)
+
+
+@pytest.mark.parametrize(("shift", "agrees"), [(0.05, True), (-0.3, False)])
+def test_a_local_model_is_the_reference(stub: Stub, shift: float, *, agrees: bool):
+    answers = check_scores([connected(stub)], ["tiny"], [TEXT], 4)
+
+    def own(_: Any, said: list[BestTokens]) -> list[list[float]]:
+        return [[value + shift for value in best.logprobs] for best in said]
+
+    if agrees:
+        check_reference([TEXT], answers, own, "the folder")
+        return
+    with pytest.raises(ServerError, match=r"differ by 0\.300 from the folder .* most 0\.1"):
+        check_reference([TEXT], answers, own, "the folder")
+
+
+def test_a_token_that_the_other_answer_lacks_counts_as_unlikely():
+    one, other = BestTokens((1, 2), (-0.1, -3.0)), BestTokens((1, 3), (-0.1, -2.5))
+
+    assert difference([one], [one]) == 0
+    assert difference([one], [other]) == pytest.approx(0.25)

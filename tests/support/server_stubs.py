@@ -1,0 +1,263 @@
+"""Inference servers in a thread, which replay the JSON that vLLM and SGLang publish."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+Tree = Any
+END, VOCABULARY = 1, 40
+
+
+class Counting:
+    """A model whose next token is the last plus three; it ends before it would begin again."""
+
+    def continue_(self, prompt: list[int], rules: dict[str, Any]) -> list[int]:
+        ids = [prompt[-1]]
+        while len(ids) <= rules["most"] and ids[-1] not in rules["ends"]:
+            following = ids[-1] + 3
+            ids.append(following if following < VOCABULARY else END)
+        return ids[1:]
+
+    def load(self, folder: Path) -> None:
+        """Any folder will do."""
+
+    def scores(self, prompt: list[int]) -> list[list[float]]:
+        """Log-probabilities of all next tokens after each token: the greedy token has 1/2."""
+        rest = math.log(0.5 / (VOCABULARY - 1))
+        found = [[rest - 0.001 * other for other in range(VOCABULARY)] for _ in prompt]
+        for values, token in zip(found, prompt, strict=True):
+            values[(token + 3) % VOCABULARY] = math.log(0.5)
+        return found
+
+
+class Stub:
+    """A server of one kind; the attributes may change while it runs.
+
+    busy: how many requests for texts are answered with 503 before the next answer.
+    delay_s: how long every text takes.
+    spoil: function from the path and the answer to the answer that is sent.
+    """
+
+    def __init__(self, kind: str, *, name: str = "tiny", model: Any = None) -> None:
+        self.kind, self.name, self.model = kind, name, model or Counting()
+        self.version, self.context = "0.33.0", 64
+        self.path, self.weights = f"/models/{name}", "default"
+        self.loaded: dict[str, str] = {}
+        self.busy, self.delay_s = 0, 0.0
+        self.most_logprobs = 10**6
+        self.spoil: Callable[[str, Tree], Tree] = lambda _, tree: tree
+        self.asked: list[tuple[str, Tree]] = []
+        self.at_once = self.most_at_once = 0
+        self.lock = threading.Lock()
+        self.url = ""
+
+    def of(self, path: str) -> list[Tree]:
+        """The bodies of all requests for a path."""
+        return [body for asked, body in self.asked if asked == path]
+
+    def answer(self, path: str, body: Tree) -> tuple[int, Tree]:
+        with self.lock:
+            self.asked.append((path, body))
+            if path in {"/v1/completions", "/generate"} and self.busy:
+                self.busy -= 1
+                return 503, {"message": "loading"}
+        routes = VLLM if self.kind == "vllm" else SGLANG
+        if path not in routes:
+            return 404, {"detail": "Not Found"}
+        return routes[path](self, body)
+
+    def continued(self, prompt: list[int], rules: dict[str, Any]) -> list[int]:
+        with self.lock:
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        time.sleep(self.delay_s)
+        try:
+            return self.model.continue_(prompt, rules)
+        finally:
+            with self.lock:
+                self.at_once -= 1
+
+
+def _models(stub: Stub, _: Tree) -> tuple[int, Tree]:
+    root = stub.path if stub.kind == "vllm" else stub.name
+    card = {"object": "model", "created": 1763800000, "owned_by": stub.kind, "parent": None}
+    own = card | {"id": stub.name, "root": root, "max_model_len": stub.context}
+    adapters = [
+        card | {"id": name, "root": path, "parent": stub.name, "max_model_len": None}
+        for name, path in stub.loaded.items()
+    ]
+    return 200, {"object": "list", "data": [own, *adapters]}
+
+
+def _completion(stub: Stub, body: Tree) -> tuple[int, Tree]:
+    if body["model"] not in {stub.name, *stub.loaded}:
+        message = f"The model `{body['model']}` does not exist."
+        error = {"message": message, "type": "NotFoundError", "param": "model", "code": 404}
+        return 404, {"error": error}
+    if "prompt_logprobs" in body:
+        return _scored(stub, body)
+    ends = body["stop_token_ids"]
+    rules = {"most": body["max_tokens"], "ends": ends, "seed": body["seed"]}
+    rules |= {"temperature": body["temperature"], "adapter": stub.loaded.get(body["model"])}
+    ids = stub.continued(body["prompt"], rules)
+    choice = {
+        "index": 0,
+        "text": "",
+        "logprobs": None,
+        "finish_reason": "stop" if ids[-1] in ends else "length",
+        "stop_reason": None,
+        "token_ids": ids,
+        "prompt_logprobs": None,
+        "prompt_token_ids": body["prompt"],
+    }
+    counts = {"prompt_tokens": len(body["prompt"]), "completion_tokens": len(ids)}
+    return 200, {
+        "id": "cmpl-0b2f",
+        "object": "text_completion",
+        "created": 1763800000,
+        "model": body["model"],
+        "choices": [choice],
+        "usage": counts | {"total_tokens": sum(counts.values())},
+    }
+
+
+def _scored(stub: Stub, body: Tree) -> tuple[int, Tree]:
+    """The best tokens of every position, and always the prompt's own token."""
+    prompt, count = body["prompt"], body["prompt_logprobs"]
+    if count > stub.most_logprobs:
+        message = f"Requested prompt logprobs of {count}, which is greater than max allowed"
+        return 400, {"error": {"message": message, "type": "BadRequestError", "code": 400}}
+    time.sleep(stub.delay_s)
+    entries: list[Tree] = [None]
+    for values, token in zip(stub.model.scores(prompt), prompt[1:], strict=False):
+        order = sorted(range(len(values)), key=lambda other: -values[other])
+        wanted = dict.fromkeys([*order[:count], token])
+        entries.append(
+            {
+                str(other): {
+                    "logprob": values[other],
+                    "rank": order.index(other) + 1,
+                    "decoded_token": "",
+                }
+                for other in wanted
+            }
+        )
+    choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}
+    choice |= {"stop_reason": None, "token_ids": [0], "prompt_token_ids": prompt}
+    choice |= {"prompt_logprobs": entries}
+    return 200, {"id": "cmpl-1", "object": "text_completion", "choices": [choice], "usage": {}}
+
+
+def _load_adapter(stub: Stub, body: Tree) -> tuple[int, Tree]:
+    name = body["lora_name"]
+    if name in stub.loaded:
+        message = f"The lora adapter '{name}' has already been loaded."
+        return 400, {"error": {"message": message, "type": "InvalidUserInput", "code": 400}}
+    stub.loaded[name] = body["lora_path"]
+    return 200, f"Success: LoRA adapter '{name}' added successfully."
+
+
+def _unload_adapter(stub: Stub, body: Tree) -> tuple[int, Tree]:
+    if stub.loaded.pop(body["lora_name"], None) is None:
+        return 404, {"error": {"message": "cannot be found", "type": "NotFoundError", "code": 404}}
+    return 200, f"Success: LoRA adapter '{body['lora_name']}' removed successfully."
+
+
+def _generate(stub: Stub, body: Tree) -> tuple[int, Tree]:
+    sampling = body["sampling_params"]
+    ends = sampling["stop_token_ids"]
+    rules = {"most": sampling["max_new_tokens"], "ends": ends, "seed": sampling["sampling_seed"]}
+    rules |= {"temperature": sampling["temperature"], "adapter": None}
+    weights, ids = stub.weights, stub.continued(body["input_ids"], rules)
+    ended = {"type": "stop", "matched": ids[-1]}
+    about = {
+        "id": "5d3c",
+        "finish_reason": ended if ids[-1] in ends else {"type": "length", "length": len(ids)},
+        "prompt_tokens": len(body["input_ids"]),
+        "weight_version": weights,
+        "completion_tokens": len(ids),
+        "cached_tokens": 0,
+        "e2e_latency": 0.01,
+    }
+    answer = {"text": "", "output_ids": ids, "meta_info": about}
+    return 200, answer | {"prompt_token_ids": body["input_ids"]}
+
+
+def _update_weights(stub: Stub, body: Tree) -> tuple[int, Tree]:
+    if not Path(body["model_path"]).is_dir():
+        message = f"Failed to get weights iterator: {body['model_path']}"
+        return 400, {"success": False, "message": message, "num_paused_requests": 0}
+    stub.model.load(Path(body["model_path"]))
+    stub.path = stub.name = body["model_path"]
+    stub.weights = body.get("weight_version", stub.weights)
+    return 200, {"success": True, "message": "Succeeded", "num_paused_requests": 0}
+
+
+def _model_info(stub: Stub, _: Tree) -> tuple[int, Tree]:
+    about = {"model_path": stub.path, "tokenizer_path": stub.path, "is_generation": True}
+    return 200, about | {"preferred_sampling_params": None, "weight_version": stub.weights}
+
+
+VLLM = {
+    "/v1/models": _models,
+    "/version": lambda stub, _: (200, {"version": stub.version}),
+    "/v1/completions": _completion,
+    "/v1/load_lora_adapter": _load_adapter,
+    "/v1/unload_lora_adapter": _unload_adapter,
+}
+SGLANG = {
+    "/v1/models": _models,
+    "/get_model_info": _model_info,
+    "/server_info": lambda stub, _: (200, {"version": stub.version, "internal_states": []}),
+    "/generate": _generate,
+    "/update_weights_from_disk": _update_weights,
+}
+
+
+@contextmanager
+def serving(*stubs: Stub) -> Iterator[list[str]]:
+    """Serve all stubs in the body; their addresses."""
+    servers = [_server(stub) for stub in stubs]
+    try:
+        yield [stub.url for stub in stubs]
+    finally:
+        for server in servers:
+            server.shutdown()
+            server.server_close()
+
+
+def _server(stub: Stub) -> ThreadingHTTPServer:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._reply(None)
+
+        def do_POST(self) -> None:
+            length = int(self.headers["Content-Length"])
+            self._reply(json.loads(self.rfile.read(length)))
+
+        def _reply(self, body: Tree) -> None:
+            status, tree = stub.answer(self.path, body)
+            tree = stub.spoil(self.path, tree)
+            text = tree if isinstance(tree, str) else json.dumps(tree)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            with suppress(BrokenPipeError):  # the client has waited long enough
+                self.wfile.write(text.encode())
+
+        def log_message(self, *_: Any) -> None:  # the tests' output stays readable
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    stub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    return server

@@ -1,0 +1,138 @@
+"""Texts that a remote generator makes one step ahead: their age, their order, and what is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megakd.config.rollout import RolloutConfig
+from megakd.config.servers import RolloutServerConfig
+from megakd.contract.rollouts import Completion, RemoteGenerator
+from megakd.data.rollout_store import RolloutStore, read_rollouts
+from megakd.engine import activity, collectives
+from megakd.training import rollout_source
+from megakd.training.rollout_source import RolloutSource, StepRows
+
+ROWS = 4
+SERVER = RolloutServerConfig(url=("http://a:1",), kind="sglang", push="none")
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collectives.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(collectives.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(activity, "_publish", lambda: None)
+    monkeypatch.setattr(rollout_source, "collate_step", lambda *_: ())
+
+
+class Remote:
+    """A generator whose texts name the version of the weights."""
+
+    def __init__(self) -> None:
+        self.version: int | None = None
+        self.learned = 0  # updates of the student
+        self.outstanding = 0
+        self.seeds: list[int] = []
+
+    def update(self, version: int) -> None:
+        assert version == self.learned, "the weights are those of another update"
+        assert not self.outstanding, "the weights change under a text"
+        self.version = version
+
+    def begin(self, prompts: Any, seeds: Any, sampling: Any) -> Any:
+        assert self.version == self.learned
+        assert len(prompts) == len(seeds) > 0
+        assert sampling.max_new_tokens == 4
+        self.seeds += seeds
+        self.outstanding += 1
+        made = [
+            Completion((10 + (self.version or 0), *prompt), finished=True) for prompt in prompts
+        ]
+
+        def completions() -> list[Completion]:
+            self.outstanding -= 1
+            return made
+
+        return SimpleNamespace(completions=completions)
+
+    def generate(self, prompts: Any, seeds: Any, sampling: Any) -> list[Completion]:
+        raise AssertionError((prompts, seeds, sampling))
+
+
+def source(config: RolloutConfig, generator: Any, folder: Path) -> RolloutSource:
+    def step_rows(step: int) -> Any:
+        return np.arange(ROWS) + ROWS * step
+
+    row = SimpleNamespace(input_ids=(), labels=(), position_ids=(), is_rollout=False)
+    prompts = SimpleNamespace(prompt=lambda number: (number,), row=lambda _: row)
+    loader = SimpleNamespace(step_rows=step_rows, steps_per_epoch=100)
+    layout = SimpleNamespace(shape=SimpleNamespace(rank=0, world=1))
+    rows: Any = StepRows(loader, prompts, None, layout)  # type: ignore[arg-type]
+    return RolloutSource(rows, config, generator=generator, store=RolloutStore(folder), seed=3)
+
+
+def learn(made: RolloutSource, generator: Remote, start: int, stop: int) -> None:
+    generator.learned = start
+    for _ in made.iterate(start, stop):
+        generator.learned += 1
+
+
+@settings(max_examples=40)
+@given(
+    staleness=st.integers(0, 3),
+    from_step=st.integers(0, 4),
+    per=st.sampled_from(["step", "row"]),
+    killed=st.integers(1, 9),
+)
+def test_no_text_is_too_old_and_no_written_text_is_asked_for_again(
+    staleness: int, from_step: int, per: Any, killed: int
+) -> None:
+    config = RolloutConfig(
+        max_new_tokens=4,
+        max_staleness=staleness,
+        from_step=from_step,
+        mix={"rollout": 0.6, "data": 0.4},
+        mix_per=per,
+        server=SERVER,
+    )
+    with TemporaryDirectory() as place:
+        folder, first, second = Path(place), Remote(), Remote()
+        assert isinstance(first, RemoteGenerator)
+        learn(source(config, first, folder), first, 0, killed)
+        written = {p: p.read_text() for p in folder.glob("*.jsonl")}
+
+        learn(source(config, second, folder), second, killed, 12)
+
+        assert all(path.read_text() == text for path, text in written.items())
+        store = RolloutStore(folder)
+        for step in range(12):
+            for text in store.read(step) if store.has(step) else []:
+                assert step >= from_step
+                assert 0 <= step - text.version <= staleness
+                assert text.completion.ids == (10 + text.version, *text.prompt)
+                assert ROWS * step <= text.row < ROWS * (step + 1)
+        for generator in (first, second):
+            assert len(set(generator.seeds)) == len(generator.seeds)
+        kept = {text.seed for path in written for text in read_rollouts(path)}
+        assert kept.isdisjoint(second.seeds)
+
+
+def test_texts_are_asked_for_before_the_student_learns(tmp_path: Path) -> None:
+    config = RolloutConfig(max_new_tokens=4, max_staleness=1, server=SERVER)
+    generator = Remote()
+    steps = source(config, generator, tmp_path).iterate(0, 3)
+
+    asked = []
+    for _ in steps:
+        asked.append((generator.outstanding, len(generator.seeds)))
+        generator.learned += 1
+
+    # Two steps' texts at the first step, then one; none beyond the last step.
+    assert asked == [(1, 2 * ROWS), (1, 3 * ROWS), (0, 3 * ROWS)]
