@@ -8,7 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from megakd.contract.metrics import lower_is_better
+from megakd.contract.sources import without_source
+from megakd.contract.text_names import MATCH, TEXT_METRIC, is_text_metric
 from megakd.reports.charts import Chart, Line, line_chart
+from megakd.reports.generated import SHARES
 from megakd.reports.history import Curve, Panels, evenly, thinned
 from megakd.reports.table import Rows
 
@@ -16,6 +19,7 @@ STAGES_SHOWN, PANELS_SHOWN, LINES_PER_PANEL = 20, 6, 12
 ROWS_SHOWN, COLUMNS_SHOWN = 15, 24
 CHOICES, OUTCOME = "Choices", "Outcome of the choices"
 EVALUATION, SPEED = "Evaluation", "Speed and step size"
+GENERATED, ROLLOUTS = "Generated texts of the evaluations", "Texts that the student learns from"
 CHOICE_NOTE = "A weight is between 0 (the kind of knowledge is not used) and 1."
 SPEED_UNITS = {
     "learning_rate": "step size",
@@ -24,7 +28,15 @@ SPEED_UNITS = {
     "teacher_share": "% of the time",
     "data_share": "% of the time",
 }
-UNITS = {"loss": "weighted sum", "top1_agreement": "%", **SPEED_UNITS}
+TEXT_UNITS = {
+    **dict.fromkeys((*SHARES, "truncated", "distinct_2"), "%"),
+    **dict.fromkeys((f"{TEXT_METRIC}tokens", "tokens_per_text"), "tokens"),
+    "staleness": "updates of the student",
+    "seconds": "s for generation",
+}
+UNITS = {"loss": "weighted sum", "top1_agreement": "%", **SPEED_UNITS, **TEXT_UNITS}
+TEXT_ORDER = (MATCH, *(f"{TEXT_METRIC}{n}" for n in ("kl", "tokens", "truncated", "entropy")))
+"""Metrics of generated texts that are drawn first."""
 NOT_DRAWN = ("step_seconds", "memory_bytes")  # tokens_per_s and a stage's peak show the same
 OUTCOMES = ("reward", "held_out_loss")
 """Values that a selector logs in addition to its weights."""
@@ -80,11 +92,16 @@ def _kinds(groups: Mapping[str, Panels]) -> dict[str, Panels]:
     train, choices = groups.get("train", {}), groups.get("select", {})
     losses = {n: c for n, c in train.items() if n not in SPEED_UNITS and n not in NOT_DRAWN}
     weights = {n: c[""] for n, c in choices.items() if "" in c and n not in OUTCOMES}
+    scores = groups.get("eval", {})
+    ordered = [*(n for n in TEXT_ORDER if n in scores), *(n for n in scores if n not in TEXT_ORDER)]
+    texts = {name: scores[name] for name in ordered if is_text_metric(name)}
     found = {
         "Losses": _merged(_drawable(losses)),
         CHOICES: _drawable({"weight of each kind of knowledge": weights}),
         OUTCOME: _drawable({n: c for n, c in choices.items() if n in OUTCOMES}),
-        EVALUATION: _drawable(groups.get("eval", {})),
+        EVALUATION: _drawable({n: c for n, c in scores.items() if not is_text_metric(n)}),
+        GENERATED: _drawable(texts),
+        ROLLOUTS: _drawable(groups.get("rollout", {})),
         SPEED: _drawable({n: train[n] for n in SPEED_UNITS if n in train}),
     }
     return {kind: dict(list(p.items())[:PANELS_SHOWN]) for kind, p in found.items() if p}
@@ -169,12 +186,12 @@ def _chart(
 
 def _unit(name: str, kind: str) -> str:
     """Return the unit of a value; weights of choices have no unit."""
-    last = name.rpartition(" = ")[2]
+    last = without_source(name.rpartition(" = ")[2])
     if kind == EVALUATION:
         return "lower is better" if lower_is_better(last) else "%"
     if kind in (CHOICES, OUTCOME):
         return "lower is better" if last == "held_out_loss" else ""
-    return "nats" if last.endswith(("_kl", "_jsd", "_cross_entropy")) else UNITS.get(last, "")
+    return "nats" if last.endswith(("_kl", "_jsd", "_entropy")) else UNITS.get(last, "")
 
 
 def _numbers(panels: Panels) -> tuple[Rows, int]:

@@ -18,7 +18,9 @@ from megakd.errors import CheckpointError
 from megakd.reports import table
 from megakd.reports.charts import Chart, Dot, choice_charts, plane_chart
 from megakd.reports.curves import training
+from megakd.reports.generated import generation_rows, shares_matched
 from megakd.reports.history import panels, read_history
+from megakd.reports.positions import position_figures
 from megakd.reports.pruning import pruning_section
 from megakd.reports.quantities import is_number
 from megakd.reports.reading import read_report
@@ -74,7 +76,12 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
     """
     report = table.completed(report)
     models = _models(report)
-    stages, left_out = training(panels(history), [stage["name"] for stage in report["stages"]])
+    logged = panels(history)
+    stages, left_out = training(logged, [stage["name"] for stage in report["stages"]])
+    for stage, groups in logged.items():
+        # A stage with a single evaluation has these charts alone.
+        if figures := position_figures(groups, stage):
+            stages[stage] = [*stages.get(stage, ()), *figures]
     return TEMPLATES.get_template("report.html.jinja").render(
         tables=table,
         report=report,
@@ -86,6 +93,8 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
         choices=_choices(report["candidates"]),
         weight=_weight(report["candidates"]),
         pruning=pruning_section(report),
+        generation=generation_rows(report),
+        shares_matched=shares_matched,
         training=stages,
         left_out=left_out,
     )
@@ -169,7 +178,9 @@ def _choices(candidates: Sequence[CandidateReport]) -> dict[int, Choice]:
         scored = _scored(rows)
         chosen = next((row for row in scored if row["chosen"]), None)
         best = max(scored, key=lambda row: row["tradeoff"], default=None)
-        charts = [] if chosen is None or len(scored) < 2 else choice_charts(scored, chosen)
+        # Candidates of one size have no curve over sizes.
+        single = len(scored) < 2 or any("shape" in row for row in rows)
+        charts = [] if chosen is None or single else choice_charts(scored, chosen)
         found[iteration] = Choice(table.candidate_rows(rows), charts, chosen, best)
     return found
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from torch import Tensor
 
 from megakd.contract.batch import IGNORE, Batch, TopK
+from megakd.data.chat_tokens import PROMPT_LENGTH
 from megakd.data.encoding import Collator
 from megakd.engine.student import device_batch
 
@@ -93,13 +93,13 @@ class Sampler:
 
 @dataclass(frozen=True, kw_only=True)
 class Continuations:
-    """Beginnings of documents that a decoder continues greedily.
+    """Beginnings of documents, or prompts of conversations, that a decoder continues greedily.
 
-    ids: [B, T] tokens of the beginnings, which have the same length.
+    ids: the tokens of each beginning.
     new_tokens: number of tokens to generate; a text ends earlier at the end-of-text token.
     """
 
-    ids: Tensor
+    ids: Sequence[Sequence[int]]
     new_tokens: int
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
@@ -107,29 +107,35 @@ class Continuations:
     @property
     def shown(self) -> list[str]:
         """The beginnings as text."""
-        return [self._text(row) for row in self.ids.tolist()]
+        return list(map(self._text, self.ids))
 
     def answers(self, model: Answering) -> list[str]:
         """Return the most likely continuation of each beginning, token by token."""
-        ids, begun = self.ids, self.ids.shape[1]
+        rows = [list(row) for row in self.ids]
         for _ in range(self.new_tokens):
-            said = model.top_k(self._batch(ids), 1).ids  # [B, 1]
-            ids = torch.cat([ids, said.cpu().to(ids.dtype)], dim=1)
-        return [self._text(row[begun:]) for row in ids.tolist()]
+            said = model.top_k(self._batch(rows), 1).ids  # [B, 1]
+            for row, (token,) in zip(rows, said.tolist(), strict=True):
+                row.append(token)
+        return [self._text(r[len(begun) :]) for r, begun in zip(rows, self.ids, strict=True)]
 
-    def _batch(self, ids: Tensor) -> Batch:
+    def _batch(self, rows: Sequence[Sequence[int]]) -> Batch:
         """Return a batch whose targets are the tokens after the last token of each row."""
-        rows, length = ids.shape
-        inputs = {"input_ids": ids, "position_ids": torch.arange(length).expand(rows, -1)}
+        lengths = torch.tensor(list(map(len, rows)))
+        width = int(lengths.max())
+        places = torch.arange(width).expand(len(rows), -1)  # [B, T]
+        valid = places < lengths[:, None]
+        # Padding is after the tokens, which do not see it.
+        ids = torch.zeros_like(places)
+        ids[valid] = torch.tensor([token for row in rows for token in row])
+        inputs = {"input_ids": ids, "position_ids": places}
         labels = torch.full_like(ids, IGNORE)
-        last = torch.arange(1, rows + 1) * length - 1
-        valid = torch.ones_like(ids, dtype=torch.bool)
+        last = torch.arange(len(rows)) * width + lengths - 1
         return device_batch(Batch(inputs, labels, valid, last), self.device)
 
-    def _text(self, ids: list[int]) -> str:
+    def _text(self, ids: Sequence[int]) -> str:
         end = self.tokenizer.eos_token_id
         kept = ids[: ids.index(end)] if end in ids else ids
-        return cast("str", self.tokenizer.decode(kept, skip_special_tokens=True))
+        return cast("str", self.tokenizer.decode(list(kept), skip_special_tokens=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,18 +167,31 @@ Prompts = Continuations | HiddenWords
 def _continuations(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, device: torch.device
 ) -> Continuations | None:
-    begun = min(PROMPT_TOKENS, max(1, max_length // 2))
-    documents = list(_documents(rows))
-    length = min(begun, max(map(len, documents), default=0))
-    chosen = [ids[:length] for ids in documents if len(ids) >= length][:PROMPTS]
+    find = _prompts if PROMPT_LENGTH in rows.column_names else _beginnings
+    chosen = find(rows, max_length)[:PROMPTS]
     if not chosen:
         return None
     return Continuations(
-        ids=torch.tensor(chosen),
-        new_tokens=min(NEW_TOKENS, max_length - length),
+        ids=chosen,
+        new_tokens=min(NEW_TOKENS, max_length - max(map(len, chosen))),
         tokenizer=tokenizer,
         device=device,
     )
+
+
+def _prompts(rows: Dataset, max_length: int) -> list[list[int]]:
+    """Return the prompts of conversations that leave room for an answer."""
+    found = (cast("Mapping[str, Any]", row) for row in rows)
+    prompts = (row["input_ids"][: row[PROMPT_LENGTH]] for row in found)
+    return [ids for ids in prompts if len(ids) < max_length]
+
+
+def _beginnings(rows: Dataset, max_length: int) -> list[list[int]]:
+    """Return beginnings of documents, all of one length."""
+    begun = min(PROMPT_TOKENS, max(1, max_length // 2))
+    documents = list(_documents(rows))
+    length = min(begun, max(map(len, documents), default=0))
+    return [ids[:length] for ids in documents if len(ids) >= length]
 
 
 def _documents(rows: Dataset) -> Iterator[list[int]]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from megakd.contract.metrics import lower_is_better
 from megakd.contract.tasks import STUDENT, TEACHER
+from megakd.contract.text_names import TEXT_METRIC
+from megakd.reports.generated import generation_rows
 from megakd.reports.history import LAST_STEP, evenly
 from megakd.reports.quantities import duration, gigabytes, is_number, short_count, step_time
 
@@ -30,6 +32,7 @@ INT8_ROW = f"{STUDENT} (int8)"
 
 LATER_KEYS: Mapping[str, Any] = {
     **dict.fromkeys(("assistants", "latency", "teachers", "samples", "pruning"), ()),
+    **dict.fromkeys(("generation", "warnings"), ()),
     **dict.fromkeys(("cost", "pool", "vocabulary")),
     **{key: {} for key in ("evaluation_sets", "seconds")},
 }
@@ -55,6 +58,7 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
         candidate_rows(report["candidates"]),
         pool_rows(report),
         pruning_rows(report, most=6),
+        generation_rows(report),
         stage_rows(report),
     ]
     blocks = [
@@ -70,7 +74,16 @@ def _model_notes(report: Report) -> list[str]:
     """Return lines that explain the columns of the models."""
     lower = lower_metrics(report)
     notes = [f"{', '.join(lower)}: lower is better"] if lower else []
-    return [*notes, *filter(None, (latency_note(report), vocabulary_note(report)))]
+    others = (latency_note(report), vocabulary_note(report), adapter_note(report["student"]))
+    return [*notes, *filter(None, others)]
+
+
+def adapter_note(student: ModelReport) -> str:
+    """Return a line about the weights of the adapters; empty if all weights were trained."""
+    if "trained_parameters" not in student:
+        return ""
+    trained, whole = map(short_count, (student["trained_parameters"], student["parameters"]))
+    return f"student: {trained} parameters trained, as adapters (LoRA) of a model of {whole}"
 
 
 def vocabulary_note(report: Report) -> str:
@@ -279,10 +292,11 @@ def _speed(times: Mapping[str, float], name: str, reference: str) -> tuple[str, 
 
 def candidate_rows(candidates: Sequence[CandidateReport]) -> Rows:
     """Return a row per candidate; metric and trade-off are fractions."""
-    rows = [["iteration", "sparsity", "parameters", "metric", "trade-off", "chosen"]]
+    what = "shape" if any("shape" in one for one in candidates) else "sparsity"
+    rows = [["iteration", what, "parameters", "metric", "trade-off", "chosen"]]
     for one in candidates:
         weighed = (f"{v:.4f}" if is_number(v) else "-" for v in (one["metric"], one["tradeoff"]))
-        size = [f"{one['sparsity']:g}", short_count(one["parameters"])]
+        size = [one.get("shape", f"{one['sparsity']:g}"), short_count(one["parameters"])]
         rows.append([str(one["iteration"]), *size, *weighed, "yes" if one["chosen"] else "-"])
     return rows
 
@@ -354,7 +368,8 @@ def stage_rows(report: Report) -> Rows:
 def stage_scores(report: Report) -> Rows:
     """Return a row per stage with the scores of the model that the stage keeps."""
     stages = report["stages"]
-    names = list(dict.fromkeys(name for stage in stages for name in stage["metrics"]))
+    known = dict.fromkeys(name for stage in stages for name in stage["metrics"])
+    names = [name for name in known if not name.startswith(TEXT_METRIC)]
     scores = ([score(name, stage["metrics"].get(name)) for name in names] for stage in stages)
     return [names, *scores]
 
@@ -367,23 +382,3 @@ def aligned_rows(rows: Sequence[Sequence[str]]) -> list[str]:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return lines
-
-
-def scores_text(found: Mapping[str, Any]) -> str:
-    """Return the result of `evaluate_model` as lines of text."""
-    parts = [
-        f"{found['file']}, {found['split']}: {found['rows']} rows",
-        _metric_lines(found["metrics"]),
-    ]
-    for name, entry in found["evaluation_sets"].items():
-        parts += [
-            "",
-            f"{name} ({entry['file']}): {entry['rows']} rows",
-            _metric_lines(entry["metrics"]),
-        ]
-    return "\n".join(parts)
-
-
-def _metric_lines(metrics: Mapping[str, float]) -> str:
-    width = max((len(name) for name in metrics), default=0)
-    return "\n".join(f"{name:{width}}  {value:.4f}" for name, value in metrics.items())

@@ -30,6 +30,19 @@ document.title = "wide=" + d.scrollingElement.scrollWidth + " texts=" +
   Math.min(...[...d.querySelectorAll("svg text")].map(e => e.getBoundingClientRect().height));
 }}</script>"""
 
+LONG = "x" * 300
+GENERATED = {
+    "generation": [
+        {
+            "stage": "student", "step": 9, "metrics": {f"text_{LONG[:30]}{n}": 0.5 for n in "abc"},
+            "texts": [
+                {"prompt": LONG, "text": LONG, "wanted": LONG, "finished": True, "matches": False}
+            ],
+        }
+    ],
+    "warnings": [{"stage": "student", "kind": "rollout", "step": 9, "message": LONG}],
+}  # fmt: skip
+
 
 def measured(folder: Path, page: str, width: int) -> tuple[float, float]:
     """How wide the page is, and how high the smallest text of a chart, in pixels."""
@@ -62,7 +75,8 @@ def test_nothing_is_wider_than_the_screen_and_charts_can_be_read(
         {"stage": "student", "step": s, "train/loss": 9 / s, "eval/perplexity": 20 / s}
         for s in range(1, 30)
     ]
-    report = chosen_report() if kind == "minidisc" else language_report()
+    lines += [{"stage": "student", "step": s, "text/0-3/kl": 1.0, "text/4-7/kl": s} for s in (1, 9)]
+    report = chosen_report() if kind == "minidisc" else language_report(**GENERATED)
     page = html_report(report, lines, config=f"key: {'x' * 300}\n")
 
     wide, smallest = measured(tmp_path, page, width)

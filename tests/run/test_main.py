@@ -36,6 +36,8 @@ REPORT_KEYS = {
     "speedup",
     "latency",
     "samples",
+    "generation",
+    "warnings",
     "vocabulary",
     "seconds",
     "cost",

@@ -1,0 +1,120 @@
+"""Curves of generated texts by position: the same on any ranks and at every ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORDS = ("the", "cat", "dog", "sat", "on", "a", "mat", "and", "ran", "to", "big", "red", "house")
+TOKENS, ROWS = 6, 5
+
+
+def llama(layers: int, width: int) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 2}
+    return {"config": {"model_type": "llama", "num_hidden_layers": layers, **sizes}}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    rng = random.Random(0)
+    for split, count in (("train", 60), ("validation", 8)):
+        lines = (" ".join(rng.choices(WORDS, k=30)) for _ in range(count))
+        (folder / f"{split}.txt").write_text("\n\n".join(lines))
+    return folder
+
+
+def evaluated(
+    launch: Callable[..., Any], folder: Path, texts: Path, *, zero: int, world: int
+) -> dict[str, float]:
+    """The values of texts in the only evaluation of a run."""
+    tree: dict[str, Any] = {
+        "output_dir": str(folder / "out"),
+        "task": {
+            "type": "causal_lm",
+            "train_files": str(texts / "train.txt"),
+            "validation_files": str(texts / "validation.txt"),
+            "max_length": 24,
+            "tokenizer": {"type": "bpe", "vocab_size": 300},
+        },
+        "teacher": {"model": llama(2, 16), "deepspeed": f"teacher_zero{3 if zero == 3 else 0}"},
+        "student": {"model": llama(1, 8), "deepspeed": f"zero{zero}"},
+        "method": {"name": "single"},
+        "objective": [{"loss": "soft_target_kl"}],
+        "train": {
+            "per_device_train_batch_size": 12 // world,
+            "max_steps": 2,
+            "learning_rate": 0.01,
+            "adam_epsilon": 0.01,
+        },
+        "eval": {
+            "eval_steps": 2,
+            "keep_best": False,
+            "generation": {"max_new_tokens": TOKENS, "rows": ROWS, "prompt_tokens": 4},
+        },
+        "log": {"report_to": []},
+    }
+    (folder / "run.yaml").write_text(json.dumps(tree))
+    group = launch("--config", str(folder / "run.yaml"), world=world)
+    assert group.wait() == [0] * world, group.text
+    lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if "eval/text_kl" in record]
+    assert len(records) == 1
+    return {k: v for k, v in records[0].items() if k.startswith(("text/", "eval/text_"))}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("alone")
+
+
+@pytest.fixture(scope="module")
+def alone(launch, texts, folder) -> dict[str, float]:
+    return evaluated(launch, folder, texts, zero=0, world=1)
+
+
+def test_the_report_has_the_texts_and_their_metrics(alone, folder) -> None:
+    report = json.loads((folder / "out" / "report.json").read_text())
+
+    (entry,) = report["generation"]
+    assert (entry["stage"], entry["step"], len(entry["texts"])) == ("student", 2, ROWS)
+    assert entry["metrics"]["text_kl"] == alone["eval/text_kl"]
+    assert report["warnings"] == []
+    page = (folder / "out" / "report.html").read_text()
+    assert "Generated texts by position" in page
+
+
+def test_the_means_by_position_are_those_of_the_objective_on_the_same_texts(alone) -> None:
+    """At temperature 1, the loss is the divergence."""
+    assert alone["eval/text_kl"] == pytest.approx(alone["eval/text_soft_target_kl"], rel=1e-4)
+    assert {key for key in alone if key.endswith("/kl")} == {
+        f"text/{bucket}/kl" for bucket in ("0-0", "1-1", "2-2", "3-5")
+    }
+    assert 0 < alone["text/0-0/kl"] < alone["text/0-0/teacher_entropy"] + 10
+    # Texts without an end have one token in each of the first buckets, and three in the last.
+    if alone["eval/text_truncated"] == 1:
+        parts = [alone[f"text/{bucket}/kl"] for bucket in ("0-0", "1-1", "2-2", *["3-5"] * 3)]
+        assert sum(parts) / TOKENS == pytest.approx(alone["eval/text_kl"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("zero", "world"),
+    [
+        pytest.param(0, 2, marks=pytest.mark.slow),
+        pytest.param(1, 2, marks=pytest.mark.slow),
+        pytest.param(2, 3, marks=pytest.mark.slow),
+        (3, 2),
+    ],
+)
+def test_values_by_position_do_not_depend_on_ranks_or_sharding(
+    launch, texts, alone, tmp_path, zero, world
+) -> None:
+    found = evaluated(launch, tmp_path, texts, zero=zero, world=world)
+
+    assert found.keys() == alone.keys()
+    assert found == pytest.approx(alone, rel=1e-3, abs=1e-5)
