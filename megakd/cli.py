@@ -22,6 +22,13 @@ from megakd.config.catalogue import catalogue
 from megakd.config.file import dump_config, load_config
 from megakd.config.run import RunConfig
 from megakd.config.schema import paths_ending_in
+from megakd.config.scoring_options import add_scoring_options
+from megakd.config.shrink_file import (
+    add_shrink_options,
+    launch_command,
+    shrink_config,
+    write_shrink_config,
+)
 from megakd.config.synonyms import synonyms
 from megakd.errors import ConfigError, MegakdError, PeerLostError, suggestion
 from megakd.planning.options import add_plan_options, cluster_of
@@ -31,6 +38,7 @@ from megakd.process.home import in_home
 from megakd.process.phases import counted
 from megakd.process.quiet_stdout import print_aside
 from megakd.process.signals import Stopped, watched
+from megakd.run.harness_options import add_tasks_options, is_of_tasks, score_tasks
 from megakd.storage.atomic import json_text
 
 _USER_ERROR = 2
@@ -178,32 +186,8 @@ def _add_plan(parser: _Parser) -> None:
 
 def _add_evaluate(parser: _Parser) -> None:
     _add_config(parser)
-    parser.add_argument(
-        "--model",
-        metavar="FOLDER",
-        help="the model to score, default: final/; student.allow_pickle and "
-        "student.trust_remote_code apply to it",
-    )
-    parser.add_argument(
-        "--data",
-        metavar="FILE",
-        help="score all rows of this file, of the files that match a quoted pattern, or of the "
-        "test split of this folder; the same as task.dataset=FILE",
-    )
-    parser.add_argument(
-        "--trust_label_order",
-        "--trust-label-order",
-        action="store_true",
-        help="the model's labels LABEL_0, … have the order of the labels in the data",
-    )
-    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
-    parser.add_argument(
-        "--submission",
-        metavar="DIR",
-        type=in_home,
-        help="write GLUE's submission files of the task to this folder, from the unlabelled test "
-        "rows, instead of scoring",
-    )
+    add_scoring_options(parser)
+    add_tasks_options(parser)
 
 
 def _add_encode(parser: _Parser) -> None:
@@ -224,9 +208,7 @@ def _add_export(parser: _Parser) -> None:
 
 
 def _add_report(parser: _Parser) -> None:
-    parser.add_argument(
-        "folder", metavar="DIR", type=in_home, help="the output_dir of a finished run"
-    )
+    parser.add_argument("folder", metavar="DIR", type=in_home, help="output_dir of a finished run")
 
 
 def _add_methods(parser: _Parser) -> None:
@@ -252,13 +234,31 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.dry_run:
         return _print_plan(config, arguments)
+    return _run(config, arguments.command)
+
+
+def _run(config: RunConfig, command: str) -> int:
     _prefer_large_pages()
     with counted(since_s=_seconds_since_start()):
         with no_collections():
             from megakd.run import main as run
 
-        _say(run.run(config, command=arguments.command))
+        _say(run.run(config, command=command))
     return 0
+
+
+def _shrink(arguments: argparse.Namespace) -> int:
+    config, text = shrink_config(arguments)
+    if arguments.print_config:
+        _say(dump_config(config))
+        return 0
+    if arguments.plan:
+        return _print_plan(config, arguments)
+    path = write_shrink_config(config, text)
+    if arguments.ranks > 1:
+        _say(launch_command(path, arguments.ranks))
+        return 0
+    return _run(config, arguments.command)
 
 
 def _seconds_since_start() -> float:
@@ -314,6 +314,8 @@ def _encode(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if is_of_tasks(arguments):
+        return score_tasks(arguments, _say)
     local = _take_local_dataset(arguments) if arguments.submission is None else None
     data = arguments.data or local
     config = _config(arguments)
@@ -326,7 +328,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         found = model_evaluation.evaluate_model(
             config, arguments.model, data=data, trusts_order=arguments.trust_label_order
         )
-    from megakd.reports.table import scores_text
+    from megakd.reports.scores import scores_text
 
     _say(json_text(found, indent=2) if arguments.json else scores_text(found))
     return 0
@@ -390,6 +392,7 @@ _COMMANDS: dict[str, tuple[Callable[[_Parser], None], Callable[[argparse.Namespa
     "cache": (_add_config, _cache, "Cache the teachers' outputs for the training rows on disk."),
     "encode": (_add_encode, _encode, "Encode the data of a run into a folder, before the run."),
     "evaluate": (_add_evaluate, _evaluate, "Score a model on a run's held-out rows, or on a file."),
+    "shrink": (add_shrink_options, _shrink, "Cut a decoder to a size, and repair it."),
     "export": (_add_export, _export, "Write a finished stage as a Hugging Face folder."),
     "report": (_add_report, _report, "Write the report.html of a finished run again."),
     "methods": (_add_methods, _methods, "List the methods, or the loss terms, with their options."),

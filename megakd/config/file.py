@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
@@ -54,13 +53,29 @@ def config_of(
         ConfigError: the config cannot work; one line per problem.
     """
     given: dict[str, Any] = _plain(tree, (), source)
-    changed = copy.deepcopy(given)
-    for override in overrides:
-        _apply(override, changed)
-    config, problems = _checked(changed)
+    config, problems = _checked(with_overrides(given, overrides, source=source))
     if config is None:
         raise _error(_sources(problems, given, overrides, source))
     return config
+
+
+def with_overrides(
+    tree: Mapping[str, Any], overrides: Sequence[str], *, source: str = "config"
+) -> dict[str, Any]:
+    """Return plain values with overrides applied, not yet checked.
+
+    Args:
+        tree: sections and keys as in a config file; it is not changed.
+        overrides: as in `load_config`.
+        source: name of the tree in messages.
+
+    Raises:
+        ConfigError: an override is not of the form key=value.
+    """
+    changed: dict[str, Any] = _plain(tree, (), source)
+    for override in overrides:
+        _apply(override, changed)
+    return changed
 
 
 def config_tree(config: RunConfig) -> dict[str, Any]:

@@ -178,6 +178,23 @@ class Lab(Protocol):
         """
         ...
 
+    def layer_scores(self, teacher: str) -> tuple[float, ...]:
+        """Return the importance of each layer of a decoder that teaches, which is measured once.
+
+        The importance is the rise of the loss on the held-out rows if the layer is left out.
+
+        Args:
+            teacher: name of the teacher.
+
+        Raises:
+            MegakdError: the importance cannot be measured.
+        """
+        ...
+
+    def has_stock_config(self, source: Model, view: View) -> bool:
+        """Return whether transformers' own class of the family can have the shape of a cut."""
+        ...
+
     def cut(self, source: Model, view: View, name: str) -> Model:
         """Cut a model to a view, without training, into `stages/<name>`."""
         ...

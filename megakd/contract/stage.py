@@ -5,7 +5,7 @@ Shapes: B rows of a micro-batch, T positions, V vocabulary or classes, D width, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megakd.contract.batch import Batch, Counts, Knowledge
+    from megakd.contract.batch_source import BatchSource
     from megakd.contract.units import Cut, View
     from megakd.contract.vocabulary import MixedReading
 
@@ -252,36 +253,6 @@ class Judge(Protocol):
         ...
 
 
-class BatchSource(Protocol):
-    """The micro-batches of a stage, grouped by optimizer step.
-
-    steps_per_epoch: steps that `num_train_epochs` and the log count as one epoch.
-    waited_s: seconds that the loop has waited for batches.
-    """
-
-    steps_per_epoch: int
-    waited_s: float
-
-    def iterate(self, start: int, stop: int) -> Generator[Sequence[Batch], None, None]:
-        """Yield this rank's micro-batches of each step from `start` up to, excluding, `stop`.
-
-        Every rank has the same number of micro-batches in every step. The micro-batches of a step
-        depend only on the config, the seed, the step and the state.
-        """
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain values that a resumed run and the next window need, equal on every rank.
-
-        The call may be a collective.
-        """
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that `state_dict` returned."""
-        ...
-
-
 class Window(NamedTuple):
     """The part of a longer run that a stage covers: steps `first` up to `last` of `total`.
 
@@ -327,6 +298,8 @@ class Stage:
         is before the first step.
     batches: function from the source of the training rows' batches to the source of the stage's
         batches; None uses the training rows' batches.
+    rollouts: the section `rollout` of the config for a stage that trains on generated texts; None
+        for other stages.
     mixed: by role, the models with a tokenizer of their own, and how they read the training text.
     rates: by role of a learner, the factor of its learning rate; 1 if not listed.
     reads_states: whether the strategy reads the last hidden states of both models.
@@ -351,6 +324,7 @@ class Stage:
     shards_kept: int = 0
     measures_losses: bool = False
     batches: Callable[[BatchSource], BatchSource] | None = None
+    rollouts: Any = None
     mixed: Mapping[str, MixedReading] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
     reads_states: bool = False

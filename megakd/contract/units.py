@@ -23,12 +23,15 @@ class View(NamedTuple):
     width: width of the hidden states; None keeps the full width.
     head_width: columns kept in every head, of its queries and keys and of its values; None keeps
         all columns.
+    layers: numbers, from 1, of the layers that the model has once it is cut; None keeps all. The
+        other layers have no heads and no neurons in this view, so that hidden states pass through.
     """
 
     heads: tuple[int, ...]
     neurons: tuple[int, ...]
     width: int | None = None
     head_width: int | None = None
+    layers: tuple[int, ...] | None = None
 
     def within(self, other: View) -> bool:
         """Return whether `other` contains this view."""

@@ -27,10 +27,14 @@ WIDTH = Axis("width")
 def weight_axes(model: PreTrainedModel) -> Mapping[str, Axes]:
     """Return the axes of all parameters that contain prunable units, by name on the model.
 
+    The result is empty for a family that cannot be cut.
+
     Args:
         model: any model of a known family, on any device, sharded or not.
     """
     architecture = architecture_of(model.config)
+    if architecture.uncut is not None:
+        return {}
     table = dict(_of_layers(model, architecture))
     width = architecture.hidden_width(model.config)
     attentions = [f"{paths.core}." for paths in architecture.attentions(model.config)]

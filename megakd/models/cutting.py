@@ -21,6 +21,7 @@ from megakd.models.architectures import (
     architecture_of,
 )
 from megakd.models.axes import lengths, narrowed, ordered, output_modules, weight_axes
+from megakd.models.depth import naming, renumbered, without_layers
 from megakd.models.export import Extra, write_model_folder
 from megakd.models.fitting import plan_loading, valueless_model
 from megakd.models.labels import label_order, set_labels
@@ -28,7 +29,7 @@ from megakd.models.own_models import OWN_MODELS
 from megakd.models.weights import WeightReader
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
     from typing import Any
 
@@ -65,6 +66,7 @@ def cut_config(
     Raises:
         ModelError: the view keeps more units than the model has.
     """
+    config, view = without_layers(config, view)
     architecture = architecture_of(config)
     whole = architecture.units(config)
     view = _checked(config, view, whole)
@@ -179,12 +181,12 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
     if labels is not None:
         state = _with_labels(state, output_modules(uncut, source.architecture), labels)
     cut = valueless_model(source, task, config)
-    _check_shapes(match, axes, view, cut)
+    _check_shapes(match, axes, view, cut, naming(whole, view or units))
     kept = cut_state(state, axes, view, order)
     write_model_folder(
         folder,
         config=config,
-        state=rescaled(kept, whole, view or units),
+        state=renumbered(rescaled(kept, whole, view or units), whole, view or units),
         tokenizer=tokenizer,
         architecture=type(cut).__name__,
         extra=extra,
@@ -334,14 +336,20 @@ def _changed(
 
 
 def _check_shapes(
-    match: Match, axes: Mapping[str, Axes], view: View | None, cut: PreTrainedModel
+    match: Match,
+    axes: Mapping[str, Axes],
+    view: View | None,
+    cut: PreTrainedModel,
+    rename: Callable[[str], str | None],
 ) -> None:
     """Check that the tensors to write fit the new config; no tensor is read yet."""
     wanted = cut.state_dict()
-    for name, stored in match.stored.items():
-        shape = torch.Size(stored.shape)
-        if view is not None and name in axes:
-            shape = torch.Size(lengths(shape, axes[name], view))
+    for before, stored in match.stored.items():
+        shape, name = torch.Size(stored.shape), rename(before)
+        if name is None:
+            continue
+        if view is not None and before in axes:
+            shape = torch.Size(lengths(shape, axes[before], view))
         if name not in wanted or wanted[name].shape != shape:
             expected = list(wanted[name].shape) if name in wanted else None
             raise RuntimeError(

@@ -130,13 +130,20 @@ class ElasticEmbedding(ElasticModule):
 
     weight: Tensor
 
+    @property
+    def weight_width(self) -> int:
+        """The columns of the whole weight, which may be sharded."""
+        return full_shape(self.weight)[1]
+
     def forward(self, numbers: Tensor) -> Tensor:
-        """Return the embeddings [..., D] of numbers [...]."""
+        """Return the embeddings [..., D] of numbers [...]; scaled ones as a cut model does."""
         rows = super().forward(numbers)
         kept = self.elasticity.kept("weight", self.weight.device)
         if kept is None:
             return rows
         columns = kept[1]
+        if hasattr(self, "scalar_embed_scale"):  # Gemma's: the root of the width
+            rows = rows * (columns.length / self.weight_width) ** 0.5
         if columns.rows is None:
             return rows[..., : columns.length]
         return rows.index_select(-1, columns.rows)
@@ -159,14 +166,14 @@ class _NarrowNorm:
     """Stand-in for `self` in the forward of a stock norm under a view."""
 
     def __init__(self, norm: nn.Module, kept: Dimensions) -> None:
-        self._norm = norm
+        self._whole = norm  # `_norm` is a method of Gemma's norms
         self.normalized_shape = (kept[0].length,)
         for name, parameter in norm.named_parameters(recurse=False):
             # A copy, because a slice would keep the whole vector that ZeRO 3 has gathered.
             setattr(self, name, taken(parameter, kept).clone())
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._norm, name)
+        return getattr(self._whole, name)
 
 
 class ElasticSplit(ElasticModule):

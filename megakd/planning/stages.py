@@ -16,10 +16,18 @@ from megakd.contract.results import ParameterCounts
 from megakd.contract.stage import Stage, StageResult, untrained
 from megakd.contract.tasks import STUDENT, TEACHER, Dtype
 from megakd.contract.units import View
-from megakd.data.loader import StepShape
+from megakd.data.step_layout import StepShape
 from megakd.methods import run_method
 from megakd.models.source import ModelSource
-from megakd.pruning.store import SortedTeacher, largest_first, shape_of_cut, unscored
+from megakd.pruning.store import (
+    SortedTeacher,
+    Weights,
+    counts_in_view,
+    largest_first,
+    shape_of_cut,
+    unscored,
+    weights_of,
+)
 from megakd.reports.latency import TIMED_BATCHES
 from megakd.training.engines import ReadyTeacher, learning_models
 from megakd.training.lab_base import LabBase
@@ -36,6 +44,7 @@ class Phase:
     work: training, or a kind of work with frozen models.
     stage: the stage that is trained; None for other work.
     learners: the trained models by role; empty for other work.
+    bases: by name, the teachers that are the learner without its adapters.
     teachers: the frozen models by name: teachers of a training, or the models of other work.
     rows: rows of a batch of other work on one rank.
     with_width: whether the importance of the width is measured too.
@@ -46,6 +55,7 @@ class Phase:
     work: Work = "training"
     stage: Stage | None = None
     learners: Mapping[str, ModelSource] = field(default_factory=dict)
+    bases: Mapping[str, ModelSource] = field(default_factory=dict)
     teachers: Mapping[str, ReadyTeacher] = field(default_factory=dict)
     rows: int = 0
     with_width: bool = False
@@ -56,6 +66,11 @@ class Phase:
         """The model that the stage returns."""
         return next(iter(self.learners.values()))
 
+    @property
+    def teaching(self) -> list[ModelSource]:
+        """The models of all teachers."""
+        return [*(ready.source for ready in self.teachers.values()), *self.bases.values()]
+
 
 class PlanningLab(LabBase):
     """Lab that records the stages of a method instead of running them."""
@@ -65,6 +80,7 @@ class PlanningLab(LabBase):
         self.phases: list[Phase] = []
         self._assistants: list[StageResult] = []
         self._made: dict[Path, ModelSource] = {}
+        self._weights: dict[str, Weights] = {}
 
     def play(self) -> list[Phase]:
         """Run the method and the baselines, and return all phases of the run, in order.
@@ -89,7 +105,8 @@ class PlanningLab(LabBase):
         preset = scoring_preset(self.config.student.deepspeed)
         results = (*students, *self._assistants)
         made = {result.name: _ready(self._made[result.folder], preset) for result in results}
-        teachers = {n: self._teachers[n] for n in self.config.teacher_specs if n in self._teachers}
+        loaded = [n for n, spec in self.config.teacher_specs.items() if spec.server is None]
+        teachers = {name: self._teachers[name] for name in loaded if name in self._teachers}
         for name, ready in {**made, **teachers}.items():
             self._score(name, ready)
         stored = {
@@ -148,11 +165,13 @@ class PlanningLab(LabBase):
         stage = completed(stage, self.config)
         learners = learning_models(stage, self._sources, self._teachers)
         teachers = {name: self._teachers[name] for name in stage.teachers}
+        bases = {n: teachers.pop(n).source for n in self.config.base_teachers if n in teachers}
         phase = Phase(
             name=stage.name,
             learners=learners,
             stage=stage,
             teachers=teachers,
+            bases=bases,
             student=self._sources[STUDENT],
         )
         self.phases.append(phase)
@@ -179,7 +198,7 @@ class PlanningLab(LabBase):
         ready = self._teachers[teacher]
         if not any(known.work == "importance" for known in self.phases):
             # Several ranks may use fewer rows per micro-batch.
-            most = self.config.train.per_device_train_batch_size
+            most = self.config.train.rows_at_once(self.config.task.max_length)
             phase = Phase(
                 name="specification",
                 work="importance",
@@ -189,6 +208,11 @@ class PlanningLab(LabBase):
             )
             self.phases.append(phase)
         return unscored(ready.source)
+
+    def layer_scores(self, teacher: str) -> tuple[float, ...]:
+        """Record the scoring of the teacher; return the same importance for all layers."""
+        self._score("layers", self._teachers[teacher])
+        return (1.0,) * self.teacher_layers
 
     def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
         """Return the shape of the cut model; the cut itself runs tensor by tensor on one rank."""
@@ -204,8 +228,11 @@ class PlanningLab(LabBase):
         return SimpleNamespace(of=lambda _: 0.5)
 
     def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
-        """Return zeros, because the plan does not use these counts."""
-        return ParameterCounts(0, 0)
+        """Return the number of weights of a view, which may decide the sizes of candidates."""
+        model = source.config.to_json_string()
+        if model not in self._weights:
+            self._weights[model] = weights_of(source, self.config.task)
+        return counts_in_view(self._weights[model], source, view)
 
 
 def _ready(source: ModelSource, preset: str, dtype: Dtype | None = None) -> ReadyTeacher:

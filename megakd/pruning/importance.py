@@ -6,7 +6,8 @@ https://arxiv.org/abs/2205.14570), as in the authors' code: the sum over batches
 `method.importance_batch_size` rows over all ranks. Signed gradients are summed over the ranks and
 micro-batches of a batch, and divided by the batch's number of labels. The absolute value is taken
 afterwards, so that the scores do not depend on the split into ranks and micro-batches. A
-micro-batch has at most `train.per_device_train_batch_size` rows, which fit into device memory.
+micro-batch has at most `train.per_device_train_batch_size` rows, or the rows that fit into
+`train.tokens_per_rank`, which fit into device memory.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from megakd.config.deepspeed import load_ds_config
 from megakd.contract.batch import LossInputs
 from megakd.contract.unit_counts import count_units
-from megakd.data.loader import StepShape, global_batches
+from megakd.data.loader import global_batches
+from megakd.data.step_layout import StepShape
 from megakd.engine.collectives import agree, all_reduce_
 from megakd.engine.initialize import Engine, frozen_engine
 from megakd.engine.memory import freed_memory_returned
@@ -106,9 +108,8 @@ def measure_importance(
     ds = load_ds_config(ready.spec.deepspeed, where="teacher.deepspeed")
     dtype = assembly.teacher_dtype(ready)
     train, ranks = assembly.config.train, assembly.ranks
-    shape = StepShape.of_batch(
-        batch_size, train.per_device_train_batch_size, rank=ranks.rank, world=ranks.world_size
-    )
+    most = train.rows_at_once(assembly.config.task.max_length)
+    shape = StepShape.of_batch(batch_size, most, rank=ranks.rank, world=ranks.world_size)
     frozen = assembly.frozen_module(source, ds, dtype=dtype, needs=Needs())
     objective = label_objective(source, assembly.config.task.type, assembly.prepared.classes)
     device = ranks.device

@@ -24,6 +24,7 @@ from megakd.models.architectures import architecture_named
 from megakd.models.axes import lengths, weight_axes
 from megakd.models.counting import parameter_counts
 from megakd.models.cutting import cut_config, reshape_folder
+from megakd.models.depth import naming
 from megakd.models.export import Extra
 from megakd.models.fitting import valueless_model
 from megakd.models.source import ModelSource
@@ -35,9 +36,10 @@ from megakd.pruning.allocation import (
     view_at,
 )
 from megakd.pruning.importance import measure_importance
+from megakd.pruning.layer_importance import measure_layers
 from megakd.storage.fingerprint import Fingerprint
 from megakd.training.engines import Assembly, ReadyTeacher
-from megakd.training.once import once
+from megakd.training.once import measured_once, once
 from megakd.training.stage_result import RESULT, result_text
 
 UNITS = "units.json"
@@ -146,6 +148,20 @@ class PruningStore:
         }
         return self._made("specification", facts, prepare)
 
+    def layer_scores(self, ready: ReadyTeacher) -> StageResult:
+        """Return the importance of each layer of a teacher; the metric of layer 3 is `layer_3`.
+
+        Raises:
+            MegakdError: the importance cannot be measured, or the folder cannot be written.
+        """
+        rows = self.assembly.prepared.encoded.validation
+
+        def measure() -> Mapping[str, float]:
+            scores = measure_layers(self.assembly, ready, rows)
+            return {f"layer_{number}": score for number, score in enumerate(scores, start=1)}
+
+        return measured_once(self.assembly, "layers", self.assembly.frozen_facts(ready), measure)
+
     def scores(self, folder: Path) -> UnitScores:
         """Return the scores by which the units of a folder were sorted."""
         path = folder / UNITS
@@ -166,9 +182,7 @@ class PruningStore:
         model = source.config.to_json_string()
         if model not in self._weights:
             self._weights[model] = weights_of(source, self.assembly.config.task)
-        return parameter_counts(
-            (name, lengths(shape, axes, view)) for name, shape, axes in self._weights[model]
-        )
+        return counts_in_view(self._weights[model], source, view)
 
     def _made(
         self, name: str, facts: Mapping[str, Any], prepare: Callable[[], Reshaping]
@@ -241,4 +255,14 @@ def weights_of(source: ModelSource, task: TaskConfig) -> Weights:
     return tuple(
         (name, weight.shape, axes.get(name, (None,) * weight.dim()))
         for name, weight in empty.named_parameters()
+    )
+
+
+def counts_in_view(weights: Weights, source: ModelSource, view: View) -> ParameterCounts:
+    """Return the number of weights of the model that a cut to a view writes."""
+    rename = naming(source.config, view)
+    return parameter_counts(
+        (name, lengths(shape, axes, view))
+        for name, shape, axes in weights
+        if rename(name) is not None
     )

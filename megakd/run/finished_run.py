@@ -15,7 +15,7 @@ from megakd.config.file import config_tree, dump_config, load_config
 from megakd.config.run import RunConfig
 from megakd.config.yaml12 import parse_yaml
 from megakd.contract.results import Report
-from megakd.contract.tasks import FROM_TEACHER, STUDENT
+from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE
 from megakd.data.encoded_keys import tokenizer_content
 from megakd.engine.collectives import agree, on_main
 from megakd.errors import CheckpointError, ConfigError, MegakdError, suggestion
@@ -190,7 +190,7 @@ def _not_here(config: RunConfig, error: MegakdError) -> list[str]:
         key
         for key, spec in specs.items()
         if isinstance(spec, str | Path)
-        and spec not in (FROM_TEACHER, "pydocs")
+        and spec not in (FROM_TEACHER, STUDENT_BASE, "pydocs")
         and not Path(spec).expanduser().exists()
         and (is_of_hub or not _may_be_on_hub(spec))
     ]
@@ -315,6 +315,7 @@ def _add_int8(folder: Path) -> None:
 
 def _card_facts(config: RunConfig, stage: Path, command: str) -> CardFacts:
     models = {name: spec.model for name, spec in config.teacher_specs.items()}
+    models |= dict.fromkeys(config.base_teachers, config.student.model)
     start = {**models, STUDENT: config.student.model}[config.start_role]
     return CardFacts(
         title=f"{config.output_dir.name}: a student distilled by megakd",

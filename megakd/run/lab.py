@@ -43,6 +43,7 @@ from megakd.training.once import measured_once
 from megakd.training.probe import HeldOutProbe
 from megakd.training.progress import Reporter
 from megakd.training.recipes import completed
+from megakd.training.served_teacher import served_teacher
 from megakd.training.stage_batches import step_shape
 from megakd.training.stage_result import read_result
 from megakd.training.stage_run import StageRun
@@ -128,6 +129,16 @@ class Lab(LabBase):
             source=self.source(result.folder), scores=self._store.scores(result.folder)
         )
 
+    def layer_scores(self, teacher: str) -> tuple[float, ...]:
+        """Return the importance of each layer of a decoder that teaches; measured once."""
+        self.close()
+        result = self._store.layer_scores(self._teachers[teacher])
+        if all(known.name != result.name for known in self.results):
+            # As metrics of a stage, the scores would be a column for each layer in the report.
+            self.results.append(dataclasses.replace(result, metrics={}))
+        layers = range(1, len(result.metrics) + 1)
+        return tuple(result.metrics[f"layer_{number}"] for number in layers)
+
     def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
         """Return a model cut to a view in `stages/<name>`, untrained; `source` for a whole view."""
         units = source.architecture.units(source.config)
@@ -172,7 +183,9 @@ class Lab(LabBase):
         return as_student(self._teachers[self.teacher(role)].source, self.config)
 
     def _run(self, stage: Stage, fingerprint: Fingerprint, folder: Path) -> StageResult:
-        self._open.keep({name: self._teachers[name] for name in stage.teachers})
+        # The student without its adapters answers in the student's engine.
+        frozen = [name for name in stage.teachers if name not in self.config.base_teachers]
+        self._open.keep({name: self._teachers[name] for name in frozen})
         # The engine of the last stage must not count.
         forget_models()
         reset_peak_memory(self._ranks.device)
@@ -181,7 +194,7 @@ class Lab(LabBase):
             run = StageRun(
                 stage,
                 self.assembly,
-                teachers={name: self._opened(name, stage) for name in stage.teachers},
+                teachers={name: self._opened(name, stage) for name in frozen},
                 reporter=self._reporter,
                 fingerprint=fingerprint,
             )
@@ -260,12 +273,15 @@ class Lab(LabBase):
 
     def _frozen(self, name: str, needs: Needs, stage: Stage) -> Opened:
         ready = self._teachers[name]
+        part = "server" if ready.spec.cache is None else "cache"
+        if (ready.spec.cache or ready.spec.server) and needs != Needs():
+            raise ConfigError(
+                f"{self.config.key_of(name)}.{part} holds only the outputs of the teacher, and "
+                "the losses of this method need more; remove the key, or use only soft targets"
+            )
+        if ready.spec.server is not None:
+            return served_teacher(self.config, self._prepared, name, self._ranks)
         if ready.spec.cache is not None:
-            if needs != Needs():
-                raise ConfigError(
-                    f"{self.config.key_of(name)}.cache holds only the outputs of the teacher, and "
-                    "the losses of this method need more; remove the key, or use only soft targets"
-                )
             return self.assembly.cached(ready, ready.spec.cache)
         dtype = self.assembly.teacher_dtype(ready)
         spec = ready.spec.deepspeed
@@ -288,8 +304,12 @@ class Lab(LabBase):
 
     @property
     def teacher_folders(self) -> dict[str, Path | None]:
-        """The folders with the weights of the configured teachers that a method has asked for."""
-        names = [name for name in self.config.teacher_specs if name in self._teachers]
+        """The folders with the weights of the configured teachers that a method has asked for.
+
+        Served teachers are left out, because their weights are not loaded.
+        """
+        specs = self.config.teacher_specs.items()
+        names = [name for name, spec in specs if name in self._teachers and spec.server is None]
         return {name: self._teachers[name].source.folder for name in names}
 
     def score_teacher(self, name: str, rows: Dataset) -> Mapping[str, float]:

@@ -34,9 +34,12 @@ from megakd.engine.memory import earlier_objects_left_alone, forget_models, keep
 from megakd.errors import CheckpointError
 from megakd.methods import run_method
 from megakd.models.export import weight_bytes
+from megakd.models.lora import adapter_parameters
 from megakd.planning.method_check import check_method
 from megakd.process.phases import counted, phase, seconds
 from megakd.process.signals import Stopped
+from megakd.reports.generated import generation_reports
+from megakd.reports.history import read_history
 from megakd.reports.latency import TIMED_BATCHES, measure_latencies
 from megakd.reports.report import environment
 from megakd.reports.samples import Sampler
@@ -56,6 +59,9 @@ from megakd.training.nodes import check_nodes
 from megakd.training.precision import TORCH_DTYPE, check_device
 from megakd.training.progress import Reporter
 from megakd.training.recipes import baseline_stage, scoring_preset
+from megakd.training.runaway import text_warnings
+from megakd.training.served_teacher import check_teacher_servers
+from megakd.training.servers import check_servers
 from megakd.training.trackers import check_trackers, make_trackers
 
 logger = logging.getLogger(__name__)
@@ -116,6 +122,8 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     reporter = reporter_of(config, ranks)
     with phase("data"), doing("reading the data"):
         prepared = prepare(config)
+        check_servers(config, prepared)
+        check_teacher_servers(config, prepared)
     lab = Lab(config, prepared, ranks, reporter)
     check_label_orders(lab.assembly)
     check_method(config, prepared, ranks)
@@ -181,7 +189,7 @@ def _report(
     student: StageResult,
     baselines: Mapping[str, StageResult],
 ) -> Report:
-    config = lab.config
+    config, out = lab.config, lab.config.output_dir
     preset = scoring_preset(config.student.deepspeed)
     sampler, sets = Sampler(lab.teacher_scores.prompts), SetScores(lab.assembly)
     with phase("scoring"):
@@ -206,7 +214,7 @@ def _report(
         evaluated_on="test" if prepared.encoded.test is not None else "validation",
         teacher=teachers.get(largest(teachers) or ""),
         teachers=[{"name": n, **teachers[n]} for n in teachers if config.teachers],
-        student={**scored["student"], "bytes": weight_bytes(student.folder)},
+        student=_student(scored[STUDENT], student.folder),
         assistants=assistants,
         baselines={name: scored[name]["metrics"] for name in baselines},
         candidates=lab.record.candidates,
@@ -218,6 +226,8 @@ def _report(
         pruning=lab.record.pruning,
         vocabulary=vocabulary_report(config, prepared),
         samples=sampler.samples(teacher=largest(teachers), student=STUDENT),
+        generation=on_main(lambda: generation_reports(out, [made.name for made in lab.results])),
+        warnings=on_main(lambda: text_warnings(read_history(out / "metrics.jsonl"))),
         evaluation_sets=sets.report(),
         seconds=seconds(),
         environment=environment(
@@ -226,6 +236,12 @@ def _report(
             corpus_content_hash=prepared.splits.whole_hash,
         ),
     )
+
+
+def _student(scored: ModelReport, folder: Path) -> ModelReport:
+    report: ModelReport = {**scored, "bytes": weight_bytes(folder)}
+    trained = adapter_parameters(folder)
+    return report if trained is None else {**report, "trained_parameters": trained}
 
 
 def _assistant(lab: Lab, assistant: Assistant) -> AssistantReport:

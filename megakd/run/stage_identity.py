@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from megakd.config.deepspeed import load_ds_config
 from megakd.contract.plugins import code_of
+from megakd.data.files import matching_files
 from megakd.errors import MegakdError
-from megakd.storage.fingerprint import Fingerprint, flatten
+from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
+from megakd.training.cached_tokens import kept_facts
 from megakd.training.precision import training_dtype
 
 if TYPE_CHECKING:
+    from megakd.config.rollout import RolloutConfig
     from megakd.config.train import TrainConfig
     from megakd.contract.stage import Stage
     from megakd.training.engines import Assembly
@@ -48,6 +51,11 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
         tree["window"] = stage.window._asdict()
     if stage.batches is not None:
         tree["batches"] = facts_of(stage.batches)
+    if stage.rollouts is not None:
+        tree["rollouts"] = _rollouts(stage.rollouts)
+    lora = config.lora_of(stage.role)
+    if lora is not None:
+        tree["lora"] = asdict(lora)
     if stage.rates:
         tree["rates"] = dict(stage.rates)
     if stage.mixed:
@@ -67,7 +75,26 @@ def _learners(stage: Stage, assembly: Assembly) -> Mapping[str, Any]:
 def _teacher(assembly: Assembly, name: str) -> Mapping[str, Any]:
     ready = assembly.teachers[name]
     facts = assembly.frozen_facts(ready)
-    return facts if ready.spec.cache is None else {**facts, "cached": ready.spec.cache_top_k}
+    if name in assembly.config.base_teachers:  # computed with the weights of the student
+        return {**facts, "dtype": None, "base": True}
+    if ready.spec.server is not None:
+        return {**facts, "served": ready.spec.server.top_k}
+    if ready.spec.cache is None:
+        return facts
+    kept = kept_facts(ready.spec)
+    return {**facts, "cached": kept.get("top_k", kept)}
+
+
+def _rollouts(rollouts: RolloutConfig) -> Mapping[str, Any]:
+    """Return the options of generated texts; the number of rows per call changes no text."""
+    tree = asdict(rollouts)
+    del tree["rows_per_call"]
+    if rollouts.server is not None:  # where the servers are changes no text
+        for place in ("url", "folder", "time_limit"):
+            del tree["server"][place]
+    if rollouts.files is not None:
+        tree["files"] = files_identity(matching_files(rollouts.files, "rollout.files"))
+    return tree
 
 
 def _training(train: TrainConfig, device: str) -> Mapping[str, Any]:

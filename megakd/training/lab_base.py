@@ -14,6 +14,7 @@ from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.contract.terms import TermConfig, hard_terms, soft_terms
 from megakd.contract.units import View
+from megakd.models.cutting import CUT, cut_config
 from megakd.models.source import ModelSource
 from megakd.training.engines import ReadyTeacher
 from megakd.training.recipes import finetuning_stage
@@ -110,6 +111,10 @@ class LabBase(ABC):
     def units(self, source: ModelSource) -> View:
         """Return the units of a model; `head_width` is set if columns of heads can be cut."""
         return source.architecture.prunable(source.config)
+
+    def has_stock_config(self, source: ModelSource, view: View) -> bool:
+        """Return whether transformers' own class of the family can have the shape of a cut."""
+        return not cut_config(source.config, view).model_type.startswith(CUT)
 
     def fresh_like(self, folder: Path) -> ModelSource:
         """Return a model of the same shape that starts from random weights."""

@@ -50,7 +50,7 @@ def test_the_config_of_uneven_layers_keeps_no_count_of_the_whole_model(family, v
         return
     again = type(config).from_pretrained(tmp_path)
     heads = architecture_of(again).heads(again)
-    shared = 2 if family in ("llama", "mistral", "qwen2", "qwen3") else 1
+    shared = 2 if "num_key_value_heads" in FAMILIES[family] else 1
     assert heads[:2] == (max(kept.heads) * shared, max(kept.heads))
     assert architecture_of(again).units(again) == kept._replace(width=24)
 
@@ -67,7 +67,7 @@ def test_a_config_of_an_earlier_version_says_its_counts_once_they_are_read(tmp_p
     assert architecture_of(config).units(config) == RAGGED._replace(width=24)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3_text", "phi", "granite"])
 def test_a_decoder_of_even_layers_loads_as_a_stock_model_with_the_logits_of_its_view(
     family, tmp_path
 ):

@@ -118,7 +118,7 @@ def test_gradients_are_those_of_the_cut_model_and_zero_elsewhere(family, kind):
             continue
         of_weight = axes.get(name, (None,) * weight.dim())
         kept = narrowed(ordered(weight.grad, of_weight, cut.order), of_weight, cut.view)
-        torch.testing.assert_close(kept, theirs[name].grad, atol=1e-3, rtol=1e-4, msg=name)
+        torch.testing.assert_close(kept, theirs[name].grad, atol=2e-3, rtol=1e-4, msg=name)
         total = weight.grad.abs().sum()
         torch.testing.assert_close(total, kept.abs().sum(), rtol=1e-5, atol=1e-5, msg=name)
 

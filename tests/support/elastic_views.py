@@ -18,7 +18,23 @@ from megakd.models.axes import narrowed, weight_axes
 from megakd.models.own_models import register_own_models
 
 register_own_models()
-FAMILIES = [family for family in ARCHITECTURES if not family.startswith("cut_")]
+FAMILIES = [
+    family
+    for family, entry in ARCHITECTURES.items()
+    if not family.startswith("cut_") and entry.uncut is None
+]
+# Query heads that share a key head; caps and windows so small that they change the outputs.
+GEMMA = {"head_dim": 10, "query_pre_attn_scalar": 9, "sliding_window": 5}
+DECODERS = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "phi": {},
+    "qwen3": {"head_dim": 10},
+    "gemma2": {**GEMMA, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 1.0},
+    "gemma3_text": GEMMA,
+    "granite": {"logits_scaling": 0.4},
+}
 LAYERS, HEADS, NEURONS, WIDTH, VOCABULARY = 3, 3, 40, 24, 100
 UNEVEN = View((3, 1, 2), (7, 40, 33))
 WITHOUT = View((0, 2, 0), (12, 0, 0))
@@ -34,10 +50,10 @@ def family_model(family: str, task: str | None = None, *, seed: int = 3, **chang
     keys = {entry.layers: LAYERS, entry.width: WIDTH, entry.neurons: NEURONS}
     keys |= {entry.attention_heads: HEADS, "vocab_size": VOCABULARY}
     keys |= {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
-    if family.removeprefix("cut_") in ("llama", "mistral", "qwen2", "qwen3"):
+    stock = family.removeprefix("cut_")
+    if stock in DECODERS:
         keys |= {entry.attention_heads: 2 * HEADS, "num_key_value_heads": HEADS}
-    if family == "qwen3":
-        keys |= {"head_dim": 10}
+        keys |= DECODERS[stock]
     if family in ("t5_encoder", "enct5"):
         keys |= {"d_kv": 5}
     config = CONFIG_MAPPING[family](**{**keys, **changes})
@@ -93,6 +109,8 @@ def cut(model, view: View):
             setattr(module, name, nn.Parameter(part.clone()))
         if isinstance(module, nn.LayerNorm):
             module.normalized_shape = tuple(module.weight.shape)
+        if hasattr(module, "embed_scale"):  # Gemma's, the root of the width
+            module.embed_scale *= (module.weight.shape[1] / WIDTH) ** 0.5
         if hasattr(module, "nf"):
             module.nf = module.weight.shape[1]
     for module in model.modules():

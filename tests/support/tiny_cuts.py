@@ -18,7 +18,7 @@ from transformers import (
 
 from megakd.config.task import TaskConfig
 from megakd.contract.units import UnitOrder, View
-from megakd.models.architectures import architecture_of
+from megakd.models.architectures import ARCHITECTURES, architecture_of
 from megakd.models.cutting import cut_config, cut_state
 from megakd.models.loading import load_model, resolve_model
 from megakd.models.own_models import register_own_models
@@ -42,6 +42,7 @@ TINY = {
     "vocab_size": VOCABULARY,
 }
 GROUPED = {**TINY, "num_key_value_heads": 3}
+GEMMA = {**GROUPED, "head_dim": 6, "sliding_window": 4, "query_pre_attn_scalar": 9}
 T5 = {
     "d_model": 24,
     "num_layers": 3,
@@ -67,6 +68,18 @@ FAMILIES = {
     "mistral": GROUPED,
     "qwen2": GROUPED,
     "qwen3": {**GROUPED, "head_dim": 6},
+    "gemma2": {
+        **GEMMA,
+        "final_logit_softcapping": 1.5,
+        "attn_logit_softcapping": 0.5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "gemma3_text": {
+        **GEMMA,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "phi": GROUPED,
+    "granite": {**GROUPED, "logits_scaling": 0.4, "embedding_multiplier": 1.5},
     "gpt2": {
         "n_embd": 24,
         "n_layer": 3,
@@ -80,7 +93,7 @@ FAMILIES = {
     "t5_encoder": {**T5, "feed_forward_proj": "relu"},
     "enct5": T5,
 }
-DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+DECODERS = tuple(name for name in FAMILIES if "causal_lm" in ARCHITECTURES[name].tasks)
 MASKED = ("bert", "roberta", "distilbert", "electra")
 T5S = ("t5_encoder", "enct5")
 CUTTABLE = tuple(name for name in FAMILIES if name not in T5S)

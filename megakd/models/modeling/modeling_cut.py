@@ -13,48 +13,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import transformers as hf
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    BertModel,
-    DistilBertConfig,
-    DistilBertForMaskedLM,
-    DistilBertForSequenceClassification,
-    DistilBertModel,
-    ElectraConfig,
-    ElectraForMaskedLM,
-    ElectraForSequenceClassification,
-    ElectraModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPT2Model,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    MistralConfig,
-    MistralForCausalLM,
-    MistralModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-    RobertaConfig,
-    RobertaForMaskedLM,
-    RobertaForSequenceClassification,
-    RobertaModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 from transformers.models.electra.modeling_electra import ElectraLayer
+from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+from transformers.models.granite.modeling_granite import GraniteDecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.phi.modeling_phi import PhiDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.roberta.modeling_roberta import RobertaLayer
@@ -321,6 +292,9 @@ LLAMA = Parts(
     inputs=("mlp.gate_proj", "mlp.up_proj"),
     down="mlp.down_proj",
 )
+PHI = LLAMA._replace(
+    layer=PhiDecoderLayer, output="self_attn.dense", inputs=("mlp.fc1",), down="mlp.fc2"
+)
 DISTILBERT = Parts(
     layer=TransformerBlock,
     blocks="transformer.layer",
@@ -354,44 +328,60 @@ def _model(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type
     return type(f"Cut{stock.__name__}", (_Cut, stock), {"config_class": config})
 
 
-CutBertConfig = _config(BertConfig, BERT)
-CutBertModel = _model(BertModel, CutBertConfig)
-CutBertForSequenceClassification = _model(BertForSequenceClassification, CutBertConfig)
-CutBertForMaskedLM = _model(BertForMaskedLM, CutBertConfig)
+CutBertConfig = _config(hf.BertConfig, BERT)
+CutBertModel = _model(hf.BertModel, CutBertConfig)
+CutBertForSequenceClassification = _model(hf.BertForSequenceClassification, CutBertConfig)
+CutBertForMaskedLM = _model(hf.BertForMaskedLM, CutBertConfig)
 
-CutRobertaConfig = _config(RobertaConfig, BERT._replace(layer=RobertaLayer))
-CutRobertaModel = _model(RobertaModel, CutRobertaConfig)
-CutRobertaForSequenceClassification = _model(RobertaForSequenceClassification, CutRobertaConfig)
-CutRobertaForMaskedLM = _model(RobertaForMaskedLM, CutRobertaConfig)
+CutRobertaConfig = _config(hf.RobertaConfig, BERT._replace(layer=RobertaLayer))
+CutRobertaModel = _model(hf.RobertaModel, CutRobertaConfig)
+CutRobertaForSequenceClassification = _model(hf.RobertaForSequenceClassification, CutRobertaConfig)
+CutRobertaForMaskedLM = _model(hf.RobertaForMaskedLM, CutRobertaConfig)
 
-CutDistilBertConfig = _config(DistilBertConfig, DISTILBERT)
-CutDistilBertModel = _model(DistilBertModel, CutDistilBertConfig)
+CutDistilBertConfig = _config(hf.DistilBertConfig, DISTILBERT)
+CutDistilBertModel = _model(hf.DistilBertModel, CutDistilBertConfig)
 CutDistilBertForSequenceClassification = _model(
-    DistilBertForSequenceClassification, CutDistilBertConfig
+    hf.DistilBertForSequenceClassification, CutDistilBertConfig
 )
-CutDistilBertForMaskedLM = _model(DistilBertForMaskedLM, CutDistilBertConfig)
+CutDistilBertForMaskedLM = _model(hf.DistilBertForMaskedLM, CutDistilBertConfig)
 
-CutElectraConfig = _config(ElectraConfig, BERT._replace(layer=ElectraLayer))
-CutElectraModel = _model(ElectraModel, CutElectraConfig)
-CutElectraForSequenceClassification = _model(ElectraForSequenceClassification, CutElectraConfig)
-CutElectraForMaskedLM = _model(ElectraForMaskedLM, CutElectraConfig)
+CutElectraConfig = _config(hf.ElectraConfig, BERT._replace(layer=ElectraLayer))
+CutElectraModel = _model(hf.ElectraModel, CutElectraConfig)
+CutElectraForSequenceClassification = _model(hf.ElectraForSequenceClassification, CutElectraConfig)
+CutElectraForMaskedLM = _model(hf.ElectraForMaskedLM, CutElectraConfig)
 
-CutLlamaConfig = _config(LlamaConfig, LLAMA)
-CutLlamaModel = _model(LlamaModel, CutLlamaConfig)
-CutLlamaForCausalLM = _model(LlamaForCausalLM, CutLlamaConfig)
+CutLlamaConfig = _config(hf.LlamaConfig, LLAMA)
+CutLlamaModel = _model(hf.LlamaModel, CutLlamaConfig)
+CutLlamaForCausalLM = _model(hf.LlamaForCausalLM, CutLlamaConfig)
 
-CutMistralConfig = _config(MistralConfig, LLAMA._replace(layer=MistralDecoderLayer))
-CutMistralModel = _model(MistralModel, CutMistralConfig)
-CutMistralForCausalLM = _model(MistralForCausalLM, CutMistralConfig)
+CutMistralConfig = _config(hf.MistralConfig, LLAMA._replace(layer=MistralDecoderLayer))
+CutMistralModel = _model(hf.MistralModel, CutMistralConfig)
+CutMistralForCausalLM = _model(hf.MistralForCausalLM, CutMistralConfig)
 
-CutQwen2Config = _config(Qwen2Config, LLAMA._replace(layer=Qwen2DecoderLayer))
-CutQwen2Model = _model(Qwen2Model, CutQwen2Config)
-CutQwen2ForCausalLM = _model(Qwen2ForCausalLM, CutQwen2Config)
+CutQwen2Config = _config(hf.Qwen2Config, LLAMA._replace(layer=Qwen2DecoderLayer))
+CutQwen2Model = _model(hf.Qwen2Model, CutQwen2Config)
+CutQwen2ForCausalLM = _model(hf.Qwen2ForCausalLM, CutQwen2Config)
 
-CutQwen3Config = _config(Qwen3Config, LLAMA._replace(layer=Qwen3DecoderLayer))
-CutQwen3Model = _model(Qwen3Model, CutQwen3Config)
-CutQwen3ForCausalLM = _model(Qwen3ForCausalLM, CutQwen3Config)
+CutQwen3Config = _config(hf.Qwen3Config, LLAMA._replace(layer=Qwen3DecoderLayer))
+CutQwen3Model = _model(hf.Qwen3Model, CutQwen3Config)
+CutQwen3ForCausalLM = _model(hf.Qwen3ForCausalLM, CutQwen3Config)
 
-CutGPT2Config = _config(GPT2Config, GPT2)
-CutGPT2Model = _model(GPT2Model, CutGPT2Config)
-CutGPT2LMHeadModel = _model(GPT2LMHeadModel, CutGPT2Config)
+CutGemma2Config = _config(hf.Gemma2Config, LLAMA._replace(layer=Gemma2DecoderLayer))
+CutGemma2Model = _model(hf.Gemma2Model, CutGemma2Config)
+CutGemma2ForCausalLM = _model(hf.Gemma2ForCausalLM, CutGemma2Config)
+
+CutGemma3TextConfig = _config(hf.Gemma3TextConfig, LLAMA._replace(layer=Gemma3DecoderLayer))
+CutGemma3TextModel = _model(hf.Gemma3TextModel, CutGemma3TextConfig)
+CutGemma3ForCausalLM = _model(hf.Gemma3ForCausalLM, CutGemma3TextConfig)
+
+CutPhiConfig = _config(hf.PhiConfig, PHI)
+CutPhiModel = _model(hf.PhiModel, CutPhiConfig)
+CutPhiForCausalLM = _model(hf.PhiForCausalLM, CutPhiConfig)
+
+CutGraniteConfig = _config(hf.GraniteConfig, LLAMA._replace(layer=GraniteDecoderLayer))
+CutGraniteModel = _model(hf.GraniteModel, CutGraniteConfig)
+CutGraniteForCausalLM = _model(hf.GraniteForCausalLM, CutGraniteConfig)
+
+CutGPT2Config = _config(hf.GPT2Config, GPT2)
+CutGPT2Model = _model(hf.GPT2Model, CutGPT2Config)
+CutGPT2LMHeadModel = _model(hf.GPT2LMHeadModel, CutGPT2Config)

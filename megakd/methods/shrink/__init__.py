@@ -1,0 +1,361 @@
+"""Shrink a decoder: choose depth and width in one trial, repair the cut, finish on policy.
+
+The method follows MiniDisc (Zhang et al. 2024, arXiv 2205.14570): candidates are views of the
+teacher with sorted units, and all candidates learn from the teacher at the same time with shared
+weights. Here the candidates have the same size and differ in the share of depth and width. The
+layers to keep are those whose absence raises the held-out loss most (Shortened LLaMA, Kim et al.
+2024, arXiv 2402.02834). The best candidate is cut out, and then learns from the teacher on the
+training text, and at last on texts that it generates (GKD, Agarwal et al. 2024, arXiv 2306.13649).
+
+Differs from MiniDisc: candidates are compared by their divergence from the teacher, because they
+have the same size; the chosen candidate keeps the weights of the trial and is trained further; all
+layers have the same shape; an assistant is used only if `assistant` asks for one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass as plain_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
+
+from megakd.contract.methods import MethodOptions
+from megakd.contract.stage import Constant, Pass, Scores, Stage, StageResult, Verdict
+from megakd.contract.tasks import FROM_TEACHER, STUDENT
+from megakd.contract.terms import (
+    ATTENTION_TERMS,
+    STRICT,
+    Count,
+    SoftTargetKl,
+)
+from megakd.methods.minidisc import Sandwich
+from megakd.methods.shrink.sizes import (
+    Candidate,
+    Cuts,
+    candidates_of,
+    cuts_of,
+    parameters_of,
+)
+
+if TYPE_CHECKING:
+    from megakd.contract.lab import Lab, Model
+    from megakd.contract.metrics import Metric
+    from megakd.contract.results import CandidateReport
+    from megakd.contract.terms import TermConfig
+    from megakd.contract.units import View
+
+LARGEST_HOP = 2.5
+"""Ratio of the teacher's weights to the student's beyond which an assistant may help."""
+SHARE_OF_REPAIR = 10
+"""The trial takes a tenth of the repair's steps by default."""
+KL = "soft_target_kl"
+TRIAL, ASSISTANT = "trial-", "assistant-"
+Parameters = Annotated[int, BeforeValidator(parameters_of), Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Shares = Annotated[tuple[Share, ...], Field(min_length=1)]
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class ShrinkConfig(MethodOptions):
+    """Cut a decoder to a size: the best of several depths and widths, repaired by distillation.
+
+    parameters: number of weights of the student, such as 0.6B, 600M or 600000000, as exported.
+    target_sparsity: share of the teacher's weights to remove, in place of `parameters`; 0.1 to 0.6
+        is usual.
+    candidates: number of candidates, from all layers with fewer heads and neurons to few layers
+        with all; or the share of the layers that each candidate keeps, such as [1.0, 0.75].
+    round_to: multiple of the number of neurons; null: the largest divisor of 64 that divides the
+        teacher's number.
+    trial_steps: steps in which all candidates learn; null: a tenth of `repair_steps`.
+    repair_steps: steps of the chosen candidate on the training text; null: the steps of `train`.
+    on_policy_steps: further steps with the section `rollout`, in the same stage and schedule.
+    metric: metric by which candidates are compared; null: held-out `soft_target_kl`.
+    assistant: `auto_2.5` shrinks in several hops of at most 2.5 times, with an assistant after each
+        hop; `never` shrinks in one hop.
+    passes_per_backward: number of candidates that keep their activations at a time; null: all.
+    importance_split: split whose labels determine the importance of heads and neurons.
+    importance_batch_size: rows of a batch of the importance pass over all ranks.
+    """
+
+    cuts_student: ClassVar[bool] = True
+    learns_from_rollouts: ClassVar[bool] = True
+    name: Literal["shrink"]
+    parameters: Parameters | None = None
+    target_sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
+    candidates: Count | Shares = 6
+    round_to: Count | None = None
+    trial_steps: Count | None = None
+    repair_steps: Count | None = None
+    on_policy_steps: Annotated[int, Field(ge=0)] = 0
+    metric: str | None = None
+    assistant: Literal["never", "auto_2.5"] = "never"
+    passes_per_backward: Count | None = None
+    importance_split: Literal["validation", "train"] = "validation"
+    importance_batch_size: Count = 32
+
+    @property
+    def looks_into_teacher(self) -> bool:
+        """True: the importance of units and layers is measured inside the teacher."""
+        return True
+
+    def problems(self, config: Any) -> Iterator[str]:
+        """Yield a line for every setting that contradicts a decoder cut out of one teacher."""
+        if (self.parameters is None) == (self.target_sparsity is None):
+            yield (
+                f"method: set exactly one of parameters (got {self.parameters}) and "
+                f"target_sparsity (got {self.target_sparsity})"
+            )
+        if config.teachers:
+            yield (
+                'teachers: method "shrink" needs exactly one teacher; use the section teacher, or '
+                "set method.name to a method for several teachers"
+            )
+        if config.task.type != "causal_lm":
+            yield f"task.type: shrink cuts decoders and needs causal_lm (got {config.task.type})"
+        if config.student.model != FROM_TEACHER or config.student.layers is not None:
+            yield (
+                f'student: method "shrink" cuts the student out of its teacher; set student.model '
+                f'to "{FROM_TEACHER}" and remove student.layers'
+            )
+        if config.task.streaming and self.importance_split == "train":
+            yield (
+                "method.importance_split: train cannot be read with task.streaming; use validation"
+            )
+        yield from self._problems_of_rollout(config.rollout)
+        yield from self._problems_of_objective(config.objective)
+
+    def _problems_of_rollout(self, rollout: Any) -> Iterator[str]:
+        if (rollout is None) != (self.on_policy_steps == 0):
+            yield (
+                f"method.on_policy_steps: {self.on_policy_steps}, and the section rollout is "
+                f"{'missing' if rollout is None else 'set'}; set both or neither"
+            )
+        if rollout is not None and rollout.from_step not in (0, self.repair_steps):
+            yield (
+                f"rollout.from_step: {rollout.from_step} is not method.repair_steps "
+                f"({self.repair_steps}), after which shrink generates texts; remove "
+                "rollout.from_step"
+            )
+
+    def _problems_of_objective(self, terms: Sequence[TermConfig] | None) -> Iterator[str]:
+        if terms is None:
+            return
+        if any(isinstance(term, ATTENTION_TERMS) for term in terms):
+            yield (
+                "objective: the student has fewer heads and layers than its teacher, so that "
+                "attention cannot be compared; use soft targets or hidden_mse"
+            )
+        if self.metric is None and not any(isinstance(t, SoftTargetKl) for t in terms):
+            yield (
+                f"method.metric: null compares candidates by {KL}, which the objective lacks; add "
+                "the term, or set method.metric, for example to accuracy"
+            )
+
+
+class Link(NamedTuple):
+    """The start of a hop.
+
+    teacher: name of the model that teaches.
+    start: the model that contains the candidates.
+    layer_scores: importance of each layer of `start`.
+    """
+
+    teacher: str
+    start: Model
+    layer_scores: tuple[float, ...]
+
+
+def run(config: ShrinkConfig, lab: Lab) -> StageResult:
+    """Sort the teacher, then choose a cut and repair it, once for each hop."""
+    teacher = lab.teacher()
+    ranked = lab.sorted_teacher(
+        teacher, config.importance_split, batch_size=config.importance_batch_size, residual=False
+    )
+    link = Link(teacher, ranked.source, lab.layer_scores(teacher))
+    *between, last = hops(config, _cuts(config, lab, ranked.source).whole.parameters)
+    for number, target in enumerate(between, start=1):
+        link = _assistant(config, lab, link, target, number)
+    chosen, _ = _choose(config, lab, link, last, len(between) + 1)
+    return lab.train(_repair(config, lab, link.teacher, chosen))
+
+
+def hops(config: ShrinkConfig, parameters: int) -> list[int]:
+    """Return the sizes to shrink to, one after the other; the last is the student's.
+
+    Args:
+        config: the options.
+        parameters: number of weights of the teacher.
+    """
+    share = 1 - (config.target_sparsity or 0.0)
+    target = config.parameters or round(share * parameters)
+    count = math.ceil(math.log(max(parameters / target, 1)) / math.log(LARGEST_HOP) - 1e-9)
+    if config.assistant == "never" or count < 2:
+        return [target]
+    ratio = (target / parameters) ** (1 / count)
+    return [*(round(parameters * ratio**hop) for hop in range(1, count)), target]
+
+
+def _cuts(config: ShrinkConfig, lab: Lab, model: Model) -> Cuts:
+    return cuts_of(
+        lab.units(model)._replace(width=None, head_width=None),
+        count=lambda view: lab.parameters(model, view).parameters,
+        is_stock=lambda view: lab.has_stock_config(model, view),
+        round_to=config.round_to,
+    )
+
+
+def _assistant(config: ShrinkConfig, lab: Lab, link: Link, target: int, number: int) -> Link:
+    """Return the next link: an assistant, cut and repaired like the student, which teaches."""
+    chosen, kept = _choose(config, lab, link, target, number)
+    stage = _repair(config, lab, link.teacher, chosen)
+    train = _train(lab, config.repair_steps)
+    name = f"{ASSISTANT}{number}"
+    result = lab.train(dataclasses.replace(stage, name=name, rollouts=None, train=train))
+    scores = tuple(link.layer_scores[layer - 1] for layer in kept)
+    return Link(lab.assistant(result, None), lab.source(result.folder), scores)
+
+
+def _choose(
+    config: ShrinkConfig, lab: Lab, link: Link, target: int, number: int
+) -> tuple[StageResult, tuple[int, ...]]:
+    """Run the trial of a hop; return its result, the best candidate, and the layers it keeps."""
+    cuts = _cuts(config, lab, link.start)
+    candidates = candidates_of(cuts, target, config.candidates)
+    stage = _trial(config, lab, link, candidates, number)
+    result = lab.train(stage)
+    whole = cuts.whole.parameters
+    lab.record.candidates += _rows(config, lab, result, candidates, number=number, whole=whole)
+    kept = stage.views[result.view or candidates[0].name].layers or ()
+    return result, kept
+
+
+def _trial(
+    config: ShrinkConfig, lab: Lab, link: Link, candidates: Sequence[Candidate], number: int
+) -> Stage:
+    views: dict[str, View] = {one.name: one.view(link.layer_scores) for one in candidates}
+    steps = config.trial_steps or max(1, _repair_steps(config, lab) // SHARE_OF_REPAIR)
+    return Stage(
+        name=f"{TRIAL}{number}",
+        teachers=(link.teacher,),
+        start=link.start,
+        objective=objective_of(lab),
+        strategy=Sandwich(link.teacher, tuple(views)),
+        views=views,
+        judge=BestCandidate(_metric(config, lab), tuple(views)),
+        passes_per_backward=config.passes_per_backward,
+        measures_losses=True,
+        train=_train(lab, steps),
+    )
+
+
+def _metric(config: ShrinkConfig, lab: Lab) -> Metric:
+    from megakd.contract.metrics import Metric
+
+    if config.metric is not None:
+        return lab.metric(config.metric)
+    return Metric(name=KL, parts=(KL,), higher_is_better=False)
+
+
+def _repair(config: ShrinkConfig, lab: Lab, teacher: str, chosen: StageResult) -> Stage:
+    """Return the stage that repairs the chosen cut, and finishes it on its own texts."""
+    steps, rollout = config.repair_steps, lab.config.rollout
+    if rollout is not None:
+        repair = _repair_steps(config, lab)
+        steps = repair + config.on_policy_steps
+        rollout = dataclasses.replace(rollout, from_step=repair)
+    return Stage(
+        name=STUDENT,
+        teachers=(teacher,),
+        start=lab.source(chosen.folder),
+        objective=objective_of(lab),
+        strategy=Constant((Pass(teacher=teacher),)),
+        rollouts=rollout,
+        train=_train(lab, steps),
+    )
+
+
+def _repair_steps(config: ShrinkConfig, lab: Lab) -> int:
+    return config.repair_steps or lab.steps_of_student()
+
+
+def _train(lab: Lab, steps: int | None) -> Any:
+    """Return the section `train` with another number of steps; None: as the config has it."""
+    return None if steps is None else dataclasses.replace(lab.config.train, max_steps=steps)
+
+
+def objective_of(lab: Lab) -> tuple[TermConfig, ...]:
+    """Return the objective of the config, or the divergence from the teacher alone."""
+    return lab.config.objective or lab.soft_terms(1.0)
+
+
+def _rows(
+    config: ShrinkConfig,
+    lab: Lab,
+    result: StageResult,
+    candidates: Sequence[Candidate],
+    *,
+    number: int,
+    whole: int,
+) -> Iterator[CandidateReport]:
+    """Yield the rows of the report for a trial, with scores of the evaluation that decided."""
+    metric = _metric(config, lab)
+    sign = 1 if metric.higher_is_better else -1
+    for one in candidates:
+        value = metric.of(result.scores[one.name])
+        yield {
+            "iteration": number,
+            "sparsity": round(1 - one.parameters / whole, 4),
+            "parameters": one.parameters,
+            "metric": value,
+            "tradeoff": sign * value,
+            "chosen": one.name == result.view,
+            "shape": one.shape(),
+        }
+
+
+@plain_dataclass(frozen=True)
+class BestCandidate:
+    """A judge that compares candidates of one size by one metric; of equal ones, the first wins."""
+
+    metric: Metric
+    names: tuple[str, ...]
+
+    def __call__(self, scores: Scores, step: int) -> Verdict:
+        """Return the best candidate; a value that is not a number loses."""
+        del step
+        sign = 1 if self.metric.higher_is_better else -1
+        values = {name: sign * self.metric.of(scores[name]) for name in self.names}
+        known = {name: -math.inf if math.isnan(v) else v for name, v in values.items()}
+        best = max(self.names, key=lambda name: known[name])
+        return Verdict(known[best], best)
+
+
+def random_start(config: ShrinkConfig, lab: Lab, student: StageResult) -> Stage:
+    """Return the stage of the baseline `random`: the student's shape from random weights.
+
+    The model is distilled with the same objective, for the steps of all trials and repairs.
+    """
+    teacher, steps = lab.teacher(), sum(r.steps for r in lab.results if _is_trained(r.name))
+    stage = _repair(config, lab, teacher, student)
+    return dataclasses.replace(
+        stage,
+        name="random",
+        start=lab.fresh_like(student.folder),
+        train=_train(lab, steps or None),
+        rollouts=_shifted(stage.rollouts, steps - config.on_policy_steps),
+    )
+
+
+def _is_trained(name: str) -> bool:
+    return name == STUDENT or name.startswith((TRIAL, ASSISTANT))
+
+
+def _shifted(rollout: Any, step: int) -> Any:
+    return None if rollout is None else dataclasses.replace(rollout, from_step=max(step, 0))
+
+
+BASELINES = {"random": random_start}

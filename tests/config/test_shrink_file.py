@@ -1,0 +1,115 @@
+"""The config that `megakd shrink` writes: its content, what is missing, and who runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megakd import cli
+from megakd.config.file import load_config
+from megakd.config.shrink_file import FILE
+
+WORDS = ("shrink", "org/Llama-1B", "--parameters", "0.6B", "--data", "text.txt")
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
+    """Folders of the runs that were started, in place of the runs; the working folder is empty."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("WORLD_SIZE", "RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    runs: list[Path] = []
+
+    def run(config, command):
+        del command
+        assert (config.output_dir / FILE).exists()
+        runs.append(config.output_dir)
+        return 0
+
+    monkeypatch.setattr(cli, "_run", run)
+    return runs
+
+
+def test_the_file_is_written_and_then_run(started):
+    assert cli.main([*WORDS, "train.learning_rate=3e-5", "method.repair_steps=40"]) == 0
+
+    folder = Path("runs/Llama-1B-0.6B")
+    config = load_config(folder / FILE)
+    assert started == [folder]
+    assert config.output_dir == folder
+    assert config.teacher.model == "org/Llama-1B"
+    assert config.student.model == "from_teacher"
+    assert (config.task.type, config.task.dataset) == ("causal_lm", "text.txt")
+    assert (config.method.name, config.method.parameters) == ("shrink", 600_000_000)
+    assert (config.method.repair_steps, config.train.learning_rate) == (40, 3e-5)
+
+
+def test_the_file_says_which_command_has_written_it(started):
+    cli.main([*WORDS, "--output_dir", "small"])
+
+    text = (Path("small") / FILE).read_text()
+    assert text.startswith("# Written by: megakd shrink org/Llama-1B --parameters 0.6B")
+    assert started == [Path("small")]
+
+
+def test_the_size_may_be_a_share(started):
+    words = ("shrink", "model", "--data", "text.txt", "method.target_sparsity=0.4")
+
+    assert cli.main(words) == 0
+    assert load_config(Path("runs/model-smaller") / FILE).method.target_sparsity == 0.4
+    assert started
+
+
+def test_several_ranks_are_started_by_the_launcher(started, capsys):
+    assert cli.main([*WORDS, "--ranks", "8"]) == 0
+
+    assert capsys.readouterr().out.strip() == (
+        "deepspeed --num_gpus 8 launch/train.py --config runs/Llama-1B-0.6B/shrink.yaml"
+    )
+    assert (Path("runs/Llama-1B-0.6B") / FILE).exists()
+    assert started == []
+
+
+def test_the_config_can_be_printed_without_writing_it(started, capsys):
+    assert cli.main([*WORDS, "--print-config"]) == 0
+
+    assert "parameters: 600000000" in capsys.readouterr().out
+    assert not Path("runs").exists()
+    assert started == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["shrink"], "the model to shrink is missing"),
+        (["shrink", "train.max_steps=3"], "the model to shrink is missing"),
+        (["shrink", "model", "--data", "f"], "--parameters is missing"),
+        (["shrink", "model", "--parameters", "1B"], "the text to learn from is missing"),
+        ([*WORDS, "--ranks", "0"], "--ranks must be at least 1"),
+        ([*WORDS, "train.max_stepz=3"], 'override "train.max_stepz=3"'),
+        ([*WORDS, "--parameters", "much"], "must be a number of weights such as 0.6B"),
+    ],
+)
+def test_bad_options_write_nothing(started, capsys, words, message):
+    assert cli.main(words) == 2
+
+    assert message in capsys.readouterr().err
+    assert not Path("runs").exists()
+    assert started == []
+
+
+def test_a_bad_setting_leaves_the_file_of_the_last_command(started):
+    cli.main([*WORDS])
+    before = (Path("runs/Llama-1B-0.6B") / FILE).read_text()
+
+    assert cli.main([*WORDS, "train.max_stepz=3"]) == 2
+    assert (Path("runs/Llama-1B-0.6B") / FILE).read_text() == before
+
+
+def test_a_launcher_is_told_to_start_the_file(started, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+
+    assert cli.main([*WORDS]) == 2
+    assert "write the config with --ranks 4" in capsys.readouterr().err
+    assert started == []

@@ -1,0 +1,95 @@
+"""Shrink on two ranks at ZeRO 2 and 3: the same choice and the same student as on one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import config_tree, save_tokenizer, write_config, write_text
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+STAGES = {2: ("zero2", "teacher_zero0"), 3: (ZERO3, "teacher_zero3")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A text, and a Llama with random weights."""
+    folder = tmp_path_factory.mktemp("shrink")
+    text = write_text(folder / "text.txt", documents=120)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        num_hidden_layers=4,
+        hidden_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=40,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder / "llama")
+    save_tokenizer(folder / "llama", text.read_text().split("\n\n"), kind="bpe")
+    return folder
+
+
+def config_of(folder: Path, out: Path, *, rows: int, zero: int) -> Path:
+    student, teacher = STAGES[zero]
+    tree = config_tree(
+        out / "out",
+        {"type": "causal_lm", "dataset": str(folder / "text.txt")},
+        teacher={"model": str(folder / "llama"), "deepspeed": teacher},
+        method={
+            "name": "shrink",
+            "target_sparsity": 0.4,
+            "round_to": 4,
+            "trial_steps": 3,
+            "repair_steps": 3,
+        },
+        train={
+            "per_device_train_batch_size": rows,
+            "learning_rate": 0.01,
+            "adam_epsilon": 0.01,
+        },
+    )
+    tree["student"] = {"model": "from_teacher", "deepspeed": student}
+    return write_config(out / "run.yaml", tree)
+
+
+@pytest.fixture(scope="module")
+def alone(workers, folder, tmp_path_factory) -> dict:
+    """One rank with the rows of both."""
+    config = config_of(folder, tmp_path_factory.mktemp("alone"), rows=6, zero=2)
+    return workers(1).run("shrink_cases.shrink", str(config), [])[0]
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_two_ranks_choose_and_train_what_one_rank_does(workers, folder, alone, tmp_path, zero):
+    config = config_of(folder, tmp_path, rows=3, zero=zero)
+
+    found = workers(2).run("shrink_cases.shrink", str(config), [])
+
+    assert found[0]["candidates"] == found[1]["candidates"]
+    assert found[0]["layers"] == found[1]["layers"]
+    for rank in found:
+        assert rank["layers"] == pytest.approx(alone["layers"], abs=1e-5)
+        assert [row["chosen"] for row in rank["candidates"]] == [
+            row["chosen"] for row in alone["candidates"]
+        ]
+        metrics, expected = ([row["metric"] for row in run["candidates"]] for run in (rank, alone))
+        assert metrics == pytest.approx(expected, rel=1e-3)
+        assert rank["state"].keys() == alone["state"].keys()
+        for name, weight in alone["state"].items():
+            torch.testing.assert_close(rank["state"][name], weight, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_the_score_of_a_layer_is_the_rise_of_the_loss_without_the_layer(workers, folder, tmp_path):
+    config = config_of(folder, tmp_path, rows=6, zero=3)
+
+    for scores, rises in workers(2).run("shrink_cases.layer_losses", str(config), []):
+        assert scores == pytest.approx(rises, abs=1e-5)
+        assert max(map(abs, rises)) > 1e-3

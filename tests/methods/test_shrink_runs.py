@@ -1,0 +1,265 @@
+"""Shrink through the real commands: the student, stops, the report, the plan, and bad sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import config_tree, llama, write_config, write_text
+from transformers import AutoModelForCausalLM
+from whole_run import finish, read, records
+
+from megakd.config.file import load_config
+from megakd.contract.units import View
+from megakd.methods.shrink import KL
+from megakd.models.elastic import Elastic
+from megakd.models.loading import load_model, resolve_model
+
+METHOD = {
+    "name": "shrink",
+    "target_sparsity": 0.5,
+    "candidates": 3,
+    "round_to": 4,
+    "trial_steps": 3,
+    "repair_steps": 3,
+    "on_policy_steps": 2,
+}
+ROLLOUT = {"max_new_tokens": 4, "prompt_tokens": 4}
+TEACHER = llama(
+    4, 32, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, vocab_size=320
+)
+TOKENS = torch.arange(5, 35).reshape(3, 10)
+
+
+def shrinking(folder: Path, *, tag: str = "out", **sections: Any) -> Path:
+    """A run config of a teacher that is trained for a few steps."""
+    text = folder / "text.txt"
+    if not text.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(text, documents=80)
+    method = {**METHOD, **sections.pop("method", {})}
+    tree = config_tree(
+        folder / tag,
+        {"type": "causal_lm", "dataset": str(text)},
+        teacher={"model": TEACHER, "finetune": {"max_steps": 8}},
+        method=method,
+        save={"save_steps": 1},
+        **({"rollout": ROLLOUT} if method["on_policy_steps"] else {}),
+        **sections,
+    )
+    tree["student"] = {"model": "from_teacher"}
+    return write_config(folder / f"{tag}.yaml", tree)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def shrunk(one_rank, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shrink")
+    finish(one_rank, shrinking(folder, baselines=["random"]))
+    return folder / "out"
+
+
+def test_the_student_opens_as_a_stock_model_of_the_wanted_size(shrunk):
+    report = read(shrunk)
+
+    model = AutoModelForCausalLM.from_pretrained(shrunk / "final")
+
+    size = sum(weight.numel() for weight in model.parameters())
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert size == report["student"]["parameters"]
+    assert size == pytest.approx(0.5 * report["teacher"]["parameters"], rel=0.03)
+
+
+def test_candidates_of_one_size_go_from_width_to_depth_and_the_lowest_divergence_wins(shrunk):
+    rows = read(shrunk)["candidates"]
+    (best,) = [row for row in rows if row["chosen"]]
+
+    sizes = [row["parameters"] for row in rows]
+    assert len(rows) == 3
+    assert max(sizes) <= 1.03 / 0.97 * min(sizes)
+    assert best["metric"] == min(row["metric"] for row in rows)
+    depths = [int(row["shape"].split()[0]) for row in rows]
+    assert depths == sorted(depths, reverse=True)
+    final = json.loads((shrunk / "final" / "config.json").read_text())
+    assert f"{final['num_hidden_layers']} layers" in best["shape"]
+    assert f"{final['intermediate_size']} neurons" in best["shape"]
+
+
+def test_every_candidate_is_scored_before_and_after_it_learns(shrunk):
+    evaluations = [r for r in records(shrunk, "trial-1") if f"eval/{KL}" in r]
+
+    assert [r["step"] for r in evaluations] == [0, 3]
+    names = [key for key in evaluations[0] if key.startswith("eval/layers-") and key.endswith(KL)]
+    assert len(names) == 3
+
+
+def test_the_trial_returns_the_candidate_of_the_lowest_divergence(shrunk):
+    trial = json.loads((shrunk / "stages" / "trial-1" / "result.json").read_text())
+
+    found = trial["scores"][trial["view"]][KL]
+    assert found == trial["metrics"][KL]
+    assert found == min(scores[KL] for scores in trial["scores"].values())
+
+
+def test_repair_and_on_policy_are_one_stage_with_one_schedule(shrunk):
+    logged = [r for r in records(shrunk, "student") if "train/loss" in r]
+    by_step = {r["step"]: r for r in logged}
+
+    report = read(shrunk)
+    (stage,) = [s for s in report["stages"] if s["name"] == "student"]
+    assert stage["steps"] == 5
+    rates = [by_step[step]["train/learning_rate"] for step in sorted(by_step)]
+    assert rates == sorted(rates, reverse=True)
+    texts = [step for step, r in by_step.items() if any("rollout" in key for key in r)]
+    assert texts
+    assert min(texts) > METHOD["repair_steps"]
+
+
+def test_the_random_baseline_has_the_shape_and_the_steps_of_the_student(shrunk):
+    report = read(shrunk)
+    steps = {stage["name"]: stage["steps"] for stage in report["stages"]}
+    shapes = [
+        {name: tuple(weight.shape) for name, weight in weights(shrunk / "stages" / stage).items()}
+        for stage in ("student", "random")
+    ]
+
+    assert shapes[0] == shapes[1]
+    assert steps["random"] == steps["trial-1"] + steps["student"]
+
+
+@pytest.mark.parametrize("stop", [("trial-1", 2), ("student", 1), ("student", 4)])
+def test_a_run_stopped_in_the_trial_or_the_repair_ends_with_the_same_weights(
+    one_rank, shrunk, tmp_path, stop
+):
+    config = shrinking(tmp_path)
+
+    stopped = one_rank.train("--config", config, stop_at=stop)
+    finish(one_rank, config)
+
+    assert stopped.code != 0
+    one, other = weights(tmp_path / "out" / "final"), weights(shrunk / "final")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_finished_run_trains_nothing_again(one_rank, shrunk):
+    said = finish(one_rank, shrunk.parent / "out.yaml")
+
+    assert said.loaded == ()
+
+
+def test_a_cut_without_learning_is_the_view_of_the_sorted_teacher(one_rank, tmp_path):
+    config = shrinking(
+        tmp_path,
+        method={
+            "candidates": [0.75],
+            "trial_steps": 1,
+            "on_policy_steps": 0,
+            "repair_steps": 1,
+            "metric": "accuracy",
+        },
+        objective=[{"loss": "soft_target_kl"}, {"loss": "hidden_mse", "layer_mapping": "uniform"}],
+        train={"learning_rate": 0.0},
+    )
+    finish(one_rank, config)
+    out, task = tmp_path / "out", load_config(config).task
+    final = AutoModelForCausalLM.from_pretrained(out / "final").eval()
+    source = resolve_model(str(out / "stages" / "specification"), task, where="teacher.model")
+    teacher = load_model(
+        source,
+        task=task,
+        label_names=(),
+        tokenizer_size=source.config.vocab_size,
+        ds=None,
+        dtype=torch.float32,
+        seed=1,
+        need_head=True,
+    ).eval()
+
+    layers = json.loads((out / "stages" / "layers" / "result.json").read_text())["metrics"]
+    weakest = min(layers, key=lambda name: layers[name])
+    kept = tuple(n for n in range(1, 5) if f"layer_{n}" != weakest)
+    units = final.config.num_key_value_heads, final.config.intermediate_size
+    view = View(
+        *(tuple(count if n in kept else 0 for n in range(1, 5)) for count in units), layers=kept
+    )
+    with torch.inference_mode(), Elastic(teacher).viewing(view):
+        expected = teacher(input_ids=TOKENS).logits
+        found = final(input_ids=TOKENS).logits
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_assistant_is_cut_and_repaired_before_the_student(one_rank, tmp_path):
+    config = shrinking(
+        tmp_path,
+        method={"target_sparsity": 0.62, "assistant": "auto_2.5", "on_policy_steps": 0},
+    )
+
+    finish(one_rank, config)
+
+    report = read(tmp_path / "out")
+    trained = [stage["name"] for stage in report["stages"] if stage["steps"]]
+    assert trained == ["teacher-finetune", "trial-1", "assistant-1", "trial-2", "student"]
+    sizes = [report[model]["parameters"] for model in ("teacher", "student")]
+    (assistant,) = report["assistants"]
+    assert sizes[0] > assistant["parameters"] > sizes[1]
+    assert assistant["parameters"] ** 2 == pytest.approx(sizes[0] * sizes[1], rel=0.1)
+
+
+def test_the_plan_has_the_trial_and_the_student(one_rank, shrunk):
+    said = one_rank.megakd("plan", shrunk.parent / "out.yaml", "--json")
+
+    assert said.code == 0, said.err
+    plan = json.loads(said.out)
+    assert plan["peak_bytes_per_rank"] > 0
+    page = one_rank.megakd("plan", shrunk.parent / "out.yaml")
+    assert "trial-1" in page.out
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("1K", "nearest possible sizes are"),
+        ("1B", "give a smaller number"),
+    ],
+)
+def test_a_size_that_cannot_be_cut_is_refused_before_anything_is_trained(
+    one_rank, tmp_path, size, message
+):
+    config = shrinking(tmp_path, method={"target_sparsity": None, "parameters": size})
+
+    said = one_rank.train("--config", config)
+
+    assert said.code == 2
+    assert message in said.err
+    assert not (tmp_path / "out" / "stages").exists()
+    assert said.loaded == ()
+
+
+def test_the_command_writes_its_config_runs_it_and_the_config_can_be_planned(
+    one_rank, shrunk, tmp_path
+):
+    teacher, out = shrunk / "stages" / "teacher-finetune", tmp_path / "out"
+    words = ["shrink", teacher, "--data", shrunk.parent / "text.txt", "--output_dir", out]
+    train = ["train.per_device_train_batch_size=4", "method.repair_steps=2"]
+    words += ["--parameters", "24K", "task.max_length=16", "method.round_to=4", *train]
+
+    said = one_rank.megakd(*words)
+
+    assert said.code == 0, said.err
+    model = AutoModelForCausalLM.from_pretrained(out / "final").eval()
+    assert sum(w.numel() for w in model.parameters()) == pytest.approx(24_000, rel=0.03)
+    planned = one_rank.megakd("plan", out / "shrink.yaml")
+    assert planned.code == 0, planned.err
+    assert "trial-1" in planned.out
+    again = one_rank.megakd(*words)
+    assert again.code == 0, again.err
+    assert again.loaded == ()

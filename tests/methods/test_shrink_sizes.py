@@ -1,0 +1,245 @@
+"""The shapes that shrink can cut out of a decoder: sizes, candidates, hops and messages."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_runs import config_tree, llama
+
+from megakd.config.file import config_of
+from megakd.contract.metrics import Metric
+from megakd.contract.units import View
+from megakd.errors import ConfigError
+from megakd.methods.shrink import KL, LARGEST_HOP, BestCandidate, hops
+from megakd.methods.shrink.sizes import TOLERANCE, Candidate, Cuts, candidates_of, cuts_of
+
+# Qwen3-8B: 36 layers, 8 key-value groups of 4 query heads of 128, 12288 neurons, width 4096.
+WIDTH, VOCABULARY = 4096, 151936
+HEAD, NEURON, LAYER = (2 * 4 + 2) * 128 * WIDTH, 3 * WIDTH, 2 * WIDTH + 2 * 128
+OUTSIDE = 2 * VOCABULARY * WIDTH + WIDTH
+
+
+def counted(view: View) -> int:
+    layers = zip(view.heads, view.neurons, strict=True)
+    units = sum(heads * HEAD + neurons * NEURON for heads, neurons in layers)
+    kept = len(view.heads) if view.layers is None else len(view.layers)
+    return OUTSIDE + kept * LAYER + units
+
+
+def cuts(
+    layers: int = 36, heads: int = 8, neurons: int = 12288, round_to: int | None = None
+) -> Cuts:
+    whole = View((heads,) * layers, (neurons,) * layers)
+    return cuts_of(whole, count=counted, is_stock=lambda _: True, round_to=round_to)
+
+
+def config(**method: Any) -> Any:
+    tree = config_tree(
+        Path("out"),
+        {"type": "causal_lm", "dataset": "anything"},
+        teacher={"model": llama(2)},
+        method={"name": "shrink", "parameters": "4B", **method.pop("method", {})},
+        **method,
+    )
+    return config_of({**tree, "student": {"model": "from_teacher"}})
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("0.6B", 600_000_000), ("600M", 600_000_000), ("12k", 12_000), (7, 7), ("33.2K", 33_200)],
+)
+def test_a_size_is_read_as_people_write_it(text, number):
+    assert config(method={"parameters": text}).method.parameters == number
+
+
+@pytest.mark.parametrize("text", ["", "0.6Q", "B", "-3M", "0", 1.5, "1e9B"])
+def test_a_size_that_is_no_number_of_weights_is_refused(text):
+    with pytest.raises(ConfigError, match=r"method\.parameters"):
+        config(method={"parameters": text})
+
+
+def test_the_sizes_of_shapes_are_those_of_an_8b_model():
+    found = cuts()
+
+    assert (found.outside, found.layer) == (OUTSIDE, LAYER)
+    assert (found.head, found.neuron) == (HEAD, NEURON)
+    assert found.whole == Candidate(36, 8, 12288, 8_190_735_360)
+
+
+@pytest.mark.parametrize("target", [7_000_000_000, 6_000_000_000, 4_000_000_000, 2_000_000_000])
+def test_every_candidate_meets_the_size_on_the_grid(target):
+    found = candidates_of(cuts(), target, 6)
+
+    assert len(found) == 6
+    for one in found:
+        assert abs(one.parameters - target) <= TOLERANCE * target
+        assert one.neurons % 64 == 0
+        assert one == cuts().candidate(*one[:3])
+
+
+def test_candidates_go_from_width_alone_to_depth_alone():
+    first, *_, last = candidates_of(cuts(), 4_000_000_000, 6)
+
+    assert first.layers == 36
+    assert (first.heads, first.neurons) != (8, 12288)
+    # One layer less could not hold the weights, so that the widths are nearly the teacher's.
+    assert last.layers == min(
+        depth for depth in range(1, 37) if cuts().with_layers(4 * 10**9, depth)
+    )
+    assert last.heads == 8
+    assert last.neurons > 0.85 * 12288
+
+
+def test_heads_and_neurons_shrink_by_about_the_same_share():
+    for one in candidates_of(cuts(), 5_000_000_000, 6):
+        assert one.heads / 8 == pytest.approx(one.neurons / 12288, abs=0.13)
+
+
+@given(
+    layers=st.integers(1, 12),
+    heads=st.integers(1, 8),
+    neurons=st.integers(1, 300),
+    share=st.floats(0.05, 0.99),
+    wanted=st.integers(1, 8),
+)
+def test_a_size_has_candidates_or_the_message_names_the_nearest_sizes(
+    layers, heads, neurons, share, wanted
+):
+    possible = cuts(layers, heads, neurons)
+    target = round(share * possible.whole.parameters)
+    if not any(possible.with_layers(target, depth) for depth in range(1, layers + 1)):
+        with pytest.raises(ConfigError, match="nearest possible sizes are"):
+            candidates_of(possible, target, wanted)
+        return
+
+    found = candidates_of(possible, target, wanted)
+
+    assert 1 <= len(found) <= wanted
+    assert len({one.name for one in found}) == len(found)
+    assert all(abs(one.parameters - target) <= TOLERANCE * target for one in found)
+    depths = [one.layers for one in found]
+    assert depths == sorted(depths, reverse=True)
+
+
+def test_the_nearest_sizes_can_be_cut():
+    possible = cuts(layers=2, heads=1, neurons=640)
+    with pytest.raises(ConfigError, match="nearest possible sizes") as error:
+        candidates_of(possible, possible.outside // 2, 6)
+
+    size = int(
+        str(error.value).split("nearest possible sizes are ")[1].split(" ")[0].replace(",", "")
+    )
+    assert candidates_of(possible, size, 1)
+    assert "1 layers, 1 key-value groups, 64 neurons" in str(error.value)
+
+
+def test_a_size_that_is_not_below_the_teachers_is_refused():
+    with pytest.raises(ConfigError, match=r"the teacher has 8,190,735,360; give a smaller"):
+        candidates_of(cuts(), 9_000_000_000, 6)
+
+
+def test_shares_of_layers_give_one_candidate_each():
+    found = candidates_of(cuts(), 5_000_000_000, (1.0, 0.75))
+
+    assert [one.layers for one in found] == [36, 27]
+
+
+def test_a_share_of_layers_that_cannot_hold_the_weights_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"method\.candidates: no model .* has 9 of the teacher's 36"
+    ):
+        candidates_of(cuts(), 5_000_000_000, (0.25,))
+
+
+@pytest.mark.parametrize(
+    ("neurons", "round_to", "grid"),
+    [(172, None, 4), (11008, None, 64), (255, None, 1), (172, 50, 50)],
+)
+def test_neurons_stay_on_a_grid_that_divides_the_teachers(neurons, round_to, grid):
+    found = cuts(neurons=neurons, round_to=round_to).neurons
+
+    assert found[0] == grid
+    assert all(count % grid == 0 for count in found[:-1])
+    assert found[-1] == neurons
+
+
+def test_a_grid_larger_than_the_teacher_is_refused():
+    with pytest.raises(ConfigError, match=r"method\.round_to: 256 is larger than 172"):
+        cuts(neurons=172, round_to=256)
+
+
+def test_a_teacher_whose_layers_differ_is_refused():
+    with pytest.raises(ConfigError, match="all have the same numbers"):
+        cuts_of(View((2, 1), (8, 8)), count=counted, is_stock=lambda _: True, round_to=None)
+
+
+def test_heads_that_no_stock_config_describes_are_no_candidates():
+    whole = View((8,) * 36, (12288,) * 36)
+    found = cuts_of(
+        whole, count=counted, is_stock=lambda view: view.heads[0] in (4, 8), round_to=None
+    )
+
+    assert found.heads == (4, 8)
+
+
+def test_the_most_important_layers_are_kept_in_their_order():
+    view = Candidate(2, 3, 5, 0).view((0.1, 0.9, 0.2, 0.9))
+
+    assert view == View((0, 3, 0, 3), (0, 5, 0, 5), layers=(2, 4))
+
+
+def test_hops_are_at_most_two_and_a_half_and_end_at_the_target():
+    found = hops(config(method={"assistant": "auto_2.5", "parameters": "1B"}).method, 8_000_000_000)
+
+    ratios = [big / small for big, small in pairwise([8_000_000_000, *found])]
+    assert found[-1] == 1_000_000_000
+    assert len(found) == 3
+    assert max(ratios) <= LARGEST_HOP
+    assert max(ratios) == pytest.approx(min(ratios), rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"assistant": "auto_2.5", "parameters": "3.2B"}])
+def test_a_single_hop_needs_no_assistant(options):
+    assert len(hops(config(method={"parameters": "1B", **options}).method, 8_000_000_000)) == 1
+
+
+def test_the_judge_takes_the_lowest_divergence_and_the_first_of_equals():
+    judge = BestCandidate(Metric(name=KL, parts=(KL,), higher_is_better=False), ("a", "b", "c"))
+    scores = {"a": {KL: 0.5}, "b": {KL: 0.2}, "c": {KL: 0.2}}
+
+    assert judge(scores, 3)[:2] == (-0.2, "b")
+
+
+def test_a_divergence_that_is_not_a_number_loses():
+    judge = BestCandidate(Metric(name=KL, parts=(KL,), higher_is_better=False), ("a", "b"))
+
+    assert judge({"a": {KL: float("nan")}, "b": {KL: 9.0}}, 1).view == "b"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"method": {"target_sparsity": 0.5}}, "exactly one of parameters"),
+        ({"method": {"parameters": None}}, "exactly one of parameters"),
+        ({"method": {"on_policy_steps": 5}}, "the section rollout is missing"),
+        ({"rollout": {"max_new_tokens": 4}}, "the section rollout is set"),
+        (
+            {
+                "rollout": {"max_new_tokens": 4, "from_step": 3},
+                "method": {"on_policy_steps": 5, "repair_steps": 4},
+            },
+            r"rollout\.from_step: 3 is not method\.repair_steps \(4\)",
+        ),
+        ({"objective": [{"loss": "relation_kl"}]}, "attention cannot be compared"),
+        ({"objective": [{"loss": "soft_target_reverse_kl"}]}, "objective lacks"),
+    ],
+)
+def test_settings_that_contradict_shrink_are_refused(sections, message):
+    with pytest.raises(ConfigError, match=message):
+        config(**json.loads(json.dumps(sections)))
