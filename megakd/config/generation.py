@@ -49,6 +49,6 @@ class GenerationConfig:
 
     @property
     def how(self) -> Sampling:
-        """How the prompts are continued."""
+        """The settings of the generator."""
         given = self.sampling
         return Sampling(self.max_new_tokens, given.temperature, given.top_p, given.top_k)

@@ -29,7 +29,7 @@ Mix = Annotated[dict[RowSource, Fraction], AfterValidator(_some_probability)]
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class SamplingConfig:
-    """How a completion is sampled; the defaults sample from the model as it is."""
+    """Settings of the sampling; the defaults sample from the model as it is."""
 
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """0: the most likely token."""
@@ -109,7 +109,7 @@ class RolloutConfig:
 
     @property
     def works_ahead(self) -> bool:
-        """Whether a server generates the next texts while the student learns."""
+        """True if a server generates the next texts while the student learns."""
         return self.server is not None and self.max_staleness > 0
 
     @property

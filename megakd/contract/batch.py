@@ -88,7 +88,7 @@ class Batch(NamedTuple):
 
 
 class LogitWarp(NamedTuple):
-    """What a language model does with the product z of its output matrix: cap(scale * z).
+    """Function of the product z of a language model's output matrix: cap(scale * z).
 
     scale: factor of the product.
     softcap: c in cap(z) = c tanh(z / c); None: no cap.

@@ -13,7 +13,7 @@ DISTINCT = "rollout/distinct_2"
 
 
 class Sampling(NamedTuple):
-    """How a model continues a prompt.
+    """Settings with which a model continues a prompt.
 
     max_new_tokens: maximum number of tokens of a completion, the end token included.
     temperature: divisor of the logits; 0 takes the most likely token.

@@ -78,7 +78,7 @@ class StepShape(NamedTuple):
 
 
 class StepLayout(NamedTuple):
-    """How the rows of an optimizer step become micro-batches.
+    """Distribution of the rows of an optimizer step over micro-batches.
 
     shape: number of rows of a step. Without `tokens_per_rank`, also the numbers of micro-batches
         and of their rows.

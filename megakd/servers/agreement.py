@@ -18,7 +18,7 @@ TIMES = 2
 
 
 class Wanted(NamedTuple):
-    """What a run needs of its servers.
+    """The requirements of a run on its servers.
 
     name: the name or the path of the model.
     pushed: folder of pushed weights, which a server states as its model after a push; None: no

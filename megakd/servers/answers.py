@@ -1,4 +1,4 @@
-"""Checks of generated texts: a server must have done what it was asked, and nothing else."""
+"""Checks of generated texts: a server must have followed the request exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What megakd asks of an inference server, whatever its kind."""
+"""The requests that megakd sends to an inference server of any kind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megakd.contract.rollouts import Sampling
 
 
 class ServedModel(NamedTuple):
-    """What a server states about its model.
+    """The statements of a server about its model.
 
     name: the name of the model in requests.
     names: all names and paths by which the server states the model.
