@@ -48,12 +48,15 @@ class _Request(NamedTuple):
     steps: the steps that learn from the texts, in order; those whose texts are on disk keep them.
     version: number of updates of the student that generates.
     wanted: step and row of each text, over all ranks; rank r generates the texts r, r + world, …
+    prompts, seeds: those of this rank's texts.
     texts: the texts of this rank, if a remote generator is making them.
     """
 
     steps: Sequence[int]
     version: int
     wanted: Sequence[tuple[int, int]]
+    prompts: Sequence[tuple[int, ...]]
+    seeds: Sequence[int]
     texts: RequestedTexts | None = None
 
 
@@ -158,12 +161,20 @@ class RolloutSource:
     def _request(self, steps: Sequence[int], *, version: int) -> _Request:
         """Return what is generated for some steps; a remote generator begins. A collective."""
         wanted = [(step, row) for step in steps for row in self._rows_to_continue(step)]
-        request = _Request(steps, version, wanted)
+        mine = self._mine(wanted)
+        request = _Request(
+            steps,
+            version,
+            wanted,
+            prompts=[self._rows.prompts.prompt(row) for _, row in mine],
+            seeds=[self._draws.seed_of(step, row) for step, row in mine],
+        )
         if not isinstance(self._generator, RemoteGenerator) or not wanted:
             return request
         with doing(f"sending the weights of step {version} to the servers"):
             self._generator.update(version)
-        return request._replace(texts=self._generator.begin(*self._asked(request)))
+        texts = self._generator.begin(request.prompts, request.seeds, self._sampling(request))
+        return request._replace(texts=texts)
 
     def _generate(self, request: _Request) -> None:
         """Generate and write the texts of some steps; a collective."""
@@ -171,11 +182,14 @@ class RolloutSource:
         with doing(f"generating {len(request.wanted)} texts at step {request.steps[0]}"):
             completions = self._completions(request)
         self._statistics.seconds += time.perf_counter() - began
-        prompts, seeds, _ = self._asked(request)
         own = [
             (step, Rollout(row, prompt, completion, request.version, seed))
             for (step, row), prompt, completion, seed in zip(
-                self._mine(request), prompts, completions, seeds, strict=True
+                self._mine(request.wanted),
+                request.prompts,
+                completions,
+                request.seeds,
+                strict=True,
             )
         ]
         parts, world = gather(own), self._rows.layout.shape.world
@@ -185,18 +199,14 @@ class RolloutSource:
     def _completions(self, request: _Request) -> list[Completion]:
         if request.texts is not None:
             return request.texts.completions()
-        return self._generator.generate(*self._asked(request))
+        return self._generator.generate(request.prompts, request.seeds, self._sampling(request))
 
-    def _mine(self, request: _Request) -> Sequence[tuple[int, int]]:
+    def _sampling(self, request: _Request) -> Sampling:
+        return self._config.sampling_at(request.steps[0])
+
+    def _mine(self, wanted: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
         shape = self._rows.layout.shape
-        return request.wanted[shape.rank :: shape.world]
-
-    def _asked(self, request: _Request) -> tuple[list[tuple[int, ...]], list[int], Sampling]:
-        """Return the prompts and seeds of this rank, and how the prompts are continued."""
-        mine = self._mine(request)
-        prompts = [self._rows.prompts.prompt(row) for _, row in mine]
-        seeds = [self._draws.seed_of(step, row) for step, row in mine]
-        return prompts, seeds, self._config.sampling_at(request.steps[0])
+        return wanted[shape.rank :: shape.world]
 
     def _write(self, steps: Sequence[int], made: Sequence[tuple[int, Rollout]]) -> None:
         # Backwards: if the first step has its texts, the later steps have theirs too, and no texts
