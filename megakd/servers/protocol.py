@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from megakd.contract.rollouts import Sampling
 
@@ -36,6 +36,22 @@ class TextRequest(NamedTuple):
     sampling: Sampling
     model: str
     end_tokens: tuple[int, ...]
+
+    def rules(self) -> dict[str, Any]:
+        """Return all sampling rules under the names that vLLM and SGLang share.
+
+        A server takes rules that are not stated from the generation config of its model.
+        """
+        sampling = self.sampling
+        return {
+            "n": 1,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": -1 if sampling.top_k is None else sampling.top_k,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "stop_token_ids": list(self.end_tokens),
+        }
 
 
 class ServedText(NamedTuple):

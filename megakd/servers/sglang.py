@@ -82,19 +82,12 @@ class SglangServer:
 
 def _generate_request(request: TextRequest) -> dict[str, Any]:
     """Return the body of a request; all sampling rules are stated."""
-    sampling = request.sampling
     return {
         "input_ids": list(request.prompt),
         "return_prompt_token_ids": True,
         "sampling_params": {
-            "max_new_tokens": sampling.max_new_tokens,
-            "n": 1,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": -1 if sampling.top_k is None else sampling.top_k,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "stop_token_ids": list(request.end_tokens),
+            **request.rules(),
+            "max_new_tokens": request.sampling.max_new_tokens,
             "sampling_seed": request.seed % 2**_SEED_BITS,
         },
     }

@@ -118,23 +118,13 @@ class VllmServer:
 
 
 def _completion_request(request: TextRequest) -> dict[str, Any]:
-    """Return the body of a request; all sampling rules are stated.
-
-    A server takes rules that are not stated from the generation config of its model.
-    """
-    sampling = request.sampling
+    """Return the body of a request; all sampling rules are stated."""
     return {
+        **request.rules(),
         "model": request.model,
         "prompt": list(request.prompt),
-        "max_tokens": sampling.max_new_tokens,
-        "n": 1,
+        "max_tokens": request.sampling.max_new_tokens,
         "seed": request.seed,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": -1 if sampling.top_k is None else sampling.top_k,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "stop_token_ids": list(request.end_tokens),
         "return_token_ids": True,
     }
 
