@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,24 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_texts import small_llama, write_texts
 
 STEPS = 6
-WORDS = ("the", "cat", "dog", "sat", "on", "a", "mat", "and", "ran", "to", "big", "red", "house")
-
-
-def llama(layers: int, width: int) -> dict[str, Any]:
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 2}
-    return {"config": {"model_type": "llama", "num_hidden_layers": layers, **sizes}}
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
-    rng = random.Random(0)
-    for split, count in (("train", 120), ("validation", 8)):
-        lines = (" ".join(rng.choices(WORDS, k=30)) for _ in range(count))
-        (folder / f"{split}.txt").write_text("\n\n".join(lines))
-    return folder
+    return write_texts(folder, train=120, validation=8)
 
 
 def write_config(folder: Path, texts: Path, *, zero: int, **sections: Any) -> Path:
@@ -43,8 +33,8 @@ def write_config(folder: Path, texts: Path, *, zero: int, **sections: Any) -> Pa
             "max_length": 24,
             "tokenizer": {"type": "bpe", "vocab_size": 300},
         },
-        "teacher": {"model": llama(2, 16), "deepspeed": teacher},
-        "student": {"model": llama(1, 8), "deepspeed": f"zero{zero}"},
+        "teacher": {"model": small_llama(2, 16), "deepspeed": teacher},
+        "student": {"model": small_llama(1, 8), "deepspeed": f"zero{zero}"},
         "method": {"name": "single"},
         "objective": [{"loss": "soft_target_kl"}, {"loss": "hard_cross_entropy", "weight": 0.1}],
         "rollout": {
@@ -157,9 +147,7 @@ def test_a_lost_text_is_generated_again(launch, texts, tmp_path):
         assert torch.equal(weights(out)[name], weight), name
 
 
-def test_a_student_learns_from_the_texts_of_its_teacher_and_of_another_run(
-    launch, texts, tmp_path
-):
+def test_a_student_learns_from_the_texts_of_its_teacher_and_of_another_run(launch, texts, tmp_path):
     """Texts of the teacher, read again from their files, give the same weights."""
     keys = {"mix": {"rollout": 1.0}, "by": "teacher"}
     config = write_config(tmp_path, texts, zero=0, rollout=keys, train={"max_steps": 2})

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_texts import small_llama, write_texts
 
-WORDS = ("the", "cat", "dog", "sat", "on", "a", "mat", "and", "ran", "to", "big", "red", "house")
 TOKENS, ROWS = 6, 5
-
-
-def llama(layers: int, width: int) -> dict[str, Any]:
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 2}
-    return {"config": {"model_type": "llama", "num_hidden_layers": layers, **sizes}}
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
-    rng = random.Random(0)
-    for split, count in (("train", 60), ("validation", 8)):
-        lines = (" ".join(rng.choices(WORDS, k=30)) for _ in range(count))
-        (folder / f"{split}.txt").write_text("\n\n".join(lines))
-    return folder
+    return write_texts(folder, train=60, validation=8)
 
 
 def evaluated(
@@ -42,8 +32,11 @@ def evaluated(
             "max_length": 24,
             "tokenizer": {"type": "bpe", "vocab_size": 300},
         },
-        "teacher": {"model": llama(2, 16), "deepspeed": f"teacher_zero{3 if zero == 3 else 0}"},
-        "student": {"model": llama(1, 8), "deepspeed": f"zero{zero}"},
+        "teacher": {
+            "model": small_llama(2, 16),
+            "deepspeed": f"teacher_zero{3 if zero == 3 else 0}",
+        },
+        "student": {"model": small_llama(1, 8), "deepspeed": f"zero{zero}"},
         "method": {"name": "single"},
         "objective": [{"loss": "soft_target_kl"}],
         "train": {
