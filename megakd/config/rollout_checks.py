@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 
 def rollout_problems(config: RunConfig) -> Iterator[str]:
-    """Yield the problems of training on generated texts."""
+    """Yield the problems of training on generated texts, and of evaluating them."""
+    for key, section in (("rollout", config.rollout), ("eval.generation", config.eval.generation)):
+        if section is not None and config.task.type != "causal_lm":
+            yield (
+                f"{key}: only causal_lm models generate text, and task.type is "
+                f"{config.task.type}; remove the section"
+            )
     if config.rollout is None:
         return
-    if config.task.type != "causal_lm":
-        yield (
-            f"rollout: only causal_lm models generate text, and task.type is {config.task.type}; "
-            "remove the section"
-        )
     if not config.method.learns_from_rollouts:
         yield (
             f'rollout: method "{config.method.name}" does not train on generated texts; set '

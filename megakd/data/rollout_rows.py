@@ -49,23 +49,24 @@ class Prompts:
     Args:
         rows: encoded rows of causal_lm.
         prompt_tokens: length of the prompts if the rows do not have a column `prompt_length`.
+        key: section of the config that asks for prompts, for messages.
 
     Raises:
         DataError: the rows have no prompts, or have prompts and `prompt_tokens` is given.
     """
 
-    def __init__(self, rows: Dataset, *, prompt_tokens: int | None) -> None:
+    def __init__(self, rows: Dataset, *, prompt_tokens: int | None, key: str = "rollout") -> None:
         has_prompts = PROMPT_LENGTH in rows.column_names
         if has_prompts and prompt_tokens is not None:
             raise DataError(
-                f"rollout.prompt_tokens: {prompt_tokens} applies to plain text, and the training "
-                "rows have prompts of their own; remove the key"
+                f"{key}.prompt_tokens: {prompt_tokens} applies to plain text, and the rows have "
+                "prompts of their own; remove the key"
             )
         if not has_prompts and prompt_tokens is None:
             raise DataError(
-                "rollout: the training rows have no prompts; use rows with messages, with prompt "
-                "and completion, or with prompt, or set rollout.prompt_tokens to the number of "
-                "tokens at the beginning of each row that are continued"
+                f"{key}: the rows have no prompts; use rows with messages, with prompt and "
+                f"completion, or with prompt, or set {key}.prompt_tokens to the number of tokens "
+                "at the beginning of each row that are continued"
             )
         self._rows, self._tokens = rows.with_format("numpy"), prompt_tokens
         self._has_prompts = has_prompts

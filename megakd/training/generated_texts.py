@@ -13,7 +13,6 @@ from megakd.data.rollout_rows import Prompts
 from megakd.data.rollout_store import RolloutStore
 from megakd.engine.collectives import on_main, together
 from megakd.engine.student import StudentEngine
-from megakd.errors import ConfigError
 from megakd.models.generation import generation_config_of
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.file_generator import FileGenerator
@@ -57,14 +56,11 @@ def with_rollouts(
         fingerprint: fingerprint of the stage.
 
     Raises:
-        MegakdError: the rows are a stream, or texts cannot be written.
+        MegakdError: texts cannot be written.
     """
     own, rollouts = assembly.of(stage.role), stage.rollouts
     if not isinstance(loader, StepLoader):
-        raise ConfigError(
-            "rollout: prompts are taken from rows on disk, and task.streaming is true; set "
-            "task.streaming to false"
-        )
+        raise TypeError(f"a {type(loader).__name__} has no rows whose prompts are continued")
     rows = StepRows(
         loader,
         Prompts(own.prepared.encoded.train, prompt_tokens=rollouts.prompt_tokens),

@@ -40,7 +40,7 @@ from megakd.models.source import ModelSource
 from megakd.training.cache_checks import check_caches
 from megakd.training.chat_checks import check_answers, check_chat_models
 from megakd.training.metrics import TaskMetrics, task_metrics
-from megakd.training.rollout_check import check_rollouts
+from megakd.training.rollout_check import check_generated_texts
 from megakd.training.run_data import MixedRows, cache_folder, encoded_rows, mixed_rows, splits_of
 from megakd.training.vocabulary_checks import other_vocabularies, without_tokenizer
 
@@ -144,7 +144,7 @@ def prepare(config: RunConfig) -> RunInputs:
         ),
     )
     check_answers(config, inputs.encoded.chat, inputs.tokenizer, inputs.sources[STUDENT])
-    check_rollouts(config, inputs.encoded, inputs.sources[STUDENT])
+    check_generated_texts(config, inputs.encoded, inputs.sources[STUDENT])
     return inputs
 
 

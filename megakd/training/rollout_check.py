@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from megakd.data.rollout_rows import Prompts
 from megakd.errors import ConfigError
+from megakd.models.generation import context_length
 
 if TYPE_CHECKING:
     from megakd.config.run import RunConfig
@@ -13,29 +14,43 @@ if TYPE_CHECKING:
     from megakd.models.source import ModelSource
 
 
-def check_rollouts(config: RunConfig, encoded: Encoded, student: ModelSource) -> None:
-    """Check that all prompts and texts of a run fit; does nothing without `rollout`.
+def check_generated_texts(config: RunConfig, encoded: Encoded, student: ModelSource) -> None:
+    """Check that all prompts and texts of `rollout` and of `eval.generation` fit.
 
     Raises:
         DataError: the rows have no prompts.
-        ConfigError: the longest prompt and text are longer than `task.max_length`.
+        ConfigError: the longest prompt and text are longer than `task.max_length`, or than the
+            context of the student.
     """
-    rollouts = config.rollout
-    if rollouts is None or encoded.stream is not None:
-        return
-    length, row = Prompts(encoded.train, prompt_tokens=rollouts.prompt_tokens).longest()
-    together_tokens, room = length + rollouts.longest, config.task.max_length
-    if together_tokens > room:
+    rollouts, generation = config.rollout, config.eval.generation
+    if rollouts is not None and encoded.stream is None:
+        prompts = Prompts(encoded.train, prompt_tokens=rollouts.prompt_tokens)
+        _check(prompts, rollouts.longest, config, student, key="rollout")
+    if generation is not None:
+        rows = encoded.validation.select(range(min(generation.rows, len(encoded.validation))))
+        key = "eval.generation"
+        prompts = Prompts(rows, prompt_tokens=generation.prompt_tokens, key=key)
+        _check(prompts, generation.max_new_tokens, config, student, key=key)
+
+
+def _check(
+    prompts: Prompts, longest: int, config: RunConfig, student: ModelSource, *, key: str
+) -> None:
+    """Check the longest prompt with a completion of `longest` tokens; `key` names the section."""
+    length, row = prompts.longest()
+    together, room = length + longest, config.task.max_length
+    lengths = (
+        f"{key}.max_new_tokens: {longest} and the longest prompt of {length} tokens (row "
+        f"{row + 1}) are {together} tokens"
+    )
+    if together > room:
         raise ConfigError(
-            f"rollout.max_new_tokens: {rollouts.longest} and the longest prompt of {length} tokens "
-            f"(row {row + 1}) are {together_tokens} tokens, and task.max_length is {room}; set "
-            f"task.max_length to {together_tokens}, lower rollout.max_new_tokens to "
-            f"{max(room - length, 1)}, or remove long prompts"
+            f"{lengths}, and task.max_length is {room}; set task.max_length to {together}, lower "
+            f"{key}.max_new_tokens to {max(room - length, 1)}, or remove long prompts"
         )
-    context = getattr(student.config, "max_position_embeddings", None)
-    if context is not None and together_tokens > context:
+    context = context_length(student.config)
+    if context is not None and together > context:
         raise ConfigError(
-            f"rollout.max_new_tokens: {rollouts.longest} and the longest prompt of {length} tokens "
-            f"(row {row + 1}) are {together_tokens} tokens, and {student.where} has a context of "
-            f"{context}; lower rollout.max_new_tokens, or remove long prompts"
+            f"{lengths}, and {student.where} has a context of {context}; lower "
+            f"{key}.max_new_tokens, or remove long prompts"
         )

@@ -53,8 +53,10 @@ def test_a_wrong_section_is_refused(run_file: Path, section: str, message: str) 
 
 def test_a_task_without_text_generation_is_refused(run_file: Path) -> None:
     message = message_of(run_file, _rollout("max_new_tokens: 4"))
+    evaluated = message_of(run_file, "eval.generation={max_new_tokens: 4}")
 
     assert "rollout: only causal_lm models generate text, and task.type is classific" in message
+    assert "eval.generation: only causal_lm models generate text, and task.type is c" in evaluated
 
 
 @pytest.mark.parametrize(
