@@ -10,8 +10,9 @@ import pytest
 import torch
 from served_models import Transformer
 from server_stubs import Stub, serving
-from test_rollouts import finish, llama, texts_of, weights, write_config
+from test_rollouts import finish, texts_of, weights, write_config
 from test_rollouts import texts as texts  # noqa: PLC0414 - a fixture
+from tiny_texts import small_llama
 
 SHORT = {"max_steps": 3, "tokens_per_rank": 60}
 
@@ -20,7 +21,7 @@ SHORT = {"max_steps": 3, "tokens_per_rank": 60}
 def trained(launch, texts, tmp_path_factory) -> Path:
     """The folder of a trained model, which teaches."""
     folder = tmp_path_factory.mktemp("teacher")
-    student = {"model": llama(2, 16)}
+    student = {"model": small_llama(2, 16)}
     path = write_config(folder, texts, zero=0, student=student, train={"max_steps": 2})
     return finish(launch, path, folder / "out") / "final"
 
