@@ -5,6 +5,10 @@ Shapes: N rows (examples or positions), V classes or vocabulary.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from megakd_kernels import formed, ops, reference, small_logits
@@ -31,6 +35,12 @@ from megakd_kernels.settings import (
     resolve_implementation,
 )
 from megakd_kernels.vocab_parallel import Shard
+
+_OPTIONS = (
+    "divergence", "beta", "skew", "temperature", "t_squared", "kd_weight", "ce_weight",
+    "reduction", "num_items", "chunk_mb",
+)  # fmt: skip
+_CONSTANTS = {str, float, int, bool, type(None)}
 
 
 def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyword-only
@@ -89,20 +99,22 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
         ValueError: unknown name, option out of range, mismatched shapes, or reduction "none"
             while a gradient is needed.
     """
-    objective = Objective(
-        divergence=divergence, beta=beta, skew=skew, temperature=temperature,
-        t_squared=t_squared, kd_weight=kd_weight, ce_weight=ce_weight, reduction=reduction,
-        num_items=num_items, chunk_mb=chunk_mb,
+    chosen = (
+        divergence, beta, skew, temperature, t_squared, kd_weight, ce_weight, reduction, num_items,
+        chunk_mb,
     )  # fmt: skip
-    check_constants(teacher_logits=teacher_logits, token_weight=token_weight)
+    objective = _objective(chosen)
+    if needs_gradient(teacher_logits) or needs_gradient(token_weight):
+        check_constants(teacher_logits=teacher_logits, token_weight=token_weight)
     student, teacher, shared = _flatten(student_logits, teacher_logits, vocab_size)
     objective.check_inputs(
         has_teacher=teacher is not None,
         has_labels=labels is not None,
         needs_grad=needs_gradient(student),
     )
-    masks = Masks(labels, token_weight, ignore_index, valid)
-    rows = None if masks.are_absent else _select(student, teacher, masks, objective)
+    masks, rows = Masks(labels, token_weight, ignore_index, valid), None
+    if not masks.are_absent:
+        rows = _select(student, teacher, masks, objective)
     if token_weight is None and is_small(impl, student, teacher, most=small_logits.MOST_NUMBERS):
         output = small_logits.kd_loss(student, teacher, rows, objective, shared)
         if output is not None:
@@ -124,6 +136,20 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
     return output
 
 
+def _objective(options: tuple[Any, ...]) -> Objective:
+    # A tensor may change between two calls, and would be kept alive.
+    is_constant = _CONSTANTS.issuperset(map(type, options)) and not torch.compiler.is_compiling()
+    return (_known_objective if is_constant else _new_objective)(*options)
+
+
+def _new_objective(*options: Any) -> Objective:
+    return Objective(**dict(zip(_OPTIONS, options, strict=True)))
+
+
+# Checking the options takes 3 microseconds, a tenth of a small loss.
+_known_objective = functools.lru_cache(maxsize=16)(_new_objective)
+
+
 def _select(student: Tensor, teacher: Tensor | None, masks: Masks, objective: Objective) -> Rows:
     like = student.new_empty((), dtype=compute_dtype(student, teacher))
     ids = Shard(start=0, ids=student.shape[1], limit=None, group=None)
@@ -135,15 +161,16 @@ def _select(student: Tensor, teacher: Tensor | None, masks: Masks, objective: Ob
 def _flatten(
     student: Tensor, teacher: Tensor | None, vocab_size: int | None
 ) -> tuple[Tensor, Tensor | None, int]:
-    flat = as_matrix(student)
+    flat, shape = as_matrix(student), student.shape
     if teacher is None:
-        return flat, None, student.shape[-1]
-    if teacher.shape[:-1] != student.shape[:-1]:
+        return flat, None, shape[-1]
+    others = teacher.shape
+    if others != shape and others[:-1] != shape[:-1]:
         raise ValueError(
-            f"student_logits are {list(student.shape)} and teacher_logits "
-            f"{list(teacher.shape)}; only the last dimension may differ"
+            f"student_logits are {list(shape)} and teacher_logits {list(others)}; only the last "
+            "dimension may differ"
         )
-    shared = shared_vocabulary(student.shape[-1], teacher.shape[-1], vocab_size)
+    shared = shared_vocabulary(shape[-1], others[-1], vocab_size)
     return flat, as_matrix(teacher), shared
 
 

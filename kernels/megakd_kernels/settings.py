@@ -73,7 +73,12 @@ class KDOutput(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """The options of a distillation loss, checked on construction (ValueError)."""
+    """The options of a distillation loss, checked on construction (ValueError).
+
+    mixture: names and weights of the divergences; the limit of a formula has its own name.
+    value_scale: factor of the divergences: temperature^2 if `t_squared`, else 1.
+    wants_ce: True unless the weight is the Python number 0; tensor values are not read.
+    """
 
     divergence: Divergence
     beta: float
@@ -87,6 +92,8 @@ class Objective:
     logits_dtype: str = "fp32"
     chunk_mb: float | None = None
     mixture: tuple[tuple[str, float], ...] = field(init=False)
+    value_scale: float = field(init=False)
+    wants_ce: bool = field(init=False)
 
     def __post_init__(self) -> None:
         if not (0 < self.temperature < math.inf):
@@ -99,12 +106,11 @@ class Objective:
             raise ValueError(f"chunk_mb must be above 0, got {self.chunk_mb}")
         one_of("logits_dtype", self.logits_dtype, LOGITS_DTYPES)
         _check_reduction(self.reduction, self.num_items)
+        scale = self.temperature**2 if self.t_squared else 1.0
+        wants_ce = isinstance(self.ce_weight, Tensor) or self.ce_weight != 0
         object.__setattr__(self, "mixture", _mixture(self.divergence, self.beta, self.skew))
-
-    @property
-    def value_scale(self) -> float:
-        """Factor of the divergences: temperature^2 if `t_squared`, else 1."""
-        return self.temperature**2 if self.t_squared else 1.0
+        object.__setattr__(self, "value_scale", scale)
+        object.__setattr__(self, "wants_ce", wants_ce)
 
     def check_inputs(self, *, has_teacher: bool, has_labels: bool, needs_grad: bool) -> None:
         """Raise ValueError if options and inputs do not fit together."""
@@ -120,11 +126,6 @@ class Objective:
                 "reduction 'none' has no gradient, since gradients are formed in the forward; "
                 "call it under torch.no_grad(), or weight the rows with token_weight"
             )
-
-    @property
-    def wants_ce(self) -> bool:
-        """True unless the weight is the Python number 0; tensor values are not read."""
-        return isinstance(self.ce_weight, Tensor) or self.ce_weight != 0
 
 
 def resolve_implementation(impl: str, device: torch.device) -> Implementation:
@@ -155,16 +156,16 @@ def is_small(impl: str, *tensors: Tensor | None, most: int = SMALL) -> bool:
 
     So it is for at most `most` numbers on a CPU. A caller who names an implementation gets it.
     """
-    if impl != "auto" or os.environ.get(ENVIRONMENT_VARIABLE) or torch.compiler.is_compiling():
+    if impl != "auto" or torch.compiler.is_compiling():
         return False
     count = 0
     for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN or not tensor.is_cpu:
-            return False
-        count += tensor.numel()
-    return count <= most
+        if tensor is not None:
+            if type(tensor) not in _PLAIN or not tensor.is_cpu:
+                return False
+            count += tensor.numel()
+    # Reading the environment takes the longest.
+    return count <= most and not os.environ.get(ENVIRONMENT_VARIABLE)
 
 
 def _check_triton(source: str, device: torch.device) -> None:

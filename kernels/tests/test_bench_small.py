@@ -9,8 +9,8 @@ KERNELS = Path(__file__).parents[1]
 def test_small_losses_are_timed_in_every_form(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(KERNELS))
     small = importlib.import_module("bench.small")
-    monkeypatch.setattr(small, "_CALLS", 2)
-    monkeypatch.setattr(small, "_ROUNDS", 1)
+    for name in ("_CALLS", "_ROUNDS", "_WARM_UP"):
+        monkeypatch.setattr(small, name, 2)
 
     assert small.main() == 0
 

@@ -87,6 +87,18 @@ def test_other_cases_are_left_to_the_general_code(models, options):
     assert not isinstance(check_against_reference(*models, **options), DeferredOutput)
 
 
+@pytest.mark.parametrize("name", ["mean", "weights", "both", "mean cross-entropy"])
+def test_many_rows_give_the_result_of_the_reference(models, name):
+    """More than 2048 numbers: then e^x is computed as a power of 2."""
+    options = dict(COMMON[name])
+    if "labels" in options:
+        options["labels"] = LABELS.repeat(100)
+
+    output = check_against_reference(*(each.repeat(100, 1) for each in models), **options)
+
+    assert isinstance(output, DeferredOutput)
+
+
 ROW = st.lists(st.floats(-80, 80, width=32), min_size=4, max_size=4)
 
 
@@ -104,9 +116,11 @@ def test_logits_of_any_size_give_the_result_of_the_reference(student, teacher, t
 
 
 @pytest.mark.parametrize("flushed", [False, True])
-def test_a_probability_too_small_for_its_dtype_loses_no_gradient(flushed):
+@pytest.mark.parametrize("rows", [1, 2000])
+def test_a_probability_too_small_for_its_dtype_loses_no_gradient(flushed, rows):
     """exp(-88) is no normal number of fp32, and q/p is exp(88)."""
-    student, teacher = torch.tensor([[88.0, 0.0]]), torch.tensor([[0.0, 88.0]])
+    student = torch.tensor([[88.0, 0.0]]).repeat(rows, 1)
+    teacher = student.flip(1)
     if not torch.set_flush_denormal(flushed):
         pytest.skip("this processor keeps small numbers")
     try:
@@ -114,8 +128,25 @@ def test_a_probability_too_small_for_its_dtype_loses_no_gradient(flushed):
     finally:
         torch.set_flush_denormal(False)
 
-    assert output.loss.item() == pytest.approx(88)
-    assert gradient.tolist() == [[pytest.approx(1.0), pytest.approx(-1.0)]]
+    assert output.loss.item() == pytest.approx(88 * rows)
+    assert output.row_divergences.tolist() == [[pytest.approx(88)] * rows]
+    assert gradient.tolist() == [[pytest.approx(1.0), pytest.approx(-1.0)]] * rows
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_a_small_loss_counts_an_id_that_only_the_student_expects(flushed):
+    """The id adds q = 1e-3 to the loss; p is exp(-95), and q/p is exp(88)."""
+    student = torch.tensor([[0.0, math.log(1e-3)], [0.0, 0.0]])
+    teacher = torch.tensor([[0.0, -95.0], [0.0, 0.0]])
+    if not torch.set_flush_denormal(flushed):
+        pytest.skip("this processor keeps small numbers")
+    try:
+        output, _ = solve(student, teacher)
+    finally:
+        torch.set_flush_denormal(False)
+
+    assert output.loss.item() == pytest.approx(math.log1p(1e-3), rel=1e-5)
+    assert output.row_divergences.tolist()[0] == pytest.approx([math.log1p(1e-3), 0], abs=1e-8)
 
 
 @pytest.mark.parametrize("who", ["student", "teacher", "both"])
@@ -149,6 +180,27 @@ def test_close_models_keep_their_digits(gap, shift, distance):
     noise = 2e-7 * (1 + shift) / gap
     assert distance(output.row_divergences, truth.row_divergences) < 2 * noise
     assert distance(gradient, expected) < 5 * noise
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    gap=st.floats(-3, 0.5).map(lambda exponent: 10**exponent),
+    rows=st.sampled_from([1, 8, 200]),
+    seed=st.integers(0, 1000),
+)
+def test_the_loss_has_its_digits_at_every_distance_of_the_models(gap, rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    teacher = 3 * torch.randn(rows, 20, generator=generator)
+    student = teacher + gap * torch.randn(rows, 20, generator=generator)
+
+    output, _ = solve(student, teacher)
+    truth, _ = solve(student, teacher, dtype=torch.float64, impl="reference")
+
+    distance = math.sqrt(2 * truth.loss.item() / rows)
+    tolerance = 5e-6 + 4e-7 / distance
+    assert output.loss.item() == pytest.approx(truth.loss.item(), rel=tolerance)
+    # The loss and the sum over the rows may come from two formulas.
+    assert output.divergence_sums.item() == pytest.approx(output.loss.item(), rel=2 * tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -208,3 +260,21 @@ def test_without_a_gradient_the_loss_is_a_constant(models):
 
     assert not found.requires_grad
     torch.testing.assert_close(found, solve(*models)[0].loss.detach())
+
+
+def test_a_weight_that_changes_in_place_counts_with_its_value_at_the_call(models):
+    weight = torch.tensor(1.0)
+    options = {"t_squared": True, "kd_weight": weight}
+    before = mk.kd_loss_from_logits(*models, **options).loss
+
+    weight.fill_(2.0)
+
+    torch.testing.assert_close(mk.kd_loss_from_logits(*models, **options).loss, 2 * before)
+
+
+def test_options_are_checked_again_after_a_call_with_good_options(models):
+    mk.kd_loss_from_logits(*models, t_squared=True, temperature=2.0)
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="temperature must be above 0"):
+            mk.kd_loss_from_logits(*models, t_squared=True, temperature=-2.0)
