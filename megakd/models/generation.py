@@ -13,15 +13,15 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from megakd.contract.rollouts import Completion
 from megakd.engine.whole_model import evaluating
 from megakd.errors import DataError, ModelError
+from megakd.models.continuation import continued
 from megakd.models.packed_attention import VARLEN
-from megakd.models.sampling import sampling_processors
 from megakd.storage.finished_folder import check_given
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import nn
-    from transformers import LogitsProcessorList, PretrainedConfig
+    from transformers import PretrainedConfig
 
     from megakd.contract.rollouts import Sampling, TextTokens
     from megakd.models.source import ModelSource
@@ -57,26 +57,12 @@ def complete(
     """
     generative, lengths = _generative(model), [len(prompt) for prompt in prompts]
     check_prompt_lengths(lengths, sampling.max_new_tokens, context_length(generative.config))
-    config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=False,  # the maximum of logits with noise is a sample
-        use_cache=True,
-        eos_token_id=sorted(tokens.end) or None,
-        pad_token_id=tokens.pad,
-    )
     found: dict[int, Completion] = {}
-    with torch.no_grad(), evaluating(model), _settings(generative, config):
+    with torch.no_grad(), evaluating(model), _settings(generative):
         for rows in _batches(lengths, rows_at_once):
             chosen = [prompts[row] for row in rows], [seeds[row] for row in rows]
-            processors = sampling_processors(
-                sampling,
-                chosen[1],
-                max(lengths[row] for row in rows),
-                generative.device,
-                tokens.known,
-            )
-            continued = _continued(generative, chosen[0], processors, config)
-            found |= zip(rows, (_completion(ids, tokens.end) for ids in continued), strict=True)
+            texts = continued(generative, *chosen, sampling, tokens)
+            found |= zip(rows, (_completion(ids, tokens.end) for ids in texts), strict=True)
     return [found[row] for row in range(len(prompts))]
 
 
@@ -136,8 +122,8 @@ def _generative(model: Any) -> Any:
 
 
 @contextmanager
-def _settings(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Let `generate` follow `config` alone in the body, and restore the model's own settings.
+def _settings(model: Any) -> Iterator[None]:
+    """Let `generate` follow its arguments alone in the body, and restore the model's own settings.
 
     The model's own generation config would add its settings, such as a repetition penalty.
     """
@@ -145,7 +131,7 @@ def _settings(model: Any, config: GenerationConfig) -> Iterator[None]:
     attention: str | None = model.config._attn_implementation  # noqa: SLF001  (no public reader)
     # The attention of packed rows has neither a mask nor a cache.
     is_packed = (attention or "").startswith(VARLEN)
-    model.generation_config = config
+    model.generation_config = GenerationConfig()
     if is_packed:
         model.set_attn_implementation("sdpa")
     try:
@@ -165,27 +151,6 @@ def _batches(lengths: Sequence[int], rows_at_once: int) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     for first in range(0, len(order), rows_at_once):
         yield order[first : first + rows_at_once]
-
-
-def _continued(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    processors: LogitsProcessorList,
-    config: GenerationConfig,
-) -> list[list[int]]:
-    """Return the new tokens of each prompt, and what follows until all prompts have ended."""
-    length, device = max(map(len, prompts)), model.device
-    pad = config.pad_token_id
-    padded = [[*[pad] * (length - len(prompt)), *prompt] for prompt in prompts]
-    mask = [[*[0] * (length - len(prompt)), *[1] * len(prompt)] for prompt in prompts]
-    ids = model.generate(
-        torch.tensor(padded, device=device),  # [B, T]
-        attention_mask=torch.tensor(mask, device=device),
-        generation_config=config,
-        logits_processor=processors,
-        synced_gpus=False,  # the weights are whole: a rank may stop before the others
-    )
-    return ids[:, length:].tolist()
 
 
 def _completion(ids: Sequence[int], end_tokens: frozenset[int]) -> Completion:

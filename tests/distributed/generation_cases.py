@@ -140,14 +140,14 @@ def calls(config_path: str, overrides: list[str]) -> list[int]:
     """The numbers of forwards of the ranks, of which only rank 0 has a prompt."""
     run, teacher = _started(config_path, overrides)
     counted = [0]
-    real = generation._continued
+    real = generation.continued
 
     def counting(model: Any, *arguments: Any) -> Any:
         model.register_forward_pre_hook(lambda *_: counted.__setitem__(0, counted[0] + 1))
         return real(model, *arguments)
 
     prompts = PROMPTS[:1] if distributed.ranks().is_main else []
-    with patch.object(generation, "_continued", counting):
+    with patch.object(generation, "continued", counting):
         generator_of(run.student).generate(prompts, [1] * len(prompts), Sampling(5, temperature=0))
     run.close()
     teacher.destroy()

@@ -1,0 +1,173 @@
+"""Rows that have ended leave the batch, and the texts stay the same."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import cache
+
+import pytest
+import torch
+from elastic_views import VOCABULARY, WITHOUT, family_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from megakd.contract.rollouts import Sampling, TextTokens
+from megakd.contract.units import Cut
+from megakd.models import continuation
+from megakd.models.elastic import Elastic
+from megakd.models.generation import complete
+from megakd.models.sampling import sampling_processors
+
+CUT = {"head_counts": [0, 2, 3], "neuron_counts": [7, 0, 33], "head_width": 8}
+MAMBA = {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1}
+HYBRID = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4}
+HYBRID |= {"num_attention_heads": 2, "num_key_value_heads": 1, "attn_layer_indices": [1]}
+HYBRID |= {"intermediate_size": 32}
+PROMPTS = [[5 + row, 6, 7][: 1 + row % 3] for row in range(16)]
+CASE = settings(max_examples=15, deadline=None, suppress_health_check=[*HealthCheck])
+
+
+@cache
+def model_of(kind: str):
+    """A tiny model in fp64, where rounding decides nothing."""
+    if kind == "elastic":
+        Elastic(model := family_model("llama", tie_word_embeddings=False)).keep(Cut(None, WITHOUT))
+        return model
+    if kind == "cut_llama":
+        return family_model(kind, **CUT)
+    if kind == "mistral":
+        return family_model(kind, sliding_window=4)
+    if kind in ("mamba2", "bamba"):
+        return stateful(kind, MAMBA if kind == "mamba2" else HYBRID)
+    return family_model(kind)
+
+
+def stateful(kind: str, keys: dict):
+    """A model with recurrent states: of all layers, or beside an attention."""
+    keys = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, **keys}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**keys)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def completed(model, prompts, ends, sampling, *, rows_at_once=64, pad=1):
+    seeds = [7 * row - 3 for row in range(len(prompts))]
+    tokens = TextTokens(frozenset(ends), pad)
+    return complete(model, prompts, seeds, sampling, tokens=tokens, rows_at_once=rows_at_once)
+
+
+def without_batch(model, prompts, ends, sampling):
+    """The texts from whole forwards of single rows, without `generate` and without a cache."""
+    found = []
+    for row, prompt in enumerate(prompts):
+        process = sampling_processors(sampling, [7 * row - 3], len(prompt), torch.device("cpu"))
+        ids = torch.tensor([prompt])
+        while ids.shape[1] < len(prompt) + sampling.max_new_tokens:
+            with torch.no_grad():
+                scores = model(ids, use_cache=False).logits[:, -1].float()
+            ids = torch.cat([ids, process(ids, scores).argmax(-1, keepdim=True)], 1)
+            if int(ids[0, -1]) in ends:
+                break
+        found.append(tuple(ids[0, len(prompt) :].tolist()))
+    return found
+
+
+@contextmanager
+def forwards(model):
+    """The shapes [B, T] of the tokens of each forward."""
+    shapes: list[tuple[int, int]] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        yield shapes
+    finally:
+        hook.remove()
+
+
+KINDS = ["llama", "mistral", "gpt2", "qwen3", "cut_llama", "elastic", "mamba2", "bamba"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@CASE
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 59), min_size=1, max_size=9), min_size=1, max_size=9),
+    ends=st.frozensets(st.integers(0, 59), max_size=30),
+    limit=st.integers(1, 12),
+    temperature=st.sampled_from([0.0, 1.0, 3.0]),
+    rows_at_once=st.integers(1, 9),
+    share=st.sampled_from([0.01, 0.125, 0.5, 1.0]),
+)
+def test_texts_are_those_of_single_rows(
+    kind, prompts, ends, limit, temperature, rows_at_once, share
+):
+    model, sampling = model_of(kind), Sampling(limit, temperature)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(continuation, "SHARE_TO_LEAVE", share)
+        found = completed(model, prompts, ends, sampling, rows_at_once=rows_at_once)
+
+    assert [text.ids for text in found] == without_batch(model, prompts, ends, sampling)
+    assert [text.finished for text in found] == [text.ids[-1] in ends for text in found]
+
+
+@CASE
+@given(ends=st.frozensets(st.integers(0, 59), max_size=30), pad=st.integers(0, 59))
+def test_the_padding_may_be_a_token_of_the_texts_or_an_end(ends, pad):
+    model, sampling = model_of("llama"), Sampling(10)
+
+    found = completed(model, PROMPTS, ends, sampling, pad=pad)
+
+    assert [text.ids for text in found] == without_batch(model, PROMPTS, ends, sampling)
+
+
+@CASE
+@given(ends=st.frozensets(st.integers(0, 59), min_size=2, max_size=20), count=st.integers(1, 40))
+def test_few_rows_that_have_ended_are_computed(ends, count):
+    model, prompts = model_of("llama"), (PROMPTS * 3)[:count]
+
+    with forwards(model) as shapes:
+        found = completed(model, prompts, ends, Sampling(24))
+
+    lengths = [len(text.ids) for text in found]
+    assert len(shapes) == max(lengths)
+    for step, (rows, _) in enumerate(shapes):
+        running = sum(length > step for length in lengths)
+        assert running <= rows
+        assert rows - running < continuation.SHARE_TO_LEAVE * rows
+
+
+def test_rows_that_end_at_different_tokens_are_counted_together():
+    enough = continuation.EnoughHaveEnded(torch.tensor([7]), rows=16)
+    one, another = torch.zeros(2, 16, 1, dtype=torch.long).unbind()
+    one[3], another[5] = 7, 7
+
+    assert enough(one, None).tolist() == [False] * 16
+    assert enough(another, None).tolist() == [True] * 16
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "cut_llama", "elastic", "bamba"])
+def test_rows_that_go_on_are_not_read_again(kind):
+    model = model_of(kind)
+
+    with forwards(model) as shapes:
+        completed(model, PROMPTS, range(20), Sampling(24))
+
+    assert len({rows for rows, _ in shapes}) > 1, "no row has left the batch"
+    assert shapes[0] == (len(PROMPTS), 3)
+    assert {length for _, length in shapes[1:]} == {1}
+
+
+def test_rows_that_all_reach_the_limit_are_one_call_of_generate(monkeypatch):
+    model, calls = model_of("llama"), []
+    real = type(model).generate
+    monkeypatch.setattr(
+        model, "generate", lambda *given, **keys: calls.append(1) or real(model, *given, **keys)
+    )
+
+    completed(model, PROMPTS, [], Sampling(8))
+
+    assert len(calls) == 1
