@@ -35,12 +35,6 @@ def server_problems(config: RunConfig) -> Iterator[str]:
 
 def _pushing(server: RolloutServerConfig, config: RunConfig) -> Iterator[str]:
     rollouts = config.rollout
-    if server.push == "full" and server.kind == "vllm":
-        yield (
-            "rollout.server.push: full is supported with kind: sglang alone; vLLM takes whole "
-            "weights only by NCCL or CUDA IPC from a process that has vLLM installed; use "
-            "push: adapter with student.lora, or an SGLang server"
-        )
     if server.push == "adapter" and server.kind == "sglang":
         yield (
             "rollout.server.push: adapter is supported with kind: vllm alone; use push: full, "
@@ -91,7 +85,13 @@ def teacher_server_problems(config: RunConfig) -> Iterator[str]:
         if config.task.type != "causal_lm":
             yield f"{key}: only language models are served (task.type is {config.task.type})"
         yield from _of_the_teacher(name, spec, key, config)
-        yield from _of_the_objective(key, config)
+        yield from _of_the_objective(key, config, is_exact=spec.server.states is not None)
+        if spec.server.states is not None and spec.server.top_k is not None:
+            yield (
+                f"{key}: the servers return top_k probabilities or export hidden states into "
+                f"states (got top_k: {spec.server.top_k}, states: {spec.server.states}); remove "
+                "one of the two keys"
+            )
 
 
 def _of_the_teacher(name: str, spec: TeacherConfig, key: str, config: RunConfig) -> Iterator[str]:
@@ -117,15 +117,18 @@ def _of_the_teacher(name: str, spec: TeacherConfig, key: str, config: RunConfig)
         )
 
 
-def _of_the_objective(key: str, config: RunConfig) -> Iterator[str]:
+def _of_the_objective(key: str, config: RunConfig, *, is_exact: bool) -> Iterator[str]:
     for index, term in enumerate(config.objective or ()):
         where = f"objective[{index}].loss: {term.loss}"
         if looks_inside(term):
             yield f"{where} needs more than the outputs of the teacher; remove {key} or the term"
-        elif compares(term) and not (isinstance(term, SoftTargetKl) and term.temperature == 1):
+        elif is_exact or not compares(term):
+            continue
+        elif not (isinstance(term, SoftTargetKl) and term.temperature == 1):
             yield (
                 f"{where}: a server returns only the largest probabilities, at temperature 1, "
-                f"which suffice for soft_target_kl at temperature 1; remove {key} or the term"
+                "which suffice for soft_target_kl at temperature 1; export hidden states with "
+                f"{key}.states, or remove {key} or the term"
             )
 
 

@@ -59,6 +59,7 @@ class Architecture:
     layers, width, attention_heads: keys of the config.
     blocks: path on the backbone of the list of layers.
     embeddings: path on the backbone of the module that makes the first hidden states of tokens.
+    final_norm: path on the backbone of the norm after the last layer; None: the family has none.
     attention: module paths of an attention, relative to its layer.
     feed_forward: module paths of a feed-forward, relative to its layer.
     more_attentions: attentions outside the layers, paths on the model with a head; counted last.
@@ -94,6 +95,7 @@ class Architecture:
     attention_heads: str = "num_attention_heads"
     blocks: str = "encoder.layer"
     embeddings: str = "embeddings"
+    final_norm: str | None = None
     attention: AttentionPaths = ATTENTION_OF_BERT
     feed_forward: FeedForwardPaths = FEED_FORWARD_OF_BERT
     more_attentions: tuple[AttentionPaths, ...] = ()

@@ -22,6 +22,7 @@ def _decoder(model_type: str) -> Architecture:
         head="lm_head",
         blocks="layers",
         embeddings="embed_tokens",
+        final_norm="norm",
         attention=ATTENTION_OF_LLAMA,
         feed_forward=FeedForwardPaths(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
         rotary="rotary_emb",
@@ -34,6 +35,7 @@ def _gpt2() -> Architecture:
         backbone="transformer",
         blocks="h",
         embeddings="wte",
+        final_norm="ln_f",
         attention=AttentionPaths(
             ("attn.c_attn", "attn.c_attn", "attn.c_attn"), "attn.c_proj", "attn"
         ),
@@ -46,6 +48,7 @@ def _gpt2() -> Architecture:
 def _phi() -> Architecture:
     return replace(
         _decoder("phi"),
+        final_norm="final_layernorm",
         attention=ATTENTION_OF_LLAMA._replace(output="self_attn.dense"),
         feed_forward=FeedForwardPaths(("mlp.fc1",), "mlp.fc2"),
     )

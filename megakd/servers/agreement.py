@@ -86,18 +86,19 @@ def check_agreement(
 ) -> None:
     """Compare the greedy texts of all replicas, each asked `TIMES` times, one text at a time.
 
-    Replicas that state different models are not compared with each other: some have weights that
-    an interrupted run has pushed, and all get new weights before the first text.
+    Replicas that state different models or weights are not compared with each other, and paused
+    replicas are not asked: some have weights that an interrupted run has pushed, and all get new
+    weights before the first text.
 
     Raises:
         ServerError: two texts for one prompt differ, or an answer cannot be used.
     """
     for number, prompt in enumerate(prompts):
-        first: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {}
+        first: dict[tuple[str | None, ...], tuple[str, tuple[int, ...]]] = {}
         for server, model in zip(servers, models, strict=True):
-            for _ in range(TIMES):
+            for _ in range(0 if model.paused else TIMES):
                 ids = _greedy(server, model, prompt, wanted)
-                other, text = first.setdefault(model.names, (server.url, ids))
+                other, text = first.setdefault((*model.names, model.weights), (server.url, ids))
                 place = first_difference(text, ids)
                 if place is not None:
                     raise ServerError(_disagreement(other, server.url, number, prompt, place))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from megakd.servers.http import PATIENCE_S, JsonServer
 from megakd.servers.sglang import SglangServer
 from megakd.servers.vllm import VllmServer
+from megakd.servers.vllm_weights import VllmWeightServer
 
 if TYPE_CHECKING:
     from megakd.config.servers import RolloutServerConfig, TeacherServerConfig
@@ -21,7 +22,9 @@ def replicas_of(
         config: the key `rollout.server`.
         patience_s: see `JsonServer`.
     """
-    kind = VllmServer if config.kind == "vllm" else SglangServer
+    kind = SglangServer if config.kind == "sglang" else VllmServer
+    if kind is VllmServer and config.push == "full":
+        kind = VllmWeightServer
     return [
         kind(JsonServer(url, time_limit_s=config.time_limit, patience_s=patience_s))
         for url in config.url

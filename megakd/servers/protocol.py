@@ -16,12 +16,17 @@ class ServedModel(NamedTuple):
     names: all names and paths by which the server states the model.
     version: version of the server's program.
     context: largest number of tokens of prompt and completion; None: not stated.
+    weights: version of the weights that the model has now; None: not stated.
+    paused: whether the server answers no text until it gets weights; a run was killed while the
+        server loaded weights, or the server has failed to load weights.
     """
 
     name: str
     names: tuple[str, ...]
     version: str
     context: int | None
+    weights: str | None = None
+    paused: bool = False
 
 
 class TextRequest(NamedTuple):
@@ -136,8 +141,13 @@ class BestTokens(NamedTuple):
     logprobs: tuple[float, ...]
 
 
-class ScoringServer(TextServer, Protocol):
-    """A server that returns probabilities of the tokens of a given text."""
+class TokenScorer(Protocol):
+    """Source of the probabilities of the tokens of a given text."""
+
+    @property
+    def url(self) -> str:
+        """The address of the server."""
+        ...
 
     def top_k(self, ids: tuple[int, ...], count: int, model: str) -> list[BestTokens]:
         """Return the most likely next tokens after each token of a text but the last.
@@ -148,3 +158,7 @@ class ScoringServer(TextServer, Protocol):
             model: name of the model.
         """
         ...
+
+
+class ScoringServer(TextServer, TokenScorer, Protocol):
+    """A server that returns probabilities of the tokens of a given text."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from megakd.errors import ServerError
-from megakd.servers.protocol import BestTokens, ScoringServer
+from megakd.servers.protocol import BestTokens, TokenScorer
 
 TIMES = 2
 """How often every replica answers every text of the check."""
@@ -20,7 +20,7 @@ Scores = list[BestTokens]
 
 
 def check_scores(
-    servers: Sequence[ScoringServer],
+    servers: Sequence[TokenScorer],
     models: Sequence[str],
     texts: Sequence[tuple[int, ...]],
     top_k: int,

@@ -12,26 +12,14 @@ from typing import Any
 
 from megakd.errors import ServerError
 from megakd.servers.fields import field_of, numbers_of
-from megakd.servers.http import JsonServer
 from megakd.servers.protocol import ServedModel, ServedText, TextRequest
+from megakd.servers.replica import Replica
 
 _SEED_BITS = 31
 
 
-class SglangServer:
-    """One replica of an SGLang server.
-
-    Args:
-        http: the connection to the server.
-    """
-
-    def __init__(self, http: JsonServer) -> None:
-        self._http = http
-
-    @property
-    def url(self) -> str:
-        """The address of the server."""
-        return self._http.url
+class SglangServer(Replica):
+    """One replica of an SGLang server."""
 
     def describe(self) -> list[ServedModel]:
         """Return the base model; see `WeightServer`."""

@@ -12,27 +12,15 @@ from typing import Any
 
 from megakd.errors import ServerError
 from megakd.servers.fields import field_of, numbers_of
-from megakd.servers.http import JsonServer
 from megakd.servers.protocol import BestTokens, ServedModel, ServedText, TextRequest
+from megakd.servers.replica import Replica
 
 MOST_PROBABILITY = 1.01
 """Sum of the probabilities of a position, with room for rounding in 16 bits."""
 
 
-class VllmServer:
-    """One replica of a vLLM server.
-
-    Args:
-        http: the connection to the server.
-    """
-
-    def __init__(self, http: JsonServer) -> None:
-        self._http = http
-
-    @property
-    def url(self) -> str:
-        """The address of the server."""
-        return self._http.url
+class VllmServer(Replica):
+    """One replica of a vLLM server."""
 
     def describe(self) -> list[ServedModel]:
         """Return the base models; see `AdapterServer`."""
@@ -66,6 +54,7 @@ class VllmServer:
             reason=field_of(choice, "finish_reason", str, self.url),
             prompt=None if prompt is None else numbers_of(choice, "prompt_token_ids", self.url),
             prompt_tokens=(reply.get("usage") or {}).get("prompt_tokens"),
+            weights=_weights(choice, self.url),
         )
 
     def top_k(self, ids: tuple[int, ...], count: int, model: str) -> list[BestTokens]:
@@ -126,7 +115,19 @@ def _completion_request(request: TextRequest) -> dict[str, Any]:
         "max_tokens": request.sampling.max_new_tokens,
         "seed": request.seed,
         "return_token_ids": True,
+        "return_weight_versions": True,
     }
+
+
+def _weights(choice: dict[str, Any], url: str) -> str | None:
+    """Return the version of the weights that sampled a text; None: not stated.
+
+    Versions before 0.33 state none. A text that several weights have sampled has all versions.
+    """
+    if choice.get("weight_versions") is None:
+        return None
+    spans = field_of(choice, "weight_versions", list, url)
+    return ", ".join(dict.fromkeys(field_of(span, "version", str, url) for span in spans))
 
 
 def _best(entry: dict[str, Any], count: int, url: str) -> BestTokens:

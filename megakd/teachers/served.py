@@ -1,11 +1,12 @@
-"""A teacher whose answers come from inference servers: its most likely tokens at every position."""
+"""Teachers whose answers come from inference servers, such as the most likely tokens."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -18,14 +19,80 @@ if TYPE_CHECKING:
     from megakd.engine.distributed import Ranks
     from megakd.servers.protocol import BestTokens, ScoringServer
 
+Said = TypeVar("Said")
 AT_ONCE = 64
 """Requests of a rank that run at the same time."""
 
 
-class ServedTeacher:
-    """A teacher that answers micro-batches of a language model with `TopK`; a collective.
+class Document(NamedTuple):
+    """A document of a micro-batch that is a request.
+
+    row, first: the place of its first token.
+    ids: its tokens, as a server gets them.
+    """
+
+    row: int
+    first: int
+    ids: tuple[int, ...]
+
+
+class ServedTeacher(ABC, Generic[Said]):
+    """A teacher whose servers answer micro-batches of a language model; a collective.
 
     Each document is a request of its own. The documents of a rank go to all replicas in turn.
+
+    Args:
+        replicas: number of replicas.
+        ranks: this process.
+    """
+
+    def __init__(self, replicas: int, ranks: Ranks) -> None:
+        self._replicas, self._ranks = replicas, ranks
+
+    @abstractmethod
+    def documents(self, batch: Batch) -> list[Document]:
+        """Return the documents of a micro-batch that servers are asked about."""
+
+    @abstractmethod
+    def ask(self, replica: int, ids: tuple[int, ...]) -> Said:
+        """Return the answer of a replica to a document; called from several threads."""
+
+    @abstractmethod
+    def knowledge(self, batch: Batch, said: Sequence[tuple[Document, Said]]) -> Knowledge:
+        """Return the outputs for a micro-batch from the answers to its documents."""
+
+    def __call__(self, batch: Batch) -> Knowledge:
+        """Return the outputs for a micro-batch; a collective."""
+        return next(self.answers([batch]))
+
+    def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
+        """Yield the outputs for every micro-batch of a step, which are asked for together.
+
+        Raises:
+            ServerError: a server failed; raised on every rank.
+        """
+        texts = [self.documents(batch) for batch in batches]
+        every = [document.ids for found in texts for document in found]
+        calls = [
+            partial(self.ask, (self._ranks.rank + number) % self._replicas, ids)
+            for number, ids in enumerate(every)
+        ]
+        said = iter(together(Running(calls, at_once=AT_ONCE).results))
+        for batch, found in zip(batches, texts, strict=True):
+            yield self.knowledge(batch, [(document, next(said)) for document in found])
+
+    def prefetch(self) -> None:
+        """Do nothing: the texts of the next step are not known."""
+
+    def evict(self) -> None:
+        """Do nothing."""
+
+    def destroy(self) -> None:
+        """Do nothing."""
+
+
+class TopKTeacher(ServedTeacher["list[BestTokens]"]):
+    """A served teacher that answers with its most likely tokens at every position (`TopK`).
 
     Args:
         servers: the replicas.
@@ -44,38 +111,28 @@ class ServedTeacher:
         vocabulary: int,
         ranks: Ranks,
     ) -> None:
+        super().__init__(len(servers), ranks)
         self._servers, self._models = servers, models
         self._top_k, self._vocabulary = top_k, vocabulary
-        self._ranks = ranks
 
-    def __call__(self, batch: Batch) -> Knowledge:
-        """Return the most likely tokens at the positions of a micro-batch; a collective."""
-        return next(self.answers([batch]))
+    def documents(self, batch: Batch) -> list[Document]:
+        """Return the documents with a prediction.
 
-    def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
-        """Yield the answers to every micro-batch of a step, which are asked for together.
-
-        Raises:
-            ServerError: a server failed; raised on every rank.
+        A document that is cut by the end of its row predicts the first token of the next row, which
+        is the label of its last position. This token is added, because servers answer up to the
+        token before the last.
         """
-        texts = [_documents(batch) for batch in batches]
-        every = [ids for found in texts for _, ids in found]
-        calls = [partial(self._asked, number, ids) for number, ids in enumerate(every)]
-        said = iter(together(Running(calls, at_once=AT_ONCE).results))
-        for batch, found in zip(batches, texts, strict=True):
-            yield self._knowledge(batch, [(place, next(said)) for place, _ in found])
+        ids, labels = batch.inputs["input_ids"].tolist(), batch.labels.tolist()
+        found = []
+        for row, first, stop in document_spans(batch):
+            after = [token for token in labels[row][stop - 1 : stop] if token != IGNORE]
+            text = (*ids[row][first:stop], *after)
+            if len(text) > 1:
+                found.append(Document(row, first, text))
+        return found
 
-    def prefetch(self) -> None:
-        """Do nothing: the texts of the next step are not known."""
-
-    def evict(self) -> None:
-        """Do nothing."""
-
-    def destroy(self) -> None:
-        """Do nothing."""
-
-    def _asked(self, number: int, ids: tuple[int, ...]) -> list[BestTokens]:
-        replica = (self._ranks.rank + number) % len(self._servers)
+    def ask(self, replica: int, ids: tuple[int, ...]) -> list[BestTokens]:
+        """Return the most likely tokens after each token of a text but the last."""
         server = self._servers[replica]
         said = server.top_k(ids, self._top_k, self._models[replica])
         largest = max(max(best.ids) for best in said)
@@ -86,12 +143,13 @@ class ServedTeacher:
             )
         return said
 
-    def _knowledge(
-        self, batch: Batch, said: Sequence[tuple[tuple[int, int], list[BestTokens]]]
+    def knowledge(
+        self, batch: Batch, said: Sequence[tuple[Document, list[BestTokens]]]
     ) -> Knowledge:
+        """Return the tokens at their positions; see `ServedTeacher`."""
         size = (*batch.valid.shape, self._top_k)
         ids, logprobs = torch.full(size, -1, dtype=torch.int32), torch.zeros(size)  # [B, T, k]
-        for (row, first), best in said:
+        for (row, first, _), best in said:
             here = slice(first, first + len(best))
             ids[row, here] = torch.tensor([position.ids for position in best], dtype=torch.int32)
             logprobs[row, here] = torch.tensor([position.logprobs for position in best])
@@ -99,22 +157,14 @@ class ServedTeacher:
         return Knowledge(kept=TopK(ids.to(device), logprobs.to(device)))
 
 
-def _documents(batch: Batch) -> list[tuple[tuple[int, int], tuple[int, ...]]]:
-    """Return the documents of a micro-batch with a prediction: row, first position, and tokens.
+def document_spans(batch: Batch) -> Iterator[tuple[int, int, int]]:
+    """Yield the documents of a micro-batch: row, first position, and the position after the last.
 
-    A document that is cut by the end of its row predicts the first token of the next row, which is
-    the label of its last position. This token is added, because servers answer up to the token
-    before the last.
+    Positions restart at 0 with every document.
     """
-    ids, valid = batch.inputs["input_ids"].tolist(), batch.valid.tolist()
-    positions, labels = batch.inputs["position_ids"].tolist(), batch.labels.tolist()
-    found = []
-    for row, there in enumerate(valid):
+    positions = batch.inputs["position_ids"].tolist()
+    for row, there in enumerate(batch.valid.tolist()):
         here = [place for place, is_valid in enumerate(there) if is_valid]
         starts = [place for place in here if positions[row][place] == 0 or place == here[0]]
         for first, stop in pairwise([*starts, *(place + 1 for place in here[-1:])]):
-            after = [token for token in labels[row][stop - 1 : stop] if token != IGNORE]
-            text = (*ids[row][first:stop], *after)
-            if len(text) > 1:
-                found.append(((row, first), text))
-    return found
+            yield row, first, stop

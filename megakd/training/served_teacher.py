@@ -9,12 +9,20 @@ from transformers import AutoModelForCausalLM
 
 from megakd.config.server_checks import teacher_model
 from megakd.contract.tasks import STUDENT
-from megakd.engine.collectives import on_main
+from megakd.engine import distributed
+from megakd.engine.collectives import on_main, together
 from megakd.servers.agreement import Wanted, served_models
 from megakd.servers.connect import scoring_replicas
 from megakd.servers.scores import check_reference, check_scores
+from megakd.servers.state_files import check_states_folder
 from megakd.storage.finished_folder import check_given
-from megakd.teachers.served import ServedTeacher
+from megakd.teachers.served import TopKTeacher
+from megakd.training.exported_states import (
+    check_states,
+    exported_readout,
+    states_replicas,
+    states_teacher,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
     from megakd.config.run import RunConfig
     from megakd.engine.distributed import Ranks
     from megakd.servers.scores import Scores
+    from megakd.teachers.served import ServedTeacher
     from megakd.training.inputs import RunInputs
 
 FIRST_PATIENCE_S = 0.5
@@ -41,8 +50,12 @@ def check_teacher_servers(config: RunConfig, inputs: RunInputs) -> None:
             each other or with `server.check_against`; raised on every rank.
     """
     for name, spec in config.teacher_specs.items():
-        if spec.server is not None:
-            on_main(lambda name=name, spec=spec: _check(config, inputs, name, spec))
+        if spec.server is None:
+            continue
+        folder = spec.server.states
+        if folder is not None:
+            together(lambda folder=folder: check_states_folder(folder))
+        on_main(lambda name=name, spec=spec: _check(config, inputs, name, spec))
 
 
 def served_teacher(config: RunConfig, inputs: RunInputs, name: str, ranks: Ranks) -> ServedTeacher:
@@ -58,12 +71,17 @@ def served_teacher(config: RunConfig, inputs: RunInputs, name: str, ranks: Ranks
         ServerError: a server is not there or has changed; raised on every rank.
     """
     spec, wanted = config.teacher_specs[name], _wanted(config, inputs, name)
-    if spec.server is None:
+    server = spec.server
+    if server is None:
         raise TypeError(f"{name} is not served")
-    servers = scoring_replicas(spec.server)
+    if server.states is not None:
+        source = inputs.sources[name]
+        exporting = states_replicas(server, server.states, source)
+        return states_teacher(exporting, wanted, source, spec, config=config, ranks=ranks)
+    servers = scoring_replicas(server)
     models = on_main(lambda: [model.name for model in served_models(servers, wanted)])
-    return ServedTeacher(
-        servers, models, top_k=spec.server.top_k, vocabulary=wanted.vocabulary, ranks=ranks
+    return TopKTeacher(
+        servers, models, top_k=server.best_tokens, vocabulary=wanted.vocabulary, ranks=ranks
     )
 
 
@@ -71,10 +89,18 @@ def _check(config: RunConfig, inputs: RunInputs, name: str, spec: TeacherConfig)
     server, wanted = spec.server, _wanted(config, inputs, name)
     if server is None:
         raise TypeError(f"{name} is not served")
-    replicas = scoring_replicas(server, patience_s=FIRST_PATIENCE_S)
-    models = [model.name for model in served_models(replicas, wanted)]
     texts = _texts(inputs.encoded.train)
-    answers = check_scores(replicas, models, texts, server.top_k)
+    if server.states is not None:
+        source = inputs.sources[name]
+        exporting = states_replicas(server, server.states, source, patience_s=FIRST_PATIENCE_S)
+        models = served_models(exporting, wanted)
+        readout = exported_readout(source, spec, config, distributed.ranks())
+        answers = check_states(exporting, models, texts, readout)
+    else:
+        replicas = scoring_replicas(server, patience_s=FIRST_PATIENCE_S)
+        models = served_models(replicas, wanted)
+        names = [model.name for model in models]
+        answers = check_scores(replicas, names, texts, server.best_tokens)
     if server.check_against is not None:
         own = _Reference(server.check_against)
         check_reference(texts, answers, own.logprobs, server.check_against)

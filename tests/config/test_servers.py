@@ -34,6 +34,16 @@ def test_the_model_is_the_student_unless_it_has_another_name(run_file: Path) -> 
     assert taught.rollout.server.url == ("http://a:8000",)
 
 
+def test_servers_of_both_kinds_take_the_whole_student(run_file: Path) -> None:
+    for kind in ("vllm", "sglang"):
+        server = f"url: ['http://a:1'], kind: {kind}, push: full, folder: w"
+        rollout = load_config(run_file, (*_TEXT, _rollout(server))).rollout
+
+        assert rollout is not None
+        assert rollout.server is not None
+        assert (rollout.server.kind, rollout.server.push) == (kind, "full")
+
+
 @pytest.mark.parametrize(
     ("server", "more", "message"),
     [
@@ -47,11 +57,6 @@ def test_the_model_is_the_student_unless_it_has_another_name(run_file: Path) -> 
         ("url: ['http://a:1'], kind: tgi, push: none", "", "rollout.server.kind"),
         ("url: ['http://a:1'], kind: vllm", "", "rollout.server.push: missing"),
         (
-            "url: ['http://a:1'], kind: vllm, push: full, folder: w",
-            "",
-            "rollout.server.push: full is supported with kind: sglang alone; vLLM takes whole",
-        ),
-        (
             "url: ['http://a:1'], kind: vllm, push: adapter, folder: w",
             "",
             "rollout.server.push: adapter pushes the adapters of the student, and student.lora",
@@ -62,6 +67,7 @@ def test_the_model_is_the_student_unless_it_has_another_name(run_file: Path) -> 
             "adapter is supported with kind: vllm alone; use push: full",
         ),
         ("url: ['http://a:1'], kind: sglang, push: full", "", "rollout.server.folder: missing"),
+        ("url: ['http://a:1'], kind: vllm, push: full", "", "rollout.server.folder: missing"),
         (
             "url: ['http://a:1'], kind: sglang, push: none, folder: w",
             "",
@@ -106,7 +112,7 @@ def test_a_served_teacher_answers_with_64_tokens_of_its_own_model(run_file: Path
 
     assert config.teacher is not None
     assert config.teacher.server is not None
-    assert config.teacher.server.top_k == 64
+    assert config.teacher.server.best_tokens == 64
     assert teacher_model(config.teacher) == "big"
     named = load_config(run_file, (*_TEXT, _TEACHER.format(", model: m", ""), _TAUGHT))
     assert named.teacher is not None

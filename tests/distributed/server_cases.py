@@ -12,16 +12,20 @@ from megakd.errors import MegakdError
 from megakd.servers.http import JsonServer
 from megakd.servers.sglang import SglangServer
 from megakd.servers.vllm import VllmServer
+from megakd.servers.vllm_weights import VllmWeightServer
 from megakd.training import pushed_weights
 from megakd.training.pushed_weights import AdapterPush, FullPush
 from megakd.training.stage_folder import Learned, consume, write_stage_folder
 
 
-def full(config_path: str, overrides: list[str], folder: str, urls: list[str]) -> str | None:
+def full(
+    config_path: str, overrides: list[str], folder: str, kind: str, urls: list[str]
+) -> str | None:
     """Two updates of the student with a push after each, then the export; the pushed version."""
     run, teacher = _started(config_path, overrides)
     student = run.student.student
-    servers = [SglangServer(JsonServer(url, time_limit_s=60)) for url in urls]
+    server = VllmWeightServer if kind == "vllm" else SglangServer
+    servers = [server(JsonServer(url, time_limit_s=60)) for url in urls]
     push = FullPush(student, servers, Path(folder) / "run")
     with patch.object(pushed_weights, "SHARD_BYTES", 3000):
         for version in (1, 2):

@@ -29,16 +29,34 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
+def pushes_of(stub: Stub) -> list[tuple[str, str]]:
+    """The folder and the version of all weights that the server was told to read."""
+    if stub.kind == "sglang":
+        asked = stub.of("/update_weights_from_disk")
+        return [(body["model_path"], body["weight_version"]) for body in asked]
+    folders = [body["kwargs"]["weights_path"] for body in stub.of("/collective_rpc")]
+    versions = [body["new_version"] for body in stub.of("/update_weight_version")]
+    return list(zip(folders, versions, strict=True))
+
+
 @pytest.mark.parametrize(
-    ("zero", "student"), [(0, "llama-tied"), (3, "llama-tied"), (3, "llama-untied")]
+    ("zero", "student", "kind"),
+    [
+        (0, "llama-tied", "sglang"),
+        (3, "llama-tied", "vllm"),
+        (3, "llama-untied", "sglang"),
+        (0, "llama-untied", "vllm"),
+    ],
 )
 def test_names_and_bytes_pushed_are_those_of_the_exported_model(
-    workers, folder, tmp_path, zero, student
+    workers, folder, tmp_path, zero, student, kind
 ):
-    path, stubs = write(tree(folder, zero=zero, student=student), tmp_path / "c.yaml"), []
-    stubs = [Stub("sglang"), Stub("sglang")]
+    path = write(tree(folder, zero=zero, student=student), tmp_path / "c.yaml")
+    stubs = [Stub(kind), Stub(kind)]
+    for stub in stubs:
+        stub.development = True
     with serving(*stubs) as urls:
-        versions = workers(2).run("server_cases.full", path, [], str(tmp_path), urls)
+        versions = workers(2).run("server_cases.full", path, [], str(tmp_path), kind, urls)
 
     last = tmp_path / "run" / "version-2"
     pushed, wanted = tensors_of(last), tensors_of(tmp_path / "export")
@@ -51,8 +69,9 @@ def test_names_and_bytes_pushed_are_those_of_the_exported_model(
     # Earlier versions make room; every replica reads every version.
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["version-2"]
     for stub in stubs:
-        asked = stub.of("/update_weights_from_disk")
-        assert [body["weight_version"] for body in asked] == ["run-1", "run-2"]
+        run = tmp_path / "run"
+        folders = [(str(run / f"version-{k}"), f"run-{k}") for k in (1, 2)]
+        assert pushes_of(stub) == folders
     reloaded = AutoModelForCausalLM.from_pretrained(last)
     assert reloaded.config.architectures == ["LlamaForCausalLM"]
 

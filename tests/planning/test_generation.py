@@ -112,3 +112,17 @@ def test_a_served_teacher_takes_no_memory(tmp_path: Path) -> None:
     assert tree["teacher"]["weights"] > 0
     assert without["teacher"]["weights"] == 0
     assert other.peak_bytes_per_rank < own.peak_bytes_per_rank
+
+
+def test_a_teacher_of_exported_hidden_states_takes_its_output_matrix(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, vocab_size=64,
+        num_attention_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "big")
+    states = "url: ['http://a:1'], states: states"
+
+    plan = planned(tmp_path, f"teacher={{model: {tmp_path / 'big'}, server: {{{states}}}}}")
+
+    weights = plan.as_json()["roles"]["teacher"]["weights"]
+    assert weights == 64 * 32 * 2  # V * D in bf16

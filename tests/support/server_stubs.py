@@ -12,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from vllm_development import DEVELOPMENT
+
 Tree = Any
 END, VOCABULARY = 1, 40
 
@@ -43,6 +45,9 @@ class Stub:
 
     busy: how many requests for texts are answered with 503 before the next answer.
     delay_s: how long every text takes.
+    development: whether a vLLM server knows the paths of VLLM_SERVER_DEV_MODE=1.
+    paused: whether a vLLM server answers requests for texts with 503.
+    cached: the texts that a vLLM server gives from its cache of prefixes.
     spoil: function from the path and the answer to the answer that is sent.
     """
 
@@ -52,6 +57,8 @@ class Stub:
         self.path, self.weights = f"/models/{name}", "default"
         self.loaded: dict[str, str] = {}
         self.busy, self.delay_s = 0, 0.0
+        self.development = self.paused = False
+        self.cached: dict[str, list[int]] = {}
         self.most_logprobs = 10**6
         self.spoil: Callable[[str, Tree], Tree] = lambda _, tree: tree
         self.asked: list[tuple[str, Tree]] = []
@@ -66,13 +73,20 @@ class Stub:
     def answer(self, path: str, body: Tree) -> tuple[int, Tree]:
         with self.lock:
             self.asked.append((path, body))
-            if path in {"/v1/completions", "/generate"} and self.busy:
-                self.busy -= 1
+            if path in {"/v1/completions", "/generate"} and (self.busy or self.paused):
+                self.busy = max(0, self.busy - 1)
                 return 503, {"message": "loading"}
         routes = VLLM if self.kind == "vllm" else SGLANG
+        if self.kind == "vllm" and self.development:
+            routes = routes | DEVELOPMENT
         if path not in routes:
             return 404, {"detail": "Not Found"}
         return routes[path](self, body)
+
+    def restart(self) -> None:
+        """Start again, with the model and the weights of the start."""
+        self.model = type(self.model)()
+        self.weights, self.paused, self.cached = "default", False, {}
 
     def continued(self, prompt: list[int], rules: dict[str, Any]) -> list[int]:
         with self.lock:
@@ -107,7 +121,8 @@ def _completion(stub: Stub, body: Tree) -> tuple[int, Tree]:
     ends = body["stop_token_ids"]
     rules = {"most": body["max_tokens"], "ends": ends, "seed": body["seed"]}
     rules |= {"temperature": body["temperature"], "adapter": stub.loaded.get(body["model"])}
-    ids = stub.continued(body["prompt"], rules)
+    weights = stub.weights
+    ids = stub.cached.setdefault(json.dumps(body), stub.continued(body["prompt"], rules))
     choice = {
         "index": 0,
         "text": "",
@@ -117,7 +132,10 @@ def _completion(stub: Stub, body: Tree) -> tuple[int, Tree]:
         "token_ids": ids,
         "prompt_logprobs": None,
         "prompt_token_ids": body["prompt"],
+        "weight_versions": None,
     }
+    if body.get("return_weight_versions"):
+        choice["weight_versions"] = [{"version": weights, "start": 0, "end": len(ids)}]
     counts = {"prompt_tokens": len(body["prompt"]), "completion_tokens": len(ids)}
     return 200, {
         "id": "cmpl-0b2f",

@@ -14,7 +14,7 @@ from megakd.contract.batch import Batch, TopK
 from megakd.engine import collectives
 from megakd.errors import ServerError
 from megakd.servers.protocol import BestTokens
-from megakd.teachers.served import ServedTeacher
+from megakd.teachers.served import TopKTeacher
 
 RANKS: Any = SimpleNamespace(rank=0, device=torch.device("cpu"))
 
@@ -39,9 +39,9 @@ class Sums:
         return [BestTokens((total, *range(1, count)), (-0.5,) * count) for total in sums]
 
 
-def teacher(*servers: Any, vocabulary: int = 10**6) -> ServedTeacher:
+def teacher(*servers: Any, vocabulary: int = 10**6) -> TopKTeacher:
     names = ["m"] * len(servers)
-    return ServedTeacher(servers, names, top_k=2, vocabulary=vocabulary, ranks=RANKS)
+    return TopKTeacher(servers, names, top_k=2, vocabulary=vocabulary, ranks=RANKS)
 
 
 def batch_of(rows: list[list[int]], lengths: list[list[int]]) -> Batch:

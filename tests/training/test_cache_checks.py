@@ -14,12 +14,13 @@ from megakd.training.cache_checks import check_caches
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
-def checked(tmp_path, family, *, cache="answers", **keys):
-    """Checks a run whose teacher is cached and whose student is of a family."""
+def checked(tmp_path, family, *, cache="answers", server=None, **keys):
+    """Checks a run whose teacher is cached or served and whose student is of a family."""
+    own = {"model": "served", "server": server} if server else {"model": llama(2)}
     tree = config_tree(
         tmp_path / "out",
         {"type": "causal_lm", "dataset": "pydocs"},
-        teacher={"model": llama(2), **({"cache": str(tmp_path / cache)} if cache else {})},
+        teacher={**own, **({"cache": str(tmp_path / cache)} if cache else {})},
         method={"name": "single"},
         objective=[{"loss": "soft_target_kl"}],
     )
@@ -57,3 +58,15 @@ def test_other_students_learn_from_a_cache(tmp_path, family, keys):
 
 def test_without_a_cache_every_student_is_right(tmp_path):
     checked(tmp_path, "gemma2", cache=None)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_exported_hidden_states_teach_every_student(tmp_path, family):
+    server = {"url": ["http://a:1"], "states": str(tmp_path)}
+
+    checked(tmp_path, family, cache=None, server=server)
+
+
+def test_probabilities_of_a_server_do_not_teach_a_student_with_a_cap(tmp_path):
+    with pytest.raises(ConfigError, match=r"^teacher\.server: the gemma2 student"):
+        checked(tmp_path, "gemma2", cache=None, server={"url": ["http://a:1"]})

@@ -1,0 +1,184 @@
+"""vLLM servers that export hidden states: the output of the last layer for every token of a text.
+
+Protocol: https://docs.vllm.ai, "Hidden State Extraction"; the answer to `/v1/completions` names a
+file in `kv_transfer_params`.
+"""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from megakd.contract.rollouts import Sampling
+from megakd.errors import ServerError
+from megakd.servers.answers import first_difference
+from megakd.servers.fields import field_of, numbers_of
+from megakd.servers.protocol import TextRequest
+from megakd.servers.state_files import read_state_file, remove_state_files
+from megakd.servers.vllm import VllmServer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megakd.servers.http import JsonServer
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class ExportedStates(NamedTuple):
+    """The hidden states of one text.
+
+    states: [T, D] output of the last layer for every token, before the final norm.
+    following: the most likely token after the text, as the server has generated it.
+    """
+
+    states: Tensor
+    following: int
+
+
+class Exports(NamedTuple):
+    """The files of a server.
+
+    folder: the folder of the files, as this rank sees it.
+    width: width D of the hidden states.
+    layers: number of layers of the model, which is the number that vLLM gives the last output.
+    time_limit_s: seconds for one file.
+    """
+
+    folder: Path
+    width: int
+    layers: int
+    time_limit_s: float
+
+
+class StatesServer(VllmServer):
+    """One replica of a vLLM server that exports hidden states.
+
+    Args:
+        http: the connection to the server.
+        exports: the files of the server.
+    """
+
+    def __init__(self, http: JsonServer, exports: Exports) -> None:
+        super().__init__(http)
+        self._exports = exports
+
+    def states(self, ids: tuple[int, ...], model: str) -> ExportedStates:
+        """Return the hidden states of a text, and delete their file.
+
+        Args:
+            ids: the tokens of the text.
+            model: name of the model.
+
+        Raises:
+            ServerError: the server does not answer, its file is missing, or the file is about
+                another text, has another width, or is not in 16 or 32 bits.
+        """
+        name = f"megakd-{uuid.uuid4().hex}"
+        try:
+            reply = self._http.post("/v1/completions", _request(ids, model, name))
+            if reply.status == 400:
+                raise ServerError(
+                    f"{reply.where} answered 400: {reply.text}; start vLLM with --max-model-len of "
+                    f"at least {len(ids) + 1}"
+                )
+            tree = reply.tree()
+            file = self._file(tree)
+            try:
+                tensors = read_state_file(file, time_limit_s=self._exports.time_limit_s)
+            finally:
+                remove_state_files(self._exports.folder, file.name)
+            return ExportedStates(self._checked(tensors, ids, file), self._following(tree))
+        finally:
+            # A request that was sent again after a lost connection may have left another file.
+            remove_state_files(self._exports.folder, name)
+
+    def _file(self, tree: Any) -> Path:
+        """Return the file that an answer names; the server may see the folder under another path.
+
+        Only the name counts, so that an answer cannot name a file outside of the folder.
+        """
+        given = tree.get("kv_transfer_params") if isinstance(tree, dict) else None
+        if not isinstance(given, dict) or not isinstance(given.get("hidden_states_path"), str):
+            raise ServerError(
+                f"{self.url}: the answer names no file of hidden states (kv_transfer_params: "
+                f"{given}); start vLLM with --speculative-config, method extract_hidden_states, "
+                "and --kv-transfer-config, connector ExampleHiddenStatesConnector"
+            )
+        return self._exports.folder / Path(given["hidden_states_path"]).name
+
+    def _following(self, tree: Any) -> int:
+        choices = field_of(tree, "choices", list, self.url)
+        tokens = numbers_of(choices[0], "token_ids", self.url) if len(choices) == 1 else ()
+        if len(tokens) != 1:
+            raise ServerError(
+                f"{self.url}: {len(choices)} texts of {len(tokens)} tokens came back, and one text "
+                "of one token was asked for"
+            )
+        return tokens[0]
+
+    def _checked(self, tensors: dict[str, Tensor], ids: tuple[int, ...], file: Path) -> Tensor:
+        """Return the hidden states [T, D] of a file, after comparing the file with the text."""
+        where = f"{self.url}: {file}"
+        missing = {"hidden_states", "token_ids"} - set(tensors)
+        if missing:
+            raise ServerError(
+                f"{where} has no {' and '.join(sorted(missing))} (found: {sorted(tensors)}); use "
+                "ExampleHiddenStatesConnector"
+            )
+        said = [int(token) for token in tensors["token_ids"].flatten()]
+        place = first_difference(said, ids)
+        if place is not None:
+            raise ServerError(
+                f"{where} is about a text of {len(said)} tokens that differs at position {place} "
+                f"from the text of {len(ids)} tokens that was sent; each server needs a folder "
+                "that nobody else writes"
+            )
+        return self._last_layer(tensors["hidden_states"], len(ids), where)
+
+    def _last_layer(self, states: Tensor, count: int, where: str) -> Tensor:
+        expected = (count, 1, self._exports.width)
+        found = tuple(states.shape)
+        if len(found) == len(expected) and found[0] != count:
+            raise ServerError(
+                f"{where} has the hidden states of {found[0]} tokens, and the text has {count}; "
+                "start vLLM with --no-enable-prefix-caching and --no-enable-chunked-prefill"
+            )
+        if found != expected:
+            raise ServerError(
+                f"{where} has hidden states of shape {list(found)} (tokens, layers, width), and "
+                f"{list(expected)} is expected; start vLLM with the model of the teacher and "
+                f"eagle_aux_hidden_state_layer_ids: [{self._exports.layers}]"
+            )
+        if states.dtype not in DTYPES:
+            raise ServerError(
+                f"{where} has hidden states in {str(states.dtype).removeprefix('torch.')}; start "
+                "vLLM with --kv-cache-dtype auto and --dtype bfloat16, float16 or float32"
+            )
+        return states[:, 0]
+
+
+def _request(ids: tuple[int, ...], model: str, name: str) -> dict[str, Any]:
+    """Return the body of a request; vLLM writes the file when it has generated one token.
+
+    Args:
+        ids: the tokens of the text.
+        model: name of the model.
+        name: name of the request, which vLLM makes part of the name of the file.
+    """
+    rules = TextRequest(ids, 0, Sampling(1, temperature=0.0), model, ()).rules()
+    return {
+        **rules,
+        "model": model,
+        "prompt": list(ids),
+        "max_tokens": 1,
+        "seed": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "request_id": name,
+        # Tokens from the prefix cache have no hidden states; the cache is kept apart by its salt.
+        "cache_salt": name,
+    }

@@ -1,0 +1,215 @@
+"""Hidden states from vLLM servers: what is read and deleted, and files that are not believed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exporting_stubs import WIDTH, Exporting, Widths
+from server_stubs import serving
+
+from megakd.errors import ServerError
+from megakd.servers import state_files
+from megakd.servers.hidden_states import Exports, StatesServer
+from megakd.servers.http import JsonServer
+from megakd.servers.state_files import check_states_folder, read_state_file
+
+TEXT = (5, 8, 30, 2)
+
+
+def connected(stub: Exporting, **keys: Any) -> StatesServer:
+    exports = Exports(stub.folder, width=WIDTH, layers=3, time_limit_s=keys.pop("limit_s", 30))
+    return StatesServer(JsonServer(stub.url, time_limit_s=30), exports)
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Iterator[Exporting]:
+    stub = Exporting(tmp_path)
+    with serving(stub):
+        yield stub
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_files, "SEEN_WITHIN_S", 0.2)
+
+
+def test_the_states_of_every_token_and_the_next_token_come_back(stub: Exporting):
+    said = connected(stub).states(TEXT, "tiny")
+
+    assert torch.equal(said.states, Widths().last_layer(list(TEXT))[:, 0])
+    assert said.following == TEXT[-1] + 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_states_of_16_bits_stay_as_they_are(stub: Exporting, dtype: torch.dtype):
+    stub.change = lambda tensors: tensors | {"hidden_states": tensors["hidden_states"].to(dtype)}
+
+    said = connected(stub).states(TEXT, "tiny")
+
+    assert said.states.dtype == dtype
+    assert torch.equal(said.states.float(), Widths().last_layer(list(TEXT))[:, 0])
+
+
+def test_many_answers_at_once_are_not_mixed_up_and_leave_nothing(stub: Exporting):
+    stub.write_s, stub.busy = 0.02, 3
+    server, texts = connected(stub), [(number, number + 1, 7) for number in range(40)]
+
+    with ThreadPoolExecutor(16) as pool:
+        said = list(pool.map(lambda text: server.states(text, "tiny"), texts))
+
+    assert [tuple(one.states[:, 0].int().tolist()) for one in said] == texts
+    assert len(set(stub.written)) == 40
+    assert not list(stub.folder.iterdir())
+
+
+def test_a_file_is_read_after_its_lock_is_released(stub: Exporting):
+    stub.write_s = 0.4
+    began = time.monotonic()
+
+    connected(stub).states(TEXT, "tiny")
+
+    assert time.monotonic() - began >= stub.write_s
+    assert not list(stub.folder.iterdir())
+
+
+def test_the_file_of_a_request_that_arrived_twice_is_deleted_too(stub: Exporting):
+    """After a lost connection the request is sent again, and the server has written two files."""
+    server = connected(stub)
+    once = server._http.post
+
+    def twice(path: str, body: Any) -> Any:
+        once(path, body)
+        return once(path, body)
+
+    server._http.post = twice  # type: ignore[method-assign]
+    server.states(TEXT, "tiny")
+
+    assert len(stub.written) == 2
+    assert not list(stub.folder.glob("*.safetensors"))
+
+
+def test_the_prefix_cache_of_the_server_is_never_hit(stub: Exporting):
+    for _ in range(2):
+        connected(stub).states(TEXT, "tiny")
+
+    first, second = stub.of("/v1/completions")
+    assert first["cache_salt"] != second["cache_salt"]
+    assert first["temperature"] == 0
+    assert first["max_tokens"] == 1
+
+
+def change(**changed: Any) -> Any:
+    return lambda tensors: {
+        name: changed[name](value) if name in changed else value for name, value in tensors.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (change(token_ids=lambda t: t.flip(0)), r"4 tokens that differs at position 0 from .* 4"),
+        (change(token_ids=lambda t: t[:-1].clone()), "3 tokens that differs at position 3 from"),
+        (change(hidden_states=lambda t: t[1:].clone()), "states of 3 tokens, and the text has 4"),
+        (
+            change(hidden_states=lambda t: t.repeat(1, 2, 1)),
+            r"\[4, 2, 6\] .* \[4, 1, 6\] is expected; .*eagle_aux_hidden_state_layer_ids: \[3\]",
+        ),
+        (change(hidden_states=lambda t: t[..., :5].clone()), r"\[4, 1, 5\] .* \[4, 1, 6\]"),
+        (change(hidden_states=lambda t: t.to(torch.float8_e4m3fn)), "states in float8_e4m3fn"),
+        (change(hidden_states=lambda t: t.sum()), r"of shape \[\] .* \[4, 1, 6\] is expected"),
+        (lambda tensors: {"token_ids": tensors["token_ids"]}, "has no hidden_states"),
+    ],
+)
+def test_a_file_about_something_else_is_refused_and_deleted(
+    stub: Exporting, changed: Any, message: str
+):
+    stub.change = changed
+
+    with pytest.raises(ServerError, match=message) as caught:
+        connected(stub).states(TEXT, "tiny")
+
+    assert stub.url in str(caught.value)
+    assert stub.written[0] in str(caught.value)
+    assert not list(stub.folder.iterdir())
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"change": lambda _: None}, r"\.safetensors does not exist"),
+        ({"last_bytes": 4}, r"\.safetensors is damaged or cut short"),
+        ({"locks": False}, r"\.lock does not exist.* use_synchronization_lock to false"),
+    ],
+)
+def test_a_file_that_does_not_come_whole_is_named(
+    stub: Exporting, keys: dict[str, Any], message: str
+):
+    for name, value in keys.items():
+        setattr(stub, name, value)
+
+    with pytest.raises(ServerError, match=message) as caught:
+        connected(stub).states(TEXT, "tiny")
+
+    assert str(stub.folder) in str(caught.value)
+    assert not list(stub.folder.iterdir())
+
+
+def test_a_lock_that_is_never_released_ends_at_the_time_limit(stub: Exporting):
+    stub.write_s = 3
+
+    with pytest.raises(ServerError, match="is still being written"):
+        connected(stub, limit_s=0.3).states(TEXT, "tiny")
+
+
+def test_a_file_that_another_node_sees_late_is_read(tmp_path: Path, stub: Exporting):
+    file = tmp_path / "late.safetensors"
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(read_state_file, file, time_limit_s=20)
+        time.sleep(0.1)
+        stub._publish(file, [1, 2])
+
+        assert found.result()["token_ids"].tolist() == [1, 2]
+
+
+def test_a_server_that_exports_nothing_names_its_flags(stub: Exporting):
+    def spoil(_: str, tree: Any) -> Any:
+        return tree | {"kv_transfer_params": None}
+
+    stub.spoil = spoil
+
+    with pytest.raises(ServerError, match=r"names no file .*--speculative-config.*--kv-transfer"):
+        connected(stub).states(TEXT, "tiny")
+
+
+def test_a_path_outside_of_the_folder_is_not_followed(stub: Exporting, tmp_path: Path):
+    """Only the name of the file counts."""
+    outside = tmp_path.parent / "precious.safetensors"
+    outside.touch()
+
+    def spoil(_: str, tree: Any) -> Any:
+        return tree | {
+            "kv_transfer_params": {"hidden_states_path": f"{tmp_path}/../{outside.name}"}
+        }
+
+    stub.spoil = spoil
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state_files, "SEEN_WITHIN_S", 0.1)
+        with pytest.raises(ServerError, match="does not exist"):
+            connected(stub).states(TEXT, "tiny")
+
+    assert outside.exists()
+
+
+def test_a_folder_that_is_missing_is_refused_before_the_run(tmp_path: Path):
+    check_states_folder(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+    with pytest.raises(ServerError, match=r"gone cannot be written .* shared_storage_path"):
+        check_states_folder(tmp_path / "gone")

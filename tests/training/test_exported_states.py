@@ -1,0 +1,130 @@
+"""The check of servers of hidden states: one answer, and one that norm and head agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exporting_stubs import Exporting, ExportingTransformer
+from server_stubs import serving
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megakd.config.servers import TeacherServerConfig
+from megakd.config.task import TaskConfig
+from megakd.errors import ServerError
+from megakd.models.loading import resolve_model
+from megakd.models.readout import Readout, load_readout
+from megakd.models.source import ModelSource
+from megakd.servers.protocol import ServedModel
+from megakd.training.exported_states import check_states, states_replicas
+
+TEXTS = [(5, 8, 30, 2), (7, 9), (1, 2, 3, 4, 5, 6)]
+TASK = TaskConfig(type="causal_lm", dataset="d", max_length=32)
+SERVED = ServedModel("tiny", ("tiny",), "0.33.0", 64)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "states").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def stub(folder: Path) -> Iterator[Exporting]:
+    stub = Exporting(folder / "states", model=ExportingTransformer(folder / "model"))
+    with serving(stub):
+        yield stub
+
+
+def source_of(folder: Path) -> ModelSource:
+    return resolve_model(str(folder / "model"), TASK, where="teacher.model")
+
+
+def readout_of(folder: Path) -> Readout:
+    return load_readout(source_of(folder), TASK, torch.float32)
+
+
+def checked(folder: Path, readout: Readout, *stubs: Exporting) -> Any:
+    server = TeacherServerConfig(
+        url=tuple(stub.url for stub in stubs), states=folder / "states", time_limit=20
+    )
+    replicas = states_replicas(server, folder / "states", source_of(folder))
+    return check_states(replicas, [SERVED] * len(stubs), TEXTS, readout)
+
+
+def test_the_answers_are_the_probabilities_of_the_model(folder: Path, stub: Exporting):
+    answers = checked(folder, readout_of(folder), stub)
+
+    model = LlamaForCausalLM.from_pretrained(folder / "model")
+    for text, said in zip(TEXTS, answers, strict=True):
+        with torch.no_grad():
+            wanted = model(torch.tensor([text])).logits[0, :-1].log_softmax(-1)
+        assert len(said) == len(text) - 1
+        for best, own in zip(said, wanted, strict=True):
+            assert best.logprobs == pytest.approx(own[list(best.ids)].tolist(), abs=1e-5)
+            assert best.ids[0] == int(own.argmax())
+    assert len(stub.of("/v1/completions")) == 2 * len(TEXTS)
+
+
+def other_layer(stub: Exporting, count: int) -> None:
+    """Let the server export the output of an earlier layer."""
+    stub.model.layers.layers = stub.model.layers.layers[:count]
+
+
+def test_states_of_another_layer_are_found_without_a_reference(folder: Path, stub: Exporting):
+    other_layer(stub, 2)
+
+    with pytest.raises(ServerError, match=r"greedy tokens of .* less likely .* \[num_hidden_layer"):
+        checked(folder, readout_of(folder), stub)
+
+
+def test_norm_and_head_of_another_model_are_found_without_a_reference(
+    folder: Path, stub: Exporting
+):
+    readout = readout_of(folder)
+    readout.weight.data.copy_(readout.weight.flip(0))
+
+    with pytest.raises(ServerError, match=r"serves the weights of teacher\.model"):
+        checked(folder, readout, stub)
+
+
+def test_replicas_that_disagree_are_refused(folder: Path, stub: Exporting):
+    other = Exporting(folder / "states", model=ExportingTransformer(folder / "model"))
+    other_layer(other, 1)
+    with serving(other), pytest.raises(ServerError, match=r"differ by .* at most 0\.05") as caught:
+        checked(folder, readout_of(folder), stub, other)
+
+    assert stub.url in str(caught.value)
+    assert other.url in str(caught.value)
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(folder: Path, stub: Exporting):
+    stub.model.continue_ = lambda _prompt, _rules: [40]
+
+    with pytest.raises(ServerError, match=r"generated token 40, and the teacher has 40 tokens"):
+        checked(folder, readout_of(folder), stub)
+
+
+def test_the_width_is_that_of_the_teacher(folder: Path, stub: Exporting):
+    stub.change = lambda tensors: (
+        tensors | {"hidden_states": tensors["hidden_states"][..., :8].contiguous()}
+    )
+
+    with pytest.raises(ServerError, match=r"shape \[4, 1, 8\] .* \[4, 1, 16\] is expected"):
+        checked(folder, readout_of(folder), stub)
