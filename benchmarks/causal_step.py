@@ -1,6 +1,7 @@
 """A causal LM step of megakd against an eager bare loop: CPU time in pairs, and memory.
 
-`python benchmarks/causal_step.py [--pairs 20] [--divergences forward_kl,jsd] [--peers]`, one rank.
+`python benchmarks/causal_step.py [--pairs 20] [--divergences forward_kl,jsd] [--peers | --chat]`,
+one rank.
 
 Llamas with random weights, V = 32000: a student of 4 x 256 learns from a teacher of 8 x 512, at
 ZeRO 0 in fp32, from 4 x 256 tokens per step, by one soft target and without labels.
@@ -8,6 +9,8 @@ ZeRO 0 in fp32, from 4 x 256 tokens per step, by one soft target and without lab
 * megakd: all that a stage does per step, as in `overhead.py`.
 * bare: full logits of both models, log_softmax, the divergence, backward, clipping, AdamW.
 * `--peers`: GKDTrainer and DistillationTrainer of TRL, against the same bare loop.
+* `--chat`: instead, a step of megakd on chat rows against a step of megakd on text rows, with the
+  same tokens; see `causal_step_chat.py`. CPU time only.
 
 Both sides of a pair start from the same weights, and take the same batches by turns in one process.
 Their losses must agree before the first step and after the warm-up. The extra memory of a step is
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import shlex
@@ -31,6 +35,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import causal_step_chat as chat
 import causal_step_trl as trl
 import torch
 from causal_step_bare import MIXTURES, Bare, loss_of, random_ids, random_models
@@ -42,7 +47,7 @@ from options import words_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from causal_step_bare import Side
+    from causal_step_bare import Side, Steps
 
 TARGET, MEMORY_TARGET = 0.85, 0.5
 CLOSE = 1e-4
@@ -54,7 +59,7 @@ class Seconds(NamedTuple):
     """CPU seconds of one step of each side."""
 
     side: float
-    bare: float
+    beside: float
 
 
 class Result(NamedTuple):
@@ -67,12 +72,17 @@ class Result(NamedTuple):
     @property
     def ratio(self) -> Spread:
         """CPU time of a step against that of the bare step beside it."""
-        return spread_of([pair.side / pair.bare for pair in self.pairs])
+        return ratio_of(self.pairs)
 
     @property
     def memory_ratio(self) -> float:
         """Extra memory against that of the bare loop."""
         return self.memory / max(1, self.bare_memory)
+
+
+def ratio_of(pairs: Sequence[Seconds]) -> Spread:
+    """Return the CPU time of a step against that of the step beside it."""
+    return spread_of([pair.side / pair.beside for pair in pairs])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -81,6 +91,12 @@ def main(arguments: Sequence[str]) -> int:
     if given.case is not None:
         measure(given)
         return 0
+    print_row("\n".join(chat_rows(given) if given.chat else rows_of(given)))
+    return 0
+
+
+def rows_of(given: argparse.Namespace) -> list[str]:
+    """Measure all sides against the bare loop; return the rows for docs/measurements.md."""
     sides = ["megakd", *(trl.available() if given.peers else [])]
     rows = []
     for divergence in given.divergences:
@@ -92,8 +108,19 @@ def main(arguments: Sequence[str]) -> int:
                 memory = in_child(side, "memory", divergence, Path(name), given)
                 result = Result([Seconds(*pair) for pair in pairs], memory, bare_memory)
                 rows.append(show(side, divergence, result, given))
-    print_row("\n".join(rows))
-    return 0
+    return rows
+
+
+def chat_rows(given: argparse.Namespace) -> list[str]:
+    """Measure chat rows against text rows; return the rows for docs/measurements.md."""
+    rows = []
+    for divergence, counted in itertools.product(given.divergences, chat.COUNTED):
+        with tempfile.TemporaryDirectory(prefix="megakd-causal-") as name:
+            write_case(Path(name), given.sizes, divergence)
+            chat.write_chat(Path(name), given.sizes, counted)
+            pairs = in_child(counted, "pairs", divergence, Path(name), given)
+            rows.append(show_chat(counted, divergence, [Seconds(*pair) for pair in pairs], given))
+    return rows
 
 
 def in_child(side: str, what: str, divergence: str, case: Path, given: argparse.Namespace) -> Any:
@@ -109,8 +136,13 @@ def in_child(side: str, what: str, divergence: str, case: Path, given: argparse.
 def measure(given: argparse.Namespace) -> None:
     """Measure one side, and write what was found into the folder of the case."""
     torch.set_num_threads(given.threads)
-    with opened(given) as side:
-        found = extra_memory(side, given) if given.what == "memory" else paired(side, given)
+    if given.chat:
+        with chat.opened(given.case, given.warm_up + given.pairs) as sides:
+            found = paired(*sides, given, agree=given.side == chat.SAME_TARGETS)
+    else:
+        measured = extra_memory if given.what == "memory" else beside_bare
+        with opened(given) as side:
+            found = measured(side, given)
     path = given.case / f"{given.side}-{given.what}.json"
     path.write_text(json.dumps(found), encoding="utf-8")
 
@@ -140,37 +172,43 @@ def extra_memory(side: Side, given: argparse.Namespace) -> int:
     return statistics.median_low(found)
 
 
-def paired(side: Side, given: argparse.Namespace) -> list[Seconds]:
-    """Take the steps of both sides by turns, after a look at their losses."""
-    bare = side.bare(loss_of(given.divergences[0], given.mixture))
-    check_agree(side, bare, 0)
+def beside_bare(side: Side, given: argparse.Namespace) -> list[Seconds]:
+    """Take the steps of a side and of a bare loop by turns."""
+    return paired(side, side.bare(loss_of(given.divergences[0], given.mixture)), given, agree=True)
+
+
+def paired(side: Steps, beside: Steps, given: argparse.Namespace, *, agree: bool) -> list[Seconds]:
+    """Take the steps of both sides by turns; with `agree`, after a look at their losses."""
+    if agree:
+        check_agree(side, beside, 0)
     for index in range(given.warm_up):
         side.step(index)
-        bare.step(index)
-    check_agree(side, bare, given.warm_up)
+        beside.step(index)
+    if agree:
+        check_agree(side, beside, given.warm_up)
     steps = range(given.warm_up, given.warm_up + given.pairs)
-    return [timed_pair(side, bare, index) for index in steps]
+    return [timed_pair(side, beside, index) for index in steps]
 
 
-def check_agree(side: Side, bare: Bare, steps: int) -> None:
+def check_agree(side: Steps, beside: Steps, steps: int) -> None:
     """Compare the losses of both sides after so many steps.
 
     Raises:
         ValueError: they differ, so the sides do not compute the same.
     """
-    ours, theirs = side.loss(steps), bare.loss(steps)
+    ours, theirs = side.loss(steps), beside.loss(steps)
     if abs(ours - theirs) > CLOSE * abs(theirs):
-        raise ValueError(f"after {steps} steps the loss is {ours}, and the bare loop's {theirs}")
+        raise ValueError(f"after {steps} steps the loss is {ours}, and the other side's {theirs}")
     print(f"after {steps} steps the losses agree: {ours:.6f} and {theirs:.6f}", flush=True)
 
 
-def timed_pair(side: Side, bare: Bare, index: int) -> Seconds:
+def timed_pair(side: Steps, beside: Steps, index: int) -> Seconds:
     """Take both steps of a batch; who goes first changes with the batch."""
     if index % 2:
-        first = timed(bare.step, index)
+        first = timed(beside.step, index)
         return Seconds(timed(side.step, index), first)
     first = timed(side.step, index)
-    return Seconds(first, timed(bare.step, index))
+    return Seconds(first, timed(beside.step, index))
 
 
 def timed(step: Callable[[int], None], index: int) -> float:
@@ -196,6 +234,22 @@ def show(side: str, divergence: str, result: Result, given: argparse.Namespace) 
     return markdown_row(what, given.command, numbers, spread)
 
 
+def show_chat(
+    counted: str, divergence: str, pairs: Sequence[Seconds], given: argparse.Namespace
+) -> str:
+    """Print the line of chat rows; return the row for docs/measurements.md."""
+    ratio = ratio_of(pairs)
+    low, high = ratio.interval
+    chat_ms, text_ms = (1000 * statistics.median(each) for each in zip(*pairs, strict=True))
+    numbers = f"CPU time {ratio.median:.4f} ({chat_ms:.1f} against {text_ms:.1f} ms)"
+    spread = f"95 %: {low:.4f} to {high:.4f}"
+    what = f"{divergence}, a step on chat rows ({chat.COUNTED[counted]}) against text rows"
+    met = "met" if ratio.median <= chat.TARGET else "missed"
+    target = f"; target {chat.TARGET}: {met}" if given.sizes == FULL else ""
+    print(f"{what}: {numbers}, {spread}{target}", flush=True)
+    return markdown_row(f"{what}, {len(pairs)} pairs", given.command, numbers, spread)
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the options."""
     raw = argparse.RawTextHelpFormatter
@@ -205,7 +259,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--divergences", type=words_of(TERMS), default=list(TERMS))
     parser.add_argument("--mixture", choices=MIXTURES, default=MIXTURES[0], help=MIXTURE_HELP)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--peers", action="store_true", help="TRL's trainers too")
+    others = parser.add_mutually_exclusive_group()
+    others.add_argument("--peers", action="store_true", help="TRL's trainers too")
+    others.add_argument("--chat", action="store_true", help="chat rows against text rows")
     parser.add_argument("--quick", action="store_true", help="tiny models, to try the program")
     parser.add_argument("--case", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--side", help=argparse.SUPPRESS)

@@ -29,8 +29,8 @@ class Models(NamedTuple):
     teacher: LlamaForCausalLM
 
 
-class Side(Protocol):
-    """One way of taking a step; batches are numbered, and equal for both sides of a pair."""
+class Steps(Protocol):
+    """One way of taking a step; batches are numbered, and both sides of a pair have them."""
 
     def step(self, index: int) -> None:
         """Take the step of a batch; every batch is used once, in order."""
@@ -39,6 +39,10 @@ class Side(Protocol):
     def loss(self, index: int) -> float:
         """Return the loss of a batch in nats per target, without learning."""
         ...
+
+
+class Side(Steps, Protocol):
+    """A side that is compared with a bare loop."""
 
     def bare(self, loss: Loss) -> Bare:
         """Return a bare loop that starts from the same weights and sees the same batches."""

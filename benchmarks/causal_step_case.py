@@ -17,6 +17,7 @@ SPECIAL = ("<unk>", "<pad>", "</s>")
 LEARNING_RATE = 1e-4
 MAX_GRAD_NORM = 1.0
 TOKENIZER = "tokenizer"
+DATA, RUN = "data", "run.yaml"
 
 
 class Sizes(NamedTuple):
@@ -61,7 +62,7 @@ def write_case(folder: Path, sizes: Sizes, divergence: str) -> None:
     """Write the texts, the tokenizer and run.yaml of a run with one soft target."""
     words = [f"w{number}" for number in range(sizes.vocabulary - len(SPECIAL))]
     _write_tokenizer(folder / TOKENIZER, words)
-    (folder / "data").mkdir()
+    (folder / DATA).mkdir()
     rng = random.Random(0)
     for split, batches in (("train", 64), ("validation", 1)):
         # The end token makes a document as long as a row.
@@ -69,9 +70,9 @@ def write_case(folder: Path, sizes: Sizes, divergence: str) -> None:
             " ".join(rng.choices(words, k=sizes.length - 1)) for _ in range(batches * sizes.rows)
         )
         lines = (json.dumps({"text": text}) + "\n" for text in texts)
-        (folder / "data" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        (folder / DATA / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     config = yaml.safe_dump(run_tree(folder, sizes, divergence), sort_keys=False)
-    (folder / "run.yaml").write_text(config, encoding="utf-8")
+    (folder / RUN).write_text(config, encoding="utf-8")
 
 
 def _write_tokenizer(folder: Path, words: list[str]) -> None:
@@ -89,7 +90,7 @@ def run_tree(folder: Path, sizes: Sizes, divergence: str) -> dict[str, Any]:
         "output_dir": str(folder / "run"),
         "task": {
             "type": "causal_lm",
-            "dataset": str(folder / "data"),
+            "dataset": str(folder / DATA),
             "text_columns": ["text"],
             "max_length": sizes.length,
             "tokenizer": str(folder / TOKENIZER),

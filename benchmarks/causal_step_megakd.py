@@ -6,6 +6,7 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, cast
 
 from causal_step_bare import Bare, Models, plain_copy
+from causal_step_case import RUN
 from overhead import MeasuredStage, build
 
 from megakd.config.file import load_config
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from causal_step_bare import Loss
+    from torch import Tensor
     from transformers import LlamaForCausalLM
 
+    from megakd.config.run import RunConfig
     from megakd.data.loader import StepLoader
+    from megakd.engine.distributed import Ranks
     from megakd.teachers.frozen import FrozenTeacher
 
 
@@ -51,7 +55,18 @@ class Megakd:
         """Return a bare loop that starts from the same weights and sees the same batches."""
         teacher = cast("LlamaForCausalLM", self._teacher.model)
         models = Models(plain_copy(self._stage.student.student), plain_copy(teacher))
-        return Bare(models, [batch.inputs["input_ids"] for batch in self._batches], loss)
+        return Bare(models, self.ids, loss)
+
+    @property
+    def ids(self) -> list[Tensor]:
+        """The token numbers [B, T] of all batches."""
+        return [batch.inputs["input_ids"] for batch in self._batches]
+
+    @property
+    def targets(self) -> int:
+        """The positions of a batch whose next token counts; the same number in every batch."""
+        (found,) = {int((batch.labels != IGNORE).sum()) for batch in self._batches}
+        return found
 
     def close(self) -> None:
         """End the loader's thread."""
@@ -61,12 +76,18 @@ class Megakd:
 @contextmanager
 def opened(case: Path, count: int) -> Iterator[Megakd]:
     """Build the engines of the case's run, and free them at the end."""
-    config = load_config(case / "run.yaml")
-    with started(config) as ranks:
-        stage, teacher = build(config, ranks)
-        try:
-            with closing(Megakd(stage, teacher, count)) as side:
-                yield side
-        finally:
-            stage.close()
-            teacher.destroy()
+    config = load_config(case / RUN)
+    with started(config) as ranks, running(config, ranks, count) as side:
+        yield side
+
+
+@contextmanager
+def running(config: RunConfig, ranks: Ranks, count: int) -> Iterator[Megakd]:
+    """Build the engines of a run, with so many batches, and free them at the end."""
+    stage, teacher = build(config, ranks)
+    try:
+        with closing(Megakd(stage, teacher, count)) as side:
+            yield side
+    finally:
+        stage.close()
+        teacher.destroy()

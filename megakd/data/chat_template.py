@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -88,8 +88,9 @@ class ChatTemplate:
             where: the row, for messages of errors.
 
         Raises:
-            DataError: the template refuses the conversation, leaves out a message, or renders the
-                beginning of the conversation differently when the rest follows.
+            DataError: the template refuses the conversation, leaves out a message or a call of a
+                tool, or renders the beginning of the conversation differently when the rest
+                follows.
         """
         messages = [_prepared(m, self._task) for m in conversation.messages or ()]
         view = _View(self, conversation, messages, where)
@@ -103,6 +104,9 @@ class ChatTemplate:
         made = view.by_marks(counted) if has_marks else view.by_prefixes(counted)
         ends = [(begin, self._end(made.text, begin, end)) for begin, end in made.answers]
         shown = "".join(made.text[begin:end] for begin, end in ends)
+        # Marks may leave calls out of what counts.
+        answers = {} if has_marks else dict.fromkeys(counted, shown)
+        _require_calls(messages, made.text, answers=answers, where=where)
         lost = any(_reasoning(messages[number]) not in shown for number in counted)
         return made._replace(answers=ends, lost_reasoning=lost)
 
@@ -230,6 +234,33 @@ class _View:
             f"{whole!r} in the whole conversation, so that a model would not learn the "
             f"text that it generates; {_remedy(self._conversation, count)}"
         )
+
+
+def _require_calls(
+    messages: Sequence[Message], text: str, *, answers: Mapping[int, str], where: str
+) -> None:
+    """Check that a text has the names of the tools that its messages call.
+
+    The templates of Llama 3, Gemma 2 and ChatML write `content` alone, so that an answer with a
+    call would be learned as an empty answer.
+
+    Args:
+        messages: the messages.
+        text: the text of all messages.
+        answers: by the number of a message, the part of the text that has the message's calls.
+        where: the row, for messages of errors.
+
+    Raises:
+        DataError: a name is missing.
+    """
+    for number, message in enumerate(messages):
+        for call in message.get("tool_calls", ()):
+            name = call["function"]["name"]
+            if name not in answers.get(number, text):
+                raise DataError(
+                    f"{where}: the chat template leaves out a call of the tool {name!r}; set "
+                    "task.chat_template to a template that writes tool_calls, or remove the row"
+                )
 
 
 def _shared_characters(one: str, two: str) -> int:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import causal_step  # noqa: E402
 import causal_step_bare  # noqa: E402
+import causal_step_chat  # noqa: E402
 import causal_step_trl  # noqa: E402
 from causal_step import Result, Seconds  # noqa: E402
 from causal_step_case import FULL, QUICK, TERMS, write_case  # noqa: E402
@@ -86,7 +87,7 @@ class Constant:
 def test_sides_that_compute_different_things_are_refused():
     causal_step.check_agree(Constant(1.00005), Constant(1.0), 0)
 
-    with pytest.raises(ValueError, match=r"after 3 steps the loss is 1\.001, and the bare loop's"):
+    with pytest.raises(ValueError, match=r"after 3 steps the loss is 1\.001, and the other side's"):
         causal_step.check_agree(Constant(1.001), Constant(1.0), 3)
 
 
@@ -109,6 +110,43 @@ def test_only_megakd_at_full_size_is_held_against_the_targets(capsys, side, size
     assert shown.endswith(end)
 
 
+@pytest.mark.parametrize("counted", causal_step_chat.COUNTED)
+def test_a_conversation_has_the_words_of_the_text_in_order(counted):
+    text = " ".join(f"w{number}" for number in range(QUICK.length - 1))
+    words = causal_step_chat.question_words(QUICK, counted)
+
+    messages = causal_step_chat.messages_of(text, words)
+
+    assert " ".join(message["content"] for message in messages) == text
+    asked = sum(len(m["content"].split()) for m in messages if m["role"] == "user")
+    assert asked == {"all": 0, "answers": QUICK.length // 2}[counted]
+
+
+class Tokens:
+    """A side with one batch of tokens."""
+
+    def __init__(self, *ids: int) -> None:
+        self.ids = [torch.tensor([ids])]
+
+
+def test_chat_rows_with_other_tokens_than_the_text_rows_are_refused():
+    causal_step_chat.check_same_tokens(Tokens(1, 2), Tokens(1, 2))
+
+    with pytest.raises(ValueError, match="do not have the tokens of the text rows"):
+        causal_step_chat.check_same_tokens(Tokens(1, 2), Tokens(1, 3))
+
+
+@pytest.mark.parametrize(("seconds", "met"), [(1.0, "met"), (1.02, "missed")])
+def test_chat_rows_are_held_against_one_per_cent(capsys, seconds, met):
+    given = argparse.Namespace(sizes=FULL, command="command")
+
+    causal_step.show_chat("all", "jsd", [Seconds(seconds, 1.0)] * 3, given)
+
+    shown = capsys.readouterr().out
+    assert f"CPU time {seconds:.4f} ({1000 * seconds:.1f} against 1000.0 ms)" in shown
+    assert shown.endswith(f"; target 1.01: {met}\n")
+
+
 def test_a_missing_trl_is_said(capsys, monkeypatch):
     monkeypatch.setattr(causal_step_trl.importlib.util, "find_spec", lambda name: None)
 
@@ -129,3 +167,20 @@ def test_both_divergences_are_measured_and_printed():
     for divergence in TERMS:
         assert f"\n{divergence}, megakd: CPU time " in said.stdout
         assert f"| {divergence}, a step of megakd against a bare loop, 2 pairs |" in said.stdout
+
+
+@pytest.mark.slow
+def test_chat_rows_are_measured_against_text_rows_with_the_same_tokens():
+    program = [sys.executable, "benchmarks/causal_step.py", "--chat", "--quick", "--pairs", "2"]
+    program += ["--divergences", "jsd"]
+
+    said = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.count("steps the losses agree") == 2
+    assert "targets of a step: 30 in chat, 30 in text" in said.stdout
+    assert "targets of a step: 16 in chat, 30 in text" in said.stdout
+    for counted in causal_step_chat.COUNTED.values():
+        what = f"jsd, a step on chat rows ({counted}) against text rows"
+        assert f"\n{what}: CPU time " in said.stdout
+        assert f"| {what}, 2 pairs |" in said.stdout

@@ -2,62 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from chat_tokenizers import FAMILIES, asked, chat_tokenizer
+from encoded_chats import ADD, CALL, IGNORE, assert_row, chat, encoded, task
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megakd.config.task import TaskConfig
-from megakd.data.chat_messages import messages_of
 from megakd.data.chat_rows import Conversation
-from megakd.data.chat_tokens import ChatEncoder, ChatRow
+from megakd.data.chat_tokens import ChatEncoder
 from megakd.errors import DataError
-
-IGNORE = -100
-ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
-CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
-
-
-def task(**keys: Any) -> TaskConfig:
-    return TaskConfig(**{"type": "causal_lm", "dataset": "none", "max_length": 4096, **keys})
-
-
-def chat(messages: list[dict[str, Any]], **keys: Any) -> Conversation:
-    made = messages_of(messages, where="row 1")
-    counted = [n for n, message in enumerate(made) if message["role"] == "assistant"]
-    return Conversation(**{"messages": made, "counted": counted, **keys})
-
-
-def encoded(tokenizer: Any, conversation: Conversation, **keys: Any) -> ChatRow:
-    [(rows, _)] = ChatEncoder(tokenizer, task(**keys))([conversation], ["row 1"])
-    [row] = rows
-    return row
-
-
-def reference(tokenizer: Any, *parts: tuple[str, bool]) -> tuple[list[int], list[int]]:
-    """Tokens and labels of parts of text that are encoded one by one."""
-    ids: list[int] = []
-    counts: list[bool] = []
-    for text, does_count in parts:
-        own = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids += own
-        counts += [does_count] * len(own)
-    after = zip(ids[1:], counts[1:], strict=True)
-    return ids, [*(token if does else IGNORE for token, does in after), IGNORE]
-
-
-def assert_row(row: ChatRow, tokenizer: Any, *parts: tuple[str, bool]) -> None:
-    ids, labels = reference(tokenizer, *parts)
-    assert row.input_ids.tolist() == ids
-    assert row.labels.tolist() == labels
-    last = [text for text, _ in parts[:-2]] if not parts[-1][1] else [t for t, _ in parts[:-1]]
-    assert row.prompt_length == len(reference(tokenizer, *((text, False) for text in last))[0])
-
 
 TURNS = {
     "qwen3": ("<|im_start|>{}\n", "<|im_end|>", "\n", "assistant", ""),
@@ -71,6 +27,7 @@ TURNS = {
         "<|begin_of_text|>",
     ),
     "gemma": ("<start_of_turn>{}\n", "<end_of_turn>", "\n", "model", "<bos>"),
+    "gemma3": ("<start_of_turn>{}\n", "<end_of_turn>", "\n", "model", "<bos>"),
 }
 
 
@@ -89,7 +46,7 @@ def parts_of(family: str, *contents: str) -> list[tuple[str, bool]]:
 
 
 @pytest.mark.parametrize("merges", [False, True])
-@pytest.mark.parametrize("family", ["chatml", "marks", "llama3", "gemma"])
+@pytest.mark.parametrize("family", ["chatml", "marks", "llama3", "gemma", "gemma3"])
 def test_every_answer_and_its_end_token_count_and_nothing_else(family, merges):
     tokenizer = chat_tokenizer(family, merges=merges)
     contents = ("What is 2 + 2?", "It is 4.", "And 3 + 3?", "6")

@@ -63,6 +63,7 @@ def train(config_path: str, overrides: list[str], steps: int) -> dict:
         teachers=teachers,
         objective=config.objective,
         strategy=watching,
+        rollouts=config.rollout,
         train=config.train,
         deepspeed=config.student.deepspeed,
     )

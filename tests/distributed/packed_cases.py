@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from unittest.mock import patch
 
 import cases
@@ -12,7 +11,7 @@ from torch.autograd.graph import save_on_cpu
 
 from megakd.contract.batch import IGNORE
 from megakd.losses.bundle import build_bundle
-from megakd.training.inputs import prepare
+from megakd.training.inputs import encoded_rows
 
 ROWS, LONGEST, VOCABULARY = 41, 16, 300
 
@@ -32,16 +31,11 @@ def conversations() -> Dataset:
 def train(config_path: str, overrides: list[str], steps: int) -> dict:
     """Return what `cases.train` returns, after training on conversations."""
 
-    def prepared(config):
-        found = prepare(config)
-        encoded = found.encoded._replace(train=conversations())
-        return dataclasses.replace(found, encoded=encoded)
+    def encoded(*arguments, **keys):
+        return encoded_rows(*arguments, **keys)._replace(train=conversations())
 
-    cases.prepare = prepared
-    try:
+    with patch("megakd.training.inputs.encoded_rows", encoded):
         return cases.train(config_path, overrides, steps)
-    finally:
-        cases.prepare = prepare
 
 
 def train_offloaded(config_path: str, overrides: list[str], steps: int) -> dict:

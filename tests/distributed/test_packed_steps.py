@@ -1,15 +1,22 @@
-"""Rows packed by a token budget give the losses and gradients of padded rows."""
+"""Rows packed by a token budget give the losses, gradients and final weights of padded rows."""
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+
 import pytest
 import torch
-from equal_runs import INNER, LANGUAGE, STEPS, assert_same, config_tree, plain_run, write
+from equal_runs import INNER, LANGUAGE, ROWS, STEPS, assert_same, config_tree, plain_run, write
 from equal_runs import write_folder as write_models
 
 BUDGET = 40
 RAGGED_STEPS = 4
 """41 rows in steps of 12: the last step has 5 rows, fewer than the micro-batches need."""
+MICRO_BATCHES = {1: 4, 2: 2, 3: 2}
+"""Micro-batches of padded rows on each rank, by the number of ranks."""
+MIXES = {"on-policy": {"rollout": 1.0}, "mixed": {"rollout": 0.5, "data": 0.5}}
+MOST_NEW_TOKENS = 8
 
 
 @pytest.fixture(scope="module")
@@ -17,15 +24,24 @@ def folder(tmp_path_factory):
     return write_models(tmp_path_factory.mktemp("packed"))
 
 
-def both(workers, path, ranks, *overrides):
-    """The same steps with padded rows and with packed rows."""
-    rows = ["train.per_device_train_batch_size=3"]
-    rows += [f"train.gradient_accumulation_steps={4 // ranks}", *overrides]
+def both(workers, path, ranks):
+    """The same steps with padded rows and with packed rows, in folders of their own."""
+    cuts = MICRO_BATCHES[ranks]
+    rows = [f"train.per_device_train_batch_size={ROWS // ranks // cuts}"]
+    rows += [f"train.gradient_accumulation_steps={cuts}"]
     packed = [*rows, f"train.tokens_per_rank={BUDGET}"]
     return tuple(
-        workers(ranks).run("packed_cases.train", path, given, RAGGED_STEPS)[0]
-        for given in (rows, packed)
+        workers(ranks).run(
+            "packed_cases.train", path, [f"output_dir={path}-{name}", *given], RAGGED_STEPS
+        )[0]
+        for name, given in (("padded", rows), ("packed", packed))
     )
+
+
+def texts_of(path, name):
+    """The generated texts of a run by the name of their file."""
+    folder = Path(f"{path}-{name}") / "rollouts" / "student"
+    return {file.name: file.read_text() for file in folder.glob("*.jsonl")}
 
 
 def assert_equal(packed, padded):
@@ -43,11 +59,12 @@ def assert_equal(packed, padded):
 # (ranks, student's ZeRO stage, teacher's, gradient checkpointing, terms)
 CASES = [
     (ranks, student, teacher, student > 1, LANGUAGE)
-    for ranks in (1, 2)
+    for ranks in MICRO_BATCHES
     for student in range(4)
     for teacher in (0, 3)
 ]
 CASES += [(1, 2, 3, True, INNER), (2, 0, 3, False, INNER), (2, 3, 0, False, INNER)]
+CASES += [(3, 3, 3, True, INNER)]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +85,42 @@ def test_packed_rows_give_the_losses_and_gradients_of_padded_rows(
     assert_equal(packed, padded)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+QUICK = {
+    ("on-policy", 1, 0, 0),
+    ("mixed", 2, 3, 3),
+    ("mixed", 3, 2, 0),
+    ("on-policy", 3, 3, 3),
+}
+"""(source, ranks, student's ZeRO stage, teacher's) of the cases that every test run includes."""
+GENERATED = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in itertools.product(MIXES, MICRO_BATCHES, range(4), (0, 3))
+]
+
+
+@pytest.mark.parametrize(("source", "ranks", "student_zero", "teacher_zero"), GENERATED)
+def test_packed_texts_of_the_student_give_the_losses_and_gradients_of_padded_texts(
+    workers, folder, tmp_path, source, ranks, student_zero, teacher_zero
+):
+    tree = config_tree(
+        folder, "llama-tied", LANGUAGE, student_zero=student_zero, teacher_zero=teacher_zero
+    )
+    tree["task"]["max_length"] += MOST_NEW_TOKENS
+    tree["rollout"] = {
+        "max_new_tokens": MOST_NEW_TOKENS,
+        "mix": MIXES[source],
+        "mix_per": "row",
+    }
+    path = write(tree, tmp_path / "config.yaml")
+
+    padded, packed = both(workers, path, ranks)
+
+    assert len(texts_of(path, "padded")) == RAGGED_STEPS
+    assert texts_of(path, "packed") == texts_of(path, "padded")
+    assert_equal(packed, padded)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_packed_text_distils_as_in_one_plain_process(workers, folder, tmp_path, ranks):
     tree = config_tree(folder, "llama-untied", LANGUAGE, student_zero=2, teacher_zero=3)
     tree["train"] |= {

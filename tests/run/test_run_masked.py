@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from spoiling import Bench, assert_refused
 from tiny_runs import bert, config_tree, llama, write_config, write_text
 from transformers import AutoModelForMaskedLM, AutoTokenizer
-from whole_run import finish, read, records
+from whole_run import finish, forgotten, read, records
 
 from megakd.config.file import load_config
 from megakd.contract.batch import IGNORE
@@ -123,11 +122,7 @@ def test_it_is_evaluated_to_the_same_numbers_whatever_the_batch(one_rank, masked
 def test_a_run_that_was_killed_sees_the_masks_and_ends_with_the_weights_it_would_have(
     one_rank, masked_run, tmp_path
 ):
-    out = tmp_path / "killed"
-    shutil.copytree(masked_run / "out", out)
-    (out / "report.json").unlink()
-    for name in ("final", "stages/student", f"checkpoints/student/step-{STEPS}"):
-        shutil.rmtree(out / name)
+    out = forgotten(masked_run / "out", tmp_path / "killed", stage="student", after=10)
 
     said = finish(one_rank, masked_run / "run.yaml", f"output_dir={out}")
 

@@ -27,17 +27,16 @@ class Family(NamedTuple):
 
 
 CHATML_TOKENS = ("<|im_start|>", "<|endoftext|>")
+LLAMA_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>")
+GEMMA_TOKENS = ("<start_of_turn>", "<eos>")
 FAMILIES = {
     "qwen3": Family("qwen3.jinja", "<|im_end|>", CHATML_TOKENS),
     "chatml": Family("chatml.jinja", "<|im_end|>", CHATML_TOKENS),
     "marks": Family("chatml_with_marks.jinja", "<|im_end|>", CHATML_TOKENS),
-    "llama3": Family(
-        "llama3.jinja",
-        "<|eot_id|>",
-        ("<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>"),
-        "<|begin_of_text|>",
-    ),
-    "gemma": Family("gemma.jinja", "<end_of_turn>", ("<start_of_turn>", "<eos>"), "<bos>"),
+    "llama3": Family("llama3.jinja", "<|eot_id|>", LLAMA_TOKENS, "<|begin_of_text|>"),
+    "llama32": Family("llama32.jinja", "<|eot_id|>", LLAMA_TOKENS, "<|begin_of_text|>"),
+    "gemma": Family("gemma.jinja", "<end_of_turn>", GEMMA_TOKENS, "<bos>"),
+    "gemma3": Family("gemma3.jinja", "<end_of_turn>", GEMMA_TOKENS, "<bos>"),
 }
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 from tiny_runs import config_tree, llama, write_config, write_text
-from whole_run import finish, read, records
+from whole_run import finish, forgotten, read, records
 
 STEPS, BUDGET = 12, 56
 
@@ -69,11 +68,7 @@ def test_padded_rows_give_the_same_weights_up_to_rounding(one_rank, packed_run, 
 
 
 def test_a_run_that_was_killed_ends_with_the_weights_it_would_have(one_rank, packed_run, tmp_path):
-    out = tmp_path / "killed"
-    shutil.copytree(packed_run / "out", out)
-    (out / "report.json").unlink()
-    for name in ("final", "stages/student", f"checkpoints/student/step-{STEPS}"):
-        shutil.rmtree(out / name)
+    out = forgotten(packed_run / "out", tmp_path / "killed", stage="student", after=10)
 
     said = finish(one_rank, packed_run / "run.yaml", f"output_dir={out}")
 
@@ -83,10 +78,7 @@ def test_a_run_that_was_killed_ends_with_the_weights_it_would_have(one_rank, pac
 
 
 def test_a_run_is_not_continued_with_another_budget(one_rank, packed_run, tmp_path):
-    out = tmp_path / "other"
-    shutil.copytree(packed_run / "out", out)
-    (out / "report.json").unlink()
-    shutil.rmtree(out / "stages" / "student")
+    out = forgotten(packed_run / "out", tmp_path / "other", stage="student", after=STEPS)
 
     said = one_rank.train(
         "--config", packed_run / "run.yaml", f"output_dir={out}", "train.tokens_per_rank=32"
