@@ -17,6 +17,7 @@ from megakd.config.lora_checks import lora_problems
 from megakd.config.models import ScratchModel, TeacherConfig
 from megakd.config.objective import objective_problems
 from megakd.config.rollout_checks import rollout_problems
+from megakd.config.route_checks import route_problems
 from megakd.config.server_checks import server_problems, teacher_server_problems
 from megakd.config.task import listed_files
 from megakd.config.task_checks import task_problems
@@ -45,6 +46,7 @@ def config_problems(config: RunConfig) -> list[str]:
         training_problems,
         token_budget_problems,
         rollout_problems,
+        route_problems,
         server_problems,
         teacher_server_problems,
     )

@@ -53,6 +53,9 @@ class MixtureSource:
     files: Files
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """Relative to the sum of all weights."""
+    teacher: str | None = None
+    """Name of the teacher of all rows of this source, in place of `task.teacher_column`. Only for
+    method routed."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -77,6 +80,9 @@ class TaskConfig:
     data_dir: Path | None = None
     text_columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)] | None = None
     label_column: str | None = None
+    teacher_column: str | None = None
+    """Column with the name of the teacher that a training row learns from. Only for method
+    routed."""
     messages_column: str | None = None
     """Column with lists of messages. None: `messages` or `conversations`. Only for causal_lm."""
     prompt_column: str | None = None

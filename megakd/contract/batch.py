@@ -47,6 +47,19 @@ class Documents(NamedTuple):
     longest: int
 
 
+class Within(NamedTuple):
+    """The places of a batch in the micro-batch that the batch was taken out of.
+
+    rows: [b] int64 rows of the micro-batch.
+    positions: [b, t] int64 positions of the flattened [B * T].
+    targets: [n] int64 numbers of the micro-batch's `targets`; None if all positions are predicted.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    targets: Tensor | None = None
+
+
 class Batch(NamedTuple):
     """One micro-batch of one rank, aligned so that no loss has to shift labels or logits.
 
@@ -58,13 +71,17 @@ class Batch(NamedTuple):
         not numbered.
     targets: [N] int64 positions of the flattened [B * T] that a language model predicts: the
         labelled positions, and at least one position; None predicts all positions.
-    others: by role, the same rows encoded for models with another tokenizer.
+    others: by role, the same rows encoded for models with another tokenizer; or by the name of a
+        teacher, the rows that learn from this teacher (see `within`).
     second: what the model predicts from its second vocabulary; `labels` and `targets` are then
         those of its first vocabulary. In `input_ids`, numbers of the second vocabulary follow those
         of the first.
     documents: the documents in packed rows; None without packing.
     is_rollout: [B, T] bool, the positions of texts that a model has generated during the run, on
         the CPU, so that losses select positions without a host sync; None if there are none.
+    routes: [B, T] int64, for every position the number of the teacher that its row names (see
+        `contract.routes`), 0 at padding, on the CPU; None if the rows name no teachers.
+    within: where the rows are in the micro-batch that they were taken out of; None for others.
     """
 
     inputs: dict[str, Tensor]
@@ -76,6 +93,8 @@ class Batch(NamedTuple):
     second: Targets | None = None
     documents: Documents | None = None
     is_rollout: Tensor | None = None
+    routes: Tensor | None = None
+    within: Within | None = None
 
     def of(self, role: str | None) -> Batch:
         """Return the rows encoded for the model of a role; None: as they are."""

@@ -146,6 +146,10 @@ class Lab(Protocol):
         """Return the widths of the hidden states of the student and of a teacher."""
         ...
 
+    def rows_of_teachers(self) -> dict[str, int]:
+        """Return the number of training rows that name each teacher of the config."""
+        ...
+
     def steps_of_student(self) -> int:
         """Return the number of optimizer steps in `train` if all rows are used."""
         ...

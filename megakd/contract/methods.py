@@ -26,12 +26,14 @@ class MethodOptions:
     learns_from_rollouts: whether the student can train on texts that it generates.
     learns_adapters: whether the student can train low-rank adapters of its weights: no stage cuts
         the student, and no loss compares its weights.
+    routes_rows: whether every training row names the teacher that it learns from.
     """
 
     needs_teacher: ClassVar[bool] = True
     cuts_student: ClassVar[bool] = False
     learns_from_rollouts: ClassVar[bool] = False
     learns_adapters: ClassVar[bool] = False
+    routes_rows: ClassVar[bool] = False
     name: str
 
     @property

@@ -65,12 +65,15 @@ class TaughtReport(TypedDict):
 
     weight: probability that the teacher is drawn, or the teacher's share of the loss.
     steps: number of the student's steps in which the teacher ran.
+    rows: number of training rows that learn from this teacher alone; null if rows are not assigned
+        to teachers, missing in reports of earlier versions.
     score: score by which the teacher was ranked; null if teachers were not ranked.
     """
 
     name: str
     weight: float
     steps: int
+    rows: NotRequired[int | None]
     score: float | None
 
 

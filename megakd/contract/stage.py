@@ -303,6 +303,8 @@ class Stage:
     mixed: by role, the models with a tokenizer of their own, and how they read the training text.
     rates: by role of a learner, the factor of its learning rate; 1 if not listed.
     reads_states: whether the strategy reads the last hidden states of both models.
+    routed: whether every row names its teacher: a pass then covers the rows of its teacher alone,
+        and the teacher is asked about these rows alone. Every teacher of the stage has a pass.
     """
 
     name: str
@@ -328,6 +330,7 @@ class Stage:
     mixed: Mapping[str, MixedReading] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
     reads_states: bool = False
+    routed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from datasets import Dataset, Features, Value
 
+from megakd.contract.routes import ROUTE
 from megakd.data.blank_rows import BlankRows
 from megakd.data.cache import cached_folder, key_of, read_rows, write_rows
 from megakd.data.chat_rows import CONVERSATION, SOURCE, VERSION, conversations
@@ -17,11 +18,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from megakd.data.chat_rows import ChatColumns
+    from megakd.data.row_routes import RowTeacher
     from megakd.data.tables import Table
 
 
 def conversation_rows(
-    table: Table, columns: ChatColumns, *, cache_dir: Path, source: str | None = None
+    table: Table,
+    columns: ChatColumns,
+    *,
+    cache_dir: Path,
+    source: str | None = None,
+    teacher: RowTeacher | None = None,
 ) -> Dataset:
     """Return the rows of a table with the columns of `chat_rows`, memory-mapped.
 
@@ -30,18 +37,21 @@ def conversation_rows(
         columns: the columns to read.
         cache_dir: folder in which the rows are kept, by a hash of their content.
         source: the source of a mixture, for the column `source`; None: no such column.
+        teacher: where the teachers of the rows come from, for the column `route`; None: no column.
 
     Raises:
-        DataError: a row is not a conversation, or no row has text.
+        DataError: a row is not a conversation, or names no teacher; or no row has text.
     """
     name = Path(table.name).name
-    key = key_of("chat", VERSION, table.digest, columns, name, source)
-    names = ("text", CONVERSATION, PLACE, *([] if source is None else [SOURCE]))
+    key = key_of("chat", VERSION, table.digest, columns, name, source, *(teacher or ()))
+    further = {SOURCE: source, ROUTE: teacher}
+    names = ("text", CONVERSATION, PLACE, *(n for n, value in further.items() if value is not None))
 
     def fill(fresh: Path) -> None:
         blank = BlankRows()
         features = Features({column: Value("string") for column in names})
-        write_rows(_rows(table, columns, source, blank), features, fresh / "rows.arrow")
+        rows = _rows(table, columns, blank, source=source, teacher=teacher)
+        write_rows(rows, features, fresh / "rows.arrow")
         blank.write(fresh)
 
     folder = cached_folder(cache_dir / "rows" / key[:32], fill)
@@ -53,7 +63,12 @@ def conversation_rows(
 
 
 def _rows(
-    table: Table, columns: ChatColumns, source: str | None, blank: BlankRows
+    table: Table,
+    columns: ChatColumns,
+    blank: BlankRows,
+    *,
+    source: str | None,
+    teacher: RowTeacher | None,
 ) -> Iterator[dict[str, object]]:
     """Yield the rows of a table, and count the rows without text in `blank`."""
     own = {} if source is None else {SOURCE: source}
@@ -63,4 +78,5 @@ def _rows(
             continue
         place = f"{Path(table.name).name}, {record.place}"
         texts = {"text": conversation.text, CONVERSATION: conversation.to_json(), PLACE: place}
-        yield {**texts, **own}
+        route = {} if teacher is None else {ROUTE: teacher.of(table, record)}
+        yield {**texts, **own, **route}

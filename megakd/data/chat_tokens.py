@@ -17,11 +17,12 @@ import numpy as np
 import pyarrow as pa
 
 from megakd.contract.batch import IGNORE
+from megakd.contract.routes import ROUTE
 from megakd.data.chat_counts import ChatCounts
 from megakd.data.chat_rows import CONVERSATION, SOURCE, Conversation
 from megakd.data.chat_template import ChatTemplate, Rendered, without_reasoning
 from megakd.data.rows import PLACE, arrow_batches
-from megakd.data.token_tables import document_ends, plain_encoding
+from megakd.data.token_tables import document_ends, numbers_of, plain_encoding
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ def tables_of_conversations(
     rows: Dataset, encoder: ChatEncoder, *, name: str, counts: CountsByName
 ) -> Iterator[pa.Table]:
     """Yield tables of encoded conversations like `chat_tables`, and no table if no row is left."""
-    needed = [column for column in (CONVERSATION, PLACE, SOURCE) if column in rows.column_names]
+    kept = (CONVERSATION, PLACE, SOURCE, ROUTE)
+    needed = [column for column in kept if column in rows.column_names]
     for batch in arrow_batches(rows.select_columns(needed), ROWS_AT_ONCE):
         columns: dict[str, list[str]] = {
             column: batch.column(column).to_pylist() for column in batch.column_names
@@ -115,24 +117,26 @@ def tables_of_conversations(
         names = [f"{name}/{source}" for source in columns.get(SOURCE, ())] or [name] * len(batch)
         conversations = list(map(Conversation.from_json, columns[CONVERSATION]))
         made: list[ChatRow] = []
-        for tally, encoded in zip(names, encoder(conversations, columns[PLACE]), strict=True):
-            own = counts.setdefault(tally, ChatCounts())
-            own.add(encoded[1])
-            made += encoded[0]
+        routes: list[str] = []
+        teachers = columns.get(ROUTE, [""] * len(batch))
+        encoded = encoder(conversations, columns[PLACE])
+        for tally, teacher, (own, numbers) in zip(names, teachers, encoded, strict=True):
+            counts.setdefault(tally, ChatCounts()).add(numbers)
+            made += own
+            routes += [teacher] * len(own)
         if made:
-            yield _table(made)
+            yield _table(made, routes if ROUTE in columns else None)
 
 
-def _table(rows: Sequence[ChatRow]) -> pa.Table:
+def _table(rows: Sequence[ChatRow], routes: Sequence[str] | None) -> pa.Table:
     ids, labels, lengths = zip(*rows, strict=True)
     listed = pa.list_(pa.int32())
-    return pa.table(
-        {
-            "input_ids": pa.array(list(ids), type=listed),
-            "labels": pa.array(list(labels), type=listed),
-            PROMPT_LENGTH: pa.array(list(lengths), type=pa.int32()),
-        }
-    )
+    columns = {
+        "input_ids": pa.array(list(ids), type=listed),
+        "labels": pa.array(list(labels), type=listed),
+        PROMPT_LENGTH: pa.array(list(lengths), type=pa.int32()),
+    }
+    return pa.table(columns if routes is None else {**columns, ROUTE: numbers_of(routes)})
 
 
 class ChatEncoder:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from datasets import Dataset, Features, Value
 
 from megakd.config.task import TaskConfig
+from megakd.contract.routes import ROUTE
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.data.blank_rows import BlankRows
 from megakd.data.cache import cached_folder, key_of, read_rows, write_rows
@@ -17,7 +18,9 @@ from megakd.data.chat_rows import ChatColumns, chat_columns
 from megakd.data.choosing import is_labelled
 from megakd.data.found import Found
 from megakd.data.labels import Classes, Labeller, find_classes, score
+from megakd.data.row_routes import RowTeacher, row_teacher
 from megakd.data.row_text import document_of, text_of
+from megakd.data.rows import PLACE
 from megakd.data.tables import SPLIT_NAMES, SplitName, Table
 from megakd.errors import DataError
 
@@ -86,8 +89,11 @@ def rows_of_tables(
         if split not in tables:
             continue
         fields = _fields_of(tables[split], split, train)
-        splits[split] = _rows_of(tables[split], fields, task, classes, cache_dir=cache_dir)
-        digests.append((split, tables[split].digest, fields))
+        teacher = _teacher_of(tables[split], split, task)
+        splits[split] = _rows_of(
+            tables[split], fields, task, classes, cache_dir=cache_dir, teacher=teacher
+        )
+        digests.append((split, tables[split].digest, fields, *(teacher or ())))
     return Found(
         name=name,
         splits=splits,
@@ -105,13 +111,24 @@ def _conversations(
     return Found(
         name=name,
         splits={
-            split: conversation_rows(table, columns[split], cache_dir=cache_dir)
+            split: conversation_rows(
+                table, columns[split], cache_dir=cache_dir, teacher=_teacher_of(table, split, task)
+            )
             for split, table in tables.items()
         },
         classes=None,
         metrics=DEFAULT_METRICS[task.type],
-        source_hash=key_of("chat", [(s, tables[s].digest, columns[s]) for s in sorted(tables)]),
+        source_hash=key_of(
+            "chat",
+            [(s, tables[s].digest, columns[s]) for s in sorted(tables)],
+            *([task.teacher_column] if task.teacher_column else []),
+        ),
     )
+
+
+def _teacher_of(table: Table, split: SplitName, task: TaskConfig) -> RowTeacher | None:
+    """Return where the teachers of a split's rows come from; only training rows have teachers."""
+    return row_teacher(table, task.teacher_column) if split == "train" else None
 
 
 def conversation_columns(table: Table, task: TaskConfig) -> ChatColumns:
@@ -229,8 +246,10 @@ def _fields_of(table: Table, split: SplitName, train: Fields) -> Fields:
     return train
 
 
-def _features(fields: Fields, task: TaskConfig) -> Features:
+def _features(fields: Fields, task: TaskConfig, teacher: RowTeacher | None) -> Features:
     columns = {"text": Value("string")}
+    if teacher is not None:
+        columns |= {name: Value("string") for name in (ROUTE, PLACE)}
     if task.type in LANGUAGE_TASKS:
         return Features(columns)
     if len(fields.text) == 2:
@@ -240,16 +259,22 @@ def _features(fields: Fields, task: TaskConfig) -> Features:
 
 
 def _rows_of(
-    table: Table, fields: Fields, task: TaskConfig, classes: Classes | None, *, cache_dir: Path
+    table: Table,
+    fields: Fields,
+    task: TaskConfig,
+    classes: Classes | None,
+    *,
+    cache_dir: Path,
+    teacher: RowTeacher | None = None,
 ) -> Dataset:
     names = None if classes is None else (classes.names, classes.numbered)
-    key = key_of(VERSION, LAYOUT, table.digest, fields, task.type, names)
+    key = key_of(VERSION, LAYOUT, table.digest, fields, task.type, names, *(teacher or ()))
     labeller = classes.label if classes else score
 
     def fill(fresh: Path) -> None:
         blank = BlankRows()
-        rows = _rows(table, fields, task.type, labeller, blank=blank)
-        write_rows(rows, _features(fields, task), fresh / "rows.arrow")
+        rows = _rows(table, fields, task.type, labeller, blank=blank, teacher=teacher)
+        write_rows(rows, _features(fields, task, teacher), fresh / "rows.arrow")
         blank.write(fresh)
 
     folder = cached_folder(cache_dir / "rows" / key[:32], fill)
@@ -262,20 +287,27 @@ def _rows_of(
 
 
 def _rows(
-    table: Table, fields: Fields, task_type: str, labeller: Labeller, *, blank: BlankRows
+    table: Table,
+    fields: Fields,
+    task_type: str,
+    labeller: Labeller,
+    *,
+    blank: BlankRows,
+    teacher: RowTeacher | None,
 ) -> Iterator[dict[str, object]]:
     """Yield the rows of a split, and count the rows without text in `blank`."""
     for record in table.records():
+        named = {} if teacher is None else teacher.columns(table, record)
         if task_type in LANGUAGE_TASKS:
             document = document_of(table.name, fields.text, record)
             if document is None:
                 blank.add(record)
             else:
-                yield {"text": document}
+                yield {"text": document, **named}
             continue
         texts = [text_of(table.name, column, record) for column in fields.text]
         if not all(text.strip() for text in texts):
             blank.add(record)
         row: dict[str, object] = dict(zip(("text", "text_pair"), texts, strict=False))
         row["label"] = labeller(table, fields.label or "", record)
-        yield row
+        yield row | named

@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset
 
 from megakd.contract.batch import IGNORE, Batch, Documents
+from megakd.contract.routes import ROUTE
 from megakd.data.cache import read_rows, write_tables
 from megakd.data.chat_counts import SETS
 from megakd.data.chat_encoding import counts_of, encode_chat
@@ -62,7 +63,8 @@ class Encoded(NamedTuple):
     if the tokenizer returns them. For mlm: `input_ids`, with a row per window of a text (see
     `windows`), and `word_starts` for whole-word masking (see `words`). For causal_lm: `input_ids`,
     `position_ids` and `labels` (see `packing`), or for conversations `input_ids`, `labels` and
-    `prompt_length` (see `chat_tokens`).
+    `prompt_length` (see `chat_tokens`). Rows that name their teacher also have its number in
+    `route` (see `contract.routes`).
 
     tokens_per_row: mean number of tokens of a training row, or with a stream of a validation row,
         without padding.
@@ -235,7 +237,8 @@ class Collator:
 
     For causal_lm, `inputs` has `input_ids` and `position_ids`, and the model must be called with
     `use_cache=False`; see `packing`. A row without `position_ids` is one document. A column
-    `is_rollout`, with one bool per row, fills `Batch.is_rollout`. For mlm, no tokens are masked or
+    `is_rollout`, with one bool per row, fills `Batch.is_rollout`, and a column `route`, with one
+    number per row, fills `Batch.routes`. For mlm, no tokens are masked or
     labelled yet; see `masking`, which also takes `word_starts` out of `inputs`.
     """
 
@@ -270,8 +273,10 @@ class Collator:
         }
         if self._type == "causal_lm":
             batch = _language_batch(padded, valid, lengths)
-            return batch._replace(is_rollout=_rollout_positions(columns, valid))
-        return self._text_batch(padded, columns, valid)
+            batch = batch._replace(is_rollout=_rollout_positions(columns, valid))
+        else:
+            batch = self._text_batch(padded, columns, valid)
+        return batch._replace(routes=_routes(columns, valid))
 
     def _padded(self, name: str, values: NDArray, valid: NDArray) -> NDArray[np.int64]:
         padded = np.full(valid.shape, _FILL.get(name, self._pad_id), dtype=np.int64)
@@ -314,6 +319,16 @@ def _rollout_positions(columns: Columns, valid: NDArray) -> torch.Tensor | None:
     positions = valid.copy()
     positions[: len(generated)] &= generated.astype(bool)[:, None]
     return torch.from_numpy(positions)
+
+
+def _routes(columns: Columns, valid: NDArray) -> torch.Tensor | None:
+    """Return [B, T] int64: the number of each row's teacher; 0 at padding, or None without it."""
+    if ROUTE not in columns:
+        return None
+    numbers, _ = columns[ROUTE]
+    routes = np.zeros(valid.shape, dtype=np.int64)
+    routes[: len(numbers)] = numbers.astype(np.int64)[:, None]
+    return torch.from_numpy(np.where(valid, routes, 0))
 
 
 def _language_batch(padded: dict[str, NDArray], valid: NDArray, lengths: NDArray) -> Batch:

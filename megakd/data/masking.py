@@ -130,6 +130,7 @@ class Masking:
             batch.valid,
             torch.from_numpy(_targets(chosen)),
             second=second,
+            routes=batch.routes,
         )
 
     def _shown(self, ids: NDArray[np.int64], numbers: _Numbers) -> NDArray[np.int64]:

@@ -20,6 +20,7 @@ from megakd.data.chat_rows import SOURCE
 from megakd.data.columns import DEFAULT_METRICS, conversation_columns
 from megakd.data.files import files_table, matching_files
 from megakd.data.found import Found
+from megakd.data.row_routes import row_teacher
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
@@ -62,18 +63,22 @@ def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
         if (table := tables.get(f"task.{split}_files")) is not None:
             splits[split] = _rows(table, task, cache_dir=cache_dir)
     digests = [(key, t.digest, conversation_columns(t, task)) for key, t in tables.items()]
+    teachers = [task.teacher_column, *(part.teacher for part in sources.values())]
     return Found(
         name="task.mixture",
         splits=splits,
         classes=None,
         metrics=DEFAULT_METRICS[task.type],
-        source_hash=key_of("mixture", digests),
+        source_hash=key_of("mixture", digests, *(teachers if any(teachers) else ())),
     )
 
 
 def _rows(table: Table, task: TaskConfig, *, cache_dir: Path, source: str | None = None) -> Dataset:
-    columns = conversation_columns(table, task)
-    return conversation_rows(table, columns, cache_dir=cache_dir, source=source)
+    """Return the rows of a file; rows of a source may name their teachers."""
+    columns, teacher = conversation_columns(table, task), None
+    if source is not None and task.mixture is not None:
+        teacher = row_teacher(table, task.teacher_column, task.mixture[source].teacher)
+    return conversation_rows(table, columns, cache_dir=cache_dir, source=source, teacher=teacher)
 
 
 def _refuse_shared(found: Mapping[str, list[Path]]) -> None:

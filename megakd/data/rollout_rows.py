@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from megakd.contract.batch import IGNORE
+from megakd.contract.routes import ROUTE
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,26 +22,39 @@ PROMPT_LENGTH = "prompt_length"
 
 
 class TrainingRow(NamedTuple):
-    """One row of a step: tokens, next tokens (-100: not counted), and positions, all [T]."""
+    """One row of a step: tokens, next tokens (-100: not counted), and positions, all [T].
+
+    route: the number of the row's teacher; None if the rows name no teachers.
+    """
 
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     position_ids: NDArray[np.int32]
     is_rollout: bool
+    route: int | None = None
 
 
-def rollout_row(rollout: Rollout) -> TrainingRow:
-    """Return a generated text as a row in which every token of the completion is a target."""
+def rollout_row(rollout: Rollout, route: int | None = None) -> TrainingRow:
+    """Return a generated text as a row in which every token of the completion is a target.
+
+    Args:
+        rollout: the text and its prompt.
+        route: the number of the teacher that the prompt's row names, if the rows name teachers.
+    """
     ids = np.array(rollout.prompt + rollout.completion.ids, dtype=np.int32)
     labels = np.full(len(ids), IGNORE, dtype=np.int32)
     first = len(rollout.prompt) - 1  # the position that predicts the first generated token
     labels[first:-1] = ids[first + 1 :]
-    return TrainingRow(ids, labels, np.arange(len(ids), dtype=np.int32), is_rollout=True)
+    positions = np.arange(len(ids), dtype=np.int32)
+    return TrainingRow(ids, labels, positions, is_rollout=True, route=route)
 
 
 def columns_of_rows(rows: Sequence[TrainingRow]) -> dict[str, list[Any]]:
     """Return rows as a mapping of columns, as collators take them."""
-    return {name: [getattr(row, name) for row in rows] for name in TrainingRow._fields}
+    columns = {name: [getattr(row, name) for row in rows] for name in TrainingRow._fields}
+    if None in columns[ROUTE]:
+        del columns[ROUTE]
+    return columns
 
 
 class Prompts:
@@ -88,7 +102,14 @@ class Prompts:
             np.asarray(found["labels"], dtype=np.int32),
             np.arange(len(ids), dtype=np.int32) if positions is None else np.asarray(positions),
             is_rollout=False,
+            route=self.route(row),
         )
+
+    def route(self, row: int) -> int | None:
+        """Return the number of the teacher that a row names; None if the rows name no teachers."""
+        if ROUTE not in self._rows.column_names:
+            return None
+        return int(cast("dict[str, Any]", self._rows[int(row)])[ROUTE])
 
     def longest(self) -> tuple[int, int]:
         """Return the length of the longest prompt, and the number of its row."""

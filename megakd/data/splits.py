@@ -22,6 +22,7 @@ from megakd.data.glue import glue_rows
 from megakd.data.hub import hub_rows
 from megakd.data.mixture import mixed, mixture_rows
 from megakd.data.pydocs import pydocs_rows
+from megakd.data.row_routes import without_routes
 from megakd.data.streamed_rows import streamed_files, streamed_hub_rows
 from megakd.data.tables import Table
 from megakd.data.text_stream import TextStream
@@ -101,7 +102,7 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
         train = mixed(train, task.mixture, seed=seed)
     return Splits(
         train=keep_labels(train, task.labelled_examples, seed=seed, name=found.name),
-        validation=_scored(validation, task, is_cut=is_cut),
+        validation=_scored(without_routes(validation), task, is_cut=is_cut),
         test=None if test is None else at_most(test, task.max_eval_examples),
         label_names=found.label_names,
         metrics=found.metrics,
@@ -126,7 +127,7 @@ def _set_rows(name: str, table: Table, task: TaskConfig, found: Found, cache_dir
             f"task.evaluation_sets.{name}: {table.name} holds conversations, and the training rows "
             "are documents, which are packed; set task.text_columns to score a column of text"
         )
-    trained, here = set(found.splits["train"].column_names), set(rows.column_names)
+    trained, here = set(without_routes(found.splits["train"]).column_names), set(rows.column_names)
     if as_chat:
         return rows
     if trained != here:

@@ -183,6 +183,7 @@ def packed_row(batch: Batch, *, most: int) -> Batch:
         flat(batch.valid, 0),
         documents=documents_of(positions.numpy()),
         is_rollout=None if batch.is_rollout is None else flat(batch.is_rollout, 0),
+        routes=None if batch.routes is None else flat(batch.routes, 0),
     )
 
 

@@ -6,9 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
+from megakd.contract.routes import ROUTE, teacher_number
 from megakd.data.packing import PackedRow, pack
+from megakd.data.row_routes import names_of
 from megakd.data.rows import arrow_batches
 from megakd.data.windows import windows
 from megakd.data.words import WORD_STARTS, check_words, word_starts
@@ -93,7 +96,26 @@ def tables_of(
 ) -> Iterator[pa.Table]:
     """Yield tables of encoded rows like `token_tables`, and no table if there are no tokens."""
     make = {"causal_lm": _packed_tables, "mlm": _window_tables}.get(task.type, _text_tables)
-    return make(rows, tokenizer, task)
+    if make is _text_tables or ROUTE not in rows.column_names:
+        return make(rows, tokenizer, task)
+    # A packed row and a window have one teacher, so the texts of each teacher are packed apart.
+    return (
+        table.append_column(ROUTE, numbers_of([name] * len(table)))
+        for name, own in rows_by_route(rows)
+        for table in make(own, tokenizer, task)
+    )
+
+
+def rows_by_route(rows: Dataset) -> Iterator[tuple[str, Dataset]]:
+    """Yield each teacher that rows name, in the order of the names, with its rows."""
+    found = names_of(rows)
+    for name in np.unique(found).tolist():
+        yield name, rows.select(np.flatnonzero(found == name))
+
+
+def numbers_of(names: Sequence[str]) -> Any:
+    """Return the numbers of teachers as an arrow array."""
+    return pa.array(list(map(teacher_number, names)), type=pa.int64())
 
 
 def _text_tables(
@@ -114,8 +136,10 @@ def _text_tables(
             return_attention_mask=False,
         )
         made = {name: pa.array(encoded[name], type=_IDS) for name in columns}
-        labels = batch.column("label").combine_chunks().cast(label_type)
-        yield pa.table({**made, "label": labels})
+        made["label"] = batch.column("label").combine_chunks().cast(label_type)
+        if ROUTE in batch.column_names:
+            made[ROUTE] = numbers_of(batch.column(ROUTE).to_pylist())
+        yield pa.table(made)
 
 
 def _packed_tables(

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megakd.contract.batch import Batch, Counts, Documents, Knowledge, Losses, Predictions, Targets
+from megakd.contract.batch import (
+    Batch,
+    Counts,
+    Documents,
+    Knowledge,
+    Losses,
+    Predictions,
+    Targets,
+    Within,
+)
 from megakd.contract.moving import copied_to
 from megakd.contract.stage import Pass, backward_groups
 from megakd.contract.units import Cut, Maker, View
@@ -241,16 +250,16 @@ class CarefulWriter:
 
 
 def device_batch(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with all tensors on a device, except `rows` and `is_rollout`."""
+    """Return the batch with all tensors on a device, except `rows`, `is_rollout` and `routes`."""
     return _moved(batch, device)
 
 
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Batch):
-        on_cpu = {"rows": value.rows, "is_rollout": value.is_rollout}
-        others = value._replace(rows=None, is_rollout=None)
+        on_cpu = {name: getattr(value, name) for name in ("rows", "is_rollout", "routes")}
+        others = value._replace(**dict.fromkeys(on_cpu))
         return Batch(*(_moved(part, device) for part in others))._replace(**on_cpu)
-    if isinstance(value, Targets | Documents):
+    if isinstance(value, Targets | Documents | Within):
         return type(value)(*(_moved(part, device) for part in value))
     if isinstance(value, Mapping):
         return {name: _moved(part, device) for name, part in value.items()}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megakd.contract.batch import Batch, Counts, Knowledge, Losses, LossInputs, Predictions, Unit
+from megakd.contract.routes import taken
 from megakd.contract.stage import Pass, teacher_names
 from megakd.contract.tasks import Kernels
 from megakd.contract.unit_counts import UnitCounter, unit_weights
@@ -149,16 +150,19 @@ class StudentBundle(nn.Module):
         passes = Counter((planned.learner, planned.view) for planned in plan)
         found: dict[tuple[str | None, int | None], list[ReadPass]] = {}
         for planned in plan:
+            key = (planned.learner, planned.view)
+            own, learned = _rows_of(planned, batch.of(planned.learner or self._roles[0]), said[key])
             read = ReadPass(
                 planned,
                 self._reading(
-                    batch.of(planned.learner or self._roles[0]),
-                    said[planned.learner, planned.view],
+                    own,
+                    learned,
                     answers[planned.teacher] if planned.teacher else None,
                     planned,
                     sums.per_unit(planned.learner),
                 ),
-                1 / passes[planned.learner, planned.view],
+                # The values of parts of the rows add up to the value of all rows.
+                1 / passes[key] if own.within is None else 1.0,
             )
             width = self.views[planned.view].width if planned.view in self.views else None
             found.setdefault((planned.learner, width), []).append(read)
@@ -257,6 +261,15 @@ class LossSums:
         """Return the loss to minimise, and the values to report."""
         minimised = {WEIGHTED_LOSS: self._total.detach() / self._world_size}
         return Losses(self._total, self._parts | minimised)
+
+
+def _rows_of(planned: Pass, batch: Batch, said: Knowledge) -> tuple[Batch, Knowledge]:
+    """Return the rows of a pass and the learner's outputs for them.
+
+    If the rows of a micro-batch name their teachers, a pass covers the rows of its teacher alone.
+    """
+    own = batch.of(planned.teacher)
+    return (batch, said) if own.within is None else (own, taken(said, own.within))
 
 
 def _unit_of(learner: str | None, unit: Unit) -> Unit:

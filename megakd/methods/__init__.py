@@ -73,6 +73,11 @@ def methods_with_adapters() -> list[str]:
     return [PLUGIN_METHOD.name_of(kind) for kind in _options() if kind.learns_adapters]
 
 
+def methods_with_routes() -> list[str]:
+    """Return the names of the methods whose training rows name their teachers."""
+    return [PLUGIN_METHOD.name_of(kind) for kind in _options() if kind.routes_rows]
+
+
 def baselines_of(config: MethodOptions) -> tuple[str, ...]:
     """Return the baselines that a run of a method may list; all methods have `alone`."""
     return ("alone", *getattr(file_of(config), "BASELINES", {}))

@@ -100,7 +100,7 @@ def run(config: MiniDiscConfig, lab: Lab) -> StageResult:
     link = Link(teacher, ranked.source, 0.0)
     tried: list[Tried] = []
     for iteration in range(1, config.iterations + 1):
-        stage = _trial(config, lab, ranked, link, iteration)
+        stage = trial(config, lab, ranked, link, iteration)
         result = lab.train(stage)
         lab.record.candidates += _rows(config, lab, stage, result, iteration)
         tried.append(Tried(stage, result, link.sparsity))
@@ -163,9 +163,10 @@ def _cost(
     }
 
 
-def _trial(
+def trial(
     config: MiniDiscConfig, lab: Lab, ranked: SortedModel, link: Link, iteration: int
 ) -> Stage:
+    """Return the stage of a trial: all candidates from the link's sparsity on learn together."""
     from megakd.contract.metrics import MetricJudge
 
     sparsities = [s for s in config.sparsities if s >= link.sparsity]

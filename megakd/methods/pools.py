@@ -41,7 +41,14 @@ def taught_by_all(
     return taught(lab, stage, weights=dict.fromkeys(names, share), how=how)
 
 
-def taught(lab: Lab, stage: Stage, *, weights: Mapping[str, float], how: str) -> StageResult:
+def taught(
+    lab: Lab,
+    stage: Stage,
+    *,
+    weights: Mapping[str, float],
+    how: str,
+    rows: Mapping[str, int] | None = None,
+) -> StageResult:
     """Train the student, and report in how many steps each teacher of the pool ran.
 
     Args:
@@ -49,6 +56,7 @@ def taught(lab: Lab, stage: Stage, *, weights: Mapping[str, float], how: str) ->
         stage: the stage of the student.
         weights: weights of the teachers by name: probabilities, or shares of the loss.
         how: name of the distribution in the report.
+        rows: number of training rows of each teacher; None if every row may learn from any teacher.
     """
     result = lab.train(stage)
     asked = Counter[str]()
@@ -61,6 +69,7 @@ def taught(lab: Lab, stage: Stage, *, weights: Mapping[str, float], how: str) ->
                 "name": name,
                 "weight": weight,
                 "steps": asked[name],
+                "rows": None if rows is None else rows[name],
                 "score": lab.record.dev_scores.get(name),
             }
             for name, weight in weights.items()

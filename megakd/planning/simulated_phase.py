@@ -30,6 +30,7 @@ from megakd.models.valueless_experts import send_tokens_to_one_expert
 from megakd.planning.cluster import Cluster, Device
 from megakd.planning.moments import Trace
 from megakd.planning.pruned import Pruned, largest_mask, pruned
+from megakd.planning.routed import answers_to_parts, waiting_bytes, with_even_parts
 from megakd.planning.stages import Phase
 from megakd.planning.tracing import VALUELESS, repeat_alike, trace_call
 from megakd.pruning.importance import GateGradients
@@ -128,7 +129,7 @@ class _Tracer:
         train, learners = stage.train, list(map(_shown, phase.learners.values()))
         # A strategy that is not made of plain values lists the values that it depends on.
         strategy = getattr(stage.strategy, "facts", stage.strategy)
-        losses = (stage.objective, stage.views, strategy, stage.reads_states)
+        losses = (stage.objective, stage.views, strategy, stage.reads_states, stage.routed)
         pruning = (stage.pruned_to, stage.measures_losses, stage.mixed)
         rows = (largest_step(train, self._task), self._config.eval_rows(train))
         dtype = training_dtype(train, self._device)
@@ -147,6 +148,7 @@ class _Tracer:
         step = largest_step(stage.train, self._task)
         batch = self._batch(step.rows, length=step.length)
         batch = batch._replace(others=self._mixed(stage, batch) or None)
+        batch = with_even_parts(batch, stage, self._part)
         losses = self._losses(stage)
         per_call = {
             name: self._per_call(stage, ready, losses.teacher_needs())
@@ -159,9 +161,9 @@ class _Tracer:
         }
         plans = [teacher_names(stage.strategy.passes(step)) for step in range(PLANS)]
         sizes = {name: _said_bytes(said) for name, said in answers.items()}
-        waiting = [sum(size for name, size in sizes.items() if name in plan) for plan in plans]
+        waiting = [waiting_bytes(plan, sizes, routed=stage.routed) for plan in plans]
         bundle = self._bundle(stage, losses)
-        found = self._learner(stage, bundle, batch, knowledge)
+        found = self._learner(stage, bundle, batch, answers_to_parts(batch, knowledge))
         scored = self._batch(self._config.eval_rows(stage.train))
         evaluation, _ = self._forward(bundle.eval(), scored, view=next(iter(stage.views), None))
         return replace(
@@ -325,6 +327,9 @@ class _Tracer:
             register_packed_attention()
             model.set_attn_implementation(VARLEN)
         return model
+
+    def _part(self, rows: int, length: int) -> Batch:
+        return self._batch(rows, length=length)
 
     def _batch(self, rows: int, *, length: int | None = None) -> Batch:
         """Return the largest possible batch, whose texts have `max_length` tokens.

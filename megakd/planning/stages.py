@@ -131,6 +131,10 @@ class PlanningLab(LabBase):
         """Return the model that a stage writes to its folder."""
         return self._made[folder]
 
+    def rows_of_teachers(self) -> dict[str, int]:
+        """Return the same number for all teachers: the rows are not read."""
+        return dict.fromkeys(self.config.teacher_specs, 1)
+
     def steps_of_student(self) -> int:
         """Return `max_steps`, or a large number if it is not set: the rows are not counted."""
         return self.config.train.max_steps or UNKNOWN_STEPS

@@ -128,7 +128,8 @@ class Timeline:
         self._look("initializing DeepSpeed", learner.initializing())
         left = self.traced.pruned
         averages = learner.averages(left.makers, stage.shards_kept) if left else {}
-        self._resting = together(self._resting, learner.resting(), averages, self._fetched(frozen))
+        of_teachers = together(self._fetched(frozen), self._readouts())
+        self._resting = together(self._resting, learner.resting(), averages, of_teachers)
         micro_batches = largest_step(stage.train, self.config.task).micro_batches
         self._ask(frozen, learner.accumulated() if micro_batches > 1 else {})
         heads = [engine.held("gather", self._head(name, engine)) for name, engine in frozen.items()]
@@ -201,6 +202,17 @@ class Timeline:
             learner.held("workspace", state.plus(whole), "host"),
             learner.held("gather", whole),
         )
+
+    def _readouts(self) -> Holding:
+        """Return the output matrices of teachers whose servers export hidden states."""
+        found: list[Holding] = []
+        for ready in self.phase.teachers.values():
+            if ready.spec.server is not None and ready.spec.server.states is not None:
+                dtype = TORCH_DTYPE[planned_dtype(ready, self.cluster.device)]
+                width = ready.source.architecture.hidden_width(ready.source.config)
+                size = ready.source.config.vocab_size * width * dtype.itemsize
+                found.append({Share(TEACHER, "weights"): block(size)})
+        return together(*found)
 
     def _fetched(self, frozen: Mapping[str, Frozen]) -> Holding:
         """Return the memory for prefetching: one teacher from the host is on the device."""
@@ -296,12 +308,13 @@ class Timeline:
             micro_batches: number of micro-batches per step.
         """
         flops = micro_batches * sum(run.flops for run in self.traced.learner)
-        answered = 0.0
+        answered, stage = 0.0, self.phase.stage
+        rows = 1 / len(frozen) if stage is not None and stage.routed and frozen else 1.0
         for name, engine in frozen.items():
             run, per_call = self.traced.teachers[name], self.traced.per_call[name]
             asked, rest = self.traced.asked[name], engine.received
             gathered = engine.gathering(run).numel * engine.itemsize
-            flops += asked * run.flops * micro_batches / per_call
+            flops += asked * rows * run.flops * micro_batches / per_call
             answered += asked * -(-micro_batches // per_call) * rest * gathered
             # The student's forward gathers the head for every micro-batch.
             answered += asked * micro_batches * rest * self._head(name, engine).total

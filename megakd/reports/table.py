@@ -334,7 +334,12 @@ def pool_rows(report: Report) -> Rows:
         worth = score(metric, None if one["score"] is None else sign * one["score"])
         rows.append([one["name"], f"{one['weight']:.3f}", f"{one['steps']:,}", worth])
     is_ranked = any(one["score"] is not None for one in pool["teachers"])
-    return rows if is_ranked else [row[:-1] for row in rows]
+    rows = rows if is_ranked else [row[:-1] for row in rows]
+    counts = [one.get("rows") for one in pool["teachers"]]
+    if None in counts:
+        return rows
+    numbers = ("rows", *(f"{count:,}" for count in counts))
+    return [[*row, number] for row, number in zip(rows, numbers, strict=True)]
 
 
 def pruning_course(report: Report) -> list[PruningReport]:

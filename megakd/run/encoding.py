@@ -42,6 +42,11 @@ def encode_run(config: RunConfig, folder: Path | None) -> Path:
     if config.task.streaming or config.method.own_vocabulary is not None:
         key = "task.streaming" if config.task.streaming else "method.student_vocabulary"
         raise ConfigError(f"{key}: a run with this key reads the texts, and no encoded data")
+    if config.method.routes_rows:
+        raise ConfigError(
+            f"method.name: {config.method.name} reads the texts, whose rows name their teachers, "
+            "and no encoded data"
+        )
     check_writable(target, where="--to")
     task = replace(config.task, encoded=None)
     config = replace(config, task=task)

@@ -18,6 +18,7 @@ from megakd.contract.results import Assistant, ModelReport, ParameterCounts
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.contract.units import View
+from megakd.data.row_routes import rows_of_teachers
 from megakd.engine.collectives import main_first
 from megakd.engine.device import left_out_of_peak, reset_peak_memory
 from megakd.engine.distributed import Ranks
@@ -233,6 +234,11 @@ class Lab(LabBase):
     def needs(self, stage: Stage) -> Needs:
         """Return the outputs of the teachers that a stage's losses read."""
         return self.assembly.losses(stage).teacher_needs()
+
+    def rows_of_teachers(self) -> dict[str, int]:
+        """Return the number of training rows that name each teacher of the config."""
+        counts = rows_of_teachers(self._prepared.splits.train)
+        return {name: counts[name] for name in self.config.teacher_specs}
 
     def steps_of_student(self) -> int:
         """Return the number of optimiser steps that `train` asks for if all rows are used."""

@@ -45,8 +45,6 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
         # Under a key of their own: a teacher may have any name, such as "train".
         "teachers": {name: _teacher(assembly, name) for name in stage.teachers},
     }
-    if stage.episodes > 1:
-        tree["episodes"] = stage.episodes
     if stage.window is not None:
         tree["window"] = stage.window._asdict()
     if stage.batches is not None:
@@ -56,12 +54,21 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
     lora = config.lora_of(stage.role)
     if lora is not None:
         tree["lora"] = asdict(lora)
-    if stage.rates:
-        tree["rates"] = dict(stage.rates)
+    tree |= _unusual(stage)
     if stage.mixed:
         tree["mixed"] = {role: reading._asdict() for role, reading in stage.mixed.items()}
         tree["mixed_rows"] = assembly.mixed_rows.key
     return flatten(tree)
+
+
+def _unusual(stage: Stage) -> Mapping[str, Any]:
+    """Return the options that few stages set; other stages have no facts on them."""
+    options = {
+        "episodes": (stage.episodes, 1),
+        "rows_of_teachers": (stage.routed, False),
+        "rates": (dict(stage.rates), {}),
+    }
+    return {name: value for name, (value, usual) in options.items() if value != usual}
 
 
 def _learners(stage: Stage, assembly: Assembly) -> Mapping[str, Any]:
@@ -78,7 +85,8 @@ def _teacher(assembly: Assembly, name: str) -> Mapping[str, Any]:
     if name in assembly.config.base_teachers:  # computed with the weights of the student
         return {**facts, "dtype": None, "base": True}
     if ready.spec.server is not None:
-        return {**facts, "served": ready.spec.server.top_k}
+        server = ready.spec.server
+        return {**facts, "served": "states" if server.states else server.best_tokens}
     if ready.spec.cache is None:
         return facts
     kept = kept_facts(ready.spec)

@@ -19,6 +19,7 @@ from megakd.contract.metrics import Metric
 from megakd.contract.tasks import FROM_TEACHER, ONE_LABEL_METRICS, STUDENT, STUDENT_BASE
 from megakd.contract.terms import looks_inside
 from megakd.data.encoding import Encoded
+from megakd.data.row_routes import check_routes
 from megakd.data.shared_words import VocabularyPair
 from megakd.data.splits import Splits
 from megakd.data.student_vocabularies import (
@@ -170,6 +171,8 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
     if problems and not config.teachers:
         raise TeacherError("\n".join(problems))
     splits = splits_of(config)
+    if config.method.routes_rows:
+        check_routes(splits.train, tuple(config.teacher_specs))
     vocabulary = config.method.own_vocabulary
     # The loss per token does not compare models of different vocabularies.
     official = splits.metrics if vocabulary is None else ("nats_per_character",)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from megakd.contract.batch import Batch
     from megakd.contract.rollouts import Completion, Generator, RequestedTexts, Sampling
     from megakd.data.loader import StepLoader
-    from megakd.data.rollout_rows import Prompts
+    from megakd.data.rollout_rows import Prompts, TrainingRow
     from megakd.data.rollout_store import RolloutStore
     from megakd.data.step_layout import Collate
 
@@ -105,10 +105,14 @@ class RolloutSource:
         made = [
             self._rows.prompts.row(row)
             if source == "data"
-            else rollout_row(next(fresh if source == "rollout" else replayed))
+            else self._row_of(next(fresh if source == "rollout" else replayed))
             for row, source in zip(rows, sources, strict=True)
         ]
         return collate_step(columns_of_rows(made), self._rows.layout, self._rows.collate)
+
+    def _row_of(self, rollout: Rollout) -> TrainingRow:
+        """Return a generated text as a row, with the teacher that the row of its prompt names."""
+        return rollout_row(rollout, self._rows.prompts.route(rollout.row))
 
     def scalars(self) -> dict[str, float]:
         """Return statistics of the texts since the last call, the same on every rank."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from megakd.data.batch_source import batch_source
 from megakd.data.mixed_text import MixedText
+from megakd.data.routes import RoutedSource
 from megakd.data.step_layout import StepLayout, StepShape
 from megakd.engine.collectives import gather
 from megakd.training.generated_texts import generator_of, with_rollouts
@@ -57,8 +58,9 @@ def stage_batches(
         gather=gather,
         others=_readings(stage, assembly),
     )
+    source: BatchSource = loader
     if stage.rollouts is not None:
-        return with_rollouts(
+        source = with_rollouts(
             loader,
             stage,
             assembly,
@@ -66,7 +68,9 @@ def stage_batches(
             generator=generator_of(stage, assembly, models),
             fingerprint=fingerprint,
         )
-    return stage.batches(loader) if stage.batches else loader
+    elif stage.batches:
+        source = stage.batches(loader)
+    return RoutedSource(source, stage.teachers) if stage.routed else source
 
 
 def _readings(stage: Stage, assembly: Assembly) -> dict[str, MixedText]:

@@ -282,7 +282,9 @@ class StageRun:
         if self.stage.measures_losses:
             scores |= self._losses(self.scorer.batches(rows), functools.partial(passes_of, view))
         if self.texts is not None and view == WHOLE:
-            scores |= self.texts.scores(self.trainer.step, self._losses)
+            # A routed stage compares a row with its own teacher, and held-out rows name none.
+            losses = None if self.stage.routed else self._losses
+            scores |= self.texts.scores(self.trainer.step, losses)
         return scores
 
     def _losses(self, batches: Iterable[Batch], watch: Watch = tuple) -> Mapping[str, float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import bert, write_config
+from tiny_runs import bert, llama, write_config
 
 from megakd.config.file import load_config
 from megakd.planning.advice import Case, candidates
@@ -114,3 +114,33 @@ def test_a_teacher_that_is_ranked_by_its_score_is_scored_before_it_teaches(tmp_p
     plan = planned(tmp_path, "ab", {"name": "skdbert", "distribution": "teacher_rank"})
 
     assert [phase.name for phase in plan.phases[:3]] == ["a-scored", "b-scored", "student"]
+
+
+@pytest.mark.parametrize("rows", [{}, {"tokens_per_rank": 128}], ids=["rows", "tokens"])
+@pytest.mark.parametrize("loss", ["soft_target_kl", "hidden_mse"])
+def test_teachers_that_share_the_rows_cost_a_step_of_one(tmp_path, rows, loss):
+    task: dict[str, Any] = {"type": "causal_lm", "dataset": "anything", "max_length": 32}
+    model = {"config": {**llama(2, width=16)["config"], "vocab_size": 500}}
+
+    def step(names: str, method: str, **keys: Any) -> Plan:
+        tree = {
+            "output_dir": str(tmp_path / "out"),
+            "task": task | keys,
+            "teachers": [{"model": model, "name": name} for name in names],
+            "student": {"model": model},
+            "method": {"name": method},
+            "objective": [{"loss": "soft_target_kl"}, {"loss": loss}][
+                : 1 + (loss != "soft_target_kl")
+            ],
+            "train": {"per_device_train_batch_size": 4, **rows},
+        }
+        config = load_config(write_config(tmp_path / "run.yaml", tree))
+        return plan_run(config, Cluster(device="cuda", ranks=2), advise=False, traces=TRACES)
+
+    one = step("a", "mean_of_teachers")
+    two = step("ab", "routed", teacher_column="expert")
+    mean = step("ab", "mean_of_teachers")
+
+    assert trained(two)[0].flops == pytest.approx(trained(one)[0].flops, rel=0.05)
+    assert trained(mean)[0].flops > 1.3 * trained(one)[0].flops
+    assert one.peak_bytes_per_rank < two.peak_bytes_per_rank < mean.peak_bytes_per_rank

@@ -1,0 +1,170 @@
+"""Micro-batches whose rows name their teachers, with the rows of each teacher as a part.
+
+Shapes: B rows of a micro-batch, T positions; b rows and t positions of a part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from megakd.contract.batch import IGNORE, Batch, Within
+from megakd.contract.routes import teacher_number
+from megakd.data.encoding import documents_of, padded_width
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from megakd.contract.batch_source import BatchSource
+
+
+class RoutedSource:
+    """The batches of a stage, in which `Batch.others` has the part of each teacher.
+
+    Args:
+        source: the batches; rows with a token have `routes`.
+        teachers: names of all teachers of the stage.
+    """
+
+    def __init__(self, source: BatchSource, teachers: Sequence[str]) -> None:
+        self._source = source
+        self._numbers = {name: teacher_number(name) for name in teachers}
+        self.steps_per_epoch = source.steps_per_epoch
+        self.waited_s = source.waited_s
+        """Seconds that the loop has waited for the batches of the source."""
+
+    def iterate(self, start: int, stop: int) -> Generator[Sequence[Batch], None, None]:
+        """Yield the micro-batches of each step, see `BatchSource`."""
+        with closing(self._source.iterate(start, stop)) as steps:
+            for batches in steps:
+                self.waited_s = self._source.waited_s
+                yield [with_parts(batch, self._numbers) for batch in batches]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the source."""
+        return self._source.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state of the source."""
+        self._source.load_state_dict(state)
+
+    def scalars(self) -> Mapping[str, float]:
+        """Return the values that the source logs."""
+        return self._source.scalars()
+
+
+def with_parts(batch: Batch, numbers: Mapping[str, int]) -> Batch:
+    """Return a micro-batch with the part of every teacher in `others`.
+
+    The part of a teacher has the positions of the rows that name this teacher. A teacher without
+    rows has a part with a blank row, so that all ranks ask the same teachers.
+
+    Args:
+        batch: a micro-batch on the CPU; without `routes`, no position is valid.
+        numbers: the number of each teacher.
+    """
+    if batch.second is not None or batch.others:
+        raise TypeError("rows that name their teachers cannot be read with a second vocabulary")
+    routes = None if batch.routes is None else batch.routes.numpy()
+    whole = batch._replace(routes=None)
+    parts = {
+        name: _part(whole, np.zeros(batch.valid.shape, bool) if routes is None else routes == own)
+        for name, own in numbers.items()
+    }
+    return whole._replace(others=parts)
+
+
+class _Places(NamedTuple):
+    """Where the rows of a part are.
+
+    rows: [b] rows of the micro-batch, at least one.
+    positions: [b, t] positions of the flattened micro-batch, each row's own positions first.
+    valid: [b, t] whether a position belongs to the part; others fill the row.
+    """
+
+    rows: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    valid: NDArray[np.bool_]
+
+
+def _places(own: NDArray[np.bool_]) -> _Places:
+    """Return the places of the positions [B, T] of a part; one blank row if there are none."""
+    rows = np.flatnonzero(own.any(axis=1)) if own.any() else np.zeros(1, dtype=np.int64)
+    mine = own[rows]  # [b, T]
+    width = padded_width(int(mine.sum(axis=1).max()), own.shape[1])
+    # In a row of one teacher, the positions after the text are the padding of the row.
+    order = np.argsort(~mine, axis=1, kind="stable")[:, :width]
+    positions = rows[:, None] * own.shape[1] + order
+    return _Places(rows, positions, np.take_along_axis(mine, order, axis=1))
+
+
+def _part(batch: Batch, own: NDArray[np.bool_]) -> Batch:
+    """Return the rows of a micro-batch that have positions in `own` [B, T], on the CPU."""
+    places = _places(own)
+    positions, valid = torch.from_numpy(places.positions), torch.from_numpy(places.valid)
+    rows = torch.from_numpy(places.rows)
+
+    def at(values: torch.Tensor) -> torch.Tensor:
+        return values.flatten()[positions]
+
+    targets, numbers = _targets(batch, places, own)
+    part = Batch(
+        {name: at(values) for name, values in batch.inputs.items()},
+        _labels(batch, rows, positions, own=valid),
+        valid,
+        targets=targets,
+        rows=None if batch.rows is None else _blanked(batch.rows[rows], valid),
+        is_rollout=None if batch.is_rollout is None else at(batch.is_rollout) & valid,
+        within=Within(rows, positions, numbers),
+    )
+    return part if batch.documents is None else _with_documents(part)
+
+
+def _labels(
+    batch: Batch, rows: torch.Tensor, positions: torch.Tensor, *, own: torch.Tensor
+) -> torch.Tensor:
+    """Return the labels of a part, without a label at positions and rows that are not its own."""
+    if batch.labels.dim() == 2:
+        return batch.labels.flatten()[positions].masked_fill(~own, IGNORE)
+    none = float("nan") if batch.labels.is_floating_point() else IGNORE
+    return batch.labels[rows].masked_fill(~own.any(dim=1), none)
+
+
+def _blanked(numbers: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Return [b] numbers of training rows, -1 for a blank row."""
+    return numbers.masked_fill(~own.any(dim=1), -1)
+
+
+def _targets(
+    batch: Batch, places: _Places, own: NDArray[np.bool_]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the predicted positions of a part, and their numbers among those of the batch.
+
+    Both are None if all positions are predicted. Without a predicted position in the part, the
+    first position stands for it, which has no label there.
+    """
+    if batch.targets is None:
+        return None, None
+    targets = batch.targets.numpy()
+    numbers = np.flatnonzero(own.ravel()[targets])
+    place = np.zeros(own.size, dtype=np.int64)
+    flat = places.positions.ravel()[places.valid.ravel()]
+    place[flat] = np.flatnonzero(places.valid.ravel())
+    if not len(numbers):
+        blank = torch.zeros(1, dtype=torch.long)
+        return blank, blank
+    return torch.from_numpy(place[targets[numbers]]), torch.from_numpy(numbers)
+
+
+def _with_documents(part: Batch) -> Batch:
+    """Return packed rows with their documents; the positions that fill a row are one document."""
+    ids = part.inputs["position_ids"]
+    before = part.valid.sum(dim=1, keepdim=True)
+    filled = torch.arange(ids.shape[1]) - before
+    positions = torch.where(part.valid, ids, filled)
+    inputs = {**part.inputs, "position_ids": positions}
+    return part._replace(inputs=inputs, documents=documents_of(positions.numpy()))

@@ -1,0 +1,71 @@
+"""Routed teachers: every training row names the teacher that it learns from.
+
+For one student and one expert per domain. The loss of a row is the row's loss with its own teacher,
+and a step divides the sum over the rows of all teachers by the counts of all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic.dataclasses import dataclass
+
+from megakd.contract.methods import MethodOptions
+from megakd.contract.terms import STRICT
+from megakd.methods.pools import soft_objective, taught
+
+if TYPE_CHECKING:
+    from megakd.contract.lab import Lab
+    from megakd.contract.stage import StageResult
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class RoutedConfig(MethodOptions):
+    """Every row learns from the teacher that it names, in a column or by its source."""
+
+    learns_from_rollouts: ClassVar[bool] = True
+    learns_adapters: ClassVar[bool] = True
+    routes_rows: ClassVar[bool] = True
+    name: Literal["routed"]
+
+    def problems(self, config: Any) -> Iterator[str]:
+        """Yield a line if there is no choice of teachers, or a teacher does not fit its rows."""
+        specs = config.teacher_specs
+        if len(specs) == 1:
+            yield (
+                f"teachers: {next(iter(specs))} is the only teacher, and the rows of method "
+                f'"{self.name}" name one of several; list further teachers, or set method.name to '
+                '"single"'
+            )
+        for name, spec in specs.items():
+            key = config.key_of(name)
+            if spec.finetune is not None:
+                yield (
+                    f"{key}.finetune: trains on the rows of all teachers, and with method "
+                    f'"{self.name}" a teacher knows its own rows; give a finished model, and '
+                    "remove the key"
+                )
+            if spec.cache is not None:
+                yield (
+                    f"{key}.cache: holds answers to all training rows, and with method "
+                    f'"{self.name}" a teacher is asked about its own rows; remove the key'
+                )
+
+
+def run(config: RoutedConfig, lab: Lab) -> StageResult:
+    """Train with one pass per teacher over its rows, and a single forward of the student."""
+    from megakd.contract.stage import Constant, Pass, Stage
+
+    names, rows = lab.teachers(), lab.rows_of_teachers()
+    stage = Stage(
+        name="student",
+        teachers=names,
+        objective=soft_objective(lab),
+        strategy=Constant(tuple(Pass(teacher=name) for name in names)),
+        rollouts=lab.config.rollout,
+        routed=True,
+    )
+    total = sum(rows.values())
+    shares = {name: rows[name] / total for name in names}
+    return taught(lab, stage, weights=shares, how=config.name, rows=rows)

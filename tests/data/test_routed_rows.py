@@ -1,0 +1,182 @@
+"""Rows that name their teachers, from files to micro-batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from packed import unpack
+from tiny_runs import SENTENCES, save_tokenizer, write_jsonl
+from transformers import AutoTokenizer
+
+from megakd.config.task import MixtureSource, TaskConfig
+from megakd.contract.batch import Batch
+from megakd.contract.routes import ROUTE, teacher_number
+from megakd.data.encoding import Collator, Encoded, encode_splits
+from megakd.data.masking import task_masking
+from megakd.data.packing import PackedRow
+from megakd.data.rollout_rows import Prompts
+from megakd.data.splits import Splits, load_splits
+from megakd.data.step_layout import StepLayout, StepShape, collate_step
+from megakd.errors import DataError
+
+NAMES = ("math", "code")
+MATH, CODE = map(teacher_number, NAMES)
+
+
+def texts(count: int = 30) -> list[dict[str, Any]]:
+    return [
+        {
+            "text": f"{SENTENCES[n % 4]} {n} " * (1 + n % 3),
+            "expert": NAMES[n % 3 == 0],
+            "label": n % 2,
+        }
+        for n in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = [row["text"] for row in texts()]
+    return AutoTokenizer.from_pretrained(save_tokenizer(folder, words, kind="wordpiece"))
+
+
+def splits_of(folder: Path, rows: list[dict[str, Any]] | None = None, **keys: Any) -> Splits:
+    data = write_jsonl(folder / "train.jsonl", texts() if rows is None else rows)
+    held = write_jsonl(folder / "held.jsonl", [{"text": "the cat", "label": 0}])
+    files = {"train_files": str(data), "validation_files": str(held), "teacher_column": "expert"}
+    return load_splits(TaskConfig(**{**files, **keys}), seed=0, cache_dir=folder / "cache")
+
+
+def encoded(folder: Path, tokenizer: Any, rows: list[dict[str, Any]] | None = None, **keys: Any):
+    splits = splits_of(folder, rows, **keys)
+    task = TaskConfig(**{"dataset": "none", "max_length": 16, **keys})
+    made: Encoded = encode_splits(splits, tokenizer, task, cache_dir=folder / "cache")
+    return made, task
+
+
+def test_only_training_rows_have_teachers(tmp_path):
+    splits = splits_of(tmp_path, type="classification", max_length=16)
+
+    assert Counter(splits.train[ROUTE]) == {"math": 20, "code": 10}
+    assert ROUTE not in splits.validation.column_names
+    assert splits.train[0]["place"] == "train.jsonl, line 1"
+
+
+def test_rows_cut_for_validation_lose_their_teacher(tmp_path):
+    splits = splits_of(tmp_path, type="causal_lm", validation_files=None)
+
+    assert set(splits.validation.column_names) == {"text"}
+    assert ROUTE in splits.train.column_names
+
+
+def test_every_packed_row_has_the_documents_of_one_teacher(tmp_path, tokenizer):
+    made, _ = encoded(tmp_path, tokenizer, type="causal_lm")
+
+    for number, name in ((MATH, "math"), (CODE, "code")):
+        own = [row for row in made.train if row[ROUTE] == number]
+        parts = [PackedRow(*(np.array(row[key]) for key in PackedRow._fields)) for row in own]
+        found = [tokenizer.decode(ids, skip_special_tokens=True) for ids in unpack(parts)]
+        plain = [tokenizer(row["text"])["input_ids"] for row in texts() if row["expert"] == name]
+        assert found == [tokenizer.decode(ids, skip_special_tokens=True) for ids in plain]
+    assert {row[ROUTE] for row in made.train} == {MATH, CODE}
+
+
+def test_windows_of_a_text_have_the_teacher_of_the_text(tmp_path, tokenizer):
+    made, task = encoded(tmp_path, tokenizer, type="mlm")
+    assert len(made.train) > len(texts())
+    collate, masking = Collator(tokenizer, task), task_masking(tokenizer, task)
+    assert masking is not None
+
+    batch = collate(made.train.with_format("arrow")[:], dummy_rows=1)
+    masked = masking(batch, torch.arange(len(made.train)).numpy(), seed=0, draw=0)
+
+    assert masked.routes is not None
+    found = masked.routes.amax(1).tolist()
+    assert found == [*made.train[ROUTE], 0]
+    assert (masked.routes > 0).equal(masked.valid)
+
+
+def test_another_teacher_of_a_row_is_another_data_set(tmp_path, tokenizer):
+    rows = texts()
+    changed = [*rows[:-1], {**rows[-1], "expert": "code"}]
+    assert changed != rows
+
+    made = [
+        encoded(tmp_path / name, tokenizer, given, type="classification")[0]
+        for name, given in {"a": rows, "b": changed}.items()
+    ]
+
+    assert made[0].content_hash != made[1].content_hash
+    assert made[0].train["label"] == made[1].train["label"]
+    assert made[0].train[ROUTE][:-1] == made[1].train[ROUTE][:-1]
+
+
+def steps(rows: Any, task: TaskConfig, tokenizer: Any, budget: int | None) -> list[Batch]:
+    layout = StepLayout(StepShape(len(rows), 1), budget)
+    return list(collate_step(rows.with_format("arrow")[:], layout, Collator(tokenizer, task)))
+
+
+def test_packed_micro_batches_keep_the_teacher_of_every_token(tmp_path, tokenizer):
+    rows = [
+        {"prompt": f"say {n}", "completion": f" {SENTENCES[n % 4]}", "expert": NAMES[n % 2]}
+        for n in range(8)
+    ]
+    held = str(write_jsonl(tmp_path / "more.jsonl", rows[:2]))
+    made, task = encoded(tmp_path, tokenizer, rows, type="causal_lm", validation_files=held)
+
+    def tokens(batches: list[Batch]) -> Counter:
+        found: Counter = Counter()
+        for batch in batches:
+            assert batch.routes is not None
+            at = batch.valid
+            ids = batch.inputs["input_ids"][at].tolist()
+            found.update(zip(ids, batch.routes[at].tolist(), strict=True))
+            assert not batch.routes[~at].any()
+        return found
+
+    padded = tokens(steps(made.train, task, tokenizer, None))
+    assert padded == tokens(steps(made.train, task, tokenizer, 40))
+    wanted: Counter = Counter()
+    for row in made.train:
+        wanted.update((token, row[ROUTE]) for token in row["input_ids"])
+    assert padded == wanted
+
+
+def test_a_prompt_keeps_its_teacher(tmp_path, tokenizer):
+    rows = [{"prompt": f"say {n}", "completion": " yes", "expert": NAMES[n % 2]} for n in range(4)]
+    held = str(write_jsonl(tmp_path / "more.jsonl", rows[:2]))
+    made, _ = encoded(tmp_path, tokenizer, rows, type="causal_lm", validation_files=held)
+
+    prompts = Prompts(made.train, prompt_tokens=None)
+
+    assert [prompts.route(row) for row in range(4)] == [MATH, CODE, MATH, CODE]
+    assert [prompts.row(row).route for row in range(4)] == [MATH, CODE, MATH, CODE]
+    assert Prompts(made.validation, prompt_tokens=None).row(0).route is None
+
+
+def test_a_column_that_one_source_lacks_is_named(tmp_path):
+    rows = [{"prompt": "a", "completion": "b", "expert": "math"}] * 4
+    bare = [{"prompt": "c", "completion": "d"}] * 4
+    files = {
+        name: str(write_jsonl(tmp_path / f"{name}.jsonl", given))
+        for name, given in {"named": rows, "bare": bare}.items()
+    }
+    parts = {name: MixtureSource(files=path, weight=1.0) for name, path in files.items()}
+    task = TaskConfig(type="causal_lm", mixture=parts, teacher_column="expert")
+
+    with pytest.raises(DataError, match=r"bare\.jsonl: column 'expert' \(task\.teacher_column\)"):
+        load_splits(task, seed=0, cache_dir=tmp_path / "cache")
+
+
+def test_numbers_of_teachers_differ_and_are_not_the_padding():
+    numbers = {teacher_number(f"expert-{n}") for n in range(1000)}
+
+    assert len(numbers) == 1000
+    assert min(numbers) > 0
+    assert max(numbers) <= 2**48

@@ -1,0 +1,215 @@
+"""Language models: conversations, packed text and generated texts learn from their teachers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from one_rank import OneRank
+from routed_bench import furthest, taught_by
+from served_models import Transformer
+from server_stubs import Stub, serving
+from tiny_runs import SENTENCES, config_tree, llama, write_config, write_jsonl
+from whole_run import finish, read
+
+EXPERTS = ("sums", "talk")
+SOFT = [{"loss": "soft_target_kl"}, {"loss": "hard_cross_entropy", "weight": 0.1}]
+ROLLOUT = {"max_new_tokens": 5, "mix": {"rollout": 0.5, "replay": 0.2, "data": 0.3}}
+
+
+def rows() -> list[dict[str, Any]]:
+    """Prompts with answers; the first two of three name sums, the third names talk."""
+    sums = [
+        {"prompt": f"{n} + {n % 3} =", "completion": f" {n + n % 3}", "expert": "sums"}
+        for n in range(20)
+    ]
+    talk = [
+        {"prompt": f"say {n}", "completion": f" {SENTENCES[n % 4]}", "expert": "talk"}
+        for n in range(10)
+    ]
+    return [row for n in range(10) for row in (sums[2 * n], sums[2 * n + 1], talk[n])]
+
+
+class Bench:
+    """Two small decoders that were trained on different rows, and runs of a student."""
+
+    def __init__(self, one_rank: OneRank, folder: Path) -> None:
+        self.one_rank, self.folder = one_rank, folder
+        self.data = write_jsonl(folder / "rows.jsonl", rows())
+        self.held = write_jsonl(folder / "held.jsonl", rows()[:6])
+        for name in EXPERTS:
+            own = [row for row in rows() if row["expert"] == name]
+            write_jsonl(folder / f"{name}.jsonl", own)
+            write_jsonl(
+                folder / f"{name}-texts.jsonl",
+                [{"text": f"{r['prompt']}{r['completion']}", "expert": name} for r in own],
+            )
+        for number, name in enumerate(EXPERTS):
+            known = {"tokenizer": {"type": "bpe", "vocab_size": 300}} if number == 0 else {}
+            self.finish(
+                name,
+                task=known,
+                teachers=[],
+                student={"model": llama(2, initializer_range=0.3)},
+                method={"name": "finetune"},
+                objective=[{"loss": "hard_cross_entropy"}],
+                seed=number,
+            )
+
+    @property
+    def task(self) -> dict[str, Any]:
+        return {
+            "type": "causal_lm",
+            "train_files": str(self.data),
+            "validation_files": str(self.held),
+            "tokenizer": str(self.folder / "sums" / "final"),
+            "max_length": 24,
+        }
+
+    def teachers(self, *names: str) -> list[dict[str, Any]]:
+        """Teachers by name; `a:b` is a teacher named a with the weights of b."""
+        pairs = [(name.split(":") * 2)[:2] for name in names]
+        return [{"name": a, "model": str(self.folder / b / "final")} for a, b in pairs]
+
+    def config(self, out: str, task: dict[str, Any] | None = None, **sections: Any) -> Path:
+        given: dict[str, Any] = {
+            "teachers": self.teachers(*EXPERTS),
+            "method": {"name": "routed"},
+            "objective": SOFT,
+        }
+        keys = {k: v for k, v in (self.task | (task or {})).items() if v is not None}
+        tree = config_tree(self.folder / out, keys, **{**given, **sections})
+        # Adam would turn rounding of tiny gradients into whole steps.
+        usual = {"per_device_train_batch_size": 6, "max_steps": 5, "adam_epsilon": 0.01}
+        tree["train"] |= usual | sections.get("train", {})
+        return write_config(self.folder / f"{out}.yaml", tree)
+
+    def finish(self, out: str, **keys: Any) -> Path:
+        finish(self.one_rank, self.config(out, **keys))
+        return self.folder / out
+
+
+@pytest.fixture(scope="module")
+def bench(one_rank, tmp_path_factory) -> Bench:
+    return Bench(one_rank, tmp_path_factory.mktemp("routed-texts"))
+
+
+COLUMN = {"teacher_column": "expert"}
+CASES: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "tokens": {"train": {"tokens_per_rank": 40}},
+    "rollouts": {"rollout": {**ROLLOUT, "mix_per": "row"}},
+    "packed-rollouts": {
+        "rollout": {**ROLLOUT, "mix_per": "row"},
+        "train": {"tokens_per_rank": 40},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["padded", "tokens", pytest.param("rollouts", marks=pytest.mark.slow), "packed-rollouts"],
+)
+def test_two_names_of_one_teacher_teach_as_this_teacher_alone(bench, case):
+    alone = bench.finish(
+        f"alone-{case}",
+        teachers=bench.teachers("talk"),
+        method={"name": "single", "teacher": "talk"},
+        **CASES[case],
+    )
+
+    twice = bench.finish(
+        f"twice-{case}", task=COLUMN, teachers=bench.teachers("sums:talk", "talk"), **CASES[case]
+    )
+
+    other = bench.finish(f"other-{case}", task=COLUMN, **CASES[case])
+    assert furthest(twice, alone) < 2e-6
+    assert furthest(other, alone) > 1e-4
+
+
+def test_texts_are_evaluated_without_a_teacher(bench):
+    """Held-out rows name no teacher, so generated texts are only counted and compared."""
+    generation = {"max_new_tokens": 4, "rows": 4, "match": "exact"}
+
+    out = bench.finish("generated", task=COLUMN, eval={"eval_steps": 5, "generation": generation})
+
+    metrics = read(out)["stages"][0]["metrics"]
+    assert {"text_tokens", "match"} <= metrics.keys()
+    assert not [name for name in metrics if "soft_target" in name]
+
+
+def test_the_student_without_its_adapters_may_be_one_of_the_teachers(bench):
+    base = str(bench.folder / "sums" / "final")
+    student = {"student": {"model": base, "lora": {"r": 2}}}
+    other = bench.teachers("talk")
+
+    given = bench.finish("lora", task=COLUMN, teachers=[*bench.teachers("sums"), *other], **student)
+    own = bench.finish(
+        "base", task=COLUMN, teachers=[{"name": "sums", "model": "student_base"}, *other], **student
+    )
+
+    assert furthest(own, given) < 2e-6
+
+
+def sources(bench: Bench, **teachers: str | None) -> dict[str, Any]:
+    """A task with a file of each expert, whose rows learn from the given teacher."""
+    parts = {
+        name: {"files": str(bench.folder / f"{name}.jsonl"), "weight": weight}
+        | ({} if teachers[name] is None else {"teacher": teachers[name]})
+        for name, weight in {"sums": 2.0, "talk": 1.0}.items()
+    }
+    return {"train_files": None, "mixture": parts}
+
+
+def test_a_source_of_a_mixture_names_its_teacher_once(bench):
+    given = bench.finish("sources", task=sources(bench, sums="sums", talk="talk"))
+    read_from = bench.finish("columns", task=sources(bench, sums=None, talk=None) | COLUMN)
+    mixed = bench.finish("both", task=sources(bench, sums=None, talk="talk") | COLUMN)
+
+    swapped = bench.finish("swapped", task=sources(bench, sums="talk", talk="sums"))
+
+    assert {name: entry["rows"] for name, entry in taught_by(given).items()} == {
+        "sums": 20,
+        "talk": 10,
+    }
+    assert furthest(given, read_from) == 0
+    assert furthest(given, mixed) == 0
+    assert furthest(given, swapped) > 1e-4
+
+
+@pytest.mark.parametrize("train", [{}, {"tokens_per_rank": 80}], ids=["rows", "tokens"])
+def test_packed_documents_learn_from_their_teachers(bench, train):
+    texts = [str(bench.folder / f"{name}-texts.jsonl") for name in EXPERTS]
+    task = {"train_files": texts, "validation_files": None, "max_length": 32}
+
+    out = bench.finish(f"packed-{len(train)}", task=task | COLUMN, train=train)
+
+    # Some texts are held out.
+    counts = {name: entry["rows"] for name, entry in taught_by(out).items()}
+    assert 18 <= counts["sums"] <= 20
+    assert 8 <= counts["talk"] <= 10
+    assert len(read(out)["pool"]["teachers"]) == 2
+
+
+def test_served_teachers_are_asked_about_their_own_rows_alone(bench):
+    """With all tokens but one, the remaining probability is that of the last token."""
+    objective = [{"loss": "soft_target_kl"}]
+    wanted = bench.finish("engines", task=COLUMN, objective=objective)
+    folders = {name: bench.folder / name / "final" for name in EXPERTS}
+    size = json.loads((folders["sums"] / "config.json").read_text())["vocab_size"]
+    stubs = {n: Stub("vllm", name=n, model=Transformer(f)) for n, f in folders.items()}
+    with serving(*stubs.values()) as urls:
+        teachers = [
+            {**spec, "server": {"url": [url], "model": spec["name"], "top_k": size - 1}}
+            for spec, url in zip(bench.teachers(*EXPERTS), urls, strict=True)
+        ]
+        out = bench.finish("served", task=COLUMN, objective=objective, teachers=teachers)
+
+    assert furthest(out, wanted) < 2e-5
+    asked = {name: len(stub.of("/v1/completions")) for name, stub in stubs.items()}
+    # One epoch: 20 rows name sums and 10 name talk; both servers get the same requests as a check.
+    assert asked["sums"] - asked["talk"] == 10
+    assert asked["talk"] < 30
+    assert read(out)["pool"]["distribution"] == "routed"

@@ -1,0 +1,89 @@
+"""Two experts, rows that name one of them, and runs of a student that learns from both."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from one_rank import OneRank, Said
+from safetensors.torch import load_file
+from tiny_runs import bert, config_tree, review, write_config, write_jsonl, write_reviews
+from whole_run import finish, read
+
+STEPS, ROWS = 6, 40
+EXPERTS = ("math", "code")
+
+
+def rows(count: int = ROWS) -> list[dict[str, Any]]:
+    """Labelled rows; of three rows in turn, two name math and one names code."""
+    rng = random.Random(5)
+    return [
+        {
+            "text": f"{review(rng, good=number % 2 == 0)} n{number}",
+            "label": ("positive", "negative")[number % 2],
+            "expert": EXPERTS[number % 3 == 2],
+        }
+        for number in range(count)
+    ]
+
+
+class RoutedBench:
+    """Two classifiers that know different things, and runs that learn from them."""
+
+    def __init__(self, one_rank: OneRank, folder: Path) -> None:
+        self.one_rank, self.folder = one_rank, folder
+        self.data = write_reviews(folder / "reviews")
+        write_jsonl(self.data / "train.jsonl", rows())
+        for number, name in enumerate(EXPERTS):
+            tree = config_tree(
+                folder / name,
+                {"type": "classification", "dataset": str(self.data)},
+                student={"model": bert(2, width=16)},
+                seed=number,
+            )
+            tree["train"] |= {"per_device_train_batch_size": 8, "max_steps": 8}
+            finish(one_rank, write_config(folder / f"{name}.yaml", tree))
+
+    def teachers(self, *names: str) -> list[dict[str, Any]]:
+        """Teachers by name; `a:b` is a teacher named a with the weights of b."""
+        pairs = [(name.split(":") * 2)[:2] for name in names]
+        return [{"name": a, "model": str(self.folder / b / "final")} for a, b in pairs]
+
+    def config(self, out: str, *, task: dict[str, Any] | None = None, **sections: Any) -> Path:
+        usual = {"type": "classification", "dataset": str(self.data)}
+        named = {"teacher_column": "expert", **(task or {})}
+        given: dict[str, Any] = {"teachers": self.teachers(*EXPERTS), "method": {"name": "routed"}}
+        kept = {key: value for key, value in (usual | named).items() if value is not None}
+        tree = config_tree(self.folder / out, kept, **{**given, **sections})
+        steps = {"per_device_train_batch_size": 8, "max_steps": STEPS}
+        tree["train"] |= steps | sections.get("train", {})
+        return write_config(self.folder / f"{out}.yaml", tree)
+
+    def run(self, out: str, **sections: Any) -> Path:
+        finish(self.one_rank, self.config(out, **sections))
+        return self.folder / out
+
+    def refused(self, **sections: Any) -> Said:
+        said = self.one_rank.train("--config", self.config("refused", **sections))
+        assert said.code == 2, (said.out, said.err)
+        assert not said.loaded
+        return said
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """The weights of the finished student."""
+    return load_file(out / "final" / "model.safetensors")
+
+
+def furthest(one: Path, other: Path) -> float:
+    """The largest difference between the weights of two students."""
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    return max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
+
+
+def taught_by(out: Path) -> dict[str, dict[str, Any]]:
+    """The rows of the pool in the report, by the name of the teacher."""
+    return {entry["name"]: entry for entry in read(out)["pool"]["teachers"]}
