@@ -21,19 +21,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from given_data import is_incomplete
 from launching import ROOT, RunFailedError, launched, write_config
 from legs import Leg, run_side_by_side
 from machine import markdown_row, mean_and_deviation, print_row
 from options import integers
-from stories_tokenizer import write_tokenizer
+from stories_case import (
+    MODEL,
+    PARTS,
+    STORIES,
+    stories_teacher,
+    tokenizer,
+    write_stories_tokenizer,
+)
 from summary import aligned
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-STORIES = Path("lm/tinystories_sample/tinystories_1000.json")
-MODEL = Path("weights/stories260K")
 HELD_OUT, LENGTH = 60, 128
 CACHES = {
     "top_64": "cache_top_k=64",
@@ -47,10 +53,8 @@ VARIANTS = ("full", *CACHES)
 def main(arguments: Sequence[str]) -> int:
     """Write the caches, run what has not finished, and print the table."""
     given = parse(arguments)
-    for path in (given.data / STORIES, given.data / MODEL):
-        if not path.exists():
-            print(f"cache_draws: error: {path} does not exist", file=sys.stderr)
-            return 1
+    if is_incomplete("cache_draws", (given.data / part for part in PARTS)):
+        return 1
     prepare(given)
     write_caches(given)
     legs = {name: [leg(given, name, seed) for seed in given.seeds] for name in VARIANTS}
@@ -64,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def prepare(given: argparse.Namespace) -> None:
     """Write the tokenizer, the stories in two splits, and the config that the variants change."""
-    write_tokenizer(given.data / MODEL / "tok512.bin", given.out / "tokenizer")
+    write_stories_tokenizer(given.data, given.out)
     stories = json.loads((given.data / STORIES).read_text(encoding="utf-8"))
     splits = {"validation": stories[:HELD_OUT], "train": stories[HELD_OUT:][: given.stories]}
     (given.out / "stories").mkdir(exist_ok=True)
@@ -82,9 +86,9 @@ def config(given: argparse.Namespace) -> dict[str, Any]:
             "type": "causal_lm",
             "dataset": str(given.out / "stories"),
             "max_length": LENGTH,
-            "tokenizer": str(given.out / "tokenizer"),
+            "tokenizer": str(tokenizer(given.out)),
         },
-        "teacher": {"model": str(given.data / MODEL / "hf"), "deepspeed": "teacher_zero0"},
+        "teacher": stories_teacher(given.data),
         "student": {"model": "from_teacher", "layers": 3, "deepspeed": "zero0"},
         "method": {"name": "single"},
         "objective": [{"loss": "soft_target_kl"}],
@@ -140,7 +144,7 @@ def score(given: argparse.Namespace, own: Leg) -> float:
     return divergence(
         given.data / MODEL / "hf",
         own.output / "final",
-        given.out / "tokenizer",
+        tokenizer(given.out),
         [json.loads(line)["text"] for line in texts],
     )
 

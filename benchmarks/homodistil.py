@@ -22,7 +22,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from homodistil_cases import (
     BOOKS,
@@ -85,13 +85,17 @@ def needed(given: argparse.Namespace) -> list[Path]:
 def write_configs(given: argparse.Namespace) -> None:
     """The text, and the configs that the runs override."""
     write_text(given.data, given.out / "text", given.sizes)
-    trees = {
+    write_leg_configs(given.out, trees(given))
+
+
+def trees(given: argparse.Namespace) -> dict[str, Any]:
+    """Return the configs that the runs override, by name."""
+    return {
         SHORT: short_config(given.out, given),
         TEACHER: teacher_config(given.out, given),
         "prune": pruning_config(given.out, given),
         **{f"task-{name}": task_config(name, given.out, given) for name in given.tasks},
     }
-    write_leg_configs(given.out, trees)
 
 
 def teach(given: argparse.Namespace) -> None:

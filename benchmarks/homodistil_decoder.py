@@ -18,19 +18,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from given_data import is_incomplete
 from homodistil_summary import largest_jump
 from launching import ROOT, write_config
 from legs import Leg, report_of
 from machine import markdown_row, mean_and_deviation, print_row
 from options import integers
-from stories_tokenizer import write_tokenizer
+from stories_case import PARTS, TRAIN, stories_task, stories_teacher, write_stories_tokenizer
 from summary import aligned
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-STORIES = Path("lm/tinystories_sample/tinystories_1000.json")
-MODEL = Path("weights/stories260K")
 RUNS = {
     "cubic": ("baselines=[random, alone]",),
     "one_shot": ("method.schedule=one_shot", "method.pruning_start=20"),
@@ -46,11 +45,9 @@ Rows = dict[str, list[tuple[float, float | None]]]
 def main(arguments: Sequence[str]) -> int:
     """Runs what has not finished, and prints the table."""
     given = parse(arguments)
-    for path in (given.data / STORIES, given.data / MODEL):
-        if not path.exists():
-            print(f"homodistil_decoder: error: {path} does not exist", file=sys.stderr)
-            return 1
-    write_tokenizer(given.data / MODEL / "tok512.bin", given.out / "tokenizer")
+    if is_incomplete("homodistil_decoder", (given.data / part for part in PARTS)):
+        return 1
+    write_stories_tokenizer(given.data, given.out)
     write_config(given.out / "run.yaml", config(given))
     reports = {
         (name, seed): report_of(leg(given, name, seed), ranks=1)
@@ -66,23 +63,11 @@ def config(given: argparse.Namespace) -> dict[str, Any]:
     steps = given.steps
     return {
         "output_dir": str(given.out / "run"),
-        "task": {
-            "type": "causal_lm",
-            "dataset": str(given.data / STORIES),
-            "text_columns": ["text"],
-            "max_length": 256,
-            "tokenizer": str(given.out / "tokenizer"),
-            "max_eval_examples": 16,
-        },
-        "teacher": {"model": str(given.data / MODEL / "hf"), "deepspeed": "teacher_zero0"},
+        "task": stories_task(given.data, given.out),
+        "teacher": stories_teacher(given.data),
         "student": {"model": "from_teacher", "deepspeed": "zero2"},
         "method": {"name": "homodistil", "target_width": 32, "round_to": 4, "cuts": 4},
-        "train": {
-            "per_device_train_batch_size": 4,
-            "max_steps": steps,
-            "learning_rate": 3e-3,
-            "warmup_ratio": 0.02,
-        },
+        "train": {**TRAIN, "max_steps": steps},
         "eval": {"eval_steps": max(1, steps // 40), "keep_best": False},
     }
 

@@ -24,7 +24,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from homodistil_cases import BOOKS, QUICK, TASKS, write_text
 from launching import ROOT
@@ -117,12 +117,16 @@ def make_teacher(given: argparse.Namespace) -> None:
 
 def write_configs(given: argparse.Namespace) -> None:
     """Write the configs that the runs override."""
-    trees = {
+    write_leg_configs(given.out, trees(given))
+
+
+def trees(given: argparse.Namespace) -> dict[str, Any]:
+    """Return the configs that the runs override, by name."""
+    return {
         STUDENTS: students_config(given),
         LARGE: large_config(given),
         **{f"task-{name}": own_task_config(name, given) for name in given.tasks},
     }
-    write_leg_configs(given.out, trees)
 
 
 def learn(given: argparse.Namespace) -> None:

@@ -1,0 +1,291 @@
+"""Does each method help? Every method against its controls, seed by seed, and the page of results.
+
+`python benchmarks/evidence.py --data ../shared/data [--only skdbert,minidisc] [--quick]`, on the
+CPU, two cells side by side. Teachers and the caches of their answers are made once per setting and
+seed; every cell has a folder below `--out`, is gone on with where it was, and is done once. Results
+are stored in docs/evidence/ as they come; `--page` draws docs/evidence.md from them and runs
+nothing. `--collect` stores the finished runs of the benchmarks that train their arms themselves,
+such as `shrink.py`, draws the page and runs nothing. `--quick` runs one setting with two seeds and
+short trainings, about 20 minutes, and stores its results below `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import platform
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evidence_cells import (
+    STORED,
+    Basis,
+    Cell,
+    Stored,
+    StoredCellError,
+    read_stored,
+    stored_path,
+    with_cells,
+    write_stored,
+)
+from evidence_comparisons import COMPARISONS
+from evidence_legs import collect
+from evidence_others import COLLECTED
+from evidence_page import draw
+from evidence_run import Bench, Planned, cached, digest, place_of, run_cell, taught
+from evidence_settings import SETTINGS, Setting
+from launching import ROOT, SHARED, RunFailedError, fetch_teacher
+from machine import machine
+from options import integers, words_of
+
+from megakd.errors import MegakdError
+from megakd.storage.atomic import replaced_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+GIGABYTE = 10**9
+TEACHER_SPACE, CELL_SPACE = 0.1 * GIGABYTE, 1.0 * GIGABYTE
+"""Of a finished teacher with its answers, and of a running cell with its checkpoints."""
+QUICK_SETTING, QUICK_SEEDS, QUICK_SHRUNK = "clinc150-few", (1, 2), 8
+SAME_COST = 0.1
+"""An arm whose cost differs by less from that of the reference arm has the same cost."""
+
+
+class UnusableError(Exception):
+    """The benchmark cannot run here."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run what has not finished, store it, and draw the page."""
+    given = parse(arguments)
+    try:
+        if given.collect:
+            collect(given.stored, given.data, given.collect)
+        elif not given.page:
+            run(given)
+        if not given.quick:
+            draw(given.stored, given.stored.parent / "evidence.md")
+    except (UnusableError, StoredCellError, RunFailedError, MegakdError) as error:
+        print(f"evidence: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(given: argparse.Namespace) -> None:
+    """Run the chosen comparisons in their settings."""
+    places = list(chosen(given))
+    check_data(given.data, [setting for _, setting, _ in places])
+    check_space(given.out, places, given.jobs)
+    bench = Bench(
+        data=given.data.resolve(),
+        out=given.out.resolve(),
+        encoder=str(encoder_in(given.out.resolve())),
+        shrunk=QUICK_SHRUNK if given.quick else 1,
+    )
+    for setting in {setting.name: setting for _, setting, _ in places}.values():
+        setting.write_splits(bench.data, bench.folder(setting) / "data")
+    for name, setting, seeds in places:
+        stored = _opened(given.stored, name, setting, bench)
+        for seed in seeds:
+            stored = run_seed(given, bench, stored, seed)
+
+
+def encoder_in(out: Path) -> Path:
+    """Return the folder of the pretrained encoder, which is copied next to the runs."""
+    found = out / "encoder"
+    if not found.is_dir():
+        with replaced_folder(found) as folder:
+            shutil.copytree(ROOT / fetch_teacher(), folder, dirs_exist_ok=True)
+    return found
+
+
+def chosen(given: argparse.Namespace) -> Iterator[tuple[str, Setting, Sequence[int]]]:
+    """Yield the comparisons, settings and seeds that were asked for."""
+    for name in given.only:
+        for setting, seeds in COMPARISONS[name].seeds.items():
+            if setting in given.settings:
+                yield name, SETTINGS[setting], given.seeds or seeds
+
+
+def check_data(data: Path, settings: Sequence[Setting]) -> None:
+    """Raise UnusableError unless the data folder has all files of the settings."""
+    for setting in settings:
+        for file in setting.needs:
+            if not (data / file).is_file():
+                raise UnusableError(
+                    f"the setting {setting.name} needs {file}, which is not in {data}; name the "
+                    "folder with --data, or leave the setting out with --settings"
+                )
+
+
+def check_space(out: Path, places: Sequence[tuple[str, Setting, Sequence[int]]], jobs: int) -> None:
+    """Raise UnusableError unless the disk has room for teachers, caches and running cells."""
+    teachers = {
+        (setting.name, teacher, seed)
+        for name, setting, seeds in places
+        for teacher in COMPARISONS[name].teachers
+        for seed in seeds
+    }
+    needed = len(teachers) * TEACHER_SPACE + jobs * CELL_SPACE
+    out.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise UnusableError(
+            f"{out} has {free / GIGABYTE:.1f} GB free; {len(teachers)} teachers with their caches "
+            f"and {jobs} running cells need {needed / GIGABYTE:.1f} GB; name another folder with "
+            "--out, or choose fewer comparisons with --only"
+        )
+
+
+def _opened(folder: Path, name: str, setting: Setting, bench: Bench) -> Stored:
+    """Return what is stored of a comparison in a setting, or a new record."""
+    settings, found = digest(name, setting, bench), COMPARISONS[name]
+    path = stored_path(folder, name, setting.name)
+    if path.is_file():
+        return read_stored(path, settings=settings)
+    return Stored(
+        comparison=name,
+        setting=setting.name,
+        settings=settings,
+        start=found.start,
+        metric="accuracy",
+        machine=machine(),
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes."""
+    import torch
+    import transformers
+
+    import megakd
+
+    found = {module.__name__: module.__version__ for module in (megakd, torch, transformers)}
+    return {"python": platform.python_version(), **found}
+
+
+def run_seed(given: argparse.Namespace, bench: Bench, stored: Stored, seed: int) -> Stored:
+    """Run the teachers, the caches and all cells of a seed; store every result as it comes."""
+    setting, comparison = SETTINGS[stored.setting], COMPARISONS[stored.comparison]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        gates = list(pool.map(lambda name: taught(bench, setting, name, seed), comparison.teachers))
+    others = [gate for gate in stored.teachers if gate.seed != seed]
+    stored = dataclasses.replace(stored, teachers=(*others, *gates))
+    if comparison.cached:
+        cached(bench, setting, comparison.teachers, seed)
+    for basis in ("steps", "cost"):
+        for is_after in (False, True):
+            arms = [a for a, arm in comparison.arms.items() if (arm.after is not None) is is_after]
+            stored = _run_arms(given, bench, stored, seed, arms, basis)
+    return stored
+
+
+def _run_arms(
+    given: argparse.Namespace,
+    bench: Bench,
+    stored: Stored,
+    seed: int,
+    arms: Sequence[str],
+    basis: Basis,
+) -> Stored:
+    comparison = COMPARISONS[stored.comparison]
+    cells = [planned(bench, stored, arm, seed, basis) for arm in arms]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        waiting = [pool.submit(run_cell, bench, comparison, c) for c in cells if c is not None]
+        for done in as_completed(waiting):
+            cell = dataclasses.replace(done.result(), basis=basis)
+            stored = with_cells(stored, [cell])
+            write_stored(given.stored, stored)
+            print(f"{stored.setting} {line(cell)}", flush=True)
+    return stored
+
+
+def line(cell: Cell) -> str:
+    """Return a cell as one line."""
+    divergence = "-" if cell.divergence is None else f"{cell.divergence:.4f}"
+    return (
+        f"{cell.arm} seed {cell.seed}, equal {cell.basis}: {cell.score:.2f}, KL {divergence}, "
+        f"{cell.steps} steps, {cell.cpu_seconds:.0f} s"
+    )
+
+
+def planned(bench: Bench, stored: Stored, arm: str, seed: int, basis: Basis) -> Planned | None:
+    """Return the cell of an arm and seed; None where an equal cost is not possible.
+
+    A cell at equal cost has as many steps as make the training as long as that of the reference
+    arm, both measured with the first stored seed at equal steps. What is trained before the
+    student, such as a selector, is paid first. The reference arm itself has no such cell.
+    """
+    setting, comparison = SETTINGS[stored.setting], COMPARISONS[stored.comparison]
+    steps, folder = bench.steps(setting.student, comparison.arms[arm].steps), "steps"
+    if basis == "cost":
+        share = cost_share(stored, arm, comparison.reference_of(arm))
+        if share is None:
+            return None
+        # With a share of 1, the cell at equal steps is the cell at equal cost.
+        steps, folder = max(2, round(share * steps)), "steps" if share == 1 else "cost"
+    name = f"{arm}-{seed}-{folder}".replace(", ", "-").replace(" ", "_")
+    return Planned(
+        name=arm,
+        seed=seed,
+        basis=basis,
+        steps=steps,
+        place=place_of(
+            bench, setting, seed, {a: stored.of(a)[seed].details for a in _with_seed(stored, seed)}
+        ),
+        folder=bench.folder(setting) / stored.comparison / name,
+    )
+
+
+def _with_seed(stored: Stored, seed: int) -> list[str]:
+    return [arm for arm in stored.arms() if seed in stored.of(arm)]
+
+
+def cost_share(stored: Stored, arm: str, reference: str) -> float | None:
+    """Return the share of an arm's steps that costs as much as the reference arm.
+
+    None for the reference arm, and for an arm that costs too much before the student's first step.
+    1 for an arm of nearly the same cost.
+    """
+    seeds = sorted(stored.of(arm).keys() & stored.of(reference).keys())
+    if arm == reference or not seeds:
+        return None
+    ours, theirs = stored.of(arm)[seeds[0]], stored.of(reference)[seeds[0]]
+    if abs(ours.cpu_seconds / theirs.cpu_seconds - 1) < SAME_COST:
+        return 1.0
+    fixed = ours.details.get("fixed_cpu_seconds", 0.0)
+    share = (theirs.cpu_seconds - fixed) / (ours.cpu_seconds - fixed)
+    return share if share > SAME_COST else None
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options."""
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--data", type=Path, default=ROOT / SHARED)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/bench/evidence")
+    parser.add_argument("--stored", type=Path, help="folder of the results; docs/evidence")
+    parser.add_argument("--only", type=words_of(COMPARISONS), default=list(COMPARISONS))
+    parser.add_argument("--settings", type=words_of(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--seeds", type=integers, help="separated by commas")
+    parser.add_argument("--jobs", type=int, default=2, help="cells side by side")
+    parser.add_argument("--quick", action="store_true", help="a subset of about 20 minutes")
+    collected = {"nargs": "?", "const": list(COLLECTED), "type": words_of(COLLECTED)}
+    words = "store the finished runs of other benchmarks and run nothing; default: all of them"
+    parser.add_argument("--collect", **collected, help=words)
+    parser.add_argument("--page", action="store_true", help="draw the page and run nothing")
+    given = parser.parse_args(arguments)
+    if given.quick:
+        given.out, given.settings = given.out / "quick", [QUICK_SETTING]
+        given.seeds = given.seeds or list(QUICK_SEEDS)
+    given.stored = given.stored or (given.out / "stored" if given.quick else STORED)
+    return given
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

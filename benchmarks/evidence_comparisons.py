@@ -1,0 +1,320 @@
+"""The comparisons of the evidence: a published method, and the controls that it has to beat.
+
+Every arm trains the same student on the same rows with the same optimizer steps. Arms of one group,
+such as a temperature, are compared with the reference arm of their group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from evidence_settings import Setting
+
+Config = dict[str, Any]
+
+
+class Place(NamedTuple):
+    """What the config of an arm refers to.
+
+    models: folders of the teachers of the seed.
+    caches: folders with the answers of these teachers.
+    details: of a finished cell of the seed, by arm.
+    """
+
+    setting: Setting
+    models: Mapping[str, str]
+    caches: Mapping[str, str]
+    details: Callable[[str], Mapping[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One arm of a comparison.
+
+    config: sections of the run config that replace those of the setting.
+    steps: the optimizer steps of the run, as a share of the setting's steps for a student.
+    after: arm whose cell of the same seed is read.
+    """
+
+    config: Callable[[Place], Config]
+    steps: float = 1.0
+    after: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A method against its controls, as the page shows them.
+
+    reference: arm of the paper's method. plain: plain distillation from the best teacher; labels:
+        the student without a teacher; both without their group, None where no such arm exists.
+    arms: by name, in the order of the page.
+    """
+
+    title: str
+    page: str
+    reference: str
+    plain: str | None
+    labels: str | None
+    arms: Mapping[str, object]
+
+    def reference_of(self, arm: str) -> str:
+        """Return the reference arm of an arm's group; that of the first group without a group."""
+        return self._in_group(self.reference, arm)
+
+    def _in_group(self, name: str, arm: str) -> str:
+        group = arm.partition(GROUP)[2]
+        found = f"{name}{GROUP}{group}"
+        return found if found in self.arms else next(a for a in self.arms if named(a) == name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(Comparison):
+    """A comparison whose arms are trained by `evidence.py`.
+
+    seeds: by setting. teachers: those that the arms need. start: of the student.
+    cached: whether the teachers' answers are kept on disk.
+    """
+
+    plain: str
+    labels: str
+    start: str
+    seeds: Mapping[str, tuple[int, ...]]
+    teachers: tuple[str, ...]
+    arms: Mapping[str, Arm]
+    cached: bool = False
+
+    def plain_of(self, arm: str) -> str:
+        """Return the plain distillation of an arm's group."""
+        return self._in_group(self.plain, arm)
+
+
+GROUP = ", "
+BEST = "six"
+
+
+def named(arm: str) -> str:
+    """Return an arm's name without its group."""
+    return arm.partition(GROUP)[0]
+
+
+def grouped(group: str, arms: Mapping[str, Arm]) -> dict[str, Arm]:
+    """Return the arms with the name of their group."""
+    return {f"{name}{GROUP}{group}": arm for name, arm in arms.items()}
+
+
+def _student(place: Place) -> Config:
+    layers = list(place.setting.student_layers)
+    return {"student": {"model": place.models[BEST], "deepspeed": "zero0", "layers": layers}}
+
+
+def labels_alone(place: Place) -> Config:
+    """Return the sections of a student that learns from the labels without a teacher."""
+    return {**_student(place), "method": {"name": "finetune"}}
+
+
+def _soft(temperature: float, **keys: Any) -> list[Config]:
+    return [{"loss": "soft_target_kl", "temperature": temperature, **keys}]
+
+
+def _teachers(place: Place, names: tuple[str, ...], *, cached: bool = True) -> list[Config]:
+    return [
+        {"name": name, "model": place.models[name], "deepspeed": "teacher_zero0"}
+        | ({"cache": place.caches[name]} if cached else {})
+        for name in names
+    ]
+
+
+POOL = ("one", "two", "four", "six")
+CHAIN = ("six", "four")
+
+
+def _pool_arm(temperature: float, **keys: Any) -> Arm:
+    objective = keys.pop("objective", None) or _soft(temperature)
+
+    def config(place: Place) -> Config:
+        sections = {"teachers": _teachers(place, POOL), "method": keys, "objective": objective}
+        return {**_student(place), **sections}
+
+    return Arm(config=config)
+
+
+def _chain(temperature: float) -> Arm:
+    """TAKD: the teacher of four layers learns from that of six; then it teaches the student."""
+
+    def config(place: Place) -> Config:
+        teachers = _teachers(place, CHAIN, cached=False)
+        learning = place.setting.teacher.train()
+        teachers[1]["finetune"] = learning | {"max_steps": place.setting.teacher.steps // 4}
+        method = {"name": "takd", "order": list(CHAIN)}
+        return {
+            **_student(place),
+            "teachers": teachers,
+            "method": method,
+            "objective": _soft(temperature),
+        }
+
+    return Arm(config=config)
+
+
+def pool_arms(temperature: float) -> dict[str, Arm]:
+    """Return SKDBERT and its baselines at one temperature."""
+    weighed = _soft(temperature, row_weight="teacher_loss")
+    return {
+        "uniform": _pool_arm(temperature, name="skdbert"),
+        "teacher rank": _pool_arm(temperature, name="skdbert", distribution="teacher_rank"),
+        "student rank": _pool_arm(temperature, name="skdbert", distribution="student_rank"),
+        "mean": _pool_arm(temperature, name="mean_of_teachers"),
+        "mt-bert": _pool_arm(temperature, name="mt_bert", objective=weighed),
+        "takd": _chain(temperature),
+        "best teacher": _pool_arm(temperature, name="single", teacher=BEST),
+    }
+
+
+KINDS = ("hard_cross_entropy", "soft_target_kl", "hidden_mse", "relation_fsp")
+
+
+def _kinds(place: Place, objective: list[Config] | None = None, **method: Any) -> Config:
+    teacher = {"model": place.models[BEST], "deepspeed": "teacher_zero0"}
+    sections = {"teacher": teacher, "method": method}
+    return {**_student(place), **sections, **({"objective": objective} if objective else {})}
+
+
+def _kinds_arm(objective: list[Config] | None = None, **method: Any) -> Arm:
+    return Arm(config=lambda place: _kinds(place, objective, **method))
+
+
+def _selector(**options: Any) -> Arm:
+    method = {"name": "knowledge_selection", "episodes": 3, "episode_steps": 100, **options}
+    return _kinds_arm(None, **method)
+
+
+def _fixed(place: Place) -> Config:
+    """The mean weights of the learned selector of the same seed, at every step."""
+    weights = place.details("soft")
+    objective = [{"loss": kind, "weight": round(weights[kind], 4)} for kind in KINDS]
+    return _kinds(place, objective, name="knowledge_selection", policy="all")
+
+
+def _policy(policy: str) -> Arm:
+    return _kinds_arm(None, name="knowledge_selection", policy=policy)
+
+
+SELECTION_ARMS = {
+    "soft": _selector(),
+    "hard": _selector(action="hard"),
+    "all kinds": _policy("all"),
+    "fixed mean weights": Arm(config=_fixed, after="soft"),
+    "random soft": _policy("random_soft"),
+    "random hard": _policy("random_hard"),
+    **{f"only {kind}": _kinds_arm([{"loss": kind}], name="single") for kind in KINDS},
+    "restraint 0": _selector(restraint=0),
+    "restraint 0.002": _selector(restraint=0.002),
+    "phases of 1": _selector(phase_steps=1),
+    "no exploration": _selector(exploration=0),
+    "labels": Arm(config=labels_alone),
+}
+
+
+def _cut(place: Place, sparsity: float, method: Config, objective: list[Config] | None) -> Config:
+    options = {"target_sparsity": sparsity, **method}
+    return {
+        "teacher": {"model": place.models[BEST], "deepspeed": "teacher_zero0"},
+        "student": {"model": "from_teacher", "deepspeed": "zero0"},
+        "method": options,
+        **({"objective": objective} if objective else {}),
+    }
+
+
+GRID = (0.5, 0.7, 0.85)
+TRIALS = 2
+"""MiniDisc's target learns in two trials: each has half of the setting's steps."""
+
+
+def _assistants(sparsity: float, objective: list[Config] | None = None, **method: Any) -> Arm:
+    has_trials = method["name"] != "direct"
+    options = {"sparsities": [*GRID, sparsity], **method}
+
+    def config(place: Place) -> Config:
+        return _cut(place, sparsity, options, objective)
+
+    return Arm(config=config, steps=1 / TRIALS if has_trials else 1.0)
+
+
+def assistant_arms(sparsity: float) -> dict[str, Arm]:
+    """Return MiniDisc and its controls at one sparsity."""
+    return {
+        "minidisc": _assistants(sparsity, name="minidisc"),
+        "target barred": _assistants(sparsity, name="minidisc", target_may_win=False),
+        "lambda 0": _assistants(sparsity, name="minidisc", tradeoff=0.0),
+        "lambda 0.4": _assistants(sparsity, name="minidisc", tradeoff=0.4),
+        "direct": _assistants(sparsity, name="direct"),
+        "labels": _assistants(sparsity, [{"loss": "hard_cross_entropy"}], name="direct"),
+    }
+
+
+MAXIDISC = {"maxidisc": _assistants(0.95, name="maxidisc")}
+"""Every assistant is trained, which takes several times as long: at one sparsity alone."""
+
+
+def variant_arms(sparsity: float) -> dict[str, Arm]:
+    """Return changed second trials of MiniDisc at one sparsity."""
+    options = {
+        "both teach": {"teaches": "both"},
+        "split teachers": {"teaches": "split"},
+        "target alone": {"alone": True},
+        "one schedule": {"one_schedule": True},
+        "all three": {"one_schedule": True, "teaches": "both", "alone": True},
+    }
+    name = "evidence_variants:Variant"
+    return {arm: _assistants(sparsity, name=name, **keys) for arm, keys in options.items()}
+
+
+THREE, FIVE = (1, 2, 3), (1, 2, 3, 4, 5)
+
+COMPARISONS = {
+    "skdbert": Trained(
+        title="SKDBERT: a teacher drawn at every step",
+        page="pools.md",
+        start="layers 2 and 5 of the best teacher",
+        reference="uniform",
+        plain="best teacher",
+        labels="labels",
+        seeds={"clinc150-few": FIVE, "banking77": THREE, "sst2-few": THREE},
+        teachers=POOL,
+        cached=True,
+        arms={
+            **grouped("T 1", pool_arms(1.0)),
+            **grouped("T 4", pool_arms(4.0)),
+            "labels": Arm(config=labels_alone),
+        },
+    ),
+    "selection": Trained(
+        title="Knowledge selection: learned weights of the kinds of knowledge",
+        page="selection.md",
+        start="layers 2 and 5 of the best teacher",
+        reference="soft",
+        plain="only soft_target_kl",
+        labels="labels",
+        seeds={"clinc150-few": FIVE, "banking77": THREE},
+        teachers=(BEST,),
+        arms=SELECTION_ARMS,
+    ),
+    "minidisc": Trained(
+        title="MiniDisc: an assistant chosen in one trial",
+        page="minidisc.md",
+        start="cut out of the sorted teacher",
+        reference="minidisc",
+        plain="direct",
+        labels="labels",
+        seeds={"clinc150-few": THREE, "banking77": THREE},
+        teachers=(BEST,),
+        arms={
+            **grouped("0.9", assistant_arms(0.9)),
+            **grouped("0.95", assistant_arms(0.95) | MAXIDISC),
+            **grouped("0.97", assistant_arms(0.97) | variant_arms(0.97)),
+        },
+    ),
+}

@@ -1,0 +1,39 @@
+"""Numbers of the evidence that are read from the report and the log of a run."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+
+def selected(output: Path) -> dict[str, float]:
+    """Return the mean weight of each kind of knowledge over the student's steps.
+
+    Empty if no kinds were selected.
+
+    Args:
+        output: folder of the run.
+    """
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    logged: dict[str, list[float]] = {}
+    for key, value in (item for r in records if r["stage"] == "student" for item in r.items()):
+        if key.startswith("select/"):
+            logged.setdefault(key.removeprefix("select/"), []).append(value)
+    return {kind: sum(values) / len(values) for kind, values in logged.items()}
+
+
+def teacher_steps(report: Mapping[str, Any]) -> int:
+    """Return the steps in which a teacher answered, counted once per teacher.
+
+    The steps of pilots and selectors are included.
+    """
+    taught = [stage for stage in report["stages"] if report["teacher"] is not None]
+    others = sum(stage["steps"] for stage in taught if stage["name"] != "student")
+    if report["pool"] is not None:
+        return others + sum(one["steps"] for one in report["pool"]["teachers"])
+    return others + sum(stage["steps"] for stage in taught if stage["name"] == "student")

@@ -1,0 +1,265 @@
+"""Runs the teachers and the cells of the evidence: each has a folder of its own, and is done once.
+
+A finished cell keeps its report, log and result; its models and checkpoints are removed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evidence_cells import VERSION, Cell, TeacherGate
+from evidence_comparisons import BEST, COMPARISONS, Arm, Place, Trained
+from evidence_reports import selected, teacher_steps
+from evidence_scores import score_student, score_teacher
+from evidence_settings import EVALUATIONS, Config, Learning, Setting
+from launching import ROOT, RunFailedError, launch_command, quickstart, write_config
+
+TEACHER_EVALUATIONS = 6
+SCALED = ("student", "direct", "trial-", "assistant-")
+"""Names, or beginnings, of stages whose steps follow train.max_steps."""
+REMOVED = ("checkpoints", "stages", "final", "tensorboard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Where the evidence runs. shrunk: divides all steps, for a first look."""
+
+    data: Path
+    out: Path
+    encoder: str
+    shrunk: int = 1
+
+    def folder(self, setting: Setting) -> Path:
+        """Return the folder of a setting."""
+        return self.out / setting.name
+
+    def steps(self, learning: Learning, share: float = 1.0) -> int:
+        """Return the optimizer steps of a share of a model's training."""
+        return max(2, round(learning.steps * share / self.shrunk))
+
+
+def digest(comparison: str, setting: Setting, bench: Bench) -> str:
+    """Return a digest of everything that the cells of a comparison in a setting depend on."""
+    found = COMPARISONS[comparison]
+    place = Place(
+        setting,
+        models={name: f"teacher-{name}" for name in setting.pool},
+        caches={name: f"cache-{name}" for name in setting.pool},
+        details=_StandIn,
+    )
+    arms = {name: [arm.config(place), arm.steps] for name, arm in found.arms.items()}
+    facts = [VERSION, comparison, setting.facts(), arms, bench.shrunk]
+    text = json.dumps(facts, sort_keys=True, default=dataclasses.asdict)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _StandIn(dict[str, float]):
+    """The details of a cell that has not run: 1 for every name."""
+
+    def __init__(self, arm: str) -> None:
+        super().__init__({arm: 1.0})
+
+    def __missing__(self, key: str) -> float:
+        return 1.0
+
+
+def taught(bench: Bench, setting: Setting, name: str, seed: int) -> TeacherGate:
+    """Train a teacher of a seed, unless that is done; return its scores.
+
+    The folder then has `final/`, and `answers.npz` with its logits for the test rows.
+    """
+    folder = bench.folder(setting) / "teachers" / f"{name}-{seed}"
+    sections = {
+        "student": {"model": bench.encoder, "deepspeed": "zero0", "layers": setting.pool[name]},
+        "method": {"name": "finetune"},
+        "train": setting.teacher.train() | {"max_steps": bench.steps(setting.teacher)},
+    }
+    stored = folder / "gate.json"
+    config = run_config(bench, setting, seed, sections, evaluations=TEACHER_EVALUATIONS)
+    if not is_done(stored, config):
+        report = run_once(folder, config)
+        scores = [100 * score for score in evaluations(folder, report["metric_name"])]
+        final = score_teacher(folder, bench.folder(setting) / "data/test.csv", setting.max_length)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        gate = TeacherGate(teacher=name, seed=seed, scores=tuple(scores), final=final)
+        write_done(stored, config, dataclasses.asdict(gate))
+    tree = read_done(stored)
+    return TeacherGate(**tree | {"scores": tuple(tree["scores"])})
+
+
+def cached(bench: Bench, setting: Setting, names: tuple[str, ...], seed: int) -> None:
+    """Write the answers of the teachers of a seed to all training rows, unless that is done."""
+    place = place_of(bench, setting, seed, {})
+    folder = bench.folder(setting) / "caches" / str(seed)
+    teachers = [{"name": n, "model": place.models[n], "cache": place.caches[n]} for n in names]
+    sections = {
+        "student": {"model": bench.encoder, "layers": list(setting.student_layers)},
+        "teachers": teachers,
+        "method": {"name": "mean_of_teachers"},
+        "train": setting.student.train(),
+    }
+    config = run_config(bench, setting, seed, sections, evaluations=1)
+    if not is_done(folder / "caches.json", config):
+        start(folder, config, program="cache_teacher")
+        write_done(folder / "caches.json", config, {})
+
+
+def place_of(
+    bench: Bench, setting: Setting, seed: int, finished: Mapping[str, Mapping[str, float]]
+) -> Place:
+    """Return the folders of a seed. finished: details of finished cells by arm."""
+    folder = bench.folder(setting)
+    return Place(
+        setting,
+        models={n: str(folder / "teachers" / f"{n}-{seed}" / "final") for n in setting.pool},
+        caches={n: str(folder / "caches" / str(seed) / n) for n in setting.pool},
+        details=finished.__getitem__,
+    )
+
+
+def run_cell(bench: Bench, comparison: Trained, cell: Planned) -> Cell:
+    """Run a cell, unless that is done, and return its result."""
+    folder = cell.folder
+    stored = folder / "cell.json"
+    sections = cell.arm_of(comparison).config(cell.place)
+    train = cell.place.setting.student.train() | {"max_steps": cell.steps}
+    config = run_config(
+        bench, cell.place.setting, cell.seed, {**sections, "train": train}, evaluations=EVALUATIONS
+    )
+    if not is_done(stored, config):
+        report = run_once(folder, config)
+        result = _result(bench, cell, report)
+        for name in REMOVED:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        write_done(stored, config, dataclasses.asdict(result))
+    return Cell(**read_done(stored))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A cell that is to be run. steps: train.max_steps."""
+
+    name: str
+    seed: int
+    basis: Any
+    steps: int
+    place: Place
+    folder: Path
+
+    def arm_of(self, comparison: Trained) -> Arm:
+        """Return the arm of the cell."""
+        return comparison.arms[self.name]
+
+
+def run_config(
+    bench: Bench, setting: Setting, seed: int, sections: Config, *, evaluations: int
+) -> Config:
+    """Return the run config of a setting with sections of its own, without the output folder."""
+    every = max(1, sections["train"]["max_steps"] // evaluations)
+    return {
+        "task": setting.task(bench.folder(setting) / "data"),
+        "seed": seed,
+        **sections,
+        "eval": {"eval_steps": every, "per_device_eval_batch_size": 100},
+        "save": {"save_steps": 10 * sections["train"]["max_steps"]},
+        "log": {"logging_steps": 50, "report_to": []},
+    }
+
+
+def run_once(folder: Path, config: Config) -> dict[str, Any]:
+    """Run a config in its folder and return the report.
+
+    Raises:
+        RunFailedError: the command failed, or ended without a report.
+    """
+    start(folder, config, program="train")
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def start(folder: Path, config: Config, *, program: str) -> None:
+    """Run a command of `launch/` on one rank; output and times go to files of the folder.
+
+    Raises:
+        RunFailedError: the command failed.
+    """
+    path = write_config(folder / "evidence.yaml", {"output_dir": str(folder), **config})
+    command = launch_command(program, path, 1, [])
+    paths = [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    plugins = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = os.environ | quickstart().ENVIRONMENT | plugins
+    began = time.perf_counter()
+    with (folder / "output.txt").open("a", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = {"cpu": usage.ru_utime + usage.ru_stime, "wall": time.perf_counter() - began}
+    (folder / "process.json").write_text(json.dumps(seconds), encoding="utf-8")
+    if process.returncode != 0:
+        raise RunFailedError(f"{path}: exit code {process.returncode}; see {folder}/output.txt")
+
+
+def _result(bench: Bench, cell: Planned, report: Mapping[str, Any]) -> Cell:
+    setting, stages = cell.place.setting, report["stages"]
+    process = json.loads((cell.folder / "process.json").read_text(encoding="utf-8"))
+    busy = process["cpu"] / process["wall"]
+    cpu = {stage["name"]: busy * stage["seconds"] for stage in stages}
+    fixed = sum(seconds for name, seconds in cpu.items() if not name.startswith(SCALED))
+    weights = {k: v for k, v in selected(cell.folder).items() if k != "value"}
+    score, divergence = score_student(
+        cell.folder / "final",
+        Path(cell.place.models[BEST]).parent,
+        bench.folder(setting) / "data/test.csv",
+    )
+    return Cell(
+        arm=cell.name,
+        seed=cell.seed,
+        basis=cell.basis,
+        score=score,
+        divergence=divergence,
+        steps=sum(stage["steps"] for stage in stages if stage["name"].startswith(SCALED)),
+        cpu_seconds=sum(cpu.values()),
+        teacher_rows=teacher_steps(report) * setting.student.rows,
+        details={"fixed_cpu_seconds": fixed, **weights},
+    )
+
+
+def evaluations(folder: Path, metric: str) -> list[float]:
+    """Return the validation scores of the evaluations of a student, in order."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    return [r[f"eval/{metric}"] for r in records if f"eval/{metric}" in r]
+
+
+def is_done(path: Path, config: Config) -> bool:
+    """Return whether a result of the same config is stored."""
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["config"] == _plain(
+        config
+    )
+
+
+def write_done(path: Path, config: Config, result: Mapping[str, Any]) -> None:
+    """Store a result with its config, whole or not at all."""
+    from megakd.storage.atomic import write_text
+
+    write_text(path, json.dumps({"config": _plain(config), "result": result}, indent=1))
+
+
+def read_done(path: Path) -> dict[str, Any]:
+    """Return a stored result."""
+    return json.loads(path.read_text(encoding="utf-8"))["result"]
+
+
+def _plain(config: Config) -> Config:
+    return json.loads(json.dumps(config))

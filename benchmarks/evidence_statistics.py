@@ -1,0 +1,244 @@
+"""Statistics of the evidence: paired differences, their tests, and the pairs that a test needs.
+
+Every arm is compared with its reference arm, seed by seed. The noise of a score is estimated from
+all compared arms of a setting together, as in a randomised block design whose blocks are the seeds
+(Montgomery, Design and Analysis of Experiments, chapter 4): three seeds of one arm alone say little
+about it. The p-values of a family of tests are corrected together after Holm (A simple sequentially
+rejective multiple test procedure, Scandinavian Journal of Statistics 6, 1979), so that the best of
+many arms is not a lucky arm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+from evidence_cells import Basis, Stored, paired
+from scipy.stats import nct, norm
+from scipy.stats import t as student_t
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
+
+Verdict = Literal["better", "worse", "cannot be told"]
+BASES: tuple[Basis, ...] = ("steps", "cost")
+LEVEL, POWER = 0.05, 0.8
+SAME = 1e-9
+"""Differences whose deviation is below this are the same number."""
+
+
+class Unit(NamedTuple):
+    """A unit of scores, the smallest difference that matters, and the decimals that are shown."""
+
+    name: str
+    smallest: float
+    decimals: int
+
+
+POINTS, NATS = Unit("points", 0.5, 2), Unit("nats", 0.01, 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """An arm's score minus that of its reference arm, over the seeds that both have.
+
+    A positive mean says that the arm is better, also where a smaller score is better.
+
+    pairs: number of seeds, at least 1. deviation: of a paired difference, from the noise of all
+        compared arms; low, high, p: Student's 95 % interval and two-sided p-value; NaN where the
+        noise cannot be estimated. adjusted: the p-value after Holm in its family.
+    pairs_needed: pairs at which a test sees the unit's smallest difference; None: not known.
+    """
+
+    arm: str
+    reference: str
+    basis: Basis
+    pairs: int
+    mean: float
+    deviation: float
+    low: float
+    high: float
+    p: float
+    adjusted: float
+    pairs_needed: int | None
+
+    @property
+    def verdict(self) -> Verdict:
+        """The result of the test after Holm's correction."""
+        if not self.adjusted < LEVEL:
+            return "cannot be told"
+        return "better" if self.mean > 0 else "worse"
+
+
+def unit_of(stored: Stored) -> Unit:
+    """Return the unit of the scores: nats where a smaller score is better, else points."""
+    return NATS if stored.lower_is_better else POINTS
+
+
+def differences(
+    stored: Stored, references: Iterable[tuple[str, str]], *, first: Container[str] = ()
+) -> tuple[Difference, ...]:
+    """Return the differences of arms from their references.
+
+    Args:
+        stored: the cells.
+        references: each arm with its reference. An arm is compared on every basis on which the
+            arm has cells; a pair without a common seed is left out.
+        first: arms whose tests are a family of their own for Holm's correction.
+    """
+    pairs = [(arm, reference) for arm, reference in references if arm != reference]
+    noise = noise_of(_scores(stored, pairs))
+    found = [
+        _difference(values, arm=arm, reference=reference, basis=basis, noise=noise)
+        for arm, reference in pairs
+        for basis in BASES
+        if (values := paired(stored, arm, reference, basis=basis))
+    ]
+    found = [dataclasses.replace(o, pairs_needed=_needed(stored, o)) for o in found]
+    # Runs that serve both bases are one test, and count once.
+    tests = {_test_of(stored, one): one.p for one in found}
+    adjusted = dict[tuple[str, Basis], float]()
+    for is_first in (True, False):
+        family = {test: p for test, p in tests.items() if (test[0] in first) is is_first}
+        adjusted |= zip(family, holm([*family.values()]), strict=True)
+    return tuple(
+        dataclasses.replace(one, adjusted=adjusted[_test_of(stored, one)]) for one in found
+    )
+
+
+def _needed(stored: Stored, one: Difference) -> int | None:
+    return pairs_needed(one.deviation, unit_of(stored).smallest)
+
+
+class Noise(NamedTuple):
+    """Deviation of a score beyond the effects of its arm and its seed, with degrees of freedom."""
+
+    deviation: float
+    freedom: int
+
+
+def noise_of(scores: Mapping[tuple[Hashable, int], float]) -> Noise:
+    """Return the residual deviation of scores after the effects of arms and seeds.
+
+    With two arms this is the deviation of the paired differences divided by the root of 2.
+
+    Args:
+        scores: by arm and seed.
+    """
+    if not scores:
+        return Noise(math.nan, 0)
+    arms = list(dict.fromkeys(arm for arm, _ in sorted(scores, key=repr)))
+    seeds = sorted({seed for _, seed in scores})
+    effects = np.zeros((len(scores), len(arms) + len(seeds)))
+    for row, (arm, seed) in enumerate(scores):
+        effects[row, arms.index(arm)] = effects[row, len(arms) + seeds.index(seed)] = 1.0
+    values = np.array([*scores.values()])
+    fitted, _, rank, _ = np.linalg.lstsq(effects, values)
+    freedom = len(values) - int(rank)
+    if freedom == 0:
+        return Noise(math.nan, 0)
+    return Noise(float(np.linalg.norm(values - effects @ fitted)) / math.sqrt(freedom), freedom)
+
+
+def _scores(
+    stored: Stored, pairs: Sequence[tuple[str, str]]
+) -> dict[tuple[tuple[str, Basis], int], float]:
+    """Return the scores of all compared arms and their references, each run once."""
+    compared = dict.fromkeys((arm, basis) for arm, _ in pairs for basis in BASES)
+    compared |= dict.fromkeys((reference, BASES[0]) for _, reference in pairs)
+    is_again = {arm for arm, _ in pairs if has_same_runs(stored, arm)}
+    return {
+        ((arm, basis), seed): cell.score
+        for arm, basis in sorted(compared)
+        if basis == BASES[0] or arm not in is_again
+        for seed, cell in sorted(stored.of(arm, basis).items())
+    }
+
+
+def _test_of(stored: Stored, one: Difference) -> tuple[str, Basis]:
+    is_same = has_same_runs(stored, one.arm)
+    return one.arm, "steps" if is_same else one.basis
+
+
+def has_same_runs(stored: Stored, arm: str) -> bool:
+    """Return whether the cells of an arm at equal cost are its cells at equal steps."""
+    cells = stored.of(arm, "cost").items()
+    return {s: dataclasses.replace(c, basis="steps") for s, c in cells} == stored.of(arm)
+
+
+def _difference(
+    values: Sequence[float], *, arm: str, reference: str, basis: Basis, noise: Noise
+) -> Difference:
+    mean, deviation = statistics.fmean(values), math.sqrt(2) * noise.deviation
+    # Equal differences other than zero give no estimate of the spread; a t-test would be certain.
+    if deviation < SAME < abs(mean):
+        deviation = math.nan
+    error = deviation / math.sqrt(len(values))
+    reach = float(student_t.ppf(1 - LEVEL / 2, noise.freedom)) * error
+    return Difference(
+        arm=arm,
+        reference=reference,
+        basis=basis,
+        pairs=len(values),
+        mean=mean,
+        deviation=deviation,
+        low=mean - reach,
+        high=mean + reach,
+        p=two_sided_p(mean, error, freedom=noise.freedom),
+        adjusted=math.nan,
+        pairs_needed=None,
+    )
+
+
+def two_sided_p(mean: float, error: float, *, freedom: int) -> float:
+    """Return the p-value of Student's t-test of a mean with its standard error; NaN gives NaN."""
+    if error < SAME:
+        return 1.0
+    return 2 * float(student_t.sf(abs(mean) / error, freedom))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return the p-values after Holm's correction, in the given order.
+
+    The j-th smallest of m p-values becomes the largest of min(1, (m - i + 1) p_i), i <= j. NaN is
+    no test: it stays NaN, and m does not count it.
+    """
+    order = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
+    adjusted, largest = [math.nan] * len(p_values), 0.0
+    for rank, (p, place) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        adjusted[place] = largest
+    return adjusted
+
+
+def pairs_needed(deviation: float, difference: float) -> int | None:
+    """Return the pairs at which a two-sided test at 5 % sees a difference with 80 % power.
+
+    The answer is the smallest n >= 2 with P(T > t(0.975, n - 1)) >= 0.8, where T has the
+    noncentral t distribution with n - 1 degrees of freedom and noncentrality
+    sqrt(n) * difference / deviation.
+
+    Args:
+        deviation: standard deviation of the paired differences; NaN gives None.
+        difference: positive, in the unit of the deviation.
+    """
+    if math.isnan(deviation):
+        return None
+    ratio = difference / max(deviation, SAME)
+    # The normal approximation is never above the exact number, and close.
+    normal = ((norm.ppf(1 - LEVEL / 2) + norm.ppf(POWER)) / ratio) ** 2
+    pairs = max(2, math.ceil(normal))
+    while _power(pairs, ratio) < POWER:
+        pairs += 1
+    return pairs
+
+
+def _power(pairs: int, ratio: float) -> float:
+    noncentrality = math.sqrt(pairs) * ratio
+    limit = float(student_t.ppf(1 - LEVEL / 2, pairs - 1))
+    # Far beyond the limit, where SciPy's distribution has no accuracy left.
+    return 1.0 if noncentrality > 20 * limit else float(nct.sf(limit, pairs - 1, noncentrality))

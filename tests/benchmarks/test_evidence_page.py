@@ -1,0 +1,232 @@
+"""The page of the evidence is drawn from its stored cells alone, with the numbers of the cells."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+from evidence_cells import STORED, StoredCellError, write_stored
+from evidence_gates import assess
+from evidence_page import INTRODUCTION, PAGE, draw
+from evidence_pictures import COLOURS, forest_plot
+from evidence_sentences import conclusion
+from stored_cells import RISING, MadeUp, cells, example, stored
+
+ROOT = Path(__file__).resolve().parents[2]
+MADE_UP = {"madeup": MadeUp()}
+NOT_YET = "no cell of the evidence is stored yet"
+
+
+@pytest.fixture
+def docs(tmp_path):
+    """A folder docs/ with stored cells of one comparison in two settings."""
+    folder = tmp_path / "docs"
+    write_stored(folder / "evidence", example())
+    write_stored(folder / "evidence", example(setting="banking77", curve=RISING))
+    return folder
+
+
+def drawn(docs, comparisons=MADE_UP):
+    draw(docs / "evidence", docs / "evidence.md", comparisons)
+    return (docs / "evidence.md").read_text()
+
+
+def unwrapped(page):
+    return " ".join(page.split())
+
+
+def rows_of(page, arm):
+    return [line for line in page.splitlines() if re.match(rf"\| \**{arm}\** \|", line)]
+
+
+def test_the_table_has_the_numbers_computed_by_hand(docs):
+    page = drawn(docs)
+
+    # Residuals of five arms and three seeds: deviation 0.2025 with 8 degrees of freedom, so the
+    # standard error of a mean difference is 0.1653, and 2.306 of these are 0.381.
+    row = rows_of(page, "best teacher")[0]
+    assert row.startswith(
+        "| best teacher | 3 | 79.93 (0.81) | -1.07 (-1.45 to -0.69) | - | <0.001 | worse |"
+    )
+    assert row.endswith("| 0.2500 (0.0000) | 400 | 60 | 25,600 |")
+    assert rows_of(page, "other")[0].startswith(
+        "| other | 3 / 3 | 82.60 (1.10) / 81.00 (0.75) | +1.60 (+1.22 to +1.98) | "
+        "+0.00 (-0.38 to +0.38) | <0.001 / 1.000 | better / cannot be told |"
+    )
+    assert "| 400 / 700 |" in rows_of(page, "other")[0]
+    assert "| <0.001 | worse |" in rows_of(page, "labels")[0]
+    assert "| **method** | 3 | 81.00 (1.00) | reference | reference |" in page
+
+
+def test_the_sentence_says_whether_the_method_helps_and_by_how_much(docs):
+    said = unwrapped(drawn(docs))
+
+    assert (
+        "Compared with `best teacher` at equal steps, `method` **helps** in "
+        "clinc150-few (+1.07 points, 95 % interval +0.69 to +1.45). Differences of the other arms: "
+        "1 in favour of the other arm (`other` in clinc150-few at equal steps, +1.60 points), 1 in "
+        "favour of `method`, 1 that cannot be told from zero."
+    ) in said
+
+
+@pytest.mark.parametrize(
+    ("plain", "words"), [(79.0, "**helps** in"), (81.0, "**does not help** in")]
+)
+def test_a_control_that_is_worse_says_that_the_method_helps(plain, words):
+    method, gains = (80.0, 82.0, 81.0, 80.5), (0.0, 2.1, 0.9, 0.5)
+    again = [score + 0.1 for score in method]
+    found = stored(
+        cells("method", method),
+        cells("best teacher", [plain + gain for gain in gains]),
+        cells("labels", again),
+    )
+    without = dataclasses.replace(MADE_UP["madeup"], labels=None)
+
+    assert words in conclusion([assess(found, without)], "method")
+
+
+def test_a_setting_whose_gate_fails_shows_its_cells_and_its_gate_but_no_verdict(docs):
+    page = drawn(docs)
+
+    failed = page[page.index("### madeup on banking77") :]
+    assert "Teachers have converged: **failed**" in failed
+    assert "+2.00" in failed
+    assert (
+        "**Not compared**, because a gate has failed: all arms (Teachers have converged)." in failed
+    )
+    assert "| best teacher | 3 | 79.93 (0.81) | 0.2500 (0.0000) | 400 | 60 | 25,600 |" in failed
+    assert "verdict" not in failed
+    assert "better" not in failed
+    assert "in clinc150-few" in page
+    assert "in banking77" not in page
+
+
+def test_a_comparison_without_a_setting_that_passes_has_neither_picture_nor_verdict(tmp_path):
+    write_stored(tmp_path / "evidence", example(curve=RISING))
+    old = tmp_path / "images/evidence-madeup.svg"
+    old.parent.mkdir()
+    old.write_text("an old picture")
+    kept = tmp_path / "images/quality.svg"
+    kept.write_text("another picture")
+
+    page = drawn(tmp_path)
+
+    assert "**Not compared**: no setting passes its gates" in page
+    assert "images/" not in page
+    assert not old.exists()
+    assert kept.exists()
+
+
+def test_drawing_twice_gives_the_same_bytes_and_the_order_of_cells_does_not_matter(docs):
+    def files():
+        return {
+            path.name: path.read_bytes() for path in docs.rglob("*.*") if path.suffix != ".json"
+        }
+
+    drawn(docs)
+    first = files()
+    assert set(first) == {"evidence.md", "evidence-madeup.svg"}
+    drawn(docs)
+    assert files() == first
+
+    found = example()
+    write_stored(docs / "evidence", dataclasses.replace(found, cells=found.cells[::-1]))
+    drawn(docs)
+    assert files() == first
+
+
+def test_links_lead_to_files(docs):
+    page = drawn(docs)
+
+    links = re.findall(r"\]\(([^)]+)\)", page.split("## A made-up method")[1])
+    assert {"evidence/madeup-clinc150-few.json", "images/evidence-madeup.svg"} <= set(links)
+    missing = [link for link in links if not (docs / link).is_file() and link != "pools.md"]
+    assert missing == []
+
+
+def test_the_picture_has_a_panel_per_compared_setting_and_a_line_per_arm():
+    nats = example(setting="sst2-few", lower_is_better=True)
+    no_labels = dataclasses.replace(MADE_UP["madeup"], labels=None)
+    drawing = forest_plot([assess(example(), no_labels), assess(nats, no_labels)])
+
+    root = ElementTree.fromstring(drawing)  # noqa: S314 - drawn above
+    texts = ["".join(node.itertext()).strip() for node in root.iter() if node.tag.endswith("}text")]
+    for word in ("clinc150-few", "sst2-few", "other", "labels", "equal cost", "worse"):
+        assert texts.count(word) == 1
+    assert texts.count("points, right is better") == 1
+    assert texts.count("nats, right is better") == 1
+    assert "method" not in texts
+    assert "prefers-color-scheme: dark" in drawing
+    # A colour that is not a variable would be the same on dark pages.
+    assert not re.findall(r"style=\"[^\"]*(#[0-9a-f]{6})", drawing)
+
+
+def test_the_colours_are_those_of_the_report():
+    report = (ROOT / "megakd/reports/templates/report.html.jinja").read_text()
+
+    assert all(f'("{light}", "{dark}")' in report for light, dark in COLOURS.values())
+
+
+def test_notes_are_printed_and_a_key_or_comparison_that_does_not_exist_is_refused(docs):
+    notes = docs / "evidence/notes.yaml"
+    note = {"title": "Another title", "why": "The teacher is weak.", "tried": ["A", "B"]}
+    notes.write_text(yaml.safe_dump({"madeup": {**note, "paper_start": "a pretrained model"}}))
+
+    page = drawn(docs)
+
+    assert "## Another title" in page
+    assert "**Why.** The teacher is weak." in page
+    assert "* A\n* B" in page
+    assert "random weights (**the paper's: a pretrained model**)" in unwrapped(page)
+    for text, names in (
+        ("madeup: {wy: x}", ["madeup", "wy", "why"]),
+        ("other: {}", ["other", "madeup"]),
+        ("- a", ["notes.yaml"]),
+        ("madeup: [", ["notes.yaml"]),
+    ):
+        notes.write_text(text)
+        with pytest.raises(StoredCellError) as refused:
+            drawn(docs)
+        assert all(name in str(refused.value) for name in [str(notes), *names])
+    assert (docs / "evidence.md").read_text() == page
+
+
+def test_cells_of_another_comparison_version_or_file_are_refused_and_the_page_stays(docs):
+    page = drawn(docs)
+    path = docs / "evidence/madeup-clinc150-few.json"
+    good = path.read_text()
+
+    for text, name in (
+        (good.replace('"version": 1', '"version": 9'), "version 9"),
+        (good.replace('"comparison": "madeup"', '"comparison": "gone"'), "gone"),
+        (good.replace('"setting": "clinc150-few"', '"setting": "sst2-few"'), "sst2-few"),
+        (good[:100], "no stored cells"),
+    ):
+        path.write_text(text)
+        with pytest.raises(StoredCellError, match=name) as refused:
+            drawn(docs)
+        assert str(path) in str(refused.value)
+    assert (docs / "evidence.md").read_text() == page
+
+
+def test_a_folder_without_cells_gives_a_page_that_says_so(tmp_path):
+    page = drawn(tmp_path)
+
+    assert page.startswith(INTRODUCTION.read_text().rstrip())
+    assert "No cell is stored yet of `madeup`." in page
+
+
+@pytest.mark.skipif(not list(STORED.glob("*.json")), reason=NOT_YET)
+def test_the_page_in_the_repository_is_that_of_its_stored_cells(tmp_path):
+    # The links of the page depend on where the cells lie.
+    (tmp_path / "evidence").symlink_to(STORED)
+
+    draw(tmp_path / "evidence", tmp_path / "evidence.md")
+
+    assert (tmp_path / "evidence.md").read_text() == PAGE.read_text()
+    names = sorted(path.name for path in (tmp_path / "images").glob("*"))
+    assert names == sorted(path.name for path in (PAGE.parent / "images").glob("evidence-*.svg"))

@@ -1,0 +1,257 @@
+"""The evidence: cells are valid runs, costs are equalised, and problems are said first."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import evidence
+import evidence_run
+import numpy as np
+import pytest
+from evidence_cells import Cell, Stored
+from evidence_comparisons import COMPARISONS, KINDS, named
+from evidence_run import Bench, digest, place_of, run_config
+from evidence_scores import Answered, accuracy, mean_divergence
+from evidence_settings import SETTINGS, Learning, read_table
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_runs import bert, config_tree, write_config, write_reviews
+from whole_run import finish
+
+from megakd.config.file import load_config
+
+FEW = SETTINGS["clinc150-few"]
+
+
+def bench_of(folder: Path) -> Bench:
+    return Bench(data=folder / "data", out=folder / "out", encoder="some/encoder")
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS)
+def test_every_arm_is_a_valid_config_of_the_same_rows_and_optimizer(tmp_path, comparison):
+    bench, found = bench_of(tmp_path), COMPARISONS[comparison]
+    place = place_of(bench, FEW, 1, {"soft": dict.fromkeys(KINDS, 0.4)})
+    configs = []
+    for arm in found.arms.values():
+        sections = {**arm.config(place), "train": FEW.student.train()}
+        tree = run_config(bench, FEW, 1, sections, evaluations=3)
+        path = write_config(tmp_path / "run.yaml", {"output_dir": str(tmp_path / "run"), **tree})
+        configs.append(load_config(path))
+
+    assert len({config.train for config in configs}) == 1
+    assert len({str(config.task) for config in configs}) == 1
+    assert len({str(config.student.model) for config in configs}) == 1
+    assert {config.seed for config in configs} == {1}
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS)
+def test_the_reference_the_plain_and_the_labels_arm_exist(comparison):
+    found = COMPARISONS[comparison]
+    for arm in found.arms:
+        assert named(found.reference_of(arm)) == found.reference
+        assert named(found.plain_of(arm)) == found.plain
+        assert {found.reference_of(arm), found.plain_of(arm)} <= found.arms.keys()
+    assert found.labels in {named(arm) for arm in found.arms}
+    assert found.seeds.keys() <= SETTINGS.keys()
+
+
+def test_an_arm_is_compared_within_its_group():
+    found = COMPARISONS["skdbert"]
+
+    assert found.reference_of("mean, T 4") == "uniform, T 4"
+    assert found.reference_of("labels") == "uniform, T 1"
+
+
+def test_cells_of_another_setting_have_another_digest(tmp_path):
+    bench = bench_of(tmp_path)
+    other = dataclasses.replace(FEW, student=Learning(steps=1, rows=64, rate=1e-3))
+
+    found = {digest("skdbert", setting, bench) for setting in (FEW, other)}
+    found |= {digest("skdbert", FEW, dataclasses.replace(bench, shrunk=8))}
+
+    assert len(found) == 3
+    assert digest("skdbert", FEW, bench_of(tmp_path / "moved")) in found
+
+
+def cell(arm: str, cost: float, *, fixed: float = 0.0, seed: int = 1) -> Cell:
+    return Cell(
+        arm=arm,
+        seed=seed,
+        basis="steps",
+        score=50.0,
+        divergence=None,
+        steps=100,
+        cpu_seconds=cost,
+        teacher_rows=0,
+        details={"fixed_cpu_seconds": fixed},
+    )
+
+
+def stored_of(*cells: Cell) -> Stored:
+    return Stored(
+        comparison="skdbert", setting=FEW.name, settings="x", start="y", metric="z", cells=cells
+    )
+
+
+def test_a_cell_at_equal_cost_takes_the_steps_that_the_reference_pays_for():
+    stored = stored_of(
+        cell("ours", 100), cell("twice", 200), cell("same", 105), cell("first", 150, fixed=50)
+    )
+
+    assert evidence.cost_share(stored, "ours", "ours") is None
+    assert evidence.cost_share(stored, "twice", "ours") == 0.5
+    assert evidence.cost_share(stored, "same", "ours") == 1.0
+    assert evidence.cost_share(stored, "first", "ours") == 0.5
+
+
+def test_an_arm_that_is_too_dear_before_its_first_step_has_no_cell_at_equal_cost():
+    stored = stored_of(cell("ours", 100), cell("dear", 300, fixed=99))
+
+    assert evidence.cost_share(stored, "dear", "ours") is None
+    assert evidence.cost_share(stored, "not yet run", "ours") is None
+
+
+def test_cost_follows_the_first_stored_seed():
+    stored = stored_of(
+        cell("ours", 100, seed=2), cell("other", 400, seed=2), cell("other", 100, seed=1)
+    )
+
+    assert evidence.cost_share(stored, "other", "ours") == 0.25
+
+
+def test_a_missing_data_file_is_named_before_the_first_cell(tmp_path, capsys):
+    words = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--only", "selection"]
+
+    assert evidence.main(words) == 1
+    assert "clinc150/data_full.json" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_before_the_first_cell(tmp_path, capsys, monkeypatch):
+    (tmp_path / "clinc150").mkdir()
+    (tmp_path / "clinc150/data_full.json").write_text("{}")
+    usage = SimpleNamespace(free=10**9)
+    monkeypatch.setattr(evidence.shutil, "disk_usage", lambda _: usage)
+    words = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
+
+    assert evidence.main([*words, "--only", "skdbert", "--settings", "clinc150-few"]) == 1
+    message = capsys.readouterr().err
+    assert "1.0 GB free" in message
+    assert "20 teachers" in message
+
+
+def test_splits_are_disjoint_and_keep_every_row_text(tmp_path):
+    folder = tmp_path / "banking77"
+    folder.mkdir()
+    for name, count in {"train": 1100, "test": 5}.items():
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            rows = ((f'say "{number}",\n twice', "a") for number in range(count))
+            csv.writer(file).writerows([("text", "category"), *rows])
+
+    SETTINGS["banking77"].write_splits(tmp_path, tmp_path / "out")
+
+    found = {
+        split: [
+            text
+            for text, _ in read_table(
+                tmp_path / f"out/{split}.csv", ("text", "label"), delimiter=","
+            )
+        ]
+        for split in ("train", "validation", "test")
+    }
+    assert {split: len(texts) for split, texts in found.items()} == {
+        "train": 100,
+        "validation": 1000,
+        "test": 5,
+    }
+    assert not {*found["train"]} & {*found["validation"]}
+    assert found["test"][3] == 'say "3",\n twice'
+
+
+@given(st.integers(0, 2**16), st.integers(1, 9), st.integers(2, 7))
+def test_the_divergence_is_zero_only_for_equal_answers(seed, rows, classes):
+    random = np.random.default_rng(seed)
+    teacher, student = random.normal(size=(2, rows, classes))
+
+    assert mean_divergence(teacher, teacher + 3.0) == pytest.approx(0, abs=1e-12)
+    assert mean_divergence(teacher, student) > 0
+
+
+def test_the_divergence_is_that_of_the_definition():
+    teacher, student = np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]])
+    expected = 0.5 * np.log(2) + 0.5 * np.log(0.5 / 0.75)
+
+    assert mean_divergence(teacher, student) == pytest.approx(expected)
+
+
+def test_accuracy_compares_names_of_labels_in_the_order_of_the_model():
+    answered = Answered(np.array([[0.0, 1.0], [2.0, 1.0], [0.0, 9.0]]), ["no", "yes"])
+
+    assert accuracy(answered, ["yes", "yes", "yes"]) == pytest.approx(200 / 3)
+
+
+@pytest.fixture(scope="module")
+def sorted_teacher(one_rank, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("variants")
+    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
+    model = bert(2, width=32, num_attention_heads=4)
+    tree = config_tree(folder / "teacher", task, student={"model": model})
+    tree["train"] |= {"per_device_train_batch_size": 8, "max_steps": 20}
+    finish(one_rank, write_config(folder / "teacher.yaml", tree))
+    return folder
+
+
+def variant(one_rank, folder: Path, run: str, **options) -> Path:
+    """Run a variant of MiniDisc with two trials of 4 steps."""
+    task = {"type": "classification", "dataset": str(folder / "reviews")}
+    grid = {"sparsities": [0.25, 0.5, 0.75], "target_sparsity": 0.75, "round_to": 1}
+    tree = config_tree(
+        folder / run,
+        task,
+        teacher={"model": str(folder / "teacher/final")},
+        student={"model": "from_teacher"},
+        method={"name": "evidence_variants:Variant", **grid, **options},
+        eval={"eval_steps": 4},
+        log={"logging_steps": 1},
+    )
+    tree["train"] |= {"per_device_train_batch_size": 8, "max_steps": 4}
+    finish(one_rank, write_config(folder / f"{run}.yaml", tree))
+    return folder / run
+
+
+def rates(out: Path, stage: str) -> list[float]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [
+        r["train/learning_rate"]
+        for r in records
+        if r["stage"] == stage and "train/learning_rate" in r
+    ]
+
+
+def test_a_variant_without_changes_is_the_paper(one_rank, sorted_teacher):
+    ours = variant(one_rank, sorted_teacher, "ours")
+    papers = variant(one_rank, sorted_teacher, "papers", name="minidisc", target_may_win=False)
+
+    texts = [(out / "stages/trial-2/result.json").read_text() for out in (ours, papers)]
+    scores = [json.loads(text)["metrics"] for text in texts]
+    assert scores[0] == scores[1]
+
+
+def test_one_schedule_goes_on_with_the_learning_rate_of_the_first_trial(one_rank, sorted_teacher):
+    out = variant(one_rank, sorted_teacher, "one", one_schedule=True, teaches="split", alone=True)
+
+    first, second = rates(out, "trial-1"), rates(out, "trial-2")
+    assert max(second) < min(first)
+
+
+def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch):
+    config = {"task": {}, "train": {"max_steps": 1}}
+    evidence_run.write_done(tmp_path / "cell.json", config, {"score": 1.0})
+
+    assert evidence_run.is_done(tmp_path / "cell.json", config)
+    assert not evidence_run.is_done(tmp_path / "cell.json", {**config, "seed": 2})
+    assert evidence_run.read_done(tmp_path / "cell.json") == {"score": 1.0}

@@ -1,0 +1,222 @@
+"""The statistics of the evidence agree with SciPy, with examples, and with simulated pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+
+import numpy as np
+import pytest
+from evidence_statistics import NATS, POINTS, differences, holm, noise_of, pairs_needed, unit_of
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import ttest_rel
+from stored_cells import cells, stored
+
+SCORES = st.lists(st.tuples(*[st.integers(0, 1000)] * 3), min_size=2, max_size=8)
+FIVE = (80.0, 82.0, 81.0, 80.5, 81.7)
+
+
+def measured(ours, theirs, **changes):
+    found = stored(cells("a", ours), cells("b", theirs), **changes)
+    return differences(found, [("a", "b"), ("b", "b")])[0]
+
+
+@given(SCORES)
+def test_interval_and_p_are_those_of_the_paired_t_test(rows):
+    ours, theirs = ([row[place] / 7 for row in rows] for place in (0, 1))
+    one = measured(ours, theirs)
+    gaps = [mine - other for mine, other in zip(ours, theirs, strict=True)]
+
+    if len({row[0] - row[1] for row in rows}) == 1:
+        assert one.verdict == "cannot be told"
+        return
+    expected = ttest_rel(ours, theirs)
+    interval = expected.confidence_interval(0.95)
+    assert one.mean == pytest.approx(statistics.fmean(gaps), abs=1e-9)
+    assert one.deviation == pytest.approx(statistics.stdev(gaps))
+    assert (one.low, one.high) == pytest.approx((interval.low, interval.high), abs=1e-9)
+    assert one.p == pytest.approx(expected.pvalue)
+    assert one.adjusted == one.p
+
+
+def test_holm_is_right_on_the_textbook_example():
+    # Four tests at 5 %: 0.005 * 4, 0.01 * 3, 0.03 * 2, and 0.04 takes the larger p before it.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+@given(st.lists(st.floats(0, 1), max_size=12))
+def test_holm_keeps_the_order_and_lies_between_none_and_bonferroni(p_values):
+    adjusted = holm(p_values)
+
+    assert all(
+        p <= new <= min(1, len(p_values) * p) for p, new in zip(p_values, adjusted, strict=True)
+    )
+    ranked = sorted(zip(p_values, adjusted, strict=True))
+    assert [new for _, new in ranked] == sorted(adjusted)
+
+
+def test_a_difference_without_a_test_does_not_weaken_the_others():
+    assert holm([0.02, math.nan, 0.03])[::2] == holm([0.02, 0.03])
+    assert math.isnan(holm([0.02, math.nan])[1])
+
+
+def test_the_verdict_turns_with_the_sign_and_with_a_score_where_less_is_better():
+    up = tuple(score + gain for score, gain in zip(FIVE, (1.0, 1.1, 0.9, 1.2, 1.0), strict=True))
+
+    assert measured(up, FIVE).verdict == "better"
+    assert measured(FIVE, up).verdict == "worse"
+    assert measured(up, FIVE, lower_is_better=True).verdict == "worse"
+    assert measured(FIVE, up, lower_is_better=True).verdict == "better"
+    assert measured(up, FIVE).mean == -measured(FIVE, up).mean
+    assert measured(up, FIVE).low == pytest.approx(-measured(FIVE, up).high)
+
+
+GAINS = (0.2, 1.0, 0.5, 0.9, 0.7)
+
+
+def noisy(count: int):
+    """Return arms whose scores differ from FIVE by noise alone, by name."""
+    rng = np.random.default_rng(3)
+    return {f"other {n}": [x + e for x, e in zip(FIVE, rng.normal(0, 0.3, 5), strict=True)]
+            for n in range(count)}  # fmt: skip
+
+
+def test_many_arms_take_a_verdict_away_that_one_arm_alone_has():
+    arm, others = [x + 0.8 * gain for x, gain in zip(FIVE, GAINS, strict=True)], noisy(40)
+    many = stored(cells("a", arm), cells("b", FIVE), *(cells(n, s) for n, s in others.items()))
+    references = [("a", "b"), *((name, "b") for name in others)]
+
+    alone = differences(many, references, first={"a"})[0]
+    together = differences(many, references)[0]
+
+    assert alone.verdict == "better"
+    assert alone.adjusted == alone.p == together.p
+    assert together.adjusted == pytest.approx(min(1, 41 * together.p))
+    assert together.verdict == "cannot be told"
+    assert (together.low, together.high) == (alone.low, alone.high)
+
+
+def test_the_noise_of_all_arms_narrows_the_interval_of_each():
+    arm, others = [x + gain for x, gain in zip(FIVE[:3], GAINS, strict=False)], noisy(9)
+    found = stored(cells("a", arm), cells("b", FIVE[:3]),
+                   *(cells(name, scores[:3]) for name, scores in others.items()))  # fmt: skip
+
+    alone = differences(found, [("a", "b")])[0]
+    together = differences(found, [("a", "b"), *((name, "b") for name in others)])[0]
+
+    assert together.mean == alone.mean
+    assert together.high - together.low < alone.high - alone.low
+
+
+def test_the_noise_is_that_of_a_two_way_analysis_of_variance():
+    rows = np.random.default_rng(1).normal(size=(4, 3))
+    scores = {(arm, seed): rows[arm, seed] for arm in range(4) for seed in range(3)}
+    residuals = rows - rows.mean(0) - rows.mean(1, keepdims=True) + rows.mean()
+
+    found = noise_of(scores)
+
+    assert found.freedom == 6
+    assert found.deviation == pytest.approx(math.sqrt((residuals**2).sum() / 6))
+
+
+def test_an_arm_with_one_seed_tells_nothing_about_the_noise():
+    rows = np.random.default_rng(1).normal(size=(4, 3))
+    scores = {(arm, seed): rows[arm, seed] for arm in range(4) for seed in range(3)}
+
+    found, more = noise_of(scores), noise_of({**scores, (9, 1): 77.0})
+
+    assert more.freedom == found.freedom
+    assert more.deviation == pytest.approx(found.deviation)
+
+
+def test_without_effects_the_tests_are_right_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(400):
+        seeds = rng.normal(0, 2, size=3)
+        arms = {f"{n}": seeds + rng.normal(0, 0.4, size=3) for n in range(8)}
+        found = differences(stored(*(cells(n, list(x)) for n, x in arms.items())), [("1", "0")])
+        every = differences(
+            stored(*(cells(n, list(x)) for n, x in arms.items())), [(n, "0") for n in arms]
+        )
+        wrong += any(one.verdict != "cannot be told" for one in every)
+        assert found[0].pairs == 3
+    assert wrong / 400 < 0.08
+
+
+def test_both_bases_are_corrected_together_but_the_same_runs_count_once():
+    arm, other = (80.4, 82.9, 81.2, 81.4, 82.0), (80.1, 82.9, 81.2, 81.4, 82.0)
+    steps, again = cells("a", arm), cells("a", arm, basis="cost")
+    changed = cells("a", other, basis="cost")
+
+    once = differences(stored(steps, again, cells("b", FIVE)), [("a", "b")])
+    twice = differences(stored(steps, changed, cells("b", FIVE)), [("a", "b")])
+
+    assert [one.adjusted for one in once] == [once[0].p] * 2
+    assert [one.basis for one in twice] == ["steps", "cost"]
+    assert min(one.adjusted for one in twice) == pytest.approx(2 * min(one.p for one in twice))
+
+
+@given(st.permutations(range(5)), SCORES)
+def test_the_order_of_cells_does_not_matter(order, rows):
+    names = ("a", "b", "c")
+    found = stored(*(cells(n, [row[i] for row in rows]) for i, n in enumerate(names)))
+    keys = [order[place % 5] for place in range(len(found.cells))]
+    shuffled = [cell for _, cell in sorted(zip(keys, found.cells, strict=True), key=lambda p: p[0])]
+    references = [("a", "c"), ("b", "c")]
+
+    again = differences(dataclasses.replace(found, cells=tuple(shuffled)), references)
+
+    # NaN is not equal to itself; texts are.
+    assert repr(again) == repr(differences(found, references))
+
+
+def test_a_pair_alone_or_equal_gains_have_no_test():
+    single, equal = measured((81.0,), (80.0,)), measured((81.0, 82.0), (80.0, 81.0))
+
+    for one in (single, equal):
+        assert one.mean == 1
+        assert all(math.isnan(x) for x in (one.low, one.high, one.p, one.deviation, one.adjusted))
+        assert (one.verdict, one.pairs_needed) == ("cannot be told", None)
+    assert measured(FIVE, FIVE).p == 1
+
+
+def test_arms_without_a_common_seed_and_the_reference_itself_are_left_out():
+    found = stored(cells("a", (1.0,)), cells("b", (2.0,), basis="cost"))
+
+    assert differences(found, [("a", "b"), ("a", "a"), ("missing", "a")]) == ()
+
+
+@pytest.mark.parametrize(("effect", "pairs"), [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)])
+def test_the_pairs_needed_are_those_of_published_tables(effect, pairs):
+    # Paired t-test, 5 % two-sided, 80 % power; effects in standard deviations.
+    assert pairs_needed(1, effect) == pairs
+
+
+def test_the_pairs_needed_see_the_difference_in_four_of_five_simulated_experiments():
+    rng = np.random.default_rng(0)
+    needed = pairs_needed(0.8, 0.5)
+
+    rows = rng.normal(0.5, 0.8, size=(20000, needed))
+    power = np.mean(ttest_rel(rows, np.zeros_like(rows), axis=1).pvalue < 0.05)
+    assert 0.79 < power < 0.83
+
+
+@given(st.floats(1e-6, 100), st.floats(1e-3, 10))
+def test_more_spread_needs_more_pairs_and_only_the_ratio_counts(deviation, difference):
+    needed = pairs_needed(deviation, difference)
+
+    assert needed is not None
+    assert 2 <= needed <= (pairs_needed(2 * deviation, difference) or 0)
+    assert pairs_needed(8 * deviation, 8 * difference) == needed
+
+
+def test_the_smallest_difference_depends_on_the_unit():
+    assert unit_of(stored()) == POINTS
+    assert unit_of(stored(lower_is_better=True)) == NATS
+    ours, theirs = (2.0, 2.1, 2.4), (2.01, 2.13, 2.38)
+    losses = measured(ours, theirs, lower_is_better=True)
+    assert losses.pairs_needed == pairs_needed(losses.deviation, 0.01)
+    assert measured(ours, theirs).pairs_needed == pairs_needed(losses.deviation, 0.5)

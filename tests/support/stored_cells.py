@@ -1,0 +1,66 @@
+"""Made-up cells of the evidence, for the tests of its statistics, gates and page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from evidence_cells import Cell, Stored, TeacherGate
+from evidence_comparisons import GROUP
+
+FLAT = (70.0, 78.0, 80.0, 80.2, 80.1, 80.3)
+RISING = (70.0, 72.0, 74.0, 76.0, 78.0, 80.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeUp:
+    """A comparison in place of a real one; an arm is compared with the reference of its group."""
+
+    arms: tuple[str, ...] = ("method", "best teacher", "labels", "other")
+    title: str = "A made-up method"
+    page: str = "pools.md"
+    reference: str = "method"
+    plain: str | None = "best teacher"
+    labels: str | None = "labels"
+
+    def reference_of(self, arm):
+        group = arm.partition(GROUP)[2]
+        found = f"{self.reference}{GROUP}{group}"
+        return found if group else next(a for a in self.arms if a.startswith(self.reference))
+
+
+def cells(arm, scores, *, basis="steps", **changes):
+    """Return a cell per score, with the seeds 1, 2 and so on."""
+    same = {"divergence": 0.25, "steps": 400, "cpu_seconds": 60.0, "teacher_rows": 25600}
+    return tuple(
+        Cell(arm=arm, seed=seed, basis=basis, score=score, **{**same, **changes})
+        for seed, score in enumerate(scores, 1)
+    )
+
+
+def stored(*found, curve=FLAT, **changes):
+    """Return stored results of cells, with one teacher."""
+    teachers = (
+        () if curve is None else (TeacherGate(teacher="six", seed=1, scores=curve, final=81),)
+    )
+    same = {
+        "comparison": "madeup",
+        "setting": "clinc150-few",
+        "settings": "0123",
+        "start": "random weights",
+        "metric": "accuracy",
+        "teachers": teachers,
+        "cells": tuple(cell for group in found for cell in group),
+    }
+    return Stored(**{**same, **changes})
+
+
+def example(**changes):
+    """Return stored results of the made-up comparison whose gates pass."""
+    return stored(
+        cells("method", (80.0, 82.0, 81.0)),
+        cells("best teacher", (79.0, 80.5, 80.3)),
+        cells("labels", (70.0, 71.8, 71.0)),
+        cells("other", (81.5, 83.7, 82.6)),
+        cells("other", (80.2, 81.7, 81.1), basis="cost", steps=700),
+        **changes,
+    )
