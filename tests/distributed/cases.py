@@ -49,8 +49,11 @@ def joined_shards(student) -> dict:
     return {name: collectives.all_reduce_(both) for name, both in whole.items()}
 
 
-def train(config_path: str, overrides: list[str], steps: int) -> dict:
-    """Trains `steps` steps of a run config's student; initial and final weights, gradients."""
+def train(config_path: str, overrides: list[str], steps: int, *, generates: bool = True) -> dict:
+    """Train `steps` steps of a run config's student; return weights, gradients and losses.
+
+    generates: whether the student learns from its own texts if the config has `rollout`.
+    """
     config = load_config(Path(config_path), overrides)
     prepared = prepare(config)
     lab = Lab(config, prepared, distributed.ranks(), Reporter(config.output_dir, is_main=False))
@@ -63,7 +66,7 @@ def train(config_path: str, overrides: list[str], steps: int) -> dict:
         teachers=teachers,
         objective=config.objective,
         strategy=watching,
-        rollouts=config.rollout,
+        rollouts=config.rollout if generates else None,
         train=config.train,
         deepspeed=config.student.deepspeed,
     )

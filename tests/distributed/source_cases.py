@@ -17,7 +17,7 @@ def train(config_path: str, overrides: list[str], steps: int) -> dict:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "train_step", marking)
-        return cases.train(config_path, overrides, steps)
+        return cases.train(config_path, overrides, steps, generates=False)
 
 
 def marked(batch, step: int):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from megakd.config.rollout import RolloutConfig
 from megakd.config.servers import RolloutServerConfig
 from megakd.contract.rollouts import Completion, RemoteGenerator
+from megakd.data.rollout_rows import TrainingRow
 from megakd.data.rollout_store import RolloutStore, read_rollouts
 from megakd.engine import activity, collectives
 from megakd.training import rollout_source
@@ -70,8 +71,11 @@ def source(config: RolloutConfig, generator: Any, folder: Path) -> RolloutSource
     def step_rows(step: int) -> Any:
         return np.arange(ROWS) + ROWS * step
 
-    row = SimpleNamespace(input_ids=(), labels=(), position_ids=(), is_rollout=False)
-    prompts = SimpleNamespace(prompt=lambda number: (number,), row=lambda _: row)
+    empty = np.zeros(0, dtype=np.int32)
+    row = TrainingRow(empty, empty, empty, is_rollout=False)
+    prompts = SimpleNamespace(
+        prompt=lambda number: (number,), row=lambda _: row, route=lambda _: None
+    )
     loader = SimpleNamespace(step_rows=step_rows, steps_per_epoch=100)
     layout = SimpleNamespace(shape=SimpleNamespace(rank=0, world=1))
     rows: Any = StepRows(loader, prompts, None, layout)  # type: ignore[arg-type]
