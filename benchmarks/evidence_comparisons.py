@@ -17,7 +17,7 @@ Config = dict[str, Any]
 
 
 class Place(NamedTuple):
-    """What the config of an arm refers to.
+    """The models and results that the config of an arm refers to.
 
     models: folders of the teachers of the seed.
     caches: folders with the answers of these teachers.

@@ -32,7 +32,7 @@ REMOVED = ("checkpoints", "stages", "final", "tensorboard")
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Where the evidence runs. shrunk: divides all steps, for a first look."""
+    """The folders of a run of the evidence. shrunk: divides all steps, for a first look."""
 
     data: Path
     out: Path
@@ -147,7 +147,7 @@ def run_cell(bench: Bench, comparison: Trained, cell: Planned) -> Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A cell that is to be run. steps: train.max_steps."""
+    """A cell before its run. steps: train.max_steps."""
 
     name: str
     seed: int

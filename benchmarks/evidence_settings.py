@@ -26,7 +26,7 @@ EVALUATIONS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
-    """How a model of a setting learns: optimizer steps, rows of a step, learning rate."""
+    """Settings of the training of a model: optimizer steps, rows of a step, learning rate."""
 
     steps: int
     rows: int
