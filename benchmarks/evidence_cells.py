@@ -38,7 +38,7 @@ class Cell:
     score: main metric on the test rows; points, or nats per token where less is better.
     divergence: KL(reference teacher || student) on the test rows, in nats per row or token; None
         where no reference teacher exists.
-    steps: that the student has learned in, trials included.
+    steps: of the student and its trials; of MaxiDisc, of all its legs and students.
     cpu_seconds: of all training of the run, also of trials, selectors and pilots, without the
         teachers that exist before. teacher_rows: rows that teachers have answered, once each.
     details: numbers of the arm, such as the mean weights of a selector.

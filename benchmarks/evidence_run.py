@@ -25,7 +25,7 @@ from evidence_settings import EVALUATIONS, Config, Learning, Setting
 from launching import ROOT, RunFailedError, launch_command, quickstart, write_config
 
 TEACHER_EVALUATIONS = 6
-SCALED = ("student", "direct", "trial-", "assistant-")
+SCALED = ("student", "direct", "trial-", "leg-")
 """Names, or beginnings, of stages whose steps follow train.max_steps."""
 REMOVED = ("checkpoints", "stages", "final", "tensorboard")
 
