@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import threading
@@ -11,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from served_models import Transformer
+from safetensors.torch import save
+from served_models import Transformer, loaded
 from server_stubs import Counting, Stub, Tree
-from transformers import AutoModelForCausalLM
 
 Tensors = dict[str, torch.Tensor]
 WIDTH = 6
@@ -61,8 +61,10 @@ class Exporting(Stub):
         time.sleep(self.write_s)
         changed = self.change(tensors)
         if changed is not None:
-            save_file(changed, file)
-            os.truncate(file, file.stat().st_size - self.last_bytes)
+            # Whole at once: a test may end, and its client may delete the file, at any time.
+            whole = save(changed)
+            with contextlib.suppress(FileNotFoundError):
+                file.write_bytes(whole[: len(whole) - self.last_bytes])
         if held is not None:
             os.close(held)
 
@@ -84,7 +86,7 @@ class ExportingTransformer(Transformer):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         # No hooks on the first model: other threads generate with it at the same time.
-        self.layers: Any = AutoModelForCausalLM.from_pretrained(folder).model
+        self.layers: Any = loaded(folder).model
         self.layers.norm = torch.nn.Identity()
 
     def last_layer(self, prompt: list[int]) -> torch.Tensor:

@@ -11,6 +11,18 @@ import torch
 from server_stubs import Counting
 from transformers import AutoModelForCausalLM
 
+_LOADING = threading.Lock()
+
+
+def loaded(folder: Path | None) -> Any:
+    """Return the causal language model of a folder; the threads of all stubs take turns.
+
+    `from_pretrained` replaces `PreTrainedModel.tie_weights` while it loads. Two threads that load
+    at the same time can leave the replacement behind, and later models then have untied weights.
+    """
+    with _LOADING:
+        return AutoModelForCausalLM.from_pretrained(folder)
+
 
 class Transformer:
     """Continues prompts with the last weights that were pushed, or with those of a folder."""
@@ -20,12 +32,12 @@ class Transformer:
         self._models: dict[str | None, Any] = {}
         self._lock = threading.Lock()
         if folder is not None:
-            self._models[None] = AutoModelForCausalLM.from_pretrained(folder)
+            self._models[None] = loaded(folder)
         self._base = folder
 
     def load(self, folder: Path) -> None:
         """Take the weights of a folder."""
-        self._models[None] = AutoModelForCausalLM.from_pretrained(folder)
+        self._models[None] = loaded(folder)
         self.folders.append(folder)
 
     def continue_(self, prompt: list[int], rules: dict[str, Any]) -> list[int]:
@@ -56,7 +68,7 @@ class Transformer:
         if adapter is not None and adapter not in self._models:
             from peft import PeftModel
 
-            base = AutoModelForCausalLM.from_pretrained(self._base)
+            base = loaded(self._base)
             with warnings.catch_warnings(action="ignore"):  # peft calls what transformers renames
                 self._models[adapter] = PeftModel.from_pretrained(base, adapter).eval()
         return self._models.get(adapter)
