@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,22 +56,12 @@ def digest(comparison: str, setting: Setting, bench: Bench) -> str:
         setting,
         models={name: f"teacher-{name}" for name in setting.pool},
         caches={name: f"cache-{name}" for name in setting.pool},
-        details=_StandIn,
+        details=lambda _: defaultdict(lambda: 1.0),
     )
     arms = {name: [arm.config(place), arm.steps] for name, arm in found.arms.items()}
     facts = [VERSION, comparison, setting.facts(), arms, bench.shrunk]
     text = json.dumps(facts, sort_keys=True, default=dataclasses.asdict)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-class _StandIn(dict[str, float]):
-    """The details of a cell that has not run: 1 for every name."""
-
-    def __init__(self, arm: str) -> None:
-        super().__init__({arm: 1.0})
-
-    def __missing__(self, key: str) -> float:
-        return 1.0
 
 
 def taught(bench: Bench, setting: Setting, name: str, seed: int) -> TeacherGate:

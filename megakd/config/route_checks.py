@@ -42,9 +42,10 @@ def _teachers_of_rows(task: TaskConfig, unnamed: list[str], named: dict[str, str
         named: the teachers of the other sources, by key.
     """
     if task.teacher_column is None and (unnamed or not named):
-        key = unnamed[0] if named else "task.teacher_column"
-        other = "set task.teacher_column for this source" if named else "or, in a mixture, set"
-        other = other if named else f"{other} task.mixture.<name>.teacher of every source"
+        key = "task.teacher_column"
+        other = "or, in a mixture, set task.mixture.<name>.teacher of every source"
+        if named:
+            key, other = unnamed[0], "set task.teacher_column for this source"
         yield (
             f"{key}: missing, and every training row has to name its teacher; set the key, {other}"
         )

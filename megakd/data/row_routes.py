@@ -93,7 +93,7 @@ def check_routes(rows: Dataset, teachers: Sequence[str]) -> None:
         DataError: a row names an unknown teacher, or no row names one of the teachers.
     """
     names = names_of(rows)
-    counts = rows_of_teachers(rows)
+    counts = _counted(names)
     for name in counts:
         if name not in teachers:
             row = int(np.flatnonzero(names == name)[0])
@@ -113,4 +113,8 @@ def check_routes(rows: Dataset, teachers: Sequence[str]) -> None:
 
 def rows_of_teachers(rows: Dataset) -> dict[str, int]:
     """Return the number of rows that name each teacher, by name, in the order of the rows."""
-    return dict(Counter(names_of(rows).tolist()))
+    return _counted(names_of(rows))
+
+
+def _counted(names: NDArray[np.str_]) -> dict[str, int]:
+    return dict(Counter(names.tolist()))
