@@ -6,7 +6,7 @@ such as a temperature, are compared with the reference arm of their group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -62,12 +62,7 @@ class Comparison:
 
     def reference_of(self, arm: str) -> str:
         """Return the reference arm of an arm's group; that of the first group without a group."""
-        return self._in_group(self.reference, arm)
-
-    def _in_group(self, name: str, arm: str) -> str:
-        group = arm.partition(GROUP)[2]
-        found = f"{name}{GROUP}{group}"
-        return found if found in self.arms else next(a for a in self.arms if named(a) == name)
+        return arm_beside(self.arms, self.reference, arm) or self.reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +81,6 @@ class Trained(Comparison):
     arms: Mapping[str, Arm]
     cached: bool = False
 
-    def plain_of(self, arm: str) -> str:
-        """Return the plain distillation of an arm's group."""
-        return self._in_group(self.plain, arm)
-
 
 GROUP = ", "
 BEST = "six"
@@ -98,6 +89,14 @@ BEST = "six"
 def named(arm: str) -> str:
     """Return an arm's name without its group."""
     return arm.partition(GROUP)[0]
+
+
+def arm_beside(arms: Iterable[str], name: str, arm: str) -> str | None:
+    """Return the arm with a name in the group of another arm, else the first with the name."""
+    found = [one for one in arms if named(one) == name]
+    group = arm.partition(GROUP)[2]
+    same = (one for one in found if one.partition(GROUP)[2] == group)
+    return next(same, next(iter(found), None))
 
 
 def grouped(group: str, arms: Mapping[str, Arm]) -> dict[str, Arm]:

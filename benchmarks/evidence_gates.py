@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from evidence_cells import Stored, TeacherGate, paired
-from evidence_comparisons import GROUP, named
+from evidence_comparisons import GROUP, arm_beside
 from evidence_statistics import Difference, differences, unit_of
 from machine import mean_and_deviation
 
@@ -97,22 +97,16 @@ def groups(stored: Stored, comparison: Comparison) -> tuple[Group, ...]:
 
 
 def _group(stored: Stored, comparison: Comparison, reference: str, arms: Sequence[str]) -> Group:
-    plain = _arm_of(comparison, comparison.plain, reference)
-    labels = _arm_of(comparison, comparison.labels, reference)
+    plain, labels = (
+        None if name is None else arm_beside(comparison.arms, name, reference)
+        for name in (comparison.plain, comparison.labels)
+    )
     return Group(
         reference=reference,
         arms=tuple(arms),
         plain=plain,
         labels=labels,
         gates=(converged(stored), distils(stored, plain=plain, labels=labels)),
-    )
-
-
-def _arm_of(comparison: Comparison, name: str | None, reference: str) -> str | None:
-    """Return the arm with a name in the group of a reference, else the first with the name."""
-    found = [arm for arm in comparison.arms if named(arm) == name]
-    return next(
-        (arm for arm in found if comparison.reference_of(arm) == reference), next(iter(found), None)
     )
 
 

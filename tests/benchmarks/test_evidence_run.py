@@ -13,7 +13,7 @@ import evidence_run
 import numpy as np
 import pytest
 from evidence_cells import Cell, Stored
-from evidence_comparisons import COMPARISONS, KINDS, named
+from evidence_comparisons import COMPARISONS, KINDS, arm_beside, named
 from evidence_run import Bench, digest, place_of, run_config
 from evidence_scores import Answered, accuracy, mean_divergence
 from evidence_settings import SETTINGS, Learning, read_table
@@ -53,8 +53,10 @@ def test_the_reference_the_plain_and_the_labels_arm_exist(comparison):
     found = COMPARISONS[comparison]
     for arm in found.arms:
         assert named(found.reference_of(arm)) == found.reference
-        assert named(found.plain_of(arm)) == found.plain
-        assert {found.reference_of(arm), found.plain_of(arm)} <= found.arms.keys()
+        plain = arm_beside(found.arms, found.plain, arm)
+        assert plain is not None
+        assert named(plain) == found.plain
+        assert {found.reference_of(arm), plain} <= found.arms.keys()
     assert found.labels in {named(arm) for arm in found.arms}
     assert found.seeds.keys() <= SETTINGS.keys()
 
