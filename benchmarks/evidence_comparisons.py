@@ -118,10 +118,14 @@ def _soft(temperature: float, **keys: Any) -> list[Config]:
     return [{"loss": "soft_target_kl", "temperature": temperature, **keys}]
 
 
-def _teachers(place: Place, names: tuple[str, ...], *, cached: bool = True) -> list[Config]:
+def _teacher(place: Place, name: str = BEST) -> Config:
+    return {"model": place.models[name], "deepspeed": "teacher_zero0", "dtype": "bf16"}
+
+
+def teacher_sections(place: Place, names: tuple[str, ...], *, cached: bool = True) -> list[Config]:
+    """Return the section `teachers`. cached: whether answers come from the teachers' caches."""
     return [
-        {"name": name, "model": place.models[name], "deepspeed": "teacher_zero0"}
-        | ({"cache": place.caches[name]} if cached else {})
+        {"name": name, **_teacher(place, name)} | ({"cache": place.caches[name]} if cached else {})
         for name in names
     ]
 
@@ -134,7 +138,11 @@ def _pool_arm(temperature: float, **keys: Any) -> Arm:
     objective = keys.pop("objective", None) or _soft(temperature)
 
     def config(place: Place) -> Config:
-        sections = {"teachers": _teachers(place, POOL), "method": keys, "objective": objective}
+        sections = {
+            "teachers": teacher_sections(place, POOL),
+            "method": keys,
+            "objective": objective,
+        }
         return {**_student(place), **sections}
 
     return Arm(config=config)
@@ -144,7 +152,7 @@ def _chain(temperature: float) -> Arm:
     """TAKD: the teacher of four layers learns from that of six; then it teaches the student."""
 
     def config(place: Place) -> Config:
-        teachers = _teachers(place, CHAIN, cached=False)
+        teachers = teacher_sections(place, CHAIN, cached=False)
         learning = place.setting.teacher.train()
         teachers[1]["finetune"] = learning | {"max_steps": place.setting.teacher.steps // 4}
         method = {"name": "takd", "order": list(CHAIN)}
@@ -176,8 +184,7 @@ KINDS = ("hard_cross_entropy", "soft_target_kl", "hidden_mse", "relation_fsp")
 
 
 def _kinds(place: Place, objective: list[Config] | None = None, **method: Any) -> Config:
-    teacher = {"model": place.models[BEST], "deepspeed": "teacher_zero0"}
-    sections = {"teacher": teacher, "method": method}
+    sections = {"teacher": _teacher(place), "method": method}
     return {**_student(place), **sections, **({"objective": objective} if objective else {})}
 
 
@@ -220,7 +227,7 @@ SELECTION_ARMS = {
 def _cut(place: Place, sparsity: float, method: Config, objective: list[Config] | None) -> Config:
     options = {"target_sparsity": sparsity, **method}
     return {
-        "teacher": {"model": place.models[BEST], "deepspeed": "teacher_zero0"},
+        "teacher": _teacher(place),
         "student": {"model": "from_teacher", "deepspeed": "zero0"},
         "method": options,
         **({"objective": objective} if objective else {}),
@@ -308,7 +315,7 @@ COMPARISONS = {
         reference="minidisc",
         plain="direct",
         labels="labels",
-        seeds={"clinc150-few": THREE, "banking77": THREE},
+        seeds={"clinc150-few": THREE, "banking77": THREE, "sst2-few": THREE},
         teachers=(BEST,),
         arms={
             **grouped("0.9", assistant_arms(0.9)),

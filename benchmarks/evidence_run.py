@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from evidence_cells import VERSION, Cell, TeacherGate
-from evidence_comparisons import BEST, COMPARISONS, Arm, Place, Trained
+from evidence_comparisons import BEST, COMPARISONS, Arm, Place, Trained, teacher_sections
 from evidence_reports import selected, teacher_steps
 from evidence_scores import score_student, score_teacher
-from evidence_settings import EVALUATIONS, Config, Learning, Setting
+from evidence_settings import Config, Learning, Setting
 from launching import ROOT, RunFailedError, launch_command, quickstart, write_config
 
-TEACHER_EVALUATIONS = 6
+TEACHER_EVALUATIONS, STUDENT_EVALUATIONS = 6, 1
 SCALED = ("student", "direct", "trial-", "leg-")
 """Names, or beginnings, of stages whose steps follow train.max_steps."""
 REMOVED = ("checkpoints", "stages", "final", "tensorboard")
@@ -92,10 +92,9 @@ def cached(bench: Bench, setting: Setting, names: tuple[str, ...], seed: int) ->
     """Write the answers of the teachers of a seed to all training rows, unless that is done."""
     place = place_of(bench, setting, seed, {})
     folder = bench.folder(setting) / "caches" / str(seed)
-    teachers = [{"name": n, "model": place.models[n], "cache": place.caches[n]} for n in names]
     sections = {
         "student": {"model": bench.encoder, "layers": list(setting.student_layers)},
-        "teachers": teachers,
+        "teachers": teacher_sections(place, names),
         "method": {"name": "mean_of_teachers"},
         "train": setting.student.train(),
     }
@@ -125,7 +124,11 @@ def run_cell(bench: Bench, comparison: Trained, cell: Planned) -> Cell:
     sections = cell.arm_of(comparison).config(cell.place)
     train = cell.place.setting.student.train() | {"max_steps": cell.steps}
     config = run_config(
-        bench, cell.place.setting, cell.seed, {**sections, "train": train}, evaluations=EVALUATIONS
+        bench,
+        cell.place.setting,
+        cell.seed,
+        {**sections, "train": train},
+        evaluations=STUDENT_EVALUATIONS,
     )
     if not is_done(stored, config):
         report = run_once(folder, config)

@@ -21,16 +21,19 @@ Rows = list[tuple[str, str]]
 """Texts with their labels."""
 RUN_SPLITS = ("train", "validation")
 VALIDATION_ROWS = 1000
-EVALUATIONS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
-    """Settings of the training of a model: optimizer steps, rows of a step, learning rate."""
+    """Settings of the training of a model: optimizer steps, rows of a step, learning rate.
+
+    bf16: as on a GPU; a CPU with AVX-512 BF16 computes a step in about half of the time.
+    """
 
     steps: int
     rows: int
     rate: float
+    bf16: bool = True
 
     def train(self) -> Config:
         """Return the section `train`."""
@@ -41,6 +44,7 @@ class Learning:
             "lr_scheduler_type": "cosine",
             "warmup_ratio": 0.1,
             "weight_decay": 0.01,
+            "bf16": self.bf16,
         }
 
 

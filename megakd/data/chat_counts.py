@@ -26,6 +26,7 @@ class ChatCounts:
     nothing_counts: rows with an answer that were left out because no token counts.
     prompts: rows without an answer.
     lost_reasoning: rows in which the chat template leaves out the reasoning of an answer.
+    lost_tools: rows in which the chat template leaves out a tool of the column `tools`.
     special: by the number of a special token, how many of the tokens that count it is.
     """
 
@@ -39,6 +40,7 @@ class ChatCounts:
     nothing_counts: int = 0
     prompts: int = 0
     lost_reasoning: int = 0
+    lost_tools: int = 0
     special: dict[int, int] = field(default_factory=dict)
 
     @property
@@ -87,6 +89,14 @@ def say_counts(counts: Mapping[str, ChatCounts]) -> None:
                 "template that keeps it, or set task.reasoning: strip to say that this is wanted",
                 name,
                 own.lost_reasoning,
+                own.rows,
+            )
+        if own.lost_tools:
+            logger.warning(
+                "%s: the chat template leaves out tools of the column 'tools' in %d of %d rows; "
+                "set task.chat_template to a template that writes tools, or remove the column",
+                name,
+                own.lost_tools,
                 own.rows,
             )
 

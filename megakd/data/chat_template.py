@@ -53,12 +53,14 @@ class Rendered(NamedTuple):
     answers: the parts that count, as (first character, character after the last).
     prompt_end: the number of characters that a generator continues.
     lost_reasoning: whether the template has left out the reasoning of an answer.
+    lost_tools: whether the template has left out the name of a tool of the row.
     """
 
     text: str
     answers: list[tuple[int, int]]
     prompt_end: int
     lost_reasoning: bool = False
+    lost_tools: bool = False
 
 
 class ChatTemplate:
@@ -96,7 +98,7 @@ class ChatTemplate:
         view = _View(self, conversation, messages, where)
         if conversation.is_prompt:
             text = view.up_to(len(messages), prompted=True)
-            return Rendered(text, [], len(text))
+            return Rendered(text, [], len(text), lost_tools=_loses_tools(conversation, text))
         counted = (
             conversation.counted[-1:] if self._task.train_on == "last" else conversation.counted
         )
@@ -108,7 +110,8 @@ class ChatTemplate:
         answers = {} if has_marks else dict.fromkeys(counted, shown)
         _require_calls(messages, made.text, answers=answers, where=where)
         lost = any(_reasoning(messages[number]) not in shown for number in counted)
-        return made._replace(answers=ends, lost_reasoning=lost)
+        lost_tools = _loses_tools(conversation, made.text)
+        return made._replace(answers=ends, lost_reasoning=lost, lost_tools=lost_tools)
 
     def source(self, tools: Sequence[Any] | None) -> str:
         """Return the text of the template, with a fixed date in place of today's.
@@ -261,6 +264,20 @@ def _require_calls(
                     f"{where}: the chat template leaves out a call of the tool {name!r}; set "
                     "task.chat_template to a template that writes tool_calls, or remove the row"
                 )
+
+
+def _loses_tools(conversation: Conversation, text: str) -> bool:
+    """Return whether a text lacks the name of a tool that the conversation's row offers.
+
+    The templates of Gemma 2 and ChatML take no tools. OpenAI's form of a tool is an object with the
+    key `function`, whose value has the name; a tool may also be this value alone.
+    """
+    for tool in conversation.tools or ():
+        found = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        name = found.get("name") if isinstance(found, Mapping) else None
+        if isinstance(name, str) and name not in text:
+            return True
+    return False
 
 
 def _shared_characters(one: str, two: str) -> int:

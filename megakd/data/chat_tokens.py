@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from megakd.data.chat_counts import CountsByName
 
 # Part of the key of encoded rows: increase this number when the encoded rows would differ.
-VERSION = 1
+VERSION = 2
 ROWS_AT_ONCE = 500
 ENCODED_AT_ONCE = 32
 """Conversations that are encoded together. The beginnings up to each answer are encoded too, which
@@ -273,7 +273,10 @@ class ChatEncoder:
     ) -> tuple[list[ChatRow], ChatCounts]:
         """Return the rows of a conversation that fit, and their numbers."""
         made = ChatCounts(
-            rows=1, prompts=int(conversation.is_prompt), lost_reasoning=int(text.lost_reasoning)
+            rows=1,
+            prompts=int(conversation.is_prompt),
+            lost_reasoning=int(text.lost_reasoning),
+            lost_tools=int(text.lost_tools),
         )
         if conversation.messages is None and not conversation.prompt:
             rows = list(_document_rows(tokens, self._task.max_length))

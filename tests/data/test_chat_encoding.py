@@ -213,3 +213,30 @@ def test_the_texts_of_conversations_train_a_tokenizer(tmp_path):
     data = Data(tmp_path, chats(("Hi", "abc"), ("Bye", "def")))
 
     assert list(training_texts(data.splits)) == ["Hi\nabc", "Bye\ndef"]
+
+
+SEARCH = {"name": "search", "description": "Searches.", "parameters": {"type": "object"}}
+
+
+@pytest.mark.parametrize("tool", [SEARCH, {"type": "function", "function": SEARCH}])
+@pytest.mark.parametrize("family", ["qwen3", "llama32", "chatml", "gemma"])
+def test_a_template_that_leaves_out_tools_is_named_with_the_number_of_rows(
+    tmp_path, caplog, family, tool
+):
+    rows = [{"messages": asked("Hi", "Hello"), "tools": t} for t in ([tool], [tool], None)]
+    data = Data(tmp_path, rows, max_length=2048)
+    data.tokenizer = chat_tokenizer(family)
+
+    with caplog.at_level(logging.WARNING):
+        counts = data.counts()
+
+    loses = family in ("chatml", "gemma")
+    assert counts.lost_tools == (2 if loses else 0)
+    assert ("train: the chat template leaves out tools" in caplog.text) == loses
+
+
+def test_a_template_that_leaves_out_tools_of_a_prompt_is_noticed(tmp_path):
+    rows = [{"prompt": asked("Hi"), "tools": [SEARCH]}]
+    data = Data(tmp_path, rows)
+
+    assert data.counts().lost_tools == 1
