@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evidence_cells import (
+    SAME_RUN,
     STORED,
     Basis,
     Cell,
@@ -180,7 +181,8 @@ def run_seed(given: argparse.Namespace, bench: Bench, stored: Stored, seed: int)
         cached(bench, setting, comparison.teachers, seed)
     for basis in ("steps", "cost"):
         for is_after in (False, True):
-            arms = [a for a, arm in comparison.arms.items() if (arm.after is not None) is is_after]
+            trained = comparison.arms_in(setting.name).items()
+            arms = [name for name, arm in trained if (arm.after is not None) is is_after]
             stored = _run_arms(given, bench, stored, seed, arms, basis)
     return stored
 
@@ -194,7 +196,12 @@ def _run_arms(
     basis: Basis,
 ) -> Stored:
     comparison = COMPARISONS[stored.comparison]
-    cells = [planned(bench, stored, arm, seed, basis) for arm in arms]
+    same = [copy for arm in arms if (copy := copied(stored, arm, seed, basis))]
+    if same:
+        stored = with_cells(stored, same)
+        write_stored(given.stored, stored)
+    left = [arm for arm in arms if arm not in {cell.arm for cell in same}]
+    cells = [planned(bench, stored, arm, seed, basis) for arm in left]
     with ThreadPoolExecutor(given.jobs) as pool:
         waiting = [pool.submit(run_cell, bench, comparison, c) for c in cells if c is not None]
         for done in as_completed(waiting):
@@ -203,6 +210,17 @@ def _run_arms(
             write_stored(given.stored, stored)
             print(f"{stored.setting} {line(cell)}", flush=True)
     return stored
+
+
+def copied(stored: Stored, arm: str, seed: int, basis: Basis) -> Cell | None:
+    """Return the cell of an arm whose run would be that of another arm; None for other arms."""
+    found = COMPARISONS[stored.comparison].arms[arm]
+    if found.after is None or found.same_as is None:
+        return None
+    cell = stored.of(found.after)[seed]
+    details = {**cell.details, SAME_RUN: 1.0}
+    is_same = found.same_as(cell.details)
+    return dataclasses.replace(cell, arm=arm, basis=basis, details=details) if is_same else None
 
 
 def line(cell: Cell) -> str:

@@ -22,6 +22,9 @@ VERSION = 1
 """Of what a cell means: which split is scored, what counts as cost, how teachers are trained."""
 STORED = ROOT / "docs/evidence"
 
+SAME_RUN = "same_run"
+"""Detail of a cell that is a copy: the run would be the run of the reference arm."""
+
 Basis = Literal["steps", "cost"]
 """What an arm has in common with the reference arm: the student's steps, or the total cost."""
 

@@ -7,8 +7,12 @@ such as a temperature, are compared with the reference arm of their group.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from evidence_reports import CHOSEN, trial_scores
+
+from megakd.methods.tradeoff import choose
 
 if TYPE_CHECKING:
     from evidence_settings import Setting
@@ -36,12 +40,15 @@ class Arm:
 
     config: sections of the run config that replace those of the setting.
     steps: the optimizer steps of the run, as a share of the setting's steps for a student.
-    after: arm whose cell of the same seed is read.
+    after: arm whose cell of the same seed is read; without its group in `grouped`.
+    same_as: whether the run would be that of the cell `after`, from the details of this cell. The
+        cell is then copied, because equal runs give equal weights.
     """
 
     config: Callable[[Place], Config]
     steps: float = 1.0
     after: str | None = None
+    same_as: Callable[[Mapping[str, float]], bool] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +76,8 @@ class Comparison:
 class Trained(Comparison):
     """A comparison whose arms are trained by `evidence.py`.
 
-    seeds: by setting. teachers: those that the arms need. start: of the student.
+    seeds: by setting. groups: those that are trained, by setting; all where no setting is named.
+    teachers: those that the arms need. start: of the student.
     cached: whether the teachers' answers are kept on disk.
     """
 
@@ -79,7 +87,17 @@ class Trained(Comparison):
     seeds: Mapping[str, tuple[int, ...]]
     teachers: tuple[str, ...]
     arms: Mapping[str, Arm]
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     cached: bool = False
+
+    def arms_in(self, setting: str) -> dict[str, Arm]:
+        """Return the arms that are trained in a setting."""
+        groups = self.groups.get(setting)
+        return {
+            name: arm
+            for name, arm in self.arms.items()
+            if groups is None or name.partition(GROUP)[2] in groups
+        }
 
 
 GROUP = ", "
@@ -101,7 +119,14 @@ def arm_beside(arms: Iterable[str], name: str, arm: str) -> str | None:
 
 def grouped(group: str, arms: Mapping[str, Arm]) -> dict[str, Arm]:
     """Return the arms with the name of their group."""
-    return {f"{name}{GROUP}{group}": arm for name, arm in arms.items()}
+
+    def in_group(name: str) -> str:
+        return f"{name}{GROUP}{group}"
+
+    return {
+        in_group(name): replace(arm, after=in_group(arm.after)) if arm.after else arm
+        for name, arm in arms.items()
+    }
 
 
 def _student(place: Place) -> Config:
@@ -111,7 +136,11 @@ def _student(place: Place) -> Config:
 
 def labels_alone(place: Place) -> Config:
     """Return the sections of a student that learns from the labels without a teacher."""
-    return {**_student(place), "method": {"name": "finetune"}}
+    return {**_student(place), "method": {"name": "finetune"}, **_at(place.setting.label_rate)}
+
+
+def _at(rate: float) -> Config:
+    return {"train": {"learning_rate": rate}}
 
 
 def _soft(temperature: float, **keys: Any) -> list[Config]:
@@ -224,13 +253,13 @@ SELECTION_ARMS = {
 }
 
 
-def _cut(place: Place, sparsity: float, method: Config, objective: list[Config] | None) -> Config:
-    options = {"target_sparsity": sparsity, **method}
+def _cut(place: Place, sparsity: float, method: Config, *, rate: float) -> Config:
+    grid = {"target_sparsity": sparsity, "sparsities": [*GRID, sparsity]}
     return {
         "teacher": _teacher(place),
         "student": {"model": "from_teacher", "deepspeed": "zero0"},
-        "method": options,
-        **({"objective": objective} if objective else {}),
+        "method": {**grid, **method},
+        **_at(rate),
     }
 
 
@@ -239,25 +268,44 @@ TRIALS = 2
 """MiniDisc's target learns in two trials: each has half of the setting's steps."""
 
 
-def _assistants(sparsity: float, objective: list[Config] | None = None, **method: Any) -> Arm:
-    has_trials = method["name"] != "direct"
-    options = {"sparsities": [*GRID, sparsity], **method}
+def _assistants(sparsity: float, **method: Any) -> Arm:
+    """Return the arm of a method whose target learns in two trials."""
+    return replace(_one_leg(sparsity, **method), steps=1 / TRIALS)
 
-    def config(place: Place) -> Config:
-        return _cut(place, sparsity, options, objective)
 
-    return Arm(config=config, steps=1 / TRIALS if has_trials else 1.0)
+def _one_leg(sparsity: float, **method: Any) -> Arm:
+    """Return the arm of a method whose target learns once."""
+    return Arm(config=lambda place: _cut(place, sparsity, method, rate=place.setting.cut_rate))
+
+
+def _cut_labels(sparsity: float) -> Arm:
+    method = {"name": "evidence_labels:Labels"}
+    return Arm(
+        config=lambda place: _cut(place, sparsity, method, rate=place.setting.cut_label_rate)
+    )
+
+
+def _other_choice(sparsity: float, **options: Any) -> Arm:
+    """Return MiniDisc with another rule of choice: the same run if the choice is the same."""
+    rule = {"tradeoff": 0.2, **options}
+
+    def has_same_choice(details: Mapping[str, float]) -> bool:
+        chosen = choose(trial_scores(details), teacher_sparsity=0.0, target=sparsity, **rule)
+        return chosen.sparsity == details[CHOSEN]
+
+    arm = _assistants(sparsity, name="minidisc", **options)
+    return replace(arm, after="minidisc", same_as=has_same_choice)
 
 
 def assistant_arms(sparsity: float) -> dict[str, Arm]:
     """Return MiniDisc and its controls at one sparsity."""
     return {
         "minidisc": _assistants(sparsity, name="minidisc"),
-        "target barred": _assistants(sparsity, name="minidisc", target_may_win=False),
-        "lambda 0": _assistants(sparsity, name="minidisc", tradeoff=0.0),
-        "lambda 0.4": _assistants(sparsity, name="minidisc", tradeoff=0.4),
-        "direct": _assistants(sparsity, name="direct"),
-        "labels": _assistants(sparsity, [{"loss": "hard_cross_entropy"}], name="direct"),
+        "target barred": _other_choice(sparsity, target_may_win=False),
+        "lambda 0": _other_choice(sparsity, tradeoff=0.0),
+        "lambda 0.4": _other_choice(sparsity, tradeoff=0.4),
+        "direct": _one_leg(sparsity, name="direct"),
+        "labels": _cut_labels(sparsity),
     }
 
 
@@ -281,6 +329,21 @@ def variant_arms(sparsity: float) -> dict[str, Arm]:
 THREE, FIVE = (1, 2, 3), (1, 2, 3, 4, 5)
 
 COMPARISONS = {
+    "plain": Trained(
+        title="Plain distillation: the soft targets of one teacher",
+        page="losses.md",
+        start="layers 2 and 5 of the teacher",
+        reference="soft targets",
+        plain="soft targets",
+        labels="labels",
+        seeds={"clinc150": THREE, "banking77": THREE},
+        teachers=(BEST,),
+        arms={
+            **grouped("T 1", {"soft targets": _kinds_arm(_soft(1.0), name="single")}),
+            **grouped("T 4", {"soft targets": _kinds_arm(_soft(4.0), name="single")}),
+            "labels": Arm(config=labels_alone),
+        },
+    ),
     "skdbert": Trained(
         title="SKDBERT: a teacher drawn at every step",
         page="pools.md",
@@ -288,7 +351,7 @@ COMPARISONS = {
         reference="uniform",
         plain="best teacher",
         labels="labels",
-        seeds={"clinc150-few": FIVE, "banking77": THREE, "sst2-few": THREE},
+        seeds={"clinc150-few": FIVE, "banking77-few": THREE, "sst2-few": THREE},
         teachers=POOL,
         cached=True,
         arms={
@@ -304,7 +367,7 @@ COMPARISONS = {
         reference="soft",
         plain="only soft_target_kl",
         labels="labels",
-        seeds={"clinc150-few": FIVE, "banking77": THREE},
+        seeds={"clinc150-few": FIVE, "banking77-few": THREE},
         teachers=(BEST,),
         arms=SELECTION_ARMS,
     ),
@@ -315,7 +378,8 @@ COMPARISONS = {
         reference="minidisc",
         plain="direct",
         labels="labels",
-        seeds={"clinc150-few": THREE, "banking77": THREE, "sst2-few": THREE},
+        seeds={"clinc150-few": THREE, "banking77-few": THREE, "sst2-few": THREE},
+        groups={"sst2-few": ("0.97",)},
         teachers=(BEST,),
         arms={
             **grouped("0.9", assistant_arms(0.9)),

@@ -27,6 +27,29 @@ def selected(output: Path) -> dict[str, float]:
     return {kind: sum(values) / len(values) for kind, values in logged.items()}
 
 
+CHOSEN, _SCORE = "chosen", "trial score "
+
+
+def first_trial(report: Mapping[str, Any]) -> dict[str, float]:
+    """Return the scores of MiniDisc's first trial and the sparsity that was chosen, as details.
+
+    Empty for other methods.
+    """
+    rows = [row for row in report["candidates"] if row.get("iteration") == 1]
+    scores = {f"{_SCORE}{row['sparsity']:g}": row["metric"] for row in rows}
+    chosen = [row["sparsity"] for row in rows if row["chosen"]]
+    return scores | ({CHOSEN: chosen[0]} if chosen else {})
+
+
+def trial_scores(details: Mapping[str, float]) -> dict[float, float]:
+    """Return the scores of a first trial by sparsity, from the details of a cell."""
+    return {
+        float(key.removeprefix(_SCORE)): value
+        for key, value in details.items()
+        if key.startswith(_SCORE)
+    }
+
+
 def teacher_steps(report: Mapping[str, Any]) -> int:
     """Return the steps in which a teacher answered, counted once per teacher.
 

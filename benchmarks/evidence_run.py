@@ -20,7 +20,7 @@ from typing import Any
 
 from evidence_cells import VERSION, Cell, TeacherGate
 from evidence_comparisons import BEST, COMPARISONS, Arm, Place, Trained, teacher_sections
-from evidence_reports import selected, teacher_steps
+from evidence_reports import first_trial, selected, teacher_steps
 from evidence_scores import score_student, score_teacher
 from evidence_settings import Config, Learning, Setting
 from launching import ROOT, RunFailedError, launch_command, quickstart, write_config
@@ -58,7 +58,7 @@ def digest(comparison: str, setting: Setting, bench: Bench) -> str:
         caches={name: f"cache-{name}" for name in setting.pool},
         details=lambda _: defaultdict(lambda: 1.0),
     )
-    arms = {name: [arm.config(place), arm.steps] for name, arm in found.arms.items()}
+    arms = {n: [arm.config(place), arm.steps] for n, arm in found.arms_in(setting.name).items()}
     facts = [VERSION, comparison, setting.facts(), arms, bench.shrunk]
     text = json.dumps(facts, sort_keys=True, default=dataclasses.asdict)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -121,15 +121,7 @@ def run_cell(bench: Bench, comparison: Trained, cell: Planned) -> Cell:
     """Run a cell, unless that is done, and return its result."""
     folder = cell.folder
     stored = folder / "cell.json"
-    sections = cell.arm_of(comparison).config(cell.place)
-    train = cell.place.setting.student.train() | {"max_steps": cell.steps}
-    config = run_config(
-        bench,
-        cell.place.setting,
-        cell.seed,
-        {**sections, "train": train},
-        evaluations=STUDENT_EVALUATIONS,
-    )
+    config = cell_config(bench, comparison.arms[cell.name], cell)
     if not is_done(stored, config):
         report = run_once(folder, config)
         result = _result(bench, cell, report)
@@ -150,9 +142,13 @@ class Planned:
     place: Place
     folder: Path
 
-    def arm_of(self, comparison: Trained) -> Arm:
-        """Return the arm of the cell."""
-        return comparison.arms[self.name]
+
+def cell_config(bench: Bench, arm: Arm, cell: Planned) -> Config:
+    """Return the run config of a cell, without the output folder."""
+    setting, sections = cell.place.setting, arm.config(cell.place)
+    train = setting.student.train() | sections.get("train", {}) | {"max_steps": cell.steps}
+    sections = {**sections, "train": train}
+    return run_config(bench, setting, cell.seed, sections, evaluations=STUDENT_EVALUATIONS)
 
 
 def run_config(
@@ -225,7 +221,7 @@ def _result(bench: Bench, cell: Planned, report: Mapping[str, Any]) -> Cell:
         steps=sum(stage["steps"] for stage in stages if stage["name"].startswith(SCALED)),
         cpu_seconds=sum(cpu.values()),
         teacher_rows=teacher_steps(report) * setting.student.rows,
-        details={"fixed_cpu_seconds": fixed, **weights},
+        details={"fixed_cpu_seconds": fixed, **weights, **first_trial(report)},
     )
 
 

@@ -56,6 +56,9 @@ class Setting:
         data folder.
     labels: training rows that keep their label, drawn by the seed; None: all.
     teacher: how every teacher learns, from labels. student: how every student learns.
+    label_rate: learning rate of a student that learns from labels alone.
+    cut_rate: learning rate of a student that is cut out of the teacher's heads and neurons.
+    cut_label_rate: learning rate of such a student that learns from labels alone.
     pool: layers of the pretrained encoder that each teacher has.
     student_layers: layers of the teacher of six layers that the student starts from.
     """
@@ -68,6 +71,9 @@ class Setting:
     max_length: int
     teacher: Learning
     student: Learning
+    label_rate: float
+    cut_rate: float
+    cut_label_rate: float
     pool: Mapping[str, int]
     student_layers: tuple[int, ...] = (2, 5)
 
@@ -147,6 +153,51 @@ SETTINGS = {
             max_length=32,
             teacher=Learning(steps=640, rows=32, rate=5e-4),
             student=Learning(steps=400, rows=32, rate=1e-3),
+            label_rate=1e-3,
+            cut_rate=1e-3,
+            cut_label_rate=1e-3,
+            pool=POOL,
+        ),
+        Setting(
+            name="banking77-few",
+            title="banking77, 1000 labels, unlabelled text",
+            needs=("banking77/train.csv", "banking77/test.csv"),
+            splits=banking77,
+            labels=1000,
+            max_length=48,
+            teacher=Learning(steps=640, rows=32, rate=5e-4),
+            student=Learning(steps=400, rows=32, rate=1e-3),
+            label_rate=5e-4,
+            cut_rate=1e-3,
+            cut_label_rate=1e-3,
+            pool=POOL,
+        ),
+        Setting(
+            name="sst2-few",
+            title="SST-2, 500 labels, unlabelled text",
+            needs=("glue/SST-2/train.tsv", "glue/SST-2/dev.tsv"),
+            splits=sst2,
+            labels=500,
+            max_length=48,
+            teacher=Learning(steps=200, rows=32, rate=1e-4),
+            student=Learning(steps=400, rows=32, rate=3e-4),
+            label_rate=1e-4,
+            cut_rate=1e-3,
+            cut_label_rate=3e-4,
+            pool=POOL,
+        ),
+        Setting(
+            name="clinc150",
+            title="CLINC150, all labels",
+            needs=("clinc150/data_full.json",),
+            splits=clinc150,
+            labels=None,
+            max_length=32,
+            teacher=Learning(steps=1600, rows=32, rate=3e-4),
+            student=Learning(steps=400, rows=32, rate=1e-3),
+            label_rate=1e-3,
+            cut_rate=1e-3,
+            cut_label_rate=1e-3,
             pool=POOL,
         ),
         Setting(
@@ -158,17 +209,9 @@ SETTINGS = {
             max_length=48,
             teacher=Learning(steps=1000, rows=32, rate=3e-4),
             student=Learning(steps=400, rows=32, rate=1e-3),
-            pool=POOL,
-        ),
-        Setting(
-            name="sst2-few",
-            title="SST-2, 500 labels, unlabelled text",
-            needs=("glue/SST-2/train.tsv", "glue/SST-2/dev.tsv"),
-            splits=sst2,
-            labels=500,
-            max_length=48,
-            teacher=Learning(steps=200, rows=32, rate=1e-4),
-            student=Learning(steps=400, rows=32, rate=1e-3),
+            label_rate=1e-3,
+            cut_rate=1e-3,
+            cut_label_rate=1e-3,
             pool=POOL,
         ),
     )

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-from evidence_cells import Basis, Stored, paired
+from evidence_cells import SAME_RUN, Basis, Stored, paired
 from scipy.stats import nct, norm
 from scipy.stats import t as student_t
 
@@ -147,7 +147,10 @@ def noise_of(scores: Mapping[tuple[Hashable, int], float]) -> Noise:
 def _scores(
     stored: Stored, pairs: Sequence[tuple[str, str]]
 ) -> dict[tuple[tuple[str, Basis], int], float]:
-    """Return the scores of all compared arms and their references, each run once."""
+    """Return the scores of all compared arms and their references, each run once.
+
+    A copied cell is no run of its own, and would make the noise seem smaller.
+    """
     compared = dict.fromkeys((arm, basis) for arm, _ in pairs for basis in BASES)
     compared |= dict.fromkeys((reference, BASES[0]) for _, reference in pairs)
     is_again = {arm for arm, _ in pairs if has_same_runs(stored, arm)}
@@ -156,6 +159,7 @@ def _scores(
         for arm, basis in sorted(compared)
         if basis == BASES[0] or arm not in is_again
         for seed, cell in sorted(stored.of(arm, basis).items())
+        if SAME_RUN not in cell.details
     }
 
 

@@ -6,6 +6,7 @@ import math
 import statistics
 from typing import TYPE_CHECKING
 
+from evidence_cells import SAME_RUN
 from evidence_sentences import NONE, signed
 from evidence_statistics import BASES, unit_of
 from gpu_day_page import markdown_table
@@ -78,13 +79,19 @@ def _cells_of(stored: Stored, arm: str) -> dict[str, str]:
 
     return {
         "arm": arm,
-        "seeds": joined(lambda cells: str(len(cells))),
+        "seeds": joined(_seeds),
         "score (sd)": joined(lambda cells: spread([c.score for c in cells], decimals)),
         "held-out KL": joined(_divergence),
         "steps": joined(lambda cells: whole([c.steps for c in cells])),
         "CPU s": joined(lambda cells: whole([c.cpu_seconds for c in cells])),
         "teacher rows": joined(lambda cells: whole([c.teacher_rows for c in cells])),
     }
+
+
+def _seeds(cells: Sequence[Cell]) -> str:
+    """Return the number of cells, and how many of them are copies of the reference's."""
+    same = sum(SAME_RUN in cell.details for cell in cells)
+    return f"{len(cells)} ({same} same)" if same else str(len(cells))
 
 
 def _divergence(cells: Sequence[Cell]) -> str:

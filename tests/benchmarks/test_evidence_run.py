@@ -12,9 +12,9 @@ import evidence
 import evidence_run
 import numpy as np
 import pytest
-from evidence_cells import Cell, Stored
+from evidence_cells import SAME_RUN, Cell, Stored
 from evidence_comparisons import COMPARISONS, KINDS, arm_beside, named
-from evidence_run import Bench, digest, place_of, run_config
+from evidence_run import Bench, Planned, cell_config, digest, place_of
 from evidence_scores import Answered, accuracy, mean_divergence
 from evidence_settings import SETTINGS, Learning, read_table
 from hypothesis import given
@@ -24,7 +24,7 @@ from whole_run import finish
 
 from megakd.config.file import load_config
 
-FEW = SETTINGS["clinc150-few"]
+FEW = dataclasses.replace(SETTINGS["clinc150-few"], label_rate=2e-4, cut_label_rate=2e-4)
 
 
 def bench_of(folder: Path) -> Bench:
@@ -35,17 +35,22 @@ def bench_of(folder: Path) -> Bench:
 def test_every_arm_is_a_valid_config_of_the_same_rows_and_optimizer(tmp_path, comparison):
     bench, found = bench_of(tmp_path), COMPARISONS[comparison]
     place = place_of(bench, FEW, 1, {"soft": dict.fromkeys(KINDS, 0.4)})
-    configs = []
-    for arm in found.arms.values():
-        sections = {**arm.config(place), "train": FEW.student.train()}
-        tree = run_config(bench, FEW, 1, sections, evaluations=3)
+    configs = {}
+    for arm in found.arms:
+        planned = Planned(
+            name=arm, seed=1, basis="steps", steps=9, place=place, folder=tmp_path / "run"
+        )
+        tree = cell_config(bench, found.arms[arm], planned)
         path = write_config(tmp_path / "run.yaml", {"output_dir": str(tmp_path / "run"), **tree})
-        configs.append(load_config(path))
+        configs[arm] = load_config(path)
 
-    assert len({config.train for config in configs}) == 1
-    assert len({str(config.task) for config in configs}) == 1
-    assert len({str(config.student.model) for config in configs}) == 1
-    assert {config.seed for config in configs} == {1}
+    taught = {c.train for arm, c in configs.items() if named(arm) != found.labels}
+    assert len(taught) == 1
+    alone = dataclasses.replace(*taught, learning_rate=FEW.label_rate)
+    assert {c.train for arm, c in configs.items() if named(arm) == found.labels} == {alone}
+    assert len({str(config.task) for config in configs.values()}) == 1
+    assert len({str(config.student.model) for config in configs.values()}) == 1
+    assert {config.seed for config in configs.values()} == {1}
 
 
 @pytest.mark.parametrize("comparison", COMPARISONS)
@@ -123,6 +128,51 @@ def test_cost_follows_the_first_stored_seed():
     )
 
     assert evidence.cost_share(stored, "other", "ours") == 0.25
+
+
+def trial(chosen: float, **scores: float) -> Stored:
+    """A cell of MiniDisc at 0.9 whose first trial has these scores; other cells by `stored_of`."""
+    details = {f"trial score {name[1:]}": score for name, score in scores.items()}
+    made = dataclasses.replace(cell("minidisc, 0.9", 100), details={**details, "chosen": chosen})
+    return dataclasses.replace(stored_of(made), comparison="minidisc")
+
+
+SCORES = {"s0.5": 0.9, "s0.7": 0.88, "s0.85": 0.83, "s0.9": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("arm", "is_same"),
+    [
+        ("lambda 0, 0.9", False),  # chooses 0.5
+        ("lambda 0.4, 0.9", True),
+        ("target barred, 0.9", True),
+        ("direct, 0.9", False),
+    ],
+)
+@pytest.mark.parametrize("basis", ["steps", "cost"])
+def test_an_arm_with_the_choice_of_the_reference_is_a_copy_of_its_cell(arm, is_same, basis):
+    stored = trial(chosen=0.85, **{**SCORES, "s0.85": 0.87})
+
+    copy = evidence.copied(stored, arm, 1, basis)
+
+    assert (copy is not None) == is_same
+    if copy is not None:
+        assert (copy.arm, copy.basis, copy.score) == (arm, basis, 50.0)
+        assert copy.details[SAME_RUN]
+
+
+def test_a_target_that_is_barred_is_no_copy_of_a_run_that_it_has_won():
+    stored = trial(chosen=0.9, **{**SCORES, "s0.9": 0.89})
+
+    assert evidence.copied(stored, "target barred, 0.9", 1, "steps") is None
+    assert evidence.copied(stored, "lambda 0.4, 0.9", 1, "steps") is not None
+
+
+def test_a_setting_with_chosen_groups_trains_these_alone():
+    groups = {name.partition(", ")[2] for name in COMPARISONS["minidisc"].arms_in("sst2-few")}
+
+    assert groups == {"0.97"}
+    assert COMPARISONS["minidisc"].arms_in("other").keys() == COMPARISONS["minidisc"].arms.keys()
 
 
 def test_a_missing_data_file_is_named_before_the_first_cell(tmp_path, capsys):
@@ -206,9 +256,10 @@ def sorted_teacher(one_rank, tmp_path_factory) -> Path:
     return folder
 
 
-def variant(one_rank, folder: Path, run: str, **options) -> Path:
+def variant(one_rank, folder: Path, run: str, labelled: int | None = None, **options) -> Path:
     """Run a variant of MiniDisc with two trials of 4 steps."""
     task = {"type": "classification", "dataset": str(folder / "reviews")}
+    task |= {"labelled_examples": labelled} if labelled else {}
     grid = {"sparsities": [0.25, 0.5, 0.75], "target_sparsity": 0.75, "round_to": 1}
     tree = config_tree(
         folder / run,
@@ -248,6 +299,20 @@ def test_one_schedule_goes_on_with_the_learning_rate_of_the_first_trial(one_rank
 
     first, second = rates(out, "trial-1"), rates(out, "trial-2")
     assert max(second) < min(first)
+
+
+def test_labels_alone_learn_from_the_rows_with_a_label_in_a_cut_of_the_target(
+    one_rank, sorted_teacher
+):
+    out = variant(one_rank, sorted_teacher, "labels", labelled=8, name="evidence_labels:Labels")
+
+    report = json.loads((out / "report.json").read_text())
+    last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    epochs = [r["epoch"] for r in last if "epoch" in r]
+    assert [stage["name"] for stage in report["stages"]] == ["specification", "student"]
+    assert max(epochs) == 4.0  # each of the 4 steps takes all 8 rows that have a label
+    config = json.loads((out / "final/config.json").read_text())
+    assert config["model_type"] == "cut_bert"
 
 
 def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch):

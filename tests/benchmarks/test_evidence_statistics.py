@@ -220,3 +220,16 @@ def test_the_smallest_difference_depends_on_the_unit():
     losses = measured(ours, theirs, lower_is_better=True)
     assert losses.pairs_needed == pairs_needed(losses.deviation, 0.01)
     assert measured(ours, theirs).pairs_needed == pairs_needed(losses.deviation, 0.5)
+
+
+def test_copied_cells_do_not_make_the_noise_seem_smaller():
+    up = [score + gain for score, gain in zip(FIVE, GAINS, strict=True)]
+    copies = tuple(dataclasses.replace(c, details={"same_run": 1.0}) for c in cells("copy", FIVE))
+    references = [("a", "b"), ("copy", "b")]
+
+    alone = differences(stored(cells("a", up), cells("b", FIVE)), references[:1])[0]
+    beside = differences(stored(cells("a", up), cells("b", FIVE), copies), references)
+
+    assert beside[0].deviation == alone.deviation
+    assert beside[1].mean == 0
+    assert beside[1].verdict == "cannot be told"

@@ -1,0 +1,42 @@
+"""Labels alone for a student that is cut out of the teacher, as a method plug-in of the benchmark.
+
+The control of MiniDisc and `direct`: the same cut learns from the rows with a label, without soft
+targets and hidden states. `finetune` does the same for a student that is not cut.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic.dataclasses import dataclass
+
+from megakd.contract.stage import Stage
+from megakd.contract.terms import STRICT
+from megakd.methods.assistants import AssistantOptions, ranked_teacher, view_of
+
+if TYPE_CHECKING:
+    from megakd.contract.lab import Lab
+    from megakd.contract.stage import StageResult
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class Labels(AssistantOptions):
+    """The target is cut out of the sorted teacher and learns from the labels."""
+
+    @property
+    def used_sparsities(self) -> tuple[float, ...]:
+        """The target alone."""
+        return (self.target_sparsity,)
+
+    @property
+    def weighs(self) -> bool:
+        """False: there is only one model."""
+        return False
+
+
+def run(config: Labels, lab: Lab) -> StageResult:
+    """Cut the target out of the sorted teacher and train it on the rows that carry a label."""
+    _, ranked = ranked_teacher(config, lab)
+    start = lab.cut(ranked.source, view_of(config, lab, ranked, config.target_sparsity), "cut")
+    objective = lab.hard_terms()
+    return lab.train(Stage(name="student", objective=objective, labelled_only=True, start=start))
