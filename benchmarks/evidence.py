@@ -32,7 +32,7 @@ from evidence_cells import (
     with_cells,
     write_stored,
 )
-from evidence_comparisons import COMPARISONS
+from evidence_comparisons import COMPARISONS, group_of
 from evidence_legs import collect
 from evidence_others import COLLECTED
 from evidence_page import draw
@@ -182,7 +182,12 @@ def run_seed(given: argparse.Namespace, bench: Bench, stored: Stored, seed: int)
     for basis in ("steps", "cost"):
         for is_after in (False, True):
             trained = comparison.arms_in(setting.name).items()
-            arms = [name for name, arm in trained if (arm.after is not None) is is_after]
+            arms = [
+                name
+                for name, arm in trained
+                if (arm.after is not None) is is_after
+                and (given.groups is None or group_of(name) in given.groups)
+            ]
             stored = _run_arms(given, bench, stored, seed, arms, basis)
     return stored
 
@@ -291,6 +296,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", type=words_of(COMPARISONS), default=list(COMPARISONS))
     parser.add_argument("--settings", type=words_of(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--seeds", type=integers, help="separated by commas")
+    groups = sorted({group_of(arm) for found in COMPARISONS.values() for arm in found.arms})
+    words = "of arms, such as 0.97; default: all"
+    parser.add_argument("--groups", type=words_of(groups), help=words)
     parser.add_argument("--jobs", type=int, default=2, help="cells side by side")
     parser.add_argument("--quick", action="store_true", help="a subset of about 20 minutes")
     collected = {"nargs": "?", "const": list(COLLECTED), "type": words_of(COLLECTED)}

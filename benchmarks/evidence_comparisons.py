@@ -38,7 +38,8 @@ class Place(NamedTuple):
 class Arm:
     """One arm of a comparison.
 
-    config: sections of the run config that replace those of the setting.
+    config: sections of the run config that replace those of the setting; the keys of `train` that
+        are named replace single keys.
     steps: the optimizer steps of the run, as a share of the setting's steps for a student.
     after: arm whose cell of the same seed is read; without its group in `grouped`.
     same_as: whether the run would be that of the cell `after`, from the details of this cell. The
@@ -96,7 +97,7 @@ class Trained(Comparison):
         return {
             name: arm
             for name, arm in self.arms.items()
-            if groups is None or name.partition(GROUP)[2] in groups
+            if groups is None or group_of(name) in groups
         }
 
 
@@ -109,11 +110,15 @@ def named(arm: str) -> str:
     return arm.partition(GROUP)[0]
 
 
+def group_of(arm: str) -> str:
+    """Return the name of an arm's group; empty without a group."""
+    return arm.partition(GROUP)[2]
+
+
 def arm_beside(arms: Iterable[str], name: str, arm: str) -> str | None:
     """Return the arm with a name in the group of another arm, else the first with the name."""
     found = [one for one in arms if named(one) == name]
-    group = arm.partition(GROUP)[2]
-    same = (one for one in found if one.partition(GROUP)[2] == group)
+    same = (one for one in found if group_of(one) == group_of(arm))
     return next(same, next(iter(found), None))
 
 
@@ -253,13 +258,12 @@ SELECTION_ARMS = {
 }
 
 
-def _cut(place: Place, sparsity: float, method: Config, *, rate: float) -> Config:
+def _cut(place: Place, sparsity: float, method: Config) -> Config:
     grid = {"target_sparsity": sparsity, "sparsities": [*GRID, sparsity]}
     return {
         "teacher": _teacher(place),
         "student": {"model": "from_teacher", "deepspeed": "zero0"},
         "method": {**grid, **method},
-        **_at(rate),
     }
 
 
@@ -275,14 +279,16 @@ def _assistants(sparsity: float, **method: Any) -> Arm:
 
 def _one_leg(sparsity: float, **method: Any) -> Arm:
     """Return the arm of a method whose target learns once."""
-    return Arm(config=lambda place: _cut(place, sparsity, method, rate=place.setting.cut_rate))
+    return Arm(config=lambda place: _cut(place, sparsity, method))
 
 
 def _cut_labels(sparsity: float) -> Arm:
     method = {"name": "evidence_labels:Labels"}
-    return Arm(
-        config=lambda place: _cut(place, sparsity, method, rate=place.setting.cut_label_rate)
-    )
+
+    def config(place: Place) -> Config:
+        return _cut(place, sparsity, method) | _at(place.setting.cut_label_rate)
+
+    return Arm(config=config)
 
 
 def _other_choice(sparsity: float, **options: Any) -> Arm:

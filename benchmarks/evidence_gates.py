@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from evidence_cells import Stored, TeacherGate, paired
-from evidence_comparisons import GROUP, arm_beside
+from evidence_comparisons import arm_beside, group_of
 from evidence_statistics import Difference, differences, unit_of
 from machine import mean_and_deviation
 
@@ -51,7 +51,7 @@ class Group:
     @property
     def name(self) -> str:
         """The name of the group; empty if the comparison has one group without a name."""
-        return self.reference.partition(GROUP)[2]
+        return group_of(self.reference)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ def answers_of(model: Path, texts: Sequence[str], max_length: int) -> Answered:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
     network = AutoModelForSequenceClassification.from_pretrained(model, trust_remote_code=True)
     network.eval()
     rows = []

@@ -57,8 +57,7 @@ class Setting:
     labels: training rows that keep their label, drawn by the seed; None: all.
     teacher: how every teacher learns, from labels. student: how every student learns.
     label_rate: learning rate of a student that learns from labels alone.
-    cut_rate: learning rate of a student that is cut out of the teacher's heads and neurons.
-    cut_label_rate: learning rate of such a student that learns from labels alone.
+    cut_label_rate: the same, of a student that is cut out of the teacher's heads and neurons.
     pool: layers of the pretrained encoder that each teacher has.
     student_layers: layers of the teacher of six layers that the student starts from.
     """
@@ -72,7 +71,6 @@ class Setting:
     teacher: Learning
     student: Learning
     label_rate: float
-    cut_rate: float
     cut_label_rate: float
     pool: Mapping[str, int]
     student_layers: tuple[int, ...] = (2, 5)
@@ -154,8 +152,7 @@ SETTINGS = {
             teacher=Learning(steps=640, rows=32, rate=5e-4),
             student=Learning(steps=400, rows=32, rate=1e-3),
             label_rate=1e-3,
-            cut_rate=1e-3,
-            cut_label_rate=1e-3,
+            cut_label_rate=2e-3,
             pool=POOL,
         ),
         Setting(
@@ -167,8 +164,7 @@ SETTINGS = {
             max_length=48,
             teacher=Learning(steps=640, rows=32, rate=5e-4),
             student=Learning(steps=400, rows=32, rate=1e-3),
-            label_rate=5e-4,
-            cut_rate=1e-3,
+            label_rate=1e-3,
             cut_label_rate=1e-3,
             pool=POOL,
         ),
@@ -180,9 +176,8 @@ SETTINGS = {
             labels=500,
             max_length=48,
             teacher=Learning(steps=200, rows=32, rate=1e-4),
-            student=Learning(steps=400, rows=32, rate=3e-4),
-            label_rate=1e-4,
-            cut_rate=1e-3,
+            student=Learning(steps=400, rows=32, rate=1e-3),
+            label_rate=3e-4,
             cut_label_rate=3e-4,
             pool=POOL,
         ),
@@ -196,7 +191,6 @@ SETTINGS = {
             teacher=Learning(steps=1600, rows=32, rate=3e-4),
             student=Learning(steps=400, rows=32, rate=1e-3),
             label_rate=1e-3,
-            cut_rate=1e-3,
             cut_label_rate=1e-3,
             pool=POOL,
         ),
@@ -210,7 +204,6 @@ SETTINGS = {
             teacher=Learning(steps=1000, rows=32, rate=3e-4),
             student=Learning(steps=400, rows=32, rate=1e-3),
             label_rate=1e-3,
-            cut_rate=1e-3,
             cut_label_rate=1e-3,
             pool=POOL,
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from evidence_cells import Cell, Stored, TeacherGate
-from evidence_comparisons import GROUP
+from evidence_comparisons import GROUP, group_of
 
 FLAT = (70.0, 78.0, 80.0, 80.2, 80.1, 80.3)
 RISING = (70.0, 72.0, 74.0, 76.0, 78.0, 80.0)
@@ -23,7 +23,7 @@ class MadeUp:
     labels: str | None = "labels"
 
     def reference_of(self, arm):
-        group = arm.partition(GROUP)[2]
+        group = group_of(arm)
         found = f"{self.reference}{GROUP}{group}"
         return found if group else next(a for a in self.arms if a.startswith(self.reference))
 
