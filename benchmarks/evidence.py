@@ -52,6 +52,8 @@ GIGABYTE = 10**9
 TEACHER_SPACE, CELL_SPACE = 0.1 * GIGABYTE, 1.0 * GIGABYTE
 """Of a finished teacher with its answers, and of a running cell with its checkpoints."""
 QUICK_SETTING, QUICK_SEEDS, QUICK_SHRUNK = "clinc150-few", (1, 2), 8
+QUICK_GROUPS = ("", "T 1", "0.97")
+"""Of arms; those without a group, too."""
 SAME_COST = 0.1
 """An arm whose cost differs by less from that of the reference arm has the same cost."""
 
@@ -309,6 +311,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if given.quick:
         given.out, given.settings = given.out / "quick", [QUICK_SETTING]
         given.seeds = given.seeds or list(QUICK_SEEDS)
+        given.groups = given.groups or list(QUICK_GROUPS)
     given.stored = given.stored or (given.out / "stored" if given.quick else STORED)
     return given
 
