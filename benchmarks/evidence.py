@@ -5,8 +5,9 @@ CPU, two cells side by side. Teachers and the caches of their answers are made o
 seed; every cell has a folder below `--out`, is gone on with where it was, and is done once. Results
 are stored in docs/evidence/ as they come; `--page` draws docs/evidence.md from them and runs
 nothing. `--collect` stores the finished runs of the benchmarks that train their arms themselves,
-such as `shrink.py`, draws the page and runs nothing. `--quick` runs one setting with two seeds and
-short trainings, about 20 minutes, and stores its results below `--out`.
+such as `shrink.py`, draws the page and runs nothing. `--quick` runs one setting with two seeds, one
+group of arms of each comparison and short trainings, about 20 minutes, and stores its results below
+`--out`.
 """
 
 from __future__ import annotations

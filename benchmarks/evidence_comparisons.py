@@ -385,7 +385,7 @@ COMPARISONS = {
         plain="direct",
         labels="labels",
         seeds={"clinc150-few": THREE, "banking77-few": THREE, "sst2-few": THREE},
-        groups={"sst2-few": ("0.97",)},
+        groups={"banking77-few": ("0.97",), "sst2-few": ("0.97",)},
         teachers=(BEST,),
         arms={
             **grouped("0.9", assistant_arms(0.9)),
