@@ -44,12 +44,14 @@ class Arm:
     after: arm whose cell of the same seed is read; without its group in `grouped`.
     same_as: whether the run would be that of the cell `after`, from the details of this cell. The
         cell is then copied, because equal runs give equal weights.
+    asks_teachers: False for labels alone, also where the student is cut out of a teacher.
     """
 
     config: Callable[[Place], Config]
     steps: float = 1.0
     after: str | None = None
     same_as: Callable[[Mapping[str, float]], bool] | None = None
+    asks_teachers: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,9 @@ def _student(place: Place) -> Config:
 def labels_alone(place: Place) -> Config:
     """Return the sections of a student that learns from the labels without a teacher."""
     return {**_student(place), "method": {"name": "finetune"}, **_at(place.setting.label_rate)}
+
+
+LABELS = Arm(config=labels_alone, asks_teachers=False)
 
 
 def _at(rate: float) -> Config:
@@ -254,7 +259,7 @@ SELECTION_ARMS = {
     "restraint 0.002": _selector(restraint=0.002),
     "phases of 1": _selector(phase_steps=1),
     "no exploration": _selector(exploration=0),
-    "labels": Arm(config=labels_alone),
+    "labels": LABELS,
 }
 
 
@@ -288,7 +293,7 @@ def _cut_labels(sparsity: float) -> Arm:
     def config(place: Place) -> Config:
         return _cut(place, sparsity, method) | _at(place.setting.cut_label_rate)
 
-    return Arm(config=config)
+    return Arm(config=config, asks_teachers=False)
 
 
 def _other_choice(sparsity: float, **options: Any) -> Arm:
@@ -347,7 +352,7 @@ COMPARISONS = {
         arms={
             **grouped("T 1", {"soft targets": _kinds_arm(_soft(1.0), name="single")}),
             **grouped("T 4", {"soft targets": _kinds_arm(_soft(4.0), name="single")}),
-            "labels": Arm(config=labels_alone),
+            "labels": LABELS,
         },
     ),
     "skdbert": Trained(
@@ -363,7 +368,7 @@ COMPARISONS = {
         arms={
             **grouped("T 1", pool_arms(1.0)),
             **grouped("T 4", pool_arms(4.0)),
-            "labels": Arm(config=labels_alone),
+            "labels": LABELS,
         },
     ),
     "selection": Trained(

@@ -55,8 +55,8 @@ def teacher_steps(report: Mapping[str, Any]) -> int:
 
     The steps of pilots and selectors are included.
     """
-    taught = [stage for stage in report["stages"] if report["teacher"] is not None]
-    others = sum(stage["steps"] for stage in taught if stage["name"] != "student")
-    if report["pool"] is not None:
-        return others + sum(one["steps"] for one in report["pool"]["teachers"])
-    return others + sum(stage["steps"] for stage in taught if stage["name"] == "student")
+    steps = sum(stage["steps"] for stage in report["stages"])
+    if report["pool"] is None:
+        return steps
+    students = sum(stage["steps"] for stage in report["stages"] if stage["name"] == "student")
+    return steps - students + sum(one["steps"] for one in report["pool"]["teachers"])

@@ -119,12 +119,12 @@ def place_of(
 
 def run_cell(bench: Bench, comparison: Trained, cell: Planned) -> Cell:
     """Run a cell, unless that is done, and return its result."""
-    folder = cell.folder
+    folder, arm = cell.folder, comparison.arms[cell.name]
     stored = folder / "cell.json"
-    config = cell_config(bench, comparison.arms[cell.name], cell)
+    config = cell_config(bench, arm, cell)
     if not is_done(stored, config):
         report = run_once(folder, config)
-        result = _result(bench, cell, report)
+        result = _result(bench, arm, cell, report)
         for name in REMOVED:
             shutil.rmtree(folder / name, ignore_errors=True)
         write_done(stored, config, dataclasses.asdict(result))
@@ -200,7 +200,7 @@ def start(folder: Path, config: Config, *, program: str) -> None:
         raise RunFailedError(f"{path}: exit code {process.returncode}; see {folder}/output.txt")
 
 
-def _result(bench: Bench, cell: Planned, report: Mapping[str, Any]) -> Cell:
+def _result(bench: Bench, arm: Arm, cell: Planned, report: Mapping[str, Any]) -> Cell:
     setting, stages = cell.place.setting, report["stages"]
     process = json.loads((cell.folder / "process.json").read_text(encoding="utf-8"))
     busy = process["cpu"] / process["wall"]
@@ -220,7 +220,7 @@ def _result(bench: Bench, cell: Planned, report: Mapping[str, Any]) -> Cell:
         divergence=divergence,
         steps=sum(stage["steps"] for stage in stages if stage["name"].startswith(SCALED)),
         cpu_seconds=sum(cpu.values()),
-        teacher_rows=teacher_steps(report) * setting.student.rows,
+        teacher_rows=teacher_steps(report) * setting.student.rows if arm.asks_teachers else 0,
         details={"fixed_cpu_seconds": fixed, **weights, **first_trial(report)},
     )
 

@@ -40,6 +40,15 @@ def test_the_command_it_starts_with_runs_as_far_as_the_config(repository, capsys
     assert "learning_rate: 0.0003" in capsys.readouterr().out
 
 
+def test_the_training_commands_it_lists_are_accepted(readme, repository, capsys):
+    commands = re.findall(r"`deepspeed launch/train.py --config ([^\s`]+)([^`]*)`", readme)
+
+    assert len(commands) > 8
+    for config, overrides in commands:
+        words = ["--config", str(repository / config), *overrides.split(), "--print-config"]
+        assert train_main(words) == 0, (config, capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("kind", ["methods", "losses"])
 def test_it_names_every_method_and_loss(readme, kind):
     names = variants(MethodConfig, "name") if kind == "methods" else variants(TermConfig, "loss")

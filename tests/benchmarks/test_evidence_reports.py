@@ -6,10 +6,9 @@ import pytest
 from evidence_reports import selected, teacher_steps
 
 
-def report(stages: dict[str, int], pool: dict[str, int] | None = None, *, taught: bool = True):
+def report(stages: dict[str, int], pool: dict[str, int] | None = None):
     teachers_of_pool = [{"name": name, "steps": steps} for name, steps in (pool or {}).items()]
     return {
-        "teacher": {} if taught else None,
         "pool": {"teachers": teachers_of_pool} if pool else None,
         "stages": [{"name": name, "steps": steps} for name, steps in stages.items()],
     }
@@ -23,9 +22,8 @@ def report(stages: dict[str, int], pool: dict[str, int] | None = None, *, taught
         (report({"pilot-a": 3, "pilot-b": 3, "student": 9}, {"a": 4, "b": 5}), 15),
         (report({"b-taught": 9, "student": 9}), 18),
         (report({"selector": 20, "student": 9}), 29),
-        (report({"student": 9}, taught=False), 0),
     ],
-    ids=["drawn", "all", "pilots", "a row", "selector", "none"],
+    ids=["drawn", "all", "pilots", "a row", "selector"],
 )
 def test_a_teacher_is_counted_in_every_step_that_it_answers(found, steps):
     assert teacher_steps(found) == steps

@@ -48,6 +48,8 @@ def test_every_arm_is_a_valid_config_of_the_same_rows_and_optimizer(tmp_path, co
     assert len(taught) == 1
     alone = dataclasses.replace(*taught, learning_rate=FEW.label_rate)
     assert {c.train for arm, c in configs.items() if named(arm) == found.labels} == {alone}
+    silent = {named(arm) for arm in found.arms if not found.arms[arm].asks_teachers}
+    assert silent == {found.labels}
     assert len({str(config.task) for config in configs.values()}) == 1
     assert len({str(config.student.model) for config in configs.values()}) == 1
     assert {config.seed for config in configs.values()} == {1}

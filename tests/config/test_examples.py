@@ -17,3 +17,9 @@ def test_an_example_is_a_valid_config_with_a_comment(path: Path) -> None:
 
     assert path.read_text(encoding="utf-8").startswith("# ")
     assert str(config.output_dir).startswith("runs/")
+
+
+@pytest.mark.parametrize("method", ["direct", "maxidisc"])
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("minidisc_*.yaml")), ids=lambda p: p.stem)
+def test_an_example_of_minidisc_takes_another_assistant_by_one_switch(path, method) -> None:
+    assert load_config(path, (f"method.name={method}",)).method.name == method
