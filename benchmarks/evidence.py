@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evidence_arms import group_of
 from evidence_cells import (
     SAME_RUN,
     STORED,
@@ -33,7 +34,7 @@ from evidence_cells import (
     with_cells,
     write_stored,
 )
-from evidence_comparisons import COMPARISONS, group_of
+from evidence_comparisons import COMPARISONS
 from evidence_legs import collect
 from evidence_others import COLLECTED
 from evidence_page import draw
@@ -82,6 +83,7 @@ def main(arguments: Sequence[str]) -> int:
 def run(given: argparse.Namespace) -> None:
     """Run the chosen comparisons in their settings."""
     places = list(chosen(given))
+    check_groups(given.groups, places)
     check_data(given.data, [setting for _, setting, _ in places])
     check_space(given.out, places, given.jobs)
     bench = Bench(
@@ -113,6 +115,19 @@ def chosen(given: argparse.Namespace) -> Iterator[tuple[str, Setting, Sequence[i
         for setting, seeds in COMPARISONS[name].seeds.items():
             if setting in given.settings:
                 yield name, SETTINGS[setting], given.seeds or seeds
+
+
+def check_groups(
+    groups: Sequence[str] | None, places: Sequence[tuple[str, Setting, Sequence[int]]]
+) -> None:
+    """Raise UnusableError if a comparison has no arm of the groups in a setting."""
+    for name, setting, _ in places:
+        known = {group_of(arm) for arm in COMPARISONS[name].arms_in(setting.name)}
+        if groups is not None and not known & {*groups}:
+            raise UnusableError(
+                f"{name} has no arms of the groups {', '.join(groups)} in the setting "
+                f"{setting.name}; its groups are {', '.join(sorted(known - {''}))}"
+            )
 
 
 def check_data(data: Path, settings: Sequence[Setting]) -> None:

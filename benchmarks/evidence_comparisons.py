@@ -1,139 +1,19 @@
-"""The comparisons of the evidence: a published method, and the controls that it has to beat.
-
-Every arm trains the same student on the same rows with the same optimizer steps. Arms of one group,
-such as a temperature, are compared with the reference arm of their group.
-"""
+"""The comparisons of the evidence: a published method, and the controls that it has to beat."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+from evidence_arms import Arm, Config, Place, Trained, grouped
 from evidence_reports import CHOSEN, trial_scores
 
 from megakd.methods.tradeoff import choose
 
 if TYPE_CHECKING:
-    from evidence_settings import Setting
+    from collections.abc import Mapping
 
-Config = dict[str, Any]
-
-
-class Place(NamedTuple):
-    """The models and results that the config of an arm refers to.
-
-    models: folders of the teachers of the seed.
-    caches: folders with the answers of these teachers.
-    details: of a finished cell of the seed, by arm.
-    """
-
-    setting: Setting
-    models: Mapping[str, str]
-    caches: Mapping[str, str]
-    details: Callable[[str], Mapping[str, float]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One arm of a comparison.
-
-    config: sections of the run config that replace those of the setting; the keys of `train` that
-        are named replace single keys.
-    steps: the optimizer steps of the run, as a share of the setting's steps for a student.
-    after: arm whose cell of the same seed is read; without its group in `grouped`.
-    same_as: whether the run would be that of the cell `after`, from the details of this cell. The
-        cell is then copied, because equal runs give equal weights.
-    asks_teachers: False for labels alone, also where the student is cut out of a teacher.
-    """
-
-    config: Callable[[Place], Config]
-    steps: float = 1.0
-    after: str | None = None
-    same_as: Callable[[Mapping[str, float]], bool] | None = None
-    asks_teachers: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """A method against its controls, as the page shows them.
-
-    reference: arm of the paper's method. plain: plain distillation from the best teacher; labels:
-        the student without a teacher; both without their group, None where no such arm exists.
-    arms: by name, in the order of the page.
-    """
-
-    title: str
-    page: str
-    reference: str
-    plain: str | None
-    labels: str | None
-    arms: Mapping[str, object]
-
-    def reference_of(self, arm: str) -> str:
-        """Return the reference arm of an arm's group; that of the first group without a group."""
-        return arm_beside(self.arms, self.reference, arm) or self.reference
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained(Comparison):
-    """A comparison whose arms are trained by `evidence.py`.
-
-    seeds: by setting. groups: those that are trained, by setting; all where no setting is named.
-    teachers: those that the arms need. start: of the student.
-    cached: whether the teachers' answers are kept on disk.
-    """
-
-    plain: str
-    labels: str
-    start: str
-    seeds: Mapping[str, tuple[int, ...]]
-    teachers: tuple[str, ...]
-    arms: Mapping[str, Arm]
-    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    cached: bool = False
-
-    def arms_in(self, setting: str) -> dict[str, Arm]:
-        """Return the arms that are trained in a setting."""
-        groups = self.groups.get(setting)
-        return {
-            name: arm
-            for name, arm in self.arms.items()
-            if groups is None or group_of(name) in groups
-        }
-
-
-GROUP = ", "
 BEST = "six"
-
-
-def named(arm: str) -> str:
-    """Return an arm's name without its group."""
-    return arm.partition(GROUP)[0]
-
-
-def group_of(arm: str) -> str:
-    """Return the name of an arm's group; empty without a group."""
-    return arm.partition(GROUP)[2]
-
-
-def arm_beside(arms: Iterable[str], name: str, arm: str) -> str | None:
-    """Return the arm with a name in the group of another arm, else the first with the name."""
-    found = [one for one in arms if named(one) == name]
-    same = (one for one in found if group_of(one) == group_of(arm))
-    return next(same, next(iter(found), None))
-
-
-def grouped(group: str, arms: Mapping[str, Arm]) -> dict[str, Arm]:
-    """Return the arms with the name of their group."""
-
-    def in_group(name: str) -> str:
-        return f"{name}{GROUP}{group}"
-
-    return {
-        in_group(name): replace(arm, after=in_group(arm.after)) if arm.after else arm
-        for name, arm in arms.items()
-    }
 
 
 def _student(place: Place) -> Config:
@@ -273,6 +153,8 @@ def _cut(place: Place, sparsity: float, method: Config) -> Config:
 
 
 GRID = (0.5, 0.7, 0.85)
+TRADEOFF = 0.2
+"""MiniDisc's default."""
 TRIALS = 2
 """MiniDisc's target learns in two trials: each has half of the setting's steps."""
 
@@ -298,7 +180,7 @@ def _cut_labels(sparsity: float) -> Arm:
 
 def _other_choice(sparsity: float, **options: Any) -> Arm:
     """Return MiniDisc with another rule of choice: the same run if the choice is the same."""
-    rule = {"tradeoff": 0.2, **options}
+    rule = {"tradeoff": TRADEOFF, **options}
 
     def has_same_choice(details: Mapping[str, float]) -> bool:
         chosen = choose(trial_scores(details), teacher_sparsity=0.0, target=sparsity, **rule)

@@ -10,15 +10,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from evidence_arms import arm_beside, group_of
 from evidence_cells import Stored, TeacherGate, paired
-from evidence_comparisons import arm_beside, group_of
 from evidence_statistics import Difference, differences, unit_of
 from machine import mean_and_deviation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from evidence_comparisons import Comparison
+    from evidence_arms import Comparison
 
 State = Literal["passed", "failed", "not applicable"]
 CONVERGED = "Teachers have converged"

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from evidence_comparisons import COMPARISONS, Comparison
+from evidence_arms import Comparison
+from evidence_comparisons import COMPARISONS
 from evidence_settings import SETTINGS
 
 

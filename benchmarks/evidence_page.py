@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
+    from evidence_arms import Comparison
     from evidence_cells import Stored
-    from evidence_comparisons import Comparison
     from evidence_gates import Assessed, Group
 
 PAGE = ROOT / "docs/evidence.md"

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evidence_arms import Arm, Place, Trained
 from evidence_cells import VERSION, Cell, TeacherGate
-from evidence_comparisons import BEST, COMPARISONS, Arm, Place, Trained, teacher_sections
+from evidence_comparisons import BEST, COMPARISONS, teacher_sections
 from evidence_reports import first_trial, selected, teacher_steps
 from evidence_scores import score_student, score_teacher
 from evidence_settings import Config, Learning, Setting

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from evidence_comparisons import named
+from evidence_arms import named
 from evidence_statistics import BASES, Difference, Unit, unit_of
 
 if TYPE_CHECKING:

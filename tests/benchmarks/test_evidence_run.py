@@ -12,8 +12,9 @@ import evidence
 import evidence_run
 import numpy as np
 import pytest
+from evidence_arms import arm_beside, named
 from evidence_cells import SAME_RUN, Cell, Stored
-from evidence_comparisons import COMPARISONS, KINDS, arm_beside, named
+from evidence_comparisons import COMPARISONS, KINDS, TRADEOFF
 from evidence_run import Bench, Planned, cell_config, digest, place_of
 from evidence_scores import Answered, accuracy, mean_divergence
 from evidence_settings import SETTINGS, Learning, read_table
@@ -23,6 +24,7 @@ from tiny_runs import bert, config_tree, write_config, write_reviews
 from whole_run import finish
 
 from megakd.config.file import load_config
+from megakd.methods.minidisc import MiniDiscConfig
 
 FEW = dataclasses.replace(SETTINGS["clinc150-few"], label_rate=2e-4, cut_label_rate=2e-4)
 
@@ -132,6 +134,10 @@ def test_cost_follows_the_first_stored_seed():
     assert evidence.cost_share(stored, "other", "ours") == 0.25
 
 
+def test_the_rule_of_choice_has_the_default_of_the_method():
+    assert MiniDiscConfig(name="minidisc").tradeoff == TRADEOFF
+
+
 def trial(chosen: float, **scores: float) -> Stored:
     """A cell of MiniDisc at 0.9 whose first trial has these scores; other cells by `stored_of`."""
     details = {f"trial score {name[1:]}": score for name, score in scores.items()}
@@ -182,6 +188,15 @@ def test_a_missing_data_file_is_named_before_the_first_cell(tmp_path, capsys):
 
     assert evidence.main(words) == 1
     assert "clinc150/data_full.json" in capsys.readouterr().err
+
+
+def test_groups_that_a_comparison_does_not_have_are_named(tmp_path, capsys):
+    words = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--groups", "0.97"]
+
+    assert evidence.main([*words, "--only", "skdbert"]) == 1
+    message = capsys.readouterr().err
+    assert "skdbert has no arms of the groups 0.97" in message
+    assert "T 1, T 4" in message
 
 
 def test_a_full_disk_is_said_before_the_first_cell(tmp_path, capsys, monkeypatch):

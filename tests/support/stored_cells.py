@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from evidence_arms import GROUP, group_of
 from evidence_cells import Cell, Stored, TeacherGate
-from evidence_comparisons import GROUP, group_of
 
 FLAT = (70.0, 78.0, 80.0, 80.2, 80.1, 80.3)
 RISING = (70.0, 72.0, 74.0, 76.0, 78.0, 80.0)
