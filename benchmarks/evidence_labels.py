@@ -12,7 +12,8 @@ from pydantic.dataclasses import dataclass
 
 from megakd.contract.stage import Stage
 from megakd.contract.terms import STRICT
-from megakd.methods.assistants import AssistantOptions, ranked_teacher, view_of
+from megakd.methods.assistants import AssistantOptions
+from megakd.methods.direct import cut_target
 
 if TYPE_CHECKING:
     from megakd.contract.lab import Lab
@@ -36,7 +37,6 @@ class Labels(AssistantOptions):
 
 def run(config: Labels, lab: Lab) -> StageResult:
     """Cut the target out of the sorted teacher and train it on the rows that carry a label."""
-    _, ranked = ranked_teacher(config, lab)
-    start = lab.cut(ranked.source, view_of(config, lab, ranked, config.target_sparsity), "cut")
+    _, start = cut_target(config, lab)
     objective = lab.hard_terms()
     return lab.train(Stage(name="student", objective=objective, labelled_only=True, start=start))

@@ -10,7 +10,7 @@ from megakd.contract.terms import STRICT
 from megakd.methods.assistants import AssistantOptions, leg, ranked_teacher, view_of
 
 if TYPE_CHECKING:
-    from megakd.contract.lab import Lab
+    from megakd.contract.lab import Lab, Model
     from megakd.contract.stage import StageResult
 
 
@@ -33,7 +33,12 @@ class DirectConfig(AssistantOptions):
 
 def run(config: DirectConfig, lab: Lab) -> StageResult:
     """Cut the target out of the sorted teacher and distil it."""
+    teacher, start = cut_target(config, lab)
+    return lab.train(leg(config, lab, "student", teacher=teacher, start=start))
+
+
+def cut_target(config: AssistantOptions, lab: Lab) -> tuple[str, Model]:
+    """Return the name of the teacher, and the target that is cut out of the sorted teacher."""
     teacher, ranked = ranked_teacher(config, lab)
     view = view_of(config, lab, ranked, config.target_sparsity)
-    start = lab.cut(ranked.source, view, "cut")
-    return lab.train(leg(config, lab, "student", teacher=teacher, start=start))
+    return teacher, lab.cut(ranked.source, view, "cut")
