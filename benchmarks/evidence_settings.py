@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,6 +48,10 @@ class Learning:
         }
 
 
+POOL = {"one": 1, "two": 2, "four": 4, "six": 6}
+"""The teacher of one layer is weaker than the student of two."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """A task with its teachers and its student.
@@ -69,10 +73,10 @@ class Setting:
     labels: int | None
     max_length: int
     teacher: Learning
-    student: Learning
+    student: Learning = Learning(steps=400, rows=32, rate=1e-3)
     label_rate: float
     cut_label_rate: float
-    pool: Mapping[str, int]
+    pool: Mapping[str, int] = field(default_factory=POOL.copy)
     student_layers: tuple[int, ...] = (2, 5)
 
     def facts(self) -> Config:
@@ -136,8 +140,6 @@ def shuffled(rows: Iterable[Any]) -> list[Any]:
 
 
 SST2_ROWS = 12_000
-POOL = {"one": 1, "two": 2, "four": 4, "six": 6}
-"""The teacher of one layer is weaker than the student of two."""
 
 SETTINGS = {
     setting.name: setting
@@ -150,10 +152,8 @@ SETTINGS = {
             labels=1500,
             max_length=32,
             teacher=Learning(steps=640, rows=32, rate=5e-4),
-            student=Learning(steps=400, rows=32, rate=1e-3),
             label_rate=1e-3,
             cut_label_rate=2e-3,
-            pool=POOL,
         ),
         Setting(
             name="banking77-few",
@@ -163,10 +163,8 @@ SETTINGS = {
             labels=1000,
             max_length=48,
             teacher=Learning(steps=640, rows=32, rate=5e-4),
-            student=Learning(steps=400, rows=32, rate=1e-3),
             label_rate=1e-3,
             cut_label_rate=1e-3,
-            pool=POOL,
         ),
         Setting(
             name="sst2-few",
@@ -176,10 +174,8 @@ SETTINGS = {
             labels=500,
             max_length=48,
             teacher=Learning(steps=200, rows=32, rate=1e-4),
-            student=Learning(steps=400, rows=32, rate=1e-3),
             label_rate=3e-4,
             cut_label_rate=3e-4,
-            pool=POOL,
         ),
         Setting(
             name="clinc150",
@@ -189,10 +185,8 @@ SETTINGS = {
             labels=None,
             max_length=32,
             teacher=Learning(steps=1600, rows=32, rate=3e-4),
-            student=Learning(steps=400, rows=32, rate=1e-3),
             label_rate=1e-3,
             cut_label_rate=1e-3,
-            pool=POOL,
         ),
         Setting(
             name="banking77",
@@ -202,10 +196,8 @@ SETTINGS = {
             labels=None,
             max_length=48,
             teacher=Learning(steps=1000, rows=32, rate=3e-4),
-            student=Learning(steps=400, rows=32, rate=1e-3),
             label_rate=1e-3,
             cut_label_rate=1e-3,
-            pool=POOL,
         ),
     )
 }
