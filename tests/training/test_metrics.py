@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn import metrics as theirs
 from tiny_runs import config_tree, write_config, write_reviews
 from whole_run import finish, read, records
@@ -53,6 +55,31 @@ def test_f1_precision_and_recall_are_about_the_label_that_is_named():
 
     # Three of four are found, and three of four that are said are right.
     assert [values[name] for name in names] == [0.75, 0.75, 0.75]
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 3)), min_size=1, max_size=30),
+    first=st.integers(0, 3),
+)
+def test_every_label_has_the_precision_and_recall_of_its_counts_also_if_the_label_is_absent(
+    rows, first
+):
+    truth = torch.tensor([first] + [-100 if label < 0 else label for _, label in rows])
+    said = torch.tensor([first] + [number for number, _ in rows])
+    outputs = torch.nn.functional.one_hot(said, 4).float()
+
+    by_class = chosen(("a", "b", "c", "d")).by_class(outputs, truth)
+
+    known = truth != -100
+    assert [row["label"] for row in by_class] == ["a", "b", "c", "d"]
+    for number, row in enumerate(by_class):
+        is_so, is_said = (truth == number)[known], (said == number)[known]
+        both = int((is_so & is_said).sum())
+        assert row["rows"] == int(is_so.sum())
+        assert row["precision"] == pytest.approx(both / max(1, int(is_said.sum())))
+        assert row["recall"] == pytest.approx(both / max(1, int(is_so.sum())))
+        share = 2 * both / max(1, int(is_so.sum()) + int(is_said.sum()))
+        assert row["f1"] == pytest.approx(share)
 
 
 def test_of_two_labels_the_second_is_the_positive_one_unless_another_is_named():
