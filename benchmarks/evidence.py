@@ -19,6 +19,7 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from evidence_arms import group_of
@@ -95,9 +96,7 @@ def run(given: argparse.Namespace) -> None:
     for setting in {setting.name: setting for _, setting, _ in places}.values():
         setting.write_splits(bench.data, bench.folder(setting) / "data")
     for name, setting, seeds in places:
-        stored = _opened(given.stored, name, setting, bench)
-        for seed in seeds:
-            stored = run_seed(given, bench, stored, seed)
+        run_comparison(given, bench, _opened(given.stored, name, setting, bench), seeds)
 
 
 def encoder_in(out: Path) -> Path:
@@ -188,25 +187,41 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-def run_seed(given: argparse.Namespace, bench: Bench, stored: Stored, seed: int) -> Stored:
-    """Run the teachers, the caches and all cells of a seed; store every result as it comes."""
+def run_comparison(
+    given: argparse.Namespace, bench: Bench, stored: Stored, seeds: Sequence[int]
+) -> None:
+    """Run all cells at equal steps, and then, by their measured costs, all cells at equal cost."""
+    for seed in seeds:
+        stored = _with_teachers(given, bench, stored, seed)
+        stored = _run_seed(given, bench, stored, seed, "steps")
+    for seed in seeds:
+        stored = _run_seed(given, bench, stored, seed, "cost")
+
+
+def _with_teachers(given: argparse.Namespace, bench: Bench, stored: Stored, seed: int) -> Stored:
+    """Train the teachers of a seed and write their caches, unless that is done."""
     setting, comparison = SETTINGS[stored.setting], COMPARISONS[stored.comparison]
     with ThreadPoolExecutor(given.jobs) as pool:
         gates = list(pool.map(lambda name: taught(bench, setting, name, seed), comparison.teachers))
-    others = [gate for gate in stored.teachers if gate.seed != seed]
-    stored = dataclasses.replace(stored, teachers=(*others, *gates))
     if comparison.cached:
         cached(bench, setting, comparison.teachers, seed)
-    for basis in ("steps", "cost"):
-        for is_after in (False, True):
-            trained = comparison.arms_in(setting.name).items()
-            arms = [
-                name
-                for name, arm in trained
-                if (arm.after is not None) is is_after
-                and (given.groups is None or group_of(name) in given.groups)
-            ]
-            stored = _run_arms(given, bench, stored, seed, arms, basis)
+    others = [gate for gate in stored.teachers if gate.seed != seed]
+    return dataclasses.replace(stored, teachers=(*others, *gates))
+
+
+def _run_seed(
+    given: argparse.Namespace, bench: Bench, stored: Stored, seed: int, basis: Basis
+) -> Stored:
+    """Run the cells of a seed; an arm that needs the result of another arm comes after it."""
+    trained = COMPARISONS[stored.comparison].arms_in(stored.setting).items()
+    for is_after in (False, True):
+        arms = [
+            name
+            for name, arm in trained
+            if (arm.after is not None) is is_after
+            and (given.groups is None or group_of(name) in given.groups)
+        ]
+        stored = _run_arms(given, bench, stored, seed, arms, basis)
     return stored
 
 
@@ -259,8 +274,8 @@ def planned(bench: Bench, stored: Stored, arm: str, seed: int, basis: Basis) -> 
     """Return the cell of an arm and seed; None where an equal cost is not possible.
 
     A cell at equal cost has as many steps as make the training as long as that of the reference
-    arm, both measured with the first stored seed at equal steps. What is trained before the
-    student, such as a selector, is paid first. The reference arm itself has no such cell.
+    arm (see `cost_share`). What is trained before the student, such as a selector, is paid first.
+    The reference arm itself has no such cell.
     """
     setting, comparison = SETTINGS[stored.setting], COMPARISONS[stored.comparison]
     steps, folder = bench.steps(setting.student, comparison.arms[arm].steps), "steps"
@@ -290,17 +305,23 @@ def _with_seed(stored: Stored, seed: int) -> list[str]:
 def cost_share(stored: Stored, arm: str, reference: str) -> float | None:
     """Return the share of an arm's steps that costs as much as the reference arm.
 
-    None for the reference arm, and for an arm that costs too much before the student's first step.
-    1 for an arm of nearly the same cost.
+    The median over all seeds, because the CPU time of the same training differs by a tenth from run
+    to run on a machine with other work. None for the reference arm, and for an arm that costs too
+    much before the student's first step. 1 for an arm of nearly the same cost.
     """
-    seeds = sorted(stored.of(arm).keys() & stored.of(reference).keys())
+    ours, theirs = stored.of(arm), stored.of(reference)
+    seeds = ours.keys() & theirs.keys()
     if arm == reference or not seeds:
         return None
-    ours, theirs = stored.of(arm)[seeds[0]], stored.of(reference)[seeds[0]]
-    if abs(ours.cpu_seconds / theirs.cpu_seconds - 1) < SAME_COST:
+    ratios, shares = list[float](), list[float]()
+    for seed in seeds:
+        cost, aim = ours[seed].cpu_seconds, theirs[seed].cpu_seconds
+        fixed = ours[seed].details.get("fixed_cpu_seconds", 0.0)
+        ratios.append(cost / aim)
+        shares.append((aim - fixed) / (cost - fixed))
+    if abs(median(ratios) - 1) < SAME_COST:
         return 1.0
-    fixed = ours.details.get("fixed_cpu_seconds", 0.0)
-    share = (theirs.cpu_seconds - fixed) / (ours.cpu_seconds - fixed)
+    share = median(shares)
     return share if share > SAME_COST else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import dataclasses
 import json
@@ -126,12 +127,25 @@ def test_an_arm_that_is_too_dear_before_its_first_step_has_no_cell_at_equal_cost
     assert evidence.cost_share(stored, "not yet run", "ours") is None
 
 
-def test_cost_follows_the_first_stored_seed():
+def test_cost_is_the_median_over_the_seeds_that_both_arms_have():
     stored = stored_of(
-        cell("ours", 100, seed=2), cell("other", 400, seed=2), cell("other", 100, seed=1)
+        *(cell("ours", 100, seed=seed) for seed in (1, 2, 3)),
+        *(cell("other", cost, seed=seed) for seed, cost in enumerate((400, 200, 250, 1), start=1)),
+        *(cell("alike", cost, seed=seed) for seed, cost in enumerate((80, 105, 104), start=1)),
     )
 
-    assert evidence.cost_share(stored, "other", "ours") == 0.25
+    assert evidence.cost_share(stored, "other", "ours") == 0.4
+    assert evidence.cost_share(stored, "alike", "ours") == 1.0
+
+
+def test_equal_cost_begins_when_all_seeds_have_their_costs(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(evidence, "_with_teachers", lambda given, bench, stored, seed: stored)
+    monkeypatch.setattr(evidence, "_run_seed", lambda *given: ran.append(given[3:]) or stored_of())
+
+    evidence.run_comparison(argparse.Namespace(), bench_of(tmp_path), stored_of(), (1, 2))
+
+    assert ran == [(1, "steps"), (2, "steps"), (1, "cost"), (2, "cost")]
 
 
 def test_the_rule_of_choice_has_the_default_of_the_method():
