@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from evidence_arms import Arm, Place, Trained
 from evidence_cells import VERSION, Cell, TeacherGate
 from evidence_comparisons import BEST, COMPARISONS, teacher_sections
@@ -180,10 +181,16 @@ def run_once(folder: Path, config: Config) -> dict[str, Any]:
 def start(folder: Path, config: Config, *, program: str) -> None:
     """Run a command of `launch/` on one rank; output and times go to files of the folder.
 
+    A folder that was begun with another config is removed first: the steps of a cell at equal cost
+    follow measured costs, which more seeds change.
+
     Raises:
         RunFailedError: the command failed.
     """
-    path = write_config(folder / "evidence.yaml", {"output_dir": str(folder), **config})
+    path, tree = folder / "evidence.yaml", {"output_dir": str(folder), **config}
+    if path.is_file() and yaml.safe_load(path.read_text(encoding="utf-8")) != _plain(tree):
+        shutil.rmtree(folder)
+    write_config(path, tree)
     command = launch_command(program, path, 1, [])
     paths = [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     plugins = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

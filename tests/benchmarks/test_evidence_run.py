@@ -6,6 +6,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -353,3 +354,23 @@ def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch):
     assert evidence_run.is_done(tmp_path / "cell.json", config)
     assert not evidence_run.is_done(tmp_path / "cell.json", {**config, "seed": 2})
     assert evidence_run.read_done(tmp_path / "cell.json") == {"score": 1.0}
+
+
+@pytest.mark.parametrize(("steps", "is_kept"), [(4, True), (5, False)])
+def test_a_cell_goes_on_where_it_was_unless_its_config_has_changed(
+    tmp_path, monkeypatch, steps, is_kept
+):
+    ends = [sys.executable, "-c", "pass"]
+    monkeypatch.setattr(evidence_run, "launch_command", lambda *given: ends)
+    folder = tmp_path / "cell"
+
+    def config(steps: int) -> dict:
+        return {"student": {"layers": (2, 5)}, "train": {"max_steps": steps, "rate": 1e-5}}
+
+    evidence_run.start(folder, config(4), program="train")
+    (folder / "checkpoint").touch()
+
+    evidence_run.start(folder, config(steps), program="train")
+
+    assert (folder / "checkpoint").exists() is is_kept
+    assert (folder / "process.json").is_file()
