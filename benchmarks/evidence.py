@@ -2,12 +2,12 @@
 
 `python benchmarks/evidence.py --data ../shared/data [--only skdbert,minidisc] [--quick]`, on the
 CPU, two cells side by side. Teachers and the caches of their answers are made once per setting and
-seed; every cell has a folder below `--out`, is gone on with where it was, and is done once. Results
-are stored in docs/evidence/ as they come; `--page` draws docs/evidence.md from them and runs
-nothing. `--collect` stores the finished runs of the benchmarks that train their arms themselves,
-such as `shrink.py`, draws the page and runs nothing. `--quick` runs one setting with two seeds, one
-group of arms of each comparison and short trainings, about 20 minutes, and stores its results below
-`--out`.
+seed; every cell has a folder below `--out` and is gone on with where it was. Results are stored in
+docs/evidence/ as they come, and a stored cell is not run again; `--page` draws docs/evidence.md
+from them and runs nothing. `--collect` stores the finished runs of the benchmarks that train their
+arms themselves, such as `shrink.py`, and draws the page. `--quick` runs one setting with two seeds,
+one group of arms of each comparison and short trainings, about 20 minutes, and stores its results
+below `--out`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from evidence_arms import group_of
 from evidence_cells import (
+    BASES,
     SAME_RUN,
     STORED,
     Basis,
@@ -189,23 +190,34 @@ def versions() -> dict[str, str]:
 
 def run_comparison(
     given: argparse.Namespace, bench: Bench, stored: Stored, seeds: Sequence[int]
-) -> None:
+) -> Stored:
     """Run all cells at equal steps, and then, by their measured costs, all cells at equal cost."""
-    for seed in seeds:
-        stored = _with_teachers(given, bench, stored, seed)
-        stored = _run_seed(given, bench, stored, seed, "steps")
-    for seed in seeds:
-        stored = _run_seed(given, bench, stored, seed, "cost")
+    for basis in BASES:
+        arms = _chosen_arms(given, stored)
+        left = [seed for seed in seeds if known_and_left(bench, stored, seed, arms, basis)[1]]
+        stored = _with_teachers(given, bench, stored, left)
+        for seed in seeds:
+            stored = _run_seed(given, bench, stored, seed, basis)
+    return stored
 
 
-def _with_teachers(given: argparse.Namespace, bench: Bench, stored: Stored, seed: int) -> Stored:
-    """Train the teachers of a seed and write their caches, unless that is done."""
+def _chosen_arms(given: argparse.Namespace, stored: Stored) -> list[str]:
+    trained = COMPARISONS[stored.comparison].arms_in(stored.setting)
+    return [arm for arm in trained if given.groups is None or group_of(arm) in given.groups]
+
+
+def _with_teachers(
+    given: argparse.Namespace, bench: Bench, stored: Stored, seeds: Sequence[int]
+) -> Stored:
+    """Train the teachers of the seeds and write their caches, unless that is done."""
     setting, comparison = SETTINGS[stored.setting], COMPARISONS[stored.comparison]
+    needed = [(name, seed) for seed in seeds for name in comparison.teachers]
     with ThreadPoolExecutor(given.jobs) as pool:
-        gates = list(pool.map(lambda name: taught(bench, setting, name, seed), comparison.teachers))
+        gates = list(pool.map(lambda one: taught(bench, setting, *one), needed))
     if comparison.cached:
-        cached(bench, setting, comparison.teachers, seed)
-    others = [gate for gate in stored.teachers if gate.seed != seed]
+        for seed in seeds:
+            cached(bench, setting, comparison.teachers, seed)
+    others = [gate for gate in stored.teachers if gate.seed not in seeds]
     return dataclasses.replace(stored, teachers=(*others, *gates))
 
 
@@ -213,14 +225,10 @@ def _run_seed(
     given: argparse.Namespace, bench: Bench, stored: Stored, seed: int, basis: Basis
 ) -> Stored:
     """Run the cells of a seed; an arm that needs the result of another arm comes after it."""
-    trained = COMPARISONS[stored.comparison].arms_in(stored.setting).items()
+    found = COMPARISONS[stored.comparison].arms
     for is_after in (False, True):
-        arms = [
-            name
-            for name, arm in trained
-            if (arm.after is not None) is is_after
-            and (given.groups is None or group_of(name) in given.groups)
-        ]
+        chosen = _chosen_arms(given, stored)
+        arms = [arm for arm in chosen if (found[arm].after is not None) is is_after]
         stored = _run_arms(given, bench, stored, seed, arms, basis)
     return stored
 
@@ -234,14 +242,12 @@ def _run_arms(
     basis: Basis,
 ) -> Stored:
     comparison = COMPARISONS[stored.comparison]
-    same = [copy for arm in arms if (copy := copied(stored, arm, seed, basis))]
-    if same:
-        stored = with_cells(stored, same)
+    known, left = known_and_left(bench, stored, seed, arms, basis)
+    if known:
+        stored = with_cells(stored, known)
         write_stored(given.stored, stored)
-    left = [arm for arm in arms if arm not in {cell.arm for cell in same}]
-    cells = [planned(bench, stored, arm, seed, basis) for arm in left]
     with ThreadPoolExecutor(given.jobs) as pool:
-        waiting = [pool.submit(run_cell, bench, comparison, c) for c in cells if c is not None]
+        waiting = [pool.submit(run_cell, bench, comparison, cell) for cell in left]
         for done in as_completed(waiting):
             cell = dataclasses.replace(done.result(), basis=basis)
             stored = with_cells(stored, [cell])
@@ -250,15 +256,44 @@ def _run_arms(
     return stored
 
 
+def known_and_left(
+    bench: Bench, stored: Stored, seed: int, arms: Sequence[str], basis: Basis
+) -> tuple[list[Cell], list[Planned]]:
+    """Return the cells that need no run, and the runs that are left."""
+    known, left = list[Cell](), list[Planned]()
+    for arm in arms:
+        if copy := copied(stored, arm, seed, basis):
+            known.append(copy)
+        elif run := planned(bench, stored, arm, seed, basis):
+            done = stored_run(stored, run)
+            if done is None:
+                left.append(run)
+            else:
+                known.append(done)
+    return known, left
+
+
 def copied(stored: Stored, arm: str, seed: int, basis: Basis) -> Cell | None:
     """Return the cell of an arm whose run would be that of another arm; None for other arms."""
     found = COMPARISONS[stored.comparison].arms[arm]
-    if found.after is None or found.same_as is None:
+    cell = None if found.after is None else stored.of(found.after).get(seed)
+    if cell is None or found.same_as is None:
         return None
-    cell = stored.of(found.after)[seed]
     details = {**cell.details, SAME_RUN: 1.0}
     is_same = found.same_as(cell.details)
     return dataclasses.replace(cell, arm=arm, basis=basis, details=details) if is_same else None
+
+
+def stored_run(stored: Stored, run: Planned) -> Cell | None:
+    """Return the stored cell of a run; None if the run is still to be made.
+
+    Runs of an arm and a seed differ in their steps alone, so that one run may serve both bases.
+    """
+    steps, cost = stored.of(run.name), stored.of(run.name, "cost")
+    for cell in (steps.get(run.seed), cost.get(run.seed)):
+        if cell is not None and cell.max_steps == run.steps:
+            return dataclasses.replace(cell, basis=run.basis)
+    return None
 
 
 def line(cell: Cell) -> str:

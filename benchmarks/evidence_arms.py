@@ -75,8 +75,8 @@ class Comparison:
 class Trained(Comparison):
     """A comparison whose arms are trained by `evidence.py`.
 
-    seeds: by setting. groups: those that are trained, by setting; all where no setting is named.
-    teachers: those that the arms need. start: of the student.
+    seeds: by setting. repeated: the arms that are trained in a setting; all arms in a setting that
+        is not named. teachers: those that the arms need. start: of the student.
     cached: whether the teachers' answers are kept on disk.
     """
 
@@ -86,17 +86,12 @@ class Trained(Comparison):
     seeds: Mapping[str, tuple[int, ...]]
     teachers: tuple[str, ...]
     arms: Mapping[str, Arm]
-    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    repeated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     cached: bool = False
 
     def arms_in(self, setting: str) -> dict[str, Arm]:
         """Return the arms that are trained in a setting."""
-        groups = self.groups.get(setting)
-        return {
-            name: arm
-            for name, arm in self.arms.items()
-            if groups is None or group_of(name) in groups
-        }
+        return {name: self.arms[name] for name in self.repeated.get(setting, tuple(self.arms))}
 
 
 GROUP = ", "
@@ -119,13 +114,14 @@ def arm_beside(arms: Iterable[str], name: str, arm: str) -> str | None:
     return next(same, next(iter(found), None))
 
 
+def in_group(arm: str, group: str) -> str:
+    """Return the name of an arm in a group."""
+    return f"{arm}{GROUP}{group}"
+
+
 def grouped(group: str, arms: Mapping[str, Arm]) -> dict[str, Arm]:
     """Return the arms with the name of their group."""
-
-    def in_group(name: str) -> str:
-        return f"{name}{GROUP}{group}"
-
     return {
-        in_group(name): replace(arm, after=in_group(arm.after)) if arm.after else arm
+        in_group(name, group): replace(arm, after=in_group(arm.after, group)) if arm.after else arm
         for name, arm in arms.items()
     }

@@ -27,6 +27,7 @@ SAME_RUN = "same_run"
 
 Basis = Literal["steps", "cost"]
 """What an arm has in common with the reference arm: the student's steps, or the total cost."""
+BASES: tuple[Basis, ...] = ("steps", "cost")
 
 
 class StoredCellError(Exception):
@@ -42,6 +43,7 @@ class Cell:
     divergence: KL(reference teacher || student) on the test rows, in nats per row or token; None
         where no reference teacher exists.
     steps: of the student and its trials; of MaxiDisc, of all its legs and students.
+    max_steps: `train.max_steps` of the run; None for runs of other benchmarks.
     cpu_seconds: of all training of the run, also of trials, selectors and pilots, without the
         teachers that exist before. teacher_rows: rows that teachers have answered, once each.
     details: numbers of the arm, such as the mean weights of a selector.
@@ -55,6 +57,7 @@ class Cell:
     steps: int
     cpu_seconds: float
     teacher_rows: int
+    max_steps: int | None = None
     details: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from evidence_arms import Arm, Config, Place, Trained, grouped
+from evidence_arms import Arm, Config, Place, Trained, grouped, in_group
 from evidence_reports import CHOSEN, trial_scores
 
 from megakd.methods.tradeoff import choose
@@ -221,6 +221,14 @@ def variant_arms(sparsity: float) -> dict[str, Arm]:
 
 THREE, FIVE = (1, 2, 3), (1, 2, 3, 4, 5)
 
+# Arms of the settings after the first: the method, and the controls that decide.
+POOL_REPEATED = ("uniform", "teacher rank", "mean", "best teacher")
+POOL_REPEATED = (*(in_group(arm, t) for t in ("T 1", "T 4") for arm in POOL_REPEATED), "labels")
+SELECTION_REPEATED = ("soft", "hard", "all kinds", "fixed mean weights", "random soft")
+SELECTION_REPEATED += ("only soft_target_kl", "labels")
+ASSISTANTS_REPEATED = ("minidisc", "direct", "both teach", "all three", "labels")
+ASSISTANTS_REPEATED = tuple(in_group(arm, "0.97") for arm in ASSISTANTS_REPEATED)
+
 COMPARISONS = {
     "plain": Trained(
         title="Plain distillation: the soft targets of one teacher",
@@ -245,6 +253,7 @@ COMPARISONS = {
         plain="best teacher",
         labels="labels",
         seeds={"clinc150-few": FIVE, "banking77-few": THREE, "sst2-few": THREE},
+        repeated=dict.fromkeys(("banking77-few", "sst2-few"), POOL_REPEATED),
         teachers=POOL,
         cached=True,
         arms={
@@ -260,7 +269,8 @@ COMPARISONS = {
         reference="soft",
         plain="only soft_target_kl",
         labels="labels",
-        seeds={"clinc150-few": FIVE, "banking77-few": THREE},
+        seeds={"clinc150-few": THREE, "banking77-few": THREE},
+        repeated={"banking77-few": SELECTION_REPEATED},
         teachers=(BEST,),
         arms=SELECTION_ARMS,
     ),
@@ -272,7 +282,7 @@ COMPARISONS = {
         plain="direct",
         labels="labels",
         seeds={"clinc150-few": THREE, "banking77-few": THREE, "sst2-few": THREE},
-        groups={"banking77-few": ("0.97",), "sst2-few": ("0.97",)},
+        repeated=dict.fromkeys(("banking77-few", "sst2-few"), ASSISTANTS_REPEATED),
         teachers=(BEST,),
         arms={
             **grouped("0.9", assistant_arms(0.9)),

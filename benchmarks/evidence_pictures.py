@@ -12,7 +12,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
-from evidence_statistics import BASES, unit_of
+from evidence_cells import BASES
+from evidence_statistics import unit_of
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D

@@ -229,6 +229,7 @@ def _result(bench: Bench, arm: Arm, cell: Planned, report: Mapping[str, Any]) ->
         steps=sum(stage["steps"] for stage in stages if stage["name"].startswith(SCALED)),
         cpu_seconds=sum(cpu.values()),
         teacher_rows=teacher_steps(report) * setting.student.rows if arm.asks_teachers else 0,
+        max_steps=cell.steps,
         details={"fixed_cpu_seconds": fixed, **weights, **first_trial(report)},
     )
 

@@ -6,7 +6,8 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from evidence_arms import named
-from evidence_statistics import BASES, Difference, Unit, unit_of
+from evidence_cells import BASES
+from evidence_statistics import Difference, Unit, unit_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-from evidence_cells import SAME_RUN, Basis, Stored, paired
+from evidence_cells import BASES, SAME_RUN, Basis, Stored, paired
 from scipy.stats import nct, norm
 from scipy.stats import t as student_t
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 
 Verdict = Literal["better", "worse", "cannot be told"]
-BASES: tuple[Basis, ...] = ("steps", "cost")
 LEVEL, POWER = 0.05, 0.8
 SAME = 1e-9
 """Differences whose deviation is below this are the same number."""

@@ -6,9 +6,9 @@ import math
 import statistics
 from typing import TYPE_CHECKING
 
-from evidence_cells import SAME_RUN
+from evidence_cells import BASES, SAME_RUN
 from evidence_sentences import NONE, signed
-from evidence_statistics import BASES, unit_of
+from evidence_statistics import unit_of
 from gpu_day_page import markdown_table
 from machine import mean_and_deviation
 

@@ -15,7 +15,7 @@ import evidence_run
 import numpy as np
 import pytest
 from evidence_arms import arm_beside, named
-from evidence_cells import SAME_RUN, Cell, Stored
+from evidence_cells import SAME_RUN, Cell, Stored, TeacherGate
 from evidence_comparisons import COMPARISONS, KINDS, TRADEOFF
 from evidence_run import Bench, Planned, cell_config, digest, place_of
 from evidence_scores import Answered, accuracy, mean_divergence
@@ -140,13 +140,43 @@ def test_cost_is_the_median_over_the_seeds_that_both_arms_have():
 
 
 def test_equal_cost_begins_when_all_seeds_have_their_costs(tmp_path, monkeypatch):
-    ran = []
-    monkeypatch.setattr(evidence, "_with_teachers", lambda given, bench, stored, seed: stored)
-    monkeypatch.setattr(evidence, "_run_seed", lambda *given: ran.append(given[3:]) or stored_of())
+    ran, arms = [], COMPARISONS["skdbert"].arms
 
-    evidence.run_comparison(argparse.Namespace(), bench_of(tmp_path), stored_of(), (1, 2))
+    def cells_of(seed: int) -> list[Cell]:
+        return [dataclasses.replace(cell(arm, 100, seed=seed), max_steps=400) for arm in arms]
 
-    assert ran == [(1, "steps"), (2, "steps"), (1, "cost"), (2, "cost")]
+    gate = TeacherGate(teacher="six", seed=2, scores=(), final=0.0)
+    finished = stored_of(*cells_of(1), *cells_of(2))
+    monkeypatch.setattr(evidence, "_run_seed", lambda *given: ran.append(given[3:]) or finished)
+    monkeypatch.setattr(evidence, "taught", lambda *given: ran.append(given[2:]) or gate)
+    monkeypatch.setattr(evidence, "cached", lambda *given: None)
+    asked = argparse.Namespace(jobs=1, groups=None)
+
+    evidence.run_comparison(asked, bench_of(tmp_path), stored_of(*cells_of(1)), (1, 2))
+
+    # Seed 1 has all of its cells, so that only seed 2 needs teachers.
+    teachers = [(name, 2) for name in COMPARISONS["skdbert"].teachers]
+    assert ran == [*teachers, (1, "steps"), (2, "steps"), (1, "cost"), (2, "cost")]
+
+
+def test_a_stored_cell_is_run_again_only_with_other_steps(tmp_path):
+    bench, arms = bench_of(tmp_path), ("uniform, T 1", "takd, T 1", "mean, T 1", "labels")
+    ours, takd, mean = (
+        dataclasses.replace(cell(arm, cost), max_steps=400)
+        for arm, cost in zip(arms, (100, 200, 105), strict=False)
+    )
+    stored = stored_of(ours, takd, mean)
+
+    known, left = evidence.known_and_left(bench, stored, 1, arms, "steps")
+    assert ([c.arm for c in known], [run.name for run in left]) == ([*arms[:3]], ["labels"])
+
+    known, left = evidence.known_and_left(bench, stored, 1, arms[:3], "cost")
+    assert known == [dataclasses.replace(mean, basis="cost")]
+    assert [(run.name, run.steps) for run in left] == [("takd, T 1", 200)]
+
+    paid = dataclasses.replace(takd, basis="cost", max_steps=200)
+    known, left = evidence.known_and_left(bench, stored_of(ours, takd, paid), 1, arms[:2], "cost")
+    assert (known, left) == ([paid], [])
 
 
 def test_the_rule_of_choice_has_the_default_of_the_method():
@@ -191,11 +221,13 @@ def test_a_target_that_is_barred_is_no_copy_of_a_run_that_it_has_won():
     assert evidence.copied(stored, "lambda 0.4, 0.9", 1, "steps") is not None
 
 
-def test_a_setting_with_chosen_groups_trains_these_alone():
-    groups = {name.partition(", ")[2] for name in COMPARISONS["minidisc"].arms_in("sst2-few")}
+def test_a_repeated_setting_trains_the_arms_that_decide():
+    found = COMPARISONS["minidisc"]
 
-    assert groups == {"0.97"}
-    assert COMPARISONS["minidisc"].arms_in("other").keys() == COMPARISONS["minidisc"].arms.keys()
+    repeated = found.arms_in("sst2-few")
+    assert found.arms_in("other") == found.arms
+    assert repeated.items() < found.arms.items()
+    assert {found.reference, found.plain, found.labels} < {named(arm) for arm in repeated}
 
 
 def test_a_missing_data_file_is_named_before_the_first_cell(tmp_path, capsys):
