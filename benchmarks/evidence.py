@@ -6,7 +6,7 @@ seed; every cell has a folder below `--out` and is gone on with where it was. Re
 docs/evidence/ as they come, and a stored cell is not run again; `--page` draws docs/evidence.md
 from them and runs nothing. `--collect` stores the finished runs of the benchmarks that train their
 arms themselves, such as `shrink.py`, and draws the page. `--quick` runs one setting with two seeds,
-one group of arms of each comparison and short trainings, about 20 minutes, and stores its results
+the deciding arms of each comparison and short trainings, about 20 minutes, and stores its results
 below `--out`.
 """
 
@@ -202,7 +202,8 @@ def run_comparison(
 
 
 def _chosen_arms(given: argparse.Namespace, stored: Stored) -> list[str]:
-    trained = COMPARISONS[stored.comparison].arms_in(stored.setting)
+    found = COMPARISONS[stored.comparison]
+    trained = found.deciding_arms() if given.quick else found.arms_in(stored.setting)
     return [arm for arm in trained if given.groups is None or group_of(arm) in given.groups]
 
 
@@ -316,7 +317,7 @@ def planned(bench: Bench, stored: Stored, arm: str, seed: int, basis: Basis) -> 
     steps, folder = bench.steps(setting.student, comparison.arms[arm].steps), "steps"
     if basis == "cost":
         share = cost_share(stored, arm, comparison.reference_of(arm))
-        if share is None:
+        if share is None or not comparison.arms[arm].at_equal_cost:
             return None
         # With a share of 1, the cell at equal steps is the cell at equal cost.
         steps, folder = max(2, round(share * steps)), "steps" if share == 1 else "cost"

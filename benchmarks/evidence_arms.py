@@ -7,7 +7,7 @@ such as a temperature, are compared with the reference arm of their group.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Arm:
     same_as: whether the run would be that of the cell `after`, from the details of this cell. The
         cell is then copied, because equal runs give equal weights.
     asks_teachers: False for labels alone, also where the student is cut out of a teacher.
+    at_equal_cost: whether the arm has cells at equal cost, too.
     """
 
     config: Callable[[Place], Config]
@@ -48,6 +49,7 @@ class Arm:
     after: str | None = None
     same_as: Callable[[Mapping[str, float]], bool] | None = None
     asks_teachers: bool = True
+    at_equal_cost: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +77,8 @@ class Comparison:
 class Trained(Comparison):
     """A comparison whose arms are trained by `evidence.py`.
 
-    seeds: by setting. repeated: the arms that are trained in a setting; all arms in a setting that
-        is not named. teachers: those that the arms need. start: of the student.
+    seeds: by setting. teachers: those that the arms need. start: of the student.
+    deciding: arms that are repeated in the settings after the first; none: all arms.
     cached: whether the teachers' answers are kept on disk.
     """
 
@@ -86,12 +88,17 @@ class Trained(Comparison):
     seeds: Mapping[str, tuple[int, ...]]
     teachers: tuple[str, ...]
     arms: Mapping[str, Arm]
-    repeated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    deciding: tuple[str, ...] = ()
     cached: bool = False
 
     def arms_in(self, setting: str) -> dict[str, Arm]:
         """Return the arms that are trained in a setting."""
-        return {name: self.arms[name] for name in self.repeated.get(setting, tuple(self.arms))}
+        is_first = setting == next(iter(self.seeds))
+        return dict(self.arms) if is_first else self.deciding_arms()
+
+    def deciding_arms(self) -> dict[str, Arm]:
+        """Return the method, its closest controls and its best variants."""
+        return {name: self.arms[name] for name in self.deciding or self.arms}
 
 
 GROUP = ", "

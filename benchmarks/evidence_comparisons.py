@@ -127,14 +127,25 @@ def _policy(policy: str) -> Arm:
     return _kinds_arm(None, name="knowledge_selection", policy=policy)
 
 
+def _only(kind: str) -> Arm:
+    return _kinds_arm([{"loss": kind}], name="single")
+
+
+def _at_equal_steps(arm: Arm) -> Arm:
+    """Return the arm without cells at equal cost, where the closer controls decide."""
+    return replace(arm, at_equal_cost=False)
+
+
+OTHER_KINDS = tuple(kind for kind in KINDS if kind != "soft_target_kl")
 SELECTION_ARMS = {
     "soft": _selector(),
     "hard": _selector(action="hard"),
     "all kinds": _policy("all"),
     "fixed mean weights": Arm(config=_fixed, after="soft"),
     "random soft": _policy("random_soft"),
-    "random hard": _policy("random_hard"),
-    **{f"only {kind}": _kinds_arm([{"loss": kind}], name="single") for kind in KINDS},
+    "random hard": _at_equal_steps(_policy("random_hard")),
+    "only soft_target_kl": _only("soft_target_kl"),
+    **{f"only {kind}": _at_equal_steps(_only(kind)) for kind in OTHER_KINDS},
     "restraint 0": _selector(restraint=0),
     "restraint 0.002": _selector(restraint=0.002),
     "phases of 1": _selector(phase_steps=1),
@@ -221,13 +232,9 @@ def variant_arms(sparsity: float) -> dict[str, Arm]:
 
 THREE, FIVE = (1, 2, 3), (1, 2, 3, 4, 5)
 
-# Arms of the settings after the first: the method, and the controls that decide.
-POOL_REPEATED = ("uniform", "teacher rank", "mean", "best teacher")
-POOL_REPEATED = (*(in_group(arm, t) for t in ("T 1", "T 4") for arm in POOL_REPEATED), "labels")
-SELECTION_REPEATED = ("soft", "hard", "all kinds", "fixed mean weights", "random soft")
-SELECTION_REPEATED += ("only soft_target_kl", "labels")
-ASSISTANTS_REPEATED = ("minidisc", "direct", "both teach", "all three", "labels")
-ASSISTANTS_REPEATED = tuple(in_group(arm, "0.97") for arm in ASSISTANTS_REPEATED)
+POOL_DECIDING = ("uniform", "teacher rank", "mean", "best teacher")
+SELECTION_DECIDING = ("soft", "hard", "all kinds", "fixed mean weights", "random soft")
+ASSISTANTS_DECIDING = ("minidisc", "direct", "both teach", "all three", "labels")
 
 COMPARISONS = {
     "plain": Trained(
@@ -253,7 +260,7 @@ COMPARISONS = {
         plain="best teacher",
         labels="labels",
         seeds={"clinc150-few": FIVE, "banking77-few": THREE, "sst2-few": THREE},
-        repeated=dict.fromkeys(("banking77-few", "sst2-few"), POOL_REPEATED),
+        deciding=(*(in_group(arm, t) for t in ("T 1", "T 4") for arm in POOL_DECIDING), "labels"),
         teachers=POOL,
         cached=True,
         arms={
@@ -270,7 +277,7 @@ COMPARISONS = {
         plain="only soft_target_kl",
         labels="labels",
         seeds={"clinc150-few": THREE, "banking77-few": THREE},
-        repeated={"banking77-few": SELECTION_REPEATED},
+        deciding=(*SELECTION_DECIDING, "only soft_target_kl", "labels"),
         teachers=(BEST,),
         arms=SELECTION_ARMS,
     ),
@@ -282,7 +289,7 @@ COMPARISONS = {
         plain="direct",
         labels="labels",
         seeds={"clinc150-few": THREE, "banking77-few": THREE, "sst2-few": THREE},
-        repeated=dict.fromkeys(("banking77-few", "sst2-few"), ASSISTANTS_REPEATED),
+        deciding=tuple(in_group(arm, "0.97") for arm in ASSISTANTS_DECIDING),
         teachers=(BEST,),
         arms={
             **grouped("0.9", assistant_arms(0.9)),

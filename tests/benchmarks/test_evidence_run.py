@@ -150,13 +150,23 @@ def test_equal_cost_begins_when_all_seeds_have_their_costs(tmp_path, monkeypatch
     monkeypatch.setattr(evidence, "_run_seed", lambda *given: ran.append(given[3:]) or finished)
     monkeypatch.setattr(evidence, "taught", lambda *given: ran.append(given[2:]) or gate)
     monkeypatch.setattr(evidence, "cached", lambda *given: None)
-    asked = argparse.Namespace(jobs=1, groups=None)
+    asked = argparse.Namespace(jobs=1, groups=None, quick=False)
 
     evidence.run_comparison(asked, bench_of(tmp_path), stored_of(*cells_of(1)), (1, 2))
 
     # Seed 1 has all of its cells, so that only seed 2 needs teachers.
     teachers = [(name, 2) for name in COMPARISONS["skdbert"].teachers]
     assert ran == [*teachers, (1, "steps"), (2, "steps"), (1, "cost"), (2, "cost")]
+
+
+def test_a_lesser_control_has_no_cell_at_equal_cost(tmp_path):
+    arms = ("soft", "random soft", "random hard", "only soft_target_kl", "only hidden_mse")
+    stored = stored_of(*(cell(arm, 100) for arm in arms))
+    stored = dataclasses.replace(stored, comparison="selection")
+
+    _, left = evidence.known_and_left(bench_of(tmp_path), stored, 1, arms, "cost")
+
+    assert [run.name for run in left] == ["random soft", "only soft_target_kl"]
 
 
 def test_a_stored_cell_is_run_again_only_with_other_steps(tmp_path):
@@ -221,13 +231,27 @@ def test_a_target_that_is_barred_is_no_copy_of_a_run_that_it_has_won():
     assert evidence.copied(stored, "lambda 0.4, 0.9", 1, "steps") is not None
 
 
-def test_a_repeated_setting_trains_the_arms_that_decide():
-    found = COMPARISONS["minidisc"]
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_settings_after_the_first_repeat_the_arms_that_decide(name):
+    found = COMPARISONS[name]
+    first, *others = found.seeds
 
-    repeated = found.arms_in("sst2-few")
-    assert found.arms_in("other") == found.arms
-    assert repeated.items() < found.arms.items()
-    assert {found.reference, found.plain, found.labels} < {named(arm) for arm in repeated}
+    assert found.arms_in(first) == found.arms
+    for setting in others:
+        repeated = found.arms_in(setting)
+        assert repeated.items() <= found.arms.items()
+        assert {found.reference, found.plain, found.labels} <= {named(arm) for arm in repeated}
+        assert {arm.after for arm in repeated.values()} <= {None, *repeated}
+
+
+def test_quick_trains_the_deciding_arms_of_one_group(tmp_path):
+    quick = evidence.parse(["--quick", "--out", str(tmp_path)])
+
+    arms = evidence._chosen_arms(quick, stored_of())
+
+    deciding = COMPARISONS["skdbert"].deciding
+    assert arms == [arm for arm in deciding if not arm.endswith("T 4")]
+    assert len(evidence._chosen_arms(evidence.parse([]), stored_of())) > len(deciding)
 
 
 def test_a_missing_data_file_is_named_before_the_first_cell(tmp_path, capsys):
