@@ -36,6 +36,7 @@ from evidence_cells import (
     with_cells,
     write_stored,
 )
+from evidence_checks import UnusableError, check_data, check_groups, check_space
 from evidence_comparisons import COMPARISONS
 from evidence_legs import collect
 from evidence_others import COLLECTED
@@ -52,18 +53,11 @@ from megakd.storage.atomic import replaced_folder
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-GIGABYTE = 10**9
-TEACHER_SPACE, CELL_SPACE = 0.1 * GIGABYTE, 1.0 * GIGABYTE
-"""Of a finished teacher with its answers, and of a running cell with its checkpoints."""
 QUICK_SETTING, QUICK_SEEDS, QUICK_SHRUNK = "clinc150-few", (1, 2), 8
 QUICK_GROUPS = ("", "T 1", "0.97")
 """Of arms; those without a group, too."""
 SAME_COST = 0.1
 """An arm whose cost differs by less from that of the reference arm has the same cost."""
-
-
-class UnusableError(Exception):
-    """The benchmark cannot run here."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -115,49 +109,6 @@ def chosen(given: argparse.Namespace) -> Iterator[tuple[str, Setting, Sequence[i
         for setting, seeds in COMPARISONS[name].seeds.items():
             if setting in given.settings:
                 yield name, SETTINGS[setting], given.seeds or seeds
-
-
-def check_groups(
-    groups: Sequence[str] | None, places: Sequence[tuple[str, Setting, Sequence[int]]]
-) -> None:
-    """Raise UnusableError if a comparison has no arm of the groups in a setting."""
-    for name, setting, _ in places:
-        known = {group_of(arm) for arm in COMPARISONS[name].arms_in(setting.name)}
-        if groups is not None and not known & {*groups}:
-            raise UnusableError(
-                f"{name} has no arms of the groups {', '.join(groups)} in the setting "
-                f"{setting.name}; its groups are {', '.join(sorted(known - {''}))}"
-            )
-
-
-def check_data(data: Path, settings: Sequence[Setting]) -> None:
-    """Raise UnusableError unless the data folder has all files of the settings."""
-    for setting in settings:
-        for file in setting.needs:
-            if not (data / file).is_file():
-                raise UnusableError(
-                    f"the setting {setting.name} needs {file}, which is not in {data}; name the "
-                    "folder with --data, or leave the setting out with --settings"
-                )
-
-
-def check_space(out: Path, places: Sequence[tuple[str, Setting, Sequence[int]]], jobs: int) -> None:
-    """Raise UnusableError unless the disk has room for teachers, caches and running cells."""
-    teachers = {
-        (setting.name, teacher, seed)
-        for name, setting, seeds in places
-        for teacher in COMPARISONS[name].teachers
-        for seed in seeds
-    }
-    needed = len(teachers) * TEACHER_SPACE + jobs * CELL_SPACE
-    out.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out).free
-    if free < needed:
-        raise UnusableError(
-            f"{out} has {free / GIGABYTE:.1f} GB free; {len(teachers)} teachers with their caches "
-            f"and {jobs} running cells need {needed / GIGABYTE:.1f} GB; name another folder with "
-            "--out, or choose fewer comparisons with --only"
-        )
 
 
 def _opened(folder: Path, name: str, setting: Setting, bench: Bench) -> Stored:
@@ -247,13 +198,20 @@ def _run_arms(
     if known:
         stored = with_cells(stored, known)
         write_stored(given.stored, stored)
+    failures = list[BaseException]()
     with ThreadPoolExecutor(given.jobs) as pool:
         waiting = [pool.submit(run_cell, bench, comparison, cell) for cell in left]
         for done in as_completed(waiting):
+            # A cell that fails does not keep the others from being stored.
+            if error := done.exception():
+                failures.append(error)
+                continue
             cell = dataclasses.replace(done.result(), basis=basis)
             stored = with_cells(stored, [cell])
             write_stored(given.stored, stored)
             print(f"{stored.setting} {line(cell)}", flush=True)
+    if failures:
+        raise failures[0]
     return stored
 
 

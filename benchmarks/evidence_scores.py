@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import operator
+import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 ANSWERS = "answers.npz"
 BATCH = 100
+LOADING = threading.Lock()
+"""Two cells may end at the same time, and `from_pretrained` may not run in two threads at once."""
 
 
 class Answered(NamedTuple):
@@ -28,8 +31,9 @@ def answers_of(model: Path, texts: Sequence[str], max_length: int) -> Answered:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
-    network = AutoModelForSequenceClassification.from_pretrained(model, trust_remote_code=True)
+    with LOADING:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
+        network = AutoModelForSequenceClassification.from_pretrained(model, trust_remote_code=True)
     network.eval()
     rows = []
     with torch.inference_mode():

@@ -11,17 +11,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import evidence
+import evidence_checks
 import evidence_run
 import numpy as np
 import pytest
 from evidence_arms import arm_beside, named
-from evidence_cells import SAME_RUN, Cell, Stored, TeacherGate
+from evidence_cells import SAME_RUN, Cell, Stored, TeacherGate, read_stored
 from evidence_comparisons import COMPARISONS, KINDS, TRADEOFF
 from evidence_run import Bench, Planned, cell_config, digest, place_of
 from evidence_scores import Answered, accuracy, mean_divergence
 from evidence_settings import SETTINGS, Learning, read_table
 from hypothesis import given
 from hypothesis import strategies as st
+from launching import RunFailedError
 from tiny_runs import bert, config_tree, write_config, write_reviews
 from whole_run import finish
 
@@ -189,6 +191,22 @@ def test_a_stored_cell_is_run_again_only_with_other_steps(tmp_path):
     assert (known, left) == ([paid], [])
 
 
+def test_a_cell_that_fails_does_not_keep_the_others_from_being_stored(tmp_path, monkeypatch):
+    def run(bench, comparison, planned: Planned) -> Cell:
+        if planned.name == "mean, T 1":
+            raise RunFailedError("mean, T 1: exit code 1")
+        return cell(planned.name, 100)
+
+    monkeypatch.setattr(evidence, "run_cell", run)
+    given, arms = argparse.Namespace(stored=tmp_path, jobs=2), ["mean, T 1", "takd, T 1", "labels"]
+
+    with pytest.raises(RunFailedError, match="mean, T 1"):
+        evidence._run_arms(given, bench_of(tmp_path), stored_of(), 1, arms, "steps")
+
+    (path,) = tmp_path.glob("*.json")
+    assert {*read_stored(path).arms()} == {*arms[1:]}
+
+
 def test_the_rule_of_choice_has_the_default_of_the_method():
     assert MiniDiscConfig(name="minidisc").tradeoff == TRADEOFF
 
@@ -274,7 +292,7 @@ def test_a_full_disk_is_said_before_the_first_cell(tmp_path, capsys, monkeypatch
     (tmp_path / "clinc150").mkdir()
     (tmp_path / "clinc150/data_full.json").write_text("{}")
     usage = SimpleNamespace(free=10**9)
-    monkeypatch.setattr(evidence.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(evidence_checks.shutil, "disk_usage", lambda _: usage)
     words = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
 
     assert evidence.main([*words, "--only", "skdbert", "--settings", "clinc150-few"]) == 1
