@@ -198,6 +198,8 @@ def _run_arms(
     if known:
         stored = with_cells(stored, known)
         write_stored(given.stored, stored)
+    # Long runs come first, so that no core waits for the last run.
+    left.sort(key=lambda run: _known_cost(stored, run.name), reverse=True)
     failures = list[BaseException]()
     with ThreadPoolExecutor(given.jobs) as pool:
         waiting = [pool.submit(run_cell, bench, comparison, cell) for cell in left]
@@ -213,6 +215,10 @@ def _run_arms(
     if failures:
         raise failures[0]
     return stored
+
+
+def _known_cost(stored: Stored, arm: str) -> float:
+    return max((cell.cpu_seconds for cell in stored.of(arm).values()), default=0.0)
 
 
 def known_and_left(

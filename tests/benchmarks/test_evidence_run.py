@@ -207,6 +207,19 @@ def test_a_cell_that_fails_does_not_keep_the_others_from_being_stored(tmp_path, 
     assert {*read_stored(path).arms()} == {*arms[1:]}
 
 
+def test_the_arm_that_takes_longest_is_begun_first(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        evidence, "run_cell", lambda bench, _, run: ran.append(run.name) or cell(run.name, 9)
+    )
+    known = stored_of(cell("mean, T 1", 100), cell("takd, T 1", 200), cell("labels", 50))
+    given, arms = argparse.Namespace(stored=tmp_path, jobs=1), ["labels", "mean, T 1", "takd, T 1"]
+
+    evidence._run_arms(given, bench_of(tmp_path), known, 2, arms, "steps")
+
+    assert ran == ["takd, T 1", "mean, T 1", "labels"]
+
+
 def test_the_rule_of_choice_has_the_default_of_the_method():
     assert MiniDiscConfig(name="minidisc").tradeoff == TRADEOFF
 
