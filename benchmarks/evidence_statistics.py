@@ -1,11 +1,12 @@
 """Statistics of the evidence: paired differences, their tests, and the pairs that a test needs.
 
 Every arm is compared with its reference arm, seed by seed. The noise of a score is estimated from
-all compared arms of a setting together, as in a randomised block design whose blocks are the seeds
+the compared arms of a setting together, as in a randomised block design whose blocks are the seeds
 (Montgomery, Design and Analysis of Experiments, chapter 4): three seeds of one arm alone say little
-about it. The p-values of a family of tests are corrected together after Holm (A simple sequentially
-rejective multiple test procedure, Scandinavian Journal of Statistics 6, 1979), so that the best of
-many arms is not a lucky arm.
+about it. Arms that are noisier than the others (Cochran's C test, as in ISO 5725-2) have no part in
+this estimate, and an estimate of their own. The p-values of a family of tests are corrected
+together after Holm (A simple sequentially rejective multiple test procedure, Scandinavian Journal
+of Statistics 6, 1979), so that the best of many arms is not a lucky arm.
 """
 
 from __future__ import annotations
@@ -13,19 +14,24 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+from collections import defaultdict
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from evidence_cells import BASES, SAME_RUN, Basis, Stored, paired
+from scipy.stats import f as fisher_f
 from scipy.stats import nct, norm
 from scipy.stats import t as student_t
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
+    from collections.abc import Container, Iterable, Sequence
 
 Verdict = Literal["better", "worse", "cannot be told"]
 LEVEL, POWER = 0.05, 0.8
+NOISIER = 0.01
+"""Level of the test for arms that are noisier than the others."""
 SAME = 1e-9
 """Differences whose deviation is below this are the same number."""
 
@@ -47,9 +53,10 @@ class Difference:
 
     A positive mean says that the arm is better, also where a smaller score is better.
 
-    pairs: number of seeds, at least 1. deviation: of a paired difference, from the noise of all
-        compared arms; low, high, p: Student's 95 % interval and two-sided p-value; NaN where the
-        noise cannot be estimated. adjusted: the p-value after Holm in its family.
+    pairs: number of seeds, at least 1. deviation: of a paired difference, from the noise of the
+        compared arms, or from these pairs if arm or reference is noisier. low, high, p: Student's
+        95 % interval and two-sided p-value; NaN where the noise cannot be estimated. adjusted: the
+        p-value after Holm in its family.
     pairs_needed: pairs at which a test sees the unit's smallest difference; None: not known.
     """
 
@@ -90,22 +97,31 @@ def differences(
         first: arms whose tests are a family of their own for Holm's correction.
     """
     pairs = [(arm, reference) for arm, reference in references if arm != reference]
-    noise = noise_of(_scores(stored, pairs))
+    scores = _scores(stored, pairs)
+    alike = alike_noisy(scores)
+    noise, noisier = noise_of(alike), {run for run, _ in scores.keys() - alike.keys()}
+
+    def compared(arm: str, reference: str, basis: Basis, values: Sequence[float]) -> Difference:
+        is_noisier = {_run_of(stored, arm, basis), (reference, BASES[0])} & noisier
+        own = own_noise(values) if is_noisier else noise
+        return _difference(values, arm=arm, reference=reference, basis=basis, noise=own)
+
     found = [
-        _difference(values, arm=arm, reference=reference, basis=basis, noise=noise)
+        compared(arm, reference, basis, values)
         for arm, reference in pairs
         for basis in BASES
         if (values := paired(stored, arm, reference, basis=basis))
     ]
     found = [dataclasses.replace(o, pairs_needed=_needed(stored, o)) for o in found]
     # Runs that serve both bases are one test, and count once.
-    tests = {_test_of(stored, one): one.p for one in found}
+    tests = {_run_of(stored, one.arm, one.basis): one.p for one in found}
     adjusted = dict[tuple[str, Basis], float]()
     for is_first in (True, False):
         family = {test: p for test, p in tests.items() if (test[0] in first) is is_first}
         adjusted |= zip(family, holm([*family.values()]), strict=True)
     return tuple(
-        dataclasses.replace(one, adjusted=adjusted[_test_of(stored, one)]) for one in found
+        dataclasses.replace(one, adjusted=adjusted[_run_of(stored, one.arm, one.basis)])
+        for one in found
     )
 
 
@@ -120,16 +136,59 @@ class Noise(NamedTuple):
     freedom: int
 
 
-def noise_of(scores: Mapping[tuple[Hashable, int], float]) -> Noise:
+Scores = Mapping[tuple[Hashable, int], float]
+"""By arm and seed."""
+
+
+def noise_of(scores: Scores) -> Noise:
     """Return the residual deviation of scores after the effects of arms and seeds.
 
     With two arms this is the deviation of the paired differences divided by the root of 2.
-
-    Args:
-        scores: by arm and seed.
     """
-    if not scores:
+    residuals, freedom = _residuals(scores)
+    if freedom == 0:
         return Noise(math.nan, 0)
+    return Noise(float(np.linalg.norm([*residuals.values()])) / math.sqrt(freedom), freedom)
+
+
+def own_noise(values: Sequence[float]) -> Noise:
+    """Return the noise of paired differences from these alone, as in the paired t-test."""
+    if len(values) == 1:
+        return Noise(math.nan, 0)
+    return Noise(statistics.stdev(values) / math.sqrt(2), len(values) - 1)
+
+
+def alike_noisy(scores: Scores) -> Scores:
+    """Return the scores without those of arms that are noisier than the others.
+
+    The arm with the largest sum of squared residuals is left out as long as its share of the sum
+    over all arms is above the limit of Cochran's test. Two arms have the same residuals.
+    """
+    squares = defaultdict[Hashable, list[float]](list)
+    for (arm, _), residual in _residuals(scores)[0].items():
+        squares[arm].append(residual**2)
+    total = sum(map(sum, squares.values()))
+    if len(squares) < 3 or total < SAME:
+        return scores
+    noisiest = max(squares, key=lambda arm: sum(squares[arm]))
+    if sum(squares[noisiest]) / total <= cochran_limit(len(squares), len(squares[noisiest])):
+        return scores
+    return alike_noisy({key: score for key, score in scores.items() if key[0] != noisiest})
+
+
+def cochran_limit(arms: int, seeds: int) -> float:
+    """Return the largest share of one arm that Cochran's C test allows at 1 % (ISO 5725-2, 7.3.3).
+
+    The limit is F / (F + arms - 1), where F is the quantile 1 - 0.01 / arms of the F distribution
+    with seeds - 1 and (arms - 1)(seeds - 1) degrees of freedom.
+    """
+    freedom = max(1, seeds - 1)
+    quantile = float(fisher_f.isf(NOISIER / arms, freedom, (arms - 1) * freedom))
+    return quantile / (quantile + arms - 1)
+
+
+def _residuals(scores: Scores) -> tuple[dict[tuple[Hashable, int], float], int]:
+    """Return what remains after the effects of arms and seeds, with its degrees of freedom."""
     arms = list(dict.fromkeys(arm for arm, _ in sorted(scores, key=repr)))
     seeds = sorted({seed for _, seed in scores})
     effects = np.zeros((len(scores), len(arms) + len(seeds)))
@@ -137,10 +196,8 @@ def noise_of(scores: Mapping[tuple[Hashable, int], float]) -> Noise:
         effects[row, arms.index(arm)] = effects[row, len(arms) + seeds.index(seed)] = 1.0
     values = np.array([*scores.values()])
     fitted, _, rank, _ = np.linalg.lstsq(effects, values)
-    freedom = len(values) - int(rank)
-    if freedom == 0:
-        return Noise(math.nan, 0)
-    return Noise(float(np.linalg.norm(values - effects @ fitted)) / math.sqrt(freedom), freedom)
+    residuals = (values - effects @ fitted).tolist()
+    return dict(zip(scores, residuals, strict=True)), len(values) - int(rank)
 
 
 def _scores(
@@ -162,9 +219,9 @@ def _scores(
     }
 
 
-def _test_of(stored: Stored, one: Difference) -> tuple[str, Basis]:
-    is_same = has_same_runs(stored, one.arm)
-    return one.arm, "steps" if is_same else one.basis
+def _run_of(stored: Stored, arm: str, basis: Basis) -> tuple[str, Basis]:
+    """Return the arm and the basis of the runs that serve an arm on a basis."""
+    return arm, BASES[0] if has_same_runs(stored, arm) else basis
 
 
 def has_same_runs(stored: Stored, arm: str) -> bool:

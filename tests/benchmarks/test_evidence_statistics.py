@@ -8,7 +8,17 @@ import statistics
 
 import numpy as np
 import pytest
-from evidence_statistics import NATS, POINTS, differences, holm, noise_of, pairs_needed, unit_of
+from evidence_statistics import (
+    NATS,
+    POINTS,
+    alike_noisy,
+    cochran_limit,
+    differences,
+    holm,
+    noise_of,
+    pairs_needed,
+    unit_of,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_rel
@@ -129,6 +139,47 @@ def test_an_arm_with_one_seed_tells_nothing_about_the_noise():
 
     assert more.freedom == found.freedom
     assert more.deviation == pytest.approx(found.deviation)
+
+
+@pytest.mark.parametrize(
+    ("arms", "seeds", "limit"),
+    [(3, 3, 0.942), (5, 3, 0.788), (10, 3, 0.536), (5, 5, 0.633), (20, 3, 0.330)],
+)
+def test_the_limit_for_noisier_arms_is_that_of_the_published_table(arms, seeds, limit):
+    assert cochran_limit(arms, seeds) == pytest.approx(limit, abs=0.0006)
+
+
+def test_a_noisier_arm_has_its_own_interval_and_does_not_widen_the_others():
+    wild, others = (88.0, 70.0, 79.0, 60.0, 95.0), noisy(6)
+    pairs = [(name, "b") for name in others]
+    calm = [cells("b", FIVE), *(cells(name, scores) for name, scores in others.items())]
+
+    without = differences(stored(*calm), pairs)
+    together = differences(stored(cells("wild", wild), *calm), [("wild", "b"), *pairs])
+
+    assert [(o.low, o.high) for o in together[1:]] == [(o.low, o.high) for o in without]
+    interval = ttest_rel(wild, FIVE).confidence_interval(0.95)
+    assert (together[0].low, together[0].high) == pytest.approx((interval.low, interval.high))
+
+
+def test_a_noisier_reference_is_compared_by_its_own_pairs():
+    wild, others = (88.0, 70.0, 79.0, 60.0, 95.0), noisy(6)
+    calm = [cells(name, scores) for name, scores in others.items()]
+
+    found = differences(stored(cells("b", wild), *calm), [(name, "b") for name in others])
+
+    for one in found:
+        assert one.p == pytest.approx(ttest_rel(others[one.arm], wild).pvalue)
+
+
+def test_equally_noisy_arms_are_rarely_called_noisier():
+    rng = np.random.default_rng(2)
+    called = 0
+    for _ in range(300):
+        rows = rng.normal(size=(8, 3))
+        scores = {(arm, seed): rows[arm, seed] for arm in range(8) for seed in range(3)}
+        called += alike_noisy(scores) != scores
+    assert called / 300 < 0.03
 
 
 def test_without_effects_the_tests_are_right_as_often_as_they_say():
