@@ -132,7 +132,7 @@ def _only(kind: str) -> Arm:
 
 
 def _at_equal_steps(arm: Arm) -> Arm:
-    """Return the arm without cells at equal cost, where the closer controls decide."""
+    """Return an arm that has cells at equal steps only, because other controls are closer."""
     return replace(arm, at_equal_cost=False)
 
 
