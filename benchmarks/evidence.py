@@ -141,7 +141,7 @@ def versions() -> dict[str, str]:
 
 def run_comparison(
     given: argparse.Namespace, bench: Bench, stored: Stored, seeds: Sequence[int]
-) -> Stored:
+) -> None:
     """Run all cells at equal steps, and then, by their measured costs, all cells at equal cost."""
     for basis in BASES:
         arms = _chosen_arms(given, stored)
@@ -149,7 +149,6 @@ def run_comparison(
         stored = _with_teachers(given, bench, stored, left)
         for seed in seeds:
             stored = _run_seed(given, bench, stored, seed, basis)
-    return stored
 
 
 def _chosen_arms(given: argparse.Namespace, stored: Stored) -> list[str]:
@@ -177,9 +176,8 @@ def _run_seed(
     given: argparse.Namespace, bench: Bench, stored: Stored, seed: int, basis: Basis
 ) -> Stored:
     """Run the cells of a seed; an arm that needs the result of another arm comes after it."""
-    found = COMPARISONS[stored.comparison].arms
+    found, chosen = COMPARISONS[stored.comparison].arms, _chosen_arms(given, stored)
     for is_after in (False, True):
-        chosen = _chosen_arms(given, stored)
         arms = [arm for arm in chosen if (found[arm].after is not None) is is_after]
         stored = _run_arms(given, bench, stored, seed, arms, basis)
     return stored
@@ -278,14 +276,14 @@ def planned(bench: Bench, stored: Stored, arm: str, seed: int, basis: Basis) -> 
     The reference arm itself has no such cell.
     """
     setting, comparison = SETTINGS[stored.setting], COMPARISONS[stored.comparison]
-    steps, folder = bench.steps(setting.student, comparison.arms[arm].steps), "steps"
+    steps = bench.steps(setting.student, comparison.arms[arm].steps)
     if basis == "cost":
         share = cost_share(stored, arm, comparison.reference_of(arm))
         if share is None or not comparison.arms[arm].at_equal_cost:
             return None
-        # With a share of 1, the cell at equal steps is the cell at equal cost.
-        steps, folder = max(2, round(share * steps)), "steps" if share == 1 else "cost"
-    name = f"{arm}-{seed}-{folder}".replace(", ", "-").replace(" ", "_")
+        # With a share of 1, the cell at equal steps is the cell at equal cost (see `stored_run`).
+        steps = max(2, round(share * steps))
+    name = f"{arm}-{seed}-{basis}".replace(", ", "-").replace(" ", "_")
     return Planned(
         name=arm,
         seed=seed,

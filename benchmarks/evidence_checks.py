@@ -1,4 +1,4 @@
-"""What must hold before the first cell of the evidence is trained."""
+"""Checks of groups, data and disk before the first cell of the evidence is trained."""
 
 from __future__ import annotations
 

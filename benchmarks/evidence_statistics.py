@@ -167,11 +167,12 @@ def alike_noisy(scores: Scores) -> Scores:
     squares = defaultdict[Hashable, list[float]](list)
     for (arm, _), residual in _residuals(scores)[0].items():
         squares[arm].append(residual**2)
-    total = sum(map(sum, squares.values()))
-    if len(squares) < 3 or total < SAME:
+    sums = {arm: sum(found) for arm, found in squares.items()}
+    total = sum(sums.values())
+    if len(sums) < 3 or total < SAME:
         return scores
-    noisiest = max(squares, key=lambda arm: sum(squares[arm]))
-    if sum(squares[noisiest]) / total <= cochran_limit(len(squares), len(squares[noisiest])):
+    noisiest = max(sums, key=sums.__getitem__)
+    if sums[noisiest] / total <= cochran_limit(len(sums), len(squares[noisiest])):
         return scores
     return alike_noisy({key: score for key, score in scores.items() if key[0] != noisiest})
 

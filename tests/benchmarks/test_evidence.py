@@ -1,4 +1,4 @@
-"""What the evidence runs: equal costs, stored cells, and problems that are said first."""
+"""The plan of the evidence: equal costs, stored cells, and problems that are said first."""
 
 from __future__ import annotations
 

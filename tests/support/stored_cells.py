@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evidence_arms import GROUP, group_of
@@ -11,7 +10,7 @@ from evidence_cells import Cell, Stored, TeacherGate
 from evidence_run import Bench
 from evidence_settings import SETTINGS
 
-FEW = dataclasses.replace(SETTINGS["clinc150-few"], label_rate=2e-4, cut_label_rate=2e-4)
+FEW = replace(SETTINGS["clinc150-few"], label_rate=2e-4, cut_label_rate=2e-4)
 """A setting whose students all learn from labels at the same rate."""
 FLAT = (70.0, 78.0, 80.0, 80.2, 80.1, 80.3)
 RISING = (70.0, 72.0, 74.0, 76.0, 78.0, 80.0)
