@@ -6,15 +6,16 @@ An arm whose runs have not finished for a seed has no cell with this seed.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import homodistil_summary
 import mixed_vocabulary_summary
 from evidence_cells import Cell
 from evidence_others import COLLECTED
-from homodistil_summary import PRUNED
+from homodistil_summary import BASELINES
 from mixed_vocabulary_cases import ALONE, PATIENT_KD
 from shrink_summary import cut_loss, layers_of, stage
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Report = Mapping[str, Any]
 Reports = dict[str, Report | None]
 """By name of the run; None of a run that has not finished."""
+LossOf = Callable[[homodistil_summary.Found, str, int], float | None]
 KL = "soft_target_kl"
 STUDENT, TEACHER_STAGE = "student", "mixed-teacher"
 
@@ -74,35 +76,34 @@ def _mixed(
     )
 
 
-def homodistil_cells(found: homodistil_summary.Found, *, steps: int, rows: int) -> list[Cell]:
+def homodistil_cells(
+    found: homodistil_summary.Found, loss_of: LossOf, *, steps: int, rows: int
+) -> list[Cell]:
     """Return the cells on held-out text.
 
     Args:
         found: the reports.
+        loss_of: the held-out loss of a variant with a seed; None if its run has not finished.
         steps: of every student, over all stages.
         rows: of a step, over all ranks.
     """
-    arms = COLLECTED["homodistil"].arms
-    cells = (_pruned(found, arm, seed, steps, rows) for arm in arms for seed in found.seeds)
-    return [cell for cell in cells if cell is not None]
+    cells = list[Cell]()
+    for arm, seed in itertools.product(COLLECTED["homodistil"].arms, found.seeds):
+        report, score = found.pruning(arm, seed), loss_of(found, arm, seed)
+        if report is not None and score is not None:
+            cells.append(_pruned(arm, seed, report, score, steps=steps, rows=rows))
+    return cells
 
 
-def _pruned(
-    found: homodistil_summary.Found, arm: str, seed: int, steps: int, rows: int
-) -> Cell | None:
-    report = found.pruning(arm, seed)
-    score = homodistil_summary.held_out(found, arm, seed)
-    seconds = homodistil_summary.seconds(found, arm, seed)
-    if report is None or score is None or seconds is None:
-        return None
+def _pruned(arm: str, seed: int, report: Report, score: float, *, steps: int, rows: int) -> Cell:
     return Cell(
         arm=arm,
         seed=seed,
         basis="steps",
         score=score,
-        divergence=stage(report, STUDENT if arm in PRUNED else arm)["metrics"].get(KL),
+        divergence=stage(report, arm if arm in BASELINES else STUDENT)["metrics"].get(KL),
         steps=steps,
-        cpu_seconds=seconds * processors(report),
+        cpu_seconds=homodistil_summary.seconds_of(report, arm) * processors(report),
         teacher_rows=0 if arm == ALONE else steps * rows,
     )
 

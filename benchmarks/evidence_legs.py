@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import homodistil
+import homodistil_decoder
 import homodistil_summary
 import mixed_vocabulary
 import mixed_vocabulary_summary
@@ -47,7 +48,7 @@ from mixed_vocabulary_cases import LARGE, TEACHER
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from evidence_leg_cells import Report, Reports
+    from evidence_leg_cells import LossOf, Report, Reports
 
 EVERY_SEED = 0
 """Stored as the seed of a teacher that serves all seeds."""
@@ -100,7 +101,8 @@ def collect(folder: Path, data: Path, names: Iterable[str]) -> None:
 def advice(name: str, source: Source) -> str:
     """Return how the runs of a setting are made."""
     script, *options = COLLECTED[name].command
-    words = shlex.join(["python", f"benchmarks/{script}", *options, *source.words])
+    path = f"benchmarks/{source.script or script}"
+    words = shlex.join(["python", path, *options, *source.words])
     return f"not stored without the arm {COLLECTED[name].reference}; make the runs with `{words}`"
 
 
@@ -127,6 +129,7 @@ def digest(name: str, setting: str) -> str:
     """Return a digest of the definitions of a comparison in a setting."""
     found = COLLECTED[name]
     source = {**dataclasses.asdict(found.sources[setting]), "title": None}
+    del source["script"]
     text = json.dumps([VERSION, name, setting, found.arms, source], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -200,18 +203,51 @@ def _gate(final: float, curve: Sequence[float] = (), *, seed: int = EVERY_SEED) 
     return TeacherGate(teacher=TEACHER, seed=seed, scores=tuple(curve), final=final)
 
 
-def read_homodistil(_: str, source: Source, data: Path) -> Read:
-    """Return the runs on the novels."""
+def read_homodistil(setting: str, source: Source, data: Path) -> Read:
+    """Return the runs on the stories, whose teacher was trained elsewhere, or on the novels."""
+    return _read_stories(source, data) if setting == "stories260K" else _read_novels(source, data)
+
+
+def _read_stories(source: Source, data: Path) -> Read:
+    given = homodistil_decoder.parse(["--data", str(data), *source.words])
+    trees = homodistil_decoder.trees(given)
+    reports = reports_of(homodistil_decoder.legs(given), trees, source.overrides)
+    rows = trees[homodistil_decoder.RUN]["train"]["per_device_train_batch_size"]
+    return _homodistil(
+        homodistil_summary.Found(reports, given.seeds, ()),
+        homodistil_decoder.loss_of,
+        curve=(),
+        steps=given.steps,
+        rows=rows,
+    )
+
+
+def _read_novels(source: Source, data: Path) -> Read:
     given = homodistil.parse(["--data", str(data), *source.words])
     legs = [*homodistil.teacher_legs(given), *homodistil.pruning_legs(given)]
     reports = reports_of(legs, homodistil.trees(given), source.overrides)
     found = homodistil_summary.Found(reports, given.seeds, given.tasks)
-    sizes = given.sizes
-    cells = homodistil_cells(found, steps=sizes.steps, rows=sizes.short_rows)
-    scores = (homodistil_summary.held_out(found, TEACHER, seed) for seed in given.seeds)
-    curve = logged(given.out / TEACHER, "eval/loss")
+    return _homodistil(
+        found,
+        homodistil_summary.held_out,
+        curve=logged(given.out / TEACHER, "eval/loss"),
+        steps=given.sizes.steps,
+        rows=given.sizes.short_rows,
+    )
+
+
+def _homodistil(
+    found: homodistil_summary.Found,
+    loss_of: LossOf,
+    *,
+    curve: Sequence[float],
+    steps: int,
+    rows: int,
+) -> Read:
+    cells = homodistil_cells(found, loss_of, steps=steps, rows=rows)
+    scores = (loss_of(found, TEACHER, seed) for seed in found.seeds)
     gates = [_gate(score, curve) for score in scores if score is not None][:1]
-    return Read(cells, gates, reports)
+    return Read(cells, gates, {**found.reports})
 
 
 def read_on_policy(_: str, source: Source, __: Path) -> Read:

@@ -20,6 +20,7 @@ class Source:
     title: for the page. words: options of the benchmark's command, without the data folder.
     start: how the students are initialised. metric: what is scored.
     overrides: of the run config, in all runs of the setting.
+    script: of the benchmark; None: that of the comparison.
     """
 
     title: str
@@ -28,6 +29,7 @@ class Source:
     metric: str
     lower_is_better: bool = False
     overrides: tuple[str, ...] = ()
+    script: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +106,18 @@ COLLECTED = {
         # Distillation of the student's shape from random weights, with the same losses.
         plain="random",
         labels="alone",
-        arms=_same("homodistil", "early", "one_shot", "random", "alone"),
+        # The first three choose units by sensitivity, the next three by another score.
+        arms=_same("homodistil", "early", "one_shot", "platon", "magnitude", "random_scores")
+        | _same("random", "alone"),
         sources={
+            "stories260K": Source(
+                title="a pretrained Llama of 260,032 weights to half of its width, TinyStories",
+                words=("--steps", "1600"),
+                script="homodistil_decoder.py",
+                start="the whole teacher; `random` and `alone` start from random weights",
+                metric="held-out loss in nats per token",
+                lower_is_better=True,
+            ),
             "novels": Source(
                 title="masked tokens of eleven novels",
                 words=("--tasks", "sst2"),

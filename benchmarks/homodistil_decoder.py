@@ -1,12 +1,14 @@
 """HomoDistil on a real pretrained decoder, against its controls: losses, and jumps on the way.
 
-`python benchmarks/homodistil_decoder.py --data FOLDER [--seeds 1,2,3]`, on the CPU, one rank.
+`python benchmarks/homodistil_decoder.py --data FOLDER [--seeds 1,2,3]`, on the CPU, `--jobs` runs
+of one rank side by side.
 
 The teacher is a Llama of 260,000 weights, pretrained on TinyStories by the author of llama2.c. The
 student keeps half of the width, of the neurons and of the key-value groups. Every variant sees the
-same 1000 stories for as many steps at the same rate. `cubic` is the method; `one_shot` removes all
-units after 20 steps; `platon`, `magnitude` and `random_scores` choose the units by other scores;
-`random` is the student's shape from random weights, distilled; `alone` learns without a teacher.
+same 1000 stories for as many steps at the same rate. `homodistil` is the method; `early` has its
+final size after 30 % of the steps, `one_shot` after 20 steps; `platon`, `magnitude` and
+`random_scores` choose the units by other scores; `random` is the student's shape from random
+weights, distilled; `alone` learns without a teacher.
 Each run has a folder below `--out`, is gone on with where it was, and is done once.
 """
 
@@ -19,25 +21,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from given_data import is_incomplete
-from homodistil_summary import largest_jump
-from launching import ROOT, write_config
-from legs import Leg, report_of
+from homodistil_summary import BASELINES, CUBIC, EARLY, ONE_SHOT, TEACHER, Found, largest_jump
+from launching import ROOT
+from legs import Leg, leg_of, report_of, run_side_by_side, write_leg_configs
 from machine import markdown_row, mean_and_deviation, print_row
 from options import integers
 from stories_case import PARTS, TRAIN, stories_task, stories_teacher, write_stories_tokenizer
 from summary import aligned
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
+RUN = "run"
 RUNS = {
-    "cubic": ("baselines=[random, alone]",),
-    "one_shot": ("method.schedule=one_shot", "method.pruning_start=20"),
+    CUBIC: (f"baselines=[{', '.join(BASELINES)}]",),
+    EARLY: (),
+    ONE_SHOT: ("method.schedule=one_shot", "method.pruning_start=20"),
     "platon": ("method.score=platon",),
     "magnitude": ("method.score=magnitude",),
     "random_scores": ("method.score=random",),
 }
-BASELINES = ("random", "alone")
+EARLY_SHARE = 0.3
+"""Share of the steps after which `early` has its final size."""
 Rows = dict[str, list[tuple[float, float | None]]]
 """By variant and seed: the loss, and the largest jump of the divergence (None of a baseline)."""
 
@@ -48,21 +53,20 @@ def main(arguments: Sequence[str]) -> int:
     if is_incomplete("homodistil_decoder", (given.data / part for part in PARTS)):
         return 1
     write_stories_tokenizer(given.data, given.out)
-    write_config(given.out / "run.yaml", config(given))
-    reports = {
-        (name, seed): report_of(leg(given, name, seed), ranks=1)
-        for seed in given.seeds
-        for name in RUNS
-    }
-    show(rows(reports), shlex.join(["python", "benchmarks/homodistil_decoder.py", *arguments]))
+    write_leg_configs(given.out, trees(given))
+    run_side_by_side(legs(given), jobs=given.jobs)
+    reports = {leg.name: report_of(leg, ranks=1) for leg in legs(given)}
+    show(
+        rows(Found(reports, given.seeds, ())),
+        shlex.join(["python", "benchmarks/homodistil_decoder.py", *arguments]),
+    )
     return 0
 
 
-def config(given: argparse.Namespace) -> dict[str, Any]:
-    """The run that the variants change."""
+def trees(given: argparse.Namespace) -> dict[str, Any]:
+    """The config that the variants override, by name."""
     steps = given.steps
-    return {
-        "output_dir": str(given.out / "run"),
+    tree = {
         "task": stories_task(given.data, given.out),
         "teacher": stories_teacher(given.data),
         "student": {"model": "from_teacher", "deepspeed": "zero2"},
@@ -70,23 +74,41 @@ def config(given: argparse.Namespace) -> dict[str, Any]:
         "train": {**TRAIN, "max_steps": steps},
         "eval": {"eval_steps": max(1, steps // 40), "keep_best": False},
     }
+    return {RUN: tree}
 
 
-def leg(given: argparse.Namespace, name: str, seed: int) -> Leg:
-    """One run."""
-    folder = f"{name}-{seed}"
-    return Leg(folder, given.out / "run.yaml", given.out / folder, (*RUNS[name], f"seed={seed}"))
+def legs(given: argparse.Namespace) -> list[Leg]:
+    """The runs of all seeds; the longest run of a seed is the first."""
+    early = f"method.pruning_end={int(EARLY_SHARE * given.steps)}"
+    runs = RUNS | {EARLY: (early,)}
+    return [
+        leg_of(given.out, f"{name}-{seed}", RUN, (*overrides, f"seed={seed}"))
+        for seed in given.seeds
+        for name, overrides in runs.items()
+    ]
 
 
-def rows(reports: Mapping[tuple[str, int], Mapping[str, Any]]) -> Rows:
+def rows(found: Found) -> Rows:
     """The numbers of every variant over the seeds."""
-    found: Rows = {name: [] for name in (*RUNS, *BASELINES)}
-    for (name, _), report in reports.items():
-        loss = report["student"]["metrics"]["loss"]
-        found[name].append((loss, largest_jump(report["pruning"])))
-        for baseline, metrics in report["baselines"].items():
-            found[baseline].append((metrics["loss"], None))
-    return found
+    return {
+        name: [
+            (loss, None if name in BASELINES else largest_jump(report["pruning"]))
+            for seed in found.seeds
+            if (report := found.pruning(name, seed)) is not None
+            and (loss := loss_of(found, name, seed)) is not None
+        ]
+        for name in (*RUNS, *BASELINES)
+    }
+
+
+def loss_of(found: Found, variant: str, seed: int) -> float | None:
+    """The loss of a student, or of the teacher, on the held-out stories."""
+    report = found.pruning(CUBIC if variant == TEACHER else variant, seed)
+    if report is None:
+        return None
+    if variant in BASELINES:
+        return report["baselines"][variant]["loss"]
+    return report["teacher" if variant == TEACHER else "student"]["metrics"]["loss"]
 
 
 def show(found: Rows, command: str) -> None:
@@ -100,10 +122,12 @@ def show(found: Rows, command: str) -> None:
     print(aligned(lines))
     ratios = [
         cubic / one_shot
-        for (_, cubic), (_, one_shot) in zip(found["cubic"], found["one_shot"], strict=True)
+        for (_, cubic), (_, one_shot) in zip(found[CUBIC], found[ONE_SHOT], strict=True)
         if cubic and one_shot
     ]
-    means.append("jump of cubic over one_shot " + ", ".join(f"{ratio:.3f}" for ratio in ratios))
+    means.append(
+        f"jump of {CUBIC} over {ONE_SHOT} " + ", ".join(f"{ratio:.3f}" for ratio in ratios)
+    )
     what = "HomoDistil of a pretrained Llama, held-out loss in nats per token"
     print_row(markdown_row(what, command, "; ".join(means), "sd: " + "; ".join(spreads)))
 
@@ -123,6 +147,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="holds lm/ and weights/")
     parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, of one rank each")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/homodistil_decoder"))
     given = parser.parse_args(arguments)
     given.data, given.out = given.data.resolve(), ROOT / given.out

@@ -30,7 +30,7 @@ class Found(NamedTuple):
 
     def pruning(self, variant: str, seed: int) -> Mapping[str, Any] | None:
         """The report of the run that made a student."""
-        run = variant if variant in PRUNED else next(iter(PRUNED))
+        run = CUBIC if variant in BASELINES else variant
         return self.reports.get(f"{run}-{seed}")
 
     def score(self, task: str, variant: str, seed: int) -> float | None:
@@ -67,7 +67,7 @@ def numbers(found: Found, variant: str) -> dict[str, list[float]]:
 
 def held_out(found: Found, variant: str, seed: int) -> float | None:
     """The loss of masked tokens on all held-out text, in rows of the students' length."""
-    report = found.pruning(next(iter(PRUNED)) if variant == TEACHER else variant, seed)
+    report = found.pruning(CUBIC if variant == TEACHER else variant, seed)
     if report is None:
         return None
     model = "student" if variant in PRUNED else variant
@@ -83,8 +83,11 @@ def parameters(found: Found, variant: str, seed: int) -> int | None:
 def seconds(found: Found, variant: str, seed: int) -> float | None:
     """The seconds of training on text."""
     report = found.reports.get(TEACHER) if variant == TEACHER else found.pruning(variant, seed)
-    if report is None:
-        return None
+    return None if report is None else seconds_of(report, variant)
+
+
+def seconds_of(report: Mapping[str, Any], variant: str) -> float:
+    """The seconds of training of a variant, from the report of its run."""
     stages = {stage["name"]: stage["seconds"] for stage in report["stages"]}
     if variant in BASELINES:
         return stages[variant]

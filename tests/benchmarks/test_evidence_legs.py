@@ -178,6 +178,7 @@ def test_a_refused_run_ends_the_command_with_its_message(sums, capsys):
     [
         ("shrink", "books", "layers-6-3"),
         ("homodistil", "novels", "one_shot-2"),
+        ("homodistil", "stories260K", "magnitude-3"),
         ("mixed_vocabulary", "books", "does not exist"),
     ],
 )
@@ -193,7 +194,7 @@ def test_a_comparison_without_any_run_stores_nothing_and_says_how_to_make_them(
 
     said = capsys.readouterr().out
     assert missing in said
-    assert f"benchmarks/{name}.py --data FOLDER" in said
+    assert f"benchmarks/{source.script or f'{name}.py'} --data FOLDER" in said
     assert [*tmp_path.iterdir()] == []
 
 
@@ -254,7 +255,9 @@ def test_pruned_students_and_students_from_random_weights_have_the_same_steps():
     reports = {"homodistil-1": first, "early-1": None, "one_shot-1": None}
     found = homodistil_summary.Found(reports, (1,), ())
 
-    cells = {cell.arm: cell for cell in homodistil_cells(found, steps=10, rows=8)}
+    found_cells = homodistil_cells(found, homodistil_summary.held_out, steps=10, rows=8)
+
+    cells = {cell.arm: cell for cell in found_cells}
 
     assert {arm: (c.score, c.cpu_seconds, c.teacher_rows) for arm, c in cells.items()} == {
         "homodistil": (3.5, 6.0, 80),

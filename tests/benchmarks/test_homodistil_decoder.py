@@ -13,22 +13,26 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import homodistil_decoder  # noqa: E402
-from launching import write_config  # noqa: E402
+from homodistil_summary import Found  # noqa: E402
+from legs import write_leg_configs  # noqa: E402
 
 
 def test_the_variants_are_valid_and_differ_in_the_method_alone(tmp_path):
-    given = homodistil_decoder.parse(["--data", str(tmp_path), "--out", str(tmp_path / "out")])
-    write_config(given.out / "run.yaml", homodistil_decoder.config(given))
+    words = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--seeds", "7"]
+    given = homodistil_decoder.parse(words)
+    write_leg_configs(given.out, homodistil_decoder.trees(given))
 
+    legs = homodistil_decoder.legs(given)
     configs = [
-        load_config(leg.config, [*leg.overrides, f"output_dir={leg.output}"])
-        for leg in (homodistil_decoder.leg(given, name, 7) for name in homodistil_decoder.RUNS)
+        load_config(leg.config, [*leg.overrides, f"output_dir={leg.output}"]) for leg in legs
     ]
 
     assert {config.seed for config in configs} == {7}
     assert len({(config.train, config.task.dataset) for config in configs}) == 1
     assert [config.method.schedule for config in configs].count("one_shot") == 1
-    assert [c.method.score for c in configs].count("sensitivity") == 2
+    assert [c.method.score for c in configs].count("sensitivity") == 3
+    ends = {leg.name: c.method.pruning_end for leg, c in zip(legs, configs, strict=True)}
+    assert {name: end for name, end in ends.items() if end} == {"early-7": 120}
 
 
 def report(loss: float, divergences: list[float], **baselines: float) -> dict:
@@ -40,22 +44,21 @@ def report(loss: float, divergences: list[float], **baselines: float) -> dict:
 
 
 def test_the_table_has_losses_and_the_largest_rise_of_the_divergence(capsys):
-    reports = {
-        (name, seed): report(2.5, [0.0, 4.0, 1.0])
-        for name in homodistil_decoder.RUNS
-        for seed in (1, 2)
-    }
+    names = [f"{name}-{seed}" for name in homodistil_decoder.RUNS for seed in (1, 2)]
+    reports = {name: report(2.5, [0.0, 4.0, 1.0]) for name in names}
     for seed in (1, 2):
-        reports["cubic", seed] = report(1.0 + seed, [0.0, 0.3, 0.1, 0.2], random=3.0, alone=3.5)
+        reports[f"homodistil-{seed}"] = report(
+            1.0 + seed, [0.0, 0.3, 0.1, 0.2], random=3.0, alone=3.5
+        )
 
-    found = homodistil_decoder.rows(reports)
+    found = homodistil_decoder.rows(Found(reports, (1, 2), ()))
     homodistil_decoder.show(found, "the command")
 
-    assert found["cubic"] == [(2.0, pytest.approx(0.3)), (3.0, pytest.approx(0.3))]
+    assert found["homodistil"] == [(2.0, pytest.approx(0.3)), (3.0, pytest.approx(0.3))]
     assert found["alone"] == [(3.5, None)] * 2
     said = capsys.readouterr().out
     assert "2.500 ±0.707  0.300 ±0.000" in said
-    assert "jump of cubic over one_shot 0.075, 0.075" in said
+    assert "jump of homodistil over one_shot 0.075, 0.075" in said
 
 
 def test_data_that_is_missing_is_named(tmp_path, capsys):
