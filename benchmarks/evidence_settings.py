@@ -188,16 +188,5 @@ SETTINGS = {
             label_rate=1e-3,
             cut_label_rate=1e-3,
         ),
-        Setting(
-            name="banking77",
-            title="banking77, all labels",
-            needs=("banking77/train.csv", "banking77/test.csv"),
-            splits=banking77,
-            labels=None,
-            max_length=48,
-            teacher=Learning(steps=1000, rows=32, rate=3e-4),
-            label_rate=1e-3,
-            cut_label_rate=1e-3,
-        ),
     )
 }

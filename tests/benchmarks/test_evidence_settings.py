@@ -15,7 +15,7 @@ def test_splits_are_disjoint_and_keep_every_row_text(tmp_path):
             rows = ((f'say "{number}",\n twice', "a") for number in range(count))
             csv.writer(file).writerows([("text", "category"), *rows])
 
-    SETTINGS["banking77"].write_splits(tmp_path, tmp_path / "out")
+    SETTINGS["banking77-few"].write_splits(tmp_path, tmp_path / "out")
 
     found = {
         split: [
