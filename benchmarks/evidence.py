@@ -165,9 +165,8 @@ def _with_teachers(
     needed = [(name, seed) for seed in seeds for name in comparison.teachers]
     with ThreadPoolExecutor(given.jobs) as pool:
         gates = list(pool.map(lambda one: taught(bench, setting, *one), needed))
-    if comparison.cached:
-        for seed in seeds:
-            cached(bench, setting, comparison.teachers, seed)
+        if comparison.cached:
+            list(pool.map(lambda seed: cached(bench, setting, comparison.teachers, seed), seeds))
     others = [gate for gate in stored.teachers if gate.seed not in seeds]
     return dataclasses.replace(stored, teachers=(*others, *gates))
 
