@@ -78,7 +78,8 @@ class Trained(Comparison):
     """A comparison whose arms are trained by `evidence.py`.
 
     seeds: by setting. teachers: those that the arms need. start: of the student.
-    deciding: arms that are repeated in the settings after the first; none: all arms.
+    deciding: arms that are repeated in the settings after the first: the method, its closest
+        controls and its best variants; none: all arms.
     cached: whether the teachers' answers are kept on disk.
     """
 
@@ -94,11 +95,8 @@ class Trained(Comparison):
     def arms_in(self, setting: str) -> dict[str, Arm]:
         """Return the arms that are trained in a setting."""
         is_first = setting == next(iter(self.seeds))
-        return dict(self.arms) if is_first else self.deciding_arms()
-
-    def deciding_arms(self) -> dict[str, Arm]:
-        """Return the method, its closest controls and its best variants."""
-        return {name: self.arms[name] for name in self.deciding or self.arms}
+        chosen = () if is_first else self.deciding
+        return {name: self.arms[name] for name in chosen or self.arms}
 
 
 GROUP = ", "
