@@ -15,7 +15,7 @@ import homodistil_summary
 import mixed_vocabulary_summary
 from evidence_cells import Cell
 from evidence_others import COLLECTED
-from homodistil_summary import BASELINES
+from homodistil_summary import BASELINES, ONE_SHOT_ALONE
 from mixed_vocabulary_cases import ALONE, PATIENT_KD
 from shrink_summary import cut_loss, layers_of, stage
 
@@ -104,7 +104,7 @@ def _pruned(arm: str, seed: int, report: Report, score: float, *, steps: int, ro
         divergence=stage(report, arm if arm in BASELINES else STUDENT)["metrics"].get(KL),
         steps=steps,
         cpu_seconds=homodistil_summary.seconds_of(report, arm) * processors(report),
-        teacher_rows=0 if arm == ALONE else steps * rows,
+        teacher_rows=0 if arm in (ALONE, ONE_SHOT_ALONE) else steps * rows,
     )
 
 

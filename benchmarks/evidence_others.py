@@ -103,12 +103,12 @@ COLLECTED = {
         page="homodistil.md",
         command=("homodistil.py", *_DATA),
         reference="homodistil",
-        # Distillation of the student's shape from random weights, with the same losses.
-        plain="random",
-        labels="alone",
-        # The first three choose units by sensitivity, the next three by another score.
+        # Plain distillation and its control start from the teacher, cut at once to the final size.
+        plain="one_shot",
+        labels="one_shot_alone",
+        # Three arms choose units by another score than the sensitivity.
         arms=_same("homodistil", "early", "one_shot", "platon", "magnitude", "random_scores")
-        | _same("random", "alone"),
+        | _same("one_shot_alone", "random", "alone"),
         sources={
             "stories260K": Source(
                 title="a pretrained Llama of 260,032 weights to half of its width, TinyStories",

@@ -24,7 +24,7 @@ from evidence_cells import VERSION, Cell, TeacherGate
 from evidence_comparisons import BEST, COMPARISONS, teacher_sections
 from evidence_reports import first_trial, selected, teacher_steps
 from evidence_scores import score_student, score_teacher
-from evidence_settings import Config, Learning, Setting
+from evidence_settings import Config, Setting
 from launching import ROOT, RunFailedError, launch_command, quickstart, write_config
 
 TEACHER_EVALUATIONS, STUDENT_EVALUATIONS = 6, 1
@@ -35,23 +35,18 @@ REMOVED = ("checkpoints", "stages", "final", "tensorboard")
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """The folders of a run of the evidence. shrunk: divides all steps, for a first look."""
+    """The folders of a run of the evidence."""
 
     data: Path
     out: Path
     encoder: str
-    shrunk: int = 1
 
     def folder(self, setting: Setting) -> Path:
         """Return the folder of a setting."""
         return self.out / setting.name
 
-    def steps(self, learning: Learning, share: float = 1.0) -> int:
-        """Return the optimizer steps of a share of a model's training."""
-        return max(2, round(learning.steps * share / self.shrunk))
 
-
-def digest(comparison: str, setting: Setting, bench: Bench) -> str:
+def digest(comparison: str, setting: Setting) -> str:
     """Return a digest of everything that the cells of a comparison in a setting depend on."""
     found = COMPARISONS[comparison]
     place = Place(
@@ -61,7 +56,7 @@ def digest(comparison: str, setting: Setting, bench: Bench) -> str:
         details=lambda _: defaultdict(lambda: 1.0),
     )
     arms = {n: [arm.config(place), arm.steps] for n, arm in found.arms_in(setting.name).items()}
-    facts = [VERSION, comparison, setting.facts(), arms, bench.shrunk]
+    facts = [VERSION, comparison, setting.facts(), arms]
     text = json.dumps(facts, sort_keys=True, default=dataclasses.asdict)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -75,7 +70,7 @@ def taught(bench: Bench, setting: Setting, name: str, seed: int) -> TeacherGate:
     sections = {
         "student": {"model": bench.encoder, "deepspeed": "zero0", "layers": setting.pool[name]},
         "method": {"name": "finetune"},
-        "train": setting.teacher.train() | {"max_steps": bench.steps(setting.teacher)},
+        "train": setting.teacher.train(),
     }
     stored = folder / "gate.json"
     config = run_config(bench, setting, seed, sections, evaluations=TEACHER_EVALUATIONS)

@@ -3,11 +3,12 @@
 `python benchmarks/homodistil.py --data FOLDER [--stages teacher,prune,tasks,table]`, on the CPU.
 
 * teacher: a BERT of 4 x 192 learns masked tokens of eleven novels, first in short rows.
-* prune: for every seed five students of half its width, a quarter of the encoder's weights, see the
+* prune: for every seed six students of half its width, a quarter of the encoder's weights, see the
   same text in short rows for as many steps at the same rate: `homodistil` (cubic, over 70 % of the
   steps), `one_shot` and `early` (cubic, over 30 %) are pruned out of the teacher while they are
-  distilled; `random` starts from random weights and is distilled with the same losses; `alone`
-  starts from random weights and learns masked tokens.
+  distilled; `one_shot_alone` is pruned as `one_shot` and learns masked tokens without the teacher;
+  `random` starts from random weights and is distilled with the same losses; `alone` starts from
+  random weights and learns masked tokens.
 * tasks: all of these, and the teacher, learn three tasks from labels; the last weights are scored.
 * table: means and deviations over the seeds, and the largest jump of the divergence from the
   teacher between two evaluations.
@@ -38,7 +39,18 @@ from homodistil_cases import (
     teacher_config,
     write_text,
 )
-from homodistil_summary import BASELINES, CUBIC, EARLY, ONE_SHOT, PRUNED, TEACHER, Found, show
+from homodistil_summary import (
+    BASELINES,
+    CUBIC,
+    EARLY,
+    NO_TEACHER,
+    ONE_SHOT,
+    ONE_SHOT_ALONE,
+    PRUNED,
+    TEACHER,
+    Found,
+    show,
+)
 from launching import ROOT
 from legs import (
     Leg,
@@ -132,10 +144,11 @@ def teacher_legs(given: argparse.Namespace) -> list[Leg]:
 
 
 def pruning_legs(given: argparse.Namespace) -> list[Leg]:
-    """Three runs per seed; the students from random weights are baselines of the first."""
+    """Four runs per seed; the students from random weights are baselines of the first."""
     further = {
         CUBIC: (f"baselines=[{', '.join(BASELINES)}]",),
         ONE_SHOT: (),
+        ONE_SHOT_ALONE: (NO_TEACHER,),
         EARLY: (f"method.pruning_end={given.sizes.early}",),
     }
     return [

@@ -6,9 +6,10 @@ of one rank side by side.
 The teacher is a Llama of 260,000 weights, pretrained on TinyStories by the author of llama2.c. The
 student keeps half of the width, of the neurons and of the key-value groups. Every variant sees the
 same 1000 stories for as many steps at the same rate. `homodistil` is the method; `early` has its
-final size after 30 % of the steps, `one_shot` after 20 steps; `platon`, `magnitude` and
-`random_scores` choose the units by other scores; `random` is the student's shape from random
-weights, distilled; `alone` learns without a teacher.
+final size after 30 % of the steps, `one_shot` after 20 steps; `one_shot_alone` is pruned as
+`one_shot` and learns without the teacher; `platon`, `magnitude` and `random_scores` choose the
+units by other scores; `random` is the student's shape from random weights, distilled; `alone` is
+the same without the teacher.
 Each run has a folder below `--out`, is gone on with where it was, and is done once.
 """
 
@@ -21,7 +22,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from given_data import is_incomplete
-from homodistil_summary import BASELINES, CUBIC, EARLY, ONE_SHOT, TEACHER, Found, largest_jump
+from homodistil_summary import (
+    BASELINES,
+    CUBIC,
+    EARLY,
+    NO_TEACHER,
+    ONE_SHOT,
+    ONE_SHOT_ALONE,
+    TEACHER,
+    Found,
+    largest_jump,
+)
 from launching import ROOT
 from legs import Leg, leg_of, report_of, run_side_by_side, write_leg_configs
 from machine import markdown_row, mean_and_deviation, print_row
@@ -33,18 +44,21 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 RUN = "run"
+AT_ONCE = ("method.schedule=one_shot", "method.pruning_start=20")
 RUNS = {
     CUBIC: (f"baselines=[{', '.join(BASELINES)}]",),
     EARLY: (),
-    ONE_SHOT: ("method.schedule=one_shot", "method.pruning_start=20"),
+    ONE_SHOT: AT_ONCE,
+    ONE_SHOT_ALONE: (*AT_ONCE, NO_TEACHER),
     "platon": ("method.score=platon",),
     "magnitude": ("method.score=magnitude",),
     "random_scores": ("method.score=random",),
 }
 EARLY_SHARE = 0.3
 """Share of the steps after which `early` has its final size."""
+NO_DIVERGENCE = (*BASELINES, ONE_SHOT_ALONE)
 Rows = dict[str, list[tuple[float, float | None]]]
-"""By variant and seed: the loss, and the largest jump of the divergence (None of a baseline)."""
+"""By variant and seed: the loss, and the largest jump of the divergence (None without one)."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -92,7 +106,7 @@ def rows(found: Found) -> Rows:
     """The numbers of every variant over the seeds."""
     return {
         name: [
-            (loss, None if name in BASELINES else largest_jump(report["pruning"]))
+            (loss, None if name in NO_DIVERGENCE else largest_jump(report["pruning"]))
             for seed in found.seeds
             if (report := found.pruning(name, seed)) is not None
             and (loss := loss_of(found, name, seed)) is not None

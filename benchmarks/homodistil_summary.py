@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 TEACHER = "teacher"
-CUBIC, ONE_SHOT, EARLY = "homodistil", "one_shot", "early"
-PRUNED = {CUBIC: "cubic", ONE_SHOT: "one_shot", EARLY: "cubic"}
+CUBIC, ONE_SHOT, ONE_SHOT_ALONE, EARLY = "homodistil", "one_shot", "one_shot_alone", "early"
+PRUNED = {CUBIC: "cubic", ONE_SHOT: "one_shot", ONE_SHOT_ALONE: "one_shot", EARLY: "cubic"}
 """The students that are pruned, by schedule; the last has its final size sooner."""
+NO_TEACHER = "objective=[{loss: hard_cross_entropy}]"
+"""Override of `one_shot_alone`: the student starts as the teacher, and learns from text alone."""
 BASELINES = ("random", "alone")
 VARIANTS = (*PRUNED, *BASELINES)
 MEAN = "tasks"

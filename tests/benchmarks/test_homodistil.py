@@ -51,10 +51,13 @@ def test_every_run_is_a_valid_config_of_the_same_text_steps_and_rate(data):
         for seed in (1, 2)
         for run in (
             ("cubic", None, seed, ("random", "alone")),
-            ("one_shot", None, seed, ()),
+            *[("one_shot", None, seed, ())] * 2,
             ("cubic", given.sizes.early, seed, ()),
         )
     ]
+    without_teacher = [c for c in pruning if c.objective is not None]
+    assert [c.output_dir.name for c in without_teacher] == ["one_shot_alone-1", "one_shot_alone-2"]
+    assert {term.loss for c in without_teacher for term in c.objective} == {"hard_cross_entropy"}
     assert len({c.train for c in pruning}) == 1
     assert {str(c.task.train_files) for c in (*pruning, *configs[:2])} == {
         str(given.out / "text" / "train.jsonl")
@@ -64,7 +67,7 @@ def test_every_run_is_a_valid_config_of_the_same_text_steps_and_rate(data):
     assert (first.task.max_length, second.task.max_length) == (sizes.short, sizes.length)
     assert first.train.per_device_train_batch_size * given.ranks == sizes.short_rows
     assert second.student.model == str(given.out / "teacher-short" / "final")
-    assert len(configs) == 2 + 2 * 6
+    assert len(configs) == 2 + 2 * 7
     assert all(config.eval.keep_best is False for config in (*pruning, *configs))
 
 

@@ -29,13 +29,15 @@ def test_the_variants_are_valid_and_differ_in_the_method_alone(tmp_path):
 
     assert {config.seed for config in configs} == {7}
     assert len({(config.train, config.task.dataset) for config in configs}) == 1
-    assert [config.method.schedule for config in configs].count("one_shot") == 1
-    assert [c.method.score for c in configs].count("sensitivity") == 3
+    assert [config.method.schedule for config in configs].count("one_shot") == 2
+    without_teacher = [leg.name for leg, c in zip(legs, configs, strict=True) if c.objective]
+    assert without_teacher == ["one_shot_alone-7"]
+    assert [c.method.score for c in configs].count("sensitivity") == 4
     ends = {leg.name: c.method.pruning_end for leg, c in zip(legs, configs, strict=True)}
     assert {name: end for name, end in ends.items() if end} == {"early-7": 120}
 
 
-def report(loss: float, divergences: list[float], **baselines: float) -> dict:
+def report(loss: float, divergences: list[float | None], **baselines: float) -> dict:
     return {
         "student": {"metrics": {"loss": loss}},
         "pruning": [{"teacher_kl": value} for value in divergences],
@@ -47,6 +49,8 @@ def test_the_table_has_losses_and_the_largest_rise_of_the_divergence(capsys):
     names = [f"{name}-{seed}" for name in homodistil_decoder.RUNS for seed in (1, 2)]
     reports = {name: report(2.5, [0.0, 4.0, 1.0]) for name in names}
     for seed in (1, 2):
+        # A run without soft targets measures no divergence.
+        reports[f"one_shot_alone-{seed}"] = report(2.6, [None, None])
         reports[f"homodistil-{seed}"] = report(
             1.0 + seed, [0.0, 0.3, 0.1, 0.2], random=3.0, alone=3.5
         )
@@ -56,6 +60,7 @@ def test_the_table_has_losses_and_the_largest_rise_of_the_divergence(capsys):
 
     assert found["homodistil"] == [(2.0, pytest.approx(0.3)), (3.0, pytest.approx(0.3))]
     assert found["alone"] == [(3.5, None)] * 2
+    assert found["one_shot_alone"] == [(2.6, None)] * 2
     said = capsys.readouterr().out
     assert "2.500 ±0.707  0.300 ±0.000" in said
     assert "jump of homodistil over one_shot 0.075, 0.075" in said
