@@ -188,6 +188,7 @@ def test_quick_trains_the_method_plain_distillation_and_labels_of_one_group(tmp_
     arms = evidence._chosen_arms(quick, stored_of())
 
     assert arms == ["uniform, T 1", "best teacher, T 1", "labels"]
+    assert quick.only == ["selection", "minidisc"]
     assert len(evidence._chosen_arms(evidence.parse([]), stored_of())) > len(arms)
 
 
