@@ -34,7 +34,7 @@ from homodistil_summary import (
     largest_jump,
 )
 from launching import ROOT
-from legs import Leg, leg_of, report_of, run_side_by_side, write_leg_configs
+from legs import Leg, leg_of, reports_of, run_side_by_side, write_leg_configs
 from machine import markdown_row, mean_and_deviation, print_row
 from options import integers
 from stories_case import PARTS, TRAIN, stories_task, stories_teacher, write_stories_tokenizer
@@ -68,10 +68,10 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     write_stories_tokenizer(given.data, given.out)
     write_leg_configs(given.out, trees(given))
-    run_side_by_side(legs(given), jobs=given.jobs)
-    reports = {leg.name: report_of(leg, ranks=1) for leg in legs(given)}
+    runs = legs(given)
+    run_side_by_side(runs, jobs=given.jobs)
     show(
-        rows(Found(reports, given.seeds, ())),
+        rows(Found(reports_of(runs), given.seeds, ())),
         shlex.join(["python", "benchmarks/homodistil_decoder.py", *arguments]),
     )
     return 0
