@@ -47,6 +47,7 @@ from evidence_settings import SETTINGS, Setting
 from launching import ROOT, SHARED, RunFailedError, fetch_teacher
 from machine import machine
 from options import integers, words_of
+from summary import SAME_COST
 
 from megakd.errors import MegakdError
 from megakd.storage.atomic import replaced_folder
@@ -59,8 +60,6 @@ QUICK_ONLY = ("selection", "minidisc")
 """SKDBERT's four teachers and their caches take ten minutes."""
 QUICK_GROUPS = ("", "T 1", "0.97")
 """Of arms; those without a group, too."""
-SAME_COST = 0.1
-"""An arm whose cost differs by less from that of the reference arm has the same cost."""
 
 
 def main(arguments: Sequence[str]) -> int:

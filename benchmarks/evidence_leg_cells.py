@@ -15,12 +15,12 @@ import homodistil_summary
 import mixed_vocabulary_summary
 from evidence_cells import Cell
 from evidence_others import COLLECTED
-from homodistil_summary import BASELINES, ONE_SHOT_ALONE
-from mixed_vocabulary_cases import ALONE, PATIENT_KD
+from homodistil_summary import ALONE, BASELINES, CUBIC, ONE_SHOT_ALONE, RANDOM
+from mixed_vocabulary_cases import PATIENT_KD
 from shrink_summary import cut_loss, layers_of, stage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable
     from pathlib import Path
 
 Report = Mapping[str, Any]
@@ -76,26 +76,40 @@ def _mixed(
     )
 
 
-def homodistil_cells(
-    found: homodistil_summary.Found, loss_of: LossOf, *, steps: int, rows: int
-) -> list[Cell]:
-    """Return the cells on held-out text.
+def homodistil_cells(found: homodistil_summary.Found, loss_of: LossOf, *, rows: int) -> list[Cell]:
+    """Return the cells on held-out text, at equal steps.
 
     Args:
         found: the reports.
         loss_of: the held-out loss of a variant with a seed; None if its run has not finished.
-        steps: of every student, over all stages.
         rows: of a step, over all ranks.
     """
     cells = list[Cell]()
     for arm, seed in itertools.product(COLLECTED["homodistil"].arms, found.seeds):
         report, score = found.pruning(arm, seed), loss_of(found, arm, seed)
         if report is not None and score is not None:
-            cells.append(_pruned(arm, seed, report, score, steps=steps, rows=rows))
+            cells.append(_pruned(arm, seed, report, score, rows=rows))
     return cells
 
 
-def _pruned(arm: str, seed: int, report: Report, score: float, *, steps: int, rows: int) -> Cell:
+def homodistil_cost_cells(
+    cells: Iterable[Cell], longer: Iterable[Cell], arms: Container[str]
+) -> list[Cell]:
+    """Return the cells at equal cost; the method and `random` have none.
+
+    Args:
+        cells: at equal steps.
+        longer: of the runs that learned for as long as the method.
+        arms: that have such runs; the other arms cost as much as the method at equal steps.
+    """
+    same = [cell for cell in cells if cell.arm not in (CUBIC, RANDOM) and cell.arm not in arms]
+    found = [*same, *(cell for cell in longer if cell.arm in arms)]
+    return [dataclasses.replace(cell, basis="cost") for cell in found]
+
+
+def _pruned(arm: str, seed: int, report: Report, score: float, *, rows: int) -> Cell:
+    own = [one for one in report["stages"] if one["name"] not in BASELINES]
+    steps = stage(report, arm)["steps"] if arm in BASELINES else sum(one["steps"] for one in own)
     return Cell(
         arm=arm,
         seed=seed,

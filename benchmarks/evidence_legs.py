@@ -34,6 +34,7 @@ from evidence_cells import (
 )
 from evidence_leg_cells import (
     homodistil_cells,
+    homodistil_cost_cells,
     logged,
     mixed_vocabulary_cells,
     on_policy_cell,
@@ -211,14 +212,23 @@ def read_homodistil(setting: str, source: Source, data: Path) -> Read:
 def _read_stories(source: Source, data: Path) -> Read:
     given = homodistil_decoder.parse(["--data", str(data), *source.words])
     trees = homodistil_decoder.trees(given)
-    reports = reports_of(homodistil_decoder.legs(given), trees, source.overrides)
     rows = trees[homodistil_decoder.RUN]["train"]["per_device_train_batch_size"]
-    return _homodistil(
-        homodistil_summary.Found(reports, given.seeds, ()),
-        homodistil_decoder.loss_of,
-        curve=(),
-        steps=given.steps,
-        rows=rows,
+    reports = reports_of(homodistil_decoder.legs(given), trees, source.overrides)
+    found = homodistil_summary.Found(reports, given.seeds, ())
+    read = _homodistil(found, homodistil_decoder.loss_of, curve=(), rows=rows)
+    longer = reports_of(homodistil_decoder.cost_legs(given, found), trees, source.overrides)
+    renamed = homodistil_decoder.at_equal_cost(found, longer)
+    return Read(
+        cells=[
+            *read.cells,
+            *homodistil_cost_cells(
+                read.cells,
+                homodistil_cells(renamed, homodistil_decoder.loss_of, rows=rows),
+                homodistil_decoder.steps_at_cost(found, given.steps),
+            ),
+        ],
+        teachers=read.teachers,
+        reports={**reports, **longer},
     )
 
 
@@ -231,7 +241,6 @@ def _read_novels(source: Source, data: Path) -> Read:
         found,
         homodistil_summary.held_out,
         curve=logged(given.out / TEACHER, "eval/loss"),
-        steps=given.sizes.steps,
         rows=given.sizes.short_rows,
     )
 
@@ -241,10 +250,9 @@ def _homodistil(
     loss_of: LossOf,
     *,
     curve: Sequence[float],
-    steps: int,
     rows: int,
 ) -> Read:
-    cells = homodistil_cells(found, loss_of, steps=steps, rows=rows)
+    cells = homodistil_cells(found, loss_of, rows=rows)
     scores = (loss_of(found, TEACHER, seed) for seed in found.seeds)
     gates = [_gate(score, curve) for score in scores if score is not None][:1]
     return Read(cells, gates, {**found.reports})

@@ -112,7 +112,7 @@ COLLECTED = {
         sources={
             "stories260K": Source(
                 title="a pretrained Llama of 260,032 weights to half of its width, TinyStories",
-                words=("--steps", "1600"),
+                words=("--steps", "1600", "--equal-cost"),
                 script="homodistil_decoder.py",
                 start="the whole teacher; `random` and `alone` start from random weights",
                 metric="held-out loss in nats per token",

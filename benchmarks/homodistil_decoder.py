@@ -10,6 +10,8 @@ final size after 30 % of the steps, `one_shot` after 20 steps; `one_shot_alone` 
 `one_shot` and learns without the teacher; `platon`, `magnitude` and `random_scores` choose the
 units by other scores; `random` is the student's shape from random weights, distilled; `alone` is
 the same without the teacher.
+`--equal-cost` then trains the variants that take less or more time than the method once more, for
+as many steps as take as long as the method.
 Each run has a folder below `--out`, is gone on with where it was, and is done once.
 """
 
@@ -19,10 +21,12 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from given_data import is_incomplete
 from homodistil_summary import (
+    ALONE,
     BASELINES,
     CUBIC,
     EARLY,
@@ -32,16 +36,18 @@ from homodistil_summary import (
     TEACHER,
     Found,
     largest_jump,
+    run_of,
+    seconds,
 )
 from launching import ROOT
 from legs import Leg, leg_of, reports_of, run_side_by_side, write_leg_configs
 from machine import markdown_row, mean_and_deviation, print_row
 from options import integers
 from stories_case import PARTS, TRAIN, stories_task, stories_teacher, write_stories_tokenizer
-from summary import aligned
+from summary import SAME_COST, aligned
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 RUN = "run"
 AT_ONCE = ("method.schedule=one_shot", "method.pruning_start=20")
@@ -57,6 +63,10 @@ RUNS = {
 EARLY_SHARE = 0.3
 """Share of the steps after which `early` has its final size."""
 NO_DIVERGENCE = (*BASELINES, ONE_SHOT_ALONE)
+SHORTEST = 40
+"""Steps of the student that gives `alone` its shape in a run at equal cost."""
+COST = "-cost"
+"""Of the names of the runs at equal cost."""
 Rows = dict[str, list[tuple[float, float | None]]]
 """By variant and seed: the loss, and the largest jump of the divergence (None without one)."""
 
@@ -70,10 +80,10 @@ def main(arguments: Sequence[str]) -> int:
     write_leg_configs(given.out, trees(given))
     runs = legs(given)
     run_side_by_side(runs, jobs=given.jobs)
-    show(
-        rows(Found(reports_of(runs), given.seeds, ())),
-        shlex.join(["python", "benchmarks/homodistil_decoder.py", *arguments]),
-    )
+    found = Found(reports_of(runs), given.seeds, ())
+    show(rows(found), shlex.join(["python", "benchmarks/homodistil_decoder.py", *arguments]))
+    if given.equal_cost:
+        run_side_by_side(cost_legs(given, found), jobs=given.jobs)
     return 0
 
 
@@ -93,13 +103,54 @@ def trees(given: argparse.Namespace) -> dict[str, Any]:
 
 def legs(given: argparse.Namespace) -> list[Leg]:
     """The runs of all seeds; the longest run of a seed is the first."""
-    early = f"method.pruning_end={int(EARLY_SHARE * given.steps)}"
-    runs = RUNS | {EARLY: (early,)}
     return [
-        leg_of(given.out, f"{name}-{seed}", RUN, (*overrides, f"seed={seed}"))
+        leg_of(given.out, f"{name}-{seed}", RUN, (*_overrides(name, given.steps), f"seed={seed}"))
         for seed in given.seeds
-        for name, overrides in runs.items()
+        for name in RUNS
     ]
+
+
+def _overrides(name: str, steps: int) -> tuple[str, ...]:
+    early = f"method.pruning_end={int(EARLY_SHARE * steps)}"
+    return (early,) if name == EARLY else RUNS[name]
+
+
+def cost_legs(given: argparse.Namespace, found: Found) -> list[Leg]:
+    """The runs of all seeds at equal cost, from the reports of the runs at equal steps."""
+    longer = steps_at_cost(found, given.steps)
+    runs = {f"{run_of(name)}{COST}": _longer(name, steps) for name, steps in longer.items()}
+    return [
+        leg_of(given.out, f"{run}-{seed}", RUN, (*overrides, f"seed={seed}"))
+        for seed in given.seeds
+        for run, overrides in runs.items()
+    ]
+
+
+def at_equal_cost(found: Found, longer: Mapping[str, Any]) -> Found:
+    """The reports of the runs at equal cost, under the names of the runs at equal steps."""
+    reports = {name.replace(COST, ""): report for name, report in longer.items()}
+    return found._replace(reports=reports)
+
+
+def _longer(name: str, steps: int) -> tuple[str, ...]:
+    if name == ALONE:
+        return (f"train.max_steps={SHORTEST}", f"baselines=[{ALONE}]", f"alone.max_steps={steps}")
+    return (*_overrides(name, steps), f"train.max_steps={steps}")
+
+
+def steps_at_cost(found: Found, steps: int) -> dict[str, int]:
+    """The steps that take as long as the method's training, by variant.
+
+    From the median over the seeds. A variant that takes as long as the method within `SAME_COST`
+    is left out, and so is `random`, which has the steps of the run that it belongs to.
+    """
+    longer = dict[str, int]()
+    for name in (*RUNS, ALONE):
+        times = [(seconds(found, name, seed), seconds(found, CUBIC, seed)) for seed in found.seeds]
+        costs = [ours / aim for ours, aim in times if ours is not None and aim is not None]
+        if costs and abs(median(costs) - 1) >= SAME_COST:
+            longer[name] = round(steps / median(costs))
+    return longer
 
 
 def rows(found: Found) -> Rows:
@@ -121,7 +172,8 @@ def loss_of(found: Found, variant: str, seed: int) -> float | None:
     if report is None:
         return None
     if variant in BASELINES:
-        return report["baselines"][variant]["loss"]
+        # A run at equal cost has one baseline.
+        return report["baselines"].get(variant, {}).get("loss")
     return report["teacher" if variant == TEACHER else "student"]["metrics"]["loss"]
 
 
@@ -162,6 +214,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, of one rank each")
+    words = "train the variants for as long as the method, too"
+    parser.add_argument("--equal-cost", action="store_true", help=words)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/homodistil_decoder"))
     given = parser.parse_args(arguments)
     given.data, given.out = given.data.resolve(), ROOT / given.out

@@ -18,7 +18,7 @@ PRUNED = {CUBIC: "cubic", ONE_SHOT: "one_shot", ONE_SHOT_ALONE: "one_shot", EARL
 """The students that are pruned, by schedule; the last has its final size sooner."""
 NO_TEACHER = "objective=[{loss: hard_cross_entropy}]"
 """Override of `one_shot_alone`: the student starts as the teacher, and learns from text alone."""
-BASELINES = ("random", "alone")
+RANDOM, ALONE = BASELINES = ("random", "alone")
 VARIANTS = (*PRUNED, *BASELINES)
 MEAN = "tasks"
 
@@ -32,13 +32,17 @@ class Found(NamedTuple):
 
     def pruning(self, variant: str, seed: int) -> Mapping[str, Any] | None:
         """The report of the run that made a student."""
-        run = CUBIC if variant in BASELINES else variant
-        return self.reports.get(f"{run}-{seed}")
+        return self.reports.get(f"{run_of(variant)}-{seed}")
 
     def score(self, task: str, variant: str, seed: int) -> float | None:
         """The main metric of a task, in points."""
         report = self.reports.get(f"{task}-{variant}-{seed}")
         return None if report is None else 100 * report["student"]["metrics"][report["metric_name"]]
+
+
+def run_of(variant: str) -> str:
+    """The run that trains a student; a baseline belongs to the run of the method."""
+    return CUBIC if variant in BASELINES else variant
 
 
 def show(found: Found, command: str) -> None:

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 LOWER_IS_BETTER = ("perplexity", "loss")
+SAME_COST = 0.1
+"""Two costs that differ by a smaller share count as equal."""
 
 
 def scores(report: Mapping[str, Any]) -> dict[str, float]:

@@ -19,8 +19,13 @@ import evidence_legs
 import homodistil_summary
 import mixed_vocabulary_summary
 import on_policy
-from evidence_cells import STORED, StoredCellError, read_stored, stored_path, write_stored
-from evidence_leg_cells import homodistil_cells, mixed_vocabulary_cells, shrink_cells
+from evidence_cells import STORED, Cell, StoredCellError, read_stored, stored_path, write_stored
+from evidence_leg_cells import (
+    homodistil_cells,
+    homodistil_cost_cells,
+    mixed_vocabulary_cells,
+    shrink_cells,
+)
 from evidence_others import COLLECTED, titles_of
 from launching import write_config
 
@@ -255,7 +260,7 @@ def test_pruned_students_and_students_from_random_weights_have_the_same_steps():
     reports = {"homodistil-1": first, "early-1": None, "one_shot-1": None}
     found = homodistil_summary.Found(reports, (1,), ())
 
-    found_cells = homodistil_cells(found, homodistil_summary.held_out, steps=10, rows=8)
+    found_cells = homodistil_cells(found, homodistil_summary.held_out, rows=8)
 
     cells = {cell.arm: cell for cell in found_cells}
 
@@ -266,6 +271,20 @@ def test_pruned_students_and_students_from_random_weights_have_the_same_steps():
     }
     assert {cell.steps for cell in cells.values()} == {10}
     assert cells["homodistil"].divergence == 0.5
+
+
+def test_equal_cost_takes_longer_runs_where_there_are_any_and_else_the_same_cells():
+    def cells(score: float, *arms: str) -> list[Cell]:
+        numbers = {"divergence": None, "steps": 4, "cpu_seconds": 1.0, "teacher_rows": 8}
+        return [Cell(arm=arm, seed=1, basis="steps", score=score, **numbers) for arm in arms]
+
+    short = cells(2.0, "homodistil", "early", "one_shot", "random", "alone")
+    longer = cells(1.5, "homodistil", "one_shot", "alone")
+
+    found = homodistil_cost_cells(short, longer, {"one_shot": 5, "alone": 9})
+
+    assert {cell.basis for cell in found} == {"cost"}
+    assert {c.arm: c.score for c in found} == {"early": 2.0, "one_shot": 1.5, "alone": 1.5}
 
 
 def shrunk(loss: float, layers: int, **baselines: float) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,65 @@ def test_the_table_has_losses_and_the_largest_rise_of_the_divergence(capsys):
     said = capsys.readouterr().out
     assert "2.500 ±0.707  0.300 ±0.000" in said
     assert "jump of homodistil over one_shot 0.075, 0.075" in said
+
+
+def timed(seconds: float, **baselines: float) -> dict:
+    """Return a report whose student and baselines took these seconds."""
+    times = {"pruning-1": seconds / 2, "student": seconds / 2, **baselines}
+    return {"stages": [{"name": name, "seconds": value} for name, value in times.items()]}
+
+
+@pytest.fixture
+def measured() -> Found:
+    """Reports of two seeds, in which three variants are faster than the method."""
+    reports = {}
+    for seed, machine in ((1, 1.0), (2, 3.0)):
+        reports |= {f"{name}-{seed}": timed(95 * machine) for name in homodistil_decoder.RUNS}
+        reports |= {
+            f"homodistil-{seed}": timed(100 * machine, random=60 * machine, alone=40 * machine),
+            f"one_shot-{seed}": timed(80 * machine),
+            f"one_shot_alone-{seed}": timed(50 * machine),
+        }
+    return Found(reports, (1, 2), ())
+
+
+def test_a_faster_variant_takes_more_steps_until_it_costs_as_much_as_the_method(measured):
+    steps = homodistil_decoder.steps_at_cost(measured, 1000)
+
+    assert steps == {"one_shot": 1250, "one_shot_alone": 2000, "alone": 2500}
+
+
+def test_runs_at_equal_cost_differ_from_the_others_in_their_steps_alone(measured, tmp_path):
+    words = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--seeds", "1,2"]
+    given = homodistil_decoder.parse(words)
+    write_leg_configs(given.out, homodistil_decoder.trees(given))
+
+    def configs(legs):
+        return {
+            leg.name: load_config(leg.config, [*leg.overrides, "output_dir=out"]) for leg in legs
+        }
+
+    short = configs(homodistil_decoder.legs(given))
+    longer = configs(homodistil_decoder.cost_legs(given, measured))
+
+    assert longer["one_shot-cost-2"].train.max_steps == 500
+    assert longer["one_shot_alone-cost-1"].train.max_steps == 800
+    for name in ("one_shot-2", "one_shot_alone-1"):
+        ours = longer[name.replace("-", "-cost-")]
+        assert replace(ours, train=short[name].train) == short[name]
+    alone = longer["homodistil-cost-1"]
+    assert (alone.baselines, alone.alone.max_steps) == (("alone",), 1000)
+    assert len(longer) == 6
+
+
+def test_a_run_at_equal_cost_has_the_loss_of_its_one_baseline(measured):
+    longer = {"homodistil-cost-1": report(9.0, [], alone=2.5), "one_shot-cost-1": None}
+
+    found = homodistil_decoder.at_equal_cost(measured, longer)
+
+    assert homodistil_decoder.loss_of(found, "alone", 1) == 2.5
+    assert homodistil_decoder.loss_of(found, "random", 1) is None
+    assert homodistil_decoder.loss_of(found, "one_shot", 1) is None
 
 
 def test_data_that_is_missing_is_named(tmp_path, capsys):
