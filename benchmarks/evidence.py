@@ -168,6 +168,8 @@ def _with_teachers(
     """Train the teachers of the seeds and write their caches, unless that is done."""
     setting, comparison = SETTINGS[stored.setting], COMPARISONS[stored.comparison]
     needed = [(name, seed) for seed in seeds for name in comparison.teachers]
+    # The longest runs come first, so that no core waits for the last run.
+    needed.sort(key=lambda one: setting.pool[one[0]], reverse=True)
     with ThreadPoolExecutor(given.jobs) as pool:
         gates = list(pool.map(lambda one: taught(bench, setting, *one), needed))
         if comparison.cached:
@@ -200,7 +202,7 @@ def _run_arms(
     if known:
         stored = with_cells(stored, known)
         write_stored(given.stored, stored)
-    # Long runs come first, so that no core waits for the last run.
+    # The longest runs come first, as with the teachers.
     left.sort(key=lambda run: _known_cost(stored, run.name), reverse=True)
     failures = list[BaseException]()
     with ThreadPoolExecutor(given.jobs) as pool:
