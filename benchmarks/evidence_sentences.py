@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from evidence_arms import named
-from evidence_cells import BASES
+from evidence_cells import BASES, Basis
 from evidence_statistics import Difference, Unit, unit_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from evidence_cells import Basis
     from evidence_gates import Assessed, Group
 
 METHOD_VERDICTS = {
@@ -109,16 +110,21 @@ def _gain(one: Found) -> str:
 
 
 def _others(found: Sequence[Found], controls: Iterable[str], reference: str) -> str:
-    """Return the sentence about the arms that are not the control."""
+    """Return the sentence about the arms that are not the control; each run counts once."""
     others = [one for one in found if one.difference.arm not in set(controls)]
+    bases = defaultdict[Found, list[Basis]](list)
+    for one in others:
+        bases[one._replace(difference=replace(one.difference, basis=BASES[0]))].append(
+            one.difference.basis
+        )
     better, worse, untold = (
-        [one for one in others if one.difference.verdict == verdict]
+        [one for one in bases if one.difference.verdict == verdict]
         for verdict in ("better", "worse", "cannot be told")
     )
     if not others:
         return ""
     names = "; ".join(
-        f"`{one.difference.arm}` in {one.setting} at equal {one.difference.basis}, "
+        f"`{one.difference.arm}` in {one.setting} at equal {' and '.join(bases[one])}, "
         f"{signed(one.difference.mean, one.unit)} {one.unit.name}"
         for one in better
     )

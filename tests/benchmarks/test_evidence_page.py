@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-from evidence_cells import STORED, StoredCellError, write_stored
+from evidence_cells import STORED, StoredCellError, with_cells, write_stored
 from evidence_gates import assess
 from evidence_page import INTRODUCTION, PAGE, draw
 from evidence_pictures import COLOURS, forest_plot
@@ -71,6 +71,17 @@ def test_the_sentence_says_whether_the_method_helps_and_by_how_much(docs):
         "1 in favour of the other arm (`other` in clinc150-few at equal steps, +1.60 points), 1 in "
         "favour of `method`, 1 that cannot be told from zero."
     ) in said
+
+
+def test_runs_that_serve_both_bases_are_one_difference(docs):
+    stored = example()
+    same = [dataclasses.replace(c, basis="cost") for c in stored.of("other").values()]
+    write_stored(docs / "evidence", with_cells(stored, same))
+
+    said = unwrapped(drawn(docs))
+
+    assert "1 in favour of the other arm (`other` in clinc150-few at equal steps and cost," in said
+    assert "1 in favour of `method`, 0 that cannot be told from zero." in said
 
 
 @pytest.mark.parametrize(
