@@ -108,8 +108,7 @@ def homodistil_cost_cells(
 
 
 def _pruned(arm: str, seed: int, report: Report, score: float, *, rows: int) -> Cell:
-    own = [one for one in report["stages"] if one["name"] not in BASELINES]
-    steps = stage(report, arm)["steps"] if arm in BASELINES else sum(one["steps"] for one in own)
+    steps = sum(one["steps"] for one in homodistil_summary.stages_of(report, arm))
     return Cell(
         arm=arm,
         seed=seed,

@@ -216,17 +216,12 @@ def _read_stories(source: Source, data: Path) -> Read:
     reports = reports_of(homodistil_decoder.legs(given), trees, source.overrides)
     found = homodistil_summary.Found(reports, given.seeds, ())
     read = _homodistil(found, homodistil_decoder.loss_of, curve=(), rows=rows)
-    longer = reports_of(homodistil_decoder.cost_legs(given, found), trees, source.overrides)
+    steps = homodistil_decoder.steps_at_cost(found, given.steps)
+    longer = reports_of(homodistil_decoder.cost_legs(given, steps), trees, source.overrides)
     renamed = homodistil_decoder.at_equal_cost(found, longer)
+    trained_longer = homodistil_cells(renamed, homodistil_decoder.loss_of, rows=rows)
     return Read(
-        cells=[
-            *read.cells,
-            *homodistil_cost_cells(
-                read.cells,
-                homodistil_cells(renamed, homodistil_decoder.loss_of, rows=rows),
-                homodistil_decoder.steps_at_cost(found, given.steps),
-            ),
-        ],
+        cells=[*read.cells, *homodistil_cost_cells(read.cells, trained_longer, steps)],
         teachers=read.teachers,
         reports={**reports, **longer},
     )

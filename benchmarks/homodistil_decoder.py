@@ -83,7 +83,8 @@ def main(arguments: Sequence[str]) -> int:
     found = Found(reports_of(runs), given.seeds, ())
     show(rows(found), shlex.join(["python", "benchmarks/homodistil_decoder.py", *arguments]))
     if given.equal_cost:
-        run_side_by_side(cost_legs(given, found), jobs=given.jobs)
+        longer = cost_legs(given, steps_at_cost(found, given.steps))
+        run_side_by_side(longer, jobs=given.jobs)
     return 0
 
 
@@ -115,9 +116,8 @@ def _overrides(name: str, steps: int) -> tuple[str, ...]:
     return (early,) if name == EARLY else RUNS[name]
 
 
-def cost_legs(given: argparse.Namespace, found: Found) -> list[Leg]:
-    """The runs of all seeds at equal cost, from the reports of the runs at equal steps."""
-    longer = steps_at_cost(found, given.steps)
+def cost_legs(given: argparse.Namespace, longer: Mapping[str, int]) -> list[Leg]:
+    """The runs of all seeds at equal cost. longer: steps by variant."""
     runs = {f"{run_of(name)}{COST}": _longer(name, steps) for name, steps in longer.items()}
     return [
         leg_of(given.out, f"{run}-{seed}", RUN, (*overrides, f"seed={seed}"))

@@ -94,10 +94,15 @@ def seconds(found: Found, variant: str, seed: int) -> float | None:
 
 def seconds_of(report: Mapping[str, Any], variant: str) -> float:
     """The seconds of training of a variant, from the report of its run."""
-    stages = {stage["name"]: stage["seconds"] for stage in report["stages"]}
+    return sum(stage["seconds"] for stage in stages_of(report, variant))
+
+
+def stages_of(report: Mapping[str, Any], variant: str) -> list[Mapping[str, Any]]:
+    """The stages that trained a variant, from the report of its run."""
+    stages = {stage["name"]: stage for stage in report["stages"]}
     if variant in BASELINES:
-        return stages[variant]
-    return sum(value for name, value in stages.items() if name not in BASELINES)
+        return [stages[variant]]
+    return [stage for name, stage in stages.items() if name not in BASELINES]
 
 
 def homotopy(found: Found) -> dict[int, tuple[float, float]]:

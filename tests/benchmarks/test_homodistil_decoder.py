@@ -104,7 +104,8 @@ def test_runs_at_equal_cost_differ_from_the_others_in_their_steps_alone(measured
         }
 
     short = configs(homodistil_decoder.legs(given))
-    longer = configs(homodistil_decoder.cost_legs(given, measured))
+    steps = homodistil_decoder.steps_at_cost(measured, given.steps)
+    longer = configs(homodistil_decoder.cost_legs(given, steps))
 
     assert longer["one_shot-cost-2"].train.max_steps == 500
     assert longer["one_shot_alone-cost-1"].train.max_steps == 800
