@@ -148,6 +148,44 @@ def test_every_seed_is_run_into_a_folder_of_its_own_and_summed_up(monkeypatch, c
     assert "training 20 s" in shown
 
 
+def test_maxidisc_tries_every_assistant_of_the_quickstarts_grid(tmp_path):
+    overrides = [*quickstart_seeds.maxidisc(ROOT), f"output_dir={tmp_path}"]
+
+    config = load_config(ROOT / quickstart_seeds.CONFIG, overrides)
+
+    plain = load_config(ROOT / quickstart_seeds.CONFIG, [])
+    assert (config.method.name, config.baselines) == ("maxidisc", ())
+    assert config.method.sparsities == plain.method.sparsities
+    assert config.method.target_sparsity == plain.method.target_sparsity
+    assert config.teacher == plain.teacher
+
+
+def test_minidisc_and_maxidisc_are_compared_seed_by_seed_without_teacher_and_baselines(
+    monkeypatch, capsys, tmp_path
+):
+    folders = []
+
+    def trained(config, output, *, ranks, overrides):
+        folders.append(output.name)
+        tries_all = "maxidisc" in output.name
+        found = report(distilled=0.5 if tries_all else 0.6, alone=0.4)
+        found["stages"].append({"name": "teacher-finetune", "seconds": 100.0})
+        found["stages"].append({"name": "trial", "seconds": 36.0 if tries_all else 0.0})
+        return found | ({"baselines": {}, "stages": found["stages"][2:]} if tries_all else {})
+
+    monkeypatch.setattr(quickstart_seeds, "trained", trained)
+    monkeypatch.setattr(quickstart_seeds, "fetch_teacher", lambda: None)
+
+    code = quickstart_seeds.main(["--seeds", "1,2", "--output", str(tmp_path), "--maxidisc"])
+
+    assert code == 0
+    assert folders == [f"quickstart-{kind}{seed}" for seed in (1, 2) for kind in ("", "maxidisc-")]
+    lines = capsys.readouterr().out.splitlines()
+    heading = next(line for line in lines if "maxidisc s" in line)
+    values = lines[lines.index(heading) + 1].split()
+    assert values == ["1", "0.6", "0.5", "0.1", "12", "36", "0.3333"]
+
+
 def test_a_stage_that_only_one_seed_needed_leaves_a_gap():
     longer = report(distilled=0.8, alone=0.7)
     longer["stages"].append({"name": "trial-2", "seconds": 5.0})
