@@ -102,6 +102,11 @@ class Stored:
         """Return the arms that have cells, in the stored order."""
         return list(dict.fromkeys(cell.arm for cell in self.cells if cell.basis == basis))
 
+    def runs(self) -> list[Cell]:
+        """Return a cell per run: a run may serve both bases, and a copy is no run."""
+        made = (cell for cell in self.cells if not cell.details.get(SAME_RUN))
+        return list({(cell.arm, cell.seed, cell.steps): cell for cell in made}.values())
+
 
 def stored_path(folder: Path, comparison: str, setting: str) -> Path:
     """Return the file of a comparison in a setting."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from evidence_cells import STORED, StoredCellError, read_stored, stored_path
+from evidence_comparisons import COMPARISONS
 from evidence_gates import assess
 from evidence_others import ALL_COMPARISONS, titles_of
 from evidence_pictures import forest_plot
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from evidence_arms import Comparison
-    from evidence_cells import Stored
+    from evidence_cells import Cell, Stored
     from evidence_gates import Assessed, Group
 
 PAGE = ROOT / "docs/evidence.md"
@@ -67,8 +68,7 @@ def draw(
         _section(name, comparisons[name], settings, notes=notes.get(name, {}), raw=raw)
         for name, settings in found.items()
     ]
-    missing = [f"`{name}`" for name in comparisons if name not in found]
-    rest = [_wrapped(f"No cell is stored yet of {', '.join(missing)}.")] if missing else []
+    rest = [_wrapped(text) for text in (_missing(comparisons, found), _all_runs(found)) if text]
     images = page.parent / "images"
     for path in images.glob("evidence-*.svg"):
         if path.name not in pictures:
@@ -143,6 +143,28 @@ def read_notes(path: Path, known: Iterable[str]) -> dict[str, dict[str, Any]]:
     return notes
 
 
+def _missing(comparisons: Iterable[str], found: Mapping[str, Any]) -> str:
+    names = ", ".join(f"`{name}`" for name in comparisons if name not in found)
+    return f"No cell is stored yet of {names}." if names else ""
+
+
+def _all_runs(found: Mapping[str, Sequence[Assessed]]) -> str:
+    """Return how many runs of `evidence.py` are stored, and what their training has cost."""
+    names = [name for name in found if name in COMPARISONS]
+    runs = [run for name in names for one in found[name] for run in one.stored.runs()]
+    if not runs:
+        return ""
+    return (
+        f"The page has {_cost(runs)} that `evidence.py` trains, two side by side. The training of "
+        "the teachers, and the start and evaluation of every run, come on top."
+    )
+
+
+def _cost(runs: Sequence[Cell]) -> str:
+    hours = sum(run.cpu_seconds for run in runs) / 3600
+    return f"{len(runs)} runs ({hours:.1f} hours of CPU time)"
+
+
 def _section(
     name: str,
     comparison: Comparison,
@@ -184,6 +206,7 @@ def _setting(name: str, one: Assessed, paper_start: str | None, raw: str) -> str
         f"Start of the student: {_start(stored.start, paper_start)}.",
         *_teachers(one),
         *_machine(one),
+        f"Trained: {_cost(stored.runs())}.",
         f"Raw cells: [{file}]({raw}/{file}).",
     ]
     compared = [group for group in one.groups if group.is_compared]

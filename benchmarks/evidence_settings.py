@@ -173,7 +173,7 @@ SETTINGS = {
             splits=sst2,
             labels=500,
             max_length=48,
-            teacher=Learning(steps=200, rows=32, rate=1e-4),
+            teacher=Learning(steps=320, rows=32, rate=1e-4),
             label_rate=3e-4,
             cut_label_rate=3e-4,
         ),

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from evidence_cells import (
+    SAME_RUN,
     Cell,
     StoredCellError,
     TeacherGate,
@@ -114,3 +115,17 @@ def test_divergences_are_less_is_better_and_may_be_missing():
 
     assert paired(found, "a", "b", basis="steps", value="divergence") == [0.25]
     assert paired(found, "c", "b", basis="steps", value="divergence") == []
+
+
+def test_a_run_that_serves_both_bases_is_one_run_and_a_copy_is_none():
+    found = stored(
+        cells("method", (80.0, 81.0)),
+        cells("other", (82.0, 83.0)),
+        cells("other", (82.0, 83.0), basis="cost"),
+        cells("longer", (84.0,), basis="cost", steps=700),
+        cells("copy", (80.0, 81.0), details={SAME_RUN: 1.0}),
+    )
+
+    runs = [(run.arm, run.seed) for run in found.runs()]
+
+    assert runs == [("method", 1), ("method", 2), ("other", 1), ("other", 2), ("longer", 1)]

@@ -43,6 +43,22 @@ def rows_of(page, arm):
     return [line for line in page.splitlines() if re.match(rf"\| \**{arm}\** \|", line)]
 
 
+def test_the_page_says_how_many_runs_were_trained_and_what_they_cost(docs):
+    page = unwrapped(drawn(docs))
+
+    # Five groups of three cells of 60 s.
+    assert "Trained: 15 runs (0.2 hours of CPU time)." in page
+    assert "that `evidence.py` trains" not in page
+    own = example(comparison="selection")
+    write_stored(docs / "evidence", own)
+    (docs / "evidence" / "madeup-clinc150-few.json").unlink()
+    (docs / "evidence" / "madeup-banking77.json").unlink()
+    comparison = {"selection": MADE_UP["madeup"]}
+    assert "15 runs (0.2 hours of CPU time) that `evidence.py` trains" in unwrapped(
+        drawn(docs, comparison)
+    )
+
+
 def test_the_table_has_the_numbers_computed_by_hand(docs):
     page = drawn(docs)
 
