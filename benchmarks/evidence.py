@@ -20,13 +20,11 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING
 
 from evidence_arms import group_of, named
 from evidence_cells import (
     BASES,
-    SAME_RUN,
     STORED,
     Basis,
     Cell,
@@ -39,15 +37,16 @@ from evidence_cells import (
 )
 from evidence_checks import UnusableError, check_data, check_groups, check_space
 from evidence_comparisons import COMPARISONS
+from evidence_gates import groups
 from evidence_legs import collect
 from evidence_others import COLLECTED
 from evidence_page import draw
-from evidence_run import Bench, Planned, cached, digest, place_of, run_cell, taught
+from evidence_plan import known_and_left
+from evidence_run import Bench, cached, digest, run_cell, taught
 from evidence_settings import SETTINGS, Setting
 from launching import ROOT, SHARED, RunFailedError, fetch_teacher
 from machine import machine
 from options import integers, words_of
-from summary import SAME_COST
 
 from megakd.errors import MegakdError
 from megakd.storage.atomic import replaced_folder
@@ -142,24 +141,61 @@ def versions() -> dict[str, str]:
 def run_comparison(
     given: argparse.Namespace, bench: Bench, stored: Stored, seeds: Sequence[int]
 ) -> None:
-    """Run all cells at equal steps, and then, by their measured costs, all cells at equal cost."""
+    """Run the arms of the gates, the other arms at equal steps, and all arms at equal cost.
+
+    The steps at equal cost come from the measured costs of all seeds.
+    """
+    chosen = _chosen_arms(given, stored)
+    gating = [arm for arm in chosen if named(arm) in _gating(stored)]
+    stored = _run_seeds(given, bench, stored, seeds, gating, "steps")
+    arms = _compared(stored, chosen) if len(seeds) > 1 else chosen
     for basis in BASES[:1] if given.quick else BASES:
-        arms = _chosen_arms(given, stored)
-        left = [seed for seed in seeds if known_and_left(bench, stored, seed, arms, basis)[1]]
-        stored = _with_teachers(given, bench, stored, left)
-        for seed in seeds:
-            stored = _run_seed(given, bench, stored, seed, basis)
+        stored = _run_seeds(given, bench, stored, seeds, arms, basis)
+
+
+def _gating(stored: Stored) -> tuple[str, str]:
+    """Return the names of plain distillation and of labels alone, which decide a gate."""
+    found = COMPARISONS[stored.comparison]
+    return found.plain, found.labels
 
 
 def _chosen_arms(given: argparse.Namespace, stored: Stored) -> list[str]:
+    """Return the arms of the groups that were asked for; arms without a group serve all groups."""
     found = COMPARISONS[stored.comparison]
-    first = (found.reference, found.plain, found.labels)
+    first = (found.reference, *_gating(stored))
     return [
         arm
         for arm in found.arms_in(stored.setting)
-        if (given.groups is None or group_of(arm) in given.groups)
+        if (given.groups is None or group_of(arm) in ("", *given.groups))
         and (named(arm) in first or not given.quick)
     ]
+
+
+def _compared(stored: Stored, arms: Sequence[str]) -> list[str]:
+    """Return the arms without those of groups that fail a gate, which are not compared."""
+    comparison, failed = COMPARISONS[stored.comparison], set[str]()
+    for group in groups(stored, comparison):
+        if not group.is_compared:
+            failed.add(group.reference)
+            reasons = "; ".join(gate.says for gate in group.gates if gate.state == "failed")
+            words = f"no run of {group.reference} and its controls"
+            print(f"{stored.setting} {words}, because a gate has failed: {reasons}", flush=True)
+    return [arm for arm in arms if comparison.reference_of(arm) not in failed]
+
+
+def _run_seeds(
+    given: argparse.Namespace,
+    bench: Bench,
+    stored: Stored,
+    seeds: Sequence[int],
+    arms: Sequence[str],
+    basis: Basis,
+) -> Stored:
+    left = [seed for seed in seeds if known_and_left(bench, stored, seed, arms, basis)[1]]
+    stored = _with_teachers(given, bench, stored, left)
+    for seed in seeds:
+        stored = _run_seed(given, bench, stored, seed, arms, basis)
+    return stored
 
 
 def _with_teachers(
@@ -179,13 +215,18 @@ def _with_teachers(
 
 
 def _run_seed(
-    given: argparse.Namespace, bench: Bench, stored: Stored, seed: int, basis: Basis
+    given: argparse.Namespace,
+    bench: Bench,
+    stored: Stored,
+    seed: int,
+    arms: Sequence[str],
+    basis: Basis,
 ) -> Stored:
     """Run the cells of a seed; an arm that needs the result of another arm comes after it."""
-    found, chosen = COMPARISONS[stored.comparison].arms, _chosen_arms(given, stored)
+    found = COMPARISONS[stored.comparison].arms
     for is_after in (False, True):
-        arms = [arm for arm in chosen if (found[arm].after is not None) is is_after]
-        stored = _run_arms(given, bench, stored, seed, arms, basis)
+        now = [arm for arm in arms if (found[arm].after is not None) is is_after]
+        stored = _run_arms(given, bench, stored, seed, now, basis)
     return stored
 
 
@@ -225,46 +266,6 @@ def _known_cost(stored: Stored, arm: str) -> float:
     return max((cell.cpu_seconds for cell in stored.of(arm).values()), default=0.0)
 
 
-def known_and_left(
-    bench: Bench, stored: Stored, seed: int, arms: Sequence[str], basis: Basis
-) -> tuple[list[Cell], list[Planned]]:
-    """Return the cells that need no run, and the runs that are left."""
-    known, left = list[Cell](), list[Planned]()
-    for arm in arms:
-        if copy := copied(stored, arm, seed, basis):
-            known.append(copy)
-        elif run := planned(bench, stored, arm, seed, basis):
-            done = stored_run(stored, run)
-            if done is None:
-                left.append(run)
-            else:
-                known.append(done)
-    return known, left
-
-
-def copied(stored: Stored, arm: str, seed: int, basis: Basis) -> Cell | None:
-    """Return the cell of an arm whose run would be that of another arm; None for other arms."""
-    found = COMPARISONS[stored.comparison].arms[arm]
-    cell = None if found.after is None else stored.of(found.after).get(seed)
-    if cell is None or found.same_as is None:
-        return None
-    details = {**cell.details, SAME_RUN: 1.0}
-    is_same = found.same_as(cell.details)
-    return dataclasses.replace(cell, arm=arm, basis=basis, details=details) if is_same else None
-
-
-def stored_run(stored: Stored, run: Planned) -> Cell | None:
-    """Return the stored cell of a run; None if the run is still to be made.
-
-    Runs of an arm and a seed differ in their steps alone, so that one run may serve both bases.
-    """
-    steps, cost = stored.of(run.name), stored.of(run.name, "cost")
-    for cell in (steps.get(run.seed), cost.get(run.seed)):
-        if cell is not None and cell.max_steps == run.steps:
-            return dataclasses.replace(cell, basis=run.basis)
-    return None
-
-
 def line(cell: Cell) -> str:
     """Return a cell as one line."""
     divergence = "-" if cell.divergence is None else f"{cell.divergence:.4f}"
@@ -272,61 +273,6 @@ def line(cell: Cell) -> str:
         f"{cell.arm} seed {cell.seed}, equal {cell.basis}: {cell.score:.2f}, KL {divergence}, "
         f"{cell.steps} steps, {cell.cpu_seconds:.0f} s"
     )
-
-
-def planned(bench: Bench, stored: Stored, arm: str, seed: int, basis: Basis) -> Planned | None:
-    """Return the cell of an arm and seed; None where an equal cost is not possible.
-
-    A cell at equal cost has as many steps as make the training as long as that of the reference
-    arm (see `cost_share`). What is trained before the student, such as a selector, is paid first.
-    The reference arm itself has no such cell.
-    """
-    setting, comparison = SETTINGS[stored.setting], COMPARISONS[stored.comparison]
-    steps = round(setting.student.steps * comparison.arms[arm].steps)
-    if basis == "cost":
-        share = cost_share(stored, arm, comparison.reference_of(arm))
-        if share is None or not comparison.arms[arm].at_equal_cost:
-            return None
-        # With a share of 1, the cell at equal steps is the cell at equal cost (see `stored_run`).
-        steps = max(2, round(share * steps))
-    name = f"{arm}-{seed}-{basis}".replace(", ", "-").replace(" ", "_")
-    return Planned(
-        name=arm,
-        seed=seed,
-        basis=basis,
-        steps=steps,
-        place=place_of(
-            bench, setting, seed, {a: stored.of(a)[seed].details for a in _with_seed(stored, seed)}
-        ),
-        folder=bench.folder(setting) / stored.comparison / name,
-    )
-
-
-def _with_seed(stored: Stored, seed: int) -> list[str]:
-    return [arm for arm in stored.arms() if seed in stored.of(arm)]
-
-
-def cost_share(stored: Stored, arm: str, reference: str) -> float | None:
-    """Return the share of an arm's steps that costs as much as the reference arm.
-
-    The median over all seeds, because the CPU time of the same training differs by a tenth from run
-    to run on a machine with other work. None for the reference arm, and for an arm that costs too
-    much before the student's first step. 1 for an arm of nearly the same cost.
-    """
-    ours, theirs = stored.of(arm), stored.of(reference)
-    seeds = ours.keys() & theirs.keys()
-    if arm == reference or not seeds:
-        return None
-    ratios, shares = list[float](), list[float]()
-    for seed in seeds:
-        cost, aim = ours[seed].cpu_seconds, theirs[seed].cpu_seconds
-        fixed = ours[seed].details.get("fixed_cpu_seconds", 0.0)
-        ratios.append(cost / aim)
-        shares.append((aim - fixed) / (cost - fixed))
-    if abs(median(ratios) - 1) < SAME_COST:
-        return 1.0
-    share = median(shares)
-    return share if share > SAME_COST else None
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -340,9 +286,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", type=words_of(COMPARISONS), help=words)
     parser.add_argument("--settings", type=words_of(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--seeds", type=integers, help="separated by commas")
-    groups = sorted({group_of(arm) for found in COMPARISONS.values() for arm in found.arms})
+    known = sorted({group_of(arm) for found in COMPARISONS.values() for arm in found.arms})
     words = "of arms, such as 0.97; default: all"
-    parser.add_argument("--groups", type=words_of(groups), help=words)
+    parser.add_argument("--groups", type=words_of(known), help=words)
     parser.add_argument("--jobs", type=int, default=2, help="cells side by side")
     parser.add_argument("--quick", action="store_true", help="a subset of less than 20 minutes")
     collected = {"nargs": "?", "const": list(COLLECTED), "type": words_of(COLLECTED)}

@@ -1,125 +1,118 @@
-"""The plan of the evidence: equal costs, stored cells, and problems that are said first."""
+"""The runs of the evidence: their order, gates that fail, and problems that are said first."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import evidence
 import evidence_checks
+import evidence_plan
 import pytest
-from evidence_cells import SAME_RUN, Cell, Stored, TeacherGate, read_stored
+from evidence_cells import Cell, Stored, TeacherGate, read_stored
 from evidence_comparisons import COMPARISONS
 from evidence_run import Planned
 from launching import RunFailedError
-from stored_cells import FEW, bench_of
+from stored_cells import FLAT, bench_of, one_cell, stored_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
-def cell(arm: str, cost: float, *, fixed: float = 0.0, seed: int = 1) -> Cell:
-    return Cell(
-        arm=arm,
-        seed=seed,
-        basis="steps",
-        score=50.0,
-        divergence=None,
-        steps=100,
-        cpu_seconds=cost,
-        teacher_rows=0,
-        details={"fixed_cpu_seconds": fixed},
-    )
+class Fake:
+    """Stands for the runs of SKDBERT, of 100 CPU seconds each; `scores` are those of the arms."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **scores: float) -> None:
+        self.scores, self.ran, self.taught = scores, list[tuple[str, int, str]](), list[Any]()
+        monkeypatch.setattr(evidence, "run_cell", self._run)
+        monkeypatch.setattr(evidence, "taught", self._teach)
+        monkeypatch.setattr(evidence, "cached", lambda *given: None)
+
+    def _run(self, bench: object, comparison: object, run: Planned) -> Cell:
+        self.ran.append((run.name, run.seed, run.basis))
+        score = self.scores.get(run.name.replace(", ", "_").replace(" ", "_"), 50.0)
+        made = one_cell(run.name, 100, seed=run.seed)
+        return dataclasses.replace(made, score=score, max_steps=run.steps)
+
+    def _teach(self, bench: object, setting: object, name: str, seed: int) -> TeacherGate:
+        self.taught.append((name, seed))
+        return TeacherGate(teacher=name, seed=seed, scores=FLAT, final=80.0)
 
 
-def stored_of(*cells: Cell) -> Stored:
-    return Stored(
-        comparison="skdbert", setting=FEW.name, settings="x", start="y", metric="z", cells=cells
-    )
+GATING = {"best teacher, T 1", "best teacher, T 4", "labels"}
 
 
-def test_a_cell_at_equal_cost_takes_the_steps_that_the_reference_pays_for():
-    stored = stored_of(
-        cell("ours", 100), cell("twice", 200), cell("same", 105), cell("first", 150, fixed=50)
-    )
-
-    assert evidence.cost_share(stored, "ours", "ours") is None
-    assert evidence.cost_share(stored, "twice", "ours") == 0.5
-    assert evidence.cost_share(stored, "same", "ours") == 1.0
-    assert evidence.cost_share(stored, "first", "ours") == 0.5
+def run_skdbert(
+    folder: Path, stored: Stored, seeds: tuple[int, ...], groups: tuple[str, ...] | None = None
+) -> Stored:
+    asked = argparse.Namespace(jobs=1, groups=groups, quick=False, stored=folder)
+    evidence.run_comparison(asked, bench_of(folder), stored, seeds)
+    (path,) = folder.glob("*.json")
+    return read_stored(path)
 
 
-def test_an_arm_that_is_too_dear_before_its_first_step_has_no_cell_at_equal_cost():
-    stored = stored_of(cell("ours", 100), cell("dear", 300, fixed=99))
+def test_a_group_whose_gate_has_failed_is_not_trained(tmp_path, monkeypatch, capsys):
+    fake = Fake(monkeypatch, best_teacher_T_1=60.0, best_teacher_T_4=49.0)
 
-    assert evidence.cost_share(stored, "dear", "ours") is None
-    assert evidence.cost_share(stored, "not yet run", "ours") is None
+    run_skdbert(tmp_path, stored_of(), (1, 2))
+
+    first = fake.ran[: 2 * len(GATING)]
+    assert {*first} == {(arm, seed, "steps") for arm in GATING for seed in (1, 2)}
+    rest = {arm for arm, _, _ in fake.ran[len(first) :]}
+    assert rest == {arm for arm in COMPARISONS["skdbert"].arms if arm.endswith("T 1")} - GATING
+    assert "no run of uniform, T 4 and its controls, because a gate" in capsys.readouterr().out
 
 
-def test_cost_is_the_median_over_the_seeds_that_both_arms_have():
-    stored = stored_of(
-        *(cell("ours", 100, seed=seed) for seed in (1, 2, 3)),
-        *(cell("other", cost, seed=seed) for seed, cost in enumerate((400, 200, 250, 1), start=1)),
-        *(cell("alike", cost, seed=seed) for seed, cost in enumerate((80, 105, 104), start=1)),
-    )
+def test_the_gates_of_one_group_need_the_arms_without_a_group(tmp_path, monkeypatch):
+    fake = Fake(monkeypatch, labels=40.0)
 
-    assert evidence.cost_share(stored, "other", "ours") == 0.4
-    assert evidence.cost_share(stored, "alike", "ours") == 1.0
+    run_skdbert(tmp_path, stored_of(), (1, 2), groups=("T 4",))
+
+    wanted = {arm for arm in COMPARISONS["skdbert"].arms if arm.endswith("T 4")}
+    assert {arm for arm, _, _ in fake.ran} == wanted | {"labels"}
+
+
+def test_one_seed_alone_says_nothing_about_a_gate_and_trains_all_arms(tmp_path, monkeypatch):
+    fake = Fake(monkeypatch)
+
+    run_skdbert(tmp_path, stored_of(), (1,))
+
+    assert {arm for arm, _, _ in fake.ran} == {*COMPARISONS["skdbert"].arms}
+
+
+def test_teachers_are_trained_for_the_seeds_that_need_them_and_the_largest_is_the_first(
+    tmp_path, monkeypatch
+):
+    fake = Fake(monkeypatch, labels=40.0)
+    finished = run_skdbert(tmp_path, stored_of(), (1,))
+    fake.taught.clear()
+
+    run_skdbert(tmp_path, finished, (1, 2))
+
+    assert fake.taught[:4] == [(name, 2) for name in ("six", "four", "two", "one")]
+    assert {seed for _, seed in fake.taught} == {2}
 
 
 def test_equal_cost_begins_when_all_seeds_have_their_costs(tmp_path, monkeypatch):
-    ran, arms = [], COMPARISONS["skdbert"].arms
-
-    def cells_of(seed: int) -> list[Cell]:
-        return [dataclasses.replace(cell(arm, 100, seed=seed), max_steps=400) for arm in arms]
-
-    gate = TeacherGate(teacher="six", seed=2, scores=(), final=0.0)
-    finished = stored_of(*cells_of(1), *cells_of(2))
-    monkeypatch.setattr(evidence, "_run_seed", lambda *given: ran.append(given[3:]) or finished)
-    monkeypatch.setattr(evidence, "taught", lambda *given: ran.append(given[2:]) or gate)
-    monkeypatch.setattr(evidence, "cached", lambda *given: None)
-    asked = argparse.Namespace(jobs=1, groups=None, quick=False)
-
-    evidence.run_comparison(asked, bench_of(tmp_path), stored_of(*cells_of(1)), (1, 2))
-
-    # Seed 1 has all of its cells, so that only seed 2 needs teachers; the largest is the first.
-    teachers = [(name, 2) for name in ("six", "four", "two", "one")]
-    assert ran == [*teachers, (1, "steps"), (2, "steps"), (1, "cost"), (2, "cost")]
-
-
-def test_a_lesser_control_has_no_cell_at_equal_cost(tmp_path):
-    arms = ("soft", "random soft", "random hard", "only soft_target_kl", "only hidden_mse")
-    stored = stored_of(*(cell(arm, 100) for arm in arms))
-    stored = dataclasses.replace(stored, comparison="selection")
-
-    _, left = evidence.known_and_left(bench_of(tmp_path), stored, 1, arms, "cost")
-
-    assert [run.name for run in left] == ["random soft", "only soft_target_kl"]
-
-
-def test_a_stored_cell_is_run_again_only_with_other_steps(tmp_path):
-    bench, arms = bench_of(tmp_path), ("uniform, T 1", "takd, T 1", "mean, T 1", "labels")
-    ours, takd, mean = (
-        dataclasses.replace(cell(arm, cost), max_steps=400)
-        for arm, cost in zip(arms, (100, 200, 105), strict=False)
+    fake = Fake(monkeypatch, labels=40.0)
+    begun = []
+    cost = evidence_plan.cost_share
+    monkeypatch.setattr(
+        evidence_plan, "cost_share", lambda *given: begun.append(len(fake.ran)) or cost(*given)
     )
-    stored = stored_of(ours, takd, mean)
 
-    known, left = evidence.known_and_left(bench, stored, 1, arms, "steps")
-    assert ([c.arm for c in known], [run.name for run in left]) == ([*arms[:3]], ["labels"])
+    run_skdbert(tmp_path, stored_of(), (1, 2))
 
-    known, left = evidence.known_and_left(bench, stored, 1, arms[:3], "cost")
-    assert known == [dataclasses.replace(mean, basis="cost")]
-    assert [(run.name, run.steps) for run in left] == [("takd, T 1", 200)]
-
-    paid = dataclasses.replace(takd, basis="cost", max_steps=200)
-    known, left = evidence.known_and_left(bench, stored_of(ours, takd, paid), 1, arms[:2], "cost")
-    assert (known, left) == ([paid], [])
+    assert {*begun} == {2 * len(COMPARISONS["skdbert"].arms)}
 
 
 def test_a_cell_that_fails_does_not_keep_the_others_from_being_stored(tmp_path, monkeypatch):
     def run(bench, comparison, planned: Planned) -> Cell:
         if planned.name == "mean, T 1":
             raise RunFailedError("mean, T 1: exit code 1")
-        return cell(planned.name, 100)
+        return one_cell(planned.name, 100)
 
     monkeypatch.setattr(evidence, "run_cell", run)
     given, arms = argparse.Namespace(stored=tmp_path, jobs=2), ["mean, T 1", "takd, T 1", "labels"]
@@ -134,52 +127,16 @@ def test_a_cell_that_fails_does_not_keep_the_others_from_being_stored(tmp_path, 
 def test_the_arm_that_takes_longest_is_begun_first(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(
-        evidence, "run_cell", lambda bench, _, run: ran.append(run.name) or cell(run.name, 9)
+        evidence, "run_cell", lambda bench, _, run: ran.append(run.name) or one_cell(run.name, 9)
     )
-    known = stored_of(cell("mean, T 1", 100), cell("takd, T 1", 200), cell("labels", 50))
+    known = stored_of(
+        one_cell("mean, T 1", 100), one_cell("takd, T 1", 200), one_cell("labels", 50)
+    )
     given, arms = argparse.Namespace(stored=tmp_path, jobs=1), ["labels", "mean, T 1", "takd, T 1"]
 
     evidence._run_arms(given, bench_of(tmp_path), known, 2, arms, "steps")
 
     assert ran == ["takd, T 1", "mean, T 1", "labels"]
-
-
-def trial(chosen: float, **scores: float) -> Stored:
-    """A cell of MiniDisc at 0.9 whose first trial has these scores; other cells by `stored_of`."""
-    details = {f"trial score {name[1:]}": score for name, score in scores.items()}
-    made = dataclasses.replace(cell("minidisc, 0.9", 100), details={**details, "chosen": chosen})
-    return dataclasses.replace(stored_of(made), comparison="minidisc")
-
-
-SCORES = {"s0.5": 0.9, "s0.7": 0.88, "s0.85": 0.83, "s0.9": 0.7}
-
-
-@pytest.mark.parametrize(
-    ("arm", "is_same"),
-    [
-        ("lambda 0, 0.9", False),  # chooses 0.5
-        ("lambda 0.4, 0.9", True),
-        ("target barred, 0.9", True),
-        ("direct, 0.9", False),
-    ],
-)
-@pytest.mark.parametrize("basis", ["steps", "cost"])
-def test_an_arm_with_the_choice_of_the_reference_is_a_copy_of_its_cell(arm, is_same, basis):
-    stored = trial(chosen=0.85, **{**SCORES, "s0.85": 0.87})
-
-    copy = evidence.copied(stored, arm, 1, basis)
-
-    assert (copy is not None) == is_same
-    if copy is not None:
-        assert (copy.arm, copy.basis, copy.score) == (arm, basis, 50.0)
-        assert copy.details[SAME_RUN]
-
-
-def test_a_target_that_is_barred_is_no_copy_of_a_run_that_it_has_won():
-    stored = trial(chosen=0.9, **{**SCORES, "s0.9": 0.89})
-
-    assert evidence.copied(stored, "target barred, 0.9", 1, "steps") is None
-    assert evidence.copied(stored, "lambda 0.4, 0.9", 1, "steps") is not None
 
 
 def test_quick_trains_the_method_plain_distillation_and_labels_of_one_group(tmp_path):

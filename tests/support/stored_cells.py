@@ -71,6 +71,17 @@ def example(**changes):
     )
 
 
+def one_cell(arm: str, cost: float, *, seed: int = 1, fixed: float = 0.0) -> Cell:
+    """Return the cell of an arm whose training has taken this CPU time."""
+    (found,) = cells(arm, (50.0,), cpu_seconds=cost, details={"fixed_cpu_seconds": fixed})
+    return replace(found, seed=seed)
+
+
+def stored_of(*found: Cell, comparison: str = "skdbert") -> Stored:
+    """Return stored cells of a real comparison in `clinc150-few`, without teachers."""
+    return stored(found, comparison=comparison, curve=None)
+
+
 def bench_of(folder: Path) -> Bench:
     """Return the folders of a run of the evidence, below a folder."""
     return Bench(data=folder / "data", out=folder / "out", encoder="some/encoder")
