@@ -191,10 +191,13 @@ def _run_seeds(
     arms: Sequence[str],
     basis: Basis,
 ) -> Stored:
-    left = [seed for seed in seeds if known_and_left(bench, stored, seed, arms, basis)[1]]
-    stored = _with_teachers(given, bench, stored, left)
-    for seed in seeds:
-        stored = _run_seed(given, bench, stored, seed, arms, basis)
+    """Run the cells of all seeds; an arm that needs the result of another arm comes after it."""
+    _, left = known_and_left(bench, stored, seeds, arms, basis)
+    stored = _with_teachers(given, bench, stored, sorted({run.seed for run in left}))
+    found = COMPARISONS[stored.comparison].arms
+    for is_after in (False, True):
+        now = [arm for arm in arms if (found[arm].after is not None) is is_after]
+        stored = _run_arms(given, bench, stored, seeds, now, basis)
     return stored
 
 
@@ -214,32 +217,16 @@ def _with_teachers(
     return dataclasses.replace(stored, teachers=(*others, *gates))
 
 
-def _run_seed(
-    given: argparse.Namespace,
-    bench: Bench,
-    stored: Stored,
-    seed: int,
-    arms: Sequence[str],
-    basis: Basis,
-) -> Stored:
-    """Run the cells of a seed; an arm that needs the result of another arm comes after it."""
-    found = COMPARISONS[stored.comparison].arms
-    for is_after in (False, True):
-        now = [arm for arm in arms if (found[arm].after is not None) is is_after]
-        stored = _run_arms(given, bench, stored, seed, now, basis)
-    return stored
-
-
 def _run_arms(
     given: argparse.Namespace,
     bench: Bench,
     stored: Stored,
-    seed: int,
+    seeds: Sequence[int],
     arms: Sequence[str],
     basis: Basis,
 ) -> Stored:
     comparison = COMPARISONS[stored.comparison]
-    known, left = known_and_left(bench, stored, seed, arms, basis)
+    known, left = known_and_left(bench, stored, seeds, arms, basis)
     if known:
         stored = with_cells(stored, known)
         write_stored(given.stored, stored)
@@ -252,6 +239,7 @@ def _run_arms(
             # A cell that fails does not keep the others from being stored.
             if error := done.exception():
                 failures.append(error)
+                print(f"evidence: {error}; the other runs go on", file=sys.stderr, flush=True)
                 continue
             cell = dataclasses.replace(done.result(), basis=basis)
             stored = with_cells(stored, [cell])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def known_and_left(
-    bench: Bench, stored: Stored, seed: int, arms: Sequence[str], basis: Basis
+    bench: Bench, stored: Stored, seeds: Sequence[int], arms: Sequence[str], basis: Basis
 ) -> tuple[list[Cell], list[Planned]]:
     """Return the cells that need no run, and the runs that are left."""
     known, left = list[Cell](), list[Planned]()
-    for arm in arms:
+    for seed, arm in product(seeds, arms):
         if copy := copied(stored, arm, seed, basis):
             known.append(copy)
         elif run := planned(bench, stored, arm, seed, basis):

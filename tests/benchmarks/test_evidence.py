@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,9 @@ def test_equal_cost_begins_when_all_seeds_have_their_costs(tmp_path, monkeypatch
     assert {*begun} == {2 * len(COMPARISONS["skdbert"].arms)}
 
 
-def test_a_cell_that_fails_does_not_keep_the_others_from_being_stored(tmp_path, monkeypatch):
+def test_a_cell_that_fails_does_not_keep_the_others_from_being_stored(
+    tmp_path, monkeypatch, capsys
+):
     def run(bench, comparison, planned: Planned) -> Cell:
         if planned.name == "mean, T 1":
             raise RunFailedError("mean, T 1: exit code 1")
@@ -118,10 +121,11 @@ def test_a_cell_that_fails_does_not_keep_the_others_from_being_stored(tmp_path, 
     given, arms = argparse.Namespace(stored=tmp_path, jobs=2), ["mean, T 1", "takd, T 1", "labels"]
 
     with pytest.raises(RunFailedError, match="mean, T 1"):
-        evidence._run_arms(given, bench_of(tmp_path), stored_of(), 1, arms, "steps")
+        evidence._run_arms(given, bench_of(tmp_path), stored_of(), [1], arms, "steps")
 
     (path,) = tmp_path.glob("*.json")
     assert {*read_stored(path).arms()} == {*arms[1:]}
+    assert "mean, T 1: exit code 1; the other runs go on" in capsys.readouterr().err
 
 
 def test_the_arm_that_takes_longest_is_begun_first(tmp_path, monkeypatch):
@@ -134,9 +138,24 @@ def test_the_arm_that_takes_longest_is_begun_first(tmp_path, monkeypatch):
     )
     given, arms = argparse.Namespace(stored=tmp_path, jobs=1), ["labels", "mean, T 1", "takd, T 1"]
 
-    evidence._run_arms(given, bench_of(tmp_path), known, 2, arms, "steps")
+    evidence._run_arms(given, bench_of(tmp_path), known, [2], arms, "steps")
 
     assert ran == ["takd, T 1", "mean, T 1", "labels"]
+
+
+def test_the_runs_of_all_seeds_wait_in_one_queue(tmp_path, monkeypatch):
+    side_by_side = threading.Barrier(2, timeout=30)
+
+    def run(bench, comparison, planned: Planned) -> Cell:
+        side_by_side.wait()
+        return one_cell(planned.name, 100, seed=planned.seed)
+
+    monkeypatch.setattr(evidence, "run_cell", run)
+    given = argparse.Namespace(stored=tmp_path, jobs=2)
+
+    stored = evidence._run_arms(given, bench_of(tmp_path), stored_of(), [1, 2], ["labels"], "steps")
+
+    assert stored.of("labels").keys() == {1, 2}
 
 
 def test_quick_trains_the_method_plain_distillation_and_labels_of_one_group(tmp_path):

@@ -53,7 +53,7 @@ def test_a_lesser_control_has_no_cell_at_equal_cost(tmp_path):
     arms = ("soft", "random soft", "random hard", "only soft_target_kl", "only hidden_mse")
     stored = stored_of(*(one_cell(arm, 100) for arm in arms), comparison="selection")
 
-    _, left = evidence_plan.known_and_left(bench_of(tmp_path), stored, 1, arms, "cost")
+    _, left = evidence_plan.known_and_left(bench_of(tmp_path), stored, [1], arms, "cost")
 
     assert [run.name for run in left] == ["random soft", "only soft_target_kl"]
 
@@ -66,16 +66,16 @@ def test_a_stored_cell_is_run_again_only_with_other_steps(tmp_path):
     )
     stored = stored_of(ours, takd, mean)
 
-    known, left = evidence_plan.known_and_left(bench, stored, 1, arms, "steps")
+    known, left = evidence_plan.known_and_left(bench, stored, [1], arms, "steps")
     assert ([c.arm for c in known], [run.name for run in left]) == ([*arms[:3]], ["labels"])
 
-    known, left = evidence_plan.known_and_left(bench, stored, 1, arms[:3], "cost")
+    known, left = evidence_plan.known_and_left(bench, stored, [1], arms[:3], "cost")
     assert known == [dataclasses.replace(mean, basis="cost")]
     assert [(run.name, run.steps) for run in left] == [("takd, T 1", 200)]
 
     paid = dataclasses.replace(takd, basis="cost", max_steps=200)
     known, left = evidence_plan.known_and_left(
-        bench, stored_of(ours, takd, paid), 1, arms[:2], "cost"
+        bench, stored_of(ours, takd, paid), [1], arms[:2], "cost"
     )
     assert (known, left) == ([paid], [])
 
