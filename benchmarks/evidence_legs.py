@@ -103,7 +103,7 @@ def advice(name: str, source: Source) -> str:
     """Return how the runs of a setting are made."""
     script, *options = COLLECTED[name].command
     path = f"benchmarks/{source.script or script}"
-    words = shlex.join(["python", path, *options, *source.words])
+    words = shlex.join(["python", path, *options, *source.options])
     return f"not stored without the arm {COLLECTED[name].reference}; make the runs with `{words}`"
 
 
@@ -130,7 +130,7 @@ def digest(name: str, setting: str) -> str:
     """Return a digest of the definitions of a comparison in a setting."""
     found = COLLECTED[name]
     source = {**dataclasses.asdict(found.sources[setting]), "title": None}
-    del source["script"]
+    del source["script"], source["seeds"]
     text = json.dumps([VERSION, name, setting, found.arms, source], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -170,7 +170,7 @@ def _moved(leg: Leg, folder: Path, overrides: Sequence[str]) -> Leg:
 
 def read_mixed_vocabulary(setting: str, source: Source, data: Path) -> Read:
     """Return the runs on a text, or on a task that the students learned after the books."""
-    given = mixed_vocabulary.parse(["--data", str(data), *source.words])
+    given = mixed_vocabulary.parse(["--data", str(data), *source.options])
     task = setting if setting in TASKS else None
     problem = mixed_vocabulary.missing(given)
     if problem is not None:
@@ -210,7 +210,7 @@ def read_homodistil(setting: str, source: Source, data: Path) -> Read:
 
 
 def _read_stories(source: Source, data: Path) -> Read:
-    given = homodistil_decoder.parse(["--data", str(data), *source.words])
+    given = homodistil_decoder.parse(["--data", str(data), *source.options])
     trees = homodistil_decoder.trees(given)
     rows = trees[homodistil_decoder.RUN]["train"]["per_device_train_batch_size"]
     reports = reports_of(homodistil_decoder.legs(given), trees, source.overrides)
@@ -228,7 +228,7 @@ def _read_stories(source: Source, data: Path) -> Read:
 
 
 def _read_novels(source: Source, data: Path) -> Read:
-    given = homodistil.parse(["--data", str(data), *source.words])
+    given = homodistil.parse(["--data", str(data), *source.options])
     legs = [*homodistil.teacher_legs(given), *homodistil.pruning_legs(given)]
     reports = reports_of(legs, homodistil.trees(given), source.overrides)
     found = homodistil_summary.Found(reports, given.seeds, given.tasks)
@@ -255,7 +255,7 @@ def _homodistil(
 
 def read_on_policy(_: str, source: Source, __: Path) -> Read:
     """Return the runs on sums in steps."""
-    given = on_policy.parse(source.words)
+    given = on_policy.parse(source.options)
     arms = {
         f"{name}-{seed}": (arm, seed)
         for arm, name in COLLECTED["on_policy"].arms.items()
@@ -284,7 +284,7 @@ def _last_evaluation(folder: Path) -> dict[str, float]:
 
 def read_shrink(_: str, source: Source, data: Path) -> Read:
     """Return the runs of a case."""
-    given = shrink.parse(["--data", str(data), *source.words])
+    given = shrink.parse(["--data", str(data), *source.options])
     known = COLLECTED["shrink"].arms.values()
     names = [name for name in given.runs if name in known]
     tree = shrink.config(given)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from evidence_arms import Comparison
-from evidence_comparisons import COMPARISONS
+from evidence_comparisons import COMPARISONS, FIVE, THREE
 from evidence_settings import SETTINGS
 
 
@@ -17,10 +17,10 @@ from evidence_settings import SETTINGS
 class Source:
     """A setting of a comparison that is collected.
 
-    title: for the page. words: options of the benchmark's command, without the data folder.
+    title: for the page. words: options of the benchmark's command, without data folder and seeds.
     start: how the students are initialised. metric: what is scored.
     overrides: of the run config, in all runs of the setting.
-    script: of the benchmark; None: that of the comparison.
+    script: of the benchmark; None: that of the comparison. seeds: of the runs.
     """
 
     title: str
@@ -30,6 +30,12 @@ class Source:
     lower_is_better: bool = False
     overrides: tuple[str, ...] = ()
     script: str | None = None
+    seeds: tuple[int, ...] = THREE
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Return the options of the benchmark's command with the seeds."""
+        return (*self.words, "--seeds", ",".join(map(str, self.seeds)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +170,8 @@ COLLECTED = {
                 start="cut out of the teacher; `random weights` has the shape of the student",
                 metric="held-out loss in nats per token",
                 lower_is_better=True,
+                # A seed takes less than ten minutes.
+                seeds=FIVE,
             ),
             "books": Source(
                 title="a Llama of 1,473,152 weights to 0.4 of its weights, eleven novels",

@@ -59,9 +59,9 @@ def finish(folder: Path, config: dict, seed: int, report: dict, log: list[dict])
 @pytest.fixture
 def sums(tmp_path, monkeypatch) -> Path:
     """Finished runs of on_policy.py with two seeds; the evidence reads them."""
-    words = ("--out", str(tmp_path / "runs"), "--seeds", "1,2")
+    words = ("--out", str(tmp_path / "runs"))
     found = COLLECTED["on_policy"]
-    source = dataclasses.replace(found.sources["arithmetic"], words=words)
+    source = dataclasses.replace(found.sources["arithmetic"], words=words, seeds=(1, 2))
     changed = dataclasses.replace(found, sources={"arithmetic": source})
     monkeypatch.setitem(COLLECTED, "on_policy", changed)
     given = on_policy.parse(words)
@@ -126,7 +126,7 @@ def test_a_setting_without_its_reference_arm_is_not_stored(sums, capsys):
 
 
 def test_a_run_of_other_settings_is_refused_with_its_folder_and_the_key(sums):
-    given = on_policy.parse(COLLECTED["on_policy"].sources["arithmetic"].words)
+    given = on_policy.parse(COLLECTED["on_policy"].sources["arithmetic"].options)
     other = on_policy.arm(given, "mixed", given.out / "half-way-1" / "final")
     other["train"]["learning_rate"] = 1e-5
     write_config(
@@ -150,6 +150,16 @@ def test_stored_cells_stay_when_their_runs_are_gone_and_a_new_run_replaces_its_c
     assert after.of("mixed")[1] == before.of("mixed")[1]
     assert after.of("mixed")[2].score == pytest.approx(90)
     assert len(after.cells) == len(before.cells)
+
+
+def test_cells_of_more_seeds_are_stored_beside_those_of_other_seeds(sums, monkeypatch):
+    before = collected(sums)
+    found = COLLECTED["on_policy"]
+    source = dataclasses.replace(found.sources["arithmetic"], seeds=(2,))
+    changed = dataclasses.replace(found, sources={"arithmetic": source})
+    monkeypatch.setitem(COLLECTED, "on_policy", changed)
+
+    assert collected(sums).cells == before.cells
 
 
 def test_stored_cells_of_other_settings_are_refused(sums):
@@ -181,6 +191,7 @@ def test_a_refused_run_ends_the_command_with_its_message(sums, capsys):
 @pytest.mark.parametrize(
     ("name", "setting", "missing"),
     [
+        ("shrink", "stories260K", "layers-2-5"),
         ("shrink", "books", "layers-6-3"),
         ("homodistil", "novels", "one_shot-2"),
         ("homodistil", "stories260K", "magnitude-3"),
@@ -200,6 +211,7 @@ def test_a_comparison_without_any_run_stores_nothing_and_says_how_to_make_them(
     said = capsys.readouterr().out
     assert missing in said
     assert f"benchmarks/{source.script or f'{name}.py'} --data FOLDER" in said
+    assert f"--seeds {','.join(map(str, source.seeds))}`" in said
     assert [*tmp_path.iterdir()] == []
 
 
