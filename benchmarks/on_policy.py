@@ -130,10 +130,12 @@ def llama(layers: int, width: int) -> dict[str, Any]:
 
 
 def teacher_config(given: argparse.Namespace) -> dict[str, Any]:
-    """The training of the teacher on the data."""
+    """The training of the teacher on the data; its evaluations show whether it has converged."""
     steps = 20 if given.quick else 1500
+    shared = common(given, steps, 2e-3)
     return {
-        **common(given, steps, 2e-3),
+        **shared,
+        "eval": {**shared["eval"], "eval_steps": steps // 10},
         "student": {"model": llama(3, 176), "deepspeed": "zero0"},
         "method": {"name": "finetune"},
     }
