@@ -25,7 +25,7 @@ from given_data import is_incomplete
 from launching import ROOT, RunFailedError, launched, write_config
 from legs import Leg, run_side_by_side
 from machine import markdown_row, mean_and_deviation, print_row
-from options import integers
+from options import integers, positive
 from stories_case import (
     MODEL,
     PARTS,
@@ -186,7 +186,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--stories", type=int, default=300, help="stories to learn from")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--jobs", type=positive, default=2, help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/cache_draws"))
     given = parser.parse_args(arguments)
     given.data, given.out = given.data.resolve(), ROOT / given.out

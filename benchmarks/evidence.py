@@ -35,7 +35,7 @@ from evidence_cells import (
     with_cells,
     write_stored,
 )
-from evidence_checks import UnusableError, check_data, check_groups, check_space
+from evidence_checks import UnusableError, check_chosen, check_data, check_groups, check_space
 from evidence_comparisons import COMPARISONS
 from evidence_gates import groups
 from evidence_legs import collect
@@ -46,7 +46,7 @@ from evidence_run import Bench, cached, digest, run_cell, taught
 from evidence_settings import SETTINGS, Setting
 from launching import ROOT, SHARED, RunFailedError, fetch_teacher
 from machine import machine
-from options import integers, words_of
+from options import integers, positive, words_of
 
 from megakd.errors import MegakdError
 from megakd.storage.atomic import replaced_folder
@@ -79,7 +79,9 @@ def main(arguments: Sequence[str]) -> int:
 def run(given: argparse.Namespace) -> None:
     """Run the chosen comparisons in their settings."""
     places = list(chosen(given))
+    check_chosen(places, given.only, given.settings)
     check_groups(given.groups, places)
+    begun = [(_opened(given.stored, name, setting), seeds) for name, setting, seeds in places]
     check_data(given.data, [setting for _, setting, _ in places])
     check_space(given.out, places, given.jobs)
     bench = Bench(
@@ -89,8 +91,8 @@ def run(given: argparse.Namespace) -> None:
     )
     for setting in {setting.name: setting for _, setting, _ in places}.values():
         setting.write_splits(bench.data, bench.folder(setting) / "data")
-    for name, setting, seeds in places:
-        run_comparison(given, bench, _opened(given.stored, name, setting), seeds)
+    for stored, seeds in begun:
+        run_comparison(given, bench, stored, seeds)
 
 
 def encoder_in(out: Path) -> Path:
@@ -277,7 +279,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     known = sorted({group_of(arm) for found in COMPARISONS.values() for arm in found.arms})
     words = "of arms, such as 0.97; default: all"
     parser.add_argument("--groups", type=words_of(known), help=words)
-    parser.add_argument("--jobs", type=int, default=2, help="cells side by side")
+    parser.add_argument("--jobs", type=positive, default=2, help="cells side by side")
     parser.add_argument("--quick", action="store_true", help="a subset of less than 20 minutes")
     collected = {"nargs": "?", "const": list(COLLECTED), "type": words_of(COLLECTED)}
     words = "store the finished runs of other benchmarks and run nothing; default: all of them"

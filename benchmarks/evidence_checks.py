@@ -1,4 +1,4 @@
-"""Checks of groups, data and disk before the first cell of the evidence is trained."""
+"""Checks of the chosen runs, data and disk before the first cell of the evidence is trained."""
 
 from __future__ import annotations
 
@@ -22,6 +22,16 @@ TEACHER_SPACE, CELL_SPACE = 0.1 * GIGABYTE, 1.0 * GIGABYTE
 
 class UnusableError(Exception):
     """The benchmark cannot run here."""
+
+
+def check_chosen(
+    places: Sequence[Chosen], comparisons: Sequence[str], settings: Sequence[str]
+) -> None:
+    """Raise UnusableError if no comparison is made in one of the settings."""
+    if not places:
+        known = {name: ", ".join(COMPARISONS[name].seeds) for name in comparisons}
+        words = "; ".join(f"{name} is compared in {found}" for name, found in known.items())
+        raise UnusableError(f"nothing to run in {', '.join(settings)}: {words}")
 
 
 def check_groups(groups: Sequence[str] | None, places: Sequence[Chosen]) -> None:

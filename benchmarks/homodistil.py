@@ -61,7 +61,7 @@ from legs import (
     task_legs_of,
     write_leg_configs,
 )
-from options import integers, words_of
+from options import integers, positive, words_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -191,7 +191,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")
     parser.add_argument("--tasks", type=words_of(TASKS), default=[*CHOSEN], help=f"of {[*TASKS]}")
     parser.add_argument("--ranks", type=int, default=2, help="of the stages teacher and prune")
-    parser.add_argument("--jobs", type=int, default=2, help="tasks side by side, of one rank each")
+    parser.add_argument(
+        "--jobs", type=positive, default=2, help="tasks side by side, one rank each"
+    )
     bf16 = {"action": argparse.BooleanOptionalAction, "default": True}
     parser.add_argument("--bf16", **bf16, help="in the stage teacher; slow on CPUs without it")
     for name, kind in CHANGEABLE.items():

@@ -42,7 +42,7 @@ from homodistil_summary import (
 from launching import ROOT
 from legs import Leg, leg_of, reports_of, run_side_by_side, write_leg_configs
 from machine import markdown_row, mean_and_deviation, print_row
-from options import integers
+from options import integers, positive
 from stories_case import PARTS, TRAIN, stories_task, stories_teacher, write_stories_tokenizer
 from summary import SAME_COST, aligned
 
@@ -213,7 +213,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="holds lm/ and weights/")
     parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, of one rank each")
+    parser.add_argument("--jobs", type=positive, default=2, help="runs side by side, one rank each")
     words = "train the variants for as long as the method, too"
     parser.add_argument("--equal-cost", action="store_true", help=words)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/homodistil_decoder"))

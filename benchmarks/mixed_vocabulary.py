@@ -54,7 +54,7 @@ from mixed_vocabulary_cases import (
     tiny_teacher_config,
 )
 from mixed_vocabulary_summary import Found, show
-from options import integers, words_of
+from options import integers, positive, words_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -220,7 +220,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", type=words_of(TASKS), default=[*CHOSEN], help=f"of {[*TASKS]}")
     parser.add_argument("--arms", type=words_of(ARMS), default=[*ARMS], help=f"of {[*ARMS]}")
     parser.add_argument("--ranks", type=int, default=2, help=f"of the stage {STUDENTS}")
-    parser.add_argument("--jobs", type=int, default=2, help="tasks side by side, of one rank each")
+    parser.add_argument(
+        "--jobs", type=positive, default=2, help="tasks side by side, one rank each"
+    )
     for name, kind in (OF_TRAINING | OF_STUDENT).items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=kind, help="in place of the benchmark's own")

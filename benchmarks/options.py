@@ -1,4 +1,4 @@
-"""Lists on a command line, separated by commas."""
+"""Types of options: lists that are separated by commas, and counts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,24 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable
+
+
+def positive(text: str) -> int:
+    """`2`; an integer above zero."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer above zero")
+    return int(text)
 
 
 def integers(text: str) -> list[int]:
-    """`1,2,3`."""
-    return [int(part) for part in text.split(",")]
+    """`1,2,3`, each integer once."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list such as 1,2,3") from None
+    _check_once(found, text)
+    return found
 
 
 def fractions(text: str) -> list[float]:
@@ -27,6 +39,12 @@ def words_of(known: Iterable[str]) -> Callable[[str], list[str]]:
         for word in found:
             if word not in known:
                 raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(known)}")
+        _check_once(found, text)
         return found
 
     return read
+
+
+def _check_once(found: Collection[object], text: str) -> None:
+    if len({*found}) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} names something twice")

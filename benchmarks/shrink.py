@@ -31,7 +31,7 @@ from given_data import is_incomplete
 from launching import ROOT, write_config
 from legs import Leg, finished, run_side_by_side
 from machine import markdown_row, mean_and_deviation, print_row
-from options import integers
+from options import integers, positive
 from shrink_cases import CASES, ShrinkCase
 from shrink_summary import (
     ALONE,
@@ -192,7 +192,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--runs", nargs="*", help="names of the variants; default: all")
     parser.add_argument("--hops", action="store_true", help="compare one hop with two")
     parser.add_argument("--trials", type=integers, help="compare trials of so many steps")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side; default: 1")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs side by side; default: 1")
     parser.add_argument("--teacher", type=Path, default=TEACHER, help="folder of books' teacher")
     parser.add_argument("--out", type=Path, help="default: below runs/bench/shrink")
     given = parser.parse_args(arguments)

@@ -12,7 +12,7 @@ import evidence
 import evidence_checks
 import evidence_plan
 import pytest
-from evidence_cells import Cell, Stored, TeacherGate, read_stored
+from evidence_cells import Cell, Stored, TeacherGate, read_stored, write_stored
 from evidence_comparisons import COMPARISONS
 from evidence_run import Planned
 from launching import RunFailedError
@@ -173,6 +173,44 @@ def test_a_missing_data_file_is_named_before_the_first_cell(tmp_path, capsys):
 
     assert evidence.main(words) == 1
     assert "clinc150/data_full.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--jobs", "0"], "'0' is no integer above zero"),
+        (["--seeds", "1,x"], "'1,x' is no list such as 1,2,3"),
+        (["--seeds", "1,2,1"], "'1,2,1' names something twice"),
+        (["--only", "plain,plain"], "'plain,plain' names something twice"),
+        (["--only", "plane"], "'plane' is none of plain, skdbert"),
+    ],
+)
+def test_an_unusable_option_is_refused_with_its_value(capsys, words, message):
+    with pytest.raises(SystemExit):
+        evidence.main(words)
+
+    assert message in capsys.readouterr().err
+
+
+def test_a_comparison_that_is_not_made_in_a_setting_is_named_with_its_settings(tmp_path, capsys):
+    words = ["--only", "plain", "--settings", "sst2-few", "--out", str(tmp_path / "out")]
+
+    assert evidence.main(words) == 1
+    message = "nothing to run in sst2-few: plain is compared in clinc150"
+    assert message in capsys.readouterr().err
+
+
+def test_cells_of_another_setting_are_refused_before_any_comparison_begins(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evidence, "run_comparison", lambda *given: pytest.fail("has begun"))
+    stale = dataclasses.replace(stored_of(), comparison="minidisc", settings="old")
+    write_stored(tmp_path / "evidence", stale)
+    words = ["--only", "skdbert,minidisc", "--settings", "clinc150-few"]
+
+    assert evidence.main([*words, "--stored", str(tmp_path / "evidence")]) == 1
+    message = capsys.readouterr().err
+    assert "the cells of minidisc in the setting clinc150-few belong to the settings old" in message
 
 
 def test_groups_that_a_comparison_does_not_have_are_named(tmp_path, capsys):
