@@ -274,7 +274,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stored", type=Path, help="folder of the results; docs/evidence")
     words = f"comparisons; default: all, with --quick {','.join(QUICK_ONLY)}"
     parser.add_argument("--only", type=words_of(COMPARISONS), help=words)
-    parser.add_argument("--settings", type=words_of(SETTINGS), default=list(SETTINGS))
+    planned = [name for name, setting in SETTINGS.items() if setting.in_plan]
+    words = f"of {', '.join(SETTINGS)}; default: {', '.join(planned)}"
+    parser.add_argument("--settings", type=words_of(SETTINGS), default=planned, help=words)
     parser.add_argument("--seeds", type=integers, help="separated by commas")
     known = sorted({group_of(arm) for found in COMPARISONS.values() for arm in found.arms})
     words = "of arms, such as 0.97; default: all"

@@ -260,7 +260,12 @@ COMPARISONS = {
         reference="uniform",
         plain="best teacher",
         labels="labels",
-        seeds={"clinc150-few": THREE, "banking77-few": THREE, "sst2-few": THREE},
+        seeds={
+            "clinc150-few": THREE,
+            "clinc150-few-10-epochs": THREE,
+            "banking77-few": THREE,
+            "sst2-few": THREE,
+        },
         deciding=(*(in_group(arm, t) for t in ("T 1", "T 4") for arm in POOL_DECIDING), "labels"),
         teachers=POOL,
         cached=True,

@@ -192,6 +192,15 @@ def test_an_unusable_option_is_refused_with_its_value(capsys, words, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_setting_outside_the_plan_is_trained_only_if_it_is_named():
+    def settings(*words: str) -> set[str]:
+        return {setting.name for _, setting, _ in evidence.chosen(evidence.parse([*words]))}
+
+    assert "clinc150-few" in settings()
+    assert "clinc150-few-10-epochs" not in settings()
+    assert settings("--settings", "clinc150-few-10-epochs") == {"clinc150-few-10-epochs"}
+
+
 def test_a_comparison_that_is_not_made_in_a_setting_is_named_with_its_settings(tmp_path, capsys):
     words = ["--only", "plain", "--settings", "sst2-few", "--out", str(tmp_path / "out")]
 
