@@ -182,7 +182,8 @@ def _compared(stored: Stored, arms: Sequence[str]) -> list[str]:
             reasons = "; ".join(gate.says for gate in group.gates if gate.state == "failed")
             words = f"no run of {group.reference} and its controls"
             print(f"{stored.setting} {words}, because a gate has failed: {reasons}", flush=True)
-    return [arm for arm in arms if comparison.reference_of(arm) not in failed]
+    present = stored.arms()
+    return [arm for arm in arms if comparison.reference_of(arm, present) not in failed]
 
 
 def _run_seeds(

@@ -68,9 +68,14 @@ class Comparison:
     labels: str | None
     arms: Mapping[str, object]
 
-    def reference_of(self, arm: str) -> str:
-        """Return the reference arm of an arm's group; that of the first group without a group."""
-        return arm_beside(self.arms, self.reference, arm) or self.reference
+    def reference_of(self, arm: str, present: Iterable[str]) -> str:
+        """Return the reference arm of an arm's group.
+
+        An arm without a group belongs to the first group that has present arms, else to the first.
+        """
+        known = {*map(group_of, present)}
+        arms = sorted(self.arms, key=lambda one: group_of(one) not in known)
+        return arm_beside(arms, self.reference, arm) or self.reference
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ only if its teachers have converged and plain distillation from the best teacher
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -84,16 +85,10 @@ def groups(stored: Stored, comparison: Comparison) -> tuple[Group, ...]:
     order = {arm: place for place, arm in enumerate(comparison.arms)}
     present = {*stored.arms("steps"), *stored.arms("cost")}
     arms = sorted(present, key=lambda arm: (order.get(arm, len(order)), arm))
-    references = dict.fromkeys(comparison.reference_of(arm) for arm in arms)
-    return tuple(
-        _group(
-            stored,
-            comparison,
-            reference,
-            [a for a in arms if comparison.reference_of(a) == reference],
-        )
-        for reference in references
-    )
+    found = defaultdict[str, list[str]](list)
+    for arm in arms:
+        found[comparison.reference_of(arm, present)].append(arm)
+    return tuple(_group(stored, comparison, reference, its) for reference, its in found.items())
 
 
 def _group(stored: Stored, comparison: Comparison, reference: str, arms: Sequence[str]) -> Group:

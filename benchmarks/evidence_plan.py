@@ -67,7 +67,7 @@ def planned(bench: Bench, stored: Stored, arm: str, seed: int, basis: Basis) -> 
     setting, comparison = SETTINGS[stored.setting], COMPARISONS[stored.comparison]
     steps = round(setting.student.steps * comparison.arms[arm].steps)
     if basis == "cost":
-        share = cost_share(stored, arm, comparison.reference_of(arm))
+        share = cost_share(stored, arm, comparison.reference_of(arm, stored.arms()))
         if share is None or not comparison.arms[arm].at_equal_cost:
             return None
         # With a share of 1, the cell at equal steps is the cell at equal cost (see `stored_run`).

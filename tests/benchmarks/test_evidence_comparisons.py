@@ -44,11 +44,12 @@ def test_every_arm_is_a_valid_config_of_the_same_rows_and_optimizer(tmp_path, co
 def test_the_reference_the_plain_and_the_labels_arm_exist(comparison):
     found = COMPARISONS[comparison]
     for arm in found.arms:
-        assert named(found.reference_of(arm)) == found.reference
+        reference = found.reference_of(arm, found.arms)
+        assert named(reference) == found.reference
         plain = arm_beside(found.arms, found.plain, arm)
         assert plain is not None
         assert named(plain) == found.plain
-        assert {found.reference_of(arm), plain} <= found.arms.keys()
+        assert {reference, plain} <= found.arms.keys()
     assert found.labels in {named(arm) for arm in found.arms}
     assert found.seeds.keys() <= SETTINGS.keys()
 
@@ -56,8 +57,8 @@ def test_the_reference_the_plain_and_the_labels_arm_exist(comparison):
 def test_an_arm_is_compared_within_its_group():
     found = COMPARISONS["skdbert"]
 
-    assert found.reference_of("mean, T 4") == "uniform, T 4"
-    assert found.reference_of("labels") == "uniform, T 1"
+    assert found.reference_of("mean, T 4", found.arms) == "uniform, T 4"
+    assert found.reference_of("labels", found.arms) == "uniform, T 1"
 
 
 @pytest.mark.parametrize("name", COMPARISONS)

@@ -340,7 +340,7 @@ def test_the_reference_the_plain_and_the_labels_arm_exist_and_have_no_group(name
 
     named = {found.reference, found.plain, found.labels} - {None}
     assert named <= found.arms.keys()
-    assert {found.reference_of(arm) for arm in found.arms} == {found.reference}
+    assert {found.reference_of(arm, found.arms) for arm in found.arms} == {found.reference}
     assert not any("," in arm for arm in found.arms)
     assert name in evidence_legs.READERS
     assert [*titles_of(name)] == [*found.sources]

@@ -80,6 +80,14 @@ def test_a_stored_cell_is_run_again_only_with_other_steps(tmp_path):
     assert (known, left) == ([paid], [])
 
 
+def test_labels_cost_as_much_as_the_reference_of_the_group_that_is_trained(tmp_path):
+    stored = stored_of(one_cell("uniform, T 4", 100), one_cell("labels", 200))
+
+    _, left = evidence_plan.known_and_left(bench_of(tmp_path), stored, [1], ["labels"], "cost")
+
+    assert [(run.name, run.steps) for run in left] == [("labels", 200)]
+
+
 def trial(chosen: float, **scores: float) -> Stored:
     """A cell of MiniDisc at 0.9 whose first trial has these scores."""
     details = {f"trial score {name[1:]}": score for name, score in scores.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from evidence_arms import GROUP, group_of
+from evidence_arms import Comparison
 from evidence_cells import Cell, Stored, TeacherGate
 from evidence_run import Bench
 from evidence_settings import SETTINGS
@@ -17,8 +17,8 @@ RISING = (70.0, 72.0, 74.0, 76.0, 78.0, 80.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MadeUp:
-    """A comparison in place of a real one; an arm is compared with the reference of its group."""
+class MadeUp(Comparison):
+    """A comparison in place of a real one."""
 
     arms: tuple[str, ...] = ("method", "best teacher", "labels", "other")
     title: str = "A made-up method"
@@ -26,11 +26,6 @@ class MadeUp:
     reference: str = "method"
     plain: str | None = "best teacher"
     labels: str | None = "labels"
-
-    def reference_of(self, arm):
-        group = group_of(arm)
-        found = f"{self.reference}{GROUP}{group}"
-        return found if group else next(a for a in self.arms if a.startswith(self.reference))
 
 
 def cells(arm, scores, *, basis="steps", **changes):
