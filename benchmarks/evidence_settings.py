@@ -200,6 +200,7 @@ SETTINGS = {
             title=f"{FEW.title}, ten epochs",
             # Ten times the 15,000 training rows.
             student=replace(FEW.student, steps=4688),
+            label_rate=4e-4,
             in_plan=False,
         ),
     )
