@@ -48,7 +48,6 @@ DRAWING: Mapping[Any, Any] = MappingProxyType(
     {
         # Text stays text: small files, and the fonts of the page's reader.
         "svg.fonttype": "none",
-        "svg.hashsalt": "megakd",
         "font.family": "sans-serif",
         "font.size": 9,
         "axes.edgecolor": LIGHT["line"],
@@ -81,7 +80,7 @@ def forest_plot(panels: Sequence[Assessed]) -> str:
         figure.legend(handles=_legend(), **legend, frameon=False)
         written = io.StringIO()
         canvas.print_svg(written, metadata={"Date": None, "Creator": None})
-    return _with_page_colours(written.getvalue())
+    return _with_page_colours(_with_numbered_ids(written.getvalue()))
 
 
 def _panel(axes: Axes, panel: Assessed, arms: Sequence[str]) -> None:
@@ -125,6 +124,13 @@ def _legend() -> list[Line2D]:
     return dots + [
         Line2D([], [], color=LIGHT[shade], label=verdict) for verdict, shade in SHADES.items()
     ]
+
+
+def _with_numbered_ids(drawn: str) -> str:
+    """Number the ids of shapes, which are hashes of positions that differ between machines."""
+    for number, name in enumerate(dict.fromkeys(re.findall(r'id="([a-z][0-9a-f]{10})"', drawn))):
+        drawn = drawn.replace(name, f"shape-{number}")
+    return drawn
 
 
 def _with_page_colours(drawn: str) -> str:

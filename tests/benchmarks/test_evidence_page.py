@@ -192,6 +192,16 @@ def test_the_picture_has_a_panel_per_compared_setting_and_a_line_per_arm():
     assert not re.findall(r"style=\"[^\"]*(#[0-9a-f]{6})", drawing)
 
 
+def test_shapes_of_the_picture_have_numbers_instead_of_hashes_of_their_positions():
+    no_labels = dataclasses.replace(MADE_UP["madeup"], labels=None)
+    drawing = forest_plot([assess(example(), no_labels)])
+
+    defined = re.findall(r'<(?:path|clipPath) id="(.*?)"', drawing)
+    used = re.findall(r'(?:xlink:href="|url\()#([^")]*)', drawing)
+    assert defined == [f"shape-{number}" for number in range(len(defined))]
+    assert set(used) == set(defined)
+
+
 def test_the_colours_are_those_of_the_report():
     report = (ROOT / "megakd/reports/templates/report.html.jinja").read_text()
 
