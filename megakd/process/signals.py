@@ -113,6 +113,12 @@ class _Watch:
         self.reason = self.reason or signal.Signals(number).name
         return True
 
+    def agree(self, number: int) -> None:
+        """Record a stop that all ranks have agreed on; this rank may not have noticed its cause."""
+        if not self.requested and self._launchers.have_ended():
+            self.reason = LAUNCHER_ENDED
+        self.request(number)
+
     def _run(self) -> None:
         while not self._ended.is_set():
             readable, _, _ = select.select([self._bytes], [], [], LOOK_EVERY_S)
@@ -212,5 +218,5 @@ def stopped(number: int, saved: str) -> Stopped:
     watch = _active
     if watch is None:
         return Stopped(number, signal.Signals(number).name, saved)
-    watch.request(number)
+    watch.agree(number)
     return Stopped(number, watch.reason, saved)

@@ -119,6 +119,21 @@ def test_a_signal_after_the_agreed_stop_does_not_disturb_the_clean_up():
     )
 
 
+@pytest.mark.parametrize("own_signal", [False, True])
+def test_a_rank_that_another_rank_tells_of_the_end_of_their_launcher_says_so(
+    monkeypatch, *, own_signal
+):
+    watch = signals._Watch()  # its thread, which looks at the launchers, has not started
+    monkeypatch.setattr(signals, "_active", watch)
+    monkeypatch.setattr(watch._launchers, "have_ended", lambda: True)
+    if own_signal:
+        watch.request(signal.SIGTERM)
+
+    stop = signals.stopped(signal.SIGTERM, "student saved at step 8")
+
+    assert stop.reason == ("SIGTERM" if own_signal else signals.LAUNCHER_ENDED)
+
+
 def test_afterwards_signals_do_what_they_did_before():
     before = [signal.getsignal(number) for number in signals.STOP_SIGNALS]
 
