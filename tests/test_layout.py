@@ -326,10 +326,10 @@ def test_imports_in_strings_and_on_pages_name_files_that_exist() -> None:
     assert [place for place in found if not is_there(*place[1:])] == []
 
 
-def test_source_files_stay_under_400_lines() -> None:
+def test_source_files_have_at_most_600_lines() -> None:
     lengths = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in SOURCES}
 
-    assert {p.name: length for p, length in lengths.items() if length >= 400} == {}
+    assert {p.name: length for p, length in lengths.items() if length > 600} == {}
 
 
 def test_no_file_names_a_path_of_the_machine_it_was_written_on() -> None:
