@@ -11,6 +11,7 @@ command goes on where it was: a finished part is not repeated, all other parts a
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import resource
 import shutil
 import signal
@@ -18,6 +19,12 @@ import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+if importlib.util.find_spec("megakd") is None:
+    sys.exit(
+        "gpu_day: error: this Python has no megakd; install the checkout first: "
+        f"{sys.executable} -m pip install --no-deps ."
+    )
 
 from gpu_day_machine import describe, has_gpu
 from gpu_day_page import page_of

@@ -57,11 +57,12 @@ class Problem:
     labels: torch.Tensor
     student_bias: torch.Tensor | None = None
 
-    def to(self, dtype):
+    def to(self, place):
+        """A copy on a device, or with a dtype, which the labels do not take."""
         tensors = {
-            name: None if value is None else value.to(dtype)
+            name: value.to(place)
             for name, value in vars(self).items()
-            if name != "labels"
+            if value is not None and (name != "labels" or isinstance(place, str))
         }
         return replace(self, **tensors)
 

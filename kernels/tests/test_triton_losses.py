@@ -10,6 +10,7 @@ import megakd_kernels as mk
 pytest.importorskip("triton")
 # The interpreter computes with numpy, which speaks up where -inf meets -inf.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL = {name: 0.3 + 0.1 * index for index, name in enumerate(mk.DIVERGENCES)}
 FP64 = torch.float64
 
@@ -25,7 +26,7 @@ FP64 = torch.float64
     ids=str,
 )
 def test_linear_kd_loss_is_that_of_the_reference(make_problem, distance, ids, options):
-    problem = make_problem(n=7, vs=ids[0], vt=ids[1], bias=True)
+    problem = make_problem(n=7, vs=ids[0], vt=ids[1], bias=True).to(DEVICE)
     problem.student_hidden[2] = math.nan  # an ignored row
 
     output, gradients = problem.solve(impl="triton", **options)
@@ -38,7 +39,7 @@ def test_linear_kd_loss_is_that_of_the_reference(make_problem, distance, ids, op
 
 
 def test_cross_entropy_alone_runs_too(make_problem, distance):
-    problem = make_problem(n=7, vs=130)
+    problem = make_problem(n=7, vs=130).to(DEVICE)
     leaves = [problem.student_hidden.requires_grad_(), problem.student_weight.requires_grad_()]
     results = [
         torch.autograd.grad(
@@ -56,8 +57,8 @@ def test_cross_entropy_alone_runs_too(make_problem, distance):
 
 def test_kd_loss_from_logits_is_that_of_the_reference(distance):
     generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(2, 3, 4, 90, generator=generator)
-    valid = torch.tensor([[True] * 4, [True, False, True, True], [False] * 4])
+    student, teacher = torch.randn(2, 3, 4, 90, generator=generator).to(DEVICE)
+    valid = torch.tensor([[True] * 4, [True, False, True, True], [False] * 4], device=DEVICE)
     teacher[~valid] = math.nan
     labels = torch.where(valid, 5, -100)
     results = []
@@ -77,9 +78,11 @@ def test_kd_loss_from_logits_is_that_of_the_reference(distance):
 @pytest.mark.parametrize("loss", [mk.hidden_mse_projection_loss, mk.hidden_cosine_projection_loss])
 def test_hidden_losses_are_those_of_the_reference(distance, loss, projected):
     generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(2, 9, 5, generator=generator)
-    projection = torch.randn(5, 5, generator=generator).requires_grad_() if projected else None
-    valid = torch.arange(9) % 4 != 1
+    student, teacher = torch.randn(2, 9, 5, generator=generator).to(DEVICE)
+    projection = None
+    if projected:
+        projection = torch.randn(5, 5, generator=generator).to(DEVICE).requires_grad_()
+    valid = torch.arange(9, device=DEVICE) % 4 != 1
     teacher[~valid] = math.nan
     student.requires_grad_()
     leaves = [leaf for leaf in (student, projection) if leaf is not None]
@@ -93,7 +96,7 @@ def test_hidden_losses_are_those_of_the_reference(distance, loss, projected):
 
 
 def test_double_precision_stays_with_torch(make_problem):
-    problem = make_problem(dtype=FP64)
+    problem = make_problem(dtype=FP64).to(DEVICE)
 
     output, gradients = problem.solve(divergence=ALL, impl="triton")
     expected, truth = problem.solve(divergence=ALL, impl="chunked")
@@ -104,7 +107,7 @@ def test_double_precision_stays_with_torch(make_problem):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_inputs_are_computed_in_fp32(make_problem, distance, dtype):
-    problem = make_problem(n=5, vs=130, vt=130, dtype=dtype)
+    problem = make_problem(n=5, vs=130, vt=130, dtype=dtype).to(DEVICE)
 
     output, gradients = problem.solve(divergence=ALL, impl="triton")
     expected, truth = problem.to(FP64).solve(divergence=ALL, impl="reference")

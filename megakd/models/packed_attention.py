@@ -9,6 +9,7 @@ are computed one after the other.
 
 from __future__ import annotations
 
+from inspect import signature
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from megakd.models.source import ModelSource
 
 _MOST_WIDTH = 256
+# torch 2.11 has no grouped queries here; later versions do.
+_GROUPS_QUERIES = "enable_gqa" in signature(varlen_attn).parameters
 VARLEN = "varlen"
 """Name of this attention in configs of models and in `attn_implementation`."""
 
@@ -182,17 +185,22 @@ def attend(  # noqa: PLR0913  (the arguments are transformers')
         max_length_q = length
     flat = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]  # [B * T, heads, w]
     if query.is_cuda:
+        grouped: dict[str, Any] = {}
+        if query.shape[1] != key.shape[1]:
+            if _GROUPS_QUERIES:
+                grouped = {"enable_gqa": True}
+            else:
+                groups = query.shape[1] // key.shape[1]
+                flat[1:] = [part.repeat_interleave(groups, dim=1) for part in flat[1:]]
         out: Any = varlen_attn(
-            flat[0],
-            flat[1],
-            flat[2],
+            *flat,
             cu_seq_lens_q,
             cu_seq_lens_q,
             max_length_q,
             max_length_q,
             scale=scaling,
             window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
+            **grouped,
         )
     elif query.is_meta:
         out = _without_values(flat, length if length % max_length_q else max_length_q)

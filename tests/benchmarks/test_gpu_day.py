@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import textwrap
 import time
@@ -60,6 +61,15 @@ def test_without_a_gpu_the_command_says_so_and_ends(monkeypatch, capsys, tmp_pat
     assert code == 1
     assert "torch finds no GPU on this machine; --rehearse runs" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_without_an_installed_megakd_the_command_says_how_to_install_it(tmp_path):
+    command = [sys.executable, "-S", str(ROOT / "benchmarks" / "gpu_day.py"), "--rehearse"]
+
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("gpu_day: error: this Python has no megakd; install the")
 
 
 def test_a_part_that_hangs_is_ended_at_its_limit_and_the_others_still_run(tmp_path):
