@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import psutil
 
 from megakd.config.catalogue import catalogue
+from megakd.config.checks import check_paths
 from megakd.config.file import dump_config, load_config
 from megakd.config.run import RunConfig
 from megakd.config.schema import paths_ending_in
@@ -238,6 +239,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _run(config: RunConfig, command: str) -> int:
+    # The inputs of a finished run may be gone. Only rank 0 reads them; launchers end the others.
+    if _is_rank_0() and not (config.output_dir / "report.json").is_file():
+        check_paths(config)
     _prefer_large_pages()
     with counted(since_s=_seconds_since_start()):
         with no_collections():

@@ -55,5 +55,7 @@ class CollectiveTimeoutError(PeerLostError):
 
 def suggestion(word: object, known: Iterable[str]) -> str:
     """Return `; did you mean "x"?` for the nearest known word, or an empty string."""
-    near = difflib.get_close_matches(str(word), list(known), n=1)
+    names, text = list(known), str(word).lower()
+    parts = [name for name in names if text in name.split("_")]  # "kl" of soft_target_kl
+    near = difflib.get_close_matches(text, names, n=1) or parts
     return f'; did you mean "{near[0]}"?' if near else ""

@@ -135,6 +135,32 @@ def test_only_rank_0_writes(
     assert not written["1"]
 
 
+def test_all_missing_paths_are_named_before_torch_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(RUN.replace("model: teacher", "model: ./nowhere/teacher"))
+    words = ["train", "run.yaml", "task.dataset=rows.csv", "student.model=/nowhere/student"]
+    program = (
+        "import sys; from megakd.cli import main; code = main(sys.argv[1:]); "
+        "sys.exit(9 if 'torch' in sys.modules else code)"
+    )
+
+    command = [sys.executable, "-c", program, *words]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert ended.stderr == (
+        "megakd: error: 3 problems\n"
+        "  task.dataset: rows.csv does not exist\n"
+        "  teacher.model: nowhere/teacher does not exist\n"
+        "  student.model: /nowhere/student does not exist\n"
+    )
+    assert ended.returncode == 2
+
+
+def test_python_runs_the_package_as_the_command() -> None:
+    command = [sys.executable, "-m", "megakd", "--version"]
+
+    assert subprocess.check_output(command, text=True).startswith("megakd 0.")
+
+
 def test_another_rank_fails_silently_with_the_same_code(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ from megakd.methods import baselines_of, methods_that_cut
 if TYPE_CHECKING:
     from megakd.config.run import RunConfig
     from megakd.contract.terms import TermConfig
+
+_DATA_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
 
 
 def config_problems(config: RunConfig) -> list[str]:
@@ -69,22 +72,53 @@ def _addresses(config: RunConfig) -> Iterator[str]:
 def _places(config: RunConfig) -> Iterator[tuple[str, str | Path]]:
     """Return key and value of every setting that names a folder, a model or data."""
     task, student = config.task, {STUDENT: config.student}
-    places: dict[str, Any] = {
-        "output_dir": config.output_dir,
-        "task.dataset": task.dataset,
-        "task.data_dir": task.data_dir,
-        "task.tokenizer": task.tokenizer,
-        "task.chat_template": task.chat_template,
-    }
+    places: list[tuple[str, Any]] = [
+        ("output_dir", config.output_dir),
+        ("task.dataset", task.dataset),
+        ("task.data_dir", task.data_dir),
+        ("task.tokenizer", task.tokenizer),
+        ("task.chat_template", task.chat_template),
+    ]
     sets = {f"evaluation_sets.{name}": files for name, files in task.evaluation_sets.items()}
     sets |= {f"mixture.{name}.files": part.files for name, part in (task.mixture or {}).items()}
     keys = ("train_files", "validation_files", "test_files")
     for key, files in {**{key: getattr(task, key) for key in keys}, **sets}.items():
-        places |= {f"task.{key}": path for path in listed_files(files)}
+        places += [(f"task.{key}", path) for path in listed_files(files)]
     for name, spec in {**config.teacher_specs, **student}.items():
-        places[f"{config.key_of(name)}.model"] = spec.model
-        places[f"{config.key_of(name)}.cache"] = getattr(spec, "cache", None)
-    return ((key, value) for key, value in places.items() if isinstance(value, str | Path))
+        places.append((f"{config.key_of(name)}.model", spec.model))
+        places.append((f"{config.key_of(name)}.cache", getattr(spec, "cache", None)))
+    return ((key, value) for key, value in places if isinstance(value, str | Path))
+
+
+def check_paths(config: RunConfig) -> None:
+    """Check, before torch is loaded, that the models and files of a run are on this machine.
+
+    Names that may be the Hub's, and patterns of files, are checked where they are read.
+
+    Raises:
+        ConfigError: paths do not exist; one line per path.
+    """
+    specs = {f"{config.key_of(name)}.model": spec for name, spec in config.teacher_specs.items()}
+    unread = {"output_dir", "task.chat_template"}
+    unread |= {key for key, spec in specs.items() if spec.cache or spec.server}
+    missing = [
+        f"{key}: {path} does not exist"
+        for key, value in _places(config)
+        if key not in unread and not key.endswith(".cache") and _is_local(key, str(value))
+        if not (config.task.encoded and key.startswith("task.") and key != "task.tokenizer")
+        if not (path := Path(value).expanduser()).exists()
+    ]
+    if missing:
+        count = f"{len(missing)} problems\n  " if len(missing) > 1 else ""
+        raise ConfigError(count + "\n  ".join(missing))
+
+
+def _is_local(key: str, place: str) -> bool:
+    """Return true if a setting names a path, and neither a name of the Hub nor a pattern."""
+    if glob.has_magic(place):
+        return False
+    is_file = "files" in key or "evaluation_sets" in key or place.endswith(_DATA_SUFFIXES)
+    return is_file or place.startswith((".", "/", "~")) or place.count("/") > 1
 
 
 def _teacher(config: RunConfig) -> Iterator[str]:

@@ -25,13 +25,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Load and check the run config of a YAML file.
 
     Args:
-        path: a YAML 1.2 file in UTF-8. Relative paths in the file are kept as written.
+        path: a YAML 1.2 file in UTF-8, or the folder of a run, which stands for its config.yaml.
+            Relative paths in the file are kept as written.
         overrides: `a.b=value` or `a.0.b=value` with a YAML value; later overrides win.
 
     Raises:
         ConfigError: the file cannot be read or the config cannot work. The message has one line
             per problem, each with the file or the override that causes the problem.
     """
+    of_run = path / "config.yaml"
+    path = of_run if of_run.is_file() else path
     tree = parse_yaml(_read(path), source=str(path))
     if not isinstance(tree, dict):
         found = "is empty" if tree is None else f"holds {shown(tree)}"
@@ -90,9 +93,10 @@ def dump_config(config: RunConfig) -> str:
 
 def _read(path: Path) -> str:
     if path.is_dir():
-        own = path / "config.yaml"
-        such = f", such as {own}" if own.is_file() else ""
-        raise ConfigError(f"config file {path} is a folder; give the run's YAML file{such}")
+        raise ConfigError(
+            f"config file {path} is a folder without config.yaml; give the YAML file or the "
+            "folder of a run"
+        )
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

@@ -36,7 +36,7 @@ from megakd.models.original_t5 import built_as, read_original
 from megakd.models.own_models import register_own_models
 from megakd.models.sizes import check_sizes
 from megakd.models.source import ModelSource
-from megakd.models.weights import WeightReader, check_weight_files
+from megakd.models.weights import WeightReader, check_weight_files, gguf_hint
 from megakd.storage.finished_folder import check_given
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ def _read_config(folder: Path, where: str, *, trust_remote_code: bool) -> dict[s
         keys = json.loads(file.read_text(encoding="utf-8"))
         model_type = keys["model_type"]
     except FileNotFoundError:
-        raise ModelError(f"{where}: {file} does not exist") from None
+        raise ModelError(f"{where}: {file} does not exist{gguf_hint(folder)}") from None
     except OSError as error:
         raise ModelError(f"{where}: {file} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -331,7 +331,8 @@ def _read_config(folder: Path, where: str, *, trust_remote_code: bool) -> dict[s
         )
     if "quantization_config" in keys:
         raise ModelError(
-            f"{where}: {folder} is quantized; give the model in fp32, bf16 or fp16 instead"
+            f"{where}: {folder} is quantized; give the model in fp32, bf16 or fp16, or let an "
+            "inference server run the quantized model (teacher.server)"
         )
     return keys
 

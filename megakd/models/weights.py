@@ -104,6 +104,18 @@ def check_weight_files(
     raise ModelError(
         f"{where}: {folder} has no weights: neither {SAFETENSORS} nor {SAFETENSORS_INDEX} exists "
         f"(pickle files are read only with {where.partition('.')[0]}.allow_pickle: true)"
+        f"{gguf_hint(folder)}"
+    )
+
+
+def gguf_hint(folder: Path) -> str:
+    """Return what to do about a GGUF file, the format of llama.cpp; empty if there is none."""
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    if not files:
+        return ""
+    return (
+        f"; {files[0]} is a quantized GGUF file: give the model that it was made from, or convert "
+        "the file (docs/families.md)"
     )
 
 

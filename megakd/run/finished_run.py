@@ -75,7 +75,9 @@ def is_finished(config: RunConfig) -> bool:
     if differing:
         raise CheckpointError(
             f"{config.output_dir} holds a finished run of another config ({differing}); use "
-            "another output_dir, or use that config again"
+            "another output_dir, use that config again, or start over with rm -r "
+            f"{config.output_dir}; to train its student further, set student.model="
+            f"{config.output_dir / FINAL} and another output_dir"
         )
     return not config.save.int8 or _has_int8(config.output_dir)
 
@@ -84,7 +86,18 @@ def _compared(config: RunConfig) -> tuple[Fingerprint, Fingerprint]:
     """Return the stored config and this config, reduced to the keys that results depend on."""
     trees = (_config_there(config.output_dir / CONFIG), config_tree(config))
     there, here = ({k: v for k, v in flatten(t).items() if not _is_free(k)} for t in trees)
+    if all(_keeps_last(fields) for fields in (there, here)):
+        there.pop("eval.eval_steps", None)
+        here.pop("eval.eval_steps", None)
     return there, here
+
+
+def _keeps_last(fields: Fingerprint) -> bool:
+    """Return true if no evaluation decides which weights a run of this flat config keeps."""
+    best = fields.get("eval.keep_best")
+    chooses = best or (best is None and fields.get("eval.eval_steps") is not None)
+    stops = any(v for k, v in fields.items() if k.endswith("early_stopping_patience"))
+    return not (chooses or stops)
 
 
 def _config_there(path: Path) -> Any:

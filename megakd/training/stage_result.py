@@ -65,7 +65,8 @@ def read_result(
     if differing:
         raise CheckpointError(
             f"{folder} holds the result of another config ({differing}); use another output_dir, "
-            "use that config again, or remove the folder"
+            "use that config again, or remove the folder; to train this model further, set "
+            f"student.model={folder} and another output_dir"
         )
     return result
 

@@ -53,6 +53,7 @@ def test_one_method_or_loss_is_listed_alone(
             ["minidsic"],
             'unknown method "minidsic"; did you mean "minidisc"? known: direct, finetune',
         ),
+        (["--losses", "KL"], 'unknown loss "KL"; did you mean "soft_target_kl"?'),
         (["--losses", "soft_target_k"], 'unknown loss "soft_target_k"; did you mean "soft_target'),
         (
             ["hidden_mse"],

@@ -241,7 +241,7 @@ def test_a_file_that_cannot_be_read_is_named(
 
 
 def test_a_folder_in_place_of_the_file_is_named(tmp_path: Path) -> None:
-    assert f"config file {tmp_path} is a folder; give the run's YAML file" in message_of(tmp_path)
+    assert f"config file {tmp_path} is a folder without config.yaml" in message_of(tmp_path)
 
 
 words = st.text(st.characters(codec="utf-8", exclude_characters="\0~"), min_size=1, max_size=9)

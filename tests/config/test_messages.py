@@ -133,16 +133,10 @@ def test_a_value_in_the_wrong_form_is_told_in_the_right_one(
     assert message in message_of(run_file, override)
 
 
-def test_a_finished_run_in_place_of_a_config_is_answered_with_its_config(run_file: Path) -> None:
-    folder = run_file.parent
-    (folder / "config.yaml").touch()
+def test_the_folder_of_a_run_stands_for_its_config(run_file: Path) -> None:
+    run_file.rename(run_file.parent / "config.yaml")
 
-    with pytest.raises(MegakdError) as given:
-        load_config(folder)
-
-    assert f"{folder} is a folder; give the run's YAML file, such as {folder / 'config.yaml'}" in (
-        str(given.value)
-    )
+    assert load_config(run_file.parent) == load_config(run_file.parent / "config.yaml")
 
 
 def test_an_evaluated_model_that_is_not_there_is_named(run_file: Path) -> None:

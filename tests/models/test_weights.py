@@ -136,6 +136,10 @@ def test_a_folder_that_does_not_exist_and_one_without_weights_are_told_apart(tmp
     assert "absent does not exist" in refusal(tmp_path / "absent")
     assert "has no weights: neither model.safetensors nor" in refusal(tmp_path)
 
+    (tmp_path / "model-q4.gguf").touch()
+
+    assert "model-q4.gguf is a quantized GGUF file: give the model that" in refusal(tmp_path)
+
 
 def test_pickle_is_refused_unless_asked_for_by_name(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")

@@ -96,7 +96,7 @@ def test_a_validation_file_with_a_class_of_its_own(bench):
         ("task.dataset", ("task.dataset: {} does not exist",)),
         ("teacher.model", ("teacher.model: {} does not exist",)),
         ("student.model", ("student.model: {} does not exist",)),
-        ("task.tokenizer", ('task.tokenizer "{}": the folder does not exist',)),
+        ("task.tokenizer", ("task.tokenizer: {} does not exist",)),
         ("train.resume_from_checkpoint", ("train.resume_from_checkpoint: {} does not exist",)),
         ("student.deepspeed", ("student.deepspeed: the DeepSpeed config {} does not exist",)),
     ],

@@ -9,6 +9,9 @@ import pytest
 from transformers import AutoTokenizer
 from whole_run import finish, read
 
+from megakd.config.file import dump_config, load_config
+from megakd.errors import CheckpointError
+from megakd.run.finished_run import is_finished
 from megakd.storage.finished_folder import write_finished
 
 
@@ -53,6 +56,22 @@ def test_another_config_in_a_finished_folder_is_refused_naming_what_differs(one_
     assert "0.5" in said.err
     assert "seed" in said.err
     assert "weight_decay" not in said.err
+    assert f"to train its student further, set student.model={out / 'final'}" in said.err
+
+
+@pytest.mark.parametrize("chooses", [False, True])
+def test_evaluations_that_choose_no_weights_may_change_after_the_run(config, tmp_path, chooses):
+    words = [f"output_dir={tmp_path}", f"eval.keep_best={str(chooses).lower()}"]
+    of_run = load_config(config, [*words, "eval.eval_steps=6"])
+    (tmp_path / "config.yaml").write_text(dump_config(of_run))
+    (tmp_path / "report.json").touch()
+    changed = load_config(config, [*words, "eval.eval_steps=2"])
+
+    if chooses:
+        with pytest.raises(CheckpointError, match=r"eval.eval_steps: 6 there, 2 here"):
+            is_finished(changed)
+    else:
+        assert is_finished(changed)
 
 
 def test_a_run_of_a_version_with_fewer_keys_is_still_finished(one_rank, out, config, tmp_path):
