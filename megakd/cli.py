@@ -39,7 +39,6 @@ from megakd.process.home import in_home
 from megakd.process.phases import counted
 from megakd.process.quiet_stdout import print_aside
 from megakd.process.signals import Stopped, watched
-from megakd.run.harness_options import add_tasks_options, is_of_tasks, score_tasks
 from megakd.storage.atomic import json_text
 
 _USER_ERROR = 2
@@ -188,7 +187,6 @@ def _add_plan(parser: _Parser) -> None:
 def _add_evaluate(parser: _Parser) -> None:
     _add_config(parser)
     add_scoring_options(parser)
-    add_tasks_options(parser)
 
 
 def _add_encode(parser: _Parser) -> None:
@@ -318,8 +316,6 @@ def _encode(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    if is_of_tasks(arguments):
-        return score_tasks(arguments, _say)
     local = _take_local_dataset(arguments) if arguments.submission is None else None
     data = arguments.data or local
     config = _config(arguments)
