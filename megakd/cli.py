@@ -316,12 +316,10 @@ def _encode(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    local = _take_local_dataset(arguments) if arguments.submission is None else None
+    local = _take_local_dataset(arguments)
     data = arguments.data or local
     config = _config(arguments)
     _prefer_large_pages()
-    if arguments.submission is not None:
-        return _submit(config, arguments)
     with print_aside():
         from megakd.run import model_evaluation
 
@@ -342,24 +340,6 @@ def _take_local_dataset(arguments: argparse.Namespace) -> str | None:
         return None
     arguments.overrides = [word for word in arguments.overrides if word not in given]
     return value
-
-
-def _submit(config: RunConfig, arguments: argparse.Namespace) -> int:
-    if arguments.json:
-        raise ConfigError("--submission computes no metrics; remove --submission or --json")
-    if arguments.data is not None:
-        raise ConfigError(
-            "--data cannot be combined with --submission, which predicts the test rows of the "
-            "task; remove --data"
-        )
-    with print_aside():
-        from megakd.run import submission
-
-        paths = submission.write_submission(
-            config, arguments.model, arguments.submission, trusts_order=arguments.trust_label_order
-        )
-    _say("\n".join(map(str, paths)))
-    return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -221,7 +221,6 @@ def test_only_the_commands_import_the_lab() -> None:
     commands = {
         "megakd.cli",
         "megakd.run.main",
-        "megakd.run.submission",
         "megakd.run.caching",
         "megakd.run.model_evaluation",
     }

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megakd.process.home import in_home
-
 if TYPE_CHECKING:
     import argparse
 
@@ -31,10 +29,3 @@ def add_scoring_options(parser: argparse.ArgumentParser) -> None:
         help="the model's labels LABEL_0, … have the order of the labels in the data",
     )
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
-    parser.add_argument(
-        "--submission",
-        metavar="DIR",
-        type=in_home,
-        help="write GLUE's submission files of the task to this folder, from the unlabelled test "
-        "rows, instead of scoring",
-    )

@@ -1,7 +1,7 @@
 """The GLUE tasks (Wang et al. 2019), from their TSV folders or from the Hub.
 
 Each folder is read as published by GLUE: without quoting, CoLA without a header, MRPC with a byte
-order mark, labels as numbers or words. `test.tsv` has no labels; see `glue_submission`.
+order mark, labels as numbers or words. `test.tsv` has no labels.
 """
 
 from __future__ import annotations

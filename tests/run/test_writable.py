@@ -15,6 +15,6 @@ def test_a_file_in_the_place_of_a_folder_is_refused_with_the_option(
 ) -> None:
     (tmp_path / "file").touch()
 
-    with pytest.raises(ConfigError, match=r"--submission: .*file is not a writable folder"):
-        check_writable(tmp_path / "file" / "deep", where="--submission")
-    check_writable(tmp_path / "deep" / "deeper", where="--submission")
+    with pytest.raises(ConfigError, match=r"--to: .*file is not a writable folder"):
+        check_writable(tmp_path / "file" / "deep", where="--to")
+    check_writable(tmp_path / "deep" / "deeper", where="--to")
