@@ -236,10 +236,22 @@ class Divided(Trained):
         sending = self._buckets(done, last=last)
         if self.stage == 1:
             return together(super().backward(done, adds=adds), sending if last else {})
-        return together(self._own(done.learned.numel), self.accumulated() if adds else {}, sending)
+        added = self.accumulated() if adds and not self._sums_in_place else {}
+        return together(self._own(done.learned.numel), added, sending)
+
+    @property
+    def _sums_in_place(self) -> bool:
+        """True if gradients are added to one fp32 buffer of the rank's shard.
+
+        16-bit models at ZeRO 2 do so, on the device also with offload, until the update
+        (`_build_compact_grad_partition_buffer` of DeepSpeed).
+        """
+        return self.stage == 2 and self.itemsize < FP32
 
     def _own(self, done: int) -> Holding:
         """Return the gradients that overlap the rank's shard, among `done` elements."""
+        if self._sums_in_place:
+            return self.held("gradients", self._shard)
         share = min(1.0, done / self.learned.numel) if self.is_cpu else 1.0
         # ZeRO 2 adds up its gradients in fp32.
         itemsize = FP32 if self.stage == 2 else self.itemsize
@@ -270,7 +282,7 @@ class Divided(Trained):
             largest = max(self.share(size) for size in self._sizes)
             own, flat = self._own(self.learned.numel), block(largest * FP32)
             yield together(own, self.held("gradients", block(self.learned.largest * FP64)))
-            yield together(own, self.held("gradients", flat))
+            yield own if self._sums_in_place else together(own, self.held("gradients", flat))
             scratch = self.held("optimizer", self.scratch(flat, largest))
             yield together(self.held("gradients", flat), scratch)
         if self.is_gloo:  # gloo gathers the new weights through a buffer

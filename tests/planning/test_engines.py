@@ -158,6 +158,19 @@ def test_offload_moves_the_optimizer_to_the_host(stage: int) -> None:
     assert most(step(away)) < most(step(here))
 
 
+def test_16_bit_gradients_of_zero_2_are_summed_in_fp32_on_the_device_also_with_offload() -> None:
+    """DeepSpeed's compact buffer: 4 bytes per weight and rank, once, whatever is accumulated."""
+    offload, (bucket, sent) = {"offload_optimizer": {"device": "cpu"}}, (10, SIZES[0])
+
+    gradients = [
+        held(engine({"stage": 2, **more}, itemsize=2).backward(inventory(), adds=adds), "gradients")
+        for more in ({}, offload)
+        for adds in (False, True)
+    ]
+
+    assert gradients == [4 * P // RANKS + 2 * (bucket + sent)] * 4
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_an_optimizer_on_a_disk_takes_no_memory(stage: int) -> None:
     resting = engine({"stage": stage, "offload_optimizer": {"device": "nvme"}}).resting()
