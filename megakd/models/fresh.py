@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from megakd.engine.sharding import full_shape, gathered, writes_here
+from megakd.process.seeding import cpu_seeded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -62,7 +63,7 @@ def _draw(model: PreTrainedModel, name: str, seed: int) -> dict[str, Tensor]:
     """
     path = name.split(".") if name else []
     owners = [model.get_submodule(".".join(path[:end])) for end in range(len(path), -1, -1)]
-    with _stand_ins(owners[0]) as values, _cpu_seeded(seed), torch.no_grad():
+    with _stand_ins(owners[0]) as values, cpu_seeded(seed), torch.no_grad():
         for owner in owners:
             model._init_weights(owner)  # noqa: SLF001  (the class's rule; nothing public has it)
     return {key: parameter.data for key, parameter in values.items()}
@@ -104,17 +105,6 @@ def _stand_ins(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     finally:
         for key, parameter in own.items():
             setattr(module, key, parameter)
-
-
-@contextmanager
-def _cpu_seeded(seed: int) -> Iterator[None]:
-    """Seed the CPU generator inside the context, and restore its state afterwards."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
 
 
 def _complete(values: Tensor, name: str) -> Tensor:

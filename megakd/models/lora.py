@@ -25,6 +25,7 @@ from megakd.engine.sharding import gathered, gathered_state, is_first_rank
 from megakd.errors import ConfigError
 from megakd.models.fitting import valueless_model
 from megakd.models.weights import stored_tensors
+from megakd.process.seeding import cpu_seeded
 from megakd.storage.finished_folder import check_given
 
 if TYPE_CHECKING:
@@ -136,8 +137,7 @@ def add_adapters(
     config = _peft_config(lora, _short_names(model, paths), is_transposed=is_transposed)
     config.base_model_name_or_path = source.name
     config.task_type = _PEFT_TASKS[task.type]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with cpu_seeded(seed):
         inject_adapter_in_model(config, model, adapter_name=_NAME)
     if task.type in LANGUAGE_TASKS:
         return

@@ -39,6 +39,7 @@ from megakd.models.packed_attention import set_attention
 from megakd.models.second_vocabulary import SecondSize, add_second_vocabulary
 from megakd.models.source import ModelSource
 from megakd.process.phases import phase
+from megakd.process.seeding import cpu_seeded
 from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
 from megakd.teachers.cached import Answers, CachedTeacher, Layout, build_cache
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
@@ -177,8 +178,7 @@ class Assembly:
             )
         self._add_adapters(stage, learners)
         # Projections start equal on every rank and do not change the stage's random numbers.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
+        with cpu_seeded(self.config.seed):
             bundle = build_bundle(
                 losses,
                 learners,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from unittest.mock import patch
 
 from safetensors.torch import load_file
 
@@ -85,6 +86,14 @@ def learn_apart(config_path: str, overrides: list[str]) -> dict:
         return learn(config_path, overrides)
     finally:
         Selector.action = said
+
+
+def device_seeds(config_path: str, overrides: list[str]) -> list[int]:
+    """Runs the method and tells what the generators of this rank's GPUs are seeded with."""
+    seeds: list[int] = []
+    with patch("torch.cuda.manual_seed_all", seeds.append):
+        learn(config_path, overrides)
+    return seeds
 
 
 def learn(config_path: str, overrides: list[str]) -> dict:

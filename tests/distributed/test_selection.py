@@ -125,3 +125,11 @@ def test_one_choice_serves_all_micro_batches_of_a_step(learn):
 
 def test_the_loss_is_measured_once_per_phase_and_once_before(learn):
     assert learn(2)[0]["measured"] == 1 + EPISODES * STEPS // PHASE
+
+
+def test_no_two_ranks_draw_the_same_dropout_on_their_gpus(learn):
+    """Neither projections nor a selector, which are equal on all ranks, seed a GPU."""
+    first, second = learn(2, how="device_seeds")
+
+    assert first
+    assert set(first).isdisjoint(second)

@@ -189,12 +189,10 @@ def _selector(
 
 
 def _new(lab: Lab, shape: SelectorShape) -> Selector:
-    import torch
-
     from megakd.methods.knowledge_selection.selector import Selector
+    from megakd.process.seeding import cpu_seeded
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(lab.config.seed)
+    with cpu_seeded(lab.config.seed):
         return Selector(shape)
 
 
