@@ -23,6 +23,7 @@ from megakd.contract.batch import (
 from megakd.contract.moving import copied_to
 from megakd.contract.stage import Pass, backward_groups
 from megakd.contract.units import Cut, Maker, View
+from megakd.engine import gradients
 from megakd.engine.collectives import together
 from megakd.engine.initialize import RATE, Engine
 from megakd.engine.optimizer_state import OptimizerState
@@ -43,6 +44,7 @@ class StudentEngine:
         self._engine = engine
         self._passes_per_backward = passes_per_backward
         self._norm: Tensor | None = None
+        self._has_gradients = False
 
     @property
     def bundle(self) -> nn.Module:
@@ -77,14 +79,36 @@ class StudentEngine:
         total, parts = torch.zeros((), device=batch.labels.device), dict[str, Tensor]()
         groups = backward_groups(plan, self._passes_per_backward)
         for number, group in enumerate(groups, start=1):
-            # Set before the forward, because ZeRO 2 reduces gradients during the backward.
-            self._engine.set_gradient_accumulation_boundary(boundary and number == len(groups))
-            losses = self._forward(batch, knowledge, group, counts)
-            self._engine.backward(losses.total, scale_wrt_gas=False)
+            losses = self._backward(
+                batch, knowledge, group, counts, is_last=boundary and number == len(groups)
+            )
             total = total + losses.total.detach()
             for name, value in losses.parts.items():
                 parts[name] = parts[name] + value if name in parts else value
         return Losses(total, parts)
+
+    def _backward(
+        self,
+        batch: Batch,
+        knowledge: Mapping[str, Knowledge],
+        plan: Sequence[Pass],
+        counts: Counts,
+        *,
+        is_last: bool,
+    ) -> Losses:
+        """Add the gradient of a group of passes; `is_last`: it completes that of the step."""
+        is_first = not self._has_gradients
+        copy_all = not is_first and gradients.copies_last_backward_alone(self._engine)
+        # Set before the forward, because ZeRO 2 reduces gradients during the backward.
+        self._engine.set_gradient_accumulation_boundary(is_last and not copy_all)
+        losses = self._forward(batch, knowledge, plan, counts)
+        self._engine.backward(losses.total, scale_wrt_gas=False)
+        if is_first:
+            gradients.after_first_backward(self._engine.optimizer)
+        if is_last:
+            gradients.after_last_backward(self._engine, copy_all=copy_all)
+        self._has_gradients = not is_last
+        return losses
 
     def _forward(
         self,

@@ -116,6 +116,22 @@ def test_a_step_without_any_kind_is_taken_alike_at_every_zero_stage(learn, stude
         assert (weight - alone["weights"][name]).abs().max().item() <= 1e-4, name
 
 
+@pytest.mark.parametrize(
+    "student",
+    [pytest.param("zero2", marks=pytest.mark.slow), "zero3"],
+)
+def test_a_kind_that_is_left_out_gets_no_gradient_of_an_earlier_step(learn, student):
+    """Without a loss on the logits, neither the head nor the last layer is reached."""
+    policy = "method={name: knowledge_selection, policy: random_hard}"
+    kinds = "objective=[{loss: hard_cross_entropy}, {loss: hidden_mse, layer_mapping: ['1:2']}]"
+
+    first, _ = learn(2, policy, kinds, f"student.deepspeed={student}")
+    (alone,) = learn(1, policy, kinds, "student.deepspeed=zero0")
+
+    for name, weight in first["weights"].items():
+        assert (weight - alone["weights"][name]).abs().max().item() <= 1e-5, name
+
+
 def test_one_choice_serves_all_micro_batches_of_a_step(learn):
     once = learn(2)[0]["actions"]
     twice = learn(2, "train.gradient_accumulation_steps=2")[0]["actions"]
