@@ -53,3 +53,9 @@ def after_last_backward(engine: Any, *, copy_all: bool) -> None:
     for number, (group, *_, start, size) in optimizer.grad_position.items():
         if number not in optimizer.norm_for_param_grads:
             flats[group].grad.narrow(0, int(start), int(size)).zero_()
+
+
+def after_update(optimizer: Any) -> None:
+    """Let go of gradients that overflowed, which DeepSpeed would otherwise add to forever."""
+    kept = getattr(optimizer, "averaged_gradients", {})
+    kept.update(dict.fromkeys(kept))

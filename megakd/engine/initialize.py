@@ -48,6 +48,11 @@ def training_engine(
     optimizer = _optimizer(groups, train, offloaded=_offloads_optimizer(ds))
     _import_muon_without_compiling()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if dtype != "fp32" and not engine.zero_optimization():
+        # DeepSpeed has taken an update without gradients, which counts in Adam's bias correction
+        # and has decayed the fp32 weights.
+        engine.optimizer.optimizer.state.clear()
+        engine.optimizer.refresh_fp32_params()
     return engine
 
 

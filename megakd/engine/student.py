@@ -102,13 +102,22 @@ class StudentEngine:
         # Set before the forward, because ZeRO 2 reduces gradients during the backward.
         self._engine.set_gradient_accumulation_boundary(is_last and not copy_all)
         losses = self._forward(batch, knowledge, plan, counts)
-        self._engine.backward(losses.total, scale_wrt_gas=False)
+        self._engine.backward(self._scaled(losses.total), scale_wrt_gas=False)
         if is_first:
             gradients.after_first_backward(self._engine.optimizer)
         if is_last:
             gradients.after_last_backward(self._engine, copy_all=copy_all)
         self._has_gradients = not is_last
         return losses
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        """Scale the loss for fp16 at ZeRO 0, where DeepSpeed only divides the gradients again."""
+        return loss if self._engine.zero_optimization() else loss * self.loss_scale
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor of the loss under fp16, by which the update divides the gradients; else 1."""
+        return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0
 
     def _forward(
         self,
@@ -129,8 +138,7 @@ class StudentEngine:
         Call this between the last backward of a step and the update, as in
         `Strategy.before_update`.
         """
-        scale = self._engine.optimizer.loss_scale if self._engine.fp16_enabled() else 1.0
-        return local_shards(self.student, loss_scale=float(scale))
+        return local_shards(self.student, loss_scale=self.loss_scale)
 
     @property
     def optimizer_state(self) -> OptimizerState:
@@ -155,15 +163,17 @@ class StudentEngine:
         """Clip the gradient of the step, and update the weights with this learning rate."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate * group.get(RATE, 1.0)
-        self._norm = self._whole_gradient_norm()
+        # An update may change the scale. At ZeRO 0, DeepSpeed's norm includes the scale.
+        scale = 1.0 if self._engine.zero_optimization() else self.loss_scale
+        norm = self._whole_gradient_norm()
         self._engine.step()
+        norm = self._engine.get_global_grad_norm() if norm is None else norm
+        self._norm = None if norm is None else torch.as_tensor(norm) / scale
+        gradients.after_update(self._engine.optimizer)
 
     def gradient_norm(self) -> Tensor | None:
         """Return the global gradient norm of the last step before clipping, a device tensor."""
-        norm = self._norm
-        if norm is None:
-            norm = self._engine.get_global_grad_norm()
-        return None if norm is None else torch.as_tensor(norm)
+        return self._norm
 
     def _whole_gradient_norm(self) -> Tensor | None:
         """Return the norm at ZeRO 0, where DeepSpeed keeps no norm but ranks have all gradients."""

@@ -57,3 +57,51 @@ def test_a_weight_that_is_missed_gets_no_gradient_of_another_step(workers, prese
     for mine, other in zip(found["weights"], expected["weights"], strict=True):
         assert difference(mine, other) <= 1e-6
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+
+
+def moved(found, first) -> torch.Tensor:
+    """All changes of the weights in one vector."""
+    return torch.cat([(found[name] - first[name]).flatten() for name in sorted(first)])
+
+
+def assert_moved_alike(found, expected) -> None:
+    """The changes are equal to the rounding of 16 bits."""
+    for mine, other in zip(found["weights"][1:], expected["weights"][1:], strict=True):
+        change = moved(other, expected["weights"][0])
+        assert (moved(mine, found["weights"][0]) - change).norm() <= 0.05 * change.norm()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("preset", ALL, ids=str)
+def test_updates_in_16_bits_are_as_large_as_in_32(workers, preset, dtype):
+    """The first, whose bias Adam corrects most, and one of two backwards."""
+    steps = [["abc"], ["abc"], ["abc", "abc"], ["ab"]]
+
+    found = workers(RANKS).run("gradient_cases.train", preset, dtype, steps, {}, timeout_s=400)[0]
+
+    expected = plain(steps)
+    assert_moved_alike(found, expected)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=0.02)
+
+
+@pytest.mark.parametrize("preset", ALL, ids=str)
+def test_only_the_step_that_overflows_is_skipped(workers, preset):
+    steps = [["abc", "abc"]] * 4
+
+    run = workers(RANKS).run
+    found = run("gradient_cases.train", preset, "fp16", steps, {1: 1000.0}, timeout_s=400)[0]
+
+    assert_moved_alike(found, plain(steps, skipped={1}))
+    assert found["norms"][1] == float("inf")
+
+
+@pytest.mark.parametrize("preset", ALL, ids=str)
+def test_a_gradient_that_is_not_finite_shows_in_the_norm_of_its_step(workers, preset):
+    steps = [["abc", "abc"]] * 2
+
+    run = workers(RANKS).run
+    found = run("gradient_cases.train", preset, "fp32", steps, {1: float("inf")}, timeout_s=400)[0]
+
+    first, second = found["norms"]
+    assert 0 < first < float("inf")
+    assert not 0 <= second < float("inf")
