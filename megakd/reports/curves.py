@@ -24,6 +24,8 @@ CHOICE_NOTE = "A weight is between 0 (the kind of knowledge is not used) and 1."
 SPEED_UNITS = {
     "learning_rate": "step size",
     "gradient_norm": "L2 norm",
+    "loss_scale": "factor of the loss",
+    "skipped_steps": "steps",
     "tokens_per_s": "tokens/s",
     "teacher_share": "% of the time",
     "data_share": "% of the time",

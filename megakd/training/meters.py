@@ -19,7 +19,14 @@ from megakd.engine.distributed import Ranks
 from megakd.errors import TrainingError
 from megakd.losses.objective import WEIGHTED_LOSS, Objective
 from megakd.teachers.watched import failed_teachers
-from megakd.training.progress import LEARNING_RATE, LOSS, MEMORY_BYTES, TOKENS_PER_SECOND
+from megakd.training.progress import (
+    LEARNING_RATE,
+    LOSS,
+    LOSS_SCALE,
+    MEMORY_BYTES,
+    SKIPPED,
+    TOKENS_PER_SECOND,
+)
 from megakd.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -43,6 +50,8 @@ class TrainMeter:
         self._tokens: Tensor | None = None
         self._without_targets: Tensor | None = None
         self._norm: Tensor | None = None
+        self._first_bad_norm = self._integer(_NEVER)
+        self._skipped = self._integer(0)
         self._since = time.perf_counter()
         self._paused_s = self._teacher_s = self._waited_s = 0.0
         self._warned = False
@@ -62,11 +71,24 @@ class TrainMeter:
             self._counts[name] = self._counts.get(name, 0) + self._has_value(name, report)
         self._steps += 1
         self._norm = report.gradient_norm
+        if self._norm is not None:
+            self._note_norm(report.step, self._norm)
         tokens = report.counts["tokens"]
         empty = (report.counts["targets"] == 0).long()
         self._tokens = tokens if self._tokens is None else self._tokens + tokens
         before = self._without_targets
         self._without_targets = empty if before is None else before + empty
+
+    def _note_norm(self, step: int, norm: Tensor) -> None:
+        # DeepSpeed's norm is -1 or infinite if a gradient is not finite, and the step is skipped.
+        bad = (~torch.isfinite(norm) | (norm < 0)).to(self._ranks.device)
+        if self._scales_loss:
+            self._skipped = self._skipped + bad
+        else:
+            self._first_bad_norm = torch.where(bad, step, _NEVER).minimum(self._first_bad_norm)
+
+    def _integer(self, value: int) -> Tensor:
+        return torch.full((), value, dtype=torch.long, device=self._ranks.device)
 
     def _has_value(self, name: str, report: StepReport) -> int | Tensor:
         """Return 1 for a step that has a value, which a step without texts of a source has not."""
@@ -108,6 +130,8 @@ class TrainMeter:
         }
         if self._norm is not None:
             scalars["train/gradient_norm"] = float(self._norm)
+        if self._scales_loss:
+            scalars |= {SKIPPED: float(self._skipped), LOSS_SCALE: self._trainer.student.loss_scale}
         self._teacher_s, self._waited_s = teacher_s, waited_s
         self._start_window()
         return scalars
@@ -115,6 +139,7 @@ class TrainMeter:
     def _start_window(self) -> None:
         self._parts, self._counts = {}, {}
         self._steps, self._tokens, self._without_targets = 0, None, None
+        self._skipped = self._integer(0)
         self._since, self._paused_s = time.perf_counter(), 0.0
 
     def _warn_of_empty_steps(self) -> None:
@@ -144,12 +169,7 @@ class TrainMeter:
         first = self._trainer.meter.first_bad_step
         if first is None:
             return
-        bad = torch.where(first < 0, _NEVER, first)
-        if self._norm is not None and not self._scales_loss:
-            # DeepSpeed's norm is -1 if a gradient is NaN or infinite.
-            norm = self._norm.to(bad.device)
-            here = bad.clamp(max=self._trainer.step - 1)
-            bad = torch.where(torch.isfinite(norm) & (norm >= 0), bad, here)
+        bad = torch.where(first < 0, _NEVER, first).minimum(self._first_bad_norm)
         step = -int(all_reduce_(-bad, largest=True))
         if step != _NEVER:
             good = on_main(newest)
@@ -196,6 +216,7 @@ class TrainMeter:
             "parts": {name: value.cpu() for name, value in self._parts.items()},
             "counts": {name: int(count) for name, count in self._counts.items()},
             "steps": self._steps,
+            "skipped": int(self._skipped),
             "tokens": _on_cpu(self._tokens),
             "without_targets": _on_cpu(self._without_targets),
             "seconds": time.perf_counter() - self._since - self._paused_s,
@@ -207,6 +228,7 @@ class TrainMeter:
         self._parts = {name: value.to(device) for name, value in state["parts"].items()}
         self._counts = dict(state["counts"])
         self._steps, self._window_before = state["steps"], state["seconds"]
+        self._skipped = self._integer(state.get("skipped", 0))
         if state["tokens"] is not None:
             self._tokens = state["tokens"].to(device)
             self._without_targets = state["without_targets"].to(device)

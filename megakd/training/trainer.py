@@ -44,6 +44,11 @@ class Learner(Protocol):
         """Return the gradient norm of the last step, before clipping."""
         ...
 
+    @property
+    def loss_scale(self) -> float:
+        """The factor of the loss under fp16, else 1."""
+        ...
+
 
 class Meter:
     """Sums of the reported losses, kept on the device until they are read."""

@@ -128,8 +128,8 @@ def test_a_run_that_stops_before_its_first_checkpoint_says_that_there_is_none():
 @pytest.mark.parametrize("norm", [math.nan, math.inf, -1.0])
 def test_a_gradient_that_is_not_finite_stops_the_run_at_its_step(norm):
     watched = Watched()
-    watched.step()
-    watched.step(norm=norm)
+    for value in (1.0, norm, 1.0, norm):  # DeepSpeed skips the second and goes on
+        watched.step(norm=value)
 
     with pytest.raises(TrainingError, match="at step 2; "):
         watched.health.check_finite(nothing_saved)
@@ -141,6 +141,19 @@ def test_under_fp16_an_overflowed_gradient_is_a_step_skipped_and_no_reason_to_st
     watched.step(norm=norm)
 
     watched.health.check_finite(nothing_saved)
+
+
+def test_under_fp16_the_log_counts_the_skipped_steps_and_says_the_scale():
+    watched = Watched(fp16=True)
+    watched.trainer.student = SimpleNamespace(loss_scale=512.0)
+    for value in (math.inf, 1.0, -1.0):
+        watched.step(norm=value)
+    first = watched.scalars()
+    watched.step()
+
+    assert first["train/skipped_steps"] == 2.0
+    assert first["train/loss_scale"] == 512.0
+    assert watched.scalars()["train/skipped_steps"] == 0.0
 
 
 def test_under_fp16_a_loss_that_is_not_finite_still_stops_the_run():

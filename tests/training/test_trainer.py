@@ -62,6 +62,8 @@ class Student:
     def step(self, learning_rate: float) -> None:
         self.told.add("step", learning_rate)
 
+    loss_scale = 1.0
+
     def gradient_norm(self) -> Tensor | None:
         return torch.tensor(3.0)
 
@@ -285,6 +287,8 @@ class Learner:
             for parameter in self.bundle.parameters():
                 if parameter.grad is not None:
                     parameter.sub_(learning_rate * parameter.grad)
+
+    loss_scale = 1.0
 
     def gradient_norm(self) -> Tensor | None:
         return None
