@@ -37,7 +37,6 @@ _SECTIONS = (
     "zero_optimization",
     "activation_checkpointing",
     "aio",
-    "checkpoint",
     "comms_logger",
     "communication_data_type",
     "compile",
@@ -148,7 +147,9 @@ _WHOLE = frozenset(
     ]
 )
 _OFFLOAD_FROM_STAGE = {"offload_optimizer": 1, "offload_param": 3}
-_DEVICES = ("none", "cpu", "nvme")
+_DEVICES = ("none", "cpu")
+# Values of `zero_optimization` with which DeepSpeed cannot continue from a checkpoint of megakd.
+_BREAKS_RESUMING = {"elastic_checkpoint": True, "load_from_fp32_weights": False}
 
 
 def refuse_dotted_keys(ds: Mapping[str, Any], source: str) -> None:
@@ -190,7 +191,8 @@ def check_sections(ds: Mapping[str, Any], source: str) -> None:
     """Check the top-level keys.
 
     Raises:
-        ConfigError: a key is misspelt or `"auto"`, or gradients are not averaged over the ranks.
+        ConfigError: a key is misspelt or `"auto"`, checkpoints would not be read as they were
+            written, or gradients are not averaged over the ranks.
     """
     for key, value in ds.items():
         near = difflib.get_close_matches(key, (*_SECTIONS, *_OWNED), n=1, cutoff=0.85)
@@ -198,6 +200,11 @@ def check_sections(ds: Mapping[str, Any], source: str) -> None:
             raise ConfigError(f'{source}: unknown key "{key}"; did you mean "{near[0]}"?')
         if value == "auto":
             raise ConfigError(f'{source}: {key} cannot be "auto"; set a value or remove the key')
+    if "checkpoint" in ds:
+        raise ConfigError(
+            f"{source}: megakd writes and reads the checkpoints of DeepSpeed itself, and the "
+            'section "checkpoint" would change what is read; remove the section'
+        )
     reduction = ds.get("gradient_allreduce_op", "mean")
     if reduction != "mean":
         raise ConfigError(
@@ -225,8 +232,15 @@ def check_zero(ds: Mapping[str, Any], source: str) -> dict[str, Any]:
     zero = _without_auto(zero)
     _check_whole_numbers(zero, where)
     _check_overlap(zero, int(stage), where)
+    for key, value in _BREAKS_RESUMING.items():
+        if zero.get(key, not value) == value:
+            raise ConfigError(
+                f"{where}.{key}: {json.dumps(value)} breaks resuming: DeepSpeed could not continue "
+                "from a checkpoint as if the run had not stopped; remove the key"
+            )
     for key in _OFFLOAD_KEYS:
         _check_offload(key, zero.get(key), int(stage), where)
+    _refuse_untried(zero, where, "zenflow")
     return {**ds, "zero_optimization": zero}
 
 
@@ -293,16 +307,23 @@ def _check_offload(key: str, offload: Any, stage: int, section: str) -> None:
         raise ConfigError(f"{where} must be a mapping (got {json.dumps(offload)})")
     _refuse_unknown(offload, _OFFLOAD_KEYS[key], where)
     _check_whole_numbers(offload, where)
+    _refuse_untried(offload, where, "super_offload")
     device = offload.get("device", "none")
     if device not in _DEVICES:
         raise ConfigError(
-            f'{where}.device must be "none", "cpu" or "nvme" (got {json.dumps(device)})'
+            f'{where}.device must be "none" or "cpu" (got {json.dumps(device)}); NVMe has never '
+            "been tried with megakd"
         )
     if device != "none" and stage < _OFFLOAD_FROM_STAGE[key]:
         raise ConfigError(
             f"{where} needs ZeRO stage {_OFFLOAD_FROM_STAGE[key]} or above, and the stage is "
             f"{stage}; raise zero_optimization.stage, or remove the key"
         )
+
+
+def _refuse_untried(section: Mapping[str, Any], where: str, key: str) -> None:
+    if section.get(key):
+        raise ConfigError(f"{where}.{key} has never been tried with megakd; remove the key")
 
 
 def _refuse_unknown(section: Mapping[str, Any], known: frozenset[str], where: str) -> None:

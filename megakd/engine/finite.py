@@ -31,8 +31,6 @@ def _own_part(parameter: Tensor) -> Tensor:
     if not is_zero_param(parameter):
         return parameter.detach()
     shard = parameter.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
-    if shard.status.name != "AVAILABLE":  # on NVMe
-        return torch.empty(0)
     rank = torch.distributed.get_rank(parameter.ds_process_group)  # pyright: ignore[reportAttributeAccessIssue]
     left = parameter.ds_numel - rank * shard.numel()  # pyright: ignore[reportAttributeAccessIssue]
     return shard.detach()[: max(0, min(left, shard.numel()))]

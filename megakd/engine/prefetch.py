@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from torch import Tensor, nn
 
 
@@ -15,8 +14,7 @@ class Prefetch:
 
     DeepSpeed copies a shard when the forward reaches its layer, and the forward waits for the
     copy. DeepSpeed reads `ds_tensor` on any device, so this class replaces the storage of
-    `ds_tensor`. Shards on the device, shards on disk, and models that are not sharded are left
-    unchanged.
+    `ds_tensor`. Shards on the device, and models that are not sharded, are left unchanged.
 
     Args:
         module: the module of an initialised engine.
@@ -58,8 +56,7 @@ class Prefetch:
 
 def is_away(shard: Any) -> bool:
     """Return whether a shard is in host memory and the device is not the CPU."""
-    on_disk = shard.final_location == OffloadDeviceEnum.nvme
-    return not on_disk and shard.device.type != _accelerator().device_name()
+    return shard.device.type != _accelerator().device_name()
 
 
 def _accelerator() -> Any:

@@ -234,8 +234,8 @@ class Checkpoints:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Load engine shards and random state; return `state` and this rank's `own`."""
         read_engine(checkpoint.parent, checkpoint.name)
-        state = _read_plain(checkpoint / "state.pt")
-        mine = _read_plain(checkpoint / f"rank-{self.ranks.rank}.pt")
+        state = _read_plain(checkpoint / "state.pt", self.ranks.device)
+        mine = _read_plain(checkpoint / f"rank-{self.ranks.rank}.pt", self.ranks.device)
         # Last, because reading the shards may draw random numbers.
         set_random_state(mine["random"])
         return state, mine["own"]
@@ -287,14 +287,18 @@ def check_plain(state: Any, key: str = "state") -> None:
         )
 
 
-def _read_plain(path: Path) -> dict[str, Any]:
-    """Load a file of values that `check_plain` has accepted.
+def _read_plain(path: Path, device: torch.device) -> dict[str, Any]:
+    """Load a file of values that `check_plain` has accepted; those of any GPU to `device`.
 
     Raises:
         CheckpointError: the file names a class, as the files of version 0.1 do.
     """
+
+    def placed(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+        return storage if location == "cpu" else storage.to(device=device)
+
     try:
-        return torch.load(path, weights_only=True)
+        return torch.load(path, map_location=placed, weights_only=True)
     except pickle.UnpicklingError as error:
         raise _of_another_version(path.parent) from error
 

@@ -13,12 +13,12 @@ from megakd.engine import prefetch
 from megakd.engine.prefetch import Prefetch, is_away
 
 
-def sharded(location: OffloadDeviceEnum = OffloadDeviceEnum.cpu) -> nn.Module:
+def sharded() -> nn.Module:
     """Two parameters with shards as DeepSpeed hangs them on, and one that is whole."""
     module = nn.ParameterDict({name: nn.Parameter(torch.empty(0)) for name in ("a", "b", "whole")})
     for index, name in enumerate(("a", "b")):
         shard: Any = torch.arange(3.0) + index
-        shard.final_location = location
+        shard.final_location = OffloadDeviceEnum.cpu
         module[name].ds_tensor = shard  # pyright: ignore[reportAttributeAccessIssue]
     return module
 
@@ -62,7 +62,7 @@ def test_what_deepspeed_has_hung_on_a_shard_stays(away):
     assert away["a"].ds_tensor.final_location == OffloadDeviceEnum.cpu
 
 
-def test_shards_on_the_device_or_on_a_disk_stay_where_they_are():
+def test_shards_on_the_device_stay_where_they_are():
     module = sharded()
     before = places(module)
 
@@ -77,7 +77,5 @@ def test_a_shard_in_the_hosts_memory_is_away_from_another_device(monkeypatch):
             return "cuda"
 
     monkeypatch.setattr(prefetch, "get_accelerator", Elsewhere)
-    shards = {place: next(sharded(place).parameters()).ds_tensor for place in OffloadDeviceEnum}
 
-    assert is_away(shards[OffloadDeviceEnum.cpu])
-    assert not is_away(shards[OffloadDeviceEnum.nvme])
+    assert is_away(next(sharded().parameters()).ds_tensor)

@@ -22,7 +22,9 @@ from checkpoint_store import (
     checkpoints,
     flip,
     names,
+    read_nothing,
     save,
+    write_engine,
 )
 
 from megakd.engine import distributed
@@ -58,6 +60,18 @@ def test_state_and_random_numbers_come_back_after_the_shards_are_read(tmp_path):
 
     assert (state, own) == ({"step": 4}, {"window": 40})
     assert draws() == wanted
+
+
+def test_tensors_of_a_gpu_are_read_to_the_device_of_the_rank(tmp_path, monkeypatch):
+    """The file may be read on a node where the rank has another GPU."""
+    store = checkpoints(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
+        folder = store.save(4, write_engine, {}, {"average": torch.ones(3)})
+
+    _, own = store.load(folder, read_nothing)
+
+    assert own["average"].device.type == "cpu"
 
 
 def test_ranks_draw_different_dropout_and_the_same_everything_else():
