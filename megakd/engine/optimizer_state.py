@@ -143,7 +143,8 @@ class OptimizerState:
     def _set_steps(self, owners: Iterable[Tensor], steps: int) -> None:
         counts_in_tensors = isinstance(self._inner, torch.optim.AdamW)
         for owner in owners if self.moments else ():
-            step = torch.tensor(float(steps)) if counts_in_tensors else steps
+            # Fused AdamW reads the number on the device of its weight.
+            step = torch.tensor(float(steps), device=owner.device) if counts_in_tensors else steps
             self._inner.state[owner]["step"] = step
 
     def _slot(self, parameter: Any) -> Slot:
