@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +35,7 @@ from megakd.config.synonyms import synonyms
 from megakd.errors import ConfigError, MegakdError, PeerLostError, suggestion
 from megakd.planning.options import add_plan_options, cluster_of
 from megakd.process.answer import tell
+from megakd.process.ending import ended, is_abandoned
 from megakd.process.garbage import no_collections
 from megakd.process.home import in_home
 from megakd.process.phases import counted
@@ -131,18 +133,24 @@ def _overview() -> str:
 def _guarded(command: Callable[[], int]) -> int:
     try:
         with watched():
-            return command()
+            code = command()
     except Stopped as stop:
         if _is_rank_0():
             sys.stderr.write(f"megakd: {stop}\n")
-        return stop.exit_code
+        code = stop.exit_code
     except PeerLostError as error:
         sys.stderr.write(f"megakd: {error}\n")  # by every rank: rank 0 may be the lost one
-        return _PEER_LOST
+        code = _PEER_LOST
     except MegakdError as error:
         if _is_rank_0():
             sys.stderr.write(f"megakd: error: {error}\n")
-        return _USER_ERROR
+        code = _USER_ERROR
+    except Exception:
+        if not is_abandoned():
+            raise
+        traceback.print_exc()
+        code = 1
+    return ended(code)
 
 
 def _is_rank_0() -> bool:

@@ -24,6 +24,7 @@ from torch.distributed import distributed_c10d
 from megakd.engine import activity, stale_locks
 from megakd.engine.collectives import backend_for, reports_lost_peer
 from megakd.errors import MegakdError
+from megakd.process.ending import abandon_group, ended
 
 logger = logging.getLogger(__name__)
 COLLECTIVE_TIMEOUT_S = 600.0
@@ -248,11 +249,14 @@ def keep_group() -> None:
     """
     if not _KEPT:
         _KEPT.append(True)
-        atexit.register(_leave, failed=True)
+        atexit.register(_leave_at_exit)
 
 
 def stop(*, failed: bool = False) -> None:
     """Leave the process group; otherwise a gloo run aborts at exit.
+
+    NCCL waits for a collective of the other ranks before it leaves a group, and another rank may
+    be in a collective that this rank never joins. Therefore a rank that failed abandons the group.
 
     Args:
         failed: whether this rank leaves because of an error, so that other ranks may not call
@@ -264,8 +268,25 @@ def stop(*, failed: bool = False) -> None:
 
 
 def _leave(*, failed: bool) -> None:
-    if dist.is_initialized():
-        if not failed:
-            with reports_lost_peer():
-                dist.barrier()
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        return
+    if failed and _leaving_waits():
+        abandon_group()
+        return
+    if not failed:
+        with reports_lost_peer():
+            dist.barrier()
+    dist.destroy_process_group()
+
+
+def _leave_at_exit() -> None:
+    """Leave a kept group; the other ranks leave theirs too, unless an error ends this process."""
+    if hasattr(sys, "last_value") and _leaving_waits():
+        abandon_group()
+        ended(1)
+    dist.destroy_process_group()
+
+
+def _leaving_waits() -> bool:
+    """Return whether a backend other than gloo takes part in the process group."""
+    return any(not part.endswith("gloo") for part in dist.get_backend_config().split(","))

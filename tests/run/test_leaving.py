@@ -1,0 +1,61 @@
+"""A rank that fails tells why and ends, also where its process group can never be left."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+# As NCCL's while another rank waits in a collective: leaving the group waits for ever.
+SCRIPT = """
+import sys, time
+import torch.distributed as dist
+from megakd import cli
+from megakd.engine import distributed
+from megakd.errors import MegakdError
+
+class Waiting(dist.ProcessGroup):
+    def getBackendName(self):
+        return "waiting"
+    def shutdown(self):
+        time.sleep(3600)
+
+def join(store, rank, size, timeout):
+    return Waiting(rank, size)
+
+dist.Backend.register_backend("waiting", join, devices=["cpu"])
+dist.init_process_group("waiting", rank=0, world_size=1, store=dist.HashStore())
+
+def command():
+    try:
+        raise {error}
+    finally:
+        distributed.stop(failed=True)
+
+def call():
+    distributed.keep_group()
+    raise {error}
+
+{how}
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "code", "told"),
+    [
+        ("sys.exit(cli._guarded(command))", "MegakdError('of the user')", 2, "error: of the user"),
+        ("sys.exit(cli._guarded(command))", "RuntimeError('CUDA')", 1, "RuntimeError: CUDA"),
+        ("call()", "RuntimeError('CUDA')", 1, "RuntimeError: CUDA"),
+    ],
+    ids=["message", "traceback", "python"],
+)
+def test_a_failed_rank_ends_without_waiting_for_the_others(how, error, code, told):
+    script = SCRIPT.format(error=error, how=how)
+
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=240, check=False
+    )
+
+    assert ended.returncode == code
+    assert told in ended.stderr
