@@ -11,7 +11,6 @@ import os
 import shlex
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +34,6 @@ from megakd.config.synonyms import synonyms
 from megakd.errors import ConfigError, MegakdError, PeerLostError, suggestion
 from megakd.planning.options import add_plan_options, cluster_of
 from megakd.process.answer import tell
-from megakd.process.ending import ended, is_abandoned
 from megakd.process.garbage import no_collections
 from megakd.process.home import in_home
 from megakd.process.phases import counted
@@ -44,7 +42,6 @@ from megakd.process.signals import Stopped, watched
 from megakd.storage.atomic import json_text
 
 _USER_ERROR = 2
-_PEER_LOST = 1
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
@@ -133,24 +130,18 @@ def _overview() -> str:
 def _guarded(command: Callable[[], int]) -> int:
     try:
         with watched():
-            code = command()
+            return command()
     except Stopped as stop:
         if _is_rank_0():
             sys.stderr.write(f"megakd: {stop}\n")
-        code = stop.exit_code
+        return stop.exit_code
     except PeerLostError as error:
         sys.stderr.write(f"megakd: {error}\n")  # by every rank: rank 0 may be the lost one
-        code = _PEER_LOST
+        return error.exit_code
     except MegakdError as error:
         if _is_rank_0():
             sys.stderr.write(f"megakd: error: {error}\n")
-        code = _USER_ERROR
-    except Exception:
-        if not is_abandoned():
-            raise
-        traceback.print_exc()
-        code = 1
-    return ended(code)
+        return error.exit_code
 
 
 def _is_rank_0() -> bool:

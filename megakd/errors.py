@@ -12,6 +12,8 @@ class MegakdError(Exception):
     The message states the problem, both values, the key or file, and what to do.
     """
 
+    exit_code = 2
+
 
 class ConfigError(MegakdError):
     """The run config, its overrides or a `ds_configs` file cannot be used."""
@@ -47,6 +49,8 @@ class InUseError(MegakdError):
 
 class PeerLostError(MegakdError):
     """Another rank has ended while this rank waited for it."""
+
+    exit_code = 1
 
 
 class CollectiveTimeoutError(PeerLostError):

@@ -148,8 +148,17 @@ _WHOLE = frozenset(
 )
 _OFFLOAD_FROM_STAGE = {"offload_optimizer": 1, "offload_param": 3}
 _DEVICES = ("none", "cpu")
-# Values of `zero_optimization` with which DeepSpeed cannot continue from a checkpoint of megakd.
-_BREAKS_RESUMING = {"elastic_checkpoint": True, "load_from_fp32_weights": False}
+_RESUMES = "because a run could not continue from a checkpoint as if it had not stopped"
+_TRIED = "because this has never been tried with megakd"
+# Key at any level -> the only value that it may have, and why.
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "gradient_allreduce_op": ("mean", "because losses are scaled for the mean over ranks"),
+    "checkpoint": ({}, _RESUMES),
+    "elastic_checkpoint": (False, _RESUMES),
+    "load_from_fp32_weights": (True, _RESUMES),
+    "zenflow": (None, _TRIED),
+    "super_offload": (False, _TRIED),
+}
 
 
 def refuse_dotted_keys(ds: Mapping[str, Any], source: str) -> None:
@@ -191,8 +200,7 @@ def check_sections(ds: Mapping[str, Any], source: str) -> None:
     """Check the top-level keys.
 
     Raises:
-        ConfigError: a key is misspelt or `"auto"`, checkpoints would not be read as they were
-            written, or gradients are not averaged over the ranks.
+        ConfigError: a key is misspelt or `"auto"`, or has a value that does not work with megakd.
     """
     for key, value in ds.items():
         near = difflib.get_close_matches(key, (*_SECTIONS, *_OWNED), n=1, cutoff=0.85)
@@ -200,17 +208,7 @@ def check_sections(ds: Mapping[str, Any], source: str) -> None:
             raise ConfigError(f'{source}: unknown key "{key}"; did you mean "{near[0]}"?')
         if value == "auto":
             raise ConfigError(f'{source}: {key} cannot be "auto"; set a value or remove the key')
-    if "checkpoint" in ds:
-        raise ConfigError(
-            f"{source}: megakd writes and reads the checkpoints of DeepSpeed itself, and the "
-            'section "checkpoint" would change what is read; remove the section'
-        )
-    reduction = ds.get("gradient_allreduce_op", "mean")
-    if reduction != "mean":
-        raise ConfigError(
-            f'{source}: gradient_allreduce_op must be "mean" (got {json.dumps(reduction)}), '
-            "because the losses are scaled for the mean over ranks; remove the key"
-        )
+    _refuse_values(ds, f"{source}: ")
 
 
 def check_zero(ds: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -232,15 +230,9 @@ def check_zero(ds: Mapping[str, Any], source: str) -> dict[str, Any]:
     zero = _without_auto(zero)
     _check_whole_numbers(zero, where)
     _check_overlap(zero, int(stage), where)
-    for key, value in _BREAKS_RESUMING.items():
-        if zero.get(key, not value) == value:
-            raise ConfigError(
-                f"{where}.{key}: {json.dumps(value)} breaks resuming: DeepSpeed could not continue "
-                "from a checkpoint as if the run had not stopped; remove the key"
-            )
+    _refuse_values(zero, f"{where}.")
     for key in _OFFLOAD_KEYS:
         _check_offload(key, zero.get(key), int(stage), where)
-    _refuse_untried(zero, where, "zenflow")
     return {**ds, "zero_optimization": zero}
 
 
@@ -307,7 +299,7 @@ def _check_offload(key: str, offload: Any, stage: int, section: str) -> None:
         raise ConfigError(f"{where} must be a mapping (got {json.dumps(offload)})")
     _refuse_unknown(offload, _OFFLOAD_KEYS[key], where)
     _check_whole_numbers(offload, where)
-    _refuse_untried(offload, where, "super_offload")
+    _refuse_values(offload, f"{where}.")
     device = offload.get("device", "none")
     if device not in _DEVICES:
         raise ConfigError(
@@ -321,9 +313,11 @@ def _check_offload(key: str, offload: Any, stage: int, section: str) -> None:
         )
 
 
-def _refuse_untried(section: Mapping[str, Any], where: str, key: str) -> None:
-    if section.get(key):
-        raise ConfigError(f"{where}.{key} has never been tried with megakd; remove the key")
+def _refuse_values(section: Mapping[str, Any], where: str) -> None:
+    for key, (allowed, why) in _REFUSED.items():
+        if section.get(key, allowed) != allowed:
+            got = json.dumps(section[key])
+            raise ConfigError(f"{where}{key} cannot be {got}, {why}; remove the key")
 
 
 def _refuse_unknown(section: Mapping[str, Any], known: frozenset[str], where: str) -> None:

@@ -24,7 +24,6 @@ from torch.distributed import distributed_c10d
 from megakd.engine import activity, stale_locks
 from megakd.engine.collectives import backend_for, reports_lost_peer
 from megakd.errors import MegakdError
-from megakd.process.ending import abandon_group, ended
 
 logger = logging.getLogger(__name__)
 COLLECTIVE_TIMEOUT_S = 600.0
@@ -252,41 +251,43 @@ def keep_group() -> None:
         atexit.register(_leave_at_exit)
 
 
-def stop(*, failed: bool = False) -> None:
+def stop(failure: BaseException | None = None) -> None:
     """Leave the process group; otherwise a gloo run aborts at exit.
 
-    NCCL waits for a collective of the other ranks before it leaves a group, and another rank may
-    be in a collective that this rank never joins. Therefore a rank that failed abandons the group.
-
     Args:
-        failed: whether this rank leaves because of an error, so that other ranks may not call
+        failure: the error because of which this rank leaves, so that other ranks may not call
             `stop`, and this rank must not wait for them.
     """
     gc.collect()
-    if not _KEPT:
-        _leave(failed=failed)
-
-
-def _leave(*, failed: bool) -> None:
-    if not dist.is_initialized():
+    if _KEPT or not dist.is_initialized():
         return
-    if failed and _leaving_waits():
-        abandon_group()
+    if failure is not None and _leaving_waits():
+        # After the error is printed.
+        atexit.register(_end, getattr(failure, "exit_code", 1))
         return
-    if not failed:
+    if failure is None:
         with reports_lost_peer():
             dist.barrier()
     dist.destroy_process_group()
 
 
 def _leave_at_exit() -> None:
-    """Leave a kept group; the other ranks leave theirs too, unless an error ends this process."""
-    if hasattr(sys, "last_value") and _leaving_waits():
-        abandon_group()
-        ended(1)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        if getattr(sys, "last_value", None) is not None and _leaving_waits():
+            _end(1)
+        dist.destroy_process_group()
 
 
 def _leaving_waits() -> bool:
-    """Return whether a backend other than gloo takes part in the process group."""
+    """Return whether a rank cannot leave the group while others wait in a collective, as in NCCL's.
+
+    Only gloo's groups can be left then.
+    """
     return any(not part.endswith("gloo") for part in dist.get_backend_config().split(","))
+
+
+def _end(code: int) -> None:
+    """End the process without the destructors of the process group."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

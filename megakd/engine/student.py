@@ -23,8 +23,8 @@ from megakd.contract.batch import (
 from megakd.contract.moving import copied_to
 from megakd.contract.stage import Pass, backward_groups
 from megakd.contract.units import Cut, Maker, View
-from megakd.engine import gradients
 from megakd.engine.collectives import together
+from megakd.engine.gradients import StepGradients
 from megakd.engine.initialize import RATE, Engine
 from megakd.engine.optimizer_state import OptimizerState
 from megakd.engine.release import destroy
@@ -44,7 +44,7 @@ class StudentEngine:
         self._engine = engine
         self._passes_per_backward = passes_per_backward
         self._norm: Tensor | None = None
-        self._has_gradients = False
+        self._gradients = StepGradients(engine)
 
     @property
     def bundle(self) -> nn.Module:
@@ -79,45 +79,14 @@ class StudentEngine:
         total, parts = torch.zeros((), device=batch.labels.device), dict[str, Tensor]()
         groups = backward_groups(plan, self._passes_per_backward)
         for number, group in enumerate(groups, start=1):
-            losses = self._backward(
-                batch, knowledge, group, counts, is_last=boundary and number == len(groups)
-            )
+            is_last = boundary and number == len(groups)
+            self._gradients.begin(is_last=is_last)
+            losses = self._forward(batch, knowledge, group, counts)
+            self._gradients.backward(losses.total, is_last=is_last)
             total = total + losses.total.detach()
             for name, value in losses.parts.items():
                 parts[name] = parts[name] + value if name in parts else value
         return Losses(total, parts)
-
-    def _backward(
-        self,
-        batch: Batch,
-        knowledge: Mapping[str, Knowledge],
-        plan: Sequence[Pass],
-        counts: Counts,
-        *,
-        is_last: bool,
-    ) -> Losses:
-        """Add the gradient of a group of passes; `is_last`: it completes that of the step."""
-        is_first = not self._has_gradients
-        copy_all = not is_first and gradients.copies_last_backward_alone(self._engine)
-        # Set before the forward, because ZeRO 2 reduces gradients during the backward.
-        self._engine.set_gradient_accumulation_boundary(is_last and not copy_all)
-        losses = self._forward(batch, knowledge, plan, counts)
-        self._engine.backward(self._scaled(losses.total), scale_wrt_gas=False)
-        if is_first:
-            gradients.after_first_backward(self._engine.optimizer)
-        if is_last:
-            gradients.after_last_backward(self._engine, copy_all=copy_all)
-        self._has_gradients = not is_last
-        return losses
-
-    def _scaled(self, loss: Tensor) -> Tensor:
-        """Scale the loss for fp16 at ZeRO 0, where DeepSpeed only divides the gradients again."""
-        return loss if self._engine.zero_optimization() else loss * self.loss_scale
-
-    @property
-    def loss_scale(self) -> float:
-        """The factor of the loss under fp16, by which the update divides the gradients; else 1."""
-        return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0
 
     def _forward(
         self,
@@ -138,7 +107,7 @@ class StudentEngine:
         Call this between the last backward of a step and the update, as in
         `Strategy.before_update`.
         """
-        return local_shards(self.student, loss_scale=self.loss_scale)
+        return local_shards(self.student, loss_scale=self._gradients.scale)
 
     @property
     def optimizer_state(self) -> OptimizerState:
@@ -164,22 +133,26 @@ class StudentEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate * group.get(RATE, 1.0)
         # An update may change the scale. At ZeRO 0, DeepSpeed's norm includes the scale.
-        scale = 1.0 if self._engine.zero_optimization() else self.loss_scale
+        scale = 1.0 if self._engine.zero_optimization() else self._gradients.scale
         norm = self._whole_gradient_norm()
         self._engine.step()
         norm = self._engine.get_global_grad_norm() if norm is None else norm
         self._norm = None if norm is None else torch.as_tensor(norm) / scale
-        gradients.after_update(self._engine.optimizer)
+        self._gradients.forget()
 
     def gradient_norm(self) -> Tensor | None:
         """Return the global gradient norm of the last step before clipping, a device tensor."""
         return self._norm
 
+    def scaling(self) -> dict[str, float]:
+        """Return the scale of the loss under fp16, and the number of steps that overflowed."""
+        skipped = float(self._engine.skipped_steps)
+        return {"train/loss_scale": self._gradients.scale, "train/skipped_steps": skipped}
+
     def _whole_gradient_norm(self) -> Tensor | None:
         """Return the norm at ZeRO 0, where DeepSpeed keeps no norm but ranks have all gradients."""
-        if self._engine.zero_optimization() or self._engine.bfloat16_enabled():
-            return None
-        if self._engine.fp16_enabled():
+        engine = self._engine
+        if engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled():
             return None
         gradients = [p.grad for p in self.bundle.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)

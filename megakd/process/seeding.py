@@ -10,14 +10,10 @@ import torch
 
 @contextmanager
 def cpu_seeded(seed: int) -> Iterator[None]:
-    """Seed the CPU's generator in the body, and restore its state afterwards.
+    """Seed the CPU alone in the body, and restore its state; all ranks may use the same seed.
 
-    `torch.manual_seed` would also seed the generators of all GPUs, whose states are not restored:
-    all ranks would then draw the same dropout masks.
+    `torch.manual_seed` would give the GPUs of all ranks the same dropout masks from now on.
     """
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         yield
-    finally:
-        torch.set_rng_state(state)

@@ -102,17 +102,17 @@ def started(config: RunConfig) -> Iterator[Ranks]:
     transformers.utils.logging.disable_progress_bar()
     # DeepSpeed calls torch functions that torch is about to rename; users cannot change this.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    failed = True
+    failure: BaseException | None = None
     try:
         with reports_lost_peer(), earlier_objects_left_alone():
             warn_of_missing_variables()
             yield ranks
-        failed = False
-    except Stopped as stop:
-        failed = not stop.saved  # after a save, all ranks stop together
+    except BaseException as error:
+        is_saved = isinstance(error, Stopped) and error.saved
+        failure = None if is_saved else error  # after a save, all ranks stop together
         raise
     finally:
-        distributed.stop(failed=failed)
+        distributed.stop(failure)
 
 
 def _run(config: RunConfig, command: str, ranks: Ranks) -> str:

@@ -293,12 +293,12 @@ def _read_plain(path: Path, device: torch.device) -> dict[str, Any]:
     Raises:
         CheckpointError: the file names a class, as the files of version 0.1 do.
     """
-
-    def placed(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
-        return storage if location == "cpu" else storage.to(device=device)
-
     try:
-        return torch.load(path, map_location=placed, weights_only=True)
+        return torch.load(
+            path,
+            map_location=lambda s, at: s if at == "cpu" else s.to(device=device),
+            weights_only=True,
+        )
     except pickle.UnpicklingError as error:
         raise _of_another_version(path.parent) from error
 

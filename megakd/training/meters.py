@@ -19,14 +19,7 @@ from megakd.engine.distributed import Ranks
 from megakd.errors import TrainingError
 from megakd.losses.objective import WEIGHTED_LOSS, Objective
 from megakd.teachers.watched import failed_teachers
-from megakd.training.progress import (
-    LEARNING_RATE,
-    LOSS,
-    LOSS_SCALE,
-    MEMORY_BYTES,
-    SKIPPED,
-    TOKENS_PER_SECOND,
-)
+from megakd.training.progress import LEARNING_RATE, LOSS, MEMORY_BYTES, TOKENS_PER_SECOND
 from megakd.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -50,8 +43,7 @@ class TrainMeter:
         self._tokens: Tensor | None = None
         self._without_targets: Tensor | None = None
         self._norm: Tensor | None = None
-        self._first_bad_norm = self._integer(_NEVER)
-        self._skipped = self._integer(0)
+        self._first_bad_norm = torch.full((), _NEVER, device=ranks.device)
         self._since = time.perf_counter()
         self._paused_s = self._teacher_s = self._waited_s = 0.0
         self._warned = False
@@ -71,24 +63,16 @@ class TrainMeter:
             self._counts[name] = self._counts.get(name, 0) + self._has_value(name, report)
         self._steps += 1
         self._norm = report.gradient_norm
-        if self._norm is not None:
-            self._note_norm(report.step, self._norm)
+        if self._norm is not None and not self._scales_loss:
+            # DeepSpeed skips a step whose gradient is not finite; its norm is -1 or infinite then.
+            bad = ~torch.isfinite(self._norm) | (self._norm < 0)
+            step = torch.where(bad, report.step, _NEVER).to(self._ranks.device)
+            self._first_bad_norm = self._first_bad_norm.minimum(step)
         tokens = report.counts["tokens"]
         empty = (report.counts["targets"] == 0).long()
         self._tokens = tokens if self._tokens is None else self._tokens + tokens
         before = self._without_targets
         self._without_targets = empty if before is None else before + empty
-
-    def _note_norm(self, step: int, norm: Tensor) -> None:
-        # DeepSpeed's norm is -1 or infinite if a gradient is not finite, and the step is skipped.
-        bad = (~torch.isfinite(norm) | (norm < 0)).to(self._ranks.device)
-        if self._scales_loss:
-            self._skipped = self._skipped + bad
-        else:
-            self._first_bad_norm = torch.where(bad, step, _NEVER).minimum(self._first_bad_norm)
-
-    def _integer(self, value: int) -> Tensor:
-        return torch.full((), value, dtype=torch.long, device=self._ranks.device)
 
     def _has_value(self, name: str, report: StepReport) -> int | Tensor:
         """Return 1 for a step that has a value, which a step without texts of a source has not."""
@@ -131,7 +115,7 @@ class TrainMeter:
         if self._norm is not None:
             scalars["train/gradient_norm"] = float(self._norm)
         if self._scales_loss:
-            scalars |= {SKIPPED: float(self._skipped), LOSS_SCALE: self._trainer.student.loss_scale}
+            scalars |= self._trainer.student.scaling()
         self._teacher_s, self._waited_s = teacher_s, waited_s
         self._start_window()
         return scalars
@@ -139,7 +123,6 @@ class TrainMeter:
     def _start_window(self) -> None:
         self._parts, self._counts = {}, {}
         self._steps, self._tokens, self._without_targets = 0, None, None
-        self._skipped = self._integer(0)
         self._since, self._paused_s = time.perf_counter(), 0.0
 
     def _warn_of_empty_steps(self) -> None:
@@ -216,7 +199,6 @@ class TrainMeter:
             "parts": {name: value.cpu() for name, value in self._parts.items()},
             "counts": {name: int(count) for name, count in self._counts.items()},
             "steps": self._steps,
-            "skipped": int(self._skipped),
             "tokens": _on_cpu(self._tokens),
             "without_targets": _on_cpu(self._without_targets),
             "seconds": time.perf_counter() - self._since - self._paused_s,
@@ -228,7 +210,6 @@ class TrainMeter:
         self._parts = {name: value.to(device) for name, value in state["parts"].items()}
         self._counts = dict(state["counts"])
         self._steps, self._window_before = state["steps"], state["seconds"]
-        self._skipped = self._integer(state.get("skipped", 0))
         if state["tokens"] is not None:
             self._tokens = state["tokens"].to(device)
             self._without_targets = state["without_targets"].to(device)

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 LOSS = "train/loss"
 LEARNING_RATE = "train/learning_rate"
-LOSS_SCALE = "train/loss_scale"
-SKIPPED = "train/skipped_steps"
 TOKENS_PER_SECOND = "train/tokens_per_s"
 MEMORY_BYTES = "train/memory_bytes"
 EVALUATION = "eval/"
@@ -39,7 +37,7 @@ SHOWN = {
     LEARNING_RATE: "lr",
     TOKENS_PER_SECOND: "tok/s",
     MEMORY_BYTES: "mem",
-    SKIPPED: "skipped",
+    "train/skipped_steps": "skipped",
     TOKENS_PER_TEXT: "tok/text",
     TRUNCATED: "truncated",
 }

@@ -44,9 +44,8 @@ class Learner(Protocol):
         """Return the gradient norm of the last step, before clipping."""
         ...
 
-    @property
-    def loss_scale(self) -> float:
-        """The factor of the loss under fp16, else 1."""
+    def scaling(self) -> Mapping[str, float]:
+        """Return the scale of the loss under fp16, and the number of steps that overflowed."""
         ...
 
 

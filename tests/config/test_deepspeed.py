@@ -227,7 +227,7 @@ def test_knobs_left_to_the_trainer_are_left_out() -> None:
         ({"zero_optimisation": {}}, 'unknown key "zero_optimisation"; did you mean "zero_optimiz'),
         ({"gradient_cliping": 1}, 'unknown key "gradient_cliping"; did you mean "gradient_clipp'),
         ({"wall_clock_breakdown": "auto"}, 'wall_clock_breakdown cannot be "auto"'),
-        ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op must be "mean" (got "sum")'),
+        ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op cannot be "sum", because losses'),
         ({"zero_optimization": True}, "zero_optimization must be a mapping (got true)"),
         ({"zero_optimization": {"stage": 4}}, "stage must be 0, 1, 2 or 3 (got 4)"),
         ({"zero_optimization": {"stage": "3"}}, 'stage must be 0, 1, 2 or 3 (got "3")'),
@@ -257,22 +257,25 @@ def test_knobs_left_to_the_trainer_are_left_out() -> None:
         ),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"super_offload": True}}},
-            "offload_optimizer.super_offload has never been tried",
+            "offload_optimizer.super_offload cannot be true, because this has never been tried",
         ),
         (
             {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}},
-            "zero_optimization.zenflow has never been tried",
+            'zero_optimization.zenflow cannot be {"topk_ratio": 0.1}, because this has never',
         ),
         (
             {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}},
-            "zero_optimization.elastic_checkpoint: true breaks resuming",
+            "zero_optimization.elastic_checkpoint cannot be true, because a run could not continue",
         ),
         (
             {"zero_optimization": {"stage": 2, "load_from_fp32_weights": False}},
-            "zero_optimization.load_from_fp32_weights: false breaks resuming",
+            "zero_optimization.load_from_fp32_weights cannot be false, because a run could not",
         ),
-        ({"checkpoint": {"load_universal": True}}, "remove the section"),
-        ({"checkpoint": {"writer": {"type": "fast"}}}, "remove the section"),
+        ({"checkpoint": {"load_universal": True}}, 'checkpoint cannot be {"load_universal": true}'),
+        (
+            {"checkpoint": {"writer": {"type": "fast"}}},
+            "a run could not continue from a checkpoint",
+        ),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"devise": "cpu"}}},
             'offload_param: unknown key "devise"; did you mean "device"?',

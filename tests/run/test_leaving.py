@@ -30,8 +30,9 @@ dist.init_process_group("waiting", rank=0, world_size=1, store=dist.HashStore())
 def command():
     try:
         raise {error}
-    finally:
-        distributed.stop(failed=True)
+    except Exception as error:
+        distributed.stop(error)
+        raise
 
 def call():
     distributed.keep_group()
