@@ -251,7 +251,7 @@ def keep_group() -> None:
         atexit.register(_leave_at_exit)
 
 
-def stop(failure: BaseException | None = None) -> None:
+def stop(*, failure: BaseException | None = None) -> None:
     """Leave the process group; otherwise a gloo run aborts at exit.
 
     Args:

@@ -112,7 +112,7 @@ def started(config: RunConfig) -> Iterator[Ranks]:
         failure = None if is_saved else error  # after a save, all ranks stop together
         raise
     finally:
-        distributed.stop(failure)
+        distributed.stop(failure=failure)
 
 
 def _run(config: RunConfig, command: str, ranks: Ranks) -> str:

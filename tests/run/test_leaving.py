@@ -31,7 +31,7 @@ def command():
     try:
         raise {error}
     except Exception as error:
-        distributed.stop(error)
+        distributed.stop(failure=error)
         raise
 
 def call():

@@ -239,3 +239,53 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_checkpoint(
     assert "at step " in said.err
     assert "the last good checkpoint is" in said.err
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+SPOILING = """
+import torch
+
+from megakd.contract.terms import STRICT, PluginTerm
+from pydantic.dataclasses import dataclass
+
+calls = []
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class SpoilsAStep(PluginTerm):
+    \"\"\"0, whose gradient is not finite in the third call.\"\"\"
+
+    unit = "examples"
+    tasks = ("classification",)
+    needs_teacher = False
+
+    def total(self, student, teacher, batch):
+        from megakd.losses.plugin_losses import logits_of
+
+        calls.append(1)
+        zeros = 0 * logits_of(student)
+        return (torch.sqrt(zeros) if len(calls) == 3 else zeros).sum()
+"""
+
+
+@pytest.mark.parametrize(
+    "preset",
+    ["zero2", *(pytest.param(f"zero{stage}", marks=pytest.mark.slow) for stage in (0, 1, 3))],
+)
+def test_a_gradient_that_was_not_finite_long_before_the_log_line_stops_the_run(
+    one_rank, folder, teacher, tmp_path, packages, preset
+):
+    """DeepSpeed skips such a step, and the steps after it are finite again."""
+    (packages / f"spoiling_{preset}.py").write_text(SPOILING)
+    tree = config_tree(
+        tmp_path / "out",
+        {**CLASSES, "dataset": str(folder / "reviews")},
+        student={"model": str(teacher), "deepspeed": preset},
+        objective=[{"loss": "hard_cross_entropy"}, {"loss": f"spoiling_{preset}:SpoilsAStep"}],
+        log={"logging_steps": 8},
+    )
+    tree["train"] |= {"max_steps": 8}
+
+    said = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
+
+    assert said.code == 2
+    assert "the loss or its gradient is not finite (NaN or infinite) at step 3;" in said.err
