@@ -279,10 +279,7 @@ def _leave_at_exit() -> None:
 
 
 def _leaving_waits() -> bool:
-    """Return whether a rank cannot leave the group while others wait in a collective, as in NCCL's.
-
-    Only gloo's groups can be left then.
-    """
+    """Return whether leaving may wait for ranks in a collective; only gloo's groups do not."""
     return any(not part.endswith("gloo") for part in dist.get_backend_config().split(","))
 
 

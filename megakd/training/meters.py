@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megakd.contract.moving import copied_to
 from megakd.contract.stage import Stage, StepReport
 from megakd.contract.unit_counts import SOURCE_UNITS
 from megakd.engine.collectives import all_reduce_, on_main
@@ -66,7 +67,7 @@ class TrainMeter:
         if self._norm is not None and not self._scales_loss:
             # DeepSpeed skips a step whose gradient is not finite; its norm is -1 or infinite then.
             bad = ~torch.isfinite(self._norm) | (self._norm < 0)
-            step = torch.where(bad, report.step, _NEVER).to(self._ranks.device)
+            step = copied_to(torch.where(bad, report.step, _NEVER), self._ranks.device)
             self._first_bad_norm = self._first_bad_norm.minimum(step)
         tokens = report.counts["tokens"]
         empty = (report.counts["targets"] == 0).long()
