@@ -60,7 +60,7 @@ class Push(Protocol):
 
 
 def run_name(output_dir: Path) -> str:
-    """Return a name of a run that differs from the names of runs in other output folders."""
+    """Return the beginning of all names of a run's weights; other output folders have others."""
     place = hashlib.blake2b(str(output_dir.resolve()).encode(), digest_size=4).hexdigest()
     return f"{output_dir.name}-{place}"
 
@@ -72,15 +72,19 @@ class FullPush:
         model: the student, sharded or not.
         servers: all replicas.
         folder: a folder for this run alone, which rank 0 and the servers see.
+        start: a text that no other start of any run has, the same on all ranks.
     """
 
-    def __init__(self, model: nn.Module, servers: Sequence[WeightServer], folder: Path) -> None:
+    def __init__(
+        self, model: nn.Module, servers: Sequence[WeightServer], folder: Path, *, start: str
+    ) -> None:
         self._model, self._servers, self._folder = model, servers, folder
+        self._start = start
 
     def push(self, version: int) -> Pushed:
         """Write the weights and let all servers read them; see `Push`."""
-        target = self._folder / f"version-{version}"
-        name = f"{self._folder.name}-{version}"
+        name = f"{self._folder.name}-{self._start}-{version}"
+        target = self._folder / name
         learned = Learned.of(self._model, None)
         together(lambda: self._write(target, learned))
         on_main(lambda: _each(self._servers, lambda server: server.load_weights(target, name)))
@@ -106,26 +110,36 @@ class FullPush:
 
 
 class AdapterPush:
-    """Pushes the adapters of a student, under a new name for each version.
+    """Pushes the adapters of a student, under a name and a path that were never used before.
+
+    vLLM keeps the cached prefixes of an adapter by its name and path, also after the adapter was
+    unloaded: other weights under a used name would continue prompts from the old prefixes.
 
     Args:
         model: a student with adapters, sharded or not.
         servers: all replicas.
         folder: a folder for this run alone, which rank 0 and the servers see.
+        start: a text that no other start of any run has, the same on all ranks.
         keep: number of versions that stay loaded.
     """
 
     def __init__(
-        self, model: nn.Module, servers: Sequence[AdapterServer], folder: Path, *, keep: int
+        self,
+        model: nn.Module,
+        servers: Sequence[AdapterServer],
+        folder: Path,
+        *,
+        start: str,
+        keep: int,
     ) -> None:
         self._model, self._servers, self._folder = model, servers, folder
-        self._keep = keep
+        self._start, self._keep = start, keep
         self._loaded: list[str] | None = None  # None: adapters of a killed run may be loaded
 
     def push(self, version: int) -> Pushed:
         """Write the adapters, let all servers load them, and unload old versions; see `Push`."""
         files = adapter_files(self._model)
-        name = f"{self._folder.name}-{version}"
+        name = f"{self._folder.name}-{self._start}-{version}"
         on_main(lambda: self._load(name, files))
         return Pushed(adapter=name)
 

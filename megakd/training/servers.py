@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, cast
+from uuid import uuid4
 
 from megakd.config.server_checks import served_name
 from megakd.contract.tasks import STUDENT
 from megakd.data.rollout_rows import Prompts
-from megakd.engine.collectives import on_main
+from megakd.engine.collectives import agree, on_main
 from megakd.errors import ServerError
 from megakd.servers.agreement import Wanted, check_agreement, served_models
 from megakd.servers.connect import replicas_of
@@ -116,10 +117,11 @@ def _push(
     folder = served.wanted.pushed
     if folder is None:
         return None
+    start = agree(uuid4().hex[:8])
     if served.server.push == "full":
-        return FullPush(model, cast("Sequence[WeightServer]", servers), folder)
-    keep = served.rollouts.max_staleness + 1
-    return AdapterPush(model, cast("Sequence[AdapterServer]", servers), folder, keep=keep)
+        return FullPush(model, cast("Sequence[WeightServer]", servers), folder, start=start)
+    adapting, keep = cast("Sequence[AdapterServer]", servers), served.rollouts.max_staleness + 1
+    return AdapterPush(model, adapting, folder, start=start, keep=keep)
 
 
 def _served(config: RunConfig, inputs: RunInputs) -> Served | None:

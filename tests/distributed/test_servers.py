@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -168,18 +169,24 @@ def adapted(launch, texts, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_adapters_reach_a_vllm_server_before_every_step(launch, texts, adapted, tmp_path):
+    """Also those of a run that is started again: the server keeps cached texts of every name."""
     stub = Stub("vllm", name="base", model=Transformer(adapted))
     keys = {"student": {"model": str(adapted), "lora": {"r": 4}}, "train": SHORT}
     keys["task"] = {"tokenizer": str(adapted)}
     own = write_config(tmp_path, texts, zero=3, rollout=GREEDY, **keys)
-    wanted = finish(launch, own, tmp_path / "own")
+    wanted, out = finish(launch, own, tmp_path / "own"), tmp_path / "out"
     with serving(stub):
         server = served(stub, tmp_path / "w", push="adapter")
         config = write_config(tmp_path, texts, zero=3, rollout=GREEDY | server, **keys)
-        out = finish(launch, config, tmp_path / "out")
+        group = launch("--config", str(config), f"output_dir={out}", "train.learning_rate=0.5")
+        assert group.wait() == [0, 0], group.text
+        shutil.rmtree(out)
+        finish(launch, config, out)
 
-    names = [body["lora_name"] for body in stub.of("/v1/load_lora_adapter")]
-    assert [name.rpartition("-")[2] for name in names] == ["0", "1", "2"]
+    asked = stub.of("/v1/load_lora_adapter")
+    names = [body["lora_name"] for body in asked]
+    assert [name.rpartition("-")[2] for name in names] == ["0", "1", "2"] * 2
+    assert len({*names, *(body["lora_path"] for body in asked)}) == 2 * len(asked)
     assert [*stub.loaded] == names[-1:]
     assert texts_of(out) == texts_of(wanted)
     found = load_file(out / "final" / "adapter" / "adapter_model.safetensors")
