@@ -24,8 +24,9 @@ class Wanted(NamedTuple):
     pushed: folder of pushed weights, which a server states as its model after a push; None: no
         weights are pushed.
     longest: tokens of the longest prompt and its text.
-    vocabulary: number of tokens of the student.
+    vocabulary: number of tokens that the models and the tokenizer have.
     end_tokens: the tokens that end a text.
+    padding: further tokens of the served model, which are never generated.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Wanted(NamedTuple):
     longest: int
     vocabulary: int
     end_tokens: tuple[int, ...]
+    padding: range = range(0)
 
 
 def served_models(servers: Sequence[TextServer], wanted: Wanted) -> list[ServedModel]:
@@ -93,23 +95,54 @@ def check_agreement(
     Raises:
         ServerError: two texts for one prompt differ, or an answer cannot be used.
     """
+    greedy = Sampling(PROBE_TOKENS, temperature=0.0)
     for number, prompt in enumerate(prompts):
         first: dict[tuple[str | None, ...], tuple[str, tuple[int, ...]]] = {}
         for server, model in zip(servers, models, strict=True):
             for _ in range(0 if model.paused else TIMES):
-                ids = _greedy(server, model, prompt, wanted)
+                ids = _continued(server, model, prompt, wanted, greedy)
                 other, text = first.setdefault((*model.names, model.weights), (server.url, ids))
                 place = first_difference(text, ids)
                 if place is not None:
                     raise ServerError(_disagreement(other, server.url, number, prompt, place))
 
 
-def _greedy(
-    server: TextServer, model: ServedModel, prompt: tuple[int, ...], wanted: Wanted
+def check_sampling(
+    servers: Sequence[TextServer],
+    models: Sequence[ServedModel],
+    prompt: tuple[int, ...],
+    wanted: Wanted,
+    sampling: Sampling,
+) -> None:
+    """Let every replica that is not paused continue a prompt by the sampling rules of the run.
+
+    Raises:
+        ServerError: a server does not follow a rule; vLLM takes temperatures up to 2 alone.
+    """
+    for server, model in zip(servers, models, strict=True):
+        if not model.paused:
+            try:
+                _continued(server, model, prompt, wanted, sampling)
+            except ServerError as error:
+                raise ServerError(f"rollout.sampling: {error}") from error
+
+
+def _continued(
+    server: TextServer,
+    model: ServedModel,
+    prompt: tuple[int, ...],
+    wanted: Wanted,
+    sampling: Sampling,
 ) -> tuple[int, ...]:
     most = min(PROBE_TOKENS, wanted.longest - len(prompt))
-    sampling = Sampling(most, temperature=0.0)
-    request = TextRequest(prompt, 0, sampling, model.name, wanted.end_tokens)
+    request = TextRequest(
+        prompt,
+        0,
+        sampling._replace(max_new_tokens=most),
+        model.name,
+        wanted.end_tokens,
+        wanted.padding,
+    )
     text = server.complete(request)
     return checked_completion(text, request, vocabulary=wanted.vocabulary, url=server.url).ids
 

@@ -17,7 +17,7 @@ def checked_completion(
     Args:
         text: the answer.
         request: the request.
-        vocabulary: number of tokens of the student; every token is below this number.
+        vocabulary: number of tokens of the student and of its tokenizer.
         url: address of the server, for messages.
 
     Raises:
@@ -33,8 +33,8 @@ def checked_completion(
     strange = next((token for token in ids if not 0 <= token < vocabulary), None)
     if strange is not None:
         raise ServerError(
-            f"{url}: the text holds token {strange}, and the student has {vocabulary} tokens; the "
-            "server serves a model with another vocabulary"
+            f"{url}: the text holds token {strange}, and the student and its tokenizer have "
+            f"{vocabulary} tokens; the server serves a model with another vocabulary"
         )
     return Completion(ids, finished=_is_finished(text, request, url))
 

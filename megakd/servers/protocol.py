@@ -8,6 +8,9 @@ from typing import Any, NamedTuple, Protocol
 
 from megakd.contract.rollouts import Sampling
 
+LEAST_BIAS = -100.0
+"""The smallest number that vLLM adds to a logit; the token is then never drawn in practice."""
+
 
 class ServedModel(NamedTuple):
     """The statements of a server about its model.
@@ -34,6 +37,7 @@ class TextRequest(NamedTuple):
 
     model: name of the model, or of the adapter, that continues the prompt.
     end_tokens: the tokens that end a text.
+    padding: tokens of the model that are never generated, because no tokenizer knows them.
     """
 
     prompt: tuple[int, ...]
@@ -41,6 +45,7 @@ class TextRequest(NamedTuple):
     sampling: Sampling
     model: str
     end_tokens: tuple[int, ...]
+    padding: range = range(0)
 
     def rules(self) -> dict[str, Any]:
         """Return all sampling rules under the names that vLLM and SGLang share.
@@ -56,6 +61,7 @@ class TextRequest(NamedTuple):
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "stop_token_ids": list(self.end_tokens),
+            "logit_bias": {str(token): LEAST_BIAS for token in self.padding} or None,
         }
 
 

@@ -114,6 +114,9 @@ def _completion_request(request: TextRequest) -> dict[str, Any]:
         "prompt": list(request.prompt),
         "max_tokens": request.sampling.max_new_tokens,
         "seed": request.seed,
+        # Otherwise vLLM adds the end tokens of the served folder. SGLang would leave out
+        # stop_token_ids too.
+        "ignore_eos": True,
         "return_token_ids": True,
         "return_weight_versions": True,
     }

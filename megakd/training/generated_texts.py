@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megakd.contract.rollouts import TextTokens
 from megakd.contract.tasks import STUDENT
 from megakd.contract.text_names import TEXTS
 from megakd.data.files import matching_files
@@ -13,10 +12,9 @@ from megakd.data.rollout_rows import Prompts
 from megakd.data.rollout_store import RolloutStore
 from megakd.engine.collectives import on_main, together
 from megakd.engine.student import StudentEngine
-from megakd.models.generation import generation_config_of
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.file_generator import FileGenerator
-from megakd.training.local_generator import LocalGenerator, end_tokens_of
+from megakd.training.local_generator import LocalGenerator, text_tokens
 from megakd.training.longer import LENGTHS
 from megakd.training.rollout_source import RolloutSource, StepRows
 from megakd.training.servers import server_generator
@@ -138,21 +136,8 @@ def local_generator(
         rows_at_once: number of prompts that a rank continues at the same time.
 
     Raises:
-        DataError: no token ends a text.
+        MegakdError: no token ends a text.
     """
     if not isinstance(engine, StudentEngine | FrozenTeacher):
         raise TypeError(f"a {type(engine).__name__} generates no text")
-    inputs = own.prepared
-    tokenizer, source = inputs.tokenizer, inputs.sources[STUDENT]
-    pad = tokenizer.pad_token_id
-    sizes = [one.config.vocab_size for one in inputs.sources.values()]
-    return LocalGenerator(
-        engine,
-        tokens=TextTokens(
-            end=end_tokens_of(tokenizer, source.config, generation_config_of(source)),
-            pad=pad if isinstance(pad, int) else 0,
-            # No model can read a token that it does not have.
-            known=min(len(tokenizer), *sizes),
-        ),
-        rows_at_once=rows_at_once,
-    )
+    return LocalGenerator(engine, tokens=text_tokens(own.prepared), rows_at_once=rows_at_once)

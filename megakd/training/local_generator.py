@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from megakd.contract.rollouts import TextTokens
+from megakd.contract.tasks import STUDENT
 from megakd.engine.collectives import together
 from megakd.engine.whole_model import whole_model
 from megakd.errors import DataError
-from megakd.models.generation import complete
+from megakd.models.generation import complete, generation_config_of
 from megakd.teachers.frozen import FrozenTeacher
 
 if TYPE_CHECKING:
@@ -16,8 +18,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-    from megakd.contract.rollouts import Completion, Sampling, TextTokens
+    from megakd.contract.rollouts import Completion, Sampling
     from megakd.engine.student import StudentEngine
+    from megakd.training.inputs import RunInputs
 
 
 class LocalGenerator:
@@ -28,7 +31,7 @@ class LocalGenerator:
 
     Args:
         engine: the engine of the model; of a student with several learners, the first learner.
-        tokens: the tokens of the texts, see `end_tokens_of`.
+        tokens: the tokens of the texts, see `text_tokens`.
         rows_at_once: number of prompts that a rank continues at the same time.
     """
 
@@ -71,24 +74,47 @@ class LocalGenerator:
         return self._engine.student
 
 
-def end_tokens_of(
-    tokenizer: PreTrainedTokenizerBase, *configs: PretrainedConfig | GenerationConfig | None
-) -> frozenset[int]:
-    """Return the tokens that end a text: the tokenizer's, and those of the configs.
+def text_tokens(inputs: RunInputs) -> TextTokens:
+    """Return the tokens of the texts that the student or a teacher of a run generates.
 
-    A config is left out if it has end tokens, but not the tokenizer's: configs have default
-    numbers (2 in Llama's), which are ordinary tokens of another tokenizer.
+    Raises:
+        MegakdError: no token ends a text, or the generation config of the student cannot be read.
+    """
+    tokenizer, source = inputs.tokenizer, inputs.sources[STUDENT]
+    pad = tokenizer.pad_token_id
+    sizes = [one.config.vocab_size for one in inputs.sources.values()]
+    return TextTokens(
+        end=end_tokens_of(tokenizer, source.config, generation_config_of(source)),
+        pad=pad if isinstance(pad, int) else 0,
+        # No model can read a token that it does not have.
+        known=min(len(tokenizer), *sizes),
+    )
+
+
+def end_tokens_of(
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    generation: GenerationConfig | None = None,
+) -> frozenset[int]:
+    """Return the tokens that end a text: those of the tokenizer and of both configs.
+
+    A config may list end tokens without that of the tokenizer. They are default numbers in the
+    model's config (2 in Llama's), which is then left out. In the generation config, the tokens that
+    were added to the vocabulary of the tokenizer count, and ordinary tokens are default numbers.
 
     Args:
         tokenizer: the tokenizer of the model.
-        configs: configs of the model and of its generation; each may list several end tokens.
+        config: the config of the model.
+        generation: the generation config in the folder of the model; None: there is none.
 
     Raises:
         DataError: neither the tokenizer nor a config has an end token.
     """
     own = tokenizer.eos_token_id
-    listed = [_as_set(config.eos_token_id) for config in configs if config is not None]
-    found = _as_set(own).union(*(ids for ids in listed if own is None or own in ids))
+    of_model, given = listed_ends(config), listed_ends(generation)
+    found = listed_ends(tokenizer)
+    found |= of_model if own is None or own in of_model else frozenset()
+    found |= given if own is None or own in given else given & {*tokenizer.added_tokens_decoder}
     if not found:
         raise DataError(
             "the tokenizer has no eos_token, and the model's config has no eos_token_id: a "
@@ -97,8 +123,9 @@ def end_tokens_of(
     return found
 
 
-def _as_set(ids: Any) -> frozenset[int]:
-    """Return the numbers of a key that holds one number, a list of numbers, or None."""
+def listed_ends(config: Any) -> frozenset[int]:
+    """Return the numbers of `eos_token_id`, which holds one number, a list of numbers, or None."""
+    ids = getattr(config, "eos_token_id", None)
     if ids is None:
         return frozenset()
     return frozenset([ids] if isinstance(ids, int) else ids)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from megakd.contract.rollouts import Completion, Sampling
+    from megakd.servers.agreement import Wanted
     from megakd.servers.protocol import TextServer
     from megakd.training.pushed_weights import Push
 
@@ -45,8 +46,7 @@ class ServerGenerator:
         servers: the replicas.
         models: the name of the model at each replica.
         push: how the replicas get the weights of the student; None: they keep their weights.
-        end_tokens: the tokens that end a text.
-        vocabulary: number of tokens of the student.
+        wanted: the tokens of the texts.
         place: rank of this process, and the number of requests that it makes at the same time.
     """
 
@@ -56,12 +56,11 @@ class ServerGenerator:
         *,
         models: Sequence[str],
         push: Push | None,
-        end_tokens: frozenset[int],
-        vocabulary: int,
+        wanted: Wanted,
         place: tuple[int, int],
     ) -> None:
         self._servers, self._models, self._push = servers, models, push
-        self._ends, self._vocabulary = tuple(sorted(end_tokens)), vocabulary
+        self._wanted = wanted
         self._rank, self._at_once = place
         self._version: int | None = None
         self._pushed = Pushed()
@@ -101,12 +100,12 @@ class ServerGenerator:
     ) -> Completion:
         replica = (self._rank + number) % len(self._servers)
         server = self._servers[replica]
-        model = pushed.adapter or self._models[replica]
-        request = TextRequest(*asked, model, self._ends)
+        model, wanted = pushed.adapter or self._models[replica], self._wanted
+        request = TextRequest(*asked, model, wanted.end_tokens, wanted.padding)
         text = server.complete(request)
         if pushed.weights is not None and text.weights not in {None, pushed.weights}:
             raise ServerError(
                 f"{server.url}: the text was generated with the weights {text.weights}, and "
                 f"{pushed.weights} were pushed; the server was restarted, or another run uses it"
             )
-        return checked_completion(text, request, vocabulary=self._vocabulary, url=server.url)
+        return checked_completion(text, request, vocabulary=wanted.vocabulary, url=server.url)

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from uuid import uuid4
 
 from megakd.config.server_checks import served_name
-from megakd.contract.tasks import STUDENT
 from megakd.data.rollout_rows import Prompts
 from megakd.engine.collectives import agree, on_main
 from megakd.errors import ServerError
-from megakd.servers.agreement import Wanted, check_agreement, served_models
+from megakd.models.generation import generation_config_of
+from megakd.servers.agreement import Wanted, check_agreement, check_sampling, served_models
 from megakd.servers.connect import replicas_of
-from megakd.training.local_generator import end_tokens_of
+from megakd.training.local_generator import listed_ends, text_tokens
 from megakd.training.pushed_weights import AdapterPush, FullPush, run_name
 from megakd.training.server_generator import ServerGenerator
 
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from megakd.config.rollout import RolloutConfig
     from megakd.config.run import RunConfig
-    from megakd.config.servers import RolloutServerConfig
+    from megakd.config.servers import RolloutServerConfig, ServerKind
+    from megakd.models.source import ModelSource
     from megakd.servers.protocol import AdapterServer, TextServer, WeightServer
     from megakd.training.inputs import RunInputs
     from megakd.training.pushed_weights import Push
@@ -61,6 +63,8 @@ def check_servers(config: RunConfig, inputs: RunInputs) -> None:
         servers = replicas_of(served.server, patience_s=FIRST_PATIENCE_S)
         models = served_models(servers, served.wanted)
         check_agreement(servers, models, served.probes, served.wanted)
+        sampling = served.rollouts.sampling_at(0)
+        check_sampling(servers, models, served.probes[0], served.wanted, sampling)
 
     on_main(check)
 
@@ -105,8 +109,7 @@ def server_generator(
         servers,
         models=models,
         push=_push(config, served, servers, model),
-        end_tokens=frozenset(served.wanted.end_tokens),
-        vocabulary=served.wanted.vocabulary,
+        wanted=served.wanted,
         place=(rank, served.rollouts.rows_per_call),
     )
 
@@ -128,15 +131,44 @@ def _served(config: RunConfig, inputs: RunInputs) -> Served | None:
     rollouts = config.rollout
     if rollouts is None or rollouts.server is None:
         return None
-    student, name = inputs.sources[STUDENT].config, served_name(config)
+    tokens, served = text_tokens(inputs), inputs.sources[rollouts.by]
+    known = tokens.known or served.config.vocab_size
     prompts = Prompts(inputs.encoded.train, prompt_tokens=rollouts.prompt_tokens)
     folder = rollouts.server.folder
     wanted = Wanted(
-        name=name or "",
+        name=served_name(config) or "",
         pushed=None if folder is None else folder.resolve() / run_name(config.output_dir),
         longest=prompts.longest()[0] + rollouts.longest,
-        vocabulary=student.vocab_size,
-        end_tokens=tuple(sorted(end_tokens_of(inputs.tokenizer, student))),
+        vocabulary=known,
+        end_tokens=tuple(sorted(_ends(rollouts.server.kind, tokens.end, served, inputs.tokenizer))),
+        padding=range(known, served.config.vocab_size),
     )
     rows = range(min(PROBES, len(inputs.encoded.train)))
     return Served(rollouts, rollouts.server, wanted, tuple(map(prompts.prompt, rows)))
+
+
+def _ends(
+    kind: ServerKind,
+    ends: frozenset[int],
+    served: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+) -> frozenset[int]:
+    """Return the tokens that end the texts of servers.
+
+    vLLM ends texts at the tokens of the request alone. SGLang also ends texts at all end tokens in
+    the folder of the model, and at `<|eom_id|>` of Llama 3 (`additional_stop_token_ids`).
+
+    Raises:
+        ServerError: SGLang would end texts at a token that ends no text of the student.
+    """
+    if kind == "vllm":
+        return ends
+    ends |= {number for text, number in tokenizer.get_added_vocab().items() if text == "<|eom_id|>"}
+    others = (listed_ends(served.config) | listed_ends(generation_config_of(served))) - ends
+    if others and served.folder is not None:
+        raise ServerError(
+            f"rollout.server.kind: sglang ends texts at the tokens {sorted(others)} too, which are "
+            f"eos_token_id in config.json or generation_config.json in {served.folder}, and the "
+            f"student ends texts with {sorted(ends)}; correct eos_token_id there, or use kind: vllm"
+        )
+    return ends

@@ -87,7 +87,7 @@ def test_without_top_k_all_tokens_may_be_drawn(stub: Stub, temperature: float):
     ("ids", "message"),
     [
         ([33] * 8 + [END] * 2, "a text of 10 tokens came back, and 1 to 8 were asked for"),
-        ([33, VOCABULARY, END], "holds token 40, and the student has 40 tokens"),
+        ([33, VOCABULARY, END], "holds token 40, and the student and its tokenizer have 40 tokens"),
         ([33, END, 36, 39], "goes on after the end token 1 at position 1"),
     ],
 )

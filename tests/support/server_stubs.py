@@ -48,6 +48,7 @@ class Stub:
     development: whether a vLLM server knows the paths of VLLM_SERVER_DEV_MODE=1.
     paused: whether a vLLM server answers requests for texts with 503.
     cached: the texts that a vLLM server gives from its cache of prefixes.
+    ends: the end tokens in the folder of the model.
     spoil: function from the path and the answer to the answer that is sent.
     """
 
@@ -59,6 +60,7 @@ class Stub:
         self.busy, self.delay_s = 0, 0.0
         self.development = self.paused = False
         self.cached: dict[str, list[int]] = {}
+        self.ends: list[int] = []
         self.most_logprobs = 10**6
         self.spoil: Callable[[str, Tree], Tree] = lambda _, tree: tree
         self.asked: list[tuple[str, Tree]] = []
@@ -118,7 +120,10 @@ def _completion(stub: Stub, body: Tree) -> tuple[int, Tree]:
         return 404, {"error": error}
     if "prompt_logprobs" in body:
         return _scored(stub, body)
-    ends = body["stop_token_ids"]
+    if body["temperature"] > 2:
+        message = f"temperature must be in [0, 2], got {body['temperature']}."
+        return 400, {"error": {"message": message, "type": "BadRequestError", "code": 400}}
+    ends = body["stop_token_ids"] + ([] if body.get("ignore_eos") else stub.ends)
     rules = {"most": body["max_tokens"], "ends": ends, "seed": body["seed"]}
     rules |= {"temperature": body["temperature"], "adapter": stub.loaded.get(body["model"])}
     weights = stub.weights
@@ -191,7 +196,7 @@ def _unload_adapter(stub: Stub, body: Tree) -> tuple[int, Tree]:
 
 def _generate(stub: Stub, body: Tree) -> tuple[int, Tree]:
     sampling = body["sampling_params"]
-    ends = sampling["stop_token_ids"]
+    ends = [] if sampling.get("ignore_eos") else sampling["stop_token_ids"] + stub.ends
     rules = {"most": sampling["max_new_tokens"], "ends": ends, "seed": sampling["sampling_seed"]}
     rules |= {"temperature": sampling["temperature"], "adapter": None}
     weights, ids = stub.weights, stub.continued(body["input_ids"], rules)

@@ -12,6 +12,7 @@ from megakd.config.servers import RolloutServerConfig
 from megakd.contract.rollouts import Completion, RemoteGenerator, Sampling
 from megakd.engine import collectives
 from megakd.errors import ServerError
+from megakd.servers.agreement import Wanted
 from megakd.servers.connect import replicas_of
 from megakd.training.pushed_weights import Pushed
 from megakd.training.server_generator import ServerGenerator
@@ -50,8 +51,7 @@ def generator(stubs: Any, *, rank: int = 0, at_once: int = 8, push: Any = None) 
         replicas_of(config),
         models=[stub.name for stub in stubs],
         push=push,
-        end_tokens=frozenset({END}),
-        vocabulary=VOCABULARY,
+        wanted=Wanted("tiny", None, 64, VOCABULARY, (END,)),
         place=(rank, at_once),
     )
 
