@@ -8,16 +8,21 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from megakd.errors import ServerError
 
-BUSY = (429, 503)
-"""Status codes of a server that may answer later."""
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator
+
+BUSY = (429, 502, 503, 504)
+"""Status codes of a server, or of a gateway before the server, that may answer later."""
 PATIENCE_S = 60.0
 """Seconds in which a server may be gone during a run, such as behind a switch that fails over."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
+_READ_BYTES = 1 << 20
 _SHOWN = 400  # characters of an answer in a message
 
 
@@ -62,7 +67,8 @@ class JsonServer:
     Args:
         url: address of the server.
         time_limit_s: seconds for the answer to one request, including all retries.
-        patience_s: seconds in which refused and lost connections are tried again.
+        patience_s: seconds in which a server that gives no whole answer is asked again: the name is
+            not resolved, or the connection is refused or lost, also in the middle of an answer.
     """
 
     def __init__(self, url: str, *, time_limit_s: float, patience_s: float = PATIENCE_S) -> None:
@@ -76,8 +82,8 @@ class JsonServer:
     def post(self, path: str, tree: object) -> Reply:
         """Return the answer to POST with a JSON body, whatever its status, after retries.
 
-        A busy server (429, 503) and lost connections are asked again with pauses that double. A
-        request may therefore arrive twice, and must have the same effect twice.
+        A busy server and lost connections are asked again with pauses that double. A request may
+        therefore arrive twice, and must have the same effect twice.
 
         Raises:
             ServerError: the server cannot be reached, or does not answer within the time limit.
@@ -99,48 +105,60 @@ class JsonServer:
 
     def _attempt(
         self, method: str, path: str, body: str | None, *, timeout_s: float
-    ) -> Reply | ConnectionError:
-        """Return the answer to one request, or the error of a connection that may be tried again.
+    ) -> Reply | Exception:
+        """Return the answer to one request, or the error for which there is no whole answer.
 
         Raises:
-            ServerError: another attempt would not help.
+            ServerError: the time limit has passed.
         """
-        where = f"{method} {self.url}{path}"
         try:
             return self._once(method, path, body, timeout_s=timeout_s)
-        except ConnectionError as error:
-            return error
         except TimeoutError as error:
             raise ServerError(
-                f"{where} got no answer within {self._limit:g} s (time_limit); see the log of the "
-                "server, or raise the limit"
+                f"{method} {self.url}{path} got no answer within {self._limit:g} s (time_limit); "
+                "see the log of the server, or raise the limit"
             ) from error
         except (OSError, http.client.HTTPException) as error:
-            raise ServerError(f"{where} failed: {error}; check the address") from error
+            return error
 
     def _once(self, method: str, path: str, body: str | None, *, timeout_s: float) -> Reply:
         parts = urlsplit(self.url)
         secure = parts.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        deadline = time.monotonic() + timeout_s
         connection = kind(parts.hostname or "", parts.port, timeout=max(timeout_s, 0.001))
         try:
             headers = {"Content-Type": "application/json", "Accept": "application/json"}
             connection.request(method, parts.path + path, body=body, headers=headers)
-            answer = connection.getresponse()
-            text = answer.read().decode("utf-8", errors="replace")
+            sock, answer = connection.sock, connection.getresponse()
+            text = b"".join(_parts(answer, sock, deadline)).decode("utf-8", errors="replace")
             return Reply(answer.status, text, f"{method} {self.url}{path}")
         finally:
             connection.close()
 
 
-def _gave_up(where: str, last: Reply | ConnectionError, *, waited_s: float) -> ServerError:
+def _parts(
+    answer: http.client.HTTPResponse, sock: socket.socket, deadline: float
+) -> Iterator[bytes]:
+    """Yield the bytes of an answer as they come; a timeout of a socket is for one read alone."""
+    while True:
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        if not (part := answer.read1(_READ_BYTES)):
+            break
+        yield part
+    if answer.length:
+        raise http.client.IncompleteRead(b"", answer.length)
+
+
+def _gave_up(where: str, last: Reply | Exception, *, waited_s: float) -> ServerError:
     if isinstance(last, Reply):
         return ServerError(
             f"{where} was busy for {waited_s:.1f} s: the last answer was {last.status}: "
             f"{_shown(last.text)}; see the log of the server, or raise time_limit"
         )
     return ServerError(
-        f"{where}: no server answers there ({last}); start the server, or correct the address"
+        f"{where}: no server answers there in {waited_s:.1f} s ({last}); start the server, or "
+        "correct the address"
     )
 
 

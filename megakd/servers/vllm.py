@@ -84,6 +84,8 @@ class VllmServer(Replica):
         reply = self._http.post(
             "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}
         )
+        if reply.status == 400 and name in self.adapters():
+            return  # the request has arrived before, and its answer was lost
         if reply.status == 404:
             raise ServerError(
                 f"{reply.where} answered 404: {reply.text}; start vLLM with --enable-lora and "
@@ -93,7 +95,9 @@ class VllmServer(Replica):
 
     def unload_adapter(self, name: str) -> None:
         """Remove adapters; see `AdapterServer`."""
-        self._http.post("/v1/unload_lora_adapter", {"lora_name": name}).check()
+        reply = self._http.post("/v1/unload_lora_adapter", {"lora_name": name})
+        if reply.status != 404 or name in self.adapters():
+            reply.check()
 
     def adapters(self) -> list[str]:
         """Return the names of all loaded adapters."""

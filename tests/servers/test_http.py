@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import pytest
 from server_stubs import Stub, serving
@@ -21,6 +25,45 @@ def stub() -> Iterator[Stub]:
     stub = Stub("vllm")
     with serving(stub):
         yield stub
+
+
+HEADERS = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 21\r\n\r\n"
+WHOLE = HEADERS + b'{"version": "0.33.0"}'
+
+
+@contextmanager
+def speaking(
+    answers: list[bytes], *, byte_s: float = 0.0, family: int = socket.AF_INET
+) -> Iterator[str]:
+    """A server that gives each connection the next answer, the last one again; its address.
+
+    The body comes byte by byte, with `byte_s` before each byte.
+    """
+    server = socket.create_server(
+        ("127.0.0.1" if family == socket.AF_INET else "::1", 0), family=family
+    )
+
+    def serve() -> None:
+        for number in itertools.count():
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            answer = answers[min(number, len(answers) - 1)]
+            with connection, suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(answer[: len(HEADERS)])
+                for byte in answer[len(HEADERS) :]:
+                    time.sleep(byte_s)
+                    connection.sendall(bytes([byte]))
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    host = "127.0.0.1" if family == socket.AF_INET else "[::1]"
+    yield f"http://{host}:{server.getsockname()[1]}"
+    server.shutdown(socket.SHUT_RDWR)
+    server.close()
+    thread.join()
 
 
 def free_port() -> int:
@@ -59,13 +102,51 @@ def test_a_server_that_comes_up_during_the_patience_is_waited_for():
         assert Late(stub.url, time_limit_s=30).get("/version").tree() == {"version": "0.33.0"}
 
 
-def test_a_busy_server_is_asked_again(stub: Stub):
-    stub.busy = 3
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_a_busy_server_is_asked_again(stub: Stub, status: int):
+    stub.busy, stub.busy_status = 3, status
 
     reply = JsonServer(stub.url, time_limit_s=60).post("/v1/completions", BODY)
 
     assert reply.status == 200
     assert len(stub.of("/v1/completions")) == 4
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again():
+    with speaking([WHOLE[:-5], WHOLE]) as url:
+        assert JsonServer(url, time_limit_s=30).get("/version").tree() == {"version": "0.33.0"}
+
+
+def test_an_answer_that_always_breaks_off_is_named():
+    with speaking([WHOLE[:-5]]) as url, pytest.raises(ServerError, match=r"IncompleteRead.*5 more"):
+        JsonServer(url, time_limit_s=30, patience_s=0.2).get("/version")
+
+
+def test_a_name_that_is_not_resolved_for_a_moment_is_asked_again(stub: Stub, monkeypatch):
+    resolve, failures = socket.getaddrinfo, [socket.gaierror(-3, "Temporary failure")]
+
+    def flaky(*arguments, **keys):
+        if failures:
+            raise failures.pop()
+        return resolve(*arguments, **keys)
+
+    monkeypatch.setattr(socket, "getaddrinfo", flaky)
+    assert JsonServer(stub.url, time_limit_s=30).get("/version").status == 200
+
+
+def test_the_time_limit_is_for_the_whole_answer():
+    """Also if single bytes keep coming."""
+    began = time.monotonic()
+    with speaking([WHOLE], byte_s=0.1) as url, pytest.raises(ServerError, match=r"within 0\.5 s"):
+        JsonServer(url, time_limit_s=0.5).get("/version")
+
+    assert time.monotonic() - began < 2
+
+
+def test_an_address_of_ipv6_is_asked():
+    with speaking([WHOLE], family=socket.AF_INET6) as url:
+        assert url.startswith("http://[::1]:")
+        assert JsonServer(url, time_limit_s=30).get("/version").status == 200
 
 
 def test_a_server_that_stays_busy_is_given_up_within_the_limit(stub: Stub):

@@ -214,6 +214,19 @@ def test_adapters_are_loaded_asked_and_unloaded(tmp_path: Path):
             completion(stub, REQUEST._replace(model="run-1"))
 
 
+def test_a_request_for_adapters_whose_answer_was_lost_may_arrive_twice(tmp_path: Path):
+    """vLLM refuses a second load with 400, and a second unload with 404."""
+    stub = Stub("vllm")
+    stub.lost = ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"]
+    with serving(stub):
+        server = VllmServer(JsonServer(stub.url, time_limit_s=30))
+        server.load_adapter("run-1", tmp_path)
+        assert server.adapters() == ["run-1"]
+        server.unload_adapter("run-1")
+        assert server.adapters() == []
+    assert len(stub.of("/v1/load_lora_adapter")) == len(stub.of("/v1/unload_lora_adapter")) == 2
+
+
 def test_a_vllm_without_runtime_adapters_names_the_settings(tmp_path: Path):
     stub = Stub("vllm")
     with serving(stub):

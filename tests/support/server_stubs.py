@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,7 +44,8 @@ class Counting:
 class Stub:
     """A server of one kind; the attributes may change while it runs.
 
-    busy: how many requests for texts are answered with 503 before the next answer.
+    busy: how many requests for texts are answered with `busy_status` before the next answer.
+    lost: paths whose next request is followed, and whose answer is lost with the connection.
     delay_s: how long every text takes.
     development: whether a vLLM server knows the paths of VLLM_SERVER_DEV_MODE=1.
     paused: whether a vLLM server answers requests for texts with 503.
@@ -57,7 +59,8 @@ class Stub:
         self.version, self.context = "0.33.0", 64
         self.path, self.weights = f"/models/{name}", "default"
         self.loaded: dict[str, str] = {}
-        self.busy, self.delay_s = 0, 0.0
+        self.busy, self.busy_status, self.delay_s = 0, 503, 0.0
+        self.lost: list[str] = []
         self.development = self.paused = False
         self.cached: dict[str, list[int]] = {}
         self.ends: list[int] = []
@@ -77,7 +80,7 @@ class Stub:
             self.asked.append((path, body))
             if path in {"/v1/completions", "/generate"} and (self.busy or self.paused):
                 self.busy = max(0, self.busy - 1)
-                return 503, {"message": "loading"}
+                return self.busy_status, {"message": "loading"}
         routes = VLLM if self.kind == "vllm" else SGLANG
         if self.kind == "vllm" and self.development:
             routes = routes | DEVELOPMENT
@@ -268,6 +271,10 @@ def _server(stub: Stub) -> ThreadingHTTPServer:
 
         def _reply(self, body: Tree) -> None:
             status, tree = stub.answer(self.path, body)
+            if self.path in stub.lost:
+                stub.lost.remove(self.path)
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
             tree = stub.spoil(self.path, tree)
             text = tree if isinstance(tree, str) else json.dumps(tree)
             self.send_response(status)
