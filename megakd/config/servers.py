@@ -11,11 +11,13 @@ from pydantic.dataclasses import dataclass
 from megakd.config.paths import Folder
 from megakd.contract.terms import STRICT, Count, Positive
 
+_LAST_PORT = 65535
 ServerKind = Literal["vllm", "sglang"]
 
 
 def _address(text: str) -> str:
-    if not re.fullmatch(r"https?://[^/\s:]+(:\d+)?(/[^\s?#]*)?", text):
+    given = re.fullmatch(r"https?://([^/\s:\[\]]+|\[[\da-fA-F:.]+\])(:\d+)?(/[^\s?#]*)?", text)
+    if given is None or int((given[2] or ":0")[1:]) > _LAST_PORT:
         raise ValueError(f"must be of the form http://host:port (got {text!r})")
     return text.rstrip("/")
 

@@ -17,7 +17,7 @@ from megakd.errors import ServerError
 from megakd.servers.answers import first_difference
 from megakd.servers.fields import field_of, numbers_of
 from megakd.servers.protocol import TextRequest
-from megakd.servers.state_files import read_state_file, remove_state_files
+from megakd.servers.state_files import lock_of, read_state_file, remove_state_files
 from megakd.servers.vllm import VllmServer
 
 if TYPE_CHECKING:
@@ -88,13 +88,25 @@ class StatesServer(VllmServer):
             tree = reply.tree()
             file = self._file(tree)
             try:
-                tensors = read_state_file(file, time_limit_s=self._exports.time_limit_s)
+                tensors = read_state_file(
+                    file,
+                    time_limit_s=self._exports.time_limit_s,
+                    check_server=lambda: self._check_engine(file),
+                )
             finally:
-                remove_state_files(self._exports.folder, file.name)
+                remove_state_files([file, lock_of(file)])
             return ExportedStates(self._checked(tensors, ids, file), self._following(tree))
         finally:
             # A request that was sent again after a lost connection may have left another file.
-            remove_state_files(self._exports.folder, name)
+            remove_state_files(self._exports.folder.glob(f"*{name}*"))
+
+    def _check_engine(self, file: Path) -> None:
+        problem = self._http.problem("/health")
+        if problem is not None:
+            raise ServerError(
+                f"{self.url} has ended before it has written {file.name}, which it has named: "
+                f"{problem}; see the log of the server"
+            )
 
     def _file(self, tree: Any) -> Path:
         """Return the file that an answer names; the server may see the folder under another path.

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from megakd.errors import ServerError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from torch import Tensor
 
 SEEN_WITHIN_S = 30.0
@@ -32,16 +34,19 @@ class _NotYet(NamedTuple):
     is_written: bool
 
 
-def read_state_file(file: Path, *, time_limit_s: float) -> dict[str, Tensor]:
+def read_state_file(
+    file: Path, *, time_limit_s: float, check_server: Callable[[], None]
+) -> dict[str, Tensor]:
     """Wait until the server has written a file, and return its tensors.
 
     Args:
         file: a safetensors file, with the lock of the server beside it.
         time_limit_s: seconds to wait while the server holds the lock.
+        check_server: function that raises if the server has ended; called while nobody writes.
 
     Raises:
-        ServerError: the file or its lock is missing, the file is damaged or cut short, or the lock
-            is held for too long.
+        ServerError: the file or its lock is missing, the file is damaged or cut short, the lock is
+            held for too long, or the server has ended.
     """
     began, pause, last_written = time.monotonic(), _FIRST_PAUSE_S, time.monotonic()
     while True:
@@ -57,6 +62,8 @@ def read_state_file(file: Path, *, time_limit_s: float) -> dict[str, Tensor]:
                 "the server are one folder with room for the files, and that the server has not "
                 "set use_synchronization_lock to false"
             )
+        if pause == _LONGEST_PAUSE_S and not found.is_written:
+            check_server()
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_S)
 
@@ -87,14 +94,14 @@ def lock_of(file: Path) -> Path:
     return file.with_name(f"{file.name}.lock")
 
 
-def remove_state_files(folder: Path, name: str) -> None:
-    """Delete all files whose names contain `name`, and their locks; missing files are no error.
+def remove_state_files(files: Iterable[Path]) -> None:
+    """Delete files; missing files are no error.
 
     Raises:
         ServerError: a file cannot be deleted.
     """
     try:
-        for file in folder.glob(f"*{name}*"):
+        for file in files:
             file.unlink(missing_ok=True)
     except OSError as error:
         raise ServerError(

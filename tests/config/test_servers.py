@@ -34,6 +34,12 @@ def test_the_model_is_the_student_unless_it_has_another_name(run_file: Path) -> 
     assert taught.rollout.server.url == ("http://a:8000",)
 
 
+def test_an_address_of_ipv6_is_taken() -> None:
+    url = "http://[::1]:8000"
+
+    assert RolloutServerConfig(url=(url,), kind="vllm", push="none").url == (url,)
+
+
 def test_servers_of_both_kinds_take_the_whole_student(run_file: Path) -> None:
     for kind in ("vllm", "sglang"):
         server = f"url: ['http://a:1'], kind: {kind}, push: full, folder: w"
@@ -49,6 +55,8 @@ def test_servers_of_both_kinds_take_the_whole_student(run_file: Path) -> None:
     [
         ("url: [], kind: sglang, push: none", "", "rollout.server.url"),
         ("url: ['a:8000'], kind: sglang, push: none", "", "must be of the form http://host:port"),
+        ("url: ['http://::1:8000'], kind: sglang, push: none", "", "must be of the form http://h"),
+        ("url: ['http://a:99999'], kind: sglang, push: none", "", "must be of the form http://h"),
         (
             "url: ['http://a:1', 'http://a:1/'], kind: vllm, push: none",
             "",

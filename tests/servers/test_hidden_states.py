@@ -161,6 +161,39 @@ def test_a_file_that_does_not_come_whole_is_named(
     assert not list(stub.folder.iterdir())
 
 
+def test_an_engine_that_ends_before_its_file_is_named_at_once(stub: Exporting):
+    """The server has answered already, and the kernel has released the lock."""
+    stub.change, stub.dead = lambda _: None, True
+    began = time.monotonic()
+
+    with pytest.raises(
+        ServerError, match=rf"{stub.url} has ended .*/health answered 503"
+    ) as caught:
+        connected(stub).states(TEXT, "tiny")
+
+    assert stub.written[0] in str(caught.value)
+    assert time.monotonic() - began < 10
+
+
+def test_files_of_other_requests_stay(stub: Exporting):
+    """A server may name its files by a number; one text is in work for another rank."""
+    others = [stub.folder / name for name in ("11.safetensors", "11.safetensors.lock")]
+
+    def spoil(path: str, tree: Any) -> Any:
+        time.sleep(0.2)  # the file is complete
+        given = Path(tree["kv_transfer_params"]["hidden_states_path"]).name
+        for end in ("", ".lock"):
+            (stub.folder / f"{given}{end}").rename(stub.folder / f"1.safetensors{end}")
+        for other in others:
+            other.touch()
+        return tree | {"kv_transfer_params": {"hidden_states_path": "/server/1.safetensors"}}
+
+    stub.spoil = spoil
+    connected(stub).states(TEXT, "tiny")
+
+    assert sorted(stub.folder.iterdir()) == others
+
+
 def test_a_lock_that_is_never_released_ends_at_the_time_limit(stub: Exporting):
     stub.write_s = 3
 
@@ -171,7 +204,7 @@ def test_a_lock_that_is_never_released_ends_at_the_time_limit(stub: Exporting):
 def test_a_file_that_another_node_sees_late_is_read(tmp_path: Path, stub: Exporting):
     file = tmp_path / "late.safetensors"
     with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(read_state_file, file, time_limit_s=20)
+        found = pool.submit(read_state_file, file, time_limit_s=20, check_server=lambda: None)
         time.sleep(0.1)
         stub._publish(file, [1, 2])
 
