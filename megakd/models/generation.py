@@ -90,6 +90,14 @@ def generation_config_of(source: ModelSource) -> GenerationConfig | None:
         ) from error
 
 
+def listed_ends(config: Any) -> frozenset[int]:
+    """Return the numbers of `eos_token_id`, which holds one number, a list of numbers, or None."""
+    ids = getattr(config, "eos_token_id", None)
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)
+
+
 def check_prompt_lengths(lengths: Sequence[int], max_new_tokens: int, context: int | None) -> None:
     """Check that every prompt has tokens, and leaves room for its completion.
 

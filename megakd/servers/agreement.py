@@ -36,6 +36,12 @@ class Wanted(NamedTuple):
     end_tokens: tuple[int, ...]
     padding: range = range(0)
 
+    def request(
+        self, prompt: tuple[int, ...], seed: int, sampling: Sampling, model: str
+    ) -> TextRequest:
+        """Return the request to continue a prompt."""
+        return TextRequest(prompt, seed, sampling, model, self.end_tokens, self.padding)
+
 
 def served_models(servers: Sequence[TextServer], wanted: Wanted) -> list[ServedModel]:
     """Return the model of every replica, after checking that all replicas serve the same model.
@@ -135,14 +141,7 @@ def _continued(
     sampling: Sampling,
 ) -> tuple[int, ...]:
     most = min(PROBE_TOKENS, wanted.longest - len(prompt))
-    request = TextRequest(
-        prompt,
-        0,
-        sampling._replace(max_new_tokens=most),
-        model.name,
-        wanted.end_tokens,
-        wanted.padding,
-    )
+    request = wanted.request(prompt, 0, sampling._replace(max_new_tokens=most), model.name)
     text = server.complete(request)
     return checked_completion(text, request, vocabulary=wanted.vocabulary, url=server.url).ids
 

@@ -91,11 +91,7 @@ class JsonServer:
         return self._ask("POST", path, json.dumps(tree, allow_nan=False))
 
     def problem(self, path: str) -> str | None:
-        """Return why one GET, without retries, is not answered with 200; None if it is.
-
-        Raises:
-            ServerError: there is no answer within the time limit.
-        """
+        """Return why one GET, without retries, is not answered with 200; None if it is."""
         reply = self._attempt("GET", path, None, timeout_s=self._limit)
         if isinstance(reply, Reply):
             return None if reply.status == 200 else f"{reply.where} answered {reply.status}"
@@ -146,6 +142,22 @@ class JsonServer:
             return Reply(answer.status, text, f"{method} {self.url}{path}")
         finally:
             connection.close()
+
+
+class Replica:
+    """One replica of an inference server; its methods may be called from several threads.
+
+    Args:
+        http: the connection to the server.
+    """
+
+    def __init__(self, http: JsonServer) -> None:
+        self._http = http
+
+    @property
+    def url(self) -> str:
+        """The address of the server."""
+        return self._http.url
 
 
 def _parts(

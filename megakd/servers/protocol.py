@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from megakd.contract.rollouts import Sampling
@@ -103,40 +102,6 @@ class TextServer(Protocol):
         ...
 
 
-class WeightServer(TextServer, Protocol):
-    """A server that can replace its weights while it runs."""
-
-    def load_weights(self, folder: Path, version: str) -> None:
-        """Replace the weights of the model by those of a model folder.
-
-        Args:
-            folder: a folder that the server can read.
-            version: a name for these weights, which later answers state.
-        """
-        ...
-
-
-class AdapterServer(TextServer, Protocol):
-    """A server that can load adapters while it runs."""
-
-    def load_adapter(self, name: str, folder: Path) -> None:
-        """Load the adapters of a folder in the format of peft under a new name.
-
-        Args:
-            name: the name of the adapters in requests.
-            folder: a folder that the server can read.
-        """
-        ...
-
-    def unload_adapter(self, name: str) -> None:
-        """Remove adapters that were loaded by `load_adapter`."""
-        ...
-
-    def adapters(self) -> list[str]:
-        """Return the names of all loaded adapters."""
-        ...
-
-
 class BestTokens(NamedTuple):
     """The most likely tokens at one position, most likely first.
 
@@ -164,7 +129,3 @@ class TokenScorer(Protocol):
             model: name of the model.
         """
         ...
-
-
-class ScoringServer(TextServer, TokenScorer, Protocol):
-    """A server that returns probabilities of the tokens of a given text."""

@@ -12,8 +12,8 @@ from typing import Any
 
 from megakd.errors import ServerError
 from megakd.servers.fields import field_of, numbers_of
+from megakd.servers.http import Replica
 from megakd.servers.protocol import ServedModel, ServedText, TextRequest
-from megakd.servers.replica import Replica
 
 _SEED_BITS = 31
 
@@ -22,7 +22,7 @@ class SglangServer(Replica):
     """One replica of an SGLang server."""
 
     def describe(self) -> list[ServedModel]:
-        """Return the base model; see `WeightServer`."""
+        """Return the base model; see `TextServer`."""
         path = field_of(self._http.get("/get_model_info").tree(), "model_path", str, self.url)
         cards = field_of(self._http.get("/v1/models").tree(), "data", list, self.url)
         base = [card for card in cards if card.get("parent") is None]
@@ -37,7 +37,7 @@ class SglangServer(Replica):
         return field_of(reply.tree(), "version", str, self.url)
 
     def complete(self, request: TextRequest) -> ServedText:
-        """Continue one prompt; see `WeightServer`."""
+        """Continue one prompt; see `TextServer`."""
         reply = self._http.post("/generate", _generate_request(request)).tree()
         if isinstance(reply, list):
             raise ServerError(f"{self.url}: {len(reply)} texts came back for one prompt")
@@ -58,7 +58,7 @@ class SglangServer(Replica):
         )
 
     def load_weights(self, folder: Path, version: str) -> None:
-        """Replace the weights of the model; see `WeightServer`."""
+        """Replace the weights by those of a folder; later answers state `version`."""
         body = {"model_path": str(folder), "weight_version": version}
         reply = self._http.post("/update_weights_from_disk", body)
         if reply.status != 200 or reply.tree().get("success") is not True:

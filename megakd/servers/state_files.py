@@ -110,18 +110,25 @@ def remove_state_files(files: Iterable[Path]) -> None:
         ) from error
 
 
-def check_states_folder(folder: Path) -> None:
-    """Check that a folder exists and that this rank may delete its files.
+def check_folder(folder: Path, key: str, wanted: str, *, is_made: bool = False) -> None:
+    """Check that this rank may write and delete files in a folder.
+
+    Args:
+        folder: the folder.
+        key: the key of the config that names the folder.
+        wanted: what the key must name.
+        is_made: whether a missing folder is made.
 
     Raises:
         ServerError: the folder is missing or cannot be written.
     """
     probe = folder / f"megakd-probe-{time.time_ns()}"
     try:
+        if is_made:
+            folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise ServerError(
-            f"teacher.server.states: {folder} cannot be written ({error.strerror}); name the "
-            "shared_storage_path of the server, a folder that every rank can read and write"
+            f"{key}: {folder} cannot be written ({error.strerror}); name {wanted}"
         ) from error

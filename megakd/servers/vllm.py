@@ -12,8 +12,8 @@ from typing import Any
 
 from megakd.errors import ServerError
 from megakd.servers.fields import field_of, numbers_of
+from megakd.servers.http import Replica
 from megakd.servers.protocol import BestTokens, ServedModel, ServedText, TextRequest
-from megakd.servers.replica import Replica
 
 MOST_PROBABILITY = 1.01
 """Sum of the probabilities of a position, with room for rounding in 16 bits."""
@@ -23,7 +23,7 @@ class VllmServer(Replica):
     """One replica of a vLLM server."""
 
     def describe(self) -> list[ServedModel]:
-        """Return the base models; see `AdapterServer`."""
+        """Return the base models; see `TextServer`."""
         version = field_of(self._http.get("/version").tree(), "version", str, self.url)
         return [
             ServedModel(
@@ -37,7 +37,7 @@ class VllmServer(Replica):
         ]
 
     def complete(self, request: TextRequest) -> ServedText:
-        """Continue one prompt; see `AdapterServer`."""
+        """Continue one prompt; see `TextServer`."""
         reply = self._http.post("/v1/completions", _completion_request(request)).tree()
         choices = field_of(reply, "choices", list, self.url)
         if len(choices) != 1:
@@ -58,7 +58,7 @@ class VllmServer(Replica):
         )
 
     def top_k(self, ids: tuple[int, ...], count: int, model: str) -> list[BestTokens]:
-        """Return the most likely next tokens at every position; see `ScoringServer`."""
+        """Return the most likely next tokens at every position; see `TokenScorer`."""
         body = {"model": model, "prompt": list(ids), "max_tokens": 1, "n": 1}
         reply = self._http.post(
             "/v1/completions",
@@ -80,7 +80,7 @@ class VllmServer(Replica):
         return [_best(entry, count, self.url) for entry in others]
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Load adapters; see `AdapterServer`."""
+        """Load the adapters of a folder in the format of peft under a name that is new."""
         reply = self._http.post(
             "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}
         )
@@ -94,7 +94,7 @@ class VllmServer(Replica):
         reply.check()
 
     def unload_adapter(self, name: str) -> None:
-        """Remove adapters; see `AdapterServer`."""
+        """Remove adapters that were loaded by `load_adapter`."""
         reply = self._http.post("/v1/unload_lora_adapter", {"lora_name": name})
         if reply.status != 404 or name in self.adapters():
             reply.check()

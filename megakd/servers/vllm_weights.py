@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class VllmWeightServer(VllmServer):
-    """A vLLM server whose weights a run replaces; see `WeightServer`."""
+    """A vLLM server whose weights a run replaces."""
 
     def describe(self) -> list[ServedModel]:
         """Return the base models, and which weights they have; see `TextServer`.
@@ -47,10 +47,11 @@ class VllmWeightServer(VllmServer):
         return text
 
     def load_weights(self, folder: Path, version: str) -> None:
-        """Replace the weights of the model; see `WeightServer`.
+        """Replace the weights of the model by those of a folder that the server can read.
 
         The server finishes its texts, answers 503 while it reads the folder, and forgets all
-        cached prefixes. A server that fails stays paused, because its weights are incomplete.
+        cached prefixes. A server that fails stays paused, because its weights are incomplete. Later
+        answers state `version`.
         """
         self._control("/pause?mode=wait").check()
         self._reload(folder, version)

@@ -17,7 +17,7 @@ from megakd.servers.threads import Running
 
 if TYPE_CHECKING:
     from megakd.engine.distributed import Ranks
-    from megakd.servers.protocol import BestTokens, ScoringServer
+    from megakd.servers.protocol import BestTokens, TokenScorer
 
 Said = TypeVar("Said")
 AT_ONCE = 64
@@ -104,7 +104,7 @@ class TopKTeacher(ServedTeacher["list[BestTokens]"]):
 
     def __init__(
         self,
-        servers: Sequence[ScoringServer],
+        servers: Sequence[TokenScorer],
         models: Sequence[str],
         *,
         top_k: int,

@@ -6,12 +6,10 @@ with another token, generates texts without an end.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from megakd.contract.tasks import STUDENT
 from megakd.data.chat_counts import SETS
@@ -19,6 +17,7 @@ from megakd.data.chat_rows import is_chat
 from megakd.data.chat_tokens import PROMPT_LENGTH
 from megakd.data.tokenizers import from_folder, has_tokenizer_files
 from megakd.errors import ConfigError, DataError
+from megakd.models.generation import generation_config_of, listed_ends
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -107,20 +106,7 @@ def _facts(where: str, tokenizer: PreTrainedTokenizerBase, source: ModelSource) 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> set[int]:
     """Return the numbers of the tokens that end a text of a model: its files' and tokenizer's."""
-    found = [tokenizer.eos_token_id, *_generation_ends(source.folder)]
-    return {number for number in found if isinstance(number, int)}
-
-
-def _generation_ends(folder: Path | None) -> list[Any]:
-    """Return the end tokens in generation_config.json, if a model's folder has the file."""
-    path = None if folder is None else folder / "generation_config.json"
-    if path is None or not path.is_file():
-        return []
-    try:
-        ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} cannot be read: {error}; download the file again") from error
-    return cast("list[Any]", ends) if isinstance(ends, list) else [ends]
+    return {*listed_ends(tokenizer), *listed_ends(generation_config_of(source))}
 
 
 def _tokens(ids: set[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megakd.contract.rollouts import TextTokens
 from megakd.contract.tasks import STUDENT
 from megakd.engine.collectives import together
 from megakd.engine.whole_model import whole_model
 from megakd.errors import DataError
-from megakd.models.generation import complete, generation_config_of
+from megakd.models.generation import complete, generation_config_of, listed_ends
 from megakd.teachers.frozen import FrozenTeacher
 
 if TYPE_CHECKING:
@@ -121,11 +121,3 @@ def end_tokens_of(
             "generated text would never end; set eos_token in the folder of the tokenizer"
         )
     return found
-
-
-def listed_ends(config: Any) -> frozenset[int]:
-    """Return the numbers of `eos_token_id`, which holds one number, a list of numbers, or None."""
-    ids = getattr(config, "eos_token_id", None)
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
 
-from megakd.engine.collectives import on_main, together
+from megakd.engine.collectives import agree, on_main, together
 from megakd.engine.sharding import full_shape, is_first_rank
 from megakd.errors import ServerError
 from megakd.models.export import fill_serving_folder
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from megakd.servers.protocol import AdapterServer, WeightServer
+    from megakd.servers.sglang import SglangServer
+    from megakd.servers.vllm import VllmServer
+    from megakd.servers.vllm_weights import VllmWeightServer
 
 SHARD_BYTES = 256_000_000
 """Largest size of a shard; rank 0 holds one shard and one parameter at a time."""
@@ -43,8 +46,34 @@ class Pushed(NamedTuple):
     weights: str | None = None
 
 
-class Push(Protocol):
-    """A way to give servers the weights of the student."""
+def run_name(output_dir: Path) -> str:
+    """Return a name of a run that differs from the names of runs in other output folders."""
+    place = hashlib.blake2b(str(output_dir.resolve()).encode(), digest_size=4).hexdigest()
+    return f"{output_dir.name}-{place}"
+
+
+def start_folder(pushed: Path) -> Path:
+    """Return a folder in the folder of a run for this start alone; a collective.
+
+    vLLM keeps cached prefixes by the name and the path of adapters, also of unloaded ones: other
+    weights under a used name or path would continue prompts from the old prefixes.
+    """
+    return pushed / f"{pushed.name}-{agree(uuid4().hex[:8])}"
+
+
+class FullPush:
+    """Pushes the whole model by a model folder; adapters are merged into the weights.
+
+    Args:
+        model: the student, sharded or not.
+        servers: all replicas.
+        folder: from `start_folder`, in a folder for this run alone that rank 0 and the servers see.
+    """
+
+    def __init__(
+        self, model: nn.Module, servers: Sequence[SglangServer | VllmWeightServer], folder: Path
+    ) -> None:
+        self._model, self._servers, self._folder = model, servers, folder
 
     def push(self, version: int) -> Pushed:
         """Give all servers the weights that the student has now; a collective.
@@ -56,35 +85,8 @@ class Push(Protocol):
             MegakdError: the folder cannot be written, or a server does not load the weights; raised
                 on every rank.
         """
-        ...
-
-
-def run_name(output_dir: Path) -> str:
-    """Return the beginning of all names of a run's weights; other output folders have others."""
-    place = hashlib.blake2b(str(output_dir.resolve()).encode(), digest_size=4).hexdigest()
-    return f"{output_dir.name}-{place}"
-
-
-class FullPush:
-    """Pushes the whole model by a model folder; adapters are merged into the weights.
-
-    Args:
-        model: the student, sharded or not.
-        servers: all replicas.
-        folder: a folder for this run alone, which rank 0 and the servers see.
-        start: a text that no other start of any run has, the same on all ranks.
-    """
-
-    def __init__(
-        self, model: nn.Module, servers: Sequence[WeightServer], folder: Path, *, start: str
-    ) -> None:
-        self._model, self._servers, self._folder = model, servers, folder
-        self._start = start
-
-    def push(self, version: int) -> Pushed:
-        """Write the weights and let all servers read them; see `Push`."""
-        name = f"{self._folder.name}-{self._start}-{version}"
-        target = self._folder / name
+        target = self._folder / f"version-{version}"
+        name = f"{self._folder.name}-{version}"
         learned = Learned.of(self._model, None)
         together(lambda: self._write(target, learned))
         on_main(lambda: _each(self._servers, lambda server: server.load_weights(target, name)))
@@ -94,7 +96,8 @@ class FullPush:
         """Write on rank 0; every rank iterates over the state, which contains collectives."""
         try:
             if is_first_rank():
-                shutil.rmtree(self._folder, ignore_errors=True)  # the servers have read it
+                # The servers have read it, and other folders of the run are of killed starts.
+                shutil.rmtree(self._folder.parent, ignore_errors=True)
                 self._folder.mkdir(parents=True)
                 _check_room(self._folder, _bytes_of(self._model))
                 with atomic.replaced_folder(target) as temporary:
@@ -110,42 +113,32 @@ class FullPush:
 
 
 class AdapterPush:
-    """Pushes the adapters of a student, under a name and a path that were never used before.
-
-    vLLM keeps the cached prefixes of an adapter by its name and path, also after the adapter was
-    unloaded: other weights under a used name would continue prompts from the old prefixes.
+    """Pushes the adapters of a student, under a new name for each version.
 
     Args:
         model: a student with adapters, sharded or not.
         servers: all replicas.
-        folder: a folder for this run alone, which rank 0 and the servers see.
-        start: a text that no other start of any run has, the same on all ranks.
+        folder: from `start_folder`, in a folder for this run alone that rank 0 and the servers see.
         keep: number of versions that stay loaded.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        servers: Sequence[AdapterServer],
-        folder: Path,
-        *,
-        start: str,
-        keep: int,
+        self, model: nn.Module, servers: Sequence[VllmServer], folder: Path, *, keep: int
     ) -> None:
         self._model, self._servers, self._folder = model, servers, folder
-        self._start, self._keep = start, keep
+        self._keep = keep
         self._loaded: list[str] | None = None  # None: adapters of a killed run may be loaded
 
     def push(self, version: int) -> Pushed:
-        """Write the adapters, let all servers load them, and unload old versions; see `Push`."""
+        """Give all servers the adapters, and unload old versions; see `FullPush`."""
         files = adapter_files(self._model)
-        name = f"{self._folder.name}-{self._start}-{version}"
+        name = f"{self._folder.name}-{version}"
         on_main(lambda: self._load(name, files))
         return Pushed(adapter=name)
 
     def _load(self, name: str, files: dict[str, Any]) -> None:
         if self._loaded is None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self._folder.parent, ignore_errors=True)
             _each(self._servers, self._unload_leftovers)
             self._loaded = []
         with atomic.replaced_folder(self._folder / name) as temporary:
@@ -158,9 +151,9 @@ class AdapterPush:
             _each(self._servers, lambda server, old=old: server.unload_adapter(old))
             shutil.rmtree(self._folder / old)
 
-    def _unload_leftovers(self, server: AdapterServer) -> None:
+    def _unload_leftovers(self, server: VllmServer) -> None:
         for name in server.adapters():
-            if name.startswith(f"{self._folder.name}-"):
+            if name.startswith(f"{self._folder.parent.name}-"):
                 server.unload_adapter(name)
 
 

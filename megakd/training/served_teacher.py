@@ -14,7 +14,7 @@ from megakd.engine.collectives import on_main, together
 from megakd.servers.agreement import Wanted, served_models
 from megakd.servers.connect import scoring_replicas
 from megakd.servers.scores import check_reference, check_scores
-from megakd.servers.state_files import check_states_folder
+from megakd.servers.state_files import check_folder
 from megakd.storage.finished_folder import check_given
 from megakd.teachers.served import TopKTeacher
 from megakd.training.exported_states import (
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 FIRST_PATIENCE_S = 0.5
 """Seconds in which a server must accept a connection before the run."""
+_STATES = "the shared_storage_path of the server, which every rank can read and write"
 CHECKED_ROWS = 8
 """Training rows that the servers answer before the run."""
 
@@ -54,7 +55,7 @@ def check_teacher_servers(config: RunConfig, inputs: RunInputs) -> None:
             continue
         folder = spec.server.states
         if folder is not None:
-            together(lambda folder=folder: check_states_folder(folder))
+            together(lambda folder=folder: check_folder(folder, "teacher.server.states", _STATES))
         on_main(lambda name=name, spec=spec: _check(config, inputs, name, spec))
 
 

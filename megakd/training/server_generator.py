@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from megakd.engine.collectives import together
 from megakd.errors import ServerError
 from megakd.servers.answers import checked_completion
-from megakd.servers.protocol import TextRequest
 from megakd.servers.threads import Running
 from megakd.training.pushed_weights import Pushed
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from megakd.contract.rollouts import Completion, Sampling
     from megakd.servers.agreement import Wanted
     from megakd.servers.protocol import TextServer
-    from megakd.training.pushed_weights import Push
+    from megakd.training.pushed_weights import AdapterPush, FullPush
 
 
 class AskedTexts:
@@ -55,7 +54,7 @@ class ServerGenerator:
         servers: Sequence[TextServer],
         *,
         models: Sequence[str],
-        push: Push | None,
+        push: FullPush | AdapterPush | None,
         wanted: Wanted,
         place: tuple[int, int],
     ) -> None:
@@ -100,12 +99,11 @@ class ServerGenerator:
     ) -> Completion:
         replica = (self._rank + number) % len(self._servers)
         server = self._servers[replica]
-        model, wanted = pushed.adapter or self._models[replica], self._wanted
-        request = TextRequest(*asked, model, wanted.end_tokens, wanted.padding)
+        request = self._wanted.request(*asked, pushed.adapter or self._models[replica])
         text = server.complete(request)
         if pushed.weights is not None and text.weights not in {None, pushed.weights}:
             raise ServerError(
                 f"{server.url}: the text was generated with the weights {text.weights}, and "
                 f"{pushed.weights} were pushed; the server was restarted, or another run uses it"
             )
-        return checked_completion(text, request, vocabulary=wanted.vocabulary, url=server.url)
+        return checked_completion(text, request, vocabulary=self._wanted.vocabulary, url=server.url)

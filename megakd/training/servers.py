@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, cast
-from uuid import uuid4
 
 from megakd.config.server_checks import served_name
 from megakd.data.rollout_rows import Prompts
-from megakd.engine.collectives import agree, on_main
+from megakd.engine.collectives import on_main
 from megakd.errors import ServerError
-from megakd.models.generation import generation_config_of
+from megakd.models.generation import generation_config_of, listed_ends
 from megakd.servers.agreement import Wanted, check_agreement, check_sampling, served_models
 from megakd.servers.connect import replicas_of
-from megakd.training.local_generator import listed_ends, text_tokens
-from megakd.training.pushed_weights import AdapterPush, FullPush, run_name
+from megakd.servers.state_files import check_folder
+from megakd.training.local_generator import text_tokens
+from megakd.training.pushed_weights import AdapterPush, FullPush, run_name, start_folder
 from megakd.training.server_generator import ServerGenerator
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from torch import nn
     from transformers import PreTrainedTokenizerBase
@@ -27,9 +26,11 @@ if TYPE_CHECKING:
     from megakd.config.run import RunConfig
     from megakd.config.servers import RolloutServerConfig, ServerKind
     from megakd.models.source import ModelSource
-    from megakd.servers.protocol import AdapterServer, TextServer, WeightServer
+    from megakd.servers.protocol import TextServer
+    from megakd.servers.sglang import SglangServer
+    from megakd.servers.vllm import VllmServer
+    from megakd.servers.vllm_weights import VllmWeightServer
     from megakd.training.inputs import RunInputs
-    from megakd.training.pushed_weights import Push
 
 FIRST_PATIENCE_S = 0.5
 """Seconds in which a server must accept a connection before the run."""
@@ -59,7 +60,8 @@ def check_servers(config: RunConfig, inputs: RunInputs) -> None:
 
     def check() -> None:
         if served.wanted.pushed is not None:
-            _check_folder(served.wanted.pushed)
+            wanted = "a folder that rank 0 and all servers see"
+            check_folder(served.wanted.pushed, "rollout.server.folder", wanted, is_made=True)
         servers = replicas_of(served.server, patience_s=FIRST_PATIENCE_S)
         models = served_models(servers, served.wanted)
         check_agreement(servers, models, served.probes, served.wanted)
@@ -67,23 +69,6 @@ def check_servers(config: RunConfig, inputs: RunInputs) -> None:
         check_sampling(servers, models, served.probes[0], served.wanted, sampling)
 
     on_main(check)
-
-
-def _check_folder(folder: Path) -> None:
-    """Raise if rank 0 cannot write the folder of the pushed weights.
-
-    Raises:
-        ServerError: the message has the reason.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".written").touch()
-        (folder / ".written").unlink()
-    except OSError as error:
-        raise ServerError(
-            f"rollout.server.folder: {folder} cannot be written ({error}); name a folder that rank "
-            "0 and all servers see"
-        ) from error
 
 
 def server_generator(
@@ -116,15 +101,14 @@ def server_generator(
 
 def _push(
     config: RunConfig, served: Served, servers: Sequence[TextServer], model: nn.Module
-) -> Push | None:
-    folder = served.wanted.pushed
-    if folder is None:
+) -> FullPush | AdapterPush | None:
+    if served.wanted.pushed is None:
         return None
-    start = agree(uuid4().hex[:8])
+    folder = start_folder(served.wanted.pushed)
     if served.server.push == "full":
-        return FullPush(model, cast("Sequence[WeightServer]", servers), folder, start=start)
-    adapting, keep = cast("Sequence[AdapterServer]", servers), served.rollouts.max_staleness + 1
-    return AdapterPush(model, adapting, folder, start=start, keep=keep)
+        return FullPush(model, cast("Sequence[SglangServer | VllmWeightServer]", servers), folder)
+    keep = served.rollouts.max_staleness + 1
+    return AdapterPush(model, cast("Sequence[VllmServer]", servers), folder, keep=keep)
 
 
 def _served(config: RunConfig, inputs: RunInputs) -> Served | None:

@@ -26,7 +26,7 @@ def full(
     student = run.student.student
     server = VllmWeightServer if kind == "vllm" else SglangServer
     servers = [server(JsonServer(url, time_limit_s=60)) for url in urls]
-    push = FullPush(student, servers, Path(folder) / "run", start="s1")
+    push = FullPush(student, servers, Path(folder) / "run" / "run-s1")
     with patch.object(pushed_weights, "SHARD_BYTES", 3000):
         for version in (1, 2):
             run.trainer.train_step(run.source.step(version - 1))
@@ -45,7 +45,7 @@ def refused(config_path: str, overrides: list[str], folder: str, urls: list[str]
     """The messages of a folder without room and of a server that loads nothing; then a step."""
     run, teacher = _started(config_path, overrides)
     servers = [SglangServer(JsonServer(url, time_limit_s=60)) for url in urls]
-    push = FullPush(run.student.student, servers, Path(folder) / "run", start="s1")
+    push = FullPush(run.student.student, servers, Path(folder) / "run" / "run-s1")
     said = []
     for needed in (10**18, 1):
         try:
@@ -63,7 +63,7 @@ def adapters(config_path: str, overrides: list[str], folder: str, urls: list[str
     """Three updates with a push after each; the names of the pushed adapters."""
     run, teacher = _started(config_path, overrides)
     servers = [VllmServer(JsonServer(url, time_limit_s=60)) for url in urls]
-    push = AdapterPush(run.student.student, servers, Path(folder) / "run", start="s1", keep=2)
+    push = AdapterPush(run.student.student, servers, Path(folder) / "run" / "run-s1", keep=2)
     names = []
     for version in (1, 2, 3):
         run.trainer.train_step(run.source.step(version - 1))

@@ -58,7 +58,8 @@ def test_names_and_bytes_pushed_are_those_of_the_exported_model(
     with serving(*stubs) as urls:
         versions = workers(2).run("server_cases.full", path, [], str(tmp_path), kind, urls)
 
-    last = tmp_path / "run" / "run-s1-2"
+    run = tmp_path / "run" / "run-s1"
+    last = run / "version-2"
     pushed, wanted = tensors_of(last), tensors_of(tmp_path / "export")
     assert versions == ["run-s1-2", "run-s1-2"]
     assert len(list(last.glob("*.safetensors"))) > 3
@@ -67,10 +68,9 @@ def test_names_and_bytes_pushed_are_those_of_the_exported_model(
         assert pushed[name].dtype == tensor.dtype
         assert bytes_of(pushed[name]) == bytes_of(tensor), name
     # Earlier versions make room; every replica reads every version.
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run-s1-2"]
+    assert [path.name for path in run.iterdir()] == ["version-2"]
     for stub in stubs:
-        run = tmp_path / "run"
-        folders = [(str(run / f"run-s1-{k}"), f"run-s1-{k}") for k in (1, 2)]
+        folders = [(str(run / f"version-{k}"), f"run-s1-{k}") for k in (1, 2)]
         assert pushes_of(stub) == folders
     reloaded = AutoModelForCausalLM.from_pretrained(last)
     assert reloaded.config.architectures == ["LlamaForCausalLM"]
@@ -107,8 +107,9 @@ def test_adapters_get_a_new_name_per_version_and_old_versions_are_unloaded(
     assert names == [["run-s1-1", "run-s1-2", "run-s1-3"]] * 2
     for stub in stubs:
         assert set(stub.loaded) == {"other-1", "run-s1-2", "run-s1-3"}
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run-s1-2", "run-s1-3"}
-    two, three = (tensors_of(tmp_path / "run" / name) for name in ("run-s1-2", "run-s1-3"))
+    run = tmp_path / "run" / "run-s1"
+    assert {path.name for path in run.iterdir()} == {"run-s1-2", "run-s1-3"}
+    two, three = (tensors_of(run / name) for name in ("run-s1-2", "run-s1-3"))
     assert two.keys() == three.keys()
     assert all("lora_" in name for name in two)
     assert any(not torch.equal(two[name], three[name]) for name in two)

@@ -96,7 +96,7 @@ def test_a_run_that_was_killed_during_a_push_is_resumed(launch, texts, tmp_path)
     answer = other.answer
 
     def stuck(path: str, body: Any) -> tuple[int, Any]:
-        if path == "/collective_rpc" and body["kwargs"]["weights_path"].endswith("-3"):
+        if path == "/collective_rpc" and body["kwargs"]["weights_path"].endswith("version-3"):
             return 503, {"message": "loading"}
         return answer(path, body)
 

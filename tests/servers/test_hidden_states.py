@@ -17,7 +17,7 @@ from megakd.errors import ServerError
 from megakd.servers import state_files
 from megakd.servers.hidden_states import Exports, StatesServer
 from megakd.servers.http import JsonServer
-from megakd.servers.state_files import check_states_folder, read_state_file
+from megakd.servers.state_files import check_folder, read_state_file
 
 TEXT = (5, 8, 30, 2)
 
@@ -241,8 +241,8 @@ def test_a_path_outside_of_the_folder_is_not_followed(stub: Exporting, tmp_path:
 
 
 def test_a_folder_that_is_missing_is_refused_before_the_run(tmp_path: Path):
-    check_states_folder(tmp_path)
+    check_folder(tmp_path, "teacher.server.states", "a folder")
     assert not list(tmp_path.iterdir())
 
-    with pytest.raises(ServerError, match=r"gone cannot be written .* shared_storage_path"):
-        check_states_folder(tmp_path / "gone")
+    with pytest.raises(ServerError, match=r"^teacher.*gone cannot be written .* a folder"):
+        check_folder(tmp_path / "gone", "teacher.server.states", "a folder")
