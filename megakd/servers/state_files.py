@@ -114,8 +114,8 @@ def check_folder(folder: Path, key: str, wanted: str, *, is_made: bool = False) 
     """Check that this rank may write and delete files in a folder.
 
     Args:
-        folder: the folder.
-        key: the key of the config that names the folder.
+        folder: the folder that `key` of the config names.
+        key: the key.
         wanted: what the key must name.
         is_made: whether a missing folder is made.
 

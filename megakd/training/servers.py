@@ -132,10 +132,7 @@ def _served(config: RunConfig, inputs: RunInputs) -> Served | None:
 
 
 def _ends(
-    kind: ServerKind,
-    ends: frozenset[int],
-    served: ModelSource,
-    tokenizer: PreTrainedTokenizerBase,
+    kind: ServerKind, ends: frozenset[int], served: ModelSource, tokenizer: PreTrainedTokenizerBase
 ) -> frozenset[int]:
     """Return the tokens that end the texts of servers.
 

@@ -1,0 +1,220 @@
+"""A real vLLM server: it continues, teaches and takes weights as the stubs of the other tests do.
+
+The tests take minutes, and an environment of their own: see tests/support/vllm_cpu/make.sh.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from real_vllm import HOW, states_flags, vllm_server
+from test_rollouts import finish, texts_of, write_config
+from test_rollouts import texts as texts  # noqa: PLC0414 - a fixture
+from tiny_texts import WORDS
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from megakd.contract.rollouts import Completion, Sampling, TextTokens
+from megakd.errors import ServerError
+from megakd.models.generation import complete
+from megakd.servers.agreement import Wanted, check_sampling, served_models
+from megakd.servers.answers import checked_completion
+from megakd.servers.hidden_states import Exports, StatesServer
+from megakd.servers.http import JsonServer
+from megakd.servers.protocol import TextRequest
+from megakd.servers.scores import check_reference, check_scores
+from megakd.servers.vllm import VllmServer
+from megakd.servers.vllm_weights import VllmWeightServer
+from megakd.training.served_teacher import _Reference
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("MEGAKD_VLLM" not in os.environ, reason=HOW),
+]
+END, FURTHER_END, KNOWN, VOCABULARY = 2, 0, 290, 320
+PROMPTS = tuple((40 + n, 90 + 2 * n, 100) for n in range(6))
+LORA = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2", "--max-cpu-loras", "4")
+
+
+def write_model(folder: Path, seed: int) -> Path:
+    """A Qwen2 with random weights, two end tokens, and rows for tokens that nobody knows."""
+    tokens = Tokenizer(models.BPE())
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=KNOWN,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=special,
+    )
+    tokens.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokens, eos_token=special[END], pad_token=special[FURTHER_END]
+    )
+    fast.save_pretrained(folder)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        eos_token_id=END,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.15)
+    # Sampling rules of its own, which no text may follow.
+    model.generation_config = GenerationConfig(
+        eos_token_id=[END, FURTHER_END], do_sample=True, temperature=0.7, top_k=20
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return write_model(folder / "one", 0), write_model(folder / "other", 1)
+
+
+@pytest.fixture(scope="module")
+def url(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    log = tmp_path_factory.mktemp("log") / "vllm.txt"
+    with vllm_server(folders[0], log, *LORA, "--max-logprobs", str(VOCABULARY)) as url:
+        yield url
+
+
+def http(url: str) -> JsonServer:
+    return JsonServer(url, time_limit_s=300, patience_s=5)
+
+
+def wanted_of(folder: Path) -> Wanted:
+    ends = (FURTHER_END, END)
+    return Wanted(str(folder), None, 128, KNOWN, ends, padding=range(KNOWN, VOCABULARY))
+
+
+def served(url: str, folder: Path, sampling: Sampling, seed: int = 0) -> list[Completion]:
+    wanted, found = wanted_of(folder), []
+    for number, prompt in enumerate(PROMPTS):
+        request = TextRequest(
+            prompt, seed + number, sampling, str(folder), wanted.end_tokens, wanted.padding
+        )
+        text = VllmServer(http(url)).complete(request)
+        found.append(checked_completion(text, request, vocabulary=KNOWN, url=url))
+    return found
+
+
+def greedy_of(folder: Path) -> list[Completion]:
+    """The greedy texts of the own engine."""
+    tokens = TextTokens(frozenset({END, FURTHER_END}), known=KNOWN)
+    model = Qwen2ForCausalLM.from_pretrained(folder).eval()
+    return complete(model, PROMPTS, [0] * 6, GREEDY, tokens=tokens, rows_at_once=6)
+
+
+GREEDY = Sampling(16, temperature=0.0)
+
+
+def test_texts_are_those_of_the_model_and_end_at_all_its_end_tokens(url, folders):
+    assert served(url, folders[0], GREEDY) == greedy_of(folders[0])
+
+    sampled = [text for seed in (0, 6) for text in served(url, folders[0], Sampling(40), seed)]
+    assert {text.ids[-1] for text in sampled if text.finished} == {END, FURTHER_END}
+
+
+def test_sampling_that_vllm_refuses_is_found(url, folders):
+    server, wanted = VllmServer(http(url)), wanted_of(folders[0])
+    models = served_models([server], wanted)
+    check_sampling([server], models, PROMPTS[0], wanted, Sampling(16, temperature=2.0))
+
+    with pytest.raises(ServerError, match=r"^rollout\.sampling: .*temperature.* got 3\.0"):
+        check_sampling([server], models, PROMPTS[0], wanted, Sampling(16, temperature=3.0))
+
+
+def test_the_best_tokens_are_those_of_the_model(url, folders):
+    text = tuple(range(40, 60))
+    answers = check_scores([VllmServer(http(url))], [str(folders[0])], [text], 64)
+
+    check_reference([text], answers, _Reference(folders[0]).logprobs, "this model")
+    with pytest.raises(ServerError, match=r"differ by .* from another model"):
+        check_reference([text], answers, _Reference(folders[1]).logprobs, "another model")
+
+
+def test_a_server_takes_other_weights_and_forgets_its_prefixes(url, folders):
+    """The version in answers is a matter of vLLM 0.33, which the CPU backend is older than."""
+    server = VllmWeightServer(http(url))
+    try:
+        server.load_weights(folders[1], "run-s1-1")
+        assert served(url, folders[0], GREEDY) == greedy_of(folders[1])
+        assert [model.weights for model in server.describe()] == ["run-s1-1"]
+    finally:
+        server.load_weights(folders[0], "default")
+    assert served(url, folders[0], GREEDY) == greedy_of(folders[0])
+
+
+def test_adapters_of_every_start_are_new_to_the_server(url, folders, launch, texts, tmp_path):
+    """Two runs of one folder: the second one must not learn from texts of the first one."""
+    student, teacher = map(str, folders)
+    keys: dict[str, Any] = {
+        "task": {"tokenizer": student},
+        "teacher": {"model": teacher},
+        "student": {"model": student, "lora": {"r": 4}},
+        "train": {"max_steps": 2, "per_device_train_batch_size": 6, "learning_rate": 0.01},
+    }
+    greedy = {"mix": {"rollout": 1.0}, "sampling": {"temperature": 0}}
+    server = {"url": [url], "kind": "vllm", "push": "adapter", "folder": str(tmp_path / "w")}
+    own = write_config(tmp_path, texts, zero=0, rollout=greedy, **keys)
+    wanted, out = finish(launch, own, tmp_path / "own", world=1), tmp_path / "out"
+    config = write_config(tmp_path, texts, zero=0, rollout=greedy | {"server": server}, **keys)
+    first = launch("--config", str(config), f"output_dir={out}", "train.learning_rate=1", world=1)
+    assert first.wait() == [0], first.text
+    shutil.rmtree(out)
+
+    finish(launch, config, out, world=1)
+
+    assert texts_of(out) == texts_of(wanted)
+    assert len(VllmServer(http(url)).adapters()) == 1
+
+
+def test_adapters_are_loaded_and_unloaded_twice_without_an_error(url, folders, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = Qwen2ForCausalLM.from_pretrained(folders[0])
+    with warnings.catch_warnings(action="ignore"):  # peft calls what transformers renames
+        get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    server = VllmServer(http(url))
+    before = server.adapters()
+
+    for _ in range(2):
+        server.load_adapter("twice", tmp_path)
+    assert server.adapters() == [*before, "twice"]
+    for _ in range(2):
+        server.unload_adapter("twice")
+
+    assert server.adapters() == before
+
+
+def test_hidden_states_are_those_of_the_last_layer(folders, tmp_path):
+    states, text = tmp_path / "states", tuple(range(40, 60))
+    states.mkdir()
+    exports = Exports(states, width=64, layers=2, time_limit_s=60)
+    with vllm_server(folders[0], tmp_path / "vllm.txt", *states_flags(states, 2)) as url:
+        said = StatesServer(http(url), exports).states(text, str(folders[0]))
+
+    model = Qwen2ForCausalLM.from_pretrained(folders[0])
+    model.model.norm = torch.nn.Identity()
+    with torch.no_grad():
+        wanted = model.model(torch.tensor([text])).last_hidden_state[0]
+    torch.testing.assert_close(said.states, wanted, rtol=0, atol=1e-4)
+    assert not list(states.iterdir())
