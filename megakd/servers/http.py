@@ -164,7 +164,7 @@ def _parts(
     answer: http.client.HTTPResponse, sock: socket.socket, deadline: float
 ) -> Iterator[bytes]:
     """Yield the bytes of an answer as they come; a timeout of a socket is for one read alone."""
-    while True:
+    while not answer.isclosed():
         sock.settimeout(max(deadline - time.monotonic(), 0.001))
         if not (part := answer.read1(_READ_BYTES)):
             break
