@@ -8,17 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import datasets
-from datasets import ClassLabel, Dataset, DatasetDict, LargeList, List, Value
+from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from megakd.config.task import TaskConfig
 from megakd.data.columns import rows_of_tables
 from megakd.data.found import Found
-from megakd.data.readers import by_split, class_names_of
+from megakd.data.readers import by_split, class_names_of, is_plain
 from megakd.data.tables import Record, SplitName, Table
 from megakd.errors import DataError
 
@@ -100,9 +99,9 @@ def hub_errors(name: str, configuration: str | None, *, advice: str) -> Iterator
 def hub_table(name: str, rows: Dataset) -> Table:
     """Return a split of the Hub as a table.
 
-    Only columns of texts, numbers and classes are read, and lists and objects of them.
+    Only plain columns are read, and no pictures or sounds; see `readers.is_plain`.
     """
-    plain = [column for column, feature in rows.features.items() if _is_plain(feature)]
+    plain = [column for column, feature in rows.features.items() if is_plain(feature)]
     rows = rows.select_columns(plain)
     return Table(
         name=name,
@@ -111,15 +110,6 @@ def hub_table(name: str, rows: Dataset) -> Table:
         digest=_digest(rows),
         class_names=class_names_of(rows.features),
     )
-
-
-def _is_plain(feature: object) -> bool:
-    """Return whether a column holds texts, numbers and classes, or lists or objects of them."""
-    if isinstance(feature, List | LargeList):
-        return _is_plain(feature.feature)
-    if isinstance(feature, dict):
-        return all(map(_is_plain, cast("dict[str, object]", feature).values()))
-    return isinstance(feature, Value | ClassLabel)
 
 
 def _records(rows: Dataset) -> Iterator[Record]:

@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import cast
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Features
+from datasets import ClassLabel, Features, LargeList, List, Value
+from datasets.features.features import decode_nested_example, require_decoding
 
 from megakd.data.tables import SPLIT_ALIASES, Record, SplitName, Table
 from megakd.errors import DataError
@@ -23,6 +26,8 @@ from megakd.storage.atomic import sha256_of
 
 BOM = b"\xef\xbb\xbf"
 PARQUET_BATCH_ROWS = 1000
+# Values of any kind, stored as JSON text; the first versions of `datasets` 4 do not have it.
+JSON_FEATURE = getattr(datasets, "Json", Value)
 
 
 Digest = Callable[[Path], str]
@@ -87,13 +92,25 @@ def read_parquet(path: Path, *, digest: Digest = digest_of) -> Table:
     with _parquet_errors(path):
         schema = pq.read_schema(path)
         features = Features.from_arrow_schema(schema)
+    # Of the plain features, only JSON is stored in another form.
+    coded = {n: kind for n, kind in features.items() if is_plain(kind) and require_decoding(kind)}
     return Table(
         name=str(path),
         columns=tuple(schema.names),
-        records=partial(_parquet_records, path),
-        digest=digest(path),
+        records=partial(_parquet_records, path, coded),
+        # The cache of an earlier version may hold rows whose JSON was not decoded.
+        digest=":".join([digest(path), *coded]),
         class_names=class_names_of(features),
     )
+
+
+def is_plain(feature: object) -> bool:
+    """Return whether a column holds texts, numbers, classes or JSON, or lists or objects of it."""
+    if isinstance(feature, List | LargeList):
+        return is_plain(feature.feature)
+    if isinstance(feature, dict):
+        return all(map(is_plain, cast("dict[str, object]", feature).values()))
+    return isinstance(feature, Value | ClassLabel | JSON_FEATURE)
 
 
 def joined(tables: Sequence[Table], name: str) -> Table:
@@ -265,13 +282,14 @@ def _tsv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
             yield number, content.split("\t")
 
 
-def _parquet_records(path: Path) -> Iterator[Record]:
+def _parquet_records(path: Path, coded: Mapping[str, object]) -> Iterator[Record]:
     number = 0
     with _parquet_errors(path), pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
             for row in batch.to_pylist():
                 number += 1
-                yield Record(f"row {number}", row)
+                decoded = {n: decode_nested_example(kind, row[n]) for n, kind in coded.items()}
+                yield Record(f"row {number}", row | decoded)
 
 
 @contextmanager

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chat_tokenizers import asked
-from datasets import Dataset
+from datasets import Dataset, Json, List
 from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
@@ -138,6 +140,43 @@ def test_parquet_and_csv_and_the_hub_give_the_rows_of_jsonl(tmp_path):
     assert read(tmp_path / "rows.csv") == expected
     table = hub_table("hub", Dataset.from_list(rows))
     assert "messages" in table.columns
+
+
+def mixed_rows() -> list[dict[str, Any]]:
+    """Rows whose messages, tools and options have uneven keys."""
+    rows = []
+    for n in range(40):
+        key = f"key{n % 2}"
+        function = {"name": "f", "parameters": {"properties": {key: {"type": "integer", key: n}}}}
+        call = {"type": "function", "function": {"name": "f", "arguments": {key: n}}}
+        answer = {"content": "", "tool_calls": [call]} if n % 2 else {"content": "No tool fits."}
+        messages = [*asked(f"Question {n}"), {"role": "assistant", **answer}]
+        tools = [{"type": "function", "function": function}]
+        rows.append({"messages": messages, "tools": tools, "chat_template_kwargs": {key: n}})
+    return rows
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["read", "streamed"])
+@pytest.mark.parametrize("source", ["parquet", "hub"])
+def test_json_columns_of_datasets_give_the_rows_of_jsonl(tmp_path, monkeypatch, source, streaming):
+    given = Dataset.from_list(mixed_rows(), on_mixed_types="use_json")
+    assert given.features["messages"] == List(Json())
+    path = tmp_path / "hub" / "data" / "train-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True)
+    given.to_parquet(path)
+    for name in ("load_dataset", "load_dataset_builder"):
+        load = partial(getattr(datasets, name), str(tmp_path / "hub"), cache_dir=str(tmp_path))
+        monkeypatch.setattr(datasets, name, lambda *_, load=load: load())
+    keys = {"train_files": str(path)} if source == "parquet" else {"dataset": "user/chats"}
+    held = {"streaming": True, "max_eval_examples": 1} if streaming else {}
+
+    own = TaskConfig(type="causal_lm", **keys, **held)
+    splits = load_splits(own, seed=0, cache_dir=tmp_path / "cache")
+
+    found = [*splits.train["conversation"], *splits.validation["conversation"]]
+    found += splits.stream.documents() if splits.stream is not None else ()
+    expected = read(write_jsonl(tmp_path / "rows.jsonl", mixed_rows()))
+    assert sorted(found) == sorted(row.to_json() for row in expected)
 
 
 def test_an_answer_with_weight_0_does_not_count(tmp_path):
