@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from megakd.config.task import Files, TaskConfig, listed_files
@@ -30,7 +31,9 @@ READERS = {
 }
 SUFFIXES = (*READERS, ".json", ".txt")
 WHOLE_FILE = "all rows"
-SPLIT_FILE = re.compile(r"(?P<split>[a-z]+)(-\d+-of-\d+)?")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")
+# `datasets` may write a hash behind the count.
+SHARD = re.compile(r"(?P<name>.*)-(?P<number>\d+)-of-(?P<count>\d+)(-[0-9a-f]+)?")
 
 
 def looks_like_path(dataset: str) -> bool:
@@ -93,7 +96,7 @@ def named_files(task: TaskConfig) -> dict[SplitName, list[Path]]:
         for split, files in given.items()
         if files is not None
     }
-    _refuse_shared({f"task.{split}_files": found for split, found in paths.items()})
+    refuse_shared({f"task.{split}_files": found for split, found in paths.items()})
     return paths
 
 
@@ -115,6 +118,7 @@ def matching_files(files: Files, key: str) -> list[Path]:
             matches = [match for match in matches if match.is_file()]
             if not matches:
                 raise DataError(f"{key}: no file matches {given}")
+            _refuse_missing(matches, key, pattern=path.name)
             found += matches
         else:
             raise DataError(f"{key}: {path} does not exist")
@@ -134,7 +138,7 @@ def _refuse_doubled(paths: Sequence[Path], key: str) -> None:
             )
 
 
-def _refuse_shared(paths: Mapping[str, Sequence[Path]]) -> None:
+def refuse_shared(paths: Mapping[str, Sequence[Path]]) -> None:
     """Raise a DataError if two settings name the same file."""
     seen: dict[Path, str] = {}
     for key, found in paths.items():
@@ -142,18 +146,26 @@ def _refuse_shared(paths: Mapping[str, Sequence[Path]]) -> None:
             earlier = seen.setdefault(path.resolve(), key)
             if earlier != key:
                 raise DataError(
-                    f"{key}: {path} is also a file of {earlier}, and rows of one split must not be "
-                    f"in another; remove it from {earlier} or {key}"
+                    f"{key}: {path} is also a file of {earlier}, so that its rows would count "
+                    f"twice; remove it from {earlier} or {key}"
                 )
 
 
-def files_table(paths: Sequence[Path], key: str, *, to_be_split: bool = False) -> Table:
+def files_table(
+    paths: Sequence[Path], key: str, *, name: str | None = None, to_be_split: bool = False
+) -> Table:
     """Return the concatenated rows of files.
+
+    Args:
+        paths: the files.
+        key: the setting that names the files.
+        name: name of several files in messages; None: the setting.
+        to_be_split: see `read_documents`.
 
     Raises:
         DataError: a file cannot be read, or the columns of two files differ.
     """
-    name = str(paths[0]) if len(paths) == 1 else key
+    name = str(paths[0]) if len(paths) == 1 else name or key
     if all(path.suffix.lower() == ".txt" for path in paths):
         return read_documents(paths, name, to_be_split=to_be_split)
     return joined([_one_table(path, key) for path in paths], name)
@@ -214,22 +226,57 @@ def _shards(folder: Path) -> dict[SplitName, list[Path]]:
     """Return the files of a folder by the split in their names."""
     shards: dict[SplitName, list[Path]] = {}
     for path in _data_files(folder):
-        named = SPLIT_FILE.fullmatch(path.stem.lower())
-        split = SPLIT_ALIASES.get(named["split"]) if named else None
-        if split is not None:
+        if (split := _split_of(path)) is not None:
             shards.setdefault(split, []).append(path)
     for paths in shards.values():
         _refuse_two_names(paths, folder)
+        _refuse_missing(paths, str(folder))
+    for path in sorted(folder.glob("*.*.*")):
+        inner = path.with_suffix("")
+        is_packed = path.suffix in COMPRESSED and inner.suffix.lower() in SUFFIXES
+        if is_packed and _split_of(inner) not in {None, *shards}:
+            raise DataError(f"{path} is compressed, which megakd does not read; unpack the file")
     return shards
+
+
+def _split_of(path: Path) -> SplitName | None:
+    shard = SHARD.fullmatch(path.stem)
+    return SPLIT_ALIASES.get((shard["name"] if shard else path.stem).lower())
+
+
+def _name_of_all(path: Path) -> str:
+    """Return the name of a file, with a star in the place of the number of a shard."""
+    shard = SHARD.fullmatch(path.stem)
+    return f"{shard['name']}-*-of-{shard['count']}{path.suffix}" if shard else path.name
 
 
 def _refuse_two_names(paths: Sequence[Path], folder: Path) -> None:
     """Raise a DataError if files of one split are not shards of the same name."""
-    stems = {re.sub(r"-\d+-of-\d+$", "", path.stem) + path.suffix for path in paths}
-    if len(stems) > 1:
+    names = set(map(_name_of_all, paths))
+    if len(names) > 1:
         raise DataError(
-            f"{folder}: {' and '.join(sorted(stems))} are names of the same split; keep one of them"
+            f"{folder}: {' and '.join(sorted(names))} are names of the same split; keep one of them"
         )
+
+
+def _refuse_missing(paths: Sequence[Path], place: str, *, pattern: str = "*") -> None:
+    """Raise a DataError if a shard that the pattern matches is missing, or is there twice."""
+    sets: dict[Path, dict[int, Path]] = {}
+    for path in paths:
+        if (shard := SHARD.fullmatch(path.stem)) is not None:
+            same = sets.setdefault(path.with_name(_name_of_all(path)), {})
+            if (other := same.setdefault(int(shard["number"]), path)) is not path:
+                raise DataError(f"{place}: {other} and {path} are the same shard; keep one of them")
+    for of_all, there in sets.items():
+        count = of_all.stem.rpartition("-")[2]
+        first = int(int(count) in there)  # some writers count from 1
+        for number in range(first, first + int(count)):
+            name = of_all.name.replace("*", str(number).zfill(len(count)))
+            if number not in there and fnmatch(name, pattern):
+                raise DataError(
+                    f"{place}: the shard {name} is missing, and {len(there)} of {count} are there; "
+                    "copy it to them, or name the files to use one by one"
+                )
 
 
 def _data_files(folder: Path) -> list[Path]:
@@ -258,16 +305,11 @@ def folder_files(folder: Path) -> dict[SplitName, list[Path]]:
 def _tables_of(files: Mapping[SplitName, list[Path]], folder: Path) -> dict[SplitName, Table]:
     is_cut = "validation" not in files
     return {
-        split: _split_table(paths, folder, to_be_split=is_cut and split == "train")
+        split: files_table(
+            paths, "task.dataset", name=str(folder), to_be_split=is_cut and split == "train"
+        )
         for split, paths in files.items()
     }
-
-
-def _split_table(paths: list[Path], folder: Path, *, to_be_split: bool) -> Table:
-    if known_suffix(paths[0], "task.dataset") == ".txt":
-        name = str(paths[0] if len(paths) == 1 else folder)
-        return read_documents(paths, name, to_be_split=to_be_split)
-    return joined([_one_table(path, "task.dataset") for path in paths], str(folder))
 
 
 def known_suffix(path: Path, key: str) -> str:

@@ -18,7 +18,7 @@ from megakd.data.cache import key_of
 from megakd.data.chat_row_files import conversation_rows
 from megakd.data.chat_rows import SOURCE
 from megakd.data.columns import DEFAULT_METRICS, conversation_columns
-from megakd.data.files import files_table, matching_files
+from megakd.data.files import files_table, matching_files, refuse_shared
 from megakd.data.found import Found
 from megakd.data.row_routes import row_teacher
 from megakd.errors import DataError
@@ -52,7 +52,7 @@ def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
     paths = {f"task.mixture.{name}.files": part.files for name, part in sources.items()}
     paths |= {f"task.{split}_files": files for split, files in held.items() if files is not None}
     found = {key: matching_files(files, key) for key, files in paths.items()}
-    _refuse_shared(found)
+    refuse_shared(found)
     tables = {key: files_table(files, key) for key, files in found.items()}
     parts = [
         _rows(tables[f"task.mixture.{name}.files"], task, cache_dir=cache_dir, source=name)
@@ -79,17 +79,6 @@ def _rows(table: Table, task: TaskConfig, *, cache_dir: Path, source: str | None
     if source is not None and task.mixture is not None:
         teacher = row_teacher(table, task.teacher_column, task.mixture[source].teacher)
     return conversation_rows(table, columns, cache_dir=cache_dir, source=source, teacher=teacher)
-
-
-def _refuse_shared(found: Mapping[str, list[Path]]) -> None:
-    seen: dict[Path, str] = {}
-    for key, paths in found.items():
-        for path in paths:
-            earlier = seen.setdefault(path.resolve(), key)
-            if earlier != key:
-                raise DataError(
-                    f"{key}: {path} is also a file of {earlier}; remove it from one of the two"
-                )
 
 
 def mixed(rows: Dataset, sources: Mapping[str, MixtureSource], *, seed: int) -> Dataset:

@@ -120,6 +120,80 @@ def test_two_files_of_one_split_are_refused(tmp_path: Path):
         load(tmp_path, tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "json", "csv"])
+@pytest.mark.parametrize(
+    ("split", "missing", "first"),
+    [("train", 0, 0), ("validation", 2, 0), ("test", 3, 0), ("train", 3, 1)],
+)
+def test_a_missing_shard_is_refused_with_its_name(
+    kind: str, split: str, missing: int, first: int, tmp_path: Path
+):
+    as_jsonl(tmp_path / "train.jsonl", ROWS)
+    if split == "train":
+        (tmp_path / "train.jsonl").unlink()
+    for number in {*range(first, first + 4)} - {missing}:
+        WRITERS[kind](tmp_path / f"{split}-{number:05}-of-00004.{kind}", ROWS)
+
+    message = (
+        rf"the shard {split}-{missing:05}-of-00004\.{kind} is missing, and 3 of 00004 are there"
+    )
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, tmp_path)
+
+
+def test_a_shard_that_a_pattern_matches_is_missed_and_others_are_not(tmp_path: Path):
+    for number in (0, 1, 3):
+        as_jsonl(tmp_path / f"part-{number:05}-of-00004.jsonl", ROWS)
+
+    def texts(pattern: str) -> int:
+        task = TaskConfig(type="mlm", train_files=str(tmp_path / pattern))
+        splits = load_splits(task, seed=1, cache_dir=tmp_path / "cache")
+        return len(splits.train) + len(splits.validation)
+
+    assert texts("part-0000[01]*") == 8
+    with pytest.raises(
+        DataError, match=r"train_files: the shard part-00002-of-00004\.jsonl is miss"
+    ):
+        texts("part-*.jsonl")
+
+
+def test_shards_with_a_hash_in_their_names_are_read(tmp_path: Path):
+    for number in range(2):
+        as_parquet(tmp_path / f"train-{number:05}-of-00002-{number}f3b9c0d.parquet", ROWS)
+    as_parquet(tmp_path / "validation-00000-of-00001-2a4e6f8a0b1c2d3e.parquet", ROWS[:1])
+
+    splits = load(tmp_path, tmp_path)
+
+    assert (len(splits.train), len(splits.validation)) == (8, 1)
+    assert not splits.is_cut
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("train-0-of-1.csv", "train-00-of-1.csv"), r"train-0-of-1\.csv and .* are the same shard"),
+        (("train-0-of-1-a.csv", "train-0-of-1-b.csv"), r"are the same shard; keep one of them"),
+        (("train-0-of-1.csv", "train.csv"), r"train-\*-of-1\.csv and train\.csv are names of the"),
+        (
+            ("train-0-of-1.csv", "train-0-of-2.csv"),
+            r"train-\*-of-1\.csv and train-\*-of-2\.csv are",
+        ),
+        (
+            ("train.csv", "validation.csv.gz"),
+            r"validation\.csv\.gz is compressed, .* unpack the file",
+        ),
+    ],
+)
+def test_files_that_would_be_read_twice_or_not_at_all_are_refused(
+    names: tuple[str, str], message: str, tmp_path: Path
+):
+    for name in names:
+        as_csv(tmp_path / name, ROWS)
+
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, tmp_path)
+
+
 def test_a_test_file_without_labels_is_left_out(tmp_path: Path):
     as_csv(tmp_path / "train.csv", ROWS)
     as_csv(tmp_path / "test.csv", [("no label here",)], header=("text",))
