@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from datasets import IterableDataset
 
 from megakd.config.task import TaskConfig
 from megakd.data.cache import key_of
-from megakd.data.chat_rows import chat_columns, read_columns
+from megakd.data.chat_rows import OPTIONS, TOOLS, ChatColumns, chat_columns
 from megakd.data.columns import choose_fields, require
 from megakd.data.documents import documents_of
 from megakd.data.files import READERS, known_suffix
@@ -24,6 +26,8 @@ from megakd.data.text_stream import TextStream
 from megakd.errors import DataError
 
 SAMPLED_BYTES = 1 << 16
+BESIDE = (TOOLS, OPTIONS)
+"""Columns that any row of conversations may have."""
 
 
 def file_stream(paths: Sequence[Path], task: TaskConfig, *, key: str) -> TextStream:
@@ -42,16 +46,16 @@ def file_stream(paths: Sequence[Path], task: TaskConfig, *, key: str) -> TextStr
     tables = [table for table in tables if table.columns]
     if not tables:
         raise DataError(f"{key}: {', '.join(map(str, paths))} has no rows")
-    chat = chat_columns(tables[0], task)
-    columns = read_columns(tables[0], chat) if chat else choose_fields(tables[0], task).text
+    choice = _choice(tables[0], task)
     for table in tables[1:]:
-        for column in columns:
+        for column in _names(choice):
             require(table, column, "task.text_columns")
+        _refuse_other(_choice(table, task), choice, where=table.name)
+    chat = choice if isinstance(choice, ChatColumns) else None
     # `datasets` distributes what is in a list, so that a list holds only the files.
-    given = {"paths": [table.name for table in tables], "columns": columns, "key": key}
+    given = {"paths": [table.name for table in tables], "task": task, "choice": choice, "key": key}
     try:
-        made = _rows if chat else _documents
-        rows = IterableDataset.from_generator(made, gen_kwargs=given)
+        rows = IterableDataset.from_generator(_rows, gen_kwargs=given)
     except OSError as error:
         raise DataError(
             f"the cache folder of the library `datasets` cannot be used: {error}; set "
@@ -60,33 +64,56 @@ def file_stream(paths: Sequence[Path], task: TaskConfig, *, key: str) -> TextStr
     return TextStream(
         name=task.data_name,
         rows=rows,
-        columns=columns if chat else ("text",),
-        digest=key_of(columns, [table.digest for table in tables]),
+        columns=(*_names(chat), *BESIDE) if chat else ("text",),
+        digest=key_of(*([choice, BESIDE] if chat else [choice]), [t.digest for t in tables]),
         chat=chat,
     )
 
 
-def _documents(paths: list[str], columns: tuple[str, ...], key: str) -> Iterator[dict[str, str]]:
+def _choice(table: Table, task: TaskConfig) -> ChatColumns | tuple[str, ...]:
+    """Return the columns of conversations, or else the columns of text."""
+    return chat_columns(table, task) or choose_fields(table, task).text
+
+
+def _names(choice: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(name for name in choice[:3] if name)
+
+
+def _refuse_other(other: tuple[Any, ...], choice: tuple[Any, ...], *, where: str) -> None:
+    """Raise a DataError if a row would be read from other columns than the first row."""
+    if other != choice:
+        raise DataError(
+            f"{where} would be read from {' and '.join(_names(other))}, but the first row was read "
+            f"from {' and '.join(_names(choice))}; give all rows the same columns, or name the "
+            "columns to read (task.messages_column, task.prompt_column, task.text_columns)"
+        )
+
+
+def _rows(
+    paths: list[str], task: TaskConfig, choice: tuple[str, ...], key: str
+) -> Iterator[dict[str, object]]:
+    """Yield the texts of documents, or the columns of conversations and the places of the rows."""
     for path in paths:
         table = table_of(Path(path), key)
+        known = {*table.columns}
         for record in table.records():
-            text = document_of(table.name, columns, record)
-            if text is not None:
+            # A row of a jsonl file may have keys that no row before it has.
+            if not record.values.keys() <= known:
+                known |= record.values.keys()
+                other = _choice(replace(table, columns=tuple(known)), task)
+                _refuse_other(other, choice, where=f"{path}, {record.place}")
+            if isinstance(choice, ChatColumns):
+                columns = (*_names(choice), *BESIDE)
+                values = {column: record.values.get(column) for column in columns}
+                yield {**values, PLACE: f"{Path(path).name} {record.place}"}
+            elif (text := document_of(path, choice, record)) is not None:
                 yield {"text": text}
-
-
-def _rows(paths: list[str], columns: tuple[str, ...], key: str) -> Iterator[dict[str, object]]:
-    """Yield the columns of conversations as they are, and the places of the rows."""
-    for path in paths:
-        for record in table_of(Path(path), key).records():
-            place = f"{Path(path).name} {record.place}"
-            yield {**{column: record.values.get(column) for column in columns}, PLACE: place}
 
 
 def table_of(path: Path, key: str) -> Table:
     """Return the rows of a file that may be large: nothing is read before a row is needed.
 
-    The columns of a jsonl file are the keys of its first row.
+    The columns of a jsonl file are the keys of its first row; later rows may have more.
 
     Args:
         path: the file.

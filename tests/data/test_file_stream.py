@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ from datasets import IterableDataset
 from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
+from megakd.data.chat_rows import Conversation
 from megakd.data.choosing import text_hash
 from megakd.data.file_stream import file_stream, sample_of, table_of
 from megakd.data.files import named_rows
@@ -71,6 +73,56 @@ def test_only_the_beginning_of_a_jsonl_file_is_read_before_training(tmp_path):
 
     with pytest.raises(DataError, match=r"a.jsonl, line 2 is not JSON"):
         list(made.documents())
+
+
+def test_columns_of_conversations_may_begin_with_any_row(tmp_path):
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    tools, options = [{"type": "function", "function": {"name": "add"}}], {"effort": "low"}
+    rows = [{"messages": chat}] * 3 + [
+        {"messages": chat, "tools": tools},
+        {"chat_template_kwargs": options, "id": 7, "messages": chat},
+    ]
+    bare, rich = (
+        write_jsonl(tmp_path / "0.jsonl", rows[:1]),
+        write_jsonl(tmp_path / "1.jsonl", rows),
+    )
+    table = pa.table({"messages": [chat], "tools": [tools]})
+    pq.write_table(table, tmp_path / "2.parquet")
+    with (tmp_path / "3.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["tools", "messages"], [json.dumps(tools), json.dumps(chat)]])
+    paths = (bare, rich, tmp_path / "2.parquet", tmp_path / "3.csv")
+    given = TaskConfig(type="causal_lm", train_files=tuple(map(str, paths)))
+
+    found = map(Conversation.from_json, file_stream(paths, given, key=KEY).documents())
+
+    plain = (None, {})
+    expected = [*[plain] * 4, (tools, {}), (None, options), (tools, {}), (tools, {})]
+    assert [(row.tools, row.options) for row in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "message"),
+    [
+        (
+            {"prompt": "a"},
+            {"prompt": "b", "completion": "c"},
+            "from prompt and completion, .* prompt;",
+        ),
+        ({"text": "a"}, {"text": "b", "messages": []}, "from messages, but .* from text; give"),
+        ({"content": "a"}, {"content": "b", "text": "c"}, "from text, but .* from content; give"),
+    ],
+)
+def test_rows_that_would_be_read_otherwise_are_refused_not_cut(tmp_path, first, later, message):
+    one = write_jsonl(tmp_path / "a.jsonl", [first, first, later])
+    other = write_jsonl(tmp_path / "b.jsonl", [later])
+    pq.write_table(pa.Table.from_pylist([later]), tmp_path / "c.parquet")
+    given = TaskConfig(type="causal_lm", train_files=str(one))
+
+    with pytest.raises(DataError, match=f"a.jsonl, line 3 would be read {message}"):
+        list(file_stream([one], given, key=KEY).documents())
+    for path in (other, tmp_path / "c.parquet"):
+        with pytest.raises(DataError, match=f"{path.name} would be read {message}"):
+            file_stream([one, path], given, key=KEY)
 
 
 def test_a_file_without_the_column_is_named_before_training(tmp_path):
