@@ -14,7 +14,7 @@ from datasets import IterableDataset
 from megakd.config.task import TaskConfig
 from megakd.data.cache import key_of
 from megakd.data.chat_rows import OPTIONS, TOOLS, ChatColumns, chat_columns
-from megakd.data.columns import choose_fields, require
+from megakd.data.columns import choose_fields
 from megakd.data.documents import documents_of
 from megakd.data.files import READERS, known_suffix
 from megakd.data.json_files import read_jsonl
@@ -26,8 +26,6 @@ from megakd.data.text_stream import TextStream
 from megakd.errors import DataError
 
 SAMPLED_BYTES = 1 << 16
-BESIDE = (TOOLS, OPTIONS)
-"""Columns that any row of conversations may have."""
 
 
 def file_stream(paths: Sequence[Path], task: TaskConfig, *, key: str) -> TextStream:
@@ -48,14 +46,16 @@ def file_stream(paths: Sequence[Path], task: TaskConfig, *, key: str) -> TextStr
         raise DataError(f"{key}: {', '.join(map(str, paths))} has no rows")
     choice = _choice(tables[0], task)
     for table in tables[1:]:
-        for column in _names(choice):
-            require(table, column, "task.text_columns")
-        _refuse_other(_choice(table, task), choice, where=table.name)
-    chat = choice if isinstance(choice, ChatColumns) else None
+        _refuse_other(table, task, choice, where=table.name)
+    chat, columns = None, choice
+    if isinstance(choice, ChatColumns):
+        chat, columns = choice, (*filter(None, choice[:3]), TOOLS, OPTIONS)
     # `datasets` distributes what is in a list, so that a list holds only the files.
-    given = {"paths": [table.name for table in tables], "task": task, "choice": choice, "key": key}
+    given = {"paths": [table.name for table in tables], "columns": columns, "key": key}
     try:
-        rows = IterableDataset.from_generator(_rows, gen_kwargs=given)
+        rows = IterableDataset.from_generator(
+            _rows, gen_kwargs={**given, "choice": choice, "task": task}
+        )
     except OSError as error:
         raise DataError(
             f"the cache folder of the library `datasets` cannot be used: {error}; set "
@@ -64,8 +64,8 @@ def file_stream(paths: Sequence[Path], task: TaskConfig, *, key: str) -> TextStr
     return TextStream(
         name=task.data_name,
         rows=rows,
-        columns=(*_names(chat), *BESIDE) if chat else ("text",),
-        digest=key_of(*([choice, BESIDE] if chat else [choice]), [t.digest for t in tables]),
+        columns=columns if chat else ("text",),
+        digest=key_of(columns, [table.digest for table in tables]),
         chat=chat,
     )
 
@@ -75,38 +75,33 @@ def _choice(table: Table, task: TaskConfig) -> ChatColumns | tuple[str, ...]:
     return chat_columns(table, task) or choose_fields(table, task).text
 
 
-def _names(choice: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(name for name in choice[:3] if name)
-
-
-def _refuse_other(other: tuple[Any, ...], choice: tuple[Any, ...], *, where: str) -> None:
-    """Raise a DataError if a row would be read from other columns than the first row."""
+def _refuse_other(table: Table, task: TaskConfig, choice: tuple[Any, ...], *, where: str) -> None:
+    """Raise a DataError if rows would be read from other columns than the first row."""
+    other = _choice(table, task)
     if other != choice:
+        there, first = (" and ".join(filter(None, names[:3])) for names in (other, choice))
         raise DataError(
-            f"{where} would be read from {' and '.join(_names(other))}, but the first row was read "
-            f"from {' and '.join(_names(choice))}; give all rows the same columns, or name the "
-            "columns to read (task.messages_column, task.prompt_column, task.text_columns)"
+            f"{where} would be read from {there}, but the first row was read from {first}; give "
+            "all rows the same columns, or name the columns to read (task.messages_column, "
+            "task.prompt_column, task.text_columns)"
         )
 
 
 def _rows(
-    paths: list[str], task: TaskConfig, choice: tuple[str, ...], key: str
+    paths: list[str], columns: tuple[str, ...], choice: tuple[Any, ...], task: TaskConfig, key: str
 ) -> Iterator[dict[str, object]]:
     """Yield the texts of documents, or the columns of conversations and the places of the rows."""
     for path in paths:
         table = table_of(Path(path), key)
-        known = {*table.columns}
         for record in table.records():
             # A row of a jsonl file may have keys that no row before it has.
-            if not record.values.keys() <= known:
-                known |= record.values.keys()
-                other = _choice(replace(table, columns=tuple(known)), task)
-                _refuse_other(other, choice, where=f"{path}, {record.place}")
+            if not record.values.keys() <= {*table.columns}:
+                table = replace(table, columns=(*table.columns, *record.values))
+                _refuse_other(table, task, choice, where=f"{path}, {record.place}")
             if isinstance(choice, ChatColumns):
-                columns = (*_names(choice), *BESIDE)
-                values = {column: record.values.get(column) for column in columns}
-                yield {**values, PLACE: f"{Path(path).name} {record.place}"}
-            elif (text := document_of(path, choice, record)) is not None:
+                place = f"{Path(path).name} {record.place}"
+                yield {**{column: record.values.get(column) for column in columns}, PLACE: place}
+            elif (text := document_of(path, columns, record)) is not None:
                 yield {"text": text}
 
 

@@ -31,9 +31,8 @@ READERS = {
 }
 SUFFIXES = (*READERS, ".json", ".txt")
 WHOLE_FILE = "all rows"
-COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")
 # `datasets` may write a hash behind the count.
-SHARD = re.compile(r"(?P<name>.*)-(?P<number>\d+)-of-(?P<count>\d+)(-[0-9a-f]+)?")
+SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?$")
 
 
 def looks_like_path(dataset: str) -> bool:
@@ -156,11 +155,7 @@ def files_table(
 ) -> Table:
     """Return the concatenated rows of files.
 
-    Args:
-        paths: the files.
-        key: the setting that names the files.
-        name: name of several files in messages; None: the setting.
-        to_be_split: see `read_documents`.
+    Several files are called `name` in messages, or else by the setting. See also `read_documents`.
 
     Raises:
         DataError: a file cannot be read, or the columns of two files differ.
@@ -226,33 +221,18 @@ def _shards(folder: Path) -> dict[SplitName, list[Path]]:
     """Return the files of a folder by the split in their names."""
     shards: dict[SplitName, list[Path]] = {}
     for path in _data_files(folder):
-        if (split := _split_of(path)) is not None:
+        split = SPLIT_ALIASES.get(SHARD.sub("", path.stem).lower())
+        if split is not None:
             shards.setdefault(split, []).append(path)
     for paths in shards.values():
         _refuse_two_names(paths, folder)
         _refuse_missing(paths, str(folder))
-    for path in sorted(folder.glob("*.*.*")):
-        inner = path.with_suffix("")
-        is_packed = path.suffix in COMPRESSED and inner.suffix.lower() in SUFFIXES
-        if is_packed and _split_of(inner) not in {None, *shards}:
-            raise DataError(f"{path} is compressed, which megakd does not read; unpack the file")
     return shards
-
-
-def _split_of(path: Path) -> SplitName | None:
-    shard = SHARD.fullmatch(path.stem)
-    return SPLIT_ALIASES.get((shard["name"] if shard else path.stem).lower())
-
-
-def _name_of_all(path: Path) -> str:
-    """Return the name of a file, with a star in the place of the number of a shard."""
-    shard = SHARD.fullmatch(path.stem)
-    return f"{shard['name']}-*-of-{shard['count']}{path.suffix}" if shard else path.name
 
 
 def _refuse_two_names(paths: Sequence[Path], folder: Path) -> None:
     """Raise a DataError if files of one split are not shards of the same name."""
-    names = set(map(_name_of_all, paths))
+    names = {SHARD.sub(r"-*-of-\2", path.stem) + path.suffix for path in paths}
     if len(names) > 1:
         raise DataError(
             f"{folder}: {' and '.join(sorted(names))} are names of the same split; keep one of them"
@@ -261,18 +241,19 @@ def _refuse_two_names(paths: Sequence[Path], folder: Path) -> None:
 
 def _refuse_missing(paths: Sequence[Path], place: str, *, pattern: str = "*") -> None:
     """Raise a DataError if a shard that the pattern matches is missing, or is there twice."""
-    sets: dict[Path, dict[int, Path]] = {}
+    sets: dict[tuple[Path, str, str], set[int]] = {}
     for path in paths:
-        if (shard := SHARD.fullmatch(path.stem)) is not None:
-            same = sets.setdefault(path.with_name(_name_of_all(path)), {})
-            if (other := same.setdefault(int(shard["number"]), path)) is not path:
-                raise DataError(f"{place}: {other} and {path} are the same shard; keep one of them")
-    for of_all, there in sets.items():
-        count = of_all.stem.rpartition("-")[2]
+        if shard := SHARD.search(path.stem):
+            kind = (path.with_name(path.stem[: shard.start()]), shard[2], path.suffix)
+            there = sets.setdefault(kind, set())
+            if int(shard[1]) in there:
+                raise DataError(f"{place}: {path} is there with another hash; keep one of the two")
+            there.add(int(shard[1]))
+    for (path, count, suffix), there in sets.items():
         first = int(int(count) in there)  # some writers count from 1
-        for number in range(first, first + int(count)):
-            name = of_all.name.replace("*", str(number).zfill(len(count)))
-            if number not in there and fnmatch(name, pattern):
+        for number in sorted({*range(first, first + int(count))} - there):
+            name = f"{path.name}-{str(number).zfill(len(count))}-of-{count}{suffix}"
+            if fnmatch(name, pattern):
                 raise DataError(
                     f"{place}: the shard {name} is missing, and {len(there)} of {count} are there; "
                     "copy it to them, or name the files to use one by one"

@@ -18,7 +18,7 @@ from megakd.data.cache import key_of
 from megakd.data.chat_row_files import conversation_rows
 from megakd.data.chat_rows import SOURCE
 from megakd.data.columns import DEFAULT_METRICS, conversation_columns
-from megakd.data.files import files_table, matching_files, refuse_shared
+from megakd.data.files import files_table, matching_files, named_files, refuse_shared
 from megakd.data.found import Found
 from megakd.data.row_routes import row_teacher
 from megakd.errors import DataError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from megakd.config.task import Files, MixtureSource, TaskConfig
+    from megakd.config.task import MixtureSource, TaskConfig
     from megakd.data.tables import SplitName, Table
 
 logger = logging.getLogger(__name__)
@@ -44,24 +44,18 @@ def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
     Raises:
         DataError: a file does not exist, is in two sources, or cannot be read.
     """
-    sources = task.mixture or {}
-    held: dict[SplitName, Files | None] = {
-        "validation": task.validation_files,
-        "test": task.test_files,
-    }
-    paths = {f"task.mixture.{name}.files": part.files for name, part in sources.items()}
-    paths |= {f"task.{split}_files": files for split, files in held.items() if files is not None}
-    found = {key: matching_files(files, key) for key, files in paths.items()}
+    sources, held = task.mixture or {}, named_files(task)
+    keys = {name: f"task.mixture.{name}.files" for name in sources}
+    found = {key: matching_files(sources[name].files, key) for name, key in keys.items()}
+    found |= {f"task.{split}_files": files for split, files in held.items()}
     refuse_shared(found)
     tables = {key: files_table(files, key) for key, files in found.items()}
     parts = [
-        _rows(tables[f"task.mixture.{name}.files"], task, cache_dir=cache_dir, source=name)
-        for name in sources
+        _rows(tables[key], task, cache_dir=cache_dir, source=name) for name, key in keys.items()
     ]
     splits: dict[SplitName, Dataset] = {"train": concatenate_datasets(parts)}
     for split in held:
-        if (table := tables.get(f"task.{split}_files")) is not None:
-            splits[split] = _rows(table, task, cache_dir=cache_dir)
+        splits[split] = _rows(tables[f"task.{split}_files"], task, cache_dir=cache_dir)
     digests = [(key, t.digest, conversation_columns(t, task)) for key, t in tables.items()]
     teachers = [task.teacher_column, *(part.teacher for part in sources.values())]
     return Found(
