@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 from datasets import Dataset, Features
@@ -19,7 +22,11 @@ from filelock import FileLock
 
 from megakd.errors import DataError
 from megakd.storage.built_once import is_whole, whole_folder
+from megakd.storage.checksums import read_signed, version_of, write_signed
 
+T = TypeVar("T")
+# Increase this number when a remembered value would differ.
+VALUES = 1
 ROWS_PER_BATCH = 1000
 # A string column of one record batch is limited to 2 GiB.
 CHARACTERS_PER_BATCH = 64_000_000
@@ -31,6 +38,28 @@ def key_of(*parts: object) -> str:
     """Return the sha256 of values that JSON can express, the same in every process."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cache_folder() -> Path:
+    """Return the folder of encoded data and built corpora, which `MEGAKD_CACHE` can change."""
+    return Path(os.environ.get("MEGAKD_CACHE") or "~/.cache/megakd").expanduser()
+
+
+def remembered(compute: Callable[[], T], *parts: object) -> T:
+    """Return a value that JSON can express, computed once for all `parts` that it depends on."""
+    path = cache_folder() / "values" / f"{key_of(VALUES, *parts)[:32]}.json"
+    with suppress(OSError, ValueError):
+        return read_signed(path)["value"]
+    value = compute()
+    with suppress(OSError):  # without the file, the next start computes the value again
+        write_signed(path, {"value": value})
+    return value
+
+
+def remembered_of(path: Path, compute: Callable[[], T], *parts: object) -> T:
+    """Return what `compute` reads from a file, without reading a file that has not changed."""
+    version = version_of(path)
+    return compute() if version is None else remembered(compute, version, *parts)
 
 
 def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:

@@ -47,9 +47,10 @@ def file_stream(paths: Sequence[Path], task: TaskConfig, *, key: str) -> TextStr
     choice = _choice(tables[0], task)
     for table in tables[1:]:
         _refuse_other(table, task, choice, where=table.name)
-    chat, columns = None, choice
     if isinstance(choice, ChatColumns):
         chat, columns = choice, (*filter(None, choice[:3]), TOOLS, OPTIONS)
+    else:
+        chat, columns = None, choice
     # `datasets` distributes what is in a list, so that a list holds only the files.
     given = {"paths": [table.name for table in tables], "columns": columns, "key": key}
     try:

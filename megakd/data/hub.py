@@ -18,6 +18,7 @@ from megakd.config.task import TaskConfig
 from megakd.data.columns import rows_of_tables
 from megakd.data.found import Found
 from megakd.data.readers import by_split, class_names_of, is_plain
+from megakd.data.rows import remembered_of_rows
 from megakd.data.tables import Record, SplitName, Table
 from megakd.errors import DataError
 
@@ -107,7 +108,7 @@ def hub_table(name: str, rows: Dataset) -> Table:
         name=name,
         columns=tuple(plain),
         records=partial(_records, rows),
-        digest=_digest(rows),
+        digest=remembered_of_rows(rows, "hub", partial(_digest, rows)),
         class_names=class_names_of(rows.features),
     )
 
@@ -121,8 +122,7 @@ def _records(rows: Dataset) -> Iterator[Record]:
 
 def _digest(rows: Dataset) -> str:
     digest = hashlib.sha256()
-    for start in range(0, len(rows), ROWS_PER_READ):
-        columns = rows[start : start + ROWS_PER_READ]
+    for columns in rows.iter(ROWS_PER_READ):
         digest.update(json.dumps(columns, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

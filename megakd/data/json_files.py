@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import cast
 
+from megakd.data.cache import remembered
 from megakd.data.readers import Digest, by_split, digest_of, text_lines
 from megakd.data.tables import Record, SplitName, Table
 from megakd.errors import DataError
@@ -24,15 +25,17 @@ def read_jsonl(
         digest: function that returns the hash of the file.
         rows_for_columns: number of rows from whose keys the columns are taken; None: all rows.
     """
-    columns: dict[str, None] = {}
-    for record in islice(_jsonl_records(path), rows_for_columns):
-        columns.update(dict.fromkeys(record.values))
-    return Table(
-        name=str(path),
-        columns=tuple(columns),
-        records=partial(_jsonl_records, path),
-        digest=digest(path),
-    )
+    content = digest(path)
+    read = partial(_jsonl_records, path)
+    if rows_for_columns is None:
+        columns = remembered(lambda: _columns_of(read()), "columns", content)
+    else:
+        columns = _columns_of(islice(read(), rows_for_columns))
+    return Table(name=str(path), columns=tuple(columns), records=read, digest=content)
+
+
+def _columns_of(records: Iterable[Record]) -> list[str]:
+    return list({name: None for record in records for name in record.values})
 
 
 def read_json(path: Path) -> dict[SplitName, Table]:
@@ -110,12 +113,9 @@ def _jsonl_records(path: Path) -> Iterator[Record]:
 
 
 def _listed(name: str, rows: list[object], digest: str) -> Table:
-    columns: dict[str, None] = {}
-    for record in _listed_records(name, rows):
-        columns.update(dict.fromkeys(record.values))
     return Table(
         name=name,
-        columns=tuple(columns),
+        columns=tuple(_columns_of(_listed_records(name, rows))),
         records=partial(_listed_records, name, rows),
         digest=digest,
     )

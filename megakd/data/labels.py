@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from megakd.contract.batch import IGNORE
+from megakd.data.cache import remembered
 from megakd.data.tables import Record, Table
 from megakd.errors import DataError
 
@@ -99,6 +100,13 @@ def find_classes(table: Table, column: str) -> Classes:
     if column in table.class_names:
         unlabelled = frozenset({NO_CLASS, IGNORE})
         return Classes(table.class_names[column], numbered=True, unlabelled=unlabelled)
+    parts = ("classes", table.digest, table.columns, column)
+    names, numbered = remembered(lambda: _classes_of(table, column), *parts)
+    return Classes(tuple(names), numbered=numbered)
+
+
+def _classes_of(table: Table, column: str) -> tuple[tuple[str, ...], bool]:
+    """Return the names of the classes of a column, and whether its labels are their numbers."""
     first_seen: dict[int | str, str] = {}
     for record in table.records():
         value = class_value(table, column, record)
@@ -115,7 +123,9 @@ def find_classes(table: Table, column: str) -> Classes:
             f"{table.name}: all labels in column {column!r} are {next(iter(first_seen))!r}; "
             "classification needs at least 2 classes"
         )
-    return _named(first_seen) if numbers is None else _numbered(table, numbers)
+    if numbers is None:
+        return tuple(sorted(map(str, first_seen))), False
+    return _numbered(table, numbers), True
 
 
 def class_value(table: Table, column: str, record: Record) -> int | str | None:
@@ -210,7 +220,7 @@ def _all_integers(table: Table, first_seen: Mapping[int | str, str]) -> dict[int
     return None
 
 
-def _numbered(table: Table, numbers: Mapping[int, str]) -> Classes:
+def _numbered(table: Table, numbers: Mapping[int, str]) -> tuple[str, ...]:
     count = len(numbers)
     for number, place in sorted(numbers.items()):
         if not 0 <= number < count:
@@ -219,8 +229,4 @@ def _numbered(table: Table, numbers: Mapping[int, str]) -> Classes:
                 f"are {count} different labels: classes are numbered from 0 without gaps; renumber "
                 "the classes, or use words"
             )
-    return Classes(tuple(str(number) for number in range(count)), numbered=True)
-
-
-def _named(first_seen: Mapping[int | str, str]) -> Classes:
-    return Classes(tuple(sorted(str(value) for value in first_seen)), numbered=False)
+    return tuple(map(str, range(count)))

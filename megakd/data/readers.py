@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, LargeList, List, Value
 from datasets.features.features import decode_nested_example, require_decoding
 
+from megakd.data.cache import remembered_of
 from megakd.data.tables import SPLIT_ALIASES, Record, SplitName, Table
 from megakd.errors import DataError
 from megakd.storage.atomic import sha256_of
@@ -41,7 +42,7 @@ def digest_of(path: Path) -> str:
         DataError: the file cannot be read.
     """
     with readable(path):
-        return sha256_of(path)
+        return remembered_of(path, lambda: sha256_of(path), "sha256")
 
 
 def read_csv(path: Path, *, digest: Digest = digest_of) -> Table:

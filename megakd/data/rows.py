@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, cast
 
+from datasets.fingerprint import generate_fingerprint
+
+from megakd.data.cache import T, remembered
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import pyarrow as pa
     from datasets import Dataset
@@ -28,6 +32,15 @@ def rows_key(rows: Dataset) -> str:
     The content hash of the sources may be equal for two selections from the same source, and for
     two choices of its text columns, so the hash is computed from the rows.
     """
+    return remembered_of_rows(rows, "key", lambda: _rows_key(rows))
+
+
+def remembered_of_rows(rows: Dataset, what: object, compute: Callable[[], T]) -> T:
+    """Return what `compute` reads from rows, which are known by their file and their numbers."""
+    return remembered(compute, what, generate_fingerprint(rows))
+
+
+def _rows_key(rows: Dataset) -> str:
     digest = hashlib.sha256(f"{len(rows)} {sorted(rows.column_names)}".encode())
     if "label" in rows.column_names:
         for table in arrow_batches(rows.select_columns("label"), LABELS_AT_ONCE):

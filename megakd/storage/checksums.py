@@ -15,7 +15,8 @@ Entries = Mapping[str, Mapping[str, Any]]
 """Mapping from a relative file name to the file's `size` in bytes and `sha256`."""
 CHECKSUM = "checksum"
 _SETTLED_NS = 2_000_000_000
-_KNOWN: dict[tuple[int, int, int, int], str] = {}
+Identity = tuple[int, int, int, int, int]
+_KNOWN: dict[Identity, str] = {}
 
 
 def entry_of(path: Path) -> dict[str, Any]:
@@ -54,15 +55,24 @@ def damage_of(folder: Path, entries: Entries, *, reads: bool = True) -> str | No
 
 def _known_sha256(path: Path) -> str:
     """Return the SHA-256 of a file; each version of a file is read once per process."""
+    version = version_of(path)
+    if version is None:
+        return sha256_of(path)
+    if version not in _KNOWN:
+        _KNOWN[version] = sha256_of(path)
+    return _KNOWN[version]
+
+
+def version_of(path: Path) -> Identity | None:
+    """Return numbers that change with the content of a file; None if they may not change in time.
+
+    Every write sets the time of the last change of the inode, which no program can set back. A file
+    that was just written may change again without a change of its times.
+    """
     facts = path.stat()
-    key = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-    if key not in _KNOWN:
-        digest = sha256_of(path)
-        # A file that was just written may change again without a change of its time stamp.
-        if time.time_ns() - facts.st_mtime_ns < _SETTLED_NS:
-            return digest
-        _KNOWN[key] = digest
-    return _KNOWN[key]
+    if time.time_ns() - max(facts.st_mtime_ns, facts.st_ctime_ns) < _SETTLED_NS:
+        return None
+    return (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
 
 def write_signed(path: Path, record: Mapping[str, Any]) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from megakd.data.cache import cache_folder
 from megakd.data.encoded_folder import as_encoded, facts_of, open_splits
 from megakd.data.encoding import Encoded, encode_splits
 from megakd.data.mixed_rows import encode_mixed
@@ -28,11 +27,6 @@ class MixedRows(NamedTuple):
 
     rows: Dataset
     key: str
-
-
-def cache_folder() -> Path:
-    """Return the folder of encoded data and built corpora, which `MEGAKD_CACHE` can change."""
-    return Path(os.environ.get("MEGAKD_CACHE") or "~/.cache/megakd").expanduser()
 
 
 def splits_of(config: RunConfig) -> Splits:

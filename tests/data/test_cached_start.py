@@ -1,0 +1,145 @@
+"""A second start of a run: what has not changed is not read again, and nothing stale is used."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_tokenizers import asked, chat_tokenizer
+from datasets import Dataset, DatasetDict
+from tiny_runs import write_jsonl
+
+from megakd.config.task import TaskConfig
+from megakd.data import hub, json_files, readers, rows
+from megakd.data.cache import remembered_of
+from megakd.data.encoding import encode_splits
+from megakd.data.splits import load_splits
+from megakd.storage import checksums
+
+TEXTS = [{"text": f"text {n:03}", "label": "ab"[n % 2]} for n in range(200)]
+CHATS = [{"messages": asked(f"Question {n // 2}", f"Answer {n}")} for n in range(200)]
+
+
+@pytest.fixture
+def counts(tmp_path, monkeypatch) -> dict[str, int]:
+    """How often each function that reads rows is called; files count as settled at once."""
+    monkeypatch.setenv("MEGAKD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(checksums, "_SETTLED_NS", 0)
+    calls: dict[str, int] = {}
+
+    def count(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def counted(*args: Any) -> Any:
+            calls[name] = calls.get(name, 0) + 1
+            return original(*args)
+
+        monkeypatch.setattr(module, name, counted)
+
+    for module, name in (
+        (json_files, "parse_json"),
+        (readers, "sha256_of"),
+        (rows, "_rows_key"),
+        (hub, "_digest"),
+    ):
+        count(module, name)
+    return calls
+
+
+def start(folder: Path, **keys: Any) -> tuple[list[str], str]:
+    """The training texts and the key of the encoded rows."""
+    task = TaskConfig(max_length=32, **keys)
+    splits = load_splits(task, seed=1, cache_dir=folder / "cache")
+    encoded = encode_splits(splits, chat_tokenizer("chatml"), task, cache_dir=folder / "cache")
+    return splits.train["text"][:], encoded.content_hash
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"), [("classification", TEXTS), ("mlm", TEXTS), ("causal_lm", CHATS)]
+)
+def test_a_second_start_reads_the_first_row_alone(tmp_path, counts, kind, given):
+    path = str(write_jsonl(tmp_path / "rows.jsonl", given))
+    first = start(tmp_path, type=kind, dataset=path)
+    assert counts["parse_json"] >= 2 * len(given)
+    counts.clear()
+
+    assert start(tmp_path, type=kind, dataset=path) == first
+    assert counts == {"parse_json": 1}
+
+
+def test_a_second_start_on_a_data_set_of_the_hub_reads_no_row(tmp_path, counts, monkeypatch):
+    Dataset.from_list(TEXTS).save_to_disk(tmp_path / "hub")
+    load = lambda *_: DatasetDict(train=Dataset.load_from_disk(tmp_path / "hub"))  # noqa: E731
+    monkeypatch.setattr("datasets.load_dataset", load)
+    keys = {"type": "classification", "dataset": "user/texts"}
+    first = start(tmp_path, **keys)
+    assert counts == {"_digest": 1, "_rows_key": 2}
+    counts.clear()
+
+    assert start(tmp_path, **keys) == first
+    assert not counts
+
+
+@pytest.mark.parametrize("way", ["written over", "replaced", "linked elsewhere"])
+def test_a_changed_file_of_equal_size_and_time_is_read_again(tmp_path, counts, way):
+    path = write_jsonl(tmp_path / "rows.jsonl", TEXTS)
+    keys = {"type": "mlm", "dataset": str(path)}
+    texts, key = start(tmp_path, **keys)
+    before = path.stat()
+
+    changed = [{**row, "text": row["text"].replace("text", "word")} for row in TEXTS]
+    if way == "written over":
+        write_jsonl(path, changed)
+    else:
+        other = write_jsonl(tmp_path / "other.jsonl", changed)
+        os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+        if way == "replaced":
+            other.replace(path)
+        else:
+            path.unlink()
+            path.symlink_to(other)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    found = start(tmp_path, **keys)
+    assert "word 001" in {*found[0]}
+    assert not {*found[0]} & {*texts}
+    assert found[1] != key
+
+
+def test_other_choices_from_the_same_rows_have_other_keys(tmp_path, counts):
+    path = str(write_jsonl(tmp_path / "rows.jsonl", TEXTS))
+    keys = {"type": "classification", "dataset": path}
+    choices: list[dict[str, Any]] = [{}, {"labelled_examples": 9}, {"max_eval_examples": 3}]
+
+    found = [start(tmp_path, **keys, **choice)[1] for choice in choices * 2]
+
+    assert len(set(found)) == 3
+    assert found[:3] == found[3:]
+
+
+def test_a_file_that_was_just_written_is_not_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEGAKD_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "a.txt"
+    path.write_text("a", encoding="utf-8")
+    read: list[str] = []
+
+    def reads() -> int:
+        remembered_of(path, lambda: read.append(path.read_text(encoding="utf-8")))
+        return len(read)
+
+    assert [reads(), reads()] == [1, 2]
+    monkeypatch.setattr(checksums, "_SETTLED_NS", 0)
+    assert [reads(), reads()] == [3, 3]
+
+
+def test_a_damaged_value_is_computed_again(tmp_path, counts):
+    path = str(write_jsonl(tmp_path / "rows.jsonl", TEXTS))
+    first = start(tmp_path, type="mlm", dataset=path)
+    for value in (tmp_path / "cache" / "values").iterdir():
+        value.write_text(value.read_text(encoding="utf-8").replace("a", "b"), encoding="utf-8")
+
+    assert start(tmp_path, type="mlm", dataset=path) == first
