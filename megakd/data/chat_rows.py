@@ -69,7 +69,15 @@ class Conversation:
         """The text of the row, without the marks of a chat template."""
         if self.messages is None:
             return self.prompt + (self.completion or "")
-        return "\n".join(_text_of_message(message) for message in self.messages)
+        return "\n".join(map(_text_of_message, self.messages))
+
+    @property
+    def asked(self) -> str:
+        """The text before the first answer that counts, or the whole text if that is empty."""
+        if self.messages is None:
+            return self.prompt or self.text
+        first = self.counted[0] if self.counted else None
+        return "\n".join(map(_text_of_message, self.messages[:first])) or self.text
 
     def to_json(self) -> str:
         """Return the conversation as JSON."""

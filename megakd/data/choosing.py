@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable
+from itertools import chain
 
 import numpy as np
 from datasets import Dataset, Features
 
 from megakd.contract.batch import IGNORE
+from megakd.data.chat_rows import CONVERSATION, Conversation
+from megakd.data.rows import remembered_of_rows
 from megakd.errors import DataError
 
 VALIDATION_FRACTION = 0.05
@@ -27,9 +30,24 @@ def text_hash(text: str, *, salt: str = "") -> int:
 
 def row_keys(rows: Dataset, *, salt: str = "") -> Keys:
     """Return one hash per row, of the text or the pair of texts."""
-    return np.fromiter(
-        (text_hash(text, salt=salt) for text in _texts(rows)), dtype=np.uint64, count=len(rows)
-    )
+    columns = [name for name in ("text", "text_pair") if name in rows.column_names]
+    return _hashes(map("\0".join, _values(rows, columns)), salt=salt)
+
+
+def prompt_keys(rows: Dataset) -> Keys:
+    """Return one hash per row, of the prompt of a conversation, or else of the text."""
+    if CONVERSATION not in rows.column_names:
+        return row_keys(rows)
+    return _hashes(Conversation.from_json(text).asked for (text,) in _values(rows, [CONVERSATION]))
+
+
+def _values(rows: Dataset, columns: list[str]) -> Iterable[tuple[str, ...]]:
+    batches = rows.select_columns(columns).iter(ROWS_PER_READ)
+    return chain.from_iterable(zip(*map(batch.get, columns), strict=True) for batch in batches)
+
+
+def _hashes(texts: Iterable[str], *, salt: str = "") -> Keys:
+    return np.fromiter((text_hash(text, salt=salt) for text in texts), dtype=np.uint64)
 
 
 def is_labelled(rows: Dataset) -> Chosen:
@@ -43,24 +61,34 @@ def is_labelled(rows: Dataset) -> Chosen:
 def cut_validation(rows: Dataset, *, name: str) -> tuple[Dataset, Dataset]:
     """Split the training rows into (rest, validation), with 5 % of the labelled rows, at least one.
 
-    Rows with equal text stay together, so that no held-out text is trained on.
+    Rows with equal text stay together, and so do all answers to a prompt, so that no held-out text
+    or prompt is trained on.
 
     Raises:
-        DataError: there are fewer than two different texts, or no labels.
+        DataError: there are fewer than two different texts or prompts, or no labels.
     """
-    keys, labelled = row_keys(rows), is_labelled(rows)
-    if not labelled.any() or np.unique(keys).size < 2:
+    held, left_out = remembered_of_rows(rows, "cut", lambda: _cut(rows, name))
+    return rows.select(np.delete(np.arange(len(rows)), held + left_out)), rows.select(held)
+
+
+def _cut(rows: Dataset, name: str) -> tuple[list[int], list[int]]:
+    """Return the numbers of the held-out rows, and of the other rows with an equal text."""
+    keys, prompts, labelled = row_keys(rows), prompt_keys(rows), is_labelled(rows)
+    _, numbers, answers = np.unique(prompts, return_inverse=True, return_counts=True)
+    # The hash of the text is kept where it is enough, as in the splits of earlier versions.
+    keys = np.where(answers[numbers] > 1, prompts, keys)
+    if not labelled.any() or len(answers) < 2:
         raise DataError(
             f"{name} has no validation split, and megakd cannot cut one from its {len(rows)} "
-            "row(s), because a cut needs 2 different texts and at least one label; add a file "
-            "validation.*"
+            "row(s), because a cut needs 2 different texts (or prompts) and at least one label; "
+            "add a file validation.*"
         )
     held = labelled & (keys < np.uint64(int(VALIDATION_FRACTION * HASH_RANGE)))
-    rest = ~np.isin(keys, keys[held])
-    if not held.any() or not rest.any():
+    alike = np.isin(keys, keys[held])
+    if not held.any() or alike.all():
         held = labelled & (keys == keys[labelled].min())
-        rest = ~np.isin(keys, keys[held])
-    return rows.select(np.flatnonzero(rest)), rows.select(np.flatnonzero(held))
+        alike = np.isin(keys, keys[held])
+    return np.flatnonzero(held).tolist(), np.flatnonzero(alike & ~held).tolist()
 
 
 def at_most(rows: Dataset, count: int | None) -> Dataset:
@@ -70,8 +98,12 @@ def at_most(rows: Dataset, count: int | None) -> Dataset:
     """
     if count is None or count >= len(rows):
         return rows
+    return rows.select(remembered_of_rows(rows, ("lowest", count), lambda: _lowest(rows, count)))
+
+
+def _lowest(rows: Dataset, count: int) -> list[int]:
     order = np.lexsort((row_keys(rows), ~is_labelled(rows)))
-    return rows.select(np.sort(order[:count]))
+    return np.sort(order[:count]).tolist()
 
 
 def keep_labels(rows: Dataset, count: int | None, *, seed: int, name: str) -> Dataset:
@@ -89,7 +121,8 @@ def keep_labels(rows: Dataset, count: int | None, *, seed: int, name: str) -> Da
             f"{candidates.size} labelled rows; set at most that number"
         )
     keys = row_keys(rows, salt=str(seed))[candidates]
-    kept = candidates[_lowest(keys, count)]
+    # Equal texts have equal keys: the earlier row is chosen first.
+    kept = candidates[np.argsort(keys, kind="stable")[:count]]
     labels = _labels(rows)
     fewer = np.full_like(labels, np.nan if labels.dtype.kind == "f" else IGNORE)
     fewer[kept] = labels[kept]
@@ -98,22 +131,5 @@ def keep_labels(rows: Dataset, count: int | None, *, seed: int, name: str) -> Da
     return rows.remove_columns("label").add_column("label", fresh.data.column("label"))
 
 
-def _lowest(keys: Keys, count: int) -> Chosen:
-    # Equal texts have equal keys: the earlier row is chosen first.
-    chosen = np.zeros(keys.size, dtype=np.bool_)
-    chosen[np.argsort(keys, kind="stable")[:count]] = True
-    return chosen
-
-
 def _labels(rows: Dataset) -> np.ndarray:
     return rows.with_format("numpy", columns=["label"])[:]["label"]
-
-
-def _texts(rows: Dataset) -> Iterator[str]:
-    pair = "text_pair" in rows.column_names
-    for start in range(0, len(rows), ROWS_PER_READ):
-        batch = rows[start : start + ROWS_PER_READ]
-        if pair:
-            yield from map("\0".join, zip(batch["text"], batch["text_pair"], strict=True))
-        else:
-            yield from batch["text"]

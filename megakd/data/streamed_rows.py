@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
-from datasets import Dataset, DatasetBuilder, Features, IterableDataset, Value
+from datasets import Dataset, DatasetBuilder, IterableDataset
 
 from megakd.config.task import TaskConfig
 from megakd.data.cache import key_of
 from megakd.data.chat_row_files import conversation_rows
-from megakd.data.chat_rows import CONVERSATION, chat_columns, read_columns
-from megakd.data.choosing import text_hash
+from megakd.data.chat_rows import chat_columns, read_columns
+from megakd.data.choosing import prompt_keys
 from megakd.data.columns import (
     DEFAULT_METRICS,
     VERSION,
@@ -129,13 +129,9 @@ def _found(
     if "validation" not in held:
         stream, held["validation"] = _cut(stream, task, cache_dir=cache_dir)
         digests.append(task.max_eval_examples)
-    names = held["validation"].column_names
-    nothing = Dataset.from_dict(
-        {name: [] for name in names}, features=Features({name: Value("string") for name in names})
-    )
     return Found(
         name=stream.name,
-        splits={"train": nothing, **held},
+        splits={"train": held["validation"].select([]), **held},
         classes=None,
         metrics=DEFAULT_METRICS[task.type],
         source_hash=key_of("stream", *digests),
@@ -160,12 +156,12 @@ def _cut(stream: TextStream, task: TaskConfig, *, cache_dir: Path) -> tuple[Text
             "no share of it can be held out; add a validation split, or set "
             "task.max_eval_examples to hold out this many texts from the beginning of the stream"
         )
+    first = stream.first_rows(count)
     if stream.chat is None:
-        rows = unlabelled_rows(stream.first(count), ("text",), task, cache_dir=cache_dir)
-        held = frozenset(map(text_hash, rows["text"]))
+        rows = unlabelled_rows(first, stream.columns, task, cache_dir=cache_dir)
     else:
-        rows = conversation_rows(stream.first_rows(count), stream.chat, cache_dir=cache_dir)
-        held = frozenset(map(text_hash, rows[CONVERSATION]))
+        rows = conversation_rows(first, stream.chat, cache_dir=cache_dir)
+    held = frozenset(prompt_keys(rows).tolist())
     rest = dataclasses.replace(stream, held_out=held)
     if next(rest.documents(), None) is None:
         raise DataError(

@@ -25,7 +25,7 @@ class TextStream:
     rows: the rows; `datasets` reads the share of each rank and says where a rank is.
     columns: the columns of text; two columns make one document.
     digest: hash of the sources.
-    held_out: hashes of the texts that are validation texts, which the stream leaves out.
+    held_out: hashes of the validation texts, or of their prompts, which the stream leaves out.
     chat: the columns of conversations; None for documents. A conversation is a text in JSON.
     """
 
@@ -50,16 +50,16 @@ class TextStream:
         Raises:
             DataError: a value is missing or is not text.
         """
-        text = self._text(Record(str(row.get(PLACE) or "a row"), row))
-        if text is None or (self.held_out and text_hash(text) in self.held_out):
-            return None
-        return text
+        return self._text(Record(str(row.get(PLACE) or "a row"), row))
 
     def _text(self, record: Record) -> str | None:
         if self.chat is None:
-            return document_of(self.name, self.columns, record)
-        found = conversation_of(self.name, self.chat, record)
-        return None if found is None else found.to_json()
+            text = asked = document_of(self.name, self.columns, record)
+        else:
+            found = conversation_of(self.name, self.chat, record)
+            text, asked = (found.to_json(), found.asked) if found else (None, None)
+        is_held = self.held_out and asked is not None and text_hash(asked) in self.held_out
+        return None if is_held else text
 
     def documents(self) -> Iterator[str]:
         """Yield the texts of all ranks, from the beginning."""
@@ -78,18 +78,6 @@ class TextStream:
                 for number, row in enumerate(
                     islice((row for row in self.rows if self.document(row)), count), start=1
                 )
-            ),
-            digest=key_of(self.digest, count),
-        )
-
-    def first(self, count: int) -> Table:
-        """Return the first texts, as a table."""
-        return Table(
-            name=self.name,
-            columns=("text",),
-            records=lambda: (
-                Record(f"text {number}", {"text": text})
-                for number, text in enumerate(islice(self.documents(), count), start=1)
             ),
             digest=key_of(self.digest, count),
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from chat_tokenizers import asked
 from datasets import Dataset, Json, List
 from tiny_runs import write_jsonl
 
-from megakd.config.task import TaskConfig
+from megakd.config.task import MixtureSource, TaskConfig
 from megakd.data.chat_rows import Conversation, conversations, is_chat
+from megakd.data.choosing import text_hash
 from megakd.data.columns import conversation_columns
 from megakd.data.files import files_table
 from megakd.data.hub import hub_table
@@ -251,3 +254,67 @@ def test_equal_conversations_stay_in_one_split(tmp_path):
 
     assert not {*splits.train["text"]} & {*splits.validation["text"]}
     assert len(splits.train) + len(splits.validation) == len(rows)
+
+
+def prompts_of(conversations: Iterable[str]) -> Counter[str]:
+    rows = map(Conversation.from_json, conversations)
+    return Counter(row.messages[0]["content"] if row.messages else row.prompt for row in rows)
+
+
+ANSWERED = {
+    "messages": lambda q, a: {"messages": asked(q, a)},
+    "several turns": lambda q, a: {"messages": asked(q, a, "And then?", f"{a} again")},
+    "texts": lambda q, a: {"prompt": q, "completion": a},
+    "lists": lambda q, a: {"prompt": asked(q), "completion": asked("", a)[1:]},
+    "prompts alone": lambda q, _: {"prompt": asked(q)},
+}
+
+
+@pytest.mark.parametrize("shape", ANSWERED)
+@pytest.mark.parametrize("source", ["files", "mixture"])
+def test_all_answers_to_a_prompt_stay_in_one_split(tmp_path, shape, source):
+    rows = [ANSWERED[shape](f"Question {n % 220}", f"Answer {n}") for n in range(880)]
+    path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    keys = {"train_files": path}
+    if source == "mixture":
+        keys = {"mixture": {"all": MixtureSource(files=path, weight=1)}}
+
+    own = TaskConfig(type="causal_lm", **keys)
+    splits = load_splits(own, seed=0, cache_dir=tmp_path / "cache")
+
+    train, held = (prompts_of(part["conversation"]) for part in splits[:2])
+    assert not train.keys() & held.keys()
+    assert set(train.values()) | set(held.values()) == {4}
+    assert 3 <= len(held) <= 22
+
+
+def test_a_stream_leaves_out_all_answers_to_a_held_out_prompt(tmp_path):
+    rows = [{"messages": asked(f"Question {n % 9}", f"Answer {n}")} for n in range(36)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+
+    own = task(path, streaming=True, max_eval_examples=2)
+    splits = load_splits(own, seed=0, cache_dir=tmp_path / "cache")
+
+    assert splits.stream is not None
+    assert prompts_of(splits.validation["conversation"]).keys() == {"Question 0", "Question 1"}
+    streamed = prompts_of(splits.stream.documents())
+    assert streamed == {f"Question {n}": 4 for n in range(2, 9)}
+
+
+def test_prompts_with_one_answer_are_held_out_by_their_whole_text(tmp_path):
+    rows = [{"messages": asked(f"Question {n}", "Yes")} for n in range(400)]
+    expected = {f"Question {n}\nYes" for n in range(400)}
+    expected = {text for text in expected if text_hash(text) < 0.05 * 2**64}
+
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    splits = load_splits(task(path), seed=0, cache_dir=tmp_path / "cache")
+
+    assert {*splits.validation["text"]} == expected
+
+
+def test_one_prompt_alone_cannot_be_cut(tmp_path):
+    rows = [{"prompt": "Write a story.", "completion": f"Story {n}"} for n in range(40)]
+
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=r"a cut needs 2 different texts \(or prompts\)"):
+        load_splits(task(path), seed=0, cache_dir=tmp_path / "cache")
