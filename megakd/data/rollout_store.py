@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from megakd.contract.rollouts import Completion, Rollout
 from megakd.errors import DataError
-from megakd.storage.atomic import write_json, write_text
+from megakd.storage.atomic import set_aside, write_json, write_text
 from megakd.storage.fingerprint import Fingerprint, as_read_back
 
 _FORMAT = 1
@@ -40,7 +40,7 @@ class RolloutStore:
         path = self.folder / _FINGERPRINT
         wanted = as_read_back(fingerprint)
         if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != wanted:
-            self.folder.replace(_free_name(self.folder))
+            set_aside(self.folder, "before")
         write_json(path, wanted)
 
     def has(self, step: int) -> bool:
@@ -122,11 +122,3 @@ def _rollout(record: Mapping[str, Any]) -> Rollout:
         version=int(record["version"]),
         seed=int(record["seed"]),
     )
-
-
-def _free_name(folder: Path) -> Path:
-    """Return a name beside a folder that is not in use."""
-    number = 1
-    while (found := folder.with_name(f"{folder.name}.before-{number}")).exists():
-        number += 1
-    return found

@@ -47,7 +47,7 @@ from megakd.training.recipes import completed
 from megakd.training.served_teacher import served_teacher
 from megakd.training.stage_batches import step_shape
 from megakd.training.stage_result import read_result
-from megakd.training.stage_run import StageRun
+from megakd.training.stage_run import StageRun, stage_checkpoints
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -184,6 +184,9 @@ class Lab(LabBase):
         return as_student(self._teachers[self.teacher(role)].source, self.config)
 
     def _run(self, stage: Stage, fingerprint: Fingerprint, folder: Path) -> StageResult:
+        # Before any model is loaded, because a checkpoint may be refused.
+        checkpoints = stage_checkpoints(stage, self.assembly, fingerprint)
+        checkpoints.to_resume(stage.train.resume_from_checkpoint)
         # The student without its adapters answers in the student's engine.
         frozen = [name for name in stage.teachers if name not in self.config.base_teachers]
         self._open.keep({name: self._teachers[name] for name in frozen})

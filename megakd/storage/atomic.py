@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -100,6 +101,12 @@ def recover(path: Path) -> bool:
     for leftover in (temporary, aside):
         _remove(leftover)
     return restored
+
+
+def set_aside(path: Path, why: str = "unused") -> Path:
+    """Rename a file or folder to `<name>.<why>-<number>`, and return the new path."""
+    names = (path.with_name(f"{path.name}.{why}-{number}") for number in itertools.count(1))
+    return path.replace(next(name for name in names if not name.exists()))
 
 
 def sha256_of(path: Path) -> str:

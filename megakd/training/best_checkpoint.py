@@ -38,6 +38,8 @@ class BestCheckpoint:
     def resume(self, step: int, best_step: int | None) -> None:
         """Take over the stored best weights; remove them if the run resumes before their step.
 
+        Damaged weights are set aside: shared storage may show their files later.
+
         Args:
             step: the step that the run resumes from.
             best_step: the step of the best evaluation until then, as recorded in the checkpoint.
@@ -52,7 +54,9 @@ class BestCheckpoint:
                     "only evaluations after step %d are compared",
                     *(self.folder, damage(self.folder), best_step, step),
                 )
-            if record is None or record["step"] > step:
+            if record is None and self.folder.exists():
+                atomic.set_aside(self.folder)
+            if record is not None and record["step"] > step:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 return None
             return record

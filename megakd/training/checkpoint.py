@@ -2,6 +2,7 @@
 
     checkpoints/<stage>/step-<n>/    DeepSpeed's shards, state.pt, rank-<r>.pt, manifest.json
     checkpoints/<stage>/latest       the name of the newest, replaced last
+    checkpoints/<stage>/step-<n>.unused-<k>/    a checkpoint that the run has passed over
 
 A checkpoint is written under another name and renamed when every file is on the disk and its
 checksum is in the manifest. A kill at any moment leaves the previous checkpoint untouched.
@@ -18,6 +19,7 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from torch import Tensor
 from megakd.engine.collectives import agree, gather, on_main, together
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError, MegakdError
-from megakd.storage.atomic import full_disk_reason, write_text
+from megakd.storage.atomic import full_disk_reason, set_aside, write_text
 from megakd.storage.checksums import damage_of, entries_of, files_of, read_signed, write_signed
 from megakd.storage.fingerprint import Fingerprint, as_read_back, differences
 from megakd.storage.tensors import write_tensors
@@ -131,20 +133,20 @@ class Checkpoints:
         }
         write_signed(partial / MANIFEST, manifest)
         if final.exists():
-            shutil.rmtree(final)
+            set_aside(final)
         partial.rename(final)
         write_text(self.folder / LATEST, final.name)
         self._remove_old(final)
         return final
 
     def _remove_old(self, newest: Path) -> None:
-        """Keep the newest few checkpoints; a checkpoint of a later step is a damaged leftover."""
+        """Keep the newest few checkpoints; set later ones aside, which the start did not see."""
         every = self._by_age()
-        behind = every[every.index(newest) :]
-        limit = len(behind) if self.keep is None else self.keep
-        for old in [*every[: every.index(newest)], *behind[limit:]]:
+        current = every.index(newest)
+        limit = len(every) if self.keep is None else current + self.keep
+        for old in [*every[:current], *every[limit:]]:
             try:
-                shutil.rmtree(old)
+                (set_aside if old in every[:current] else shutil.rmtree)(old)
             except OSError as error:  # the new checkpoint is good, so the run continues
                 logger.warning("%s could not be removed: %s", old, error)
 
@@ -169,31 +171,52 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """Return the checkpoint that `latest` names, or else the newest checkpoint."""
-        pointer = self.folder / LATEST
-        if pointer.is_file():
-            name = pointer.read_text(encoding="utf-8", errors="replace").strip()
-            if _NAME.fullmatch(name) and (self.folder / name).is_dir():
-                return self.folder / name
-        return next(iter(self._by_age()), None)
+        return next((c for c in self._newest_first() if c.is_dir()), None)
 
-    def newest_good(self) -> Path | None:
-        """Return the newest undamaged checkpoint of this run; warn about damaged ones.
+    def to_resume(self, wanted: bool | str) -> Path | None:  # noqa: FBT001 - a value of the config
+        """Return the verified checkpoint that `resume_from_checkpoint` asks for, if there is one.
 
         Raises:
-            CheckpointError: the checkpoint belongs to another config or another number of ranks.
+            CheckpointError: the checkpoint may not be used, or there should be none.
         """
-        newest = agree(self.newest())
-        older = agree([c for c in self._by_age() if c != newest])
-        for candidate in [newest, *older] if newest else []:
+        checkpoint = self.given(Path(wanted)) if isinstance(wanted, str) else None
+        checkpoint = checkpoint or self.newest_good()
+        if checkpoint is not None and wanted is False:
+            raise CheckpointError(
+                f"{checkpoint} exists and resume_from_checkpoint is false; use another output_dir, "
+                f"remove {self.folder}, or set resume_from_checkpoint to true"
+            )
+        return checkpoint
+
+    def newest_good(self) -> Path | None:
+        """Return the newest undamaged checkpoint of this run; None if the stage has none yet.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to another config or another number of ranks,
+                or every checkpoint is damaged: shared storage may show a file late.
+        """
+        damages: dict[Path, str] = {}
+        for candidate in agree(self._newest_first()):
             damage = self.damage(candidate)
             if damage is None:
                 self._check_origin(candidate)
+                on_main(partial(_pass_over, damages, candidate))
                 return candidate
-            if self.ranks.is_main:
-                logger.warning(
-                    "%s is damaged (%s): using the checkpoint before it", candidate, damage
-                )
+            damages[candidate] = f"{candidate} is damaged ({damage})"
+        if damages:
+            raise CheckpointError(
+                f"no checkpoint of the stage can be used: {'; '.join(damages.values())}; nothing "
+                "was changed. If the files are on shared storage, start the same command again "
+                f"when they are visible; to train the stage from its start, move {self.folder} away"
+            )
         return None
+
+    def _newest_first(self) -> list[Path]:
+        """Return the checkpoints, first the one that `latest` names, even if it is not there."""
+        every, pointer = self._by_age(), self.folder / LATEST
+        name = pointer.read_text("utf-8", errors="replace").strip() if pointer.is_file() else ""
+        named = [self.folder / name] if _NAME.fullmatch(name) else []
+        return [*named, *(checkpoint for checkpoint in every if checkpoint not in named)]
 
     def damage(self, checkpoint: Path) -> str | None:
         """Return the damage to a checkpoint's files, or None; a collective."""
@@ -262,6 +285,15 @@ class Checkpoints:
                 f"{checkpoint} cannot be resumed from: {MANIFEST} cannot be read: {error}; give a "
                 f"folder such as checkpoints/<stage>/step-<n>, or true for the newest"
             ) from error
+
+
+def _pass_over(damages: Mapping[Path, str], used: Path) -> None:
+    """Set damaged checkpoints aside: shared storage may show their files later."""
+    for checkpoint, damage in damages.items():
+        aside = f", renamed to {set_aside(checkpoint)}" if checkpoint.is_dir() else ""
+        logger.warning("%s%s: using %s", damage, aside, used)
+    if damages:
+        write_text(used.with_name(LATEST), used.name)
 
 
 def check_plain(state: Any, key: str = "state") -> None:

@@ -12,7 +12,7 @@ from megakd.engine.collectives import on_main
 from megakd.errors import CheckpointError
 from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint, as_read_back, differences
-from megakd.storage.finished_folder import CHECKSUMS, open_finished, write_finished
+from megakd.storage.finished_folder import open_finished, write_finished
 from megakd.training.evaluation import numbers
 from megakd.training.longer import is_longer
 
@@ -73,10 +73,9 @@ def read_result(
 
 def _result_there(folder: Path) -> tuple[StageResult, Fingerprint] | None:
     """Read result.json of a stage's folder, after verifying all files of the folder."""
-    path = folder / RESULT
-    if not (path.is_file() or (folder / CHECKSUMS).is_file()):
+    if not folder.exists():
         return None
-    remedy = remake(folder)
+    path, remedy = folder / RESULT, remake(folder)
     open_finished(folder, remedy=remedy)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

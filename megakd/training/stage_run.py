@@ -22,7 +22,6 @@ from megakd.engine.collectives import gather, on_main, together
 from megakd.engine.device import peak_memory_bytes
 from megakd.engine.stop_vote import StopVote, agreed_signal
 from megakd.engine.student import StudentEngine, device_batch
-from megakd.errors import CheckpointError
 from megakd.process import signals
 from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint
@@ -90,14 +89,8 @@ class StageRun:
             learning_rate=lambda step: rate(step % steps),
             step=self.first_step,
         )
-        folder = self.config.output_dir / "checkpoints" / stage.name
-        self.checkpoints = Checkpoints(
-            folder=folder,
-            fingerprint=fingerprint,
-            keep=self.config.save.save_total_limit,
-            ranks=self.ranks,
-            may_grow=may_grow(stage.name, self.config),
-        )
+        self.checkpoints = stage_checkpoints(stage, assembly, fingerprint)
+        folder = self.checkpoints.folder
         self.best = BestCheckpoints(folder, self._write_best, tuple(stage.views))
         self.judge = stage.judge or MetricJudge(self.prepared.metric)
         self.evaluation = Evaluation({}, None)
@@ -175,16 +168,9 @@ class StageRun:
                 yield [device_batch(batch, self.ranks.device) for batch in batches]
 
     def _resume(self) -> int:
-        wanted = self.stage.train.resume_from_checkpoint
-        checkpoint = self.checkpoints.given(Path(wanted)) if isinstance(wanted, str) else None
-        checkpoint = checkpoint or self.checkpoints.newest_good()
+        checkpoint = self.checkpoints.to_resume(self.stage.train.resume_from_checkpoint)
         if checkpoint is None:
             return self._begin()
-        if wanted is False:
-            raise CheckpointError(
-                f"{checkpoint} exists and resume_from_checkpoint is false; use another output_dir, "
-                f"remove {self.checkpoints.folder}, or set resume_from_checkpoint to true"
-            )
         on_main(lambda: take_beginning(checkpoint.parent, self.checkpoints.folder))
         state, own = self.checkpoints.load(checkpoint, self.student.load)
         self.trainer.strategy.load_shards(own["shards"])
@@ -390,6 +376,18 @@ class StageRun:
     def close(self) -> None:
         """Free the engine."""
         self.student.destroy()
+
+
+def stage_checkpoints(stage: Stage, assembly: Assembly, fingerprint: Fingerprint) -> Checkpoints:
+    """Return the checkpoints of a stage."""
+    config = assembly.config
+    return Checkpoints(
+        folder=config.output_dir / "checkpoints" / stage.name,
+        fingerprint=fingerprint,
+        keep=config.save.save_total_limit,
+        ranks=assembly.ranks,
+        may_grow=may_grow(stage.name, config),
+    )
 
 
 def _due(step: int, every: int | None) -> bool:

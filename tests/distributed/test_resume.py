@@ -344,7 +344,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(truth, launch, l
     ):
         newest, before = run.checkpoint(stage, STEPS), run.checkpoint(stage, STEPS - SAVE_STEPS)
         assert f"{newest} is damaged ({damage}" in said
-        assert "using the checkpoint before it" in said
+        assert f"renamed to {newest}.unused-1: using {before}" in said
         assert f"{stage}: resumed at step {STEPS - SAVE_STEPS} from {before}" in said
     assert said.count(f"removed the lock {lock} of a process that was killed") == 1
     assert_same_run(run, truth)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,27 @@ def test_a_stopped_run_saves_once_and_ends_as_if_it_had_never_been_stopped(
     assert f"student: resumed at step {at} from" in said.err
     assert weights(out) == weights(truth)
     assert logged(out) == logged(truth)
+
+
+def test_a_run_whose_checkpoints_all_look_damaged_waits_for_them(one_rank, config, truth, tmp_path):
+    out = Path(shutil.copytree(truth, tmp_path / "out"))
+    (out / "report.json").unlink()
+    shutil.rmtree(out / "stages" / "student")
+    hidden = [path / "state.pt" for path in (out / "checkpoints" / "student").glob("step-*")]
+    for path in hidden:
+        path.rename(path.with_name("hidden"))
+
+    said = one_rank.train("--config", config, f"output_dir={out}")
+
+    assert said.code == 2
+    assert all(f"{path.parent} is damaged (state.pt is missing)" in said.err for path in hidden)
+    assert said.loaded == ()
+    assert saved(out) == saved(truth)
+    for path in hidden:
+        path.with_name("hidden").rename(path)
+    said = finish(one_rank, config, f"output_dir={out}")
+    assert f"student: resumed at step {STEPS} from" in said.err
+    assert weights(out) == weights(truth)
 
 
 def test_a_run_that_is_not_told_to_stop_saves_where_its_config_says(truth):

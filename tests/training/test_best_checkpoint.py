@@ -157,6 +157,8 @@ def test_damaged_weights_of_the_best_are_not_resumed_from(tmp_path, caplog, dama
 
     assert (best.step, weights(tmp_path)) == (None, None)
     assert damaged in caplog.text
+    left = {path.name for path in (tmp_path / "best.unused-1").iterdir()}
+    assert left == {"weights", "best.json", CHECKSUMS} - {damaged}
 
 
 def test_a_number_that_is_not_finite_does_not_stop_a_resume(tmp_path):

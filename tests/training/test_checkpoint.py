@@ -110,7 +110,7 @@ def test_numbers_not_names_tell_which_is_newer(tmp_path):
     assert store.newest_good() == store.folder / "step-12"
 
 
-@pytest.mark.parametrize("pointer", [b"", b"step-99", b"\xff\xfe", b"../student", b"best"])
+@pytest.mark.parametrize("pointer", [b"", b"\xff\xfe", b"../student", b"best"])
 def test_a_pointer_that_names_no_checkpoint_is_passed_over(tmp_path, pointer):
     store = checkpoints(tmp_path)
     newest = save(store, 4, 8)
@@ -147,8 +147,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
         assert store.newest_good() == newest
         return
     assert store.newest_good() == store.folder / "step-4"
-    assert re.search(rf"{newest} is damaged \({said}", caplog.text)
-    assert "using the checkpoint before it" in caplog.text
+    assert (store.folder / "latest").read_text() == "step-4"
+    told = rf"{newest} is damaged \({said}.*renamed to {newest}.unused-1: using .*/step-4$"
+    assert re.search(told, caplog.text, re.MULTILINE)
 
 
 def test_no_bit_of_a_manifest_can_change_unseen(tmp_path):
@@ -165,14 +166,60 @@ def test_no_bit_of_a_manifest_can_change_unseen(tmp_path):
         assert damaged or json.loads(changed) == json.loads(content)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_starts_over_and_says_so(tmp_path, caplog):
+def test_a_run_whose_checkpoints_all_look_damaged_is_refused_and_goes_on_when_they_do_not(tmp_path):
     store = checkpoints(tmp_path)
-    save(store, 4, 8)
+    newest = save(store, 4, 8)
     for folder in store.folder.glob("step-*"):
-        flip(folder / SHARD)
+        (folder / SHARD).rename(folder / "not visible")
 
-    assert store.newest_good() is None
-    assert caplog.text.count("is damaged") == 2
+    message = r"step-8 is damaged \(shard.pt is missing\); .*step-4 is damaged .*nothing was"
+    with pytest.raises(CheckpointError, match=message):
+        store.newest_good()
+
+    for folder in store.folder.glob("step-*"):
+        (folder / "not visible").rename(folder / SHARD)
+    assert store.newest_good() == newest
+
+
+def test_a_run_whose_pointer_alone_is_visible_does_not_start_over(tmp_path):
+    store = checkpoints(tmp_path)
+    save(store, 4)
+    (store.folder / "step-4").rename(tmp_path / "not visible")
+
+    with pytest.raises(CheckpointError, match=r"step-4 is damaged .*No such file"):
+        store.newest_good()
+
+
+def test_a_checkpoint_that_was_not_there_at_the_start_is_not_removed(tmp_path, caplog):
+    store = checkpoints(tmp_path, keep=1)
+    save(store, 4)
+    newest = save(checkpoints(tmp_path, keep=None), 8)
+    newest.rename(tmp_path / "not visible")
+    assert store.newest_good() == store.folder / "step-4"
+    assert f"{newest} is damaged (manifest.json cannot be read" in caplog.text
+    (tmp_path / "not visible").rename(newest)
+
+    save(store, 6)
+
+    assert names(store) == ["latest", "step-6", "step-8.unused-1"]
+
+
+@pytest.mark.parametrize("step", [6, 8, 12])
+def test_no_save_removes_a_checkpoint_that_the_run_has_passed_over(tmp_path, step):
+    store = checkpoints(tmp_path, keep=1)
+    save(store, 4)
+    kept = checkpoints(tmp_path, keep=None)
+    for damaged in (save(kept, 8), save(kept, 12)):
+        (damaged / SHARD).rename(tmp_path / damaged.name)
+    assert store.newest_good() == store.folder / "step-4"
+
+    save(store, step)
+
+    passed_over = ["step-12.unused-1", "step-8.unused-1"]
+    assert names(store) == sorted(["latest", f"step-{step}", *passed_over])
+    for name in passed_over:
+        (tmp_path / name.removesuffix(".unused-1")).rename(store.folder / name / SHARD)
+        assert store.damage(store.folder / name) is None
 
 
 def test_a_checkpoint_of_another_config_is_refused_with_the_fields_that_differ(tmp_path):
@@ -222,16 +269,6 @@ def test_a_named_checkpoint_that_is_damaged_or_none_is_an_error(tmp_path):
     flip(named / SHARD)
     with pytest.raises(CheckpointError, match="step-4 cannot be resumed from: the checksum of"):
         store.given(named)
-
-
-def test_those_further_than_the_one_resumed_go_when_it_saves(tmp_path):
-    store = checkpoints(tmp_path, keep=None)
-    save(store, 4, 8, 12)
-
-    save(store, 6)
-
-    assert names(store) == ["latest", "step-4", "step-6"]
-    assert store.newest_good() == store.folder / "step-6"
 
 
 def test_an_old_one_that_cannot_be_removed_does_not_stop_the_run(tmp_path, caplog, monkeypatch):
