@@ -135,9 +135,9 @@ def adopt_slurm_variables() -> None:
     os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _first_slurm_host()
-    # One port per job, so that two jobs on a node do not use the same port.
-    port = 20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000
-    os.environ.setdefault("MASTER_PORT", str(port))
+    # One port per step of a job, so that two jobs or steps on a node do not use the same port.
+    job, step = os.environ.get("SLURM_JOB_ID", "0"), os.environ["SLURM_STEP_ID"]
+    os.environ.setdefault("MASTER_PORT", str(20000 + (int(job) + 4001 * int(step)) % 20000))
 
 
 def _first_slurm_host() -> str:

@@ -180,8 +180,8 @@ class StudentEngine:
         with self._engine.module.opened_head(batch):
             return self._engine(batch, view=view)
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write the engine's shards into folder/tag; a collective.
+    def save(self, folder: Path, tag: str) -> list[Path]:
+        """Write the engine's shards into folder/tag; return this rank's files; a collective.
 
         Raises:
             OSError: a write failed on any rank; raised on every rank.
@@ -201,6 +201,7 @@ class StudentEngine:
             engine.checkpoint_engine = writer
             engine._copy_recovery_script = copy_scripts  # noqa: SLF001
         together(careful.raise_failure)
+        return careful.written
 
     def load(self, folder: Path, tag: str) -> None:
         """Read a checkpoint that `save` wrote; a collective.
@@ -235,6 +236,7 @@ class CarefulWriter:
     def __init__(self, writer: Any, *, leave_out: Collection[str] = ()) -> None:
         self._writer, self._leave_out = writer, leave_out
         self._failure: OSError | None = None
+        self.written: list[Path] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._writer, name)
@@ -247,6 +249,7 @@ class CarefulWriter:
             state_dict = {**state_dict, "module": kept}
         try:
             write_tensors(Path(path), state_dict)
+            self.written.append(Path(path))
         except OSError as error:
             self._failure = error
 

@@ -218,7 +218,8 @@ class FolderLock:
             self._write(self._draft)
             os.link(self._draft, path)
         except FileExistsError:
-            return False
+            # Network storage repeats a call whose answer was lost: the link may be this process's.
+            return read_holder(path) == self.holder
         except OSError as error:
             if error.errno not in NO_HARD_LINKS:
                 raise

@@ -17,7 +17,7 @@ import pickle
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,7 +66,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        write_engine: Callable[[Path, str], None],
+        write_engine: Callable[[Path, str], list[Path]],
         state: Mapping[str, Any],
         own: Mapping[str, Any],
     ) -> Path:
@@ -74,7 +74,7 @@ class Checkpoints:
 
         Args:
             step: the number of optimiser steps taken.
-            write_engine: writes the engine's shards into (folder, tag).
+            write_engine: writes the engine's shards into (folder, tag); returns this rank's files.
             state: the loop's state, the same on every rank.
             own: the part of the state that differs between ranks, for this rank.
 
@@ -84,10 +84,9 @@ class Checkpoints:
         partial = self.folder / f"{_PREFIX}{step}{_PARTIAL}"
         try:
             on_main(lambda: self._make_room(partial))
-            write_engine(self.folder, partial.name)
-            together(lambda: self._write_state(partial, state, own))
-            hashes = together(lambda: self._hash_share(partial))
-            files = {name: entry for share in gather(hashes) for name, entry in share.items()}
+            shards = write_engine(self.folder, partial.name)
+            states = together(lambda: self._write_state(partial, state, own))
+            files = synced_entries(partial, [*shards, *states])
             return on_main(lambda: self._publish(partial, step, files))
         except (OSError, MegakdError) as error:
             on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
@@ -105,21 +104,16 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, f"no space left on the device: {lacking}")
         partial.mkdir()
 
-    def _write_state(self, folder: Path, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-        mine = {"random": random_state(), "own": dict(own)}
-        check_plain(mine)
-        write_tensors(folder / f"rank-{self.ranks.rank}.pt", mine)
+    def _write_state(
+        self, folder: Path, state: Mapping[str, Any], own: Mapping[str, Any]
+    ) -> list[Path]:
+        contents = {f"rank-{self.ranks.rank}.pt": {"random": random_state(), "own": dict(own)}}
         if self.ranks.is_main:
-            check_plain(state)
-            write_tensors(folder / "state.pt", dict(state))
-
-    def _hash_share(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """Read back this rank's share of the files and force them to the disk; return checksums."""
-        share = files_of(folder)[self.ranks.rank :: self.ranks.world_size]
-        for name in share:
-            with (folder / name).open("rb+") as file:
-                os.fsync(file.fileno())
-        return entries_of(folder, share)
+            contents["state.pt"] = dict(state)
+        for name, content in contents.items():
+            check_plain(content)
+            write_tensors(folder / name, content)
+        return [folder / name for name in contents]
 
     def _publish(self, partial: Path, step: int, files: Mapping[str, Any]) -> Path:
         final = self.folder / f"{_PREFIX}{step}"
@@ -285,6 +279,25 @@ class Checkpoints:
                 f"{checkpoint} cannot be resumed from: {MANIFEST} cannot be read: {error}; give a "
                 f"folder such as checkpoints/<stage>/step-<n>, or true for the newest"
             ) from error
+
+
+def synced_entries(folder: Path, written: Sequence[Path]) -> dict[str, Any]:
+    """Force files to the disk; return the entries of the files of all ranks; a collective.
+
+    Args:
+        folder: the folder of the files. It is not listed, because on shared storage a rank may not
+            see the files of another rank yet.
+        written: the files that this rank has written, which no other rank can sync.
+    """
+
+    def read_back() -> dict[str, dict[str, Any]]:
+        for path in written:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        return entries_of(folder, [path.relative_to(folder).as_posix() for path in written])
+
+    shares = gather(together(read_back))
+    return {name: entry for share in shares for name, entry in share.items()}
 
 
 def _pass_over(damages: Mapping[Path, str], used: Path) -> None:

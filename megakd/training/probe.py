@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, TypeVar
 from megakd.engine.collectives import agree, all_reduce_, on_main
 from megakd.errors import CheckpointError
 from megakd.storage import atomic
+from megakd.storage.checksums import Entries, write_signed
+from megakd.storage.finished_folder import CHECKSUMS, damage
+from megakd.training.checkpoint import synced_entries
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,8 +51,16 @@ class HeldOutProbe:
         return self.scorer.loss(student.predict, self.rows)
 
     def remember(self, student: StudentEngine) -> None:
-        """Save the student, its optimizer included."""
-        student.save(self.folder, BEGINNING)
+        """Save the student, its optimizer included, whole or not at all."""
+        partial = self.folder / f"{BEGINNING}.partial"
+        on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+        files = synced_entries(partial, student.save(self.folder, partial.name))
+        on_main(lambda: self._publish(partial, files))
+
+    def _publish(self, partial: Path, files: Entries) -> None:
+        write_signed(partial / CHECKSUMS, {"files": files})
+        shutil.rmtree(self.folder / BEGINNING, ignore_errors=True)
+        partial.rename(self.folder / BEGINNING)
 
     def reset(self, student: StudentEngine) -> None:
         """Restore the saved student without a new engine."""
@@ -59,17 +70,18 @@ class HeldOutProbe:
         """Check that there is a saved student.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: there is none, or it is damaged.
         """
         on_main(self._check_folder)
 
     def _check_folder(self) -> None:
         folder = self.folder / BEGINNING
-        if not folder.is_dir():
+        found = damage(folder)
+        if found is not None:
             raise CheckpointError(
-                f"{folder} does not exist, and the next episodes start from this student; resume "
-                f"from a checkpoint beside a folder {BEGINNING}/, or remove {self.folder} to train "
-                "the stage again"
+                f"{folder} is damaged: {found}, and the next episodes start from this student; "
+                f"resume from a checkpoint beside a whole folder {BEGINNING}/, or remove "
+                f"{self.folder} to train the stage again"
             )
 
 

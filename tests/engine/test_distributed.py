@@ -56,6 +56,18 @@ def test_a_step_of_srun_gives_rank_and_meeting_point(monkeypatch):
     assert os.environ["MASTER_PORT"] == "20041"
 
 
+def test_two_steps_of_a_job_and_of_the_next_job_meet_at_ports_of_their_own(monkeypatch):
+    ports = set()
+    for job, step in ((41, 0), (41, 1), (42, 0), (42, 1)):
+        slurm_step(monkeypatch, SLURM_JOB_ID=str(job), SLURM_STEP_ID=str(step))
+        for name in ("RANK", "MASTER_PORT"):
+            monkeypatch.delenv(name, raising=False)
+        distributed.adopt_slurm_variables()
+        ports.add(os.environ["MASTER_PORT"])
+
+    assert len(ports) == 4
+
+
 def test_a_batch_script_alone_is_not_taken_for_a_rank(monkeypatch):
     slurm_step(monkeypatch)
     monkeypatch.delenv("SLURM_STEP_ID")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_store import flip
 from one_rank import OneRank
 from safetensors.torch import load_file
 from tiny_runs import bert, config_tree, llama, write_config, write_reviews, write_text
@@ -131,22 +132,27 @@ def test_a_checkpoint_of_another_folder_is_continued_with_its_initial_student(be
     assert same(weights(bench.folder / "moved", "selector"), weights(other, "selector"))
 
 
-def test_a_checkpoint_without_its_initial_student_is_refused_before_a_step_is_taken(bench):
-    other = bench.run("bare", LEARNED, save={"save_steps": 5, "save_total_limit": None})
+def change_a_weight(beginning: Path) -> None:
+    flip(next(beginning.glob("*.pt")))
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, change_a_weight])
+def test_a_checkpoint_without_its_initial_student_is_refused_before_a_step_is_taken(bench, damage):
+    other = bench.run(damage.__name__, LEARNED, save={"save_steps": 5, "save_total_limit": None})
     checkpoints = other / "checkpoints" / "selector"
-    shutil.rmtree(checkpoints / "beginning")
+    damage(checkpoints / "beginning")
     config = bench.config("refused", LEARNED)
 
     said = [
         bench.one_rank.train(
-            *("--config", config, f"output_dir={bench.folder / f'refused-{step}'}"),
+            *("--config", config, f"output_dir={other}-refused-{step}"),
             f"train.resume_from_checkpoint={checkpoints / f'step-{step}'}",
         )
         for step in (5, 10)
     ]
 
     assert [one.code for one in said] == [2, 0]  # no episode begins after step 10 of 16
-    assert "resume from a checkpoint beside a folder beginning/" in said[0].err
+    assert "beginning is damaged" in said[0].err
 
 
 def test_noise_that_switches_every_kind_off_is_a_step_without_a_loss(bench):

@@ -62,6 +62,24 @@ def pass_time(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None]) ->
     return clock
 
 
+def test_a_link_that_network_storage_makes_twice_does_not_lock_the_run_out(tmp_path, monkeypatch):
+    link = os.link
+
+    def repeated(*names: Path) -> None:
+        link(*names)
+        link(*names)
+
+    monkeypatch.setattr(holder.os, "link", repeated)
+    lock = FolderLock(tmp_path)
+    lock.take()
+
+    with pytest.raises(InUseError, match=f"process {os.getpid()}"):
+        FolderLock(tmp_path).take()
+
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
     lock = FolderLock(tmp_path / "out")
 

@@ -21,8 +21,9 @@ def checkpoints(folder: Path, *, keep: int | None = 2, ranks: Ranks = ALONE, **f
     return Checkpoints(folder=folder / "student", fingerprint=fingerprint, keep=keep, ranks=ranks)
 
 
-def write_engine(folder: Path, tag: str) -> None:
+def write_engine(folder: Path, tag: str) -> list[Path]:
     write_tensors(folder / tag / SHARD, {"weight": torch.arange(1000.0)})
+    return [folder / tag / SHARD]
 
 
 def save(store: Checkpoints, *steps: int) -> Path:

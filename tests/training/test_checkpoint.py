@@ -152,6 +152,20 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert re.search(told, caplog.text, re.MULTILINE)
 
 
+def test_the_manifest_names_what_was_written_even_if_a_listing_does_not_show_it(
+    tmp_path, monkeypatch
+):
+    store = checkpoints(tmp_path)
+    with monkeypatch.context() as stale:
+        stale.setattr(Path, "rglob", lambda *_: iter(()))
+        stale.setattr(Path, "iterdir", lambda _: iter([store.folder / "step-4"]))
+        newest = save(store, 4)
+
+    flip(newest / SHARD)
+    assert store.damage(newest) == f"the checksum of {SHARD} differs"
+    assert json.loads((newest / "manifest.json").read_text())["files"].keys() == set(FILES)
+
+
 def test_no_bit_of_a_manifest_can_change_unseen(tmp_path):
     store = checkpoints(tmp_path)
     newest = save(store, 4, 8)

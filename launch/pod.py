@@ -1,0 +1,25 @@
+"""torchrun in a pod, with an exit code that says whether to start the pod again.
+
+Usage: `python launch/pod.py [options of torchrun] launch/train.py --config F`. torchrun ends with 1
+whatever its ranks end with. This program ends with 2 if a rank did, because something has to be
+changed, and otherwise with 138: a rank or another pod was lost, and the run goes on when started
+again. For PyTorchJob's `restartPolicy: ExitCode`, 138 is an error to retry and 2 is not.
+"""
+
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+CHANGE_NEEDED = 2
+RETRY = 138
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        sys.exit(CHANGE_NEEDED if CHANGE_NEEDED in codes else RETRY)
+    except SignalException as signal:
+        sys.exit(128 + signal.sigval)

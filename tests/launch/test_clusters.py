@@ -1,0 +1,59 @@
+"""What the scripts for clusters do with the end of a run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ENDS = {
+    "complete": "sys.exit(0)",
+    "change": "sys.exit(2 if rank else 1)",
+    "lost": "os.kill(os.getpid(), 9) if rank else time.sleep(60)",
+}
+
+
+@pytest.mark.parametrize("end", [0, 2, 138, 143])
+def test_a_slurm_job_is_requeued_if_it_was_stopped_at_its_time_limit_alone(
+    repository: Path, tmp_path: Path, end: int
+) -> None:
+    programs = {"srun": f"exit {end}", "scontrol": f'echo "$@" >> {tmp_path}/asked'}
+    for name, lines in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node-1", "SLURM_CPUS_PER_TASK": "2"}
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+
+    words = ["bash", "launch/slurm.sbatch", "run.yaml"]
+    ended = subprocess.run(words, cwd=repository, env={**job, "PATH": path}, check=False)
+
+    assert ended.returncode == end
+    assert ("requeue 41" in (tmp_path / "asked").read_text()) is (end == 138)
+
+
+@pytest.mark.parametrize(("end", "code"), [("complete", 0), ("change", 2), ("lost", 138)])
+def test_a_pod_says_whether_it_is_worth_starting_again(
+    repository: Path, tmp_path: Path, end: str, code: int
+) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(f"import os, sys, time\nrank = int(os.environ['RANK'])\n{ENDS[end]}\n")
+    words = ["launch/pod.py", "--standalone", "--nproc_per_node", "2", str(script)]
+
+    ended = subprocess.run(
+        [sys.executable, *words], cwd=repository, capture_output=True, check=False
+    )
+
+    assert ended.returncode == code, ended.stderr
+
+
+def test_pods_are_started_by_the_launcher_that_tells_and_by_its_code(repository: Path) -> None:
+    (job,) = yaml.safe_load_all((repository / "launch" / "kubernetes.yaml").read_text())
+
+    for pod in job["spec"]["pytorchReplicaSpecs"].values():
+        assert pod["restartPolicy"] == "ExitCode"
+        (container,) = pod["template"]["spec"]["containers"]
+        assert container["command"][:3] == ["python", "launch/pod.py", "launch/train.py"]
