@@ -34,6 +34,10 @@ _PEER_LOST = (
     "remote process exited",
 )
 _TIMED_OUT = ("Timed out waiting", "collective operation timeout")
+_NOT_CONNECTED = ("connectFullMesh failed", "Unable to find address for")
+# The number of the node, from DeepSpeed's launcher, torchrun and Slurm. Two launchers on one host
+# are two nodes, as the launchers say, and two hosts may have the same name.
+_NODE_NUMBERS = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")
 
 
 def backend_for(device: str, own: str) -> str:
@@ -132,13 +136,20 @@ def once_per_node(action: Callable[[], T], *, place: str) -> T:
         return pickle.dumps(own[0])
 
     made = on_main(pickled)
-    nodes = gather((socket.gethostname(), place))
+    nodes = gather((node_name(), place))
     first = nodes.index(nodes[dist.get_rank()])  # the first rank of this node
     is_first = first == dist.get_rank()
     # The files of rank 0 are there on its own node, and on every node that shares the folder.
     lacks = together(lambda: is_first and not own and not _can_open(made))
     filled = gather(together(pickled if lacks else bytes))
     return together(lambda: own[0] if own else pickle.loads(filled[first] or made))  # noqa: S301
+
+
+def node_name() -> str:
+    """Return the name of this rank's node: the host, and the number that the launcher gives."""
+    number = next((os.environ[name] for name in _NODE_NUMBERS if os.environ.get(name)), None)
+    host = socket.gethostname()
+    return host if number is None else f"{host} (node {number})"
 
 
 def _can_open(made: bytes) -> bool:
@@ -191,19 +202,27 @@ def reports_lost_peer() -> Iterator[None]:
     """Convert the error of a collective that another rank has left into a one-line error.
 
     Raises:
-        PeerLostError: another rank has ended.
+        PeerLostError: another rank has ended, or cannot be reached.
         CollectiveTimeoutError: another rank did not join within `train.collective_timeout`.
     """
     try:
         yield
     except RuntimeError as error:
-        said = str(error)
+        said, rank = str(error), f"rank {os.environ.get('RANK', '0')}"
+        if any(words in said for words in _NOT_CONNECTED):
+            reason = said.splitlines()[0].rpartition("] ")[2]
+            interface = os.environ.get("GLOO_SOCKET_IFNAME", "not set")
+            raise PeerLostError(
+                f"{rank} on {node_name()} cannot connect to another rank over gloo ({reason}); set "
+                f"GLOO_SOCKET_IFNAME ({interface}) on every node to the network interface that "
+                "connects the nodes, such as eth0"
+            ) from error
         if any(words in said for words in _TIMED_OUT):
             raise CollectiveTimeoutError(activity.too_long()) from error
         reason = next((words for words in _PEER_LOST if words in said), None)
         if reason is None:
             raise
         raise PeerLostError(
-            f"rank {os.environ.get('RANK', '0')} ends because another rank has ended ({reason}); "
+            f"{rank} ends because another rank has ended ({reason}); "
             "see the output of that rank or of its launcher"
         ) from error

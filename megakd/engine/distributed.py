@@ -55,10 +55,11 @@ def start(*, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> Ranks:
         collective_timeout_s: limit of a collective of tensors.
 
     Raises:
-        MegakdError: the launcher's variables are incomplete.
+        MegakdError: the launcher's variables are incomplete, or a rank cannot be reached.
     """
     adopt_slurm_variables()
     _complete_environment()
+    _share_interface()
     _share_cores()
     _put_ninja_on_path()
     extensions = use_own_extensions_folder()
@@ -66,7 +67,8 @@ def start(*, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> Ranks:
         stale_locks.remove_dead_locks(extensions)
         stale_locks.remove_dead_buffers()
     activity.begin(collective_timeout_s)
-    _init_process_group(timedelta(seconds=collective_timeout_s))
+    with reports_lost_peer():
+        _init_process_group(timedelta(seconds=collective_timeout_s))
     return ranks()
 
 
@@ -199,6 +201,13 @@ def _slurm_tasks_of_node() -> int | None:
         return tasks[int(node)]
     per_node = os.environ.get("SLURM_NTASKS_PER_NODE", "")
     return int(per_node) if per_node.isdigit() else None
+
+
+def _share_interface() -> None:
+    """Let gloo use the network interface of NCCL, if NCCL is told the whole name of one."""
+    name = os.environ.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
+    if name in {interface for _, interface in socket.if_nameindex()}:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _share_cores() -> None:

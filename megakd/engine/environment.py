@@ -9,7 +9,7 @@ import socket
 from megakd.engine.collectives import gather
 
 logger = logging.getLogger(__name__)
-PREFIXES = ("MEGAKD_", "HF_", "TRITON_", "TORCH_EXTENSIONS_DIR", "TOKENIZERS_PARALLELISM")
+PREFIXES = ("MEGAKD_", "HF_", "GLOO_", "TRITON_", "TORCH_EXTENSIONS_DIR", "TOKENIZERS_")
 
 
 def warn_of_missing_variables() -> None:

@@ -7,21 +7,16 @@ change the group of every engine of the process, the student's included.
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from megakd.engine.collectives import gather
+from megakd.engine.collectives import gather, node_name
 from megakd.errors import ConfigError
 
 _GROUPS: dict[dist.ProcessGroup, dist.ProcessGroup | None] = {}
 """The group of this rank's node, by the default group; None if there is one node."""
-# The number of the node, from DeepSpeed's launcher, torchrun and Slurm. Two launchers on one host
-# are two nodes, as the launchers say.
-_NODE_NUMBERS = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")
 
 
 def node_group() -> dist.ProcessGroup | None:
@@ -37,7 +32,7 @@ def node_group() -> dist.ProcessGroup | None:
     if world is None:
         return None
     if world not in _GROUPS:
-        nodes = ranks_by_node(gather(_own_node()))
+        nodes = ranks_by_node(gather(node_name()))
         _GROUPS.clear()  # of a default group that has ended
         _GROUPS[world] = _own_group(nodes) if len(nodes) > 1 else None
     return _GROUPS[world]
@@ -64,12 +59,6 @@ def ranks_by_node(names: Sequence[str]) -> list[list[int]]:
             "teacher_zero3, which shards over all ranks"
         )
     return list(nodes.values())
-
-
-def _own_node() -> str:
-    number = next((os.environ[name] for name in _NODE_NUMBERS if os.environ.get(name)), None)
-    host = socket.gethostname()
-    return host if number is None else f"{host} (node {number})"
 
 
 def _own_group(nodes: Sequence[Sequence[int]]) -> dist.ProcessGroup:

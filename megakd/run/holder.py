@@ -29,8 +29,8 @@ from pathlib import Path
 
 import psutil
 
-from megakd.engine.collectives import on_main
-from megakd.errors import CheckpointError, InUseError
+from megakd.engine.collectives import gather, node_name, on_main
+from megakd.errors import CheckpointError, ConfigError, InUseError
 
 logger = logging.getLogger(__name__)
 LOCK = "lock.json"
@@ -104,20 +104,40 @@ def held(folder: Path) -> Iterator[None]:
 
     Raises:
         InUseError: another run holds the folder, on all ranks alike.
+        ConfigError: a node does not see the folder, on all ranks alike.
     """
     lock: FolderLock | None = None
 
-    def take() -> None:
+    def take() -> Holder:
         nonlocal lock
         lock = FolderLock(folder)
         lock.take()
+        return lock.holder
 
-    on_main(take)
+    holder = on_main(take)
     try:
+        _check_shared(folder / LOCK, holder)
         yield
     finally:
         if lock is not None:
             lock.release()
+
+
+def _check_shared(path: Path, holder: Holder) -> None:
+    """Check that every rank sees the lock of rank 0, as it must see checkpoints and results."""
+    for look in range(round(DEAD_AFTER_S / LOOK_EVERY_S)):
+        place = f"{path.absolute()} on {node_name()}"
+        places = gather(None if read_holder(path) == holder else place)
+        blind = ", ".join(dict.fromkeys(place for place in places if place))
+        if not blind:
+            return
+        if look == 0:
+            logger.warning("what rank 0 has written is not visible yet as %s: waiting", blind)
+        time.sleep(LOOK_EVERY_S)
+    raise ConfigError(
+        f"output_dir: {LOCK}, which rank 0 wrote on {holder.host}, is not visible as {blind}; all "
+        "nodes must share output_dir: name a folder on shared storage"
+    )
 
 
 class FolderLock:

@@ -14,7 +14,8 @@ from datasets import Dataset
 from megakd.config.file import load_config
 from megakd.engine import collectives, distributed
 from megakd.engine.environment import warn_of_missing_variables
-from megakd.errors import DataError
+from megakd.errors import ConfigError, DataError
+from megakd.run import holder
 from megakd.training.inputs import prepare
 
 
@@ -46,7 +47,9 @@ def main_first_errors(failing: int) -> str:
         return str(error)
 
 
-def rows_of_node(folders: list[str], failing: int | None = None) -> dict[str, object]:
+def rows_of_node(
+    folders: list[str], failing: int | None = None, place: str | None = None
+) -> dict[str, object]:
     """Make rows once per node, in this rank's folder."""
     rank = distributed.ranks().rank
     ran = []
@@ -60,7 +63,7 @@ def rows_of_node(folders: list[str], failing: int | None = None) -> dict[str, ob
         return Dataset.load_from_disk(str(path)).select([0, 2])
 
     try:
-        rows = collectives.once_per_node(action, place=folders[rank])
+        rows = collectives.once_per_node(action, place=place or folders[rank])
     except DataError as error:
         return {"ran": ran, "said": str(error)}
     files = [entry["filename"] for entry in rows.cache_files]
@@ -92,10 +95,30 @@ def noted(name: str) -> Iterator[list[str]]:
 
 
 def rows_of_separate_node(folders: list[str], failing: int | None = None) -> dict[str, object]:
-    """Do as `rows_of_node`; no rank sees the disk of another node."""
+    """Do as `rows_of_node`; no rank sees the disk of another node, and all hosts have one name."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GROUP_RANK", str(distributed.ranks().rank))
         patch.setattr(collectives, "_can_open", lambda _: False)
-        return rows_of_node(folders, failing)
+        return rows_of_node(folders, failing, place="cache")
+
+
+def held_folder(folders: list[str], looks: int) -> str:
+    """Hold this rank's folder; rank 1 does not see the lock before it has looked a few times."""
+    rank, seen, look = distributed.ranks().rank, [], holder.read_holder
+
+    def read(path: Path) -> holder.Holder | None:
+        seen.append(path)
+        return None if rank == 1 and len(seen) <= looks else look(path)
+
+    with pytest.MonkeyPatch.context() as patch, noted("megakd") as messages:
+        patch.setenv("GROUP_RANK", str(rank))
+        patch.setattr(holder, "DEAD_AFTER_S", 3.0)
+        patch.setattr(holder, "read_holder", read)
+        try:
+            with holder.held(Path(folders[rank])):
+                return "; ".join(["held", *messages])
+        except ConfigError as error:
+            return str(error)
 
 
 def files_read(config_path: str, folder: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Collectives between ranks: errors, rows made once per node, limits, and tensors on the CPU."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,23 @@ def test_a_node_that_does_not_see_the_files_of_rank_0_makes_its_own(workers, tmp
 
     assert (first["ran"], second["ran"]) == ([0], [1])
     assert (first["rows"], second["rows"]) == ([0, 20], [1, 20])
+
+
+def test_an_output_folder_that_a_node_shows_late_is_waited_for(workers, tmp_path):
+    said = workers(2).run("collective_cases.held_folder", [str(tmp_path)] * 2, 2)
+
+    assert said[1].startswith("held")
+    assert re.fullmatch(r"held; .* not visible yet as \S+ on \S+ \(node 1\): waiting", said[0])
+
+
+def test_an_output_folder_that_a_node_does_not_share_ends_all_ranks(workers, tmp_path):
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+
+    said = workers(2).run("collective_cases.held_folder", folders, 0)
+
+    assert said[0] == said[1]
+    assert re.search(rf"not visible as {folders[1]}/lock.json on \S+ \(node 1\); all", said[0])
+    assert list(tmp_path.rglob("*")) == []
 
 
 @pytest.mark.parametrize("failing", [0, 1])

@@ -1,4 +1,5 @@
 import os
+import re
 
 import pytest
 
@@ -103,6 +104,53 @@ def test_a_collective_whose_other_end_is_gone_is_one_line(monkeypatch):
         reports_lost_peer(),
     ):
         raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:4711")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            "Gloo connectFullMesh failed with [/gloo/transport/tcp/pair.cc:152] timed out "
+            "connecting: SO_ERROR: Connection refused, remote=[127.0.0.1]:6536$1",
+            "timed out connecting: SO_ERROR: Connection refused, remote=[127.0.0.1]:6536$1",
+        ),
+        ("[enforce fail at /gloo/device.cc:84] ifa. Unable to find address for: eth7", "ifa. Un"),
+    ],
+)
+def test_nodes_that_gloo_cannot_connect_are_one_line_that_names_the_interface(
+    monkeypatch, error, reason
+):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+
+    with pytest.raises(PeerLostError) as raised, reports_lost_peer():
+        raise RuntimeError(error)
+
+    message = r"rank 3 on .* cannot connect .*\({}.*set GLOO_SOCKET_IFNAME \(eth7\) on every node"
+    assert re.match(message.format(re.escape(reason)), str(raised.value))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("nccl", "gloo", "taken"),
+    [
+        ("lo", None, "lo"),
+        ("=lo", None, "lo"),
+        ("lo", "eth1", "eth1"),
+        ("^lo", None, None),
+        ("lo,eth1", None, None),
+        ("l", None, None),  # NCCL takes the beginning of a name, gloo does not
+    ],
+)
+def test_gloo_takes_the_interface_of_nccl_if_it_has_a_plain_name(monkeypatch, nccl, gloo, taken):
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", nccl)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", gloo or "")
+    if gloo is None:
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+
+    distributed._share_interface()
+
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == taken
 
 
 def test_another_failure_of_the_same_type_is_shown_as_it_is():

@@ -7,6 +7,7 @@ import socket
 import pytest
 
 from megakd.engine import nodes
+from megakd.engine.collectives import node_name
 from megakd.errors import ConfigError
 
 
@@ -29,6 +30,6 @@ def test_launchers_on_one_host_are_nodes_by_the_number_that_they_give(
         monkeypatch.delenv(name, raising=False)
     host = socket.gethostname()
 
-    assert nodes._own_node() == host
+    assert node_name() == host
     monkeypatch.setenv(variable, "1")
-    assert nodes._own_node() == f"{host} (node 1)"
+    assert node_name() == f"{host} (node 1)"
