@@ -48,6 +48,11 @@ class GenerationConfig:
     are continued."""
 
     @property
+    def longest(self) -> int:
+        """The length limit."""
+        return self.max_new_tokens
+
+    @property
     def how(self) -> Sampling:
         """The settings of the generator."""
         given = self.sampling

@@ -108,6 +108,12 @@ class RolloutConfig:
         return begun[-1].max_new_tokens
 
     @property
+    def draws(self) -> dict[str, bool]:
+        """Whether steps learn from generated texts (`rollouts`), and from the `data` as it is."""
+        drawn = {source for source, share in self.mix.items() if share}
+        return {"rollouts": drawn != {"data"}, "data": "data" in drawn or self.from_step > 0}
+
+    @property
     def works_ahead(self) -> bool:
         """True if a server generates the next texts while the student learns."""
         return self.server is not None and self.max_staleness > 0

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from megakd.contract.methods import no_such_teacher
 from megakd.contract.tasks import STUDENT
+from megakd.contract.term_names import source_of
 from megakd.methods import methods_with_rollouts
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def rollout_problems(config: RunConfig) -> Iterator[str]:
             f"method.name to {' or '.join(methods_with_rollouts())}, or remove the section"
         )
     yield from _rows(config)
+    yield from _terms(config.rollout, config)
     yield from _generator(config.rollout, config)
 
 
@@ -44,6 +46,17 @@ def _rows(config: RunConfig) -> Iterator[str]:
             yield (
                 f"{config.key_of(name)}.cache: holds answers to the training rows, and rollout "
                 "trains on other texts; remove one of the two"
+            )
+
+
+def _terms(rollouts: RolloutConfig, config: RunConfig) -> Iterator[str]:
+    learned = {source_of(term) for term in config.objective or ()}
+    for source, is_drawn in rollouts.draws.items():
+        if is_drawn and learned and learned.isdisjoint({None, source}):
+            yield (
+                f"objective: every term has on: {learned.pop()}, and rollout.mix or "
+                f"rollout.from_step draws rows of the {source}, which would teach nothing; add a "
+                f"term without on or with on: {source}, or change the section rollout"
             )
 
 

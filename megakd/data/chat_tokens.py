@@ -3,7 +3,7 @@
 A row of the result is one conversation, not packed. Columns: `input_ids` and `labels`, lists of
 int32 (see `packing` for the labels), and `prompt_length`, the number of tokens that a generator
 continues: up to and including the generation prompt of the last answer. A document of a mixture is
-cut into rows of `max_length` without losing a target, and its prompt is its first token.
+cut into rows of `max_length` without losing a target, and has no prompt: its length is 0.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from megakd.data.chat_counts import CountsByName
 
 # Part of the key of encoded rows: increase this number when the encoded rows would differ.
-VERSION = 2
+VERSION = 3
 ROWS_AT_ONCE = 500
 ENCODED_AT_ONCE = 32
 """Conversations that are encoded together. The beginnings up to each answer are encoded too, which
@@ -347,4 +347,4 @@ def _document_rows(tokens: Tokens, length: int) -> Iterator[ChatRow]:
     for start in range(0, len(tokens.ids), length):
         part = slice(start, start + length)
         if (labels[part] != IGNORE).any():
-            yield ChatRow(tokens.ids[part], labels[part], 1)
+            yield ChatRow(tokens.ids[part], labels[part], 0)

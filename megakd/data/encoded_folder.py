@@ -19,6 +19,7 @@ from megakd.config.task import TokenizerConfig
 from megakd.data.cache import key_of, read_rows
 from megakd.data.chat_counts import SETS, ChatCounts
 from megakd.data.chat_encoding import say_chat
+from megakd.data.chat_tokens import VERSION as CHAT_VERSION
 from megakd.data.encoded_keys import VERSION, tokenizer_content
 from megakd.data.encoding import Encoded
 from megakd.data.splits import Splits
@@ -64,6 +65,8 @@ def facts_of(task: TaskConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int)
     }
     if task.type == "causal_lm" and tokenizer.chat_template:
         facts["tokenizer"]["chat_template"] = key_of(tokenizer.chat_template)[:16]
+    if task.mixture is not None:
+        facts["chat_version"] = CHAT_VERSION
     if isinstance(task.tokenizer, TokenizerConfig):
         facts["tokenizer"]["recipe"] = asdict(task.tokenizer)
     for key in _FREE:

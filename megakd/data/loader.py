@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from megakd.data.made_ahead import made_ahead
-from megakd.data.rows import arrow_batches
-from megakd.data.step_layout import micro_batch, row_lengths
+from megakd.data.rollout_rows import rows_with_targets
+from megakd.data.step_layout import lengths_of, micro_batch
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from megakd.data.step_layout import Collate, StepLayout, StepShape
 
 STEPS_AHEAD = 2
-LENGTHS_AT_ONCE = 100_000
 
 
 class OtherReading(Protocol):
@@ -50,14 +49,46 @@ class OtherReading(Protocol):
         ...
 
 
+class RowOrder:
+    """The rows of every optimizer step, over all ranks: a function of (seed, step).
+
+    Every epoch is a new permutation of the rows, cut into steps of `rows_per_step`; its last step
+    has the remaining rows. No row occurs twice in an epoch.
+
+    Args:
+        rows: [N] numbers of the rows.
+        shape: number of rows of a step.
+        seed: seed of the run.
+    """
+
+    def __init__(self, rows: NDArray[np.int64], shape: StepShape, *, seed: int) -> None:
+        self._rows, self._size, self._seed = rows, shape.rows_per_step, seed
+        self.steps_per_epoch = shape.steps_per_epoch(len(rows))
+        self._latest: tuple[int, NDArray[np.int64]] | None = None
+
+    def __call__(self, step: int) -> NDArray[np.int64]:
+        """Return the row numbers of a step, counted from 0 over all epochs."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return self._of(epoch)[position * self._size : (position + 1) * self._size]
+
+    def _of(self, epoch: int) -> NDArray[np.int64]:
+        # Kept for the epoch; replaced in one assignment, because two threads may run this code.
+        latest = self._latest
+        if latest is None or latest[0] != epoch:
+            generator = np.random.default_rng([self._seed, epoch])
+            order = generator.permutation(len(self._rows))
+            self._latest = latest = (epoch, self._rows[order])
+        return latest[1]
+
+
 class StepLoader:
     """The training rows, grouped by optimizer step.
 
-    Every epoch is a new permutation of the rows, cut into steps of `rows_per_step`. The rows of a
-    step do not depend on the split into micro-batches and ranks. The last step of an epoch has the
-    remaining rows, which are distributed evenly and filled up with dummy rows. No row occurs twice
-    in an epoch, and every rank has the same number of micro-batches in every step. With
-    `tokens_per_rank`, the same rows are packed by their lengths, and are not numbered.
+    Rows without a target, which are prompts alone, are left out; see `RowOrder` for the others. The
+    rows of a step do not depend on the split into micro-batches and ranks. The rows of the last
+    step of an epoch are distributed evenly and filled up with dummy rows, and every rank has the
+    same number of micro-batches in every step. With `tokens_per_rank`, the same rows are packed by
+    their lengths, and are not numbered.
 
     `masking` chooses new masks in every epoch, as a function of (seed, epoch, row). `others` encode
     the same rows for models with another tokenizer, by role.
@@ -73,21 +104,23 @@ class StepLoader:
         masking: Masking | None = None,
         others: Mapping[str, OtherReading] = MappingProxyType({}),
     ) -> None:
-        if not len(rows):
-            raise DataError("the training split has no rows")
+        learned = rows_with_targets(rows)
+        if not len(learned):
+            raise DataError("the training split has no rows to learn from")
         if layout.tokens_per_rank is not None and (masking or others):
             raise TypeError("packed rows have no masks and no readings of other models")
         # Arrow tables do not create a Python object per token.
         self._rows = rows.with_format("arrow")
         self._collate, self._layout = collate, layout
-        self._lengths = None if layout.tokens_per_rank is None else _lengths(rows)
-        self._size = layout.shape.most_rows(len(rows))
-        self.steps_per_epoch = layout.shape.steps_per_epoch(len(rows))
+        self._lengths = None if layout.tokens_per_rank is None else lengths_of(rows)
+        self._size = layout.shape.most_rows(len(learned))
+        self.step_rows = RowOrder(learned, layout.shape, seed=seed)
+        """Function that returns the row numbers of a step over all ranks."""
+        self.steps_per_epoch = self.step_rows.steps_per_epoch
         self.waited_s = 0.0
         """Seconds that the consumers of `iterate` spent waiting for data."""
         self._seed = seed
         self._masking, self._others = masking, others
-        self._latest: tuple[int, NDArray[np.int64]] | None = None
 
     def step(self, index: int) -> tuple[Batch, ...]:
         """Return this rank's micro-batches of step `index`, counted from 0 over all epochs."""
@@ -96,12 +129,6 @@ class StepLoader:
         lengths = np.zeros_like(rows) if self._lengths is None else self._lengths[rows]
         parts = self._layout.micro_batches(lengths)
         return tuple(self._micro_batch(index, rows[part]) for part in parts)
-
-    def step_rows(self, index: int) -> NDArray[np.int64]:
-        """Return the row numbers of optimizer step `index` over all ranks."""
-        epoch, position = divmod(index, self.steps_per_epoch)
-        size = self._layout.shape.rows_per_step
-        return self._order(epoch)[position * size : (position + 1) * size]
 
     def iterate(self, start: int, stop: int) -> Generator[tuple[Batch, ...], None, None]:
         """Yield the steps from `start` up to, excluding, `stop`, prepared in a background thread.
@@ -124,14 +151,6 @@ class StepLoader:
     def scalars(self) -> dict[str, float]:
         """Return {}: a loader logs nothing."""
         return {}
-
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        # Kept for the epoch; replaced in one assignment, because two threads may run this code.
-        latest = self._latest
-        if latest is None or latest[0] != epoch:
-            generator = np.random.default_rng([self._seed, epoch])
-            self._latest = latest = (epoch, generator.permutation(len(self._rows)))
-        return latest[1]
 
     def _micro_batch(self, index: int, mine: NDArray[np.int64]) -> Batch:
         """Return the micro-batch of some rows of step `index`."""
@@ -156,12 +175,6 @@ class StepLoader:
             return step.result()
         finally:
             self.waited_s += time.perf_counter() - began
-
-
-def _lengths(rows: Dataset) -> NDArray[np.int64]:
-    """Return [N] tokens of every row, from the offsets of the arrow files."""
-    tables = arrow_batches(rows.select_columns("input_ids"), LENGTHS_AT_ONCE)
-    return np.concatenate([row_lengths(table) for table in tables])
 
 
 def _seed_of(seed: int, role: str) -> int:

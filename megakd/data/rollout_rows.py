@@ -9,6 +9,7 @@ import numpy as np
 
 from megakd.contract.batch import IGNORE
 from megakd.contract.routes import ROUTE
+from megakd.data.step_layout import lengths_of
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
@@ -18,7 +19,20 @@ if TYPE_CHECKING:
     from megakd.contract.rollouts import Rollout
 
 PROMPT_LENGTH = "prompt_length"
-"""Column of encoded rows: the number of tokens that a generator continues."""
+"""Column of encoded rows: the number of tokens that a generator continues; 0: no prompt."""
+
+
+def rows_with_targets(rows: Dataset) -> NDArray[np.int64]:
+    """Return the numbers of the rows in which a token counts: all but prompts without an answer."""
+    if PROMPT_LENGTH not in rows.column_names:
+        return np.arange(len(rows))
+    return np.flatnonzero(prompt_lengths(rows) < lengths_of(rows))
+
+
+def prompt_lengths(rows: Dataset) -> NDArray[np.int64]:
+    """Return the column `prompt_length` of encoded rows."""
+    column = cast("dict[str, Any]", rows.select_columns(PROMPT_LENGTH).with_format("numpy")[:])
+    return np.asarray(column[PROMPT_LENGTH], dtype=np.int64)
 
 
 class TrainingRow(NamedTuple):
@@ -58,18 +72,26 @@ def columns_of_rows(rows: Sequence[TrainingRow]) -> dict[str, list[Any]]:
 
 
 class Prompts:
-    """The rows of a training split and the prompts in them.
+    """The rows of a split, the prompts in them, and what each row can be used for.
+
+    continued: numbers of the rows whose prompt a generator continues.
+    learned: numbers of the rows that can be learned from as they are.
+    lengths: [N] tokens of every prompt; 0: the row has no prompt.
+    too_long: number of prompts that are longer than `most`.
 
     Args:
         rows: encoded rows of causal_lm.
         prompt_tokens: length of the prompts if the rows do not have a column `prompt_length`.
+        most: largest number of tokens of a prompt that is continued.
         key: section of the config that asks for prompts, for messages.
 
     Raises:
         DataError: the rows have no prompts, or have prompts and `prompt_tokens` is given.
     """
 
-    def __init__(self, rows: Dataset, *, prompt_tokens: int | None, key: str = "rollout") -> None:
+    def __init__(
+        self, rows: Dataset, *, prompt_tokens: int | None, most: int, key: str = "rollout"
+    ) -> None:
         has_prompts = PROMPT_LENGTH in rows.column_names
         if has_prompts and prompt_tokens is not None:
             raise DataError(
@@ -82,15 +104,19 @@ class Prompts:
                 f"completion, or with prompt, or set {key}.prompt_tokens to the number of tokens "
                 "at the beginning of each row that are continued"
             )
-        self._rows, self._tokens = rows.with_format("numpy"), prompt_tokens
-        self._has_prompts = has_prompts
+        self._rows = rows.with_format("numpy")
+        self.lengths = (
+            prompt_lengths(rows) if has_prompts else np.minimum(lengths_of(rows), prompt_tokens)
+        )
+        self.continued = np.flatnonzero((self.lengths > 0) & (self.lengths <= most))
+        self.most, self.too_long = most, int((self.lengths > most).sum())
+        self.learned = rows_with_targets(rows)
 
     def prompt(self, row: int) -> tuple[int, ...]:
         """Return the tokens of a row that a generator continues; at least one token."""
         found = cast("dict[str, Any]", self._rows[int(row)])
         ids = np.asarray(found["input_ids"])
-        length = int(found[PROMPT_LENGTH]) if self._has_prompts else self._tokens
-        return tuple(int(token) for token in ids[:length])
+        return tuple(int(token) for token in ids[: self.lengths[row]])
 
     def row(self, row: int) -> TrainingRow:
         """Return a row of the data as it is."""
@@ -110,12 +136,3 @@ class Prompts:
         if ROUTE not in self._rows.column_names:
             return None
         return int(cast("dict[str, Any]", self._rows[int(row)])[ROUTE])
-
-    def longest(self) -> tuple[int, int]:
-        """Return the length of the longest prompt, and the number of its row."""
-        if not self._has_prompts:
-            return self._tokens or 0, 0
-        column = cast("dict[str, Any]", self._rows.select_columns(PROMPT_LENGTH)[:])
-        lengths = np.asarray(column[PROMPT_LENGTH])
-        row = int(lengths.argmax())
-        return int(lengths[row]), row

@@ -183,7 +183,7 @@ def _prompts(rows: Dataset, max_length: int) -> list[list[int]]:
     """Return the prompts of conversations that leave room for an answer."""
     found = (cast("Mapping[str, Any]", row) for row in rows)
     prompts = (row["input_ids"][: row[PROMPT_LENGTH]] for row in found)
-    return [ids for ids in prompts if len(ids) < max_length]
+    return [ids for ids in prompts if 0 < len(ids) < max_length]
 
 
 def _beginnings(rows: Dataset, max_length: int) -> list[list[int]]:

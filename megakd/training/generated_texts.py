@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from megakd.contract.tasks import STUDENT
 from megakd.contract.text_names import TEXTS
 from megakd.data.files import matching_files
-from megakd.data.loader import StepLoader
-from megakd.data.rollout_rows import Prompts
+from megakd.data.loader import RowOrder
 from megakd.data.rollout_store import RolloutStore
 from megakd.engine.collectives import on_main, together
 from megakd.engine.student import StudentEngine
@@ -16,6 +15,7 @@ from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.file_generator import FileGenerator
 from megakd.training.local_generator import LocalGenerator, text_tokens
 from megakd.training.longer import LENGTHS
+from megakd.training.rollout_check import prompts_of
 from megakd.training.rollout_source import RolloutSource, StepRows
 from megakd.training.servers import server_generator
 from megakd.training.text_evaluation import TextEvaluation
@@ -23,7 +23,6 @@ from megakd.training.text_evaluation import TextEvaluation
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from megakd.contract.batch_source import BatchSource
     from megakd.contract.rollouts import Generator
     from megakd.contract.stage import Stage, Teacher
     from megakd.data.step_layout import StepLayout
@@ -35,7 +34,6 @@ ROLLOUTS = "rollouts"
 
 
 def with_rollouts(
-    loader: BatchSource,
     stage: Stage,
     assembly: Assembly,
     *,
@@ -46,7 +44,6 @@ def with_rollouts(
     """Return batches in which generated texts replace rows; a collective.
 
     Args:
-        loader: the loader of the stage's rows.
         stage: a stage with `rollouts`.
         assembly: the assembly of the run.
         layout: how the rows of a step become micro-batches.
@@ -56,22 +53,19 @@ def with_rollouts(
     Raises:
         MegakdError: texts cannot be written.
     """
-    own, rollouts = assembly.of(stage.role), stage.rollouts
-    if not isinstance(loader, StepLoader):
-        raise TypeError(f"a {type(loader).__name__} has no rows whose prompts are continued")
-    rows = StepRows(
-        loader,
-        Prompts(own.prepared.encoded.train, prompt_tokens=rollouts.prompt_tokens),
-        own.scorer(stage.train).collate,
-        layout,
+    own, config, rollouts = assembly.of(stage.role), assembly.config, stage.rollouts
+    inputs = own.prepared
+    prompts = prompts_of(inputs.encoded.train, rollouts, config, inputs.sources[STUDENT])
+    orders = (
+        RowOrder(numbers, layout.shape, seed=config.seed)
+        for numbers in (prompts.continued, prompts.learned)
     )
-    store = RolloutStore(assembly.config.output_dir / ROLLOUTS / stage.name)
+    rows = StepRows(prompts, *orders, own.scorer(stage.train).collate, layout)
+    store = RolloutStore(config.output_dir / ROLLOUTS / stage.name)
     # A longer run continues with the texts of the shorter run.
     facts = {key: value for key, value in fingerprint.items() if key not in LENGTHS}
     on_main(lambda: store.begin(facts))
-    return RolloutSource(
-        rows, rollouts, generator=generator, store=store, seed=assembly.config.seed
-    )
+    return RolloutSource(rows, rollouts, generator=generator, store=store, seed=config.seed)
 
 
 def generator_of(
@@ -114,10 +108,11 @@ def text_evaluation(
     generation = assembly.config.eval.generation
     if generation is None or stage.role != STUDENT:
         return None
-    own = assembly.of(stage.role)
+    own, key = assembly.of(stage.role), "eval.generation"
+    rows, student_model = own.prepared.encoded.validation, own.prepared.sources[STUDENT]
     return TextEvaluation(
         generation,
-        own.prepared.encoded.validation,
+        prompts_of(rows, generation, assembly.config, student_model, key=key),
         own.prepared.tokenizer,
         generator=local_generator(student, own, rows_at_once=generation.rows_per_call),
         scorer=own.scorer(stage.train),

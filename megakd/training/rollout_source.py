@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megakd.config.rollout import RolloutConfig
     from megakd.contract.batch import Batch
     from megakd.contract.rollouts import Completion, Generator, RequestedTexts, Sampling
-    from megakd.data.loader import StepLoader
+    from megakd.data.loader import RowOrder
     from megakd.data.rollout_rows import Prompts, TrainingRow
     from megakd.data.rollout_store import RolloutStore
     from megakd.data.step_layout import Collate
@@ -30,14 +30,15 @@ if TYPE_CHECKING:
 class StepRows(NamedTuple):
     """The data behind a stage's rollouts.
 
-    loader: the loader of the training rows, which chooses the rows of each step.
     prompts: the rows and their prompts.
+    continued, learned: the rows of each step if it continues prompts, and if it uses the data.
     collate: function that collates a micro-batch.
     layout: how the rows of a step become micro-batches.
     """
 
-    loader: StepLoader
     prompts: Prompts
+    continued: RowOrder
+    learned: RowOrder
     collate: Collate
     layout: StepLayout
 
@@ -63,9 +64,10 @@ class _Request(NamedTuple):
 class RolloutSource:
     """The batches of a stage whose rows are replaced by texts that a model generates.
 
-    The rows of a step are those of the training data. A row's source (`rollout`, `replay` or
-    `data`) is a function of (config, seed, step). Texts are written to disk before the student
-    learns from them, and a resumed run reads them from disk.
+    A row's source (`rollout`, `replay` or `data`) is a function of (config, seed, step). `data` are
+    rows with something to learn; the others continue rows with a prompt that leaves room for a
+    text. Texts are written to disk before the student learns from them, and a resumed run reads
+    them from disk.
     """
 
     def __init__(
@@ -80,7 +82,10 @@ class RolloutSource:
         self._rows, self._config = rows, config
         self._generator, self._store = generator, store
         self._draws = RolloutDraws(config, seed=seed)
-        self.steps_per_epoch = rows.loader.steps_per_epoch
+        orders = {"rollouts": rows.continued, "data": rows.learned}
+        self.steps_per_epoch = max(
+            orders[source].steps_per_epoch for source, is_drawn in config.draws.items() if is_drawn
+        )
         self.waited_s = 0.0
         """Seconds that the loop has waited for batches, including the generation of texts."""
         self._statistics = RolloutStatistics()
@@ -98,8 +103,7 @@ class RolloutSource:
 
     def step(self, step: int) -> Sequence[Batch]:
         """Return this rank's micro-batches of a step; a collective."""
-        rows = [int(row) for row in self._rows.loader.step_rows(step)]
-        sources = self._draws.sources(step, len(rows)).tolist()
+        rows, sources = self._drawn(step)
         fresh = iter(self._fresh(step) if "rollout" in sources else ())
         replayed = iter(self._replayed(step, sources) if "replay" in sources else ())
         made = [
@@ -109,6 +113,16 @@ class RolloutSource:
             for row, source in zip(rows, sources, strict=True)
         ]
         return collate_step(columns_of_rows(made), self._rows.layout, self._rows.collate)
+
+    def _drawn(self, step: int) -> tuple[list[int], list[str]]:
+        """Return the rows of a step and their sources; the smallest of the sources' rows decide."""
+        most = self._rows.layout.shape.rows_per_step
+        sources = self._draws.sources(step, most).tolist()
+        orders = {"data": self._rows.learned}
+        rows = {name: orders.get(name, self._rows.continued)(step) for name in set(sources)}
+        count = min(map(len, rows.values()))
+        drawn = [int(rows[name][place]) for place, name in enumerate(sources[:count])]
+        return drawn, sources[:count]
 
     def _row_of(self, rollout: Rollout) -> TrainingRow:
         """Return a generated text as a row, with the teacher that the row of its prompt names."""
@@ -220,9 +234,8 @@ class RolloutSource:
                 self._store.write(step, [rollout for at, rollout in made if at == step])
 
     def _rows_to_continue(self, step: int) -> list[int]:
-        rows = self._rows.loader.step_rows(step)
-        sources = self._draws.sources(step, len(rows))
-        return [int(row) for row in rows[sources == "rollout"]]
+        rows, sources = self._drawn(step)
+        return [row for row, source in zip(rows, sources, strict=True) if source == "rollout"]
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from megakd.config.server_checks import served_name
-from megakd.data.rollout_rows import Prompts
+from megakd.contract.tasks import STUDENT
 from megakd.engine.collectives import on_main
 from megakd.errors import ServerError
 from megakd.models.generation import generation_config_of, listed_ends
@@ -14,6 +14,7 @@ from megakd.servers.connect import replicas_of
 from megakd.servers.state_files import check_folder
 from megakd.training.local_generator import text_tokens
 from megakd.training.pushed_weights import AdapterPush, FullPush, run_name, start_folder
+from megakd.training.rollout_check import prompts_of
 from megakd.training.server_generator import ServerGenerator
 
 if TYPE_CHECKING:
@@ -117,18 +118,18 @@ def _served(config: RunConfig, inputs: RunInputs) -> Served | None:
         return None
     tokens, served = text_tokens(inputs), inputs.sources[rollouts.by]
     known = tokens.known or served.config.vocab_size
-    prompts = Prompts(inputs.encoded.train, prompt_tokens=rollouts.prompt_tokens)
+    prompts = prompts_of(inputs.encoded.train, rollouts, config, inputs.sources[STUDENT])
     folder = rollouts.server.folder
     wanted = Wanted(
         name=served_name(config) or "",
         pushed=None if folder is None else folder.resolve() / run_name(config.output_dir),
-        longest=prompts.longest()[0] + rollouts.longest,
+        longest=int(prompts.lengths[prompts.continued].max()) + rollouts.longest,
         vocabulary=known,
         end_tokens=tuple(sorted(_ends(rollouts.server.kind, tokens.end, served, inputs.tokenizer))),
         padding=range(known, served.config.vocab_size),
     )
-    rows = range(min(PROBES, len(inputs.encoded.train)))
-    return Served(rollouts, rollouts.server, wanted, tuple(map(prompts.prompt, rows)))
+    probes = tuple(map(prompts.prompt, prompts.continued[:PROBES]))
+    return Served(rollouts, rollouts.server, wanted, probes)
 
 
 def _ends(

@@ -42,12 +42,27 @@ def stage_batches(
     Raises:
         MegakdError: there are no rows, or a stream has no number of steps.
     """
+    layout = step_layout(stage.train, assembly.ranks)
+    if stage.rollouts is not None:
+        source: BatchSource = with_rollouts(
+            stage,
+            assembly,
+            layout=layout,
+            generator=generator_of(stage, assembly, models),
+            fingerprint=fingerprint,
+        )
+    else:
+        source = _data_batches(stage, assembly, layout)
+        source = stage.batches(source) if stage.batches else source
+    return RoutedSource(source, stage.teachers) if stage.routed else source
+
+
+def _data_batches(stage: Stage, assembly: Assembly, layout: StepLayout) -> BatchSource:
     own = assembly.of(stage.role)
     scorer, encoded = own.scorer(stage.train), own.prepared.encoded
     if stage.mixed:
         encoded = encoded._replace(train=assembly.mixed_rows.rows)
-    layout = step_layout(stage.train, assembly.ranks)
-    loader = batch_source(
+    return batch_source(
         encoded,
         scorer.collate,
         layout=layout,
@@ -58,19 +73,6 @@ def stage_batches(
         gather=gather,
         others=_readings(stage, assembly),
     )
-    source: BatchSource = loader
-    if stage.rollouts is not None:
-        source = with_rollouts(
-            loader,
-            stage,
-            assembly,
-            layout=layout,
-            generator=generator_of(stage, assembly, models),
-            fingerprint=fingerprint,
-        )
-    elif stage.batches:
-        source = stage.batches(loader)
-    return RoutedSource(source, stage.teachers) if stage.routed else source
 
 
 def _readings(stage: Stage, assembly: Assembly) -> dict[str, MixedText]:

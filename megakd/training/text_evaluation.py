@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from megakd.contract.rollouts import Completion, Rollout
 from megakd.contract.text_names import MATCH, TEXT_METRIC, file_of_step
-from megakd.data.rollout_rows import Prompts, columns_of_rows, rollout_row
+from megakd.data.rollout_rows import columns_of_rows, rollout_row
 from megakd.data.step_layout import StepLayout, StepShape, collate_step
 from megakd.engine.collectives import gather, on_main
 from megakd.engine.student import device_batch
@@ -18,13 +18,13 @@ from megakd.training.text_curves import TextCurves, by_position
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from megakd.config.generation import GenerationConfig
     from megakd.contract.batch import Batch
     from megakd.contract.rollouts import Generator
     from megakd.contract.stage import Pass
+    from megakd.data.rollout_rows import Prompts
     from megakd.engine.distributed import Ranks
     from megakd.training.scoring import Scorer
 
@@ -61,20 +61,20 @@ class TextEvaluation:
 
     Args:
         config: the section `eval.generation`.
-        rows: the validation rows.
+        prompts: the validation rows and their prompts; the first that are continued are used.
         tokenizer: the tokenizer of the student.
         generator: the generator of the texts.
         scorer: the scorer of the stage, whose micro-batches are used.
         folder: folder for the texts, a file per evaluation.
 
     Raises:
-        MegakdError: the rows have no prompts, or a package is missing.
+        MegakdError: a package is missing.
     """
 
     def __init__(
         self,
         config: GenerationConfig,
-        rows: Dataset,
+        prompts: Prompts,
         tokenizer: PreTrainedTokenizerBase,
         *,
         generator: Generator,
@@ -82,8 +82,7 @@ class TextEvaluation:
         folder: Path,
     ) -> None:
         self._config, self._tokenizer = config, tokenizer
-        self._prompts = Prompts(rows, prompt_tokens=config.prompt_tokens)
-        self._count = min(config.rows, len(rows))
+        self._prompts, self._rows = prompts, prompts.continued[: config.rows].tolist()
         self._generator, self._scorer, self._folder = generator, scorer, folder
         self._match = matcher(config)
         self._curves = TextCurves(config.max_new_tokens)
@@ -121,17 +120,17 @@ class TextEvaluation:
             version: number of updates of the student.
         """
         ranks: Ranks = self._scorer.ranks
-        mine = range(ranks.rank, self._count, ranks.world_size)
+        mine = self._rows[ranks.rank :: ranks.world_size]
         prompts = [self._prompts.prompt(row) for row in mine]
         # The row is the seed: evaluations of one run differ only in the student.
-        completions = self._generator.generate(prompts, list(mine), self._config.how)
+        completions = self._generator.generate(prompts, mine, self._config.how)
         own = [
             self._text(Rollout(row, prompt, completion, version, seed=row))
             for row, prompt, completion in zip(mine, prompts, completions, strict=True)
         ]
         parts = gather(own)
         world = ranks.world_size
-        return [parts[number % world][number // world] for number in range(self._count)]
+        return [parts[number % world][number // world] for number in range(len(self._rows))]
 
     def batches(self, texts: Sequence[Text]) -> Iterable[Batch]:
         """Yield this rank's micro-batches of the texts, equally many on each rank."""

@@ -51,6 +51,21 @@ def test_a_term_on_rollouts_is_refused_in_a_run_that_generates_no_texts(tmp_path
     assert loaded(tmp_path, SKEW, rollout=None).rollout is None
 
 
+@pytest.mark.parametrize(
+    ("term", "keys", "source"),
+    [
+        (REVERSE, {"mix": {"rollout": 0.5, "data": 0.5}}, "data"),
+        (REVERSE, {"from_step": 3}, "data"),
+        (SKEW, {}, "rollouts"),
+    ],
+)
+def test_rows_that_no_term_learns_from_are_refused(tmp_path, term, keys, source):
+    with pytest.raises(
+        ConfigError, match=rf"objective: every term has on: .* rows of the {source}"
+    ):
+        loaded(tmp_path, term, rollout=ROLLOUTS | keys)
+
+
 def test_a_term_without_the_key_counts_all_targets(tmp_path):
     (term,) = loaded(tmp_path, {"loss": "hard_cross_entropy"}).objective or ()
 
@@ -58,7 +73,7 @@ def test_a_term_without_the_key_counts_all_targets(tmp_path):
 
 
 def test_the_key_is_a_string_also_without_quotes(tmp_path):
-    config = loaded(tmp_path, SKEW)
+    config = loaded(tmp_path, SKEW, REVERSE)
     path = tmp_path / "run.yaml"
     assert "on" in path.read_text()
     path.write_text(path.read_text().replace("'on':", "on:").replace('"on":', "on:"))

@@ -309,7 +309,7 @@ def test_a_document_loses_no_target():
 
     targets = np.concatenate([row.labels[row.labels != IGNORE] for row in rows])
     assert tokenizer.decode(targets.tolist()) == "bcdefgh<|im_end|>"
-    assert [row.prompt_length for row in rows] == [1] * len(rows)
+    assert [row.prompt_length for row in rows] == [0] * len(rows)
     assert counts.targets == len(targets)
 
 

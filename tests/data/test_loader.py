@@ -96,6 +96,21 @@ def test_epochs_and_seeds_differ_and_a_step_is_always_the_same():
     assert _numbers(loader.step(0)) != _numbers(_loader(32, StepShape(8, 2), seed=4).step(0))
 
 
+def test_no_step_has_a_prompt_without_an_answer():
+    """Such rows have no target, so that a step of them would have a loss of 0."""
+    ids = [[n, n] for n in range(12)]
+    answered = [n % 3 == 0 for n in range(12)]
+    columns = {"input_ids": ids, "label": range(12), "prompt_length": [2 - a for a in answered]}
+    layout = StepLayout(StepShape(2, 1))
+
+    loader = StepLoader(Dataset.from_dict(columns), _collate, layout=layout, seed=3)
+
+    assert loader.steps_per_epoch == 2
+    steps = [_numbers(loader.step(index)) for index in range(4)]
+    assert all(len(rows) == 2 for rows in steps)
+    assert {row for rows in steps for row in rows} == {0, 3, 6, 9}
+
+
 def test_the_order_does_not_depend_on_the_process():
     code = (
         "from megakd.data.loader import StepLoader; from datasets import Dataset;"

@@ -153,11 +153,11 @@ def test_a_prompt_keeps_its_teacher(tmp_path, tokenizer):
     held = str(write_jsonl(tmp_path / "more.jsonl", rows[:2]))
     made, _ = encoded(tmp_path, tokenizer, rows, type="causal_lm", validation_files=held)
 
-    prompts = Prompts(made.train, prompt_tokens=None)
+    prompts = Prompts(made.train, prompt_tokens=None, most=64)
 
     assert [prompts.route(row) for row in range(4)] == [MATH, CODE, MATH, CODE]
     assert [prompts.row(row).route for row in range(4)] == [MATH, CODE, MATH, CODE]
-    assert Prompts(made.validation, prompt_tokens=None).row(0).route is None
+    assert Prompts(made.validation, prompt_tokens=None, most=64).row(0).route is None
 
 
 def test_a_column_that_one_source_lacks_is_named(tmp_path):

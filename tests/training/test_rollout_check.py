@@ -1,7 +1,8 @@
-"""Prompts and texts that do not fit are refused before any weights are loaded."""
+"""The rows that are continued: those that fit are used, and a run without any is refused early."""
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,45 +13,95 @@ from transformers import LlamaConfig
 from megakd.config.generation import GenerationConfig
 from megakd.config.rollout import RolloutConfig
 from megakd.errors import ConfigError
-from megakd.training.rollout_check import check_generated_texts
+from megakd.training.rollout_check import check_generated_texts, prompts_of
 
-SECTIONS = {"rollout": (16, None), "eval.generation": (None, 16)}
+SECTIONS: dict[str, Any] = {
+    "rollout": RolloutConfig(max_new_tokens=16),
+    "eval.generation": GenerationConfig(max_new_tokens=16),
+}
+STUDENT: Any = SimpleNamespace(
+    config=LlamaConfig(max_position_embeddings=64), where="student.model"
+)
+ROWS = Dataset.from_dict({"input_ids": [[1] * 6, [1] * 20], "prompt_length": [4, 20]})
+"""A row with a prompt of 4 tokens and an answer, and a prompt of 20 tokens alone."""
 
 
-def check(key: str, *, max_length: int = 64, context: int = 64) -> None:
-    """Checks 16 new tokens after prompts of 4 and 20 tokens; the second is in both splits."""
-    rows = Dataset.from_dict({"input_ids": [[1] * 4, [1] * 20], "prompt_length": [4, 20]})
-    rollout, generation = SECTIONS[key]
-    config: Any = SimpleNamespace(
-        rollout=rollout and RolloutConfig(max_new_tokens=rollout),
-        eval=SimpleNamespace(generation=generation and GenerationConfig(max_new_tokens=generation)),
-        task=SimpleNamespace(max_length=max_length),
-    )
+def config_of(max_length: int = 64, **keys: Any) -> Any:
+    method = SimpleNamespace(name="single", cuts_student=False)
+    given = {"rollout": None, "eval": SimpleNamespace(generation=None), "baselines": ()} | keys
+    task = SimpleNamespace(max_length=max_length)
+    return SimpleNamespace(task=task, method=method, teacher_specs={}, **given)
+
+
+def check(rows: Dataset, **keys: Any) -> None:
     encoded: Any = SimpleNamespace(train=rows, validation=rows, stream=None)
-    model = LlamaConfig(max_position_embeddings=context)
-    source: Any = SimpleNamespace(config=model, where="student.model")
-    check_generated_texts(config, encoded, source)
+    check_generated_texts(config_of(**keys), encoded, STUDENT)
 
 
 @pytest.mark.parametrize("key", SECTIONS)
-def test_a_prompt_and_text_that_just_fit_are_accepted(key: str) -> None:
-    check(key, max_length=36, context=36)
+@pytest.mark.parametrize(("room", "continued"), [(36, [0, 1]), (35, [0]), (20, [0])])
+def test_a_prompt_without_room_for_a_text_is_left_out(
+    key: str, room: int, continued: list[int]
+) -> None:
+    for max_length, context in ((room, 64), (64, room)):
+        student: Any = SimpleNamespace(
+            config=LlamaConfig(max_position_embeddings=context), where="student.model"
+        )
+
+        prompts = prompts_of(ROWS, SECTIONS[key], config_of(max_length), student, key=key)
+
+        assert prompts.continued.tolist() == continued
 
 
 @pytest.mark.parametrize("key", SECTIONS)
-def test_a_prompt_and_text_beyond_the_length_of_a_row_are_refused(key: str) -> None:
+def test_a_run_says_how_many_rows_are_left_out(key: str, caplog: pytest.LogCaptureFixture) -> None:
+    section = {"rollout": {"rollout": SECTIONS[key]}}.get(
+        key, {"eval": SimpleNamespace(generation=SECTIONS[key])}
+    )
+    with caplog.at_level(logging.WARNING):
+        check(ROWS, max_length=35, **section)
+
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        f"{key}: 1 of 2 rows have a prompt that is continued; of the others, 1 prompts are longer "
+        "than 19 tokens"
+    )
+
+
+@pytest.mark.parametrize("key", SECTIONS)
+@pytest.mark.parametrize(
+    ("room", "limit"), [((19, 64), "task.max_length"), ((64, 19), "the context of student.model")]
+)
+def test_a_run_in_which_no_prompt_fits_is_refused(
+    key: str, room: tuple[int, int], limit: str
+) -> None:
+    student: Any = SimpleNamespace(
+        config=LlamaConfig(max_position_embeddings=room[1]), where="student.model"
+    )
     with pytest.raises(ConfigError) as caught:
-        check(key, max_length=35)
+        prompts_of(ROWS, SECTIONS[key], config_of(room[0]), student, key=key)
 
     message = str(caught.value)
-    assert message.startswith(
-        f"{key}.max_new_tokens: 16 and the longest prompt of 20 tokens (row 2"
-    )
-    assert "set task.max_length to 36" in message
-    assert f"lower {key}.max_new_tokens to 15" in message
+    assert message.startswith(f"{key}.max_new_tokens: 16 leaves 3 tokens of {limit} (19)")
+    assert "the shortest of 2 rows has a prompt of 4 tokens" in message
+    assert f"set {key}.max_new_tokens to at most 15, or raise {limit}" in message
 
 
-@pytest.mark.parametrize("key", SECTIONS)
-def test_a_prompt_and_text_beyond_the_context_of_the_student_are_refused(key: str) -> None:
-    with pytest.raises(ConfigError, match=r"student\.model has a context of 35"):
-        check(key, context=35)
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"mix": {"rollout": 0.8, "data": 0.2}}, r"^rollout\.mix \(data: 0\.2\): "),
+        ({"from_step": 10}, r"^rollout\.from_step \(10\): "),
+        ({}, None),
+    ],
+)
+def test_steps_of_the_data_need_rows_with_an_answer(keys: Any, named: str | None) -> None:
+    prompts = ROWS.select([1])
+    rollout = RolloutConfig(max_new_tokens=16, **keys)
+
+    check(ROWS, rollout=rollout)
+    if named is None:
+        check(prompts, rollout=rollout)
+        return
+    with pytest.raises(ConfigError, match=named + ".*all 1 training rows are prompts without"):
+        check(prompts, rollout=rollout)

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from megakd.config.rollout import RolloutConfig
 from megakd.config.servers import RolloutServerConfig
 from megakd.contract.rollouts import Completion, RemoteGenerator
+from megakd.data.loader import RowOrder
 from megakd.data.rollout_rows import TrainingRow
 from megakd.data.rollout_store import RolloutStore, read_rollouts
+from megakd.data.step_layout import StepLayout, StepShape
 from megakd.engine import activity, collectives
 from megakd.training import rollout_source
 from megakd.training.rollout_source import RolloutSource, StepRows
@@ -76,9 +78,9 @@ def source(config: RolloutConfig, generator: Any, folder: Path) -> RolloutSource
     prompts = SimpleNamespace(
         prompt=lambda number: (number,), row=lambda _: row, route=lambda _: None
     )
-    loader = SimpleNamespace(step_rows=step_rows, steps_per_epoch=100)
-    layout = SimpleNamespace(shape=SimpleNamespace(rank=0, world=1))
-    rows: Any = StepRows(loader, prompts, None, layout)  # type: ignore[arg-type]
+    step_rows.steps_per_epoch = 100  # type: ignore[attr-defined]
+    layout = SimpleNamespace(shape=SimpleNamespace(rank=0, world=1, rows_per_step=ROWS))
+    rows: Any = StepRows(prompts, step_rows, step_rows, None, layout)  # type: ignore[arg-type]
     return RolloutSource(rows, config, generator=generator, store=RolloutStore(folder), seed=3)
 
 
@@ -140,3 +142,51 @@ def test_texts_are_asked_for_before_the_student_learns(tmp_path: Path) -> None:
 
     # Two steps' texts at the first step, then one; none beyond the last step.
     assert asked == [(1, 2 * ROWS), (1, 3 * ROWS), (0, 3 * ROWS)]
+
+
+@pytest.mark.parametrize("per", ["step", "row"])
+def test_data_rows_can_be_learned_from_and_texts_continue_prompts_that_fit(
+    per: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows 0 to 5 are documents, rows 6 to 10 have both parts, and rows 11 to 20 are prompts."""
+    continued, learned = set(range(6, 21)), set(range(11))
+    shape = StepShape(ROWS, 1)
+    orders = [RowOrder(np.array(sorted(rows)), shape, seed=5) for rows in (continued, learned)]
+    drawn: list[list[tuple[int, bool]]] = []
+    monkeypatch.setattr(
+        rollout_source,
+        "collate_step",
+        lambda columns, *_: drawn.append(
+            [
+                (int(ids[0]), made)
+                for ids, made in zip(
+                    *(columns[n] for n in ("input_ids", "is_rollout")), strict=True
+                )
+            ]
+        ),
+    )
+    prompts = SimpleNamespace(
+        prompt=lambda number: (number,),
+        row=lambda number: TrainingRow(*[np.array([number])] * 3, is_rollout=False),
+        route=lambda _: None,
+    )
+    generator = SimpleNamespace(
+        generate=lambda prompts, *_: [Completion((1,), finished=True) for _ in prompts]
+    )
+    mix: Any = {"rollout": 0.4, "replay": 0.2, "data": 0.4}
+    made = RolloutSource(
+        StepRows(prompts, *orders, None, StepLayout(shape)),  # type: ignore[arg-type]
+        RolloutConfig(max_new_tokens=4, mix=mix, mix_per=per),
+        generator=generator,  # type: ignore[arg-type]
+        store=RolloutStore(tmp_path),
+        seed=3,
+    )
+
+    for _ in made.iterate(0, 40):
+        pass
+
+    rows = [row for step in drawn for row in step]
+    assert all(step for step in drawn)
+    assert {number for number, is_rollout in rows if is_rollout} == continued
+    assert {number for number, is_rollout in rows if not is_rollout} == learned
+    assert made.steps_per_epoch == 4

@@ -14,6 +14,7 @@ from megakd.config.generation import GenerationConfig
 from megakd.config.rollout import SamplingConfig
 from megakd.contract.batch import IGNORE
 from megakd.contract.rollouts import Completion, Sampling
+from megakd.data.rollout_rows import Prompts
 from megakd.training.text_evaluation import TextEvaluation, distinct_pairs
 
 LETTERS = " abcdefgh"
@@ -61,7 +62,7 @@ def evaluation(data: Dataset, folder: Path, one_rank: Any, **keys: Any) -> tuple
     config = GenerationConfig(**{"max_new_tokens": 4, **keys})
     made = TextEvaluation(
         config,
-        data,
+        Prompts(data, prompt_tokens=None, most=12),
         Letters(),
         generator=generator,
         scorer=scorer,
