@@ -67,7 +67,7 @@ class RolloutConfig:
     `max_new_tokens`."""
     mix: Mix = Field(default_factory=lambda: {"rollout": 1.0})
     """Probabilities of the sources of a row: `rollout` is a new text; `replay` is a text that was
-    generated at an earlier step of the stage; `data` is the row as it is."""
+    generated at one of the last 100 generating steps of the stage; `data` is the row as it is."""
     mix_per: Literal["step", "row"] = "step"
     """Whether all rows of a step have one source, as in GKD, or each row has its own."""
     from_step: Annotated[int, Field(ge=0)] = 0
@@ -82,6 +82,9 @@ class RolloutConfig:
     sampling: SamplingConfig = SamplingConfig()
     files: Files | None = None
     """Read texts that another run has written (`rollouts/*.jsonl`) instead of generating texts."""
+    keep_texts: bool = False
+    """Keep all texts, for `files` of another run; otherwise those that neither a resumed run nor
+    `replay` can read are removed."""
     server: RolloutServerConfig | None = None
     """Inference servers that generate the texts in place of the run's own engine."""
     rows_per_call: Count = 64

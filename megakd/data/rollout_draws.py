@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 _SOURCES: tuple[RowSource, ...] = ("rollout", "replay", "data")
 _DRAW, _REPLAY = 1, 2
+REPLAYED_STEPS = 100
+"""The newest steps whose texts are replayed: a buffer of bounded size, as in DistiLLM."""
 
 
 class RolloutDraws:
@@ -48,7 +51,7 @@ class RolloutDraws:
         return drawn
 
     def replayable(self, step: int) -> list[int]:
-        """Return the earlier steps that generate texts, in order.
+        """Return the newest earlier steps that generate texts, in order.
 
         The first rows of a step decide: a step counts if its first row is a new text. So the list
         does not depend on the number of rows.
@@ -58,7 +61,8 @@ class RolloutDraws:
             if first == "rollout" or (first == "replay" and not self._generating):
                 self._generating.append(self._known)
             self._known += 1
-        return [known for known in self._generating if known < step]
+        end = bisect_left(self._generating, step)
+        return self._generating[max(end - REPLAYED_STEPS, 0) : end]
 
     def replayed(self, step: int, position: int, *, count: int) -> tuple[int, float]:
         """Return the step whose text a row repeats, and which text, as a number from 0 to 1.

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +29,7 @@ class RolloutStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._offsets: dict[int, list[int]] = {}
 
     def begin(self, fingerprint: Fingerprint) -> None:
         """Keep the texts of an interrupted run of the same stage, and set others aside.
@@ -55,7 +58,8 @@ class RolloutStore:
         """
         head = {"format": _FORMAT, "step": step, "rollouts": len(rollouts)}
         lines = [head, *map(_record, rollouts)]
-        write_text(self._path(step), "".join(json.dumps(line) + "\n" for line in lines))
+        compact = (json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+        write_text(self._path(step), "".join(compact))
 
     def read(self, step: int) -> list[Rollout]:
         """Return the texts of a step, in the order in which they were written.
@@ -64,6 +68,30 @@ class RolloutStore:
             DataError: the file is damaged.
         """
         return read_rollouts(self._path(step))
+
+    def read_one(self, step: int, part: float) -> Rollout:
+        """Return one text of a step without parsing the others.
+
+        Args:
+            step: number of the step.
+            part: which text, from 0 (the first) up to, excluding, 1.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        path = self._path(step)
+        if step not in self._offsets:
+            self._offsets[step] = text_offsets(path)
+        offsets = self._offsets[step]
+        return read_text(path, offsets[int(part * len(offsets))])
+
+    def remove_before(self, first: int, *, kept: Container[int]) -> None:
+        """Remove the texts of the steps before a step, except for some."""
+        for path in rollout_files(self.folder):
+            step = int(path.stem.rpartition("-")[2])
+            if step < first and step not in kept:
+                path.unlink(missing_ok=True)
+                self._offsets.pop(step, None)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.jsonl"
@@ -75,7 +103,7 @@ def read_rollouts(path: Path) -> list[Rollout]:
     Raises:
         DataError: the file cannot be read, has another format, or is not complete.
     """
-    try:
+    with _damage_named(path):
         head, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         if head["format"] != _FORMAT:
             raise DataError(
@@ -84,17 +112,40 @@ def read_rollouts(path: Path) -> list[Rollout]:
             )
         found = [_rollout(line) for line in lines]
         expected = int(head["rollouts"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(
-            f"{path} is not a complete file of rollouts ({type(error).__name__}: {error}); remove "
-            "the file, and its texts are generated again"
-        ) from error
     if len(found) != expected:
         raise DataError(
             f"{path} holds {len(found)} rollouts instead of {expected}; remove the file, and its "
             "texts are generated again"
         )
     return found
+
+
+def text_offsets(path: Path) -> list[int]:
+    """Return the byte at which the line of each text begins in a file of a `RolloutStore`."""
+    with _damage_named(path), path.open("rb") as file:
+        return [*accumulate(map(len, file))][:-1]
+
+
+def read_text(path: Path, offset: int) -> Rollout:
+    """Return the text whose line begins at a byte of a file.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    with _damage_named(path), path.open("rb") as file:
+        file.seek(offset)
+        return _rollout(json.loads(file.readline()))
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(
+            f"{path} is not a complete file of rollouts ({type(error).__name__}: {error}); remove "
+            "the file, and its texts are generated again"
+        ) from error
 
 
 def rollout_files(folder: Path) -> list[Path]:

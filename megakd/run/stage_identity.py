@@ -94,9 +94,9 @@ def _teacher(assembly: Assembly, name: str) -> Mapping[str, Any]:
 
 
 def _rollouts(rollouts: RolloutConfig) -> Mapping[str, Any]:
-    """Return the options of generated texts; the number of rows per call changes no text."""
+    """Return the options of generated texts, without those that change no text."""
     tree = asdict(rollouts)
-    del tree["rows_per_call"]
+    del tree["rows_per_call"], tree["keep_texts"]
     if rollouts.server is not None:  # where the servers are changes no text
         for place in ("url", "folder", "time_limit"):
             del tree["server"][place]

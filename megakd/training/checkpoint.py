@@ -309,6 +309,12 @@ def _pass_over(damages: Mapping[Path, str], used: Path) -> None:
         write_text(used.with_name(LATEST), used.name)
 
 
+def oldest_step(folder: Path) -> int:
+    """Return the step of the oldest checkpoint in `checkpoints/<stage>`; 0 if there is none."""
+    names = [path.name for path in folder.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name)]
+    return min((int(name.removeprefix(_PREFIX)) for name in names), default=0)
+
+
 def check_plain(state: Any, key: str = "state") -> None:
     """Raise if a state holds an object of a class: its pickle would name the file of the class.
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from megakd.contract.rollouts import Completion, Sampling
-from megakd.data.rollout_store import read_rollouts
-from megakd.engine.collectives import together
+from megakd.data.rollout_store import read_rollouts, read_text, text_offsets
+from megakd.engine.collectives import on_main, together
 from megakd.errors import DataError
 
 
 class FileGenerator:
-    """A generator that returns texts from files of a `RolloutStore`.
+    """A generator that returns texts from files of a `RolloutStore`; making it is a collective.
 
-    A prompt may have several texts in the files; the seed chooses one of them.
+    A prompt may have several texts in the files; the seed chooses one of them. Memory holds the
+    places of the texts, and each text is read when it is asked for.
 
     Args:
         paths: the files.
@@ -24,10 +28,8 @@ class FileGenerator:
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._texts: dict[tuple[int, ...], list[Completion]] = {}
-        for path in paths:
-            for rollout in read_rollouts(path):
-                self._texts.setdefault(rollout.prompt, []).append(rollout.completion)
+        self._paths = paths
+        self._places = on_main(lambda: _places(paths))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
@@ -41,13 +43,33 @@ class FileGenerator:
         return together(lambda: [self._text(tuple(p), seed, sampling) for p, seed in pairs])
 
     def _text(self, prompt: tuple[int, ...], seed: int, sampling: Sampling) -> Completion:
-        found = self._texts.get(prompt)
-        if found is None:
+        keys = self._places["key"]
+        first, last = (np.searchsorted(keys, _key(prompt), side) for side in ("left", "right"))
+        place = self._places[first + seed % (last - first)] if first < last else None
+        found = None if place is None else read_text(self._paths[place["file"]], place["offset"])
+        if found is None or found.prompt != prompt:
             raise DataError(
-                f"rollout.files: the {len(self._texts)} prompts in the files do not include the "
-                f"prompt of {len(prompt)} tokens that begins with {list(prompt[:8])}; use files "
-                "that were made with the same data and tokenizer, or remove rollout.files"
+                f"rollout.files: the {len(np.unique(keys))} prompts in the files do not include "
+                f"the prompt of {len(prompt)} tokens that begins with {list(prompt[:8])}; use "
+                "files of a run with the same data and tokenizer and rollout.keep_texts, or remove "
+                "rollout.files"
             )
-        text = found[seed % len(found)]
+        text = found.completion
         ids = text.ids[: sampling.max_new_tokens]
         return Completion(ids, finished=text.finished and len(ids) == len(text.ids))
+
+
+def _places(paths: Sequence[Path]) -> np.ndarray:
+    """Return the places of all texts, by the key of the prompt, else in the order of the files."""
+    found = [
+        (_key(rollout.prompt), number, offset)
+        for number, path in enumerate(paths)
+        for rollout, offset in zip(read_rollouts(path), text_offsets(path), strict=True)
+    ]
+    places = np.array(found, dtype=[("key", "u8"), ("file", "i4"), ("offset", "i8")])
+    return places[np.argsort(places["key"], kind="stable")]
+
+
+def _key(prompt: Sequence[int]) -> np.uint64:
+    digest = hashlib.blake2b(np.array(prompt, dtype=np.int64).tobytes(), digest_size=8).digest()
+    return np.uint64(int.from_bytes(digest, "little"))

@@ -9,9 +9,10 @@ from megakd.contract.text_names import TEXTS
 from megakd.data.files import matching_files
 from megakd.data.loader import RowOrder
 from megakd.data.rollout_store import RolloutStore
-from megakd.engine.collectives import on_main, together
+from megakd.engine.collectives import on_main
 from megakd.engine.student import StudentEngine
 from megakd.teachers.frozen import FrozenTeacher
+from megakd.training.checkpoint import oldest_step
 from megakd.training.file_generator import FileGenerator
 from megakd.training.local_generator import LocalGenerator, text_tokens
 from megakd.training.longer import LENGTHS
@@ -65,7 +66,15 @@ def with_rollouts(
     # A longer run continues with the texts of the shorter run.
     facts = {key: value for key, value in fingerprint.items() if key not in LENGTHS}
     on_main(lambda: store.begin(facts))
-    return RolloutSource(rows, rollouts, generator=generator, store=store, seed=config.seed)
+    checkpoints = config.output_dir / "checkpoints" / stage.name
+    return RolloutSource(
+        rows,
+        rollouts,
+        generator=generator,
+        store=store,
+        seed=config.seed,
+        oldest=lambda: oldest_step(checkpoints),
+    )
 
 
 def generator_of(
@@ -84,8 +93,7 @@ def generator_of(
     """
     rollouts = stage.rollouts
     if rollouts.files is not None:
-        paths = matching_files(rollouts.files, "rollout.files")
-        return together(lambda: FileGenerator(paths))
+        return FileGenerator(matching_files(rollouts.files, "rollout.files"))
     if rollouts.server is not None:
         own, student = assembly.of(stage.role), models[STUDENT]
         if not isinstance(student, StudentEngine):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from collections.abc import Generator as Iteration
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,7 +67,7 @@ class RolloutSource:
     A row's source (`rollout`, `replay` or `data`) is a function of (config, seed, step). `data` are
     rows with something to learn; the others continue rows with a prompt that leaves room for a
     text. Texts are written to disk before the student learns from them, and a resumed run reads
-    them from disk.
+    them from disk. `oldest` returns the first step from which the run may be resumed.
     """
 
     def __init__(
@@ -78,9 +78,10 @@ class RolloutSource:
         generator: Generator,
         store: RolloutStore,
         seed: int,
+        oldest: Callable[[], int],
     ) -> None:
         self._rows, self._config = rows, config
-        self._generator, self._store = generator, store
+        self._generator, self._store, self._oldest = generator, store, oldest
         self._draws = RolloutDraws(config, seed=seed)
         orders = {"rollouts": rows.continued, "data": rows.learned}
         self.steps_per_epoch = max(
@@ -149,11 +150,7 @@ class RolloutSource:
             if source == "replay"
         ]
 
-        def read() -> list[Rollout]:
-            texts = {index: self._store.read(steps[index]) for index in {i for i, _ in drawn}}
-            return [texts[index][int(part * len(texts[index]))] for index, part in drawn]
-
-        return on_main(read)
+        return on_main(lambda: [self._store.read_one(steps[at], part) for at, part in drawn])
 
     def _fresh(self, step: int) -> list[Rollout]:
         """Return the new texts of a step in the order of its rows; a collective."""
@@ -232,6 +229,10 @@ class RolloutSource:
         for step in reversed(steps):
             if not self._store.has(step):
                 self._store.write(step, [rollout for at, rollout in made if at == step])
+        if not self._config.keep_texts:
+            first = self._oldest()
+            replays = self._config.mix.get("replay")
+            self._store.remove_before(first, kept=self._draws.replayable(first) if replays else ())
 
     def _rows_to_continue(self, step: int) -> list[int]:
         rows, sources = self._drawn(step)

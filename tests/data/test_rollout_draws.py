@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megakd.config.rollout import RolloutConfig
-from megakd.data.rollout_draws import RolloutDraws
+from megakd.data.rollout_draws import REPLAYED_STEPS, RolloutDraws
 
 
 def _draws(seed: int = 0, **given: object) -> RolloutDraws:
@@ -55,6 +55,18 @@ def test_every_replayed_step_has_generated_texts(seed: int, mix_per: str) -> Non
             assert "rollout" in draws.sources(earlier, 3)
         if "replay" in draws.sources(step, 3):
             assert draws.replayable(step)
+
+
+def test_what_later_steps_replay_is_new_or_was_already_replayable() -> None:
+    """So the texts before a step that a resumed run may read are those that this step replays."""
+    draws = _draws(mix={"rollout": 0.7, "replay": 0.3})
+
+    for step in range(0, 400, 50):
+        kept = draws.replayable(step)
+        assert len(kept) <= REPLAYED_STEPS
+        for later in range(step, 400):
+            assert set(draws.replayable(later)) <= {*kept, *range(step, later)}
+    assert len(draws.replayable(400)) == REPLAYED_STEPS
 
 
 def test_the_first_text_is_new_even_if_all_rows_are_replayed() -> None:

@@ -37,6 +37,37 @@ def test_texts_are_read_as_they_were_written(
     assert store.read(12) == texts
 
 
+@given(texts=st.lists(_rollouts, min_size=1, max_size=4), part=st.floats(0, 1, exclude_max=True))
+def test_one_text_is_read_as_among_all(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[Rollout], part: float
+) -> None:
+    store = RolloutStore(tmp_path_factory.mktemp("store"))
+    store.write(3, texts)
+
+    assert store.read_one(3, part) == texts[int(part * len(texts))]
+
+
+def test_one_text_is_read_from_a_damaged_file_or_the_file_is_named(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    store.write(4, [_TEXT, _TEXT])
+    (path,) = rollout_files(tmp_path)
+    path.write_text(path.read_text()[:-9] + "\n")
+
+    assert store.read_one(4, 0.0) == _TEXT
+    with pytest.raises(DataError, match=r"step-00000004\.jsonl"):
+        store.read_one(4, 0.9)
+
+
+def test_texts_before_a_step_are_removed_except_for_some(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path)
+    for step in range(6):
+        store.write(step, [_TEXT])
+
+    store.remove_before(4, kept=[1, 5])
+
+    assert [step for step in range(6) if store.has(step)] == [1, 4, 5]
+
+
 def test_texts_of_an_equal_run_are_kept(tmp_path: Path) -> None:
     store = RolloutStore(tmp_path / "student")
     store.begin({"seed": 1})
@@ -83,7 +114,7 @@ def test_a_file_that_lacks_a_line_is_named(tmp_path: Path) -> None:
 def test_a_file_of_another_version_is_named(tmp_path: Path) -> None:
     RolloutStore(tmp_path).write(4, [])
     (path,) = rollout_files(tmp_path)
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    path.write_text(path.read_text().replace('"format":1', '"format":2'))
 
     with pytest.raises(DataError, match="format 2, and this version reads format 1"):
         read_rollouts(path)

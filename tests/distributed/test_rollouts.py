@@ -194,4 +194,4 @@ def test_a_student_learns_school_mathematics_from_its_own_answers_on_two_ranks(
     assert 0 < last["eval/soft_target_kl"] < 10
     assert 0 < last["eval/text_soft_target_kl"] < 10
     assert 1 <= last["eval/text_tokens"] <= 12
-    assert all(text.startswith('{"format": 1') for text in texts_of(out).values())
+    assert all(text.startswith('{"format":1') for text in texts_of(out).values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from megakd.data.rollout_store import RolloutStore, read_rollouts
 from megakd.data.step_layout import StepLayout, StepShape
 from megakd.engine import activity, collectives
 from megakd.training import rollout_source
+from megakd.training.checkpoint import oldest_step
 from megakd.training.rollout_source import RolloutSource, StepRows
 
 ROWS = 4
@@ -81,7 +83,54 @@ def source(config: RolloutConfig, generator: Any, folder: Path) -> RolloutSource
     step_rows.steps_per_epoch = 100  # type: ignore[attr-defined]
     layout = SimpleNamespace(shape=SimpleNamespace(rank=0, world=1, rows_per_step=ROWS))
     rows: Any = StepRows(prompts, step_rows, step_rows, None, layout)  # type: ignore[arg-type]
-    return RolloutSource(rows, config, generator=generator, store=RolloutStore(folder), seed=3)
+    store = RolloutStore(folder)
+    return RolloutSource(
+        rows, config, generator=generator, store=store, seed=3, oldest=lambda: oldest_step(folder)
+    )
+
+
+class Local:
+    """A generator whose texts name their prompt and seed."""
+
+    def generate(self, prompts: Any, seeds: Any, sampling: Any) -> list[Completion]:
+        del sampling
+        pairs = zip(prompts, seeds, strict=True)
+        return [Completion((*prompt, seed % 97), finished=True) for prompt, seed in pairs]
+
+
+@pytest.mark.parametrize("keep_texts", [False, True])
+@pytest.mark.parametrize("mix", [{"rollout": 1.0}, {"rollout": 0.5, "replay": 0.5}])
+def test_the_store_holds_what_a_resumed_run_reads_and_no_more(
+    mix: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, keep_texts: bool
+) -> None:
+    """A checkpoint every 10 steps, of which two stay; the run is killed and resumed from the older.
+
+    The texts of 30 steps are replayed here.
+    """
+    monkeypatch.setattr("megakd.data.rollout_draws.REPLAYED_STEPS", 30)
+    learned: dict[int, Any] = {}
+
+    def run(start: int, stop: int) -> None:
+        monkeypatch.setattr(
+            rollout_source, "collate_step", lambda columns, *_: columns["input_ids"]
+        )
+        config = RolloutConfig(max_new_tokens=4, mix=mix, mix_per="row", keep_texts=keep_texts)
+        for step, rows in enumerate(source(config, Local(), tmp_path).iterate(start, stop), start):
+            found = [row.tolist() for row in rows]  # type: ignore[attr-defined]
+            assert learned.setdefault(step, found) == found
+            if (step + 1) % 10 == 0:
+                (tmp_path / f"step-{step + 1}").mkdir(exist_ok=True)
+                for old in range(step + 1 - 20, 0, -10):
+                    shutil.rmtree(tmp_path / f"step-{old}", ignore_errors=True)
+
+    run(0, 205)
+    run(190, 240)
+
+    kept = len(list(tmp_path.glob("*.jsonl")))
+    if keep_texts:
+        assert kept > 200
+    else:
+        assert kept <= 20 + ("replay" in mix) * 30
 
 
 def learn(made: RolloutSource, generator: Remote, start: int, stop: int) -> None:
@@ -180,6 +229,7 @@ def test_data_rows_can_be_learned_from_and_texts_continue_prompts_that_fit(
         generator=generator,  # type: ignore[arg-type]
         store=RolloutStore(tmp_path),
         seed=3,
+        oldest=lambda: 0,
     )
 
     for _ in made.iterate(0, 40):
