@@ -11,6 +11,8 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
+from pydantic_core import from_json
+
 from megakd.errors import ServerError
 
 if TYPE_CHECKING:
@@ -44,7 +46,8 @@ class Reply(NamedTuple):
         """
         self.check()
         try:
-            return json.loads(self.text)
+            # Twice as fast as json.loads for numbers by token; the names of tokens hardly repeat.
+            return from_json(self.text, cache_strings="none")
         except ValueError as error:
             raise ServerError(
                 f"{self.where} answered with text that is not JSON: {_shown(self.text)}; check "

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from megakd.contract.rollouts import Sampling
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 LEAST_BIAS = -100.0
 """The smallest number that vLLM adds to a logit; the token is then never drawn in practice."""
@@ -103,13 +107,13 @@ class TextServer(Protocol):
 
 
 class BestTokens(NamedTuple):
-    """The most likely tokens at one position, most likely first.
+    """The most likely tokens at the positions of a text, most likely first, in arrays [T, k].
 
     logprobs: natural logarithms of the softmax over the whole vocabulary.
     """
 
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
 
 
 class TokenScorer(Protocol):
@@ -120,7 +124,7 @@ class TokenScorer(Protocol):
         """The address of the server."""
         ...
 
-    def top_k(self, ids: tuple[int, ...], count: int, model: str) -> list[BestTokens]:
+    def top_k(self, ids: tuple[int, ...], count: int, model: str) -> BestTokens:
         """Return the most likely next tokens after each token of a text but the last.
 
         Args:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from megakd.errors import ServerError
 from megakd.servers.protocol import BestTokens, TokenScorer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 TIMES = 2
 """How often every replica answers every text of the check."""
@@ -16,15 +22,13 @@ REPEATED, REFERENCE = 0.05, 0.1
 model, template or precision of 8 bits moves them by far more.
 """
 
-Scores = list[BestTokens]
-
 
 def check_scores(
     servers: Sequence[TokenScorer],
     models: Sequence[str],
     texts: Sequence[tuple[int, ...]],
     top_k: int,
-) -> list[Scores]:
+) -> list[BestTokens]:
     """Return the answers to some texts, after comparing all replicas, each asked `TIMES` times.
 
     Raises:
@@ -46,8 +50,8 @@ def check_scores(
 
 def check_reference(
     texts: Sequence[tuple[int, ...]],
-    answers: Sequence[Scores],
-    logprobs_of: Callable[[tuple[int, ...], Scores], list[list[float]]],
+    answers: Sequence[BestTokens],
+    logprobs_of: Callable[[tuple[int, ...], BestTokens], NDArray[np.float32]],
     folder: object,
 ) -> None:
     """Compare answers of servers with a local model.
@@ -61,17 +65,8 @@ def check_reference(
     Raises:
         ServerError: the answers differ by more than `REFERENCE`.
     """
-    found = _mean(
-        [
-            _mean(
-                [
-                    _mean_of(best, own)
-                    for best, own in zip(said, logprobs_of(text, said), strict=True)
-                ]
-            )
-            for text, said in zip(texts, answers, strict=True)
-        ]
-    )
+    pairs = zip(texts, answers, strict=True)
+    found = _mean([np.abs(best.logprobs - logprobs_of(text, best)).mean() for text, best in pairs])
     if found > REFERENCE:
         raise ServerError(
             f"teacher.server: the servers differ by {found:.3f} from {folder} in the mean "
@@ -80,22 +75,18 @@ def check_reference(
         )
 
 
-def difference(one: Scores, other: Scores) -> float:
+def difference(one: BestTokens, other: BestTokens) -> float:
     """Return the mean absolute difference of log-probabilities over the best tokens of `one`.
 
     A token that `other` lacks has at most the smallest log-probability of `other`.
     """
-    return _mean([_at(a, b) for a, b in zip(one, other, strict=True)])
-
-
-def _at(one: BestTokens, other: BestTokens) -> float:
-    known = dict(zip(other.ids, other.logprobs, strict=True))
-    return _mean_of(one, [known.get(token, min(other.logprobs)) for token in one.ids])
-
-
-def _mean_of(best: BestTokens, others: Sequence[float]) -> float:
-    return _mean([abs(a - b) for a, b in zip(best.logprobs, others, strict=True)])
+    known = [dict(zip(*at, strict=True)) for at in zip(*map(np.ndarray.tolist, other), strict=True)]
+    others = [
+        [logprobs.get(token, min(logprobs.values())) for token in ids]
+        for ids, logprobs in zip(one.ids.tolist(), known, strict=True)
+    ]
+    return float(np.abs(one.logprobs - np.array(others)).mean())
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / max(len(values), 1)
+    return float(sum(values)) / max(len(values), 1)

@@ -6,9 +6,11 @@ of `CompletionRequest` and `CompletionResponseChoice` in vllm/entrypoints/openai
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megakd.errors import ServerError
 from megakd.servers.fields import field_of, numbers_of
@@ -57,7 +59,7 @@ class VllmServer(Replica):
             weights=_weights(choice, self.url),
         )
 
-    def top_k(self, ids: tuple[int, ...], count: int, model: str) -> list[BestTokens]:
+    def top_k(self, ids: tuple[int, ...], count: int, model: str) -> BestTokens:
         """Return the most likely next tokens at every position; see `TokenScorer`."""
         body = {"model": model, "prompt": list(ids), "max_tokens": 1, "n": 1}
         reply = self._http.post(
@@ -77,7 +79,7 @@ class VllmServer(Replica):
             raise ServerError(
                 f"{self.url}: {len(others) + 1} positions came back for a text of {len(ids)} tokens"
             )
-        return [_best(entry, count, self.url) for entry in others]
+        return _best(others, count, self.url)
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load the adapters of a folder in the format of peft under a name that is new."""
@@ -137,18 +139,27 @@ def _weights(choice: dict[str, Any], url: str) -> str | None:
     return ", ".join(dict.fromkeys(field_of(span, "version", str, url) for span in spans))
 
 
-def _best(entry: dict[str, Any], count: int, url: str) -> BestTokens:
-    """Return the most likely tokens of a position, without the text's own token if it is unlikely.
+def _best(entries: Sequence[dict[str, Any]], count: int, url: str) -> BestTokens:
+    """Return the most likely tokens, without the text's own tokens where they are unlikely.
 
     Args:
-        entry: token number -> `logprob`; the text's own token is always among them.
+        entries: token number -> `logprob` at each position; the text's own token is among them.
         count: number of tokens that were asked for.
         url: address of the server.
     """
-    pairs = sorted((-float(about["logprob"]), int(token)) for token, about in entry.items())
-    if len(pairs) < count:
-        raise ServerError(f"{url}: {len(pairs)} tokens came back at a position instead of {count}")
-    ids, logprobs = zip(*((token, -value) for value, token in pairs[:count]), strict=True)
-    if not (math.isfinite(sum(logprobs)) and sum(map(math.exp, logprobs)) < MOST_PROBABILITY):
-        raise ServerError(f"{url}: {list(logprobs)[:4]} … are no log-probabilities of one softmax")
-    return BestTokens(ids, logprobs)
+    sizes = [len(entry) for entry in entries]
+    if min(sizes) < count:
+        raise ServerError(f"{url}: {min(sizes)} tokens came back at a position instead of {count}")
+    ids = np.zeros((len(entries), max(sizes)), dtype=np.int32)
+    logprobs = np.full(ids.shape, -np.inf, dtype=np.float32)
+    for place, entry in enumerate(entries):
+        ids[place, : len(entry)] = [int(token) for token in entry]
+        logprobs[place, : len(entry)] = [about["logprob"] for about in entry.values()]
+    order = np.lexsort((ids, -logprobs))[:, :count]
+    best = BestTokens(*(np.take_along_axis(values, order, 1) for values in (ids, logprobs)))
+    sums = np.exp(best.logprobs).sum(axis=1)
+    wrong = ~(np.isfinite(best.logprobs).all(axis=1) & (sums < MOST_PROBABILITY))
+    if wrong.any():
+        shown = best.logprobs[wrong.argmax(), :4].tolist()
+        raise ServerError(f"{url}: {shown} … are no log-probabilities of one softmax")
+    return best

@@ -91,7 +91,7 @@ class ServedTeacher(ABC, Generic[Said]):
         """Do nothing."""
 
 
-class TopKTeacher(ServedTeacher["list[BestTokens]"]):
+class TopKTeacher(ServedTeacher["BestTokens"]):
     """A served teacher that answers with its most likely tokens at every position (`TopK`).
 
     Args:
@@ -131,11 +131,11 @@ class TopKTeacher(ServedTeacher["list[BestTokens]"]):
                 found.append(Document(row, first, text))
         return found
 
-    def ask(self, replica: int, ids: tuple[int, ...]) -> list[BestTokens]:
+    def ask(self, replica: int, ids: tuple[int, ...]) -> BestTokens:
         """Return the most likely tokens after each token of a text but the last."""
         server = self._servers[replica]
         said = server.top_k(ids, self._top_k, self._models[replica])
-        largest = max(max(best.ids) for best in said)
+        largest = said.ids.max()
         if largest >= self._vocabulary:
             raise ServerError(
                 f"{server.url} knows token {largest}, and teacher and student share "
@@ -143,16 +143,13 @@ class TopKTeacher(ServedTeacher["list[BestTokens]"]):
             )
         return said
 
-    def knowledge(
-        self, batch: Batch, said: Sequence[tuple[Document, list[BestTokens]]]
-    ) -> Knowledge:
+    def knowledge(self, batch: Batch, said: Sequence[tuple[Document, BestTokens]]) -> Knowledge:
         """Return the tokens at their positions; see `ServedTeacher`."""
         size = (*batch.valid.shape, self._top_k)
         ids, logprobs = torch.full(size, -1, dtype=torch.int32), torch.zeros(size)  # [B, T, k]
         for (row, first, _), best in said:
-            here = slice(first, first + len(best))
-            ids[row, here] = torch.tensor([position.ids for position in best], dtype=torch.int32)
-            logprobs[row, here] = torch.tensor([position.logprobs for position in best])
+            here = slice(first, first + len(best.ids))
+            ids[row, here], logprobs[row, here] = map(torch.from_numpy, best)
         device = self._ranks.device
         return Knowledge(kept=TopK(ids.to(device), logprobs.to(device)))
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from megakd.models.source import ModelSource
     from megakd.servers.agreement import Wanted
     from megakd.servers.protocol import ServedModel
-    from megakd.servers.scores import Scores
 
 COMPARED = 64
 """Tokens per position by which answers are compared."""
@@ -99,7 +98,7 @@ def check_states(
     models: Sequence[ServedModel],
     texts: Sequence[tuple[int, ...]],
     readout: Readout,
-) -> list[Scores]:
+) -> list[BestTokens]:
     """Return the most likely tokens for some texts, after comparing all replicas.
 
     The first token that a server generates after a text must be a most likely token by its own
@@ -144,7 +143,7 @@ class StatesAsScores:
         """The address of the server."""
         return self._server.url
 
-    def top_k(self, ids: tuple[int, ...], count: int, model: str) -> list[BestTokens]:
+    def top_k(self, ids: tuple[int, ...], count: int, model: str) -> BestTokens:
         """Return the most likely next tokens after each token of a text but the last."""
         said = self._server.states(ids, model)
         last = self._readout.logprobs(said.states[-1:])[0]  # [V]
@@ -155,5 +154,4 @@ class StatesAsScores:
             )
         self.gaps.append(float(last.max() - last[said.following]))
         values, tokens = self._readout.most_likely(said.states[:-1], count)
-        pairs = zip(tokens.tolist(), values.tolist(), strict=True)
-        return [BestTokens(tuple(ids), tuple(logprobs)) for ids, logprobs in pairs]
+        return BestTokens(tokens.int().cpu().numpy(), values.float().cpu().numpy())

@@ -27,12 +27,14 @@ from megakd.training.exported_states import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     from datasets import Dataset
+    from numpy.typing import NDArray
 
     from megakd.config.models import TeacherConfig
     from megakd.config.run import RunConfig
     from megakd.engine.distributed import Ranks
-    from megakd.servers.scores import Scores
+    from megakd.servers.protocol import BestTokens
     from megakd.teachers.served import ServedTeacher
     from megakd.training.inputs import RunInputs
 
@@ -133,8 +135,8 @@ class _Reference:
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
     @torch.no_grad()
-    def logprobs(self, text: tuple[int, ...], said: Scores) -> list[list[float]]:
+    def logprobs(self, text: tuple[int, ...], said: BestTokens) -> NDArray[np.float32]:
         """Return the log-probabilities of the tokens that servers have named."""
         logits = self._model(torch.tensor([text])).logits[0, :-1]  # [T - 1, V]
-        tokens = torch.tensor([best.ids for best in said])  # [T - 1, k]
-        return logits.float().log_softmax(-1).gather(-1, tokens).tolist()
+        tokens = torch.from_numpy(said.ids).long()  # [T - 1, k]
+        return logits.float().log_softmax(-1).gather(-1, tokens).numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from server_stubs import VOCABULARY, Counting, Stub, serving
 
@@ -32,11 +33,11 @@ def test_the_best_tokens_of_every_position_come_in_order(stub: Stub):
     said = connected(stub).top_k(TEXT, 4, "tiny")
 
     wanted = Counting().scores(list(TEXT))
-    assert len(said) == len(TEXT) - 1
-    for best, values in zip(said, wanted[:-1], strict=True):
+    assert len(said.ids) == len(TEXT) - 1
+    for ids, logprobs, values in zip(said.ids, said.logprobs, wanted[:-1], strict=True):
         order = sorted(range(VOCABULARY), key=lambda token: -values[token])
-        assert best.ids == tuple(order[:4])
-        assert best.logprobs == pytest.approx([values[token] for token in order[:4]])
+        assert ids.tolist() == order[:4]
+        assert logprobs == pytest.approx([values[token] for token in order[:4]])
 
 
 def test_the_own_token_of_the_text_is_no_best_token_if_it_is_unlikely(stub: Stub):
@@ -44,7 +45,7 @@ def test_the_own_token_of_the_text_is_no_best_token_if_it_is_unlikely(stub: Stub
     raw = stub.answer("/v1/completions", {"model": "tiny", "prompt": [5, 39], "prompt_logprobs": 2})
 
     assert "39" in raw[1]["choices"][0]["prompt_logprobs"][1]
-    assert 39 not in connected(stub).top_k((5, 39), 2, "tiny")[0].ids
+    assert 39 not in connected(stub).top_k((5, 39), 2, "tiny").ids
 
 
 def test_a_limit_of_the_server_names_its_flag(stub: Stub):
@@ -109,8 +110,8 @@ def test_replicas_may_differ_by_rounding_alone(stub: Stub, shift: float, *, agre
 def test_a_local_model_is_the_reference(stub: Stub, shift: float, *, agrees: bool):
     answers = check_scores([connected(stub)], ["tiny"], [TEXT], 4)
 
-    def own(_: Any, said: list[BestTokens]) -> list[list[float]]:
-        return [[value + shift for value in best.logprobs] for best in said]
+    def own(_: Any, said: BestTokens) -> Any:
+        return said.logprobs + shift
 
     if agrees:
         check_reference([TEXT], answers, own, "the folder")
@@ -120,7 +121,14 @@ def test_a_local_model_is_the_reference(stub: Stub, shift: float, *, agrees: boo
 
 
 def test_a_token_that_the_other_answer_lacks_counts_as_unlikely():
-    one, other = BestTokens((1, 2), (-0.1, -3.0)), BestTokens((1, 3), (-0.1, -2.5))
+    one = BestTokens(np.array([[1, 2]], np.int32), np.array([[-0.1, -3.0]], np.float32))
+    other = BestTokens(np.array([[1, 3]], np.int32), np.array([[-0.1, -2.5]], np.float32))
 
-    assert difference([one], [one]) == 0
-    assert difference([one], [other]) == pytest.approx(0.25)
+    assert difference(one, one) == 0
+    assert difference(one, other) == pytest.approx(0.25)
+
+
+def test_an_answer_takes_eight_bytes_for_each_token_and_position(stub: Stub):
+    said = connected(stub).top_k(tuple(range(2, 38)), 32, "tiny")
+
+    assert sum(values.nbytes for values in said) == 35 * 32 * 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -32,11 +33,12 @@ class Sums:
     def __init__(self) -> None:
         self.asked: list[tuple[int, ...]] = []
 
-    def top_k(self, ids: tuple[int, ...], count: int, model: str) -> list[BestTokens]:
+    def top_k(self, ids: tuple[int, ...], count: int, model: str) -> BestTokens:
         assert model == "m"
         self.asked.append(ids)
         sums = [sum(ids[: place + 1]) for place in range(len(ids) - 1)]
-        return [BestTokens((total, *range(1, count)), (-0.5,) * count) for total in sums]
+        ids = np.array([(total, *range(1, count)) for total in sums], dtype=np.int32)
+        return BestTokens(ids, np.full(ids.shape, -0.5, dtype=np.float32))
 
 
 def teacher(*servers: Any, vocabulary: int = 10**6) -> TopKTeacher:
