@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from megakd.config.servers import RolloutServerConfig
 from megakd.config.task import Files
 from megakd.contract.rollouts import Sampling
+from megakd.contract.sources import Source
 from megakd.contract.tasks import STUDENT
 from megakd.contract.terms import STRICT, Count, Fraction
 
@@ -111,10 +112,10 @@ class RolloutConfig:
         return begun[-1].max_new_tokens
 
     @property
-    def draws(self) -> dict[str, bool]:
-        """Whether steps learn from generated texts (`rollouts`), and from the `data` as it is."""
-        drawn = {source for source, share in self.mix.items() if share}
-        return {"rollouts": drawn != {"data"}, "data": "data" in drawn or self.from_step > 0}
+    def draws(self) -> set[Source]:
+        """What the steps learn from: generated texts (`rollouts`), and the `data` as it is."""
+        drawn = {"data" if s == "data" else "rollouts" for s, share in self.mix.items() if share}
+        return drawn | {"data"} if self.from_step else drawn
 
     @property
     def works_ahead(self) -> bool:

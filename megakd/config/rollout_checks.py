@@ -50,14 +50,12 @@ def _rows(config: RunConfig) -> Iterator[str]:
 
 
 def _terms(rollouts: RolloutConfig, config: RunConfig) -> Iterator[str]:
-    learned = {source_of(term) for term in config.objective or ()}
-    for source, is_drawn in rollouts.draws.items():
-        if is_drawn and learned and learned.isdisjoint({None, source}):
-            yield (
-                f"objective: every term has on: {learned.pop()}, and rollout.mix or "
-                f"rollout.from_step draws rows of the {source}, which would teach nothing; add a "
-                f"term without on or with on: {source}, or change the section rollout"
-            )
+    taught = {source_of(term) for term in config.objective or (None,)}
+    for source in rollouts.draws - taught if None not in taught else ():
+        yield (
+            f"objective: no term learns from {source}, which rollout.mix or rollout.from_step "
+            f"draws; add a term without on or with on: {source}, or change the section rollout"
+        )
 
 
 def _generator(rollouts: RolloutConfig, config: RunConfig) -> Iterator[str]:

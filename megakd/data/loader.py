@@ -7,14 +7,15 @@ import zlib
 from contextlib import closing
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
 
+from megakd.data.chat_tokens import PROMPT_LENGTH
 from megakd.data.made_ahead import made_ahead
-from megakd.data.rollout_rows import rows_with_targets
-from megakd.data.step_layout import lengths_of, micro_batch
+from megakd.data.rows import arrow_batches
+from megakd.data.step_layout import micro_batch, row_lengths
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from megakd.data.step_layout import Collate, StepLayout, StepShape
 
 STEPS_AHEAD = 2
+LENGTHS_AT_ONCE = 100_000
 
 
 class OtherReading(Protocol):
@@ -50,16 +52,7 @@ class OtherReading(Protocol):
 
 
 class RowOrder:
-    """The rows of every optimizer step, over all ranks: a function of (seed, step).
-
-    Every epoch is a new permutation of the rows, cut into steps of `rows_per_step`; its last step
-    has the remaining rows. No row occurs twice in an epoch.
-
-    Args:
-        rows: [N] numbers of the rows.
-        shape: number of rows of a step.
-        seed: seed of the run.
-    """
+    """The numbers of the rows of each step, over all ranks: a function of (seed, step)."""
 
     def __init__(self, rows: NDArray[np.int64], shape: StepShape, *, seed: int) -> None:
         self._rows, self._size, self._seed = rows, shape.rows_per_step, seed
@@ -67,31 +60,28 @@ class RowOrder:
         self._latest: tuple[int, NDArray[np.int64]] | None = None
 
     def __call__(self, step: int) -> NDArray[np.int64]:
-        """Return the row numbers of a step, counted from 0 over all epochs."""
+        """Return the row numbers of a step, counted from 0 over all epochs; see `StepLoader`."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        return self._of(epoch)[position * self._size : (position + 1) * self._size]
-
-    def _of(self, epoch: int) -> NDArray[np.int64]:
         # Kept for the epoch; replaced in one assignment, because two threads may run this code.
         latest = self._latest
         if latest is None or latest[0] != epoch:
-            generator = np.random.default_rng([self._seed, epoch])
-            order = generator.permutation(len(self._rows))
+            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
             self._latest = latest = (epoch, self._rows[order])
-        return latest[1]
+        return latest[1][position * self._size : (position + 1) * self._size]
 
 
 class StepLoader:
     """The training rows, grouped by optimizer step.
 
-    Rows without a target, which are prompts alone, are left out; see `RowOrder` for the others. The
-    rows of a step do not depend on the split into micro-batches and ranks. The rows of the last
-    step of an epoch are distributed evenly and filled up with dummy rows, and every rank has the
-    same number of micro-batches in every step. With `tokens_per_rank`, the same rows are packed by
-    their lengths, and are not numbered.
+    Every epoch is a new permutation of the rows, cut into steps of `rows_per_step`. The rows of a
+    step do not depend on the split into micro-batches and ranks. The last step of an epoch has the
+    remaining rows, which are distributed evenly and filled up with dummy rows. No row occurs twice
+    in an epoch, and every rank has the same number of micro-batches in every step. With
+    `tokens_per_rank`, the same rows are packed by their lengths, and are not numbered.
 
     `masking` chooses new masks in every epoch, as a function of (seed, epoch, row). `others` encode
-    the same rows for models with another tokenizer, by role.
+    the same rows for models with another tokenizer, by role. Prompts without an answer, from which
+    nothing can be learned, are left out.
     """
 
     def __init__(
@@ -115,7 +105,6 @@ class StepLoader:
         self._lengths = None if layout.tokens_per_rank is None else lengths_of(rows)
         self._size = layout.shape.most_rows(len(learned))
         self.step_rows = RowOrder(learned, layout.shape, seed=seed)
-        """Function that returns the row numbers of a step over all ranks."""
         self.steps_per_epoch = self.step_rows.steps_per_epoch
         self.waited_s = 0.0
         """Seconds that the consumers of `iterate` spent waiting for data."""
@@ -175,6 +164,25 @@ class StepLoader:
             return step.result()
         finally:
             self.waited_s += time.perf_counter() - began
+
+
+def rows_with_targets(rows: Dataset) -> NDArray[np.int64]:
+    """Return the numbers of the rows in which a token counts: all but prompts without an answer."""
+    if PROMPT_LENGTH not in rows.column_names:
+        return np.arange(len(rows))
+    return np.flatnonzero(prompt_lengths(rows) < lengths_of(rows))
+
+
+def prompt_lengths(rows: Dataset) -> NDArray[np.int64]:
+    """Return [N] tokens of the prompt of every row; 0: the row has no prompt."""
+    column = rows.select_columns(PROMPT_LENGTH).with_format("numpy")[:]
+    return np.asarray(cast("Mapping[str, Any]", column)[PROMPT_LENGTH], dtype=np.int64)
+
+
+def lengths_of(rows: Dataset) -> NDArray[np.int64]:
+    """Return [N] tokens of every row, from the offsets of the arrow files."""
+    tables = arrow_batches(rows.select_columns("input_ids"), LENGTHS_AT_ONCE)
+    return np.concatenate([row_lengths(table) for table in tables])
 
 
 def _seed_of(seed: int, role: str) -> int:

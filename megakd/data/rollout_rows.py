@@ -9,7 +9,8 @@ import numpy as np
 
 from megakd.contract.batch import IGNORE
 from megakd.contract.routes import ROUTE
-from megakd.data.step_layout import lengths_of
+from megakd.data.chat_tokens import PROMPT_LENGTH
+from megakd.data.loader import lengths_of, prompt_lengths, rows_with_targets
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
@@ -17,22 +18,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from megakd.contract.rollouts import Rollout
-
-PROMPT_LENGTH = "prompt_length"
-"""Column of encoded rows: the number of tokens that a generator continues; 0: no prompt."""
-
-
-def rows_with_targets(rows: Dataset) -> NDArray[np.int64]:
-    """Return the numbers of the rows in which a token counts: all but prompts without an answer."""
-    if PROMPT_LENGTH not in rows.column_names:
-        return np.arange(len(rows))
-    return np.flatnonzero(prompt_lengths(rows) < lengths_of(rows))
-
-
-def prompt_lengths(rows: Dataset) -> NDArray[np.int64]:
-    """Return the column `prompt_length` of encoded rows."""
-    column = cast("dict[str, Any]", rows.select_columns(PROMPT_LENGTH).with_format("numpy")[:])
-    return np.asarray(column[PROMPT_LENGTH], dtype=np.int64)
 
 
 class TrainingRow(NamedTuple):
@@ -72,12 +57,11 @@ def columns_of_rows(rows: Sequence[TrainingRow]) -> dict[str, list[Any]]:
 
 
 class Prompts:
-    """The rows of a split, the prompts in them, and what each row can be used for.
+    """The rows of a split and the prompts in them.
 
+    lengths: [N] tokens of every prompt; 0: the row has no prompt.
     continued: numbers of the rows whose prompt a generator continues.
     learned: numbers of the rows that can be learned from as they are.
-    lengths: [N] tokens of every prompt; 0: the row has no prompt.
-    too_long: number of prompts that are longer than `most`.
 
     Args:
         rows: encoded rows of causal_lm.
@@ -105,18 +89,16 @@ class Prompts:
                 "at the beginning of each row that are continued"
             )
         self._rows = rows.with_format("numpy")
-        self.lengths = (
-            prompt_lengths(rows) if has_prompts else np.minimum(lengths_of(rows), prompt_tokens)
-        )
+        self.lengths = (prompt_lengths if has_prompts else lengths_of)(rows)
+        if prompt_tokens is not None:
+            self.lengths = self.lengths.clip(max=prompt_tokens)
         self.continued = np.flatnonzero((self.lengths > 0) & (self.lengths <= most))
-        self.most, self.too_long = most, int((self.lengths > most).sum())
         self.learned = rows_with_targets(rows)
 
     def prompt(self, row: int) -> tuple[int, ...]:
         """Return the tokens of a row that a generator continues; at least one token."""
         found = cast("dict[str, Any]", self._rows[int(row)])
-        ids = np.asarray(found["input_ids"])
-        return tuple(int(token) for token in ids[: self.lengths[row]])
+        return tuple(np.asarray(found["input_ids"])[: self.lengths[row]].tolist())
 
     def row(self, row: int) -> TrainingRow:
         """Return a row of the data as it is."""

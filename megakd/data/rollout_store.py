@@ -57,9 +57,10 @@ class RolloutStore:
             MegakdError: the disk is full.
         """
         head = {"format": _FORMAT, "step": step, "rollouts": len(rollouts)}
-        lines = [head, *map(_record, rollouts)]
-        compact = (json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
-        write_text(self._path(step), "".join(compact))
+        lines = [
+            json.dumps(tree, separators=(",", ":")) for tree in [head, *map(_record, rollouts)]
+        ]
+        write_text(self._path(step), "\n".join([*lines, ""]))
 
     def read(self, step: int) -> list[Rollout]:
         """Return the texts of a step, in the order in which they were written.
@@ -70,15 +71,7 @@ class RolloutStore:
         return read_rollouts(self._path(step))
 
     def read_one(self, step: int, part: float) -> Rollout:
-        """Return one text of a step without parsing the others.
-
-        Args:
-            step: number of the step.
-            part: which text, from 0 (the first) up to, excluding, 1.
-
-        Raises:
-            DataError: the file is damaged.
-        """
+        """Return the text of a step that is `part` of 0 to 1 down its file, which is not parsed."""
         path = self._path(step)
         if step not in self._offsets:
             self._offsets[step] = text_offsets(path)
@@ -127,11 +120,7 @@ def text_offsets(path: Path) -> list[int]:
 
 
 def read_text(path: Path, offset: int) -> Rollout:
-    """Return the text whose line begins at a byte of a file.
-
-    Raises:
-        DataError: the file is damaged.
-    """
+    """Return the text whose line begins at a byte of a file."""
     with _damage_named(path), path.open("rb") as file:
         file.seek(offset)
         return _rollout(json.loads(file.readline()))

@@ -16,17 +16,13 @@ from torch.nn import functional
 
 from megakd.contract.batch import IGNORE, Batch
 from megakd.data.encoding import documents_of, padded_width
-from megakd.data.rows import arrow_batches
 from megakd.data.token_budget import budgeted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from datasets import Dataset
     from numpy.typing import NDArray
     from torch import Tensor
-
-LENGTHS_AT_ONCE = 100_000
 
 
 class Collate(Protocol):
@@ -198,12 +194,6 @@ def row_lengths(rows: object) -> NDArray[np.int64]:
         return cast("Any", pc).list_value_length(column).to_numpy().astype(np.int64)
     columns = cast("Mapping[str, Sequence[Sequence[int]]]", rows)
     return np.array([len(ids) for ids in columns["input_ids"]], dtype=np.int64)
-
-
-def lengths_of(rows: Dataset) -> NDArray[np.int64]:
-    """Return [N] tokens of every encoded row, from the offsets of the arrow files."""
-    tables = arrow_batches(rows.select_columns("input_ids"), LENGTHS_AT_ONCE)
-    return np.concatenate([np.zeros(0, dtype=np.int64), *map(row_lengths, tables)])
 
 
 def _taken(rows: object, numbers: NDArray[np.int64]) -> object:

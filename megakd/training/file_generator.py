@@ -17,8 +17,8 @@ from megakd.errors import DataError
 class FileGenerator:
     """A generator that returns texts from files of a `RolloutStore`; making it is a collective.
 
-    A prompt may have several texts in the files; the seed chooses one of them. Memory holds the
-    places of the texts, and each text is read when it is asked for.
+    A prompt may have several texts in the files; the seed chooses one of them. Only the places of
+    the texts are in memory.
 
     Args:
         paths: the files.
@@ -43,18 +43,18 @@ class FileGenerator:
         return together(lambda: [self._text(tuple(p), seed, sampling) for p, seed in pairs])
 
     def _text(self, prompt: tuple[int, ...], seed: int, sampling: Sampling) -> Completion:
-        keys = self._places["key"]
-        first, last = (np.searchsorted(keys, _key(prompt), side) for side in ("left", "right"))
-        place = self._places[first + seed % (last - first)] if first < last else None
-        found = None if place is None else read_text(self._paths[place["file"]], place["offset"])
-        if found is None or found.prompt != prompt:
+        keys, key = self._places["key"], _key(prompt)
+        found = self._places[np.searchsorted(keys, key) : np.searchsorted(keys, key, "right")]
+        place = found[seed % len(found)] if len(found) else None
+        made = None if place is None else read_text(self._paths[place["file"]], place["offset"])
+        if made is None or made.prompt != prompt:
             raise DataError(
                 f"rollout.files: the {len(np.unique(keys))} prompts in the files do not include "
                 f"the prompt of {len(prompt)} tokens that begins with {list(prompt[:8])}; use "
                 "files of a run with the same data and tokenizer and rollout.keep_texts, or remove "
                 "rollout.files"
             )
-        text = found.completion
+        text = made.completion
         ids = text.ids[: sampling.max_new_tokens]
         return Completion(ids, finished=text.finished and len(ids) == len(text.ids))
 
@@ -71,5 +71,5 @@ def _places(paths: Sequence[Path]) -> np.ndarray:
 
 
 def _key(prompt: Sequence[int]) -> np.uint64:
-    digest = hashlib.blake2b(np.array(prompt, dtype=np.int64).tobytes(), digest_size=8).digest()
-    return np.uint64(int.from_bytes(digest, "little"))
+    content = np.array(prompt, dtype=np.int64).tobytes()
+    return np.frombuffer(hashlib.blake2b(content, digest_size=8).digest(), np.uint64)[0]

@@ -55,12 +55,12 @@ def with_rollouts(
         MegakdError: texts cannot be written.
     """
     own, config, rollouts = assembly.of(stage.role), assembly.config, stage.rollouts
-    inputs = own.prepared
-    prompts = prompts_of(inputs.encoded.train, rollouts, config, inputs.sources[STUDENT])
-    orders = (
+    train, student = own.prepared.encoded.train, own.prepared.sources[STUDENT]
+    prompts = prompts_of(train, rollouts, config, student)
+    orders = [
         RowOrder(numbers, layout.shape, seed=config.seed)
         for numbers in (prompts.continued, prompts.learned)
-    )
+    ]
     rows = StepRows(prompts, *orders, own.scorer(stage.train).collate, layout)
     store = RolloutStore(config.output_dir / ROLLOUTS / stage.name)
     # A longer run continues with the texts of the shorter run.

@@ -26,13 +26,14 @@ def check_generated_texts(config: RunConfig, encoded: Encoded, student: ModelSou
 
     Raises:
         DataError: the rows have no prompts.
-        ConfigError: no prompt fits, or steps that use the data would have nothing to learn.
+        ConfigError: no prompt fits, or the run learns from data of which nothing can be learned.
     """
     rollouts, generation = config.rollout, config.eval.generation
     if rollouts is not None and encoded.stream is None:
         prompts = prompts_of(encoded.train, rollouts, config, student)
         _say("rollout", prompts)
-        _check_data(prompts, rollouts, config)
+        if not len(prompts.learned):
+            _refuse_data(rollouts, config)
     if generation is not None:
         key = "eval.generation"
         _say(key, prompts_of(encoded.validation, generation, config, student, key=key))
@@ -46,68 +47,61 @@ def prompts_of(
     *,
     key: str = "rollout",
 ) -> Prompts:
-    """Return the prompts of encoded rows, of which those that leave room for a text are continued.
+    """Return the prompts of encoded rows; those that leave room for the longest text are continued.
 
-    A prompt and the longest text fit in `task.max_length` and in the context of the student.
+    The room is `task.max_length`, or the context of the student if it is smaller.
 
     Args:
         rows: the rows.
-        section: the section of the config that asks for texts.
+        section: the section of the config that asks for texts, named `key`.
         config: the config of the run.
         student: the model of the student.
-        key: name of the section.
+        key: see `section`.
 
     Raises:
         DataError: the rows have no prompts.
         ConfigError: no prompt leaves room for the longest text.
     """
-    room, limit = config.task.max_length, "task.max_length"
+    room, limit, remedy = config.task.max_length, "task.max_length", "raise task.max_length"
     context = context_length(student.config)
     if context is not None and context < room:
-        room, limit = context, f"the context of {student.where}"
-    most, tokens = room - section.longest, section.prompt_tokens
-    prompts = Prompts(rows, prompt_tokens=tokens, most=most, key=key)
+        room, limit, remedy = context, f"the context of {student.where}", "shorten the prompts"
+    most = room - section.longest
+    prompts = Prompts(rows, prompt_tokens=section.prompt_tokens, most=most, key=key)
     if not len(prompts.continued):
-        shortest = min((n for n in prompts.lengths.tolist() if n), default=0)
+        lengths = prompts.lengths[prompts.lengths > 0]
+        shortest = lengths.min(initial=room)
         raise ConfigError(
             f"{key}.max_new_tokens: {section.longest} leaves {most} tokens of {limit} ({room}) for "
-            f"the prompt, and the shortest of {len(rows)} rows has a prompt of {shortest} tokens; "
-            f"set {key}.max_new_tokens to at most {max(room - shortest, 1)}, or raise {limit}"
+            f"the prompt, and none of the {len(lengths)} prompts in {len(rows)} rows is that short "
+            f"(the shortest has {shortest}); set {key}.max_new_tokens to at most "
+            f"{max(room - shortest, 1)}, or {remedy}"
         )
     return prompts
 
 
 def _say(key: str, prompts: Prompts) -> None:
-    rows, without = len(prompts.lengths), int((prompts.lengths == 0).sum())
+    rows, used, some = len(prompts.lengths), len(prompts.continued), (prompts.lengths > 0).sum()
     logger.log(
-        logging.WARNING if len(prompts.continued) < rows else logging.INFO,
-        "%s: %d of %d rows have a prompt that is continued; of the others, %d prompts are longer "
-        "than %d tokens and leave no room for max_new_tokens, and %d rows have no prompt; %d rows "
-        "have an answer to learn from",
+        logging.WARNING if used < rows else logging.INFO,
+        "%s: %d of %d rows have a prompt that is continued; %d prompts leave no room for "
+        "max_new_tokens, %d rows have no prompt, %d rows have no answer to learn from",
         key,
-        len(prompts.continued),
-        rows,
-        prompts.too_long,
-        prompts.most,
-        without,
-        len(prompts.learned),
+        *(used, rows, some - used, rows - some, rows - len(prompts.learned)),
     )
 
 
-def _check_data(prompts: Prompts, rollouts: RolloutConfig, config: RunConfig) -> None:
-    """Check that steps that learn from the rows as they are have something to learn."""
+def _refuse_data(rollouts: RolloutConfig, config: RunConfig) -> None:
     uses = {
-        f"rollout.mix (data: {rollouts.mix.get('data', 0):g})": rollouts.mix.get("data"),
+        f"rollout.mix.data ({rollouts.mix.get('data', 0):g})": rollouts.mix.get("data"),
         f"rollout.from_step ({rollouts.from_step})": rollouts.from_step,
         f"method.name ({config.method.name})": config.method.cuts_student,
         "baselines": config.baselines,
         "finetune": any(spec.finetune for spec in config.teacher_specs.values()),
     }
-    wanting = ", ".join(name for name, does in uses.items() if does)
-    if wanting and not len(prompts.learned):
+    if any(uses.values()):
         raise ConfigError(
-            f"{wanting}: learns from rows as they are, and all {len(prompts.lengths)} training "
-            "rows are prompts without an answer; give the answers in a column completion "
-            "(task.completion_column), or use generated texts alone: rollout.mix: {rollout: 1.0}, "
-            "from_step: 0"
+            f"{', '.join(key for key, does in uses.items() if does)}: learns from the data, and "
+            "all training rows are prompts without an answer; give the answers in a column "
+            "completion (task.completion_column), or train on generated texts alone"
         )

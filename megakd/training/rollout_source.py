@@ -31,7 +31,7 @@ class StepRows(NamedTuple):
     """The data behind a stage's rollouts.
 
     prompts: the rows and their prompts.
-    continued, learned: the rows of each step if it continues prompts, and if it uses the data.
+    continued, learned: the rows of each step where it continues prompts, and where it uses data.
     collate: function that collates a micro-batch.
     layout: how the rows of a step become micro-batches.
     """
@@ -84,9 +84,7 @@ class RolloutSource:
         self._generator, self._store, self._oldest = generator, store, oldest
         self._draws = RolloutDraws(config, seed=seed)
         orders = {"rollouts": rows.continued, "data": rows.learned}
-        self.steps_per_epoch = max(
-            orders[source].steps_per_epoch for source, is_drawn in config.draws.items() if is_drawn
-        )
+        self.steps_per_epoch = max(orders[source].steps_per_epoch for source in config.draws)
         self.waited_s = 0.0
         """Seconds that the loop has waited for batches, including the generation of texts."""
         self._statistics = RolloutStatistics()
@@ -104,26 +102,25 @@ class RolloutSource:
 
     def step(self, step: int) -> Sequence[Batch]:
         """Return this rank's micro-batches of a step; a collective."""
-        rows, sources = self._drawn(step)
+        drawn = self._drawn(step)
+        sources = [source for _, source in drawn]
         fresh = iter(self._fresh(step) if "rollout" in sources else ())
         replayed = iter(self._replayed(step, sources) if "replay" in sources else ())
         made = [
             self._rows.prompts.row(row)
             if source == "data"
             else self._row_of(next(fresh if source == "rollout" else replayed))
-            for row, source in zip(rows, sources, strict=True)
+            for row, source in drawn
         ]
         return collate_step(columns_of_rows(made), self._rows.layout, self._rows.collate)
 
-    def _drawn(self, step: int) -> tuple[list[int], list[str]]:
-        """Return the rows of a step and their sources; the smallest of the sources' rows decide."""
-        most = self._rows.layout.shape.rows_per_step
-        sources = self._draws.sources(step, most).tolist()
+    def _drawn(self, step: int) -> list[tuple[int, str]]:
+        """Return row and source of each row of a step: as many as all of its sources have."""
+        sources = self._draws.sources(step, self._rows.layout.shape.rows_per_step).tolist()
         orders = {"data": self._rows.learned}
-        rows = {name: orders.get(name, self._rows.continued)(step) for name in set(sources)}
+        rows = {s: orders.get(s, self._rows.continued)(step) for s in set(sources)}
         count = min(map(len, rows.values()))
-        drawn = [int(rows[name][place]) for place, name in enumerate(sources[:count])]
-        return drawn, sources[:count]
+        return [(int(rows[s][place]), s) for place, s in enumerate(sources[:count])]
 
     def _row_of(self, rollout: Rollout) -> TrainingRow:
         """Return a generated text as a row, with the teacher that the row of its prompt names."""
@@ -149,7 +146,6 @@ class RolloutSource:
             for position, source in enumerate(sources)
             if source == "replay"
         ]
-
         return on_main(lambda: [self._store.read_one(steps[at], part) for at, part in drawn])
 
     def _fresh(self, step: int) -> list[Rollout]:
@@ -175,7 +171,7 @@ class RolloutSource:
 
     def _request(self, steps: Sequence[int], *, version: int) -> _Request:
         """Return what is generated for some steps; a remote generator begins. A collective."""
-        wanted = [(step, row) for step in steps for row in self._rows_to_continue(step)]
+        wanted = [(at, row) for at in steps for row, of in self._drawn(at) if of == "rollout"]
         mine = self._mine(wanted)
         request = _Request(
             steps,
@@ -233,10 +229,6 @@ class RolloutSource:
             first = self._oldest()
             replays = self._config.mix.get("replay")
             self._store.remove_before(first, kept=self._draws.replayable(first) if replays else ())
-
-    def _rows_to_continue(self, step: int) -> list[int]:
-        rows, sources = self._drawn(step)
-        return [row for row, source in zip(rows, sources, strict=True) if source == "rollout"]
 
 
 @dataclass

@@ -73,7 +73,6 @@ def test_a_row_is_continued_if_its_prompt_fits_and_learned_from_if_it_has_more_t
 
     assert prompts.continued.tolist() == [0, 1]
     assert prompts.learned.tolist() == [0, 2, 3]
-    assert prompts.too_long == 1
 
 
 def test_a_beginning_of_plain_text_is_no_longer_than_its_row() -> None:

@@ -62,9 +62,9 @@ def test_a_run_says_how_many_rows_are_left_out(key: str, caplog: pytest.LogCaptu
         check(ROWS, max_length=35, **section)
 
     (record,) = caplog.records
-    assert record.getMessage().startswith(
-        f"{key}: 1 of 2 rows have a prompt that is continued; of the others, 1 prompts are longer "
-        "than 19 tokens"
+    assert record.getMessage() == (
+        f"{key}: 1 of 2 rows have a prompt that is continued; 1 prompts leave no room for "
+        "max_new_tokens, 0 rows have no prompt, 1 rows have no answer to learn from"
     )
 
 
@@ -83,14 +83,22 @@ def test_a_run_in_which_no_prompt_fits_is_refused(
 
     message = str(caught.value)
     assert message.startswith(f"{key}.max_new_tokens: 16 leaves 3 tokens of {limit} (19)")
-    assert "the shortest of 2 rows has a prompt of 4 tokens" in message
-    assert f"set {key}.max_new_tokens to at most 15, or raise {limit}" in message
+    assert "none of the 2 prompts in 2 rows is that short (the shortest has 4)" in message
+    remedy = "raise task.max_length" if room[0] == 19 else "shorten the prompts"
+    assert message.endswith(f"set {key}.max_new_tokens to at most 15, or {remedy}")
+
+
+def test_documents_alone_are_no_prompts() -> None:
+    rows = Dataset.from_dict({"input_ids": [[1] * 6], "prompt_length": [0]})
+
+    with pytest.raises(ConfigError, match="none of the 0 prompts in 1 rows"):
+        prompts_of(rows, SECTIONS["rollout"], config_of(), STUDENT)
 
 
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
-        ({"mix": {"rollout": 0.8, "data": 0.2}}, r"^rollout\.mix \(data: 0\.2\): "),
+        ({"mix": {"rollout": 0.8, "data": 0.2}}, r"^rollout\.mix\.data \(0\.2\): "),
         ({"from_step": 10}, r"^rollout\.from_step \(10\): "),
         ({}, None),
     ],
@@ -103,5 +111,5 @@ def test_steps_of_the_data_need_rows_with_an_answer(keys: Any, named: str | None
     if named is None:
         check(prompts, rollout=rollout)
         return
-    with pytest.raises(ConfigError, match=named + ".*all 1 training rows are prompts without"):
+    with pytest.raises(ConfigError, match=named + ".* all training rows are prompts without"):
         check(prompts, rollout=rollout)
