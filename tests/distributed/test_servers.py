@@ -20,6 +20,7 @@ from megakd.data.rollout_store import read_rollouts, rollout_files
 
 GREEDY = {"mix": {"rollout": 1.0}, "sampling": {"temperature": 0}}
 SHORT = {"max_steps": 3}
+AHEAD = {"mix": {"rollout": 1.0}, "max_staleness": 1, "keep_texts": True}
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_greedy_texts_of_a_server_train_as_those_of_the_own_engine(
 
 
 def test_the_next_texts_are_made_while_the_student_learns(launch, texts, stub, tmp_path):
-    keys = {"mix": {"rollout": 1.0}, "max_staleness": 1} | served(stub, tmp_path / "w")
+    keys = AHEAD | served(stub, tmp_path / "w")
 
     out = finish(launch, write_config(tmp_path, texts, zero=2, rollout=keys), tmp_path / "out")
 
@@ -78,7 +79,7 @@ def asked_seeds(asked: list[tuple[str, Any]]) -> set[int]:
 
 
 def test_a_killed_run_reads_its_texts_and_asks_only_for_others(launch, texts, stub, tmp_path):
-    keys = {"mix": {"rollout": 1.0}, "max_staleness": 1} | served(stub, tmp_path / "w")
+    keys = AHEAD | served(stub, tmp_path / "w")
     config, out = write_config(tmp_path, texts, zero=0, rollout=keys), tmp_path / "out"
     group = launch("--config", str(config), f"output_dir={out}")
     third = out / "rollouts" / "student" / "step-00000003.jsonl"
