@@ -140,12 +140,10 @@ def bytes_per_token(folder: Path) -> float:
 
 def score(given: argparse.Namespace, own: Leg) -> float:
     """Return the held-out divergence of the student of a finished run, in nats per token."""
-    texts = (given.out / "stories" / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    with (given.out / "stories" / "validation.jsonl").open(encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
     return divergence(
-        given.data / MODEL / "hf",
-        own.output / "final",
-        tokenizer(given.out),
-        [json.loads(line)["text"] for line in texts],
+        given.data / MODEL / "hf", own.output / "final", tokenizer(given.out), texts
     )
 
 

@@ -53,8 +53,9 @@ def write_chat(folder: Path, sizes: Sizes, counted: str) -> None:
     (chat / DATA).mkdir(parents=True)
     words = question_words(sizes, counted)
     for path in (folder / DATA).iterdir():
-        rows = (json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines())
-        lines = (json.dumps({"messages": messages_of(text, words)}) + "\n" for text in rows)
+        with path.open(encoding="utf-8") as rows:
+            texts = [json.loads(line)["text"] for line in rows]
+        lines = (json.dumps({"messages": messages_of(text, words)}) + "\n" for text in texts)
         (chat / DATA / path.name).write_text("".join(lines), encoding="utf-8")
     template = chat / "template.jinja"
     template.write_text(TEMPLATE, encoding="utf-8")

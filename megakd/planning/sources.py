@@ -99,7 +99,8 @@ def _counted(folder: Path) -> int | None:
     """Return the vocabulary size from a tokenizer's files, or None for other file types."""
     try:
         if (folder / "vocab.txt").is_file():
-            return len((folder / "vocab.txt").read_text(encoding="utf-8").splitlines())
+            with (folder / "vocab.txt").open(encoding="utf-8") as pieces:
+                return sum(1 for _ in pieces)
         model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         return len(model["model"]["vocab"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from megakd.contract.text_names import MATCH, TEXT_METRIC, TEXTS, file_of_step, is_text_metric
@@ -55,8 +56,8 @@ def _metrics(evaluations: Panels) -> dict[str, tuple[int, float]]:
 def _texts(path: Path) -> list[TextReport]:
     """Return the first texts of a file; none if the file was removed or is damaged."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()[:SHOWN]
-        return [json.loads(line) for line in lines]
+        with path.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in islice(lines, SHOWN)]
     except (OSError, ValueError):
         return []
 

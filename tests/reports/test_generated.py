@@ -15,6 +15,7 @@ from megakd.reports.html import html_report
 from megakd.reports.reading import read_report
 from megakd.reports.report import write_report
 from megakd.reports.table import result_table
+from megakd.storage.atomic import json_text
 
 TEXT = {
     "prompt": "2 +\n2 =", "text": "<5>", "wanted": "4", "finished": True, "matches": False,
@@ -62,6 +63,15 @@ def test_a_run_without_generated_texts_has_no_entry(tmp_path: Path) -> None:
 
     assert generation_reports(out, ["student"]) == []
     assert "Generated texts" not in html_report(language_report(), [])
+
+
+def test_the_texts_of_an_evaluation_may_hold_the_line_separators_of_unicode(tmp_path: Path) -> None:
+    texts = [{**TEXT, "text": f"one{separator}two"} for separator in "\x85\u2028\u2029"]
+    out = write_run(tmp_path, [evaluation(10, **METRICS)], {})
+    path = out / "texts" / "student" / "step-00000010.jsonl"
+    path.write_text("".join(json_text(text) + "\n" for text in texts), encoding="utf-8")
+
+    assert generation_reports(out, ["student"])[0]["texts"] == texts
 
 
 @pytest.mark.parametrize("content", [None, "{half"], ids=["removed", "damaged"])
