@@ -142,9 +142,7 @@ def score(given: argparse.Namespace, own: Leg) -> float:
     """Return the held-out divergence of the student of a finished run, in nats per token."""
     with (given.out / "stories" / "validation.jsonl").open(encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines]
-    return divergence(
-        given.data / MODEL / "hf", own.output / "final", tokenizer(given.out), texts
-    )
+    return divergence(given.data / MODEL / "hf", own.output / "final", tokenizer(given.out), texts)
 
 
 @torch.no_grad()

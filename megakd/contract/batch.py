@@ -9,6 +9,7 @@ import functools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from megakd.contract.tasks import Kernels
@@ -238,10 +239,12 @@ class Losses(NamedTuple):
 
     total: scalar with gradient, the sum over passes of scale * weight * sum / count * world.
     parts: detached scalars, sum / count without weight and world size, keyed `[view/]loss`.
+    predictions: predictions of the first learner by view, if they were asked for.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
+    predictions: Mapping[str | None, Predictions] = MappingProxyType({})
 
 
 class Predictions(NamedTuple):

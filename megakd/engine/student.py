@@ -94,12 +94,13 @@ class StudentEngine:
         knowledge: Mapping[str, Knowledge],
         plan: Sequence[Pass],
         counts: Counts,
+        **options: Any,
     ) -> Losses:
         with ExitStack() as stack:
             for said in knowledge.values():
                 if said.head is not None:
                     stack.enter_context(said.head.open())
-            return self._engine(batch, knowledge, plan, counts)
+            return self._engine(batch, knowledge, plan, counts, **options)
 
     def local_shards(self) -> Iterator[Shard]:
         """Yield this rank's part of the first learner's weights and gradients.
@@ -159,11 +160,16 @@ class StudentEngine:
 
     @torch.no_grad()
     def measure(
-        self, batch: Batch, knowledge: Mapping[str, Knowledge], plan: Sequence[Pass]
+        self,
+        batch: Batch,
+        knowledge: Mapping[str, Knowledge],
+        plan: Sequence[Pass],
+        scored: Sequence[str | None] = (),
     ) -> Losses:
         """Return the losses of one micro-batch without dropout and without a gradient.
 
-        The reported parts are sums over this rank's units.
+        The reported parts are sums over this rank's units. The predictions of the views in
+        `scored` come out of the same forward.
         """
         self._engine.eval()
         counts = dict.fromkeys(
@@ -171,7 +177,7 @@ class StudentEngine:
             torch.ones((), dtype=torch.long, device=batch.valid.device),
         )
         with self._engine.module.opened_head(batch):
-            return self._forward(batch, knowledge, plan, counts)
+            return self._forward(batch, knowledge, plan, counts, scored=scored)
 
     @torch.no_grad()
     def predict(self, batch: Batch, view: str | None = None) -> Predictions:

@@ -25,7 +25,7 @@ from megakd.models.axes import WIDTH, weight_axes
 from megakd.models.elastic import Elastic
 from megakd.models.knowledge import Needs, opened_head, read_knowledge
 from megakd.models.lora import base_model
-from megakd.models.predictions import predict
+from megakd.models.predictions import predict, predictions_of
 
 
 class ReadPass(NamedTuple):
@@ -36,7 +36,7 @@ class ReadPass(NamedTuple):
     share: float
 
 
-Said = Mapping[tuple[str | None, str | None], Knowledge]
+Outputs = Mapping[tuple[str | None, str | None], Knowledge]
 """Outputs of the learners for a micro-batch, by learner and view."""
 
 
@@ -115,6 +115,7 @@ class StudentBundle(nn.Module):
         counts: Counts | None = None,
         *,
         view: str | None = None,
+        scored: Sequence[str | None] = (),
     ) -> Losses | Predictions:
         """Compute the losses of all passes on one micro-batch, or predictions without passes.
 
@@ -124,34 +125,48 @@ class StudentBundle(nn.Module):
             plan: the passes of the step; None returns predictions.
             counts: global unit counts of the step, for all `counters`.
             view: the view to predict with; not used with `plan`.
+            scored: views of the first learner whose predictions are returned beside the losses;
+                None is the whole model. A view that also has a pass runs once.
         """
         if plan is None or counts is None:
             with self._viewing(view):
                 return predict(self.student, batch, self.kernels)
         plan = [replace(planned, learner=self._key(planned.learner)) for planned in plan]
+        answers = dict(knowledge or {})
+        teaching = [name for name in teacher_names(plan) if name not in answers]
+        outputs = self._outputs(batch, plan, teaching, scored)
+        answers |= {name: outputs[self._key(name), None] for name in teaching}
         sums = LossSums(counts, self.objective, self.world_size)
-        readings = self._read(batch, knowledge or {}, plan, sums)
+        readings = self._read(batch, outputs, answers, plan, sums)
         # Losses run after all views of a width, so that a head has one gradient, not one per view.
         for together in readings.values():
             with self._viewing(together[0].planned.view):
                 evaluated = self.objective([read.reading for read in together])
             for read, one in zip(together, evaluated, strict=True):
                 sums.add(read.planned, one, share=read.share)
-        return sums.losses()
+        predictions = {view: self._predictions(batch, outputs, view) for view in scored}
+        return sums.losses()._replace(predictions=predictions)
+
+    def _predictions(self, batch: Batch, outputs: Outputs, view: str | None) -> Predictions:
+        with self._viewing(view):  # in which the output matrix is read
+            return predictions_of(outputs[None, view], batch.of(self._roles[0]), self.kernels)
 
     def _read(
-        self, batch: Batch, knowledge: Mapping[str, Knowledge], plan: Sequence[Pass], sums: LossSums
+        self,
+        batch: Batch,
+        outputs: Outputs,
+        answers: Mapping[str, Knowledge],
+        plan: Sequence[Pass],
+        sums: LossSums,
     ) -> dict[tuple[str | None, int | None], list[ReadPass]]:
         """Return the passes with the outputs of both models, by learner and width of the view."""
-        teaching = [name for name in teacher_names(plan) if name not in knowledge]
-        said = self._said(batch, plan, teaching)
-        own = {name: said[self._key(name), None] for name in teaching}
-        answers = {**knowledge, **own}
         passes = Counter((planned.learner, planned.view) for planned in plan)
         found: dict[tuple[str | None, int | None], list[ReadPass]] = {}
         for planned in plan:
             key = (planned.learner, planned.view)
-            own, learned = _rows_of(planned, batch.of(planned.learner or self._roles[0]), said[key])
+            own, learned = _rows_of(
+                planned, batch.of(planned.learner or self._roles[0]), outputs[key]
+            )
             read = ReadPass(
                 planned,
                 self._reading(
@@ -168,10 +183,18 @@ class StudentBundle(nn.Module):
             found.setdefault((planned.learner, width), []).append(read)
         return found
 
-    def _said(self, batch: Batch, plan: Sequence[Pass], teaching: Sequence[str]) -> Said:
+    def _outputs(
+        self,
+        batch: Batch,
+        plan: Sequence[Pass],
+        teaching: Sequence[str],
+        scored: Sequence[str | None],
+    ) -> Outputs:
         """Run every learner and view of the passes once, and the teachers that answer here."""
+        wanted: dict[tuple[str | None, str | None], None]
         wanted = {(self._key(name), None): None for name in teaching}
         wanted |= {(planned.learner, planned.view): None for planned in plan}
+        wanted |= {(None, view): None for view in scored}
         found: dict[tuple[str | None, str | None], Knowledge] = {}
         with self._sharing(len(wanted) > 1):
             for role, view in wanted:

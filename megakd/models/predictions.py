@@ -6,14 +6,18 @@ import torch
 from torch import nn
 
 import megakd_kernels
-from megakd.contract.batch import IGNORE, Batch, Predictions
+from megakd.contract.batch import IGNORE, Batch, Knowledge, Predictions
 from megakd.contract.tasks import Kernels
 from megakd.models.knowledge import Needs, read_knowledge
 
 
 def predict(model: nn.Module, batch: Batch, kernels: Kernels = "auto") -> Predictions:
     """Return logits or scores of a micro-batch; for a language model, the sums for its metrics."""
-    read = read_knowledge(model, batch, Needs())
+    return predictions_of(read_knowledge(model, batch, Needs()), batch, kernels)
+
+
+def predictions_of(read: Knowledge, batch: Batch, kernels: Kernels = "auto") -> Predictions:
+    """Return the predictions in a model's outputs for a micro-batch; see `predict`."""
     if read.logits is not None:
         return Predictions(outputs=read.logits.float(), sums=None)
     if read.head is None or read.hidden is None:

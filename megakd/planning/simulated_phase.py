@@ -228,7 +228,10 @@ class _Tracer:
         once = dict.fromkeys(self._phase.teachers, 1)
         teachers, knowledge = self._asked(losses, batch, once)
         said, passes = sum(map(_said_bytes, knowledge.values())), stage.strategy.passes(0)
-        trace, _ = self._forward(bundle.eval(), batch, knowledge, passes, _ones(bundle))
+        scored = tuple(stage.views) or (None,)
+        trace, _ = self._forward(
+            bundle.eval(), batch, knowledge, passes, _ones(bundle), scored=scored
+        )
         return Measured(teachers, said, trace)
 
     def alone(self) -> SimulatedPhase:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,41 +13,60 @@ from megakd.contract.unit_counts import SOURCE_UNITS, count_units
 from megakd.engine.collectives import all_reduce_
 
 if TYPE_CHECKING:
-    from megakd.contract.batch import Batch
+    from megakd.contract.batch import Batch, Predictions
     from megakd.contract.stage import Pass
     from megakd.losses.bundle import StudentBundle
     from megakd.training.trainer import Trainer
 
 
-def held_out_losses(
-    trainer: Trainer, bundle: StudentBundle, plan: Sequence[Pass], batches: Iterable[Batch]
-) -> Mapping[str, float]:
-    """Return the mean of every loss term over its own unit, the same on every rank; a collective.
-
-    A term that is limited to a source (`on`) is left out if the rows have no text of this source.
+class HeldOutLosses:
+    """Means of the loss terms by view; a micro-batch asks every teacher and runs every view once.
 
     Args:
         trainer: the loop of the stage, with its student and teachers.
         bundle: the module of the student's engine.
-        plan: passes of the first learner, all of one view, or without views.
-        batches: this rank's micro-batches; every rank has equally many.
+        plan: the passes of a step.
+        views: the views of the first learner that are measured, or `WHOLE` alone.
     """
-    units = bundle.objective.units
-    prefix = next((f"{planned.view}/" for planned in plan if planned.view), "")
-    sums = torch.zeros(2, len(units), dtype=torch.float64)
-    for batch in batches:
-        parts = trainer.student.measure(batch, trainer.ask_teachers(plan, batch), plan).parts
-        counts = count_units([batch], bundle.counters)
-        for place, (name, unit) in enumerate(units.items()):
-            part = parts.get(prefix + name)
-            sums[0, place] += 0.0 if part is None else part.double().cpu()
-            sums[1, place] += counts[unit].cpu()
-    total, count = all_reduce_(sums)
-    found = zip(units, (total / count.clamp(min=1)).tolist(), count.tolist(), strict=True)
-    # Without a text of its source, a term has no value.
-    return {n: mean for n, mean, number in found if number or units[n] not in SOURCE_UNITS.values()}
 
+    def __init__(
+        self,
+        trainer: Trainer,
+        bundle: StudentBundle,
+        plan: Sequence[Pass],
+        views: Sequence[str] = (WHOLE,),
+    ) -> None:
+        self._trainer, self._bundle, self._plan = trainer, bundle, plan
+        self._views = {view: None if view == WHOLE else view for view in views}
+        # A row for each view, and the counts, which all views share.
+        terms = len(bundle.objective.units)
+        self._sums = torch.zeros(len(views) + 1, terms, dtype=torch.float64)
 
-def passes_of(view: str, plan: Sequence[Pass]) -> Sequence[Pass]:
-    """Return the passes of a view, or all passes of a stage without views."""
-    return [planned for planned in plan if planned.view == view] if view != WHOLE else plan
+    def add(self, batch: Batch) -> dict[str, Predictions]:
+        """Measure a micro-batch, of which every rank has equally many; return its predictions."""
+        names = tuple(self._views.values())
+        answers = self._trainer.ask_teachers(self._plan, batch)
+        measured = self._trainer.student.measure(batch, answers, self._plan, names)
+        counts = count_units([batch], self._bundle.counters)
+        for place, (term, unit) in enumerate(self._bundle.objective.units.items()):
+            for row, name in enumerate(names):
+                part = measured.parts.get(f"{name}/{term}" if name else term)
+                self._sums[row, place] += 0.0 if part is None else part.double().cpu()
+            self._sums[-1, place] += counts[unit].cpu()
+        return {view: measured.predictions[name] for view, name in self._views.items()}
+
+    def means(self) -> dict[str, dict[str, float]]:
+        """Return the mean of every term over its own unit, by view; a collective.
+
+        A term that is limited to a source (`on`) is left out if the rows have no text of this
+        source.
+        """
+        units, (*sums, count) = self._bundle.objective.units, all_reduce_(self._sums)
+        known = [
+            n or u not in SOURCE_UNITS.values() for n, u in zip(count, units.values(), strict=True)
+        ]
+        means = ((total / count.clamp(min=1)).tolist() for total in sums)
+        return {
+            view: dict(compress(zip(units, values, strict=True), known))
+            for view, values in zip(self._views, means, strict=True)
+        }

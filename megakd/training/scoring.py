@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch.nn import functional
 
 from megakd.contract.batch import IGNORE, Batch, Predictions
+from megakd.contract.metrics import WHOLE
 from megakd.contract.results import ClassReport
 from megakd.data.encoding import Collator
 from megakd.data.loader import evaluation_batches
@@ -22,6 +23,7 @@ from megakd.training.evaluation import language_model_metrics
 from megakd.training.metrics import TaskMetrics
 
 Predict = Callable[[Batch], Predictions]
+PredictViews = Callable[[Batch], Mapping[str, Predictions]]
 Ask = Callable[[Batch], Mapping[str, torch.Tensor]]
 
 
@@ -32,17 +34,25 @@ class Scored(NamedTuple):
     by_class: list[ClassReport]
 
 
-class SeenOutputs(NamedTuple):
-    """SeenOutputs and labels of the rows seen so far, without the dummy rows."""
+class Seen(NamedTuple):
+    """Predictions of a model so far: sums of a language model, else outputs of the real rows.
 
+    sums: [4], see `language_model_metrics`.
+    """
+
+    sums: torch.Tensor
     outputs: list[torch.Tensor]
     labels: list[torch.Tensor]
 
-    def add(self, outputs: torch.Tensor, batch: Batch) -> None:
-        """Add one micro-batch."""
-        real = batch.valid.any(dim=1)
-        self.outputs.append(outputs[real].cpu())
-        self.labels.append(batch.labels[real].cpu())
+    def add(self, predictions: Predictions, batch: Batch, characters: int) -> None:
+        """Add one micro-batch; `characters` is the length of its targets."""
+        if predictions.sums is not None:
+            self.sums[:3] += predictions.sums.cpu()
+            self.sums[3] += characters
+        if predictions.outputs is not None:
+            real = batch.valid.any(dim=1)
+            self.outputs.append(predictions.outputs[real].cpu())
+            self.labels.append(batch.labels[real].cpu())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,16 +86,25 @@ class Scorer:
         Raises:
             MegakdError: nothing can be scored, on all ranks alike.
         """
-        sums, answers = torch.zeros(4, dtype=torch.float64), SeenOutputs([], [])
+        return self.scored_views(lambda batch: {WHOLE: predict(batch)}, rows)[WHOLE]
+
+    def scored_views(self, predict: PredictViews, rows: Dataset) -> dict[str, Scored]:
+        """Return the metrics of `predict` on `rows` by view, the same on every rank.
+
+        Raises:
+            MegakdError: nothing can be scored, on all ranks alike.
+        """
+        views: dict[str, Seen] = {}
         for batch in self.batches(rows):
-            said = predict(batch)
-            if said.sums is not None:
-                sums[:3] += said.sums.cpu()
-                sums[3] += self._characters_of(batch)
-            if said.outputs is not None:
-                answers.add(said.outputs, batch)
+            characters = self._characters_of(batch)
+            for name, predictions in predict(batch).items():
+                seen = views.setdefault(name, Seen(torch.zeros(4, dtype=torch.float64), [], []))
+                seen.add(predictions, batch, characters)
         # Every rank has at least one batch, so all ranks take the same branch.
-        return self._rows(answers) if answers.outputs else self._language_model(sums)
+        return {
+            name: self._rows(seen) if seen.outputs else self._language_model(seen.sums)
+            for name, seen in views.items()
+        }
 
     def loss(self, predict: Predict, rows: Dataset) -> float:
         """Return the mean cross-entropy in nats or the mean squared error, the same on every rank.
@@ -166,7 +185,7 @@ class Scorer:
         labels = batch.labels.cpu()
         return int(self.characters[labels[labels != IGNORE]].sum())
 
-    def _rows(self, answers: SeenOutputs) -> Scored:
+    def _rows(self, answers: Seen) -> Scored:
         outputs = gather(torch.cat(answers.outputs))
         labels = gather(torch.cat(answers.labels))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megakd.config.stage_schedule import learning_rate_schedule, total_steps
-from megakd.contract.batch import Batch, Counts
+from megakd.contract.batch import Batch, Counts, Predictions
 from megakd.contract.metrics import WHOLE, MetricJudge
 from megakd.contract.stage import Stage, StageResult, StepReport, Teacher
 from megakd.contract.tasks import STUDENT
@@ -34,7 +33,7 @@ from megakd.training.early_stopping import EarlyStopping
 from megakd.training.engines import Assembly
 from megakd.training.evaluation import Evaluation
 from megakd.training.generated_texts import text_evaluation
-from megakd.training.held_out import held_out_losses, passes_of
+from megakd.training.held_out import HeldOutLosses
 from megakd.training.longer import may_grow
 from megakd.training.meters import TrainMeter
 from megakd.training.probe import take_beginning
@@ -251,7 +250,7 @@ class StageRun:
     def _evaluate(self, step: int) -> None:
         self.health.check_finite(self.checkpoints.newest)
         with self.health.paused(), doing(f"scoring stage {self.stage.name} at step {step}"):
-            scores = {view: self._score(view) for view in self.stage.views or (WHOLE,)}
+            scores = self._scores()
             verdict = self.judge(scores, step)
             self.evaluation = Evaluation(scores, verdict.view, verdict.cut)
             curves = {} if self.texts is None else self.texts.by_position
@@ -261,21 +260,33 @@ class StageRun:
             if self.keeps_best:
                 self.best.consider(step, scores, verdict)
 
-    def _score(self, view: str) -> dict[str, float]:
-        predict = functools.partial(self.student.predict, view=None if view == WHOLE else view)
-        rows = self.prepared.encoded.validation
-        scores = self.scorer.score(predict, rows)
+    def _scores(self) -> dict[str, dict[str, float]]:
+        views = tuple(self.stage.views) or (WHOLE,)
+        predict, losses = self._predictions, None
         if self.stage.measures_losses:
-            scores |= self._losses(self.scorer.batches(rows), functools.partial(passes_of, view))
-        if self.texts is not None and view == WHOLE:
+            plan = self.trainer.strategy.passes(self.trainer.step)
+            losses = HeldOutLosses(self.trainer, self.bundle, plan, views)
+            predict = losses.add  # scores and losses come out of one forward
+        scored = self.scorer.scored_views(predict, self.prepared.encoded.validation)
+        means = {} if losses is None else losses.means()
+        scores = {view: scored[view].metrics | means.get(view, {}) for view in views}
+        if self.texts is not None and WHOLE in scores:
             # A routed stage compares a row with its own teacher, and held-out rows name none.
-            losses = None if self.stage.routed else self._losses
-            scores |= self.texts.scores(self.trainer.step, losses)
+            of_texts = None if self.stage.routed else self._losses_of_texts
+            scores[WHOLE] |= self.texts.scores(self.trainer.step, of_texts)
         return scores
 
-    def _losses(self, batches: Iterable[Batch], watch: Watch = tuple) -> Mapping[str, float]:
+    def _predictions(self, batch: Batch) -> dict[str, Predictions]:
+        predict, views = self.student.predict, self.stage.views
+        # One view at a time: their outputs need not fit into memory together.
+        return {view: predict(batch, view) for view in views} or {WHOLE: predict(batch)}
+
+    def _losses_of_texts(self, batches: Iterable[Batch], watch: Watch) -> Mapping[str, float]:
         plan = watch(self.trainer.strategy.passes(self.trainer.step))
-        return held_out_losses(self.trainer, self.bundle, plan, batches)
+        losses = HeldOutLosses(self.trainer, self.bundle, plan)
+        for batch in batches:
+            losses.add(batch)
+        return losses.means()[WHOLE]
 
     def _save(self, step: int) -> None:
         self.health.check_finite(self.checkpoints.newest)

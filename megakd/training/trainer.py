@@ -31,9 +31,13 @@ class Learner(Protocol):
         ...
 
     def measure(
-        self, batch: Batch, knowledge: Mapping[str, Knowledge], plan: Sequence[Pass]
+        self,
+        batch: Batch,
+        knowledge: Mapping[str, Knowledge],
+        plan: Sequence[Pass],
+        scored: Sequence[str | None] = (),
     ) -> Losses:
-        """Return the losses of one micro-batch without learning."""
+        """Return the losses of one micro-batch, and the predictions of views, without learning."""
         ...
 
     def step(self, learning_rate: float) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from source_scene import Texts, objective_of
 
+from megakd.contract.metrics import WHOLE
 from megakd.contract.terms import HardCrossEntropy
 from megakd.engine import distributed
-from megakd.training.held_out import held_out_losses
+from megakd.training.held_out import HeldOutLosses
 
 TERMS = tuple(HardCrossEntropy(loss="hard_cross_entropy", on=on) for on in (None, "rollouts"))
 
@@ -20,13 +21,17 @@ def losses(batches: list[Any], value: float) -> Any:
     objective = objective_of(TERMS)
     bundle = SimpleNamespace(objective=objective, counters=objective.counters)
 
-    def measure(batch: Any, knowledge: object, plan: object) -> Any:
+    def measure(batch: Any, knowledge: object, plan: object, scored: tuple) -> Any:
         counted = {unit: count(batch) for unit, count in objective.counters.items()}
-        return SimpleNamespace(parts={n: value * counted[u] for n, u in objective.units.items()})
+        parts = {n: value * counted[u] for n, u in objective.units.items()}
+        return SimpleNamespace(parts=parts, predictions=dict.fromkeys(scored))
 
     student = SimpleNamespace(measure=measure)
     trainer = SimpleNamespace(student=student, ask_teachers=lambda plan, batch: {})
-    return held_out_losses(trainer, bundle, (), batches)  # type: ignore[arg-type]
+    found = HeldOutLosses(trainer, bundle, ())  # type: ignore[arg-type]
+    for batch in batches:
+        found.add(batch)
+    return found.means()[WHOLE]
 
 
 @pytest.fixture(autouse=True)
