@@ -24,7 +24,7 @@ from megakd.models.architectures import architecture_of
 from megakd.models.cutting import cut_class_name, cut_config
 from megakd.models.own_models import own_class
 from megakd.pruning.allocation import UnitScores, view_at
-from megakd.reports.latency import measure_latencies
+from megakd.reports.latency import Work, measure_latencies
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -83,7 +83,7 @@ def rounds(
     """The ratios of all rounds, by model and batch."""
     ratios: dict[tuple[str, int], list[float]] = {}
     for _ in range(given.ratios):
-        measured = measure_latencies(models, batches=given.batches, length=length)
+        measured = measure_latencies(models, Work(given.batches, length))
         whole = {one["batch"]: one["ms"] for one in measured if one["model"] == WHOLE}
         for one in measured:
             if one["model"] != WHOLE:

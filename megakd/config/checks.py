@@ -272,6 +272,12 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
             "eval.keep_best: true needs evaluations during training; set eval.eval_steps, or "
             "remove the key"
         )
+    latency, longest = config.eval.latency, config.task.max_length
+    if latency and latency.tokens and longest and latency.tokens > longest:
+        yield (
+            f"eval.latency.tokens: {latency.tokens} is longer than the texts of the run "
+            f"(task.max_length {longest}); lower the number, or raise task.max_length"
+        )
 
 
 def _deepspeed(config: RunConfig) -> Iterator[str]:

@@ -135,21 +135,30 @@ class PruningReport(TypedDict):
 
 
 class Speedup(TypedDict):
-    """Median milliseconds of a forward of each model; the models are timed alternately."""
+    """Median milliseconds of a forward of each model; the models are timed by turns.
+
+    low, high: range of the ratio over the rounds; see `reports.quantities.paired_ratio`.
+    """
 
     batch: int
     teacher_ms: float
     student_ms: float
+    low: NotRequired[float]
+    high: NotRequired[float]
 
 
 class LatencyReport(TypedDict):
-    """Median milliseconds of one model's forward; all models are timed alternately.
+    """Median milliseconds in which a model does some work; all models are timed by turns.
 
     model: `student`, `teacher`, or the name of a pooled teacher, an assistant or a baseline.
-    batch: texts per forward.
+    batch: texts at a time.
     length: tokens per text.
     device: name of the device; for a CPU with the number of threads.
     dtype: dtype of the weights.
+    rounds_ms: every time; the n-th times of all models are of one round.
+    generated: number of the last tokens of a text that a decoder generates; missing for one
+        forward over the texts.
+    tokens_per_second: generated tokens of all texts per second, reading the prompts included.
     """
 
     model: str
@@ -158,6 +167,9 @@ class LatencyReport(TypedDict):
     length: NotRequired[int]
     device: NotRequired[str]
     dtype: NotRequired[str]
+    rounds_ms: NotRequired[Sequence[float]]
+    generated: NotRequired[int]
+    tokens_per_second: NotRequired[float]
 
 
 class SampleReport(TypedDict):

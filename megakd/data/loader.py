@@ -102,7 +102,7 @@ class StepLoader:
         # Arrow tables do not create a Python object per token.
         self._rows = rows.with_format("arrow")
         self._collate, self._layout = collate, layout
-        self._lengths = None if layout.tokens_per_rank is None else lengths_of(rows)
+        self._lengths = None if layout.tokens_per_rank is None else lengths_of_rows(rows)
         self._size = layout.shape.most_rows(len(learned))
         self.step_rows = RowOrder(learned, layout.shape, seed=seed)
         self.steps_per_epoch = self.step_rows.steps_per_epoch
@@ -170,7 +170,7 @@ def rows_with_targets(rows: Dataset) -> NDArray[np.int64]:
     """Return the numbers of the rows in which a token counts: all but prompts without an answer."""
     if PROMPT_LENGTH not in rows.column_names:
         return np.arange(len(rows))
-    return np.flatnonzero(prompt_lengths(rows) < lengths_of(rows))
+    return np.flatnonzero(prompt_lengths(rows) < lengths_of_rows(rows))
 
 
 def prompt_lengths(rows: Dataset) -> NDArray[np.int64]:
@@ -179,7 +179,7 @@ def prompt_lengths(rows: Dataset) -> NDArray[np.int64]:
     return np.asarray(cast("Mapping[str, Any]", column)[PROMPT_LENGTH], dtype=np.int64)
 
 
-def lengths_of(rows: Dataset) -> NDArray[np.int64]:
+def lengths_of_rows(rows: Dataset) -> NDArray[np.int64]:
     """Return [N] tokens of every row, from the offsets of the arrow files."""
     tables = arrow_batches(rows.select_columns("input_ids"), LENGTHS_AT_ONCE)
     return np.concatenate([row_lengths(table) for table in tables])

@@ -28,7 +28,6 @@ from megakd.pruning.store import (
     unscored,
     weights_of,
 )
-from megakd.reports.latency import TIMED_BATCHES
 from megakd.training.engines import ReadyTeacher, learning_models
 from megakd.training.lab_base import LabBase
 from megakd.training.recipes import baseline_stage, completed, scoring_preset
@@ -114,12 +113,13 @@ class PlanningLab(LabBase):
             for name, ready in teachers.items()
             if ready.spec.finetune is not None or isinstance(ready.spec.model, str)
         }
-        if stored:
+        latency = self.config.eval.latency
+        if stored and latency:
             timed = {**stored, **made}
             whole = {
                 name: _ready(one.source, "teacher_zero0", "fp32") for name, one in timed.items()
             }
-            rows = max(TIMED_BATCHES)
+            rows = max(latency.batches(self.config.task.type))
             self.phases.append(Phase(name="latency", work="timing", teachers=whole, rows=rows))
 
     def largest_first(self) -> tuple[str, ...]:

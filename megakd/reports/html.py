@@ -24,7 +24,6 @@ from megakd.reports.positions import position_figures
 from megakd.reports.pruning import pruning_section
 from megakd.reports.quantities import is_number
 from megakd.reports.reading import read_report
-from megakd.reports.table import milliseconds
 from megakd.reports.templating import TEMPLATES
 from megakd.storage import atomic
 
@@ -107,11 +106,12 @@ def _gains(report: Report) -> list[str]:
     sizes = (report["teacher"]["encoder_parameters"], report["student"]["encoder_parameters"])
     gains = [f"has {_times_fewer(*sizes)} parameters without embeddings"] if all(sizes) else []
     reference = table.largest(table.teachers_of(report)) or TEACHER
-    return gains + [
-        f"is {times[reference] / times[STUDENT]:.1f}x as fast at batch {batch}"
-        for batch, times in milliseconds(report).items()
-        if {reference, STUDENT} <= times.keys()
-    ]
+    for timing in table.timings(report):
+        ratio = timing.speed_up(STUDENT, reference)
+        if ratio is not None and ratio.is_clear:
+            verb = "is" if timing.kind == table.FORWARD else "generates"
+            gains.append(f"{verb} {ratio} as fast at batch {timing.batch}")
+    return gains
 
 
 def _times_fewer(teacher: float, student: float) -> str:
@@ -151,11 +151,12 @@ def _models(report: Report) -> list[Dot]:
 def _planes(report: Report, models: Sequence[Dot]) -> list[Chart]:
     """Return charts of the main metric over each measure of size."""
     measures = {"parameters without embeddings": models}
-    for batch, times in milliseconds(report).items():
-        # A baseline that was not timed has the student's shape.
-        known = {**dict.fromkeys(report["baselines"], times.get(STUDENT, 0)), **times}
-        timed = [dot._replace(x=known.get(dot.name, 0)) for dot in models]
-        measures[f"ms per forward of batch {batch}"] = timed
+    for timing in table.timings(report):
+        if timing.kind == table.FORWARD:
+            # A baseline that was not timed has the student's shape.
+            alike = dict.fromkeys(report["baselines"], timing.values.get(STUDENT, 0))
+            timed = [dot._replace(x=(alike | timing.values).get(dot.name, 0)) for dot in models]
+            measures[f"ms per forward of batch {timing.batch}"] = timed
     shown = {measure: [dot for dot in dots if dot.x > 0] for measure, dots in measures.items()}
     metric = report["metric_name"]
     return [plane_chart(dots, metric=metric, measure=m) for m, dots in shown.items() if dots]

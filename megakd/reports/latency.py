@@ -1,14 +1,15 @@
-"""Latency of a forward, measured so that noise affects all models alike."""
+"""Times of models that do the same work, measured so that noise affects all of them alike."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
@@ -23,25 +24,37 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-WARM_UP_FORWARDS = 3
-TIMED_BATCHES = (1, 32)
+WARM_UP = 3
+LONG_MS = 100.0
+"""A first time above this, of every model, counts: start-up costs are negligible."""
+LEAST_ROUNDS, ENOUGH_MS, MOST_MS = 5, 500.0, 20_000.0
+"""Timing ends after `ENOUGH_MS` over all models, before `LEAST_ROUNDS` only after `MOST_MS`."""
 LAST_POSITIONS = "logits_to_keep"
-LONG_FORWARD_MS = 100.0
-"""A first forward that takes longer counts as a measurement: start-up costs are negligible."""
-LEAST_REPEATS, ENOUGH_MS = 3, 500.0
-"""Timing of a batch ends after `ENOUGH_MS` over all models, but not before `LEAST_REPEATS`."""
+
+
+class Work(NamedTuple):
+    """The work that is timed.
+
+    batches: numbers of texts at a time, one measurement each.
+    length: tokens per text, without padding.
+    generate: number of the last tokens of a text that decoders also generate.
+    rounds: most rounds, in each of which every model is timed once.
+    """
+
+    batches: Sequence[int]
+    length: int
+    generate: int = 0
+    rounds: int = 9
 
 
 def measure_latencies(
     models: Mapping[str, PreTrainedModel | Path],
+    work: Work,
     *,
-    batches: Sequence[int],
-    length: int,
-    repeats: int = 20,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[LatencyReport]:
-    """Time models alternately, so that other load on the machine slows all models alike.
+    """Time models by turns, so that other load on the machine slows all models alike.
 
     The order of the models rotates, because a forward depends on the caches that the previous
     forward filled. All models are in memory at once. A causal LM computes the logits of the last
@@ -49,32 +62,45 @@ def measure_latencies(
 
     Args:
         models: models by name; a loaded model stays on its device, a Hugging Face folder is loaded.
-        batches: numbers of texts per forward, one measurement each.
-        length: tokens per text, without padding.
-        repeats: timed forwards of each model and batch, after a few warm-up forwards. Slow models
-            are timed less often, see `ENOUGH_MS`.
+        work: the texts.
         device: device for models that are loaded from a folder; None means the CPU.
         dtype: dtype for these models; None means the stored dtype.
 
     Returns:
-        The medians, batch by batch, in the order of `models`.
+        The forwards and then the generation of each batch, in the order of `models`.
     """
+    generated = min(work.generate, work.length - 1)
     with ExitStack() as stack:
-        ready = [stack.enter_context(_ready(model, device, dtype)) for model in models.values()]
-        return [
-            LatencyReport(
-                model=name,
-                batch=batch,
-                ms=median,
-                length=length,
-                device=_place(model),
-                dtype=str(model.dtype).removeprefix("torch."),
-            )
-            for batch in batches
-            for name, model, median in zip(
-                models, ready, _medians(ready, batch, length, repeats), strict=True
-            )
-        ]
+        ready = {n: stack.enter_context(_ready(m, device, dtype)) for n, m in models.items()}
+        decoders = {name: model for name, model in ready.items() if model.can_generate()}
+        found: list[LatencyReport] = []
+        for batch in work.batches:
+            found += _timed(ready, work, batch)
+            found += _timed(decoders, work, batch, generated) if generated else ()
+    return found
+
+
+def _timed(
+    models: Mapping[str, PreTrainedModel], work: Work, batch: int, generated: int = 0
+) -> Iterator[LatencyReport]:
+    """Yield the times of every model, of a forward or of the generation of tokens."""
+    inputs = [_inputs(model, batch, work.length - generated) for model in models.values()]
+    prepare = partial(_generation, count=generated) if generated else _forward
+    calls = [prepare(*pair) for pair in zip(models.values(), inputs, strict=True)]
+    for (name, model), *rounds in zip(models.items(), *_rounds(calls, work.rounds), strict=True):
+        entry = LatencyReport(
+            model=name,
+            batch=batch,
+            ms=statistics.median(rounds),
+            length=work.length,
+            device=_place(model),
+            dtype=str(model.dtype).removeprefix("torch."),
+            rounds_ms=rounds,
+        )
+        if generated:
+            entry["generated"] = generated
+            entry["tokens_per_second"] = 1e3 * batch * generated / entry["ms"]
+        yield entry
 
 
 def _place(model: PreTrainedModel) -> str:
@@ -85,28 +111,33 @@ def _place(model: PreTrainedModel) -> str:
     return device_name(device) + words
 
 
-def _medians(
-    models: Sequence[PreTrainedModel], batch: int, length: int, repeats: int
-) -> list[float]:
-    """Return the median milliseconds of each model's warm forward."""
-    inputs = [_inputs(model, batch, length) for model in models]
-    times = [_warm_up(model, given) for model, given in zip(models, inputs, strict=True)]
-    for repeat in range(repeats):
-        if min(map(len, times)) >= LEAST_REPEATS and sum(map(sum, times)) > ENOUGH_MS:
+def _rounds(calls: Sequence[Callable[[], object]], most: int) -> list[list[float]]:
+    """Return the milliseconds of all calls, round by round."""
+    if not calls:
+        return []
+    first = [_warm_up(call) for call in calls]
+    rounds = [first] if min(first) > LONG_MS else []
+    while len(rounds) < most and not _is_enough(rounds):
+        times = [0.0] * len(calls)
+        for turn in range(len(calls)):
+            index = (turn + len(rounds)) % len(calls)
+            times[index] = _milliseconds(calls[index])
+        rounds.append(times)
+    return rounds
+
+
+def _is_enough(rounds: Sequence[Sequence[float]]) -> bool:
+    limit = MOST_MS if len(rounds) < LEAST_ROUNDS else ENOUGH_MS
+    return len(rounds) > 1 and sum(map(sum, rounds)) > limit
+
+
+def _warm_up(call: Callable[[], object]) -> float:
+    """Return the time of a long first call, or of the last of a few calls."""
+    for _ in range(WARM_UP):
+        ms = _milliseconds(call)
+        if ms > LONG_MS:
             break
-        for turn in range(len(models)):
-            index = (turn + repeat) % len(models)
-            times[index].append(_milliseconds(models[index], inputs[index]))
-    return [statistics.median(series) for series in times]
-
-
-def _warm_up(model: PreTrainedModel, inputs: dict[str, Any]) -> list[float]:
-    """Run warm-up forwards; return the milliseconds of a long first forward, or an empty list."""
-    for _ in range(WARM_UP_FORWARDS):
-        first = _milliseconds(model, inputs)
-        if first > LONG_FORWARD_MS:
-            return [first]
-    return []
+    return ms
 
 
 @contextmanager
@@ -144,20 +175,29 @@ def _inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Any]:
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch, length), generator=generator)  # [B, T]
     device = next(model.parameters()).device
+    return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+
+
+def _forward(model: PreTrainedModel, inputs: dict[str, Any]) -> Callable[[], object]:
     last = {LAST_POSITIONS: 1} if LAST_POSITIONS in signature(model.forward).parameters else {}
-    return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device), **last}
+    return partial(model, **inputs, **last)
 
 
-def _milliseconds(model: PreTrainedModel, inputs: dict[str, Any]) -> float:
-    device = inputs["input_ids"].device
-    _finish(device)
+def _generation(model: Any, inputs: dict[str, Any], *, count: int) -> Callable[[], object]:
+    """Return a call that continues prompts by `count` tokens."""
+    number = {"min_new_tokens": count, "max_new_tokens": count}
+    return partial(model.generate, **inputs, **number, do_sample=False, pad_token_id=0)
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    _finish()
     start = time.perf_counter()
     with torch.inference_mode():
-        model(**inputs)
-    _finish(device)
+        call()
+    _finish()
     return (time.perf_counter() - start) * 1e3
 
 
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _finish() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -7,14 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from megakd.contract.metrics import lower_is_better
 from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.contract.text_names import TEXT_METRIC
 from megakd.reports.generated import generation_rows
 from megakd.reports.history import LAST_STEP, evenly
-from megakd.reports.quantities import duration, gigabytes, is_number, short_count, step_time
+from megakd.reports.quantities import (
+    Ratio,
+    duration,
+    gigabytes,
+    is_number,
+    paired_ratio,
+    short_count,
+    step_time,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
     from megakd.contract.results import (
         CandidateReport,
         CostReport,
+        LatencyReport,
         ModelReport,
         PruningReport,
         Report,
@@ -29,6 +38,7 @@ if TYPE_CHECKING:
 
 Rows = list[list[str]]
 INT8_ROW = f"{STUDENT} (int8)"
+FORWARD = "ms"
 
 LATER_KEYS: Mapping[str, Any] = {
     **dict.fromkeys(("assistants", "latency", "teachers", "samples", "pruning"), ()),
@@ -167,36 +177,53 @@ def largest(teachers: Mapping[str, ModelReport]) -> str | None:
     return max(teachers, key=lambda name: teachers[name]["parameters"], default=None)
 
 
-def milliseconds(report: Report) -> dict[int, dict[str, float]]:
-    """Return the measured times of a forward by batch size, the smallest first, and by model."""
+class Timing(NamedTuple):
+    """One kind of work at one batch size: values by model, and milliseconds round by round."""
+
+    kind: str
+    batch: int
+    values: dict[str, float]
+    rounds: dict[str, Sequence[float]]
+
+    def speed_up(self, name: str, reference: str) -> Ratio | None:
+        """Return how many times as fast as the reference a model is; None if not timed."""
+        timed = {name, reference} <= self.rounds.keys()
+        return paired_ratio(self.rounds[reference], self.rounds[name]) if timed else None
+
+
+def timings(report: Report) -> list[Timing]:
+    """Return the times of forwards and the rates of generation by batch size, smallest first."""
+    entries: list[LatencyReport] = []
     speedup = report["speedup"]
-    entries = [(entry["batch"], entry["model"], entry["ms"]) for entry in report["latency"]]
-    if speedup is not None:
+    if speedup is not None:  # reports of early versions have no other times
         teacher = largest(teachers_of(report)) or TEACHER
         pair = ((teacher, speedup["teacher_ms"]), (STUDENT, speedup["student_ms"]))
-        entries = [*((speedup["batch"], name, ms) for name, ms in pair), *entries]
-    found: dict[int, dict[str, float]] = {}
-    for batch, name, ms in entries:
-        if is_number(ms) and ms > 0:
-            found.setdefault(batch, {})[name] = ms
-    return dict(sorted(found.items()))
+        entries += ({"model": name, "batch": speedup["batch"], "ms": ms} for name, ms in pair)
+    found: dict[tuple[int, str], Timing] = {}
+    for entry in (*entries, *report["latency"]):
+        batch, kind = entry["batch"], "tokens/s" if "generated" in entry else FORWARD
+        if is_number(entry["ms"]) and entry["ms"] > 0:
+            timing = found.setdefault((batch, kind), Timing(kind, batch, {}, {}))
+            timing.values[entry["model"]] = entry.get("tokens_per_second", entry["ms"])
+            timing.rounds[entry["model"]] = entry.get("rounds_ms", [entry["ms"]])
+    return [found[key] for key in sorted(found)]
 
 
 def model_parts(report: Report) -> tuple[Rows, Rows, Rows, Rows]:
     """Return the models' names, sizes, scores and times, for `beside`."""
-    times, metrics = milliseconds(report), metric_names(report)
+    timed, metrics = timings(report), metric_names(report)
     reference = largest(teachers_of(report)) or TEACHER
     against = "vs teacher" if lower_is_better(report["metric_name"]) else "kept"
     fewer = ["smaller"] if report["teacher"] else []
     names, sizes = [[""]], [["parameters", "non-embedding", "size MB", *fewer]]
     scores = [[*metrics, *([against] if report["teacher"] else [])]]
-    speeds = [[title for batch in times for title in (f"ms (batch {batch})", "speed-up")]]
+    speeds = [[title for one in timed for title in (f"{one.kind} (batch {one.batch})", "speed-up")]]
     for name, model, values in shown_models(report):
         compared = [against_teacher(report, values)] if report["teacher"] else []
         names.append([name])
         sizes.append(_sizes(report, model))
         scores.append([*(score(metric, values.get(metric)) for metric in metrics), *compared])
-        speeds.append([cell for ms in times.values() for cell in _speed(ms, name, reference)])
+        speeds.append([cell for one in timed for cell in _speed(one, name, reference)])
     return names, sizes, scores, speeds
 
 
@@ -235,14 +262,16 @@ def latency_note(report: Report) -> str:
     timed = [entry for entry in report["latency"] if "length" in entry]
     if not timed:
         return ""
-    lengths, devices = (
+    lengths, dtypes, devices = (
         ", ".join(dict.fromkeys(str(entry.get(key, "")) for entry in timed))
-        for key in ("length", "device")
+        for key in ("length", "dtype", "device")
     )
-    dtypes = {entry["model"]: entry.get("dtype", "") for entry in timed}
-    alike = set(dtypes.values())
-    held = alike if len(alike) == 1 else [f"{name} {dtype}" for name, dtype in dtypes.items()]
-    return f"ms: median of one forward, {lengths} tokens per text, {', '.join(held)}, on {devices}"
+    note = f"ms: median of one forward, {lengths} tokens per text, {dtypes}, on {devices}"
+    if generated := {e["generated"] for e in timed if "generated" in e}:
+        note += f"; tokens/s: of the last {max(generated)}, which are generated"
+    if any("rounds_ms" in entry for entry in timed):
+        note += "; speed-up: median and range of the rounds; a range alone is within the noise"
+    return note
 
 
 def metric_names(report: Report) -> list[str]:
@@ -282,12 +311,11 @@ def against_teacher(report: Report, metrics: Mapping[str, float]) -> str:
     return f"x{mine / theirs:.2f}" if name == "perplexity" else f"{mine / theirs:.1%}"
 
 
-def _speed(times: Mapping[str, float], name: str, reference: str) -> tuple[str, str]:
-    """Return milliseconds and speed-up of a model at one batch size."""
-    if name not in times:
-        return "-", "-"
-    ratio = f"{times[reference] / times[name]:.2f}x" if reference in times else "-"
-    return f"{times[name]:.2f}", ratio
+def _speed(timing: Timing, name: str, reference: str) -> tuple[str, str]:
+    """Return the value and the speed-up of a model."""
+    value = timing.values.get(name)
+    shown = "-" if value is None else f"{value:.2f}"
+    return shown, str(timing.speed_up(name, reference) or "-")
 
 
 def candidate_rows(candidates: Sequence[CandidateReport]) -> Rows:

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -24,6 +25,7 @@ from megakd.contract.results import (
 )
 from megakd.contract.stage import StageResult
 from megakd.contract.tasks import STUDENT
+from megakd.data.loader import lengths_of_rows
 from megakd.engine import distributed
 from megakd.engine.activity import doing
 from megakd.engine.collectives import agree, on_main, reports_lost_peer
@@ -40,7 +42,8 @@ from megakd.process.phases import counted, phase, seconds
 from megakd.process.signals import Stopped
 from megakd.reports.generated import generation_reports
 from megakd.reports.history import read_history
-from megakd.reports.latency import TIMED_BATCHES, measure_latencies
+from megakd.reports.latency import Work, measure_latencies
+from megakd.reports.quantities import paired_ratio
 from megakd.reports.report import environment
 from megakd.reports.samples import Sampler
 from megakd.reports.table import largest
@@ -267,12 +270,17 @@ def _stage_entry(result: StageResult) -> Any:
 
 def _latency(lab: Lab, students: Mapping[str, Path], device: torch.device) -> list[LatencyReport]:
     """Time all models side by side on rank 0, if all of them fit into the device's memory."""
+    config = lab.config
+    if config.eval.latency is False:
+        return []
     teachers = {name: folder for name, folder in lab.teacher_folders.items() if folder}
     if not teachers:
         return []
     assistants = {made.name: made.folder for made in lab.record.assistants}
     models = {**teachers, **assistants, **students}
-    needed, free = 2 * sum(map(weight_bytes, models.values())), free_memory_bytes(device)
+    # On a CPU all models are timed in fp32, which doubles weights that are stored in 16 bits.
+    room = 3 if device.type == "cpu" else 2
+    needed, free = room * sum(map(weight_bytes, models.values())), free_memory_bytes(device)
     if needed > free:
         logger.warning(
             "latency is not measured: the models need about %.1f GB side by side, and %.1f GB are "
@@ -283,11 +291,11 @@ def _latency(lab: Lab, students: Mapping[str, Path], device: torch.device) -> li
         )
         return []
     try:
-        length = lab.config.task.max_length
-        dtype = None if device.type == "cpu" else TORCH_DTYPE[lab.assembly.scoring_dtype()]
-        return measure_latencies(
-            models, batches=TIMED_BATCHES, length=length, device=device, dtype=dtype
-        )
+        wanted, rows = config.eval.latency, lab.assembly.prepared.encoded.held_out
+        length = wanted.tokens or int(np.median(lengths_of_rows(rows)))
+        work = Work(wanted.batches(config.task.type), length, wanted.generate)
+        dtype = TORCH_DTYPE[lab.assembly.scoring_dtype()]
+        return measure_latencies(models, work, device=device, dtype=dtype)
     except Exception as error:  # noqa: BLE001 - the code of a model may raise any error
         # All stages are finished and the student is valid: a failed timing must not fail the run.
         logger.warning("latency could not be measured: %s", error)
@@ -295,11 +303,16 @@ def _latency(lab: Lab, students: Mapping[str, Path], device: torch.device) -> li
 
 
 def _speedup(latency: Sequence[LatencyReport], teacher: str | None) -> Speedup | None:
-    """Return the times of the largest teacher and the student for one text at a time."""
-    ms = {entry["model"]: entry["ms"] for entry in latency if entry["batch"] == 1}
-    if teacher not in ms:
+    """Return the times of the largest teacher and the student at the smallest batch size."""
+    forwards = [entry for entry in latency if "generated" not in entry]
+    batch = min((entry["batch"] for entry in forwards), default=0)
+    of = {entry["model"]: entry for entry in forwards if entry["batch"] == batch}
+    if teacher not in of:
         return None
-    return {"batch": 1, "teacher_ms": ms[teacher], "student_ms": ms[STUDENT]}
+    theirs, mine = of[teacher], of[STUDENT]
+    ratio = paired_ratio(theirs.get("rounds_ms", ()), mine.get("rounds_ms", ()))
+    times = Speedup(batch=batch, teacher_ms=theirs["ms"], student_ms=mine["ms"])
+    return {**times, "low": ratio.low, "high": ratio.high}
 
 
 def check_output_folder(config: RunConfig) -> None:

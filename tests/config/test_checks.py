@@ -75,6 +75,10 @@ from megakd.errors import ConfigError
         ),
         (["objective.0.weight=0", "objective.1.weight=0"], "objective: every weight is 0"),
         (["eval.keep_best=true"], "eval.keep_best: true needs evaluations during training"),
+        (
+            ["eval.latency.tokens=512", "task.max_length=64"],
+            "eval.latency.tokens: 512 is longer than the texts of the run (task.max_length 64)",
+        ),
         (["task.text_columns=[a]"], "task.text_columns: not supported with task.dataset pydocs"),
         (["task.label_column=a"], "task.label_column: not supported with task.dataset pydocs"),
         (

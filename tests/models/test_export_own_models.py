@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 from megakd.models.architectures import architecture_of
 from megakd.models.export import brings_code, write_model_folder
 from megakd.models.own_models import OWN_MODELS
-from megakd.reports.latency import measure_latencies
+from megakd.reports.latency import Work, measure_latencies
 from megakd.storage.finished_folder import CHECKSUMS, copy_finished
 
 FILES = {"bert": "modeling_cut.py", "llama": "modeling_cut.py", "enct5": "modeling_t5.py"}
@@ -166,7 +166,7 @@ def test_megakd_never_runs_the_code_of_a_folder(family, tmp_path):
     (folder / CHECKSUMS).unlink()
 
     found = loaded(folder, task_of(family))
-    latency = measure_latencies({"cut": folder}, batches=(1,), length=4, repeats=1)
+    latency = measure_latencies({"cut": folder}, Work((1,), 4, rounds=1))
 
     assert type(found) is type(model)
     assert torch.equal(logits(found), logits(model))

@@ -168,6 +168,12 @@ def test_all_models_are_scored_and_timed_at_the_end(tmp_path: Path) -> None:
     assert all(phase.ledger.peaks["device"].total for phase in plan.phases)
 
 
+def test_a_run_without_timing_plans_none(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "eval.latency=false", teacher={"model": bert(3, width=32)})
+
+    assert "latency" not in [phase.name for phase in planned(config).phases]
+
+
 def test_a_run_fits_where_its_models_cannot_be_timed_side_by_side(tmp_path: Path) -> None:
     """The run goes on without: a phase that is not required is no peak."""
     finetuned = {"model": bert(3, width=32, vocab_size=64), "finetune": {"max_steps": 2}}

@@ -14,7 +14,7 @@ from transformers import RobertaForSequenceClassification as Roberta
 
 from megakd.errors import ModelError
 from megakd.reports import latency
-from megakd.reports.latency import measure_latencies
+from megakd.reports.latency import Work, measure_latencies
 
 
 def llama(layers: int = 1, width: int = 8) -> LlamaForCausalLM:
@@ -34,8 +34,8 @@ def milliseconds(
 ) -> list[float]:
     """Of the two at one batch."""
     models = {"teacher": teacher, "student": student}
-    batches = (shape.pop("batch"),)
-    return [entry["ms"] for entry in measure_latencies(models, batches=batches, **shape)]
+    work = Work((shape.pop("batch"),), **shape)
+    return [entry["ms"] for entry in measure_latencies(models, work)]
 
 
 def seen_by(model: torch.nn.Module) -> list[dict]:
@@ -49,22 +49,26 @@ def seen_by(model: torch.nn.Module) -> list[dict]:
 
 
 def test_the_median_of_each_model_is_told(monkeypatch) -> None:
-    warm_up = [0] * (2 * latency.WARM_UP_FORWARDS)
+    warm_up = [0] * (2 * latency.WARM_UP)
     # The student's turns and the teacher's, swapping places: 1, 2, 3 and 10, 20, 90.
     times = [*warm_up, 10, 1, 2, 20, 90, 3]
     ticks = iter(number for time in times for number in (0.0, time / 1000))
     monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
 
-    found = measure_latencies({"a": llama(), "b": llama()}, batches=(1,), length=4, repeats=3)
+    found = measure_latencies({"a": llama(), "b": llama()}, Work((1,), 4, rounds=3))
 
     assert [entry["ms"] for entry in found] == pytest.approx([20.0, 2.0])
+    assert [entry["rounds_ms"] for entry in found] == [
+        pytest.approx([10.0, 20.0, 90.0]),
+        pytest.approx([1.0, 2.0, 3.0]),
+    ]
     assert [(entry["model"], entry["batch"]) for entry in found] == [("a", 1), ("b", 1)]
 
 
 def test_each_time_says_what_was_timed_and_where() -> None:
     models = {"a": llama(), "b": llama().to(torch.bfloat16)}
 
-    found = measure_latencies(models, batches=(2,), length=4, repeats=1)
+    found = measure_latencies(models, Work((2,), 4, rounds=1))
 
     threads = torch.get_num_threads()
     assert {entry["device"] for entry in found} == {
@@ -78,9 +82,9 @@ def test_the_forward_has_the_given_shape_without_dropout_or_gradient() -> None:
     model = llama().train()
     calls = seen_by(model)
 
-    milliseconds(model, llama(), batch=3, length=7, repeats=2)
+    milliseconds(model, llama(), batch=3, length=7, rounds=2)
 
-    assert len(calls) == latency.WARM_UP_FORWARDS + 2
+    assert len(calls) == latency.WARM_UP + 2
     assert calls[-1]["input_ids"].shape == (3, 7)
     assert calls[-1]["attention_mask"].all()
     assert not calls[-1]["training"]
@@ -89,30 +93,40 @@ def test_the_forward_has_the_given_shape_without_dropout_or_gradient() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ms", "forwards"), [(1.0, 3 + 20), (60.0, 3 + 5), (150.0, 3), (5000.0, 3)]
+    ("ms", "calls"), [(1.0, 3 + 9), (60.0, 3 + 5), (150.0, 5), (3000.0, 4), (15_000.0, 2)]
 )
-def test_slow_models_are_timed_less_often_but_at_least_three_times(monkeypatch, ms, forwards):
-    calls: list[int] = []
-
-    def timed(model: torch.nn.Module, given: object) -> float:
-        del given
-        calls.append(id(model))
-        return ms
-
-    monkeypatch.setattr(latency, "_milliseconds", timed)
+def test_slow_models_are_timed_less_often_but_twice_at_least(monkeypatch, ms, calls):
+    timed: list[object] = []
+    monkeypatch.setattr(latency, "_milliseconds", lambda call: timed.append(call.func) or ms)
     models = {"a": llama(), "b": llama()}
 
-    found = measure_latencies(models, batches=(1,), length=4)
+    found = measure_latencies(models, Work((1,), 4))
 
     assert [entry["ms"] for entry in found] == [ms, ms]
-    assert {calls.count(id(model)) for model in models.values()} == {forwards}
+    assert {timed.count(model) for model in models.values()} == {calls}
+    assert {len(entry["rounds_ms"]) for entry in found} == {calls - 3 * (ms < latency.LONG_MS)}
+
+
+def test_a_decoder_also_generates_the_last_tokens_of_a_text() -> None:
+    model = llama()
+    model.generation_config.eos_token_id = list(range(19))  # that end no text too early
+    calls = seen_by(model)
+    encoder = Roberta(RobertaConfig(vocab_size=20, hidden_size=8, num_attention_heads=2))
+
+    found = measure_latencies({"a": model, "b": encoder}, Work((2,), 8, generate=3, rounds=1))
+
+    forwards, (written,) = found[:2], found[2:]
+    assert not any("generated" in entry for entry in forwards)
+    assert (written["model"], written["generated"], written["length"]) == ("a", 3, 8)
+    assert written["tokens_per_second"] == pytest.approx(2 * 3 / (written["ms"] / 1000))
+    assert [call["input_ids"].shape for call in calls[-3:]] == [(2, 5), (2, 1), (2, 1)]
 
 
 def test_the_random_state_of_the_run_is_untouched() -> None:
     model, other = llama(), llama()
     before = torch.get_rng_state()
 
-    milliseconds(model, other, batch=1, length=4, repeats=1)
+    milliseconds(model, other, batch=1, length=4, rounds=1)
 
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -123,7 +137,7 @@ def test_two_models_are_timed_by_turns_that_swap_places() -> None:
     teacher.register_forward_pre_hook(lambda *_: order.append("t"))
     student.register_forward_pre_hook(lambda *_: order.append("s"))
 
-    milliseconds(teacher, student, batch=1, length=4, repeats=3)
+    milliseconds(teacher, student, batch=1, length=4, rounds=3)
 
     assert "".join(order[-6:]) == "tsstts"
 
@@ -137,7 +151,7 @@ def test_several_models_take_every_place_by_turns_at_every_batch() -> None:
             with_kwargs=True,
         )
 
-    found = measure_latencies(models, batches=(1, 2), length=4, repeats=3)
+    found = measure_latencies(models, Work((1, 2), 4, rounds=3))
 
     assert [(entry["model"], entry["batch"]) for entry in found] == [
         (name, batch) for batch in (1, 2) for name in "abc"
@@ -147,7 +161,7 @@ def test_several_models_take_every_place_by_turns_at_every_batch() -> None:
 
 
 def test_the_larger_model_takes_longer() -> None:
-    larger, smaller = milliseconds(llama(8, 128), llama(1, 8), batch=4, length=16, repeats=5)
+    larger, smaller = milliseconds(llama(8, 128), llama(1, 8), batch=4, length=16, rounds=5)
 
     assert larger > smaller > 0
 
@@ -163,7 +177,7 @@ def test_a_folder_is_loaded_and_timed(tmp_path: Path) -> None:
     )
     Roberta(config).save_pretrained(tmp_path)
 
-    assert milliseconds(tmp_path, llama(), batch=2, length=8, repeats=1)[0] > 0
+    assert milliseconds(tmp_path, llama(), batch=2, length=8, rounds=1)[0] > 0
 
 
 def test_a_folder_of_an_unknown_architecture_is_named(tmp_path: Path) -> None:
@@ -187,7 +201,7 @@ def test_a_causal_model_is_timed_with_the_logits_of_the_last_position_alone(monk
         return out
 
     monkeypatch.setattr(model, "forward", noted)
-    measure_latencies({"a": model}, batches=(2,), length=4, repeats=1)
+    measure_latencies({"a": model}, Work((2,), 4, rounds=1))
 
     assert set(shapes) == {(2, 1)}
 
@@ -195,8 +209,6 @@ def test_a_causal_model_is_timed_with_the_logits_of_the_last_position_alone(monk
 def test_a_stored_model_is_timed_in_the_dtype_asked_for(tmp_path):
     llama().save_pretrained(tmp_path)
 
-    found = measure_latencies(
-        {"a": tmp_path}, batches=(1,), length=4, repeats=1, dtype=torch.bfloat16
-    )
+    found = measure_latencies({"a": tmp_path}, Work((1,), 4, rounds=1), dtype=torch.bfloat16)
 
     assert [entry["dtype"] for entry in found] == ["bfloat16"]

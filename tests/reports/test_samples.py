@@ -200,8 +200,10 @@ def test_a_run_of_decoders_has_samples_of_teacher_and_student(decoder_run):
 def test_baselines_are_timed_beside_teacher_and_student(decoder_run):
     latency = read(decoder_run)["latency"]
 
-    assert {entry["model"] for entry in latency} == {"teacher", "student", "alone"}
-    assert {entry["length"] for entry in latency} == {16}
+    assert [(entry["model"], entry.get("generated")) for entry in latency] == [
+        (name, generated) for generated in (None, 15) for name in ("teacher", "student", "alone")
+    ]
+    assert {(entry["length"], entry["batch"]) for entry in latency} == {(16, 1)}
 
 
 def test_a_run_of_masked_models_has_filled_masks(one_rank, tmp_path):

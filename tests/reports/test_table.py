@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
 from reports import chosen_report, language_report, report_of
 
-from megakd.reports.table import completed, cost_line, milliseconds, result_table
+from megakd.reports.html import html_report
+from megakd.reports.table import completed, cost_line, result_table, timings
 
 
 def cells(table: str, row: str) -> list[str]:
@@ -120,12 +122,62 @@ def test_times_say_their_length_device_and_dtype() -> None:
     assert "ms:" not in result_table(report_of())
 
 
-def test_dtypes_that_differ_are_told_by_model() -> None:
-    report = chosen_report()
-    for entry in report["latency"]:
-        entry["dtype"] = "bfloat16" if entry["model"] == "teacher" else "float32"
+def timed(student: list[float], teacher: list[float], **more: object) -> list[dict]:
+    """Entries of two models that took turns."""
+    series = {"teacher": teacher, "student": student}
+    return [
+        {"model": n, "batch": 1, "ms": statistics.median(ms), "rounds_ms": ms, "length": 24, **more}
+        for n, ms in series.items()
+    ]
 
-    assert "teacher bfloat16, assistant-1 float32, student float32" in result_table(report)
+
+def test_a_speed_up_is_the_median_of_the_rounds_with_its_range() -> None:
+    # One round was disturbed, in which both models were slow; the ratios are 2 to 2.4.
+    latency = timed([10, 10, 10, 100, 10], [20, 22, 24, 220, 22])
+
+    table = result_table(report_of(latency=latency, speedup=None))
+
+    assert "2.20x (2.00-2.40)" in table
+    assert "speed-up: median and range of the rounds; a range alone is within the noise" in table
+    assert "is 2.20x (2.00-2.40) as fast at batch 1" in html_report(report_of(latency=latency), [])
+
+
+def test_one_disturbed_round_of_nine_does_not_widen_the_range() -> None:
+    latency = timed([10] * 9, [20] * 8 + [900])
+
+    assert "2.00x" in cells(result_table(report_of(latency=latency, speedup=None)), "student")
+
+
+def test_a_difference_below_the_noise_is_no_speed_up() -> None:
+    latency = timed([20, 10, 20, 20, 12], [33, 33, 33, 15, 33])
+    report = report_of(latency=latency, speedup=None)
+
+    assert cells(result_table(report), "student")[-2:] == ["20.00", "0.75-3.30x"]
+    assert "1.65x" not in result_table(report)
+    assert "as fast" not in html_report(report, [])
+
+
+def test_fewer_than_five_rounds_give_a_range_alone() -> None:
+    report = report_of(latency=timed([10, 10, 11], [20, 22, 21]), speedup=None)
+
+    assert cells(result_table(report), "student")[-1] == "1.91-2.20x"
+
+
+def test_a_decoder_also_has_the_tokens_that_it_generates_in_a_second() -> None:
+    forwards = timed([10, 10], [20, 20])
+    generation = timed([50, 50], [100, 100], generated=16)
+    for entry, rate in zip(generation, (160.0, 320.0), strict=True):
+        entry["tokens_per_second"] = rate
+    report = report_of(latency=[*forwards, *generation], speedup=None)
+
+    header, _, student = result_table(report).split("\n")[2:5]
+
+    assert re.split(r"  +", header)[-4:] == [
+        "ms (batch 1)", "speed-up", "tokens/s (batch 1)", "speed-up",
+    ]  # fmt: skip
+    assert student.split()[-4:] == ["10.00", "2.00x", "320.00", "2.00x"]
+    assert "tokens/s: of the last 16, which are generated" in result_table(report)
+    assert "generates 2.00x as fast at batch 1" in html_report(report, [])
 
 
 def test_a_stage_without_steps_has_no_speed() -> None:
@@ -163,9 +215,12 @@ def test_times_of_the_pair_and_of_all_models_are_one_table() -> None:
     speedup = {"batch": 4, "teacher_ms": 8.0, "student_ms": 2.0}
     latency = [{"model": "student", "batch": 1, "ms": 1.0}, {"model": "x", "batch": 4, "ms": None}]
 
-    times = milliseconds(completed(report_of(speedup=speedup, latency=latency)))
+    times = timings(completed(report_of(speedup=speedup, latency=latency)))
 
-    assert times == {1: {"student": 1.0}, 4: {"teacher": 8.0, "student": 2.0}}
+    assert {timing.batch: timing.values for timing in times} == {
+        1: {"student": 1.0},
+        4: {"teacher": 8.0, "student": 2.0},
+    }
 
 
 def test_every_candidate_has_a_row_and_one_of_an_iteration_is_chosen() -> None:

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from whole_run import EPOCHS, LABELLED, ROWS_PER_STEP, STEPS, read, records
 
 from megakd.config.file import load_config
+from megakd.config.run import EvalConfig, LatencyConfig
 from megakd.data.splits import load_splits
 from megakd.errors import CheckpointError
 from megakd.run import main
@@ -86,7 +88,8 @@ def test_the_report_has_the_keys_of_the_contract_and_sane_values(out, whole_run)
     assert [(e["model"], e["batch"]) for e in report["latency"]] == [
         (model, batch) for batch in (1, 32) for model in ("teacher", "student", "alone")
     ]
-    assert report["speedup"].keys() == {"batch", "teacher_ms", "student_ms"}
+    assert {entry["dtype"] for entry in report["latency"]} == {"float32"}
+    assert report["speedup"].keys() == {"batch", "teacher_ms", "student_ms", "low", "high"}
     assert all(value > 0 for value in report["speedup"].values())
     assert (report["environment"]["ranks"], report["environment"]["device"]) == (1, "cpu")
     phases = {"start", "data", "models", "training", "scoring", "latency"}
@@ -263,6 +266,52 @@ def test_a_checkpoint_path_that_is_not_there_is_refused_with_its_key(tmp_path):
         check_checkpoint_given("train.resume_from_checkpoint", fine)
 
 
+def scene(folder: Path, *, timed: bool = True, task: str = "mlm", **options: Any) -> Any:
+    """A lab of a teacher whose weights are stored somewhere, and held-out rows of 2, 5 and 9."""
+    rows = Dataset.from_dict({"input_ids": [[1] * length for length in (2, 9, 5)]})
+    return SimpleNamespace(
+        teacher_folders={"teacher": folder},
+        record=SimpleNamespace(assistants=[]),
+        config=SimpleNamespace(
+            task=SimpleNamespace(type=task),
+            eval=EvalConfig(latency=LatencyConfig(**options) if timed else False),
+        ),
+        assembly=SimpleNamespace(
+            prepared=SimpleNamespace(encoded=SimpleNamespace(held_out=rows)),
+            scoring_dtype=lambda: "fp32",
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "work"),
+    [
+        ({}, ((1, 32), 5, 16)),
+        ({"task": "causal_lm"}, ((1,), 5, 16)),
+        ({"batch": (4,), "tokens": 3, "generate": 0}, ((4,), 3, 0)),
+    ],
+)
+def test_all_models_are_timed_in_one_dtype_at_the_length_of_the_data(
+    tmp_path, monkeypatch, options, work
+):
+    timed: list[Any] = []
+    monkeypatch.setattr(main, "measure_latencies", lambda *a, **k: timed.append((*a, k)) or [])
+    monkeypatch.setattr(main, "weight_bytes", lambda _: 1)
+
+    main._latency(scene(tmp_path, **options), {}, torch.device("cpu"))
+
+    ((models, done, how),) = timed
+    assert models == {"teacher": tmp_path}
+    assert done[:3] == work
+    assert how == {"device": torch.device("cpu"), "dtype": torch.float32}
+
+
+def test_latency_can_be_switched_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(main, "measure_latencies", lambda *_, **__: pytest.fail("timed"))
+
+    assert main._latency(scene(tmp_path, timed=False), {}, torch.device("cpu")) == []
+
+
 @pytest.mark.parametrize("error", [AttributeError("no such layer"), ImportError("no einops")])
 def test_a_model_whose_code_cannot_be_timed_does_not_fail_a_run(
     tmp_path, monkeypatch, caplog, error
@@ -272,11 +321,6 @@ def test_a_model_whose_code_cannot_be_timed_does_not_fail_a_run(
 
     monkeypatch.setattr(main, "measure_latencies", fail)
     monkeypatch.setattr(main, "weight_bytes", lambda _: 1)
-    lab: Any = SimpleNamespace(
-        teacher_folders={"teacher": tmp_path},
-        record=SimpleNamespace(assistants=[]),
-        config=SimpleNamespace(task=SimpleNamespace(max_length=4)),
-    )
 
-    assert main._latency(lab, {}, torch.device("cpu")) == []
+    assert main._latency(scene(tmp_path), {}, torch.device("cpu")) == []
     assert f"latency could not be measured: {error}" in caplog.text
