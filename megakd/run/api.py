@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import random
+import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from megakd.config import file as config_file
 from megakd.config.messages import shown
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError, suggestion
+from megakd.process import signals
 from megakd.process.home import in_home
 
 if TYPE_CHECKING:
@@ -98,7 +100,8 @@ def load_config(config: Config, overrides: Sequence[str] = ()) -> RunConfig:
 def train(config: Config, overrides: Sequence[str] = ()) -> RunResult:
     """Train as a config says and return the result.
 
-    A finished run is not trained again, and an interrupted run is resumed.
+    A finished run is not trained again, and an interrupted run is resumed. Ctrl+C and SIGTERM save
+    a checkpoint after the next step, and then raise KeyboardInterrupt or SystemExit.
 
     Args:
         config: see `load_config`.
@@ -108,7 +111,7 @@ def train(config: Config, overrides: Sequence[str] = ()) -> RunResult:
         MegakdError: the input is invalid, or the run cannot continue.
     """
     checked = load_config(config, overrides)
-    with _undone():
+    with _undone(), _stopped_by_signals():
         from megakd.run import finished_run
         from megakd.run import main as run
 
@@ -191,6 +194,19 @@ def _has_type(name: str, value: object) -> bool:
         return isinstance(value, str | Path)
     allowed = int if _NUMBERS[name] == "a whole number" else int | float
     return isinstance(value, allowed) and not isinstance(value, bool)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Let a signal stop the run as it stops the command, and raise what Python's own would."""
+    try:
+        with signals.watched():
+            yield
+    except signals.Stopped as stop:
+        if stop.number == signal.SIGINT:
+            raise KeyboardInterrupt(str(stop)) from None
+        logging.getLogger("megakd").warning("%s", stop)
+        raise SystemExit(stop.exit_code) from None
 
 
 @contextlib.contextmanager

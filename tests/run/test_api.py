@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -163,3 +164,55 @@ def test_a_name_that_does_not_exist_is_an_attribute_error():
     assert megakd.__version__
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         megakd.trian  # noqa: B018
+
+
+INTERRUPTED = """
+import json, os, signal, sys, threading, time
+from pathlib import Path
+import megakd
+
+out = Path(sys.argv[2])
+def press():
+    while not (out / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), getattr(signal, sys.argv[3]))
+
+threading.Thread(target=press).start()
+try:
+    megakd.train(sys.argv[1], [f"output_dir={out}"])
+except KeyboardInterrupt as stop:
+    print("stopped:", stop)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    megakd.train(sys.argv[1], [f"output_dir={out}"])
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_training_that_is_told_to_stop_saves_and_the_next_call_goes_on(
+    built_operator, tmp_path, name
+):
+    task = {"type": "classification", "dataset": str(write_reviews(tmp_path / "reviews"))}
+    tree = config_tree(tmp_path / "unused", task)
+    tree["train"]["max_steps"], tree["log"]["logging_steps"] = 400, 1
+    config = write_config(tmp_path / "run.yaml", tree)
+    script, out = tmp_path / "notebook.py", tmp_path / "out"
+    script.write_text(INTERRUPTED, encoding="utf-8")
+
+    done = subprocess.run(
+        [sys.executable, str(script), str(config), str(out), name],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+
+    said = re.search(r"stopped by (\w+), student saved at step (\d+)", done.stdout + done.stderr)
+    assert said is not None, done.stderr
+    assert said[1] == name
+    assert (out / "checkpoints" / "student" / f"step-{said[2]}").is_dir()
+    if name == "SIGTERM":
+        assert done.returncode == 128 + signal.SIGTERM
+    else:
+        assert done.returncode == 0, done.stderr
+        assert f"student: resumed at step {said[2]}" in done.stderr
+        assert (out / "report.json").is_file()
