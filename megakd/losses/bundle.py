@@ -132,11 +132,11 @@ class StudentBundle(nn.Module):
             with self._viewing(view):
                 return predict(self.student, batch, self.kernels)
         plan = [replace(planned, learner=self._key(planned.learner)) for planned in plan]
-        answers = dict(knowledge or {})
-        teaching = [name for name in teacher_names(plan) if name not in answers]
-        outputs = self._outputs(batch, plan, teaching, scored)
-        answers |= {name: outputs[self._key(name), None] for name in teaching}
-        sums = LossSums(counts, self.objective, self.world_size)
+        sums, frozen = LossSums(counts, self.objective, self.world_size), knowledge or {}
+        teaching = [name for name in teacher_names(plan) if name not in frozen]
+        beside = [(self._key(name), None) for name in teaching]
+        outputs = self._outputs(batch, plan, [*beside, *((None, view) for view in scored)])
+        answers = {**frozen, **{n: outputs[key] for n, key in zip(teaching, beside, strict=True)}}
         readings = self._read(batch, outputs, answers, plan, sums)
         # Losses run after all views of a width, so that a head has one gradient, not one per view.
         for together in readings.values():
@@ -164,9 +164,8 @@ class StudentBundle(nn.Module):
         found: dict[tuple[str | None, int | None], list[ReadPass]] = {}
         for planned in plan:
             key = (planned.learner, planned.view)
-            own, learned = _rows_of(
-                planned, batch.of(planned.learner or self._roles[0]), outputs[key]
-            )
+            rows = batch.of(planned.learner or self._roles[0])
+            own, learned = _rows_of(planned, rows, outputs[key])
             read = ReadPass(
                 planned,
                 self._reading(
@@ -184,17 +183,10 @@ class StudentBundle(nn.Module):
         return found
 
     def _outputs(
-        self,
-        batch: Batch,
-        plan: Sequence[Pass],
-        teaching: Sequence[str],
-        scored: Sequence[str | None],
+        self, batch: Batch, plan: Sequence[Pass], beside: Sequence[tuple[str | None, str | None]]
     ) -> Outputs:
-        """Run every learner and view of the passes once, and the teachers that answer here."""
-        wanted: dict[tuple[str | None, str | None], None]
-        wanted = {(self._key(name), None): None for name in teaching}
-        wanted |= {(planned.learner, planned.view): None for planned in plan}
-        wanted |= {(None, view): None for view in scored}
+        """Run every learner and view of the passes, and those beside the passes, once."""
+        wanted = dict.fromkeys([*beside, *((planned.learner, planned.view) for planned in plan)])
         found: dict[tuple[str | None, str | None], Knowledge] = {}
         with self._sharing(len(wanted) > 1):
             for role, view in wanted:
