@@ -73,6 +73,8 @@ class SaveConfig:
 
     save_steps: Count = 500
     save_total_limit: Count | None = 2
+    """Checkpoints to keep of a stage; None: all. Once the stage has finished, its model is in
+    stages/, and at most the newest checkpoint is kept, from which a longer run continues."""
     push_to_hub: Annotated[str, AfterValidator(_repository)] | None = None
     """Upload final/ to this repository of the Hugging Face Hub, such as user/name."""
     hub_private: bool = False

@@ -10,7 +10,7 @@ import numpy as np
 from megakd.contract.batch import IGNORE
 from megakd.contract.routes import ROUTE
 from megakd.data.chat_tokens import PROMPT_LENGTH
-from megakd.data.loader import lengths_of, prompt_lengths, rows_with_targets
+from megakd.data.loader import lengths_of_rows, prompt_lengths, rows_with_targets
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Prompts:
                 "at the beginning of each row that are continued"
             )
         self._rows = rows.with_format("numpy")
-        self.lengths = (prompt_lengths if has_prompts else lengths_of)(rows)
+        self.lengths = (prompt_lengths if has_prompts else lengths_of_rows)(rows)
         if prompt_tokens is not None:
             self.lengths = self.lengths.clip(max=prompt_tokens)
         self.continued = np.flatnonzero((self.lengths > 0) & (self.lengths <= most))

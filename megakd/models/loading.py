@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from megakd.models.matching import Match
 
 logger = logging.getLogger(__name__)
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md")
 # Subfolders, other frameworks, and the weights a second time in the format of another library.
 NOT_FROM_HUB = ("*/*", "*.msgpack", "consolidated*.safetensors")
 # Keys of older config files that transformers still reads although its classes do not list them.

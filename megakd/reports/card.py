@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
+from huggingface_hub import metadata_load, try_to_load_from_cache
 
 from megakd.contract.results import Report
 from megakd.contract.tasks import TaskType
@@ -14,6 +16,7 @@ from megakd.models.export import hub_id
 from megakd.reports.quantities import short_count
 from megakd.reports.table import completed, megabytes, result_table, times_smaller
 from megakd.reports.templating import TEMPLATES
+from megakd.storage.finished_folder import CARD
 
 AUTO_CLASSES: Mapping[TaskType, tuple[str, str]] = {
     "classification": ("AutoModelForSequenceClassification", "text-classification"),
@@ -21,6 +24,10 @@ AUTO_CLASSES: Mapping[TaskType, tuple[str, str]] = {
     "mlm": ("AutoModelForMaskedLM", "fill-mask"),
     "causal_lm": ("AutoModelForCausalLM", "text-generation"),
 }
+
+
+UNKNOWN = "unknown"
+"""The Hub's name for a licence that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +53,21 @@ class CardFacts:
 def model_card(facts: CardFacts, report: Report) -> str:
     """Return the content of README.md: description of the model, command, scores and usage."""
     auto_class, pipeline = AUTO_CLASSES[facts.task_type]
+    specs = [spec for spec in (facts.student, *facts.teachers) if spec]
+    cards = [_metadata(spec) for spec in specs]
+    # A folder is not a base model that users of the card could look up, but its own base is.
+    bases = (hub_id(s) or card.get("base_model") for s, card in zip(specs, cards, strict=True))
+    licences = {str(card.get("license") or UNKNOWN) for card in cards}
     front = {
         "library_name": "transformers",
         "pipeline_tag": pipeline,
+        "base_model": next(filter(None, bases), None),
+        # Of several licences, none is known to cover what was made from all models.
+        "license": licences.pop() if len(licences) == 1 else UNKNOWN,
+        "metrics": list(report["student"]["metrics"]),
         "tags": ["megakd", "knowledge-distillation", report["method"]],
     }
-    specs = (facts.student, *facts.teachers)
-    # A local folder is not a base model that users of the card could look up.
-    base = next((name for spec in specs if spec and (name := hub_id(spec))), None)
-    front |= {} if base is None else {"base_model": base}
+    front = {key: value for key, value in front.items() if value}
     return TEMPLATES.get_template("card.md.jinja").render(
         facts=facts,
         report=report,
@@ -66,7 +79,17 @@ def model_card(facts: CardFacts, report: Report) -> str:
         base=hub_id(facts.student or ""),
         pruned=_pruned(completed(report)),
         size=_size(report),
+        licence=front["license"],
     )
+
+
+def _metadata(spec: str) -> Mapping[str, Any]:
+    """Return the metadata in the card of a model on this machine; empty without a card."""
+    cached = try_to_load_from_cache(spec, CARD) if hub_id(spec) else Path(spec).expanduser() / CARD
+    try:
+        return metadata_load(cached) or {} if isinstance(cached, str | Path) else {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
 
 
 def _pruned(report: Report) -> str:

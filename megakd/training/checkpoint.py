@@ -52,7 +52,7 @@ class Checkpoints:
 
     folder: `checkpoints/<stage>`.
     fingerprint: what the run depends on; a checkpoint with another fingerprint is refused.
-    keep: the number of checkpoints to keep; None keeps all.
+    keep: the number of checkpoints to keep; None keeps all, also those of a finished stage.
     ranks: the ranks of the run; every method is a collective.
     may_grow: whether the checkpoint of a shorter run may be continued, see `longer`.
     """
@@ -143,6 +143,18 @@ class Checkpoints:
                 (set_aside if old in every[:current] else shutil.rmtree)(old)
             except OSError as error:  # the new checkpoint is good, so the run continues
                 logger.warning("%s could not be removed: %s", old, error)
+
+    def finish(self) -> None:
+        """Remove what no later start reads once the stage's model is written; call on rank 0.
+
+        A longer run continues from the newest checkpoint and the best weights.
+        """
+        if self.keep is None:
+            return
+        newest = self.newest() if self.may_grow else None
+        for old in [self.folder] if newest is None else self._by_age():
+            if old != newest:
+                shutil.rmtree(old, ignore_errors=True)
 
     def _could_not_write(self, step: int, error: Exception) -> CheckpointError:
         newest = self.newest()

@@ -151,6 +151,7 @@ class StageRun:
             view=chosen.view if self.stage.views else None,
         )
         self._write_result(result, chosen, best=kept.folder if kept else None)
+        on_main(self.checkpoints.finish)
         return result
 
     def extent(self, step: int) -> Extent:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
+import pytest
+import yaml
 from reports import report_of
 
 from megakd.reports.card import CardFacts, model_card
@@ -99,3 +102,41 @@ def test_a_card_names_no_folder_of_a_machine_as_the_base_of_its_adapters() -> No
 
     assert "/somewhere" not in card
     assert 'from_pretrained("path/to/the/base/model")' in card
+
+
+def front_of(card: str) -> dict[str, Any]:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def model_with_card(folder: Path, **metadata: str) -> str:
+    folder.mkdir()
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(metadata)}---\n# A model\n")
+    return str(folder)
+
+
+def test_a_card_has_the_base_the_licence_and_the_metrics_of_the_student(tmp_path: Path) -> None:
+    given = {"license": "apache-2.0", "base_model": "org/base"}
+    start, teacher = (model_with_card(tmp_path / name, **given) for name in ("start", "teacher"))
+    facts = dataclasses.replace(FACTS, student=start, teachers=(teacher,))
+
+    card = model_card(facts, report_of())
+
+    front = front_of(card)
+    assert (front["base_model"], front["license"]) == ("org/base", "apache-2.0")
+    assert front["metrics"] == ["accuracy", "f1", "mean_accuracy_f1"]
+    assert "The models above are under the licence `apache-2.0`." in card
+    assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("other", ["{", "llama3"], ids=["no card", "another licence"])
+def test_a_licence_that_not_all_models_share_is_not_claimed(tmp_path: Path, other: str) -> None:
+    models = [model_with_card(tmp_path / str(n), license=x) for n, x in enumerate(("mit", other))]
+    if other == "{":
+        (tmp_path / "1" / "README.md").write_text("---\nlicense: {\n---\n")
+    facts = dataclasses.replace(FACTS, student=models[0], teachers=(models[1],))
+
+    card = model_card(facts, report_of())
+
+    assert front_of(card)["license"] == "unknown"
+    assert "base_model" not in front_of(card)
+    assert "No licence is claimed here." in card

@@ -22,7 +22,13 @@ def bench(whole_run, tmp_path, one_rank) -> Bench:
 
 def tree(bench: Bench, out: str, **train: Any) -> dict[str, Any]:
     made = bench.tree(train={**CONSTANT, "max_steps": None, **train})
-    return {**made, "output_dir": str(bench.folder / out)}
+    save = {"save_steps": 1, "save_total_limit": 2}
+    return {**made, "output_dir": str(bench.folder / out), "save": save}
+
+
+def steps_saved(bench: Bench, stage: str) -> list[str]:
+    folder = bench.folder / "out" / "checkpoints" / stage
+    return sorted(path.name for path in folder.glob("step-*"))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -34,6 +40,7 @@ def test_a_longer_run_has_the_weights_of_one_that_was_as_long_from_the_start(ben
     bench.start(tree(bench, "whole", max_steps=6))
     shorter = {"max_steps": 3} if "max_steps" in longer else {"num_train_epochs": 0.1875}
     assert bench.start(tree(bench, "out", **shorter)).code == 0
+    assert steps_saved(bench, "student") == ["step-3"]
 
     said = bench.start(tree(bench, "out", **longer))
 
@@ -77,6 +84,8 @@ def test_fewer_steps_than_a_finished_run_took_are_refused_and_change_nothing(ben
 def test_a_stage_that_others_were_made_from_does_not_go_on(bench):
     teacher = {"teacher": {"model": bert(2), "finetune": {}}}
     bench.start({**tree(bench, "out", max_steps=2), **teacher})
+    # No start reads its checkpoints again: its model is in stages/.
+    assert not (bench.folder / "out" / "checkpoints" / "teacher-finetune").exists()
 
     said = bench.start({**tree(bench, "out", max_steps=4), **teacher})
 

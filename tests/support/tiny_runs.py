@@ -105,6 +105,7 @@ def config_tree(out: Path, task: Mapping[str, Any], **sections: Any) -> dict[str
         "method": {"name": "finetune"},
         "train": {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 0.01},
         "log": {"logging_steps": 2},
+        "save": {"save_total_limit": None},  # for tests that go back to an earlier step
     }
     for name, section in sections.items():
         both = isinstance(section, dict) and isinstance(tree.get(name), dict)
