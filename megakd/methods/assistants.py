@@ -61,7 +61,7 @@ class AssistantOptions(MethodOptions):
 
     target_sparsity: share of the attention heads and of the neurons that the student lacks; with
         `residual`, share of the weights between heads or neurons and the hidden states.
-    sparsities: grid of the candidates' sparsities; must contain the target.
+    sparsities: grid of the candidates' sparsities; must contain the target (except for direct).
     tradeoff: lambda, the weight of sparsity in metric + lambda * sparsity.
     metric: metric of the trade-off; null: the main metric of the task.
     allocation: `global` ranks the units of all layers together; `uniform` removes the same share of
@@ -113,7 +113,7 @@ class AssistantOptions(MethodOptions):
             )
         yield from self._problems_of_student(config.student)
         yield from self._problems_of_objective(config.objective or ())
-        if self.target_sparsity not in self.sparsities:
+        if self.target_sparsity not in self.used_sparsities:
             grid = ", ".join(f"{sparsity:g}" for sparsity in self.sparsities)
             yield (
                 f"method.target_sparsity: {self.target_sparsity:g} is not among method.sparsities "

@@ -37,6 +37,15 @@ def test_the_schedules_are_one_switch_apart(run_file, name):
     assert method.sparsities == (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 
 
+def test_direct_cuts_a_target_outside_the_grid(run_file):
+    target = ["method.target_sparsity=0.77"]
+
+    assert load_config(run_file, ["method.name=direct", *target]).method.used_sparsities == (0.77,)
+    for name in ("minidisc", "maxidisc"):
+        with pytest.raises(ConfigError, match="0.77 is not among method.sparsities"):
+            load_config(run_file, [f"method.name={name}", *target])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
