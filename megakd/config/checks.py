@@ -254,6 +254,11 @@ def _layers(config: RunConfig) -> Iterator[str]:
             f"student.layers: a layer is listed twice in {list(student.layers)}; list every layer "
             "once"
         )
+    if getattr(student.layers, "by", None) == "importance" and student.model != FROM_TEACHER:
+        yield (
+            "student.layers.by: importance is measured in the teacher that the student starts as; "
+            f'set student.model to "{FROM_TEACHER}", or student.layers.by to spacing'
+        )
     if student.teacher is not None and student.model != FROM_TEACHER:
         yield f'student.teacher: applies only to student.model "{FROM_TEACHER}"; remove the key'
     elif student.teacher is not None and student.teacher not in config.teacher_specs:

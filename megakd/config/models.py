@@ -110,14 +110,26 @@ class LoraConfig:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
+class KeptLayers:
+    """A number of layers to keep, and the rule that chooses them."""
+
+    keep: Count
+    """Number of layers to keep."""
+    by: Literal["importance", "spacing"] | None = None
+    """`importance`: the layers without which the loss of the teacher rises most; `spacing`: the
+    first, the last, and evenly spaced layers between. None: by importance if the student starts
+    from a teacher that the run loads."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class StudentConfig:
     """The model that learns."""
 
     model: str | ScratchModel
     """A folder, a Hub id, a config, or `from_teacher`. With `from_teacher`, the method cuts the
     student out of the teacher, or the student gets some of the teacher's `layers`."""
-    layers: Count | Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
-    """Numbers of the layers to keep, counted from 1, or how many layers to keep, evenly spaced."""
+    layers: Count | Annotated[tuple[Count, ...], Field(min_length=1)] | KeptLayers | None = None
+    """Numbers of the layers to keep, counted from 1, or how many layers to keep."""
     teacher: str | None = None
     """Name of the teacher for `from_teacher`, if there are several teachers."""
     lora: LoraConfig | None = None

@@ -9,7 +9,13 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megakd.config.generation import GenerationConfig
-from megakd.config.models import LoraConfig, PooledTeacher, StudentConfig, TeacherConfig
+from megakd.config.models import (
+    KeptLayers,
+    LoraConfig,
+    PooledTeacher,
+    StudentConfig,
+    TeacherConfig,
+)
 from megakd.config.paths import Folder
 from megakd.config.rollout import RolloutConfig
 from megakd.config.task import TaskConfig
@@ -130,6 +136,17 @@ class RunConfig:
         if self.student.model != FROM_TEACHER:
             return STUDENT
         return self.student.teacher or TEACHER
+
+    @property
+    def ranks_layers(self) -> bool:
+        """Whether the student keeps the most important layers of the teacher that it starts as."""
+        kept = self.student.layers
+        if self.start_role == STUDENT or kept is None or isinstance(kept, tuple):
+            return False
+        if isinstance(kept, KeptLayers) and kept.by is not None:
+            return kept.by == "importance"
+        teacher = self.teacher_specs[self.start_role]
+        return teacher.cache is None and teacher.server is None
 
     @property
     def base_teachers(self) -> tuple[str, ...]:

@@ -183,9 +183,9 @@ class Lab(Protocol):
         ...
 
     def layer_scores(self, teacher: str) -> tuple[float, ...]:
-        """Return the importance of each layer of a decoder that teaches, which is measured once.
+        """Return the importance of each layer of a teacher, which is measured once.
 
-        The importance is the rise of the loss on the held-out rows if the layer is left out.
+        The importance is the rise of the loss on held-out rows if the layer is left out.
 
         Args:
             teacher: name of the teacher.

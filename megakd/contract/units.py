@@ -8,6 +8,7 @@ hold views.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 Kind = Literal["heads", "neurons", "width"]
@@ -39,6 +40,12 @@ class View(NamedTuple):
         pairs += zip(self.neurons, other.neurons, strict=True)
         narrower = other.width is None or (self.width is not None and self.width <= other.width)
         return narrower and all(mine <= theirs for mine, theirs in pairs)
+
+
+def most_important(scores: Sequence[float], count: int) -> tuple[int, ...]:
+    """Return the numbers, from 1, of the layers with the highest scores; of equals, the first."""
+    ranked = sorted(range(1, len(scores) + 1), key=lambda number: -scores[number - 1])
+    return tuple(sorted(ranked[:count]))
 
 
 class UnitOrder(NamedTuple):

@@ -5,15 +5,25 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from megakd.contract.units import most_important
 from megakd.errors import ModelError
-from megakd.models.architectures import HEAD_COLUMNS, HEAD_COUNTS, NEURON_COUNTS
+from megakd.models.architectures import (
+    HEAD_COLUMNS,
+    HEAD_COUNTS,
+    NEURON_COUNTS,
+    architecture_of,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Any
 
+    from torch import nn
     from transformers import PretrainedConfig
 
     from megakd.models.architectures import Architecture
@@ -26,21 +36,28 @@ _OF_ALL_LAYERS = "relative_attention_bias"
 """T5's position bias, which is always stored in the first layer."""
 
 
-def with_layers(source: ModelSource, wanted: int | Sequence[int], *, where: str) -> ModelSource:
+def with_layers(
+    source: ModelSource,
+    wanted: int | Sequence[int],
+    *,
+    where: str,
+    scores: Sequence[float] | None = None,
+) -> ModelSource:
     """Return the model with fewer layers, in the given order; embeddings and head stay.
 
     Args:
         source: a stored model, or the shape of one.
-        wanted: numbers of layers from 1, or the count of layers, spread evenly: i of n is layer
-            round(i * L / n), so that the last layer stays.
+        wanted: numbers of layers from 1, or the count of layers.
         where: the key of the run config that sets the layers.
+        scores: importance of every layer, by which a count of layers is chosen; None: the first
+            layer, the last layer, and evenly spaced layers between them.
 
     Raises:
         ModelError: the model has no such layer.
     """
     architecture = source.architecture
     count = architecture.number_of_layers(source.config)
-    numbers = _numbers(wanted, count, where)
+    numbers = _numbers(wanted, count, where, scores)
     return dataclasses.replace(
         source,
         config=config_with_layers(source.config, architecture, numbers),
@@ -49,10 +66,14 @@ def with_layers(source: ModelSource, wanted: int | Sequence[int], *, where: str)
     )
 
 
-def _numbers(wanted: int | Sequence[int], count: int, where: str) -> tuple[int, ...]:
-    many = wanted if isinstance(wanted, int) else len(wanted)
-    if isinstance(wanted, int) and many <= count:
-        return tuple(round(index * count / many) for index in range(1, many + 1))
+def _numbers(
+    wanted: int | Sequence[int], count: int, where: str, scores: Sequence[float] | None
+) -> tuple[int, ...]:
+    if isinstance(wanted, int) and wanted <= count:
+        if scores is not None:
+            return most_important(scores, wanted)
+        gap = (count - 1) / max(1, wanted - 1)
+        return tuple(1 + round(index * gap) for index in range(wanted))
     if isinstance(wanted, int):
         raise ModelError(
             f"{where}: must be at most {count}, the number of layers of the model (got {wanted})"
@@ -63,6 +84,26 @@ def _numbers(wanted: int | Sequence[int], count: int, where: str) -> tuple[int, 
             f"{where}: layer {beyond[0]} does not exist; the model has the layers 1 to {count}"
         )
     return tuple(wanted)
+
+
+@contextmanager
+def left_out(model: nn.Module, layer: int) -> Iterator[None]:
+    """Run a model without one layer, counted from 1, inside the context.
+
+    The layer still computes, so that ZeRO 3 sees the same modules in the same order.
+    """
+
+    def passed_by(_: nn.Module, given: Sequence[Any], named: dict[str, Any], output: Any) -> Any:
+        hidden = given[0] if given else named["hidden_states"]
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+    config: PretrainedConfig = model.config  # type: ignore[assignment]
+    block = architecture_of(config).block_of(model, layer)
+    hook = block.register_forward_hook(passed_by, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def config_with_layers(

@@ -167,6 +167,8 @@ class PlanningLab(LabBase):
     def train(self, stage: Stage) -> StageResult:
         """Record a stage; return a result with the widest view and 0.5 for every metric."""
         stage = completed(stage, self.config)
+        if stage.start is None and stage.role == STUDENT:
+            stage = dataclasses.replace(stage, start=self._start())
         learners = learning_models(stage, self._sources, self._teachers)
         teachers = {name: self._teachers[name] for name in stage.teachers}
         bases = {n: teachers.pop(n).source for n in self.config.base_teachers if n in teachers}
@@ -214,9 +216,12 @@ class PlanningLab(LabBase):
         return unscored(ready.source)
 
     def layer_scores(self, teacher: str) -> tuple[float, ...]:
-        """Record the scoring of the teacher; return the same importance for all layers."""
-        self._score("layers", self._teachers[teacher])
-        return (1.0,) * self.teacher_layers
+        """Record the scoring of the teacher, once; return the same importance for all layers."""
+        source = self._teachers[teacher].source
+        layers = source.architecture.number_of_layers(source.config)
+        if not any(known.name == "layers-scored" for known in self.phases):
+            self._score("layers", self._teachers[teacher])
+        return (1.0,) * layers
 
     def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
         """Return the shape of the cut model; the cut itself runs tensor by tensor on one rank."""

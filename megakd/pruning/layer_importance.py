@@ -7,19 +7,22 @@ which ranks layers in the same order). Each layer is left out alone, from the wh
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING
 
+from megakd.engine.activity import doing
 from megakd.engine.collectives import agree
 from megakd.errors import TeacherError
-from megakd.models.elastic import Elastic
 from megakd.models.knowledge import Needs
+from megakd.models.layers import left_out
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from megakd.contract.units import View
     from megakd.training.engines import Assembly, ReadyTeacher
+
+logger = logging.getLogger(__name__)
 
 
 def measure_layers(assembly: Assembly, ready: ReadyTeacher, rows: Dataset) -> tuple[float, ...]:
@@ -27,7 +30,7 @@ def measure_layers(assembly: Assembly, ready: ReadyTeacher, rows: Dataset) -> tu
 
     Args:
         assembly: the run, with the task and the tokenizer.
-        ready: the model and its config, a decoder.
+        ready: the model and its config.
         rows: held-out rows.
 
     Raises:
@@ -35,32 +38,26 @@ def measure_layers(assembly: Assembly, ready: ReadyTeacher, rows: Dataset) -> tu
         MegakdError: the model or its DeepSpeed config cannot be used.
     """
     dtype, scorer = assembly.teacher_dtype(ready), assembly.scorer()
+    count = ready.source.architecture.number_of_layers(ready.source.config)
     model = assembly.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=Needs())
     try:
-        elastic = Elastic(model.model)  # type: ignore[arg-type]
-        views = (elastic.units, *_without_each(elastic.units))
-        losses: list[float] = []
-        for view in views:
-            with elastic.viewing(view):
+        losses = [scorer.loss(model.predict, rows)]
+        for layer in range(1, count + 1):
+            with doing(f"measuring layer {layer} of {count}"), left_out(model.model, layer):
                 losses.append(scorer.loss(model.predict, rows))
     finally:
         model.destroy()
     _check_finite(losses)
     # Processors may round differently, but the order of layers must be equal on all ranks.
-    return agree(tuple(loss - losses[0] for loss in losses[1:]))
-
-
-def _without_each(units: View) -> list[View]:
-    """Return one view per layer, which has no heads and no neurons there."""
-    layers = range(len(units.heads))
-    return [
-        units._replace(heads=_emptied(units.heads, layer), neurons=_emptied(units.neurons, layer))
-        for layer in layers
-    ]
-
-
-def _emptied(counts: tuple[int, ...], layer: int) -> tuple[int, ...]:
-    return (*counts[:layer], 0, *counts[layer + 1 :])
+    scores = agree(tuple(loss - losses[0] for loss in losses[1:]))
+    logger.info(
+        "layers: the loss of the teacher on %d held-out rows is %.3f; without layer 1, 2, … it "
+        "rises by %s",
+        len(rows),
+        losses[0],
+        " ".join(f"{score:.3f}" for score in scores),
+    )
+    return scores
 
 
 def _check_finite(losses: list[float]) -> None:

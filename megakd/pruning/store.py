@@ -40,6 +40,7 @@ from megakd.pruning.layer_importance import measure_layers
 from megakd.storage.fingerprint import Fingerprint
 from megakd.training.engines import Assembly, ReadyTeacher
 from megakd.training.once import measured_once, once
+from megakd.training.scoring import few
 from megakd.training.stage_result import RESULT, result_text
 
 UNITS = "units.json"
@@ -154,13 +155,14 @@ class PruningStore:
         Raises:
             MegakdError: the importance cannot be measured, or the folder cannot be written.
         """
-        rows = self.assembly.prepared.encoded.validation
+        rows = few(self.assembly.prepared.encoded.validation)
 
         def measure() -> Mapping[str, float]:
             scores = measure_layers(self.assembly, ready, rows)
             return {f"layer_{number}": score for number, score in enumerate(scores, start=1)}
 
-        return measured_once(self.assembly, "layers", self.assembly.frozen_facts(ready), measure)
+        facts = {**self.assembly.frozen_facts(ready), "rows": len(rows)}
+        return measured_once(self.assembly, "layers", facts, measure)
 
     def scores(self, folder: Path) -> UnitScores:
         """Return the scores by which the units of a folder were sorted."""

@@ -37,7 +37,7 @@ from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.asking import micro_batches_per_call
 from megakd.training.engines import Assembly
 from megakd.training.evaluation import weighable
-from megakd.training.inputs import RunInputs, as_student
+from megakd.training.inputs import RunInputs
 from megakd.training.lab_base import LabBase
 from megakd.training.longer import may_grow
 from megakd.training.once import measured_once
@@ -131,7 +131,7 @@ class Lab(LabBase):
         )
 
     def layer_scores(self, teacher: str) -> tuple[float, ...]:
-        """Return the importance of each layer of a decoder that teaches; measured once."""
+        """Return the importance of each layer of a teacher; measured once."""
         self.close()
         result = self._store.layer_scores(self._teachers[teacher])
         if all(known.name != result.name for known in self.results):
@@ -175,13 +175,6 @@ class Lab(LabBase):
             result = self._run(stage, fingerprint, folder)
         self.results.append(result)
         return result
-
-    def _start(self) -> ModelSource | None:
-        """Return the student's layers of the fine-tuned teacher; None if the student is given."""
-        role = self.config.start_role
-        if role == STUDENT or self.config.student.layers is None:
-            return None
-        return as_student(self._teachers[self.teacher(role)].source, self.config)
 
     def _run(self, stage: Stage, fingerprint: Fingerprint, folder: Path) -> StageResult:
         # Before any model is loaded, because a checkpoint may be refused.

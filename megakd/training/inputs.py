@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from megakd.config.deepspeed import check_frozen_stage, load_ds_config
-from megakd.config.models import StudentConfig, TeacherConfig
+from megakd.config.models import KeptLayers, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.contract.metrics import Metric
 from megakd.contract.tasks import FROM_TEACHER, ONE_LABEL_METRICS, STUDENT, STUDENT_BASE
@@ -358,11 +358,24 @@ def with_student(config: RunConfig, sources: dict[str, ModelSource]) -> dict[str
     return {**sources, **bases, STUDENT: student}
 
 
-def as_student(source: ModelSource, config: RunConfig) -> ModelSource:
-    """Return the model that the student starts as, with the layers that the student keeps."""
-    student, layers = dataclasses.replace(source, where="student.model"), config.student.layers
-    student = dataclasses.replace(student, attn_implementation=config.student.attn_implementation)
-    return student if layers is None else with_layers(student, layers, where="student.layers")
+def as_student(
+    source: ModelSource, config: RunConfig, scores: Sequence[float] | None = None
+) -> ModelSource:
+    """Return the model that the student starts as, with the layers that the student keeps.
+
+    Args:
+        source: the model, or the teacher that the student starts as.
+        config: the config of the run.
+        scores: importance of the layers; None: not known.
+    """
+    spec = config.student
+    student = dataclasses.replace(
+        source, where="student.model", attn_implementation=spec.attn_implementation
+    )
+    if spec.layers is None:
+        return student
+    wanted = spec.layers.keep if isinstance(spec.layers, KeptLayers) else spec.layers
+    return with_layers(student, wanted, where="student.layers", scores=scores)
 
 
 def _resolve(spec: TeacherConfig | StudentConfig, config: RunConfig, role: str) -> ModelSource:

@@ -17,6 +17,7 @@ from megakd.contract.units import View
 from megakd.models.cutting import CUT, cut_config
 from megakd.models.source import ModelSource
 from megakd.training.engines import ReadyTeacher
+from megakd.training.inputs import as_student
 from megakd.training.recipes import finetuning_stage
 
 
@@ -36,6 +37,10 @@ class LabBase(ABC):
     @abstractmethod
     def train(self, stage: Stage) -> StageResult:
         """Run or record a stage."""
+
+    @abstractmethod
+    def layer_scores(self, teacher: str) -> tuple[float, ...]:
+        """Return the importance of each layer of a teacher."""
 
     @abstractmethod
     def with_embeddings(self, result: StageResult) -> ModelSource:
@@ -79,6 +84,17 @@ class LabBase(ABC):
         spec = dataclasses.replace(self.config.teacher_specs[like], cache=None)
         self._teachers[result.name] = ReadyTeacher(self._source(result.folder, like), spec)
         return result.name
+
+    def _start(self) -> ModelSource | None:
+        """Return the layers that the student keeps of the teacher as it teaches.
+
+        Return None if the student does not start as layers of a teacher.
+        """
+        role = self.config.start_role
+        if role == STUDENT or self.config.student.layers is None:
+            return None
+        scores = self.layer_scores(self.teacher(role)) if self.config.ranks_layers else None
+        return as_student(self._teachers[self.teacher(role)].source, self.config, scores)
 
     @property
     def teacher_layers(self) -> int:

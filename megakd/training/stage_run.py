@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -13,7 +14,7 @@ from megakd.config.stage_schedule import learning_rate_schedule, total_steps
 from megakd.contract.batch import Batch, Counts, Predictions
 from megakd.contract.metrics import WHOLE, MetricJudge
 from megakd.contract.stage import Stage, StageResult, StepReport, Teacher
-from megakd.contract.tasks import STUDENT
+from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
 from megakd.contract.unit_counts import count_units
 from megakd.contract.units import Cut
 from megakd.engine.activity import doing
@@ -39,6 +40,7 @@ from megakd.training.meters import TrainMeter
 from megakd.training.probe import take_beginning
 from megakd.training.progress import Extent, Reporter
 from megakd.training.random_state import seed_everything
+from megakd.training.scoring import few
 from megakd.training.stage_batches import stage_batches
 from megakd.training.stage_folder import Learned, consume, write_stage_folder
 from megakd.training.stage_result import RESULT, result_text
@@ -129,6 +131,8 @@ class StageRun:
         on_main(lambda: self.reporter.begin(self.stage.name, self.extent(start)))
         self.trainer.strategy.begin(self.student, start)
         self.health.begin()
+        if start == 0:
+            self._tell_kept_layers()
         if start == 0 and self.stage.measures_losses:
             self._evaluate(0)
         training = doing(f"training stage {self.stage.name}")
@@ -153,6 +157,28 @@ class StageRun:
         self._write_result(result, chosen, best=kept.folder if kept else None)
         on_main(self.checkpoints.finish)
         return result
+
+    def _tell_kept_layers(self) -> None:
+        """Log the loss of a language model made of some layers; warn if guessing is better."""
+        kept = self.assembly.learners(self.stage)[self.stage.role].layers
+        if kept is None or self.config.task.type not in LANGUAGE_TASKS:
+            return
+        rows = few(self.prepared.encoded.validation)
+        loss = self.scorer.loss(self.student.predict, rows)
+        guess = math.log(len(self.prepared.tokenizer))
+        self._say(
+            f"{self.stage.name}: starts as the layers {', '.join(map(str, kept))}, with a held-out "
+            f"loss of {loss:.3f}"
+        )
+        if loss > guess and self.ranks.is_main:
+            logger.warning(
+                "%s: before the first step the loss is %.1f nats, and guessing a token uniformly "
+                "gives %.1f: the layers do not work together; keep more layers, or choose them by "
+                "importance (student.layers)",
+                self.stage.name,
+                loss,
+                guess,
+            )
 
     def extent(self, step: int) -> Extent:
         """Return the length of the stage at a start from `step`, for its log."""

@@ -16,6 +16,7 @@ from megakd.models.layers import with_layers
 from megakd.run.lab import Lab
 from megakd.training.inputs import prepare
 from megakd.training.progress import Reporter
+from megakd.training.scoring import few
 
 
 def shrink(config_path: str, overrides: list[str]) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def layer_losses(config_path: str, overrides: list[str]) -> tuple[list[float], l
     lab = Lab(config, prepare(config), distributed.ranks(), reporter)
     name = lab.teacher()
     scores, source, assembly = lab.layer_scores(name), lab.model(name), lab.assembly
-    rows = assembly.prepared.encoded.validation
+    rows = few(assembly.prepared.encoded.validation)
 
     def loss(layers: tuple[int, ...]) -> float:
         fewer = with_layers(source, layers, where="student.layers")

@@ -1,13 +1,23 @@
-"""Shrink on two ranks at ZeRO 2 and 3: the same choice and the same student as on one rank."""
+"""Shrink and kept layers on two ranks: the same choice and the same student as on one rank."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny_runs import config_tree, save_tokenizer, write_config, write_text
+from tiny_runs import (
+    NO_DROPOUT,
+    bert,
+    config_tree,
+    save_tokenizer,
+    write_config,
+    write_reviews,
+    write_text,
+)
 from transformers import AutoModelForCausalLM, LlamaConfig
+from whole_run import finish
 
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 STAGES = {2: ("zero2", "teacher_zero0"), 3: (ZERO3, "teacher_zero3")}
@@ -83,6 +93,52 @@ def test_two_ranks_choose_and_train_what_one_rank_does(workers, folder, alone, t
         metrics, expected = ([row["metric"] for row in run["candidates"]] for run in (rank, alone))
         assert metrics == pytest.approx(expected, rel=1e-3)
         assert rank["state"].keys() == alone["state"].keys()
+        for name, weight in alone["state"].items():
+            torch.testing.assert_close(rank["state"][name], weight, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.fixture(scope="module")
+def encoder(one_rank, tmp_path_factory) -> Path:
+    """Reviews, and a BERT of three layers that has learned to classify them."""
+    folder = tmp_path_factory.mktemp("encoder")
+    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
+    tree = config_tree(folder / "teacher", task, student={"model": bert(3, **NO_DROPOUT)})
+    finish(one_rank, write_config(folder / "teacher.yaml", tree), "train.max_steps=30")
+    return folder
+
+
+def keeping_two(encoder: Path, out: Path, *, rows: int, student: Any, teacher: str) -> Path:
+    tree = config_tree(
+        out / "out",
+        {"type": "classification", "dataset": str(encoder / "reviews")},
+        teacher={"model": str(encoder / "teacher" / "final"), "deepspeed": teacher},
+        method={"name": "single"},
+        train={"per_device_train_batch_size": rows, "adam_epsilon": 0.01},
+    )
+    tree["student"] = {"model": "from_teacher", "layers": 2, "deepspeed": student}
+    return write_config(out / "run.yaml", tree)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        ("zero0", "teacher_zero0"),
+        ("zero1", "teacher_zero3"),
+        ("zero2", "teacher_zero0"),
+        (ZERO3, "teacher_zero3"),
+    ],
+    ids=["0", "1", "2", "3"],
+)
+def test_two_ranks_keep_the_layers_of_an_encoder_that_one_rank_keeps(
+    workers, encoder, tmp_path, student, teacher
+):
+    one = keeping_two(encoder, tmp_path / "one", rows=6, student="zero0", teacher="teacher_zero0")
+    two = keeping_two(encoder, tmp_path / "two", rows=3, student=student, teacher=teacher)
+
+    (alone,) = workers(1).run("shrink_cases.shrink", str(one), [])
+
+    for rank in workers(2).run("shrink_cases.shrink", str(two), []):
+        assert rank["layers"] == pytest.approx(alone["layers"], abs=1e-5)
         for name, weight in alone["state"].items():
             torch.testing.assert_close(rank["state"][name], weight, atol=1e-4, rtol=1e-3, msg=name)
 

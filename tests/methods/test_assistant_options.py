@@ -42,7 +42,7 @@ def test_direct_cuts_a_target_outside_the_grid(run_file):
 
     assert load_config(run_file, ["method.name=direct", *target]).method.used_sparsities == (0.77,)
     for name in ("minidisc", "maxidisc"):
-        with pytest.raises(ConfigError, match="0.77 is not among method.sparsities"):
+        with pytest.raises(ConfigError, match=r"0.77 is not among method\.sparsities"):
             load_config(run_file, [f"method.name={name}", *target])
 
 

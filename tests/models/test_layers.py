@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -21,10 +23,11 @@ from tiny_cuts import (
 
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
-from megakd.models.layers import with_layers
+from megakd.models.layers import left_out, with_layers
 from megakd.models.loading import load_model
 
 KEY = "student.layers"
+TOKENS = torch.arange(2, 14).reshape(2, 6)
 
 
 def fewer(folder, kind, wanted):
@@ -57,7 +60,7 @@ def test_all_layers_are_the_model_itself(tmp_path, family):
 def test_layers_keep_their_weights_under_new_numbers_and_all_else_stays(tmp_path, family, wanted):
     kind, model = task_of(family), build(family)
     architecture = architecture_of(model.config)
-    numbers = (2, 3) if wanted == 2 else wanted
+    numbers = (1, 3) if wanted == 2 else wanted
 
     found = fewer(saved(model, tmp_path / "model"), kind, wanted)
 
@@ -96,16 +99,40 @@ def test_a_folder_of_the_bare_backbone_will_do(tmp_path):
 
 
 @given(st.integers(1, 40), st.data())
-def test_a_number_of_layers_is_spread_evenly_and_keeps_the_last(count, data):
+def test_a_number_of_layers_keeps_the_first_the_last_and_equal_gaps_between(count, data):
     wanted = data.draw(st.integers(1, count))
     source = source_like(count)
 
     numbers = with_layers(source, wanted, where=KEY).layers
 
     assert len(numbers) == len({*numbers}) == wanted
-    assert numbers[-1] == count
-    gaps = [b - a for a, b in zip((0, *numbers), numbers, strict=False)]
-    assert max(gaps) - min(gaps) <= 1
+    assert numbers[0] == 1
+    assert numbers[-1] == (count if wanted > 1 else 1)
+    gaps = [b - a for a, b in pairwise(numbers)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_scores_choose_the_most_important_layers_and_the_first_of_equals():
+    numbers = with_layers(source_like(4), 2, where=KEY, scores=(0.5, -1.0, 0.5, 0.5)).layers
+
+    assert numbers == (1, 3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layer", [1, 3])
+def test_a_model_without_a_layer_computes_what_the_model_of_the_others_does(
+    tmp_path, family, layer
+):
+    kind, model = task_of(family), build(family)
+    folder = saved(model, tmp_path / "model")
+    whole = fewer(folder, kind, 3).eval()
+    others = fewer(folder, kind, [n for n in (1, 2, 3) if n != layer]).eval()
+
+    with torch.inference_mode():
+        with left_out(whole, layer):
+            found = whole(TOKENS).logits
+        torch.testing.assert_close(found, others(TOKENS).logits)
+        assert not torch.equal(found, whole(TOKENS).logits)
 
 
 def source_like(layers: int):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from megakd.contract.units import View
+from megakd.contract.units import View, most_important
 from megakd.errors import ConfigError
 
 TOLERANCE = 0.03
@@ -60,11 +60,10 @@ class Candidate(NamedTuple):
         """Return the candidate as a view of the teacher with its most important layers.
 
         Args:
-            layer_scores: importance of each layer; of equal layers, the first is kept.
+            layer_scores: importance of each layer.
         """
         numbers = range(1, len(layer_scores) + 1)
-        ranked = sorted(numbers, key=lambda number: -layer_scores[number - 1])
-        kept = tuple(sorted(ranked[: self.layers]))
+        kept = most_important(layer_scores, self.layers)
         return View(
             heads=tuple(self.heads if number in kept else 0 for number in numbers),
             neurons=tuple(self.neurons if number in kept else 0 for number in numbers),

@@ -1,0 +1,103 @@
+"""Students that start as some layers of their teacher: by importance, spacing, or a list."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import config_tree, llama, write_config, write_text
+from whole_run import finish
+
+from megakd.config.file import load_config
+from megakd.errors import ConfigError
+
+
+def starting_as(folder: Path, layers: Any, *, tag: str = "out", **sections: Any) -> Path:
+    """A run config of a teacher of four layers that is trained for a few steps."""
+    text = folder / "text.txt"
+    if not text.exists():
+        write_text(text, documents=400)
+    tree = config_tree(
+        folder / tag,
+        {"type": "causal_lm", "dataset": str(text)},
+        **{"teacher": {"model": llama(4), "finetune": {"max_steps": 8}}, **sections},
+        method={"name": "single"},
+        save={"save_steps": 1},
+    )
+    tree["student"] = {"model": "from_teacher", "layers": layers}
+    return write_config(folder / f"{tag}.yaml", tree)
+
+
+def of_layers(out: Path, kept: list[int]) -> bool:
+    """Whether the student has the weights of these layers of the fine-tuned teacher."""
+    final = load_file(out / "final" / "model.safetensors")
+    taught = load_file(out / "stages" / "teacher-finetune" / "model.safetensors")
+    place = re.compile(r"(?<=layers\.)\d+")
+    names = {name: place.sub(lambda found: str(kept[int(found[0])] - 1), name) for name in final}
+    return all(torch.equal(final[name], taught[names[name]]) for name in final)
+
+
+@pytest.mark.parametrize("layers", [2, {"keep": 2, "by": "importance"}], ids=["number", "by"])
+def test_a_number_of_layers_means_those_that_the_teacher_needs_most(one_rank, tmp_path, layers):
+    said = finish(one_rank, starting_as(tmp_path, layers), "train.learning_rate=0")
+
+    stage = json.loads((tmp_path / "out" / "stages" / "layers" / "result.json").read_text())
+    scores = [stage["metrics"][f"layer_{number}"] for number in range(1, 5)]
+    best = sorted(sorted(range(1, 5), key=lambda number: -scores[number - 1])[:2])
+    assert of_layers(tmp_path / "out", best)
+    assert " ".join(f"{score:.3f}" for score in scores) in said.err
+    assert "held-out rows" in said.err
+    assert stage["metrics"].keys() == {f"layer_{number}" for number in range(1, 5)}
+
+
+def test_a_stop_after_the_measurement_changes_no_weight(one_rank, tmp_path):
+    whole, stopped = (starting_as(tmp_path, 2, tag=tag) for tag in ("whole", "stopped"))
+    finish(one_rank, whole)
+
+    assert one_rank.train("--config", stopped, stop_at=("student", 2)).code != 0
+    finish(one_rank, stopped)
+
+    first, second = (load_file(tmp_path / t / "final" / "model.safetensors") for t in
+                     ("whole", "stopped"))  # fmt: skip
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_spacing_measures_nothing_and_keeps_the_first_and_the_last(one_rank, tmp_path):
+    config = starting_as(tmp_path, {"keep": 2, "by": "spacing"})
+    finish(one_rank, config, "train.learning_rate=0")
+
+    assert not (tmp_path / "out" / "stages" / "layers").exists()
+    assert of_layers(tmp_path / "out", [1, 4])
+
+
+def test_layers_that_know_less_than_guessing_are_warned_of(one_rank, tmp_path):
+    """Weights so large that the teacher is sure of wrong tokens."""
+    wild = {"model": llama(4, initializer_range=1.0)}
+    config = starting_as(tmp_path, [2, 3], teacher=wild)
+
+    said = finish(one_rank, config)
+
+    assert re.search(
+        r"before the first step the loss is [\d.]+ nats, and guessing .* 5\.\d", said.err
+    )
+    assert "student: starts as the layers 2, 3, with a held-out loss of " in said.err
+
+
+def test_importance_needs_a_student_that_starts_as_its_teacher(tmp_path):
+    config = starting_as(tmp_path, {"keep": 2, "by": "importance"})
+
+    with pytest.raises(ConfigError, match=r"student\.layers\.by: importance .*from_teacher"):
+        load_config(config, ["student.model=gpt2"])
+
+
+@pytest.mark.parametrize("kept", [{"server": {"url": ["http://x"]}}, {"cache": "kept"}], ids=str)
+def test_a_teacher_that_is_not_loaded_is_not_measured_unless_asked(tmp_path, kept):
+    config = starting_as(tmp_path, 2, teacher={"model": "gpt2", **kept})
+
+    assert not load_config(config).ranks_layers
+    assert load_config(config, ["student.layers={keep: 2, by: importance}"]).ranks_layers
