@@ -36,7 +36,7 @@ class Megakd:
         self._stage, self._teacher = stage, teacher
         loader = cast("StepLoader", stage.source)
         batches = (loader.step(index)[0] for index in range(count))
-        self._batches = [device_batch(batch, stage.ranks.device) for batch in batches]
+        self.batches = [device_batch(batch, stage.ranks.device) for batch in batches]
         self._steps = cast("Generator[None]", stage.steps_one_by_one())
 
     def step(self, index: int) -> None:
@@ -46,7 +46,7 @@ class Megakd:
 
     def loss(self, index: int) -> float:
         """Return the objective on a batch in nats per target, without learning."""
-        batch, plan = self._batches[index], self._stage.stage.strategy.passes(0)
+        batch, plan = self.batches[index], self._stage.stage.strategy.passes(0)
         knowledge = self._stage.trainer.ask_teachers(plan, batch)
         losses = self._stage.student.measure(batch, knowledge, plan)
         return float(losses.parts[WEIGHTED_LOSS] / (batch.labels != IGNORE).sum())
@@ -54,18 +54,23 @@ class Megakd:
     def bare(self, loss: Loss) -> Bare:
         """Return a bare loop that starts from the same weights and sees the same batches."""
         teacher = cast("LlamaForCausalLM", self._teacher.model)
-        models = Models(plain_copy(self._stage.student.student), plain_copy(teacher))
+        models = Models(plain_copy(self.student), plain_copy(teacher))
         return Bare(models, self.ids, loss)
+
+    @property
+    def student(self) -> LlamaForCausalLM:
+        """The model that learns."""
+        return self._stage.student.student
 
     @property
     def ids(self) -> list[Tensor]:
         """The token numbers [B, T] of all batches."""
-        return [batch.inputs["input_ids"] for batch in self._batches]
+        return [batch.inputs["input_ids"] for batch in self.batches]
 
     @property
     def targets(self) -> int:
         """The positions of a batch whose next token counts; the same number in every batch."""
-        (found,) = {int((batch.labels != IGNORE).sum()) for batch in self._batches}
+        (found,) = {int((batch.labels != IGNORE).sum()) for batch in self.batches}
         return found
 
     def close(self) -> None:

@@ -89,7 +89,7 @@ def run_on_gpu(
 
     def run(tree: Mapping[str, Any]) -> list[str]:
         config = load_config(write_config(tmp_path / "run.yaml", tree), [])
-        phases = PlanningLab(config, planned_sources(config)).play()
+        phases = PlanningLab(config, planned_sources(config), ranks=1, device="cuda").play()
         for phase in phases:
             with pretended_cuda():
                 tracer = OnGpu(phase, config, Cluster(device="cuda"))

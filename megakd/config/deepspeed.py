@@ -60,6 +60,14 @@ def load_ds_config(spec: str | Mapping[str, Any], *, where: str) -> dict[str, An
     return ds
 
 
+def preset_of(spec: str | Mapping[str, Any], *, ranks: int, dtype: Dtype) -> Any:
+    """Return `zero0` for `auto` on one rank, where ZeRO 2 would only copy; others unchanged.
+
+    In 16 bits ZeRO 2, which `auto` is else, adds up gradients in fp32, and ZeRO 0 cannot.
+    """
+    return "zero0" if (spec, ranks, dtype) == ("auto", 1, "fp32") else spec
+
+
 def zero_stage(ds: Mapping[str, Any]) -> int:
     """Return the ZeRO stage of a DeepSpeed config, 0 to 3; 0 if the config sets no stage."""
     return ds.get("zero_optimization", {}).get("stage", 0)

@@ -134,7 +134,8 @@ class StudentConfig:
     """Name of the teacher for `from_teacher`, if there are several teachers."""
     lora: LoraConfig | None = None
     """Train low-rank adapters of the model instead of its weights; None: train all weights."""
-    deepspeed: str | dict[str, Any] = "zero2"
+    deepspeed: str | dict[str, Any] = "auto"
+    """`auto`: zero0 on one rank in fp32, where sharding would only copy, else zero2."""
     architecture: Literal["enct5", "t5_encoder"] | None = None
     """Architecture to load a T5 or mT5 checkpoint as; None: enct5."""
     trust_remote_code: bool = False

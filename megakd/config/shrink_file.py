@@ -114,8 +114,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _tree(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the config as plain values, without the overrides."""
-    task: dict[str, Any] = {"type": "causal_lm"}
-    method: dict[str, Any] = {"name": "shrink"}
+    task: dict[str, Any] = {"type": "causal_lm", "max_eval_examples": 200}
+    method: dict[str, Any] = {"name": "shrink", "passes_per_backward": 1}
     if arguments.data is not None:
         task["dataset"] = arguments.data
     if arguments.parameters is not None:
@@ -126,6 +126,7 @@ def _tree(arguments: argparse.Namespace) -> dict[str, Any]:
         "teacher": {"model": arguments.model},
         "student": {"model": FROM_TEACHER},
         "method": method,
+        "train": {"learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_ratio": 0.03},
     }
 
 

@@ -93,7 +93,7 @@ else:
 class FinetuneOverrides(TrainOverrides):
     """`teacher.finetune`: every key of `train`, and the DeepSpeed config of the fine-tuning."""
 
-    deepspeed: str | dict[str, Any] = "zero2"
+    deepspeed: str | dict[str, Any] = "auto"
 
 
 def inherit(train: TrainConfig, overrides: TrainOverrides) -> TrainConfig:

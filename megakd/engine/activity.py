@@ -1,4 +1,4 @@
-"""The activity of every rank, for the message of a rank that has waited too long for the others.
+"""The activity of every rank, for a log that is silent, and for a rank that waits too long.
 
 The activities change a few times per evaluation or save, never per step. They are kept in the
 store of the process group, where a rank can read them without the others.
@@ -7,7 +7,9 @@ store of the process group, where a rank can read them without the others.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +21,10 @@ from torch.distributed import distributed_c10d
 _PREFIX = "megakd/activity"
 _current: list[str] = ["starting"]
 _limit: list[float] = []
+_reached: list[str] = [""]
+_shown: list[float] = [0.0]
+logger = logging.getLogger(__name__)
+SILENCE_S = 9.0
 
 
 def begin(limit_s: float) -> None:
@@ -31,6 +37,7 @@ def begin(limit_s: float) -> None:
 def doing(what: str) -> Iterator[None]:
     """Name the activity of this rank in the body, such as `scoring stage student`."""
     _current.append(what)
+    _reached[0] = ""
     _publish()
     try:
         yield
@@ -40,7 +47,46 @@ def doing(what: str) -> Iterator[None]:
         _current.pop()
         raise
     _current.pop()
+    _current[0] = "between two stages"
+    _reached[0] = ""
     _publish()
+
+
+def reached(what: str, *, shown: bool = False) -> None:
+    """Name how far the activity is; `shown` says that a progress bar shows it."""
+    _reached[0] = f", {what}"
+    if shown:
+        _shown[0] = time.monotonic()
+
+
+class _Shown(logging.Handler):
+    """Notes the time of the last line of the log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        del record
+        _shown[0] = time.monotonic()
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Log the activity inside the context whenever the log was silent for `SILENCE_S`."""
+    log, handler, ended = logging.getLogger("megakd"), _Shown(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(max(0.1, _shown[0] + SILENCE_S - time.monotonic())):
+            if time.monotonic() - _shown[0] >= SILENCE_S:
+                logger.info("… %s%s", _current[-1], _reached[0])
+
+    _shown[0] = time.monotonic()
+    log.addHandler(handler)
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        log.removeHandler(handler)
 
 
 def _publish() -> None:

@@ -149,6 +149,7 @@ class Plan:
             "host_bytes_per_rank": phase.ledger.peaks["host"].total,
             "network_bytes_per_step": round(phase.sent),
             "flops_per_step": phase.flops,
+            "forwards": phase.forwards,
             "seconds_per_step": self.seconds_of(phase),
             "micro_batches_per_call": phase.per_call,
             "pruned_to": phase.pruned

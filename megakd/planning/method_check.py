@@ -21,7 +21,8 @@ class CheckingLab(PlanningLab):
     """Lab that does not train but knows the data, so that a method's checks work as in a run."""
 
     def __init__(self, config: RunConfig, prepared: RunInputs, ranks: Ranks) -> None:
-        super().__init__(config, prepared.sources)
+        world, device = ranks.world_size, ranks.device.type
+        super().__init__(config, prepared.sources, ranks=world, device=device)
         self._prepared, self._ranks = prepared, ranks
 
     def metric(self, name: str | None) -> Metric:

@@ -72,13 +72,18 @@ def _phases(plan: Plan) -> list[list[str]]:
 
 
 def _calls(plan: Plan) -> list[str]:
-    """Return a paragraph on teachers that answer several micro-batches at once, if any."""
+    """Return a paragraph on forwards of the teacher that are not one per micro-batch, if any."""
     lines = [
         f"{phase.name}: {name} answers {count} micro-batches in one forward "
         f"({plan.config.key_of(name)}.micro_batches_per_call)"
         for phase in plan.phases
         for name, count in phase.per_call.items()
     ]
+    for phase in plan.phases:
+        if phase.forwards:
+            one = plan.seconds_of(phase)
+            time = "" if one is None else f", {one * phase.forwards:.3g} s together"
+            lines.append(f"{phase.name}: {phase.forwards} forwards of the teacher{time}")
     return ["\n".join(lines)] if lines else []
 
 

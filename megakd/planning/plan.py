@@ -46,7 +46,8 @@ def plan_run(
     base, known = host_base_bytes(), Traces() if traces is None else traces
 
     def planned(case: Case) -> Plan:
-        lab = PlanningLab(case.config, planned_sources(case.config))
+        ranks, device = case.cluster.ranks, case.cluster.device
+        lab = PlanningLab(case.config, planned_sources(case.config), ranks=ranks, device=device)
         phases = [Timeline(phase, case.config, case.cluster, known).play() for phase in lab.play()]
         return Plan(config=case.config, cluster=case.cluster, phases=phases, host_base_bytes=base)
 

@@ -31,6 +31,7 @@ from megakd.pruning.store import (
 from megakd.training.engines import ReadyTeacher, learning_models
 from megakd.training.lab_base import LabBase
 from megakd.training.recipes import baseline_stage, completed, scoring_preset
+from megakd.training.scoring import FEW
 
 UNKNOWN_STEPS = 10**6
 Work = Literal["training", "importance", "scoring", "timing"]
@@ -46,6 +47,7 @@ class Phase:
     bases: by name, the teachers that are the learner without its adapters.
     teachers: the frozen models by name: teachers of a training, or the models of other work.
     rows: rows of a batch of other work on one rank.
+    forwards: number of forwards of other work that is more than one pass.
     with_width: whether the importance of the width is measured too.
     student: the student of the run, for a stage whose models read its vocabulary.
     """
@@ -57,6 +59,7 @@ class Phase:
     bases: Mapping[str, ModelSource] = field(default_factory=dict)
     teachers: Mapping[str, ReadyTeacher] = field(default_factory=dict)
     rows: int = 0
+    forwards: int = 0
     with_width: bool = False
     student: ModelSource | None = None
 
@@ -74,8 +77,11 @@ class Phase:
 class PlanningLab(LabBase):
     """Lab that records the stages of a method instead of running them."""
 
-    def __init__(self, config: RunConfig, sources: Mapping[str, ModelSource]) -> None:
+    def __init__(
+        self, config: RunConfig, sources: Mapping[str, ModelSource], *, ranks: int, device: str
+    ) -> None:
         super().__init__(config, sources)
+        self._world, self._device = ranks, device
         self.phases: list[Phase] = []
         self._assistants: list[StageResult] = []
         self._made: dict[Path, ModelSource] = {}
@@ -166,7 +172,7 @@ class PlanningLab(LabBase):
 
     def train(self, stage: Stage) -> StageResult:
         """Record a stage; return a result with the widest view and 0.5 for every metric."""
-        stage = completed(stage, self.config)
+        stage = completed(stage, self.config, ranks=self._world, device=self._device)
         if stage.start is None and stage.role == STUDENT:
             stage = dataclasses.replace(stage, start=self._start())
         learners = learning_models(stage, self._sources, self._teachers)
@@ -217,10 +223,12 @@ class PlanningLab(LabBase):
 
     def layer_scores(self, teacher: str) -> tuple[float, ...]:
         """Record the scoring of the teacher, once; return the same importance for all layers."""
-        source = self._teachers[teacher].source
-        layers = source.architecture.number_of_layers(source.config)
-        if not any(known.name == "layers-scored" for known in self.phases):
-            self._score("layers", self._teachers[teacher])
+        ready, rows = self._teachers[teacher], self.config.eval_rows()
+        layers = ready.source.architecture.number_of_layers(ready.source.config)
+        if not any(known.name == "layers" for known in self.phases):
+            forwards = (layers + 1) * -(-FEW // (rows * self._world))
+            one = {"work": "scoring", "teachers": {teacher: ready}, "rows": rows}
+            self.phases.append(Phase(name="layers", forwards=forwards, **one))
         return (1.0,) * layers
 
     def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:

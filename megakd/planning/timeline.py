@@ -35,7 +35,9 @@ class PhasePlan:
     """Resources of a phase on a rank.
 
     load_peak: peak bytes of the host while the models are built and loaded.
-    flops, network: operations, and bytes sent by role, of one training step.
+    flops, network: operations, and bytes sent by role, of one training step, or of one of
+        `forwards`.
+    forwards: number of forwards of work that does not train, if known.
     required: False if the run continues without the phase when memory is short.
     pruned: what is left of a learner that is pruned in the phase.
     per_call: micro-batches of a step that teachers answer in one forward, if more than one.
@@ -45,6 +47,7 @@ class PhasePlan:
     ledger: Ledger
     load_peak: int = 0
     flops: float = 0.0
+    forwards: int = 0
     network: dict[str, float] = field(default_factory=dict)
     required: bool = True
     pruned: Pruned | None = None
@@ -114,6 +117,9 @@ class Timeline:
         kind: Part = "elastic" if work == "importance" else "activations"
         for name, engine in engines.items():
             self._forward(when, engine, self.traced.teachers[name], kind=kind)
+            if self.phase.forwards:
+                self.plan.flops = self.traced.teachers[name].flops
+        self.plan.forwards = self.phase.forwards
 
     def _train(self, stage: Stage) -> None:
         teachers = self.phase.teachers

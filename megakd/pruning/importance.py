@@ -23,6 +23,7 @@ from megakd.contract.batch import LossInputs
 from megakd.contract.unit_counts import count_units
 from megakd.data.loader import global_batches
 from megakd.data.step_layout import StepShape
+from megakd.engine.activity import doing, reached
 from megakd.engine.collectives import agree, all_reduce_
 from megakd.engine.initialize import Engine, frozen_engine
 from megakd.engine.memory import freed_memory_returned
@@ -82,6 +83,7 @@ class GateGradients(nn.Module):
         return torch.cat([gradients, labels[None].float()])
 
 
+@doing("measuring the importance of units")
 def measure_importance(
     assembly: Assembly,
     ready: ReadyTeacher,
@@ -149,7 +151,8 @@ def _totals(engine: Engine, batches: Iterable[Iterable[Batch]]) -> Tensor | None
     Returns None if no batch has a label on any rank.
     """
     totals, labels = torch.zeros(2, dtype=torch.float64)
-    for batch in batches:
+    for number, batch in enumerate(batches, start=1):
+        reached(f"batch {number}")
         # In fp64, because another split into micro-batches changes the order of additions.
         found = all_reduce_(torch.stack([engine(part).double() for part in batch]).sum(0))
         gradients, count = found[:-1], found[-1]

@@ -19,6 +19,7 @@ from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.contract.units import View
 from megakd.data.row_routes import rows_of_teachers
+from megakd.engine.activity import doing
 from megakd.engine.collectives import main_first
 from megakd.engine.device import left_out_of_peak, reset_peak_memory
 from megakd.engine.distributed import Ranks
@@ -163,7 +164,8 @@ class Lab(LabBase):
             MegakdError: the input is invalid, a loss is not finite, or a checkpoint belongs to
                 another config.
         """
-        stage = completed(stage, self.config)
+        ranks, device = self._ranks.world_size, self._ranks.device.type
+        stage = completed(stage, self.config, ranks=ranks, device=device)
         if stage.start is None and stage.role == STUDENT:
             stage = dataclasses.replace(stage, start=self._start())
         fingerprint = stage_identity(stage, self.assembly)
@@ -339,6 +341,7 @@ class Lab(LabBase):
         finally:
             model.destroy()
 
+    @doing("scoring a finished model")
     def score(
         self,
         source: ModelSource,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from megakd.contract.stage import StageResult
 from megakd.contract.tasks import STUDENT
 from megakd.data.loader import lengths_of_rows
 from megakd.engine import distributed
-from megakd.engine.activity import doing
+from megakd.engine.activity import doing, told
 from megakd.engine.collectives import agree, on_main, reports_lost_peer
 from megakd.engine.device import free_memory_bytes
 from megakd.engine.distributed import Ranks
@@ -107,7 +107,8 @@ def started(config: RunConfig) -> Iterator[Ranks]:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     failure: BaseException | None = None
     try:
-        with reports_lost_peer(), earlier_objects_left_alone():
+        telling = told() if ranks.is_main else nullcontext()
+        with telling, reports_lost_peer(), earlier_objects_left_alone():
             warn_of_missing_variables()
             yield ranks
     except BaseException as error:

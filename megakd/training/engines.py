@@ -23,6 +23,7 @@ from megakd.data.characters import characters_of_tokens
 from megakd.data.encoded_keys import tokenizer_content
 from megakd.data.encoding import Collator, tokens_key
 from megakd.data.masking import task_masking
+from megakd.engine.activity import doing
 from megakd.engine.collectives import on_main
 from megakd.engine.distributed import Ranks
 from megakd.engine.initialize import training_engine
@@ -156,6 +157,7 @@ class Assembly:
         )
 
     @phase("models")
+    @doing("loading a model")
     def student(self, stage: Stage) -> tuple[StudentEngine, StudentBundle]:
         """Return the engine of the models that learn in this stage, and the bundle in the engine.
 
@@ -209,6 +211,7 @@ class Assembly:
         return second_sizes(stage, student, pieces=len(pair.student), offset=pair.offset)
 
     @phase("models")
+    @doing("loading a model")
     def frozen(
         self, source: ModelSource, spec: str | Mapping[str, Any], *, dtype: Dtype, needs: Needs
     ) -> FrozenTeacher:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megakd.contract.rollouts import TOKENS_PER_TEXT, TRUNCATED
+from megakd.engine.activity import reached
 from megakd.errors import MegakdError
 from megakd.storage import atomic
 from megakd.training.runaway import TextWatch
@@ -71,7 +72,8 @@ class Progress:
         self._bar = _bar(stage, done, total) if sys.stderr.isatty() else None
 
     def advance(self, step: int) -> None:
-        """Move the bar to `step`."""
+        """Move the bar to `step`, and note the step for a log that is silent."""
+        reached(f"step {step} of {self._extent.total_steps}", shown=self._bar is not None)
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 

@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from megakd.config.deepspeed import load_ds_config, zero_stage
+from megakd.config.deepspeed import load_ds_config, preset_of, zero_stage
 from megakd.config.run import RunConfig
 from megakd.config.train import inherit
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import FROM_TEACHER
 from megakd.contract.terms import HardCrossEntropy, TermConfig, hard_terms
 from megakd.methods import file_of
+from megakd.training.precision import training_dtype
 
 if TYPE_CHECKING:
     from megakd.contract.lab import Lab
@@ -50,19 +51,21 @@ def label_terms(config: RunConfig, *, smoothed: bool = True) -> tuple[TermConfig
     return (kept if smoothed else dataclasses.replace(kept, label_smoothing=0.0),)
 
 
-def completed(stage: Stage, config: RunConfig) -> Stage:
+def completed(stage: Stage, config: RunConfig, *, ranks: int, device: str) -> Stage:
     """Return a stage with unset options taken from the sections of the run.
 
     A teacher that learns, from any source, uses its `finetune` section if it is set.
     """
     teacher = config.teacher_specs.get(stage.role)
     finetune = teacher.finetune if teacher else None
-    train = inherit(config.train, finetune) if finetune else config.train
+    train = stage.train or (inherit(config.train, finetune) if finetune else config.train)
     deepspeed = finetune.deepspeed if finetune else config.student.deepspeed
     return dataclasses.replace(
         stage,
-        train=stage.train or train,
-        deepspeed=stage.deepspeed or deepspeed,
+        train=train,
+        deepspeed=preset_of(
+            stage.deepspeed or deepspeed, ranks=ranks, dtype=training_dtype(train, device)
+        ),
         # A stage with views has several learners, and no losses of its own.
         measures_losses=stage.measures_losses or (config.eval.losses and not stage.views),
     )

@@ -16,6 +16,7 @@ from megakd.contract.results import ClassReport
 from megakd.data.encoding import Collator
 from megakd.data.loader import evaluation_batches
 from megakd.data.masking import Masking
+from megakd.engine.activity import reached
 from megakd.engine.collectives import all_reduce_, gather, on_main
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
@@ -165,14 +166,16 @@ class Scorer:
     def batches(self, rows: Dataset) -> Iterator[Batch]:
         """Yield this rank's share of the rows on its device, equally many batches on each rank."""
         ranks = self.ranks
-        for batch in evaluation_batches(
+        dealt = evaluation_batches(
             rows,
             self.collate,
             batch_size=self.batch_size,
             rank=ranks.rank,
             world=ranks.world_size,
             masking=self.masking,
-        ):
+        )
+        for number, batch in enumerate(dealt, start=1):
+            reached(f"batch {number}")
             yield device_batch(batch, ranks.device)
 
     def _numbered(self, rows: Dataset, first: int) -> Iterator[Batch]:

@@ -27,6 +27,7 @@ from megakd.errors import ConfigError
 PRESETS = {
     "zero0": 0,
     "zero1": 1,
+    "auto": 2,
     "zero2": 2,
     "zero2_offload": 2,
     "zero3": 3,

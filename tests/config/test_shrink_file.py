@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from megakd import cli
 from megakd.config.file import load_config
 from megakd.config.shrink_file import FILE
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "launch" / "examples" / "shrink.yaml"
 WORDS = ("shrink", "org/Llama-1B", "--parameters", "0.6B", "--data", "text.txt")
 
 
@@ -51,6 +53,19 @@ def test_the_file_says_which_command_has_written_it(started):
     text = (Path("small") / FILE).read_text()
     assert text.startswith("# Written by: megakd shrink org/Llama-1B --parameters 0.6B")
     assert started == [Path("small")]
+
+
+def test_the_example_has_the_settings_of_the_command(started):
+    """Beside the on-policy finish, and what rows of 2048 tokens need."""
+    cli.main([*WORDS])
+    ours, example = load_config(Path("runs/Llama-1B-0.6B") / FILE), load_config(EXAMPLE)
+
+    own = {"repair_steps": example.method.repair_steps, "on_policy_steps": 100}
+    assert replace(ours.method, parameters=400_000_000, **own) == example.method
+    own = {"gradient_checkpointing": True}
+    assert replace(ours.train, **own) == example.train
+    assert (ours.eval, ours.student) == (example.eval, example.student)
+    assert ours.task.max_eval_examples == example.task.max_eval_examples
 
 
 def test_the_size_may_be_a_share(started):

@@ -1,5 +1,8 @@
 """The activity that a rank tells the others."""
 
+import logging
+import time
+
 import pytest
 import torch.distributed as dist
 
@@ -29,3 +32,20 @@ def test_a_failure_of_the_work_itself_is_not_hidden(monkeypatch):
 
     with pytest.raises(RuntimeError, match="disk"), activity.doing("saving"):
         raise RuntimeError("the disk is full")
+
+
+def test_a_silent_log_says_what_the_run_does_and_how_far_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(activity, "SILENCE_S", 0.3)
+    caplog.set_level(logging.INFO, logger="megakd")
+
+    with activity.told(), activity.doing("measuring layer 2 of 3"):
+        activity.reached("batch 7")
+        time.sleep(0.5)
+        activity.reached("step 8 of 9", shown=True)
+        logging.getLogger("megakd.run").info("a line")
+        time.sleep(0.2)
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "… measuring layer 2 of 3, batch 7",
+        "a line",
+    ]

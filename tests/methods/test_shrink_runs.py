@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -220,8 +221,11 @@ def test_the_plan_has_the_trial_and_the_student(one_rank, shrunk):
     assert said.code == 0, said.err
     plan = json.loads(said.out)
     assert plan["peak_bytes_per_rank"] > 0
-    page = one_rank.megakd("plan", shrunk.parent / "out.yaml")
+    (layers,) = [phase for phase in plan["phases"] if phase["name"] == "layers"]
+    assert layers["forwards"] == 5 * 32 // 4
+    page = one_rank.megakd("plan", shrunk.parent / "out.yaml", "--tflops", "0.0001")
     assert "trial-1" in page.out
+    assert re.search(r"layers: 40 forwards of the teacher, [\d.]+ s together", page.out)
 
 
 @pytest.mark.parametrize(

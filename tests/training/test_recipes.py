@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,11 +82,29 @@ def two_teachers() -> RunConfig:
     [("student", (9, "zero1")), ("large", (9, "zero1")), ("small", (7, "zero3"))],
 )
 def test_a_teacher_that_learns_does_as_its_own_finetune_says(role, learns):
-    stage = completed(Stage(name="any", role=role, objective=()), two_teachers())
+    stage = completed(
+        Stage(name="any", role=role, objective=()), two_teachers(), ranks=1, device="cpu"
+    )
 
     assert stage.train is not None
     assert (stage.train.max_steps, stage.deepspeed) == learns
     assert stage.train.learning_rate == 0.5
+
+
+@pytest.mark.parametrize("role", ["student", "small"])
+@pytest.mark.parametrize(
+    ("ranks", "bf16", "preset"), [(1, None, "zero0"), (2, None, "auto"), (1, True, "auto")]
+)
+def test_one_rank_in_fp32_shards_nothing_unless_asked(role, ranks, bf16, preset):
+    """In 16 bits ZeRO 2 adds up gradients in fp32, and ZeRO 0 does not."""
+    config = two_teachers()
+    teacher = PooledTeacher(name="small", model="s", finetune=FinetuneOverrides(max_steps=7))
+    student, train = StudentConfig(model="student"), replace(config.train, bf16=bf16)
+    config = replace(config, teachers=(teacher,), student=student, train=train)
+
+    stage = completed(Stage(name="any", role=role, objective=()), config, ranks=ranks, device="cpu")
+
+    assert stage.deepspeed == preset
 
 
 def test_a_teacher_without_finetune_is_not_fine_tuned():

@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 
 LARGEST_HOP = 2.5
 """Ratio of the teacher's weights to the student's beyond which an assistant may help."""
-SHARE_OF_REPAIR = 10
-"""The trial takes a tenth of the repair's steps by default."""
+SHARE_OF_REPAIR = 0.3
+"""The trial takes this share of the repair's steps by default; a tenth chose worse candidates."""
 KL = "soft_target_kl"
 TRIAL, ASSISTANT = "trial-", "assistant-"
 Parameters = Annotated[int, BeforeValidator(parameters_of), Field(ge=1)]
@@ -70,7 +70,7 @@ class ShrinkConfig(MethodOptions):
         with all; or the share of the layers that each candidate keeps, such as [1.0, 0.75].
     round_to: multiple of the number of neurons; null: the largest divisor of 64 that divides the
         teacher's number.
-    trial_steps: steps in which all candidates learn; null: a tenth of `repair_steps`.
+    trial_steps: steps in which all candidates learn; null: 0.3 of `repair_steps`.
     repair_steps: steps of the chosen candidate on the training text; null: the steps of `train`.
     on_policy_steps: further steps with the section `rollout`, in the same stage and schedule.
     metric: metric by which candidates are compared; null: held-out `soft_target_kl`.
@@ -237,7 +237,7 @@ def _trial(
     config: ShrinkConfig, lab: Lab, link: Link, candidates: Sequence[Candidate], number: int
 ) -> Stage:
     views: dict[str, View] = {one.name: one.view(link.layer_scores) for one in candidates}
-    steps = config.trial_steps or max(1, _repair_steps(config, lab) // SHARE_OF_REPAIR)
+    steps = config.trial_steps or max(1, round(SHARE_OF_REPAIR * _repair_steps(config, lab)))
     return Stage(
         name=f"{TRIAL}{number}",
         teachers=(link.teacher,),
