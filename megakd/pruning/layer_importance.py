@@ -50,13 +50,8 @@ def measure_layers(assembly: Assembly, ready: ReadyTeacher, rows: Dataset) -> tu
     _check_finite(losses)
     # Processors may round differently, but the order of layers must be equal on all ranks.
     scores = agree(tuple(loss - losses[0] for loss in losses[1:]))
-    logger.info(
-        "layers: the loss of the teacher on %d held-out rows is %.3f; without layer 1, 2, … it "
-        "rises by %s",
-        len(rows),
-        losses[0],
-        " ".join(f"{score:.3f}" for score in scores),
-    )
+    text = "layers: the loss on %d held-out rows is %.3f; without layer 1, 2, … it rises by %s"
+    logger.info(text, len(rows), losses[0], " ".join(f"{score:.3f}" for score in scores))
     return scores
 
 

@@ -163,22 +163,14 @@ class StageRun:
         kept = self.assembly.learners(self.stage)[self.stage.role].layers
         if kept is None or self.config.task.type not in LANGUAGE_TASKS:
             return
-        rows = few(self.prepared.encoded.validation)
-        loss = self.scorer.loss(self.student.predict, rows)
+        loss = self.scorer.loss(self.student.predict, few(self.prepared.encoded.validation))
         guess = math.log(len(self.prepared.tokenizer))
-        self._say(
-            f"{self.stage.name}: starts as the layers {', '.join(map(str, kept))}, with a held-out "
-            f"loss of {loss:.3f}"
-        )
-        if loss > guess and self.ranks.is_main:
-            logger.warning(
-                "%s: before the first step the loss is %.1f nats, and guessing a token uniformly "
-                "gives %.1f: the layers do not work together; keep more layers, or choose them by "
-                "importance (student.layers)",
-                self.stage.name,
-                loss,
-                guess,
-            )
+        text = f"{self.stage.name}: the loss of the layers {', '.join(map(str, kept))} before the "
+        text += f"first step is {loss:.3f} nats"
+        if loss > guess:
+            text += f", above the {guess:.2f} of guessing uniformly; keep more layers, or choose "
+            text += "them by importance (student.layers)"
+        self._say(text, logging.WARNING if loss > guess else logging.INFO)
 
     def extent(self, step: int) -> Extent:
         """Return the length of the stage at a start from `step`, for its log."""
@@ -407,9 +399,9 @@ class StageRun:
         strategy, axes = self.trainer.strategy, self.bundle.axes
         return WindowState.of(self.student, strategy, self.source, axes=axes, cut=cut)
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, level: int = logging.INFO) -> None:
         if self.ranks.is_main:
-            logger.info(text)
+            logger.log(level, text)
 
     def close(self) -> None:
         """Free the engine."""
