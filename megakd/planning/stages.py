@@ -164,10 +164,11 @@ class PlanningLab(LabBase):
         self._score(name, self._teachers[name])
         return 0.5
 
-    def _score(self, name: str, ready: ReadyTeacher) -> None:
+    def _score(self, name: str, ready: ReadyTeacher, forwards: int = 0) -> None:
         """Record the scoring of a model."""
-        teachers, rows = {name: ready}, self.config.eval_rows()
-        phase = Phase(name=f"{name}-scored", work="scoring", teachers=teachers, rows=rows)
+        name, teachers = name if forwards else f"{name}-scored", {name: ready}
+        rows = self.config.eval_rows()
+        phase = Phase(name=name, work="scoring", teachers=teachers, rows=rows, forwards=forwards)
         self.phases.append(phase)
 
     def train(self, stage: Stage) -> StageResult:
@@ -225,10 +226,9 @@ class PlanningLab(LabBase):
         """Record the scoring of the teacher, once; return the same importance for all layers."""
         ready, rows = self._teachers[teacher], self.config.eval_rows()
         layers = ready.source.architecture.number_of_layers(ready.source.config)
-        if not any(known.name == "layers" for known in self.phases):
+        if not any(known.forwards for known in self.phases):
             forwards = (layers + 1) * -(-FEW // (rows * self._world))
-            one = {"work": "scoring", "teachers": {teacher: ready}, "rows": rows}
-            self.phases.append(Phase(name="layers", forwards=forwards, **one))
+            self._score("layers", ready, forwards=forwards)
         return (1.0,) * layers
 
     def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:

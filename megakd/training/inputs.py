@@ -361,20 +361,12 @@ def with_student(config: RunConfig, sources: dict[str, ModelSource]) -> dict[str
 def as_student(
     source: ModelSource, config: RunConfig, scores: Sequence[float] | None = None
 ) -> ModelSource:
-    """Return the model that the student starts as, with the layers that the student keeps.
-
-    Args:
-        source: the model, or the teacher that the student starts as.
-        config: the config of the run.
-        scores: importance of the layers; None: not known.
-    """
-    spec = config.student
-    student = dataclasses.replace(
-        source, where="student.model", attn_implementation=spec.attn_implementation
-    )
-    if spec.layers is None:
+    """Return the model that the student starts as, with the layers that the student keeps."""
+    student, layers = dataclasses.replace(source, where="student.model"), config.student.layers
+    student = dataclasses.replace(student, attn_implementation=config.student.attn_implementation)
+    wanted = layers.keep if isinstance(layers, KeptLayers) else layers
+    if wanted is None:
         return student
-    wanted = spec.layers.keep if isinstance(spec.layers, KeptLayers) else spec.layers
     return with_layers(student, wanted, where="student.layers", scores=scores)
 
 

@@ -86,10 +86,7 @@ class LabBase(ABC):
         return result.name
 
     def _start(self) -> ModelSource | None:
-        """Return the layers that the student keeps of the teacher as it teaches.
-
-        Return None if the student does not start as layers of a teacher.
-        """
+        """Return the layers of the teacher, as it teaches, that the student keeps, if it does."""
         role = self.config.start_role
         if role == STUDENT or self.config.student.layers is None:
             return None
