@@ -79,7 +79,7 @@ def timed(stage: MeasuredStage, steps: Iterator[None]) -> dict[str, Any]:
     began = time.perf_counter()
     take(steps, TIMED, device)
     seconds = (time.perf_counter() - began) / TIMED
-    rows, length = stage.config.train.per_device_train_batch_size, stage.config.task.max_length
+    rows, length = stage.config.train.per_device_train_batch_size, stage.config.task.row_length
     weights = {p.dtype for p in stage.bundle.parameters()}
     model: Any = stage.bundle.student
     return {

@@ -165,7 +165,7 @@ class RunConfig:
             train: settings of the stage that is evaluated; None outside the stages.
         """
         rows = self.eval.per_device_eval_batch_size
-        return rows or (train or self.train).rows_at_once(self.task.max_length)
+        return rows or (train or self.train).rows_at_once(self.task.row_length)
 
     def key_of(self, role: str) -> str:
         """Return the config key of a model: `student`, `teacher` or, for example, `teachers[2]`.

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic.dataclasses import dataclass
 
 from megakd.config.paths import Folder
@@ -44,6 +44,15 @@ def _free_name(kind: str) -> AfterValidator:
         return name
 
     return AfterValidator(checked)
+
+
+MOST_TOKENS = 2**24
+"""The largest `max_length`."""
+
+
+def _length(value: object, info: ValidationInfo) -> object:
+    """Return the length of rows that are not measured, if none is given."""
+    return 128 if value is None and info.data.get("type") != "causal_lm" else value
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -103,9 +112,16 @@ class TaskConfig:
     end_tokens: Literal["check", "accept"] = "check"
     """accept: allow a teacher that ends its answers with another token, and answers without an
     end token. Only for causal_lm with conversations."""
-    max_length: Annotated[int, Field(ge=2, le=2**24)] = 128
+    bad_rows: Literal["error", "drop"] = "error"
+    """What happens to rows that cannot be used, such as a value that is not text or a conversation
+    that the chat template refuses. drop: leave them out, and count them."""
+    max_length: Annotated[
+        Annotated[int, Field(ge=2, le=MOST_TOKENS)] | None,
+        BeforeValidator(_length),
+        Field(validate_default=True),
+    ] = None
     """In tokens. Longer texts are truncated; mlm splits them into windows, and causal_lm packs
-    texts to this length."""
+    texts to this length. None: 128, and for causal_lm the length of 99 % of the training rows."""
     tokenizer: str | TokenizerConfig | None = None
     mlm_probability: Annotated[float, Field(gt=0, le=1)] | None = None
     """Fraction of the tokens that are predicted; None: 0.15. Only for mlm."""
@@ -122,6 +138,13 @@ class TaskConfig:
     causal_lm; needs train.max_steps."""
     encoded: Folder | None = None
     """Folder that `megakd encode` has written; the run reads no text."""
+
+    @property
+    def row_length(self) -> int:
+        """`max_length` of a task whose rows have been measured; see `training.row_length`."""
+        if self.max_length is None:
+            raise ValueError("task.max_length is null, and the rows have not been measured")
+        return self.max_length
 
     @property
     def data_name(self) -> str:

@@ -36,7 +36,7 @@ def _of_task(config: RunConfig, key: str, tokens: int) -> Iterator[str]:
             f"{key}: supported only for causal_lm, whose attention separates the texts in a row, "
             f"and task.type is {task.type}; remove the key"
         )
-    elif tokens < task.max_length:
+    elif task.max_length is not None and tokens < task.max_length:
         yield (
             f"{key}: {tokens} is less than task.max_length {task.max_length}, and a row is never "
             f"split; set {key} to at least {task.max_length}, or lower task.max_length"

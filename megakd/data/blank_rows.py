@@ -1,4 +1,4 @@
-"""Rows without text: counted while rows are read, and told at every start."""
+"""Rows without text and bad rows: counted while rows are read, and told at every start."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
+    from megakd.data.bad_rows import BadRows
     from megakd.data.tables import Record
 
 logger = logging.getLogger(__name__)
@@ -20,18 +21,28 @@ FILE = "blank_rows.json"
 
 @dataclass
 class BlankRows:
-    """Rows of a split with an empty text: their number, and the place of the first."""
+    """Rows of a split with an empty text: their number, and the place of the first.
+
+    bad: number of rows that were left out because of `task.bad_rows: drop`.
+    """
 
     count: int = 0
     first: str = ""
+    bad: int = 0
 
     def add(self, record: Record) -> None:
         """Count one more row."""
         self.first = self.first or record.place
         self.count += 1
 
-    def write(self, folder: Path) -> None:
-        """Write the numbers beside the rows."""
+    def write(self, folder: Path, bad: BadRows) -> None:
+        """Write the numbers beside the rows.
+
+        Raises:
+            DataError: there are bad rows, which are not left out.
+        """
+        bad.finish()
+        self.bad = bad.count
         (folder / FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @staticmethod
@@ -50,6 +61,8 @@ class BlankRows:
         Raises:
             DataError: all kept rows have no text.
         """
+        if self.bad:
+            logger.warning("%s: %d bad row(s) are left out (task.bad_rows: drop)", name, self.bad)
         if not self.count:
             return
         if are_kept and self.count == rows:

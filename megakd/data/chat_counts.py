@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megakd.data.rows import Histogram, longest_of
+
 logger = logging.getLogger(__name__)
+KEYED = ("special", "lengths")
 SETS = "sets"
 """Prefix of the evaluation sets among the names of rows: `sets/NAME`."""
 
@@ -25,9 +28,12 @@ class ChatCounts:
     long_prompt: rows that were left out because their prompt fills max_length.
     nothing_counts: rows with an answer that were left out because no token counts.
     prompts: rows without an answer.
+    bad: rows that cannot be encoded, and were left out because of `task.bad_rows: drop`.
     lost_reasoning: rows in which the chat template leaves out the reasoning of an answer.
     lost_tools: rows in which the chat template leaves out a tool of the column `tools`.
     special: by the number of a special token, how many of the tokens that count it is.
+    lengths: by the number of tokens before a row is cut, how many rows have it. Documents, which
+        are cut into rows without losing a token, are not counted.
     """
 
     rows: int = 0
@@ -41,7 +47,9 @@ class ChatCounts:
     prompts: int = 0
     lost_reasoning: int = 0
     lost_tools: int = 0
+    bad: int = 0
     special: dict[int, int] = field(default_factory=dict)
+    lengths: Histogram = field(default_factory=dict)
 
     @property
     def dropped(self) -> int:
@@ -50,12 +58,13 @@ class ChatCounts:
 
     def add(self, other: ChatCounts) -> None:
         """Add the numbers of further rows."""
-        for entry in dataclasses.fields(self):
-            if entry.name != "special":
-                own = getattr(self, entry.name)
-                setattr(self, entry.name, own + getattr(other, entry.name))
-        for token, count in other.special.items():
-            self.special[token] = self.special.get(token, 0) + count
+        for name in (entry.name for entry in dataclasses.fields(self)):
+            here, more = getattr(self, name), getattr(other, name)
+            if isinstance(more, dict):
+                for number, count in more.items():
+                    here[number] = here.get(number, 0) + count
+            else:
+                setattr(self, name, here + more)
 
     def to_record(self) -> dict[str, Any]:
         """Return the numbers as JSON can store them."""
@@ -64,8 +73,8 @@ class ChatCounts:
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> ChatCounts:
         """Return the numbers that `to_record` returned and JSON stored."""
-        special = {int(token): count for token, count in record["special"].items()}
-        return ChatCounts(**{**record, "special": special})
+        by_number = {k: {int(n): c for n, c in v.items()} for k, v in record.items() if k in KEYED}
+        return ChatCounts(**{**record, **by_number})
 
 
 CountsByName = dict[str, ChatCounts]
@@ -80,9 +89,18 @@ def say_counts(counts: Mapping[str, ChatCounts]) -> None:
             (own.long_prompt, "were left out because their prompt alone fills task.max_length"),
             (own.too_long, "were left out because they are longer than task.max_length"),
             (own.nothing_counts, "were left out because no token of them counts"),
+            (own.bad, "were left out because they cannot be encoded (task.bad_rows: drop)"),
         ):
             if number:
                 logger.warning("%s: %d of %d rows %s", name, number, own.rows, what)
+        longer = own.truncated + own.too_long + own.long_prompt
+        if longer > 0.01 * sum(own.lengths.values()):
+            longest = longest_of(own.lengths, 0.99)
+            logger.warning(
+                "%s: %d of %d rows are longer than task.max_length (%d of them are cut); 99 %% of "
+                "the rows have at most %d tokens (task.max_length=%d keeps them whole)",
+                *(name, longer, own.rows, own.truncated, longest, longest),
+            )
         if own.lost_reasoning:
             logger.warning(
                 "%s: the chat template leaves out the reasoning of answers in %d of %d rows; use a "
@@ -110,8 +128,12 @@ def table_lines(counts: Mapping[str, ChatCounts]) -> list[str]:
         "tokens",
         "that count",
         "share",
+        "p50",
+        "p95",
+        "longest",
         "truncated",
         "dropped",
+        "bad",
     )
     lines = [heading, *(_cells(name, own) for name, own in counts.items())]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -133,6 +155,8 @@ def _cells(name: str, own: ChatCounts) -> tuple[str, ...]:
         name,
         *(f"{number:,}" for number in numbers),
         f"{share:.1%}",
+        *(f"{longest_of(own.lengths, part):,}" for part in (0.5, 0.95, 1.0)),
         f"{own.truncated:,}",
         f"{own.dropped:,}",
+        f"{own.bad:,}",
     )

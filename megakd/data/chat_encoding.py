@@ -39,6 +39,7 @@ def chat_key(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> str:
             "reasoning": task.reasoning,
             "train_on": task.train_on,
             "truncation": task.truncation,
+            "bad_rows": task.bad_rows,
         }
     )
 

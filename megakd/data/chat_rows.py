@@ -9,7 +9,6 @@ hashes and for the training of tokenizers), `conversation` (JSON of a `Conversat
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -154,18 +153,6 @@ def read_columns(table: Table, columns: ChatColumns) -> tuple[str, ...]:
     """Return all columns of a table that a conversation is read from."""
     wanted = {*columns[:3], *columns.text, TOOLS, OPTIONS}
     return tuple(column for column in table.columns if column in wanted)
-
-
-def conversations(
-    table: Table, columns: ChatColumns
-) -> Iterator[tuple[Record, Conversation | None]]:
-    """Yield the conversation of every row; None for a row without text.
-
-    Raises:
-        DataError: a row is not a conversation; names the row and what is wrong.
-    """
-    for record in table.records():
-        yield record, conversation_of(table.name, columns, record)
 
 
 def conversation_of(name: str, columns: ChatColumns, record: Record) -> Conversation | None:

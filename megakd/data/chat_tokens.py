@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from megakd.contract.batch import IGNORE
 from megakd.contract.routes import ROUTE
+from megakd.data.bad_rows import BadRows
 from megakd.data.chat_counts import ChatCounts
 from megakd.data.chat_rows import CONVERSATION, SOURCE, Conversation
 from megakd.data.chat_template import ChatTemplate, Rendered, without_reasoning
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 VERSION = 3
 ROWS_AT_ONCE = 500
 ENCODED_AT_ONCE = 32
-"""Conversations that are encoded together. The beginnings up to each answer are encoded too, which
-takes much memory for long conversations with many answers."""
+"""Conversations that are encoded together. Without special tokens in the text, the beginnings up to
+each answer are encoded too, which takes much memory for long conversations with many answers."""
 PROMPT_LENGTH = "prompt_length"
 
 
@@ -83,7 +84,7 @@ def chat_tables(
     Raises:
         DataError: a row cannot be rendered, or no row is left.
     """
-    encoder = ChatEncoder(tokenizer, task)
+    encoder = ChatEncoder(tokenizer, task, bad=BadRows(task.bad_rows))
     empty = True
     for table in tables_of_conversations(rows, encoder, name=name, counts=counts):
         empty = False
@@ -99,8 +100,9 @@ def none_left(counts: Iterable[ChatCounts], task: TaskConfig, *, split: str) -> 
         own.add(part)
     return DataError(
         f"the {split} split has no conversation that can be learned from: {own.long_prompt} have a "
-        f"prompt that fills task.max_length ({task.max_length}), {own.too_long} are too long, and "
-        f"in {own.nothing_counts} no token counts; raise task.max_length, or check the answers"
+        f"prompt that fills task.max_length ({task.row_length}), {own.too_long} are too long, "
+        f"in {own.nothing_counts} no token counts, and {own.bad} cannot be encoded; raise "
+        "task.max_length, or check the answers"
     )
 
 
@@ -126,6 +128,7 @@ def tables_of_conversations(
             routes += [teacher] * len(own)
         if made:
             yield _table(made, routes if ROUTE in columns else None)
+    encoder.bad.finish()
 
 
 def _table(rows: Sequence[ChatRow], routes: Sequence[str] | None) -> pa.Table:
@@ -142,11 +145,18 @@ def _table(rows: Sequence[ChatRow], routes: Sequence[str] | None) -> pa.Table:
 class ChatEncoder:
     """Encoder of conversations.
 
+    Args:
+        tokenizer: a fast tokenizer.
+        task: the keys of conversations and `max_length`.
+        bad: what happens to a conversation that cannot be encoded; None: its error is raised.
+
     Raises:
         DataError: the tokenizer is not a fast tokenizer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, *, bad: BadRows | None = None
+    ) -> None:
         if not tokenizer.is_fast:
             raise DataError(
                 f"the tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}) cannot tell "
@@ -154,9 +164,16 @@ class ChatEncoder:
                 "with tokenizer.json"
             )
         self._tokenizer, self._task = tokenizer, task
+        self.bad = bad or BadRows(named=1)
         self._template: ChatTemplate | None = None
         self._ends = document_ends(tokenizer)
         added = cast("Any", tokenizer).get_added_vocab().values()
+        self._separate = {
+            number
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if not token.normalized and not token.single_word
+        }
+        """Tokens whose text splits a text into parts that are encoded one by one."""
         self._special = np.array(sorted({*tokenizer.all_special_ids, *added}), dtype=np.int32)
 
     def __call__(
@@ -172,22 +189,26 @@ class ChatEncoder:
             DataError: a conversation cannot be rendered or encoded.
         """
         rendered = [self._rendered(c, p) for c, p in zip(conversations, places, strict=True)]
-        encoded = (
-            tokens
-            for start in range(0, len(rendered), ENCODED_AT_ONCE)
-            for tokens in self._encoded(
-                rendered[start : start + ENCODED_AT_ONCE], places[start : start + ENCODED_AT_ONCE]
-            )
-        )
-        for conversation, text, tokens in zip(conversations, rendered, encoded, strict=True):
-            is_plain = conversation.messages is None
-            own = self._framed(conversation, tokens) if is_plain else tokens
-            yield self._rows(conversation, own, text)
+        for start in range(0, len(rendered), ENCODED_AT_ONCE):
+            part = slice(start, start + ENCODED_AT_ONCE)
+            texts = zip(rendered[part], places[part], strict=True)
+            encoded = self._encoded([(text, place) for text, place in texts if text is not None])
+            for conversation, text in zip(conversations[part], rendered[part], strict=True):
+                tokens = None if text is None else next(encoded)
+                if text is None or tokens is None:
+                    yield [], ChatCounts(rows=1, bad=1)
+                else:
+                    is_plain = conversation.messages is None
+                    own = self._framed(conversation, tokens) if is_plain else tokens
+                    yield self._rows(conversation, own, text)
 
-    def _rendered(self, conversation: Conversation, place: str) -> Rendered:
+    def _rendered(self, conversation: Conversation, place: str) -> Rendered | None:
+        """Return the text of a conversation; None if the template refuses it."""
         if conversation.messages is not None:
             self._template = self._template or ChatTemplate(self._tokenizer, self._task)
-            return self._template.render(conversation, where=place)
+            with self.bad:
+                return self._template.render(conversation, where=place)
+            return None
         prompt, answer = conversation.prompt, conversation.completion
         if answer is None:
             return Rendered(prompt, [], len(prompt))
@@ -196,19 +217,40 @@ class ChatEncoder:
         text = prompt + answer
         return Rendered(text, [(len(prompt), len(text))], len(prompt))
 
-    def _encoded(self, rendered: Sequence[Rendered], places: Sequence[str]) -> Iterator[Tokens]:
-        """Yield the tokens of each text, in which no token reaches over the start of an answer."""
-        starts = [sorted({r.prompt_end, *(a[0] for a in r.answers)}) for r in rendered]
-        whole = self._pieces([r.text for r in rendered])
-        prompts = [r.text[:s] for r, own in zip(rendered, starts, strict=True) for s in own]
-        before = iter(plain_encoding(prompts, self._tokenizer)["input_ids"])
-        for text, own, pieces, place in zip(rendered, starts, whole, places, strict=True):
-            prefixes = [next(before) for _ in own]
-            if all(pieces.ids[: len(prefix)] == prefix for prefix in prefixes):
-                lengths = dict(zip(own, map(len, prefixes), strict=True))
-                yield _marked(text, pieces, lengths)
-            else:
-                yield _marked(text, *self._cut(text, own, pieces, place))
+    def _encoded(self, rendered: Sequence[tuple[Rendered, str]]) -> Iterator[Tokens | None]:
+        """Yield the tokens of each text, in which no token reaches over the start of an answer.
+
+        Args:
+            rendered: each text with its place; a text that cannot be cut gives None.
+        """
+        whole = self._pieces([text.text for text, _ in rendered])
+        starts = [sorted({t.prompt_end, *(begin for begin, _ in t.answers)}) for t, _ in rendered]
+        # The text up to a start has the same tokens as the whole text up to a separate token.
+        firsts = [
+            [self._separate_before(pieces, start) for start in own]
+            for pieces, own in zip(whole, starts, strict=True)
+        ]
+        ends = [
+            text.text[pieces.offsets[first] if first else 0 : start]
+            for (text, _), pieces, own, shared in zip(rendered, whole, starts, firsts, strict=True)
+            for first, start in zip(shared, own, strict=True)
+        ]
+        encoded = iter(plain_encoding(ends, self._tokenizer)["input_ids"] if ends else ())
+        for (text, place), own, pieces, shared in zip(rendered, starts, whole, firsts, strict=True):
+            tails = [(first, next(encoded)) for first in shared]
+            if all(pieces.ids[first : first + len(ids)] == ids for first, ids in tails):
+                lengths = [first + len(ids) for first, ids in tails]
+                yield _marked(text, pieces, dict(zip(own, lengths, strict=True)))
+                continue
+            tokens = None
+            with self.bad:
+                tokens = _marked(text, *self._cut(text, own, pieces, place))
+            yield tokens
+
+    def _separate_before(self, pieces: _Pieces, start: int) -> int:
+        """Return the number of the last separate token before a character; 0 without one."""
+        last = bisect_left(pieces.offsets, start) - 1
+        return next((n for n in range(last, 0, -1) if pieces.ids[n] in self._separate), 0)
 
     def _pieces(self, texts: Sequence[str]) -> list[_Pieces]:
         made = self._tokenizer(
@@ -279,8 +321,9 @@ class ChatEncoder:
             lost_tools=int(text.lost_tools),
         )
         if conversation.messages is None and not conversation.prompt:
-            rows = list(_document_rows(tokens, self._task.max_length))
+            rows = list(_document_rows(tokens, self._task.row_length))
         else:
+            made.lengths[len(tokens.ids)] = 1
             row = self._cut_row(conversation, tokens, made)
             rows = [] if row is None else [row]
         for row in rows:
@@ -296,7 +339,7 @@ class ChatEncoder:
         self, conversation: Conversation, tokens: Tokens, made: ChatCounts
     ) -> ChatRow | None:
         """Return the row that fits in `max_length`; None, with a count in `made`, if none fits."""
-        most, is_prompt = self._task.max_length, conversation.is_prompt
+        most, is_prompt = self._task.row_length, conversation.is_prompt
         if len(tokens.ids) > most and self._task.truncation == "drop":
             made.too_long += 1
             return None

@@ -11,6 +11,7 @@ from datasets import Dataset, Features, Value
 from megakd.config.task import TaskConfig
 from megakd.contract.routes import ROUTE
 from megakd.contract.tasks import LANGUAGE_TASKS
+from megakd.data.bad_rows import BadRows
 from megakd.data.blank_rows import BlankRows
 from megakd.data.cache import cached_folder, key_of, read_rows, write_rows
 from megakd.data.chat_row_files import conversation_rows
@@ -112,7 +113,11 @@ def _conversations(
         name=name,
         splits={
             split: conversation_rows(
-                table, columns[split], cache_dir=cache_dir, teacher=_teacher_of(table, split, task)
+                table,
+                columns[split],
+                cache_dir=cache_dir,
+                bad_rows=task.bad_rows,
+                teacher=_teacher_of(table, split, task),
             )
             for split, table in tables.items()
         },
@@ -164,7 +169,8 @@ def scored_rows(
     if next(table.records(), None) is None:
         raise DataError(f"{table.name} has no rows")
     if as_chat or chat_columns(table, task) is not None:
-        return conversation_rows(table, conversation_columns(table, task), cache_dir=cache_dir)
+        columns = conversation_columns(table, task)
+        return conversation_rows(table, columns, cache_dir=cache_dir, bad_rows=task.bad_rows)
     rows = _rows_of(table, choose_fields(table, task), task, classes, cache_dir=cache_dir)
     if not is_labelled(rows).any():
         raise DataError(f"{table.name} has no labelled rows to score")
@@ -269,13 +275,15 @@ def _rows_of(
 ) -> Dataset:
     names = None if classes is None else (classes.names, classes.numbered)
     key = key_of(VERSION, LAYOUT, table.digest, fields, task.type, names, *(teacher or ()))
+    if task.bad_rows == "drop":
+        key = key_of(key, task.bad_rows)
     labeller = classes.label if classes else score
 
     def fill(fresh: Path) -> None:
-        blank = BlankRows()
-        rows = _rows(table, fields, task.type, labeller, blank=blank, teacher=teacher)
+        blank, bad = BlankRows(), BadRows(task.bad_rows)
+        rows = _rows(table, fields, task.type, labeller, counts=(blank, bad), teacher=teacher)
         write_rows(rows, _features(fields, task, teacher), fresh / "rows.arrow")
-        blank.write(fresh)
+        blank.write(fresh, bad)
 
     folder = cached_folder(cache_dir / "rows" / key[:32], fill)
     dataset = read_rows(folder / "rows.arrow")
@@ -292,22 +300,24 @@ def _rows(
     task_type: str,
     labeller: Labeller,
     *,
-    blank: BlankRows,
+    counts: tuple[BlankRows, BadRows],
     teacher: RowTeacher | None,
 ) -> Iterator[dict[str, object]]:
-    """Yield the rows of a split, and count the rows without text in `blank`."""
+    """Yield the rows of a split, and count the rows without text and the bad rows."""
+    blank, bad = counts
     for record in table.records():
-        named = {} if teacher is None else teacher.columns(table, record)
-        if task_type in LANGUAGE_TASKS:
-            document = document_of(table.name, fields.text, record)
-            if document is None:
+        with bad:
+            named = {} if teacher is None else teacher.columns(table, record)
+            if task_type in LANGUAGE_TASKS:
+                document = document_of(table.name, fields.text, record)
+                if document is None:
+                    blank.add(record)
+                else:
+                    yield {"text": document, **named}
+                continue
+            texts = [text_of(table.name, column, record) for column in fields.text]
+            row: dict[str, object] = dict(zip(("text", "text_pair"), texts, strict=False))
+            row["label"] = labeller(table, fields.label or "", record)
+            if not all(text.strip() for text in texts):
                 blank.add(record)
-            else:
-                yield {"text": document, **named}
-            continue
-        texts = [text_of(table.name, column, record) for column in fields.text]
-        if not all(text.strip() for text in texts):
-            blank.add(record)
-        row: dict[str, object] = dict(zip(("text", "text_pair"), texts, strict=False))
-        row["label"] = labeller(table, fields.label or "", record)
-        yield row | named
+            yield row | named

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from megakd.data.bad_rows import BadRows
 from megakd.data.chat_counts import SETS
 from megakd.data.chat_rows import is_chat
 from megakd.data.chat_tokens import ChatEncoder, none_left, tables_of_conversations
@@ -244,7 +245,7 @@ class _Shard:
 
     def _tables(self, bar: tqdm[Any], chat: CountsByName) -> Iterator[pa.Table]:
         if is_chat(self.texts):
-            encoder = ChatEncoder(self.tokenizer, self.task)
+            encoder = ChatEncoder(self.tokenizer, self.task, bad=BadRows(self.task.bad_rows))
             for part in self._parts(bar):
                 yield from tables_of_conversations(part, encoder, name=self.name, counts=chat)
             return
@@ -257,7 +258,7 @@ class _Shard:
     def _packed(self, bar: tqdm[Any]) -> Iterator[PackedRow]:
         """Yield the full rows, and the unfinished row if no text follows."""
         columns = [np.asarray(column, dtype=np.int32) for column in self.rest]
-        packer = Packer(self.task.max_length, PackedRow(*columns) if columns else None)
+        packer = Packer(self.task.row_length, PackedRow(*columns) if columns else None)
         for part in self._parts(bar):
             for document in documents_of(part, self.tokenizer):
                 yield from packer.add(document)

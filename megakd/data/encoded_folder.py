@@ -69,7 +69,7 @@ def facts_of(task: TaskConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int)
         facts["chat_version"] = CHAT_VERSION
     if isinstance(task.tokenizer, TokenizerConfig):
         facts["tokenizer"]["recipe"] = asdict(task.tokenizer)
-    for key in _FREE:
+    for key in (*_FREE, *(["bad_rows"] if task.bad_rows == "error" else ())):
         del facts["task"][key]
     if task.labelled_examples is not None or task.mixture is not None:
         facts["seed"] = seed

@@ -40,7 +40,7 @@ def encoded_key(
         "content": content_hash,
         "rows": {name: rows_key(split) for name, split in rows.items()},
         "tokenizer": tokenizer_content(tokenizer),
-        "max_length": task.max_length,
+        "max_length": task.row_length,
         "type": task.type,
     }
     if task.whole_word_masking:

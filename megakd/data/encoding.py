@@ -246,7 +246,7 @@ class Collator:
         # Padding is a separate document and not valid, so any token can be used.
         pad_id = tokenizer.pad_token_id
         self._pad_id = pad_id if isinstance(pad_id, int) else 0
-        self._max_length = task.max_length
+        self._max_length = task.row_length
         self._type = task.type
 
     def __call__(

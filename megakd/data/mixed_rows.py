@@ -85,7 +85,7 @@ def encode_mixed(
             "rows": rows_key(rows),
             "student": tokenizer_content(pair.student),
             "teacher": tokenizer_content(pair.teacher),
-            "max_length": task.max_length,
+            "max_length": task.row_length,
             "words": task.whole_word_masking,
         }
     )
@@ -111,7 +111,7 @@ class _Shape(NamedTuple):
     def of(pair: VocabularyPair, task: TaskConfig) -> _Shape:
         before, after = (np.array(ids, dtype=np.int32) for ids in frame(pair.student))
         special = max(len(before) + len(after), sum(map(len, frame(pair.teacher))))
-        return _Shape(task.max_length - special, before, after, task.whole_word_masking)
+        return _Shape(task.row_length - special, before, after, task.whole_word_masking)
 
 
 def _rows(rows: Dataset, cutter: WordCutter, shape: _Shape) -> Iterator[_Row]:

@@ -72,7 +72,14 @@ def _rows(table: Table, task: TaskConfig, *, cache_dir: Path, source: str | None
     columns, teacher = conversation_columns(table, task), None
     if source is not None and task.mixture is not None:
         teacher = row_teacher(table, task.teacher_column, task.mixture[source].teacher)
-    return conversation_rows(table, columns, cache_dir=cache_dir, source=source, teacher=teacher)
+    return conversation_rows(
+        table,
+        columns,
+        cache_dir=cache_dir,
+        bad_rows=task.bad_rows,
+        source=source,
+        teacher=teacher,
+    )
 
 
 def mixed(rows: Dataset, sources: Mapping[str, MixtureSource], *, seed: int) -> Dataset:

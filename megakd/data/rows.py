@@ -10,7 +10,7 @@ from datasets.fingerprint import generate_fingerprint
 from megakd.data.cache import T, remembered
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     import pyarrow as pa
     from datasets import Dataset
@@ -19,6 +19,8 @@ LABELS_AT_ONCE = 100_000
 TEXTS_AT_ONCE = 1000
 PLACE = "place"
 """Column with the place of a row in messages, on which nothing else depends."""
+Histogram = dict[int, int]
+"""Number of rows by their length in tokens."""
 
 
 def arrow_batches(rows: Dataset, size: int) -> Iterator[pa.Table]:
@@ -51,3 +53,13 @@ def _rows_key(rows: Dataset) -> str:
         for batch in table.combine_chunks().to_batches():
             digest.update(batch.replace_schema_metadata(None).serialize())
     return digest.hexdigest()
+
+
+def longest_of(lengths: Mapping[int, int], share: float = 1.0) -> int:
+    """Return the smallest length that at least this share of the rows does not exceed."""
+    wanted, seen = share * sum(lengths.values()), 0
+    for length in sorted(lengths):
+        seen += lengths[length]
+        if seen >= wanted:
+            return length
+    return 0

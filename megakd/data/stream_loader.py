@@ -84,8 +84,9 @@ class EncodedStream:
     ) -> None:
         self.shape, self.seed, self.name = shape, seed, rows.texts.name
         self._stream, self._tokenizer, self._task = rows
-        least = max(BLOCK_CHARACTERS, CHARACTERS_PER_LENGTH * rows.task.max_length)
+        least = max(BLOCK_CHARACTERS, CHARACTERS_PER_LENGTH * rows.task.row_length)
         self._characters = characters or least
+        self._bad = rows.texts.bad
 
     def parts(self, position: Position) -> Generator[tuple[Parts, Position], None, None]:
         """Yield parts of blocks with a rank's rows of a step, and the position after them.
@@ -172,7 +173,7 @@ class EncodedStream:
             rows = Dataset.from_dict({"text": texts})
             return tables_of(rows, self._tokenizer, self._task)
         rows = Dataset.from_dict({CONVERSATION: texts, PLACE: [self.name] * len(texts)})
-        encoder = ChatEncoder(self._tokenizer, self._task)
+        encoder = ChatEncoder(self._tokenizer, self._task, bad=self._bad)
         return tables_of_conversations(rows, encoder, name=self.name, counts={})
 
 

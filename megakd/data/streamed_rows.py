@@ -13,6 +13,7 @@ import datasets
 from datasets import Dataset, DatasetBuilder, IterableDataset
 
 from megakd.config.task import TaskConfig
+from megakd.data.bad_rows import BadRows
 from megakd.data.cache import key_of
 from megakd.data.chat_row_files import conversation_rows
 from megakd.data.chat_rows import chat_columns, read_columns
@@ -121,6 +122,7 @@ def _records(rows: IterableDataset, count: int | None) -> Iterator[Record]:
 def _found(
     stream: TextStream, tables: Mapping[SplitName, Table], task: TaskConfig, *, cache_dir: Path
 ) -> Found:
+    stream = dataclasses.replace(stream, bad=BadRows(task.bad_rows, named=1))
     held: dict[SplitName, Dataset] = {
         split: _held_rows(stream, table, task, cache_dir=cache_dir)
         for split, table in tables.items()
@@ -142,7 +144,8 @@ def _found(
 def _held_rows(stream: TextStream, table: Table, task: TaskConfig, *, cache_dir: Path) -> Dataset:
     """Return held-out rows in the form of the streamed rows."""
     if stream.chat is not None:
-        return conversation_rows(table, conversation_columns(table, task), cache_dir=cache_dir)
+        found = conversation_columns(table, task)
+        return conversation_rows(table, found, cache_dir=cache_dir, bad_rows=task.bad_rows)
     columns = choose_fields(table, task).text
     return unlabelled_rows(table, columns, task, cache_dir=cache_dir)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 
+from megakd.data.bad_rows import BadRows
 from megakd.data.cache import key_of
 from megakd.data.chat_rows import ChatColumns, conversation_of
 from megakd.data.choosing import text_hash
@@ -27,6 +28,7 @@ class TextStream:
     digest: hash of the sources.
     held_out: hashes of the validation texts, or of their prompts, which the stream leaves out.
     chat: the columns of conversations; None for documents. A conversation is a text in JSON.
+    bad: what happens to rows that cannot be read.
     """
 
     name: str
@@ -35,6 +37,7 @@ class TextStream:
     digest: str
     held_out: frozenset[int] = frozenset()
     chat: ChatColumns | None = None
+    bad: BadRows = field(default_factory=lambda: BadRows(named=1))
 
     def share(self, rank: int, world: int) -> IterableDataset:
         """Return the rows of one rank, from the beginning.
@@ -48,9 +51,12 @@ class TextStream:
         """Return the text of a row; None for a row without text and for a validation text.
 
         Raises:
-            DataError: a value is missing or is not text.
+            DataError: a value is missing or is not text, unless such rows are left out.
         """
-        return self._text(Record(str(row.get(PLACE) or "a row"), row))
+        text = None
+        with self.bad:
+            text = self._text(Record(str(row.get(PLACE) or "a row"), row))
+        return text
 
     def _text(self, record: Record) -> str | None:
         if self.chat is None:

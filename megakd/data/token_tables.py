@@ -83,9 +83,9 @@ def check_room_for_text(
         return
     is_pair = "text_pair" in rows.column_names
     special = tokenizer.num_special_tokens_to_add(pair=is_pair)
-    if task.max_length <= special:
+    if task.row_length <= special:
         raise DataError(
-            f"task.max_length is {task.max_length}, but the tokenizer adds {special} special "
+            f"task.max_length is {task.row_length}, but the tokenizer adds {special} special "
             f"tokens to every {'pair' if is_pair else 'text'}, which leaves no room for text; "
             f"raise task.max_length above {special}"
         )
@@ -131,7 +131,7 @@ def _text_tables(
             batch.column("text").to_pylist(),
             batch.column("text_pair").to_pylist() if has_pair else None,
             truncation=True,
-            max_length=task.max_length,
+            max_length=task.row_length,
             return_token_type_ids="token_type_ids" in columns,
             return_attention_mask=False,
         )
@@ -145,7 +145,7 @@ def _text_tables(
 def _packed_tables(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
 ) -> Iterator[pa.Table]:
-    return tables_of_lists(pack(documents_of(rows, tokenizer), task.max_length), PackedRow._fields)
+    return tables_of_lists(pack(documents_of(rows, tokenizer), task.row_length), PackedRow._fields)
 
 
 def documents_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
@@ -166,7 +166,7 @@ def _window_rows(
 ) -> Iterator[tuple[list[int], ...]]:
     """Yield the tokens of each window, and the starts of their words if the task asks for them."""
     prefix, suffix = frame(tokenizer)
-    room = task.max_length - len(prefix) - len(suffix)
+    room = task.row_length - len(prefix) - len(suffix)
     for ids, starts in _texts(rows, tokenizer, with_words=task.whole_word_masking):
         for window in windows(range(len(ids)), room):
             here = slice(window[0], window[-1] + 1)

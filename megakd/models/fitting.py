@@ -74,9 +74,9 @@ def _check_sizes(source: ModelSource, task: TaskConfig, tokenizer_size: int) -> 
         )
     _check_padding(source)
     longest = source.architecture.longest_input(source.config)
-    if longest is not None and task.max_length > longest:
+    if longest is not None and task.row_length > longest:
         raise ModelError(
-            f"{source.where}: task.max_length is {task.max_length} and the model takes at most"
+            f"{source.where}: task.max_length is {task.row_length} and the model takes at most"
             f" {longest} tokens; lower task.max_length"
         )
 

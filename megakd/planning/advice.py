@@ -111,8 +111,8 @@ def _activations(config: RunConfig) -> Iterator[str]:
         yield "train.gradient_checkpointing=true"
     if getattr(config.method, "passes_per_backward", 1) is None:
         yield "method.passes_per_backward=1"
-    if tokens is not None and tokens > task.max_length:
-        yield f"train.tokens_per_rank={max(tokens // 2, task.max_length)}"
+    if tokens is not None and tokens > task.row_length:
+        yield f"train.tokens_per_rank={max(tokens // 2, task.row_length)}"
     if tokens is None and rows > 1:
         held = -(-train.gradient_accumulation_steps * rows // (rows // 2))
         fewer = f"train.per_device_train_batch_size={rows // 2}"

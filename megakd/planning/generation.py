@@ -40,7 +40,7 @@ class Generation(NamedTuple):
 
 def generations(stage: Stage, config: RunConfig) -> Iterator[Generation]:
     """Yield the kinds of texts that a stage generates, with their largest sizes."""
-    longest = config.task.max_length
+    longest = config.task.row_length
     rollouts, generation = stage.rollouts, config.eval.generation
     if rollouts is not None and rollouts.files is None and rollouts.server is None:
         train = stage.train

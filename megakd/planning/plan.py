@@ -7,6 +7,7 @@ from dataclasses import replace
 import psutil
 
 from megakd.config.run import RunConfig
+from megakd.errors import ConfigError
 from megakd.planning.advice import Case, find_changes
 from megakd.planning.cluster import Cluster
 from megakd.planning.memory_plan import Plan
@@ -43,6 +44,11 @@ def plan_run(
     Raises:
         MegakdError: a model's config cannot be read, or the run cannot work.
     """
+    if config.task.max_length is None:
+        raise ConfigError(
+            "task.max_length: missing, and a plan reads no data; set it to the tokens of the "
+            "longest row to plan for (a run takes the length of 99 % of the training rows)"
+        )
     base, known = host_base_bytes(), Traces() if traces is None else traces
 
     def planned(case: Case) -> Plan:

@@ -243,7 +243,7 @@ class _Tracer:
         """Trace the work of the phase with one model."""
         phase, frozen = self._phase, self._frozen(ready, Needs())
         if phase.work == "timing":
-            shape = (phase.rows, self._task.max_length)
+            shape = (phase.rows, self._task.row_length)
             ids = torch.ones(shape, dtype=torch.long, device=VALUELESS)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             return self._forward(frozen.model, **inputs)[0]
@@ -342,7 +342,7 @@ class _Tracer:
             length: positions of a row, in which several texts are packed; None: one text.
         """
         task = self._task
-        length = length or task.max_length
+        length = length or task.row_length
         with VALUELESS:
             valid = torch.ones((rows, length), dtype=torch.bool)
             ids = torch.ones((rows, length), dtype=torch.long)
@@ -350,8 +350,8 @@ class _Tracer:
                 inputs = {"input_ids": ids, "position_ids": ids.clone()}
                 # Half of the positions for each source, in values: losses select rows by them.
                 halves = torch.arange(ids.numel(), device="cpu").view(ids.shape) % 2 == 0
-                starts = torch.ones(ids.numel() // task.max_length + 1, dtype=torch.int32)
-                texts = Documents(starts, task.max_length)
+                starts = torch.ones(ids.numel() // task.row_length + 1, dtype=torch.int32)
+                texts = Documents(starts, task.row_length)
                 return Batch(inputs, ids.clone(), valid, documents=texts, is_rollout=halves)
             others = {name: ids.clone() for name in ("attention_mask", "token_type_ids")}
             inputs = {"input_ids": ids, **others}

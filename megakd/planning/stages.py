@@ -211,7 +211,7 @@ class PlanningLab(LabBase):
         ready = self._teachers[teacher]
         if not any(known.work == "importance" for known in self.phases):
             # Several ranks may use fewer rows per micro-batch.
-            most = self.config.train.rows_at_once(self.config.task.max_length)
+            most = self.config.train.rows_at_once(self.config.task.row_length)
             phase = Phase(
                 name="specification",
                 work="importance",

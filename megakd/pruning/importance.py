@@ -110,7 +110,7 @@ def measure_importance(
     ds = load_ds_config(ready.spec.deepspeed, where="teacher.deepspeed")
     dtype = assembly.teacher_dtype(ready)
     train, ranks = assembly.config.train, assembly.ranks
-    most = train.rows_at_once(assembly.config.task.max_length)
+    most = train.rows_at_once(assembly.config.task.row_length)
     shape = StepShape.of_batch(batch_size, most, rank=ranks.rank, world=ranks.world_size)
     frozen = assembly.frozen_module(source, ds, dtype=dtype, needs=Needs())
     objective = label_objective(source, assembly.config.task.type, assembly.prepared.classes)

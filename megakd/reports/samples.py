@@ -51,7 +51,7 @@ def held_out_prompts(
     """
     first = rows.select(range(min(32, len(rows))))
     if task.type == "causal_lm":
-        return _continuations(first, tokenizer, task.max_length, device)
+        return _continuations(first, tokenizer, task.row_length, device)
     if task.type == "mlm":
         return _hidden_words(first, tokenizer, task, device)
     return None

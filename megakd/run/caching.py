@@ -37,7 +37,7 @@ def cache_teachers(config: RunConfig) -> list[Path]:
         reporter = reporter_of(config, ranks)
         try:
             prepared = prepare(config)
-            lab = Lab(config, prepared, ranks, reporter)
+            lab = Lab(prepared.config, prepared, ranks, reporter)
             check_label_orders(lab.assembly)
             return [lab.cache(lab.teacher(name)) for name in named]
         finally:

@@ -11,7 +11,7 @@ from megakd.engine.collectives import on_main
 from megakd.errors import ConfigError
 from megakd.run.main import started
 from megakd.run.writable import check_writable
-from megakd.training.inputs import check_run, unencoded_inputs
+from megakd.training.inputs import check_run, measured_config, unencoded_inputs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,10 +48,11 @@ def encode_run(config: RunConfig, folder: Path | None) -> Path:
             "and no encoded data"
         )
     check_writable(target, where="--to")
-    task = replace(config.task, encoded=None)
-    config = replace(config, task=task)
+    config = replace(config, task=replace(config.task, encoded=None))
     with started(config):
         found = unencoded_inputs(config)
+        config = measured_config(config, found)
+        task = config.task
         check_run(config, found)
         facts = facts_of(task, found.tokenizer, seed=config.seed)
         on_main(lambda: write_encoded(target, found.splits, found.tokenizer, task, facts=facts))

@@ -31,6 +31,7 @@ from megakd.training.inputs import RunInputs, prepare
 from megakd.training.label_check import label_fit, needs_check, require_fit, tell_order
 from megakd.training.metrics import task_metrics
 from megakd.training.recipes import scoring_preset
+from megakd.training.row_length import with_row_length
 from megakd.training.run_data import cache_folder
 from megakd.training.vocabulary_checks import check_vocabularies, without_tokenizer
 
@@ -82,7 +83,7 @@ def evaluate_model(
             prepared, rows = _given_rows(config, source, given)
         else:
             prepared, rows = _held_out(config, source)
-        assembly = Assembly(config=config, prepared=prepared, ranks=ranks)
+        assembly = Assembly(config=prepared.config, prepared=prepared, ranks=ranks)
         preset = scoring_preset(config.student.deepspeed)
         dtype = assembly.scoring_dtype()
         loaded = assembly.frozen(source, preset, dtype=dtype, needs=Needs())
@@ -157,11 +158,14 @@ def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[Run
         lambda: load_tokenizer(task, splits, model_folders=folders, cache_dir=cache)
     )
     check_vocabularies(task, tokenizer, [source])
+    config = with_row_length(replace(config, task=task), rows, tokenizer, {STUDENT: source})
+    task = config.task
     encoded, key = main_first(
         lambda: encode_rows({split: rows}, tokenizer, task, content_hash=digest, cache_dir=cache)
     )
     held = encoded[split]
     prepared = RunInputs(
+        config=config,
         splits=splits,
         metrics=task_metrics(config.eval, task.type, splits.metrics, names),
         tokenizer=tokenizer,

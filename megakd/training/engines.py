@@ -278,7 +278,7 @@ class Assembly:
     ) -> Answers:
         if self.config.task.type != "causal_lm":
             return {"logits": self.scorer().outputs(model.predict, rows).float()}
-        length = self.config.task.max_length
+        length = self.config.task.row_length
 
         def ask(batch: Batch) -> dict[str, torch.Tensor]:
             return ask_tokens(model, batch, ready.spec, length=length)
@@ -289,7 +289,7 @@ class Assembly:
         """Return the bytes of one row: fp32 logits, or the tokens of all positions."""
         task = self.config.task
         if task.type == "causal_lm":
-            return task.max_length * bytes_per_token(ready.spec)
+            return task.row_length * bytes_per_token(ready.spec)
         return 4 * max(1, len(self.prepared.splits.label_names))
 
     @cached_property
@@ -303,7 +303,7 @@ class Assembly:
         facts: dict[str, Any] = {
             "task": task.type,
             "labels": list(prepared.splits.label_names),
-            "max_length": task.max_length,
+            "max_length": task.row_length,
             "texts": self._texts,
             "tokenizer": tokenizer_content(prepared.tokenizer),
             "teacher": self.identity_of(ready.source),

@@ -42,6 +42,7 @@ from megakd.training.cache_checks import check_caches
 from megakd.training.chat_checks import check_answers, check_chat_models
 from megakd.training.metrics import TaskMetrics, task_metrics
 from megakd.training.rollout_check import check_generated_texts
+from megakd.training.row_length import with_row_length
 from megakd.training.run_data import MixedRows, cache_folder, encoded_rows, mixed_rows, splits_of
 from megakd.training.vocabulary_checks import other_vocabularies, without_tokenizer
 
@@ -97,11 +98,13 @@ class UnencodedInputs:
 class RunInputs(UnencodedInputs):
     """All inputs of a run, with the encoded data; no weights are in memory yet.
 
+    config: the config of the run, with the measured length of the rows.
     encoded: the data for `tokenizer`.
     teacher_encoded: the data for `teacher_tokenizer`.
     mixed: the training rows for both tokenizers; None if the method does not read such rows.
     """
 
+    config: RunConfig
     encoded: Encoded
     teacher_encoded: Encoded | None = None
     mixed: MixedRows | None = None
@@ -123,9 +126,11 @@ def prepare(config: RunConfig) -> RunInputs:
             data is encoded.
     """
     found = unencoded_inputs(config)
+    config = measured_config(config, found)
     check_run(config, found)
     _say_positive_label(found.metrics)
     inputs = RunInputs(
+        config=config,
         splits=found.splits,
         metrics=found.metrics,
         tokenizer=found.tokenizer,
@@ -147,6 +152,13 @@ def prepare(config: RunConfig) -> RunInputs:
     check_answers(config, inputs.encoded.chat, inputs.tokenizer, inputs.sources[STUDENT])
     check_generated_texts(config, inputs.encoded, inputs.sources[STUDENT])
     return inputs
+
+
+def measured_config(config: RunConfig, found: UnencodedInputs) -> RunConfig:
+    """Return the config with `task.max_length`; see `with_row_length`; a collective."""
+    splits = found.splits
+    rows = splits.train if splits.stream is None else splits.validation
+    return with_row_length(config, rows, found.tokenizer, found.sources)
 
 
 def _say_positive_label(metrics: TaskMetrics) -> None:

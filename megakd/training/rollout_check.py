@@ -62,7 +62,7 @@ def prompts_of(
         DataError: the rows have no prompts.
         ConfigError: no prompt leaves room for the longest text.
     """
-    room, limit, remedy = config.task.max_length, "task.max_length", "raise task.max_length"
+    room, limit, remedy = config.task.row_length, "task.max_length", "raise task.max_length"
     context = context_length(student.config)
     if context is not None and context < room:
         room, limit, remedy = context, f"the context of {student.where}", "shorten the prompts"

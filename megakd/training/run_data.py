@@ -42,7 +42,7 @@ def splits_of(config: RunConfig) -> Splits:
     if task.encoded is not None:
         folder = task.encoded
         return once_per_node(lambda: open_splits(folder), place=str(folder))
-    return _once(config, lambda: load_splits(task, seed=config.seed, cache_dir=cache_folder()))
+    return once(config, lambda: load_splits(task, seed=config.seed, cache_dir=cache_folder()))
 
 
 def encoded_rows(
@@ -64,14 +64,14 @@ def encoded_rows(
     if task.encoded is not None:
         facts = facts_of(task, tokenizer, seed=config.seed)
         return as_encoded(task.encoded, splits, tokenizer, facts)
-    return _once(
+    return once(
         config,
         lambda: encode_splits(splits, tokenizer, task, cache_dir=cache, with_train=with_train),
     )
 
 
-def _once(config: RunConfig, action: Callable[[], T]) -> T:
-    """Return rows that `action` writes or finds in the cache; only one rank per node runs it."""
+def once(config: RunConfig, action: Callable[[], T]) -> T:
+    """Return what `action` writes or finds in the cache; only one rank per node runs it."""
     if config.task.streaming:
         return main_first(action)  # a stream reads its files on every rank
     return once_per_node(action, place=str(cache_folder()))
@@ -81,7 +81,7 @@ def mixed_rows(config: RunConfig, splits: Splits, pair: VocabularyPair | None) -
     """Return the training rows for both vocabularies, if the method reads such rows; collective."""
     if pair is None or not config.method.reads_mixed_rows(config):
         return None
-    made = _once(
+    made = once(
         config,
         lambda: encode_mixed(
             splits.train,

@@ -114,7 +114,7 @@ def _wanted(config: RunConfig, inputs: RunInputs, name: str) -> Wanted:
         name=teacher_model(config.teacher_specs[name]) or "",
         pushed=None,
         # The first token of the next row, and the token that vLLM generates after a text.
-        longest=config.task.max_length + 2,
+        longest=config.task.row_length + 2,
         vocabulary=min(inputs.sources[role].config.vocab_size for role in (name, STUDENT)),
         end_tokens=(),
     )

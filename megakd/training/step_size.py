@@ -37,7 +37,7 @@ def largest_step(train: TrainConfig, task: TaskConfig) -> StepSize:
     """
     shape = StepShape(train.per_device_train_batch_size, train.gradient_accumulation_steps)
     layout = StepLayout(shape, train.tokens_per_rank)
-    count = layout.most_micro_batches(task.max_length)
+    count = layout.most_micro_batches(task.row_length)
     if train.tokens_per_rank is None:
-        return StepSize(count, shape.per_device, task.max_length)
+        return StepSize(count, shape.per_device, task.row_length)
     return StepSize(count, 1, train.tokens_per_rank)

@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 from chat_tokenizers import asked, chat_tokenizer, template_of
+from encoded_chats import chat, encoded
 from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
-from megakd.data import chat_encoding, encode_shards
+from megakd.data import chat_encoding, chat_tokens, encode_shards
 from megakd.data.chat_counts import ChatCounts, table_lines
+from megakd.data.chat_tokens import ChatEncoder
 from megakd.data.encode_shards import write_encoded
 from megakd.data.encoded_folder import as_encoded, facts_of, open_splits
 from megakd.data.encoding import Encoded, encode_splits
 from megakd.data.splits import Splits, load_splits
+from megakd.data.token_tables import plain_encoding
 from megakd.data.tokenizers import load_tokenizer, training_texts
 from megakd.errors import DataError
 
@@ -27,9 +30,11 @@ IGNORE = -100
 class Data:
     """Conversations on disk and how a run reads them."""
 
-    def __init__(self, folder: Path, rows: list[dict[str, Any]], **keys: Any) -> None:
+    def __init__(
+        self, folder: Path, rows: list[dict[str, Any]], *, family: str = "chatml", **keys: Any
+    ) -> None:
         self.folder = folder
-        self.tokenizer = chat_tokenizer("chatml", merges=False)
+        self.tokenizer = chat_tokenizer(family, merges=False)
         path = str(write_jsonl(folder / "train.jsonl", rows))
         names = {"train_files": path, "validation_files": self._held()}
         self.task = TaskConfig(**{"type": "causal_lm", "max_length": 64, **names, **keys})
@@ -77,9 +82,11 @@ def test_the_table_counts_tokens_targets_truncated_and_dropped_rows(tmp_path):
         truncated=1,
         long_prompt=1,
         special={data.tokenizer.eos_token_id: 2},
+        lengths=dict.fromkeys((prompt + 5, prompt + 62, FRAME + 60 + 5, prompt + 2), 1),
     )
     share = f"{counts.targets / counts.tokens:.1%}"
-    cells = ["train", "4", "3", f"{counts.tokens}", f"{counts.targets}", share, "1", "1"]
+    cells = ["train", "4", "3", f"{counts.tokens}", f"{counts.targets}", share]
+    cells += [f"{prompt + 5}", f"{FRAME + 65}", f"{FRAME + 65}", "1", "1", "0"]
     assert table_lines({"train": counts})[1].split() == cells
 
 
@@ -240,3 +247,51 @@ def test_a_template_that_leaves_out_tools_of_a_prompt_is_noticed(tmp_path):
     data = Data(tmp_path, rows)
 
     assert data.counts().lost_tools == 1
+
+
+def test_rows_that_cannot_be_read_or_encoded_are_named_together(tmp_path):
+    good, unread = chats(("Hi", "abc"))[0], {"messages": [{"role": "user"}]}
+    with pytest.raises(DataError, match="3 rows that cannot be used") as caught:
+        Data(tmp_path, [good, unread, good, unread, unread]).encoded()
+    assert [f"line {n}:" in str(caught.value) for n in range(1, 6)] == [0, 1, 0, 1, 1]
+
+    refused = [{"messages": asked("Hi", f"{n}", system="no place for this")} for n in range(30)]
+    with pytest.raises(DataError, match="the first 20 rows that cannot be used") as caught:
+        Data(tmp_path / "refused", [good, *refused], family="gemma").encoded()
+    assert str(caught.value).count("the chat template refuses the conversation") == 20
+
+
+def test_bad_rows_are_left_out_on_request_and_counted_at_every_start(tmp_path, caplog):
+    bad = [{"messages": [{"role": "user"}]}, {"messages": asked("Hi", "y", system="refused")}]
+    rows = [*bad, *chats(("Hi", "abc"), ("Ho", "abd"))]
+
+    for _ in range(2):
+        caplog.clear()
+        counts = Data(tmp_path, rows, family="gemma", bad_rows="drop").counts()
+        assert "1 bad row(s) are left out (task.bad_rows: drop)" in caplog.text
+        assert (counts.rows, counts.kept, counts.bad) == (3, 2, 1)
+        assert "1 of 3 rows were left out because they cannot be encoded" in caplog.text
+    # Rows that were left out are not taken for a run that refuses them.
+    with pytest.raises(DataError, match="line 1"):
+        Data(tmp_path, rows, family="gemma").encoded()
+
+
+@pytest.mark.parametrize("family", ["chatml", "llama3", "gemma"])
+def test_the_end_of_a_prompt_is_found_without_encoding_the_whole_prompt_again(family, monkeypatch):
+    tokenizer = chat_tokenizer(family)
+    conversation = chat(asked(*["the cat sees the dog and then it runs\n"] * 12))
+    lengths: list[int] = []
+
+    def counting(texts: list[str], own: Any) -> Any:
+        lengths.extend(map(len, texts))
+        return plain_encoding(texts, own)
+
+    monkeypatch.setattr(chat_tokens, "plain_encoding", counting)
+    short = encoded(tokenizer, conversation)
+    monkeypatch.setattr(ChatEncoder, "_separate_before", lambda *_: 0)
+    whole = encoded(tokenizer, conversation)
+
+    assert max(lengths[:6]) < 40 < max(lengths[6:])
+    assert short.input_ids.tolist() == whole.input_ids.tolist()
+    assert short.labels.tolist() == whole.labels.tolist()
+    assert short.prompt_length == whole.prompt_length

@@ -19,7 +19,7 @@ from datasets import Dataset, Json, List
 from tiny_runs import write_jsonl
 
 from megakd.config.task import MixtureSource, TaskConfig
-from megakd.data.chat_rows import Conversation, conversations, is_chat
+from megakd.data.chat_rows import Conversation, conversation_of, is_chat
 from megakd.data.choosing import text_hash
 from megakd.data.columns import conversation_columns
 from megakd.data.files import files_table
@@ -39,7 +39,8 @@ def read(path: Path, **keys: Any) -> list[Conversation]:
     """The rows of a file."""
     table = files_table([path], "task.train_files")
     columns = conversation_columns(table, task(path, **keys))
-    return [found for _, found in conversations(table, columns) if found is not None]
+    found = (conversation_of(table.name, columns, record) for record in table.records())
+    return [conversation for conversation in found if conversation is not None]
 
 
 def first_of(folder: Path, row: dict[str, Any], **keys: Any) -> Conversation:

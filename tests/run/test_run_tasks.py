@@ -206,7 +206,7 @@ def test_a_tied_language_model_is_loaded_and_scored_with_plain_transformers(lang
     loss, targets, offset = 0.0, 0, 0
     for text in rows["text"]:
         ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-        for piece in pieces(ids, offset, task.max_length):
+        for piece in pieces(ids, offset, task.row_length):
             with torch.no_grad():
                 logits = model(torch.tensor([piece[:-1]])).logits[0].double()
             following = torch.tensor(piece[1:])

@@ -65,6 +65,7 @@ def prepared_of(config: RunConfig, content: str = "rows") -> RunInputs:
     specs = {**config.teacher_specs, "student": config.student}
     tokenizer: Any = range(20)  # all that is asked of it here is its size
     return RunInputs(
+        config=config,
         splits=Splits(nothing, nothing, None, ("no", "yes"), ("accuracy",), content),
         metrics=TaskMetrics(names=("accuracy",), main=headline(["accuracy"])),
         encoded=Encoded(nothing, nothing, None, content, 8.0),

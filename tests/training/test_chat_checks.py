@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from chat_tokenizers import asked, chat_tokenizer, template_of
+from chat_runs import END, OTHER, config_of, model
 from tiny_runs import write_jsonl
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from megakd.config.models import StudentConfig, TeacherConfig
-from megakd.config.run import RunConfig
-from megakd.config.task import TaskConfig
 from megakd.engine import distributed
 from megakd.errors import ConfigError, DataError
-from megakd.methods.single import SingleConfig
 from megakd.training.inputs import prepare
-
-END, OTHER = "<|im_end|>", "<|endoftext|>"
 
 
 @pytest.fixture(autouse=True)
@@ -29,41 +19,6 @@ def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank without a process group."""
     monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
-
-
-def model(
-    folder: Path,
-    *,
-    end: str = END,
-    ends: list[str] | None = None,
-    family: str = "chatml",
-    rows: int = 340,
-) -> str:
-    """A Llama whose tokenizer ends texts with `end`, and whose generation ends with `ends`."""
-    tokenizer = chat_tokenizer("chatml")
-    tokenizer.eos_token = end
-    tokenizer.chat_template = template_of(family)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": rows}
-    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    ids = tokenizer.convert_tokens_to_ids(ends or [end])
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-    return str(folder)
-
-
-def config_of(folder: Path, **task: Any) -> RunConfig:
-    rows = [{"messages": asked(f"Question {n}", "Answer")} for n in range(30)]
-    path = write_jsonl(folder / "rows.jsonl", rows)
-    own = {"type": "causal_lm", "dataset": str(path), "max_length": 64, **task}
-    return RunConfig(
-        output_dir=folder / "run",
-        task=TaskConfig(**own),
-        teacher=TeacherConfig(model=str(folder / "teacher")),
-        student=StudentConfig(model=str(folder / "student")),
-        method=SingleConfig(name="single"),
-    )
 
 
 def test_models_that_agree_are_silent(tmp_path, caplog):
