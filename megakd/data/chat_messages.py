@@ -75,6 +75,26 @@ def _looks_like_message(value: object) -> bool:
     )
 
 
+def with_arguments(message: Message, *, as_text: bool) -> Message:
+    """Return a message whose calls have their arguments as objects, or all as OpenAI writes them.
+
+    OpenAI's arguments are JSON text, and a message with calls and without a text has no content.
+    DeepSeek's templates read this form, and most templates objects and a content.
+    """
+    if "tool_calls" not in message:
+        return message
+    calls: list[Message] = []
+    for call in message["tool_calls"]:
+        given = call["function"]["arguments"]
+        if not as_text:
+            given = from_json(given)
+        elif not isinstance(given, str):
+            given = json.dumps(given, ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": given}})
+    content = (message["content"] or None) if as_text else message["content"]
+    return {**message, "tool_calls": calls, "content": content}
+
+
 def without_nulls(value: Any) -> Any:
     """Return a JSON value without the nulls in its objects.
 
@@ -135,14 +155,14 @@ def _content(value: object, where: str) -> object:
 
 
 def _tool_call(value: object, where: str) -> Message:
-    """Return a call with its arguments as an object, as chat templates expect them."""
+    """Return a call in OpenAI's form; its arguments stay an object or JSON text."""
     if not isinstance(value, Mapping):
         raise DataError(f"{where}: a tool call is not an object: {value!r:.80}")
     call = cast("Message", dict(value))
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise DataError(f"{where}: a tool call has no name of a function: {value!r:.80}")
-    named = {**function, "arguments": from_json(function.get("arguments", {}))}
+    named = {**function, "arguments": function.get("arguments", {})}
     if function is call:
         return {"type": "function", "function": named}
     return {"type": "function", **call, "function": named}

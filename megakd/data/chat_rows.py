@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from megakd.data.tables import Record, Table
 
 # Part of the key of rows on disk: increase this number when the same source gives other rows.
-VERSION = 1
+VERSION = 2
 CONVERSATION = "conversation"
 SOURCE = "source"
 MESSAGES_DEFAULTS = ("messages", "conversations")

@@ -10,12 +10,13 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from megakd.data.chat_messages import ASSISTANT
+from megakd.data.chat_messages import ASSISTANT, with_arguments
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class ChatTemplate:
         self._tokenizer, self._task = tokenizer, task
         added = cast("Any", tokenizer).get_added_vocab()
         self._special = tuple({*tokenizer.all_special_tokens, *added})
+        self.end = cast("str | None", tokenizer.eos_token) or ""
         self._sources: dict[bool, str] = {}
 
     def render(self, conversation: Conversation, *, where: str) -> Rendered:
@@ -95,6 +97,20 @@ class ChatTemplate:
                 follows.
         """
         messages = [_prepared(m, self._task) for m in conversation.messages or ()]
+        try:
+            made = [with_arguments(message, as_text=False) for message in messages]
+            return self._rendered(conversation, made, where)
+        except DataError:
+            if not any("tool_calls" in message for message in messages):
+                raise
+            made = [with_arguments(message, as_text=True) for message in messages]
+            with suppress(DataError):
+                return self._rendered(conversation, made, where)
+            raise
+
+    def _rendered(
+        self, conversation: Conversation, messages: list[Message], where: str
+    ) -> Rendered:
         view = _View(self, conversation, messages, where)
         if conversation.is_prompt:
             text = view.up_to(len(messages), prompted=True)
@@ -201,7 +217,7 @@ class _View:
     def _whole(self, **keys: bool) -> tuple[str, list[tuple[int, int]]]:
         text, marks = self._rendered(len(self._messages), **keys)
         for message in self._messages:
-            role, content = message["role"], message["content"].strip()
+            role, content = message["role"], (message["content"] or "").strip()
             # Templates write results of tools and answers in forms of their own.
             if role not in (ASSISTANT, "tool") and content not in text:
                 raise DataError(
@@ -225,8 +241,10 @@ class _View:
     def _prefix(self, text: str, count: int, *, prompted: bool) -> int:
         """Return the length of the text of the first messages, which must begin the whole text."""
         prefix = self.up_to(count, prompted=prompted)
-        if text.startswith(prefix):
-            return len(prefix)
+        # Phi's templates close every text without a prompt for an answer with the end token.
+        for begun in (prefix, prefix.removesuffix(self._template.end)):
+            if text.startswith(begun):
+                return len(begun)
         same = _shared_characters(prefix, text)
         alone, whole = (t[same : same + SHOWN_CHARACTERS] for t in (prefix, text))
         answer = count + 1 if prompted else count
@@ -317,5 +335,5 @@ def _reasoning(message: Message) -> str:
     for key in REASONING_KEYS:
         if isinstance(message.get(key), str):
             return message[key].strip()
-    before, mark, _ = message["content"].partition("</think>")
+    before, mark, _ = (message["content"] or "").partition("</think>")
     return before.replace("<think>", "").strip() if mark else ""

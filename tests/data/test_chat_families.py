@@ -89,3 +89,52 @@ def test_the_name_of_a_tool_elsewhere_in_the_text_does_not_hide_a_lost_call():
 
     with pytest.raises(DataError, match="leaves out a call of the tool 'add'"):
         encoded(chat_tokenizer("chatml"), chat(messages))
+
+
+@pytest.mark.parametrize(("family", "line"), [("phi3", "\n"), ("phi4_mini", "")])
+def test_every_answer_of_phi_counts_and_the_text_is_that_of_transformers(family, line):
+    """The template writes its last token after the whole text, and not after each answer."""
+    tokenizer = chat_tokenizer(family)
+    messages = asked("Hi", "Hello", "Bye", "See you", system="Be kind")
+
+    row = encoded(tokenizer, chat(messages))
+
+    def turn(role: str, content: str) -> str:
+        return f"<|{role}|>{line}{content}<|end|>{line}"
+
+    prompt = f"<|assistant|>{line}"
+    assert_row(
+        row,
+        tokenizer,
+        (turn("system", "Be kind") + turn("user", "Hi") + prompt, False),
+        ("Hello<|end|>", True),
+        (line + turn("user", "Bye") + prompt, False),
+        (f"See you<|end|>{line}<|endoftext|>", True),
+    )
+    assert row.input_ids.tolist() == tokenizer.apply_chat_template(messages)["input_ids"]
+
+
+@pytest.mark.parametrize("arguments", ['{"a":2, "b": 2}', {"a": 2, "b": 2}])
+@pytest.mark.parametrize("content", [None, ""])
+def test_calls_of_deepseek_have_their_arguments_as_json_text(arguments, content):
+    tokenizer = chat_tokenizer("deepseek")
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    calling = {"role": "assistant", "content": content, "tool_calls": [call, call]}
+    messages = [*asked("2 + 2?"), calling, RESULT, {"role": "assistant", "content": "It is 4."}]
+
+    row = encoded(tokenizer, chat(messages))
+
+    text = arguments if isinstance(arguments, str) else '{"a": 2, "b": 2}'
+    written = f"<|tool_call_begin|>function<|tool_sep|>add\n```json\n{text}\n```<|tool_call_end|>"
+    end = "<|end_of_sentence|>"
+    assert_row(
+        row,
+        tokenizer,
+        ("<|begin_of_sentence|><|User|>2 + 2?<|Assistant|>", False),
+        (f"<|tool_calls_begin|>{written}{written}<|tool_calls_end|>{end}", True),
+        ("<|tool_outputs_begin|><|tool_output_begin|>4<|tool_output_end|>", False),
+        ("<|tool_outputs_end|>", False),
+        (f"It is 4.{end}", True),
+    )
+    if content == "" and isinstance(arguments, str):
+        assert row.input_ids.tolist() == tokenizer.apply_chat_template(messages)["input_ids"]

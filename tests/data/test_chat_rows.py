@@ -103,7 +103,7 @@ def test_a_table_with_text_and_a_prompt_is_read_as_text(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [CALL["arguments"], json.dumps(CALL["arguments"])])
-def test_tool_calls_have_their_arguments_as_an_object(tmp_path, arguments):
+def test_tool_calls_keep_their_arguments_as_they_are(tmp_path, arguments):
     call = {"id": "1", "type": "function", "function": {**CALL, "arguments": arguments}}
     openai = [*asked("2 + 2?"), {"role": "assistant", "tool_calls": [call]}]
     sharegpt = [
@@ -115,7 +115,7 @@ def test_tool_calls_have_their_arguments_as_an_object(tmp_path, arguments):
 
     for messages in found:
         assert messages
-        assert messages[1]["tool_calls"][0]["function"] == CALL
+        assert messages[1]["tool_calls"][0]["function"] == {**CALL, "arguments": arguments}
         assert messages[1]["content"] == ""
 
 

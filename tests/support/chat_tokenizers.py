@@ -29,12 +29,24 @@ class Family(NamedTuple):
 CHATML_TOKENS = ("<|im_start|>", "<|endoftext|>")
 LLAMA_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>")
 GEMMA_TOKENS = ("<start_of_turn>", "<eos>")
+PHI_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
+DEEPSEEK_TOKENS = (
+    "<|User|>",
+    "<|Assistant|>",
+    "<|tool_calls_begin|>",
+    "<|tool_calls_end|>",
+)
 FAMILIES = {
     "qwen3": Family("qwen3.jinja", "<|im_end|>", CHATML_TOKENS),
     "chatml": Family("chatml.jinja", "<|im_end|>", CHATML_TOKENS),
     "marks": Family("chatml_with_marks.jinja", "<|im_end|>", CHATML_TOKENS),
     "llama3": Family("llama3.jinja", "<|eot_id|>", LLAMA_TOKENS, "<|begin_of_text|>"),
     "llama32": Family("llama32.jinja", "<|eot_id|>", LLAMA_TOKENS, "<|begin_of_text|>"),
+    "phi3": Family("phi3.jinja", "<|endoftext|>", PHI_TOKENS),
+    "phi4_mini": Family("phi4_mini.jinja", "<|endoftext|>", PHI_TOKENS),
+    "deepseek": Family(
+        "deepseek.jinja", "<|end_of_sentence|>", DEEPSEEK_TOKENS, "<|begin_of_sentence|>"
+    ),
     "gemma": Family("gemma.jinja", "<end_of_turn>", GEMMA_TOKENS, "<bos>"),
     "gemma3": Family("gemma3.jinja", "<end_of_turn>", GEMMA_TOKENS, "<bos>"),
 }
