@@ -106,8 +106,8 @@ class Continuations:
 
     @property
     def shown(self) -> list[str]:
-        """The beginnings as text."""
-        return list(map(self._text, self.ids))
+        """The beginnings as text, with the end tokens of earlier turns left out."""
+        return [self._decoded(ids) for ids in self.ids]
 
     def answers(self, model: Answering) -> list[str]:
         """Return the most likely continuation of each beginning, token by token."""
@@ -116,7 +116,7 @@ class Continuations:
             said = model.top_k(self._batch(rows), 1).ids  # [B, 1]
             for row, (token,) in zip(rows, said.tolist(), strict=True):
                 row.append(token)
-        return [self._text(r[len(begun) :]) for r, begun in zip(rows, self.ids, strict=True)]
+        return [self._answer(r[len(begun) :]) for r, begun in zip(rows, self.ids, strict=True)]
 
     def _batch(self, rows: Sequence[Sequence[int]]) -> Batch:
         """Return a batch whose targets are the tokens after the last token of each row."""
@@ -132,10 +132,12 @@ class Continuations:
         last = torch.arange(len(rows)) * width + lengths - 1
         return device_batch(Batch(inputs, labels, valid, last), self.device)
 
-    def _text(self, ids: Sequence[int]) -> str:
+    def _answer(self, ids: Sequence[int]) -> str:
         end = self.tokenizer.eos_token_id
-        kept = ids[: ids.index(end)] if end in ids else ids
-        return cast("str", self.tokenizer.decode(list(kept), skip_special_tokens=True))
+        return self._decoded(ids[: ids.index(end)] if end in ids else ids)
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return cast("str", self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -213,13 +213,22 @@ def _check_ends(
     if any(own.special.get(number) for own in trained for number in looked_for):
         return
     special = {number for own in trained for number in own.special}
-    problem = (
-        f"no answer of the training rows ends with {', '.join(_tokens(looked_for, tokenizer))} "
-        "(eos_token of the tokenizer, and eos_token_id in the student's generation_config.json); "
-        f"the special tokens that count are {', '.join(_tokens(special, tokenizer)) or 'none'}; "
-        "use a tokenizer whose eos_token ends the answers of the chat template, or raise "
-        "task.max_length if all answers are cut"
-    )
+    counting = ", ".join(_tokens(special, tokenizer)) or "none"
+    if looked_for:
+        problem = (
+            f"no answer of the training rows ends with {', '.join(_tokens(looked_for, tokenizer))} "
+            "(eos_token of the tokenizer, and eos_token_id in the student's "
+            f"generation_config.json); the special tokens that count are {counting}; use a "
+            "tokenizer whose eos_token ends the answers of the chat template, or raise "
+            "task.max_length if all answers are cut"
+        )
+    else:
+        problem = (
+            "no token ends the student's texts: the tokenizer has no eos_token (null in "
+            "tokenizer_config.json), and the student has no eos_token_id in "
+            "generation_config.json; set one of the two to the token that ends the answers (the "
+            f"special tokens that count are {counting})"
+        )
     if task.end_tokens == "check":
         raise ConfigError(f"{problem}; {ACCEPT}")
     logger.warning("%s (accepted by task.end_tokens)", problem)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +86,20 @@ def test_answers_without_an_end_token_of_the_student_are_refused_unless_accepted
 
     prepare(config_of(tmp_path, end_tokens="accept"))
     assert "accepted by task.end_tokens" in caplog.text
+
+
+def test_a_tokenizer_without_an_end_token_is_named_as_the_cause(tmp_path):
+    for role in ("teacher", "student"):
+        folder = Path(model(tmp_path / role))
+        settings = folder / "tokenizer_config.json"
+        tree = json.loads(settings.read_text(encoding="utf-8"))
+        settings.write_text(json.dumps({**tree, "eos_token": None}), encoding="utf-8")
+        (folder / "generation_config.json").unlink()
+
+    with pytest.raises(ConfigError, match="the tokenizer has no eos_token") as caught:
+        prepare(config_of(tmp_path))
+
+    assert f"the special tokens that count are {END}" in str(caught.value)
 
 
 @pytest.mark.parametrize(
