@@ -47,11 +47,9 @@ def _free_name(kind: str) -> AfterValidator:
 
 
 MOST_TOKENS = 2**24
-"""The largest `max_length`."""
 
 
 def _length(value: object, info: ValidationInfo) -> object:
-    """Return the length of rows that are not measured, if none is given."""
     return 128 if value is None and info.data.get("type") != "causal_lm" else value
 
 
@@ -113,12 +111,10 @@ class TaskConfig:
     """accept: allow a teacher that ends its answers with another token, and answers without an
     end token. Only for causal_lm with conversations."""
     bad_rows: Literal["error", "drop"] = "error"
-    """What happens to rows that cannot be used, such as a value that is not text or a conversation
-    that the chat template refuses. drop: leave them out, and count them."""
+    """What happens to rows that cannot be read or encoded. drop: leave them out and count them."""
     max_length: Annotated[
         Annotated[int, Field(ge=2, le=MOST_TOKENS)] | None,
-        BeforeValidator(_length),
-        Field(validate_default=True),
+        *(BeforeValidator(_length), Field(validate_default=True)),
     ] = None
     """In tokens. Longer texts are truncated; mlm splits them into windows, and causal_lm packs
     texts to this length. None: 128, and for causal_lm the length of 99 % of the training rows."""

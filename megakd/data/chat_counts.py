@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megakd.data.rows import Histogram, longest_of
+from megakd.data.rows import longest_of
 
 logger = logging.getLogger(__name__)
 KEYED = ("special", "lengths")
@@ -49,7 +49,7 @@ class ChatCounts:
     lost_tools: int = 0
     bad: int = 0
     special: dict[int, int] = field(default_factory=dict)
-    lengths: Histogram = field(default_factory=dict)
+    lengths: dict[int, int] = field(default_factory=dict)
 
     @property
     def dropped(self) -> int:

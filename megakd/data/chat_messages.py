@@ -76,23 +76,22 @@ def _looks_like_message(value: object) -> bool:
 
 
 def with_arguments(message: Message, *, as_text: bool) -> Message:
-    """Return a message whose calls have their arguments as objects, or all as OpenAI writes them.
+    """Return a message with the arguments of its calls as objects, or in OpenAI's form.
 
-    OpenAI's arguments are JSON text, and a message with calls and without a text has no content.
-    DeepSeek's templates read this form, and most templates objects and a content.
+    In OpenAI's form, which DeepSeek's templates read, arguments are JSON text, and a message with
+    calls alone has no content.
     """
     if "tool_calls" not in message:
         return message
     calls: list[Message] = []
     for call in message["tool_calls"]:
         given = call["function"]["arguments"]
-        if not as_text:
-            given = from_json(given)
-        elif not isinstance(given, str):
+        if as_text and not isinstance(given, str):
             given = json.dumps(given, ensure_ascii=False)
+        given = given if as_text else from_json(given)
         calls.append({**call, "function": {**call["function"], "arguments": given}})
-    content = (message["content"] or None) if as_text else message["content"]
-    return {**message, "tool_calls": calls, "content": content}
+    nothing = None if as_text else ""
+    return {**message, "tool_calls": calls, "content": message["content"] or nothing}
 
 
 def without_nulls(value: Any) -> Any:

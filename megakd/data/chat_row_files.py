@@ -53,33 +53,32 @@ def conversation_rows(
     names = ("text", CONVERSATION, PLACE, *(n for n, value in further.items() if value is not None))
 
     def fill(fresh: Path) -> None:
-        blank, bad = BlankRows(), BadRows(bad_rows)
+        blank = BlankRows(bad=BadRows(bad_rows))
         features = Features({column: Value("string") for column in names})
-        rows = _rows(table, columns, (blank, bad), source=source, teacher=teacher)
+        rows = _rows(table, columns, blank, source=source, teacher=teacher)
         write_rows(rows, features, fresh / "rows.arrow")
-        blank.write(fresh, bad)
+        blank.write(fresh)
 
     folder = cached_folder(cache_dir / "rows" / key[:32], fill)
     rows = read_rows(folder / "rows.arrow")
     if len(rows) == 0:
         raise DataError(f"{table.name} has no rows with text")
-    BlankRows.read(folder).tell(table.name, rows=len(rows), are_kept=False)
+    BlankRows.tell(folder, table.name, rows=len(rows), are_kept=False)
     return rows
 
 
 def _rows(
     table: Table,
     columns: ChatColumns,
-    counts: tuple[BlankRows, BadRows],
+    blank: BlankRows,
     *,
     source: str | None,
     teacher: RowTeacher | None,
 ) -> Iterator[dict[str, object]]:
-    """Yield the rows of a table, and count the rows without text and the bad rows."""
+    """Yield the rows of a table, and count the rows without text and the bad rows in `blank`."""
     own = {} if source is None else {SOURCE: source}
-    blank, bad = counts
     for record in table.records():
-        with bad:
+        with blank.bad:
             conversation = conversation_of(table.name, columns, record)
             if conversation is None:
                 blank.add(record)

@@ -41,6 +41,7 @@ ENCODED_AT_ONCE = 32
 """Conversations that are encoded together. Without special tokens in the text, the beginnings up to
 each answer are encoded too, which takes much memory for long conversations with many answers."""
 PROMPT_LENGTH = "prompt_length"
+REFUSED = Rendered("", [], 0)
 
 
 class ChatRow(NamedTuple):
@@ -168,12 +169,9 @@ class ChatEncoder:
         self._template: ChatTemplate | None = None
         self._ends = document_ends(tokenizer)
         added = cast("Any", tokenizer).get_added_vocab().values()
-        self._separate = {
-            number
-            for number, token in tokenizer.added_tokens_decoder.items()
-            if not token.normalized and not token.single_word
-        }
-        """Tokens whose text splits a text into parts that are encoded one by one."""
+        # A text is split at these tokens, and its parts are encoded one by one.
+        known = tokenizer.added_tokens_decoder.items()
+        self._separate = {n for n, t in known if not t.normalized and not t.single_word}
         self._special = np.array(sorted({*tokenizer.all_special_ids, *added}), dtype=np.int32)
 
     def __call__(
@@ -189,26 +187,27 @@ class ChatEncoder:
             DataError: a conversation cannot be rendered or encoded.
         """
         rendered = [self._rendered(c, p) for c, p in zip(conversations, places, strict=True)]
-        for start in range(0, len(rendered), ENCODED_AT_ONCE):
-            part = slice(start, start + ENCODED_AT_ONCE)
-            texts = zip(rendered[part], places[part], strict=True)
-            encoded = self._encoded([(text, place) for text, place in texts if text is not None])
-            for conversation, text in zip(conversations[part], rendered[part], strict=True):
-                tokens = None if text is None else next(encoded)
-                if text is None or tokens is None:
-                    yield [], ChatCounts(rows=1, bad=1)
-                else:
-                    is_plain = conversation.messages is None
-                    own = self._framed(conversation, tokens) if is_plain else tokens
-                    yield self._rows(conversation, own, text)
+        encoded = (
+            tokens
+            for start in range(0, len(rendered), ENCODED_AT_ONCE)
+            for tokens in self._encoded(
+                rendered[start : start + ENCODED_AT_ONCE], places[start : start + ENCODED_AT_ONCE]
+            )
+        )
+        for conversation, text, tokens in zip(conversations, rendered, encoded, strict=True):
+            if text is REFUSED or tokens is None:
+                yield [], ChatCounts(rows=1, bad=1)
+                continue
+            is_plain = conversation.messages is None
+            own = self._framed(conversation, tokens) if is_plain else tokens
+            yield self._rows(conversation, own, text)
 
-    def _rendered(self, conversation: Conversation, place: str) -> Rendered | None:
-        """Return the text of a conversation; None if the template refuses it."""
+    def _rendered(self, conversation: Conversation, place: str) -> Rendered:
         if conversation.messages is not None:
             self._template = self._template or ChatTemplate(self._tokenizer, self._task)
             with self.bad:
                 return self._template.render(conversation, where=place)
-            return None
+            return REFUSED
         prompt, answer = conversation.prompt, conversation.completion
         if answer is None:
             return Rendered(prompt, [], len(prompt))
@@ -217,38 +216,36 @@ class ChatEncoder:
         text = prompt + answer
         return Rendered(text, [(len(prompt), len(text))], len(prompt))
 
-    def _encoded(self, rendered: Sequence[tuple[Rendered, str]]) -> Iterator[Tokens | None]:
-        """Yield the tokens of each text, in which no token reaches over the start of an answer.
-
-        Args:
-            rendered: each text with its place; a text that cannot be cut gives None.
-        """
-        whole = self._pieces([text.text for text, _ in rendered])
-        starts = [sorted({t.prompt_end, *(begin for begin, _ in t.answers)}) for t, _ in rendered]
-        # The text up to a start has the same tokens as the whole text up to a separate token.
-        firsts = [
-            [self._separate_before(pieces, start) for start in own]
-            for pieces, own in zip(whole, starts, strict=True)
+    def _encoded(
+        self, rendered: Sequence[Rendered], places: Sequence[str]
+    ) -> Iterator[Tokens | None]:
+        """Yield the tokens of each text, in which no token reaches over the start of an answer."""
+        whole = self._pieces([text.text for text in rendered])
+        # Up to a separate token, the text before a start has the same tokens as the whole text.
+        cuts = [
+            [
+                (self._separate_before(pieces, s), s)
+                for s in sorted({t.prompt_end, *(a[0] for a in t.answers)})
+            ]
+            for t, pieces in zip(rendered, whole, strict=True)
         ]
         ends = [
             text.text[pieces.offsets[first] if first else 0 : start]
-            for (text, _), pieces, own, shared in zip(rendered, whole, starts, firsts, strict=True)
-            for first, start in zip(shared, own, strict=True)
+            for text, pieces, own in zip(rendered, whole, cuts, strict=True)
+            for first, start in own
         ]
-        encoded = iter(plain_encoding(ends, self._tokenizer)["input_ids"] if ends else ())
-        for (text, place), own, pieces, shared in zip(rendered, starts, whole, firsts, strict=True):
-            tails = [(first, next(encoded)) for first in shared]
-            if all(pieces.ids[first : first + len(ids)] == ids for first, ids in tails):
-                lengths = [first + len(ids) for first, ids in tails]
-                yield _marked(text, pieces, dict(zip(own, lengths, strict=True)))
-                continue
+        encoded = iter(plain_encoding(ends, self._tokenizer)["input_ids"])
+        for text, pieces, own, place in zip(rendered, whole, cuts, places, strict=True):
+            tails = [(first, start, next(encoded)) for first, start in own]
             tokens = None
-            with self.bad:
-                tokens = _marked(text, *self._cut(text, own, pieces, place))
+            if all(pieces.ids[first : first + len(ids)] == ids for first, _, ids in tails):
+                tokens = _marked(text, pieces, {s: first + len(ids) for first, s, ids in tails})
+            else:
+                with self.bad:
+                    tokens = _marked(text, *self._cut(text, [s for _, s in own], pieces, place))
             yield tokens
 
     def _separate_before(self, pieces: _Pieces, start: int) -> int:
-        """Return the number of the last separate token before a character; 0 without one."""
         last = bisect_left(pieces.offsets, start) - 1
         return next((n for n in range(last, 0, -1) if pieces.ids[n] in self._separate), 0)
 

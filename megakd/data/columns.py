@@ -280,17 +280,17 @@ def _rows_of(
     labeller = classes.label if classes else score
 
     def fill(fresh: Path) -> None:
-        blank, bad = BlankRows(), BadRows(task.bad_rows)
-        rows = _rows(table, fields, task.type, labeller, counts=(blank, bad), teacher=teacher)
+        blank = BlankRows(bad=BadRows(task.bad_rows))
+        rows = _rows(table, fields, task.type, labeller, blank=blank, teacher=teacher)
         write_rows(rows, _features(fields, task, teacher), fresh / "rows.arrow")
-        blank.write(fresh, bad)
+        blank.write(fresh)
 
     folder = cached_folder(cache_dir / "rows" / key[:32], fill)
     dataset = read_rows(folder / "rows.arrow")
     if len(dataset) == 0:
         raise DataError(f"{table.name} has no rows")
     are_kept = task.type not in LANGUAGE_TASKS
-    BlankRows.read(folder).tell(table.name, rows=len(dataset), are_kept=are_kept)
+    BlankRows.tell(folder, table.name, rows=len(dataset), are_kept=are_kept)
     return dataset
 
 
@@ -300,13 +300,12 @@ def _rows(
     task_type: str,
     labeller: Labeller,
     *,
-    counts: tuple[BlankRows, BadRows],
+    blank: BlankRows,
     teacher: RowTeacher | None,
 ) -> Iterator[dict[str, object]]:
-    """Yield the rows of a split, and count the rows without text and the bad rows."""
-    blank, bad = counts
+    """Yield the rows of a split, and count the rows without text and the bad rows in `blank`."""
     for record in table.records():
-        with bad:
+        with blank.bad:
             named = {} if teacher is None else teacher.columns(table, record)
             if task_type in LANGUAGE_TASKS:
                 document = document_of(table.name, fields.text, record)

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 from datasets.fingerprint import generate_fingerprint
 
 from megakd.data.cache import T, remembered
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     import pyarrow as pa
     from datasets import Dataset
+    from numpy.typing import NDArray
 
 LABELS_AT_ONCE = 100_000
 TEXTS_AT_ONCE = 1000
 PLACE = "place"
 """Column with the place of a row in messages, on which nothing else depends."""
-Histogram = dict[int, int]
-"""Number of rows by their length in tokens."""
 
 
 def arrow_batches(rows: Dataset, size: int) -> Iterator[pa.Table]:
@@ -55,11 +56,13 @@ def _rows_key(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
-def longest_of(lengths: Mapping[int, int], share: float = 1.0) -> int:
-    """Return the smallest length that at least this share of the rows does not exceed."""
-    wanted, seen = share * sum(lengths.values()), 0
-    for length in sorted(lengths):
-        seen += lengths[length]
-        if seen >= wanted:
-            return length
-    return 0
+def longest_of(lengths: NDArray | Mapping[int, int], share: float = 1.0) -> int:
+    """Return the smallest length that this share of the rows does not exceed; 0 without rows.
+
+    Args:
+        lengths: the length of each row, or the number of rows by length.
+        share: the share.
+    """
+    if isinstance(lengths, Mapping):
+        lengths = np.repeat(list(lengths), list(lengths.values()))
+    return int(np.quantile(lengths, share, method="inverted_cdf")) if len(lengths) else 0

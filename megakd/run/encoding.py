@@ -11,7 +11,8 @@ from megakd.engine.collectives import on_main
 from megakd.errors import ConfigError
 from megakd.run.main import started
 from megakd.run.writable import check_writable
-from megakd.training.inputs import check_run, measured_config, unencoded_inputs
+from megakd.training.inputs import check_run, unencoded_inputs
+from megakd.training.row_length import with_row_length
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,7 +52,7 @@ def encode_run(config: RunConfig, folder: Path | None) -> Path:
     config = replace(config, task=replace(config.task, encoded=None))
     with started(config):
         found = unencoded_inputs(config)
-        config = measured_config(config, found)
+        config = with_row_length(config, found.splits, found.tokenizer, found.sources)
         task = config.task
         check_run(config, found)
         facts = facts_of(task, found.tokenizer, seed=config.seed)

@@ -158,7 +158,7 @@ def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[Run
         lambda: load_tokenizer(task, splits, model_folders=folders, cache_dir=cache)
     )
     check_vocabularies(task, tokenizer, [source])
-    config = with_row_length(replace(config, task=task), rows, tokenizer, {STUDENT: source})
+    config = with_row_length(replace(config, task=task), splits, tokenizer, {STUDENT: source})
     task = config.task
     encoded, key = main_first(
         lambda: encode_rows({split: rows}, tokenizer, task, content_hash=digest, cache_dir=cache)

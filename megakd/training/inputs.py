@@ -126,7 +126,7 @@ def prepare(config: RunConfig) -> RunInputs:
             data is encoded.
     """
     found = unencoded_inputs(config)
-    config = measured_config(config, found)
+    config = with_row_length(config, found.splits, found.tokenizer, found.sources)
     check_run(config, found)
     _say_positive_label(found.metrics)
     inputs = RunInputs(
@@ -152,13 +152,6 @@ def prepare(config: RunConfig) -> RunInputs:
     check_answers(config, inputs.encoded.chat, inputs.tokenizer, inputs.sources[STUDENT])
     check_generated_texts(config, inputs.encoded, inputs.sources[STUDENT])
     return inputs
-
-
-def measured_config(config: RunConfig, found: UnencodedInputs) -> RunConfig:
-    """Return the config with `task.max_length`; see `with_row_length`; a collective."""
-    splits = found.splits
-    rows = splits.train if splits.stream is None else splits.validation
-    return with_row_length(config, rows, found.tokenizer, found.sources)
 
 
 def _say_positive_label(metrics: TaskMetrics) -> None:
