@@ -114,7 +114,8 @@ class TaskConfig:
     """What happens to rows that cannot be read or encoded. drop: leave them out and count them."""
     max_length: Annotated[
         Annotated[int, Field(ge=2, le=MOST_TOKENS)] | None,
-        *(BeforeValidator(_length), Field(validate_default=True)),
+        BeforeValidator(_length),
+        Field(validate_default=True),
     ] = None
     """In tokens. Longer texts are truncated; mlm splits them into windows, and causal_lm packs
     texts to this length. None: 128, and for causal_lm the length of 99 % of the training rows."""

@@ -203,9 +203,6 @@ def _chat(name: str, record: Record, messages: list[Message], *, first: int) -> 
     """Return a conversation whose answers begin at message `first`.
 
     Messages after the last answer are left out, because no token after them counts.
-
-    Raises:
-        DataError: no message from `first` on is an answer, or all answers have weight 0.
     """
     where = f"{name}, {record.place}"
     options = {

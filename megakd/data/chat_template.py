@@ -264,15 +264,6 @@ def _require_calls(
 
     The templates of Llama 3, Gemma 2 and ChatML write `content` alone, so that an answer with a
     call would be learned as an empty answer.
-
-    Args:
-        messages: the messages.
-        text: the text of all messages.
-        answers: by the number of a message, the part of the text that has the message's calls.
-        where: the row, for messages of errors.
-
-    Raises:
-        DataError: a name is missing.
     """
     for number, message in enumerate(messages):
         for call in message.get("tool_calls", ()):

@@ -271,9 +271,6 @@ class ChatEncoder:
 
         A tokenizer may join the end of a prompt and the beginning of an answer, such as two line
         breaks, in one token. A generator continues the tokens of the prompt alone.
-
-        Raises:
-            DataError: the tokens of the parts do not give the text.
         """
         edges = [0, *(start for start in starts if start), len(text.text)]
         parts = self._pieces([text.text[a:b] for a, b in pairwise(edges)])

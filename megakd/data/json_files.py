@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 from megakd.data.cache import remembered
 from megakd.data.readers import Digest, by_split, digest_of, text_lines
@@ -31,6 +31,9 @@ def read_jsonl(
         columns = remembered(lambda: _columns_of(read()), "columns", content)
     else:
         columns = _columns_of(islice(read(), rows_for_columns))
+    if not columns:
+        for record in read():
+            record.values.get("text")  # no line can be read: raise why
     return Table(name=str(path), columns=tuple(columns), records=read, digest=content)
 
 
@@ -60,6 +63,18 @@ def read_json(path: Path) -> dict[SplitName, Table]:
         f"{path} is neither a JSON list of rows nor an object with a list named 'train'; use the "
         "ending .jsonl for a file with one object per line"
     )
+
+
+class Unreadable(dict[str, object]):
+    """The values of a line that cannot be read: asking for one raises the error of the line."""
+
+    def __init__(self, error: DataError) -> None:
+        super().__init__()
+        self._error = error
+
+    def get(self, *_: object) -> NoReturn:
+        """Raise the error."""
+        raise self._error
 
 
 class DoubledKeys(dict[str, object]):
@@ -103,13 +118,20 @@ def _jsonl_records(path: Path) -> Iterator[Record]:
         if not line.strip():
             continue
         place = f"line {number}"
-        row = parse_json(line, f"{path}, {place}")
-        _refuse_doubled(row, f"{path}, {place}")
-        if isinstance(row, str):
-            row = {"text": row}
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, {place} is not a JSON object: {line.strip()[:60]!r}")
-        yield Record(place, cast("Mapping[str, object]", row))
+        try:
+            yield Record(place, _values(line, f"{path}, {place}"))
+        except DataError as error:
+            yield Record(place, Unreadable(error))
+
+
+def _values(line: str, place: str) -> Mapping[str, object]:
+    row = parse_json(line, place)
+    _refuse_doubled(row, place)
+    if isinstance(row, str):
+        row = {"text": row}
+    if not isinstance(row, dict):
+        raise DataError(f"{place} is not a JSON object: {line.strip()[:60]!r}")
+    return cast("Mapping[str, object]", row)
 
 
 def _listed(name: str, rows: list[object], digest: str) -> Table:

@@ -108,10 +108,17 @@ def find_classes(table: Table, column: str) -> Classes:
 def _classes_of(table: Table, column: str) -> tuple[tuple[str, ...], bool]:
     """Return the names of the classes of a column, and whether its labels are their numbers."""
     first_seen: dict[int | str, str] = {}
+    refused: DataError | None = None
     for record in table.records():
-        value = class_value(table, column, record)
+        try:
+            value = class_value(table, column, record)
+        except DataError as error:  # bad rows are named together when the rows are read
+            refused = refused or error
+            continue
         if value is not None:
             first_seen.setdefault(value, record.place)
+    if refused and len(first_seen) < 2:
+        raise refused
     if not first_seen:
         raise DataError(
             f"{table.name}: column {column!r} has no label in any row; add labels to the training "

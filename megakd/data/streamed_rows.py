@@ -122,7 +122,8 @@ def _records(rows: IterableDataset, count: int | None) -> Iterator[Record]:
 def _found(
     stream: TextStream, tables: Mapping[SplitName, Table], task: TaskConfig, *, cache_dir: Path
 ) -> Found:
-    stream = dataclasses.replace(stream, bad=BadRows(task.bad_rows, named=1))
+    if task.bad_rows == "drop":
+        stream = dataclasses.replace(stream, bad=BadRows("drop"))
     held: dict[SplitName, Dataset] = {
         split: _held_rows(stream, table, task, cache_dir=cache_dir)
         for split, table in tables.items()

@@ -53,10 +53,9 @@ class TextStream:
         Raises:
             DataError: a value is missing or is not text, unless such rows are left out.
         """
-        text = None
         with self.bad:
-            text = self._text(Record(str(row.get(PLACE) or "a row"), row))
-        return text
+            return self._text(Record(str(row.get(PLACE) or "a row"), row))
+        return None
 
     def _text(self, record: Record) -> str | None:
         if self.chat is None:

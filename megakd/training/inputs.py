@@ -213,11 +213,7 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
 def _student_tokenizer(
     vocabulary: StudentVocabulary, splits: Splits, teacher: PreTrainedTokenizerBase
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a student with a vocabulary of its own, trained on the text.
-
-    Raises:
-        DataError: the text cannot fill the vocabulary, or a tokenizer lacks a special token.
-    """
+    """Return the tokenizer of a student with a vocabulary of its own, trained on the text."""
     check_special_tokens(teacher, "the teacher's tokenizer")
     own = main_first(lambda: load_student_tokenizer(vocabulary, splits, cache_dir=cache_folder()))
     logger.info(
@@ -324,9 +320,6 @@ def _resolved(config: RunConfig) -> tuple[dict[str, ModelSource], list[str]]:
     """Return the checked models of the config by role, and the errors of the other teachers.
 
     Rank 0 downloads before the other ranks read; all ranks return the same.
-
-    Raises:
-        MegakdError: the student, or the only teacher, cannot be used.
     """
     specs: dict[str, TeacherConfig | StudentConfig] = {
         name: spec for name, spec in config.teacher_specs.items() if spec.model != STUDENT_BASE

@@ -84,10 +84,12 @@ def with_row_length(
 
 
 def _generated(config: RunConfig, prompt: int) -> int:
-    texts = [(config.rollout, config.rollout.longest)] if config.rollout else []
-    if config.eval.generation is not None:
-        texts.append((config.eval.generation, config.eval.generation.max_new_tokens))
-    return max((longest + (given.prompt_tokens or prompt) for given, longest in texts), default=0)
+    lengths, given = [0], config.eval.generation
+    if config.rollout is not None:
+        lengths.append((config.rollout.prompt_tokens or prompt) + config.rollout.longest)
+    if given is not None:
+        lengths.append((given.prompt_tokens or prompt) + given.max_new_tokens)
+    return max(lengths)
 
 
 def _limited(wanted: int, config: RunConfig, sources: Mapping[str, ModelSource]) -> tuple[int, str]:

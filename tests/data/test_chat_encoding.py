@@ -267,8 +267,11 @@ def test_bad_rows_are_left_out_on_request_and_counted_at_every_start(tmp_path, c
 
     for _ in range(2):
         caplog.clear()
-        counts = Data(tmp_path, rows, family="gemma", bad_rows="drop").counts()
-        assert "1 bad row(s) left out (task.bad_rows: drop)" in caplog.text
+        data = Data(tmp_path, rows, family="gemma", bad_rows="drop")
+        with (tmp_path / "train.jsonl").open("a", encoding="utf-8") as file:
+            file.write('{"messages": \n')
+        counts = data.counts()
+        assert "2 bad row(s) left out (task.bad_rows: drop)" in caplog.text
         assert (counts.rows, counts.kept, counts.bad) == (3, 2, 1)
         assert "1 of 3 rows were left out because they cannot be encoded" in caplog.text
     # Rows that were left out are not taken for a run that refuses them.

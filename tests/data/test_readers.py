@@ -239,3 +239,24 @@ def test_two_lists_of_one_split_in_a_json_file_are_refused_with_both(tmp_path: P
 
     with pytest.raises(DataError, match=r"x\.json: 'val' and 'dev' are names of the same split"):
         load(path, tmp_path)
+
+
+def test_bad_rows_of_texts_with_labels_are_named_together_or_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    good = [json.dumps({"text": text, "label": label}) for text, label in ROWS]
+    bad = ['{"text": 7, "label": 0}', '{"text": ', '{"text": "a", "label": 0.5}']
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join([*good, *bad]) + "\n", encoding="utf-8")
+    held = tmp_path / "held.jsonl"
+    held.write_text("\n".join(good) + "\n", encoding="utf-8")
+    keys = {"dataset": None, "train_files": str(path), "validation_files": str(held)}
+
+    with pytest.raises(DataError, match="3 rows that cannot be used") as caught:
+        load(path, tmp_path, **keys)
+    assert all(f"line {number}" in str(caught.value) for number in (5, 6, 7))
+
+    for _ in range(2):  # the second time, the rows come from the cache
+        caplog.clear()
+        assert everything(load(path, tmp_path, **keys, bad_rows="drop")) == {*ROWS}
+        assert "3 bad row(s) left out (task.bad_rows: drop)" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from chat_tokenizers import asked
 from tiny_runs import save_tokenizer, write_jsonl
 
 from megakd.config.task import TaskConfig
@@ -201,3 +203,18 @@ def test_a_data_set_that_cannot_be_reached_is_named(monkeypatch, tmp_path):
 
     with pytest.raises(DataError, match=r"the Hub cannot be reached .* user/corpus, .*no route"):
         load(task(dataset="user/corpus"), tmp_path / "cache")
+
+
+def test_a_bad_conversation_of_a_stream_is_named_or_left_out(tmp_path, caplog):
+    good = [{"messages": asked("Hi", answer)} for answer in "ab"]
+    bad = [good[0], {"messages": [{"role": "user", "content": "no answer"}]}, good[1]]
+    held = str(write_jsonl(tmp_path / "held.jsonl", good))
+    train = str(write_jsonl(tmp_path / "train.jsonl", bad))
+    given = task(type="causal_lm", train_files=train, validation_files=held)
+
+    with pytest.raises(DataError, match="line 2"):
+        streamed(load(given, tmp_path / "cache"))
+
+    left = streamed(load(replace(given, bad_rows="drop"), tmp_path / "cache"))
+    assert len(left) == 2
+    assert "a row is left out (task.bad_rows: drop): " in caplog.text

@@ -93,9 +93,11 @@ def test_encoded_before_the_run_a_mixture_gives_the_same_weights_and_table(one_r
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_streamed_run_that_was_stopped_goes_on_to_the_same_weights(one_rank, tmp_path):
+@pytest.mark.parametrize(
+    "keys", [{"streaming": True, "max_eval_examples": 4, "max_length": 64}, {"max_length": None}]
+)
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(one_rank, tmp_path, keys):
     rows = [{"messages": asked(f"Question {n}?", f"It is {n}.")} for n in range(24)]
-    keys = {"streaming": True, "max_eval_examples": 4, "max_length": 64}
     whole = write_run(tmp_path, rows, "whole", **keys)
     stopped = write_run(tmp_path, rows, "stopped", **keys)
 
@@ -103,6 +105,8 @@ def test_a_streamed_run_that_was_stopped_goes_on_to_the_same_weights(one_rank, t
     first = one_rank.train("--config", stopped, "save.save_steps=1", stop_at=("student", 2))
     assert first.code != 0
     finish(one_rank, stopped, "save.save_steps=1")
+    again = finish(one_rank, stopped, "save.save_steps=1")
+    assert "encoding" not in again.out + again.err  # the run is known as finished
 
     one, two = (
         load_file(tmp_path / out / "final" / "model.safetensors") for out in ("whole", "stopped")
