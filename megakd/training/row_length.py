@@ -67,7 +67,8 @@ def with_row_length(
     if len(tokens) < len(rows):
         told += f" ({len(tokens):,} of {len(rows):,} rows)"
     if task.max_length is None:
-        least = 2 if is_chat(rows) else LEAST_PACKED
+        # Documents of a mixture are not measured.
+        least = 2 if is_chat(rows) and len(tokens) else LEAST_PACKED
         wanted = max(least, parts["p99"], _generated(config, longest_of(prompts, 0.99)))
         length, limit = _limited(-(-wanted // 8) * 8, config, sources)
         logger.info("task.max_length: %d (not set; %s); the rows have %s", length, limit, told)

@@ -109,6 +109,10 @@ def test_documents_are_packed_to_1024_tokens_or_to_the_length_of_long_documents(
     ]
 
     assert lengths == [1024, 1608]  # two characters are two tokens, and an end token follows
+    source = {"files": str(write_jsonl(tmp_path / "a.jsonl", short)), "weight": 1.0}
+    mixture = {"mixture": {"a": source}, "train_files": None}
+    config = run_of(tmp_path / "mixture", short, **mixture)
+    assert prepare(config).config.task.row_length == 1024
 
 
 def test_the_held_out_rows_measure_a_stream(tmp_path):
