@@ -16,6 +16,7 @@ from tiny_runs import bert, write_jsonl
 from megakd.config.file import config_of as checked
 from megakd.config.rollout import RolloutConfig
 from megakd.config.run import RunConfig
+from megakd.config.task import MixtureSource
 from megakd.engine import distributed
 from megakd.errors import ConfigError
 from megakd.planning.cluster import Cluster
@@ -109,7 +110,7 @@ def test_documents_are_packed_to_1024_tokens_or_to_the_length_of_long_documents(
     ]
 
     assert lengths == [1024, 1608]  # two characters are two tokens, and an end token follows
-    source = {"files": str(write_jsonl(tmp_path / "a.jsonl", short)), "weight": 1.0}
+    source = MixtureSource(files=str(write_jsonl(tmp_path / "a.jsonl", short)), weight=1.0)
     mixture = {"mixture": {"a": source}, "train_files": None}
     config = run_of(tmp_path / "mixture", short, **mixture)
     assert prepare(config).config.task.row_length == 1024
