@@ -114,8 +114,9 @@ class RolloutConfig:
     @property
     def draws(self) -> set[Source]:
         """What the steps learn from: generated texts (`rollouts`), and the `data` as it is."""
-        drawn = {"data" if s == "data" else "rollouts" for s, share in self.mix.items() if share}
-        return drawn | {"data"} if self.from_step else drawn
+        early: set[Source] = {"data"} if self.from_step else set()
+        shares = self.mix.items()
+        return early | {"data" if name == "data" else "rollouts" for name, share in shares if share}
 
     @property
     def works_ahead(self) -> bool:

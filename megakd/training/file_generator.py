@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from megakd.contract.rollouts import Completion, Sampling
 from megakd.data.rollout_store import read_rollouts, read_text, text_offsets
 from megakd.engine.collectives import on_main, together
 from megakd.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class FileGenerator:
@@ -59,7 +63,7 @@ class FileGenerator:
         return Completion(ids, finished=text.finished and len(ids) == len(text.ids))
 
 
-def _places(paths: Sequence[Path]) -> np.ndarray:
+def _places(paths: Sequence[Path]) -> NDArray[np.void]:
     """Return the places of all texts, by the key of the prompt, else in the order of the files."""
     found = [
         (_key(rollout.prompt), number, offset)
