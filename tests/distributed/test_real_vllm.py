@@ -40,6 +40,8 @@ pytestmark = [
 ]
 END, FURTHER_END, KNOWN, VOCABULARY = 2, 0, 290, 320
 PROMPTS = tuple((40 + n, 90 + 2 * n, 100) for n in range(6))
+# Prefixes are cached by whole blocks, which have 128 tokens on a CPU unless told otherwise.
+BLOCKS = ("--block-size", "32")
 LORA = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2", "--max-cpu-loras", "4")
 
 
@@ -92,7 +94,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def url(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("log") / "vllm.txt"
-    with vllm_server(folders[0], log, *LORA, "--max-logprobs", str(VOCABULARY)) as url:
+    with vllm_server(folders[0], log, *LORA, *BLOCKS, "--max-logprobs", "64") as url:
         yield url
 
 
@@ -167,12 +169,12 @@ def test_adapters_of_every_start_are_new_to_the_server(url, folders, launch, tex
     """Two runs of one folder: the second one must not learn from texts of the first one."""
     student, teacher = map(str, folders)
     keys: dict[str, Any] = {
-        "task": {"tokenizer": student},
+        "task": {"tokenizer": student, "max_length": 64},
         "teacher": {"model": teacher},
         "student": {"model": student, "lora": {"r": 4}},
         "train": {"max_steps": 2, "per_device_train_batch_size": 6, "learning_rate": 0.01},
     }
-    greedy = {"mix": {"rollout": 1.0}, "sampling": {"temperature": 0}}
+    greedy = {"mix": {"rollout": 1.0}, "sampling": {"temperature": 0}, "prompt_tokens": 40}
     server = {"url": [url], "kind": "vllm", "push": "adapter", "folder": str(tmp_path / "w")}
     own = write_config(tmp_path, texts, zero=0, rollout=greedy, **keys)
     wanted, out = finish(launch, own, tmp_path / "own", world=1), tmp_path / "out"
