@@ -127,7 +127,7 @@ def write_config(folder: Path, preset: str, method: str) -> Path:
             "learning_rate": 0.005,
         },
         "eval": {"eval_steps": 3},
-        "save": {"save_steps": SAVE_STEPS},
+        "save": {"save_steps": SAVE_STEPS, "save_total_limit": None},  # all, to be compared
         "log": {"logging_steps": 3, "report_to": []},
     }
     tree["objective"] += [
