@@ -114,9 +114,11 @@ class RolloutConfig:
     @property
     def draws(self) -> set[Source]:
         """What the steps learn from: generated texts (`rollouts`), and the `data` as it is."""
-        early: set[Source] = {"data"} if self.from_step else set()
-        shares = self.mix.items()
-        return early | {"data" if name == "data" else "rollouts" for name, share in shares if share}
+        drawn: set[Source] = {"data"} if self.from_step else set()
+        for name, share in self.mix.items():
+            if share:
+                drawn.add("data" if name == "data" else "rollouts")
+        return drawn
 
     @property
     def works_ahead(self) -> bool:

@@ -50,7 +50,9 @@ def _rows(config: RunConfig) -> Iterator[str]:
 
 
 def _terms(rollouts: RolloutConfig, config: RunConfig) -> Iterator[str]:
-    taught = {source_of(term) for term in config.objective or (None,)}
+    if config.objective is None:
+        return
+    taught = {source_of(term) for term in config.objective}
     for source in rollouts.draws - taught if None not in taught else ():
         yield (
             f"objective: no term learns from {source}, which rollout.mix or rollout.from_step "

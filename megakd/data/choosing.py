@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from itertools import chain
+from typing import cast
 
 import numpy as np
 from datasets import Dataset, Features
@@ -42,7 +43,8 @@ def prompt_keys(rows: Dataset) -> Keys:
 
 
 def _values(rows: Dataset, columns: list[str]) -> Iterable[tuple[str, ...]]:
-    batches = rows.select_columns(columns).iter(ROWS_PER_READ)
+    chosen = rows.select_columns(columns).iter(ROWS_PER_READ)
+    batches = cast("Iterable[dict[str, list[str]]]", chosen)
     return chain.from_iterable(zip(*map(batch.get, columns), strict=True) for batch in batches)
 
 

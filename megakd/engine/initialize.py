@@ -51,8 +51,9 @@ def training_engine(
     if dtype != "fp32" and not engine.zero_optimization():
         # DeepSpeed has taken an update without gradients, which counts in Adam's bias correction
         # and has decayed the fp32 weights.
-        engine.optimizer.optimizer.state.clear()
-        engine.optimizer.refresh_fp32_params()
+        wrapper: Any = engine.optimizer
+        wrapper.optimizer.state.clear()
+        wrapper.refresh_fp32_params()
     return engine
 
 

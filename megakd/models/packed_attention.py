@@ -193,7 +193,9 @@ def attend(  # noqa: PLR0913  (the arguments are transformers')
                 groups = query.shape[1] // key.shape[1]
                 flat[1:] = [part.repeat_interleave(groups, dim=1) for part in flat[1:]]
         out: Any = varlen_attn(
-            *flat,
+            flat[0],
+            flat[1],
+            flat[2],
             cu_seq_lens_q,
             cu_seq_lens_q,
             max_length_q,

@@ -133,10 +133,11 @@ def _is_enough(rounds: Sequence[Sequence[float]]) -> bool:
 
 def _warm_up(call: Callable[[], object]) -> float:
     """Return the time of a long first call, or of the last of a few calls."""
-    for _ in range(WARM_UP):
-        ms = _milliseconds(call)
+    ms = _milliseconds(call)
+    for _ in range(WARM_UP - 1):
         if ms > LONG_MS:
             break
+        ms = _milliseconds(call)
     return ms
 
 

@@ -24,4 +24,3 @@ def scores_text(found: Mapping[str, Any]) -> str:
 def _metric_lines(metrics: Mapping[str, float]) -> str:
     width = max((len(name) for name in metrics), default=0)
     return "\n".join(f"{name:{width}}  {value:.4f}" for name, value in metrics.items())
-

@@ -198,7 +198,8 @@ def timings(report: Report) -> list[Timing]:
     if speedup is not None:  # reports of early versions have no other times
         teacher = largest(teachers_of(report)) or TEACHER
         pair = ((teacher, speedup["teacher_ms"]), (STUDENT, speedup["student_ms"]))
-        entries += ({"model": name, "batch": speedup["batch"], "ms": ms} for name, ms in pair)
+        for name, ms in pair:
+            entries.append({"model": name, "batch": speedup["batch"], "ms": ms})
     found: dict[tuple[int, str], Timing] = {}
     for entry in (*entries, *report["latency"]):
         batch, kind = entry["batch"], "tokens/s" if "generated" in entry else FORWARD

@@ -125,6 +125,7 @@ def held(folder: Path) -> Iterator[None]:
 
 def _check_shared(path: Path, holder: Holder) -> None:
     """Check that every rank sees the lock of rank 0, as it must see checkpoints and results."""
+    blind = ""
     for look in range(round(DEAD_AFTER_S / LOOK_EVERY_S)):
         place = f"{path.absolute()} on {node_name()}"
         places = gather(None if read_holder(path) == holder else place)

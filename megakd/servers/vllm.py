@@ -148,15 +148,16 @@ def _best(entries: Sequence[dict[str, Any]], count: int, url: str) -> BestTokens
         url: address of the server.
     """
     sizes = [len(entry) for entry in entries]
-    if min(sizes) < count:
-        raise ServerError(f"{url}: {min(sizes)} tokens came back at a position instead of {count}")
-    ids = np.zeros((len(entries), max(sizes)), dtype=np.int32)
+    least = min(sizes, default=count)
+    if least < count:
+        raise ServerError(f"{url}: {least} tokens came back at a position instead of {count}")
+    ids = np.zeros((len(entries), max(sizes, default=count)), dtype=np.int32)
     logprobs = np.full(ids.shape, -np.inf, dtype=np.float32)
     for place, entry in enumerate(entries):
         ids[place, : len(entry)] = [int(token) for token in entry]
         logprobs[place, : len(entry)] = [about["logprob"] for about in entry.values()]
     order = np.lexsort((ids, -logprobs))[:, :count]
-    best = BestTokens(*(np.take_along_axis(values, order, 1) for values in (ids, logprobs)))
+    best = BestTokens(np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1))
     sums = np.exp(best.logprobs).sum(axis=1)
     wrong = ~(np.isfinite(best.logprobs).all(axis=1) & (sums < MOST_PROBABILITY))
     if wrong.any():

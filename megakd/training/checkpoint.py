@@ -356,12 +356,12 @@ def _read_plain(path: Path, device: torch.device) -> dict[str, Any]:
     Raises:
         CheckpointError: the file names a class, as the files of version 0.1 do.
     """
+
+    def place(storage: Any, at: str) -> Any:
+        return storage if at == "cpu" else storage.to(device=device)
+
     try:
-        return torch.load(
-            path,
-            map_location=lambda s, at: s if at == "cpu" else s.to(device=device),
-            weights_only=True,
-        )
+        return torch.load(path, map_location=place, weights_only=True)
     except pickle.UnpicklingError as error:
         raise _of_another_version(path.parent) from error
 

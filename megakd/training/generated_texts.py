@@ -57,11 +57,11 @@ def with_rollouts(
     own, config, rollouts = assembly.of(stage.role), assembly.config, stage.rollouts
     train, student = own.prepared.encoded.train, own.prepared.sources[STUDENT]
     prompts = prompts_of(train, rollouts, config, student)
-    orders = [
+    continued, learned = (
         RowOrder(numbers, layout.shape, seed=config.seed)
         for numbers in (prompts.continued, prompts.learned)
-    ]
-    rows = StepRows(prompts, *orders, own.scorer(stage.train).collate, layout)
+    )
+    rows = StepRows(prompts, continued, learned, own.scorer(stage.train).collate, layout)
     store = RolloutStore(config.output_dir / ROLLOUTS / stage.name)
     # A longer run continues with the texts of the shorter run.
     facts = {key: value for key, value in fingerprint.items() if key not in LENGTHS}

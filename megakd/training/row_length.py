@@ -131,5 +131,6 @@ def _measured(
         yield from ((len(document), 0) for document in documents_of(rows, tokenizer))
     else:
         texts = [list(rows[name]) for name in ("text", "text_pair") if name in rows.column_names]
-        encoded = tokenizer(*texts, truncation=False, verbose=False)
+        pairs = texts[1] if len(texts) > 1 else None
+        encoded = tokenizer(texts[0], pairs, truncation=False, verbose=False)
         yield from ((len(ids), 0) for ids in encoded["input_ids"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from megakd.config.server_checks import served_name
 from megakd.contract.tasks import STUDENT
@@ -145,7 +145,8 @@ def _ends(
     """
     if kind == "vllm":
         return ends
-    ends |= {number for text, number in tokenizer.get_added_vocab().items() if text == "<|eom_id|>"}
+    added = cast("Any", tokenizer).get_added_vocab()
+    ends |= {number for text, number in added.items() if text == "<|eom_id|>"}
     others = (listed_ends(served.config) | listed_ends(generation_config_of(served))) - ends
     if others and served.folder is not None:
         raise ServerError(
