@@ -158,12 +158,15 @@ def _others(running: _Running, output: Any, places: Tensor, model: Any) -> _Runn
 def _cache_of(model: Any, output: Any, places: Tensor) -> dict[str, DynamicCache]:
     """Return the cache of the rows at `places` as an argument of `generate`.
 
-    There is no argument for a model with another cache, such as Mamba: the next call of `generate`
-    reads all tokens of the rows again.
+    There is no argument for a model with another cache, or with recurrent states alone, such as
+    Mamba: the next call of `generate` reads all tokens of the rows again.
     """
-    cache, arguments = output.get("past_key_values"), inspect.signature(type(model).forward)
-    if type(cache) is not DynamicCache or "past_key_values" not in arguments.parameters:
+    arguments = inspect.signature(type(model).forward).parameters
+    # The second is the name before transformers 5.24.
+    name = next((name for name in ("cache", "past_key_values") if name in arguments), "")
+    cache = output.get(name)
+    if type(cache) is not DynamicCache or all(cache.is_linear):
         return {}
     # `batch_select_indices` leaves the states of linear attention as they are.
     cache.reorder_cache(cast("LongTensor", places))
-    return {"past_key_values": cache}
+    return {name: cache}

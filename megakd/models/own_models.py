@@ -19,7 +19,7 @@ from megakd.models.modeling.modeling_t5 import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -99,6 +99,12 @@ OWN_MODELS: Mapping[str, OwnModel] = {
         ),
     )
 }
+
+
+def current_files(names: Iterable[str]) -> dict[str, str]:
+    """Return this version's content of the modelling files among the files of a folder."""
+    files = {model.file.name: model.file for model in OWN_MODELS.values()}
+    return {name: files[name].read_text("utf-8") for name in files.keys() & names}
 
 
 @functools.cache

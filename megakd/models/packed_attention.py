@@ -67,17 +67,13 @@ def _document_masks(
     """Return the masks of packed rows by type of layer, for a backbone that ignores positions."""
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     positions = batch.inputs["position_ids"]
-    facts: dict[str, Any] = {
-        "config": config,
-        # Its shape, dtype and device are read; a sharded table of embeddings is empty here.
-        "inputs_embeds": embeddings.weight.new_empty((*positions.shape, 0)),
-        "attention_mask": None,
-        "past_key_values": None,
-        "position_ids": positions,
-    }
+    # Its shape, dtype and device are read; a sharded table of embeddings is empty here.
+    hidden = embeddings.weight.new_empty((*positions.shape, 0))
+    # Neither a mask nor a cache, which transformers 5.24 names otherwise.
+    facts: Any = (config, hidden, None, None, positions)
     return {
-        "full_attention": create_causal_mask(**facts),
-        "sliding_attention": create_sliding_window_causal_mask(**facts),
+        "full_attention": create_causal_mask(*facts),
+        "sliding_attention": create_sliding_window_causal_mask(*facts),
     }
 
 

@@ -21,6 +21,7 @@ from megakd.engine.collectives import agree, on_main
 from megakd.errors import CheckpointError, ConfigError, MegakdError, suggestion
 from megakd.models.export import brings_code
 from megakd.models.int8 import INT8, write_int8
+from megakd.models.own_models import current_files
 from megakd.reports.card import CardFacts, model_card
 from megakd.reports.html import write_html_report
 from megakd.reports.reading import read_report
@@ -317,6 +318,7 @@ def _write_final(config: RunConfig, stage: Path, report: Report, command: str) -
         logger.warning("%s: files that megakd did not write are kept: %s", final, ", ".join(kept))
     card = model_card(_card_facts(config, stage, command), report)
     changes = {CARD: card, **dict.fromkeys((RESULT, RECORD, *files_of_others(there)))}
+    changes |= current_files(there)
     # The report decides, because save.int8 may change between two starts of a finished run.
     add = _add_int8 if "int8" in report["student"] else None
     copy_finished(stage, final, changes=changes, keep=kept, add=add, remedy=remedy)
@@ -377,9 +379,10 @@ def export_run(config: RunConfig, stage: str | None, to: Path) -> Path:
     check_writable(to, where="--to")
     folder = stages / name
     there = entries(folder)
-    own = dict.fromkeys((RESULT, RECORD, *files_of_window(there), *files_of_others(there)))
+    changes = dict.fromkeys((RESULT, RECORD, *files_of_window(there), *files_of_others(there)))
+    changes |= current_files(there)
     add = _add_int8 if config.save.int8 else None
-    copy_finished(folder, to, changes=own, add=add, remedy=remake(folder))
+    copy_finished(folder, to, changes=changes, add=add, remedy=remake(folder))
     return to
 
 

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +30,8 @@ from megakd.models.architectures import architecture_of
 from megakd.models.export import brings_code, write_model_folder
 from megakd.models.own_models import OWN_MODELS
 from megakd.reports.latency import Work, measure_latencies
-from megakd.storage.finished_folder import CHECKSUMS, copy_finished
+from megakd.run.finished_run import export_run
+from megakd.storage.finished_folder import CHECKSUMS, copy_finished, damage, seal
 
 FILES = {"bert": "modeling_cut.py", "llama": "modeling_cut.py", "enct5": "modeling_t5.py"}
 LOAD = """
@@ -196,3 +199,19 @@ def test_the_tokenizer_needs_no_trust(tmp_path):
     folder = write(smaller("bert"), tmp_path / "final")
 
     assert AutoTokenizer.from_pretrained(folder)("w3")["input_ids"] == [3]
+
+
+def test_the_export_of_a_folder_that_an_older_version_wrote_brings_todays_code(tmp_path):
+    """An older file ignores the cache of a transformers that gives it another name."""
+    stage = tmp_path / "stages" / "student"
+    write(smaller("llama"), stage)
+    (stage / "result.json").write_text("{}")
+    (stage / "modeling_cut.py").write_text("# of an older version")
+    (stage / CHECKSUMS).unlink()
+    seal(stage)
+    config: Any = SimpleNamespace(output_dir=tmp_path, save=SimpleNamespace(int8=False))
+
+    exported = export_run(config, "student", tmp_path / "exported")
+
+    assert (exported / "modeling_cut.py").read_text() == OWN_MODELS["cut_llama"].file.read_text()
+    assert damage(exported) is None

@@ -42,7 +42,7 @@ def test_the_cache_of_a_token_has_the_counted_numbers(key_heads: int) -> None:
     config = AutoConfig.for_model(**{**keys, "num_attention_heads": 4})
     cache = DynamicCache()
 
-    LlamaForCausalLM(config)(torch.zeros(2, 5, dtype=torch.long), past_key_values=cache)
+    LlamaForCausalLM(config)(torch.zeros(2, 5, dtype=torch.long), None, None, cache)
 
     held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)  # type: ignore[union-attr]
     assert held == 2 * 5 * cached_numbers(config)

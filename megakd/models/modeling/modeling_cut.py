@@ -247,15 +247,16 @@ def _tell_heads(core: Any, config: Any, number: int) -> None:
 
 
 def _without_heads(
-    core: Any, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any
+    core: Any, hidden_states: Tensor, *_: Any, cache: Any = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Run an attention without heads: its output map takes an input of width 0."""
     parts, width = core.config.parts, core.config.head_width
     batch, length, _width = hidden_states.shape
-    if past_key_values is not None:
+    cache = kwargs.get("past_key_values") if cache is None else cache  # before transformers 5.24
+    if cache is not None:
         # The cache of the first layer is asked for the number of past tokens.
         marks = hidden_states.new_zeros(batch, 1, length, 1)
-        past_key_values.update(marks, marks, core.layer_idx)
+        cache.update(marks, marks, core.layer_idx)
     nothing = hidden_states[..., :0]
     # All modules are called, because hooks such as DeepSpeed's rely on it.
     for name in (parts.queries, *parts.keys):

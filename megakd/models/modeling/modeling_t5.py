@@ -176,7 +176,8 @@ class WidthsAttention(T5Attention):
             vectors.unflatten(-1, (-1, self.key_value_proj_dim)).transpose(1, 2)
             for vectors in (queries, keys, values)
         ]
-        kwargs.pop("past_key_values", None)
+        for name in ("cache", "past_key_values"):  # the second before transformers 5.24
+            kwargs.pop(name, None)
         compute = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation or "eager",  # noqa: SLF001  (all models read it so)
             eager_attention_forward,
