@@ -145,7 +145,6 @@ def _guarded(command: Callable[[], int]) -> int:
 
 
 def _is_rank_0() -> bool:
-    """Return whether this process is rank 0, according to the variables of the launchers."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
@@ -332,7 +331,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _take_local_dataset(arguments: argparse.Namespace) -> str | None:
-    """Remove `task.dataset=FILE`, the last of the settings, and return FILE to be scored."""
     given = [word for word in arguments.overrides if word.startswith("task.dataset=")]
     value = given[-1].partition("=")[2] if given else ""
     if not value or not Path(value).expanduser().exists():

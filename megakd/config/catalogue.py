@@ -31,7 +31,6 @@ def catalogue(name: str | None = None, *, losses: bool = False) -> str:
 
 
 def _named(name: str, kinds: Mapping[str, type], *, losses: bool) -> type:
-    """Return the options class of one method or loss."""
     if name in kinds:
         return kinds[name]
     if ":" in name:
@@ -43,7 +42,6 @@ def _named(name: str, kinds: Mapping[str, type], *, losses: bool) -> type:
 
 
 def _entry(name: str, kind: type) -> str:
-    """Return the name and the docstring of a variant, and its options with defaults."""
     lines = [name, textwrap.indent(inspect.getdoc(kind) or "", "  ")]
     for option, default in defaults(kind).items():
         is_required = default is dataclasses.MISSING

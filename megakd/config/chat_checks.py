@@ -44,7 +44,6 @@ def chat_problems(task: TaskConfig) -> Iterator[str]:
 
 
 def _columns(task: TaskConfig, given: list[str]) -> Iterator[str]:
-    """Yield the contradictions between the keys that name columns."""
     named = [key for key in given if key.endswith("_column")]
     if named and task.text_columns is not None:
         yield (
@@ -64,7 +63,6 @@ def _columns(task: TaskConfig, given: list[str]) -> Iterator[str]:
 
 
 def _mixture(task: TaskConfig) -> Iterator[str]:
-    """Yield why the sources of a mixture cannot be used."""
     if task.mixture is None:
         return
     if not task.mixture:

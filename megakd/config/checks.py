@@ -230,7 +230,6 @@ def _draws(config: RunConfig) -> Iterator[str]:
 
 
 def _of_a_part(term: TermConfig, where: str, key: str, spec: TeacherConfig) -> Iterator[str]:
-    """Yield why a term cannot be computed from a part of the teacher's probabilities."""
     part = "the largest" if spec.cache_draws is None else "random draws"
     if not isinstance(term, SoftTargetKl):
         yield (

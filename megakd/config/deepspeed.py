@@ -170,7 +170,6 @@ def preset_names() -> list[str]:
 
 
 def _preset_folder() -> Path:
-    """Return the folder `ds_configs` of the installed package or of the source checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "ds_configs"
     return inside if inside.is_dir() else package.parent / "ds_configs"

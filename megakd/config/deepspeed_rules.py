@@ -338,7 +338,6 @@ def _keys(node: Any) -> Iterator[str]:
 
 
 def _is_auto(value: Any) -> bool:
-    """Return whether a value, or every value inside a mapping, is `"auto"`."""
     if isinstance(value, Mapping):
         return bool(value) and all(_is_auto(inner) for inner in value.values())
     return value == "auto"

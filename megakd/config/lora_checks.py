@@ -51,7 +51,6 @@ def lora_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _base_teachers(config: RunConfig) -> Iterator[str]:
-    """Yield why a teacher cannot be the student without its adapters."""
     for name in config.base_teachers:
         key, spec = config.key_of(name), config.teacher_specs[name]
         where = f'{key}.model: "{STUDENT_BASE}"'

@@ -162,7 +162,6 @@ def _is_mismatch(detail: ErrorDetails) -> bool:
 
 
 def _is_echo(finding: _Finding, findings: Sequence[_Finding], tree: Any) -> bool:
-    """Return whether another finding already reports the same problem."""
     path, detail = finding.path, finding.detail
     if detail["type"] == "too_short":
         # pydantic counts only valid items: a list with one invalid item may be long enough.

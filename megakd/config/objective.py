@@ -72,7 +72,6 @@ def _term(config: RunConfig, term: TermConfig, key: str) -> Iterator[str]:
 
 
 def _tasks_of(term: TermConfig) -> tuple[str, ...]:
-    """Return the values of task.type that a term supports."""
     if isinstance(term, PluginTerm):
         return term.tasks
     if isinstance(term, _OF_SCORES):

@@ -34,13 +34,6 @@ def route_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _teachers_of_rows(task: TaskConfig, unnamed: list[str], named: dict[str, str]) -> Iterator[str]:
-    """Yield why the rows do not say which teacher they learn from.
-
-    Args:
-        task: the task.
-        unnamed: the keys of sources of a mixture without a teacher of their own.
-        named: the teachers of the other sources, by key.
-    """
     if task.teacher_column is None and (unnamed or not named):
         key = "task.teacher_column"
         other = "or, in a mixture, set task.mixture.<name>.teacher of every source"
@@ -57,7 +50,6 @@ def _teachers_of_rows(task: TaskConfig, unnamed: list[str], named: dict[str, str
 
 
 def _data(config: RunConfig) -> Iterator[str]:
-    """Yield why the rows cannot name teachers, or cannot be used with such teachers."""
     task, method = config.task, config.method.name
     if task.dataset is not None and (task.dataset == "pydocs" or task.dataset.startswith("glue/")):
         yield (

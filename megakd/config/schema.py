@@ -100,7 +100,6 @@ def paths_ending_in(key: str) -> list[str]:
 
 
 def _option_paths(kind: type, prefix: str) -> Iterator[str]:
-    """Yield all keys outside lists and tagged unions."""
     for name, annotation in _hints(kind).items():
         yield f"{prefix}{name}"
         inner = [part for part in members(annotation) if dataclasses.is_dataclass(part)]

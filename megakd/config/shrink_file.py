@@ -113,7 +113,6 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _tree(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the config as plain values, without the overrides."""
     task: dict[str, Any] = {"type": "causal_lm", "max_eval_examples": 200}
     method: dict[str, Any] = {"name": "shrink", "passes_per_backward": 1}
     if arguments.data is not None:
@@ -131,7 +130,6 @@ def _tree(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _folder(arguments: argparse.Namespace) -> Path:
-    """Return the default folder of the run, named after the model and the size."""
     model = Path(arguments.model).name or "model"
     size = arguments.parameters or "smaller"
     return Path("runs") / re.sub(r"[^\w.-]+", "-", f"{model}-{size}")

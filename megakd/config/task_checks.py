@@ -73,7 +73,6 @@ def _files_key(task: TaskConfig) -> str:
 
 
 def _other_tasks(task: TaskConfig) -> Iterator[str]:
-    """Yield the keys that only tasks of other types have."""
     if task.labelled_examples is not None and task.type in LANGUAGE_TASKS:
         yield (
             "task.labelled_examples: supported only for classification and regression, and "
@@ -95,7 +94,6 @@ def _other_tasks(task: TaskConfig) -> Iterator[str]:
 
 
 def _stream(task: TaskConfig) -> Iterator[str]:
-    """Yield why the data of a task cannot be streamed."""
     if task.dataset == "pydocs" or (task.dataset or "").startswith("glue/"):
         yield (
             f"task.streaming: task.dataset {task.dataset} is small and is always read before "

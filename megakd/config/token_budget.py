@@ -67,7 +67,6 @@ def _of_run(config: RunConfig, key: str) -> Iterator[str]:
 
 
 def _counts_rows(term: TermConfig) -> bool:
-    """Return whether a term of a language model sums over rows instead of positions."""
     if isinstance(term, HiddenMse | HiddenCosine):
         return term.positions == "first"
     if isinstance(term, PluginTerm):

@@ -19,7 +19,6 @@ MicroBatches = Annotated[int, Field(ge=1, le=2**20)]
 
 
 def _with_every_key_optional(kind: type, name: str) -> type:
-    """Return a dataclass with the keys of another dataclass, all optional."""
     hints = get_type_hints(kind, include_extras=True)
     annotations = {key: hint | None for key, hint in hints.items()}
     body = {"__module__": __name__, "__annotations__": annotations, **dict.fromkeys(hints)}

@@ -53,7 +53,6 @@ def _limits(config: RunConfig) -> Iterator[str]:
 
 
 def _precision(config: RunConfig) -> Iterator[str]:
-    """Yield the trainings with both 16-bit precisions; if `train` has both, only that one."""
     if config.train.bf16 and config.train.fp16:
         yield "train: bf16 and fp16 are both true; set one of them to false"
         return

@@ -70,7 +70,6 @@ def _longer(name: str, values: Tensor, length: int) -> Tensor:
 def _targets(
     targets: Sequence[Tensor | None], batches: Sequence[Batch], length: int
 ) -> Tensor | None:
-    """Return the positions in the flattened joined batch."""
     found, first = [], 0
     for own, batch in zip(targets, batches, strict=True):
         rows, shorter = batch.valid.shape
@@ -82,7 +81,6 @@ def _targets(
 
 
 def _moved(positions: Tensor, shorter: int, length: int) -> Tensor:
-    """Return positions of rows of `shorter` tokens in rows of `length` tokens."""
     return positions + positions.div(shorter, rounding_mode="floor") * (length - shorter)
 
 

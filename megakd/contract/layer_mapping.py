@@ -99,7 +99,6 @@ def relation_heads(term: RelationKl, student: Shape, teacher: Shape) -> int:
 
 
 def _width(relation: Relation, heads: Heads) -> int:
-    """Return the width of the compared vectors; query_key repeats keys to match the queries."""
     return heads.width * (heads.keys if relation in {"key", "value"} else heads.queries)
 
 

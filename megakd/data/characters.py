@@ -37,7 +37,6 @@ def characters_of_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 
 def _counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
-    """Return the function that counts the characters of a token."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and isinstance(backend.model, models.WordPiece):
         prefix: str = backend.model.continuing_subword_prefix

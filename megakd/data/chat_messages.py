@@ -154,7 +154,6 @@ def _content(value: object, where: str) -> object:
 
 
 def _tool_call(value: object, where: str) -> Message:
-    """Return a call in OpenAI's form; its arguments stay an object or JSON text."""
     if not isinstance(value, Mapping):
         raise DataError(f"{where}: a tool call is not an object: {value!r:.80}")
     call = cast("Message", dict(value))

@@ -164,7 +164,6 @@ class ChatTemplate:
         return texts[0], marks[0] if marks else []
 
     def _end(self, text: str, begin: int, end: int) -> int:
-        """Return the end of an answer without white space after its end token."""
         stripped = text[begin:end].rstrip()
         return begin + len(stripped) if stripped.endswith(self._special) else end
 
@@ -290,7 +289,6 @@ def _loses_tools(conversation: Conversation, text: str) -> bool:
 
 
 def _shared_characters(one: str, two: str) -> int:
-    """Return the number of equal characters at the beginning of two different texts."""
     shorter = min(len(one), len(two))
     return next((n for n in range(shorter) if one[n] != two[n]), shorter)
 
@@ -308,7 +306,6 @@ def _remedy(conversation: Conversation, count: int) -> str:
 
 
 def _prepared(message: Message, task: TaskConfig) -> Message:
-    """Return a message as the template gets it."""
     if task.reasoning == "keep" or message["role"] != ASSISTANT:
         return message
     kept = {key: value for key, value in message.items() if key not in REASONING_KEYS}
@@ -322,7 +319,6 @@ def without_reasoning(text: str) -> str:
 
 
 def _reasoning(message: Message) -> str:
-    """Return the reasoning of an answer, or an empty text."""
     for key in REASONING_KEYS:
         if isinstance(message.get(key), str):
             return message[key].strip()

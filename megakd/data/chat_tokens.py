@@ -297,7 +297,6 @@ class ChatEncoder:
         return cast("str", self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def _framed(self, conversation: Conversation, tokens: Tokens) -> Tokens:
-        """Return plain text with the tokenizer's tokens before and, with an answer, after it."""
         before, after = self._ends
         after = [] if conversation.is_prompt else after
         ids = np.concatenate([np.array(before), tokens.ids, np.array(after)]).astype(np.int32)
@@ -307,7 +306,6 @@ class ChatEncoder:
     def _rows(
         self, conversation: Conversation, tokens: Tokens, text: Rendered
     ) -> tuple[list[ChatRow], ChatCounts]:
-        """Return the rows of a conversation that fit, and their numbers."""
         made = ChatCounts(
             rows=1,
             prompts=int(conversation.is_prompt),

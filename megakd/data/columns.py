@@ -107,7 +107,6 @@ def rows_of_tables(
 def _conversations(
     tables: Mapping[SplitName, Table], task: TaskConfig, *, name: str, cache_dir: Path
 ) -> Found:
-    """Return the conversations of every split; each split may have columns of its own."""
     columns = {split: conversation_columns(table, task) for split, table in tables.items()}
     return Found(
         name=name,
@@ -243,7 +242,6 @@ def require(table: Table, column: str, key: str) -> None:
 
 
 def _fields_of(table: Table, split: SplitName, train: Fields) -> Fields:
-    """Return the columns of the training split; a test split may have no labels."""
     for column in train.text:
         require(table, column, "task.text_columns")
     if train.label is None or (split == "test" and train.label not in table.columns):

@@ -151,7 +151,6 @@ def _rows_of(splits: Splits) -> dict[str, Dataset]:
 
 
 def _check_same(folder: Path, facts: Fingerprint, keys: Mapping[str, Any]) -> None:
-    """Raise a DataError if a finished folder holds other data, or is damaged."""
     there = read_manifest(folder, where="--to")
     differing = _differing(there, facts, keys)
     if differing:
@@ -187,7 +186,6 @@ def _write_shards(
     tokenizer: PreTrainedTokenizerBase,
     task: TaskConfig,
 ) -> None:
-    """Write the missing shards of the rows of one name."""
     done = progress.shards.setdefault(name, [])
     count = -(-len(texts) // TEXTS_PER_SHARD)
     first = min(len(done) * TEXTS_PER_SHARD, len(texts))
@@ -256,7 +254,6 @@ class _Shard:
         yield from tables_of_lists(self._packed(bar), PackedRow._fields)
 
     def _packed(self, bar: tqdm[Any]) -> Iterator[PackedRow]:
-        """Yield the full rows, and the unfinished row if no text follows."""
         columns = [np.asarray(column, dtype=np.int32) for column in self.rest]
         packer = Packer(self.task.row_length, PackedRow(*columns) if columns else None)
         for part in self._parts(bar):

@@ -172,7 +172,6 @@ def counts_of_shards(shards: Iterable[Record]) -> CountsByName:
 
 
 def _check_files(folder: Path, manifest: Record) -> None:
-    """Compare the sizes of all files, and the checksums if the files are small."""
     entries = {s["file"]: s for shards in manifest["shards"].values() for s in shards if s["rows"]}
     found = damage_at_start(folder, entries)
     if found is not None:

@@ -72,7 +72,6 @@ def file_stream(paths: Sequence[Path], task: TaskConfig, *, key: str) -> TextStr
 
 
 def _choice(table: Table, task: TaskConfig) -> ChatColumns | tuple[str, ...]:
-    """Return the columns of conversations, or else the columns of text."""
     return chat_columns(table, task) or choose_fields(table, task).text
 
 

@@ -218,7 +218,6 @@ def has_train_split(path: Path) -> bool:
 
 
 def _shards(folder: Path) -> dict[SplitName, list[Path]]:
-    """Return the files of a folder by the split in their names."""
     shards: dict[SplitName, list[Path]] = {}
     for path in _data_files(folder):
         split = SPLIT_ALIASES.get(SHARD.sub("", path.stem).lower())

@@ -142,7 +142,6 @@ class StepLoader:
         return {}
 
     def _micro_batch(self, index: int, mine: NDArray[np.int64]) -> Batch:
-        """Return the micro-batch of some rows of step `index`."""
         rows = _taken(self._rows, mine)
         batch = micro_batch(rows, len(mine), self._layout, self._collate, size=self._size)
         if self._layout.tokens_per_rank is not None:
@@ -186,7 +185,6 @@ def lengths_of_rows(rows: Dataset) -> NDArray[np.int64]:
 
 
 def _seed_of(seed: int, role: str) -> int:
-    """Return the seed of another model's masks, which are independent of the first model's."""
     return zlib.crc32(f"{seed}:{role}".encode())
 
 
@@ -268,7 +266,6 @@ def _collated(table: Dataset, rows: NDArray[np.int64], collate: Collate, *, size
 
 
 def _taken(table: Dataset, rows: NDArray[np.int64]) -> object:
-    """Return rows of a data set as `Collate` takes them."""
     return table[rows] if len(rows) else {}
 
 

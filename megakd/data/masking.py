@@ -134,7 +134,6 @@ class Masking:
         )
 
     def _shown(self, ids: NDArray[np.int64], numbers: _Numbers) -> NDArray[np.int64]:
-        """Return the token that each position would show if the position were chosen."""
         random = _picked(self._vocabulary, numbers.token)
         if self._second is not None:
             others = _picked(self._second.vocabulary, numbers.token)
@@ -177,7 +176,6 @@ def task_masking(
 
 
 def _special_and_ordinary(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the special tokens of a tokenizer, and all other tokens."""
     special = {int(number) for number in tokenizer.all_special_ids}
     return sorted(special), sorted(set(tokenizer.get_vocab().values()) - special)
 
@@ -188,7 +186,6 @@ def _picked(vocabulary: NDArray[np.int64], numbers: NDArray[np.float64]) -> NDAr
 
 
 def _targets(chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return the chosen positions of the flattened rows; position 0 if there are none."""
     return np.flatnonzero(chosen) if chosen.any() else np.zeros(1, dtype=np.int64)
 
 

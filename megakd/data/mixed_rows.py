@@ -115,7 +115,6 @@ class _Shape(NamedTuple):
 
 
 def _rows(rows: Dataset, cutter: WordCutter, shape: _Shape) -> Iterator[_Row]:
-    """Yield the columns of each row."""
     too_long, first_word = 0, ""
     for batch in arrow_batches(rows, TEXTS_AT_ONCE):
         for words in cutter(batch.column("text").to_pylist()):

@@ -194,7 +194,6 @@ def _sums(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the concatenated ranges of the given starts and lengths."""
     sums = _sums(lengths)
     return np.arange(sums[-1]) + np.repeat(starts - sums[:-1], lengths)
 

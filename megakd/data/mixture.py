@@ -68,7 +68,6 @@ def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
 
 
 def _rows(table: Table, task: TaskConfig, *, cache_dir: Path, source: str | None = None) -> Dataset:
-    """Return the rows of a file; rows of a source may name their teachers."""
     columns, teacher = conversation_columns(table, task), None
     if source is not None and task.mixture is not None:
         teacher = row_teacher(table, task.teacher_column, task.mixture[source].teacher)

@@ -69,7 +69,6 @@ class Packer:
         return self._row() if self._used else None
 
     def _put(self, ids: NDArray[np.int32], labels: NDArray[np.int32]) -> int:
-        """Copy as many tokens as fit, and return their number."""
         count = min(len(ids), self._tokens.shape[1] - self._used)
         end = self._used + count
         self._tokens[0, self._used : end] = ids[:count]

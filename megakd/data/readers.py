@@ -147,11 +147,7 @@ def joined(tables: Sequence[Table], name: str) -> Table:
 
 
 def _numberings(table: Table, first: Table) -> dict[str, tuple[int, ...]]:
-    """Return, by column, the number in `first` of each class of `table` where their orders differ.
-
-    Raises:
-        DataError: a column has other class names in the two tables, or names in only one.
-    """
+    """Return, by column, the number in `first` of each class of `table` where their orders differ."""
     numberings: dict[str, tuple[int, ...]] = {}
     for column in sorted({*first.class_names, *table.class_names}):
         expected, own = (part.class_names.get(column, ()) for part in (first, table))

@@ -138,7 +138,6 @@ class WordCutter:
             yield words
 
     def _fixed(self, student: tuple[int, ...], teacher: tuple[int, ...]) -> int:
-        """Return the value of `fixed` for the pieces of a word."""
         if not self._student.special.isdisjoint(student):
             return ALWAYS_TEACHER
         if not self._teacher.special.isdisjoint(teacher):
@@ -186,7 +185,6 @@ def _words(
 
 
 def _tuples(pieces: WordPieces) -> Iterator[tuple[int, ...]]:
-    """Yield the pieces of each word."""
     ids, starts = pieces.ids.tolist(), pieces.starts.tolist()
     return (tuple(ids[a:b]) for a, b in pairwise(starts))
 
@@ -194,7 +192,6 @@ def _tuples(pieces: WordPieces) -> Iterator[tuple[int, ...]]:
 def _different_words(
     text: str, student: NDArray[np.int64], teacher: NDArray[np.int64]
 ) -> DataError:
-    """Return the error that shows how both vocabularies cut the first place that differs."""
     start, end = _first_difference(student, teacher)
     around = text[max(0, start - _AROUND) : end + _AROUND]
     return DataError(
@@ -225,6 +222,5 @@ def _cut(text: str, spans: NDArray[np.int64], start: int, end: int) -> str:
 
 
 def _short(text: str) -> str:
-    """Return the text on one line, cut to the length that a message shows."""
     line = text.replace("\n", "\\n")
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"

@@ -58,7 +58,6 @@ def uniform(keys: NDArray[np.uint64], counters: NDArray[np.uint64]) -> NDArray[n
 
 
 def _mixed(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return SplitMix64's output function, modulo 2^64."""
     state = (state ^ (state >> np.uint64(30))) * _FIRST
     state = (state ^ (state >> np.uint64(27))) * _SECOND
     return state ^ (state >> np.uint64(31))

@@ -173,7 +173,6 @@ def _files(task: TaskConfig, cache_dir: Path) -> Found:
 
 
 def _scored(rows: Dataset, task: TaskConfig, *, is_cut: bool) -> Dataset:
-    """Return the validation rows that are scored."""
     if not is_cut or task.max_eval_examples is not None or len(rows) <= MOST_CUT_ROWS:
         return at_most(rows, task.max_eval_examples)
     logger.info(

@@ -212,7 +212,6 @@ def _names(rows: object) -> Sequence[str]:
 
 
 def _with_rollouts(batch: Batch) -> Batch:
-    """Return a batch with `is_rollout`, which a micro-batch without rows cannot know."""
     if batch.is_rollout is not None:
         return batch
     return batch._replace(is_rollout=torch.zeros_like(batch.valid))

@@ -137,11 +137,7 @@ class EncodedStream:
             position = Position(position.epoch, position.block + 1, share.state_dict())
 
     def _texts(self, rows: Iterator[Mapping[str, object]]) -> list[str]:
-        """Return the texts of the next block; an empty list at the end of the share.
-
-        Raises:
-            DataError: a file or the Hub cannot be read.
-        """
+        """Return the texts of the next block; an empty list at the end of the share."""
         texts: list[str] = []
         characters = 0
         try:

@@ -104,7 +104,6 @@ def _addresses(builder: DatasetBuilder) -> dict[str, list[str]]:
 
 
 def _hub_table(name: str, rows: IterableDataset, digest: str, task: TaskConfig) -> Table:
-    """Return at most `task.max_eval_examples` rows of a split as a table."""
     first: Mapping[str, Any] = next(iter(rows), {})
     return Table(
         name=name,
@@ -143,7 +142,6 @@ def _found(
 
 
 def _held_rows(stream: TextStream, table: Table, task: TaskConfig, *, cache_dir: Path) -> Dataset:
-    """Return held-out rows in the form of the streamed rows."""
     if stream.chat is not None:
         found = conversation_columns(table, task)
         return conversation_rows(table, found, cache_dir=cache_dir, bad_rows=task.bad_rows)
@@ -152,7 +150,6 @@ def _held_rows(stream: TextStream, table: Table, task: TaskConfig, *, cache_dir:
 
 
 def _cut(stream: TextStream, task: TaskConfig, *, cache_dir: Path) -> tuple[TextStream, Dataset]:
-    """Hold out the first texts of a stream for validation."""
     count = task.max_eval_examples
     if count is None:
         raise ConfigError(

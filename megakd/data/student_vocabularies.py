@@ -141,7 +141,6 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase, where: str) -> None
 
 
 def _id_of(tokenizer: PreTrainedTokenizerBase, role: str, where: str) -> int:
-    """Return the id of a special token."""
     token = getattr(tokenizer, f"{role}_token")
     if token is None:
         raise DataError(
@@ -164,7 +163,6 @@ def _id_of(tokenizer: PreTrainedTokenizerBase, role: str, where: str) -> int:
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Check that an encoded text starts with cls and ends with sep."""
     ids: Any = tokenizer("a")["input_ids"]
     for role, place, number in (("cls", "first", ids[0]), ("sep", "last", ids[-1])):
         expected = getattr(tokenizer, f"{role}_token")
@@ -178,7 +176,6 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
 
 
 def _trained(vocabulary: StudentVocabulary, texts: Texts) -> PreTrainedTokenizerBase:
-    """Train a tokenizer of exactly `vocabulary.size` tokens."""
     tokenizer = _at_most(vocabulary.type, texts, vocabulary.size)
     if len(tokenizer) > vocabulary.size:
         raise _too_small(len(tokenizer), vocabulary.size)
@@ -229,7 +226,6 @@ def _at_most(kind: VocabularyType, texts: Texts, size: int) -> PreTrainedTokeniz
 
 
 def _characters(texts: Texts) -> int:
-    """Return the number of special tokens and characters that SentencePiece keeps in any model."""
     try:
         model = _sentencepiece_model("char", texts, _ANY_NUMBER)
     except RuntimeError as error:
@@ -241,11 +237,6 @@ def _characters(texts: Texts) -> int:
 
 
 def _sentencepiece_model(kind: Literal["unigram", "bpe", "char"], texts: Texts, size: int) -> bytes:
-    """Train a SentencePiece model of at most `size` pieces.
-
-    Raises:
-        RuntimeError: the text is empty, or has more characters than `size`.
-    """
     # SentencePiece silently drops sentences with U+2585, which it uses to mark unknown text.
     spaces = normalizers.Sequence([normalizers.Replace(Regex(r"[\s▅]+"), " "), normalizers.Strip()])
     tell_long_words(texts(), lambda run: [run])
@@ -273,7 +264,6 @@ def _sentencepiece_model(kind: Literal["unigram", "bpe", "char"], texts: Texts, 
 
 
 def _as_tokenizer(model: bytes) -> SentencePieceTokenizer:
-    """Return the tokenizer of a SentencePiece model, with BERT's template."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, MODEL_FILE)
         file.write_bytes(model)

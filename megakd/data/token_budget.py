@@ -48,7 +48,6 @@ def budgeted(lengths: NDArray[np.int64], budget: int, *, ranks: int) -> list[NDA
 
 
 def _first_fit(lengths: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
-    """Return the micro-batch of each row: the first with enough room."""
     loads = np.zeros(max(1, len(lengths)), dtype=np.int64)
     chosen = np.zeros(len(lengths), dtype=np.int64)
     for index, length in enumerate(lengths):
@@ -58,7 +57,6 @@ def _first_fit(lengths: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
 
 
 def _spread(lengths: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Return the micro-batch of each row: the one with the fewest tokens so far."""
     loads = [(0, number) for number in range(count)]
     chosen = np.zeros(len(lengths), dtype=np.int64)
     for index, length in enumerate(lengths.tolist()):

@@ -178,15 +178,6 @@ def _window_rows(
 
 
 def _row_starts(starts: Sequence[int], first: int, before: int, length: int) -> list[int]:
-    """Return the starts of the words of a row of `length` tokens.
-
-    Args:
-        starts: the starts for the tokens of the window, counted from the start of the text. A word
-            that the window cuts starts with the window.
-        first: the position of the window in the text.
-        before: the number of special tokens before the window; each is a word of its own.
-        length: the number of tokens of the row.
-    """
     inside = [before + max(0, start - first) for start in starts]
     return [*range(before), *inside, *range(before + len(inside), length)]
 

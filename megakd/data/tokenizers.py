@@ -141,7 +141,6 @@ def has_tokenizer_files(folder: Path) -> bool:
 def _resolved(
     task: TaskConfig, splits: Splits, model_folders: Sequence[Path], cache_dir: Path
 ) -> tuple[PreTrainedTokenizerBase, str]:
-    """Return the tokenizer, and a description of its origin."""
     spec = task.tokenizer
     if isinstance(spec, str):
         return _named(spec, task.type), f'task.tokenizer "{spec}"'
@@ -306,7 +305,6 @@ def _sentencepiece_model(extractor: SentencePieceExtractor) -> models.Model:
 
 
 def _read_texts_as(proto: Any, tokenizer: Tokenizer) -> None:
-    """Set the normalizer, pre-tokenizer and decoder to SentencePiece's treatment of characters."""
     spec, trained = proto.normalizer_spec, proto.trainer_spec
     steps: list[normalizers.Normalizer] = []
     if spec.name.endswith("_cf"):
@@ -324,7 +322,6 @@ def _read_texts_as(proto: Any, tokenizer: Tokenizer) -> None:
 
 
 def _special_roles(tokenizer: Tokenizer, task_type: TaskType) -> dict[str, str]:
-    """Return the special tokens of the vocabulary by role, found by their usual names."""
     unused = {"cls_token", "sep_token", "mask_token"} if task_type == "causal_lm" else {"bos_token"}
     found = {
         role: next((name for name in names if tokenizer.token_to_id(name) is not None), None)

@@ -141,7 +141,6 @@ def _byte_bpe(texts: Callable[[], Iterable[str]], size: int, special: list[str])
 def _train_on_pieces(
     tokenizer: Tokenizer, texts: Callable[[], Iterable[str]], trainer: trainers.Trainer
 ) -> None:
-    """Train a tokenizer, and cut words longer than `LONGEST_WORD` into pieces of that length."""
     whole = tokenizer.pre_tokenizer
     normalizer = tokenizer.normalizer or normalizers.Sequence([])
 
@@ -200,7 +199,6 @@ def sentences(texts: Iterable[str], normalizer: normalizers.Normalizer) -> Itera
 
 
 def _cut(words: Iterable[str]) -> Iterator[str]:
-    """Yield the words in shorter sentences; a long word is cut into several pieces."""
     held: list[str] = []
     for word in words:
         for start in range(0, max(1, len(word)), LONGEST_WORD):
@@ -213,7 +211,6 @@ def _cut(words: Iterable[str]) -> Iterator[str]:
 
 
 def _unigram_pieces(sentences: Iterator[str], size: int) -> list[tuple[str, float]]:
-    """Return at most `size` pieces with log probabilities, without the unknown piece."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

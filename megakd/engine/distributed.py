@@ -184,7 +184,6 @@ def free_port() -> int:
 
 
 def _local_world() -> int:
-    """Return the number of ranks of this host, from torchrun's, DeepSpeed's or Slurm's variable."""
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
@@ -211,7 +210,6 @@ def _share_interface() -> None:
 
 
 def _share_cores() -> None:
-    """Share the cores that this process may use between the ranks of the host."""
     local_world = _local_world()
     given = os.environ.get("OMP_NUM_THREADS")
     # torchrun sets 1 where the user sets nothing, which leaves the optimizer on the CPU one core.
@@ -293,7 +291,6 @@ def _leaving_waits() -> bool:
 
 
 def _end(code: int) -> None:
-    """End the process without the destructors of the process group."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

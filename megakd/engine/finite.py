@@ -27,7 +27,6 @@ def names_of_bad_weights(module: nn.Module) -> list[str]:
 
 
 def _own_part(parameter: Tensor) -> Tensor:
-    """Return this rank's part of a parameter, without the padding of a shard."""
     if not is_zero_param(parameter):
         return parameter.detach()
     shard = parameter.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]

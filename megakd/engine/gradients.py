@@ -65,7 +65,6 @@ class StepGradients:
 
 
 def _clear_missed_sums(optimizer: Any) -> None:
-    """Clear the sums of weights that the first backward has not reached."""
     is_zero_3, offset = hasattr(optimizer, "grad_partitions_flat_buffer"), 0
     for weight in chain(*optimizer.fp16_groups) if is_zero_3 else ():
         size = weight.partition_numel()
@@ -78,7 +77,6 @@ def _clear_missed_sums(optimizer: Any) -> None:
 
 
 def _clear_missed_copies(optimizer: Any) -> None:
-    """Clear what an offloaded optimizer has of weights that no backward has reached."""
     flats = getattr(optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3
     flats = optimizer.single_partition_of_fp32_groups if flats is None else flats
     for number, (group, *_, start, size) in optimizer.grad_position.items():

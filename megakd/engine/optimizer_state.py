@@ -183,7 +183,6 @@ def _masters(optimizer: Any) -> dict[int, Tensor]:
 
 
 def _put_together(part: Tensor, offset: int, parameter: Any) -> Tensor:
-    """Return a whole tensor on the CPU, made of the parts of all ranks."""
     whole = torch.zeros(full_shape(parameter).numel(), device=parameter.device)
     whole[offset : offset + len(part)] = part.to(whole.device, torch.float32)
     return all_reduce_(whole).cpu().reshape(full_shape(parameter))

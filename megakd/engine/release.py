@@ -24,7 +24,6 @@ def destroy(engine: Any) -> None:
 
 
 def _cached_functions() -> list[Any]:
-    """Return the functions of DeepSpeed's coordinator that cache modules for the whole process."""
     found: list[Any] = []
     for function in vars(PartitionedParameterCoordinator).values():
         # DeepSpeed wraps the cached function without a reference of its own.

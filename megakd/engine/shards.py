@@ -46,7 +46,6 @@ def local_shards(model: nn.Module, *, loss_scale: float = 1.0) -> Iterator[Shard
 
 
 def _shard_of(parameter: Any) -> tuple[Tensor, Tensor, int] | None:
-    """Return weight, gradient and offset; DeepSpeed's public functions return whole tensors."""
     if hasattr(parameter, "ds_id"):  # ZeRO 3
         return _of_partition(parameter)
     if hasattr(parameter, "_hp_mapping"):  # ZeRO 1 and 2, and bf16 at ZeRO 0

@@ -89,7 +89,6 @@ def _put_back(aside: Path, path: Path) -> None:
 
 
 def _files_in_use() -> Iterator[str]:
-    """Yield the files that any process has open or mapped."""
     for process in psutil.process_iter():
         try:
             # In this order, because DeepSpeed first opens a buffer and then maps it.

@@ -73,13 +73,6 @@ def _unsharded_copy(module: nn.Module) -> nn.Module:
 
 
 def _plain_members(part: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
-    """Return copies of the attributes of one module, without hooks.
-
-    Args:
-        part: the module.
-        memo: copies of modules and parameters by the `id` of the original, as for
-            `copy.deepcopy`. Attributes that refer to a module then refer to its copy.
-    """
     members = vars(nn.Module())
     for name, empty in members.items():
         if isinstance(empty, dict):
@@ -113,7 +106,6 @@ def _whole_parameters(parameters: Iterable[nn.Parameter]) -> dict[int, nn.Parame
 
 
 def _groups(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the parameters in groups of at most `GROUP_ELEMENTS`, or of a single parameter."""
     group: list[Tensor] = []
     size = 0
     for parameter in parameters:

@@ -185,7 +185,6 @@ class StudentBundle(nn.Module):
     def _outputs(
         self, batch: Batch, plan: Sequence[Pass], beside: Sequence[tuple[str | None, str | None]]
     ) -> Outputs:
-        """Run every learner and view of the passes, and those beside the passes, once."""
         wanted = dict.fromkeys([*beside, *((planned.learner, planned.view) for planned in plan)])
         found: dict[tuple[str | None, str | None], Knowledge] = {}
         with self._sharing(len(wanted) > 1):
@@ -195,7 +194,6 @@ class StudentBundle(nn.Module):
         return found
 
     def _answer(self, name: str | None, batch: Batch) -> Knowledge:
-        """Return the outputs of a learner, or of the first learner without its adapters."""
         if name is None or name in self._roles:
             model, needs = self._model_of(name)
             return read_knowledge(model, batch, needs)

@@ -99,7 +99,6 @@ class Objective(nn.Module):
         return [cast("nn.Linear", linear) for module in found for linear in module]
 
     def _wanted(self, readings: Sequence[LossInputs]) -> list[TermGroup]:
-        """Return the groups that have a term which at least one reading includes."""
         groups = cast("list[TermGroup]", list(self.groups))
         left_out = frozenset.intersection(*(reading.left_out for reading in readings))
         return [g for g in groups if not left_out.issuperset(g.units.keys() - AGREEMENTS)]

@@ -95,14 +95,12 @@ class SharedProjections(nn.ParameterDict):
         return torch.Size(self._ends(compared.teacher, compared.student)[1].shape).numel()
 
     def _ends(self, teacher: Place, student: Place) -> tuple[Place, Place]:
-        """Return the weight that is mapped, and the weight that it is compared with."""
         return (teacher, student) if self.is_down else (student, teacher)
 
 
 def _sides(
     compared: Compared, mapped: tuple[int, ...], other: tuple[int, ...]
 ) -> list[tuple[str, int, int]]:
-    """Return the axes to map, with both sizes; vectors have rows, tables have columns."""
     rows = [] if compared.is_table else [("rows", mapped[0], other[0])]
     return rows if len(mapped) == 1 else [*rows, ("columns", mapped[1], other[1])]
 
@@ -216,7 +214,6 @@ def _blocks(model: nn.Module) -> list[dict[str, Place]]:
 
 
 def _tables(student: nn.Module, teacher: nn.Module) -> list[Compared]:
-    """Return the tables of embeddings for the student's pieces."""
     second = second_vocabulary(teacher)
     if second is None:
         raise TypeError("the teacher has no table of embeddings for the student's pieces")

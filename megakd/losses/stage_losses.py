@@ -49,7 +49,6 @@ class StageLosses:
             self._check_alike(self.teacher)
 
     def _check_alike(self, teacher: Shape) -> None:
-        """Check that the models that learn have the same layers, apart from sizes."""
         if self.student.layers != teacher.layers:
             raise TeacherError(
                 "method.projections: compares the models layer by layer, and the teacher has "

@@ -251,7 +251,6 @@ class Rows(NamedTuple):
 
 
 def _alike(readings: Sequence[LossInputs]) -> Iterable[list[int]]:
-    """Group indices of readings with the same teacher and weights; scale 0 stays alone."""
     found: dict[object, list[int]] = {}
     for index, reading in enumerate(readings):
         alike = (id(reading.teacher), tuple(reading.weights.items()))
@@ -291,7 +290,6 @@ def _head(knowledge: Knowledge) -> tuple[Tensor, Tensor | None]:
 
 
 def _warp(knowledge: Knowledge | None) -> LogitWarp:
-    """Return the factor and the cap of a model's logits."""
     return LogitWarp() if knowledge is None or knowledge.head is None else knowledge.head.warp
 
 
@@ -337,7 +335,6 @@ def _groups_of(
 
 
 def _one_pass(terms: Sequence[SoftTarget]) -> bool:
-    """Return whether the terms agree in all options that a call accepts once."""
     return all(
         len({getattr(term, name) for term in terms if hasattr(term, name)}) <= 1
         for name in ("temperature", "t_squared", "beta", "skew")

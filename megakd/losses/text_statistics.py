@@ -69,7 +69,6 @@ def _sums(student: Rows, teacher: Rows | None, rows: Tensor, kernels: str) -> Te
 
 
 def _compared(student: Rows, teacher: Rows, rows: Tensor, kernels: str) -> tuple[Tensor, Tensor]:
-    """Return the summed KL(teacher || student) and the summed entropy of the teacher, fp64."""
     (hidden_s, head_s), (hidden_t, head_t) = student, teacher
     (weight_s, bias_s), (weight_t, bias_t) = head_s.read(), head_t.read()
     stats = megakd_kernels.linear_stats(

@@ -240,11 +240,7 @@ def check_reach(config: AssistantOptions, lab: Lab) -> None:
 
 
 def _check_relations(term: RelationKl, heads: Heads) -> None:
-    """Check that the vectors of any number of heads can be cut into the same number of parts.
-
-    Raises:
-        ConfigError: the vectors cannot be cut.
-    """
+    """Check that the vectors of any number of heads can be cut into the same number of parts."""
     unit = heads.width
     if not {"key", "value"} & {*term.relations}:
         unit *= heads.queries // heads.keys  # shared keys are repeated for every query head

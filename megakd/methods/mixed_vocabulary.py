@@ -143,7 +143,6 @@ class MixedVocabularyConfig(OneTeacherOptions):
             )
 
     def _without_effect(self, config: Any) -> Iterator[str]:
-        """Yield the options that the other options leave without an effect."""
         given = {
             key: getattr(self, key) is not None
             for key in ("embeddings", "epsilon", "teacher_learning_rate")
@@ -221,7 +220,6 @@ def _together(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> Stage:
 
 
 def _projections(config: MixedVocabularyConfig) -> tuple[Any, ...]:
-    """Return the comparison of weights; with `dual`, of nothing or of the tables alone."""
     # With p = 0 the teacher has no table for the student's pieces.
     tables = config.p > 0 and config.embeddings is not False
     if config.direction == "dual" and not (tables and config.embeddings):
@@ -237,7 +235,6 @@ def _projections(config: MixedVocabularyConfig) -> tuple[Any, ...]:
 
 
 def _rates(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> dict[str, float]:
-    """Return the teacher's learning rate as a factor of the student's."""
     own, rate = config.teacher_learning_rate, lab.config.train.learning_rate
     return {} if own is None or rate == 0 else {teacher: own / rate}
 

@@ -94,7 +94,6 @@ def run(config: SkdbertConfig, lab: Lab) -> StageResult:
 
 
 def _may_teach(config: SkdbertConfig, name: str) -> bool:
-    """Return false for a teacher of weight 0, which is neither fine-tuned nor loaded."""
     return config.weights is None or config.weights[name] > 0
 
 
@@ -125,7 +124,6 @@ def ranks(scores: Sequence[float]) -> tuple[float, ...]:
 
 
 def _pilot(config: SkdbertConfig, lab: Lab, teacher: str) -> float:
-    """Train a pilot student with a single teacher, and return the student's score."""
     train = lab.config.train
     stage = Stage(
         name=f"pilot-{teacher}",

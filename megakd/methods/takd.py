@@ -73,12 +73,7 @@ def run(config: TakdConfig, lab: Lab) -> StageResult:
 
 
 def _problems_of_chain(config: Any, chain: Sequence[str]) -> Iterator[str]:
-    """Yield a line for every setting that needs a later teacher as it was before its leg.
-
-    Args:
-        config: the config of the run.
-        chain: the names of the teachers, in the order in which they are taught.
-    """
+    """Yield a line for every setting that needs a later teacher as it was before its leg."""
     first, *later = chain
     for name in later:
         key, cache = config.key_of(name), config.teacher_specs[name].cache

@@ -96,7 +96,6 @@ class AttentionNotes:
 
 
 def _split(joint: Tensor, shared: int) -> Sequence[Tensor]:
-    """Return queries, keys and values; `shared` query heads use the same key head."""
     unit = joint.shape[-1] // (shared + 2)
     return joint.split((shared * unit, unit, unit), dim=-1)
 

@@ -126,7 +126,6 @@ def _outside_layers(
     width: int,
     is_output: bool,  # noqa: FBT001
 ) -> Axes:
-    """Return the axes of embeddings, norms, poolers and heads: sizes equal to the width."""
     axes = [WIDTH if size == width else None for size in shape]
     if isinstance(module, nn.Embedding) or is_output:
         axes[0] = None  # tokens, positions or classes, even if their number equals the width

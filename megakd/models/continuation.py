@@ -108,7 +108,6 @@ def _settings(
     tokens: TextTokens,
     prompt_length: int,
 ) -> dict[str, Any]:
-    """Return the arguments of the next call of `generate` besides the rows."""
     ids = running.ids
     config = GenerationConfig(
         max_new_tokens=prompt_length + sampling.max_new_tokens - ids.shape[1],
@@ -130,7 +129,6 @@ def _settings(
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> _Running:
-    """Return all prompts as rows with padding on the left."""
     length = max(map(len, prompts))
     ids = [[*[pad] * (length - len(prompt)), *prompt] for prompt in prompts]
     mask = [[*[0] * (length - len(prompt)), *[1] * len(prompt)] for prompt in prompts]

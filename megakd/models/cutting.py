@@ -248,7 +248,6 @@ def _check_order(order: UnitOrder | None, units: View) -> None:
 
 
 def _with_columns(config: PretrainedConfig, view: View, order: UnitOrder | None) -> Any:
-    """Return the cut config of a family whose config states every shape: T5."""
     architecture = architecture_of(config)
     cut: Any = copy.deepcopy(config)
     whole = architecture.units(config)
@@ -308,7 +307,6 @@ def _own_config(config: PretrainedConfig, view: View, *, learns: bool) -> Pretra
 
 
 def _widths(config: PretrainedConfig, view: View) -> dict[str, Any]:
-    """Return the config keys that follow the residual width."""
     key = architecture_of(config).width
     changes: dict[str, Any] = {key: view.width}
     # ELECTRA's embeddings may have another width, which does not change.
@@ -368,7 +366,6 @@ def _with_labels(
 
 
 def _stored(match: Match, where: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the model's tensors in their order on the disk."""
     reader = WeightReader(where)
     for name, stored in sorted(match.stored.items(), key=lambda i: (i[1].file, i[1].offset)):
         yield name, reader.read(stored)

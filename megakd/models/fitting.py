@@ -82,7 +82,6 @@ def _check_sizes(source: ModelSource, task: TaskConfig, tokenizer_size: int) -> 
 
 
 def _check_padding(source: ModelSource) -> None:
-    """Raise if a model that counts its positions from the padding token has none."""
     token = source.config.pad_token_id
     if source.architecture.counts_padding and not isinstance(token, int):
         file = ".config" if source.folder is None else f": {source.folder / 'config.json'}"

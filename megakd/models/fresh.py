@@ -92,7 +92,6 @@ def _hidden(model: PreTrainedModel) -> Iterator[dict[str, dict[str, nn.Parameter
 
 @contextmanager
 def _stand_ins(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """Replace a module's own parameters by whole fp32 parameters of NaN inside the context."""
     own = dict(module.named_parameters(recurse=False))
     values = {
         key: nn.Parameter(torch.full(parameter.shape, float("nan"), dtype=torch.float32))

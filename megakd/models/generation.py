@@ -162,7 +162,6 @@ def _batches(lengths: Sequence[int], rows_at_once: int) -> Iterator[list[int]]:
 
 
 def _completion(ids: Sequence[int], end_tokens: frozenset[int]) -> Completion:
-    """Return the tokens until the first end token, which is included."""
     for number, token in enumerate(ids):
         if token in end_tokens:
             return Completion(tuple(ids[: number + 1]), finished=True)

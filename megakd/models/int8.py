@@ -140,7 +140,6 @@ def load_int8(folder: str | Path) -> PreTrainedModel:
 
 
 def _quantized(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of the int8 file; of tied weights, only the first."""
     stored = check_weight_files(folder, _WHERE)
     with torch.device("meta"):
         tensors = _built(folder).state_dict(keep_vars=True)
@@ -198,11 +197,6 @@ def _checked(tensor: Tensor, where: str) -> Tensor:
 
 
 def _places(folder: Path) -> dict[str, _Place]:
-    """Return the stored tensors of a verified int8 folder.
-
-    Raises:
-        ModelError: see `load_int8`.
-    """
     file = folder / SAFETENSORS
     if not file.is_file():
         raise ModelError(f"{file} does not exist; {_remedy(folder)}")
@@ -221,7 +215,6 @@ def _places(folder: Path) -> dict[str, _Place]:
 
 
 def _remedy(folder: Path) -> str:
-    """Return instructions for a folder that is not an int8 folder."""
     if (folder / INT8 / SAFETENSORS).is_file():
         return f"give {folder / INT8}"
     return (
@@ -275,7 +268,6 @@ def _check_fit(folder: Path, places: Mapping[str, _Place], tensors: Mapping[str,
 
 
 def _built(folder: Path) -> PreTrainedModel:
-    """Return the model of config.json without values; its buffers are valid."""
     register_own_models()
     file = folder / "config.json"
     if not file.is_file():

@@ -63,7 +63,6 @@ def padded(part: Tensor, shape: torch.Size, kept: Dimensions) -> Tensor:
 
 
 def _prefixes(kept: Dimensions, shape: torch.Size) -> Dimensions:
-    """Return the prefixes of a weight; dimensions that keep single rows are whole."""
     return tuple(k if k.rows is None else Kept(size) for k, size in zip(kept, shape, strict=True))
 
 

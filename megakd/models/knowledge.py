@@ -116,7 +116,6 @@ def _read(model: nn.Module, batch: Batch) -> Knowledge:
 
 
 def _accepted_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Return the inputs, without token types if the family (RoBERTa, DistilBERT) has one type."""
     if getattr(model.config, "type_vocab_size", 0) > 1:
         return batch.inputs
     return {name: value for name, value in batch.inputs.items() if name != "token_type_ids"}
@@ -152,7 +151,6 @@ def _of_both_vocabularies(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 
 def _of_second_vocabulary(model: nn.Module, batch: Batch, hidden: Tensor) -> Knowledge | None:
-    """Return the inputs of the second output layer, at the positions that it predicts."""
     second = second_vocabulary(model)
     if second is None or batch.second is None:
         return None

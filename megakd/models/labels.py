@@ -98,7 +98,6 @@ def _columns(names: Sequence[str], label_names: Sequence[str]) -> tuple[int, ...
 
 
 def _finetune(where: str) -> str:
-    """Return the advice to fine-tune, which applies to teachers only."""
     owner = where.removesuffix(".model")
     return f"set {owner}.finetune or " if owner.startswith("teacher") else ""
 

@@ -123,7 +123,6 @@ def config_with_layers(
 def _renamed(
     stored: Mapping[str, StoredTensor], architecture: Architecture, numbers: Sequence[int]
 ) -> dict[str, StoredTensor]:
-    """Return the remaining tensors, with the new numbers of their layers in their names."""
     renumber = renumbering(architecture, numbers)
     names = {name: renumber(name) for name in stored}
     return {new: stored[name] for name, new in names.items() if new is not None}

@@ -84,7 +84,6 @@ def adapted_modules(
 
 
 def _linear_layers(model: nn.Module, architecture: Architecture) -> tuple[str, ...]:
-    """Return the paths of all linear layers inside the blocks of a model."""
     blocks = [f"{block}." for stream in architecture.streams(model.config) for block in stream]  # type: ignore[arg-type]
     return tuple(
         path
@@ -161,7 +160,6 @@ def _peft_config(lora: LoraConfig, names: list[str], *, is_transposed: bool) -> 
 
 
 def _short_names(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    """Return the shortest names that mean these modules and no others, such as q_proj."""
     every = [path for path, _ in model.named_modules()]
     for parts in (1, 2, 3):
         names = sorted({".".join(path.split(".")[-parts:]) for path in paths})
@@ -272,13 +270,7 @@ def _merged_tensors(
 
 
 def _merged(parts: Mapping[str, Tensor], config: PeftConfig) -> Tensor:
-    """Return W + alpha / r * B A in the dtype of W; only on rank 0, other ranks hold no values.
-
-    Args:
-        parts: `base_layer.weight` [out, in], or [in, out] in GPT-2; `lora_A` [r, in]; `lora_B`
-            [out, r].
-        config: the config of the adapters.
-    """
+    """Return W + alpha / r * B A in the dtype of W; only on rank 0, other ranks hold no values."""
     weight, a, b = (parts[kind] for kind in ("base_layer.weight", "lora_A", "lora_B"))
     if not is_first_rank():
         return weight
@@ -287,7 +279,6 @@ def _merged(parts: Mapping[str, Tensor], config: PeftConfig) -> Tensor:
 
 
 def _config_text(config: PeftConfig) -> str:
-    """Return adapter_config.json, as `PeftConfig.save_pretrained` writes it."""
     tree = {**config.to_dict(), "inference_mode": True}
     lists = {key: sorted(value) for key, value in tree.items() if isinstance(value, set)}
     return json.dumps({**tree, **lists}, indent=2, sort_keys=True) + "\n"

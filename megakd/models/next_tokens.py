@@ -109,14 +109,7 @@ def _of_logits(
     *,
     room: int = 1,
 ) -> Iterator[Tensor]:
-    """Return what a function reads from blocks of logits, as tensors [B, T, …].
-
-    Args:
-        model: a language model.
-        batch: inputs as the model's forward takes them.
-        read: function of fp32 logits [C, V] and the flattened positions of the block.
-        room: memory that `read` needs, in sizes of a block.
-    """
+    """Return what a function reads from blocks of logits, as tensors [B, T, …]."""
     knowledge = read_knowledge(model, batch, Needs())
     if knowledge.hidden is None:
         raise TypeError("a language model was read without its hidden states")

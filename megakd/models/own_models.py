@@ -70,7 +70,6 @@ CUT_FAMILIES = (
 
 
 def _cut(family: str) -> OwnModel:
-    """Return the config and model classes of the cut models of one family."""
     models = {
         auto: getattr(modeling_cut, f"Cut{family}{ending}")
         for ending, auto in AUTO_CLASSES.items()

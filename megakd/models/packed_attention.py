@@ -131,7 +131,6 @@ def _check_scores(model: PreTrainedModel, source: ModelSource) -> None:
 
 
 def _has_kernel(model: PreTrainedModel) -> bool:
-    """Return whether torch's attention for different lengths supports a model on a GPU."""
     config = model.config
     if architecture_of(config).lacking_in_fused_attention(config) is not None:
         return False

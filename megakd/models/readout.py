@@ -106,7 +106,6 @@ def _read(
     source: ModelSource,
     dtype: torch.dtype,
 ) -> nn.Module:
-    """Return the module with its stored values."""
     reader = WeightReader(source.where)
     module = module.to(dtype).to_empty(device="cpu").requires_grad_(requires_grad=False).eval()
     for name, tensor in module.state_dict(keep_vars=True).items():

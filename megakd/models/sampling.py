@@ -112,7 +112,6 @@ def _gumbel(bits: Tensor) -> Tensor:
 
 
 def _mixed_(state: Tensor) -> Tensor:
-    """Apply SplitMix64's output function in place; int64 products wrap modulo 2^64."""
     state.bitwise_xor_(_shifted_(state.clone(), 30)).mul_(_signed(_FIRST))
     state.bitwise_xor_(_shifted_(state.clone(), 27)).mul_(_signed(_SECOND))
     return state.bitwise_xor_(_shifted_(state.clone(), 31))
@@ -124,5 +123,4 @@ def _shifted_(state: Tensor, count: int) -> Tensor:
 
 
 def _signed(number: int) -> int:
-    """Return the int64 whose bits are those of a number modulo 2^64."""
     return (number + 2**63) % 2**64 - 2**63

@@ -148,7 +148,6 @@ def _weight_map(index: Path, where: str) -> dict[str, str]:
 def _check_index(
     index: Path, stored: Mapping[str, StoredTensor], where: str, *, used: bool
 ) -> None:
-    """Raise if a tensor that the index lists is not in the files."""
     if not used:
         return
     expected = _weight_map(index, where)
@@ -299,7 +298,6 @@ class WeightReader:
 
 
 def _read_into(stream: RawIOBase, buffer: memoryview, stored: StoredTensor, where: str) -> None:
-    """Fill the buffer; one read returns at most 2 GB."""
     done = 0
     while done < len(buffer):
         count = stream.readinto(buffer[done:])

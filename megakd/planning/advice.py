@@ -78,7 +78,6 @@ def candidates(case: Case) -> Iterator[Case]:
 
 
 def _of_teachers(config: RunConfig, setting: str, *, finetuned: bool = False) -> str:
-    """Return a setting for every teacher, or for every teacher that is fine-tuned."""
     names = [n for n, spec in config.teacher_specs.items() if spec.finetune or not finetuned]
     keys = [config.key_of(name).replace("[", ".").removesuffix("]") for name in names]
     return " ".join(f"{key}.{setting}" for key in keys)

@@ -249,7 +249,6 @@ class Divided(Trained):
         return self.stage == 2 and self.itemsize < FP32
 
     def _own(self, done: int) -> Holding:
-        """Return the gradients that overlap the rank's shard, among `done` elements."""
         if self._sums_in_place:
             return self.held("gradients", self._shard)
         share = min(1.0, done / self.learned.numel) if self.is_cpu else 1.0
@@ -259,7 +258,6 @@ class Divided(Trained):
         return self.held("gradients", own) if self.place("offload_optimizer") == "device" else {}
 
     def _buckets(self, done: Inventory, *, last: bool) -> Holding:
-        """Return the buckets; a bucket for several ranks is copied before it is sent."""
         limit = int(self.zero.get("reduce_bucket_size", _BUCKET))
         filled = written = copied = 0
         for parameter in done.learned:
@@ -290,17 +288,14 @@ class Divided(Trained):
 
     @cached_property
     def _sizes(self) -> list[int]:
-        """The elements of each optimizer group."""
         return [sum(group) for group in self.groups]
 
     @property
     def _shard(self) -> Amount:
-        """A rank's share of all weights in fp32."""
         return amount_of(self.share(size) * FP32 for size in self._sizes)
 
     @cached_property
     def _touched(self) -> int:
-        """The most elements, over ranks, of the parameters that overlap a rank's shard."""
         touched = [0] * self.ranks
         for rank, number, _ in self._pieces():
             touched[rank] += self.inventory[number].numel
@@ -372,7 +367,6 @@ class Sharded(Trained):
 
     @cached_property
     def _sub_groups(self) -> list[int]:
-        """The elements of each sub-group; sub-groups are updated in sequence."""
         most = int(self.zero.get("sub_group_size", _SUB_GROUP))
         sizes: list[int] = []
         for group in self.groups:

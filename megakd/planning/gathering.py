@@ -68,7 +68,6 @@ def gathering_of(
 def _whole_and_new(
     trace: Trace, sizes: Sequence[int], zero: Mapping[str, Any]
 ) -> Iterator[tuple[set[int], set[int]]]:
-    """Yield for each moment the whole parameters and the newly gathered parameters."""
     used = [moment.used for moment in trace.moments]
     bucket = _setting(zero, "prefetch_bucket_size", 50_000_000)
     live = _setting(zero, "max_live_parameters", _BILLION)

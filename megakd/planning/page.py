@@ -33,7 +33,6 @@ def _head(plan: Plan) -> str:
 
 
 def _parts(plan: Plan) -> list[list[str]]:
-    """Return the memory at the moment of the peak, by role and part."""
     peak = plan.highest.ledger.peaks["device"]
     roles = sorted({share.role for share in peak.shares}, reverse=True)
     rows = [[f"{plan.highest.name}: {peak.when}", *roles]]

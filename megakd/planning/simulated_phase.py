@@ -139,7 +139,6 @@ class _Tracer:
         return repr((facts, learners, losses, pruning, rows, held, self._sharding()))
 
     def _sharding(self) -> list[Any]:
-        """Return the settings that decide how many micro-batches a teacher answers at once."""
         specs = [ready.spec for ready in self._phase.teachers.values()]
         return [(spec.micro_batches_per_call, spec.deepspeed) for spec in specs]
 
@@ -185,7 +184,6 @@ class _Tracer:
     def _asked(
         self, losses: StageLosses, batch: Batch, per_call: Mapping[str, int]
     ) -> tuple[dict[str, Trace], dict[str, Knowledge]]:
-        """Trace the forward of every teacher for its micro-batches; return the outputs too."""
         teachers: dict[str, Trace] = {}
         knowledge: dict[str, Knowledge] = {}
         for name, ready in self._phase.teachers.items():
@@ -221,7 +219,6 @@ class _Tracer:
     def _measured(
         self, stage: Stage, bundle: StudentBundle, losses: StageLosses, batch: Batch
     ) -> Measured | None:
-        """Trace the held-out losses, unless a training step has as many rows."""
         step = largest_step(stage.train, self._task)
         if not stage.measures_losses or batch.valid.numel() <= step.tokens:
             return None
@@ -240,7 +237,6 @@ class _Tracer:
         return SimulatedPhase(teachers={name: self._work(one) for name, one in teachers.items()})
 
     def _work(self, ready: ReadyTeacher) -> Trace:
-        """Trace the work of the phase with one model."""
         phase, frozen = self._phase, self._frozen(ready, Needs())
         if phase.work == "timing":
             shape = (phase.rows, self._task.row_length)
@@ -255,7 +251,6 @@ class _Tracer:
         return self._forward(gates.eval(), batch)[0]
 
     def _forward(self, module: nn.Module, *args: Any, **options: Any) -> tuple[Trace, Any]:
-        """Trace a forward without gradient; return its result too."""
         call = partial(module, *args, **options)
         return self._trace(module, call, backward=False)
 
@@ -290,7 +285,6 @@ class _Tracer:
         return bundle.train()
 
     def _second_sizes(self, stage: Stage) -> dict[str, SecondSize]:
-        """Return the second vocabularies of the learners, with sizes from configs alone."""
         vocabulary, learners = self._config.method.own_vocabulary, self._phase.learners
         offsets = [learners[role].config.vocab_size for role in stage.mixed if role in learners]
         if vocabulary is None or self._phase.student is None or not offsets:
@@ -335,12 +329,6 @@ class _Tracer:
         return self._batch(rows, length=length)
 
     def _batch(self, rows: int, *, length: int | None = None) -> Batch:
-        """Return the largest possible batch, whose texts have `max_length` tokens.
-
-        Args:
-            rows: number of rows.
-            length: positions of a row, in which several texts are packed; None: one text.
-        """
         task = self._task
         length = length or task.row_length
         with VALUELESS:

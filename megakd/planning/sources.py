@@ -87,7 +87,6 @@ def _source(given: TeacherConfig | StudentConfig, task: TaskConfig, where: str) 
 
 
 def _vocabulary(task: TaskConfig, sources: Mapping[str, ModelSource]) -> int:
-    """Return or estimate the vocabulary size of the run's tokenizer without building it."""
     if isinstance(task.tokenizer, TokenizerConfig):
         return task.tokenizer.vocab_size
     counted = _counted(Path(task.tokenizer)) if task.tokenizer else None
@@ -108,7 +107,6 @@ def _counted(folder: Path) -> int | None:
 
 
 def _with_classes(sources: Mapping[str, ModelSource], task: TaskConfig) -> dict[str, ModelSource]:
-    """Return all models with the first teacher's number of outputs; labels are not read."""
     if task.type in LANGUAGE_TASKS:
         return dict(sources)
     teacher = next(iter(sources.values()))

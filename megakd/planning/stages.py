@@ -102,11 +102,6 @@ class PlanningLab(LabBase):
         return self.phases
 
     def _close(self, students: Sequence[StageResult]) -> None:
-        """Record the end of a run: all models are scored, then timed together.
-
-        Args:
-            students: the student and the baselines.
-        """
         preset = scoring_preset(self.config.student.deepspeed)
         results = (*students, *self._assistants)
         made = {result.name: _ready(self._made[result.folder], preset) for result in results}
@@ -134,7 +129,6 @@ class PlanningLab(LabBase):
         return largest_first(sources, self.config.task)
 
     def _source(self, folder: Path, role: str) -> ModelSource:
-        """Return the model that a stage writes to its folder."""
         return self._made[folder]
 
     def rows_of_teachers(self) -> dict[str, int]:
@@ -165,7 +159,6 @@ class PlanningLab(LabBase):
         return 0.5
 
     def _score(self, name: str, ready: ReadyTeacher, forwards: int = 0) -> None:
-        """Record the scoring of a model."""
         name, teachers = name if forwards else f"{name}-scored", {name: ready}
         rows = self.config.eval_rows()
         phase = Phase(name=name, work="scoring", teachers=teachers, rows=rows, forwards=forwards)
@@ -253,5 +246,4 @@ class PlanningLab(LabBase):
 
 
 def _ready(source: ModelSource, preset: str, dtype: Dtype | None = None) -> ReadyTeacher:
-    """Return a finished model with the settings for scoring or timing."""
     return ReadyTeacher(source, TeacherConfig(model=source.name, deepspeed=preset, dtype=dtype))

@@ -79,23 +79,19 @@ class Timeline:
         return self.plan
 
     def _look(self, when: str, *held: Holding) -> None:
-        """Record what the rank holds in addition to its models and optimizers."""
         self.plan.ledger.look(when, self._resting, *held)
 
     def _load(self, engine: Frozen) -> None:
-        """Record the loading of a model, in addition to the models on the rank."""
         self._look(f"loading the {engine.role}", engine.loading())
         self.plan.load_peak = self.plan.ledger.peaks["host"].total
 
     def _model(self, role: str, run: Trace, spec: str | Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields of an engine, except those of its precision."""
         ds = load_ds_config(spec, where=f"{role}.deepspeed")
         zero = ds.get("zero_optimization", {})
         cluster = self.cluster.one_node if shards_within_node(ds) else self.cluster
         return {"role": role, "inventory": run.inventory, "zero": zero, "cluster": cluster}
 
     def _frozen(self, name: str, role: str = TEACHER) -> Frozen:
-        """Return the engine of a frozen model after loading it."""
         ready = self.phase.teachers[name]
         model = self._model(role, self.traced.teachers[name], ready.spec.deepspeed)
         dtype = TORCH_DTYPE[planned_dtype(ready, self.cluster.device)]
@@ -105,7 +101,6 @@ class Timeline:
         return engine
 
     def _work_alone(self, work: Work) -> None:
-        """Load all frozen models, then run them one after another."""
         engines = {}
         for name in self.phase.teachers:
             is_teacher = work == "importance" or name in self.config.teacher_specs
@@ -154,7 +149,6 @@ class Timeline:
         self._count(learner, frozen, micro_batches)
 
     def _offloaded(self, stage: Stage, learner: Trained) -> Holding:
-        """Return the inputs of all layers that `activation_offload` keeps on the host."""
         if not stage.train.activation_offload or learner.is_cpu:
             return {}
         source, tokens = self.phase.learner, largest_step(stage.train, self.config.task).tokens
@@ -182,7 +176,6 @@ class Timeline:
     def _evaluate(
         self, learner: Trained, frozen: Mapping[str, Frozen], heads: Holding, rows: int
     ) -> None:
-        """Record an evaluation, and the measurement of the losses on its rows."""
         when = f"evaluating (eval.per_device_eval_batch_size {rows})"
         if self.traced.evaluation is not None:
             self._forward(when, learner, self.traced.evaluation)
@@ -210,7 +203,6 @@ class Timeline:
         )
 
     def _readouts(self) -> Holding:
-        """Return the output matrices of teachers whose servers export hidden states."""
         found: list[Holding] = []
         for ready in self.phase.teachers.values():
             if ready.spec.server is not None and ready.spec.server.states is not None:
@@ -221,7 +213,6 @@ class Timeline:
         return together(*found)
 
     def _fetched(self, frozen: Mapping[str, Frozen]) -> Holding:
-        """Return the memory for prefetching: one teacher from the host is on the device."""
         waiting = [
             engine
             for name, engine in frozen.items()
@@ -234,7 +225,6 @@ class Timeline:
         return largest.held("weights", shards)
 
     def _ask(self, frozen: Mapping[str, Frozen], gradients: Holding) -> None:
-        """Record the teachers' forwards, with the answers of the teachers before."""
         answers: Holding = {}
         for name, engine in frozen.items():
             is_drawn = self.traced.asked[name] < 1  # earlier answers are of another step
@@ -244,14 +234,6 @@ class Timeline:
             answers = self._answers
 
     def _learn(self, learner: Trained, run: Trace, beside: Holding, *, adds: bool) -> None:
-        """Record one forward and one backward of the student's engine.
-
-        Args:
-            learner: the engine.
-            run: trace of the group of passes that share the backward.
-            beside: gathered output matrices of the teachers, and offloaded activations.
-            adds: whether an earlier backward of the step left gradients.
-        """
         earlier = learner.accumulated() if adds else {}
         done: list[int] = []
         for index, (moment, held) in enumerate(self._moments(learner, run)):
@@ -275,7 +257,6 @@ class Timeline:
     def _forward(
         self, when: str, engine: Frozen, run: Trace, *others: Holding, kind: Part = "activations"
     ) -> None:
-        """Record every moment of a forward, with what else the rank holds."""
         for _, held in self._moments(engine, run, kind):
             self._look(when, *others, held)
 
@@ -298,7 +279,6 @@ class Timeline:
             )
 
     def _divided(self, live: Amount, role: str) -> tuple[Amount, Amount]:
-        """Split activations between one view and the other views that share its backward."""
         of_one_view = self.traced.of_one_view
         if of_one_view is None or role == TEACHER or not live.total:
             return live, NOTHING
@@ -306,13 +286,7 @@ class Timeline:
         return live.times(share), live.times(1 - share)
 
     def _count(self, learner: Trained, frozen: Mapping[str, Frozen], micro_batches: int) -> None:
-        """Compute the operations and the network bytes of one step.
-
-        Args:
-            learner: the engine of the student.
-            frozen: the engines of the teachers.
-            micro_batches: number of micro-batches per step.
-        """
+        """Compute the operations and the network bytes of one step."""
         flops = micro_batches * sum(run.flops for run in self.traced.learner)
         answered, stage = 0.0, self.phase.stage
         rows = 1 / len(frozen) if stage is not None and stage.routed and frozen else 1.0

@@ -184,8 +184,6 @@ class Watch(TorchDispatchMode):
             hook.remove()
 
     def _watch(self, module: nn.Module, path: str, own: set[int]) -> None:
-        """Begin a moment whenever the forward or the backward enters a module."""
-
         def begin(*_: Any) -> None:
             self.moments.append(Moment(path, set(own), self._live))
 

@@ -37,7 +37,6 @@ class Launchers:
 
 
 def _up_to_launcher(parents: list[psutil.Process]) -> list[psutil.Process]:
-    """Return the wrappers below the nearest launcher, the launcher, and its own launchers."""
     launchers = [is_launcher(process) for process in parents]
     if True not in launchers:
         return []

@@ -136,7 +136,6 @@ def measure_importance(
 def _dealt(
     assembly: Assembly, rows: Dataset, shape: StepShape, batch_size: int
 ) -> Iterator[Iterator[Batch]]:
-    """Yield this rank's micro-batches of every batch, on its device."""
     scorer, device = assembly.scorer(), assembly.ranks.device
     for batch in global_batches(
         rows, scorer.collate, shape=shape, batch_size=batch_size, masking=scorer.masking

@@ -93,7 +93,6 @@ def _metadata(spec: str) -> Mapping[str, Any]:
 
 
 def _pruned(report: Report) -> str:
-    """Return a line about a student that was pruned while it learned, else ""."""
     if not report["pruning"]:
         return ""
     whole = report["teacher"] or report["pruning"][0]
@@ -103,7 +102,6 @@ def _pruned(report: Report) -> str:
 
 
 def _size(report: Report) -> str:
-    """Return a sentence with the student's size, and a comparison with the largest teacher."""
     student = report["student"]
     sentence = f"The student has {short_count(student['parameters'])} parameters"
     if "trained_parameters" in student:

@@ -201,7 +201,6 @@ def _numbered(dots: Sequence[Dot], x: Scale, y: Scale) -> list[tuple[Dot, float]
 def _vertical(
     values: Sequence[float], *, log: bool = False, percent: bool = False, headroom: float = 0.06
 ) -> tuple[Scale, Ticks]:
-    """Return the scale of the y axis and its ticks."""
     low, high = min(values), max(values)
     if log:
         factor = math.exp(0.06 * (math.log(high) - math.log(low)))
@@ -224,7 +223,6 @@ def _horizontal(low: float, high: float, y_ticks: Ticks, *, log: bool = False) -
 
 
 def _apart(ticks: Ticks) -> Ticks:
-    """Remove the text of ticks that would touch the text of the previous tick."""
     found: Ticks = []
     end = -math.inf
     for place, text in ticks:

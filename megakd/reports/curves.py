@@ -90,7 +90,6 @@ def training(
 
 
 def _kinds(groups: Mapping[str, Panels]) -> dict[str, Panels]:
-    """Return the curves by kind, each kind with the panels of its charts."""
     train, choices = groups.get("train", {}), groups.get("select", {})
     losses = {n: c for n, c in train.items() if n not in SPEED_UNITS and n not in NOT_DRAWN}
     weights = {n: c[""] for n, c in choices.items() if "" in c and n not in OUTCOMES}
@@ -110,13 +109,11 @@ def _kinds(groups: Mapping[str, Panels]) -> dict[str, Panels]:
 
 
 def _drawable(panels: Panels) -> Panels:
-    """Return the curves that have at least two points."""
     long = {n: [(v, c) for v, c in p.items() if len(c.points) > 1] for n, p in panels.items()}
     return {name: dict(curves[:LINES_PER_PANEL]) for name, curves in long.items() if curves}
 
 
 def _merged(panels: Panels) -> Panels:
-    """Join panels with equal curves, such as the loss and its only term."""
     found: Panels = {}
     for name, curves in panels.items():
         same = next((other for other in found if _are_alike(found[other], curves)), None)
@@ -128,7 +125,6 @@ def _merged(panels: Panels) -> Panels:
 
 
 def _are_alike(one: Mapping[str, Curve], other: Mapping[str, Curve]) -> bool:
-    """Return whether two panels show equal curves up to rounding."""
     return one.keys() == other.keys() and all(
         len(curve.points) == len(other[view].points)
         and np.allclose(curve.points, other[view].points, rtol=1e-5, atol=0)
@@ -197,7 +193,6 @@ def _unit(name: str, kind: str) -> str:
 
 
 def _numbers(panels: Panels) -> tuple[Rows, int]:
-    """Return the values as rows, and the number of all steps."""
     titles = [f"{name} {view}".strip() for name, curves in panels.items() for view in curves]
     values = [dict(curve.points) for curves in panels.values() for curve in curves.values()]
     values = values[:COLUMNS_SHOWN]

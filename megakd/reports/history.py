@@ -82,7 +82,6 @@ def _grouped(curves: Mapping[str, Mapping[int, float | None]]) -> dict[str, Pane
 
 
 def _in_order(view: tuple[str, Curve]) -> list[float | str]:
-    """Return a sort key with sparsity-0.85 before sparsity-0.9, and stage 2 before stage 10."""
     pieces = re.split(r"(\d+(?:\.\d+)?)", view[0])
     return [float(piece) if i % 2 else piece for i, piece in enumerate(pieces)]
 

@@ -100,7 +100,6 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
 
 
 def _gains(report: Report) -> list[str]:
-    """Return how the student's size and speed compare with those of the largest teacher."""
     if report["teacher"] is None:
         return []
     sizes = (report["teacher"]["encoder_parameters"], report["student"]["encoder_parameters"])
@@ -115,13 +114,11 @@ def _gains(report: Report) -> list[str]:
 
 
 def _times_fewer(teacher: float, student: float) -> str:
-    """Return a comparison of two sizes: 10.9x fewer, 2.0x more, or as many."""
     times = f"{max(teacher, student) / min(teacher, student):.1f}x"
     return "as many" if times == "1.0x" else f"{times} {'more' if student > teacher else 'fewer'}"
 
 
 def _comparison(report: Report) -> str:
-    """Return a sentence that compares the student's main metric with the teacher's."""
     name, metrics = report["metric_name"], report["student"]["metrics"]
     beside = table.against_teacher(report, metrics)
     if beside == "-":
@@ -136,7 +133,6 @@ def _comparison(report: Report) -> str:
 
 
 def _models(report: Report) -> list[Dot]:
-    """Return the numbered models that have a score, each with its size as x."""
     metric = report["metric_name"]
     kinds = {**dict.fromkeys(table.teachers_of(report), TEACHER), STUDENT: STUDENT}
     kinds |= dict.fromkeys(report["baselines"], "baseline")
@@ -149,7 +145,6 @@ def _models(report: Report) -> list[Dot]:
 
 
 def _planes(report: Report, models: Sequence[Dot]) -> list[Chart]:
-    """Return charts of the main metric over each measure of size."""
     measures = {"parameters without embeddings": models}
     for timing in table.timings(report):
         if timing.kind == table.FORWARD:
@@ -172,7 +167,6 @@ class Choice(NamedTuple):
 
 
 def _choices(candidates: Sequence[CandidateReport]) -> dict[int, Choice]:
-    """Return the candidates and the choice of each iteration."""
     found: dict[int, Choice] = {}
     for iteration in sorted({row["iteration"] for row in candidates}):
         rows = [row for row in candidates if row["iteration"] == iteration]

@@ -112,7 +112,6 @@ def _place(model: PreTrainedModel) -> str:
 
 
 def _rounds(calls: Sequence[Callable[[], object]], most: int) -> list[list[float]]:
-    """Return the milliseconds of all calls, round by round."""
     if not calls:
         return []
     first = [_warm_up(call) for call in calls]
@@ -145,7 +144,6 @@ def _warm_up(call: Callable[[], object]) -> float:
 def _ready(
     model: PreTrainedModel | Path, device: torch.device | None, dtype: torch.dtype | None
 ) -> Iterator[PreTrainedModel]:
-    """Yield the model in evaluation mode, and restore its mode afterwards."""
     loaded = _load(model, device, dtype) if isinstance(model, Path) else model
     was_training = loaded.training
     loaded.eval()
@@ -185,7 +183,6 @@ def _forward(model: PreTrainedModel, inputs: dict[str, Any]) -> Callable[[], obj
 
 
 def _generation(model: Any, inputs: dict[str, Any], *, count: int) -> Callable[[], object]:
-    """Return a call that continues prompts by `count` tokens."""
     number = {"min_new_tokens": count, "max_new_tokens": count}
     return partial(model.generate, **inputs, **number, do_sample=False, pad_token_id=0)
 

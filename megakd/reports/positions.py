@@ -56,7 +56,6 @@ def position_figures(groups: Mapping[str, Panels], stage: str) -> list[Figure]:
 
 
 def _values(curves: Mapping[str, Curve]) -> Values:
-    """Return the values of one statistic; views that are not buckets are left out."""
     found: dict[Bucket, Mapping[int, float]] = {}
     for view, curve in curves.items():
         first, _, last = view.partition("-")
@@ -83,7 +82,6 @@ def _line(values: Values, step: int, *, is_last: bool) -> Line:
 
 
 def _numbers(named: Mapping[str, Values], steps: Sequence[int]) -> Rows:
-    """Return a row per bucket, and a column per statistic and step."""
     columns = [(name, step) for name in named for step in steps]
     titles = [
         f"{TITLES.get(name, name.replace('_', ' '))}, step {step:,}" for name, step in columns

@@ -63,7 +63,6 @@ def pruning_section(report: Report) -> Pruning | None:
 
 
 def _points(rows: Sequence[PruningReport], key: Key) -> Points:
-    """Return (step, value) of the rows that have a value that can be drawn."""
     values = [(row["step"], row[key]) for row in rows]
     return [(s, float(v)) for s, v in values if is_number(v) and abs(v) <= LARGEST]
 
@@ -81,7 +80,6 @@ def _chart(title: str, unit: str, points: Points) -> Chart:
 
 
 def _caption(rows: Sequence[PruningReport], curves: Sequence[Points]) -> str:
-    """Return the meaning of the charts, and what they leave out."""
     drawn = [len(points) for points in curves if len(points) > 1]
     is_thinned, has_gaps = max(drawn, default=0) > POINTS_SHOWN, min(drawn, default=0) < len(rows)
     notes = (
@@ -97,7 +95,6 @@ def _caption(rows: Sequence[PruningReport], curves: Sequence[Points]) -> str:
 
 
 def _size_sentence(rows: Sequence[PruningReport], report: Report) -> str:
-    """Return the student's size at the first and the last evaluation."""
     first, last = rows[0], rows[-1]
     teacher = report["teacher"]
     whole = f" of {short_count(teacher['parameters'])} parameters" if teacher else ""
@@ -115,7 +112,6 @@ def _size(row: PruningReport) -> str:
 
 
 def _divergence_sentence(points: Points) -> str:
-    """Return the divergence at both ends, and its largest rise between two evaluations."""
     if not points:
         return "Its KL divergence from the teacher was not measured."
     (first, start), (last, end) = points[0], points[-1]
@@ -134,7 +130,6 @@ def _divergence_sentence(points: Points) -> str:
 
 
 def _time_sentence(points: Points) -> str:
-    """Return the step time at both ends; empty if it is not known."""
     if not points:
         return ""
     (first, start), (last, end) = points[0], points[-1]

@@ -67,14 +67,6 @@ def read_report(path: Path) -> Report:
 
 
 def _problems(value: Any, kind: Any, where: str = "", *, may_be_null: bool = True) -> Iterable[str]:
-    """Return what does not have the type of the contract, one line per value.
-
-    Args:
-        value: a value of the file.
-        kind: the type that the value must have.
-        where: the keys that lead to the value.
-        may_be_null: whether a number may be null.
-    """
     if get_origin(kind) in (Union, types.UnionType):
         inner = get_args(kind)[0]
         return () if value is None else _problems(value, inner, where, may_be_null=may_be_null)

@@ -182,14 +182,12 @@ def _continuations(
 
 
 def _prompts(rows: Dataset, max_length: int) -> list[list[int]]:
-    """Return the prompts of conversations that leave room for an answer."""
     found = (cast("Mapping[str, Any]", row) for row in rows)
     prompts = (row["input_ids"][: row[PROMPT_LENGTH]] for row in found)
     return [ids for ids in prompts if 0 < len(ids) < max_length]
 
 
 def _beginnings(rows: Dataset, max_length: int) -> list[list[int]]:
-    """Return beginnings of documents, all of one length."""
     begun = min(PROMPT_TOKENS, max(1, max_length // 2))
     documents = list(_documents(rows))
     length = min(begun, max(map(len, documents), default=0))

@@ -81,7 +81,6 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
 
 
 def _model_notes(report: Report) -> list[str]:
-    """Return lines that explain the columns of the models."""
     lower = lower_metrics(report)
     notes = [f"{', '.join(lower)}: lower is better"] if lower else []
     others = (latency_note(report), vocabulary_note(report), adapter_note(report["student"]))
@@ -313,7 +312,6 @@ def against_teacher(report: Report, metrics: Mapping[str, float]) -> str:
 
 
 def _speed(timing: Timing, name: str, reference: str) -> tuple[str, str]:
-    """Return the value and the speed-up of a model."""
     value = timing.values.get(name)
     shown = "-" if value is None else f"{value:.2f}"
     return shown, str(timing.speed_up(name, reference) or "-")

@@ -234,7 +234,6 @@ def _undone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logging_restored() -> Iterator[None]:
-    """Restore the root logger, megakd's logger and transformers' progress bars."""
     from transformers.utils import logging as of_transformers
 
     root, own = logging.getLogger(), logging.getLogger("megakd")

@@ -112,12 +112,10 @@ def _config_there(path: Path) -> Any:
 
 
 def _has_int8(out: Path) -> bool:
-    """Return true if the config of a finished run asked for int8 weights."""
     return flatten(_config_there(out / CONFIG)).get("save.int8") is True
 
 
 def _is_free(key: str) -> bool:
-    """Return true if a key may change between two starts of one run."""
     return key.startswith(("output_dir", "log.", "save.", "task.encoded")) or key.endswith(_FREE)
 
 
@@ -240,7 +238,6 @@ def _report_there(out: Path, record: Mapping[str, Any] | None) -> Report:
 
 
 def _again(report: Path) -> str:
-    """Return instructions for making the final files of a run again."""
     return (
         f"remove {report} and start the same command again: finished stages are not trained again"
     )
@@ -252,11 +249,7 @@ def _check_final_there(out: Path) -> None:
 
 
 def _missing_of_final(out: Path, record: Mapping[str, Any]) -> list[str]:
-    """Check that `final/` is this run's student, and return the names of the missing files.
-
-    Raises:
-        CheckpointError: a file was changed or belongs to another run.
-    """
+    """Check that `final/` is this run's student, and return the names of the missing files."""
     final = out / FINAL
     atomic.recover(final)
     missing = [name for name in record["final"] if not (final / name).is_file()]
@@ -349,7 +342,6 @@ def _line(term: Mapping[str, Any]) -> str:
 
 
 def _draw(output_dir: Path) -> None:
-    """Write report.html beside report.json."""
     try:
         write_html_report(output_dir)
     except Exception as error:  # noqa: BLE001 - a picture must not fail a finished run
@@ -397,7 +389,6 @@ def _student_stage(out: Path) -> str:
 
 
 def _no_model_of(stage: str, stages: Path) -> str:
-    """Return why a stage cannot be exported."""
     if not (stages / stage).is_dir():
         near = suggestion(stage, (folder.name for folder in stages.glob("*/")))
         return f'{stages.parent} has no stage "{stage}"{near or ";"} {_finished_stages(stages)}'

@@ -184,11 +184,6 @@ class FolderLock:
                     self.path.parent.rmdir()
 
     def _try(self) -> bool:
-        """Return true if this process holds the folder, false if the holder has changed.
-
-        Raises:
-            InUseError: a living run holds the folder.
-        """
         if self._create(self.path):
             return True
         last, path = self._last()
@@ -211,7 +206,6 @@ class FolderLock:
         return is_ours
 
     def _last(self) -> tuple[Holder | None, Path]:
-        """Return the current holder and its file, following the claims on dead holders."""
         path = self.path
         last = read_holder(path)
         while last is not None:
@@ -234,7 +228,6 @@ class FolderLock:
             file.write(json.dumps(dataclasses.asdict(self.holder), indent=2) + "\n")
 
     def _create(self, path: Path) -> bool:
-        """Create a file that names this process; return false if the file exists."""
         try:
             self._write(self._draft)
             os.link(self._draft, path)
@@ -280,7 +273,6 @@ class FolderLock:
         )
 
     def _give_signs(self) -> None:
-        """Touch the lock every few seconds; call `lost` if another run has the lock."""
         while not self._released.wait(BEAT_S):
             try:
                 if read_holder(self.path) != self.holder and not self._create(self.path):

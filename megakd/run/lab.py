@@ -220,7 +220,6 @@ class Lab(LabBase):
         self._open.close()
 
     def _score_opened(self, name: str, teacher: Opened) -> None:
-        """Measure a teacher for the report while a stage has it alone in memory."""
         if name not in self.config.teacher_specs or not isinstance(teacher, FrozenTeacher):
             return
         if self.teacher_scores.known(name, self._teachers[name]) is not None:
@@ -331,7 +330,6 @@ class Lab(LabBase):
 
     @contextmanager
     def _measured_teacher(self, name: str) -> Iterator[tuple[FrozenTeacher, Measured]]:
-        """Load a teacher for the body, and measure it for the report."""
         self.close()
         ready, own = self._teachers[name], self.assembly.of(name)
         dtype = own.teacher_dtype(ready)

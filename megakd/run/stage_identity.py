@@ -62,7 +62,6 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
 
 
 def _unusual(stage: Stage) -> Mapping[str, Any]:
-    """Return the options that few stages set; other stages have no facts on them."""
     options = {
         "episodes": (stage.episodes, 1),
         "rows_of_teachers": (stage.routed, False),
@@ -94,7 +93,6 @@ def _teacher(assembly: Assembly, name: str) -> Mapping[str, Any]:
 
 
 def _rollouts(rollouts: RolloutConfig) -> Mapping[str, Any]:
-    """Return the options of generated texts, without those that change no text."""
     tree = asdict(rollouts)
     del tree["rows_per_call"], tree["keep_texts"]
     if rollouts.server is not None:  # where the servers are changes no text

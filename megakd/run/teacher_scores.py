@@ -90,7 +90,6 @@ class TeacherScores:
         return self.assembly.config.output_dir / "checkpoints" / f"{name}-scores.json"
 
     def _facts(self, name: str, ready: ReadyTeacher) -> Fingerprint:
-        """Return everything that a measurement depends on."""
         own = self.assembly.of(name)
         rows = {"rows": own.prepared.splits.whole_hash}
         return flatten({**own.conditions, **rows, "teacher": own.frozen_facts(ready)})

@@ -174,13 +174,7 @@ class StatesServer(VllmServer):
 
 
 def _request(ids: tuple[int, ...], model: str, name: str) -> dict[str, Any]:
-    """Return the body of a request; vLLM writes the file when it has generated one token.
-
-    Args:
-        ids: the tokens of the text.
-        model: name of the model.
-        name: name of the request, which vLLM makes part of the name of the file.
-    """
+    """Return the body of a request; vLLM writes the file when it has generated one token."""
     rules = TextRequest(ids, 0, Sampling(1, temperature=0.0), model, ()).rules()
     return {
         **rules,

@@ -116,11 +116,7 @@ class JsonServer:
     def _attempt(
         self, method: str, path: str, body: str | None, *, timeout_s: float
     ) -> Reply | Exception:
-        """Return the answer to one request, or the error for which there is no whole answer.
-
-        Raises:
-            ServerError: the time limit has passed.
-        """
+        """Return the answer to one request, or the error for which there is no whole answer."""
         try:
             return self._once(method, path, body, timeout_s=timeout_s)
         except TimeoutError as error:

@@ -69,7 +69,6 @@ class SglangServer(Replica):
 
 
 def _generate_request(request: TextRequest) -> dict[str, Any]:
-    """Return the body of a request; all sampling rules are stated."""
     return {
         "input_ids": list(request.prompt),
         "return_prompt_token_ids": True,

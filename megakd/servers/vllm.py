@@ -113,7 +113,6 @@ class VllmServer(Replica):
 
 
 def _completion_request(request: TextRequest) -> dict[str, Any]:
-    """Return the body of a request; all sampling rules are stated."""
     return {
         **request.rules(),
         "model": request.model,
@@ -140,13 +139,6 @@ def _weights(choice: dict[str, Any], url: str) -> str | None:
 
 
 def _best(entries: Sequence[dict[str, Any]], count: int, url: str) -> BestTokens:
-    """Return the most likely tokens, without the text's own tokens where they are unlikely.
-
-    Args:
-        entries: token number -> `logprob` at each position; the text's own token is among them.
-        count: number of tokens that were asked for.
-        url: address of the server.
-    """
     sizes = [len(entry) for entry in entries]
     least = min(sizes, default=count)
     if least < count:

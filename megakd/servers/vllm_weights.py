@@ -80,11 +80,6 @@ class VllmWeightServer(VllmServer):
 
 
 def _in_development(reply: Reply) -> Reply:
-    """Return the answer of a server in development mode.
-
-    Raises:
-        ServerError: the server does not know the path.
-    """
     if reply.status == 404:
         raise ServerError(
             f"{reply.where} answered 404; push: full needs vLLM 0.33 or later, started with the "

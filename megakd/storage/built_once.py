@@ -67,7 +67,6 @@ def damage_at_start(folder: Path, listed: Entries) -> str | None:
 
 @contextmanager
 def _writable(folder: Path) -> Iterator[None]:
-    """Convert an OSError while writing below `folder` into a DataError."""
     try:
         yield
     except OSError as error:

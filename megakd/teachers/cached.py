@@ -147,7 +147,6 @@ def _announce(folder: Path, layout: Layout, rows: int, done: int) -> None:
 
 
 def _begun(folder: Path, facts: Fingerprint) -> list[Shard]:
-    """Return the shards that the folder already holds."""
     if not (folder / MANIFEST).is_file():
         return []
     return _read_manifest(folder, facts)[0]
@@ -169,12 +168,6 @@ def _record(folder: Path, facts: Fingerprint, shards: Sequence[Shard], *, total:
 
 
 def _read_manifest(folder: Path, facts: Fingerprint) -> tuple[list[Shard], int]:
-    """Return the shards, and the number of rows of the complete cache.
-
-    Raises:
-        TeacherError: the manifest is missing or damaged, or its fingerprint differs, such as for
-            other data or another teacher.
-    """
     path = folder / MANIFEST
     try:
         tree = read_signed(path)
@@ -255,7 +248,6 @@ class CachedTeacher:
 
 
 def _draws(ids: Tensor, counts: Tensor) -> Draws:
-    """Return draws as shares; positions without draws have the share 0."""
     shares = counts.float() / counts.sum(-1, keepdim=True).clamp(min=1)
     return Draws(ids, shares.log())
 

@@ -65,7 +65,6 @@ def failed_teachers(teachers: Mapping[str, object], device: torch.device) -> lis
 
 
 def _finite(read: Knowledge, batch: Batch) -> Tensor:
-    """Return a bool scalar: whether the outputs are finite, without padding and dummy rows."""
     valid = batch.valid
     if read.logits is not None:
         said, counts = read.logits, valid.any(dim=1)  # [B, C]

@@ -169,7 +169,6 @@ class Checkpoints:
         )
 
     def _by_age(self) -> list[Path]:
-        """Return the complete checkpoints, the newest first."""
         if not self.folder.is_dir():
             return []
         found = [f for f in self.folder.iterdir() if _NAME.fullmatch(f.name) and f.is_dir()]
@@ -313,7 +312,6 @@ def synced_entries(folder: Path, written: Sequence[Path]) -> dict[str, Any]:
 
 
 def _pass_over(damages: Mapping[Path, str], used: Path) -> None:
-    """Set damaged checkpoints aside: shared storage may show their files later."""
     for checkpoint, damage in damages.items():
         aside = f", renamed to {set_aside(checkpoint)}" if checkpoint.is_dir() else ""
         logger.warning("%s%s: using %s", damage, aside, used)
@@ -351,11 +349,7 @@ def check_plain(state: Any, key: str = "state") -> None:
 
 
 def _read_plain(path: Path, device: torch.device) -> dict[str, Any]:
-    """Load a file of values that `check_plain` has accepted; those of any GPU to `device`.
-
-    Raises:
-        CheckpointError: the file names a class, as the files of version 0.1 do.
-    """
+    """Load a file of values that `check_plain` has accepted; those of any GPU to `device`."""
 
     def place(storage: Any, at: str) -> Any:
         return storage if at == "cpu" else storage.to(device=device)

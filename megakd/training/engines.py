@@ -298,7 +298,6 @@ class Assembly:
         return on_main(lambda: tokens_key(self.prepared.encoded.train))
 
     def _cache_facts(self, ready: ReadyTeacher) -> Fingerprint:
-        """Return all facts that a teacher's answers depend on."""
         task, prepared = self.config.task, self.prepared
         facts: dict[str, Any] = {
             "task": task.type,
@@ -330,7 +329,6 @@ class Assembly:
 
     @cached_property
     def _characters(self) -> torch.Tensor | None:
-        """The number of characters of every token, with which evaluations of mlm are compared."""
         if self.config.task.type != "mlm":
             return None
         return characters_of_tokens(self.prepared.tokenizer)

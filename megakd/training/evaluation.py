@@ -71,7 +71,6 @@ def read_cut(record: Mapping[str, Any]) -> Cut:
 
 
 def _tuples(value: Any) -> Any:
-    """Return a value of JSON with tuples in place of lists."""
     if isinstance(value, list):
         return tuple(_tuples(entry) for entry in value)
     if isinstance(value, dict):

@@ -248,7 +248,6 @@ def _with_vocabulary_of(tokenizer: PreTrainedTokenizerBase, source: ModelSource)
 def _strangers(
     config: RunConfig, sources: Mapping[str, ModelSource], labels: Sequence[str]
 ) -> Iterator[str]:
-    """Yield an error for each teacher that was trained on other labels."""
     for name, spec in config.teacher_specs.items():
         if spec.finetune is None and name in sources:
             try:

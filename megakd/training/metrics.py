@@ -173,7 +173,6 @@ def _accuracy(predicted: Numbers, truth: Numbers) -> float:
 
 
 def _cross_entropy(predicted: Numbers, truth: Numbers) -> float:
-    """Return the mean cross-entropy in nats."""
     shifted = predicted - predicted.max(axis=1, keepdims=True)
     chosen = shifted[np.arange(len(truth)), truth.astype(int)]
     return float((np.log(np.exp(shifted).sum(axis=1)) - chosen).mean())
@@ -184,7 +183,6 @@ def _squared_error(predicted: Numbers, truth: Numbers) -> float:
 
 
 def _of_one_label(name: str, said: NDArray[np.bool_], is_so: NDArray[np.bool_]) -> float:
-    """Return precision, recall or F1; 0 if it is undefined."""
     from sklearn import metrics
 
     of: Callable[..., float] = getattr(metrics, f"{name}_score")

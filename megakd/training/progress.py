@@ -92,7 +92,6 @@ class Progress:
             self._bar.set_postfix_str(", ".join(part.replace(" ", "=", 1) for part in shown))
 
     def _seconds_left(self, step: int) -> float:
-        """Return the seconds left, at the speed since this start, evaluations included."""
         done = max(1, step - self._extent.step)
         return (time.perf_counter() - self._began) / done * (self._extent.total_steps - step)
 
@@ -228,11 +227,6 @@ class Reporter:
 
 @contextmanager
 def _reports_unusable(path: Path) -> Iterator[None]:
-    """Turn a failure to read or write the run's numbers into one error.
-
-    Raises:
-        MegakdError: the file cannot be used, or the disk is full.
-    """
     try:
         with atomic.reports_full_disk(path):
             yield
@@ -244,7 +238,6 @@ def _reports_unusable(path: Path) -> Iterator[None]:
 
 
 def _whole_lines(path: Path) -> Iterator[str]:
-    """Yield the complete lines of metrics.jsonl, without a partial line left by a kill."""
     if path.exists():
         with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
             yield from (line for line in file if line.endswith("\n"))

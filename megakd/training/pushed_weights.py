@@ -158,7 +158,6 @@ class AdapterPush:
 
 
 def _each(servers: Sequence[Any], action: Callable[[Any], None]) -> None:
-    """Call `action` for all servers at the same time."""
     calls = [lambda server=server: action(server) for server in servers]
     Running(calls, at_once=len(calls)).results()
 

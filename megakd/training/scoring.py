@@ -191,7 +191,6 @@ class Scorer:
         return Scored(on_main(lambda: language_model_metrics(known)), [])
 
     def _characters_of(self, batch: Batch) -> int:
-        """Return the number of characters of a micro-batch's targets."""
         if self.characters is None:
             return 0
         labels = batch.labels.cpu()

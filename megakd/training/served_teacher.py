@@ -121,7 +121,6 @@ def _wanted(config: RunConfig, inputs: RunInputs, name: str) -> Wanted:
 
 
 def _texts(rows: Dataset) -> list[tuple[int, ...]]:
-    """Return the first training rows with a prediction, as single texts."""
     first = rows.select(range(min(CHECKED_ROWS, len(rows))))["input_ids"]
     found = [tuple(int(token) for token in cast("list[int]", ids)) for ids in first]
     return [ids for ids in found if len(ids) > 1]

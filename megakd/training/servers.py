@@ -139,9 +139,6 @@ def _ends(
 
     vLLM ends texts at the tokens of the request alone. SGLang also ends texts at all end tokens in
     the folder of the model, and at `<|eom_id|>` of Llama 3 (`additional_stop_token_ids`).
-
-    Raises:
-        ServerError: SGLang would end texts at a token that ends no text of the student.
     """
     if kind == "vllm":
         return ends

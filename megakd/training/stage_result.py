@@ -72,7 +72,6 @@ def read_result(
 
 
 def _result_there(folder: Path) -> tuple[StageResult, Fingerprint] | None:
-    """Read result.json of a stage's folder, after verifying all files of the folder."""
     if not folder.exists():
         return None
     path, remedy = folder / RESULT, remake(folder)

@@ -206,7 +206,6 @@ class StageRun:
         return step
 
     def _begin(self) -> int:
-        """Begin without a checkpoint: at step 0, or where the previous window has ended."""
         name, first, strategy = self.stage.name, self.first_step, self.trainer.strategy
         self.best.resume(first, {})
         if first:
@@ -218,7 +217,6 @@ class StageRun:
         return first
 
     def _previous(self) -> Path:
-        """Return the folder of the previous window, from which this window starts."""
         folder = getattr(self.stage.start, "folder", None)
         if folder is None:
             raise TypeError(
@@ -346,13 +344,6 @@ class StageRun:
     def _write_result(
         self, result: StageResult, evaluation: Evaluation, *, best: Path | None
     ) -> None:
-        """Write the folder of the finished stage; result.json marks the folder as finished.
-
-        Args:
-            result: the result of the stage.
-            evaluation: defines how the learner is cut.
-            best: the folder to copy, or to take adapters from; None writes the learner as it is.
-        """
         record = {
             RESULT: result_text(result, self.checkpoints.fingerprint),
             **self.trainer.strategy.files(),

@@ -109,7 +109,6 @@ class TensorBoard:
 
     @contextmanager
     def _forgiving(self) -> Iterator[None]:
-        """Stop writing curves on an error, but not the run; metrics.jsonl has all numbers."""
         try:
             yield
         except OSError as error:
@@ -274,10 +273,8 @@ class MLflow:
 
 
 def _module(name: str) -> Any:
-    """Import the library of a service, which may not be installed."""
     return importlib.import_module(name)
 
 
 def _mlflow_name(key: str) -> str:
-    """Return a metric name with only the characters that MLflow allows."""
     return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in key)

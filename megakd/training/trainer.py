@@ -129,7 +129,6 @@ class Trainer:
     def _answered(
         self, plan: Sequence[Pass], batches: Sequence[Batch]
     ) -> Iterator[tuple[Batch, dict[str, Knowledge], bool]]:
-        """Yield each micro-batch with the teachers' outputs, and whether it is the last one."""
         answers = {
             name: self.teachers[name].answers([batch.of(name) for batch in batches])
             for name in self._frozen(plan)
@@ -145,7 +144,6 @@ class Trainer:
             return {name: self.teachers[name](batch.of(name)) for name in self._frozen(plan)}
 
     def _frozen(self, plan: Sequence[Pass]) -> list[str]:
-        """Return the teachers that answer; one that learns answers inside the student's engine."""
         return [name for name in teacher_names(plan) if name in self.teachers]
 
     def _prefetch(self, plan: Sequence[Pass]) -> None:

@@ -78,7 +78,6 @@ def other_vocabularies(
 def _tell(
     source: ModelSource, own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Warn about the number of tokens with another meaning in the run's tokenizer."""
     vocabulary = tokenizer.get_vocab()
     other = sum(vocabulary.get(token) != number for token, number in own.get_vocab().items())
     if other:
@@ -93,7 +92,6 @@ def _tell(
 
 
 def _pretrained(sources: Iterable[ModelSource]) -> Iterator[tuple[ModelSource, Path]]:
-    """Yield the models with stored weights, each folder once."""
     seen: set[Path] = set()
     for source in sources:
         if source.folder is not None and source.folder not in seen:

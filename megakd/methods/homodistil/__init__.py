@@ -287,7 +287,6 @@ BASELINES = {"random": random_start}
 
 
 def _rows(lab: Lab, result: StageResult) -> list[PruningReport]:
-    """Return the rows of the report that the strategy of a stage has written."""
     return lab.made_by(result, ROWS, _read) or []
 
 

@@ -254,7 +254,6 @@ def select(scores: Tensor, kept: Chosen, wanted: View, student: Any, *, monotone
 
 
 def _highest(scores: Tensor, count: int) -> list[list[int]]:
-    """Return the places of the highest scores of every row, rising."""
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
     return order.sort(dim=1).values.tolist()
 
@@ -305,7 +304,6 @@ def _listed(kept: Chosen, group: Group, count: int) -> tuple[int, ...]:
 
 
 def _inside(kept: Sequence[int], heads: int, width: int) -> tuple[tuple[int, ...], ...]:
-    """Return all columns inside each head of an attention, the kept columns first."""
     found = []
     for head in range(heads):
         own = [column - head * width for column in kept if column // width == head]

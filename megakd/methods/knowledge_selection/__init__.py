@@ -127,7 +127,6 @@ def run(config: KnowledgeSelectionConfig, lab: Lab) -> StageResult:
 
 
 def _kinds(lab: Lab) -> tuple[TermConfig, ...]:
-    """Return the config's terms, or the paper's four: labels, responses, features, relations."""
     states = (HiddenMse(loss="hidden_mse"), RelationFsp(loss="relation_fsp"))
     return lab.config.objective or (*lab.hard_terms(), *lab.soft_terms(), *states)
 
@@ -176,7 +175,6 @@ def _choosing(config: KnowledgeSelectionConfig, lab: Lab) -> Choosing:
 def _selector(
     config: KnowledgeSelectionConfig, lab: Lab, teacher: str, kinds: tuple[TermConfig, ...]
 ) -> Selector:
-    """Return the saved selector, or train a selector in stage 1."""
     from megakd.methods.knowledge_selection.selecting import SELECTOR
     from megakd.methods.knowledge_selection.selector import SelectorShape, load_selector
 
@@ -242,11 +240,6 @@ def _stage_1(
 
 
 def _fitting(selector: Selector, shape: SelectorShape, path: Path) -> Selector:
-    """Return the selector if it fits the models and the kinds of knowledge.
-
-    Raises:
-        TeacherError: the selector does not fit; the message names both shapes.
-    """
     if selector.shape[:3] != shape[:3]:
         raise TeacherError(
             f"method.selector: {path} is for a student of width {selector.shape.student}, a "

@@ -278,7 +278,6 @@ class LearningToSelect(Selecting):
         run.logged.append(reward)
 
     def _usual(self, gain: float) -> float:
-        """Return a decrease of the loss divided by the usual size of recent changes."""
         rewards = self.running.rewards
         rewards.append(gain)
         size = math.sqrt(sum(value * value for value in rewards) / len(rewards))

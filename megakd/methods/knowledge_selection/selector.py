@@ -33,7 +33,6 @@ class SelectorShape(NamedTuple):
 
 
 def _layers(*widths: int) -> nn.Sequential:
-    """Return linear layers with ReLU between them."""
     parts: list[nn.Module] = []
     for first, second in pairwise(widths):
         parts += [nn.Linear(first, second), nn.ReLU()]

@@ -209,7 +209,6 @@ def _cuts(config: ShrinkConfig, lab: Lab, model: Model) -> Cuts:
 
 
 def _assistant(config: ShrinkConfig, lab: Lab, link: Link, target: int, number: int) -> Link:
-    """Return the next link: an assistant, cut and repaired like the student, which teaches."""
     chosen, kept = _choose(config, lab, link, target, number)
     stage = _repair(config, lab, link.teacher, chosen)
     train = _train(lab, config.repair_steps)

@@ -211,7 +211,6 @@ def candidates_of(cuts: Cuts, target: int, wanted: int | Sequence[float]) -> lis
 
 
 def _spread(fitting: Sequence[Candidate], count: int) -> list[Candidate]:
-    """Return at most `count` entries at equal distances, with both ends."""
     if count >= len(fitting):
         return list(fitting)
     if count == 1:
@@ -221,7 +220,6 @@ def _spread(fitting: Sequence[Candidate], count: int) -> list[Candidate]:
 
 
 def _no_such_size(cuts: Cuts, target: int) -> str:
-    """Return the message for a size without a candidate."""
     found = [
         one
         for depth in range(1, cuts.layers + 1)

@@ -150,7 +150,6 @@ def _set(config: Any, **values: int) -> Iterator[None]:
 
 
 def _layer(config: Any, number: int) -> nn.Module:
-    """Return a stock layer, built as small as possible, with its linear maps replaced."""
     parts: Parts = config.parts
     heads = {"num_attention_heads": config.queries_per_key, "num_key_value_heads": 1}
     with _set(config, **heads, **{parts.neurons: 1}):
@@ -249,7 +248,6 @@ def _tell_heads(core: Any, config: Any, number: int) -> None:
 def _without_heads(
     core: Any, hidden_states: Tensor, *_: Any, cache: Any = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Run an attention without heads: its output map takes an input of width 0."""
     parts, width = core.config.parts, core.config.head_width
     batch, length, _width = hidden_states.shape
     cache = kwargs.get("past_key_values") if cache is None else cache  # before transformers 5.24

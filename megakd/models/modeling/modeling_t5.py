@@ -113,7 +113,6 @@ class EmptyLinear(nn.Linear):
 
 
 def _empty(module: nn.Module, *, inputs: tuple[str, ...], output: str) -> None:
-    """Remove everything between the inputs and the output of a module."""
     for name in inputs:
         if hasattr(module, name):
             setattr(module, name, EmptyLinear(getattr(module, name).in_features, 0))
