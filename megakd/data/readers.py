@@ -147,7 +147,7 @@ def joined(tables: Sequence[Table], name: str) -> Table:
 
 
 def _numberings(table: Table, first: Table) -> dict[str, tuple[int, ...]]:
-    """Return, by column, the number in `first` of each class of `table` where their orders differ."""
+    """Return, by column, the number in `first` of each class of `table` of another order."""
     numberings: dict[str, tuple[int, ...]] = {}
     for column in sorted({*first.class_names, *table.class_names}):
         expected, own = (part.class_names.get(column, ()) for part in (first, table))

@@ -37,7 +37,7 @@ from megakd.storage.finished_folder import CARD, copy_finished, entries, open_fi
 from megakd.training.best_checkpoint import RECORD
 from megakd.training.engines import model_identity
 from megakd.training.inputs import UnencodedInputs, unencoded_inputs
-from megakd.training.longer import is_longer
+from megakd.training.longer import is_longer, keeps_last
 from megakd.training.stage_folder import files_of_others
 from megakd.training.stage_result import RESULT, remake
 from megakd.training.window_state import files_of_window
@@ -61,8 +61,8 @@ _FREE = (
 def is_finished(config: RunConfig) -> bool:
     """Return true if the output folder holds the finished run of this config; read only the config.
 
-    A run is not finished if the config asks for more steps than the run in the folder took, or for
-    int8 weights that the run did not write.
+    A run is not finished if the config asks for more steps than the run in the folder took, for
+    int8 weights that the run did not write, or for other times of the models.
 
     Raises:
         CheckpointError: the folder holds another config's finished run.
@@ -70,6 +70,10 @@ def is_finished(config: RunConfig) -> bool:
     if not (config.output_dir / REPORT).is_file() or config.train.resume_from_checkpoint is False:
         return False
     there, here = _compared(config)
+    timed = [
+        {key: fields.pop(key) for key in [*fields] if key.startswith("eval.latency")}
+        for fields in (there, here)
+    ]
     if is_longer(there, here):
         return False
     differing = differences(there, here)
@@ -80,25 +84,17 @@ def is_finished(config: RunConfig) -> bool:
             f"{config.output_dir}; to train its student further, set student.model="
             f"{config.output_dir / FINAL} and another output_dir"
         )
-    return not config.save.int8 or _has_int8(config.output_dir)
+    return timed[0] == timed[1] and (not config.save.int8 or _has_int8(config.output_dir))
 
 
 def _compared(config: RunConfig) -> tuple[Fingerprint, Fingerprint]:
     """Return the stored config and this config, reduced to the keys that results depend on."""
     trees = (_config_there(config.output_dir / CONFIG), config_tree(config))
     there, here = ({k: v for k, v in flatten(t).items() if not _is_free(k)} for t in trees)
-    if all(_keeps_last(fields) for fields in (there, here)):
-        there.pop("eval.eval_steps", None)
-        here.pop("eval.eval_steps", None)
+    for fields in (there, here):
+        if keeps_last(fields):
+            fields["eval.eval_steps"] = None
     return there, here
-
-
-def _keeps_last(fields: Fingerprint) -> bool:
-    """Return true if no evaluation decides which weights a run of this flat config keeps."""
-    best = fields.get("eval.keep_best")
-    chooses = best or (best is None and fields.get("eval.eval_steps") is not None)
-    stops = any(v for k, v in fields.items() if k.endswith("early_stopping_patience"))
-    return not (chooses or stops)
 
 
 def _config_there(path: Path) -> Any:

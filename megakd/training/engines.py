@@ -51,6 +51,7 @@ from megakd.training.cached_tokens import (
     whole_answers,
 )
 from megakd.training.inputs import RunInputs
+from megakd.training.longer import keeps_last
 from megakd.training.precision import (
     TORCH_DTYPE,
     check_dtype,
@@ -67,6 +68,9 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
     from transformers import PreTrainedModel
+
+_UNREAD = ("per_device_eval_batch_size", "latency")
+"""Keys of `eval` on which no stage depends."""
 
 
 class ReadyTeacher(NamedTuple):
@@ -122,14 +126,18 @@ class Assembly:
     def conditions(self) -> Mapping[str, Any]:
         """The task, the data, and the metrics with their code; every stage depends on them."""
         metrics = [name for name in self.prepared.metrics.names if is_metric(name)]
+        tree = config_tree(self.config)
+        # What changes no weights may change between two starts.
+        free = {"eval_steps": None} if keeps_last(flatten(tree)) else {}
+        evaluation = {k: v for k, v in asdict(self.config.eval).items() if k not in _UNREAD}
         return {
             "task": {
                 key: value
-                for key, value in config_tree(self.config)["task"].items()
+                for key, value in tree["task"].items()
                 if key not in ("encoded", "evaluation_sets")
             },
             "data": self.prepared.encoded.content_hash,
-            "eval": {k: v for k, v in asdict(self.config.eval).items() if "batch" not in k},
+            "eval": evaluation | free,
             "metrics": {name: code_of(metric_of(name)) for name in metrics},
         }
 

@@ -1,4 +1,4 @@
-"""Restart of a run with more steps: the options that may change, and the stages that continue."""
+"""Restart of a run: the options that may change, and the stages that continue."""
 
 from __future__ import annotations
 
@@ -25,6 +25,13 @@ def is_longer(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
 def _is_raised(there: Mapping[str, Any], here: Mapping[str, Any], key: str) -> bool:
     before, now = there.get(key), here.get(key)
     return key in LENGTHS and before is not None and now is not None and now > before
+
+
+def keeps_last(fields: Mapping[str, Any]) -> bool:
+    """Return true if no evaluation decides which weights a run of this flat config keeps."""
+    best = fields.get("eval.keep_best")
+    chooses = best or (best is None and fields.get("eval.eval_steps") is not None)
+    return not (chooses or any(fields[k] for k in fields if k.endswith("early_stopping_patience")))
 
 
 def may_grow(stage: str, config: RunConfig) -> bool:

@@ -59,6 +59,19 @@ def test_another_config_in_a_finished_folder_is_refused_naming_what_differs(one_
     assert f"to train its student further, set student.model={out / 'final'}" in said.err
 
 
+def test_models_are_timed_again_without_training_if_the_times_asked_for_change(
+    one_rank, whole_run, tmp_path
+):
+    out = Path(shutil.copytree(whole_run.out, tmp_path / "out"))
+    words = ("--config", whole_run.config, f"output_dir={out}", "eval.latency=false")
+
+    said = one_rank.train(*words)
+
+    assert said.code == 0, said.err
+    assert read(out)["latency"] == []
+    assert read(out)["stages"] == read(whole_run.out)["stages"]
+
+
 @pytest.mark.parametrize("chooses", [False, True])
 def test_evaluations_that_choose_no_weights_may_change_after_the_run(config, tmp_path, chooses):
     words = [f"output_dir={tmp_path}", f"eval.keep_best={str(chooses).lower()}"]
