@@ -51,7 +51,7 @@ def label_terms(config: RunConfig, *, smoothed: bool = True) -> tuple[TermConfig
     return (kept if smoothed else dataclasses.replace(kept, label_smoothing=0.0),)
 
 
-def completed(stage: Stage, config: RunConfig, *, ranks: int, device: str) -> Stage:
+def completed(stage: Stage, config: RunConfig, *, ranks: int = 1, device: str = "cpu") -> Stage:
     """Return a stage with unset options taken from the sections of the run.
 
     A teacher that learns, from any source, uses its `finetune` section if it is set.
