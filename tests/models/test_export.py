@@ -319,6 +319,8 @@ def test_the_card_says_how_the_model_was_made() -> None:
         "pipeline_tag": "text-classification",
         "tags": ["megakd", "knowledge-distillation", "single"],
         "base_model": "textattack/bert-base-uncased-SST-2",
+        "license": "unknown",
+        "metrics": ["accuracy"],
     }
     assert "method `single` on `glue/sst2` by distilling `textattack/" in card
     assert "starting from random weights" in card

@@ -177,6 +177,7 @@ def press():
         time.sleep(0.01)
     os.kill(os.getpid(), getattr(signal, sys.argv[3]))
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's background
 threading.Thread(target=press).start()
 try:
     megakd.train(sys.argv[1], [f"output_dir={out}"])

@@ -236,7 +236,7 @@ def test_a_folder_in_the_place_of_the_log_ends_a_run_before_its_data_are_read(
     one_rank, tmp_path: Path
 ) -> None:
     (tmp_path / "out" / "metrics.jsonl").mkdir(parents=True)
-    task = {"type": "classification", "dataset": "there/is/no/such/data"}
+    task = {"type": "classification", "dataset": "nobody/nothing"}
     tree = config_tree(tmp_path / "out", task, log={"report_to": []})
 
     said = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))

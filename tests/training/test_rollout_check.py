@@ -29,7 +29,7 @@ ROWS = Dataset.from_dict({"input_ids": [[1] * 6, [1] * 20], "prompt_length": [4,
 def config_of(max_length: int = 64, **keys: Any) -> Any:
     method = SimpleNamespace(name="single", cuts_student=False)
     given = {"rollout": None, "eval": SimpleNamespace(generation=None), "baselines": ()} | keys
-    task = SimpleNamespace(max_length=max_length)
+    task = SimpleNamespace(row_length=max_length)
     return SimpleNamespace(task=task, method=method, teacher_specs={}, **given)
 
 

@@ -53,7 +53,8 @@ def check(stub: Stub, folder: Path, *, ends: list[int], temperature: float = 1.0
     server = RolloutServerConfig(url=(stub.url,), kind=stub.kind, push="none", model="tiny")
     sampling = SamplingConfig(temperature=temperature)
     rollout = RolloutConfig(max_new_tokens=16, sampling=sampling, server=server)
-    run: Any = SimpleNamespace(rollout=rollout, output_dir=folder / "out")
+    task = SimpleNamespace(row_length=64)
+    run: Any = SimpleNamespace(rollout=rollout, output_dir=folder / "out", task=task)
     check_servers(run, inputs)
 
 

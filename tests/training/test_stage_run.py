@@ -14,8 +14,8 @@ from megakd.contract.stage import StageResult
 from megakd.engine import distributed
 from megakd.errors import CheckpointError
 from megakd.storage.finished_folder import CHECKSUMS, write_finished
+from megakd.training.checkpoint import Checkpoints
 from megakd.training.stage_result import RESULT, read_result, result_text
-from megakd.training.stage_run import StageRun
 
 FINGERPRINT = {"seed": 1, "train.learning_rate": 0.1}
 
@@ -27,23 +27,13 @@ def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
 
 
-def stage_with(checkpoint: Path, *, wanted: bool | str) -> Any:
-    train = SimpleNamespace(resume_from_checkpoint=wanted)
-    return SimpleNamespace(
-        stage=SimpleNamespace(name="student", train=train),
-        trainer=SimpleNamespace(step=0),
-        checkpoints=SimpleNamespace(
-            folder=checkpoint.parent, given=lambda _: None, newest_good=lambda: checkpoint
-        ),
-    )
-
-
 def test_a_stage_that_may_not_resume_refuses_to_write_over_its_checkpoints():
     newest = Path("checkpoints/student/step-8")
+    checkpoints: Any = SimpleNamespace(folder=newest.parent, newest_good=lambda: newest)
 
     message = f"{newest} exists and resume_from_checkpoint is false; use another output_dir"
     with pytest.raises(CheckpointError, match=message):
-        StageRun._resume(stage_with(newest, wanted=False))
+        Checkpoints.to_resume(checkpoints, wanted=False)
 
 
 def written(folder: Path, **changes: Any) -> StageResult:
@@ -80,7 +70,12 @@ def test_a_metric_that_is_no_number_is_still_one_after_a_restart(tmp_path):
 
 
 def test_a_stage_without_a_result_has_not_finished(tmp_path):
-    assert read_result(tmp_path, FINGERPRINT) is None
+    assert read_result(tmp_path / "student", FINGERPRINT) is None
+
+
+def test_a_folder_of_a_stage_without_a_result_is_damaged(tmp_path):
+    with pytest.raises(CheckpointError, match=r"checksums\.json cannot be read"):
+        read_result(tmp_path, FINGERPRINT)
 
 
 def test_the_result_of_another_config_is_refused_with_the_fields_that_differ(tmp_path):
