@@ -93,6 +93,10 @@ CASES = (
     Case(2, "6x512", "6x512", 8, 32, (FINETUNED, *MINIDISC)),
     Case(2, "6x512 4x384 2x256", "4x384", 8, 32, ("method={name: skdbert}",)),
     Case(2, "6x512", "4x384", 8, 64, (FINETUNED, *MASKED)),
+    # Not fitted to.
+    Case(2, "11x1008", "7x576", 8, 40, (FINETUNED, "teacher.model.config.num_attention_heads=12")),
+    Case(2, "5x896", "3x320", 12, 48, (FINETUNED,)),
+    Case(2, "14x576", "4x640", 4, 96, (FINETUNED, "teacher.finetune.deepspeed=zero3")),
 )
 
 
