@@ -12,7 +12,7 @@ import yaml
 
 ENDS = {
     "complete": "sys.exit(0)",
-    "change": "sys.exit(2 if rank else 1)",
+    "change": "sys.exit(2) if rank else time.sleep(60)",  # the launcher ends the other rank
     "lost": "os.kill(os.getpid(), 9) if rank else time.sleep(60)",
 }
 
