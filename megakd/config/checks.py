@@ -17,6 +17,7 @@ from megakd.config.deepspeed import (
 from megakd.config.lora_checks import lora_problems
 from megakd.config.models import ScratchModel, TeacherConfig
 from megakd.config.objective import objective_problems
+from megakd.config.paths import looks_like_path
 from megakd.config.rollout_checks import rollout_problems
 from megakd.config.route_checks import route_problems
 from megakd.config.server_checks import server_problems, teacher_server_problems
@@ -33,8 +34,6 @@ from megakd.methods import baselines_of, methods_that_cut
 if TYPE_CHECKING:
     from megakd.config.run import RunConfig
     from megakd.contract.terms import TermConfig
-
-_DATA_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
 
 
 def config_problems(config: RunConfig) -> list[str]:
@@ -117,8 +116,7 @@ def _is_local(key: str, place: str) -> bool:
     """Return true if a setting names a path, and neither a name of the Hub nor a pattern."""
     if glob.has_magic(place):
         return False
-    is_file = "files" in key or "evaluation_sets" in key or place.endswith(_DATA_SUFFIXES)
-    return is_file or place.startswith((".", "/", "~")) or place.count("/") > 1
+    return "files" in key or "evaluation_sets" in key or looks_like_path(place)
 
 
 def _teacher(config: RunConfig) -> Iterator[str]:

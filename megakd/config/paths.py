@@ -7,6 +7,20 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".json", ".txt")
+"""Endings of data files, in lower case."""
+
+
+def is_path(name: str) -> bool:
+    """Return whether a name cannot be the Hub's, which has at most one slash."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def looks_like_path(dataset: str) -> bool:
+    """Return whether the name of a data set that does not exist on disk looks like a path."""
+    is_file = Path(dataset).suffix.lower() in DATA_SUFFIXES
+    return is_path(dataset) or dataset.endswith("/") or is_file
+
 
 def _expanded(path: Path) -> Path:
     try:

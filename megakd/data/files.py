@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+from megakd.config.paths import DATA_SUFFIXES
 from megakd.config.task import Files, TaskConfig, listed_files
 from megakd.data.columns import rows_of_tables
 from megakd.data.documents import read_documents
@@ -29,20 +30,9 @@ READERS = {
     ".ndjson": read_jsonl,
     ".parquet": read_parquet,
 }
-SUFFIXES = (*READERS, ".json", ".txt")
 WHOLE_FILE = "all rows"
 # `datasets` may write a hash behind the count.
 SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?$")
-
-
-def looks_like_path(dataset: str) -> bool:
-    """Return whether the name of a data set that does not exist on disk looks like a path."""
-    return (
-        dataset.startswith((".", "/", "~"))
-        or dataset.count("/") > 1
-        or dataset.endswith("/")
-        or Path(dataset).suffix.lower() in SUFFIXES
-    )
 
 
 def local_rows(path: Path, task: TaskConfig, *, cache_dir: Path) -> Found:
@@ -260,7 +250,7 @@ def _refuse_missing(paths: Sequence[Path], place: str, *, pattern: str = "*") ->
 
 
 def _data_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in DATA_SUFFIXES)
 
 
 def folder_files(folder: Path) -> dict[SplitName, list[Path]]:
@@ -277,8 +267,8 @@ def folder_files(folder: Path) -> dict[SplitName, list[Path]]:
         return {"train": texts}
     there = ", ".join(path.name for path in sorted(folder.iterdir())[:10]) or "nothing"
     raise DataError(
-        f"{folder}: the file train.* does not exist (supported endings: {', '.join(SUFFIXES)}); "
-        f"the folder holds: {there}"
+        f"{folder}: the file train.* does not exist (supported endings: "
+        f"{', '.join(DATA_SUFFIXES)}); the folder holds: {there}"
     )
 
 
@@ -299,8 +289,8 @@ def known_suffix(path: Path, key: str) -> str:
         DataError: no reader reads files with this ending.
     """
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
+    if suffix not in DATA_SUFFIXES:
         raise DataError(
-            f"{key}: {path} has an unsupported ending; supported: {', '.join(SUFFIXES)}"
+            f"{key}: {path} has an unsupported ending; supported: {', '.join(DATA_SUFFIXES)}"
         )
     return suffix

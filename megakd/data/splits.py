@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 from datasets import Dataset
 
+from megakd.config.paths import looks_like_path
 from megakd.config.task import Files, TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.data.cache import key_of
 from megakd.data.chat_rows import is_chat
 from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels
 from megakd.data.columns import scored_rows
-from megakd.data.files import files_table, local_rows, looks_like_path, matching_files, named_rows
+from megakd.data.files import files_table, local_rows, matching_files, named_rows
 from megakd.data.found import Found
 from megakd.data.glue import glue_rows
 from megakd.data.hub import hub_rows

@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
+from megakd.config.paths import is_path
 from megakd.config.task import TokenizerConfig
 from megakd.data.cache import key_of
 from megakd.data.chat_template import read_template
@@ -175,7 +176,7 @@ def _named(spec: str, task_type: TaskType) -> PreTrainedTokenizerBase:
         raise DataError(
             f'task.tokenizer "{spec}" is a file; give the folder that holds it: "{folder.parent}"'
         )
-    if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+    if is_path(spec):
         raise DataError(
             f'task.tokenizer "{spec}": the folder does not exist; give a folder that holds '
             f"{LOOKED_FOR}, or a Hub id"

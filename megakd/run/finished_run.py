@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megakd.config.file import config_tree, dump_config, load_config
+from megakd.config.paths import is_path
 from megakd.config.run import RunConfig
 from megakd.config.yaml12 import parse_yaml
 from megakd.contract.results import Report
@@ -200,13 +201,8 @@ def _not_here(config: RunConfig, error: MegakdError) -> list[str]:
         if isinstance(spec, str | Path)
         and spec not in (FROM_TEACHER, STUDENT_BASE, "pydocs")
         and not Path(spec).expanduser().exists()
-        and (is_of_hub or not _may_be_on_hub(spec))
+        and (is_of_hub or isinstance(spec, Path) or is_path(spec))
     ]
-
-
-def _may_be_on_hub(spec: str | Path) -> bool:
-    is_local = isinstance(spec, Path) or spec.startswith((".", "/", "~"))
-    return not is_local and str(spec).count("/") <= 1
 
 
 def _record_there(out: Path) -> dict[str, Any] | None:
