@@ -42,18 +42,20 @@ class HeldOutLosses:
         terms = len(bundle.objective.units)
         self._sums = torch.zeros(len(views) + 1, terms, dtype=torch.float64)
 
-    def add(self, batch: Batch) -> dict[str, Predictions]:
+    def add(self, batch: Batch, *, predicts: bool = True) -> dict[str, Predictions]:
         """Measure a micro-batch, of which every rank has equally many; return its predictions."""
         names = tuple(self._views.values())
         answers = self._trainer.ask_teachers(self._plan, batch)
-        measured = self._trainer.student.measure(batch, answers, self._plan, names)
+        scored = names if predicts else ()
+        measured = self._trainer.student.measure(batch, answers, self._plan, scored)
         counts = count_units([batch], self._bundle.counters)
         for place, (term, unit) in enumerate(self._bundle.objective.units.items()):
             for row, name in enumerate(names):
                 part = measured.parts.get(f"{name}/{term}" if name else term)
                 self._sums[row, place] += 0.0 if part is None else part.double().cpu()
             self._sums[-1, place] += counts[unit].cpu()
-        return {view: measured.predictions[name] for view, name in self._views.items()}
+        made = measured.predictions
+        return {view: made[name] for view, name in self._views.items() if name in made}
 
     def means(self) -> dict[str, dict[str, float]]:
         """Return the mean of every term over its own unit, by view; a collective.

@@ -302,7 +302,7 @@ class StageRun:
         plan = watch(self.trainer.strategy.passes(self.trainer.step))
         losses = HeldOutLosses(self.trainer, self.bundle, plan)
         for batch in batches:
-            losses.add(batch)
+            losses.add(batch, predicts=False)
         return losses.means()[WHOLE]
 
     def _save(self, step: int) -> None:
