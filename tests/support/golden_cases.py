@@ -1,0 +1,290 @@
+"""Runs whose numbers are recorded: every method, and every kind of row, on tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from chat_runs import model as chat_model
+from chat_tokenizers import asked
+from mixed_runs import mixed
+from tiny_runs import (
+    bert,
+    llama,
+    reviews,
+    save_tokenizer,
+    write_jsonl,
+    write_reviews,
+    write_scored_pairs,
+    write_text,
+)
+from transformers import BertConfig, BertForSequenceClassification
+
+Tree = dict[str, Any]
+STEPS = 20
+BPE = {"type": "bpe", "vocab_size": 300}
+KL = {"loss": "soft_target_kl", "temperature": 2.0}
+CROSS = {"loss": "hard_cross_entropy", "weight": 0.5}
+LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+ROLLOUT = {
+    "max_new_tokens": 6,
+    "prompt_tokens": 6,
+    "mix": {"rollout": 0.5, "replay": 0.25, "data": 0.25},
+    "mix_per": "row",
+}
+
+
+def _reviews(data: Path, **task: Any) -> Tree:
+    return {"type": "classification", "dataset": str(data / "reviews"), **task}
+
+
+def _text(data: Path, kind: str, **task: Any) -> Tree:
+    tokenizer = {"tokenizer": BPE} if kind == "causal_lm" else {}
+    return {"type": kind, "dataset": str(data / "text.txt"), **tokenizer, **task}
+
+
+def _chat(data: Path, **task: Any) -> Tree:
+    return {"type": "causal_lm", "dataset": str(data / "chat.jsonl"), "max_length": 64, **task}
+
+
+def _teachers(*layers: int) -> list[Tree]:
+    return [
+        {"name": f"t{count}", "model": bert(count, 24), "finetune": {"max_steps": 8}}
+        for count in layers
+    ]
+
+
+def labels(data: Path) -> Tree:
+    return {
+        "task": _reviews(data, labelled_examples=32),
+        "teacher": {"model": bert(2, 24), "finetune": {"learning_rate": 0.003}},
+        "method": {"name": "single"},
+        "objective": [KL, CROSS, {"loss": "hidden_mse", "weight": 0.1, "layer_mapping": ["1:2"]}],
+        "baselines": ["alone"],
+        "train": {"gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine"},
+        "eval": {"eval_steps": 10},
+    }
+
+
+def pairs(data: Path) -> Tree:
+    task = {"type": "regression", "dataset": str(data / "pairs"), "label_column": "similarity"}
+    return {
+        "task": {**task, "text_columns": ["first", "second"]},
+        "train": {"warmup_ratio": 0.2},
+    }
+
+
+def masked(data: Path) -> Tree:
+    return {
+        "task": _text(data, "mlm"),
+        "teacher": {"model": bert(2, 24)},
+        "method": {"name": "single"},
+    }
+
+
+def causal(data: Path) -> Tree:
+    return {
+        "task": _text(data, "causal_lm"),
+        "teacher": {"model": llama(2, 24)},
+        "method": {"name": "single"},
+        "objective": [KL, CROSS],
+        "eval": {"eval_steps": 10, "losses": True},
+    }
+
+
+def packed(data: Path) -> Tree:
+    """Attention within each document of a packed row."""
+    within = {"attn_implementation": "varlen"}
+    return {
+        **causal(data),
+        "teacher": {"model": llama(2, 24), **within},
+        "student": {"model": llama(1), **within},
+    }
+
+
+def chat(data: Path) -> Tree:
+    return {
+        "task": _chat(data),
+        "teacher": {"model": str(data / "chat-teacher")},
+        "student": {"model": str(data / "chat-student")},
+        "method": {"name": "single"},
+        "objective": [KL, CROSS],
+    }
+
+
+def last_answers(data: Path) -> Tree:
+    return {**chat(data), "task": _chat(data, train_on="last", bad_rows="drop")}
+
+
+def on_policy(data: Path) -> Tree:
+    return {**causal(data), "rollout": ROLLOUT, "train": {"per_device_train_batch_size": 8}}
+
+
+def lora(data: Path) -> Tree:
+    return {**chat(data), "student": {"model": str(data / "chat-student"), "lora": LORA}}
+
+
+def stream(data: Path) -> Tree:
+    task = {
+        "type": "mlm",
+        "train_files": str(data / "texts.jsonl"),
+        "streaming": True,
+        "tokenizer": str(data / "t2"),
+        "max_eval_examples": 8,
+    }
+    return {**masked(data), "task": task}
+
+
+def mixture(data: Path) -> Tree:
+    sources = {
+        "text": {"files": str(data / "text.txt"), "weight": 0.7},
+        "rows": {"files": str(data / "texts.jsonl"), "weight": 0.3},
+    }
+    task = {"type": "causal_lm", "mixture": sources, "tokenizer": BPE}
+    held = {"validation_files": str(data / "held_out.txt")}
+    return {**causal(data), "task": task | held}
+
+
+def cache(data: Path) -> Tree:
+    return {
+        "task": _reviews(data),
+        "teacher": {"model": bert(2, 24), "cache": str(data.parent / "cache")},
+        "method": {"name": "single"},
+        "objective": [KL],
+    }
+
+
+def skdbert(data: Path) -> Tree:
+    return {"task": _reviews(data), "teachers": _teachers(2, 3), "method": {"name": "skdbert"}}
+
+
+def mt_bert(data: Path) -> Tree:
+    return {**skdbert(data), "method": {"name": "mt_bert"}}
+
+
+def mean_of_teachers(data: Path) -> Tree:
+    return {**skdbert(data), "method": {"name": "mean_of_teachers"}}
+
+
+def routed(data: Path) -> Tree:
+    return {
+        "task": {"type": "classification", "dataset": str(data / "routed"), "teacher_column": "by"},
+        "teachers": [{"name": name, "model": str(data / name)} for name in ("t2", "t3")],
+        "method": {"name": "routed"},
+    }
+
+
+def _cut(method: Tree) -> Callable[[Path], Tree]:
+    wide = bert(2, 40, num_attention_heads=20, intermediate_size=80)
+    return lambda data: {
+        "task": _reviews(data),
+        "teacher": {"model": wide, "finetune": {"max_steps": 8}},
+        "student": {"model": "from_teacher"},
+        "method": method,
+        "eval": {"eval_steps": 10},
+    }
+
+
+def mixed_vocabulary(data: Path) -> Tree:
+    return {
+        "task": {
+            "type": "mlm",
+            "dataset": str(data / "words.txt"),
+            "tokenizer": {"type": "wordpiece", "vocab_size": 300},
+        },
+        "teacher": {"model": bert(2, 16)},
+        "student": {"model": bert(2, 8)},
+        "method": {"name": "mixed_vocabulary", "student_vocabulary": {"size": 100}},
+    }
+
+
+def homodistil(data: Path) -> Tree:
+    return {
+        "task": _text(data, "mlm"),
+        "teacher": {"model": bert(2, 24, num_attention_heads=3, hidden_act="relu")},
+        "student": {"model": "from_teacher"},
+        "method": {"name": "homodistil", "target_width": 12, "cuts": 2, "pruning_end": 12},
+    }
+
+
+def knowledge_selection(data: Path) -> Tree:
+    method = {"name": "knowledge_selection", "episodes": 2, "phase_steps": 3, "hidden": 8}
+    return {
+        "task": _reviews(data),
+        "teacher": {"model": bert(4), "finetune": {"max_steps": 8}},
+        "student": {"model": bert(2)},
+        "method": method,
+    }
+
+
+def shrink(data: Path) -> Tree:
+    method = {"name": "shrink", "target_sparsity": 0.5, "candidates": 3, "round_to": 4}
+    return {
+        "task": _text(data, "causal_lm"),
+        "teacher": {
+            "model": llama(4, 32, num_attention_heads=4, num_key_value_heads=2),
+            "finetune": {"max_steps": 8},
+        },
+        "student": {"model": "from_teacher"},
+        "method": {**method, "trial_steps": 6, "repair_steps": 6, "on_policy_steps": 2},
+        "rollout": {"max_new_tokens": 4, "prompt_tokens": 4},
+        "eval": {"eval_steps": 3},
+    }
+
+
+def classifier(folder: Path, layers: int) -> None:
+    """Write a BERT with random weights for the classes and the words of the reviews."""
+    texts = [row["text"] for row in reviews(64, "train")]
+    save_tokenizer(folder, texts, kind="wordpiece")
+    torch.manual_seed(layers)
+    named = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
+    shape = {key: value for key, value in bert(layers, 24)["config"].items() if key != "model_type"}
+    config = BertConfig(**shape, **named, vocab_size=300, initializer_range=0.5)
+    BertForSequenceClassification(config).save_pretrained(folder)
+
+
+CASES: dict[str, Callable[[Path], Tree]] = {
+    case.__name__: case
+    for case in (
+        labels, pairs, masked, causal, packed, chat, last_answers, on_policy, lora, stream,
+        mixture, cache, skdbert, mt_bert, mean_of_teachers, routed, mixed_vocabulary, homodistil,
+        knowledge_selection, shrink,
+    )
+} | {
+    name: _cut(method)
+    for name, method in {
+        "minidisc": {"name": "minidisc", "target_sparsity": 0.75, "sparsities": [0.25, 0.5, 0.75]},
+        "maxidisc": {"name": "maxidisc", "target_sparsity": 0.75, "sparsities": [0.25, 0.5, 0.75]},
+        "direct": {"name": "direct", "target_sparsity": 0.75},
+    }.items()
+}  # fmt: skip
+
+
+def write_data(folder: Path) -> Path:
+    """Write the data of all cases, and the two decoders in ChatML."""
+    write_reviews(folder / "reviews")
+    write_scored_pairs(folder / "pairs")
+    text = write_text(folder / "text.txt")
+    texts = [{"text": document} for document in text.read_text().split("\n\n")]
+    write_jsonl(folder / "texts.jsonl", texts[::-1])
+    rows = [
+        {"messages": [*asked(f"Question {n}", f"Answer {n % 7}"), *asked("And?", "No")]}
+        for n in range(40)
+    ]
+    write_jsonl(folder / "chat.jsonl", rows)
+    write_reviews(folder / "routed")
+    labelled = folder / "routed" / "train.jsonl"
+    named = [
+        line.replace("}", f', "by": "t{2 + number % 2}"}}')
+        for number, line in enumerate(labelled.read_text().splitlines())
+    ]
+    labelled.write_text("\n".join(named) + "\n")
+    mixed(folder / "mixed").with_name("text.txt").rename(folder / "words.txt")
+    write_text(folder / "held_out.txt", documents=12)
+    for layers in (2, 3):
+        classifier(folder / f"t{layers}", layers)
+    chat_model(folder / "chat-teacher")
+    chat_model(folder / "chat-student")
+    return folder

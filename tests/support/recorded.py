@@ -1,0 +1,125 @@
+"""What a run leaves behind, without times, paths and machines, and its comparison with a record.
+
+`MEGAKD_GOLDEN=write` writes the records anew.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RECORDS = Path(__file__).parents[1] / "golden" / "records"
+WRITES = os.environ.get("MEGAKD_GOLDEN") == "write"
+# Rounding of another processor or library grows over the steps of a run.
+RELATIVE, ABSOLUTE = 2e-4, 1e-5
+# Keys that tell the time, the machine or the place of a run.
+TIMES = ("seconds", "latency", "speedup", "environment", "tokens_per_second", "peak_memory_bytes")
+VARIES = (*TIMES, "fits_in", "ms", "bytes", "teacher_share", "time", "low", "high", "overhead")
+
+
+def learned(out: Path) -> dict[str, list[list[float]]]:
+    """Return [step, loss, gradient norm] of every logged step of every stage."""
+    steps: dict[str, list[list[float]]] = {}
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "train/loss" in record:
+            values = [record["train/loss"], record.get("train/gradient_norm", 0.0)]
+            steps.setdefault(record["stage"], []).append([record["step"], *values])
+    return steps
+
+
+def reported(out: Path) -> dict[str, Any]:
+    """Return report.json without what varies."""
+    return _steady(json.loads((out / "report.json").read_text()))
+
+
+def resolved(out: Path) -> Any:
+    """Return config.yaml."""
+    return yaml.safe_load((out / "config.yaml").read_text())
+
+
+def sentences(package: Path) -> list[str]:
+    """Return all texts of five words or more in the code of a package, without docstrings."""
+    trees = [ast.parse(path.read_text()) for path in package.rglob("*.py")]
+    return sorted({text for tree in trees for text in _texts(tree) if len(text.split()) > 4})
+
+
+def _texts(tree: ast.Module) -> Iterator[str]:
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.JoinedStr):
+            parts = (part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+            yield "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+            waiting.extend(ast.iter_child_nodes(node))
+
+
+def digest(rows: Any) -> str:
+    """Return a digest of encoded rows: names and values of all columns, in order."""
+    found = hashlib.sha256()
+    for row in rows:
+        for name in sorted(row):
+            value = row[name]
+            value = value.tolist() if hasattr(value, "tolist") else value
+            found.update(json.dumps([name, value]).encode())
+    return found.hexdigest()[:16]
+
+
+def _steady(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            name: _steady(inner)
+            for name, inner in value.items()
+            if name not in VARIES and not name.endswith("_seconds")
+        }
+    return [_steady(inner) for inner in value] if isinstance(value, list) else value
+
+
+def check_recorded(name: str, values: Any, *, folder: Path | None = None) -> None:
+    """Compare values with the record of this name; write the record if asked to.
+
+    The path of `folder` is left out of texts.
+
+    Raises:
+        AssertionError: a value differs; the message names the first ten by their keys.
+    """
+    path = RECORDS / f"{name}.json"
+    now = json.loads(json.dumps(values).replace(str(folder), "FOLDER"))
+    if WRITES:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
+    recorded = json.loads(path.read_text())
+    different = list(_different("", recorded, now))
+    assert not different, f"{name} differs from its record:\n" + "\n".join(different[:10])
+
+
+def _different(where: str, recorded: Any, now: Any) -> Iterator[str]:
+    if isinstance(recorded, dict) and isinstance(now, dict):
+        for key in sorted(recorded.keys() | now.keys()):
+            inner = f"{where}.{key}" if where else key
+            if key not in recorded or key not in now:
+                yield f"{inner}: only in the {'record' if key in recorded else 'run'}"
+            else:
+                yield from _different(inner, recorded[key], now[key])
+    elif isinstance(recorded, list) and isinstance(now, list) and len(recorded) == len(now):
+        for number, pair in enumerate(zip(recorded, now, strict=True)):
+            yield from _different(f"{where}[{number}]", *pair)
+    elif not _same(recorded, now):
+        yield f"{where}: {recorded!r} in the record, {now!r} in the run"
+
+
+def _same(recorded: Any, now: Any) -> bool:
+    if isinstance(recorded, float) and isinstance(now, float | int):
+        return math.isclose(recorded, now, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
+    return recorded == now
