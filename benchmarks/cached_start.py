@@ -101,7 +101,7 @@ def starts(given: argparse.Namespace) -> None:
     """Print the CPU seconds of a first start and of the starts after it, each in a fork."""
     import megakd.data.splits
     import megakd.data.tokenizers
-    import megakd.training.run_data  # noqa: F401
+    import megakd.inputs.run_data  # noqa: F401
 
     for _ in range(given.repeats + 1):
         if (child := os.fork()) == 0:
@@ -118,7 +118,7 @@ def start(kind: str, out: Path, rows: int) -> float:
     from megakd.data.encoding import encode_splits
     from megakd.data.splits import load_splits
     from megakd.data.tokenizers import load_tokenizer
-    from megakd.training.run_data import cache_folder
+    from megakd.inputs.run_data import cache_folder
 
     is_chat = kind == "conversations"
     template = out / "template.jinja"

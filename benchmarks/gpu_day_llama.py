@@ -24,7 +24,7 @@ from overhead import build
 from torch.profiler import ProfilerActivity, profile
 
 from megakd.config.file import load_config
-from megakd.engine.device import peak_memory_bytes, reset_peak_memory
+from megakd.engine.memory import peak_memory_bytes, reset_peak_memory
 from megakd.run.main import started
 
 if TYPE_CHECKING:

@@ -36,12 +36,12 @@ from timed_ranks import read, run_rank
 from megakd.contract.stage import Pass, Stage
 from megakd.contract.tasks import STUDENT
 from megakd.engine.student import device_batch
+from megakd.inputs.inputs import prepare
 from megakd.methods.homodistil.pruning import cut_of, everything, select
 from megakd.methods.homodistil.schedule import Shares, Target
 from megakd.methods.homodistil.sensitivity import Averages, group_sizes, update_averages
 from megakd.pruning.store import shape_of_cut
 from megakd.run.lab import Lab
-from megakd.training.inputs import prepare
 from megakd.training.progress import Reporter
 from megakd.training.recipes import label_terms
 from megakd.training.stage_run import StageRun
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from megakd.config.run import RunConfig
     from megakd.contract.batch import Batch
-    from megakd.contract.units import View
+    from megakd.contract.views import View
     from megakd.engine.distributed import Ranks
 
 TARGET = 0.25

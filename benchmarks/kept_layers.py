@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from machine import markdown_row, print_row
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megakd.contract.units import most_important
+from megakd.contract.views import most_important
 from megakd.models.layers import left_out
 
 if TYPE_CHECKING:

@@ -42,11 +42,11 @@ from megakd.data.loader import STEPS_AHEAD
 from megakd.engine.collectives import gather
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
+from megakd.inputs.inputs import prepare
 from megakd.losses.bundle import StudentBundle
 from megakd.run.lab import Lab
 from megakd.run.main import started
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
-from megakd.training.inputs import prepare
 from megakd.training.progress import Reporter
 from megakd.training.stage_run import StageRun
 

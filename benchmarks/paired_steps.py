@@ -29,9 +29,9 @@ from timed_ranks import read, run_rank, timed
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
+from megakd.inputs.inputs import prepare
 from megakd.methods.skdbert import Drawn
 from megakd.run.lab import Lab
-from megakd.training.inputs import prepare
 from megakd.training.progress import Reporter
 from megakd.training.stage_run import StageRun
 

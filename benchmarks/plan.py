@@ -194,7 +194,7 @@ def run_rank(path: Path) -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
-    from megakd.engine.device import peak_memory_of_process
+    from megakd.engine.memory import peak_memory_of_process
     from megakd.run.main import run
 
     run(load_config(path), command="python benchmarks/plan.py")

@@ -28,12 +28,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megakd.contract.rollouts import Sampling, TextTokens
 from megakd.models.generation import complete
+from megakd.rollouts.generators import end_tokens_of
 from megakd.servers.hidden_states import Exports, StatesServer
 from megakd.servers.http import JsonServer
 from megakd.servers.protocol import TextRequest
-from megakd.servers.vllm import VllmServer
-from megakd.servers.vllm_weights import VllmWeightServer
-from megakd.training.local_generator import end_tokens_of
+from megakd.servers.vllm import VllmServer, VllmWeightServer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 

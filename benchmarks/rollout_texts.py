@@ -24,11 +24,11 @@ import torch.distributed as dist
 
 from megakd.contract.batch import Batch
 from megakd.contract.rollouts import Completion, Rollout
-from megakd.data.rollout_store import RolloutStore, rollout_files
+from megakd.rollouts.generators import FileGenerator
+from megakd.rollouts.store import RolloutStore, rollout_files
 from megakd.servers.http import Reply
+from megakd.servers.teachers import TopKTeacher
 from megakd.servers.vllm import VllmServer
-from megakd.teachers.served import TopKTeacher
-from megakd.training.file_generator import FileGenerator
 
 VOCABULARY, PROMPT, BEST, SCORED, TIMES = 150_000, 64, 64, 512, 5
 

@@ -31,10 +31,10 @@ from timed_ranks import read, run_rank, timed
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
+from megakd.inputs.inputs import prepare
 from megakd.methods.minidisc import Sandwich
 from megakd.pruning.store import shape_of_cut, unscored
 from megakd.run.lab import Lab
-from megakd.training.inputs import prepare
 from megakd.training.progress import Reporter
 from megakd.training.stage_run import StageRun
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from megakd.config.run import RunConfig
-    from megakd.contract.units import View
+    from megakd.contract.views import View
 
 TARGETS = {0: 1.75, 2: 1.75, 3: 2.1}
 TARGET_SIZE = ("6x384", 16, 64)

@@ -33,12 +33,10 @@ from megakd.config.shrink_file import (
 from megakd.config.synonyms import synonyms
 from megakd.errors import ConfigError, MegakdError, PeerLostError, suggestion
 from megakd.planning.options import add_plan_options, cluster_of
-from megakd.process.answer import tell
 from megakd.process.garbage import no_collections
-from megakd.process.home import in_home
 from megakd.process.phases import counted
-from megakd.process.quiet_stdout import print_aside
 from megakd.process.signals import Stopped, watched
+from megakd.process.terminal import in_home, print_aside, tell
 from megakd.storage.atomic import json_text
 
 _USER_ERROR = 2

@@ -25,7 +25,7 @@ from megakd.config.task import listed_files
 from megakd.config.task_checks import task_problems
 from megakd.config.token_budget import token_budget_problems
 from megakd.config.training_checks import training_problems
-from megakd.contract.methods import no_such_teacher
+from megakd.contract.options import no_such_teacher
 from megakd.contract.tasks import FROM_TEACHER, STUDENT, TEACHER
 from megakd.contract.terms import SoftTargetKl, compares, looks_inside
 from megakd.errors import ConfigError, suggestion

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megakd.contract.methods import no_such_teacher
+from megakd.contract.options import no_such_teacher
 from megakd.contract.tasks import STUDENT
 from megakd.contract.term_names import source_of
 from megakd.methods import methods_with_rollouts

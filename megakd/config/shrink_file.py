@@ -13,7 +13,7 @@ from megakd.config.file import config_of, with_overrides
 from megakd.config.yaml12 import dump_yaml
 from megakd.contract.tasks import FROM_TEACHER
 from megakd.errors import ConfigError
-from megakd.process.home import in_home
+from megakd.process.terminal import in_home
 from megakd.storage.atomic import write_text
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ Shapes: B rows of a micro-batch, T positions, V vocabulary or classes, D width, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from megakd.contract.tasks import Kernels
 
@@ -283,3 +283,43 @@ class LossInputs:
         if self.teacher is None:
             raise TypeError("a term that compares with a teacher was planned without a teacher")
         return self.teacher.detached()
+
+
+def first_positions(states: Tensor, valid: Tensor) -> Tensor:
+    """Return [B, D] states at each row's first valid position, which left padding shifts."""
+    place = valid.int().argmax(dim=1)
+    return states.take_along_dim(place[:, None, None], dim=1).squeeze(1)
+
+
+class BatchSource(Protocol):
+    """The micro-batches of a stage, grouped by optimizer step.
+
+    steps_per_epoch: steps that `num_train_epochs` and the log count as one epoch.
+    waited_s: seconds that the loop has waited for batches.
+    """
+
+    steps_per_epoch: int
+    waited_s: float
+
+    def iterate(self, start: int, stop: int) -> Generator[Sequence[Batch], None, None]:
+        """Yield this rank's micro-batches of each step from `start` up to, excluding, `stop`.
+
+        Every rank has the same number of micro-batches in every step. The micro-batches of a step
+        depend only on the config, the seed, the step and the state.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values that a resumed run and the next window need, equal on every rank.
+
+        The call may be a collective.
+        """
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
+        ...
+
+    def scalars(self) -> Mapping[str, float]:
+        """Return values to log for the steps since the last call, the same on every rank."""
+        ...

@@ -11,7 +11,7 @@ from megakd.contract.results import MethodRecord, ParameterCounts
 from megakd.contract.shapes import Heads
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.terms import TermConfig
-from megakd.contract.units import View
+from megakd.contract.views import View
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from megakd.contract.batch import Batch, Counts, Knowledge
-    from megakd.contract.batch_source import BatchSource
-    from megakd.contract.units import Cut, View
+    from megakd.contract.batch import Batch, BatchSource, Counts, Knowledge
+    from megakd.contract.views import Cut, View
     from megakd.contract.vocabulary import MixedReading
 
 

@@ -13,7 +13,7 @@ from megakd.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from megakd.contract.batch_source import BatchSource
+    from megakd.contract.batch import BatchSource
     from megakd.data.encoding import Encoded
     from megakd.data.loader import OtherReading
     from megakd.data.masking import Masking

@@ -21,8 +21,8 @@ from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
 
 from megakd.errors import DataError
-from megakd.storage.built_once import is_whole, whole_folder
 from megakd.storage.checksums import read_signed, version_of, write_signed
+from megakd.storage.folders import is_whole, whole_folder
 
 T = TypeVar("T")
 # Increase this number when a remembered value would differ.

@@ -13,7 +13,7 @@ from megakd.data.cache import key_of, read_rows, write_tables
 from megakd.data.chat_counts import ChatCounts, CountsByName, say_counts
 from megakd.data.chat_tokens import VERSION, chat_tables
 from megakd.storage.atomic import write_json
-from megakd.storage.built_once import whole_folder
+from megakd.storage.folders import whole_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

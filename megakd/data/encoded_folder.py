@@ -24,9 +24,9 @@ from megakd.data.encoded_keys import VERSION, tokenizer_content
 from megakd.data.encoding import Encoded
 from megakd.data.splits import Splits
 from megakd.errors import DataError
-from megakd.storage.built_once import damage_at_start
 from megakd.storage.checksums import read_signed
 from megakd.storage.fingerprint import Fingerprint, as_read_back, differences, flatten
+from megakd.storage.folders import damage_at_start
 
 if TYPE_CHECKING:
     from datasets import Dataset

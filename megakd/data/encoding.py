@@ -28,7 +28,7 @@ from megakd.data.rows import LABELS_AT_ONCE, arrow_batches
 from megakd.data.token_tables import check_room_for_text, token_tables
 from megakd.data.words import WORD_STARTS
 from megakd.errors import DataError
-from megakd.storage.built_once import whole_folder
+from megakd.storage.folders import whole_folder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

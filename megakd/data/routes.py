@@ -19,7 +19,7 @@ from megakd.data.encoding import documents_of, padded_width
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from megakd.contract.batch_source import BatchSource
+    from megakd.contract.batch import BatchSource
 
 
 class RoutedSource:

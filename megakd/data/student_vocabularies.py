@@ -31,7 +31,7 @@ from megakd.data.vocabularies import (
 )
 from megakd.data.vocabularies import VERSION as TRAINER_VERSION
 from megakd.errors import DataError
-from megakd.storage.built_once import whole_folder
+from megakd.storage.folders import whole_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

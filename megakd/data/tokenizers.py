@@ -28,8 +28,7 @@ from megakd.data.rows import arrow_batches, rows_key
 from megakd.data.vocabularies import VERSION, encoder_template, train_tokenizer
 from megakd.data.words import check_words
 from megakd.errors import DataError
-from megakd.storage.built_once import whole_folder
-from megakd.storage.finished_folder import check_given
+from megakd.storage.folders import check_given, whole_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

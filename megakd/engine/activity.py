@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
@@ -131,3 +132,33 @@ def _of(rank: int) -> Any:
 
 def _store() -> Any:
     return distributed_c10d._get_default_store()  # noqa: SLF001 - the only store all ranks share
+
+
+class Stopwatch:
+    """Sum of the time inside `running()`; on GPUs measured by events, read only in `seconds`."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Measure the time of the body."""
+        if not torch.cuda.is_available():
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
+            return
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        yield
+        ended.record()
+        self._pending.append((began, ended))
+
+    def seconds(self) -> float:
+        """Return the time so far; on a GPU this waits for the last event, so call it rarely."""
+        for began, ended in self._pending:
+            ended.synchronize()
+            self._seconds += began.elapsed_time(ended) / 1000
+        self._pending.clear()
+        return self._seconds

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from megakd.engine import activity, stale_locks
-from megakd.engine.collectives import backend_for, reports_lost_peer
+from megakd.engine.collectives import backend_for, gather, reports_lost_peer
 from megakd.errors import MegakdError
 
 logger = logging.getLogger(__name__)
@@ -294,3 +294,26 @@ def _end(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+PREFIXES = ("MEGAKD_", "HF_", "GLOO_", "TRITON_", "TORCH_EXTENSIONS_DIR", "TOKENIZERS_")
+
+
+def warn_of_missing_variables() -> None:
+    """Warn of variables that rank 0 has and other ranks lack; a collective.
+
+    DeepSpeed's launcher starts other nodes with a few variables only.
+    """
+    own = sorted(name for name in os.environ if name.startswith(PREFIXES))
+    found = gather((socket.gethostname(), own))
+    wanted = set(found[0][1])
+    for host in dict.fromkeys(host for host, _ in found):
+        lacking = [wanted - set(names) for other, names in found if other == host]
+        missing = sorted(set[str]().union(*lacking))
+        if missing:
+            logger.warning(
+                "%s lacks variables that rank 0 has: %s; add lines NAME=VALUE to the file "
+                ".deepspeed_env in the folder of the launcher, which passes them on",
+                host,
+                ", ".join(missing),
+            )

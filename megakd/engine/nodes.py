@@ -8,12 +8,17 @@ change the group of every engine of the process, the student's included.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from megakd.config.deepspeed import load_ds_config, shards_within_node
 from megakd.engine.collectives import gather, node_name
 from megakd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megakd.config.run import RunConfig
 
 _GROUPS: dict[dist.ProcessGroup, dist.ProcessGroup | None] = {}
 """The group of this rank's node, by the default group; None if there is one node."""
@@ -69,3 +74,16 @@ def _own_group(nodes: Sequence[Sequence[int]]) -> dist.ProcessGroup:
     group = groups[next(n for n, ranks in enumerate(nodes) if dist.get_rank() in ranks)]
     assert isinstance(group, dist.ProcessGroup)  # noqa: S101 - this rank is a member
     return group
+
+
+def check_nodes(config: RunConfig) -> None:
+    """Raise if the nodes cannot hold a copy of a teacher each, before it is trained in vain.
+
+    A collective if a teacher is sharded within nodes.
+
+    Raises:
+        ConfigError: the nodes have different numbers of ranks.
+    """
+    specs = {f"{config.key_of(n)}.deepspeed": s.deepspeed for n, s in config.teacher_specs.items()}
+    if any(shards_within_node(load_ds_config(spec, where=key)) for key, spec in specs.items()):
+        node_group()

@@ -22,12 +22,12 @@ from megakd.contract.batch import (
 )
 from megakd.contract.moving import copied_to
 from megakd.contract.stage import Pass, backward_groups
-from megakd.contract.units import Cut, Maker, View
+from megakd.contract.views import Cut, Maker, View
 from megakd.engine.collectives import together
 from megakd.engine.gradients import StepGradients
 from megakd.engine.initialize import RATE, Engine
+from megakd.engine.memory import destroy
 from megakd.engine.optimizer_state import OptimizerState
-from megakd.engine.release import destroy
 from megakd.engine.shards import Shard, local_shards
 from megakd.errors import CheckpointError
 from megakd.storage.tensors import write_tensors

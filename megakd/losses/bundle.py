@@ -17,7 +17,7 @@ from megakd.contract.routes import taken
 from megakd.contract.stage import Pass, teacher_names
 from megakd.contract.tasks import Kernels
 from megakd.contract.unit_counts import UnitCounter, unit_weights
-from megakd.contract.units import Axes, View
+from megakd.contract.views import Axes, View
 from megakd.losses.objective import WEIGHTED_LOSS, Objective
 from megakd.losses.stage_losses import StageLosses
 from megakd.losses.targets import Evaluated

@@ -13,9 +13,15 @@ import torch
 from torch import Tensor, nn
 
 import megakd_kernels
-from megakd.contract.batch import AttentionVectors, Batch, Knowledge, LossInputs, Unit
+from megakd.contract.batch import (
+    AttentionVectors,
+    Batch,
+    Knowledge,
+    LossInputs,
+    Unit,
+    first_positions,
+)
 from megakd.contract.layer_mapping import Pairs
-from megakd.contract.positions import first_positions
 from megakd.contract.terms import (
     AttentionMse,
     HiddenCosine,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Discriminator, Field, Tag
 
-from megakd.contract.methods import MethodOptions, wrong_method
+from megakd.contract.options import MethodOptions, wrong_method
 from megakd.contract.plugins import METHODS, OURS, THEIRS, FromPackage
 
 if TYPE_CHECKING:

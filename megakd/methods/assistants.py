@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.methods import MethodOptions
+from megakd.contract.options import MethodOptions
 from megakd.contract.tasks import FROM_TEACHER
 from megakd.contract.terms import (
     ATTENTION_TERMS,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from megakd.contract.shapes import Heads
     from megakd.contract.stage import Stage
     from megakd.contract.terms import TermConfig
-    from megakd.contract.units import View
+    from megakd.contract.views import View
 
 logger = logging.getLogger(__name__)
 DEPTHS = 6

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.methods import MethodOptions
+from megakd.contract.options import MethodOptions
 from megakd.contract.terms import STRICT
 from megakd.methods.pools import taught_by_all
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.methods import MethodOptions
+from megakd.contract.options import MethodOptions
 from megakd.contract.terms import STRICT
 from megakd.methods.pools import soft_objective, taught
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.methods import OneTeacherOptions
+from megakd.contract.options import OneTeacherOptions
 from megakd.contract.terms import STRICT
 
 if TYPE_CHECKING:

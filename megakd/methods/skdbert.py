@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.methods import MethodOptions, no_such_teacher
+from megakd.contract.options import MethodOptions, no_such_teacher
 from megakd.contract.stage import Constant, Pass, Stage, Stateless
 from megakd.contract.terms import STRICT, Count, Weight
 from megakd.methods.pools import soft_objective, taught

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator
 
-from megakd.contract.methods import MethodOptions
+from megakd.contract.options import MethodOptions
 
 
 def unused(options: MethodOptions, names: Collection[str], why: str) -> Iterator[str]:

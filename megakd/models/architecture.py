@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from megakd.contract.batch import LogitWarp
 from megakd.contract.shapes import Heads
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.errors import ModelError
 from megakd.models.paths import (
     ATTENTION_OF_BERT,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from megakd.contract.units import Axes, Axis, Cut, Maker, UnitOrder, View
+from megakd.contract.views import Axes, Axis, Cut, Maker, UnitOrder, View
 from megakd.engine.sharding import full_shape
 from megakd.models.architectures import architecture_of
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from megakd.config.task import TaskConfig
-    from megakd.contract.units import Axes, UnitOrder, View
+    from megakd.contract.views import Axes, UnitOrder, View
     from megakd.models.matching import Match
     from megakd.models.source import ModelSource
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig
 
-    from megakd.contract.units import View
+    from megakd.contract.views import View
 
     T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from megakd.models.own_models import OWN_MODELS
 from megakd.storage.atomic import write_content
-from megakd.storage.finished_folder import sealed_folder
+from megakd.storage.folders import sealed_folder
 
 if TYPE_CHECKING:
     import torch

@@ -26,7 +26,7 @@ from megakd.models.loading import CONFIG_ERRORS
 from megakd.models.own_models import own_class, register_own_models
 from megakd.models.weights import SAFETENSORS, StoredTensor, WeightReader, check_weight_files
 from megakd.storage.atomic import write_content
-from megakd.storage.finished_folder import CHECKSUMS, check_given, sealed_folder
+from megakd.storage.folders import CHECKSUMS, check_given, sealed_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

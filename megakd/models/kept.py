@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megakd.contract.units import Axes, Axis, Cut
+from megakd.contract.views import Axes, Axis, Cut
 
 
 class Kept(NamedTuple):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from megakd.contract.units import most_important
+from megakd.contract.views import most_important
 from megakd.errors import ModelError
 from megakd.models.architectures import (
     HEAD_COLUMNS,

@@ -20,7 +20,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from megakd.config.models import ScratchModel
-from megakd.engine.finite import names_of_bad_weights
 from megakd.engine.sharding import (
     gathered,
     is_first_rank,
@@ -28,6 +27,7 @@ from megakd.engine.sharding import (
     sharded_construction,
     writes_here,
 )
+from megakd.engine.shards import names_of_bad_weights
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_named
 from megakd.models.fitting import build_empty, one_line, plan_loading
@@ -37,7 +37,7 @@ from megakd.models.own_models import register_own_models
 from megakd.models.sizes import check_sizes
 from megakd.models.source import ModelSource
 from megakd.models.weights import WeightReader, check_weight_files, gguf_hint
-from megakd.storage.finished_folder import check_given
+from megakd.storage.folders import check_given
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -26,7 +26,7 @@ from megakd.errors import ConfigError
 from megakd.models.fitting import valueless_model
 from megakd.models.weights import stored_tensors
 from megakd.process.seeding import cpu_seeded
-from megakd.storage.finished_folder import check_given
+from megakd.storage.folders import check_given
 
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftConfig

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PretrainedConfig
 
+from megakd.config.models import TeacherConfig
 from megakd.models.architectures import Architecture
 from megakd.models.weights import StoredTensor
 
@@ -42,3 +44,10 @@ class ModelSource:
         """The dtype of the largest stored tensor; None for a model from scratch."""
         largest = max(self.stored.values(), key=lambda s: torch.Size(s.shape).numel(), default=None)
         return largest.dtype if largest else None
+
+
+class ReadyTeacher(NamedTuple):
+    """A model that can teach, fine-tuned or given, and its section of the config."""
+
+    source: ModelSource
+    spec: TeacherConfig

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from megakd.config.deepspeed import load_ds_config, shards_within_node, zero_stage
 from megakd.config.file import config_of, config_tree
 from megakd.config.run import RunConfig
+from megakd.inputs.precision import training_dtype
 from megakd.planning.cluster import Cluster, Device
 from megakd.planning.memory_plan import Change, Plan
-from megakd.training.precision import training_dtype
 
 WANTED = 3
 _MOST_TOGETHER = 4

@@ -8,13 +8,13 @@ from megakd.config.stage_schedule import total_steps
 from megakd.contract.metrics import Metric
 from megakd.losses.stage_losses import stage_losses
 from megakd.planning.stages import PlanningLab
-from megakd.training.evaluation import weighable
+from megakd.scoring.evaluation import weighable
 from megakd.training.stage_batches import step_shape
 
 if TYPE_CHECKING:
     from megakd.config.run import RunConfig
     from megakd.engine.distributed import Ranks
-    from megakd.training.inputs import RunInputs
+    from megakd.inputs.inputs import RunInputs
 
 
 class CheckingLab(PlanningLab):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megakd.contract.units import Cut, UnitOrder, View
+from megakd.contract.views import Cut, UnitOrder, View
 from megakd.models.axes import lengths
 from megakd.planning.engines import FP32
 from megakd.planning.moments import Amount, Inventory, Parameter, amount_of

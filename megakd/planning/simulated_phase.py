@@ -17,6 +17,8 @@ from megakd.contract.joined_batches import joined, part_of, parts_of
 from megakd.contract.stage import Pass, Stage, backward_groups, teacher_names
 from megakd.contract.tasks import Dtype
 from megakd.data.masking import DEFAULT_PROBABILITY
+from megakd.inputs.precision import TORCH_DTYPE, frozen_dtype, training_dtype
+from megakd.inputs.step_size import largest_step, micro_batches_per_call
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.class_weights import with_even_weights
 from megakd.losses.stage_losses import StageLosses, label_objective, stage_losses
@@ -25,7 +27,7 @@ from megakd.models.knowledge import Needs, language_model_head
 from megakd.models.lora import add_adapters
 from megakd.models.packed_attention import VARLEN, attention_name, register_packed_attention
 from megakd.models.second_vocabulary import SecondSize, build_second_vocabulary
-from megakd.models.source import ModelSource
+from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.models.valueless_experts import send_tokens_to_one_expert
 from megakd.planning.cluster import Cluster, Device
 from megakd.planning.moments import Trace
@@ -35,10 +37,7 @@ from megakd.planning.stages import Phase
 from megakd.planning.tracing import VALUELESS, repeat_alike, trace_call
 from megakd.pruning.importance import GateGradients
 from megakd.teachers.frozen import FrozenModel
-from megakd.training.asking import micro_batches_per_call
-from megakd.training.engines import ReadyTeacher, second_sizes
-from megakd.training.precision import TORCH_DTYPE, frozen_dtype, training_dtype
-from megakd.training.step_size import largest_step
+from megakd.training.engines import second_sizes
 
 PLANS = 100
 """Number of steps over which the use of teachers is counted."""

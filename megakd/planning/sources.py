@@ -17,13 +17,13 @@ from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.contract.tasks import FROM_TEACHER, LANGUAGE_TASKS, STUDENT, STUDENT_BASE
 from megakd.errors import ModelError
+from megakd.inputs.inputs import with_student
 from megakd.models.architectures import architecture_named
 from megakd.models.fitting import one_line
 from megakd.models.loading import resolve_model, with_vocabulary
 from megakd.models.original_t5 import KEPT_KEYS, READ_AS, built_as
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource
-from megakd.training.inputs import with_student
 
 _TRAINED_VOCABULARY = 8000
 _CONFIG = "config.json"

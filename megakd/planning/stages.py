@@ -15,10 +15,10 @@ from megakd.config.run import RunConfig
 from megakd.contract.results import ParameterCounts
 from megakd.contract.stage import Stage, StageResult, untrained
 from megakd.contract.tasks import STUDENT, TEACHER, Dtype
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.data.step_layout import StepShape
 from megakd.methods import run_method
-from megakd.models.source import ModelSource
+from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.pruning.store import (
     SortedTeacher,
     Weights,
@@ -28,10 +28,10 @@ from megakd.pruning.store import (
     unscored,
     weights_of,
 )
-from megakd.training.engines import ReadyTeacher, learning_models
+from megakd.scoring.scorer import FEW
+from megakd.training.engines import learning_models
 from megakd.training.lab_base import LabBase
 from megakd.training.recipes import baseline_stage, completed, scoring_preset
-from megakd.training.scoring import FEW
 
 UNKNOWN_STEPS = 10**6
 Work = Literal["training", "importance", "scoring", "timing"]

@@ -10,6 +10,8 @@ from megakd.config.deepspeed import load_ds_config, shards_within_node
 from megakd.config.run import RunConfig
 from megakd.contract.stage import Stage, backward_groups
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER
+from megakd.inputs.precision import TORCH_DTYPE, training_dtype
+from megakd.inputs.step_size import largest_step
 from megakd.models.export import SHARD_BYTES
 from megakd.planning.cluster import Cluster
 from megakd.planning.engines import FP32, Frozen, Trained, trained
@@ -19,8 +21,6 @@ from megakd.planning.moments import NOTHING, Amount, Moment, Trace, block
 from megakd.planning.pruned import Pruned
 from megakd.planning.simulated_phase import Traces, planned_dtype, simulated_phase
 from megakd.planning.stages import Phase, Work
-from megakd.training.precision import TORCH_DTYPE, training_dtype
-from megakd.training.step_size import largest_step
 
 _WORK: Mapping[Work, str] = {
     "importance": "measuring importance",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from megakd.contract.units import UnitOrder, View
+from megakd.contract.views import UnitOrder, View
 from megakd.errors import CheckpointError, ConfigError, TeacherError
 
 if TYPE_CHECKING:

@@ -26,8 +26,7 @@ from megakd.data.step_layout import StepShape
 from megakd.engine.activity import doing, reached
 from megakd.engine.collectives import agree, all_reduce_
 from megakd.engine.initialize import Engine, frozen_engine
-from megakd.engine.memory import freed_memory_returned
-from megakd.engine.release import destroy
+from megakd.engine.memory import destroy, freed_memory_returned
 from megakd.engine.sharding import weights_let_go
 from megakd.engine.student import device_batch
 from megakd.errors import DataError
@@ -40,9 +39,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from megakd.contract.batch import Batch
+    from megakd.models.source import ReadyTeacher
     from megakd.pruning.allocation import UnitScores
     from megakd.teachers.frozen import FrozenModel
-    from megakd.training.engines import Assembly, ReadyTeacher
+    from megakd.training.engines import Assembly
 
 
 class GateGradients(nn.Module):

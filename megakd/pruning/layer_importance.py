@@ -20,7 +20,8 @@ from megakd.models.layers import left_out
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from megakd.training.engines import Assembly, ReadyTeacher
+    from megakd.models.source import ReadyTeacher
+    from megakd.training.engines import Assembly
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,9 @@ from megakd.config.task import TaskConfig
 from megakd.contract.results import ParameterCounts
 from megakd.contract.stage import StageResult, untrained
 from megakd.contract.tasks import TaskType
-from megakd.contract.units import Axes, UnitOrder, View
+from megakd.contract.views import Axes, UnitOrder, View
 from megakd.engine.collectives import gather, on_main
-from megakd.engine.device import peak_memory_bytes, reset_peak_memory
-from megakd.engine.memory import forget_models
+from megakd.engine.memory import forget_models, peak_memory_bytes, reset_peak_memory
 from megakd.models.architectures import architecture_named
 from megakd.models.axes import lengths, weight_axes
 from megakd.models.counting import parameter_counts
@@ -27,7 +26,7 @@ from megakd.models.cutting import cut_config, reshape_folder
 from megakd.models.depth import naming
 from megakd.models.export import Extra
 from megakd.models.fitting import valueless_model
-from megakd.models.source import ModelSource
+from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.pruning.allocation import (
     UnitScores,
     scores_from_json,
@@ -37,11 +36,11 @@ from megakd.pruning.allocation import (
 )
 from megakd.pruning.importance import measure_importance
 from megakd.pruning.layer_importance import measure_layers
+from megakd.scoring.scorer import few
 from megakd.storage.fingerprint import Fingerprint
-from megakd.training.engines import Assembly, ReadyTeacher
+from megakd.training.engines import Assembly
 from megakd.training.once import measured_once, once
-from megakd.training.scoring import few
-from megakd.training.stage_result import RESULT, result_text
+from megakd.training.stage_folder import RESULT, result_text
 
 UNITS = "units.json"
 Weights = tuple[tuple[str, torch.Size, Axes], ...]

@@ -16,7 +16,7 @@ from megakd.models.export import hub_id
 from megakd.reports.quantities import short_count
 from megakd.reports.table import completed, megabytes, result_table, times_smaller
 from megakd.reports.templating import TEMPLATES
-from megakd.storage.finished_folder import CARD
+from megakd.storage.folders import CARD
 
 AUTO_CLASSES: Mapping[TaskType, tuple[str, str]] = {
     "classification": ("AutoModelForSequenceClassification", "text-classification"),

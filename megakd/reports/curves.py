@@ -9,7 +9,7 @@ import numpy as np
 
 from megakd.contract.metrics import lower_is_better
 from megakd.contract.sources import without_source
-from megakd.contract.text_names import MATCH, TEXT_METRIC, is_text_metric
+from megakd.contract.tasks import MATCH, TEXT_METRIC, is_text_metric
 from megakd.reports.charts import Chart, Line, line_chart
 from megakd.reports.generated import SHARES
 from megakd.reports.history import Curve, Panels, evenly, thinned

@@ -6,7 +6,7 @@ import json
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from megakd.contract.text_names import MATCH, TEXT_METRIC, TEXTS, file_of_step, is_text_metric
+from megakd.contract.tasks import MATCH, TEXT_METRIC, TEXTS, file_of_step, is_text_metric
 from megakd.reports.history import panels, read_history
 from megakd.reports.quantities import is_number
 

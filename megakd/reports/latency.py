@@ -15,10 +15,10 @@ import torch
 import transformers
 
 from megakd.contract.results import LatencyReport
-from megakd.engine.device import device_name
+from megakd.engine.memory import device_name
 from megakd.errors import ModelError
 from megakd.models.own_models import own_class, register_own_models
-from megakd.storage.finished_folder import check_given
+from megakd.storage.folders import check_given
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from megakd.contract.text_names import BY_POSITION
+from megakd.contract.tasks import BY_POSITION
 from megakd.reports.charts import Chart, Line, line_chart
 from megakd.reports.curves import Figure
 from megakd.reports.history import Curve, Panels

@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from megakd.contract.results import Report
-from megakd.engine.device import device_name
+from megakd.engine.memory import device_name
 from megakd.storage import atomic
 
 if TYPE_CHECKING:

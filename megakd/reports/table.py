@@ -10,8 +10,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from megakd.contract.metrics import lower_is_better
-from megakd.contract.tasks import STUDENT, TEACHER
-from megakd.contract.text_names import TEXT_METRIC
+from megakd.contract.tasks import STUDENT, TEACHER, TEXT_METRIC
 from megakd.reports.generated import generation_rows
 from megakd.reports.history import LAST_STEP, evenly
 from megakd.reports.quantities import (

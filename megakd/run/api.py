@@ -26,7 +26,7 @@ from megakd.config.messages import shown
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError, suggestion
 from megakd.process import signals
-from megakd.process.home import in_home
+from megakd.process.terminal import in_home
 
 if TYPE_CHECKING:
     from typing import Unpack

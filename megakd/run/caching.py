@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from megakd.config.run import RunConfig
+from megakd.engine.nodes import check_nodes
 from megakd.errors import ConfigError
+from megakd.inputs.inputs import prepare
+from megakd.inputs.precision import check_device
 from megakd.run.holder import held
 from megakd.run.lab import Lab
 from megakd.run.main import reporter_of, started
-from megakd.training.inputs import prepare
 from megakd.training.label_check import check_label_orders
-from megakd.training.nodes import check_nodes
-from megakd.training.precision import check_device
 
 
 def cache_teachers(config: RunConfig) -> list[Path]:

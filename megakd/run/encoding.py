@@ -9,10 +9,10 @@ from megakd.data.encode_shards import write_encoded
 from megakd.data.encoded_folder import facts_of
 from megakd.engine.collectives import on_main
 from megakd.errors import ConfigError
+from megakd.inputs.inputs import check_run, unencoded_inputs
+from megakd.inputs.row_length import with_row_length
 from megakd.run.main import started
-from megakd.run.writable import check_writable
-from megakd.training.inputs import check_run, unencoded_inputs
-from megakd.training.row_length import with_row_length
+from megakd.storage.folders import check_writable
 
 if TYPE_CHECKING:
     from pathlib import Path

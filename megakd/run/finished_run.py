@@ -14,12 +14,13 @@ from typing import Any
 from megakd.config.file import config_tree, dump_config, load_config
 from megakd.config.paths import is_path
 from megakd.config.run import RunConfig
-from megakd.config.yaml12 import parse_yaml
+from megakd.config.yaml12 import dump_yaml, parse_yaml
 from megakd.contract.results import Report
 from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE
 from megakd.data.encoded_keys import tokenizer_content
 from megakd.engine.collectives import agree, on_main
 from megakd.errors import CheckpointError, ConfigError, MegakdError, suggestion
+from megakd.inputs.inputs import UnencodedInputs, unencoded_inputs
 from megakd.models.export import brings_code
 from megakd.models.int8 import INT8, write_int8
 from megakd.models.own_models import current_files
@@ -29,18 +30,20 @@ from megakd.reports.reading import read_report
 from megakd.reports.report import write_report
 from megakd.reports.table import result_table
 from megakd.run.holder import held
-from megakd.run.next_run import write_next_config
-from megakd.run.writable import check_writable
 from megakd.storage import atomic
 from megakd.storage.checksums import checksum_of, damage_of, read_signed, write_signed
 from megakd.storage.fingerprint import Fingerprint, as_read_back, differences, flatten
-from megakd.storage.finished_folder import CARD, copy_finished, entries, open_finished, users_files
+from megakd.storage.folders import (
+    CARD,
+    check_writable,
+    copy_finished,
+    entries,
+    open_finished,
+    users_files,
+)
 from megakd.training.best_checkpoint import RECORD
 from megakd.training.engines import model_identity
-from megakd.training.inputs import UnencodedInputs, unencoded_inputs
-from megakd.training.longer import is_longer, keeps_last
-from megakd.training.stage_folder import files_of_others
-from megakd.training.stage_result import RESULT, remake
+from megakd.training.stage_folder import RESULT, files_of_others, is_longer, keeps_last, remake
 from megakd.training.window_state import files_of_window
 
 logger = logging.getLogger(__name__)
@@ -396,3 +399,49 @@ def _with_model(stages: Path) -> list[str]:
     """Return the finished stages that give a model; others, such as a scoring, give only scores."""
     finished = (path.parent for path in stages.glob(f"*/{RESULT}"))
     return sorted(folder.name for folder in finished if (folder / "config.json").is_file())
+
+
+FINETUNE = "finetune.yaml"
+HEADER = """\
+# Fine-tunes the student of {out} on a task with labels. The task here is an example: give your own
+# files, and type: regression for scores.
+#   deepspeed launch/train.py --config {out}/finetune.yaml task.dataset=FILE task.label_column=NAME
+"""
+
+
+def write_next_config(config: RunConfig, final: Path) -> None:
+    """Write finetune.yaml beside `final/` if the student is a masked language model.
+
+    An existing file is left alone, because it belongs to the user.
+
+    Args:
+        config: the config of the run.
+        final: the folder of the student.
+    """
+    path = config.output_dir / FINETUNE
+    if config.task.type == "mlm" and not path.exists():
+        atomic.write_text(path, finetune_config(config, final))
+
+
+def finetune_config(config: RunConfig, final: Path) -> str:
+    """Return the text of finetune.yaml: BERT's settings for GLUE (Devlin et al. 2019, A.3)."""
+    tree = {
+        "output_dir": str(config.output_dir / "finetuned"),
+        "seed": config.seed,
+        "task": {
+            "type": "classification",
+            "dataset": "glue/sst2",
+            "max_length": config.task.max_length,
+        },
+        "student": {"model": str(final), "deepspeed": config.student.deepspeed},
+        "method": {"name": "finetune"},
+        "train": {
+            "per_device_train_batch_size": 32,
+            "num_train_epochs": 3,
+            "learning_rate": 5e-5,
+            "warmup_ratio": 0.1,
+            "weight_decay": 0.01,
+            "bf16": config.train.bf16,
+        },
+    }
+    return HEADER.format(out=config.output_dir) + dump_yaml(tree)

@@ -17,37 +17,34 @@ from megakd.contract.metrics import Metric
 from megakd.contract.results import Assistant, ModelReport, ParameterCounts
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, TEACHER
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.data.row_routes import rows_of_teachers
 from megakd.engine.activity import doing
 from megakd.engine.collectives import main_first
-from megakd.engine.device import left_out_of_peak, reset_peak_memory
 from megakd.engine.distributed import Ranks
-from megakd.engine.memory import forget_models
+from megakd.engine.memory import forget_models, left_out_of_peak, reset_peak_memory
 from megakd.errors import ConfigError
+from megakd.inputs.inputs import RunInputs
+from megakd.inputs.step_size import micro_batches_per_call
 from megakd.models.knowledge import Needs
 from megakd.models.loading import resolve_model
 from megakd.models.second_vocabulary import FILE, with_table
 from megakd.models.source import ModelSource
 from megakd.pruning.store import PruningStore, SortedTeacher, largest_first, unscored
-from megakd.run.open_teachers import Opened, OpenTeachers
 from megakd.run.stage_identity import stage_identity
-from megakd.run.teacher_scores import Measured, TeacherScores, model_report
+from megakd.run.teacher_pool import Measured, Opened, OpenTeachers, TeacherScores, model_report
+from megakd.scoring.evaluation import weighable
+from megakd.servers.teachers import served_teacher
 from megakd.storage.fingerprint import Fingerprint
 from megakd.teachers.frozen import FrozenTeacher
-from megakd.training.asking import micro_batches_per_call
 from megakd.training.engines import Assembly
-from megakd.training.evaluation import weighable
-from megakd.training.inputs import RunInputs
 from megakd.training.lab_base import LabBase
-from megakd.training.longer import may_grow
 from megakd.training.once import measured_once
 from megakd.training.probe import HeldOutProbe
 from megakd.training.progress import Reporter
 from megakd.training.recipes import completed
-from megakd.training.served_teacher import served_teacher
 from megakd.training.stage_batches import step_shape
-from megakd.training.stage_result import read_result
+from megakd.training.stage_folder import may_grow, read_result
 from megakd.training.stage_run import StageRun, stage_checkpoints
 
 logger = logging.getLogger(__name__)

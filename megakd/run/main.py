@@ -29,11 +29,17 @@ from megakd.data.loader import lengths_of_rows
 from megakd.engine import distributed
 from megakd.engine.activity import doing, told
 from megakd.engine.collectives import agree, on_main, reports_lost_peer
-from megakd.engine.device import free_memory_bytes
-from megakd.engine.distributed import Ranks
-from megakd.engine.environment import warn_of_missing_variables
-from megakd.engine.memory import earlier_objects_left_alone, forget_models, keep_freed_memory
+from megakd.engine.distributed import Ranks, warn_of_missing_variables
+from megakd.engine.memory import (
+    earlier_objects_left_alone,
+    forget_models,
+    free_memory_bytes,
+    keep_freed_memory,
+)
+from megakd.engine.nodes import check_nodes
 from megakd.errors import CheckpointError
+from megakd.inputs.inputs import RunInputs, prepare, vocabulary_report
+from megakd.inputs.precision import TORCH_DTYPE, check_device
 from megakd.methods import run_method
 from megakd.models.export import weight_bytes
 from megakd.models.lora import adapter_parameters
@@ -47,24 +53,20 @@ from megakd.reports.quantities import paired_ratio
 from megakd.reports.report import environment
 from megakd.reports.samples import Sampler
 from megakd.reports.table import largest
+from megakd.rollouts.runaway import text_warnings
 from megakd.run.finished_run import CONFIG, FINAL, finished_table, is_finished, publish, run_inputs
 from megakd.run.holder import held
-from megakd.run.hub import check_hub, push_to_hub
 from megakd.run.int8_score import score_int8
 from megakd.run.lab import Lab
-from megakd.run.writable import check_writable
+from megakd.run.upload import check_hub, push_to_hub
+from megakd.servers.connect import check_servers
+from megakd.servers.teachers import check_teacher_servers
 from megakd.storage import atomic
-from megakd.storage.finished_folder import users_files
+from megakd.storage.folders import check_writable, users_files
 from megakd.training.evaluation_sets import SetScores
-from megakd.training.inputs import RunInputs, prepare, vocabulary_report
 from megakd.training.label_check import check_label_orders
-from megakd.training.nodes import check_nodes
-from megakd.training.precision import TORCH_DTYPE, check_device
 from megakd.training.progress import Reporter
 from megakd.training.recipes import baseline_stage, scoring_preset
-from megakd.training.runaway import text_warnings
-from megakd.training.served_teacher import check_teacher_servers
-from megakd.training.servers import check_servers
 from megakd.training.trackers import check_trackers, make_trackers
 
 logger = logging.getLogger(__name__)
@@ -158,7 +160,9 @@ def reporter_of(config: RunConfig, ranks: Ranks) -> Reporter:
     on_main(lambda: check_trackers(services))
     trackers = make_trackers(services, config.output_dir, config_tree(config))
     reporter = Reporter(
-        config.output_dir, is_main=ranks.is_main, trackers=trackers if ranks.is_main else ()
+        config.output_dir,
+        is_main=ranks.is_main,
+        trackers=trackers if ranks.is_main else (),
     )
     on_main(reporter.check)
     return reporter

@@ -20,20 +20,20 @@ from megakd.data.splits import Splits
 from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
 from megakd.engine.collectives import main_first, on_main
 from megakd.errors import TeacherError
+from megakd.inputs.inputs import RunInputs, prepare
+from megakd.inputs.row_length import with_row_length
+from megakd.inputs.run_data import cache_folder
+from megakd.inputs.vocabulary_checks import check_vocabularies, without_tokenizer
 from megakd.models.knowledge import Needs
 from megakd.models.labels import generic_labels, model_label_names
 from megakd.models.source import ModelSource
 from megakd.run.main import started
 from megakd.run.scored_model import model_folder, scored_model
+from megakd.scoring.metrics import task_metrics
 from megakd.training.engines import Assembly
 from megakd.training.evaluation_sets import row_count
-from megakd.training.inputs import RunInputs, prepare
 from megakd.training.label_check import label_fit, needs_check, require_fit, tell_order
-from megakd.training.metrics import task_metrics
 from megakd.training.recipes import scoring_preset
-from megakd.training.row_length import with_row_length
-from megakd.training.run_data import cache_folder
-from megakd.training.vocabulary_checks import check_vocabularies, without_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset

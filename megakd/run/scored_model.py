@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megakd.errors import CheckpointError
 from megakd.models.loading import resolve_model
-from megakd.process.home import in_home
+from megakd.process.terminal import in_home
 from megakd.run.finished_run import FINAL
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from megakd.config.deepspeed import load_ds_config
 from megakd.contract.plugins import code_of
 from megakd.data.files import matching_files
 from megakd.errors import MegakdError
+from megakd.inputs.precision import training_dtype
 from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
 from megakd.training.cached_tokens import kept_facts
-from megakd.training.precision import training_dtype
 
 if TYPE_CHECKING:
     from megakd.config.rollout import RolloutConfig

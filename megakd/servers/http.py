@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import threading
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic_core import from_json
@@ -186,3 +188,91 @@ def _gave_up(where: str, last: Reply | Exception, *, waited_s: float) -> ServerE
 
 def _shown(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} …"
+
+
+T = TypeVar("T")
+
+
+def field_of(tree: Any, key: str, kind: type[T], where: str) -> T:
+    """Return a field of a JSON object.
+
+    Args:
+        tree: the JSON.
+        key: name of the field.
+        kind: type of the value.
+        where: address of the server, for the message.
+
+    Raises:
+        ServerError: `tree` is no object, or the field is missing or of another type.
+    """
+    value = tree.get(key) if isinstance(tree, dict) else None
+    if not isinstance(value, kind):
+        found = sorted(tree) if isinstance(tree, dict) else type(tree).__name__
+        raise ServerError(
+            f"{where}: the answer has no {kind.__name__} named {key} (found: {found}); check "
+            "rollout.server.kind and the version of the server"
+        )
+    return value
+
+
+def numbers_of(tree: Any, key: str, where: str) -> tuple[int, ...]:
+    """Return a field that holds token numbers.
+
+    Raises:
+        ServerError: the field is missing, or holds something else.
+    """
+    values = field_of(tree, key, list, where)
+    wrong = next((value for value in values if type(value) is not int), None)
+    if wrong is not None:
+        raise ServerError(f"{where}: {key} holds {wrong!r}, which is no token number")
+    return tuple(values)
+
+
+class Running(Generic[T]):
+    """Calls that run in threads of their own, which do not keep the process from ending.
+
+    After the first error no further call is started.
+
+    Args:
+        calls: functions without collectives; they start in this order.
+        at_once: number of calls that run at the same time.
+    """
+
+    def __init__(self, calls: Sequence[Callable[[], T]], *, at_once: int) -> None:
+        self._calls = list(calls)
+        self._results: dict[int, T] = {}
+        self._errors: dict[int, Exception] = {}
+        self._lock = threading.Lock()
+        self._next = 0
+        self._threads = [
+            threading.Thread(target=self._work, name=f"megakd-request-{number}", daemon=True)
+            for number in range(min(at_once, len(self._calls)))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def results(self) -> list[T]:
+        """Wait for all calls, and return their results in the order of the calls.
+
+        Raises:
+            Exception: the error of the first call that failed.
+        """
+        for thread in self._threads:
+            thread.join()
+        if self._errors:
+            raise self._errors[min(self._errors)]
+        return [self._results[number] for number in range(len(self._calls))]
+
+    def _work(self) -> None:
+        while (number := self._taken()) is not None:
+            try:
+                self._results[number] = self._calls[number]()
+            except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
+                self._errors[number] = error
+
+    def _taken(self) -> int | None:
+        with self._lock:
+            if self._errors or self._next == len(self._calls):
+                return None
+            self._next += 1
+            return self._next - 1

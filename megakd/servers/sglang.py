@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megakd.errors import ServerError
-from megakd.servers.fields import field_of, numbers_of
-from megakd.servers.http import Replica
+from megakd.servers.http import Replica, field_of, numbers_of
 from megakd.servers.protocol import ServedModel, ServedText, TextRequest
 
 _SEED_BITS = 31

@@ -12,8 +12,8 @@ from megakd.contract.batch import Batch, Knowledge, Predictions, TopK
 from megakd.contract.joined_batches import joined, part_of, parts_of
 from megakd.contract.tasks import Dtype, Kernels
 from megakd.engine.initialize import frozen_engine
+from megakd.engine.memory import destroy
 from megakd.engine.prefetch import Prefetch
-from megakd.engine.release import destroy
 from megakd.models.knowledge import (
     Needs,
     language_model_head,

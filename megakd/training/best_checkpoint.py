@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megakd.engine.collectives import on_main
+from megakd.models.lora import adapter_config, adapter_files, load_adapters
+from megakd.scoring.evaluation import Evaluation
 from megakd.storage import atomic
-from megakd.storage.finished_folder import damage
-from megakd.training.evaluation import Evaluation
+from megakd.storage.folders import damage, write_finished
 
 if TYPE_CHECKING:
     from megakd.contract.stage import Scores, Verdict
@@ -171,3 +172,31 @@ class BestCheckpoints:
 
     def _named(self) -> list[tuple[str, BestCheckpoint]]:
         return [("best", self.all), *((f"best-{view}", own) for view, own in self.own.items())]
+
+
+def write_best_adapters(folder: Path, model: Any, extra: Mapping[str, str | bytes]) -> bool:
+    """Write the adapters of a model with small files, whole or not at all; a collective.
+
+    Returns:
+        False if the model has no adapters; nothing is written.
+
+    Raises:
+        MegakdError: the disk is full; the old folder is unchanged.
+    """
+    if adapter_config(model) is None:
+        return False
+    files = adapter_files(model)
+    on_main(lambda: write_finished(folder, {**files, **extra}))
+    return True
+
+
+def adapters_put_back(model: Any, best: Path) -> bool:
+    """Put the adapters of the best evaluation back into a model; a collective.
+
+    Returns:
+        False if the model has no adapters, and is therefore unchanged.
+    """
+    if adapter_config(model) is None:
+        return False
+    load_adapters(model, best)
+    return True

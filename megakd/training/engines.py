@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megakd.config.deepspeed import load_ds_config
 from megakd.config.file import config_tree
-from megakd.config.models import TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.config.train import TrainConfig
 from megakd.contract.batch import Batch
@@ -29,6 +28,16 @@ from megakd.engine.distributed import Ranks
 from megakd.engine.initialize import training_engine
 from megakd.engine.memory import forget_models, freed_memory_returned
 from megakd.engine.student import StudentEngine
+from megakd.inputs.inputs import RunInputs
+from megakd.inputs.precision import (
+    TORCH_DTYPE,
+    check_dtype,
+    check_kernels,
+    frozen_dtype,
+    scoring_dtype,
+    training_dtype,
+)
+from megakd.inputs.run_data import MixedRows
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.class_weights import with_class_weights
 from megakd.losses.stage_losses import StageLosses, learners_of, stage_losses
@@ -38,9 +47,10 @@ from megakd.models.loading import check_finite, load_model
 from megakd.models.lora import add_adapters
 from megakd.models.packed_attention import set_attention
 from megakd.models.second_vocabulary import SecondSize, add_second_vocabulary
-from megakd.models.source import ModelSource
+from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.process.phases import phase
 from megakd.process.seeding import cpu_seeded
+from megakd.scoring.scorer import Scorer
 from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
 from megakd.teachers.cached import Answers, CachedTeacher, Layout, build_cache
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
@@ -50,18 +60,7 @@ from megakd.training.cached_tokens import (
     kept_facts,
     whole_answers,
 )
-from megakd.training.inputs import RunInputs
-from megakd.training.longer import keeps_last
-from megakd.training.precision import (
-    TORCH_DTYPE,
-    check_dtype,
-    check_kernels,
-    frozen_dtype,
-    scoring_dtype,
-    training_dtype,
-)
-from megakd.training.run_data import MixedRows
-from megakd.training.scoring import Scorer
+from megakd.training.stage_folder import keeps_last
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,13 +70,6 @@ if TYPE_CHECKING:
 
 _UNREAD = ("per_device_eval_batch_size", "latency")
 """Keys of `eval` on which no stage depends."""
-
-
-class ReadyTeacher(NamedTuple):
-    """A model that can teach, fine-tuned or given, and its section of the config."""
-
-    source: ModelSource
-    spec: TeacherConfig
 
 
 def learning_models(

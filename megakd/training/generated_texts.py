@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megakd.contract.tasks import STUDENT
-from megakd.contract.text_names import TEXTS
+from megakd.contract.tasks import STUDENT, TEXTS
 from megakd.data.files import matching_files
 from megakd.data.loader import RowOrder
-from megakd.data.rollout_store import RolloutStore
 from megakd.engine.collectives import on_main
 from megakd.engine.student import StudentEngine
+from megakd.rollouts.evaluation import TextEvaluation
+from megakd.rollouts.generators import FileGenerator, LocalGenerator, text_tokens
+from megakd.rollouts.prompts import prompts_of
+from megakd.rollouts.source import RolloutSource, StepRows
+from megakd.rollouts.store import RolloutStore
+from megakd.servers.connect import server_generator
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.checkpoint import oldest_step
-from megakd.training.file_generator import FileGenerator
-from megakd.training.local_generator import LocalGenerator, text_tokens
-from megakd.training.longer import LENGTHS
-from megakd.training.rollout_check import prompts_of
-from megakd.training.rollout_source import RolloutSource, StepRows
-from megakd.training.servers import server_generator
-from megakd.training.text_evaluation import TextEvaluation
+from megakd.training.stage_folder import LENGTHS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -143,4 +141,5 @@ def local_generator(
     """
     if not isinstance(engine, StudentEngine | FrozenTeacher):
         raise TypeError(f"a {type(engine).__name__} generates no text")
-    return LocalGenerator(engine, tokens=text_tokens(own.prepared), rows_at_once=rows_at_once)
+    tokens = text_tokens(own.prepared.tokenizer, own.prepared.sources)
+    return LocalGenerator(engine, tokens=tokens, rows_at_once=rows_at_once)

@@ -13,11 +13,10 @@ from megakd.contract.shapes import Heads
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.contract.terms import TermConfig, hard_terms, soft_terms
-from megakd.contract.units import View
+from megakd.contract.views import View
+from megakd.inputs.inputs import as_student
 from megakd.models.cutting import CUT, cut_config
-from megakd.models.source import ModelSource
-from megakd.training.engines import ReadyTeacher
-from megakd.training.inputs import as_student
+from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.training.recipes import finetuning_stage
 
 

@@ -19,7 +19,8 @@ from megakd.contract.batch import IGNORE
 from megakd.errors import TeacherError
 from megakd.models.knowledge import Needs
 from megakd.models.labels import generic_labels, listed
-from megakd.training.engines import Assembly, ReadyTeacher
+from megakd.models.source import ReadyTeacher
+from megakd.training.engines import Assembly
 from megakd.training.once import measured_once
 
 if TYPE_CHECKING:

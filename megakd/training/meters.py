@@ -15,8 +15,8 @@ from megakd.contract.moving import copied_to
 from megakd.contract.stage import Stage, StepReport
 from megakd.contract.unit_counts import SOURCE_UNITS
 from megakd.engine.collectives import all_reduce_, on_main
-from megakd.engine.device import peak_memory_bytes
 from megakd.engine.distributed import Ranks
+from megakd.engine.memory import peak_memory_bytes
 from megakd.errors import TrainingError
 from megakd.losses.objective import WEIGHTED_LOSS, Objective
 from megakd.teachers.watched import failed_teachers

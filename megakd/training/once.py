@@ -12,7 +12,7 @@ from megakd.contract.stage import StageResult, untrained
 from megakd.errors import CheckpointError
 from megakd.storage.fingerprint import Fingerprint, flatten
 from megakd.training.engines import Assembly
-from megakd.training.stage_result import read_result, write_result
+from megakd.training.stage_folder import read_result, write_result
 
 
 def once(

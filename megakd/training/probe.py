@@ -11,7 +11,7 @@ from megakd.engine.collectives import agree, all_reduce_, on_main
 from megakd.errors import CheckpointError
 from megakd.storage import atomic
 from megakd.storage.checksums import Entries, write_signed
-from megakd.storage.finished_folder import CHECKSUMS, damage
+from megakd.storage.folders import CHECKSUMS, damage
 from megakd.training.checkpoint import synced_entries
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megakd.engine.student import StudentEngine
-    from megakd.training.scoring import Scorer
+    from megakd.scoring.scorer import Scorer
 
 T = TypeVar("T")
 BEGINNING = "beginning"

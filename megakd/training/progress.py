@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from megakd.contract.rollouts import TOKENS_PER_TEXT, TRUNCATED
 from megakd.engine.activity import reached
 from megakd.errors import MegakdError
+from megakd.rollouts.runaway import TextWatch
 from megakd.storage import atomic
-from megakd.training.runaway import TextWatch
 
 if TYPE_CHECKING:
     from io import FileIO

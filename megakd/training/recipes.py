@@ -12,8 +12,8 @@ from megakd.config.train import inherit
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import FROM_TEACHER
 from megakd.contract.terms import HardCrossEntropy, TermConfig, hard_terms
+from megakd.inputs.precision import training_dtype
 from megakd.methods import file_of
-from megakd.training.precision import training_dtype
 
 if TYPE_CHECKING:
     from megakd.contract.lab import Lab

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from megakd.config.train import TrainConfig
-    from megakd.contract.batch_source import BatchSource
+    from megakd.contract.batch import BatchSource
     from megakd.contract.stage import Stage, Teacher
     from megakd.engine.distributed import Ranks
     from megakd.engine.student import StudentEngine

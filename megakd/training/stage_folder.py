@@ -9,78 +9,28 @@ The whole folder is written completely or not at all.
 
 from __future__ import annotations
 
+import json
+import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from megakd.contract.units import Cut
-from megakd.engine.sharding import gathered_state
-from megakd.models.axes import weight_axes
-from megakd.models.cutting import cut_class_name, cut_config, cut_state, rescaled
-from megakd.models.depth import renumbered
+from megakd.config.run import RunConfig
+from megakd.contract.stage import StageResult
+from megakd.contract.tasks import STUDENT
+from megakd.engine.collectives import on_main
+from megakd.errors import CheckpointError
 from megakd.models.export import Extra, fill_model_folder, write_model_folder
-from megakd.models.lora import adapter_config, merged_state
-from megakd.models.second_vocabulary import (
-    FILE,
-    second_vocabulary,
-    without_second_vocabulary,
-)
-from megakd.storage.finished_folder import CHECKSUMS, sealed_folder
+from megakd.scoring.evaluation import numbers
+from megakd.storage import atomic
+from megakd.storage.fingerprint import ABSENT, Fingerprint, as_read_back, differences
+from megakd.storage.folders import CHECKSUMS, open_finished, sealed_folder, write_finished
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
+    from megakd.models.learned import Learned
     from megakd.training.window_state import WindowState
-
-
-class Learned(NamedTuple):
-    """A model to write.
-
-    state: names and tensors; every rank must iterate to the end.
-    tokenizer: saved beside the weights.
-    architecture: the class of the model, for config.json.
-    extra: further files of the model by name, see `write_model_folder`.
-    """
-
-    config: PretrainedConfig
-    state: Iterator[tuple[str, Tensor]]
-    tokenizer: PreTrainedTokenizerBase | None
-    architecture: str
-    extra: Extra = MappingProxyType({})
-
-    @staticmethod
-    def of(
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase | None,
-        *,
-        cut: Cut | None = None,
-        learns: bool = False,
-    ) -> Learned:
-        """Return a model of an engine.
-
-        Args:
-            model: the model.
-            tokenizer: the tokenizer of the model.
-            cut: how the model is cut; None: not.
-            learns: whether the model continues to learn, see `cut_config`.
-        """
-        whole, state = model.config, gathered_state(model)
-        if cut is None or cut.view is None:
-            extra: dict[str, Any] = {}
-            if adapter_config(model) is not None:
-                state, files = merged_state(model)
-                extra |= files
-            if second_vocabulary(model) is not None:
-                state, extra[FILE] = without_second_vocabulary(state)
-            return Learned(whole, state, tokenizer, type(model).__name__, extra)
-        config = cut_config(whole, cut.view, cut.order, learns=learns)
-        state = cut_state(state, weight_axes(model), cut.view, cut.order)
-        state = state if learns else rescaled(state, whole, cut.view)
-        named = renumbered(state, whole, cut.view)
-        return Learned(config, named, tokenizer, cut_class_name(model, config))
 
 
 def files_of_others(names: Iterable[str]) -> list[str]:
@@ -132,3 +82,121 @@ def write_stage_folder(
                 window.write(temporary)
     finally:
         consume(models, window)
+
+
+logger = logging.getLogger(__name__)
+RESULT = "result.json"
+
+
+def result_text(result: StageResult, fingerprint: Fingerprint) -> str:
+    """Return the content of result.json: the result of a stage, and its fingerprint."""
+    record = asdict(result) | {"folder": None, "fingerprint": fingerprint}
+    return atomic.json_text(record, indent=2)
+
+
+def write_result(result: StageResult, fingerprint: Fingerprint) -> None:
+    """Write the folder of a stage that has no model, only a result; a collective."""
+    files = {RESULT: result_text(result, fingerprint)}
+    on_main(lambda: write_finished(result.folder, files))
+
+
+def read_result(
+    folder: Path, fingerprint: Fingerprint, *, may_grow: bool = False
+) -> StageResult | None:
+    """Return a finished stage's result; None if the stage has steps to take; a collective.
+
+    Args:
+        folder: the folder of the stage.
+        fingerprint: what the result depends on.
+        may_grow: whether a result of fewer steps may be continued, see `longer`.
+
+    Raises:
+        CheckpointError: the folder is damaged, or holds the result of another config; the message
+            names the differing fields.
+    """
+    # Only rank 0 reads: on a network disk, other ranks may not see the files yet.
+    found = on_main(lambda: _result_there(folder))
+    if found is None:
+        return None
+    result, there = found
+    here = as_read_back(fingerprint)
+    if may_grow and is_longer(there, here):
+        logger.info(
+            "%s: finished with %d steps and continues (%s); from there the learning rate follows "
+            "the schedule of the longer run",
+            result.name,
+            result.steps,
+            differences(there, here),
+        )
+        return None
+    differing = differences(there, here)
+    if differing:
+        raise CheckpointError(
+            f"{folder} holds the result of another config ({differing}); use another output_dir, "
+            "use that config again, or remove the folder; to train this model further, set "
+            f"student.model={folder} and another output_dir"
+        )
+    return result
+
+
+def _result_there(folder: Path) -> tuple[StageResult, Fingerprint] | None:
+    if not folder.exists():
+        return None
+    path, remedy = folder / RESULT, remake(folder)
+    open_finished(folder, remedy=remedy)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        fingerprint = dict(record.pop("fingerprint"))
+        read = {
+            "folder": folder,
+            "metrics": numbers(record["metrics"]),
+            "scores": {view: numbers(values) for view, values in record["scores"].items()},
+        }
+        return StageResult(**{**record, **read}), fingerprint
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a result of this version ({error}); {remedy}"
+        ) from error
+
+
+def remake(folder: Path) -> str:
+    """Return instructions for making a damaged stage folder again."""
+    report = folder.parent.parent / "report.json"
+    also = f" and {report}" if report.is_file() else ""
+    return (
+        f"remove {folder}{also} and start the same command again: the stage runs again, from its "
+        "last checkpoint if there is one"
+    )
+
+
+LENGTHS = tuple(
+    f"{section}.{key}"
+    for section in ("train", "alone")
+    for key in ("max_steps", "num_train_epochs")
+)
+
+
+def is_longer(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Return true if two flat configs or fingerprints differ only in increased lengths."""
+    changed = [k for k in {*there, *here} if there.get(k, ABSENT) != here.get(k, ABSENT)]
+    return bool(changed) and all(_is_raised(there, here, key) for key in changed)
+
+
+def _is_raised(there: Mapping[str, Any], here: Mapping[str, Any], key: str) -> bool:
+    before, now = there.get(key), here.get(key)
+    return key in LENGTHS and before is not None and now is not None and now > before
+
+
+def keeps_last(fields: Mapping[str, Any]) -> bool:
+    """Return true if no evaluation decides which weights a run of this flat config keeps."""
+    best = fields.get("eval.keep_best")
+    chooses = best or (best is None and fields.get("eval.eval_steps") is not None)
+    return not (chooses or any(fields[k] for k in fields if k.endswith("early_stopping_patience")))
+
+
+def may_grow(stage: str, config: RunConfig) -> bool:
+    """Return true for a stage that no other stage is made from: the student's and the baselines'.
+
+    If a teacher or an assistant continued to learn, its students would belong to an older teacher.
+    """
+    return stage in (STUDENT, *config.baselines)

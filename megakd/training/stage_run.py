@@ -16,35 +16,38 @@ from megakd.contract.metrics import WHOLE, MetricJudge
 from megakd.contract.stage import Stage, StageResult, StepReport, Teacher
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
 from megakd.contract.unit_counts import count_units
-from megakd.contract.units import Cut
+from megakd.contract.views import Cut
 from megakd.engine.activity import doing
 from megakd.engine.collectives import gather, on_main, together
-from megakd.engine.device import peak_memory_bytes
+from megakd.engine.memory import peak_memory_bytes
 from megakd.engine.stop_vote import StopVote, agreed_signal
 from megakd.engine.student import StudentEngine, device_batch
+from megakd.models.learned import Learned
 from megakd.process import signals
+from megakd.rollouts.evaluation import Watch
+from megakd.scoring.evaluation import Evaluation
+from megakd.scoring.scorer import few
 from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint
-from megakd.storage.finished_folder import copy_finished
+from megakd.storage.folders import copy_finished
 from megakd.teachers.watched import WatchedTeacher
-from megakd.training.best_adapters import adapters_put_back, write_best_adapters
-from megakd.training.best_checkpoint import RECORD, BestCheckpoints
+from megakd.training.best_checkpoint import (
+    RECORD,
+    BestCheckpoints,
+    adapters_put_back,
+    write_best_adapters,
+)
 from megakd.training.checkpoint import Checkpoints
 from megakd.training.early_stopping import EarlyStopping
 from megakd.training.engines import Assembly
-from megakd.training.evaluation import Evaluation
 from megakd.training.generated_texts import text_evaluation
 from megakd.training.held_out import HeldOutLosses
-from megakd.training.longer import may_grow
 from megakd.training.meters import TrainMeter
 from megakd.training.probe import take_beginning
 from megakd.training.progress import Extent, Reporter
 from megakd.training.random_state import seed_everything
-from megakd.training.scoring import few
 from megakd.training.stage_batches import stage_batches
-from megakd.training.stage_folder import Learned, consume, write_stage_folder
-from megakd.training.stage_result import RESULT, result_text
-from megakd.training.text_evaluation import Watch
+from megakd.training.stage_folder import RESULT, consume, may_grow, result_text, write_stage_folder
 from megakd.training.trainer import Trainer
 from megakd.training.window_state import WindowState, continue_window
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from megakd.config.schedules import Schedule
 from megakd.contract.batch import Batch, Counts, Knowledge, Losses
 from megakd.contract.stage import Pass, StepReport, Strategy, Teacher, teacher_names
-from megakd.engine.stopwatch import Stopwatch
+from megakd.engine.activity import Stopwatch
 
 
 class Learner(Protocol):

@@ -21,15 +21,15 @@ from megakd.models.cutting import cut_state
 from megakd.models.export import write_weights
 from megakd.models.weights import WeightReader, check_weight_files
 from megakd.storage.atomic import write_content
-from megakd.storage.finished_folder import check_given
+from megakd.storage.folders import check_given
 from megakd.training.random_state import random_state, set_random_state
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megakd.contract.batch_source import BatchSource
+    from megakd.contract.batch import BatchSource
     from megakd.contract.stage import Strategy
-    from megakd.contract.units import Axes, Cut
+    from megakd.contract.views import Axes, Cut
     from megakd.engine.distributed import Ranks
     from megakd.engine.student import StudentEngine
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megakd.config.file import load_config
-from megakd.contract.units import View
+from megakd.contract.views import View
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))

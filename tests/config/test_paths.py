@@ -8,7 +8,7 @@ import pytest
 from run_files import message_of
 
 from megakd.config.file import load_config
-from megakd.training.run_data import cache_folder
+from megakd.inputs.run_data import cache_folder
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from megakd.errors import ConfigError
 from megakd.losses.objective import build_objective, teacher_needs
 from megakd.losses.plugin_losses import PluginLoss, logits_of
 from megakd.run.stage_identity import facts_of
-from megakd.training.metrics import task_metrics
+from megakd.scoring.metrics import task_metrics
 
 CONFIG = {
     "output_dir": "runs/x",
@@ -33,7 +33,7 @@ CONFIG = {
 }
 BASE = """
 from pydantic.dataclasses import dataclass
-from megakd.contract.methods import MethodOptions
+from megakd.contract.options import MethodOptions
 from megakd.contract.terms import STRICT, PluginTerm
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from megakd.contract.batch import IGNORE
 from megakd.contract.rollouts import Completion, Rollout
-from megakd.data.rollout_rows import Prompts, columns_of_rows, rollout_row
 from megakd.errors import DataError
+from megakd.rollouts.rows import Prompts, columns_of_rows, rollout_row
 
 _tokens = st.lists(st.integers(0, 1000), min_size=1, max_size=6)
 

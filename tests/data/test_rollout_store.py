@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megakd.contract.rollouts import Completion, Rollout
-from megakd.data.rollout_store import RolloutStore, read_rollouts, rollout_files
 from megakd.errors import DataError
+from megakd.rollouts.store import RolloutStore, read_rollouts, rollout_files
 
 _ids = st.lists(st.integers(0, 2**31 - 1), max_size=5).map(tuple)
 _rollouts = st.builds(

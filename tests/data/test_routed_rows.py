@@ -19,10 +19,10 @@ from megakd.contract.routes import ROUTE, teacher_number
 from megakd.data.encoding import Collator, Encoded, encode_splits
 from megakd.data.masking import task_masking
 from megakd.data.packing import PackedRow
-from megakd.data.rollout_rows import Prompts
 from megakd.data.splits import Splits, load_splits
 from megakd.data.step_layout import StepLayout, StepShape, collate_step
 from megakd.errors import DataError
+from megakd.rollouts.rows import Prompts
 
 NAMES = ("math", "code")
 MATH, CODE = map(teacher_number, NAMES)

@@ -13,10 +13,10 @@ from datasets import Dataset
 
 from megakd.config.file import load_config
 from megakd.engine import collectives, distributed
-from megakd.engine.environment import warn_of_missing_variables
+from megakd.engine.distributed import warn_of_missing_variables
 from megakd.errors import ConfigError, DataError
+from megakd.inputs.inputs import prepare
 from megakd.run import holder
-from megakd.training.inputs import prepare
 
 
 def different_rank_errors() -> str:

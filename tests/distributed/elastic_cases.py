@@ -21,7 +21,7 @@ from elastic_views import (
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.engine import distributed
 from megakd.engine.sharding import gathered_state
 from megakd.models.axes import narrowed, weight_axes

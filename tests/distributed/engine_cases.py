@@ -12,8 +12,8 @@ from megakd.config.file import load_config
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.engine import distributed
 from megakd.engine.memory import forget_models
+from megakd.inputs.inputs import prepare
 from megakd.run.lab import Lab
-from megakd.training.inputs import prepare
 from megakd.training.progress import Reporter
 from megakd.training.stage_run import StageRun
 

@@ -215,7 +215,7 @@ def plain_run(config_path, weights, initial, adapt=lambda student: student):
     from megakd.data.splits import load_splits
     from megakd.data.step_layout import StepLayout, StepShape
     from megakd.data.tokenizers import load_tokenizer
-    from megakd.training.run_data import cache_folder
+    from megakd.inputs.run_data import cache_folder
 
     config = load_config(Path(config_path), [])
     cache, task = cache_folder(), config.task

@@ -11,12 +11,12 @@ from typing import Any
 from megakd.config.file import load_config
 from megakd.contract.metrics import WHOLE, Metric, MetricJudge
 from megakd.contract.stage import Pass, Stage
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.engine import distributed
+from megakd.inputs.inputs import prepare
 from megakd.methods.minidisc import Sandwich
 from megakd.run.lab import Lab
 from megakd.training.held_out import HeldOutLosses
-from megakd.training.inputs import prepare
 from megakd.training.progress import Reporter
 from megakd.training.recipes import completed
 from megakd.training.stage_run import StageRun

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megakd.engine.initialize import frozen_engine
-from megakd.engine.release import destroy
+from megakd.engine.memory import destroy
 
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 

@@ -16,7 +16,7 @@ from megakd.engine.sharding import gathered_state, is_sharded
 from megakd.engine.whole_model import whole_model
 from megakd.errors import MegakdError
 from megakd.models import generation
-from megakd.training.local_generator import LocalGenerator
+from megakd.rollouts.generators import LocalGenerator
 
 PROMPTS = [[5, 6, 7], [8], [12, 3, 14, 5, 6], [9, 9], [60, 50, 40, 30]]
 SAMPLING = Sampling(10)

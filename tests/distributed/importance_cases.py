@@ -11,9 +11,10 @@ import megakd.pruning.importance
 from megakd.config.file import load_config
 from megakd.engine import distributed
 from megakd.errors import MegakdError
+from megakd.inputs.inputs import prepare
+from megakd.models.source import ReadyTeacher
 from megakd.pruning.gates import Gates
-from megakd.training.engines import Assembly, ReadyTeacher
-from megakd.training.inputs import prepare
+from megakd.training.engines import Assembly
 
 ROWS_PER_BATCH = 6
 """Of all ranks together."""

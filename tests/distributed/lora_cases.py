@@ -7,9 +7,9 @@ from pathlib import Path
 
 from megakd.config.file import load_config
 from megakd.engine import distributed
+from megakd.inputs.inputs import prepare
 from megakd.methods import run_method
 from megakd.run.lab import Lab
-from megakd.training.inputs import prepare
 from megakd.training.progress import Reporter
 
 

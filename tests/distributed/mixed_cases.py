@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from megakd.config.file import load_config
 from megakd.engine import collectives, distributed
 from megakd.engine.sharding import gathered_state
+from megakd.inputs.inputs import prepare
 from megakd.losses.parameter_projections import LayerErrors
 from megakd.methods import run_method
 from megakd.models.second_vocabulary import FILE
 from megakd.run.lab import Lab
 from megakd.training.engines import Assembly
-from megakd.training.inputs import prepare
 from megakd.training.progress import Reporter
 from megakd.training.trainer import Trainer
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megakd.engine.release import destroy
+from megakd.engine.memory import destroy
 from megakd.engine.sharding import gathered_state
 
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from megakd.config.file import load_config
 from megakd.engine import distributed, prefetch
 from megakd.engine.prefetch import Prefetch
+from megakd.inputs.inputs import prepare
 from megakd.methods import run_method
 from megakd.run.lab import Lab
 from megakd.teachers.cached import CachedTeacher
-from megakd.training.inputs import prepare
 from megakd.training.progress import Reporter
 
 

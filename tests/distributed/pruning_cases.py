@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from megakd.config.file import load_config
 from megakd.engine import distributed
 from megakd.engine.sharding import full_shape
+from megakd.inputs.inputs import prepare
 from megakd.methods import run_method
 from megakd.methods.homodistil import pruning
 from megakd.run.lab import Lab
-from megakd.training.inputs import prepare
 from megakd.training.progress import Reporter
 
 

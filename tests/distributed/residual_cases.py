@@ -15,7 +15,7 @@ from megakd.contract.batch import IGNORE, Batch
 from megakd.contract.shapes import Shape
 from megakd.contract.stage import Pass
 from megakd.contract.terms import HardCrossEntropy, SoftTargetKl
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.engine import distributed
 from megakd.engine.sharding import gathered_state
 from megakd.losses.bundle import StudentBundle

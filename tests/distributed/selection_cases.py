@@ -12,11 +12,11 @@ from megakd.config.file import load_config
 from megakd.engine import distributed
 from megakd.engine.sharding import gathered_state
 from megakd.engine.student import StudentEngine
+from megakd.inputs.inputs import prepare
 from megakd.methods import run_method
 from megakd.methods.knowledge_selection.selecting import Selecting
 from megakd.methods.knowledge_selection.selector import Selector
 from megakd.run.lab import Lab
-from megakd.training.inputs import prepare
 from megakd.training.probe import HeldOutProbe
 from megakd.training.progress import Reporter
 

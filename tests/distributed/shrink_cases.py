@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 
 from megakd.config.file import load_config
 from megakd.engine import distributed
+from megakd.inputs.inputs import prepare
 from megakd.methods import run_method
 from megakd.models.knowledge import Needs
 from megakd.models.layers import with_layers
 from megakd.run.lab import Lab
-from megakd.training.inputs import prepare
+from megakd.scoring.scorer import few
 from megakd.training.progress import Reporter
-from megakd.training.scoring import few
 
 
 def shrink(config_path: str, overrides: list[str]) -> dict[str, Any]:

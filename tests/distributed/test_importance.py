@@ -138,7 +138,7 @@ def plain_importance(config_path) -> tuple[list, list, list]:
     from megakd.data.masking import task_masking
     from megakd.data.splits import load_splits
     from megakd.data.tokenizers import load_tokenizer
-    from megakd.training.run_data import cache_folder
+    from megakd.inputs.run_data import cache_folder
 
     config = load_config(Path(config_path), [])
     cache, task = cache_folder(), config.task

@@ -24,15 +24,18 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 from megakd.contract.rollouts import Completion, Sampling, TextTokens
 from megakd.errors import ServerError
 from megakd.models.generation import complete
-from megakd.servers.agreement import Wanted, check_sampling, served_models
-from megakd.servers.answers import checked_completion
+from megakd.servers.checks import (
+    Wanted,
+    check_reference,
+    check_sampling,
+    check_scores,
+    served_models,
+)
 from megakd.servers.hidden_states import Exports, StatesServer
 from megakd.servers.http import JsonServer
-from megakd.servers.protocol import TextRequest
-from megakd.servers.scores import check_reference, check_scores
-from megakd.servers.vllm import VllmServer
-from megakd.servers.vllm_weights import VllmWeightServer
-from megakd.training.served_teacher import _Reference
+from megakd.servers.protocol import TextRequest, checked_completion
+from megakd.servers.teachers import _Reference
+from megakd.servers.vllm import VllmServer, VllmWeightServer
 
 pytestmark = [
     pytest.mark.slow,

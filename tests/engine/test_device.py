@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megakd.engine import device
-from megakd.engine.device import (
+from megakd.engine import memory
+from megakd.engine.memory import (
     left_out_of_peak,
     peak_memory_bytes,
     peak_memory_of_process,
@@ -24,8 +24,8 @@ def held_for_a_moment(size: int) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_EARLIER", {})
-    monkeypatch.setattr(device, "_COUNTED", {})
+    monkeypatch.setattr(memory, "_EARLIER", {})
+    monkeypatch.setattr(memory, "_COUNTED", {})
 
 
 def test_a_peak_from_before_the_reset_counts_for_the_process_alone():
@@ -62,7 +62,7 @@ def test_memory_that_is_left_out_counts_for_the_process_alone():
 
 
 def test_without_a_reset_of_the_system_the_peak_of_the_process_is_given(tmp_path, monkeypatch):
-    monkeypatch.setattr(device, "PROCESS", tmp_path / "none")
+    monkeypatch.setattr(memory, "PROCESS", tmp_path / "none")
     held_for_a_moment(LARGE)
     before = peak_memory_bytes(CPU)
 

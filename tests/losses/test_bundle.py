@@ -19,7 +19,7 @@ from megakd.contract.stage import Pass
 from megakd.contract.tasks import Kernels
 from megakd.contract.terms import HardCrossEntropy, HiddenMse, SoftTargetKl
 from megakd.contract.unit_counts import count_units
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import build_objective
 from megakd.models.predictions import predict

@@ -15,11 +15,11 @@ from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.contract.terms import EmbeddingMse, HiddenMse, SoftTargetKl, soft_terms
 from megakd.losses.stage_losses import shape_of, stage_losses
 from megakd.models.knowledge import Needs
+from megakd.models.source import ReadyTeacher
 from megakd.planning.cluster import Cluster
 from megakd.planning.simulated_phase import Traces, simulated_phase
 from megakd.planning.sources import planned_sources
 from megakd.planning.stages import Phase
-from megakd.training.engines import ReadyTeacher
 from megakd.training.recipes import completed
 
 KL = SoftTargetKl(loss="soft_target_kl")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.errors import ConfigError
 from megakd.methods.homodistil.schedule import Course, Schedule, Scoring, Shares, Target
 from megakd.methods.homodistil.target import target_of

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_cuts import build, full_view
 
-from megakd.contract.units import Axis, Cut, Maker, UnitOrder, View
+from megakd.contract.views import Axis, Cut, Maker, UnitOrder, View
 from megakd.engine.shards import Shard
 from megakd.methods.homodistil.pruning import cut_of, everything, select
 from megakd.methods.homodistil.sensitivity import (

@@ -18,7 +18,7 @@ from tiny_runs import bert, config_tree, llama, write_config, write_reviews, wri
 from whole_run import finish, read, records
 
 from megakd.config.file import load_config
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.models.elastic import Elastic
 from megakd.models.loading import load_model, resolve_model
 

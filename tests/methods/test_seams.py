@@ -14,7 +14,7 @@ from tiny_runs import bert, config_tree, write_config, write_reviews
 from transformers import AutoModelForSequenceClassification
 
 from megakd.errors import CheckpointError, ModelError
-from megakd.storage.finished_folder import check_given, open_finished
+from megakd.storage.folders import check_given, open_finished
 
 TASK = {"type": "classification"}
 

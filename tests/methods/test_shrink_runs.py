@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from whole_run import finish, read, records
 
 from megakd.config.file import load_config
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.methods.shrink import KL
 from megakd.models.elastic import Elastic
 from megakd.models.loading import load_model, resolve_model

@@ -14,7 +14,7 @@ from tiny_runs import config_tree, llama
 
 from megakd.config.file import config_of
 from megakd.contract.metrics import Metric
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.errors import ConfigError
 from megakd.methods.shrink import KL, LARGEST_HOP, BestCandidate, hops
 from megakd.methods.shrink.sizes import TOLERANCE, Candidate, Cuts, candidates_of, cuts_of

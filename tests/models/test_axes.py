@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM
 
-from megakd.contract.units import Axis, UnitOrder, View
+from megakd.contract.views import Axis, UnitOrder, View
 from megakd.models.architectures import AUTO_CLASSES, FAMILIES, MASKED_HEADS, architecture_of
 from megakd.models.axes import WIDTH, lengths, narrowed, ordered, weight_axes
 from megakd.models.cutting import cut_config

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from megakd.contract.rollouts import Sampling, TextTokens
-from megakd.contract.units import Cut
+from megakd.contract.views import Cut
 from megakd.models import continuation
 from megakd.models.elastic import Elastic
 from megakd.models.generation import complete

@@ -30,7 +30,7 @@ from tiny_cuts import (
 )
 from transformers import AutoTokenizer
 
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.models.architectures import architecture_of
 from megakd.models.cutting import cut_config, reshape_folder
 from megakd.models.elastic import Elastic

@@ -21,7 +21,7 @@ from tiny_cuts import (
 from transformers import ElectraConfig
 
 from megakd.config.models import ScratchModel
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.errors import ModelError
 from megakd.models import cutting
 from megakd.models.axes import weight_axes

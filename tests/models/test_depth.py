@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_cuts import AUTO, DECODERS, build, logits, saved, source_of, task, tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
 from megakd.models.axes import weight_axes

@@ -32,7 +32,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
 from megakd.models.axes import narrowed, weight_axes

@@ -31,7 +31,7 @@ from megakd.models.export import brings_code, write_model_folder
 from megakd.models.own_models import OWN_MODELS
 from megakd.reports.latency import Work, measure_latencies
 from megakd.run.finished_run import export_run
-from megakd.storage.finished_folder import CHECKSUMS, copy_finished, damage, seal
+from megakd.storage.folders import CHECKSUMS, copy_finished, damage, seal
 
 FILES = {"bert": "modeling_cut.py", "llama": "modeling_cut.py", "enct5": "modeling_t5.py"}
 LOAD = """

@@ -6,7 +6,7 @@ import pytest
 from elastic_views import NARROW, UNEVEN, WITHOUT, cut, family_model, masked
 
 from megakd.contract.rollouts import Sampling, TextTokens
-from megakd.contract.units import Cut
+from megakd.contract.views import Cut
 from megakd.models.elastic import Elastic
 from megakd.models.generation import complete
 

@@ -36,7 +36,7 @@ from megakd.models.int8 import (
     write_restored,
 )
 from megakd.models.weights import SAFETENSORS
-from megakd.storage.finished_folder import CHECKSUMS, damage
+from megakd.storage.folders import CHECKSUMS, damage
 
 State = dict[str, Tensor]
 # One family of each kind: an encoder, a decoder, transposed weights, a class of megakd.

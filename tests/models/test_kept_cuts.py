@@ -24,7 +24,7 @@ from tiny_cuts import (
     tokenizer,
 )
 
-from megakd.contract.units import Cut, UnitOrder, View
+from megakd.contract.views import Cut, UnitOrder, View
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
 from megakd.models.axes import narrowed, ordered, weight_axes

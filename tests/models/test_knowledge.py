@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from megakd.contract.batch import Batch
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.models.architectures import architecture_of
 from megakd.models.elastic import Elastic
 from megakd.models.knowledge import Needs, language_model_head, read_knowledge

@@ -16,7 +16,7 @@ from transformers import (
     T5Model,
 )
 
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.errors import ModelError
 from megakd.models.axes import narrowed, weight_axes
 from megakd.models.cutting import cut_config

@@ -10,15 +10,15 @@ from tiny_runs import bert, write_config
 
 from megakd.config.file import load_config
 from megakd.config.run import RunConfig
+from megakd.inputs import step_size
+from megakd.inputs.step_size import micro_batches_per_call
 from megakd.models.knowledge import Needs
+from megakd.models.source import ReadyTeacher
 from megakd.planning.cluster import Cluster
 from megakd.planning.memory_plan import Plan
 from megakd.planning.page import page
 from megakd.planning.plan import plan_run
 from megakd.planning.sources import planned_sources
-from megakd.training import asking
-from megakd.training.asking import micro_batches_per_call
-from megakd.training.engines import ReadyTeacher
 
 
 def config_of(folder: Path, *overrides: str) -> RunConfig:
@@ -61,11 +61,11 @@ def test_a_sharded_teacher_answers_all_micro_batches_at_once_unless_told(tmp_pat
 def test_answers_that_do_not_fit_are_asked_for_in_groups(tmp_path, monkeypatch):
     config = config_of(tmp_path)
     row = 4 * 16 * 32 * 4  # rows, tokens, columns, bytes of one micro-batch
-    monkeypatch.setitem(asking.BUDGET, "cpu", row * (1 + asking._IN_FLIGHT) * 3)
+    monkeypatch.setitem(step_size.BUDGET, "cpu", row * (1 + step_size._IN_FLIGHT) * 3)
 
     assert per_call(config) == 3
     assert per_call(config, Needs(hidden_layers=(1, 2, 3))) == 2
-    monkeypatch.setitem(asking.BUDGET, "cpu", 1)
+    monkeypatch.setitem(step_size.BUDGET, "cpu", 1)
     assert per_call(config) == 1
 
 

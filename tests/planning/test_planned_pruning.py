@@ -9,7 +9,7 @@ import pytest
 from tiny_runs import bert, write_config
 
 from megakd.config.file import load_config
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.planning.cluster import Cluster
 from megakd.planning.engines import trained
 from megakd.planning.ledger import Place, Share

@@ -10,17 +10,16 @@ from tiny_runs import llama, write_config
 
 from megakd.config.file import load_config
 from megakd.config.run import RunConfig
+from megakd.inputs import step_size
+from megakd.inputs.step_size import largest_step, micro_batches_per_call
 from megakd.models.knowledge import Needs
+from megakd.models.source import ReadyTeacher
 from megakd.planning.advice import Case, candidates
 from megakd.planning.cluster import Cluster
 from megakd.planning.memory_plan import Plan
 from megakd.planning.plan import plan_run
 from megakd.planning.simulated_phase import Traces
 from megakd.planning.sources import planned_sources
-from megakd.training import asking
-from megakd.training.asking import micro_batches_per_call
-from megakd.training.engines import ReadyTeacher
-from megakd.training.step_size import largest_step
 
 LENGTH, TRACES = 64, Traces()
 
@@ -76,7 +75,7 @@ def test_a_teacher_is_asked_for_as_many_packed_rows_as_fit_into_memory(tmp_path,
     assert per_call(budget(3)) == 11
     assert per_call(budget(3), "teacher.micro_batches_per_call=50") == 11
     row = 3 * LENGTH * 32 * 4  # tokens, columns, bytes of one packed row
-    monkeypatch.setitem(asking.BUDGET, "cpu", row * (1 + asking._IN_FLIGHT) * 2)
+    monkeypatch.setitem(step_size.BUDGET, "cpu", row * (1 + step_size._IN_FLIGHT) * 2)
     assert per_call(budget(3)) == 2
 
 

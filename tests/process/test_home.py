@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megakd.process.home import in_home
+from megakd.process.terminal import in_home
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ except Stopped as stop:
 # Waits for the end of the process that started it, and says whether that is the end of a launcher.
 CHILD = """
 import os, time
-from megakd.process.launched import Launchers
+from megakd.process.signals import Launchers
 launchers, parent = Launchers(), os.getppid()
 print(os.getpid(), flush=True)
 while os.getppid() == parent:
@@ -97,14 +97,14 @@ def _quoted(program: str) -> str:
 
 
 def test_a_rank_whose_launcher_ended_while_it_started_knows(monkeypatch):
-    from megakd.process import launched
+    from megakd.process import signals
 
     monkeypatch.setenv("CROSS_RANK", "0")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(psutil.Process, "parents", lambda _: [])
-    monkeypatch.setattr(launched.os, "getppid", lambda: 1)
+    monkeypatch.setattr(signals.os, "getppid", lambda: 1)
 
-    assert launched.Launchers().have_ended()
+    assert signals.Launchers().have_ended()
 
 
 @pytest.mark.parametrize(
@@ -125,6 +125,6 @@ def test_launchers_are_known_by_their_program(words, launches):
         def cmdline(self) -> list[str]:
             return words.split()
 
-    from megakd.process.launched import is_launcher
+    from megakd.process.signals import is_launcher
 
     assert is_launcher(Process()) is launches  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.errors import CheckpointError, ConfigError, TeacherError
 from megakd.pruning.allocation import (
     UnitScores,

@@ -10,7 +10,7 @@ import torch
 from elastic_views import FAMILIES, HEADS, NEURONS, TOKENS, WIDTH, family_model
 from torch import nn
 
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.errors import TeacherError
 from megakd.models.architectures import AUTO_CLASSES, architecture_of
 from megakd.models.cutting import cut_config

@@ -20,7 +20,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from megakd.engine.device import peak_memory_bytes
+from megakd.engine.memory import peak_memory_bytes
 from megakd.models.counting import named_shapes, parameter_counts
 from megakd.reports.report import environment, write_report
 

@@ -11,7 +11,7 @@ from checkpoint_store import ALONE
 
 from megakd.config.run import SaveConfig
 from megakd.errors import ConfigError
-from megakd.run import hub, main
+from megakd.run import main, upload
 
 PRIVATE = SaveConfig(push_to_hub="me/student", hub_private=True)
 
@@ -36,35 +36,35 @@ class Api:
 @pytest.fixture
 def api(monkeypatch):
     made = Api()
-    monkeypatch.setattr(hub, "HfApi", lambda: made)
+    monkeypatch.setattr(upload, "HfApi", lambda: made)
     return made
 
 
 def test_without_the_key_the_hub_is_not_asked(api, tmp_path):
-    hub.check_hub(SaveConfig())
+    upload.check_hub(SaveConfig())
 
-    assert hub.push_to_hub(SaveConfig(), tmp_path) is None
+    assert upload.push_to_hub(SaveConfig(), tmp_path) is None
     assert api.calls == []
 
 
 def test_the_token_is_checked_before_a_run_starts(api):
-    hub.check_hub(PRIVATE)
+    upload.check_hub(PRIVATE)
     assert api.calls == [("whoami", {})]
 
     api.failing = ("whoami",)
     with pytest.raises(ConfigError, match=r"save.push_to_hub: me/student .*hf auth login"):
-        hub.check_hub(PRIVATE)
+        upload.check_hub(PRIVATE)
 
 
 def test_a_real_client_without_network_is_refused_in_one_line(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "none")
 
     with pytest.raises(ConfigError, match=r"save\.push_to_hub: .*the check failed"):
-        hub.check_hub(PRIVATE)
+        upload.check_hub(PRIVATE)
 
 
 def test_the_folder_goes_to_a_repository_that_is_made_first(api, tmp_path):
-    said = hub.push_to_hub(PRIVATE, tmp_path)
+    said = upload.push_to_hub(PRIVATE, tmp_path)
 
     assert said == "the student was uploaded to https://huggingface.co/me/student"
     (made, repository, options), (uploaded, what) = api.calls
@@ -77,7 +77,7 @@ def test_the_folder_goes_to_a_repository_that_is_made_first(api, tmp_path):
 def test_a_failed_upload_is_one_line_with_the_command_that_repeats_it(api, tmp_path, step):
     api.failing = (step,)
 
-    said = hub.push_to_hub(PRIVATE, tmp_path)
+    said = upload.push_to_hub(PRIVATE, tmp_path)
 
     assert said == (
         f"the student was not uploaded to me/student ({step} failed); upload it with: "

@@ -28,13 +28,13 @@ from megakd.config.train import FinetuneOverrides, TrainConfig
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.terms import HiddenMse, SoftTargetKl
 from megakd.errors import CheckpointError, ConfigError, TeacherError
+from megakd.inputs.inputs import check_run
 from megakd.run import lab as lab_module
 from megakd.run.lab import Lab
 from megakd.run.stage_identity import stage_identity
 from megakd.storage.fingerprint import differences
-from megakd.training.inputs import check_run
 from megakd.training.recipes import completed, scoring_preset
-from megakd.training.stage_result import write_result
+from megakd.training.stage_folder import write_result
 
 
 @pytest.fixture(autouse=True)

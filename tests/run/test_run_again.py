@@ -12,7 +12,7 @@ from whole_run import finish, read
 from megakd.config.file import dump_config, load_config
 from megakd.errors import CheckpointError
 from megakd.run.finished_run import is_finished
-from megakd.storage.finished_folder import write_finished
+from megakd.storage.folders import write_finished
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import megakd
 from megakd.models.export import weight_bytes
 from megakd.models.int8 import INT8, dequantize, quantize
 from megakd.models.weights import SAFETENSORS
-from megakd.storage.finished_folder import entries
+from megakd.storage.folders import entries
 
 ROW = f"{INT8}/{SAFETENSORS}"
 

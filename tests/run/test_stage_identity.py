@@ -15,7 +15,7 @@ from megakd.methods.knowledge_selection.selecting import RandomWeights
 from megakd.methods.minidisc import Sandwich, TradeoffJudge
 from megakd.methods.skdbert import Drawn
 from megakd.run.stage_identity import facts_of
-from megakd.training.evaluation import headline
+from megakd.scoring.evaluation import headline
 
 
 class Halving(Stateless):

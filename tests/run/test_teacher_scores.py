@@ -13,7 +13,7 @@ from whole_run import finish, forgotten, read
 
 from megakd.errors import TeacherError
 from megakd.run import lab as lab_module
-from megakd.run.teacher_scores import _read
+from megakd.run.teacher_pool import _read
 
 TEACHER = "stages/teacher-finetune"
 

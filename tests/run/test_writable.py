@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megakd.errors import ConfigError
-from megakd.run.writable import check_writable
+from megakd.storage.folders import check_writable
 
 
 def test_a_file_in_the_place_of_a_folder_is_refused_with_the_option(

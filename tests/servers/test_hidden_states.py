@@ -14,10 +14,9 @@ from exporting_stubs import WIDTH, Exporting, Widths
 from server_stubs import serving
 
 from megakd.errors import ServerError
-from megakd.servers import state_files
-from megakd.servers.hidden_states import Exports, StatesServer
+from megakd.servers import hidden_states
+from megakd.servers.hidden_states import Exports, StatesServer, check_folder, read_state_file
 from megakd.servers.http import JsonServer
-from megakd.servers.state_files import check_folder, read_state_file
 
 TEXT = (5, 8, 30, 2)
 
@@ -36,7 +35,7 @@ def stub(tmp_path: Path) -> Iterator[Exporting]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state_files, "SEEN_WITHIN_S", 0.2)
+    monkeypatch.setattr(hidden_states, "SEEN_WITHIN_S", 0.2)
 
 
 def test_the_states_of_every_token_and_the_next_token_come_back(stub: Exporting):
@@ -233,7 +232,7 @@ def test_a_path_outside_of_the_folder_is_not_followed(stub: Exporting, tmp_path:
 
     stub.spoil = spoil
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(state_files, "SEEN_WITHIN_S", 0.1)
+        patch.setattr(hidden_states, "SEEN_WITHIN_S", 0.1)
         with pytest.raises(ServerError, match="does not exist"):
             connected(stub).states(TEXT, "tiny")
 

@@ -10,9 +10,8 @@ from server_stubs import END, VOCABULARY, Stub, serving
 
 from megakd.contract.rollouts import Completion, Sampling
 from megakd.errors import ServerError
-from megakd.servers.answers import checked_completion
 from megakd.servers.http import JsonServer
-from megakd.servers.protocol import TextRequest
+from megakd.servers.protocol import TextRequest, checked_completion
 from megakd.servers.sglang import SglangServer
 from megakd.servers.vllm import VllmServer
 

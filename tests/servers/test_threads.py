@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from megakd.servers.threads import Running
+from megakd.servers.http import Running
 
 
 def test_results_have_the_order_of_the_calls_and_the_caller_is_not_held_up():

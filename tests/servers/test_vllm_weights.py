@@ -14,7 +14,7 @@ from server_stubs import END, VOCABULARY, Counting, Stub, serving
 from megakd.config.servers import RolloutServerConfig
 from megakd.contract.rollouts import Sampling
 from megakd.errors import ServerError
-from megakd.servers.agreement import Wanted, check_agreement, served_models
+from megakd.servers.checks import Wanted, check_agreement, served_models
 from megakd.servers.connect import replicas_of
 from megakd.servers.protocol import TextRequest
 from megakd.servers.vllm import VllmServer

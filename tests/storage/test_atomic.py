@@ -176,7 +176,7 @@ import torch
 from safetensors.torch import save_file
 from megakd.storage.atomic import replaced_folder, write_text
 from megakd.errors import MegakdError
-from megakd.storage.finished_folder import copy_finished, sealed_folder
+from megakd.storage.folders import copy_finished, sealed_folder
 def text(path): write_text(path, "x" * 200_000)
 def weights(path):
     with replaced_folder(path) as folder:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from megakd.contract.units import View
+from megakd.contract.views import View
 from megakd.models.architectures import ARCHITECTURES, AUTO_CLASSES, architecture_of
 from megakd.models.axes import narrowed, weight_axes
 from megakd.models.own_models import register_own_models

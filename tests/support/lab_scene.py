@@ -18,12 +18,12 @@ from megakd.data.encoding import Encoded
 from megakd.data.splits import Splits
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
+from megakd.inputs.inputs import RunInputs
 from megakd.methods.single import SingleConfig
 from megakd.models.loading import resolve_model
 from megakd.run.lab import Lab
-from megakd.training.evaluation import headline
-from megakd.training.inputs import RunInputs
-from megakd.training.metrics import TaskMetrics
+from megakd.scoring.evaluation import headline
+from megakd.scoring.metrics import TaskMetrics
 
 SIZE = {
     "vocab_size": 20,

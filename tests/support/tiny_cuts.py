@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from megakd.config.task import TaskConfig
-from megakd.contract.units import UnitOrder, View
+from megakd.contract.views import UnitOrder, View
 from megakd.models.architectures import ARCHITECTURES, architecture_of
 from megakd.models.cutting import cut_config, cut_state
 from megakd.models.loading import load_model, resolve_model

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.batch import Batch
-from megakd.contract.batch_source import BatchSource
-from megakd.contract.methods import MethodOptions
+from megakd.contract.batch import Batch, BatchSource
 from megakd.contract.metrics import WHOLE, Metric
+from megakd.contract.options import MethodOptions
 from megakd.contract.stage import (
     Constant,
     Pass,
@@ -25,7 +24,7 @@ from megakd.contract.stage import (
     Window,
 )
 from megakd.contract.terms import STRICT
-from megakd.contract.units import Cut, UnitOrder, View
+from megakd.contract.views import Cut, UnitOrder, View
 
 LAYERS, HEADS, WIDTH = 2, 2, 16
 

@@ -16,7 +16,7 @@ from megakd.engine import collectives
 from megakd.models.knowledge import Needs, language_model_head, read_knowledge
 from megakd.models.readout import Readout
 from megakd.servers.hidden_states import ExportedStates
-from megakd.teachers.exported import StatesTeacher
+from megakd.servers.teachers import StatesTeacher
 
 RANKS: Any = SimpleNamespace(rank=0, device=torch.device("cpu"))
 

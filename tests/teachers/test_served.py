@@ -15,7 +15,7 @@ from megakd.contract.batch import Batch, TopK
 from megakd.engine import collectives
 from megakd.errors import ServerError
 from megakd.servers.protocol import BestTokens
-from megakd.teachers.served import TopKTeacher
+from megakd.servers.teachers import TopKTeacher
 
 RANKS: Any = SimpleNamespace(rank=0, device=torch.device("cpu"))
 

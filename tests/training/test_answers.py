@@ -8,7 +8,7 @@ import pytest
 
 from megakd.config.generation import GenerationConfig
 from megakd.errors import ConfigError
-from megakd.training.answers import answer_of, matcher
+from megakd.scoring.answers import answer_of, matcher
 
 GSM8K = r"#### (.+)"
 

@@ -14,7 +14,7 @@ from megakd.contract.stage import Verdict
 from megakd.engine import distributed
 from megakd.errors import MegakdError
 from megakd.storage.atomic import json_text
-from megakd.storage.finished_folder import CHECKSUMS, sealed_folder
+from megakd.storage.folders import CHECKSUMS, sealed_folder
 from megakd.training.best_checkpoint import BestCheckpoint, BestCheckpoints
 
 

@@ -8,8 +8,8 @@ from tiny_runs import config_tree, llama, write_config
 from megakd.config.file import load_config
 from megakd.config.models import ScratchModel
 from megakd.errors import ConfigError
+from megakd.inputs.chat_checks import check_caches
 from megakd.models.loading import resolve_model
-from megakd.training.cache_checks import check_caches
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 

@@ -13,7 +13,7 @@ from tiny_runs import write_jsonl
 
 from megakd.engine import distributed
 from megakd.errors import ConfigError, DataError
-from megakd.training.inputs import prepare
+from megakd.inputs.inputs import prepare
 
 
 @pytest.fixture(autouse=True)

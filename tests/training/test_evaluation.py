@@ -13,9 +13,9 @@ from torch import Tensor
 from megakd.contract.metrics import WHOLE, MetricJudge
 from megakd.contract.stage import Verdict
 from megakd.errors import DataError, TrainingError
+from megakd.scoring.evaluation import Evaluation, headline, language_model_metrics
+from megakd.scoring.metrics import TaskMetrics
 from megakd.storage.atomic import json_text
-from megakd.training.evaluation import Evaluation, headline, language_model_metrics
-from megakd.training.metrics import TaskMetrics
 
 
 def metrics_of(names: tuple[str, ...], outputs: Tensor, labels: Tensor) -> dict[str, float]:

@@ -19,7 +19,7 @@ from megakd.models.loading import resolve_model
 from megakd.models.readout import Readout, load_readout
 from megakd.models.source import ModelSource
 from megakd.servers.protocol import ServedModel
-from megakd.training.exported_states import check_states, states_replicas
+from megakd.servers.teachers import check_states, states_replicas
 
 TEXTS = [(5, 8, 30, 2), (7, 9), (1, 2, 3, 4, 5, 6)]
 TASK = TaskConfig(type="causal_lm", dataset="d", max_length=32)

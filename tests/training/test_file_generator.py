@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from megakd.contract.rollouts import Completion, Rollout, Sampling
-from megakd.data.rollout_store import RolloutStore, rollout_files
 from megakd.engine import collectives
 from megakd.errors import DataError
-from megakd.training.file_generator import FileGenerator
+from megakd.rollouts.generators import FileGenerator
+from megakd.rollouts.store import RolloutStore, rollout_files
 
 
 @pytest.fixture(autouse=True)

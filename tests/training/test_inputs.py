@@ -18,9 +18,9 @@ from megakd.config.train import FinetuneOverrides
 from megakd.contract.shapes import Shape
 from megakd.engine import distributed
 from megakd.errors import DataError, ModelError, TeacherError
+from megakd.inputs.inputs import prepare
 from megakd.losses.stage_losses import shape_of
 from megakd.methods.single import SingleConfig
-from megakd.training.inputs import prepare
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film")
 SIZE = {

@@ -13,7 +13,7 @@ from whole_run import finish, read, records
 from megakd.config.run import EvalConfig
 from megakd.contract.tasks import METRICS
 from megakd.errors import ConfigError
-from megakd.training.metrics import task_metrics
+from megakd.scoring.metrics import task_metrics
 
 LABELS = ("bad", "fine", "good")
 TRUTH = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, -100])

@@ -8,8 +8,8 @@ import torch
 from megakd.config.file import load_config
 from megakd.config.models import TeacherConfig
 from megakd.config.train import TrainConfig
-from megakd.training import precision
-from megakd.training.precision import (
+from megakd.inputs import precision
+from megakd.inputs.precision import (
     frozen_dtype,
     say_precision,
     scoring_dtype,

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from megakd.config.generation import GenerationConfig
 from megakd.config.rollout import RolloutConfig
 from megakd.errors import ConfigError
-from megakd.training.rollout_check import check_generated_texts, prompts_of
+from megakd.rollouts.prompts import check_generated_texts, prompts_of
 
 SECTIONS: dict[str, Any] = {
     "rollout": RolloutConfig(max_new_tokens=16),

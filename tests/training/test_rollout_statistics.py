@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megakd.contract.rollouts import Completion, Rollout
-from megakd.training.rollout_source import RolloutStatistics
+from megakd.rollouts.source import RolloutStatistics
 
 
 def text(*ids: int, finished: bool = True, version: int = 5) -> Rollout:

@@ -17,13 +17,13 @@ from megakd.config.rollout import RolloutConfig
 from megakd.config.servers import RolloutServerConfig
 from megakd.contract.rollouts import Completion, RemoteGenerator
 from megakd.data.loader import RowOrder
-from megakd.data.rollout_rows import TrainingRow
-from megakd.data.rollout_store import RolloutStore, read_rollouts
 from megakd.data.step_layout import StepLayout, StepShape
 from megakd.engine import activity, collectives
-from megakd.training import rollout_source
+from megakd.rollouts import source as rollout_source
+from megakd.rollouts.rows import TrainingRow
+from megakd.rollouts.source import RolloutSource, StepRows
+from megakd.rollouts.store import RolloutStore, read_rollouts
 from megakd.training.checkpoint import oldest_step
-from megakd.training.rollout_source import RolloutSource, StepRows
 
 ROWS = 4
 SERVER = RolloutServerConfig(url=("http://a:1",), kind="sglang", push="none")
@@ -107,7 +107,7 @@ def test_the_store_holds_what_a_resumed_run_reads_and_no_more(
 
     The texts of 30 steps are replayed here.
     """
-    monkeypatch.setattr("megakd.data.rollout_draws.REPLAYED_STEPS", 30)
+    monkeypatch.setattr("megakd.rollouts.source.REPLAYED_STEPS", 30)
     learned: dict[int, Any] = {}
 
     def run(start: int, stop: int) -> None:

@@ -19,10 +19,10 @@ from megakd.config.run import RunConfig
 from megakd.config.task import MixtureSource
 from megakd.engine import distributed
 from megakd.errors import ConfigError
+from megakd.inputs.inputs import RunInputs, prepare
 from megakd.planning.cluster import Cluster
 from megakd.planning.plan import plan_run
 from megakd.run.encoding import encode_run
-from megakd.training.inputs import RunInputs, prepare
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megakd.training.progress import Extent, Reporter
-from megakd.training.runaway import (
+from megakd.rollouts.runaway import (
     KINDS,
     LONGER,
     MORE_TRUNCATED,
@@ -23,6 +22,7 @@ from megakd.training.runaway import (
     means_of_runaway,
     text_warnings,
 )
+from megakd.training.progress import Extent, Reporter
 
 CALM, AWAY = TextPoint(100, 0.1, 2.0), TextPoint(300, 0.9, 0.4)
 

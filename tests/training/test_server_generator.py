@@ -12,10 +12,10 @@ from megakd.config.servers import RolloutServerConfig
 from megakd.contract.rollouts import Completion, RemoteGenerator, Sampling
 from megakd.engine import collectives
 from megakd.errors import ServerError
-from megakd.servers.agreement import Wanted
+from megakd.servers.checks import Wanted
 from megakd.servers.connect import replicas_of
-from megakd.training.pushed_weights import Pushed
-from megakd.training.server_generator import ServerGenerator
+from megakd.servers.generator import ServerGenerator
+from megakd.servers.push import Pushed
 
 PROMPTS = [[5], [8], [11], [14], [17]]
 SAMPLING = Sampling(3, temperature=0.7)

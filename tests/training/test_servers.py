@@ -18,7 +18,7 @@ from megakd.config.servers import RolloutServerConfig
 from megakd.contract.tasks import STUDENT
 from megakd.engine import collectives
 from megakd.errors import ServerError
-from megakd.training.servers import check_servers
+from megakd.servers.connect import check_servers
 
 WORDS, FURTHER_END = 38, 37
 

@@ -13,9 +13,9 @@ import pytest
 from megakd.contract.stage import StageResult
 from megakd.engine import distributed
 from megakd.errors import CheckpointError
-from megakd.storage.finished_folder import CHECKSUMS, write_finished
+from megakd.storage.folders import CHECKSUMS, write_finished
 from megakd.training.checkpoint import Checkpoints
-from megakd.training.stage_result import RESULT, read_result, result_text
+from megakd.training.stage_folder import RESULT, read_result, result_text
 
 FINGERPRINT = {"seed": 1, "train.learning_rate": 0.1}
 

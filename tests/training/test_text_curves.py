@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from megakd.contract.batch import IGNORE, Batch, LossInputs
 from megakd.contract.stage import Pass
-from megakd.training import text_curves
-from megakd.training.text_curves import (
+from megakd.rollouts import evaluation
+from megakd.rollouts.evaluation import (
     BUCKETS,
     TextCurves,
     bucket_ends,
@@ -26,7 +26,7 @@ FIRST, SECOND = [IGNORE, 5, 5, 5, IGNORE], [5, 5, 5, 5, 5]
 
 @pytest.fixture(autouse=True)
 def one_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_curves, "all_reduce_", lambda tensor: tensor)
+    monkeypatch.setattr(evaluation, "all_reduce_", lambda tensor: tensor)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def positions_as_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
             found[number, :2] = torch.stack([mine.sum().double(), (columns * mine).sum()])
         return found
 
-    monkeypatch.setattr(text_curves, "sums_by_group", sums)
+    monkeypatch.setattr(evaluation, "sums_by_group", sums)
 
 
 def watched(curves: TextCurves, *rows: list[int], plan: tuple[Pass, ...] = (Pass(),)) -> Any:

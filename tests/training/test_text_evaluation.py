@@ -14,8 +14,8 @@ from megakd.config.generation import GenerationConfig
 from megakd.config.rollout import SamplingConfig
 from megakd.contract.batch import IGNORE
 from megakd.contract.rollouts import Completion, Sampling
-from megakd.data.rollout_rows import Prompts
-from megakd.training.text_evaluation import TextEvaluation, distinct_pairs
+from megakd.rollouts.evaluation import TextEvaluation, distinct_pairs
+from megakd.rollouts.rows import Prompts
 
 LETTERS = " abcdefgh"
 
@@ -75,9 +75,9 @@ def evaluation(data: Dataset, folder: Path, one_rank: Any, **keys: Any) -> tuple
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
     import torch
 
-    monkeypatch.setattr("megakd.training.text_evaluation.gather", lambda value: [value])
-    monkeypatch.setattr("megakd.training.text_evaluation.on_main", lambda action: action())
-    monkeypatch.setattr("megakd.training.text_curves.all_reduce_", lambda tensor: tensor)
+    monkeypatch.setattr("megakd.rollouts.evaluation.gather", lambda value: [value])
+    monkeypatch.setattr("megakd.rollouts.evaluation.on_main", lambda action: action())
+    monkeypatch.setattr("megakd.rollouts.evaluation.all_reduce_", lambda tensor: tensor)
     return SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.methods import OneTeacherOptions
+from megakd.contract.options import OneTeacherOptions
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.contract.tasks import FROM_TEACHER, LANGUAGE_TASKS, STUDENT
 from megakd.contract.terms import (
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from megakd.contract.results import PruningReport
     from megakd.contract.stage import StageResult, Window
     from megakd.contract.terms import TermConfig
-    from megakd.contract.units import View
+    from megakd.contract.views import View
 
 AVERAGES = {"sensitivity": 1, "platon": 2, "magnitude": 0, "random": 0}
 """Number of values that each score keeps for every weight."""

@@ -15,7 +15,7 @@ import torch
 
 from megakd.contract.metrics import WHOLE
 from megakd.contract.stage import Pass, Scores, Stateless, StepReport, Verdict
-from megakd.contract.units import Axis, Cut, UnitOrder, View
+from megakd.contract.views import Axis, Cut, UnitOrder, View
 from megakd.methods.homodistil.schedule import ROWS, Course
 from megakd.methods.homodistil.sensitivity import (
     Averages,

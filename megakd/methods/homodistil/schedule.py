@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from megakd.contract.stage import Window
-from megakd.contract.units import View
+from megakd.contract.views import View
 
 Shape = Literal["cubic", "linear", "one_shot"]
 Score = Literal["sensitivity", "platon", "magnitude", "random"]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megakd.contract.units import Columns, Cut, Kind, Maker, View
+from megakd.contract.views import Columns, Cut, Kind, Maker, View
 
 SENSITIVITY, UNCERTAINTY = "sensitivity", "uncertainty"
 Averages = dict[str, dict[str, Tensor]]

@@ -9,7 +9,7 @@ from megakd.errors import ConfigError
 from megakd.methods.homodistil.schedule import Shares, Target
 
 if TYPE_CHECKING:
-    from megakd.contract.units import View
+    from megakd.contract.views import View
 
 DECODER_GRID = 64
 """Multiple of widths and neurons of students that lose whole heads, as servers expect."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.methods import OneTeacherOptions
+from megakd.contract.options import OneTeacherOptions
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.contract.term_names import term_name
 from megakd.contract.terms import STRICT, Count, Fraction, HiddenMse, Positive, RelationFsp, Weight

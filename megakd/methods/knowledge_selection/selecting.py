@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megakd.contract.positions import first_positions
+from megakd.contract.batch import first_positions
 from megakd.contract.stage import Pass, Stateless
 from megakd.methods.knowledge_selection.selector import (
     ActorCritic,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megakd.errors import TeacherError
-from megakd.storage.finished_folder import check_given
+from megakd.storage.folders import check_given
 
 
 class SelectorShape(NamedTuple):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.methods import MethodOptions
+from megakd.contract.options import MethodOptions
 from megakd.contract.stage import Constant, Pass, Scores, Stage, StageResult, Verdict
 from megakd.contract.tasks import FROM_TEACHER, STUDENT
 from megakd.contract.terms import (
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from megakd.contract.metrics import Metric
     from megakd.contract.results import CandidateReport
     from megakd.contract.terms import TermConfig
-    from megakd.contract.units import View
+    from megakd.contract.views import View
 
 LARGEST_HOP = 2.5
 """Ratio of the teacher's weights to the student's beyond which an assistant may help."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from megakd.contract.units import View, most_important
+from megakd.contract.views import View, most_important
 from megakd.errors import ConfigError
 
 TOLERANCE = 0.03

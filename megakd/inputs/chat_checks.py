@@ -1,0 +1,258 @@
+"""Checks of conversations before a run: the models' chat templates and their end tokens.
+
+A student that learns answers without its own end token, or from a teacher that ends its answers
+with another token, generates texts without an end.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from megakd.contract.batch import LogitWarp
+from megakd.contract.tasks import STUDENT
+from megakd.data.chat_counts import SETS
+from megakd.data.chat_rows import is_chat
+from megakd.data.chat_tokens import PROMPT_LENGTH
+from megakd.data.tokenizers import from_folder, has_tokenizer_files
+from megakd.errors import ConfigError, DataError
+from megakd.models.generation import generation_config_of, listed_ends
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from megakd.config.run import RunConfig
+    from megakd.config.task import TaskConfig
+    from megakd.data.chat_counts import ChatCounts
+    from megakd.models.source import ModelSource
+
+logger = logging.getLogger(__name__)
+ACCEPT = "set task.end_tokens: accept to train nevertheless"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatFacts:
+    """Chat template, end tokens and vocabulary in the files of a model.
+
+    end: the tokenizer's end token; None: none.
+    ends: the tokens that end a generated text, of the tokenizer and of generation_config.json.
+    """
+
+    where: str
+    template: object
+    end: str | None
+    ends: frozenset[str]
+    tokens: int
+    embeddings: int | None
+
+
+def check_chat_models(
+    task: TaskConfig,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Mapping[str, ModelSource],
+) -> None:
+    """Log how the teachers' templates, end tokens and vocabularies differ from the student's.
+
+    Nothing is compared if the rows are no conversations. A student without a tokenizer of its own
+    uses the run's.
+
+    Args:
+        task: the task.
+        rows: the training rows.
+        tokenizer: the tokenizer of the run.
+        sources: the models by role.
+
+    Raises:
+        ConfigError: a teacher ends its answers with a token that does not end the student's texts,
+            and `task.end_tokens` does not accept this.
+    """
+    if not is_chat(rows) and PROMPT_LENGTH not in rows.column_names:
+        return
+    student = chat_facts(sources[STUDENT], task) or _facts(STUDENT, tokenizer, sources[STUDENT])
+    problems: list[str] = []
+    for role, source in sources.items():
+        teacher = None if role == STUDENT else chat_facts(source, task)
+        if teacher is not None:
+            for line in differences(teacher, student):
+                logger.warning("%s", line)
+            problems += other_end(teacher, student)
+    if problems and task.end_tokens == "check":
+        raise ConfigError("\n".join(f"{problem}; {ACCEPT}" for problem in problems))
+    for problem in problems:
+        logger.warning("%s (accepted by task.end_tokens)", problem)
+
+
+def chat_facts(source: ModelSource, task: TaskConfig) -> ChatFacts | None:
+    """Return the facts of a model's folder; None if it has no tokenizer files."""
+    if source.folder is None or not has_tokenizer_files(source.folder):
+        return None
+    return _facts(source.where, from_folder(source.folder, task.type), source)
+
+
+def _facts(where: str, tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> ChatFacts:
+    end = cast("str | None", tokenizer.eos_token)
+    return ChatFacts(
+        where=where,
+        template=tokenizer.chat_template,
+        end=end,
+        ends=frozenset(_tokens(end_ids(tokenizer, source), tokenizer)),
+        tokens=len(tokenizer),
+        embeddings=None if source.wants_vocabulary else getattr(source.config, "vocab_size", None),
+    )
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> set[int]:
+    """Return the numbers of the tokens that end a text of a model: its files' and tokenizer's."""
+    return {*listed_ends(tokenizer), *listed_ends(generation_config_of(source))}
+
+
+def _tokens(ids: set[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [str(tokenizer.convert_ids_to_tokens(number)) for number in sorted(ids)]
+
+
+def differences(teacher: ChatFacts, student: ChatFacts) -> Iterator[str]:
+    """Yield a line for every difference between two models, with the choice to make."""
+    both = f"{teacher.where} and {student.where}"
+    if teacher.template != student.template:
+        lacking = [facts.where for facts in (teacher, student) if not facts.template]
+        how = f"{' and '.join(lacking)} has none" if lacking else "the texts differ"
+        yield (
+            f"chat templates of {both}: {how}; both models read the conversations as the tokenizer "
+            "of the run writes them, and task.tokenizer and task.chat_template choose another"
+        )
+    if teacher.ends != student.ends:
+        yield (
+            f"end tokens of {both}: {_listed(teacher.ends)} and {_listed(student.ends)}; the "
+            "student learns the end token of the chat template, so that this token should be in "
+            "the student's generation_config.json"
+        )
+    sizes = [facts.embeddings or facts.tokens for facts in (teacher, student)]
+    if sizes[0] != sizes[1]:
+        yield (
+            f"vocabularies of {both}: {sizes[0]} and {sizes[1]} embeddings; soft targets compare "
+            "the tokens that both have"
+        )
+
+
+def other_end(teacher: ChatFacts, student: ChatFacts) -> Iterator[str]:
+    """Yield the problem of a teacher whose end token does not end the student's texts."""
+    if teacher.end is not None and teacher.end not in student.ends:
+        yield (
+            f"{teacher.where} ends its answers with {teacher.end}, and the texts of "
+            f"{student.where} end with {_listed(student.ends)}: a student that learns from this "
+            "teacher would not stop; use a student with the teacher's end token in its "
+            "generation_config.json or tokenizer_config.json"
+        )
+
+
+def _listed(tokens: frozenset[str]) -> str:
+    return ", ".join(sorted(tokens)) or "no token"
+
+
+def check_answers(
+    config: RunConfig,
+    counts: Mapping[str, ChatCounts] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    student: ModelSource,
+) -> None:
+    """Check that conversations have answers, and that answers end as the student's texts do.
+
+    Args:
+        config: the config of the run.
+        counts: the numbers of the conversations; None for other rows, which are not checked.
+        tokenizer: the tokenizer of the run.
+        student: the student's model.
+
+    Raises:
+        DataError: no token counts in the training rows, and the run generates no texts; or no
+            token counts in a split that is scored.
+        ConfigError: no answer ends with a token that ends the student's texts, and
+            `task.end_tokens` does not accept this.
+    """
+    by_split: dict[str, list[ChatCounts]] = {}
+    for name, own in (counts or {}).items():
+        split = name if name.startswith(f"{SETS}/") else name.split("/")[0]
+        by_split.setdefault(split, []).append(own)
+    for split, parts in by_split.items():
+        if not any(own.targets for own in parts):
+            _refuse_prompts(config, split)
+    # A stream is not encoded before the run, but its held-out rows are.
+    learned = by_split.get("train", by_split.get("validation", []))
+    _check_ends(config.task, learned, end_ids(tokenizer, student), tokenizer)
+
+
+def _refuse_prompts(config: RunConfig, split: str) -> None:
+    if split == "train":
+        if config.rollout is None:
+            raise DataError(
+                "the training rows are prompts without an answer, so that nothing can be learned; "
+                "give the answers in a column completion (task.completion_column), or let the "
+                "section rollout generate them"
+            )
+        return
+    name = split.removeprefix(f"{SETS}/")
+    key = f"task.{split}_files" if name == split else f"task.evaluation_sets.{name}"
+    raise DataError(
+        f"the rows of {split} are prompts without an answer, so that no model can be scored; set "
+        f"{key} to rows with a prompt and a completion"
+    )
+
+
+def _check_ends(
+    task: TaskConfig,
+    trained: list[ChatCounts],
+    looked_for: set[int],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Raise a ConfigError if answers count in the training rows, and no end token does."""
+    if not any(own.targets for own in trained):
+        return
+    if any(own.special.get(number) for own in trained for number in looked_for):
+        return
+    special = {number for own in trained for number in own.special}
+    counting = ", ".join(_tokens(special, tokenizer)) or "none"
+    if looked_for:
+        problem = (
+            f"no answer of the training rows ends with {', '.join(_tokens(looked_for, tokenizer))} "
+            "(eos_token of the tokenizer, and eos_token_id in the student's "
+            f"generation_config.json); the special tokens that count are {counting}; use a "
+            "tokenizer whose eos_token ends the answers of the chat template, or raise "
+            "task.max_length if all answers are cut"
+        )
+    else:
+        problem = (
+            "no token ends the student's texts: the tokenizer has no eos_token (null in "
+            "tokenizer_config.json), and the student has no eos_token_id in "
+            "generation_config.json; set one of the two to the token that ends the answers (the "
+            f"special tokens that count are {counting})"
+        )
+    if task.end_tokens == "check":
+        raise ConfigError(f"{problem}; {ACCEPT}")
+    logger.warning("%s (accepted by task.end_tokens)", problem)
+
+
+def check_caches(config: RunConfig, student: ModelSource) -> None:
+    """Raise if the loss on the cached probabilities does not have the logits of the student.
+
+    Raises:
+        ConfigError: a language model is taught from a cache, and the logits of the student are
+            multiplied with a factor or capped.
+    """
+    cached = [
+        f"{config.key_of(name)}.{'cache' if spec.cache else 'server'}"
+        for name, spec in config.teacher_specs.items()
+        if spec.cache or (spec.server and spec.server.states is None)
+    ]
+    warp = student.architecture.logit_warp(student.config)
+    if cached and config.task.type == "causal_lm" and warp != LogitWarp():
+        keys = [key for key in student.architecture.logits if key is not None]
+        values = ", ".join(f"{key}: {getattr(student.config, key)}" for key in keys)
+        raise ConfigError(
+            f"{cached[0]}: the {student.config.model_type} student changes its logits after "
+            f"the output matrix ({values}), which the loss on cached probabilities does not "
+            "support; remove the key, or use a student of another family"
+        )

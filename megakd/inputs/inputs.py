@@ -1,0 +1,378 @@
+"""Everything a run needs before a model's weights are loaded: data, tokenizer, model configs.
+
+Checks run from cheap to expensive: weight files, then data and tokenizer, then heads and labels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from megakd.config.deepspeed import check_frozen_stage, load_ds_config
+from megakd.config.models import KeptLayers, StudentConfig, TeacherConfig
+from megakd.config.run import RunConfig
+from megakd.contract.metrics import Metric
+from megakd.contract.tasks import FROM_TEACHER, ONE_LABEL_METRICS, STUDENT, STUDENT_BASE
+from megakd.contract.terms import looks_inside
+from megakd.data.encoding import Encoded
+from megakd.data.row_routes import check_routes
+from megakd.data.shared_words import VocabularyPair
+from megakd.data.splits import Splits
+from megakd.data.student_vocabularies import (
+    check_special_tokens,
+    load_student_tokenizer,
+    overlap,
+)
+from megakd.data.tokenizers import has_tokenizer_files, load_tokenizer
+from megakd.engine.collectives import gather, main_first
+from megakd.errors import ConfigError, MegakdError, TeacherError
+from megakd.inputs.chat_checks import check_answers, check_caches, check_chat_models
+from megakd.inputs.row_length import with_row_length
+from megakd.inputs.run_data import MixedRows, cache_folder, encoded_rows, mixed_rows, splits_of
+from megakd.inputs.vocabulary_checks import other_vocabularies, without_tokenizer
+from megakd.losses.class_weights import with_class_weights
+from megakd.losses.objective import check_terms
+from megakd.losses.stage_losses import shape_of
+from megakd.models.labels import label_order
+from megakd.models.layers import with_layers
+from megakd.models.loading import check_model, resolve_model, with_vocabulary
+from megakd.models.lora import check_adapters
+from megakd.models.source import ModelSource
+from megakd.rollouts.prompts import check_generated_texts
+from megakd.scoring.metrics import TaskMetrics, task_metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from megakd.contract.results import VocabularyReport
+    from megakd.contract.vocabulary import StudentVocabulary
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnencodedInputs:
+    """The parts of a run, before anything large is loaded.
+
+    tokenizer: the tokenizer of the data and of all models; with `teacher_tokenizer`, the student's.
+    sources: the teachers by name, then `student`.
+    metrics: the metrics that an evaluation computes.
+    teacher_tokenizer: the tokenizer of the teachers, if the student has a vocabulary of its own.
+    """
+
+    splits: Splits
+    metrics: TaskMetrics
+    tokenizer: PreTrainedTokenizerBase
+    sources: Mapping[str, ModelSource]
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+
+    def tokenizer_of(self, role: str) -> PreTrainedTokenizerBase:
+        """Return the tokenizer of the model of a role: `student`, or a teacher's name."""
+        is_teacher = role != STUDENT and role in self.sources
+        return (is_teacher and self.teacher_tokenizer) or self.tokenizer
+
+    @property
+    def pair(self) -> VocabularyPair | None:
+        """The vocabularies of student and teacher; None if all models share a vocabulary."""
+        if self.teacher_tokenizer is None:
+            return None
+        return VocabularyPair(self.tokenizer, self.teacher_tokenizer)
+
+    @property
+    def metric(self) -> Metric:
+        """The metric that ranks evaluations of this task."""
+        return self.metrics.main
+
+    @property
+    def classes(self) -> int:
+        """The number of classes in the data; 0 for a task without classes."""
+        return len(self.splits.label_names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInputs(UnencodedInputs):
+    """All inputs of a run, with the encoded data; no weights are in memory yet.
+
+    config: the config of the run, with the measured length of the rows.
+    encoded: the data for `tokenizer`.
+    teacher_encoded: the data for `teacher_tokenizer`.
+    mixed: the training rows for both tokenizers; None if the method does not read such rows.
+    """
+
+    config: RunConfig
+    encoded: Encoded
+    teacher_encoded: Encoded | None = None
+    mixed: MixedRows | None = None
+
+    def of(self, role: str) -> RunInputs:
+        """Return the inputs with the tokenizer of a role, and with the data for this tokenizer."""
+        own = self.tokenizer_of(role)
+        if own is self.tokenizer or self.teacher_encoded is None:
+            return self
+        return dataclasses.replace(self, tokenizer=own, encoded=self.teacher_encoded)
+
+
+def prepare(config: RunConfig) -> RunInputs:
+    """Find, check and encode the inputs of a run; a collective.
+
+    Raises:
+        MegakdError: the input is invalid; the message names it. No model's weights have been
+            loaded. All problems that configs, labels and vocabularies show are raised before the
+            data is encoded.
+    """
+    found = unencoded_inputs(config)
+    config = with_row_length(config, found.splits, found.tokenizer, found.sources)
+    check_run(config, found)
+    _say_positive_label(found.metrics)
+    inputs = RunInputs(
+        config=config,
+        splits=found.splits,
+        metrics=found.metrics,
+        tokenizer=found.tokenizer,
+        sources=found.sources,
+        teacher_tokenizer=found.teacher_tokenizer,
+        mixed=mixed_rows(config, found.splits, found.pair),
+        encoded=encoded_rows(config, found.splits, found.tokenizer),
+        teacher_encoded=(
+            None
+            if found.teacher_tokenizer is None
+            else encoded_rows(
+                config,
+                found.splits,
+                found.teacher_tokenizer,
+                with_train=any(spec.finetune for spec in config.teacher_specs.values()),
+            )
+        ),
+    )
+    check_answers(config, inputs.encoded.chat, inputs.tokenizer, inputs.sources[STUDENT])
+    check_generated_texts(config, inputs.encoded, inputs.sources[STUDENT])
+    return inputs
+
+
+def _say_positive_label(metrics: TaskMetrics) -> None:
+    about_one = [name for name in metrics.names if name in ONE_LABEL_METRICS]
+    if about_one and metrics.label_names:
+        logger.info(
+            "%s: computed for the label %s (eval.positive_label)",
+            ", ".join(about_one),
+            metrics.label_names[metrics.positive],
+        )
+
+
+def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
+    """Return the models, data and tokenizer of a run; a collective.
+
+    Raises:
+        MegakdError: the input is invalid; the message names it.
+    """
+    task, cache = config.task, cache_folder()
+    sources, problems = _resolved(config)
+    problems += without_tokenizer(task, sources.values())
+    if problems and not config.teachers:
+        raise TeacherError("\n".join(problems))
+    splits = splits_of(config)
+    if config.method.routes_rows:
+        check_routes(splits.train, tuple(config.teacher_specs))
+    vocabulary = config.method.own_vocabulary
+    # The loss per token does not compare models of different vocabularies.
+    official = splits.metrics if vocabulary is None else ("nats_per_character",)
+    metrics = task_metrics(config.eval, task.type, official, splits.label_names)
+    problems += _strangers(config, sources, splits.label_names)
+    # A student with a vocabulary of its own does not read the tokenizer of the other models.
+    sharing = {r: s for r, s in sources.items() if vocabulary is None or r != STUDENT}
+    folders = [s.folder for s in sharing.values() if s.folder]
+    if problems and not any(map(has_tokenizer_files, folders)):
+        raise TeacherError("\n".join(problems))  # do not train a tokenizer in vain
+    tokenizer = main_first(
+        lambda: load_tokenizer(task, splits, model_folders=folders, cache_dir=cache)
+    )
+    problems += other_vocabularies(task, tokenizer, sharing.values())
+    if problems:
+        raise TeacherError("\n".join(problems))
+    check_chat_models(task, splits.train, tokenizer, sources)
+    own = None if vocabulary is None else _student_tokenizer(vocabulary, splits, tokenizer)
+    found = UnencodedInputs(
+        splits=splits,
+        metrics=metrics,
+        tokenizer=own or tokenizer,
+        sources=sources,
+        teacher_tokenizer=tokenizer if own else None,
+    )
+    sized = {
+        role: _with_vocabulary_of(found.tokenizer_of(role), source)
+        for role, source in sources.items()
+    }
+    return dataclasses.replace(found, sources=sized)
+
+
+def _student_tokenizer(
+    vocabulary: StudentVocabulary, splits: Splits, teacher: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a student with a vocabulary of its own, trained on the text."""
+    check_special_tokens(teacher, "the teacher's tokenizer")
+    own = main_first(lambda: load_student_tokenizer(vocabulary, splits, cache_dir=cache_folder()))
+    logger.info(
+        "student's vocabulary: a %s of %d pieces trained on the training text; %.1f %% of the "
+        "pieces are in the teacher's vocabulary of %d too",
+        vocabulary.type,
+        len(own),
+        100 * overlap(own, teacher),
+        len(teacher),
+    )
+    return own
+
+
+def vocabulary_report(config: RunConfig, inputs: UnencodedInputs) -> VocabularyReport | None:
+    """Return the report's entry on the student's vocabulary; None if all models share one."""
+    vocabulary, pair = config.method.own_vocabulary, inputs.pair
+    if vocabulary is None or pair is None:
+        return None
+    return {
+        "type": vocabulary.type,
+        "size": len(pair.student),
+        "teacher_size": len(pair.teacher),
+        "overlap": overlap(*pair),
+    }
+
+
+def _with_vocabulary_of(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> ModelSource:
+    pad = cast("int | None", tokenizer.pad_token_id)  # transformers' own type allows several
+    return with_vocabulary(source, len(tokenizer), pad_token_id=pad)
+
+
+def _strangers(
+    config: RunConfig, sources: Mapping[str, ModelSource], labels: Sequence[str]
+) -> Iterator[str]:
+    for name, spec in config.teacher_specs.items():
+        if spec.finetune is None and name in sources:
+            try:
+                label_order(sources[name].config, labels, where=sources[name].where)
+            except MegakdError as error:
+                yield str(error)
+
+
+def check_run(config: RunConfig, inputs: UnencodedInputs) -> None:
+    """Run all checks of models and losses that are possible before any weights are loaded.
+
+    Raises:
+        MegakdError: two values do not fit; the message names the key and both values.
+    """
+    for name, spec in config.teacher_specs.items():
+        key = config.key_of(name)
+        check_frozen_stage(
+            load_ds_config(spec.deepspeed, where=f"{key}.deepspeed"), where=f"{key}.deepspeed"
+        )
+        if spec.finetune is None and inputs.sources[name].folder is None:
+            logger.warning(
+                "%s.model has random weights and %s.finetune is not set: the student would learn "
+                "from an untrained teacher",
+                key,
+                key,
+            )
+    load_ds_config(config.student.deepspeed, where="student.deepspeed")
+    for role, source in inputs.sources.items():
+        check_model(
+            source,
+            task=config.task,
+            label_names=inputs.splits.label_names,
+            tokenizer_size=len(inputs.tokenizer_of(role)),
+            need_head=role in config.teacher_specs and not config.teacher_specs[role].finetune,
+        )
+    if config.student.lora is not None:
+        check_adapters(inputs.sources[STUDENT], config.task, config.student.lora)
+    check_losses(config, inputs)
+    check_caches(config, inputs.sources[STUDENT])
+
+
+def check_losses(config: RunConfig, inputs: UnencodedInputs) -> None:
+    """Check that the objective can work with every teacher.
+
+    Raises:
+        ConfigError: layers are compared, and the teachers' layers differ; or class weights do
+            not fit the labels.
+        TeacherError: a chosen term cannot match the layers or vocabularies.
+    """
+    terms, task = config.objective or (), config.task.type
+    shapes = {
+        role: shape_of(source, task, inputs.classes) for role, source in inputs.sources.items()
+    }
+    teachers = {name: shapes[name] for name in config.teacher_specs}
+    compared = [term.loss for term in terms if looks_inside(term)]
+    if compared and len(set(teachers.values())) > 1:
+        shapes = ", ".join(f"{name} {s.layers} x {s.width}" for name, s in teachers.items())
+        raise ConfigError(
+            f"objective: {', '.join(compared)} compares layers, and the teachers differ in number "
+            f"of layers, width or heads (layers x width: {shapes}); use soft targets, which "
+            "support such teachers"
+        )
+    with_class_weights(terms, inputs.splits)
+    for teacher in teachers.values() or (None,):
+        check_terms(terms, task, shapes[STUDENT], teacher)
+
+
+def _resolved(config: RunConfig) -> tuple[dict[str, ModelSource], list[str]]:
+    """Return the checked models of the config by role, and the errors of the other teachers.
+
+    Rank 0 downloads before the other ranks read; all ranks return the same.
+    """
+    specs: dict[str, TeacherConfig | StudentConfig] = {
+        name: spec for name, spec in config.teacher_specs.items() if spec.model != STUDENT_BASE
+    }
+    if config.student.model != FROM_TEACHER:
+        specs[STUDENT] = config.student
+    sources: dict[str, ModelSource] = {}
+    wrong: dict[str, str] = {}
+    for role, spec in specs.items():
+        try:
+            sources[role] = main_first(functools.partial(_resolve, spec, config, role))
+        except MegakdError as error:
+            if role not in config.teacher_specs or not config.teachers:
+                raise
+            wrong[role] = str(error)
+    # A folder may be missing on one node only.
+    everywhere = {role: said for found in gather(wrong) for role, said in found.items()}
+    if not everywhere:
+        return with_student(config, sources), []
+    found = {role: source for role, source in sources.items() if role not in everywhere}
+    return found, list(everywhere.values())
+
+
+def with_student(config: RunConfig, sources: dict[str, ModelSource]) -> dict[str, ModelSource]:
+    """Return the sources with the student, derived from the model that it starts as.
+
+    A teacher that is the student without its adapters has the same source.
+    """
+    student = as_student(sources[config.start_role], config)
+    bases = {
+        name: dataclasses.replace(student, where=f"{config.key_of(name)}.model")
+        for name in config.base_teachers
+    }
+    return {**sources, **bases, STUDENT: student}
+
+
+def as_student(
+    source: ModelSource, config: RunConfig, scores: Sequence[float] | None = None
+) -> ModelSource:
+    """Return the model that the student starts as, with the layers that the student keeps."""
+    student, layers = dataclasses.replace(source, where="student.model"), config.student.layers
+    student = dataclasses.replace(student, attn_implementation=config.student.attn_implementation)
+    wanted = layers.keep if isinstance(layers, KeptLayers) else layers
+    if wanted is None:
+        return student
+    return with_layers(student, wanted, where="student.layers", scores=scores)
+
+
+def _resolve(spec: TeacherConfig | StudentConfig, config: RunConfig, role: str) -> ModelSource:
+    found = resolve_model(
+        spec.model,
+        config.task,
+        where=f"{config.key_of(role)}.model",
+        architecture=spec.architecture,
+        trust_remote_code=spec.trust_remote_code,
+        allow_pickle=spec.allow_pickle,
+    )
+    return dataclasses.replace(found, attn_implementation=spec.attn_implementation)

@@ -1,0 +1,90 @@
+"""The largest step of a rank: how often its engines run, and on how many tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from megakd.config.deepspeed import load_ds_config, zero_stage
+from megakd.data.step_layout import StepLayout, StepShape
+from megakd.inputs.precision import TORCH_DTYPE
+
+if TYPE_CHECKING:
+    from megakd.config.run import RunConfig
+    from megakd.config.task import TaskConfig
+    from megakd.config.train import TrainConfig
+    from megakd.contract.tasks import Dtype
+    from megakd.models.knowledge import Needs
+    from megakd.models.source import ReadyTeacher
+
+
+class StepSize(NamedTuple):
+    """Sizes of the largest step of a rank.
+
+    micro_batches: number of micro-batches.
+    rows, length: rows of a micro-batch, and positions per row.
+    """
+
+    micro_batches: int
+    rows: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a micro-batch."""
+        return self.rows * self.length
+
+
+def largest_step(train: TrainConfig, task: TaskConfig) -> StepSize:
+    """Return the sizes of a step in which every row has `task.max_length` tokens.
+
+    Args:
+        train: settings of the stage.
+        task: the task; only `max_length` is used.
+    """
+    shape = StepShape(train.per_device_train_batch_size, train.gradient_accumulation_steps)
+    layout = StepLayout(shape, train.tokens_per_rank)
+    count = layout.most_micro_batches(task.row_length)
+    if train.tokens_per_rank is None:
+        return StepSize(count, shape.per_device, task.row_length)
+    return StepSize(count, 1, train.tokens_per_rank)
+
+
+BUDGET = {"cpu": 256 << 20, "cuda": 2 << 30}
+"""Bytes for the answers of a step and the activations of the forward that computes them."""
+_SHARDED = 3
+_IN_FLIGHT = 12
+"""Tensors as wide as the hidden states that a forward without gradient holds at a time."""
+
+
+def micro_batches_per_call(
+    ready: ReadyTeacher,
+    needs: Needs,
+    train: TrainConfig,
+    config: RunConfig,
+    *,
+    dtype: Dtype,
+    device: str,
+) -> int:
+    """Return the number of micro-batches of a step that one forward answers.
+
+    By default a replicated teacher answers them one by one. A teacher at ZeRO 3 is gathered in
+    every forward, so it answers as many together as fit into `BUDGET`.
+
+    Args:
+        ready: the teacher and its config; `micro_batches_per_call` overrides the default.
+        needs: outputs that the losses read.
+        train: settings of the stage.
+        config: the config of the run.
+        dtype: dtype of the teacher.
+        device: type of the device.
+    """
+    step = largest_step(train, config.task)
+    if ready.spec.micro_batches_per_call is not None:
+        return min(ready.spec.micro_batches_per_call, step.micro_batches)
+    if zero_stage(load_ds_config(ready.spec.deepspeed, where="teacher.deepspeed")) != _SHARDED:
+        return 1
+    source = ready.source
+    kept = 1 + len(needs.hidden_layers) + 3 * len(needs.attention_layers)
+    width = source.architecture.hidden_width(source.config) * TORCH_DTYPE[dtype].itemsize
+    needed = step.tokens * width * (kept + _IN_FLIGHT)
+    return max(1, min(step.micro_batches, BUDGET[device] // needed))

@@ -1,0 +1,54 @@
+"""Redirection of prints, so that standard output has only the answer of a command."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def print_aside(*, when: bool = True) -> Iterator[None]:
+    """Redirect standard output of the body to standard error: Python, C++ and child processes.
+
+    Libraries print to standard output when they are imported or started, and a program that reads
+    JSON from standard output cannot tell these prints from the answer.
+
+    Args:
+        when: whether to redirect.
+    """
+    if not when:
+        yield
+        return
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+            sys.stderr.flush()
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def tell(text: str) -> None:
+    """Print a text; end quietly if the program that reads it has ended, as `head` does."""
+    try:
+        sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes again at its end, and would report the same error.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def in_home(text: str) -> Path:
+    """Return a path with ~ or ~name at its beginning replaced by the home folder of the user.
+
+    Shells leave `--to=~/folder` unchanged. A name that is no user stays as written.
+    """
+    return Path(os.path.expanduser(text))  # noqa: PTH111, Path.expanduser raises RuntimeError

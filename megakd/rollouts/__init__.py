@@ -1,0 +1,1 @@
+"""Texts that a model generates during the run: prompts, generators, storage, evaluation."""

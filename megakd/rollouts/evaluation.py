@@ -1,0 +1,271 @@
+"""Evaluation of a student on texts that it generates from held-out prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from megakd.contract.batch import IGNORE
+from megakd.contract.rollouts import Completion, Rollout
+from megakd.contract.tasks import BY_POSITION, MATCH, TEXT_METRIC, file_of_step
+from megakd.data.step_layout import StepLayout, StepShape, collate_step
+from megakd.engine.collectives import all_reduce_, gather, on_main
+from megakd.engine.student import device_batch
+from megakd.losses.text_statistics import ENTROPY, KL, TEACHER_ENTROPY, TOKENS, sums_by_group
+from megakd.rollouts.rows import columns_of_rows, rollout_row
+from megakd.scoring.answers import matcher
+from megakd.storage.atomic import json_text, write_text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from megakd.config.generation import GenerationConfig
+    from megakd.contract.batch import Batch, LossInputs
+    from megakd.contract.rollouts import Generator
+    from megakd.contract.stage import Pass
+    from megakd.engine.distributed import Ranks
+    from megakd.rollouts.rows import Prompts
+    from megakd.scoring.scorer import Scorer
+
+Watch = Callable[[Sequence["Pass"]], Sequence["Pass"]]
+Losses = Callable[[Iterable["Batch"], Watch], Mapping[str, float]]
+"""Function that returns the mean losses of this rank's micro-batches; a collective.
+
+The second argument changes the passes of the step, so that they also collect statistics.
+"""
+
+
+class Text(NamedTuple):
+    """One generated text of an evaluation; `matches` is None if texts are not compared."""
+
+    rollout: Rollout
+    prompt: str
+    text: str
+    wanted: str
+    matches: bool | None
+
+    def record(self) -> dict[str, object]:
+        """Return the text as JSON can store it."""
+        return {
+            "prompt": self.prompt,
+            "text": self.text,
+            "wanted": self.wanted,
+            "finished": self.rollout.completion.finished,
+            "matches": self.matches,
+        }
+
+
+class TextEvaluation:
+    """Continues held-out prompts, and scores the texts; every call is a collective.
+
+    Args:
+        config: the section `eval.generation`.
+        prompts: the validation rows and their prompts; the first that are continued are used.
+        tokenizer: the tokenizer of the student.
+        generator: the generator of the texts.
+        scorer: the scorer of the stage, whose micro-batches are used.
+        folder: folder for the texts, a file per evaluation.
+
+    Raises:
+        MegakdError: a package is missing.
+    """
+
+    def __init__(
+        self,
+        config: GenerationConfig,
+        prompts: Prompts,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        generator: Generator,
+        scorer: Scorer,
+        folder: Path,
+    ) -> None:
+        self._config, self._tokenizer = config, tokenizer
+        self._prompts, self._rows = prompts, prompts.continued[: config.rows].tolist()
+        self._generator, self._scorer, self._folder = generator, scorer, folder
+        self._match = matcher(config)
+        self._curves = TextCurves(config.max_new_tokens)
+        self.by_position: dict[str, float] = {}
+        """Values of the last evaluation by position in the texts, for the log."""
+
+    def scores(self, version: int, losses: Losses | None) -> dict[str, float]:
+        """Generate and score the texts, and write them; the same on every rank.
+
+        Args:
+            version: number of updates of the student.
+            losses: function that returns the mean losses of micro-batches; None: no losses, and
+                nothing by position.
+
+        Raises:
+            MegakdError: the texts cannot be written.
+        """
+        texts = self.texts(version)
+        lines = [json_text(text.record()) + "\n" for text in texts]
+        on_main(lambda: write_text(file_of_step(self._folder, version), "".join(lines)))
+        found = text_metrics(texts)
+        if losses is not None:
+            measured = losses(self.batches(texts), self._curves.watching)
+            curves = self._curves.take()
+            self.by_position = by_position(curves)
+            found |= {
+                f"{TEXT_METRIC}{name}": v for name, v in {**curves.get("", {}), **measured}.items()
+            }
+        return found
+
+    def texts(self, version: int) -> list[Text]:
+        """Return the texts for the first rows, the same on every rank.
+
+        Args:
+            version: number of updates of the student.
+        """
+        ranks: Ranks = self._scorer.ranks
+        mine = self._rows[ranks.rank :: ranks.world_size]
+        prompts = [self._prompts.prompt(row) for row in mine]
+        # The row is the seed: evaluations of one run differ only in the student.
+        completions = self._generator.generate(prompts, mine, self._config.how)
+        own = [
+            self._text(Rollout(row, prompt, completion, version, seed=row))
+            for row, prompt, completion in zip(mine, prompts, completions, strict=True)
+        ]
+        parts = gather(own)
+        world = ranks.world_size
+        return [parts[number % world][number // world] for number in range(len(self._rows))]
+
+    def batches(self, texts: Sequence[Text]) -> Iterable[Batch]:
+        """Yield this rank's micro-batches of the texts, equally many on each rank."""
+        ranks: Ranks = self._scorer.ranks
+        columns = columns_of_rows([rollout_row(text.rollout) for text in texts])
+        shape = StepShape.of_batch(
+            len(texts), self._scorer.batch_size, rank=ranks.rank, world=ranks.world_size
+        )
+        for batch in collate_step(columns, StepLayout(shape), self._scorer.collate):
+            yield device_batch(batch, ranks.device)
+
+    def _text(self, rollout: Rollout) -> Text:
+        def decoded(ids: Sequence[int], *, skip: bool) -> str:
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip))
+
+        wanted = self._prompts.row(rollout.row).input_ids[len(rollout.prompt) :].tolist()
+        text = decoded(rollout.completion.ids, skip=True)
+        answer = decoded(wanted, skip=True)
+        matches = None if self._match is None else self._match(text, answer)
+        return Text(rollout, decoded(rollout.prompt, skip=False), text, answer, matches)
+
+
+def text_metrics(texts: Sequence[Text]) -> dict[str, float]:
+    """Return the metrics of at least one generated text."""
+    completions = [text.rollout.completion for text in texts]
+    found = {
+        "text_tokens": sum(len(completion.ids) for completion in completions) / len(texts),
+        "text_truncated": sum(not completion.finished for completion in completions) / len(texts),
+        "text_distinct_2": distinct_pairs(completions),
+    }
+    if texts[0].matches is not None:
+        found[MATCH] = sum(bool(text.matches) for text in texts) / len(texts)
+    return found
+
+
+def distinct_pairs(completions: Sequence[Completion]) -> float:
+    """Return the share of distinct pairs among all pairs of neighbouring tokens; 1 without pairs.
+
+    Li et al. 2016, "A diversity-promoting objective function", distinct-2.
+    """
+    pairs = [pair for c in completions for pair in zip(c.ids, c.ids[1:], strict=False)]
+    return len(set(pairs)) / len(pairs) if pairs else 1.0
+
+
+BUCKETS = 8
+"""Most buckets of positions."""
+NAMES = {"kl": KL, "entropy": ENTROPY, "teacher_entropy": TEACHER_ENTROPY}
+"""Logged statistics, means in nats per token, and their columns in the sums."""
+
+
+def bucket_ends(longest: int) -> tuple[int, ...]:
+    """Return the end of every bucket of positions, not included.
+
+    A bucket has twice as many positions as the bucket before it, up to rounding, because most
+    changes are at the beginning of a text.
+
+    Args:
+        longest: number of positions of the longest text.
+    """
+    return tuple(sorted({-(-longest // 2**power) for power in range(BUCKETS)}))
+
+
+def bucket_names(ends: Sequence[int]) -> list[str]:
+    """Return `<first>-<last>` position of every bucket."""
+    return [f"{first}-{end - 1}" for first, end in zip((0, *ends[:-1]), ends, strict=True)]
+
+
+class TextCurves:
+    """Sums over the positions of generated texts, collected while losses are measured.
+
+    Args:
+        longest: number of tokens of the longest completion.
+    """
+
+    def __init__(self, longest: int) -> None:
+        self._ends = bucket_ends(longest)
+        self._sums: Tensor | None = None
+
+    def watching(self, plan: Sequence[Pass]) -> tuple[Pass, ...]:
+        """Return the passes of a step such that the first pass adds to the sums.
+
+        The first pass must use the whole first learner. Its losses do not change.
+        """
+        first, *others = plan
+
+        def weigh(reading: LossInputs) -> Mapping[str, float]:
+            self._add(reading)
+            if first.weigh is not None:
+                return first.weigh(reading)
+            return dict.fromkeys(first.weights or {}, 1.0)
+
+        return replace(first, weigh=weigh), *others
+
+    def take(self) -> dict[str, dict[str, float]]:
+        """Return the means by bucket and name since the last call, the same on every rank.
+
+        The bucket "" has the means over all positions. Buckets without a token, and statistics of
+        a teacher that gives no distribution over the whole vocabulary, are left out. A collective.
+        """
+        empty = torch.zeros(len(self._ends), 4, dtype=torch.float64)
+        mine, self._sums = empty if self._sums is None else self._sums.cpu(), None
+        sums = all_reduce_(mine)
+        named = {"": sums.sum(0), **dict(zip(bucket_names(self._ends), sums, strict=True))}
+        return {bucket: _means(found) for bucket, found in named.items() if found[TOKENS] > 0}
+
+    def _add(self, reading: LossInputs) -> None:
+        ends = torch.tensor(self._ends, device=reading.batch.labels.device)
+        found = sums_by_group(reading, self._buckets(reading.batch.labels, ends), len(ends))
+        self._sums = found if self._sums is None else self._sums + found
+
+    @staticmethod
+    def _buckets(labels: Tensor, ends: Tensor) -> Tensor:
+        """Return [B, T] the bucket of every position; -1 without a label. A row is one text."""
+        is_token = labels != IGNORE
+        positions = is_token.long().cumsum(1) - 1  # of the generated token that is predicted
+        buckets = torch.bucketize(positions, ends, right=True).clamp(max=len(ends) - 1)
+        return torch.where(is_token, buckets, -1)
+
+
+def by_position(curves: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the values by bucket as keys of the log."""
+    return {
+        f"{BY_POSITION}/{bucket}/{name}": value
+        for bucket, values in curves.items()
+        for name, value in values.items()
+        if bucket
+    }
+
+
+def _means(sums: Tensor) -> dict[str, float]:
+    means = {name: float(sums[place] / sums[TOKENS]) for name, place in NAMES.items()}
+    return {name: value for name, value in means.items() if not math.isnan(value)}

@@ -1,0 +1,192 @@
+"""Generation of text with a model in one of the run's own engines."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megakd.contract.rollouts import Completion, Sampling, TextTokens
+from megakd.contract.tasks import STUDENT
+from megakd.engine.collectives import on_main, together
+from megakd.engine.whole_model import whole_model
+from megakd.errors import DataError
+from megakd.models.generation import complete, generation_config_of, listed_ends
+from megakd.rollouts.store import read_rollouts, read_text, text_offsets
+from megakd.teachers.frozen import FrozenTeacher
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+    from torch import nn
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+    from megakd.engine.student import StudentEngine
+    from megakd.models.source import ModelSource
+
+
+class LocalGenerator:
+    """Continues prompts with the weights that a student or a frozen teacher has at the moment.
+
+    At ZeRO 3 each call gathers the weights once, and frees them at its end. Weights, gradients,
+    random generators and the engine are the same after a call.
+
+    Args:
+        engine: the engine of the model; of a student with several learners, the first learner.
+        tokens: the tokens of the texts, see `text_tokens`.
+        rows_at_once: number of prompts that a rank continues at the same time.
+    """
+
+    def __init__(
+        self,
+        engine: StudentEngine | FrozenTeacher,
+        *,
+        tokens: TextTokens,
+        rows_at_once: int,
+    ) -> None:
+        self._engine = engine
+        self._tokens = tokens
+        self._rows_at_once = rows_at_once
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Completion]:
+        """Continue this rank's prompts, in order; a collective. There may be no prompts.
+
+        Raises:
+            MegakdError: the prompts of a rank or the model cannot be used; raised on every rank.
+        """
+        with whole_model(self._model()) as model:
+            # Ranks that finish early wait here, however long the others generate.
+            return together(
+                lambda: complete(
+                    model,
+                    prompts,
+                    seeds,
+                    sampling,
+                    tokens=self._tokens,
+                    rows_at_once=self._rows_at_once,
+                )
+            )
+
+    def _model(self) -> nn.Module:
+        if isinstance(self._engine, FrozenTeacher):
+            self._engine.evict()  # a copy of shards to the device may still be running
+            return self._engine.model
+        return self._engine.student
+
+
+def text_tokens(
+    tokenizer: PreTrainedTokenizerBase, sources: Mapping[str, ModelSource]
+) -> TextTokens:
+    """Return the tokens of the texts that the student or a teacher of a run generates.
+
+    Raises:
+        MegakdError: no token ends a text, or the generation config of the student cannot be read.
+    """
+    source = sources[STUDENT]
+    pad = tokenizer.pad_token_id
+    sizes = [one.config.vocab_size for one in sources.values()]
+    return TextTokens(
+        end=end_tokens_of(tokenizer, source.config, generation_config_of(source)),
+        pad=pad if isinstance(pad, int) else 0,
+        # No model can read a token that it does not have.
+        known=min(len(tokenizer), *sizes),
+    )
+
+
+def end_tokens_of(
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    generation: GenerationConfig | None = None,
+) -> frozenset[int]:
+    """Return the tokens that end a text: those of the tokenizer and of both configs.
+
+    A config may list end tokens without that of the tokenizer. They are default numbers in the
+    model's config (2 in Llama's), which is then left out. In the generation config, the tokens that
+    were added to the vocabulary of the tokenizer count, and ordinary tokens are default numbers.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        config: the config of the model.
+        generation: the generation config in the folder of the model; None: there is none.
+
+    Raises:
+        DataError: neither the tokenizer nor a config has an end token.
+    """
+    own = tokenizer.eos_token_id
+    of_model, given = listed_ends(config), listed_ends(generation)
+    found = listed_ends(tokenizer)
+    found |= of_model if own is None or own in of_model else frozenset()
+    found |= given if own is None or own in given else given & {*tokenizer.added_tokens_decoder}
+    if not found:
+        raise DataError(
+            "the tokenizer has no eos_token, and the model's config has no eos_token_id: a "
+            "generated text would never end; set eos_token in the folder of the tokenizer"
+        )
+    return found
+
+
+class FileGenerator:
+    """A generator that returns texts from files of a `RolloutStore`; making it is a collective.
+
+    A prompt may have several texts in the files; the seed chooses one of them. Only the places of
+    the texts are in memory.
+
+    Args:
+        paths: the files.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._places = on_main(lambda: _places(paths))
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Completion]:
+        """Return a text for each prompt, cut to `max_new_tokens`; a collective.
+
+        Raises:
+            DataError: a prompt has no text in the files.
+        """
+        pairs = list(zip(prompts, seeds, strict=True))
+        return together(lambda: [self._text(tuple(p), seed, sampling) for p, seed in pairs])
+
+    def _text(self, prompt: tuple[int, ...], seed: int, sampling: Sampling) -> Completion:
+        keys, key = self._places["key"], _key(prompt)
+        found = self._places[np.searchsorted(keys, key) : np.searchsorted(keys, key, "right")]
+        place = found[seed % len(found)] if len(found) else None
+        made = None if place is None else read_text(self._paths[place["file"]], place["offset"])
+        if made is None or made.prompt != prompt:
+            raise DataError(
+                f"rollout.files: the {len(np.unique(keys))} prompts in the files do not include "
+                f"the prompt of {len(prompt)} tokens that begins with {list(prompt[:8])}; use "
+                "files of a run with the same data and tokenizer and rollout.keep_texts, or remove "
+                "rollout.files"
+            )
+        text = made.completion
+        ids = text.ids[: sampling.max_new_tokens]
+        return Completion(ids, finished=text.finished and len(ids) == len(text.ids))
+
+
+def _places(paths: Sequence[Path]) -> NDArray[np.void]:
+    """Return the places of all texts, by the key of the prompt, else in the order of the files."""
+    found = [
+        (_key(rollout.prompt), number, offset)
+        for number, path in enumerate(paths)
+        for rollout, offset in zip(read_rollouts(path), text_offsets(path), strict=True)
+    ]
+    places = np.array(found, dtype=[("key", "u8"), ("file", "i4"), ("offset", "i8")])
+    return places[np.argsort(places["key"], kind="stable")]
+
+
+def _key(prompt: Sequence[int]) -> np.uint64:
+    content = np.array(prompt, dtype=np.int64).tobytes()
+    return np.frombuffer(hashlib.blake2b(content, digest_size=8).digest(), np.uint64)[0]

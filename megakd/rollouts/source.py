@@ -1,0 +1,346 @@
+"""Training batches from texts that a model generates during the run."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from collections.abc import Generator as Iteration
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from megakd.config.rollout import rollout_block
+from megakd.contract.rollouts import DISTINCT, TOKENS_PER_TEXT, TRUNCATED, RemoteGenerator, Rollout
+from megakd.data.step_layout import StepLayout, collate_step
+from megakd.engine.activity import doing
+from megakd.engine.collectives import gather, on_main
+from megakd.rollouts.evaluation import distinct_pairs
+from megakd.rollouts.rows import columns_of_rows, rollout_row
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from megakd.config.rollout import RolloutConfig, RowSource
+    from megakd.contract.batch import Batch
+    from megakd.contract.rollouts import Completion, Generator, RequestedTexts, Sampling
+    from megakd.data.loader import RowOrder
+    from megakd.data.step_layout import Collate
+    from megakd.rollouts.rows import Prompts, TrainingRow
+    from megakd.rollouts.store import RolloutStore
+
+
+class StepRows(NamedTuple):
+    """The data behind a stage's rollouts.
+
+    prompts: the rows and their prompts.
+    continued, learned: the rows of each step where it continues prompts, and where it uses data.
+    collate: function that collates a micro-batch.
+    layout: how the rows of a step become micro-batches.
+    """
+
+    prompts: Prompts
+    continued: RowOrder
+    learned: RowOrder
+    collate: Collate
+    layout: StepLayout
+
+
+class _Request(NamedTuple):
+    """Texts that are generated together.
+
+    steps: the steps that learn from the texts, in order; those whose texts are on disk keep them.
+    version: number of updates of the student that generates.
+    wanted: step and row of each text, over all ranks; rank r generates the texts r, r + world, …
+    prompts, seeds: those of this rank's texts.
+    texts: the texts of this rank, if a remote generator is making them.
+    """
+
+    steps: Sequence[int]
+    version: int
+    wanted: Sequence[tuple[int, int]]
+    prompts: Sequence[tuple[int, ...]]
+    seeds: Sequence[int]
+    texts: RequestedTexts | None = None
+
+
+class RolloutSource:
+    """The batches of a stage whose rows are replaced by texts that a model generates.
+
+    A row's source (`rollout`, `replay` or `data`) is a function of (config, seed, step). `data` are
+    rows with something to learn; the others continue rows with a prompt that leaves room for a
+    text. Texts are written to disk before the student learns from them, and a resumed run reads
+    them from disk. `oldest` returns the first step from which the run may be resumed.
+    """
+
+    def __init__(
+        self,
+        rows: StepRows,
+        config: RolloutConfig,
+        *,
+        generator: Generator,
+        store: RolloutStore,
+        seed: int,
+        oldest: Callable[[], int],
+    ) -> None:
+        self._rows, self._config = rows, config
+        self._generator, self._store, self._oldest = generator, store, oldest
+        self._draws = RolloutDraws(config, seed=seed)
+        orders = {"rollouts": rows.continued, "data": rows.learned}
+        self.steps_per_epoch = max(orders[source].steps_per_epoch for source in config.draws)
+        self.waited_s = 0.0
+        """Seconds that the loop has waited for batches, including the generation of texts."""
+        self._statistics = RolloutStatistics()
+        self._ahead: _Request | None = None
+
+    def iterate(self, start: int, stop: int) -> Iteration[Sequence[Batch], None, None]:
+        """Yield this rank's micro-batches of each step; every step is a collective."""
+        for step in range(start, stop):
+            began = time.perf_counter()
+            batches = self.step(step)
+            if step + 1 < stop:
+                self._request_ahead(step)
+            self.waited_s += time.perf_counter() - began
+            yield batches
+
+    def step(self, step: int) -> Sequence[Batch]:
+        """Return this rank's micro-batches of a step; a collective."""
+        drawn = self._drawn(step)
+        sources = [source for _, source in drawn]
+        fresh = iter(self._fresh(step) if "rollout" in sources else ())
+        replayed = iter(self._replayed(step, sources) if "replay" in sources else ())
+        made = [
+            self._rows.prompts.row(row)
+            if source == "data"
+            else self._row_of(next(fresh if source == "rollout" else replayed))
+            for row, source in drawn
+        ]
+        return collate_step(columns_of_rows(made), self._rows.layout, self._rows.collate)
+
+    def _drawn(self, step: int) -> list[tuple[int, str]]:
+        """Return row and source of each row of a step: as many as all of its sources have."""
+        sources = self._draws.sources(step, self._rows.layout.shape.rows_per_step).tolist()
+        orders = {"data": self._rows.learned}
+        rows = {s: orders.get(s, self._rows.continued)(step) for s in set(sources)}
+        count = min(map(len, rows.values()))
+        return [(int(rows[s][place]), s) for place, s in enumerate(sources[:count])]
+
+    def _row_of(self, rollout: Rollout) -> TrainingRow:
+        """Return a generated text as a row, with the teacher that the row of its prompt names."""
+        return rollout_row(rollout, self._rows.prompts.route(rollout.row))
+
+    def scalars(self) -> dict[str, float]:
+        """Return statistics of the texts since the last call, the same on every rank."""
+        found, self._statistics = self._statistics.scalars(), RolloutStatistics()
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return {}: the sources follow from the seed, and the texts are on disk."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def _replayed(self, step: int, sources: Sequence[str]) -> list[Rollout]:
+        """Return the texts of earlier steps that some rows repeat; a collective."""
+        steps = self._draws.replayable(step)
+        drawn = [
+            self._draws.replayed(step, position, count=len(steps))
+            for position, source in enumerate(sources)
+            if source == "replay"
+        ]
+        return on_main(lambda: [self._store.read_one(steps[at], part) for at, part in drawn])
+
+    def _fresh(self, step: int) -> list[Rollout]:
+        """Return the new texts of a step in the order of its rows; a collective."""
+        if not on_main(lambda: self._store.has(step)):
+            request, self._ahead = self._ahead, None
+            if request is None or step not in request.steps:
+                later = [s for s in rollout_block(step, self._config) if s >= step]
+                request = self._request(later, version=step)
+            self._generate(request)
+        texts = on_main(lambda: self._store.read(step))
+        self._statistics.add(texts, step)
+        return texts
+
+    def _request_ahead(self, step: int) -> None:
+        """Let a remote generator make the next texts while the student learns; a collective."""
+        following = step + 1
+        if not self._config.works_ahead or following < self._config.from_step:
+            return
+        block = rollout_block(following, self._config)
+        if block[0] == following and not on_main(lambda: self._store.has(following)):
+            self._ahead = self._request(block, version=step)
+
+    def _request(self, steps: Sequence[int], *, version: int) -> _Request:
+        """Return what is generated for some steps; a remote generator begins. A collective."""
+        wanted = [(at, row) for at in steps for row, of in self._drawn(at) if of == "rollout"]
+        mine = self._mine(wanted)
+        request = _Request(
+            steps,
+            version,
+            wanted,
+            prompts=[self._rows.prompts.prompt(row) for _, row in mine],
+            seeds=[self._draws.seed_of(step, row) for step, row in mine],
+        )
+        if not isinstance(self._generator, RemoteGenerator) or not wanted:
+            return request
+        with doing(f"sending the weights of step {version} to the servers"):
+            self._generator.update(version)
+        texts = self._generator.begin(request.prompts, request.seeds, self._sampling(request))
+        return request._replace(texts=texts)
+
+    def _generate(self, request: _Request) -> None:
+        """Generate and write the texts of some steps; a collective."""
+        began = time.perf_counter()
+        with doing(f"generating {len(request.wanted)} texts at step {request.steps[0]}"):
+            completions = self._completions(request)
+        self._statistics.seconds += time.perf_counter() - began
+        own = [
+            (step, Rollout(row, prompt, completion, request.version, seed))
+            for (step, row), prompt, completion, seed in zip(
+                self._mine(request.wanted),
+                request.prompts,
+                completions,
+                request.seeds,
+                strict=True,
+            )
+        ]
+        parts, world = gather(own), self._rows.layout.shape.world
+        made = [parts[number % world][number // world] for number in range(len(request.wanted))]
+        on_main(lambda: self._write(request.steps, made))
+
+    def _completions(self, request: _Request) -> list[Completion]:
+        if request.texts is not None:
+            return request.texts.completions()
+        return self._generator.generate(request.prompts, request.seeds, self._sampling(request))
+
+    def _sampling(self, request: _Request) -> Sampling:
+        return self._config.sampling_at(request.steps[0])
+
+    def _mine(self, wanted: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+        shape = self._rows.layout.shape
+        return wanted[shape.rank :: shape.world]
+
+    def _write(self, steps: Sequence[int], made: Sequence[tuple[int, Rollout]]) -> None:
+        # Backwards: if the first step has its texts, the later steps have theirs too, and no texts
+        # of one block are generated by two versions of the student.
+        for step in reversed(steps):
+            if not self._store.has(step):
+                self._store.write(step, [rollout for at, rollout in made if at == step])
+        if not self._config.keep_texts:
+            first = self._oldest()
+            replays = self._config.mix.get("replay")
+            self._store.remove_before(first, kept=self._draws.replayable(first) if replays else ())
+
+
+@dataclass
+class RolloutStatistics:
+    """Sums over the new texts since the last logged step.
+
+    seconds: time that generation has taken.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+    finished: int = 0
+    staleness: int = 0
+    distinct: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, rollouts: Sequence[Rollout], step: int) -> None:
+        """Add the new texts of a step."""
+        self.texts += len(rollouts)
+        self.tokens += sum(len(rollout.completion.ids) for rollout in rollouts)
+        self.finished += sum(rollout.completion.finished for rollout in rollouts)
+        self.staleness += sum(step - rollout.version for rollout in rollouts)
+        self.distinct += sum(distinct_pairs([rollout.completion]) for rollout in rollouts)
+
+    def scalars(self) -> dict[str, float]:
+        """Return means over the texts; {} without texts."""
+        if not self.texts:
+            return {}
+        return {
+            TOKENS_PER_TEXT: self.tokens / self.texts,
+            TRUNCATED: 1 - self.finished / self.texts,
+            DISTINCT: self.distinct / self.texts,
+            "rollout/staleness": self.staleness / self.texts,
+            "rollout/seconds": self.seconds,
+        }
+
+
+_SOURCES: tuple[RowSource, ...] = ("rollout", "replay", "data")
+_DRAW, _REPLAY = 1, 2
+REPLAYED_STEPS = 100
+"""The newest steps whose texts are replayed: a buffer of bounded size, as in DistiLLM."""
+
+
+class RolloutDraws:
+    """The random choices of a stage that trains on rollouts.
+
+    Args:
+        config: the section `rollout`.
+        seed: seed of the run.
+        rows: function that returns the number of rows of a step.
+    """
+
+    def __init__(self, config: RolloutConfig, *, seed: int) -> None:
+        self._config, self._seed = config, seed
+        self._generating: list[int] = []  # steps below `_known` that generate texts
+        self._known = config.from_step
+
+    def sources(self, step: int, rows: int) -> NDArray[np.str_]:
+        """Return the source of each row of a step: `rollout`, `replay` or `data`.
+
+        Before the first step that generates texts, there is nothing to replay, and `replay` means
+        `rollout`.
+
+        Args:
+            step: number of the step.
+            rows: number of rows of the step over all ranks.
+        """
+        if step < self._config.from_step:
+            return np.full(rows, "data")
+        drawn = self._drawn(step, rows)
+        if "replay" in drawn and not self.replayable(step):
+            drawn[drawn == "replay"] = "rollout"
+        return drawn
+
+    def replayable(self, step: int) -> list[int]:
+        """Return the newest earlier steps that generate texts, in order.
+
+        The first rows of a step decide: a step counts if its first row is a new text. So the list
+        does not depend on the number of rows.
+        """
+        while self._known < step:
+            first = self._drawn(self._known, 1)[0]
+            if first == "rollout" or (first == "replay" and not self._generating):
+                self._generating.append(self._known)
+            self._known += 1
+        end = bisect_left(self._generating, step)
+        return self._generating[max(end - REPLAYED_STEPS, 0) : end]
+
+    def replayed(self, step: int, position: int, *, count: int) -> tuple[int, float]:
+        """Return the step whose text a row repeats, and which text, as a number from 0 to 1.
+
+        Args:
+            step: number of the step that learns.
+            position: position of the row in the step.
+            count: number of steps that `replayable` returns.
+        """
+        generator = np.random.default_rng([self._seed, _REPLAY, step, position])
+        return int(generator.integers(count)), float(generator.random())
+
+    def seed_of(self, step: int, row: int) -> int:
+        """Return the seed of the text that continues a row's prompt at a step; below 2 ** 63."""
+        key = f"{self._seed}:{step}:{row}".encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+
+    def _drawn(self, step: int, rows: int) -> NDArray[np.str_]:
+        shares = [self._config.mix.get(source, 0.0) for source in _SOURCES]
+        generator = np.random.default_rng([self._seed, _DRAW, step])
+        per_step = self._config.mix_per == "step"
+        chosen = generator.choice(_SOURCES, size=1 if per_step else rows, p=shares)
+        return np.repeat(chosen, rows) if per_step else chosen

@@ -1,0 +1,139 @@
+"""Evaluations, and the single metric that ranks them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from megakd.contract.metrics import WHOLE, Metric, lower_is_better
+from megakd.contract.stage import Scores
+from megakd.contract.views import Cut, UnitOrder, View
+from megakd.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Evaluation(NamedTuple):
+    """The scores of all views of a model, or of the model itself, and the view that is kept.
+
+    cut: how the model is cut when it is written; None if `view` defines the cut.
+    """
+
+    scores: Scores
+    view: str | None
+    cut: Cut | None = None
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The metrics of the view that is kept."""
+        return {} if self.view is None else self.scores[self.view]
+
+    def scalars(self) -> dict[str, float]:
+        """Return the values for the log: the kept metrics, and every view's metrics by name."""
+        named = {
+            f"eval/{view}/{name}": value
+            for view, values in self.scores.items()
+            for name, value in values.items()
+            if view != WHOLE
+        }
+        return named | {f"eval/{name}": value for name, value in self.metrics.items()}
+
+    def record(self) -> dict[str, Any]:
+        """Return the evaluation in a form that JSON can store."""
+        scores = {v: dict(s) for v, s in self.scores.items()}
+        cut = None if self.cut is None else cut_record(self.cut)
+        return {"view": self.view, "scores": scores, "cut": cut}
+
+    @staticmethod
+    def read(record: Mapping[str, Any]) -> Evaluation:
+        """Return the evaluation of a `record`; JSON stores a number that is not finite as null."""
+        scores = {view: numbers(values) for view, values in record["scores"].items()}
+        cut = record["cut"]
+        return Evaluation(scores, record["view"], None if cut is None else read_cut(cut))
+
+
+def numbers(values: Mapping[str, float | None]) -> dict[str, float]:
+    """Return metrics that were read from JSON, which stores a number that is not finite as null."""
+    return {name: math.nan if value is None else value for name, value in values.items()}
+
+
+def cut_record(cut: Cut) -> dict[str, Any]:
+    """Return a cut in a form that JSON can store."""
+    return {name: part and part._asdict() for name, part in cut._asdict().items()}
+
+
+def read_cut(record: Mapping[str, Any]) -> Cut:
+    """Return the cut of a record from `cut_record`."""
+    order, view = record["order"], record["view"]
+    return Cut(order and UnitOrder(**_tuples(order)), view and View(**_tuples(view)))
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_tuples(entry) for entry in value)
+    if isinstance(value, dict):
+        return {name: _tuples(entry) for name, entry in value.items()}
+    return value
+
+
+def headline(metrics: Sequence[str]) -> Metric:
+    """Return the main metric of a task: the mean if the task has several official metrics."""
+    parts = tuple(metrics)
+    name = parts[0] if len(parts) == 1 else "mean_" + "_".join(parts)
+    return Metric(name=name, parts=parts, higher_is_better=not lower_is_better(parts[0]))
+
+
+def weighable(name: str | None, main: Metric, metrics: Sequence[str]) -> Metric:
+    """Return a metric that can be weighed against sparsity: at most 1, and higher is better.
+
+    Args:
+        name: the name of the metric; None takes the metric that ranks evaluations.
+        main: the metric that ranks evaluations.
+        metrics: the names of all metrics that an evaluation computes.
+
+    Raises:
+        ConfigError: there is no such metric; the message lists the others.
+    """
+    found = [main, *(headline([metric]) for metric in metrics)]
+    known = {metric.name: metric for metric in found if metric.higher_is_better}
+    fitting = ", ".join(known)
+    if name is None and main.name not in known:
+        raise ConfigError(
+            f"method.metric: {main.name}, the default of this task, cannot be weighed against "
+            f"sparsity, because it is not a score between 0 and 1; set method.metric to {fitting}"
+        )
+    if name is not None and name not in known:
+        raise ConfigError(
+            f"method.metric: {name} cannot be weighed against sparsity in this task; use one of "
+            f"{fitting}, or remove the key"
+        )
+    return known[name or main.name]
+
+
+def language_model_metrics(sums: Tensor) -> dict[str, float]:
+    """Return the loss in nats per target, its perplexity, and the share of correct targets.
+
+    The loss in nats per character compares models with different vocabularies.
+
+    Args:
+        sums: [3], see `Predictions.sums`: cross-entropy in nats, correct tokens, targets; or [4],
+            followed by the number of characters of the targets.
+
+    Raises:
+        DataError: there is no target.
+    """
+    nats, right, targets, *characters = (float(value) for value in sums.tolist())
+    if targets == 0:
+        raise DataError(
+            "the held-out text has no target to score: it is empty, has only one token, or has "
+            "only unknown tokens"
+        )
+    loss = nats / targets
+    # Above 700 nats the exponential overflows fp64; the perplexity is reported as infinite.
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    found = {"perplexity": perplexity, "loss": loss, "accuracy": right / targets}
+    if characters:
+        found["nats_per_character"] = nats / max(1.0, characters[0])
+    return found

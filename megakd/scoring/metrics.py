@@ -1,0 +1,251 @@
+"""Metrics of classification and regression from a model's outputs, and their selection."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megakd.contract.batch import IGNORE
+from megakd.contract.metrics import Metric
+from megakd.contract.plugins import metric_of
+from megakd.contract.tasks import LANGUAGE_TASKS, METRICS, ONE_LABEL_METRICS
+from megakd.errors import ConfigError, DataError, TrainingError, suggestion
+from megakd.scoring.evaluation import headline
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from megakd.config.run import EvalConfig
+    from megakd.contract.results import ClassReport
+    from megakd.contract.tasks import TaskType
+
+    Numbers = NDArray[np.float64]
+
+logger = logging.getLogger(__name__)
+LOSS = "loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskMetrics:
+    """The metrics that an evaluation computes.
+
+    names: metric names in the order of the report; the loss on labels is always computed too.
+    main: the metric that ranks evaluations.
+    label_names: the names of the classes; empty without classes.
+    positive: the class that f1, precision and recall are about.
+    """
+
+    names: tuple[str, ...]
+    main: Metric
+    label_names: tuple[str, ...] = ()
+    positive: int = 1
+
+    def of(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        """Return the metrics of a classification or regression task.
+
+        Args:
+            outputs: [N, C] logits, or [N, 1] or [N] scores.
+            labels: [N] class numbers (-100 = none) or scores (NaN = none).
+
+        Returns:
+            One value per name, the number that ranks evaluations, and the mean loss on labels.
+
+        Raises:
+            DataError: no row carries a label.
+            TrainingError: an output is not finite.
+        """
+        predicted, truth = _scored_rows(outputs, labels)
+        loss = _squared_error if labels.is_floating_point() else _cross_entropy
+        values = {name: self._value(name, predicted, truth) for name in self.names if name != LOSS}
+        values[LOSS] = loss(predicted, truth)
+        return values | {self.main.name: self.main.of(values)}
+
+    def _value(self, name: str, predicted: Numbers, truth: Numbers) -> float:
+        if name not in ONE_LABEL_METRICS:
+            metric = _METRICS.get(name) or metric_of(name)
+            return float(metric(predicted, truth))
+        said, is_so = _classes(predicted) == self.positive, truth == self.positive
+        if not is_so.any() and not said.any():
+            logger.info(
+                "%s is undefined because no label and no prediction is positive: counted as 0", name
+            )
+        return _of_one_label(name, said, is_so)
+
+    def by_class(self, outputs: Tensor, labels: Tensor) -> list[ClassReport]:
+        """Return precision, recall and F1 of every class; empty without classes."""
+        if not self.label_names:
+            return []
+        from sklearn import metrics
+
+        of: Callable[..., Any] = metrics.precision_recall_fscore_support
+        predicted, truth = _scored_rows(outputs, labels)
+        numbers = np.arange(len(self.label_names), dtype=np.float64)
+        # One call for all classes: a call per class takes seconds with hundreds of classes.
+        found = of(truth, _classes(predicted), labels=numbers, zero_division=0)
+        by_class = np.asarray(found, dtype=np.float64).T  # [C, 4]
+        return [
+            {"label": label, "precision": precision, "recall": recall, "f1": f1, "rows": int(rows)}
+            for label, (precision, recall, f1, rows) in zip(
+                self.label_names, by_class.tolist(), strict=True
+            )
+        ]
+
+
+def task_metrics(
+    config: EvalConfig, task: TaskType, official: Sequence[str], label_names: Sequence[str] = ()
+) -> TaskMetrics:
+    """Return the metrics of a run: the official metrics of its data, and those in the config.
+
+    Args:
+        config: names further metrics, the one that ranks evaluations, and the positive label.
+        task: classification, regression, mlm or causal_lm.
+        official: the official metrics of the data set.
+        label_names: the names of the classes.
+
+    Raises:
+        ConfigError: a metric needs a positive label and there is none, or the label is unknown.
+    """
+    chosen = () if config.metric is None else (config.metric,)
+    names = METRICS[task] if task in LANGUAGE_TASKS else (*official, *chosen, *config.metrics)
+    names = tuple(dict.fromkeys(names))
+    return TaskMetrics(
+        names=names,
+        main=headline(chosen or official),
+        label_names=tuple(label_names),
+        positive=_positive(config.positive_label, names, label_names),
+    )
+
+
+def _positive(label: str | None, names: Sequence[str], label_names: Sequence[str]) -> int:
+    about_one = [name for name in names if name in ONE_LABEL_METRICS]
+    listed = ", ".join(label_names[:10])
+    if label is None:
+        if about_one and len(label_names) > 2:
+            raise ConfigError(
+                f"eval.positive_label: missing, and {about_one[0]} needs one of the "
+                f"{len(label_names)} labels; set the key to one of {listed}, or use "
+                f"{about_one[0]}_macro"
+            )
+        return 1
+    if not about_one:
+        raise ConfigError(
+            "eval.positive_label: no metric of this run uses a positive label; remove the key, or "
+            "set eval.metric to f1, precision or recall"
+        )
+    if label not in label_names:
+        raise ConfigError(
+            "eval.positive_label: the data have no label "
+            f'"{label}"{suggestion(label, label_names)} (known: {listed})'
+        )
+    return list(label_names).index(label)
+
+
+def _scored_rows(outputs: Tensor, labels: Tensor) -> tuple[Numbers, Numbers]:
+    truth = labels.detach().cpu().double().numpy().reshape(-1)
+    has_label = np.isfinite(truth) if labels.is_floating_point() else truth != IGNORE
+    predicted = outputs.detach().cpu().double().numpy().reshape(len(truth), -1)
+    if not has_label.any():
+        raise DataError(
+            f"none of the {len(truth)} held-out rows has a label, so no metric can be computed"
+        )
+    bad = int((~np.isfinite(predicted[has_label])).any(axis=1).sum())
+    if bad:
+        raise TrainingError(
+            f"the model's outputs are not finite for {bad} of {int(has_label.sum())} held-out "
+            "rows: training has diverged; lower train.learning_rate"
+        )
+    return predicted[has_label], truth[has_label]
+
+
+def _classes(predicted: Numbers) -> Numbers:
+    return predicted.argmax(axis=1).astype(np.float64)
+
+
+def _accuracy(predicted: Numbers, truth: Numbers) -> float:
+    return float((_classes(predicted) == truth).mean())
+
+
+def _cross_entropy(predicted: Numbers, truth: Numbers) -> float:
+    shifted = predicted - predicted.max(axis=1, keepdims=True)
+    chosen = shifted[np.arange(len(truth)), truth.astype(int)]
+    return float((np.log(np.exp(shifted).sum(axis=1)) - chosen).mean())
+
+
+def _squared_error(predicted: Numbers, truth: Numbers) -> float:
+    return float(np.square(predicted[:, 0] - truth).mean())
+
+
+def _of_one_label(name: str, said: NDArray[np.bool_], is_so: NDArray[np.bool_]) -> float:
+    from sklearn import metrics
+
+    of: Callable[..., float] = getattr(metrics, f"{name}_score")
+    return float(of(is_so, said, zero_division=0))
+
+
+def _over_labels(name: str) -> Callable[[Numbers, Numbers], float]:
+    """Return a mean over the labels that occur or are predicted, as scikit-learn computes it."""
+    kind, _, average = name.partition("_")
+
+    def value(predicted: Numbers, truth: Numbers) -> float:
+        from sklearn import metrics
+
+        of: Callable[..., float] = getattr(metrics, f"{kind}_score")
+        return float(of(truth, _classes(predicted), average=average, zero_division=0))
+
+    return value
+
+
+def _matthews(predicted: Numbers, truth: Numbers) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return _correlation("matthews_correlation", matthews_corrcoef, _classes(predicted), truth)
+
+
+def _pearson(predicted: Numbers, truth: Numbers) -> float:
+    from scipy.stats import pearsonr
+
+    return _correlation("pearson", lambda a, b: pearsonr(a, b)[0], predicted[:, 0], truth)
+
+
+def _spearman(predicted: Numbers, truth: Numbers) -> float:
+    from scipy.stats import spearmanr
+
+    return _correlation("spearman", lambda a, b: spearmanr(a, b)[0], predicted[:, 0], truth)
+
+
+def _correlation(
+    name: str, of: Callable[[Numbers, Numbers], Any], predicted: Numbers, truth: Numbers
+) -> float:
+    for what, values in (("predictions", predicted), ("labels", truth)):
+        if np.ptp(values) == 0:
+            logger.info(
+                "%s is undefined because all %s are %g: counted as 0", name, what, values[0]
+            )
+            return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy warns about precision for nearly constant values
+        value = float(of(truth, predicted))
+    if math.isnan(value):
+        logger.info("%s is undefined for these %d rows: counted as 0", name, len(truth))
+        return 0.0
+    return value
+
+
+_METRICS: Mapping[str, Callable[[Numbers, Numbers], float]] = {
+    "accuracy": _accuracy,
+    "matthews_correlation": _matthews,
+    "pearson": _pearson,
+    "spearman": _spearman,
+    **{
+        name: _over_labels(name)
+        for name in METRICS["classification"]
+        if name.endswith(("_macro", "_weighted"))
+    },
+}

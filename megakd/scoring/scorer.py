@@ -1,0 +1,218 @@
+"""Scores of a model on a held-out split, computed by all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from datasets import Dataset
+from torch.nn import functional
+
+from megakd.contract.batch import IGNORE, Batch, Predictions
+from megakd.contract.metrics import WHOLE
+from megakd.contract.results import ClassReport
+from megakd.data.encoding import Collator
+from megakd.data.loader import evaluation_batches
+from megakd.data.masking import Masking
+from megakd.engine.activity import reached
+from megakd.engine.collectives import all_reduce_, gather, on_main
+from megakd.engine.distributed import Ranks
+from megakd.engine.student import device_batch
+from megakd.scoring.evaluation import language_model_metrics
+from megakd.scoring.metrics import TaskMetrics
+
+Predict = Callable[[Batch], Predictions]
+PredictViews = Callable[[Batch], Mapping[str, Predictions]]
+Ask = Callable[[Batch], Mapping[str, torch.Tensor]]
+
+
+FEW = 32
+
+
+def few(rows: Dataset) -> Dataset:
+    """Return at most `FEW` rows at equal distances, for a loss that is measured many times."""
+    count = min(FEW, len(rows))
+    return rows.select([number * len(rows) // count for number in range(count)])
+
+
+class Scored(NamedTuple):
+    """The metrics of a model; for a classifier, also precision and recall by class."""
+
+    metrics: dict[str, float]
+    by_class: list[ClassReport]
+
+
+class Seen(NamedTuple):
+    """Predictions of a model so far: sums of a language model, else outputs of the real rows.
+
+    sums: [4], see `language_model_metrics`.
+    """
+
+    sums: torch.Tensor
+    outputs: list[torch.Tensor]
+    labels: list[torch.Tensor]
+
+    def add(self, predictions: Predictions, batch: Batch, characters: int) -> None:
+        """Add one micro-batch; `characters` is the length of its targets."""
+        if predictions.sums is not None:
+            self.sums[:3] += predictions.sums.cpu()
+            self.sums[3] += characters
+        if predictions.outputs is not None:
+            real = batch.valid.any(dim=1)
+            self.outputs.append(predictions.outputs[real].cpu())
+            self.labels.append(batch.labels[real].cpu())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """Scorer that computes the task's metrics from a split and a forward.
+
+    metrics: the metrics to compute, from sums for a language model, else from all outputs.
+    batch_size: rows per rank.
+    masking: hides tokens of every row, the same tokens at every evaluation (mlm).
+    characters: [V] number of characters of every token, for mlm, see `characters_of_tokens`.
+    """
+
+    metrics: TaskMetrics
+    collate: Collator
+    batch_size: int
+    ranks: Ranks
+    masking: Masking | None = None
+    characters: torch.Tensor | None = None
+
+    def score(self, predict: Predict, rows: Dataset) -> dict[str, float]:
+        """Return the metrics of `predict` on `rows`, the same on every rank.
+
+        Raises:
+            MegakdError: nothing can be scored, on all ranks alike.
+        """
+        return self.scored(predict, rows).metrics
+
+    def scored(self, predict: Predict, rows: Dataset) -> Scored:
+        """Return the metrics of `predict` on `rows`, also by class, the same on every rank.
+
+        Raises:
+            MegakdError: nothing can be scored, on all ranks alike.
+        """
+        return self.scored_views(lambda batch: {WHOLE: predict(batch)}, rows)[WHOLE]
+
+    def scored_views(self, predict: PredictViews, rows: Dataset) -> dict[str, Scored]:
+        """Return the metrics of `predict` on `rows` by view, the same on every rank.
+
+        Raises:
+            MegakdError: nothing can be scored, on all ranks alike.
+        """
+        views: dict[str, Seen] = {}
+        for batch in self.batches(rows):
+            characters = self._characters_of(batch)
+            for name, predictions in predict(batch).items():
+                seen = views.setdefault(name, Seen(torch.zeros(4, dtype=torch.float64), [], []))
+                seen.add(predictions, batch, characters)
+        # Every rank has at least one batch, so all ranks take the same branch.
+        return {
+            name: self._rows(seen) if seen.outputs else self._language_model(seen.sums)
+            for name, seen in views.items()
+        }
+
+    def loss(self, predict: Predict, rows: Dataset) -> float:
+        """Return the mean cross-entropy in nats or the mean squared error, the same on every rank.
+
+        The mean is over the targets of a language model, or over the labelled rows of other tasks.
+        """
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in self.batches(rows):
+            said = predict(batch)
+            if said.sums is not None:
+                sums += said.sums[[0, 2]].cpu()
+            if said.outputs is not None:
+                sums += _missed(said.outputs.cpu(), batch.labels.cpu())
+        total, count = all_reduce_(sums).tolist()
+        return total / max(1.0, count)
+
+    def outputs(self, predict: Predict, rows: Dataset) -> torch.Tensor:
+        """Return the outputs of `predict` for every row, labelled or not, the same on every rank.
+
+        Returns:
+            [N, C] fp32 logits or [N, 1] scores, in the order of the rows.
+        """
+
+        def ask(batch: Batch) -> dict[str, torch.Tensor]:
+            outputs = predict(batch).outputs
+            return {} if outputs is None else {"outputs": outputs}
+
+        return self.answers(ask, rows)["outputs"]
+
+    def answers(self, ask: Ask, rows: Dataset, *, first: int = 0) -> dict[str, torch.Tensor]:
+        """Return a model's answers for every row, the same on every rank.
+
+        Args:
+            ask: returns tensors of one shape, by name, for every micro-batch, whose rows are
+                numbered; rows come first.
+            rows: the rows to ask about, in their order.
+            first: number of the first row.
+        """
+        said = [ask(batch) for batch in self._numbered(rows, first)]
+        found = {}
+        for name in said[0]:
+            mine = torch.stack([answer[name].cpu() for answer in said])
+            # [turns, ranks, batch_size, …]: the order in which the rows were distributed, so that
+            # the dummy rows, which fill the last batches, come last.
+            dealt = torch.stack(gather(mine), dim=1)
+            found[name] = dealt.flatten(0, 2)[: len(rows)]
+        return found
+
+    def batches(self, rows: Dataset) -> Iterator[Batch]:
+        """Yield this rank's share of the rows on its device, equally many batches on each rank."""
+        ranks = self.ranks
+        dealt = evaluation_batches(
+            rows,
+            self.collate,
+            batch_size=self.batch_size,
+            rank=ranks.rank,
+            world=ranks.world_size,
+            masking=self.masking,
+        )
+        for number, batch in enumerate(dealt, start=1):
+            reached(f"batch {number}")
+            yield device_batch(batch, ranks.device)
+
+    def _numbered(self, rows: Dataset, first: int) -> Iterator[Batch]:
+        """Yield the batches of `batches` with row numbers; the first row has the number `first`."""
+        for turn, batch in enumerate(self.batches(rows)):
+            size = len(batch.valid)
+            own = (turn * self.ranks.world_size + self.ranks.rank) * size + torch.arange(size)
+            yield batch._replace(rows=torch.where(own < len(rows), first + own, -1))
+
+    def _language_model(self, sums: torch.Tensor) -> Scored:
+        all_reduce_(sums)
+        known = sums if self.characters is not None else sums[:3]
+        return Scored(on_main(lambda: language_model_metrics(known)), [])
+
+    def _characters_of(self, batch: Batch) -> int:
+        if self.characters is None:
+            return 0
+        labels = batch.labels.cpu()
+        return int(self.characters[labels[labels != IGNORE]].sum())
+
+    def _rows(self, answers: Seen) -> Scored:
+        outputs = gather(torch.cat(answers.outputs))
+        labels = gather(torch.cat(answers.labels))
+
+        def measure() -> Scored:
+            said, truth = torch.cat(outputs), torch.cat(labels)
+            return Scored(self.metrics.of(said, truth), self.metrics.by_class(said, truth))
+
+        return on_main(measure)
+
+
+def _missed(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return [2] fp64: the summed loss of the labelled rows, and their number."""
+    if labels.is_floating_point():
+        error = (outputs.double().squeeze(-1) - labels.double()).square()
+        return torch.stack([error.nansum(), (~error.isnan()).sum().double()])
+    missed = functional.cross_entropy(
+        outputs.double(), labels, ignore_index=IGNORE, reduction="sum"
+    )
+    return torch.stack([missed, (labels != IGNORE).sum().double()])

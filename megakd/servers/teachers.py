@@ -1,0 +1,476 @@
+"""Teachers whose answers come from inference servers, such as the most likely tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from megakd.config.server_checks import teacher_model
+from megakd.contract.batch import IGNORE, Batch, Knowledge, TopK
+from megakd.contract.tasks import STUDENT
+from megakd.engine import distributed
+from megakd.engine.collectives import on_main, together
+from megakd.errors import ServerError
+from megakd.inputs.precision import TORCH_DTYPE, frozen_dtype
+from megakd.models.readout import load_readout
+from megakd.servers.checks import REFERENCE, Wanted, check_reference, check_scores, served_models
+from megakd.servers.connect import scoring_replicas
+from megakd.servers.hidden_states import ExportedStates, Exports, StatesServer, check_folder
+from megakd.servers.http import PATIENCE_S, JsonServer, Running
+from megakd.servers.protocol import BestTokens
+from megakd.storage.folders import check_given
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    from datasets import Dataset
+    from numpy.typing import NDArray
+
+    from megakd.config.models import TeacherConfig
+    from megakd.config.run import RunConfig
+    from megakd.config.servers import TeacherServerConfig
+    from megakd.engine.distributed import Ranks
+    from megakd.inputs.inputs import RunInputs
+    from megakd.models.readout import Readout
+    from megakd.models.source import ModelSource
+    from megakd.servers.protocol import ServedModel, TokenScorer
+
+Said = TypeVar("Said")
+AT_ONCE = 64
+"""Requests of a rank that run at the same time."""
+
+
+class Document(NamedTuple):
+    """A document of a micro-batch that is a request.
+
+    row, first: the place of its first token.
+    ids: its tokens, as a server gets them.
+    """
+
+    row: int
+    first: int
+    ids: tuple[int, ...]
+
+
+class ServedTeacher(ABC, Generic[Said]):
+    """A teacher whose servers answer micro-batches of a language model; a collective.
+
+    Each document is a request of its own. The documents of a rank go to all replicas in turn.
+
+    Args:
+        replicas: number of replicas.
+        ranks: this process.
+    """
+
+    def __init__(self, replicas: int, ranks: Ranks) -> None:
+        self._replicas, self._ranks = replicas, ranks
+
+    @abstractmethod
+    def documents(self, batch: Batch) -> list[Document]:
+        """Return the documents of a micro-batch that servers are asked about."""
+
+    @abstractmethod
+    def ask(self, replica: int, ids: tuple[int, ...]) -> Said:
+        """Return the answer of a replica to a document; called from several threads."""
+
+    @abstractmethod
+    def knowledge(self, batch: Batch, said: Sequence[tuple[Document, Said]]) -> Knowledge:
+        """Return the outputs for a micro-batch from the answers to its documents."""
+
+    def __call__(self, batch: Batch) -> Knowledge:
+        """Return the outputs for a micro-batch; a collective."""
+        return next(self.answers([batch]))
+
+    def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
+        """Yield the outputs for every micro-batch of a step, which are asked for together.
+
+        Raises:
+            ServerError: a server failed; raised on every rank.
+        """
+        texts = [self.documents(batch) for batch in batches]
+        every = [document.ids for found in texts for document in found]
+        calls = [
+            partial(self.ask, (self._ranks.rank + number) % self._replicas, ids)
+            for number, ids in enumerate(every)
+        ]
+        said = iter(together(Running(calls, at_once=AT_ONCE).results))
+        for batch, found in zip(batches, texts, strict=True):
+            yield self.knowledge(batch, [(document, next(said)) for document in found])
+
+    def prefetch(self) -> None:
+        """Do nothing: the texts of the next step are not known."""
+
+    def evict(self) -> None:
+        """Do nothing."""
+
+    def destroy(self) -> None:
+        """Do nothing."""
+
+
+class TopKTeacher(ServedTeacher["BestTokens"]):
+    """A served teacher that answers with its most likely tokens at every position (`TopK`).
+
+    Args:
+        servers: the replicas.
+        models: the name of the model at each replica.
+        top_k: number of tokens per position.
+        vocabulary: number of tokens of teacher and student; every token is below this number.
+        ranks: this process.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[TokenScorer],
+        models: Sequence[str],
+        *,
+        top_k: int,
+        vocabulary: int,
+        ranks: Ranks,
+    ) -> None:
+        super().__init__(len(servers), ranks)
+        self._servers, self._models = servers, models
+        self._top_k, self._vocabulary = top_k, vocabulary
+
+    def documents(self, batch: Batch) -> list[Document]:
+        """Return the documents with a prediction.
+
+        A document that is cut by the end of its row predicts the first token of the next row, which
+        is the label of its last position. This token is added, because servers answer up to the
+        token before the last.
+        """
+        ids, labels = batch.inputs["input_ids"].tolist(), batch.labels.tolist()
+        found = []
+        for row, first, stop in document_spans(batch):
+            after = [token for token in labels[row][stop - 1 : stop] if token != IGNORE]
+            text = (*ids[row][first:stop], *after)
+            if len(text) > 1:
+                found.append(Document(row, first, text))
+        return found
+
+    def ask(self, replica: int, ids: tuple[int, ...]) -> BestTokens:
+        """Return the most likely tokens after each token of a text but the last."""
+        server = self._servers[replica]
+        said = server.top_k(ids, self._top_k, self._models[replica])
+        largest = said.ids.max()
+        if largest >= self._vocabulary:
+            raise ServerError(
+                f"{server.url} knows token {largest}, and teacher and student share "
+                f"{self._vocabulary} tokens; the servers serve another model, or top_k is too large"
+            )
+        return said
+
+    def knowledge(self, batch: Batch, said: Sequence[tuple[Document, BestTokens]]) -> Knowledge:
+        """Return the tokens at their positions; see `ServedTeacher`."""
+        size = (*batch.valid.shape, self._top_k)
+        ids, logprobs = torch.full(size, -1, dtype=torch.int32), torch.zeros(size)  # [B, T, k]
+        for (row, first, _), best in said:
+            here = slice(first, first + len(best.ids))
+            ids[row, here], logprobs[row, here] = map(torch.from_numpy, best)
+        device = self._ranks.device
+        return Knowledge(kept=TopK(ids.to(device), logprobs.to(device)))
+
+
+def document_spans(batch: Batch) -> Iterator[tuple[int, int, int]]:
+    """Yield the documents of a micro-batch: row, first position, and the position after the last.
+
+    Positions restart at 0 with every document.
+    """
+    positions = batch.inputs["position_ids"].tolist()
+    for row, there in enumerate(batch.valid.tolist()):
+        here = [place for place, is_valid in enumerate(there) if is_valid]
+        starts = [place for place in here if positions[row][place] == 0 or place == here[0]]
+        for first, stop in pairwise([*starts, *(place + 1 for place in here[-1:])]):
+            yield row, first, stop
+
+
+class StatesTeacher(ServedTeacher[ExportedStates]):
+    """A served teacher that answers with (hidden, head), as the teacher's own engine does.
+
+    The losses on these outputs are exact at every temperature, because they see the logits of all
+    tokens.
+
+    Args:
+        servers: the replicas.
+        models: the name of the model at each replica.
+        readout: the final norm and the output matrix of the teacher, on the device of the rank.
+        ranks: this process.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[StatesServer],
+        models: Sequence[str],
+        *,
+        readout: Readout,
+        ranks: Ranks,
+    ) -> None:
+        super().__init__(len(servers), ranks)
+        self._servers, self._models, self._readout = servers, models, readout
+
+    def documents(self, batch: Batch) -> list[Document]:
+        """Return the documents with a label; other positions count in no loss."""
+        ids, labels = batch.inputs["input_ids"].tolist(), batch.labels.tolist()
+        return [
+            Document(row, first, tuple(ids[row][first:stop]))
+            for row, first, stop in document_spans(batch)
+            if any(label != IGNORE for label in labels[row][first:stop])
+        ]
+
+    def ask(self, replica: int, ids: tuple[int, ...]) -> ExportedStates:
+        """Return the hidden states of a text."""
+        return self._servers[replica].states(ids, self._models[replica])
+
+    @torch.no_grad()
+    def knowledge(self, batch: Batch, said: Sequence[tuple[Document, ExportedStates]]) -> Knowledge:
+        """Return the head and its input [B, T, D] or [N, D], without meaning where no label is."""
+        rows, length = batch.valid.shape
+        weight = self._readout.weight
+        # [B * T, D], in the dtype in which the teacher's own engine would have the states.
+        states = torch.zeros(rows * length, weight.shape[1], dtype=weight.dtype)
+        for (row, first, ids), found in said:
+            start = row * length + first
+            states[start : start + len(ids)] = found.states
+        if batch.targets is None:
+            hidden = self._readout(states.view(rows, length, -1))
+        else:
+            hidden = self._readout(states[batch.targets.to(states.device)])
+        return Knowledge(hidden=hidden, head=self._readout.head)
+
+
+COMPARED = 64
+"""Tokens per position by which answers are compared."""
+
+
+def states_replicas(
+    server: TeacherServerConfig,
+    folder: Path,
+    source: ModelSource,
+    *,
+    patience_s: float = PATIENCE_S,
+) -> list[StatesServer]:
+    """Return the replicas of `teacher.server` in the order of the config; nothing is asked yet.
+
+    Args:
+        server: the key `teacher.server`.
+        folder: the key `teacher.server.states`.
+        source: the model of the teacher.
+        patience_s: see `JsonServer`.
+    """
+    exports = Exports(
+        folder,
+        width=source.architecture.hidden_width(source.config),
+        layers=source.architecture.number_of_layers(source.config),
+        time_limit_s=server.time_limit,
+    )
+    return [
+        StatesServer(
+            JsonServer(url, time_limit_s=server.time_limit, patience_s=patience_s), exports
+        )
+        for url in server.url
+    ]
+
+
+def states_teacher(
+    replicas: Sequence[StatesServer],
+    wanted: Wanted,
+    source: ModelSource,
+    spec: TeacherConfig,
+    *,
+    config: RunConfig,
+    ranks: Ranks,
+) -> StatesTeacher:
+    """Return a teacher whose servers export hidden states; a collective.
+
+    Raises:
+        MegakdError: a server is not there or has changed, or norm or head cannot be read; raised
+            on every rank.
+    """
+    models = on_main(lambda: [model.name for model in served_models(replicas, wanted)])
+    readout = together(lambda: exported_readout(source, spec, config, ranks))
+    return StatesTeacher(replicas, models, readout=readout, ranks=ranks)
+
+
+def exported_readout(
+    source: ModelSource, spec: TeacherConfig, config: RunConfig, ranks: Ranks
+) -> Readout:
+    """Return the end of the teacher, in the dtype that the teacher's own engine would have.
+
+    Raises:
+        ModelError: norm or head cannot be read.
+    """
+    dtype = frozen_dtype(spec, source.stored_dtype, ranks.device.type)
+    return load_readout(source, config.task, TORCH_DTYPE[dtype]).to(ranks.device)
+
+
+def check_states(
+    replicas: Sequence[StatesServer],
+    models: Sequence[ServedModel],
+    texts: Sequence[tuple[int, ...]],
+    readout: Readout,
+) -> list[BestTokens]:
+    """Return the most likely tokens for some texts, after comparing all replicas.
+
+    The first token that a server generates after a text must be a most likely token by its own
+    hidden states: otherwise the states are those of another layer, or norm and head are those of
+    another model.
+
+    Raises:
+        ServerError: two answers of servers differ, a token of a server is unlikely, or an answer
+            cannot be used.
+    """
+    scored = [StatesAsScores(server, readout) for server in replicas]
+    count = min(COMPARED, readout.weight.shape[0])
+    names = [model.name for model in models]
+    answers = check_scores(scored, names, texts, count)
+    for server in scored:
+        found = sum(server.gaps) / max(len(server.gaps), 1)
+        if found > REFERENCE:
+            raise ServerError(
+                f"teacher.server.states: the greedy tokens of {server.url} after {len(texts)} "
+                f"texts are less likely than the best tokens by {found:.3f} in the mean "
+                "log-probability, computed from the exported hidden states with the norm and the "
+                f"head of the teacher, and at most {REFERENCE} is expected; check that the server "
+                "exports the output of the last layer (eagle_aux_hidden_state_layer_ids: "
+                "[num_hidden_layers]) and serves the weights of teacher.model"
+            )
+    return answers
+
+
+class StatesAsScores:
+    """A server of hidden states as a `TokenScorer`, so that one check serves both.
+
+    gaps: for every text, by how much the log-probability of the token that the server has
+        generated is below that of the most likely token.
+    """
+
+    def __init__(self, server: StatesServer, readout: Readout) -> None:
+        self._server, self._readout = server, readout
+        self.gaps: list[float] = []
+
+    @property
+    def url(self) -> str:
+        """The address of the server."""
+        return self._server.url
+
+    def top_k(self, ids: tuple[int, ...], count: int, model: str) -> BestTokens:
+        """Return the most likely next tokens after each token of a text but the last."""
+        said = self._server.states(ids, model)
+        last = self._readout.logprobs(said.states[-1:])[0]  # [V]
+        if said.following >= len(last):
+            raise ServerError(
+                f"{self.url} has generated token {said.following}, and the teacher has "
+                f"{len(last)} tokens; the server serves another model"
+            )
+        self.gaps.append(float(last.max() - last[said.following]))
+        values, tokens = self._readout.most_likely(said.states[:-1], count)
+        return BestTokens(tokens.int().cpu().numpy(), values.float().cpu().numpy())
+
+
+FIRST_PATIENCE_S = 0.5
+"""Seconds in which a server must accept a connection before the run."""
+_STATES = "the shared_storage_path of the server, which every rank can read and write"
+CHECKED_ROWS = 8
+"""Training rows that the servers answer before the run."""
+
+
+def check_teacher_servers(config: RunConfig, inputs: RunInputs) -> None:
+    """Check the servers of all teachers before any model loads; a collective.
+
+    Raises:
+        ServerError: a server is not there or serves another model, or the servers disagree with
+            each other or with `server.check_against`; raised on every rank.
+    """
+    for name, spec in config.teacher_specs.items():
+        if spec.server is None:
+            continue
+        folder = spec.server.states
+        if folder is not None:
+            together(lambda folder=folder: check_folder(folder, "teacher.server.states", _STATES))
+        on_main(lambda name=name, spec=spec: _check(config, inputs, name, spec))
+
+
+def served_teacher(config: RunConfig, inputs: RunInputs, name: str, ranks: Ranks) -> ServedTeacher:
+    """Return a teacher that its servers answer for; a collective.
+
+    Args:
+        config: the config of the run.
+        inputs: the inputs of the run.
+        name: the name of a teacher with `server`.
+        ranks: this process.
+
+    Raises:
+        ServerError: a server is not there or has changed; raised on every rank.
+    """
+    spec, wanted = config.teacher_specs[name], _wanted(config, inputs, name)
+    server = spec.server
+    if server is None:
+        raise TypeError(f"{name} is not served")
+    if server.states is not None:
+        source = inputs.sources[name]
+        exporting = states_replicas(server, server.states, source)
+        return states_teacher(exporting, wanted, source, spec, config=config, ranks=ranks)
+    servers = scoring_replicas(server)
+    models = on_main(lambda: [model.name for model in served_models(servers, wanted)])
+    return TopKTeacher(
+        servers, models, top_k=server.best_tokens, vocabulary=wanted.vocabulary, ranks=ranks
+    )
+
+
+def _check(config: RunConfig, inputs: RunInputs, name: str, spec: TeacherConfig) -> None:
+    server, wanted = spec.server, _wanted(config, inputs, name)
+    if server is None:
+        raise TypeError(f"{name} is not served")
+    texts = _texts(inputs.encoded.train)
+    if server.states is not None:
+        source = inputs.sources[name]
+        exporting = states_replicas(server, server.states, source, patience_s=FIRST_PATIENCE_S)
+        models = served_models(exporting, wanted)
+        readout = exported_readout(source, spec, config, distributed.ranks())
+        answers = check_states(exporting, models, texts, readout)
+    else:
+        replicas = scoring_replicas(server, patience_s=FIRST_PATIENCE_S)
+        models = served_models(replicas, wanted)
+        names = [model.name for model in models]
+        answers = check_scores(replicas, names, texts, server.best_tokens)
+    if server.check_against is not None:
+        own = _Reference(server.check_against)
+        check_reference(texts, answers, own.logprobs, server.check_against)
+
+
+def _wanted(config: RunConfig, inputs: RunInputs, name: str) -> Wanted:
+    return Wanted(
+        name=teacher_model(config.teacher_specs[name]) or "",
+        pushed=None,
+        # The first token of the next row, and the token that vLLM generates after a text.
+        longest=config.task.row_length + 2,
+        vocabulary=min(inputs.sources[role].config.vocab_size for role in (name, STUDENT)),
+        end_tokens=(),
+    )
+
+
+def _texts(rows: Dataset) -> list[tuple[int, ...]]:
+    first = rows.select(range(min(CHECKED_ROWS, len(rows))))["input_ids"]
+    found = [tuple(int(token) for token in cast("list[int]", ids)) for ids in first]
+    return [ids for ids in found if len(ids) > 1]
+
+
+class _Reference:
+    """A local copy of the served model on the CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        check_given(folder, "teacher.server.check_against")
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+    @torch.no_grad()
+    def logprobs(self, text: tuple[int, ...], said: BestTokens) -> NDArray[np.float32]:
+        """Return the log-probabilities of the tokens that servers have named."""
+        logits = self._model(torch.tensor([text])).logits[0, :-1]  # [T - 1, V]
+        tokens = torch.from_numpy(said.ids).long()  # [T - 1, k]
+        return logits.float().log_softmax(-1).gather(-1, tokens).numpy()
