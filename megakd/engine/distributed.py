@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.rendezvous import rendezvous
 
 from megakd.engine import activity, stale_locks
 from megakd.engine.collectives import backend_for, gather, reports_lost_peer
@@ -107,12 +108,14 @@ def _init_process_group(timeout: timedelta) -> None:
     device = accelerator.device_name()
     if device == "cpu":
         stale_locks.check_shared_memory(_local_world())
+    connected = _connect_nodes(timeout)  # until the group below has connected all ranks
     deepspeed.init_distributed(
         dist_backend=backend_for(device, accelerator.communication_backend_name()),
         auto_mpi_discovery=False,
         verbose=False,
         timeout=timeout,
     )
+    del connected
     if device == "cpu":
         dist.barrier()
         stale_locks.release_own_buffer()
@@ -120,6 +123,18 @@ def _init_process_group(timeout: timedelta) -> None:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
         # What stays fp32 is multiplied in TF32 on tensor cores.
         torch.set_float32_matmul_precision("high")
+
+
+def _connect_nodes(timeout: timedelta) -> tuple[Any, ...]:
+    """Connect the ranks of several nodes over gloo, and return what keeps the connections open."""
+    if int(os.environ["WORLD_SIZE"]) <= _local_world():
+        return ()
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    started = distributed_c10d.PrefixStore("megakd/started", store)
+    started.set(str(rank), "")
+    started.wait([str(other) for other in range(world)], timeout)
+    # Gloo waits five times its limit, which in the run's group is longer, for an unreachable rank.
+    return store, distributed_c10d.ProcessGroupGloo(started, rank, world, timedelta(seconds=12))
 
 
 def adopt_slurm_variables() -> None:

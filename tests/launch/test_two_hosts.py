@@ -95,6 +95,17 @@ def test_a_run_over_two_hosts_ends_with_its_report(
     assert [stage["name"] for stage in report["stages"]] == ["teacher-finetune", "student"]
 
 
+def test_hosts_whose_own_names_do_not_connect_them_both_end_and_say_what_to_set(train, tmp_path):
+    with two_hosts(tmp_path, own_name_is_loopback=True) as hosts:
+        said = train(hosts, deepspeed)
+
+    assert all(code != 0 for code, _ in said)
+    for node, (_, text) in enumerate(said):
+        (line,) = lines(text)
+        assert line.startswith(f"megakd: rank {node} on {hosts[node].name} (node {node}) cannot")
+        assert "set GLOO_SOCKET_IFNAME (not set) on every node" in line
+
+
 def test_hosts_that_do_not_share_output_dir_end_at_the_start(train, tmp_path):
     (tmp_path / "out").mkdir()
     with two_hosts(tmp_path, own_name_is_loopback=False) as hosts:
