@@ -21,6 +21,7 @@ from megakd.data.chat_messages import (
     without_nulls,
 )
 from megakd.data.row_text import document_of, text_of
+from megakd.data.tables import require
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
@@ -140,13 +141,9 @@ def chat_columns(table: Table, task: TaskConfig) -> ChatColumns | None:
 
 
 def _require_named(table: Table, named: ChatColumns) -> None:
-    keys = ("messages_column", "prompt_column", "completion_column")
-    for key, column in zip(keys, named[:3], strict=True):
-        if column is not None and column not in table.columns:
-            raise DataError(
-                f"{table.name}: column {column!r} (task.{key}) does not exist; the columns are "
-                f"{', '.join(table.columns)}"
-            )
+    for kind, column in zip(named._fields, named[:3], strict=False):
+        if column is not None:
+            require(table, column, f"task.{kind}_column")
 
 
 def read_columns(table: Table, columns: ChatColumns) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from megakd.data.labels import Classes, Labeller, find_classes, score
 from megakd.data.row_routes import RowTeacher, row_teacher
 from megakd.data.row_text import document_of, text_of
 from megakd.data.rows import PLACE
-from megakd.data.tables import SPLIT_NAMES, SplitName, Table
+from megakd.data.tables import SPLIT_NAMES, SplitName, Table, require
 from megakd.errors import DataError
 
 # Increase this number when the same source results in different rows.
@@ -230,15 +230,6 @@ def _usual_text(table: Table, task: TaskConfig) -> tuple[str, ...]:
         f"{table.name}: column 'text' does not exist; the columns are {', '.join(table.columns)}; "
         "set task.text_columns to the columns with the text"
     )
-
-
-def require(table: Table, column: str, key: str) -> None:
-    """Raise a DataError that names `key` if a table does not have a column."""
-    if column not in table.columns:
-        raise DataError(
-            f"{table.name}: column {column!r} ({key}) does not exist; the columns are "
-            f"{', '.join(table.columns)}"
-        )
 
 
 def _fields_of(table: Table, split: SplitName, train: Fields) -> Fields:

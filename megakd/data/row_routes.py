@@ -12,6 +12,7 @@ import numpy as np
 from megakd.contract.routes import ROUTE
 from megakd.data.chat_rows import is_chat
 from megakd.data.rows import PLACE
+from megakd.data.tables import require
 from megakd.errors import DataError, suggestion
 
 if TYPE_CHECKING:
@@ -67,11 +68,7 @@ def row_teacher(table: Table, column: str | None, name: str | None = None) -> Ro
         return RowTeacher(name=name)
     if column is None:
         return None
-    if column not in table.columns:
-        raise DataError(
-            f"{table.name}: column {column!r} (task.teacher_column) does not exist; the columns "
-            f"are {', '.join(table.columns)}"
-        )
+    require(table, column, "task.teacher_column")
     return RowTeacher(column=column)
 
 

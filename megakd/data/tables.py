@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from megakd.errors import DataError
+
 SplitName = Literal["train", "validation", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
 SPLIT_ALIASES: Mapping[str, SplitName] = {
@@ -46,3 +48,12 @@ class Table:
     records: Callable[[], Iterator[Record]]
     digest: str
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def require(table: Table, column: str, key: str) -> None:
+    """Raise a DataError that names `key` if a table does not have a column."""
+    if column not in table.columns:
+        raise DataError(
+            f"{table.name}: column {column!r} ({key}) does not exist; the columns are "
+            f"{', '.join(table.columns)}"
+        )
