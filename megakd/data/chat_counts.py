@@ -12,6 +12,10 @@ from megakd.data.rows import longest_of
 
 logger = logging.getLogger(__name__)
 KEYED = ("special", "lengths")
+HEADING = (
+    *("rows of", "read", "encoded", "tokens", "that count", "share"),
+    *("p50", "p95", "longest", "truncated", "dropped", "bad"),
+)
 SETS = "sets"
 """Prefix of the evaluation sets among the names of rows: `sets/NAME`."""
 
@@ -105,37 +109,19 @@ def say_counts(counts: Mapping[str, ChatCounts]) -> None:
             logger.warning(
                 "%s: the chat template leaves out the reasoning of answers in %d of %d rows; use a "
                 "template that keeps it, or set task.reasoning: strip to say that this is wanted",
-                name,
-                own.lost_reasoning,
-                own.rows,
+                *(name, own.lost_reasoning, own.rows),
             )
         if own.lost_tools:
             logger.warning(
                 "%s: the chat template leaves out tools of the column 'tools' in %d of %d rows; "
                 "set task.chat_template to a template that writes tools, or remove the column",
-                name,
-                own.lost_tools,
-                own.rows,
+                *(name, own.lost_tools, own.rows),
             )
 
 
 def table_lines(counts: Mapping[str, ChatCounts]) -> list[str]:
     """Return the lines of the table: a heading, and a line for each name."""
-    heading = (
-        "rows of",
-        "read",
-        "encoded",
-        "tokens",
-        "that count",
-        "share",
-        "p50",
-        "p95",
-        "longest",
-        "truncated",
-        "dropped",
-        "bad",
-    )
-    lines = [heading, *(_cells(name, own) for name, own in counts.items())]
+    lines = [HEADING, *(_cells(name, own) for name, own in counts.items())]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join(

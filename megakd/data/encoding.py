@@ -25,7 +25,7 @@ from megakd.data.chat_encoding import counts_of, encode_chat
 from megakd.data.chat_rows import is_chat
 from megakd.data.encoded_keys import encoded_key
 from megakd.data.rows import LABELS_AT_ONCE, arrow_batches
-from megakd.data.token_tables import check_room_for_text, token_tables
+from megakd.data.token_tables import check_room_for_text, tables_of, with_tokens
 from megakd.data.words import WORD_STARTS
 from megakd.errors import DataError
 from megakd.storage.folders import whole_folder
@@ -170,7 +170,8 @@ def encode_rows(
     if any(map(is_chat, rows.values())):
         return encode_chat(rows, tokenizer, task, key=key, cache_dir=cache_dir), key
     tables = {
-        name: token_tables(split, tokenizer, task, split=name) for name, split in rows.items()
+        name: with_tokens(tables_of(split, tokenizer, task), split, split=name)
+        for name, split in rows.items()
     }
     return cached_tables(tables, key, cache_dir=cache_dir), key
 

@@ -27,23 +27,6 @@ TEXTS_AT_ONCE = 1000
 _IDS = pa.list_(pa.int32())
 
 
-def token_tables(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, *, split: str
-) -> Iterator[pa.Table]:
-    """Yield tables of encoded rows, at least one table.
-
-    Args:
-        rows: texts, and labels if the task has labels.
-        tokenizer: a tokenizer, whose special tokens are added to every text.
-        task: the task; only `type`, `max_length` and `whole_word_masking` are used.
-        split: name of the rows in messages.
-
-    Raises:
-        DataError: the rows have no tokens.
-    """
-    yield from with_tokens(tables_of(rows, tokenizer, task), rows, split=split)
-
-
 def with_tokens(tables: Iterable[pa.Table], rows: Dataset, *, split: str) -> Iterator[pa.Table]:
     """Yield the tables of encoded rows, at least one table.
 
@@ -94,7 +77,13 @@ def check_room_for_text(
 def tables_of(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
 ) -> Iterator[pa.Table]:
-    """Yield tables of encoded rows like `token_tables`, and no table if there are no tokens."""
+    """Yield tables of encoded rows, and no table if there are no tokens.
+
+    Args:
+        rows: texts, and labels if the task has labels.
+        tokenizer: a tokenizer, whose special tokens are added to every text.
+        task: the task; only `type`, `max_length` and `whole_word_masking` are used.
+    """
     make = {"causal_lm": _packed_tables, "mlm": _window_tables}.get(task.type, _text_tables)
     if make is _text_tables or ROUTE not in rows.column_names:
         return make(rows, tokenizer, task)
