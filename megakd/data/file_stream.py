@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from megakd.data.readers import readable
 from megakd.data.row_text import document_of
 from megakd.data.rows import PLACE
 from megakd.data.tables import Table
-from megakd.data.text_stream import TextStream
+from megakd.data.text_stream import ERROR, TextStream
 from megakd.errors import DataError
 
 SAMPLED_BYTES = 1 << 16
@@ -42,6 +43,9 @@ def file_stream(paths: Sequence[Path], task: TaskConfig, *, key: str) -> TextStr
     tables = [table_of(path, key) for path in paths]
     # A JSON file without rows has no columns.
     tables = [table for table in tables if table.columns]
+    if task.bad_rows == "error":
+        for record in (first for table in tables for first in islice(table.records(), 1)):
+            record.values.get("")  # a first line that cannot be read raises why
     if not tables:
         raise DataError(f"{key}: {', '.join(map(str, paths))} has no rows")
     choice = _choice(tables[0], task)
@@ -98,17 +102,20 @@ def _rows(
             if not record.values.keys() <= {*table.columns}:
                 table = replace(table, columns=(*table.columns, *record.values))
                 _refuse_other(table, task, choice, where=f"{path}, {record.place}")
-            if isinstance(choice, ChatColumns):
-                place = f"{Path(path).name} {record.place}"
-                yield {**{column: record.values.get(column) for column in columns}, PLACE: place}
-            elif (text := document_of(path, columns, record)) is not None:
-                yield {"text": text}
+            try:
+                if isinstance(choice, ChatColumns):
+                    place = f"{Path(path).name} {record.place}"
+                    yield {**{name: record.values.get(name) for name in columns}, PLACE: place}
+                elif (text := document_of(path, columns, record)) is not None:
+                    yield {"text": text}
+            except DataError as error:  # after an error of its own a generator cannot go on
+                yield {ERROR: str(error)}
 
 
 def table_of(path: Path, key: str) -> Table:
     """Return the rows of a file that may be large: nothing is read before a row is needed.
 
-    The columns of a jsonl file are the keys of its first row; later rows may have more.
+    The columns of a jsonl file are the keys of its first row with keys; later rows may have more.
 
     Args:
         path: the file.

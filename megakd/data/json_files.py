@@ -23,14 +23,15 @@ def read_jsonl(
     Args:
         path: the file.
         digest: function that returns the hash of the file.
-        rows_for_columns: number of rows from whose keys the columns are taken; None: all rows.
+        rows_for_columns: number of rows with keys from which the columns are taken; None: all rows.
     """
     content = digest(path)
     read = partial(_jsonl_records, path)
     if rows_for_columns is None:
         columns = remembered(lambda: _columns_of(read()), "columns", content)
     else:
-        columns = _columns_of(islice(read(), rows_for_columns))
+        with_keys = (record for record in read() if record.values)
+        columns = _columns_of(islice(with_keys, rows_for_columns))
     if not columns:
         for record in read():
             record.values.get("text")  # no line can be read: raise why

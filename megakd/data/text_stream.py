@@ -16,6 +16,10 @@ from megakd.data.choosing import text_hash
 from megakd.data.row_text import document_of
 from megakd.data.rows import PLACE
 from megakd.data.tables import Record, Table
+from megakd.errors import DataError
+
+ERROR = "__error__"
+"""Column of a row that cannot be read, with the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,8 @@ class TextStream:
         return None
 
     def _text(self, record: Record) -> str | None:
+        if ERROR in record.values:
+            raise DataError(str(record.values[ERROR]))
         if self.chat is None:
             text = asked = document_of(self.name, self.columns, record)
         else:

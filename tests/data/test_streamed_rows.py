@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,52 @@ def test_a_data_set_that_cannot_be_reached_is_named(monkeypatch, tmp_path):
 
     with pytest.raises(DataError, match=r"the Hub cannot be reached .* user/corpus, .*no route"):
         load(task(dataset="user/corpus"), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("columns", "bad"),
+    [
+        (None, ['{"other": "x"}', '{"text": null}', '{"text": 7}', "no JSON", "[1]"]),
+        (("text", "answer"), ['{"text": "x"}', '{"text": "x", "answer": null}', "no JSON"]),
+    ],
+)
+@pytest.mark.parametrize("held", ["held.jsonl", None])
+def test_bad_documents_of_a_stream_are_named_or_left_out(tmp_path, caplog, held, columns, bad):
+    good = [json.dumps({"text": word, "answer": word}) for word in "abcd"]
+    train = tmp_path / "train.jsonl"
+    write_jsonl(tmp_path / "held.jsonl", [{"text": "v", "answer": "v"}])
+    given = task(
+        train_files=str(train),
+        validation_files=None if held is None else str(tmp_path / held),
+        max_eval_examples=1,
+        text_columns=columns,
+    )
+    for line in bad:
+        train.write_text("\n".join([*good[:2], line, *good[2:]]), encoding="utf-8")
+        with pytest.raises(DataError, match=r"train\.jsonl, line 3"):
+            streamed(load(given, tmp_path / "cache"))
+
+    train.write_text("\n".join([bad[-1], *good[:2], *bad, *good[2:]]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"train\.jsonl, line 1"):
+        load(given, tmp_path / "cache")
+    caplog.clear()
+    splits = load(replace(given, bad_rows="drop"), tmp_path / "cache")
+
+    assert [text[0] for text in streamed(splits)] == [*"abcd"[held is None :]]
+    for number in (1, *range(4, 4 + len(bad))):
+        assert f"a row is left out (task.bad_rows: drop): {train}, line {number}" in caplog.text
+
+
+def test_a_line_of_conversations_that_is_not_json_is_named_or_left_out(tmp_path):
+    rows = [json.dumps({"messages": asked("Hi", answer)}) for answer in "abc"]
+    train, held = tmp_path / "train.jsonl", tmp_path / "held.jsonl"
+    train.write_text("\n".join([rows[0], "no JSON", *rows[1:]]), encoding="utf-8")
+    held.write_text(rows[0], encoding="utf-8")
+    given = task(type="causal_lm", train_files=str(train), validation_files=str(held))
+
+    with pytest.raises(DataError, match=r"train\.jsonl, line 2 is not JSON"):
+        streamed(load(given, tmp_path / "cache"))
+    assert len(streamed(load(replace(given, bad_rows="drop"), tmp_path / "cache"))) == 3
 
 
 def test_a_bad_conversation_of_a_stream_is_named_or_left_out(tmp_path, caplog):
