@@ -93,10 +93,15 @@ def _accelerator() -> Any:
     return get_accelerator()
 
 
+def _set_timeout(timeout: timedelta) -> None:
+    public = getattr(dist, "set_timeout", None)  # since torch 2.14
+    (public or distributed_c10d._set_pg_timeout)(timeout)  # noqa: SLF001
+
+
 def _init_process_group(timeout: timedelta) -> None:
     if dist.is_initialized():
         # The group of an earlier run in this process.
-        distributed_c10d._set_pg_timeout(timeout)  # noqa: SLF001 - torch has no public function
+        _set_timeout(timeout)
         return
     # DeepSpeed's groups use torch's default timeout and ignore the timeout that DeepSpeed is given.
     distributed_c10d.default_pg_timeout = timeout
