@@ -190,4 +190,5 @@ def test_the_machine_has_the_clocks_as_nvidia_smi_prints_them(monkeypatch, tmp_p
     assert found["driver"] == "580.159.04"
     assert found["SM clock now"] == "345 MHz"
     assert found["temperature (C)"] == "31"
-    assert found["torch"] == torch.__version__
+    # Only some builds have their tag in both versions.
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]

@@ -93,7 +93,8 @@ def test_a_sharded_parameter_counts_in_full() -> None:
 def test_the_environment_names_versions_ranks_and_data() -> None:
     found = environment(ranks=2, device=torch.device("cpu"), corpus_content_hash="abc")
 
-    assert found["versions"]["torch"] == torch.__version__
+    # Only some builds have their tag in both versions.
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert (found["ranks"], found["device"]) == (2, "cpu")
     assert found["corpus_content_hash"] == "abc"
     json.dumps(found)
