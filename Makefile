@@ -29,13 +29,13 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@missing=0
 	complain() { echo "missing: $$1" >&2; missing=1; }
-	serves() { "$$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; }
+	serves() { "$$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; }
 	python=
-	for candidate in $(or $(PYTHON),python3 python3.12 python3.11); do
+	for candidate in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do
 		if serves "$$candidate" 2>/dev/null; then python=$$candidate; break; fi
 	done
 	if [ -z "$$python" ]; then
-		complain 'python 3.11 or 3.12 (tried: $(or $(PYTHON),python3 python3.12 python3.11)); choose one with make PYTHON=…'
+		complain 'python 3.11 to 3.13 (tried: $(or $(PYTHON),python3 python3.13 python3.12 python3.11)); choose one with make PYTHON=…'
 	else
 		"$$python" -c 'import venv, ensurepip' 2>/dev/null ||
 			complain "the venv module of $$python (Debian and Ubuntu: the package python3-venv)"

@@ -57,7 +57,7 @@ def test_an_interpreter_that_cannot_serve_is_named(checkout: Path, python: str) 
 
     assert done.returncode != 0
     assert complaints(done) == [
-        f"missing: python 3.11 or 3.12 (tried: {python}); choose one with make PYTHON=…"
+        f"missing: python 3.11 to 3.13 (tried: {python}); choose one with make PYTHON=…"
     ]
     assert not (checkout / ".venv").exists()
 
