@@ -21,6 +21,7 @@ import shlex
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ from machine import markdown_row, print_row, spread_of
 from overhead_case import case_config, write_case
 from timed_ranks import read, run_rank
 
-from megakd.contract.stage import Pass, Stage
+from megakd.contract.stage import Constant, Pass, Stage
 from megakd.contract.tasks import STUDENT
 from megakd.engine.student import device_batch
 from megakd.inputs.inputs import prepare
@@ -123,6 +124,18 @@ def goal_of(whole: View, share: float) -> View:
     return Target(whole, Shares(Fraction(1), part, part, part)).goal
 
 
+@dataclass(frozen=True, kw_only=True)
+class PrunedTo(Constant):
+    """One pass without a teacher, of a student that `mask` prunes."""
+
+    left: View
+
+    @property
+    def pruned_to(self) -> View:  # type: ignore[override]
+        """The units that are left."""
+        return self.left
+
+
 def stage_of(config: RunConfig, name: str, start: Any, left: View) -> Stage:
     """A stage whose student may be pruned while it learns from the masked tokens."""
     return Stage(
@@ -131,7 +144,7 @@ def stage_of(config: RunConfig, name: str, start: Any, left: View) -> Stage:
         start=start,
         train=config.train,
         deepspeed=config.student.deepspeed,
-        pruned_to=left,
+        strategy=PrunedTo(left=left),
     )
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
+from megakd.contract.tasks import STUDENT
 from megakd.errors import MegakdError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from megakd.contract.batch import Batch, BatchSource, Counts, Knowledge
+    from megakd.contract.batch import Batch, Counts, Knowledge
     from megakd.contract.views import Cut, View
     from megakd.contract.vocabulary import MixedReading
 
@@ -110,6 +111,38 @@ class Strategy(Protocol):
     property `facts` that returns a mapping of plain values. Any other strategy is refused.
     """
 
+    @property
+    def episodes(self) -> int:
+        """How often the steps of `Stage.train` are repeated, each time from their first rate."""
+        ...
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether the strategy reads the last hidden states of both models."""
+        ...
+
+    @property
+    def routes_rows(self) -> bool:
+        """Whether every row names its teacher.
+
+        A pass then covers the rows of its teacher alone, and the teacher is asked about these rows
+        alone. Every teacher of the stage has a pass.
+        """
+        ...
+
+    @property
+    def pruned_to(self) -> View | None:
+        """The units that remain at the end of a stage that prunes with `student.keep`, or None.
+
+        The judge's verdict states which units they are (`Verdict.cut`).
+        """
+        ...
+
+    @property
+    def values_per_weight(self) -> int:
+        """Number of fp32 values that `shards` keeps for a weight, for the memory plan."""
+        ...
+
     def begin(self, student: Any, step: int) -> None:
         """Handle the start of the stage, fresh or resumed, before the first step `step`."""
         ...
@@ -164,6 +197,12 @@ class Strategy(Protocol):
 @dataclass(frozen=True)
 class Stateless:
     """Base class of strategies that only plan passes: no state, and no part in updates."""
+
+    episodes: ClassVar[int] = 1
+    reads_states: ClassVar[bool] = False
+    routes_rows: ClassVar[bool] = False
+    pruned_to: ClassVar[View | None] = None
+    values_per_weight: ClassVar[int] = 0
 
     def begin(self, student: Any, step: int) -> None:
         """Do nothing."""
@@ -274,62 +313,56 @@ class Stage:
     computed from the fields.
 
     name: names the folders `checkpoints/<name>` and `stages/<name>`.
-    role: role whose model spec the learner comes from: `student`, or a teacher's name.
-    beside: roles of further models that learn in the same engine and are named by passes. The
-        stage's model is the model of `role`; the others are written into folders of the stage's
-        folder that have the names of their roles.
-    teachers: names of the teachers that passes may use; empty for supervised training.
-    labelled_only: train only on the rows that carry a label.
-    start: the model that training starts from (a `ModelSource`), in place of the role's model.
+    learners: the models that learn in one engine, by role (`student`, or a teacher's name), each
+        with the factor of its learning rate. The stage's model is the first; the others are named
+        by passes, and are written into folders of the stage's folder that have the names of their
+        roles.
+    teachers: names of the frozen teachers that passes may use. Without teachers, a stage of one
+        learner trains only on the rows that carry a label.
+    start: the model that training starts from (a `ModelSource`), in place of the first learner's.
     views: sub-networks that passes may name; every evaluation scores all of them. The stage's
         model is cut to the view that `judge` chooses.
     judge: scores evaluations of a stage with views.
     passes_per_backward: number of passes that keep their activations at a time; None: all.
-    episodes: how often the steps of `train` are repeated; the learning rate schedule restarts
-        every time.
     window: the part of a longer run that the stage covers; None: all steps of `train`.
-    pruned_to: the units of the first learner that remain at the end of the stage, for a strategy
-        that prunes the learner with `student.keep`; None for all other strategies. The judge's
-        verdict states which units they are (`Verdict.cut`).
-    shards_kept: number of fp32 values per weight that the strategy keeps, for the memory plan.
     measures_losses: whether every evaluation also measures the losses of the objective on the
         held-out rows, without dropout, as metrics with the names of the terms; the first evaluation
         is before the first step.
-    batches: function from the source of the training rows' batches to the source of the stage's
-        batches; None uses the training rows' batches.
     rollouts: the section `rollout` of the config for a stage that trains on generated texts; None
         for other stages.
     mixed: by role, the models with a tokenizer of their own, and how they read the training text.
-    rates: by role of a learner, the factor of its learning rate; 1 if not listed.
-    reads_states: whether the strategy reads the last hidden states of both models.
-    routed: whether every row names its teacher: a pass then covers the rows of its teacher alone,
-        and the teacher is asked about these rows alone. Every teacher of the stage has a pass.
     """
 
     name: str
-    role: str = "student"
-    beside: tuple[str, ...] = ()
+    learners: Mapping[str, float] = field(default_factory=lambda: {STUDENT: 1.0})
     teachers: tuple[str, ...] = ()
     objective: tuple[Any, ...] = ()
     strategy: Strategy = field(default_factory=Constant)
     train: Any = None
     deepspeed: Any = None
-    labelled_only: bool = False
     start: Any = None
     views: Mapping[str, View] = field(default_factory=dict)
     judge: Judge | None = None
     passes_per_backward: int | None = None
-    episodes: int = 1
     window: Window | None = None
-    pruned_to: View | None = None
-    shards_kept: int = 0
     measures_losses: bool = False
-    batches: Callable[[BatchSource], BatchSource] | None = None
     rollouts: Any = None
     mixed: Mapping[str, MixedReading] = field(default_factory=dict)
-    rates: Mapping[str, float] = field(default_factory=dict)
-    reads_states: bool = False
-    routed: bool = False
+
+    @property
+    def role(self) -> str:
+        """The role of the first learner, whose model is the stage's result."""
+        return next(iter(self.learners))
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The roles of the other learners."""
+        return tuple(self.learners)[1:]
+
+    @property
+    def labelled_only(self) -> bool:
+        """Whether only the rows that carry a label are trained on."""
+        return not self.teachers and not self.beside
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -325,7 +325,7 @@ def build_bundle(
             # With reentrant checkpointing, hooks that read parts of a block would run twice.
             options = {"use_reentrant": False}
             model.activation_checkpointing_enable(options, offload=offload)  # type: ignore[operator]
-    views = None if stage.pruned_to is None and not stage.views else stage.views
+    views = None if stage.strategy.pruned_to is None and not stage.views else stage.views
     return StudentBundle(
         learners,
         objective,

@@ -76,7 +76,7 @@ class StageLosses:
         return made
 
     def _with_states(self, needs: Needs, shape: Shape) -> Needs:
-        return needs.with_hidden(shape.layers) if self.stage.reads_states else needs
+        return needs.with_hidden(shape.layers) if self.stage.strategy.reads_states else needs
 
 
 def stage_losses(

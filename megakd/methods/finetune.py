@@ -39,4 +39,4 @@ def run(config: FinetuneConfig, lab: Lab) -> StageResult:
 
     del config
     objective = lab.config.objective or lab.hard_terms()
-    return lab.train(Stage(name="student", objective=objective, labelled_only=True))
+    return lab.train(Stage(name="student", objective=objective))

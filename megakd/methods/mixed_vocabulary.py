@@ -211,11 +211,10 @@ def _together(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> Stage:
     without = {term.loss: 0.0 for term in projections} or None
     return Stage(
         name=STUDENT,
-        beside=(teacher,),
+        learners={STUDENT: 1.0, teacher: _rate(config, lab)},
         objective=(*lab.hard_terms(), *projections),
         strategy=Constant((Pass(), Pass(learner=teacher, weights=without))),
         mixed={teacher: MixedReading(config.p)},
-        rates=_rates(config, lab, teacher),
     )
 
 
@@ -234,9 +233,13 @@ def _projections(config: MixedVocabularyConfig) -> tuple[Any, ...]:
     )
 
 
-def _rates(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> dict[str, float]:
-    own, rate = config.teacher_learning_rate, lab.config.train.learning_rate
-    return {} if own is None or rate == 0 else {teacher: own / rate}
+def _rate(config: MixedVocabularyConfig, lab: Lab) -> float:
+    rate = lab.config.train.learning_rate
+    return (
+        1.0
+        if config.teacher_learning_rate is None or not rate
+        else (config.teacher_learning_rate / rate)
+    )
 
 
 def _after_teacher(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> StageResult:
@@ -245,7 +248,7 @@ def _after_teacher(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> Sta
     given = {key: value for key, value in settings.items() if value is not None}
     stage_one = Stage(
         name="mixed-teacher",
-        role=teacher,
+        learners={teacher: 1.0},
         start=lab.model(teacher),
         objective=lab.hard_terms(),
         mixed={teacher: MixedReading(config.p, is_narrow=True)},

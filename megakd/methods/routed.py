@@ -6,12 +6,14 @@ and a step divides the sum over the rows of all teachers by the counts of all ro
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.options import MethodOptions
+from megakd.contract.stage import Constant, Pass, Stage
 from megakd.contract.terms import STRICT
 from megakd.methods.pools import soft_objective, taught
 
@@ -53,18 +55,22 @@ class RoutedConfig(MethodOptions):
                 )
 
 
+@dataclasses.dataclass(frozen=True)
+class OwnRows(Constant):
+    """The same passes at every step, each over the rows that name its teacher."""
+
+    routes_rows: ClassVar[bool] = True
+
+
 def run(config: RoutedConfig, lab: Lab) -> StageResult:
     """Train with one pass per teacher over its rows, and a single forward of the student."""
-    from megakd.contract.stage import Constant, Pass, Stage
-
     names, rows = lab.teachers(), lab.rows_of_teachers()
     stage = Stage(
         name="student",
         teachers=names,
         objective=soft_objective(lab),
-        strategy=Constant(tuple(Pass(teacher=name) for name in names)),
+        strategy=OwnRows(tuple(Pass(teacher=name) for name in names)),
         rollouts=lab.config.rollout,
-        routed=True,
     )
     total = sum(rows.values())
     shares = {name: rows[name] / total for name in names}

@@ -67,9 +67,9 @@ def run(config: TakdConfig, lab: Lab) -> StageResult:
         raise ConfigError(problems)
     teacher = lab.teacher(first)
     for name in others:
-        leg = lab.train(_leg(lab, f"{name}-taught", role=name, teacher=teacher))
+        leg = lab.train(_leg(lab, f"{name}-taught", learner=name, teacher=teacher))
         teacher = lab.assistant(leg, None, like=name)
-    return lab.train(_leg(lab, "student", role="student", teacher=teacher))
+    return lab.train(_leg(lab, "student", learner="student", teacher=teacher))
 
 
 def _problems_of_chain(config: Any, chain: Sequence[str]) -> Iterator[str]:
@@ -91,10 +91,10 @@ def _problems_of_chain(config: Any, chain: Sequence[str]) -> Iterator[str]:
         )
 
 
-def _leg(lab: Lab, name: str, *, role: str, teacher: str) -> Stage:
+def _leg(lab: Lab, name: str, *, learner: str, teacher: str) -> Stage:
     return Stage(
         name=name,
-        role=role,
+        learners={learner: 1.0},
         teachers=(teacher,),
         objective=soft_objective(lab),
         strategy=Constant((Pass(teacher=teacher),)),

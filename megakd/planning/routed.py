@@ -28,7 +28,7 @@ def with_even_parts(batch: Batch, stage: Stage, make: Callable[[int, int], Batch
         stage: the stage; the batch of a stage that is not routed is returned as it is.
         make: function that returns a batch of a number of rows and of positions per row.
     """
-    if not stage.routed:
+    if not stage.strategy.routes_rows:
         return batch
     (rows, length), teachers = batch.valid.shape, stage.teachers
     if rows < len(teachers):  # the positions of a packed row are divided

@@ -127,9 +127,9 @@ class _Tracer:
             return repr(facts)
         train, learners = stage.train, list(map(_shown, phase.learners.values()))
         # A strategy that is not made of plain values lists the values that it depends on.
-        strategy = getattr(stage.strategy, "facts", stage.strategy)
-        losses = (stage.objective, stage.views, strategy, stage.reads_states, stage.routed)
-        pruning = (stage.pruned_to, stage.measures_losses, stage.mixed)
+        strategy = (type(stage.strategy).__name__, getattr(stage.strategy, "facts", stage.strategy))
+        losses = (stage.objective, stage.views, strategy)
+        pruning = (stage.strategy.pruned_to, stage.measures_losses, stage.mixed)
         rows = (largest_step(train, self._task), self._config.eval_rows(train))
         dtype = training_dtype(train, self._device)
         repeats = (train.gradient_checkpointing, train.activation_offload)
@@ -159,7 +159,7 @@ class _Tracer:
         }
         plans = [teacher_names(stage.strategy.passes(step)) for step in range(PLANS)]
         sizes = {name: _said_bytes(said) for name, said in answers.items()}
-        waiting = [waiting_bytes(plan, sizes, routed=stage.routed) for plan in plans]
+        waiting = [waiting_bytes(plan, sizes, routed=stage.strategy.routes_rows) for plan in plans]
         bundle = self._bundle(stage, losses)
         found = self._learner(stage, bundle, batch, answers_to_parts(batch, knowledge))
         scored = self._batch(self._config.eval_rows(stage.train))
@@ -208,12 +208,12 @@ class _Tracer:
         if len({planned.view for planned in groups[0]}) > 1:
             of_one_view = max(m.live.total for m in backward_of(groups[0][:1]).moments)
             found = replace(found, of_one_view=of_one_view)
-        if bundle.elastic is None or stage.pruned_to is None:
+        if bundle.elastic is None or stage.strategy.pruned_to is None:
             return found
-        mask = largest_mask(bundle.elastic.prunable, stage.pruned_to)
+        mask = largest_mask(bundle.elastic.prunable, stage.strategy.pruned_to)
         bundle.elastic.keep(mask)
         masked = () if mask is None else [backward_of(group) for group in groups]
-        return replace(found, masked=masked, pruned=pruned(bundle, stage.pruned_to))
+        return replace(found, masked=masked, pruned=pruned(bundle, stage.strategy.pruned_to))
 
     def _measured(
         self, stage: Stage, bundle: StudentBundle, losses: StageLosses, batch: Batch

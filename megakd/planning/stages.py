@@ -183,7 +183,7 @@ class PlanningLab(LabBase):
         self.phases.append(phase)
         view, folder = next(iter(stage.views), None), Path("stages") / stage.name
         learner = phase.learner
-        kept = stage.pruned_to if view is None else stage.views[view]
+        kept = stage.strategy.pruned_to if view is None else stage.views[view]
         made = learner if kept is None else self.cut(learner, kept, stage.name)
         self._made |= {folder: made, **{folder / role: learners[role] for role in stage.beside}}
         metrics = defaultdict[str, float](lambda: 0.5)

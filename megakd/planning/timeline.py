@@ -128,7 +128,7 @@ class Timeline:
         self._load(learner)
         self._look("initializing DeepSpeed", learner.initializing())
         left = self.traced.pruned
-        averages = learner.averages(left.makers, stage.shards_kept) if left else {}
+        averages = learner.averages(left.makers, stage.strategy.values_per_weight) if left else {}
         of_teachers = together(self._fetched(frozen), self._readouts())
         self._resting = together(self._resting, learner.resting(), averages, of_teachers)
         micro_batches = largest_step(stage.train, self.config.task).micro_batches
@@ -145,7 +145,7 @@ class Timeline:
         written = block(min(learner.inventory.numel * learner.itemsize, SHARD_BYTES))
         self._look("writing the model", learner.held("weights", written, "host"))
         if left is not None and stage.window and stage.window.last < stage.window.total:
-            self._write_state(learner, left, stage.shards_kept)
+            self._write_state(learner, left, stage.strategy.values_per_weight)
         self._count(learner, frozen, micro_batches)
 
     def _offloaded(self, stage: Stage, learner: Trained) -> Holding:
@@ -289,7 +289,9 @@ class Timeline:
         """Compute the operations and the network bytes of one step."""
         flops = micro_batches * sum(run.flops for run in self.traced.learner)
         answered, stage = 0.0, self.phase.stage
-        rows = 1 / len(frozen) if stage is not None and stage.routed and frozen else 1.0
+        rows = (
+            1 / len(frozen) if stage is not None and stage.strategy.routes_rows and frozen else 1.0
+        )
         for name, engine in frozen.items():
             run, per_call = self.traced.teachers[name], self.traced.per_call[name]
             asked, rest = self.traced.asked[name], engine.received

@@ -47,34 +47,25 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
     }
     if stage.window is not None:
         tree["window"] = stage.window._asdict()
-    if stage.batches is not None:
-        tree["batches"] = facts_of(stage.batches)
     if stage.rollouts is not None:
         tree["rollouts"] = _rollouts(stage.rollouts)
     lora = config.lora_of(stage.role)
     if lora is not None:
         tree["lora"] = asdict(lora)
-    tree |= _unusual(stage)
     if stage.mixed:
         tree["mixed"] = {role: reading._asdict() for role, reading in stage.mixed.items()}
         tree["mixed_rows"] = assembly.mixed_rows.key
     return flatten(tree)
 
 
-def _unusual(stage: Stage) -> Mapping[str, Any]:
-    options = {
-        "episodes": (stage.episodes, 1),
-        "rows_of_teachers": (stage.routed, False),
-        "rates": (dict(stage.rates), {}),
-    }
-    return {name: value for name, (value, usual) in options.items() if value != usual}
-
-
 def _learners(stage: Stage, assembly: Assembly) -> Mapping[str, Any]:
     own, *beside = assembly.learners(stage).items()
     return {
         "model": assembly.identity_of(own[1]),
-        **{f"{role} (learns)": assembly.identity_of(source) for role, source in beside},
+        **{
+            f"{role} (learns)": {**assembly.identity_of(source), "rate": stage.learners[role]}
+            for role, source in beside
+        },
     }
 
 

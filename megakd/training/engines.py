@@ -194,7 +194,7 @@ class Assembly:
             train=stage.train,
             dtype=dtype,
             world_size=self.ranks.world_size,
-            rates=bundle.rates(stage.rates),
+            rates=bundle.rates(stage.learners),
         )
         return StudentEngine(engine, passes_per_backward=stage.passes_per_backward), bundle
 

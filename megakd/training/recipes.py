@@ -30,9 +30,8 @@ def finetuning_stage(config: RunConfig, name: str) -> Stage | None:
         return None
     return Stage(
         name=f"{name}-finetune",
-        role=name,
+        learners={name: 1.0},
         objective=label_terms(config, smoothed=False),
-        labelled_only=True,
     )
 
 
@@ -90,7 +89,6 @@ def _alone(lab: Lab, student: StageResult) -> Stage:
     return Stage(
         name="alone",
         objective=label_terms(config),
-        labelled_only=True,
         start=lab.fresh_like(student.folder) if is_cut else None,
         train=inherit(config.train, config.alone) if config.alone else None,
     )

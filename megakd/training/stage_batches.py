@@ -53,8 +53,7 @@ def stage_batches(
         )
     else:
         source = _data_batches(stage, assembly, layout)
-        source = stage.batches(source) if stage.batches else source
-    return RoutedSource(source, stage.teachers) if stage.routed else source
+    return RoutedSource(source, stage.teachers) if stage.strategy.routes_rows else source
 
 
 def _data_batches(stage: Stage, assembly: Assembly, layout: StepLayout) -> BatchSource:

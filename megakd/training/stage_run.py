@@ -82,7 +82,7 @@ class StageRun:
         self.texts = text_evaluation(stage, assembly, self.student)
         train = stage.train
         steps = stage.window.total if stage.window else self._steps_of_train()
-        self.steps = stage.window.last if stage.window else stage.episodes * steps
+        self.steps = stage.window.last if stage.window else stage.strategy.episodes * steps
         rate = learning_rate_schedule(train, steps)
         self.stop_vote = StopVote()
         self.trainer = Trainer(
@@ -292,7 +292,7 @@ class StageRun:
         scores = {view: scored[view].metrics | means.get(view, {}) for view in views}
         if self.texts is not None and WHOLE in scores:
             # A routed stage compares a row with its own teacher, and held-out rows name none.
-            of_texts = None if self.stage.routed else self._losses_of_texts
+            of_texts = None if self.stage.strategy.routes_rows else self._losses_of_texts
             scores[WHOLE] |= self.texts.scores(self.trainer.step, of_texts)
         return scores
 

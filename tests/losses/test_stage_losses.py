@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from tiny_runs import bert, llama, write_config
@@ -55,13 +55,18 @@ def test_a_model_has_the_outputs_of_its_task(
     assert shape_of(source, task, classes=3).vocabulary == outputs
 
 
+class Reading(Constant):
+    """A strategy that reads the last hidden states."""
+
+    reads_states: ClassVar[bool] = True
+
+
 def distilled(*objective: Any, reads_states: bool = False) -> Stage:
     return Stage(
         name="student",
         teachers=(TEACHER,),
         objective=objective,
-        strategy=Constant((Pass(teacher=TEACHER),)),
-        reads_states=reads_states,
+        strategy=(Reading if reads_states else Constant)((Pass(teacher=TEACHER),)),
     )
 
 
@@ -92,7 +97,7 @@ def test_hidden_states_are_read_for_losses_and_for_a_strategy(
 
 def test_a_model_that_learns_alone_asks_no_teacher(tmp_path: Path) -> None:
     source = planned_sources(config_of(tmp_path, "regression", bert))[STUDENT]
-    stage = Stage(name="alone", reads_states=True)
+    stage = Stage(name="alone", strategy=Reading())
 
     losses = stage_losses(stage, "regression", learners={STUDENT: source}, teachers=[], classes=0)
 

@@ -104,7 +104,7 @@ def learning(
         selector(),
         choosing(hard=hard),
         cast("HeldOutProbe", measured),
-        episodes=Episodes(**{"number": 1, **shape}, exploration=exploration),
+        course=Episodes(**{"number": 1, **shape}, exploration=exploration),
         learning=Learning(),
     )
     strategy.learner = cast("Any", heard)

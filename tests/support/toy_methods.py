@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
 from itertools import pairwise
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.batch import Batch, BatchSource
 from megakd.contract.metrics import WHOLE, Metric
 from megakd.contract.options import MethodOptions
 from megakd.contract.stage import (
@@ -141,60 +139,8 @@ def _pair(config: Pair, lab: Any) -> Any:
     return lab.train(
         Stage(
             name="student",
-            beside=("teacher",),
+            learners={"student": 1.0, "teacher": 1.0},
             objective=(*lab.hard_terms(), *lab.soft_terms()),
             strategy=Constant(passes),
-            batches=MadeRows(4),
         )
     )
-
-
-@plain_dataclass(frozen=True)
-class MadeRows:
-    """Rows that no data set holds: the class is the parity of the token."""
-
-    rows: int
-
-    def __call__(self, of_data: BatchSource) -> BatchSource:
-        assert of_data.steps_per_epoch > 0
-        return Made(self.rows)
-
-
-class Made:
-    """A source of batches that counts the steps it has made, as a replay buffer would."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows, self.steps_per_epoch, self.waited_s = rows, 4, 0.0
-        self.made: list[int] = []
-
-    def iterate(self, start: int, stop: int) -> Generator[Sequence[Batch], None, None]:
-        for step in range(start, stop):
-            self.made.append(step)
-            yield [self.batch(step)]
-
-    def batch(self, step: int) -> Batch:
-        numbers = torch.arange(self.rows) + step
-        ids = (10 + numbers % 20)[:, None].repeat(1, 5)
-        there = torch.ones_like(ids)
-        own = Batch(
-            {"input_ids": ids, "attention_mask": there, "token_type_ids": 0 * there},
-            numbers % 2,
-            there.bool(),
-        )
-        other = own.inputs | {"input_ids": 40 - ids[:, :3], **_shorter(own.inputs)}
-        # The second model reads shorter rows, and the first row has no label for it.
-        labels = (numbers % 2).index_fill(0, torch.tensor([0]), -100)
-        return own._replace(others={"teacher": Batch(other, labels, there[:, :3].bool())})
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"made": list(self.made)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.made = list(state["made"])
-
-    def scalars(self) -> dict[str, float]:
-        return {}
-
-
-def _shorter(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: inputs[name][:, :3] for name in ("attention_mask", "token_type_ids")}

@@ -83,7 +83,7 @@ def two_teachers() -> RunConfig:
 )
 def test_a_teacher_that_learns_does_as_its_own_finetune_says(role, learns):
     stage = completed(
-        Stage(name="any", role=role, objective=()), two_teachers(), ranks=1, device="cpu"
+        Stage(name="any", learners={role: 1.0}, objective=()), two_teachers(), ranks=1, device="cpu"
     )
 
     assert stage.train is not None
@@ -102,7 +102,9 @@ def test_one_rank_in_fp32_shards_nothing_unless_asked(role, ranks, bf16, preset)
     student, train = StudentConfig(model="student"), replace(config.train, bf16=bf16)
     config = replace(config, teachers=(teacher,), student=student, train=train)
 
-    stage = completed(Stage(name="any", role=role, objective=()), config, ranks=ranks, device="cpu")
+    stage = completed(
+        Stage(name="any", learners={role: 1.0}, objective=()), config, ranks=ranks, device="cpu"
+    )
 
     assert stage.deepspeed == preset
 

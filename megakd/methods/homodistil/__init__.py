@@ -56,8 +56,6 @@ if TYPE_CHECKING:
     from megakd.contract.terms import TermConfig
     from megakd.contract.views import View
 
-AVERAGES = {"sensitivity": 1, "platon": 2, "magnitude": 0, "random": 0}
-"""Number of values that each score keeps for every weight."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -192,7 +190,7 @@ def _stage(course: Course, lab: Lab, start: Model, window: Window, number: int) 
     from megakd.methods.homodistil.pruning import HomotopyJudge, Pruning
 
     name = STUDENT if window.last == window.total else f"pruning-{number}"
-    pruning = Pruning(course, lab.probe(name), functools.partial(_parameters, lab, start))
+    pruning = Pruning(course, window, lab.probe(name), functools.partial(_parameters, lab, start))
     return Stage(
         name=name,
         teachers=(course.teacher,),
@@ -201,8 +199,6 @@ def _stage(course: Course, lab: Lab, start: Model, window: Window, number: int) 
         strategy=pruning,
         judge=HomotopyJudge(pruning, lab.worth),
         window=window,
-        pruned_to=course.target.at(course.schedule.left(window.last)),
-        shards_kept=AVERAGES[course.scoring.score],
         measures_losses=True,
     )
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megakd.contract.metrics import WHOLE
-from megakd.contract.stage import Pass, Scores, Stateless, StepReport, Verdict
+from megakd.contract.stage import Pass, Scores, Stateless, StepReport, Verdict, Window
 from megakd.contract.views import Axis, Cut, UnitOrder, View
-from megakd.methods.homodistil.schedule import ROWS, Course
+from megakd.methods.homodistil.schedule import AVERAGES, ROWS, Course
 from megakd.methods.homodistil.sensitivity import (
     Averages,
     Group,
@@ -63,11 +63,13 @@ class Pruning(Stateless):
     """Removes the least sensitive units a few at a time, as the schedule says.
 
     course: the run from the teacher to the student.
+    window: the part of the run that the stage covers.
     probe: None if nothing is trained.
     size: function from units to the number of weights of a model with these units.
     """
 
     course: Course
+    window: Window
     probe: HeldOutProbe | None
     size: Callable[[View], int]
     now: State = field(default_factory=State)
@@ -82,6 +84,16 @@ class Pruning(Stateless):
             "schedule": course.schedule._asdict(),
             "scoring": course.scoring._asdict(),
         }
+
+    @property
+    def pruned_to(self) -> View:  # type: ignore[override]
+        """The units that remain at the end of the window."""
+        return self.course.target.at(self.course.schedule.left(self.window.last))
+
+    @property
+    def values_per_weight(self) -> int:  # type: ignore[override]
+        """The number of averages."""
+        return AVERAGES[self.course.scoring.score]
 
     def begin(self, student: Any, step: int) -> None:
         """Run the student as the cut of itself that it was at the last step."""

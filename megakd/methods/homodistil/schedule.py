@@ -16,6 +16,8 @@ Score = Literal["sensitivity", "platon", "magnitude", "random"]
 POWERS: Mapping[Shape, int] = {"cubic": 3, "linear": 1}
 ROWS = "pruning.json"
 """File in a stage's folder with the rows of the report."""
+AVERAGES = {"sensitivity": 1, "platon": 2, "magnitude": 0, "random": 0}
+"""Number of values that each score keeps for every weight."""
 SHARE_OF_RUN = 0.7
 """Part of the steps after which pruning ends if the config does not say when."""
 

@@ -123,7 +123,7 @@ def run(config: KnowledgeSelectionConfig, lab: Lab) -> StageResult:
     selector = _selector(config, lab, teacher, kinds)
     probe = lab.probe("student")
     strategy = Selecting(teacher, selector, _choosing(config, lab), probe)
-    return lab.train(_student(teacher, kinds, strategy, reads_states=True))
+    return lab.train(_student(teacher, kinds, strategy))
 
 
 def _kinds(lab: Lab) -> tuple[TermConfig, ...]:
@@ -131,16 +131,8 @@ def _kinds(lab: Lab) -> tuple[TermConfig, ...]:
     return lab.config.objective or (*lab.hard_terms(), *lab.soft_terms(), *states)
 
 
-def _student(
-    teacher: str, kinds: tuple[TermConfig, ...], strategy: Strategy, *, reads_states: bool = False
-) -> Stage:
-    return Stage(
-        name="student",
-        teachers=(teacher,),
-        objective=kinds,
-        strategy=strategy,
-        reads_states=reads_states,
-    )
+def _student(teacher: str, kinds: tuple[TermConfig, ...], strategy: Strategy) -> Stage:
+    return Stage(name="student", teachers=(teacher,), objective=kinds, strategy=strategy)
 
 
 def _random(
@@ -216,7 +208,7 @@ def _stage_1(
         _new(lab, shape),
         _choosing(config, lab),
         lab.probe(STAGE),
-        episodes=Episodes(
+        course=Episodes(
             number=config.episodes,
             steps=steps,
             phase_steps=phase,
@@ -231,9 +223,8 @@ def _stage_1(
         ),
     )
     return dataclasses.replace(
-        _student(teacher, kinds, strategy, reads_states=True),
+        _student(teacher, kinds, strategy),
         name=STAGE,
-        episodes=config.episodes,
         # The selector learns in whole episodes, regardless of the students' scores.
         train=dataclasses.replace(lab.config.train, max_steps=steps, early_stopping_patience=None),
     )

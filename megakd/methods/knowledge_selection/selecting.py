@@ -9,7 +9,7 @@ import random
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ class Selecting(Stateless):
     micro-batch: the mean over all ranks at the first position of each row (for language models, at
     all positions). Reading the action costs one device sync per step.
     """
+
+    reads_states: ClassVar[bool] = True
 
     def __init__(
         self, teacher: str, selector: Selector, choosing: Choosing, probe: HeldOutProbe | None
@@ -206,19 +208,24 @@ class LearningToSelect(Selecting):
         choosing: Choosing,
         probe: HeldOutProbe | None,
         *,
-        episodes: Episodes,
+        course: Episodes,
         learning: Learning,
     ) -> None:
         super().__init__(teacher, selector, choosing, probe)
-        self.episodes, self.learning = episodes, learning
+        self.course, self.learning = course, learning
         self.learner = ActorCritic(selector, learning, seed=choosing.seed)
         self.running = Running()
         self._student: Any = None
 
     @property
+    def episodes(self) -> int:  # type: ignore[override]
+        """The number of episodes."""
+        return self.course.number
+
+    @property
     def facts(self) -> Mapping[str, Any]:
         """Plain values that the stage's result depends on."""
-        return {**super().facts, **vars(self.episodes), **vars(self.learning)}
+        return {**super().facts, **vars(self.course), **vars(self.learning)}
 
     def begin(self, student: Any, step: int) -> None:
         """Keep the initial student, to which every episode is reset.
@@ -233,13 +240,13 @@ class LearningToSelect(Selecting):
         if step == 0:
             self.probe.remember(student)
             self.running.loss = self.running.beginning = self.probe.loss(student)
-        elif step < (self.episodes.number - 1) * self.episodes.steps:
+        elif step < (self.course.number - 1) * self.course.steps:
             self.probe.check_remembered()
 
     def _noise(self, step: int, kinds: int) -> Tensor:
         # The steps of a phase share the reward and the noise.
-        episode, step = divmod(step, self.episodes.steps)
-        phase = step // self.episodes.phase_steps
+        episode, step = divmod(step, self.course.steps)
+        phase = step // self.course.phase_steps
         drawn = random.Random(f"{self.choosing.seed}:noise:{episode}:{phase}")
         return torch.tensor([drawn.gauss(0, self.choosing.noise) for _ in range(kinds)])
 
@@ -249,16 +256,16 @@ class LearningToSelect(Selecting):
 
     def after_update(self, report: Any) -> None:
         """End phases and episodes; learn a phase after the first step of the next phase."""
-        run, done = self.running, report.step % self.episodes.steps + 1
+        run, done = self.running, report.step % self.course.steps + 1
         if run.pending is not None:
             self._learn(run.summaries[0])
-        is_last = done == self.episodes.steps
-        if is_last or done % self.episodes.phase_steps == 0:
+        is_last = done == self.course.steps
+        if is_last or done % self.course.phase_steps == 0:
             self._end_phase()
         if is_last:
             self._learn(None)
             run.before = None
-            if report.step + 1 < self.episodes.number * self.episodes.steps:
+            if report.step + 1 < self.course.number * self.course.steps:
                 self._measuring.reset(self._student)
                 run.loss = run.beginning
 
@@ -289,7 +296,7 @@ class LearningToSelect(Selecting):
         The reward is higher if the actions differ from the previous phase (soft actions) or are
         rare (hard actions).
         """
-        run, beta = self.running, self.episodes.exploration
+        run, beta = self.running, self.course.exploration
         mean = actions.mean(0)
         before, run.before = run.before, mean
         if not self.choosing.hard:
