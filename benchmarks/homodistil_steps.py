@@ -131,7 +131,7 @@ class PrunedTo(Constant):
     left: View
 
     @property
-    def pruned_to(self) -> View:  # type: ignore[override]
+    def pruned_to(self) -> View:
         """The units that are left."""
         return self.left
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from megakd.contract.tasks import STUDENT
 from megakd.errors import MegakdError
@@ -103,23 +103,24 @@ class Teacher(Protocol):
         ...
 
 
-class Strategy(Protocol):
+class Strategy:
     """Hooks with which a method controls the training loop; control flow may not differ by rank.
 
-    A strategy states the values that its decisions depend on, because a stage's result is reused
-    as long as these values are equal: the strategy is a dataclass of plain values, or has a
-    property `facts` that returns a mapping of plain values. Any other strategy is refused.
+    This base class has no state, and no part in updates. A strategy states the values that its
+    decisions depend on, because a stage's result is reused as long as these values are equal: the
+    strategy is a dataclass of plain values, or has a property `facts` that returns a mapping of
+    plain values. Any other strategy is refused.
     """
 
     @property
     def episodes(self) -> int:
         """How often the steps of `Stage.train` are repeated, each time from their first rate."""
-        ...
+        return 1
 
     @property
     def reads_states(self) -> bool:
         """Whether the strategy reads the last hidden states of both models."""
-        ...
+        return False
 
     @property
     def routes_rows(self) -> bool:
@@ -128,7 +129,7 @@ class Strategy(Protocol):
         A pass then covers the rows of its teacher alone, and the teacher is asked about these rows
         alone. Every teacher of the stage has a pass.
         """
-        ...
+        return False
 
     @property
     def pruned_to(self) -> View | None:
@@ -136,40 +137,39 @@ class Strategy(Protocol):
 
         The judge's verdict states which units they are (`Verdict.cut`).
         """
-        ...
+        return None
 
     @property
     def values_per_weight(self) -> int:
         """Number of fp32 values that `shards` keeps for a weight, for the memory plan."""
-        ...
+        return 0
 
     def begin(self, student: Any, step: int) -> None:
         """Handle the start of the stage, fresh or resumed, before the first step `step`."""
-        ...
 
     def passes(self, step: int) -> tuple[Pass, ...]:
         """Return at least one pass: a function of (config, seed, step) without side effects.
 
         The loop may call this for any step, any number of times. During a step, the loop also
-        calls this for the next step if a teacher of the stage is idle.
+        calls this for the next step if a teacher of the stage is idle. A subclass overrides this
+        method.
         """
-        ...
+        raise TypeError(
+            f"{type(self).__name__} does not implement passes() (called for step {step})"
+        )
 
     def before_update(self, step: int, student: Any) -> None:
         """Handle complete gradients before the optimizer applies them."""
-        ...
 
     def after_update(self, report: StepReport) -> None:
         """Handle the end of an optimizer step."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs, the same on every rank."""
-        ...
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
-        ...
 
     def shards(self) -> Mapping[str, Mapping[str, Tensor]]:
         """Return values that this rank keeps for each element of its `local_shards`.
@@ -179,71 +179,22 @@ class Strategy(Protocol):
         Returns:
             By kind of value, and by name of the weight: [n].
         """
-        ...
+        return {}
 
     def load_shards(self, shards: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Restore this rank's values, which `shards` returned; called before `begin`."""
-        ...
 
     def scalars(self) -> Mapping[str, float]:
         """Return values to log for the steps since the last call, the same on every rank."""
-        ...
+        return {}
 
     def files(self) -> Mapping[str, bytes]:
         """Return files by name to write beside the model in the finished stage's folder."""
-        ...
-
-
-@dataclass(frozen=True)
-class Stateless:
-    """Base class of strategies that only plan passes: no state, and no part in updates."""
-
-    episodes: ClassVar[int] = 1
-    reads_states: ClassVar[bool] = False
-    routes_rows: ClassVar[bool] = False
-    pruned_to: ClassVar[View | None] = None
-    values_per_weight: ClassVar[int] = 0
-
-    def begin(self, student: Any, step: int) -> None:
-        """Do nothing."""
-
-    def passes(self, step: int) -> tuple[Pass, ...]:
-        """Return the passes of a step; a subclass overrides this method."""
-        raise TypeError(
-            f"{type(self).__name__} does not implement passes() (called for step {step})"
-        )
-
-    def before_update(self, step: int, student: Any) -> None:
-        """Do nothing."""
-
-    def after_update(self, report: StepReport) -> None:
-        """Do nothing."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return {}: the strategy has no state."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing."""
-
-    def shards(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """Return {}: the strategy keeps no value per weight."""
-        return {}
-
-    def load_shards(self, shards: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Do nothing."""
-
-    def scalars(self) -> Mapping[str, float]:
-        """Return {}: the strategy logs nothing."""
-        return {}
-
-    def files(self) -> Mapping[str, bytes]:
-        """Return {}: the strategy writes no files."""
         return {}
 
 
 @dataclass(frozen=True)
-class Constant(Stateless):
+class Constant(Strategy):
     """A strategy with the same passes at every step."""
 
     planned: tuple[Pass, ...] = (Pass(),)
@@ -358,6 +309,11 @@ class Stage:
     def beside(self) -> tuple[str, ...]:
         """The roles of the other learners."""
         return tuple(self.learners)[1:]
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another window of the run follows: the stage then returns its last step."""
+        return self.window is not None and self.window.last < self.window.total
 
     @property
     def labelled_only(self) -> bool:

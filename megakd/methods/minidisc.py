@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.stage import Pass, Scores, Stage, StageResult, Stateless, Verdict
+from megakd.contract.stage import Pass, Scores, Stage, StageResult, Strategy, Verdict
 from megakd.contract.terms import STRICT, Count
 from megakd.methods.assistants import (
     AssistantOptions,
@@ -217,7 +217,7 @@ def _rows(
 
 
 @plain_dataclass(frozen=True)
-class Sandwich(Stateless):
+class Sandwich(Strategy):
     """A strategy in which all candidates learn in every step, or the ends and a sample between.
 
     names: names of the views, the widest first.

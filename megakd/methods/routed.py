@@ -59,7 +59,10 @@ class RoutedConfig(MethodOptions):
 class OwnRows(Constant):
     """The same passes at every step, each over the rows that name its teacher."""
 
-    routes_rows: ClassVar[bool] = True
+    @property
+    def routes_rows(self) -> bool:
+        """A pass covers the rows of its teacher alone."""
+        return True
 
 
 def run(config: RoutedConfig, lab: Lab) -> StageResult:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.options import MethodOptions, no_such_teacher
-from megakd.contract.stage import Constant, Pass, Stage, Stateless
+from megakd.contract.stage import Constant, Pass, Stage, Strategy
 from megakd.contract.terms import STRICT, Count, Weight
 from megakd.methods.pools import soft_objective, taught
 from megakd.methods.unused_options import unused
@@ -136,7 +136,7 @@ def _pilot(config: SkdbertConfig, lab: Lab, teacher: str) -> float:
 
 
 @plain_dataclass(frozen=True)
-class Drawn(Stateless):
+class Drawn(Strategy):
     """A strategy that draws one teacher per step, as a function of seed and step on all ranks.
 
     probabilities: probabilities of the teachers, in the order of `teachers`.

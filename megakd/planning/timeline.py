@@ -144,7 +144,7 @@ class Timeline:
         self._evaluate(learner, frozen, together(*heads), self.config.eval_rows(stage.train))
         written = block(min(learner.inventory.numel * learner.itemsize, SHARD_BYTES))
         self._look("writing the model", learner.held("weights", written, "host"))
-        if left is not None and stage.window and stage.window.last < stage.window.total:
+        if left is not None and stage.goes_on:
             self._write_state(learner, left, stage.strategy.values_per_weight)
         self._count(learner, frozen, micro_batches)
 

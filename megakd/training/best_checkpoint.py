@@ -108,11 +108,12 @@ class BestCheckpoint:
 class Kept(NamedTuple):
     """The weights that a stage has kept, with their evaluations.
 
+    folder: the folder of the weights; None if the learner has them.
     chosen: the evaluation that chose the view; its scores compare the views with each other.
     evaluation: the evaluation of the weights in `folder`: the view's own best, if kept as well.
     """
 
-    folder: Path
+    folder: Path | None
     chosen: Evaluation
     evaluation: Evaluation
 

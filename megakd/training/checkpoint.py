@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,17 @@ _PREFIX = "step-"
 _NAME = re.compile(_PREFIX + r"\d+")
 
 
+class State(NamedTuple):
+    """A part of the state of a stage, as plain values and tensors.
+
+    of_rank: whether the part differs between ranks.
+    """
+
+    save: Callable[[], Any]
+    load: Callable[[Any], None]
+    of_rank: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
     """The checkpoints of one stage.
@@ -67,26 +78,28 @@ class Checkpoints:
         self,
         step: int,
         write_engine: Callable[[Path, str], list[Path]],
-        state: Mapping[str, Any],
-        own: Mapping[str, Any],
+        states: Mapping[str, State],
     ) -> Path:
         """Write one checkpoint.
 
         Args:
             step: the number of optimiser steps taken.
             write_engine: writes the engine's shards into (folder, tag); returns this rank's files.
-            state: the loop's state, the same on every rank.
-            own: the part of the state that differs between ranks, for this rank.
+            states: everything else that a resumed stage needs, by name.
 
         Raises:
             CheckpointError: the checkpoint could not be written; earlier checkpoints are untouched.
         """
         partial = self.folder / f"{_PREFIX}{step}{_PARTIAL}"
+        common, own = (
+            {name: state.save() for name, state in states.items() if state.of_rank is of_rank}
+            for of_rank in (False, True)
+        )
         try:
             on_main(lambda: self._make_room(partial))
             shards = write_engine(self.folder, partial.name)
-            states = together(lambda: self._write_state(partial, state, own))
-            files = synced_entries(partial, [*shards, *states])
+            others = together(lambda: self._write_state(partial, common, own))
+            files = synced_entries(partial, [*shards, *others])
             return on_main(lambda: self._publish(partial, step, files))
         except (OSError, MegakdError) as error:
             on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
@@ -258,15 +271,19 @@ class Checkpoints:
         return is_longer(there, as_read_back(self.fingerprint))
 
     def load(
-        self, checkpoint: Path, read_engine: Callable[[Path, str], None]
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Load engine shards and random state; return `state` and this rank's `own`."""
+        self,
+        checkpoint: Path,
+        read_engine: Callable[[Path, str], None],
+        states: Mapping[str, State],
+    ) -> None:
+        """Load engine shards, the states in their order, and the random numbers of this rank."""
         read_engine(checkpoint.parent, checkpoint.name)
-        state = _read_plain(checkpoint / "state.pt", self.ranks.device)
+        common = _read_plain(checkpoint / "state.pt", self.ranks.device)
         mine = _read_plain(checkpoint / f"rank-{self.ranks.rank}.pt", self.ranks.device)
+        for name, state in states.items():
+            state.load((mine["own"] if state.of_rank else common)[name])
         # Last, because reading the shards may draw random numbers.
         set_random_state(mine["random"])
-        return state, mine["own"]
 
     def given(self, checkpoint: Path) -> Path | None:
         """Verify a checkpoint that the user named; return None if it belongs to another stage.

@@ -93,7 +93,7 @@ def train(config_path: str, overrides: list[str], steps: int, *, generates: bool
         "shards": list(Watching.shards),
         "losses": losses,
         "gradient_norm": None if norm is None else float(norm),
-        "scores": run.scorer.score(run.student.predict, prepared.encoded.validation),
+        "scores": run.evaluation.scorer.score(run.student.predict, prepared.encoded.validation),
         "local_elements": sum(
             getattr(p, "ds_tensor", p).numel() for p in run.student.bundle.parameters()
         ),

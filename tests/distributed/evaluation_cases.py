@@ -16,9 +16,9 @@ from megakd.engine import distributed
 from megakd.inputs.inputs import prepare
 from megakd.methods.minidisc import Sandwich
 from megakd.run.lab import Lab
-from megakd.training.held_out import HeldOutLosses
 from megakd.training.progress import Reporter
 from megakd.training.recipes import completed
+from megakd.training.stage_evaluation import HeldOutLosses
 from megakd.training.stage_run import StageRun
 
 VIEWS = {"wide": View((2, 2), (12, 12)), "slim": View((1, 1), (8, 8)), "thin": View((1, 1), (4, 4))}
@@ -59,7 +59,9 @@ def evaluated(config_path: str, overrides: list[str], kind: str) -> dict[str, An
     result = run.run(lab.assembly.stage_folder("trial"))
     scores = result.scores or {WHOLE: result.metrics}
     found = {
-        "batches": sum(1 for _ in run.scorer.batches(run.prepared.encoded.validation)),
+        "batches": sum(
+            1 for _ in run.evaluation.scorer.batches(run.assembly.prepared.encoded.validation)
+        ),
         "forwards": dict(forwards),
         "scores": {view: dict(values) for view, values in scores.items()},
         "apart": {view: _apart(run, strategy.passes(1), view) for view in scores},
@@ -83,11 +85,11 @@ def _count(forwards: Counter[tuple[str, int]], name: str, *given: Any) -> None:
 
 def _apart(run: StageRun, plan: tuple[Pass, ...], view: str) -> dict[str, float]:
     """Return the scores of one view by two forwards."""
-    rows = run.prepared.encoded.validation
+    rows = run.assembly.prepared.encoded.validation
     name = None if view == WHOLE else view
-    scores = run.scorer.score(functools.partial(run.student.predict, view=name), rows)
+    scores = run.evaluation.scorer.score(functools.partial(run.student.predict, view=name), rows)
     own = [planned for planned in plan if planned.view == name]
     losses = HeldOutLosses(run.trainer, run.bundle, own, (view,))
-    for batch in run.scorer.batches(rows):
+    for batch in run.evaluation.scorer.batches(rows):
         losses.add(batch)
     return scores | losses.means()[view]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from tiny_runs import bert, llama, write_config
@@ -58,7 +58,7 @@ def test_a_model_has_the_outputs_of_its_task(
 class Reading(Constant):
     """A strategy that reads the last hidden states."""
 
-    reads_states: ClassVar[bool] = True
+    reads_states = True
 
 
 def distilled(*objective: Any, reads_states: bool = False) -> Stage:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megakd.contract.metrics import MetricJudge
-from megakd.contract.stage import Constant, Pass, Stateless
+from megakd.contract.stage import Constant, Pass, Strategy
 from megakd.errors import MegakdError
 from megakd.methods.knowledge_selection.selecting import RandomWeights
 from megakd.methods.minidisc import Sandwich, TradeoffJudge
@@ -18,7 +18,7 @@ from megakd.run.stage_identity import facts_of
 from megakd.scoring.evaluation import headline
 
 
-class Halving(Stateless):
+class Halving(Strategy):
     """Keeps its option in an attribute, where nobody looks."""
 
     def __init__(self, every: int) -> None:
@@ -35,7 +35,7 @@ class Stating(Halving):
 
 
 @dataclass(frozen=True)
-class Calling(Stateless):
+class Calling(Strategy):
     schedule: Callable[[int], float] = float
 
 

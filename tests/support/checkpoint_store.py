@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import partial
+from operator import setitem
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import torch
 
 from megakd.engine.distributed import Ranks
 from megakd.storage.tensors import write_tensors
-from megakd.training.checkpoint import Checkpoints
+from megakd.training.checkpoint import Checkpoints, State
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 SHARD = "shard.pt"
@@ -28,8 +31,24 @@ def write_engine(folder: Path, tag: str) -> list[Path]:
 
 def save(store: Checkpoints, *steps: int) -> Path:
     for step in steps:
-        written = store.save(step, write_engine, {"step": step}, {"window": step * 10})
+        values = {"step": step, "window": step * 10}
+        written = store.save(step, write_engine, states_of(values, of_rank=("window",)))
     return written
+
+
+def states_of(values: dict[str, Any], *, of_rank: Collection[str] = ()) -> dict[str, State]:
+    """States that are saved as these values, and that put what is loaded back into them."""
+    return {
+        name: State(lambda name=name: values[name], partial(setitem, values, name), name in of_rank)
+        for name in values
+    }
+
+
+def load(store: Checkpoints, folder: Path, read_engine: Any = None) -> dict[str, Any]:
+    """Return what the states of a checkpoint of `save` are loaded with."""
+    values: dict[str, Any] = {"step": None, "window": None}
+    store.load(folder, read_engine or read_nothing, states_of(values, of_rank=("window",)))
+    return values
 
 
 def names(store: Checkpoints) -> list[str]:

@@ -16,8 +16,8 @@ from megakd.contract.stage import (
     Constant,
     Pass,
     Stage,
-    Stateless,
     StepReport,
+    Strategy,
     Verdict,
     Window,
 )
@@ -68,7 +68,7 @@ def _prune(config: Pruner, lab: Any) -> Any:
 
 
 @plain_dataclass(frozen=True)
-class Sensitivity(Stateless):
+class Sensitivity(Strategy):
     """Adds up |weight * gradient| of every neuron, as no rank could do for itself."""
 
     teacher: str

@@ -21,9 +21,11 @@ from checkpoint_store import (
     SHARD,
     checkpoints,
     flip,
+    load,
     names,
     read_nothing,
     save,
+    states_of,
     write_engine,
 )
 
@@ -56,9 +58,7 @@ def test_state_and_random_numbers_come_back_after_the_shards_are_read(tmp_path):
         assert (parent / tag / SHARD).is_file()
         draws()
 
-    state, own = store.load(folder, read_shards)
-
-    assert (state, own) == ({"step": 4}, {"window": 40})
+    assert load(store, folder, read_shards) == {"step": 4, "window": 40}
     assert draws() == wanted
 
 
@@ -67,11 +67,12 @@ def test_tensors_of_a_gpu_are_read_to_the_device_of_the_rank(tmp_path, monkeypat
     store = checkpoints(tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
-        folder = store.save(4, write_engine, {}, {"average": torch.ones(3)})
+        values = {"average": torch.ones(3)}
+        folder = store.save(4, write_engine, states_of(values, of_rank=("average",)))
 
-    _, own = store.load(folder, read_nothing)
+    store.load(folder, read_nothing, states_of(values, of_rank=("average",)))
 
-    assert own["average"].device.type == "cpu"
+    assert values["average"].device.type == "cpu"
 
 
 def test_ranks_draw_different_dropout_and_the_same_everything_else():
@@ -320,7 +321,7 @@ def test_a_checkpoint_that_names_a_class_is_refused_in_one_line(tmp_path):
     torch.save({"strategy": Counted(3)}, saved / "state.pt")
 
     with pytest.raises(CheckpointError, match="another version") as refused:
-        store.load(saved, lambda folder, tag: None)
+        load(store, saved)
 
     assert "\n" not in str(refused.value)
     assert str(store.folder) in str(refused.value)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_runs import config_tree, write_config, write_reviews
 from whole_run import finish, forgotten, read, records
 
-from megakd.training.early_stopping import EarlyStopping
+from megakd.training.stage_evaluation import EarlyStopping
 
 EVALUATED_EVERY, PATIENCE, PLANNED = 2, 2, 10
 STOPPED = EVALUATED_EVERY * (1 + PATIENCE)

@@ -11,7 +11,7 @@ from source_scene import Texts, objective_of
 from megakd.contract.metrics import WHOLE
 from megakd.contract.terms import HardCrossEntropy
 from megakd.engine import distributed
-from megakd.training.held_out import HeldOutLosses
+from megakd.training.stage_evaluation import HeldOutLosses
 
 TERMS = tuple(HardCrossEntropy(loss="hard_cross_entropy", on=on) for on in (None, "rollouts"))
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megakd.contract.metrics import WHOLE
-from megakd.contract.stage import Pass, Scores, Stateless, StepReport, Verdict, Window
+from megakd.contract.stage import Pass, Scores, StepReport, Strategy, Verdict, Window
 from megakd.contract.views import Axis, Cut, UnitOrder, View
 from megakd.methods.homodistil.schedule import AVERAGES, ROWS, Course
 from megakd.methods.homodistil.sensitivity import (
@@ -59,7 +59,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Pruning(Stateless):
+class Pruning(Strategy):
     """Removes the least sensitive units a few at a time, as the schedule says.
 
     course: the run from the teacher to the student.
@@ -86,12 +86,12 @@ class Pruning(Stateless):
         }
 
     @property
-    def pruned_to(self) -> View:  # type: ignore[override]
+    def pruned_to(self) -> View:
         """The units that remain at the end of the window."""
         return self.course.target.at(self.course.schedule.left(self.window.last))
 
     @property
-    def values_per_weight(self) -> int:  # type: ignore[override]
+    def values_per_weight(self) -> int:
         """The number of averages."""
         return AVERAGES[self.course.scoring.score]
 

@@ -9,13 +9,13 @@ import random
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from megakd.contract.batch import first_positions
-from megakd.contract.stage import Pass, Stateless
+from megakd.contract.stage import Pass, Strategy
 from megakd.methods.knowledge_selection.selector import (
     ActorCritic,
     Learning,
@@ -52,15 +52,13 @@ class Choosing:
     whole_texts: bool = False
 
 
-class Selecting(Stateless):
+class Selecting(Strategy):
     """A strategy in which a frozen selector chooses the weights of the kinds at every step.
 
     The state of a step is computed from the last hidden states of both models in the step's first
     micro-batch: the mean over all ranks at the first position of each row (for language models, at
     all positions). Reading the action costs one device sync per step.
     """
-
-    reads_states: ClassVar[bool] = True
 
     def __init__(
         self, teacher: str, selector: Selector, choosing: Choosing, probe: HeldOutProbe | None
@@ -69,6 +67,11 @@ class Selecting(Stateless):
         self.probe = probe
         self._decided: tuple[int, tuple[float, ...]] | None = None
         self._window: list[tuple[float, ...]] = []
+
+    @property
+    def reads_states(self) -> bool:
+        """The state of a step is computed from hidden states."""
+        return True
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -218,7 +221,7 @@ class LearningToSelect(Selecting):
         self._student: Any = None
 
     @property
-    def episodes(self) -> int:  # type: ignore[override]
+    def episodes(self) -> int:
         """The number of episodes."""
         return self.course.number
 
@@ -338,7 +341,7 @@ class LearningToSelect(Selecting):
 
 
 @dataclass(frozen=True)
-class RandomWeights(Stateless):
+class RandomWeights(Strategy):
     """A strategy with random weights at every step, as a function of seed and step.
 
     weights: weights of the objective, by which the random weights are multiplied.

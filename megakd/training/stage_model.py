@@ -1,0 +1,82 @@
+"""The model folder of a stage, written from the engine or copied from the best evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from megakd.contract.views import Cut
+from megakd.engine.collectives import on_main, together
+from megakd.models.learned import Learned
+from megakd.scoring.evaluation import Evaluation
+from megakd.storage import atomic
+from megakd.storage.folders import copy_finished
+from megakd.training.best_checkpoint import RECORD, Kept, adapters_put_back, write_best_adapters
+from megakd.training.stage_folder import consume, write_stage_folder
+from megakd.training.window_state import WindowState
+
+if TYPE_CHECKING:
+    from megakd.contract.batch import BatchSource
+    from megakd.contract.stage import Stage
+    from megakd.engine.student import StudentEngine
+    from megakd.losses.bundle import StudentBundle
+    from megakd.training.engines import Assembly
+
+
+class StageModel(NamedTuple):
+    """The models that learn in a stage, as folders; every method is a collective.
+
+    source: the batches of the stage, whose position the next window of a run continues.
+    """
+
+    stage: Stage
+    assembly: Assembly
+    student: StudentEngine
+    bundle: StudentBundle
+    source: BatchSource
+
+    def write_returned(self, folder: Path, record: Mapping[str, str | bytes], kept: Kept) -> None:
+        """Write the model that the stage returns, with small files."""
+        best = kept.folder
+        if best is None or adapters_put_back(self.bundle.student, best):
+            self._write(folder, record, kept.chosen, goes_on=self.stage.goes_on)
+        else:
+            remedy = f"remove {best} and start the same command again"
+            on_main(lambda: copy_finished(best, folder, changes=record, remedy=remedy))
+
+    def write_best(self, folder: Path, record: Mapping[str, Any]) -> None:
+        """Write the weights of the best evaluation, with its record."""
+        text = atomic.json_text(record, indent=2)
+        if not write_best_adapters(folder, self.bundle.student, {RECORD: text}):
+            self._write(folder, {RECORD: text}, Evaluation.read(record["evaluation"]))
+
+    def _write(
+        self,
+        folder: Path,
+        extra: Mapping[str, str | bytes],
+        evaluation: Evaluation,
+        *,
+        goes_on: bool = False,
+    ) -> None:
+        """Write the learners, the first cut as an evaluation says."""
+        stage, first, *beside = self.stage, *self.bundle.learners
+        view = stage.views.get(evaluation.view or "")
+        cut = evaluation.cut or (None if view is None else Cut(None, view))
+        of_role = self.assembly.prepared.tokenizer_of
+        models = {stage.role: Learned.of(first, of_role(stage.role), cut=cut, learns=goes_on)}
+        for name, model in zip(stage.beside, beside, strict=True):
+            models[name] = Learned.of(model, of_role(name))
+        window = self._window(cut) if goes_on else None
+
+        def write() -> None:
+            if self.assembly.ranks.is_main:
+                write_stage_folder(folder, models, extra=extra, window=window)
+            else:
+                consume(models, window)
+
+        together(write)
+
+    def _window(self, cut: Cut | None) -> WindowState:
+        strategy, axes = self.stage.strategy, self.bundle.axes
+        return WindowState.of(self.student, strategy, self.source, axes=axes, cut=cut)
