@@ -275,7 +275,7 @@ def build(config: RunConfig, ranks: Ranks) -> tuple[MeasuredStage, FrozenTeacher
         deepspeed=config.student.deepspeed,
     )
     assembly = lab.assembly  # knows the teachers that are ready
-    teacher = lab._frozen(name, lab.needs(stage), stage)  # noqa: SLF001 - as `Lab.train` does
+    teacher = lab.pool.open(name, stage)
     teachers = {name: teacher}
     return MeasuredStage(
         stage, assembly, teachers=teachers, reporter=reporter, fingerprint={}

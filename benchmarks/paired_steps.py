@@ -85,7 +85,7 @@ def measured(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> list
     names = lab.teachers()
     first, second = (stage_of(config, names, strategy) for strategy in strategies(names, given))
     before = psutil.Process().memory_info().rss
-    held = {name: lab._frozen(name, lab.needs(first), first) for name in names}  # noqa: SLF001
+    held = {name: lab.pool.open(name, first) for name in names}
     idle = (psutil.Process().memory_info().rss - before) / len(names)
     assembly = lab.assembly  # knows the teachers that are ready
     runs = [

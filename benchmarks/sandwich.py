@@ -109,7 +109,7 @@ def measured(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> list
         widest = next(iter(views.values()))
         start = shape_of_cut(ranked.source, widest, config.task.type)
         stages[0] = replace(stages[0], start=start)
-    teacher = lab._frozen(name, lab.needs(stages[1]), stages[1])  # noqa: SLF001 - as `Lab.train` does
+    teacher = lab.pool.open(name, stages[1])
     assembly = lab.assembly  # knows the teachers that are ready
     runs = [
         StageRun(stage, assembly, teachers={name: teacher}, reporter=reporter, fingerprint={})

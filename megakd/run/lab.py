@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
-
-from datasets import Dataset
 
 from megakd.config.run import RunConfig
 from megakd.config.stage_schedule import total_steps
@@ -22,19 +20,15 @@ from megakd.data.row_routes import rows_of_teachers
 from megakd.engine.activity import doing
 from megakd.engine.collectives import main_first
 from megakd.engine.distributed import Ranks
-from megakd.engine.memory import forget_models, left_out_of_peak, reset_peak_memory
-from megakd.errors import ConfigError
 from megakd.inputs.inputs import RunInputs
-from megakd.inputs.step_size import micro_batches_per_call
 from megakd.models.knowledge import Needs
 from megakd.models.loading import resolve_model
 from megakd.models.second_vocabulary import FILE, with_table
 from megakd.models.source import ModelSource
 from megakd.pruning.store import PruningStore, SortedTeacher, largest_first, unscored
 from megakd.run.stage_identity import stage_identity
-from megakd.run.teacher_pool import Measured, Opened, OpenTeachers, TeacherScores, model_report
+from megakd.run.teacher_pool import TeacherPool, model_report
 from megakd.scoring.evaluation import weighable
-from megakd.servers.teachers import served_teacher
 from megakd.storage.fingerprint import Fingerprint
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.engines import Assembly
@@ -57,6 +51,7 @@ class Lab(LabBase):
 
     config: the run.
     assembly: the parts that the engines of all stages are built from.
+    pool: the frozen teachers of all stages.
     results: the stages that have finished, in order.
     record: the additional results of a method for the report.
     """
@@ -69,8 +64,7 @@ class Lab(LabBase):
         self.assembly = Assembly(
             config=config, prepared=prepared, ranks=ranks, teachers=self._teachers
         )
-        self._store, self._open = PruningStore(assembly=self.assembly), OpenTeachers()
-        self.teacher_scores = TeacherScores(self.assembly)
+        self._store, self.pool = PruningStore(assembly=self.assembly), TeacherPool(self.assembly)
 
     def largest_first(self) -> tuple[str, ...]:
         """Return the names of all teachers by decreasing number of weights."""
@@ -86,7 +80,7 @@ class Lab(LabBase):
         """Return the worth of a teacher on the validation split; measured once."""
 
         def measure() -> Mapping[str, float]:
-            return self.score_teacher(name, self._prepared.of(name).encoded.validation)
+            return self.pool.score(name)
 
         facts = self.assembly.frozen_facts(self._teachers[name])
         return self.worth(measured_once(self.assembly, f"{name}-scored", facts, measure).metrics)
@@ -179,55 +173,20 @@ class Lab(LabBase):
         # Before any model is loaded, because a checkpoint may be refused.
         checkpoints = stage_checkpoints(stage, self.assembly, fingerprint)
         checkpoints.to_resume(stage.train.resume_from_checkpoint)
-        # The student without its adapters answers in the student's engine.
-        frozen = [name for name in stage.teachers if name not in self.config.base_teachers]
-        self._open.keep({name: self._teachers[name] for name in frozen})
-        # The engine of the last stage must not count.
-        forget_models()
-        reset_peak_memory(self._ranks.device)
-        with ExitStack() as failed:
-            failed.callback(self._open.close)
+        with self.pool.of_stage(stage) as teachers:
             run = StageRun(
                 stage,
                 self.assembly,
-                teachers={name: self._opened(name, stage) for name in frozen},
+                teachers=teachers,
                 reporter=self._reporter,
                 fingerprint=fingerprint,
             )
             with closing(run):
-                result = run.run(folder)
-            failed.pop_all()  # the next stage may ask the same teachers
-        return result
-
-    def _opened(self, name: str, stage: Stage) -> Opened:
-        """Return a teacher of a stage; one that the last stage has asked is still open."""
-        teacher, needs = self._open.get(name), self.needs(stage)
-        if isinstance(teacher, FrozenTeacher):
-            teacher.ask_for(needs, per_call=self._per_call(name, needs, stage))
-            return teacher
-        is_alone = len(self._open) == 0
-        teacher = self._frozen(name, needs, stage)
-        self._open.add(name, self._teachers[name], teacher)
-        if is_alone:  # another teacher would be scored beside this one
-            self._score_opened(name, teacher)
-        return teacher
+                return run.run(folder)
 
     def close(self) -> None:
         """Close the teachers that the last stage has left open."""
-        self._open.close()
-
-    def _score_opened(self, name: str, teacher: Opened) -> None:
-        if name not in self.config.teacher_specs or not isinstance(teacher, FrozenTeacher):
-            return
-        if self.teacher_scores.known(name, self._teachers[name]) is not None:
-            return
-        with left_out_of_peak(self._ranks.device):
-            self.teacher_scores.measured(name, self._teachers[name], teacher)
-            forget_models()
-
-    def needs(self, stage: Stage) -> Needs:
-        """Return the outputs of the teachers that a stage's losses read."""
-        return self.assembly.losses(stage).teacher_needs()
+        self.pool.close()
 
     def rows_of_teachers(self) -> dict[str, int]:
         """Return the number of training rows that name each teacher of the config."""
@@ -271,70 +230,11 @@ class Lab(LabBase):
         self.assembly.build_cache(ready, ready.spec.cache)
         return ready.spec.cache
 
-    def _frozen(self, name: str, needs: Needs, stage: Stage) -> Opened:
-        ready = self._teachers[name]
-        part = "server" if ready.spec.cache is None else "cache"
-        if (ready.spec.cache or ready.spec.server) and needs != Needs():
-            raise ConfigError(
-                f"{self.config.key_of(name)}.{part} holds only the outputs of the teacher, and "
-                "the losses of this method need more; remove the key, or use only soft targets"
-            )
-        if ready.spec.server is not None:
-            return served_teacher(self.config, self._prepared, name, self._ranks)
-        if ready.spec.cache is not None:
-            return self.assembly.cached(ready, ready.spec.cache)
-        dtype = self.assembly.teacher_dtype(ready)
-        spec = ready.spec.deepspeed
-        teacher = self.assembly.frozen(ready.source, spec, dtype=dtype, needs=needs)
-        teacher.ask_for(needs, per_call=self._per_call(name, needs, stage))
-        return teacher
-
-    def _per_call(self, name: str, needs: Needs, stage: Stage) -> int:
-        ready, device = self._teachers[name], self._ranks.device.type
-        dtype = self.assembly.teacher_dtype(ready)
-        return micro_batches_per_call(
-            ready, needs, stage.train, self.config, dtype=dtype, device=device
-        )
-
     def _source(self, folder: Path, role: str) -> ModelSource:
         where = f"{self.config.key_of(role)}.model"
         found = main_first(lambda: resolve_model(str(folder), self.config.task, where=where))
         spec = self.config.teacher_specs.get(role, self.config.student)
         return dataclasses.replace(found, attn_implementation=spec.attn_implementation)
-
-    @property
-    def teacher_folders(self) -> dict[str, Path | None]:
-        """The folders with the weights of the configured teachers that a method has asked for.
-
-        Served teachers are left out, because their weights are not loaded.
-        """
-        specs = self.config.teacher_specs.items()
-        names = [name for name, spec in specs if name in self._teachers and spec.server is None]
-        return {name: self._teachers[name].source.folder for name in names}
-
-    def score_teacher(self, name: str, rows: Dataset) -> Mapping[str, float]:
-        """Return the metrics of a teacher on some rows; a collective."""
-        with self._measured_teacher(name) as (model, _):
-            return self.assembly.of(name).scorer().score(model.predict, rows)
-
-    def measured_teacher(self, name: str) -> Measured:
-        """Return what the report says of a teacher; load it if no stage has; a collective."""
-        known = self.teacher_scores.known(name, self._teachers[name])
-        if known is not None:
-            return known
-        with self._measured_teacher(name) as (_, measured):
-            return measured
-
-    @contextmanager
-    def _measured_teacher(self, name: str) -> Iterator[tuple[FrozenTeacher, Measured]]:
-        self.close()
-        ready, own = self._teachers[name], self.assembly.of(name)
-        dtype = own.teacher_dtype(ready)
-        model = own.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=Needs())
-        try:
-            yield model, self.teacher_scores.measured(name, ready, model)
-        finally:
-            model.destroy()
 
     @doing("scoring a finished model")
     def score(

@@ -181,8 +181,8 @@ def _record_config(config: RunConfig) -> None:
 def _teachers(lab: Lab, sampler: Sampler, sets: SetScores) -> dict[str, ModelReport]:
     """Return size and metrics of every teacher; add its answers and its metrics on the sets."""
     reports = {}
-    for name in lab.teacher_folders:
-        measured = lab.measured_teacher(name)
+    for name in lab.pool.folders:
+        measured = lab.pool.measured(name)
         reports[name] = measured.report
         sets.add(name, measured.sets)
         if measured.answers is not None:
@@ -199,7 +199,7 @@ def _report(
 ) -> Report:
     config, out = lab.config, lab.config.output_dir
     preset = scoring_preset(config.student.deepspeed)
-    sampler, sets = Sampler(lab.teacher_scores.prompts), SetScores(lab.assembly)
+    sampler, sets = Sampler(lab.pool.prompts), SetScores(lab.assembly)
     with phase("scoring"):
         teachers = _teachers(lab, sampler, sets)
         scored = {
@@ -278,7 +278,7 @@ def _latency(lab: Lab, students: Mapping[str, Path], device: torch.device) -> li
     config = lab.config
     if config.eval.latency is False:
         return []
-    teachers = {name: folder for name, folder in lab.teacher_folders.items() if folder}
+    teachers = {name: folder for name, folder in lab.pool.folders.items() if folder}
     if not teachers:
         return []
     assistants = {made.name: made.folder for made in lab.record.assistants}

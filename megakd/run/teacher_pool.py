@@ -1,4 +1,4 @@
-"""What the report says of teachers: each is measured once, where it is loaded anyway.
+"""The frozen teachers of a run: open while stages ask them, and measured once for the report.
 
 The first stage that loads a teacher measures it before the student is built, when nothing else
 takes memory. A teacher that no stage loads, such as one whose answers are cached, is loaded for
@@ -8,8 +8,8 @@ the report. The result is kept on disk, so that a run that goes on does not meas
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -17,12 +17,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from megakd.contract.results import ModelReport
 from megakd.engine.activity import doing
 from megakd.engine.collectives import on_main
+from megakd.engine.memory import forget_models, left_out_of_peak, reset_peak_memory
+from megakd.errors import ConfigError
+from megakd.inputs.step_size import micro_batches_per_call
 from megakd.models.counting import named_shapes, parameter_counts
+from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
 from megakd.process.phases import phase
 from megakd.reports.samples import held_out_prompts
 from megakd.scoring.evaluation import numbers
-from megakd.servers.teachers import ServedTeacher
+from megakd.servers.teachers import ServedTeacher, served_teacher
 from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint, as_read_back, flatten
 from megakd.teachers.cached import CachedTeacher
@@ -30,8 +34,9 @@ from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.evaluation_sets import set_metrics
 
 if TYPE_CHECKING:
+    from megakd.contract.stage import Stage
     from megakd.reports.samples import Prompts
-    from megakd.training.engines import Assembly, ReadyTeacher
+    from megakd.training.engines import Assembly
 
 
 class Measured(NamedTuple):
@@ -47,53 +52,182 @@ class Measured(NamedTuple):
     answers: list[str] | None
 
 
-@dataclass(frozen=True)
-class TeacherScores:
-    """The measurements of a run's teachers, in `checkpoints/<teacher>-scores.json`."""
+Opened = FrozenTeacher | CachedTeacher | ServedTeacher
 
-    assembly: Assembly
-    _found: dict[str, Measured] = field(default_factory=dict)
+
+class TeacherPool:
+    """The frozen teachers of a run: their engines, and what the report says of them.
+
+    Args:
+        assembly: the assembly of the run, which knows the teachers that are ready.
+    """
+
+    def __init__(self, assembly: Assembly) -> None:
+        self.assembly, self._config = assembly, assembly.config
+        self._open: dict[str, tuple[ReadyTeacher, Opened]] = {}
+        self._known: dict[str, Measured] = {}
+
+    @contextmanager
+    def of_stage(self, stage: Stage) -> Iterator[dict[str, Opened]]:
+        """Open the teachers of a stage; they stay open for the next stage unless this one fails."""
+        # The student without its adapters answers in the student's engine.
+        names = [name for name in stage.teachers if name not in self._config.base_teachers]
+        self.close(but=names)
+        # The engine of the last stage must not count.
+        forget_models()
+        reset_peak_memory(self.assembly.ranks.device)
+        try:
+            yield {name: self._asked(name, stage) for name in names}
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self, but: Collection[str] = ()) -> None:
+        """Close all teachers but some whose models are still the same.
+
+        A teacher whose answers are cached or served is always closed; to open it costs nothing.
+        """
+        for name, (ready, teacher) in list(self._open.items()):
+            is_same = name in but and self.assembly.teachers[name] is ready
+            if not isinstance(teacher, FrozenTeacher) or not is_same:
+                del self._open[name]
+                teacher.destroy()
+
+    def _asked(self, name: str, stage: Stage) -> Opened:
+        """Return a teacher of a stage; one that the last stage has asked is still open."""
+        if name in self._open:
+            _, teacher = self._open[name]
+            self._ask(teacher, name, stage)
+            return teacher
+        is_alone = not self._open
+        teacher = self.open(name, stage)
+        self._open[name] = self.assembly.teachers[name], teacher
+        if is_alone:  # another teacher would be measured beside this one
+            self._measure_opened(name, teacher)
+        return teacher
+
+    def open(self, name: str, stage: Stage) -> Opened:
+        """Return a teacher that gives the outputs that the losses of a stage read; a collective.
+
+        Raises:
+            MegakdError: the teacher cannot be used, or a cache or a server lacks these outputs.
+        """
+        ready = self.assembly.teachers[name]
+        needs = self.assembly.losses(stage).teacher_needs()
+        part = "server" if ready.spec.cache is None else "cache"
+        if (ready.spec.cache or ready.spec.server) and needs != Needs():
+            raise ConfigError(
+                f"{self._config.key_of(name)}.{part} holds only the outputs of the teacher, and "
+                "the losses of this method need more; remove the key, or use only soft targets"
+            )
+        if ready.spec.server is not None:
+            prepared, ranks = self.assembly.prepared, self.assembly.ranks
+            return served_teacher(self._config, prepared, name, ranks)
+        if ready.spec.cache is not None:
+            return self.assembly.cached(ready, ready.spec.cache)
+        dtype, spec = self.assembly.teacher_dtype(ready), ready.spec.deepspeed
+        teacher = self.assembly.frozen(ready.source, spec, dtype=dtype, needs=needs)
+        self._ask(teacher, name, stage)
+        return teacher
+
+    def _ask(self, teacher: Opened, name: str, stage: Stage) -> None:
+        if not isinstance(teacher, FrozenTeacher):
+            return
+        ready, needs = self.assembly.teachers[name], self.assembly.losses(stage).teacher_needs()
+        per_call = micro_batches_per_call(
+            ready,
+            needs,
+            stage.train,
+            self._config,
+            dtype=self.assembly.teacher_dtype(ready),
+            device=self.assembly.ranks.device.type,
+        )
+        teacher.ask_for(needs, per_call=per_call)
+
+    def _measure_opened(self, name: str, teacher: Opened) -> None:
+        """Measure a teacher of the config before the student is built, when memory is free."""
+        if name not in self._config.teacher_specs or not isinstance(teacher, FrozenTeacher):
+            return
+        if self._read_once(name) is None:
+            with left_out_of_peak(self.assembly.ranks.device):
+                self._measured(name, teacher)
+                forget_models()
+
+    @contextmanager
+    def loaded(self, name: str) -> Iterator[FrozenTeacher]:
+        """Load a teacher alone, and measure it unless it is measured; a collective."""
+        self.close()
+        ready, own = self.assembly.teachers[name], self.assembly.of(name)
+        dtype = own.teacher_dtype(ready)
+        model = own.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=Needs())
+        try:
+            self._measured(name, model)
+            yield model
+        finally:
+            model.destroy()
+
+    def score(self, name: str) -> Mapping[str, float]:
+        """Return the metrics of a teacher on the validation split; a collective."""
+        own = self.assembly.of(name)
+        with self.loaded(name) as model:
+            return own.scorer().score(model.predict, own.prepared.encoded.validation)
+
+    def measured(self, name: str) -> Measured:
+        """Return what the report says of a teacher; load it if no stage has; a collective.
+
+        The measurement is kept in `checkpoints/<teacher>-scores.json` for a run that goes on.
+        """
+        known = self._read_once(name)
+        if known is None:
+            with self.loaded(name):
+                known = self._known[name]
+        return known
+
+    @property
+    def folders(self) -> dict[str, Path | None]:
+        """The folders with the weights of the configured teachers that a method has asked for.
+
+        Served teachers are left out, because their weights are not loaded.
+        """
+        ready, specs = self.assembly.teachers, self._config.teacher_specs.items()
+        names = [name for name, spec in specs if name in ready and spec.server is None]
+        return {name: ready[name].source.folder for name in names}
 
     @cached_property
     def prompts(self) -> Prompts | None:
         """The prompts of the report; None if the task has no prompts."""
-        prepared, config = self.assembly.prepared, self.assembly.config
-        rows, device = prepared.encoded.held_out, self.assembly.ranks.device
-        return held_out_prompts(rows, prepared.tokenizer, config.task, device)
+        prepared, device = self.assembly.prepared, self.assembly.ranks.device
+        rows = prepared.encoded.held_out
+        return held_out_prompts(rows, prepared.tokenizer, self._config.task, device)
 
-    def known(self, name: str, ready: ReadyTeacher) -> Measured | None:
-        """Return the measurement of a teacher; None if it has not been measured; a collective."""
-        if name not in self._found:
-            there = on_main(lambda: _read(self._path(name), self._facts(name, ready)))
-            if there is not None:
-                self._found[name] = there
-        return self._found.get(name)
-
-    def measured(self, name: str, ready: ReadyTeacher, model: FrozenTeacher) -> Measured:
-        """Return the measurement of a loaded teacher, which is measured once; a collective."""
-        known = self.known(name, ready)
+    def _measured(self, name: str, model: FrozenTeacher) -> Measured:
+        known = self._read_once(name)
         if known is not None:
             return known
-        with phase("scoring"), doing(f"scoring {name}"):
-            measured = self._found[name] = self._measure(name, model)
-        on_main(lambda: self._write(name, ready, measured))
-        return measured
-
-    def _write(self, name: str, ready: ReadyTeacher, measured: Measured) -> None:
-        record = {"facts": self._facts(name, ready), **measured._asdict()}
-        atomic.write_json(self._path(name), record)
-
-    def _measure(self, name: str, model: FrozenTeacher) -> Measured:
         own, shared = self.assembly.of(name), self.assembly.prepared
         prompts = self.prompts if shared.tokenizer_of(name) is shared.tokenizer else None
-        answers = None if prompts is None else prompts.answers(model)
-        return Measured(model_report(own, model), set_metrics(own, model), answers)
+        with phase("scoring"), doing(f"scoring {name}"):
+            answers = None if prompts is None else prompts.answers(model)
+            made = Measured(model_report(own, model), set_metrics(own, model), answers)
+        self._known[name] = made
+        on_main(lambda: self._write(name, made))
+        return made
+
+    def _read_once(self, name: str) -> Measured | None:
+        if name not in self._known:
+            record = on_main(lambda: _read(self._path(name), self._facts(name)))
+            if record is not None:
+                self._known[name] = record
+        return self._known.get(name)
+
+    def _write(self, name: str, measured: Measured) -> None:
+        atomic.write_json(self._path(name), {"facts": self._facts(name), **measured._asdict()})
 
     def _path(self, name: str) -> Path:
-        return self.assembly.config.output_dir / "checkpoints" / f"{name}-scores.json"
+        return self._config.output_dir / "checkpoints" / f"{name}-scores.json"
 
-    def _facts(self, name: str, ready: ReadyTeacher) -> Fingerprint:
-        own = self.assembly.of(name)
+    def _facts(self, name: str) -> Fingerprint:
+        own, ready = self.assembly.of(name), self.assembly.teachers[name]
         rows = {"rows": own.prepared.splits.whole_hash}
         return flatten({**own.conditions, **rows, "teacher": own.frozen_facts(ready)})
 
@@ -128,44 +262,3 @@ def _read(path: Path, facts: Fingerprint) -> Measured | None:
         return Measured(cast("ModelReport", report), sets, record["answers"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-Opened = FrozenTeacher | CachedTeacher | ServedTeacher
-
-
-class _Entry(NamedTuple):
-    ready: ReadyTeacher
-    teacher: Opened
-
-
-@dataclass(frozen=True)
-class OpenTeachers:
-    """The open teachers of the last stage, by name."""
-
-    _entries: dict[str, _Entry] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(self, name: str) -> Opened | None:
-        """Return an open teacher; None if it is not open."""
-        entry = self._entries.get(name)
-        return entry and entry.teacher
-
-    def add(self, name: str, ready: ReadyTeacher, teacher: Opened) -> None:
-        """Keep an engine that was opened for a teacher."""
-        self._entries[name] = _Entry(ready, teacher)
-
-    def keep(self, wanted: Mapping[str, ReadyTeacher]) -> None:
-        """Close all teachers except those of the next stage, if their models are the same.
-
-        A teacher whose answers are cached or served is always closed; to open it costs nothing.
-        """
-        for name, (ready, teacher) in list(self._entries.items()):
-            if not isinstance(teacher, FrozenTeacher) or wanted.get(name) is not ready:
-                del self._entries[name]
-                teacher.destroy()
-
-    def close(self) -> None:
-        """Close all teachers."""
-        self.keep({})

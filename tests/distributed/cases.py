@@ -71,7 +71,7 @@ def train(config_path: str, overrides: list[str], steps: int, *, generates: bool
         deepspeed=config.student.deepspeed,
     )
     asked = [name for name in teachers if name not in config.base_teachers]
-    frozen = {name: lab._frozen(name, lab.needs(stage), stage) for name in asked}
+    frozen = {name: lab.pool.open(name, stage) for name in asked}
     run = StageRun(
         stage,
         lab.assembly,

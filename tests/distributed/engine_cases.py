@@ -59,9 +59,9 @@ def _started(config_path: str, overrides: list[str] | None = None, *, scores: bo
         train=config.train,
         deepspeed=config.student.deepspeed,
     )
-    teacher = lab._frozen(name, lab.needs(stage), stage)
+    teacher = lab.pool.open(name, stage)
     if scores:
-        lab._score_opened(name, teacher)
+        lab.pool._measure_opened(name, teacher)
     run = StageRun(
         stage,
         lab.assembly,
@@ -88,7 +88,7 @@ def consecutive_stages(config_path: str, out: str, *closed: str) -> int:
     reporter = Reporter(config.output_dir, is_main=False)
     lab = Lab(config, prepare(config), distributed.ranks(), reporter)
     teacher = lab.teacher()
-    with patch.object(lab, "_frozen", wraps=lab._frozen) as opening:
+    with patch.object(lab.pool, "open", wraps=lab.pool.open) as opening:
         for name, terms in (("first", config.objective), ("second", config.objective[:1])):
             strategy = Constant((Pass(teacher=teacher),))
             lab.train(Stage(name=name, teachers=(teacher,), objective=terms, strategy=strategy))

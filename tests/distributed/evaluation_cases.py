@@ -47,7 +47,7 @@ def evaluated(config_path: str, overrides: list[str], kind: str) -> dict[str, An
         measures_losses=bool(views),
     )
     stage = completed(stage, config)
-    frozen = lab._frozen(teacher, lab.needs(stage), stage)
+    frozen = lab.pool.open(teacher, stage)
     run = StageRun(
         stage, lab.assembly, teachers={teacher: frozen}, reporter=reporter, fingerprint={}
     )

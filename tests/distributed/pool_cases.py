@@ -56,14 +56,14 @@ def learn(config_path: str, overrides: list[str]) -> dict:
     lab = Lab(config, prepare(config), distributed.ranks(), reporter)
     asked: list[str] = []
     held: dict[str, int] = {}
-    frozen = lab._frozen
+    frozen = lab.pool.open
 
-    def watched(name, needs, stage):
-        teacher = Watched(name, frozen(name, needs, stage), asked)
+    def watched(name, stage):
+        teacher = Watched(name, frozen(name, stage), asked)
         held[name] = teacher.elements
         return teacher
 
-    lab._frozen = watched
+    lab.pool.open = watched
     result = run_method(config.method, lab)
     lab.close()
     weights = load_file(result.folder / "model.safetensors")

@@ -109,7 +109,7 @@ def test_a_teacher_is_finetuned_on_its_labels_before_it_teaches(tmp_path, teache
     assert (stage.name, stage.role, stage.teachers) == ("teacher-finetune", "teacher", ())
     assert (stage.labelled_only, stage.deepspeed, stage.train.max_steps) == (True, "zero0", 7)
     assert [term.loss for term in stage.objective] == ["hard_cross_entropy"]
-    assert lab.teacher_folders == {"teacher": teacher}
+    assert lab.pool.folders == {"teacher": teacher}
 
 
 @pytest.mark.parametrize(
@@ -243,12 +243,12 @@ def test_a_teacher_that_cannot_be_loaded_leaves_no_engine_of_another(
         def destroy(self) -> None:
             destroyed.append("teacher")
 
-    def frozen(name: str, needs: Any, stage: Any) -> Loaded:
+    def opened(name: str, stage: Any) -> Loaded:
         if name == "second":
             raise TeacherError("second cannot be loaded")
         return Loaded()
 
-    monkeypatch.setattr(lab, "_frozen", frozen)
+    monkeypatch.setattr(lab.pool, "open", opened)
 
     with pytest.raises(TeacherError, match="second cannot be loaded"):
         lab.train(stage_of(teachers=("teacher", "second")))

@@ -270,7 +270,7 @@ def scene(folder: Path, *, timed: bool = True, task: str = "mlm", **options: Any
     """A lab of a teacher whose weights are stored somewhere, and held-out rows of 2, 5 and 9."""
     rows = Dataset.from_dict({"input_ids": [[1] * length for length in (2, 9, 5)]})
     return SimpleNamespace(
-        teacher_folders={"teacher": folder},
+        pool=SimpleNamespace(folders={"teacher": folder}),
         record=SimpleNamespace(assistants=[]),
         config=SimpleNamespace(
             task=SimpleNamespace(type=task),

@@ -89,8 +89,8 @@ def test_a_stage_measures_only_a_teacher_that_is_alone_in_memory(tmp_path, monke
     def stage_run(*_args: Any, **_facts: Any) -> None:
         raise TeacherError("all teachers are loaded")
 
-    monkeypatch.setattr(lab, "_frozen", lambda *_: Loaded())
-    monkeypatch.setattr(lab, "_score_opened", lambda name, _: measured.append(name))
+    monkeypatch.setattr(lab.pool, "open", lambda *_: Loaded())
+    monkeypatch.setattr(lab.pool, "_measure_opened", lambda name, _: measured.append(name))
     monkeypatch.setattr(lab_module, "StageRun", stage_run)
 
     with pytest.raises(TeacherError, match="all teachers are loaded"):

@@ -35,11 +35,11 @@ def scored(tmp_path: Path) -> Callable[..., tuple[Lab, list[str]]]:
     def make(**sections: Any) -> tuple[Lab, list[str]]:
         lab, measured = lab_of(config_of(tmp_path, **sections)), list[str]()
 
-        def score_teacher(name: str, rows: Any) -> dict[str, float]:
+        def score(name: str) -> dict[str, float]:
             measured.append(name)
             return {"accuracy": 0.75}
 
-        lab.score_teacher = score_teacher  # type: ignore[method-assign,assignment]
+        lab.pool.score = score  # type: ignore[method-assign]
         lab.teacher()
         return lab, measured
 
