@@ -3,12 +3,12 @@
 `python benchmarks/evidence.py --data ../shared/data [--only skdbert,minidisc] [--quick]`, on the
 CPU, two cells side by side. Teachers and the caches of their answers are made once per setting and
 seed; every cell has a folder below `--out` and is gone on with where it was. Results are stored in
-docs/evidence/ as they come, and a stored cell is not run again; `--page` draws docs/evidence.md
-from them and runs nothing. `--collect` stores the finished runs of the benchmarks that train their
-arms themselves, such as `shrink.py`, and draws the page. `--quick` compares knowledge selection and
-MiniDisc with plain distillation and labels alone in one setting, with two seeds and at equal steps,
-in less than 20 minutes. Its results and page lie below `--out`; the whole run trains none of its
-cells again.
+notebook/evidence/ as they come, and a stored cell is not run again; `--page` draws
+notebook/evidence.md from them and runs nothing. `--collect` stores the finished runs of the
+benchmarks that train their arms themselves, such as `shrink.py`, and draws the page. `--quick`
+compares knowledge selection and MiniDisc with plain distillation and labels alone in one setting,
+with two seeds and at equal steps, in less than 20 minutes. Its results and page lie below `--out`;
+the whole run trains none of its cells again.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--data", type=Path, default=ROOT / SHARED)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench/evidence")
-    parser.add_argument("--stored", type=Path, help="folder of the results; docs/evidence")
+    parser.add_argument("--stored", type=Path, help="results; benchmarks/notebook/evidence")
     words = f"comparisons; default: all, with --quick {','.join(QUICK_ONLY)}"
     parser.add_argument("--only", type=words_of(COMPARISONS), help=words)
     planned = [name for name, setting in SETTINGS.items() if setting.in_plan]

@@ -1,7 +1,7 @@
 """Stored results of the evidence: a file per comparison and setting, with its gates and cells.
 
-A cell is one run of one arm of a comparison with one seed. The files lie in docs/evidence/; the
-page docs/evidence.md is drawn from them alone.
+A cell is one run of one arm of a comparison with one seed. The files lie in notebook/evidence/; the
+page notebook/evidence.md is drawn from them alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Of what a cell means: which split is scored, what counts as cost, how teachers are trained."""
-STORED = ROOT / "docs/evidence"
+STORED = ROOT / "benchmarks/notebook/evidence"
 
 SAME_RUN = "same_run"
 """Detail of a cell that is a copy: the run would be the run of the reference arm."""

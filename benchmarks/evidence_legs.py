@@ -2,7 +2,7 @@
 
 Mixed vocabularies, HomoDistil, on-policy distillation and shrink have benchmarks of their own. This
 module starts no run: it reads the reports of the runs that have finished with the settings of
-`evidence_others.py`, and stores them in docs/evidence/.
+`evidence_others.py`, and stores them in notebook/evidence/.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The page of the evidence, drawn from the stored cells alone.
 
-`python benchmarks/evidence_page.py` writes docs/evidence.md and its pictures from the files of
-docs/evidence/: the stored cells of every comparison and setting, and notes.yaml with the reasons
-that people have found.
+`python benchmarks/evidence_page.py` writes notebook/evidence.md and its pictures from the files of
+notebook/evidence/: the stored cells of every comparison and setting, and notes.yaml with the
+reasons that people have found.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from evidence_cells import Cell, Stored
     from evidence_gates import Assessed, Group
 
-PAGE = ROOT / "docs/evidence.md"
+PAGE = ROOT / "benchmarks/notebook/evidence.md"
 NOTES = "notes.yaml"
 NOTE_KEYS = ("title", "page", "why", "tried", "paper_start")
 WIDTH = 115
@@ -175,7 +175,7 @@ def _section(
 ) -> str:
     title = notes.get("title", comparison.title)
     page = notes.get("page", comparison.page)
-    blocks = [f"## {title}", _wrapped(f"The method and its options: [{page}]({page}).")]
+    blocks = [f"## {title}", _wrapped(f"The method and its options: [{page}](../../docs/{page}).")]
     if any(one.differences for one in settings):
         alt = f"Differences of the arms of {name} from {comparison.reference}, by setting"
         blocks.append(f"![{alt}](images/evidence-{name}.svg)")

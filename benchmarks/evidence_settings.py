@@ -1,7 +1,7 @@
 """The settings of the evidence: data, teachers and students of each, found by calibration.
 
 The numbers of a setting were chosen once, with labels alone and with plain distillation, before any
-method was compared; docs/evidence.md lists what was tried.
+method was compared; notebook/evidence.md lists what was tried.
 """
 
 from __future__ import annotations

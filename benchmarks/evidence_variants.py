@@ -2,7 +2,7 @@
 
 A second trial of the paper begins with a new optimizer and a new learning rate schedule, loses the
 teacher, and trains all candidates from the assistant's size on. Each option changes one of these.
-`docs/evidence.md` compares the variants with the paper's form and with no assistant.
+`notebook/evidence.md` compares the variants with the paper's form and with no assistant.
 """
 
 from __future__ import annotations
