@@ -1,4 +1,4 @@
-"""What the README shows is what there is."""
+"""The README and the pages show commands, configs and names that exist."""
 
 from __future__ import annotations
 
@@ -20,15 +20,24 @@ def readme(repository: Path) -> str:
     return (repository / "README.md").read_text(encoding="utf-8")
 
 
-def block(readme: str, language: str) -> str:
-    found = re.search(rf"```{language}\n(.*?)```", readme, re.DOTALL)
-    assert found, f"the README has no {language} block"
-    return found[1]
+@pytest.fixture(scope="module")
+def pages(repository: Path) -> dict[str, str]:
+    return {p.name: p.read_text(encoding="utf-8") for p in (repository / "docs").glob("*.md")}
 
 
-def test_the_run_config_it_shows_is_valid(readme, tmp_path):
+def block(page: str, language: str) -> str:
+    block = re.search(rf"```{language}\n(.*?)```", page, re.DOTALL)
+    assert block, f"the page has no {language} block"
+    return block[1]
+
+
+def test_it_has_at_most_900_words(readme):
+    assert len(readme.split()) <= 900
+
+
+def test_the_run_config_of_the_first_page_is_valid(pages, tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text(block(readme, "yaml"))
+    path.write_text(block(pages["index.md"], "yaml"))
 
     assert load_config(path).method.name == "single"
 
@@ -49,21 +58,21 @@ def test_the_training_commands_it_lists_are_accepted(readme, repository, capsys)
         assert train_main(words) == 0, (config, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("kind", ["methods", "losses"])
-def test_it_names_every_method_and_loss(readme, kind):
-    names = variants(MethodConfig, "name") if kind == "methods" else variants(TermConfig, "loss")
-
-    assert [name for name in names if f"`{name}`" not in readme] == []
+def test_it_names_every_method(readme):
+    assert [n for n in variants(MethodConfig, "name") if f"`{n}`" not in readme] == []
 
 
-def test_it_names_every_model_family(readme):
-    named = re.sub(r"[^a-z0-9]", "", readme.lower())
+def test_the_pages_name_every_loss_and_family(pages):
+    losses = [
+        name for name in variants(TermConfig, "loss") if f"`{name}`" not in pages["losses.md"]
+    ]
+    families = [name for name in FAMILIES if f"`{name}`" not in pages["families.md"]]
 
-    assert [name for name in FAMILIES if name.replace("_", "") not in named] == []
+    assert (losses, families) == ([], [])
 
 
-def test_the_commands_it_lists_exist(readme, capsys):
-    for command in re.findall(r"`megakd (\w+)[^`]*`", readme):
+def test_the_commands_they_list_exist(readme, pages, capsys):
+    for command in set(re.findall(r"`megakd (\w+)[^`]*`", readme + pages["index.md"])):
         with pytest.raises(SystemExit) as stopped:
             main([command, "--help"])
         assert stopped.value.code == 0, command
