@@ -224,6 +224,7 @@ def test_only_the_commands_import_the_lab() -> None:
     commands = {
         "megakd.cli",
         "megakd.run.main",
+        "megakd.run.run_report",
         "megakd.run.caching",
         "megakd.run.model_evaluation",
     }

@@ -20,7 +20,7 @@ from megakd.config.file import load_config
 from megakd.config.run import EvalConfig, LatencyConfig
 from megakd.data.splits import load_splits
 from megakd.errors import CheckpointError
-from megakd.run import main
+from megakd.run import run_report
 from megakd.run.main import check_checkpoint_given
 
 REPORT_KEYS = {
@@ -295,10 +295,12 @@ def test_all_models_are_timed_in_one_dtype_at_the_length_of_the_data(
     tmp_path, monkeypatch, options, work
 ):
     timed: list[Any] = []
-    monkeypatch.setattr(main, "measure_latencies", lambda *a, **k: timed.append((*a, k)) or [])
-    monkeypatch.setattr(main, "weight_bytes", lambda _: 1)
+    monkeypatch.setattr(
+        run_report, "measure_latencies", lambda *a, **k: timed.append((*a, k)) or []
+    )
+    monkeypatch.setattr(run_report, "weight_bytes", lambda _: 1)
 
-    main._latency(scene(tmp_path, **options), {}, torch.device("cpu"))
+    run_report._latency(scene(tmp_path, **options), {}, torch.device("cpu"))
 
     ((models, done, how),) = timed
     assert models == {"teacher": tmp_path}
@@ -307,9 +309,9 @@ def test_all_models_are_timed_in_one_dtype_at_the_length_of_the_data(
 
 
 def test_latency_can_be_switched_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(main, "measure_latencies", lambda *_, **__: pytest.fail("timed"))
+    monkeypatch.setattr(run_report, "measure_latencies", lambda *_, **__: pytest.fail("timed"))
 
-    assert main._latency(scene(tmp_path, timed=False), {}, torch.device("cpu")) == []
+    assert run_report._latency(scene(tmp_path, timed=False), {}, torch.device("cpu")) == []
 
 
 @pytest.mark.parametrize("error", [AttributeError("no such layer"), ImportError("no einops")])
@@ -319,8 +321,8 @@ def test_a_model_whose_code_cannot_be_timed_does_not_fail_a_run(
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(main, "measure_latencies", fail)
-    monkeypatch.setattr(main, "weight_bytes", lambda _: 1)
+    monkeypatch.setattr(run_report, "measure_latencies", fail)
+    monkeypatch.setattr(run_report, "weight_bytes", lambda _: 1)
 
-    assert main._latency(scene(tmp_path), {}, torch.device("cpu")) == []
+    assert run_report._latency(scene(tmp_path), {}, torch.device("cpu")) == []
     assert f"latency could not be measured: {error}" in caplog.text

@@ -1,0 +1,226 @@
+"""The report of a run: scores and latency of the finished models, and what the stages took."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megakd.contract.results import (
+    Assistant,
+    AssistantReport,
+    LatencyReport,
+    ModelReport,
+    QuantizedReport,
+    Report,
+    Speedup,
+)
+from megakd.contract.stage import StageResult
+from megakd.contract.tasks import STUDENT
+from megakd.data.loader import lengths_of_rows
+from megakd.engine.activity import doing
+from megakd.engine.collectives import on_main
+from megakd.engine.memory import (
+    forget_models,
+    free_memory_bytes,
+)
+from megakd.engine.sharding import is_first_rank
+from megakd.inputs.inputs import vocabulary_report
+from megakd.inputs.precision import TORCH_DTYPE
+from megakd.models.export import weight_bytes
+from megakd.models.int8 import INT8, write_int8, write_restored
+from megakd.models.lora import adapter_parameters
+from megakd.process.phases import phase, seconds
+from megakd.reports.generated import generation_reports
+from megakd.reports.history import read_history
+from megakd.reports.latency import Work, measure_latencies
+from megakd.reports.quantities import paired_ratio
+from megakd.reports.report import environment
+from megakd.reports.samples import Sampler
+from megakd.reports.table import largest
+from megakd.rollouts.runaway import text_warnings
+from megakd.run.lab import Lab
+from megakd.training.evaluation_sets import SetScores
+from megakd.training.recipes import scoring_preset
+
+logger = logging.getLogger(__name__)
+INT8_FOLDER = ".int8"
+"""Folder below `output_dir` that exists only during the scoring."""
+
+
+def _teachers(lab: Lab, sampler: Sampler, sets: SetScores) -> dict[str, ModelReport]:
+    """Return size and metrics of every teacher; add its answers and its metrics on the sets."""
+    reports = {}
+    for name in lab.pool.folders:
+        measured = lab.pool.measured(name)
+        reports[name] = measured.report
+        sets.add(name, measured.sets)
+        if measured.answers is not None:
+            sampler.add(name, measured.answers)
+    return reports
+
+
+def report_of(
+    lab: Lab,
+    student: StageResult,
+    baselines: Mapping[str, StageResult],
+) -> Report:
+    """Score the finished models, measure their latency, and return the report; a collective."""
+    config, prepared, ranks = lab.config, lab.assembly.prepared, lab.assembly.ranks
+    out = config.output_dir
+    preset = scoring_preset(config.student.deepspeed)
+    sampler, sets = Sampler(lab.pool.prompts), SetScores(lab.assembly)
+    with phase("scoring"):
+        teachers = _teachers(lab, sampler, sets)
+        scored = {
+            name: lab.score(
+                lab.source(result.folder), preset, look=sets.scoring(name, sampler.asking(name))
+            )
+            for name, result in {STUDENT: student, **baselines}.items()
+        }
+        if config.save.int8:
+            scored[STUDENT]["int8"] = score_int8(lab, student.folder, preset)
+        assistants = [_assistant(lab, made) for made in lab.record.assistants]
+    students = {STUDENT: student.folder, **{n: made.folder for n, made in baselines.items()}}
+    forget_models()
+    with phase("latency"), doing("measuring latency"):
+        latency = on_main(lambda: _latency(lab, students, ranks.device))
+    return Report(
+        method=config.method.name,
+        task=config.task.data_name,
+        metric_name=prepared.metric.name,
+        evaluated_on="test" if prepared.encoded.test is not None else "validation",
+        teacher=teachers.get(largest(teachers) or ""),
+        teachers=[{"name": n, **teachers[n]} for n in teachers if config.teachers],
+        student=_student(scored[STUDENT], student.folder),
+        assistants=assistants,
+        baselines={name: scored[name]["metrics"] for name in baselines},
+        candidates=lab.record.candidates,
+        stages=[_stage_entry(result) for result in lab.results],
+        speedup=_speedup(latency, largest(teachers)),
+        latency=latency,
+        cost=lab.record.cost,
+        pool=lab.record.pool,
+        pruning=lab.record.pruning,
+        vocabulary=vocabulary_report(config, prepared),
+        samples=sampler.samples(teacher=largest(teachers), student=STUDENT),
+        generation=on_main(lambda: generation_reports(out, [made.name for made in lab.results])),
+        warnings=on_main(lambda: text_warnings(read_history(out / "metrics.jsonl"))),
+        evaluation_sets=sets.report(),
+        seconds=seconds(),
+        environment=environment(
+            ranks=ranks.world_size,
+            device=ranks.device,
+            corpus_content_hash=prepared.splits.whole_hash,
+        ),
+    )
+
+
+def _student(scored: ModelReport, folder: Path) -> ModelReport:
+    report: ModelReport = {**scored, "bytes": weight_bytes(folder)}
+    trained = adapter_parameters(folder)
+    return report if trained is None else {**report, "trained_parameters": trained}
+
+
+def _assistant(lab: Lab, assistant: Assistant) -> AssistantReport:
+    scored = lab.score(lab.source(assistant.folder), scoring_preset(lab.config.student.deepspeed))
+    return {
+        "name": assistant.name,
+        "sparsity": assistant.sparsity,
+        **scored,
+        "bytes": weight_bytes(assistant.folder),
+    }
+
+
+def _stage_entry(result: StageResult) -> Any:
+    return {
+        "name": result.name,
+        "steps": result.steps,
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "metrics": dict(result.metrics),
+    }
+
+
+def _latency(lab: Lab, students: Mapping[str, Path], device: torch.device) -> list[LatencyReport]:
+    """Time all models side by side on rank 0, if all of them fit into the device's memory."""
+    config = lab.config
+    if config.eval.latency is False:
+        return []
+    teachers = {name: folder for name, folder in lab.pool.folders.items() if folder}
+    if not teachers:
+        return []
+    assistants = {made.name: made.folder for made in lab.record.assistants}
+    models = {**teachers, **assistants, **students}
+    # On a CPU all models are timed in fp32, which doubles weights that are stored in 16 bits.
+    room = 3 if device.type == "cpu" else 2
+    needed, free = room * sum(map(weight_bytes, models.values())), free_memory_bytes(device)
+    if needed > free:
+        logger.warning(
+            "latency is not measured: the models need about %.1f GB side by side, and %.1f GB are "
+            "free on %s",
+            needed / 1e9,
+            free / 1e9,
+            device,
+        )
+        return []
+    try:
+        wanted, rows = config.eval.latency, lab.assembly.prepared.encoded.held_out
+        length = wanted.tokens or int(np.median(lengths_of_rows(rows)))
+        work = Work(wanted.batches(config.task.type), length, wanted.generate)
+        dtype = TORCH_DTYPE[lab.assembly.scoring_dtype()]
+        return measure_latencies(models, work, device=device, dtype=dtype)
+    except Exception as error:  # noqa: BLE001 - the code of a model may raise any error
+        # All stages are finished and the student is valid: a failed timing must not fail the run.
+        logger.warning("latency could not be measured: %s", error)
+        return []
+
+
+def _speedup(latency: Sequence[LatencyReport], teacher: str | None) -> Speedup | None:
+    """Return the times of the largest teacher and the student at the smallest batch size."""
+    forwards = [entry for entry in latency if "generated" not in entry]
+    batch = min((entry["batch"] for entry in forwards), default=0)
+    of = {entry["model"]: entry for entry in forwards if entry["batch"] == batch}
+    if teacher not in of:
+        return None
+    theirs, mine = of[teacher], of[STUDENT]
+    ratio = paired_ratio(theirs.get("rounds_ms", ()), mine.get("rounds_ms", ()))
+    times = Speedup(batch=batch, teacher_ms=theirs["ms"], student_ms=mine["ms"])
+    return {**times, "low": ratio.low, "high": ratio.high}
+
+
+def score_int8(lab: Lab, student: Path, deepspeed: str | Mapping[str, Any]) -> QuantizedReport:
+    """Return the size and the metrics of a student's int8 weights; a collective.
+
+    The weights are restored to fp32 in a temporary folder, and scored as the student is scored.
+
+    Args:
+        lab: the lab of the run.
+        student: the model folder of the student in full precision.
+        deepspeed: see `Lab.score`.
+
+    Raises:
+        MegakdError: a weight is not finite, or the disk is full.
+    """
+    folder = lab.config.output_dir / INT8_FOLDER
+    restored = folder / "restored"
+
+    def write() -> int:
+        write_int8(student, folder / INT8)
+        write_restored(folder / INT8, restored)
+        return weight_bytes(folder / INT8)
+
+    try:
+        size = on_main(write)
+        metrics = lab.score(lab.source(restored), deepspeed)["metrics"]
+    finally:
+        # All ranks have read the folder: scoring ends with a collective.
+        if is_first_rank():
+            shutil.rmtree(folder, ignore_errors=True)
+    return {"bytes": size, "metrics": metrics}
