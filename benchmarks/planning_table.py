@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from megakd.commands.plan import DEVICE_BASE
 from megakd.config.file import load_config
 from megakd.planning.cluster import GIGA, Cluster, Rates
-from megakd.planning.options import DEVICE_BASE
 from megakd.planning.plan import plan_run
 from megakd.planning.simulated_phase import Traces
 

@@ -7,10 +7,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megakd.api import RunResult, evaluate, load_config, plan, train
     from megakd.config.run import RunConfig
     from megakd.errors import MegakdError
     from megakd.models.int8 import load_int8
-    from megakd.run.api import RunResult, evaluate, load_config, plan, train
 
 __all__ = [
     "MegakdError",
@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return version("megakd")
     if name in __all__:
-        return getattr(importlib.import_module(_HOMES.get(name, "megakd.run.api")), name)
+        return getattr(importlib.import_module(_HOMES.get(name, "megakd.api")), name)
     raise AttributeError(f"module megakd has no attribute {name!r}")
 
 

@@ -30,7 +30,7 @@ method: {name: single}
 
 
 class Runs(types.ModuleType):
-    """Stands in for megakd.run.main and megakd.run.finished_run and notes what it was asked."""
+    """Stands in for the modules that do the work of commands, and notes what it was asked."""
 
     def __init__(self) -> None:
         super().__init__("megakd.run.main")
@@ -61,7 +61,8 @@ class Runs(types.ModuleType):
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     fake = Runs()
-    for name in ("main", "finished_run", "model_evaluation"):
+    monkeypatch.setitem(sys.modules, "megakd.commands.evaluation", fake)
+    for name in ("main", "finished_run"):
         monkeypatch.setitem(sys.modules, f"megakd.run.{name}", fake)
         monkeypatch.setattr(megakd.run, name, fake, raising=False)
     return fake

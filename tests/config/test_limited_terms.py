@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megakd.config.catalogue import catalogue
+from megakd.commands.methods import catalogue
 from megakd.config.file import load_config
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError

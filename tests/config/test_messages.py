@@ -8,12 +8,12 @@ import pytest
 from run_files import RUN, message_of
 
 from megakd import cli
+from megakd.commands.evaluation import model_folder
 from megakd.config.file import config_of, load_config
 from megakd.config.run import RunConfig
 from megakd.config.schema import annotation_at
 from megakd.config.synonyms import SYNONYMS
 from megakd.errors import ConfigError, MegakdError
-from megakd.run.scored_model import model_folder
 
 
 def test_a_mistake_on_the_command_line_names_the_override_and_not_the_file(run_file: Path) -> None:

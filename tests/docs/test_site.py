@@ -55,7 +55,7 @@ def test_every_page_is_in_the_navigation_and_can_be_searched(site: Path) -> None
     [
         ("contract", "megakd.contract.lab.Lab.train"),
         ("contract", "megakd.contract.stage.Strategy.before_update"),
-        ("python", "megakd.run.api.train"),
+        ("python", "megakd.api.train"),
         ("kernels", "megakd_kernels.linear_kd_loss"),
     ],
 )

@@ -13,6 +13,7 @@ from chat_runs import config_of, model
 from chat_tokenizers import asked, chat_tokenizer
 from tiny_runs import bert, write_jsonl
 
+from megakd.commands.encode import encode_run
 from megakd.config.file import config_of as checked
 from megakd.config.rollout import RolloutConfig
 from megakd.config.run import RunConfig
@@ -22,7 +23,6 @@ from megakd.errors import ConfigError
 from megakd.inputs.inputs import RunInputs, prepare
 from megakd.planning.cluster import Cluster
 from megakd.planning.plan import plan_run
-from megakd.run.encoding import encode_run
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +157,7 @@ def test_texts_with_labels_keep_128_tokens_and_tell_the_rows_that_are_cut(tmp_pa
 
 def test_encoded_data_has_a_measured_length_that_its_runs_take_over(tmp_path, monkeypatch):
     config = run_of(tmp_path, chats(*[40] * 30))
-    monkeypatch.setattr("megakd.run.encoding.started", nullcontext)
+    monkeypatch.setattr("megakd.run.main.started", nullcontext)
     encode_run(config, tmp_path / "encoded")
     there = dataclasses.replace(config.task, encoded=tmp_path / "encoded")
 

@@ -1,4 +1,4 @@
-"""The run config that `megakd shrink` writes, without importing torch so that `--help` is fast."""
+"""Cut a decoder to a size, and repair it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ import os
 import re
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megakd.config.file import config_of, with_overrides
+from megakd.commands.arguments import Parser, say
+from megakd.commands.plan import print_plan
+from megakd.commands.train import train
+from megakd.config.file import config_of, dump_config, with_overrides
+from megakd.config.run import RunConfig
 from megakd.config.yaml12 import dump_yaml
 from megakd.contract.tasks import FROM_TEACHER
 from megakd.errors import ConfigError
 from megakd.process.terminal import in_home
 from megakd.storage.atomic import write_text
 
-if TYPE_CHECKING:
-    from megakd.config.run import RunConfig
-
 FILE = "shrink.yaml"
 SOURCE = "the config of megakd shrink"
 
 
-def add_shrink_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Add the model, the size, the text and the place of the result."""
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="the decoder to shrink: a folder or a Hub id"
@@ -63,12 +64,30 @@ def add_shrink_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def shrink_config(arguments: argparse.Namespace) -> tuple[RunConfig, str]:
-    """Return the checked run config of the options, and the text of its file.
+def run(arguments: argparse.Namespace) -> None:
+    """Write the config of the options and run it, or print the config, the plan or the launch.
 
     Raises:
-        ConfigError: an option is missing or contradicts a setting, or the config cannot work.
+        MegakdError: an option is missing or contradicts a setting, the config cannot work, or the
+            disk is full.
     """
+    config, text = _config(arguments)
+    if arguments.print_config:
+        say(dump_config(config))
+    elif arguments.plan:
+        print_plan(config, arguments)
+    else:
+        path = config.output_dir / FILE
+        write_text(path, text)
+        if arguments.ranks == 1:
+            train(config, arguments.command)
+        else:
+            launcher = ("deepspeed", "--num_gpus", str(arguments.ranks), "launch/train.py")
+            say(shlex.join([*launcher, "--config", str(path)]))
+
+
+def _config(arguments: argparse.Namespace) -> tuple[RunConfig, str]:
+    """Return the checked run config of the options, and the text of its file."""
     _check(arguments)
     tree = with_overrides(_tree(arguments), arguments.overrides, source=SOURCE)
     if not _has_text(tree["task"]):
@@ -76,23 +95,6 @@ def shrink_config(arguments: argparse.Namespace) -> tuple[RunConfig, str]:
     # The overrides are given again, so that a message names the override that is wrong.
     config = config_of(_tree(arguments), arguments.overrides, source=SOURCE)
     return config, f"# Written by: {arguments.command}\n{dump_yaml(tree)}"
-
-
-def write_shrink_config(config: RunConfig, text: str) -> Path:
-    """Write the file of a run config into the folder of the run, whole or not at all.
-
-    Raises:
-        MegakdError: the disk is full.
-    """
-    path = config.output_dir / FILE
-    write_text(path, text)
-    return path
-
-
-def launch_command(path: Path, ranks: int) -> str:
-    """Return the command that runs a config on several ranks of one node."""
-    words = ["deepspeed", "--num_gpus", str(ranks), "launch/train.py", "--config", str(path)]
-    return shlex.join(words)
 
 
 def _check(arguments: argparse.Namespace) -> None:

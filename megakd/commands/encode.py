@@ -1,23 +1,32 @@
-"""`megakd encode`: the data of a run as token numbers in a folder, before the run."""
+"""Encode the data of a run into a folder, before the run."""
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from megakd.data.encode_shards import write_encoded
-from megakd.data.encoded_folder import facts_of
-from megakd.engine.collectives import on_main
+from megakd.commands.arguments import Parser, add_config, config_of, say
+from megakd.config.run import RunConfig
 from megakd.errors import ConfigError
-from megakd.inputs.inputs import check_run, unencoded_inputs
-from megakd.inputs.row_length import with_row_length
-from megakd.run.main import started
+from megakd.process.terminal import in_home, print_aside
 from megakd.storage.folders import check_writable
 
-if TYPE_CHECKING:
-    from pathlib import Path
 
-    from megakd.config.run import RunConfig
+def add_options(parser: Parser) -> None:
+    """Add the config and the folder to write."""
+    add_config(parser)
+    parser.add_argument(
+        "--to", metavar="FOLDER", type=in_home, help="the folder to write, default: task.encoded"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Encode the data of a run and print the setting that reads the folder."""
+    config = config_of(arguments)
+    with print_aside():
+        folder = encode_run(config, arguments.to)
+    say(f"the run reads the encoded data with task.encoded={folder}")
 
 
 def encode_run(config: RunConfig, folder: Path | None) -> Path:
@@ -48,13 +57,20 @@ def encode_run(config: RunConfig, folder: Path | None) -> Path:
             f"method.name: {config.method.name} reads the texts, whose rows name their teachers, "
             "and no encoded data"
         )
+    from megakd.data.encode_shards import write_encoded
+    from megakd.data.encoded_folder import facts_of
+    from megakd.engine.collectives import on_main
+    from megakd.inputs.inputs import check_run, unencoded_inputs
+    from megakd.inputs.row_length import with_row_length
+    from megakd.run.main import started
+
     check_writable(target, where="--to")
     config = replace(config, task=replace(config.task, encoded=None))
     with started(config):
-        found = unencoded_inputs(config)
-        config = with_row_length(config, found.splits, found.tokenizer, found.sources)
+        inputs = unencoded_inputs(config)
+        config = with_row_length(config, inputs.splits, inputs.tokenizer, inputs.sources)
         task = config.task
-        check_run(config, found)
-        facts = facts_of(task, found.tokenizer, seed=config.seed)
-        on_main(lambda: write_encoded(target, found.splits, found.tokenizer, task, facts=facts))
+        check_run(config, inputs)
+        facts = facts_of(task, inputs.tokenizer, seed=config.seed)
+        on_main(lambda: write_encoded(target, inputs.splits, inputs.tokenizer, task, facts=facts))
     return target

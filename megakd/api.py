@@ -8,7 +8,6 @@ only one group in a process, and the memory allocator keeps freed memory, see
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import logging
@@ -146,7 +145,7 @@ def evaluate(
     """
     checked = load_config(config, overrides)
     with _undone():
-        from megakd.run.model_evaluation import evaluate_model
+        from megakd.commands.evaluation import evaluate_model
 
         given, folder = (None if path is None else str(path) for path in (data, model))
         return dict(evaluate_model(checked, folder, data=given)["metrics"])
@@ -166,13 +165,13 @@ def plan(config: Config, overrides: Sequence[str] = (), **cluster: Unpack[Cluste
     """
     checked = load_config(config, overrides)
     _check_cluster(cluster)
-    rates, machines = cluster.get("rates"), dict(cluster)
-    machines["rates"] = in_home(rates) if isinstance(rates, str) else rates
+    rates = cluster.get("rates")
+    machines = {**cluster, "rates": in_home(rates) if isinstance(rates, str) else rates}
     with _undone():
-        from megakd.planning.options import cluster_of
+        from megakd.commands.plan import cluster_of
         from megakd.planning.plan import plan_run
 
-        return plan_run(checked, cluster_of(argparse.Namespace(**machines)))
+        return plan_run(checked, cluster_of(machines))
 
 
 def _check_cluster(cluster: Mapping[str, Any]) -> None:

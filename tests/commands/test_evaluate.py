@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_runs import config_tree, reviews, write_config, write_jsonl, write_reviews
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from whole_run import WholeRun, finish, read
+
+from megakd.commands.evaluation import model_folder
+from megakd.config.file import load_config
 
 
 @pytest.fixture
@@ -213,3 +218,42 @@ def test_a_run_scores_its_evaluation_sets_at_the_end(
     again = scored(one_rank.megakd("evaluate", config, "--json"))
     assert again["evaluation_sets"]["all"]["rows"] == 104
     assert again["evaluation_sets"]["mine"]["metrics"] == sets["mine"]["metrics"]["student"]
+
+
+ALLOWED = "student.allow_pickle=true"
+
+
+def pickled(folder: Path, copy: Path) -> Path:
+    """The model with its weights in a pickle file."""
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checksums.json"))
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    return copy
+
+
+def test_pickle_weights_are_scored_with_the_setting_that_the_message_names(
+    one_rank, whole_run: WholeRun, tmp_path: Path
+) -> None:
+    model = pickled(whole_run.out / "final", tmp_path / "model")
+    words = ("evaluate", whole_run.config, "--json", "--model")
+    refused = one_rank.megakd(*words, model)
+    allowed = one_rank.megakd(*words, model, ALLOWED)
+
+    assert refused.code == 2
+    assert f"(--model): {model} has only pickle weights" in refused.err
+    assert "convert them to safetensors or set student.allow_pickle: true" in refused.err
+    assert allowed.code == 0, allowed.err
+    original = one_rank.megakd(*words, whole_run.out / "final")
+    assert json.loads(allowed.out)["metrics"] == json.loads(original.out)["metrics"]
+
+
+@pytest.mark.parametrize("place", ["~/model", "~"])
+def test_a_model_in_the_home_folder_is_found(
+    whole_run: WholeRun, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    folder = model_folder(load_config(whole_run.config), place)
+
+    assert folder == Path(place).expanduser()

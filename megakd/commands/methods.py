@@ -1,17 +1,30 @@
-"""The methods and loss terms as text: what each does, and its options with defaults."""
+"""List the methods, or the loss terms, with their options."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
 import json
 import textwrap
 from collections.abc import Mapping
 
+from megakd.commands.arguments import Parser, say
 from megakd.config.schema import defaults, options
 from megakd.contract.terms import PLUGIN_TERM, TermConfig
 from megakd.errors import ConfigError, suggestion
 from megakd.methods import PLUGIN_METHOD, MethodConfig
+
+
+def add_options(parser: Parser) -> None:
+    """Add the kind and the name of what to list."""
+    parser.add_argument("--losses", action="store_true", help="list the loss terms instead")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="show only this method or loss")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the methods or the loss terms."""
+    say(catalogue(arguments.name, losses=arguments.losses))
 
 
 def catalogue(name: str | None = None, *, losses: bool = False) -> str:

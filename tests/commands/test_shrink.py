@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megakd import cli
+from megakd.commands import shrink
+from megakd.commands.shrink import FILE
 from megakd.config.file import load_config
-from megakd.config.shrink_file import FILE
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "launch" / "examples" / "shrink.yaml"
 WORDS = ("shrink", "org/Llama-1B", "--parameters", "0.6B", "--data", "text.txt")
@@ -29,7 +30,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
         runs.append(config.output_dir)
         return 0
 
-    monkeypatch.setattr(cli, "_run", run)
+    monkeypatch.setattr(shrink, "train", run)
     return runs
 
 

@@ -1,4 +1,4 @@
-"""The options of `megakd plan`, without importing torch so that `--help` is fast."""
+"""Estimate memory and time of a run without loading a model."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from typing import Any
 
 import psutil
 
+from megakd.commands.arguments import Parser, add_config, config_of, is_rank_0, say
+from megakd.config.run import RunConfig
 from megakd.errors import ConfigError
 from megakd.planning.cluster import GIGA, Cluster, Device, Rates, rates_of
+from megakd.process.terminal import print_aside
+from megakd.storage.atomic import json_text
 
 DEVICE_BASE = 1_500_000_000
 """Bytes of a GPU for its context and the NCCL buffers; assumed, not measured."""
 
 
-def add_plan_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options for the machines of the run and their rates."""
+def add_options(parser: Parser) -> None:
+    """Add the config, the machines of the run and their rates."""
+    add_config(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="ranks of all nodes; default: 8 per node, 1 on CPUs"
@@ -40,13 +45,31 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rates", type=Path, metavar="F", help="JSON file with tflops and gbps")
 
 
-def cluster_of(arguments: argparse.Namespace) -> Cluster:
+def run(arguments: argparse.Namespace) -> None:
+    """Print the plan of a run."""
+    print_plan(config_of(arguments), arguments)
+
+
+def print_plan(config: RunConfig, arguments: argparse.Namespace) -> None:
+    """Print a plan as text or JSON; options that the command lacks have their defaults."""
+    if not is_rank_0():
+        return
+    as_json = getattr(arguments, "json", False)
+    with print_aside(when=as_json):
+        cluster = cluster_of(vars(arguments))
+        from megakd.planning.page import page
+        from megakd.planning.plan import plan_run
+
+        plan = plan_run(config, cluster)
+    say(json_text(plan.as_json(), indent=2) if as_json else page(plan))
+
+
+def cluster_of(given: Mapping[str, Any]) -> Cluster:
     """Return the machines that the options describe; defaults come from this machine.
 
     Raises:
         ConfigError: a number is out of range, or GPU memory is given for CPU ranks.
     """
-    given = vars(arguments)
     memory, host = _bytes(given, "gpu_memory_gb"), _bytes(given, "host_memory_gb")
     device: Device = given.get("device") or ("cuda" if memory is not None else _own_device())
     if device == "cpu" and memory is not None:

@@ -1,4 +1,4 @@
-"""`megakd evaluate`: scores a model on the held-out rows of a run, or on given rows."""
+"""The scores of a model on the held-out rows of a run, or on given rows."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from megakd.data.labels import Classes, find_classes
 from megakd.data.splits import Splits
 from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
 from megakd.engine.collectives import main_first, on_main
-from megakd.errors import TeacherError
+from megakd.errors import CheckpointError, TeacherError
 from megakd.inputs.inputs import RunInputs, prepare
 from megakd.inputs.row_length import with_row_length
 from megakd.inputs.run_data import cache_folder
 from megakd.inputs.vocabulary_checks import check_vocabularies, without_tokenizer
 from megakd.models.knowledge import Needs
 from megakd.models.labels import generic_labels, model_label_names
+from megakd.models.loading import resolve_model
 from megakd.models.source import ModelSource
+from megakd.process.terminal import in_home
+from megakd.run.finished_run import FINAL
 from megakd.run.main import started
-from megakd.run.scored_model import model_folder, scored_model
 from megakd.scoring.metrics import task_metrics
 from megakd.training.engines import Assembly
 from megakd.training.evaluation_sets import row_count
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from megakd.config.run import RunConfig
     from megakd.config.task import TaskConfig
     from megakd.data.tables import Table
+    from megakd.models.source import ModelSource
     from megakd.teachers.frozen import FrozenTeacher
 
 
@@ -216,3 +219,39 @@ def _sets(assembly: Assembly, loaded: FrozenTeacher) -> dict[str, Mapping[str, A
         }
         for name, rows in prepared.encoded.evaluation_sets.items()
     }
+
+
+def model_folder(config: RunConfig, model: str | None) -> Path:
+    """Return the given folder, or the run's `final/` if no folder is given.
+
+    Raises:
+        CheckpointError: the folder does not exist.
+    """
+    folder = in_home(model) if model else config.output_dir / FINAL
+    if folder.is_dir():
+        return folder
+    if model:
+        raise CheckpointError(
+            f"--model {model}: the folder does not exist; give the folder of a model, such as a "
+            "run's final/ or stages/<stage>"
+        )
+    raise CheckpointError(f"{folder} does not exist; train first, or give --model FOLDER")
+
+
+def scored_model(config: RunConfig, folder: Path) -> ModelSource:
+    """Return the source of the model in a folder, read with the permissions of the student.
+
+    `student.allow_pickle` and `student.trust_remote_code` are settings that a user can add to the
+    command; messages name them.
+
+    Raises:
+        ModelError: see `resolve_model`.
+    """
+    student = config.student
+    return resolve_model(
+        str(folder),
+        config.task,
+        where="student.model (--model)",
+        trust_remote_code=student.trust_remote_code,
+        allow_pickle=student.allow_pickle,
+    )

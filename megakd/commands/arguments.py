@@ -1,0 +1,98 @@
+"""What the commands share: the parser, the config argument and the output of rank 0."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from megakd.config.file import load_config
+from megakd.config.run import RunConfig
+from megakd.config.schema import paths_ending_in
+from megakd.config.synonyms import synonyms
+from megakd.errors import ConfigError, suggestion
+from megakd.process.terminal import in_home, tell
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that raises its errors as ConfigError."""
+
+    def __init__(self, *, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError with the message and the way to the options."""
+        raise ConfigError(f"{message} ({self.prog} --help lists the options)")
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help, by rank 0 alone."""
+        del file
+        say(self.format_help())
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """Parse options and settings in any order; refuse options that do not exist."""
+        arguments, unknown = self.parse_known_intermixed_args(words)
+        if unknown:
+            self.error(f"unknown option {unknown[0]}{self._nearest(unknown[0])}")
+        launched = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]
+        arguments.prog, arguments.command = self.prog, f"{self.prog} {shlex.join(launched)}"
+        return arguments
+
+    def _nearest(self, word: str) -> str:
+        name = word.lstrip("-").partition("=")[0].replace("-", "_")
+        settings = paths_ending_in(name)[:1] or synonyms(name)
+        if settings:
+            return f"; settings are written {' or '.join(f'{key}=value' for key in settings)}"
+        return suggestion(word, self._option_string_actions)
+
+
+def add_config(parser: Parser) -> None:
+    """Add the run config and the settings that override it."""
+    parser.add_argument("--config", metavar="F", type=in_home, help="the run's YAML file")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings that override the file, such as train.learning_rate=3e-4; a first argument "
+        "without = is read as F",
+    )
+    # Launchers add this option; the rank is read from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def config_of(arguments: argparse.Namespace) -> RunConfig:
+    """Return the checked config of the arguments.
+
+    Raises:
+        ConfigError: no config is given, or the config cannot work.
+    """
+    path, overrides = arguments.config, list(arguments.overrides)
+    if path is None and overrides and "=" not in overrides[0]:
+        path = in_home(overrides.pop(0))
+    if path is None:
+        raise ConfigError(
+            f"--config is missing; give the run's YAML file: {arguments.prog} --config F"
+        )
+    return load_config(path, overrides)
+
+
+def is_rank_0() -> bool:
+    """Return whether this process is the rank that prints, before the process group exists."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def say(text: str) -> None:
+    """Print a text, by rank 0 alone."""
+    if is_rank_0():
+        tell(text)
+
+
+def prefer_large_pages() -> None:
+    """Let torch allocate CPU tensors in pages of 2 MB, before torch's first allocation.
+
+    A sharded model is gathered again in every forward. With small pages, the system would take as
+    long to provide the memory as the ranks take to fill the memory.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -1,0 +1,59 @@
+"""Cache the teachers' outputs for the training rows on disk."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megakd.commands.arguments import add_config, config_of, prefer_large_pages, say
+from megakd.config.run import RunConfig
+from megakd.errors import ConfigError
+from megakd.process.terminal import print_aside
+
+add_options = add_config
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the caches of a config and print their folders."""
+    config = config_of(arguments)
+    prefer_large_pages()
+    with print_aside():
+        folders = cache_teachers(config)
+    say("\n".join(map(str, folders)))
+
+
+def cache_teachers(config: RunConfig) -> list[Path]:
+    """Fine-tune the teachers if the config asks for it, and cache their outputs; a collective.
+
+    Returns:
+        The folders of the caches.
+
+    Raises:
+        ConfigError: no teacher of the config has a cache.
+        MegakdError: the input is invalid, or a folder holds other outputs.
+    """
+    names = [name for name, spec in config.teacher_specs.items() if spec.cache is not None]
+    if not names:
+        raise ConfigError(
+            "no teacher has a cache: set teacher.cache (of several teachers: teachers[0].cache, …) "
+            "to a folder for the outputs of the teacher"
+        )
+    from megakd.engine.nodes import check_nodes
+    from megakd.inputs.inputs import prepare
+    from megakd.inputs.precision import check_device
+    from megakd.run.holder import held
+    from megakd.run.lab import Lab
+    from megakd.run.main import reporter_of, started
+    from megakd.training.label_check import check_label_orders
+
+    with started(config) as ranks, held(config.output_dir):
+        check_device(config, ranks)
+        check_nodes(config)
+        reporter = reporter_of(config, ranks)
+        try:
+            prepared = prepare(config)
+            lab = Lab(prepared.config, prepared, ranks, reporter)
+            check_label_orders(lab.assembly)
+            return [lab.cache(lab.teacher(name)) for name in names]
+        finally:
+            reporter.close()

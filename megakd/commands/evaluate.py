@@ -1,0 +1,75 @@
+"""Score a model on a run's held-out rows, or on a file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megakd.commands.arguments import Parser, add_config, config_of, prefer_large_pages, say
+from megakd.process.terminal import print_aside
+from megakd.storage.atomic import json_text
+
+
+def add_options(parser: Parser) -> None:
+    """Add the config, the model, the rows to score and the form of the result."""
+    add_config(parser)
+    parser.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="the model to score, default: final/; student.allow_pickle and "
+        "student.trust_remote_code apply to it",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="score all rows of this file, of the files that match a quoted pattern, or of the "
+        "test split of this folder; the same as task.dataset=FILE",
+    )
+    parser.add_argument(
+        "--trust_label_order",
+        "--trust-label-order",
+        action="store_true",
+        help="the model's labels LABEL_0, … have the order of the labels in the data",
+    )
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the scores of a model as text or JSON."""
+    local = _take_local_dataset(arguments)
+    config = config_of(arguments)
+    prefer_large_pages()
+    with print_aside():
+        from megakd.commands.evaluation import evaluate_model
+
+        scores = evaluate_model(
+            config,
+            arguments.model,
+            data=arguments.data or local,
+            trusts_order=arguments.trust_label_order,
+        )
+    say(json_text(scores, indent=2) if arguments.json else scores_text(scores))
+
+
+def _take_local_dataset(arguments: argparse.Namespace) -> str | None:
+    given = [word for word in arguments.overrides if word.startswith("task.dataset=")]
+    value = given[-1].partition("=")[2] if given else ""
+    if not value or not Path(value).expanduser().exists():
+        return None
+    arguments.overrides = [word for word in arguments.overrides if word not in given]
+    return value
+
+
+def scores_text(scores: Mapping[str, Any]) -> str:
+    """Return the result of `evaluate_model` as lines of text."""
+    blocks = [(f"{scores['file']}, {scores['split']}", scores)]
+    blocks += [(f"{n} ({one['file']})", one) for n, one in scores["evaluation_sets"].items()]
+    return "\n\n".join(_block(head, one["rows"], one["metrics"]) for head, one in blocks)
+
+
+def _block(head: str, rows: int, metrics: Mapping[str, float]) -> str:
+    width = max(map(len, metrics), default=0)
+    lines = (f"{name:{width}}  {value:.4f}" for name, value in metrics.items())
+    return "\n".join([f"{head}: {rows} rows", *lines])

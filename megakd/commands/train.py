@@ -1,0 +1,65 @@
+"""Distil a teacher into a student, as described by a run config."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import psutil
+
+from megakd.commands.arguments import (
+    Parser,
+    add_config,
+    config_of,
+    is_rank_0,
+    prefer_large_pages,
+    say,
+)
+from megakd.commands.plan import print_plan
+from megakd.config.checks import check_paths
+from megakd.config.file import dump_config
+from megakd.config.run import RunConfig
+from megakd.process.garbage import no_collections
+from megakd.process.phases import counted
+
+
+def add_options(parser: Parser) -> None:
+    """Add the config, and what to print in place of a training."""
+    add_config(parser)
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
+        "--print-config", action="store_true", help="print the resolved config and stop"
+    )
+    either.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="print the run's plan and stop"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train and print the result table, or print the config or the plan."""
+    config = config_of(arguments)
+    if arguments.print_config:
+        say(dump_config(config))
+    elif arguments.dry_run:
+        print_plan(config, arguments)
+    else:
+        train(config, arguments.command)
+
+
+def train(config: RunConfig, command: str) -> None:
+    """Run a config and print the result table.
+
+    Args:
+        config: the config of the run.
+        command: the command as typed, for the model card.
+    """
+    # The inputs of a finished run may be gone. Only rank 0 reads them; launchers end the others.
+    if is_rank_0() and not (config.output_dir / "report.json").is_file():
+        check_paths(config)
+    prefer_large_pages()
+    since_start_s = max(0.0, time.time() - psutil.Process().create_time())
+    with counted(since_s=since_start_s):
+        with no_collections():
+            from megakd.run import main
+
+        say(main.run(config, command=command))
