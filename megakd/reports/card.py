@@ -14,7 +14,8 @@ from megakd.contract.results import Report
 from megakd.contract.tasks import TaskType
 from megakd.models.export import hub_id
 from megakd.reports.quantities import short_count
-from megakd.reports.table import completed, megabytes, result_table, times_smaller
+from megakd.reports.report import completed
+from megakd.reports.table import megabytes, result_table, times_smaller
 from megakd.reports.templating import TEMPLATES
 from megakd.storage.folders import CARD
 

@@ -1,26 +1,25 @@
-"""The training section of a report: losses, evaluations and speed of every stage."""
+"""The charts of a stage: losses, evaluations, speed and generated texts, from its curves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from megakd.contract.metrics import lower_is_better
 from megakd.contract.sources import without_source
-from megakd.contract.tasks import MATCH, TEXT_METRIC, is_text_metric
+from megakd.contract.tasks import BY_POSITION, MATCH, TEXT_METRIC, is_text_metric
 from megakd.reports.charts import Chart, Line, line_chart
-from megakd.reports.generated import SHARES
 from megakd.reports.history import Curve, Panels, evenly, thinned
-from megakd.reports.table import Rows
+from megakd.reports.table import SHARES, Rows
 
 STAGES_SHOWN, PANELS_SHOWN, LINES_PER_PANEL = 20, 6, 12
-ROWS_SHOWN, COLUMNS_SHOWN = 15, 24
+ROWS_SHOWN, COLUMNS_SHOWN, POINTS_MARKED = 15, 24, 15
 CHOICES, OUTCOME = "Choices", "Outcome of the choices"
 EVALUATION, SPEED = "Evaluation", "Speed and step size"
-GENERATED, ROLLOUTS = "Generated texts of the evaluations", "Texts that the student learns from"
-CHOICE_NOTE = "A weight is between 0 (the kind of knowledge is not used) and 1."
+THINNED = "Of long curves the lowest and highest value of each stretch are drawn."
 SPEED_UNITS = {
     "learning_rate": "step size",
     "gradient_norm": "L2 norm",
@@ -30,46 +29,45 @@ SPEED_UNITS = {
     "teacher_share": "% of the time",
     "data_share": "% of the time",
 }
-TEXT_UNITS = {
+UNITS = {
+    "loss": "weighted sum",
+    "top1_agreement": "%",
+    **SPEED_UNITS,
     **dict.fromkeys((*SHARES, "truncated", "distinct_2"), "%"),
     **dict.fromkeys((f"{TEXT_METRIC}tokens", "tokens_per_text"), "tokens"),
     "staleness": "updates of the student",
     "seconds": "s for generation",
 }
-UNITS = {"loss": "weighted sum", "top1_agreement": "%", **SPEED_UNITS, **TEXT_UNITS}
 TEXT_ORDER = (MATCH, *(f"{TEXT_METRIC}{n}" for n in ("kl", "tokens", "truncated", "entropy")))
 """Metrics of generated texts that are drawn first."""
 NOT_DRAWN = ("step_seconds", "memory_bytes")  # tokens_per_s and a stage's peak show the same
 OUTCOMES = ("reward", "held_out_loss")
 """Values that a selector logs in addition to its weights."""
+POSITION_TITLES = {"kl": "KL(teacher‖student)", "entropy": "student entropy"}
 
 
 class Figure(NamedTuple):
     """The charts of one kind, such as losses, and their numbers.
 
     legend: name, colour and look of each line.
-    note: meaning of the lines.
+    numbers: titles, then one row per step or position.
+    extent: how many of the rows are shown, such as "15 of 400 steps"; empty if all are.
     is_folded: whether the charts are shown on demand.
-    is_thinned: whether some lines do not show all points.
-    not_finite: number of values that are left out.
-    numbers: titles, then one row per step, for at most `ROWS_SHOWN` of `steps` steps.
     """
 
     kind: str
     charts: Sequence[Chart]
-    legend: Sequence[tuple[str, str, str]]
-    note: str
-    is_folded: bool
-    is_thinned: bool
-    not_finite: int
+    caption: str
     numbers: Rows
-    steps: int
+    extent: str = ""
+    legend: Sequence[tuple[str, str, str]] = ()
+    is_folded: bool = False
 
 
 def training(
     stages: Mapping[str, Mapping[str, Panels]], names: Sequence[str]
 ) -> tuple[dict[str, list[Figure]], int]:
-    """Return the curves of each stage, and the number of stages that are left out.
+    """Return the figures of each stage, and the number of stages that are left out.
 
     Args:
         stages: the logged values by stage, see `history.panels`.
@@ -78,34 +76,35 @@ def training(
     order = [*(name for name in names if name in stages), *(n for n in stages if n not in names)]
     drawable = {name: kinds for name in order if (kinds := _kinds(stages[name]))}
     shown = dict(list(drawable.items())[:STAGES_SHOWN])
-    lines = sum(
-        len(c) for kinds in shown.values() for kind in kinds.values() for c in kind.values()
-    )
+    lines = sum(len(by_view) for k in shown.values() for p in k.values() for by_view in p.values())
     limit = max(24, min(300, 24_000 // max(1, lines)))
-    found = {
-        stage: [_figure(title, kind, stage=stage, limit=limit) for title, kind in kinds.items()]
+    figures = {
+        stage: [_figure(kind, panels, stage=stage, limit=limit) for kind, panels in kinds.items()]
         for stage, kinds in shown.items()
     }
-    return found, len(drawable) - len(shown)
+    for stage, groups in stages.items():
+        # A stage with a single evaluation has these charts alone.
+        if by_position := _by_position(groups.get(BY_POSITION, {}), stage):
+            figures[stage] = [*figures.get(stage, ()), by_position]
+    return figures, len(drawable) - len(shown)
 
 
 def _kinds(groups: Mapping[str, Panels]) -> dict[str, Panels]:
-    train, choices = groups.get("train", {}), groups.get("select", {})
-    losses = {n: c for n, c in train.items() if n not in SPEED_UNITS and n not in NOT_DRAWN}
+    train, choices, scores = (groups.get(name, {}) for name in ("train", "select", "eval"))
     weights = {n: c[""] for n, c in choices.items() if "" in c and n not in OUTCOMES}
-    scores = groups.get("eval", {})
-    ordered = [*(n for n in TEXT_ORDER if n in scores), *(n for n in scores if n not in TEXT_ORDER)]
-    texts = {name: scores[name] for name in ordered if is_text_metric(name)}
-    found = {
-        "Losses": _merged(_drawable(losses)),
-        CHOICES: _drawable({"weight of each kind of knowledge": weights}),
-        OUTCOME: _drawable({n: c for n, c in choices.items() if n in OUTCOMES}),
-        EVALUATION: _drawable({n: c for n, c in scores.items() if not is_text_metric(n)}),
-        GENERATED: _drawable(texts),
-        ROLLOUTS: _drawable(groups.get("rollout", {})),
-        SPEED: _drawable({n: train[n] for n in SPEED_UNITS if n in train}),
+    texts = [*(n for n in TEXT_ORDER if n in scores), *(n for n in scores if n not in TEXT_ORDER)]
+    kinds = {
+        "Losses": {n: c for n, c in train.items() if n not in (*SPEED_UNITS, *NOT_DRAWN)},
+        CHOICES: {"weight of each kind of knowledge": weights},
+        OUTCOME: {n: c for n, c in choices.items() if n in OUTCOMES},
+        EVALUATION: {n: c for n, c in scores.items() if not is_text_metric(n)},
+        "Generated texts of the evaluations": {n: scores[n] for n in texts if is_text_metric(n)},
+        "Texts that the student learns from": groups.get("rollout", {}),
+        SPEED: {n: train[n] for n in SPEED_UNITS if n in train},
     }
-    return {kind: dict(list(p.items())[:PANELS_SHOWN]) for kind, p in found.items() if p}
+    drawable = {kind: _drawable(panels) for kind, panels in kinds.items()}
+    drawable["Losses"] = _merged(drawable["Losses"])
+    return {kind: dict(list(p.items())[:PANELS_SHOWN]) for kind, p in drawable.items() if p}
 
 
 def _drawable(panels: Panels) -> Panels:
@@ -114,14 +113,14 @@ def _drawable(panels: Panels) -> Panels:
 
 
 def _merged(panels: Panels) -> Panels:
-    found: Panels = {}
+    """Return the panels with equal curves under one name, such as `loss = soft_target_kl`."""
+    merged: Panels = {}
     for name, curves in panels.items():
-        same = next((other for other in found if _are_alike(found[other], curves)), None)
-        if same is None:
-            found[name] = curves
-        else:
-            found = {f"{n} = {name}" if n == same else n: shown for n, shown in found.items()}
-    return found
+        same = next((other for other in merged if _are_alike(merged[other], curves)), name)
+        merged.setdefault(same, curves)
+        if same != name:
+            merged = {f"{n} = {name}" if n == same else n: shown for n, shown in merged.items()}
+    return merged
 
 
 def _are_alike(one: Mapping[str, Curve], other: Mapping[str, Curve]) -> bool:
@@ -136,16 +135,25 @@ def _figure(kind: str, panels: Panels, *, stage: str, limit: int) -> Figure:
     curves = [curve for by_view in panels.values() for curve in by_view.values()]
     looks = _looks(list(dict.fromkeys(view for by_view in panels.values() for view in by_view)))
     whole = "kept" if kind == EVALUATION else "all"
-    note = "Each line is a candidate." if any(looks) else ""
+    legend = [(v or whole, colour, "dashed" if d else "") for v, (colour, d) in looks.items()]
+    not_finite = sum(curve.not_finite for curve in curves)
+    notes = (
+        f"{kind}. As logged, not smoothed.",
+        THINNED if any(len(curve.points) > limit for curve in curves) else "",
+        f"Values left out because they were not finite: {not_finite}." if not_finite else "",
+        "A weight is between 0 (the kind of knowledge is not used) and 1."
+        if kind == CHOICES
+        else "Each line is a candidate."
+        if any(looks)
+        else "",
+    )
     return Figure(
         kind,
         [_chart(n, c, looks, kind=kind, stage=stage, limit=limit) for n, c in panels.items()],
-        [(v or whole, c, "dashed" if dashed else "") for v, (c, dashed) in looks.items()],
-        CHOICE_NOTE if kind == CHOICES else note,
-        kind == SPEED,
-        any(len(curve.points) > limit for curve in curves),
-        sum(curve.not_finite for curve in curves),
+        " ".join(filter(None, notes)),
         *_numbers(panels),
+        legend=legend if len(legend) > 1 else (),
+        is_folded=kind == SPEED,
     )
 
 
@@ -171,8 +179,8 @@ def _chart(
     ends = f" From {points[0][1]:.4g} to {points[-1][1]:.4g}." if points else ""
     return line_chart(
         [
-            Line(thinned(curve.points, limit), *looks[view], marked=len(curve.points) <= 15)
-            for view, curve in curves.items()
+            Line(thinned(c.points, limit), *looks[view], marked=len(c.points) <= POINTS_MARKED)
+            for view, c in curves.items()
         ],
         title=name.replace("_", " "),
         unit=unit,
@@ -192,13 +200,75 @@ def _unit(name: str, kind: str) -> str:
     return "nats" if last.endswith(("_kl", "_jsd", "_entropy")) else UNITS.get(last, "")
 
 
-def _numbers(panels: Panels) -> tuple[Rows, int]:
+def _numbers(panels: Panels) -> tuple[Rows, str]:
     titles = [f"{name} {view}".strip() for name, curves in panels.items() for view in curves]
     values = [dict(curve.points) for curves in panels.values() for curve in curves.values()]
     values = values[:COLUMNS_SHOWN]
     steps = sorted({step for column in values for step in column})
-    rows = [
-        [f"{step:,}", *(f"{column[step]:.4g}" if step in column else "-" for column in values)]
-        for step in evenly(steps, ROWS_SHOWN)
-    ]
-    return [["step", *titles[:COLUMNS_SHOWN]], *rows], len(steps)
+    shown = evenly(steps, ROWS_SHOWN)
+    rows = [[f"{step:,}", *(_value(column.get(step)) for column in values)] for step in shown]
+    extent = f"{len(shown):,} of {len(steps):,} steps" if len(shown) < len(steps) else ""
+    return [["step", *titles[:COLUMNS_SHOWN]], *rows], extent
+
+
+def _value(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+Buckets = Mapping[tuple[int, int], Mapping[int, float]]
+"""Values of one statistic by the first and last position of generated tokens, and by step."""
+
+
+def _by_position(panels: Panels, stage: str) -> Figure | None:
+    """Return the first and the last evaluation along the texts; None without two buckets."""
+    named = {name: _buckets(curves) for name, curves in panels.items()}
+    named = {name: buckets for name, buckets in named.items() if len(buckets) > 1}
+    steps = sorted({step for b in named.values() for values in b.values() for step in values})
+    if not steps:
+        return None
+    looks = {steps[0]: ("baseline", True)} | {steps[-1]: ("student", False)}
+    columns = [(name, step) for name in named for step in looks]
+    titles = [f"{_title(name)}, step {step:,}" for name, step in columns]
+    cells = {
+        bucket: [_value(named[name].get(bucket, {}).get(step)) for name, step in columns]
+        for bucket in sorted({bucket for buckets in named.values() for bucket in buckets})
+    }
+    return Figure(
+        "Generated texts by position",
+        [_position_chart(name, buckets, looks, stage) for name, buckets in named.items()],
+        "Generated texts by position. As logged, not smoothed. The means over the tokens of the "
+        "generated texts at these positions.",
+        [["position", *titles], *([f"{a:,}-{b:,}", *row] for (a, b), row in cells.items())],
+        legend=[
+            (f"step {step:,}", colour, "dashed" if dashed else "")
+            for step, (colour, dashed) in reversed(looks.items())
+        ]
+        if len(looks) > 1
+        else (),
+    )
+
+
+def _buckets(curves: Mapping[str, Curve]) -> Buckets:
+    ends = {view: view.partition("-")[::2] for view, curve in curves.items() if curve.points}
+    named = {view: pair for view, pair in ends.items() if all(map(str.isdecimal, pair))}
+    return dict(sorted(((int(a), int(b)), dict(curves[v].points)) for v, (a, b) in named.items()))
+
+
+def _title(name: str) -> str:
+    return POSITION_TITLES.get(name, name.replace("_", " "))
+
+
+def _position_chart(
+    name: str, buckets: Buckets, looks: Mapping[int, tuple[str, bool]], stage: str
+) -> Chart:
+    points = {
+        step: [(sum(ends) / 2, values[step]) for ends, values in buckets.items() if step in values]
+        for step in reversed(looks)
+    }
+    chart = line_chart(
+        [Line(drawn, *looks[step], marked=True) for step, drawn in points.items() if drawn],
+        title=_title(name),
+        unit="nats",
+        label=f"{_title(name)} of the texts of stage {stage} over the position of the token.",
+    )
+    return replace(chart, x_title="position of the token")

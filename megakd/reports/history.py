@@ -6,13 +6,13 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 LAST_STEP = 2**53
 """A record with a larger step is damaged: an axis could not tell the step from the next."""
+LARGEST = 1e300
+"""Integers of JSON are unbounded; an axis with larger values cannot be drawn."""
 
 Points = Sequence[tuple[int, float]]
 
@@ -53,16 +53,16 @@ def panels(history: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Panels]]
 
     If a step was logged twice, because the run was killed and resumed, the last value is used.
     """
-    found: dict[str, dict[str, dict[int, float | None]]] = {}
+    stages: dict[str, dict[str, dict[int, float | None]]] = {}
     for record in history:
         stage, step = record.get("stage"), record.get("step")
         if not isinstance(stage, str) or not isinstance(step, int) or abs(step) > LAST_STEP:
             continue
-        curves = found.setdefault(stage, {})
+        curves = stages.setdefault(stage, {})
         for key, value in record.items():
             if "/" in key and (value is None or isinstance(value, int | float)):
                 curves.setdefault(key, {})[step] = value
-    return {stage: _grouped(curves) for stage, curves in found.items()}
+    return {stage: _grouped(curves) for stage, curves in stages.items()}
 
 
 def _grouped(curves: Mapping[str, Mapping[int, float | None]]) -> dict[str, Panels]:
@@ -70,15 +70,13 @@ def _grouped(curves: Mapping[str, Mapping[int, float | None]]) -> dict[str, Pane
     for key, values in curves.items():
         group, _, rest = key.partition("/")
         view, _, name = rest.rpartition("/")
-        # Integers of JSON are unbounded, and an axis with larger values cannot be drawn.
-        finite = [(s, float(v)) for s, v in values.items() if v is not None and abs(v) <= 1e300]
+        finite = [(s, float(v)) for s, v in values.items() if v is not None and abs(v) <= LARGEST]
         curve = Curve(tuple(sorted(finite)), len(values) - len(finite))
         groups.setdefault(group, {}).setdefault(name, {})[view] = curve
-    for named in groups.values():
-        named.update(
-            {name: dict(sorted(views.items(), key=_in_order)) for name, views in named.items()}
-        )
-    return groups
+    return {
+        group: {name: dict(sorted(views.items(), key=_in_order)) for name, views in named.items()}
+        for group, named in groups.items()
+    }
 
 
 def _in_order(view: tuple[str, Curve]) -> list[float | str]:
@@ -91,11 +89,11 @@ def thinned(points: Points, limit: int) -> Points:
     if len(points) <= limit:
         return points
     inner, stretches = points[1:-1], max(1, (limit - 2) // 2)
-    kept = [points[0]]
+    drawn = [points[0]]
     for number in range(stretches):
         first, end = (n * len(inner) // stretches for n in (number, number + 1))
-        kept += sorted({pick(inner[first:end], key=lambda p: p[1]) for pick in (min, max)})
-    return (*kept, points[-1])
+        drawn += sorted({pick(inner[first:end], key=lambda p: p[1]) for pick in (min, max)})
+    return (*drawn, points[-1])
 
 
 def evenly(items: Sequence[Any], limit: int) -> list[Any]:

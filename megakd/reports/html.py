@@ -18,12 +18,10 @@ from megakd.errors import CheckpointError
 from megakd.reports import table
 from megakd.reports.charts import Chart, Dot, choice_charts, plane_chart
 from megakd.reports.curves import training
-from megakd.reports.generated import generation_rows, shares_matched
 from megakd.reports.history import panels, read_history
-from megakd.reports.positions import position_figures
 from megakd.reports.pruning import pruning_section
 from megakd.reports.quantities import is_number
-from megakd.reports.reading import read_report
+from megakd.reports.report import completed, read_report
 from megakd.reports.templating import TEMPLATES
 from megakd.storage import atomic
 
@@ -44,25 +42,20 @@ def write_html_report(output_dir: Path) -> Path:
             f"{output_dir.parent}"
         )
     report = read_report(output_dir / "report.json")
-    text = _text_of(output_dir / "config.yaml")
-    path = output_dir / "report.html"
+    config, path = output_dir / "config.yaml", output_dir / "report.html"
+    try:
+        text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{config} is damaged: it is not UTF-8 text (byte 0x{error.object[error.start]:02x} at "
+            f"position {error.start}); restore the file, or remove it to draw the report without it"
+        ) from error
     page = html_report(report, read_history(output_dir / "metrics.jsonl"), config=text)
     try:
         atomic.write_text(path, page)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
     return path
-
-
-def _text_of(config: Path) -> str:
-    """Return the text of config.yaml, or an empty text if the file does not exist."""
-    try:
-        return config.read_text(encoding="utf-8") if config.is_file() else ""
-    except UnicodeDecodeError as error:
-        raise CheckpointError(
-            f"{config} is damaged: it is not UTF-8 text (byte 0x{error.object[error.start]:02x} at "
-            f"position {error.start}); restore the file, or remove it to draw the report without it"
-        ) from error
 
 
 def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config: str = "") -> str:
@@ -73,14 +66,9 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
         history: the records of metrics.jsonl in order.
         config: the content of config.yaml.
     """
-    report = table.completed(report)
+    report = completed(report)
     models = _models(report)
-    logged = panels(history)
-    stages, left_out = training(logged, [stage["name"] for stage in report["stages"]])
-    for stage, groups in logged.items():
-        # A stage with a single evaluation has these charts alone.
-        if figures := position_figures(groups, stage):
-            stages[stage] = [*stages.get(stage, ()), *figures]
+    stages, left_out = training(panels(history), [stage["name"] for stage in report["stages"]])
     return TEMPLATES.get_template("report.html.jinja").render(
         tables=table,
         report=report,
@@ -92,8 +80,6 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
         choices=_choices(report["candidates"]),
         weight=_weight(report["candidates"]),
         pruning=pruning_section(report),
-        generation=generation_rows(report),
-        shares_matched=shares_matched,
         training=stages,
         left_out=left_out,
     )
@@ -167,7 +153,7 @@ class Choice(NamedTuple):
 
 
 def _choices(candidates: Sequence[CandidateReport]) -> dict[int, Choice]:
-    found: dict[int, Choice] = {}
+    choices: dict[int, Choice] = {}
     for iteration in sorted({row["iteration"] for row in candidates}):
         rows = [row for row in candidates if row["iteration"] == iteration]
         scored = _scored(rows)
@@ -176,8 +162,8 @@ def _choices(candidates: Sequence[CandidateReport]) -> dict[int, Choice]:
         # Candidates of one size have no curve over sizes.
         single = len(scored) < 2 or any("shape" in row for row in rows)
         charts = [] if chosen is None or single else choice_charts(scored, chosen)
-        found[iteration] = Choice(table.candidate_rows(rows), charts, chosen, best)
-    return found
+        choices[iteration] = Choice(table.candidate_rows(rows), charts, chosen, best)
+    return choices
 
 
 def _scored(candidates: Sequence[CandidateReport]) -> list[CandidateReport]:

@@ -7,18 +7,17 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from megakd.reports.charts import Chart, Line, line_chart
-from megakd.reports.history import Points, thinned
+from megakd.reports.curves import POINTS_MARKED, ROWS_SHOWN, THINNED, Figure
+from megakd.reports.history import LARGEST, Points, thinned
 from megakd.reports.quantities import is_number, short_count, step_time
-from megakd.reports.table import Rows, pruning_course, pruning_rows
+from megakd.reports.table import pruning_course, pruning_rows
 
 if TYPE_CHECKING:
     from megakd.contract.results import PruningReport, Report
 
 Key = Literal["teacher_kl", "parameters", "step_seconds"]
 
-ROWS_SHOWN, POINTS_SHOWN, POINTS_MARKED = 15, 300, 15
-LARGEST = 1e300
-"""The scales of a chart overflow beyond this value."""
+POINTS_SHOWN = 300
 CHARTS: Sequence[tuple[Key, str, str]] = (
     ("teacher_kl", "KL divergence from the teacher", "nats per target"),
     ("parameters", "parameters of the student", ""),
@@ -28,18 +27,10 @@ CHARTS: Sequence[tuple[Key, str, str]] = (
 
 
 class Pruning(NamedTuple):
-    """The content of the section.
-
-    sentences: sizes, divergence and step time in words.
-    charts: one chart for each value that at least two evaluations have.
-    numbers: titles, then one row per evaluation, for at most `ROWS_SHOWN` of all `evaluations`.
-    """
+    """The content of the section: sizes, divergence and step time in words and as charts."""
 
     sentences: Sequence[str]
-    charts: Sequence[Chart]
-    caption: str
-    numbers: Rows
-    evaluations: int
+    figure: Figure
 
 
 def pruning_section(report: Report) -> Pruning | None:
@@ -53,13 +44,12 @@ def pruning_section(report: Report) -> Pruning | None:
         _divergence_sentence(curves["teacher_kl"]),
         _time_sentence(curves["step_seconds"]),
     )
-    return Pruning(
-        [sentence for sentence in sentences if sentence],
-        [_chart(title, unit, curves[key]) for key, title, unit in CHARTS if len(curves[key]) > 1],
-        _caption(rows, list(curves.values())),
-        pruning_rows(report, most=ROWS_SHOWN),
-        len(rows),
-    )
+    numbers, total = pruning_rows(report, most=ROWS_SHOWN), len(rows)
+    extent = f"{ROWS_SHOWN} of {total:,} evaluations" if total > ROWS_SHOWN else ""
+    charts = [_chart(title, unit, curves[k]) for k, title, unit in CHARTS if len(curves[k]) > 1]
+    caption = _caption(total, [len(points) for points in curves.values() if len(points) > 1])
+    figure = Figure("Pruning", charts, caption, numbers, extent)
+    return Pruning([sentence for sentence in sentences if sentence], figure)
 
 
 def _points(rows: Sequence[PruningReport], key: Key) -> Points:
@@ -68,47 +58,39 @@ def _points(rows: Sequence[PruningReport], key: Key) -> Points:
 
 
 def _chart(title: str, unit: str, points: Points) -> Chart:
-    ends = [short_count(value, ".4g") for _, value in (points[0], points[-1])]
+    start, end = (short_count(value, ".4g") for _, value in (points[0], points[-1]))
     shown = thinned(points, POINTS_SHOWN)
     return line_chart(
         [Line(shown, "student", marked=len(points) <= POINTS_MARKED)],
         title=title,
         unit=unit,
-        label=f"Pruning over the steps: {title}. From {ends[0]} to {ends[1]}.",
+        label=f"Pruning over the steps: {title}. From {start} to {end}.",
         bounds=(0.0,),
     )
 
 
-def _caption(rows: Sequence[PruningReport], curves: Sequence[Points]) -> str:
-    drawn = [len(points) for points in curves if len(points) > 1]
-    is_thinned, has_gaps = max(drawn, default=0) > POINTS_SHOWN, min(drawn, default=0) < len(rows)
+def _caption(evaluations: int, drawn: Sequence[int]) -> str:
     notes = (
         "The divergence is soft_target_kl on held-out rows; 0: the predictions of the teacher.",
         "The parameters are those of the student as it would be exported.",
         "The step time is the median since the previous evaluation.",
-        "Evaluations without a value are left out." if has_gaps else "",
-        "Of long curves the lowest and highest value of each stretch are drawn."
-        if is_thinned
-        else "",
+        "Evaluations without a value are left out." if min(drawn, default=0) < evaluations else "",
+        THINNED if max(drawn, default=0) > POINTS_SHOWN else "",
     )
     return " ".join(filter(None, notes))
 
 
 def _size_sentence(rows: Sequence[PruningReport], report: Report) -> str:
-    first, last = rows[0], rows[-1]
     teacher = report["teacher"]
     whole = f" of {short_count(teacher['parameters'])} parameters" if teacher else ""
     start = f"The student starts as its teacher{whole} and loses units during training."
+    (first, small), (last, smaller) = (
+        (f"step {row['step']:,}", f"{short_count(row['parameters'])} parameters (width "
+        f"{row['width']:,})") for row in (rows[0], rows[-1])
+    )  # fmt: skip
     if len(rows) == 1:
-        return f"{start} At step {first['step']:,}, it has {_size(first)}."
-    return (
-        f"{start} Between step {first['step']:,} and step {last['step']:,}, it goes from "
-        f"{_size(first)} to {_size(last)}."
-    )
-
-
-def _size(row: PruningReport) -> str:
-    return f"{short_count(row['parameters'])} parameters (width {row['width']:,})"
+        return f"{start} At {first}, it has {small}."
+    return f"{start} Between {first} and {last}, it goes from {small} to {smaller}."
 
 
 def _divergence_sentence(points: Points) -> str:
@@ -130,10 +112,7 @@ def _divergence_sentence(points: Points) -> str:
 
 
 def _time_sentence(points: Points) -> str:
-    if not points:
+    ends = [f"{step_time(seconds)} before step {step:,}" for step, seconds in points]
+    if not ends:
         return ""
-    (first, start), (last, end) = points[0], points[-1]
-    known = f"The median step time is {step_time(start)} before step {first:,}"
-    if len(points) == 1:
-        return f"{known}."
-    return f"{known} and {step_time(end)} before step {last:,}."
+    return f"The median step time is {' and '.join(ends[:1] + ends[1:][-1:])}."

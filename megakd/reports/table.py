@@ -5,14 +5,23 @@ The first row of a table has the titles; a table without further rows is left ou
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megakd.contract.metrics import lower_is_better
-from megakd.contract.tasks import STUDENT, TEACHER, TEXT_METRIC
-from megakd.reports.generated import generation_rows
-from megakd.reports.history import LAST_STEP, evenly
+from megakd.contract.tasks import (
+    MATCH,
+    STUDENT,
+    TEACHER,
+    TEXT_METRIC,
+    TEXTS,
+    file_of_step,
+    is_text_metric,
+)
+from megakd.reports.history import LAST_STEP, evenly, panels, read_history
 from megakd.reports.quantities import (
     Ratio,
     duration,
@@ -22,35 +31,27 @@ from megakd.reports.quantities import (
     short_count,
     step_time,
 )
+from megakd.reports.report import completed
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from megakd.contract.results import (
         CandidateReport,
         CostReport,
+        GenerationReport,
         LatencyReport,
         ModelReport,
         PruningReport,
         Report,
+        TextReport,
     )
 
 Rows = list[list[str]]
 INT8_ROW = f"{STUDENT} (int8)"
 FORWARD = "ms"
-
-LATER_KEYS: Mapping[str, Any] = {
-    **dict.fromkeys(("assistants", "latency", "teachers", "samples", "pruning"), ()),
-    **dict.fromkeys(("generation", "warnings"), ()),
-    **dict.fromkeys(("cost", "pool", "vocabulary")),
-    **{key: {} for key in ("evaluation_sets", "seconds")},
-}
-"""Keys that reports of earlier versions do not have, with their empty values."""
-
-
-def completed(report: Report) -> Report:
-    """Return a report of any version with all keys."""
-    return cast("Report", {**LATER_KEYS, **report})
+SHARES = (MATCH, *(f"{TEXT_METRIC}{n}" for n in ("truncated", "distinct_2", "top1_agreement")))
+"""Metrics of generated texts that are shares; the others are numbers of tokens, or nats."""
+TEXTS_SHOWN = 8
+"""Texts of an evaluation in the report."""
 
 
 def result_table(report: Report, *, final: Path | None = None) -> str:
@@ -70,20 +71,20 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
         generation_rows(report),
         stage_rows(report),
     ]
+    lower = lower_metrics(report)
+    notes = (
+        f"{', '.join(lower)}: lower is better" if lower else "",
+        latency_note(report),
+        vocabulary_note(report),
+        adapter_note(report["student"]),
+    )
     blocks = [
         [f"{report['method']} on {report['task']}, scored on {report['evaluated_on']}"],
-        [*aligned_rows(beside(*model_parts(report))), *_model_notes(report)],
+        [*aligned_rows(beside(*model_parts(report))), *filter(None, notes)],
         *(aligned_rows(rows) for rows in tables if rows[1:]),
         [*_time_lines(report), *([f"the student is in {final}"] if final else [])],
     ]
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
-
-
-def _model_notes(report: Report) -> list[str]:
-    lower = lower_metrics(report)
-    notes = [f"{', '.join(lower)}: lower is better"] if lower else []
-    others = (latency_note(report), vocabulary_note(report), adapter_note(report["student"]))
-    return [*notes, *filter(None, others)]
 
 
 def adapter_note(student: ModelReport) -> str:
@@ -96,12 +97,12 @@ def adapter_note(student: ModelReport) -> str:
 
 def vocabulary_note(report: Report) -> str:
     """Return a line about the student's own vocabulary; empty if all models share one."""
-    found = report["vocabulary"]
-    if found is None:
+    vocabulary = report["vocabulary"]
+    if vocabulary is None:
         return ""
     return (
-        f"student's vocabulary: {found['type']} of {found['size']:,} pieces, "
-        f"{found['overlap']:.1%} of them also in the teacher's {found['teacher_size']:,}"
+        f"student's vocabulary: {vocabulary['type']} of {vocabulary['size']:,} pieces, "
+        f"{vocabulary['overlap']:.1%} of them also in the teacher's {vocabulary['teacher_size']:,}"
     )
 
 
@@ -117,11 +118,9 @@ def _time_lines(report: Report) -> list[str]:
 
 def elsewhere_lines(seconds: Mapping[str, float]) -> list[str]:
     """Return a line with the time outside training of the last start of a run, if known."""
-    if not seconds:
-        return []
     parts = {name: value for name, value in seconds.items() if name != "training"}
     listed = ", ".join(f"{name} {duration(value)}" for name, value in parts.items())
-    return [f"beside training {duration(sum(parts.values()))}: {listed}"]
+    return [f"beside training {duration(sum(parts.values()))}: {listed}"] if seconds else []
 
 
 def cost_line(cost: CostReport) -> str:
@@ -129,15 +128,14 @@ def cost_line(cost: CostReport) -> str:
     spent, whole = cost["seconds"], cost["alternative_seconds"]
     ratio = f"{whole / spent:.1f}x" if spent > 0 else ""
     times = {"": "", "1.0x": " (as long)"}.get(ratio, f" ({ratio})")
-    return (
-        f"{_trials(cost['trials'])}, {duration(spent)}; "
-        f"{cost['alternative_does']} ({cost['alternative']}): "
-        f"{_trials(cost['alternative_trials'])}, about {duration(whole)}{times}"
+    mine, theirs = (
+        f"{number} trial{'' if number == 1 else 's'}"
+        for number in (cost["trials"], cost["alternative_trials"])
     )
-
-
-def _trials(number: int) -> str:
-    return f"{number} trial{'' if number == 1 else 's'}"
+    return (
+        f"{mine}, {duration(spent)}; {cost['alternative_does']} ({cost['alternative']}): "
+        f"{theirs}, about {duration(whole)}{times}"
+    )
 
 
 def scored_models(report: Report) -> list[tuple[str, ModelReport, Mapping[str, float]]]:
@@ -151,17 +149,6 @@ def scored_models(report: Report) -> list[tuple[str, ModelReport, Mapping[str, f
     return [(name, model, model["metrics"]) for name, model in sized.items()] + [
         (name, report["student"], metrics) for name, metrics in baselines
     ]
-
-
-def shown_models(report: Report) -> list[tuple[str, ModelReport, Mapping[str, float]]]:
-    """Return `scored_models`, and the student's int8 weights after the student."""
-    models = scored_models(report)
-    student = report["student"]
-    if "int8" in student:
-        int8 = student["int8"]
-        place = [name for name, _, _ in models].index(STUDENT) + 1
-        models.insert(place, (INT8_ROW, {**student, "bytes": int8["bytes"]}, int8["metrics"]))
-    return models
 
 
 def teachers_of(report: Report) -> dict[str, ModelReport]:
@@ -195,41 +182,49 @@ def timings(report: Report) -> list[Timing]:
     speedup = report["speedup"]
     if speedup is not None:  # reports of early versions have no other times
         teacher = largest(teachers_of(report)) or TEACHER
-        pair = ((teacher, speedup["teacher_ms"]), (STUDENT, speedup["student_ms"]))
-        for name, ms in pair:
+        for name, ms in ((teacher, speedup["teacher_ms"]), (STUDENT, speedup["student_ms"])):
             entries.append({"model": name, "batch": speedup["batch"], "ms": ms})
-    found: dict[tuple[int, str], Timing] = {}
+    timings: dict[tuple[int, str], Timing] = {}
     for entry in (*entries, *report["latency"]):
         batch, kind = entry["batch"], "tokens/s" if "generated" in entry else FORWARD
         if is_number(entry["ms"]) and entry["ms"] > 0:
-            timing = found.setdefault((batch, kind), Timing(kind, batch, {}, {}))
+            timing = timings.setdefault((batch, kind), Timing(kind, batch, {}, {}))
             timing.values[entry["model"]] = entry.get("tokens_per_second", entry["ms"])
             timing.rounds[entry["model"]] = entry.get("rounds_ms", [entry["ms"]])
-    return [found[key] for key in sorted(found)]
+    return [timings[key] for key in sorted(timings)]
 
 
 def model_parts(report: Report) -> tuple[Rows, Rows, Rows, Rows]:
     """Return the models' names, sizes, scores and times, for `beside`."""
-    timed, metrics = timings(report), metric_names(report)
+    timed, metrics, teacher = timings(report), metric_names(report), report["teacher"]
     reference = largest(teachers_of(report)) or TEACHER
     against = "vs teacher" if lower_is_better(report["metric_name"]) else "kept"
-    fewer = ["smaller"] if report["teacher"] else []
-    names, sizes = [[""]], [["parameters", "non-embedding", "size MB", *fewer]]
-    scores = [[*metrics, *([against] if report["teacher"] else [])]]
+    names, sizes = [[""]], [["parameters", "non-embedding", "size MB"]]
+    scores = [[*metrics]]
     speeds = [[title for one in timed for title in (f"{one.kind} (batch {one.batch})", "speed-up")]]
-    for name, model, values in shown_models(report):
-        compared = [against_teacher(report, values)] if report["teacher"] else []
+    if teacher:
+        sizes[0].append("smaller")
+        scores[0].append(against)
+    for name, model, values in _with_int8(report):
         names.append([name])
-        sizes.append(_sizes(report, model))
-        scores.append([*(score(metric, values.get(metric)) for metric in metrics), *compared])
+        counts = map(short_count, (model["parameters"], model["encoder_parameters"]))
+        sizes.append([*counts, megabytes(model.get("bytes"))])
+        scores.append([score(metric, values.get(metric)) for metric in metrics])
         speeds.append([cell for one in timed for cell in _speed(one, name, reference)])
+        if teacher:
+            sizes[-1].append(times_smaller(report, model))
+            scores[-1].append(against_teacher(report, values))
     return names, sizes, scores, speeds
 
 
-def _sizes(report: Report, model: ModelReport) -> list[str]:
-    counts = map(short_count, (model["parameters"], model["encoder_parameters"]))
-    fewer = [times_smaller(report, model)] if report["teacher"] else []
-    return [*counts, megabytes(model.get("bytes")), *fewer]
+def _with_int8(report: Report) -> list[tuple[str, ModelReport, Mapping[str, float]]]:
+    """Return `scored_models`, and the student's int8 weights after the student."""
+    models, student = scored_models(report), report["student"]
+    if "int8" in student:
+        int8 = student["int8"]
+        place = [name for name, _, _ in models].index(STUDENT) + 1
+        models.insert(place, (INT8_ROW, {**student, "bytes": int8["bytes"]}, int8["metrics"]))
+    return models
 
 
 def times_smaller(report: Report, model: ModelReport) -> str:
@@ -353,19 +348,21 @@ def pool_rows(report: Report) -> Rows:
     pool, metric = report["pool"], report["metric_name"]
     if pool is None:
         return []
-    # A teacher is ranked by its metric, negated if lower is better.
-    sign = -1 if lower_is_better(metric) else 1
-    rows = [["taught by", pool["distribution"], "steps", f"{metric} (validation)"]]
-    for one in pool["teachers"]:
-        worth = score(metric, None if one["score"] is None else sign * one["score"])
-        rows.append([one["name"], f"{one['weight']:.3f}", f"{one['steps']:,}", worth])
-    is_ranked = any(one["score"] is not None for one in pool["teachers"])
-    rows = rows if is_ranked else [row[:-1] for row in rows]
-    counts = [one.get("rows") for one in pool["teachers"]]
-    if None in counts:
-        return rows
-    numbers = ("rows", *(f"{count:,}" for count in counts))
-    return [[*row, number] for row, number in zip(rows, numbers, strict=True)]
+    teachers = pool["teachers"]
+    columns = [
+        ["taught by", *(one["name"] for one in teachers)],
+        [pool["distribution"], *(f"{one['weight']:.3f}" for one in teachers)],
+        ["steps", *(f"{one['steps']:,}" for one in teachers)],
+    ]
+    if any(one["score"] is not None for one in teachers):
+        # A teacher is ranked by its metric, negated if lower is better.
+        sign = -1 if lower_is_better(metric) else 1
+        worth = [None if one["score"] is None else sign * one["score"] for one in teachers]
+        columns.append([f"{metric} (validation)", *(score(metric, value) for value in worth)])
+    counts = [one.get("rows") for one in teachers]
+    if None not in counts:
+        columns.append(["rows", *(f"{count:,}" for count in counts)])
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def pruning_course(report: Report) -> list[PruningReport]:
@@ -378,10 +375,9 @@ def pruning_rows(report: Report, *, most: int) -> Rows:
     """Return size, divergence and step time of a pruned student at up to `most` (>= 2) steps."""
     rows = [["pruned, step", "width", "parameters", "KL (nats)", "step time"]]
     for row in evenly(pruning_course(report), most):
-        divergence, seconds = row["teacher_kl"], row["step_seconds"]
-        far = f"{divergence:.4f}" if is_number(divergence) else "-"
+        divergence = f"{row['teacher_kl']:.4f}" if is_number(row["teacher_kl"]) else "-"
         size = [f"{row['width']:,}", short_count(row["parameters"])]
-        rows.append([f"{row['step']:,}", *size, far, step_time(seconds)])
+        rows.append([f"{row['step']:,}", *size, divergence, step_time(row["step_seconds"])])
     return rows
 
 
@@ -403,6 +399,53 @@ def stage_scores(report: Report) -> Rows:
     names = [name for name in known if not name.startswith(TEXT_METRIC)]
     scores = ([score(name, stage["metrics"].get(name)) for name in names] for stage in stages)
     return [names, *scores]
+
+
+def generation_reports(output_dir: Path, stages: Sequence[str]) -> list[GenerationReport]:
+    """Return the last evaluation on generated texts of each stage that has one.
+
+    Args:
+        output_dir: folder of a run with metrics.jsonl and the files of the texts.
+        stages: names of the stages, in order.
+    """
+    history = panels(read_history(output_dir / "metrics.jsonl"))
+    entries: list[GenerationReport] = []
+    for stage in stages:
+        curves = {n: c[""] for n, c in history.get(stage, {}).get("eval", {}).items() if "" in c}
+        last = {n: c.points[-1] for n, c in curves.items() if c.points and is_text_metric(n)}
+        if (length := f"{TEXT_METRIC}tokens") in last:
+            step = last[length][0]
+            metrics = {name: value for name, (at, value) in last.items() if at == step}
+            texts = _texts(file_of_step(output_dir / TEXTS / stage, step))
+            entries.append({"stage": stage, "step": step, "metrics": metrics, "texts": texts})
+    return entries
+
+
+def _texts(path: Path) -> list[TextReport]:
+    """Return the first texts of a file; none if the file was removed or is damaged."""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in islice(lines, TEXTS_SHOWN)]
+    except (OSError, ValueError):
+        return []
+
+
+def generation_rows(report: Report) -> Rows:
+    """Return a row per evaluation on generated texts, with `match` first."""
+    entries = report["generation"]
+    known = dict.fromkeys(name for entry in entries for name in entry["metrics"])
+    names = sorted(known, key=lambda name: name != MATCH)
+    rows = [["generated texts", "step", *(name.removeprefix(TEXT_METRIC) for name in names)]]
+    for entry in entries:
+        cells = (_text_value(name, entry["metrics"].get(name)) for name in names)
+        rows.append([entry["stage"], f"{entry['step']:,}", *cells])
+    return rows
+
+
+def _text_value(name: str, value: Any) -> str:
+    if not is_number(value):
+        return "-"
+    return f"{value:.1%}" if name in SHARES else f"{value:.4g}"
 
 
 def aligned_rows(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -26,8 +26,7 @@ from megakd.models.int8 import INT8, write_int8
 from megakd.models.own_models import current_files
 from megakd.reports.card import CardFacts, model_card
 from megakd.reports.html import write_html_report
-from megakd.reports.reading import read_report
-from megakd.reports.report import write_report
+from megakd.reports.report import read_report, write_report
 from megakd.reports.table import result_table
 from megakd.run.holder import held
 from megakd.storage import atomic

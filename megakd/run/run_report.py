@@ -36,13 +36,12 @@ from megakd.models.export import weight_bytes
 from megakd.models.int8 import INT8, write_int8, write_restored
 from megakd.models.lora import adapter_parameters
 from megakd.process.phases import phase, seconds
-from megakd.reports.generated import generation_reports
 from megakd.reports.history import read_history
 from megakd.reports.latency import Work, measure_latencies
 from megakd.reports.quantities import paired_ratio
 from megakd.reports.report import environment
 from megakd.reports.samples import Sampler
-from megakd.reports.table import largest
+from megakd.reports.table import generation_reports, largest
 from megakd.rollouts.runaway import text_warnings
 from megakd.run.lab import Lab
 from megakd.training.evaluation_sets import SetScores

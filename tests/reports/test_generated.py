@@ -10,11 +10,9 @@ import pytest
 from html_page import Page
 from reports import language_report
 
-from megakd.reports.generated import SHOWN, generation_reports
 from megakd.reports.html import html_report
-from megakd.reports.reading import read_report
-from megakd.reports.report import write_report
-from megakd.reports.table import result_table
+from megakd.reports.report import read_report, write_report
+from megakd.reports.table import TEXTS_SHOWN, generation_reports, result_table
 from megakd.storage.atomic import json_text
 
 TEXT = {
@@ -49,12 +47,12 @@ def test_the_report_has_the_texts_and_metrics_of_the_last_evaluation(tmp_path: P
         evaluation(10, perplexity=9.0, **METRICS),
         evaluation(20, perplexity=8.0, **{**METRICS, "match": 0.75}),
     ]
-    out = write_run(tmp_path, records, {10: [OTHER], 20: [TEXT] * (SHOWN + 1)})
+    out = write_run(tmp_path, records, {10: [OTHER], 20: [TEXT] * (TEXTS_SHOWN + 1)})
 
     found = generation_reports(out, ["teacher", "student"])
 
     metrics = {**METRICS, "match": 0.75}
-    wanted = {"stage": "student", "step": 20, "metrics": metrics, "texts": [TEXT] * SHOWN}
+    wanted = {"stage": "student", "step": 20, "metrics": metrics, "texts": [TEXT] * TEXTS_SHOWN}
     assert found == [wanted]
 
 

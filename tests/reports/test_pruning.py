@@ -100,8 +100,8 @@ def test_some_missing_values_are_left_out_of_the_charts_and_told(missing: float 
     section = pruning_section(report_of(pruning=[*ROWS, row(50, missing, missing)]))
 
     assert section is not None
-    assert [len(chart.lines[0].points) for chart in section.charts] == [4, 5, 3]
-    assert "Evaluations without a value are left out." in section.caption
+    assert [len(chart.lines[0].points) for chart in section.figure.charts] == [4, 5, 3]
+    assert "Evaluations without a value are left out." in section.figure.caption
 
 
 def test_charts_of_all_values_start_at_zero_and_describe_themselves() -> None:
@@ -114,8 +114,8 @@ def test_charts_of_all_values_start_at_zero_and_describe_themselves() -> None:
         "Pruning over the steps: step time. From 0.2 to 0.2.",
     ]
     assert section is not None
-    assert all(chart.y.low < 0 for chart in section.charts)
-    assert "without a value" not in section.caption
+    assert all(chart.y.low < 0 for chart in section.figure.charts)
+    assert "without a value" not in section.figure.caption
 
 
 @pytest.mark.parametrize(
