@@ -8,14 +8,21 @@ deduplicated and split by hash.
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import inspect
 import json
 import logging
+import os
 import re
+import sys
+import sysconfig
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from datasets import Features, Value
 
@@ -23,16 +30,11 @@ from megakd.config.task import TaskConfig
 from megakd.contract.tasks import TaskType
 from megakd.data.cache import cached_folder, key_of, read_rows, write_rows
 from megakd.data.choosing import HASH_RANGE, text_hash
-from megakd.data.docstrings import (
-    SourceFile,
-    read_docstrings,
-    source_files,
-    source_roots,
-)
 from megakd.data.found import Found
 from megakd.data.labels import Classes
 from megakd.data.tables import SPLIT_NAMES, SplitName
 from megakd.errors import ConfigError, DataError
+from megakd.process.garbage import no_collections
 from megakd.storage.atomic import write_json
 
 logger = logging.getLogger(__name__)
@@ -40,31 +42,13 @@ logger = logging.getLogger(__name__)
 # Increase this number when the same sources result in different rows.
 VERSION = 1
 PACKAGES = (
-    "transformers",
-    "torch",
-    "sympy",
-    "pandas",
-    "networkx",
-    "numpy",
-    "huggingface_hub",
-    "tensorboard",
-    "pydantic",
-    "setuptools",
-    "tkinter",
-    "asyncio",
-)
+    "transformers", "torch", "sympy", "pandas", "networkx", "numpy", "huggingface_hub",
+    "tensorboard", "pydantic", "setuptools", "tkinter", "asyncio",
+)  # fmt: skip
 ALIASES = (
-    "pytorch",
-    "hugging face hub",
-    "hugging face",
-    "hugging-face",
-    "huggingface",
-    "hf",
-    "np",
-    "pd",
-    "nx",
-    "tk",
-)
+    "pytorch", "hugging face hub", "hugging face", "hugging-face", "huggingface", "hf", "np", "pd",
+    "nx", "tk",
+)  # fmt: skip
 MASK = "package"
 # An underscore ends a word: torch_dtype and is_torch name the package too.
 NAMED = re.compile(
@@ -84,6 +68,16 @@ VIEW_OF: Mapping[TaskType, str] = {
     "mlm": "text",
     "causal_lm": "text",
 }
+# Tests have no useful docstrings, and vendored copies belong to another package.
+SKIPPED_FOLDERS = frozenset(
+    {"__pycache__", "test", "tests", "idle_test", "_vendor", "vendor", "vendored"}
+)
+# The corpus must not change with the program that reads it.
+SKIPPED_PACKAGES = frozenset({"megakd", "megakd_kernels"})
+SITE_FOLDERS = frozenset({"site-packages", "dist-packages"})
+TRIPLE_QUOTES = (b'"""', b"'''")
+DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+BLOCKS = ("body", "orelse", "finalbody", "handlers")
 ROWS_FILE = "{split}.arrow"
 ABOUT_FILE = "about.json"
 
@@ -177,12 +171,11 @@ def _check(task: TaskConfig) -> None:
         raise ConfigError(
             f"task.type: task.dataset pydocs supports {', '.join(VIEW_OF)} (got {task.type})"
         )
-    for key in ("data_dir", "dataset_config", "text_columns", "label_column"):
-        if getattr(task, key) is not None:
-            raise ConfigError(
-                f"task.{key}: not supported with task.dataset pydocs; remove the key (got "
-                f"{str(getattr(task, key))!r})"
-            )
+    if task.data_dir is not None:
+        raise ConfigError(
+            "task.data_dir: not supported with task.dataset pydocs; remove the key (got "
+            f"{str(task.data_dir)!r})"
+        )
 
 
 def _write_corpus(files: Sequence[SourceFile], folder: Path) -> None:
@@ -254,3 +247,124 @@ def _warn_of_missing(missing: Sequence[str]) -> None:
             "pydocs: %s not found on this machine; the classes are the other packages",
             ", ".join(missing),
         )
+
+
+class SourceFile(NamedTuple):
+    """The file of one module.
+
+    package: name of the top-level package or module that the file belongs to.
+    """
+
+    package: str
+    name: str
+    path: Path
+    size: int
+    modified_ns: int
+
+
+class Docstring(NamedTuple):
+    """One docstring, without indentation.
+
+    module: dotted or slashed name of the file that contains the docstring.
+    """
+
+    package: str
+    module: str
+    text: str
+
+
+def source_roots() -> list[Path]:
+    """Return the folder of the standard library, then the folders of installed packages."""
+    standard = Path(sysconfig.get_path("stdlib")).resolve()
+    site = [Path(entry).resolve() for entry in sys.path if Path(entry).name in SITE_FOLDERS]
+    return [root for root in dict.fromkeys([standard, *site]) if root.is_dir()]
+
+
+def source_files(roots: Sequence[Path]) -> list[SourceFile]:
+    """Return all modules below the roots, in an order that does not depend on the file system.
+
+    A package that is in two roots is read from the first root, as an import would do.
+    """
+    files: list[SourceFile] = []
+    for root in roots:
+        earlier = {file.package for file in files}
+        new = (file for file in _below(root) if file.package not in earlier)
+        files += sorted(new, key=lambda file: file.name)
+    return files
+
+
+def read_docstrings(files: Sequence[SourceFile]) -> Iterator[Docstring | None]:
+    """Yield the docstrings of the files in order; None for a file that cannot be parsed."""
+    with no_collections():
+        for file in files:
+            try:
+                source = file.path.read_bytes()
+            except OSError:
+                yield None
+                continue
+            if not any(quotes in source for quotes in TRIPLE_QUOTES):
+                continue
+            tree = _parsed(source)
+            if tree is None:
+                yield None
+                continue
+            for text in _docstrings(tree):
+                yield Docstring(file.package, file.name, text)
+
+
+def _below(root: Path) -> Iterator[SourceFile]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if name not in SKIPPED_FOLDERS | SITE_FOLDERS
+            and not (Path(folder) == root and name in SKIPPED_PACKAGES)
+        ]
+        for name in names:
+            path = Path(folder, name)
+            # A broken link is not a file.
+            if name.endswith(".py") and path.is_file():
+                yield _source_file(root, path)
+
+
+def _source_file(root: Path, path: Path) -> SourceFile:
+    relative, status = path.relative_to(root), path.stat()
+    return SourceFile(
+        package=relative.parts[0].removesuffix(".py"),
+        name=relative.as_posix(),
+        path=path,
+        size=status.st_size,
+        modified_ns=status.st_mtime_ns,
+    )
+
+
+def _parsed(source: bytes) -> ast.Module | None:
+    with warnings.catch_warnings():
+        # Warnings about old string escapes in other packages are not relevant here.
+        warnings.simplefilter("ignore")
+        try:
+            return ast.parse(source)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            # The parser raises MemoryError for code that is nested too deeply.
+            return None
+
+
+def _docstrings(tree: ast.Module) -> Iterator[str]:
+    for node in (tree, *_definitions(tree)):
+        text = ast.get_docstring(node, clean=False)
+        if text is not None:
+            # Source code can express a lone surrogate, UTF-8 cannot.
+            clean = inspect.cleandoc(text).encode("utf-8", "ignore").decode("utf-8").strip()
+            if clean:
+                yield clean
+
+
+def _definitions(
+    node: ast.AST,
+) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    for block in BLOCKS:
+        for child in getattr(node, block, None) or ():
+            if isinstance(child, DEFINITIONS):
+                yield child
+            if isinstance(child, ast.stmt | ast.excepthandler):
+                yield from _definitions(child)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from megakd.config.task import TaskConfig
 from megakd.data import pydocs
-from megakd.data.docstrings import read_docstrings, source_files, source_roots
 from megakd.data.pydocs import (
     ALIASES,
     PACKAGES,
@@ -21,6 +20,9 @@ from megakd.data.pydocs import (
     first_sentence,
     masked,
     pydocs_rows,
+    read_docstrings,
+    source_files,
+    source_roots,
     split_of,
 )
 from megakd.data.splits import load_splits
@@ -289,9 +291,8 @@ def test_neither_hash_seed_nor_place_changes_the_rows(root: Path, tmp_path: Path
             r"regression\)",
         ),
         ({"data_dir": Path("x")}, r"task\.data_dir: not supported with task\.dataset pydocs"),
-        ({"label_column": "x"}, r"task\.label_column: not supported with task\.dataset pydocs"),
     ],
-    ids=["type", "data_dir", "label_column"],
+    ids=["type", "data_dir"],
 )
 def test_keys_that_do_not_fit_are_refused(keys: dict, message: str, tmp_path: Path):
     task = TaskConfig(**{"type": "classification", "dataset": "pydocs", **keys})
