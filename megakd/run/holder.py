@@ -7,7 +7,8 @@ this host, else after `DEAD_AFTER_S` without a sign of life. A living holder giv
 `BEAT_S`.
 
 Two runs may find the same holder dead at the same time. Therefore a run claims the place of a dead
-holder with a file that is named after that holder. Only one run can create this file.
+holder with a file that is named after that holder. Only one run can create this file. The lease of
+`filelock` takes a dead holder over by an exchange of two names, which NFS refuses.
 """
 
 from __future__ import annotations
@@ -56,30 +57,17 @@ class Holder:
     start: str
     key: str
 
-    def is_alive_here(self) -> bool:
-        """Return true if the process runs; call only on the holder's own host."""
-        try:
-            return process_start(self.pid) == self.start
-        except psutil.AccessDenied:  # a process of another user
-            return True
-
 
 def this_process() -> Holder:
     """Return the holder that describes this process."""
     since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     start = process_start(os.getpid()) or ""
-    return Holder(socket.gethostname(), os.getpid(), since, _place(), start, uuid.uuid4().hex)
-
-
-def _place() -> str:
-    parts = [socket.gethostname()]
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    if boot.is_file():
-        parts.append(boot.read_text(encoding="ascii").strip())
-    namespace = Path("/proc/self/ns/pid")
-    if namespace.is_symlink():
-        parts.append(str(namespace.readlink()))
-    return " ".join(parts)
+    place = [host := socket.gethostname()]
+    with contextlib.suppress(OSError):  # systems other than Linux have no such files
+        place.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+    with contextlib.suppress(OSError):
+        place.append(str(Path("/proc/self/ns/pid").readlink()))
+    return Holder(host, os.getpid(), since, " ".join(place), start, uuid.uuid4().hex)
 
 
 def process_start(pid: int) -> str | None:
@@ -193,7 +181,11 @@ class FolderLock:
         if self._last()[0] != last:
             return False
         if not is_dead:
-            raise InUseError(self._message(last))
+            raise InUseError(
+                f"{self.path.parent} is in use by another run: process {last.pid} on {last.host}, "
+                f"since {last.since}; wait until that run ends, stop it, or use another "
+                f"output_dir. If that process is not a run of this folder, remove {self.path}"
+            )
         claim = self._claim_on(last)
         if not self._create(claim):
             return False
@@ -230,29 +222,25 @@ class FolderLock:
     def _create(self, path: Path) -> bool:
         try:
             self._write(self._draft)
-            os.link(self._draft, path)
+            try:
+                os.link(self._draft, path)
+            except OSError as error:
+                if error.errno not in NO_HARD_LINKS:
+                    raise
+                self._write(path, "x")  # a reader may see a partial file
         except FileExistsError:
             # Network storage repeats a call whose answer was lost: the link may be this process's.
             return read_holder(path) == self.holder
-        except OSError as error:
-            if error.errno not in NO_HARD_LINKS:
-                raise
-            return self._create_unlinked(path)
         finally:
             self._draft.unlink(missing_ok=True)
         return True
 
-    def _create_unlinked(self, path: Path) -> bool:
-        """Create the file on storage without hard links, where a reader may see a partial file."""
-        try:
-            self._write(path, "x")
-        except FileExistsError:
-            return False
-        return True
-
     def _is_dead(self, holder: Holder, path: Path) -> bool:
         if holder.place == self.holder.place:
-            return not holder.is_alive_here()
+            try:
+                return process_start(holder.pid) != holder.start
+            except psutil.AccessDenied:  # a process of another user
+                return False
         logger.warning(
             "%s names process %d on %s, which cannot be seen from this host: waiting up to %.0f s "
             "for a change of the file",
@@ -264,13 +252,6 @@ class FolderLock:
             if _changed_at(path) != first:
                 return False
         return True
-
-    def _message(self, holder: Holder) -> str:
-        return (
-            f"{self.path.parent} is in use by another run: process {holder.pid} on {holder.host}, "
-            f"since {holder.since}; wait until that run ends, stop it, or use another output_dir. "
-            f"If that process is not a run of this folder, remove {self.path}"
-        )
 
     def _give_signs(self) -> None:
         while not self._released.wait(BEAT_S):
@@ -305,6 +286,5 @@ def _changed_at(path: Path) -> int | None:
 
 
 def _end_at_once(path: Path) -> None:
-    message = f"megakd: error: another run has taken {path}; this run ends\n"
-    os.write(2, message.encode())
+    os.write(2, f"megakd: error: another run has taken {path}; this run ends\n".encode())
     os._exit(2)
