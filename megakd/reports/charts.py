@@ -71,10 +71,8 @@ class Scale:
     def ticks(self, *, whole: bool = False) -> list[float]:
         """Return round values within the scale; `whole` allows only integers."""
         # Within half a decade, there may be no round power, and steps are almost even.
-        is_wide = self.log and math.log10(self.high) - math.log10(self.low) > 0.5
-        return self._decades() if is_wide else self._steps(whole=whole)
-
-    def _steps(self, *, whole: bool) -> list[float]:
+        if self.log and math.log10(self.high) - math.log10(self.low) > 0.5:
+            return self._decades()
         raw = (self.high - self.low) / 4
         size = 10.0 ** math.floor(math.log10(raw))
         step = next(s * size for s in (1, 2, 2.5, 5, 10) if s * size >= raw * (1 - 1e-9))
@@ -187,15 +185,15 @@ def plane_chart(dots: Sequence[Dot], *, metric: str, measure: str) -> Chart:
 
 def _numbered(dots: Sequence[Dot], x: Scale, y: Scale) -> list[tuple[Dot, float]]:
     """Return the dots, each with the position of its number: right of the dot, on free space."""
-    found: list[tuple[Dot, float]] = []
+    numbered: list[tuple[Dot, float]] = []
     for dot in dots:
         place = x(dot.x) + 8
-        for other, start in sorted(found, key=lambda pair: pair[1]):
+        for other, start in sorted(numbered, key=lambda pair: pair[1]):
             end = start + 4 + 7 * len(str(other.number))
             is_level = abs(y(other.y) - y(dot.y)) < 9
             place = end if is_level and start - 8 < place < end else place
-        found.append((dot, round(place, 1)))
-    return found
+        numbered.append((dot, round(place, 1)))
+    return numbered
 
 
 def _vertical(
@@ -223,11 +221,11 @@ def _horizontal(low: float, high: float, y_ticks: Ticks, *, log: bool = False) -
 
 
 def _apart(ticks: Ticks) -> Ticks:
-    found: Ticks = []
+    apart: Ticks = []
     end = -math.inf
     for place, text in ticks:
         half = LETTER * len(text) / 2
         fits = place - half > end + 3
-        found.append((place, text if fits else ""))
+        apart.append((place, text if fits else ""))
         end = place + half if fits else end
-    return found
+    return apart

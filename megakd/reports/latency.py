@@ -73,11 +73,11 @@ def measure_latencies(
     with ExitStack() as stack:
         ready = {n: stack.enter_context(_ready(m, device, dtype)) for n, m in models.items()}
         decoders = {name: model for name, model in ready.items() if model.can_generate()}
-        found: list[LatencyReport] = []
+        entries: list[LatencyReport] = []
         for batch in work.batches:
-            found += _timed(ready, work, batch)
-            found += _timed(decoders, work, batch, generated) if generated else ()
-    return found
+            entries += _timed(ready, work, batch)
+            entries += _timed(decoders, work, batch, generated) if generated else ()
+    return entries
 
 
 def _timed(
@@ -158,13 +158,13 @@ def _load(folder: Path, device: torch.device | None, dtype: torch.dtype | None) 
     register_own_models()
     config = transformers.AutoConfig.from_pretrained(folder)
     name = (config.architectures or ["none"])[0]
-    found: Any = own_class(name) or getattr(transformers, name, None)
-    if found is None:
+    model_class: Any = own_class(name) or getattr(transformers, name, None)
+    if model_class is None:
         raise ModelError(
             f"{folder / 'config.json'} names the architecture {name!r}, which transformers "
             f"{transformers.__version__} does not have: its latency cannot be measured"
         )
-    model = found.from_pretrained(folder, dtype=dtype or "auto")
+    model = model_class.from_pretrained(folder, dtype=dtype or "auto")
     return model.to(device or torch.device("cpu"))
 
 
@@ -188,14 +188,11 @@ def _generation(model: Any, inputs: dict[str, Any], *, count: int) -> Callable[[
 
 
 def _milliseconds(call: Callable[[], object]) -> float:
-    _finish()
+    is_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    finish = torch.cuda.synchronize if is_cuda else lambda: None
+    finish()
     start = time.perf_counter()
     with torch.inference_mode():
         call()
-    _finish()
+    finish()
     return (time.perf_counter() - start) * 1e3
-
-
-def _finish() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()

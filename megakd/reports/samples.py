@@ -1,6 +1,6 @@
-"""Samples for the report: a few held-out prompts with answers of the teacher and the student.
+"""Samples for the report: a few held-out prompts with outputs of the teacher and the student.
 
-The engines of the evaluation compute the answers, so that a model does not have to fit on a single
+The engines of the evaluation compute the outputs, so that a model does not have to fit on a single
 rank. All ranks use the same prompts in the same number of steps, because under ZeRO-3 every forward
 is a collective.
 """
@@ -50,16 +50,22 @@ def held_out_prompts(
         device: device of this rank.
     """
     first = rows.select(range(min(32, len(rows))))
-    if task.type == "causal_lm":
-        return _continuations(first, tokenizer, task.row_length, device)
     if task.type == "mlm":
         return _hidden_words(first, tokenizer, task, device)
-    return None
+    if task.type != "causal_lm":
+        return None
+    length = task.row_length
+    is_chat = PROMPT_LENGTH in rows.column_names
+    ids = (_chat_prompts(first, length) if is_chat else _beginnings(first, length))[:PROMPTS]
+    if not ids:
+        return None
+    new_tokens = min(NEW_TOKENS, length - max(map(len, ids)))
+    return Continuations(ids=ids, new_tokens=new_tokens, tokenizer=tokenizer, device=device)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """The answers of several models to the same prompts.
+    """The outputs of several models for the same prompts.
 
     prompts: the prompts; None if the task has no prompts.
     """
@@ -68,27 +74,23 @@ class Sampler:
     _answers: dict[str, list[str]] = field(default_factory=dict)
 
     def asking(self, name: str) -> Callable[[Answering], None] | None:
-        """Return a function that stores the answers of the model `name`; None without prompts."""
+        """Return a function that stores the outputs of the model `name`; None without prompts."""
         prompts = self.prompts
-        if prompts is None:
-            return None
-        return lambda model: self.add(name, prompts.answers(model))
+        return None if prompts is None else lambda model: self.add(name, prompts.answers(model))
 
     def add(self, name: str, answers: list[str]) -> None:
-        """Store the answers of the model `name`."""
+        """Store the outputs of the model `name`."""
         self._answers[name] = answers
 
     def samples(self, *, teacher: str | None, student: str) -> list[SampleReport]:
         """Return the samples of report.json; `teacher` is the teacher to show, if any."""
         if self.prompts is None:
             return []
-        shown, mine = self.prompts.shown, self._answers[student]
+        shown = self.prompts.shown
         # A teacher with a tokenizer of its own cannot read the prompts.
-        theirs = self._answers.get(teacher or "") or [None] * len(shown)
-        return [
-            {"prompt": prompt, "teacher": said, "student": own}
-            for prompt, said, own in zip(shown, theirs, mine, strict=True)
-        ]
+        of_teacher = self._answers.get(teacher or "") or [None] * len(shown)
+        rows = zip(shown, of_teacher, self._answers[student], strict=True)
+        return [{"prompt": prompt, "teacher": a, "student": b} for prompt, a, b in rows]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +115,12 @@ class Continuations:
         """Return the most likely continuation of each beginning, token by token."""
         rows = [list(row) for row in self.ids]
         for _ in range(self.new_tokens):
-            said = model.top_k(self._batch(rows), 1).ids  # [B, 1]
-            for row, (token,) in zip(rows, said.tolist(), strict=True):
+            next_ids = model.top_k(self._batch(rows), 1).ids  # [B, 1]
+            for row, (token,) in zip(rows, next_ids.tolist(), strict=True):
                 row.append(token)
-        return [self._answer(r[len(begun) :]) for r, begun in zip(rows, self.ids, strict=True)]
+        end = self.tokenizer.eos_token_id
+        new = (row[len(begun) :] for row, begun in zip(rows, self.ids, strict=True))
+        return [self._decoded(ids[: ids.index(end)] if end in ids else ids) for ids in new]
 
     def _batch(self, rows: Sequence[Sequence[int]]) -> Batch:
         """Return a batch whose targets are the tokens after the last token of each row."""
@@ -128,13 +132,8 @@ class Continuations:
         ids = torch.zeros_like(places)
         ids[valid] = torch.tensor([token for row in rows for token in row])
         inputs = {"input_ids": ids, "position_ids": places}
-        labels = torch.full_like(ids, IGNORE)
         last = torch.arange(len(rows)) * width + lengths - 1
-        return device_batch(Batch(inputs, labels, valid, last), self.device)
-
-    def _answer(self, ids: Sequence[int]) -> str:
-        end = self.tokenizer.eos_token_id
-        return self._decoded(ids[: ids.index(end)] if end in ids else ids)
+        return device_batch(Batch(inputs, torch.full_like(ids, IGNORE), valid, last), self.device)
 
     def _decoded(self, ids: Sequence[int]) -> str:
         return cast("str", self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -156,41 +155,24 @@ class HiddenWords:
 
     def answers(self, model: Answering) -> list[str]:
         """Return the most likely token of each mask, with the tokens of a text in one line."""
-        said = model.top_k(self.batch, 1).ids.flatten().split(list(self.masks))
-        return [", ".join(self._word(token) for token in ids.tolist()) for ids in said]
-
-    def _word(self, token: int) -> str:
-        return cast("str", self.tokenizer.decode([token])).strip()
+        texts = model.top_k(self.batch, 1).ids.flatten().split(list(self.masks))
+        words = ([self.tokenizer.decode([token]) for token in ids.tolist()] for ids in texts)
+        return [", ".join(cast("str", word).strip() for word in text) for text in words]
 
 
 Prompts = Continuations | HiddenWords
 
 
-def _continuations(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, device: torch.device
-) -> Continuations | None:
-    find = _prompts if PROMPT_LENGTH in rows.column_names else _beginnings
-    chosen = find(rows, max_length)[:PROMPTS]
-    if not chosen:
-        return None
-    return Continuations(
-        ids=chosen,
-        new_tokens=min(NEW_TOKENS, max_length - max(map(len, chosen))),
-        tokenizer=tokenizer,
-        device=device,
-    )
-
-
-def _prompts(rows: Dataset, max_length: int) -> list[list[int]]:
-    found = (cast("Mapping[str, Any]", row) for row in rows)
-    prompts = (row["input_ids"][: row[PROMPT_LENGTH]] for row in found)
+def _chat_prompts(rows: Dataset, max_length: int) -> list[list[int]]:
+    mappings = (cast("Mapping[str, Any]", row) for row in rows)
+    prompts = (row["input_ids"][: row[PROMPT_LENGTH]] for row in mappings)
     return [ids for ids in prompts if 0 < len(ids) < max_length]
 
 
 def _beginnings(rows: Dataset, max_length: int) -> list[list[int]]:
-    begun = min(PROMPT_TOKENS, max(1, max_length // 2))
     documents = list(_documents(rows))
-    length = min(begun, max(map(len, documents), default=0))
+    longest = max(map(len, documents), default=0)
+    length = min(PROMPT_TOKENS, max(1, max_length // 2), longest)
     return [ids[:length] for ids in documents if len(ids) >= length]
 
 
@@ -217,15 +199,15 @@ def _hidden_words(
     # The last token marks the end of a text.
     texts = [t if len(t) <= TEXT_TOKENS else [*t[: TEXT_TOKENS - 1], t[-1]] for t in texts]
     special = {int(number) for number in tokenizer.all_special_ids}
-    hidden = [_hidden(ids, special) for ids in texts]
-    chosen = [(ids, places) for ids, places in zip(texts, hidden, strict=True) if places][:PROMPTS]
+    hidden = ((ids, _hidden(ids, special)) for ids in texts)
+    chosen = [(ids, places) for ids, places in hidden if places][:PROMPTS]
     if not chosen:
         return None
     batch = Collator(tokenizer, task)([{"input_ids": ids} for ids, _ in chosen])
-    width = batch.inputs["input_ids"].shape[1]
+    ids = batch.inputs["input_ids"].clone()  # [B, T]
+    width = ids.shape[1]
     targets = torch.tensor([r * width + p for r, (_, places) in enumerate(chosen) for p in places])
     mask = cast("int", tokenizer.mask_token_id)  # transformers' own type allows several
-    ids = batch.inputs["input_ids"].clone()  # [B, T]
     ids.view(-1)[targets] = mask
     batch = batch._replace(inputs={**batch.inputs, "input_ids": ids}, targets=targets)
     shown = [[token for token in row if token not in special - {mask}] for row in ids.tolist()]
