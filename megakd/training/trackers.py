@@ -1,7 +1,8 @@
 """Services for logged numbers besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow.
 
 Each stage is a separate run of the service, so that its steps begin at 0 and a resumed stage
-continues its curve. Only the main rank uses trackers.
+continues its curve. Only the main rank uses trackers. The trackers of accelerate neither continue
+the run of a stage nor survive a full disk or a server that is gone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,7 +93,8 @@ class TensorBoard:
         if self._lost:
             return
         with self._forgiving():
-            self._close_stage(stage)
+            if stage in self._writers:
+                self._writers.pop(stage).close()
             self._open(stage, purge_step=step + 1 if step else 0)
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
@@ -132,56 +133,55 @@ class TensorBoard:
             str(folder), purge_step=purge_step, flush_secs=_NEVER_S
         )
 
-    def _close_stage(self, stage: str) -> None:
-        writer = self._writers.pop(stage, None)
-        if writer is not None:
-            writer.close()
-
     def close(self) -> None:
         """Close the files of all stages."""
-        for stage in tuple(self._writers):
+        while self._writers:
             with self._forgiving():
-                self._close_stage(stage)
+                self._writers.popitem()[1].close()
 
 
-@dataclass
-class _RunIds:
-    """The run id of each stage at a service, kept in the output folder for a resumed run."""
+class _Service:
+    """A service with one run per stage, whose ids the output folder keeps for a resumed run."""
 
-    path: Path
-    service: str
-    of_stage: dict[str, str] = field(default_factory=dict)
-
-    def begin(self, stage: str, step: int) -> str | None:
-        """Return the run to continue; None if the stage starts anew."""
-        self.of_stage = self._read().get(self.service, {}) | self.of_stage
-        return self.of_stage.get(stage) if step else None
-
-    def remember(self, stage: str, run_id: str) -> None:
-        """Record the run of a stage."""
-        self.of_stage[stage] = run_id
-        atomic.write_json(self.path, self._read() | {self.service: self.of_stage})
-
-    def _read(self) -> dict[str, dict[str, str]]:
-        return json.loads(self.path.read_text("utf-8")) if self.path.is_file() else {}
-
-
-class WeightsAndBiases:
-    """Tracker with one wandb run per stage, all in one group; WANDB_PROJECT names the project."""
+    name: str
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self._folder, self._config = folder, config
-        self._ids = _RunIds(folder / _RUN_IDS, "wandb")
+
+    @property
+    def _library(self) -> Any:  # other ranks, which make trackers too, may not have it
+        return importlib.import_module(self.name)
+
+    def _known(self, stage: str, step: int) -> str | None:
+        """Return the run to continue; None if the stage starts anew."""
+        return self._ids().get(self.name, {}).get(stage) if step else None
+
+    def _remember(self, stage: str, run_id: str) -> None:
+        ids = self._ids()
+        ids[self.name] = {**ids.get(self.name, {}), stage: run_id}
+        atomic.write_json(self._folder / _RUN_IDS, ids)
+
+    def _ids(self) -> dict[str, dict[str, str]]:
+        path = self._folder / _RUN_IDS
+        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
+class WeightsAndBiases(_Service):
+    """Tracker with one wandb run per stage, all in one group; WANDB_PROJECT names the project."""
+
+    name = "wandb"
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        super().__init__(folder, config)
         self._run: Any = None
         self._stage: str | None = None
 
     def begin(self, stage: str, step: int) -> None:
         """Finish the run of the previous stage, and start or resume the run of this stage."""
-        wandb = _module("wandb")
         self.close()
-        known = self._ids.begin(stage, step)
+        known = self._known(stage, step)
         try:
-            self._run = wandb.init(
+            self._run = self._library.init(
                 project=os.environ.get("WANDB_PROJECT", "megakd"),
                 group=self._folder.name,
                 name=f"{self._folder.name}/{stage}",
@@ -190,13 +190,13 @@ class WeightsAndBiases:
                 id=known,
                 resume="allow" if known else None,
             )
-        except wandb.Error as error:
+        except self._library.Error as error:
             raise ConfigError(
                 f"log.report_to: wandb cannot start ({error}); run `wandb login`, set "
                 "WANDB_MODE=offline, or remove wandb from log.report_to"
             ) from error
         self._stage = stage
-        self._ids.remember(stage, self._run.id)
+        self._remember(stage, self._run.id)
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Send the numbers; wandb sends them again after a lost connection."""
@@ -211,49 +211,47 @@ class WeightsAndBiases:
         self._run = self._stage = None
 
 
-class MLflow:
+class MLflow(_Service):
     """Tracker with one run per stage, at MLFLOW_TRACKING_URI in MLFLOW_EXPERIMENT_NAME."""
 
+    name = "mlflow"
+
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        self._folder, self._config = folder, config
-        self._ids = _RunIds(folder / _RUN_IDS, "mlflow")
+        super().__init__(folder, config)
         self._runs: dict[str, str] = {}
         self._lost = False
 
     def begin(self, stage: str, step: int) -> None:
         """Start or resume the run of a stage."""
-        mlflow = _module("mlflow")
-        known = self._ids.begin(stage, step)
         try:
-            self._runs[stage] = known or self._start(stage)
-        except mlflow.MlflowException as error:
+            self._runs[stage] = self._known(stage, step) or self._start(stage)
+        except self._library.MlflowException as error:
             raise ConfigError(
                 f"log.report_to: mlflow cannot start ({error}); check MLFLOW_TRACKING_URI, or "
                 "remove mlflow from log.report_to"
             ) from error
 
     def _start(self, stage: str) -> str:
-        mlflow = _module("mlflow")
-        client = mlflow.MlflowClient()
+        client = self._library.MlflowClient()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "megakd")
-        experiment = mlflow.set_experiment(name).experiment_id
+        experiment = self._library.set_experiment(name).experiment_id
         run = client.create_run(experiment, run_name=f"{self._folder.name}/{stage}")
         client.log_dict(run.info.run_id, dict(self._config), "config.json")
-        self._ids.remember(stage, run.info.run_id)
+        self._remember(stage, run.info.run_id)
         return run.info.run_id
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Send the numbers; if the server does not answer, warn once and send no more."""
         if self._lost:
             return
-        mlflow, entities = _module("mlflow"), _module("mlflow.entities")
+        entities = importlib.import_module("mlflow.entities")
         if stage not in self._runs:
             self.begin(stage, step)
         now = int(time.time() * 1000)
         metrics = [entities.Metric(_mlflow_name(k), v, now, step) for k, v in values.items()]
         try:
-            mlflow.MlflowClient().log_batch(self._runs[stage], metrics=metrics)
-        except mlflow.MlflowException as error:
+            self._library.MlflowClient().log_batch(self._runs[stage], metrics=metrics)
+        except self._library.MlflowException as error:
             self._lost = True
             logger.warning(
                 "mlflow does not respond (%s): no further values of this run are sent to mlflow; "
@@ -263,17 +261,12 @@ class MLflow:
 
     def close(self) -> None:
         """Mark the runs as finished."""
-        mlflow = _module("mlflow")
         for stage, run_id in self._runs.items():
             try:
-                mlflow.MlflowClient().set_terminated(run_id)
-            except mlflow.MlflowException as error:
+                self._library.MlflowClient().set_terminated(run_id)
+            except self._library.MlflowException as error:
                 logger.warning("mlflow: the run of %s could not be closed: %s", stage, error)
         self._runs.clear()
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(name)
 
 
 def _mlflow_name(key: str) -> str:
