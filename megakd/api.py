@@ -67,9 +67,14 @@ class ClusterOptions(TypedDict, total=False):
     rates: str | Path
 
 
-_NUMBERS = {"ranks": "a whole number", "nodes": "a whole number"} | dict.fromkeys(
-    ("gpu_memory_gb", "host_memory_gb", "tflops", "gbps"), "a number"
-)
+_EXPECTED: Mapping[str, tuple[Any, str]] = {
+    **dict.fromkeys(("ranks", "nodes"), (int, "a whole number")),
+    "device": (str, '"cpu" or "cuda"'),
+    **dict.fromkeys(
+        ("gpu_memory_gb", "host_memory_gb", "tflops", "gbps"), (int | float, "a number")
+    ),
+    "rates": (str | Path, "a path"),
+}
 
 
 def load_config(config: Config, overrides: Sequence[str] = ()) -> RunConfig:
@@ -176,23 +181,16 @@ def plan(config: Config, overrides: Sequence[str] = (), **cluster: Unpack[Cluste
 
 def _check_cluster(cluster: Mapping[str, Any]) -> None:
     """Raise ConfigError if an option of a plan does not exist or its value has another type."""
-    known = list(ClusterOptions.__annotations__)
     for name, value in cluster.items():
-        if name not in known:
-            near = suggestion(name, known) or ";"
-            raise ConfigError(f'plan: unknown option "{name}"{near} known: {", ".join(known)}')
-        if value is not None and not _has_type(name, value):
-            expected = {"device": '"cpu" or "cuda"', "rates": "a path", **_NUMBERS}[name]
+        if name not in _EXPECTED:
+            near = suggestion(name, _EXPECTED) or ";"
+            raise ConfigError(f'plan: unknown option "{name}"{near} known: {", ".join(_EXPECTED)}')
+        kind, expected = _EXPECTED[name]
+        is_fine = isinstance(value, kind) and not isinstance(value, bool)
+        if name == "device":
+            is_fine = value in ("cpu", "cuda")
+        if value is not None and not is_fine:
             raise ConfigError(f"plan: {name} must be {expected} (got {shown(value)})")
-
-
-def _has_type(name: str, value: object) -> bool:
-    if name == "device":
-        return value in ("cpu", "cuda")
-    if name == "rates":
-        return isinstance(value, str | Path)
-    allowed = int if _NUMBERS[name] == "a whole number" else int | float
-    return isinstance(value, allowed) and not isinstance(value, bool)
 
 
 @contextlib.contextmanager
@@ -235,15 +233,15 @@ def _undone() -> Iterator[None]:
 def _logging_restored() -> Iterator[None]:
     from transformers.utils import logging as of_transformers
 
-    root, own = logging.getLogger(), logging.getLogger("megakd")
-    before = list(root.handlers), root.level, own.level
+    root, package = logging.getLogger(), logging.getLogger("megakd")
+    handlers, levels = list(root.handlers), (root.level, package.level)
     shows_progress = of_transformers.is_progress_bar_enabled()
     try:
         yield
     finally:
-        for handler in [one for one in root.handlers if one not in before[0]]:
+        for handler in [one for one in root.handlers if one not in handlers]:
             root.removeHandler(handler)
-        root.setLevel(before[1])
-        own.setLevel(before[2])
+        root.setLevel(levels[0])
+        package.setLevel(levels[1])
         if shows_progress:
             of_transformers.enable_progress_bar()
