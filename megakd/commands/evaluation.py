@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -47,12 +47,8 @@ if TYPE_CHECKING:
     from megakd.teachers.frozen import FrozenTeacher
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """The rows that are scored.
-
-    file: the file or data set. split: the split of the rows. count: the number of scored rows.
-    """
+class Rows(NamedTuple):
+    """The rows that are scored: the file or data set, their split, and their number."""
 
     file: str
     split: str
@@ -81,7 +77,16 @@ def evaluate_model(
     folder = model_folder(config, model)
     given = data or _without_training_rows(config)
     with started(config) as ranks:
-        source = main_first(lambda: scored_model(config, folder))
+        source = main_first(
+            lambda: resolve_model(
+                str(folder),
+                config.task,
+                # Users can add the student's permissions to the command.
+                where="student.model (--model)",
+                trust_remote_code=config.student.trust_remote_code,
+                allow_pickle=config.student.allow_pickle,
+            )
+        )
         if given is not None:
             prepared, rows = _given_rows(config, source, given)
         else:
@@ -95,8 +100,14 @@ def evaluate_model(
             sets = _sets(assembly, loaded)
         finally:
             loaded.destroy()
-    found = {"file": rows.file, "split": rows.split, "rows": rows.count}
-    return {"model": str(folder), **found, "metrics": metrics, "evaluation_sets": sets}
+    return {
+        "model": str(folder),
+        "file": rows.file,
+        "split": rows.split,
+        "rows": rows.count,
+        "metrics": metrics,
+        "evaluation_sets": sets,
+    }
 
 
 def _without_training_rows(config: RunConfig) -> str | None:
@@ -113,13 +124,11 @@ def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, Rows]:
     check_vocabularies(_own_tokenizer(config), prepared.tokenizer, [source])
     splits, encoded, name = prepared.splits, prepared.encoded, config.task.data_name
     if splits.test is not None and encoded.test is not None:
-        count = row_count(splits.test)
-        return prepared, Rows(file=name, split="test", count=count, encoded=encoded.test)
+        return prepared, Rows(name, "test", row_count(splits.test), encoded.test)
     split = "validation"
     if splits.is_cut:
         split += f" ({VALIDATION_FRACTION:.0%} of the training rows, selected by hash)"
-    count = row_count(splits.validation)
-    return prepared, Rows(file=name, split=split, count=count, encoded=encoded.validation)
+    return prepared, Rows(name, split, row_count(splits.validation), encoded.validation)
 
 
 def _own_tokenizer(config: RunConfig) -> TaskConfig:
@@ -175,7 +184,7 @@ def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[Run
         sources={},
         encoded=Encoded(held, held, None, key, 0.0),
     )
-    return prepared, Rows(file=given, split=split, count=row_count(rows), encoded=held)
+    return prepared, Rows(given, split, row_count(rows), held)
 
 
 def _classes(source: ModelSource, table: Table, config: RunConfig) -> Classes:
@@ -183,10 +192,10 @@ def _classes(source: ModelSource, table: Table, config: RunConfig) -> Classes:
     names = model_label_names(source.config)
     if generic_labels(source.config) is None:
         return Classes(names, numbered=True)
-    found = find_classes(table, choose_fields(table, config.task).label or "")
-    if found.numbered and len(found.names) < len(names):
+    classes = find_classes(table, choose_fields(table, config.task).label or "")
+    if classes.numbered and len(classes.names) < len(names):
         return Classes(tuple(map(str, range(len(names)))), numbered=True)
-    return found
+    return classes
 
 
 def _metrics(
@@ -236,22 +245,3 @@ def model_folder(config: RunConfig, model: str | None) -> Path:
             "run's final/ or stages/<stage>"
         )
     raise CheckpointError(f"{folder} does not exist; train first, or give --model FOLDER")
-
-
-def scored_model(config: RunConfig, folder: Path) -> ModelSource:
-    """Return the source of the model in a folder, read with the permissions of the student.
-
-    `student.allow_pickle` and `student.trust_remote_code` are settings that a user can add to the
-    command; messages name them.
-
-    Raises:
-        ModelError: see `resolve_model`.
-    """
-    student = config.student
-    return resolve_model(
-        str(folder),
-        config.task,
-        where="student.model (--model)",
-        trust_remote_code=student.trust_remote_code,
-        allow_pickle=student.allow_pickle,
-    )

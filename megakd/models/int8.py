@@ -3,7 +3,9 @@
     final/int8/model.safetensors    `<name>` as int8 [rows, ...] and `<name>.scale` as fp32 [rows]
 
 Every floating-point tensor with at least two dimensions is stored in this form: symmetric, rounded
-to nearest, weight = value * scale. All other tensors are stored unchanged.
+to nearest, weight = value * scale. All other tensors are stored unchanged. The format is megakd's
+own: `compressed-tensors` rounds the scales of bf16 models to bf16, stores a tied head twice, and
+transformers opens its int8 embeddings only with `run_compressed=False`.
 """
 
 from __future__ import annotations
@@ -203,11 +205,11 @@ def _places(folder: Path) -> dict[str, _Place]:
     check_given(folder, _WHERE)
     stored = check_weight_files(folder, _WHERE)
     with safe_open(file, "pt") as opened:
-        found = (opened.metadata() or {}).get("quantization")
-    if found != FORMAT:
+        stored_format = (opened.metadata() or {}).get("quantization")
+    if stored_format != FORMAT:
         raise ModelError(
             f"{file} does not hold int8 weights of megakd (its metadata name the quantization "
-            f"{found!r}, not {FORMAT!r}); {_remedy(folder)}"
+            f"{stored_format!r}, not {FORMAT!r}); {_remedy(folder)}"
         )
     scales = {name + SCALE for name, place in stored.items() if _is_quantized(place)}
     places = {name: place for name, place in stored.items() if name not in scales}
@@ -234,9 +236,9 @@ def _place(file: Path, stored: Mapping[str, StoredTensor], name: str) -> _Place:
     scale = stored.get(name + SCALE)
     expected = values.shape[:1]
     if scale is None or (scale.shape, scale.dtype) != (expected, torch.float32):
-        found = "is missing" if scale is None else f"is {scale.dtype} {list(scale.shape)}"
+        fault = "is missing" if scale is None else f"is {scale.dtype} {list(scale.shape)}"
         raise ModelError(
-            f"{file} is damaged: {name + SCALE} {found}, and must be torch.float32 "
+            f"{file} is damaged: {name + SCALE} {fault}, and must be torch.float32 "
             f"{list(expected)}; copy the folder again"
         )
     return _Place(values, scale)
@@ -290,13 +292,13 @@ def _built(folder: Path) -> PreTrainedModel:
 
 def _class_of(config: PretrainedConfig, file: Path) -> type[PreTrainedModel]:
     name = (config.architectures or ["none"])[0]
-    found: Any = own_class(name) or getattr(transformers, name, None)
-    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+    model_class: Any = own_class(name) or getattr(transformers, name, None)
+    if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         raise ModelError(
             f"{file} names the architecture {name!r}, which neither megakd nor transformers "
             f"{transformers.__version__} has; int8 weights need a class of one of the two"
         )
-    return found
+    return model_class
 
 
 def _write_companions(folder: Path, to: Path, keys: Mapping[str, Any]) -> None:
