@@ -52,7 +52,7 @@ class Rows(NamedTuple):
 
     file: str
     split: str
-    count: int
+    number: int
     encoded: Dataset
 
 
@@ -104,7 +104,7 @@ def evaluate_model(
         "model": str(folder),
         "file": rows.file,
         "split": rows.split,
-        "rows": rows.count,
+        "rows": rows.number,
         "metrics": metrics,
         "evaluation_sets": sets,
     }

@@ -263,7 +263,7 @@ def _position_chart(
 ) -> Chart:
     points = {
         step: [(sum(ends) / 2, values[step]) for ends, values in buckets.items() if step in values]
-        for step in reversed(looks)
+        for step in [*looks][::-1]
     }
     chart = line_chart(
         [Line(drawn, *looks[step], marked=True) for step, drawn in points.items() if drawn],
