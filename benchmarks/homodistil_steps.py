@@ -98,7 +98,7 @@ def measured(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> list
     prepared = prepare(config)
     lab = Lab(config, prepared, ranks, reporter)
     source = prepared.sources[STUDENT]
-    whole = lab.units(source)
+    whole = source.units
     goal = goal_of(whole, given.keep)
     starts = {
         "whole": (source, whole),

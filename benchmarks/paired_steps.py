@@ -82,7 +82,7 @@ def measured(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> list
     """This rank's seconds of both steps, without those of the warm-up; the last is of memory."""
     reporter = Reporter(config.output_dir, is_main=ranks.is_main)
     lab = Lab(config, prepare(config), ranks, reporter)
-    names = lab.teachers()
+    names = tuple(map(lab.teacher, lab.config.teacher_specs))
     first, second = (stage_of(config, names, strategy) for strategy in strategies(names, given))
     before = psutil.Process().memory_info().rss
     held = {name: lab.pool.open(name, first) for name in names}

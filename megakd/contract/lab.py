@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from megakd.contract.metrics import Metric
 from megakd.contract.results import MethodRecord, ParameterCounts
-from megakd.contract.shapes import Heads
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.terms import TermConfig
 from megakd.contract.views import View
@@ -18,7 +17,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Model = Any
-"""A model that a stage can start from. A method passes the model on and never opens it."""
+"""A model that a stage can start from. A method passes the model on and never opens it.
+
+It has the attributes `depth` (number of layers), `heads` (`Heads`), `width` (of the hidden states),
+`units` (`View`; `head_width` is set if columns of heads can be cut) and `fresh` (the model of the
+same shape that starts from random weights).
+"""
 
 
 class SortedModel(Protocol):
@@ -116,10 +120,6 @@ class Lab(Protocol):
         """
         ...
 
-    def teachers(self) -> tuple[str, ...]:
-        """Fine-tune all teachers if the config asks for it, and return their names."""
-        ...
-
     def largest_first(self) -> tuple[str, ...]:
         """Return the names of all teachers, sorted by number of weights, the largest first."""
         ...
@@ -132,18 +132,8 @@ class Lab(Protocol):
         """Return the `worth` of a teacher on the validation split, which is measured once."""
         ...
 
-    @property
-    def teacher_layers(self) -> int:
-        """The number of layers of the teacher."""
-        ...
-
-    @property
-    def teacher_heads(self) -> Heads:
-        """The attention heads of the teacher."""
-        ...
-
-    def widths(self, teacher: str) -> tuple[int, int]:
-        """Return the widths of the hidden states of the student and of a teacher."""
+    def given(self, role: str) -> Model:
+        """Return the model that the config gives for a role, before any training."""
         ...
 
     def rows_of_teachers(self) -> dict[str, int]:
@@ -213,14 +203,6 @@ class Lab(Protocol):
 
     def model(self, teacher: str) -> Model:
         """Return the model of a teacher that is ready, for a student that starts as its teacher."""
-        ...
-
-    def units(self, source: Model) -> View:
-        """Return the units of a model; `head_width` is set if columns of heads can be cut."""
-        ...
-
-    def fresh_like(self, folder: Path) -> Model:
-        """Return a model of the shape in `folder` that starts from random weights."""
         ...
 
     def with_embeddings(self, result: StageResult) -> Model:

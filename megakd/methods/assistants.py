@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.options import MethodOptions
-from megakd.contract.tasks import FROM_TEACHER
+from megakd.contract.tasks import FROM_TEACHER, TEACHER
 from megakd.contract.terms import (
     ATTENTION_TERMS,
     STATE_TERMS,
@@ -180,7 +180,7 @@ def _attentions_read(config: AssistantOptions, lab: Lab) -> frozenset[int]:
     from megakd.contract.layer_mapping import layer_pairs
     from megakd.contract.shapes import Shape
 
-    shape = Shape(lab.teacher_layers, width=0, vocabulary=0)
+    shape = Shape(lab.given(TEACHER).depth, width=0, vocabulary=0)
     terms = [term for term in objective_of(config, lab) if isinstance(term, ATTENTION_TERMS)]
     pairs = [pair for term in terms for pair in layer_pairs(term, shape, shape)]
     return frozenset(layer - 1 for pair in pairs for layer in pair)
@@ -225,7 +225,7 @@ def check_reach(config: AssistantOptions, lab: Lab) -> None:
     terms = objective_of(config, lab)
     for term in terms:
         if isinstance(term, RelationKl):
-            _check_relations(term, lab.teacher_heads)
+            _check_relations(term, lab.given(TEACHER).heads)
     if config.residual and lab.config.objective is None:
         (term,) = terms
         logger.info(
@@ -261,7 +261,7 @@ def objective_of(config: AssistantOptions, lab: Lab) -> tuple[TermConfig, ...]:
     given = lab.config.objective
     if given is None:
         return (_last_relations(lab),) if config.residual else _states_and_targets(lab)
-    heads = lab.teacher_heads.queries
+    heads = lab.given(TEACHER).heads.queries
     return tuple(
         dataclasses.replace(term, relation_heads=term.relation_heads or heads)
         if isinstance(term, RelationKl)
@@ -277,7 +277,7 @@ def _last_relations(lab: Lab) -> RelationKl:
     divide the width of a head, the number of relation heads is the greatest common divisor of the
     teacher's number of heads and the width of a head.
     """
-    heads = lab.teacher_heads
+    heads = lab.given(TEACHER).heads
     fits = heads.width % RELATION_HEADS == 0
     count = RELATION_HEADS if fits else math.gcd(heads.queries, heads.width)
     return RelationKl(loss="relation_kl", relation_heads=count)
@@ -289,7 +289,7 @@ def _states_and_targets(lab: Lab) -> tuple[TermConfig, ...]:
     This is the task-specific variant, as in the paper's code. The cross-entropy with soft targets
     differs from their KL by a constant.
     """
-    layers = lab.teacher_layers
+    layers = lab.given(TEACHER).depth
     depths = dict.fromkeys(round(index * layers / DEPTHS) for index in range(DEPTHS + 1))
     mapping = tuple(f"{depth}:{depth}" for depth in depths)
     hidden = HiddenMse(loss="hidden_mse", weight=0.5, layer_mapping=mapping)

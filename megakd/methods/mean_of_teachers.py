@@ -31,5 +31,5 @@ class MeanOfTeachersConfig(MethodOptions):
 def run(config: MeanOfTeachersConfig, lab: Lab) -> StageResult:
     """Train with one pass per teacher and a single forward of the student per micro-batch."""
     del config
-    names = lab.teachers()
+    names = tuple(map(lab.teacher, lab.config.teacher_specs))
     return taught_by_all(lab, names, soft_objective(lab), share=1 / len(names), how="mean")

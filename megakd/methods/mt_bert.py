@@ -33,7 +33,7 @@ class MtBertConfig(MethodOptions):
 def run(config: MtBertConfig, lab: Lab) -> StageResult:
     """Train with one pass per teacher and a single forward of the student per micro-batch."""
     del config
-    names = lab.teachers()
+    names = tuple(map(lab.teacher, lab.config.teacher_specs))
     trusting = (dataclasses.replace(term, row_weight="teacher_loss") for term in lab.soft_terms())
     objective = lab.config.objective or tuple(trusting)
     return taught_by_all(lab, names, objective, share=1.0, how="teacher_loss")

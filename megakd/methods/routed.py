@@ -67,7 +67,7 @@ class OwnRows(Constant):
 
 def run(config: RoutedConfig, lab: Lab) -> StageResult:
     """Train with one pass per teacher over its rows, and a single forward of the student."""
-    names, rows = lab.teachers(), lab.rows_of_teachers()
+    names, rows = tuple(map(lab.teacher, lab.config.teacher_specs)), lab.rows_of_teachers()
     stage = Stage(
         name="student",
         teachers=names,

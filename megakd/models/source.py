@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +11,8 @@ import torch
 from transformers import PretrainedConfig
 
 from megakd.config.models import TeacherConfig
+from megakd.contract.shapes import Heads
+from megakd.contract.views import View
 from megakd.models.architectures import Architecture
 from megakd.models.weights import StoredTensor
 
@@ -38,6 +40,31 @@ class ModelSource:
     trust_remote_code: bool = False
     layers: tuple[int, ...] | None = None
     attn_implementation: str | None = None
+
+    @property
+    def depth(self) -> int:
+        """The number of layers."""
+        return self.architecture.number_of_layers(self.config)
+
+    @property
+    def heads(self) -> Heads:
+        """The attention heads of a layer."""
+        return self.architecture.heads(self.config)
+
+    @property
+    def width(self) -> int:
+        """The width of the hidden states."""
+        return self.architecture.hidden_width(self.config)
+
+    @property
+    def units(self) -> View:
+        """The units that can be cut; `head_width` is set if columns of heads can be cut."""
+        return self.architecture.prunable(self.config)
+
+    @property
+    def fresh(self) -> ModelSource:
+        """The model of the same shape that starts from random weights."""
+        return replace(self, folder=None, stored={})
 
     @property
     def stored_dtype(self) -> torch.dtype | None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from megakd.config.run import RunConfig
 from megakd.contract.results import MethodRecord
-from megakd.contract.shapes import Heads
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.contract.terms import TermConfig, hard_terms, soft_terms
@@ -68,10 +67,6 @@ class LabBase(ABC):
             self._teachers[name] = ReadyTeacher(source, self.config.teacher_specs[name])
         return name
 
-    def teachers(self) -> tuple[str, ...]:
-        """Return the names of all teachers; fine-tune each teacher first if the config says so."""
-        return tuple(self.teacher(name) for name in self.config.teacher_specs)
-
     def as_teacher(self, result: StageResult, *, like: str = TEACHER) -> str:
         """Make a stage's model a teacher under the stage's name, and return the name.
 
@@ -92,25 +87,9 @@ class LabBase(ABC):
         scores = self.layer_scores(self.teacher(role)) if self.config.ranks_layers else None
         return as_student(self._teachers[self.teacher(role)].source, self.config, scores)
 
-    @property
-    def teacher_layers(self) -> int:
-        """The number of layers of the teacher."""
-        teacher = self._sources[TEACHER]
-        return teacher.architecture.number_of_layers(teacher.config)
-
-    @property
-    def teacher_heads(self) -> Heads:
-        """The attention heads of the teacher."""
-        teacher = self._sources[TEACHER]
-        return teacher.architecture.heads(teacher.config)
-
-    def widths(self, teacher: str) -> tuple[int, int]:
-        """Return the widths of the hidden states of the student and of a teacher."""
-        student, taught = (self._sources[role] for role in (STUDENT, teacher))
-        return (
-            student.architecture.hidden_width(student.config),
-            taught.architecture.hidden_width(taught.config),
-        )
+    def given(self, role: str) -> ModelSource:
+        """Return the model that the config gives for a role, before any training."""
+        return self._sources[role]
 
     def source(self, folder: Path) -> ModelSource:
         """Return the model in the folder of a finished stage."""
@@ -120,14 +99,6 @@ class LabBase(ABC):
         """Return the model of a teacher that is ready."""
         return self._teachers[teacher].source
 
-    def units(self, source: ModelSource) -> View:
-        """Return the units of a model; `head_width` is set if columns of heads can be cut."""
-        return source.architecture.prunable(source.config)
-
     def has_stock_config(self, source: ModelSource, view: View) -> bool:
         """Return whether transformers' own class of the family can have the shape of a cut."""
         return not cut_config(source.config, view).model_type.startswith(CUT)
-
-    def fresh_like(self, folder: Path) -> ModelSource:
-        """Return a model of the same shape that starts from random weights."""
-        return dataclasses.replace(self.source(folder), folder=None, stored={})

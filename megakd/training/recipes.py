@@ -89,7 +89,7 @@ def _alone(lab: Lab, student: StageResult) -> Stage:
     return Stage(
         name="alone",
         objective=label_terms(config),
-        start=lab.fresh_like(student.folder) if is_cut else None,
+        start=lab.source(student.folder).fresh if is_cut else None,
         train=inherit(config.train, config.alone) if config.alone else None,
     )
 

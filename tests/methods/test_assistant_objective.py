@@ -41,9 +41,8 @@ def lab(config: PretrainedConfig, objective=None):
     )
     return SimpleNamespace(
         config=SimpleNamespace(objective=objective),
-        teacher_layers=config.num_hidden_layers,
+        given=lambda role: source,
         unscored=lambda: unscored(source),
-        teacher_heads=source.architecture.heads(source.config),
         soft_terms=lambda weight: (SoftTargetKl(loss="soft_target_kl", weight=weight),),
         metric=lambda name: name,
     )

@@ -163,7 +163,7 @@ def run(config: HomoDistilConfig, lab: Lab) -> StageResult:
     teacher = lab.teacher(config.teacher)
     start = lab.model(teacher)
     target = target_of(
-        lab.units(start),
+        start.units,
         width=config.target_width,
         sparsity=config.target_sparsity,
         round_to=config.round_to,
@@ -262,8 +262,8 @@ def random_start(config: HomoDistilConfig, lab: Lab, student: StageResult) -> St
     its hidden states to the teacher's are learned from random values.
     """
     teacher = lab.teacher(config.teacher)
-    start = lab.fresh_like(student.folder)
-    objective = objective_of(lab, lab.units(lab.model(teacher)), lab.units(start))
+    start = lab.source(student.folder).fresh
+    objective = objective_of(lab, lab.model(teacher).units, start.units)
     return Stage(
         name="random",
         teachers=(teacher,),

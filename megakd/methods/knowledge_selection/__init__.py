@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from megakd.contract.options import OneTeacherOptions
 from megakd.contract.stage import Constant, Pass, Stage
+from megakd.contract.tasks import STUDENT
 from megakd.contract.term_names import term_name
 from megakd.contract.terms import STRICT, Count, Fraction, HiddenMse, Positive, RelationFsp, Weight
 from megakd.errors import ConfigError, TeacherError
@@ -170,7 +171,8 @@ def _selector(
     from megakd.methods.knowledge_selection.selecting import SELECTOR
     from megakd.methods.knowledge_selection.selector import SelectorShape, load_selector
 
-    shape = SelectorShape(*lab.widths(teacher), tuple(map(term_name, kinds)), config.hidden)
+    widths = lab.given(STUDENT).width, lab.given(teacher).width
+    shape = SelectorShape(*widths, tuple(map(term_name, kinds)), config.hidden)
     if config.selector is not None:
         path = config.selector / SELECTOR if config.selector.is_dir() else config.selector
         return _fitting(load_selector(str(path)), shape, path)

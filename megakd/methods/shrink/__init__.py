@@ -201,7 +201,7 @@ def hops(config: ShrinkConfig, parameters: int) -> list[int]:
 
 def _cuts(config: ShrinkConfig, lab: Lab, model: Model) -> Cuts:
     return cuts_of(
-        lab.units(model)._replace(width=None, head_width=None),
+        model.units._replace(width=None, head_width=None),
         count=lambda view: lab.parameters(model, view).parameters,
         is_stock=lambda view: lab.has_stock_config(model, view),
         round_to=config.round_to,
@@ -343,7 +343,7 @@ def random_start(config: ShrinkConfig, lab: Lab, student: StageResult) -> Stage:
     return dataclasses.replace(
         stage,
         name="random",
-        start=lab.fresh_like(student.folder),
+        start=lab.source(student.folder).fresh,
         train=_train(lab, steps or None),
         rollouts=_shifted(stage.rollouts, steps - config.on_policy_steps),
     )
