@@ -10,8 +10,7 @@ from typing import Any, NoReturn
 
 from megakd.config.file import load_config
 from megakd.config.run import RunConfig
-from megakd.config.schema import paths_ending_in
-from megakd.config.synonyms import synonyms
+from megakd.config.schema import paths_ending_in, synonyms
 from megakd.errors import ConfigError, suggestion
 from megakd.process.terminal import in_home, tell
 

@@ -12,9 +12,8 @@ from typing import Any
 from megakd.commands.arguments import Parser, say
 from megakd.commands.plan import print_plan
 from megakd.commands.train import train
-from megakd.config.file import config_of, dump_config, with_overrides
+from megakd.config.file import config_of, dump_config, dump_yaml, with_overrides
 from megakd.config.run import RunConfig
-from megakd.config.yaml12 import dump_yaml
 from megakd.contract.tasks import FROM_TEACHER
 from megakd.errors import ConfigError
 from megakd.process.terminal import in_home

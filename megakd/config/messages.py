@@ -19,9 +19,9 @@ from megakd.config.schema import (
     known_keys,
     names,
     paths_ending_in,
+    synonyms,
     value_at,
 )
-from megakd.config.synonyms import synonyms
 from megakd.errors import suggestion
 
 if TYPE_CHECKING:

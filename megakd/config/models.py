@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megakd.config.paths import Folder
-from megakd.config.servers import TeacherServerConfig
+from megakd.config.rollout import TeacherServerConfig
 from megakd.config.train import FinetuneOverrides
 from megakd.contract.batch import MOST_DRAWS
 from megakd.contract.tasks import Dtype

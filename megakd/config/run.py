@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
-from megakd.config.generation import GenerationConfig
 from megakd.config.models import (
     KeptLayers,
     LoraConfig,
@@ -17,7 +16,7 @@ from megakd.config.models import (
     TeacherConfig,
 )
 from megakd.config.paths import Folder
-from megakd.config.rollout import RolloutConfig
+from megakd.config.rollout import GenerationConfig, RolloutConfig
 from megakd.config.task import TaskConfig
 from megakd.config.train import TrainConfig, TrainOverrides
 from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE, TEACHER, TaskType

@@ -11,8 +11,8 @@ from megakd.methods import methods_with_rollouts
 
 if TYPE_CHECKING:
     from megakd.config.models import TeacherConfig
+    from megakd.config.rollout import RolloutServerConfig
     from megakd.config.run import RunConfig
-    from megakd.config.servers import RolloutServerConfig
 
 
 def server_problems(config: RunConfig) -> Iterator[str]:

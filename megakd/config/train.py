@@ -1,8 +1,9 @@
-"""The section `train` of a run config, and the sections that inherit its keys."""
+"""The section `train` of a run config, the sections that inherit its keys, and what they mean."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
@@ -10,9 +11,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megakd.config.paths import Checkpoint
-from megakd.config.schedules import ScheduleName
+from megakd.config.schedules import SCHEDULES, Schedule, ScheduleName
 from megakd.contract.tasks import Kernels
 from megakd.contract.terms import STRICT, Count, Fraction, Positive, Weight
+from megakd.errors import ConfigError
 
 Epochs = Annotated[float, Field(gt=0, le=1e9)]
 MicroBatches = Annotated[int, Field(ge=1, le=2**20)]
@@ -114,3 +116,46 @@ def inherit(train: TrainConfig, overrides: TrainOverrides) -> TrainConfig:
     if "lr_scheduler_type" in given and "lr_scheduler_kwargs" not in given:
         given["lr_scheduler_kwargs"] = None
     return dataclasses.replace(train, **given)
+
+
+def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:
+    """Return the optimizer steps of a stage; `max_steps` overrides `num_train_epochs`."""
+    return train.max_steps or math.ceil(train.num_train_epochs * steps_per_epoch)
+
+
+def warmup_steps(train: TrainConfig, total_steps: int) -> int:
+    """Return the optimizer steps of warm-up; `warmup_steps` overrides `warmup_ratio`."""
+    return train.warmup_steps or math.ceil(train.warmup_ratio * total_steps)
+
+
+def schedule_problem(train: TrainConfig, total_steps: int | None) -> str | None:
+    """Return why a schedule cannot work in a stage, or None.
+
+    Args:
+        train: settings whose options already have the right types.
+        total_steps: optimizer steps of the stage; None before the data are read.
+    """
+    options = SCHEDULES[train.lr_scheduler_type](**(train.lr_scheduler_kwargs or {}))
+    # Before the data are read, a ratio only tells whether there is a warm-up.
+    warm = warmup_steps(train, total_steps or 1)
+    problem = options.problem(warm, total_steps, train.learning_rate)
+    return f"{train.lr_scheduler_type}: {problem}" if problem else None
+
+
+def learning_rate_schedule(train: TrainConfig, total_steps: int) -> Schedule:
+    """Return the function from the number of steps taken to the learning rate.
+
+    Args:
+        train: settings with the peak rate, the schedule with its options, and the warm-up.
+        total_steps: optimizer steps of the stage.
+
+    Raises:
+        ConfigError: the schedule's phases are longer than the stage.
+    """
+    problem = schedule_problem(train, total_steps)
+    if problem:
+        raise ConfigError(f"train.lr_scheduler_type: {problem}")
+    options = SCHEDULES[train.lr_scheduler_type](**(train.lr_scheduler_kwargs or {}))
+    warm, peak = warmup_steps(train, total_steps), train.learning_rate
+
+    return lambda step: options.rate(step, warm, total_steps, peak)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from megakd.config.messages import option_problems
 from megakd.config.schedules import SCHEDULES
-from megakd.config.stage_schedule import schedule_problem
-from megakd.config.train import inherit
+from megakd.config.train import inherit, schedule_problem
 from megakd.contract.plugins import is_metric, metric_of
 from megakd.contract.tasks import LANGUAGE_TASKS, METRICS
 from megakd.contract.terms import HardCrossEntropy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megakd.config.stage_schedule import total_steps
+from megakd.config.train import total_steps
 from megakd.contract.metrics import Metric
 from megakd.losses.stage_losses import stage_losses
 from megakd.planning.stages import PlanningLab

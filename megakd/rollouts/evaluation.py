@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from megakd.config.generation import GenerationConfig
+    from megakd.config.rollout import GenerationConfig
     from megakd.contract.batch import Batch, LossInputs
     from megakd.contract.rollouts import Generator
     from megakd.contract.stage import Pass

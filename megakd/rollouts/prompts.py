@@ -12,8 +12,7 @@ from megakd.rollouts.rows import Prompts
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from megakd.config.generation import GenerationConfig
-    from megakd.config.rollout import RolloutConfig
+    from megakd.config.rollout import GenerationConfig, RolloutConfig
     from megakd.config.run import RunConfig
     from megakd.data.encoding import Encoded
     from megakd.models.source import ModelSource

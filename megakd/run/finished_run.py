@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megakd.config.file import config_tree, dump_config, load_config
+from megakd.config.file import config_tree, dump_config, dump_yaml, load_config, parse_yaml
 from megakd.config.paths import is_path
 from megakd.config.run import RunConfig
-from megakd.config.yaml12 import dump_yaml, parse_yaml
 from megakd.contract.results import Report
 from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE
 from megakd.data.encoded_keys import tokenizer_content

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megakd.config.run import RunConfig
-from megakd.config.stage_schedule import total_steps
+from megakd.config.train import total_steps
 from megakd.contract.metrics import Metric
 from megakd.contract.results import Assistant, ModelReport, ParameterCounts
 from megakd.contract.stage import Stage, StageResult

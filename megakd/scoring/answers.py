@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megakd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megakd.config.generation import GenerationConfig
+    from megakd.config.rollout import GenerationConfig
 
 Match = Callable[[str, str], bool]
 """Function from a generated text and the text of the data to whether their answers are equal."""

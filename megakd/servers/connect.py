@@ -25,9 +25,13 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from megakd.config.rollout import RolloutConfig
+    from megakd.config.rollout import (
+        RolloutConfig,
+        RolloutServerConfig,
+        ServerKind,
+        TeacherServerConfig,
+    )
     from megakd.config.run import RunConfig
-    from megakd.config.servers import RolloutServerConfig, ServerKind, TeacherServerConfig
     from megakd.inputs.inputs import RunInputs
     from megakd.models.source import ModelSource
     from megakd.servers.protocol import TextServer

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from megakd.config.models import TeacherConfig
+    from megakd.config.rollout import TeacherServerConfig
     from megakd.config.run import RunConfig
-    from megakd.config.servers import TeacherServerConfig
     from megakd.engine.distributed import Ranks
     from megakd.inputs.inputs import RunInputs
     from megakd.models.readout import Readout

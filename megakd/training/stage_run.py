@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megakd.config.stage_schedule import learning_rate_schedule, total_steps
+from megakd.config.train import learning_rate_schedule, total_steps
 from megakd.contract.batch import Batch, Counts
 from megakd.contract.stage import Stage, StageResult, StepReport, Teacher
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT

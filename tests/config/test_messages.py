@@ -11,8 +11,7 @@ from megakd import cli
 from megakd.commands.evaluation import model_folder
 from megakd.config.file import config_of, load_config
 from megakd.config.run import RunConfig
-from megakd.config.schema import annotation_at
-from megakd.config.synonyms import SYNONYMS
+from megakd.config.schema import SYNONYMS, annotation_at
 from megakd.errors import ConfigError, MegakdError
 
 

@@ -7,8 +7,7 @@ import torch
 from transformers import get_scheduler
 
 from megakd.config.schedules import SCHEDULES
-from megakd.config.stage_schedule import learning_rate_schedule, warmup_steps
-from megakd.config.train import TrainConfig
+from megakd.config.train import TrainConfig, learning_rate_schedule, warmup_steps
 from megakd.errors import ConfigError
 
 OPTIONS = [

@@ -8,9 +8,8 @@ import pytest
 from run_files import message_of
 
 from megakd.config.file import load_config
-from megakd.config.rollout import RolloutConfig, rollout_block
+from megakd.config.rollout import RolloutConfig, RolloutServerConfig, rollout_block
 from megakd.config.server_checks import served_name, teacher_model
-from megakd.config.servers import RolloutServerConfig
 
 _TEXT = ("task={type: causal_lm, dataset: rows.jsonl}",)
 _SERVER = "url: ['http://a:8000'], kind: sglang, push: full, folder: w"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakd.config.yaml12 import dump_yaml, parse_yaml
+from megakd.config.file import dump_yaml, parse_yaml
 from megakd.errors import ConfigError
 
 

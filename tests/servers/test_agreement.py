@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from server_stubs import END, VOCABULARY, Counting, Stub, serving
 
-from megakd.config.servers import RolloutServerConfig
+from megakd.config.rollout import RolloutServerConfig
 from megakd.errors import ServerError
 from megakd.servers.checks import Wanted, check_agreement, served_models
 from megakd.servers.connect import replicas_of

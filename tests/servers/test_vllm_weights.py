@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from server_stubs import END, VOCABULARY, Counting, Stub, serving
 
-from megakd.config.servers import RolloutServerConfig
+from megakd.config.rollout import RolloutServerConfig
 from megakd.contract.rollouts import Sampling
 from megakd.errors import ServerError
 from megakd.servers.checks import Wanted, check_agreement, served_models

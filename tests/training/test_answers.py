@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megakd.config.generation import GenerationConfig
+from megakd.config.rollout import GenerationConfig
 from megakd.errors import ConfigError
 from megakd.scoring.answers import answer_of, matcher
 

@@ -12,7 +12,7 @@ from exporting_stubs import Exporting, ExportingTransformer
 from server_stubs import serving
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megakd.config.servers import TeacherServerConfig
+from megakd.config.rollout import TeacherServerConfig
 from megakd.config.task import TaskConfig
 from megakd.errors import ServerError
 from megakd.models.loading import resolve_model

@@ -10,8 +10,7 @@ import pytest
 from datasets import Dataset
 from transformers import LlamaConfig
 
-from megakd.config.generation import GenerationConfig
-from megakd.config.rollout import RolloutConfig
+from megakd.config.rollout import GenerationConfig, RolloutConfig
 from megakd.errors import ConfigError
 from megakd.rollouts.prompts import check_generated_texts, prompts_of
 

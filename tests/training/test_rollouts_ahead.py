@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakd.config.rollout import RolloutConfig
-from megakd.config.servers import RolloutServerConfig
+from megakd.config.rollout import RolloutConfig, RolloutServerConfig
 from megakd.contract.rollouts import Completion, RemoteGenerator
 from megakd.data.loader import RowOrder
 from megakd.data.step_layout import StepLayout, StepShape

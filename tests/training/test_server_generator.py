@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from server_stubs import END, VOCABULARY, Stub, serving
 
-from megakd.config.servers import RolloutServerConfig
+from megakd.config.rollout import RolloutServerConfig
 from megakd.contract.rollouts import Completion, RemoteGenerator, Sampling
 from megakd.engine import collectives
 from megakd.errors import ServerError

@@ -13,8 +13,7 @@ from server_stubs import END, VOCABULARY, Stub, serving
 from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-from megakd.config.rollout import RolloutConfig, SamplingConfig
-from megakd.config.servers import RolloutServerConfig
+from megakd.config.rollout import RolloutConfig, RolloutServerConfig, SamplingConfig
 from megakd.contract.tasks import STUDENT
 from megakd.engine import collectives
 from megakd.errors import ServerError

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from megakd.config.generation import GenerationConfig
-from megakd.config.rollout import SamplingConfig
+from megakd.config.rollout import GenerationConfig, SamplingConfig
 from megakd.contract.batch import IGNORE
 from megakd.contract.rollouts import Completion, Sampling
 from megakd.rollouts.evaluation import TextEvaluation, distinct_pairs
