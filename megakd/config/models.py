@@ -12,7 +12,7 @@ from megakd.config.paths import Folder
 from megakd.config.rollout import TeacherServerConfig
 from megakd.config.train import FinetuneOverrides
 from megakd.contract.batch import MOST_DRAWS
-from megakd.contract.tasks import Dtype
+from megakd.contract.tasks import STUDENT_BASE, Dtype
 from megakd.contract.terms import STRICT, Count, Positive
 
 Attention = Literal["varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
@@ -68,6 +68,16 @@ class TeacherConfig:
     attn_implementation: Attention | None = None
     """None: on a GPU `varlen` for causal_lm in 16 bits, else the choice of transformers."""
 
+    @property
+    def served_model(self) -> str | None:
+        """Name of the model that the servers of this teacher have to serve.
+
+        `server.model`, else `model`; None if the config has no name for the model.
+        """
+        if not isinstance(self.model, str) or self.model == STUDENT_BASE:
+            return None
+        return self.model if self.server is None or self.server.model is None else self.server.model
+
 
 def _plain_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", text):
@@ -121,6 +131,15 @@ class KeptLayers:
     from a teacher that the run loads."""
 
 
+def _each_once(layers: tuple[int, ...]) -> tuple[int, ...]:
+    if len({*layers}) < len(layers):
+        raise ValueError(f"a layer is listed twice in {list(layers)}; list every layer once")
+    return layers
+
+
+Layers = Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_each_once)]
+
+
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class StudentConfig:
     """The model that learns."""
@@ -128,7 +147,7 @@ class StudentConfig:
     model: str | ScratchModel
     """A folder, a Hub id, a config, or `from_teacher`. With `from_teacher`, the method cuts the
     student out of the teacher, or the student gets some of the teacher's `layers`."""
-    layers: Count | Annotated[tuple[Count, ...], Field(min_length=1)] | KeptLayers | None = None
+    layers: Count | Layers | KeptLayers | None = None
     """Numbers of the layers to keep, counted from 1, or how many layers to keep."""
     teacher: str | None = None
     """Name of the teacher for `from_teacher`, if there are several teachers."""

@@ -18,7 +18,7 @@ from megakd.config.models import (
 from megakd.config.paths import Folder
 from megakd.config.rollout import GenerationConfig, RolloutConfig
 from megakd.config.task import TaskConfig
-from megakd.config.train import TrainConfig, TrainOverrides
+from megakd.config.train import TrainConfig, TrainOverrides, inherit
 from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE, TEACHER, TaskType
 from megakd.contract.terms import STRICT, Count, TermConfig
 from megakd.methods import MethodConfig
@@ -146,6 +146,31 @@ class RunConfig:
             return kept.by == "importance"
         teacher = self.teacher_specs[self.start_role]
         return teacher.cache is None and teacher.server is None
+
+    @property
+    def trainings(self) -> dict[str, TrainConfig]:
+        """Settings of every training of the run by key, with inherited values."""
+        specs = {f"{self.key_of(name)}.finetune": s for name, s in self.teacher_specs.items()}
+        finetuned = {key: spec.finetune for key, spec in specs.items()}
+        sections = {**finetuned, "alone": self.alone}.items()
+        return {"train": self.train} | {
+            key: inherit(self.train, given) for key, given in sections if given is not None
+        }
+
+    @property
+    def served_model(self) -> str | None:
+        """Name of the model that the servers of `rollout.server` have to serve.
+
+        `rollout.server.model`, else the model of `rollout.by` in the config; None if the config
+        has no name for the model, such as for a model from random weights.
+        """
+        rollouts = self.rollout
+        if rollouts is None or rollouts.server is None:
+            return None
+        spec = self.student if rollouts.by == STUDENT else self.teacher_specs.get(rollouts.by)
+        if rollouts.server.model is not None or spec is None:
+            return rollouts.server.model
+        return spec.model if isinstance(spec.model, str) and spec.model != FROM_TEACHER else None
 
     @property
     def base_teachers(self) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megakd.config.task import MOST_TOKENS
-from megakd.config.training_checks import trainings
 from megakd.data.bad_rows import BadRows
 from megakd.data.chat_rows import CONVERSATION, Conversation, is_chat
 from megakd.data.chat_tokens import ChatEncoder
@@ -95,7 +94,9 @@ def _generated(config: RunConfig, prompt: int) -> int:
 
 def _limited(wanted: int, config: RunConfig, sources: Mapping[str, ModelSource]) -> tuple[int, str]:
     limits = [(context_length(s.config), f"the context of {s.where}") for s in sources.values()]
-    limits += [(t.tokens_per_rank, f"{where}.tokens_per_rank") for where, t in trainings(config)]
+    limits += [
+        (t.tokens_per_rank, f"{where}.tokens_per_rank") for where, t in config.trainings.items()
+    ]
     return min([(wanted, "for 99 % of the rows"), *((n, name) for n, name in limits if n)])
 
 

@@ -58,24 +58,9 @@ def file_of(config: MethodOptions) -> Any:
     return sys.modules[type(config).__module__]
 
 
-def methods_that_cut() -> list[str]:
-    """Return the names of the methods that cut the student out of its teacher."""
-    return [PLUGIN_METHOD.name_of(kind) for kind in _options() if kind.cuts_student]
-
-
-def methods_with_rollouts() -> list[str]:
-    """Return the names of the methods whose student can train on texts that it generates."""
-    return [PLUGIN_METHOD.name_of(kind) for kind in _options() if kind.learns_from_rollouts]
-
-
-def methods_with_adapters() -> list[str]:
-    """Return the names of the methods whose student can train low-rank adapters."""
-    return [PLUGIN_METHOD.name_of(kind) for kind in _options() if kind.learns_adapters]
-
-
-def methods_with_routes() -> list[str]:
-    """Return the names of the methods whose training rows name their teachers."""
-    return [PLUGIN_METHOD.name_of(kind) for kind in _options() if kind.routes_rows]
+def methods_with(flag: str) -> list[str]:
+    """Return the names of the methods whose options set a class variable of `MethodOptions`."""
+    return [PLUGIN_METHOD.name_of(kind) for kind in _options() if getattr(kind, flag)]
 
 
 def baselines_of(config: MethodOptions) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from megakd.config.server_checks import served_name
 from megakd.contract.tasks import STUDENT
 from megakd.engine.collectives import on_main
 from megakd.errors import ServerError
@@ -154,7 +153,7 @@ def _served(config: RunConfig, inputs: RunInputs) -> Served | None:
     prompts = prompts_of(inputs.encoded.train, rollouts, config, inputs.sources[STUDENT])
     folder = rollouts.server.folder
     wanted = Wanted(
-        name=served_name(config) or "",
+        name=config.served_model or "",
         pushed=None if folder is None else folder.resolve() / run_name(config.output_dir),
         longest=int(prompts.lengths[prompts.continued].max()) + rollouts.longest,
         vocabulary=known,

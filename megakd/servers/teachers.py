@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
 import torch
 from transformers import AutoModelForCausalLM
 
-from megakd.config.server_checks import teacher_model
 from megakd.contract.batch import IGNORE, Batch, Knowledge, TopK
 from megakd.contract.tasks import STUDENT
 from megakd.engine import distributed
@@ -446,7 +445,7 @@ def _check(config: RunConfig, inputs: RunInputs, name: str, spec: TeacherConfig)
 
 def _wanted(config: RunConfig, inputs: RunInputs, name: str) -> Wanted:
     return Wanted(
-        name=teacher_model(config.teacher_specs[name]) or "",
+        name=config.teacher_specs[name].served_model or "",
         pushed=None,
         # The first token of the next row, and the token that vLLM generates after a text.
         longest=config.task.row_length + 2,

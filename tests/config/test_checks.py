@@ -175,7 +175,7 @@ STREAM = (
         ),
         (
             ["task.type=causal_lm", "teacher.finetune=null", "teacher.cache=answers"],
-            "teacher.cache: holds one answer per training row, and the rows of a stream have no",
+            "teacher.cache: cannot be combined with task.streaming, whose rows have no numbers",
         ),
     ],
 )
@@ -276,7 +276,7 @@ def test_settings_near_those_refusals_are_accepted(run_file: Path, overrides: li
         ),
         (
             ["task.type=causal_lm", "eval.positive_label=x"],
-            "eval.positive_label: task.type causal_lm has no named labels; remove the key",
+            "eval.positive_label: supported only for classification, whose labels have names, and",
         ),
         (
             ["save.push_to_hub=me"],

@@ -47,9 +47,9 @@ def test_every_loss_on_logits_learns_from_exported_states(run_file: Path, term: 
             "",
             "",
             "loss: hidden_mse",
-            "hidden_mse needs more than the outputs of the teacher; remove teacher.server or",
+            "hidden_mse needs more than the outputs of the teacher, and teacher.server holds only",
         ),
-        ("", ", cache: kept", "loss: soft_target_kl", "a served teacher has no cache"),
+        ("", ", cache: kept", "loss: soft_target_kl", "cannot be combined with teacher.cache"),
     ],
 )
 def test_a_wrong_section_is_refused(

@@ -55,14 +55,17 @@ def test_a_task_without_text_generation_is_refused(run_file: Path) -> None:
     message = message_of(run_file, _rollout("max_new_tokens: 4"))
     evaluated = message_of(run_file, "eval.generation={max_new_tokens: 4}")
 
-    assert "rollout: only causal_lm models generate text, and task.type is classific" in message
-    assert "eval.generation: only causal_lm models generate text, and task.type is c" in evaluated
+    assert (
+        "rollout: supported only for causal_lm, whose models generate text, and task.type"
+        in message
+    )
+    assert "eval.generation: supported only for causal_lm, whose models generate text" in evaluated
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("teacher.cache=cached", "teacher.cache: holds answers to the training rows, and rollout"),
+        ("teacher.cache=cached", "teacher.cache: cannot be combined with rollout, whose texts are"),
         (
             "method={name: minidisc, target_sparsity: 0.5}",
             'rollout: method "minidisc" does not train on generated texts; set method.name to ',

@@ -9,7 +9,6 @@ from run_files import message_of
 
 from megakd.config.file import load_config
 from megakd.config.rollout import RolloutConfig, RolloutServerConfig, rollout_block
-from megakd.config.server_checks import served_name, teacher_model
 
 _TEXT = ("task={type: causal_lm, dataset: rows.jsonl}",)
 _SERVER = "url: ['http://a:8000'], kind: sglang, push: full, folder: w"
@@ -22,12 +21,12 @@ def _rollout(server: str, more: str = "") -> str:
 def test_the_model_is_the_student_unless_it_has_another_name(run_file: Path) -> None:
     config = load_config(run_file, (*_TEXT, _rollout(_SERVER)))
 
-    assert served_name(config) == "student"
+    assert config.served_model == "student"
     named = load_config(run_file, (*_TEXT, _rollout(f"{_SERVER}, model: m")))
-    assert served_name(named) == "m"
+    assert named.served_model == "m"
     teacher = _rollout("url: ['http://a:8000/'], kind: vllm, push: none", ", by: teacher")
     taught = load_config(run_file, (*_TEXT, teacher))
-    assert served_name(taught) == "teacher"
+    assert taught.served_model == "teacher"
     assert taught.rollout is not None
     assert taught.rollout.server is not None
     assert taught.rollout.server.url == ("http://a:8000",)
@@ -81,7 +80,11 @@ def test_servers_of_both_kinds_take_the_whole_student(run_file: Path) -> None:
             "rollout.server.folder: is not used with push: none",
         ),
         (_SERVER, ", by: teacher", "rollout.by is teacher, whose weights do not change"),
-        (_SERVER, ", files: a.jsonl", "rollout.files names texts that exist"),
+        (
+            _SERVER,
+            ", files: a.jsonl",
+            "cannot be combined with rollout.files, which names texts that",
+        ),
     ],
 )
 def test_a_wrong_section_is_refused(run_file: Path, server: str, more: str, message: str) -> None:
@@ -120,31 +123,39 @@ def test_a_served_teacher_answers_with_64_tokens_of_its_own_model(run_file: Path
     assert config.teacher is not None
     assert config.teacher.server is not None
     assert config.teacher.server.best_tokens == 64
-    assert teacher_model(config.teacher) == "big"
+    assert config.teacher.served_model == "big"
     named = load_config(run_file, (*_TEXT, _TEACHER.format(", model: m", ""), _TAUGHT))
     assert named.teacher is not None
-    assert teacher_model(named.teacher) == "m"
+    assert named.teacher.served_model == "m"
 
 
 @pytest.mark.parametrize(
     ("more", "overrides", "message"),
     [
-        (", cache: kept", (), "teacher.server: a served teacher has no cache; remove one of"),
-        (", finetune: {max_steps: 3}", (), "teacher.server: a served teacher has no finetune"),
+        (
+            ", cache: kept",
+            (),
+            "teacher.server: cannot be combined with teacher.cache; remove one of",
+        ),
+        (
+            ", finetune: {max_steps: 3}",
+            (),
+            "teacher.server: cannot be combined with teacher.finetune",
+        ),
         (
             "",
             ("objective=[{loss: soft_target_kl, temperature: 2}]",),
-            "objective[0].loss: soft_target_kl: a server returns only the largest probabilities",
+            "at temperature 2: teacher.server holds only the largest probabilities, at te",
         ),
         (
             "",
             ("objective=[{loss: soft_target_reverse_kl}]",),
-            "soft_target_reverse_kl: a server returns only the largest probabilities",
+            "soft_target_reverse_kl needs all probabilities of the teacher, and teacher.server",
         ),
         (
             "",
             ("objective=[{loss: hidden_mse}]",),
-            "hidden_mse needs more than the outputs of the teacher; remove teacher.server or",
+            "hidden_mse needs more than the outputs of the teacher, and teacher.server holds only",
         ),
         (
             "",
@@ -175,4 +186,4 @@ def test_a_teacher_without_a_name_cannot_be_served(run_file: Path) -> None:
 def test_only_language_models_are_served(run_file: Path) -> None:
     message = message_of(run_file, _TEACHER.format("", ""), _TAUGHT)
 
-    assert "teacher.server: only language models are served (task.type is classif" in message
+    assert "teacher.server: supported only for causal_lm, and task.type is classif" in message

@@ -67,7 +67,7 @@ def test_a_run_from_other_draws_is_another_run(language):
 @pytest.mark.parametrize(
     ("term", "message"),
     [
-        ({"loss": "soft_target_jsd"}, "and teacher.cache holds only random draws; remove the key"),
+        ({"loss": "soft_target_jsd"}, "and teacher.cache holds only random draws, which suffice"),
         (
             {"loss": "soft_target_kl", "temperature": 2.0},
             "at temperature 2: teacher.cache holds only random draws, at temperature 1",
@@ -90,7 +90,9 @@ def test_draws_need_a_cache_and_a_causal_language_model(language):
 
     assert "teacher.cache_draws: 16, and the teacher has no cache that keeps draws" in alone.err
     said = language.one_rank.train("--config", config).err
-    assert "teacher.cache_draws: applies only to task.type causal_lm (got classification)" in said
+    assert (
+        "teacher.cache_draws: supported only for causal_lm, and task.type is classification" in said
+    )
 
 
 def test_a_number_of_draws_that_a_count_cannot_hold_is_refused(language):

@@ -200,8 +200,8 @@ CUT = {"name": "minidisc", "target_sparsity": 0.5, "sparsities": [0.25, 0.5]}
             'student.lora: method "homodistil"',
         ),
         ({"student": {"model": llama(1), "lora": LORA}}, "student.lora: student.model has random"),
-        ({"student": {"layers": 1}}, "student.lora: student.layers makes a model that has no"),
-        ({"save": {"int8": True}}, "save.int8: not supported with student.lora"),
+        ({"student": {"layers": 1}}, "student.layers make a model that has no"),
+        ({"save": {"int8": True}}, "save.int8: cannot be combined with student.lora"),
         ({"student": {"lora": {"r": 0}}}, "student.lora.r"),
         (
             {"teacher": {"model": "student_base"}, "student": {"lora": None}},
@@ -230,7 +230,7 @@ def test_settings_that_adapters_cannot_be_combined_with_are_refused(
 
 
 def test_without_peft_the_extra_to_install_is_named(scene, tmp_path, monkeypatch):
-    monkeypatch.setattr("megakd.config.lora_checks.find_spec", lambda _: None)
+    monkeypatch.setattr("megakd.config.checks.models.find_spec", lambda _: None)
 
     with pytest.raises(ConfigError, match=r"pip install 'megakd\[lora\]'"):
         load_config(write_config(tmp_path / "run.yaml", tree_of(scene, tmp_path / "out")), ())

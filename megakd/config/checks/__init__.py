@@ -1,0 +1,24 @@
+"""Checks across the fields of a run config that need neither data nor models, by section."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megakd.config.checks.models import model_problems
+from megakd.config.checks.objective import objective_problems
+from megakd.config.checks.paths import address_problems
+from megakd.config.checks.rollout import rollout_problems
+from megakd.config.checks.task import task_problems
+from megakd.config.checks.train import training_problems
+
+if TYPE_CHECKING:
+    from megakd.config.run import RunConfig
+
+
+def config_problems(config: RunConfig) -> list[str]:
+    """Return the problems of a config that no data or model can solve, one line per problem."""
+    sections = (
+        *(address_problems, model_problems, objective_problems),
+        *(task_problems, training_problems, rollout_problems),
+    )
+    return [problem for section in sections for problem in section(config)]

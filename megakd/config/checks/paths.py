@@ -1,0 +1,77 @@
+"""Checks of the settings that name a folder, a model or data."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megakd.config.paths import looks_like_path
+from megakd.config.task import listed_files
+from megakd.contract.tasks import STUDENT
+from megakd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megakd.config.run import RunConfig
+
+
+def address_problems(config: RunConfig) -> Iterator[str]:
+    """Yield settings with web or bucket addresses: only local folders and Hub ids are supported."""
+    for key, value in _places(config):
+        # `Path` has removed one of the two slashes.
+        if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value)):
+            continue
+        hub = re.fullmatch(r"https?:/+huggingface\.co/(?:datasets/)?([^/]+/[^/]+)/?", str(value))
+        folder = "a local folder" if isinstance(value, Path) else "a local folder or file"
+        takes = folder if isinstance(value, Path) else f"{folder}, or an id on the Hugging Face Hub"
+        near = f'; write "{hub[1]}"' if hub and not isinstance(value, Path) else ""
+        yield f'{key}: must be {takes} (got the URL "{value}"){near}'
+
+
+def check_paths(config: RunConfig) -> None:
+    """Check, before torch is loaded, that the models and files of a run are on this machine.
+
+    Names that may be the Hub's, and patterns of files, are checked where they are read.
+
+    Raises:
+        ConfigError: paths do not exist; one line per path.
+    """
+    specs = {f"{config.key_of(name)}.model": spec for name, spec in config.teacher_specs.items()}
+    unread = {"output_dir", "task.chat_template"}
+    unread |= {key for key, spec in specs.items() if spec.cache or spec.server}
+    missing = [
+        f"{key}: {path} does not exist"
+        for key, value in _places(config)
+        if key not in unread and not key.endswith(".cache") and _is_local(key, str(value))
+        if not (config.task.encoded and key.startswith("task.") and key != "task.tokenizer")
+        if not (path := Path(value).expanduser()).exists()
+    ]
+    if missing:
+        count = f"{len(missing)} problems\n  " if len(missing) > 1 else ""
+        raise ConfigError(count + "\n  ".join(missing))
+
+
+def _places(config: RunConfig) -> Iterator[tuple[str, str | Path]]:
+    task = config.task
+    places: dict[str, object] = {"output_dir": config.output_dir}
+    for key in ("dataset", "data_dir", "tokenizer", "chat_template"):
+        places[f"task.{key}"] = getattr(task, key)
+    files = {key: getattr(task, key) for key in ("train_files", "validation_files", "test_files")}
+    files |= {f"evaluation_sets.{name}": paths for name, paths in task.evaluation_sets.items()}
+    files |= {f"mixture.{name}.files": part.files for name, part in (task.mixture or {}).items()}
+    yield from ((key, value) for key, value in places.items() if isinstance(value, str | Path))
+    for key, paths in files.items():
+        yield from ((f"task.{key}", path) for path in listed_files(paths))
+    for name, spec in {**config.teacher_specs, STUDENT: config.student}.items():
+        for key, value in {"model": spec.model, "cache": getattr(spec, "cache", None)}.items():
+            if isinstance(value, str | Path):
+                yield f"{config.key_of(name)}.{key}", value
+
+
+def _is_local(key: str, place: str) -> bool:
+    """Return true if a setting names a path, and neither a name of the Hub nor a pattern."""
+    if glob.has_magic(place):
+        return False
+    return "files" in key or "evaluation_sets" in key or looks_like_path(place)

@@ -1,0 +1,99 @@
+"""Checks of the sections `rollout` and `eval.generation`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megakd.config.checks.rules import Case, Rule, conflict, given, only, problems
+from megakd.config.rollout import RolloutConfig, RolloutServerConfig
+from megakd.contract.options import no_such_teacher
+from megakd.contract.tasks import STUDENT
+from megakd.contract.term_names import source_of
+
+if TYPE_CHECKING:
+    from megakd.config.run import RunConfig
+
+
+def rollout_problems(config: RunConfig) -> Iterator[str]:
+    """Yield the problems of training on generated texts, and of evaluating them."""
+    yield from problems(_TEXTS, Case(config, "", config))
+    rollouts = config.rollout
+    if rollouts is None:
+        return
+    yield from problems(_ROLLOUT, Case(config, "rollout", rollouts))
+    if rollouts.by != STUDENT and rollouts.by not in config.teacher_specs:
+        yield no_such_teacher(config, "rollout.by", rollouts.by)
+    # Without `on`, a term learns from all texts; without `objective`, the terms have no `on`.
+    taught = {source_of(term) for term in config.objective} if config.objective else {None}
+    for source in () if None in taught else sorted(rollouts.draws - taught):
+        yield (
+            f"objective: no term learns from {source}, which rollout.mix or rollout.from_step "
+            f"draws; add a term without on or with on: {source}, or change the section rollout"
+        )
+    if rollouts.server is not None:
+        yield from problems(_SERVER, Case(config, "rollout.server", rollouts.server))
+
+
+_TEXTS: tuple[Rule[RunConfig], ...] = only(
+    "rollout eval.generation", ("causal_lm",), ", whose models generate text", part="section"
+)
+_ROLLOUT: tuple[Rule[RolloutConfig], ...] = (
+    Rule(
+        lambda c: not c.method.learns_from_rollouts,
+        "",
+        'method "{method}" does not train on generated texts; set method.name to '
+        "{methods[learns_from_rollouts]}, or remove the section",
+    ),
+    *conflict("rollout", "task.streaming", ", because prompts are taken from rows on disk"),
+    *given(
+        ".max_staleness",
+        lambda c: c.item.files is not None,
+        "{item.max_staleness} applies to texts that are generated during the run, and "
+        "rollout.files is set; remove one of the two keys",
+    ),
+    *given(
+        ".by",
+        lambda c: c.item.files is not None,
+        "{item.by} does not generate texts if rollout.files is set; remove one of the two keys",
+    ),
+    *conflict(".server", ".files", ", which names texts that exist"),
+)
+_SERVER: tuple[Rule[RolloutServerConfig], ...] = (
+    Rule(
+        lambda c: c.config.served_model is None,
+        ".model",
+        "missing, and the config names no model that the servers could serve; set "
+        "rollout.server.model to the name of the served model",
+    ),
+    Rule(
+        lambda c: c.item.push == "adapter" and c.item.kind == "sglang",
+        ".push",
+        "adapter is supported with kind: vllm alone; use push: full, which sends an SGLang server "
+        "the student with merged adapters",
+    ),
+    Rule(
+        lambda c: c.item.push == "adapter" and c.config.student.lora is None,
+        ".push",
+        "adapter pushes the adapters of the student, and student.lora is not set; add "
+        "student.lora, or set push to full",
+    ),
+    Rule(
+        lambda c: c.item.push != "none" and c.is_set("rollout.by"),
+        ".push",
+        "{item.push} pushes the weights of the student, and rollout.by is {config.rollout.by}, "
+        "whose weights do not change; set push to none",
+    ),
+    Rule(
+        lambda c: c.item.folder is None and c.item.push != "none",
+        ".folder",
+        "missing with push: {item.push}; weights are pushed through a folder that rank 0 and all "
+        "servers see",
+    ),
+    *given(
+        ".folder",
+        lambda c: c.item.push == "none",
+        "is not used with push: none; weights are pushed through a folder that rank 0 and all "
+        "servers see",
+    ),
+)

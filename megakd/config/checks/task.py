@@ -1,0 +1,216 @@
+"""Checks of the section `task`: the data, conversations, streams, and teachers of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megakd.config.checks.rules import Case, Rule, conflict, given, only, problems
+from megakd.config.task import MixtureSource, TaskConfig, TokenizerConfig
+from megakd.contract.options import no_such_teacher
+from megakd.contract.tasks import LANGUAGE_TASKS
+
+if TYPE_CHECKING:
+    from megakd.config.run import RunConfig
+
+# The keys of conversations.
+_CHAT = (
+    ".messages_column .prompt_column .completion_column .chat_template .chat_template_kwargs "
+    ".reasoning .train_on .truncation .end_tokens .mixture"
+)
+
+
+def task_problems(config: RunConfig) -> Iterator[str]:
+    """Yield the problems of the task and its data."""
+    task = config.task
+    case = Case(config, "task", task)
+    yield from problems(_DATA, case)
+    if task.type == "causal_lm":
+        yield from problems(_CONVERSATIONS, case)
+    if task.streaming and task.type in LANGUAGE_TASKS:
+        yield from problems(_STREAM, case)
+        yield from _steps(config)
+    sources = (task.mixture or {}).items()
+    cases = [Case(config, f"task.mixture.{name}", source) for name, source in sources]
+    yield from problems(_UNROUTED, case, *cases)
+    if config.method.routes_rows:
+        yield from problems(_ROUTED, case)
+        yield from problems(_ROUTED_SOURCE, *cases)
+        named = {f"{c.key}.teacher": c.item.teacher for c in cases if c.item.teacher is not None}
+        for key, name in named.items():
+            if name not in config.teacher_specs:
+                yield no_such_teacher(config, key, name)
+
+
+def _is_built_in(task: TaskConfig) -> bool:
+    return task.dataset == "pydocs" or (task.dataset or "").startswith("glue/")
+
+
+_DATA: tuple[Rule[TaskConfig], ...] = (
+    Rule(
+        lambda c: not any(c.is_set(key) for key in (".dataset", ".train_files", ".mixture")),
+        ".dataset",
+        "missing, and it has no default; set task.dataset or task.train_files, or task.mixture for "
+        "several sources",
+    ),
+    *conflict(
+        ".train_files .validation_files .test_files .mixture",
+        ".dataset",
+        ", which has its own splits (task.evaluation_sets takes files that are only scored)",
+    ),
+    *given(
+        ".data_dir .dataset_config",
+        lambda c: c.item.dataset is None,
+        "supported only with task.dataset, which is not set; remove the key",
+    ),
+    *given(
+        ".text_columns .label_column .dataset_config "
+        ".messages_column .prompt_column .completion_column",
+        lambda c: c.item.dataset == "pydocs",
+        "not supported with task.dataset pydocs; remove the key",
+    ),
+    *only(".labelled_examples", ("classification", "regression")),
+    *only(".mlm_probability .whole_word_masking", ("mlm",)),
+    *only(".streaming", LANGUAGE_TASKS),
+    *only(_CHAT, ("causal_lm",)),
+    *conflict(".encoded", ".streaming", ", which reads texts during training"),
+    *given(
+        ".encoded",
+        lambda c: c.method.own_vocabulary is not None,
+        "method {method} trains a vocabulary on the texts, and the folder holds no texts; remove "
+        "the key",
+    ),
+)
+_CONVERSATIONS: tuple[Rule[TaskConfig], ...] = (
+    *conflict(
+        ".messages_column .prompt_column .completion_column",
+        ".text_columns",
+        ", which names the columns of documents",
+    ),
+    *conflict(
+        ".prompt_column .completion_column",
+        ".messages_column",
+        ", whose messages hold the prompts and the answers",
+    ),
+    Rule(
+        lambda c: (
+            c.is_set(".completion_column")
+            and not (c.is_set(".prompt_column") or c.is_set(".messages_column"))
+        ),
+        ".prompt_column",
+        "missing, and task.completion_column is set; name the column of the prompts",
+    ),
+    Rule(
+        lambda c: c.item.chat_template and not Path(c.item.chat_template).expanduser().is_file(),
+        ".chat_template",
+        "the file {item.chat_template} does not exist; give a file with a chat template in Jinja, "
+        "or remove the key to use the tokenizer's",
+    ),
+    Rule(
+        lambda c: c.item.mixture == {},
+        ".mixture",
+        "has no source; name at least one source with files and weight",
+    ),
+    *conflict(".mixture", ".train_files"),
+    *conflict(
+        ".mixture", ".streaming", ", because the rows of a source are counted before training"
+    ),
+)
+_STREAM: tuple[Rule[TaskConfig], ...] = (
+    Rule(
+        lambda c: _is_built_in(c.item),
+        ".streaming",
+        "task.dataset {task.dataset} is small and is always read before training; remove the key, "
+        "or name files or a data set of the Hub",
+    ),
+    Rule(
+        lambda c: (
+            c.is_set(".train_files") and not (c.item.validation_files or c.item.max_eval_examples)
+        ),
+        ".streaming",
+        "a stream has no end, so no share of it can be held out; set task.validation_files, or set "
+        "task.max_eval_examples to hold out this many texts from the beginning of task.train_files",
+    ),
+    Rule(
+        lambda c: isinstance(c.item.tokenizer, TokenizerConfig),
+        ".tokenizer",
+        "a {task.tokenizer.type} cannot be trained on a stream (task.streaming is true); set a "
+        "folder or a Hub id, or train the tokenizer in a run without task.streaming on a part of "
+        "the text",
+    ),
+)
+
+
+def _steps(config: RunConfig) -> Iterator[str]:
+    """Yield the trainings on a stream without a number of steps."""
+    unlimited = [where for where, train in config.trainings.items() if train.max_steps is None]
+    # The other sections inherit the key of `train`.
+    for where in unlimited[:1] if "train" in unlimited else unlimited:
+        yield (
+            f"{where}.max_steps: missing, and task.streaming is true: a stream has no end, so "
+            f"num_train_epochs says nothing about its length; set {where}.max_steps, or remove "
+            "task.streaming"
+        )
+
+
+_UNROUTED: tuple[Rule[TaskConfig | MixtureSource], ...] = given(
+    ".teacher_column .teacher",
+    lambda c: not c.method.routes_rows,
+    'method "{method}" does not choose teachers by row; set method.name to {methods[routes_rows]}, '
+    "or remove the key",
+)
+
+
+def _names_teachers(task: TaskConfig) -> bool:
+    """Return whether every source of a mixture names its teacher."""
+    return bool(task.mixture) and all(source.teacher for source in task.mixture.values())
+
+
+_ROUTED: tuple[Rule[TaskConfig], ...] = (
+    Rule(
+        lambda c: (
+            c.item.teacher_column is None
+            and not any(source.teacher for source in (c.item.mixture or {}).values())
+        ),
+        ".teacher_column",
+        "missing, and every training row has to name its teacher; set the key, or, in a mixture, "
+        "set task.mixture.<name>.teacher of every source",
+    ),
+    *given(
+        ".teacher_column",
+        lambda c: _names_teachers(c.item),
+        "is not read, because every source of task.mixture names its teacher; remove one of the "
+        "two",
+    ),
+    Rule(
+        lambda c: _is_built_in(c.item),
+        ".dataset",
+        "the rows of {task.dataset} name no teachers, which method {method} needs; use files, a "
+        "folder or a data set of the Hub with a column of teachers",
+    ),
+    *given(
+        ".streaming .encoded",
+        lambda c: True,
+        "not supported by method {method}, which counts the rows of each teacher before training; "
+        "remove the key",
+    ),
+    Rule(
+        lambda c: c.config.eval.losses,
+        "eval.losses",
+        "compares held-out rows with the teachers, and only training rows name a teacher (method "
+        "{method}); remove the key",
+    ),
+)
+_ROUTED_SOURCE: tuple[Rule[MixtureSource], ...] = (
+    Rule(
+        lambda c: (
+            c.item.teacher is None
+            and c.task.teacher_column is None
+            and any(source.teacher for source in (c.task.mixture or {}).values())
+        ),
+        ".teacher",
+        "missing, and every training row has to name its teacher; set the key, or set "
+        "task.teacher_column for this source",
+    ),
+)
