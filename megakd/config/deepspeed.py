@@ -9,24 +9,88 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megakd.config.deepspeed_rules import (
-    OWN_SECTION,
-    check_own_section,
-    check_sections,
-    check_zero,
-    refuse_dotted_keys,
-    without_owned_keys,
-)
 from megakd.errors import ConfigError
 
 if TYPE_CHECKING:
     from megakd.config.train import TrainConfig
     from megakd.contract.tasks import Dtype
 
+OWN_SECTION = "megakd"
+"""The section with megakd's own keys, which DeepSpeed never gets."""
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# The field of `train` that sets the values of DeepSpeed's keys.
+_OWNERS = {
+    "per_device_train_batch_size": "train_batch_size train_micro_batch_size_per_gpu elasticity",
+    "gradient_accumulation_steps": "gradient_accumulation_steps managed_gradient_accumulation",
+    "max_grad_norm": "gradient_clipping",
+    "learning_rate": "lr learning_rate optimizer",
+    "lr_scheduler_type": "scheduler",
+    "bf16": "bf16 bfloat16 amp torch_autocast",
+    "fp16": "fp16",
+}
+_OWNED = {key: field for field, keys in _OWNERS.items() for key in keys.split()}
+# Top-level keys, for typos only: DeepSpeed silently ignores unknown keys at the top level.
+_SECTIONS = _words("""
+    megakd zero_optimization activation_checkpointing aio comms_logger communication_data_type
+    compile csv_monitor data_types flops_profiler steps_per_print tensorboard wall_clock_breakdown
+    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+""")
+# Below the top level DeepSpeed refuses unknown keys and wrong types, but only after the models are
+# loaded, and its own models import torch. A test compares these keys with the installed DeepSpeed.
+_WHOLE_OF_STAGE_3 = _words("""
+    max_live_parameters max_reuse_distance model_persistence_threshold module_granularity_threshold
+    param_persistence_threshold prefetch_bucket_size
+""")
+_WHOLE = _words("""
+    allgather_bucket_size buffer_count buffer_size max_in_cpu reduce_bucket_size sub_group_size
+    zero_hpz_partition_size
+""")
+_OF_STAGE_3 = _WHOLE_OF_STAGE_3 | _words("""
+    allgather_sequential gather_16bit_weights_on_model_save use_all_reduce_for_fetch_params
+""")
+# All of them may also begin with `stage3_`.
+_WHOLE |= _WHOLE_OF_STAGE_3 | {f"stage3_{key}" for key in _WHOLE_OF_STAGE_3}
+_KEYS = {
+    "zero_optimization": _OF_STAGE_3
+    | {f"stage3_{key}" for key in _OF_STAGE_3}
+    | _words("""
+        allgather_bucket_size allgather_partitions compute_grad_norm contiguous_gradients
+        elastic_checkpoint enable_sanity_checks ignore_unused_parameters leaf_module legacy_stage1
+        load_from_fp32_weights log_trace_cache_warnings memory_efficient_linear offload_optimizer
+        offload_param overlap_comm override_module_apply parameter_alignment
+        pipeline_loading_checkpoint reduce_bucket_size reduce_scatter round_robin_gradients
+        save_muon_momentum_buffer_in_memory stage sub_group_size use_multi_rank_bucket_allreduce
+        zenflow zero_hpz_partition_size zero_quantized_gradients
+        zero_quantized_nontrainable_weights zero_quantized_weights
+    """),
+    "offload_param": _words("buffer_count buffer_size device max_in_cpu nvme_path pin_memory"),
+    "offload_optimizer": _words("""
+        buffer_count cpuadam_cores_perc device fast_init nvme_path pin_memory pipeline_read
+        pipeline_write ratio super_offload
+    """),
+    OWN_SECTION: _words("shard_within_node"),
+}
+_OFFLOAD_FROM_STAGE = {"offload_optimizer": 1, "offload_param": 3}
+_RESUMES = "because a run could not continue from a checkpoint as if it had not stopped"
+_TRIED = "because this has never been tried with megakd"
+# Key at any level -> the only value that it may have, and why.
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "gradient_allreduce_op": ("mean", "because losses are scaled for the mean over ranks"),
+    "checkpoint": ({}, _RESUMES),
+    "elastic_checkpoint": (False, _RESUMES),
+    "load_from_fp32_weights": (True, _RESUMES),
+    "zenflow": (None, _TRIED),
+    "super_offload": (False, _TRIED),
+}
 # `steps_per_print`: DeepSpeed's own log lines are switched off, because the run has its own log.
 _NEVER = 10**9
 
@@ -52,11 +116,12 @@ def load_ds_config(spec: str | Mapping[str, Any], *, where: str) -> dict[str, An
     if not isinstance(content, Mapping):
         raise ConfigError(f"{source}: must be a mapping (got {json.dumps(content)[:60]})")
     ds = copy.deepcopy(dict(content))
-    refuse_dotted_keys(ds, source)
-    ds = without_owned_keys(ds, source, where=where)
-    check_sections(ds, source)
-    ds = check_zero(ds, source)
-    check_own_section(ds, source)
+    _refuse_dotted_keys(ds, source)
+    ds = _without_owned_keys(ds, source, where=where)
+    _check_sections(ds, source)
+    if "zero_optimization" in ds:
+        ds["zero_optimization"] = _checked_zero(ds["zero_optimization"], source)
+    _check_own_section(ds, source)
     return ds
 
 
@@ -237,3 +302,153 @@ def _engine_config(ds: Mapping[str, Any], *, dtype: Dtype, micro_batch: int) -> 
         "gradient_accumulation_steps": 1,
         **precision,
     }
+
+
+def _refuse_dotted_keys(ds: Mapping[str, Any], source: str) -> None:
+    for key in _all_keys(ds):
+        outer, dot, inner = key.partition(".")
+        if dot:
+            nested = f'{{"{outer}": {{"{inner}": …}}}}'
+            raise ConfigError(
+                f'{source}: DeepSpeed does not support the dotted key "{key}"; write {nested}'
+            )
+
+
+def _all_keys(node: Any) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield str(key)
+            yield from _all_keys(value)
+
+
+def _without_owned_keys(ds: Mapping[str, Any], source: str, *, where: str) -> dict[str, Any]:
+    """Return the config without settings of the run config, which may only be `"auto"`."""
+    owned = {key: _OWNED[key] for key, value in ds.items() if key in _OWNED and not _is_auto(value)}
+    data_types = ds.get("data_types")
+    if isinstance(data_types, Mapping) and "param_dtype" in data_types:
+        owned["data_types.param_dtype"] = "bf16"
+    for key, field in owned.items():
+        owner = _owner(field, where)
+        raise ConfigError(
+            f'{source} sets "{key}", which megakd takes from {owner}; remove the key there and set '
+            f"{owner}"
+        )
+    return {key: value for key, value in ds.items() if key not in _OWNED}
+
+
+def _is_auto(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value) and all(_is_auto(inner) for inner in value.values())
+    return value == "auto"
+
+
+def _owner(field: str, where: str) -> str:
+    """Return the run config's key for a field of `train`, given the section that holds `where`."""
+    section = where.rpartition(".")[0]
+    if section.endswith("finetune"):
+        return f"{section}.{field}"
+    if section.startswith("teacher") and field in ("bf16", "fp16"):
+        return f"{section}.dtype"
+    return f"train.{field}"
+
+
+def _check_sections(ds: Mapping[str, Any], source: str) -> None:
+    for key, value in ds.items():
+        near = difflib.get_close_matches(key, (*_SECTIONS, *_OWNED), n=1, cutoff=0.85)
+        if near and key not in _SECTIONS:
+            raise ConfigError(f'{source}: unknown key "{key}"; did you mean "{near[0]}"?')
+        if value == "auto":
+            raise ConfigError(f'{source}: {key} cannot be "auto"; set a value or remove the key')
+    _refuse_values(ds, f"{source}: ")
+
+
+def _checked_zero(given: Any, source: str) -> dict[str, Any]:
+    """Return `zero_optimization` without `"auto"`, so that DeepSpeed's default holds."""
+    where = f"{source}: zero_optimization"
+    _check_keys(given, _KEYS["zero_optimization"], where)
+    stage = given.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{where}.stage must be 0, 1, 2 or 3 (got {json.dumps(stage)})")
+    zero = _without_auto(given)
+    _check_values(zero, where)
+    # DeepSpeed 0.19.8 then sends gradients only from the hooks of the last backward of a step:
+    # `reduce_gradients` in stage_1_and_2.py skips the weights that only earlier backwards reached.
+    if stage == 1 and zero.get("overlap_comm"):
+        raise ConfigError(
+            f"{where}.overlap_comm: true can give wrong gradients at ZeRO stage 1, because "
+            "DeepSpeed does not average weights that the last backward of a step does not reach; "
+            "remove the key, or use stage 2 or 3"
+        )
+    for key in _OFFLOAD_FROM_STAGE:
+        if zero.get(key) is not None:
+            _check_offload(key, zero[key], int(stage), f"{where}.{key}")
+    return zero
+
+
+def _without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_auto(value) if isinstance(value, Mapping) else value
+        for key, value in section.items()
+        if value != "auto"
+    }
+
+
+def _check_offload(key: str, offload: Any, stage: int, where: str) -> None:
+    _check_keys(offload, _KEYS[key], where)
+    _check_values(offload, where)
+    device = offload.get("device", "none")
+    if device not in ("none", "cpu"):
+        raise ConfigError(
+            f'{where}.device must be "none" or "cpu" (got {json.dumps(device)}); NVMe has never '
+            "been tried with megakd"
+        )
+    if device != "none" and stage < _OFFLOAD_FROM_STAGE[key]:
+        raise ConfigError(
+            f"{where} needs ZeRO stage {_OFFLOAD_FROM_STAGE[key]} or above, and the stage is "
+            f"{stage}; raise zero_optimization.stage, or remove the key"
+        )
+
+
+def _check_own_section(ds: Mapping[str, Any], source: str) -> None:
+    section, where = ds.get(OWN_SECTION, {}), f"{source}: {OWN_SECTION}"
+    _check_keys(section, _KEYS[OWN_SECTION], where)
+    within = section.get("shard_within_node", False)
+    if not isinstance(within, bool):
+        raise ConfigError(
+            f"{where}.shard_within_node must be true or false (got {json.dumps(within)})"
+        )
+    if within and zero_stage(ds) != 3:
+        raise ConfigError(
+            f"{where}.shard_within_node: true needs ZeRO stage 3, which shards the weights, and "
+            f"the stage is {zero_stage(ds)}; set zero_optimization.stage to 3, or remove the key"
+        )
+
+
+def _check_keys(section: Any, known: Collection[str], where: str) -> None:
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{where} must be a mapping (got {json.dumps(section)})")
+    for key in section:
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = (
+                f'; did you mean "{near[0]}"?' if near else f"; known: {', '.join(sorted(known))}"
+            )
+            raise ConfigError(f'{where}: unknown key "{key}"{hint}')
+
+
+def _check_values(section: Mapping[str, Any], where: str) -> None:
+    for key, value in section.items():
+        # 5e8 is a fraction in JSON, and DeepSpeed accepts it.
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key in _WHOLE and not (is_number and value % 1 == 0 and value >= 0):
+            raise ConfigError(
+                f"{where}.{key} must be a whole number, 0 or above (got {json.dumps(value)})"
+            )
+    _refuse_values(section, f"{where}.")
+
+
+def _refuse_values(section: Mapping[str, Any], where: str) -> None:
+    for key, (allowed, why) in _REFUSED.items():
+        if section.get(key, allowed) != allowed:
+            got = json.dumps(section[key])
+            raise ConfigError(f"{where}{key} cannot be {got}, {why}; remove the key")

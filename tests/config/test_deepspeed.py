@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from megakd.config import deepspeed as ds_config
-from megakd.config import deepspeed_rules as ds_rules
 from megakd.config.deepspeed import (
     check_frozen_stage,
     frozen_ds_config,
@@ -307,14 +306,14 @@ def test_the_known_keys_are_those_of_the_installed_deepspeed() -> None:
     from deepspeed.runtime.zero import config, offload_config
 
     models = {
-        "zero": (config.DeepSpeedZeroConfig, ds_rules._ZERO_KEYS),
+        "zero": (config.DeepSpeedZeroConfig, ds_config._KEYS["zero_optimization"]),
         "offload_param": (
             offload_config.DeepSpeedZeroOffloadParamConfig,
-            ds_rules._OFFLOAD_KEYS["offload_param"],
+            ds_config._KEYS["offload_param"],
         ),
         "offload_optimizer": (
             offload_config.DeepSpeedZeroOffloadOptimizerConfig,
-            ds_rules._OFFLOAD_KEYS["offload_optimizer"],
+            ds_config._KEYS["offload_optimizer"],
         ),
     }
 

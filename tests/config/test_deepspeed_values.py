@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megakd.config import deepspeed_rules as ds_rules
+from megakd.config import deepspeed as ds_config
 from megakd.config.deepspeed import load_ds_config, preset_names, zero_stage
 from megakd.errors import ConfigError
 
@@ -91,4 +91,4 @@ def test_the_keys_with_whole_numbers_are_those_of_the_installed_deepspeed() -> N
         if field.annotation is int and key is not None
     }
 
-    assert whole == ds_rules._WHOLE
+    assert whole == ds_config._WHOLE
