@@ -1,7 +1,8 @@
 """Learning rate schedules as functions of the step, without state to checkpoint or replay.
 
 Each schedule is a dataclass with the options that `train.lr_scheduler_kwargs` may set. Shapes,
-names and defaults are the same as in `transformers.get_scheduler`.
+names and defaults are the same as in `transformers.get_scheduler`, whose rates differ in the last
+bit, and which would load torch to check a config.
 """
 
 from __future__ import annotations
@@ -45,22 +46,16 @@ class ConstantWithWarmup:
         """
         if step < warm:
             return peak * step / warm
-        return peak * self.decay(step, warm, total, peak)
+        return peak * self._decay(step, warm, total, peak)
 
-    def decay(self, step: int, warm: int, total: int, peak: float) -> float:
+    def _decay(self, step: int, warm: int, total: int, peak: float) -> float:
         """Return the fraction of the peak rate at a step after the warm-up."""
         del step, warm, total, peak
         return 1.0
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        """Return why the options cannot work in a stage, or None.
-
-        Args:
-            warm: steps of warm-up.
-            total: steps of the stage; None if not yet known.
-            peak: the peak learning rate.
-        """
-        del self, warm, total, peak
+        """Return why the options cannot work in a stage, or None; `total` may be unknown."""
+        del warm, total, peak
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -79,9 +74,7 @@ class Constant(ConstantWithWarmup):
 class Linear(ConstantWithWarmup):
     """Linear warm-up, then a straight line to 0."""
 
-    def decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        """Return the fraction of the peak rate at a step after the warm-up."""
-        del peak
+    def _decay(self, step: int, warm: int, total: int, peak: float) -> float:
         return max(0.0, 1.0 - _progress(step, warm, total))
 
 
@@ -91,10 +84,8 @@ class Cosine(ConstantWithWarmup):
 
     num_cycles: Positive = 0.5
 
-    def decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        """Return the fraction of the peak rate at a step after the warm-up."""
-        del peak
-        return _cosine(self.num_cycles, _progress(step, warm, total))
+    def _decay(self, step: int, warm: int, total: int, peak: float) -> float:
+        return max(0.0, _cosine(self.num_cycles, _progress(step, warm, total)))
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -103,11 +94,9 @@ class CosineWithRestarts(ConstantWithWarmup):
 
     num_cycles: Count = 1
 
-    def decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        """Return the fraction of the peak rate at a step after the warm-up."""
-        del peak
+    def _decay(self, step: int, warm: int, total: int, peak: float) -> float:
         progress = _progress(step, warm, total)
-        return 0.0 if progress >= 1 else _cosine(0.5, self.num_cycles * progress % 1.0)
+        return 0.0 if progress >= 1 else max(0.0, _cosine(0.5, self.num_cycles * progress % 1.0))
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -117,8 +106,7 @@ class Polynomial(ConstantWithWarmup):
     lr_end: Weight = 1e-7
     power: Positive = 1.0
 
-    def decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        """Return the fraction of the peak rate at a step after the warm-up."""
+    def _decay(self, step: int, warm: int, total: int, peak: float) -> float:
         remaining = 1 - _progress(step, warm, total)
         return ((peak - self.lr_end) * remaining**self.power + self.lr_end) / peak
 
@@ -139,9 +127,7 @@ class InverseSqrt(ConstantWithWarmup):
 
     timescale: Count | None = None
 
-    def decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        """Return the fraction of the peak rate at a step after the warm-up."""
-        del total, peak
+    def _decay(self, step: int, warm: int, total: int, peak: float) -> float:
         timescale = self.timescale or warm or 10_000
         return 1.0 / math.sqrt((step + timescale - warm) / timescale)
 
@@ -154,11 +140,9 @@ class CosineWithMinLr(ConstantWithWarmup):
     min_lr: Weight | None = None
     min_lr_rate: Fraction | None = None
 
-    def decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        """Return the fraction of the peak rate at a step after the warm-up."""
+    def _decay(self, step: int, warm: int, total: int, peak: float) -> float:
         lowest = self.min_lr / peak if self.min_lr is not None else self.min_lr_rate or 0.0
-        wave = 0.5 * (1 + math.cos(math.pi * self.num_cycles * 2 * _progress(step, warm, total)))
-        return max(0.0, wave * (1 - lowest) + lowest)
+        return _above(lowest, _cosine(self.num_cycles, _progress(step, warm, total)))
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
         """Return a message unless exactly one lowest rate is set and is below the peak rate."""
@@ -195,57 +179,40 @@ class WarmupStableDecay(ConstantWithWarmup):
             "cosine": 0.5 * (1 - math.cos(math.pi * progress)),
             "1-sqrt": 1 - math.sqrt(1 - progress),
         }
-        return peak * self._above_lowest(rising[self.warmup_type])
+        return peak * _above(self.min_lr_ratio, rising[self.warmup_type])
 
-    def decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        """Return the fraction of the peak rate at a step after the warm-up."""
-        del peak
+    def _decay(self, step: int, warm: int, total: int, peak: float) -> float:
         stable = self.num_stable_steps
         stable = total - warm - self.num_decay_steps if stable is None else stable
         progress = (step - warm - stable) / self.num_decay_steps
-        if progress < 0:
-            return 1.0
-        if progress >= 1:
-            return self.min_lr_ratio
+        if not 0 <= progress < 1:
+            return 1.0 if progress < 0 else self.min_lr_ratio
         falling = {
             "linear": 1 - progress,
-            "cosine": 0.5 * (1 + math.cos(math.pi * self.num_cycles * 2 * progress)),
+            "cosine": _cosine(self.num_cycles, progress),
             "1-sqrt": 1 - math.sqrt(progress),
         }
-        return self._above_lowest(falling[self.decay_type])
-
-    def _above_lowest(self, share: float) -> float:
-        return max(0.0, share * (1 - self.min_lr_ratio) + self.min_lr_ratio)
+        return _above(self.min_lr_ratio, falling[self.decay_type])
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
         """Return a message if the phases are longer than the stage."""
         del peak
-        needed = warm + (self.num_stable_steps or 0) + self.num_decay_steps
+        stable = self.num_stable_steps or 0
+        needed = warm + stable + self.num_decay_steps
         if total is not None and needed > total:
             return (
-                f"warm-up {warm}, stable {self.num_stable_steps or 0} and decay "
-                f"{self.num_decay_steps} take {needed} steps, and the stage has {total}; lower one "
-                "of the three, or train longer"
+                f"warm-up {warm}, stable {stable} and decay {self.num_decay_steps} take {needed} "
+                f"steps, and the stage has {total}; lower one of the three, or train longer"
             )
         return None
 
 
+_KINDS = (
+    *(Linear, Cosine, Constant, ConstantWithWarmup, Polynomial),
+    *(CosineWithRestarts, InverseSqrt, CosineWithMinLr, WarmupStableDecay),
+)
 SCHEDULES: Mapping[ScheduleName, type[ConstantWithWarmup]] = dict(
-    zip(
-        get_args(ScheduleName),
-        (
-            Linear,
-            Cosine,
-            Constant,
-            ConstantWithWarmup,
-            Polynomial,
-            CosineWithRestarts,
-            InverseSqrt,
-            CosineWithMinLr,
-            WarmupStableDecay,
-        ),
-        strict=True,
-    )
+    zip(get_args(ScheduleName), _KINDS, strict=True)
 )
 
 
@@ -255,4 +222,8 @@ def _progress(step: int, warm: int, total: int) -> float:
 
 
 def _cosine(cycles: float, progress: float) -> float:
-    return max(0.0, 0.5 * (1 + math.cos(math.pi * cycles * 2 * progress)))
+    return 0.5 * (1 + math.cos(math.pi * cycles * 2 * progress))
+
+
+def _above(lowest: float, share: float) -> float:
+    return max(0.0, share * (1 - lowest) + lowest)
