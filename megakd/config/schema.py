@@ -112,7 +112,8 @@ def defaults(kind: type) -> dict[str, Any]:
     return {
         field.name: field.default
         for field in dataclasses.fields(kind)
-        if get_origin(_hints(kind)[field.name]) is not Literal or _has_default(field)
+        if get_origin(_hints(kind)[field.name]) is not Literal
+        or field.default is not dataclasses.MISSING
     }
 
 
@@ -124,10 +125,6 @@ def dotted(path: Sequence[str | int]) -> str:
 
 def _hints(kind: type) -> Mapping[str, Any]:
     return get_type_hints(kind, include_extras=True)
-
-
-def _has_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is not dataclasses.MISSING
 
 
 def _has_tag(kind: Any, tag: str) -> bool:
@@ -142,17 +139,13 @@ def _dataclass_of(annotation: Any, value: Any) -> type | None:
     """Return the dataclass of a mapping: the only alternative, or the alternative of its tag."""
     package = package_options(annotation)
     if package is not None and package.is_named_by(value):
-        return _kind_of_package(package, value)
+        try:
+            return package.kind(value[package.tag])
+        except ConfigError:  # reported when the value is validated
+            return None
     kinds = [part for part in members(annotation) if dataclasses.is_dataclass(part)]
     fitting = [kind for kind in kinds if len(kinds) == 1 or _fits(kind, value)]
     return fitting[0] if fitting and isinstance(fitting[0], type) else None
-
-
-def _kind_of_package(package: FromPackage, value: Any) -> type | None:
-    try:
-        return package.kind(value[package.tag])
-    except ConfigError:  # reported when the value is validated
-        return None
 
 
 def _fits(kind: Any, value: Any) -> bool:
@@ -160,81 +153,54 @@ def _fits(kind: Any, value: Any) -> bool:
     return isinstance(value, dict) and any(value.get(t) == _tag_value(kind, t) for t in tags)
 
 
-SYNONYMS: dict[str, tuple[str, ...]] = {
-    "adam_beta_1": ("train.adam_beta1",),
-    "adam_beta_2": ("train.adam_beta2",),
-    "adam_eps": ("train.adam_epsilon",),
-    "batch_size": ("train.per_device_train_batch_size",),
-    "block_size": ("task.max_length",),
-    "clip_grad_norm": ("train.max_grad_norm",),
-    "dataset_config_name": ("task.dataset_config",),
-    "dataset_name": ("task.dataset",),
-    "dataset_path": ("task.dataset",),
-    "epochs": ("train.num_train_epochs",),
-    "eval_batch_size": ("eval.per_device_eval_batch_size",),
-    "eval_strategy": ("eval.eval_steps",),
-    "evaluation_strategy": ("eval.eval_steps",),
-    "grad_accum": ("train.gradient_accumulation_steps",),
-    "grad_accumulation_steps": ("train.gradient_accumulation_steps",),
-    "grad_clip": ("train.max_grad_norm",),
-    "gradient_accumulation": ("train.gradient_accumulation_steps",),
-    "gradient_clipping": ("train.max_grad_norm",),
-    "hub_model_id": ("save.push_to_hub",),
-    "hub_private_repo": ("save.hub_private",),
-    "label_column_name": ("task.label_column",),
-    "learning_rate_scheduler": ("train.lr_scheduler_type",),
-    "load_best_model_at_end": ("eval.keep_best",),
-    "logging_dir": ("output_dir",),
-    "lr": ("train.learning_rate",),
-    "lr_scheduler": ("train.lr_scheduler_type",),
-    "max_epochs": ("train.num_train_epochs",),
-    "max_eval_samples": ("task.max_eval_examples",),
-    "max_seq_len": ("task.max_length",),
-    "max_seq_length": ("task.max_length",),
-    "max_train_steps": ("train.max_steps",),
-    "metric_for_best_model": ("eval.metric",),
-    "micro_batch_size": ("train.per_device_train_batch_size",),
-    "mixed_precision": ("train.bf16", "train.fp16"),
-    "model_max_length": ("task.max_length",),
-    "model_name": ("student.model", "teacher.model"),
-    "model_name_or_path": ("student.model", "teacher.model"),
-    "model_path": ("student.model", "teacher.model"),
-    "n_epochs": ("train.num_train_epochs",),
-    "num_epochs": ("train.num_train_epochs",),
-    "num_steps": ("train.max_steps",),
-    "num_train_steps": ("train.max_steps",),
-    "num_warmup_steps": ("train.warmup_steps",),
-    "optimizer": ("train.optim",),
-    "per_device_batch_size": ("train.per_device_train_batch_size",),
-    "per_gpu_eval_batch_size": ("eval.per_device_eval_batch_size",),
-    "per_gpu_train_batch_size": ("train.per_device_train_batch_size",),
-    "pretrained_model_name_or_path": ("student.model", "teacher.model"),
-    "random_seed": ("seed",),
-    "resume": ("train.resume_from_checkpoint",),
-    "save_strategy": ("save.save_steps",),
-    "scheduler": ("train.lr_scheduler_type",),
-    "scheduler_type": ("train.lr_scheduler_type",),
-    "seq_length": ("task.max_length",),
-    "sequence_length": ("task.max_length",),
-    "student_model": ("student.model",),
-    "student_model_name_or_path": ("student.model",),
-    "task_name": ("task.dataset",),
-    "tensorboard": ("log.report_to",),
-    "teacher_model": ("teacher.model",),
-    "teacher_model_name_or_path": ("teacher.model",),
-    "text_column": ("task.text_columns",),
-    "text_column_name": ("task.text_columns",),
-    "tokenizer_name": ("task.tokenizer",),
-    "tokenizer_name_or_path": ("task.tokenizer",),
-    "torch_dtype": ("teacher.dtype", "train.bf16", "train.fp16"),
-    "train_batch_size": ("train.per_device_train_batch_size",),
-    "train_micro_batch_size_per_gpu": ("train.per_device_train_batch_size",),
-    "training_steps": ("train.max_steps",),
-    "warmup": ("train.warmup_steps", "train.warmup_ratio"),
-    "warmup_proportion": ("train.warmup_ratio",),
-    "wd": ("train.weight_decay",),
+# Keys of megakd, and their names in other libraries, such as Hugging Face, DeepSpeed and Lightning.
+_OTHER_NAMES = {
+    "eval.eval_steps": "eval_strategy evaluation_strategy",
+    "eval.keep_best": "load_best_model_at_end",
+    "eval.metric": "metric_for_best_model",
+    "eval.per_device_eval_batch_size": "eval_batch_size per_gpu_eval_batch_size",
+    "log.report_to": "tensorboard",
+    "output_dir": "logging_dir",
+    "save.hub_private": "hub_private_repo",
+    "save.push_to_hub": "hub_model_id",
+    "save.save_steps": "save_strategy",
+    "seed": "random_seed",
+    "student.model": "student_model student_model_name_or_path",
+    "student.model teacher.model": "model_name model_name_or_path model_path "
+    "pretrained_model_name_or_path",
+    "task.dataset": "dataset_name dataset_path task_name",
+    "task.dataset_config": "dataset_config_name",
+    "task.label_column": "label_column_name",
+    "task.max_eval_examples": "max_eval_samples",
+    "task.max_length": "block_size max_seq_len max_seq_length model_max_length seq_length "
+    "sequence_length",
+    "task.text_columns": "text_column text_column_name",
+    "task.tokenizer": "tokenizer_name tokenizer_name_or_path",
+    "teacher.dtype train.bf16 train.fp16": "torch_dtype",
+    "teacher.model": "teacher_model teacher_model_name_or_path",
+    "train.adam_beta1": "adam_beta_1",
+    "train.adam_beta2": "adam_beta_2",
+    "train.adam_epsilon": "adam_eps",
+    "train.bf16 train.fp16": "mixed_precision",
+    "train.gradient_accumulation_steps": "grad_accum grad_accumulation_steps gradient_accumulation",
+    "train.learning_rate": "lr",
+    "train.lr_scheduler_type": "learning_rate_scheduler lr_scheduler scheduler scheduler_type",
+    "train.max_grad_norm": "clip_grad_norm grad_clip gradient_clipping",
+    "train.max_steps": "max_train_steps num_steps num_train_steps training_steps",
+    "train.num_train_epochs": "epochs max_epochs n_epochs num_epochs",
+    "train.optim": "optimizer",
+    "train.per_device_train_batch_size": "batch_size micro_batch_size per_device_batch_size "
+    "per_gpu_train_batch_size train_batch_size train_micro_batch_size_per_gpu",
+    "train.resume_from_checkpoint": "resume",
+    "train.warmup_ratio": "warmup_proportion",
+    "train.warmup_steps": "num_warmup_steps",
+    "train.warmup_steps train.warmup_ratio": "warmup",
+    "train.weight_decay": "wd",
 }
-"""Keys of megakd by common names, such as those of Hugging Face, DeepSpeed and Lightning."""
+SYNONYMS = {
+    name: tuple(keys.split()) for keys, names in _OTHER_NAMES.items() for name in names.split()
+}
+"""Keys of megakd by common names."""
 
 
 def synonyms(word: str, known: Iterable[str] = ()) -> tuple[str, ...]:
