@@ -2,341 +2,482 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 from run_files import message_of
 
 from megakd.config.file import load_config
-from megakd.errors import ConfigError
 
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["alone={max_steps: 3}"], "alone: baselines does not list alone; add baselines: [alone]"),
-        (["teacher=null"], 'teacher: missing, and method "single" needs a teacher; set'),
-        (
-            ["method.name=finetune", "objective=null"],
-            'teacher: method "finetune" learns only from the labels and does not use a teacher',
-        ),
-        (
-            ["method.name=finetune", "teacher=null", "objective=[{loss: soft_target_kl}]"],
-            'objective[0].loss: soft_target_kl compares with a teacher, and method "finetune"',
-        ),
-        (
-            ["method.name=finetune", "teacher=null", "objective=[{loss: hidden_cosine}]"],
-            'objective[0].loss: hidden_cosine compares with a teacher, and method "finetune"',
-        ),
-        *(
-            (
-                ["method.name=finetune", "teacher=null", f"objective=[{{loss: {name}}}]"],
-                f'objective[0].loss: {name} compares with a teacher, and method "finetune"',
-            )
-            for name in ("soft_target_tvd", "embedding_mse", "relation_fsp", "attention_mse")
-        ),
-        (
-            ["train.bf16=true", "train.fp16=true"],
-            "train: bf16 and fp16 are both true; set one of them",
-        ),
-        (
-            ["train.bf16=true", "teacher.finetune.fp16=true"],
-            "teacher.finetune: bf16 and fp16 are both true (a key that is not set here is",
-        ),
-        (
-            ["train.bf16=true", "baselines=[alone]", "alone={fp16: true}"],
-            "alone: bf16 and fp16 are both true (a key that is not set here is inherited from",
-        ),
-        (
-            ["baselines=[alone]", "alone={bf16: true, fp16: true}"],
-            "alone: bf16 and fp16 are both true (a key that is not set here is inherited from",
-        ),
-        (
-            ["objective.1={loss: hard_mse}"],
-            "objective[1].loss: hard_mse supports only task.type regression, and task.type is cl",
-        ),
-        (
-            ["objective.1={loss: soft_target_mse}", "task.type=causal_lm"],
-            "objective[1].loss: soft_target_mse supports only task.type regression, and task.type",
-        ),
-        (
-            [
-                "task.type=regression",
-                "task.dataset=glue/stsb",
-                "objective=[{loss: soft_target_kl}]",
-            ],
-            "objective[0].loss: soft_target_kl supports only task.type classification, mlm, "
-            "causal_lm, and task.type is regression",
-        ),
-        (
-            ["objective.1={loss: hard_cross_entropy}"],
-            'objective: "hard_cross_entropy" is listed 2 times; keep one',
-        ),
-        (["objective.0.weight=0", "objective.1.weight=0"], "objective: every weight is 0"),
-        (["eval.keep_best=true"], "eval.keep_best: true needs evaluations during training"),
-        (
-            ["eval.latency.tokens=512", "task.max_length=64"],
-            "eval.latency.tokens: 512 is longer than the texts of the run (task.max_length 64)",
-        ),
-        (["task.text_columns=[a]"], "task.text_columns: not supported with task.dataset pydocs"),
-        (["task.label_column=a"], "task.label_column: not supported with task.dataset pydocs"),
-        (
-            ["task.type=causal_lm", "task.labelled_examples=5"],
-            "task.labelled_examples: supported only for classification and regression",
-        ),
-        (
-            ["task.type=mlm", "task.labelled_examples=5"],
-            "classification and regression, and task.type is mlm; remove the key",
-        ),
-        (
-            ["task.type=causal_lm", "task.mlm_probability=0.2"],
-            "task.mlm_probability: supported only for mlm, and task.type is causal_lm; remove",
-        ),
-        (
-            ["task.type=causal_lm", "task.whole_word_masking=true"],
-            "task.whole_word_masking: supported only for mlm, and task.type is causal_lm; remove",
-        ),
-        (
-            ["task.streaming=true"],
-            "task.streaming: supported only for mlm and causal_lm, and task.type is classification",
-        ),
-        (["task.type=mlm", "task.mlm_probability=0"], "task.mlm_probability: must be above 0"),
-        (["task.type=mlm", "task.mlm_probability=1.5"], "task.mlm_probability: must be at most 1"),
-        (
-            ["task.type=masked_lm"],
-            'task.type: must be "classification", "regression", "mlm" or "causal_lm" '
-            '(got "masked_lm")',
-        ),
-        (
-            ["task.type=mlm", "objective.1={loss: hard_mse}"],
-            "objective[1].loss: hard_mse supports only task.type regression, and task.type is mlm",
-        ),
-        (["baselines=[alone, alone]"], 'baselines: "alone" is listed 2 times'),
-        (["baselines=[allone]"], 'has no baseline "allone"; did you mean "alone"? (known: alone)'),
-        (["baselines=[direct]"], 'has no baseline "direct" (known: alone)'),
-        (["student.deepspeed=zero22"], 'student.deepspeed: unknown preset "zero22"; did you mean'),
-        (["teacher.deepspeed=zero2"], "teacher.deepspeed: ZeRO stage 2 shards gradients and opti"),
-        (
-            ["teacher.finetune.deepspeed={gradient_clipping: 1}"],
-            'teacher.finetune.deepspeed sets "gradient_clipping", which megakd takes from '
-            "teacher.finetune.max_grad_norm",
-        ),
-    ],
-)
-def test_fields_that_contradict_each_other_are_refused(
-    run_file: Path, overrides: list[str], message: str
-) -> None:
-    text = message_of(run_file, *overrides)
-
-    assert message in text
-    assert "\n" not in text
-
-
+KL_ON = "{loss: soft_target_kl, on: data}"
+KL = "objective=[{loss: soft_target_kl}]"
+TEXT = f"task={{type: causal_lm, dataset: rows.jsonl}}; {KL}"
 STREAM = (
-    *("task.type=mlm", "task.streaming=true", "train.max_steps=9", "task.dataset=null"),
-    *("task.train_files=a.jsonl", "task.validation_files=b.jsonl", "task.tokenizer=t"),
-    "objective=[{loss: soft_target_kl}]",
+    "task={type: mlm, streaming: true, train_files: a.jsonl, validation_files: b.jsonl, "
+    f"tokenizer: t}}; train.max_steps=9; {KL}"
 )
+LONE = "method.name=finetune; teacher=null"
+PACKED = f"{TEXT}; task.max_length=64; train.tokens_per_rank=256"
+SERVED = "teacher={model: big, server: {url: ['http://a:1']}}"
+STATES = "teacher={model: big, server: {url: ['http://a:1'], states: /dev/shm/s}}"
+POOL = "teacher=null; teachers=[{name: a, model: m}, {name: b, model: n}]"
+NO_SET = f"{TEXT}; task.dataset=null"
+ROUTED = f"{TEXT}; {POOL}; method={{name: routed}}"
+CUT = "method={name: minidisc, target_sparsity: 0.5}"
+URL = "url: ['http://a:1']"
+MIXTURE = "task.mixture={a: {files: a.jsonl, weight: 1}}"
+A = "task.mixture={a: {files: a.jsonl, weight: 1, teacher: a}"
+
+# Overrides, separated by semicolons, and a part of the message.
+TASK = [
+    ("task.train_files=a", "task.train_files: cannot be combined with task.dataset, which has its"),
+    ("task.test_files=[a]", "task.test_files: cannot be combined with task.dataset"),
+    (f"{TEXT}; task.mixture={{a: {{files: a, weight: 1}}}}", "task.mixture: cannot be combined wi"),
+    ("task.dataset=null", "task.dataset: missing, and it has no default; set task.dataset or task"),
+    ("task.dataset=null; task.train_files=a; task.data_dir=b", "task.data_dir: supported only wit"),
+    ("task.dataset=null; task.train_files=a; task.dataset_config=b", "task.dataset_config: suppor"),
+    ("task.text_columns=[a]", "task.text_columns: not supported with task.dataset pydocs"),
+    ("task.label_column=a", "task.label_column: not supported with task.dataset pydocs; remove"),
+    (f"{TEXT}; task.labelled_examples=5", "task.labelled_examples: supported only for classificat"),
+    (f"task.type=mlm; {KL}; task.labelled_examples=5", "and task.type is mlm; remove the key"),
+    (f"{TEXT}; task.mlm_probability=0.2", "task.mlm_probability: supported only for mlm, and task"),
+    (f"{TEXT}; task.whole_word_masking=true", "task.whole_word_masking: supported only for mlm"),
+    (
+        "task.streaming=true",
+        "task.streaming: supported only for mlm and causal_lm, and task.type is",
+    ),
+    (
+        f"{TEXT}; task.encoded=e; task.streaming=true; train.max_steps=3",
+        "task.encoded: cannot be c",
+    ),
+    ("task.train_on=last", "task.train_on: supported only for causal_lm, and task.type is classif"),
+    (f"{TEXT}; task.text_columns=[a]; task.messages_column=b", "with task.text_columns, which nam"),
+    (f"{TEXT}; task.messages_column=a; task.prompt_column=b", "with task.messages_column, whose m"),
+    (f"{TEXT}; task.completion_column=a", "task.prompt_column: missing, and task.completion_col"),
+    (f"{TEXT}; task.chat_template=no.jinja", "task.chat_template: the file no.jinja does not exis"),
+    (f"{NO_SET}; task.mixture={{}}", "task.mixture: has no source; name at least"),
+    (
+        f"{NO_SET}; task.train_files=a; {MIXTURE}",
+        "task.mixture: cannot be combined w",
+    ),
+    (
+        f"{NO_SET}; task.streaming=true; train.max_steps=3; {MIXTURE}",
+        "with task.strea",
+    ),
+]
+STREAMS = [
+    (
+        "train.max_steps=null",
+        "train.max_steps: missing, and task.streaming is true: a stream has no",
+    ),
+    ("teacher.finetune.num_train_epochs=2", "teacher.finetune.max_steps: missing, and task.stream"),
+    ("baselines=[alone]; alone={num_train_epochs: 2}", "alone.max_steps: missing, and task.stream"),
+    ("task.validation_files=null", "no share of it can be held out; set task.validation_files, or"),
+    ("task={type: mlm, streaming: true, dataset: pydocs}", "task.dataset pydocs is small and is a"),
+    ("task={type: mlm, streaming: true, dataset: glue/sst2}", "task.dataset glue/sst2 is small"),
+    ("task.tokenizer={type: bpe}", "task.tokenizer: a bpe cannot be trained on a stream"),
+    ("task.type=causal_lm; teacher.cache=c", "teacher.cache: cannot be combined with task.streami"),
+]
+ROUTES = [
+    ("task.teacher_column=t", 'task.teacher_column: method "single" does not choose teachers by'),
+    (
+        f"{NO_SET}; {A}}}",
+        'task.mixture.a.teacher: method "single" does not choose',
+    ),
+    (
+        ROUTED,
+        "task.teacher_column: missing, and every training",
+    ),
+    (
+        f"{ROUTED}; task.dataset=null; {A}, b: {{files: b, weight: 1}}}}",
+        "task.mixture.b.teacher: missing, and every training row has to name its teacher",
+    ),
+    (
+        f"{ROUTED}; task.dataset=null; {A}}}; task.teacher_column=t",
+        "task.teacher_column: is not read, because every source of task.mixture names its teacher",
+    ),
+    (
+        f"{ROUTED}; task.teacher_column=t; task.dataset=glue/sst2",
+        "the rows of glue/sst2 name no te",
+    ),
+    (f"{ROUTED}; task.teacher_column=t; task.encoded=e", "task.encoded: not supported by method"),
+    (f"{ROUTED}; task.teacher_column=t; eval.losses=true", "eval.losses: compares held-out rows w"),
+]
+MODELS = [
+    ("teacher=null", 'teacher: missing, and method "single" needs a teacher; set teacher.model'),
+    ("method.name=finetune; objective=null", 'teacher: method "finetune" learns only from the lab'),
+    ("teachers=[{name: a, model: m}]; method.teacher=a", "teachers: teacher is set too; move that"),
+    (
+        "teacher.cache_draws=4; task.type=causal_lm",
+        "teacher.cache_draws: 4, and the teacher has no",
+    ),
+    ("student.model=from_teacher", 'student.model: "from_teacher" needs a method that cuts the te'),
+    (
+        "student.layers=[2, 2]",
+        "student.layers: a layer is listed twice in [2, 2]; list every layer",
+    ),
+    ("student.teacher=a", 'student.teacher: applies only to student.model "from_teacher"; remove'),
+    ("save.int8=true; student.trust_remote_code=true", "save.int8: cannot be combined with studen"),
+    ("student.deepspeed=zero22", 'student.deepspeed: unknown preset "zero22"; did you mean'),
+    ("teacher.deepspeed=zero2", "teacher.deepspeed: ZeRO stage 2 shards gradients and optimizer s"),
+    (
+        "teacher.finetune.deepspeed={gradient_clipping: 1}",
+        'teacher.finetune.deepspeed sets "gradient_clipping", which megakd takes from '
+        "teacher.finetune.max_grad_norm",
+    ),
+    (f"task.type=mlm; {KL}; teacher.cache=c", "teacher.cache: task.type mlm masks other tokens in"),
+    (
+        "method={name: knowledge_selection}; teacher.cache=c",
+        "a cache holds only outputs; remove th",
+    ),
+    (
+        "student.model={config: {a: 1}}; student.layers=2",
+        "student.layers: a model with random weig",
+    ),
+    ("student.layers={keep: 2, by: importance}", "student.layers.by: importance is measured in th"),
+    (
+        f"{POOL}; method.teacher=a; student={{model: from_teacher, layers: 2}}",
+        "set student.teacher",
+    ),
+]
+SERVED_TEACHERS = [
+    (f"{SERVED}; teacher.cache=kept", "teacher.server: cannot be combined with teacher.cache; rem"),
+    (f"{SERVED}; teacher.finetune={{max_steps: 3}}", "teacher.server: cannot be combined with te"),
+    (f"{SERVED}; student.model=from_teacher; {CUT}", 'teacher.server: method "minid'),
+    (f"{SERVED}; rollout={{max_new_tokens: 4, by: teacher}}", "rollout.by: teacher is not loaded"),
+    (f"{SERVED}; teacher.model={{config: {{model_type: llama}}}}", "which no server can serve; se"),
+    (f"{SERVED}; task={{type: mlm, dataset: rows}}", "teacher.server: supported only for causal_l"),
+    (
+        f"{SERVED}; objective.0.temperature=2",
+        "soft_target_kl at temperature 2: teacher.server hold",
+    ),
+    (
+        f"{SERVED}; objective.0.loss=soft_target_jsd",
+        "export hidden states with teacher.server.stat",
+    ),
+    (f"{SERVED}; objective.0.loss=hidden_mse", "hidden_mse needs more than the outputs of the tea"),
+    (f"{STATES}; objective.0.loss=hidden_mse", "hidden_mse needs more than the outputs of the tea"),
+    (f"{STATES}; teacher.server.top_k=64", "(got top_k: 64, states: /dev/shm/s); remove one of th"),
+]
+ADAPTERS = [
+    (
+        "save.int8=true",
+        "save.int8: cannot be combined with student.lora, because the base model st",
+    ),
+    ("method={name: knowledge_selection}", "student.lora: method "),
+    (
+        "student.model={config: {a: 1}}",
+        "student.lora: student.model has random weights, which adap",
+    ),
+    ("student.layers=2", "student.layers make a model that has no folder of its own, and adapters"),
+    ("teacher.model=student_base; teacher.dtype=bf16", "teacher.dtype: not supported with teacher"),
+    ("teacher.model=student_base; student.lora=null", "without its adapters, and student.lora is "),
+    (
+        "teacher.model=student_base; task={type: classification, dataset: a}",
+        "only for mlm and caus",
+    ),
+]
+OBJECTIVE = [
+    *(
+        (f"{LONE}; objective=[{{loss: {loss}}}]", f"{loss} compares with a teacher, and method")
+        for loss in ("soft_target_kl", "hidden_cosine", "soft_target_tvd", "embedding_mse")
+    ),
+    (
+        "objective.1={loss: hard_mse}",
+        "objective[1].loss: hard_mse supports only task.type regressi",
+    ),
+    (
+        f"{TEXT}; objective.0.loss=soft_target_mse",
+        "soft_target_mse supports only task.type regress",
+    ),
+    (
+        f"task={{type: regression, dataset: glue/stsb}}; {KL}",
+        "objective[0].loss: soft_target_kl supports only task.type classification, mlm, causal_lm, "
+        "and task.type is regression",
+    ),
+    ("objective.1={loss: hard_cross_entropy}", '"hard_cross_entropy" is listed 2 times; keep one'),
+    (
+        f"{TEXT}; objective=[{KL_ON}, {KL_ON}]",
+        '"soft_target_kl" with on: data is listed 2 times',
+    ),
+    ("objective.0.weight=0; objective.1.weight=0", "objective: every weight is 0; set at least"),
+    (f"{TEXT}; objective.0.on=rollouts", "objective[0].on: rollouts, and this run generates no te"),
+    *(
+        (
+            f"task={{type: {task}, dataset: rows}}; objective=[{{loss: {loss}, on: rollouts}}]",
+            f"predicts next tokens; task.type is {task}; remove the key",
+        )
+        for task in ("classification", "mlm")
+        for loss in ("hard_cross_entropy", "soft_target_kl")
+    ),
+    (f"{TEXT}; objective=[{{loss: hidden_mse, on: data}}]", "objective[0].on = "),
+    (
+        f"{TEXT}; objective.0.on=rollout",
+        'objective[0].on: must be "rollouts" or "data" (got "rollout"); did you mean "rol',
+    ),
+    (f"{TEXT}; objective.0.row_weight=teacher_loss", "objective[0].row_weight: supported only for"),
+    (
+        f"{TEXT}; objective=[{{loss: hard_cross_entropy, label_smoothing: 0.1}}]",
+        "objective[0].label_smoothing: supported only for classification",
+    ),
+]
+TRAIN = [
+    ("train.bf16=true; train.fp16=true", "train: bf16 and fp16 are both true; set one of them"),
+    (
+        "train.bf16=true; teacher.finetune.fp16=true",
+        "teacher.finetune: bf16 and fp16 are both true (a key that is not set here is inherited",
+    ),
+    (
+        "train.bf16=true; baselines=[alone]; alone={fp16: true}",
+        "alone: bf16 and fp16 are both true",
+    ),
+    ("baselines=[alone]; alone={bf16: true, fp16: true}", "alone: bf16 and fp16 are both true (a"),
+    ("teacher.finetune.collective_timeout=5", "the limit holds for the whole run; remove the key"),
+    ("train.activation_offload=true", "train.activation_offload: moves the inputs of checkpointed"),
+    ("train.early_stopping_patience=2", "train.early_stopping_patience: 2 counts evaluations, and"),
+    (
+        "teacher.finetune={early_stopping_patience: 2}",
+        "teacher.finetune.early_stopping_patience: 2",
+    ),
+    ("alone={max_steps: 3}", "alone: baselines does not list alone; add baselines: [alone]"),
+    ("baselines=[alone, alone]", 'baselines: "alone" is listed 2 times'),
+    ("baselines=[allone]", 'has no baseline "allone"; did you mean "alone"? (known: alone)'),
+    ("baselines=[direct]", 'has no baseline "direct" (known: alone)'),
+    ("eval.keep_best=true", "eval.keep_best: true needs evaluations during training"),
+    (
+        "eval.latency.tokens=512",
+        "eval.latency.tokens: 512 is longer than the texts of the run (tas",
+    ),
+    (
+        "eval.metric=f1_makro",
+        'task.type classification has no metric "f1_makro"; did you mean "f1_',
+    ),
+    ("eval.metrics=[accuracy, pearson]", "eval.metrics[1]: task.type classification has no metric"),
+    (f"{TEXT}; eval.positive_label=x", "eval.positive_label: supported only for classification"),
+]
+SCHEDULES = [
+    (
+        "constant; train.warmup_steps=3",
+        "lr_scheduler_type: constant: this schedule has no warm-up;",
+    ),
+    (
+        "constant; teacher.finetune={warmup_ratio: 0.1}",
+        "teacher.finetune.lr_scheduler_type: constant: this schedule has no warm-up",
+    ),
+    (
+        "linear; train.lr_scheduler_kwargs={a: 2}",
+        "kwargs.a = 2: unknown key; known: none (of linea",
+    ),
+    (
+        "polynomial; train.lr_scheduler_kwargs={powr: 2}",
+        'unknown key; did you mean "power"? (of po',
+    ),
+    (
+        "polynomial; train.lr_scheduler_kwargs={power: a}",
+        'must be a number (got "a") (of polynomia',
+    ),
+    ("polynomial; train.lr_scheduler_kwargs={lr_end: 1}", "lr_end 1 must be below learning_rate 5"),
+    (
+        "cosine_with_min_lr",
+        "train.lr_scheduler_type: cosine_with_min_lr: set exactly one of min_lr",
+    ),
+    (
+        "warmup_stable_decay",
+        "train.lr_scheduler_kwargs.num_decay_steps: missing, and it has no def",
+    ),
+    (
+        "warmup_stable_decay; train.max_steps=10; train.lr_scheduler_kwargs={num_decay_steps: 20}",
+        "warm-up 0, stable 0 and decay 20 take 20 steps, and the stage has 10",
+    ),
+]
+BUDGET = [
+    ("train.tokens_per_rank=63", "train.tokens_per_rank: 63 is less than task.max_length 64"),
+    (
+        "task.type=mlm",
+        "train.tokens_per_rank: supported only for causal_lm, whose attention separa",
+    ),
+    (
+        "teacher.cache=c",
+        "teacher.cache: holds one answer per training row, and train.tokens_per_ra",
+    ),
+    ("objective=[{loss: hidden_mse, positions: first}]", "hidden_mse is averaged over rows, and"),
+    ("objective=[{loss: relation_fsp}]", "relation_fsp is averaged over rows, and train.tokens_p"),
+    ("task.streaming=true; train.max_steps=3", "train.tokens_per_rank: packs the rows of all ran"),
+    (
+        "teacher.finetune={max_steps: 3, tokens_per_rank: 32}",
+        "teacher.finetune.tokens_per_rank: 32 is less than task.max_length 64",
+    ),
+    ("task.max_length=512; teacher.finetune={max_steps: 3}", "is less than task.max_length 512"),
+]
+# The section `rollout`, further overrides, and a part of the message.
+ROLLOUT = [
+    (
+        "mix: {rollout: 0.5, data: 0.5}",
+        "objective.0.on=rollouts",
+        "no term learns from data, which",
+    ),
+    (
+        "from_step: 3",
+        "objective.0.on=rollouts",
+        "objective: no term learns from data, which rollou",
+    ),
+    ("by: student", "objective.0.on=data", "objective: no term learns from rollouts, which rollou"),
+    ("by: mentor", "seed=1", 'rollout.by: there is no teacher "mentor"'),
+    ("files: a, max_staleness: 1", "seed=1", "rollout.max_staleness: 1 applies to texts that are"),
+    ("files: a, by: teacher", "seed=1", "rollout.by: teacher does not generate texts if rollout.f"),
+    ("by: student", "teacher.cache=c", "teacher.cache: cannot be combined with rollout, whose te"),
+    (
+        "by: student",
+        f"student.model=from_teacher; {CUT}",
+        'rollout: method "minidisc" do',
+    ),
+    ("by: student", "task.streaming=true; train.max_steps=3", "rollout: cannot be combined with t"),
+    (
+        f"server: {{{URL}, kind: sglang, push: adapter, folder: w}}",
+        "student.lora={}",
+        "rollout.server.push: adapter is supported with kind: vllm alone; use push: full",
+    ),
+    ("by: student", "task={type: mlm, dataset: rows}", "rollout: supported only for causal_lm, wh"),
+]
+# The section `rollout.server`, further keys of `rollout`, and a part of the message.
+SERVER = [
+    (
+        "kind: vllm, push: adapter, folder: w",
+        "",
+        "push: adapter pushes the adapters of the student",
+    ),
+    ("kind: sglang, push: full", "", "rollout.server.folder: missing with push: full"),
+    ("kind: vllm, push: full", "", "rollout.server.folder: missing with push: full"),
+    (
+        "kind: sglang, push: none, folder: w",
+        "",
+        "rollout.server.folder: is not used with push: none",
+    ),
+    ("kind: vllm, push: full, folder: w", ", by: teacher", "rollout.by is teacher, whose weights"),
+    ("kind: vllm, push: none", ", files: a", "rollout.server: cannot be combined with rollout.fil"),
+]
+LINES = [
+    *(*TASK, *ROUTES, *MODELS, *OBJECTIVE, *TRAIN),
+    *((f"{STREAM}; {overrides}", text) for overrides, text in STREAMS),
+    *((f"train.lr_scheduler_type={schedule}", text) for schedule, text in SCHEDULES),
+    *((f"{TEXT}; {overrides}", text) for overrides, text in SERVED_TEACHERS),
+    *((f"{PACKED}; {overrides}", text) for overrides, text in BUDGET),
+    *((f"{TEXT}; student.lora={{}}; {overrides}", text) for overrides, text in ADAPTERS),
+    *(
+        (f"{TEXT}; rollout={{max_new_tokens: 4, {section}}}; {more}", text)
+        for section, more, text in ROLLOUT
+    ),
+    *(
+        (
+            f"{TEXT}; rollout={{max_new_tokens: 4, server: {{{URL}, {server}}}{more}}}",
+            text,
+        )
+        for server, more, text in SERVER
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (
-            ["train.max_steps=null"],
-            "train.max_steps: missing, and task.streaming is true: a stream has no end, so "
-            "num_train_epochs says nothing about its length; set train.max_steps, or remove task.s",
-        ),
-        (
-            ["teacher.finetune.num_train_epochs=2"],
-            "teacher.finetune.max_steps: missing, and task.streaming is true",
-        ),
-        (
-            ["baselines=[alone]", "alone={num_train_epochs: 2}"],
-            "alone.max_steps: missing, and task.streaming is true",
-        ),
-        (
-            ["task.validation_files=null"],
-            "task.streaming: a stream has no end, so no share of it can be held out; set "
-            "task.validation_files, or set task.max_eval_examples",
-        ),
-        (
-            ["task.train_files=null", "task.validation_files=null", "task.dataset=pydocs"],
-            "task.streaming: task.dataset pydocs is small and is always read before training",
-        ),
-        (
-            ["task.train_files=null", "task.validation_files=null", "task.dataset=glue/sst2"],
-            "task.streaming: task.dataset glue/sst2 is small",
-        ),
-        (
-            ["task.tokenizer={type: bpe}"],
-            "task.tokenizer: a bpe cannot be trained on a stream (task.streaming is true); set a",
-        ),
-        (
-            ["task.type=causal_lm", "teacher.finetune=null", "teacher.cache=answers"],
-            "teacher.cache: cannot be combined with task.streaming, whose rows have no numbers",
-        ),
-    ],
-)
-def test_a_stream_needs_a_number_of_steps_and_no_numbers_of_rows(
-    run_file: Path, overrides: list[str], message: str
-) -> None:
-    text = message_of(run_file, *STREAM, *overrides)
+@pytest.mark.parametrize(("overrides", "text"), LINES)
+def test_settings_that_contradict_each_other_are_refused(run_file, overrides, text):
+    message = message_of(run_file, *overrides.split("; "))
 
-    assert message in text
-    assert "\n" not in text
+    assert text in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["eval.keep_best=true", "eval.eval_steps=5"],
-        ["task.type=mlm", "task.whole_word_masking=true", "objective=[{loss: soft_target_kl}]"],
-        [*STREAM],
-        [*STREAM, "task.type=causal_lm"],
-        [*STREAM, "task.validation_files=null", "task.max_eval_examples=5"],
-        ["train.bf16=true", "teacher.finetune={bf16: false, fp16: true}"],
-        ["task.type=causal_lm", "objective=[{loss: soft_target_jsd}, {loss: hidden_mse}]"],
-        ["task.type=mlm", "task.mlm_probability=0.3", "objective=[{loss: soft_target_kl}]"],
-        ["task={type: regression, dataset: x.csv}", "objective=[{loss: soft_target_mse}]"],
-        ["task.labelled_examples=5", "objective.0.weight=0"],
-        ["teacher.deepspeed=zero3", "student.deepspeed=teacher_zero0"],
+        "eval.keep_best=true; eval.eval_steps=5",
+        f"task.type=mlm; task.whole_word_masking=true; task.mlm_probability=0.3; {KL}",
+        STREAM,
+        f"{STREAM}; task.type=causal_lm",
+        f"{STREAM}; task.validation_files=null; task.max_eval_examples=5",
+        "train.bf16=true; teacher.finetune={bf16: false, fp16: true}",
+        f"{TEXT}; objective=[{{loss: soft_target_jsd}}, {{loss: hidden_mse}}]",
+        "task={type: regression, dataset: x.csv}; objective=[{loss: soft_target_mse}]",
+        "task.labelled_examples=5; objective.0.weight=0",
+        "teacher.deepspeed=zero3; student.deepspeed=teacher_zero0",
+        "train.activation_offload=true; train.gradient_checkpointing=true",
+        # A teacher with another schedule does not inherit the options of the schedule.
+        "train.lr_scheduler_type=polynomial; train.lr_scheduler_kwargs={power: 2}; "
+        "teacher.finetune={lr_scheduler_type: cosine}",
+        f"{TEXT}; objective.0.on=data",
+        *(
+            f"{TEXT}; {STATES}; objective=[{{loss: {loss}}}]"
+            for loss in ("soft_target_kl, temperature: 2", "soft_target_jsd", "soft_target_tvd")
+        ),
+        f"{PACKED}; teacher.finetune={{max_steps: 3}}",
+        *(
+            f"{TEXT}; rollout={{max_new_tokens: 4, server: {{{URL}, kind: {kind}, push: full, "
+            f"folder: w}}}}"
+            for kind in ("vllm", "sglang")
+        ),
     ],
 )
-def test_settings_near_those_refusals_are_accepted(run_file: Path, overrides: list[str]) -> None:
-    assert load_config(run_file, overrides)
+def test_settings_near_those_refusals_are_accepted(run_file, overrides):
+    assert load_config(run_file, overrides.split("; "))
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("overrides", "text"),
     [
         (
-            ["train.early_stopping_patience=2"],
-            "train.early_stopping_patience: 2 counts evaluations, and eval.eval_steps is not set; "
-            "set "
-            "eval.eval_steps",
+            "task.type=masked_lm",
+            'task.type: must be "classification", "regression", "mlm" or "caus',
+        ),
+        ("task.type=mlm; task.mlm_probability=0", "task.mlm_probability: must be above 0"),
+        ("task.type=mlm; task.mlm_probability=1.5", "task.mlm_probability: must be at most 1"),
+        ("log.tensorboard=true", 'log.tensorboard = true: unknown key; did you mean "report_to"?'),
+        ("save.push_to_hub=me", "save.push_to_hub: must be a Hub repository of the form user/name"),
+        ("task.train_files=[]", "task.train_files"),
+        ("task.evaluation_sets={test: a}", "and not be train, validation or test"),
+        ("task.evaluation_sets={a b: a}", "the name of an evaluation set must consist of letters"),
+        ("task.mixture={train: {files: a, weight: 1}}", "the name of a source of a mixture must"),
+        (
+            "task.mixture={a: {files: a, weight: 0}}",
+            "task.mixture.a.weight: must be above 0 (got 0",
+        ),
+        ("train.tokens_per_rank=7", "train.tokens_per_rank: must be at least 8 (got 7)"),
+        ("rollout={mix: {rollout: 1}}", "rollout.max_new_tokens: missing"),
+        ("rollout={max_new_tokens: 0}", "rollout.max_new_tokens: must be at least 1"),
+        (
+            "rollout={max_new_tokens: 4, mix: {rollout: 0.5, data: 0.4}}",
+            "must add up to 1 (got 0.9",
+        ),
+        ("rollout={max_new_tokens: 4, mix: {rollouts: 1.0}}", "rollout.mix"),
+        ("rollout={max_new_tokens: 4, sampling: {top_p: 0}}", "rollout.sampling.top_p"),
+        (
+            "rollout={max_new_tokens: 4, sampling: {temperature: -1}}",
+            "rollout.sampling.temperature",
         ),
         (
-            ["teacher.finetune={early_stopping_patience: 2}"],
-            "teacher.finetune.early_stopping_patience: 2 counts evaluations",
+            "rollout={max_new_tokens: [{from_step: 5, max_new_tokens: 4}]}",
+            "from_step must begin with 0 and increase (got [5])",
         ),
-        (
-            ["train.lr_scheduler_type=constant", "train.warmup_steps=3"],
-            "train.lr_scheduler_type: constant: this schedule has no warm-up; use constant_with_",
+        *(
+            (
+                f"rollout={{max_new_tokens: 4, server: {{url: [{url}], kind: vllm, push: none}}}}",
+                text,
+            )
+            for url, text in {
+                "": "rollout.server.url",
+                "'a:8000'": "must be of the form http://host:port",
+                "'http://::1:8000'": "must be of the form http://host:port",
+                "'http://a:99999'": "must be of the form http://host:port",
+                "'http://a:1', 'http://a:1/'": "must name each replica once (got http://a:1 more",
+            }.items()
         ),
-        (
-            ["train.lr_scheduler_type=constant", "teacher.finetune={warmup_ratio: 0.1}"],
-            "teacher.finetune.lr_scheduler_type: constant: this schedule has no warm-up",
-        ),
-        (
-            ["train.lr_scheduler_kwargs={num_cycles: 2}"],
-            "train.lr_scheduler_kwargs.num_cycles = 2: unknown key; known: none (of linear)",
-        ),
-        (
-            ["train.lr_scheduler_type=polynomial", "train.lr_scheduler_kwargs={powr: 2}"],
-            'train.lr_scheduler_kwargs.powr = 2: unknown key; did you mean "power"? (of poly',
-        ),
-        (
-            ["train.lr_scheduler_type=polynomial", "train.lr_scheduler_kwargs={power: yes}"],
-            'train.lr_scheduler_kwargs.power: must be a number (got "yes") (of polynomial)',
-        ),
-        (
-            ["train.lr_scheduler_type=polynomial", "train.lr_scheduler_kwargs={lr_end: 1}"],
-            "train.lr_scheduler_type: polynomial: lr_end 1 must be below learning_rate 5e-05",
-        ),
-        (
-            ["train.lr_scheduler_type=cosine_with_min_lr"],
-            "train.lr_scheduler_type: cosine_with_min_lr: set exactly one of min_lr and "
-            "min_lr_rate",
-        ),
-        (
-            ["train.lr_scheduler_type=warmup_stable_decay"],
-            "train.lr_scheduler_kwargs.num_decay_steps: missing, and it has no default (of warm",
-        ),
-        (
-            [
-                "train.max_steps=10",
-                "train.lr_scheduler_type=warmup_stable_decay",
-                "train.lr_scheduler_kwargs={num_decay_steps: 20}",
-            ],
-            "warmup_stable_decay: warm-up 0, stable 0 and decay 20 take 20 steps, and the stage",
-        ),
-        (
-            ["log.tensorboard=true"],
-            'log.tensorboard = true: unknown key; did you mean "report_to"?',
-        ),
-        (
-            ["eval.metric=f1_makro"],
-            'eval.metric: task.type classification has no metric "f1_makro"; did you mean "f1_',
-        ),
-        (
-            ["eval.metrics=[accuracy, pearson]"],
-            'eval.metrics[1]: task.type classification has no metric "pearson"; did you',
-        ),
-        (
-            ["task.type=causal_lm", "eval.positive_label=x"],
-            "eval.positive_label: supported only for classification, whose labels have names, and",
-        ),
-        (
-            ["save.push_to_hub=me"],
-            "save.push_to_hub: must be a Hub repository of the form user/name (got",
-        ),
+        (f"rollout={{max_new_tokens: 4, server: {{{URL}, kind: tgi, push: none}}}}", "server.kind"),
+        (f"rollout={{max_new_tokens: 4, server: {{{URL}, kind: vllm}}}}", "server.push: missing"),
     ],
 )
-def test_how_a_stage_is_trained_and_logged_is_checked_with_the_config(run_file, overrides, message):
-    assert message in message_of(run_file, *overrides)
+def test_a_value_that_a_key_cannot_have_is_refused(run_file, overrides, text):
+    assert text in message_of(run_file, *overrides.split("; "))
 
 
-def test_a_teacher_with_another_schedule_does_not_inherit_its_options(run_file):
-    load_config(
-        run_file,
-        [
-            "train.lr_scheduler_type=polynomial",
-            "train.lr_scheduler_kwargs={power: 2}",
-            "teacher.finetune={lr_scheduler_type: cosine}",
-        ],
-    )
+def test_a_student_without_a_name_needs_the_name_of_the_served_model(run_file):
+    scratch = "student={model: {config: {model_type: llama}}}"
+    server = f"rollout={{max_new_tokens: 4, server: {{{URL}, kind: vllm, push: full, folder: w}}}}"
 
+    message = message_of(run_file, *TEXT.split("; "), scratch, server)
 
-@pytest.mark.parametrize(
-    ("task", "message"),
-    [
-        (
-            {"train_files": "a", "dataset": "b"},
-            "task.train_files: cannot be combined with task.dataset",
-        ),
-        (
-            {"dataset": "b", "test_files": ["a"]},
-            "task.test_files: cannot be combined with task.dataset",
-        ),
-        (
-            {"test_files": "a"},
-            "task.dataset: missing, and it has no default; set task.dataset or task",
-        ),
-        ({"train_files": "a", "data_dir": "b"}, "task.data_dir: supported only with task.dataset"),
-        ({"train_files": []}, "task.train_files"),
-        (
-            {"dataset": "b", "evaluation_sets": {"test": "a"}},
-            "and not be train, validation or test",
-        ),
-        (
-            {"dataset": "b", "evaluation_sets": {"a b": "a"}},
-            "the name of an evaluation set must consist of letters",
-        ),
-    ],
-)
-def test_data_is_named_in_one_way(tmp_path, task, message):
-    tree = {
-        "output_dir": "out",
-        "task": {"type": "classification", **task},
-        "student": {"model": "m"},
-        "method": {"name": "finetune"},
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(json.dumps(tree))
-
-    with pytest.raises(ConfigError) as caught:
-        load_config(path)
-
-    assert message in str(caught.value)
+    assert "rollout.server.model: missing, and the config names no model" in message

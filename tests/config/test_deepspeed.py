@@ -18,8 +18,10 @@ from megakd.config.deepspeed import (
     load_ds_config,
     merged_ds_config,
     preset_names,
+    shards_within_node,
     zero_stage,
 )
+from megakd.config.file import load_config
 from megakd.config.train import TrainConfig
 from megakd.errors import ConfigError
 
@@ -37,6 +39,7 @@ PRESETS = {
     "teacher_zero3_offload": 3,
 }
 WHERE = "student.deepspeed"
+TEACHER, NODE = "teacher.deepspeed", "teacher_zero3_node"
 
 
 def message_of(spec: Any, where: str = WHERE) -> str:
@@ -412,3 +415,150 @@ def test_a_frozen_engine_cannot_shard_a_second_time() -> None:
 
 def test_a_config_without_a_zero_section_is_stage_0() -> None:
     assert zero_stage({}) == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "accumulates"),
+    [(0, "bf16", None), (1, "bf16", None), (2, "bf16", "fp32"), (3, "fp16", "fp32")]
+    + [(stage, "fp32", None) for stage in range(4)],
+)
+def test_16_bit_gradients_add_up_in_fp32_where_deepspeed_can(
+    stage: int, dtype: Any, accumulates: str | None
+) -> None:
+    ds = {"zero_optimization": {"stage": stage}}
+
+    merged = merged_ds_config(ds, TrainConfig(), dtype=dtype, world_size=1)
+
+    assert merged.get("data_types", {}).get("grad_accum_dtype") == accumulates
+
+
+def test_a_file_may_name_another_dtype_for_gradients() -> None:
+    ds = {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}}
+
+    merged = merged_ds_config(ds, TrainConfig(), dtype="bf16", world_size=1)
+
+    assert merged["data_types"] == {"grad_accum_dtype": "bf16"}
+
+
+def test_auto_in_a_nested_section_is_left_out() -> None:
+    offload = {"device": "cpu", "pin_memory": "auto", "buffer_count": "auto"}
+    spec = {"zero_optimization": {"stage": 2, "offload_optimizer": offload}}
+
+    zero = load_ds_config(spec, where=WHERE)["zero_optimization"]
+
+    assert zero == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+
+
+def test_a_whole_number_may_be_written_with_an_exponent() -> None:
+    spec = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8}}
+
+    assert load_ds_config(spec, where=WHERE) == spec
+
+
+@pytest.mark.parametrize("value", ["4", None, True, 1.5, -1, math.inf, math.nan, [4]])
+def test_a_size_that_is_not_a_whole_number_is_refused_with_its_key(value: object) -> None:
+    zero = {"stage": 3, "zero_hpz_partition_size": value}
+    offload = {"stage": 3, "offload_param": {"device": "cpu", "buffer_count": value}}
+
+    messages = [message_of({"zero_optimization": it}) for it in (zero, offload)]
+
+    said = f"must be a whole number, 0 or above (got {json.dumps(value)})"
+    assert messages == [
+        f"{WHERE}: zero_optimization.zero_hpz_partition_size {said}",
+        f"{WHERE}: zero_optimization.offload_param.buffer_count {said}",
+    ]
+
+
+def test_the_presets_send_gradients_during_the_backward_at_stage_3_alone() -> None:
+    """`tests/distributed/test_overlap.py` and docs/two-models.md say why."""
+    config = pytest.importorskip("deepspeed.runtime.zero.config")
+    presets = {name: load_ds_config(name, where=WHERE) for name in preset_names()}
+
+    overlapping = {
+        name
+        for name, ds in presets.items()
+        if config.DeepSpeedZeroConfig(**ds["zero_optimization"]).overlap_comm
+    }
+
+    assert overlapping == {name for name, ds in presets.items() if zero_stage(ds) == 3}
+
+
+def test_overlap_that_gives_wrong_gradients_is_refused() -> None:
+    refused, accepted = (
+        {"zero_optimization": {"stage": stage, "overlap_comm": True}} for stage in (1, 2)
+    )
+
+    said = "zero_optimization.overlap_comm: true can give wrong gradients at ZeRO stage 1, because"
+    assert message_of(refused).startswith(f"{WHERE}: {said}")
+    assert load_ds_config(accepted, where=WHERE) == accepted
+
+
+def test_the_keys_with_whole_numbers_are_those_of_the_installed_deepspeed() -> None:
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.zero import config, offload_config
+
+    models = (
+        config.DeepSpeedZeroConfig,
+        offload_config.DeepSpeedZeroOffloadParamConfig,
+        offload_config.DeepSpeedZeroOffloadOptimizerConfig,
+    )
+    whole = {
+        key
+        for model in models
+        for name, field in model.model_fields.items()
+        for key in (name, field.alias)
+        if field.annotation is int and key is not None
+    }
+
+    assert whole == ds_config._WHOLE
+
+
+def within(value: Any, stage: int = 3) -> dict[str, Any]:
+    section = {"shard_within_node": value}
+    return {"megakd": section, "zero_optimization": {"stage": stage}}
+
+
+def test_the_preset_is_teacher_zero3_with_the_key() -> None:
+    node, everywhere = (load_ds_config(name, where=TEACHER) for name in (NODE, "teacher_zero3"))
+
+    assert shards_within_node(node)
+    assert not shards_within_node(everywhere)
+    assert node.pop("megakd") == {"shard_within_node": True}
+    assert node == everywhere
+
+
+def test_deepspeed_gets_no_key_of_megakd() -> None:
+    ds = load_ds_config(NODE, where=TEACHER)
+    unused = load_ds_config(within(value=False), where="student.deepspeed")
+
+    check_frozen_stage(ds, where=TEACHER)
+    assert "megakd" not in frozen_ds_config(ds, dtype="bf16", micro_batch=1)
+    assert "megakd" not in merged_ds_config(unused, TrainConfig(), dtype="fp32", world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"megakd": True}, "megakd must be a mapping (got true)"),
+        ({"megakd": {"shard_in_node": True}}, 'megakd: unknown key "shard_in_node"; did you mean'),
+        ({"megkd": {}}, 'unknown key "megkd"; did you mean "megakd"?'),
+        (within("yes"), 'megakd.shard_within_node must be true or false (got "yes")'),
+        (within(value=True, stage=0), "needs ZeRO stage 3, which shards the weights, and the st"),
+    ],
+)
+def test_a_section_that_cannot_be_meant_is_refused(spec: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_ds_config(spec, where=TEACHER)
+
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["student.deepspeed", "teacher.finetune.deepspeed"])
+def test_a_model_that_learns_cannot_be_sharded_within_nodes(run_file: Path, where: str) -> None:
+    message = f"{where}: megakd.shard_within_node works only for a frozen model"
+
+    with pytest.raises(ConfigError, match=message):
+        load_config(run_file, [f"{where}={NODE}"])
+    with pytest.raises(ConfigError, match="works only for a frozen model"):
+        merged_ds_config(within(value=True), TrainConfig(), dtype="fp32", world_size=2)
+    assert load_config(run_file, [f"teacher.deepspeed={NODE}"])
