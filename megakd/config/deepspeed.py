@@ -266,20 +266,17 @@ def _read_json(path: Path, *, where: str) -> Any:
         problem = f"is not UTF-8 text (byte {error.start}); save the file as UTF-8"
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
-    except _DuplicateKeyError as error:
-        problem = f'contains the key "{error}" twice; remove one of them'
+    except ValueError as error:
+        problem = str(error)
     raise ConfigError(f"{where}: {path} {problem}")
-
-
-class _DuplicateKeyError(Exception):
-    """A JSON object has a key twice; Python's parser would silently keep the last value."""
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
-    twice = [key for key in keys if keys.count(key) > 1]
-    if twice:
-        raise _DuplicateKeyError(twice[0])
+    # Python's parser would silently keep the last value.
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f'contains the key "{key}" twice; remove one of them')
     return dict(pairs)
 
 

@@ -170,14 +170,11 @@ def _is_echo(finding: _Finding, findings: Sequence[_Finding], tree: Any) -> bool
         others = [other for other in findings if not other.of_branch]
         return any(other.path[: len(path)] == path for other in others)
     if detail["type"] == "missing":
-        unknown = [other.path for other in findings if _is_unknown_key(other)]
+        wrong = "unexpected_keyword_argument"
+        unknown = [other.path for other in findings if other.detail["type"] == wrong]
         same = [key for *parent, key in unknown if tuple(parent) == path[:-1]]
         return any(f'"{path[-1]}"' in unknown_key(str(key), path[:-1], tree) for key in same)
     return False
-
-
-def _is_unknown_key(finding: _Finding) -> bool:
-    return finding.detail["type"] == "unexpected_keyword_argument"
 
 
 def _lines(path: KeyPath, group: Sequence[_Finding], tree: Any) -> list[str]:
@@ -227,7 +224,9 @@ def _tag_line(path: KeyPath, detail: ErrorDetails, tree: Any) -> str:
 
 def _mismatch(details: Sequence[ErrorDetails]) -> str:
     value = details[0]["input"]
-    choices = [word for detail in details for word in _choices(detail)]
+    # pydantic lists the values of a literal as `'a', 'b' or 'c'`.
+    literals = [d.get("ctx", {})["expected"] for d in details if d["type"] == "literal_error"]
+    choices = [word for text in literals for word in re.findall(r"'([^']*)'", str(text))]
     expected = [f'"{word}"' for word in choices]
     expected += dict.fromkeys(_EXPECTED[d["type"]] for d in details if d["type"] in _EXPECTED)
     near = suggestion(value, choices) if isinstance(value, str) else ""
@@ -253,10 +252,3 @@ def _tag_hint(path: KeyPath, details: Sequence[ErrorDetails], tree: Any) -> str:
     annotation = annotation_at(path, tree)
     tags = [tag for tag in ("name", "loss") if value in names(annotation, tag)]
     return f"; write {{{tags[0]}: {value}}}" if tags else ""
-
-
-def _choices(detail: ErrorDetails) -> list[str]:
-    """Return the values of a literal; pydantic lists the values as `'a', 'b' or 'c'`."""
-    if detail["type"] != "literal_error":
-        return []
-    return re.findall(r"'([^']*)'", str(detail.get("ctx", {})["expected"]))

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from megakd.contract.options import MethodOptions
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
-class Case(NamedTuple, Generic[T]):
+class Case(NamedTuple, Generic[T_co]):
     """A part of a config that rules are applied to: the part itself and its key.
 
     Paths with a leading dot, such as `.cache`, are settings of the part; others are of the config.
@@ -23,7 +24,7 @@ class Case(NamedTuple, Generic[T]):
 
     config: RunConfig
     key: str
-    item: T
+    item: T_co
 
     @property
     def task(self) -> TaskConfig:
