@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megakd.commands.methods import catalogue
 from megakd.config.file import load_config
 from megakd.config.rollout import (
     LengthStep,
@@ -14,7 +15,6 @@ from megakd.config.rollout import (
     rollout_block,
 )
 from megakd.config.run import RunConfig
-from megakd.config.schema import catalogue
 from megakd.contract.rollouts import Sampling
 
 TEXT = ("task={type: causal_lm, dataset: rows.jsonl}", "objective=[{loss: soft_target_kl}]")
