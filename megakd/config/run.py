@@ -148,14 +148,18 @@ class RunConfig:
         return teacher.cache is None and teacher.server is None
 
     @property
+    def overrides(self) -> dict[str, TrainOverrides]:
+        """The sections that inherit the keys of `train`, by key."""
+        specs = {self.key_of(name): spec for name, spec in self.teacher_specs.items()}
+        sections = {f"{key}.finetune": spec.finetune for key, spec in specs.items()}
+        every = {**sections, "alone": self.alone}
+        return {key: section for key, section in every.items() if section is not None}
+
+    @property
     def trainings(self) -> dict[str, TrainConfig]:
         """Settings of every training of the run by key, with inherited values."""
-        specs = {f"{self.key_of(name)}.finetune": s for name, s in self.teacher_specs.items()}
-        finetuned = {key: spec.finetune for key, spec in specs.items()}
-        sections = {**finetuned, "alone": self.alone}.items()
-        return {"train": self.train} | {
-            key: inherit(self.train, given) for key, given in sections if given is not None
-        }
+        inherited = {key: inherit(self.train, given) for key, given in self.overrides.items()}
+        return {"train": self.train, **inherited}
 
     @property
     def served_model(self) -> str | None:

@@ -53,7 +53,8 @@ def check(stub: Stub, folder: Path, *, ends: list[int], temperature: float = 1.0
     sampling = SamplingConfig(temperature=temperature)
     rollout = RolloutConfig(max_new_tokens=16, sampling=sampling, server=server)
     task = SimpleNamespace(row_length=64)
-    run: Any = SimpleNamespace(rollout=rollout, output_dir=folder / "out", task=task)
+    names = {"served_model": "tiny", "output_dir": folder / "out"}
+    run: Any = SimpleNamespace(rollout=rollout, task=task, **names)
     check_servers(run, inputs)
 
 

@@ -28,11 +28,8 @@ def training_problems(config: RunConfig) -> Iterator[str]:
     for where, train in config.trainings.items():
         yield from problems(_TRAINING, Case(config, where, train))
         yield from _schedule(where, train)
-    specs = {config.key_of(name): spec for name, spec in config.teacher_specs.items()}
-    overrides = {f"{key}.finetune": spec.finetune for key, spec in specs.items()}
-    for where, given_keys in {**overrides, "alone": config.alone}.items():
-        if given_keys is not None:
-            yield from problems(_OVERRIDES, Case(config, where, given_keys))
+    for where, overrides in config.overrides.items():
+        yield from problems(_OVERRIDES, Case(config, where, overrides))
     yield from _budgets(config)
     yield from problems(_EVALUATION, Case(config, "eval", config.eval))
     yield from _metrics(config)
