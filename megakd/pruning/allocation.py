@@ -11,15 +11,12 @@ import math
 from collections.abc import Collection, Sequence
 from decimal import Decimal
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from megakd.contract.views import UnitOrder, View
 from megakd.errors import CheckpointError, ConfigError, TeacherError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 Allocation = Literal["global", "uniform"]
 Layers = tuple[tuple[float, ...], ...]
@@ -165,96 +162,102 @@ def view_at(
             "a sparsity is the share of units to remove, and must be at least 0 and below 1 (got "
             f"{sparsity})"
         )
-    shares = shares_of(scores, sparsity, head_width)
-    kept: dict[str, tuple[int, ...]] = {}
-    for kind, rows, spared in (("heads", head_width, with_heads), ("neurons", 1, ())):
-        layers: Layers = getattr(scores, kind)
-        rounding = Rounding.of(rows, round_to)
-        fewest = [rounding.least if number in spared else 0 for number in range(len(layers))]
-        removed = _removed(layers, getattr(shares, kind), allocation, fewest)
-        triples = zip(layers, removed, fewest, strict=True)
-        kept[kind] = tuple(
-            rounding.kept(len(layer), count, never_all=bool(least))
-            for layer, count, least in triples
-        )
-        empty = [bool(layer) and not left for layer, left in zip(layers, kept[kind], strict=True)]
-        if any(empty) and (allocation == "uniform" or not any(kept[kind])):
-            raise TeacherError(_exhausted(kind, layers, removed, rounding) + _advice(sparsity))
-    width = _width(len(scores.width or ()), shares.width, round_to)
-    if width == 0:
-        raise TeacherError(_too_narrow(scores, shares.width, round_to) + _advice(sparsity))
-    return View(kept["heads"], kept["neurons"], width)
-
-
-def _width(whole: int, share: Fraction, round_to: int) -> int | None:
-    """Return the columns of the hidden states to keep, a multiple of `round_to`; None: all."""
-    kept = round_to * round((1 - share) * whole / round_to)
-    return None if kept >= whole or not share else kept
-
-
-def _too_narrow(scores: UnitScores, share: Fraction, round_to: int) -> str:
-    whole = len(scores.width or ())
-    return (
-        f"no column of the teacher's hidden states is left: they are {whole} wide and would keep "
-        f"{float((1 - share) * whole):.3g}, which rounds to 0 in steps of {round_to}"
+    shares, whole = shares_of(scores, sparsity, head_width), len(scores.width or ())
+    heads = Rounding.of(head_width, round_to)
+    fewest = [heads.least if number in with_heads else 0 for number in range(len(scores.heads))]
+    columns = round_to * round((1 - shares.width) * whole / round_to)
+    cuts = (
+        _cut(scores.heads, shares.heads, allocation, heads, fewest),
+        _cut(scores.neurons, shares.neurons, allocation, Rounding.of(1, round_to)),
     )
+    problems = [
+        cut.problem(kind, may_be_empty=allocation == "global")
+        for kind, cut in zip(_NAMES, cuts, strict=True)
+    ]
+    if shares.width and columns == 0:
+        problems.append(
+            f"no column of the teacher's hidden states is left: they are {whole} wide and would "
+            f"keep {float((1 - shares.width) * whole):.3g}, which rounds to 0 in steps "
+            f"of {round_to}"
+        )
+    for problem in filter(None, problems):
+        raise TeacherError(
+            f"{problem} (at sparsity {sparsity:g}); lower method.target_sparsity and remove the "
+            "higher values from method.sparsities, lower method.round_to, or use a wider teacher"
+        )
+    width = columns if shares.width and columns < whole else None
+    return View(*(tuple(cut.kept) for cut in cuts), width)
 
 
-def _removed(
-    layers: Layers, share: Fraction, allocation: Allocation, fewest: Sequence[int]
-) -> list[int]:
-    """Return the units that each layer loses, before rounding.
+class Cut(NamedTuple):
+    """The units of a kind that each layer has, loses before rounding, and keeps."""
+
+    counts: Sequence[int]
+    removed: Sequence[int]
+    kept: Sequence[int]
+    rounding: Rounding
+
+    def problem(self, kind: str, *, may_be_empty: bool) -> str | None:
+        """Return a message if all layers are empty, or a layer that may not be empty.
+
+        The message names the layer that would keep the most units before rounding.
+        """
+        empty = [n for n, count in enumerate(self.counts) if count and not self.kept[n]]
+        if not empty or (may_be_empty and any(self.kept)):
+            return None
+        left = {n: self.counts[n] - self.removed[n] for n in empty}
+        last = max(left, key=left.__getitem__)
+        layer, units = _NAMES[kind]
+        text = (
+            f"no {units} of the teacher are left: {layer} {last + 1} of {len(self.counts)} has "
+            f"{self.counts[last]} and would keep {left[last]}"
+        )
+        if not left[last]:
+            return text
+        return (
+            f"{text}; rounding removes units in steps of {self.rounding.step} and keeps at least "
+            f"{self.rounding.least} or none"
+        )
+
+
+def _cut(
+    layers: Layers,
+    share: Fraction,
+    allocation: Allocation,
+    rounding: Rounding,
+    fewest: Sequence[int] | None = None,
+) -> Cut:
+    """Leave out a share of the units of a kind; a layer that must keep units has its `fewest`."""
+    least = fewest or [0] * len(layers)
+    removed = (
+        [round(share * len(layer)) for layer in layers]
+        if allocation == "uniform"
+        else _least_important(layers, share, least)
+    )
+    counts = [len(layer) for layer in layers]
+    kept = [
+        rounding.kept(count, lost, never_all=bool(spared))
+        for count, lost, spared in zip(counts, removed, least, strict=True)
+    ]
+    return Cut(counts, removed, kept, rounding)
+
+
+def _least_important(layers: Layers, share: Fraction, fewest: Sequence[int]) -> list[int]:
+    """Return the units that each layer loses if the units of all layers are ranked together.
 
     The `fewest` most important units of each layer are removed after all other units.
     """
-    if allocation == "uniform":
-        return [round(share * len(layer)) for layer in layers]
     scores = np.concatenate([np.asarray(layer, dtype=float) for layer in layers])
     layer_of = np.concatenate([np.full(len(layer), i) for i, layer in enumerate(layers)])
     place = np.concatenate([np.arange(len(layer)) for layer in layers])
-    spared = np.concatenate([_best(*pair) for pair in zip(layers, fewest, strict=True)])
+    spared = np.concatenate(
+        [np.isin(range(len(a)), _falling(a)[:n]) for a, n in zip(layers, fewest, strict=True)]
+    )
     # By rising score. Of equal scores, the last units of a layer are removed first, consistent
     # with `unit_order`.
     rising = np.lexsort((-layer_of, -place, scores, spared))
     lost = layer_of[rising[: round(share * len(scores))]]
     return np.bincount(lost, minlength=len(layers)).tolist()
-
-
-def _best(layer: Sequence[float], count: int) -> NDArray[np.bool_]:
-    """Return a bool per unit: whether the unit is among the `count` most important of a layer."""
-    best = np.zeros(len(layer), dtype=bool)
-    best[list(_falling(layer)[:count])] = True
-    return best
-
-
-def _exhausted(kind: str, layers: Layers, removed: Sequence[int], rounding: Rounding) -> str:
-    """Return the message for layers that keep no units.
-
-    The message names the layer that would keep the most units before rounding.
-    """
-    layer, units = _NAMES[kind]
-    left = [len(scores) - count for scores, count in zip(layers, removed, strict=True)]
-    last = max(
-        (i for i, scores in enumerate(layers) if not rounding.kept(len(scores), removed[i])),
-        key=lambda i: left[i],
-    )
-    text = (
-        f"no {units} of the teacher are left: {layer} {last + 1} of {len(layers)} has "
-        f"{len(layers[last])} and would keep {left[last]}"
-    )
-    if left[last]:
-        text += (
-            f"; rounding removes units in steps of {rounding.step} and keeps at least "
-            f"{rounding.least} or none"
-        )
-    return text
-
-
-def _advice(sparsity: float) -> str:
-    return (
-        f" (at sparsity {sparsity:g}); lower method.target_sparsity and remove the higher values "
-        "from method.sparsities, lower method.round_to, or use a wider teacher"
-    )
 
 
 def scores_to_json(scores: UnitScores) -> str:
