@@ -34,8 +34,7 @@ from megakd.pruning.allocation import (
     unit_order,
     view_at,
 )
-from megakd.pruning.importance import measure_importance
-from megakd.pruning.layer_importance import measure_layers
+from megakd.pruning.importance import measure_importance, measure_layers
 from megakd.scoring.scorer import few
 from megakd.storage.fingerprint import Fingerprint
 from megakd.training.engines import Assembly

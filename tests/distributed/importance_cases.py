@@ -13,7 +13,7 @@ from megakd.engine import distributed
 from megakd.errors import MegakdError
 from megakd.inputs.inputs import prepare
 from megakd.models.source import ReadyTeacher
-from megakd.pruning.gates import Gates
+from megakd.pruning.importance import Gates
 from megakd.training.engines import Assembly
 
 ROWS_PER_BATCH = 6

@@ -14,7 +14,7 @@ from megakd.contract.views import View
 from megakd.errors import TeacherError
 from megakd.models.architectures import AUTO_CLASSES, architecture_of
 from megakd.models.cutting import cut_config
-from megakd.pruning.gates import Gate, Gates
+from megakd.pruning.importance import Gate, Gates
 
 CPU = torch.device("cpu")
 
