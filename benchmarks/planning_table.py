@@ -17,13 +17,13 @@ import yaml
 from megakd.commands.plan import DEVICE_BASE
 from megakd.config.file import load_config
 from megakd.planning.cluster import GIGA, Cluster, Rates
+from megakd.planning.phase_traces import Traces
 from megakd.planning.plan import plan_run
-from megakd.planning.simulated_phase import Traces
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from megakd.planning.memory_plan import Plan
+    from megakd.planning.plan import Plan
 
 NODES = (1, 2, 4, 8, 16, 32)
 GPUS, MEMORY_GB, HOST_GB = 8, 141, 2000

@@ -30,7 +30,7 @@ from megakd.process.terminal import in_home
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from megakd.planning.memory_plan import Plan
+    from megakd.planning.plan import Plan
 
 Config = str | Path | Mapping[str, Any] | RunConfig
 """A path of a YAML file, a mapping with the same content, or a config that is already loaded."""

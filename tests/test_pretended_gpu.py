@@ -21,12 +21,11 @@ from megakd.methods.knowledge_selection.selector import Selector, SelectorShape
 from megakd.models import packed_attention
 from megakd.models.architectures import FAMILIES
 from megakd.models.packed_attention import set_attention
-from megakd.planning import simulated_phase
+from megakd.planning import phase_traces
 from megakd.planning.cluster import Cluster
-from megakd.planning.moments import Inventory, Trace
-from megakd.planning.simulated_phase import SimulatedPhase, _ones, _Tracer
-from megakd.planning.sources import planned_sources
-from megakd.planning.stages import PlanningLab
+from megakd.planning.lab import PlanningLab, planned_sources
+from megakd.planning.phase_traces import SimulatedPhase, _ones, _Tracer
+from megakd.planning.tracing import Inventory, Trace
 from megakd_kernels import chunking
 
 # The elastic embedding recognises tokens by their memory, which pretended tensors do not have.
@@ -60,7 +59,7 @@ class OnGpu(_Tracer):
     def _moved(self, build: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
         """Return a module that is built without a device and then moved, as in a run."""
         with pytest.MonkeyPatch.context() as patch, unset_fake_temporarily():
-            patch.setattr(simulated_phase, "VALUELESS", torch.device("meta"))
+            patch.setattr(phase_traces, "VALUELESS", torch.device("meta"))
             module = build(*arguments)
         return moved_to_cuda(module)
 
@@ -69,8 +68,8 @@ class OnGpu(_Tracer):
         set_attention(model, source, self._task.type, CUDA)
         return model
 
-    def _batch(self, rows: int, *, length: int | None = None) -> Batch:
-        batch = super()._batch(rows, length=length)
+    def _batch(self, rows: int, length: int | None = None) -> Batch:
+        batch = super()._batch(rows, length)
         if self._task.type != "causal_lm":
             return batch
         row = batch.valid.shape[1]
@@ -83,7 +82,7 @@ def run_on_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[Callable[[Mapping[str, Any]], list[str]]]:
     """Function that runs all phases of a config, and returns the names of the phases."""
-    monkeypatch.setattr(simulated_phase, "VALUELESS", CUDA)
+    monkeypatch.setattr(phase_traces, "VALUELESS", CUDA)
     # The importance of units is the gradient of gates, and a backward needs a real GPU.
     monkeypatch.setattr(torch.autograd, "grad", lambda _, tensors: [t.detach() for t in tensors])
 

@@ -57,8 +57,7 @@ def print_plan(config: RunConfig, arguments: argparse.Namespace) -> None:
     as_json = getattr(arguments, "json", False)
     with print_aside(when=as_json):
         cluster = cluster_of(vars(arguments))
-        from megakd.planning.page import page
-        from megakd.planning.plan import plan_run
+        from megakd.planning.plan import page, plan_run
 
         plan = plan_run(config, cluster)
     say(json_text(plan.as_json(), indent=2) if as_json else page(plan))

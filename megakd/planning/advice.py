@@ -11,11 +11,17 @@ from megakd.config.file import config_of, config_tree
 from megakd.config.run import RunConfig
 from megakd.inputs.precision import training_dtype
 from megakd.planning.cluster import Cluster, Device
-from megakd.planning.memory_plan import Change, Plan
 
 WANTED = 3
 _MOST_TOGETHER = 4
 _MOST_NODES = 64
+
+
+class Change(NamedTuple):
+    """A tested change that makes a run fit: settings of the config or of the command."""
+
+    settings: list[str]
+    peak_bytes_per_rank: int
 
 
 class Case(NamedTuple):
@@ -37,7 +43,7 @@ class Case(NamedTuple):
         return Case(self.config, cluster, (*self.settings, f"--nodes {nodes} --ranks {ranks}"))
 
 
-def find_changes(case: Case, planner: Callable[[Case], Plan]) -> list[Change]:
+def find_changes(case: Case, planner: Callable[[Case], tuple[float, int]]) -> list[Change]:
     """Return at most three ways to make a run fit, in order of increasing cost in speed.
 
     Single settings are tried one by one. If no single setting is enough, the setting with the
@@ -45,23 +51,22 @@ def find_changes(case: Case, planner: Callable[[Case], Plan]) -> list[Change]:
 
     Args:
         case: a run that does not fit.
-        planner: plans a case.
+        planner: returns the missing bytes and the peak bytes of a case.
     """
     found: list[Change] = []
     for _ in range(_MOST_TOGETHER):
-        rest: list[tuple[Case, Plan]] = []
+        rest: list[tuple[float, Case]] = []
         for other in candidates(case):
-            plan = planner(other)
-            if not plan.fits:
-                rest.append((other, plan))
+            overflow, peak = planner(other)
+            if overflow > 0:
+                rest.append((overflow, other))
                 continue
-            settings, peak = list(other.settings), plan.peak_bytes_per_rank
-            found.append(Change(settings=settings, peak_bytes_per_rank=peak))
+            found.append(Change(list(other.settings), peak))
             if len(found) == WANTED:
                 return found
         if found or not rest:
             return found
-        case = min(rest, key=lambda pair: pair[1].overflow)[0]
+        case = min(rest, key=lambda pair: pair[0])[1]
     return found
 
 

@@ -1,27 +1,127 @@
-"""Memory of DeepSpeed 0.19.8 for one model, frozen or trained, at each ZeRO stage.
+"""Memory of a rank: DeepSpeed 0.19.8's engines at each ZeRO stage, and the peak of their sum.
 
 The buffers, the times of their allocation, and their overlap are taken from DeepSpeed's sources.
-AdamW keeps two fp32 moments per weight, SGD keeps none; bf16 and fp16 models also keep the
-weights in fp32.
+For N weights that learn, of P weights, with w bytes per weight in the forward, on R ranks:
+
+stage   weights  optimizer    gradients in a backward        in an update
+0       P w      4 N m        N w, and a bucket at the end   4 N if w < 4
+1       P w      4 N m / R    N w, and buckets at the end    own gradients, 4 N / R
+2       P w      4 N m / R    own gradients, and buckets     own gradients, 4 N / R
+3       P w / R  4 N m / R    4 N / R, and buckets           4 N / R
+
+m: the fp32 moments of a weight (AdamW 2, SGD 0), and 1 for a weight in fp32, which DeepSpeed keeps
+for 16-bit models, at ZeRO 1 and 2, and with offload. At ZeRO 1 and 2 a rank's own gradients are
+those of the weights that its shard overlaps, and 4 N / R in 16-bit models at ZeRO 2.
 """
 
 from __future__ import annotations
 
 import operator
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from megakd.planning.cluster import Cluster
-from megakd.planning.gathering import Gathered, Gathering, gathering_of
-from megakd.planning.ledger import Holding, Part, Place, Share, together
-from megakd.planning.moments import NOTHING, Amount, Inventory, Trace, amount_of, block, mapped
+from megakd.planning.tracing import NOTHING, Amount, Inventory, Trace, amount_of, block, mapped
 
+Part = Literal[
+    "weights",
+    "gradients",
+    "optimizer",
+    "averages",
+    "activations",
+    "gather",
+    "workspace",
+    "elastic",
+]
+PARTS: tuple[Part, ...] = get_args(Part)
+Place = Literal["device", "host"]
+_LIFETIMES = {
+    "weights": "models",
+    "optimizer": "models",
+    "averages": "models",
+    "gather": "module",
+}
+HOLES = {"step": 0.4, "module": 0.1}
+"""Extra share of the heap by the lifetime of its blocks, for holes that no later block fills.
+
+Fitted to the runs of `benchmarks/plan.py`.
+"""
 FP32, FP64 = 4, 8
 _BUCKET = 500_000_000  # elements, DeepSpeed's default
-_SUB_GROUP = 1_000_000_000  # elements that ZeRO 3 updates at a time
+_BILLION = 1_000_000_000  # elements; DeepSpeed's default of several limits of ZeRO 3
+
+
+class Share(NamedTuple):
+    """A kind of memory: the role that owns it, its part, and its place."""
+
+    role: str
+    part: Part
+    place: Place = "device"
+
+
+Holding: TypeAlias = Mapping[Share, Amount]
+"""Memory in use at one time."""
+
+
+def together(*holdings: Holding) -> dict[Share, Amount]:
+    """Return the sum of several holdings."""
+    total: dict[Share, Amount] = {}
+    for holding in holdings:
+        for share, amount in holding.items():
+            total[share] = total.get(share, NOTHING).plus(amount)
+    return total
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The highest memory in use: bytes, time, and shares."""
+
+    total: int = 0
+    when: str = ""
+    shares: dict[Share, int] = field(default_factory=dict)
+
+
+class Ledger:
+    """The peaks of a rank.
+
+    peaks: by place. most: peak bytes by kind.
+
+    On a CPU rank both places are the same, and the process keeps the memory of freed small
+    blocks: the C library reuses it in the next step (see `engine.memory`). Freed memory serves
+    only blocks with the same lifetime: blocks of the models, of a step, or gathered for a module.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.peaks: dict[Place, Peak] = {"device": Peak(), "host": Peak()}
+        self.most: Counter[Share] = Counter()
+        self._is_cpu = device == "cpu"
+        self._heap: Counter[str] = Counter()
+
+    def look(self, when: str, *holdings: Holding) -> None:
+        """Record what a rank holds at one time, during the activity `when`."""
+        held = together(*holdings)
+        shares = {share: amount.total for share, amount in held.items() if amount.total}
+        self.most |= Counter(shares)  # the maximum of each
+        on_cpu = self._with_heap(held) if self._is_cpu else 0
+        for place, peak in self.peaks.items():
+            here = {s: size for s, size in shares.items() if self._is_cpu or s.place == place}
+            total = on_cpu if self._is_cpu else sum(here.values())
+            if total > peak.total:
+                self.peaks[place] = Peak(total, when, here)
+
+    def _with_heap(self, held: Holding) -> int:
+        """Return the bytes in use on a CPU, with the small blocks that the heap keeps."""
+        small: Counter[str] = Counter()
+        for share, amount in held.items():
+            small[_LIFETIMES.get(share.part, "step")] += amount.small
+        self._heap |= small
+        kept = sum(size * (1 + HOLES.get(lived, 0.0)) for lived, size in self._heap.items())
+        return sum(amount.large for amount in held.values()) + round(kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +160,22 @@ class Frozen:
         return self.cluster.device == "cpu"
 
     @property
-    def is_gloo(self) -> bool:
-        """True if several CPU ranks communicate, through gloo's buffers."""
-        return self.is_cpu and self.ranks > 1
+    def copies(self) -> int:
+        """Buffers of a collective: several CPU ranks add one of gloo."""
+        return 2 if self.is_cpu and self.ranks > 1 else 1
 
-    def place(self, offload: str) -> Place | None:
-        """Return the place that `offload_optimizer` or `offload_param` names; None means disk."""
-        device = (self.zero.get(offload) or {}).get("device", "none")
-        places: Mapping[str, Place | None] = {"none": "device", "cpu": "host", "nvme": None}
-        return places[device]
+    def place(self, offload: str) -> Place:
+        """Return the place that `offload_optimizer` or `offload_param` names."""
+        is_away = (self.zero.get(offload) or {}).get("device") == "cpu"
+        return "host" if is_away else "device"
 
-    def held(self, part: Part, amount: Amount, place: Place | None = "device") -> Holding:
-        """Return the holding of an amount; memory on a disk is not counted."""
-        return {} if place is None else {Share(self.role, part, place): amount}
+    def share(self, numel: int) -> int:
+        """Return the padded share of a rank in `numel` elements."""
+        return -(-numel // self.ranks)
+
+    def held(self, part: Part, amount: Amount, place: Place = "device") -> Holding:
+        """Return the holding of an amount."""
+        return {Share(self.role, part, place): amount}
 
     def loading(self) -> Holding:
         """Return the most memory in use while the model is loaded tensor by tensor."""
@@ -81,11 +184,11 @@ class Frozen:
             most = max(map(operator.add, accumulate(sizes), sizes), default=0)
             on_gpu = {} if self.is_cpu else Frozen.resting(self)
             return together(self.held("weights", mapped(most), "host"), on_gpu)
+        # Rank 0 reads a tensor, which all ranks gather.
         largest = block(self.inventory.largest * self.itemsize)
-        # Rank 0 reads a tensor, which all ranks gather; gloo adds a buffer.
         return together(
             Frozen.resting(self),
-            self.held("gather", largest.times(2 if self.is_gloo else 1)),
+            self.held("gather", largest.times(self.copies)),
             self.held("weights", largest, "host"),
         )
 
@@ -93,23 +196,80 @@ class Frozen:
         """Return the memory in use while the model waits."""
         if self.stage < 3:
             return self.held("weights", mapped(self.inventory.numel * self.itemsize))
-        shards = self.inventory.sharded(self.ranks, self.itemsize)
-        return self.held("weights", mapped(shards.total), self.place("offload_param"))
+        shard = mapped(self.share(self.inventory.numel) * self.itemsize)
+        return self.held("weights", shard, self.place("offload_param"))
 
-    def gathering(self, trace: Trace) -> Gathering:
-        """Return the weights that ZeRO 3 gathers while the model runs."""
-        if self.stage < 3 or (self.ranks == 1 and self.place("offload_param") == "device"):
-            return Gathering(tuple(Gathered() for _ in trace.moments), 0)
-        in_place = not self.is_cpu
-        return gathering_of(trace, self.zero, itemsize=self.itemsize, in_place=in_place)
+    def gathered(self, trace: Trace) -> list[Amount]:
+        """Return the weights that ZeRO 3 gathers at each moment of a trace, with their buffer.
+
+        From the third step on, DeepSpeed knows the order of all modules: every module prefetches a
+        bucket of the weights that come next, up to a limit, and a weight stays whole until its last
+        use. Weights beyond the limit leave earlier and are gathered again.
+        """
+        if not self._gathers:
+            return [NOTHING] * len(trace.moments)
+        used = [moment.used for moment in trace.moments]
+        last = {n: now for now, numbers in enumerate(used) for n in numbers}
+        order = list(dict.fromkeys(n for numbers in used for n in sorted(numbers)))
+        place = {number: position for position, number in enumerate(order, start=1)}
+        sizes = {number: trace.inventory[number].numel for number in order}
+        amounts = {number: block(size * self.itemsize) for number, size in sizes.items()}
+        # By the number of weights that were fetched: their elements, and their memory.
+        ends = [0, *accumulate(sizes[number] for number in order)]
+        memory = [NOTHING, *accumulate((amounts[number] for number in order), Amount.plus)]
+        bucket, limit = self._limit("prefetch_bucket_size", 50_000_000), self._most_gathered
+        persistent = self._limit("param_persistence_threshold", 100_000)
+        has_backward = trace.turn + 1 < len(used)
+        found = []
+        before = released = 0
+        left = NOTHING
+        for now, numbers in enumerate(used):
+            ahead = min(ends[before] + bucket, released + limit, ends[-1])
+            count = max(before, bisect_left(ends, ahead), *(place[n] for n in numbers), 0)
+            kept = memory[count].plus(left.times(-1))
+            if has_backward:  # after a use in the forward, a weight may leave for a while
+                most = max(limit, sum(sizes[number] for number in numbers))
+                kept = kept.times(min(1.0, most / max(1, ends[count] - released)))
+            # A GPU gathers a single weight in place.
+            arriving = 0 if not self.is_cpu and count - before == 1 else ends[count] - ends[before]
+            found.append(kept.plus(block(arriving * self.itemsize).times(self.copies)))
+            for number in numbers:
+                if last[number] == now and sizes[number] > persistent:
+                    released, left = released + sizes[number], left.plus(amounts[number])
+            before = count
+        return found
+
+    def fetched(self, trace: Trace) -> int:
+        """Return the elements that ZeRO 3 gathers in a trace; 0 at the other stages.
+
+        Every pass through the model but the first gathers the weights beyond the limit again.
+        """
+        total = trace.inventory.of(set().union(*(moment.used for moment in trace.moments))).numel
+        if not self._gathers or not total:
+            return 0
+        forward, backward = trace.moments[: trace.turn], trace.moments[trace.turn + 1 :]
+        read = sum(trace.inventory.of(moment.used).numel for moment in forward)
+        passes = max(1, round(read / total)) * (2 if backward else 1)
+        return total + (passes - 1) * max(0, total - self._most_gathered)
+
+    @property
+    def _gathers(self) -> bool:
+        return self.stage == 3 and (self.ranks > 1 or self.place("offload_param") == "host")
+
+    @property
+    def _most_gathered(self) -> int:
+        """Elements beside the active module: prefetched weights, and weights used soon again."""
+        soon = self._limit("max_reuse_distance") // 2
+        has_prefetch = self._limit("prefetch_bucket_size", 50_000_000) > 0
+        return max(soon, self._limit("max_live_parameters") if has_prefetch else 0)
+
+    def _limit(self, name: str, default: int = _BILLION) -> int:
+        return int(self.zero.get(f"stage3_{name}", self.zero.get(name, default)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained(Frozen):
-    """A trained model at ZeRO 0; the subclasses are the other stages.
-
-    moments: number of fp32 values that the optimizer keeps per weight.
-    """
+    """A trained model; `moments` is the number of the optimizer's fp32 values per weight."""
 
     moments: int = 2
 
@@ -120,105 +280,31 @@ class Trained(Frozen):
 
     def initializing(self) -> Holding:
         """Return the memory in use while DeepSpeed builds the engine; an update needs more."""
-        return self.resting()
+        if self.stage not in (1, 2):
+            return self.resting()
+        return together(Frozen.resting(self), self.held("weights", self._flat))
 
     def resting(self) -> Holding:
         """Return the memory in use between two steps, from the second step on."""
-        copies = self.moments + (self.itemsize < FP32)
-        return together(
-            super().resting(), self.held("optimizer", self.learned.amount(FP32).times(copies))
-        )
-
-    def averages(self, numbers: Collection[int], values: int) -> Holding:
-        """Return the values that a strategy keeps for each element of its shards.
-
-        The values lie where the product of a weight and its gradient lies: beside the shards of the
-        optimizer, or on the host if these are on a disk.
-
-        Args:
-            numbers: numbers of the weights for which values are kept.
-            values: number of fp32 values per element.
-        """
-        own = amount_of(size * FP32 for size in self._own_sizes(numbers))
-        place = self.place("offload_optimizer") or "host"
-        return self.held("averages", own.times(values), place)
-
-    def _own_sizes(self, numbers: Collection[int]) -> list[int]:
-        """Return the elements of the rank's shards of some weights; ZeRO 0 divides them too."""
-        return [self.share(parameter.numel) for parameter in self.inventory.of(numbers)]
-
-    def accumulated(self) -> Holding:
-        """Return the additional memory of gradients between two micro-batches of a step."""
-        return self.held("gradients", self.learned.amount(self.itemsize))
-
-    def backward(self, done: Inventory, *, adds: bool, last: bool = False) -> Holding:
-        """Return the additional memory of gradients during a backward.
-
-        Args:
-            done: parameters with a complete gradient.
-            adds: whether the gradients are added to those of an earlier backward of the step.
-            last: whether this is the end of the step's last backward, where gradients are sent.
-        """
-        done = done.learned
-        own = self.accumulated() if adds else self.held("gradients", done.amount(self.itemsize))
-        sent = min(self.learned.numel, _BUCKET + self.learned.largest) if last else 0
-        return together(own, self.held("gradients", block(sent * self.itemsize)))
-
-    def updating(self) -> Iterator[Holding]:
-        """Yield the additional memory of each part of an update."""
-        whole = self.learned.amount(FP32)
-        yield together(
-            self.accumulated(),
-            self.held("gradients", whole) if self.itemsize < FP32 else {},
-            self.held("optimizer", self.scratch(whole, self.learned.largest)),
-        )
-
-    def share(self, numel: int) -> int:
-        """Return the padded share of a rank in `numel` elements."""
-        return -(-numel // self.ranks)
-
-    @cached_property
-    def groups(self) -> list[list[int]]:
-        """The parameters' elements by optimizer group: with weight decay, then without."""
-        groups = ([p.numel for p in self.learned if p.decays == decays] for decays in (True, False))
-        return [group for group in groups if group]
-
-    def bucket(self, name: str) -> int:
-        """Return the elements of a communication buffer; on a CPU only the part that is written."""
-        elements = int(self.zero.get(name, _BUCKET))
-        return min(elements, self.learned.numel) if self.is_cpu else elements
-
-    def scratch(self, weights: Amount, largest: int) -> Amount:
-        """Return the scratch memory of an update: SGD's decayed gradient; fused AdamW has none.
-
-        Args:
-            weights: memory of all tensors that are updated together, in fp32. A GPU updates them
-                at once, with one copy.
-            largest: elements of the largest tensor. A CPU updates tensor by tensor.
-        """
-        if self.moments:
-            return NOTHING
-        return block(largest * FP32) if self.is_cpu else weights
-
-
-class Divided(Trained):
-    """ZeRO 1 and 2: whole weights in a flat buffer per group; the optimizer in shards."""
-
-    def initializing(self) -> Holding:
-        """Return the weights with a flat copy of a group."""
-        copied = self.held("weights", block(max(self._sizes) * self.itemsize))
-        return together(Frozen.resting(self), copied)
-
-    def resting(self) -> Holding:
-        """Return the flat weights and the shard of the optimizer, wherever the shard is."""
         place = self.place("offload_optimizer")
-        flat = amount_of(size * self.itemsize for size in self._sizes)
+        is_away = "host" in (place, self.place("offload_param"))
+        has_masters = self.stage in (1, 2) or self.itemsize < FP32 or is_away
+        optimizer = self._shard.times(self.moments + has_masters)
+        if self.stage == 0:
+            return together(super().resting(), self.held("optimizer", optimizer))
+        if self.stage == 3:
+            shard = block(self.share(self.inventory.numel) * self.itemsize)
+            return together(
+                self.held("weights", shard, self.place("offload_param")),
+                self.held("optimizer", optimizer, place),
+                self.held("gradients", self._shard.times(2 if place == "host" else 1), place),
+                self.held("gradients", self._bucket),
+            )
         frozen = mapped((self.inventory.numel - self.learned.numel) * self.itemsize)
-        weights = self.held("weights", flat.plus(frozen))
-        optimizer = self._shard.times(1 + self.moments)
+        weights = self.held("weights", self._flat.plus(frozen))
         if place == "device":
             return together(weights, self.held("optimizer", optimizer))
-        narrow = amount_of(self.share(size) * self.itemsize for size in self._sizes)
+        narrow = block(self.share(self.learned.numel) * self.itemsize)
         largest = block(self.learned.largest * self.itemsize)
         return together(
             weights,
@@ -227,17 +313,105 @@ class Divided(Trained):
             self.held("gradients", self._shard.plus(largest), place),
         )
 
+    def averages(self, numbers: Collection[int], values: int) -> Holding:
+        """Return the values that a strategy keeps for each element of its shards.
+
+        The values lie where the product of a weight and its gradient lies: beside the shards of the
+        optimizer. At ZeRO 1 and 2 a shard may consist of these weights alone.
+
+        Args:
+            numbers: numbers of the weights for which values are kept.
+            values: number of fp32 values per element.
+        """
+        weights = self.inventory.of(numbers)
+        most, shard = self.share(weights.numel), self.share(self.learned.numel)
+        if self.stage in (1, 2):
+            most = min(weights.numel, shard)
+        part = most / max(1, weights.numel)
+        amount = amount_of(parameter.numel * FP32 * part for parameter in weights)
+        return self.held("averages", amount.times(values), self.place("offload_optimizer"))
+
     def accumulated(self) -> Holding:
-        """Return the gradients: all at ZeRO 1, the overlap with the rank's shard at ZeRO 2."""
-        return super().accumulated() if self.stage == 1 else self._own(self.learned.numel)
+        """Return the additional memory of gradients between two micro-batches of a step."""
+        if self.stage == 3:
+            return {}
+        if self.stage == 2:
+            return self._gradients_of_shard(self.learned.numel)
+        return self.held("gradients", self.learned.amount(self.itemsize))
 
     def backward(self, done: Inventory, *, adds: bool, last: bool = False) -> Holding:
-        """Return the gradients; ZeRO 1 sends them at the end of a step, ZeRO 2 immediately."""
-        sending = self._buckets(done, last=last)
+        """Return the additional memory of gradients during a backward.
+
+        Args:
+            done: parameters with a complete gradient.
+            adds: whether the gradients are added to those of an earlier backward of the step.
+            last: whether this is the end of the step's last backward.
+        """
+        done = done.learned
+        if self.stage == 3:  # the copies of the bucket that order gradients by rank
+            largest = self.learned.largest  # if larger than the bucket, it is sent directly
+            direct = largest if largest > self.bucket("reduce_bucket_size") else 0
+            copies = self._bucket.times(self.copies).plus(block(direct * self.itemsize))
+            return self.held("gradients", copies)
+        if self.stage == 2:
+            added = self.accumulated() if adds and not self._sums_in_place else {}
+            own = self._gradients_of_shard(done.numel)
+            return together(own, added, self._sent(done, last=last))
+        whole = self.held("gradients", done.amount(self.itemsize))
+        gradients = self.accumulated() if adds else whole
+        if not last:
+            return gradients
         if self.stage == 1:
-            return together(super().backward(done, adds=adds), sending if last else {})
-        added = self.accumulated() if adds and not self._sums_in_place else {}
-        return together(self._own(done.learned.numel), added, sending)
+            return together(gradients, self._sent(done, last=True))
+        sent = min(self.learned.numel, _BUCKET + self.learned.largest)
+        return together(gradients, self.held("gradients", block(sent * self.itemsize)))
+
+    def updating(self) -> Iterator[Holding]:
+        """Yield the additional memory of each part of an update: norm, fp32 gradients, scratch.
+
+        The scratch memory is SGD's decayed gradient; fused AdamW has none.
+        """
+        if self.stage == 0:
+            wide = self._shard if self.itemsize < FP32 else NOTHING
+            # A CPU updates tensor by tensor, and a GPU all of them at once.
+            decayed = block(self.learned.largest * FP32) if self.is_cpu else self._shard
+            scratch = NOTHING if self.moments else decayed
+            gradients = together(self.accumulated(), self.held("gradients", wide))
+            yield together(gradients, self.held("optimizer", scratch))
+            return
+        if self.place("offload_optimizer") == "device":
+            sub_group = int(self.zero.get("sub_group_size", _BILLION))
+            size, largest = self.share(self.learned.numel), self.learned.largest
+            is_sharded = self.stage == 3
+            flat = block((min(size, sub_group) if is_sharded else size) * FP32)
+            own = {} if is_sharded else self._gradients_of_shard(self.learned.numel)
+            norm = block((self.share(largest) if is_sharded else largest) * FP64)
+            yield together(own, self.held("gradients", norm))
+            yield together(own, {} if self._sums_in_place else self.held("gradients", flat))
+            scratch = NOTHING if self.moments else flat
+            yield together(self.held("gradients", flat), self.held("optimizer", scratch))
+        if self.stage < 3 and self.copies > 1:  # gloo gathers the new weights through a buffer
+            yield self.held("gather", block(self.bucket("allgather_bucket_size") * self.itemsize))
+
+    def bucket(self, name: str) -> int:
+        """Return the elements of a communication buffer; on a CPU only the part that is written."""
+        elements = int(self.zero.get(name, _BUCKET))
+        return min(elements, self.learned.numel) if self.is_cpu else elements
+
+    @property
+    def _bucket(self) -> Amount:
+        return block(self.bucket("reduce_bucket_size") * self.itemsize)
+
+    @property
+    def _flat(self) -> Amount:
+        return block(self.learned.numel * self.itemsize)
+
+    @property
+    def _shard(self) -> Amount:
+        """The rank's part of one fp32 value for every weight that learns."""
+        if self.stage == 0:
+            return self.learned.amount(FP32)
+        return block(self.share(self.learned.numel) * FP32)
 
     @property
     def _sums_in_place(self) -> bool:
@@ -248,143 +422,43 @@ class Divided(Trained):
         """
         return self.stage == 2 and self.itemsize < FP32
 
-    def _own(self, done: int) -> Holding:
+    def _gradients_of_shard(self, done: int) -> Holding:
         if self._sums_in_place:
             return self.held("gradients", self._shard)
+        if self.place("offload_optimizer") == "host":
+            return {}
         share = min(1.0, done / self.learned.numel) if self.is_cpu else 1.0
         # ZeRO 2 adds up its gradients in fp32.
         itemsize = FP32 if self.stage == 2 else self.itemsize
-        own = block(share * self._touched * itemsize)
-        return self.held("gradients", own) if self.place("offload_optimizer") == "device" else {}
+        return self.held("gradients", block(share * self._overlapping * itemsize))
 
-    def _buckets(self, done: Inventory, *, last: bool) -> Holding:
+    @cached_property
+    def _overlapping(self) -> int:
+        """Elements of the weights that overlap the shard of a rank, of the rank with the most."""
+        shard, start = self.share(self.learned.numel), 0
+        elements: Counter[int] = Counter()
+        for parameter in self.learned:
+            stop = start + parameter.numel
+            ranks = range(start // shard, (stop - 1) // shard + 1)
+            elements.update(dict.fromkeys(ranks, parameter.numel))
+            start = stop
+        return max(elements.values())
+
+    def _sent(self, done: Inventory, *, last: bool) -> Holding:
+        """Return the buckets, and the copy of one that is sent now: a gradient did not fit into it.
+
+        A gradient that is larger than the bucket is sent directly.
+        """
         limit = int(self.zero.get("reduce_bucket_size", _BUCKET))
-        filled = written = copied = 0
-        for parameter in done.learned:
-            copied = 0
-            if filled + parameter.numel > limit:
-                copied, filled = filled, 0
-            filled += parameter.numel
-            # A gradient larger than the bucket is sent directly.
-            written = max(written, filled if filled <= limit else 0)
-        copied = max(copied, filled if last else 0) if self.ranks > 1 else 0
-        # A GPU allocates a buffer at once; on a CPU it takes memory where it is written.
+        newest = done[-1].numel if done else 0
+        before = done.numel - newest
+        written = before if before <= limit < done.numel else min(limit, done.numel)
+        is_full = done.numel > limit and (done.numel - 1) % limit < newest
+        copied = (before % limit or limit) if is_full else 0
+        copied = max(copied, done.numel % limit if last else 0, newest if newest > limit else 0)
+        # A GPU allocates a bucket at once; on a CPU it takes memory where it is written.
         share = written / limit if self.is_cpu else 1.0
         count = 2 if self.zero.get("overlap_comm") else 1
         buckets = block(limit * self.itemsize).times(share * count)
-        return self.held("gradients", buckets.plus(block(copied * self.itemsize)))
-
-    def updating(self) -> Iterator[Holding]:
-        """Yield the memory of norm, flat fp32 gradients, scratch, and the gathered weights."""
-        if self.place("offload_optimizer") == "device":
-            largest = max(self.share(size) for size in self._sizes)
-            own, flat = self._own(self.learned.numel), block(largest * FP32)
-            yield together(own, self.held("gradients", block(self.learned.largest * FP64)))
-            yield own if self._sums_in_place else together(own, self.held("gradients", flat))
-            scratch = self.held("optimizer", self.scratch(flat, largest))
-            yield together(self.held("gradients", flat), scratch)
-        if self.is_gloo:  # gloo gathers the new weights through a buffer
-            yield self.held("gather", block(self.bucket("allgather_bucket_size") * self.itemsize))
-
-    @cached_property
-    def _sizes(self) -> list[int]:
-        return [sum(group) for group in self.groups]
-
-    @property
-    def _shard(self) -> Amount:
-        return amount_of(self.share(size) * FP32 for size in self._sizes)
-
-    @cached_property
-    def _touched(self) -> int:
-        touched = [0] * self.ranks
-        for rank, number, _ in self._pieces():
-            touched[rank] += self.inventory[number].numel
-        return max(touched)
-
-    def _own_sizes(self, numbers: Collection[int]) -> list[int]:
-        """Return the parts of some weights in the shard of the rank that has the most of them."""
-        own: list[list[int]] = [[] for _ in range(self.ranks)]
-        for rank, number, size in self._pieces():
-            if number in numbers:
-                own[rank].append(size)
-        return max(own, key=sum)
-
-    def _pieces(self) -> Iterator[tuple[int, int, int]]:
-        """Yield rank, number of the weight, and elements of each part of a weight in a shard."""
-        for decays in (True, False):
-            numbers = [
-                number
-                for number, parameter in enumerate(self.inventory)
-                if parameter.learns and parameter.decays == decays
-            ]
-            share, start = self.share(self.inventory.of(numbers).numel), 0
-            for number in numbers:
-                stop = start + self.inventory[number].numel
-                for rank in range(start // share, (stop - 1) // share + 1):
-                    first, last = max(start, rank * share), min(stop, (rank + 1) * share)
-                    yield rank, number, last - first
-                start = stop
-
-
-class Sharded(Trained):
-    """ZeRO 3: everything is sharded; weights are gathered while the model runs."""
-
-    def resting(self) -> Holding:
-        """Return flat shards of weights, optimizer and gradients, and a bucket."""
-        place, weights = self.place("offload_optimizer"), self.place("offload_param")
-        elements, learned = (
-            sum(self.share(p.numel) for p in known) for known in (self.inventory, self.learned)
-        )
-        narrow, sums = block(elements * self.itemsize), block(learned * FP32)
-        in_fp32 = amount_of(size * FP32 for size in self._sub_groups)
-        is_master = self.itemsize == FP32 and place == weights == "device"
-        return together(
-            self.held("weights", narrow, weights),
-            self.held("optimizer", in_fp32.times(self.moments + (not is_master)), place),
-            self.held("gradients", sums.plus(in_fp32) if place == "host" else sums, place),
-            self.held("gradients", self._bucket),
-        )
-
-    def accumulated(self) -> Holding:
-        """Return nothing: the shards of the gradients always exist."""
-        return {}
-
-    def backward(self, done: Inventory, *, adds: bool, last: bool = False) -> Holding:
-        """Return the copies of the bucket that order gradients by rank."""
-        largest = self.learned.largest
-        # A gradient larger than the bucket is sent directly.
-        direct = largest if largest > self.bucket("reduce_bucket_size") else 0
-        copies = self._bucket.times(2 if self.is_gloo else 1)  # gloo adds a copy
-        return self.held("gradients", copies.plus(block(direct * self.itemsize)))
-
-    def updating(self) -> Iterator[Holding]:
-        """Yield the memory of the norm, and of a sub-group: flat fp32 gradients and scratch."""
-        if self.place("offload_optimizer") == "device":
-            largest = max(self._sub_groups)
-            flat = block(largest * FP32)
-            yield self.held("gradients", block(self.share(self.learned.largest) * FP64))
-            yield self.held("gradients", flat.plus(self.scratch(flat, largest)))
-
-    @cached_property
-    def _sub_groups(self) -> list[int]:
-        most = int(self.zero.get("sub_group_size", _SUB_GROUP))
-        sizes: list[int] = []
-        for group in self.groups:
-            size = 0
-            for numel in group:
-                size += self.share(numel)
-                if size >= most:
-                    sizes.append(size)
-                    size = 0
-            sizes += [size] if size else []
-        return sizes
-
-    @property
-    def _bucket(self) -> Amount:
-        return block(self.bucket("reduce_bucket_size") * self.itemsize)
-
-
-def trained(zero: Mapping[str, Any], **model: Any) -> Trained:
-    """Return the engine of a trained model at its ZeRO stage; `model`: fields of `Trained`."""
-    engine = (Trained, Divided, Divided, Sharded)[int(zero.get("stage", 0))]
-    return engine(zero=zero, **model)
+        copy = block(copied * self.itemsize if self.ranks > 1 else 0)
+        return self.held("gradients", buckets.plus(copy))

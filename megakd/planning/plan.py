@@ -1,20 +1,265 @@
-"""`megakd plan`: memory, network and time of a run, computed before anything is loaded."""
+"""The plan of a run: what each phase takes, where the peak is, and whether the run fits."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import psutil
 
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError
-from megakd.planning.advice import Case, find_changes
-from megakd.planning.cluster import Cluster
-from megakd.planning.memory_plan import Plan
-from megakd.planning.simulated_phase import Traces
-from megakd.planning.sources import planned_sources
-from megakd.planning.stages import PlanningLab
-from megakd.planning.timeline import Timeline
+from megakd.planning.advice import Case, Change, find_changes
+from megakd.planning.cluster import GIGA, Cluster
+from megakd.planning.engines import PARTS, Part, Place, Share
+from megakd.planning.lab import PlanningLab, planned_sources
+from megakd.planning.phase_traces import Traces
+from megakd.planning.timeline import PhasePlan, Timeline
+from megakd.reports.table import aligned_rows
+
+ROLES = ("teacher", "student")
+SPARE = 0.05
+"""Fraction of an accelerator's memory that its allocator cannot use because of fragmentation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Resources that a run needs.
+
+    phases: in the order of the run.
+    host_base_bytes: bytes of a rank's process before its models, libraries included.
+    """
+
+    config: RunConfig
+    cluster: Cluster
+    phases: Sequence[PhasePlan]
+    host_base_bytes: int
+    changes: Sequence[Change] = ()
+
+    @property
+    def required(self) -> list[PhasePlan]:
+        """The phases that are required for the run."""
+        return [phase for phase in self.phases if phase.required]
+
+    @property
+    def highest(self) -> PhasePlan:
+        """The required phase with the highest device memory of a rank."""
+        return max(self.required, key=lambda phase: phase.ledger.peaks["device"].total)
+
+    @property
+    def peak_bytes_per_rank(self) -> int:
+        """Peak bytes of the device, without the base."""
+        return self.highest.ledger.peaks["device"].total
+
+    @property
+    def host_bytes_per_rank(self) -> int:
+        """Peak bytes of the host without the base, with offloaded parts and loading."""
+        return max(phase.ledger.peaks["host"].total for phase in self.required)
+
+    @property
+    def load_peak_bytes_per_rank(self) -> int:
+        """Peak bytes of the host without the base, while models are built and loaded."""
+        return max(phase.load_peak for phase in self.required)
+
+    @property
+    def rooms(self) -> list[float]:
+        """Free bytes of the device, and of a rank's share of the host, where a size is known."""
+        cluster, rooms = self.cluster, []
+        if cluster.device == "cuda" and cluster.device_memory is not None:
+            usable = cluster.device_memory * (1 - SPARE) - cluster.device_base
+            rooms.append(usable - self.peak_bytes_per_rank)
+        if cluster.host_memory is not None:
+            taken = cluster.ranks_per_node * (self.host_base_bytes + self.host_bytes_per_rank)
+            rooms.append((cluster.host_memory - taken) / cluster.ranks_per_node)
+        return rooms
+
+    @property
+    def fits(self) -> bool | None:
+        """True if device and host have enough memory; None if no memory size is known."""
+        return all(room >= 0 for room in self.rooms) if self.rooms else None
+
+    @property
+    def overflow(self) -> float:
+        """Missing bytes of the device, or of a rank's share of the host."""
+        return max((-room for room in self.rooms), default=0.0)
+
+    @property
+    def last_training(self) -> PhasePlan | None:
+        """The last phase that trains; its speed is the speed of the run."""
+        return next((phase for phase in reversed(self.phases) if phase.flops), None)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Seconds per step of the last training."""
+        return self.last_training and self.seconds_of(self.last_training)
+
+    def seconds_of(self, phase: PhasePlan) -> float | None:
+        """Return the seconds of a step: operations, then network, without overlap.
+
+        The result is None if the phase does not train, or if a rate is missing.
+        """
+        rates = self.cluster.rates
+        if not phase.flops or rates.tflops is None or (rates.gbps is None and phase.sent):
+            return None
+        network = phase.sent / (rates.gbps * GIGA) if rates.gbps else 0.0
+        return phase.flops / (rates.tflops * 1e12) + network
+
+    def part(self, role: str, part: Part) -> int:
+        """Return the most bytes of the device that a part needs in any required phase."""
+        # A CPU has one memory.
+        places: tuple[Place, ...] = get_args(Place) if self.cluster.device == "cpu" else ("device",)
+        return sum(
+            max(phase.ledger.most[Share(role, part, place)] for phase in self.required)
+            for place in places
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        last = self.last_training
+        return {
+            "ranks": self.cluster.ranks,
+            "nodes": self.cluster.nodes,
+            "device": self.cluster.device,
+            "roles": {role: {part: self.part(role, part) for part in PARTS} for role in ROLES},
+            "peak_bytes_per_rank": self.peak_bytes_per_rank,
+            "peak_phase": self.highest.name,
+            "peak_moment": self.highest.ledger.peaks["device"].when,
+            "load_peak_bytes_per_rank": self.load_peak_bytes_per_rank,
+            "host_base_bytes": self.host_base_bytes,
+            "host_bytes_per_rank": self.host_bytes_per_rank,
+            "device_memory_bytes": self.cluster.device_memory,
+            "host_memory_bytes": self.cluster.host_memory,
+            "network_bytes_per_step": round(last.sent) if last else 0,
+            "seconds_per_step": self.seconds_per_step,
+            "fits": self.fits,
+            "changes": [change._asdict() for change in self.changes],
+            "phases": [self._phase_json(phase) for phase in self.phases],
+        }
+
+    def _phase_json(self, phase: PhasePlan) -> dict[str, Any]:
+        peak = phase.ledger.peaks["device"]
+        return {
+            "name": phase.name,
+            "required": phase.required,
+            "peak_bytes_per_rank": peak.total,
+            "peak_moment": peak.when,
+            "load_peak_bytes_per_rank": phase.load_peak,
+            "host_bytes_per_rank": phase.ledger.peaks["host"].total,
+            "network_bytes_per_step": round(phase.sent),
+            "flops_per_step": phase.flops,
+            "forwards": phase.forwards,
+            "seconds_per_step": self.seconds_of(phase),
+            "micro_batches_per_call": phase.per_call,
+            "pruned_to": phase.pruned
+            and {
+                "parameters": phase.pruned.parameters,
+                "width": phase.pruned.width,
+            },
+        }
+
+
+def page(plan: Plan) -> str:
+    """Return the text that `megakd plan` prints."""
+    tables = ("\n".join(aligned_rows(rows)) for rows in (_parts(plan), _phases(plan)))
+    return "\n\n".join([_head(plan), *tables, *_calls(plan), _verdict(plan)])
+
+
+def _head(plan: Plan) -> str:
+    cluster = plan.cluster
+    nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''}"
+    ranks = f"{cluster.ranks} rank{'s' if cluster.ranks > 1 else ''}"
+    memory = ""
+    if cluster.device == "cuda" and cluster.device_memory:
+        memory = f" of {cluster.device_memory / GIGA:,.0f} GB"
+    elif cluster.host_memory:
+        memory = f", {cluster.host_memory / GIGA:,.0f} GB a node"
+    kind = "GPU" if cluster.device == "cuda" else "CPU"
+    return f"{plan.config.method.name} on {ranks} ({kind}{memory}), {nodes}; GB per rank"
+
+
+def _parts(plan: Plan) -> list[list[str]]:
+    peak = plan.highest.ledger.peaks["device"]
+    roles = sorted({share.role for share in peak.shares}, reverse=True)
+    rows = [[f"{plan.highest.name}: {peak.when}", *roles]]
+    for part in PARTS:
+        cells = [
+            sum(s for share, s in peak.shares.items() if (share.role, share.part) == (role, part))
+            for role in roles
+        ]
+        if any(cells):
+            rows.append([part, *(_gigabytes(cell) for cell in cells)])
+    sums = {"kept by the C library": peak.total - sum(peak.shares.values()), "together": peak.total}
+    blank = [""] * (len(roles) - 1)
+    rows += [[name, _gigabytes(size), *blank] for name, size in sums.items() if size]
+    return rows
+
+
+def _phases(plan: Plan) -> list[list[str]]:
+    head = ["phase", "peak", "at", "host", "loading", "network/step", "s/step"]
+    is_pruned = any(phase.pruned for phase in plan.phases)
+    rows = [[head[0], *(["width", "weights"] if is_pruned else []), *head[1:]]]
+    for phase in plan.as_json()["phases"]:
+        seconds = phase["seconds_per_step"]
+        rows.append(
+            [
+                phase["name"] if phase["required"] else f"{phase['name']} (optional)",
+                *(_left(phase["pruned_to"]) if is_pruned else []),
+                _gigabytes(phase["peak_bytes_per_rank"]),
+                phase["peak_moment"],
+                _gigabytes(phase["host_bytes_per_rank"]) if plan.cluster.device == "cuda" else "-",
+                _gigabytes(phase["load_peak_bytes_per_rank"]),
+                _gigabytes(phase["network_bytes_per_step"]) if phase["flops_per_step"] else "-",
+                "-" if seconds is None else f"{seconds:.3g}",
+            ]
+        )
+    return rows
+
+
+def _calls(plan: Plan) -> list[str]:
+    """Return a paragraph on forwards of the teacher that are not one per micro-batch, if any."""
+    lines = [
+        f"{phase.name}: {name} answers {count} micro-batches in one forward "
+        f"({plan.config.key_of(name)}.micro_batches_per_call)"
+        for phase in plan.phases
+        for name, count in phase.per_call.items()
+    ]
+    for phase in plan.phases:
+        if phase.forwards:
+            one = plan.seconds_of(phase)
+            time = "" if one is None else f", {one * phase.forwards:.3g} s together"
+            lines.append(f"{phase.name}: {phase.forwards} forwards of the teacher{time}")
+    return ["\n".join(lines)] if lines else []
+
+
+def _left(size: Mapping[str, int] | None) -> list[str]:
+    """Return the width and the number of weights of a learner after it was pruned in a phase."""
+    return ["-", "-"] if size is None else [str(size["width"]), f"{size['parameters']:,}"]
+
+
+def _verdict(plan: Plan) -> str:
+    base = plan.host_base_bytes
+    text = f"In addition, the process of a rank takes {_gigabytes(base)} GB of the host's memory."
+    if plan.cluster.device == "cpu":
+        text += f" Total: {_gigabytes(plan.peak_bytes_per_rank + base)} GB per rank."
+    if plan.fits is None:
+        return f"{text}\nThe plan cannot say whether the run fits; set --gpu_memory_gb."
+    if plan.fits:
+        return f"{text}\nThe run fits."
+    text += f"\nThe run does not fit: {_gigabytes(plan.overflow)} GB per rank are missing."
+    if not plan.changes:
+        return f"{text} No setting that megakd tried makes the run fit."
+    changes = (
+        f"  {' '.join(change.settings)}  ({_gigabytes(change.peak_bytes_per_rank)} GB)"
+        for change in plan.changes
+    )
+    return "\n".join([f"{text} Each of these changes is enough:", *changes])
+
+
+def _gigabytes(size: float) -> str:
+    digits = 1 if size >= 10 * GIGA else 2 if size >= GIGA else 3
+    return f"{size / GIGA:,.{digits}f}"
+
 
 MISCELLANY = 60_000_000
 """Bytes of a process in addition to its imports.
@@ -57,11 +302,15 @@ def plan_run(
         phases = [Timeline(phase, case.config, case.cluster, known).play() for phase in lab.play()]
         return Plan(config=case.config, cluster=case.cluster, phases=phases, host_base_bytes=base)
 
+    def tried(case: Case) -> tuple[float, int]:
+        plan = planned(case)
+        return plan.overflow, plan.peak_bytes_per_rank
+
     case = Case(config, cluster)
     plan = planned(case)
     if plan.fits is not False or not advise:
         return plan
-    return replace(plan, changes=find_changes(case, planned))
+    return replace(plan, changes=find_changes(case, tried))
 
 
 def host_base_bytes() -> int:

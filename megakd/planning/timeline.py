@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from megakd.config.deepspeed import load_ds_config, shards_within_node
 from megakd.config.run import RunConfig
 from megakd.contract.stage import Stage, backward_groups
@@ -13,14 +15,33 @@ from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER
 from megakd.inputs.precision import TORCH_DTYPE, training_dtype
 from megakd.inputs.step_size import largest_step
 from megakd.models.export import SHARD_BYTES
+from megakd.models.source import ReadyTeacher
 from megakd.planning.cluster import Cluster
-from megakd.planning.engines import FP32, Frozen, Trained, trained
-from megakd.planning.generation import generations
-from megakd.planning.ledger import Holding, Ledger, Part, Share, together
-from megakd.planning.moments import NOTHING, Amount, Moment, Trace, block
-from megakd.planning.pruned import Pruned
-from megakd.planning.simulated_phase import Traces, planned_dtype, simulated_phase
-from megakd.planning.stages import Phase, Work
+from megakd.planning.engines import (
+    FP32,
+    Frozen,
+    Holding,
+    Ledger,
+    Part,
+    Share,
+    Trained,
+    together,
+)
+from megakd.planning.lab import Phase, Work
+from megakd.planning.phase_traces import Pruned, Traces, planned_dtype, simulated_phase
+from megakd.planning.tracing import NOTHING, Amount, Moment, Trace, block
+
+# Logits of one position, the logits of the sampling rules, the noise, and their sum.
+_LOGIT_BUFFERS = 4
+
+
+def cached_numbers(config: PretrainedConfig) -> int:
+    """Return the keys and values of one token in all layers of a decoder."""
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * key_heads * width
+
 
 _WORK: Mapping[Work, str] = {
     "importance": "measuring importance",
@@ -124,7 +145,7 @@ class Timeline:
         model = self._model(role, self.traced.learner[0], stage.deepspeed)
         dtype = TORCH_DTYPE[training_dtype(stage.train, self.cluster.device)]
         moments = MOMENTS[stage.train.optim]
-        learner = trained(itemsize=dtype.itemsize, moments=moments, **model)
+        learner = Trained(itemsize=dtype.itemsize, moments=moments, **model)
         self._load(learner)
         self._look("initializing DeepSpeed", learner.initializing())
         left = self.traced.pruned
@@ -133,10 +154,13 @@ class Timeline:
         self._resting = together(self._resting, learner.resting(), averages, of_teachers)
         micro_batches = largest_step(stage.train, self.config.task).micro_batches
         self._ask(frozen, learner.accumulated() if micro_batches > 1 else {})
-        heads = [engine.held("gather", self._head(name, engine)) for name, engine in frozen.items()]
+        heads = [
+            engine.held("gather", self._gathered_head(name, engine))
+            for name, engine in frozen.items()
+        ]
+        beside = together(*heads, self._offloaded(stage, learner))
         for runs in (self.traced.learner, self.traced.masked):
             for number, run in enumerate(runs):
-                beside = together(*heads, self._offloaded(stage, learner))
                 self._learn(learner, run, beside, adds=micro_batches > 1 or number > 0)
         for held in learner.updating():
             self._look("updating the weights", held)
@@ -163,15 +187,30 @@ class Timeline:
         """Record the generation of texts; at ZeRO 3 the model that generates is gathered whole."""
         sources = {STUDENT: self.phase.learner}
         sources |= {name: ready.source for name, ready in self.phase.teachers.items()}
-        for texts in generations(stage, self.config):
-            engine = engines[texts.role]
+        for when, role, rows in self._texts(stage):
+            engine, model = engines[role], sources[role].config
             whole = engine.inventory.numel * engine.itemsize if engine.stage == 3 else 0
-            own = texts.bytes(sources[texts.role].config, engine.itemsize)
+            cache = self.config.task.row_length * cached_numbers(model) * engine.itemsize
+            logits = model.vocab_size * FP32 * _LOGIT_BUFFERS
             self._look(
-                texts.when,
+                when,
                 engine.held("gather", block(whole)),
-                engine.held("workspace", block(own)),
+                engine.held("workspace", block(rows * (cache + logits))),
             )
+
+    def _texts(self, stage: Stage) -> Iterator[tuple[str, str, int]]:
+        """Yield when texts are generated, by which role, and how many at the same time."""
+        rollouts, generation = stage.rollouts, self.config.eval.generation
+        if rollouts is not None and rollouts.files is None and rollouts.server is None:
+            train = stage.train
+            rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+            rows = min(rows * (rollouts.max_staleness + 1), rollouts.rows_per_call)
+            key = f"rollout.rows_per_call {rollouts.rows_per_call}"
+            yield f"generating texts ({key})", rollouts.by, rows
+        if generation is not None and stage.role == STUDENT:
+            rows = min(generation.rows, generation.rows_per_call)
+            key = f"eval.generation.rows_per_call {generation.rows_per_call}"
+            yield f"evaluating on texts ({key})", STUDENT, rows
 
     def _evaluate(
         self, learner: Trained, frozen: Mapping[str, Frozen], heads: Holding, rows: int
@@ -181,8 +220,8 @@ class Timeline:
             self._forward(when, learner, self.traced.evaluation)
         if self.traced.measured is None:
             return
-        teachers, said, run = self.traced.measured
-        answers: Holding = {Share(TEACHER, "activations"): block(said)}
+        teachers, size, run = self.traced.measured
+        answers: Holding = {Share(TEACHER, "activations"): block(size)}
         for name, engine in frozen.items():
             self._forward(when, engine, teachers[name], answers)
         self._forward(when, learner, run, answers, heads)
@@ -203,26 +242,24 @@ class Timeline:
         )
 
     def _readouts(self) -> Holding:
-        found: list[Holding] = []
-        for ready in self.phase.teachers.values():
-            if ready.spec.server is not None and ready.spec.server.states is not None:
-                dtype = TORCH_DTYPE[planned_dtype(ready, self.cluster.device)]
-                width = ready.source.architecture.hidden_width(ready.source.config)
-                size = ready.source.config.vocab_size * width * dtype.itemsize
-                found.append({Share(TEACHER, "weights"): block(size)})
-        return together(*found)
+        """Return the output matrices of teachers whose hidden states come from a server."""
+        readouts = [
+            _head(ready, TORCH_DTYPE[planned_dtype(ready, self.cluster.device)].itemsize)
+            for ready in self.phase.teachers.values()
+            if ready.spec.server is not None and ready.spec.server.states is not None
+        ]
+        return together(*({Share(TEACHER, "weights"): readout} for readout in readouts))
 
     def _fetched(self, frozen: Mapping[str, Frozen]) -> Holding:
+        """Return the shards of a drawn teacher, which are copied from the host."""
         waiting = [
-            engine
+            engine.share(engine.inventory.numel) * engine.itemsize
             for name, engine in frozen.items()
             if self.traced.asked[name] < 1 and engine.place("offload_param") == "host"
         ]
         if not waiting or self.cluster.device == "cpu":
             return {}
-        largest = max(waiting, key=lambda engine: engine.inventory.numel * engine.itemsize)
-        shards = largest.inventory.sharded(largest.ranks, largest.itemsize)
-        return largest.held("weights", shards)
+        return {Share(TEACHER, "weights"): block(max(waiting))}
 
     def _ask(self, frozen: Mapping[str, Frozen], gradients: Holding) -> None:
         answers: Holding = {}
@@ -246,13 +283,11 @@ class Timeline:
         gradients = learner.backward(run.inventory, adds=adds, last=True)
         self._look("the student's backward", self._answers, gradients)
 
-    def _head(self, name: str, engine: Frozen) -> Amount:
+    def _gathered_head(self, name: str, engine: Frozen) -> Amount:
         """Return the bytes of the teacher's output matrix, gathered from its shards."""
         if engine.stage != 3 or self.config.task.type not in LANGUAGE_TASKS:
             return NOTHING
-        source = self.phase.teachers[name].source
-        width = source.architecture.hidden_width(source.config)
-        return block(source.config.vocab_size * width * engine.itemsize)
+        return _head(self.phase.teachers[name], engine.itemsize)
 
     def _forward(
         self, when: str, engine: Frozen, run: Trace, *others: Holding, kind: Part = "activations"
@@ -264,16 +299,14 @@ class Timeline:
         self, engine: Frozen, run: Trace, kind: Part = "activations"
     ) -> Iterator[tuple[Moment, Holding]]:
         """Yield what each moment of a trace holds, with all buffers that it needs on the way."""
-        for moment, gathered in zip(run.moments, engine.gathering(run).moments, strict=True):
+        for moment, gathered in zip(run.moments, engine.gathered(run), strict=True):
             live, views = self._divided(moment.live, engine.role)
-            # gloo gathers into a buffer and copies the buffer.
-            arriving = gathered.arriving.times(2 if engine.is_gloo else 1)
             yield (
                 moment,
                 together(
                     engine.held(kind, live),
                     engine.held("elastic", views),
-                    engine.held("gather", gathered.kept.plus(arriving)),
+                    engine.held("gather", gathered),
                     engine.held("workspace", moment.workspace),
                 ),
             )
@@ -295,14 +328,14 @@ class Timeline:
         for name, engine in frozen.items():
             run, per_call = self.traced.teachers[name], self.traced.per_call[name]
             asked, rest = self.traced.asked[name], engine.received
-            gathered = engine.gathering(run).numel * engine.itemsize
+            gathered = engine.fetched(run) * engine.itemsize
             flops += asked * rows * run.flops * micro_batches / per_call
             answered += asked * -(-micro_batches // per_call) * rest * gathered
             # The student's forward gathers the head for every micro-batch.
-            answered += asked * micro_batches * rest * self._head(name, engine).total
+            answered += asked * micro_batches * rest * self._gathered_head(name, engine).total
         self.plan.flops = flops
         self.plan.per_call = {n: many for n, many in self.traced.per_call.items() if many > 1}
-        gathered = sum(learner.gathering(run).numel for run in self.traced.learner)
+        gathered = sum(learner.fetched(run) for run in self.traced.learner)
         weights = learner.learned.numel * learner.itemsize
         backwards = micro_batches * len(self.traced.learner)
         sent = {
@@ -312,5 +345,10 @@ class Timeline:
             3: micro_batches * gathered * learner.itemsize + backwards * weights,
         }
         self.plan.network[TEACHER] = answered
-        own = learner.received * sent[learner.stage]
-        self.plan.network[learner.role] = self.plan.network.get(learner.role, 0.0) + own
+        before = self.plan.network.get(learner.role, 0.0)
+        self.plan.network[learner.role] = before + learner.received * sent[learner.stage]
+
+
+def _head(ready: ReadyTeacher, itemsize: int) -> Amount:
+    config = ready.source.config
+    return block(config.vocab_size * ready.source.architecture.hidden_width(config) * itemsize)

@@ -8,10 +8,12 @@ release.
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +24,145 @@ from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-from megakd.planning.moments import NOTHING, Amount, Inventory, Moment, Parameter, Trace, block
-from megakd.planning.workspaces import loss_flops, loss_workspace
+from megakd_kernels.chunking import (
+    CPU_CHUNK_MB,
+    chunk_budget,
+    gradient_dtype,
+    plan_chunks,
+    plan_row_chunks,
+)
 
 VALUELESS = torch.device("meta")
 """Tensors on this device have shapes and dtypes, but no values and no memory."""
+MAPPED_BYTES = 32 << 20
+"""On a CPU rank, blocks of at least this size are mapped one by one (see `engine.memory`)."""
+
+
+class Amount(NamedTuple):
+    """Bytes in small and in large blocks.
+
+    When blocks are freed, the C library's heap keeps small blocks and returns large blocks.
+    """
+
+    small: int = 0
+    large: int = 0
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.small + self.large
+
+    def plus(self, other: Amount) -> Amount:
+        """Return the sum of both amounts."""
+        return Amount(self.small + other.small, self.large + other.large)
+
+    def times(self, share: float) -> Amount:
+        """Return the amount multiplied by `share`."""
+        return Amount(round(self.small * share), round(self.large * share))
+
+    def most(self, other: Amount) -> Amount:
+        """Return the maximum of both amounts for each kind of block."""
+        return Amount(max(self.small, other.small), max(self.large, other.large))
+
+
+NOTHING = Amount()
+
+
+def amount_of(sizes: Iterable[float]) -> Amount:
+    """Return the amount of blocks with these sizes."""
+    blocks = [round(size) for size in sizes]
+    large = sum(size for size in blocks if size >= MAPPED_BYTES)
+    return Amount(sum(blocks) - large, large)
+
+
+def block(size: float) -> Amount:
+    """Return the amount of one block with this size."""
+    return amount_of([size])
+
+
+def mapped(size: float) -> Amount:
+    """Return this many bytes as blocks that the C library hands back once they are freed.
+
+    Weights that are built and filled are such blocks, whatever their size: `engine.memory`.
+    """
+    return Amount(large=round(size))
+
+
+class Parameter(NamedTuple):
+    """One weight of a model; `learns` is False for frozen weights."""
+
+    numel: int
+    learns: bool = True
+
+
+class Inventory(tuple[Parameter, ...]):
+    """The weights of a module in module order; tied weights occur once."""
+
+    __slots__ = ()
+
+    def of(self, numbers: Iterable[int]) -> Inventory:
+        """Return the inventory of some parameters."""
+        return Inventory(self[number] for number in numbers)
+
+    @property
+    def learned(self) -> Inventory:
+        """The inventory of the parameters that learn."""
+        return Inventory(parameter for parameter in self if parameter.learns)
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return sum(parameter.numel for parameter in self)
+
+    @property
+    def largest(self) -> int:
+        """Number of weights of the largest parameter."""
+        return max((parameter.numel for parameter in self), default=0)
+
+    def amount(self, itemsize: int, ranks: int = 1) -> Amount:
+        """Return the memory of all parameters, each divided among `ranks` ranks."""
+        return amount_of(-(-parameter.numel // ranks) * itemsize for parameter in self)
 
 
 def inventory(module: nn.Module) -> Inventory:
     """Return the parameters of a module; tied parameters occur once."""
-    return Inventory(
-        Parameter(p.numel(), p.dim() > 1, p.requires_grad) for p in module.parameters()
-    )
+    return Inventory(Parameter(p.numel(), p.requires_grad) for p in module.parameters())
+
+
+@dataclass
+class Moment:
+    """The time from the entry of one module to the entry of the next module.
+
+    module: its path. used: numbers of its own parameters and of all others that are read.
+    live: peak bytes of activations. workspace: additional bytes of the losses' chunks.
+    finished: numbers of the parameters whose gradient becomes complete.
+    """
+
+    module: str
+    used: set[int] = field(default_factory=set)
+    live: Amount = NOTHING
+    workspace: Amount = NOTHING
+    finished: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Record of one forward, and optionally its backward, run without computing any values.
+
+    inventory: the weights of the module.
+    moments: moments of forward and backward, in order; the backward begins at `turn`.
+    flops: operations of matrix products.
+    """
+
+    inventory: Inventory
+    moments: Sequence[Moment]
+    turn: int
+    flops: float
+
+    @property
+    def most_live(self) -> int:
+        """Peak bytes of activations."""
+        return max(moment.live.total for moment in self.moments)
 
 
 def trace_call(
@@ -56,8 +185,8 @@ def trace_call(
     Returns:
         The trace, and the result of the call.
     """
-    with Watch(module, device, memory) as watch:
-        with without_values(device), nullcontext() if backward else torch.no_grad():
+    with _Watch(module, device, memory) as watch:
+        with _without_values(device), nullcontext() if backward else torch.no_grad():
             result = call()
         watch.turn()
         if backward:
@@ -66,8 +195,7 @@ def trace_call(
 
 
 @contextmanager
-def without_values(device: str) -> Iterator[None]:
-    """Make tensors without values, in a model that behaves as on `device`."""
+def _without_values(device: str) -> Iterator[None]:
     with VALUELESS, _Valueless(device):
         yield
 
@@ -83,12 +211,10 @@ def repeat_alike(model: Any, device: str, *, offload: bool = False) -> None:
         offload: whether the inputs of repeated layers wait in host memory.
     """
 
-    def modes() -> tuple[Any, Any]:
-        return nullcontext(), without_values(device)
-
     def repeated(function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        modes = {"context_fn": lambda: (nullcontext(), _without_values(device))}
         with saved_tensors_hooks(_shape_of, _made_of) if offload else nullcontext():
-            return checkpoint(function, *inputs, use_reentrant=False, context_fn=modes, **options)
+            return checkpoint(function, *inputs, use_reentrant=False, **modes, **options)
 
     model.activation_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
@@ -153,7 +279,7 @@ class _Valueless(TorchFunctionMode):
         return mixed + attn_mask.sum() * 0 if attn_mask is not None and is_learned else mixed
 
 
-class Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):
     """Mode that counts the memory in use by active module."""
 
     def __init__(self, module: nn.Module, device: str, memory: int | None) -> None:
@@ -167,11 +293,11 @@ class Watch(TorchDispatchMode):
         self.moments = [Moment("")]
         self.turned, self.flops = 0, 0.0
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> _Watch:
         for path, child in self._module.named_modules():
-            own = {self._number[_storage(p)] for p in child.parameters(recurse=False)}
-            if own or next(child.children(), None) is None:
-                self._watch(child, path, own)
+            numbers = {self._number[_storage(p)] for p in child.parameters(recurse=False)}
+            if numbers or next(child.children(), None) is None:
+                self._watch(child, path, numbers)
         for parameter in self._module.parameters():
             if parameter.requires_grad:
                 hook = parameter.register_post_accumulate_grad_hook(self._finish)
@@ -183,9 +309,9 @@ class Watch(TorchDispatchMode):
         for hook in self._hooks:
             hook.remove()
 
-    def _watch(self, module: nn.Module, path: str, own: set[int]) -> None:
+    def _watch(self, module: nn.Module, path: str, numbers: set[int]) -> None:
         def begin(*_: Any) -> None:
-            self.moments.append(Moment(path, set(own), self._live))
+            self.moments.append(Moment(path, set(numbers), self._live))
 
         def after(_module: nn.Module, _inputs: Any, output: Any) -> None:
             for tensor in tree_iter(output):
@@ -218,7 +344,7 @@ class Watch(TorchDispatchMode):
         out = func(*args, **kwargs)
         self._add_in_place(func, args, out)
         count = flop_registry.get(getattr(func, "overloadpacket", None))
-        self.flops += count(*args, **kwargs, out_val=out) if count else loss_flops(func, args)
+        self.flops += count(*args, **kwargs, out_val=out) if count else _loss_flops(func, args)
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
                 self._take(tensor)
@@ -249,3 +375,91 @@ class Watch(TorchDispatchMode):
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata  # noqa: SLF001  (identifies a storage)
+
+
+_LIKE = {device: torch.empty(0, device=to) for device, to in (("cpu", "cpu"), ("cuda", "meta"))}
+_ROW_BUFFERS = 5  # block buffers of the row kernels on a CPU; a GPU has none
+# Position of the chunk size in the arguments of `megakd::linear_kd`; 0: the default.
+_LINEAR_CHUNK_MB = 20
+_RELATION_TILE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+
+
+def loss_workspace(
+    function: Any, args: tuple[Any, ...], device: str, memory: int | None = None
+) -> int:
+    """Return the bytes that a fused loss holds in addition to its results; 0 for other operators.
+
+    Args:
+        function: the operator, as torch's dispatcher names it.
+        args: arguments of the call.
+        device: cpu or cuda, which determines the chunk size.
+        memory: bytes of a GPU, which determine the chunk size too; None: not known.
+    """
+    buffers = _WORKSPACES.get(_name(function))
+    budget = CPU_CHUNK_MB if device == "cpu" else chunk_budget(memory)
+    return 0 if buffers is None else buffers(args, device, budget)
+
+
+def _loss_flops(function: Any, args: tuple[Any, ...]) -> float:
+    if _name(function) not in {"megakd::linear_kd", "megakd::linear_stats"}:
+        return 0.0
+    rows, width = args[0].shape
+    student = 2.0 * rows * len(args[1]) * width
+    forms_gradients = _name(function) == "megakd::linear_kd" and any(args[10])
+    teacher = 2.0 * rows * args[4].numel() if isinstance(args[4], Tensor) else 0.0
+    return student * (3 if forms_gradients else 1) + teacher
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "name", str)().partition(".")[0]
+
+
+def _linear(args: tuple[Any, ...], device: str, budget: float) -> int:
+    """Return the bytes of a chunk: logits of both models, hidden states, and gradients."""
+    hidden, heads = args[0], [head for head in (args[1], args[4]) if head is not None]
+    widths = tuple(map(len, heads))
+    narrow = torch.float32 if device == "cpu" else gradient_dtype(hidden, torch.float32)
+    plan = plan_row_chunks(
+        len(hidden),
+        widths=widths,
+        like=_LIKE[device],
+        gradient=narrow,
+        chunk_mb=args[_LINEAR_CHUNK_MB] or budget,
+        implementation="chunked" if device == "cpu" else "triton",
+    )
+    group = min(plan.group, len(hidden))
+    # The hidden states are in fp32, with zeros in masked rows.
+    buffers = plan.chunk * sum(widths) * 4 + group * hidden.shape[1] * 4
+    if device == "cpu":
+        return buffers + _ROW_BUFFERS * plan.block * max(widths) * 4
+    return buffers + (group * widths[0] * narrow.itemsize if narrow != torch.float32 else 0)
+
+
+def _stats(args: tuple[Any, ...], device: str, budget: float) -> int:
+    rows, width = len(args[0]), len(args[1])
+    if device != "cpu":
+        return 0
+    plan = plan_chunks(rows, widths=(width,), like=_LIKE[device], chunk_mb=budget)
+    return (plan.chunk + _ROW_BUFFERS * plan.block) * width * 4
+
+
+def _hidden(args: tuple[Any, ...], device: str, _: float) -> int:
+    student, teacher = args[0], args[2]
+    widths = (student.shape[1], teacher.shape[1], teacher.shape[1])
+    plan = plan_chunks(len(student), widths=widths, like=_LIKE[device], chunk_mb=64)
+    return plan.chunk * sum(widths) * 4
+
+
+def _relation(args: tuple[Any, ...], device: str, _: float) -> int:
+    """Return the bytes of three tiles (rows, keys, all relation heads) and of one example."""
+    student, teacher = args[0], args[2]
+    example = math.prod(student.shape[1:]) + math.prod(teacher.shape[1:])
+    return 3 * _RELATION_TILE_BYTES[device] + 8 * example
+
+
+_WORKSPACES = {
+    "megakd::linear_kd": _linear,
+    "megakd::linear_stats": _stats,
+    "megakd::hidden_loss": _hidden,
+    "megakd::relation_kl": _relation,
+}

@@ -25,7 +25,7 @@ from megakd.errors import CheckpointError
 from megakd.inputs.inputs import RunInputs, prepare
 from megakd.inputs.precision import check_device
 from megakd.methods import run_method
-from megakd.planning.method_check import check_method
+from megakd.planning.lab import check_method
 from megakd.process.phases import counted, phase
 from megakd.process.signals import Stopped
 from megakd.run.finished_run import CONFIG, FINAL, finished_table, is_finished, publish, run_inputs

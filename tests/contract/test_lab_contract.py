@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from megakd.contract.lab import Lab as Contract
-from megakd.planning.stages import PlanningLab
+from megakd.planning.lab import PlanningLab
 from megakd.run.lab import Lab
 from megakd.training.lab_base import LabBase
 

@@ -15,10 +15,8 @@ from megakd.inputs.step_size import micro_batches_per_call
 from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
 from megakd.planning.cluster import Cluster
-from megakd.planning.memory_plan import Plan
-from megakd.planning.page import page
-from megakd.planning.plan import plan_run
-from megakd.planning.sources import planned_sources
+from megakd.planning.lab import planned_sources
+from megakd.planning.plan import Plan, page, plan_run
 
 
 def config_of(folder: Path, *overrides: str) -> RunConfig:

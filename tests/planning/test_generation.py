@@ -13,11 +13,10 @@ from transformers import AutoConfig, DynamicCache, LlamaConfig, LlamaForCausalLM
 from megakd.config.file import load_config
 from megakd.contract.tasks import STUDENT
 from megakd.planning.cluster import Cluster
-from megakd.planning.generation import cached_numbers
-from megakd.planning.ledger import Share
-from megakd.planning.memory_plan import Plan
-from megakd.planning.plan import plan_run
-from megakd.planning.simulated_phase import Traces
+from megakd.planning.engines import Share
+from megakd.planning.phase_traces import Traces
+from megakd.planning.plan import Plan, plan_run
+from megakd.planning.timeline import cached_numbers
 
 TRACES = Traces()
 

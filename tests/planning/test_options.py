@@ -45,12 +45,14 @@ class Page(types.ModuleType):
         self.asked.append((config, cluster))
         return types.SimpleNamespace(as_json=lambda: {"ranks": cluster.ranks})
 
+    def page(self, plan: Any) -> str:
+        return f"a page: {plan.as_json()}"
+
 
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> Page:
     fake = Page()
     monkeypatch.setitem(sys.modules, "megakd.planning.plan", fake)
-    monkeypatch.setattr("megakd.planning.page.page", lambda plan: f"a page: {plan.as_json()}")
     return fake
 
 

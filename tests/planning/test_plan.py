@@ -15,11 +15,9 @@ from megakd.config.file import load_config
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError, ModelError
 from megakd.planning.cluster import Cluster, Rates, rates_of
-from megakd.planning.ledger import PARTS, Peak
-from megakd.planning.memory_plan import Plan
-from megakd.planning.page import page
-from megakd.planning.plan import plan_run
-from megakd.planning.simulated_phase import Traces
+from megakd.planning.engines import PARTS, Peak
+from megakd.planning.phase_traces import Traces
+from megakd.planning.plan import Plan, page, plan_run
 
 CLASSES = {"type": "classification", "dataset": "anything", "max_length": 16}
 CAUSAL = {"type": "causal_lm", "dataset": "anything", "max_length": 16}

@@ -12,11 +12,9 @@ from tiny_runs import llama, write_config
 from megakd.config.file import load_config
 from megakd.errors import ConfigError
 from megakd.planning.cluster import Cluster
-from megakd.planning.engines import trained
-from megakd.planning.ledger import Holding, Part, Share
-from megakd.planning.memory_plan import Plan
-from megakd.planning.moments import Inventory, Parameter
-from megakd.planning.plan import plan_run
+from megakd.planning.engines import Holding, Part, Share, Trained
+from megakd.planning.plan import Plan, plan_run
+from megakd.planning.tracing import Inventory, Parameter
 
 WIDTH, VOCABULARY, LAYERS, RANK = 32, 96, 2, 2
 # Llama: queries, output [W, W]; keys, values [W / 2, W]; three matrices of an MLP [2 W, W].
@@ -91,7 +89,7 @@ def test_frozen_weights_take_their_bytes_once_at_every_zero_stage(
     stage: int, itemsize: int
 ) -> None:
     def resting(*parameters: Parameter) -> Holding:
-        engine = trained(
+        engine = Trained(
             role="student",
             inventory=Inventory(parameters),
             zero={"stage": stage, "reduce_bucket_size": 1},
@@ -100,8 +98,8 @@ def test_frozen_weights_take_their_bytes_once_at_every_zero_stage(
         )
         return engine.resting()
 
-    learned = Parameter(LEARNED, decays=True)
-    frozen = Parameter(FROZEN, decays=True, learns=False)
+    learned = Parameter(LEARNED)
+    frozen = Parameter(FROZEN, learns=False)
     alone, both = resting(learned), resting(frozen, learned)
 
     for part in ("optimizer", "gradients"):

@@ -12,10 +12,9 @@ from tiny_runs import bert, llama, write_config
 from megakd.config.file import load_config
 from megakd.planning.advice import Case, candidates
 from megakd.planning.cluster import Cluster
-from megakd.planning.ledger import Share
-from megakd.planning.memory_plan import Plan
-from megakd.planning.plan import plan_run
-from megakd.planning.simulated_phase import Traces
+from megakd.planning.engines import Share
+from megakd.planning.phase_traces import Traces
+from megakd.planning.plan import Plan, plan_run
 from megakd.planning.timeline import PhasePlan
 
 TEACHER = {"model": bert(3, width=32, vocab_size=64)}

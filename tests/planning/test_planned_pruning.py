@@ -11,16 +11,12 @@ from tiny_runs import bert, write_config
 from megakd.config.file import load_config
 from megakd.contract.views import View
 from megakd.planning.cluster import Cluster
-from megakd.planning.engines import trained
-from megakd.planning.ledger import Place, Share
-from megakd.planning.memory_plan import Plan
-from megakd.planning.moments import Inventory, Parameter, Trace
-from megakd.planning.page import page
-from megakd.planning.plan import plan_run
-from megakd.planning.pruned import largest_mask
-from megakd.planning.simulated_phase import Traces
-from megakd.planning.sources import planned_sources
+from megakd.planning.engines import Place, Share, Trained
+from megakd.planning.lab import planned_sources
+from megakd.planning.phase_traces import Traces, largest_mask
+from megakd.planning.plan import Plan, page, plan_run
 from megakd.planning.timeline import PhasePlan
+from megakd.planning.tracing import Inventory, Parameter, Trace
 from megakd.pruning.store import shape_of_cut, weights_of
 
 VOCABULARY = 512
@@ -117,10 +113,10 @@ def test_averages_are_on_the_host_if_the_optimizer_is(tmp_path, preset):
 
 def test_at_zero_2_the_rank_with_most_of_the_weights_counts():
     # Two ranks: the first has 80 elements of weight 0, the second 20 of weight 0 and weight 1.
-    engine = trained(
-        {"stage": 2},
+    engine = Trained(
+        zero={"stage": 2},
         role="student",
-        inventory=Inventory([Parameter(100, decays=True), Parameter(60, decays=True)]),
+        inventory=Inventory([Parameter(100), Parameter(60)]),
         itemsize=4,
         cluster=Cluster(ranks=2, device="cuda"),
     )

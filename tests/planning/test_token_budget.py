@@ -16,10 +16,9 @@ from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
 from megakd.planning.advice import Case, candidates
 from megakd.planning.cluster import Cluster
-from megakd.planning.memory_plan import Plan
-from megakd.planning.plan import plan_run
-from megakd.planning.simulated_phase import Traces
-from megakd.planning.sources import planned_sources
+from megakd.planning.lab import planned_sources
+from megakd.planning.phase_traces import Traces
+from megakd.planning.plan import Plan, plan_run
 
 LENGTH, TRACES = 64, Traces()
 

@@ -10,9 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from megakd.planning.moments import Trace
-from megakd.planning.tracing import VALUELESS, inventory, repeat_alike, trace_call
-from megakd.planning.workspaces import loss_workspace
+from megakd.planning.tracing import (
+    VALUELESS,
+    Trace,
+    inventory,
+    loss_workspace,
+    repeat_alike,
+    trace_call,
+)
 
 ROWS, LENGTH = 2, 16
 LLAMA = {

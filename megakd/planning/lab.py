@@ -1,8 +1,10 @@
-"""The phases of a run, found by running its method in a lab that does not train."""
+"""The phases of a run: its method runs in a lab that does not train, on models without weights."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,14 +12,35 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from megakd.config.models import TeacherConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PretrainedConfig
+
+from megakd.config.models import ScratchModel, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
+from megakd.config.task import TaskConfig, TokenizerConfig
+from megakd.config.train import total_steps
 from megakd.contract.results import ParameterCounts
 from megakd.contract.stage import Stage, StageResult, untrained
-from megakd.contract.tasks import STUDENT, TEACHER, Dtype
+from megakd.contract.tasks import (
+    FROM_TEACHER,
+    LANGUAGE_TASKS,
+    STUDENT,
+    STUDENT_BASE,
+    TEACHER,
+    Dtype,
+)
 from megakd.contract.views import View
 from megakd.data.step_layout import StepShape
+from megakd.engine.distributed import Ranks
+from megakd.errors import ModelError
+from megakd.inputs.inputs import RunInputs, with_student
+from megakd.losses.stage_losses import stage_losses
 from megakd.methods import run_method
+from megakd.models.architectures import architecture_named
+from megakd.models.fitting import one_line
+from megakd.models.loading import resolve_model, with_vocabulary
+from megakd.models.original_t5 import KEPT_KEYS, READ_AS, built_as
+from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.pruning.store import (
     SortedTeacher,
@@ -28,10 +51,105 @@ from megakd.pruning.store import (
     unscored,
     weights_of,
 )
+from megakd.scoring.evaluation import weighable
 from megakd.scoring.scorer import FEW
 from megakd.training.engines import learning_models
 from megakd.training.lab_base import LabBase
 from megakd.training.recipes import baseline_stage, completed, scoring_preset
+
+_TRAINED_VOCABULARY = 8000
+_CONFIG = "config.json"
+
+
+def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
+    """Return the models of the config by role, with matching vocabularies and classes.
+
+    Raises:
+        ModelError: a config is missing, cannot be read, or has no model for the task.
+    """
+    specs: dict[str, Any] = {**config.teacher_specs, STUDENT: config.student}
+    register_own_models()
+    sources = {
+        role: _source(spec, config.task, f"{config.key_of(role)}.model")
+        for role, spec in specs.items()
+        if spec.model not in (FROM_TEACHER, STUDENT_BASE)
+    }
+    sources = with_student(config, sources)
+    own, size = config.method.own_vocabulary, _vocabulary(config.task, sources)
+    sources = {
+        role: with_vocabulary(source, own.size if own and role == STUDENT else size)
+        for role, source in sources.items()
+    }
+    return _with_classes(sources, config.task)
+
+
+def _source(given: TeacherConfig | StudentConfig, task: TaskConfig, where: str) -> ModelSource:
+    spec = given.model
+    if isinstance(spec, ScratchModel):
+        return resolve_model(spec, task, where=where, architecture=given.architecture)
+    path = Path(spec).expanduser()
+    is_local = path.exists() or path.is_absolute() or len(path.parts) > 2 or spec[0] in ".~"
+    if is_local and not (path / _CONFIG).is_file():
+        raise ModelError(
+            f"{where}: {path / _CONFIG} does not exist; a plan needs the config.json of the model, "
+            "but no weights"
+        )
+    try:
+        found = AutoConfig.from_pretrained(
+            str(path if is_local else spec), trust_remote_code=given.trust_remote_code
+        )
+    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError) as error:
+        named = path / _CONFIG if is_local else f"{spec} is not a folder, and the config on the Hub"
+        raise ModelError(f"{where}: {named} cannot be read: {one_line(error)}") from error
+    model_type = built_as(found.model_type, given.architecture, where)
+    try:
+        architecture = architecture_named(model_type, task.type)
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from None
+    if model_type != found.model_type:
+        found = READ_AS[model_type](**{key: getattr(found, key) for key in KEPT_KEYS})
+    return ModelSource(
+        name=spec,
+        folder=path if is_local else None,
+        config=found,
+        architecture=architecture,
+        where=where,
+        trust_remote_code=given.trust_remote_code,
+    )
+
+
+def _vocabulary(task: TaskConfig, sources: Mapping[str, ModelSource]) -> int:
+    if isinstance(task.tokenizer, TokenizerConfig):
+        return task.tokenizer.vocab_size
+    counted = _counted(Path(task.tokenizer)) if task.tokenizer else None
+    known = [s.config.vocab_size for s in sources.values() if not s.wants_vocabulary]
+    return counted or (known[0] if known else _TRAINED_VOCABULARY)
+
+
+def _counted(folder: Path) -> int | None:
+    """Return the vocabulary size from a tokenizer's files, or None for other file types."""
+    try:
+        if (folder / "vocab.txt").is_file():
+            with (folder / "vocab.txt").open(encoding="utf-8") as pieces:
+                return sum(1 for _ in pieces)
+        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        return len(model["model"]["vocab"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _with_classes(sources: Mapping[str, ModelSource], task: TaskConfig) -> dict[str, ModelSource]:
+    if task.type in LANGUAGE_TASKS:
+        return dict(sources)
+    teacher = next(iter(sources.values()))
+    outputs = 1 if task.type == "regression" else max(2, teacher.config.num_labels or 0)
+    found = {}
+    for role, source in sources.items():
+        config: PretrainedConfig = copy.deepcopy(source.config)
+        config.num_labels = outputs
+        found[role] = dataclasses.replace(source, config=config)
+    return found
+
 
 UNKNOWN_STEPS = 10**6
 Work = Literal["training", "importance", "scoring", "timing"]
@@ -75,13 +193,22 @@ class Phase:
 
 
 class PlanningLab(LabBase):
-    """Lab that records the stages of a method instead of running them."""
+    """Lab that records the stages of a method instead of running them.
+
+    Without the data of the run (`prepared`), the numbers of rows and the metrics are not known.
+    """
 
     def __init__(
-        self, config: RunConfig, sources: Mapping[str, ModelSource], *, ranks: int, device: str
+        self,
+        config: RunConfig,
+        sources: Mapping[str, ModelSource],
+        *,
+        ranks: int,
+        device: str,
+        prepared: RunInputs | None = None,
     ) -> None:
         super().__init__(config, sources)
-        self._world, self._device = ranks, device
+        self._world, self._device, self._prepared = ranks, device, prepared
         self.phases: list[Phase] = []
         self._assistants: list[StageResult] = []
         self._made: dict[Path, ModelSource] = {}
@@ -136,8 +263,14 @@ class PlanningLab(LabBase):
         return dict.fromkeys(self.config.teacher_specs, 1)
 
     def steps_of_student(self) -> int:
-        """Return `max_steps`, or a large number if it is not set: the rows are not counted."""
-        return self.config.train.max_steps or UNKNOWN_STEPS
+        """Return the steps of `train` on all rows; a large number if the rows are not counted."""
+        train = self.config.train
+        if self._prepared is None:
+            return train.max_steps or UNKNOWN_STEPS
+        shape = StepShape(
+            train.per_device_train_batch_size, train.gradient_accumulation_steps, 0, self._world
+        )
+        return total_steps(train, shape.steps_per_epoch(len(self._prepared.encoded.train)))
 
     def with_embeddings(self, result: StageResult) -> ModelSource:
         """Return the student; its size does not depend on the embeddings."""
@@ -234,8 +367,10 @@ class PlanningLab(LabBase):
         return self.as_teacher(result, like=like)
 
     def metric(self, name: str | None) -> Any:
-        """Return a metric with the same score for every model."""
-        return SimpleNamespace(of=lambda _: 0.5)
+        """Return a metric of the task; without data one with the same score for every model."""
+        if self._prepared is None:
+            return SimpleNamespace(of=lambda _: 0.5)
+        return weighable(name, self._prepared.metric, self._prepared.metrics.names)
 
     def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
         """Return the number of weights of a view, which may decide the sizes of candidates."""
@@ -247,3 +382,25 @@ class PlanningLab(LabBase):
 
 def _ready(source: ModelSource, preset: str, dtype: Dtype | None = None) -> ReadyTeacher:
     return ReadyTeacher(source, TeacherConfig(model=source.name, deepspeed=preset, dtype=dtype))
+
+
+def check_method(config: RunConfig, prepared: RunInputs, ranks: Ranks) -> None:
+    """Check the method, its stages and the baselines, so that errors appear now and not later.
+
+    Raises:
+        MegakdError: an option does not fit the data or the models, or a loss cannot work between
+            the models of a stage.
+    """
+    device = ranks.device.type
+    lab = PlanningLab(
+        config, prepared.sources, ranks=ranks.world_size, device=device, prepared=prepared
+    )
+    for phase in lab.play():
+        if phase.stage is not None:
+            stage_losses(
+                phase.stage,
+                config.task.type,
+                learners=phase.learners,
+                teachers=phase.teaching,
+                classes=prepared.classes,
+            ).check()

@@ -1,4 +1,4 @@
-"""The traces of a phase; each phase is traced once, however often a plan uses it."""
+"""The traces of a phase: its models, without values, run one step; each phase is traced once."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ import torch
 from torch import nn
 
 from megakd.config.run import RunConfig
-from megakd.contract.batch import Batch, Documents, Knowledge, Targets, Unit
-from megakd.contract.joined_batches import joined, part_of, parts_of
-from megakd.contract.stage import Pass, Stage, backward_groups, teacher_names
+from megakd.contract.batch import Batch, Documents, Knowledge, Targets, Unit, Within
+from megakd.contract.joined_batches import Part, joined, part_of, parts_of
+from megakd.contract.stage import Constant, Pass, Stage, backward_groups, teacher_names
 from megakd.contract.tasks import Dtype
+from megakd.contract.views import Cut, UnitOrder, View
 from megakd.data.masking import DEFAULT_PROBABILITY
 from megakd.inputs.precision import TORCH_DTYPE, frozen_dtype, training_dtype
 from megakd.inputs.step_size import largest_step, micro_batches_per_call
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.class_weights import with_even_weights
 from megakd.losses.stage_losses import StageLosses, label_objective, stage_losses
+from megakd.models.axes import lengths
 from megakd.models.fitting import build_empty
 from megakd.models.knowledge import Needs, language_model_head
 from megakd.models.lora import add_adapters
@@ -30,17 +32,23 @@ from megakd.models.second_vocabulary import SecondSize, build_second_vocabulary
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.models.valueless_experts import send_tokens_to_one_expert
 from megakd.planning.cluster import Cluster, Device
-from megakd.planning.moments import Trace
-from megakd.planning.pruned import Pruned, largest_mask, pruned
-from megakd.planning.routed import answers_to_parts, waiting_bytes, with_even_parts
-from megakd.planning.stages import Phase
-from megakd.planning.tracing import VALUELESS, repeat_alike, trace_call
+from megakd.planning.engines import FP32
+from megakd.planning.lab import Phase
+from megakd.planning.tracing import (
+    VALUELESS,
+    Amount,
+    Inventory,
+    Parameter,
+    Trace,
+    amount_of,
+    repeat_alike,
+    trace_call,
+)
 from megakd.pruning.importance import GateGradients
 from megakd.teachers.frozen import FrozenModel
 from megakd.training.engines import second_sizes
 
-PLANS = 100
-"""Number of steps over which the use of teachers is counted."""
+PLANS = 100  # steps over which the use of teachers is counted
 
 
 class Measured(NamedTuple):
@@ -115,53 +123,56 @@ class _Tracer:
         self._memory = cluster.device_memory if cluster.device == "cuda" else None
 
     def key(self) -> str:
-        """Return everything that the traces depend on."""
-        phase, stage = self._phase, self._phase.stage
+        """Return everything that the traces depend on, which the learner's sharding is not."""
+        phase, stage, config = self._phase, self._phase.stage, self._config
         frozen = [
-            (name, planned_dtype(ready, self._device), _shown(ready.source))
-            for name, ready in phase.teachers.items()
+            (name, planned_dtype(one, self._device), _shown(one.source))
+            for name, one in phase.teachers.items()
         ]
-        on = (self._device, self._memory)
-        facts = (on, self._task, phase.work, phase.rows, phase.with_width, frozen)
+        work = (phase.work, phase.rows, phase.with_width)
+        specs = [ready.spec for ready in phase.teachers.values()]
+        calls = [(spec.micro_batches_per_call, spec.deepspeed) for spec in specs]
+        facts = (self._device, self._memory, self._task, work, frozen, calls)
         if stage is None:
             return repr(facts)
-        train, learners = stage.train, list(map(_shown, phase.learners.values()))
         # A strategy that is not made of plain values lists the values that it depends on.
-        strategy = (type(stage.strategy).__name__, getattr(stage.strategy, "facts", stage.strategy))
-        losses = (stage.objective, stage.views, strategy)
-        pruning = (stage.strategy.pruned_to, stage.measures_losses, stage.mixed)
-        rows = (largest_step(train, self._task), self._config.eval_rows(train))
-        dtype = training_dtype(train, self._device)
-        repeats = (train.gradient_checkpointing, train.activation_offload)
-        held = (dtype, repeats, stage.passes_per_backward)
-        held += (self._config.lora_of(stage.role), [*phase.bases])
-        return repr((facts, learners, losses, pruning, rows, held, self._sharding()))
-
-    def _sharding(self) -> list[Any]:
-        specs = [ready.spec for ready in self._phase.teachers.values()]
-        return [(spec.micro_batches_per_call, spec.deepspeed) for spec in specs]
+        planned = stage.strategy
+        strategy = (type(planned).__name__, getattr(planned, "facts", planned), planned.pruned_to)
+        others = {"deepspeed": None, "strategy": Constant(), "start": None, "judge": None}
+        learners = [(role, _shown(source)) for role, source in phase.learners.items()]
+        of_stage = (replace(stage, name="", **others), strategy, learners, [*phase.bases])
+        of_config = (config.lora_of(stage.role), config.eval_rows(stage.train))
+        return repr((facts, of_stage, of_config))
 
     def training(self, stage: Stage) -> SimulatedPhase:
         """Trace the training of a student with teachers."""
         step = largest_step(stage.train, self._task)
-        batch = self._batch(step.rows, length=step.length)
+        batch = self._batch(step.rows, step.length)
         batch = batch._replace(others=self._mixed(stage, batch) or None)
-        batch = with_even_parts(batch, stage, self._part)
+        batch = _with_even_parts(batch, stage, self._batch)
         losses = self._losses(stage)
         per_call = {
-            name: self._per_call(stage, ready, losses.teacher_needs())
+            name: micro_batches_per_call(
+                ready,
+                losses.teacher_needs(),
+                stage.train,
+                self._config,
+                dtype=planned_dtype(ready, self._device),
+                device=self._device,
+            )
             for name, ready in self._phase.teachers.items()
         }
         teachers, answers = self._asked(losses, batch, per_call)
         knowledge = {
-            name: part_of(said, next(parts_of([batch] * per_call[name])))
-            for name, said in answers.items()
+            name: part_of(answer, next(parts_of([batch] * per_call[name])))
+            for name, answer in answers.items()
         }
         plans = [teacher_names(stage.strategy.passes(step)) for step in range(PLANS)]
-        sizes = {name: _said_bytes(said) for name, said in answers.items()}
-        waiting = [waiting_bytes(plan, sizes, routed=stage.strategy.routes_rows) for plan in plans]
+        sizes = {name: _answer_bytes(answer) for name, answer in answers.items()}
+        waiting = [[sizes[name] for name in plan if name in sizes] for plan in plans]
+        in_step = partial(max, default=0) if stage.strategy.routes_rows else sum
         bundle = self._bundle(stage, losses)
-        found = self._learner(stage, bundle, batch, answers_to_parts(batch, knowledge))
+        found = self._learner(stage, bundle, batch, _answers_to_parts(batch, knowledge))
         scored = self._batch(self._config.eval_rows(stage.train))
         evaluation, _ = self._forward(bundle.eval(), scored, view=next(iter(stage.views), None))
         return replace(
@@ -169,15 +180,9 @@ class _Tracer:
             teachers=teachers,
             per_call=per_call,
             asked={name: sum(name in plan for plan in plans) / PLANS for name in teachers},
-            answers=max(waiting),
+            answers=max(map(in_step, waiting)),
             evaluation=evaluation,
             measured=self._measured(stage, bundle, losses, scored),
-        )
-
-    def _per_call(self, stage: Stage, ready: ReadyTeacher, needs: Needs) -> int:
-        dtype = planned_dtype(ready, self._device)
-        return micro_batches_per_call(
-            ready, needs, stage.train, self._config, dtype=dtype, device=self._device
         )
 
     def _asked(
@@ -188,10 +193,10 @@ class _Tracer:
         for name, ready in self._phase.teachers.items():
             frozen = self._frozen(ready, losses.teacher_needs())
             together = joined([batch] * per_call[name]) if per_call[name] > 1 else batch
-            teachers[name], said = self._forward(frozen, together)
-            if said.hidden is not None:
-                said = said._replace(head=language_model_head(frozen.model))
-            knowledge[name] = said
+            teachers[name], answer = self._forward(frozen, together)
+            if answer.hidden is not None:
+                answer = answer._replace(head=language_model_head(frozen.model))
+            knowledge[name] = answer
         return teachers, knowledge
 
     def _learner(
@@ -206,8 +211,7 @@ class _Tracer:
         groups = backward_groups(stage.strategy.passes(0), stage.passes_per_backward)
         found = SimulatedPhase(teachers={}, learner=[backward_of(group) for group in groups])
         if len({planned.view for planned in groups[0]}) > 1:
-            of_one_view = max(m.live.total for m in backward_of(groups[0][:1]).moments)
-            found = replace(found, of_one_view=of_one_view)
+            found = replace(found, of_one_view=backward_of(groups[0][:1]).most_live)
         if bundle.elastic is None or stage.strategy.pruned_to is None:
             return found
         mask = largest_mask(bundle.elastic.prunable, stage.strategy.pruned_to)
@@ -223,12 +227,12 @@ class _Tracer:
             return None
         once = dict.fromkeys(self._phase.teachers, 1)
         teachers, knowledge = self._asked(losses, batch, once)
-        said, passes = sum(map(_said_bytes, knowledge.values())), stage.strategy.passes(0)
+        answers, passes = sum(map(_answer_bytes, knowledge.values())), stage.strategy.passes(0)
         scored = tuple(stage.views) or (None,)
         trace, _ = self._forward(
             bundle.eval(), batch, knowledge, passes, _ones(bundle), scored=scored
         )
-        return Measured(teachers, said, trace)
+        return Measured(teachers, answers, trace)
 
     def alone(self) -> SimulatedPhase:
         """Trace work with frozen models: importance, scoring, timing."""
@@ -324,10 +328,7 @@ class _Tracer:
             model.set_attn_implementation(VARLEN)
         return model
 
-    def _part(self, rows: int, length: int) -> Batch:
-        return self._batch(rows, length=length)
-
-    def _batch(self, rows: int, *, length: int | None = None) -> Batch:
+    def _batch(self, rows: int, length: int | None = None) -> Batch:
         task = self._task
         length = length or task.row_length
         with VALUELESS:
@@ -355,10 +356,10 @@ def _ones(bundle: StudentBundle) -> dict[Unit, torch.Tensor]:
     return dict.fromkeys(bundle.counters, torch.ones((), dtype=torch.long, device=VALUELESS))
 
 
-def _said_bytes(said: Knowledge) -> int:
+def _answer_bytes(answer: Knowledge) -> int:
     """Return the bytes of the outputs of a frozen teacher."""
-    attention = [part for vectors in said.attention if vectors for part in vectors[:3]]
-    tensors = (said.logits, said.hidden, *said.hidden_states, *attention)
+    attention = [part for vectors in answer.attention if vectors for part in vectors[:3]]
+    tensors = (answer.logits, answer.hidden, *answer.hidden_states, *attention)
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
@@ -369,3 +370,120 @@ def _classes(source: ModelSource) -> int:
 
 def _shown(source: ModelSource) -> str:
     return source.config.to_json_string(use_diff=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """What is left at the end of a stage with `pruned_to`.
+
+    left: the weights that the engine trains, as they are cut, in the order of the engine's module.
+    makers: numbers of the weights that produce units; the strategy keeps values for them.
+    parameters, width: size of the learner, without projections and heads of the losses.
+    """
+
+    left: Inventory
+    makers: frozenset[int]
+    parameters: int
+    width: int
+
+    def state(self, *, values: int, kept: int) -> Amount:
+        """Return the memory of the training state for the next window, whole tensors in fp32.
+
+        Args:
+            values: values of the optimizer for every weight.
+            kept: values of the strategy for every weight that produces units.
+        """
+        return amount_of(
+            parameter.numel * FP32
+            for number, parameter in enumerate(self.left)
+            for _ in range(values + (kept if number in self.makers else 0))
+        )
+
+
+def pruned(bundle: StudentBundle, end: View) -> Pruned:
+    """Return what is left of a bundle whose first learner is cut to the units `end`."""
+    axes, student = bundle.axes, bundle.student
+    names = bundle.elastic.makers if bundle.elastic else ()
+    made = {id(student.get_parameter(name)) for name in names}
+    weights = list(bundle.named_parameters())
+    shapes = [
+        lengths(weight.shape, axes.get(name, (None,) * weight.dim()), end)
+        for name, weight in weights
+    ]
+    left = Inventory(Parameter(math.prod(shape)) for shape in shapes)
+    own = {id(weight) for weight in student.parameters()}
+    learner = [number for number, (_, weight) in enumerate(weights) if id(weight) in own]
+    makers = frozenset(number for number, (_, weight) in enumerate(weights) if id(weight) in made)
+    return Pruned(left=left, makers=makers, parameters=left.of(learner).numel, width=end.width or 0)
+
+
+def largest_mask(units: View, end: View) -> Cut | None:
+    """Return the largest part of a learner that loses units; None if no unit is lost.
+
+    The first steps after a removal need the most memory: the activations are nearly whole, and the
+    forward copies the kept part of every weight. Here every kind of units that shrinks loses one
+    unit, the first, so that no part is a prefix of its weight, which would not be copied.
+    """
+    view = View(
+        tuple(map(_less, units.heads, end.heads)),
+        tuple(map(_less, units.neurons, end.neurons)),
+        None if units.width is None else _less(units.width, end.width),
+        None if units.head_width is None else _less(units.head_width, end.head_width),
+    )
+    return None if view == units else Cut(_order(units, view), view)
+
+
+def _less(count: int, end: int | None) -> int:
+    """Return the count without one unit, if units are lost."""
+    return count if end is None else max(end, count - 1)
+
+
+def _order(units: View, view: View) -> UnitOrder:
+    inside = None
+    if units.head_width is not None:
+        columns = _last(units.head_width, view.head_width)
+        inside = tuple((columns,) * heads for heads in units.heads)
+    return UnitOrder(
+        tuple(map(_last, units.heads, view.heads)),
+        tuple(map(_last, units.neurons, view.neurons)),
+        None if units.width is None else _last(units.width, view.width),
+        inside,
+        inside,
+    )
+
+
+def _last(count: int, kept: int | None) -> tuple[int, ...]:
+    """Return all units, the last `kept` first."""
+    lost = 0 if kept is None else count - kept
+    return (*range(lost, count), *range(lost))
+
+
+def _with_even_parts(batch: Batch, stage: Stage, make: Callable[[int, int], Batch]) -> Batch:
+    """Return a micro-batch in which every teacher of a routed stage has an equal part of the rows.
+
+    The student's losses need about the same memory for every division of the rows. Only the largest
+    forward of a teacher depends on the division: it has all rows of a micro-batch.
+    """
+    if not stage.strategy.routes_rows:
+        return batch
+    (rows, length), teachers = batch.valid.shape, stage.teachers
+    if rows < len(teachers):  # the positions of a packed row are divided
+        length = math.ceil(rows * length / len(teachers))
+    part = make(math.ceil(rows / len(teachers)), length)
+    targets = None if part.targets is None else torch.ones_like(part.targets)
+    with VALUELESS:
+        places = torch.ones(part.valid.shape, dtype=torch.long)
+        within = Within(places[:, 0], places, targets)
+    return batch._replace(others=dict.fromkeys(teachers, part._replace(within=within)))
+
+
+def _answers_to_parts(batch: Batch, answers: Mapping[str, Knowledge]) -> dict[str, Knowledge]:
+    """Return the answers of teachers to the whole micro-batch, cut to the part of each teacher."""
+    cut = dict(answers)
+    for name, answer in answers.items():
+        part = batch.of(name)
+        if part.within is not None:
+            rows, length = part.valid.shape
+            targets = 0 if part.targets is None else len(part.targets)
+            cut[name] = part_of(answer, Part(slice(rows), length, slice(targets), slice(0)))
+    return cut
